@@ -1,0 +1,1 @@
+"""Sandyard: real virtual machines for agents and people, self-hosted."""

@@ -1,0 +1,40 @@
+"""The entry of `sandyard`."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from sandyard.cli import sandbox, server
+from sandyard.client import ApiError, ConnectionFailedError
+
+app = typer.Typer(
+    name="sandyard",
+    help="Real virtual machines for agents and people.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(sandbox.app, name="sandbox")
+app.add_typer(server.templates, name="template")
+for command in (server.serve, server.doctor, server.init, server.stop):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; errors come out as one sentence and exit code 1."""
+    try:
+        app()
+    except ApiError as error:
+        _fail(f"{error.message} [{error.code}, {error.request_id}]")
+    except ConnectionFailedError as error:
+        _fail(f"{error}; is the server running? (scripts/up starts it)")
+    except server.server_errors() as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    sys.exit(1)

@@ -1,0 +1,129 @@
+"""`sandyard sandbox …`: what a user does with sandboxes."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sandyard.cli.config import read_config
+from sandyard.client import Sandbox, Sandyard
+
+app = typer.Typer(help="Create, use and delete sandboxes.", no_args_is_help=True)
+out = Console()
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Reference = Annotated[str, typer.Argument(help="The sandbox's id or name.")]
+
+
+def _client() -> Sandyard:
+    config = read_config()
+    if config is None:
+        raise typer.BadParameter(
+            "no server is configured; run scripts/up, or set SANDYARD_URL and SANDYARD_API_KEY"
+        )
+    return Sandyard(config.url, config.api_key)
+
+
+def _show(sandboxes: list[Sandbox], *, as_json: bool) -> None:
+    if as_json:
+        out.print_json(json.dumps([dict(sandbox.raw) for sandbox in sandboxes]))
+        return
+    table = Table("id", "name", "status", "template", "shape", "created", box=None)
+    for one in sandboxes:
+        given = one.raw["resources"]
+        shape = f"{given['vcpus']} vcpu, {given['memory']}, {given['disk']}"
+        table.add_row(one.id, one.name or "", one.status, one.template, shape, one.created_at)
+    out.print(table)
+
+
+@app.command()
+def create(
+    template: Annotated[str, typer.Option(help="What it is made from.")] = "base-ubuntu",
+    name: Annotated[str | None, typer.Option(help="A name of your own for it.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; may be repeated.")] = None,
+    vcpus: Annotated[int | None, typer.Option(help="Virtual CPUs.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory, such as 2GB.")] = None,
+    disk: Annotated[str | None, typer.Option(help="Disk, such as 20GB.")] = None,
+    wait: Annotated[int, typer.Option(help="Seconds to wait until it runs.")] = 60,
+    as_json: Json = False,
+) -> None:
+    """Create a sandbox."""
+    asked = {"vcpus": vcpus, "memory": memory, "disk": disk}
+    options: dict[str, object] = {
+        "tags": tag or [],
+        "env": dict(_pair(one) for one in env or []),
+        "resources": {key: value for key, value in asked.items() if value is not None},
+    }
+    if name is not None:
+        options["name"] = name
+    with _client() as client:
+        sandbox = client.create(template, wait_s=wait, **options)
+    _show([sandbox], as_json=as_json)
+    if sandbox.status in ("failed", "error"):
+        reason = sandbox.raw.get("statusReason") or {}
+        typer.echo(f"it is {sandbox.status}: {reason.get('message', 'no reason given')}", err=True)
+        raise typer.Exit(1)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+@app.command("list")
+def list_(
+    status: Annotated[str | None, typer.Option(help="Only those of this status.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only those with this tag.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List sandboxes, newest first."""
+    with _client() as client:
+        _show(list(client.list(status=status, tags=tag or [])), as_json=as_json)
+
+
+@app.command()
+def get(reference: Reference, as_json: Json = False) -> None:
+    """Show one sandbox."""
+    with _client() as client:
+        _show([client.get(reference)], as_json=as_json)
+
+
+@app.command(name="exec", context_settings={"ignore_unknown_options": True})
+def execute(
+    reference: Reference,
+    command: Annotated[list[str], typer.Argument(help="The command, as you would type it.")],
+    timeout: Annotated[float, typer.Option(help="Seconds it may take.")] = 30.0,
+    cwd: Annotated[str, typer.Option(help="The folder to run it in.")] = "/workspace",
+    user: Annotated[str, typer.Option(help="Who runs it.")] = "root",
+    stdin: Annotated[bool, typer.Option("--stdin", help="Pass on this command's input.")] = False,
+) -> None:
+    """Run a command; its output and exit code become this command's."""
+    with _client() as client:
+        result = client.execute(
+            reference,
+            " ".join(command),
+            timeout_ms=round(timeout * 1000),
+            cwd=cwd,
+            user=user,
+            stdin=sys.stdin.read() if stdin else None,
+        )
+    sys.stdout.write(result.stdout)
+    sys.stderr.write(result.stderr)
+    if result.timed_out:
+        typer.echo(f"the command was ended after {timeout:g} s", err=True)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def delete(references: Annotated[list[str], typer.Argument(help="Ids or names.")]) -> None:
+    """Delete sandboxes and wait until they are gone."""
+    with _client() as client:
+        for reference in references:
+            client.delete(reference)
+            typer.echo(f"deleted {reference}")

@@ -1,0 +1,130 @@
+"""Commands for the operator of an installation; they need `pip install sandyard[server]`."""
+
+import asyncio
+import importlib
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sandyard.cli.config import ClientConfig, read_config, write_config
+
+if TYPE_CHECKING:
+    from sandyard.server.app.settings import Settings
+
+templates = typer.Typer(help="Build and list templates.", no_args_is_help=True)
+out = Console()
+
+
+def _app(module: str) -> Any:
+    """Return a module of the server; imported late, so that client users need no server extras."""
+    try:
+        return importlib.import_module(f"sandyard.server.app.{module}")
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(
+            f"this command needs the server ({error.name} is missing): "
+            "pip install 'sandyard[server]'"
+        ) from error
+
+
+def server_errors() -> type[Exception]:
+    """Return the base of the server's own errors; where it is not installed, none is raised."""
+    try:
+        base: type[Exception] = importlib.import_module("sandyard.server.core.errors").SandyardError
+    except ModuleNotFoundError:
+        return ConnectionError
+    return base
+
+
+def _settings() -> "Settings":
+    settings: Settings = _app("settings").Settings()
+    _app("logs").set_up_logs(level=settings.log.level, form=settings.log.format)
+    return settings
+
+
+def serve() -> None:
+    """Run the server until it is told to stop; machines live on."""
+    settings = _settings()
+    asyncio.run(_app("serve").serve(settings))
+
+
+def init(
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+) -> None:
+    """Prepare an installation: database, first organization, and a key for this user."""
+    settings = _settings()
+    host = "127.0.0.1" if settings.http.host in ("0.0.0.0", "::") else settings.http.host  # noqa: S104
+    url = f"http://{host}:{settings.http.port}"
+    known = read_config()
+    key = asyncio.run(
+        _app("serve").ensure_key(settings, known.api_key if known is not None else None)
+    )
+    path = write_config(ClientConfig(url, key))
+    if not quiet:
+        typer.echo(f"URL and key are in {path}")
+
+
+def stop(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Delete all sandboxes and their machines, too.")
+    ] = False,
+) -> None:
+    """Stop the server; its machines live on and are adopted by the next one."""
+    settings = _settings()
+    module = _app("serve")
+    pid = module.stop_server(settings)
+    typer.echo(f"stopped the server (pid {pid})" if pid else "no server was running")
+    if everything:
+        removed = asyncio.run(module.remove_everything(settings))
+        typer.echo(f"deleted {removed} sandboxes; images and database are kept")
+        return
+    living = module.living_machines(settings)
+    if living:
+        typer.echo(f"{len(living)} machines live on: {', '.join(living)}")
+        typer.echo("remove them too with: scripts/down --all")
+
+
+def doctor() -> None:
+    """Look at this host: what is missing or in the way, and what mends it."""
+    settings = _settings()
+    findings = asyncio.run(_app("doctor").collect(settings))
+    marks = {"ok": "[green]ok[/green]  ", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red] "}
+    for finding in findings:
+        out.print(f"{marks[finding.level]} {finding.what}", highlight=False, soft_wrap=True)
+        if finding.mend:
+            out.print(f"     → {finding.mend}", highlight=False, soft_wrap=True, markup=False)
+    if any(finding.level == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
+@templates.command()
+def build(
+    slugs: Annotated[list[str], typer.Argument(help="Which templates.")],
+    again: Annotated[
+        bool, typer.Option("--again", help="From the network even if nothing has changed.")
+    ] = False,
+) -> None:
+    """Bring templates up to date; a failure leaves the image in use untouched."""
+    settings = _settings()
+    builder = _app("wiring").builder_of(settings)
+    for slug in slugs:
+        with out.status(f"building {slug}") as spinner:
+
+            def progress(text: str, *, spinner: Any = spinner, slug: str = slug) -> None:
+                out.print(f"{slug}: {text}", highlight=False)
+                spinner.update(f"{slug}: {text}")
+
+            asyncio.run(builder.build(slug, progress=progress, again=again))
+
+
+@templates.command("list")
+def list_() -> None:
+    """List templates and whether they are built."""
+    table = Table("slug", "status", "os", "size", "digest", box=None)
+    for fact in _app("wiring").images_of(_settings()).facts():
+        size = f"{fact.size_bytes // 2**20} MiB" if fact.size_bytes else ""
+        table.add_row(fact.slug, fact.status.value, fact.os or "", size, fact.digest or "")
+        if fact.error:
+            table.add_row("", f"[red]{fact.error.splitlines()[0]}[/red]")
+    out.print(table)

@@ -1,0 +1,177 @@
+"""The client."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from sandyard.client.errors import ApiError, ConnectionFailedError
+
+_MARGIN_S = 90.0
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A sandbox as the server told of it; `raw` has every field."""
+
+    id: str
+    name: str | None
+    status: str
+    template: str
+    created_at: str
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """How a command ended."""
+
+    stdout: str
+    stderr: str
+    exit_code: int
+    duration_ms: int
+    timed_out: bool
+
+
+class Sandyard:
+    """A connection to a server; use it as a context manager or call `close`."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=httpx.Timeout(_MARGIN_S, connect=5.0),
+        )
+
+    def __enter__(self) -> Self:
+        """Return this client."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def create(self, template: str = "base-ubuntu", *, wait_s: int = 0, **options: Any) -> Sandbox:
+        """Create a sandbox; `options` are the fields of the HTTP API, such as `name` or `env`.
+
+        With `wait_s`, return once it runs or so many seconds have gone by.
+        """
+        body = {"template": template, **options}
+        answer = self._ask("POST", "/v1/sandboxes", params={"wait": wait_s}, json=body)
+        return _sandbox(answer["data"])
+
+    def get(self, reference: str) -> Sandbox:
+        """Return a sandbox by id or name."""
+        return _sandbox(self._ask("GET", _path(reference))["data"])
+
+    def list(self, *, status: str | None = None, tags: Sequence[str] = ()) -> Iterator[Sandbox]:
+        """Yield all sandboxes, newest first."""
+        query: dict[str, Any] = {"tag": list(tags)}
+        if status is not None:
+            query["status"] = status
+        while True:
+            page = self._ask("GET", "/v1/sandboxes", params=query)
+            yield from map(_sandbox, page["data"])
+            if not page["hasMore"]:
+                return
+            query["cursor"] = page["nextCursor"]
+
+    def delete(self, reference: str) -> None:
+        """Delete a sandbox and return when it is gone."""
+        self._ask("DELETE", _path(reference))
+
+    def execute(
+        self,
+        reference: str,
+        command: str,
+        *,
+        timeout_ms: int = 30_000,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        stdin: str | None = None,
+        user: str = "root",
+    ) -> ExecResult:
+        """Run a command in a sandbox and return how it ended."""
+        body = {
+            "command": command,
+            "timeout": timeout_ms,
+            "cwd": cwd,
+            "env": dict(env or {}),
+            "user": user,
+        }
+        if stdin is not None:
+            body["stdin"] = stdin
+        data = self._ask(
+            "POST", _path(reference) + "/exec", json=body, timeout=timeout_ms / 1000 + _MARGIN_S
+        )["data"]
+        return ExecResult(
+            stdout=data["stdout"],
+            stderr=data["stderr"],
+            exit_code=data["exitCode"],
+            duration_ms=data["durationMs"],
+            timed_out=data["timedOut"],
+        )
+
+    def stats(self, reference: str) -> Mapping[str, float]:
+        """Return a sandbox's figures as of now."""
+        figures: Mapping[str, float] = self._ask("GET", _path(reference) + "/stats")["data"][
+            "stats"
+        ]
+        return figures
+
+    def _ask(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise ConnectionFailedError(
+                f"cannot reach {self._http.base_url}: {str(error) or type(error).__name__}"
+            ) from error
+        if response.is_success:
+            return response.json()
+        raise _error_of(response)
+
+
+def _path(reference: str) -> str:
+    return f"/v1/sandboxes/{quote(reference, safe='')}"
+
+
+def _sandbox(data: Mapping[str, Any]) -> Sandbox:
+    return Sandbox(
+        id=data["id"],
+        name=data["name"],
+        status=data["status"],
+        template=data["template"],
+        created_at=data["createdAt"],
+        raw=data,
+    )
+
+
+def _error_of(response: httpx.Response) -> ApiError:
+    try:
+        body = response.json()["error"]
+        return ApiError(
+            str(body["message"]),
+            status=response.status_code,
+            code=str(body["code"]),
+            request_id=str(body.get("requestId", "")),
+        )
+    except (ValueError, KeyError, TypeError):
+        # Not ours: a proxy in between, say.
+        return ApiError(
+            f"the server answered {response.status_code}: {response.text[:200]}",
+            status=response.status_code,
+            code="unknown",
+            request_id="",
+        )

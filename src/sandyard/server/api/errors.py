@@ -1,0 +1,108 @@
+"""Errors as HTTP answers: the only place that knows which status belongs to which code."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from sandyard.server.core.errors import (
+    Code,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    SandyardError,
+)
+
+STATUS: Mapping[Code, int] = MappingProxyType(
+    {
+        Code.BAD_REQUEST: 400,
+        Code.UNAUTHORIZED: 401,
+        Code.INVALID_TOKEN: 401,
+        Code.TOKEN_EXPIRED: 401,
+        Code.INSUFFICIENT_CREDITS: 402,
+        Code.FORBIDDEN: 403,
+        Code.NOT_FOUND: 404,
+        Code.CONFLICT: 409,
+        Code.INVALID_STATE: 409,
+        Code.UNSUPPORTED: 400,
+        Code.PAYLOAD_TOO_LARGE: 413,
+        Code.RATE_LIMITED: 429,
+        Code.INTERNAL_ERROR: 500,
+        Code.UNAVAILABLE: 503,
+        Code.NO_CAPACITY: 503,
+        Code.DEADLINE_EXCEEDED: 503,
+    }
+)
+# Codes that clients of the contract do not know are shown as the one they do.
+_SHOWN = {Code.UNSUPPORTED: Code.BAD_REQUEST, Code.DEADLINE_EXCEEDED: Code.UNAVAILABLE}
+_RETRY_AFTER_S = "2"
+
+
+def answer_error(request: Request, error: SandyardError) -> JSONResponse:
+    """Return the envelope of an error."""
+    status = STATUS[error.code]
+    body: dict[str, object] = {
+        "code": _SHOWN.get(error.code, error.code).value,
+        "message": error.message,
+        "requestId": request.state.request_id,
+    }
+    if error.facts:
+        body["details"] = error.facts
+    if isinstance(error, InternalError):
+        # What broke is for the log; the caller gets the id under which it is found there.
+        body["message"] = "something broke on the server; its log has the details under requestId"
+        body.pop("details", None)
+    headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": body}, status_code=status, headers=headers)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make every error that a route raises come out in the envelope."""
+
+    @app.exception_handler(SandyardError)
+    async def intended(request: Request, error: SandyardError) -> JSONResponse:
+        if isinstance(error, InternalError):
+            request.app.state.log.error("a request failed", exc_info=error)
+        return answer_error(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refused(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer_error(request, _translated(error))
+
+    @app.exception_handler(HTTPException)
+    async def routed(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, SandyardError):
+            # FastAPI turns whatever is raised while it reads a body into this.
+            return answer_error(request, error.__cause__)
+        if error.status_code == 404:
+            return answer_error(
+                request, NotFoundError(f"cannot find {request.url.path}: see /docs for the routes")
+            )
+        answer = answer_error(
+            request,
+            InvalidArgumentError(f"cannot {request.method} {request.url.path}: {error.detail}"),
+        )
+        answer.status_code = error.status_code
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        request.app.state.log.error("a request failed", exc_info=error)
+        return answer_error(request, InternalError("broken"))
+
+
+def _translated(error: RequestValidationError) -> InvalidArgumentError:
+    first = error.errors()[0]
+    place = [str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path")]
+    if first.get("type") == "json_invalid":
+        return InvalidArgumentError("cannot read the body: it is not valid JSON", field="body")
+    field = ".".join(place) or "body"
+    return InvalidArgumentError(
+        f"cannot use {field}: {first.get('msg', 'wrong value')}", field=field
+    )

@@ -1,0 +1,119 @@
+"""The application: routes, error envelope, request ids, limits on what comes in."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sandyard.server.api.errors import answer_error, install_handlers
+from sandyard.server.api.routes import health, sandboxes, templates
+from sandyard.server.core.errors import PayloadTooLargeError
+from sandyard.server.core.ids import new_request_id
+from sandyard.server.service.access import Access
+from sandyard.server.service.readiness import Readiness
+from sandyard.server.service.sandboxes import Sandboxes
+from sandyard.server.service.templates import Templates
+
+log = logging.getLogger(__name__)
+
+BODY_MAX = 32 * 1024 * 1024
+
+
+class Observer(Protocol):
+    """Is told of every request that was answered."""
+
+    def __call__(self, *, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one request; `route` is the pattern, not the path."""
+        ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the routes call."""
+
+    access: Access
+    sandboxes: Sandboxes
+    templates: Templates
+    readiness: Readiness
+
+
+def make_api(
+    services: Services, *, version: str, observe: Observer, bind: Callable[[str], object]
+) -> FastAPI:
+    """Return the application. `bind` is told each request's id before it is served."""
+    app = FastAPI(
+        title="Sandyard",
+        version=version,
+        description="Real virtual machines for agents and people.",
+        redirect_slashes=False,
+    )
+    app.state.services = services
+    app.state.log = log
+    install_handlers(app)
+    for router in (sandboxes.router, templates.router, health.router):
+        app.include_router(router)
+    app.add_middleware(_Edge, observe=observe, bind=bind)
+    return app
+
+
+class _Edge:
+    """Gives each request an id, bounds its body, and reports how it went."""
+
+    def __init__(self, app: ASGIApp, *, observe: Observer, bind: Callable[[str], object]) -> None:
+        self._app = app
+        self._observe = observe
+        self._bind = bind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        self._bind(request_id)
+        started = time.perf_counter()
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()), (b"x-request-id", request_id.encode())
+                ]  # fmt: skip
+            await send(message)
+
+        try:
+            await self._app(scope, _bounded(receive), send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._observe(
+                method=scope["method"],
+                route=route,
+                status=status,
+                seconds=time.perf_counter() - started,
+            )
+
+
+def _bounded(receive: Receive) -> Receive:
+    size = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal size
+        message = await receive()
+        if message["type"] == "http.request":
+            size += len(message.get("body", b""))
+            if size > BODY_MAX:
+                raise PayloadTooLargeError(
+                    f"cannot take a body of over {BODY_MAX // 2**20} MiB", limit=BODY_MAX
+                )
+        return message
+
+    return receive_bounded
+
+
+__all__ = ["BODY_MAX", "Observer", "Services", "answer_error", "make_api"]

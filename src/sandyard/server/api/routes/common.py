@@ -1,0 +1,33 @@
+"""What every route shares: the documented errors, the envelope."""
+
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from sandyard.server.api.models import Data, ErrorAnswer, Meta
+
+T = TypeVar("T")
+
+_MEANINGS = {
+    400: "The request is wrong; `details.field` names what.",
+    401: "No credential, or not a good one.",
+    403: "The credential lacks a scope.",
+    404: "Absent, or another organization's.",
+    409: "A name is taken, or the sandbox's status does not allow it.",
+    413: "The request is too large.",
+    500: "Something broke on the server.",
+    503: "Not now; try again after `Retry-After` seconds.",
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the documentation of a route's error answers; those every route can give are added."""
+    return {
+        status: {"model": ErrorAnswer, "description": _MEANINGS[status]}
+        for status in sorted({400, 401, 403, 500, 503, *statuses})
+    }
+
+
+def enveloped(request: Request, data: T) -> Data[T]:
+    """Return data in the envelope."""
+    return Data[T](data=data, meta=Meta(request_id=request.state.request_id))

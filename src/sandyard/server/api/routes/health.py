@@ -1,0 +1,28 @@
+"""/healthz and /readyz."""
+
+from fastapi import APIRouter, Request, Response
+
+from sandyard.server.api.access import open_to_all
+from sandyard.server.api.models import Health
+from sandyard.server.service.readiness import Readiness
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/healthz", response_model=Health)
+@open_to_all
+async def healthz() -> Health:
+    """Tell that the process is up."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
+@open_to_all
+async def readyz(request: Request, response: Response) -> Health:
+    """Tell whether sandboxes can be created, and if not, what is missing."""
+    readiness: Readiness = request.app.state.services.readiness
+    missing = await readiness.missing()
+    if missing:
+        response.status_code = 503
+        response.headers["Retry-After"] = "2"
+    return Health(status="unready" if missing else "ok", missing=missing)

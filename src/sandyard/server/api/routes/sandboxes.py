@@ -1,0 +1,232 @@
+"""/v1/sandboxes."""
+
+import json
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from sandyard.server.api.access import Scope
+from sandyard.server.api.cursors import decode_cursor, encode_cursor
+from sandyard.server.api.models import (
+    CreateSandbox,
+    Data,
+    DeletedOut,
+    Exec,
+    ExecOut,
+    Page,
+    PageMeta,
+    SandboxOut,
+    Stats,
+    StatsOut,
+    sandbox_out,
+)
+from sandyard.server.api.routes.common import enveloped, errors
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import check_text
+from sandyard.server.core.records import SandboxQuery
+from sandyard.server.core.states import Status
+from sandyard.server.service.access import Actor
+from sandyard.server.service.execute import Command
+from sandyard.server.service.sandboxes import NewSandbox, Sandboxes
+
+router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
+
+CanCreate = Annotated[Actor, Depends(Scope("sandbox:create"))]
+CanRead = Annotated[Actor, Depends(Scope("sandbox:read"))]
+CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
+
+
+def _service(request: Request) -> Sandboxes:
+    service: Sandboxes = request.app.state.services.sandboxes
+    return service
+
+
+Service = Annotated[Sandboxes, Depends(_service)]
+Wait = Annotated[
+    int, Query(ge=0, le=60, description="Hold the answer so many seconds until it runs.")
+]
+
+
+@router.post("", status_code=201, responses=errors(409))
+async def create_sandbox(
+    request: Request, actor: CanCreate, service: Service, body: CreateSandbox, wait: Wait = 0
+) -> Data[SandboxOut]:
+    """Create a sandbox. It is answered at once and starts meanwhile; `wait` holds the answer."""
+    _check_offered(body)
+    for field, value in (("template", body.template), ("metadata", json.dumps(body.metadata))):
+        # JSON writes U+0000 as an escape, which is how it would hide in nested metadata.
+        check_text(value.replace("\\u0000", "\x00"), field=field)
+    resources = body.resources
+    sandbox = await service.create(
+        actor,
+        NewSandbox(
+            template=body.template,
+            name=body.name,
+            tags=body.tags,
+            idle_timeout_s=body.idle_timeout,
+            vcpus=resources.vcpus if resources else None,
+            memory=resources.memory if resources else None,
+            disk=resources.disk if resources else None,
+            env=body.env,
+            ssh_keys=body.ssh_keys,
+            root_password=body.root_password,
+            project_id=body.project_id,
+            metadata=body.metadata,
+            metadata_size=len(
+                json.dumps(body.metadata, ensure_ascii=False).encode("utf-8", "replace")
+            ),
+            auto_resume=body.auto_resume,
+            expires_in_s=body.expires_in,
+        ),
+    )
+    if wait:
+        sandbox = await service.wait_until_up(sandbox, limit_s=wait)
+    return enveloped(request, sandbox_out(sandbox, actor))
+
+
+@router.get("", responses=errors())
+async def list_sandboxes(
+    request: Request,
+    actor: CanRead,
+    service: Service,
+    status: Annotated[list[Status] | None, Query()] = None,
+    tag: Annotated[list[str] | None, Query(description="All must match.")] = None,
+    template: str | None = None,
+    exclude_template: str | None = None,
+    project_id: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 500,
+    cursor: str | None = None,
+    all_: Annotated[bool, Query(alias="all")] = False,
+) -> Page[SandboxOut]:
+    """List sandboxes, newest first."""
+    for field, text in (
+        ("template", template), ("exclude_template", exclude_template), ("project_id", project_id),
+        *(("tag", one) for one in tag or ()),
+    ):  # fmt: skip
+        check_text(text or "", field=field)
+    found = await service.page(
+        actor,
+        SandboxQuery(
+            org_id=actor.org_id,
+            limit=limit + 1,
+            owner_user_id=None if actor.sees_all else actor.user_id,
+            statuses=frozenset(status or ()),
+            tags=tuple(tag or ()),
+            template=template,
+            exclude_template=exclude_template,
+            project_id=project_id,
+            after=decode_cursor(cursor) if cursor else None,
+        ),
+        wants_all=all_,
+    )
+    page, has_more = found[:limit], len(found) > limit
+    following = encode_cursor(page[-1].created_at, page[-1].id) if has_more else None
+    return Page[SandboxOut](
+        data=[sandbox_out(sandbox, actor) for sandbox in page],
+        has_more=has_more,
+        next_cursor=following,
+        meta=PageMeta(
+            request_id=request.state.request_id, has_more=has_more, next_cursor=following
+        ),
+    )
+
+
+@router.get("/{reference}", responses=errors(404))
+async def get_sandbox(
+    request: Request, actor: CanRead, service: Service, reference: str
+) -> Data[SandboxOut]:
+    """Return one sandbox, by id or name."""
+    sandbox = await service.get(actor, check_text(reference, field="reference"))
+    return enveloped(request, sandbox_out(sandbox, actor))
+
+
+@router.delete(
+    "/{reference}",
+    responses={**errors(404), 202: {"model": Data[DeletedOut], "description": "Under way."}},
+)
+async def delete_sandbox(
+    request: Request,
+    response: Response,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    async_: Annotated[bool, Query(alias="async")] = False,
+) -> Data[DeletedOut]:
+    """Delete a sandbox, whatever its status, and wait until it is gone unless `async`."""
+    check_text(reference, field="reference")
+    sandbox = await service.delete(actor, reference, wait=not async_)
+    response.status_code = 202 if async_ else 200
+    return enveloped(request, DeletedOut(id=sandbox.id, deleted=not async_))
+
+
+@router.post("/{reference}/exec", responses=errors(404, 409))
+async def execute(
+    request: Request, actor: CanWrite, service: Service, reference: str, body: Exec
+) -> Data[ExecOut]:
+    """Run a command and return what it printed. A non-zero exit code is no error."""
+    outcome = await service.execute(
+        actor,
+        check_text(reference, field="reference"),
+        Command(
+            command=body.command,
+            timeout_ms=body.timeout,
+            cwd=body.cwd,
+            env=body.env,
+            stdin=body.stdin,
+            user=body.user,
+            encoding=body.encoding,
+        ),
+    )
+    return enveloped(
+        request,
+        ExecOut(
+            stdout=outcome.stdout,
+            stderr=outcome.stderr,
+            exit_code=outcome.exit_code,
+            duration_ms=outcome.duration_ms,
+            execution_time=outcome.duration_ms,
+            timed_out=outcome.timed_out,
+            truncated=outcome.truncated,
+            signal=outcome.signal,
+        ),
+    )
+
+
+@router.get("/{reference}/stats", responses=errors(404, 409))
+async def stats(
+    request: Request, actor: CanRead, service: Service, reference: str
+) -> Data[StatsOut]:
+    """Return CPU, memory, disk and uptime, read in the guest now."""
+    sandbox, figures = await service.stats(actor, check_text(reference, field="reference"))
+    shown = Stats(
+        cpu_percent=float(figures["cpuPercent"]),
+        memory_used_bytes=int(figures["memoryUsedBytes"]),
+        memory_total_bytes=int(figures["memoryTotalBytes"]),
+        disk_used_bytes=int(figures["diskUsedBytes"]),
+        disk_total_bytes=int(figures["diskTotalBytes"]),
+        uptime=float(figures["uptime"]),
+    )
+    return enveloped(request, StatsOut(sandbox_id=sandbox.id, stats=shown))
+
+
+def _check_offered(body: CreateSandbox) -> None:
+    """Refuse what would otherwise be left out in silence, and so be believed to be in force."""
+    if body.mounts:
+        raise InvalidArgumentError(
+            f"cannot mount {body.mounts[0].workspace_id[:80]!r}: the organization has no such "
+            "workspace",
+            field="mounts",
+        )
+    if body.snapshot is not None:
+        raise InvalidArgumentError(
+            f"cannot start from the snapshot {body.snapshot[:80]!r}: the organization has no "
+            "such snapshot",
+            field="snapshot",
+        )
+    network = body.network or {}
+    if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):
+        raise InvalidArgumentError(
+            "cannot restrict the network of one sandbox: this version offers the default alone "
+            "(internet allowed; host, other sandboxes and private ranges denied)",
+            field="network",
+        )

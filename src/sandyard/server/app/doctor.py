@@ -1,0 +1,242 @@
+"""Looks at the host and names each thing that is missing or in the way, with what mends it."""
+
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Literal
+
+from sandyard.server.app.settings import Settings
+from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
+from sandyard.server.core.contracts import TemplateStatus
+from sandyard.server.core.errors import SandyardError
+from sandyard.server.node.commands import run
+from sandyard.server.node.disks import available_memory_mib, free_mib
+from sandyard.server.node.firewall import forward_exceptions
+from sandyard.server.node.identity import Identity
+from sandyard.server.node.network import host_routes, host_ruleset
+
+_TOOLS = {
+    "ip": "iproute2",
+    "nft": "nftables",
+    "mke2fs": "e2fsprogs",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+    "prlimit": "util-linux",
+    "mmdebstrap": "mmdebstrap",
+    "zstd": "zstd",
+    "depmod": "kmod",
+}
+_DISK_WANTED_MIB = 6 * 1024
+_MEMORY_WANTED_MIB = 2 * 1024
+_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `mend` is what to do about it, empty where nothing is."""
+
+    level: Literal["ok", "note", "bad"]
+    what: str
+    mend: str = ""
+
+
+async def examine(settings: Settings) -> AsyncIterator[Finding]:
+    """Look at everything, in the order in which it would get in the way."""
+    if os.geteuid() != 0:
+        yield Finding("bad", "not running as root", "run it with sudo")
+        return
+    yield Finding("ok", "running as root")
+    yield _tun()
+    for tool, package in _TOOLS.items():
+        if shutil.which(tool) is None:
+            yield Finding("bad", f"{tool} is not installed", f"apt-get install -y {package}")
+    if all(shutil.which(tool) for tool in ("ip", "nft")):
+        yield await _namespaces()
+        yield await _nft()
+        async for finding in _network(settings):
+            yield finding
+    for finding in _room(settings):
+        yield finding
+    async for finding in _drivers(settings):
+        yield finding
+    for finding in _templates(settings):
+        yield finding
+
+
+def _tun() -> Finding:
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR))
+    except OSError as error:
+        return Finding(
+            "bad", f"/dev/net/tun cannot be opened: {error.strerror}",
+            "modprobe tun (in a container: give it the device)",
+        )  # fmt: skip
+    return Finding("ok", "/dev/net/tun can be opened")
+
+
+async def _namespaces() -> Finding:
+    name = f"sydoctor{os.getpid()}"
+    try:
+        await run(["ip", "netns", "add", name], limit_s=_LIMIT_S)
+        await run(["ip", "netns", "del", name], limit_s=_LIMIT_S)
+    except SandyardError as error:
+        return Finding(
+            "bad", f"network namespaces cannot be made: {error.message}",
+            "use a kernel with CONFIG_NET_NS, or a container with CAP_SYS_ADMIN",
+        )  # fmt: skip
+    return Finding("ok", "network namespaces can be made")
+
+
+async def _nft() -> Finding:
+    table = f"sydoctor{os.getpid()}"
+    rules = f"table inet {table} {{}}\ndelete table inet {table}\n"
+    try:
+        await run(["nft", "-f", "-"], limit_s=_LIMIT_S, stdin=rules.encode())
+    except SandyardError as error:
+        return Finding(
+            "bad", f"nftables rules cannot be loaded: {error.message}", "modprobe nf_tables"
+        )
+    return Finding("ok", "nftables rules can be loaded")
+
+
+async def _network(settings: Settings) -> AsyncIterator[Finding]:
+    try:
+        identity = await identity_of(settings)
+    except SandyardError as error:
+        yield Finding("bad", error.message, "set SANDYARD_NODE__SUBNET")
+        return
+    yield _subnet(identity, await host_routes())
+    yield _uids(identity)
+    ruleset = json.loads(await host_ruleset())
+    # Asked as if nothing of ours were there: what is found is what the server will have to pass.
+    if forward_exceptions(ruleset, prefix=identity.prefix, table=""):
+        yield Finding(
+            "note", "another tool (Docker?) drops forwarded traffic by default",
+            "nothing: the server adds exceptions for its own links when it starts",
+        )  # fmt: skip
+    if await _has_legacy_drop():
+        yield Finding(
+            "bad", "iptables-legacy drops forwarded traffic, so sandboxes reach nothing",
+            f"iptables-legacy -I FORWARD -i '{identity.prefix}+' -j ACCEPT && "
+            f"iptables-legacy -I FORWARD -o '{identity.prefix}+' -j ACCEPT",
+        )  # fmt: skip
+
+
+def _subnet(identity: Identity, routes: list[IPv4Network]) -> Finding:
+    ours = [route for route in routes if route.subnet_of(identity.subnet)]
+    others = [route for route in routes if route.overlaps(identity.subnet) and route not in ours]
+    others = [route for route in others if route.prefixlen > 0]
+    if others:
+        return Finding(
+            "bad", f"the subnet {identity.subnet} overlaps the host's route to {others[0]}",
+            "set SANDYARD_NODE__SUBNET to a free private /20",
+        )  # fmt: skip
+    return Finding("ok", f"the subnet {identity.subnet} is free")
+
+
+def _uids(identity: Identity) -> Finding:
+    ours = f"{identity.uids.start} to {identity.uids.stop - 1}"
+    for name in ("/etc/subuid", "/etc/subgid"):
+        path = Path(name)
+        for line in path.read_text().splitlines() if path.exists() else ():
+            fields = line.split(":")
+            if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
+                first, count = int(fields[1]), int(fields[2])
+                if first < identity.uids.stop and identity.uids.start < first + count:
+                    return Finding(
+                        "bad", f"{name} gives {fields[0]} accounts that machines run under",
+                        f"move that range away from {ours}",
+                    )  # fmt: skip
+    return Finding("ok", f"the accounts {ours} are free")
+
+
+async def _has_legacy_drop() -> bool:
+    if shutil.which("iptables-legacy") is None:
+        return False
+    try:
+        said = await run(["iptables-legacy", "-S", "FORWARD"], limit_s=_LIMIT_S)
+    except SandyardError:
+        return False
+    return "-P FORWARD DROP" in said
+
+
+def _room(settings: Settings) -> list[Finding]:
+    folder = settings.home
+    while not folder.exists():
+        folder = folder.parent
+    findings = []
+    disk, memory = free_mib(folder), available_memory_mib()
+    if disk < settings.node.disk_floor_mib:
+        findings.append(
+            Finding("bad", f"{disk} MiB of disk are free under {folder}", "free some space")
+        )
+    elif disk < _DISK_WANTED_MIB:
+        findings.append(
+            Finding(
+                "note", f"{disk} MiB of disk are free under {folder}: little", "free some space"
+            )
+        )
+    else:
+        findings.append(Finding("ok", f"{disk // 1024} GiB of disk are free under {folder}"))
+    level: Literal["ok", "note"] = "ok" if memory >= _MEMORY_WANTED_MIB else "note"
+    findings.append(Finding(level, f"{memory} MiB of memory are available"))
+    return findings
+
+
+async def _drivers(settings: Settings) -> AsyncIterator[Finding]:
+    images = images_of(settings)
+    image = next(
+        (found for fact in images.facts() if fact.digest and (found := images.find(fact.digest))),
+        None,
+    )
+    if shutil.which(settings.node.qemu_binary) is None:
+        yield Finding(
+            "bad", f"{settings.node.qemu_binary} is not installed",
+            "apt-get install -y qemu-system-x86",
+        )  # fmt: skip
+        return
+    if image is None:
+        yield Finding("note", "hypervisors are tried once a template is built")
+        return
+    judged = await choice_of(settings, drivers_of(settings)).judge(image)
+    for one in judged:
+        if one.verdict.is_usable:
+            yield Finding("ok", f"{one.driver.name} is used: {one.verdict.reason}")
+            if one.driver.name == "qemu-tcg":
+                yield Finding(
+                    "note", "machines are emulated: slower, and no isolation boundary by QEMU's "
+                    "own policy", "use a host with working KVM for untrusted code",
+                )  # fmt: skip
+        else:
+            yield Finding("note", f"{one.driver.name} is not used: {one.verdict.reason}")
+    if not any(one.verdict.is_usable for one in judged):
+        yield Finding("bad", "no hypervisor boots a machine here", "see the notes above")
+
+
+def _templates(settings: Settings) -> list[Finding]:
+    findings = []
+    for fact in images_of(settings).facts():
+        if fact.status is TemplateStatus.READY:
+            findings.append(Finding("ok", f"the template {fact.slug} is built ({fact.os})"))
+        else:
+            level: Literal["note", "bad"] = "bad" if fact.slug == "base-ubuntu" else "note"
+            findings.append(
+                Finding(
+                    level,
+                    f"the template {fact.slug} is not built",
+                    f"sandyard template build {fact.slug}",
+                )
+            )
+    return findings
+
+
+async def collect(settings: Settings) -> list[Finding]:
+    """Return all findings at once."""
+    return [finding async for finding in examine(settings)]
+
+
+__all__ = ["Finding", "collect", "examine"]

@@ -1,0 +1,61 @@
+"""What an installation has on disk beside its database: its key, its lock, its pid."""
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sandyard.server.core.errors import UnavailableError
+
+
+def secret_key(home: Path) -> bytes:
+    """Return the installation's key, making it the first time; whoever loses it loses secrets."""
+    path = home / "secret.key"
+    home.mkdir(parents=True, exist_ok=True, mode=0o755)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_bytes()
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(32))
+        file.flush()
+        os.fsync(file.fileno())
+    return path.read_bytes()
+
+
+@contextmanager
+def only_server(home: Path) -> Iterator[None]:
+    """Hold the home for one server, its pid in `server.pid`.
+
+    Raises:
+        UnavailableError: another one runs.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    pid = home / "server.pid"
+    with (home / "server.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UnavailableError(
+                f"cannot start: another server uses {home}; stop it with scripts/down, or choose "
+                "another SANDYARD_HOME"
+            ) from error
+        pid.write_text(f"{os.getpid()}\n")
+        try:
+            yield
+        finally:
+            pid.unlink(missing_ok=True)
+
+
+def running_server(home: Path) -> int | None:
+    """Return the pid of the server that holds a home, None if there is none."""
+    try:
+        with (home / "server.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int((home / "server.pid").read_text())
+    except FileNotFoundError:
+        pass
+    return None

@@ -1,0 +1,95 @@
+"""Prometheus metrics, and who may read them."""
+
+import hmac
+import ipaddress
+from collections import Counter as Tally
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from pydantic import SecretStr
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sandyard.server.core.contracts import MachineState, NodeControl
+from sandyard.server.core.errors import NotFoundError
+
+_FORWARDING = ("forwarded", "x-forwarded-for", "x-real-ip")
+_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+class Metrics:
+    """The metrics of one process."""
+
+    def __init__(self, *, version: str) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        self._requests = Counter(
+            "sandyard_http_requests_total",
+            "Requests that were answered.",
+            ("method", "route", "status"),
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "sandyard_http_request_seconds",
+            "How long requests took.",
+            ("method", "route"),
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        self._machines = Gauge(
+            "sandyard_machines",
+            "Machines on this node, by what the node knows of them.",
+            ("state",),
+            registry=self._registry,
+        )
+        info = Gauge("sandyard_info", "This version.", ("version",), registry=self._registry)
+        info.labels(version).set(1)
+
+    def observe(self, *, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        self._requests.labels(method, route, str(status)).inc()
+        self._seconds.labels(method, route).observe(seconds)
+
+    async def render(self, node: NodeControl) -> bytes:
+        """Return all metrics in Prometheus's text form."""
+        report = await node.report()
+        tally = Tally(fact.state for fact in report.machines)
+        for state in MachineState:
+            self._machines.labels(state.value).set(tally[state])
+        return generate_latest(self._registry)
+
+
+class MetricsRoute:
+    """Answers GET /metrics."""
+
+    def __init__(self, metrics: Metrics, node: NodeControl, token: SecretStr | None) -> None:
+        self._metrics = metrics
+        self._node = node
+        self._token = token
+
+    async def answer(self, request: Request) -> Response:
+        """Return the metrics to one who may read them, else say that nothing is here."""
+        if not self._may_read(request):
+            raise NotFoundError("cannot find /metrics: see /docs for the routes")
+        return Response(await self._metrics.render(self._node), media_type=CONTENT_TYPE_LATEST)
+
+    def _may_read(self, request: Request) -> bool:
+        if self._token is not None:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            return hmac.compare_digest(given.encode(), self._token.get_secret_value().encode())
+        # Behind a proxy every client seems to be on loopback, so one that forwards is refused.
+        if any(name in request.headers for name in _FORWARDING) or request.client is None:
+            return False
+        try:
+            return ipaddress.ip_address(request.client.host).is_loopback
+        except ValueError:
+            return False

@@ -1,0 +1,162 @@
+"""Runs an installation: the house with its HTTP server; and takes it down."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import uvicorn
+
+from sandyard.server.app.installation import only_server, running_server, secret_key
+from sandyard.server.app.settings import Settings
+from sandyard.server.app.wiring import House, identity_of, open_house
+from sandyard.server.core.errors import SandyardError, UnavailableError
+from sandyard.server.core.states import Event, Status, Wanted
+from sandyard.server.links.local import SystemClock
+from sandyard.server.links.sql import open_store
+from sandyard.server.node.identity import give_back_identity
+from sandyard.server.node.network import remove_host_rules
+from sandyard.server.node.residents import Residents
+from sandyard.server.service.bootstrap import is_valid_key, new_bootstrap_key
+
+log = logging.getLogger(__name__)
+
+_GRACE_S = 10
+_STOP_LIMIT_S = 60.0
+_EMPTY_LIMIT_S = 120.0
+_GONE = frozenset({Status.DESTROYED})
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until told to stop by SIGTERM or SIGINT; machines live on.
+
+    Raises:
+        UnavailableError: another server uses the home, or the port is taken.
+    """
+    # uvicorn takes these over while it serves and raises them again when it is done: without a
+    # handler of ours that would end the process before the house has closed.
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with only_server(settings.home):
+        listener = _listen(settings.http.host, settings.http.port)
+        with listener:
+            async with open_house(settings) as house:
+                if not stop.is_set():
+                    await _serve_http(house, listener)
+    log.info("stopped; machines live on")
+
+
+async def _serve_http(house: House, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        house.api,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+        timeout_keep_alive=75,
+        h11_max_incomplete_event_size=256 * 1024,
+    )
+    server = uvicorn.Server(config)
+    async with asyncio.TaskGroup() as tasks:
+        reconciling = tasks.create_task(house.reconciler.run())
+        host, port = listener.getsockname()[:2]
+        log.info("serving on http://%s:%s", host, port)
+        await server.serve(sockets=[listener])
+        reconciling.cancel()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, asyncio switches Nagle's algorithm off on what is accepted here;
+    # without it every small answer waits 40 ms for the client's acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UnavailableError(
+            f"cannot listen on {host}:{port}: {error.strerror}; set SANDYARD_HTTP__PORT to "
+            "another port"
+        ) from error
+    return listener
+
+
+async def ensure_key(settings: Settings, known: str | None) -> str:
+    """Return an API key that works: the known one if it does, else a new one."""
+    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+        if known and await is_valid_key(store, known):
+            return known
+        return await new_bootstrap_key(store, SystemClock())
+
+
+def stop_server(settings: Settings) -> int | None:
+    """Stop the server of a home and return the pid it had; None if there was none.
+
+    Raises:
+        UnavailableError: it does not stop.
+    """
+    pid = running_server(settings.home)
+    if pid is None:
+        return None
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + _STOP_LIMIT_S
+    while running_server(settings.home) is not None:
+        if time.monotonic() > until:
+            raise UnavailableError(f"cannot stop the server: process {pid} goes on; kill it")
+        time.sleep(0.05)
+    return pid
+
+
+def living_machines(settings: Settings) -> list[str]:
+    """Return the ids of the sandboxes whose machines are recorded on this host."""
+    folder = settings.home / "machines"
+    return sorted(record.sandbox_id for record in Residents(folder).all())
+
+
+async def remove_everything(settings: Settings) -> int:
+    """Delete every sandbox and all that the installation has on the host; return how many.
+
+    Images, database and keys stay. The server must be stopped.
+
+    Raises:
+        UnavailableError: a server runs, or something would not go.
+    """
+    removed = 0
+    with only_server(settings.home):
+        async with open_house(settings) as house, asyncio.TaskGroup() as tasks:
+            reconciling = tasks.create_task(house.reconciler.run())
+            async with asyncio.timeout(_EMPTY_LIMIT_S):
+                removed = await _delete_all(house)
+            reconciling.cancel()
+        if settings.node.driver != "fake":
+            identity = await identity_of(settings)
+            await remove_host_rules(identity)
+            give_back_identity(settings.home)
+    return removed
+
+
+async def _delete_all(house: House) -> int:
+    removed = 0
+    while True:
+        async with house.store.read() as tx:
+            left = await tx.sandboxes.on_node(house.node.node_id, frozenset(Status) - _GONE)
+        if not left:
+            return removed
+        for sandbox in left:
+            if sandbox.status is not Status.DESTROYING:
+                with contextlib.suppress(SandyardError):
+                    await house.lifecycle.apply(sandbox, Event.DELETE, wanted=Wanted.GONE)
+                    removed += 1
+        await asyncio.sleep(0.05)
+
+
+def pid_file(settings: Settings) -> Path:
+    """Return the file with the running server's pid."""
+    return settings.home / "server.pid"

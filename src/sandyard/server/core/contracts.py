@@ -1,0 +1,411 @@
+"""The seams of the house: what one room asks of another without knowing who answers.
+
+`app` alone decides what stands behind each. Every implementation passes the same examination under
+`tests/contract`.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Protocol
+
+from sandyard.server.core.records import (
+    Activity,
+    ApiKey,
+    Claim,
+    KeyHolder,
+    Organization,
+    Project,
+    Sandbox,
+    SandboxQuery,
+    UsagePeriod,
+    User,
+)
+from sandyard.server.core.shapes import Shape
+from sandyard.server.core.states import Status
+from sandyard.server.core.wire import Op
+
+
+class Clock(Protocol):
+    """Where time comes from; a test's clock can jump."""
+
+    def now(self) -> datetime:
+        """Return the wall clock's time, aware and in UTC."""
+        ...
+
+    def monotonic(self) -> float:
+        """Return seconds that never run backwards, for measuring waits."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Return after `seconds`."""
+        ...
+
+
+class Subscription(Protocol):
+    """Hints on one topic since the subscription was made."""
+
+    async def wait(self, limit_s: float) -> bool:
+        """Return True once a hint has come that was not waited for before, False at the limit."""
+        ...
+
+
+class Bus(Protocol):
+    """Carries hints that something is worth a look. Losing one costs a moment, never a sandbox."""
+
+    def hint(self, topic: str) -> None:
+        """Wake whoever subscribed to `topic`; never blocks."""
+        ...
+
+    def subscribe(self, topic: str) -> AbstractContextManager[Subscription]:
+        """Collect hints on `topic` until the block is left."""
+        ...
+
+
+# --- the node ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MachineWish:
+    """What a node should hold: one incarnation of a sandbox, and what it is to be made of."""
+
+    sandbox_id: str
+    incarnation: int
+    template: str
+    shape: Shape
+    hostname: str
+    env: Mapping[str, str] = field(repr=False)
+    authorized_keys: tuple[str, ...] = ()
+    root_password_hash: str | None = field(default=None, repr=False)
+
+
+class MachineState(StrEnum):
+    """What a node knows of a machine."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True)
+class MachineFact:
+    """What a node holds for one sandbox."""
+
+    sandbox_id: str
+    incarnation: int
+    state: MachineState
+    ip: str | None = None
+    driver: str | None = None
+    os: str | None = None
+    reason_code: str = ""
+    reason_message: str = ""
+
+
+class TemplateStatus(StrEnum):
+    """Whether a template can be used on a node."""
+
+    PENDING = "pending"
+    BUILDING = "building"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class TemplateFact:
+    """A template as a node has it; `error` tells of the last build, even if an old image serves."""
+
+    slug: str
+    name: str
+    description: str
+    kind: str
+    status: TemplateStatus
+    defaults: Shape
+    os: str | None = None
+    digest: str | None = None
+    size_bytes: int | None = None
+    created_at: datetime | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """All that a node holds now."""
+
+    node_id: str
+    machines: tuple[MachineFact, ...]
+    driver: str | None
+
+
+class NodeControl(Protocol):
+    """One host. Asks are wishes: each may be repeated, and each names the incarnation it means."""
+
+    @property
+    def node_id(self) -> str:
+        """The node's stable id."""
+        ...
+
+    async def ensure_running(self, wish: MachineWish) -> MachineFact:
+        """Return once the machine runs and its agent answers; at once if it already does.
+
+        On failure nothing of the machine is left.
+
+        Raises:
+            UnavailableError: not now (no driver, template not built, no room); try again.
+            NotFoundError: the node does not know the template.
+            ConflictError: the wish was withdrawn meanwhile, or a later incarnation is here.
+            InternalError: the machine could not be started; the message says why.
+        """
+        ...
+
+    async def check_room(self, shape: Shape) -> None:
+        """Return if one more machine of a shape has room now.
+
+        Raises:
+            NoCapacityError: it has not; the message says what is short.
+        """
+        ...
+
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
+        """Return once nothing of the sandbox is left, up to and including `incarnation`.
+
+        A start that is under way is broken off. A later incarnation is left alone.
+
+        Raises:
+            UnavailableError: something would not go away; try again.
+        """
+        ...
+
+    async def report(self) -> NodeReport:
+        """Return what the node holds, machines that died included until they are made gone."""
+        ...
+
+    async def templates(self) -> tuple[TemplateFact, ...]:
+        """Return every template the node knows, built or not."""
+        ...
+
+    async def readiness(self) -> tuple[str, ...]:
+        """Return what keeps the node from starting machines, a sentence each; empty if nothing."""
+        ...
+
+
+class ByteStream(Protocol):
+    """Bytes both ways, with back-pressure."""
+
+    async def read(self, limit: int) -> bytes:
+        """Return up to `limit` bytes, at least one, or none at the end of the stream.
+
+        Raises:
+            UnavailableError: the other side is gone without an end.
+        """
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Return once the other side has room for more.
+
+        Raises:
+            UnavailableError: the other side is gone.
+        """
+        ...
+
+    async def write_eof(self) -> None:
+        """Say that no more will be written; reading goes on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An operation that the agent accepted: what it answered, and the stream that follows."""
+
+    values: Mapping[str, object]
+    stream: ByteStream
+
+
+class NodeTunnel(Protocol):
+    """The way to the agents of a node's machines."""
+
+    def open(
+        self, sandbox_id: str, *, incarnation: int, op: Op, args: Mapping[str, object]
+    ) -> AbstractAsyncContextManager[Opened]:
+        """Ask the agent for one operation; leaving the block closes the connection.
+
+        Raises:
+            NotFoundError: the node holds no such machine.
+            ConflictError: the machine is dead, or dies before it answers.
+            InvalidArgumentError: the agent refused the arguments; the message is the agent's.
+            UnavailableError: the agent does not answer.
+        """
+        ...
+
+
+# --- the store --------------------------------------------------------------------------------
+
+
+class SandboxRows(Protocol):
+    """Sandboxes as stored. Every write names the version it read and fails if that has passed."""
+
+    async def insert(self, sandbox: Sandbox) -> None:
+        """Add a sandbox.
+
+        Raises:
+            AlreadyExistsError: the organization has a live sandbox of that name.
+        """
+        ...
+
+    async def find(self, sandbox_id: str) -> Sandbox | None:
+        """Return a sandbox of any status and any organization."""
+        ...
+
+    async def find_named(self, org_id: str, name: str) -> Sandbox | None:
+        """Return an organization's live sandbox of that name."""
+        ...
+
+    async def page(self, query: SandboxQuery) -> list[Sandbox]:
+        """Return one page, newest first, without `destroyed` and `orphaned` unless asked for."""
+        ...
+
+    async def replace(
+        self, sandbox: Sandbox, *, lease: str | None = None, retag: bool = False
+    ) -> Sandbox | None:
+        """Write a sandbox if its `version` is still the stored one, and return it as stored.
+
+        With `lease`, the lease must be held too, and stays held; without, whoever holds one loses
+        it. None if the row has moved on: nothing is written. Tags are written with `retag` only.
+
+        Raises:
+            AlreadyExistsError: the new name is taken.
+        """
+        ...
+
+    async def claim(
+        self, statuses: frozenset[Status], *, lease: str, now: datetime, until: datetime, limit: int
+    ) -> list[Claim]:
+        """Lease up to `limit` sandboxes of these statuses that nobody holds, the stalest first."""
+        ...
+
+    async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
+        """Move the end of a lease that is held; None gives it back. False if it is not held."""
+        ...
+
+    async def on_node(self, node_id: str, statuses: frozenset[Status]) -> list[Sandbox]:
+        """Return every sandbox of these statuses that was placed on a node."""
+        ...
+
+
+class AccountRows(Protocol):
+    """Organizations, users, projects and keys."""
+
+    async def add_organization(self, organization: Organization, project: Project) -> None:
+        """Add an organization with its default project."""
+        ...
+
+    async def add_member(self, user: User, *, org_id: str, role: str) -> None:
+        """Add a user to an organization."""
+        ...
+
+    async def add_key(self, key: ApiKey) -> None:
+        """Add an API key."""
+        ...
+
+    async def revoke_keys(self, org_id: str, *, name: str, at: datetime) -> None:
+        """Revoke every live key of that name."""
+        ...
+
+    async def find_key(self, digest: str) -> KeyHolder | None:
+        """Return the key of that digest, revoked and expired ones included."""
+        ...
+
+    async def touch_key(self, key_id: str, at: datetime) -> None:
+        """Note that a key was used."""
+        ...
+
+    async def first_organization(self) -> tuple[Organization, User] | None:
+        """Return the installation's first organization and its first user, if made."""
+        ...
+
+    async def find_project(self, org_id: str, project_id: str | None) -> Project | None:
+        """Return an organization's project, the default one for None."""
+        ...
+
+
+class ActivityRows(Protocol):
+    """The activity feed; rows are added and read, never changed."""
+
+    async def append(self, activity: Activity) -> None:
+        """Add one line."""
+        ...
+
+    async def touch(self, sandbox_id: str, *, at: datetime, kind: str) -> None:
+        """Note when and how a sandbox was last used; its version stays."""
+        ...
+
+    async def of_sandbox(self, sandbox_id: str) -> list[Activity]:
+        """Return a sandbox's lines, newest first, 500 at the most."""
+        ...
+
+
+class UsageRows(Protocol):
+    """Usage periods; at most one is open for a sandbox, which the database enforces."""
+
+    async def open(self, period: UsagePeriod) -> None:
+        """Open a period.
+
+        Raises:
+            InternalError: one is open already.
+        """
+        ...
+
+    async def close(self, sandbox_id: str, at: datetime) -> bool:
+        """Close the open period, if there is one; never before its own start."""
+        ...
+
+    async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
+        """Return a sandbox's periods, oldest first."""
+        ...
+
+
+class Transaction(Protocol):
+    """All rows, as of one moment; what is written becomes visible together or not at all."""
+
+    @property
+    def sandboxes(self) -> SandboxRows:
+        """Sandboxes."""
+        ...
+
+    @property
+    def accounts(self) -> AccountRows:
+        """Organizations, users, projects and keys."""
+        ...
+
+    @property
+    def activity(self) -> ActivityRows:
+        """The activity feed."""
+        ...
+
+    @property
+    def usage(self) -> UsageRows:
+        """Usage periods."""
+        ...
+
+
+class Store(Protocol):
+    """The truth. A transaction is short and never spans a call to anything else.
+
+    Every method raises UnavailableError when the database does not answer or stays locked.
+    """
+
+    def read(self) -> AbstractAsyncContextManager[Transaction]:
+        """Open a transaction that only reads."""
+        ...
+
+    def write(self) -> AbstractAsyncContextManager[Transaction]:
+        """Open a transaction that commits when the block is left, and rolls back on an error.
+
+        Two of them never interleave their reads and writes.
+        """
+        ...
+
+    async def ping(self) -> None:
+        """Return if the database answers."""
+        ...

@@ -1,0 +1,160 @@
+"""Every error that Sandyard means to raise, in one tree.
+
+SandyardError
+├── InvalidArgumentError        the request is wrong; mend it and ask again
+├── UnauthenticatedError        no credential
+│   ├── InvalidTokenError       the credential is unknown, revoked or malformed
+│   └── TokenExpiredError       the credential has run out
+├── PermissionDeniedError       a scope or role is missing
+├── NotFoundError               absent, or another organization's
+├── AlreadyExistsError          the name or thing is taken
+├── ConflictError               the present status does not allow it
+├── QuotaExceededError          credits do not suffice
+├── PayloadTooLargeError        a stated size limit is passed
+├── RateLimitedError            too many requests; wait
+├── UnsupportedError            this driver or host cannot do it
+├── UnavailableError            not now; try again
+│   ├── NoCapacityError         the host is full now
+│   └── DeadlineExceededError   a wait reached its limit
+└── InternalError               a bug or a broken invariant
+
+Each class has a code for machines and each error a sentence for people. Only the api room knows
+which HTTP status belongs to a code.
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Code(StrEnum):
+    """What went wrong, for programs; the values are those of the HTTP contract."""
+
+    BAD_REQUEST = "bad_request"
+    UNAUTHORIZED = "unauthorized"
+    INVALID_TOKEN = "invalid_token"
+    TOKEN_EXPIRED = "token_expired"
+    FORBIDDEN = "forbidden"
+    NOT_FOUND = "not_found"
+    CONFLICT = "conflict"
+    INVALID_STATE = "invalid_state"
+    INSUFFICIENT_CREDITS = "insufficient_credits"
+    PAYLOAD_TOO_LARGE = "payload_too_large"
+    RATE_LIMITED = "rate_limited"
+    UNSUPPORTED = "unsupported"
+    UNAVAILABLE = "unavailable"
+    NO_CAPACITY = "no_capacity"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    INTERNAL_ERROR = "internal_error"
+
+
+class SandyardError(Exception):
+    """Base of all intended errors; anything else that escapes a room is a bug.
+
+    `facts` are small values a program may want (the field, the status), never secrets.
+    """
+
+    code: ClassVar[Code]
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, **facts: str | int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.facts = facts
+
+
+class InvalidArgumentError(SandyardError):
+    """The request is wrong in a way that only the caller can mend."""
+
+    code = Code.BAD_REQUEST
+
+
+class UnauthenticatedError(SandyardError):
+    """No credential came with the request."""
+
+    code = Code.UNAUTHORIZED
+
+
+class InvalidTokenError(UnauthenticatedError):
+    """The credential is unknown, revoked or malformed."""
+
+    code = Code.INVALID_TOKEN
+
+
+class TokenExpiredError(UnauthenticatedError):
+    """The credential was good once."""
+
+    code = Code.TOKEN_EXPIRED
+
+
+class PermissionDeniedError(SandyardError):
+    """The actor is known and lacks a scope or a role."""
+
+    code = Code.FORBIDDEN
+
+
+class NotFoundError(SandyardError):
+    """The thing is absent or belongs to another organization; which of the two is not told."""
+
+    code = Code.NOT_FOUND
+
+
+class AlreadyExistsError(SandyardError):
+    """A name or thing that must be unique is taken."""
+
+    code = Code.CONFLICT
+
+
+class ConflictError(SandyardError):
+    """The present status does not allow the request, or the caller lost a race."""
+
+    code = Code.INVALID_STATE
+
+
+class QuotaExceededError(SandyardError):
+    """The organization cannot pay for what was asked."""
+
+    code = Code.INSUFFICIENT_CREDITS
+
+
+class PayloadTooLargeError(SandyardError):
+    """The request is larger than a stated limit."""
+
+    code = Code.PAYLOAD_TOO_LARGE
+
+
+class RateLimitedError(SandyardError):
+    """Too many requests came in too short a time."""
+
+    code = Code.RATE_LIMITED
+    retryable = True
+
+
+class UnsupportedError(SandyardError):
+    """This driver, template or host cannot do what was asked."""
+
+    code = Code.UNSUPPORTED
+
+
+class UnavailableError(SandyardError):
+    """The request is good and cannot be served now."""
+
+    code = Code.UNAVAILABLE
+    retryable = True
+
+
+class NoCapacityError(UnavailableError):
+    """The host has no room for one more now."""
+
+    code = Code.NO_CAPACITY
+
+
+class DeadlineExceededError(UnavailableError):
+    """A wait reached its limit; the work may or may not have been done."""
+
+    code = Code.DEADLINE_EXCEEDED
+
+
+class InternalError(SandyardError):
+    """A bug or a broken invariant; a person should look at the log."""
+
+    code = Code.INTERNAL_ERROR

@@ -1,0 +1,136 @@
+"""Identifiers and names: how they look, how they are made, what is refused."""
+
+import re
+import secrets
+import string
+import uuid
+from hashlib import sha256
+
+from sandyard.server.core.errors import InvalidArgumentError
+
+_ALPHABET = string.ascii_lowercase + string.digits
+_KEY_ALPHABET = string.ascii_letters + string.digits
+_SANDBOX_ID = re.compile(r"sandbox-[a-z0-9]{12}")
+_SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+
+NAME_MAX = 63
+TAGS_MAX = 32
+TAG_MAX = 64
+API_KEY_PREFIX_LENGTH = 12
+
+
+def new_sandbox_id() -> str:
+    """Return a fresh sandbox id: `sandbox-` and 12 lower-case letters or digits."""
+    return "sandbox-" + "".join(secrets.choice(_ALPHABET) for _ in range(12))
+
+
+def is_sandbox_id(text: str) -> bool:
+    """Tell whether `text` has the form of a sandbox id."""
+    return _SANDBOX_ID.fullmatch(text) is not None
+
+
+def new_uuid() -> str:
+    """Return a fresh random UUID in its usual text form."""
+    return str(uuid.uuid4())
+
+
+def is_uuid(text: str) -> bool:
+    """Tell whether `text` is a UUID in its usual text form."""
+    try:
+        return str(uuid.UUID(text)) == text.lower()
+    except ValueError:
+        return False
+
+
+def new_request_id() -> str:
+    """Return a fresh request id: `req_` and 20 letters or digits."""
+    return "req_" + "".join(secrets.choice(_ALPHABET) for _ in range(20))
+
+
+def new_api_key(*, is_test: bool = False) -> str:
+    """Return a fresh API key; it is shown once and only its digest is kept."""
+    kind = "test" if is_test else "live"
+    return f"rt_{kind}_" + "".join(secrets.choice(_KEY_ALPHABET) for _ in range(32))
+
+
+def new_secret() -> str:
+    """Return 256 fresh random bits as text that is safe in files and JSON."""
+    return secrets.token_hex(32)
+
+
+def digest_of_key(key: str) -> str:
+    """Return the digest under which an API key is stored and looked up.
+
+    A plain SHA-256 suffices: the key itself carries over 190 random bits, so there is nothing to
+    guess.
+    """
+    return sha256(key.encode()).hexdigest()
+
+
+def is_slug(text: str) -> bool:
+    """Tell whether `text` can be a template's slug."""
+    return _SLUG.fullmatch(text) is not None
+
+
+def check_text(text: str, *, field: str) -> str:
+    """Return `text`, refusing U+0000 and lone surrogates, which no store or guest can keep.
+
+    Raises:
+        InvalidArgumentError: such a character is in it; `facts` name the field.
+    """
+    if "\x00" in text:
+        raise InvalidArgumentError(
+            f"cannot take {field}: it has the character U+0000; remove it", field=field
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"cannot take {field}: it is not valid Unicode (a lone surrogate); remove it",
+            field=field,
+        ) from error
+    return text
+
+
+def check_name(name: str) -> str:
+    """Return a sandbox's name, refusing what could not be told from an id or cannot be printed.
+
+    Raises:
+        InvalidArgumentError: not 1 to 63 printable characters, or of an id's form.
+    """
+    check_text(name, field="name")
+    if not 1 <= len(name) <= NAME_MAX or not name.isprintable() or not name.strip():
+        raise InvalidArgumentError(
+            f"cannot use this name: it needs 1 to {NAME_MAX} printable characters", field="name"
+        )
+    if name.startswith("sandbox-") and is_sandbox_id(name):
+        raise InvalidArgumentError(
+            "cannot use this name: it has the form of a sandbox id; choose another", field="name"
+        )
+    return name
+
+
+def check_tags(tags: list[str]) -> tuple[str, ...]:
+    """Return tags without repeats, in the order given.
+
+    Raises:
+        InvalidArgumentError: more than 32 tags, or one that is not 1 to 64 characters.
+    """
+    if len(tags) > TAGS_MAX:
+        raise InvalidArgumentError(
+            f"cannot take {len(tags)} tags: at most {TAGS_MAX} are allowed", field="tags"
+        )
+    for tag in tags:
+        check_text(tag, field="tags")
+        if not 1 <= len(tag) <= TAG_MAX:
+            raise InvalidArgumentError(
+                f"cannot take a tag of {len(tag)} characters: 1 to {TAG_MAX} are allowed",
+                field="tags",
+            )
+    return tuple(dict.fromkeys(tags))
+
+
+def hostname_of(name: str | None, sandbox_id: str) -> str:
+    """Return the hostname of a sandbox: its name reduced to `[a-z0-9-]`, else its id."""
+    reduced = re.sub(r"[^a-z0-9]+", "-", (name or "").lower()).strip("-")[:NAME_MAX].strip("-")
+    return reduced or sandbox_id

@@ -1,0 +1,227 @@
+"""The protocol between the host and the agent inside a machine: bytes in, events out, no I/O.
+
+One connection carries one operation. The host sends one line of JSON (version, token, operation,
+arguments); the agent answers with one line (ok, or an error). What follows belongs to the
+operation: raw bytes (`dial`) or frames (`exec`, `read_file`, `write_file`):
+
+    channel  1 byte
+    length   4 bytes, big-endian, at most FRAME_MAX
+    payload  length bytes
+
+Both ends use this module, so there is one protocol in one language. Whoever reads treats the other
+side as hostile: every length has a bound, and what does not fit raises WireError, after which the
+connection is of no more use.
+"""
+
+import json
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Final
+
+VERSION: Final = 1
+AGENT_PORT: Final = 9111
+HEAD_MAX: Final = 1024 * 1024
+FRAME_MAX: Final = 256 * 1024
+_FRAME_HEADER: Final = 5
+
+
+class Op(StrEnum):
+    """What the host can ask of the agent."""
+
+    HELLO = "hello"
+    SETUP = "setup"
+    EXEC = "exec"
+    DIAL = "dial"
+    READ_FILE = "read_file"
+    WRITE_FILE = "write_file"
+    STATS = "stats"
+
+
+class Channel(IntEnum):
+    """What a frame carries."""
+
+    STDIN = 0  # host to guest; an empty payload ends it
+    STDOUT = 1
+    STDERR = 2
+    EXIT = 3  # JSON; how the operation ended, always the last frame
+
+
+class WireError(Exception):
+    """The other side broke the protocol; close the connection."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The first line of a connection, from host to agent."""
+
+    op: Op
+    token: str = field(repr=False)
+    args: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The first line from agent to host: values, or an error's code and message."""
+
+    values: dict[str, object]
+    error: str | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One piece of one channel."""
+
+    channel: Channel
+    payload: bytes
+
+
+def encode_request(request: Request) -> bytes:
+    """Return the bytes of a connection's first line.
+
+    Raises:
+        WireError: it would be longer than HEAD_MAX.
+    """
+    return _encode_line(
+        {"v": VERSION, "token": request.token, "op": request.op.value, "args": request.args}
+    )
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """Return the bytes of an answer's line.
+
+    Raises:
+        WireError: it would be longer than HEAD_MAX.
+    """
+    if answer.error is not None:
+        return _encode_line(
+            {"v": VERSION, "ok": False, "error": answer.error, "message": answer.message}
+        )
+    return _encode_line({"v": VERSION, "ok": True, "values": answer.values})
+
+
+def encode_frame(channel: Channel, payload: bytes) -> bytes:
+    """Return the bytes of one frame.
+
+    Raises:
+        WireError: the payload is longer than FRAME_MAX.
+    """
+    if len(payload) > FRAME_MAX:
+        raise WireError(f"a frame of {len(payload)} bytes is over the limit of {FRAME_MAX}")
+    return bytes((channel,)) + len(payload).to_bytes(4, "big") + payload
+
+
+class Decoder:
+    """Turns the bytes of one direction of a connection into a head, then frames or raw bytes.
+
+    Feed it what arrives; take what is complete. It never holds more than one head or frame and
+    what was fed since, so a reader that takes before it feeds again has bounded memory.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._searched = 0
+
+    def feed(self, data: bytes) -> None:
+        """Add bytes that arrived."""
+        self._buffer += data
+
+    def take_request(self) -> Request | None:
+        """Return the request line, or None if it is not complete yet.
+
+        Raises:
+            WireError: too long, not JSON, another version, or an operation nobody knows.
+        """
+        head = self._take_line()
+        if head is None:
+            return None
+        try:
+            op = Op(_text(head, "op"))
+        except ValueError as error:
+            raise WireError("the operation is unknown") from error
+        args = head.get("args")
+        if not isinstance(args, dict):
+            raise WireError("the arguments are not an object")
+        return Request(op=op, token=_text(head, "token"), args=args)
+
+    def take_answer(self) -> Answer | None:
+        """Return the answer line, or None if it is not complete yet.
+
+        Raises:
+            WireError: too long, not JSON, or another version.
+        """
+        head = self._take_line()
+        if head is None:
+            return None
+        if head.get("ok") is True:
+            values = head.get("values")
+            if not isinstance(values, dict):
+                raise WireError("the values are not an object")
+            return Answer(values=values)
+        return Answer(
+            values={}, error=_text(head, "error")[:100], message=_text(head, "message")[:1000]
+        )
+
+    def take_frame(self) -> Frame | None:
+        """Return the next frame, or None if it is not complete yet.
+
+        Raises:
+            WireError: a length over FRAME_MAX or a channel nobody knows.
+        """
+        if len(self._buffer) < _FRAME_HEADER:
+            return None
+        length = int.from_bytes(self._buffer[1:_FRAME_HEADER], "big")
+        if length > FRAME_MAX:
+            raise WireError(f"a frame of {length} bytes is over the limit of {FRAME_MAX}")
+        try:
+            channel = Channel(self._buffer[0])
+        except ValueError as error:
+            raise WireError("the channel is unknown") from error
+        end = _FRAME_HEADER + length
+        if len(self._buffer) < end:
+            return None
+        payload = bytes(self._buffer[_FRAME_HEADER:end])
+        del self._buffer[:end]
+        return Frame(channel, payload)
+
+    def take_raw(self) -> bytes:
+        """Return all bytes not taken yet; for operations whose head is followed by raw bytes."""
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        return data
+
+    def _take_line(self) -> dict[str, object] | None:
+        end = self._buffer.find(b"\n", self._searched)
+        if end < 0:
+            self._searched = len(self._buffer)
+            if len(self._buffer) > HEAD_MAX:
+                raise WireError("the first line is too long")
+            return None
+        if end > HEAD_MAX:
+            raise WireError("the first line is too long")
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        try:
+            head = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise WireError("the first line is not JSON") from error
+        if not isinstance(head, dict):
+            raise WireError("the first line is not an object")
+        if head.get("v") != VERSION:
+            raise WireError(f"the other side does not speak version {VERSION} of the protocol")
+        return head
+
+
+def _encode_line(head: dict[str, object]) -> bytes:
+    line = json.dumps(head, separators=(",", ":")).encode()
+    if len(line) > HEAD_MAX:
+        raise WireError(f"a first line of {len(line)} bytes is over the limit of {HEAD_MAX}")
+    return line + b"\n"
+
+
+def _text(head: dict[str, object], key: str) -> str:
+    value = head.get(key)
+    if not isinstance(value, str):
+        raise WireError(f"{key} is not text")
+    return value

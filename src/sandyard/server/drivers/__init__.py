@@ -1,0 +1,1 @@
+"""Hypervisors, one folder each, behind one contract; they do not know each other."""

@@ -1,0 +1,195 @@
+"""What a hypervisor must be able to do, and what it is given to do it.
+
+Configuration comes first, the machine second: a driver gets one complete frozen MachineSpec and
+never a half-built object to fill in. Every implementation passes `tests/contract/test_drivers.py`.
+"""
+
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+Handle = Mapping[str, str | int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a machine stands on its host: its namespace and tap, and the account it runs under.
+
+    `ip` is the address under which the node's host reaches the machine; the machine's own address
+    is the same in every place.
+    """
+
+    number: int
+    netns: str
+    tap: str
+    mac: str
+    ip: str
+    uid: int
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """Everything a machine is made of.
+
+    `base` is shared and only read; `disk` is the machine's own. `folder` is for the driver's
+    sockets; it is there already, belongs to the place's account and is short enough for a socket's
+    path.
+    """
+
+    name: str
+    vcpus: int
+    memory_mib: int
+    kernel: Path
+    initrd: Path
+    base: Path
+    disk: Path
+    folder: Path
+    place: Place
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved machine: device state, memory and the disk that belongs to them, from one moment."""
+
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a driver can do beyond starting and stopping."""
+
+    saves: bool
+    """Its machines are `SavingMachine`s and it is a `SavingDriver`."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a driver can be used on this host, and why not, in a sentence."""
+
+    is_usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class End:
+    """How a machine ended: a code for programs, a sentence for people."""
+
+    code: str
+    message: str
+
+
+class Machine(Protocol):
+    """A machine that was started: the process of a hypervisor with a guest in it."""
+
+    @property
+    def handle(self) -> Handle:
+        """What to store so that a later process can `recover` this machine."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """The process id of the hypervisor."""
+        ...
+
+    async def console(self) -> bytes:
+        """Return what the guest printed on its console since the last call; bounded."""
+        ...
+
+    async def stall(self) -> End | None:
+        """Return why the machine stands still although it lives, None if it does not.
+
+        A machine that stands still because the host's disk is full goes on by itself when there is
+        room again and this is called.
+        """
+        ...
+
+    async def wait(self) -> End:
+        """Return once the machine has ended, also if that was before the call."""
+        ...
+
+    async def stop(self) -> None:
+        """Return once nothing of the machine is left; at once if nothing is.
+
+        Raises:
+            UnavailableError: the process would not go away.
+        """
+        ...
+
+    async def detach(self) -> None:
+        """Let go of the machine, which lives on, to be found again by `recover`."""
+        ...
+
+
+class SavingMachine(Machine, Protocol):
+    """A machine whose whole state can be written down."""
+
+    async def pause(self) -> None:
+        """Hold the guest still; its memory stays where it is."""
+        ...
+
+    async def resume(self) -> None:
+        """Let a paused guest go on."""
+        ...
+
+    async def save(self, folder: Path) -> Saved:
+        """Write a paused machine's state to a folder, complete and synced when this returns."""
+        ...
+
+
+class Driver(Protocol):
+    """One hypervisor."""
+
+    @property
+    def name(self) -> str:
+        """The driver's name, as the API shows it."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do beyond starting and stopping."""
+        ...
+
+    async def version(self) -> str:
+        """Return the hypervisor's version.
+
+        Raises:
+            UnavailableError: it is not installed.
+        """
+        ...
+
+    async def probe(self, *, kernel: Path, initrd: Path, scratch: Path) -> Verdict:
+        """Find out whether a machine of this kernel really boots here; never raises for that.
+
+        `scratch` is an empty folder of the caller's for the probe's files.
+        """
+        ...
+
+    async def start(self, spec: MachineSpec, held: AsyncExitStack) -> Machine:
+        """Start a machine; push the release of every host resource on `held` as it is taken.
+
+        Raises:
+            InternalError: it could not be started; the message says why.
+            UnavailableError: the hypervisor is missing or cannot be used here.
+        """
+        ...
+
+    async def recover(self, handle: Handle, held: AsyncExitStack) -> Machine | None:
+        """Find the machine behind a stored handle, pushing on `held` what it still holds.
+
+        None if it has died; then `held` releases what the dead machine left.
+        """
+        ...
+
+
+class SavingDriver(Driver, Protocol):
+    """A hypervisor that can start a machine from a saved one."""
+
+    async def restore(self, spec: MachineSpec, saved: Saved, held: AsyncExitStack) -> SavingMachine:
+        """Start a machine where a saved one stood still. See `start`.
+
+        Raises:
+            ConflictError: the saved state does not fit this host, this version or this spec.
+        """
+        ...

@@ -1,0 +1,80 @@
+"""Sockets and taps opened inside a network namespace by a process that stays outside."""
+
+import asyncio
+import ctypes
+import fcntl
+import os
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from sandyard.server.core.errors import InternalError
+
+_T = TypeVar("_T")
+_CLONE_NEWNET = 0x40000000
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
+
+
+def path_of(netns: str) -> Path:
+    """Return the file that names a network namespace, as ip-netns(8) keeps it."""
+    return Path("/run/netns") / netns
+
+
+def in_namespace(netns: str, work: Callable[[], _T]) -> _T:
+    """Run `work` in a thread of its own inside a namespace and return what it returns.
+
+    A namespace belongs to a thread, so the caller's is never changed, and the thread ends with the
+    work: none that still stands in a namespace is ever used again.
+
+    Raises:
+        InternalError: the namespace is not there.
+    """
+    result: list[_T] = []
+    trouble: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            descriptor = os.open(path_of(netns), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "setns")
+            finally:
+                os.close(descriptor)
+            result.append(work())
+        except BaseException as error:  # noqa: BLE001 - handed to the caller below
+            trouble.append(error)
+
+    thread = threading.Thread(target=body, name=f"in-{netns}")
+    thread.start()
+    thread.join()
+    if trouble:
+        if isinstance(trouble[0], OSError):
+            raise InternalError(f"cannot work in the namespace {netns}: {trouble[0]}") from trouble[
+                0
+            ]
+        raise trouble[0]
+    return result[0]
+
+
+async def open_tap(netns: str, tap: str) -> int:
+    """Return a descriptor of a tap device that lies in a namespace.
+
+    Raises:
+        InternalError: it is not there, or another process has it.
+    """
+
+    def work() -> int:
+        descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+            fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", tap.encode(), flags))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    return await asyncio.to_thread(in_namespace, netns, work)

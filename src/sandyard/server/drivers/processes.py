@@ -1,0 +1,123 @@
+"""Hypervisor processes that no Python process owns: found again by pid, start time and boot.
+
+A pid alone may be another process's by now, so every process is verified and then held by a pidfd,
+which names this one process for ever (pidfd_open(2)) and tells of its end.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+from sandyard.server.core.errors import UnavailableError
+
+_KILL_LIMIT_S = 10.0
+
+
+def boot_id() -> str:
+    """Return the id of the host's present boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_time(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot; None if it is gone or a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The command's name stands in brackets and may hold anything; the rest is plain (proc(5)).
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+class DetachedProcess:
+    """A process held by a pidfd, until it is let go of; then every call does nothing."""
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self._pidfd: int | None = pidfd
+
+    @classmethod
+    def find(cls, pid: int, *, started: int, boot: str) -> "DetachedProcess | None":
+        """Return the process that had this pid and start time in that boot, if it still lives."""
+        if boot != boot_id():
+            return None
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return None
+        # Verified after it is held: between the two the pid can no longer change hands.
+        if start_time(pid) != started:
+            os.close(pidfd)
+            return None
+        return cls(pid, pidfd)
+
+    async def wait(self) -> None:
+        """Return once the process has ended."""
+        if self._pidfd is None:
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        # A descriptor of its own: this one may be let go of, or waited for elsewhere, meanwhile.
+        watched = os.dup(self._pidfd)
+        try:
+            loop.add_reader(watched, ended.set)
+            await ended.wait()
+        finally:
+            loop.remove_reader(watched)
+            os.close(watched)
+
+    async def kill(self) -> None:
+        """End the process with SIGKILL and return once it is gone.
+
+        Raises:
+            UnavailableError: it would not go.
+        """
+        if self._pidfd is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(_KILL_LIMIT_S):
+                await self.wait()
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"cannot end the process {self.pid}: it does not react to SIGKILL", pid=self.pid
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the process without ending it."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+
+def uids_at_work(uids: range) -> set[int]:
+    """Return those of a range of accounts under which a process runs."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                uid = entry.stat().st_uid
+                if uid in uids and start_time(int(entry.name)) is not None:
+                    found.add(uid)
+    return found
+
+
+async def kill_all_of(uid: int) -> None:
+    """End every process that runs under an account which only one machine can have.
+
+    Raises:
+        UnavailableError: one of them would not go.
+    """
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            pid = int(entry.name)
+            if entry.stat().st_uid == uid and (started := start_time(pid)) is not None:
+                process = DetachedProcess.find(pid, started=started, boot=boot_id())
+                if process is not None:
+                    with contextlib.closing(process):
+                        await process.kill()

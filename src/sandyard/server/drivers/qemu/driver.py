@@ -1,0 +1,295 @@
+"""The QEMU driver. See drivers.contract.Driver."""
+
+import asyncio
+import base64
+import contextlib
+import os
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
+from sandyard.server.drivers.contract import Capabilities, End, Handle, MachineSpec, Verdict
+from sandyard.server.drivers.namespaces import open_tap
+from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
+from sandyard.server.drivers.qemu import command
+from sandyard.server.drivers.qemu.monitor import Monitor
+from sandyard.server.drivers.qemu.tsc import measure_khz
+
+_START_LIMIT_S = 30.0
+_PROBE_LIMIT_S = 20.0
+_PROBE_PASSED = b"sandyard: probe passed"
+_SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
+_PANICKED = End("guest_panicked", "the guest's kernel panicked; see the sandbox's log")
+_DIED = End("machine_died", "the hypervisor's process ended unexpectedly")
+_DISK_FULL = End("host_disk_full", "the host's disk is full; the sandbox goes on once it has room")
+
+
+class QemuMachine:
+    """See drivers.contract.Machine."""
+
+    def __init__(self, process: DetachedProcess, monitor: Monitor, handle: Handle) -> None:
+        self._process = process
+        self._monitor = monitor
+        self._handle = handle
+        self._is_closed = False
+
+    @property
+    def handle(self) -> Handle:
+        """See drivers.contract.Machine.handle."""
+        return self._handle
+
+    @property
+    def pid(self) -> int:
+        """See drivers.contract.Machine.pid."""
+        return self._process.pid
+
+    async def console(self) -> bytes:
+        """See drivers.contract.Machine.console."""
+        arguments = {"device": command.CONSOLE, "size": command.CONSOLE_SIZE, "format": "base64"}
+        with contextlib.suppress(UnavailableError):
+            data = await self._monitor.call("ringbuf-read", arguments)
+            if isinstance(data, str):
+                return base64.b64decode(data)
+        return b""
+
+    async def stall(self) -> End | None:
+        """See drivers.contract.Machine.stall."""
+        with contextlib.suppress(UnavailableError):
+            if await self._monitor.status() == "io-error":
+                await self._monitor.call("cont")
+                if await self._monitor.status() == "io-error":
+                    return _DISK_FULL
+        return None
+
+    async def wait(self) -> End:
+        """See drivers.contract.Machine.wait."""
+        async with asyncio.TaskGroup() as tasks:
+            died = tasks.create_task(self._process.wait())
+            ended = tasks.create_task(self._guest_end())
+            await asyncio.wait([died, ended], return_when=asyncio.FIRST_COMPLETED)
+            end = _DIED if died.done() else ended.result()
+            died.cancel()
+            ended.cancel()
+        return end
+
+    async def stop(self) -> None:
+        """See drivers.contract.Machine.stop."""
+        if self._is_closed:
+            return
+        # Nothing in the machine is worth an orderly end: its disk is dropped or has a journal.
+        await self._process.kill()
+        self._is_closed = True
+        await self._monitor.close()
+        self._process.close()
+
+    async def detach(self) -> None:
+        """See drivers.contract.Machine.detach."""
+        await self._monitor.close()
+        self._process.close()
+        self._is_closed = True
+
+    async def _guest_end(self) -> End:
+        status = await self._first_status()
+        if status == "shutdown":
+            return _SHUTDOWN
+        if status == "guest-panicked":
+            return _PANICKED
+        return _PANICKED if await self._monitor.ending() == "GUEST_PANICKED" else _SHUTDOWN
+
+    async def _first_status(self) -> str:
+        # An event that came before this connection is lost; the run state is not.
+        with contextlib.suppress(UnavailableError):
+            return await self._monitor.status()
+        return ""
+
+
+class QemuDriver:
+    """See drivers.contract.Driver. `accel` is kvm or tcg."""
+
+    capabilities = Capabilities(saves=False)
+
+    def __init__(
+        self, *, accel: str, binary: str = "qemu-system-x86_64", tb_size_mib: int = 64
+    ) -> None:
+        self.name = f"qemu-{accel}"
+        self._accel = accel
+        self._binary = binary
+        self._tb_size_mib = tb_size_mib
+        self._tsc_khz: int | None = None
+
+    async def version(self) -> str:
+        """See drivers.contract.Driver.version."""
+        try:
+            said = await _output([self._binary, "--version"], limit_s=_START_LIMIT_S)
+        except OSError as error:
+            raise UnavailableError(
+                f"cannot find {self._binary}; install the package qemu-system-x86"
+            ) from error
+        words = said.decode(errors="replace").split()
+        return words[words.index("version") + 1] if "version" in words else "unknown"
+
+    async def probe(self, *, kernel: Path, initrd: Path, scratch: Path) -> Verdict:
+        """See drivers.contract.Driver.probe."""
+        try:
+            version = await self.version()
+            if self._accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+                return Verdict(False, "/dev/kvm is not there or not open to this user")
+            console = scratch / "console"
+            arguments = [
+                "-M", "microvm,acpi=on,rtc=on",
+                *command.accelerator(self._accel, tb_size_mib=self._tb_size_mib),
+                "-m", "256M", "-kernel", str(kernel), "-initrd", str(initrd),
+                "-append", command.kernel_command_line(
+                    tsc_khz=await self._rate(), extra="sandyard.probe"
+                ),
+                "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+                "-serial", f"file:{console}",
+            ]  # fmt: skip
+            said = await _output([self._binary, *arguments], limit_s=_PROBE_LIMIT_S)
+        except (OSError, SandyardError, TimeoutError) as error:
+            return Verdict(
+                False, f"a probe machine did not come up: {str(error) or 'no end in time'}"
+            )
+        if console.exists() and _PROBE_PASSED in console.read_bytes():
+            return Verdict(True, f"QEMU {version}: a probe machine booted")
+        last = said.decode(errors="replace").strip().splitlines()[:1]
+        return Verdict(False, f"a probe machine did not boot: {last[0] if last else 'no reason'}")
+
+    async def start(self, spec: MachineSpec, held: AsyncExitStack) -> QemuMachine:
+        """See drivers.contract.Driver.start."""
+        tap_fd = await open_tap(spec.place.netns, spec.place.tap)
+        try:
+            arguments = command.machine_arguments(
+                spec,
+                accel=self._accel,
+                tb_size_mib=self._tb_size_mib,
+                tsc_khz=await self._rate(),
+                tap_fd=tap_fd,
+            )
+            await _launch(command.confined(self._binary, arguments, spec), tap_fd, spec)
+        finally:
+            os.close(tap_fd)
+        process = await self._take_hold(spec, held)
+        monitor = await Monitor.connect(spec.folder / command.QMP_SOCKET)
+        started = start_time(process.pid)
+        if started is None:
+            raise InternalError(f"cannot start {spec.name}: QEMU ended at once")
+        handle: Handle = {
+            "pid": process.pid,
+            "started": started,
+            "boot": boot_id(),
+            "qmp": str(spec.folder / command.QMP_SOCKET),
+        }
+        return self._machine(process, monitor, handle, held)
+
+    async def recover(self, handle: Handle, held: AsyncExitStack) -> QemuMachine | None:
+        """See drivers.contract.Driver.recover."""
+        process = DetachedProcess.find(
+            int(handle["pid"]), started=int(handle["started"]), boot=str(handle["boot"])
+        )
+        if process is None:
+            return None
+        held.push_async_callback(process.kill)
+        try:
+            monitor = await Monitor.connect(Path(str(handle["qmp"])))
+        except UnavailableError:
+            # A machine that cannot be controlled is as good as dead, and must not be left over.
+            await process.kill()
+            return None
+        held.pop_all()
+        return self._machine(process, monitor, handle, held)
+
+    def _machine(
+        self, process: DetachedProcess, monitor: Monitor, handle: Handle, held: AsyncExitStack
+    ) -> QemuMachine:
+        machine = QemuMachine(process, monitor, handle)
+        held.push_async_callback(machine.stop)
+        return machine
+
+    async def _take_hold(self, spec: MachineSpec, held: AsyncExitStack) -> DetachedProcess:
+        pid = int((spec.folder / command.PID_FILE).read_text())
+        started = start_time(pid)
+        process = None
+        if started is not None:
+            process = DetachedProcess.find(pid, started=started, boot=boot_id())
+        if process is None:
+            raise InternalError(f"cannot start {spec.name}: QEMU ended at once")
+        held.push_async_callback(process.kill)
+        return process
+
+    async def _rate(self) -> int | None:
+        if self._accel == "kvm":
+            return None
+        if self._tsc_khz is None:
+            self._tsc_khz = await asyncio.to_thread(measure_khz)
+        return self._tsc_khz
+
+
+async def _launch(arguments: list[str], tap_fd: int, spec: MachineSpec) -> None:
+    """Start QEMU and return once its monitor listens.
+
+    QEMU's standard error is a pipe that is closed here when it is up: what a guest might make it
+    say later goes nowhere, rather than into a file without bounds.
+    """
+    reader, writer = os.pipe()
+    try:
+        try:
+            await _output(arguments, limit_s=_START_LIMIT_S, pass_fd=tap_fd, stderr=writer)
+        finally:
+            os.close(writer)
+        os.set_blocking(reader, False)
+        async with asyncio.timeout(_START_LIMIT_S):
+            await _until_up(reader, spec.folder)
+    except FileNotFoundError as error:
+        raise UnavailableError(
+            f"cannot start {spec.name}: {error}; see `sandyard doctor`"
+        ) from error
+    except (ChildProcessError, TimeoutError) as error:
+        reason = str(error) or "QEMU did not come up"
+        raise InternalError(f"cannot start {spec.name}: {reason}") from error
+    finally:
+        os.close(reader)
+
+
+async def _until_up(stderr: int, folder: Path) -> None:
+    said = b""
+    while not ((folder / command.PID_FILE).exists() and (folder / command.QMP_SOCKET).exists()):
+        try:
+            data = os.read(stderr, 4096)
+        except BlockingIOError:
+            await asyncio.sleep(0.003)
+            continue
+        if not data:
+            raise ChildProcessError(said.decode(errors="replace").strip() or "QEMU ended at once")
+        said = (said + data)[-1000:]
+
+
+async def _output(
+    arguments: list[str], *, limit_s: float, pass_fd: int | None = None, stderr: int | None = None
+) -> bytes:
+    """Run a command and return all it printed.
+
+    Raises:
+        ChildProcessError: it failed; the message is what it printed.
+        TimeoutError: it did not end in time and was killed.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE if stderr is None else stderr,
+        stderr=asyncio.subprocess.STDOUT if stderr is None else stderr,
+        pass_fds=() if pass_fd is None else (pass_fd,),
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(limit_s):
+            said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await asyncio.shield(process.wait())
+    said = said or b""
+    if process.returncode != 0:
+        raise ChildProcessError(said.decode(errors="replace").strip()[-1000:])
+    return said

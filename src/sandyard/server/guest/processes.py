@@ -1,0 +1,285 @@
+"""Processes that the agent starts: each in a cgroup of its own, so that all of it can be ended.
+
+The agent has one thread, which makes `fork` safe; the child does the little it must between fork
+and exec (cgroup, session, root, user, folder) and reports a failure through a pipe.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from sandyard.server.guest.system import Account, RefusedError, enter
+
+_CGROUPS = Path("/sys/fs/cgroup/sandyard")
+_NUMBERS = itertools.count()
+_LEFT_BEHIND: set[Path] = set()
+_DEFAULTED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD)
+TERM_GRACE_S = 2.0
+OOM_SCORE = "-900"
+NICENESS = -15
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to start: the first of `programs` that exists, with its arguments."""
+
+    programs: Sequence[Sequence[str]]
+    env: Mapping[str, str]
+    cwd: str
+    account: Account
+
+
+class Process:
+    """A started process with everything it starts in turn.
+
+    `stdin` is a descriptor to write to or None, `stdout` and `stderr` are descriptors to read
+    from, all non-blocking; whoever takes one closes it.
+    """
+
+    def __init__(
+        self, pid: int, pidfd: int, cgroup: Path, stdin: int | None, stdout: int, stderr: int
+    ) -> None:
+        self.pid = pid
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+        self._pidfd = pidfd
+        self._cgroup = cgroup
+
+    async def wait(self) -> int:
+        """Return the exit code once the process ends: negative for the signal that ended it."""
+        await _readable(self._pidfd)
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._pidfd)
+        return os.waitstatus_to_exitcode(status)
+
+    async def end(self) -> None:
+        """End everything that was started: TERM to each, after a grace KILL to what is left."""
+        for pid in self._members():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + TERM_GRACE_S
+        while self._is_populated() and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        (self._cgroup / "cgroup.kill").write_text("1")
+
+    def release(self) -> None:
+        """Give the cgroup back, now or when the last background job in it has ended."""
+        _LEFT_BEHIND.add(self._cgroup)
+        sweep()
+
+    def _members(self) -> list[int]:
+        with contextlib.suppress(OSError):
+            return [int(word) for word in (self._cgroup / "cgroup.procs").read_text().split()]
+        return []
+
+    def _is_populated(self) -> bool:
+        with contextlib.suppress(OSError):
+            return "populated 1" in (self._cgroup / "cgroup.events").read_text()
+        return False
+
+
+def sweep() -> None:
+    """Remove the cgroups of finished processes in which nothing lives any more."""
+    for cgroup in list(_LEFT_BEHIND):
+        try:
+            cgroup.rmdir()
+        except FileNotFoundError:
+            _LEFT_BEHIND.discard(cgroup)
+        except OSError:
+            continue
+        else:
+            _LEFT_BEHIND.discard(cgroup)
+
+
+def prepare() -> None:
+    """Make the folder of cgroups, and take over what an earlier agent left in it."""
+    _CGROUPS.mkdir(exist_ok=True)
+    _LEFT_BEHIND.update(path for path in _CGROUPS.iterdir() if path.is_dir())
+    sweep()
+
+
+async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
+    """Start a process in the user's root.
+
+    Raises:
+        RefusedError: it could not be started; the message says what was in the way.
+    """
+    cgroup = _CGROUPS / f"{os.getpid()}-{next(_NUMBERS)}"
+    with contextlib.ExitStack() as lent, contextlib.ExitStack() as kept:
+        cgroup.mkdir()
+        kept.callback(_LEFT_BEHIND.add, cgroup)
+        child_stdin, stdin = os.pipe() if wants_stdin else (_open_null(), None)
+        lent.callback(os.close, child_stdin)
+        stdout, child_stdout = os.pipe()
+        lent.callback(os.close, child_stdout)
+        stderr, child_stderr = os.pipe()
+        lent.callback(os.close, child_stderr)
+        for descriptor in (stdin, stdout, stderr):
+            if descriptor is not None:
+                kept.callback(os.close, descriptor)
+                os.set_blocking(descriptor, False)
+        streams = (child_stdin, child_stdout, child_stderr)
+        if spec.account.uid == 0:
+            pid = _spawn_as_root(spec, cgroup, root_fd, streams)
+        else:
+            pid = await _fork_as_user(spec, cgroup, root_fd, streams)
+        process = Process(pid, os.pidfd_open(pid), cgroup, stdin, stdout, stderr)
+        kept.pop_all()
+        return process
+
+
+def _spawn_as_root(spec: Spec, cgroup: Path, root_fd: int, streams: tuple[int, int, int]) -> int:
+    """Start a process by vfork, which under emulation takes a fraction of what fork takes.
+
+    A vforked child can be told little, so the agent itself goes where the child is to start: the
+    cgroup, the root, the folder, the ordinary priority. It has one thread and does not wait in
+    between, so nobody sees it there.
+    """
+    own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    actions = [(os.POSIX_SPAWN_DUP2, source, number) for number, source in enumerate(streams)]
+    with contextlib.ExitStack() as back:
+        back.callback(os.close, own_root)
+        (cgroup / "cgroup.procs").write_text("0")
+        back.callback((_CGROUPS.parent / "cgroup.procs").write_text, "0")
+        Path("/proc/self/oom_score_adj").write_text("0")
+        back.callback(Path("/proc/self/oom_score_adj").write_text, OOM_SCORE)
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+        back.callback(os.setpriority, os.PRIO_PROCESS, 0, NICENESS)
+        enter(root_fd)
+        back.callback(enter, own_root)
+        try:
+            os.chdir(spec.cwd)
+        except OSError as error:
+            raise RefusedError(_cannot("change to the folder", spec.cwd, error)) from error
+        for program in spec.programs:
+            try:
+                return os.posix_spawn(
+                    program[0],
+                    list(program),
+                    dict(spec.env),
+                    file_actions=actions,
+                    setsid=True,
+                    setsigdef=_DEFAULTED,
+                )
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise RefusedError(_cannot("start", program[0], error)) from error
+        raise RefusedError(f"cannot start {spec.programs[0][0]}: it is not in the sandbox")
+
+
+async def _fork_as_user(
+    spec: Spec, cgroup: Path, root_fd: int, streams: tuple[int, int, int]
+) -> int:
+    """Start a process by fork; what goes wrong before it is there comes through a pipe."""
+    trouble, child_trouble = os.pipe()
+    with contextlib.closing(os.fdopen(trouble, "rb", buffering=0)):
+        try:
+            pid = fork(lambda: _become(spec, cgroup, root_fd, streams, child_trouble))
+        finally:
+            os.close(child_trouble)
+        said = await _read_all(trouble)
+    if said:
+        os.waitpid(pid, 0)
+        raise RefusedError(said.decode(errors="replace"))
+    return pid
+
+
+def fork(child: Callable[[], None], *, keep: Sequence[int] | None = None) -> int:
+    """Run `child` in a forked process that ends with it, and return the process's id.
+
+    A child that does not exec names the descriptors it keeps; a copy of any other would hold open
+    a connection that the agent closes.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        if keep is not None:
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) > 2 and int(name) not in keep:
+                    with contextlib.suppress(OSError):
+                        os.close(int(name))
+        child()
+        os._exit(0)
+    except BaseException:  # noqa: BLE001 - nothing may unwind into the parent's stack
+        os._exit(71)
+
+
+def settle(account: Account, root_fd: int) -> None:
+    """Take a forked child out of the agent's privileges and into the user's root and account."""
+    Path("/proc/self/oom_score_adj").write_text("0")
+    os.setpriority(os.PRIO_PROCESS, 0, 0)
+    enter(root_fd)
+    if account.uid:
+        os.setgroups(list(account.groups))
+        os.setgid(account.gid)
+        os.setuid(account.uid)
+
+
+def _become(
+    spec: Spec, cgroup: Path, root_fd: int, streams: tuple[int, int, int], trouble: int
+) -> NoReturn:
+    what, which = "start", spec.programs[0][0]
+    try:
+        (cgroup / "cgroup.procs").write_text("0")
+        os.setsid()
+        for number, descriptor in enumerate(streams):
+            os.dup2(descriptor, number)
+        for one in _DEFAULTED:
+            signal.signal(one, signal.SIG_DFL)
+        settle(spec.account, root_fd)
+        what, which = "change to the folder", spec.cwd
+        os.chdir(spec.cwd)
+        what, which = "start", spec.programs[0][0]
+        for program in spec.programs:
+            with contextlib.suppress(FileNotFoundError):
+                os.execve(program[0], list(program), dict(spec.env))
+        raise FileNotFoundError(2, "it is not in the sandbox")
+    except OSError as error:
+        os.write(trouble, _cannot(what, which, error).encode(errors="replace")[:1000])
+    except BaseException as error:  # noqa: BLE001 - the parent must hear of it, whatever it is
+        os.write(trouble, f"cannot {what} {which}: {error!r}".encode(errors="replace")[:1000])
+    os._exit(127)
+
+
+def _cannot(what: str, which: str, error: OSError) -> str:
+    return f"cannot {what} {which}: {error.strerror}"
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(descriptor, _resolve, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)
+
+
+async def _read_all(descriptor: int) -> bytes:
+    os.set_blocking(descriptor, False)
+    said = b""
+    while True:
+        await _readable(descriptor)
+        data = os.read(descriptor, 4096)
+        if not data:
+            return said
+        said += data
+
+
+def _open_null() -> int:
+    return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

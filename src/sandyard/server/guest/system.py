@@ -1,0 +1,224 @@
+"""What the agent knows of the machine it lives in: the user's root, accounts, figures, identity.
+
+The agent runs inside the read-only base image, so that nothing a user does to the machine's own
+files can take away its interpreter. The user's world is reached through `root_fd`, a descriptor of
+the root of PID 1; `enter` moves a forked child over there.
+"""
+
+import contextlib
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+RUN = Path("/run/sandyard")
+_RNDADDENTROPY = 0x40085203  # linux/random.h
+_RNDRESEEDCRNG = 0x5207
+_PASSWD_MAX = 1024 * 1024
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class RefusedError(Exception):
+    """Something the machine would not do; the message is for the caller."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """One line of the user's /etc/passwd, with the groups it is in."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+    shell: str
+    groups: tuple[int, ...]
+
+
+def open_root() -> int:
+    """Return a descriptor of the user's root directory, wherever the agent itself is confined."""
+    return os.open("/proc/1/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def enter(root_fd: int) -> None:
+    """Make the user's root this process's root; for a forked child only."""
+    os.fchdir(root_fd)
+    os.chroot(".")
+    os.chdir("/")
+
+
+def find_account(root_fd: int, user: str) -> Account:
+    """Return the account of a name or number.
+
+    Raises:
+        RefusedError: there is no such account, or /etc/passwd cannot be read.
+    """
+    if user in ("root", "0"):
+        # Root must be reachable in a machine whose /etc/passwd is damaged.
+        return Account("root", 0, 0, "/root", "/bin/bash", (0,))
+    for line in _read_small(root_fd, "etc/passwd").splitlines():
+        fields = line.split(":")
+        if len(fields) == 7 and user in (fields[0], fields[2]):
+            with contextlib.suppress(ValueError):
+                name, uid, gid = fields[0], int(fields[2]), int(fields[3])
+                groups = (gid, *_groups_of(root_fd, name))
+                return Account(name, uid, gid, fields[5] or "/", fields[6] or "/bin/sh", groups)
+    raise RefusedError(f"cannot run as {user}: there is no such user in the sandbox")
+
+
+def stats(root_fd: int) -> dict[str, int | float]:
+    """Return memory and disk in bytes and the uptime in seconds, as they are now."""
+    memory = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        key, _, rest = line.partition(":")
+        memory[key] = int(rest.split()[0]) * 1024
+    disk = os.fstatvfs(root_fd)
+    return {
+        "memoryUsedBytes": memory["MemTotal"] - memory["MemAvailable"],
+        "memoryTotalBytes": memory["MemTotal"],
+        "diskUsedBytes": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+        "diskTotalBytes": disk.f_blocks * disk.f_frsize,
+        "uptime": float(Path("/proc/uptime").read_text().split()[0]),
+    }
+
+
+def cpu_ticks() -> tuple[int, int]:
+    """Return the clock ticks that all CPUs spent busy and in all since boot."""
+    fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    total = sum(fields)
+    idle = fields[3] + fields[4]
+    return total - idle, total
+
+
+def reseed(entropy: bytes) -> None:
+    """Mix the host's entropy into the kernel's generator and make it reseed at once.
+
+    Both calls are needed: the first only credits the pool (random(4)).
+    """
+    request = struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy
+    with Path("/dev/random").open("wb", buffering=0) as device:
+        fcntl.ioctl(device, _RNDADDENTROPY, request)
+        fcntl.ioctl(device, _RNDRESEEDCRNG)
+
+
+def set_clock(wall_ns: int) -> None:
+    """Set the wall clock to nanoseconds since the epoch."""
+    time.clock_settime_ns(time.CLOCK_REALTIME, wall_ns)
+
+
+def write_identity(
+    *, hostname: str, machine_id: str, authorized_keys: str, password_hash: str | None
+) -> None:
+    """Write who this machine is into the user's files; call it inside the user's root."""
+    Path("/etc/hostname").write_text(hostname + "\n")
+    Path("/etc/hosts").write_text(
+        f"127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost ip6-loopback\n"
+    )
+    Path("/etc/machine-id").write_text(machine_id + "\n")
+    if authorized_keys:
+        ssh = Path("/root/.ssh")
+        ssh.mkdir(mode=0o700, exist_ok=True)
+        _write_private(ssh / "authorized_keys", authorized_keys)
+    if password_hash is not None:
+        lines = Path("/etc/shadow").read_text().splitlines()
+        changed = [
+            ":".join(["root", password_hash, *line.split(":")[2:]])
+            if line.startswith("root:")
+            else line
+            for line in lines
+        ]
+        _write_private(Path("/etc/shadow"), "\n".join(changed) + "\n")
+
+
+def write_private(name: str, text: str) -> None:
+    """Write a file under /run/sandyard that only root may read, whole or not at all."""
+    _write_private(RUN / name, text)
+
+
+def profile_stamp(root_fd: int, account: Account) -> tuple[object, ...]:
+    """Return a value that changes when a file that makes up the login environment changes."""
+    home = account.home.lstrip("/")
+    names = ["etc/environment", "etc/profile", "etc/bash.bashrc", "etc/profile.d"]
+    names += [f"{home}/{name}" for name in (".bash_profile", ".bash_login", ".profile", ".bashrc")]
+    with contextlib.suppress(OSError):
+        folder = os.open("etc/profile.d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root_fd)
+        try:
+            names += [f"etc/profile.d/{name}" for name in sorted(os.listdir(folder))[:64]]
+        finally:
+            os.close(folder)
+    stamps: list[object] = []
+    for name in names:
+        try:
+            found = os.stat(name, dir_fd=root_fd)
+        except OSError:
+            stamps.append(None)
+        else:
+            stamps.append((found.st_mtime_ns, found.st_size, found.st_ino))
+    return tuple(stamps)
+
+
+def plain_environment(account: Account) -> dict[str, str]:
+    """Return the environment that a login starts from."""
+    return {
+        "HOME": account.home,
+        "USER": account.name,
+        "LOGNAME": account.name,
+        "SHELL": account.shell,
+        "PATH": DEFAULT_PATH,
+        "LANG": "C.UTF-8",
+    }
+
+
+def parse_environment(dump: bytes) -> dict[str, str]:
+    """Return what `env -0` printed as a mapping, without what belongs to that shell alone."""
+    result = {}
+    for item in dump.split(b"\0"):
+        name, separator, value = item.decode(errors="surrogateescape").partition("=")
+        if separator and name not in ("_", "SHLVL", "PWD", "OLDPWD"):
+            result[name] = value
+    return result
+
+
+def check_environment(env: object) -> Mapping[str, str]:
+    """Return `env` if it maps text to text.
+
+    Raises:
+        RefusedError: it does not.
+    """
+    if not isinstance(env, dict):
+        raise RefusedError("cannot use env: it must map names to text")
+    for name, value in env.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise RefusedError("cannot use env: it must map names to text")
+        if not name or "=" in name or "\0" in name or "\0" in value:
+            raise RefusedError("cannot use env: a name or value has a character it cannot have")
+    return env
+
+
+def _groups_of(root_fd: int, user: str) -> list[int]:
+    groups = []
+    with contextlib.suppress(RefusedError):
+        for line in _read_small(root_fd, "etc/group").splitlines():
+            fields = line.split(":")
+            if len(fields) == 4 and user in fields[3].split(",") and fields[2].isdigit():
+                groups.append(int(fields[2]))
+    return groups
+
+
+def _read_small(root_fd: int, name: str) -> str:
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=root_fd)
+    except OSError as error:
+        raise RefusedError(f"cannot read /{name} of the sandbox: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(_PASSWD_MAX).decode(errors="replace")
+
+
+def _write_private(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+    part.replace(path)

@@ -1,0 +1,1 @@
+"""The plugs: what stands behind the seams of core.contracts."""

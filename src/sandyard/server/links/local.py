@@ -1,0 +1,69 @@
+"""Plugs for one process: a clock that is the machine's, a bus that is a set of events."""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+
+class SystemClock:
+    """See core.contracts.Clock."""
+
+    def now(self) -> datetime:
+        """See core.contracts.Clock.now."""
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        """See core.contracts.Clock.monotonic."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        """See core.contracts.Clock.sleep."""
+        await asyncio.sleep(seconds)
+
+
+class LocalSubscription:
+    """See core.contracts.Subscription."""
+
+    def __init__(self) -> None:
+        self._hinted = asyncio.Event()
+
+    def wake(self) -> None:
+        """Note that a hint has come."""
+        self._hinted.set()
+
+    async def wait(self, limit_s: float) -> bool:
+        """See core.contracts.Subscription.wait."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._hinted.wait()
+        except TimeoutError:
+            return False
+        self._hinted.clear()
+        return True
+
+
+class LocalBus:
+    """See core.contracts.Bus."""
+
+    def __init__(self) -> None:
+        self._topics: defaultdict[str, set[LocalSubscription]] = defaultdict(set)
+
+    def hint(self, topic: str) -> None:
+        """See core.contracts.Bus.hint."""
+        for subscription in self._topics.get(topic, ()):
+            subscription.wake()
+
+    @contextmanager
+    def subscribe(self, topic: str) -> Iterator[LocalSubscription]:
+        """See core.contracts.Bus.subscribe."""
+        subscription = LocalSubscription()
+        self._topics[topic].add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._topics[topic].discard(subscription)
+            if not self._topics[topic]:
+                del self._topics[topic]

@@ -1,0 +1,32 @@
+"""Brings a database's schema up to date. Migrations only go forward."""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
+
+from sandyard.server.core.errors import InternalError
+
+
+def upgrade(connection: Connection) -> None:
+    """Run what is missing, inside the transaction of this connection.
+
+    Raises:
+        InternalError: a newer Sandyard has written this database.
+    """
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    scripts = ScriptDirectory.from_config(config)
+    present = MigrationContext.configure(connection).get_current_revision()
+    if present == scripts.get_current_head():
+        return
+    if present is not None and present not in {one.revision for one in scripts.walk_revisions()}:
+        raise InternalError(
+            f"cannot open the store: its schema is {present}, which this version does not know; "
+            "install the newer Sandyard that wrote it"
+        )
+    command.upgrade(config, "head")

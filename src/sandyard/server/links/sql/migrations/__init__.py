@@ -1,0 +1,1 @@
+"""Migrations: only forward, never edited once released."""

@@ -1,0 +1,419 @@
+"""Statements, and rows turned into records. See core.contracts for what each method promises."""
+
+from dataclasses import replace
+from datetime import datetime
+
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from sandyard.server.core.errors import AlreadyExistsError, InternalError
+from sandyard.server.core.records import (
+    Activity,
+    ApiKey,
+    Claim,
+    KeyHolder,
+    Organization,
+    Project,
+    Reason,
+    Sandbox,
+    SandboxQuery,
+    UsagePeriod,
+    User,
+)
+from sandyard.server.core.shapes import Shape
+from sandyard.server.core.states import HIDDEN, Status, Wanted
+from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.seal import Seal
+
+_SAME = (
+    "id", "org_id", "owner_user_id", "project_id", "name", "version", "incarnation", "template",
+    "idle_timeout_s", "root_password_hash", "auto_resume", "expires_at", "node_id", "driver", "ip",
+    "os", "created_at", "updated_at", "started_at", "paused_at", "last_activity_at",
+    "last_activity_kind",
+)  # fmt: skip
+_KEY = (
+    "id", "org_id", "owner_user_id", "name", "prefix", "digest", "created_at", "expires_at",
+    "revoked_at",
+)  # fmt: skip
+_HIDDEN = sorted(status.value for status in HIDDEN)
+_FEED_MAX = 500
+
+
+class SandboxTable:
+    """See core.contracts.SandboxRows."""
+
+    def __init__(self, connection: AsyncConnection, seal: Seal) -> None:
+        self._connection = connection
+        self._seal = seal
+
+    async def insert(self, sandbox: Sandbox) -> None:
+        """See core.contracts.SandboxRows.insert."""
+        try:
+            await self._connection.execute(insert(t.sandboxes).values(self._values(sandbox)))
+        except IntegrityError as error:
+            raise _name_is_taken(error, sandbox.name) from error
+        await self._write_tags(sandbox)
+
+    async def find(self, sandbox_id: str) -> Sandbox | None:
+        """See core.contracts.SandboxRows.find."""
+        found = await self._sandboxes(_selected().where(t.sandboxes.c.id == sandbox_id))
+        return found[0] if found else None
+
+    async def find_named(self, org_id: str, name: str) -> Sandbox | None:
+        """See core.contracts.SandboxRows.find_named."""
+        found = await self._sandboxes(
+            _selected().where(
+                t.sandboxes.c.org_id == org_id,
+                t.sandboxes.c.name == name,
+                t.sandboxes.c.status.not_in(_HIDDEN),
+            )
+        )
+        return found[0] if found else None
+
+    async def page(self, query: SandboxQuery) -> list[Sandbox]:
+        """See core.contracts.SandboxRows.page."""
+        c = t.sandboxes.c
+        wanted: list[ColumnElement[bool]] = [c.org_id == query.org_id]
+        if query.statuses:
+            wanted.append(c.status.in_([status.value for status in query.statuses]))
+        else:
+            wanted.append(c.status.not_in(_HIDDEN))
+        for column, value in (
+            (c.owner_user_id, query.owner_user_id),
+            (c.template, query.template),
+            (c.project_id, query.project_id),
+        ):
+            if value is not None:
+                wanted.append(column == value)
+        if query.exclude_template is not None:
+            wanted.append(c.template != query.exclude_template)
+        for tag in query.tags:
+            tags = t.sandbox_tags.c
+            wanted.append(exists().where(tags.sandbox_id == c.id, tags.tag == tag))
+        if query.after is not None:
+            created, last = query.after
+            wanted.append(or_(c.created_at < created, and_(c.created_at == created, c.id < last)))
+        return await self._sandboxes(
+            _selected().where(*wanted).order_by(c.created_at.desc(), c.id.desc()).limit(query.limit)
+        )
+
+    async def replace(
+        self, sandbox: Sandbox, *, lease: str | None = None, retag: bool = False
+    ) -> Sandbox | None:
+        """See core.contracts.SandboxRows.replace."""
+        c = t.sandboxes.c
+        values = self._values(sandbox) | {"version": sandbox.version + 1}
+        guard = [c.id == sandbox.id, c.version == sandbox.version]
+        if lease is None:
+            values |= {"lease_token": None, "lease_until": None}
+        else:
+            guard.append(c.lease_token == lease)
+        try:
+            done = await self._connection.execute(
+                update(t.sandboxes).where(*guard).values(values).returning(c.id)
+            )
+        except IntegrityError as error:
+            raise _name_is_taken(error, sandbox.name) from error
+        if done.first() is None:
+            return None
+        if retag:
+            await self._write_tags(sandbox)
+        return replace(sandbox, version=sandbox.version + 1)
+
+    async def claim(
+        self, statuses: frozenset[Status], *, lease: str, now: datetime, until: datetime, limit: int
+    ) -> list[Claim]:
+        """See core.contracts.SandboxRows.claim."""
+        c = t.sandboxes.c
+        free = (
+            select(c.id)
+            .where(
+                c.status.in_([status.value for status in statuses]),
+                or_(c.lease_until.is_(None), c.lease_until < now),
+            )
+            .order_by(c.updated_at)
+            .limit(limit)
+        )
+        taken = await self._connection.execute(
+            update(t.sandboxes)
+            .where(c.id.in_(free))
+            .values(lease_token=lease, lease_until=until)
+            .returning(c.id)
+        )
+        ids = [row.id for row in taken]
+        found = await self._sandboxes(_selected().where(c.id.in_(ids))) if ids else []
+        return [Claim(sandbox, lease) for sandbox in found]
+
+    async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
+        """See core.contracts.SandboxRows.extend."""
+        c = t.sandboxes.c
+        token = lease if until is not None else None
+        done = await self._connection.execute(
+            update(t.sandboxes)
+            .where(c.id == sandbox_id, c.lease_token == lease)
+            .values(lease_until=until, lease_token=token)
+            .returning(c.id)
+        )
+        return done.first() is not None
+
+    async def on_node(self, node_id: str, statuses: frozenset[Status]) -> list[Sandbox]:
+        """See core.contracts.SandboxRows.on_node."""
+        c = t.sandboxes.c
+        return await self._sandboxes(
+            _selected().where(
+                c.node_id == node_id, c.status.in_([status.value for status in statuses])
+            )
+        )
+
+    async def _sandboxes(self, statement: Select[tuple[object]]) -> list[Sandbox]:
+        return [self._sandbox(row) for row in await self._connection.execute(statement)]
+
+    async def _write_tags(self, sandbox: Sandbox) -> None:
+        await self._connection.execute(
+            delete(t.sandbox_tags).where(t.sandbox_tags.c.sandbox_id == sandbox.id)
+        )
+        if sandbox.tags:
+            await self._connection.execute(
+                insert(t.sandbox_tags),
+                [{"sandbox_id": sandbox.id, "tag": tag} for tag in sandbox.tags],
+            )
+
+    def _values(self, sandbox: Sandbox) -> dict[str, object]:
+        values: dict[str, object] = {name: getattr(sandbox, name) for name in _SAME}
+        reason = sandbox.reason
+        return values | {
+            "status": sandbox.status.value,
+            "wanted": sandbox.wanted.value,
+            "tags": list(sandbox.tags),
+            "vcpus": sandbox.shape.vcpus,
+            "memory_mib": sandbox.shape.memory_mib,
+            "disk_mib": sandbox.shape.disk_mib,
+            "env_sealed": self._seal.close(sandbox.env),
+            "ssh_keys": list(sandbox.ssh_keys),
+            "metadata": dict(sandbox.metadata),
+            "reason_code": reason.code if reason else None,
+            "reason_message": reason.message if reason else None,
+        }
+
+    def _sandbox(self, row: Row[tuple[object]]) -> Sandbox:
+        found = row._mapping
+        return Sandbox(
+            **{name: found[name] for name in _SAME},
+            status=Status(found["status"]),
+            wanted=Wanted(found["wanted"]),
+            shape=Shape(found["vcpus"], found["memory_mib"], found["disk_mib"]),
+            tags=tuple(found["tags"]),
+            env=self._seal.open(found["env_sealed"]),
+            ssh_keys=tuple(found["ssh_keys"]),
+            metadata=found["metadata"],
+            reason=Reason(found["reason_code"], found["reason_message"])
+            if found["reason_code"]
+            else None,
+            owner_display_name=found["owner_display_name"],
+            owner_email=found["owner_email"],
+        )
+
+
+class AccountTable:
+    """See core.contracts.AccountRows."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    async def add_organization(self, organization: Organization, project: Project) -> None:
+        """See core.contracts.AccountRows.add_organization."""
+        await self._connection.execute(insert(t.organizations).values(vars(organization)))
+        await self._connection.execute(insert(t.projects).values(vars(project)))
+
+    async def add_member(self, user: User, *, org_id: str, role: str) -> None:
+        """See core.contracts.AccountRows.add_member."""
+        await self._connection.execute(insert(t.users).values(vars(user)))
+        await self._connection.execute(
+            insert(t.memberships).values(org_id=org_id, user_id=user.id, role=role)
+        )
+
+    async def add_key(self, key: ApiKey) -> None:
+        """See core.contracts.AccountRows.add_key."""
+        values = vars(key) | {"scopes": list(key.scopes)}
+        await self._connection.execute(insert(t.api_keys).values(values))
+
+    async def revoke_keys(self, org_id: str, *, name: str, at: datetime) -> None:
+        """See core.contracts.AccountRows.revoke_keys."""
+        c = t.api_keys.c
+        await self._connection.execute(
+            update(t.api_keys)
+            .where(c.org_id == org_id, c.name == name, c.revoked_at.is_(None))
+            .values(revoked_at=at)
+        )
+
+    async def find_key(self, digest: str) -> KeyHolder | None:
+        """See core.contracts.AccountRows.find_key."""
+        c, m = t.api_keys.c, t.memberships.c
+        found = await self._connection.execute(
+            select(t.api_keys, m.role)
+            .join(t.memberships, and_(m.org_id == c.org_id, m.user_id == c.owner_user_id))
+            .where(c.digest == digest)
+        )
+        row = found.mappings().first()
+        if row is None:
+            return None
+        key = ApiKey(**{name: row[name] for name in _KEY}, scopes=tuple(row["scopes"]))
+        return KeyHolder(key=key, role=row["role"])
+
+    async def touch_key(self, key_id: str, at: datetime) -> None:
+        """See core.contracts.AccountRows.touch_key."""
+        await self._connection.execute(
+            update(t.api_keys).where(t.api_keys.c.id == key_id).values(last_used_at=at)
+        )
+
+    async def first_organization(self) -> tuple[Organization, User] | None:
+        """See core.contracts.AccountRows.first_organization."""
+        found = await self._connection.execute(
+            select(t.organizations).order_by(t.organizations.c.created_at).limit(1)
+        )
+        row = found.mappings().first()
+        if row is None:
+            return None
+        organization = Organization(**row)
+        members = await self._connection.execute(
+            select(t.users)
+            .join(t.memberships, t.memberships.c.user_id == t.users.c.id)
+            .where(t.memberships.c.org_id == organization.id)
+            .order_by(t.users.c.created_at)
+            .limit(1)
+        )
+        return organization, User(**members.mappings().one())
+
+    async def find_project(self, org_id: str, project_id: str | None) -> Project | None:
+        """See core.contracts.AccountRows.find_project."""
+        c = t.projects.c
+        which = c.is_default.is_(True) if project_id is None else c.id == project_id
+        found = await self._connection.execute(select(t.projects).where(c.org_id == org_id, which))
+        row = found.mappings().first()
+        return None if row is None else Project(**row)
+
+
+class ActivityTable:
+    """See core.contracts.ActivityRows."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    async def append(self, activity: Activity) -> None:
+        """See core.contracts.ActivityRows.append."""
+        values = vars(activity) | {"attributes": dict(activity.attributes)}
+        await self._connection.execute(insert(t.activity).values(values))
+
+    async def touch(self, sandbox_id: str, *, at: datetime, kind: str) -> None:
+        """See core.contracts.ActivityRows.touch."""
+        await self._connection.execute(
+            update(t.sandboxes)
+            .where(t.sandboxes.c.id == sandbox_id)
+            .values(last_activity_at=at, last_activity_kind=kind)
+        )
+
+    async def of_sandbox(self, sandbox_id: str) -> list[Activity]:
+        """See core.contracts.ActivityRows.of_sandbox."""
+        c = t.activity.c
+        found = await self._connection.execute(
+            select(t.activity)
+            .where(c.sandbox_id == sandbox_id)
+            .order_by(c.created_at.desc(), c.id.desc())
+            .limit(_FEED_MAX)
+        )
+        return [Activity(**row) for row in found.mappings()]
+
+
+class UsageTable:
+    """See core.contracts.UsageRows."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    async def open(self, period: UsagePeriod) -> None:
+        """See core.contracts.UsageRows.open."""
+        try:
+            await self._connection.execute(
+                insert(t.usage_periods).values(
+                    sandbox_id=period.sandbox_id,
+                    org_id=period.org_id,
+                    incarnation=period.incarnation,
+                    vcpus=period.shape.vcpus,
+                    memory_mib=period.shape.memory_mib,
+                    disk_mib=period.shape.disk_mib,
+                    started_at=period.started_at,
+                    ended_at=period.ended_at,
+                )
+            )
+        except IntegrityError as error:
+            raise InternalError(
+                f"cannot open a usage period: {period.sandbox_id} has one open"
+            ) from error
+
+    async def close(self, sandbox_id: str, at: datetime) -> bool:
+        """See core.contracts.UsageRows.close."""
+        c = t.usage_periods.c
+        # A clock that was set back must not make a period end before it began.
+        latest = func.max if self._connection.dialect.name == "sqlite" else func.greatest
+        done = await self._connection.execute(
+            update(t.usage_periods)
+            .where(c.sandbox_id == sandbox_id, c.ended_at.is_(None))
+            .values(ended_at=latest(c.started_at, _moment(at)))
+            .returning(c.id)
+        )
+        return done.first() is not None
+
+    async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
+        """See core.contracts.UsageRows.of_sandbox."""
+        c = t.usage_periods.c
+        found = await self._connection.execute(
+            select(t.usage_periods).where(c.sandbox_id == sandbox_id).order_by(c.id)
+        )
+        return [
+            UsagePeriod(
+                sandbox_id=row.sandbox_id,
+                org_id=row.org_id,
+                incarnation=row.incarnation,
+                shape=Shape(row.vcpus, row.memory_mib, row.disk_mib),
+                started_at=row.started_at,
+                ended_at=row.ended_at,
+            )
+            for row in found
+        ]
+
+
+def _moment(at: datetime) -> ColumnElement[datetime]:
+    return bindparam("ended", at, type_=t.Moment)
+
+
+def _selected() -> Select[tuple[object]]:
+    return select(
+        t.sandboxes,
+        t.users.c.display_name.label("owner_display_name"),
+        t.users.c.email.label("owner_email"),
+    ).join(t.users, t.users.c.id == t.sandboxes.c.owner_user_id)
+
+
+def _name_is_taken(error: IntegrityError, name: str | None) -> AlreadyExistsError | InternalError:
+    text = str(error.orig)
+    if "uq_sandboxes_live_name" in text or "sandboxes.org_id, sandboxes.name" in text:
+        return AlreadyExistsError(
+            f"cannot use the name {name!r}: another sandbox of the organization has it; "
+            "choose another or delete that one",
+            field="name",
+        )
+    return InternalError(f"the database refused a row: {text}")

@@ -1,0 +1,210 @@
+"""The tables. Migrations make them; a test compares the two."""
+
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.types import TypeDecorator
+
+from sandyard.server.core.states import HIDDEN, Status
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Moment(TypeDecorator[datetime]):
+    """A time as microseconds since the epoch: exact, and ordered alike on both databases."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """Return what the database keeps."""
+        return None if value is None else (value - _EPOCH) // timedelta(microseconds=1)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
+        """Return what the database kept, in UTC."""
+        return None if value is None else _EPOCH + timedelta(microseconds=value)
+
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+STATUSES = ", ".join(f"'{status.value}'" for status in Status)
+LIVE = "status NOT IN ({})".format(", ".join(f"'{status.value}'" for status in sorted(HIDDEN)))
+
+organizations = Table(
+    "organizations",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("slug", Text, nullable=False, unique=True),
+    Column("created_at", Moment, nullable=False),
+)
+
+users = Table(
+    "users",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("email", Text, nullable=False, unique=True),
+    Column("display_name", Text, nullable=False),
+    Column("created_at", Moment, nullable=False),
+)
+
+memberships = Table(
+    "memberships",
+    metadata,
+    Column("org_id", ForeignKey("organizations.id"), primary_key=True),
+    Column("user_id", ForeignKey("users.id"), primary_key=True),
+    Column("role", String(16), nullable=False),
+    CheckConstraint("role IN ('admin', 'member')", name="role"),
+)
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False, index=True),
+    Column("name", Text, nullable=False),
+    Column("slug", Text, nullable=False),
+    Column("is_default", Boolean, nullable=False),
+    Column("created_at", Moment, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False, index=True),
+    Column("owner_user_id", ForeignKey("users.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("prefix", Text, nullable=False),
+    Column("digest", String(64), nullable=False, unique=True),
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("expires_at", Moment),
+    Column("revoked_at", Moment),
+    Column("last_used_at", Moment),
+)
+
+sandboxes = Table(
+    "sandboxes",
+    metadata,
+    Column("id", String(20), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("owner_user_id", ForeignKey("users.id"), nullable=False),
+    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("name", Text),
+    Column("status", String(20), nullable=False),
+    Column("wanted", String(10), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("incarnation", Integer, nullable=False),
+    Column("template", Text, nullable=False),
+    Column("tags", JSON, nullable=False),
+    Column("vcpus", Integer, nullable=False),
+    Column("memory_mib", Integer, nullable=False),
+    Column("disk_mib", Integer, nullable=False),
+    Column("idle_timeout_s", Integer, nullable=False),
+    Column("env_sealed", Text, nullable=False),
+    Column("ssh_keys", JSON, nullable=False),
+    Column("root_password_hash", Text),
+    Column("metadata", JSON, nullable=False),
+    Column("auto_resume", Boolean, nullable=False),
+    Column("expires_at", Moment),
+    Column("node_id", Text),
+    Column("driver", Text),
+    Column("ip", Text),
+    Column("os", Text),
+    Column("reason_code", Text),
+    Column("reason_message", Text),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+    Column("started_at", Moment),
+    Column("paused_at", Moment),
+    Column("last_activity_at", Moment),
+    Column("last_activity_kind", Text),
+    Column("lease_token", Text),
+    Column("lease_until", Moment),
+    CheckConstraint(f"status IN ({STATUSES})", name="status"),
+    Index("ix_sandboxes_org_created", "org_id", "created_at", "id"),
+    Index("ix_sandboxes_status", "status", "updated_at"),
+    Index(
+        "uq_sandboxes_live_name",
+        "org_id",
+        "name",
+        unique=True,
+        sqlite_where=text(f"name IS NOT NULL AND {LIVE}"),
+        postgresql_where=text(f"name IS NOT NULL AND {LIVE}"),
+    ),
+)
+
+# The tags again, a row each, for lists that ask for some; sandboxes.tags is what is shown.
+sandbox_tags = Table(
+    "sandbox_tags",
+    metadata,
+    Column("sandbox_id", ForeignKey("sandboxes.id", ondelete="CASCADE"), primary_key=True),
+    Column("tag", Text, primary_key=True),
+)
+
+activity = Table(
+    "activity",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("actor_user_id", String(36)),
+    Column("actor_type", String(16), nullable=False),
+    Column("event_type", Text, nullable=False),
+    Column("resource_type", Text, nullable=False),
+    Column("resource_id", Text, nullable=False),
+    Column("severity", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("title", Text, nullable=False),
+    Column("summary", Text, nullable=False),
+    Column("attributes", JSON, nullable=False),
+    Column("sandbox_id", Text),
+    Column("created_at", Moment, nullable=False),
+    Index("ix_activity_org_created", "org_id", "created_at", "id"),
+    Index("ix_activity_sandbox", "sandbox_id", "created_at"),
+)
+
+usage_periods = Table(
+    "usage_periods",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("sandbox_id", ForeignKey("sandboxes.id"), nullable=False, index=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("incarnation", Integer, nullable=False),
+    Column("vcpus", Integer, nullable=False),
+    Column("memory_mib", Integer, nullable=False),
+    Column("disk_mib", Integer, nullable=False),
+    Column("started_at", Moment, nullable=False),
+    Column("ended_at", Moment),
+    CheckConstraint("ended_at IS NULL OR ended_at >= started_at", name="order"),
+    Index(
+        "uq_usage_periods_open",
+        "sandbox_id",
+        unique=True,
+        sqlite_where=text("ended_at IS NULL"),
+        postgresql_where=text("ended_at IS NULL"),
+    ),
+)

@@ -1,0 +1,160 @@
+"""Template definitions: what a template is made of, as written in `templates/*.toml`."""
+
+import tomllib
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import is_slug
+from sandyard.server.core.shapes import Shape, shape_of
+
+_FAMILIES = ("debian", "ubuntu")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A distribution that a template can be built from."""
+
+    family: str
+    suite: str
+    os: str
+    components: tuple[str, ...]
+    kernel: str
+    packages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NodeRuntime:
+    """Node.js with npm, taken from a Python package that carries the official build."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A template as its file describes it. `digest` changes when anything in the file does."""
+
+    slug: str
+    name: str
+    description: str
+    kind: str
+    defaults: Shape
+    sources: tuple[Source, ...]
+    packages: tuple[str, ...]
+    node: NodeRuntime | None
+    steps: tuple[str, ...]
+    warmup: tuple[str, ...]
+    digest: str
+
+
+def load_definitions(folder: Path) -> dict[str, Definition]:
+    """Return every definition in a folder by slug.
+
+    Raises:
+        InvalidArgumentError: a file that cannot be understood; the message names it.
+    """
+    definitions = (load_definition(path) for path in sorted(folder.glob("*.toml")))
+    return {definition.slug: definition for definition in definitions}
+
+
+def load_definition(path: Path) -> Definition:
+    """Return the definition in one file.
+
+    Raises:
+        InvalidArgumentError: not TOML, or a key is missing, unknown or of the wrong type.
+    """
+    data = path.read_bytes()
+    try:
+        return _parse(tomllib.loads(data.decode()), sha256(data).hexdigest())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidArgumentError(f"cannot read the template {path}: {error!r}") from error
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"cannot read the template {path}: {error.message}") from error
+
+
+def _parse(data: dict[str, object], digest: str) -> Definition:
+    known = {"slug", "name", "description", "kind", "defaults", "sources", "packages", "runtimes"}
+    known |= {"steps", "warmup"}
+    if unknown := set(data) - known:
+        raise ValueError(f"unknown keys: {', '.join(sorted(unknown))}")
+    slug, kind = _text(data, "slug"), _text(data, "kind")
+    if not is_slug(slug):
+        raise ValueError(f"{slug!r} is not a slug of lower-case letters, digits and dashes")
+    if kind not in ("headless", "desktop"):
+        raise ValueError("kind is headless or desktop")
+    sources = tuple(_source(_table(entry)) for entry in _list(data, "sources"))
+    if not sources:
+        raise ValueError("at least one source is needed")
+    defaults = _table(data["defaults"])
+    runtimes = _table(data.get("runtimes", {}))
+    node = _table(runtimes["node"]) if "node" in runtimes else None
+    return Definition(
+        slug=slug,
+        name=_text(data, "name"),
+        description=_text(data, "description"),
+        kind=kind,
+        defaults=shape_of(
+            Shape(_number(defaults, "vcpus"), 0, 0),
+            memory=_text(defaults, "memory"),
+            disk=_text(defaults, "disk"),
+        ),
+        sources=sources,
+        packages=_texts(data, "packages"),
+        node=NodeRuntime(_text(node, "package"), _text(node, "version"), _text(node, "sha256"))
+        if node
+        else None,
+        steps=_texts(data, "steps") if "steps" in data else (),
+        warmup=_texts(data, "warmup") if "warmup" in data else (),
+        digest=digest,
+    )
+
+
+def _source(data: dict[str, object]) -> Source:
+    family = _text(data, "family")
+    if family not in _FAMILIES:
+        raise ValueError(f"family is one of {', '.join(_FAMILIES)}")
+    return Source(
+        family=family,
+        suite=_text(data, "suite"),
+        os=_text(data, "os"),
+        components=_texts(data, "components"),
+        kernel=_text(data, "kernel"),
+        packages=_texts(data, "packages") if "packages" in data else (),
+    )
+
+
+def _table(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is not a table")
+    return value
+
+
+def _list(data: dict[str, object], key: str) -> list[object]:
+    value = data[key]
+    if not isinstance(value, list):
+        raise TypeError(f"{key} is not a list")
+    return value
+
+
+def _text(data: dict[str, object], key: str) -> str:
+    value = data[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{key} is not text")
+    return value
+
+
+def _number(data: dict[str, object], key: str) -> int:
+    value = data[key]
+    if not isinstance(value, int):
+        raise TypeError(f"{key} is not a whole number")
+    return value
+
+
+def _texts(data: dict[str, object], key: str) -> tuple[str, ...]:
+    values = _list(data, key)
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{key} is not a list of texts")
+    return tuple(str(value) for value in values)

@@ -1,0 +1,138 @@
+"""The rules: what a sandbox may reach. Written as nftables, loaded whole or not at all.
+
+A sandbox reaches the internet and the node's DNS, and nothing else: no other sandbox, not the
+host, no private or link-local address. The slot's own table enforces that where the packets come
+out of the machine; the host's table says it again where slots meet, for it must hold even if a
+slot's rules were wrong.
+"""
+
+import ipaddress
+from collections.abc import Sequence
+
+_ANY_SLOT = "syd-"  # what the links of every installation on the host begin with
+GUEST_IP = "172.16.0.2"
+GATEWAY_IP = "172.16.0.1"
+_PRIVATE = (
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+    "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
+)  # fmt: skip
+
+
+def slot_rules(
+    *, uplink: str, tap: str, outer: ipaddress.IPv4Address, agent_port: int, allow: Sequence[str]
+) -> str:
+    """Return the rules inside one slot.
+
+    `outer` is the slot's address on the host's side: what the host sends there goes to the guest,
+    but for the agent's port, to which no address leads.
+    """
+    return f"""
+table inet sandyard {{
+  chain input {{
+    type filter hook input priority filter; policy drop;
+    ct state established,related accept
+    iifname "{tap}" ip saddr != {GUEST_IP} drop
+    iifname "{tap}" ip daddr {GATEWAY_IP} meta l4proto {{ tcp, udp }} th dport 53 accept
+    iifname "{tap}" ip daddr {GATEWAY_IP} icmp type echo-request accept
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy drop;
+    iifname "{tap}" ip saddr != {GUEST_IP} drop
+    ct state established,related accept
+    {_accept(allow, f'iifname "{tap}" oifname "{uplink}"')}
+    iifname "{tap}" ip daddr {{ {", ".join(_PRIVATE)} }} reject with icmp type admin-prohibited
+    iifname "{tap}" oifname "{uplink}" ct state new accept
+    iifname "{uplink}" ct status dnat accept
+  }}
+  chain prerouting {{
+    type nat hook prerouting priority dstnat; policy accept;
+    iifname "{uplink}" ip daddr {outer} tcp dport != {agent_port} dnat ip to {GUEST_IP}
+    iifname "{uplink}" ip daddr {outer} meta l4proto udp dnat ip to {GUEST_IP}
+  }}
+  chain postrouting {{
+    type nat hook postrouting priority srcnat; policy accept;
+    oifname "{uplink}" masquerade
+  }}
+}}
+"""
+
+
+def host_rules(
+    *, table: str, prefix: str, subnet: ipaddress.IPv4Network, allow: Sequence[str]
+) -> str:
+    """Return the rules on the host's side of all slots, replacing what stood in the table."""
+    return f"""
+table inet {table} {{}}
+delete table inet {table}
+table inet {table} {{
+  chain input {{
+    type filter hook input priority filter; policy accept;
+    iifname "{prefix}*" ct state established,related accept
+    iifname "{prefix}*" drop
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy accept;
+    iifname "{prefix}*" jump from_slots
+    oifname "{prefix}*" jump to_slots
+  }}
+  chain from_slots {{
+    oifname "{_ANY_SLOT}*" drop
+    meta nfproto ipv6 drop
+    ct state established,related accept
+    {_accept(allow, "")}
+    ip daddr {{ {", ".join(_PRIVATE)} }} drop
+  }}
+  chain to_slots {{
+    ct state established,related accept
+    drop
+  }}
+  chain postrouting {{
+    type nat hook postrouting priority srcnat; policy accept;
+    ip saddr {subnet} oifname != "{prefix}*" masquerade
+  }}
+}}
+"""
+
+
+def forward_exceptions(ruleset: object, *, prefix: str, table: str) -> str:
+    """Return rules that let our traffic past other tools' default drop on forwarding, if any.
+
+    Docker sets the policy of its FORWARD chain to drop and leaves the chain DOCKER-USER for rules
+    such as these. `ruleset` is what `nft -j list ruleset` printed, decoded.
+    """
+    entries = ruleset.get("nftables", []) if isinstance(ruleset, dict) else []
+    chains = [entry["chain"] for entry in entries if "chain" in entry]
+    comments = {
+        (rule["family"], rule["table"], rule["chain"])
+        for rule in (entry["rule"] for entry in entries if "rule" in entry)
+        if rule.get("comment") == table
+    }
+    lines = []
+    for chain in chains:
+        if chain.get("hook") != "forward" or chain.get("policy") != "drop":
+            continue
+        beside = {one["name"] for one in chains if one["table"] == chain["table"]}
+        name = "DOCKER-USER" if "DOCKER-USER" in beside else chain["name"]
+        if (chain["family"], chain["table"], name) in comments:
+            continue
+        where = f"{chain['family']} {chain['table']} {name}"
+        lines += [
+            f'insert rule {where} {direction} "{prefix}*" counter accept comment "{table}"'
+            for direction in ("iifname", "oifname")
+        ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def exceptions_to_remove(ruleset: object, *, table: str) -> str:
+    """Return commands that take back what `forward_exceptions` added."""
+    entries = ruleset.get("nftables", []) if isinstance(ruleset, dict) else []
+    rules = [entry["rule"] for entry in entries if "rule" in entry]
+    return "".join(
+        f"delete rule {rule['family']} {rule['table']} {rule['chain']} handle {rule['handle']}\n"
+        for rule in rules
+        if rule.get("comment") == table
+    )
+
+
+def _accept(allow: Sequence[str], condition: str) -> str:
+    return f"{condition} ip daddr {{ {', '.join(allow)} }} accept" if allow else ""

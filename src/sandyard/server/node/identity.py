@@ -1,0 +1,131 @@
+"""Which installation this is, and which of the host's names and numbers are its own.
+
+Several installations may share a host. Each has an id, which all its names carry, and an index,
+which decides its subnet and its range of accounts. Claims are files in a folder that all
+installations of the host know, taken under a lock, and void once the home that made them is gone.
+"""
+
+import fcntl
+import ipaddress
+import json
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandyard.server.core.errors import UnavailableError
+
+REGISTRY = Path("/var/lib/sandyard-installations")
+SLOTS = 1024
+_INDEXES = 64
+_UID_FIRST = 1_900_000_000  # above every range that systemd.io/UIDS-GIDS gives to somebody
+_WHOLE = ipaddress.IPv4Network("10.200.0.0/14")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """An installation's place on its host."""
+
+    id: str
+    index: int
+    subnet: ipaddress.IPv4Network
+    uid_first: int
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all its links and namespaces begin with."""
+        return f"syd-{self.id}"
+
+    @property
+    def table(self) -> str:
+        """The name of its nftables table on the host."""
+        return f"sandyard_{self.id}"
+
+    @property
+    def uids(self) -> range:
+        """The accounts that its machines run under."""
+        return range(self.uid_first, self.uid_first + SLOTS)
+
+
+def take_identity(
+    home: Path,
+    *,
+    routes: Iterable[ipaddress.IPv4Network],
+    subnet: ipaddress.IPv4Network | None = None,
+    registry: Path = REGISTRY,
+) -> Identity:
+    """Return the identity of the installation in `home`, choosing one the first time.
+
+    `routes` are networks that the host has a route to; `subnet` is the operator's own choice.
+
+    Raises:
+        UnavailableError: no subnet is free.
+    """
+    registry.mkdir(parents=True, exist_ok=True)
+    with _locked(registry / ".lock"):
+        kept = _read(home / "instance.json")
+        others = {claim["index"] for claim in _claims(registry, home)}
+        if kept is not None and kept["index"] not in others:
+            chosen = {"id": kept["id"], "index": kept["index"]}
+        else:
+            chosen = {"id": secrets.token_hex(2), "index": _free_index(others, list(routes))}
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "instance.json").write_text(json.dumps(chosen))
+        claim = {**chosen, "home": str(home.resolve())}
+        (registry / f"{chosen['id']}.json").write_text(json.dumps(claim))
+    index = int(str(chosen["index"]))
+    return Identity(
+        id=str(chosen["id"]),
+        index=index,
+        subnet=subnet or _subnet(index),
+        uid_first=_UID_FIRST + index * SLOTS,
+    )
+
+
+def give_back_identity(home: Path, *, registry: Path = REGISTRY) -> None:
+    """Give up what `home` claimed on this host; for an installation that is being removed."""
+    kept = _read(home / "instance.json")
+    if kept is not None:
+        (registry / f"{kept['id']}.json").unlink(missing_ok=True)
+        (home / "instance.json").unlink(missing_ok=True)
+
+
+def _free_index(others: set[object], routes: list[ipaddress.IPv4Network]) -> int:
+    for index in range(_INDEXES):
+        overlaps = any(_subnet(index).overlaps(route) for route in routes if route.prefixlen)
+        if index not in others and not overlaps:
+            return index
+    raise UnavailableError(
+        f"cannot find a free subnet in {_WHOLE}: routes or other installations cover it; "
+        "set SANDYARD_NODE__SUBNET to a free private /20"
+    )
+
+
+def _subnet(index: int) -> ipaddress.IPv4Network:
+    first = int(_WHOLE.network_address) + index * SLOTS * 4
+    return ipaddress.IPv4Network((first, 20))
+
+
+def _claims(registry: Path, home: Path) -> Iterator[dict[str, object]]:
+    for path in registry.glob("*.json"):
+        claim = _read(path)
+        if claim is None or not Path(str(claim["home"]), "instance.json").exists():
+            path.unlink(missing_ok=True)
+        elif claim["home"] != str(home.resolve()):
+            yield claim
+
+
+def _read(path: Path) -> dict[str, object] | None:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) and "index" in value and "id" in value else None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,107 @@
+"""Makes the initramfs: busybox, the few modules a machine needs, and one script."""
+
+import gzip
+import lzma
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from sandyard.server.core.errors import InternalError
+
+_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "overlay")
+_FOLDERS = ("bin", "dev", "proc", "sys", "base", "disk", "root", "modules")
+_APPLETS = (
+    "sh", "mount", "umount", "mkdir", "insmod", "grep", "cp", "rm", "ln", "chmod", "ip", "hostname",
+    "usleep", "sleep", "reboot", "switch_root", "cat",
+)  # fmt: skip
+
+
+def make_initrd(root: Path, release: str, script: Path, target: Path) -> None:
+    """Write the initramfs for the kernel `release` whose modules lie in a root file system.
+
+    Raises:
+        InternalError: busybox or a module that is needed is missing there.
+    """
+    busybox = root / "usr/bin/busybox"
+    if not busybox.exists():
+        raise InternalError("cannot make the initramfs: the template lacks busybox-static")
+    folder = root / "usr/lib/modules" / release
+    archive = bytearray()
+    for name in _FOLDERS:
+        archive += _entry(name, stat.S_IFDIR | 0o755, b"")
+    archive += _entry("dev/console", stat.S_IFCHR | 0o600, b"", device=(5, 1))
+    archive += _entry("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
+    for name in _APPLETS:
+        archive += _entry(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox")
+    archive += _entry("init", stat.S_IFREG | 0o755, script.read_bytes())
+    order = []
+    for path in _in_load_order(folder):
+        name = path.name.split(".ko")[0] + ".ko"
+        order.append(name)
+        archive += _entry(f"modules/{name}", stat.S_IFREG | 0o644, _module_bytes(path))
+    archive += _entry(
+        "modules/order", stat.S_IFREG | 0o644, "".join(f"{name}\n" for name in order).encode()
+    )
+    archive += _entry("TRAILER!!!", 0, b"")
+    target.write_bytes(gzip.compress(bytes(archive), compresslevel=1, mtime=0))
+
+
+def _in_load_order(folder: Path) -> Iterator[Path]:
+    needs: dict[str, list[str]] = {}
+    by_name: dict[str, str] = {}
+    for line in (folder / "modules.dep").read_text().splitlines():
+        path, _, rest = line.partition(":")
+        needs[path] = rest.split()
+        by_name[Path(path).name.split(".ko")[0].replace("-", "_")] = path
+    builtin = {
+        Path(line).name.removesuffix(".ko").replace("-", "_")
+        for line in (folder / "modules.builtin").read_text().splitlines()
+    }
+    done: set[str] = set()
+    for name in _MODULES:
+        if name in builtin:
+            continue
+        if name not in by_name:
+            raise InternalError(f"cannot make the initramfs: the kernel has no module {name}")
+        # modules.dep lists what a module needs with the deepest last.
+        for path in [*reversed(needs[by_name[name]]), by_name[name]]:
+            if path not in done:
+                done.add(path)
+                yield folder / path
+
+
+def _module_bytes(path: Path) -> bytes:
+    if path.suffix == ".xz":
+        return lzma.decompress(path.read_bytes())
+    if path.suffix == ".zst":
+        done = subprocess.run(["zstd", "-dc", str(path)], capture_output=True, check=True)
+        return done.stdout
+    return path.read_bytes()
+
+
+def _entry(name: str, mode: int, data: bytes, *, device: tuple[int, int] = (0, 0)) -> bytes:
+    """Return one entry of a cpio archive in the `newc` format (initramfs buffer format)."""
+    encoded = name.encode() + b"\0"
+    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
+    head = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+    return _padded(head) + _padded(data)
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+def kernel_release(root: Path) -> str:
+    """Return the release of the one kernel whose modules a root file system holds.
+
+    Raises:
+        InternalError: there is none, or more than one.
+    """
+    found = (
+        sorted(os.listdir(root / "usr/lib/modules")) if (root / "usr/lib/modules").is_dir() else []
+    )
+    if len(found) != 1:
+        raise InternalError(f"cannot choose a kernel: the template has {found or 'none'}")
+    return found[0]

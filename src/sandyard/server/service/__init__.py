@@ -1,0 +1,1 @@
+"""What the platform promises: use cases over core.contracts, nothing of HTTP or SQL."""

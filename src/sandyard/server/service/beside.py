@@ -1,0 +1,24 @@
+"""Work that runs beside other work, owned by the block that started it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+
+
+@asynccontextmanager
+async def beside(work: Coroutine[object, object, None], *, finish: bool) -> AsyncIterator[None]:
+    """Run `work` beside the block; at its end wait for it (`finish`) or cancel it.
+
+    An error of either ends the other and comes out as it is, not in a group; if both fail, the
+    block's comes out.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(work)
+            try:
+                yield
+            finally:
+                if not finish:
+                    task.cancel()
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from group

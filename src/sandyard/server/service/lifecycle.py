@@ -1,0 +1,150 @@
+"""The one place where a sandbox's status changes.
+
+A change is written only if the sandbox is still as it was read (its version), and with it, in the
+same transaction: the line in the activity feed, and the opening or closing of the usage period.
+"""
+
+from dataclasses import replace
+
+from sandyard.server.core.contracts import Bus, Clock, Store, Transaction
+from sandyard.server.core.errors import ConflictError
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.records import Activity, Reason, Sandbox, UsagePeriod
+from sandyard.server.core.states import BILLED, Event, Status, advance
+from sandyard.server.service.access import Actor
+
+WORK = "sandboxes"
+"""The topic of hints that some sandbox wants work done."""
+
+_SEVERE = {Status.FAILED: "error", Status.ERROR: "error", Status.SUSPECTED_MISSING: "warning"}
+_TITLES = {
+    Status.PENDING: "Sandbox created",
+    Status.CREATING: "Sandbox is being started",
+    Status.RUNNING: "Sandbox is running",
+    Status.PAUSING: "Sandbox is being paused",
+    Status.PAUSED: "Sandbox paused",
+    Status.RESUMING: "Sandbox is being resumed",
+    Status.DESTROYING: "Sandbox is being deleted",
+    Status.DESTROYED: "Sandbox deleted",
+    Status.FAILED: "Sandbox could not be started",
+    Status.ERROR: "Sandbox is in error",
+    Status.SUSPECTED_MISSING: "Sandbox does not answer",
+    Status.ORPHANED: "Sandbox is gone",
+}
+
+
+def topic_of(sandbox_id: str) -> str:
+    """Return the topic of hints that one sandbox has changed."""
+    return f"sandbox:{sandbox_id}"
+
+
+class Lifecycle:
+    """Applies events to sandboxes."""
+
+    def __init__(self, store: Store, bus: Bus, clock: Clock) -> None:
+        self._store = store
+        self._bus = bus
+        self._clock = clock
+
+    async def begin(self, sandbox: Sandbox, actor: Actor) -> Sandbox:
+        """Store a new sandbox and return it with its owner's name.
+
+        Raises:
+            AlreadyExistsError: the name is taken.
+        """
+        async with self._store.write() as tx:
+            await tx.sandboxes.insert(sandbox)
+            await tx.activity.append(_line(sandbox, "sandbox.created", actor))
+            stored = await tx.sandboxes.find(sandbox.id)
+        self._bus.hint(WORK)
+        return stored or sandbox
+
+    async def apply(
+        self,
+        sandbox: Sandbox,
+        event: Event,
+        *,
+        actor: Actor | None = None,
+        reason: Reason | None = None,
+        lease: str | None = None,
+        **changes: object,
+    ) -> Sandbox | None:
+        """Apply an event and return the sandbox as it is then; None if it has moved on meanwhile.
+
+        `actor` is who wanted it, None for the platform itself. With `lease` the change is written
+        only while the lease is held; without, whoever holds one loses it.
+
+        Raises:
+            ConflictError: the event has no meaning in the sandbox's status.
+        """
+        now = self._clock.now()
+        status = advance(sandbox.status, event)
+        changed = replace(
+            sandbox,
+            status=status,
+            reason=reason,
+            updated_at=now,
+            **changes,  # type: ignore[arg-type]
+        )
+        async with self._store.write() as tx:
+            stored = await tx.sandboxes.replace(changed, lease=lease)
+            if stored is None:
+                return None
+            await self._meter(tx, sandbox, stored)
+            if stored.status is not sandbox.status:
+                await tx.activity.append(_line(stored, f"sandbox.{status}", actor))
+        self._bus.hint(topic_of(sandbox.id))
+        self._bus.hint(WORK)
+        return stored
+
+    async def note_reason(self, sandbox: Sandbox, reason: Reason | None) -> None:
+        """Tell in a sandbox why it does not go on, or that it does again; its status stays."""
+        async with self._store.write() as tx:
+            await tx.sandboxes.replace(
+                replace(sandbox, reason=reason, updated_at=self._clock.now())
+            )
+        self._bus.hint(topic_of(sandbox.id))
+
+    async def _meter(self, tx: Transaction, before: Sandbox, after: Sandbox) -> None:
+        was, is_now = before.status in BILLED, after.status in BILLED
+        if is_now and not was:
+            await tx.usage.open(
+                UsagePeriod(
+                    sandbox_id=after.id,
+                    org_id=after.org_id,
+                    incarnation=after.incarnation,
+                    shape=after.shape,
+                    started_at=after.updated_at,
+                )
+            )
+        elif was and not is_now:
+            await tx.usage.close(after.id, after.updated_at)
+
+
+def check_status(sandbox: Sandbox, *, wanted: str) -> ConflictError:
+    """Return the error for a sandbox whose status does not allow what was asked."""
+    why = f": {sandbox.reason.message}" if sandbox.reason else ""
+    return ConflictError(
+        f"cannot {wanted} {sandbox.id}: it is {sandbox.status}{why}", status=sandbox.status.value
+    )
+
+
+def _line(sandbox: Sandbox, event_type: str, actor: Actor | None) -> Activity:
+    reason = sandbox.reason
+    return Activity(
+        id=new_uuid(),
+        org_id=sandbox.org_id,
+        actor_user_id=actor.user_id if actor else None,
+        actor_type=actor.kind if actor else "system",
+        event_type=event_type,
+        resource_type="sandbox",
+        resource_id=sandbox.id,
+        severity=_SEVERE.get(sandbox.status, "info"),
+        status=sandbox.status.value,
+        title=_TITLES[sandbox.status],
+        summary=reason.message if reason else "",
+        created_at=sandbox.updated_at,
+        sandbox_id=sandbox.id,
+        attributes={"incarnation": sandbox.incarnation}
+        | ({"reasonCode": reason.code} if reason else {}),
+    )

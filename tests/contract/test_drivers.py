@@ -1,0 +1,213 @@
+"""The examination every driver passes: the fake, and QEMU on real machines."""
+
+import asyncio
+import json
+import os
+import signal
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from tests.support.images import minimal_image
+
+from sandyard.server.core.errors import InternalError, SandyardError
+from sandyard.server.drivers.contract import Driver, MachineSpec, Place
+from sandyard.server.drivers.fake import FakeDriver, FakeHost
+from sandyard.server.drivers.processes import uids_at_work
+from sandyard.server.drivers.qemu import QemuDriver
+from sandyard.server.node.disks import Ext4Disks
+from sandyard.server.node.identity import give_back_identity, take_identity
+from sandyard.server.node.network import Slots, host_routes, remove_host_rules
+
+
+@dataclass
+class Bench:
+    """A driver with what it needs for one machine, and a look at what it left."""
+
+    driver: Driver
+    again: Callable[[], Driver]
+    spec: MachineSpec
+    kill: Callable[[int], None]
+    left: Callable[[], Awaitable[object]]
+
+
+async def fake_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
+    host = FakeHost()
+    place = Place(0, "none", "tap0", "02:00:00:00:00:02", "fake", os.geteuid())
+    (tmp_path / "run").mkdir()
+    spec = MachineSpec(
+        "sandbox-abcdefghijkl", 1, 128, tmp_path, tmp_path, tmp_path, tmp_path / "disk",
+        tmp_path / "run", place,
+    )  # fmt: skip
+
+    async def left() -> object:
+        return list(host.machines)
+
+    return Bench(
+        FakeDriver(host), lambda: FakeDriver(host), spec, lambda pid: host.machines[pid].die(), left
+    )
+
+
+async def qemu_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
+    home = tmp_path / "home"
+    image = minimal_image()
+    identity = take_identity(home, routes=await host_routes())
+    held.callback(give_back_identity, home)
+    slots = Slots(identity)
+    tasks = await held.enter_async_context(asyncio.TaskGroup())
+    await slots.open(in_use=[], tasks=tasks)
+    held.push_async_callback(remove_host_rules, identity)
+    held.push_async_callback(slots.close)
+    place = await slots.take()
+    held.push_async_callback(slots.give_back, place)
+    # As in a node's home: others may pass through, none may look in.
+    for folder in [tmp_path, *list(tmp_path.parents)[:2]]:
+        folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
+    run = tmp_path / "run"
+    run.mkdir()
+    os.chown(run, place.uid, place.uid)
+    disk = tmp_path / "disk.ext4"
+    await Ext4Disks().make(disk, size_mib=1024, token="t" * 64, uid=place.uid)
+    spec = MachineSpec(
+        "sandbox-abcdefghijkl", 1, 256, image.kernel, image.initrd, image.base, disk, run, place
+    )
+
+    async def left() -> object:
+        return uids_at_work(identity.uids)
+
+    def kill(pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    return Bench(QemuDriver(accel="tcg"), lambda: QemuDriver(accel="tcg"), spec, kill, left)
+
+
+@pytest.fixture(params=["fake", pytest.param("qemu", marks=pytest.mark.machine)])
+async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
+    async with AsyncExitStack() as held:
+        make = fake_bench if request.param == "fake" else qemu_bench
+        made = await make(tmp_path, held)
+        yield made
+        assert not await made.left(), "the driver left something behind"
+
+
+async def test_a_machine_starts_speaks_and_stops(bench: Bench) -> None:
+    async with AsyncExitStack() as held:
+        machine = await bench.driver.start(bench.spec, held)
+        assert machine.pid > 0
+        async with asyncio.timeout(30):
+            while not await machine.console():
+                await asyncio.sleep(0.05)
+        assert await machine.stall() is None
+        await machine.stop()
+        await machine.stop()
+        assert not await bench.left()
+
+
+async def test_what_start_pushed_releases_everything(bench: Bench) -> None:
+    held = AsyncExitStack()
+    await bench.driver.start(bench.spec, held)
+    assert await bench.left()
+    await held.aclose()
+    assert not await bench.left()
+
+
+async def test_a_death_is_noticed_at_once_and_also_afterwards(bench: Bench) -> None:
+    async with AsyncExitStack() as held:
+        machine = await bench.driver.start(bench.spec, held)
+        waiting = asyncio.ensure_future(machine.wait())
+        await asyncio.sleep(0)
+        bench.kill(machine.pid)
+        async with asyncio.timeout(5):
+            assert (await waiting).code == "machine_died"
+            assert (await machine.wait()).code == "machine_died"
+
+
+async def test_a_later_process_finds_the_machine_by_its_stored_handle(bench: Bench) -> None:
+    first = AsyncExitStack()
+    machine = await bench.driver.start(bench.spec, first)
+    stored = json.loads(json.dumps(dict(machine.handle)))
+    first.pop_all()
+    await machine.detach()
+    async with AsyncExitStack() as held:
+        found = await bench.again().recover(stored, held)
+        assert found is not None
+        assert found.pid == machine.pid
+        assert dict(found.handle) == stored
+        await found.stop()
+
+
+async def test_a_dead_machine_is_not_recovered_and_leaves_nothing(bench: Bench) -> None:
+    first = AsyncExitStack()
+    machine = await bench.driver.start(bench.spec, first)
+    stored = dict(machine.handle)
+    first.pop_all()
+    await machine.detach()
+    bench.kill(machine.pid)
+    async with asyncio.timeout(5), AsyncExitStack() as held:
+        while await bench.left():
+            await asyncio.sleep(0.01)
+        assert await bench.again().recover(stored, held) is None
+
+
+async def test_a_start_that_cannot_be_says_why_and_leaves_nothing(bench: Bench) -> None:
+    if bench.driver.name == "fake":
+        assert isinstance(bench.driver, FakeDriver)
+        bench.driver.conduct.starts = False
+    spec = replace(bench.spec, base=Path("/nowhere/base.ext4"))
+    async with AsyncExitStack() as held:
+        with pytest.raises(SandyardError, match="cannot start"):
+            await bench.driver.start(spec, held)
+    assert not await bench.left()
+
+
+async def test_the_probe_gives_a_verdict_and_never_raises(bench: Bench, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    verdict = await bench.driver.probe(
+        kernel=bench.spec.kernel, initrd=bench.spec.initrd, scratch=scratch
+    )
+    assert verdict.is_usable
+    assert verdict.reason
+    assert await bench.driver.version()
+
+
+@pytest.mark.machine
+async def test_a_busy_tap_is_refused_in_words(tmp_path: Path) -> None:
+    async with AsyncExitStack() as held:
+        bench = await qemu_bench(tmp_path, held)
+        async with AsyncExitStack() as inner:
+            await bench.driver.start(bench.spec, inner)
+            (bench.spec.folder / "qemu.pid").unlink()
+            with pytest.raises(InternalError):
+                await bench.driver.start(bench.spec, inner)
+
+
+@pytest.mark.machine
+async def test_qemu_is_confined(tmp_path: Path) -> None:
+    """No capability, no way to gain one, seccomp on, its own account and namespace."""
+    async with AsyncExitStack() as held:
+        bench = await qemu_bench(tmp_path, held)
+        async with AsyncExitStack() as inner:
+            machine = await bench.driver.start(bench.spec, inner)
+            status = dict(
+                line.split(":\t", 1)
+                for line in Path(f"/proc/{machine.pid}/status").read_text().splitlines()
+                if ":\t" in line
+            )
+            uid = str(bench.spec.place.uid)
+            assert status["Uid"].split() == [uid] * 4
+            assert status["Gid"].split() == [uid] * 4
+            assert status["Groups"].strip() == ""
+            for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                assert int(status[name], 16) == 0, name
+            assert status["NoNewPrivs"] == "1"
+            assert status["Seccomp"] == "2"
+            own, hosts = (os.stat(f"/proc/{one}/ns/net") for one in (machine.pid, "self"))
+            assert own.st_ino != hosts.st_ino
+            # It is nobody's child and leads its own session: the server's end is not its end.
+            stat_fields = Path(f"/proc/{machine.pid}/stat").read_text().rpartition(")")[2].split()
+            assert int(stat_fields[1]) != os.getpid()
+            assert os.getsid(machine.pid) != os.getsid(0)

@@ -1,0 +1,252 @@
+"""Commands in a real machine, the awkward ones above all."""
+
+import base64
+import concurrent.futures
+import time
+
+import pytest
+from tests.support.server import RealServer, wait_until
+
+pytestmark = pytest.mark.machine
+
+
+def test_it_is_a_machine_of_its_own(server: RealServer, box: str) -> None:
+    with open("/proc/sys/kernel/osrelease") as file:
+        host = file.read().strip()
+    guest = server.execute(box, "uname -r; id -u; pwd; hostname")
+    release, uid, cwd, hostname = str(guest["stdout"]).split()
+    assert release != host
+    assert (uid, cwd, hostname) == ("0", "/workspace", box)
+    got = server.get(box)
+    assert (got["driver"], got["os"]) in (("qemu-tcg", "Debian 13"), ("qemu-kvm", "Debian 13"))
+
+
+def test_streams_exit_codes_and_signals_are_told_apart(server: RealServer, box: str) -> None:
+    end = server.execute(box, "echo out; echo err >&2; exit 3")
+    assert (end["stdout"], end["stderr"], end["exitCode"]) == ("out\n", "err\n", 3)
+    end = server.execute(box, "kill -KILL $$")
+    assert (end["exitCode"], end["signal"]) == (137, "SIGKILL")
+
+
+def test_the_environment_is_the_logins_then_the_sandboxs_then_the_requests(
+    server: RealServer, box: str
+) -> None:
+    shown = "echo $HOME $LANG $FROM_CREATE $MINE; echo $PATH"
+    lines = str(server.execute(box, shown, env={"MINE": "m", "LANG": "x"})["stdout"]).splitlines()
+    assert lines[0] == "/root x yes m"
+    assert "/usr/local/bin" in lines[1]
+    lines = str(server.execute(box, shown, env={"PATH": "/bin"})["stdout"]).splitlines()
+    assert lines[1] == "/bin"
+
+
+def test_a_changed_profile_is_taken_up(server: RealServer, box: str) -> None:
+    server.execute(box, "echo 'export ADDED=1' > /etc/profile.d/added.sh")
+    assert server.execute(box, "echo $ADDED")["stdout"] == "1\n"
+    server.execute(box, "rm /etc/profile.d/added.sh")
+    assert server.execute(box, "echo $ADDED")["stdout"] == "\n"
+
+
+def test_cwd_and_user_are_respected_or_refused_in_words(server: RealServer, box: str) -> None:
+    assert server.execute(box, "pwd", cwd="/usr")["stdout"] == "/usr\n"
+    end = server.execute(box, "id -un; echo $HOME; touch /root/x", user="nobody")
+    assert str(end["stdout"]).startswith("nobody\n")
+    assert end["exitCode"] == 1
+    for body, word in (({"cwd": "/nowhere"}, "/nowhere"), ({"user": "ghost"}, "ghost")):
+        answer = server.client.post(f"/v1/sandboxes/{box}/exec", json={"command": "id", **body})
+        assert answer.status_code == 400
+        assert word in answer.json()["error"]["message"]
+
+
+def test_stdin_is_read_to_its_end(server: RealServer, box: str) -> None:
+    text = "line \x00 ü\n" * 50_000
+    end = server.execute(box, "wc -c; echo done", stdin=text)
+    assert str(end["stdout"]).split() == [str(len(text.encode())), "done"]
+    assert server.execute(box, "cat")["stdout"] == ""
+    # A command that does not read its input is not held up by it.
+    assert server.execute(box, "echo early", stdin="x" * 1_000_000)["stdout"] == "early\n"
+
+
+def test_nul_survives_and_what_is_not_utf8_is_replaced_or_exact(
+    server: RealServer, box: str
+) -> None:
+    command = r"printf 'a\000b\377'"
+    assert server.execute(box, command)["stdout"] == "a\x00b\ufffd"
+    end = server.execute(box, command, encoding="base64")
+    assert base64.b64decode(str(end["stdout"])) == b"a\x00b\xff"
+
+
+def test_a_hundred_megabytes_are_cut_and_memory_does_not_grow(server: RealServer, box: str) -> None:
+    def resident() -> int:
+        assert server.process is not None
+        with open(f"/proc/{server.process.pid}/status") as file:
+            line = next(line for line in file if line.startswith("VmRSS"))
+        return int(line.split()[1]) // 1024
+
+    before = resident()
+    end = server.execute(box, "head -c 100000000 /dev/zero", timeout=120_000)
+    assert end["truncated"] is True
+    assert len(str(end["stdout"])) == 16 * 1024 * 1024
+    assert end["exitCode"] == 0
+    assert resident() - before < 400
+    assert "MemAvailable" in str(server.execute(box, "cat /proc/meminfo")["stdout"])
+
+
+def test_a_timeout_ends_everything_however_it_hides(server: RealServer, box: str) -> None:
+    command = (
+        "trap '' TERM; (trap '' TERM; setsid sh -c 'trap \"\" TERM; sleep 901' &) ; "
+        "sleep 902 & sleep 903"
+    )
+    end = server.execute(box, command, timeout=500)
+    assert (end["exitCode"], end["timedOut"]) == (124, True)
+    found = server.execute(box, "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c 'sleep 90[123]'")
+    # The grep's own shell carries the pattern, not one of the numbers.
+    assert found["stdout"] == "0\n"
+
+
+def test_a_background_job_lives_on_and_does_not_hold_the_answer(
+    server: RealServer, box: str
+) -> None:
+    started = time.monotonic()
+    end = server.execute(box, "sleep 1000 & echo $!", timeout=20_000)
+    assert end["exitCode"] == 0
+    assert time.monotonic() - started < 15
+    job = str(end["stdout"]).strip()
+    assert server.execute(box, f"kill -0 {job}")["exitCode"] == 0
+    server.execute(box, f"kill {job}")
+
+
+def test_a_background_job_that_goes_on_writing_lives_on(server: RealServer, box: str) -> None:
+    end = server.execute(box, "(while :; do echo x; done) & echo $!")
+    job = str(end["stdout"]).splitlines()[0] if end["stdout"] else ""
+    pid = job if job.isdigit() else str(end["stdout"]).split("\n")[-1]
+    alive = server.execute(box, "cat /proc/[0-9]*/stat | grep -c '(bash) R'")
+    assert int(str(alive["stdout"])) >= 1, pid
+    server.execute(box, "for p in /proc/[0-9]*; do grep -q '(bash) R' $p/stat && "
+                        "[ ${p#/proc/} != $$ ] && kill -9 ${p#/proc/}; done; true")  # fmt: skip
+
+
+def test_no_cgroup_is_left_when_commands_have_ended(server: RealServer, box: str) -> None:
+    for _ in range(3):
+        server.execute(box, "true")
+    found = server.execute(box, "ls -d /sys/fs/cgroup/sandyard/*/ | wc -l")
+    # The one that lists, and background jobs of other tests that are still ending.
+    assert int(str(found["stdout"])) <= 3
+
+
+def test_commands_run_side_by_side(server: RealServer, box: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        ends = list(pool.map(lambda n: server.execute(box, f"sleep 0.2; echo {n}"), range(24)))
+    assert [str(end["stdout"]).strip() for end in ends] == [str(n) for n in range(24)]
+
+
+def test_the_agent_survives_what_users_do_to_python(server: RealServer) -> None:
+    box = server.create()["id"]
+    server.execute(box, "rm -rf /usr/bin/python3* /usr/lib/python3* /usr/lib/sandyard")
+    assert server.execute(box, "python3 -V")["exitCode"] == 127
+    # PID 1 starts the agent again from the base, where all of it is still there.
+    agent = "grep -l sandyard/agent /proc/[0-9]*/cmdline | cut -d/ -f3 | head -1"
+    before = str(server.execute(box, agent)["stdout"]).strip()
+    server.client.post(f"/v1/sandboxes/{box}/exec", json={"command": f"kill -9 {before}"})
+    wait_until(
+        lambda: server.client.post(
+            f"/v1/sandboxes/{box}/exec", json={"command": "true"}
+        ).status_code == 200,
+        what="the agent is back",
+    )  # fmt: skip
+    assert str(server.execute(box, agent)["stdout"]).strip() != before
+    assert server.execute(box, "echo $((6 * 7))")["stdout"] == "42\n"
+
+
+def test_the_token_is_out_of_reach(server: RealServer, box: str) -> None:
+    found = server.execute(box, "cat /run/sandyard/token; cat /proc/cmdline", user="nobody")
+    assert "token" not in str(found["stdout"])
+    assert "denied" in str(found["stderr"]).lower()
+    assert server.execute(box, "ls /run/sandyard/disk/sandyard")["stdout"] == ""
+
+
+def test_another_agent_cannot_be_spoken_to_without_the_token(server: RealServer, box: str) -> None:
+    head = '{"v":1,"token":"x","op":"hello","args":{}}'
+    script = f"""
+import socket
+with socket.create_connection(("127.0.0.1", 9111)) as agent:
+    agent.sendall(b'{head}\\n')
+    print(agent.recv(999))
+"""
+    assert "unauthorized" in str(server.execute(box, "python3 -", stdin=script)["stdout"])
+
+
+def test_stats_are_plausible(server: RealServer, box: str) -> None:
+    stats = server.client.get(f"/v1/sandboxes/{box}/stats").json()["data"]["stats"]
+    assert 400 * 2**20 < stats["memoryTotalBytes"] < 600 * 2**20
+    assert 0 < stats["memoryUsedBytes"] < stats["memoryTotalBytes"]
+    assert 4 * 2**30 < stats["diskTotalBytes"] < 6 * 2**30
+    assert stats["uptime"] > 1
+
+
+def test_a_full_guest_disk_hurts_only_who_writes(server: RealServer) -> None:
+    box = server.create(resources={"disk": "1GB"})["id"]
+    end = server.execute(box, "head -c 1200000000 /dev/zero > /big", timeout=120_000)
+    assert end["exitCode"] != 0
+    assert "No space left" in str(end["stderr"])
+    assert server.execute(box, "rm /big && echo fine > /x && cat /x")["stdout"] == "fine\n"
+
+
+def test_a_machine_killed_during_an_exec_ends_it_at_once(server: RealServer) -> None:
+    box = server.create()["id"]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            server.client.post, f"/v1/sandboxes/{box}/exec",
+            json={"command": "touch /started; sleep 60", "timeout": 60_000},
+        )  # fmt: skip
+        wait_until(lambda: server.execute(box, "ls /started")["exitCode"] == 0)
+        import os
+
+        os.kill(server.pid_of(box), 9)
+        answer = running.result(timeout=10)
+    assert answer.status_code == 409
+    assert answer.json()["error"]["details"]["status"] == "error"
+    wait_until(lambda: server.get(box)["status"] == "error", limit_s=5)
+    reason = server.get(box)["statusReason"]
+    assert isinstance(reason, dict)
+    assert reason["code"] == "machine_died"
+
+
+def test_a_guest_that_shuts_down_is_told_as_such(server: RealServer) -> None:
+    box = server.create()["id"]
+    server.client.post(
+        f"/v1/sandboxes/{box}/exec", json={"command": "busybox reboot -f", "timeout": 2000}
+    )
+    wait_until(lambda: server.get(box)["status"] == "error", limit_s=15)
+    reason = server.get(box)["statusReason"]
+    assert isinstance(reason, dict)
+    assert reason["code"] == "guest_shutdown"
+
+
+def test_the_first_password_and_keys_reach_the_guest(server: RealServer) -> None:
+    key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA me"
+    box = server.create(name="My Box", rootPassword="correct horse", sshKeys=[key])["id"]
+    assert server.execute(box, "cat /root/.ssh/authorized_keys")["stdout"] == f"{key}\n"
+    shadow = str(server.execute(box, "head -1 /etc/shadow")["stdout"])
+    assert shadow.startswith("root:$2b$")
+    assert server.execute(box, "hostname; cat /etc/hostname")["stdout"] == "my-box\nmy-box\n"
+
+
+def test_two_gigabytes_the_round_size_that_breaks_boots(server: RealServer) -> None:
+    box = server.create(resources={"memory": "2GB", "vcpus": 2})["id"]
+    end = server.execute(box, "grep MemTotal /proc/meminfo; nproc 2>/dev/null || grep -c ^proc "
+                              "/proc/cpuinfo")  # fmt: skip
+    total = int(str(end["stdout"]).split()[1])
+    assert 1_900_000 < total < 2_200_000
+    assert str(end["stdout"]).split()[-1] == "2"
+
+
+def test_no_two_machines_share_what_must_be_unique(server: RealServer, box: str) -> None:
+    other = server.create()["id"]
+    for command in (
+        "cat /etc/machine-id",
+        "cat /proc/sys/kernel/random/boot_id",
+        "head -c 32 /dev/urandom | base64",
+    ):
+        assert server.execute(box, command)["stdout"] != server.execute(other, command)["stdout"]
+    skew = float(str(server.execute(box, "date +%s.%N")["stdout"])) - time.time()
+    assert abs(skew) < 2

@@ -1,0 +1,218 @@
+"""What a sandbox may reach, proven with listeners of the test's own.
+
+Each address that must be out of reach is first shown to be reachable from the host, and then from
+the sandbox with the rules taken away: silence alone would prove nothing.
+"""
+
+import subprocess
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.server import RealServer, wait_until
+
+pytestmark = pytest.mark.machine
+
+NETNS = "test-world"
+PUBLIC, PRIVATE, METADATA = "203.0.113.77", "192.168.213.77", "169.254.169.254"
+HOST_SIDE = "203.0.113.1"
+PORT = 8099
+ANSWER = "listening"
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[None]:
+    """A namespace that plays the world: a public, a private and the metadata address."""
+    subprocess.run(["ip", "netns", "del", NETNS], capture_output=True, check=False)
+    ip("netns", "add", NETNS)
+    listeners: list[subprocess.Popen[bytes]] = []
+    try:
+        ip("link", "add", "wtest0", "type", "veth", "peer", "name", "w0", "netns", NETNS)
+        ip("addr", "add", f"{HOST_SIDE}/24", "dev", "wtest0")
+        ip("link", "set", "wtest0", "up")
+        for address in (PUBLIC, PRIVATE, METADATA):
+            ip("-n", NETNS, "addr", "add", f"{address}/24", "dev", "w0")
+        ip("-n", NETNS, "link", "set", "w0", "up")
+        ip("-n", NETNS, "link", "set", "lo", "up")
+        ip("-n", NETNS, "route", "add", "default", "via", HOST_SIDE)
+        for address in (PRIVATE, METADATA):
+            ip("route", "add", f"{address}/32", "dev", "wtest0")
+        script = textwrap.dedent(f"""
+            import socket
+            with socket.create_server(("0.0.0.0", {PORT})) as listener:
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.sendall(b"{ANSWER}")
+        """)
+        listeners += [
+            subprocess.Popen([*command, "python3", "-c", script], start_new_session=True)
+            for command in (["ip", "netns", "exec", NETNS], [])
+        ]
+        for address in (PUBLIC, PRIVATE, METADATA, HOST_SIDE):
+            wait_until(lambda address=address: from_host(address), what=f"{address} answers")  # type: ignore[misc]
+        yield
+    finally:
+        for listener in listeners:
+            listener.kill()
+            listener.wait()
+        subprocess.run(["ip", "link", "del", "wtest0"], check=False)
+        ip("netns", "del", NETNS)
+
+
+PROBE = """
+import socket, sys
+try:
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=3) as there:
+        print(there.recv(99).decode())
+except OSError as error:
+    print("refused", error)
+"""
+
+
+def from_host(address: str, port: int = PORT) -> bool:
+    said = subprocess.run(
+        ["python3", "-c", PROBE, address, str(port)], capture_output=True, text=True, check=True
+    ).stdout
+    return ANSWER in said
+
+
+def reaches(server: RealServer, box: str, address: str, port: int = PORT) -> bool:
+    end = server.execute(box, f"python3 - {address} {port}", stdin=PROBE, timeout=20_000)
+    assert end["exitCode"] == 0, end
+    return ANSWER in str(end["stdout"])
+
+
+def slot_of(server: RealServer, box: str) -> str:
+    import json
+
+    record = json.loads((server.home / f"machines/{box}/resident.json").read_text())
+    return f"{server.prefix}-{record['slot']}"
+
+
+def nft(netns: str | None, rules: str) -> None:
+    command = ["ip", "netns", "exec", netns, "nft", "-f", "-"] if netns else ["nft", "-f", "-"]
+    subprocess.run(command, input=rules, text=True, check=True, capture_output=True)
+
+
+def saved(netns: str | None, table: str) -> str:
+    command = ["ip", "netns", "exec", netns] if netns else []
+    return subprocess.run(
+        [*command, "nft", "list", "table", "inet", table], text=True, check=True,
+        capture_output=True,
+    ).stdout  # fmt: skip
+
+
+def without_rules(server: RealServer, slots: list[str]) -> Iterator[None]:
+    """Take every rule of filtering away, translation aside, and put it back afterwards."""
+    table = f"sandyard_{server.instance['id']}"
+    kept = [(slot, "sandyard", saved(slot, "sandyard")) for slot in slots]
+    kept.append((None, table, saved(None, table)))  # type: ignore[arg-type]
+    for netns, name, _ in kept:
+        chains = ("input", "forward") if netns else ("input", "forward", "from_slots", "to_slots")
+        for chain in chains:
+            policy = f"chain inet {name} {chain} {{ policy accept; }}" if netns else ""
+            nft(netns, f"flush chain inet {name} {chain}\n{policy}\n")
+    try:
+        yield
+    finally:
+        for netns, name, rules in kept:
+            nft(netns, f"delete table inet {name}\n{rules}")
+
+
+@pytest.mark.parametrize("address", [PRIVATE, METADATA, HOST_SIDE])
+def test_private_metadata_and_host_are_out_of_reach_by_rule_alone(
+    server: RealServer, box: str, world: None, address: str
+) -> None:
+    assert from_host(address)
+    assert not reaches(server, box, address)
+    lifted = without_rules(server, [slot_of(server, box)])
+    next(lifted)
+    try:
+        assert reaches(server, box, address), "the test would pass without any rule"
+    finally:
+        next(lifted, None)
+    assert not reaches(server, box, address)
+
+
+def test_the_hosts_own_end_of_the_slot_is_out_of_reach(
+    server: RealServer, box: str, world: None
+) -> None:
+    ip_address = str(server.get(box)["ip"])
+    gateway = ip_address.rpartition(".")[0] + "." + str(int(ip_address.rpartition(".")[2]) - 1)
+    assert from_host(gateway)
+    assert not reaches(server, box, gateway)
+
+
+def test_the_internet_is_reached(server: RealServer, box: str, world: None) -> None:
+    assert reaches(server, box, PUBLIC)
+
+
+def test_sandboxes_do_not_reach_each_other(server: RealServer, box: str, world: None) -> None:
+    other = str(server.create()["id"])
+    listen = (
+        f"python3 -c \"import socket; s = socket.create_server(('0.0.0.0', {PORT}))\n"
+        f"while True: c, _ = s.accept(); c.sendall(b'{ANSWER}'); c.close()\" >/dev/null 2>&1 &"
+    )
+    server.execute(other, listen)
+    address = str(server.get(other)["ip"])
+    # From the host the sandbox's address leads to it, as the API promises.
+    wait_until(lambda: from_host(address), what="the other sandbox listens")
+    assert not reaches(server, box, address)
+    lifted = without_rules(server, [slot_of(server, box), slot_of(server, other)])
+    next(lifted)
+    try:
+        assert reaches(server, box, address), "the test would pass without any rule"
+    finally:
+        next(lifted, None)
+    assert not reaches(server, box, address)
+
+
+def test_no_address_leads_to_the_agent(server: RealServer, box: str, world: None) -> None:
+    assert not from_host(str(server.get(box)["ip"]), 9111)
+    tried = subprocess.run(
+        ["python3", "-c", PROBE, str(server.get(box)["ip"]), "9111"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "refused" in tried
+
+
+def test_a_false_sender_gets_nowhere(server: RealServer, box: str, world: None) -> None:
+    server.execute(box, "ip addr add 203.0.113.9/32 dev eth0")
+    script = PROBE.replace("timeout=3)", "timeout=3, source_address=('203.0.113.9', 0))")
+    end = server.execute(box, f"python3 - {PUBLIC} {PORT}", stdin=script, timeout=20_000)
+    assert ANSWER not in str(end["stdout"])
+    server.execute(box, "ip addr del 203.0.113.9/32 dev eth0")
+    assert reaches(server, box, PUBLIC)
+
+
+def test_ipv6_is_off(server: RealServer, box: str) -> None:
+    slot = slot_of(server, box)
+    shown = subprocess.run(
+        ["ip", "-n", slot, "-6", "addr"], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.strip() == ""
+
+
+def test_names_are_resolved_by_the_nodes_forwarder(server: RealServer, box: str) -> None:
+    """A resolver of the test's own answers over UDP, and over TCP where it says so."""
+    resolver = Path(__file__).parents[1] / "support/resolver.py"
+    original = Path("/etc/resolv.conf").read_text()
+    running = subprocess.Popen(["python3", str(resolver)], start_new_session=True)
+    try:
+        Path("/etc/resolv.conf").write_text("nameserver 127.0.0.53\n")
+        lookup = "python3 -c \"import socket; print(socket.gethostbyname('{}'))\""
+        wait_until(
+            lambda: server.execute(box, lookup.format("small.test"))["stdout"] == "203.0.113.5\n",
+            what="a name is resolved",
+        )
+        assert server.execute(box, lookup.format("large.test"))["stdout"] == "203.0.113.6\n"
+    finally:
+        Path("/etc/resolv.conf").write_text(original)
+        running.kill()
+        running.wait()

@@ -1,0 +1,635 @@
+"""The API through its front door, on a whole house with fake machines."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from fastapi.routing import APIRoute
+from tests.support.house import Yard, eventually, open_yard
+
+from sandyard.server.api.access import Scope
+from sandyard.server.core.scopes import SCOPES
+from sandyard.server.core.states import Status
+
+FIELDS = {
+    "id", "name", "status", "tags", "template", "ownerUserId", "ownerDisplayName", "ownerEmail",
+    "projectId", "mounts", "hasWritableWorkspaceMount", "sshReady", "vncReady", "ip", "publicIp",
+    "sshAccessConfigured", "sshAuthMethod", "vncUrl", "resources", "createdAt",
+    "updatedAt", "startedAt", "pausedAt", "lastActivityAt", "lastActivityKind", "idleTimeout",
+    "metadata", "statusReason", "nodeId", "driver", "os", "autoResume", "expiresAt",
+}  # fmt: skip
+KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+
+
+@pytest.fixture
+async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
+    async with open_yard(tmp_path) as opened:
+        yield opened
+
+
+# --- create, get, list, delete --------------------------------------------------------------------
+
+
+async def test_the_smallest_create_answers_201_with_every_field(yard: Yard) -> None:
+    answer = await yard.client.post("/v1/sandboxes", json={"template": "base-ubuntu"})
+    assert answer.status_code == 201
+    body = answer.json()
+    data = body["data"]
+    assert set(data) == FIELDS
+    assert re.fullmatch(r"sandbox-[a-z0-9]{12}", data["id"])
+    assert data["status"] in ("pending", "creating", "running")
+    assert data["resources"] == {"vcpus": 2, "memory": "4GB", "disk": "10GB"}
+    assert data["idleTimeout"] == 600
+    assert data["sshAuthMethod"] == "none"
+    assert (data["sshReady"], data["vncReady"], data["vncUrl"]) == (False, False, None)
+    assert data["createdAt"].endswith("Z")
+    assert body["meta"]["requestId"] == answer.headers["x-request-id"]
+
+
+async def test_the_status_goes_from_pending_to_running(yard: Yard) -> None:
+    yard.conduct.start_delay_s = 0.2
+    answer = await yard.client.post("/v1/sandboxes", json={})
+    data = answer.json()["data"]
+    assert data["status"] == "pending"
+    seen = {data["status"]}
+
+    async def runs() -> bool:
+        got = await yard.client.get(f"/v1/sandboxes/{data['id']}")
+        seen.add(got.json()["data"]["status"])
+        return "running" in seen
+
+    await eventually(runs)
+    assert seen == {"pending", "creating", "running"}
+
+
+async def test_a_running_sandbox_tells_where_it_runs(yard: Yard) -> None:
+    data = await yard.create(
+        name="My box", tags=["a"], env={"A": "secret-value"}, rootPassword="correct horse",
+        metadata={"k": [1]}, sshKeys=[KEY_LINE], resources={"memory": "1024MB"}, expiresIn=3600,
+    )  # fmt: skip
+    assert data["status"] == "running"
+    assert data["driver"] == "fake"
+    assert data["ip"]
+    assert data["sshAuthMethod"] == "key_and_password"
+    assert data["sshAccessConfigured"] is True
+    assert data["resources"] == {"vcpus": 2, "memory": "1GB", "disk": "10GB"}
+    assert data["metadata"] == {"k": [1]}
+    got = await yard.client.get("/v1/sandboxes/My box")
+    assert got.json()["data"]["id"] == data["id"]
+    for text in ("secret-value", "correct horse", "$2b$"):
+        assert text not in got.text
+
+
+async def test_lists_page_and_filter(yard: Yard) -> None:
+    made = [(await yard.create(tags=["even"] if number % 2 else []))["id"] for number in range(5)]
+    first = (await yard.client.get("/v1/sandboxes", params={"limit": 3})).json()
+    assert [one["id"] for one in first["data"]] == made[:1:-1]
+    assert first["hasMore"] is first["meta"]["hasMore"] is True
+    assert first["nextCursor"] == first["meta"]["nextCursor"]
+    rest = await yard.client.get("/v1/sandboxes", params={"cursor": first["nextCursor"]})
+    assert [one["id"] for one in rest.json()["data"]] == made[1::-1]
+    assert (rest.json()["hasMore"], rest.json()["nextCursor"]) == (False, None)
+
+    async def count(**query: object) -> int:
+        answer = await yard.client.get("/v1/sandboxes", params=query)  # type: ignore[arg-type]
+        assert answer.status_code == 200, answer.text
+        return len(answer.json()["data"])
+
+    assert await count(tag="even") == 2
+    assert await count(tag=["even", "odd"]) == 0
+    assert await count(status="running") == 5
+    assert await count(status="failed") == 0
+    assert await count(template="other") == 0
+    assert await count(exclude_template="base-ubuntu") == 0
+    assert await count(unknown="ignored") == 5
+    await yard.client.delete(f"/v1/sandboxes/{made[0]}")
+    assert await count() == 4
+
+
+async def test_delete_waits_until_it_is_gone_and_then_it_is_unknown(yard: Yard) -> None:
+    data = await yard.create()
+    gone = await yard.client.delete(f"/v1/sandboxes/{data['id']}")
+    assert gone.status_code == 200
+    assert gone.json()["data"] == {"id": data["id"], "deleted": True}
+    assert not yard.host.machines
+    for again in ("delete", "get"):
+        answer = await yard.client.request(again, f"/v1/sandboxes/{data['id']}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "not_found"
+
+
+async def test_two_deletes_at_once_both_succeed(yard: Yard) -> None:
+    data = await yard.create()
+    answers = await asyncio.gather(
+        *(yard.client.delete(f"/v1/sandboxes/{data['id']}") for _ in range(2))
+    )
+    assert [answer.status_code for answer in answers] == [200, 200]
+
+
+async def test_delete_while_creating_leaves_nothing(yard: Yard) -> None:
+    yard.conduct.start_delay_s = 30
+    created = (await yard.client.post("/v1/sandboxes", json={})).json()["data"]
+
+    async def creating() -> bool:
+        return bool(yard.host.machines)
+
+    await eventually(creating)
+    answer = await yard.client.delete(f"/v1/sandboxes/{created['id']}")
+    assert answer.status_code == 200
+    assert not yard.host.machines
+    assert (await yard.house.node.report()).machines == ()
+
+
+async def test_an_async_delete_answers_202(yard: Yard) -> None:
+    data = await yard.create()
+    answer = await yard.client.delete(f"/v1/sandboxes/{data['id']}", params={"async": "true"})
+    assert answer.status_code == 202
+    assert answer.json()["data"]["deleted"] is False
+
+    async def gone() -> bool:
+        got = await yard.client.get(f"/v1/sandboxes/{data['id']}")
+        return got.status_code == 404
+
+    await eventually(gone)
+
+
+async def test_a_name_is_free_again_after_a_delete(yard: Yard) -> None:
+    await yard.create(name="box")
+    answer = await yard.client.post("/v1/sandboxes", json={"name": "box"})
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "conflict"
+    await yard.client.delete("/v1/sandboxes/box")
+    await yard.create(name="box")
+
+
+async def test_a_sandbox_ends_when_its_time_is_over(yard: Yard) -> None:
+    data = await yard.create(expiresIn=1)
+
+    async def gone() -> bool:
+        return (await yard.client.get(f"/v1/sandboxes/{data['id']}")).status_code == 404
+
+    await eventually(gone)
+    assert not yard.host.machines
+
+
+# --- what goes wrong with machines ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("conduct", "word"),
+    [
+        ({"dies_at_birth": True}, "ended"),
+        ({"starts": False}, "told not to"),
+        ({"is_ready": False, "makes_progress": False}, "no progress"),
+        ({"is_ready": False}, "did not answer"),
+    ],
+)
+async def test_a_start_that_fails_says_why_and_leaves_nothing(
+    tmp_path: Path, conduct: dict[str, bool], word: str
+) -> None:
+    async with open_yard(tmp_path, boot_s=0.6, no_progress_s=0.2) as yard:
+        for name, value in conduct.items():
+            setattr(yard.conduct, name, value)
+        data = await yard.create()
+        assert data["status"] == "failed"
+        reason = data["statusReason"]
+        assert isinstance(reason, dict)
+        assert word in reason["message"]
+        assert not yard.host.machines
+        assert (await yard.house.node.report()).machines == ()
+        used = await yard.client.post(f"/v1/sandboxes/{data['id']}/exec", json={"command": "x"})
+        assert used.status_code == 409
+        assert used.json()["error"]["details"] == {"status": "failed"}
+        assert (await yard.client.delete(f"/v1/sandboxes/{data['id']}")).status_code == 200
+
+
+async def test_a_machine_that_dies_makes_an_error_with_its_reason(yard: Yard) -> None:
+    data = await yard.create()
+    (machine,) = yard.host.machines.values()
+    machine.die()
+
+    async def in_error() -> bool:
+        got = (await yard.client.get(f"/v1/sandboxes/{data['id']}")).json()["data"]
+        return bool(got["status"] == "error" and got["statusReason"]["code"] == "machine_died")
+
+    await eventually(in_error)
+    async with yard.house.store.read() as tx:
+        (period,) = await tx.usage.of_sandbox(str(data["id"]))
+    assert period.ended_at is not None
+    assert (await yard.client.delete(f"/v1/sandboxes/{data['id']}")).status_code == 200
+
+
+async def test_a_machine_that_dies_during_an_exec_ends_it_at_once(yard: Yard) -> None:
+    data = await yard.create()
+    path = f"/v1/sandboxes/{data['id']}/exec"
+    hanging = asyncio.ensure_future(yard.client.post(path, json={"command": "hang"}))
+    (machine,) = yard.host.machines.values()
+    await asyncio.sleep(0.05)
+    machine.die()
+    answer = await asyncio.wait_for(hanging, 5)
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "invalid_state"
+    assert "machine" in answer.json()["error"]["message"]
+
+
+async def test_a_machine_that_cannot_be_stopped_is_tried_until_it_can(yard: Yard) -> None:
+    data = await yard.create()
+    yard.conduct.can_be_stopped = False
+    await yard.client.delete(f"/v1/sandboxes/{data['id']}", params={"async": "true"})
+
+    async def destroying() -> bool:
+        got = await yard.client.get(f"/v1/sandboxes/{data['id']}")
+        return bool(got.json()["data"]["status"] == "destroying")
+
+    await eventually(destroying)
+    assert yard.host.machines
+    yard.conduct.can_be_stopped = True
+
+    async def gone() -> bool:
+        return (await yard.client.get(f"/v1/sandboxes/{data['id']}")).status_code == 404
+
+    await eventually(gone)
+    assert not yard.host.machines
+
+
+async def test_a_machine_nobody_wants_is_removed(yard: Yard) -> None:
+    data = await yard.create()
+    async with yard.house.store.write() as tx:
+        found = await tx.sandboxes.find(str(data["id"]))
+        assert found is not None
+        found.__dict__["status"] = Status.DESTROYED
+        assert await tx.sandboxes.replace(found)
+
+    async def gone() -> bool:
+        return not yard.host.machines
+
+    await eventually(gone)
+
+
+async def test_a_stalled_machine_says_why_and_goes_on(yard: Yard) -> None:
+    from sandyard.server.drivers.contract import End
+
+    data = await yard.create()
+    (machine,) = yard.host.machines.values()
+
+    async def reason() -> object:
+        got = await yard.client.get(f"/v1/sandboxes/{data['id']}")
+        return got.json()["data"]["statusReason"]
+
+    machine.stalled = End("host_disk_full", "no room")
+
+    async def told() -> bool:
+        return await reason() == {"code": "host_disk_full", "message": "no room"}
+
+    async def cleared() -> bool:
+        return await reason() is None
+
+    await eventually(told)
+    machine.stalled = None
+    await eventually(cleared)
+
+
+async def test_machines_outlive_the_house(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, keep=True) as yard:
+        data = await yard.create(name="lives")
+        host = yard.host
+    assert host.machines
+    async with open_yard(tmp_path, host=host) as yard:
+        answer = await yard.client.post("/v1/sandboxes/lives/exec", json={"command": "still"})
+        assert answer.json()["data"]["stdout"] == "still"
+        assert (await yard.client.delete(f"/v1/sandboxes/{data['id']}")).status_code == 200
+    assert not host.machines
+
+
+async def test_a_restart_finds_what_died_meanwhile(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, keep=True) as yard:
+        data = await yard.create()
+        host = yard.host
+    for machine in list(host.machines.values()):
+        machine.die()
+    async with open_yard(tmp_path, host=host) as yard:
+
+        async def in_error() -> bool:
+            got = await yard.client.get(f"/v1/sandboxes/{data['id']}")
+            return bool(got.json()["data"]["status"] == "error")
+
+        await eventually(in_error)
+
+
+async def test_the_full_host_is_told_as_no_capacity(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, disk_floor_mib=10**9) as yard:
+        answer = await yard.client.post("/v1/sandboxes", json={})
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "no_capacity"
+        assert answer.headers["retry-after"]
+
+
+async def test_a_template_that_is_not_built_is_told_with_the_remedy(tmp_path: Path) -> None:
+    async with open_yard(tmp_path) as yard:
+        (tmp_path / "templates/base-ubuntu.json").unlink()
+        answer = await yard.client.post("/v1/sandboxes", json={})
+        assert answer.status_code == 503
+        assert "sandyard template build base-ubuntu" in answer.json()["error"]["message"]
+        assert answer.headers["retry-after"]
+        listed = (await yard.client.get("/v1/templates/base-ubuntu")).json()["data"]
+        assert listed["status"] == "pending"
+
+
+# --- exec and stats -------------------------------------------------------------------------------
+
+
+async def test_exec_answers_in_the_contracts_form(yard: Yard) -> None:
+    data = await yard.create()
+    answer = await yard.client.post(f"/v1/sandboxes/{data['id']}/exec", json={"command": "hi"})
+    assert answer.status_code == 200
+    assert answer.json()["data"] == {
+        "stdout": "hi", "stderr": "", "exitCode": 0, "durationMs": 1, "executionTime": 1,
+        "timedOut": False, "truncated": False, "signal": None,
+    }  # fmt: skip
+    got = (await yard.client.get(f"/v1/sandboxes/{data['id']}")).json()["data"]
+    assert got["lastActivityKind"] == "exec"
+    async with yard.house.store.read() as tx:
+        kinds = [line.event_type for line in await tx.activity.of_sandbox(str(data["id"]))]
+    assert kinds == ["sandbox.exec", "sandbox.running", "sandbox.creating", "sandbox.created"]
+
+
+async def test_exec_waits_for_a_sandbox_on_its_way_up(yard: Yard) -> None:
+    yard.conduct.start_delay_s = 0.3
+    data = (await yard.client.post("/v1/sandboxes", json={})).json()["data"]
+    answer = await yard.client.post(f"/v1/sandboxes/{data['id']}/exec", json={"command": "hi"})
+    assert answer.json()["data"]["stdout"] == "hi"
+
+
+async def test_stats_are_told_in_full(yard: Yard) -> None:
+    data = await yard.create()
+    answer = (await yard.client.get(f"/v1/sandboxes/{data['id']}/stats")).json()["data"]
+    assert answer["sandboxId"] == data["id"]
+    assert set(answer["stats"]) == {
+        "cpuPercent", "memoryUsedBytes", "memoryTotalBytes", "diskUsedBytes", "diskTotalBytes",
+        "uptime",
+    }  # fmt: skip
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"template": "nope"}, "template"),
+        ({"template": 7}, "template"),
+        ({"template": "a\x00b"}, "template"),
+        ({"name": ""}, "name"),
+        ({"name": "a\x00"}, "name"),
+        ({"name": "sandbox-abcdefghijkl"}, "name"),
+        ({"name": 5}, "name"),
+        ({"tags": "a"}, "tags"),
+        ({"tags": [""]}, "tags"),
+        ({"tags": ["x"] * 33}, "tags"),
+        ({"idleTimeout": -1}, "idleTimeout"),
+        ({"idleTimeout": 604_801}, "idleTimeout"),
+        ({"idleTimeout": "600"}, "idleTimeout"),
+        ({"idleTimeout": 1.5}, "idleTimeout"),
+        ({"idleTimeout": True}, "idleTimeout"),
+        ({"resources": {"vcpus": 0}}, "resources.vcpus"),
+        ({"resources": {"memory": "4"}}, "resources.memory"),
+        ({"resources": {"disk": "1TB"}}, "resources.disk"),
+        ({"env": {"1A": "x"}}, "env"),
+        ({"env": {"A": 1}}, "env.A"),
+        ({"env": {"A": "x" * 70_000}}, "env"),
+        ({"sshKeys": ["00000000-0000-0000-0000-000000000000"]}, "sshKeys"),
+        ({"sshKeys": ["ssh-ed25519 AAAA"]}, "sshKeys"),
+        ({"rootPassword": "short"}, "rootPassword"),
+        ({"rootPassword": "x" * 73}, "rootPassword"),
+        ({"projectId": "00000000-0000-0000-0000-000000000000"}, "projectId"),
+        ({"projectId": "x"}, "projectId"),
+        ({"metadata": {"a": "x" * 17_000}}, "metadata"),
+        ({"metadata": {"a": {"b": "\x00"}}}, "metadata"),
+        ({"mounts": [{"workspaceId": "w", "path": "/workspace"}]}, "mounts"),
+        ({"snapshot": "s"}, "snapshot"),
+        ({"network": {"egress": "deny"}}, "network"),
+        ({"expiresIn": 0}, "expiresIn"),
+        ([], "body"),
+    ],
+)
+async def test_a_create_that_cannot_be_is_refused_by_field(
+    yard: Yard, body: object, field: str
+) -> None:
+    answer = await yard.client.post("/v1/sandboxes", json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == "bad_request"
+    assert error["details"]["field"] == field
+    assert error["requestId"] == answer.headers["x-request-id"]
+    assert (await yard.client.get("/v1/sandboxes")).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {}, {"command": ""}, {"command": "a\x00b"}, {"command": 1}, {"command": "x" * 140_000},
+        {"command": "x", "timeout": 0}, {"command": "x", "timeout": 3_600_001},
+        {"command": "x", "timeout": "1"}, {"command": "x", "cwd": "relative"},
+        {"command": "x", "env": {"A=B": "c"}}, {"command": "x", "encoding": "latin-1"},
+        {"command": "x", "user": ""}, {"command": "\ud800"},
+    ],
+)  # fmt: skip
+async def test_an_exec_that_cannot_be_is_refused(yard: Yard, body: dict[str, object]) -> None:
+    import json
+
+    data = await yard.create()
+    answer = await yard.client.post(
+        f"/v1/sandboxes/{data['id']}/exec",
+        content=json.dumps(body),
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "bad_request"
+
+
+async def test_malformed_json_is_told_as_such(yard: Yard) -> None:
+    for content in (b"{", b"\xff", b'{"template": "base-ubuntu"', b""):
+        answer = await yard.client.post(
+            "/v1/sandboxes", content=content, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "bad_request"
+
+
+async def test_unknown_body_fields_are_ignored(yard: Yard) -> None:
+    assert (await yard.create(fromTheFuture={"x": 1}))["status"] == "running"
+
+
+async def test_too_large_a_body_is_refused(yard: Yard) -> None:
+    body = b'{"metadata": {"a": "' + b"x" * (33 * 2**20) + b'"}}'
+    answer = await yard.client.post(
+        "/v1/sandboxes", content=body, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "payload_too_large"
+
+
+@pytest.mark.parametrize("query", [{"limit": 0}, {"limit": 501}, {"limit": "x"}, {"status": "odd"}])
+async def test_a_list_query_that_cannot_be_is_refused(yard: Yard, query: dict[str, str]) -> None:
+    assert (await yard.client.get("/v1/sandboxes", params=query)).status_code == 400
+
+
+@pytest.mark.parametrize("cursor", ["x", "W10", "bnVsbA", "é", "W1tdLCAxXQ"])
+async def test_a_made_up_cursor_is_refused(yard: Yard, cursor: str) -> None:
+    answer = await yard.client.get("/v1/sandboxes", params={"cursor": cursor})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["details"]["field"] == "cursor"
+
+
+async def test_unknown_paths_and_methods_come_in_the_envelope(yard: Yard) -> None:
+    answer = await yard.client.get("/v1/nothing")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    answer = await yard.client.put("/v1/sandboxes")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "bad_request")
+
+
+# --- who may --------------------------------------------------------------------------------------
+
+
+def routes(yard: Yard) -> list[APIRoute]:
+    found = []
+    stack = list(yard.house.api.routes)
+    while stack:
+        one = stack.pop()
+        if isinstance(one, APIRoute):
+            found.append(one)
+        stack += getattr(getattr(one, "original_router", None), "routes", [])
+    return found
+
+
+def scope_of(route: APIRoute) -> str | None:
+    scopes = [one.call.name for one in route.dependant.dependencies if isinstance(one.call, Scope)]
+    return scopes[0] if scopes else None
+
+
+async def test_every_route_declares_its_access(yard: Yard) -> None:
+    found = routes(yard)
+    assert len(found) >= 8
+    for route in found:
+        scope, is_open = scope_of(route), getattr(route.endpoint, "is_open", False)
+        assert (scope is None) is is_open, f"{route.path} declares no access"
+        assert scope is None or scope in SCOPES
+        assert not is_open or not route.path.startswith("/v1")
+
+
+async def test_every_route_refuses_who_may_not(yard: Yard) -> None:
+    org_id, user_id = await yard.first()
+    now = datetime.now(UTC)
+    data = await yard.create(name="mine")
+    credentials = {
+        "none": (None, 401, "unauthorized"),
+        "garbage": ("garbage", 401, "invalid_token"),
+        "jwt": ("eyJhbGciOiJub25lIn0.e30.", 401, "invalid_token"),
+        "unknown": ("rt_live_" + "x" * 32, 401, "invalid_token"),
+        "revoked": (await yard.add_key(org_id, user_id, revoked_at=now), 401, "invalid_token"),
+        "expired": (
+            await yard.add_key(org_id, user_id, expires_at=now), 401, "token_expired",
+        ),
+        "scopeless": (await yard.add_key(org_id, user_id, scopes=("tool:*",)), 403, "forbidden"),
+    }  # fmt: skip
+    for route in routes(yard):
+        if scope_of(route) is None:
+            continue
+        for method in route.methods or ():
+            for name, (key, status, code) in credentials.items():
+                async with yard.client_of(key) as client:
+                    path = route.path.replace("{reference}", str(data["id"]))
+                    answer = await client.request(
+                        method, path.replace("{slug}", "base-ubuntu"), json={"command": "x"}
+                    )
+                assert answer.status_code == status, f"{name} on {method} {route.path}"
+                assert answer.json()["error"]["code"] == code
+                assert str(data["id"]) not in answer.text.replace(path, "")
+
+
+async def test_a_missing_scope_is_named(yard: Yard) -> None:
+    key = await yard.add_key(*await yard.first(), scopes=("sandbox:read",))
+    async with yard.client_of(key) as client:
+        answer = await client.post("/v1/sandboxes", json={})
+        assert answer.status_code == 403
+        assert answer.json()["error"]["details"] == {"requiredScope": "sandbox:create"}
+        assert (await client.get("/v1/sandboxes")).status_code == 200
+
+
+async def test_another_organization_learns_nothing(yard: Yard) -> None:
+    data = await yard.create(name="mine")
+    async with yard.client_of(await yard.stranger()) as stranger:
+        unknown = await stranger.get("/v1/sandboxes/sandbox-000000000000")
+        for reference in (data["id"], "mine"):
+            base = f"/v1/sandboxes/{reference}"
+            for method, path in (
+                ("GET", base), ("DELETE", base), ("POST", f"{base}/exec"), ("GET", f"{base}/stats"),
+            ):  # fmt: skip
+                answer = await stranger.request(method, path, json={"command": "x"})
+                assert answer.status_code == 404
+                assert answer.json()["error"]["code"] == unknown.json()["error"]["code"]
+        assert (await stranger.get("/v1/sandboxes", params={"all": "true"})).json()["data"] == []
+        assert (await stranger.post("/v1/sandboxes", json={"name": "mine"})).status_code == 201
+
+
+async def test_a_member_sees_its_own_and_an_admin_all(yard: Yard) -> None:
+    org_id, _ = await yard.first()
+    member = await yard.add_key(org_id, await yard.add_member(org_id))
+    admins = await yard.create()
+    async with yard.client_of(member) as client:
+        assert (await client.get(f"/v1/sandboxes/{admins['id']}")).status_code == 404
+        assert (await client.delete(f"/v1/sandboxes/{admins['id']}")).status_code == 404
+        own = (await client.post("/v1/sandboxes", json={})).json()["data"]
+        listed = (await client.get("/v1/sandboxes")).json()["data"]
+        assert [one["id"] for one in listed] == [own["id"]]
+        scoped = await yard.add_key(org_id, await yard.add_member(org_id), scopes=("sandbox:read",))
+        async with yard.client_of(scoped) as reader:
+            answer = await reader.get("/v1/sandboxes", params={"all": "true"})
+            assert answer.status_code == 403
+        got = await yard.client.get(f"/v1/sandboxes/{own['id']}")
+        assert got.status_code == 200
+        assert got.json()["data"]["nodeId"] is not None or own["status"] == "pending"
+        assert (await client.get(f"/v1/sandboxes/{own['id']}")).json()["data"]["nodeId"] is None
+
+
+async def test_the_other_header_is_taken_and_bearer_wins(yard: Yard) -> None:
+    async with yard.client_of(None) as client:
+        headers = {"X-API-Key": yard.key}
+        assert (await client.get("/v1/sandboxes", headers=headers)).status_code == 200
+        both = {**headers, "Authorization": "Bearer garbage"}
+        assert (await client.get("/v1/sandboxes", headers=both)).status_code == 401
+
+
+# --- operations -----------------------------------------------------------------------------------
+
+
+async def test_health_readiness_and_metrics_need_no_credential(yard: Yard) -> None:
+    await yard.create()
+    async with yard.client_of(None) as client:
+        assert (await client.get("/healthz")).json() == {"status": "ok", "missing": []}
+        assert (await client.get("/readyz")).json() == {"status": "ok", "missing": []}
+        metrics = await client.get("/metrics")
+        assert 'sandyard_machines{state="running"} 1.0' in metrics.text
+        assert "sandyard_http_requests_total" in metrics.text
+        forwarded = await client.get("/metrics", headers={"X-Forwarded-For": "1.2.3.4"})
+        assert forwarded.status_code == 404
+
+
+async def test_readiness_says_what_is_missing(tmp_path: Path) -> None:
+    async with open_yard(tmp_path) as yard:
+        for path in (tmp_path / "templates").iterdir():
+            path.unlink()
+        answer = await yard.client.get("/readyz")
+        assert answer.status_code == 503
+        assert "template" in answer.json()["missing"][0]
+
+
+async def test_fifty_creates_at_once_all_run_and_none_leaks(yard: Yard) -> None:
+    made = await asyncio.gather(*(yard.create() for _ in range(50)))
+    assert {one["status"] for one in made} == {"running"}
+    assert len({one["ip"] for one in made}) == 50
+    await asyncio.gather(*(yard.client.delete(f"/v1/sandboxes/{one['id']}") for one in made))
+    assert not yard.host.machines

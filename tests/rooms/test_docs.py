@@ -1,0 +1,67 @@
+"""Documentation cannot lag behind the code."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from sandyard.cli.main import app
+from sandyard.server.app.reference import PAGES
+from sandyard.server.core.states import Status
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_made_pages_are_as_the_code_makes_them(name: str) -> None:
+    made = PAGES[name]()
+    assert (DOCS / "reference" / name).read_text() == made, (
+        "run: python -m sandyard.server.app.reference"
+    )
+
+
+def commands() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def walk(group: Any, path: str) -> None:
+        for name, command in getattr(group, "commands", {}).items():
+            found[f"{path} {name}"] = command
+            walk(command, f"{path} {name}")
+
+    walk(typer.main.get_command(app), "sandyard")
+    return found
+
+
+def test_every_command_and_option_has_its_place_in_the_reference() -> None:
+    text = (DOCS / "reference/cli.md").read_text()
+    for name, command in commands().items():
+        assert f"`{name}" in text, f"{name} is not in docs/reference/cli.md"
+        assert command.help, f"{name} has no help"
+        for parameter in command.params:
+            for option in parameter.opts:
+                if option.startswith("--") and option != "--help":
+                    assert option in text, f"{option} of {name} is not in docs/reference/cli.md"
+
+
+def test_every_status_is_explained() -> None:
+    text = (DOCS / "explanation/life.md").read_text()
+    for status in Status:
+        assert f"`{status}`" in text
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*DOCS.rglob("*.md"), ROOT / "README.md"]), ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_decision_is_listed() -> None:
+    index = (DOCS / "decisions/README.md").read_text()
+    for page in (DOCS / "decisions").glob("0*.md"):
+        assert page.name in index

@@ -1,0 +1,103 @@
+"""The API as it describes itself: every answer is one that it allows, none is a 5xx."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi import checks as conformance
+from tests.conftest import free_port
+from tests.support.house import Yard, open_yard
+
+pytestmark = pytest.mark.slow  # thousands of requests: what no one thought of asking
+
+
+class Served:
+    """A house behind a real socket, in a thread of its own, for a client that blocks."""
+
+    def __init__(self, home: Path) -> None:
+        self.port = free_port()
+        self.keys: dict[str, str | None] = {"none": None}
+        self._home = home
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._server: uvicorn.Server | None = None
+
+    async def _run(self) -> None:
+        async with open_yard(self._home) as yard:
+            await self._serve(yard)
+
+    async def _serve(self, yard: Yard) -> None:
+        org_id, user_id = await yard.first()
+        self.keys["admin"] = yard.key
+        self.keys["reader"] = await yard.add_key(org_id, user_id, scopes=("sandbox:read",))
+        config = uvicorn.Config(yard.house.api, port=self.port, log_config=None, lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(self._server.serve())
+            while not self._server.started:
+                await asyncio.sleep(0.01)
+            self._ready.set()
+            await serving
+
+    def __enter__(self) -> "Served":
+        self._thread.start()
+        assert self._ready.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.should_exit = True
+        self._thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with Served(tmp_path_factory.mktemp("api")) as made:
+        yield made
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")  # of the tool's own libraries, not of ours
+@pytest.mark.parametrize("who", ["admin", "reader", "none"])
+def test_every_answer_is_a_documented_one(served: Served, who: str) -> None:
+    base = f"http://127.0.0.1:{served.port}"
+    schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
+    key = served.keys[who]
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    checks = [
+        not_a_server_error,
+        conformance.status_code_conformance,
+        conformance.content_type_conformance,
+        conformance.response_schema_conformance,
+    ]
+    tried = 0
+    operations: Any = schema.get_all_operations()
+    for found in operations:
+        tried += _try(found.ok(), base, headers, checks)
+    assert tried > 50
+
+
+def _try(operation: Any, base: str, headers: dict[str, str], checks: list[Any]) -> int:
+    tried = 0
+
+    @settings(
+        max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck), database=None,
+    )  # fmt: skip
+    @given(case=operation.as_strategy())
+    def attempt(case: Any) -> None:
+        nonlocal tried
+        tried += 1
+        response = case.call(base_url=base, headers=headers)
+        case.validate_response(response, checks=checks)
+
+    attempt()
+    return tried

@@ -1,0 +1,122 @@
+"""A whole house on fake machines, in this process, with clients for it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+
+from sandyard.server.app.settings import NodeSettings, Settings
+from sandyard.server.app.wiring import House, open_house
+from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
+from sandyard.server.core.records import ApiKey, Organization, Project, User
+from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost
+
+URL = "http://sandyard.test"
+
+
+@dataclass
+class Yard:
+    """A house, its fake host, and a client of its first admin."""
+
+    house: House
+    host: FakeHost
+    conduct: Conduct
+    client: httpx.AsyncClient
+    key: str
+
+    def client_of(self, key: str | None) -> httpx.AsyncClient:
+        """Return a client with another credential."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        transport = httpx.ASGITransport(self.house.api, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url=URL, headers=headers, timeout=30)
+
+    async def add_key(
+        self, org_id: str, user_id: str, *, scopes: tuple[str, ...] = ("*",), **changes: datetime
+    ) -> str:
+        """Add an API key and return its secret."""
+        key = new_api_key()
+        async with self.house.store.write() as tx:
+            await tx.accounts.add_key(
+                ApiKey(
+                    id=new_uuid(), org_id=org_id, owner_user_id=user_id, name="test",
+                    prefix=key[:12], digest=digest_of_key(key), scopes=scopes,
+                    created_at=datetime.now(UTC), **changes,
+                )
+            )  # fmt: skip
+        return key
+
+    async def first(self) -> tuple[str, str]:
+        """Return the first organization's id and its admin's."""
+        async with self.house.store.read() as tx:
+            found = await tx.accounts.first_organization()
+        assert found is not None
+        return found[0].id, found[1].id
+
+    async def add_member(self, org_id: str, role: str = "member") -> str:
+        """Add a user to an organization and return its id."""
+        user = User(new_uuid(), f"{new_uuid()}@example.org", "Somebody", datetime.now(UTC))
+        async with self.house.store.write() as tx:
+            await tx.accounts.add_member(user, org_id=org_id, role=role)
+        return user.id
+
+    async def stranger(self) -> str:
+        """Return a key of another organization's admin."""
+        now = datetime.now(UTC) + timedelta(seconds=1)
+        org = Organization(new_uuid(), "Other", new_uuid(), now)
+        async with self.house.store.write() as tx:
+            project = Project(new_uuid(), org.id, "Default", "default", True, now)
+            await tx.accounts.add_organization(org, project)
+        return await self.add_key(org.id, await self.add_member(org.id, "admin"))
+
+    async def create(self, **body: object) -> dict[str, object]:
+        """Create a sandbox, wait until it has settled, and return it."""
+        answer = await self.client.post("/v1/sandboxes", params={"wait": 20}, json=body)
+        assert answer.status_code == 201, answer.text
+        data: dict[str, object] = answer.json()["data"]
+        return data
+
+
+def settings_of(home: Path, **node: object) -> Settings:
+    """Return settings for fake machines in a home of a test's own."""
+    return Settings(
+        home=home,
+        node=NodeSettings.model_validate(
+            {"driver": "fake", "memory_floor_mib": 0, "disk_floor_mib": 0, **node}
+        ),
+    )
+
+
+@asynccontextmanager
+async def open_yard(
+    home: Path, *, host: FakeHost | None = None, keep: bool = False, **node: object
+) -> AsyncIterator[Yard]:
+    """Open a house and run its reconciler; with `keep`, its machines outlive it."""
+    host = host or FakeHost()
+    conduct = Conduct()
+    driver = FakeDriver(host, conduct)
+    async with (
+        open_house(settings_of(home, **node), drivers=[driver]) as house,
+        asyncio.TaskGroup() as tasks,
+    ):
+        reconciling = tasks.create_task(house.reconciler.run())
+        yard = Yard(house, host, conduct, httpx.AsyncClient(), "")
+        await yard.client.aclose()
+        yard.key = await yard.add_key(*await yard.first())
+        async with yard.client_of(yard.key) as client:
+            yard.client = client
+            yield yard
+        reconciling.cancel()
+    for machine in list(host.machines.values()):
+        if not keep:
+            machine.die()
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float = 10.0) -> None:
+    """Return once an async condition holds; fail at the limit."""
+    async with asyncio.timeout(limit_s):
+        while not await condition():
+            await asyncio.sleep(0.01)

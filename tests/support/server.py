@@ -1,0 +1,183 @@
+"""A real `sandyard serve` in a home of its own, and a look at everything it may leave behind."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from sandyard.server.drivers.processes import uids_at_work
+from sandyard.server.node.identity import SLOTS
+from tests.support.images import cache_environment
+
+SANDYARD = Path(sys.executable).parent / "sandyard"
+
+
+def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: str = "") -> None:
+    """Return once a condition holds; fail at the limit."""
+    until = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > until:
+            raise AssertionError(f"not within {limit_s:g} s: {what or condition}")
+        time.sleep(0.05)
+
+
+class RealServer:
+    """One installation. Its home is short enough for sockets and readable by no one else."""
+
+    def __init__(self, port: int, **environment: str) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="sy-", dir="/tmp"))
+        self.home.chmod(0o711)
+        self.port = port
+        self.environment = {
+            **os.environ,
+            **cache_environment(),
+            "SANDYARD_HOME": str(self.home),
+            "SANDYARD_HTTP__PORT": str(port),
+            "XDG_CONFIG_HOME": str(self.home / "xdg"),
+            **environment,
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+        self.client = httpx.Client()
+        self.instance: dict[str, object] = {}
+
+    def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the command line of this installation."""
+        return subprocess.run(
+            [str(SANDYARD), *map(str, command)], env=self.environment, text=True,
+            capture_output=True, check=check, timeout=300,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Start the server and return when it is ready."""
+        if self.process is not None:
+            self.process.wait(60)
+        self.run("template", "build", "base-minimal")
+        self.run("init", "--quiet")
+        with (self.home / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(SANDYARD), "serve"], env=self.environment, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        config = (self.home / "xdg/sandyard/config.toml").read_text()
+        key = config.split('api_key = "')[1].split('"')[0]
+        self.client.close()
+        self.client = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}",
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=120,
+        )
+        wait_until(self.is_ready, limit_s=60, what="the server is ready")
+        self.instance = json.loads((self.home / "instance.json").read_text())
+
+    def is_ready(self) -> bool:
+        """Tell whether the server answers that it is ready."""
+        with contextlib.suppress(httpx.HTTPError):
+            return self.client.get("/readyz").status_code == 200
+        return False
+
+    def kill(self) -> None:
+        """Kill the server as a crash would."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+    def stop(self) -> None:
+        """Stop the server in an orderly way."""
+        assert self.process is not None
+        self.process.terminate()
+        assert self.process.wait(60) == 0, (self.home / "server.log").read_text()[-3000:]
+
+    def create(self, *, wait: int = 60, **body: object) -> dict[str, object]:
+        """Create a sandbox of the minimal template and return it once it runs."""
+        answer = self.client.post(
+            "/v1/sandboxes", params={"wait": wait}, json={"template": "base-minimal", **body}
+        )
+        assert answer.status_code == 201, answer.text
+        data: dict[str, object] = answer.json()["data"]
+        assert wait == 0 or data["status"] == "running", data
+        return data
+
+    def execute(self, reference: object, command: str, **body: object) -> dict[str, object]:
+        """Run a command and return how it ended."""
+        answer = self.client.post(
+            f"/v1/sandboxes/{reference}/exec", json={"command": command, **body}
+        )
+        assert answer.status_code == 200, answer.text
+        data: dict[str, object] = answer.json()["data"]
+        return data
+
+    def get(self, reference: object) -> dict[str, object]:
+        """Return a sandbox as it is now."""
+        data: dict[str, object] = self.client.get(f"/v1/sandboxes/{reference}").json()["data"]
+        return data
+
+    def delete(self, reference: object) -> None:
+        """Delete a sandbox."""
+        answer = self.client.delete(f"/v1/sandboxes/{reference}")
+        assert answer.status_code == 200, answer.text
+
+    def pid_of(self, sandbox_id: object) -> int:
+        """Return the pid of the machine behind a sandbox."""
+        record = json.loads((self.home / f"machines/{sandbox_id}/resident.json").read_text())
+        return int(record["handle"]["pid"])
+
+    # --- what is there ----------------------------------------------------------------------
+
+    @property
+    def prefix(self) -> str:
+        """What the names of this installation's links and namespaces begin with."""
+        return f"syd-{self.instance['id']}"
+
+    def processes(self) -> set[int]:
+        """Return the accounts of this installation under which something runs."""
+        first = 1_900_000_000 + int(str(self.instance["index"])) * SLOTS
+        return uids_at_work(range(first, first + SLOTS))
+
+    def namespaces(self) -> set[str]:
+        """Return this installation's network namespaces."""
+        folder = Path("/run/netns")
+        return {path.name for path in folder.glob(f"{self.prefix}-*")} if folder.is_dir() else set()
+
+    def links(self) -> set[str]:
+        """Return this installation's links on the host."""
+        return {path.name for path in Path("/sys/class/net").glob(f"{self.prefix}*")}
+
+    def machines(self) -> set[str]:
+        """Return the folders of machines."""
+        folder = self.home / "machines"
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+    def leftovers(self) -> dict[str, object]:
+        """Return everything that may not be there once an installation was removed."""
+        tables = subprocess.run(
+            ["nft", "list", "ruleset"], capture_output=True, text=True, check=True
+        ).stdout
+        mounts = Path("/proc/mounts").read_text()
+        found = {
+            "processes": self.processes(),
+            "namespaces": self.namespaces(),
+            "links": self.links(),
+            "machines": self.machines(),
+            "rules": f"sandyard_{self.instance['id']}" in tables,
+            "mounts": str(self.home) in mounts,
+        }
+        return {name: value for name, value in found.items() if value}
+
+    def remove(self) -> None:
+        """Take the installation down whole and check that nothing is left of it."""
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
+        self.client.close()
+        if self.instance:
+            self.run("stop", "--all")
+            assert self.leftovers() == {}
+        shutil.rmtree(self.home)

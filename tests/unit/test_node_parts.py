@@ -1,0 +1,225 @@
+"""Pure parts of the node: rules, definitions, command lines, records."""
+
+import gzip
+import ipaddress
+import os
+from pathlib import Path
+
+import pytest
+
+from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnavailableError
+from sandyard.server.core.shapes import Shape
+from sandyard.server.drivers.contract import MachineSpec, Place
+from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
+from sandyard.server.drivers.qemu.command import (
+    confined,
+    kernel_command_line,
+    machine_arguments,
+    machine_memory_mib,
+)
+from sandyard.server.node.console import append_console
+from sandyard.server.node.definitions import load_definition, load_definitions
+from sandyard.server.node.firewall import exceptions_to_remove, forward_exceptions, slot_rules
+from sandyard.server.node.identity import give_back_identity, take_identity
+from sandyard.server.node.initrd import make_initrd
+from sandyard.server.node.residents import Phase, Resident, Residents
+
+TEMPLATES = Path(__file__).parents[2] / "templates"
+SPEC = MachineSpec(
+    name="sandbox-abcdefghijkl",
+    vcpus=2,
+    memory_mib=512,
+    kernel=Path("/i/vmlinuz"),
+    initrd=Path("/i/initrd"),
+    base=Path("/i/a,b.ext4"),
+    disk=Path("/m/disk.ext4"),
+    folder=Path("/m/run"),
+    place=Place(3, "syd-12ab-3", "tap0", "02:00:00:00:00:02", "10.200.0.14", 1_900_000_003),
+)
+
+
+@pytest.mark.parametrize("asked", [128, 256, 1024, 2000, 2032, 2040, 2048, 4096, 65536])
+def test_a_machine_never_gets_exactly_two_gigabytes(asked: int) -> None:
+    assert machine_memory_mib(asked) >= asked
+    assert machine_memory_mib(asked) != 2048
+
+
+def test_the_token_and_env_are_nowhere_on_the_command_line() -> None:
+    arguments = machine_arguments(SPEC, accel="tcg", tb_size_mib=64, tsc_khz=1_000, tap_fd=9)
+    assert not any("token" in one for one in arguments)
+    assert "file=/i/a,,b.ext4" in " ".join(arguments)
+    assert "readonly=on" in arguments[arguments.index("-drive") + 1]
+
+
+def test_qemu_runs_with_nothing_it_could_misuse() -> None:
+    command = confined("qemu", ["-x"], SPEC)
+    for needed in ("--no-new-privs", "--bounding-set=-all", "--clear-groups", "1900000003"):
+        assert needed in command
+    assert "--net=/run/netns/syd-12ab-3" in command
+    arguments = machine_arguments(SPEC, accel="kvm", tb_size_mib=64, tsc_khz=None, tap_fd=9)
+    assert "spawn=deny" in arguments[arguments.index("-sandbox") + 1]
+
+
+def test_only_emulated_machines_are_told_the_rate_of_the_counter() -> None:
+    assert "tsc_early_khz=42" in kernel_command_line(tsc_khz=42)
+    assert "tsc" not in kernel_command_line(tsc_khz=None)
+
+
+def test_shipped_definitions_can_be_read() -> None:
+    found = load_definitions(TEMPLATES)
+    assert set(found) == {"base-ubuntu", "base-minimal"}
+    assert found["base-ubuntu"].defaults == Shape(2, 4096, 10240)
+    assert found["base-minimal"].defaults == Shape(1, 512, 5120)
+    assert [source.family for source in found["base-ubuntu"].sources] == ["ubuntu", "debian"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('kind = "headless"', 'kind = "odd"'),
+        ('slug = "base-minimal"', 'slug = "../x"'),
+        ('memory = "512MB"', "memory = 512"),
+        ('name = "Minimal"', 'name = "Minimal"\nsurprise = 1'),
+        ("[defaults]", "[defaults"),
+        ('family = "debian"', 'family = "slackware"'),
+    ],
+)
+def test_a_definition_that_is_wrong_is_refused_by_name(tmp_path: Path, old: str, new: str) -> None:
+    text = (TEMPLATES / "base-minimal.toml").read_text()
+    assert old in text
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(InvalidArgumentError, match=r"mine\.toml"):
+        load_definition(path)
+
+
+def test_the_digest_of_a_definition_follows_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text((TEMPLATES / "base-minimal.toml").read_text())
+    before = load_definition(path).digest
+    path.write_text(path.read_text() + "\n# other\n")
+    assert load_definition(path).digest != before
+
+
+def docker_ruleset(*, comment: str | None = None, with_user_chain: bool = True) -> object:
+    def chain(name: str, **more: object) -> dict[str, object]:
+        return {"chain": {"family": "ip", "table": "filter", "name": name, **more}}
+
+    entries = [chain("FORWARD", hook="forward", policy="drop")]
+    if with_user_chain:
+        entries.append(chain("DOCKER-USER"))
+    if comment:
+        rule = {"family": "ip", "table": "filter", "chain": "DOCKER-USER", "handle": 7}
+        entries.append({"rule": {**rule, "comment": comment}})
+    return {"nftables": entries}
+
+
+def test_dockers_drop_gets_an_exception_where_docker_wants_it() -> None:
+    rules = forward_exceptions(docker_ruleset(), prefix="syd-12ab", table="sandyard_12ab")
+    assert rules.count("insert rule ip filter DOCKER-USER") == 2
+    plain = docker_ruleset(with_user_chain=False)
+    assert "ip filter FORWARD" in forward_exceptions(plain, prefix="syd-12ab", table="t")
+
+
+def test_an_exception_is_added_once_and_can_be_taken_back() -> None:
+    there = docker_ruleset(comment="sandyard_12ab")
+    assert forward_exceptions(there, prefix="syd-12ab", table="sandyard_12ab") == ""
+    assert "handle 7" in exceptions_to_remove(there, table="sandyard_12ab")
+    assert exceptions_to_remove(there, table="sandyard_ffff") == ""
+    assert forward_exceptions({"nftables": []}, prefix="sy", table="t") == ""
+
+
+def test_allowed_networks_come_before_the_private_ones_are_rejected() -> None:
+    rules = slot_rules(
+        uplink="up0",
+        tap="tap0",
+        outer=ipaddress.IPv4Address("10.200.0.2"),
+        agent_port=9111,
+        allow=["10.9.0.0/16"],
+    )
+    assert rules.index("10.9.0.0/16") < rules.index("reject")
+    assert "tcp dport != 9111" in rules
+
+
+def test_installations_share_nothing(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    one = take_identity(tmp_path / "one", routes=[], registry=registry)
+    two = take_identity(tmp_path / "two", routes=[], registry=registry)
+    assert one.id != two.id
+    assert not one.subnet.overlaps(two.subnet)
+    assert not set(one.uids) & set(two.uids)
+    assert one.table != two.table
+    assert take_identity(tmp_path / "one", routes=[one.subnet], registry=registry) == one
+
+
+def test_an_index_is_free_again_when_its_home_is_gone(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    one = take_identity(tmp_path / "one", routes=[], registry=registry)
+    give_back_identity(tmp_path / "one", registry=registry)
+    assert take_identity(tmp_path / "two", routes=[], registry=registry).index == one.index
+
+
+def test_subnets_the_host_routes_to_are_left_alone(tmp_path: Path) -> None:
+    taken = ipaddress.IPv4Network("10.200.0.0/16")
+    identity = take_identity(tmp_path / "one", routes=[taken], registry=tmp_path / "registry")
+    assert not identity.subnet.overlaps(taken)
+    everything = [ipaddress.IPv4Network("10.0.0.0/8")]
+    with pytest.raises(UnavailableError, match="SANDYARD_NODE__SUBNET"):
+        take_identity(tmp_path / "two", routes=everything, registry=tmp_path / "registry")
+
+
+def test_records_survive_and_strays_are_removed(tmp_path: Path) -> None:
+    residents = Residents(tmp_path)
+    record = Resident(
+        sandbox_id="sandbox-abcdefghijkl", incarnation=2, phase=Phase.RUNNING, slot=4,
+        template="t", image="i", driver="d", os="o", token="secret", handle={"pid": 1},
+    )  # fmt: skip
+    residents.write(record)
+    (tmp_path / "sandbox-zzzzzzzzzzzz").mkdir()
+    assert Residents(tmp_path).all() == [record]
+    assert not (tmp_path / "sandbox-zzzzzzzzzzzz").exists()
+    written = tmp_path / record.sandbox_id / "resident.json"
+    assert written.stat().st_mode & 0o777 == 0o600
+    residents.remove(record.sandbox_id)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_console_log_is_bounded_and_keeps_the_end(tmp_path: Path) -> None:
+    for number in range(40):
+        append_console(tmp_path, b"%02d" % number * 32_768)
+    kept = (tmp_path / "console.log").read_bytes()
+    assert len(kept) <= 1024 * 1024
+    assert kept.endswith(b"39")
+
+
+def test_a_recycled_pid_is_not_taken_for_the_machine() -> None:
+    pid = os.getpid()
+    started = start_time(pid)
+    assert started is not None
+    found = DetachedProcess.find(pid, started=started, boot=boot_id())
+    assert found is not None
+    found.close()
+    assert DetachedProcess.find(pid, started=started + 1, boot=boot_id()) is None
+    assert DetachedProcess.find(pid, started=started, boot="another boot") is None
+
+
+def test_an_initramfs_needs_its_modules(tmp_path: Path) -> None:
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    (tmp_path / "usr/bin/busybox").write_bytes(b"busybox")
+    folder = tmp_path / "usr/lib/modules/6.0"
+    folder.mkdir(parents=True)
+    script = tmp_path / "init"
+    script.write_text("#!/bin/sh\n")
+    (folder / "modules.builtin").write_text("kernel/a/virtio_mmio.ko\nkernel/a/virtio_blk.ko\n")
+    (folder / "modules.dep").write_text("n/virtio_net.ko: n/b.ko n/a.ko\nn/a.ko:\nn/b.ko: n/a.ko\n")
+    (folder / "n").mkdir()
+    for name in ("virtio_net", "a", "b"):
+        (folder / f"n/{name}.ko").write_bytes(name.encode())
+    with pytest.raises(InternalError, match="overlay"):
+        make_initrd(tmp_path, "6.0", script, tmp_path / "initrd")
+    (folder / "modules.builtin").write_text("a/virtio-mmio.ko\na/virtio_blk.ko\na/overlay.ko\n")
+    make_initrd(tmp_path, "6.0", script, tmp_path / "initrd")
+    archive = gzip.decompress((tmp_path / "initrd").read_bytes())
+    assert b"a.ko\nb.ko\nvirtio_net.ko\n" in archive
+    assert archive.startswith(b"070701")
+    assert archive.rstrip(b"\0").endswith(b"TRAILER!!!")
