@@ -262,7 +262,6 @@ class Node:
         finally:
             if entry.record.phase is Phase.STARTING:
                 await asyncio.shield(self._forget(entry))
-            self._on_change()
 
     async def _start_once(
         self, entry: _Entry, wish: MachineWish, image: Image, driver: Driver

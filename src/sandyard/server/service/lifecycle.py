@@ -94,7 +94,8 @@ class Lifecycle:
             if stored.status is not sandbox.status:
                 await tx.activity.append(_line(stored, f"sandbox.{status}", actor))
         self._bus.hint(topic_of(sandbox.id))
-        self._bus.hint(WORK)
+        if lease is None:
+            self._bus.hint(WORK)  # not the worker's own step: there may be something to do
         return stored
 
     async def note_reason(self, sandbox: Sandbox, reason: Reason | None) -> None:

@@ -7,7 +7,7 @@ is found at the next look. Beside that, every node's report is compared with the
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -100,25 +100,31 @@ class Reconciler:
             return []
 
     async def _work(self, claim: Claim) -> None:
-        again_at = None
         try:
             await self._under_lease(claim, self._carry_out(claim))
         except ConflictError:
             log.debug("a sandbox has moved on meanwhile", extra={"sandbox_id": claim.sandbox.id})
         except UnavailableError as error:
             log.info("not now: %s", error.message, extra={"sandbox_id": claim.sandbox.id})
-            again_at = self._clock.now() + timedelta(seconds=self._pace.retry_s)
+            await self._try_again_later(claim)
         except Exception:  # the loop must go on, whatever one sandbox does
             log.exception("work on a sandbox failed", extra={"sandbox_id": claim.sandbox.id})
-            again_at = self._clock.now() + timedelta(seconds=self._pace.retry_s)
+            await self._try_again_later(claim)
         finally:
+            # Work that ended well left a status that nobody works on, and with it the lease lost
+            # its meaning; it need not be given back.
+            was_full = self._working >= self._pace.workers
             self._working -= 1
+            if was_full:
+                self._bus.hint(WORK)
+
+    async def _try_again_later(self, claim: Claim) -> None:
+        again_at = self._clock.now() + timedelta(seconds=self._pace.retry_s)
         try:
             async with self._store.write() as tx:
                 await tx.sandboxes.extend(claim.sandbox.id, lease=claim.lease, until=again_at)
         except SandyardError:
-            log.warning("a lease could not be given back; it will run out")
-        self._bus.hint(WORK)
+            log.warning("a lease could not be shortened; it will run out")
 
     async def _under_lease(self, claim: Claim, work: Awaitable[None]) -> None:
         """Do work for as long as the lease can be kept up."""
@@ -226,12 +232,13 @@ class Reconciler:
             rows = await tx.sandboxes.on_node(node.node_id, _WATCHED)
         report = await node.report()
         facts = {fact.sandbox_id: fact for fact in report.machines}
+        known = {sandbox.id: sandbox for sandbox in rows}
         for sandbox in rows:
             if sandbox.expires_at is not None and sandbox.expires_at <= self._clock.now():
                 await self._expire(sandbox)
             elif sandbox.status is Status.RUNNING:
                 await self._judge(sandbox, facts.get(sandbox.id))
-        await self._remove_unwanted(node, report.machines)
+        await self._remove_unwanted(node, report.machines, known)
 
     async def _judge(self, sandbox: Sandbox, fact: MachineFact | None) -> None:
         if fact is None or fact.incarnation != sandbox.incarnation:
@@ -244,12 +251,16 @@ class Reconciler:
             if reason_now != sandbox.reason:
                 await self._lifecycle.note_reason(sandbox, reason_now)
 
-    async def _remove_unwanted(self, node: NodeControl, machines: tuple[MachineFact, ...]) -> None:
+    async def _remove_unwanted(
+        self, node: NodeControl, machines: tuple[MachineFact, ...], known: Mapping[str, Sandbox]
+    ) -> None:
         """Remove machines that nobody wants, when two looks in a row have found them so."""
         found: dict[str, int] = {}
         for fact in machines:
-            async with self._store.read() as tx:
-                sandbox = await tx.sandboxes.find(fact.sandbox_id)
+            sandbox = known.get(fact.sandbox_id)
+            if sandbox is None:  # written after the rows were read, or gone
+                async with self._store.read() as tx:
+                    sandbox = await tx.sandboxes.find(fact.sandbox_id)
             if sandbox is None or sandbox.status in _NOTHING_LEFT:
                 found[fact.sandbox_id] = fact.incarnation
         for sandbox_id, incarnation in found.items():

@@ -157,6 +157,9 @@ class QemuDriver:
 
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> QemuMachine:
         """See drivers.contract.Driver.start."""
+        # What an earlier try left in the folder must not be taken for this one's.
+        for name in (command.PID_FILE, command.QMP_SOCKET):
+            (spec.folder / name).unlink(missing_ok=True)
         tap_fd = await open_tap(spec.place.netns, spec.place.tap)
         try:
             arguments = command.machine_arguments(

@@ -1,0 +1,70 @@
+"""Starts that go wrong, on real machines; and builds that fail."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.support.images import cached_settings, minimal_image
+from tests.support.server import RealServer, wait_until
+
+from sandyard.server.app.wiring import builder_of, images_of
+from sandyard.server.core.contracts import TemplateStatus
+from sandyard.server.core.errors import InternalError
+from sandyard.server.node.build import Builder
+from sandyard.server.node.images import Images
+
+pytestmark = pytest.mark.machine
+
+
+def test_a_machine_that_dies_while_it_boots_fails_with_the_reason(server: RealServer) -> None:
+    box = server.create(wait=0)["id"]
+    record = server.home / f"machines/{box}/resident.json"
+    wait_until(lambda: record.exists() and '"pid"' in record.read_text(), what="it boots")
+    os.kill(server.pid_of(box), signal.SIGKILL)
+    wait_until(lambda: server.get(box)["status"] == "failed", limit_s=10)
+    reason = server.get(box)["statusReason"]
+    assert isinstance(reason, dict)
+    assert reason["code"] == "start_failed"
+    assert "ended while it started" in reason["message"]
+    assert not record.exists()
+
+
+def test_a_delete_while_it_boots_leaves_nothing(server: RealServer) -> None:
+    box = server.create(wait=0)["id"]
+    wait_until(lambda: server.get(box)["status"] == "creating")
+    server.delete(box)
+    assert str(box) not in server.machines()
+
+
+async def test_a_build_that_fails_leaves_the_image_in_use(tmp_path: Path) -> None:
+    image = minimal_image()
+    settings = cached_settings(tmp_path)
+    whole = images_of(settings)
+    broken = replace(
+        whole.definitions["base-minimal"], packages=("no-such-package-at-all",), digest="broken"
+    )
+    images = Images(
+        definitions={"base-minimal": broken},
+        images_dir=settings.images_dir,
+        templates_dir=tmp_path / "templates",
+    )
+    images.use("base-minimal", image.digest)
+    builder = Builder(images, cache_dir=tmp_path / "cache", logs_dir=tmp_path / "builds")
+    with pytest.raises(InternalError, match=r"no-such-package-at-all|mmdebstrap"):
+        await builder.build("base-minimal", progress=lambda _: None)
+    assert images.get("base-minimal")[1] == image
+    (fact,) = images.facts()
+    assert fact.status is TemplateStatus.READY
+    assert fact.error
+    assert "no-such-package-at-all" in (tmp_path / "builds/base-minimal.log").read_text()
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+
+
+async def test_what_is_up_to_date_is_not_built_again(tmp_path: Path) -> None:
+    image = minimal_image()
+    steps: list[str] = []
+    built = await builder_of(cached_settings(tmp_path)).build("base-minimal", progress=steps.append)
+    assert built.digest == image.digest
+    assert steps == ["base-minimal is up to date"]

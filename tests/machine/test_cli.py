@@ -1,0 +1,49 @@
+"""The command line against a real server."""
+
+import json
+
+import pytest
+from tests.support.server import RealServer
+
+pytestmark = pytest.mark.machine
+
+
+def test_a_sandboxs_life_on_the_command_line(server: RealServer) -> None:
+    made = server.run(
+        "sandbox", "create", "--template", "base-minimal", "--name", "cli", "--tag", "t",
+        "--env", "A=from cli", "--memory", "256MB", "--json",
+    ).stdout  # fmt: skip
+    (sandbox,) = json.loads(made)
+    assert (sandbox["name"], sandbox["status"]) == ("cli", "running")
+    assert sandbox["resources"]["memory"] == "256MB"
+    done = server.run(
+        "sandbox", "exec", "cli", "--", "echo", "$A;", "echo", "err", ">&2;", "exit", "7",
+        check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr, done.returncode) == ("from cli\n", "err\n", 7)
+    (got,) = json.loads(server.run("sandbox", "get", "cli", "--json").stdout)
+    assert got["id"] == sandbox["id"]
+    assert sandbox["id"] in server.run("sandbox", "list", "--tag", "t", "--json").stdout
+    assert "deleted cli" in server.run("sandbox", "delete", "cli").stdout
+    gone = server.run("sandbox", "get", "cli", check=False)
+    assert gone.returncode == 1
+    assert "not_found" in gone.stderr
+
+
+def test_templates_are_listed(server: RealServer) -> None:
+    said = server.run("template", "list").stdout
+    assert "base-minimal" in said
+    assert "ready" in said
+    assert server.run("template", "build", "nonsense", check=False).returncode == 1
+
+
+def test_a_server_that_is_not_there_is_told_in_a_sentence(server: RealServer) -> None:
+    server.environment["SANDYARD_URL"] = "http://127.0.0.1:1"
+    server.environment["SANDYARD_API_KEY"] = "rt_live_x"
+    try:
+        said = server.run("sandbox", "list", check=False)
+    finally:
+        del server.environment["SANDYARD_URL"], server.environment["SANDYARD_API_KEY"]
+    assert said.returncode == 1
+    assert "scripts/up" in said.stderr
+    assert "Traceback" not in said.stderr
