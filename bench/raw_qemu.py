@@ -85,7 +85,7 @@ def boot(
             "-accel", "tcg,tb-size=64,thread=multi", "-cpu", "max", "-m", "528M", "-smp", "1",
             "-kernel", f"{folder}/vmlinuz", "-initrd", f"{folder}/initrd",
             "-append", "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 tsc=reliable "
-            f"tsc_early_khz={khz}",
+            f"tsc_early_khz={khz} cryptomgr.notests initcall_blacklist=jent_mod_init",
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{work}/console",
             "-drive", f"id=a,file={folder}/base.ext4,format=raw,if=none,readonly=on",

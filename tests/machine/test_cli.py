@@ -16,11 +16,11 @@ def test_a_sandboxs_life_on_the_command_line(server: RealServer) -> None:
     (sandbox,) = json.loads(made)
     assert (sandbox["name"], sandbox["status"]) == ("cli", "running")
     assert sandbox["resources"]["memory"] == "256MB"
-    done = server.run(
-        "sandbox", "exec", "cli", "--", "echo", "$A;", "echo", "err", ">&2;", "exit", "7",
-        check=False,
-    )  # fmt: skip
+    line = "echo $A; echo err >&2; exit 7"
+    done = server.run("sandbox", "exec", "cli", "--", line, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("from cli\n", "err\n", 7)
+    done = server.run("sandbox", "exec", "cli", "--", "python3", "-c", "print('$A', 6 * 7)")
+    assert done.stdout == "$A 42\n"
     (got,) = json.loads(server.run("sandbox", "get", "cli", "--json").stdout)
     assert got["id"] == sandbox["id"]
     assert sandbox["id"] in server.run("sandbox", "list", "--tag", "t", "--json").stdout

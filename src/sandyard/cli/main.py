@@ -36,5 +36,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("error:", style="red", end=" ")
+    console.print(message, markup=False)
     sys.exit(1)

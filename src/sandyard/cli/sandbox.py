@@ -1,6 +1,7 @@
 """`sandyard sandbox …`: what a user does with sandboxes."""
 
 import json
+import shlex
 import sys
 from typing import Annotated
 
@@ -103,11 +104,15 @@ def execute(
     user: Annotated[str, typer.Option(help="Who runs it.")] = "root",
     stdin: Annotated[bool, typer.Option("--stdin", help="Pass on this command's input.")] = False,
 ) -> None:
-    """Run a command; its output and exit code become this command's."""
+    """Run a command; its output and exit code become this command's.
+
+    One argument is a line for the sandbox's shell; several are a program and its arguments, which
+    reach it as they are.
+    """
     with _client() as client:
         result = client.execute(
             reference,
-            " ".join(command),
+            command[0] if len(command) == 1 else shlex.join(command),
             timeout_ms=round(timeout * 1000),
             cwd=cwd,
             user=user,
