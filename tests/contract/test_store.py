@@ -1,6 +1,7 @@
 """The examination every store passes: SQLite, and a PostgreSQL of the run's own."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -103,6 +104,13 @@ async def test_env_is_not_readable_in_the_database(store: Store, url: str, tmp_p
         stranger = await held.enter_async_context(open_store(url, key=b"other"))
         with pytest.raises(InternalError, match=r"secret\.key"):
             await find(stranger, one.id)
+
+
+async def test_the_database_is_closed_to_others(store: Store, url: str, tmp_path: Path) -> None:
+    await insert(store, sandbox())
+    if url.startswith("sqlite"):
+        for path in tmp_path.iterdir():
+            assert path.stat().st_mode & 0o077 == 0, path
 
 
 async def test_a_name_is_unique_among_the_live_ones_of_an_organization(store: Store) -> None:
@@ -314,11 +322,8 @@ async def test_a_store_that_is_not_there_is_unavailable() -> None:
             pass
 
 
-async def test_a_newer_schema_is_refused_in_words(url: str) -> None:
-    if not url.startswith("sqlite"):
-        pytest.skip("the check is above the dialect; SQLite shows it")
-    import sqlite3
-
+async def test_a_newer_schema_is_refused_in_words(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'newer.db'}"
     async with open_store(url, key=KEY):
         pass
     with sqlite3.connect(url.removeprefix("sqlite:///")) as raw:

@@ -1,6 +1,7 @@
 """The API through its front door, on a whole house with fake machines."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -22,6 +23,13 @@ FIELDS = {
     "metadata", "statusReason", "nodeId", "driver", "os", "autoResume", "expiresAt",
 }  # fmt: skip
 KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+
+
+def nested(depth: int) -> list[object]:
+    result: list[object] = []
+    for _ in range(depth):
+        result = [result]
+    return result
 
 
 @pytest.fixture
@@ -408,6 +416,8 @@ async def test_stats_are_told_in_full(yard: Yard) -> None:
         ({"projectId": "x"}, "projectId"),
         ({"metadata": {"a": "x" * 17_000}}, "metadata"),
         ({"metadata": {"a": {"b": "\x00"}}}, "metadata"),
+        ({"metadata": {"a": ["\ud800"]}}, "metadata"),
+        ({"metadata": {"a": nested(100)}}, "metadata"),
         ({"mounts": [{"workspaceId": "w", "path": "/workspace"}]}, "mounts"),
         ({"snapshot": "s"}, "snapshot"),
         ({"network": {"egress": "deny"}}, "network"),
@@ -418,7 +428,9 @@ async def test_stats_are_told_in_full(yard: Yard) -> None:
 async def test_a_create_that_cannot_be_is_refused_by_field(
     yard: Yard, body: object, field: str
 ) -> None:
-    answer = await yard.client.post("/v1/sandboxes", json=body)
+    answer = await yard.client.post(
+        "/v1/sandboxes", content=json.dumps(body), headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["code"] == "bad_request"
@@ -438,8 +450,6 @@ async def test_a_create_that_cannot_be_is_refused_by_field(
     ],
 )  # fmt: skip
 async def test_an_exec_that_cannot_be_is_refused(yard: Yard, body: dict[str, object]) -> None:
-    import json
-
     data = await yard.create()
     answer = await yard.client.post(
         f"/v1/sandboxes/{data['id']}/exec",
@@ -633,3 +643,52 @@ async def test_fifty_creates_at_once_all_run_and_none_leaks(yard: Yard) -> None:
     assert len({one["ip"] for one in made}) == 50
     await asyncio.gather(*(yard.client.delete(f"/v1/sandboxes/{one['id']}") for one in made))
     assert not yard.host.machines
+
+
+async def test_what_a_stranger_sends_is_not_even_read(yard: Yard) -> None:
+    async with yard.client_of(None) as client:
+        answer = await client.post("/v1/sandboxes", content=b"{not json")
+    assert answer.status_code == 401
+    assert answer.headers["x-request-id"] == answer.json()["error"]["requestId"]
+
+
+async def test_an_error_nobody_foresaw_comes_in_the_envelope_and_is_not_explained(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(type(yard.house.api.state.services.sandboxes), "get", broken)
+    answer = await yard.client.get("/v1/sandboxes/x")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert answer.headers["x-request-id"] == answer.json()["error"]["requestId"]
+    assert "secret" not in answer.text
+
+
+async def test_a_changed_driver_setting_keeps_the_disks_of_machines(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, keep=True) as yard:
+        data = await yard.create()
+        host = yard.host
+    record = tmp_path / f"machines/{data['id']}/resident.json"
+    record.write_text(record.read_text().replace('"driver": "fake"', '"driver": "gone"'))
+    async with open_yard(tmp_path, host=host) as yard:
+
+        async def in_error() -> bool:
+            got = (await yard.client.get(f"/v1/sandboxes/{data['id']}")).json()["data"]
+            return bool(
+                got["status"] == "error" and got["statusReason"]["code"] == "driver_missing"
+            )
+
+        await eventually(in_error)
+        assert (record.parent / "disk.ext4").exists()
+
+
+async def test_a_record_that_cannot_be_read_costs_no_disk(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, keep=True) as yard:
+        data = await yard.create()
+        host = yard.host
+    folder = tmp_path / f"machines/{data['id']}"
+    (folder / "resident.json").write_text("{broken")
+    async with open_yard(tmp_path, host=host):
+        assert (folder / "disk.ext4").exists()

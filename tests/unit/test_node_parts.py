@@ -16,6 +16,7 @@ from sandyard.server.drivers.qemu.command import (
     kernel_command_line,
     machine_arguments,
     machine_memory_mib,
+    unprivileged,
 )
 from sandyard.server.node.console import append_console
 from sandyard.server.node.definitions import load_definition, load_definitions
@@ -52,7 +53,7 @@ def test_the_token_and_env_are_nowhere_on_the_command_line() -> None:
 
 
 def test_qemu_runs_with_nothing_it_could_misuse() -> None:
-    command = confined("qemu", ["-x"], SPEC)
+    command = confined("qemu", ["-x"], SPEC, accel="tcg")
     for needed in ("--no-new-privs", "--bounding-set=-all", "--clear-groups", "1900000003"):
         assert needed in command
     assert "--net=/run/netns/syd-12ab-3" in command
@@ -177,6 +178,7 @@ def test_records_survive_and_strays_are_removed(tmp_path: Path) -> None:
     residents.write(record)
     (tmp_path / "sandbox-zzzzzzzzzzzz").mkdir()
     assert Residents(tmp_path).all() == [record]
+    Residents(tmp_path).sweep()
     assert not (tmp_path / "sandbox-zzzzzzzzzzzz").exists()
     written = tmp_path / record.sandbox_id / "resident.json"
     assert written.stat().st_mode & 0o777 == 0o600
@@ -223,3 +225,12 @@ def test_an_initramfs_needs_its_modules(tmp_path: Path) -> None:
     assert b"a.ko\nb.ko\nvirtio_net.ko\n" in archive
     assert archive.startswith(b"070701")
     assert archive.rstrip(b"\0").endswith(b"TRAILER!!!")
+
+
+def test_with_kvm_the_account_gets_the_devices_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        st_gid = 992
+
+    monkeypatch.setattr(os, "stat", lambda _: Found)
+    assert unprivileged(1, accel="kvm")[5:7] == ["--groups", "992"]
+    assert "--clear-groups" in unprivileged(1, accel="tcg")

@@ -6,6 +6,7 @@ import json
 from datetime import datetime
 
 from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import is_sandbox_id
 
 
 def encode_cursor(created_at: datetime, last_id: str) -> str:
@@ -24,7 +25,7 @@ def decode_cursor(cursor: str) -> tuple[datetime, str]:
         padded = cursor + "=" * (-len(cursor) % 4)
         created_at, last_id = json.loads(base64.urlsafe_b64decode(padded.encode()))
         moment = datetime.fromisoformat(created_at)
-        if moment.tzinfo is None or not isinstance(last_id, str) or "\x00" in last_id:
+        if moment.tzinfo is None or not is_sandbox_id(last_id):
             raise ValueError("not a cursor")
     except (ValueError, TypeError, binascii.Error, RecursionError) as error:
         raise InvalidArgumentError(

@@ -91,11 +91,6 @@ def install_handlers(app: FastAPI) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        request.app.state.log.error("a request failed", exc_info=error)
-        return answer_error(request, InternalError("broken"))
-
 
 def _translated(error: RequestValidationError) -> InvalidArgumentError:
     first = error.errors()[0]

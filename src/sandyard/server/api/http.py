@@ -4,14 +4,15 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandyard.server.api.errors import answer_error, install_handlers
 from sandyard.server.api.routes import health, sandboxes, templates
-from sandyard.server.core.errors import PayloadTooLargeError
+from sandyard.server.core.errors import InternalError, PayloadTooLargeError, UnauthenticatedError
 from sandyard.server.core.ids import new_request_id
 from sandyard.server.service.access import Access
 from sandyard.server.service.readiness import Readiness
@@ -56,8 +57,28 @@ def make_api(
     install_handlers(app)
     for router in (sandboxes.router, templates.router, health.router):
         app.include_router(router)
+    _describe_truly(app)
     app.add_middleware(_Edge, observe=observe, bind=bind)
     return app
+
+
+def _describe_truly(app: FastAPI) -> None:
+    """Make the description true: bad input is answered 400, never 422; bodies have a limit."""
+    made = app.openapi
+
+    def describe() -> dict[str, Any]:
+        description = made()
+        for methods in description["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+                if "requestBody" in operation:
+                    operation["responses"]["413"] = {
+                        **operation["responses"]["400"],
+                        "description": "The body is too large.",
+                    }
+        return description
+
+    app.openapi = describe  # type: ignore[method-assign]
 
 
 class _Edge:
@@ -76,11 +97,12 @@ class _Edge:
         scope.setdefault("state", {})["request_id"] = request_id
         self._bind(request_id)
         started = time.perf_counter()
-        status = 500
+        status, has_started = 500, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_started
             if message["type"] == "http.response.start":
+                has_started = True
                 status = message["status"]
                 message["headers"] = [
                     *message.get("headers", ()), (b"x-request-id", request_id.encode())
@@ -88,7 +110,20 @@ class _Edge:
             await send(message)
 
         try:
-            await self._app(scope, _bounded(receive), send_with_id)
+            if _lacks_credential(scope):
+                # Told before a body is read: strangers cannot make the server parse theirs.
+                error = UnauthenticatedError(
+                    "cannot serve without a credential: send `Authorization: Bearer <API key>`"
+                )
+                await answer_error(Request(scope), error)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, _bounded(receive), send_with_id)
+        except Exception as error:
+            log.exception("a request failed")
+            if has_started:
+                raise
+            broken = answer_error(Request(scope), InternalError(str(error)))
+            await broken(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             self._observe(
@@ -97,6 +132,11 @@ class _Edge:
                 status=status,
                 seconds=time.perf_counter() - started,
             )
+
+
+def _lacks_credential(scope: Scope) -> bool:
+    names = {name for name, _ in scope["headers"]}
+    return scope["path"].startswith("/v1") and not names & {b"authorization", b"x-api-key"}
 
 
 def _bounded(receive: Receive) -> Receive:

@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import time
-from pathlib import Path
 
 import uvicorn
 
@@ -39,6 +39,8 @@ async def serve(settings: Settings) -> None:
     """
     # uvicorn takes these over while it serves and raises them again when it is done: without a
     # handler of ours that would end the process before the house has closed.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -92,7 +94,8 @@ async def ensure_key(settings: Settings, known: str | None) -> str:
     async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
         if known and await is_valid_key(store, known):
             return known
-        return await new_bootstrap_key(store, SystemClock())
+        # A key of another installation says that this one's may still be in use somewhere.
+        return await new_bootstrap_key(store, SystemClock(), replaces=known is None)
 
 
 def stop_server(settings: Settings) -> int | None:
@@ -147,16 +150,17 @@ async def _delete_all(house: House) -> int:
     while True:
         async with house.store.read() as tx:
             left = await tx.sandboxes.on_node(house.node.node_id, frozenset(Status) - _GONE)
+            left += await tx.sandboxes.on_node(None, frozenset({Status.PENDING}))
         if not left:
-            return removed
+            break
         for sandbox in left:
             if sandbox.status is not Status.DESTROYING:
                 with contextlib.suppress(SandyardError):
                     await house.lifecycle.apply(sandbox, Event.DELETE, wanted=Wanted.GONE)
                     removed += 1
         await asyncio.sleep(0.05)
-
-
-def pid_file(settings: Settings) -> Path:
-    """Return the file with the running server's pid."""
-    return settings.home / "server.pid"
+    # Machines that the store knows nothing of: it was lost or replaced.
+    for fact in (await house.node.report()).machines:
+        await house.node.ensure_gone(fact.sandbox_id, incarnation=fact.incarnation)
+        removed += 1
+    return removed

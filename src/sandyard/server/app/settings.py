@@ -33,7 +33,9 @@ class HttpSettings(Section):
     host: str = Field("127.0.0.1", description="The address to listen on.")
     port: int = Field(8080, ge=1, le=65535, description="The port to listen on.")
     metrics_token: SecretStr | None = Field(
-        None, description="What /metrics asks for as a Bearer token; without it, only loopback."
+        None,
+        min_length=1,
+        description="What /metrics asks for as a Bearer token; without it, only loopback.",
     )
 
 

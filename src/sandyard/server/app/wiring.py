@@ -14,7 +14,6 @@ from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics, MetricsRoute
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.contracts import Store
-from sandyard.server.core.states import Status
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.qemu import QemuDriver
@@ -36,7 +35,7 @@ from sandyard.server.service.bootstrap import ensure_first_organization
 from sandyard.server.service.lifecycle import WORK, Lifecycle
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.readiness import Readiness
-from sandyard.server.service.reconcile import NODES, Pace, Reconciler
+from sandyard.server.service.reconcile import NODES, WORKABLE, Pace, Reconciler
 from sandyard.server.service.sandboxes import Sandboxes, Waits
 from sandyard.server.service.templates import Templates
 
@@ -77,29 +76,33 @@ def drivers_of(settings: Settings) -> list[Driver]:
     """Return the drivers that the settings allow, best first."""
     if settings.node.driver == "fake":
         return [FakeDriver(FakeHost())]
-    wanted = ["kvm", "tcg"]
-    if settings.node.driver != "auto":
-        wanted = [settings.node.driver.removeprefix("qemu-")]
+    every = _every_driver(settings)
+    return [one for one in every if settings.node.driver in ("auto", one.name)]
+
+
+def _every_driver(settings: Settings) -> list[Driver]:
     return [
         QemuDriver(
             accel=accel, binary=settings.node.qemu_binary, tb_size_mib=settings.node.tb_size_mib
         )
-        for accel in wanted
+        for accel in ("kvm", "tcg")
     ]
 
 
 def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:
     """Return the choice among drivers, with this installation's memory of verdicts."""
-    return Drivers(drivers, cache=settings.home / "cache" / "verdicts.json")
+    return Drivers(
+        drivers,
+        cache=settings.home / "cache" / "verdicts.json",
+        known=_every_driver(settings),
+    )
 
 
 async def _void_leases(store: Store, clock: SystemClock) -> None:
     """Let every lease run out now: one server at a time uses a home, so they are a dead one's."""
     far, now = datetime.max.replace(tzinfo=UTC), clock.now()
     async with store.write() as tx:
-        await tx.sandboxes.claim(
-            frozenset(Status), lease="void", now=far, until=now, limit=1_000_000
-        )
+        await tx.sandboxes.claim(WORKABLE, lease="void", now=far, until=now, limit=1_000_000)
 
 
 @asynccontextmanager

@@ -288,8 +288,8 @@ class SandboxRows(Protocol):
         """Move the end of a lease that is held; None gives it back. False if it is not held."""
         ...
 
-    async def on_node(self, node_id: str, statuses: frozenset[Status]) -> list[Sandbox]:
-        """Return every sandbox of these statuses that was placed on a node."""
+    async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
+        """Return every sandbox of these statuses that was placed on a node, on none for None."""
         ...
 
 

@@ -1,5 +1,6 @@
 """Identifiers and names: how they look, how they are made, what is refused."""
 
+import math
 import re
 import secrets
 import string
@@ -16,6 +17,7 @@ _SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 NAME_MAX = 63
 TAGS_MAX = 32
 TAG_MAX = 64
+_JSON_DEPTH = 64
 API_KEY_PREFIX_LENGTH = 12
 
 
@@ -90,6 +92,30 @@ def check_text(text: str, *, field: str) -> str:
             field=field,
         ) from error
     return text
+
+
+def check_json(value: object, *, field: str, depth: int = 0) -> None:
+    """Refuse a JSON value that not every database and client can keep.
+
+    Raises:
+        InvalidArgumentError: text as `check_text` refuses it, a number that is not finite, or
+            nesting over 64 deep.
+    """
+    if depth > _JSON_DEPTH:
+        raise InvalidArgumentError(
+            f"cannot take {field}: it is nested over {_JSON_DEPTH} deep", field=field
+        )
+    if isinstance(value, str):
+        check_text(value, field=field)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InvalidArgumentError(f"cannot take {field}: NaN is not JSON", field=field)
+    elif isinstance(value, list):
+        for one in value:
+            check_json(one, field=field, depth=depth + 1)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            check_text(str(name), field=field)
+            check_json(one, field=field, depth=depth + 1)
 
 
 def check_name(name: str) -> str:

@@ -158,9 +158,12 @@ class Decoder:
             if not isinstance(values, dict):
                 raise WireError("the values are not an object")
             return Answer(values=values)
-        return Answer(
-            values={}, error=_text(head, "error")[:100], message=_text(head, "message")[:1000]
+        # What JSON's escapes can hold and UTF-8 cannot (lone surrogates) must not travel further.
+        code, message = (
+            _text(head, key)[:1000].encode("utf-8", "replace").decode()
+            for key in ("error", "message")
         )
+        return Answer(values={}, error=code[:100], message=message)
 
     def take_frame(self) -> Frame | None:
         """Return the next frame, or None if it is not complete yet.

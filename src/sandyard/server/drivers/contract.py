@@ -66,10 +66,14 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a driver can be used on this host, and why not, in a sentence."""
+    """Whether a driver can be used on this host, and why not, in a sentence.
+
+    A verdict that is not certain (the host was too busy to tell) is not to be remembered.
+    """
 
     is_usable: bool
     reason: str
+    is_certain: bool = True
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from sandyard.server.guest.system import Account, RefusedError
 
 _CHUNK = 64 * 1024
 _HEAD_LIMIT_S = 10.0
-_LOGIN_LIMIT_S = 20.0
+_LOGIN_LIMIT_S = 5.0
+_IDENTITY_LIMIT_S = 20.0
 _CONNECTIONS_MAX = 512
 _SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh")
 
@@ -190,13 +191,18 @@ class Agent:
             async with asyncio.timeout(_LOGIN_LIMIT_S), asyncio.TaskGroup() as tasks:
                 dump = tasks.create_task(stdout.read_all(wire.HEAD_MAX))
                 tasks.create_task(stderr.read_all(wire.HEAD_MAX))
+                # Not the pipes' end: a background job of the profile may hold them for ever.
+                await process.wait()
+                stdout.finish()
+                stderr.finish()
         except TimeoutError:
+            process.kill()
+            await process.wait()
             return {}
         finally:
             stdout.close()
             stderr.close()
-            await process.end()
-            await process.wait()
+            process.kill()
             process.release()
         return system.parse_environment(dump.result())
 
@@ -420,11 +426,17 @@ async def _connect_local(port: int) -> socket.socket:
 
 async def _copy(source: socket.socket, sink: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    with contextlib.suppress(OSError):
+    how = socket.SHUT_WR
+    try:
         while data := await loop.sock_recv(source, _CHUNK):
             await loop.sock_sendall(sink, data)
+    except OSError:
+        # Broken, not ended: nothing will come back either, so the other direction ends, too.
+        how = socket.SHUT_RDWR
+        with contextlib.suppress(OSError):
+            source.shutdown(how)
     with contextlib.suppress(OSError):
-        sink.shutdown(socket.SHUT_WR)
+        sink.shutdown(how)
 
 
 async def _receive(connection: socket.socket) -> bytes:
@@ -456,7 +468,7 @@ async def _run_child(work: Callable[[], None], root_fd: int, what: str) -> None:
     loop = asyncio.get_running_loop()
     loop.add_reader(pidfd, ready.set)
     try:
-        async with asyncio.timeout(_LOGIN_LIMIT_S):
+        async with asyncio.timeout(_IDENTITY_LIMIT_S):
             await ready.wait()
     finally:
         loop.remove_reader(pidfd)

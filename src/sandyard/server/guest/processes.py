@@ -51,14 +51,17 @@ class Process:
         self.stdout = stdout
         self.stderr = stderr
         self._pidfd = pidfd
+        self._exit_code: int | None = None
         self._cgroup = cgroup
 
     async def wait(self) -> int:
         """Return the exit code once the process ends: negative for the signal that ended it."""
-        await _readable(self._pidfd)
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self._pidfd)
-        return os.waitstatus_to_exitcode(status)
+        if self._exit_code is None:
+            await _readable(self._pidfd)
+            _, status = os.waitpid(self.pid, 0)
+            os.close(self._pidfd)
+            self._exit_code = os.waitstatus_to_exitcode(status)
+        return self._exit_code
 
     async def end(self) -> None:
         """End everything that was started: TERM to each, after a grace KILL to what is left."""
@@ -68,6 +71,10 @@ class Process:
         until = time.monotonic() + TERM_GRACE_S
         while self._is_populated() and time.monotonic() < until:
             await asyncio.sleep(0.02)
+        self.kill()
+
+    def kill(self) -> None:
+        """End everything that was started, at once."""
         (self._cgroup / "cgroup.kill").write_text("1")
 
     def release(self) -> None:

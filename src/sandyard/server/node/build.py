@@ -108,26 +108,30 @@ class _Build:
         self._report = report
 
     async def run(self, *, again: bool) -> Image:
-        source = await self._choose_source()
-        inputs = {
+        recipe = {
             "definition": self._definition.digest,
-            "source": f"{source.family} {source.suite}",
             "packagesRecipe": _PACKAGES_RECIPE,
+            "imageRecipe": _IMAGE_RECIPE,
+            "agent": _digest_of_guest(),
         }
-        packages = _digest(inputs)
-        inputs |= {"imageRecipe": _IMAGE_RECIPE, "agent": _digest_of_guest()}
+        current = self._images.current(self._definition.slug)
+        if current is not None and not again and recipe.items() <= current.inputs.items():
+            # Whichever source it was built from, and however often again: it is what it should be.
+            self._report.step(f"{self._definition.slug} is up to date")
+            return current
         self._cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(self._cache_dir / f"{packages}.lock"):
-            archive = self._cache_dir / f"{packages}.tar.zst"
-            if again:
-                archive.unlink(missing_ok=True)
-                inputs["builtAgainAt"] = str(time.time_ns())
-            digest = _digest(inputs)
+        source = await self._choose_source(again=again)
+        inputs = recipe | {"source": _name_of(source)}
+        if again:
+            inputs["builtAgainAt"] = str(time.time_ns())
+        digest = _digest(inputs)
+        archive = self._archive(source)
+        with _lock(archive.with_suffix(".lock")):
             found = self._images.find(digest)
             if found is not None:
                 self._report.step(f"{self._definition.slug} is up to date")
                 return found
-            if not archive.exists():
+            if again or not archive.exists():
                 await self._make_packages(source, archive)
             self._images.images_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(
@@ -142,7 +146,20 @@ class _Build:
         )
         return image
 
-    async def _choose_source(self) -> Source:
+    def _archive(self, source: Source) -> Path:
+        packages = {
+            "definition": self._definition.digest,
+            "source": _name_of(source),
+            "packagesRecipe": _PACKAGES_RECIPE,
+        }
+        return self._cache_dir / f"{_digest(packages)}.tar.zst"
+
+    async def _choose_source(self, *, again: bool) -> Source:
+        """Return the source whose packages are here already, else the first that answers."""
+        if not again:
+            for source in self._definition.sources:
+                if self._archive(source).exists():
+                    return source
         last = self._definition.sources[-1]
         for source in self._definition.sources:
             if source is last or await self._is_reachable(source):
@@ -342,6 +359,10 @@ def _size_of_tree_mib(root: Path) -> int:
             with suppress(OSError):
                 total += -(-os.lstat(os.path.join(folder, name)).st_size // 4096) * 4096
     return (int(total * 1.06) + files * 600) // 2**20 + 48
+
+
+def _name_of(source: Source) -> str:
+    return f"{source.family} {source.suite}"
 
 
 def _digest(inputs: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ ordinary kernel runs. So a probe machine is booted once, and the verdict kept fo
 hypervisor, guest kernel and host kernel stay the same.
 """
 
+import asyncio
 import json
 import logging
 import os
@@ -29,16 +30,20 @@ class Judged:
 
 
 class Drivers:
-    """The drivers a node may use, best first."""
+    """The drivers a node may use, best first; machines here may run under any `known`."""
 
-    def __init__(self, candidates: Sequence[Driver], *, cache: Path) -> None:
+    def __init__(
+        self, candidates: Sequence[Driver], *, cache: Path, known: Sequence[Driver] = ()
+    ) -> None:
         self._candidates = tuple(candidates)
+        self._known = (*candidates, *known)
+        self._judging = asyncio.Lock()
         self._cache = cache
         self._chosen: dict[str, Driver] = {}
 
     def named(self, name: str) -> Driver | None:
         """Return the driver of that name."""
-        return next((driver for driver in self._candidates if driver.name == name), None)
+        return next((driver for driver in self._known if driver.name == name), None)
 
     async def choose(self, image: Image) -> Driver:
         """Return the best driver that boots this image's kernel here.
@@ -46,6 +51,11 @@ class Drivers:
         Raises:
             UnavailableError: there is none; the message says what is in the way of each.
         """
+        # One at a time: probes side by side slow each other down until none comes up.
+        async with self._judging:
+            return await self._choose(image)
+
+    async def _choose(self, image: Image) -> Driver:
         chosen = self._chosen.get(image.digest)
         if chosen is None:
             judged = await self.judge(image)
@@ -83,7 +93,8 @@ class Drivers:
             verdict = await driver.probe(
                 kernel=image.kernel, initrd=image.initrd, scratch=Path(scratch)
             )
-        self._save({**self._load(), key: (verdict.is_usable, verdict.reason)})
+        if verdict.is_certain:
+            self._save({**self._load(), key: (verdict.is_usable, verdict.reason)})
         return verdict
 
     def _load(self) -> dict[str, tuple[bool, str]]:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -55,8 +57,9 @@ async def run(
         raise InternalError(f"cannot finish {name}: no end within {limit_s:.0f} s") from error
     finally:
         if process.returncode is None:
+            # With all that it started: it leads a session and a group of its own.
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             await asyncio.shield(process.wait())
     if code != 0:
         raise InternalError(f"cannot finish {name}: it ended with {code}: {tail.strip()[-1500:]}")

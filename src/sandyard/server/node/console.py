@@ -1,6 +1,7 @@
 """The last of what a guest printed, kept in a file of bounded size."""
 
 import contextlib
+import os
 from pathlib import Path
 
 _LIMIT = 1024 * 1024
@@ -13,7 +14,7 @@ def append_console(folder: Path, said: bytes) -> None:
         return
     path = folder / NAME
     with contextlib.suppress(OSError):  # a full disk costs the log, not the machine
-        with path.open("ab") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as file:
             file.write(said)
             size = file.tell()
         if size > _LIMIT:

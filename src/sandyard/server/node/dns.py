@@ -17,9 +17,10 @@ from sandyard.server.node.firewall import GATEWAY_IP
 log = logging.getLogger(__name__)
 
 _ANSWER_LIMIT_S = 4.0
-_AT_ONCE = 64
+_AT_ONCE = 24
 _MESSAGE_MAX = 65535
 _TCP_IDLE_S = 10.0
+_PAUSE_S = 0.2
 
 
 def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[str]:
@@ -64,7 +65,11 @@ class _Forwarder:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             while True:
-                question, client = await loop.sock_recvfrom(udp, _MESSAGE_MAX)
+                try:
+                    question, client = await loop.sock_recvfrom(udp, _MESSAGE_MAX)
+                except OSError:
+                    await asyncio.sleep(_PAUSE_S)
+                    continue
                 await self._slots.acquire()
                 tasks.create_task(self._answer_udp(udp, question, client))
 
@@ -86,7 +91,11 @@ class _Forwarder:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             while True:
-                client, _ = await loop.sock_accept(tcp)
+                try:
+                    client, _ = await loop.sock_accept(tcp)
+                except OSError:  # out of descriptors, say: not for ever
+                    await asyncio.sleep(_PAUSE_S)
+                    continue
                 await self._slots.acquire()
                 tasks.create_task(self._relay_tcp(client))
 

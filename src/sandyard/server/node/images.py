@@ -27,6 +27,7 @@ class Image:
     os: str
     size_bytes: int
     created_at: datetime
+    inputs: Mapping[str, str]
 
     @property
     def base(self) -> Path:
@@ -73,6 +74,10 @@ class Images:
             )
         return definition, image
 
+    def current(self, slug: str) -> Image | None:
+        """Return the image that a template uses, if it has been built."""
+        return self.find(str(self._state(slug).get("digest", "")))
+
     def find(self, digest: str) -> Image | None:
         """Return the image of that digest if it is here and whole."""
         folder = self.images_dir / digest
@@ -86,6 +91,7 @@ class Images:
             os=manifest["os"],
             size_bytes=manifest["sizeBytes"],
             created_at=datetime.fromisoformat(manifest["createdAt"]),
+            inputs=manifest["inputs"],
         )
 
     def use(self, slug: str, digest: str) -> None:

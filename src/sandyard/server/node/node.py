@@ -257,7 +257,8 @@ class Node:
                         break
         except SandyardError as error:
             entry.failure = error
-        except OSError as error:
+        except Exception as error:  # it must not take the node's other machines along
+            log.exception("a start failed in a way nobody foresaw")
             entry.failure = InternalError(f"cannot start a machine: {error}")
         finally:
             if entry.record.phase is Phase.STARTING:
@@ -325,7 +326,8 @@ class Node:
             entry.record = entry.record.with_phase(
                 Phase.DEAD, code="cleanup_failed", message=str(error)
             )
-            self._residents.write(entry.record)
+            with contextlib.suppress(OSError):
+                self._residents.write(entry.record)
 
     def _link(self, entry: _Entry) -> AgentLink:
         place = entry.place
@@ -458,6 +460,7 @@ class Node:
     # --- over a restart -------------------------------------------------------------------
 
     async def _adopt(self, tasks: asyncio.TaskGroup) -> None:
+        await asyncio.to_thread(self._residents.sweep)
         found = await asyncio.to_thread(self._residents.all)
         for record in found:
             await self._adopt_one(record)
@@ -480,10 +483,15 @@ class Node:
         it still asks again.
         """
         driver = self._drivers.named(record.driver)
-        if record.phase is Phase.STARTING or (record.phase is Phase.RUNNING and driver is None):
+        if record.phase is Phase.STARTING:
             return
         entry = self._entries[record.sandbox_id] = _Entry(record)
-        if record.phase is Phase.DEAD or driver is None or record.handle is None:
+        if record.phase is Phase.DEAD:
+            return
+        if driver is None or record.handle is None:
+            entry.record = record.with_phase(
+                Phase.DEAD, code="driver_missing", message=f"no driver {record.driver} is here"
+            )
             return
         held = AsyncExitStack()
         entry.machine = await driver.recover(record.handle, held)

@@ -9,6 +9,7 @@ A record is there before the first resource is taken and goes after the last is 
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Self
 
 from sandyard.server.core.ids import is_sandbox_id
+
+log = logging.getLogger(__name__)
 
 
 class Phase(StrEnum):
@@ -65,7 +68,8 @@ class Residents:
     def make_folder(self, sandbox_id: str) -> Path:
         """Make the folder of a machine's files; others may pass through it, not look into it."""
         folder = self.folder(sandbox_id)
-        folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self.machines_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o711, exist_ok=True)
         return folder
 
     def write(self, resident: Resident) -> None:
@@ -80,15 +84,26 @@ class Residents:
         part.replace(folder / "resident.json")
 
     def all(self) -> list[Resident]:
-        """Return every record that can be read; a folder without one is removed."""
+        """Return every record that can be read; what cannot be is left alone and logged."""
         found = []
-        for folder in self.machines_dir.iterdir() if self.machines_dir.is_dir() else ():
+        for folder in self._folders():
             try:
                 record = json.loads((folder / "resident.json").read_text())
                 found.append(Resident(**{**record, "phase": Phase(record["phase"])}))
+            except FileNotFoundError:
+                continue
             except (OSError, ValueError, TypeError, KeyError):
-                shutil.rmtree(folder, ignore_errors=True)
+                log.exception("a machine's record cannot be read; its files are kept in %s", folder)
         return found
+
+    def sweep(self) -> None:
+        """Remove folders without a record: a start that was broken off left them."""
+        for folder in self._folders():
+            if not (folder / "resident.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        return list(self.machines_dir.iterdir()) if self.machines_dir.is_dir() else []
 
     def remove(self, sandbox_id: str) -> None:
         """Remove a machine's files, the record last."""

@@ -9,6 +9,7 @@ from sandyard.server.core.contracts import Clock, Store
 from sandyard.server.core.errors import (
     InvalidTokenError,
     PermissionDeniedError,
+    SandyardError,
     TokenExpiredError,
     UnauthenticatedError,
 )
@@ -106,5 +107,8 @@ class Access:
         now = self._clock.monotonic()
         if last is None or now - last > _TOUCH_EVERY.total_seconds():
             self._touched[key.id] = now
-            async with self._store.write() as tx:
-                await tx.accounts.touch_key(key.id, self._clock.now())
+            try:
+                async with self._store.write() as tx:
+                    await tx.accounts.touch_key(key.id, self._clock.now())
+            except SandyardError:  # worth less than the request it would stop
+                log.warning("the last use of a key could not be noted")

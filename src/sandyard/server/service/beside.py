@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 
 
 @asynccontextmanager
-async def beside(work: Coroutine[object, object, None], *, finish: bool) -> AsyncIterator[None]:
-    """Run `work` beside the block; at its end wait for it (`finish`) or cancel it.
+async def beside(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
+    """Run `work` beside the block and cancel it at the block's end.
 
     An error of either ends the other and comes out as it is, not in a group; if both fail, the
     block's comes out.
@@ -18,7 +18,6 @@ async def beside(work: Coroutine[object, object, None], *, finish: bool) -> Asyn
             try:
                 yield
             finally:
-                if not finish:
-                    task.cancel()
+                task.cancel()
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from group

@@ -27,13 +27,14 @@ async def ensure_first_organization(store: Store, clock: Clock) -> tuple[Organiz
         return organization, user
 
 
-async def new_bootstrap_key(store: Store, clock: Clock) -> str:
-    """Return a fresh key of the first organization's admin; the one before is revoked."""
+async def new_bootstrap_key(store: Store, clock: Clock, *, replaces: bool) -> str:
+    """Return a fresh key of the first organization's admin; it may replace those before."""
     organization, user = await ensure_first_organization(store, clock)
     key = new_api_key()
     now = clock.now()
     async with store.write() as tx:
-        await tx.accounts.revoke_keys(organization.id, name=BOOTSTRAP_KEY, at=now)
+        if replaces:
+            await tx.accounts.revoke_keys(organization.id, name=BOOTSTRAP_KEY, at=now)
         await tx.accounts.add_key(
             ApiKey(
                 id=new_uuid(),

@@ -20,6 +20,7 @@ from sandyard.server.service.beside import beside
 OUTPUT_MAX = 16 * 1024 * 1024
 _READ = 128 * 1024
 _GRACE_S = 20.0
+_DURATION_MAX_MS = 10**10
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ async def execute(tunnel: NodeTunnel, sandbox: Sandbox, command: Command) -> Out
         ):
             if command.stdin is None:
                 return await _collect(opened.stream, command.encoding)
-            async with beside(_feed(opened.stream, command.stdin.encode()), finish=False):
+            async with beside(_feed(opened.stream, command.stdin.encode())):
                 return await _collect(opened.stream, command.encoding)
     except TimeoutError as error:
         raise DeadlineExceededError(
@@ -126,14 +127,19 @@ def _outcome(
         return Outcome(
             stdout=_printed(output[Channel.STDOUT], encoding),
             stderr=_printed(output[Channel.STDERR], encoding),
-            exit_code=int(end["exitCode"]),
-            duration_ms=int(end["durationMs"]),
+            exit_code=max(0, min(255, int(end["exitCode"]))),
+            duration_ms=max(0, min(_DURATION_MAX_MS, int(end["durationMs"]))),
             timed_out=bool(end["timedOut"]),
             truncated=truncated,
-            signal=None if signal is None else str(signal)[:32],
+            signal=None if signal is None else _clean(str(signal)[:32]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise WireError("the end of a command is not told as agreed") from error
+
+
+def _clean(text: str) -> str:
+    """Return text of a guest without what JSON cannot carry."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _printed(data: bytearray, encoding: str) -> str:

@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 NODES = "nodes"
 """The topic of hints that a node's machines have changed."""
 
-_WORKABLE = frozenset({Status.PENDING, Status.CREATING, Status.DESTROYING})
+_STARTING = frozenset({Status.PENDING, Status.CREATING})
+_ENDING = frozenset({Status.DESTROYING})
+WORKABLE = _STARTING | _ENDING
+"""Statuses in which a sandbox wants work done."""
 _WATCHED = frozenset(Status) - {Status.DESTROYING, Status.DESTROYED, Status.ORPHANED}
 _NOTHING_LEFT = frozenset({Status.FAILED, Status.DESTROYED, Status.ORPHANED})
 _LOST = Reason("machine_lost", "the machine is no longer on its node")
@@ -85,19 +88,23 @@ class Reconciler:
     # --- work on one sandbox --------------------------------------------------------------
 
     async def _claims(self) -> list[Claim]:
+        """Lease what wants work; what is to end never waits behind what waits to start."""
         room = self._pace.workers - self._working
-        if room <= 0:
-            return []
         now = self._clock.now()
         until = now + timedelta(seconds=self._pace.lease_s)
+        lease, claims = new_secret(), []
         try:
             async with self._store.write() as tx:
-                return await tx.sandboxes.claim(
-                    _WORKABLE, lease=new_secret(), now=now, until=until, limit=room
-                )
+                for statuses, limit in ((_ENDING, self._pace.workers), (_STARTING, room)):
+                    if limit > 0:
+                        claims += await tx.sandboxes.claim(
+                            statuses, lease=lease, now=now, until=until, limit=limit
+                        )
         except UnavailableError:
             log.warning("the store does not answer; looking again soon")
-            return []
+        except Exception:  # the loop must go on, whatever the store says
+            log.exception("the store failed; looking again soon")
+        return claims
 
     async def _work(self, claim: Claim) -> None:
         try:
@@ -123,8 +130,8 @@ class Reconciler:
         try:
             async with self._store.write() as tx:
                 await tx.sandboxes.extend(claim.sandbox.id, lease=claim.lease, until=again_at)
-        except SandyardError:
-            log.warning("a lease could not be shortened; it will run out")
+        except Exception:  # as above; the lease runs out by itself
+            log.exception("a lease could not be shortened; it will run out")
 
     async def _under_lease(self, claim: Claim, work: Awaitable[None]) -> None:
         """Do work for as long as the lease can be kept up."""

@@ -35,7 +35,6 @@ from sandyard.server.core.sshkeys import check_public_key, is_literal_key
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status, Wanted
 from sandyard.server.core.wire import Op
 from sandyard.server.service.access import Actor
-from sandyard.server.service.beside import beside
 from sandyard.server.service.execute import Command, Outcome, execute
 from sandyard.server.service.lifecycle import Lifecycle, check_status, topic_of
 from sandyard.server.service.placement import Placement
@@ -50,6 +49,7 @@ _TIMEOUT_MS = range(1, 3_600_001)
 _PASSWORD_BYTES = range(8, 73)
 _IDLE_TIMEOUT_S = range(604_801)
 _TRIES = 8
+_FIGURE_MAX = 2.0**63
 _FIGURES = (
     "cpuPercent", "memoryUsedBytes", "memoryTotalBytes", "diskUsedBytes", "diskTotalBytes",
     "uptime",
@@ -230,9 +230,10 @@ class Sandboxes:
         actor.require("sandbox:write")
         _check_command(command)
         sandbox = await self._running(actor, reference, wanted="run a command in")
-        # Written while the command runs: the audit costs the caller no time.
-        async with beside(self._note_use(actor, sandbox, "exec"), finish=True):
-            return await execute(self._tunnel, sandbox, command)
+        # Before it starts: a command whose audit cannot be written is not run, and is not run
+        # twice by a caller who tries again.
+        await self._note_use(actor, sandbox, "exec")
+        return await execute(self._tunnel, sandbox, command)
 
     async def stats(self, actor: Actor, reference: str) -> tuple[Sandbox, Mapping[str, float]]:
         """Return a sandbox's figures, read in the guest now.
@@ -251,7 +252,11 @@ class Sandboxes:
         figures = {}
         for name in _FIGURES:
             value = values.get(name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value < _FIGURE_MAX
+            ):
                 raise UnavailableError("cannot read the figures: the agent told none")
             figures[name] = value
         return sandbox, figures

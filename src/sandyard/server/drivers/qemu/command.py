@@ -1,5 +1,6 @@
 """QEMU's command line for a machine, and how its process is confined."""
 
+import os
 from pathlib import Path
 
 from sandyard.server.drivers.contract import MachineSpec
@@ -71,16 +72,28 @@ def machine_arguments(
     ]  # fmt: skip
 
 
-def confined(binary: str, arguments: list[str], spec: MachineSpec) -> list[str]:
+def unprivileged(uid: int, *, accel: str) -> list[str]:
+    """Return the command that runs another as an account with no privilege.
+
+    With KVM the account is given the one group that may open the device, whichever that is here.
+    """
+    groups = ["--clear-groups"]
+    if accel == "kvm":
+        groups = ["--groups", str(os.stat("/dev/kvm").st_gid)]
+    return [
+        "setpriv", "--reuid", str(uid), "--regid", str(uid), *groups, "--no-new-privs",
+        "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--",
+        "prlimit", "--core=0:0", "--",
+    ]  # fmt: skip
+
+
+def confined(binary: str, arguments: list[str], spec: MachineSpec, *, accel: str) -> list[str]:
     """Return the command that starts QEMU in its namespace and account, with no privilege."""
-    uid = str(spec.place.uid)
     return [
         # A parent that ends at once makes QEMU nobody's child: it outlives the server.
         "setsid", "--fork",
         "nsenter", f"--net={path_of(spec.place.netns)}", "--",
-        "setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", "--no-new-privs",
-        "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--",
-        "prlimit", "--core=0:0", "--",
+        *unprivileged(spec.place.uid, accel=accel),
         binary, *arguments,
     ]  # fmt: skip
 

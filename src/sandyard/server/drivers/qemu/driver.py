@@ -17,6 +17,7 @@ from sandyard.server.drivers.qemu.tsc import measure_khz
 
 _START_LIMIT_S = 30.0
 _PROBE_LIMIT_S = 20.0
+_NOBODY = 65534
 _PROBE_PASSED = b"sandyard: probe passed"
 _SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
 _PANICKED = End("guest_panicked", "the guest's kernel panicked; see the sandbox's log")
@@ -145,8 +146,17 @@ class QemuDriver:
                 "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                 "-serial", f"file:{console}",
             ]  # fmt: skip
-            said = await _output([self._binary, *arguments], limit_s=_PROBE_LIMIT_S)
-        except (OSError, SandyardError, TimeoutError) as error:
+            # As a real machine runs, so that a device closed to that account counts as closed; and
+            # with an end of its own, should this process not live to end it.
+            os.chown(scratch, _NOBODY, _NOBODY)
+            own_end = ["timeout", f"{_PROBE_LIMIT_S + 5:g}"]
+            confined = command.unprivileged(_NOBODY, accel=self._accel)
+            said = await _output(
+                [*own_end, *confined, self._binary, *arguments], limit_s=_PROBE_LIMIT_S
+            )
+        except TimeoutError:
+            return Verdict(False, "a probe machine did not come up in time", is_certain=False)
+        except (OSError, SandyardError) as error:
             return Verdict(
                 False, f"a probe machine did not come up: {str(error) or 'no end in time'}"
             )
@@ -169,7 +179,9 @@ class QemuDriver:
                 tsc_khz=await self._rate(),
                 tap_fd=tap_fd,
             )
-            await _launch(command.confined(self._binary, arguments, spec), tap_fd, spec)
+            await _launch(
+                command.confined(self._binary, arguments, spec, accel=self._accel), tap_fd, spec
+            )
         finally:
             os.close(tap_fd)
         process = await self._take_hold(spec, held)

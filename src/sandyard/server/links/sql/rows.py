@@ -170,7 +170,7 @@ class SandboxTable:
         )
         return done.first() is not None
 
-    async def on_node(self, node_id: str, statuses: frozenset[Status]) -> list[Sandbox]:
+    async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
         """See core.contracts.SandboxRows.on_node."""
         c = t.sandboxes.c
         return await self._sandboxes(

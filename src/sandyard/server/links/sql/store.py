@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
@@ -16,6 +17,12 @@ from sandyard.server.links.sql.rows import AccountTable, ActivityTable, SandboxT
 from sandyard.server.links.sql.seal import Seal
 
 _BUSY_S = 10
+_POSTGRES: dict[str, Any] = {
+    "pool_size": 5,
+    "pool_timeout": _BUSY_S,
+    "pool_pre_ping": True,
+    "hide_parameters": True,
+}
 # Any number, the same in every process: it names the lock that serializes writers.
 _WRITER_LOCK = 0x53414E44
 
@@ -80,18 +87,22 @@ async def open_store(url: str, *, key: bytes) -> AsyncIterator[SqlStore]:
         if url.startswith("sqlite:///"):
             path = Path(url.removeprefix("sqlite:///"))
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Made before SQLite opens it, for itself and the files beside it: hashes are inside.
+            path.touch(mode=0o600)
             async_url = f"sqlite+aiosqlite:///{path}"
-            reader = create_async_engine(async_url, pool_size=4, pool_timeout=_BUSY_S)
+            reader = create_async_engine(
+                async_url, pool_size=4, pool_timeout=_BUSY_S, hide_parameters=True
+            )
             # One connection writes: within this process writers queue fairly instead of polling.
             writer = create_async_engine(
-                async_url, pool_size=1, max_overflow=0, pool_timeout=_BUSY_S
+                async_url, pool_size=1, max_overflow=0, pool_timeout=_BUSY_S, hide_parameters=True
             )
             _set_up_sqlite(reader, begin="BEGIN")
             _set_up_sqlite(writer, begin="BEGIN IMMEDIATE")
         elif url.startswith("postgresql://"):
             postgres = make_url(url).set(drivername="postgresql+asyncpg")
-            reader = create_async_engine(postgres, pool_size=5, pool_timeout=_BUSY_S)
-            writer = create_async_engine(postgres, pool_size=5, pool_timeout=_BUSY_S)
+            reader = create_async_engine(postgres, **_POSTGRES)
+            writer = create_async_engine(postgres, **_POSTGRES)
         else:
             raise InternalError(
                 "cannot open the store: its URL must be sqlite:/// or postgresql://"
@@ -125,6 +136,15 @@ def _set_up_sqlite(engine: AsyncEngine, *, begin: str) -> None:
         connection.exec_driver_sql(begin)
 
 
+def _is_passing(error: DBAPIError) -> bool:
+    """Tell whether a database went away, is shutting down or is out of room for a while.
+
+    The classes are PostgreSQL's (appendix A of its manual): connection, resources, intervention.
+    """
+    state = str(getattr(error.orig, "sqlstate", None) or "")
+    return error.connection_invalidated or state.startswith(("08", "53", "57P"))
+
+
 class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
     """Turns the database's errors into ours at the edge of this room."""
 
@@ -134,6 +154,8 @@ class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, IntegrityError):
             raise InternalError(f"the database refused a row: {error.orig}") from error
+        if isinstance(error, DBAPIError) and _is_passing(error):
+            raise UnavailableError("the database does not answer now; try again") from error
         if isinstance(
             error, OperationalError | InterfaceError | PoolTimeoutError | OSError | TimeoutError
         ):
