@@ -174,6 +174,18 @@ async def test_the_probe_gives_a_verdict_and_never_raises(bench: Bench, tmp_path
     assert await bench.driver.version()
 
 
+async def test_a_driver_that_leaks_is_found_out(tmp_path: Path) -> None:
+    """The check at the end of every exam sees what a badly behaved driver leaves."""
+    async with AsyncExitStack() as held:
+        bench = await fake_bench(tmp_path, held)
+        assert isinstance(bench.driver, FakeDriver)
+        bench.driver.conduct.leaks = True
+        async with AsyncExitStack() as inner:
+            machine = await bench.driver.start(bench.spec, inner)
+            await machine.stop()
+        assert await bench.left()
+
+
 @pytest.mark.machine
 async def test_a_busy_tap_is_refused_in_words(tmp_path: Path) -> None:
     async with AsyncExitStack() as held:

@@ -37,10 +37,10 @@ async def serve(settings: Settings) -> None:
     Raises:
         UnavailableError: another server uses the home, or the port is taken.
     """
-    # uvicorn takes these over while it serves and raises them again when it is done: without a
-    # handler of ours that would end the process before the house has closed.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # uvicorn takes these over while it serves and raises them again when it is done: without a
+    # handler of ours that would end the process before the house has closed.
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -135,7 +135,6 @@ class NodeReport:
 
     node_id: str
     machines: tuple[MachineFact, ...]
-    driver: str | None
 
 
 class NodeControl(Protocol):

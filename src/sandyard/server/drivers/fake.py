@@ -40,7 +40,6 @@ class FakeHost:
     """The host that fake machines live on."""
 
     machines: dict[int, "FakeMachine"] = field(default_factory=dict)
-    leaked: list[str] = field(default_factory=list)
 
 
 class FakeMachine:
@@ -183,8 +182,6 @@ class FakeDriver:
         machine = FakeMachine(self._host, spec, conduct)
         self._host.machines[machine.pid] = machine
         held.push_async_callback(machine.stop)
-        if conduct.leaks:
-            self._host.leaked.append(spec.name)
         await asyncio.sleep(conduct.start_delay_s)
         await machine.boot()
         if conduct.dies_at_birth:

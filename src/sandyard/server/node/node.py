@@ -181,7 +181,7 @@ class Node:
     async def report(self) -> NodeReport:
         """See core.contracts.NodeControl.report."""
         facts = tuple(self._fact(entry) for entry in self._entries.values())
-        return NodeReport(node_id=self._node_id, machines=facts, driver=None)
+        return NodeReport(node_id=self._node_id, machines=facts)
 
     async def templates(self) -> tuple[TemplateFact, ...]:
         """See core.contracts.NodeControl.templates."""
