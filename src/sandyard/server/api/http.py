@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandyard.server.api.errors import answer_error, install_handlers
 from sandyard.server.api.routes import health, sandboxes, templates
-from sandyard.server.core.errors import InternalError, PayloadTooLargeError, UnauthenticatedError
+from sandyard.server.core.errors import InternalError, PayloadTooLargeError
 from sandyard.server.core.ids import new_request_id
-from sandyard.server.service.access import Access
+from sandyard.server.service.access import Access, no_credential
 from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.sandboxes import Sandboxes
 from sandyard.server.service.templates import Templates
@@ -112,10 +112,8 @@ class _Edge:
         try:
             if _lacks_credential(scope):
                 # Told before a body is read: strangers cannot make the server parse theirs.
-                error = UnauthenticatedError(
-                    "cannot serve without a credential: send `Authorization: Bearer <API key>`"
-                )
-                await answer_error(Request(scope), error)(scope, receive, send_with_id)
+                refusal = answer_error(Request(scope), no_credential())
+                await refusal(scope, receive, send_with_id)
             else:
                 await self._app(scope, _bounded(receive), send_with_id)
         except Exception as error:

@@ -54,6 +54,13 @@ class Actor:
             )
 
 
+def no_credential() -> UnauthenticatedError:
+    """Return the error for a request that says nothing of who is asking."""
+    return UnauthenticatedError(
+        "cannot serve without a credential: send `Authorization: Bearer <API key>`"
+    )
+
+
 class Access:
     """Tells from a credential who is asking."""
 
@@ -71,9 +78,7 @@ class Access:
             TokenExpiredError: it has run out.
         """
         if not token:
-            raise UnauthenticatedError(
-                "cannot serve without a credential: send `Authorization: Bearer <API key>`"
-            )
+            raise no_credential()
         if not token.startswith("rt_") or len(token) > _TOKEN_MAX or not token.isascii():
             raise InvalidTokenError(
                 "cannot accept the credential: it is not an API key (rt_live_… or rt_test_…)"
