@@ -3,8 +3,10 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import stat
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -13,8 +15,13 @@ from pathlib import Path
 import pytest
 from tests.support.images import minimal_image
 
-from sandyard.server.core.errors import InternalError, SandyardError
-from sandyard.server.drivers.contract import Driver, MachineSpec, Place
+from sandyard.server.core.errors import (
+    ConflictError,
+    InternalError,
+    NoCapacityError,
+    SandyardError,
+)
+from sandyard.server.drivers.contract import Driver, MachineSpec, Place, Saved, SavingDriver
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.drivers.qemu import QemuDriver
@@ -33,6 +40,12 @@ class Bench:
     kill: Callable[[int], None]
     left: Callable[[], Awaitable[object]]
 
+    @property
+    def saver(self) -> SavingDriver:
+        """The driver, as one that saves machines."""
+        assert self.driver.capabilities.saves
+        return self.driver  # type: ignore[return-value]  # as it says of itself
+
 
 async def fake_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
     host = FakeHost()
@@ -40,7 +53,7 @@ async def fake_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
     (tmp_path / "run").mkdir()
     spec = MachineSpec(
         "sandbox-abcdefghijkl", 1, 128, tmp_path, tmp_path, tmp_path, tmp_path / "disk",
-        tmp_path / "run", place,
+        tmp_path / "memory", tmp_path / "run", place, "t" * 64,
     )  # fmt: skip
 
     async def left() -> object:
@@ -70,10 +83,11 @@ async def qemu_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
     run.mkdir()
     os.chown(run, place.uid, place.uid)
     disk = tmp_path / "disk.ext4"
-    await Ext4Disks().make(disk, size_mib=1024, token="t" * 64, uid=place.uid)
+    await Ext4Disks().make(disk, size_mib=1024, uid=place.uid)
     spec = MachineSpec(
-        "sandbox-abcdefghijkl", 1, 256, image.kernel, image.initrd, image.base, disk, run, place
-    )
+        "sandbox-abcdefghijkl", 1, 256, image.kernel, image.initrd, image.base, disk,
+        tmp_path / "memory", run, place, "t" * 64,
+    )  # fmt: skip
 
     async def left() -> object:
         return uids_at_work(identity.uids)
@@ -160,7 +174,9 @@ async def test_a_start_that_cannot_be_says_why_and_leaves_nothing(bench: Bench) 
     async with AsyncExitStack() as held:
         with pytest.raises(SandyardError, match="cannot start"):
             await bench.driver.start(spec, held)
-    assert not await bench.left()
+    async with asyncio.timeout(5):  # it has given up, and may be about to end
+        while await bench.left():
+            await asyncio.sleep(0.01)
 
 
 async def test_the_probe_gives_a_verdict_and_never_raises(bench: Bench, tmp_path: Path) -> None:
@@ -222,3 +238,112 @@ async def test_qemu_is_confined(tmp_path: Path) -> None:
             stat_fields = Path(f"/proc/{machine.pid}/stat").read_text().rpartition(")")[2].split()
             assert int(stat_fields[1]) != os.getpid()
             assert os.getsid(machine.pid) != os.getsid(0)
+
+
+async def saved_machine(bench: Bench, folder: Path) -> Saved:
+    """Start a machine, save it after a while, and end it."""
+    async with AsyncExitStack() as held:
+        machine = await bench.saver.start(bench.spec, held)
+        async with asyncio.timeout(30):
+            while not await machine.console():
+                await asyncio.sleep(0.05)
+        await machine.pause()
+        assert await machine.is_paused()
+        saved = await machine.save(folder)
+        assert await machine.is_paused()
+        await machine.resume()
+        assert not await machine.is_paused()
+        await machine.pause()
+    assert not await bench.left()
+    return saved
+
+
+async def test_a_saved_machine_is_restored_standing_still_and_goes_on(
+    bench: Bench, tmp_path: Path
+) -> None:
+    saved = await saved_machine(bench, tmp_path / "saved")
+    async with AsyncExitStack() as held:
+        machine = await bench.saver.restore(bench.spec, saved, held)
+        assert await machine.is_paused()
+        await machine.resume()
+        assert not await machine.is_paused()
+        stored = json.loads(json.dumps(dict(machine.handle)))
+        await machine.detach()
+        found = await bench.again().recover(stored, held)
+        assert found is not None
+        await found.stop()
+
+
+async def test_a_saved_machine_made_whole_needs_no_other_file(bench: Bench, tmp_path: Path) -> None:
+    saved = await saved_machine(bench, tmp_path / "saved")
+    await bench.saver.make_whole(saved, bench.spec.memory)
+    bench.spec.memory.unlink()
+    spec = replace(bench.spec, memory=tmp_path / "clone")
+    spec.memory.hardlink_to(saved.memory)
+    for _ in range(2):
+        async with AsyncExitStack() as held:
+            machine = await bench.saver.restore(spec, saved, held)
+            await machine.resume()
+            # What a clone writes is its own: it can be saved again, and the file is as it was.
+            await machine.pause()
+            again = await machine.save(tmp_path / "again")
+            await machine.stop()
+            async with AsyncExitStack() as held_again:
+                second = await bench.saver.restore(spec, again, held_again)
+                await second.resume()
+        shutil.rmtree(again.folder)
+
+
+@pytest.mark.parametrize("what", ["device", "pages"])
+@pytest.mark.parametrize("how", ["missing", "cut", "other"])
+async def test_a_state_that_is_not_whole_is_refused(
+    bench: Bench, tmp_path: Path, what: str, how: str
+) -> None:
+    saved = await saved_machine(bench, tmp_path / "saved")
+    file = saved.folder / what
+    if how == "missing" and what == "device":
+        file.unlink()
+    elif how == "other":
+        file.write_bytes(b"x" * 100)
+    else:
+        os.truncate(file, file.stat().st_size // 2)
+    async with AsyncExitStack() as held:
+        with pytest.raises(ConflictError, match="sav|restore|memory"):
+            await bench.saver.restore(bench.spec, saved, held)
+    assert not await bench.left()
+
+
+async def test_a_save_that_fails_leaves_a_machine_that_can_go_on(
+    bench: Bench, tmp_path: Path
+) -> None:
+    async with AsyncExitStack() as held:
+        machine = await bench.saver.start(bench.spec, held)
+        async with asyncio.timeout(30):
+            while not await machine.console():
+                await asyncio.sleep(0.05)
+        await machine.pause()
+        if isinstance(bench.driver, FakeDriver):
+            bench.driver.conduct.has_room_to_save = False
+            folder = tmp_path / "full"
+        else:
+            full = tmp_path / "small"
+            full.mkdir()
+            mount("tmpfs", full, "size=64k")
+            held.callback(subprocess.run, ["umount", str(full)], check=True)
+            folder = full / "saved"
+        with pytest.raises(NoCapacityError, match="disk is full"):
+            await machine.save(folder)
+        await machine.resume()
+        assert not await machine.is_paused()
+
+
+async def test_a_disk_grows_under_a_running_machine(bench: Bench) -> None:
+    async with AsyncExitStack() as held:
+        machine = await bench.saver.start(bench.spec, held)
+        await machine.grow_disk(2048)
+        if bench.driver.name != "fake":
+            assert bench.spec.disk.stat().st_size == 2048 * 2**20
+
+
+def mount(kind: str, where: Path, options: str) -> None:
+    subprocess.run(["mount", "-t", kind, "-o", options, kind, str(where)], check=True)

@@ -1,19 +1,21 @@
 """A whole house on fake machines, in this process, with clients for it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from sandyard.server.app.settings import NodeSettings, Settings
+from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
 from sandyard.server.app.wiring import House, open_house
+from sandyard.server.core.contracts import Clock
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, Organization, Project, User
-from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost
+from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
 
 URL = "http://sandyard.test"
 
@@ -72,6 +74,35 @@ class Yard:
             await tx.accounts.add_organization(org, project)
         return await self.add_key(org.id, await self.add_member(org.id, "admin"))
 
+    def machine_of(self, sandbox: Mapping[str, object]) -> FakeMachine:
+        """Return the machine behind a sandbox."""
+        hostname = sandbox["name"] or sandbox["id"]
+        (found,) = (
+            one for one in self.host.machines.values() if one.remembers.get("hostname") == hostname
+        )
+        return found
+
+    async def get(self, sandbox: Mapping[str, object]) -> dict[str, object]:
+        """Return a sandbox as it is now."""
+        data: dict[str, object] = (await self.client.get(f"/v1/sandboxes/{sandbox['id']}")).json()[
+            "data"
+        ]
+        return data
+
+    async def execute(self, sandbox: Mapping[str, object], command: str) -> str:
+        """Run a command and return what it said."""
+        answer = await self.client.post(
+            f"/v1/sandboxes/{sandbox['id']}/exec", json={"command": command}
+        )
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["data"]["stdout"])
+
+    async def act(self, sandbox: Mapping[str, object], action: str, **body: object) -> Any:
+        """Ask for an action on a sandbox and return what it answered."""
+        answer = await self.client.post(f"/v1/sandboxes/{sandbox['id']}/{action}", json=body)
+        assert answer.status_code in (200, 201), answer.text
+        return answer.json()["data"]
+
     async def create(self, **body: object) -> dict[str, object]:
         """Create a sandbox, wait until it has settled, and return it."""
         answer = await self.client.post("/v1/sandboxes", params={"wait": 20}, json=body)
@@ -80,26 +111,42 @@ class Yard:
         return data
 
 
-def settings_of(home: Path, **node: object) -> Settings:
+def settings_of(home: Path, *, pool: int = 0, **node: object) -> Settings:
     """Return settings for fake machines in a home of a test's own."""
+    plenty = {"memory_overcommit": 1e6, "disk_overcommit": 1e6}
     return Settings(
         home=home,
         node=NodeSettings.model_validate(
-            {"driver": "fake", "memory_floor_mib": 0, "disk_floor_mib": 0, **node}
+            {"driver": "fake", "memory_floor_mib": 0, "disk_floor_mib": 0, **plenty, **node}
         ),
+        pool=PoolSettings(floor=pool, ceiling=pool),
     )
 
 
 @asynccontextmanager
 async def open_yard(
-    home: Path, *, host: FakeHost | None = None, keep: bool = False, **node: object
+    home: Path,
+    *,
+    host: FakeHost | None = None,
+    keep: bool = False,
+    pool: int = 0,
+    conduct: Conduct | None = None,
+    version: str = "1",
+    saves: bool = False,
+    clock: Clock | None = None,
+    **node: object,
 ) -> AsyncIterator[Yard]:
-    """Open a house and run its reconciler; with `keep`, its machines outlive it."""
+    """Open a house and run its reconciler; with `keep`, its machines outlive it.
+
+    With `saves` its driver can save machines, so that there are golden ones, and with `pool` so
+    many wait.
+    """
     host = host or FakeHost()
-    conduct = Conduct()
-    driver = FakeDriver(host, conduct)
+    conduct = conduct or Conduct()
+    driver = FakeDriver(host, conduct, version=version, saves=saves or pool > 0)
+    settings = settings_of(home, pool=pool, **node)
     async with (
-        open_house(settings_of(home, **node), drivers=[driver]) as house,
+        open_house(settings, drivers=[driver], clock=clock) as house,
         asyncio.TaskGroup() as tasks,
     ):
         reconciling = tasks.create_task(house.reconciler.run())
@@ -113,6 +160,7 @@ async def open_yard(
     for machine in list(host.machines.values()):
         if not keep:
             machine.die()
+            machine.close()
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float = 10.0) -> None:

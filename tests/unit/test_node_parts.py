@@ -34,8 +34,10 @@ SPEC = MachineSpec(
     initrd=Path("/i/initrd"),
     base=Path("/i/a,b.ext4"),
     disk=Path("/m/disk.ext4"),
+    memory=Path("/m/memory"),
     folder=Path("/m/run"),
     place=Place(3, "syd-12ab-3", "tap0", "02:00:00:00:00:02", "10.200.0.14", 1_900_000_003),
+    token="a-secret-token",
 )
 
 
@@ -46,7 +48,9 @@ def test_a_machine_never_gets_exactly_two_gigabytes(asked: int) -> None:
 
 
 def test_the_token_and_env_are_nowhere_on_the_command_line() -> None:
-    arguments = machine_arguments(SPEC, accel="tcg", tb_size_mib=64, tsc_khz=1_000, tap_fd=9)
+    arguments = machine_arguments(
+        SPEC, accel="tcg", tb_size_mib=64, tsc_khz=1_000, tap_fd=9, is_restored=False
+    )
     assert not any("token" in one for one in arguments)
     assert "file=/i/a,,b.ext4" in " ".join(arguments)
     assert "readonly=on" in arguments[arguments.index("-drive") + 1]
@@ -57,7 +61,9 @@ def test_qemu_runs_with_nothing_it_could_misuse() -> None:
     for needed in ("--no-new-privs", "--bounding-set=-all", "--clear-groups", "1900000003"):
         assert needed in command
     assert "--net=/run/netns/syd-12ab-3" in command
-    arguments = machine_arguments(SPEC, accel="kvm", tb_size_mib=64, tsc_khz=None, tap_fd=9)
+    arguments = machine_arguments(
+        SPEC, accel="kvm", tb_size_mib=64, tsc_khz=None, tap_fd=9, is_restored=True
+    )
     assert "spawn=deny" in arguments[arguments.index("-sandbox") + 1]
 
 
@@ -172,17 +178,18 @@ def test_subnets_the_host_routes_to_are_left_alone(tmp_path: Path) -> None:
 def test_records_survive_and_strays_are_removed(tmp_path: Path) -> None:
     residents = Residents(tmp_path)
     record = Resident(
-        sandbox_id="sandbox-abcdefghijkl", incarnation=2, phase=Phase.RUNNING, slot=4,
-        template="t", image="i", driver="d", os="o", token="secret", handle={"pid": 1},
+        id="machine-abcdefghijkl", sandbox_id="sandbox-abcdefghijkl", incarnation=2,
+        phase=Phase.RUNNING, slot=4, template="t", image="i", driver="d", os="o", vcpus=1,
+        memory_mib=512, disk_mib=1024, token="secret", handle={"pid": 1},
     )  # fmt: skip
     residents.write(record)
-    (tmp_path / "sandbox-zzzzzzzzzzzz").mkdir()
+    (tmp_path / "machine-zzzzzzzzzzzz").mkdir()
     assert Residents(tmp_path).all() == [record]
     Residents(tmp_path).sweep()
-    assert not (tmp_path / "sandbox-zzzzzzzzzzzz").exists()
-    written = tmp_path / record.sandbox_id / "resident.json"
+    assert not (tmp_path / "machine-zzzzzzzzzzzz").exists()
+    written = tmp_path / record.id / "resident.json"
     assert written.stat().st_mode & 0o777 == 0o600
-    residents.remove(record.sandbox_id)
+    residents.remove(record.id)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,7 +226,9 @@ def test_an_initramfs_needs_its_modules(tmp_path: Path) -> None:
         (folder / f"n/{name}.ko").write_bytes(name.encode())
     with pytest.raises(InternalError, match="overlay"):
         make_initrd(tmp_path, "6.0", script, tmp_path / "initrd")
-    (folder / "modules.builtin").write_text("a/virtio-mmio.ko\na/virtio_blk.ko\na/overlay.ko\n")
+    (folder / "modules.builtin").write_text(
+        "a/virtio-mmio.ko\na/virtio_blk.ko\na/overlay.ko\na/tcp_diag.ko\n"
+    )
     make_initrd(tmp_path, "6.0", script, tmp_path / "initrd")
     archive = gzip.decompress((tmp_path / "initrd").read_bytes())
     assert b"a.ko\nb.ko\nvirtio_net.ko\n" in archive

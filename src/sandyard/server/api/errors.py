@@ -27,6 +27,8 @@ STATUS: Mapping[Code, int] = MappingProxyType(
         Code.NOT_FOUND: 404,
         Code.CONFLICT: 409,
         Code.INVALID_STATE: 409,
+        Code.IDEMPOTENCY_KEY_REUSED: 400,
+        Code.DAMAGED: 409,
         Code.UNSUPPORTED: 400,
         Code.PAYLOAD_TOO_LARGE: 413,
         Code.RATE_LIMITED: 429,
@@ -37,7 +39,11 @@ STATUS: Mapping[Code, int] = MappingProxyType(
     }
 )
 # Codes that clients of the contract do not know are shown as the one they do.
-_SHOWN = {Code.UNSUPPORTED: Code.BAD_REQUEST, Code.DEADLINE_EXCEEDED: Code.UNAVAILABLE}
+_SHOWN = {
+    Code.UNSUPPORTED: Code.BAD_REQUEST,
+    Code.DEADLINE_EXCEEDED: Code.UNAVAILABLE,
+    Code.DAMAGED: Code.INVALID_STATE,
+}
 _RETRY_AFTER_S = "2"
 
 

@@ -11,12 +11,13 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandyard.server.api.errors import answer_error, install_handlers
-from sandyard.server.api.routes import health, sandboxes, templates
+from sandyard.server.api.routes import health, sandboxes, snapshots, templates
 from sandyard.server.core.errors import InternalError, PayloadTooLargeError
 from sandyard.server.core.ids import new_request_id
 from sandyard.server.service.access import Access, no_credential
 from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.sandboxes import Sandboxes
+from sandyard.server.service.snapshots import Snapshots
 from sandyard.server.service.templates import Templates
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Services:
 
     access: Access
     sandboxes: Sandboxes
+    snapshots: Snapshots
     templates: Templates
     readiness: Readiness
 
@@ -55,7 +57,7 @@ def make_api(
     app.state.services = services
     app.state.log = log
     install_handlers(app)
-    for router in (sandboxes.router, templates.router, health.router):
+    for router in (sandboxes.router, snapshots.router, templates.router, health.router):
         app.include_router(router)
     _describe_truly(app)
     app.add_middleware(_Edge, observe=observe, bind=bind)

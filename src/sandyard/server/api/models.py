@@ -6,7 +6,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer
 from pydantic.alias_generators import to_camel
 
-from sandyard.server.core.records import Sandbox
+from sandyard.server.core.records import Sandbox, Snapshot
 from sandyard.server.core.shapes import format_size
 from sandyard.server.core.states import Status
 from sandyard.server.service.access import Actor
@@ -114,6 +114,35 @@ class CreateSandbox(Model):
     expires_in: int | None = Field(None, ge=1, le=315_360_000)
     network: dict[str, JsonValue] | None = None
     snapshot: str | None = None
+
+
+class PatchSandbox(Model):
+    """The body of a patch: what is left out stays as it is."""
+
+    name: str | None = None
+    tags: list[str] | None = None
+    idle_timeout: int | None = None
+    metadata: dict[str, JsonValue] | None = None
+    project_id: str | None = None
+    auto_resume: bool | None = None
+
+
+class CreateSnapshot(Model):
+    """The body of a snapshot; it may be left out."""
+
+    name: str | None = None
+
+
+class CreateForks(Model):
+    """The body of a fork."""
+
+    count: int = Field(1, ge=1, le=100)
+
+
+class RollBack(Model):
+    """The body of a rollback."""
+
+    snapshot_id: str = Field(description="A snapshot of this sandbox, by id or name.")
 
 
 class ResourcesOut(Model):
@@ -226,6 +255,65 @@ def sandbox_out(sandbox: Sandbox, actor: Actor) -> SandboxOut:
         auto_resume=sandbox.auto_resume,
         expires_at=sandbox.expires_at,
     )
+
+
+class PausedOut(Model):
+    """What became of a pause: `status` is `pausing` while it is still under way."""
+
+    id: str
+    status: Status
+    paused_at: Time | None
+
+
+class ResumedOut(Model):
+    """What became of a resume: `status` is `resuming` while it is still under way."""
+
+    id: str
+    status: Status
+    resumed_at: Time | None
+    status_reason: ReasonOut | None
+
+
+class SnapshotOut(Model):
+    """A sandbox as it was at one moment."""
+
+    id: str
+    name: str | None
+    sandbox_id: str = Field(description="The sandbox it was made of, which may be gone.")
+    status: Literal["creating", "ready"]
+    template: str
+    os: str | None
+    resources: ResourcesOut
+    size_bytes: int = Field(description="What it takes on the host's disk.")
+    owner_user_id: str
+    created_at: Time
+
+
+def snapshot_out(snapshot: Snapshot) -> SnapshotOut:
+    """Return a snapshot as it is shown."""
+    return SnapshotOut(
+        id=snapshot.id,
+        name=snapshot.name,
+        sandbox_id=snapshot.sandbox_id,
+        status="ready" if snapshot.is_ready else "creating",
+        template=snapshot.template,
+        os=snapshot.os,
+        resources=ResourcesOut(
+            vcpus=snapshot.shape.vcpus,
+            memory=format_size(snapshot.shape.memory_mib),
+            disk=format_size(snapshot.shape.disk_mib),
+        ),
+        size_bytes=snapshot.size_bytes,
+        owner_user_id=snapshot.owner_user_id,
+        created_at=snapshot.created_at,
+    )
+
+
+class RemovedOut(Model):
+    """What was removed."""
+
+    id: str
+    deleted: bool
 
 
 class DeletedOut(Model):

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,3 +60,11 @@ def running_server(home: Path) -> int | None:
     except FileNotFoundError:
         pass
     return None
+
+
+def kind_of_host() -> str:
+    """Return what a saved machine must find the same again: the kind of processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{platform.machine()} {line.partition(':')[2].strip()}"
+    return platform.machine()

@@ -18,8 +18,9 @@ from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sandyard.server.core.contracts import MachineState, NodeControl
+from sandyard.server.core.contracts import MachineState, Way
 from sandyard.server.core.errors import NotFoundError
+from sandyard.server.node.node import Node
 
 _FORWARDING = ("forwarded", "x-forwarded-for", "x-real-ip")
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -51,6 +52,34 @@ class Metrics:
             ("state",),
             registry=self._registry,
         )
+        self._starts = Histogram(
+            "sandyard_machine_start_seconds",
+            "How long machines took to come up, by how they did.",
+            ("way",),
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        for way in Way:
+            self._starts.labels(way.value)
+        self._asked = Counter(
+            "sandyard_pool_requests_total",
+            "Starts that could have come from the pool, and whether they did.",
+            ("template", "result"),
+            registry=self._registry,
+        )
+        shelf = ("template", "vcpus", "memory_mib")
+        self._pool = Gauge(
+            "sandyard_pool_size", "Machines that wait.", shelf, registry=self._registry
+        )
+        self._pool_target = Gauge(
+            "sandyard_pool_target",
+            "How many machines should wait.",
+            shelf,
+            registry=self._registry,
+        )
+        self._goldens = Gauge(
+            "sandyard_goldens", "Golden machines at hand.", registry=self._registry
+        )
         info = Gauge("sandyard_info", "This version.", ("version",), registry=self._registry)
         info.labels(version).set(1)
 
@@ -59,19 +88,34 @@ class Metrics:
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
 
-    async def render(self, node: NodeControl) -> bytes:
+    def started(self, way: Way, seconds: float) -> None:
+        """Count a machine that came up."""
+        self._starts.labels(way.value).observe(seconds)
+
+    def asked_pool(self, *, template: str, is_hit: bool) -> None:
+        """Count a start that could have come from the pool."""
+        self._asked.labels(template, "hit" if is_hit else "miss").inc()
+
+    async def render(self, node: Node) -> bytes:
         """Return all metrics in Prometheus's text form."""
         report = await node.report()
         tally = Tally(fact.state for fact in report.machines)
         for state in MachineState:
             self._machines.labels(state.value).set(tally[state])
+        self._pool.clear()
+        self._pool_target.clear()
+        for one in node.shelves():
+            labels = (one.template, str(one.vcpus), str(one.memory_mib))
+            self._pool.labels(*labels).set(one.size)
+            self._pool_target.labels(*labels).set(one.target)
+        self._goldens.set(node.goldens)
         return generate_latest(self._registry)
 
 
 class MetricsRoute:
     """Answers GET /metrics."""
 
-    def __init__(self, metrics: Metrics, node: NodeControl, token: SecretStr | None) -> None:
+    def __init__(self, metrics: Metrics, node: Node, token: SecretStr | None) -> None:
         self._metrics = metrics
         self._node = node
         self._token = token

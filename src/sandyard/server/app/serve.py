@@ -133,7 +133,10 @@ async def remove_everything(settings: Settings) -> int:
     """
     removed = 0
     with only_server(settings.home):
-        async with open_house(settings) as house, asyncio.TaskGroup() as tasks:
+        async with (
+            open_house(settings, fills_pool=False) as house,
+            asyncio.TaskGroup() as tasks,
+        ):
             reconciling = tasks.create_task(house.reconciler.run())
             async with asyncio.timeout(_EMPTY_LIMIT_S):
                 removed = await _delete_all(house)
@@ -159,8 +162,15 @@ async def _delete_all(house: House) -> int:
                     await house.lifecycle.apply(sandbox, Event.DELETE, wanted=Wanted.GONE)
                     removed += 1
         await asyncio.sleep(0.05)
-    # Machines that the store knows nothing of: it was lost or replaced.
+    async with house.store.read() as tx:
+        snapshots = await tx.snapshots.on_node(house.node.node_id)
+    for one in snapshots:
+        async with house.store.write() as tx:
+            await tx.snapshots.remove(one.id)
+    # Machines and snapshots that the store knows nothing of: it was lost or replaced.
     for fact in (await house.node.report()).machines:
         await house.node.ensure_gone(fact.sandbox_id, incarnation=fact.incarnation)
         removed += 1
+    for snapshot_id in (await house.node.report()).snapshots:
+        await house.node.drop_snapshot(snapshot_id)
     return removed

@@ -78,11 +78,29 @@ class NodeSettings(Section):
         25, gt=0, description="Seconds of a silent console after which a boot is tried again."
     )
     boots_at_once: int = Field(2, ge=1, description="How many machines boot at the same time.")
+    restores_at_once: int = Field(
+        4, ge=1, description="How many machines are restored at the same time."
+    )
+    heartbeat_s: float = Field(
+        5, gt=0, description="Seconds between two questions whether an agent is there."
+    )
     memory_floor_mib: int = Field(
         1024, ge=0, description="MiB of memory the host keeps; below, creates get no_capacity."
     )
     disk_floor_mib: int = Field(
         1024, ge=0, description="MiB of disk the host keeps; below, creates get no_capacity."
+    )
+    memory_overcommit: float = Field(
+        3.0,
+        ge=0.1,
+        description="How many times the host's memory may be promised to machines in all. If it "
+        "runs short, what was used least lately is paused.",
+    )
+    disk_overcommit: float = Field(
+        20.0,
+        ge=0.1,
+        description="How many times the free disk may be promised in all. If it is full, machines "
+        "stand still until there is room.",
     )
 
     @field_validator("subnet")
@@ -91,6 +109,20 @@ class NodeSettings(Section):
         if subnet is not None and (subnet.prefixlen > 20 or not subnet.is_private):
             raise ValueError("it must be a private network of at least 4096 addresses (a /20)")
         return subnet
+
+
+class PoolSettings(Section):
+    """Machines that wait, running, for whoever creates a sandbox."""
+
+    floor: int = Field(
+        2, ge=0, le=1000, description="How many always wait for each template's default shape."
+    )
+    ceiling: int = Field(
+        10, ge=0, le=1000, description="How many wait at most for one shape; 0: none ever."
+    )
+    demand_window_s: float = Field(
+        60, gt=0, description="Seconds for which a create keeps one more waiting."
+    )
 
 
 class LogSettings(Section):
@@ -118,6 +150,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     store: StoreSettings = StoreSettings()
     node: NodeSettings = NodeSettings()
+    pool: PoolSettings = PoolSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("home")

@@ -9,17 +9,18 @@ from importlib.metadata import version as package_version
 from fastapi import FastAPI
 
 from sandyard.server.api import Services, make_api
-from sandyard.server.app.installation import secret_key
+from sandyard.server.app.installation import kind_of_host, secret_key
 from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics, MetricsRoute
 from sandyard.server.app.settings import Settings
-from sandyard.server.core.contracts import Store
+from sandyard.server.core.contracts import Clock, Store
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.links.local import LocalBus, SystemClock
 from sandyard.server.links.passwords import hash_password
 from sandyard.server.links.sql import open_store
+from sandyard.server.node.admission import Margins
 from sandyard.server.node.build import Builder
 from sandyard.server.node.choice import Drivers
 from sandyard.server.node.definitions import load_definitions
@@ -27,17 +28,23 @@ from sandyard.server.node.disks import Disks, Ext4Disks
 from sandyard.server.node.fake import FakeDisks, FakeNetwork, make_fake_image
 from sandyard.server.node.identity import Identity, take_identity
 from sandyard.server.node.images import Images
+from sandyard.server.node.launcher import NodeLimits
 from sandyard.server.node.network import Network, Slots, host_routes
-from sandyard.server.node.node import Node, NodeLimits
-from sandyard.server.node.residents import Residents
+from sandyard.server.node.node import Node
+from sandyard.server.node.pool import PoolLimits
 from sandyard.server.service.access import Access
 from sandyard.server.service.bootstrap import ensure_first_organization
-from sandyard.server.service.lifecycle import WORK, Lifecycle
+from sandyard.server.service.idle import Idleness
+from sandyard.server.service.lifecycle import Lifecycle
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.reconcile import NODES, WORKABLE, Pace, Reconciler
+from sandyard.server.service.register import Register
+from sandyard.server.service.repeats import Repeats
 from sandyard.server.service.sandboxes import Sandboxes, Waits
+from sandyard.server.service.snapshots import Snapshots
 from sandyard.server.service.templates import Templates
+from sandyard.server.service.uses import Uses
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:
     )
 
 
-async def _void_leases(store: Store, clock: SystemClock) -> None:
+async def _void_leases(store: Store, clock: Clock) -> None:
     """Let every lease run out now: one server at a time uses a home, so they are a dead one's."""
     far, now = datetime.max.replace(tzinfo=UTC), clock.now()
     async with store.write() as tx:
@@ -107,14 +114,18 @@ async def _void_leases(store: Store, clock: SystemClock) -> None:
 
 @asynccontextmanager
 async def open_house(
-    settings: Settings, *, drivers: Sequence[Driver] | None = None
+    settings: Settings,
+    *,
+    drivers: Sequence[Driver] | None = None,
+    clock: Clock | None = None,
+    fills_pool: bool = True,
 ) -> AsyncIterator[House]:
     """Open store and node, adopt what lives, and give everything back on leaving.
 
-    `drivers` takes the place of those that the settings allow. Machines live on: leaving lets go
-    of them without ending them.
+    `drivers` takes the place of those that the settings allow, `clock` that of the host's. Machines
+    live on: leaving lets go of them without ending them.
     """
-    clock, bus = SystemClock(), LocalBus()
+    clock, bus = clock or SystemClock(), LocalBus()
     images = images_of(settings)
     network: Network
     disks: Disks
@@ -130,55 +141,50 @@ async def open_house(
 
     def on_change() -> None:
         bus.hint(NODES)
-        bus.hint(WORK)
 
+    version = package_version("sandyard")
+    metrics = Metrics(version=version)
+    key = secret_key(settings.home)
     node = Node(
         node_id="local",
+        home=settings.home,
         images=images,
         drivers=choice_of(settings, drivers or drivers_of(settings)),
         network=network,
         disks=disks,
-        residents=Residents(settings.home / "machines"),
         clock=clock,
         limits=NodeLimits(
             boot_s=settings.node.boot_s,
             no_progress_s=settings.node.no_progress_s,
             boots_at_once=settings.node.boots_at_once,
+            restores_at_once=settings.node.restores_at_once,
+            heartbeat_s=settings.node.heartbeat_s,
+        ),
+        pool_limits=PoolLimits(
+            floor=min(settings.pool.floor, settings.pool.ceiling),
+            ceiling=settings.pool.ceiling,
+            demand_window_s=settings.pool.demand_window_s,
+        ),
+        margins=Margins(
             memory_floor_mib=settings.node.memory_floor_mib,
             disk_floor_mib=settings.node.disk_floor_mib,
+            memory_overcommit=settings.node.memory_overcommit,
+            disk_overcommit=settings.node.disk_overcommit,
         ),
+        key=key,
+        host=kind_of_host(),
+        observer=metrics,
         on_change=on_change,
     )
-    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+    async with open_store(settings.store_url, key=key) as store:
         await ensure_first_organization(store, clock)
         await _void_leases(store, clock)
-        async with node.running():
+        async with node.running(fills_pool=fills_pool):
             placement = Placement({node.node_id: node})
             lifecycle = Lifecycle(store, bus, clock)
-            sandboxes = Sandboxes(
-                store=store,
-                placement=placement,
-                tunnel=node,
-                lifecycle=lifecycle,
-                bus=bus,
-                clock=clock,
-                hash_password=hash_password,
-                waits=Waits(),
-            )
-            services = Services(
-                access=Access(store, clock),
-                sandboxes=sandboxes,
-                templates=Templates(placement),
-                readiness=Readiness(store, placement),
-            )
-            version = package_version("sandyard")
-            metrics = Metrics(version=version)
-            api = make_api(services, version=version, observe=metrics.observe, bind=request_id.set)
-            api.add_route(
-                "/metrics",
-                MetricsRoute(metrics, node, settings.http.metrics_token).answer,
-                include_in_schema=False,
-            )
+            uses = Uses()
+            register = Register(store, bus, clock)
+            repeats = Repeats(clock, key)
             reconciler = Reconciler(
                 store=store,
                 placement=placement,
@@ -186,5 +192,44 @@ async def open_house(
                 bus=bus,
                 clock=clock,
                 pace=Pace(),
+                idleness=Idleness(store=store, tunnel=node, clock=clock, uses=uses),
+                uses=uses,
+            )
+            sandboxes = Sandboxes(
+                store=store,
+                register=register,
+                placement=placement,
+                tunnel=node,
+                lifecycle=lifecycle,
+                worker=reconciler,
+                uses=uses,
+                repeats=repeats,
+                bus=bus,
+                clock=clock,
+                hash_password=hash_password,
+                waits=Waits(),
+            )
+            snapshots = Snapshots(
+                store=store,
+                register=register,
+                placement=placement,
+                lifecycle=lifecycle,
+                worker=reconciler,
+                sandboxes=sandboxes,
+                repeats=repeats,
+                clock=clock,
+            )
+            services = Services(
+                access=Access(store, clock),
+                sandboxes=sandboxes,
+                snapshots=snapshots,
+                templates=Templates(placement),
+                readiness=Readiness(store, placement),
+            )
+            api = make_api(services, version=version, observe=metrics.observe, bind=request_id.set)
+            api.add_route(
+                "/metrics",
+                MetricsRoute(metrics, node, settings.http.metrics_token).answer,
+                include_in_schema=False,
             )
             yield House(api, store, node, reconciler, lifecycle)

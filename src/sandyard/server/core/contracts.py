@@ -15,11 +15,14 @@ from sandyard.server.core.records import (
     Activity,
     ApiKey,
     Claim,
+    KeyedRequest,
     KeyHolder,
     Organization,
     Project,
+    RequestKey,
     Sandbox,
     SandboxQuery,
+    Snapshot,
     UsagePeriod,
     User,
 )
@@ -67,18 +70,43 @@ class Bus(Protocol):
 # --- the node ---------------------------------------------------------------------------------
 
 
+class Origin(StrEnum):
+    """What a machine is to come from."""
+
+    NEW = "new"  # its template
+    SNAPSHOT = "snapshot"  # a snapshot, in place of all that the sandbox had
+    OWN = "own"  # what the sandbox itself has: its saved state, else its disk
+
+
+class Way(StrEnum):
+    """How a machine came up."""
+
+    POOL = "pool"  # it waited, running
+    RESTORE = "restore"  # a clone of its template's golden machine
+    BOOT = "boot"  # from cold
+    SNAPSHOT = "snapshot"  # a clone of a snapshot
+    RESUME = "resume"  # from its own saved state
+    RESTART = "restart"  # booted from its own disk
+
+
 @dataclass(frozen=True)
 class MachineWish:
-    """What a node should hold: one incarnation of a sandbox, and what it is to be made of."""
+    """What a node should hold: one incarnation of a sandbox, and what it is to be made of.
+
+    `tenant` is who wants it, so that those who wait take turns fairly.
+    """
 
     sandbox_id: str
     incarnation: int
     template: str
     shape: Shape
     hostname: str
+    tenant: str
     env: Mapping[str, str] = field(repr=False)
     authorized_keys: tuple[str, ...] = ()
     root_password_hash: str | None = field(default=None, repr=False)
+    origin: Origin = Origin.NEW
+    snapshot_id: str | None = None
 
 
 class MachineState(StrEnum):
@@ -86,6 +114,8 @@ class MachineState(StrEnum):
 
     STARTING = "starting"
     RUNNING = "running"
+    SILENT = "silent"  # it lives, and its agent does not answer
+    PAUSED = "paused"  # saved, whole, and using no memory
     DEAD = "dead"
 
 
@@ -99,8 +129,17 @@ class MachineFact:
     ip: str | None = None
     driver: str | None = None
     os: str | None = None
+    way: Way | None = None
     reason_code: str = ""
     reason_message: str = ""
+
+
+@dataclass(frozen=True)
+class SnapshotFact:
+    """A snapshot as a node keeps it."""
+
+    snapshot_id: str
+    size_bytes: int
 
 
 class TemplateStatus(StrEnum):
@@ -131,10 +170,17 @@ class TemplateFact:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """All that a node holds now."""
+    """All that a node holds now.
+
+    `snapshots` are ids; `missing` says what keeps it from starting machines, a sentence each. A
+    node that is short of memory asks for some sandbox to be paused before the kernel ends one.
+    """
 
     node_id: str
     machines: tuple[MachineFact, ...]
+    snapshots: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    is_short_of_memory: bool = False
 
 
 class NodeControl(Protocol):
@@ -148,31 +194,59 @@ class NodeControl(Protocol):
     async def ensure_running(self, wish: MachineWish) -> MachineFact:
         """Return once the machine runs and its agent answers; at once if it already does.
 
-        On failure nothing of the machine is left.
+        On failure nothing of a new machine is left; one that was saved is still saved.
 
         Raises:
             UnavailableError: not now (no driver, template not built, no room); try again.
-            NotFoundError: the node does not know the template.
+            NotFoundError: the node does not know the template, the snapshot, or, where the sandbox
+                is to come from what it has, anything of it.
             ConflictError: the wish was withdrawn meanwhile, or a later incarnation is here.
+            DamagedError: the saved state or snapshot cannot be used, now or later.
             InternalError: the machine could not be started; the message says why.
         """
         ...
 
-    async def check_room(self, shape: Shape) -> None:
-        """Return if one more machine of a shape has room now.
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> None:
+        """Return once the machine is saved and uses no memory; at once if it is.
+
+        On failure it runs on.
 
         Raises:
-            NoCapacityError: it has not; the message says what is short.
+            NotFoundError: the node holds no such machine.
+            ConflictError: the machine is dead, or the wish was withdrawn.
+            UnavailableError: not now; the message says what is in the way.
+            UnsupportedError: the driver cannot save machines.
         """
         ...
 
     async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
         """Return once nothing of the sandbox is left, up to and including `incarnation`.
 
-        A start that is under way is broken off. A later incarnation is left alone.
+        What is under way for it is broken off. A later incarnation is left alone.
 
         Raises:
             UnavailableError: something would not go away; try again.
+        """
+        ...
+
+    async def ensure_snapshot(
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int
+    ) -> SnapshotFact:
+        """Return once the snapshot is complete; the machine goes on as it was.
+
+        Raises: see `ensure_paused`.
+        """
+        ...
+
+    async def drop_snapshot(self, snapshot_id: str) -> None:
+        """Return once nothing of the snapshot is left; what was made from it lives on."""
+        ...
+
+    async def check_room(self, template: str, shape: Shape) -> bool:
+        """Return if one more machine has room now, and whether one waits, running, for this.
+
+        Raises:
+            NoCapacityError: it has not; the message says what is short.
         """
         ...
 
@@ -182,10 +256,6 @@ class NodeControl(Protocol):
 
     async def templates(self) -> tuple[TemplateFact, ...]:
         """Return every template the node knows, built or not."""
-        ...
-
-    async def readiness(self) -> tuple[str, ...]:
-        """Return what keeps the node from starting machines, a sentence each; empty if nothing."""
         ...
 
 
@@ -241,11 +311,19 @@ class NodeTunnel(Protocol):
 # --- the store --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Hold:
+    """A lease to take together with a write: who works on the sandbox, and until when."""
+
+    lease: str
+    until: datetime
+
+
 class SandboxRows(Protocol):
     """Sandboxes as stored. Every write names the version it read and fails if that has passed."""
 
-    async def insert(self, sandbox: Sandbox) -> None:
-        """Add a sandbox.
+    async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> None:
+        """Add a sandbox, leased at once if `hold` is given.
 
         Raises:
             AlreadyExistsError: the organization has a live sandbox of that name.
@@ -265,12 +343,18 @@ class SandboxRows(Protocol):
         ...
 
     async def replace(
-        self, sandbox: Sandbox, *, lease: str | None = None, retag: bool = False
+        self,
+        sandbox: Sandbox,
+        *,
+        lease: str | None = None,
+        hold: Hold | None = None,
+        retag: bool = False,
     ) -> Sandbox | None:
         """Write a sandbox if its `version` is still the stored one, and return it as stored.
 
         With `lease`, the lease must be held too, and stays held; without, whoever holds one loses
-        it. None if the row has moved on: nothing is written. Tags are written with `retag` only.
+        it, to `hold` if that is given. None if the row has moved on: nothing is written. Tags are
+        written with `retag` only; when it was last used is written by `ActivityRows.touch` only.
 
         Raises:
             AlreadyExistsError: the new name is taken.
@@ -364,6 +448,65 @@ class UsageRows(Protocol):
         ...
 
 
+class SnapshotRows(Protocol):
+    """Snapshots. Those of forks are hidden and go once the forks are made."""
+
+    async def insert(self, snapshot: Snapshot) -> None:
+        """Add a snapshot.
+
+        Raises:
+            AlreadyExistsError: the organization has one of that name.
+        """
+        ...
+
+    async def find(self, org_id: str, reference: str) -> Snapshot | None:
+        """Return an organization's snapshot by id or name; hidden ones by id only."""
+        ...
+
+    async def page(
+        self,
+        org_id: str,
+        *,
+        owner_user_id: str | None,
+        limit: int,
+        after: tuple[datetime, str] | None,
+    ) -> list[Snapshot]:
+        """Return one page of those that are not hidden, newest first."""
+        ...
+
+    async def complete(self, snapshot_id: str, *, size_bytes: int) -> None:
+        """Note that a snapshot is whole."""
+        ...
+
+    async def remove(self, snapshot_id: str) -> bool:
+        """Remove a snapshot; False if it is not there."""
+        ...
+
+    async def on_node(self, node_id: str) -> list[Snapshot]:
+        """Return every snapshot that a node keeps or is making."""
+        ...
+
+    async def is_awaited(self, snapshot_id: str) -> bool:
+        """Tell whether a sandbox that is on its way up is to come from it."""
+        ...
+
+
+class RequestRows(Protocol):
+    """Requests that carried a key, so that a repeated one does nothing twice."""
+
+    async def find(self, key: RequestKey) -> KeyedRequest | None:
+        """Return what the request of that key was answered with."""
+        ...
+
+    async def add(self, key: RequestKey, request: KeyedRequest, *, at: datetime) -> None:
+        """Keep what a request is answered with."""
+        ...
+
+    async def forget(self, *, before: datetime) -> None:
+        """Remove those from before a time."""
+        ...
+
+
 class Transaction(Protocol):
     """All rows, as of one moment; what is written becomes visible together or not at all."""
 
@@ -385,6 +528,16 @@ class Transaction(Protocol):
     @property
     def usage(self) -> UsageRows:
         """Usage periods."""
+        ...
+
+    @property
+    def snapshots(self) -> SnapshotRows:
+        """Snapshots."""
+        ...
+
+    @property
+    def requests(self) -> RequestRows:
+        """Requests that carried an idempotency key."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 SandyardError
 ├── InvalidArgumentError        the request is wrong; mend it and ask again
+│   └── KeyReusedError          an idempotency key came with another request
 ├── UnauthenticatedError        no credential
 │   ├── InvalidTokenError       the credential is unknown, revoked or malformed
 │   └── TokenExpiredError       the credential has run out
@@ -12,6 +13,7 @@ SandyardError
 ├── QuotaExceededError          credits do not suffice
 ├── PayloadTooLargeError        a stated size limit is passed
 ├── RateLimitedError            too many requests; wait
+├── DamagedError                what was saved cannot be used any more
 ├── UnsupportedError            this driver or host cannot do it
 ├── UnavailableError            not now; try again
 │   ├── NoCapacityError         the host is full now
@@ -30,6 +32,7 @@ class Code(StrEnum):
     """What went wrong, for programs; the values are those of the HTTP contract."""
 
     BAD_REQUEST = "bad_request"
+    IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
     UNAUTHORIZED = "unauthorized"
     INVALID_TOKEN = "invalid_token"
     TOKEN_EXPIRED = "token_expired"
@@ -40,6 +43,7 @@ class Code(StrEnum):
     INSUFFICIENT_CREDITS = "insufficient_credits"
     PAYLOAD_TOO_LARGE = "payload_too_large"
     RATE_LIMITED = "rate_limited"
+    DAMAGED = "damaged"
     UNSUPPORTED = "unsupported"
     UNAVAILABLE = "unavailable"
     NO_CAPACITY = "no_capacity"
@@ -66,6 +70,12 @@ class InvalidArgumentError(SandyardError):
     """The request is wrong in a way that only the caller can mend."""
 
     code = Code.BAD_REQUEST
+
+
+class KeyReusedError(InvalidArgumentError):
+    """An idempotency key came before, with another request."""
+
+    code = Code.IDEMPOTENCY_KEY_REUSED
 
 
 class UnauthenticatedError(SandyardError):
@@ -127,6 +137,12 @@ class RateLimitedError(SandyardError):
 
     code = Code.RATE_LIMITED
     retryable = True
+
+
+class DamagedError(SandyardError):
+    """Something that was saved is not as it was, or does not fit this host any more."""
+
+    code = Code.DAMAGED
 
 
 class UnsupportedError(SandyardError):

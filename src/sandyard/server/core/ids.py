@@ -12,6 +12,7 @@ from sandyard.server.core.errors import InvalidArgumentError
 _ALPHABET = string.ascii_lowercase + string.digits
 _KEY_ALPHABET = string.ascii_letters + string.digits
 _SANDBOX_ID = re.compile(r"sandbox-[a-z0-9]{12}")
+_MACHINE_ID = re.compile(r"machine-[a-z0-9]{12}")
 _SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 NAME_MAX = 63
@@ -29,6 +30,16 @@ def new_sandbox_id() -> str:
 def is_sandbox_id(text: str) -> bool:
     """Tell whether `text` has the form of a sandbox id."""
     return _SANDBOX_ID.fullmatch(text) is not None
+
+
+def new_machine_id() -> str:
+    """Return a fresh id of a machine on a node: `machine-` and 12 lower-case letters or digits."""
+    return "machine-" + "".join(secrets.choice(_ALPHABET) for _ in range(12))
+
+
+def is_machine_id(text: str) -> bool:
+    """Tell whether `text` has the form of a machine's id."""
+    return _MACHINE_ID.fullmatch(text) is not None
 
 
 def new_uuid() -> str:

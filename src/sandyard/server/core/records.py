@@ -76,7 +76,8 @@ class Reason:
 class Sandbox:
     """What a user owns. `version` grows with every write and guards it.
 
-    `incarnation` counts the starts of its machine. `env` and `root_password_hash` are secrets: the
+    `incarnation` counts the starts of its machine; the one numbered `from_snapshot_at` comes from a
+    snapshot. `env` and `root_password_hash` are secrets: the
     store keeps the first encrypted, nothing echoes either.
     """
 
@@ -110,8 +111,47 @@ class Sandbox:
     paused_at: datetime | None = None
     last_activity_at: datetime | None = None
     last_activity_kind: str | None = None
+    from_snapshot_id: str | None = None
+    from_snapshot_at: int = 0
     owner_display_name: str = ""
     owner_email: str = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sandbox as it was at one moment, kept to start others from. `size_bytes` is on disk."""
+
+    id: str
+    org_id: str
+    owner_user_id: str
+    sandbox_id: str
+    node_id: str
+    name: str | None
+    template: str
+    os: str | None
+    shape: Shape
+    is_ready: bool
+    is_hidden: bool
+    size_bytes: int
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class RequestKey:
+    """Whose request it was, of which kind, and the key that came with it."""
+
+    org_id: str
+    user_id: str
+    route: str
+    key: str
+
+
+@dataclass(frozen=True)
+class KeyedRequest:
+    """A digest of what was asked, and the ids of what was made."""
+
+    digest: str
+    resource_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Event(StrEnum):
     PAUSE_FAILED = "pause_failed"
     RESUME = "resume"
     RESUME_FAILED = "resume_failed"  # the saved state is whole
+    ROLL_BACK = "roll_back"  # a snapshot is to take the place of what is there
     DELETE = "delete"
     GONE = "gone"  # nothing of the machine is left
     VANISHED = "vanished"  # nothing of it is left anywhere, and nobody asked for that
@@ -84,6 +85,7 @@ TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
         },
         _S.PAUSED: {
             _E.RESUME: _S.RESUMING,
+            _E.ROLL_BACK: _S.RESUMING,
             _E.BROKE: _S.ERROR,
             _E.VANISHED: _S.ORPHANED,
             _E.DELETE: _S.DESTROYING,
@@ -99,6 +101,7 @@ TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
         _S.FAILED: {_E.DELETE: _S.DESTROYING},
         _S.ERROR: {
             _E.RESUME: _S.RESUMING,
+            _E.ROLL_BACK: _S.RESUMING,
             _E.VANISHED: _S.ORPHANED,
             _E.DELETE: _S.DESTROYING,
         },

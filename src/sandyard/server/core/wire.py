@@ -29,7 +29,8 @@ class Op(StrEnum):
     """What the host can ask of the agent."""
 
     HELLO = "hello"
-    SETUP = "setup"
+    SETUP = "setup"  # make the machine a sandbox: all that WAKE does, and who it is
+    WAKE = "wake"  # the machine has stood still: mend its clock, randomness and connections
     EXEC = "exec"
     DIAL = "dial"
     READ_FILE = "read_file"

@@ -6,7 +6,7 @@ never a half-built object to fill in. Every implementation passes `tests/contrac
 
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -33,9 +33,11 @@ class Place:
 class MachineSpec:
     """Everything a machine is made of.
 
-    `base` is shared and only read; `disk` is the machine's own. `folder` is for the driver's
-    sockets; it is there already, belongs to the place's account and is short enough for a socket's
-    path.
+    `base` is shared and only read; `disk` is the machine's own. `memory` is the file that the
+    machine's memory starts from: it is mapped privately and never written, so that many machines
+    share its pages; a start that finds none makes one that is empty. `token` is what the agent
+    will accept first. `folder` is for the driver's sockets; it is there already, belongs to the
+    place's account and is short enough for a socket's path.
     """
 
     name: str
@@ -45,15 +47,26 @@ class MachineSpec:
     initrd: Path
     base: Path
     disk: Path
+    memory: Path
     folder: Path
     place: Place
+    token: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved machine: device state, memory and the disk that belongs to them, from one moment."""
+    """What a machine was at one moment, but for its disk.
+
+    The state builds on the memory file that its machine started from, which must be given again;
+    after `SavingDriver.make_whole` it builds on the file `memory` in its own folder instead.
+    """
 
     folder: Path
+
+    @property
+    def memory(self) -> Path:
+        """The memory file of a state that stands alone."""
+        return self.folder / "memory"
 
 
 @dataclass(frozen=True)
@@ -127,18 +140,30 @@ class Machine(Protocol):
 
 
 class SavingMachine(Machine, Protocol):
-    """A machine whose whole state can be written down."""
+    """A machine that can be held still, and whose state can be written down."""
 
     async def pause(self) -> None:
-        """Hold the guest still; its memory stays where it is."""
+        """Hold the guest still; its memory stays where it is, its disk is synced."""
         ...
 
     async def resume(self) -> None:
-        """Let a paused guest go on."""
+        """Let a guest that is held still go on; nothing happens if it runs."""
+        ...
+
+    async def is_paused(self) -> bool:
+        """Tell whether the guest is held still."""
         ...
 
     async def save(self, folder: Path) -> Saved:
-        """Write a paused machine's state to a folder, complete and synced when this returns."""
+        """Write the state of a machine that is held still to a new folder, complete and synced.
+
+        Raises:
+            NoCapacityError: the host's disk is full.
+        """
+        ...
+
+    async def grow_disk(self, size_mib: int) -> None:
+        """Make the machine's disk larger; the guest sees it at once."""
         ...
 
 
@@ -190,10 +215,22 @@ class Driver(Protocol):
 class SavingDriver(Driver, Protocol):
     """A hypervisor that can start a machine from a saved one."""
 
+    async def start(self, spec: MachineSpec, held: AsyncExitStack) -> SavingMachine:
+        """See `Driver.start`."""
+        ...
+
     async def restore(self, spec: MachineSpec, saved: Saved, held: AsyncExitStack) -> SavingMachine:
-        """Start a machine where a saved one stood still. See `start`.
+        """Start a machine where a saved one stood still, and hold it still there. See `start`.
 
         Raises:
-            ConflictError: the saved state does not fit this host, this version or this spec.
+            ConflictError: the saved state does not fit this version or this spec.
+        """
+        ...
+
+    async def make_whole(self, saved: Saved, memory: Path) -> None:
+        """Make a saved state stand alone, where it built on a memory file.
+
+        Raises:
+            NoCapacityError: the host's disk is full.
         """
         ...

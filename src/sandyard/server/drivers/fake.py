@@ -14,8 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandyard.server.core import wire
-from sandyard.server.core.errors import InternalError, UnavailableError
-from sandyard.server.drivers.contract import Capabilities, End, Handle, MachineSpec, Verdict
+from sandyard.server.core.errors import (
+    ConflictError,
+    InternalError,
+    NoCapacityError,
+    UnavailableError,
+)
+from sandyard.server.drivers.contract import (
+    Capabilities,
+    End,
+    Handle,
+    MachineSpec,
+    Saved,
+    Verdict,
+)
 
 _PIDS = itertools.count(1_000_000_000)  # above any real pid: nothing can be killed by mistake
 AGENT_SOCKET = "agent.sock"
@@ -33,6 +45,13 @@ class Conduct:
     leaks: bool = False
     can_be_stopped: bool = True
     is_usable: bool = True
+    saves: bool = True
+    has_room_to_save: bool = True
+    save_delay_s: float = 0.0
+    restores: bool = True
+    fits: bool = True
+    answers: bool = True
+    recent_cpu_percent: float = 0.0
 
 
 @dataclass
@@ -43,7 +62,10 @@ class FakeHost:
 
 
 class FakeMachine:
-    """See drivers.contract.Machine."""
+    """See drivers.contract.SavingMachine.
+
+    What it `remembers` is its memory, and goes wherever its memory goes.
+    """
 
     def __init__(self, host: FakeHost, spec: MachineSpec, conduct: Conduct) -> None:
         self.pid = next(_PIDS)
@@ -51,8 +73,13 @@ class FakeMachine:
         self._host = host
         self._conduct = conduct
         self._ended = asyncio.Event()
+        self._closed = asyncio.Event()
         self._end = End("machine_died", "the hypervisor's process ended")
-        self._token: str | None = None
+        self.remembers: dict[str, str] = {"token": spec.token}
+        self.is_held = False
+        self.disk_mib: int | None = None
+        self._moving = asyncio.Event()
+        self._moving.set()
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._ticks = itertools.count()
@@ -89,9 +116,48 @@ class FakeMachine:
         if not self._conduct.can_be_stopped and not self._ended.is_set():
             raise UnavailableError(f"cannot end the process {self.pid}: it does not react")
         self.die()
+        self.close()
 
     async def detach(self) -> None:
         """See drivers.contract.Machine.detach."""
+
+    async def pause(self) -> None:
+        """See drivers.contract.SavingMachine.pause."""
+        self._check_lives()
+        self.is_held = True
+        self._moving.clear()
+
+    async def resume(self) -> None:
+        """See drivers.contract.SavingMachine.resume."""
+        self._check_lives()
+        self.is_held = False
+        self._moving.set()
+
+    async def is_paused(self) -> bool:
+        """See drivers.contract.SavingMachine.is_paused."""
+        return self.is_held
+
+    async def save(self, folder: Path) -> Saved:
+        """See drivers.contract.SavingMachine.save."""
+        folder.mkdir()
+        await asyncio.sleep(self._conduct.save_delay_s)
+        self._check_lives()
+        if not self._conduct.has_room_to_save:
+            raise NoCapacityError("cannot save the machine: the host's disk is full")
+        if not self._conduct.saves:
+            raise InternalError("cannot save the machine: told not to")
+        (folder / "device").write_text("fake")
+        (folder / "pages").write_text(json.dumps(self.remembers))
+        return Saved(folder)
+
+    async def grow_disk(self, size_mib: int) -> None:
+        """See drivers.contract.SavingMachine.grow_disk."""
+        self._check_lives()
+        self.disk_mib = size_mib
+
+    def _check_lives(self) -> None:
+        if self._ended.is_set():
+            raise UnavailableError("the hypervisor's process has ended")
 
     def die(self) -> None:
         """End at once, as a killed process does."""
@@ -99,12 +165,16 @@ class FakeMachine:
             self._ended.set()
             if self._server is not None:
                 self._server.close()
-                for writer in self._writers:
-                    writer.transport.abort()
             with suppress(OSError):
                 (self.spec.folder / AGENT_SOCKET).unlink()
             if not self._conduct.leaks:
                 self._host.machines.pop(self.pid, None)
+
+    def close(self) -> None:
+        """Close the connections, which a machine that just ended leaves hanging."""
+        self._closed.set()
+        for writer in self._writers:
+            writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         decoder = wire.Decoder()
@@ -115,9 +185,10 @@ class FakeMachine:
                 if not data:
                     return
                 decoder.feed(data)
-            # The disk's token is what the node wrote before the start.
-            self._token = self._token or (self.spec.disk.parent / "token").read_text()
-            if request.token != self._token:
+            if not self._conduct.answers:
+                await self._closed.wait()
+            await self._moving.wait()
+            if request.token != self.remembers["token"]:
                 answer = wire.Answer({}, error="unauthorized", message="the token is wrong")
             else:
                 answer = wire.Answer(self._answer(request))
@@ -133,7 +204,13 @@ class FakeMachine:
 
     def _answer(self, request: wire.Request) -> dict[str, object]:
         if request.op is wire.Op.SETUP:
-            self._token = str(request.args["token"])
+            self.remembers |= {
+                "token": str(request.args["token"]),
+                "hostname": str(request.args["hostname"]),
+                "env": json.dumps(request.args["env"]),
+            }
+        if request.op is wire.Op.STATS and "windowS" in request.args:
+            return {"recentCpuPercent": self._conduct.recent_cpu_percent}
         if request.op is wire.Op.STATS:
             return {
                 "cpuPercent": 0.5, "memoryUsedBytes": 2**20, "memoryTotalBytes": 2**29,
@@ -142,31 +219,55 @@ class FakeMachine:
         return {"pid": 1}
 
     async def _exec(self, args: Mapping[str, object], writer: asyncio.StreamWriter) -> None:
-        """Echo the command; `hang` never answers and `die` takes the machine down."""
-        if args["command"] == "hang":
-            await self._ended.wait()
-            return
-        if args["command"] == "die":
-            self.die()
-            return
-        writer.write(wire.encode_frame(wire.Channel.STDOUT, str(args["command"]).encode()))
+        """Echo the command, but for a few words that have a meaning.
+
+        `hang` never answers, `die` takes the machine down, `hostname` tells it; `remember X` and
+        `recall` use its memory, `write X` and `read` its disk.
+        """
+        word, _, rest = str(args["command"]).partition(" ")
+        said = str(args["command"])
+        match word:
+            case "hang":
+                await self._closed.wait()
+            case "die":
+                self.die()
+                await self._closed.wait()
+            case "remember":
+                self.remembers["word"] = rest
+            case "recall" | "hostname" | "env":
+                said = self.remembers.get({"recall": "word"}.get(word, word), "")
+            case "write":
+                self.spec.disk.write_text(rest)
+            case "read":
+                said = self.spec.disk.read_text()
+            case _:
+                pass
+        writer.write(wire.encode_frame(wire.Channel.STDOUT, said.encode()))
         end = {"exitCode": 0, "signal": None, "timedOut": False, "durationMs": 1}
         writer.write(wire.encode_frame(wire.Channel.EXIT, json.dumps(end).encode()))
 
 
 class FakeDriver:
-    """See drivers.contract.Driver."""
+    """See drivers.contract.SavingDriver."""
 
     name = "fake"
-    capabilities = Capabilities(saves=False)
 
-    def __init__(self, host: FakeHost, conduct: Conduct | None = None) -> None:
+    def __init__(
+        self,
+        host: FakeHost,
+        conduct: Conduct | None = None,
+        *,
+        version: str = "1",
+        saves: bool = True,
+    ) -> None:
+        self.capabilities = Capabilities(saves=saves)
         self._host = host
         self.conduct = conduct or Conduct()
+        self._version = version
 
     async def version(self) -> str:
         """See drivers.contract.Driver.version."""
-        return "1"
+        return self._version
 
     async def probe(self, *, kernel: Path, initrd: Path, scratch: Path) -> Verdict:
         """See drivers.contract.Driver.probe."""
@@ -179,13 +280,41 @@ class FakeDriver:
         conduct = self.conduct
         if not conduct.starts:
             raise InternalError(f"cannot start {spec.name}: told not to")
-        machine = FakeMachine(self._host, spec, conduct)
-        self._host.machines[machine.pid] = machine
-        held.push_async_callback(machine.stop)
+        if not spec.memory.exists():
+            spec.memory.write_text("{}")
+        machine = self._make(spec, held)
         await asyncio.sleep(conduct.start_delay_s)
         await machine.boot()
         if conduct.dies_at_birth:
             machine.die()
+        return machine
+
+    async def restore(self, spec: MachineSpec, saved: Saved, held: AsyncExitStack) -> FakeMachine:
+        """See drivers.contract.SavingDriver.restore."""
+        if not self.conduct.restores:
+            raise InternalError(f"cannot restore {spec.name}: told not to")
+        pages = saved.folder / "pages"
+        try:
+            fits = self.conduct.fits and (saved.folder / "device").read_text() == "fake"
+            remembers = json.loads((pages if pages.exists() else spec.memory).read_text())
+            if not fits or "token" not in remembers:
+                raise ConflictError(f"cannot restore {spec.name}: the saved state does not fit")
+        except (OSError, ValueError) as error:
+            raise ConflictError(f"cannot restore {spec.name}: {error}") from error
+        machine = self._make(spec, held)
+        machine.remembers = remembers
+        await machine.boot()
+        await machine.pause()
+        return machine
+
+    async def make_whole(self, saved: Saved, memory: Path) -> None:
+        """See drivers.contract.SavingDriver.make_whole."""
+        (saved.folder / "pages").rename(saved.memory)
+
+    def _make(self, spec: MachineSpec, held: AsyncExitStack) -> FakeMachine:
+        machine = FakeMachine(self._host, spec, self.conduct)
+        self._host.machines[machine.pid] = machine
+        held.push_async_callback(machine.stop)
         return machine
 
     async def recover(self, handle: Handle, held: AsyncExitStack) -> FakeMachine | None:

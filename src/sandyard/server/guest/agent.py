@@ -7,6 +7,7 @@ moment.
 
 import asyncio
 import base64
+import collections
 import contextlib
 import fcntl
 import hmac
@@ -18,18 +19,19 @@ import socket
 import sys
 import termios
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandyard.server.core import wire
-from sandyard.server.guest import files, processes, system
+from sandyard.server.guest import connections, files, processes, system
 from sandyard.server.guest.system import Account, RefusedError
 
 _CHUNK = 64 * 1024
 _HEAD_LIMIT_S = 10.0
 _LOGIN_LIMIT_S = 5.0
-_IDENTITY_LIMIT_S = 20.0
+_SAMPLE_PERIOD_S = 5.0
+_SAMPLES = 13  # a minute of them
 _CONNECTIONS_MAX = 512
 _SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh")
 
@@ -50,12 +52,14 @@ class Agent:
         self._root_fd = root_fd
         self._logins: dict[int, tuple[tuple[object, ...], dict[str, str]]] = {}
         self._cpu = (time.monotonic(), system.cpu_ticks())
+        self._work = collections.deque([_work_done()], maxlen=_SAMPLES)
         self._open = 0
 
     async def serve(self, listener: socket.socket) -> None:
         """Take connections for ever."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._sample())
             while True:
                 connection, _ = await loop.sock_accept(listener)
                 if self._open >= _CONNECTIONS_MAX:
@@ -98,39 +102,55 @@ class Agent:
             case wire.Op.HELLO:
                 await _answer(connection, {"pid": os.getpid()})
             case wire.Op.SETUP:
+                self._wake(args, connection)
                 await self._set_up(args)
+                await _answer(connection, {})
+            case wire.Op.WAKE:
+                self._wake(args, connection)
                 await _answer(connection, {})
             case wire.Op.EXEC:
                 await self._exec(args, connection, decoder)
             case wire.Op.DIAL:
                 await self._dial(args, connection, decoder)
             case wire.Op.STATS:
-                await _answer(connection, await self._stats())
+                await _answer(connection, await self._stats(args))
             case wire.Op.READ_FILE | wire.Op.WRITE_FILE:
                 self._move_file(request, connection, decoder)
 
     # --- set-up ---------------------------------------------------------------------------
 
-    async def _set_up(self, args: Mapping[str, object]) -> None:
+    def _wake(self, args: Mapping[str, object], connection: socket.socket) -> None:
+        """Mend what a machine that stood still has wrong; raises if any of it cannot be."""
         system.reseed(base64.b64decode(_text(args, "entropy")))
         system.set_clock(_number(args, "wallNs"))
+        if args.get("keepsConnections") is not True:
+            connections.break_off(
+                own_port=connection.getsockname()[1], peer_port=connection.getpeername()[1]
+            )
+        self._work.clear()
+        self._work.append(_work_done())
+
+    async def _set_up(self, args: Mapping[str, object]) -> None:
         hostname = _text(args, "hostname")
         socket.sethostname(hostname)
-        machine_id = _text(args, "machineId")
-        keys = _text(args, "authorizedKeys")
+        system.write_boot_id()
         password_hash = args.get("passwordHash")
-        hashed = password_hash if isinstance(password_hash, str) else None
-
-        def write() -> None:
+        own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
             system.enter(self._root_fd)
             system.write_identity(
                 hostname=hostname,
-                machine_id=machine_id,
-                authorized_keys=keys,
-                password_hash=hashed,
+                machine_id=_text(args, "machineId"),
+                authorized_keys=_text(args, "authorizedKeys"),
+                password_hash=password_hash if isinstance(password_hash, str) else None,
             )
-
-        await _run_child(write, self._root_fd, "write the identity of the sandbox")
+        except OSError as error:
+            raise RefusedError(f"cannot write the identity of the sandbox: {error}") from error
+        finally:
+            system.enter(own_root)
+            os.close(own_root)
+        if (size := args.get("diskBytes")) is not None and isinstance(size, int):
+            system.grow_disk(size)
         env = dict(system.check_environment(args.get("env")))
         token = _text(args, "token")
         system.write_private("env", json.dumps(env))
@@ -222,7 +242,22 @@ class Agent:
                 tasks.create_task(_copy(connection, there))
                 tasks.create_task(_copy(there, connection))
 
-    async def _stats(self) -> dict[str, object]:
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(_SAMPLE_PERIOD_S)
+            self._work.append(_work_done())
+
+    def _recent_percent(self, window_s: float) -> float:
+        """Return how busy users' programs kept the machine lately, 100 for one whole CPU."""
+        now, work = _work_done()
+        then, before = next((one for one in self._work if now - one[0] <= window_s), self._work[-1])
+        elapsed = now - then
+        return round(100.0 * max(0.0, work - before) / elapsed, 2) if elapsed > 0 else 0.0
+
+    async def _stats(self, args: Mapping[str, object]) -> dict[str, object]:
+        window = args.get("windowS")
+        if isinstance(window, int | float):
+            return {"recentCpuPercent": self._recent_percent(window)}
         then, (busy, total) = self._cpu
         if time.monotonic() - then > 2.0:
             busy, total = system.cpu_ticks()
@@ -461,23 +496,6 @@ async def _write_all(descriptor: int, data: bytes) -> None:
                 loop.remove_writer(descriptor)
 
 
-async def _run_child(work: Callable[[], None], root_fd: int, what: str) -> None:
-    pid = processes.fork(work, keep=(root_fd,))
-    pidfd = os.pidfd_open(pid)
-    ready = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(pidfd, ready.set)
-    try:
-        async with asyncio.timeout(_IDENTITY_LIMIT_S):
-            await ready.wait()
-    finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-    _, status = os.waitpid(pid, 0)
-    if status:
-        raise RefusedError(f"cannot {what}")
-
-
 def _reap(pidfd: int, pid: int) -> None:
     loop = asyncio.get_running_loop()
 
@@ -513,6 +531,12 @@ def _number(args: Mapping[str, object], key: str) -> int:
     if not isinstance(value, int):
         raise RefusedError(f"cannot carry this out: {key} must be a whole number")
     return value
+
+
+def _work_done() -> tuple[float, float]:
+    """Return the time, and the CPU seconds spent since boot by all but this agent."""
+    busy, _ = system.cpu_ticks()
+    return time.monotonic(), busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def _signal_name(number: int) -> str:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUN = Path("/run/sandyard")
+_EXT4_IOC_RESIZE_FS = 0x40086610  # fs/ext4/ext4.h
 _RNDADDENTROPY = 0x40085203  # linux/random.h
 _RNDRESEEDCRNG = 0x5207
 _PASSWD_MAX = 1024 * 1024
+_GROWTH_LIMIT_S = 5.0
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -111,25 +113,59 @@ def set_clock(wall_ns: int) -> None:
 def write_identity(
     *, hostname: str, machine_id: str, authorized_keys: str, password_hash: str | None
 ) -> None:
-    """Write who this machine is into the user's files; call it inside the user's root."""
-    Path("/etc/hostname").write_text(hostname + "\n")
-    Path("/etc/hosts").write_text(
-        f"127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost ip6-loopback\n"
+    """Write who this machine is into the user's files; call it inside the user's root.
+
+    Each file is written beside its place and renamed: whatever stood there (a link, a FIFO) is
+    replaced and never opened.
+    """
+    _replace(Path("/etc/hostname"), hostname + "\n", 0o644)
+    _replace(
+        Path("/etc/hosts"),
+        f"127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost ip6-loopback\n",
+        0o644,
     )
-    Path("/etc/machine-id").write_text(machine_id + "\n")
+    _replace(Path("/etc/machine-id"), machine_id + "\n", 0o444)
     if authorized_keys:
         ssh = Path("/root/.ssh")
         ssh.mkdir(mode=0o700, exist_ok=True)
-        _write_private(ssh / "authorized_keys", authorized_keys)
+        _replace(ssh / "authorized_keys", authorized_keys, 0o600)
     if password_hash is not None:
-        lines = Path("/etc/shadow").read_text().splitlines()
+        lines = _read_regular(Path("/etc/shadow")).splitlines()
         changed = [
             ":".join(["root", password_hash, *line.split(":")[2:]])
             if line.startswith("root:")
             else line
             for line in lines
         ]
-        _write_private(Path("/etc/shadow"), "\n".join(changed) + "\n")
+        _replace(Path("/etc/shadow"), "\n".join(changed) + "\n", 0o600)
+
+
+def write_boot_id() -> None:
+    """Give the boot another id: clones of one saved machine share the kernel's."""
+    # In place: a mount shows this very file where the kernel shows its own.
+    with (RUN / "boot_id").open("r+") as file:
+        file.write(Path("/proc/sys/kernel/random/uuid").read_text())
+
+
+def grow_disk(size_bytes: int) -> None:
+    """Make the writable layer fill its disk, once the kernel has seen that the disk has grown.
+
+    Raises:
+        RefusedError: the kernel does not see the new size, or will not use it.
+    """
+    until = time.monotonic() + _GROWTH_LIMIT_S
+    while int(Path("/sys/block/vdb/size").read_text()) * 512 < size_bytes:
+        if time.monotonic() > until:
+            raise RefusedError("cannot grow the disk: the kernel does not see that it has grown")
+        time.sleep(0.001)
+    mount = os.open(RUN / "disk", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        blocks = size_bytes // os.fstatvfs(mount).f_frsize
+        fcntl.ioctl(mount, _EXT4_IOC_RESIZE_FS, struct.pack("Q", blocks))
+    except OSError as error:
+        raise RefusedError(f"cannot grow the disk: {error.strerror}") from error
+    finally:
+        os.close(mount)
 
 
 def write_private(name: str, text: str) -> None:
@@ -217,8 +253,22 @@ def _read_small(root_fd: int, name: str) -> str:
 
 
 def _write_private(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    _replace(path, text, 0o600)
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    """Write a file whole or not at all, over whatever has its name."""
+    part = path.with_name(f".{path.name}.sandyard")
+    with contextlib.suppress(FileNotFoundError):
+        part.unlink()
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
+        os.fchmod(descriptor, mode)
     part.replace(path)
+
+
+def _read_regular(path: Path) -> str:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with os.fdopen(descriptor) as file:
+        return file.read(_PASSWD_MAX)

@@ -5,6 +5,7 @@ What an agent says is written by a hostile guest: core.wire bounds it, and nothi
 
 import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -16,9 +17,18 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
-from sandyard.server.core.wire import Answer, Decoder, Op, Request, WireError, encode_request
+from sandyard.server.core.wire import (
+    Answer,
+    Channel,
+    Decoder,
+    Op,
+    Request,
+    WireError,
+    encode_request,
+)
 
 _READ = 128 * 1024
+_GRACE_S = 5.0
 Dial = Callable[[float], Awaitable[socket.socket]]
 
 
@@ -30,12 +40,12 @@ class AgentStream:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         first: bytes,
-        is_dead: Callable[[], bool],
+        link: "AgentLink",
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._first = first
-        self._is_dead = is_dead
+        self._link = link
 
     async def read(self, limit: int) -> bytes:
         """See core.contracts.ByteStream.read."""
@@ -46,7 +56,7 @@ class AgentStream:
             data = await self._reader.read(limit)
         except OSError as error:
             raise self._gone() from error
-        if not data and self._is_dead():
+        if not data and self._link.end is not None:
             raise self._gone()
         return data
 
@@ -64,9 +74,9 @@ class AgentStream:
             self._writer.write_eof()
 
     def _gone(self) -> UnavailableError | ConflictError:
-        if self._is_dead():
-            return ConflictError("the machine of the sandbox ended meanwhile", status="error")
-        return UnavailableError("the connection to the agent of the sandbox broke")
+        return self._link.end or UnavailableError(
+            "the connection to the agent of the sandbox broke"
+        )
 
 
 class AgentLink:
@@ -76,11 +86,17 @@ class AgentLink:
         self._dial = dial
         self.token = token
         self._writers: set[asyncio.StreamWriter] = set()
-        self._is_dead = False
+        self._end: tuple[str, str] | None = None
 
-    def cut(self) -> None:
-        """Break every connection off: the machine is dead, and its end of them says nothing."""
-        self._is_dead = True
+    @property
+    def end(self) -> ConflictError | None:
+        """What whoever uses the link is told once it was cut."""
+        return None if self._end is None else ConflictError(self._end[0], status=self._end[1])
+
+    def cut(self, end: ConflictError) -> None:
+        """Break every connection off, because the machine is there no more; `end` says why."""
+        if self._end is None:
+            self._end = (end.message, str(end.facts.get("status", "")))
         for writer in list(self._writers):
             writer.transport.abort()
 
@@ -131,17 +147,44 @@ class AgentLink:
             except WireError as error:
                 raise InternalError(f"cannot understand the agent: {error}") from error
             except (OSError, TimeoutError, EOFError) as error:
-                if self._is_dead:
-                    raise ConflictError(
-                        "the machine of the sandbox ended meanwhile", status="error"
-                    ) from error
+                if self.end is not None:
+                    raise self.end from error
                 raise UnavailableError("the agent of the sandbox does not answer") from error
             if answer.error == "unauthorized":
                 raise InternalError("cannot use the agent: it does not accept the token")
             if answer.error is not None:
                 raise InvalidArgumentError(answer.message or "the agent refused")
-            stream = AgentStream(reader, writer, decoder.take_raw(), lambda: self._is_dead)
+            stream = AgentStream(reader, writer, decoder.take_raw(), self)
             yield Opened(values=answer.values, stream=stream)
+
+
+async def run_command(link: AgentLink, command: str, *, limit_s: float) -> int:
+    """Run a command in a machine, take no interest in what it says, and return its exit code.
+
+    Raises: see `AgentLink.open`; UnavailableError also if it does not end within the limit.
+    """
+    args = {
+        "command": command, "timeoutMs": int(limit_s * 1000), "cwd": "/", "env": {},
+        "user": "root", "stdin": False,
+    }  # fmt: skip
+    decoder = Decoder()
+    try:
+        async with (
+            asyncio.timeout(limit_s + _GRACE_S),
+            link.open(Op.EXEC, args, limit_s=limit_s) as opened,
+        ):
+            while True:
+                while (frame := decoder.take_frame()) is None:
+                    data = await opened.stream.read(_READ)
+                    if not data:
+                        raise UnavailableError("the agent broke off in the middle of a command")
+                    decoder.feed(data)
+                if frame.channel is Channel.EXIT:
+                    return int(json.loads(frame.payload)["exitCode"])
+    except TimeoutError as error:
+        raise UnavailableError("the agent does not tell how a command ended") from error
+    except (WireError, ValueError, KeyError, TypeError) as error:
+        raise InternalError(f"cannot understand the agent: {error}") from error
 
 
 async def _next_answer(reader: asyncio.StreamReader, decoder: Decoder) -> Answer:

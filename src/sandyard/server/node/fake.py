@@ -62,10 +62,13 @@ class FakeNetwork:
 class FakeDisks:
     """See node.disks.Disks."""
 
-    async def make(self, path: Path, *, size_mib: int, token: str, uid: int) -> None:
+    async def make(self, path: Path, *, size_mib: int, uid: int) -> None:
         """See node.disks.Disks.make."""
         path.write_bytes(b"")
-        (path.parent / "token").write_text(token)
+
+    async def copy(self, source: Path, path: Path, *, sync: bool = False) -> None:
+        """See node.disks.Disks.copy."""
+        path.write_bytes(source.read_bytes())
 
 
 def make_fake_image(images: Images) -> str:

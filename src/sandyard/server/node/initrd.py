@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError
+from sandyard.server.drivers.initrd import cpio_entry
 
-_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "overlay")
+# tcp_diag: to break off connections that a machine which stood still believes to have.
+_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "overlay", "tcp_diag")
 _FOLDERS = ("bin", "dev", "proc", "sys", "base", "disk", "root", "modules")
 _APPLETS = (
     "sh", "mount", "umount", "mkdir", "insmod", "grep", "cp", "rm", "ln", "chmod", "ip", "hostname",
@@ -30,21 +32,21 @@ def make_initrd(root: Path, release: str, script: Path, target: Path) -> None:
     folder = root / "usr/lib/modules" / release
     archive = bytearray()
     for name in _FOLDERS:
-        archive += _entry(name, stat.S_IFDIR | 0o755, b"")
-    archive += _entry("dev/console", stat.S_IFCHR | 0o600, b"", device=(5, 1))
-    archive += _entry("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
+        archive += cpio_entry(name, stat.S_IFDIR | 0o755, b"")
+    archive += cpio_entry("dev/console", stat.S_IFCHR | 0o600, b"", device=(5, 1))
+    archive += cpio_entry("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
     for name in _APPLETS:
-        archive += _entry(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox")
-    archive += _entry("init", stat.S_IFREG | 0o755, script.read_bytes())
+        archive += cpio_entry(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox")
+    archive += cpio_entry("init", stat.S_IFREG | 0o755, script.read_bytes())
     order = []
     for path in _in_load_order(folder):
         name = path.name.split(".ko")[0] + ".ko"
         order.append(name)
-        archive += _entry(f"modules/{name}", stat.S_IFREG | 0o644, _module_bytes(path))
-    archive += _entry(
+        archive += cpio_entry(f"modules/{name}", stat.S_IFREG | 0o644, _module_bytes(path))
+    archive += cpio_entry(
         "modules/order", stat.S_IFREG | 0o644, "".join(f"{name}\n" for name in order).encode()
     )
-    archive += _entry("TRAILER!!!", 0, b"")
+    archive += cpio_entry("TRAILER!!!", 0, b"")
     target.write_bytes(gzip.compress(bytes(archive), compresslevel=1, mtime=0))
 
 
@@ -79,18 +81,6 @@ def _module_bytes(path: Path) -> bytes:
         done = subprocess.run(["zstd", "-dc", str(path)], capture_output=True, check=True)
         return done.stdout
     return path.read_bytes()
-
-
-def _entry(name: str, mode: int, data: bytes, *, device: tuple[int, int] = (0, 0)) -> bytes:
-    """Return one entry of a cpio archive in the `newc` format (initramfs buffer format)."""
-    encoded = name.encode() + b"\0"
-    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
-    head = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
-    return _padded(head) + _padded(data)
-
-
-def _padded(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 4)
 
 
 def kernel_release(root: Path) -> str:

@@ -1,20 +1,21 @@
-"""One host's machines: started, watched, adopted after a restart, cleaned up.
+"""One host's machines: started, watched, saved, adopted after a restart, cleaned up.
 
 Invariants:
   - an entry in `_entries` has a record on disk, written before it took anything;
-  - an entry is STARTING while its start task runs, RUNNING while its watch task runs, else DEAD;
-  - a DEAD entry holds no process and no place, only its files, until it is made gone.
+  - at most one job (a start, a pause, a snapshot) is at work on an entry; only it touches the
+    entry's unit, and whoever wants something else waits for it or, to delete, breaks it off;
+  - without a job, an entry is RUNNING while its watch runs, else PAUSED or DEAD; then it holds no
+    process and no place, only its files, until it is made gone.
 """
 
 import asyncio
 import contextlib
 import logging
-import os
-import secrets
-from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+import shutil
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sandyard.server.core.contracts import (
     Clock,
@@ -23,10 +24,14 @@ from sandyard.server.core.contracts import (
     MachineWish,
     NodeReport,
     Opened,
+    Origin,
+    SnapshotFact,
     TemplateFact,
+    Way,
 )
 from sandyard.server.core.errors import (
     ConflictError,
+    DamagedError,
     DeadlineExceededError,
     InternalError,
     NoCapacityError,
@@ -34,55 +39,55 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.ids import new_secret
+from sandyard.server.core.ids import is_uuid
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.wire import AGENT_PORT, Op
-from sandyard.server.drivers.contract import Driver, End, Machine, MachineSpec, Place
+from sandyard.server.core.wire import Op
+from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.drivers.processes import boot_id
-from sandyard.server.node.agent import AgentLink
+from sandyard.server.node import saved as saving
+from sandyard.server.node.admission import Admission, Margins, Promise, cost_mib
 from sandyard.server.node.choice import Drivers
-from sandyard.server.node.console import append_console
-from sandyard.server.node.disks import Disks, available_memory_mib, free_mib
+from sandyard.server.node.disks import Disks, used_mib
+from sandyard.server.node.goldens import Goldens
 from sandyard.server.node.images import Image, Images
+from sandyard.server.node.launcher import Launcher, NodeLimits, Unit
 from sandyard.server.node.network import Network
+from sandyard.server.node.pool import Observer, Pool, PoolLimits, ShelfFact
 from sandyard.server.node.residents import Phase, Resident, Residents
+from sandyard.server.node.saved import SavedMachine
+from sandyard.server.node.turns import Rank, Turns
 
 log = logging.getLogger(__name__)
 
-_STATES = {
-    Phase.STARTING: MachineState.STARTING,
-    Phase.RUNNING: MachineState.RUNNING,
-    Phase.DEAD: MachineState.DEAD,
-}
 _LOST = End("machine_lost", "the host was restarted under the machine")
 _DIED_UNSEEN = End("machine_died", "the machine ended while the server was not running")
+_DAMAGED = "saved_state_unusable"
+_RESTARTED = End(
+    "restarted_from_disk",
+    "the machine was booted anew from its disk; what was in its memory is gone",
+)
+_CLAIM_LIMIT_S = 5.0
+_CLAIM_TRIES = 3
 
 
-@dataclass(frozen=True)
-class NodeLimits:
-    """How long a node waits, and how much it starts at once."""
-
-    boot_s: float = 120.0
-    no_progress_s: float = 25.0
-    boots_at_once: int = 2
-    agent_s: float = 15.0
-    watch_period_s: float = 2.0
-    poll_s: float = 0.05
-    memory_floor_mib: int = 1024
-    disk_floor_mib: int = 1024
-
-
-@dataclass
+@dataclass(eq=False)
 class _Entry:
-    record: Resident
-    machine: Machine | None = None
-    place: Place | None = None
-    link: AgentLink | None = None
-    start: "asyncio.Task[None] | None" = None
-    watch: "asyncio.Task[None] | None" = None
+    """A sandbox's machine, and what is being done with it."""
+
+    unit: Unit
+    wish: MachineWish | None = None
+    job: "asyncio.Task[None] | None" = None
+    is_starting: bool = False
     failure: SandyardError | None = None
-    stall: End | None = None
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    way: Way | None = None
+
+    @property
+    def record(self) -> Resident:
+        return self.unit.record
+
+    @property
+    def is_busy(self) -> bool:
+        return self.job is not None and not self.job.done()
 
 
 class Node:
@@ -92,27 +97,71 @@ class Node:
         self,
         *,
         node_id: str,
+        home: Path,
         images: Images,
         drivers: Drivers,
         network: Network,
         disks: Disks,
-        residents: Residents,
         clock: Clock,
         limits: NodeLimits,
+        pool_limits: PoolLimits,
+        margins: Margins,
+        key: bytes,
+        host: str,
+        observer: Observer,
         on_change: Callable[[], None],
     ) -> None:
         self._node_id = node_id
         self._images = images
         self._drivers = drivers
         self._network = network
-        self._disks = disks
-        self._residents = residents
+        self._residents = Residents(home / "machines")
+        self._snapshots_dir = home / "snapshots"
         self._clock = clock
         self._limits = limits
+        self._key = key
+        self._observer = observer
         self._on_change = on_change
         self._entries: dict[str, _Entry] = {}
-        self._boots = asyncio.Semaphore(limits.boots_at_once)
+        self._boots = Turns(limits.boots_at_once)
+        self._restores = Turns(limits.restores_at_once)
         self._tasks: asyncio.TaskGroup | None = None
+        self._missing: tuple[str, ...] = ("the node is starting",)
+        self._launcher = Launcher(
+            images=images,
+            drivers=drivers,
+            network=network,
+            disks=disks,
+            residents=self._residents,
+            clock=clock,
+            limits=limits,
+            key=key,
+            host=host,
+            on_change=on_change,
+        )
+        self._admission = Admission(self._residents.machines_dir, margins, self._promises)
+        self._goldens = Goldens(
+            home / "goldens",
+            images=images,
+            drivers=drivers,
+            launcher=self._launcher,
+            boots=self._boots,
+            clock=clock,
+            key=key,
+            host=host,
+            on_ready=lambda: self._pool.nudge(),
+            has_room=self._has_room,
+        )
+        self._pool = Pool(
+            launcher=self._launcher,
+            goldens=self._goldens,
+            drivers=drivers,
+            images=images,
+            restores=self._restores,
+            clock=clock,
+            limits=pool_limits,
+            has_room=self._has_room,
+        )
 
     @property
     def node_id(self) -> str:
@@ -120,15 +169,20 @@ class Node:
         return self._node_id
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, *, fills_pool: bool = True) -> AsyncIterator[None]:
         """Adopt what an earlier process left, serve, and on leaving let the machines live on."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
+            self._launcher.use(tasks)
             await self._adopt(tasks)
+            keeping = []
+            if fills_pool:
+                self._goldens.use(tasks)
+                keeping = [tasks.create_task(self._keep_pool()), tasks.create_task(self._probe())]
             try:
                 yield
             finally:
-                await asyncio.shield(self._let_go())
+                await asyncio.shield(self._let_go(keeping))
 
     # --- NodeControl ----------------------------------------------------------------------
 
@@ -137,68 +191,118 @@ class Node:
         entry = self._entries.get(wish.sandbox_id)
         if entry is not None and entry.record.incarnation > wish.incarnation:
             raise ConflictError("a later incarnation of the sandbox is here")
-        stale = entry is not None and entry.record.incarnation < wish.incarnation
-        if entry is not None and (stale or entry.record.phase is Phase.DEAD):
-            await self.ensure_gone(wish.sandbox_id, incarnation=entry.record.incarnation)
-            entry = None
-        if entry is None:
-            entry = await self._begin(wish)
-        if entry.start is not None:
-            await asyncio.wait([entry.start])
-            if entry.start.cancelled():
-                raise ConflictError("the start was broken off")
-            if entry.failure is not None:
-                raise entry.failure
+        if entry is not None and entry.is_busy and not entry.is_starting:
+            await self._join(entry)
+            entry = self._entries.get(wish.sandbox_id)
+        if entry is None or not (entry.is_busy or self._is_up(entry, wish)):
+            entry = await self._begin(entry, wish)
+        await self._join(entry)
+        if entry.failure is not None:
+            raise entry.failure
         return self._fact(entry)
 
-    async def check_room(self, shape: Shape) -> None:
-        """See core.contracts.NodeControl.check_room."""
-        folder = self._residents.machines_dir
-        folder.mkdir(parents=True, exist_ok=True)
-        if free_mib(folder) < self._limits.disk_floor_mib:
-            raise NoCapacityError(
-                f"cannot start a machine: the host's disk has less than "
-                f"{self._limits.disk_floor_mib} MB left under {folder}; free some space"
-            )
-        if available_memory_mib() - shape.memory_mib // 4 < self._limits.memory_floor_mib:
-            raise NoCapacityError("cannot start a machine: the host has too little memory left")
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> None:
+        """See core.contracts.NodeControl.ensure_paused."""
+        entry = self._known(sandbox_id, incarnation)
+        if entry.is_busy:
+            await self._join(entry)
+        if entry.record.phase is Phase.PAUSED and entry.unit.machine is None:
+            return
+        if entry.record.phase not in (Phase.RUNNING, Phase.PAUSED):
+            raise ConflictError(f"cannot pause {sandbox_id}: its machine is dead", status="error")
+        self._check_unchanged(entry, sandbox_id)
+        if not entry.is_busy:
+            self._start_job(entry, lambda: self._pause(entry))
+        await self._join(entry)
+        if entry.failure is not None:
+            raise entry.failure
 
     async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
         """See core.contracts.NodeControl.ensure_gone."""
         entry = self._entries.get(sandbox_id)
         if entry is None or entry.record.incarnation > incarnation:
             return
-        if entry.start is not None and not entry.start.done():
-            entry.start.cancel()
-            await asyncio.wait([entry.start])
-        async with entry.lock:
-            if self._entries.get(sandbox_id) is not entry:
-                return
-            await self._end(entry)
-            await asyncio.to_thread(self._residents.remove, sandbox_id)
-            del self._entries[sandbox_id]
+        while entry.is_busy:
+            assert entry.job is not None
+            entry.job.cancel()
+            await asyncio.wait([entry.job])
+        if self._entries.get(sandbox_id) is not entry:
+            return
+        self._start_job(entry, lambda: self._remove(entry))
+        await self._join(entry)
+        if entry.failure is not None:
+            raise entry.failure
+
+    async def ensure_snapshot(
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int
+    ) -> SnapshotFact:
+        """See core.contracts.NodeControl.ensure_snapshot."""
+        entry = self._known(sandbox_id, incarnation)
+        folder = self._snapshot_folder(snapshot_id)
+        while entry.is_busy:
+            await self._join(entry)
+        if not folder.is_dir():
+            if entry.record.phase not in (Phase.RUNNING, Phase.PAUSED):
+                raise ConflictError(f"cannot save {sandbox_id}: it is dead", status="error")
+            self._check_unchanged(entry, sandbox_id)
+            self._admission.check_disk(Shape(1, entry.record.memory_mib, 0))
+            self._start_job(entry, lambda: self._snapshot(entry, folder))
+            await self._join(entry)
+            if entry.failure is not None:
+                raise entry.failure
+        return SnapshotFact(snapshot_id, self._load_snapshot(snapshot_id).size_bytes)
+
+    async def drop_snapshot(self, snapshot_id: str) -> None:
+        """See core.contracts.NodeControl.drop_snapshot."""
+        folder = self._snapshot_folder(snapshot_id)
+        await asyncio.to_thread(saving.withdraw, folder, folder.with_name(f"{folder.name}.part"))
+
+    async def check_room(self, template: str, shape: Shape) -> bool:
+        """See core.contracts.NodeControl.check_room."""
+        image = self._images.current(template)
+        if image is not None and self._pool.has(
+            self._goldens.kind_of(
+                image, template=template, vcpus=shape.vcpus, memory_mib=shape.memory_mib
+            ),
+            shape.disk_mib,
+        ):
+            # It runs already: what it was promised is counted.
+            self._admission.check_disk(replace(shape, disk_mib=0))
+            return True
+        await self._make_room(shape)
+        return False
+
+    async def _make_room(self, shape: Shape) -> None:
+        try:
+            self._admission.check(shape)
+        except NoCapacityError:
+            # What waits for nobody in particular gives way to somebody who asks.
+            if not await self._pool.give_way(self._admission.missing_memory_mib(shape)):
+                raise
+            self._admission.check(shape)
 
     async def report(self) -> NodeReport:
         """See core.contracts.NodeControl.report."""
-        facts = tuple(self._fact(entry) for entry in self._entries.values())
-        return NodeReport(node_id=self._node_id, machines=facts)
+        return NodeReport(
+            node_id=self._node_id,
+            machines=tuple(self._fact(entry) for entry in self._entries.values()),
+            missing=self._missing,
+            is_short_of_memory=self._admission.is_short_of_memory,
+            snapshots=tuple(self._snapshot_ids()),
+        )
 
     async def templates(self) -> tuple[TemplateFact, ...]:
         """See core.contracts.NodeControl.templates."""
         return self._images.facts()
 
-    async def readiness(self) -> tuple[str, ...]:
-        """See core.contracts.NodeControl.readiness."""
-        for fact in self._images.facts():
-            if fact.digest is not None:
-                image = self._images.find(fact.digest)
-                if image is not None:
-                    try:
-                        await self._drivers.choose(image)
-                    except UnavailableError as error:
-                        return (error.message,)
-                    return ()
-        return ("no template has been built; run `sandyard template build base-ubuntu`",)
+    def shelves(self) -> list[ShelfFact]:
+        """Return how full the pool is."""
+        return self._pool.facts()
+
+    @property
+    def goldens(self) -> int:
+        """How many golden machines are at hand."""
+        return self._goldens.count
 
     # --- NodeTunnel -----------------------------------------------------------------------
 
@@ -207,322 +311,573 @@ class Node:
         self, sandbox_id: str, *, incarnation: int, op: Op, args: Mapping[str, object]
     ) -> AsyncIterator[Opened]:
         """See core.contracts.NodeTunnel.open."""
-        entry = self._entries.get(sandbox_id)
-        if entry is None or entry.record.incarnation != incarnation:
-            raise NotFoundError(f"cannot reach {sandbox_id}: this node has no such machine")
-        if entry.link is None or entry.record.phase is not Phase.RUNNING:
+        entry = self._held(sandbox_id, incarnation)
+        link = entry.unit.link
+        if link is None or entry.record.phase is not Phase.RUNNING:
             raise ConflictError(
                 f"cannot reach {sandbox_id}: its machine does not run", status="error"
             )
-        async with entry.link.open(op, args, limit_s=self._limits.agent_s) as opened:
+        async with link.open(op, args, limit_s=self._limits.agent_s) as opened:
             yield opened
 
-    # --- starting -------------------------------------------------------------------------
+    # --- jobs -----------------------------------------------------------------------------
 
-    async def _begin(self, wish: MachineWish) -> _Entry:
-        if self._tasks is None:
-            raise UnavailableError("cannot start a machine: the node is not running")
-        _, image = self._images.get(wish.template)
-        driver = await self._drivers.choose(image)
-        await self.check_room(wish.shape)
-        if (known := self._entries.get(wish.sandbox_id)) is not None:
-            return known
-        record = Resident(
-            sandbox_id=wish.sandbox_id,
-            incarnation=wish.incarnation,
-            phase=Phase.STARTING,
-            slot=-1,
-            template=wish.template,
-            image=image.digest,
-            driver=driver.name,
-            os=image.os,
-            token=new_secret(),
-        )
-        entry = self._entries[wish.sandbox_id] = _Entry(record)
-        entry.start = self._tasks.create_task(self._start(entry, wish, image, driver))
+    def _held(self, sandbox_id: str, incarnation: int) -> _Entry:
+        entry = self._entries.get(sandbox_id)
+        if entry is None or entry.record.incarnation != incarnation:
+            raise NotFoundError(f"cannot reach {sandbox_id}: this node has no such machine")
         return entry
 
-    async def _start(self, entry: _Entry, wish: MachineWish, image: Image, driver: Driver) -> None:
+    def _known(self, sandbox_id: str, incarnation: int) -> _Entry:
+        """Return an entry; what stands still may be of an incarnation that never came up again."""
+        entry = self._entries.get(sandbox_id)
+        if entry is None or entry.record.incarnation > incarnation:
+            raise NotFoundError(f"cannot reach {sandbox_id}: this node has no such machine")
+        return entry
+
+    def _check_unchanged(self, entry: _Entry, sandbox_id: str) -> None:
+        if self._entries.get(sandbox_id) is not entry:
+            raise ConflictError(f"cannot do this with {sandbox_id}: it was deleted meanwhile")
+
+    def _start_job(
+        self,
+        entry: _Entry,
+        work: Callable[[], Coroutine[None, None, None]],
+        *,
+        starts: bool = False,
+    ) -> None:
+        if self._tasks is None:
+            raise UnavailableError("cannot do this: the node is not running")
+        entry.failure, entry.is_starting = None, starts
+        entry.job = self._tasks.create_task(self._guarded(entry, work))
+
+    async def _guarded(
+        self, entry: _Entry, work: Callable[[], Coroutine[None, None, None]]
+    ) -> None:
+        """Do a job; how it failed is kept for those who wait, and takes nothing else along."""
         try:
-            async with self._boots:
-                for attempt in (1, 2):
-                    try:
-                        await self._start_once(entry, wish, image, driver)
-                    except DeadlineExceededError as error:
-                        # A boot that stands still does so by chance; a second one rarely does.
-                        if attempt == 2:
-                            raise InternalError(f"{error.message}, twice in a row") from error
-                        log.warning("a machine made no progress while booting; trying once more")
-                    else:
-                        break
+            await work()
         except SandyardError as error:
             entry.failure = error
-        except Exception as error:  # it must not take the node's other machines along
-            log.exception("a start failed in a way nobody foresaw")
-            entry.failure = InternalError(f"cannot start a machine: {error}")
+        except Exception as error:
+            log.exception("a job failed in a way nobody foresaw")
+            entry.failure = InternalError(f"cannot carry this out: {error}")
+        finally:
+            entry.is_starting = False
+
+    async def _join(self, entry: _Entry) -> None:
+        """Wait for the job at work on an entry.
+
+        Raises:
+            ConflictError: it was broken off.
+        """
+        if entry.job is not None:
+            await asyncio.wait([entry.job])
+            if entry.job.cancelled():
+                raise ConflictError("what was under way for the sandbox was broken off")
+
+    def _is_up(self, entry: _Entry, wish: MachineWish) -> bool:
+        same = entry.record.incarnation == wish.incarnation
+        return same and entry.record.phase is Phase.RUNNING and entry.unit.machine is not None
+
+    async def _begin(self, entry: _Entry | None, wish: MachineWish) -> _Entry:
+        """Start the job that brings up what is wished."""
+        known = entry is not None and entry.record.phase is not Phase.STARTING
+        if wish.origin is Origin.OWN:
+            if entry is None or not known:
+                raise NotFoundError(f"cannot resume {wish.sandbox_id}: nothing of it is left here")
+            return await self._begin_own(entry, wish)
+        if wish.origin is Origin.SNAPSHOT and entry is not None and known:
+            source = await self._checked_snapshot(wish)
+            self._check_unchanged(entry, wish.sandbox_id)
+            self._start_job(entry, lambda: self._roll_back(entry, wish, source), starts=True)
+            return entry
+        if entry is not None:
+            await self.ensure_gone(wish.sandbox_id, incarnation=entry.record.incarnation)
+        return await self._begin_new(wish)
+
+    async def _begin_new(self, wish: MachineWish) -> _Entry:
+        source = await self._checked_snapshot(wish) if wish.snapshot_id else None
+        image = self._image_of(wish, source)
+        driver = await self._drivers.choose(image)
+        if source is not None:
+            driver = self._drivers.named(source.about.driver) or driver
+        if source is not None:
+            await self._make_room(wish.shape)
+        else:
+            await self.check_room(wish.template, wish.shape)
+        if (other := self._entries.get(wish.sandbox_id)) is not None:
+            return other
+        unit = self._launcher.new_unit(wish, image, driver)
+        entry = self._entries[wish.sandbox_id] = _Entry(unit, wish)
+        self._start_job(entry, lambda: self._start(entry, wish, image, driver, source), starts=True)
+        return entry
+
+    async def _begin_own(self, entry: _Entry, wish: MachineWish) -> _Entry:
+        if entry.record.phase is Phase.RUNNING and entry.unit.machine is not None:
+            # It was believed lost and is here: nothing is as whole as the machine itself.
+            entry.unit.record = replace(entry.record, incarnation=wish.incarnation)
+            await asyncio.to_thread(self._launcher.write, entry.unit)
+            return entry
+        work = self._resume if entry.record.phase is Phase.PAUSED else self._restart
+        await self._make_room(replace(wish.shape, disk_mib=0))
+        self._check_unchanged(entry, wish.sandbox_id)
+        self._start_job(entry, lambda: work(entry, wish), starts=True)
+        return entry
+
+    def _image_of(self, wish: MachineWish, source: SavedMachine | None) -> Image:
+        if source is None:
+            return self._images.get(wish.template)[1]
+        image = self._images.find(source.about.image)
+        if image is None:
+            raise DamagedError("cannot start from the snapshot: its image is no longer here")
+        return image
+
+    # --- new machines ---------------------------------------------------------------------
+
+    async def _start(
+        self,
+        entry: _Entry,
+        wish: MachineWish,
+        image: Image,
+        driver: Driver,
+        source: SavedMachine | None,
+    ) -> None:
+        began = self._clock.monotonic()
+        try:
+            if source is not None:
+                entry.way = await self._start_from(entry, wish, source, Way.SNAPSHOT)
+            elif not driver.capabilities.saves:
+                entry.way = await self._boot(entry, wish)
+            else:
+                entry.way = await self._start_fast(entry, wish, image, driver)
+            await self._is_running(entry)
         finally:
             if entry.record.phase is Phase.STARTING:
                 await asyncio.shield(self._forget(entry))
+        seconds = self._clock.monotonic() - began
+        self._observer.started(entry.way, seconds)
+        log.info(
+            "a machine came up: %s, %.0f ms", entry.way, seconds * 1000,
+            extra={"sandbox_id": wish.sandbox_id},
+        )  # fmt: skip
 
-    async def _start_once(
+    async def _start_fast(
         self, entry: _Entry, wish: MachineWish, image: Image, driver: Driver
-    ) -> None:
-        async with AsyncExitStack() as held:
-            folder = self._residents.make_folder(wish.sandbox_id)
-            entry.place = await self._network.take()
-            held.push_async_callback(self._vacate, entry)
-            entry.record = replace(entry.record, slot=entry.place.number, token=new_secret())
-            self._residents.write(entry.record)
-            disk, run = folder / "disk.ext4", folder / "run"
-            disk.unlink(missing_ok=True)
-            await self._disks.make(
-                disk,
-                size_mib=wish.shape.disk_mib,
-                token=entry.record.token,
-                uid=entry.place.uid,
-            )
-            run.mkdir(mode=0o700, exist_ok=True)
-            with contextlib.suppress(PermissionError):  # without root (fake machines) it is ours
-                os.chown(run, entry.place.uid, entry.place.uid)
-            spec = MachineSpec(
-                name=wish.sandbox_id,
-                vcpus=wish.shape.vcpus,
-                memory_mib=wish.shape.memory_mib,
-                kernel=image.kernel,
-                initrd=image.initrd,
-                base=image.base,
-                disk=disk,
-                folder=run,
-                place=entry.place,
-            )
-            entry.machine = await driver.start(spec, held)
-            entry.record = replace(entry.record, handle=dict(entry.machine.handle))
-            self._residents.write(entry.record)
-            entry.link = self._link(entry)
-            await self._await_agent(entry, entry.machine, entry.link)
-            await self._set_up(entry, entry.link, wish)
-            entry.record = entry.record.with_phase(Phase.RUNNING)
-            self._residents.write(entry.record)
-            held.pop_all()
-        assert self._tasks is not None
-        entry.watch = self._tasks.create_task(self._watch(entry, entry.machine))
+    ) -> Way:
+        """Take a machine that waits, else clone the golden one, else boot."""
+        shape = wish.shape
+        kind = self._goldens.kind_of(
+            image, template=wish.template, vcpus=shape.vcpus, memory_mib=shape.memory_mib
+        )
+        for _ in range(_CLAIM_TRIES):
+            unit = self._pool.claim(kind, shape.disk_mib)
+            if unit is None:
+                break
+            if await self._take_over(entry, unit, wish):
+                self._observer.asked_pool(template=wish.template, is_hit=True)
+                return Way.POOL
+        self._observer.asked_pool(template=wish.template, is_hit=False)
+        golden = await self._goldens.find(kind, driver)
+        if golden is not None:
+            try:
+                return await self._start_from(entry, wish, golden, Way.RESTORE)
+            except DamagedError as error:
+                await self._goldens.discard(kind, error.message)
+                await self._launcher.end(entry.unit)
+                await asyncio.to_thread(shutil.rmtree, self._launcher.body(entry.record))
+        # This start is served from cold; the next of its kind need not be.
+        self._goldens.want(kind)
+        return await self._boot(entry, wish)
 
-    async def _vacate(self, entry: _Entry) -> None:
-        if entry.link is not None:
-            entry.link.cut()
-        entry.machine = entry.link = None
-        if entry.place is not None:
-            await self._network.give_back(entry.place)
-            entry.place = None
+    async def _take_over(self, entry: _Entry, unit: Unit, wish: MachineWish) -> bool:
+        """Make a machine of the pool the wished sandbox's; False if it was of no use after all."""
+        grows = wish.shape.disk_mib > unit.record.disk_mib
+        unit.on_end = None
+        unit.record = replace(
+            unit.record,
+            sandbox_id=wish.sandbox_id,
+            incarnation=wish.incarnation,
+            phase=Phase.STARTING,
+        )
+        try:
+            await self._launcher.set_up(unit, wish, grows=grows, limit_s=_CLAIM_LIMIT_S)
+        except SandyardError as error:
+            log.warning("a machine of the pool was of no use: %s", error.message)
+            self._launcher.beside(self._drop(unit))
+            return False
+        except BaseException:
+            await asyncio.shield(self._drop(unit))
+            raise
+        entry.unit = unit
+        return True
+
+    async def _drop(self, unit: Unit) -> None:
+        try:
+            await self._launcher.end(unit, removes=True)
+        except (SandyardError, OSError):
+            log.exception("what a machine left cannot be removed yet")
+
+    async def _start_from(
+        self, entry: _Entry, wish: MachineWish, source: SavedMachine, way: Way
+    ) -> Way:
+        async with self._restores.take(Rank.ASKED, wish.tenant):
+            await self._launcher.make_body(entry.unit, source)
+            await self._launcher.raise_up(entry.unit, token=source.about.token)
+            grows = wish.shape.disk_mib > source.about.disk_mib
+            await self._launcher.set_up(entry.unit, wish, grows=grows)
+        return way
+
+    async def _boot(self, entry: _Entry, wish: MachineWish) -> Way:
+        async with self._boots.take(Rank.ASKED, wish.tenant):
+            await self._launcher.make_body(entry.unit, None)
+            await self._boot_twice(entry)
+            await self._launcher.set_up(entry.unit, wish, grows=False, limit_s=self._limits.boot_s)
+        return Way.BOOT
+
+    async def _boot_twice(self, entry: _Entry) -> None:
+        """Boot; one that stands still does so by chance, and a second one rarely does."""
+        for attempt in (1, 2):
+            try:
+                await self._launcher.raise_up(entry.unit)
+            except DeadlineExceededError as error:
+                if attempt == 2:
+                    raise InternalError(f"{error.message}, twice in a row") from error
+                log.warning("a machine made no progress while booting; trying once more")
+            else:
+                return
+
+    async def _is_running(self, entry: _Entry, *, end: End | None = None) -> None:
+        """Note that a machine is up, and watch it."""
+        code, message = (end.code, end.message) if end else ("", "")
+        unit = entry.unit
+        unit.record = unit.record.with_phase(Phase.RUNNING, code=code, message=message)
+        await asyncio.to_thread(self._launcher.write, unit)
+        unit.on_end = lambda found: self._note_end(entry, unit, found)
+        if unit.watch is None:
+            self._launcher.start_watch(unit)
 
     async def _forget(self, entry: _Entry) -> None:
         """Remove a start that failed; what would not go is kept as dead, to be tried again."""
         try:
-            await self._end(entry)
-            await asyncio.to_thread(self._residents.remove, entry.record.sandbox_id)
-            del self._entries[entry.record.sandbox_id]
+            await self._launcher.end(entry.unit, removes=True)
+            if self._entries.get(entry.record.sandbox_id) is entry:
+                del self._entries[entry.record.sandbox_id]
         except (SandyardError, OSError) as error:
             log.exception("what a failed start left cannot be removed yet")
-            entry.record = entry.record.with_phase(
-                Phase.DEAD, code="cleanup_failed", message=str(error)
-            )
-            with contextlib.suppress(OSError):
-                self._residents.write(entry.record)
+            self._mark(entry, Phase.DEAD, End("cleanup_failed", str(error)))
 
-    def _link(self, entry: _Entry) -> AgentLink:
-        place = entry.place
-        assert place is not None
-        folder = self._residents.folder(entry.record.sandbox_id) / "run"
-        return AgentLink(
-            lambda limit_s: self._network.dial(place, AGENT_PORT, folder=folder, limit_s=limit_s),
-            entry.record.token,
-        )
+    # --- machines that were here ----------------------------------------------------------
 
-    async def _await_agent(self, entry: _Entry, machine: Machine, link: AgentLink) -> None:
-        """Return once the agent answers.
-
-        Raises:
-            DeadlineExceededError: the guest makes no progress, or its time is over.
-            InternalError: the machine ended.
-        """
-        assert self._tasks is not None
-        folder = self._residents.folder(entry.record.sandbox_id)
-        started = progressed = self._clock.monotonic()
-        ending = self._tasks.create_task(_end_of(machine))
+    async def _resume(self, entry: _Entry, wish: MachineWish) -> None:
+        began = self._clock.monotonic()
+        unit, before = entry.unit, entry.record
         try:
-            while True:
-                with contextlib.suppress(UnavailableError):
-                    await link.ask(Op.HELLO, limit_s=10.0, dial_s=0.2)
-                    return
-                said = await machine.console()
-                append_console(folder, said)
-                now = self._clock.monotonic()
-                progressed = now if said else progressed
-                if ending.done():
-                    message = ending.result().message
-                    raise InternalError(f"the machine ended while it started: {message}")
-                if now - progressed > self._limits.no_progress_s:
-                    raise DeadlineExceededError(
-                        f"the machine made no progress for {self._limits.no_progress_s:g} s"
-                    )
-                if now - started > self._limits.boot_s:
-                    raise DeadlineExceededError(
-                        f"the agent did not answer within {self._limits.boot_s:g} s"
-                    )
-                await self._clock.sleep(self._limits.poll_s)
-        finally:
-            ending.cancel()
+            state = self._launcher.load_saved(unit)
+            await self._launcher.check_saved(state, whole=True)
+            async with self._restores.take(Rank.ASKED, wish.tenant):
+                unit.record = replace(unit.record, incarnation=wish.incarnation)
+                await self._launcher.raise_up(unit, token=state.about.token)
+                await self._wake_or_save(unit)
+            entry.way = Way.RESUME
+            await self._is_running(entry)
+        except DamagedError as error:
+            await asyncio.shield(self._launcher.end(unit))
+            self._mark(entry, Phase.DEAD, End(_DAMAGED, error.message))
+            raise
+        except BaseException:
+            await asyncio.shield(self._settle(entry, before))
+            raise
+        self._observer.started(Way.RESUME, self._clock.monotonic() - began)
 
-    async def _set_up(self, entry: _Entry, link: AgentLink, wish: MachineWish) -> None:
-        token = new_secret()
-        await link.ask(
-            Op.SETUP,
-            {
-                "hostname": wish.hostname,
-                "machineId": secrets.token_hex(16),
-                "entropy": b64encode(os.urandom(64)).decode(),
-                "wallNs": int(self._clock.now().timestamp() * 1e9),
-                "env": dict(wish.env),
-                "token": token,
-                "authorizedKeys": "".join(f"{key}\n" for key in wish.authorized_keys),
-                "passwordHash": wish.root_password_hash,
-            },
-            limit_s=self._limits.boot_s,
-        )
-        link.token = token
-        entry.record = replace(entry.record, token=token)
-
-    # --- watching and ending --------------------------------------------------------------
-
-    async def _watch(self, entry: _Entry, machine: Machine) -> None:
+    async def _wake_or_save(self, unit: Unit) -> None:
+        """Wake a machine that runs on; one that cannot be woken is not used, but saved again."""
         try:
-            await self._watch_until_end(entry, machine)
-        except Exception:  # a watch that fails must not take the node's other machines along
-            log.exception("a machine is no longer watched")
+            await self._launcher.wake(unit)
+        except BaseException:
+            await asyncio.shield(self._launcher.pause(unit))
+            raise
 
-    async def _watch_until_end(self, entry: _Entry, machine: Machine) -> None:
-        folder = self._residents.folder(entry.record.sandbox_id)
-        async with asyncio.TaskGroup() as tasks:
-            ending = tasks.create_task(machine.wait())
-            while not ending.done():
-                append_console(folder, await machine.console())
-                stall = await machine.stall()
-                if stall != entry.stall:
-                    entry.stall = stall
-                    self._on_change()
-                await asyncio.wait([ending], timeout=self._limits.watch_period_s)
-        append_console(folder, await machine.console())
-        async with entry.lock:
-            if self._entries.get(entry.record.sandbox_id) is entry and entry.machine is machine:
-                entry.watch = None
-                await self._note_death(entry, ending.result())
+    async def _settle(self, entry: _Entry, before: Resident) -> None:
+        """After a failed resume: back to paused if the saved state is whole, else dead."""
+        unit = entry.unit
+        with contextlib.suppress(SandyardError):
+            await self._launcher.end(unit)
+        unit.record = replace(unit.record, body=before.body)
+        if self._launcher.is_saved(unit.record):
+            self._mark(entry, Phase.PAUSED, None)
+        else:
+            self._mark(entry, Phase.DEAD, End("machine_died", "it ended while it was resumed"))
 
-    async def _note_death(self, entry: _Entry, end: End) -> None:
+    async def _restart(self, entry: _Entry, wish: MachineWish) -> None:
+        """Boot a machine that is lost from its own disk; what it saved is of no use any more."""
+        began = self._clock.monotonic()
+        unit, before = entry.unit, entry.record
+        try:
+            await self._launcher.forget_saved(unit)
+            body = self._launcher.body(unit.record)
+            (body / "memory").unlink(missing_ok=True)
+            unit.record = replace(unit.record, incarnation=wish.incarnation)
+            async with self._boots.take(Rank.ASKED, wish.tenant):
+                await self._boot_twice(entry)
+                await self._launcher.set_up(unit, wish, grows=False, limit_s=self._limits.boot_s)
+            entry.way = Way.RESTART
+            await self._is_running(entry, end=_RESTARTED)
+        except BaseException:
+            await asyncio.shield(self._end_as_dead(entry, before))
+            raise
+        self._observer.started(Way.RESTART, self._clock.monotonic() - began)
+
+    async def _end_as_dead(self, entry: _Entry, before: Resident) -> None:
+        with contextlib.suppress(SandyardError):
+            await self._launcher.end(entry.unit)
+        self._mark(entry, Phase.DEAD, End(before.reason_code, before.reason_message))
+
+    async def _roll_back(self, entry: _Entry, wish: MachineWish, source: SavedMachine) -> None:
+        """Put a snapshot in the place of a sandbox's machine, which is kept until that is up."""
+        unit = entry.unit
+        if entry.record.phase is Phase.RUNNING:
+            await self._launcher.pause(unit)
+        before = entry.record
+        unit.record = replace(
+            unit.record, incarnation=wish.incarnation, body=f"body-{wish.incarnation}",
+            disk_mib=source.about.disk_mib,
+        )  # fmt: skip
+        try:
+            async with self._restores.take(Rank.ASKED, wish.tenant):
+                await self._launcher.make_body(unit, source)
+                await self._launcher.raise_up(unit, token=source.about.token)
+                grows = wish.shape.disk_mib > source.about.disk_mib
+                await self._launcher.set_up(unit, wish, grows=grows)
+            entry.way = Way.SNAPSHOT
+            await self._is_running(entry)
+        except BaseException:
+            failed = self._launcher.body(unit.record)
+            await asyncio.shield(self._settle(entry, before))
+            unit.record = replace(unit.record, disk_mib=before.disk_mib)
+            self._launcher.write(unit)
+            await asyncio.to_thread(shutil.rmtree, failed, ignore_errors=True)
+            raise
+        await asyncio.to_thread(shutil.rmtree, self._launcher.body(before), ignore_errors=True)
+
+    async def _pause(self, entry: _Entry) -> None:
+        if entry.record.phase is Phase.PAUSED:  # it was saved, and its process would not go
+            await self._launcher.end(entry.unit)
+        else:
+            await self._launcher.pause(entry.unit)
+
+    async def _snapshot(self, entry: _Entry, folder: Path) -> None:
+        await self._launcher.snapshot(entry.unit, folder)
+        if entry.record.phase is Phase.RUNNING:
+            # The guest's clock stood still with it.
+            with contextlib.suppress(SandyardError):
+                await self._launcher.set_clock(entry.unit)
+
+    async def _remove(self, entry: _Entry) -> None:
+        await self._launcher.end(entry.unit, removes=True)
+        del self._entries[entry.record.sandbox_id]
+
+    def _mark(self, entry: _Entry, phase: Phase, end: End | None) -> None:
+        unit = entry.unit
+        unit.record = unit.record.with_phase(
+            phase, code=end.code if end else "", message=end.message if end else ""
+        )
+        try:
+            self._launcher.write(unit)
+        except OSError:
+            log.exception("a machine's record cannot be written; the next look mends it")
+
+    def _note_end(self, entry: _Entry, unit: Unit, end: End) -> None:
+        """A machine ended by itself: it is dead, unless a job is at work on it, which will see."""
+        if entry.unit is not unit or entry.is_busy or entry.record.phase is not Phase.RUNNING:
+            return
+        if self._entries.get(entry.record.sandbox_id) is not entry or self._tasks is None:
+            return
         log.warning("a machine ended by itself: %s", end.message)
-        entry.record = entry.record.with_phase(Phase.DEAD, code=end.code, message=end.message)
+        self._mark(entry, Phase.DEAD, end)
+        self._start_job(entry, lambda: self._launcher.end(unit))
         self._on_change()
-        try:
-            self._residents.write(entry.record)
-            await self._end(entry)
-        except (SandyardError, OSError):
-            log.exception("what a dead machine left cannot be removed yet")
-
-    async def _end(self, entry: _Entry) -> None:
-        """Release process and place; may be repeated after a failure."""
-        if entry.link is not None:
-            entry.link.cut()
-            entry.link = None
-        if entry.watch is not None:
-            entry.watch.cancel()
-            await asyncio.wait([entry.watch])
-            entry.watch = None
-        if entry.machine is not None:
-            await entry.machine.stop()
-            entry.machine = None
-        if entry.place is not None:
-            await self._network.give_back(entry.place)
-            entry.place = None
 
     def _fact(self, entry: _Entry) -> MachineFact:
-        record = entry.record
-        stall = entry.stall if record.phase is Phase.RUNNING else None
+        record, unit = entry.record, entry.unit
+        if entry.is_busy and entry.is_starting:
+            state = MachineState.STARTING
+        elif record.phase is Phase.RUNNING:
+            state = MachineState.SILENT if unit.is_silent else MachineState.RUNNING
+        elif record.phase is Phase.PAUSED:
+            state = MachineState.PAUSED
+        else:
+            state = MachineState.DEAD
+        stall = unit.stall if record.phase is Phase.RUNNING else None
         return MachineFact(
             sandbox_id=record.sandbox_id,
             incarnation=record.incarnation,
-            state=_STATES[record.phase],
-            ip=entry.place.ip if entry.place else None,
+            state=state,
+            ip=unit.place.ip if unit.place else None,
             driver=record.driver,
             os=record.os,
+            way=entry.way,
             reason_code=stall.code if stall else record.reason_code,
             reason_message=stall.message if stall else record.reason_message,
         )
+
+    # --- snapshots ------------------------------------------------------------------------
+
+    def _snapshot_folder(self, snapshot_id: str) -> Path:
+        if not is_uuid(snapshot_id):
+            raise AssertionError(f"not the id of a snapshot: {snapshot_id!r}")
+        return self._snapshots_dir / snapshot_id
+
+    def _snapshot_ids(self) -> list[str]:
+        if not self._snapshots_dir.is_dir():
+            return []
+        return [path.name for path in self._snapshots_dir.iterdir() if is_uuid(path.name)]
+
+    def _load_snapshot(self, snapshot_id: str) -> SavedMachine:
+        folder = self._snapshot_folder(snapshot_id)
+        if not folder.is_dir():
+            raise NotFoundError(f"cannot find the snapshot {snapshot_id} on this node")
+        try:
+            return saving.load(folder, key=self._key)
+        except ConflictError as error:
+            raise DamagedError(f"cannot use the snapshot: {error.message}") from error
+
+    async def _checked_snapshot(self, wish: MachineWish) -> SavedMachine:
+        if wish.snapshot_id is None:
+            raise NotFoundError("cannot start from a snapshot: none was named")
+        source = self._load_snapshot(wish.snapshot_id)
+        await self._launcher.check_saved(source, whole=False)
+        return source
+
+    # --- room -----------------------------------------------------------------------------
+
+    def _promises(self) -> list[Promise]:
+        promises = []
+        for unit in [*(entry.unit for entry in self._entries.values()), *self._pool.units]:
+            record = unit.record
+            is_still = record.phase in (Phase.PAUSED, Phase.DEAD) and unit.machine is None
+            body = self._launcher.body(record)
+            promises.append(
+                Promise(
+                    memory_mib=0 if is_still else cost_mib(record.memory_mib),
+                    disk_mib=record.disk_mib + record.memory_mib,
+                    disk_used_mib=used_mib(body) if body.is_dir() else 0,
+                )
+            )
+        return promises
+
+    def _has_room(self, shape: Shape) -> bool:
+        try:
+            self._admission.check(shape)
+        except NoCapacityError:
+            return False
+        return True
+
+    # --- what goes on beside --------------------------------------------------------------
+
+    async def _probe(self) -> None:
+        """Find out, and go on finding out until it is so, whether machines can be started."""
+        while True:
+            self._missing = await self._find_missing()
+            await self._clock.sleep(self._limits.watch_period_s)
+
+    async def _find_missing(self) -> tuple[str, ...]:
+        for slug in self._images.definitions:
+            image = self._images.current(slug)
+            if image is not None:
+                try:
+                    await self._drivers.choose(image)
+                except UnavailableError as error:
+                    return (error.message,)
+                return ()
+        return ("no template has been built; run `sandyard template build base-ubuntu`",)
+
+    async def _keep_pool(self) -> None:
+        try:
+            await self._goldens.sweep()
+        except (SandyardError, OSError):
+            log.exception("golden machines could not be swept")
+        await self._pool.keep()
 
     # --- over a restart -------------------------------------------------------------------
 
     async def _adopt(self, tasks: asyncio.TaskGroup) -> None:
         await asyncio.to_thread(self._residents.sweep)
+        await asyncio.to_thread(self._sweep_snapshots)
         found = await asyncio.to_thread(self._residents.all)
         for record in found:
             await self._adopt_one(record)
-        in_use = [entry.record.slot for entry in self._entries.values() if entry.machine]
+        in_use = [one.record.slot for one in self._entries.values() if one.unit.machine]
         await self._network.open(in_use=in_use, tasks=tasks)
+        kept = {entry.record.id for entry in self._entries.values()}
         for record in found:
-            if record.sandbox_id not in self._entries:
-                await asyncio.to_thread(self._residents.remove, record.sandbox_id)
+            if record.id not in kept:
+                await asyncio.to_thread(self._residents.remove, record.id)
         for entry in self._entries.values():
-            if entry.machine is not None:
-                entry.watch = tasks.create_task(self._watch(entry, entry.machine))
+            await self._tidy(entry)
+            if entry.unit.machine is not None:
+                await self._go_on(entry)
         if found:
-            living = sum(1 for entry in self._entries.values() if entry.machine)
+            living = sum(1 for entry in self._entries.values() if entry.unit.machine)
             log.info("%d of %d recorded machines live and were adopted", living, len(found))
 
     async def _adopt_one(self, record: Resident) -> None:
-        """Take over a record: living machines go on, dead ones are kept as dead, half-made ones go.
+        """Take over a record: living machines go on, saved and dead ones are kept as they are.
 
-        A machine whose start was under way is ended: who asked for it is gone, and whoever wants
-        it still asks again.
+        What was being started is ended: who asked for it is gone, and whoever wants it still asks
+        again. So is what waited in the pool.
         """
-        driver = self._drivers.named(record.driver)
-        if record.phase is Phase.STARTING:
+        if record.phase in (Phase.STARTING, Phase.WAITING):
             return
-        entry = self._entries[record.sandbox_id] = _Entry(record)
-        if record.phase is Phase.DEAD:
-            return
-        if driver is None or record.handle is None:
-            entry.record = record.with_phase(
-                Phase.DEAD, code="driver_missing", message=f"no driver {record.driver} is here"
-            )
-            return
-        held = AsyncExitStack()
-        entry.machine = await driver.recover(record.handle, held)
-        if entry.machine is None:
-            await held.aclose()
-            same_boot = record.handle.get("boot", boot_id()) == boot_id()
-            end = _DIED_UNSEEN if same_boot else _LOST
-            entry.record = record.with_phase(Phase.DEAD, code=end.code, message=end.message)
-            self._residents.write(entry.record)
-            return
-        held.pop_all()
-        entry.place = self._network.place(record.slot)
-        entry.link = self._link(entry)
+        entry = self._entries[record.sandbox_id] = _Entry(Unit(record))
+        unit = entry.unit
+        if self._launcher.is_saved(record) and record.phase is not Phase.DEAD:
+            # Saved, and if a process is left of it, it has not run since: the sweep ends it.
+            unit.record = replace(record, slot=-1, handle=None)
+            self._mark(entry, Phase.PAUSED, None)
+        elif record.phase is Phase.PAUSED:
+            unit.record = replace(record, slot=-1, handle=None)
+            self._mark(entry, Phase.DEAD, End(_DAMAGED, "the saved state is gone"))
+        elif record.phase is Phase.RUNNING and not await self._launcher.recover(unit):
+            handle = record.handle or {}
+            end = _DIED_UNSEEN if handle.get("boot", boot_id()) == boot_id() else _LOST
+            if self._drivers.named(record.driver) is None:
+                end = End("driver_missing", f"no driver {record.driver} is here")
+            unit.record = replace(record, slot=-1, handle=None)
+            self._mark(entry, Phase.DEAD, end)
 
-    async def _let_go(self) -> None:
+    async def _tidy(self, entry: _Entry) -> None:
+        """Remove what a rollback that was broken off left beside a machine's body."""
+        folder = self._residents.folder(entry.record.id)
+        for other in folder.glob("body-*"):
+            if other.name != entry.record.body:
+                await asyncio.to_thread(shutil.rmtree, other, ignore_errors=True)
+
+    async def _go_on(self, entry: _Entry) -> None:
+        """Watch an adopted machine; one that stood still for a save that was broken off goes on."""
+        unit = entry.unit
+        unit.on_end = lambda found: self._note_end(entry, unit, found)
+        driver = self._drivers.named(unit.record.driver)
+        if driver is not None and driver.capabilities.saves:
+            await self._launcher.unfreeze(unit)
+        self._launcher.start_watch(unit)
+
+    def _sweep_snapshots(self) -> None:
+        for part in self._snapshots_dir.glob("*.part") if self._snapshots_dir.is_dir() else ():
+            shutil.rmtree(part, ignore_errors=True)
+
+    async def _let_go(self, keeping: list["asyncio.Task[None]"]) -> None:
+        self._goldens.use(None)
+        for task in keeping:
+            task.cancel()
+        await self._goldens.stop()
+        if keeping:
+            await asyncio.wait(keeping)
         for entry in list(self._entries.values()):
-            if entry.start is not None and not entry.start.done():
-                entry.start.cancel()
-                await asyncio.wait([entry.start])
-            if entry.watch is not None:
-                entry.watch.cancel()
-                await asyncio.wait([entry.watch])
-            if entry.machine is not None:
-                await entry.machine.detach()
+            if entry.job is not None and not entry.job.done():
+                entry.job.cancel()
+                await asyncio.wait([entry.job])
+            await self._launcher.let_go(entry.unit)
         await self._network.close()
+        self._launcher.use(None)
         self._tasks = None
-
-
-async def _end_of(machine: Machine) -> End:
-    """Return how a machine ended; a watch that fails is told as its end."""
-    try:
-        return await machine.wait()
-    except Exception as error:  # noqa: BLE001 - raised here it would end the whole node
-        return End("machine_died", f"the machine can no longer be watched: {error}")

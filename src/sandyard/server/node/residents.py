@@ -1,11 +1,12 @@
 """What a node wrote down about its machines, so that the next process finds them.
 
-    machines/<sandbox id>/resident.json   this record, readable by root alone
-    machines/<sandbox id>/disk.ext4       the machine's private disk
-    machines/<sandbox id>/run/            sockets, owned by the machine's account
-    machines/<sandbox id>/console.log     the last of what the guest printed
+    machines/<machine id>/resident.json   this record, readable by root alone
+    machines/<machine id>/body-<n>/       disk.ext4, memory, and, while it stands still, saved/
+    machines/<machine id>/run/            sockets, owned by the machine's account
+    machines/<machine id>/console.log     the last of what the guest printed
 
-A record is there before the first resource is taken and goes after the last is given back.
+A record is there before the first resource is taken and goes after the last is given back. A
+machine has an id of its own: it may have waited before a sandbox took it.
 """
 
 import json
@@ -13,12 +14,12 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from sandyard.server.core.ids import is_sandbox_id
+from sandyard.server.core.ids import is_machine_id
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +27,21 @@ log = logging.getLogger(__name__)
 class Phase(StrEnum):
     """How far a machine has come."""
 
-    STARTING = "starting"
+    STARTING = "starting"  # for the first time: nothing of it is worth keeping yet
+    WAITING = "waiting"  # runs, for whoever wants one like it
     RUNNING = "running"
+    PAUSED = "paused"
     DEAD = "dead"
 
 
 @dataclass(frozen=True)
 class Resident:
-    """One machine of a node."""
+    """One machine of a node, and the sandbox it serves, if it serves one.
 
+    `slot` is -1 while it has no place. `body` is the folder with what outlives its process.
+    """
+
+    id: str
     sandbox_id: str
     incarnation: int
     phase: Phase
@@ -43,7 +50,11 @@ class Resident:
     image: str
     driver: str
     os: str
-    token: str
+    vcpus: int
+    memory_mib: int
+    disk_mib: int
+    token: str = field(repr=False)
+    body: str = "body-1"
     handle: Mapping[str, str | int] | None = None
     reason_code: str = ""
     reason_message: str = ""
@@ -59,22 +70,22 @@ class Residents:
     def __init__(self, machines_dir: Path) -> None:
         self.machines_dir = machines_dir
 
-    def folder(self, sandbox_id: str) -> Path:
+    def folder(self, machine_id: str) -> Path:
         """Return the folder of a machine's files."""
-        if not is_sandbox_id(sandbox_id):
-            raise AssertionError(f"not the id of a sandbox: {sandbox_id!r}")
-        return self.machines_dir / sandbox_id
+        if not is_machine_id(machine_id):
+            raise AssertionError(f"not the id of a machine: {machine_id!r}")
+        return self.machines_dir / machine_id
 
-    def make_folder(self, sandbox_id: str) -> Path:
+    def make_folder(self, machine_id: str) -> Path:
         """Make the folder of a machine's files; others may pass through it, not look into it."""
-        folder = self.folder(sandbox_id)
+        folder = self.folder(machine_id)
         self.machines_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         folder.mkdir(mode=0o711, exist_ok=True)
         return folder
 
     def write(self, resident: Resident) -> None:
         """Write a record, whole or not at all, and have it on disk before returning."""
-        folder = self.make_folder(resident.sandbox_id)
+        folder = self.make_folder(resident.id)
         part = folder / "resident.json.part"
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -105,9 +116,9 @@ class Residents:
     def _folders(self) -> list[Path]:
         return list(self.machines_dir.iterdir()) if self.machines_dir.is_dir() else []
 
-    def remove(self, sandbox_id: str) -> None:
+    def remove(self, machine_id: str) -> None:
         """Remove a machine's files, the record last."""
-        folder = self.folder(sandbox_id)
+        folder = self.folder(machine_id)
         for entry in folder.iterdir() if folder.is_dir() else ():
             if entry.is_dir():
                 shutil.rmtree(entry)

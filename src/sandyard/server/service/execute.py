@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from sandyard.server.core.contracts import ByteStream, NodeTunnel
@@ -49,11 +50,16 @@ class Outcome:
     signal: str | None
 
 
+class NotBegunError(ConflictError):
+    """The machine was not there any more when the command was to start; nothing was started."""
+
+
 async def execute(tunnel: NodeTunnel, sandbox: Sandbox, command: Command) -> Outcome:
     """Run a command and return once it has ended, or its time is over and it was ended.
 
     Raises:
-        ConflictError: the machine ended meanwhile.
+        NotBegunError: the machine does not run any more.
+        ConflictError: it ended, or was paused, while the command ran.
         InvalidArgumentError: the agent could not start it; the message says why.
         UnavailableError: the agent does not answer, or stopped answering.
     """
@@ -67,12 +73,14 @@ async def execute(tunnel: NodeTunnel, sandbox: Sandbox, command: Command) -> Out
     }
     try:
         # The limit is kept in the guest; this one only guards against a guest that keeps none.
-        async with (
-            asyncio.timeout(command.timeout_ms / 1000 + _GRACE_S),
-            tunnel.open(
+        async with asyncio.timeout(command.timeout_ms / 1000 + _GRACE_S), AsyncExitStack() as held:
+            opening = tunnel.open(
                 sandbox.id, incarnation=sandbox.incarnation, op=Op.EXEC, args=args
-            ) as opened,
-        ):
+            )
+            try:
+                opened = await held.enter_async_context(opening)
+            except ConflictError as error:
+                raise NotBegunError(error.message, **error.facts) from error
             if command.stdin is None:
                 return await _collect(opened.stream, command.encoding)
             async with beside(_feed(opened.stream, command.stdin.encode())):
@@ -81,10 +89,11 @@ async def execute(tunnel: NodeTunnel, sandbox: Sandbox, command: Command) -> Out
         raise DeadlineExceededError(
             f"cannot tell how the command ended: the agent of {sandbox.id} does not answer"
         ) from error
+    except NotBegunError:
+        raise
     except ConflictError as error:
         raise ConflictError(
-            f"cannot finish the command: the machine of {sandbox.id} ended meanwhile",
-            status="error",
+            f"cannot finish the command in {sandbox.id}: {error.message}", **error.facts
         ) from error
     except WireError as error:
         raise InternalError(f"cannot understand the agent of {sandbox.id}") from error

@@ -6,7 +6,7 @@ same transaction: the line in the activity feed, and the opening or closing of t
 
 from dataclasses import replace
 
-from sandyard.server.core.contracts import Bus, Clock, Store, Transaction
+from sandyard.server.core.contracts import Bus, Clock, Hold, Store, Transaction
 from sandyard.server.core.errors import ConflictError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.records import Activity, Reason, Sandbox, UsagePeriod
@@ -16,6 +16,7 @@ from sandyard.server.service.access import Actor
 WORK = "sandboxes"
 """The topic of hints that some sandbox wants work done."""
 
+_UPDATED = "Sandbox changed"
 _SEVERE = {Status.FAILED: "error", Status.ERROR: "error", Status.SUSPECTED_MISSING: "warning"}
 _TITLES = {
     Status.PENDING: "Sandbox created",
@@ -46,18 +47,17 @@ class Lifecycle:
         self._bus = bus
         self._clock = clock
 
-    async def begin(self, sandbox: Sandbox, actor: Actor) -> Sandbox:
-        """Store a new sandbox and return it with its owner's name.
+    async def begin(
+        self, tx: Transaction, sandbox: Sandbox, actor: Actor, *, hold: Hold | None = None
+    ) -> Sandbox:
+        """Store a new sandbox, leased if `hold` is given, and return it with its owner's name.
 
         Raises:
             AlreadyExistsError: the name is taken.
         """
-        async with self._store.write() as tx:
-            await tx.sandboxes.insert(sandbox)
-            await tx.activity.append(_line(sandbox, "sandbox.created", actor))
-            stored = await tx.sandboxes.find(sandbox.id)
-        self._bus.hint(WORK)
-        return stored or sandbox
+        await tx.sandboxes.insert(sandbox, hold=hold)
+        await tx.activity.append(_line(sandbox, "sandbox.created", actor))
+        return await tx.sandboxes.find(sandbox.id) or sandbox
 
     async def apply(
         self,
@@ -67,12 +67,15 @@ class Lifecycle:
         actor: Actor | None = None,
         reason: Reason | None = None,
         lease: str | None = None,
+        hold: Hold | None = None,
+        used: str | None = None,
         **changes: object,
     ) -> Sandbox | None:
         """Apply an event and return the sandbox as it is then; None if it has moved on meanwhile.
 
         `actor` is who wanted it, None for the platform itself. With `lease` the change is written
-        only while the lease is held; without, whoever holds one loses it.
+        only while the lease is held; without, whoever holds one loses it, to `hold` if that is
+        given. `used` says that it counts as activity, and of which kind.
 
         Raises:
             ConflictError: the event has no meaning in the sandbox's status.
@@ -87,15 +90,34 @@ class Lifecycle:
             **changes,  # type: ignore[arg-type]
         )
         async with self._store.write() as tx:
-            stored = await tx.sandboxes.replace(changed, lease=lease)
+            stored = await tx.sandboxes.replace(changed, lease=lease, hold=hold)
             if stored is None:
                 return None
+            if used is not None:
+                await tx.activity.touch(sandbox.id, at=now, kind=used)
+                stored = replace(stored, last_activity_at=now, last_activity_kind=used)
             await self._meter(tx, sandbox, stored)
             if stored.status is not sandbox.status:
                 await tx.activity.append(_line(stored, f"sandbox.{status}", actor))
         self._bus.hint(topic_of(sandbox.id))
-        if lease is None:
+        if lease is None and hold is None:
             self._bus.hint(WORK)  # not the worker's own step: there may be something to do
+        return stored
+
+    async def change(
+        self, sandbox: Sandbox, *, actor: Actor, retag: bool, **changes: object
+    ) -> Sandbox | None:
+        """Change what has nothing to do with the status; None if the sandbox has moved on."""
+        changed = replace(
+            sandbox,
+            updated_at=self._clock.now(),
+            **changes,  # type: ignore[arg-type]
+        )
+        async with self._store.write() as tx:
+            stored = await tx.sandboxes.replace(changed, retag=retag)
+            if stored is not None:
+                await tx.activity.append(_line(stored, "sandbox.updated", actor, _UPDATED))
+        self._bus.hint(WORK)  # whoever worked on it has lost the lease
         return stored
 
     async def note_reason(self, sandbox: Sandbox, reason: Reason | None) -> None:
@@ -130,7 +152,9 @@ def check_status(sandbox: Sandbox, *, wanted: str) -> ConflictError:
     )
 
 
-def _line(sandbox: Sandbox, event_type: str, actor: Actor | None) -> Activity:
+def _line(
+    sandbox: Sandbox, event_type: str, actor: Actor | None, title: str | None = None
+) -> Activity:
     reason = sandbox.reason
     return Activity(
         id=new_uuid(),
@@ -142,7 +166,7 @@ def _line(sandbox: Sandbox, event_type: str, actor: Actor | None) -> Activity:
         resource_id=sandbox.id,
         severity=_SEVERE.get(sandbox.status, "info"),
         status=sandbox.status.value,
-        title=_TITLES[sandbox.status],
+        title=title or _TITLES[sandbox.status],
         summary=reason.message if reason else "",
         created_at=sandbox.updated_at,
         sandbox_id=sandbox.id,

@@ -23,5 +23,5 @@ class Readiness:
         if not nodes:
             missing.append("the installation has no node")
         for node in nodes:
-            missing += await node.readiness()
+            missing += (await node.report()).missing
         return missing

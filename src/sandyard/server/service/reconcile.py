@@ -7,38 +7,54 @@ is found at the next look. Beside that, every node's report is compared with the
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 from sandyard.server.core.contracts import (
     Bus,
     Clock,
+    Hold,
     MachineFact,
     MachineState,
     MachineWish,
     NodeControl,
+    NodeReport,
+    Origin,
     Store,
 )
-from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
+from sandyard.server.core.errors import (
+    ConflictError,
+    DamagedError,
+    NotFoundError,
+    SandyardError,
+    UnavailableError,
+)
 from sandyard.server.core.ids import hostname_of, new_secret
 from sandyard.server.core.records import Claim, Reason, Sandbox
 from sandyard.server.core.states import Event, Status, Wanted
+from sandyard.server.service.idle import IDLE, Idleness, last_used
 from sandyard.server.service.lifecycle import WORK, Lifecycle
 from sandyard.server.service.placement import Placement
+from sandyard.server.service.uses import Uses
 
 log = logging.getLogger(__name__)
 
 NODES = "nodes"
 """The topic of hints that a node's machines have changed."""
 
-_STARTING = frozenset({Status.PENDING, Status.CREATING})
-_ENDING = frozenset({Status.DESTROYING})
+_STARTING = frozenset({Status.PENDING, Status.CREATING, Status.RESUMING})
+_ENDING = frozenset({Status.DESTROYING, Status.PAUSING})
 WORKABLE = _STARTING | _ENDING
 """Statuses in which a sandbox wants work done."""
 _WATCHED = frozenset(Status) - {Status.DESTROYING, Status.DESTROYED, Status.ORPHANED}
 _NOTHING_LEFT = frozenset({Status.FAILED, Status.DESTROYED, Status.ORPHANED})
 _LOST = Reason("machine_lost", "the machine is no longer on its node")
+_SILENT = Reason("agent_silent", "the agent in the sandbox does not answer")
+_VANISHED = Reason("vanished", "nothing of the sandbox is left on its node")
+_PRESSED = Reason("host_memory_low", "the host was short of memory and this was used least lately")
+_KEPT = frozenset({Status.PAUSED, Status.ERROR})
+_PASSING = frozenset({"host_disk_full"})
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,7 @@ class Pace:
     lease_s: float = 30.0
     retry_s: float = 2.0
     start_limit_s: float = 300.0
+    snapshot_limit_s: float = 600.0
     workers: int = 64
 
 
@@ -64,7 +81,11 @@ class Reconciler:
         bus: Bus,
         clock: Clock,
         pace: Pace,
+        idleness: Idleness,
+        uses: Uses,
     ) -> None:
+        self._idleness = idleness
+        self._uses = uses
         self._store = store
         self._placement = placement
         self._lifecycle = lifecycle
@@ -73,17 +94,46 @@ class Reconciler:
         self._pace = pace
         self._working = 0
         self._unwanted: dict[str, int] = {}
+        self._vanished: set[str] = set()
+        self._unwanted_snapshots: set[str] = set()
+        self._settling: set[str] = set()
+        self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
         """Work until cancelled."""
         with self._bus.subscribe(WORK) as hints:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._compare_for_ever())
-                while True:
-                    for claim in await self._claims():
-                        self._working += 1
-                        tasks.create_task(self._work(claim))
-                    await hints.wait(self._pace.period_s)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    self._tasks = tasks
+                    tasks.create_task(self._compare_for_ever())
+                    while True:
+                        for claim in await self._claims():
+                            self._begin(claim)
+                        await hints.wait(self._pace.period_s)
+            finally:
+                self._tasks = None
+
+    def hold(self) -> Hold:
+        """Return a lease to write together with a wish, for `take_up`."""
+        until = self._clock.now() + timedelta(seconds=self._pace.lease_s)
+        return Hold(new_secret(), until)
+
+    async def take_up(self, claim: Claim, *, limit_s: float) -> None:
+        """Work now on what was just wished and is leased; return when done, or at the limit.
+
+        The work goes on beyond the limit, and whatever becomes of it is in the store.
+        """
+        if self._tasks is None:
+            # Nobody works here now; whoever does next finds the lease void or run out.
+            return
+        task = self._begin(claim)
+        if limit_s > 0:
+            await asyncio.wait([task], timeout=limit_s)
+
+    def _begin(self, claim: Claim) -> "asyncio.Task[None]":
+        assert self._tasks is not None
+        self._working += 1
+        return self._tasks.create_task(self._work(claim))
 
     # --- work on one sandbox --------------------------------------------------------------
 
@@ -165,6 +215,10 @@ class Reconciler:
                     await self._bring_up(Claim(placed, claim.lease), node)
             case Status.CREATING:
                 await self._bring_up(claim, self._node_of(claim.sandbox))
+            case Status.RESUMING:
+                await self._bring_back(claim)
+            case Status.PAUSING:
+                await self._pause(claim)
             case Status.DESTROYING:
                 await self._take_down(claim)
             case _:
@@ -184,18 +238,22 @@ class Reconciler:
         except SandyardError as error:
             await self._give_up(claim, Reason("start_failed", error.message))
         else:
-            now = self._clock.now()
-            await self._lifecycle.apply(
-                sandbox,
-                Event.READY,
-                lease=claim.lease,
-                ip=fact.ip,
-                driver=fact.driver,
-                os=fact.os,
-                started_at=now,
-                last_activity_at=now,
-                last_activity_kind="created",
-            )
+            await self._is_up(claim, fact, used="created")
+
+    async def _is_up(self, claim: Claim, fact: MachineFact, *, used: str) -> None:
+        reason = Reason(fact.reason_code, fact.reason_message) if fact.reason_code else None
+        await self._lifecycle.apply(
+            claim.sandbox,
+            Event.READY,
+            lease=claim.lease,
+            reason=reason,
+            used=used,
+            ip=fact.ip,
+            driver=fact.driver,
+            os=fact.os,
+            started_at=self._clock.now(),
+            paused_at=None,
+        )
 
     async def _give_up(self, claim: Claim, reason: Reason) -> None:
         log.error(
@@ -204,6 +262,75 @@ class Reconciler:
             extra={"sandbox_id": claim.sandbox.id},
         )
         await self._lifecycle.apply(claim.sandbox, Event.BROKE, lease=claim.lease, reason=reason)
+
+    async def _bring_back(self, claim: Claim) -> None:
+        """Resume, or roll back; on failure the sandbox is paused again, if anything is left."""
+        sandbox = claim.sandbox
+        wish = _wish(sandbox)
+        try:
+            fact = await self._node_of(sandbox).ensure_running(wish)
+        except ConflictError:
+            raise
+        except (DamagedError, NotFoundError) as error:
+            if wish.origin is Origin.SNAPSHOT:
+                await self._stays_paused(claim, error)
+                return
+            code = "saved_state_unusable" if isinstance(error, DamagedError) else _LOST.code
+            await self._give_up(claim, Reason(code, error.message))
+        except SandyardError as error:
+            await self._stays_paused(claim, error)
+        else:
+            await self._is_up(claim, fact, used="resumed")
+
+    async def _stays_paused(self, claim: Claim, error: SandyardError) -> None:
+        log.error(
+            "a sandbox could not be resumed: %s",
+            error.message,
+            extra={"sandbox_id": claim.sandbox.id},
+        )
+        code = error.code.value if isinstance(error, UnavailableError) else "resume_failed"
+        await self._lifecycle.apply(
+            claim.sandbox,
+            Event.RESUME_FAILED,
+            lease=claim.lease,
+            reason=Reason(code, error.message),
+            wanted=Wanted.PAUSED,
+        )
+
+    async def _pause(self, claim: Claim) -> None:
+        sandbox = claim.sandbox
+        try:
+            await self._node_of(sandbox).ensure_paused(sandbox.id, incarnation=sandbox.incarnation)
+        except (NotFoundError, ConflictError) as error:
+            if error.facts.get("status") != "error" and not isinstance(error, NotFoundError):
+                raise
+            await self._lifecycle.apply(
+                sandbox, Event.BROKE, lease=claim.lease, reason=_LOST, ip=None
+            )
+        except SandyardError as error:
+            log.error(
+                "a sandbox could not be paused and runs on: %s",
+                error.message,
+                extra={"sandbox_id": sandbox.id},
+            )
+            code = error.code.value if isinstance(error, UnavailableError) else "pause_failed"
+            await self._lifecycle.apply(
+                sandbox,
+                Event.PAUSE_FAILED,
+                lease=claim.lease,
+                reason=Reason(code, error.message),
+                used="pause_failed",
+                wanted=Wanted.RUNNING,
+            )
+        else:
+            await self._lifecycle.apply(
+                sandbox,
+                Event.SAVED,
+                lease=claim.lease,
+                reason=sandbox.reason,
+                ip=None,
+                paused_at=self._clock.now(),
+            )
 
     async def _take_down(self, claim: Claim) -> None:
         sandbox = claim.sandbox
@@ -240,23 +367,118 @@ class Reconciler:
         report = await node.report()
         facts = {fact.sandbox_id: fact for fact in report.machines}
         known = {sandbox.id: sandbox for sandbox in rows}
+        vanished: set[str] = set()
         for sandbox in rows:
+            fact = facts.get(sandbox.id)
             if sandbox.expires_at is not None and sandbox.expires_at <= self._clock.now():
                 await self._expire(sandbox)
-            elif sandbox.status is Status.RUNNING:
-                await self._judge(sandbox, facts.get(sandbox.id))
+            elif sandbox.status in (Status.RUNNING, Status.SUSPECTED_MISSING):
+                await self._judge(sandbox, fact)
+                if self._idleness.is_due(sandbox):
+                    self._settle(sandbox.id, self._pause_if_idle(sandbox))
+            elif sandbox.status in _KEPT and fact is None:
+                vanished.add(sandbox.id)
+                if sandbox.id in self._vanished:
+                    await self._lifecycle.apply(sandbox, Event.VANISHED, reason=_VANISHED)
+        self._vanished = vanished
         await self._remove_unwanted(node, report.machines, known)
+        await self._look_after_snapshots(node, report)
+        if report.is_short_of_memory:
+            await self._relieve(rows)
+
+    def _settle(self, sandbox_id: str, work: Coroutine[None, None, None]) -> None:
+        """Do something for a sandbox beside, once at a time."""
+        if self._tasks is None or sandbox_id in self._settling:
+            work.close()
+            return
+        self._settling.add(sandbox_id)
+        self._tasks.create_task(self._settled(sandbox_id, work))
+
+    async def _settled(self, sandbox_id: str, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except SandyardError as error:
+            log.warning("a sandbox could not be looked after: %s", error.message)
+        except Exception:  # as above
+            log.exception("a sandbox could not be looked after")
+        finally:
+            self._settling.discard(sandbox_id)
+
+    async def _pause_if_idle(self, sandbox: Sandbox) -> None:
+        if await self._idleness.is_idle(sandbox):
+            await self._pause_unused(sandbox, IDLE)
+
+    async def _pause_unused(self, sandbox: Sandbox, reason: Reason) -> None:
+        """Have a sandbox paused, unless somebody begins to use it at that moment."""
+        hold = self.hold()
+        pausing = await self._lifecycle.apply(
+            sandbox, Event.PAUSE, hold=hold, reason=reason, wanted=Wanted.PAUSED
+        )
+        if pausing is None:
+            return
+        if self._uses.is_used(sandbox.id):
+            # Whoever uses it saw it running; nothing has been done to its machine yet.
+            await self._lifecycle.apply(
+                pausing, Event.PAUSE_FAILED, lease=hold.lease, wanted=Wanted.RUNNING
+            )
+            return
+        await self.take_up(Claim(pausing, hold.lease), limit_s=0)
 
     async def _judge(self, sandbox: Sandbox, fact: MachineFact | None) -> None:
+        is_silent = sandbox.status is Status.SUSPECTED_MISSING
         if fact is None or fact.incarnation != sandbox.incarnation:
             await self._lifecycle.apply(sandbox, Event.BROKE, reason=_LOST, ip=None)
         elif fact.state is MachineState.DEAD:
             reason = Reason(fact.reason_code or _LOST.code, fact.reason_message or _LOST.message)
             await self._lifecycle.apply(sandbox, Event.BROKE, reason=reason, ip=None)
+        elif fact.state is MachineState.SILENT:
+            if not is_silent:
+                await self._lifecycle.apply(sandbox, Event.SILENT, reason=_SILENT)
+        elif is_silent:
+            await self._lifecycle.apply(sandbox, Event.READY)
+        elif fact.state is MachineState.PAUSED:
+            # It was saved by somebody whose word did not reach the store.
+            await self._lifecycle.apply(sandbox, Event.PAUSE, wanted=Wanted.PAUSED)
         else:
             reason_now = Reason(fact.reason_code, fact.reason_message) if fact.reason_code else None
-            if reason_now != sandbox.reason:
+            passes = sandbox.reason is not None and sandbox.reason.code in _PASSING
+            if reason_now != sandbox.reason and (reason_now is not None or passes):
                 await self._lifecycle.note_reason(sandbox, reason_now)
+
+    async def _relieve(self, rows: list[Sandbox]) -> None:
+        """Have the sandbox paused that was used least lately, for the host's memory runs out."""
+        running = [one for one in rows if one.status is Status.RUNNING]
+        if running and not self._settling:
+            sandbox = min(running, key=last_used)
+            log.warning(
+                "the host is short of memory: a sandbox is paused",
+                extra={"sandbox_id": sandbox.id},
+            )
+            self._settle(sandbox.id, self._pause_unused(sandbox, _PRESSED))
+
+    async def _look_after_snapshots(self, node: NodeControl, report: NodeReport) -> None:
+        """Remove hidden snapshots whose forks are made, those that were never finished, and files
+        of which the store knows nothing."""
+        now = self._clock.now()
+        async with self._store.read() as tx:
+            rows = await tx.snapshots.on_node(node.node_id)
+            done = []
+            for one in rows:
+                is_old = now - one.created_at > timedelta(seconds=self._pace.snapshot_limit_s)
+                if one.is_ready and one.is_hidden:
+                    is_done = is_old and not await tx.snapshots.is_awaited(one.id)
+                else:
+                    is_done = is_old and not one.is_ready
+                if is_done:
+                    done.append(one)
+        for one in done:
+            async with self._store.write() as tx:
+                await tx.snapshots.remove(one.id)
+        kept = {one.id for one in rows} - {one.id for one in done}
+        unwanted = {one for one in report.snapshots if one not in kept}
+        for snapshot_id in unwanted & self._unwanted_snapshots:
+            await node.drop_snapshot(snapshot_id)
+        self._unwanted_snapshots = unwanted
 
     async def _remove_unwanted(
         self, node: NodeControl, machines: tuple[MachineFact, ...], known: Mapping[str, Sandbox]
@@ -297,13 +519,19 @@ async def _trouble_of(work: Awaitable[None]) -> SandyardError | None:
 
 
 def _wish(sandbox: Sandbox) -> MachineWish:
+    origin = Origin.OWN if sandbox.status is Status.RESUMING else Origin.NEW
+    if sandbox.from_snapshot_id is not None and sandbox.from_snapshot_at == sandbox.incarnation:
+        origin = Origin.SNAPSHOT
     return MachineWish(
         sandbox_id=sandbox.id,
         incarnation=sandbox.incarnation,
         template=sandbox.template,
         shape=sandbox.shape,
         hostname=hostname_of(sandbox.name, sandbox.id),
+        tenant=sandbox.org_id,
         env=sandbox.env,
         authorized_keys=sandbox.ssh_keys,
         root_password_hash=sandbox.root_password_hash,
+        origin=origin,
+        snapshot_id=sandbox.from_snapshot_id if origin is Origin.SNAPSHOT else None,
     )

@@ -1,8 +1,9 @@
-"""Sandboxes as their owners use them: create, get, list, delete, run a command, look at figures."""
+"""Sandboxes as their owners use them: create, get, list, change, pause, resume, delete, run a
+command, look at figures."""
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from sandyard.server.core.contracts import (
@@ -14,30 +15,36 @@ from sandyard.server.core.contracts import (
     TemplateStatus,
 )
 from sandyard.server.core.errors import (
+    Code,
+    ConflictError,
     DeadlineExceededError,
     InvalidArgumentError,
-    NotFoundError,
+    NoCapacityError,
     PermissionDeniedError,
+    SandyardError,
     UnavailableError,
 )
 from sandyard.server.core.ids import (
     check_name,
     check_tags,
     check_text,
-    is_sandbox_id,
     is_uuid,
     new_sandbox_id,
     new_uuid,
 )
-from sandyard.server.core.records import Activity, Sandbox, SandboxQuery
-from sandyard.server.core.shapes import shape_of
+from sandyard.server.core.records import Activity, Claim, Sandbox, SandboxQuery, Snapshot
+from sandyard.server.core.shapes import Shape, shape_of
 from sandyard.server.core.sshkeys import check_public_key, is_literal_key
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status, Wanted
 from sandyard.server.core.wire import Op
 from sandyard.server.service.access import Actor
-from sandyard.server.service.execute import Command, Outcome, execute
-from sandyard.server.service.lifecycle import Lifecycle, check_status, topic_of
+from sandyard.server.service.execute import Command, NotBegunError, Outcome, execute
+from sandyard.server.service.lifecycle import Lifecycle, check_status
 from sandyard.server.service.placement import Placement
+from sandyard.server.service.register import Register, find_snapshot
+from sandyard.server.service.repeats import Repeatable, Repeats
+from sandyard.server.service.uses import Uses
+from sandyard.server.service.worker import Worker
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ENV_MAX = 64 * 1024
@@ -54,7 +61,8 @@ _FIGURES = (
     "cpuPercent", "memoryUsedBytes", "memoryTotalBytes", "diskUsedBytes", "diskTotalBytes",
     "uptime",
 )  # fmt: skip
-_SLICE_S = 1.0
+_LONG_MS = 2000
+_ALL = frozenset(Status)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,25 @@ class NewSandbox:
     metadata_size: int = 0
     auto_resume: bool = True
     expires_in_s: int | None = None
+    snapshot: str | None = None
+    names_template: bool = False
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is to be changed in a sandbox; None leaves a field as it is, but for the name.
+
+    `renames` says whether the name is to be changed; None as a name then takes it away.
+    """
+
+    renames: bool = False
+    name: str | None = None
+    tags: list[str] | None = None
+    idle_timeout_s: int | None = None
+    metadata: Mapping[str, object] | None = None
+    metadata_size: int = 0
+    project_id: str | None = None
+    auto_resume: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,8 @@ class Waits:
 
     delete_s: float = 60.0
     start_s: float = 60.0
+    pause_s: float = 60.0
+    pooled_s: float = 2.0
 
 
 class Sandboxes:
@@ -93,25 +122,38 @@ class Sandboxes:
         self,
         *,
         store: Store,
+        register: Register,
         placement: Placement,
         tunnel: NodeTunnel,
         lifecycle: Lifecycle,
+        worker: Worker,
+        uses: Uses,
+        repeats: Repeats,
         bus: Bus,
         clock: Clock,
         hash_password: Callable[[str], Awaitable[str]],
         waits: Waits,
     ) -> None:
         self._store = store
+        self._register = register
         self._placement = placement
         self._tunnel = tunnel
         self._lifecycle = lifecycle
+        self._worker = worker
+        self._uses = uses
+        self._repeats = repeats
         self._bus = bus
         self._clock = clock
         self._hash_password = hash_password
         self._waits = waits
 
-    async def create(self, actor: Actor, wish: NewSandbox) -> Sandbox:
-        """Store a sandbox that wants to run and return it; starting it is the reconciler's work.
+    async def create(
+        self, actor: Actor, wish: NewSandbox, *, request: Repeatable | None = None
+    ) -> Sandbox:
+        """Store a sandbox that wants to run, have it started, and return it.
+
+        It runs when this returns if a machine waited for it, else it starts meanwhile. A `request`
+        that was made before is answered with what it made.
 
         Raises:
             InvalidArgumentError: something asked for cannot be; `facts` name the field.
@@ -119,23 +161,56 @@ class Sandboxes:
             UnavailableError: the template is not built, or the host has no room.
         """
         actor.require("sandbox:create")
+        self._repeats.check(request)
+        if (made := await self._made_before(actor, request)) is not None:
+            return made
+        sandbox = await self._new(actor, wish)
+        node = self._placement.choose(sandbox)
+        is_waiting = await node.check_room(sandbox.template, sandbox.shape)
+        hold = self._worker.hold()
+        sandbox = replace(sandbox, status=Status.CREATING, node_id=node.node_id)
+        async with self._store.write() as tx:
+            ids = await self._repeats.made_before(tx, actor, request)
+            if ids is not None:
+                return await tx.sandboxes.find(ids[0]) or sandbox
+            sandbox = await self._lifecycle.begin(tx, sandbox, actor, hold=hold)
+            await self._repeats.note(tx, actor, request, (sandbox.id,))
+        can_wait = is_waiting and wish.snapshot is None
+        await self._worker.take_up(
+            Claim(sandbox, hold.lease), limit_s=self._waits.pooled_s if can_wait else 0
+        )
+        return await self._register.reread(sandbox.id) if can_wait else sandbox
+
+    async def _made_before(self, actor: Actor, request: Repeatable | None) -> Sandbox | None:
+        if request is None:
+            return None
+        async with self._store.write() as tx:
+            ids = await self._repeats.made_before(tx, actor, request)
+            return await tx.sandboxes.find(ids[0]) if ids else None
+
+    async def _new(self, actor: Actor, wish: NewSandbox) -> Sandbox:
+        """Return the sandbox that is asked for, everything about it checked."""
         now = self._clock.now()
+        _check_idle_timeout(wish.idle_timeout_s)
+        _check_metadata(wish.metadata_size)
         name = None if wish.name is None else check_name(wish.name)
         tags = check_tags(wish.tags)
         env = _checked_env(wish.env)
         keys = _checked_keys(wish.ssh_keys)
-        if wish.idle_timeout_s not in _IDLE_TIMEOUT_S:
-            raise InvalidArgumentError(
-                "cannot use idleTimeout: 0 (never) to 604800 seconds are possible",
-                field="idleTimeout",
+        if wish.snapshot is None:
+            template = await self._template(wish.template)
+            slug, snapshot_id = wish.template, None
+            shape = shape_of(
+                template.defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk
             )
-        if wish.metadata_size > _METADATA_MAX:
-            raise InvalidArgumentError("cannot keep over 16 KiB of metadata", field="metadata")
-        template = await self._template(wish.template)
-        shape = shape_of(template.defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
+        else:
+            snapshot = await find_snapshot(self._store, actor, wish.snapshot)
+            slug, snapshot_id = snapshot.template, snapshot.id
+            shape = _shape_from(snapshot, wish)
         project_id = await self._project(actor, wish.project_id)
         password_hash = await self._password_hash(wish.root_password)
-        sandbox = Sandbox(
+        lives = wish.expires_in_s
+        return Sandbox(
             id=new_sandbox_id(),
             org_id=actor.org_id,
             owner_user_id=actor.user_id,
@@ -145,7 +220,7 @@ class Sandboxes:
             wanted=Wanted.RUNNING,
             version=1,
             incarnation=1,
-            template=wish.template,
+            template=slug,
             shape=shape,
             idle_timeout_s=wish.idle_timeout_s,
             created_at=now,
@@ -156,12 +231,10 @@ class Sandboxes:
             root_password_hash=password_hash,
             metadata=wish.metadata,
             auto_resume=wish.auto_resume,
-            expires_at=None
-            if wish.expires_in_s is None
-            else now + timedelta(seconds=wish.expires_in_s),
+            expires_at=None if lives is None else now + timedelta(seconds=lives),
+            from_snapshot_id=snapshot_id,
+            from_snapshot_at=1 if snapshot_id else 0,
         )
-        await self._placement.choose(sandbox).check_room(shape)
-        return await self._lifecycle.begin(sandbox, actor)
 
     async def get(self, actor: Actor, reference: str) -> Sandbox:
         """Return a sandbox by id or name.
@@ -171,7 +244,7 @@ class Sandboxes:
                 member's.
         """
         actor.require("sandbox:read")
-        return await self._find(actor, reference)
+        return await self._register.find(actor, reference)
 
     async def page(self, actor: Actor, query: SandboxQuery, *, wants_all: bool) -> list[Sandbox]:
         """Return one page of the actor's sandboxes, or of the whole organization's.
@@ -197,17 +270,17 @@ class Sandboxes:
             DeadlineExceededError: it is not gone yet; it will be.
         """
         actor.require("sandbox:write")
-        sandbox = await self._find(actor, reference)
+        sandbox = await self._register.find(actor, reference)
         for _ in range(_TRIES):
             if sandbox.status in (Status.DESTROYING, Status.DESTROYED):
                 break
             moved = await self._lifecycle.apply(
                 sandbox, Event.DELETE, actor=actor, wanted=Wanted.GONE
             )
-            sandbox = moved or await self._reread(sandbox.id)
+            sandbox = moved or await self._register.reread(sandbox.id)
         if not wait:
             return sandbox
-        return await self._wait_for(
+        return await self._register.wait_for(
             sandbox, frozenset({Status.DESTROYED}), limit_s=self._waits.delete_s
         )
 
@@ -215,25 +288,171 @@ class Sandboxes:
         """Return a sandbox once it is no longer on its way up, at the limit as it is then."""
         settled = frozenset(Status) - ON_ITS_WAY_UP
         try:
-            return await self._wait_for(sandbox, settled, limit_s=limit_s)
+            return await self._register.wait_for(sandbox, settled, limit_s=limit_s)
         except DeadlineExceededError:
-            return await self._reread(sandbox.id)
+            return await self._register.reread(sandbox.id)
+
+    async def pause(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
+        """Have a running sandbox saved to disk and its memory given back; at once if it is.
+
+        Raises:
+            NotFoundError: see `get`.
+            ConflictError: its status does not allow it.
+            UnavailableError: it could not be paused, and runs on.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.find(actor, reference)
+        for _ in range(_TRIES):
+            if sandbox.status is Status.PAUSING and wait:
+                sandbox = await self._register.wait_for(
+                    sandbox, _ALL - {Status.PAUSING}, limit_s=self._waits.pause_s
+                )
+                if sandbox.status is Status.RUNNING:
+                    raise _not_done(sandbox, "pause")
+            if sandbox.status in (Status.PAUSED, Status.PAUSING):
+                return sandbox
+            if sandbox.status is not Status.RUNNING:
+                raise check_status(sandbox, wanted="pause")
+            hold = self._worker.hold()
+            pausing = await self._lifecycle.apply(
+                sandbox, Event.PAUSE, actor=actor, hold=hold, wanted=Wanted.PAUSED
+            )
+            if pausing is not None:
+                limit_s = self._waits.pause_s if wait else 0
+                await self._worker.take_up(Claim(pausing, hold.lease), limit_s=limit_s)
+            sandbox = await self._register.reread(sandbox.id)
+            if pausing is not None and sandbox.status is Status.RUNNING and sandbox.reason:
+                raise _not_done(sandbox, "pause")
+        return sandbox
+
+    async def resume(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
+        """Have a paused sandbox go on where it stood, or one in error boot from its disk.
+
+        Raises:
+            NotFoundError: see `get`.
+            ConflictError: its status does not allow it.
+            UnavailableError: it could not be resumed, and is still what it was.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.find(actor, reference)
+        return await self._bring_back(sandbox, actor, wait=wait)
+
+    async def _bring_back(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
+        """See `resume`. However many ask at once, there is one resume, which all wait for."""
+        limit_s = self._waits.start_s
+        for _ in range(_TRIES):
+            if sandbox.status is Status.PAUSING:
+                sandbox = await self._register.wait_for(
+                    sandbox, _ALL - {Status.PAUSING}, limit_s=limit_s
+                )
+            if sandbox.status is Status.RESUMING and wait:
+                sandbox = await self._register.wait_for(
+                    sandbox, _ALL - {Status.RESUMING}, limit_s=limit_s
+                )
+                if sandbox.status is Status.PAUSED:
+                    raise _not_done(sandbox, "resume")
+            if sandbox.status in (Status.RUNNING, Status.RESUMING):
+                return sandbox
+            if sandbox.status not in (Status.PAUSED, Status.ERROR):
+                raise check_status(sandbox, wanted="resume")
+            hold = self._worker.hold()
+            resuming = await self._lifecycle.apply(
+                sandbox,
+                Event.RESUME,
+                actor=actor,
+                hold=hold,
+                incarnation=sandbox.incarnation + 1,
+                wanted=Wanted.RUNNING,
+            )
+            if resuming is not None:
+                await self._worker.take_up(
+                    Claim(resuming, hold.lease), limit_s=limit_s if wait else 0
+                )
+            sandbox = await self._register.reread(sandbox.id)
+            if resuming is not None and sandbox.status is Status.PAUSED:
+                raise _not_done(sandbox, "resume")
+        return sandbox
+
+    async def touch(self, actor: Actor, reference: str) -> Sandbox:
+        """Count as a use of a sandbox, so that it is not paused for being idle.
+
+        Raises:
+            NotFoundError: see `get`.
+            ConflictError: it does not run, so that nothing can keep it running.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.find(actor, reference)
+        if sandbox.status is not Status.RUNNING and sandbox.status not in ON_ITS_WAY_UP:
+            raise check_status(sandbox, wanted="touch")
+        async with self._store.write() as tx:
+            await tx.activity.touch(sandbox.id, at=self._clock.now(), kind="touch")
+        return await self._register.reread(sandbox.id)
+
+    async def change(self, actor: Actor, reference: str, changes: Changes) -> Sandbox:
+        """Change what a sandbox is called and how it is treated; its machine is left alone.
+
+        Raises:
+            InvalidArgumentError: something asked for cannot be; `facts` name the field.
+            AlreadyExistsError: the name is taken.
+            NotFoundError: see `get`.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.find(actor, reference)
+        wanted: dict[str, object] = {}
+        if changes.renames:
+            wanted["name"] = None if changes.name is None else check_name(changes.name)
+        if changes.tags is not None:
+            wanted["tags"] = check_tags(changes.tags)
+        if changes.idle_timeout_s is not None:
+            _check_idle_timeout(changes.idle_timeout_s)
+            wanted["idle_timeout_s"] = changes.idle_timeout_s
+        if changes.metadata is not None:
+            _check_metadata(changes.metadata_size)
+            wanted["metadata"] = changes.metadata
+        if changes.project_id is not None:
+            wanted["project_id"] = await self._project(actor, changes.project_id)
+        if changes.auto_resume is not None:
+            wanted["auto_resume"] = changes.auto_resume
+        if not wanted:
+            return sandbox
+        for _ in range(_TRIES):
+            changed = await self._lifecycle.change(
+                sandbox, actor=actor, retag="tags" in wanted, **wanted
+            )
+            if changed is not None:
+                return await self._register.reread(sandbox.id)
+            sandbox = await self._register.find(actor, sandbox.id)
+        raise UnavailableError(f"cannot change {sandbox.id} now: it changes all the time")
 
     async def execute(self, actor: Actor, reference: str, command: Command) -> Outcome:
-        """Run a command. See service.execute.execute.
+        """Run a command; one that is paused is resumed first. See service.execute.execute.
 
         Raises:
             InvalidArgumentError: something asked for cannot be; `facts` name the field.
             NotFoundError: see `get`.
-            ConflictError: the sandbox does not run.
+            ConflictError: the sandbox does not run, or was paused while the command ran.
         """
         actor.require("sandbox:write")
         _check_command(command)
-        sandbox = await self._running(actor, reference, wanted="run a command in")
-        # Before it starts: a command whose audit cannot be written is not run, and is not run
-        # twice by a caller who tries again.
-        await self._note_use(actor, sandbox, "exec")
-        return await execute(self._tunnel, sandbox, command)
+        for _ in range(_TRIES):
+            sandbox = await self._running(actor, reference, wanted="run a command in")
+            with self._uses.use(sandbox.id):
+                # Before it starts: a command whose audit cannot be written is not run, and is not
+                # run twice by a caller who tries again.
+                await self._note_use(actor, sandbox, "exec")
+                try:
+                    outcome = await execute(self._tunnel, sandbox, command)
+                except NotBegunError as error:
+                    # Paused at this very moment? Then it is resumed, and nothing was started yet.
+                    again = await self._register.reread(sandbox.id)
+                    if again.version == sandbox.version:
+                        raise ConflictError(error.message, **error.facts) from error
+                    continue
+                if outcome.duration_ms > _LONG_MS:
+                    async with self._store.write() as tx:
+                        await tx.activity.touch(sandbox.id, at=self._clock.now(), kind="exec")
+                return outcome
+        raise UnavailableError(f"cannot run a command in {reference[:80]}: it changes all the time")
 
     async def stats(self, actor: Actor, reference: str) -> tuple[Sandbox, Mapping[str, float]]:
         """Return a sandbox's figures, read in the guest now.
@@ -263,45 +482,25 @@ class Sandboxes:
 
     # --- parts ----------------------------------------------------------------------------
 
-    async def _find(self, actor: Actor, reference: str) -> Sandbox:
-        async with self._store.read() as tx:
-            if is_sandbox_id(reference):
-                sandbox = await tx.sandboxes.find(reference)
-            else:
-                sandbox = await tx.sandboxes.find_named(actor.org_id, reference)
-        if sandbox is None or not _may_see(actor, sandbox):
-            raise NotFoundError(f"cannot find the sandbox {reference[:80]!r}: check id or name")
-        return sandbox
-
-    async def _reread(self, sandbox_id: str) -> Sandbox:
-        async with self._store.read() as tx:
-            sandbox = await tx.sandboxes.find(sandbox_id)
-        if sandbox is None:
-            raise NotFoundError(f"cannot find the sandbox {sandbox_id}")
-        return sandbox
-
-    async def _wait_for(
-        self, sandbox: Sandbox, statuses: frozenset[Status], *, limit_s: float
-    ) -> Sandbox:
-        until = self._clock.monotonic() + limit_s
-        with self._bus.subscribe(topic_of(sandbox.id)) as changes:
-            while True:
-                sandbox = await self._reread(sandbox.id)
-                if sandbox.status in statuses:
-                    return sandbox
-                left = until - self._clock.monotonic()
-                if left <= 0:
-                    raise DeadlineExceededError(
-                        f"cannot wait longer for {sandbox.id}: it is still {sandbox.status}; "
-                        "ask again in a while"
-                    )
-                # Looked at now and then all the same: a hint may be lost.
-                await changes.wait(min(left, _SLICE_S))
-
     async def _running(self, actor: Actor, reference: str, *, wanted: str) -> Sandbox:
-        sandbox = await self._find(actor, reference)
+        """Return a sandbox that runs, having waited for it or resumed it if need be."""
+        sandbox = await self._register.find(actor, reference)
+        if sandbox.status is Status.RUNNING:
+            return sandbox
+        if sandbox.status is Status.PAUSING:
+            sandbox = await self._register.wait_for(
+                sandbox, _ALL - {Status.PAUSING}, limit_s=self._waits.pause_s
+            )
+        if sandbox.status in (Status.PAUSED, Status.RESUMING) and sandbox.auto_resume:
+            sandbox = await self._bring_back(sandbox, actor)
         if sandbox.status in ON_ITS_WAY_UP:
             sandbox = await self.wait_until_up(sandbox, limit_s=self._waits.start_s)
+        if sandbox.status is Status.PAUSED and not sandbox.auto_resume:
+            raise ConflictError(
+                f"cannot {wanted} {sandbox.id}: it is paused and its autoResume is off; "
+                "resume it first",
+                status=sandbox.status.value,
+            )
         if sandbox.status is not Status.RUNNING:
             raise check_status(sandbox, wanted=wanted)
         return sandbox
@@ -368,12 +567,58 @@ class Sandboxes:
             )
 
 
-def _may_see(actor: Actor, sandbox: Sandbox) -> bool:
-    return (
-        sandbox.org_id == actor.org_id
-        and sandbox.status is not Status.DESTROYED
-        and (actor.sees_all or sandbox.owner_user_id == actor.user_id)
-    )
+def _not_done(sandbox: Sandbox, what: str) -> SandyardError:
+    """Return the error for a step that failed and left the sandbox as it was."""
+    reason = sandbox.reason
+    why = reason.message if reason else "it was asked for something else meanwhile"
+    message = f"cannot {what} {sandbox.id}: {why}; it is still {sandbox.status}"
+    if reason is not None and reason.code == Code.NO_CAPACITY:
+        return NoCapacityError(message)
+    return UnavailableError(message)
+
+
+def _shape_from(snapshot: Snapshot, wish: NewSandbox) -> Shape:
+    """Return the shape of a sandbox from a snapshot: its disk may be larger, all else is as it was.
+
+    Raises:
+        InvalidArgumentError: something else is asked for.
+    """
+    shape = shape_of(snapshot.shape, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
+    for what, is_other in (
+        ("vcpus", shape.vcpus != snapshot.shape.vcpus),
+        ("memory", shape.memory_mib != snapshot.shape.memory_mib),
+    ):
+        if is_other:
+            raise InvalidArgumentError(
+                f"cannot change {what}: a machine from a snapshot has what it was saved with; "
+                f"leave resources.{what} out",
+                field=f"resources.{what}",
+            )
+    if shape.disk_mib < snapshot.shape.disk_mib:
+        raise InvalidArgumentError(
+            f"cannot shrink the disk: the snapshot's has {snapshot.shape.disk_mib} MB",
+            field="resources.disk",
+        )
+    if wish.names_template and wish.template != snapshot.template:
+        raise InvalidArgumentError(
+            f"cannot start {wish.template[:80]} from this snapshot: it is of {snapshot.template}; "
+            "leave template out",
+            field="template",
+        )
+    return shape
+
+
+def _check_idle_timeout(seconds: int) -> None:
+    if seconds not in _IDLE_TIMEOUT_S:
+        raise InvalidArgumentError(
+            "cannot use idleTimeout: 0 (never) to 604800 seconds are possible",
+            field="idleTimeout",
+        )
+
+
+def _check_metadata(size: int) -> None:
+    if size > _METADATA_MAX:
+        raise InvalidArgumentError("cannot keep over 16 KiB of metadata", field="metadata")
 
 
 def _checked_env(env: Mapping[str, str]) -> Mapping[str, str]:

@@ -1,12 +1,38 @@
-"""What every route shares: the documented errors, the envelope."""
+"""What every route shares: the documented errors, the envelope, the key of a repeated request."""
 
-from typing import Any, TypeVar
+import json
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Header, Request
 
 from sandyard.server.api.models import Data, ErrorAnswer, Meta
+from sandyard.server.service.repeats import Repeatable
 
 T = TypeVar("T")
+
+
+async def _repeatable(
+    request: Request,
+    idempotency_key: Annotated[
+        str | None,
+        Header(description="The same key and body again is answered with what was made (24 h)."),
+    ] = None,
+) -> Repeatable | None:
+    if idempotency_key is None:
+        return None
+    route = f"{request.method} {request.url.path}"
+    return Repeatable(route=route, key=idempotency_key, body=_meaning(await request.body()))
+
+
+def _meaning(body: bytes) -> bytes:
+    """Return a body so that two of the same meaning are the same."""
+    try:
+        return json.dumps(json.loads(body), sort_keys=True).encode()
+    except ValueError:
+        return body
+
+
+Keyed = Annotated[Repeatable | None, Depends(_repeatable)]
 
 _MEANINGS = {
     400: "The request is wrong; `details.field` names what.",

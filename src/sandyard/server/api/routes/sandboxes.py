@@ -15,19 +15,23 @@ from sandyard.server.api.models import (
     ExecOut,
     Page,
     PageMeta,
+    PatchSandbox,
+    PausedOut,
+    ReasonOut,
+    ResumedOut,
     SandboxOut,
     Stats,
     StatsOut,
     sandbox_out,
 )
-from sandyard.server.api.routes.common import enveloped, errors
+from sandyard.server.api.routes.common import Keyed, enveloped, errors
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import check_json, check_text
 from sandyard.server.core.records import SandboxQuery
 from sandyard.server.core.states import Status
 from sandyard.server.service.access import Actor
 from sandyard.server.service.execute import Command
-from sandyard.server.service.sandboxes import NewSandbox, Sandboxes
+from sandyard.server.service.sandboxes import Changes, NewSandbox, Sandboxes
 
 router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
 
@@ -49,9 +53,14 @@ Wait = Annotated[
 
 @router.post("", status_code=201, responses=errors(409))
 async def create_sandbox(
-    request: Request, actor: CanCreate, service: Service, body: CreateSandbox, wait: Wait = 0
+    request: Request,
+    actor: CanCreate,
+    service: Service,
+    body: CreateSandbox,
+    keyed: Keyed,
+    wait: Wait = 0,
 ) -> Data[SandboxOut]:
-    """Create a sandbox. It is answered at once and starts meanwhile; `wait` holds the answer."""
+    """Create a sandbox. If none waited it starts meanwhile; `wait` holds the answer till then."""
     _check_offered(body)
     check_text(body.template, field="template")
     check_json(body.metadata, field="metadata")
@@ -71,12 +80,13 @@ async def create_sandbox(
             root_password=body.root_password,
             project_id=body.project_id,
             metadata=body.metadata,
-            metadata_size=len(
-                json.dumps(body.metadata, ensure_ascii=False).encode("utf-8", "replace")
-            ),
+            metadata_size=_size_of(body.metadata),
             auto_resume=body.auto_resume,
             expires_in_s=body.expires_in,
+            snapshot=body.snapshot,
+            names_template="template" in body.model_fields_set,
         ),
+        request=keyed,
     )
     if wait:
         sandbox = await service.wait_until_up(sandbox, limit_s=wait)
@@ -137,6 +147,90 @@ async def get_sandbox(
     """Return one sandbox, by id or name."""
     sandbox = await service.get(actor, check_text(reference, field="reference"))
     return enveloped(request, sandbox_out(sandbox, actor))
+
+
+@router.patch("/{reference}", responses=errors(404, 409))
+async def change_sandbox(
+    request: Request, actor: CanWrite, service: Service, reference: str, body: PatchSandbox
+) -> Data[SandboxOut]:
+    """Change name, tags, idle time-out, metadata, project or auto-resume of a sandbox."""
+    given = body.model_fields_set
+    for field in given - {"name"}:
+        if getattr(body, field) is None:
+            raise InvalidArgumentError(
+                f"cannot set {field} to null: leave it out to keep it", field=field
+            )
+    check_json(body.metadata, field="metadata")
+    sandbox = await service.change(
+        actor,
+        check_text(reference, field="reference"),
+        Changes(
+            renames="name" in given,
+            name=body.name,
+            tags=body.tags,
+            idle_timeout_s=body.idle_timeout,
+            metadata=body.metadata,
+            metadata_size=_size_of(body.metadata),
+            project_id=body.project_id,
+            auto_resume=body.auto_resume,
+        ),
+    )
+    return enveloped(request, sandbox_out(sandbox, actor))
+
+
+@router.post("/{reference}/touch", responses=errors(404, 409))
+async def touch_sandbox(
+    request: Request, actor: CanWrite, service: Service, reference: str
+) -> Data[SandboxOut]:
+    """Count as a use of a sandbox, which is then not idle."""
+    sandbox = await service.touch(actor, check_text(reference, field="reference"))
+    return enveloped(request, sandbox_out(sandbox, actor))
+
+
+@router.post(
+    "/{reference}/pause",
+    responses={**errors(404, 409), 202: {"model": Data[PausedOut], "description": "Under way."}},
+)
+async def pause_sandbox(
+    request: Request,
+    response: Response,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    async_: Annotated[bool, Query(alias="async")] = False,
+) -> Data[PausedOut]:
+    """Save a running sandbox to disk, processes and all, and give its memory back."""
+    sandbox = await service.pause(actor, check_text(reference, field="reference"), wait=not async_)
+    response.status_code = 202 if async_ and sandbox.status is not Status.PAUSED else 200
+    shown = PausedOut(id=sandbox.id, status=sandbox.status, paused_at=sandbox.paused_at)
+    return enveloped(request, shown)
+
+
+@router.post(
+    "/{reference}/resume",
+    responses={**errors(404, 409), 202: {"model": Data[ResumedOut], "description": "Under way."}},
+)
+async def resume_sandbox(
+    request: Request,
+    response: Response,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    async_: Annotated[bool, Query(alias="async")] = False,
+) -> Data[ResumedOut]:
+    """Let a paused sandbox go on where it stood; one in error is booted from its disk."""
+    sandbox = await service.resume(actor, check_text(reference, field="reference"), wait=not async_)
+    response.status_code = 202 if async_ and sandbox.status is not Status.RUNNING else 200
+    reason = sandbox.reason
+    return enveloped(
+        request,
+        ResumedOut(
+            id=sandbox.id,
+            status=sandbox.status,
+            resumed_at=sandbox.started_at if sandbox.status is Status.RUNNING else None,
+            status_reason=ReasonOut(code=reason.code, message=reason.message) if reason else None,
+        ),
+    )
 
 
 @router.delete(
@@ -208,6 +302,10 @@ async def stats(
     return enveloped(request, StatsOut(sandbox_id=sandbox.id, stats=shown))
 
 
+def _size_of(metadata: object) -> int:
+    return len(json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def _check_offered(body: CreateSandbox) -> None:
     """Refuse what would otherwise be left out in silence, and so be believed to be in force."""
     if body.mounts:
@@ -215,12 +313,6 @@ def _check_offered(body: CreateSandbox) -> None:
             f"cannot mount {body.mounts[0].workspace_id[:80]!r}: the organization has no such "
             "workspace",
             field="mounts",
-        )
-    if body.snapshot is not None:
-        raise InvalidArgumentError(
-            f"cannot start from the snapshot {body.snapshot[:80]!r}: the organization has no "
-            "such snapshot",
-            field="snapshot",
         )
     network = body.network or {}
     if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):

@@ -8,7 +8,10 @@ from sandyard.server.drivers.namespaces import path_of
 
 QMP_SOCKET = "qmp.sock"
 PID_FILE = "qemu.pid"
+INITRD = "initrd"
+DEVICE_STATE = "device"
 CONSOLE = "console"
+DISK = "disk"
 CONSOLE_SIZE = 256 * 1024
 _OWN_SHARE_MIB = 16
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -42,18 +45,34 @@ def accelerator(accel: str, *, tb_size_mib: int) -> list[str]:
 
 
 def machine_arguments(
-    spec: MachineSpec, *, accel: str, tb_size_mib: int, tsc_khz: int | None, tap_fd: int
+    spec: MachineSpec,
+    *,
+    accel: str,
+    tb_size_mib: int,
+    tsc_khz: int | None,
+    tap_fd: int,
+    is_restored: bool,
 ) -> list[str]:
-    """Return QEMU's arguments for a machine that boots from cold."""
+    """Return QEMU's arguments for a machine that boots from cold, or waits for a saved state.
+
+    The two differ in nothing that the guest can see: a state fits only the machine it was saved
+    from. Of the state, only devices are sent (memory is a file): what describes it is left out on
+    both sides.
+    """
     folder = spec.folder
+    memory_mib = machine_memory_mib(spec.memory_mib)
+    waiting = ["-S", "-incoming", "defer", "-global", "migration.send-configuration=off"]
     return [
         "-name", spec.name,
-        "-M", "microvm,acpi=on,rtc=on",
+        "-M", "microvm,acpi=on,rtc=on,suppress-vmdesc=on,memory-backend=memory",
         *accelerator(accel, tb_size_mib=tb_size_mib),
-        "-m", f"{machine_memory_mib(spec.memory_mib)}M",
+        "-m", f"{memory_mib}M",
+        "-object", f"memory-backend-file,id=memory,size={memory_mib}M,merge=off,"
+                   f"mem-path={_escaped(spec.memory)},share=off,readonly=on,rom=off",
         "-smp", str(spec.vcpus),
+        *(waiting if is_restored else ()),
         "-kernel", str(spec.kernel),
-        "-initrd", str(spec.initrd),
+        "-initrd", str(folder / INITRD),
         "-append", kernel_command_line(tsc_khz=tsc_khz),
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         # A machine that ends is held still, so that its last words can still be read.
@@ -62,8 +81,8 @@ def machine_arguments(
         "-serial", f"chardev:{CONSOLE}",
         "-drive", f"id=base,file={_escaped(spec.base)},format=raw,if=none,readonly=on",
         "-device", "virtio-blk-device,drive=base",
-        "-drive", f"id=disk,file={_escaped(spec.disk)},format=raw,if=none,discard=unmap",
-        "-device", "virtio-blk-device,drive=disk",
+        "-drive", f"id={DISK},file={_escaped(spec.disk)},format=raw,if=none,discard=unmap",
+        "-device", f"virtio-blk-device,drive={DISK}",
         "-netdev", f"tap,id=net,fd={tap_fd}",
         "-device", f"virtio-net-device,netdev=net,mac={spec.place.mac}",
         "-qmp", f"unix:{_escaped(folder / QMP_SOCKET)},server=on,wait=off",

@@ -4,18 +4,37 @@ import asyncio
 import base64
 import contextlib
 import os
+import shutil
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
-from sandyard.server.drivers.contract import Capabilities, End, Handle, MachineSpec, Verdict
+from sandyard.server.core.errors import (
+    ConflictError,
+    InternalError,
+    NoCapacityError,
+    SandyardError,
+    UnavailableError,
+)
+from sandyard.server.drivers.contract import (
+    Capabilities,
+    End,
+    Handle,
+    MachineSpec,
+    Saved,
+    Verdict,
+)
+from sandyard.server.drivers.initrd import add_token
 from sandyard.server.drivers.namespaces import open_tap
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
-from sandyard.server.drivers.qemu import command
+from sandyard.server.drivers.qemu import command, memory
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
 
 _START_LIMIT_S = 30.0
+_LOAD_LIMIT_S = 30.0
+_POLL_S = 0.002
+_PAGES = "pages"
+_STILL = frozenset({"paused", "prelaunch", "postmigrate", "inmigrate", "io-error"})
 _PROBE_LIMIT_S = 20.0
 _NOBODY = 65534
 _PROBE_PASSED = b"sandyard: probe passed"
@@ -26,7 +45,7 @@ _DISK_FULL = End("host_disk_full", "the host's disk is full; the sandbox goes on
 
 
 class QemuMachine:
-    """See drivers.contract.Machine."""
+    """See drivers.contract.SavingMachine."""
 
     def __init__(self, process: DetachedProcess, monitor: Monitor, handle: Handle) -> None:
         self._process = process
@@ -89,6 +108,56 @@ class QemuMachine:
         self._process.close()
         self._is_closed = True
 
+    async def pause(self) -> None:
+        """See drivers.contract.SavingMachine.pause."""
+        await self._monitor.call("stop")
+
+    async def resume(self) -> None:
+        """See drivers.contract.SavingMachine.resume."""
+        await self._monitor.call("cont")
+
+    async def is_paused(self) -> bool:
+        """See drivers.contract.SavingMachine.is_paused."""
+        return await self._monitor.status() in _STILL
+
+    async def save(self, folder: Path) -> Saved:
+        """See drivers.contract.SavingMachine.save."""
+        folder.mkdir(mode=0o700)
+        memory_file = Path(str(self._handle["memory"]))
+        # QEMU writes where its own account may; the state is taken from there.
+        written = Path(str(self._handle["qmp"])).parent / "saving"
+        written.unlink(missing_ok=True)
+        try:
+            await self._monitor.call(
+                "xen-save-devices-state", {"filename": str(written), "live": False}
+            )
+            await asyncio.to_thread(_take_file, written, folder / command.DEVICE_STATE)
+        except OSError as error:
+            raise NoCapacityError(f"cannot save the machine: {error.strerror}") from error
+        finally:
+            written.unlink(missing_ok=True)
+        await asyncio.to_thread(memory.save_pages, self.pid, memory_file, folder / _PAGES)
+        return Saved(folder)
+
+    async def grow_disk(self, size_mib: int) -> None:
+        """See drivers.contract.SavingMachine.grow_disk."""
+        await self._monitor.call("block_resize", {"device": command.DISK, "size": size_mib * 2**20})
+
+    async def load(self, memory_file: Path, saved: Saved, state: Path) -> None:
+        """Bring a machine that waits for a saved state to it; the guest is held still there.
+
+        Raises:
+            ConflictError: the state is not whole, or does not fit.
+        """
+        if (pages := saved.folder / _PAGES).exists():
+            await asyncio.to_thread(memory.load_pages, self.pid, memory_file, pages)
+        await self._monitor.call("migrate-incoming", {"uri": f"file:{state}"})
+        async with asyncio.timeout(_LOAD_LIMIT_S):
+            while (status := await self._monitor.migration()) not in ("completed", "failed"):
+                await asyncio.sleep(_POLL_S)
+        if status == "failed":
+            raise ConflictError("the saved state does not fit this QEMU")
+
     async def _guest_end(self) -> End:
         status = await self._first_status()
         if status == "shutdown":
@@ -105,9 +174,9 @@ class QemuMachine:
 
 
 class QemuDriver:
-    """See drivers.contract.Driver. `accel` is kvm or tcg."""
+    """See drivers.contract.SavingDriver. `accel` is kvm or tcg."""
 
-    capabilities = Capabilities(saves=False)
+    capabilities = Capabilities(saves=True)
 
     def __init__(
         self, *, accel: str, binary: str = "qemu-system-x86_64", tb_size_mib: int = 64
@@ -167,9 +236,47 @@ class QemuDriver:
 
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> QemuMachine:
         """See drivers.contract.Driver.start."""
+        if not spec.memory.exists():
+            memory.make_empty(spec.memory, command.machine_memory_mib(spec.memory_mib))
+        return await self._start(spec, held, is_restored=False)
+
+    async def restore(self, spec: MachineSpec, saved: Saved, held: AsyncExitStack) -> QemuMachine:
+        """See drivers.contract.SavingDriver.restore."""
+        size = command.machine_memory_mib(spec.memory_mib) * 2**20
+        if not spec.memory.exists() or spec.memory.stat().st_size != size:
+            raise ConflictError(f"cannot restore {spec.name}: its memory file is not whole")
+        state = spec.folder / command.DEVICE_STATE
+        try:
+            _place(saved.folder / command.DEVICE_STATE, state, spec.place.uid)
+            machine = await self._start(spec, held, is_restored=True)
+            await machine.load(spec.memory, saved, state)
+        except FileNotFoundError as error:
+            raise ConflictError(f"cannot restore {spec.name}: {error.filename} is gone") from error
+        except TimeoutError as error:
+            raise InternalError(f"cannot restore {spec.name}: QEMU does not come up") from error
+        except UnavailableError as error:
+            # QEMU ends when it cannot load a state; whoever restores must know the state is bad.
+            raise ConflictError(f"cannot restore {spec.name}: {error.message}") from error
+        finally:
+            state.unlink(missing_ok=True)
+        return machine
+
+    async def make_whole(self, saved: Saved, memory_file: Path) -> None:
+        """See drivers.contract.SavingDriver.make_whole."""
+        pages = saved.folder / _PAGES
+        await asyncio.to_thread(memory.merge, memory_file, pages, saved.memory)
+        pages.unlink()
+
+    async def _start(
+        self, spec: MachineSpec, held: AsyncExitStack, *, is_restored: bool
+    ) -> QemuMachine:
         # What an earlier try left in the folder must not be taken for this one's.
-        for name in (command.PID_FILE, command.QMP_SOCKET):
+        for name in (command.PID_FILE, command.QMP_SOCKET, command.INITRD):
             (spec.folder / name).unlink(missing_ok=True)
+        try:
+            _make_initrd(spec, with_token=not is_restored)
+        except FileNotFoundError as error:
+            raise InternalError(f"cannot start {spec.name}: {error}") from error
         tap_fd = await open_tap(spec.place.netns, spec.place.tap)
         try:
             arguments = command.machine_arguments(
@@ -178,6 +285,7 @@ class QemuDriver:
                 tb_size_mib=self._tb_size_mib,
                 tsc_khz=await self._rate(),
                 tap_fd=tap_fd,
+                is_restored=is_restored,
             )
             await _launch(
                 command.confined(self._binary, arguments, spec, accel=self._accel), tap_fd, spec
@@ -194,6 +302,7 @@ class QemuDriver:
             "started": started,
             "boot": boot_id(),
             "qmp": str(spec.folder / command.QMP_SOCKET),
+            "memory": str(spec.memory),
         }
         return self._machine(process, monitor, handle, held)
 
@@ -238,6 +347,35 @@ class QemuDriver:
         if self._tsc_khz is None:
             self._tsc_khz = await asyncio.to_thread(measure_khz)
         return self._tsc_khz
+
+
+def _make_initrd(spec: MachineSpec, *, with_token: bool) -> None:
+    """Give the machine an initramfs of its own, with its token in it if it is going to boot."""
+    target = spec.folder / command.INITRD
+    data = spec.initrd.read_bytes()
+    # QEMU loads it in either case, so that the two machines are alike.
+    _write_private(target, add_token(data, spec.token) if with_token else data, spec.place.uid)
+
+
+def _place(source: Path, target: Path, uid: int) -> None:
+    target.unlink(missing_ok=True)
+    _write_private(target, source.read_bytes(), uid)
+
+
+def _write_private(path: Path, data: bytes, uid: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchown(descriptor, uid, uid)
+        file.write(data)
+
+
+def _take_file(source: Path, target: Path) -> None:
+    """Copy a file that another account wrote, and sync the copy; a link is not followed."""
+    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as there, target.open("xb") as here:
+        shutil.copyfileobj(there, here)
+        here.flush()
+        os.fsync(here.fileno())
 
 
 async def _launch(arguments: list[str], tap_fd: int, spec: MachineSpec) -> None:

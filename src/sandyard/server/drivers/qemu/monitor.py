@@ -56,6 +56,11 @@ class Monitor:
         result = await self.call("query-status")
         return str(result.get("status")) if isinstance(result, dict) else ""
 
+    async def migration(self) -> str:
+        """Return how far the loading of a saved state is: `completed`, `failed`, or under way."""
+        result = await self.call("query-migrate")
+        return str(result.get("status")) if isinstance(result, dict) else ""
+
     async def ending(self) -> str:
         """Return the name of the event that says the guest has come to its end."""
         event = await self._ending.get()

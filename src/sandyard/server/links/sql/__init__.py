@@ -1,5 +1,5 @@
 """The store on SQLite or PostgreSQL, by one set of statements."""
 
-from sandyard.server.links.sql.store import SqlStore, open_store
+from sandyard.server.links.sql.store import open_store
 
-__all__ = ["SqlStore", "open_store"]
+__all__ = ["open_store"]

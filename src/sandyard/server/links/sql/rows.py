@@ -1,10 +1,15 @@
 """Statements, and rows turned into records. See core.contracts for what each method promises."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from typing import Any, Protocol
 
 from sqlalchemy import (
     ColumnElement,
+    Dialect,
+    Executable,
+    Result,
     Row,
     Select,
     and_,
@@ -18,19 +23,22 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
+from sandyard.server.core.contracts import Hold
 from sandyard.server.core.errors import AlreadyExistsError, InternalError
 from sandyard.server.core.records import (
     Activity,
     ApiKey,
     Claim,
+    KeyedRequest,
     KeyHolder,
     Organization,
     Project,
     Reason,
+    RequestKey,
     Sandbox,
     SandboxQuery,
+    Snapshot,
     UsagePeriod,
     User,
 )
@@ -43,30 +51,49 @@ _SAME = (
     "id", "org_id", "owner_user_id", "project_id", "name", "version", "incarnation", "template",
     "idle_timeout_s", "root_password_hash", "auto_resume", "expires_at", "node_id", "driver", "ip",
     "os", "created_at", "updated_at", "started_at", "paused_at", "last_activity_at",
-    "last_activity_kind",
+    "last_activity_kind", "from_snapshot_id", "from_snapshot_at",
 )  # fmt: skip
+_USED = ("last_activity_at", "last_activity_kind")
 _KEY = (
     "id", "org_id", "owner_user_id", "name", "prefix", "digest", "created_at", "expires_at",
     "revoked_at",
 )  # fmt: skip
 _HIDDEN = sorted(status.value for status in HIDDEN)
 _FEED_MAX = 500
+_COMING = ("pending", "creating", "resuming")
+
+
+class Connection(Protocol):
+    """What the rows need of a connection, to either database."""
+
+    @property
+    def dialect(self) -> Dialect:
+        """Which database it is."""
+        ...
+
+    async def execute(
+        self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
+    ) -> Result[Any]:
+        """Run one statement."""
+        ...
 
 
 class SandboxTable:
     """See core.contracts.SandboxRows."""
 
-    def __init__(self, connection: AsyncConnection, seal: Seal) -> None:
+    def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
         self._seal = seal
 
-    async def insert(self, sandbox: Sandbox) -> None:
+    async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> None:
         """See core.contracts.SandboxRows.insert."""
+        values = self._values(sandbox) | _held(hold)
         try:
-            await self._connection.execute(insert(t.sandboxes).values(self._values(sandbox)))
+            await self._connection.execute(insert(t.sandboxes).values(values))
         except IntegrityError as error:
             raise _name_is_taken(error, sandbox.name) from error
-        await self._write_tags(sandbox)
+        if sandbox.tags:
+            await self._add_tags(sandbox)
 
     async def find(self, sandbox_id: str) -> Sandbox | None:
         """See core.contracts.SandboxRows.find."""
@@ -112,14 +139,21 @@ class SandboxTable:
         )
 
     async def replace(
-        self, sandbox: Sandbox, *, lease: str | None = None, retag: bool = False
+        self,
+        sandbox: Sandbox,
+        *,
+        lease: str | None = None,
+        hold: Hold | None = None,
+        retag: bool = False,
     ) -> Sandbox | None:
         """See core.contracts.SandboxRows.replace."""
         c = t.sandboxes.c
         values = self._values(sandbox) | {"version": sandbox.version + 1}
+        for name in _USED:
+            del values[name]
         guard = [c.id == sandbox.id, c.version == sandbox.version]
         if lease is None:
-            values |= {"lease_token": None, "lease_until": None}
+            values |= _held(hold)
         else:
             guard.append(c.lease_token == lease)
         try:
@@ -131,7 +165,10 @@ class SandboxTable:
         if done.first() is None:
             return None
         if retag:
-            await self._write_tags(sandbox)
+            await self._connection.execute(
+                delete(t.sandbox_tags).where(t.sandbox_tags.c.sandbox_id == sandbox.id)
+            )
+            await self._add_tags(sandbox)
         return replace(sandbox, version=sandbox.version + 1)
 
     async def claim(
@@ -182,10 +219,7 @@ class SandboxTable:
     async def _sandboxes(self, statement: Select[tuple[object]]) -> list[Sandbox]:
         return [self._sandbox(row) for row in await self._connection.execute(statement)]
 
-    async def _write_tags(self, sandbox: Sandbox) -> None:
-        await self._connection.execute(
-            delete(t.sandbox_tags).where(t.sandbox_tags.c.sandbox_id == sandbox.id)
-        )
+    async def _add_tags(self, sandbox: Sandbox) -> None:
         if sandbox.tags:
             await self._connection.execute(
                 insert(t.sandbox_tags),
@@ -231,7 +265,7 @@ class SandboxTable:
 class AccountTable:
     """See core.contracts.AccountRows."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def add_organization(self, organization: Organization, project: Project) -> None:
@@ -310,7 +344,7 @@ class AccountTable:
 class ActivityTable:
     """See core.contracts.ActivityRows."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def append(self, activity: Activity) -> None:
@@ -341,7 +375,7 @@ class ActivityTable:
 class UsageTable:
     """See core.contracts.UsageRows."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def open(self, period: UsagePeriod) -> None:
@@ -394,6 +428,142 @@ class UsageTable:
             )
             for row in found
         ]
+
+
+class SnapshotTable:
+    """See core.contracts.SnapshotRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def insert(self, snapshot: Snapshot) -> None:
+        """See core.contracts.SnapshotRows.insert."""
+        values = {name: value for name, value in vars(snapshot).items() if name != "shape"}
+        try:
+            await self._connection.execute(
+                insert(t.snapshots).values(values | vars(snapshot.shape))
+            )
+        except IntegrityError as error:
+            raise AlreadyExistsError(
+                f"cannot use the name {snapshot.name!r}: another snapshot of the organization has "
+                "it; choose another or delete that one",
+                field="name",
+            ) from error
+
+    async def find(self, org_id: str, reference: str) -> Snapshot | None:
+        """See core.contracts.SnapshotRows.find."""
+        c = t.snapshots.c
+        named = and_(c.name == reference, c.is_hidden.is_(False))
+        found = await self._snapshots(
+            select(t.snapshots).where(c.org_id == org_id, or_(c.id == reference, named))
+        )
+        return found[0] if found else None
+
+    async def page(
+        self,
+        org_id: str,
+        *,
+        owner_user_id: str | None,
+        limit: int,
+        after: tuple[datetime, str] | None,
+    ) -> list[Snapshot]:
+        """See core.contracts.SnapshotRows.page."""
+        c = t.snapshots.c
+        wanted: list[ColumnElement[bool]] = [c.org_id == org_id, c.is_hidden.is_(False)]
+        if owner_user_id is not None:
+            wanted.append(c.owner_user_id == owner_user_id)
+        if after is not None:
+            created, last = after
+            wanted.append(or_(c.created_at < created, and_(c.created_at == created, c.id < last)))
+        return await self._snapshots(
+            select(t.snapshots)
+            .where(*wanted)
+            .order_by(c.created_at.desc(), c.id.desc())
+            .limit(limit)
+        )
+
+    async def complete(self, snapshot_id: str, *, size_bytes: int) -> None:
+        """See core.contracts.SnapshotRows.complete."""
+        await self._connection.execute(
+            update(t.snapshots)
+            .where(t.snapshots.c.id == snapshot_id)
+            .values(is_ready=True, size_bytes=size_bytes)
+        )
+
+    async def remove(self, snapshot_id: str) -> bool:
+        """See core.contracts.SnapshotRows.remove."""
+        c = t.snapshots.c
+        done = await self._connection.execute(
+            delete(t.snapshots).where(c.id == snapshot_id).returning(c.id)
+        )
+        return done.first() is not None
+
+    async def on_node(self, node_id: str) -> list[Snapshot]:
+        """See core.contracts.SnapshotRows.on_node."""
+        return await self._snapshots(select(t.snapshots).where(t.snapshots.c.node_id == node_id))
+
+    async def is_awaited(self, snapshot_id: str) -> bool:
+        """See core.contracts.SnapshotRows.is_awaited."""
+        c = t.sandboxes.c
+        found = await self._connection.execute(
+            select(c.id)
+            .where(
+                c.from_snapshot_id == snapshot_id,
+                c.from_snapshot_at == c.incarnation,
+                c.status.in_(_COMING),
+            )
+            .limit(1)
+        )
+        return found.first() is not None
+
+    async def _snapshots(self, statement: Select[Any]) -> list[Snapshot]:
+        found = []
+        for row in (await self._connection.execute(statement)).mappings():
+            values = dict(row)
+            shape = Shape(*(values.pop(name) for name in ("vcpus", "memory_mib", "disk_mib")))
+            found.append(Snapshot(**values, shape=shape))
+        return found
+
+
+class RequestTable:
+    """See core.contracts.RequestRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def find(self, key: RequestKey) -> KeyedRequest | None:
+        """See core.contracts.RequestRows.find."""
+        c = t.keyed_requests.c
+        found = await self._connection.execute(
+            select(c.digest, c.resource_ids).where(
+                *(c[name] == value for name, value in vars(key).items())
+            )
+        )
+        row = found.first()
+        return None if row is None else KeyedRequest(row.digest, tuple(row.resource_ids))
+
+    async def add(self, key: RequestKey, request: KeyedRequest, *, at: datetime) -> None:
+        """See core.contracts.RequestRows.add."""
+        await self._connection.execute(
+            insert(t.keyed_requests).values(
+                **vars(key),
+                digest=request.digest,
+                resource_ids=list(request.resource_ids),
+                created_at=at,
+            )
+        )
+
+    async def forget(self, *, before: datetime) -> None:
+        """See core.contracts.RequestRows.forget."""
+        c = t.keyed_requests.c
+        await self._connection.execute(delete(t.keyed_requests).where(c.created_at < before))
+
+
+def _held(hold: Hold | None) -> dict[str, object]:
+    return {
+        "lease_token": hold.lease if hold else None,
+        "lease_until": hold.until if hold else None,
+    }
 
 
 def _moment(at: datetime) -> ColumnElement[datetime]:

@@ -1,22 +1,35 @@
 """The store. See core.contracts.Store."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event, make_url, text
+from sqlalchemy import Connection as SyncConnection
+from sqlalchemy import Engine, Executable, Result, create_engine, event, make_url, text
+from sqlalchemy.engine import RootTransaction
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import QueuePool
 
+from sandyard.server.core.contracts import Store
 from sandyard.server.core.errors import InternalError, UnavailableError
 from sandyard.server.links.sql.migrate import upgrade
-from sandyard.server.links.sql.rows import AccountTable, ActivityTable, SandboxTable, UsageTable
+from sandyard.server.links.sql.rows import (
+    AccountTable,
+    ActivityTable,
+    Connection,
+    RequestTable,
+    SandboxTable,
+    SnapshotTable,
+    UsageTable,
+)
 from sandyard.server.links.sql.seal import Seal
 
 _BUSY_S = 10
+_LOOK_AGAIN_S = 0.01
 _POSTGRES: dict[str, Any] = {
     "pool_size": 5,
     "pool_timeout": _BUSY_S,
@@ -30,51 +43,132 @@ _WRITER_LOCK = 0x53414E44
 class SqlTransaction:
     """See core.contracts.Transaction."""
 
-    def __init__(self, connection: AsyncConnection, seal: Seal) -> None:
+    def __init__(self, connection: Connection, seal: Seal) -> None:
         self.sandboxes = SandboxTable(connection, seal)
         self.accounts = AccountTable(connection)
         self.activity = ActivityTable(connection)
         self.usage = UsageTable(connection)
+        self.snapshots = SnapshotTable(connection)
+        self.requests = RequestTable(connection)
 
 
-class SqlStore:
+class PostgresStore:
     """See core.contracts.Store.
 
-    Writers are serialized: SQLite by BEGIN IMMEDIATE, PostgreSQL by an advisory lock that a
-    transaction holds. A read that a write depends on can therefore never be overtaken.
+    Writers take turns by an advisory lock that a transaction holds: a read that a write depends on
+    can never be overtaken.
     """
 
-    def __init__(self, reader: AsyncEngine, writer: AsyncEngine, seal: Seal) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, engine: AsyncEngine, seal: Seal) -> None:
+        self._engine = engine
         self._seal = seal
-        self._is_sqlite = writer.dialect.name == "sqlite"
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.Store.read."""
         with _translated():
-            async with self._reader.connect() as connection:
+            async with self._engine.connect() as connection:
                 yield SqlTransaction(connection, self._seal)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.Store.write."""
         with _translated():
-            async with self._writer.begin() as connection:
-                if not self._is_sqlite:
-                    await connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})"))
+            async with self._engine.begin() as connection:
+                await connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})"))
                 yield SqlTransaction(connection, self._seal)
 
     async def ping(self) -> None:
         """See core.contracts.Store.ping."""
         with _translated():
-            async with asyncio.timeout(_BUSY_S), self._reader.connect() as connection:
+            async with asyncio.timeout(_BUSY_S), self._engine.connect() as connection:
                 await connection.execute(text("SELECT 1"))
 
 
+class SqliteStore:
+    """See core.contracts.Store.
+
+    Statements run on the loop itself: the database is a file in the page cache, and each takes less
+    than handing it to a thread would. What waits for the disk, the commit, is done in a thread.
+    Writers take turns by a lock in this process and by BEGIN IMMEDIATE among processes.
+    """
+
+    def __init__(self, reader: Engine, writer: Engine, seal: Seal) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._seal = seal
+        self._writing = asyncio.Lock()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[SqlTransaction]:
+        """See core.contracts.Store.read."""
+        with _translated(), self._reader.connect() as connection:
+            yield SqlTransaction(_Inline(connection), self._seal)
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[SqlTransaction]:
+        """See core.contracts.Store.write."""
+        with _translated():
+            async with asyncio.timeout(_BUSY_S):
+                await self._writing.acquire()
+            try:
+                with self._writer.connect() as connection:
+                    transaction = await _begun(connection)
+                    try:
+                        yield SqlTransaction(_Inline(connection), self._seal)
+                        # Not to be broken off half-way: the connection is this thread's till then.
+                        await _finished(transaction.commit)
+                    except BaseException:
+                        if transaction.is_active:
+                            transaction.rollback()
+                        raise
+            finally:
+                self._writing.release()
+
+    async def ping(self) -> None:
+        """See core.contracts.Store.ping."""
+        async with self.read() as tx:
+            await tx.accounts.first_organization()
+
+
+class _Inline:
+    """A connection whose statements run where they are called."""
+
+    def __init__(self, connection: SyncConnection) -> None:
+        self._connection = connection
+        self.dialect = connection.dialect
+
+    async def execute(
+        self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
+    ) -> Result[Any]:
+        """Run one statement."""
+        return self._connection.execute(statement, parameters)
+
+
+async def _begun(connection: SyncConnection) -> RootTransaction:
+    """Begin to write; where another process does, wait for it without holding up this one."""
+    until = asyncio.get_running_loop().time() + _BUSY_S
+    while True:
+        try:
+            return connection.begin()
+        except OperationalError as error:
+            if "locked" not in str(error.orig) or asyncio.get_running_loop().time() > until:
+                raise
+        await asyncio.sleep(_LOOK_AGAIN_S)
+
+
+async def _finished(work: Callable[[], None]) -> None:
+    """Do work in a thread and return when it is done, also if cancelled meanwhile."""
+    doing = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait([doing])
+        raise
+
+
 @asynccontextmanager
-async def open_store(url: str, *, key: bytes) -> AsyncIterator[SqlStore]:
+async def open_store(url: str, *, key: bytes) -> AsyncIterator[Store]:
     """Open the store behind a database URL, bringing its schema up to date first.
 
     `url` is `sqlite:///PATH` or `postgresql://…`; `key` is the installation's secret key.
@@ -89,51 +183,60 @@ async def open_store(url: str, *, key: bytes) -> AsyncIterator[SqlStore]:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Made before SQLite opens it, for itself and the files beside it: hashes are inside.
             path.touch(mode=0o600)
-            async_url = f"sqlite+aiosqlite:///{path}"
-            reader = create_async_engine(
-                async_url, pool_size=4, pool_timeout=_BUSY_S, hide_parameters=True
-            )
-            # One connection writes: within this process writers queue fairly instead of polling.
-            writer = create_async_engine(
-                async_url, pool_size=1, max_overflow=0, pool_timeout=_BUSY_S, hide_parameters=True
-            )
-            _set_up_sqlite(reader, begin="BEGIN")
-            _set_up_sqlite(writer, begin="BEGIN IMMEDIATE")
+            # As many readers as ask: to wait for one here would be to wait for ever.
+            reader = _sqlite(path, begin="BEGIN", busy_s=_BUSY_S, pool_size=4, max_overflow=-1)
+            held.callback(reader.dispose)
+            writer = _sqlite(path, begin="BEGIN IMMEDIATE", busy_s=0, pool_size=1, max_overflow=0)
+            held.callback(writer.dispose)
+            with _translated(), writer.connect() as connection:
+                transaction = await _begun(connection)
+                upgrade(connection)
+                transaction.commit()
+            yield SqliteStore(reader, writer, Seal(key))
         elif url.startswith("postgresql://"):
             postgres = make_url(url).set(drivername="postgresql+asyncpg")
-            reader = create_async_engine(postgres, **_POSTGRES)
-            writer = create_async_engine(postgres, **_POSTGRES)
+            engine = create_async_engine(postgres, **_POSTGRES)
+            held.push_async_callback(engine.dispose)
+            with _translated():
+                async with engine.begin() as connecting:
+                    await connecting.run_sync(upgrade)
+            yield PostgresStore(engine, Seal(key))
         else:
             raise InternalError(
                 "cannot open the store: its URL must be sqlite:/// or postgresql://"
             )
-        held.push_async_callback(reader.dispose)
-        held.push_async_callback(writer.dispose)
-        with _translated():
-            async with writer.begin() as connection:
-                await connection.run_sync(upgrade)
-        yield SqlStore(reader, writer, Seal(key))
 
 
-def _set_up_sqlite(engine: AsyncEngine, *, begin: str) -> None:
-    @event.listens_for(engine.sync_engine, "connect")
+def _sqlite(path: Path, *, begin: str, busy_s: int, **pool: int) -> Engine:
+    engine = create_engine(
+        f"sqlite:///{path}",
+        poolclass=QueuePool,
+        hide_parameters=True,
+        connect_args={"check_same_thread": False},
+        **pool,
+    )
+
+    @event.listens_for(engine, "connect")
     def connect(connection, _record) -> None:  # type: ignore[no-untyped-def]  # a DBAPI's own
         # The driver must not begin by itself: it would begin a reading transaction, and a write
         # in it fails when another has written meanwhile (sqlite.org/lang_transaction.html).
         connection.isolation_level = None
         cursor = connection.cursor()
         for pragma in (
+            f"busy_timeout={_BUSY_S * 1000}",
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
-            f"busy_timeout={_BUSY_S * 1000}",
+            f"busy_timeout={busy_s * 1000}",
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
-    @event.listens_for(engine.sync_engine, "begin")
+    @event.listens_for(engine, "begin")
     def begin_(connection) -> None:  # type: ignore[no-untyped-def]  # SQLAlchemy's own
         connection.exec_driver_sql(begin)
+
+    return engine
 
 
 def _is_passing(error: DBAPIError) -> bool:

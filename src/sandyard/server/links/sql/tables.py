@@ -145,6 +145,8 @@ sandboxes = Table(
     Column("last_activity_kind", Text),
     Column("lease_token", Text),
     Column("lease_until", Moment),
+    Column("from_snapshot_id", String(36)),
+    Column("from_snapshot_at", Integer, nullable=False, server_default="0"),
     CheckConstraint(f"status IN ({STATUSES})", name="status"),
     Index("ix_sandboxes_org_created", "org_id", "created_at", "id"),
     Index("ix_sandboxes_status", "status", "updated_at"),
@@ -185,6 +187,49 @@ activity = Table(
     Column("created_at", Moment, nullable=False),
     Index("ix_activity_org_created", "org_id", "created_at", "id"),
     Index("ix_activity_sandbox", "sandbox_id", "created_at"),
+)
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("owner_user_id", ForeignKey("users.id"), nullable=False),
+    Column("sandbox_id", String(20), nullable=False),
+    Column("node_id", Text, nullable=False),
+    Column("name", Text),
+    Column("template", Text, nullable=False),
+    Column("os", Text),
+    Column("vcpus", Integer, nullable=False),
+    Column("memory_mib", Integer, nullable=False),
+    Column("disk_mib", Integer, nullable=False),
+    Column("is_ready", Boolean, nullable=False),
+    Column("is_hidden", Boolean, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Index("ix_snapshots_org_created", "org_id", "created_at", "id"),
+    Index(
+        "uq_snapshots_name",
+        "org_id",
+        "name",
+        unique=True,
+        sqlite_where=text("name IS NOT NULL"),
+        postgresql_where=text("name IS NOT NULL"),
+    ),
+)
+
+# Requests that carried an Idempotency-Key, with a digest of what they asked and what they made.
+keyed_requests = Table(
+    "keyed_requests",
+    metadata,
+    Column("org_id", ForeignKey("organizations.id"), primary_key=True),
+    Column("user_id", String(36), primary_key=True),
+    Column("route", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("digest", String(64), nullable=False),
+    Column("resource_ids", JSON, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Index("ix_keyed_requests_created", "created_at"),
 )
 
 usage_periods = Table(

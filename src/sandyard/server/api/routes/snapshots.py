@@ -1,0 +1,130 @@
+"""Snapshots and forks."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Depends, Query, Request
+
+from sandyard.server.api.access import Scope
+from sandyard.server.api.cursors import decode_cursor, encode_cursor
+from sandyard.server.api.models import (
+    CreateForks,
+    CreateSnapshot,
+    Data,
+    Page,
+    PageMeta,
+    RemovedOut,
+    RollBack,
+    SandboxOut,
+    SnapshotOut,
+    sandbox_out,
+    snapshot_out,
+)
+from sandyard.server.api.routes.common import Keyed, enveloped, errors
+from sandyard.server.core.ids import check_text
+from sandyard.server.service.access import Actor
+from sandyard.server.service.snapshots import Snapshots
+
+router = APIRouter(tags=["snapshots"])
+
+CanCreate = Annotated[Actor, Depends(Scope("sandbox:create"))]
+CanRead = Annotated[Actor, Depends(Scope("sandbox:read"))]
+CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
+
+
+def _service(request: Request) -> Snapshots:
+    service: Snapshots = request.app.state.services.snapshots
+    return service
+
+
+Service = Annotated[Snapshots, Depends(_service)]
+
+
+@router.post("/v1/sandboxes/{reference}/snapshots", status_code=201, responses=errors(404, 409))
+async def create_snapshot(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    keyed: Keyed,
+    body: Annotated[CreateSnapshot | None, Body()] = None,
+) -> Data[SnapshotOut]:
+    """Save a sandbox as it is now, memory and disk; it goes on running."""
+    snapshot = await service.create(
+        actor,
+        check_text(reference, field="reference"),
+        body.name if body else None,
+        request=keyed,
+    )
+    return enveloped(request, snapshot_out(snapshot))
+
+
+@router.get("/v1/snapshots", responses=errors())
+async def list_snapshots(
+    request: Request,
+    actor: CanRead,
+    service: Service,
+    limit: Annotated[int, Query(ge=1, le=500)] = 500,
+    cursor: str | None = None,
+) -> Page[SnapshotOut]:
+    """List snapshots, newest first."""
+    found = await service.page(
+        actor, limit=limit + 1, after=decode_cursor(cursor) if cursor else None
+    )
+    page, has_more = found[:limit], len(found) > limit
+    following = encode_cursor(page[-1].created_at, page[-1].id) if has_more else None
+    return Page[SnapshotOut](
+        data=[snapshot_out(one) for one in page],
+        has_more=has_more,
+        next_cursor=following,
+        meta=PageMeta(
+            request_id=request.state.request_id, has_more=has_more, next_cursor=following
+        ),
+    )
+
+
+@router.get("/v1/snapshots/{reference}", responses=errors(404))
+async def get_snapshot(
+    request: Request, actor: CanRead, service: Service, reference: str
+) -> Data[SnapshotOut]:
+    """Return one snapshot, by id or name."""
+    snapshot = await service.find(actor, check_text(reference, field="reference"))
+    return enveloped(request, snapshot_out(snapshot))
+
+
+@router.delete("/v1/snapshots/{reference}", responses=errors(404))
+async def delete_snapshot(
+    request: Request, actor: CanWrite, service: Service, reference: str
+) -> Data[RemovedOut]:
+    """Remove a snapshot; what was made from it lives on."""
+    snapshot = await service.delete(actor, check_text(reference, field="reference"))
+    return enveloped(request, RemovedOut(id=snapshot.id, deleted=True))
+
+
+@router.post("/v1/sandboxes/{reference}/fork", status_code=201, responses=errors(404, 409))
+async def fork_sandbox(
+    request: Request,
+    actor: CanCreate,
+    service: Service,
+    reference: str,
+    keyed: Keyed,
+    body: Annotated[CreateForks | None, Body()] = None,
+) -> Data[list[SandboxOut]]:
+    """Make sandboxes that begin as this one is now: files, memory and running processes."""
+    forks = await service.fork(
+        actor,
+        check_text(reference, field="reference"),
+        body.count if body else 1,
+        request=keyed,
+    )
+    return enveloped(request, [sandbox_out(one, actor) for one in forks])
+
+
+@router.post("/v1/sandboxes/{reference}/rollback", responses=errors(404, 409))
+async def roll_back_sandbox(
+    request: Request, actor: CanWrite, service: Service, reference: str, body: RollBack
+) -> Data[SandboxOut]:
+    """Put a sandbox back to one of its snapshots; what it was until then is lost."""
+    sandbox = await service.roll_back(
+        actor, check_text(reference, field="reference"), body.snapshot_id
+    )
+    return enveloped(request, sandbox_out(sandbox, actor))

@@ -1,0 +1,91 @@
+"""Files with holes: copied and digested without reading or filling the holes."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+from sandyard.server.core.errors import InternalError, NoCapacityError
+
+_CHUNK = 1024 * 1024
+_FICLONE = 0x40049409  # linux/fs.h
+
+
+def copy_sparse(source: Path, target: Path, *, sync: bool = False) -> None:
+    """Copy a file to a new one: shared where the file system can, else its data without its holes.
+
+    Raises:
+        NoCapacityError: the host's disk is full; nothing of the copy is left.
+    """
+    with source.open("rb") as there, target.open("xb") as here:
+        os.fchmod(here.fileno(), 0o600)
+        try:
+            if not _clone(there.fileno(), here.fileno()):
+                os.truncate(here.fileno(), os.fstat(there.fileno()).st_size)
+                for start, end in extents(there.fileno()):
+                    _copy(there.fileno(), here.fileno(), start, end)
+            if sync:
+                os.fsync(here.fileno())
+        except OSError as error:
+            target.unlink()
+            raise full_or_broken(error, f"copy {source.name}") from error
+
+
+def digest_sparse(path: Path) -> str:
+    """Return the digest of a file's size and of its data with its places; holes cost nothing.
+
+    A stretch of zeros and a hole are told apart: two copies of one file agree only where the holes
+    were kept, as `copy_sparse` and a rename do.
+    """
+    digest = sha256()
+    with path.open("rb", buffering=0) as file:
+        digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+        for start, end in extents(file.fileno()):
+            digest.update(start.to_bytes(8, "little"))
+            file.seek(start)
+            while start < end:
+                piece = file.read(min(_CHUNK, end - start))
+                if not piece:
+                    break
+                digest.update(piece)
+                start += len(piece)
+    return digest.hexdigest()
+
+
+def extents(descriptor: int) -> Iterator[tuple[int, int]]:
+    """Yield the start and end of each stretch of a file that holds data."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def full_or_broken(error: OSError, what: str) -> InternalError | NoCapacityError:
+    """Return the error that a failed write to the host's disk means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoCapacityError(f"cannot {what}: the host's disk is full; free some space")
+    return InternalError(f"cannot {what}: {error.strerror}")
+
+
+def _clone(source: int, target: int) -> bool:
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False
+    return True
+
+
+def _copy(source: int, target: int, start: int, end: int) -> None:
+    while start < end:
+        copied = os.copy_file_range(source, target, end - start, start, start)
+        if not copied:
+            return
+        start += copied

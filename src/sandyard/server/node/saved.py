@@ -1,0 +1,200 @@
+"""Saved machines on disk: sealed, so that one that was cut off or altered is never started.
+
+    <folder>/device         the state of the devices; what is in it is the driver's own affair
+    <folder>/memory         the whole memory; a state that builds on another file has `pages`
+    <folder>/disk.ext4      the disk of that moment, where it does not stay with its machine
+    <folder>/manifest.json  what it is of, and each file's size and digest; signed
+
+A folder is made under another name and renamed when all of it is synced: whatever has its name is
+complete. The signature is made with the installation's key.
+"""
+
+import hmac
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+
+from sandyard.server.core.errors import ConflictError
+from sandyard.server.drivers.contract import Saved
+from sandyard.server.drivers.sparse import copy_sparse, digest_sparse
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a saved machine is of, and what it takes to go on with it.
+
+    `token` is what the agent in it accepts. `host` names the kind of processor it was saved on.
+    """
+
+    kind: str
+    template: str
+    image: str
+    os: str
+    vcpus: int
+    memory_mib: int
+    disk_mib: int
+    driver: str
+    driver_version: str
+    host: str
+    token: str
+    created_at: str = ""
+
+
+@dataclass(frozen=True)
+class SavedMachine:
+    """A saved machine whose seal is whole."""
+
+    folder: Path
+    about: About
+    files: Mapping[str, Mapping[str, int | str]]
+
+    @property
+    def state(self) -> Saved:
+        """What a driver restores from."""
+        return Saved(self.folder)
+
+    @property
+    def disk(self) -> Path:
+        """The disk of the same moment."""
+        return self.folder / "disk.ext4"
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on the host's disk."""
+        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+
+
+def seal(folder: Path, about: About, *, key: bytes, beside: Iterable[Path] = ()) -> SavedMachine:
+    """Write the manifest of the files in a folder, all of them synced by then, and sync that.
+
+    `beside` are files elsewhere that the state belongs to: too large to digest each time, they are
+    known again by size and time.
+    """
+    about = About(**{**asdict(about), "created_at": datetime.now(UTC).isoformat()})
+    files: dict[str, dict[str, int | str]] = {
+        path.name: {**_look(path), "sha256": digest_sparse(path)}
+        for path in sorted(folder.iterdir())
+    }
+    files |= {str(path): _look(path) for path in beside}
+    content = {"format": FORMAT, "about": asdict(about), "files": files}
+    text = json.dumps({**content, "signature": _signature(content, key)})
+    descriptor = os.open(folder / _MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+    return SavedMachine(folder, about, files)
+
+
+def load(folder: Path, *, key: bytes) -> SavedMachine:
+    """Return the saved machine in a folder.
+
+    Raises:
+        ConflictError: there is none, or its manifest is damaged or not signed here.
+    """
+    try:
+        content = json.loads((folder / _MANIFEST).read_text())
+        signature = content.pop("signature")
+        if not hmac.compare_digest(signature, _signature(content, key)):
+            raise ConflictError("the saved machine's manifest was altered")
+        if content["format"] != FORMAT:
+            raise ConflictError("the saved machine is of another version of Sandyard")
+        return SavedMachine(folder, About(**content["about"]), content["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConflictError(f"the saved machine cannot be read: {error!r}") from error
+
+
+def check(saved: SavedMachine, *, whole: bool) -> None:
+    """Return if every file is as it was sealed.
+
+    Size, time and inode are looked at; where they differ, or `whole` is asked for, the digests
+    decide.
+
+    Raises:
+        ConflictError: a file is missing, cut off or altered.
+    """
+    for name, sealed in saved.files.items():
+        path = saved.folder / name
+        try:
+            found = _look(path)
+            digest = sealed.get("sha256")
+            same = all(found[field] == sealed[field] for field in found)
+            if (
+                digest is None
+                and found["size"] == sealed["size"]
+                and found["time"] == sealed["time"]
+            ):
+                continue
+            if (whole or not same) and (digest is None or digest_sparse(path) != digest):
+                raise ConflictError(f"the saved machine's file {path.name} was altered")
+        except OSError as error:
+            raise ConflictError(f"the saved machine's file {path.name} is missing") from error
+
+
+def publish(part: Path, folder: Path) -> None:
+    """Give a complete folder its name; from here on it counts."""
+    part.rename(folder)
+    sync_folder(folder.parent)
+
+
+def withdraw(folder: Path, to: Path) -> None:
+    """Take a folder's name away, so that it no longer counts, then remove it."""
+    try:
+        folder.rename(to)
+    except FileNotFoundError:
+        return
+    sync_folder(folder.parent)
+    shutil.rmtree(to, ignore_errors=True)
+
+
+def copy_state(source: SavedMachine | Saved, target: Path) -> None:
+    """Copy a state's own files, but for a whole memory, to a new folder, and sync them."""
+    target.mkdir(mode=0o700)
+    for path in source.folder.iterdir():
+        if path.name in ("device", "pages"):
+            copy_sparse(path, target / path.name, sync=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's names on disk before returning."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _look(path: Path) -> dict[str, int | str]:
+    found = path.stat()
+    return {"size": found.st_size, "time": found.st_mtime_ns, "inode": found.st_ino}
+
+
+def _signature(content: Mapping[str, object], key: bytes) -> str:
+    text = json.dumps(content, sort_keys=True).encode()
+    return hmac.new(key, b"sandyard saved machine\0" + text, sha256).hexdigest()
+
+
+def refuse_other(about: About, *, driver: str, version: str, host: str) -> None:
+    """Return if a state can be started by this driver, version and host.
+
+    Raises:
+        ConflictError: it cannot; the message says what differs.
+    """
+    for what, saved, here in (
+        ("driver", about.driver, driver),
+        ("version of the hypervisor", about.driver_version, version),
+        ("kind of processor", about.host, host),
+    ):
+        if saved != here:
+            raise ConflictError(
+                f"the machine was saved with another {what} ({saved}; here it is {here})"
+            )

@@ -1,0 +1,82 @@
+"""Who starts next, where only so many may start at once.
+
+What a request waits for goes before what is made ahead. Among equals tenants take turns, so that
+one who asks for a hundred does not make the others wait for all of them.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import IntEnum
+
+
+class Rank(IntEnum):
+    """How urgent a start is; the lower goes first."""
+
+    ASKED = 0  # somebody waits for it
+    AHEAD = 1  # for the pool
+    GOLDEN = 2
+
+
+class Turns:
+    """Lets `limit` in at once; the rest wait by rank, then tenant by tenant."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._queues: dict[Rank, OrderedDict[str, deque[asyncio.Future[None]]]] = {
+            rank: OrderedDict() for rank in Rank
+        }
+
+    @property
+    def is_wanted(self) -> bool:
+        """Tell whether somebody waits whom a start made ahead would delay."""
+        return bool(self._queues[Rank.ASKED])
+
+    @asynccontextmanager
+    async def take(self, rank: Rank, tenant: str = "") -> AsyncIterator[None]:
+        """Wait for a turn and hold it until the block is left."""
+        await self._wait(rank, tenant)
+        try:
+            yield
+        finally:
+            self._free += 1
+            self._admit()
+
+    async def _wait(self, rank: Rank, tenant: str) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._queues[rank].setdefault(tenant, deque()).append(turn)
+        self._admit()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # let in and cancelled at the same moment
+                self._free += 1
+            self._drop(rank, tenant, turn)
+            self._admit()
+            raise
+
+    def _admit(self) -> None:
+        while self._free > 0 and (turn := self._next()) is not None:
+            self._free -= 1
+            turn.set_result(None)
+
+    def _next(self) -> "asyncio.Future[None] | None":
+        for tenants in self._queues.values():
+            while tenants:
+                tenant, queue = next(iter(tenants.items()))
+                turn = queue.popleft()
+                if queue:
+                    tenants.move_to_end(tenant)
+                else:
+                    del tenants[tenant]
+                if not turn.done():
+                    return turn
+        return None
+
+    def _drop(self, rank: Rank, tenant: str, turn: "asyncio.Future[None]") -> None:
+        queue = self._queues[rank].get(tenant)
+        if queue is not None and turn in queue:
+            queue.remove(turn)
+            if not queue:
+                del self._queues[rank][tenant]

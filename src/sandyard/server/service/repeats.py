@@ -1,0 +1,90 @@
+"""Requests with an Idempotency-Key: asked twice, done once.
+
+Within 24 hours the same key and request is answered with what the first one made, as it is by then.
+Only a digest of the request is kept, made with the installation's key, so that what was in it (a
+password, an environment) cannot be guessed from it.
+"""
+
+import hmac
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+
+from sandyard.server.core.contracts import Clock, Transaction
+from sandyard.server.core.errors import InvalidArgumentError, KeyReusedError
+from sandyard.server.core.records import KeyedRequest, RequestKey
+from sandyard.server.service.access import Actor
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_KEPT = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Repeatable:
+    """A creating request that carried a key."""
+
+    route: str
+    key: str
+    body: bytes
+
+
+class Repeats:
+    """Remembers such requests, in the transaction that does what they ask."""
+
+    def __init__(self, clock: Clock, secret: bytes) -> None:
+        self._clock = clock
+        self._secret = secret
+
+    def check(self, request: Repeatable | None) -> None:
+        """Refuse a key that cannot be one.
+
+        Raises:
+            InvalidArgumentError: it is not 1 to 255 printable ASCII characters.
+        """
+        if request is not None and not _KEY.fullmatch(request.key):
+            raise InvalidArgumentError(
+                "cannot use this Idempotency-Key: it needs 1 to 255 printable ASCII characters "
+                "without spaces; a UUID is a good one",
+                field="Idempotency-Key",
+            )
+
+    async def made_before(
+        self, tx: Transaction, actor: Actor, request: Repeatable | None
+    ) -> tuple[str, ...] | None:
+        """Return the ids of what this request made before; None if it is the first.
+
+        Raises:
+            KeyReusedError: the key came with another request.
+        """
+        if request is None:
+            return None
+        await tx.requests.forget(before=self._clock.now() - _KEPT)
+        known = await tx.requests.find(_key(actor, request))
+        if known is None:
+            return None
+        if not hmac.compare_digest(known.digest, self._digest(request)):
+            raise KeyReusedError(
+                "cannot use this Idempotency-Key: it came with another request within the last "
+                "24 hours; use a new key for a new request",
+                field="Idempotency-Key",
+            )
+        return known.resource_ids
+
+    async def note(
+        self, tx: Transaction, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]
+    ) -> None:
+        """Remember what a request makes."""
+        if request is not None:
+            await tx.requests.add(
+                _key(actor, request),
+                KeyedRequest(self._digest(request), ids),
+                at=self._clock.now(),
+            )
+
+    def _digest(self, request: Repeatable) -> str:
+        return hmac.new(self._secret, b"request\0" + request.body, sha256).hexdigest()
+
+
+def _key(actor: Actor, request: Repeatable) -> RequestKey:
+    return RequestKey(actor.org_id, actor.user_id, request.route, request.key)
