@@ -150,7 +150,7 @@ class Agent:
             system.enter(own_root)
             os.close(own_root)
         if (size := args.get("diskBytes")) is not None and isinstance(size, int):
-            system.grow_disk(size)
+            system.grow_disk(size, self._root_fd)
         env = dict(system.check_environment(args.get("env")))
         token = _text(args, "token")
         system.write_private("env", json.dumps(env))

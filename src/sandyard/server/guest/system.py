@@ -147,7 +147,7 @@ def write_boot_id() -> None:
         file.write(Path("/proc/sys/kernel/random/uuid").read_text())
 
 
-def grow_disk(size_bytes: int) -> None:
+def grow_disk(size_bytes: int, root_fd: int) -> None:
     """Make the writable layer fill its disk, once the kernel has seen that the disk has grown.
 
     Raises:
@@ -158,7 +158,10 @@ def grow_disk(size_bytes: int) -> None:
         if time.monotonic() > until:
             raise RefusedError("cannot grow the disk: the kernel does not see that it has grown")
         time.sleep(0.001)
-    mount = os.open(RUN / "disk", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # By the user's root: the mount does not show in the base image, where the agent lives.
+    mount = os.open(
+        f"{RUN}/disk".lstrip("/"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root_fd
+    )
     try:
         blocks = size_bytes // os.fstatvfs(mount).f_frsize
         fcntl.ioctl(mount, _EXT4_IOC_RESIZE_FS, struct.pack("Q", blocks))

@@ -25,9 +25,17 @@ class Netlink:
         """Add a tap device that an account may attach to."""
         await self._link("add", ifname=name, kind="tuntap", mode="tap", uid=uid)
 
-    async def bring_up(self, name: str, *, address: ipaddress.IPv4Interface | None = None) -> None:
-        """Give a link an address, if any, and set it up."""
+    async def bring_up(
+        self,
+        name: str,
+        *,
+        address: ipaddress.IPv4Interface | None = None,
+        mac: str | None = None,
+    ) -> None:
+        """Give a link its addresses, if any, and set it up."""
         index = await self._index(name)
+        if mac is not None:
+            await self._link("set", index=index, address=mac)
         if address is not None:
             await self._call(
                 "addr", "add", index=index, address=str(address.ip),

@@ -36,6 +36,7 @@ from sandyard.server.node.netlink import netlink
 log = logging.getLogger(__name__)
 
 GUEST_MAC = "02:73:79:00:00:02"
+_GATEWAY_MAC = "02:73:79:00:00:01"
 _TAP, _UPLINK = "tap0", "up0"
 _TOOL_LIMIT_S = 20.0
 _SPARE = 3
@@ -295,7 +296,9 @@ async def _set_up_links(
         await slot.bring_up(_UPLINK, address=ipaddress.IPv4Interface(f"{outer}/30"))
         await slot.add_default_route(gateway)
         await slot.add_tap(_TAP, uid=place.uid)
-        await slot.bring_up(_TAP, address=ipaddress.IPv4Interface(f"{GATEWAY_IP}/30"))
+        # The same in every slot: a restored guest still knows the gateway by it.
+        gateway_address = ipaddress.IPv4Interface(f"{GATEWAY_IP}/30")
+        await slot.bring_up(_TAP, address=gateway_address, mac=_GATEWAY_MAC)
         await slot.add_neighbour(_TAP, ip=GUEST_IP, mac=place.mac)
 
 
