@@ -308,7 +308,7 @@ async def test_a_state_that_is_not_whole_is_refused(
     else:
         os.truncate(file, file.stat().st_size // 2)
     async with AsyncExitStack() as held:
-        with pytest.raises(ConflictError, match="sav|restore|memory"):
+        with pytest.raises(ConflictError, match=r"sav|restore|memory"):
             await bench.saver.restore(bench.spec, saved, held)
     assert not await bench.left()
 

@@ -29,6 +29,7 @@ class Yard:
     conduct: Conduct
     client: httpx.AsyncClient
     key: str
+    home: Path
 
     def client_of(self, key: str | None) -> httpx.AsyncClient:
         """Return a client with another credential."""
@@ -150,7 +151,7 @@ async def open_yard(
         asyncio.TaskGroup() as tasks,
     ):
         reconciling = tasks.create_task(house.reconciler.run())
-        yard = Yard(house, host, conduct, httpx.AsyncClient(), "")
+        yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home)
         await yard.client.aclose()
         yard.key = await yard.add_key(*await yard.first())
         async with yard.client_of(yard.key) as client:
@@ -161,6 +162,7 @@ async def open_yard(
         if not keep:
             machine.die()
             machine.close()
+    await asyncio.sleep(0.001)  # what was closed is gone
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float = 10.0) -> None:

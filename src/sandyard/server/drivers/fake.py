@@ -51,6 +51,8 @@ class Conduct:
     restores: bool = True
     fits: bool = True
     answers: bool = True
+    wakes: bool = True
+    dies_at_set_up: int = 0  # so many times
     recent_cpu_percent: float = 0.0
 
 
@@ -188,7 +190,13 @@ class FakeMachine:
             if not self._conduct.answers:
                 await self._closed.wait()
             await self._moving.wait()
-            if request.token != self.remembers["token"]:
+            if request.op is wire.Op.SETUP and self._conduct.dies_at_set_up > 0:
+                self._conduct.dies_at_set_up -= 1
+                self.die()
+                await self._closed.wait()
+            if request.op is wire.Op.WAKE and not self._conduct.wakes:
+                answer = wire.Answer({}, error="bad_request", message="told not to wake")
+            elif request.token != self.remembers["token"]:
                 answer = wire.Answer({}, error="unauthorized", message="the token is wrong")
             else:
                 answer = wire.Answer(self._answer(request))

@@ -76,7 +76,6 @@ class NodeLimits:
     agent_s: float = 15.0
     watch_period_s: float = 2.0
     heartbeat_s: float = 5.0
-    heartbeat_limit_s: float = 5.0
     poll_s: float = 0.05
 
 
@@ -599,7 +598,7 @@ class Launcher:
         """Tell whether the agent answers, or need not because the machine is held still."""
         if unit.stall is None and not unit.is_still and unit.link is not None:
             try:
-                await unit.link.ask(Op.HELLO, limit_s=self._limits.heartbeat_limit_s)
+                await unit.link.ask(Op.HELLO, limit_s=self._limits.heartbeat_s)
             except (UnavailableError, InternalError):
                 return _stands_still(unit)
             except ConflictError:  # it has ended, which its watch will tell

@@ -351,6 +351,8 @@ class Sandboxes:
                 )
                 if sandbox.status is Status.PAUSED:
                     raise _not_done(sandbox, "resume")
+                if sandbox.status is Status.ERROR:
+                    raise check_status(sandbox, wanted="resume")
             if sandbox.status in (Status.RUNNING, Status.RESUMING):
                 return sandbox
             if sandbox.status not in (Status.PAUSED, Status.ERROR):
@@ -371,6 +373,8 @@ class Sandboxes:
             sandbox = await self._register.reread(sandbox.id)
             if resuming is not None and sandbox.status is Status.PAUSED:
                 raise _not_done(sandbox, "resume")
+            if resuming is not None and sandbox.status is Status.ERROR:
+                raise check_status(sandbox, wanted="resume")
         return sandbox
 
     async def touch(self, actor: Actor, reference: str) -> Sandbox:

@@ -1,0 +1,863 @@
+"""Pause, resume, idle, the pool, golden machines, snapshots: through the API, on fake machines."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from tests.support.house import Yard, eventually, open_yard
+
+from sandyard.server.drivers.fake import Conduct, FakeHost
+from sandyard.server.links.local import SystemClock
+from sandyard.server.node.disks import total_memory_mib
+
+
+@pytest.fixture
+async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
+    async with open_yard(tmp_path, saves=True) as made:
+        yield made
+
+
+@pytest.fixture
+async def pooled(tmp_path: Path) -> AsyncIterator[Yard]:
+    async with open_yard(tmp_path, pool=2) as made:
+        await eventually(lambda: pool_is(made, 2))
+        yield made
+
+
+async def pool_is(yard: Yard, size: int) -> bool:
+    found = [one.size for one in yard.house.node.shelves() if one.template == "base-ubuntu"]
+    return found == [size]
+
+
+async def status_is(yard: Yard, sandbox: Mapping[str, object], status: str) -> bool:
+    return bool((await yard.get(sandbox))["status"] == status)
+
+
+async def metric(yard: Yard, name: str) -> float:
+    said = (await yard.client.get("/metrics")).text
+    return sum(
+        float(line.rpartition(" ")[2]) for line in said.splitlines() if line.startswith(name)
+    )
+
+
+def golden_of(home: Path) -> Path:
+    (found,) = (
+        path.parent
+        for path in home.glob("goldens/*/manifest.json")
+        if '"template": "base-ubuntu"' in path.read_text()
+    )
+    return found
+
+
+class JumpingClock(SystemClock):
+    """A clock that a test sets forward."""
+
+    def __init__(self) -> None:
+        self.ahead = timedelta()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+
+# --- pause and resume ---------------------------------------------------------------------------
+
+
+async def test_a_pause_gives_the_machine_back_and_a_resume_goes_on_where_it_stood(
+    yard: Yard,
+) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember the milk")
+    for _ in range(3):
+        paused = await yard.act(box, "pause")
+        assert paused == {"id": box["id"], "status": "paused", "pausedAt": paused["pausedAt"]}
+        assert paused["pausedAt"] is not None
+        assert not [one for one in yard.host.machines.values() if one.remembers.get("word")]
+        got = await yard.get(box)
+        assert (got["status"], got["ip"]) == ("paused", None)
+        resumed = await yard.act(box, "resume")
+        assert resumed["status"] == "running"
+        assert resumed["resumedAt"] is not None
+        assert await yard.execute(box, "recall") == "the milk"
+    async with yard.house.store.read() as tx:
+        periods = await tx.usage.of_sandbox(str(box["id"]))
+    assert len(periods) == 4
+    assert [one.ended_at is None for one in periods] == [False, False, False, True]
+
+
+async def test_pause_and_resume_are_answered_at_once_when_there_is_nothing_to_do(
+    yard: Yard,
+) -> None:
+    box = await yard.create()
+    assert (await yard.act(box, "resume"))["status"] == "running"
+    await yard.act(box, "pause")
+    assert (await yard.act(box, "pause"))["status"] == "paused"
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/resume", params={"async": "true"})
+    assert answer.status_code == 202
+    assert answer.json()["data"]["status"] == "resuming"
+    await eventually(lambda: status_is(yard, box, "running"))
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/pause", params={"async": "true"})
+    assert answer.status_code == 202
+    assert answer.json()["data"]["status"] == "pausing"
+    await eventually(lambda: status_is(yard, box, "paused"))
+
+
+async def test_a_pause_that_fails_leaves_a_running_sandbox_that_says_why(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember me")
+    yard.conduct.has_room_to_save = False
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/pause")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "no_capacity"
+    assert "Retry-After" in answer.headers
+    got = await yard.get(box)
+    assert got["status"] == "running"
+    assert got["statusReason"]["code"] == "no_capacity"  # type: ignore[index]
+    assert await yard.execute(box, "recall") == "me"
+    yard.conduct.has_room_to_save = True
+    assert (await yard.act(box, "pause"))["status"] == "paused"
+
+
+async def test_a_resume_that_fails_leaves_a_paused_sandbox_that_says_why(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember me")
+    await yard.act(box, "pause")
+    yard.conduct.restores = False
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/resume")
+    assert answer.status_code == 503
+    assert "told not to" in answer.json()["error"]["message"]
+    got = await yard.get(box)
+    assert got["status"] == "paused"
+    assert got["statusReason"]["code"] == "resume_failed"  # type: ignore[index]
+    yard.conduct.restores = True
+    assert await yard.execute(box, "recall") == "me"
+
+
+async def test_a_machine_that_cannot_be_woken_is_saved_again(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember me")
+    await yard.act(box, "pause")
+    yard.conduct.wakes = False
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/resume")
+    assert answer.status_code == 503
+    assert (await yard.get(box))["status"] == "paused"
+    yard.conduct.wakes = True
+    assert await yard.execute(box, "recall") == "me"
+
+
+async def test_exec_resumes_a_paused_sandbox_once_however_many_call(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.act(box, "pause")
+    before = await metric(yard, 'sandyard_machine_start_seconds_count{way="resume"}')
+    said = await asyncio.gather(*(yard.execute(box, f"call {n}") for n in range(20)))
+    assert said == [f"call {n}" for n in range(20)]
+    after = await metric(yard, 'sandyard_machine_start_seconds_count{way="resume"}')
+    assert after - before == 1
+
+
+async def test_without_auto_resume_exec_is_refused(yard: Yard) -> None:
+    box = await yard.create(autoResume=False)
+    await yard.act(box, "pause")
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "x"})
+    assert answer.status_code == 409
+    assert answer.json()["error"]["details"] == {"status": "paused"}
+    assert "autoResume" in answer.json()["error"]["message"]
+
+
+async def test_a_command_under_way_is_told_of_a_pause(yard: Yard) -> None:
+    box = await yard.create()
+    path = f"/v1/sandboxes/{box['id']}/exec"
+    hanging = asyncio.ensure_future(yard.client.post(path, json={"command": "hang"}))
+    await asyncio.sleep(0.05)
+    await yard.act(box, "pause")
+    answer = await asyncio.wait_for(hanging, 5)
+    assert answer.status_code == 409
+    assert answer.json()["error"]["details"] == {"status": "paused"}
+    assert "paused meanwhile" in answer.json()["error"]["message"]
+
+
+async def test_pause_of_what_does_not_run_is_refused(yard: Yard) -> None:
+    yard.conduct.starts = False
+    box = await yard.create()
+    for action in ("pause", "resume", "touch", "snapshots", "fork"):
+        answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/{action}")
+        assert answer.status_code == 409, action
+        assert answer.json()["error"]["details"] == {"status": "failed"}
+
+
+async def test_pause_resume_and_delete_racing_each_other_end_well(yard: Yard) -> None:
+    yard.conduct.save_delay_s = 0.02
+    boxes = [await yard.create() for _ in range(6)]
+
+    async def play(box: Mapping[str, object], actions: str) -> None:
+        for action in actions:
+            path = f"/v1/sandboxes/{box['id']}"
+            if action == "d":
+                answer = await yard.client.delete(path)
+                assert answer.status_code in (200, 404)
+            else:
+                path += {"p": "/pause", "r": "/resume"}[action]
+                answer = await yard.client.post(path)
+                assert answer.status_code in (200, 404, 409, 503), answer.text
+
+    async with asyncio.TaskGroup() as tasks:
+        for box in boxes[:3]:
+            for actions in ("prprp", "rprp", "pprr"):
+                tasks.create_task(play(box, actions))
+        for box in boxes[3:]:
+            for actions in ("prpr", "prd", "rpd"):
+                tasks.create_task(play(box, actions))
+    for box in boxes[:3]:
+        await eventually(lambda box=box: settled(yard, box))  # type: ignore[misc]
+        assert await yard.execute(box, "alive") == "alive"
+        await yard.client.delete(f"/v1/sandboxes/{box['id']}")
+    await eventually(lambda: nothing_left(yard))
+
+
+async def settled(yard: Yard, box: Mapping[str, object]) -> bool:
+    return (await yard.get(box))["status"] in ("running", "paused")
+
+
+async def only_one_machine(yard: Yard) -> bool:
+    return len(yard.host.machines) == 1
+
+
+async def nothing_left(yard: Yard) -> bool:
+    return not yard.host.machines and not (await yard.house.node.report()).machines
+
+
+@pytest.mark.parametrize("status", ["running", "paused", "pausing", "resuming", "error"])
+async def test_a_delete_works_from_every_status(yard: Yard, status: str) -> None:
+    box = await yard.create()
+    path = f"/v1/sandboxes/{box['id']}"
+    await eventually(lambda: only_one_machine(yard))  # the golden one is made
+    if status in ("paused", "resuming"):
+        await yard.act(box, "pause")
+    if status == "pausing":
+        yard.conduct.save_delay_s = 30
+        await yard.client.post(f"{path}/pause", params={"async": "true"})
+    if status == "resuming":
+        yard.conduct.answers = False
+        await yard.client.post(f"{path}/resume", params={"async": "true"})
+    if status == "error":
+        yard.machine_of(box).die()
+    await eventually(lambda: status_is(yard, box, status))
+    assert (await yard.client.delete(path)).status_code == 200
+    await eventually(lambda: nothing_left(yard))
+
+
+# --- errors, and back from them -----------------------------------------------------------------
+
+
+async def test_a_lost_machine_is_booted_anew_from_its_disk(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "write kept")
+    await yard.execute(box, "remember lost")
+    yard.machine_of(box).die()
+    await eventually(lambda: status_is(yard, box, "error"))
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "x"})
+    assert answer.status_code == 409
+    resumed = await yard.act(box, "resume")
+    assert resumed["status"] == "running"
+    assert resumed["statusReason"]["code"] == "restarted_from_disk"
+    assert await yard.execute(box, "read") == "kept"
+    assert await yard.execute(box, "recall") == ""
+    await asyncio.sleep(0)
+    assert (await yard.get(box))["statusReason"]["code"] == "restarted_from_disk"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("harm", ["cut", "altered", "gone", "manifest", "disk"])
+async def test_a_damaged_saved_state_is_an_error_that_keeps_the_disk(
+    yard: Yard, tmp_path: Path, harm: str
+) -> None:
+    box = await yard.create()
+    await yard.execute(box, "write kept")
+    await yard.act(box, "pause")
+    (saved,) = tmp_path.glob("machines/*/body-1/saved")
+    pages = saved / "pages"
+    match harm:
+        case "cut":
+            pages.write_bytes(pages.read_bytes()[:-3])
+        case "altered":
+            pages.write_text(pages.read_text().replace("token", "tokem"))
+        case "gone":
+            pages.unlink()
+        case "manifest":
+            manifest = saved / "manifest.json"
+            manifest.write_text(manifest.read_text().replace('"vcpus": 2', '"vcpus": 3'))
+        case _:
+            (saved.parent / "disk.ext4").write_text("kept, longer than it was")
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/resume")
+    got = await yard.get(box)
+    assert got["status"] == "error", answer.text
+    assert got["statusReason"]["code"] == "saved_state_unusable"  # type: ignore[index]
+    assert (await yard.act(box, "resume"))["statusReason"]["code"] == "restarted_from_disk"
+    assert (await yard.execute(box, "read")).startswith("kept")
+
+
+async def test_a_state_of_another_hypervisor_version_is_not_started(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, saves=True) as yard:
+        box = await yard.create()
+        await yard.execute(box, "write kept")
+        await yard.act(box, "pause")
+    async with open_yard(tmp_path, saves=True, version="2") as yard:
+        await yard.client.post(f"/v1/sandboxes/{box['id']}/resume")
+        got = await yard.get(box)
+        assert got["status"] == "error"
+        assert "version" in got["statusReason"]["message"]  # type: ignore[index]
+        await yard.act(box, "resume")
+        assert await yard.execute(box, "read") == "kept"
+
+
+async def test_a_silent_agent_is_suspected_and_comes_back(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, saves=True, heartbeat_s=0.05) as yard:
+        box = await yard.create()
+        yard.conduct.answers = False
+        await eventually(lambda: status_is(yard, box, "suspected_missing"))
+        async with yard.house.store.read() as tx:
+            assert (await tx.usage.of_sandbox(str(box["id"])))[0].ended_at is not None
+        yard.conduct.answers = True
+        await eventually(lambda: status_is(yard, box, "running"))
+        assert await yard.execute(box, "back") == "back"
+
+
+async def test_what_is_left_nowhere_is_orphaned(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.act(box, "pause")
+    await yard.house.node.ensure_gone(str(box["id"]), incarnation=9)
+    await eventually(lambda: status_is(yard, box, "orphaned"))
+    listed = (await yard.client.get("/v1/sandboxes")).json()["data"]
+    assert listed == []
+    assert (await yard.client.delete(f"/v1/sandboxes/{box['id']}")).status_code == 200
+
+
+# --- over a restart -----------------------------------------------------------------------------
+
+
+async def test_running_and_paused_sandboxes_are_there_after_a_restart(tmp_path: Path) -> None:
+    host = FakeHost()
+    async with open_yard(tmp_path, host=host, saves=True, keep=True) as yard:
+        running, paused = await yard.create(), await yard.create()
+        await yard.execute(running, "remember r")
+        await yard.execute(paused, "remember p")
+        await yard.act(paused, "pause")
+    assert [one for one in host.machines.values() if one.remembers.get("word") == "r"]
+    async with open_yard(tmp_path, host=host, saves=True) as yard:
+        assert await yard.execute(running, "recall") == "r"
+        assert (await yard.get(paused))["status"] == "paused"
+        assert await yard.execute(paused, "recall") == "p"
+
+
+async def test_a_machine_held_still_by_a_dead_server_goes_on(tmp_path: Path) -> None:
+    host = FakeHost()
+    async with open_yard(tmp_path, host=host, saves=True, keep=True) as yard:
+        box = await yard.create()
+        await yard.machine_of(box).pause()
+    async with open_yard(tmp_path, host=host, saves=True) as yard:
+        assert await yard.execute(box, "on") == "on"
+
+
+async def test_a_published_state_counts_even_if_the_record_does_not_say_so(
+    tmp_path: Path,
+) -> None:
+    """As when the server is killed between the rename that publishes it and the record."""
+    host = FakeHost()
+    async with open_yard(tmp_path, host=host, saves=True, keep=True) as yard:
+        box = await yard.create()
+        await yard.execute(box, "remember me")
+        (record,) = tmp_path.glob("machines/*/resident.json")
+        running = record.read_text()
+        await yard.act(box, "pause")
+    record.write_text(running)
+    async with open_yard(tmp_path, host=host, saves=True) as yard:
+        assert await yard.execute(box, "recall") == "me"
+
+
+async def test_what_a_broken_off_save_left_is_no_state(tmp_path: Path) -> None:
+    host = FakeHost()
+    async with open_yard(tmp_path, host=host, saves=True, keep=True) as yard:
+        box = await yard.create()
+        await yard.execute(box, "remember me")
+    (body,) = tmp_path.glob("machines/*/body-1")
+    (body / "saved.part").mkdir()
+    (body / "saved.part/device").write_text("half")
+    async with open_yard(tmp_path, host=host, saves=True) as yard:
+        assert await yard.execute(box, "recall") == "me"
+        await yard.act(box, "pause")
+        assert await yard.execute(box, "recall") == "me"
+
+
+# --- idle ---------------------------------------------------------------------------------------
+
+
+async def test_an_idle_sandbox_is_paused_and_says_so(tmp_path: Path) -> None:
+    clock = JumpingClock()
+    async with open_yard(tmp_path, saves=True, clock=clock) as yard:
+        idle = await yard.create(idleTimeout=100)
+        never = await yard.create(idleTimeout=0)
+        used = await yard.create(idleTimeout=100)
+        clock.ahead = timedelta(seconds=60)
+        await yard.act(used, "touch")
+        assert (await yard.get(used))["lastActivityKind"] == "touch"
+        clock.ahead = timedelta(seconds=110)
+        await eventually(lambda: status_is(yard, idle, "paused"))
+        assert (await yard.get(idle))["statusReason"]["code"] == "idle"  # type: ignore[index]
+        # Looking is no use of it, and what was touched is not idle yet.
+        assert await status_is(yard, used, "running")
+        assert await status_is(yard, never, "running")
+        clock.ahead = timedelta(seconds=170)
+        await eventually(lambda: status_is(yard, used, "paused"))
+        assert await yard.execute(idle, "wakes up") == "wakes up"
+
+
+async def test_what_keeps_a_processor_busy_is_not_idle(tmp_path: Path) -> None:
+    clock = JumpingClock()
+    conduct = Conduct(recent_cpu_percent=5.1)
+    async with open_yard(tmp_path, saves=True, clock=clock, conduct=conduct) as yard:
+        box = await yard.create(idleTimeout=10)
+        clock.ahead = timedelta(seconds=11)
+
+        async def by_cpu() -> bool:
+            return (await yard.get(box))["lastActivityKind"] == "cpu"
+
+        await eventually(by_cpu)
+        assert await status_is(yard, box, "running")
+        conduct.recent_cpu_percent = 4.9
+        clock.ahead = timedelta(seconds=25)
+        await eventually(lambda: status_is(yard, box, "paused"))
+
+
+async def test_a_command_that_takes_long_keeps_its_sandbox_up(tmp_path: Path) -> None:
+    clock = JumpingClock()
+    async with open_yard(tmp_path, saves=True, clock=clock) as yard:
+        box = await yard.create(idleTimeout=10)
+        other = await yard.create(idleTimeout=10)
+        path = f"/v1/sandboxes/{box['id']}/exec"
+        hanging = asyncio.ensure_future(yard.client.post(path, json={"command": "hang"}))
+        await asyncio.sleep(0.05)
+        clock.ahead = timedelta(seconds=20)
+        await eventually(lambda: status_is(yard, other, "paused"))
+        assert await status_is(yard, box, "running")
+        yard.machine_of(box).die()
+        await hanging
+
+
+async def test_a_clock_that_jumps_back_pauses_nothing(tmp_path: Path) -> None:
+    clock = JumpingClock()
+    async with open_yard(tmp_path, saves=True, clock=clock) as yard:
+        box = await yard.create(idleTimeout=10)
+        clock.ahead = timedelta(days=-300)
+        assert await yard.execute(box, "then") == "then"
+        await yard.act(box, "pause")
+        assert await yard.execute(box, "still") == "still"
+        async with yard.house.store.read() as tx:
+            periods = await tx.usage.of_sandbox(str(box["id"]))
+        assert all(one.ended_at is None or one.ended_at >= one.started_at for one in periods)
+
+
+# --- changes ------------------------------------------------------------------------------------
+
+
+async def test_a_sandbox_can_be_changed(yard: Yard) -> None:
+    box = await yard.create(name="before", tags=["a"])
+    path = f"/v1/sandboxes/{box['id']}"
+    answer = await yard.client.patch(
+        path,
+        json={
+            "name": "after", "tags": ["b", "c"], "idleTimeout": 7, "metadata": {"x": 1},
+            "autoResume": False,
+        },
+    )  # fmt: skip
+    assert answer.status_code == 200, answer.text
+    got = (await yard.client.get("/v1/sandboxes/after")).json()["data"]
+    assert (got["tags"], got["idleTimeout"], got["metadata"]) == (["b", "c"], 7, {"x": 1})
+    assert got["autoResume"] is False
+    assert got["status"] == "running"
+    listed = (await yard.client.get("/v1/sandboxes", params={"tag": "b"})).json()["data"]
+    assert [one["id"] for one in listed] == [box["id"]]
+    answer = await yard.client.patch(path, json={"name": None})
+    assert answer.json()["data"]["name"] is None
+    assert (await yard.client.patch(path, json={})).json()["data"]["idleTimeout"] == 7
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"idleTimeout": -1}, "idleTimeout"),
+        ({"idleTimeout": None}, "idle_timeout"),
+        ({"tags": ["x" * 65]}, "tags"),
+        ({"name": ""}, "name"),
+        ({"projectId": "nowhere"}, "projectId"),
+        ({"metadata": {"x": "y" * 20000}}, "metadata"),
+    ],
+)
+async def test_a_change_that_cannot_be_is_refused_by_field(
+    yard: Yard, body: dict[str, object], field: str
+) -> None:
+    box = await yard.create()
+    answer = await yard.client.patch(f"/v1/sandboxes/{box['id']}", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["details"]["field"] == field
+
+
+async def test_a_taken_name_is_refused(yard: Yard) -> None:
+    await yard.create(name="one")
+    two = await yard.create(name="two")
+    answer = await yard.client.patch(f"/v1/sandboxes/{two['id']}", json={"name": "one"})
+    assert answer.status_code == 409
+
+
+# --- repeated requests --------------------------------------------------------------------------
+
+
+async def test_fifty_creates_with_one_key_make_one_sandbox(yard: Yard) -> None:
+    headers = {"Idempotency-Key": "0b0b2d9c-once"}
+    body = {"env": {"SECRET": "hunter2"}}
+    answers = await asyncio.gather(
+        *(yard.client.post("/v1/sandboxes", json=body, headers=headers) for _ in range(50))
+    )
+    assert {one.status_code for one in answers} == {201}
+    assert len({one.json()["data"]["id"] for one in answers}) == 1
+    assert len((await yard.client.get("/v1/sandboxes")).json()["data"]) == 1
+    other = await yard.client.post("/v1/sandboxes", json={"name": "x"}, headers=headers)
+    assert other.status_code == 400
+    assert other.json()["error"]["code"] == "idempotency_key_reused"
+    again = await yard.client.post(
+        "/v1/sandboxes",
+        content=json.dumps(body, indent=3),
+        headers={**headers, "Content-Type": "application/json"},
+    )
+    assert again.json()["data"]["id"] == answers[0].json()["data"]["id"]
+    wrong = await yard.client.post("/v1/sandboxes", json=body, headers={"Idempotency-Key": " "})
+    assert wrong.status_code == 400
+    assert b"hunter2" not in b"".join(
+        path.read_bytes() for path in Path(yard.home).glob("sandyard.db*")
+    )
+
+
+async def test_a_key_is_one_organizations_and_lasts_a_day(tmp_path: Path) -> None:
+    clock = JumpingClock()
+    async with open_yard(tmp_path, saves=True, clock=clock) as yard:
+        headers = {"Idempotency-Key": "k"}
+        first = await yard.client.post("/v1/sandboxes", json={}, headers=headers)
+        async with yard.client_of(await yard.stranger()) as client:
+            theirs = await client.post("/v1/sandboxes", json={}, headers=headers)
+        assert theirs.status_code == 201
+        assert theirs.json()["data"]["id"] != first.json()["data"]["id"]
+        clock.ahead = timedelta(hours=24, seconds=1)
+        later = await yard.client.post("/v1/sandboxes", json={}, headers=headers)
+        assert later.json()["data"]["id"] != first.json()["data"]["id"]
+
+
+# --- the pool -----------------------------------------------------------------------------------
+
+
+async def test_a_create_takes_a_waiting_machine_and_runs_at_once(pooled: Yard) -> None:
+    answer = await pooled.client.post(
+        "/v1/sandboxes", json={"name": "mine", "env": {"A": "b"}, "idleTimeout": 5}
+    )
+    data = answer.json()["data"]
+    assert data["status"] == "running"
+    assert data["ip"]
+    assert await pooled.execute(data, "hostname") == "mine"
+    assert json.loads(await pooled.execute(data, "env")) == {"A": "b"}
+    assert await metric(pooled, 'sandyard_pool_requests_total{result="hit"') == 1
+    assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="pool"}') == 1
+    await eventually(lambda: pool_is(pooled, 2))
+    await pooled.client.delete("/v1/sandboxes/mine")
+
+
+async def test_a_larger_disk_comes_from_the_pool_and_a_smaller_one_does_not(pooled: Yard) -> None:
+    larger = (
+        await pooled.client.post("/v1/sandboxes", json={"resources": {"disk": "20GB"}})
+    ).json()["data"]
+    assert larger["status"] == "running"
+    assert pooled.machine_of(larger).disk_mib == 20 * 1024
+    smaller = await pooled.create(resources={"disk": "2GB"})
+    assert pooled.machine_of(smaller).disk_mib == 2 * 1024
+    assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="restore"}') == 1
+
+
+async def test_an_empty_pool_restores_and_another_shape_boots(pooled: Yard) -> None:
+    made = await asyncio.gather(*(pooled.create() for _ in range(6)))
+    assert {one["status"] for one in made} == {"running"}
+    ways = {
+        way: await metric(pooled, f'sandyard_machine_start_seconds_count{{way="{way}"}}')
+        for way in ("pool", "restore", "boot")
+    }
+    assert ways["pool"] >= 2
+    assert ways["pool"] + ways["restore"] == 6
+    odd = await pooled.create(resources={"memory": "1GB"})
+    assert odd["status"] == "running"
+    assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="boot"}') == 1
+
+    async def has_golden() -> bool:
+        return await metric(pooled, "sandyard_goldens ") >= 3
+
+    await eventually(has_golden)
+    await pooled.create(resources={"memory": "1GB"})
+    assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="boot"}') == 1
+
+
+async def test_a_member_that_died_while_waiting_is_never_given_out(pooled: Yard) -> None:
+    for machine in list(pooled.host.machines.values()):
+        machine.die()
+    box = await pooled.create()
+    assert await pooled.execute(box, "alive") == "alive"
+
+
+async def test_a_member_that_dies_between_claim_and_set_up_costs_no_create(
+    tmp_path: Path,
+) -> None:
+    conduct = Conduct()
+    async with open_yard(tmp_path, pool=2, conduct=conduct) as yard:
+        await eventually(lambda: pool_is(yard, 2))
+        conduct.dies_at_set_up = 2
+        box = await yard.create()
+        assert box["status"] == "running"
+        assert await yard.execute(box, "alive") == "alive"
+        await yard.client.delete(f"/v1/sandboxes/{box['id']}")
+
+
+async def test_a_pool_follows_its_template(pooled: Yard) -> None:
+    before = {id(one) for one in pooled.host.machines.values()}
+    images = pooled.home / "images"
+    new = images / "newer"
+    new.mkdir()
+    for path in (images / "fake").iterdir():
+        (new / path.name).write_bytes(path.read_bytes())
+    for state in (pooled.home / "templates").glob("*.json"):
+        state.write_text(json.dumps({"digest": "newer"}))
+
+    async def all_new() -> bool:
+        now = {id(one) for one in pooled.host.machines.values()}
+        return await pool_is(pooled, 2) and not now & before
+
+    await eventually(all_new)
+
+
+async def test_waiting_machines_give_way_to_somebody_who_asks(tmp_path: Path) -> None:
+    share = 13_000 / total_memory_mib()  # two that wait take 8.2 GB of that
+    async with open_yard(tmp_path, pool=2, memory_overcommit=share) as yard:
+        await eventually(lambda: pool_is(yard, 2))
+        box = await yard.create(resources={"memory": "8GB"})
+        assert box["status"] == "running"
+        refused = await yard.client.post("/v1/sandboxes", json={"resources": {"memory": "8GB"}})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "no_capacity"
+        assert "Retry-After" in refused.headers
+
+
+# --- golden machines ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["cut", "altered", "manifest", "empty"])
+async def test_a_damaged_golden_is_replaced_and_never_served(tmp_path: Path, harm: str) -> None:
+    async with open_yard(tmp_path, pool=1) as yard:
+        await eventually(lambda: pool_is(yard, 1))
+    golden = golden_of(tmp_path)
+    memory = golden / "memory"
+    match harm:
+        case "cut":
+            memory.write_bytes(memory.read_bytes()[:-3])
+        case "altered":
+            memory.write_text(memory.read_text().replace("token", "tokem"))
+        case "manifest":
+            path = golden / "manifest.json"
+            path.write_text(path.read_text().replace('"vcpus": 2', '"vcpus": 3'))
+        case _:
+            for path in golden.iterdir():
+                path.unlink()
+    async with open_yard(tmp_path, pool=1) as yard:
+        await eventually(lambda: pool_is(yard, 1))
+        box = await yard.create()
+        assert await yard.execute(box, "fine") == "fine"
+
+
+async def test_a_golden_that_is_damaged_while_in_use_is_replaced(pooled: Yard) -> None:
+    golden = golden_of(pooled.home)
+    (golden / "device").write_text("broken")
+    made = await asyncio.gather(*(pooled.create() for _ in range(4)))
+    assert {one["status"] for one in made} == {"running"}
+    await eventually(lambda: pool_is(pooled, 2), limit_s=20)
+
+
+async def test_a_whole_golden_is_used_again_and_one_of_another_version_is_not(
+    tmp_path: Path,
+) -> None:
+    async with open_yard(tmp_path, pool=1) as yard:
+        await eventually(lambda: pool_is(yard, 1))
+    first = golden_of(tmp_path)
+    made_at = (first / "manifest.json").stat().st_mtime_ns
+    async with open_yard(tmp_path, pool=1) as yard:
+        await eventually(lambda: pool_is(yard, 1))
+        assert (first / "manifest.json").stat().st_mtime_ns == made_at
+    async with open_yard(tmp_path, pool=1, version="2") as yard:
+        await eventually(lambda: pool_is(yard, 1))
+        assert golden_of(tmp_path) != first
+        assert not first.exists()
+
+
+async def test_a_golden_broken_off_is_swept(tmp_path: Path) -> None:
+    part = tmp_path / "goldens/abc.part"
+    part.mkdir(parents=True)
+    (part / "device").write_text("half")
+    async with open_yard(tmp_path, pool=1) as yard:
+        await eventually(lambda: pool_is(yard, 1))
+        assert not part.exists()
+
+
+# --- snapshots and forks ------------------------------------------------------------------------
+
+
+async def test_a_snapshot_is_made_listed_used_and_deleted(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember then")
+    made = await yard.act(box, "snapshots", name="first")
+    assert (made["name"], made["status"], made["sandboxId"]) == ("first", "ready", box["id"])
+    assert await yard.execute(box, "recall") == "then"
+    await yard.execute(box, "remember now")
+    listed = (await yard.client.get("/v1/snapshots")).json()["data"]
+    assert [one["id"] for one in listed] == [made["id"]]
+    assert (await yard.client.get("/v1/snapshots/first")).json()["data"] == made
+    clone = await yard.create(snapshot="first", name="clone", env={"NEW": "1"})
+    assert clone["template"] == "base-ubuntu"
+    assert await yard.execute(clone, "recall") == "then"
+    assert await yard.execute(clone, "hostname") == "clone"
+    assert await yard.execute(box, "recall") == "now"
+    assert (await yard.client.delete(f"/v1/snapshots/{made['id']}")).json()["data"] == {
+        "id": made["id"], "deleted": True,
+    }  # fmt: skip
+    assert (await yard.client.delete("/v1/snapshots/first")).status_code == 404
+    assert not list((yard.home / "snapshots").iterdir())
+    # What was made from it lives on, also through a pause.
+    await yard.act(clone, "pause")
+    assert await yard.execute(clone, "recall") == "then"
+
+
+async def test_a_paused_sandbox_can_be_saved_and_stays_paused(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember it")
+    await yard.act(box, "pause")
+    made = await yard.act(box, "snapshots")
+    assert (await yard.get(box))["status"] == "paused"
+    clone = await yard.create(snapshot=made["id"])
+    assert await yard.execute(clone, "recall") == "it"
+    assert await yard.execute(box, "recall") == "it"
+
+
+async def test_forks_begin_as_their_source_is(yard: Yard) -> None:
+    box = await yard.create(name="source", tags=["t"], env={"A": "1"})
+    await yard.execute(box, "remember all")
+    forks = await yard.act(box, "fork", count=5)
+    assert len({one["id"] for one in forks}) == 5
+    for fork in forks:
+        await eventually(lambda fork=fork: status_is(yard, fork, "running"))  # type: ignore[misc]
+        assert fork["tags"] == ["t"]
+        assert fork["name"] is None
+        assert await yard.execute(fork, "recall") == "all"
+        assert await yard.execute(fork, "hostname") == fork["id"]
+    assert (await yard.client.get("/v1/snapshots")).json()["data"] == []
+    for count in (0, 101):
+        answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/fork", json={"count": count})
+        assert answer.status_code == 400
+
+
+async def test_a_rollback_puts_everything_back(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember before")
+    await yard.execute(box, "write before")
+    made = await yard.act(box, "snapshots")
+    for status in ("running", "paused", "error"):
+        await yard.execute(box, "remember after")
+        await yard.execute(box, "write after")
+        if status == "paused":
+            await yard.act(box, "pause")
+        if status == "error":
+            yard.machine_of(box).die()
+            await eventually(lambda: status_is(yard, box, "error"))
+        back = await yard.act(box, "rollback", snapshotId=made["id"])
+        assert back["status"] == "running"
+        assert await yard.execute(box, "recall") == "before"
+        assert await yard.execute(box, "read") == "before"
+    # From here on it has a life of its own again.
+    await yard.execute(box, "remember later")
+    await yard.act(box, "pause")
+    assert await yard.execute(box, "recall") == "later"
+
+
+async def test_a_rollback_that_fails_loses_nothing(yard: Yard) -> None:
+    box = await yard.create()
+    made = await yard.act(box, "snapshots")
+    await yard.execute(box, "remember me")
+    (device,) = (yard.home / "snapshots").glob("*/device")
+    device.write_text("broken")
+    path = f"/v1/sandboxes/{box['id']}/rollback"
+    answer = await yard.client.post(path, json={"snapshotId": made["id"]})
+    assert answer.status_code == 503, answer.text
+    assert (await yard.get(box))["status"] == "paused"
+    assert await yard.execute(box, "recall") == "me"
+
+
+async def test_a_snapshot_of_another_is_no_place_to_go_back_to(yard: Yard) -> None:
+    one, two = await yard.create(), await yard.create()
+    made = await yard.act(one, "snapshots")
+    path = f"/v1/sandboxes/{two['id']}/rollback"
+    for reference in (made["id"], "nowhere"):
+        answer = await yard.client.post(path, json={"snapshotId": reference})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["details"]["field"] == "snapshotId"
+
+
+async def test_snapshots_are_their_organizations_own(yard: Yard) -> None:
+    box = await yard.create()
+    made = await yard.act(box, "snapshots", name="secret")
+    async with yard.client_of(await yard.stranger()) as client:
+        assert (await client.get("/v1/snapshots")).json()["data"] == []
+        for reference in (made["id"], "secret"):
+            assert (await client.get(f"/v1/snapshots/{reference}")).status_code == 404
+            assert (await client.delete(f"/v1/snapshots/{reference}")).status_code == 404
+            answer = await client.post("/v1/sandboxes", json={"snapshot": reference})
+            assert answer.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"resources": {"vcpus": 9}}, "resources.vcpus"),
+        ({"resources": {"memory": "9GB"}}, "resources.memory"),
+        ({"resources": {"disk": "1GB"}}, "resources.disk"),
+        ({"template": "base-minimal"}, "template"),
+    ],
+)
+async def test_a_snapshot_keeps_its_shape(yard: Yard, body: dict[str, object], field: str) -> None:
+    box = await yard.create()
+    made = await yard.act(box, "snapshots")
+    answer = await yard.client.post("/v1/sandboxes", json={"snapshot": made["id"], **body})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["details"]["field"] == field
+
+
+async def test_a_snapshot_that_cannot_be_made_leaves_nothing(yard: Yard) -> None:
+    box = await yard.create()
+    yard.conduct.has_room_to_save = False
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/snapshots")
+    assert answer.status_code == 503
+    assert (await yard.client.get("/v1/snapshots")).json()["data"] == []
+    assert not list((yard.home / "snapshots").iterdir())
+    assert await yard.execute(box, "goes on") == "goes on"
+
+
+async def test_files_of_snapshots_that_the_store_does_not_know_are_removed(
+    tmp_path: Path,
+) -> None:
+    stray = tmp_path / "snapshots/6a1f4b0e-6a35-4a0e-8c5b-0d2f9c9f1c11"
+    stray.mkdir(parents=True)
+    async with open_yard(tmp_path, saves=True):
+
+        async def gone() -> bool:
+            return not stray.exists()
+
+        await eventually(gone)
