@@ -7,12 +7,13 @@ from tests.conftest import free_port
 from tests.support.server import RealServer, wait_until
 
 SPARE_SLOTS = 3
+POOL = 2
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[RealServer]:
     """A running installation; taken down whole at the end, which checks that nothing is left."""
-    made = RealServer(free_port())
+    made = RealServer(free_port(), SANDYARD_POOL__FLOOR=str(POOL), SANDYARD_POOL__CEILING=str(POOL))
     try:
         made.start()
         yield made
@@ -26,14 +27,30 @@ def box(server: RealServer) -> str:
     return str(server.create(env={"FROM_CREATE": "yes"})["id"])
 
 
+def _is_settled(server: RealServer, box: str) -> bool:
+    """Tell whether there is the box and what waits in the pool, and nothing else at all.
+
+    What is made ahead may be on its way for a while.
+    """
+    waiting = server.waiting()
+    machines = 1 + len(waiting)
+    expected = {one["id"] for one in waiting} | {server.record_of(box)["id"]}
+    return (
+        server.folders() == expected
+        and len(server.processes()) == machines
+        and len(server.namespaces()) == machines + SPARE_SLOTS
+        and len(server.links()) == machines + SPARE_SLOTS
+    )
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing(server: RealServer, box: str) -> Iterator[None]:
     yield
+    for one in server.client.get("/v1/snapshots").json()["data"]:
+        server.client.delete(f"/v1/snapshots/{one['id']}")
     listed = server.client.get("/v1/sandboxes").json()["data"]
     for one in listed:
         if one["id"] != box:
             server.delete(one["id"])
     assert server.machines() == {box}
-    assert len(server.processes()) == 1
-    wait_until(lambda: len(server.namespaces()) == 1 + SPARE_SLOTS, what="spare slots are made")
-    wait_until(lambda: len(server.links()) == 1 + SPARE_SLOTS, what="links match namespaces")
+    wait_until(lambda: _is_settled(server, box), what="only the box and the pool are there")

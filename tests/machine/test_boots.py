@@ -18,21 +18,23 @@ from sandyard.server.node.images import Images
 pytestmark = pytest.mark.machine
 
 
+ODD = {"resources": {"memory": "300MB"}}  # a shape of which nothing is ready
+
+
 def test_a_machine_that_dies_while_it_boots_fails_with_the_reason(server: RealServer) -> None:
-    box = server.create(wait=0)["id"]
-    record = server.home / f"machines/{box}/resident.json"
-    wait_until(lambda: record.exists() and '"pid"' in record.read_text(), what="it boots")
+    box = server.create(wait=0, **ODD)["id"]
+    wait_until(lambda: bool(server.record_of(box).get("handle")), what="it boots")
     os.kill(server.pid_of(box), signal.SIGKILL)
     wait_until(lambda: server.get(box)["status"] == "failed", limit_s=10)
     reason = server.get(box)["statusReason"]
     assert isinstance(reason, dict)
     assert reason["code"] == "start_failed"
     assert "ended while it started" in reason["message"]
-    assert not record.exists()
+    assert not server.record_of(box)
 
 
 def test_a_delete_while_it_boots_leaves_nothing(server: RealServer) -> None:
-    box = server.create(wait=0)["id"]
+    box = server.create(wait=0, resources={"memory": "310MB"})["id"]
     wait_until(lambda: server.get(box)["status"] == "creating")
     server.delete(box)
     assert str(box) not in server.machines()

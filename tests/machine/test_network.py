@@ -89,9 +89,8 @@ def reaches(server: RealServer, box: str, address: str, port: int = PORT) -> boo
 
 
 def slot_of(server: RealServer, box: str) -> str:
-    import json
 
-    record = json.loads((server.home / f"machines/{box}/resident.json").read_text())
+    record = server.record_of(box)
     return f"{server.prefix}-{record['slot']}"
 
 
@@ -216,3 +215,47 @@ def test_names_are_resolved_by_the_nodes_forwarder(server: RealServer, box: str)
         Path("/etc/resolv.conf").write_text(original)
         running.kill()
         running.wait()
+
+
+SILENT = """
+import socket
+with socket.create_server(("0.0.0.0", 8100)) as listener:
+    kept = []
+    while True:
+        kept.append(listener.accept())
+"""
+READER = """
+import socket
+with socket.create_connection(("203.0.113.77", 8100), timeout=5) as there:
+    there.settimeout(None)
+    print("open", flush=True)
+    try:
+        print("read", len(there.recv(1)), flush=True)
+    except OSError as error:
+        print("error", error.errno, flush=True)
+"""
+
+
+def test_connections_that_were_open_see_a_reset_after_a_resume(
+    server: RealServer, box: str, world: None
+) -> None:
+    """An idle reader too, which would otherwise wait for ever."""
+    listener = subprocess.Popen(
+        ["ip", "netns", "exec", NETNS, "python3", "-c", SILENT], start_new_session=True
+    )
+    try:
+        wait_until(lambda: reaches(server, box, PUBLIC), what="the world is there")
+        server.execute(box, "cat > /reader.py", stdin=READER)
+        server.execute(box, "python3 -u /reader.py > /said 2>&1 &")
+        wait_until(
+            lambda: "open" in str(server.execute(box, "cat /said")["stdout"]), what="it reads"
+        )
+        server.act(box, "pause")
+        server.act(box, "resume")
+        wait_until(
+            lambda: "error" in str(server.execute(box, "cat /said")["stdout"]),
+            limit_s=10, what="the idle reader is told",
+        )  # fmt: skip
+    finally:
+        listener.kill()
+        listener.wait()

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -125,10 +126,44 @@ class RealServer:
         answer = self.client.delete(f"/v1/sandboxes/{reference}")
         assert answer.status_code == 200, answer.text
 
+    def record_of(self, sandbox_id: object) -> dict[str, Any]:
+        """Return the record of the machine behind a sandbox; empty if there is none."""
+        return next((one for one in self.records() if one["sandbox_id"] == sandbox_id), {})
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the records of all machines."""
+        found = []
+        for path in (self.home / "machines").glob("*/resident.json"):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(json.loads(path.read_text()))
+        return found
+
+    def folder_of(self, sandbox_id: object) -> Path:
+        """Return the folder of the machine behind a sandbox."""
+        return self.home / "machines" / str(self.record_of(sandbox_id)["id"])
+
     def pid_of(self, sandbox_id: object) -> int:
         """Return the pid of the machine behind a sandbox."""
-        record = json.loads((self.home / f"machines/{sandbox_id}/resident.json").read_text())
-        return int(record["handle"]["pid"])
+        return int(self.record_of(sandbox_id)["handle"]["pid"])
+
+    def act(self, reference: object, action: str, **body: object) -> Any:
+        """Ask for an action on a sandbox and return what it answered."""
+        answer = self.client.post(f"/v1/sandboxes/{reference}/{action}", json=body)
+        assert answer.status_code in (200, 201), answer.text
+        return answer.json()["data"]
+
+    def status(self, reference: object) -> str:
+        """Return a sandbox's status."""
+        return str(self.get(reference)["status"])
+
+    def metric(self, name: str) -> float:
+        """Return the sum of a metric's samples whose line begins so."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return sum(float(one.rpartition(" ")[2]) for one in lines if one.startswith(name))
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """Return the records of the machines that wait in the pool."""
+        return [one for one in self.records() if one["phase"] == "waiting"]
 
     # --- what is there ----------------------------------------------------------------------
 
@@ -152,9 +187,13 @@ class RealServer:
         return {path.name for path in Path("/sys/class/net").glob(f"{self.prefix}*")}
 
     def machines(self) -> set[str]:
-        """Return the folders of machines."""
-        folder = self.home / "machines"
-        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        """Return the sandboxes that have a machine here."""
+        return {str(one["sandbox_id"]) for one in self.records() if one["sandbox_id"]}
+
+    def folders(self) -> set[str]:
+        """Return the folders of machines and snapshots."""
+        both = (self.home / "machines", self.home / "snapshots")
+        return {path.name for one in both if one.is_dir() for path in one.iterdir()}
 
     def leftovers(self) -> dict[str, object]:
         """Return everything that may not be there once an installation was removed."""
@@ -166,7 +205,7 @@ class RealServer:
             "processes": self.processes(),
             "namespaces": self.namespaces(),
             "links": self.links(),
-            "machines": self.machines(),
+            "folders": self.folders(),
             "rules": f"sandyard_{self.instance['id']}" in tables,
             "mounts": str(self.home) in mounts,
         }

@@ -77,6 +77,11 @@ class NodeSettings(Section):
     no_progress_s: float = Field(
         25, gt=0, description="Seconds of a silent console after which a boot is tried again."
     )
+    golden_machines: bool = Field(
+        True,
+        description="Start sandboxes from saved machines; false boots each from cold, and there "
+        "is no pool.",
+    )
     boots_at_once: int = Field(2, ge=1, description="How many machines boot at the same time.")
     restores_at_once: int = Field(
         4, ge=1, description="How many machines are restored at the same time."

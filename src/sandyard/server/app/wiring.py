@@ -159,6 +159,7 @@ async def open_house(
             boots_at_once=settings.node.boots_at_once,
             restores_at_once=settings.node.restores_at_once,
             heartbeat_s=settings.node.heartbeat_s,
+            uses_goldens=settings.node.golden_machines,
         ),
         pool_limits=PoolLimits(
             floor=min(settings.pool.floor, settings.pool.ceiling),

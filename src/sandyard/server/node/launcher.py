@@ -11,6 +11,7 @@ when:
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -44,6 +45,7 @@ from sandyard.server.drivers.contract import (
     SavingDriver,
     SavingMachine,
 )
+from sandyard.server.drivers.sparse import copy_sparse
 from sandyard.server.node import saved as saving
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.choice import Drivers
@@ -77,6 +79,7 @@ class NodeLimits:
     watch_period_s: float = 2.0
     heartbeat_s: float = 5.0
     poll_s: float = 0.05
+    uses_goldens: bool = True
 
 
 @dataclass(eq=False)
@@ -191,7 +194,7 @@ class Launcher:
         else:
             try:
                 await asyncio.to_thread(saving.check, source, whole=False)
-                (part / _MEMORY).hardlink_to(source.state.memory)
+                await asyncio.to_thread(_link, source.state.memory, part / _MEMORY)
                 await asyncio.to_thread(saving.copy_state, source.state, part / _SAVED)
                 await self._disks.copy(source.disk, part / _DISK)
             except (ConflictError, FileNotFoundError) as error:
@@ -669,6 +672,17 @@ class Launcher:
     async def _set_clock_quietly(self, unit: Unit) -> None:
         with contextlib.suppress(SandyardError):
             await self.set_clock(unit)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make a file known by another name; across file systems, copy it."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy_sparse(source, target)
+        target.chmod(0o444)
 
 
 def _stands_still(unit: Unit) -> bool:

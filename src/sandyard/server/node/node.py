@@ -177,8 +177,10 @@ class Node:
             await self._adopt(tasks)
             keeping = []
             if fills_pool:
+                keeping = [tasks.create_task(self._probe())]
+            if fills_pool and self._limits.uses_goldens:
                 self._goldens.use(tasks)
-                keeping = [tasks.create_task(self._keep_pool()), tasks.create_task(self._probe())]
+                keeping.append(tasks.create_task(self._keep_pool()))
             try:
                 yield
             finally:
@@ -447,7 +449,7 @@ class Node:
         try:
             if source is not None:
                 entry.way = await self._start_from(entry, wish, source, Way.SNAPSHOT)
-            elif not driver.capabilities.saves:
+            elif not (driver.capabilities.saves and self._limits.uses_goldens):
                 entry.way = await self._boot(entry, wish)
             else:
                 entry.way = await self._start_fast(entry, wish, image, driver)

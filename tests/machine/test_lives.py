@@ -1,0 +1,264 @@
+"""The pool, pause and resume, idle, snapshots: on real machines."""
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tests.support.server import RealServer, wait_until
+
+pytestmark = pytest.mark.machine
+
+IDENTITY = (
+    "cat /proc/sys/kernel/random/boot_id /etc/machine-id; hostname; "
+    "head -c 32 /dev/urandom | base64 -w0; echo; date +%s.%N"
+)
+
+
+def fill_pool(server: RealServer, size: int = 2) -> None:
+    wait_until(lambda: len(server.waiting()) >= size, limit_s=60, what="the pool is full")
+
+
+def test_a_create_takes_a_waiting_machine_and_runs_at_once(server: RealServer) -> None:
+    fill_pool(server)
+    hits = server.metric('sandyard_pool_requests_total{result="hit"')
+    box = server.create(wait=0, name="quick", env={"FROM_CREATE": "it's here"})
+    assert box["status"] == "running"
+    said = str(server.execute("quick", "hostname; echo $FROM_CREATE")["stdout"])
+    assert said.split("\n")[:2] == ["quick", "it's here"]
+    assert server.metric('sandyard_pool_requests_total{result="hit"') == hits + 1
+
+
+def test_ten_clones_of_one_golden_share_nothing_that_must_be_their_own(server: RealServer) -> None:
+    boots = server.metric('sandyard_machine_start_seconds_count{way="boot"}')
+    seen: list[list[str]] = []
+    tokens = set()
+    for _ in range(10):
+        box = server.create()["id"]
+        before = time.time()
+        said = str(server.execute(box, IDENTITY)["stdout"]).split()
+        after = time.time()
+        # The command itself takes a while; within that, the clock is right to 100 ms.
+        assert before - 0.1 <= float(said[4]) <= after + 0.1
+        assert said[2] == box
+        seen.append(said[:4])
+        tokens.add(server.record_of(box)["token"])
+    for values in zip(*seen, strict=True):
+        assert len(set(values)) == 10
+    assert len(tokens) == 10
+    assert server.metric('sandyard_machine_start_seconds_count{way="boot"}') == boots
+
+
+def test_a_disk_of_another_size_comes_from_the_same_golden(server: RealServer) -> None:
+    boots = server.metric('sandyard_machine_start_seconds_count{way="boot"}')
+    for size, least in (("20GB", 19_000), ("2GB", 1_800), ("1GB", 900)):
+        fill_pool(server)
+        box = server.create(resources={"disk": size})
+        total = int(str(server.execute(box["id"], "df -BM --output=size / | tail -1")["stdout"])
+                    .strip().rstrip("M"))  # fmt: skip
+        assert least <= total <= least * 1.15
+        assert box["resources"]["disk"] == size  # type: ignore[index]
+        server.execute(box["id"], "head -c 50000000 /dev/urandom > /big && sync")
+    assert server.metric('sandyard_machine_start_seconds_count{way="boot"}') == boots
+
+
+def test_a_member_that_was_killed_is_never_given_out(server: RealServer) -> None:
+    fill_pool(server)
+    for record in server.waiting():
+        os.kill(record["handle"]["pid"], signal.SIGKILL)
+    box = server.create()["id"]
+    assert server.execute(box, "echo alive")["stdout"] == "alive\n"
+
+
+def test_a_member_that_stands_still_costs_no_create(server: RealServer) -> None:
+    """Claimed, and then it does not answer the set-up: another way is taken."""
+    fill_pool(server)
+    stopped = [record["handle"]["pid"] for record in server.waiting()]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    box = server.create()["id"]
+    assert server.execute(box, "echo alive")["stdout"] == "alive\n"
+    assert server.pid_of(box) not in stopped
+    for pid in stopped:
+        if os.path.exists(f"/proc/{pid}"):
+            os.kill(pid, signal.SIGKILL)
+
+
+SERVE = """
+import socket
+with socket.create_server(("127.0.0.1", 7100)) as listener:
+    while True:
+        connection, _ = listener.accept()
+        with connection: connection.sendall(b"here")
+"""
+ASK = "python3 -c \"import socket; print(socket.create_connection(('127.0.0.1', 7100)).recv(9))\""
+
+
+def test_ten_pauses_in_a_row_keep_everything(server: RealServer) -> None:
+    box = str(server.create()["id"])
+    server.execute(box, "head -c 20000000 /dev/urandom > /workspace/f; mkdir -p /m; "
+                   "mount -t tmpfs m /m; head -c 20000000 /dev/urandom > /m/f")  # fmt: skip
+    server.execute(box, "cat > /serve.py", stdin=SERVE)
+    server.execute(box, "python3 /serve.py >/dev/null 2>&1 &")
+    server.execute(
+        box, "(i=0; while :; do i=$((i+1)); echo $i > /m/count; sleep 0.05; done) >/dev/null 2>&1 &"
+    )
+    sums = server.execute(box, "sha256sum /workspace/f /m/f")["stdout"]
+    memory_before = resident_mib(server.pid_of(box))
+    assert memory_before > 0
+    count = 0
+    for cycle in range(10):
+        paused = server.act(box, "pause")
+        assert paused["status"] == "paused"
+        assert not server.record_of(box)["handle"]
+        assert server.status(box) == "paused"
+        if cycle % 3 == 0:
+            server.act(box, "resume")
+        # else by itself, with the command
+        asked = time.time()
+        said = str(server.execute(box, "date +%s.%N; cat /m/count; " + ASK)["stdout"]).split()
+        assert asked - 0.1 <= float(said[0]) <= time.time() + 0.1
+        assert said[2] == "b'here'"
+        assert int(said[1]) > count
+        count = int(said[1])
+    assert server.execute(box, "sha256sum /workspace/f /m/f")["stdout"] == sums
+    before = server.execute(box, "cat /m/count")["stdout"]
+    wait_until(lambda: server.execute(box, "cat /m/count")["stdout"] != before)
+
+
+def resident_mib(pid: int) -> int:
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * 4 // 1024
+
+
+def test_a_command_under_way_is_told_of_a_pause_and_goes_on(server: RealServer) -> None:
+    box = str(server.create()["id"])
+    answers = []
+
+    def run() -> None:
+        body = {"command": "echo begun > /begun; sleep 3; echo done > /done"}
+        answers.append(server.client.post(f"/v1/sandboxes/{box}/exec", json=body))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: server.execute(box, "cat /begun")["stdout"] == "begun\n")
+    server.act(box, "pause")
+    thread.join(10)
+    assert answers[0].status_code == 409
+    assert answers[0].json()["error"]["details"] == {"status": "paused"}
+    server.act(box, "resume")
+    wait_until(lambda: server.execute(box, "cat /done")["stdout"] == "done\n", limit_s=10)
+
+
+def test_many_commands_resume_a_paused_sandbox_once(server: RealServer) -> None:
+    box = str(server.create()["id"])
+    server.act(box, "pause")
+    before = server.metric('sandyard_machine_start_seconds_count{way="resume"}')
+    with ThreadPoolExecutor(10) as threads:
+        said = list(threads.map(lambda n: server.execute(box, f"echo {n}")["stdout"], range(10)))
+    assert said == [f"{n}\n" for n in range(10)]
+    assert server.metric('sandyard_machine_start_seconds_count{way="resume"}') == before + 1
+
+
+def test_an_idle_sandbox_is_paused_and_a_busy_one_is_not(server: RealServer) -> None:
+    idle = str(server.create(idleTimeout=4)["id"])
+    busy = str(server.create(idleTimeout=4)["id"])
+    server.execute(busy, "(while :; do :; done) >/dev/null 2>&1 &")
+    wait_until(lambda: server.status(idle) == "paused", limit_s=60)
+    wait_until(lambda: server.get(busy)["lastActivityKind"] == "cpu", limit_s=60)
+    assert server.status(busy) == "running"
+    server.execute(busy, "pkill -f 'while :' || kill %1 || killall bash; true")
+    assert server.execute(idle, "echo back")["stdout"] == "back\n"
+
+
+def test_a_silent_agent_is_suspected_and_comes_back(server: RealServer) -> None:
+    box = str(server.create()["id"])
+    server.execute(
+        box,
+        "for one in /proc/[0-9]*; do grep -qa sandyard/agent $one/cmdline && pid=${one#/proc/} && "
+        "break; done; (sleep 1; kill -STOP $pid; sleep 30; kill -CONT $pid) >/dev/null 2>&1 &",
+    )
+    wait_until(lambda: server.status(box) == "suspected_missing", limit_s=40)
+    wait_until(lambda: server.status(box) == "running", limit_s=60)
+    assert server.execute(box, "echo back")["stdout"] == "back\n"
+
+
+def test_a_machine_that_was_killed_is_booted_anew_from_its_disk(server: RealServer) -> None:
+    box = str(server.create()["id"])
+    server.execute(box, "echo kept > /workspace/kept; sync; echo lost > /dev/shm/lost")
+    killed_at = time.monotonic()
+    os.kill(server.pid_of(box), signal.SIGKILL)
+    wait_until(lambda: server.status(box) == "error", limit_s=5)
+    assert time.monotonic() - killed_at < 5
+    back = server.act(box, "resume")
+    assert back["statusReason"]["code"] == "restarted_from_disk"
+    said = server.execute(box, "cat /workspace/kept; ls /dev/shm")["stdout"]
+    assert said == "kept\n"
+    server.act(box, "pause")
+    assert server.execute(box, "cat /workspace/kept")["stdout"] == "kept\n"
+
+
+def test_snapshots_forks_and_rollbacks(server: RealServer) -> None:
+    box = str(server.create(name="source")["id"])
+    server.execute(box, "echo then > /workspace/f; echo then > /dev/shm/f")
+    server.execute(
+        box, "(while :; do date +%s%N > /dev/shm/tick; sleep 0.1; done) >/dev/null 2>&1 &"
+    )
+    made = server.act(box, "snapshots", name="then")
+    assert made["sizeBytes"] > 2**20
+    server.execute(box, "echo now > /workspace/f; echo now > /dev/shm/f")
+    clone = str(server.create(snapshot="then", name="clone")["id"])
+    forks = [str(one["id"]) for one in server.act(box, "fork", count=3)]
+    for one, word in ((clone, "then"), *((fork, "now") for fork in forks)):
+        wait_until(lambda one=one: server.status(one) == "running", what=one)  # type: ignore[misc]
+        said = server.execute(one, "cat /workspace/f /dev/shm/f")["stdout"]
+        assert said == f"{word}\n{word}\n"
+        first = server.execute(one, "cat /dev/shm/tick")["stdout"]
+        wait_until(lambda one=one, first=first: server.execute(one, "cat /dev/shm/tick")  # type: ignore[misc]
+                   ["stdout"] != first, what="what ran goes on")  # fmt: skip
+    identities = {
+        str(server.execute(one, "cat /proc/sys/kernel/random/boot_id; head -c 9 /dev/urandom | "
+                           "base64; hostname")["stdout"])
+        for one in (box, clone, *forks)
+    }  # fmt: skip
+    for values in zip(*(one.split() for one in identities), strict=True):
+        assert len(set(values)) == 5
+    server.client.delete("/v1/snapshots/then")
+    again = server.act(clone, "snapshots", name="again")
+    server.execute(clone, "echo gone > /workspace/f; echo gone > /dev/shm/f; sync")
+    back = server.act(clone, "rollback", snapshotId="again")
+    assert back["status"] == "running"
+    assert server.execute(clone, "cat /workspace/f /dev/shm/f")["stdout"] == "then\nthen\n"
+    server.act(clone, "pause")
+    assert server.execute(clone, "cat /workspace/f")["stdout"] == "then\n"
+    assert again["sandboxId"] == clone
+
+
+def test_a_snapshot_is_whole_however_busy_its_sandbox(server: RealServer) -> None:
+    box = str(server.create()["id"])
+    server.execute(
+        box,
+        "(i=0; while :; do i=$((i+1)); head -c 3000000 /dev/urandom > /workspace/f.new; "
+        "sha256sum < /workspace/f.new > /workspace/f.sum.new; mv /workspace/f.new /workspace/f; "
+        "mv /workspace/f.sum.new /workspace/f.sum; done) >/dev/null 2>&1 &",
+    )
+    wait_until(lambda: server.execute(box, "cat /workspace/f.sum")["exitCode"] == 0)
+    server.act(box, "snapshots", name="busy")
+    clone = str(server.create(snapshot="busy")["id"])
+    check = "for n in 1 2 3 4 5 6 7 8 9; do s=$(cat /workspace/f.sum); " \
+        "t=$(sha256sum < /workspace/f); [ \"$s\" = \"$t\" ] && echo same && exit; done"  # fmt: skip
+    assert server.execute(clone, check)["stdout"] == "same\n"
+    assert "EXT4-fs error" not in str(server.execute(clone, "dmesg")["stdout"])
+
+
+def test_twenty_creates_at_once_all_run(server: RealServer) -> None:
+    with ThreadPoolExecutor(20) as threads:
+        made = list(threads.map(lambda n: server.create(tags=[f"n{n}"]), range(20)))
+        said = list(threads.map(lambda one: server.execute(one["id"], "hostname")["stdout"], made))
+    assert said == [f"{one['id']}\n" for one in made]
+    assert len({hashlib.sha256(str(one).encode()).hexdigest() for one in said}) == 20
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(lambda one: server.delete(one["id"]), made))

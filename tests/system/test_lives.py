@@ -1,0 +1,219 @@
+"""Real servers that are killed in the middle of a pause, a start, a golden machine; a lost host."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from tests.conftest import free_port
+from tests.support.server import RealServer, wait_until
+
+pytestmark = pytest.mark.machine
+
+POOL = {"SANDYARD_POOL__FLOOR": "1", "SANDYARD_POOL__CEILING": "1"}
+TICK = "(i=0; while :; do i=$((i+1)); echo $i > /dev/shm/tick; sleep 0.1; done) >/dev/null 2>&1 &"
+
+
+@pytest.fixture
+def server() -> Iterator[RealServer]:
+    made = RealServer(free_port(), **POOL)
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+def ticks(server: RealServer, box: object) -> int:
+    return int(str(server.execute(box, "cat /dev/shm/tick")["stdout"]))
+
+
+def goes_on(server: RealServer, box: object, least: int) -> None:
+    """The process that counted before counts on, from where it stood."""
+    first = ticks(server, box)
+    assert first >= least
+    wait_until(lambda: ticks(server, box) > first, what="it ticks")
+
+
+def ready(server: RealServer) -> None:
+    wait_until(lambda: len(server.waiting()) == 1, limit_s=60, what="one waits")
+
+
+def test_a_killed_server_loses_none_of_ten_sandboxes(server: RealServer) -> None:
+    server.start()
+    ready(server)
+    running = [str(server.create()["id"]) for _ in range(3)]
+    paused = [str(server.create()["id"]) for _ in range(2)]
+    pausing = [str(server.create()["id"]) for _ in range(2)]
+    doomed = str(server.create()["id"])
+    for box in (*running, *paused, *pausing):
+        server.execute(box, TICK)
+    for box in paused:
+        server.act(box, "pause")
+    pids = {box: server.pid_of(box) for box in running}
+    counts = {box: ticks(server, box) for box in (*running, *pausing)}
+    starting = [str(server.create(wait=0, resources={"memory": "320MB"})["id"]) for _ in range(2)]
+    for box in pausing:
+        server.client.post(f"/v1/sandboxes/{box}/pause", params={"async": "true"})
+    server.client.delete(f"/v1/sandboxes/{doomed}", params={"async": "true"})
+    server.kill()
+    server.start()
+    for box in running:
+        assert server.pid_of(box) == pids[box]
+        assert server.status(box) == "running"
+        goes_on(server, box, counts[box])
+    for box in paused:
+        assert server.status(box) == "paused"
+        goes_on(server, box, 1)
+    for box in pausing:
+        wait_until(lambda box=box: server.status(box) == "paused", what="the pause is finished")  # type: ignore[misc]
+        goes_on(server, box, counts[box])
+    for box in starting:
+        wait_until(lambda box=box: server.status(box) == "running", limit_s=60)  # type: ignore[misc]
+        assert server.execute(box, "echo fine")["stdout"] == "fine\n"
+    wait_until(lambda: server.client.get(f"/v1/sandboxes/{doomed}").status_code == 404)
+    assert server.machines() == {*running, *paused, *pausing, *starting}
+
+
+def test_killed_at_any_moment_of_a_pause_or_resume_it_is_one_or_the_other(
+    server: RealServer,
+) -> None:
+    server.start()
+    ready(server)
+    box = str(server.create()["id"])
+    server.execute(box, "head -c 9000000 /dev/urandom > /dev/shm/f; " + TICK)
+    server.execute(box, "sha256sum /dev/shm/f > /dev/shm/sum")
+    count = ticks(server, box)
+    for action, after_s in (
+        ("pause", 0.01), ("pause", 0.03), ("pause", 0.06), ("resume", 0.03), ("pause", 0.1),
+        ("resume", 0.06), ("resume", 0.12),
+    ):  # fmt: skip
+        if action == "pause":
+            server.act(box, "resume")
+        else:
+            server.act(box, "pause")
+        server.client.post(f"/v1/sandboxes/{box}/{action}", params={"async": "true"})
+        time.sleep(after_s)  # the moment of the kill is what is tried here
+        server.kill()
+        server.start()
+        wait_until(lambda: server.status(box) in ("running", "paused"), what=f"{action} {after_s}")
+        goes_on(server, box, count)
+        count = ticks(server, box)
+        assert server.execute(box, "sha256sum -c /dev/shm/sum")["exitCode"] == 0
+        (folder,) = server.folder_of(box).glob("body-*")
+        assert {one.name for one in folder.iterdir()} <= {"disk.ext4", "memory"}
+
+
+def test_killed_at_any_moment_of_making_a_golden_there_is_a_whole_one_in_the_end(
+    server: RealServer,
+) -> None:
+    server.start()
+    for after_s in (1.0, 6.0):
+        time.sleep(after_s)  # booting, then about to be saved
+        server.kill()
+        server.start()
+    wait_until(lambda: (server.home / "goldens").is_dir(), limit_s=60)
+    wait_until(
+        lambda: any("part" in one.name for one in (server.home / "goldens").iterdir())
+        or bool(server.waiting()),
+        limit_s=60, what="it is being saved",
+    )  # fmt: skip
+    server.kill()
+    server.start()
+    ready(server)
+    assert [one.name.endswith(".part") for one in (server.home / "goldens").iterdir()] == [False]
+    box = server.create(wait=0)
+    assert box["status"] == "running"
+    assert server.execute(box["id"], "echo fine")["stdout"] == "fine\n"
+
+
+@pytest.mark.parametrize("harm", ["cut", "altered", "manifest"])
+def test_a_damaged_golden_is_replaced_and_never_served(server: RealServer, harm: str) -> None:
+    server.start()
+    ready(server)
+    (golden,) = (server.home / "goldens").iterdir()
+    # While the server runs: what was looked at when it started is looked at again at each clone.
+    harmed = golden / ("manifest.json" if harm == "manifest" else "memory")
+    if harm == "cut":
+        os.truncate(harmed, harmed.stat().st_size // 2)
+    elif harm == "altered":
+        with harmed.open("r+b") as file:
+            file.seek(20_000_000)
+            file.write(b"x" * 4096)
+    else:
+        harmed.write_text(harmed.read_text().replace('"vcpus": 1', '"vcpus": 4'))
+        server.stop()
+        server.start()
+    for _ in range(3):
+        box = server.create()["id"]
+        assert server.execute(box, "sha256sum /usr/bin/bash | cut -c1-5")["exitCode"] == 0
+    wait_until(lambda: len(server.waiting()) == 1, limit_s=60, what="a new one serves")
+    assert server.metric('sandyard_machine_start_seconds_count{way="boot"}') >= 1
+
+
+def test_after_a_restart_of_the_host_disks_are_there_and_paused_memory_too(
+    server: RealServer,
+) -> None:
+    server.start()
+    ready(server)
+    lost, saved = str(server.create()["id"]), str(server.create()["id"])
+    for box in (lost, saved):
+        server.execute(box, TICK)
+        server.execute(box, "echo kept > /workspace/f; sync; echo gone > /dev/shm/f")
+    count = ticks(server, saved)
+    server.act(saved, "pause")
+    server.kill()
+    for record in server.records():
+        if record["handle"]:
+            os.kill(record["handle"]["pid"], signal.SIGKILL)
+            record["handle"]["boot"] = "another"
+            path = server.home / "machines" / record["id"] / "resident.json"
+            path.write_text(json.dumps(record))
+    server.start()
+    wait_until(lambda: server.status(lost) == "error", limit_s=10)
+    assert server.get(lost)["statusReason"]["code"] == "machine_lost"  # type: ignore[index]
+    assert lost in [one["id"] for one in server.client.get("/v1/sandboxes").json()["data"]]
+    back = server.act(lost, "resume")
+    assert back["statusReason"]["code"] == "restarted_from_disk"
+    said = server.execute(lost, "cat /workspace/f; ls /dev/shm")["stdout"]
+    assert said == "kept\n"
+    goes_on(server, saved, count)
+    assert server.execute(saved, "cat /workspace/f /dev/shm/f")["stdout"] == "kept\ngone\n"
+
+
+def test_a_full_disk_refuses_a_pause_and_the_machine_runs_on(server: RealServer) -> None:
+    machines = server.home / "machines"
+    machines.mkdir(mode=0o711)
+    with ExitStack() as held:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=900m,mode=711", "none", machines], check=True
+        )
+        held.callback(subprocess.run, ["umount", "-l", machines], check=False)
+        server.environment["SANDYARD_NODE__DISK_FLOOR_MIB"] = "1"
+        server.environment["SANDYARD_POOL__CEILING"] = "0"
+        server.start()
+        box = str(server.create()["id"])
+        server.execute(box, TICK)
+        count = ticks(server, box)
+        room = os.statvfs(machines)
+        fill = machines / "fill"
+        os.posix_fallocate(
+            os.open(fill, os.O_WRONLY | os.O_CREAT), 0,
+            room.f_bavail * room.f_frsize - 3_000_000,
+        )  # fmt: skip
+        for _ in range(2):
+            refused = server.client.post(f"/v1/sandboxes/{box}/pause")
+            assert refused.status_code == 503, refused.text
+            assert refused.json()["error"]["code"] == "no_capacity"
+            assert server.status(box) == "running"
+            goes_on(server, box, count)
+        os.truncate(fill, 0)
+        server.act(box, "pause")
+        goes_on(server, box, count)
+        server.delete(box)
+        fill.unlink()
+        server.stop()
+        server.run("stop", "--all")
