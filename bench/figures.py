@@ -53,7 +53,7 @@ def raw(boots: int, execs: int) -> dict[str, list[float]]:
 def straight_at_the_agent(server: RealServer, box: str, times: int) -> list[float]:
     from bench import raw_qemu
 
-    record = json.loads((server.home / f"machines/{box}/resident.json").read_text())
+    record = server.record_of(box)
     raw_qemu.TOKEN = record["token"]
     netns = f"{server.prefix}-{record['slot']}"
     return in_namespace(netns, lambda: [raw_qemu.exec_true() for _ in range(times)])
@@ -105,7 +105,8 @@ def main() -> None:
     quick = "--quick" in sys.argv
     boots, execs, loaded = (2, 50, 4) if quick else (5, 200, 40)
     figures: dict[str, list[float]] = {}
-    server = RealServer(free_port())
+    cold = {"SANDYARD_NODE__GOLDEN_MACHINES": "false"}
+    server = RealServer(free_port(), **cold)
     try:
         server.start()
         raws: dict[str, list[float]] = {"boot": [], "exec": []}

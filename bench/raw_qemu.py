@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.support.images import minimal_image
 
+from sandyard.server.drivers.initrd import add_token
 from sandyard.server.drivers.qemu.tsc import measure_khz
 
 NETNS = "bench-raw"
@@ -75,15 +76,14 @@ def boot(
     tap = f"t{number}"
     sh(f"ip tuntap add {tap} mode tap; ip addr add 172.16.0.1/30 dev {tap}; ip link set {tap} up")
     started = time.perf_counter()
-    (work / "tree/sandyard").mkdir(parents=True)
-    (work / "tree/sandyard/token").write_text(TOKEN)
-    sh(f"mke2fs -q -t ext4 -m 0 -J size=16 -d {work}/tree {work}/disk 5120M")
+    sh(f"mke2fs -q -t ext4 -m 0 -J size=16 {work}/disk 5120M")
     folder = image.folder  # type: ignore[attr-defined]
+    (work / "initrd").write_bytes(add_token((folder / "initrd").read_bytes(), TOKEN))
     qemu = subprocess.Popen(
         [
             "qemu-system-x86_64", "-M", "microvm,acpi=on,rtc=on",
             "-accel", "tcg,tb-size=64,thread=multi", "-cpu", "max", "-m", "528M", "-smp", "1",
-            "-kernel", f"{folder}/vmlinuz", "-initrd", f"{folder}/initrd",
+            "-kernel", f"{folder}/vmlinuz", "-initrd", f"{work}/initrd",
             "-append", "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 tsc=reliable "
             f"tsc_early_khz={khz} cryptomgr.notests initcall_blacklist=jent_mod_init",
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",

@@ -28,7 +28,9 @@ def server() -> Iterator[RealServer]:
 
 
 def ticks(server: RealServer, box: object) -> int:
-    return int(str(server.execute(box, "cat /dev/shm/tick")["stdout"]))
+    # Looked for again where the one who counts has just opened the file to write.
+    read = 'until n=$(cat /dev/shm/tick); [ -n "$n" ]; do :; done; echo $n'
+    return int(str(server.execute(box, read)["stdout"]))
 
 
 def goes_on(server: RealServer, box: object, least: int) -> None:
@@ -88,8 +90,7 @@ def test_killed_at_any_moment_of_a_pause_or_resume_it_is_one_or_the_other(
     server.execute(box, "sha256sum /dev/shm/f > /dev/shm/sum")
     count = ticks(server, box)
     for action, after_s in (
-        ("pause", 0.01), ("pause", 0.03), ("pause", 0.06), ("resume", 0.03), ("pause", 0.1),
-        ("resume", 0.06), ("resume", 0.12),
+        ("pause", 0.01), ("pause", 0.04), ("pause", 0.1), ("resume", 0.04), ("resume", 0.1),
     ):  # fmt: skip
         if action == "pause":
             server.act(box, "resume")
@@ -191,7 +192,7 @@ def test_a_full_disk_refuses_a_pause_and_the_machine_runs_on(server: RealServer)
         subprocess.run(
             ["mount", "-t", "tmpfs", "-o", "size=900m,mode=711", "none", machines], check=True
         )
-        held.callback(subprocess.run, ["umount", "-l", machines], check=False)
+        held.callback(lambda: subprocess.run(["umount", "-l", machines], check=False))
         server.environment["SANDYARD_NODE__DISK_FLOOR_MIB"] = "1"
         server.environment["SANDYARD_POOL__CEILING"] = "0"
         server.start()

@@ -5,7 +5,7 @@ import sys
 import typer
 from rich.console import Console
 
-from sandyard.cli import sandbox, server
+from sandyard.cli import sandbox, server, snapshot
 from sandyard.client import ApiError, ConnectionFailedError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(sandbox.app, name="sandbox")
+app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(server.templates, name="template")
 for command in (server.serve, server.doctor, server.init, server.stop):
     app.command()(command)

@@ -17,9 +17,11 @@ out = Console()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Reference = Annotated[str, typer.Argument(help="The sandbox's id or name.")]
+References = Annotated[list[str], typer.Argument(help="Ids or names.")]
 
 
-def _client() -> Sandyard:
+def open_client() -> Sandyard:
+    """Return a client of the server that this user's configuration names."""
     config = read_config()
     if config is None:
         raise typer.BadParameter(
@@ -42,13 +44,21 @@ def _show(sandboxes: list[Sandbox], *, as_json: bool) -> None:
 
 @app.command()
 def create(
-    template: Annotated[str, typer.Option(help="What it is made from.")] = "base-ubuntu",
+    template: Annotated[
+        str | None, typer.Option(help="What it is made from; base-ubuntu if nothing is said.")
+    ] = None,
+    snapshot: Annotated[
+        str | None, typer.Option(help="A snapshot to make it from instead, by id or name.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="A name of your own for it.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; may be repeated.")] = None,
     vcpus: Annotated[int | None, typer.Option(help="Virtual CPUs.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory, such as 2GB.")] = None,
     disk: Annotated[str | None, typer.Option(help="Disk, such as 20GB.")] = None,
+    idle_timeout: Annotated[
+        int | None, typer.Option(help="Seconds without use until it is paused; 0: never.")
+    ] = None,
     wait: Annotated[int, typer.Option(help="Seconds to wait until it runs.")] = 60,
     as_json: Json = False,
 ) -> None:
@@ -59,9 +69,9 @@ def create(
         "env": dict(_pair(one) for one in env or []),
         "resources": {key: value for key, value in asked.items() if value is not None},
     }
-    if name is not None:
-        options["name"] = name
-    with _client() as client:
+    given = {"name": name, "snapshot": snapshot, "idleTimeout": idle_timeout}
+    options |= {key: value for key, value in given.items() if value is not None}
+    with open_client() as client:
         sandbox = client.create(template, wait_s=wait, **options)
     _show([sandbox], as_json=as_json)
     if sandbox.status in ("failed", "error"):
@@ -84,14 +94,14 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List sandboxes, newest first."""
-    with _client() as client:
+    with open_client() as client:
         _show(list(client.list(status=status, tags=tag or [])), as_json=as_json)
 
 
 @app.command()
 def get(reference: Reference, as_json: Json = False) -> None:
     """Show one sandbox."""
-    with _client() as client:
+    with open_client() as client:
         _show([client.get(reference)], as_json=as_json)
 
 
@@ -109,7 +119,7 @@ def execute(
     One argument is a line for the sandbox's shell; several are a program and its arguments, which
     reach it as they are.
     """
-    with _client() as client:
+    with open_client() as client:
         result = client.execute(
             reference,
             command[0] if len(command) == 1 else shlex.join(command),
@@ -126,9 +136,51 @@ def execute(
 
 
 @app.command()
-def delete(references: Annotated[list[str], typer.Argument(help="Ids or names.")]) -> None:
+def pause(references: References) -> None:
+    """Save sandboxes to disk, processes and all, and give their memory back."""
+    with open_client() as client:
+        for reference in references:
+            client.pause(reference)
+            typer.echo(f"paused {reference}")
+
+
+@app.command()
+def resume(references: References) -> None:
+    """Let paused sandboxes go on where they stood."""
+    with open_client() as client:
+        for reference in references:
+            sandbox = client.resume(reference)
+            reason = sandbox.raw.get("statusReason") or {}
+            note = f" ({reason['message']})" if reason else ""
+            typer.echo(f"resumed {reference}{note}")
+
+
+@app.command()
+def fork(
+    reference: Reference,
+    count: Annotated[int, typer.Option(help="How many, 1 to 100.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Make sandboxes that begin as this one is now: files, memory and processes."""
+    with open_client() as client:
+        _show(list(client.fork(reference, count)), as_json=as_json)
+
+
+@app.command()
+def rollback(
+    reference: Reference,
+    snapshot: Annotated[str, typer.Argument(help="A snapshot of it, by id or name.")],
+) -> None:
+    """Put a sandbox back to one of its snapshots; what it was until then is lost."""
+    with open_client() as client:
+        client.roll_back(reference, snapshot)
+    typer.echo(f"{reference} is as it was in {snapshot}")
+
+
+@app.command()
+def delete(references: References) -> None:
     """Delete sandboxes and wait until they are gone."""
-    with _client() as client:
+    with open_client() as client:
         for reference in references:
             client.delete(reference)
             typer.echo(f"deleted {reference}")

@@ -26,6 +26,18 @@ class Sandbox:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """A snapshot as the server told of it; `raw` has every field."""
+
+    id: str
+    name: str | None
+    sandbox_id: str
+    size_bytes: int
+    created_at: str
+    raw: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class ExecResult:
     """How a command ended."""
 
@@ -63,13 +75,24 @@ class Sandyard:
         """Close the connection."""
         self._http.close()
 
-    def create(self, template: str = "base-ubuntu", *, wait_s: int = 0, **options: Any) -> Sandbox:
+    def create(
+        self,
+        template: str | None = None,
+        *,
+        wait_s: int = 0,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> Sandbox:
         """Create a sandbox; `options` are the fields of the HTTP API, such as `name` or `env`.
 
-        With `wait_s`, return once it runs or so many seconds have gone by.
+        With `wait_s`, return once it runs or so many seconds have gone by. The same
+        `idempotency_key` and options within a day return what was made the first time.
         """
-        body = {"template": template, **options}
-        answer = self._ask("POST", "/v1/sandboxes", params={"wait": wait_s}, json=body)
+        body = options if template is None else {"template": template, **options}
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        answer = self._ask(
+            "POST", "/v1/sandboxes", params={"wait": wait_s}, json=body, headers=headers
+        )
         return _sandbox(answer["data"])
 
     def get(self, reference: str) -> Sandbox:
@@ -124,6 +147,54 @@ class Sandyard:
             timed_out=data["timedOut"],
         )
 
+    def pause(self, reference: str) -> Sandbox:
+        """Save a sandbox to disk, processes and all, and return it when its memory is free."""
+        self._ask("POST", _path(reference) + "/pause")
+        return self.get(reference)
+
+    def resume(self, reference: str) -> Sandbox:
+        """Let a paused sandbox go on where it stood, and return it when it runs."""
+        self._ask("POST", _path(reference) + "/resume")
+        return self.get(reference)
+
+    def touch(self, reference: str) -> Sandbox:
+        """Count as a use of a sandbox, so that it is not paused for being idle."""
+        return _sandbox(self._ask("POST", _path(reference) + "/touch")["data"])
+
+    def change(self, reference: str, **changes: Any) -> Sandbox:
+        """Change fields of the HTTP API, such as `name`, `tags` or `idleTimeout`."""
+        return _sandbox(self._ask("PATCH", _path(reference), json=changes)["data"])
+
+    def fork(self, reference: str, count: int = 1) -> Sequence[Sandbox]:
+        """Make sandboxes that begin as this one is now: files, memory and processes."""
+        made = self._ask("POST", _path(reference) + "/fork", json={"count": count})
+        return [_sandbox(one) for one in made["data"]]
+
+    def snapshot(self, reference: str, name: str | None = None) -> Snapshot:
+        """Save a sandbox as it is now; it goes on running."""
+        body = {} if name is None else {"name": name}
+        made = self._ask("POST", _path(reference) + "/snapshots", json=body)
+        return _snapshot(made["data"])
+
+    def roll_back(self, reference: str, snapshot: str) -> Sandbox:
+        """Put a sandbox back to one of its snapshots; what it was until then is lost."""
+        body = {"snapshotId": snapshot}
+        return _sandbox(self._ask("POST", _path(reference) + "/rollback", json=body)["data"])
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Yield all snapshots, newest first."""
+        query: dict[str, Any] = {}
+        while True:
+            page = self._ask("GET", "/v1/snapshots", params=query)
+            yield from map(_snapshot, page["data"])
+            if not page["hasMore"]:
+                return
+            query["cursor"] = page["nextCursor"]
+
+    def delete_snapshot(self, reference: str) -> None:
+        """Remove a snapshot; what was made from it lives on."""
+        self._ask("DELETE", f"/v1/snapshots/{quote(reference, safe='')}")
+
     def stats(self, reference: str) -> Mapping[str, float]:
         """Return a sandbox's figures as of now."""
         figures: Mapping[str, float] = self._ask("GET", _path(reference) + "/stats")["data"][
@@ -153,6 +224,17 @@ def _sandbox(data: Mapping[str, Any]) -> Sandbox:
         name=data["name"],
         status=data["status"],
         template=data["template"],
+        created_at=data["createdAt"],
+        raw=data,
+    )
+
+
+def _snapshot(data: Mapping[str, Any]) -> Snapshot:
+    return Snapshot(
+        id=data["id"],
+        name=data["name"],
+        sandbox_id=data["sandboxId"],
+        size_bytes=data["sizeBytes"],
         created_at=data["createdAt"],
         raw=data,
     )

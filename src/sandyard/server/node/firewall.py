@@ -39,6 +39,8 @@ table inet sandyard {{
     type filter hook forward priority filter; policy drop;
     iifname "{tap}" ip saddr != {GUEST_IP} drop
     ct state established,related accept
+    # What a machine that stood still sends on an old connection: told at once, not met by silence.
+    iifname "{tap}" tcp flags & (fin | syn | rst | ack) != syn reject with tcp reset
     {_accept(allow, f'iifname "{tap}" oifname "{uplink}"')}
     iifname "{tap}" ip daddr {{ {", ".join(_PRIVATE)} }} reject with icmp type admin-prohibited
     iifname "{tap}" oifname "{uplink}" ct state new accept

@@ -487,7 +487,8 @@ class Node:
             except DamagedError as error:
                 await self._goldens.discard(kind, error.message)
                 await self._launcher.end(entry.unit)
-                await asyncio.to_thread(shutil.rmtree, self._launcher.body(entry.record))
+                body = self._launcher.body(entry.record)
+                await asyncio.to_thread(shutil.rmtree, body, ignore_errors=True)
         # This start is served from cold; the next of its kind need not be.
         self._goldens.want(kind)
         return await self._boot(entry, wish)

@@ -66,6 +66,7 @@ class Pace:
     retry_s: float = 2.0
     start_limit_s: float = 300.0
     snapshot_limit_s: float = 600.0
+    forks_s: float = 10.0
     workers: int = 64
 
 
@@ -464,12 +465,12 @@ class Reconciler:
             rows = await tx.snapshots.on_node(node.node_id)
             done = []
             for one in rows:
-                is_old = now - one.created_at > timedelta(seconds=self._pace.snapshot_limit_s)
+                age_s = (now - one.created_at).total_seconds()
                 if one.is_ready and one.is_hidden:
-                    is_done = is_old and not await tx.snapshots.is_awaited(one.id)
-                else:
-                    is_done = is_old and not one.is_ready
-                if is_done:
+                    # For a moment it is ready and its forks are not yet stored.
+                    if age_s > self._pace.forks_s and not await tx.snapshots.is_awaited(one.id):
+                        done.append(one)
+                elif not one.is_ready and age_s > self._pace.snapshot_limit_s:
                     done.append(one)
         for one in done:
             async with self._store.write() as tx:
