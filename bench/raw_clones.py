@@ -8,6 +8,7 @@ restore → first command, a warm clone's command, and three ways to pause one w
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -31,6 +32,11 @@ TAP = "t0"
 SIZE_MIB = 528
 PAGE = 4096
 DIRTY = "head -c 30000000 /dev/urandom > /dev/shm/dirty"
+
+
+@functools.cache
+def rate() -> int:
+    return measure_khz()
 
 
 class Qmp:
@@ -86,7 +92,7 @@ class Machine:
                 "-object", f"memory-backend-file,id=m,size={SIZE_MIB}M,mem-path={memory},{how}",
                 "-smp", "1", "-kernel", f"{image.folder}/vmlinuz", "-initrd", f"{work}/initrd",
                 "-append", "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 tsc=reliable "
-                f"tsc_early_khz={measure_khz()} cryptomgr.notests initcall_blacklist=jent_mod_init",
+                f"tsc_early_khz={rate()} cryptomgr.notests initcall_blacklist=jent_mod_init",
                 "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                 "-serial", "null",
                 "-drive", f"id=a,file={image.folder}/base.ext4,format=raw,if=none,readonly=on",

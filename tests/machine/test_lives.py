@@ -33,6 +33,7 @@ def test_a_create_takes_a_waiting_machine_and_runs_at_once(server: RealServer) -
 
 
 def test_ten_clones_of_one_golden_share_nothing_that_must_be_their_own(server: RealServer) -> None:
+    fill_pool(server)
     boots = server.metric('sandyard_machine_start_seconds_count{way="boot"}')
     seen: list[list[str]] = []
     tokens = set()

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -64,7 +64,7 @@ def create(
 ) -> None:
     """Create a sandbox."""
     asked = {"vcpus": vcpus, "memory": memory, "disk": disk}
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "tags": tag or [],
         "env": dict(_pair(one) for one in env or []),
         "resources": {key: value for key, value in asked.items() if value is not None},
