@@ -29,7 +29,7 @@ class Op(StrEnum):
     """What the host can ask of the agent."""
 
     HELLO = "hello"
-    SETUP = "setup"  # make the machine a sandbox: all that WAKE does, and who it is
+    SETUP = "setup"  # say who the machine is; with what WAKE needs, do that first
     WAKE = "wake"  # the machine has stood still: mend its clock, randomness and connections
     EXEC = "exec"
     DIAL = "dial"

@@ -28,7 +28,7 @@ from sandyard.server.guest import connections, files, processes, system
 from sandyard.server.guest.system import Account, RefusedError
 
 _CHUNK = 64 * 1024
-_HEAD_LIMIT_S = 10.0
+_HEAD_LIMIT_S = 90.0  # the host keeps a connection open for what it will want next
 _LOGIN_LIMIT_S = 5.0
 _SAMPLE_PERIOD_S = 5.0
 _SAMPLES = 13  # a minute of them
@@ -102,7 +102,8 @@ class Agent:
             case wire.Op.HELLO:
                 await _answer(connection, {"pid": os.getpid()})
             case wire.Op.SETUP:
-                self._wake(args, connection)
+                if "wallNs" in args:
+                    self._wake(args, connection)
                 await self._set_up(args)
                 await _answer(connection, {})
             case wire.Op.WAKE:
@@ -133,14 +134,15 @@ class Agent:
     async def _set_up(self, args: Mapping[str, object]) -> None:
         hostname = _text(args, "hostname")
         socket.sethostname(hostname)
-        system.write_boot_id()
-        password_hash = args.get("passwordHash")
+        machine_id, password_hash = args.get("machineId"), args.get("passwordHash")
+        if isinstance(machine_id, str):
+            system.write_boot_id()
         own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             system.enter(self._root_fd)
             system.write_identity(
                 hostname=hostname,
-                machine_id=_text(args, "machineId"),
+                machine_id=machine_id if isinstance(machine_id, str) else None,
                 authorized_keys=_text(args, "authorizedKeys"),
                 password_hash=password_hash if isinstance(password_hash, str) else None,
             )
@@ -152,10 +154,8 @@ class Agent:
         if (size := args.get("diskBytes")) is not None and isinstance(size, int):
             system.grow_disk(size, self._root_fd)
         env = dict(system.check_environment(args.get("env")))
-        token = _text(args, "token")
-        system.write_private("env", json.dumps(env))
-        system.write_private("token", token)
-        self._state = _State(token=token, env=env)
+        self._state = _State(token=_text(args, "token"), env=env)
+        system.write_private("state", json.dumps(vars(self._state)))
         await self._login_environment(system.find_account(self._root_fd, "root"))
 
     # --- exec -----------------------------------------------------------------------------
@@ -561,8 +561,8 @@ def main() -> None:
     os.umask(0o022)
     processes.prepare()
     state = _State(token=(system.RUN / "token").read_text().strip())
-    with contextlib.suppress(OSError, ValueError):
-        state.env = dict(system.check_environment(json.loads((system.RUN / "env").read_text())))
+    with contextlib.suppress(FileNotFoundError):
+        state = _State(**json.loads((system.RUN / "state").read_text()))
     listener = socket.create_server(("0.0.0.0", wire.AGENT_PORT), backlog=256, reuse_port=False)
     listener.setblocking(False)
     _log("ready")

@@ -8,6 +8,7 @@ the root of PID 1; `enter` moves a forked child over there.
 import contextlib
 import fcntl
 import os
+import stat
 import struct
 import time
 from collections.abc import Mapping
@@ -111,20 +112,20 @@ def set_clock(wall_ns: int) -> None:
 
 
 def write_identity(
-    *, hostname: str, machine_id: str, authorized_keys: str, password_hash: str | None
+    *, hostname: str, machine_id: str | None, authorized_keys: str, password_hash: str | None
 ) -> None:
     """Write who this machine is into the user's files; call it inside the user's root.
 
-    Each file is written beside its place and renamed: whatever stood there (a link, a FIFO) is
-    replaced and never opened.
+    What stands in a file's place and is no plain file (a link, a FIFO) is replaced, never followed.
     """
-    _replace(Path("/etc/hostname"), hostname + "\n", 0o644)
-    _replace(
+    _overwrite(Path("/etc/hostname"), hostname + "\n", 0o644)
+    _overwrite(
         Path("/etc/hosts"),
         f"127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost ip6-loopback\n",
         0o644,
     )
-    _replace(Path("/etc/machine-id"), machine_id + "\n", 0o444)
+    if machine_id is not None:
+        _overwrite(Path("/etc/machine-id"), machine_id + "\n", 0o444)
     if authorized_keys:
         ssh = Path("/root/.ssh")
         ssh.mkdir(mode=0o700, exist_ok=True)
@@ -269,6 +270,21 @@ def _replace(path: Path, text: str, mode: int) -> None:
         file.write(text)
         os.fchmod(descriptor, mode)
     part.replace(path)
+
+
+def _overwrite(path: Path, text: str, mode: int) -> None:
+    """Write a small file in place, which is several times faster; else replace it."""
+    try:
+        flags = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags)
+    except OSError:
+        _replace(path, text, mode)
+        return
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            file.write(text.encode())
+            return
+    _replace(path, text, mode)
 
 
 def _read_regular(path: Path) -> str:

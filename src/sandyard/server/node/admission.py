@@ -69,8 +69,9 @@ class Admission:
         Raises:
             NoCapacityError: it has not; the message says what is short.
         """
-        self.check_disk(shape)
-        if (short := self.missing_memory_mib(shape)) > 0:
+        promises = list(self._promises())
+        self._check_disk(shape, promises)
+        if (short := self._missing_memory_mib(shape, promises)) > 0:
             raise NoCapacityError(
                 f"cannot start a machine of {shape.memory_mib} MB: the host's memory is promised "
                 f"to others ({short} MB short); pause or delete a sandbox and try again"
@@ -78,6 +79,13 @@ class Admission:
 
     def check_disk(self, shape: Shape) -> None:
         """Return if the disk of one more machine has room; see `check`."""
+        self._check_disk(shape, list(self._promises()))
+
+    def missing_memory_mib(self, shape: Shape) -> int:
+        """Return by how much memory one more machine of a shape has no room; 0 if it has."""
+        return self._missing_memory_mib(shape, list(self._promises()))
+
+    def _check_disk(self, shape: Shape, promises: list[Promise]) -> None:
         self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
         free = self._free_disk(self._folder)
         floor = self._margins.disk_floor_mib
@@ -86,7 +94,7 @@ class Admission:
                 f"cannot start a machine: the host's disk has less than {floor} MB left under "
                 f"{self._folder}; free some space"
             )
-        outstanding = sum(max(0, one.disk_mib - one.disk_used_mib) for one in self._promises())
+        outstanding = sum(max(0, one.disk_mib - one.disk_used_mib) for one in promises)
         # A machine that is paused puts its memory beside its disk.
         wanted = outstanding + shape.disk_mib + shape.memory_mib
         if wanted > (free - floor) * self._margins.disk_overcommit:
@@ -95,11 +103,10 @@ class Admission:
                 "promised to others; delete a sandbox or a snapshot and try again"
             )
 
-    def missing_memory_mib(self, shape: Shape) -> int:
-        """Return by how much memory one more machine of a shape has no room; 0 if it has."""
+    def _missing_memory_mib(self, shape: Shape, promises: list[Promise]) -> int:
         margins = self._margins
         total = self._total_memory() - margins.memory_floor_mib
-        promised = sum(one.memory_mib for one in self._promises())
+        promised = sum(one.memory_mib for one in promises)
         by_promise = promised + cost_mib(shape.memory_mib) - int(total * margins.memory_overcommit)
         # A clone takes about a quarter of its memory soon, the rest over time.
         soon = margins.memory_floor_mib + shape.memory_mib // 4

@@ -10,7 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
-from sandyard.server.core.contracts import Opened
+from sandyard.server.core.contracts import Clock, Opened
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
@@ -29,6 +29,7 @@ from sandyard.server.core.wire import (
 
 _READ = 128 * 1024
 _GRACE_S = 5.0
+_SPARE_S = 60.0  # well within the time for which the agent waits for a first word
 Dial = Callable[[float], Awaitable[socket.socket]]
 
 
@@ -82,9 +83,11 @@ class AgentStream:
 class AgentLink:
     """The way to one machine's agent."""
 
-    def __init__(self, dial: Dial, token: str) -> None:
+    def __init__(self, dial: Dial, token: str, clock: Clock) -> None:
         self._dial = dial
+        self._clock = clock
         self.token = token
+        self._spare: tuple[asyncio.StreamReader, asyncio.StreamWriter, float] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._end: tuple[str, str] | None = None
 
@@ -97,8 +100,50 @@ class AgentLink:
         """Break every connection off, because the machine is there no more; `end` says why."""
         if self._end is None:
             self._end = (end.message, str(end.facts.get("status", "")))
+        self._spare = None
         for writer in list(self._writers):
             writer.transport.abort()
+
+    async def open_spare(self, limit_s: float) -> None:
+        """Have a connection ready for the next operation; nothing happens if that cannot be."""
+        if self._lacks_spare():
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    reader, writer = await self._connected(limit_s)
+                if self._lacks_spare():
+                    self._spare = (reader, writer, self._clock.monotonic())
+                else:
+                    self._forget(writer)
+
+    def _lacks_spare(self) -> bool:
+        return self._spare is None and self._end is None
+
+    def close(self) -> None:
+        """Close the connection that is ready."""
+        if self._spare is not None:
+            self._forget(self._spare[1])
+            self._spare = None
+
+    async def _connected(self, dial_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        connection = await self._dial(dial_s)
+        reader, writer = await asyncio.open_connection(sock=connection, limit=_READ)
+        self._writers.add(writer)
+        return reader, writer
+
+    def _forget(self, writer: asyncio.StreamWriter) -> None:
+        self._writers.discard(writer)
+        writer.close()
+
+    async def _taken(self, dial_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Return the connection that is ready if it is still good, else a new one."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            reader, writer, made_at = spare
+            is_fresh = self._clock.monotonic() - made_at < _SPARE_S
+            if is_fresh and not reader.at_eof() and not writer.is_closing():
+                return reader, writer
+            self._forget(writer)
+        return await self._connected(dial_s)
 
     async def ask(
         self,
@@ -135,11 +180,8 @@ class AgentLink:
         async with contextlib.AsyncExitStack() as held:
             try:
                 async with asyncio.timeout(limit_s):
-                    connection = await self._dial(dial_s or limit_s)
-                    reader, writer = await asyncio.open_connection(sock=connection, limit=_READ)
-                    held.callback(writer.close)
-                    self._writers.add(writer)
-                    held.callback(self._writers.discard, writer)
+                    reader, writer = await self._taken(dial_s or limit_s)
+                    held.callback(self._forget, writer)
                     writer.write(encode_request(Request(op, self.token, dict(args))))
                     await writer.drain()
                     decoder = Decoder()

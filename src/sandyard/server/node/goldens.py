@@ -11,7 +11,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,14 +24,13 @@ from sandyard.server.node.agent import run_command
 from sandyard.server.node.choice import Drivers
 from sandyard.server.node.definitions import Definition
 from sandyard.server.node.images import Image, Images
-from sandyard.server.node.launcher import Launcher, Unit
+from sandyard.server.node.launcher import Launcher, Unit, Was
 from sandyard.server.node.saved import SavedMachine
 from sandyard.server.node.turns import Rank, Turns
 
 log = logging.getLogger(__name__)
 
-DISK_MIB = 1024
-"""The disk of a golden machine, the smallest there is: a clone's is grown to what was asked for."""
+_SMALLEST_DISK_MIB = 1024
 _WARMUP_LIMIT_S = 60.0
 _WARMUP_ROUNDS = 2
 _RETRY_S = 120.0
@@ -46,6 +45,7 @@ class Kind:
     image: str
     vcpus: int
     memory_mib: int
+    disk_mib: int
 
 
 class Goldens:
@@ -85,9 +85,16 @@ class Goldens:
         """Let goldens be made in a task group, or in none any more."""
         self._tasks = tasks
 
-    def kind_of(self, image: Image, *, template: str, vcpus: int, memory_mib: int) -> Kind:
-        """Return the kind of golden machine that a shape comes from."""
-        return Kind(template, image.digest, vcpus, memory_mib)
+    def kind_of(self, image: Image, template: str, shape: Shape) -> Kind:
+        """Return the kind of golden machine that a shape comes from.
+
+        A clone's disk is grown to what was asked for, which takes a tenth of a second; so that the
+        usual one need not be, a golden machine has the template's default disk, and another, with
+        the smallest there is, serves who asks for less.
+        """
+        usual = self._images.definitions[template].defaults.disk_mib
+        disk_mib = usual if shape.disk_mib >= usual else _SMALLEST_DISK_MIB
+        return Kind(template, image.digest, shape.vcpus, shape.memory_mib, disk_mib)
 
     def is_known(self, kind: Kind) -> bool:
         """Tell whether a golden machine is at hand, already looked at as a whole."""
@@ -182,7 +189,7 @@ class Goldens:
             driver = await self._drivers.choose(image)
             if not driver.capabilities.saves or await self.find(kind, driver) is not None:
                 return
-            if not self._has_room(Shape(kind.vcpus, kind.memory_mib, DISK_MIB)):
+            if not self._has_room(Shape(kind.vcpus, kind.memory_mib, kind.disk_mib)):
                 return
             async with self._boots.take(Rank.GOLDEN):
                 self._known[kind] = await self._make(kind, image, driver, definition)
@@ -208,7 +215,7 @@ class Goldens:
         try:
             await self._launcher.make_body(unit, None)
             await self._launcher.raise_up(unit)
-            await self._launcher.set_up(unit, wish, grows=False, limit_s=_WARMUP_LIMIT_S)
+            await self._launcher.set_up(unit, wish, was=Was.NOBODYS, limit_s=_WARMUP_LIMIT_S)
             for command in definition.warmup * _WARMUP_ROUNDS:
                 await self._warm_up(unit, command)
             folder = self._folder / await self._name(kind, driver)
@@ -239,13 +246,8 @@ def a_wish(kind: Kind) -> MachineWish:
         sandbox_id="",
         incarnation=0,
         template=kind.template,
-        shape=Shape(kind.vcpus, kind.memory_mib, DISK_MIB),
+        shape=Shape(kind.vcpus, kind.memory_mib, kind.disk_mib),
         hostname="sandbox",
         tenant=_NOBODY,
         env={},
     )
-
-
-def with_disk(wish: MachineWish, disk_mib: int) -> MachineWish:
-    """Return a wish with another disk."""
-    return replace(wish, shape=replace(wish.shape, disk_mib=disk_mib))

@@ -20,6 +20,7 @@ from base64 import b64encode
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 
 from sandyard.server.core.contracts import Clock, MachineWish, Way
@@ -62,6 +63,7 @@ _DISK, _MEMORY, _SAVED, _RUN = "disk.ext4", "memory", "saved", "run"
 _WAKE_LIMIT_S = 15.0
 _CLOCK_ERROR_S = 0.04
 _CLOCK_TRIES = 3
+_SPARE_LIMIT_S = 5.0
 PAUSED = ConflictError(
     "the sandbox was paused meanwhile; what was running in it goes on when it is resumed",
     status="paused",
@@ -84,6 +86,14 @@ class NodeLimits:
     uses_goldens: bool = True
 
 
+class Was(Enum):
+    """What a machine was before it is set up, which says how much there is to mend."""
+
+    NOBODYS = "nobodys"  # just booted, or restored from a golden machine
+    UNIQUE = "unique"  # set up before, for nobody, and running ever since
+    IN_USE = "in_use"  # a sandbox, with connections of its own
+
+
 @dataclass(eq=False)
 class Unit:
     """One machine, and what of it is open in this process."""
@@ -97,6 +107,7 @@ class Unit:
     is_silent: bool = False
     is_still: bool = False
     answered_at: float = 0.0
+    used_mib: tuple[float, int] = (-1e9, 0)  # when it was looked at, and what it was
     on_end: Callable[[End], object] | None = field(default=None, repr=False)
 
 
@@ -186,7 +197,7 @@ class Launcher:
             NoCapacityError: the host's disk is full.
             DamagedError: the saved machine is not as it was.
         """
-        self._residents.write(unit.record)
+        await asyncio.to_thread(self._residents.write, unit.record)
         body = self.body(unit.record)
         part = body.with_name(body.name + ".part")
         await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
@@ -247,7 +258,7 @@ class Launcher:
             else:
                 unit.machine = await driver.start(spec, held)
                 unit.record = replace(unit.record, handle=dict(unit.machine.handle))
-                self._residents.write(unit.record)
+                await asyncio.to_thread(self._residents.write, unit.record)
             unit.link = self._link(unit)
             if not is_saved:
                 await self._await_agent(unit, unit.machine, unit.link)
@@ -310,7 +321,13 @@ class Launcher:
         return AgentLink(
             lambda limit_s: self._network.dial(place, AGENT_PORT, folder=folder, limit_s=limit_s),
             unit.record.token,
+            self._clock,
         )
+
+    async def keep_spare(self, unit: Unit) -> None:
+        """Have a connection to a unit's agent ready for what is asked next."""
+        if unit.link is not None and not unit.is_still:
+            await unit.link.open_spare(_SPARE_LIMIT_S)
 
     async def _await_agent(self, unit: Unit, machine: Machine, link: AgentLink) -> None:
         """Return once the agent answers.
@@ -366,7 +383,13 @@ class Launcher:
         await self._link_of(unit).ask(Op.WAKE, args, limit_s=_WAKE_LIMIT_S)
 
     async def set_up(
-        self, unit: Unit, wish: MachineWish, *, grows: bool, limit_s: float = _WAKE_LIMIT_S
+        self,
+        unit: Unit,
+        wish: MachineWish,
+        *,
+        was: Was,
+        grows: bool = False,
+        limit_s: float = _WAKE_LIMIT_S,
     ) -> None:
         """Make a machine the wished sandbox, unlike every other; see `wake` for what is raised."""
         link = self._link_of(unit)
@@ -380,10 +403,11 @@ class Launcher:
         await link.ask(
             Op.SETUP,
             {
-                **self._waking(),
+                **(self._waking() if was is not Was.UNIQUE else {}),
+                **({"machineId": secrets.token_hex(16)} if was is not Was.UNIQUE else {}),
+                "keepsConnections": was is not Was.IN_USE,
                 **size,
                 "hostname": wish.hostname,
-                "machineId": secrets.token_hex(16),
                 "env": dict(wish.env),
                 "token": token,
                 "authorizedKeys": "".join(f"{key}\n" for key in wish.authorized_keys),
@@ -393,7 +417,10 @@ class Launcher:
         )
         link.token = token
         unit.record = replace(unit.record, token=token, disk_mib=wish.shape.disk_mib)
-        await self._correct_clock(unit, asked_at)
+        if was is Was.UNIQUE:
+            unit.answered_at = self._clock.monotonic()
+        else:
+            await self._correct_clock(unit, asked_at)
 
     async def _correct_clock(self, unit: Unit, asked_at: float) -> None:
         """Set a guest's clock once more if the message that did was long under way.
@@ -669,6 +696,8 @@ class Launcher:
         if unit.watch is not None:
             unit.watch.cancel()
             await asyncio.wait([unit.watch])
+        if unit.link is not None:
+            unit.link.close()
         if unit.machine is not None:
             await unit.machine.detach()
 

@@ -50,7 +50,7 @@ from sandyard.server.node.choice import Drivers
 from sandyard.server.node.disks import Disks, used_mib
 from sandyard.server.node.goldens import Goldens
 from sandyard.server.node.images import Image, Images
-from sandyard.server.node.launcher import Launcher, NodeLimits, Unit
+from sandyard.server.node.launcher import Launcher, NodeLimits, Unit, Was
 from sandyard.server.node.network import Network
 from sandyard.server.node.pool import Observer, Pool, PoolLimits, ShelfFact
 from sandyard.server.node.residents import Phase, Resident, Residents
@@ -68,6 +68,7 @@ _RESTARTED = End(
 )
 _CLAIM_LIMIT_S = 5.0
 _CLAIM_TRIES = 3
+_USED_S = 15.0
 
 
 @dataclass(eq=False)
@@ -263,10 +264,7 @@ class Node:
         """See core.contracts.NodeControl.check_room."""
         image = self._images.current(template)
         if image is not None and self._pool.has(
-            self._goldens.kind_of(
-                image, template=template, vcpus=shape.vcpus, memory_mib=shape.memory_mib
-            ),
-            shape.disk_mib,
+            self._goldens.kind_of(image, template, shape), shape.disk_mib
         ):
             # It runs already: what it was promised is counted.
             self._admission.check_disk(replace(shape, disk_mib=0))
@@ -320,7 +318,11 @@ class Node:
                 f"cannot reach {sandbox_id}: its machine does not run", status="error"
             )
         async with link.open(op, args, limit_s=self._limits.agent_s) as opened:
-            yield opened
+            try:
+                yield opened
+            finally:
+                # For what is asked next; not earlier, for it would take time from this one.
+                self._launcher.beside(self._launcher.keep_spare(entry.unit))
 
     # --- jobs -----------------------------------------------------------------------------
 
@@ -469,9 +471,7 @@ class Node:
     ) -> Way:
         """Take a machine that waits, else clone the golden one, else boot."""
         shape = wish.shape
-        kind = self._goldens.kind_of(
-            image, template=wish.template, vcpus=shape.vcpus, memory_mib=shape.memory_mib
-        )
+        kind = self._goldens.kind_of(image, wish.template, shape)
         for _ in range(_CLAIM_TRIES):
             unit = self._pool.claim(kind, shape.disk_mib)
             if unit is None:
@@ -504,7 +504,9 @@ class Node:
             phase=Phase.STARTING,
         )
         try:
-            await self._launcher.set_up(unit, wish, grows=grows, limit_s=_CLAIM_LIMIT_S)
+            await self._launcher.set_up(
+                unit, wish, was=Was.UNIQUE, grows=grows, limit_s=_CLAIM_LIMIT_S
+            )
         except SandyardError as error:
             log.warning("a machine of the pool was of no use: %s", error.message)
             self._launcher.beside(self._drop(unit))
@@ -528,14 +530,17 @@ class Node:
             await self._launcher.make_body(entry.unit, source)
             await self._launcher.raise_up(entry.unit, token=source.about.token)
             grows = wish.shape.disk_mib > source.about.disk_mib
-            await self._launcher.set_up(entry.unit, wish, grows=grows)
+            was = Was.IN_USE if way is Way.SNAPSHOT else Was.NOBODYS
+            await self._launcher.set_up(entry.unit, wish, was=was, grows=grows)
         return way
 
     async def _boot(self, entry: _Entry, wish: MachineWish) -> Way:
         async with self._boots.take(Rank.ASKED, wish.tenant):
             await self._launcher.make_body(entry.unit, None)
             await self._boot_twice(entry)
-            await self._launcher.set_up(entry.unit, wish, grows=False, limit_s=self._limits.boot_s)
+            await self._launcher.set_up(
+                entry.unit, wish, was=Was.NOBODYS, limit_s=self._limits.boot_s
+            )
         return Way.BOOT
 
     async def _boot_twice(self, entry: _Entry) -> None:
@@ -559,6 +564,7 @@ class Node:
         unit.on_end = lambda found: self._note_end(entry, unit, found)
         if unit.watch is None:
             self._launcher.start_watch(unit)
+        self._launcher.beside(self._launcher.keep_spare(unit))
 
     async def _forget(self, entry: _Entry) -> None:
         """Remove a start that failed; what would not go is kept as dead, to be tried again."""
@@ -623,7 +629,9 @@ class Node:
             unit.record = replace(unit.record, incarnation=wish.incarnation)
             async with self._boots.take(Rank.ASKED, wish.tenant):
                 await self._boot_twice(entry)
-                await self._launcher.set_up(unit, wish, grows=False, limit_s=self._limits.boot_s)
+                await self._launcher.set_up(
+                    unit, wish, was=Was.NOBODYS, limit_s=self._limits.boot_s
+                )
             entry.way = Way.RESTART
             await self._is_running(entry, end=_RESTARTED)
         except BaseException:
@@ -651,7 +659,7 @@ class Node:
                 await self._launcher.make_body(unit, source)
                 await self._launcher.raise_up(unit, token=source.about.token)
                 grows = wish.shape.disk_mib > source.about.disk_mib
-                await self._launcher.set_up(unit, wish, grows=grows)
+                await self._launcher.set_up(unit, wish, was=Was.IN_USE, grows=grows)
             entry.way = Way.SNAPSHOT
             await self._is_running(entry)
         except BaseException:
@@ -759,15 +767,25 @@ class Node:
         for unit in [*(entry.unit for entry in self._entries.values()), *self._pool.units]:
             record = unit.record
             is_still = record.phase in (Phase.PAUSED, Phase.DEAD) and unit.machine is None
-            body = self._launcher.body(record)
             promises.append(
                 Promise(
                     memory_mib=0 if is_still else cost_mib(record.memory_mib),
                     disk_mib=record.disk_mib + record.memory_mib,
-                    disk_used_mib=used_mib(body) if body.is_dir() else 0,
+                    disk_used_mib=self._used_mib(unit),
                 )
             )
         return promises
+
+    def _used_mib(self, unit: Unit) -> int:
+        """Return what a body takes on disk, as it was a moment ago: to look costs more than it is
+        worth at every start."""
+        now = self._clock.monotonic()
+        looked_at, used = unit.used_mib
+        if now - looked_at >= _USED_S:
+            body = self._launcher.body(unit.record)
+            used = used_mib(body) if body.is_dir() else 0
+            unit.used_mib = (now, used)
+        return used
 
     def _has_room(self, shape: Shape) -> bool:
         try:

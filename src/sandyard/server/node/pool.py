@@ -18,9 +18,9 @@ from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.node.agent import run_command
 from sandyard.server.node.choice import Drivers
-from sandyard.server.node.goldens import DISK_MIB, Goldens, Kind, a_wish, with_disk
+from sandyard.server.node.goldens import Goldens, Kind, a_wish
 from sandyard.server.node.images import Images
-from sandyard.server.node.launcher import Launcher, Unit
+from sandyard.server.node.launcher import Launcher, Unit, Was
 from sandyard.server.node.residents import Phase
 from sandyard.server.node.turns import Rank, Turns
 
@@ -58,7 +58,6 @@ class Observer(Protocol):
 @dataclass
 class _Shelf:
     kind: Kind
-    disk_mib: int
     floor: int = 0
     members: list[Unit] = field(default_factory=list)
     coming: int = 0
@@ -130,7 +129,7 @@ class Pool:
 
         Only one that answered lately is given out.
         """
-        shelf = self._shelves.setdefault(kind, _Shelf(kind, disk_mib))
+        shelf = self._shelves.setdefault(kind, _Shelf(kind))
         shelf.asked_at.append(self._clock.monotonic())
         self.nudge()
         unit = self._find(shelf, disk_mib)
@@ -194,8 +193,8 @@ class Pool:
                 continue
             current[slug] = image.digest
             shape = definition.defaults
-            kind = Kind(slug, image.digest, shape.vcpus, shape.memory_mib)
-            shelf = self._shelves.setdefault(kind, _Shelf(kind, shape.disk_mib))
+            kind = self._goldens.kind_of(image, slug, shape)
+            shelf = self._shelves.setdefault(kind, _Shelf(kind))
             shelf.floor = self._limits.floor
         for kind, shelf in list(self._shelves.items()):
             if current.get(kind.template) != kind.image:
@@ -231,7 +230,7 @@ class Pool:
     async def _add(self, shelf: _Shelf) -> None:
         try:
             async with self._restores.take(Rank.AHEAD):
-                if self._has_room(Shape(shelf.kind.vcpus, shelf.kind.memory_mib, shelf.disk_mib)):
+                if self._has_room(a_wish(shelf.kind).shape):
                     await self._make(shelf)
                 else:
                     shelf.failed_at = self._clock.monotonic()
@@ -254,7 +253,7 @@ class Pool:
         golden = await self._goldens.find(kind, driver)
         if golden is None:
             return
-        wish = with_disk(a_wish(kind), DISK_MIB)
+        wish = a_wish(kind)
         unit = self._launcher.new_unit(wish, image, driver)
         self._units.add(unit)
         try:
@@ -264,9 +263,9 @@ class Pool:
             except DamagedError as error:
                 await self._goldens.discard(kind, error.message)
                 raise
-            wish = with_disk(wish, shelf.disk_mib)
-            grows = shelf.disk_mib > DISK_MIB
-            await self._launcher.set_up(unit, wish, grows=grows)
+            # Twice: the second is what will be asked for when it is claimed.
+            await self._launcher.set_up(unit, wish, was=Was.NOBODYS)
+            await self._launcher.set_up(unit, wish, was=Was.UNIQUE)
             await self._exercise(unit, driver)
             unit.record = unit.record.with_phase(Phase.WAITING)
             await asyncio.to_thread(self._launcher.write, unit)

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from sqlalchemy import (
     ColumnElement,
+    CursorResult,
     Dialect,
     Executable,
-    Result,
     Row,
     Select,
     and_,
@@ -73,7 +73,7 @@ class Connection(Protocol):
 
     async def execute(
         self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
-    ) -> Result[Any]:
+    ) -> CursorResult[Any]:
         """Run one statement."""
         ...
 
@@ -89,7 +89,7 @@ class SandboxTable:
         """See core.contracts.SandboxRows.insert."""
         values = self._values(sandbox) | _held(hold)
         try:
-            await self._connection.execute(insert(t.sandboxes).values(values))
+            await self._connection.execute(_INSERT, [values])
         except IntegrityError as error:
             raise _name_is_taken(error, sandbox.name) from error
         if sandbox.tags:
@@ -97,8 +97,9 @@ class SandboxTable:
 
     async def find(self, sandbox_id: str) -> Sandbox | None:
         """See core.contracts.SandboxRows.find."""
-        found = await self._sandboxes(_selected().where(t.sandboxes.c.id == sandbox_id))
-        return found[0] if found else None
+        found = await self._connection.execute(_FIND, [{"wanted_id": sandbox_id}])
+        row = found.first()
+        return None if row is None else self._sandbox(row)
 
     async def find_named(self, org_id: str, name: str) -> Sandbox | None:
         """See core.contracts.SandboxRows.find_named."""
@@ -147,22 +148,18 @@ class SandboxTable:
         retag: bool = False,
     ) -> Sandbox | None:
         """See core.contracts.SandboxRows.replace."""
-        c = t.sandboxes.c
         values = self._values(sandbox) | {"version": sandbox.version + 1}
-        for name in _USED:
+        for name in ("id", *_USED):
             del values[name]
-        guard = [c.id == sandbox.id, c.version == sandbox.version]
-        if lease is None:
-            values |= _held(hold)
-        else:
-            guard.append(c.lease_token == lease)
+        values |= {"known_id": sandbox.id, "known_version": sandbox.version}
+        values |= _held(hold) if lease is None else {"known_lease": lease}
         try:
             done = await self._connection.execute(
-                update(t.sandboxes).where(*guard).values(values).returning(c.id)
+                _REPLACE if lease is None else _REPLACE_HELD, [values]
             )
         except IntegrityError as error:
             raise _name_is_taken(error, sandbox.name) from error
-        if done.first() is None:
+        if done.rowcount == 0:
             return None
         if retag:
             await self._connection.execute(
@@ -296,12 +293,7 @@ class AccountTable:
 
     async def find_key(self, digest: str) -> KeyHolder | None:
         """See core.contracts.AccountRows.find_key."""
-        c, m = t.api_keys.c, t.memberships.c
-        found = await self._connection.execute(
-            select(t.api_keys, m.role)
-            .join(t.memberships, and_(m.org_id == c.org_id, m.user_id == c.owner_user_id))
-            .where(c.digest == digest)
-        )
+        found = await self._connection.execute(_FIND_KEY, [{"wanted_digest": digest}])
         row = found.mappings().first()
         if row is None:
             return None
@@ -350,14 +342,13 @@ class ActivityTable:
     async def append(self, activity: Activity) -> None:
         """See core.contracts.ActivityRows.append."""
         values = vars(activity) | {"attributes": dict(activity.attributes)}
-        await self._connection.execute(insert(t.activity).values(values))
+        await self._connection.execute(_APPEND, [values])
 
     async def touch(self, sandbox_id: str, *, at: datetime, kind: str) -> None:
         """See core.contracts.ActivityRows.touch."""
         await self._connection.execute(
-            update(t.sandboxes)
-            .where(t.sandboxes.c.id == sandbox_id)
-            .values(last_activity_at=at, last_activity_kind=kind)
+            _TOUCH,
+            [{"known_id": sandbox_id, "last_activity_at": at, "last_activity_kind": kind}],
         )
 
     async def of_sandbox(self, sandbox_id: str) -> list[Activity]:
@@ -381,18 +372,8 @@ class UsageTable:
     async def open(self, period: UsagePeriod) -> None:
         """See core.contracts.UsageRows.open."""
         try:
-            await self._connection.execute(
-                insert(t.usage_periods).values(
-                    sandbox_id=period.sandbox_id,
-                    org_id=period.org_id,
-                    incarnation=period.incarnation,
-                    vcpus=period.shape.vcpus,
-                    memory_mib=period.shape.memory_mib,
-                    disk_mib=period.shape.disk_mib,
-                    started_at=period.started_at,
-                    ended_at=period.ended_at,
-                )
-            )
+            values = {name: value for name, value in vars(period).items() if name != "shape"}
+            await self._connection.execute(_OPEN, [values | vars(period.shape)])
         except IntegrityError as error:
             raise InternalError(
                 f"cannot open a usage period: {period.sandbox_id} has one open"
@@ -566,16 +547,51 @@ def _held(hold: Hold | None) -> dict[str, object]:
     }
 
 
-def _moment(at: datetime) -> ColumnElement[datetime]:
-    return bindparam("ended", at, type_=t.Moment)
-
-
 def _selected() -> Select[tuple[object]]:
     return select(
         t.sandboxes,
         t.users.c.display_name.label("owner_display_name"),
         t.users.c.email.label("owner_email"),
     ).join(t.users, t.users.c.id == t.sandboxes.c.owner_user_id)
+
+
+_c = t.sandboxes.c
+_known = (_c.id == bindparam("known_id"), _c.version == bindparam("known_version"))
+_written: dict[str, Any] = {
+    one.name: bindparam(one.name) for one in _c if one.name not in {"id", "created_at", *_USED}
+}
+_leases = ("lease_token", "lease_until")
+# What every request runs is built once: to build a statement takes as long as to run it.
+_INSERT = insert(t.sandboxes)
+_FIND = _selected().where(_c.id == bindparam("wanted_id"))
+_REPLACE = update(t.sandboxes).where(*_known).values(_written)
+_REPLACE_HELD = (
+    update(t.sandboxes)
+    .where(*_known, _c.lease_token == bindparam("known_lease"))
+    .values({name: value for name, value in _written.items() if name not in _leases})
+)
+_TOUCH = (
+    update(t.sandboxes)
+    .where(_c.id == bindparam("known_id"))
+    .values({name: bindparam(name) for name in _USED})
+)
+_APPEND = insert(t.activity)
+_OPEN = insert(t.usage_periods)
+_FIND_KEY = (
+    select(t.api_keys, t.memberships.c.role)
+    .join(
+        t.memberships,
+        and_(
+            t.memberships.c.org_id == t.api_keys.c.org_id,
+            t.memberships.c.user_id == t.api_keys.c.owner_user_id,
+        ),
+    )
+    .where(t.api_keys.c.digest == bindparam("wanted_digest"))
+)
+
+
+def _moment(at: datetime) -> ColumnElement[datetime]:
+    return bindparam("ended", at, type_=t.Moment)
 
 
 def _name_is_taken(error: IntegrityError, name: str | None) -> AlreadyExistsError | InternalError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection as SyncConnection
-from sqlalchemy import Engine, Executable, Result, create_engine, event, make_url, text
+from sqlalchemy import CursorResult, Engine, Executable, create_engine, event, make_url, text
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -140,7 +140,7 @@ class _Inline:
 
     async def execute(
         self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
-    ) -> Result[Any]:
+    ) -> CursorResult[Any]:
         """Run one statement."""
         return self._connection.execute(statement, parameters)
 
