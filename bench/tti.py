@@ -4,9 +4,9 @@
 
 The method is that of the public leaderboard of hosted sandboxes, through HTTP against a running
 server: sequential (create, command, delete, one after another), staggered (one started every
-200 ms) and burst (all at once). The lowest and highest 5 % of successes are dropped; percentiles are
-nearest rank; failures are counted. Before the command an identity probe runs, in the timed window,
-that fails a sandbox which somebody has used before.
+200 ms) and burst (all at once). The lowest and highest 5 % of successes are dropped; percentiles
+are nearest rank; failures are counted. Before the command an identity probe runs, in the timed
+window, that fails a sandbox which somebody has used before.
 """
 
 import argparse

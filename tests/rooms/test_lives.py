@@ -573,15 +573,26 @@ async def test_a_create_takes_a_waiting_machine_and_runs_at_once(pooled: Yard) -
     await pooled.client.delete("/v1/sandboxes/mine")
 
 
-async def test_a_larger_disk_comes_from_the_pool_and_a_smaller_one_does_not(pooled: Yard) -> None:
+async def test_a_larger_disk_comes_from_the_pool(pooled: Yard) -> None:
     larger = (
         await pooled.client.post("/v1/sandboxes", json={"resources": {"disk": "20GB"}})
     ).json()["data"]
     assert larger["status"] == "running"
     assert pooled.machine_of(larger).disk_mib == 20 * 1024
-    smaller = await pooled.create(resources={"disk": "2GB"})
-    assert pooled.machine_of(smaller).disk_mib == 2 * 1024
-    assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="restore"}') == 1
+
+
+async def test_smaller_disks_come_from_a_golden_machine_of_their_own(pooled: Yard) -> None:
+    goldens = await metric(pooled, "sandyard_goldens ")
+    await pooled.create(resources={"disk": "2GB"})
+    assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="boot"}') == 1
+
+    async def has_another() -> bool:
+        return await metric(pooled, "sandyard_goldens ") > goldens
+
+    await eventually(has_another)
+    second = await pooled.create(resources={"disk": "3GB"})
+    assert pooled.machine_of(second).disk_mib == 3 * 1024
+    assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="boot"}') == 1
 
 
 async def test_an_empty_pool_restores_and_another_shape_boots(pooled: Yard) -> None:

@@ -1,6 +1,5 @@
 """Sockets and taps opened inside a network namespace by a process that stays outside."""
 
-import asyncio
 import ctypes
 import fcntl
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sandyard.server.core.errors import InternalError
+from sandyard.server.core.threads import in_thread
 
 _T = TypeVar("_T")
 _CLONE_NEWNET = 0x40000000
@@ -77,4 +77,4 @@ async def open_tap(netns: str, tap: str) -> int:
             raise
         return descriptor
 
-    return await asyncio.to_thread(in_namespace, netns, work)
+    return await in_thread(in_namespace, netns, work)

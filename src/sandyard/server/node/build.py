@@ -4,7 +4,6 @@ Two stages, each kept by the digest of what went into it: the packages (minutes,
 and the image with our agent in it (seconds, local). A new agent therefore costs no new download.
 """
 
-import asyncio
 import fcntl
 import os
 import shlex
@@ -19,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError, SandyardError
+from sandyard.server.core.threads import in_thread
 from sandyard.server.node.commands import run
 from sandyard.server.node.definitions import Definition, NodeRuntime, Source
 from sandyard.server.node.images import Image, Images, write_manifest
@@ -237,7 +237,7 @@ class _Build:
             on_line=self._report.line,
         )  # fmt: skip
         (wheel,) = (work / "wheels").glob("*.whl")
-        await asyncio.to_thread(_unpack_node, wheel, root / "usr/local")
+        await in_thread(_unpack_node, wheel, root / "usr/local")
 
     async def _make_image(
         self, work: Path, archive: Path, source: Source, inputs: dict[str, str], digest: str
@@ -267,11 +267,11 @@ class _Build:
             on_line=self._report.line,
         )
         files = Path(__file__).parent / "guest_files"
-        await asyncio.to_thread(make_initrd, root, release, files / "init", made / "initrd")
+        await in_thread(make_initrd, root, release, files / "init", made / "initrd")
         shutil.rmtree(root / "boot")
         (root / "boot").mkdir()
         base = made / "base.ext4"
-        size_mib = await asyncio.to_thread(_size_of_tree_mib, root)
+        size_mib = await in_thread(_size_of_tree_mib, root)
         await run(
             ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-L", "base",
              "-E", "root_owner=0:0", "-d", root, base, f"{size_mib}M"],

@@ -1,11 +1,11 @@
 """The private disk of a machine: a sparse ext4 that holds what differs from the base image."""
 
-import asyncio
 import os
 from pathlib import Path
 from typing import Protocol
 
 from sandyard.server.core.errors import InternalError, NoCapacityError
+from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.sparse import copy_sparse
 from sandyard.server.node.commands import run
 
@@ -57,7 +57,7 @@ class Ext4Disks:
 
     async def copy(self, source: Path, path: Path, *, sync: bool = False) -> None:
         """See Disks.copy."""
-        await asyncio.to_thread(copy_sparse, source, path, sync=sync)
+        await in_thread(copy_sparse, source, path, sync=sync)
 
 
 def free_mib(folder: Path) -> int:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.namespaces import in_namespace
 from sandyard.server.node.firewall import GATEWAY_IP
 
@@ -48,7 +49,7 @@ async def forward_dns(netns: str, resolvers: Callable[[], list[str]]) -> None:
         tcp.setblocking(False)
         return udp, tcp
 
-    udp, tcp = await asyncio.to_thread(in_namespace, netns, listen)
+    udp, tcp = await in_thread(in_namespace, netns, listen)
     with udp, tcp:
         forwarder = _Forwarder(resolvers)
         async with asyncio.TaskGroup() as tasks:

@@ -18,6 +18,7 @@ from pathlib import Path
 from sandyard.server.core.contracts import Clock, MachineWish
 from sandyard.server.core.errors import ConflictError, DamagedError, SandyardError
 from sandyard.server.core.shapes import Shape
+from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node import saved as saving
 from sandyard.server.node.agent import run_command
@@ -117,7 +118,7 @@ class Goldens:
             await self._launcher.check_saved(golden, whole=True)
         except (ConflictError, DamagedError) as error:
             log.warning("a golden machine is not used and will be replaced: %s", error.message)
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await in_thread(shutil.rmtree, folder, ignore_errors=True)
         else:
             self._known[kind] = golden
 
@@ -126,7 +127,7 @@ class Goldens:
         golden = self._known.pop(kind, None)
         if golden is not None:
             log.error("a golden machine is replaced: %s", why)
-            await asyncio.to_thread(shutil.rmtree, golden.folder, ignore_errors=True)
+            await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
 
     def want(self, kind: Kind) -> None:
         """Have a golden machine made beside, unless there is one, or a try has just failed."""
@@ -159,7 +160,7 @@ class Goldens:
                 )
             if not keep:
                 log.info("removing a golden machine that is of no use any more")
-                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                await in_thread(shutil.rmtree, folder, ignore_errors=True)
 
     def forget_old(self) -> None:
         """Forget golden machines whose template has another image by now."""
@@ -219,7 +220,7 @@ class Goldens:
             for command in definition.warmup * _WARMUP_ROUNDS:
                 await self._warm_up(unit, command)
             folder = self._folder / await self._name(kind, driver)
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await in_thread(shutil.rmtree, folder, ignore_errors=True)
             return await self._launcher.snapshot(unit, folder, kind="golden")
         finally:
             await asyncio.shield(self._launcher.end(unit, removes=True))

@@ -35,6 +35,7 @@ from sandyard.server.core.errors import (
     UnsupportedError,
 )
 from sandyard.server.core.ids import new_machine_id, new_secret
+from sandyard.server.core.threads import in_thread
 from sandyard.server.core.wire import AGENT_PORT, Op
 from sandyard.server.drivers.contract import (
     Driver,
@@ -197,18 +198,18 @@ class Launcher:
             NoCapacityError: the host's disk is full.
             DamagedError: the saved machine is not as it was.
         """
-        await asyncio.to_thread(self._residents.write, unit.record)
+        await in_thread(self._residents.write, unit.record)
         body = self.body(unit.record)
         part = body.with_name(body.name + ".part")
-        await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
+        await in_thread(shutil.rmtree, part, ignore_errors=True)
         part.mkdir(mode=0o710)
         if source is None:
             await self._disks.make(part / _DISK, size_mib=unit.record.disk_mib, uid=os.geteuid())
         else:
             try:
-                await asyncio.to_thread(saving.check, source, whole=False)
-                await asyncio.to_thread(_link, source.state.memory, part / _MEMORY)
-                await asyncio.to_thread(saving.copy_state, source.state, part / _SAVED)
+                await in_thread(saving.check, source, whole=False)
+                await in_thread(_link, source.state.memory, part / _MEMORY)
+                await in_thread(saving.copy_state, source.state, part / _SAVED)
                 await self._disks.copy(source.disk, part / _DISK)
             except (ConflictError, FileNotFoundError) as error:
                 raise DamagedError(f"cannot clone a saved machine: {error}") from error
@@ -258,7 +259,7 @@ class Launcher:
             else:
                 unit.machine = await driver.start(spec, held)
                 unit.record = replace(unit.record, handle=dict(unit.machine.handle))
-                await asyncio.to_thread(self._residents.write, unit.record)
+                await in_thread(self._residents.write, unit.record)
             unit.link = self._link(unit)
             if not is_saved:
                 await self._await_agent(unit, unit.machine, unit.link)
@@ -270,7 +271,7 @@ class Launcher:
         record = unit.record
         folder, body = self._residents.folder(record.id), self.body(record)
         run = folder / _RUN
-        await asyncio.to_thread(shutil.rmtree, run, ignore_errors=True)
+        await in_thread(shutil.rmtree, run, ignore_errors=True)
         run.mkdir(mode=0o700)
         with contextlib.suppress(PermissionError):  # without root (fake machines) it is ours
             os.chown(run, place.uid, place.uid)
@@ -297,13 +298,13 @@ class Launcher:
         unit.record = replace(unit.record, handle=dict(machine.handle))
         if not was_new:
             unit.record = unit.record.with_phase(Phase.RUNNING)
-        await asyncio.to_thread(self._residents.write, unit.record)
+        await in_thread(self._residents.write, unit.record)
         await self.forget_saved(unit)
 
     async def forget_saved(self, unit: Unit) -> None:
         """Withdraw a unit's saved state, if it has one, because the machine is about to run on."""
         saved = self.saved_folder(unit.record)
-        await asyncio.to_thread(saving.withdraw, saved, saved.with_name("spent"))
+        await in_thread(saving.withdraw, saved, saved.with_name("spent"))
 
     async def _vacate(self, unit: Unit) -> None:
         if unit.link is not None:
@@ -460,15 +461,15 @@ class Launcher:
         machine = self._saving_machine(unit)
         body = self.body(unit.record)
         part = body / "saved.part"
-        await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
+        await in_thread(shutil.rmtree, part, ignore_errors=True)
         unit.is_still = True
         try:
             await machine.pause()
             state = await machine.save(part)
             about = await self.about(unit, kind="paused")
             beside = (body / _DISK, body / _MEMORY)
-            await asyncio.to_thread(saving.seal, state.folder, about, key=self._key, beside=beside)
-            await asyncio.to_thread(saving.publish, part, body / _SAVED)
+            await in_thread(saving.seal, state.folder, about, key=self._key, beside=beside)
+            await in_thread(saving.publish, part, body / _SAVED)
         except BaseException as error:
             await asyncio.shield(self._go_on(unit, machine, part))
             if isinstance(error, OSError):
@@ -480,7 +481,7 @@ class Launcher:
 
     async def _go_on(self, unit: Unit, machine: SavingMachine, part: Path) -> None:
         """Let a machine run on whose saving failed; what was published is withdrawn first."""
-        await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
+        await in_thread(shutil.rmtree, part, ignore_errors=True)
         await self.forget_saved(unit)
         try:
             await machine.resume()
@@ -491,7 +492,7 @@ class Launcher:
         if unit.link is not None:
             unit.link.cut(PAUSED)
         unit.record = unit.record.with_phase(Phase.PAUSED)
-        await asyncio.to_thread(self._residents.write, replace(unit.record, slot=-1, handle=None))
+        await in_thread(self._residents.write, replace(unit.record, slot=-1, handle=None))
         if unit.machine is not None:
             await unit.machine.stop()
             unit.machine = None
@@ -515,17 +516,17 @@ class Launcher:
         Raises: see `pause`.
         """
         part = folder.with_name(folder.name + ".part")
-        await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
+        await in_thread(shutil.rmtree, part, ignore_errors=True)
         part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             await self._copy_out(unit, part)
             driver: SavingDriver = self._drivers.named(unit.record.driver)  # type: ignore[assignment]
             await driver.make_whole(Saved(part), self.body(unit.record) / _MEMORY)
             about = await self.about(unit, kind=kind)
-            made = await asyncio.to_thread(saving.seal, part, about, key=self._key)
-            await asyncio.to_thread(saving.publish, part, folder)
+            made = await in_thread(saving.seal, part, about, key=self._key)
+            await in_thread(saving.publish, part, folder)
         except BaseException as error:
-            await asyncio.shield(asyncio.to_thread(shutil.rmtree, part, ignore_errors=True))
+            await asyncio.shield(in_thread(shutil.rmtree, part, ignore_errors=True))
             if isinstance(error, OSError):
                 raise _translated(error) from error
             raise
@@ -535,7 +536,7 @@ class Launcher:
         disk = self.body(unit.record) / _DISK
         if unit.record.phase is Phase.PAUSED:
             state = self.load_saved(unit)
-            await asyncio.to_thread(saving.copy_state, state, part)
+            await in_thread(saving.copy_state, state, part)
             await self._disks.copy(disk, part / _DISK, sync=True)
             return
         machine = self._saving_machine(unit)
@@ -575,7 +576,7 @@ class Launcher:
                 version=await self.version(driver),
                 host=self._host,
             )
-            await asyncio.to_thread(saving.check, state, whole=whole)
+            await in_thread(saving.check, state, whole=whole)
         except ConflictError as error:
             raise DamagedError(f"cannot use what was saved: {error.message}") from error
 
@@ -689,7 +690,7 @@ class Launcher:
         unit.is_silent, unit.stall = False, None
         unit.record = replace(unit.record, slot=-1, handle=None)
         if removes:
-            await asyncio.to_thread(self._residents.remove, unit.record.id)
+            await in_thread(self._residents.remove, unit.record.id)
 
     async def let_go(self, unit: Unit) -> None:
         """Let go of a running machine, which lives on."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sandyard.server.core.errors import InternalError, NoCapacityError
+from sandyard.server.core.threads import in_thread
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.namespaces import in_namespace, path_of
@@ -150,7 +151,7 @@ class Slots:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return made
 
-        connection = await asyncio.to_thread(in_namespace, place.netns, make)
+        connection = await in_thread(in_namespace, place.netns, make)
         try:
             async with asyncio.timeout(limit_s):
                 await asyncio.get_running_loop().sock_connect(connection, (GUEST_IP, port))
@@ -224,7 +225,7 @@ class Slots:
         gateway = outer - 1
         link = self._host_link(place.number)
         await run(["ip", "netns", "add", place.netns], limit_s=_TOOL_LIMIT_S)
-        await asyncio.to_thread(in_namespace, place.netns, _set_up_kernel)
+        await in_thread(in_namespace, place.netns, _set_up_kernel)
         rules = slot_rules(
             uplink=_UPLINK, tap=_TAP, outer=outer, agent_port=AGENT_PORT, allow=self._allow
         )
@@ -237,7 +238,7 @@ class Slots:
         async with netlink() as host:
             await host.add_veth(link, peer=_UPLINK, peer_netns=place.netns)
             await host.bring_up(link, address=ipaddress.IPv4Interface(f"{gateway}/30"))
-        await asyncio.to_thread(
+        await in_thread(
             in_namespace, place.netns, lambda: asyncio.run(_set_up_links(place, outer, gateway))
         )
 

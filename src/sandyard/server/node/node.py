@@ -41,6 +41,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import is_uuid
 from sandyard.server.core.shapes import Shape
+from sandyard.server.core.threads import in_thread
 from sandyard.server.core.wire import Op
 from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.drivers.processes import boot_id
@@ -258,7 +259,7 @@ class Node:
     async def drop_snapshot(self, snapshot_id: str) -> None:
         """See core.contracts.NodeControl.drop_snapshot."""
         folder = self._snapshot_folder(snapshot_id)
-        await asyncio.to_thread(saving.withdraw, folder, folder.with_name(f"{folder.name}.part"))
+        await in_thread(saving.withdraw, folder, folder.with_name(f"{folder.name}.part"))
 
     async def check_room(self, template: str, shape: Shape) -> bool:
         """See core.contracts.NodeControl.check_room."""
@@ -421,7 +422,7 @@ class Node:
         if entry.record.phase is Phase.RUNNING and entry.unit.machine is not None:
             # It was believed lost and is here: nothing is as whole as the machine itself.
             entry.unit.record = replace(entry.record, incarnation=wish.incarnation)
-            await asyncio.to_thread(self._launcher.write, entry.unit)
+            await in_thread(self._launcher.write, entry.unit)
             return entry
         work = self._resume if entry.record.phase is Phase.PAUSED else self._restart
         await self._make_room(replace(wish.shape, disk_mib=0))
@@ -488,7 +489,7 @@ class Node:
                 await self._goldens.discard(kind, error.message)
                 await self._launcher.end(entry.unit)
                 body = self._launcher.body(entry.record)
-                await asyncio.to_thread(shutil.rmtree, body, ignore_errors=True)
+                await in_thread(shutil.rmtree, body, ignore_errors=True)
         # This start is served from cold; the next of its kind need not be.
         self._goldens.want(kind)
         return await self._boot(entry, wish)
@@ -560,7 +561,7 @@ class Node:
         code, message = (end.code, end.message) if end else ("", "")
         unit = entry.unit
         unit.record = unit.record.with_phase(Phase.RUNNING, code=code, message=message)
-        await asyncio.to_thread(self._launcher.write, unit)
+        await in_thread(self._launcher.write, unit)
         unit.on_end = lambda found: self._note_end(entry, unit, found)
         if unit.watch is None:
             self._launcher.start_watch(unit)
@@ -667,9 +668,9 @@ class Node:
             await asyncio.shield(self._settle(entry, before))
             unit.record = replace(unit.record, disk_mib=before.disk_mib)
             self._launcher.write(unit)
-            await asyncio.to_thread(shutil.rmtree, failed, ignore_errors=True)
+            await in_thread(shutil.rmtree, failed, ignore_errors=True)
             raise
-        await asyncio.to_thread(shutil.rmtree, self._launcher.body(before), ignore_errors=True)
+        await in_thread(shutil.rmtree, self._launcher.body(before), ignore_errors=True)
 
     async def _pause(self, entry: _Entry) -> None:
         if entry.record.phase is Phase.PAUSED:  # it was saved, and its process would not go
@@ -823,9 +824,9 @@ class Node:
     # --- over a restart -------------------------------------------------------------------
 
     async def _adopt(self, tasks: asyncio.TaskGroup) -> None:
-        await asyncio.to_thread(self._residents.sweep)
-        await asyncio.to_thread(self._sweep_snapshots)
-        found = await asyncio.to_thread(self._residents.all)
+        await in_thread(self._residents.sweep)
+        await in_thread(self._sweep_snapshots)
+        found = await in_thread(self._residents.all)
         for record in found:
             await self._adopt_one(record)
         in_use = [one.record.slot for one in self._entries.values() if one.unit.machine]
@@ -833,7 +834,7 @@ class Node:
         kept = {entry.record.id for entry in self._entries.values()}
         for record in found:
             if record.id not in kept:
-                await asyncio.to_thread(self._residents.remove, record.id)
+                await in_thread(self._residents.remove, record.id)
         for entry in self._entries.values():
             await self._tidy(entry)
             if entry.unit.machine is not None:
@@ -872,7 +873,7 @@ class Node:
         folder = self._residents.folder(entry.record.id)
         for other in folder.glob("body-*"):
             if other.name != entry.record.body:
-                await asyncio.to_thread(shutil.rmtree, other, ignore_errors=True)
+                await in_thread(shutil.rmtree, other, ignore_errors=True)
 
     async def _go_on(self, entry: _Entry) -> None:
         """Watch an adopted machine; one that stood still for a save that was broken off goes on."""

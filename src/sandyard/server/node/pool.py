@@ -15,6 +15,7 @@ from typing import Protocol
 from sandyard.server.core.contracts import Clock, Way
 from sandyard.server.core.errors import DamagedError, SandyardError
 from sandyard.server.core.shapes import Shape
+from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.node.agent import run_command
 from sandyard.server.node.choice import Drivers
@@ -268,7 +269,7 @@ class Pool:
             await self._launcher.set_up(unit, wish, was=Was.UNIQUE)
             await self._exercise(unit, driver)
             unit.record = unit.record.with_phase(Phase.WAITING)
-            await asyncio.to_thread(self._launcher.write, unit)
+            await in_thread(self._launcher.write, unit)
         except BaseException:
             await asyncio.shield(self._discard(unit))
             raise

@@ -15,6 +15,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
+from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.contract import (
     Capabilities,
     End,
@@ -131,12 +132,12 @@ class QemuMachine:
             await self._monitor.call(
                 "xen-save-devices-state", {"filename": str(written), "live": False}
             )
-            await asyncio.to_thread(_take_file, written, folder / command.DEVICE_STATE)
+            await in_thread(_take_file, written, folder / command.DEVICE_STATE)
         except OSError as error:
             raise NoCapacityError(f"cannot save the machine: {error.strerror}") from error
         finally:
             written.unlink(missing_ok=True)
-        await asyncio.to_thread(memory.save_pages, self.pid, memory_file, folder / _PAGES)
+        await in_thread(memory.save_pages, self.pid, memory_file, folder / _PAGES)
         return Saved(folder)
 
     async def grow_disk(self, size_mib: int) -> None:
@@ -150,7 +151,7 @@ class QemuMachine:
             ConflictError: the state is not whole, or does not fit.
         """
         if (pages := saved.folder / _PAGES).exists():
-            await asyncio.to_thread(memory.load_pages, self.pid, memory_file, pages)
+            await in_thread(memory.load_pages, self.pid, memory_file, pages)
         await self._monitor.call("migrate-incoming", {"uri": f"file:{state}"})
         async with asyncio.timeout(_LOAD_LIMIT_S):
             while (status := await self._monitor.migration()) not in ("completed", "failed"):
@@ -264,7 +265,7 @@ class QemuDriver:
     async def make_whole(self, saved: Saved, memory_file: Path) -> None:
         """See drivers.contract.SavingDriver.make_whole."""
         pages = saved.folder / _PAGES
-        await asyncio.to_thread(memory.merge, memory_file, pages, saved.memory)
+        await in_thread(memory.merge, memory_file, pages, saved.memory)
         pages.unlink()
 
     async def _start(
@@ -345,7 +346,7 @@ class QemuDriver:
         if self._accel == "kvm":
             return None
         if self._tsc_khz is None:
-            self._tsc_khz = await asyncio.to_thread(measure_khz)
+            self._tsc_khz = await in_thread(measure_khz)
         return self._tsc_khz
 
 

@@ -1,7 +1,7 @@
 """The store. See core.contracts.Store."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sqlalchemy.pool import QueuePool
 
 from sandyard.server.core.contracts import Store
 from sandyard.server.core.errors import InternalError, UnavailableError
+from sandyard.server.core.threads import in_thread
 from sandyard.server.links.sql.migrate import upgrade
 from sandyard.server.links.sql.rows import (
     AccountTable,
@@ -117,7 +118,7 @@ class SqliteStore:
                     try:
                         yield SqlTransaction(_Inline(connection), self._seal)
                         # Not to be broken off half-way: the connection is this thread's till then.
-                        await _finished(transaction.commit)
+                        await in_thread(transaction.commit)
                     except BaseException:
                         if transaction.is_active:
                             transaction.rollback()
@@ -155,16 +156,6 @@ async def _begun(connection: SyncConnection) -> RootTransaction:
             if "locked" not in str(error.orig) or asyncio.get_running_loop().time() > until:
                 raise
         await asyncio.sleep(_LOOK_AGAIN_S)
-
-
-async def _finished(work: Callable[[], None]) -> None:
-    """Do work in a thread and return when it is done, also if cancelled meanwhile."""
-    doing = asyncio.get_running_loop().run_in_executor(None, work)
-    try:
-        await asyncio.shield(doing)
-    except asyncio.CancelledError:
-        await asyncio.wait([doing])
-        raise
 
 
 @asynccontextmanager
