@@ -39,6 +39,7 @@ class Bench:
     spec: MachineSpec
     kill: Callable[[int], None]
     left: Callable[[], Awaitable[object]]
+    is_behind: Callable[[int], bool]
 
     @property
     def saver(self) -> SavingDriver:
@@ -60,7 +61,12 @@ async def fake_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
         return list(host.machines)
 
     return Bench(
-        FakeDriver(host), lambda: FakeDriver(host), spec, lambda pid: host.machines[pid].die(), left
+        FakeDriver(host),
+        lambda: FakeDriver(host),
+        spec,
+        lambda pid: host.machines[pid].die(),
+        left,
+        lambda pid: host.machines[pid].is_behind,
     )
 
 
@@ -95,7 +101,14 @@ async def qemu_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
     def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
-    return Bench(QemuDriver(accel="tcg"), lambda: QemuDriver(accel="tcg"), spec, kill, left)
+    def is_behind(pid: int) -> bool:
+        threads = [int(one.name) for one in Path(f"/proc/{pid}/task").iterdir()]
+        values = {os.getpriority(os.PRIO_PROCESS, one) for one in threads}
+        assert len(values) == 1, "one thread gives way, another does not"
+        return values.pop() > os.getpriority(os.PRIO_PROCESS, 0)
+
+    driver = QemuDriver(accel="tcg")
+    return Bench(driver, lambda: QemuDriver(accel="tcg"), spec, kill, left, is_behind)
 
 
 @pytest.fixture(params=["fake", pytest.param("qemu", marks=pytest.mark.machine)])
@@ -118,6 +131,16 @@ async def test_a_machine_starts_speaks_and_stops(bench: Bench) -> None:
         await machine.stop()
         await machine.stop()
         assert not await bench.left()
+
+
+async def test_a_machine_started_ahead_gives_way_until_it_comes_forward(bench: Bench) -> None:
+    async with AsyncExitStack() as held:
+        machine = await bench.driver.start(replace(bench.spec, is_ahead=True), held)
+        assert bench.is_behind(machine.pid)
+        machine.come_forward()
+        assert not bench.is_behind(machine.pid)
+        await machine.stop()
+        machine.come_forward()
 
 
 async def test_what_start_pushed_releases_everything(bench: Bench) -> None:

@@ -156,6 +156,16 @@ class RealServer:
         """Return a sandbox's status."""
         return str(self.get(reference)["status"])
 
+    def wait_running(self, reference: object, *, limit_s: float = 60.0) -> None:
+        """Return once a sandbox runs; fail at once, with its reason, if it will not."""
+
+        def runs() -> bool:
+            found = self.get(reference)
+            assert found["status"] not in ("failed", "error"), found["statusReason"]
+            return found["status"] == "running"
+
+        wait_until(runs, limit_s=limit_s, what=f"{reference} runs")
+
     def metric(self, name: str) -> float:
         """Return the sum of a metric's samples whose line begins so."""
         lines = self.client.get("/metrics").text.splitlines()

@@ -120,7 +120,8 @@ def stop_server(settings: Settings) -> int | None:
 def living_machines(settings: Settings) -> list[str]:
     """Return the ids of the sandboxes whose machines are recorded on this host."""
     folder = settings.home / "machines"
-    return sorted(record.sandbox_id for record in Residents(folder).all())
+    found = (record.sandbox_id for record in Residents(folder).all())
+    return sorted(one for one in found if one)
 
 
 async def remove_everything(settings: Settings) -> int:

@@ -51,6 +51,8 @@ class MachineSpec:
     folder: Path
     place: Place
     token: str = field(default="", repr=False)
+    is_ahead: bool = False
+    """Nobody waits for it yet: what others wait for gets the processors first."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ class Machine(Protocol):
 
     async def detach(self) -> None:
         """Let go of the machine, which lives on, to be found again by `recover`."""
+        ...
+
+    def come_forward(self) -> None:
+        """Let a machine that was started ahead have its share of the processors from now on."""
         ...
 
 

@@ -79,6 +79,7 @@ class FakeMachine:
         self._end = End("machine_died", "the hypervisor's process ended")
         self.remembers: dict[str, str] = {"token": spec.token}
         self.is_held = False
+        self.is_behind = spec.is_ahead
         self.disk_mib: int | None = None
         self._moving = asyncio.Event()
         self._moving.set()
@@ -122,6 +123,10 @@ class FakeMachine:
 
     async def detach(self) -> None:
         """See drivers.contract.Machine.detach."""
+
+    def come_forward(self) -> None:
+        """See drivers.contract.Machine.come_forward."""
+        self.is_behind = False
 
     async def pause(self) -> None:
         """See drivers.contract.SavingMachine.pause."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from sandyard.server.core.errors import UnavailableError
 
 _KILL_LIMIT_S = 10.0
+BEHIND = 10
+"""The nice value of what nobody waits for."""
 
 
 def boot_id() -> str:
@@ -29,6 +31,20 @@ def start_time(pid: int) -> int | None:
     # The command's name stands in brackets and may hold anything; the rest is plain (proc(5)).
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def set_nice(pid: int, nice: int) -> None:
+    """Set how a process, all of its threads, gives way to others; nothing if it is gone.
+
+    A process with a session of its own competes with others as a group, and then the group's value
+    decides (sched(7), "the autogroup feature"); where the kernel has none, each thread's does.
+    """
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), nice)
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
 class DetachedProcess:

@@ -35,6 +35,7 @@ _SMALLEST_DISK_MIB = 1024
 _WARMUP_LIMIT_S = 60.0
 _WARMUP_ROUNDS = 2
 _RETRY_S = 120.0
+_OTHERS_MAX = 16  # of shapes that are not a template's usual one
 _NOBODY = "golden"
 
 
@@ -47,6 +48,11 @@ class Kind:
     vcpus: int
     memory_mib: int
     disk_mib: int
+
+    @property
+    def shape(self) -> Shape:
+        """Its shape."""
+        return Shape(self.vcpus, self.memory_mib, self.disk_mib)
 
 
 class Goldens:
@@ -80,6 +86,7 @@ class Goldens:
         self._failed_at: dict[Kind, float] = {}
         self._making: dict[Kind, asyncio.Task[None]] = {}
         self._looked: dict[Kind, asyncio.Lock] = {}
+        self._used_at: dict[Kind, float] = {}
         self._tasks: asyncio.TaskGroup | None = None
 
     def use(self, tasks: asyncio.TaskGroup | None) -> None:
@@ -107,7 +114,22 @@ class Goldens:
         async with self._looked.setdefault(kind, asyncio.Lock()):
             if kind not in self._known:
                 await self._look_for(kind, driver)
+            if kind in self._known:
+                self._used_at[kind] = self._clock.monotonic()
             return self._known.get(kind)
+
+    async def _drop_beyond_bound(self) -> None:
+        """Remove those used least lately of the kinds that are not a template's usual one."""
+        others = [one for one in self._known if not self._is_usual(one.template, one.shape)]
+        others.sort(key=lambda kind: self._used_at.get(kind, 0.0))
+        for kind in others[: max(0, len(others) - _OTHERS_MAX)]:
+            golden = self._known.pop(kind)
+            # Clones hold their own link to its memory: they live on.
+            await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
+
+    def _is_usual(self, template: str, shape: Shape) -> bool:
+        definition = self._images.definitions.get(template)
+        return definition is not None and definition.defaults == shape
 
     async def _look_for(self, kind: Kind, driver: Driver) -> None:
         folder = self._folder / await self._name(kind, driver)
@@ -147,6 +169,7 @@ class Goldens:
     async def sweep(self) -> None:
         """Remove what was being made when an earlier process ended, and what is of no use now."""
         current = {image.digest for image in self._current_images()}
+        others: list[Path] = []
         for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():
             keep = False
             with contextlib.suppress(ConflictError):
@@ -158,9 +181,15 @@ class Goldens:
                     and driver is not None
                     and golden.about.driver_version == await self._launcher.version(driver)
                 )
+                if keep and not self._is_usual(golden.about.template, golden.about.shape):
+                    others.append(folder)
             if not keep:
                 log.info("removing a golden machine that is of no use any more")
                 await in_thread(shutil.rmtree, folder, ignore_errors=True)
+
+        others.sort(key=lambda folder: folder.stat().st_mtime)
+        for folder in others[: max(0, len(others) - _OTHERS_MAX)]:
+            await in_thread(shutil.rmtree, folder, ignore_errors=True)
 
     def forget_old(self) -> None:
         """Forget golden machines whose template has another image by now."""
@@ -190,10 +219,12 @@ class Goldens:
             driver = await self._drivers.choose(image)
             if not driver.capabilities.saves or await self.find(kind, driver) is not None:
                 return
-            if not self._has_room(Shape(kind.vcpus, kind.memory_mib, kind.disk_mib)):
+            if not self._has_room(kind.shape):
                 return
             async with self._boots.take(Rank.GOLDEN):
                 self._known[kind] = await self._make(kind, image, driver, definition)
+            self._used_at[kind] = self._clock.monotonic()
+            await self._drop_beyond_bound()
             log.info(
                 "a golden machine is ready: %s, %d vcpus, %d MB",
                 kind.template, kind.vcpus, kind.memory_mib,
@@ -247,7 +278,7 @@ def a_wish(kind: Kind) -> MachineWish:
         sandbox_id="",
         incarnation=0,
         template=kind.template,
-        shape=Shape(kind.vcpus, kind.memory_mib, kind.disk_mib),
+        shape=kind.shape,
         hostname="sandbox",
         tenant=_NOBODY,
         env={},

@@ -218,7 +218,9 @@ class Launcher:
 
     # --- up -------------------------------------------------------------------------------
 
-    async def raise_up(self, unit: Unit, *, token: str | None = None) -> Way:
+    async def raise_up(
+        self, unit: Unit, *, token: str | None = None, is_ahead: bool = False
+    ) -> Way:
         """Bring a unit's body to life and return once its agent answers; it is held up by nobody.
 
         From its saved state if it has one: then `token` is what the agent in there accepts, and the
@@ -245,7 +247,7 @@ class Launcher:
             unit.record = replace(
                 record, slot=place.number, token=token or new_secret(), handle=None
             )
-            spec = await self._spec(unit, image, place)
+            spec = await self._spec(unit, image, place, is_ahead=is_ahead)
             if is_saved:
                 assert driver.capabilities.saves
                 saver: SavingDriver = driver  # type: ignore[assignment]  # as it says of itself
@@ -267,7 +269,7 @@ class Launcher:
             held.pop_all()
         return Way.RESTORE if is_saved else Way.BOOT
 
-    async def _spec(self, unit: Unit, image: Image, place: Place) -> MachineSpec:
+    async def _spec(self, unit: Unit, image: Image, place: Place, *, is_ahead: bool) -> MachineSpec:
         record = unit.record
         folder, body = self._residents.folder(record.id), self.body(record)
         run = folder / _RUN
@@ -290,6 +292,7 @@ class Launcher:
             folder=run,
             place=place,
             token=record.token,
+            is_ahead=is_ahead,
         )
 
     async def _commit(self, unit: Unit, machine: SavingMachine) -> None:

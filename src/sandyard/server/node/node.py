@@ -504,6 +504,8 @@ class Node:
             incarnation=wish.incarnation,
             phase=Phase.STARTING,
         )
+        if unit.machine is not None:
+            unit.machine.come_forward()
         try:
             await self._launcher.set_up(
                 unit, wish, was=Was.UNIQUE, grows=grows, limit_s=_CLAIM_LIMIT_S

@@ -42,6 +42,8 @@ class PoolLimits:
     ceiling: int = 10
     demand_window_s: float = 60.0
     fresh_s: float = 20.0
+    quiet_s: float = 0.5
+    unquiet_s: float = 3.0
 
 
 class Observer(Protocol):
@@ -63,6 +65,7 @@ class _Shelf:
     members: list[Unit] = field(default_factory=list)
     coming: int = 0
     asked_at: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+    short_since: float | None = None
     failed_at: float | None = None
 
 
@@ -178,12 +181,16 @@ class Pool:
                     except Exception:  # as for a start: the node lives on
                         log.exception("the pool could not be looked after")
                     try:
-                        async with asyncio.timeout(_PERIOD_S):
+                        async with asyncio.timeout(self._period_s()):
                             await self._wake.wait()
                     except TimeoutError:
                         pass
         finally:
             await asyncio.shield(self._empty())
+
+    def _period_s(self) -> float:
+        is_short = any(shelf.short_since is not None for shelf in self._shelves.values())
+        return self._limits.quiet_s if is_short else _PERIOD_S
 
     async def _look(self, tasks: asyncio.TaskGroup) -> None:
         self._goldens.forget_old()
@@ -216,10 +223,27 @@ class Pool:
         now = self._clock.monotonic()
         if shelf.failed_at is not None and now - shelf.failed_at < self._limits.demand_window_s / 4:
             return
+        if self._is_put_off(shelf, now, is_short=len(shelf.members) + shelf.coming < target):
+            return
         room = min(target - len(shelf.members), _ROUNDS_AT_ONCE) - shelf.coming
         for _ in range(room):
             shelf.coming += 1
             tasks.create_task(self._add(shelf))
+
+    def _is_put_off(self, shelf: _Shelf, now: float, *, is_short: bool) -> bool:
+        """Tell whether filling a shelf can wait: while one create follows another and machines are
+        still there, it would only take the processors from them; but not for long."""
+        if not is_short:
+            shelf.short_since = None
+            return False
+        if shelf.short_since is None:
+            shelf.short_since = now
+        is_quiet = not shelf.asked_at or now - shelf.asked_at[-1] >= self._limits.quiet_s
+        return (
+            bool(shelf.members)
+            and not is_quiet
+            and now - shelf.short_since < self._limits.unquiet_s
+        )
 
     def _target(self, shelf: _Shelf) -> int:
         since = self._clock.monotonic() - self._limits.demand_window_s
@@ -231,7 +255,7 @@ class Pool:
     async def _add(self, shelf: _Shelf) -> None:
         try:
             async with self._restores.take(Rank.AHEAD):
-                if self._has_room(a_wish(shelf.kind).shape):
+                if self._has_room(shelf.kind.shape):
                     await self._make(shelf)
                 else:
                     shelf.failed_at = self._clock.monotonic()
@@ -260,7 +284,7 @@ class Pool:
         try:
             try:
                 await self._launcher.make_body(unit, golden)
-                await self._launcher.raise_up(unit, token=golden.about.token)
+                await self._launcher.raise_up(unit, token=golden.about.token, is_ahead=True)
             except DamagedError as error:
                 await self._goldens.discard(kind, error.message)
                 raise

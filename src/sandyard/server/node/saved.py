@@ -20,6 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.errors import ConflictError
+from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Saved
 from sandyard.server.drivers.sparse import copy_sparse, digest_sparse
 
@@ -46,6 +47,11 @@ class About:
     host: str
     token: str
     created_at: str = ""
+
+    @property
+    def shape(self) -> Shape:
+        """Its shape."""
+        return Shape(self.vcpus, self.memory_mib, self.disk_mib)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import logging
 import os
 import shutil
 from contextlib import AsyncExitStack
@@ -26,10 +27,18 @@ from sandyard.server.drivers.contract import (
 )
 from sandyard.server.drivers.initrd import add_token
 from sandyard.server.drivers.namespaces import open_tap
-from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
+from sandyard.server.drivers.processes import (
+    BEHIND,
+    DetachedProcess,
+    boot_id,
+    set_nice,
+    start_time,
+)
 from sandyard.server.drivers.qemu import command, memory
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
+
+log = logging.getLogger(__name__)
 
 _START_LIMIT_S = 30.0
 _LOAD_LIMIT_S = 30.0
@@ -108,6 +117,10 @@ class QemuMachine:
         await self._monitor.close()
         self._process.close()
         self._is_closed = True
+
+    def come_forward(self) -> None:
+        """See drivers.contract.Machine.come_forward."""
+        set_nice(self.pid, 0)
 
     async def pause(self) -> None:
         """See drivers.contract.SavingMachine.pause."""
@@ -250,14 +263,19 @@ class QemuDriver:
         try:
             _place(saved.folder / command.DEVICE_STATE, state, spec.place.uid)
             machine = await self._start(spec, held, is_restored=True)
-            await machine.load(spec.memory, saved, state)
+            try:
+                await machine.load(spec.memory, saved, state)
+            except UnavailableError as error:
+                # QEMU ends when it cannot load a state; but it may have been killed, and then the
+                # state is good. Twice in a row says that it is not.
+                log.warning("cannot restore %s, trying once more: %s", spec.name, error.message)
+                await machine.stop()
+                machine = await self._start(spec, held, is_restored=True)
+                await _load_or_refuse(machine, spec, saved, state)
         except FileNotFoundError as error:
             raise ConflictError(f"cannot restore {spec.name}: {error.filename} is gone") from error
         except TimeoutError as error:
             raise InternalError(f"cannot restore {spec.name}: QEMU does not come up") from error
-        except UnavailableError as error:
-            # QEMU ends when it cannot load a state; whoever restores must know the state is bad.
-            raise ConflictError(f"cannot restore {spec.name}: {error.message}") from error
         finally:
             state.unlink(missing_ok=True)
         return machine
@@ -294,6 +312,8 @@ class QemuDriver:
         finally:
             os.close(tap_fd)
         process = await self._take_hold(spec, held)
+        if spec.is_ahead:
+            set_nice(process.pid, BEHIND)
         monitor = await Monitor.connect(spec.folder / command.QMP_SOCKET)
         started = start_time(process.pid)
         if started is None:
@@ -356,6 +376,15 @@ def _make_initrd(spec: MachineSpec, *, with_token: bool) -> None:
     data = spec.initrd.read_bytes()
     # QEMU loads it in either case, so that the two machines are alike.
     _write_private(target, add_token(data, spec.token) if with_token else data, spec.place.uid)
+
+
+async def _load_or_refuse(
+    machine: QemuMachine, spec: MachineSpec, saved: Saved, state: Path
+) -> None:
+    try:
+        await machine.load(spec.memory, saved, state)
+    except UnavailableError as error:
+        raise ConflictError(f"cannot restore {spec.name}: {error.message}") from error
 
 
 def _place(source: Path, target: Path, uid: int) -> None:

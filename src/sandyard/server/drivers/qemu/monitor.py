@@ -10,6 +10,8 @@ from qemu.qmp import EventListener, QMPClient, QMPError
 from sandyard.server.core.errors import UnavailableError
 
 _LIMIT_S = 10.0
+_REFUSED_S = 2.0
+_AGAIN_S = 0.005
 _ENDING_EVENTS = ("SHUTDOWN", "GUEST_PANICKED")
 
 
@@ -27,16 +29,25 @@ class Monitor:
         Raises:
             UnavailableError: nobody answers there.
         """
-        client = QMPClient(socket.parent.name)
-        client.logger.setLevel("CRITICAL")
-        ending = EventListener(names=_ENDING_EVENTS)
-        client.register_listener(ending)
-        try:
-            async with asyncio.timeout(_LIMIT_S):
-                await client.connect(str(socket))
-        except (QMPError, OSError, TimeoutError) as error:
-            raise UnavailableError(f"cannot reach the monitor {socket}: {error!r}") from error
-        return cls(client, ending)
+        until = asyncio.get_running_loop().time() + _REFUSED_S
+        while True:
+            client = QMPClient(socket.parent.name)
+            client.logger.setLevel("CRITICAL")
+            ending = EventListener(names=_ENDING_EVENTS)
+            client.register_listener(ending)
+            try:
+                async with asyncio.timeout(_LIMIT_S):
+                    await client.connect(str(socket))
+            except (QMPError, OSError, TimeoutError) as error:
+                # QEMU makes the socket a moment before it listens there.
+                is_early = isinstance(error.__cause__, ConnectionRefusedError)
+                if not is_early or asyncio.get_running_loop().time() > until:
+                    raise UnavailableError(
+                        f"cannot reach the monitor {socket}: {error!r}"
+                    ) from error
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                return cls(client, ending)
 
     async def call(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """Carry out one command and return what it returned.
