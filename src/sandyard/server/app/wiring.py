@@ -160,6 +160,7 @@ async def open_house(
             restores_at_once=settings.node.restores_at_once,
             heartbeat_s=settings.node.heartbeat_s,
             uses_goldens=settings.node.golden_machines,
+            settle_s=0.0 if settings.node.driver == "fake" else NodeLimits.settle_s,
         ),
         pool_limits=PoolLimits(
             floor=min(settings.pool.floor, settings.pool.ceiling),

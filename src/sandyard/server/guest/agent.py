@@ -314,9 +314,12 @@ class _Exec:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._pump(stdout, wire.Channel.STDOUT))
             tasks.create_task(self._pump(stderr, wire.Channel.STDERR))
-            feeder = tasks.create_task(self._feed())
+            # Without a stdin the host has nothing more to say.
+            feeds = self._process.stdin is not None
+            feeder = tasks.create_task(self._feed()) if feeds else None
             code, timed_out = await self._wait(limit_s - (time.monotonic() - started))
-            feeder.cancel()
+            if feeder is not None:
+                feeder.cancel()
             stdout.finish()
             stderr.finish()
         end = {
@@ -412,18 +415,23 @@ class _Reader:
         """Keep the pipe open for a background job, which must not die of its own output."""
         loop = asyncio.get_running_loop()
 
-        def drain() -> None:
+        def is_at_end() -> bool:
             try:
-                data = os.read(self._descriptor, _CHUNK)
+                return not os.read(self._descriptor, _CHUNK)
             except BlockingIOError:
-                return
+                return False
             except OSError:
-                data = b""
-            if not data:
+                return True
+
+        def drain() -> None:
+            if is_at_end():
                 loop.remove_reader(self._descriptor)
                 self.close()
 
-        loop.add_reader(self._descriptor, drain)
+        if is_at_end():  # as it is unless there is a background job
+            self.close()
+        else:
+            loop.add_reader(self._descriptor, drain)
 
     def close(self) -> None:
         """Close the pipe."""
@@ -562,7 +570,8 @@ def main() -> None:
     processes.prepare()
     state = _State(token=(system.RUN / "token").read_text().strip())
     with contextlib.suppress(FileNotFoundError):
-        state = _State(**json.loads((system.RUN / "state").read_text()))
+        values, _ = json.JSONDecoder().raw_decode((system.RUN / "state").read_text())
+        state = _State(**values)
     listener = socket.create_server(("0.0.0.0", wire.AGENT_PORT), backlog=256, reuse_port=False)
     listener.setblocking(False)
     _log("ready")

@@ -6,6 +6,7 @@ and exec (cgroup, session, root, user, folder) and reports a failure through a p
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -17,13 +18,22 @@ from typing import NoReturn
 
 from sandyard.server.guest.system import Account, RefusedError, enter
 
-_CGROUPS = Path("/sys/fs/cgroup/sandyard")
+_CGROUPS = "/sys/fs/cgroup/sandyard"
 _NUMBERS = itertools.count()
-_LEFT_BEHIND: set[Path] = set()
+_LEFT_BEHIND: set[str] = set()
 _DEFAULTED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD)
 TERM_GRACE_S = 2.0
 OOM_SCORE = "-900"
 NICENESS = -15
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where the agent itself belongs; open from the start, for every command goes by here."""
+
+    root: int
+    cgroup: int
+    oom_score: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Process:
     """
 
     def __init__(
-        self, pid: int, pidfd: int, cgroup: Path, stdin: int | None, stdout: int, stderr: int
+        self, pid: int, pidfd: int, cgroup: str, stdin: int | None, stdout: int, stderr: int
     ) -> None:
         self.pid = pid
         self.stdin = stdin
@@ -75,7 +85,7 @@ class Process:
 
     def kill(self) -> None:
         """End everything that was started, at once."""
-        (self._cgroup / "cgroup.kill").write_text("1")
+        Path(self._cgroup, "cgroup.kill").write_text("1")
 
     def release(self) -> None:
         """Give the cgroup back, now or when the last background job in it has ended."""
@@ -84,12 +94,12 @@ class Process:
 
     def _members(self) -> list[int]:
         with contextlib.suppress(OSError):
-            return [int(word) for word in (self._cgroup / "cgroup.procs").read_text().split()]
+            return [int(word) for word in Path(self._cgroup, "cgroup.procs").read_text().split()]
         return []
 
     def _is_populated(self) -> bool:
         with contextlib.suppress(OSError):
-            return "populated 1" in (self._cgroup / "cgroup.events").read_text()
+            return "populated 1" in Path(self._cgroup, "cgroup.events").read_text()
         return False
 
 
@@ -97,7 +107,7 @@ def sweep() -> None:
     """Remove the cgroups of finished processes in which nothing lives any more."""
     for cgroup in list(_LEFT_BEHIND):
         try:
-            cgroup.rmdir()
+            os.rmdir(cgroup)
         except FileNotFoundError:
             _LEFT_BEHIND.discard(cgroup)
         except OSError:
@@ -108,9 +118,23 @@ def sweep() -> None:
 
 def prepare() -> None:
     """Make the folder of cgroups, and take over what an earlier agent left in it."""
-    _CGROUPS.mkdir(exist_ok=True)
-    _LEFT_BEHIND.update(path for path in _CGROUPS.iterdir() if path.is_dir())
+    folder = Path(_CGROUPS)
+    folder.mkdir(exist_ok=True)
+    _LEFT_BEHIND.update(str(path) for path in folder.iterdir() if path.is_dir())
     sweep()
+
+
+@functools.cache
+def _home() -> _Home:
+    return _Home(
+        root=os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC),
+        cgroup=os.open(Path(_CGROUPS).parent / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC),
+        oom_score=os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC),
+    )
+
+
+# From here to `fork` the code is plainer than it might be: under emulation every call that can be
+# done without is time that whoever runs a command does not wait.
 
 
 async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
@@ -119,49 +143,57 @@ async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
     Raises:
         RefusedError: it could not be started; the message says what was in the way.
     """
-    cgroup = _CGROUPS / f"{os.getpid()}-{next(_NUMBERS)}"
-    with contextlib.ExitStack() as lent, contextlib.ExitStack() as kept:
-        cgroup.mkdir()
-        kept.callback(_LEFT_BEHIND.add, cgroup)
-        child_stdin, stdin = os.pipe() if wants_stdin else (_open_null(), None)
-        lent.callback(os.close, child_stdin)
+    cgroup = f"{_CGROUPS}/{os.getpid()}-{next(_NUMBERS)}"
+    os.mkdir(cgroup)
+    lent: list[int] = []
+    kept: list[int] = []
+    stdin = None
+    try:
+        if wants_stdin:
+            child_stdin, stdin = os.pipe()
+            kept.append(stdin)
+        else:
+            child_stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        lent.append(child_stdin)
         stdout, child_stdout = os.pipe()
-        lent.callback(os.close, child_stdout)
+        kept.append(stdout)
+        lent.append(child_stdout)
         stderr, child_stderr = os.pipe()
-        lent.callback(os.close, child_stderr)
-        for descriptor in (stdin, stdout, stderr):
-            if descriptor is not None:
-                kept.callback(os.close, descriptor)
-                os.set_blocking(descriptor, False)
+        kept.append(stderr)
+        lent.append(child_stderr)
+        for descriptor in kept:
+            os.set_blocking(descriptor, False)
         streams = (child_stdin, child_stdout, child_stderr)
         if spec.account.uid == 0:
             pid = _spawn_as_root(spec, cgroup, root_fd, streams)
         else:
             pid = await _fork_as_user(spec, cgroup, root_fd, streams)
-        process = Process(pid, os.pidfd_open(pid), cgroup, stdin, stdout, stderr)
-        kept.pop_all()
-        return process
+        return Process(pid, os.pidfd_open(pid), cgroup, stdin, stdout, stderr)
+    except BaseException:
+        for descriptor in kept:
+            os.close(descriptor)
+        _LEFT_BEHIND.add(cgroup)
+        raise
+    finally:
+        for descriptor in lent:
+            os.close(descriptor)
 
 
-def _spawn_as_root(spec: Spec, cgroup: Path, root_fd: int, streams: tuple[int, int, int]) -> int:
+def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: tuple[int, int, int]) -> int:
     """Start a process by vfork, which under emulation takes a fraction of what fork takes.
 
     A vforked child can be told little, so the agent itself goes where the child is to start: the
     cgroup, the root, the folder, the ordinary priority. It has one thread and does not wait in
     between, so nobody sees it there.
     """
-    own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    home = _home()
     actions = [(os.POSIX_SPAWN_DUP2, source, number) for number, source in enumerate(streams)]
-    with contextlib.ExitStack() as back:
-        back.callback(os.close, own_root)
-        (cgroup / "cgroup.procs").write_text("0")
-        back.callback((_CGROUPS.parent / "cgroup.procs").write_text, "0")
-        Path("/proc/self/oom_score_adj").write_text("0")
-        back.callback(Path("/proc/self/oom_score_adj").write_text, OOM_SCORE)
+    there = os.open(f"{cgroup}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(there, b"0")
+        os.write(home.oom_score, b"0")
         os.setpriority(os.PRIO_PROCESS, 0, 0)
-        back.callback(os.setpriority, os.PRIO_PROCESS, 0, NICENESS)
         enter(root_fd)
-        back.callback(enter, own_root)
         try:
             os.chdir(spec.cwd)
         except OSError as error:
@@ -171,7 +203,7 @@ def _spawn_as_root(spec: Spec, cgroup: Path, root_fd: int, streams: tuple[int, i
                 return os.posix_spawn(
                     program[0],
                     list(program),
-                    dict(spec.env),
+                    spec.env,
                     file_actions=actions,
                     setsid=True,
                     setsigdef=_DEFAULTED,
@@ -181,10 +213,24 @@ def _spawn_as_root(spec: Spec, cgroup: Path, root_fd: int, streams: tuple[int, i
             except OSError as error:
                 raise RefusedError(_cannot("start", program[0], error)) from error
         raise RefusedError(f"cannot start {spec.programs[0][0]}: it is not in the sandbox")
+    finally:
+        _go_home(home)
+        os.close(there)
+
+
+def _go_home(home: _Home) -> None:
+    """Be the agent again. If that cannot be, end: PID 1 starts another, which is at home."""
+    try:
+        enter(home.root)
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+        os.write(home.oom_score, OOM_SCORE.encode())
+        os.write(home.cgroup, b"0")
+    except OSError:
+        os._exit(70)
 
 
 async def _fork_as_user(
-    spec: Spec, cgroup: Path, root_fd: int, streams: tuple[int, int, int]
+    spec: Spec, cgroup: str, root_fd: int, streams: tuple[int, int, int]
 ) -> int:
     """Start a process by fork; what goes wrong before it is there comes through a pipe."""
     trouble, child_trouble = os.pipe()
@@ -233,11 +279,11 @@ def settle(account: Account, root_fd: int) -> None:
 
 
 def _become(
-    spec: Spec, cgroup: Path, root_fd: int, streams: tuple[int, int, int], trouble: int
+    spec: Spec, cgroup: str, root_fd: int, streams: tuple[int, int, int], trouble: int
 ) -> NoReturn:
     what, which = "start", spec.programs[0][0]
     try:
-        (cgroup / "cgroup.procs").write_text("0")
+        Path(cgroup, "cgroup.procs").write_text("0")
         os.setsid()
         for number, descriptor in enumerate(streams):
             os.dup2(descriptor, number)
@@ -281,10 +327,6 @@ async def _read_all(descriptor: int) -> bytes:
         if not data:
             return said
         said += data
-
-
-def _open_null() -> int:
-    return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _resolve(future: "asyncio.Future[None]") -> None:

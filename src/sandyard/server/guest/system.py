@@ -21,6 +21,7 @@ _RNDADDENTROPY = 0x40085203  # linux/random.h
 _RNDRESEEDCRNG = 0x5207
 _PASSWD_MAX = 1024 * 1024
 _GROWTH_LIMIT_S = 5.0
+_PAGE = 4096  # a write of no more is done whole, also if its writer is ended meanwhile
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -118,14 +119,14 @@ def write_identity(
 
     What stands in a file's place and is no plain file (a link, a FIFO) is replaced, never followed.
     """
-    _overwrite(Path("/etc/hostname"), hostname + "\n", 0o644)
+    _overwrite("/etc/hostname", hostname + "\n", 0o644)
     _overwrite(
-        Path("/etc/hosts"),
+        "/etc/hosts",
         f"127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost ip6-loopback\n",
         0o644,
     )
     if machine_id is not None:
-        _overwrite(Path("/etc/machine-id"), machine_id + "\n", 0o444)
+        _overwrite("/etc/machine-id", machine_id + "\n", 0o444)
     if authorized_keys:
         ssh = Path("/root/.ssh")
         ssh.mkdir(mode=0o700, exist_ok=True)
@@ -173,8 +174,11 @@ def grow_disk(size_bytes: int, root_fd: int) -> None:
 
 
 def write_private(name: str, text: str) -> None:
-    """Write a file under /run/sandyard that only root may read, whole or not at all."""
-    _write_private(RUN / name, text)
+    """Write a file under /run/sandyard that only root may read.
+
+    A writer that is ended half-way may leave the end of a longer text behind this one.
+    """
+    _overwrite(f"{RUN}/{name}", text, 0o600)
 
 
 def profile_stamp(root_fd: int, account: Account) -> tuple[object, ...]:
@@ -256,10 +260,6 @@ def _read_small(root_fd: int, name: str) -> str:
         return file.read(_PASSWD_MAX).decode(errors="replace")
 
 
-def _write_private(path: Path, text: str) -> None:
-    _replace(path, text, 0o600)
-
-
 def _replace(path: Path, text: str, mode: int) -> None:
     """Write a file whole or not at all, over whatever has its name."""
     part = path.with_name(f".{path.name}.sandyard")
@@ -272,19 +272,27 @@ def _replace(path: Path, text: str, mode: int) -> None:
     part.replace(path)
 
 
-def _overwrite(path: Path, text: str, mode: int) -> None:
+def _overwrite(path: str, text: str, mode: int) -> None:
     """Write a small file in place, which is several times faster; else replace it."""
+    data = text.encode()
     try:
-        flags = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        _replace(path, text, mode)
+        _replace(Path(path), text, mode)
         return
-    with os.fdopen(descriptor, "wb", buffering=0) as file:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            file.write(text.encode())
-            return
-    _replace(path, text, mode)
+    try:
+        found = os.fstat(descriptor)
+        is_done = (
+            stat.S_ISREG(found.st_mode)
+            and len(data) <= _PAGE
+            and os.write(descriptor, data) == len(data)
+        )
+        if is_done and found.st_size > len(data):
+            os.ftruncate(descriptor, len(data))
+    finally:
+        os.close(descriptor)
+    if not is_done:
+        _replace(Path(path), text, mode)
 
 
 def _read_regular(path: Path) -> str:

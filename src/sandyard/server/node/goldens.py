@@ -37,6 +37,7 @@ _WARMUP_ROUNDS = 2
 _RETRY_S = 120.0
 _OTHERS_MAX = 16  # of shapes that are not a template's usual one
 _NOBODY = "golden"
+_HOSTNAME = "sandbox-000000000000"  # as long as a sandbox's own: its files need not grow
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Goldens:
         launcher: Launcher,
         boots: Turns,
         clock: Clock,
+        settle_s: float,
         key: bytes,
         host: str,
         on_ready: Callable[[], None],
@@ -78,6 +80,7 @@ class Goldens:
         self._launcher = launcher
         self._boots = boots
         self._clock = clock
+        self._settle_s = settle_s
         self._key = key
         self._host = host
         self._on_ready = on_ready
@@ -250,6 +253,10 @@ class Goldens:
             await self._launcher.set_up(unit, wish, was=Was.NOBODYS, limit_s=_WARMUP_LIMIT_S)
             for command in definition.warmup * _WARMUP_ROUNDS:
                 await self._warm_up(unit, command)
+            # What its kernel still has to do after that (journal, old connections, memory to free)
+            # every clone would do anew, all of them at the moment when somebody waits.
+            await self._warm_up(unit, "sync")
+            await self._clock.sleep(self._settle_s)
             folder = self._folder / await self._name(kind, driver)
             await in_thread(shutil.rmtree, folder, ignore_errors=True)
             return await self._launcher.snapshot(unit, folder, kind="golden")
@@ -279,7 +286,7 @@ def a_wish(kind: Kind) -> MachineWish:
         incarnation=0,
         template=kind.template,
         shape=kind.shape,
-        hostname="sandbox",
+        hostname=_HOSTNAME,
         tenant=_NOBODY,
         env={},
     )

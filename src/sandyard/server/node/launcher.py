@@ -85,6 +85,7 @@ class NodeLimits:
     heartbeat_s: float = 5.0
     poll_s: float = 0.05
     uses_goldens: bool = True
+    settle_s: float = 4.0
 
 
 class Was(Enum):

@@ -149,6 +149,7 @@ class Node:
             launcher=self._launcher,
             boots=self._boots,
             clock=clock,
+            settle_s=limits.settle_s,
             key=key,
             host=host,
             on_ready=lambda: self._pool.nudge(),
