@@ -27,8 +27,9 @@ from sandyard.server.node.turns import Rank, Turns
 
 log = logging.getLogger(__name__)
 
-_EXERCISE = "true"
-_EXERCISE_ROUNDS = 3
+# What most first commands do, and leaves nothing: start programs, write, read and list files.
+_EXERCISE = "f=$(mktemp) && echo $f > $f && cat $f $f | wc -l && ls -l / && rm $f"
+_EXERCISE_ROUNDS = 2
 _LIMIT_S = 30.0
 _PERIOD_S = 2.0
 _ROUNDS_AT_ONCE = 2
