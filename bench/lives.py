@@ -185,9 +185,11 @@ def main() -> None:
         print(name, json.dumps(found, indent=1), flush=True)
 
     note("lists", asyncio.run(lists(asked.rows)))
-    server = RealServer(free_port())
+    server = RealServer(free_port(), SANDYARD_POOL__CEILING="2")
     try:
         server.start()
+        # What is made ahead would take the processors from what is measured.
+        wait_until(lambda: len(server.waiting()) >= 2, limit_s=120, what="the pool is full")
         note("pause and resume, 512 MB", pauses(server, asked.pauses))
     finally:
         server.remove()
