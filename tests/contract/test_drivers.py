@@ -7,7 +7,7 @@ import shutil
 import signal
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from sandyard.server.drivers.contract import Driver, MachineSpec, Place, Saved, 
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.drivers.qemu import QemuDriver
+from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.node.disks import Ext4Disks
 from sandyard.server.node.identity import give_back_identity, take_identity
 from sandyard.server.node.network import Slots, host_routes, remove_host_rules
@@ -370,3 +371,56 @@ async def test_a_disk_grows_under_a_running_machine(bench: Bench) -> None:
 
 def mount(kind: str, where: Path, options: str) -> None:
     subprocess.run(["mount", "-t", kind, "-o", options, kind, str(where)], check=True)
+
+
+@pytest.mark.machine
+async def test_a_monitor_that_is_anothers_is_not_talked_to(tmp_path: Path) -> None:
+    """The socket lies in the machine's own folder, which may hold a link to another machine's."""
+    async with AsyncExitStack() as held:
+        bench = await qemu_bench(tmp_path, held)
+        first = AsyncExitStack()
+        machine = await bench.driver.start(bench.spec, first)
+        stored = dict(machine.handle)
+        first.pop_all()
+        await machine.detach()
+        place = Path(str(stored["qmp"]))
+        place.unlink()
+        asked: list[object] = []
+        other = await asyncio.start_unix_server(lambda *found: asked.append(found), tmp_path / "o")
+        async with other, AsyncExitStack() as inner:
+            place.symlink_to(tmp_path / "o")
+            assert await bench.again().recover(stored, inner) is None
+        assert not await bench.left()
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("what", ["pipe", "link", "name", "others"])
+async def test_a_state_that_is_no_file_of_the_machines_own_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    async with AsyncExitStack() as held:
+        bench = await qemu_bench(tmp_path, held)
+        secret = tmp_path / "secret"
+        secret.write_text("not the machine's")
+
+        async def call(self: Monitor, command: str, arguments: Mapping[str, object]) -> None:
+            path = Path(str(arguments["filename"]))
+            match what:
+                case "pipe":
+                    os.mkfifo(path)
+                case "link":
+                    path.symlink_to(secret)
+                case "name":
+                    path.hardlink_to(secret)
+                case _:
+                    path.write_text("root's")
+
+        async with AsyncExitStack() as inner:
+            machine = await bench.saver.start(bench.spec, inner)
+            await machine.pause()
+            with monkeypatch.context() as changed:
+                changed.setattr(Monitor, "call", call)
+                with pytest.raises(SandyardError, match="cannot save"):
+                    async with asyncio.timeout(10):
+                        await machine.save(tmp_path / "saved")
+        assert not await bench.left()

@@ -3,12 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from tests.support.house import Yard, eventually, open_yard
 
+from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.disks import total_memory_mib
@@ -48,6 +50,15 @@ def golden_of(home: Path) -> Path:
         path.parent
         for path in home.glob("goldens/*/manifest.json")
         if '"template": "base-ubuntu"' in path.read_text()
+    )
+    return found
+
+
+def record_of(home: Path, sandbox: Mapping[str, object]) -> Path:
+    (found,) = (
+        one
+        for one in home.glob("machines/*/resident.json")
+        if str(sandbox["id"]) in one.read_text()
     )
     return found
 
@@ -145,6 +156,53 @@ async def test_a_machine_that_cannot_be_woken_is_saved_again(yard: Yard) -> None
     assert (await yard.get(box))["status"] == "paused"
     yard.conduct.wakes = True
     assert await yard.execute(box, "recall") == "me"
+
+
+async def test_a_resume_that_fails_leaves_a_lost_sandbox_lost(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "write kept")
+    yard.machine_of(box).die()
+    await eventually(lambda: status_is(yard, box, "error"))
+    yard.conduct.starts = False
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/resume")
+    assert answer.status_code == 503
+    assert "it is error as before" in answer.json()["error"]["message"]
+    assert (await yard.get(box))["status"] == "error"
+    yard.conduct.starts = True
+    await yard.act(box, "resume")
+    assert await yard.execute(box, "read") == "kept"
+
+
+async def test_to_look_at_a_paused_sandbox_does_not_resume_it(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.act(box, "pause")
+    answer = await yard.client.get(f"/v1/sandboxes/{box['id']}/stats")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "invalid_state")
+    assert (await yard.get(box))["status"] == "paused"
+
+
+async def test_what_an_earlier_try_left_hinders_no_pause_or_resume(
+    yard: Yard, tmp_path: Path
+) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember me")
+    body = record_of(tmp_path, box).parent / "body-1"
+    for _ in range(2):
+        for left in ("spent", "saved.part"):
+            (body / left).mkdir(exist_ok=True)
+            (body / left / "device").write_text("old")
+        await yard.act(box, "pause")
+        assert await yard.execute(box, "recall") == "me"
+
+
+async def test_an_end_that_comes_while_it_is_saved_is_noticed(yard: Yard) -> None:
+    box = await yard.create()
+    yard.conduct.save_delay_s = 0.3
+    saving = asyncio.ensure_future(yard.client.post(f"/v1/sandboxes/{box['id']}/snapshots"))
+    await asyncio.sleep(0.1)
+    yard.machine_of(box).die()
+    await saving
+    await eventually(lambda: status_is(yard, box, "error"))
 
 
 async def test_exec_resumes_a_paused_sandbox_once_however_many_call(yard: Yard) -> None:
@@ -333,6 +391,16 @@ async def test_what_is_left_nowhere_is_orphaned(yard: Yard) -> None:
     assert (await yard.client.delete(f"/v1/sandboxes/{box['id']}")).status_code == 200
 
 
+async def test_one_that_was_lost_can_be_deleted_when_its_name_is_anothers(yard: Yard) -> None:
+    lost = await yard.create(name="web")
+    await yard.act(lost, "pause")
+    await yard.house.node.ensure_gone(str(lost["id"]), incarnation=9)
+    await eventually(lambda: status_is(yard, lost, "orphaned"))
+    other = await yard.create(name="web")
+    assert (await yard.client.delete(f"/v1/sandboxes/{lost['id']}")).status_code == 200
+    assert (await yard.client.get("/v1/sandboxes/web")).json()["data"]["id"] == other["id"]
+
+
 # --- over a restart -----------------------------------------------------------------------------
 
 
@@ -367,11 +435,7 @@ async def test_a_published_state_counts_even_if_the_record_does_not_say_so(
     async with open_yard(tmp_path, host=host, saves=True, keep=True) as yard:
         box = await yard.create()
         await yard.execute(box, "remember me")
-        (record,) = (
-            one
-            for one in tmp_path.glob("machines/*/resident.json")
-            if str(box["id"]) in one.read_text()
-        )
+        record = record_of(tmp_path, box)
         running = record.read_text()
         await yard.act(box, "pause")
     record.write_text(running)
@@ -390,6 +454,30 @@ async def test_what_a_broken_off_save_left_is_no_state(tmp_path: Path) -> None:
     async with open_yard(tmp_path, host=host, saves=True) as yard:
         assert await yard.execute(box, "recall") == "me"
         await yard.act(box, "pause")
+        assert await yard.execute(box, "recall") == "me"
+
+
+async def test_a_machine_that_nobody_woke_is_woken_before_it_is_used(tmp_path: Path) -> None:
+    """As when the server is killed after a restored machine ran on and before it was set right."""
+    host = FakeHost()
+    async with open_yard(tmp_path, host=host, saves=True, keep=True) as yard:
+        box = await yard.create()
+        await yard.execute(box, "remember me")
+        yard.machine_of(box).remembers["woken"] = "no"
+    record = record_of(tmp_path, box)
+    record.write_text(json.dumps({**json.loads(record.read_text()), "is_awake": False}))
+    async with open_yard(tmp_path, host=host, saves=True, keep=True, works=False) as yard:
+        assert [one.state for one in (await yard.house.node.report()).machines] == ["starting"]
+        answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "x"})
+        assert answer.status_code == 409
+        async with yard.house.store.write() as tx:
+            sandbox = await tx.sandboxes.find(str(box["id"]))
+            assert sandbox is not None
+            await tx.sandboxes.replace(replace(sandbox, status=Status.RESUMING))
+            await tx.usage.close(sandbox.id, sandbox.updated_at)
+    async with open_yard(tmp_path, host=host, saves=True) as yard:
+        await eventually(lambda: status_is(yard, box, "running"))
+        assert yard.machine_of(box).remembers["woken"] == "fully"
         assert await yard.execute(box, "recall") == "me"
 
 
@@ -490,7 +578,7 @@ async def test_a_sandbox_can_be_changed(yard: Yard) -> None:
     ("body", "field"),
     [
         ({"idleTimeout": -1}, "idleTimeout"),
-        ({"idleTimeout": None}, "idle_timeout"),
+        ({"idleTimeout": None}, "idleTimeout"),
         ({"tags": ["x" * 65]}, "tags"),
         ({"name": ""}, "name"),
         ({"projectId": "nowhere"}, "projectId"),
@@ -816,6 +904,32 @@ async def test_a_rollback_that_fails_loses_nothing(yard: Yard) -> None:
     assert await yard.execute(box, "recall") == "me"
 
 
+async def test_a_rollback_keeps_what_was_until_it_is_fit_to_be_used(
+    yard: Yard, tmp_path: Path
+) -> None:
+    box = await yard.create()
+    made = await yard.act(box, "snapshots")
+    await yard.execute(box, "remember me")
+    await yard.act(box, "pause")
+    record = record_of(tmp_path, box)
+    before = record.read_text()
+    path = f"/v1/sandboxes/{box['id']}/rollback"
+    yard.conduct.wakes = False
+    for _ in range(2):
+        answer = await yard.client.post(path, json={"snapshotId": made["id"]})
+        assert answer.status_code == 503
+        assert json.loads(record.read_text())["body"] == json.loads(before)["body"]
+        assert [one.name for one in record.parent.glob("body-*")] == ["body-1"]
+    yard.conduct.wakes = True
+    # What was broken off by a kill -9 is in the way of nothing.
+    (record.parent / "body-4").mkdir()
+    (record.parent / "body-4/disk.ext4").write_text("half")
+    assert await yard.execute(box, "recall") == "me"
+    await yard.act(box, "rollback", snapshotId=made["id"])
+    assert await yard.execute(box, "recall") == ""
+    assert len(list(record.parent.glob("body-*"))) == 1
+
+
 async def test_a_snapshot_of_another_is_no_place_to_go_back_to(yard: Yard) -> None:
     one, two = await yard.create(), await yard.create()
     made = await yard.act(one, "snapshots")
@@ -863,6 +977,54 @@ async def test_a_snapshot_that_cannot_be_made_leaves_nothing(yard: Yard) -> None
     assert (await yard.client.get("/v1/snapshots")).json()["data"] == []
     assert not list((yard.home / "snapshots").iterdir())
     assert await yard.execute(box, "goes on") == "goes on"
+
+
+async def test_a_snapshot_that_failed_can_be_asked_for_again_with_its_key(yard: Yard) -> None:
+    box = await yard.create()
+    path, key = f"/v1/sandboxes/{box['id']}/snapshots", {"Idempotency-Key": "k"}
+    yard.conduct.has_room_to_save = False
+    answer = await yard.client.post(path, json={"name": "n"}, headers=key)
+    assert answer.status_code == 503
+    yard.conduct.has_room_to_save = True
+    asked = (yard.client.post(path, json={"name": "n"}, headers=key) for _ in range(5))
+    answers = await asyncio.gather(*asked)
+    assert {one.status_code for one in answers} == {201}
+    assert len({one.json()["data"]["id"] for one in answers}) == 1
+
+
+async def test_forks_with_one_key_save_their_source_once(yard: Yard) -> None:
+    box = await yard.create()
+    path, key = f"/v1/sandboxes/{box['id']}/fork", {"Idempotency-Key": "k"}
+    yard.conduct.save_delay_s = 0.05
+    asked = (yard.client.post(path, json={"count": 2}, headers=key) for _ in range(5))
+    answers = await asyncio.gather(*asked)
+    assert {one.status_code for one in answers} == {201}
+    assert len({one["id"] for answer in answers for one in answer.json()["data"]}) == 2
+    assert len(list((yard.home / "snapshots").iterdir())) == 1
+
+
+async def test_the_list_of_snapshots_goes_on_page_by_page(yard: Yard) -> None:
+    box = await yard.create()
+    made = [(await yard.act(box, "snapshots"))["id"] for _ in range(3)]
+    found: list[str] = []
+    cursor = None
+    while cursor is not None or not found:
+        params = {"limit": 1, **({"cursor": cursor} if cursor else {})}
+        answer = await yard.client.get("/v1/snapshots", params=params)
+        assert answer.status_code == 200, answer.text
+        found += [one["id"] for one in answer.json()["data"]]
+        cursor = answer.json()["meta"]["nextCursor"]
+    assert found == made[::-1]
+
+
+async def test_a_paused_sandbox_can_be_saved_while_it_is_resumed(yard: Yard) -> None:
+    box = await yard.create()
+    for _ in range(5):
+        await yard.act(box, "pause")
+        _, answer = await asyncio.gather(
+            yard.execute(box, "x"), yard.client.post(f"/v1/sandboxes/{box['id']}/snapshots")
+        )
+        assert answer.status_code == 201, answer.text
 
 
 async def test_files_of_snapshots_that_the_store_does_not_know_are_removed(

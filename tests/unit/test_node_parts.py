@@ -1,5 +1,6 @@
 """Pure parts of the node: rules, definitions, command lines, records."""
 
+import asyncio
 import gzip
 import ipaddress
 import os
@@ -9,6 +10,7 @@ import pytest
 
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnavailableError
 from sandyard.server.core.shapes import Shape
+from sandyard.server.core.threads import to_the_end
 from sandyard.server.drivers.contract import MachineSpec, Place
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.drivers.qemu.command import (
@@ -18,6 +20,8 @@ from sandyard.server.drivers.qemu.command import (
     machine_memory_mib,
     unprivileged,
 )
+from sandyard.server.drivers.qemu.memory import load_pages
+from sandyard.server.drivers.sparse import make_empty
 from sandyard.server.node.console import append_console
 from sandyard.server.node.definitions import load_definition, load_definitions
 from sandyard.server.node.firewall import exceptions_to_remove, forward_exceptions, slot_rules
@@ -247,3 +251,31 @@ def test_with_kvm_the_account_gets_the_devices_group(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "stat", lambda _: Found)
     assert unprivileged(1, accel="kvm")[5:7] == ["--groups", "992"]
     assert "--clear-groups" in unprivileged(1, accel="tcg")
+
+
+def test_memory_of_a_process_that_has_ended_is_not_written_for_ever(tmp_path: Path) -> None:
+    memory, pages = tmp_path / "memory", tmp_path / "pages"
+    make_empty(memory, 1)
+    pages.write_bytes(b"")
+    with pytest.raises((InternalError, FileNotFoundError)):
+        load_pages(2**22 + 1, memory, pages)
+
+
+async def test_what_is_done_to_the_end_is_waited_for_by_those_who_break_it_off() -> None:
+    done = asyncio.Event()
+    may_end = asyncio.Event()
+
+    async def work() -> None:
+        await may_end.wait()
+        done.set()
+
+    task = asyncio.ensure_future(to_the_end(work()))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert done.is_set()

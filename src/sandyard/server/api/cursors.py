@@ -6,7 +6,7 @@ import json
 from datetime import datetime
 
 from sandyard.server.core.errors import InvalidArgumentError
-from sandyard.server.core.ids import is_sandbox_id
+from sandyard.server.core.ids import is_sandbox_id, is_uuid
 
 
 def encode_cursor(created_at: datetime, last_id: str) -> str:
@@ -25,8 +25,10 @@ def decode_cursor(cursor: str) -> tuple[datetime, str]:
         padded = cursor + "=" * (-len(cursor) % 4)
         created_at, last_id = json.loads(base64.urlsafe_b64decode(padded.encode()))
         moment = datetime.fromisoformat(created_at)
-        if moment.tzinfo is None or not is_sandbox_id(last_id):
-            raise ValueError("not a cursor")
+        if not isinstance(last_id, str) or not (is_sandbox_id(last_id) or is_uuid(last_id)):
+            raise ValueError("not an id")
+        if moment.tzinfo is None:
+            raise ValueError("not a moment")
     except (ValueError, TypeError, binascii.Error, RecursionError) as error:
         raise InvalidArgumentError(
             "cannot use cursor: take it unchanged from nextCursor of the page before",

@@ -37,6 +37,9 @@ async def serve(settings: Settings) -> None:
     Raises:
         UnavailableError: another server uses the home, or the port is taken.
     """
+    # They have been read, and some are secrets: no process that this one starts needs them.
+    for name in [one for one in os.environ if one.startswith("SANDYARD_")]:
+        del os.environ[name]
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # uvicorn takes these over while it serves and raises them again when it is done: without a

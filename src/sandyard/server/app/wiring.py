@@ -219,6 +219,7 @@ async def open_house(
                 worker=reconciler,
                 sandboxes=sandboxes,
                 repeats=repeats,
+                uses=uses,
                 clock=clock,
             )
             services = Services(

@@ -1,12 +1,12 @@
-"""Work in threads that is never left behind.
+"""Work that is never left behind, in threads or in tasks.
 
-`asyncio.to_thread` returns at once when it is cancelled, and its thread goes on: what cleans up
-after it would run beside it, and a file come back that was just removed.
+`asyncio.to_thread` and `asyncio.shield` return at once when they are cancelled, and what they began
+goes on: what cleans up after it would run beside it, and a file come back that was just removed.
 """
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
@@ -16,7 +16,18 @@ _T = TypeVar("_T")
 async def in_thread(work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Do blocking work in a thread and return its result; if cancelled, once the work has ended."""
     call = functools.partial(work, *args, **kwargs)
-    doing = asyncio.get_running_loop().run_in_executor(None, call)
+    return await _ended(asyncio.get_running_loop().run_in_executor(None, call))
+
+
+async def to_the_end(work: Coroutine[object, object, _T]) -> _T:
+    """Do work that must not be broken off and return its result; if cancelled, once it has ended.
+
+    For what gives back, or must happen as a whole; all of its waits need limits of their own.
+    """
+    return await _ended(asyncio.get_running_loop().create_task(work))
+
+
+async def _ended(doing: "asyncio.Future[_T]") -> _T:
     try:
         return await asyncio.shield(doing)
     except asyncio.CancelledError:

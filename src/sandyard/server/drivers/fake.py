@@ -199,7 +199,8 @@ class FakeMachine:
                 self._conduct.dies_at_set_up -= 1
                 self.die()
                 await self._closed.wait()
-            if request.op is wire.Op.WAKE and not self._conduct.wakes:
+            changes = request.op in (wire.Op.WAKE, wire.Op.SETUP)
+            if changes and not self._conduct.wakes:
                 answer = wire.Answer({}, error="bad_request", message="told not to wake")
             elif request.token != self.remembers["token"]:
                 answer = wire.Answer({}, error="unauthorized", message="the token is wrong")
@@ -222,6 +223,10 @@ class FakeMachine:
                 "hostname": str(request.args["hostname"]),
                 "env": json.dumps(request.args["env"]),
             }
+        if request.op is wire.Op.WAKE:
+            self.remembers["woken"] = (
+                "fully" if not request.args.get("keepsConnections") else "part"
+            )
         if request.op is wire.Op.STATS and "windowS" in request.args:
             return {"recentCpuPercent": self._conduct.recent_cpu_percent}
         if request.op is wire.Op.STATS:

@@ -14,7 +14,7 @@ from sandyard.server.core.threads import in_thread
 
 _T = TypeVar("_T")
 _CLONE_NEWNET = 0x40000000
-_TUNSETIFF = 0x400454CA
+_TUNSETIFF, _TUNSETOWNER = 0x400454CA, 0x400454CC
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
 
@@ -60,6 +60,21 @@ def in_namespace(netns: str, work: Callable[[], _T]) -> _T:
     return result[0]
 
 
+async def give_tap_to(netns: str, tap: str, uid: int) -> None:
+    """Let an account open a tap device that lies in a namespace.
+
+    Raises:
+        InternalError: it is not there, or another process has it.
+    """
+    descriptor = await open_tap(netns, tap)
+    try:
+        fcntl.ioctl(descriptor, _TUNSETOWNER, uid)
+    except OSError as error:
+        raise InternalError(f"cannot give the tap {tap} to its account: {error}") from error
+    finally:
+        os.close(descriptor)
+
+
 async def open_tap(netns: str, tap: str) -> int:
     """Return a descriptor of a tap device that lies in a namespace.
 
@@ -67,7 +82,9 @@ async def open_tap(netns: str, tap: str) -> int:
         InternalError: it is not there, or another process has it.
     """
 
-    def work() -> int:
+    opened: list[int] = []
+
+    def work() -> None:
         descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
@@ -75,6 +92,12 @@ async def open_tap(netns: str, tap: str) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        return descriptor
+        opened.append(descriptor)
 
-    return await in_thread(in_namespace, netns, work)
+    try:
+        await in_thread(in_namespace, netns, work)
+    except BaseException:
+        for descriptor in opened:
+            os.close(descriptor)
+        raise
+    return opened[0]

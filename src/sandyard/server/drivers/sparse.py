@@ -33,6 +33,33 @@ def copy_sparse(source: Path, target: Path, *, sync: bool = False) -> None:
             raise full_or_broken(error, f"copy {source.name}") from error
 
 
+def make_empty(path: Path, size_mib: int) -> None:
+    """Make a file of zeros that takes no room and is only to be read."""
+    with path.open("xb") as file:
+        file.truncate(size_mib * 2**20)
+        os.fchmod(file.fileno(), 0o444)
+
+
+def merge_sparse(under: Path, over: Path, target: Path) -> None:
+    """Write a file with the data of another laid over it to a new one that is only to be read.
+
+    It is synced. Where the file over it has a hole, what is under it stays.
+
+    Raises:
+        NoCapacityError: the host's disk is full; nothing of the new file is left.
+    """
+    copy_sparse(under, target)
+    with over.open("rb") as there, target.open("r+b") as here:
+        try:
+            for start, end in extents(there.fileno()):
+                _copy(there.fileno(), here.fileno(), start, end)
+            os.fchmod(here.fileno(), 0o444)
+            os.fsync(here.fileno())
+        except OSError as error:
+            target.unlink()
+            raise full_or_broken(error, f"write {target.name}") from error
+
+
 def digest_sparse(path: Path) -> str:
     """Return the digest of a file's size and of its data with its places; holes cost nothing.
 

@@ -63,14 +63,16 @@ class Admission:
         """Tell whether so little is left that some machine should give its memory back."""
         return self._available_memory() < self._margins.memory_floor_mib // 2
 
-    def check(self, shape: Shape) -> None:
+    def check(self, shape: Shape, *, is_promised: bool = False) -> None:
         """Return if one more machine of a shape has room now.
+
+        One whose disk `is_promised` already, for it was here before, adds nothing to that.
 
         Raises:
             NoCapacityError: it has not; the message says what is short.
         """
         promises = list(self._promises())
-        self._check_disk(shape, promises)
+        self._check_disk(None if is_promised else shape, promises)
         if (short := self._missing_memory_mib(shape, promises)) > 0:
             raise NoCapacityError(
                 f"cannot start a machine of {shape.memory_mib} MB: the host's memory is promised "
@@ -85,7 +87,7 @@ class Admission:
         """Return by how much memory one more machine of a shape has no room; 0 if it has."""
         return self._missing_memory_mib(shape, list(self._promises()))
 
-    def _check_disk(self, shape: Shape, promises: list[Promise]) -> None:
+    def _check_disk(self, shape: Shape | None, promises: list[Promise]) -> None:
         self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
         free = self._free_disk(self._folder)
         floor = self._margins.disk_floor_mib
@@ -94,6 +96,8 @@ class Admission:
                 f"cannot start a machine: the host's disk has less than {floor} MB left under "
                 f"{self._folder}; free some space"
             )
+        if shape is None:
+            return
         outstanding = sum(max(0, one.disk_mib - one.disk_used_mib) for one in promises)
         # A machine that is paused puts its memory beside its disk.
         wanted = outstanding + shape.disk_mib + shape.memory_mib

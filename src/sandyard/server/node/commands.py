@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError
+from sandyard.server.core.threads import to_the_end
 
 _TAIL = 4000
 
@@ -60,7 +61,7 @@ async def run(
             # With all that it started: it leads a session and a group of its own.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await asyncio.shield(process.wait())
+            await to_the_end(process.wait())
     if code != 0:
         raise InternalError(f"cannot finish {name}: it ended with {code}: {tail.strip()[-1500:]}")
     return tail

@@ -18,7 +18,7 @@ from pathlib import Path
 from sandyard.server.core.contracts import Clock, MachineWish
 from sandyard.server.core.errors import ConflictError, DamagedError, SandyardError
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.threads import in_thread
+from sandyard.server.core.threads import in_thread, to_the_end
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node import saved as saving
 from sandyard.server.node.agent import run_command
@@ -91,6 +91,7 @@ class Goldens:
         self._looked: dict[Kind, asyncio.Lock] = {}
         self._used_at: dict[Kind, float] = {}
         self._tasks: asyncio.TaskGroup | None = None
+        self._units: set[Unit] = set()
 
     def use(self, tasks: asyncio.TaskGroup | None) -> None:
         """Let goldens be made in a task group, or in none any more."""
@@ -209,6 +210,11 @@ class Goldens:
             await asyncio.wait([task])
 
     @property
+    def units(self) -> list[Unit]:
+        """Every machine that is up to be saved."""
+        return list(self._units)
+
+    @property
     def count(self) -> int:
         """How many golden machines are at hand."""
         return len(self._known)
@@ -247,6 +253,7 @@ class Goldens:
     ) -> SavedMachine:
         wish = a_wish(kind)
         unit = self._launcher.new_unit(wish, image, driver)
+        self._units.add(unit)
         try:
             await self._launcher.make_body(unit, None)
             await self._launcher.raise_up(unit)
@@ -261,7 +268,8 @@ class Goldens:
             await in_thread(shutil.rmtree, folder, ignore_errors=True)
             return await self._launcher.snapshot(unit, folder, kind="golden")
         finally:
-            await asyncio.shield(self._launcher.end(unit, removes=True))
+            self._units.discard(unit)
+            await to_the_end(self._launcher.end(unit, removes=True))
 
     async def _warm_up(self, unit: Unit, command: str) -> None:
         assert unit.link is not None

@@ -6,7 +6,8 @@ when:
 
   - a saved state is published by one rename, after all of it is synced, and stays valid until it is
     withdrawn, which happens before the machine runs on: a published state is never behind its disk;
-  - a record that says `running` beside a published state is of a machine that has not run on yet.
+  - a record that says `running` beside a published state is of a machine that has not run on yet;
+  - one that is not `is_awake` is of a machine that ran on and must not be used before it is woken.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ from sandyard.server.core.errors import (
     UnsupportedError,
 )
 from sandyard.server.core.ids import new_machine_id, new_secret
-from sandyard.server.core.threads import in_thread
+from sandyard.server.core.threads import in_thread, to_the_end
 from sandyard.server.core.wire import AGENT_PORT, Op
 from sandyard.server.drivers.contract import (
     Driver,
@@ -60,7 +61,7 @@ from sandyard.server.node.saved import About, SavedMachine
 
 log = logging.getLogger(__name__)
 
-_DISK, _MEMORY, _SAVED, _RUN = "disk.ext4", "memory", "saved", "run"
+_DISK, _MEMORY, _SAVED, _SPENT, _RUN = "disk.ext4", "memory", "saved", "spent", "run"
 _WAKE_LIMIT_S = 15.0
 _CLOCK_ERROR_S = 0.04
 _CLOCK_TRIES = 3
@@ -192,17 +193,23 @@ class Launcher:
         """Tell whether a machine's saved state is published."""
         return self.saved_folder(record).is_dir()
 
-    async def make_body(self, unit: Unit, source: SavedMachine | None) -> None:
+    async def make_body(
+        self, unit: Unit, source: SavedMachine | None, *, is_recorded: bool = True
+    ) -> None:
         """Make the body of a unit: a clone of a saved machine, else an empty disk.
+
+        The record is written first; without `is_recorded` the one on disk stays as it is.
 
         Raises:
             NoCapacityError: the host's disk is full.
             DamagedError: the saved machine is not as it was.
         """
-        await in_thread(self._residents.write, unit.record)
+        if is_recorded:
+            await in_thread(self._residents.write, unit.record)
         body = self.body(unit.record)
         part = body.with_name(body.name + ".part")
-        await in_thread(shutil.rmtree, part, ignore_errors=True)
+        for left in (body, part):
+            await in_thread(shutil.rmtree, left, ignore_errors=True)
         part.mkdir(mode=0o710)
         if source is None:
             await self._disks.make(part / _DISK, size_mib=unit.record.disk_mib, uid=os.geteuid())
@@ -220,13 +227,19 @@ class Launcher:
     # --- up -------------------------------------------------------------------------------
 
     async def raise_up(
-        self, unit: Unit, *, token: str | None = None, is_ahead: bool = False
+        self,
+        unit: Unit,
+        *,
+        token: str | None = None,
+        is_ahead: bool = False,
+        is_recorded: bool = True,
     ) -> Way:
         """Bring a unit's body to life and return once its agent answers; it is held up by nobody.
 
         From its saved state if it has one: then `token` is what the agent in there accepts, and the
         agent still has to be woken or set up. A state that was used is withdrawn; until then a
-        failure leaves it whole.
+        failure leaves it whole, and from then on the machine lives, even if this is cancelled.
+        Without `is_recorded` the record on disk stays as it is: to be found is then another's.
 
         Raises:
             DamagedError: the saved state does not fit.
@@ -256,18 +269,15 @@ class Launcher:
                     machine = await saver.restore(spec, Saved(saved), held)
                 except ConflictError as error:
                     raise DamagedError(error.message) from error
-                unit.machine = machine
-                await self._commit(unit, machine)
-                await machine.resume()
+                await to_the_end(self._run_on(unit, machine, held, is_recorded=is_recorded))
             else:
                 unit.machine = await driver.start(spec, held)
                 unit.record = replace(unit.record, handle=dict(unit.machine.handle))
                 await in_thread(self._residents.write, unit.record)
-            unit.link = self._link(unit)
-            if not is_saved:
+                unit.link = self._link(unit)
                 await self._await_agent(unit, unit.machine, unit.link)
-            unit.answered_at = self._clock.monotonic()
-            held.pop_all()
+                unit.answered_at = self._clock.monotonic()
+                held.pop_all()
         return Way.RESTORE if is_saved else Way.BOOT
 
     async def _spec(self, unit: Unit, image: Image, place: Place, *, is_ahead: bool) -> MachineSpec:
@@ -296,28 +306,66 @@ class Launcher:
             is_ahead=is_ahead,
         )
 
-    async def _commit(self, unit: Unit, machine: SavingMachine) -> None:
-        """Note that the machine is what counts from now on, and no longer its saved state."""
+    async def _run_on(
+        self, unit: Unit, machine: SavingMachine, held: AsyncExitStack, *, is_recorded: bool
+    ) -> None:
+        """Note that the machine is what counts from now on, not its saved state, and let it run."""
         was_new = unit.record.phase in (Phase.STARTING, Phase.WAITING)
-        unit.record = replace(unit.record, handle=dict(machine.handle))
+        unit.record = replace(unit.record, handle=dict(machine.handle), is_awake=False)
         if not was_new:
             unit.record = unit.record.with_phase(Phase.RUNNING)
-        await in_thread(self._residents.write, unit.record)
+        if is_recorded:
+            await in_thread(self._residents.write, unit.record)
         await self.forget_saved(unit)
+        await machine.resume()
+        unit.machine = machine
+        unit.link = self._link(unit)
+        unit.answered_at = self._clock.monotonic()
+        held.pop_all()
+        self.beside(self._remove_spent(unit.record))
 
     async def forget_saved(self, unit: Unit) -> None:
         """Withdraw a unit's saved state, if it has one, because the machine is about to run on."""
         saved = self.saved_folder(unit.record)
-        await in_thread(saving.withdraw, saved, saved.with_name("spent"))
+        await in_thread(saving.withdraw, saved, saved.with_name(_SPENT))
+
+    async def _remove_spent(self, record: Resident) -> None:
+        await in_thread(shutil.rmtree, self.body(record) / _SPENT, ignore_errors=True)
 
     async def _vacate(self, unit: Unit) -> None:
         if unit.link is not None:
             unit.link.cut(_ENDED)
         unit.machine = unit.link = None
-        if unit.place is not None:
-            await self._network.give_back(unit.place)
-            unit.place = None
+        await self._leave_place(unit)
         unit.record = replace(unit.record, slot=-1, handle=None)
+
+    async def _leave_place(self, unit: Unit) -> None:
+        """Give a unit's place back, whose process has ended."""
+        # Taken first: nobody who comes while this waits may give it back once more.
+        place, unit.place = unit.place, None
+        if place is None:
+            return
+        try:
+            await in_thread(self.disown, unit.record)
+            await self._network.give_back(place)
+        except BaseException:
+            unit.place = place
+            raise
+
+    def disown(self, record: Resident) -> None:
+        """Take a body from the account that its machine ran under: the next to have it is
+        another's."""
+        body = self.body(record)
+        for path in (body, body / _DISK):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                os.chown(path, os.geteuid(), os.getegid(), follow_symlinks=False)
+
+    async def tidy(self, record: Resident) -> None:
+        """Remove what work that was broken off left beside a machine's body and its state."""
+        body = self.body(record)
+        left = [one for one in self._residents.folder(record.id).glob("body-*") if one != body]
+        for one in (*left, body / _SPENT, body / "saved.part"):
+            await in_thread(shutil.rmtree, one, ignore_errors=True)
 
     def _link(self, unit: Unit) -> AgentLink:
         place = unit.place
@@ -475,18 +523,19 @@ class Launcher:
             await in_thread(saving.seal, state.folder, about, key=self._key, beside=beside)
             await in_thread(saving.publish, part, body / _SAVED)
         except BaseException as error:
-            await asyncio.shield(self._go_on(unit, machine, part))
+            await to_the_end(self._go_on(unit, machine, part))
             if isinstance(error, OSError):
                 raise _translated(error) from error
             raise
         finally:
             unit.is_still = False
-        await asyncio.shield(self._settle_paused(unit))
+        await to_the_end(self._settle_paused(unit))
 
     async def _go_on(self, unit: Unit, machine: SavingMachine, part: Path) -> None:
         """Let a machine run on whose saving failed; what was published is withdrawn first."""
         await in_thread(shutil.rmtree, part, ignore_errors=True)
         await self.forget_saved(unit)
+        await self._remove_spent(unit.record)
         try:
             await machine.resume()
         except SandyardError:
@@ -500,6 +549,7 @@ class Launcher:
         if unit.machine is not None:
             await unit.machine.stop()
             unit.machine = None
+        await in_thread(self.disown, unit.record)
         # Its memory is free; nobody waits for the slot to be taken apart.
         place, unit.place = unit.place, None
         if place is not None:
@@ -530,7 +580,7 @@ class Launcher:
             made = await in_thread(saving.seal, part, about, key=self._key)
             await in_thread(saving.publish, part, folder)
         except BaseException as error:
-            await asyncio.shield(in_thread(shutil.rmtree, part, ignore_errors=True))
+            await in_thread(shutil.rmtree, part, ignore_errors=True)
             if isinstance(error, OSError):
                 raise _translated(error) from error
             raise
@@ -540,6 +590,8 @@ class Launcher:
         disk = self.body(unit.record) / _DISK
         if unit.record.phase is Phase.PAUSED:
             state = self.load_saved(unit)
+            # What is sealed anew must be what was sealed before.
+            await self.check_saved(state, whole=True)
             await in_thread(saving.copy_state, state, part)
             await self._disks.copy(disk, part / _DISK, sync=True)
             return
@@ -551,7 +603,7 @@ class Launcher:
             await self._disks.copy(disk, part / _DISK, sync=True)
         finally:
             unit.is_still = False
-            await asyncio.shield(machine.resume())
+            await to_the_end(machine.resume())
 
     def load_saved(self, unit: Unit) -> SavedMachine:
         """Return the published state of a machine that stands still.
@@ -688,9 +740,7 @@ class Launcher:
         if unit.machine is not None:
             await unit.machine.stop()
             unit.machine = None
-        if unit.place is not None:
-            await self._network.give_back(unit.place)
-            unit.place = None
+        await self._leave_place(unit)
         unit.is_silent, unit.stall = False, None
         unit.record = replace(unit.record, slot=-1, handle=None)
         if removes:
@@ -722,6 +772,12 @@ class Launcher:
         unit.place = self._network.place(record.slot)
         unit.link = self._link(unit)
         return True
+
+    async def let_run(self, unit: Unit) -> None:
+        """Let an adopted machine go on if it stands still."""
+        machine = self._saving_machine(unit)
+        if await machine.is_paused():
+            await machine.resume()
 
     async def unfreeze(self, unit: Unit) -> None:
         """Let an adopted machine go on that an earlier process held still, and set its clock."""

@@ -41,9 +41,9 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import is_uuid
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.threads import in_thread
+from sandyard.server.core.threads import in_thread, to_the_end
 from sandyard.server.core.wire import Op
-from sandyard.server.drivers.contract import Driver, End
+from sandyard.server.drivers.contract import Driver, End, Machine
 from sandyard.server.drivers.processes import boot_id
 from sandyard.server.node import saved as saving
 from sandyard.server.node.admission import Admission, Margins, Promise, cost_mib
@@ -82,6 +82,8 @@ class _Entry:
     is_starting: bool = False
     failure: SandyardError | None = None
     way: Way | None = None
+    missed: tuple[Machine, End] | None = None
+    """An end that came while a job was at work."""
 
     @property
     def record(self) -> Resident:
@@ -187,18 +189,18 @@ class Node:
             try:
                 yield
             finally:
-                await asyncio.shield(self._let_go(keeping))
+                await to_the_end(self._let_go(keeping))
 
     # --- NodeControl ----------------------------------------------------------------------
 
     async def ensure_running(self, wish: MachineWish) -> MachineFact:
         """See core.contracts.NodeControl.ensure_running."""
         entry = self._entries.get(wish.sandbox_id)
-        if entry is not None and entry.record.incarnation > wish.incarnation:
-            raise ConflictError("a later incarnation of the sandbox is here")
-        if entry is not None and entry.is_busy and not entry.is_starting:
+        while entry is not None and entry.is_busy and not entry.is_starting:
             await self._join(entry)
             entry = self._entries.get(wish.sandbox_id)
+        if entry is not None and entry.record.incarnation > wish.incarnation:
+            raise ConflictError("a later incarnation of the sandbox is here")
         if entry is None or not (entry.is_busy or self._is_up(entry, wish)):
             entry = await self._begin(entry, wish)
         await self._join(entry)
@@ -209,15 +211,14 @@ class Node:
     async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> None:
         """See core.contracts.NodeControl.ensure_paused."""
         entry = self._known(sandbox_id, incarnation)
-        if entry.is_busy:
+        while entry.is_busy:
             await self._join(entry)
         if entry.record.phase is Phase.PAUSED and entry.unit.machine is None:
             return
         if entry.record.phase not in (Phase.RUNNING, Phase.PAUSED):
             raise ConflictError(f"cannot pause {sandbox_id}: its machine is dead", status="error")
         self._check_unchanged(entry, sandbox_id)
-        if not entry.is_busy:
-            self._start_job(entry, lambda: self._pause(entry))
+        self._start_job(entry, lambda: self._pause(entry))
         await self._join(entry)
         if entry.failure is not None:
             raise entry.failure
@@ -260,7 +261,7 @@ class Node:
     async def drop_snapshot(self, snapshot_id: str) -> None:
         """See core.contracts.NodeControl.drop_snapshot."""
         folder = self._snapshot_folder(snapshot_id)
-        await in_thread(saving.withdraw, folder, folder.with_name(f"{folder.name}.part"))
+        await in_thread(saving.remove, folder, folder.with_name(f"{folder.name}.part"))
 
     async def check_room(self, template: str, shape: Shape) -> bool:
         """See core.contracts.NodeControl.check_room."""
@@ -274,14 +275,14 @@ class Node:
         await self._make_room(shape)
         return False
 
-    async def _make_room(self, shape: Shape) -> None:
+    async def _make_room(self, shape: Shape, *, is_promised: bool = False) -> None:
         try:
-            self._admission.check(shape)
+            self._admission.check(shape, is_promised=is_promised)
         except NoCapacityError:
             # What waits for nobody in particular gives way to somebody who asks.
             if not await self._pool.give_way(self._admission.missing_memory_mib(shape)):
                 raise
-            self._admission.check(shape)
+            self._admission.check(shape, is_promised=is_promised)
 
     async def report(self) -> NodeReport:
         """See core.contracts.NodeControl.report."""
@@ -315,7 +316,7 @@ class Node:
         """See core.contracts.NodeTunnel.open."""
         entry = self._held(sandbox_id, incarnation)
         link = entry.unit.link
-        if link is None or entry.record.phase is not Phase.RUNNING:
+        if link is None or entry.record.phase is not Phase.RUNNING or not entry.record.is_awake:
             raise ConflictError(
                 f"cannot reach {sandbox_id}: its machine does not run", status="error"
             )
@@ -342,8 +343,8 @@ class Node:
         return entry
 
     def _check_unchanged(self, entry: _Entry, sandbox_id: str) -> None:
-        if self._entries.get(sandbox_id) is not entry:
-            raise ConflictError(f"cannot do this with {sandbox_id}: it was deleted meanwhile")
+        if self._entries.get(sandbox_id) is not entry or entry.is_busy:
+            raise ConflictError(f"cannot do this with {sandbox_id}: it was changed meanwhile")
 
     def _start_job(
         self,
@@ -354,8 +355,14 @@ class Node:
     ) -> None:
         if self._tasks is None:
             raise UnavailableError("cannot do this: the node is not running")
-        entry.failure, entry.is_starting = None, starts
+        entry.failure, entry.is_starting, entry.missed = None, starts, None
         entry.job = self._tasks.create_task(self._guarded(entry, work))
+        entry.job.add_done_callback(lambda _: self._after_job(entry))
+
+    def _after_job(self, entry: _Entry) -> None:
+        missed, entry.missed = entry.missed, None
+        if missed is not None and entry.unit.machine is missed[0]:
+            self._note_end(entry, entry.unit, missed[1])
 
     async def _guarded(
         self, entry: _Entry, work: Callable[[], Coroutine[None, None, None]]
@@ -383,8 +390,9 @@ class Node:
                 raise ConflictError("what was under way for the sandbox was broken off")
 
     def _is_up(self, entry: _Entry, wish: MachineWish) -> bool:
-        same = entry.record.incarnation == wish.incarnation
-        return same and entry.record.phase is Phase.RUNNING and entry.unit.machine is not None
+        record = entry.record
+        same = record.incarnation == wish.incarnation and record.is_awake
+        return same and record.phase is Phase.RUNNING and entry.unit.machine is not None
 
     async def _begin(self, entry: _Entry | None, wish: MachineWish) -> _Entry:
         """Start the job that brings up what is wished."""
@@ -395,6 +403,7 @@ class Node:
             return await self._begin_own(entry, wish)
         if wish.origin is Origin.SNAPSHOT and entry is not None and known:
             source = await self._checked_snapshot(wish)
+            await self._make_room(wish.shape, is_promised=True)
             self._check_unchanged(entry, wish.sandbox_id)
             self._start_job(entry, lambda: self._roll_back(entry, wish, source), starts=True)
             return entry
@@ -422,11 +431,10 @@ class Node:
     async def _begin_own(self, entry: _Entry, wish: MachineWish) -> _Entry:
         if entry.record.phase is Phase.RUNNING and entry.unit.machine is not None:
             # It was believed lost and is here: nothing is as whole as the machine itself.
-            entry.unit.record = replace(entry.record, incarnation=wish.incarnation)
-            await in_thread(self._launcher.write, entry.unit)
+            self._start_job(entry, lambda: self._accept(entry, wish), starts=True)
             return entry
         work = self._resume if entry.record.phase is Phase.PAUSED else self._restart
-        await self._make_room(replace(wish.shape, disk_mib=0))
+        await self._make_room(wish.shape, is_promised=True)
         self._check_unchanged(entry, wish.sandbox_id)
         self._start_job(entry, lambda: work(entry, wish), starts=True)
         return entry
@@ -460,7 +468,7 @@ class Node:
             await self._is_running(entry)
         finally:
             if entry.record.phase is Phase.STARTING:
-                await asyncio.shield(self._forget(entry))
+                await to_the_end(self._forget(entry))
         seconds = self._clock.monotonic() - began
         self._observer.started(entry.way, seconds)
         log.info(
@@ -516,7 +524,7 @@ class Node:
             self._launcher.beside(self._drop(unit))
             return False
         except BaseException:
-            await asyncio.shield(self._drop(unit))
+            await to_the_end(self._drop(unit))
             raise
         entry.unit = unit
         return True
@@ -563,10 +571,12 @@ class Node:
         """Note that a machine is up, and watch it."""
         code, message = (end.code, end.message) if end else ("", "")
         unit = entry.unit
-        unit.record = unit.record.with_phase(Phase.RUNNING, code=code, message=message)
+        unit.record = replace(
+            unit.record.with_phase(Phase.RUNNING, code=code, message=message), is_awake=True
+        )
         await in_thread(self._launcher.write, unit)
         unit.on_end = lambda found: self._note_end(entry, unit, found)
-        if unit.watch is None:
+        if unit.watch is None or unit.watch.done():
             self._launcher.start_watch(unit)
         self._launcher.beside(self._launcher.keep_spare(unit))
 
@@ -582,41 +592,55 @@ class Node:
 
     # --- machines that were here ----------------------------------------------------------
 
+    async def _accept(self, entry: _Entry, wish: MachineWish) -> None:
+        """Take a machine that lives for the wished one; if nobody woke it yet, that is done now."""
+        unit, before = entry.unit, entry.record
+        try:
+            unit.record = replace(unit.record, incarnation=wish.incarnation)
+            if not unit.record.is_awake:
+                await self._launcher.let_run(unit)
+                await self._launcher.wake(unit)
+                entry.way = Way.RESUME
+            await self._is_running(entry)
+        except BaseException:
+            await to_the_end(self._settle(entry, before))
+            raise
+
     async def _resume(self, entry: _Entry, wish: MachineWish) -> None:
         began = self._clock.monotonic()
         unit, before = entry.unit, entry.record
         try:
+            await self._launcher.end(unit)  # in case something would not go before
             state = self._launcher.load_saved(unit)
             await self._launcher.check_saved(state, whole=True)
             async with self._restores.take(Rank.ASKED, wish.tenant):
                 unit.record = replace(unit.record, incarnation=wish.incarnation)
                 await self._launcher.raise_up(unit, token=state.about.token)
-                await self._wake_or_save(unit)
+                await self._launcher.wake(unit)
             entry.way = Way.RESUME
             await self._is_running(entry)
         except DamagedError as error:
-            await asyncio.shield(self._launcher.end(unit))
+            await to_the_end(self._launcher.end(unit))
             self._mark(entry, Phase.DEAD, End(_DAMAGED, error.message))
             raise
         except BaseException:
-            await asyncio.shield(self._settle(entry, before))
+            await to_the_end(self._settle(entry, before))
             raise
         self._observer.started(Way.RESUME, self._clock.monotonic() - began)
 
-    async def _wake_or_save(self, unit: Unit) -> None:
-        """Wake a machine that runs on; one that cannot be woken is not used, but saved again."""
-        try:
-            await self._launcher.wake(unit)
-        except BaseException:
-            await asyncio.shield(self._launcher.pause(unit))
-            raise
-
     async def _settle(self, entry: _Entry, before: Resident) -> None:
-        """After a failed resume: back to paused if the saved state is whole, else dead."""
+        """After a failed resume: back to paused if that can be, else dead.
+
+        A machine that has run on is what counts, and is saved again; else the saved state does.
+        """
         unit = entry.unit
+        if unit.machine is not None and not self._launcher.is_saved(unit.record):
+            try:
+                await self._launcher.pause(unit)
+            except SandyardError as error:
+                log.error("a machine that cannot be used cannot be saved: %s", error.message)
         with contextlib.suppress(SandyardError):
             await self._launcher.end(unit)
-        unit.record = replace(unit.record, body=before.body)
         if self._launcher.is_saved(unit.record):
             self._mark(entry, Phase.PAUSED, None)
         else:
@@ -627,6 +651,7 @@ class Node:
         began = self._clock.monotonic()
         unit, before = entry.unit, entry.record
         try:
+            await self._launcher.end(unit)  # in case something would not go before
             await self._launcher.forget_saved(unit)
             body = self._launcher.body(unit.record)
             (body / "memory").unlink(missing_ok=True)
@@ -639,7 +664,7 @@ class Node:
             entry.way = Way.RESTART
             await self._is_running(entry, end=_RESTARTED)
         except BaseException:
-            await asyncio.shield(self._end_as_dead(entry, before))
+            await to_the_end(self._end_as_dead(entry, before))
             raise
         self._observer.started(Way.RESTART, self._clock.monotonic() - began)
 
@@ -653,27 +678,37 @@ class Node:
         unit = entry.unit
         if entry.record.phase is Phase.RUNNING:
             await self._launcher.pause(unit)
+        await self._launcher.end(unit)  # in case something would not go before
         before = entry.record
+        body = f"body-{wish.incarnation}"
         unit.record = replace(
-            unit.record, incarnation=wish.incarnation, body=f"body-{wish.incarnation}",
+            unit.record,
+            incarnation=wish.incarnation,
+            body=body if body != before.body else f"{body}-again",
             disk_mib=source.about.disk_mib,
-        )  # fmt: skip
+        )
         try:
+            # The record on disk stays the old body's until the new machine is fit to be used.
             async with self._restores.take(Rank.ASKED, wish.tenant):
-                await self._launcher.make_body(unit, source)
-                await self._launcher.raise_up(unit, token=source.about.token)
+                await self._launcher.make_body(unit, source, is_recorded=False)
+                await self._launcher.raise_up(unit, token=source.about.token, is_recorded=False)
                 grows = wish.shape.disk_mib > source.about.disk_mib
                 await self._launcher.set_up(unit, wish, was=Was.IN_USE, grows=grows)
             entry.way = Way.SNAPSHOT
             await self._is_running(entry)
         except BaseException:
-            failed = self._launcher.body(unit.record)
-            await asyncio.shield(self._settle(entry, before))
-            unit.record = replace(unit.record, disk_mib=before.disk_mib)
-            self._launcher.write(unit)
-            await in_thread(shutil.rmtree, failed, ignore_errors=True)
+            await to_the_end(self._undo_roll_back(entry, before))
             raise
-        await in_thread(shutil.rmtree, self._launcher.body(before), ignore_errors=True)
+        await self._launcher.tidy(unit.record)
+
+    async def _undo_roll_back(self, entry: _Entry, before: Resident) -> None:
+        with contextlib.suppress(SandyardError):
+            await self._launcher.end(entry.unit)
+        entry.unit.record = replace(before, slot=-1, handle=None)
+        phase = Phase.PAUSED if self._launcher.is_saved(before) else Phase.DEAD
+        end = End(before.reason_code, before.reason_message) if phase is Phase.DEAD else None
+        self._mark(entry, phase, end)
+        await self._launcher.tidy(before)
 
     async def _pause(self, entry: _Entry) -> None:
         if entry.record.phase is Phase.PAUSED:  # it was saved, and its process would not go
@@ -703,8 +738,11 @@ class Node:
             log.exception("a machine's record cannot be written; the next look mends it")
 
     def _note_end(self, entry: _Entry, unit: Unit, end: End) -> None:
-        """A machine ended by itself: it is dead, unless a job is at work on it, which will see."""
-        if entry.unit is not unit or entry.is_busy or entry.record.phase is not Phase.RUNNING:
+        """A machine ended by itself: it is dead; a job that is at work on it comes first."""
+        if entry.is_busy and unit.machine is not None:
+            entry.missed = (unit.machine, end)
+            return
+        if entry.unit is not unit or entry.record.phase is not Phase.RUNNING:
             return
         if self._entries.get(entry.record.sandbox_id) is not entry or self._tasks is None:
             return
@@ -715,7 +753,8 @@ class Node:
 
     def _fact(self, entry: _Entry) -> MachineFact:
         record, unit = entry.record, entry.unit
-        if entry.is_busy and entry.is_starting:
+        is_coming = entry.is_busy and entry.is_starting
+        if is_coming or (record.phase is Phase.RUNNING and not record.is_awake):
             state = MachineState.STARTING
         elif record.phase is Phase.RUNNING:
             state = MachineState.SILENT if unit.is_silent else MachineState.RUNNING
@@ -768,9 +807,14 @@ class Node:
 
     def _promises(self) -> list[Promise]:
         promises = []
-        for unit in [*(entry.unit for entry in self._entries.values()), *self._pool.units]:
+        coming = {
+            entry.unit for entry in self._entries.values() if entry.is_busy and entry.is_starting
+        }
+        units = [entry.unit for entry in self._entries.values()]
+        for unit in [*units, *self._pool.units, *self._goldens.units]:
             record = unit.record
-            is_still = record.phase in (Phase.PAUSED, Phase.DEAD) and unit.machine is None
+            is_down = record.phase in (Phase.PAUSED, Phase.DEAD) and unit.machine is None
+            is_still = is_down and unit not in coming
             promises.append(
                 Promise(
                     memory_mib=0 if is_still else cost_mib(record.memory_mib),
@@ -839,7 +883,7 @@ class Node:
             if record.id not in kept:
                 await in_thread(self._residents.remove, record.id)
         for entry in self._entries.values():
-            await self._tidy(entry)
+            await self._launcher.tidy(entry.record)
             if entry.unit.machine is not None:
                 await self._go_on(entry)
         if found:
@@ -857,8 +901,11 @@ class Node:
         entry = self._entries[record.sandbox_id] = _Entry(Unit(record))
         unit = entry.unit
         if self._launcher.is_saved(record) and record.phase is not Phase.DEAD:
-            # Saved, and if a process is left of it, it has not run since: the sweep ends it.
-            unit.record = replace(record, slot=-1, handle=None)
+            # Saved, and if a process is left of it, it has not run since.
+            if await self._launcher.recover(unit):
+                await self._launcher.end(unit)
+            await in_thread(self._launcher.disown, record)
+            unit.record = replace(unit.record, slot=-1, handle=None)
             self._mark(entry, Phase.PAUSED, None)
         elif record.phase is Phase.PAUSED:
             unit.record = replace(record, slot=-1, handle=None)
@@ -871,19 +918,13 @@ class Node:
             unit.record = replace(record, slot=-1, handle=None)
             self._mark(entry, Phase.DEAD, end)
 
-    async def _tidy(self, entry: _Entry) -> None:
-        """Remove what a rollback that was broken off left beside a machine's body."""
-        folder = self._residents.folder(entry.record.id)
-        for other in folder.glob("body-*"):
-            if other.name != entry.record.body:
-                await in_thread(shutil.rmtree, other, ignore_errors=True)
-
     async def _go_on(self, entry: _Entry) -> None:
         """Watch an adopted machine; one that stood still for a save that was broken off goes on."""
         unit = entry.unit
         unit.on_end = lambda found: self._note_end(entry, unit, found)
         driver = self._drivers.named(unit.record.driver)
-        if driver is not None and driver.capabilities.saves:
+        # One that is not awake stands or runs as it is until whoever wants it asks again.
+        if driver is not None and driver.capabilities.saves and unit.record.is_awake:
             await self._launcher.unfreeze(unit)
         self._launcher.start_watch(unit)
 

@@ -15,7 +15,7 @@ from typing import Protocol
 from sandyard.server.core.contracts import Clock, Way
 from sandyard.server.core.errors import DamagedError, SandyardError
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.threads import in_thread
+from sandyard.server.core.threads import in_thread, to_the_end
 from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.node.agent import run_command
 from sandyard.server.node.choice import Drivers
@@ -187,7 +187,7 @@ class Pool:
                     except TimeoutError:
                         pass
         finally:
-            await asyncio.shield(self._empty())
+            await to_the_end(self._empty())
 
     def _period_s(self) -> float:
         is_short = any(shelf.short_since is not None for shelf in self._shelves.values())
@@ -207,9 +207,10 @@ class Pool:
             shelf.floor = self._limits.floor
         for kind, shelf in list(self._shelves.items()):
             if current.get(kind.template) != kind.image:
-                for unit in shelf.members:
-                    await self._discard(unit)
+                # What is still coming finds its shelf gone.
                 del self._shelves[kind]
+                while shelf.members:
+                    await self._discard(shelf.members.pop())
                 continue
             await self._tend(shelf, tasks)
 
@@ -296,8 +297,11 @@ class Pool:
             unit.record = unit.record.with_phase(Phase.WAITING)
             await in_thread(self._launcher.write, unit)
         except BaseException:
-            await asyncio.shield(self._discard(unit))
+            await to_the_end(self._discard(unit))
             raise
+        if self._shelves.get(kind) is not shelf:  # the template has another image by now
+            await self._discard(unit)
+            return
         unit.on_end = lambda end: self._on_end(shelf, unit, end)
         self._launcher.start_watch(unit)
         shelf.members.append(unit)

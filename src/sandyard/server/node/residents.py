@@ -38,7 +38,8 @@ class Phase(StrEnum):
 class Resident:
     """One machine of a node, and the sandbox it serves, if it serves one.
 
-    `slot` is -1 while it has no place. `body` is the folder with what outlives its process.
+    `slot` is -1 while it has no place. `body` is the folder with what outlives its process. One
+    that is not `is_awake` was restored, and what makes it fit to be used has not been done.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Resident:
     token: str = field(repr=False)
     body: str = "body-1"
     handle: Mapping[str, str | int] | None = None
+    is_awake: bool = True
     reason_code: str = ""
     reason_message: str = ""
 
@@ -84,7 +86,11 @@ class Residents:
         return folder
 
     def write(self, resident: Resident) -> None:
-        """Write a record, whole or not at all, and have it on disk before returning."""
+        """Write a record, whole or not at all.
+
+        What is in it is synced, its name is not: after the host's own end no machine lives, and a
+        state that was saved is found without it.
+        """
         folder = self.make_folder(resident.id)
         part = folder / "resident.json.part"
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -153,12 +153,18 @@ def publish(part: Path, folder: Path) -> None:
 
 
 def withdraw(folder: Path, to: Path) -> None:
-    """Take a folder's name away, so that it no longer counts, then remove it."""
+    """Take a folder's name away, so that it no longer counts; what it held is then at `to`."""
+    shutil.rmtree(to, ignore_errors=True)
     try:
         folder.rename(to)
     except FileNotFoundError:
         return
     sync_folder(folder.parent)
+
+
+def remove(folder: Path, to: Path) -> None:
+    """Withdraw a folder and remove it."""
+    withdraw(folder, to)
     shutil.rmtree(to, ignore_errors=True)
 
 

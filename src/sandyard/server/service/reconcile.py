@@ -55,6 +55,7 @@ _VANISHED = Reason("vanished", "nothing of the sandbox is left on its node")
 _PRESSED = Reason("host_memory_low", "the host was short of memory and this was used least lately")
 _KEPT = frozenset({Status.PAUSED, Status.ERROR})
 _PASSING = frozenset({"host_disk_full"})
+_RELIEF = "relief"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class Pace:
     lease_s: float = 30.0
     retry_s: float = 2.0
     start_limit_s: float = 300.0
-    snapshot_limit_s: float = 600.0
-    forks_s: float = 10.0
+    grace_s: float = 10.0
     workers: int = 64
 
 
@@ -265,7 +265,7 @@ class Reconciler:
         await self._lifecycle.apply(claim.sandbox, Event.BROKE, lease=claim.lease, reason=reason)
 
     async def _bring_back(self, claim: Claim) -> None:
-        """Resume, or roll back; on failure the sandbox is paused again, if anything is left."""
+        """Resume, or roll back; on failure the sandbox is again what it was."""
         sandbox = claim.sandbox
         wish = _wish(sandbox)
         try:
@@ -292,11 +292,16 @@ class Reconciler:
         code = error.code.value if isinstance(error, UnavailableError) else "resume_failed"
         await self._lifecycle.apply(
             claim.sandbox,
-            Event.RESUME_FAILED,
+            Event.RESUME_FAILED if await self._is_saved(claim.sandbox) else Event.BROKE,
             lease=claim.lease,
             reason=Reason(code, error.message),
             wanted=Wanted.PAUSED,
         )
+
+    async def _is_saved(self, sandbox: Sandbox) -> bool:
+        """Tell whether a sandbox can be resumed with its memory: none can that was in error."""
+        report = await self._node_of(sandbox).report()
+        return not any(_is_dead(fact) for fact in report.machines if fact.sandbox_id == sandbox.id)
 
     async def _pause(self, claim: Claim) -> None:
         sandbox = claim.sandbox
@@ -377,25 +382,27 @@ class Reconciler:
                 await self._judge(sandbox, fact)
                 if self._idleness.is_due(sandbox):
                     self._settle(sandbox.id, self._pause_if_idle(sandbox))
+            elif sandbox.status is Status.PAUSED and fact is not None and _is_dead(fact):
+                await self._lifecycle.apply(sandbox, Event.BROKE, reason=_reason_of(fact))
             elif sandbox.status in _KEPT and fact is None:
                 vanished.add(sandbox.id)
                 if sandbox.id in self._vanished:
                     await self._lifecycle.apply(sandbox, Event.VANISHED, reason=_VANISHED)
         self._vanished = vanished
-        await self._remove_unwanted(node, report.machines, known)
-        await self._look_after_snapshots(node, report)
         if report.is_short_of_memory:
             await self._relieve(rows)
+        await self._remove_unwanted(node, report.machines, known)
+        await self._look_after_snapshots(node, report)
 
-    def _settle(self, sandbox_id: str, work: Coroutine[None, None, None]) -> None:
-        """Do something for a sandbox beside, once at a time."""
-        if self._tasks is None or sandbox_id in self._settling:
+    def _settle(self, what: str, work: Coroutine[None, None, None]) -> None:
+        """Do something for a sandbox, or for all, beside; once at a time."""
+        if self._tasks is None or what in self._settling:
             work.close()
             return
-        self._settling.add(sandbox_id)
-        self._tasks.create_task(self._settled(sandbox_id, work))
+        self._settling.add(what)
+        self._tasks.create_task(self._settled(what, work))
 
-    async def _settled(self, sandbox_id: str, work: Coroutine[None, None, None]) -> None:
+    async def _settled(self, what: str, work: Coroutine[None, None, None]) -> None:
         try:
             await work
         except SandyardError as error:
@@ -403,7 +410,7 @@ class Reconciler:
         except Exception:  # as above
             log.exception("a sandbox could not be looked after")
         finally:
-            self._settling.discard(sandbox_id)
+            self._settling.discard(what)
 
     async def _pause_if_idle(self, sandbox: Sandbox) -> None:
         if await self._idleness.is_idle(sandbox):
@@ -417,7 +424,10 @@ class Reconciler:
         )
         if pausing is None:
             return
-        if self._uses.is_used(sandbox.id):
+        async with self._store.read() as tx:
+            again = await tx.sandboxes.find(sandbox.id)
+        is_used = again is None or again.last_activity_at != sandbox.last_activity_at
+        if is_used or self._uses.is_used(sandbox.id):
             # Whoever uses it saw it running; nothing has been done to its machine yet.
             await self._lifecycle.apply(
                 pausing, Event.PAUSE_FAILED, lease=hold.lease, wanted=Wanted.RUNNING
@@ -429,9 +439,8 @@ class Reconciler:
         is_silent = sandbox.status is Status.SUSPECTED_MISSING
         if fact is None or fact.incarnation != sandbox.incarnation:
             await self._lifecycle.apply(sandbox, Event.BROKE, reason=_LOST, ip=None)
-        elif fact.state is MachineState.DEAD:
-            reason = Reason(fact.reason_code or _LOST.code, fact.reason_message or _LOST.message)
-            await self._lifecycle.apply(sandbox, Event.BROKE, reason=reason, ip=None)
+        elif _is_dead(fact):
+            await self._lifecycle.apply(sandbox, Event.BROKE, reason=_reason_of(fact), ip=None)
         elif fact.state is MachineState.SILENT:
             if not is_silent:
                 await self._lifecycle.apply(sandbox, Event.SILENT, reason=_SILENT)
@@ -448,14 +457,16 @@ class Reconciler:
 
     async def _relieve(self, rows: list[Sandbox]) -> None:
         """Have the sandbox paused that was used least lately, for the host's memory runs out."""
-        running = [one for one in rows if one.status is Status.RUNNING]
-        if running and not self._settling:
+        running = [
+            one for one in rows if one.status is Status.RUNNING and not self._uses.is_used(one.id)
+        ]
+        if running and _RELIEF not in self._settling:
             sandbox = min(running, key=last_used)
             log.warning(
                 "the host is short of memory: a sandbox is paused",
                 extra={"sandbox_id": sandbox.id},
             )
-            self._settle(sandbox.id, self._pause_unused(sandbox, _PRESSED))
+            self._settle(_RELIEF, self._pause_unused(sandbox, _PRESSED))
 
     async def _look_after_snapshots(self, node: NodeControl, report: NodeReport) -> None:
         """Remove hidden snapshots whose forks are made, those that were never finished, and files
@@ -465,21 +476,23 @@ class Reconciler:
             rows = await tx.snapshots.on_node(node.node_id)
             done = []
             for one in rows:
-                age_s = (now - one.created_at).total_seconds()
-                if one.is_ready and one.is_hidden:
-                    # For a moment it is ready and its forks are not yet stored.
-                    if age_s > self._pace.forks_s and not await tx.snapshots.is_awaited(one.id):
-                        done.append(one)
-                elif not one.is_ready and age_s > self._pace.snapshot_limit_s:
+                is_new = now - one.created_at < timedelta(seconds=self._pace.grace_s)
+                if is_new or self._uses.is_used(one.id):
+                    continue
+                is_for_forks = one.is_ready and one.is_hidden
+                if not one.is_ready or (is_for_forks and not await tx.snapshots.is_awaited(one.id)):
                     done.append(one)
         for one in done:
             async with self._store.write() as tx:
                 await tx.snapshots.remove(one.id)
         kept = {one.id for one in rows} - {one.id for one in done}
         unwanted = {one for one in report.snapshots if one not in kept}
-        for snapshot_id in unwanted & self._unwanted_snapshots:
-            await node.drop_snapshot(snapshot_id)
-        self._unwanted_snapshots = unwanted
+        twice, self._unwanted_snapshots = unwanted & self._unwanted_snapshots, unwanted
+        for snapshot_id in twice:
+            try:
+                await node.drop_snapshot(snapshot_id)
+            except SandyardError as error:
+                log.warning("a snapshot's files could not be removed: %s", error.message)
 
     async def _remove_unwanted(
         self, node: NodeControl, machines: tuple[MachineFact, ...], known: Mapping[str, Sandbox]
@@ -493,13 +506,11 @@ class Reconciler:
                     sandbox = await tx.sandboxes.find(fact.sandbox_id)
             if sandbox is None or sandbox.status in _NOTHING_LEFT:
                 found[fact.sandbox_id] = fact.incarnation
-        for sandbox_id, incarnation in found.items():
-            if self._unwanted.get(sandbox_id) == incarnation:
-                log.warning(
-                    "removing a machine that nobody wants", extra={"sandbox_id": sandbox_id}
-                )
-                await node.ensure_gone(sandbox_id, incarnation=incarnation)
+        twice = found.items() & self._unwanted.items()
         self._unwanted = found
+        for sandbox_id, incarnation in twice:
+            log.warning("removing a machine that nobody wants", extra={"sandbox_id": sandbox_id})
+            self._settle(sandbox_id, node.ensure_gone(sandbox_id, incarnation=incarnation))
 
     async def _expire(self, sandbox: Sandbox) -> None:
         await self._lifecycle.apply(
@@ -508,6 +519,14 @@ class Reconciler:
             wanted=Wanted.GONE,
             reason=Reason("expired", "the end set at its creation (expiresIn) has come"),
         )
+
+
+def _is_dead(fact: MachineFact) -> bool:
+    return fact.state is MachineState.DEAD
+
+
+def _reason_of(fact: MachineFact) -> Reason:
+    return Reason(fact.reason_code or _LOST.code, fact.reason_message or _LOST.message)
 
 
 async def _trouble_of(work: Awaitable[None]) -> SandyardError | None:

@@ -5,11 +5,15 @@ Only a digest of the request is kept, made with the installation's key, so that 
 password, an environment) cannot be guessed from it.
 """
 
+import asyncio
 import hmac
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
+from weakref import WeakValueDictionary
 
 from sandyard.server.core.contracts import Clock, Transaction
 from sandyard.server.core.errors import InvalidArgumentError, KeyReusedError
@@ -35,6 +39,22 @@ class Repeats:
     def __init__(self, clock: Clock, secret: bytes) -> None:
         self._clock = clock
         self._secret = secret
+        # Each lives for as long as somebody waits for it or has it.
+        self._turns: WeakValueDictionary[RequestKey, asyncio.Lock] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def turn(self, actor: Actor, request: Repeatable | None) -> AsyncIterator[None]:
+        """Have requests of one key done one after the other, so that the later find the first's.
+
+        Raises:
+            InvalidArgumentError: the key cannot be one.
+        """
+        self.check(request)
+        if request is None:
+            yield
+            return
+        async with self._turns.setdefault(_key(actor, request), asyncio.Lock()):
+            yield
 
     def check(self, request: Repeatable | None) -> None:
         """Refuse a key that cannot be one.

@@ -161,7 +161,10 @@ class Sandboxes:
             UnavailableError: the template is not built, or the host has no room.
         """
         actor.require("sandbox:create")
-        self._repeats.check(request)
+        async with self._repeats.turn(actor, request):
+            return await self._create(actor, wish, request)
+
+    async def _create(self, actor: Actor, wish: NewSandbox, request: Repeatable | None) -> Sandbox:
         if (made := await self._made_before(actor, request)) is not None:
             return made
         sandbox = await self._new(actor, wish)
@@ -274,8 +277,10 @@ class Sandboxes:
         for _ in range(_TRIES):
             if sandbox.status in (Status.DESTROYING, Status.DESTROYED):
                 break
+            # The name of one that was lost may be another's by now.
+            kept = {"name": None} if sandbox.status is Status.ORPHANED else {}
             moved = await self._lifecycle.apply(
-                sandbox, Event.DELETE, actor=actor, wanted=Wanted.GONE
+                sandbox, Event.DELETE, actor=actor, wanted=Wanted.GONE, **kept
             )
             sandbox = moved or await self._register.reread(sandbox.id)
         if not wait:
@@ -349,10 +354,8 @@ class Sandboxes:
                 sandbox = await self._register.wait_for(
                     sandbox, _ALL - {Status.RESUMING}, limit_s=limit_s
                 )
-                if sandbox.status is Status.PAUSED:
+                if sandbox.status in (Status.PAUSED, Status.ERROR):
                     raise _not_done(sandbox, "resume")
-                if sandbox.status is Status.ERROR:
-                    raise check_status(sandbox, wanted="resume")
             if sandbox.status in (Status.RUNNING, Status.RESUMING):
                 return sandbox
             if sandbox.status not in (Status.PAUSED, Status.ERROR):
@@ -371,10 +374,8 @@ class Sandboxes:
                     Claim(resuming, hold.lease), limit_s=limit_s if wait else 0
                 )
             sandbox = await self._register.reread(sandbox.id)
-            if resuming is not None and sandbox.status is Status.PAUSED:
+            if resuming is not None and sandbox.status in (Status.PAUSED, Status.ERROR):
                 raise _not_done(sandbox, "resume")
-            if resuming is not None and sandbox.status is Status.ERROR:
-                raise check_status(sandbox, wanted="resume")
         return sandbox
 
     async def touch(self, actor: Actor, reference: str) -> Sandbox:
@@ -467,7 +468,10 @@ class Sandboxes:
             UnavailableError: the agent does not answer.
         """
         actor.require("sandbox:read")
-        sandbox = await self._running(actor, reference, wanted="read the figures of")
+        # To be looked at is no use of a sandbox: it is neither waited for nor resumed.
+        sandbox = await self._register.find(actor, reference)
+        if sandbox.status is not Status.RUNNING:
+            raise check_status(sandbox, wanted="read the figures of")
         async with self._tunnel.open(
             sandbox.id, incarnation=sandbox.incarnation, op=Op.STATS, args={}
         ) as opened:
@@ -575,7 +579,7 @@ def _not_done(sandbox: Sandbox, what: str) -> SandyardError:
     """Return the error for a step that failed and left the sandbox as it was."""
     reason = sandbox.reason
     why = reason.message if reason else "it was asked for something else meanwhile"
-    message = f"cannot {what} {sandbox.id}: {why}; it is still {sandbox.status}"
+    message = f"cannot {what} {sandbox.id}: {why}; it is {sandbox.status} as before"
     if reason is not None and reason.code == Code.NO_CAPACITY:
         return NoCapacityError(message)
     return UnavailableError(message)

@@ -11,6 +11,7 @@ from sandyard.server.core.contracts import Clock, Store
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
+    NotFoundError,
     SandyardError,
     UnavailableError,
 )
@@ -23,12 +24,16 @@ from sandyard.server.service.placement import Placement
 from sandyard.server.service.register import Register, find_snapshot
 from sandyard.server.service.repeats import Repeatable, Repeats
 from sandyard.server.service.sandboxes import Sandboxes
+from sandyard.server.service.uses import Uses
 from sandyard.server.service.worker import Worker
 
 FORKS = range(1, 101)
 _NAME_MAX = 63
 _SAVABLE = frozenset({Status.RUNNING, Status.PAUSED})
+_PASSING = frozenset({Status.PAUSING, Status.RESUMING})
+_LASTING = frozenset(Status) - _PASSING
 _WAIT_S = 60.0
+_TRIES = 3
 
 
 class Snapshots:
@@ -44,6 +49,7 @@ class Snapshots:
         worker: Worker,
         sandboxes: Sandboxes,
         repeats: Repeats,
+        uses: Uses,
         clock: Clock,
     ) -> None:
         self._store = store
@@ -53,6 +59,7 @@ class Snapshots:
         self._worker = worker
         self._sandboxes = sandboxes
         self._repeats = repeats
+        self._uses = uses
         self._clock = clock
 
     async def create(
@@ -68,19 +75,23 @@ class Snapshots:
             UnavailableError: it cannot be saved now; nothing is left of the try.
         """
         actor.require("sandbox:write")
-        self._repeats.check(request)
         if name is not None:
             _check_name(name)
-        sandbox = await self._register.find(actor, reference)
-        async with self._store.write() as tx:
-            ids = await self._repeats.made_before(tx, actor, request)
-            if ids is not None:
-                return await self._found(actor, ids[0])
-            snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
-            await tx.snapshots.insert(snapshot)
-            await self._repeats.note(tx, actor, request, (snapshot.id,))
-        await self._save(sandbox, snapshot)
-        return await self._found(actor, snapshot.id)
+        async with self._repeats.turn(actor, request):
+            sandbox = await self._settled(await self._register.find(actor, reference))
+            async with self._store.write() as tx:
+                ids = await self._repeats.made_before(tx, actor, request)
+                if ids is not None:
+                    return await self._found(actor, ids[0])
+                snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
+                await tx.snapshots.insert(snapshot)
+            with self._uses.use(snapshot.id):
+                size_bytes = await self._save(sandbox, snapshot)
+                async with self._store.write() as tx:
+                    await tx.snapshots.complete(snapshot.id, size_bytes=size_bytes)
+                    await tx.activity.append(self._line(actor, snapshot, "snapshot.created"))
+                    await self._repeats.note(tx, actor, request, (snapshot.id,))
+            return await self._found(actor, snapshot.id)
 
     async def find(self, actor: Actor, reference: str) -> Snapshot:
         """Return a snapshot by id or name.
@@ -134,24 +145,30 @@ class Snapshots:
         actor.require("sandbox:write")
         if count not in FORKS:
             raise InvalidArgumentError("cannot make so many forks: 1 to 100 are", field="count")
-        self._repeats.check(request)
-        source = await self._register.find(actor, reference)
-        if source.status not in _SAVABLE:
-            raise check_status(source, wanted="fork")
-        async with self._store.write() as tx:
-            ids = await self._repeats.made_before(tx, actor, request)
-            if ids is not None:
-                found = [await tx.sandboxes.find(one) for one in ids]
-                return [one for one in found if one is not None]
-        node = self._placement.choose(source)
-        await node.check_room(
-            source.template, replace(source.shape, memory_mib=source.shape.memory_mib * count)
-        )
-        snapshot = self._new(actor, source, name=None, is_hidden=True)
-        async with self._store.write() as tx:
-            await tx.snapshots.insert(snapshot)
-        await self._save(source, snapshot)
-        return await self._start_forks(actor, source, snapshot, count, request)
+        async with self._repeats.turn(actor, request):
+            source = await self._settled(await self._register.find(actor, reference))
+            async with self._store.write() as tx:
+                ids = await self._repeats.made_before(tx, actor, request)
+                if ids is not None:
+                    found = [await tx.sandboxes.find(one) for one in ids]
+                    return [one for one in found if one is not None]
+            if source.status not in _SAVABLE:
+                raise check_status(source, wanted="fork")
+            shape = source.shape
+            await self._placement.choose(source).check_room(
+                source.template,
+                replace(
+                    shape, memory_mib=shape.memory_mib * count, disk_mib=shape.disk_mib * count
+                ),
+            )
+            snapshot = self._new(actor, source, name=None, is_hidden=True)
+            async with self._store.write() as tx:
+                await tx.snapshots.insert(snapshot)
+            with self._uses.use(snapshot.id):
+                size_bytes = await self._save(source, snapshot)
+                return await self._start_forks(
+                    actor, source, replace(snapshot, size_bytes=size_bytes), count, request
+                )
 
     async def _start_forks(
         self,
@@ -164,10 +181,7 @@ class Snapshots:
         hold = self._worker.hold()
         forks = []
         async with self._store.write() as tx:
-            ids = await self._repeats.made_before(tx, actor, request)
-            if ids is not None:
-                found = [await tx.sandboxes.find(one) for one in ids]
-                return [one for one in found if one is not None]
+            await tx.snapshots.complete(snapshot.id, size_bytes=snapshot.size_bytes)
             for _ in range(count):
                 fork = self._fork_of(actor, source, snapshot)
                 forks.append(await self._lifecycle.begin(tx, fork, actor, hold=hold))
@@ -203,7 +217,7 @@ class Snapshots:
     async def roll_back(self, actor: Actor, reference: str, snapshot_ref: str) -> Sandbox:
         """Put a sandbox back to a snapshot of it; what it was until then is lost once it is up.
 
-        If the snapshot cannot be started, the sandbox is paused, as it was before.
+        If the snapshot cannot be started, the sandbox is paused or in error, as it was before.
 
         Raises:
             NotFoundError: no such sandbox.
@@ -242,14 +256,20 @@ class Snapshots:
             )
         await self._worker.take_up(Claim(resuming, hold.lease), limit_s=_WAIT_S)
         sandbox = await self._register.reread(sandbox.id)
-        if sandbox.status is Status.PAUSED:
+        if sandbox.status in (Status.PAUSED, Status.ERROR):
             why = sandbox.reason.message if sandbox.reason else "it was not started"
             raise UnavailableError(
-                f"cannot roll {sandbox.id} back: {why}; it is paused, as it was before"
+                f"cannot roll {sandbox.id} back: {why}; it is {sandbox.status} as before"
             )
         return sandbox
 
     # --- parts ----------------------------------------------------------------------------
+
+    async def _settled(self, sandbox: Sandbox) -> Sandbox:
+        """Return a sandbox once it is no longer on its way between running and paused."""
+        if sandbox.status not in _PASSING:
+            return sandbox
+        return await self._register.wait_for(sandbox, _LASTING, limit_s=_WAIT_S)
 
     def _new(
         self, actor: Actor, sandbox: Sandbox, *, name: str | None, is_hidden: bool
@@ -272,22 +292,32 @@ class Snapshots:
             created_at=self._clock.now(),
         )
 
-    async def _save(self, sandbox: Sandbox, snapshot: Snapshot) -> None:
-        """Have the node save the sandbox; what is left of a try that failed is removed."""
+    async def _save(self, sandbox: Sandbox, snapshot: Snapshot) -> int:
+        """Have the node save the sandbox, and return the size; nothing is left of a failed try."""
         node = self._placement.find(snapshot.node_id)
         try:
             if node is None:
                 raise UnavailableError(f"cannot reach the node of {sandbox.id}")
-            fact = await node.ensure_snapshot(
-                snapshot.id, sandbox_id=sandbox.id, incarnation=sandbox.incarnation
-            )
+            for _ in range(_TRIES):
+                try:
+                    fact = await node.ensure_snapshot(
+                        snapshot.id, sandbox_id=sandbox.id, incarnation=sandbox.incarnation
+                    )
+                except (NotFoundError, ConflictError) as error:
+                    # Somebody resumes it at this moment? Then the node knows another incarnation.
+                    again = await self._settled(await self._register.reread(sandbox.id))
+                    if again.status not in _SAVABLE:
+                        raise check_status(again, wanted="save") from error
+                    if again.incarnation == sandbox.incarnation:
+                        raise
+                    sandbox = again
+                else:
+                    return fact.size_bytes
+            raise UnavailableError(f"cannot save {sandbox.id} now: it changes all the time")
         except SandyardError:
             async with self._store.write() as tx:
                 await tx.snapshots.remove(snapshot.id)
             raise
-        async with self._store.write() as tx:
-            await tx.snapshots.complete(snapshot.id, size_bytes=fact.size_bytes)
-            await tx.activity.append(self._line(None, snapshot, "snapshot.created"))
 
     async def _found(self, actor: Actor, snapshot_id: str) -> Snapshot:
         return await find_snapshot(self._store, actor, snapshot_id, field=None, ready=False)

@@ -4,6 +4,7 @@ import json
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic.alias_generators import to_camel
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.cursors import decode_cursor, encode_cursor
@@ -157,8 +158,9 @@ async def change_sandbox(
     given = body.model_fields_set
     for field in given - {"name"}:
         if getattr(body, field) is None:
+            shown = to_camel(field)
             raise InvalidArgumentError(
-                f"cannot set {field} to null: leave it out to keep it", field=field
+                f"cannot set {shown} to null: leave it out to keep it", field=shown
             )
     check_json(body.metadata, field="metadata")
     sandbox = await service.change(

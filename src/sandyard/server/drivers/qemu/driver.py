@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import stat
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.threads import in_thread
+from sandyard.server.core.threads import in_thread, to_the_end
 from sandyard.server.drivers.contract import (
     Capabilities,
     End,
@@ -37,6 +38,7 @@ from sandyard.server.drivers.processes import (
 from sandyard.server.drivers.qemu import command, memory
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
+from sandyard.server.drivers.sparse import make_empty
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ _START_LIMIT_S = 30.0
 _LOAD_LIMIT_S = 30.0
 _POLL_S = 0.002
 _PAGES = "pages"
+_STATE_MAX = 64 * 2**20
 _STILL = frozenset({"paused", "prelaunch", "postmigrate", "inmigrate", "io-error"})
 _PROBE_LIMIT_S = 20.0
 _NOBODY = 65534
@@ -61,6 +64,7 @@ class QemuMachine:
         self._process = process
         self._monitor = monitor
         self._handle = handle
+        self._uid = int(handle["uid"])
         self._is_closed = False
 
     @property
@@ -145,7 +149,7 @@ class QemuMachine:
             await self._monitor.call(
                 "xen-save-devices-state", {"filename": str(written), "live": False}
             )
-            await in_thread(_take_file, written, folder / command.DEVICE_STATE)
+            await in_thread(_take_file, written, folder / command.DEVICE_STATE, self._uid)
         except OSError as error:
             raise NoCapacityError(f"cannot save the machine: {error.strerror}") from error
         finally:
@@ -164,7 +168,10 @@ class QemuMachine:
             ConflictError: the state is not whole, or does not fit.
         """
         if (pages := saved.folder / _PAGES).exists():
-            await in_thread(memory.load_pages, self.pid, memory_file, pages)
+            try:
+                await in_thread(memory.load_pages, self.pid, memory_file, pages)
+            except (OSError, InternalError) as error:
+                raise UnavailableError(f"cannot write QEMU's memory: {error}") from error
         await self._monitor.call("migrate-incoming", {"uri": f"file:{state}"})
         async with asyncio.timeout(_LOAD_LIMIT_S):
             while (status := await self._monitor.migration()) not in ("completed", "failed"):
@@ -234,24 +241,23 @@ class QemuDriver:
             os.chown(scratch, _NOBODY, _NOBODY)
             own_end = ["timeout", f"{_PROBE_LIMIT_S + 5:g}"]
             confined = command.unprivileged(_NOBODY, accel=self._accel)
-            said = await _output(
+            output = await _output(
                 [*own_end, *confined, self._binary, *arguments], limit_s=_PROBE_LIMIT_S
             )
         except TimeoutError:
             return Verdict(False, "a probe machine did not come up in time", is_certain=False)
         except (OSError, SandyardError) as error:
-            return Verdict(
-                False, f"a probe machine did not come up: {str(error) or 'no end in time'}"
-            )
+            said = (str(error) or "no end in time").splitlines()[0]
+            return Verdict(False, f"a probe machine did not come up: {said}")
         if console.exists() and _PROBE_PASSED in console.read_bytes():
             return Verdict(True, f"QEMU {version}: a probe machine booted")
-        last = said.decode(errors="replace").strip().splitlines()[:1]
+        last = output.decode(errors="replace").strip().splitlines()[:1]
         return Verdict(False, f"a probe machine did not boot: {last[0] if last else 'no reason'}")
 
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> QemuMachine:
         """See drivers.contract.Driver.start."""
         if not spec.memory.exists():
-            memory.make_empty(spec.memory, command.machine_memory_mib(spec.memory_mib))
+            make_empty(spec.memory, command.machine_memory_mib(spec.memory_mib))
         return await self._start(spec, held, is_restored=False)
 
     async def restore(self, spec: MachineSpec, saved: Saved, held: AsyncExitStack) -> QemuMachine:
@@ -306,15 +312,18 @@ class QemuDriver:
                 tap_fd=tap_fd,
                 is_restored=is_restored,
             )
-            await _launch(
-                command.confined(self._binary, arguments, spec, accel=self._accel), tap_fd, spec
+            # Broken off half way, it would not yet run under the account that it is known by.
+            await to_the_end(
+                _launch(
+                    command.confined(self._binary, arguments, spec, accel=self._accel), tap_fd, spec
+                )
             )
         finally:
             os.close(tap_fd)
         process = await self._take_hold(spec, held)
         if spec.is_ahead:
             set_nice(process.pid, BEHIND)
-        monitor = await Monitor.connect(spec.folder / command.QMP_SOCKET)
+        monitor = await Monitor.connect(spec.folder / command.QMP_SOCKET, pid=process.pid)
         started = start_time(process.pid)
         if started is None:
             raise InternalError(f"cannot start {spec.name}: QEMU ended at once")
@@ -324,6 +333,7 @@ class QemuDriver:
             "boot": boot_id(),
             "qmp": str(spec.folder / command.QMP_SOCKET),
             "memory": str(spec.memory),
+            "uid": spec.place.uid,
         }
         return self._machine(process, monitor, handle, held)
 
@@ -336,7 +346,7 @@ class QemuDriver:
             return None
         held.push_async_callback(process.kill)
         try:
-            monitor = await Monitor.connect(Path(str(handle["qmp"])))
+            monitor = await Monitor.connect(Path(str(handle["qmp"])), pid=process.pid)
         except UnavailableError:
             # A machine that cannot be controlled is as good as dead, and must not be left over.
             await process.kill()
@@ -384,6 +394,8 @@ async def _load_or_refuse(
     try:
         await machine.load(spec.memory, saved, state)
     except UnavailableError as error:
+        if start_time(machine.pid) is not None:  # it lives: it had not the time
+            raise
         raise ConflictError(f"cannot restore {spec.name}: {error.message}") from error
 
 
@@ -399,10 +411,19 @@ def _write_private(path: Path, data: bytes, uid: int) -> None:
         file.write(data)
 
 
-def _take_file(source: Path, target: Path) -> None:
-    """Copy a file that another account wrote, and sync the copy; a link is not followed."""
-    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
+def _take_file(source: Path, target: Path, uid: int) -> None:
+    """Copy a file that an account wrote which is not trusted, and sync the copy.
+
+    Raises:
+        InternalError: it is not a plain file of that account's, or too large.
+    """
+    # Not blocking: a pipe in its place would be waited at for ever.
+    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as there, target.open("xb") as here:
+        found = os.fstat(descriptor)
+        is_plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == uid
+        if not is_plain or found.st_size > _STATE_MAX:
+            raise InternalError("cannot save the machine: QEMU wrote no state that can be used")
         shutil.copyfileobj(there, here)
         here.flush()
         os.fsync(here.fileno())
@@ -471,7 +492,7 @@ async def _output(
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await asyncio.shield(process.wait())
+            await to_the_end(process.wait())
     said = said or b""
     if process.returncode != 0:
         raise ChildProcessError(said.decode(errors="replace").strip()[-1000:])

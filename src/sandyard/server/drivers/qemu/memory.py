@@ -32,13 +32,6 @@ Run = tuple[int, int]
 """First page and number of pages, counted from the beginning of the guest's memory."""
 
 
-def make_empty(path: Path, size_mib: int) -> None:
-    """Make a memory file of zeros that takes no room."""
-    with path.open("xb") as file:
-        file.truncate(size_mib * 2**20)
-        os.fchmod(file.fileno(), 0o444)
-
-
 def save_pages(pid: int, memory: Path, target: Path) -> None:
     """Write a still machine's private pages to a new file, and sync it.
 
@@ -112,7 +105,8 @@ def _mapping(pid: int, memory: Path) -> Run:
                     found[-1] = (found[-1][0], end - found[-1][0])
                 else:
                     found.append((start, end - start))
-    if len(found) != 1:
+    # The process says what it maps, and is not to be believed.
+    if len(found) != 1 or found[0][1] != memory.stat().st_size:
         raise InternalError(f"cannot find the memory of process {pid}: {len(found)} mappings")
     return found[0]
 
@@ -165,6 +159,8 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
     view = memoryview(data)
     while view:
         done = os.pwrite(descriptor, view, offset)
+        if done == 0:  # a process that has ended takes nothing, and says so like this
+            raise ProcessLookupError("the machine's process has ended")
         view, offset = view[done:], offset + done
 
 
