@@ -163,7 +163,8 @@ async def open_yard(
         if not keep:
             machine.die()
             machine.close()
-    await asyncio.sleep(0.001)  # what was closed is gone
+    for _ in range(5):  # what was closed is gone, also what was being accepted just then
+        await asyncio.sleep(0.002)
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float = 10.0) -> None:

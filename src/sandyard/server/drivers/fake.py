@@ -185,6 +185,9 @@ class FakeMachine:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         decoder = wire.Decoder()
+        if self._closed.is_set():  # it was accepted just before
+            writer.transport.abort()
+            return
         self._writers.add(writer)
         try:
             while (request := decoder.take_request()) is None:
