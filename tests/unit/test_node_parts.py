@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import ipaddress
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from sandyard.server.drivers.qemu.command import (
     unprivileged,
 )
 from sandyard.server.drivers.qemu.memory import load_pages
-from sandyard.server.drivers.sparse import make_empty
+from sandyard.server.drivers.sparse import copy_sparse, make_empty, merge_sparse
 from sandyard.server.node.console import append_console
 from sandyard.server.node.definitions import load_definition, load_definitions
 from sandyard.server.node.firewall import exceptions_to_remove, forward_exceptions, slot_rules
@@ -279,3 +280,30 @@ async def test_what_is_done_to_the_end_is_waited_for_by_those_who_break_it_off()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert done.is_set()
+
+
+def test_files_with_holes_are_copied_to_other_file_systems_too(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    with source.open("wb") as file:
+        file.write(b"begin")
+        file.seek(5 * 2**20)
+        file.write(b"end" * 700_000)
+        file.truncate(20 * 2**20)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        for target in (tmp_path / "copy", Path(elsewhere) / "copy"):
+            copy_sparse(source, target)
+            assert target.read_bytes() == source.read_bytes()
+            assert target.stat().st_blocks < 10 * 2**20 // 512
+
+
+def test_a_file_is_laid_over_another_where_it_has_data(tmp_path: Path) -> None:
+    under, over, target = (tmp_path / name for name in ("under", "over", "target"))
+    under.write_bytes(b"u" * 2**20)
+    make_empty(over, 1)
+    over.chmod(0o600)
+    with over.open("r+b") as file:
+        file.seek(8192)
+        file.write(b"o" * 4096)
+    merge_sparse(under, over, target)
+    expected = b"u" * 8192 + b"o" * 4096
+    assert target.read_bytes() == expected.ljust(2**20, b"u")

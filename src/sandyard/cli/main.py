@@ -18,6 +18,7 @@ app = typer.Typer(
 app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(server.templates, name="template")
+app.add_typer(server.setup, name="setup")
 for command in (server.serve, server.doctor, server.init, server.stop):
     app.command()(command)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sandyard.server.app.settings import Settings
 
 templates = typer.Typer(help="Build and list templates.", no_args_is_help=True)
+setup = typer.Typer(help="Fetch what the system's packages do not bring.", no_args_is_help=True)
 out = Console()
 
 
@@ -96,6 +97,25 @@ def doctor() -> None:
             out.print(f"     → {finding.mend}", highlight=False, soft_wrap=True, markup=False)
     if any(finding.level == "bad" for finding in findings):
         raise typer.Exit(1)
+
+
+@setup.callback()
+def _setup() -> None:
+    """Fetch what the system's packages do not bring."""
+
+
+@setup.command()
+def firecracker(
+    force: Annotated[
+        bool, typer.Option("--force", help="Even if it would not be used on this host.")
+    ] = False,
+) -> None:
+    """Fetch Firecracker's official release where this host can use it; QEMU serves elsewhere."""
+    settings = _settings()
+    said = asyncio.run(
+        _app("wiring").set_up_firecracker(settings, force=force, progress=typer.echo)
+    )
+    typer.echo(said)
 
 
 @templates.command()

@@ -48,10 +48,27 @@ class StoreSettings(Section):
     )
 
 
+class FirecrackerSettings(Section):
+    """Firecracker, where the host has KVM that really works."""
+
+    binary: str | None = Field(
+        None,
+        description="Firecracker's program; default: that on PATH, else the one fetched by "
+        "`sandyard setup firecracker`.",
+    )
+    jailer: str | None = Field(None, description="Its jailer's program; default: as above.")
+    disk_mib_per_s: int = Field(
+        0, ge=0, le=1024 * 1024, description="MiB a second each disk of a machine may move; 0: any."
+    )
+    network_mib_per_s: int = Field(
+        0, ge=0, le=1024 * 1024, description="MiB a second a machine may send, and receive; 0: any."
+    )
+
+
 class NodeSettings(Section):
     """The host's machines."""
 
-    driver: Literal["auto", "qemu-kvm", "qemu-tcg", "fake"] = Field(
+    driver: Literal["auto", "firecracker", "qemu-kvm", "qemu-tcg", "fake"] = Field(
         "auto", description="`auto` takes the best that a probe machine boots under."
     )
     qemu_binary: str = Field("qemu-system-x86_64", description="QEMU's program.")
@@ -155,6 +172,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     store: StoreSettings = StoreSettings()
     node: NodeSettings = NodeSettings()
+    firecracker: FirecrackerSettings = FirecrackerSettings()
     pool: PoolSettings = PoolSettings()
     log: LogSettings = LogSettings()
 

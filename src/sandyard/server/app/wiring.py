@@ -1,6 +1,7 @@
 """Builds the house for one process: what stands behind each seam is decided here."""
 
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,13 +10,18 @@ from importlib.metadata import version as package_version
 from fastapi import FastAPI
 
 from sandyard.server.api import Services, make_api
+from sandyard.server.app.firecracker import fetch, program
 from sandyard.server.app.installation import kind_of_host, secret_key
 from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics, MetricsRoute
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.contracts import Clock, Store
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
+from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
+from sandyard.server.drivers.firecracker.api import limiter
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.links.local import LocalBus, SystemClock
 from sandyard.server.links.passwords import hash_password
@@ -45,6 +51,8 @@ from sandyard.server.service.sandboxes import Sandboxes, Waits
 from sandyard.server.service.snapshots import Snapshots
 from sandyard.server.service.templates import Templates
 from sandyard.server.service.uses import Uses
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,12 +96,41 @@ def drivers_of(settings: Settings) -> list[Driver]:
 
 
 def _every_driver(settings: Settings) -> list[Driver]:
+    own = settings.firecracker
     return [
-        QemuDriver(
-            accel=accel, binary=settings.node.qemu_binary, tb_size_mib=settings.node.tb_size_mib
-        )
-        for accel in ("kvm", "tcg")
+        FirecrackerDriver(
+            cache=settings.home / "cache" / "kernels",
+            binary=program(settings, "firecracker", own.binary),
+            jailer=program(settings, "jailer", own.jailer),
+            disk_limiter=limiter(own.disk_mib_per_s),
+            network_limiter=limiter(own.network_mib_per_s),
+        ),
+        *(
+            QemuDriver(
+                accel=accel, binary=settings.node.qemu_binary, tb_size_mib=settings.node.tb_size_mib
+            )
+            for accel in ("kvm", "tcg")
+        ),
     ]
+
+
+async def set_up_firecracker(
+    settings: Settings, *, force: bool, progress: Callable[[str], None]
+) -> str:
+    """Fetch Firecracker unless it is there or would not be used here; return what came of it.
+
+    Raises:
+        UnavailableError: it cannot be had.
+    """
+    driver = _every_driver(settings)[0]
+    try:
+        return f"Firecracker {await driver.version()} is installed"
+    except UnavailableError as error:
+        log.debug("Firecracker is not to be used yet: %s", error.message)
+    if not force and not has_kvm():
+        return "Firecracker is not fetched: this host has no KVM, and QEMU emulates"
+    await in_thread(fetch, settings, progress=progress)
+    return f"Firecracker {await driver.version()} is installed"
 
 
 def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:

@@ -11,6 +11,8 @@ from sandyard.server.core.errors import InternalError, NoCapacityError
 
 _CHUNK = 1024 * 1024
 _FICLONE = 0x40049409  # linux/fs.h
+# Between file systems of two kinds, and where one of them cannot (copy_file_range(2)).
+_NOT_BY_KERNEL = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 
 def copy_sparse(source: Path, target: Path, *, sync: bool = False) -> None:
@@ -112,7 +114,12 @@ def _clone(source: int, target: int) -> bool:
 
 def _copy(source: int, target: int, start: int, end: int) -> None:
     while start < end:
-        copied = os.copy_file_range(source, target, end - start, start, start)
+        try:
+            copied = os.copy_file_range(source, target, end - start, start, start)
+        except OSError as error:
+            if error.errno not in _NOT_BY_KERNEL:
+                raise
+            copied = os.pwrite(target, os.pread(source, min(_CHUNK, end - start), start), start)
         if not copied:
             return
         start += copied

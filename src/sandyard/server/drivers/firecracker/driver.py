@@ -1,0 +1,474 @@
+"""The Firecracker driver. See drivers.contract.Driver.
+
+A machine's memory builds on a file, as everywhere: what was written since is saved as a file of the
+same size with holes where nothing was. A machine that boots builds on an empty file. Firecracker
+maps one file only, so that a state which builds on another is joined with it before it is loaded,
+and the joined file takes the other's place.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import shutil
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from sandyard.server.core.errors import (
+    ConflictError,
+    InternalError,
+    SandyardError,
+    UnavailableError,
+)
+from sandyard.server.core.threads import in_thread, to_the_end
+from sandyard.server.drivers.contract import (
+    Capabilities,
+    End,
+    Handle,
+    MachineSpec,
+    Saved,
+    Verdict,
+)
+from sandyard.server.drivers.firecracker.api import Api, Limiter
+from sandyard.server.drivers.firecracker.jail import (
+    CONSOLE,
+    LOG,
+    SOCKET,
+    Jail,
+    open_pipe,
+    read_pipe,
+)
+from sandyard.server.drivers.firecracker.kernel import unpacked_kernel
+from sandyard.server.drivers.initrd import add_token
+from sandyard.server.drivers.namespaces import give_tap_to
+from sandyard.server.drivers.processes import (
+    BEHIND,
+    DetachedProcess,
+    boot_id,
+    set_nice,
+    start_time,
+)
+from sandyard.server.drivers.sparse import make_empty, merge_sparse
+
+log = logging.getLogger(__name__)
+
+PINNED = "1.12.1"
+"""The version that is fetched and tested."""
+SUPPORTED = ((1, 12), (1, 13))
+"""From this version on, before that one: what is saved, and how, differs in others."""
+_KERNEL, _INITRD, _BASE, _DISK, _MEMORY = "vmlinux", "initrd", "base", "disk", "memory"
+_STATE, _PAGES, _NET = "device", "pages", "net"
+_OWN_SHARE_MIB = 16
+_ARGUMENTS = (
+    "console=ttyS0 reboot=k panic=-1 pci=off quiet loglevel=3 i8042.noaux i8042.nomux i8042.dumbkbd"
+)
+_PROBE_LIMIT_S = 20.0
+_PROBE_PASSED = b"sandyard: probe passed"
+_PROBE_MIB = 256
+_POLL_S = 0.05
+_VERSION_LIMIT_S = 10.0
+_NOBODY = 65534
+_TAIL = 64 * 1024
+_SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
+_PANICKED = End("guest_panicked", "the guest's kernel panicked; see the sandbox's log")
+_DIED = End("machine_died", "the hypervisor's process ended unexpectedly")
+
+
+class FirecrackerMachine:
+    """See drivers.contract.SavingMachine."""
+
+    def __init__(self, process: DetachedProcess, api: Api, jail: Jail, handle: Handle) -> None:
+        self._process = process
+        self._api = api
+        self._jail = jail
+        self._handle = handle
+        self._console = open_pipe(jail.folder / CONSOLE)
+        self._log = open_pipe(jail.folder / LOG)
+        self._said = self._last_words = b""
+        self._is_closed = False
+
+    @property
+    def handle(self) -> Handle:
+        """See drivers.contract.Machine.handle."""
+        return self._handle
+
+    @property
+    def pid(self) -> int:
+        """See drivers.contract.Machine.pid."""
+        return self._process.pid
+
+    @property
+    def api(self) -> Api:
+        """The door to the process."""
+        return self._api
+
+    def trouble(self) -> str:
+        """Return what Firecracker itself said last, where that is of trouble."""
+        lines = self._last_words.decode(errors="replace").splitlines()
+        told = [one.split("] ", 1)[-1] for one in lines if re.search(r"rror|xiting|fail", one)]
+        return told[-1][:300] if told else ""
+
+    async def console(self) -> bytes:
+        """See drivers.contract.Machine.console."""
+        said = read_pipe(self._console) if self._console is not None else b""
+        self._said = (self._said + said)[-_TAIL:]
+        if self._log is not None:
+            # Of use at the end only; but a pipe that is full takes no more.
+            self._last_words = (self._last_words + read_pipe(self._log))[-_TAIL:]
+        return said
+
+    async def stall(self) -> End | None:
+        """See drivers.contract.Machine.stall. A full disk is an error that the guest sees."""
+        return None
+
+    async def wait(self) -> End:
+        """See drivers.contract.Machine.wait."""
+        await self._process.wait()
+        await self.console()
+        if b"Kernel panic - not syncing" in self._said:
+            return _PANICKED
+        return _SHUTDOWN if b"exit_code=0" in self._last_words else _DIED
+
+    async def stop(self) -> None:
+        """See drivers.contract.Machine.stop."""
+        if self._is_closed:
+            return
+        await self._process.kill()
+        await self._close()
+        self._jail.remove()
+
+    async def detach(self) -> None:
+        """See drivers.contract.Machine.detach."""
+        await self._close()
+
+    async def _close(self) -> None:
+        self._is_closed = True
+        await self._api.close()
+        self._process.close()
+        for descriptor in (self._console, self._log):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._console = self._log = None
+
+    def come_forward(self) -> None:
+        """See drivers.contract.Machine.come_forward."""
+        set_nice(self.pid, 0)
+
+    async def pause(self) -> None:
+        """See drivers.contract.SavingMachine.pause."""
+        await self._api.pause()
+        await in_thread(_sync, Path(str(self._handle["disk"])))
+
+    async def resume(self) -> None:
+        """See drivers.contract.SavingMachine.resume."""
+        await self._api.resume()
+
+    async def is_paused(self) -> bool:
+        """See drivers.contract.SavingMachine.is_paused."""
+        return await self._api.state() == "Paused"
+
+    async def save(self, folder: Path) -> Saved:
+        """See drivers.contract.SavingMachine.save."""
+        folder.mkdir(mode=0o700)
+        for name in (_STATE, _PAGES):
+            (self._jail.root / name).unlink(missing_ok=True)
+        await self._api.save(state=f"/{_STATE}", memory=f"/{_PAGES}")
+        for name in (_STATE, _PAGES):
+            await in_thread(self._jail.take, name, folder / name)
+        return Saved(folder)
+
+    async def grow_disk(self, size_mib: int) -> None:
+        """See drivers.contract.SavingMachine.grow_disk."""
+        await in_thread(os.truncate, Path(str(self._handle["disk"])), size_mib * 2**20)
+        await self._api.reread_drive(_DISK, f"/{_DISK}")
+
+
+class FirecrackerDriver:
+    """See drivers.contract.SavingDriver.
+
+    `cache` is a folder for unpacked kernels. `disk_limiter` and `network_limiter` bound what one
+    machine may move, in the form of Firecracker's rate limiters. `arguments` are added to the
+    kernel's command line.
+    """
+
+    name = "firecracker"
+    capabilities = Capabilities(saves=True)
+
+    def __init__(
+        self,
+        *,
+        cache: Path,
+        binary: str = "firecracker",
+        jailer: str = "jailer",
+        disk_limiter: Limiter | None = None,
+        network_limiter: Limiter | None = None,
+        arguments: str = "",
+    ) -> None:
+        self._cache = cache
+        self._binary = binary
+        self._jailer = jailer
+        self._disk_limiter = disk_limiter
+        self._network_limiter = network_limiter
+        self._arguments = f"{_ARGUMENTS} {arguments}".strip()
+
+    async def version(self) -> str:
+        """See drivers.contract.Driver.version."""
+        found = []
+        for name, binary in (("firecracker", self._binary), ("jailer", self._jailer)):
+            if shutil.which(binary) is None:
+                raise UnavailableError(
+                    f"{binary} is not installed; `sandyard setup firecracker` fetches it"
+                )
+            said = await _output([binary, "--version"])
+            match = re.search(r"v(\d+\.\d+\.\d+)", said)
+            if match is None:
+                raise UnavailableError(f"cannot tell the version of {name} from {said[:80]!r}")
+            found.append(match[1])
+        if found[0] != found[1]:
+            raise UnavailableError(
+                f"firecracker {found[0]} and jailer {found[1]} do not belong together"
+            )
+        series = tuple(map(int, found[0].split(".")[:2]))
+        if not SUPPORTED[0] <= series < SUPPORTED[1]:
+            raise UnavailableError(
+                f"Firecracker {found[0]} is not supported: this needs {PINNED} or another of its "
+                "series"
+            )
+        return found[0]
+
+    async def probe(self, *, kernel: Path, initrd: Path, scratch: Path) -> Verdict:
+        """See drivers.contract.Driver.probe."""
+        try:
+            version = await self.version()
+            if not has_kvm():
+                return Verdict(False, "/dev/kvm is not there or not open to this user")
+            scratch.chmod(0o711)
+            jail = Jail(scratch, "probe", _NOBODY)
+            try:
+                return await self._boot_probe(version, jail, kernel, initrd)
+            finally:
+                jail.remove()
+        except (OSError, SandyardError) as error:
+            return Verdict(False, f"a probe machine did not come up: {str(error) or 'no reason'}")
+
+    async def _boot_probe(self, version: str, jail: Jail, kernel: Path, initrd: Path) -> Verdict:
+        async with AsyncExitStack() as held:
+            await in_thread(jail.prepare)
+            jail.put(await in_thread(unpacked_kernel, kernel, self._cache), _KERNEL)
+            jail.write(_INITRD, initrd.read_bytes())
+            process = await self._launch(jail, held, netns=None)
+            api = await held.enter_async_context(Api(jail.folder / SOCKET))
+            machine = FirecrackerMachine(process, api, jail, {})
+            held.push_async_callback(machine.stop)
+            await api.configure(vcpus=1, memory_mib=_PROBE_MIB)
+            await api.boot_from(
+                kernel=f"/{_KERNEL}",
+                initrd=f"/{_INITRD}",
+                arguments=f"{self._arguments} sandyard.probe",
+            )
+            await api.start()
+            said, last = b"", ""
+            try:
+                async with asyncio.timeout(_PROBE_LIMIT_S):
+                    while start_time(process.pid) is not None:
+                        said += await machine.console()
+                        if _PROBE_PASSED in said:
+                            return Verdict(True, f"Firecracker {version}: a probe machine booted")
+                        await asyncio.sleep(_POLL_S)
+            except TimeoutError:
+                # A kernel that came so far as to speak may only have lacked the time.
+                return Verdict(
+                    False,
+                    f"a probe machine did not come up within {_PROBE_LIMIT_S:g} s: ordinary guest "
+                    "kernels do not run under this host's KVM",
+                    is_certain=not said,
+                )
+            last = machine.trouble()
+            return Verdict(False, f"a probe machine did not boot: {last or 'it ended at once'}")
+
+    async def start(self, spec: MachineSpec, held: AsyncExitStack) -> FirecrackerMachine:
+        """See drivers.contract.Driver.start."""
+        memory_mib = spec.memory_mib + _OWN_SHARE_MIB
+        spec.memory.unlink(missing_ok=True)
+        make_empty(spec.memory, memory_mib)
+        jail = Jail(spec.folder, spec.name, spec.place.uid)
+        try:
+            kernel = await in_thread(unpacked_kernel, spec.kernel, self._cache)
+            await in_thread(self._prepare, jail, spec)
+            jail.put(kernel, _KERNEL)
+            jail.write(_INITRD, add_token(spec.initrd.read_bytes(), spec.token))
+        except FileNotFoundError as error:
+            raise InternalError(f"cannot start {spec.name}: {error}") from error
+        await give_tap_to(spec.place.netns, spec.place.tap, spec.place.uid)
+        try:
+            machine = await self._machine(jail, spec, held)
+            api = machine.api
+            await api.configure(vcpus=spec.vcpus, memory_mib=memory_mib)
+            await api.boot_from(
+                kernel=f"/{_KERNEL}", initrd=f"/{_INITRD}", arguments=self._arguments
+            )
+            await api.add_drive(_BASE, f"/{_BASE}", is_read_only=True, limiter=self._disk_limiter)
+            await api.add_drive(_DISK, f"/{_DISK}", is_read_only=False, limiter=self._disk_limiter)
+            await api.add_network(
+                _NET, tap=spec.place.tap, mac=spec.place.mac, limiter=self._network_limiter
+            )
+            await api.add_entropy()
+            await api.start()
+        except (InternalError, UnavailableError) as error:
+            raise type(error)(f"cannot start {spec.name}: {error.message}") from error
+        for name in (_KERNEL, _INITRD):
+            (jail.root / name).unlink(missing_ok=True)
+        return machine
+
+    async def restore(
+        self, spec: MachineSpec, saved: Saved, held: AsyncExitStack
+    ) -> FirecrackerMachine:
+        """See drivers.contract.SavingDriver.restore."""
+        size = (spec.memory_mib + _OWN_SHARE_MIB) * 2**20
+        if not spec.memory.exists() or spec.memory.stat().st_size != size:
+            raise ConflictError(f"cannot restore {spec.name}: its memory file is not whole")
+        jail = Jail(spec.folder, spec.name, spec.place.uid)
+        try:
+            if (pages := saved.folder / _PAGES).exists():
+                await in_thread(_join, spec.memory, pages)
+            await in_thread(self._prepare, jail, spec)
+            jail.write(_STATE, (saved.folder / _STATE).read_bytes())
+            jail.put(spec.memory, _MEMORY)
+        except FileNotFoundError as error:
+            raise ConflictError(f"cannot restore {spec.name}: {error.filename} is gone") from error
+        await give_tap_to(spec.place.netns, spec.place.tap, spec.place.uid)
+        machine = await self._machine(jail, spec, held)
+        try:
+            await machine.api.load(
+                state=f"/{_STATE}", memory=f"/{_MEMORY}", network=_NET, tap=spec.place.tap
+            )
+        except ConflictError as error:
+            raise ConflictError(f"cannot restore {spec.name}: {error.message}") from error
+        for name in (_STATE, _MEMORY):
+            (jail.root / name).unlink(missing_ok=True)
+        return machine
+
+    async def make_whole(self, saved: Saved, memory: Path) -> None:
+        """See drivers.contract.SavingDriver.make_whole."""
+        pages = saved.folder / _PAGES
+        await in_thread(merge_sparse, memory, pages, saved.memory)
+        pages.unlink()
+
+    async def recover(self, handle: Handle, held: AsyncExitStack) -> FirecrackerMachine | None:
+        """See drivers.contract.Driver.recover."""
+        jail = Jail(Path(str(handle["folder"])), str(handle["name"]), int(handle["uid"]))
+        process = DetachedProcess.find(
+            int(handle["pid"]), started=int(handle["started"]), boot=str(handle["boot"])
+        )
+        if process is None:
+            jail.remove()
+            return None
+        held.push_async_callback(process.kill)
+        api = Api(jail.folder / SOCKET)
+        try:
+            await api.state()
+        except (UnavailableError, InternalError):
+            # A machine that cannot be controlled is as good as dead, and must not be left over.
+            await process.kill()
+            process.close()
+            await api.close()
+            jail.remove()
+            return None
+        held.pop_all()
+        machine = FirecrackerMachine(process, api, jail, handle)
+        held.push_async_callback(machine.stop)
+        return machine
+
+    def _prepare(self, jail: Jail, spec: MachineSpec) -> None:
+        jail.prepare()
+        jail.put(spec.base, _BASE)
+        jail.put(spec.disk, _DISK)
+
+    async def _machine(
+        self, jail: Jail, spec: MachineSpec, held: AsyncExitStack
+    ) -> FirecrackerMachine:
+        process = await self._launch(jail, held, netns=spec.place.netns)
+        if spec.is_ahead:
+            set_nice(process.pid, BEHIND)
+        started = start_time(process.pid)
+        if started is None:
+            raise InternalError(f"cannot start {spec.name}: Firecracker ended at once")
+        handle: Handle = {
+            "pid": process.pid,
+            "started": started,
+            "boot": boot_id(),
+            "folder": str(spec.folder),
+            "name": spec.name,
+            "uid": spec.place.uid,
+            "disk": str(spec.disk),
+        }
+        machine = FirecrackerMachine(process, Api(jail.folder / SOCKET), jail, handle)
+        held.push_async_callback(machine.stop)
+        return machine
+
+    async def _launch(
+        self, jail: Jail, held: AsyncExitStack, *, netns: str | None
+    ) -> DetachedProcess:
+        held.callback(jail.remove)
+        pid = await jail.launch(self._jailer, self._binary, netns=netns)
+        started = start_time(pid)
+        process = None
+        if started is not None:
+            process = DetachedProcess.find(pid, started=started, boot=boot_id())
+        if process is None:
+            raise InternalError("Firecracker ended at once")
+        held.push_async_callback(process.kill)
+        return process
+
+
+def has_kvm() -> bool:
+    """Tell whether the host has KVM for this user to open, which does not prove that it works."""
+    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+def _join(memory: Path, pages: Path) -> None:
+    """Put a memory file with saved pages laid over it in its place; to do so twice changes nothing.
+
+    Raises:
+        ConflictError: the pages are of a machine with less or more memory.
+        NoCapacityError: the host's disk is full.
+    """
+    found = memory.stat()
+    if pages.stat().st_size != found.st_size:
+        raise ConflictError("the saved memory is not whole")
+    part = memory.with_name(memory.name + ".part")
+    part.unlink(missing_ok=True)
+    merge_sparse(memory, pages, part)
+    # Whoever sealed what builds on it knows it by size and time.
+    os.utime(part, ns=(found.st_atime_ns, found.st_mtime_ns))
+    part.replace(memory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+async def _output(command: list[str]) -> str:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+    except OSError as error:
+        raise UnavailableError(f"cannot run {command[0]}: {error.strerror}") from error
+    try:
+        async with asyncio.timeout(_VERSION_LIMIT_S):
+            said, _ = await process.communicate()
+    except TimeoutError as error:
+        raise UnavailableError(f"cannot run {command[0]}: it does not come to an end") from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await to_the_end(process.wait())
+    return said.decode(errors="replace")
