@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from tests.support.house import Yard, eventually, open_yard
 
+from sandyard.server.core.errors import InternalError
 from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
 from sandyard.server.links.local import SystemClock
+from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.disks import total_memory_mib
 
 
@@ -203,6 +205,25 @@ async def test_an_end_that_comes_while_it_is_saved_is_noticed(yard: Yard) -> Non
     yard.machine_of(box).die()
     await saving
     await eventually(lambda: status_is(yard, box, "error"))
+
+
+@pytest.mark.parametrize("trouble", [InternalError("the namespace is gone"), ValueError("a bug")])
+async def test_what_fails_beside_takes_nothing_along(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    box = await yard.create()
+    asked: list[float] = []
+
+    async def fails(self: AgentLink, limit_s: float) -> None:
+        asked.append(limit_s)
+        raise trouble
+
+    with monkeypatch.context() as changed:
+        changed.setattr(AgentLink, "open_spare", fails)
+        assert await yard.execute(box, "one") == "one"
+        assert await yard.execute(box, "two") == "two"
+    assert asked
+    assert await yard.execute(box, "three") == "three"
 
 
 async def test_exec_resumes_a_paused_sandbox_once_however_many_call(yard: Yard) -> None:

@@ -149,11 +149,11 @@ class Launcher:
         self._tasks = tasks
 
     def beside(self, work: Coroutine[None, None, None]) -> None:
-        """Do something beside; it must not raise."""
+        """Do something beside that nobody waits for; how it fails is logged, and harms nothing."""
         if self._tasks is None:
             work.close()
         else:
-            self._tasks.create_task(work)
+            self._tasks.create_task(_quietly(work))
 
     def write(self, unit: Unit) -> None:
         """Write a unit's record."""
@@ -793,6 +793,16 @@ class Launcher:
     async def _set_clock_quietly(self, unit: Unit) -> None:
         with contextlib.suppress(SandyardError):
             await self.set_clock(unit)
+
+
+async def _quietly(work: Coroutine[None, None, None]) -> None:
+    # Raised here it would end the whole node. A machine that is deleted meanwhile is no trouble.
+    try:
+        await work
+    except SandyardError as error:
+        log.debug("what was done beside came to nothing: %s", error.message)
+    except Exception:
+        log.exception("what was done beside failed")
 
 
 def _link(source: Path, target: Path) -> None:
