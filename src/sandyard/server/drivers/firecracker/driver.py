@@ -268,10 +268,13 @@ class FirecrackerDriver:
                 arguments=f"{self._arguments} sandyard.probe",
             )
             await api.start()
-            said, last = b"", ""
+            said = b""
             try:
                 async with asyncio.timeout(_PROBE_LIMIT_S):
-                    while start_time(process.pid) is not None:
+                    lives = True
+                    while lives:
+                        # Before what it printed is read: its last words may be those waited for.
+                        lives = start_time(process.pid) is not None
                         said += await machine.console()
                         if _PROBE_PASSED in said:
                             return Verdict(True, f"Firecracker {version}: a probe machine booted")
@@ -284,8 +287,8 @@ class FirecrackerDriver:
                     "kernels do not run under this host's KVM",
                     is_certain=not said,
                 )
-            last = machine.trouble()
-            return Verdict(False, f"a probe machine did not boot: {last or 'it ended at once'}")
+            why = machine.trouble() or "it ended at once"
+            return Verdict(False, f"a probe machine did not boot: {why}")
 
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> FirecrackerMachine:
         """See drivers.contract.Driver.start."""
