@@ -1,6 +1,7 @@
 """The examination every driver passes: the fake, and QEMU on real machines."""
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -213,6 +214,19 @@ async def test_what_start_pushed_releases_everything(bench: Bench) -> None:
     assert await bench.left()
     await held.aclose()
     assert not await bench.left()
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 400])
+async def test_a_start_broken_off_at_any_moment_leaves_nothing(bench: Bench, turns: int) -> None:
+    async with AsyncExitStack() as held:
+        starting = asyncio.create_task(bench.driver.start(bench.spec, held))
+        for _ in range(turns):
+            await asyncio.sleep(0 if turns < 10 else 0.0001)
+        starting.cancel()
+        await asyncio.wait([starting])
+    assert not await bench.left()
+    del starting
+    gc.collect()  # a socket or a pipe left open is a warning, which is an error here
 
 
 async def test_a_death_is_noticed_at_once_and_also_afterwards(bench: Bench) -> None:

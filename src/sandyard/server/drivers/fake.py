@@ -96,9 +96,11 @@ class FakeMachine:
     async def boot(self) -> None:
         """Bring up the agent, as far as its conduct allows."""
         if self._conduct.is_ready:
+            # Nothing waits before the server is ours: a cancelled boot leaves no socket.
             self._server = await asyncio.start_unix_server(
-                self._serve, self.spec.folder / AGENT_SOCKET
+                self._serve, self.spec.folder / AGENT_SOCKET, start_serving=False
             )
+            await self._server.start_serving()
 
     async def console(self) -> bytes:
         """See drivers.contract.Machine.console."""
