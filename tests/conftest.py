@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import postgres
+from tests.support.firecracker import firecracker_environment, firecracker_verdict
+from tests.support.server import QEMU
 
 
 def free_port() -> int:
@@ -26,6 +28,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(1200))
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs root"))
+
+
+@pytest.fixture(
+    scope="session", params=["qemu", pytest.param("firecracker", marks=pytest.mark.kvm)]
+)
+def hypervisor(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Settings that have machines run under each hypervisor in turn, where one boots at all."""
+    if request.param == "qemu":
+        return dict(QEMU)
+    verdict = firecracker_verdict()
+    if not verdict.is_usable:
+        pytest.skip(f"NOT RUN: Firecracker boots no machine here: {verdict.reason}")
+    return firecracker_environment()
 
 
 @pytest.fixture(scope="session", autouse=True)

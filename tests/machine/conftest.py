@@ -11,9 +11,14 @@ POOL = 2
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[RealServer]:
+def server(hypervisor: dict[str, str]) -> Iterator[RealServer]:
     """A running installation; taken down whole at the end, which checks that nothing is left."""
-    made = RealServer(free_port(), SANDYARD_POOL__FLOOR=str(POOL), SANDYARD_POOL__CEILING=str(POOL))
+    made = RealServer(
+        free_port(),
+        **hypervisor,
+        SANDYARD_POOL__FLOOR=str(POOL),
+        SANDYARD_POOL__CEILING=str(POOL),
+    )
     try:
         made.start()
         yield made

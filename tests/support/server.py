@@ -19,6 +19,8 @@ from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.node.identity import SLOTS
 from tests.support.images import cache_environment
 
+QEMU = {"SANDYARD_FIRECRACKER__BINARY": "/not/to/be/used"}
+"""Settings that have machines run under QEMU, whatever else would work here."""
 SANDYARD = Path(sys.executable).parent / "sandyard"
 
 

@@ -19,8 +19,8 @@ TICK = "(i=0; while :; do i=$((i+1)); echo $i > /dev/shm/tick; sleep 0.1; done) 
 
 
 @pytest.fixture
-def server() -> Iterator[RealServer]:
-    made = RealServer(free_port(), **POOL)
+def server(hypervisor: dict[str, str]) -> Iterator[RealServer]:
+    made = RealServer(free_port(), **hypervisor, **POOL)
     try:
         yield made
     finally:

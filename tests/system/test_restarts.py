@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import free_port
-from tests.support.server import RealServer, wait_until
+from tests.support.server import QEMU, RealServer, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -20,8 +20,17 @@ COLD = {"SANDYARD_NODE__GOLDEN_MACHINES": "false", "SANDYARD_POOL__CEILING": "0"
 
 
 @pytest.fixture
-def server() -> Iterator[RealServer]:
-    made = RealServer(free_port(), **COLD)
+def server(hypervisor: dict[str, str]) -> Iterator[RealServer]:
+    made = RealServer(free_port(), **hypervisor, **COLD)
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+@pytest.fixture
+def qemu_server() -> Iterator[RealServer]:
+    made = RealServer(free_port(), **QEMU, **COLD)
     try:
         yield made
     finally:
@@ -102,8 +111,10 @@ def test_an_orderly_stop_says_which_machines_live_on(server: RealServer) -> None
     assert "another server uses" in refused.stderr
 
 
-def test_two_installations_on_one_host_never_meet(server: RealServer) -> None:
-    other = RealServer(free_port(), **COLD)
+def test_two_installations_on_one_host_never_meet(
+    server: RealServer, hypervisor: dict[str, str]
+) -> None:
+    other = RealServer(free_port(), **hypervisor, **COLD)
     try:
         server.start()
         other.start()
@@ -126,6 +137,7 @@ def test_a_full_host_disk_stalls_a_machine_and_room_lets_it_go_on(tmp_path: Path
         free_port(),
         SANDYARD_NODE__DISK_FLOOR_MIB="1",
         SANDYARD_NODE__DISK_OVERCOMMIT="1000",
+        **QEMU,
         **COLD,
     )
     machines = server.home / "machines"
@@ -167,8 +179,11 @@ def test_a_full_host_disk_stalls_a_machine_and_room_lets_it_go_on(tmp_path: Path
         server.remove()
 
 
-def test_a_boot_without_progress_is_tried_once_more_then_given_up(server: RealServer) -> None:
+def test_a_boot_without_progress_is_tried_once_more_then_given_up(
+    qemu_server: RealServer,
+) -> None:
     """A machine that stands still from its first moment on; found by the silent console."""
+    server = qemu_server
     stub = server.home / "qemu-stopped"
     server.environment["SANDYARD_NODE__QEMU_BINARY"] = str(stub)
     server.environment["SANDYARD_NODE__DRIVER"] = "qemu-tcg"
@@ -194,7 +209,10 @@ def test_a_boot_without_progress_is_tried_once_more_then_given_up(server: RealSe
     assert not server.machines()
 
 
-def test_the_doctor_names_what_is_wrong_and_what_mends_it(server: RealServer) -> None:
+def test_the_doctor_names_what_is_wrong_and_what_mends_it(
+    qemu_server: RealServer,
+) -> None:
+    server = qemu_server
     server.run("template", "build", "base-minimal")
     said = server.run("doctor", check=False)
     assert said.returncode == 1
@@ -277,4 +295,8 @@ def test_a_newcomers_day(tmp_path: Path) -> None:
         assert "deleted" in script("down", "--all")
         assert server.leftovers() == {}
     finally:
+        # Where something above failed, its server still runs.
+        subprocess.run(
+            [str(root / "scripts/down"), "--all"], env=environment, capture_output=True, check=False
+        )
         server.remove()

@@ -12,7 +12,8 @@ from typing import Literal
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
 from sandyard.server.core.contracts import TemplateStatus
-from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.errors import SandyardError, UnavailableError
+from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.commands import run
 from sandyard.server.node.disks import available_memory_mib, free_mib
 from sandyard.server.node.firewall import forward_exceptions
@@ -193,16 +194,19 @@ async def _drivers(settings: Settings) -> AsyncIterator[Finding]:
         (found for fact in images.facts() if fact.digest and (found := images.find(fact.digest))),
         None,
     )
+    drivers = drivers_of(settings)
     if shutil.which(settings.node.qemu_binary) is None:
+        has_other = any([await _is_installed(driver) for driver in drivers])
         yield Finding(
-            "bad", f"{settings.node.qemu_binary} is not installed",
+            "note" if has_other else "bad", f"{settings.node.qemu_binary} is not installed",
             "apt-get install -y qemu-system-x86",
         )  # fmt: skip
-        return
+        if not has_other:
+            return
     if image is None:
         yield Finding("note", "hypervisors are tried once a template is built")
         return
-    judged = await choice_of(settings, drivers_of(settings)).judge(image)
+    judged = await choice_of(settings, drivers).judge(image)
     for one in judged:
         if one.verdict.is_usable:
             yield Finding("ok", f"{one.driver.name} is used: {one.verdict.reason}")
@@ -215,6 +219,14 @@ async def _drivers(settings: Settings) -> AsyncIterator[Finding]:
             yield Finding("note", f"{one.driver.name} is not used: {one.verdict.reason}")
     if not any(one.verdict.is_usable for one in judged):
         yield Finding("bad", "no hypervisor boots a machine here", "see the notes above")
+
+
+async def _is_installed(driver: Driver) -> bool:
+    try:
+        await driver.version()
+    except UnavailableError:
+        return False
+    return True
 
 
 def _templates(settings: Settings) -> list[Finding]:

@@ -7,7 +7,6 @@ and the joined file takes the other's place.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.threads import in_thread, to_the_end
+from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.contract import (
     Capabilities,
     End,
@@ -38,6 +37,7 @@ from sandyard.server.drivers.firecracker.jail import (
     Jail,
     open_pipe,
     read_pipe,
+    sweep_groups,
 )
 from sandyard.server.drivers.firecracker.kernel import unpacked_kernel
 from sandyard.server.drivers.initrd import add_token
@@ -49,6 +49,7 @@ from sandyard.server.drivers.processes import (
     set_nice,
     start_time,
 )
+from sandyard.server.drivers.programs import output_of
 from sandyard.server.drivers.sparse import make_empty, merge_sparse
 
 log = logging.getLogger(__name__)
@@ -211,6 +212,7 @@ class FirecrackerDriver:
         self._disk_limiter = disk_limiter
         self._network_limiter = network_limiter
         self._arguments = f"{_ARGUMENTS} {arguments}".strip()
+        self._has_swept = False
 
     async def version(self) -> str:
         """See drivers.contract.Driver.version."""
@@ -220,11 +222,7 @@ class FirecrackerDriver:
                 raise UnavailableError(
                     f"{binary} is not installed; `sandyard setup firecracker` fetches it"
                 )
-            said = await _output([binary, "--version"])
-            match = re.search(r"v(\d+\.\d+\.\d+)", said)
-            if match is None:
-                raise UnavailableError(f"cannot tell the version of {name} from {said[:80]!r}")
-            found.append(match[1])
+            found.append(await _version_of(name, binary))
         if found[0] != found[1]:
             raise UnavailableError(
                 f"firecracker {found[0]} and jailer {found[1]} do not belong together"
@@ -413,6 +411,9 @@ class FirecrackerDriver:
     async def _launch(
         self, jail: Jail, held: AsyncExitStack, *, netns: str | None
     ) -> DetachedProcess:
+        if not self._has_swept:
+            self._has_swept = True
+            await in_thread(sweep_groups)
         held.callback(jail.remove)
         pid = await jail.launch(self._jailer, self._binary, netns=netns)
         started = start_time(pid)
@@ -456,22 +457,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-async def _output(command: list[str]) -> str:
+async def _version_of(name: str, binary: str) -> str:
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-    except OSError as error:
-        raise UnavailableError(f"cannot run {command[0]}: {error.strerror}") from error
-    try:
-        async with asyncio.timeout(_VERSION_LIMIT_S):
-            said, _ = await process.communicate()
+        said = await output_of([binary, "--version"], limit_s=_VERSION_LIMIT_S)
     except TimeoutError as error:
-        raise UnavailableError(f"cannot run {command[0]}: it does not come to an end") from error
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await to_the_end(process.wait())
-    return said.decode(errors="replace")
+        raise UnavailableError(f"cannot run {binary}: it does not come to an end") from error
+    except OSError as error:
+        raise UnavailableError(f"cannot run {binary}: {error.strerror or error}") from error
+    match = re.search(rb"v(\d+\.\d+\.\d+)", said)
+    if match is None:
+        raise UnavailableError(f"cannot tell the version of {name} from {said[:80]!r}")
+    return match[1].decode()

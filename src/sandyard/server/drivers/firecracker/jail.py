@@ -12,17 +12,24 @@ runs: nothing that it might put in their place later is ever opened.
 import asyncio
 import contextlib
 import fcntl
+import functools
+import logging
 import os
 import shutil
-import stat
+import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError, UnavailableError
 from sandyard.server.core.threads import to_the_end
 from sandyard.server.drivers.namespaces import path_of
-from sandyard.server.drivers.processes import start_time
+from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
+from sandyard.server.drivers.programs import opened_as_written_by, output_of
 from sandyard.server.drivers.sparse import copy_sparse
+
+log = logging.getLogger(__name__)
 
 SOCKET, CONSOLE, LOG = "api.sock", "console", "log"
 _LIMIT_S = 20.0
@@ -30,6 +37,13 @@ _POLL_S = 0.002
 _PIPE_SIZE = 256 * 1024
 _FILES_MAX = 256
 _PIDS_MAX = 64
+
+
+_YOUNG_S = 60.0
+_PROGRAM, _PID = "firecracker", "firecracker.pid"
+_CGROUPS = Path("/sys/fs/cgroup")
+_PIDS_V1 = _CGROUPS / "pids"
+_GROUPS = (_CGROUPS / _PROGRAM, _PIDS_V1 / _PROGRAM)  # as the jailer names them: after the program
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Jail:
     @property
     def root(self) -> Path:
         """What the process sees as `/`."""
-        return self.base / "firecracker" / self.name / "root"
+        return self.base / _PROGRAM / self.name / "root"
 
     def prepare(self) -> None:
         """Make the jail anew; nothing that an earlier try left is in it."""
@@ -90,18 +104,13 @@ class Jail:
             NoCapacityError: the host's disk is full.
         """
         source = self.root / name
-        descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            found = os.fstat(descriptor)
-            is_plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-            if not is_plain or found.st_uid != self.uid:
-                raise InternalError(f"cannot save the machine: {name} is no file of its own")
-            os.fchown(descriptor, 0, 0)
-            os.fchmod(descriptor, 0o400)
-            # A copy: who wrote it may still hold it open.
-            copy_sparse(Path(f"/proc/self/fd/{descriptor}"), target, sync=True)
+            with opened_as_written_by(self.uid, source) as descriptor:
+                os.fchown(descriptor, 0, 0)
+                os.fchmod(descriptor, 0o400)
+                # A copy: who wrote it may still hold it open.
+                copy_sparse(Path(f"/proc/self/fd/{descriptor}"), target, sync=True)
         finally:
-            os.close(descriptor)
             source.unlink(missing_ok=True)
 
     async def launch(self, jailer: str, binary: str, *, netns: str | None) -> int:
@@ -115,60 +124,95 @@ class Jail:
         try:
             with contextlib.suppress(OSError):  # beyond what one account may have; smaller does
                 fcntl.fcntl(console, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
-            await to_the_end(self._run(self._command(jailer, binary, netns), console))
+            await to_the_end(self._run(jailer, binary, netns, console))
             return await self._until_up(console)
+        except BaseException as error:
+            await to_the_end(self._end())
+            if isinstance(error, TimeoutError):
+                raise InternalError("Firecracker does not come up in time") from error
+            raise
         finally:
             os.close(console)
 
-    def _command(self, jailer: str, binary: str, netns: str | None) -> list[str]:
+    async def _end(self) -> None:
+        """End what the jailer may have started; nobody knows of it yet, and it may be root's still."""
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((self.root / _PID).read_text())
+            started = start_time(pid)
+            if started is not None:
+                process = DetachedProcess.find(pid, started=started, boot=boot_id())
+                if process is not None:
+                    with contextlib.closing(process):
+                        await process.kill()
+
+    async def _run(self, jailer: str, binary: str, netns: str | None, console: int) -> None:
+        groups = cgroup_arguments()
+        try:
+            await self._run_in(groups, jailer, binary, netns, console)
+        except InternalError as error:
+            if not groups or "cgroup" not in error.message.lower():
+                raise
+            # In a container they are often there to be seen and not to be used.
+            _warn_of_groups(error.message)
+            self.remove()
+            (self.root / _PROGRAM).unlink(missing_ok=True)
+            await self._run_in([], jailer, binary, netns, console)
+
+    async def _run_in(
+        self, groups: list[str], jailer: str, binary: str, netns: str | None, console: int
+    ) -> None:
         network = [] if netns is None else ["--netns", str(path_of(netns))]
-        return [
+        command = [
             jailer, "--id", self.name, "--exec-file", str(Path(binary).resolve()),
             "--uid", str(self.uid), "--gid", str(self.uid), "--chroot-base-dir", str(self.base),
-            *network, "--new-pid-ns", "--resource-limit", f"no-file={_FILES_MAX}",
-            *cgroup_arguments(), "--",
+            *network, "--new-pid-ns", "--resource-limit", f"no-file={_FILES_MAX}", *groups, "--",
             "--api-sock", f"/{SOCKET}", "--log-path", f"/{LOG}", "--level", "Info",
         ]  # fmt: skip
-
-    async def _run(self, command: list[str], console: int) -> None:
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, stdout=console, stderr=console,
-                start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            raise UnavailableError(f"cannot run the jailer {command[0]}: {error}") from error
-        try:
-            async with asyncio.timeout(_LIMIT_S):
-                code = await process.wait()
+            await output_of(command, limit_s=_LIMIT_S, to=console)
+        except ChildProcessError as error:
+            said = last_line(read_pipe(console))
+            raise InternalError(f"Firecracker's jailer failed: {said}") from error
         except TimeoutError as error:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
             raise InternalError("Firecracker's jailer does not come to an end") from error
-        if code != 0:
-            raise InternalError(f"Firecracker's jailer failed: {last_line(read_pipe(console))}")
+        except OSError as error:
+            raise UnavailableError(f"cannot run the jailer {jailer}: {error}") from error
 
     async def _until_up(self, console: int) -> int:
-        """Return the pid once the API's socket is there, and move that out of reach."""
-        pid = int((self.root / "firecracker.pid").read_text())
-        async with asyncio.timeout(_LIMIT_S):
-            while not (self.root / SOCKET).is_socket():
+        """Return the pid once the API listens, with its socket moved out of the process's reach."""
+        pid = int((self.root / _PID).read_text())
+
+        async def until(condition: Callable[[], bool]) -> None:
+            while not condition():
                 if start_time(pid) is None:
                     raise InternalError(f"Firecracker ended: {last_line(read_pipe(console))}")
                 await asyncio.sleep(_POLL_S)
-        for name in (SOCKET, LOG):
-            (self.root / name).rename(self.folder / name)
+
+        async with asyncio.timeout(_LIMIT_S):
+            await until((self.root / SOCKET).is_socket)
+            for name in (SOCKET, LOG):
+                (self.root / name).rename(self.folder / name)
+            # A socket is there a moment before anyone listens at it.
+            await until(lambda: _listens(self.folder / SOCKET))
         return pid
 
     def remove(self) -> None:
         """Remove what the jailer made outside of the folder."""
-        for group in _cgroups_of(self.name):
+        for parent in _GROUPS:
             with contextlib.suppress(OSError):
-                group.rmdir()
+                (parent / self.name).rmdir()
 
     def _hand_over(self, path: Path) -> None:
         os.chown(path, self.uid, self.uid, follow_symlinks=False)
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        with contextlib.suppress(OSError):
+            probe.connect(str(path))
+            return True
+    return False
 
 
 def open_pipe(path: Path) -> int | None:
@@ -191,9 +235,10 @@ def read_pipe(descriptor: int) -> bytes:
 
 
 def last_line(said: bytes) -> str:
-    """Return the last line of what was said."""
+    """Return the last line of what was said, without a panic's advice to programmers."""
     lines = said.decode(errors="replace").strip().splitlines()
-    return lines[-1][:500] if lines else "it said nothing"
+    told = [one for one in lines if not one.startswith("note: run with `RUST_BACKTRACE")]
+    return told[-1][:500] if told else "it said nothing"
 
 
 def cgroup_arguments() -> list[str]:
@@ -205,8 +250,23 @@ def cgroup_arguments() -> list[str]:
     return []
 
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_PIDS_V1 = _CGROUPS / "pids"
+def sweep_groups() -> None:
+    """Remove control groups of machines that died while nobody looked.
+
+    One that is young may be a machine's that is just being started; one in use cannot be removed.
+    """
+    now = time.time()  # noqa: TID251 - a file's age is by the host's clock, whatever a test's says
+    for parent in _GROUPS:
+        with contextlib.suppress(OSError):
+            for group in parent.iterdir():
+                with contextlib.suppress(OSError):
+                    if now - group.stat().st_mtime > _YOUNG_S:
+                        group.rmdir()
+
+
+@functools.lru_cache(maxsize=8)
+def _warn_of_groups(why: str) -> None:
+    log.warning("hypervisors have no control groups here: %s", why)
 
 
 def _has_unified() -> bool:
@@ -214,7 +274,3 @@ def _has_unified() -> bool:
         return "pids" in (_CGROUPS / "cgroup.controllers").read_text().split()
     except OSError:
         return False
-
-
-def _cgroups_of(name: str) -> list[Path]:
-    return [_CGROUPS / "firecracker" / name, _PIDS_V1 / "firecracker" / name]

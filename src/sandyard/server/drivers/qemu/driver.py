@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import stat
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -32,9 +31,11 @@ from sandyard.server.drivers.processes import (
     BEHIND,
     DetachedProcess,
     boot_id,
+    kill_all_of,
     set_nice,
     start_time,
 )
+from sandyard.server.drivers.programs import opened_as_written_by, output_of
 from sandyard.server.drivers.qemu import command, memory
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
@@ -211,7 +212,7 @@ class QemuDriver:
     async def version(self) -> str:
         """See drivers.contract.Driver.version."""
         try:
-            said = await _output([self._binary, "--version"], limit_s=_START_LIMIT_S)
+            said = await output_of([self._binary, "--version"], limit_s=_START_LIMIT_S)
         except OSError as error:
             raise UnavailableError(
                 f"cannot find {self._binary}; install the package qemu-system-x86"
@@ -241,7 +242,7 @@ class QemuDriver:
             os.chown(scratch, _NOBODY, _NOBODY)
             own_end = ["timeout", f"{_PROBE_LIMIT_S + 5:g}"]
             confined = command.unprivileged(_NOBODY, accel=self._accel)
-            output = await _output(
+            output = await output_of(
                 [*own_end, *confined, self._binary, *arguments], limit_s=_PROBE_LIMIT_S
             )
         except TimeoutError:
@@ -318,6 +319,9 @@ class QemuDriver:
                     command.confined(self._binary, arguments, spec, accel=self._accel), tap_fd, spec
                 )
             )
+        except BaseException:
+            await to_the_end(kill_all_of(spec.place.uid))
+            raise
         finally:
             os.close(tap_fd)
         process = await self._take_hold(spec, held)
@@ -412,19 +416,16 @@ def _write_private(path: Path, data: bytes, uid: int) -> None:
 
 
 def _take_file(source: Path, target: Path, uid: int) -> None:
-    """Copy a file that an account wrote which is not trusted, and sync the copy.
+    """Copy a file that the hypervisor's account wrote, and sync the copy.
 
     Raises:
         InternalError: it is not a plain file of that account's, or too large.
     """
-    # Not blocking: a pipe in its place would be waited at for ever.
-    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as there, target.open("xb") as here:
-        found = os.fstat(descriptor)
-        is_plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == uid
-        if not is_plain or found.st_size > _STATE_MAX:
-            raise InternalError("cannot save the machine: QEMU wrote no state that can be used")
-        shutil.copyfileobj(there, here)
+    with opened_as_written_by(uid, source) as descriptor, target.open("xb") as here:
+        if os.fstat(descriptor).st_size > _STATE_MAX:
+            raise InternalError("cannot save the machine: QEMU wrote a state that is too large")
+        with os.fdopen(os.dup(descriptor), "rb") as there:
+            shutil.copyfileobj(there, here)
         here.flush()
         os.fsync(here.fileno())
 
@@ -438,7 +439,7 @@ async def _launch(arguments: list[str], tap_fd: int, spec: MachineSpec) -> None:
     reader, writer = os.pipe()
     try:
         try:
-            await _output(arguments, limit_s=_START_LIMIT_S, pass_fd=tap_fd, stderr=writer)
+            await output_of(arguments, limit_s=_START_LIMIT_S, pass_fd=tap_fd, to=writer)
         finally:
             os.close(writer)
         os.set_blocking(reader, False)
@@ -466,34 +467,3 @@ async def _until_up(stderr: int, folder: Path) -> None:
         if not data:
             raise ChildProcessError(said.decode(errors="replace").strip() or "QEMU ended at once")
         said = (said + data)[-1000:]
-
-
-async def _output(
-    arguments: list[str], *, limit_s: float, pass_fd: int | None = None, stderr: int | None = None
-) -> bytes:
-    """Run a command and return all it printed.
-
-    Raises:
-        ChildProcessError: it failed; the message is what it printed.
-        TimeoutError: it did not end in time and was killed.
-    """
-    process = await asyncio.create_subprocess_exec(
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE if stderr is None else stderr,
-        stderr=asyncio.subprocess.STDOUT if stderr is None else stderr,
-        pass_fds=() if pass_fd is None else (pass_fd,),
-        start_new_session=True,
-    )
-    try:
-        async with asyncio.timeout(limit_s):
-            said, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await to_the_end(process.wait())
-    said = said or b""
-    if process.returncode != 0:
-        raise ChildProcessError(said.decode(errors="replace").strip()[-1000:])
-    return said

@@ -1,0 +1,71 @@
+"""Programs that a driver runs to their end, and files that a hypervisor wrote."""
+
+import asyncio
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sandyard.server.core.errors import InternalError
+from sandyard.server.core.threads import to_the_end
+
+_SAID_MAX = 1000
+
+
+async def output_of(
+    arguments: Sequence[str],
+    *,
+    limit_s: float,
+    pass_fd: int | None = None,
+    to: int | None = None,
+) -> bytes:
+    """Run a program and return all it printed; what is printed goes to a descriptor `to` if given.
+
+    It runs in a session of its own, so that what it leaves behind is nobody's.
+
+    Raises:
+        ChildProcessError: it failed; the message is the end of what it printed.
+        TimeoutError: it did not end in time and was killed.
+        OSError: it cannot be run.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE if to is None else to,
+        stderr=asyncio.subprocess.STDOUT if to is None else to,
+        pass_fds=() if pass_fd is None else (pass_fd,),
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(limit_s):
+            said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await to_the_end(process.wait())
+    said = said or b""
+    if process.returncode != 0:
+        raise ChildProcessError(said.decode(errors="replace").strip()[-_SAID_MAX:])
+    return said
+
+
+@contextlib.contextmanager
+def opened_as_written_by(uid: int, path: Path) -> Iterator[int]:
+    """Open a file to read that an account wrote which is not trusted.
+
+    Raises:
+        InternalError: it is no plain file of that account's alone.
+        OSError: it cannot be opened.
+    """
+    # Not blocking: a pipe in its place would be waited at for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        is_plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        if not is_plain or found.st_uid != uid:
+            raise InternalError(f"cannot save the machine: {path.name} is no file of its own")
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,68 @@
+"""What QEMU alone has to pass: its monitor and its files lie where a guest may come."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from tests.support.drivers import qemu_bench
+
+from sandyard.server.core.errors import SandyardError
+from sandyard.server.drivers.qemu.monitor import Monitor
+
+
+@pytest.mark.machine
+async def test_a_monitor_that_is_anothers_is_not_talked_to(tmp_path: Path) -> None:
+    """The socket lies in the machine's own folder, which may hold a link to another machine's."""
+    async with AsyncExitStack() as held:
+        bench = await qemu_bench(tmp_path, held)
+        first = AsyncExitStack()
+        machine = await bench.driver.start(bench.spec, first)
+        stored = dict(machine.handle)
+        first.pop_all()
+        await machine.detach()
+        place = Path(str(stored["qmp"]))
+        place.unlink()
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(tmp_path / "o"))
+            other.listen()
+            place.symlink_to(tmp_path / "o")
+            inner = await held.enter_async_context(AsyncExitStack())
+            assert await bench.again().recover(stored, inner) is None
+        assert not await bench.left()
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("what", ["pipe", "link", "name", "others"])
+async def test_a_state_that_is_no_file_of_the_machines_own_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    async with AsyncExitStack() as held:
+        bench = await qemu_bench(tmp_path, held)
+        secret = tmp_path / "secret"
+        secret.write_text("not the machine's")
+
+        async def call(self: Monitor, command: str, arguments: Mapping[str, object]) -> None:
+            path = Path(str(arguments["filename"]))
+            match what:
+                case "pipe":
+                    os.mkfifo(path)
+                case "link":
+                    path.symlink_to(secret)
+                case "name":
+                    path.hardlink_to(secret)
+                case _:
+                    path.write_text("root's")
+
+        async with AsyncExitStack() as inner:
+            machine = await bench.saver.start(bench.spec, inner)
+            await machine.pause()
+            with monkeypatch.context() as changed:
+                changed.setattr(Monitor, "call", call)
+                with pytest.raises(SandyardError, match="cannot save"):
+                    async with asyncio.timeout(10):
+                        await machine.save(tmp_path / "saved")
+        assert not await bench.left()
