@@ -135,7 +135,7 @@ class Jail:
             os.close(console)
 
     async def _end(self) -> None:
-        """End what the jailer may have started; nobody knows of it yet, and it may be root's still."""
+        """End what the jailer may have started, which may still be root's."""
         with contextlib.suppress(OSError, ValueError):
             pid = int((self.root / _PID).read_text())
             started = start_time(pid)
