@@ -3,14 +3,15 @@
 import asyncio
 import os
 import socket
+import subprocess
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from tests.support.drivers import qemu_bench
+from tests.support.drivers import mount, qemu_bench
 
-from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.errors import NoCapacityError, SandyardError
 from sandyard.server.drivers.qemu.monitor import Monitor
 
 
@@ -66,3 +67,19 @@ async def test_a_state_that_is_no_file_of_the_machines_own_is_not_read(
                     async with asyncio.timeout(10):
                         await machine.save(tmp_path / "saved")
         assert not await bench.left()
+
+
+@pytest.mark.machine
+async def test_a_disk_so_full_that_qemu_cannot_write_its_state_is_said_to_be_full(
+    tmp_path: Path,
+) -> None:
+    async with AsyncExitStack() as held:
+        bench = await qemu_bench(tmp_path, held)
+        async with AsyncExitStack() as inner:
+            machine = await bench.saver.start(bench.spec, inner)
+            mount("tmpfs", bench.spec.folder, f"size=4k,uid={bench.spec.place.uid}")
+            inner.callback(subprocess.run, ["umount", "-l", str(bench.spec.folder)], check=True)
+            await machine.pause()
+            with pytest.raises(NoCapacityError, match="disk is full"):
+                await machine.save(tmp_path / "saved")
+            await machine.resume()

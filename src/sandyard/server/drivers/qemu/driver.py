@@ -48,6 +48,7 @@ _LOAD_LIMIT_S = 30.0
 _POLL_S = 0.002
 _PAGES = "pages"
 _STATE_MAX = 64 * 2**20
+_LITTLE_ROOM = 8 * 2**20
 _STILL = frozenset({"paused", "prelaunch", "postmigrate", "inmigrate", "io-error"})
 _PROBE_LIMIT_S = 20.0
 _NOBODY = 65534
@@ -153,6 +154,13 @@ class QemuMachine:
             await in_thread(_take_file, written, folder / command.DEVICE_STATE, self._uid)
         except OSError as error:
             raise NoCapacityError(f"cannot save the machine: {error.strerror}") from error
+        except UnavailableError as error:
+            # QEMU says that an I/O error occurred, not which.
+            if shutil.disk_usage(written.parent).free > _LITTLE_ROOM:
+                raise
+            raise NoCapacityError(
+                "cannot save the machine: the host's disk is full; free some space"
+            ) from error
         finally:
             written.unlink(missing_ok=True)
         await in_thread(memory.save_pages, self.pid, memory_file, folder / _PAGES)
