@@ -9,25 +9,41 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.postgres import postgres_url
 
 from sandyard.server.core.contracts import Store
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.ids import digest_of_key, new_sandbox_id, new_uuid
+from sandyard.server.core.money import Account
 from sandyard.server.core.records import (
     Activity,
+    ActivityQuery,
     ApiKey,
+    AutoTopup,
+    InUse,
+    LedgerEntry,
+    Membership,
     Organization,
+    PendingTopup,
     Project,
     Reason,
     Sandbox,
     SandboxQuery,
+    SshKey,
+    StoragePeriod,
     UsagePeriod,
     User,
 )
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import Status, Wanted
-from sandyard.server.links.sql import open_store
+from sandyard.server.links.local import SystemClock
+from sandyard.server.links.sql import migrations, open_store
+from sandyard.server.service.bootstrap import ensure_first_organization
+from sandyard.server.service.organizations import SignUp
 
 NOW = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 KEY = b"k" * 32
@@ -49,12 +65,13 @@ async def store(url: str) -> AsyncIterator[Store]:
     async with open_store(url, key=KEY) as opened:
         async with opened.write() as tx:
             for org, project in ((ORG, PROJECT), (OTHER, new_uuid())):
-                await tx.accounts.add_organization(
+                await tx.organizations.add(
                     Organization(org, "Org", org, NOW),
                     Project(project, org, "Default", "default", True, NOW),
                 )
             user = User(USER, "me@example.org", "Me", NOW)
-            await tx.accounts.add_member(user, org_id=ORG, role="admin")
+            await tx.users.add(user)
+            await tx.users.put_member(Membership(ORG, USER, "admin", NOW, NOW))
         yield opened
 
 
@@ -270,7 +287,7 @@ async def test_at_most_one_usage_period_is_open(store: Store) -> None:
         # A clock that was set back cannot make a period of negative length.
         assert await tx.usage.close(one.id, NOW - timedelta(hours=1))
         assert not await tx.usage.close(one.id, NOW)
-        assert await tx.usage.of_sandbox(one.id) == [replace(period, ended_at=NOW)]
+        assert await tx.usage.of_sandbox(one.id) == [replace(period, ended_at=NOW, id=1)]
 
 
 async def test_activity_is_kept_and_use_is_noted(store: Store) -> None:
@@ -284,7 +301,13 @@ async def test_activity_is_kept_and_use_is_noted(store: Store) -> None:
     async with store.write() as tx:
         await tx.activity.append(line)
         await tx.activity.touch(one.id, at=NOW, kind="exec")
-        assert await tx.activity.of_sandbox(one.id) == [line]
+        query = ActivityQuery(ORG, 10, matches={"sandbox_id": one.id})
+        assert await tx.activity.page(query) == [line]
+        assert await tx.activity.page(replace(query, seen_by=USER)) == [line]
+        assert await tx.activity.page(replace(query, seen_by=new_uuid())) == []
+        assert await tx.activity.page(replace(query, org_id=OTHER)) == []
+        assert await tx.activity.page(replace(query, after=(NOW, line.id))) == []
+        assert await tx.activity.page(replace(query, until=NOW)) == []
     found = await find(store, one.id)
     assert (found.last_activity_at, found.last_activity_kind) == (NOW, "exec")
     assert found.version == one.version
@@ -296,20 +319,215 @@ async def test_keys_are_found_by_digest_with_their_owners_role(store: Store) -> 
         digest=digest_of_key("secret"), scopes=("sandbox:read",), created_at=NOW,
     )  # fmt: skip
     async with store.write() as tx:
-        await tx.accounts.add_key(key)
-        holder = await tx.accounts.find_key(digest_of_key("secret"))
+        await tx.keys.add(key)
+        holder = await tx.keys.holder(digest_of_key("secret"))
         assert holder is not None
-        assert (holder.key, holder.role) == (key, "admin")
-        assert await tx.accounts.find_key(digest_of_key("other")) is None
-        await tx.accounts.touch_key(key.id, NOW)
-        await tx.accounts.revoke_keys(ORG, name="k", at=NOW)
-        holder = await tx.accounts.find_key(digest_of_key("secret"))
+        shown = replace(key, owner_display_name="Me", owner_email="me@example.org")
+        assert (holder.key, holder.role, holder.plan) == (shown, "admin", "enterprise")
+        assert await tx.keys.holder(digest_of_key("other")) is None
+        await tx.keys.touch(key.id, NOW)
+        assert await tx.keys.find(OTHER, key.id) is None
+        assert await tx.keys.page(ORG, owner_user_id=USER, limit=5) == [
+            replace(shown, last_used_at=NOW)
+        ]
+        await tx.keys.replace(replace(key, revoked_at=NOW))
+        holder = await tx.keys.holder(digest_of_key("secret"))
         assert holder is not None
         assert holder.key.revoked_at == NOW
-        first = await tx.accounts.first_organization()
-        assert first is not None
-        assert await tx.accounts.find_project(ORG, None) is not None
-        assert await tx.accounts.find_project(OTHER, PROJECT) is None
+        assert await tx.keys.page(ORG, owner_user_id=None, limit=5) == []
+        assert await tx.projects.find(ORG, None) is not None
+        assert await tx.projects.find(OTHER, PROJECT) is None
+        # A key of somebody who is no longer a member is nobody's.
+        assert await tx.users.removed_at(ORG, USER) is None
+        assert await tx.users.remove_member(ORG, USER, NOW)
+        assert not await tx.users.remove_member(ORG, USER, NOW + timedelta(seconds=1))
+        assert await tx.users.removed_at(ORG, USER) == NOW + timedelta(seconds=1)
+        assert await tx.keys.holder(digest_of_key("secret")) is None
+
+
+async def test_a_key_of_ssh_is_an_organizations_once(store: Store) -> None:
+    key = SshKey(new_uuid(), ORG, USER, "k", "ssh-ed25519 AA", "SHA256:x", "ssh-ed25519", NOW)
+    async with store.write() as tx:
+        await tx.ssh_keys.add(key)
+        assert await tx.ssh_keys.every(ORG) == [key]
+        assert await tx.ssh_keys.find(OTHER, key.id) is None
+        assert not await tx.ssh_keys.remove(OTHER, key.id)
+    with pytest.raises(AlreadyExistsError):
+        async with store.write() as tx:
+            await tx.ssh_keys.add(replace(key, id=new_uuid()))
+    async with store.write() as tx:
+        await tx.ssh_keys.add(replace(key, id=new_uuid(), org_id=OTHER))
+        assert await tx.ssh_keys.remove(ORG, key.id)
+
+
+async def test_members_and_organizations_know_each_other(store: Store) -> None:
+    async with store.write() as tx:
+        await tx.users.put_member(Membership(OTHER, USER, "member", NOW, NOW))
+        mine = [(org.id, member.role) for org, member in await tx.users.organizations_of(USER)]
+        assert sorted(mine) == sorted([(ORG, "admin"), (OTHER, "member")])
+        ((user, member),) = await tx.users.members(OTHER)
+        assert (user.id, member.role, member.created_at) == (USER, "member", NOW)
+        later = NOW + timedelta(days=1)
+        await tx.users.put_member(Membership(OTHER, USER, "admin", later, later))
+        found = await tx.users.member(OTHER, USER)
+        assert found == Membership(OTHER, USER, "admin", NOW, later)
+        user = replace(user, external_id="sub", is_operator=True)
+        await tx.users.replace(user)
+        assert await tx.users.find(external_id="sub") == user
+        assert await tx.users.find(email="me@example.org") == user
+    with pytest.raises(AlreadyExistsError):
+        async with store.write() as tx:
+            await tx.users.add(User(new_uuid(), "other@example.org", "O", NOW, external_id="sub"))
+
+
+async def test_a_project_that_is_removed_leaves_what_it_held_to_another(store: Store) -> None:
+    project = Project(new_uuid(), ORG, "P", "p", False, NOW)
+    one = replace(sandbox(), project_id=project.id)
+    async with store.write() as tx:
+        await tx.projects.add(project)
+    await insert(store, one)
+    async with store.write() as tx:
+        heir = await tx.projects.find(ORG, None)
+        assert heir is not None
+        await tx.projects.remove(project, heir=heir)
+        assert await tx.projects.every(ORG) == [heir]
+    assert (await find(store, one.id)).project_id == heir.id
+
+
+async def test_a_line_of_the_ledger_with_a_reference_is_posted_once(store: Store) -> None:
+    entry = LedgerEntry(new_uuid(), ORG, "grant", 5, None, "d", "ref", 5, NOW)
+    async with store.write() as tx:
+        await tx.credits.post(entry)
+        await tx.credits.save(Account(ORG, balance_cents=5, granted_cents=5, carried=-7))
+        assert await tx.credits.find(ORG, "grant", "ref") == entry
+        assert await tx.credits.history(ORG, limit=5) == [entry]
+        assert await tx.credits.history(OTHER, limit=5) == []
+        assert (await tx.credits.account(ORG)).left == 5_000_007
+    with pytest.raises(AlreadyExistsError):
+        async with store.write() as tx:
+            await tx.credits.post(replace(entry, id=new_uuid()))
+    async with store.write() as tx:
+        # Without one, or of another type or organization, it is another line.
+        for other in (
+            replace(entry, id=new_uuid(), reference_id=None),
+            replace(entry, id=new_uuid(), reference_id=None),
+            replace(entry, id=new_uuid(), type="topup"),
+            replace(entry, id=new_uuid(), org_id=OTHER),
+        ):
+            await tx.credits.post(other)
+        pending = PendingTopup("key", 501, NOW)
+        wish = AutoTopup(ORG, True, 1, 501, "cus", NOW, pending)
+        await tx.credits.save_auto_topup(wish)
+        assert await tx.credits.auto_topup(ORG) == wish
+        assert await tx.credits.auto_topup(OTHER) == AutoTopup(OTHER)
+        assert await tx.credits.topped_up() == [ORG]
+        newest, *rest = await tx.credits.history(ORG, limit=9)
+        assert await tx.credits.history(ORG, limit=9, after_id=newest.id) == rest
+        assert await tx.credits.history(OTHER, limit=9, after_id=newest.id) == []
+
+
+async def test_usage_is_charged_and_counted(store: Store) -> None:
+    one = sandbox()
+    await insert(store, one)
+    kept = StoragePeriod("snapshot", "s", ORG, 10, NOW)
+    async with store.write() as tx:
+        assert await tx.usage.owing() == []
+        await tx.usage.open(UsagePeriod(one.id, ORG, 1, one.shape, NOW))
+        await tx.storage.open(kept)
+        assert await tx.usage.owing() == [ORG]
+        (period,) = await tx.usage.unsettled(ORG)
+        (stored,) = await tx.storage.unsettled(ORG)
+        await tx.usage.charge([replace(period, posted=9, is_settled=True)])
+        assert await tx.usage.unsettled(ORG) == []
+        assert (await tx.usage.of_sandbox(one.id))[0].posted == 9
+        assert await tx.storage.close("snapshot", "s", NOW - timedelta(days=1))
+        await tx.storage.charge([replace(stored, posted=1, is_settled=True)])
+        assert await tx.usage.owing() == []
+        (left,) = await tx.storage.of("snapshot", "s")
+        assert (left.ended_at, left.posted) == (NOW, 1)
+        found = await tx.usage.within(ORG, since=NOW, owner_user_id=USER)
+        assert [one.id for one in found] == [period.id]
+        assert await tx.usage.within(ORG, since=NOW, owner_user_id=new_uuid()) == []
+        assert await tx.usage.within(OTHER, since=NOW, owner_user_id=None) == []
+        later = NOW + timedelta(seconds=90, microseconds=7)
+        shape = one.shape
+        in_use = await tx.usage.in_use(ORG, later)
+        assert in_use == InUse(
+            1, shape.vcpus, shape.memory_mib, shape.disk_mib, tests=0, paid=shape
+        )
+        await tx.usage.charge([replace(period, posted=5, is_settled=False)])
+        in_use = await tx.usage.in_use(ORG, later)
+        owed = Shape(shape.vcpus * 90, shape.memory_mib * 90, shape.disk_mib * 90)
+        assert (in_use.owed, in_use.posted) == (owed, 5)
+        assert await tx.usage.in_use(OTHER, later) == InUse()
+    with pytest.raises(InternalError):
+        async with store.write() as tx:
+            await tx.storage.open(kept)
+            await tx.storage.open(kept)
+
+
+async def test_moments_are_remembered(store: Store) -> None:
+    async with store.write() as tx:
+        assert await tx.facts.moment("a") is None
+        await tx.facts.note("a", NOW)
+        await tx.facts.note("a", NOW + timedelta(days=1))
+        assert await tx.facts.moment("a") == NOW + timedelta(days=1)
+
+
+async def test_a_store_from_before_there_was_money_is_brought_up_to_date(url: str) -> None:
+    """With data of the version before: who ran it runs it, and what was used stays free."""
+    org, user, box = new_uuid(), new_uuid(), new_sandbox_id()
+
+    def fill(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        for statement in (
+            f"INSERT INTO organizations VALUES ('{org}', 'Default', 'default', 5)",
+            f"INSERT INTO users VALUES ('{user}', 'admin@localhost', 'Admin', 6)",
+            f"INSERT INTO memberships VALUES ('{org}', '{user}', 'admin')",
+            f"INSERT INTO projects VALUES ('{PROJECT}', '{org}', 'D', 'default', true, 5)",
+            "INSERT INTO sandboxes (id, org_id, owner_user_id, project_id, status, wanted, version,"
+            " incarnation, template, tags, vcpus, memory_mib, disk_mib, idle_timeout_s, env_sealed,"
+            " ssh_keys, metadata, auto_resume, created_at, updated_at) VALUES "
+            f"('{box}', '{org}', '{user}', '{PROJECT}', 'running', 'running', 1, 1, 't', '[]', 1,"
+            " 512, 1024, 0, '', '[]', '{}', true, 7, 7)",
+            "INSERT INTO usage_periods (sandbox_id, org_id, incarnation, vcpus, memory_mib,"
+            f" disk_mib, started_at, ended_at) VALUES ('{box}', '{org}', 1, 1, 512, 1024, 7, 8),"
+            f" ('{box}', '{org}', 2, 1, 512, 1024, 9, NULL)",
+        ):
+            connection.execute(text(statement))
+
+    if url.startswith("sqlite"):
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            fill(connection)
+        engine.dispose()
+    else:
+        there = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
+        async with there.begin() as connecting:
+            await connecting.run_sync(fill)
+        await there.dispose()
+    for _ in range(2):
+        async with open_store(url, key=KEY) as store:
+            sign_up = SignUp(10_000, "enterprise", 5)
+            found = await ensure_first_organization(store, SystemClock(), sign_up)
+            assert (found[0].id, found[1].id, found[1].is_operator) == (org, user, True)
+            async with store.read() as tx:
+                assert (await tx.credits.account(org)).balance_cents == 10_000
+                ((_, member),) = await tx.users.members(org)
+                assert member.created_at == found[1].created_at
+                assert await tx.organizations.personal_workspace(org, user) is not None
+                periods = await tx.usage.of_sandbox(box)
+            # What ran at that moment is charged from then on.
+            assert [(one.is_free, one.is_settled) for one in periods] == [
+                (True, True), (True, True), (False, False),
+            ]  # fmt: skip
+            assert periods[1].ended_at == periods[2].started_at
+            assert periods[1].ended_at is not None
+            assert abs(datetime.now(UTC) - periods[1].ended_at) < timedelta(minutes=1)
+            assert periods[2].ended_at is None
 
 
 async def test_a_store_that_is_not_there_is_unavailable() -> None:

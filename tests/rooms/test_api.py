@@ -4,15 +4,11 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from fastapi.routing import APIRoute
 from tests.support.house import Yard, eventually, open_yard
 
-from sandyard.server.api.access import Scope
-from sandyard.server.core.scopes import SCOPES
 from sandyard.server.core.states import Status
 
 FIELDS = {
@@ -359,8 +355,8 @@ async def test_exec_answers_in_the_contracts_form(yard: Yard) -> None:
     }  # fmt: skip
     got = (await yard.client.get(f"/v1/sandboxes/{data['id']}")).json()["data"]
     assert got["lastActivityKind"] == "exec"
-    async with yard.house.store.read() as tx:
-        kinds = [line.event_type for line in await tx.activity.of_sandbox(str(data["id"]))]
+    feed = (await yard.client.get(f"/v1/sandboxes/{data['id']}/activity")).json()["data"]
+    kinds = [line["eventType"] for line in feed["events"]]
     assert kinds == ["sandbox.exec", "sandbox.running", "sandbox.created"]
 
 
@@ -504,62 +500,6 @@ async def test_unknown_paths_and_methods_come_in_the_envelope(yard: Yard) -> Non
 # --- who may --------------------------------------------------------------------------------------
 
 
-def routes(yard: Yard) -> list[APIRoute]:
-    found = []
-    stack = list(yard.house.api.routes)
-    while stack:
-        one = stack.pop()
-        if isinstance(one, APIRoute):
-            found.append(one)
-        stack += getattr(getattr(one, "original_router", None), "routes", [])
-    return found
-
-
-def scope_of(route: APIRoute) -> str | None:
-    scopes = [one.call.name for one in route.dependant.dependencies if isinstance(one.call, Scope)]
-    return scopes[0] if scopes else None
-
-
-async def test_every_route_declares_its_access(yard: Yard) -> None:
-    found = routes(yard)
-    assert len(found) >= 8
-    for route in found:
-        scope, is_open = scope_of(route), getattr(route.endpoint, "is_open", False)
-        assert (scope is None) is is_open, f"{route.path} declares no access"
-        assert scope is None or scope in SCOPES
-        assert not is_open or not route.path.startswith("/v1")
-
-
-async def test_every_route_refuses_who_may_not(yard: Yard) -> None:
-    org_id, user_id = await yard.first()
-    now = datetime.now(UTC)
-    data = await yard.create(name="mine")
-    credentials = {
-        "none": (None, 401, "unauthorized"),
-        "garbage": ("garbage", 401, "invalid_token"),
-        "jwt": ("eyJhbGciOiJub25lIn0.e30.", 401, "invalid_token"),
-        "unknown": ("rt_live_" + "x" * 32, 401, "invalid_token"),
-        "revoked": (await yard.add_key(org_id, user_id, revoked_at=now), 401, "invalid_token"),
-        "expired": (
-            await yard.add_key(org_id, user_id, expires_at=now), 401, "token_expired",
-        ),
-        "scopeless": (await yard.add_key(org_id, user_id, scopes=("tool:*",)), 403, "forbidden"),
-    }  # fmt: skip
-    for route in routes(yard):
-        if scope_of(route) is None:
-            continue
-        for method in route.methods or ():
-            for name, (key, status, code) in credentials.items():
-                async with yard.client_of(key) as client:
-                    path = route.path.replace("{reference}", str(data["id"]))
-                    answer = await client.request(
-                        method, path.replace("{slug}", "base-ubuntu"), json={"command": "x"}
-                    )
-                assert answer.status_code == status, f"{name} on {method} {route.path}"
-                assert answer.json()["error"]["code"] == code
-                assert str(data["id"]) not in answer.text.replace(path, "")
-
-
 async def test_a_missing_scope_is_named(yard: Yard) -> None:
     key = await yard.add_key(*await yard.first(), scopes=("sandbox:read",))
     async with yard.client_of(key) as client:
@@ -567,22 +507,6 @@ async def test_a_missing_scope_is_named(yard: Yard) -> None:
         assert answer.status_code == 403
         assert answer.json()["error"]["details"] == {"requiredScope": "sandbox:create"}
         assert (await client.get("/v1/sandboxes")).status_code == 200
-
-
-async def test_another_organization_learns_nothing(yard: Yard) -> None:
-    data = await yard.create(name="mine")
-    async with yard.client_of(await yard.stranger()) as stranger:
-        unknown = await stranger.get("/v1/sandboxes/sandbox-000000000000")
-        for reference in (data["id"], "mine"):
-            base = f"/v1/sandboxes/{reference}"
-            for method, path in (
-                ("GET", base), ("DELETE", base), ("POST", f"{base}/exec"), ("GET", f"{base}/stats"),
-            ):  # fmt: skip
-                answer = await stranger.request(method, path, json={"command": "x"})
-                assert answer.status_code == 404
-                assert answer.json()["error"]["code"] == unknown.json()["error"]["code"]
-        assert (await stranger.get("/v1/sandboxes", params={"all": "true"})).json()["data"] == []
-        assert (await stranger.post("/v1/sandboxes", json={"name": "mine"})).status_code == 201
 
 
 async def test_a_member_sees_its_own_and_an_admin_all(yard: Yard) -> None:

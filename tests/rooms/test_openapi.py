@@ -14,6 +14,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks as conformance
 from tests.conftest import free_port
 from tests.support.house import Yard, open_yard
+from tests.support.stripe import SECRET, WEBHOOK_SECRET, stripe_stand_in
 
 pytestmark = pytest.mark.slow  # thousands of requests: what no one thought of asking
 
@@ -30,13 +31,22 @@ class Served:
         self._server: uvicorn.Server | None = None
 
     async def _run(self) -> None:
-        async with open_yard(self._home) as yard:
-            await self._serve(yard)
+        with stripe_stand_in(free_port()) as stand_in:
+            sections = {
+                "accounts": {"failed_logins_per_minute": 1_000_000},
+                "billing": {
+                    "stripe_secret": SECRET, "stripe_webhook_secret": WEBHOOK_SECRET,
+                    "stripe_api": stand_in.url, "sign_up_cents": 10**12,
+                },
+            }  # fmt: skip
+            async with open_yard(self._home, saves=True, sections=sections) as yard:
+                await self._serve(yard)
 
     async def _serve(self, yard: Yard) -> None:
         org_id, user_id = await yard.first()
         self.keys["admin"] = yard.key
-        self.keys["reader"] = await yard.add_key(org_id, user_id, scopes=("sandbox:read",))
+        reads = ("sandbox:read", "files:read", "org:read", "activity:read")
+        self.keys["reader"] = await yard.add_key(org_id, user_id, scopes=reads)
         config = uvicorn.Config(yard.house.api, port=self.port, log_config=None, lifespan="off")
         self._server = uvicorn.Server(config)
         self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]

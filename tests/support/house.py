@@ -14,8 +14,9 @@ from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
 from sandyard.server.app.wiring import House, open_house
 from sandyard.server.core.contracts import Clock
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
-from sandyard.server.core.records import ApiKey, Organization, Project, User
+from sandyard.server.core.records import ApiKey, User
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
+from sandyard.server.service.organizations import SignUp, found_organization, join
 
 URL = "http://sandyard.test"
 
@@ -38,12 +39,12 @@ class Yard:
         return httpx.AsyncClient(transport=transport, base_url=URL, headers=headers, timeout=30)
 
     async def add_key(
-        self, org_id: str, user_id: str, *, scopes: tuple[str, ...] = ("*",), **changes: datetime
+        self, org_id: str, user_id: str, *, scopes: tuple[str, ...] = ("*",), **changes: Any
     ) -> str:
         """Add an API key and return its secret."""
-        key = new_api_key()
+        key = new_api_key(is_test=bool(changes.get("is_test")))
         async with self.house.store.write() as tx:
-            await tx.accounts.add_key(
+            await tx.keys.add(
                 ApiKey(
                     id=new_uuid(), org_id=org_id, owner_user_id=user_id, name="test",
                     prefix=key[:12], digest=digest_of_key(key), scopes=scopes,
@@ -55,25 +56,28 @@ class Yard:
     async def first(self) -> tuple[str, str]:
         """Return the first organization's id and its admin's."""
         async with self.house.store.read() as tx:
-            found = await tx.accounts.first_organization()
-        assert found is not None
-        return found[0].id, found[1].id
+            organization = (await tx.organizations.every())[0]
+            members = await tx.users.members(organization.id)
+        return organization.id, next(user.id for user, one in members if one.role == "admin")
 
     async def add_member(self, org_id: str, role: str = "member") -> str:
         """Add a user to an organization and return its id."""
-        user = User(new_uuid(), f"{new_uuid()}@example.org", "Somebody", datetime.now(UTC))
+        now = datetime.now(UTC)
+        user = User(new_uuid(), f"{new_uuid()}@example.org", "Somebody", now)
         async with self.house.store.write() as tx:
-            await tx.accounts.add_member(user, org_id=org_id, role=role)
+            await tx.users.add(user)
+            await join(tx, org_id, user, role, at=now)
         return user.id
 
     async def stranger(self) -> str:
         """Return a key of another organization's admin."""
         now = datetime.now(UTC) + timedelta(seconds=1)
-        org = Organization(new_uuid(), "Other", new_uuid(), now)
+        user = User(new_uuid(), f"{new_uuid()}@example.org", "Stranger", now)
         async with self.house.store.write() as tx:
-            project = Project(new_uuid(), org.id, "Default", "default", True, now)
-            await tx.accounts.add_organization(org, project)
-        return await self.add_key(org.id, await self.add_member(org.id, "admin"))
+            await tx.users.add(user)
+            sign_up = SignUp(10_000, "enterprise", 5)
+            made = await found_organization(tx, "Other", user, sign_up=sign_up, at=now)
+        return await self.add_key(made.organization.id, user.id)
 
     def machine_of(self, sandbox: Mapping[str, object]) -> FakeMachine:
         """Return the machine behind a sandbox."""
@@ -112,10 +116,13 @@ class Yard:
         return data
 
 
-def settings_of(home: Path, *, pool: int = 0, **node: object) -> Settings:
+def settings_of(
+    home: Path, *, pool: int = 0, sections: Mapping[str, Any] | None = None, **node: object
+) -> Settings:
     """Return settings for fake machines in a home of a test's own."""
     plenty = {"memory_overcommit": 1e6, "disk_overcommit": 1e6}
     return Settings(
+        **(sections or {}),
         home=home,
         node=NodeSettings.model_validate(
             {"driver": "fake", "memory_floor_mib": 0, "disk_floor_mib": 0, **plenty, **node}
@@ -136,6 +143,7 @@ async def open_yard(
     saves: bool = False,
     clock: Clock | None = None,
     works: bool = True,
+    sections: Mapping[str, Any] | None = None,
     **node: object,
 ) -> AsyncIterator[Yard]:
     """Open a house and run its reconciler; with `keep`, its machines outlive it.
@@ -146,12 +154,13 @@ async def open_yard(
     host = host or FakeHost()
     conduct = conduct or Conduct()
     driver = FakeDriver(host, conduct, version=version, saves=saves or pool > 0)
-    settings = settings_of(home, pool=pool, **node)
+    settings = settings_of(home, pool=pool, sections=sections, **node)
     async with (
         open_house(settings, drivers=[driver], clock=clock) as house,
         asyncio.TaskGroup() as tasks,
     ):
         reconciling = tasks.create_task(house.reconciler.run() if works else asyncio.sleep(0))
+        metering = tasks.create_task(house.meter.run() if works else asyncio.sleep(0))
         yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home)
         await yard.client.aclose()
         yard.key = await yard.add_key(*await yard.first())
@@ -159,6 +168,7 @@ async def open_yard(
             yard.client = client
             yield yard
         reconciling.cancel()
+        metering.cancel()
     for machine in list(host.machines.values()):
         if not keep:
             machine.die()

@@ -5,7 +5,7 @@ import sys
 import typer
 from rich.console import Console
 
-from sandyard.cli import sandbox, server, snapshot
+from sandyard.cli import admin, sandbox, server, snapshot
 from sandyard.client import ApiError, ConnectionFailedError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(snapshot.app, name="snapshot")
+app.add_typer(admin.app, name="admin")
 app.add_typer(server.templates, name="template")
 app.add_typer(server.setup, name="setup")
 for command in (server.serve, server.doctor, server.init, server.stop):

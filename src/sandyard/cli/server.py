@@ -18,7 +18,7 @@ setup = typer.Typer(help="Fetch what the system's packages do not bring.", no_ar
 out = Console()
 
 
-def _app(module: str) -> Any:
+def server_module(module: str) -> Any:
     """Return a module of the server; imported late, so that client users need no server extras."""
     try:
         return importlib.import_module(f"sandyard.server.app.{module}")
@@ -38,28 +38,29 @@ def server_errors() -> type[Exception]:
     return base
 
 
-def _settings() -> "Settings":
-    settings: Settings = _app("settings").Settings()
-    _app("logs").set_up_logs(level=settings.log.level, form=settings.log.format)
+def server_settings() -> "Settings":
+    """Return the installation's settings, and have its log written as they say."""
+    settings: Settings = server_module("settings").Settings()
+    server_module("logs").set_up_logs(level=settings.log.level, form=settings.log.format)
     return settings
 
 
 def serve() -> None:
     """Run the server until it is told to stop; machines live on."""
-    settings = _settings()
-    asyncio.run(_app("serve").serve(settings))
+    settings = server_settings()
+    asyncio.run(server_module("serve").serve(settings))
 
 
 def init(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
 ) -> None:
     """Prepare an installation: database, first organization, and a key for this user."""
-    settings = _settings()
+    settings = server_settings()
     host = "127.0.0.1" if settings.http.host in ("0.0.0.0", "::") else settings.http.host  # noqa: S104
     url = f"http://{host}:{settings.http.port}"
     known = read_config()
     key = asyncio.run(
-        _app("serve").ensure_key(settings, known.api_key if known is not None else None)
+        server_module("serve").ensure_key(settings, known.api_key if known is not None else None)
     )
     path = write_config(ClientConfig(url, key))
     if not quiet:
@@ -72,8 +73,8 @@ def stop(
     ] = False,
 ) -> None:
     """Stop the server; its machines live on and are adopted by the next one."""
-    settings = _settings()
-    module = _app("serve")
+    settings = server_settings()
+    module = server_module("serve")
     pid = module.stop_server(settings)
     typer.echo(f"stopped the server (pid {pid})" if pid else "no server was running")
     if everything:
@@ -88,8 +89,8 @@ def stop(
 
 def doctor() -> None:
     """Look at this host: what is missing or in the way, and what mends it."""
-    settings = _settings()
-    findings = asyncio.run(_app("doctor").collect(settings))
+    settings = server_settings()
+    findings = asyncio.run(server_module("doctor").collect(settings))
     marks = {"ok": "[green]ok[/green]  ", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red] "}
     for finding in findings:
         out.print(f"{marks[finding.level]} {finding.what}", highlight=False, soft_wrap=True)
@@ -111,9 +112,9 @@ def firecracker(
     ] = False,
 ) -> None:
     """Fetch Firecracker's official release where this host can use it; QEMU serves elsewhere."""
-    settings = _settings()
+    settings = server_settings()
     said = asyncio.run(
-        _app("wiring").set_up_firecracker(settings, force=force, progress=typer.echo)
+        server_module("wiring").set_up_firecracker(settings, force=force, progress=typer.echo)
     )
     typer.echo(said)
 
@@ -126,8 +127,8 @@ def build(
     ] = False,
 ) -> None:
     """Bring templates up to date; a failure leaves the image in use untouched."""
-    settings = _settings()
-    builder = _app("wiring").builder_of(settings)
+    settings = server_settings()
+    builder = server_module("wiring").builder_of(settings)
     for slug in slugs:
         with out.status(f"building {slug}") as spinner:
 
@@ -142,7 +143,7 @@ def build(
 def list_() -> None:
     """List templates and whether they are built."""
     table = Table("slug", "status", "os", "size", "digest", box=None)
-    for fact in _app("wiring").images_of(_settings()).facts():
+    for fact in server_module("wiring").images_of(server_settings()).facts():
         size = f"{fact.size_bytes // 2**20} MiB" if fact.size_bytes else ""
         table.add_row(fact.slug, fact.status.value, fact.os or "", size, fact.digest or "")
         if fact.error:

@@ -6,16 +6,18 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
+from sandyard.server.core.errors import InvalidTokenError, RateLimitedError, TokenExpiredError
 from sandyard.server.service.access import Access, Actor
+from sandyard.server.service.rates import Rates
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key: rt_live_… or rt_test_…")
 _HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)
 
 
 class Scope:
-    """Lets in who holds a scope; a route depends on one of these."""
+    """Lets in who holds a scope, anyone with a credential for None; a route depends on one."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str | None) -> None:
         self.name = name
 
     async def __call__(
@@ -24,10 +26,26 @@ class Scope:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
         key: Annotated[str | None, Depends(_HEADER)],
     ) -> Actor:
-        """Return the actor behind the request's credential; Bearer wins over X-API-Key."""
+        """Return the actor behind the request's credential; Bearer wins over X-API-Key.
+
+        `orgId` in the query says which of a session's organizations is meant.
+        """
         access: Access = request.app.state.services.access
-        actor = await access.authenticate(bearer.credentials if bearer is not None else key)
-        actor.require(self.name)
+        rates: Rates = request.app.state.services.rates
+        org_id = request.query_params.get("orgId")
+        token = bearer.credentials if bearer is not None else key
+        try:
+            actor = await access.authenticate(token, org_id=org_id)
+        except (InvalidTokenError, TokenExpiredError):
+            rates.failed(request.client.host if request.client else "unknown")
+            raise
+        try:
+            request.state.allowance = rates.count(actor)
+        except RateLimitedError:
+            request.state.allowance = rates.refused(actor)
+            raise
+        if self.name is not None:
+            actor.require(self.name)
         return actor
 
 

@@ -13,6 +13,7 @@ from sandyard.server.core.errors import (
     InternalError,
     InvalidArgumentError,
     NotFoundError,
+    RateLimitedError,
     SandyardError,
 )
 
@@ -26,6 +27,7 @@ STATUS: Mapping[Code, int] = MappingProxyType(
         Code.FORBIDDEN: 403,
         Code.NOT_FOUND: 404,
         Code.CONFLICT: 409,
+        Code.LIMIT_REACHED: 409,
         Code.INVALID_STATE: 409,
         Code.IDEMPOTENCY_KEY_REUSED: 400,
         Code.DAMAGED: 409,
@@ -43,6 +45,7 @@ _SHOWN = {
     Code.UNSUPPORTED: Code.BAD_REQUEST,
     Code.DEADLINE_EXCEEDED: Code.UNAVAILABLE,
     Code.DAMAGED: Code.INVALID_STATE,
+    Code.LIMIT_REACHED: Code.CONFLICT,
 }
 _RETRY_AFTER_S = "2"
 
@@ -62,6 +65,8 @@ def answer_error(request: Request, error: SandyardError) -> JSONResponse:
         body["message"] = "something broke on the server; its log has the details under requestId"
         body.pop("details", None)
     headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else {}
+    if isinstance(error, RateLimitedError):
+        headers["Retry-After"] = str(error.retry_after_s)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": body}, status_code=status, headers=headers)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
 from fastapi import FastAPI
@@ -11,17 +12,33 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandyard.server.api.errors import answer_error, install_handlers
-from sandyard.server.api.routes import health, sandboxes, snapshots, templates
+from sandyard.server.api.routes import (
+    accounts,
+    activity,
+    billing,
+    health,
+    sandboxes,
+    snapshots,
+    templates,
+)
 from sandyard.server.core.errors import InternalError, PayloadTooLargeError
 from sandyard.server.core.ids import new_request_id
 from sandyard.server.service.access import Access, no_credential
+from sandyard.server.service.api_keys import ApiKeys
+from sandyard.server.service.billing import Billing
+from sandyard.server.service.feed import Feed
+from sandyard.server.service.organizations import Organizations
+from sandyard.server.service.rates import Allowance, Rates
 from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.sandboxes import Sandboxes
 from sandyard.server.service.snapshots import Snapshots
+from sandyard.server.service.ssh_keys import SshKeys
 from sandyard.server.service.templates import Templates
 
 log = logging.getLogger(__name__)
 
+ROUTES = (sandboxes, snapshots, accounts, activity, billing, templates, health)
+"""What is served, a module a subject."""
 BODY_MAX = 32 * 1024 * 1024
 
 
@@ -38,6 +55,13 @@ class Services:
     """What the routes call."""
 
     access: Access
+    rates: Rates
+    organizations: Organizations
+    api_keys: ApiKeys
+    ssh_keys: SshKeys
+    feed: Feed
+    billing: Billing
+    now: Callable[[], datetime]
     sandboxes: Sandboxes
     snapshots: Snapshots
     templates: Templates
@@ -57,8 +81,8 @@ def make_api(
     app.state.services = services
     app.state.log = log
     install_handlers(app)
-    for router in (sandboxes.router, snapshots.router, templates.router, health.router):
-        app.include_router(router)
+    for routes in ROUTES:
+        app.include_router(routes.router)
     _describe_truly(app)
     app.add_middleware(_Edge, observe=observe, bind=bind)
     return app
@@ -107,8 +131,10 @@ class _Edge:
                 has_started = True
                 status = message["status"]
                 message["headers"] = [
-                    *message.get("headers", ()), (b"x-request-id", request_id.encode())
-                ]  # fmt: skip
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    *_rate_headers(scope["state"].get("allowance")),
+                ]
             await send(message)
 
         try:
@@ -132,6 +158,16 @@ class _Edge:
                 status=status,
                 seconds=time.perf_counter() - started,
             )
+
+
+def _rate_headers(allowance: Allowance | None) -> list[tuple[bytes, bytes]]:
+    if allowance is None:  # nobody was let in, so nothing is counted
+        return []
+    return [
+        (b"x-ratelimit-limit", str(allowance.limit).encode()),
+        (b"x-ratelimit-remaining", str(allowance.remaining).encode()),
+        (b"x-ratelimit-reset", str(allowance.resets_at).encode()),
+    ]
 
 
 def _lacks_credential(scope: Scope) -> bool:

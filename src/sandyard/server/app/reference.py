@@ -4,10 +4,13 @@ import inspect
 import sys
 from pathlib import Path
 
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic_settings import BaseSettings
 
+from sandyard.server.api.access import Scope
 from sandyard.server.api.errors import STATUS
+from sandyard.server.api.http import ROUTES
 from sandyard.server.app.settings import Settings
 from sandyard.server.core import errors
 from sandyard.server.core.errors import SandyardError
@@ -37,9 +40,15 @@ def _rows(model: type[BaseModel | BaseSettings], prefix: str) -> list[str]:
         if inspect.isclass(kind) and issubclass(kind, BaseModel):
             rows += _rows(kind, f"{prefix}{name.upper()}__")
         else:
-            default = "" if field.default is None else f"`{field.default}`"
+            default = "" if field.default is None else f"`{_shown(field.default)}`"
             rows.append(f"| `{prefix}{name.upper()}` | {default} | {field.description} |")
     return rows
+
+
+def _shown(default: object) -> object:
+    if isinstance(default, dict):
+        return ", ".join(default)
+    return default
 
 
 def errors_page() -> str:
@@ -62,7 +71,10 @@ def errors_page() -> str:
         meaning = (kind.__doc__ or "").splitlines()[0]
         again = "yes" if kind.retryable else ""
         lines.append(f"| {STATUS[kind.code]} | `{kind.code}` | {meaning} | {again} |")
-    lines.append("\n`unsupported` is shown as `bad_request`, `deadline_exceeded` as `unavailable`.")
+    lines.append(
+        "\n`unsupported` is shown as `bad_request`, `deadline_exceeded` as `unavailable`, "
+        "`limit_reached` as `conflict` with `details.limit`."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -74,7 +86,33 @@ def scopes_page() -> str:
         "admin may: seeing other members' sandboxes takes the role `admin`, or `admin:resources` "
         "or `admin:*` by name.\n",
     ]  # fmt: skip
-    lines += [f"- `{scope}`" for scope in sorted(SCOPES)]
+    by_scope: dict[str, list[str]] = {scope: [] for scope in SCOPES}
+    anyone: list[str] = []
+    for routes in ROUTES:
+        for route in routes.router.routes:
+            if not isinstance(route, APIRoute):
+                continue
+            for one in route.dependant.dependencies:
+                if isinstance(one.call, Scope):
+                    shown = [f"`{method} {route.path}`" for method in sorted(route.methods or ())]
+                    (anyone if one.call.name is None else by_scope[one.call.name]).extend(shown)
+    lines += ["| Scope | What it opens |", "|---|---|"]
+    for scope, opened in sorted(by_scope.items()):
+        family = scope.removesuffix("*")
+        members = [one for one in sorted(SCOPES) if one.startswith(family) and one != scope]
+        opens = ", ".join(sorted(opened))
+        if scope == "*":
+            opens = "everything but `admin:…`"
+        elif scope.startswith("admin:"):
+            opens = "other members' resources"
+        elif not opened and scope.endswith("*"):
+            opens = " ".join(f"`{one}`" for one in members)
+        lines.append(f"| `{scope}` | {opens or 'nothing here; kept for other services'} |")
+    lines.append(
+        f"\nAny credential opens {', '.join(anyone)}. What moves money takes the role `admin` "
+        "besides, and `POST /v1/billing/grants` an operator of the installation. Only an admin "
+        "grants `admin:…`."
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,8 @@ import uvicorn
 
 from sandyard.server.app.installation import only_server, running_server, secret_key
 from sandyard.server.app.settings import Settings
-from sandyard.server.app.wiring import House, identity_of, open_house
+from sandyard.server.app.wiring import House, identity_of, open_house, sign_up_of
+from sandyard.server.core.contracts import MachineState
 from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.core.states import Event, Status, Wanted
 from sandyard.server.links.local import SystemClock
@@ -22,6 +23,7 @@ from sandyard.server.node.identity import give_back_identity
 from sandyard.server.node.network import remove_host_rules
 from sandyard.server.node.residents import Residents
 from sandyard.server.service.bootstrap import is_valid_key, new_bootstrap_key
+from sandyard.server.service.metering import BEAT
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +70,15 @@ async def _serve_http(house: House, listener: socket.socket) -> None:
     )
     server = uvicorn.Server(config)
     async with asyncio.TaskGroup() as tasks:
-        reconciling = tasks.create_task(house.reconciler.run())
+        working = [
+            tasks.create_task(house.reconciler.run()),
+            tasks.create_task(house.meter.run()),
+        ]
         host, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%s", host, port)
         await server.serve(sockets=[listener])
-        reconciling.cancel()
+        for one in working:
+            one.cancel()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -98,7 +104,9 @@ async def ensure_key(settings: Settings, known: str | None) -> str:
         if known and await is_valid_key(store, known):
             return known
         # A key of another installation says that this one's may still be in use somewhere.
-        return await new_bootstrap_key(store, SystemClock(), replaces=known is None)
+        return await new_bootstrap_key(
+            store, SystemClock(), sign_up_of(settings), replaces=known is None
+        )
 
 
 def stop_server(settings: Settings) -> int | None:
@@ -154,6 +162,10 @@ async def remove_everything(settings: Settings) -> int:
 
 async def _delete_all(house: House) -> int:
     removed = 0
+    async with house.store.read() as tx:
+        away_since = await tx.facts.moment(BEAT)
+    report = await house.node.report()
+    living = {fact.sandbox_id for fact in report.machines if fact.state is not MachineState.DEAD}
     while True:
         async with house.store.read() as tx:
             left = await tx.sandboxes.on_node(house.node.node_id, frozenset(Status) - _GONE)
@@ -163,7 +175,12 @@ async def _delete_all(house: House) -> int:
         for sandbox in left:
             if sandbox.status is not Status.DESTROYING:
                 with contextlib.suppress(SandyardError):
-                    await house.lifecycle.apply(sandbox, Event.DELETE, wanted=Wanted.GONE)
+                    await house.lifecycle.apply(
+                        sandbox,
+                        Event.DELETE,
+                        wanted=Wanted.GONE,
+                        ended_at=None if sandbox.id in living else away_since,
+                    )
                     removed += 1
         await asyncio.sleep(0.05)
     async with house.store.read() as tx:
@@ -171,6 +188,7 @@ async def _delete_all(house: House) -> int:
     for one in snapshots:
         async with house.store.write() as tx:
             await tx.snapshots.remove(one.id)
+            await tx.storage.close("snapshot", one.id, SystemClock().now())
     # Machines and snapshots that the store knows nothing of: it was lost or replaced.
     for fact in (await house.node.report()).machines:
         await house.node.ensure_gone(fact.sandbox_id, incarnation=fact.incarnation)

@@ -6,11 +6,13 @@ underscores between section and name), `config.toml` in the installation's home,
 
 import os
 import sys
+from decimal import Decimal
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -147,6 +149,128 @@ class PoolSettings(Section):
     )
 
 
+class AccountSettings(Section):
+    """Organizations and users."""
+
+    default_plan: str = Field(
+        "enterprise", description="The plan of new organizations; see `plans`."
+    )
+    organizations_per_user: int = Field(
+        5, ge=1, le=10_000, description="How many organizations a user may belong to to found one."
+    )
+    failed_logins_per_minute: int = Field(
+        30, ge=1, description="Credentials that are no good an address may try in a minute."
+    )
+
+
+class SessionSettings(Section):
+    """Session tokens of an identity provider; without one, API keys only."""
+
+    provider: Literal["workos", "oidc"] | None = Field(
+        None, description="`workos`, or `oidc` for any other OpenID Connect provider."
+    )
+    client_id: str | None = Field(None, description="WorkOS: the client id; its keys are found.")
+    issuer: str | None = Field(
+        None,
+        description="Who must have issued a token. `oidc`: exactly so. `workos`: how it begins, "
+        "by default `https://api.workos.com/`.",
+    )
+    jwks_url: str | None = Field(
+        None, description="Where the provider's keys are; default: found out from the above."
+    )
+    audience: str | None = Field(
+        None, description="Whom a token must be for (`aud`); `oidc` needs it."
+    )
+    algorithms: tuple[Literal["RS256", "ES256"], ...] = Field(
+        ("RS256",), min_length=1, description="How a token may be signed."
+    )
+    skew_s: int = Field(30, ge=0, le=300, description="Seconds that clocks may differ.")
+    org_claim: str = Field("org_id", description="The claim that names the organization.")
+    role_claim: str = Field("role", description="The claim that names the role.")
+    admin_roles: tuple[str, ...] = Field(
+        ("admin",), description="The provider's roles that make an admin; others make a member."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.provider == "workos" and not (self.client_id or self.jwks_url):
+            raise ValueError("the provider workos needs client_id")
+        if self.provider == "oidc" and not (self.issuer and self.audience):
+            raise ValueError("the provider oidc needs issuer and audience")
+        for url in (self.issuer, self.jwks_url):
+            if url is not None and not _is_safe(url):
+                raise ValueError(f"{url} must begin with https://")
+        return self
+
+
+def _is_safe(url: str) -> bool:
+    """Tell whether nobody on the way can change what is read there."""
+    parsed = urlsplit(url)
+    is_local = parsed.hostname in ("127.0.0.1", "::1", "localhost") and parsed.username is None
+    return parsed.scheme == "https" or (parsed.scheme == "http" and is_local)
+
+
+class PriceSettings(Section):
+    """Prices in cents; up to six places after the point."""
+
+    vcpu_hour: Decimal = Field(
+        Decimal("5"), ge=0, le=1_000_000, decimal_places=6, description="Of a vCPU for an hour."
+    )
+    memory_gib_hour: Decimal = Field(
+        Decimal("1.5"),
+        ge=0,
+        le=1_000_000,
+        decimal_places=6,
+        description="Of a GiB of memory for an hour.",
+    )
+    disk_gib_month: Decimal = Field(
+        Decimal("10"),
+        ge=0,
+        le=1_000_000,
+        decimal_places=6,
+        description="Of a GiB of a running sandbox's disk for a month of 730 hours.",
+    )
+    storage_gib_month: Decimal = Field(
+        Decimal("10"),
+        ge=0,
+        le=1_000_000,
+        decimal_places=6,
+        description="Of a GiB that is kept (paused sandboxes, snapshots) for such a month.",
+    )
+
+
+class BillingSettings(Section):
+    """Credits."""
+
+    enforce: bool = Field(
+        True,
+        description="Refuse and pause what cannot be paid for; false only keeps the count.",
+    )
+    sign_up_cents: int = Field(
+        10_000, ge=0, le=10**12, description="What a user's first organization is given, once."
+    )
+    prices: PriceSettings = PriceSettings()
+    stripe_secret: SecretStr | None = Field(
+        None, description="Stripe's secret key; without it, no top-ups by card."
+    )
+    stripe_webhook_secret: SecretStr | None = Field(
+        None, description="What Stripe signs its events with; see the how-to on teams."
+    )
+    stripe_api: str | None = Field(None, description="Another address of Stripe's API, for tests.")
+    currency: str = Field("usd", pattern=r"^[a-z]{3}$", description="What a cent is a cent of.")
+
+
+class PlanSettings(Section):
+    """What organizations of a plan may have; what is left out has no limit."""
+
+    requests_per_minute: int | None = Field(None, ge=1, description="Of a key, and of a user.")
+    sandboxes: int | None = Field(None, ge=0, description="Running at one time.")
+    vcpus: int | None = Field(None, ge=0, description="Of those that run.")
+    memory_gb: int | None = Field(None, ge=0, description="Of those that run.")
+    disk_gb: int | None = Field(None, ge=0, description="Of all that are not deleted.")
+    test_sandboxes: int | None = Field(2, ge=0, description="Of test keys.")
+
+
 class LogSettings(Section):
     """The log, on standard error."""
 
@@ -174,12 +298,33 @@ class Settings(BaseSettings):
     node: NodeSettings = NodeSettings()
     firecracker: FirecrackerSettings = FirecrackerSettings()
     pool: PoolSettings = PoolSettings()
+    accounts: AccountSettings = AccountSettings()
+    sessions: SessionSettings = SessionSettings()
+    billing: BillingSettings = BillingSettings()
+    plans: dict[str, PlanSettings] = Field(
+        {
+            "free": PlanSettings(requests_per_minute=60),
+            "pro": PlanSettings(requests_per_minute=300),
+            "team": PlanSettings(requests_per_minute=1000),
+            "enterprise": PlanSettings(),
+        },
+        description="Plans by name, each a table: `requests_per_minute`, `sandboxes`, `vcpus`, "
+        "`memory_gb`, `disk_gb`, `test_sandboxes`.",
+    )
     log: LogSettings = LogSettings()
 
     @field_validator("home")
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.absolute()
+
+    @model_validator(mode="after")
+    def _known_plan(self) -> Self:
+        if self.accounts.default_plan not in self.plans:
+            raise ValueError(
+                f"accounts.default_plan is {self.accounts.default_plan!r}, and plans has no such"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

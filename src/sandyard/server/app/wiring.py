@@ -1,8 +1,8 @@
 """Builds the house for one process: what stands behind each seam is decided here."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -15,8 +15,10 @@ from sandyard.server.app.installation import kind_of_host, secret_key
 from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics, MetricsRoute
 from sandyard.server.app.settings import Settings
-from sandyard.server.core.contracts import Clock, Store
+from sandyard.server.core.contracts import Clock, Payments, Store
 from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.money import Prices, micros_of
+from sandyard.server.core.plans import Plan
 from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
@@ -25,6 +27,8 @@ from sandyard.server.drivers.firecracker.api import limiter
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.links.local import LocalBus, SystemClock
 from sandyard.server.links.passwords import hash_password
+from sandyard.server.links.payments import NoPayments, StripePayments
+from sandyard.server.links.sessions import JwtSessions, Provider
 from sandyard.server.links.sql import open_store
 from sandyard.server.node.admission import Margins
 from sandyard.server.node.build import Builder
@@ -39,16 +43,25 @@ from sandyard.server.node.network import Network, Slots, host_routes
 from sandyard.server.node.node import Node
 from sandyard.server.node.pool import PoolLimits
 from sandyard.server.service.access import Access
+from sandyard.server.service.admission import Admission
+from sandyard.server.service.api_keys import ApiKeys
+from sandyard.server.service.billing import Billing
 from sandyard.server.service.bootstrap import ensure_first_organization
+from sandyard.server.service.feed import Feed
 from sandyard.server.service.idle import Idleness
 from sandyard.server.service.lifecycle import Lifecycle
+from sandyard.server.service.metering import BEAT, Meter
+from sandyard.server.service.organizations import Organizations, SignUp
 from sandyard.server.service.placement import Placement
+from sandyard.server.service.rates import Rates
 from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.reconcile import NODES, WORKABLE, Pace, Reconciler
 from sandyard.server.service.register import Register
 from sandyard.server.service.repeats import Repeats
 from sandyard.server.service.sandboxes import Sandboxes, Waits
+from sandyard.server.service.sign_in import SignIn
 from sandyard.server.service.snapshots import Snapshots
+from sandyard.server.service.ssh_keys import SshKeys
 from sandyard.server.service.templates import Templates
 from sandyard.server.service.uses import Uses
 
@@ -64,6 +77,7 @@ class House:
     node: Node
     reconciler: Reconciler
     lifecycle: Lifecycle
+    meter: Meter
 
 
 def images_of(settings: Settings) -> Images:
@@ -142,6 +156,78 @@ def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:
     )
 
 
+def sign_up_of(settings: Settings) -> SignUp:
+    """Return what new organizations begin with."""
+    return SignUp(
+        grant_cents=settings.billing.sign_up_cents,
+        plan=settings.accounts.default_plan,
+        organizations_max=settings.accounts.organizations_per_user,
+    )
+
+
+def plans_of(settings: Settings) -> Mapping[str, Plan]:
+    """Return the plans by name."""
+    return {name: Plan(**one.model_dump()) for name, one in settings.plans.items()}
+
+
+def prices_of(settings: Settings) -> Prices:
+    """Return the prices."""
+    cents = settings.billing.prices
+    return Prices(
+        vcpu_hour=micros_of(cents.vcpu_hour),
+        memory_gib_hour=micros_of(cents.memory_gib_hour),
+        disk_gib_month=micros_of(cents.disk_gib_month),
+        storage_gib_month=micros_of(cents.storage_gib_month),
+    )
+
+
+@asynccontextmanager
+async def _payments(settings: Settings) -> AsyncIterator[Payments]:
+    """Open the payment provider, or what says that there is none."""
+    billing = settings.billing
+    if billing.stripe_secret is None:
+        yield NoPayments()
+        return
+    webhook = billing.stripe_webhook_secret
+    stripe = StripePayments(
+        billing.stripe_secret.get_secret_value(),
+        webhook_secret=webhook.get_secret_value() if webhook else None,
+        currency=billing.currency,
+        api=billing.stripe_api,
+    )
+    try:
+        yield stripe
+    finally:
+        await stripe.close()
+
+
+def _sign_in(settings: Settings, store: Store, clock: Clock) -> SignIn | None:
+    own = settings.sessions
+    if own.provider is None:
+        return None
+    is_workos = own.provider == "workos"
+    keys_url = own.jwks_url
+    if is_workos and keys_url is None:
+        keys_url = f"https://api.workos.com/sso/jwks/{own.client_id}"
+    provider = Provider(
+        issuer=own.issuer or "https://api.workos.com/",
+        keys_url=keys_url,
+        is_issuer_prefix=is_workos,
+        audience=own.audience,
+        algorithms=tuple(own.algorithms),
+        skew_s=own.skew_s,
+        org_claim=own.org_claim,
+        role_claim=own.role_claim,
+    )
+    return SignIn(
+        store=store,
+        sessions=JwtSessions(provider, clock),
+        clock=clock,
+        sign_up=sign_up_of(settings),
+        admin_roles=frozenset(own.admin_roles),
+    )
+
+
 async def _void_leases(store: Store, clock: Clock) -> None:
     """Let every lease run out now: one server at a time uses a home, so they are a dead one's."""
     far, now = datetime.max.replace(tzinfo=UTC), clock.now()
@@ -216,14 +302,34 @@ async def open_house(
         on_change=on_change,
     )
     async with open_store(settings.store_url, key=key) as store:
-        await ensure_first_organization(store, clock)
+        await ensure_first_organization(store, clock, sign_up_of(settings))
         await _void_leases(store, clock)
-        async with node.running(fills_pool=fills_pool):
+        async with store.read() as tx:
+            away_since = await tx.facts.moment(BEAT)
+        async with AsyncExitStack() as held, node.running(fills_pool=fills_pool):
             placement = Placement({node.node_id: node})
             lifecycle = Lifecycle(store, bus, clock)
             uses = Uses()
             register = Register(store, bus, clock)
             repeats = Repeats(clock, key)
+            plans, prices = plans_of(settings), prices_of(settings)
+            payments = await held.enter_async_context(_payments(settings))
+            ssh_keys = SshKeys(store, repeats, clock)
+            admission = Admission(
+                store=store,
+                clock=clock,
+                plans=plans,
+                prices=prices,
+                enforces=settings.billing.enforce,
+            )
+            meter = Meter(
+                store=store,
+                lifecycle=lifecycle,
+                payments=payments,
+                clock=clock,
+                prices=prices,
+                enforces=settings.billing.enforce,
+            )
             reconciler = Reconciler(
                 store=store,
                 placement=placement,
@@ -233,6 +339,7 @@ async def open_house(
                 pace=Pace(),
                 idleness=Idleness(store=store, tunnel=node, clock=clock, uses=uses),
                 uses=uses,
+                away_since=away_since,
             )
             sandboxes = Sandboxes(
                 store=store,
@@ -242,6 +349,8 @@ async def open_house(
                 lifecycle=lifecycle,
                 worker=reconciler,
                 uses=uses,
+                admission=admission,
+                ssh_keys=ssh_keys,
                 repeats=repeats,
                 bus=bus,
                 clock=clock,
@@ -255,12 +364,32 @@ async def open_house(
                 lifecycle=lifecycle,
                 worker=reconciler,
                 sandboxes=sandboxes,
+                admission=admission,
                 repeats=repeats,
                 uses=uses,
                 clock=clock,
             )
             services = Services(
-                access=Access(store, clock),
+                access=Access(store, clock, _sign_in(settings, store, clock)),
+                rates=Rates(
+                    clock, plans, failures_per_minute=settings.accounts.failed_logins_per_minute
+                ),
+                organizations=Organizations(
+                    store=store, repeats=repeats, clock=clock, sign_up=sign_up_of(settings)
+                ),
+                api_keys=ApiKeys(store, clock),
+                ssh_keys=ssh_keys,
+                feed=Feed(store, register),
+                now=clock.now,
+                billing=Billing(
+                    store=store,
+                    register=register,
+                    payments=payments,
+                    repeats=repeats,
+                    clock=clock,
+                    prices=prices,
+                    plans=plans,
+                ),
                 sandboxes=sandboxes,
                 snapshots=snapshots,
                 templates=Templates(placement),
@@ -272,4 +401,4 @@ async def open_house(
                 MetricsRoute(metrics, node, settings.http.metrics_token).answer,
                 include_in_schema=False,
             )
-            yield House(api, store, node, reconciler, lifecycle)
+            yield House(api, store, node, reconciler, lifecycle, meter)

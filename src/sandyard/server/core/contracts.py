@@ -4,27 +4,36 @@
 `tests/contract`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
 
+from sandyard.server.core.money import Account
 from sandyard.server.core.records import (
     Activity,
+    ActivityQuery,
     ApiKey,
+    AutoTopup,
     Claim,
+    InUse,
     KeyedRequest,
     KeyHolder,
+    LedgerEntry,
+    Membership,
     Organization,
     Project,
     RequestKey,
     Sandbox,
     SandboxQuery,
     Snapshot,
+    SshKey,
+    StoragePeriod,
     UsagePeriod,
     User,
+    Workspace,
 )
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import Status
@@ -206,8 +215,10 @@ class NodeControl(Protocol):
         """
         ...
 
-    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> None:
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
         """Return once the machine is saved and uses no memory; at once if it is.
+
+        What is returned are the bytes that it takes on disk.
 
         On failure it runs on.
 
@@ -308,6 +319,103 @@ class NodeTunnel(Protocol):
         ...
 
 
+# --- who people are, and how they pay ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a session token says, once its signature was found good.
+
+    `subject` and `org` are the provider's names for user and organization; `org` is None where the
+    token is for no organization. `permissions` is None where it says nothing of them.
+    """
+
+    subject: str
+    org: str | None
+    org_name: str | None
+    role: str | None
+    permissions: tuple[str, ...] | None
+    email: str | None
+    is_email_verified: bool
+    first_name: str | None
+    last_name: str | None
+    picture_url: str | None
+    issued_at: datetime
+
+
+class Sessions(Protocol):
+    """Reads session tokens."""
+
+    async def read(self, token: str) -> Session:
+        """Return what a token says.
+
+        Raises:
+            InvalidTokenError: it is malformed, not signed by the provider, or not for us.
+            TokenExpiredError: it was good once.
+            UnavailableError: the provider's keys cannot be had now.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A page of the payment provider's on which one amount is paid."""
+
+    url: str
+    session_id: str
+
+
+@dataclass(frozen=True)
+class Payment:
+    """An amount that was paid. `reference` is the provider's, the same however often it is told.
+
+    One that is not `is_paid` yet is told of later, if it ever is.
+    """
+
+    org_id: str
+    amount_cents: int
+    reference: str
+    customer_id: str | None
+    is_paid: bool = True
+    is_automatic: bool = False
+
+
+class Payments(Protocol):
+    """The payment provider."""
+
+    async def check_out(
+        self, *, org_id: str, amount_cents: int, success_url: str, cancel_url: str
+    ) -> Checkout:
+        """Return a page on which an organization pays an amount.
+
+        Raises:
+            InvalidArgumentError: the provider does not take what was asked.
+            UnavailableError: the provider is not set up or does not answer.
+        """
+        ...
+
+    async def charge(
+        self, *, org_id: str, customer_id: str, amount_cents: int, key: str
+    ) -> Payment:
+        """Charge the card that a customer saved; asked twice with one key, once.
+
+        Raises:
+            ConflictError: the charge was refused for good.
+            UnavailableError: the provider is not set up or does not answer: what became of the
+                charge is not known, and is found out by asking again with the same key.
+        """
+        ...
+
+    def read_event(self, payload: bytes, signature: str) -> Payment | None:
+        """Return the payment that the provider tells of; None for anything else.
+
+        Raises:
+            InvalidTokenError: it is not signed by the provider, or too old.
+            UnavailableError: the provider is not set up.
+        """
+        ...
+
+
 # --- the store --------------------------------------------------------------------------------
 
 
@@ -376,39 +484,180 @@ class SandboxRows(Protocol):
         ...
 
 
-class AccountRows(Protocol):
-    """Organizations, users, projects and keys."""
+class OrganizationRows(Protocol):
+    """Organizations, and the workspaces that come with them."""
 
-    async def add_organization(self, organization: Organization, project: Project) -> None:
-        """Add an organization with its default project."""
+    async def add(self, organization: Organization, project: Project) -> None:
+        """Add an organization with its default project and an account with nothing in it.
+
+        Raises:
+            AlreadyExistsError: another has its slug or external id.
+        """
         ...
 
-    async def add_member(self, user: User, *, org_id: str, role: str) -> None:
-        """Add a user to an organization."""
+    async def find(self, org_id: str) -> Organization | None:
+        """Return an organization by id."""
         ...
 
-    async def add_key(self, key: ApiKey) -> None:
-        """Add an API key."""
+    async def find_external(self, external_id: str) -> Organization | None:
+        """Return the organization that the identity provider calls so."""
         ...
 
-    async def revoke_keys(self, org_id: str, *, name: str, at: datetime) -> None:
-        """Revoke every live key of that name."""
+    async def replace(self, organization: Organization) -> None:
+        """Write an organization that is there."""
         ...
 
-    async def find_key(self, digest: str) -> KeyHolder | None:
-        """Return the key of that digest, revoked and expired ones included."""
+    async def every(self) -> list[Organization]:
+        """Return all organizations, the oldest first."""
         ...
 
-    async def touch_key(self, key_id: str, at: datetime) -> None:
+    async def add_workspace(self, workspace: Workspace) -> None:
+        """Add a workspace; nothing if the organization has one of that slug."""
+        ...
+
+    async def personal_workspace(self, org_id: str, user_id: str) -> Workspace | None:
+        """Return a member's personal workspace."""
+        ...
+
+
+class UserRows(Protocol):
+    """Users, and what they are in organizations."""
+
+    async def add(self, user: User) -> None:
+        """Add a user.
+
+        Raises:
+            AlreadyExistsError: another has the e-mail address or external id.
+        """
+        ...
+
+    async def find(
+        self,
+        *,
+        user_id: str | None = None,
+        external_id: str | None = None,
+        email: str | None = None,
+    ) -> User | None:
+        """Return a user by one of these."""
+        ...
+
+    async def replace(self, user: User) -> None:
+        """Write a user that is there.
+
+        Raises:
+            AlreadyExistsError: another has the e-mail address or external id.
+        """
+        ...
+
+    async def put_member(self, membership: Membership) -> None:
+        """Make a user a member of an organization, or change the role of one."""
+        ...
+
+    async def remove_member(self, org_id: str, user_id: str, at: datetime) -> bool:
+        """End a membership; False if there is none."""
+        ...
+
+    async def removed_at(self, org_id: str, user_id: str) -> datetime | None:
+        """Return when somebody's membership was ended last."""
+        ...
+
+    async def member(self, org_id: str, user_id: str) -> Membership | None:
+        """Return what a user is in an organization."""
+        ...
+
+    async def members(self, org_id: str) -> list[tuple[User, Membership]]:
+        """Return an organization's members, the longest there first."""
+        ...
+
+    async def organizations_of(self, user_id: str) -> list[tuple[Organization, Membership]]:
+        """Return the organizations that a user belongs to, the longest there first."""
+        ...
+
+
+class ProjectRows(Protocol):
+    """Projects."""
+
+    async def add(self, project: Project) -> None:
+        """Add a project.
+
+        Raises:
+            AlreadyExistsError: the organization has one of that slug.
+        """
+        ...
+
+    async def find(self, org_id: str, project_id: str | None) -> Project | None:
+        """Return an organization's project, the default one for None."""
+        ...
+
+    async def every(self, org_id: str) -> list[Project]:
+        """Return an organization's projects, the default one first, then the newest."""
+        ...
+
+    async def replace(self, project: Project) -> None:
+        """Write a project that is there."""
+        ...
+
+    async def remove(self, project: Project, *, heir: Project) -> None:
+        """Remove a project; what it held is the heir's."""
+        ...
+
+
+class KeyRows(Protocol):
+    """API keys."""
+
+    async def add(self, key: ApiKey) -> None:
+        """Add a key."""
+        ...
+
+    async def find(self, org_id: str, key_id: str) -> ApiKey | None:
+        """Return an organization's key, revoked and expired ones included."""
+        ...
+
+    async def holder(self, digest: str) -> KeyHolder | None:
+        """Return the key of that digest whose owner is a member still."""
+        ...
+
+    async def replace(self, key: ApiKey) -> None:
+        """Write a key that is there."""
+        ...
+
+    async def page(
+        self,
+        org_id: str,
+        *,
+        owner_user_id: str | None,
+        limit: int,
+        after: tuple[datetime, str] | None = None,
+    ) -> list[ApiKey]:
+        """Return one page of the keys that are not revoked, newest first."""
+        ...
+
+    async def touch(self, key_id: str, at: datetime) -> None:
         """Note that a key was used."""
         ...
 
-    async def first_organization(self) -> tuple[Organization, User] | None:
-        """Return the installation's first organization and its first user, if made."""
+
+class SshKeyRows(Protocol):
+    """Public keys that open an organization's sandboxes."""
+
+    async def add(self, key: SshKey) -> None:
+        """Add a key.
+
+        Raises:
+            AlreadyExistsError: the organization has it.
+        """
         ...
 
-    async def find_project(self, org_id: str, project_id: str | None) -> Project | None:
-        """Return an organization's project, the default one for None."""
+    async def find(self, org_id: str, key_id: str) -> SshKey | None:
+        """Return an organization's key by id."""
+        ...
+
+    async def every(self, org_id: str) -> list[SshKey]:
+        """Return an organization's keys, newest first."""
+        ...
+
+    async def remove(self, org_id: str, key_id: str) -> bool:
+        """Remove a key; False if it is not there."""
         ...
 
 
@@ -423,8 +672,8 @@ class ActivityRows(Protocol):
         """Note when and how a sandbox was last used; its version stays."""
         ...
 
-    async def of_sandbox(self, sandbox_id: str) -> list[Activity]:
-        """Return a sandbox's lines, newest first, 500 at the most."""
+    async def page(self, query: ActivityQuery) -> list[Activity]:
+        """Return one page, newest first."""
         ...
 
 
@@ -445,6 +694,114 @@ class UsageRows(Protocol):
 
     async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
         """Return a sandbox's periods, oldest first."""
+        ...
+
+    async def unsettled(self, org_id: str) -> list[UsagePeriod]:
+        """Return the periods of an organization of which something may be left to charge."""
+        ...
+
+    async def owing(self) -> list[str]:
+        """Return the organizations that have such periods, of either kind."""
+        ...
+
+    async def charge(self, periods: Sequence[UsagePeriod]) -> None:
+        """Write what was charged of periods, and whether they are settled."""
+        ...
+
+    async def within(
+        self, org_id: str, *, since: datetime, owner_user_id: str | None
+    ) -> list[UsagePeriod]:
+        """Return periods that reach beyond a moment, of an organization or one member in it."""
+        ...
+
+    async def in_use(self, org_id: str, now: datetime) -> InUse:
+        """Return what an organization's live sandboxes take together, and what is not charged."""
+        ...
+
+
+class StorageRows(Protocol):
+    """Periods in which bytes are kept; at most one is open for each thing that keeps some."""
+
+    async def open(self, period: StoragePeriod) -> None:
+        """Open a period.
+
+        Raises:
+            InternalError: one is open already.
+        """
+        ...
+
+    async def close(self, kind: str, resource_id: str, at: datetime) -> bool:
+        """Close the open period, if there is one; never before its own start."""
+        ...
+
+    async def unsettled(self, org_id: str) -> list[StoragePeriod]:
+        """See UsageRows.unsettled."""
+        ...
+
+    async def charge(self, periods: Sequence[StoragePeriod]) -> None:
+        """See UsageRows.charge."""
+        ...
+
+    async def within(self, org_id: str, *, since: datetime) -> list[StoragePeriod]:
+        """Return an organization's periods that reach beyond a moment."""
+        ...
+
+    async def of(self, kind: str, resource_id: str) -> list[StoragePeriod]:
+        """Return the periods of one thing, oldest first."""
+        ...
+
+
+class CreditRows(Protocol):
+    """What organizations have, and the ledger of how it came to that; lines are never changed."""
+
+    async def account(self, org_id: str) -> Account:
+        """Return an organization's account."""
+        ...
+
+    async def save(self, account: Account) -> None:
+        """Write an account."""
+        ...
+
+    async def post(self, entry: LedgerEntry) -> None:
+        """Add one line.
+
+        Raises:
+            AlreadyExistsError: one of its type and reference is there.
+        """
+        ...
+
+    async def find(self, org_id: str, type_: str, reference_id: str) -> LedgerEntry | None:
+        """Return the line of that type and reference."""
+        ...
+
+    async def history(
+        self, org_id: str, *, limit: int, after_id: str | None = None
+    ) -> list[LedgerEntry]:
+        """Return an organization's lines, newest first, those before a line if one is named."""
+        ...
+
+    async def auto_topup(self, org_id: str) -> AutoTopup:
+        """Return how an organization wants its balance filled up."""
+        ...
+
+    async def save_auto_topup(self, wish: AutoTopup) -> None:
+        """Write that."""
+        ...
+
+    async def topped_up(self) -> list[str]:
+        """Return the organizations whose balance can be filled up by itself."""
+        ...
+
+
+class FactRows(Protocol):
+    """Moments that the installation remembers by name."""
+
+    async def moment(self, name: str) -> datetime | None:
+        """Return a moment."""
+        ...
+
+    async def note(self, name: str, at: datetime) -> None:
+        """Remember a moment."""
         ...
 
 
@@ -474,8 +831,8 @@ class SnapshotRows(Protocol):
         """Return one page of those that are not hidden, newest first."""
         ...
 
-    async def complete(self, snapshot_id: str, *, size_bytes: int) -> None:
-        """Note that a snapshot is whole."""
+    async def complete(self, snapshot_id: str, *, size_bytes: int) -> bool:
+        """Note that a snapshot is whole; False if it was removed meanwhile."""
         ...
 
     async def remove(self, snapshot_id: str) -> bool:
@@ -516,8 +873,43 @@ class Transaction(Protocol):
         ...
 
     @property
-    def accounts(self) -> AccountRows:
-        """Organizations, users, projects and keys."""
+    def organizations(self) -> OrganizationRows:
+        """Organizations."""
+        ...
+
+    @property
+    def users(self) -> UserRows:
+        """Users and memberships."""
+        ...
+
+    @property
+    def projects(self) -> ProjectRows:
+        """Projects."""
+        ...
+
+    @property
+    def keys(self) -> KeyRows:
+        """API keys."""
+        ...
+
+    @property
+    def ssh_keys(self) -> SshKeyRows:
+        """Public keys of SSH."""
+        ...
+
+    @property
+    def storage(self) -> StorageRows:
+        """Periods in which bytes are kept."""
+        ...
+
+    @property
+    def credits(self) -> CreditRows:
+        """Accounts and the ledger."""
+        ...
+
+    @property
+    def facts(self) -> FactRows:
+        """Moments by name."""
         ...
 
     @property

@@ -9,6 +9,7 @@ SandyardError
 ├── PermissionDeniedError       a scope or role is missing
 ├── NotFoundError               absent, or another organization's
 ├── AlreadyExistsError          the name or thing is taken
+├── LimitReachedError           the organization has as much as its plan allows
 ├── ConflictError               the present status does not allow it
 ├── QuotaExceededError          credits do not suffice
 ├── PayloadTooLargeError        a stated size limit is passed
@@ -39,6 +40,7 @@ class Code(StrEnum):
     FORBIDDEN = "forbidden"
     NOT_FOUND = "not_found"
     CONFLICT = "conflict"
+    LIMIT_REACHED = "limit_reached"
     INVALID_STATE = "invalid_state"
     INSUFFICIENT_CREDITS = "insufficient_credits"
     PAYLOAD_TOO_LARGE = "payload_too_large"
@@ -114,6 +116,12 @@ class AlreadyExistsError(SandyardError):
     code = Code.CONFLICT
 
 
+class LimitReachedError(SandyardError):
+    """The organization has as much as its plan allows at one time."""
+
+    code = Code.LIMIT_REACHED
+
+
 class ConflictError(SandyardError):
     """The present status does not allow the request, or the caller lost a race."""
 
@@ -133,10 +141,14 @@ class PayloadTooLargeError(SandyardError):
 
 
 class RateLimitedError(SandyardError):
-    """Too many requests came in too short a time."""
+    """Too many requests came in too short a time; `retry_after_s` says when one is good again."""
 
     code = Code.RATE_LIMITED
     retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: int, **facts: str | int) -> None:
+        super().__init__(message, **facts)
+        self.retry_after_s = retry_after_s
 
 
 class DamagedError(SandyardError):

@@ -4,28 +4,51 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from sandyard.server.core.shapes import Shape
+from sandyard.server.core.shapes import NOTHING, Shape
 from sandyard.server.core.states import Status, Wanted
 
 
 @dataclass(frozen=True)
 class Organization:
-    """A tenant: what it owns is invisible to every other."""
+    """A tenant: what it owns is invisible to every other.
+
+    `external_id` is the identity provider's name for it. `limits` take the place of its plan's.
+    """
 
     id: str
     name: str
     slug: str
     created_at: datetime
+    plan: str = "enterprise"
+    external_id: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class User:
-    """A person, or the operator of an installation."""
+    """A person. `is_operator` says that this one runs the installation."""
 
     id: str
     email: str
     display_name: str
     created_at: datetime
+    external_id: str | None = None
+    first_name: str | None = None
+    last_name: str | None = None
+    picture_url: str | None = None
+    is_operator: bool = False
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What a user is in an organization. `role_at` is when the role was last set."""
+
+    org_id: str
+    user_id: str
+    role: str
+    created_at: datetime
+    role_at: datetime
 
 
 @dataclass(frozen=True)
@@ -38,11 +61,28 @@ class Project:
     slug: str
     is_default: bool
     created_at: datetime
+    color: str = "#6b7280"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder that outlives sandboxes; a personal one belongs to one member."""
+
+    id: str
+    org_id: str
+    owner_user_id: str | None
+    slug: str
+    name: str
+    is_personal: bool
+    created_at: datetime
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """A long-lived credential; only the digest of its secret is kept."""
+    """A long-lived credential; only the digest of its secret is kept.
+
+    What a key with `is_test` creates is free of charge and limited in number.
+    """
 
     id: str
     org_id: str
@@ -54,14 +94,37 @@ class ApiKey:
     created_at: datetime
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+    is_test: bool = False
+    project_id: str | None = None
+    owner_display_name: str = ""
+    owner_email: str = ""
 
 
 @dataclass(frozen=True)
 class KeyHolder:
-    """An API key with what its owner is in the key's organization."""
+    """An API key with what its owner is in the key's organization, and what that is limited to."""
 
     key: ApiKey
     role: str
+    is_operator: bool
+    plan: str
+    limits: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class SshKey:
+    """A public key that opens an organization's sandboxes."""
+
+    id: str
+    org_id: str
+    owner_user_id: str
+    name: str
+    public_key: str
+    fingerprint: str
+    key_type: str
+    created_at: datetime
+    last_used_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +140,8 @@ class Sandbox:
     """What a user owns. `version` grows with every write and guards it.
 
     `incarnation` counts the starts of its machine; the one numbered `from_snapshot_at` comes from a
-    snapshot. `env` and `root_password_hash` are secrets: the
-    store keeps the first encrypted, nothing echoes either.
+    snapshot. `saved_bytes` is what its saved state takes on disk. `env` and `root_password_hash`
+    are secrets: the store keeps the first encrypted, nothing echoes either.
     """
 
     id: str
@@ -113,6 +176,8 @@ class Sandbox:
     last_activity_kind: str | None = None
     from_snapshot_id: str | None = None
     from_snapshot_at: int = 0
+    is_test: bool = False
+    saved_bytes: int = 0
     owner_display_name: str = ""
     owner_email: str = ""
 
@@ -169,6 +234,7 @@ class SandboxQuery:
     template: str | None = None
     exclude_template: str | None = None
     project_id: str | None = None
+    is_test: bool | None = None
     after: tuple[datetime, str] | None = None
 
 
@@ -178,6 +244,22 @@ class Claim:
 
     sandbox: Sandbox
     lease: str
+
+
+@dataclass(frozen=True)
+class ActivityQuery:
+    """Which lines of an organization's feed to return, newest first, a page at a time.
+
+    `seen_by` is a member who sees what they did themselves and what became of their sandboxes.
+    """
+
+    org_id: str
+    limit: int
+    seen_by: str | None = None
+    matches: Mapping[str, str] = field(default_factory=dict)
+    since: datetime | None = None
+    until: datetime | None = None
+    after: tuple[datetime, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +284,10 @@ class Activity:
 
 @dataclass(frozen=True)
 class UsagePeriod:
-    """A stretch of time in which a sandbox is charged for; open while `ended_at` is None."""
+    """A stretch of time in which a sandbox is charged for; open while `ended_at` is None.
+
+    `posted` are the micros that were charged of it so far; what `is_free` is never charged.
+    """
 
     sandbox_id: str
     org_id: str
@@ -210,3 +295,86 @@ class UsagePeriod:
     shape: Shape
     started_at: datetime
     ended_at: datetime | None = None
+    is_free: bool = False
+    posted: int = 0
+    is_settled: bool = False
+    id: int = 0
+
+
+@dataclass(frozen=True)
+class StoragePeriod:
+    """A stretch of time in which bytes are kept: a saved state, a snapshot, a workspace.
+
+    `kind` and `resource_id` say of what; at most one is open for each. For the rest see
+    UsagePeriod.
+    """
+
+    kind: str
+    resource_id: str
+    org_id: str
+    size_bytes: int
+    started_at: datetime
+    ended_at: datetime | None = None
+    is_free: bool = False
+    posted: int = 0
+    is_settled: bool = False
+    id: int = 0
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One line of an organization's ledger; never changed. `amount_cents` is below 0 for usage."""
+
+    id: str
+    org_id: str
+    type: str
+    amount_cents: int
+    resource: str | None
+    description: str
+    reference_id: str | None
+    balance_after_cents: int
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class AutoTopup:
+    """When an organization wants its balance filled up by itself."""
+
+    org_id: str
+    is_enabled: bool = False
+    threshold_cents: int = 1000
+    amount_cents: int = 2000
+    customer_id: str | None = None
+    last_at: datetime | None = None
+    pending: "PendingTopup | None" = None
+
+
+@dataclass(frozen=True)
+class PendingTopup:
+    """A charge that was asked for and of which the outcome is not known; asked again under `key`,
+    the provider does it once.
+    """
+
+    key: str
+    cents: int
+    since: datetime
+
+
+@dataclass(frozen=True)
+class InUse:
+    """What an organization's live sandboxes take together, and what of it is not charged yet.
+
+    Those that are `active` run, or are on the way up or down; `disk_mib` is of all that live,
+    `tests` counts those of test keys. `paid` is the shape of all active ones that are not free,
+    added up. `owed` is the same times seconds, for the time that is being charged, and `posted`
+    the micros that were charged of it.
+    """
+
+    active: int = 0
+    vcpus: int = 0
+    memory_mib: int = 0
+    disk_mib: int = 0
+    tests: int = 0
+    paid: Shape = NOTHING
+    owed: Shape = NOTHING
+    posted: int = 0

@@ -15,6 +15,10 @@ SCOPES = frozenset(
 """Every scope that a key may hold. Agent, workflow and tool scopes are kept and used by nothing."""
 
 
+ADMINS_ONLY = frozenset({"admin:resources", "admin:*"})
+"""Held by name or not at all: `*` does not cover these, and only an admin grants them."""
+
+
 def is_covered(scope: str, held: Iterable[str]) -> bool:
     """Tell whether a set of held scopes allows `scope`: itself, its `family:*`, or `*`."""
     family = scope.split(":", 1)[0] + ":*"

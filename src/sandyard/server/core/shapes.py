@@ -24,6 +24,9 @@ class Shape:
     disk_mib: int
 
 
+NOTHING = Shape(0, 0, 0)
+
+
 def parse_size(text: str, *, field: str) -> int:
     """Return the MiB that a size such as `4GB`, `1024MB` or `512MiB` means.
 

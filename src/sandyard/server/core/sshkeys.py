@@ -2,6 +2,8 @@
 
 import base64
 import binascii
+from dataclasses import dataclass
+from hashlib import sha256
 
 from sandyard.server.core.errors import InvalidArgumentError
 
@@ -47,15 +49,90 @@ def check_public_key(text: str, *, field: str) -> str:
         raise InvalidArgumentError(
             f"cannot read {field}: the key is damaged; copy it again", field=field
         ) from error
-    if len(parts) < 2 or parts[0] != words[0].encode():
+    if not parts or parts[0] != words[0].encode():
         raise InvalidArgumentError(
             f"cannot read {field}: the key is not of the type it names; copy it again", field=field
         )
-    if words[0] == "ssh-rsa" and int.from_bytes(parts[-1], "big").bit_length() < _RSA_BITS_MIN:
+    if not _is_sound(words[0], parts[1:]):
+        raise InvalidArgumentError(
+            f"cannot read {field}: what is in it is no {words[0]} key; copy it again", field=field
+        )
+    if words[0] == "ssh-rsa" and int.from_bytes(parts[2], "big").bit_length() < _RSA_BITS_MIN:
         raise InvalidArgumentError(
             f"cannot take {field}: RSA keys need {_RSA_BITS_MIN} bits; make a new one", field=field
         )
     return " ".join(words)
+
+
+def fingerprint_of(key: str) -> str:
+    """Return the fingerprint of a public key as OpenSSH prints it: `SHA256:` and 43 characters."""
+    digest = sha256(base64.b64decode(key.split(" ", 2)[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def _is_sound(kind: str, parts: list[bytes]) -> bool:
+    """Tell whether a key's fields are those of its type (RFC 8709, RFC 5656, RFC 4253, PROTOCOL.u2f
+    of OpenSSH), which tells a key from bytes that merely have its form.
+    """
+    if kind.startswith("sk-"):
+        # The last field names the application, such as `ssh:`.
+        return bool(parts) and _is_sound(_WITHOUT_TOKEN[kind], parts[:-1])
+    match kind:
+        case "ssh-ed25519":
+            return [len(one) for one in parts] == [32]
+        case "ssh-rsa":
+            if len(parts) != 2:
+                return False
+            exponent, modulus = (int.from_bytes(one, "big", signed=True) for one in parts)
+            return exponent >= 3 and exponent % 2 == 1 and modulus > 0 and modulus % 2 == 1
+        case _:
+            curve = _CURVES[kind.removeprefix("ecdsa-sha2-")]
+            if len(parts) != 2 or parts[0].decode(errors="replace") != curve.name:
+                return False
+            return curve.holds(parts[1])
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """y² = x³ - 3x + b over a prime field (FIPS 186-4, appendix D.1.2)."""
+
+    name: str
+    prime: int
+    b: int
+
+    def holds(self, point: bytes) -> bool:
+        """Tell whether bytes are an uncompressed point of the curve."""
+        size = (self.prime.bit_length() + 7) // 8
+        if len(point) != 1 + 2 * size or point[0] != 4:
+            return False
+        x, y = int.from_bytes(point[1 : 1 + size], "big"), int.from_bytes(point[1 + size :], "big")
+        return max(x, y) < self.prime and (y * y - (x**3 - 3 * x + self.b)) % self.prime == 0
+
+
+_CURVES = {
+    curve.name: curve
+    for curve in (
+        _Curve(
+            "nistp256",
+            2**256 - 2**224 + 2**192 + 2**96 - 1,
+            0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B,
+        ),
+        _Curve(
+            "nistp384",
+            2**384 - 2**128 - 2**96 + 2**32 - 1,
+            0xB3312FA7E23EE7E4988E056BE3F82D19181D9C6EFE8141120314088F5013875AC656398D8A2ED19D2A85C8EDD3EC2AEF,
+        ),
+        _Curve(
+            "nistp521",
+            2**521 - 1,
+            0x0051953EB9618E1C9A1F929A21A0B68540EEA2DA725B99B315F3B8B489918EF109E156193951EC7E937B1652C0BD3BB1BF073573DF883D2C34F1EF451FD46B503F00,
+        ),
+    )
+}
+_WITHOUT_TOKEN = {
+    "sk-ssh-ed25519@openssh.com": "ssh-ed25519",
+    "sk-ecdsa-sha2-nistp256@openssh.com": "ecdsa-sha2-nistp256",
+}
 
 
 def _parts(blob: bytes) -> list[bytes]:

@@ -107,6 +107,7 @@ TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
         },
         _S.SUSPECTED_MISSING: {
             _E.READY: _S.RUNNING,
+            _E.PAUSE: _S.PAUSING,  # silent for too long; its owner cannot ask for it
             _E.BROKE: _S.ERROR,
             _E.VANISHED: _S.ORPHANED,
             _E.DELETE: _S.DESTROYING,

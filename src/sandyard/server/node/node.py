@@ -208,13 +208,13 @@ class Node:
             raise entry.failure
         return self._fact(entry)
 
-    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> None:
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
         """See core.contracts.NodeControl.ensure_paused."""
         entry = self._known(sandbox_id, incarnation)
         while entry.is_busy:
             await self._join(entry)
         if entry.record.phase is Phase.PAUSED and entry.unit.machine is None:
-            return
+            return await self._size_of(entry)
         if entry.record.phase not in (Phase.RUNNING, Phase.PAUSED):
             raise ConflictError(f"cannot pause {sandbox_id}: its machine is dead", status="error")
         self._check_unchanged(entry, sandbox_id)
@@ -222,6 +222,10 @@ class Node:
         await self._join(entry)
         if entry.failure is not None:
             raise entry.failure
+        return await self._size_of(entry)
+
+    async def _size_of(self, entry: _Entry) -> int:
+        return await in_thread(saving.size_of, self._launcher.body(entry.record))
 
     async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
         """See core.contracts.NodeControl.ensure_gone."""

@@ -152,6 +152,20 @@ def publish(part: Path, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def size_of(folder: Path) -> int:
+    """Return the bytes that a folder takes on disk; what it shares with others is not its own."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found = os.lstat(os.path.join(place, name))
+            except FileNotFoundError:
+                continue
+            if found.st_nlink == 1:
+                size += found.st_blocks * 512
+    return size
+
+
 def withdraw(folder: Path, to: Path) -> None:
     """Take a folder's name away, so that it no longer counts; what it held is then at `to`."""
     shutil.rmtree(to, ignore_errors=True)

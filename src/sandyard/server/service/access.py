@@ -2,12 +2,15 @@
 
 import hmac
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Protocol
 
 from sandyard.server.core.contracts import Clock, Store
 from sandyard.server.core.errors import (
     InvalidTokenError,
+    NotFoundError,
     PermissionDeniedError,
     SandyardError,
     TokenExpiredError,
@@ -15,18 +18,22 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import digest_of_key
 from sandyard.server.core.records import ApiKey
-from sandyard.server.core.scopes import is_covered
+from sandyard.server.core.scopes import ADMINS_ONLY, is_covered
 
 log = logging.getLogger(__name__)
 
-_SEE_ALL = ("admin:resources", "admin:*")
 _TOUCH_EVERY = timedelta(minutes=1)
 _TOKEN_MAX = 8192
+_TOUCHED_MAX = 10_000
 
 
 @dataclass(frozen=True)
 class Actor:
-    """Somebody who acts within one organization."""
+    """Somebody who acts within one organization.
+
+    One that is not `is_bound` may turn to the user's other organizations. `plan` and `limits` are
+    the organization's; `is_test` says that what is created is a test key's.
+    """
 
     org_id: str
     user_id: str
@@ -34,12 +41,17 @@ class Actor:
     scopes: frozenset[str]
     kind: str  # api_key, user or system
     key_id: str | None = None
+    is_bound: bool = True
+    is_operator: bool = False
+    is_test: bool = False
+    plan: str = "enterprise"
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sees_all(self) -> bool:
         """Whether the actor sees and acts on other members' resources."""
         # Named, not covered by `*`: a member's key for everything is not an admin's.
-        return self.role == "admin" or not self.scopes.isdisjoint(_SEE_ALL)
+        return self.role == "admin" or not self.scopes.isdisjoint(ADMINS_ONLY)
 
     def require(self, scope: str) -> None:
         """Return if the actor holds a scope.
@@ -53,6 +65,38 @@ class Actor:
                 requiredScope=scope,
             )
 
+    def require_admin(self) -> None:
+        """Return if the actor is an admin of the organization.
+
+        Raises:
+            PermissionDeniedError: it is a member; `facts` name the role.
+        """
+        if self.role != "admin":
+            raise PermissionDeniedError(
+                "cannot do this as a member: it takes the role admin; ask one of the "
+                "organization's admins",
+                requiredRole="admin",
+            )
+
+    def require_operator(self) -> None:
+        """Return if the actor runs the installation.
+
+        Raises:
+            PermissionDeniedError: it does not.
+        """
+        if not self.is_operator:
+            raise PermissionDeniedError(
+                "cannot do this: it takes an operator of the installation, who can also use "
+                "`sandyard admin` on the host",
+                requiredRole="operator",
+            )
+
+    def may_grant(self, scope: str) -> bool:
+        """Tell whether the actor can give a key this scope."""
+        if scope in ADMINS_ONLY:
+            return self.role == "admin" and is_covered(scope, self.scopes)
+        return is_covered(scope, self.scopes)
+
 
 def no_credential() -> UnauthenticatedError:
     """Return the error for a request that says nothing of who is asking."""
@@ -61,34 +105,57 @@ def no_credential() -> UnauthenticatedError:
     )
 
 
+class Door(Protocol):
+    """Lets in who comes with a session token. See service.sign_in.SignIn."""
+
+    async def enter(self, token: str, *, org_id: str | None = None) -> Actor:
+        """Return the actor of a session token."""
+        ...
+
+
 class Access:
     """Tells from a credential who is asking."""
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock, sign_in: Door | None = None) -> None:
         self._store = store
         self._clock = clock
+        self._sign_in = sign_in
         self._touched: dict[str, float] = {}
 
-    async def authenticate(self, token: str | None) -> Actor:
+    async def authenticate(self, token: str | None, *, org_id: str | None = None) -> Actor:
         """Return the actor behind a credential.
+
+        `org_id` says which of a session's organizations is meant, where its token does not.
 
         Raises:
             UnauthenticatedError: there is none.
             InvalidTokenError: it is unknown, revoked or malformed.
             TokenExpiredError: it has run out.
+            NotFoundError: there is no such organization for this actor.
+            UnavailableError: who is asking cannot be told now.
         """
         if not token:
             raise no_credential()
-        if not token.startswith("rt_") or len(token) > _TOKEN_MAX or not token.isascii():
-            raise InvalidTokenError(
-                "cannot accept the credential: it is not an API key (rt_live_… or rt_test_…)"
-            )
-        return await self._by_key(token)
+        if len(token) > _TOKEN_MAX or not token.isascii():
+            raise _unknown_kind()
+        if token.startswith("rt_"):
+            actor = await self._by_key(token)
+            if org_id is not None and org_id != actor.org_id:
+                raise NotFoundError("cannot find the organization: the key is of another")
+            return actor
+        if token.startswith("eyJ"):
+            if self._sign_in is None:
+                raise InvalidTokenError(
+                    "cannot accept a session token: no identity provider is set up here; "
+                    "use an API key"
+                )
+            return await self._sign_in.enter(token, org_id=org_id)
+        raise _unknown_kind()
 
     async def _by_key(self, token: str) -> Actor:
         digest = digest_of_key(token)
         async with self._store.read() as tx:
-            holder = await tx.accounts.find_key(digest)
+            holder = await tx.keys.holder(digest)
         if holder is None or not hmac.compare_digest(holder.key.digest, digest):
             raise InvalidTokenError("cannot accept the API key: it is unknown")
         key = holder.key
@@ -105,15 +172,28 @@ class Access:
             scopes=frozenset(key.scopes),
             kind="api_key",
             key_id=key.id,
+            is_operator=holder.is_operator,
+            is_test=key.is_test,
+            plan=holder.plan,
+            limits=holder.limits,
         )
 
     async def _touch(self, key: ApiKey) -> None:
         last = self._touched.get(key.id)
         now = self._clock.monotonic()
         if last is None or now - last > _TOUCH_EVERY.total_seconds():
+            if len(self._touched) > _TOUCHED_MAX:
+                self._touched.clear()
             self._touched[key.id] = now
             try:
                 async with self._store.write() as tx:
-                    await tx.accounts.touch_key(key.id, self._clock.now())
+                    await tx.keys.touch(key.id, self._clock.now())
             except SandyardError:  # worth less than the request it would stop
                 log.warning("the last use of a key could not be noted")
+
+
+def _unknown_kind() -> InvalidTokenError:
+    return InvalidTokenError(
+        "cannot accept the credential: it is neither an API key (rt_live_… or rt_test_…) nor a "
+        "session token (eyJ…)"
+    )

@@ -4,12 +4,14 @@ A change is written only if the sandbox is still as it was read (its version), a
 same transaction: the line in the activity feed, and the opening or closing of the usage period.
 """
 
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import datetime
 
 from sandyard.server.core.contracts import Bus, Clock, Hold, Store, Transaction
 from sandyard.server.core.errors import ConflictError
 from sandyard.server.core.ids import new_uuid
-from sandyard.server.core.records import Activity, Reason, Sandbox, UsagePeriod
+from sandyard.server.core.records import Activity, Reason, Sandbox, StoragePeriod, UsagePeriod
 from sandyard.server.core.states import BILLED, Event, Status, advance
 from sandyard.server.service.access import Actor
 
@@ -69,13 +71,17 @@ class Lifecycle:
         lease: str | None = None,
         hold: Hold | None = None,
         used: str | None = None,
+        check: Callable[[Transaction], Awaitable[None]] | None = None,
+        ended_at: datetime | None = None,
         **changes: object,
     ) -> Sandbox | None:
         """Apply an event and return the sandbox as it is then; None if it has moved on meanwhile.
 
         `actor` is who wanted it, None for the platform itself. With `lease` the change is written
         only while the lease is held; without, whoever holds one loses it, to `hold` if that is
-        given. `used` says that it counts as activity, and of which kind.
+        given. `used` says that it counts as activity, and of which kind. `check` is asked in the
+        transaction, and what it raises undoes it. `ended_at` is when what was charged came to its
+        end, where that was before now.
 
         Raises:
             ConflictError: the event has no meaning in the sandbox's status.
@@ -90,13 +96,18 @@ class Lifecycle:
             **changes,  # type: ignore[arg-type]
         )
         async with self._store.write() as tx:
+            if check is not None:
+                # Whoever lost a race is not refused for what the winner took.
+                if not await _is_current(tx, sandbox):
+                    return None
+                await check(tx)
             stored = await tx.sandboxes.replace(changed, lease=lease, hold=hold)
             if stored is None:
                 return None
             if used is not None:
                 await tx.activity.touch(sandbox.id, at=now, kind=used)
                 stored = replace(stored, last_activity_at=now, last_activity_kind=used)
-            await self._meter(tx, sandbox, stored)
+            await self._meter(tx, sandbox, stored, ended_at)
             if stored.status is not sandbox.status:
                 await tx.activity.append(_line(stored, f"sandbox.{status}", actor))
         self._bus.hint(topic_of(sandbox.id))
@@ -105,15 +116,27 @@ class Lifecycle:
         return stored
 
     async def change(
-        self, sandbox: Sandbox, *, actor: Actor, retag: bool, **changes: object
+        self,
+        sandbox: Sandbox,
+        *,
+        actor: Actor,
+        retag: bool,
+        check: Callable[[Transaction, Sandbox], Awaitable[None]],
+        **changes: object,
     ) -> Sandbox | None:
-        """Change what has nothing to do with the status; None if the sandbox has moved on."""
+        """Change what has nothing to do with the status; None if the sandbox has moved on.
+
+        `check` is asked in the transaction of the sandbox as it would be.
+        """
         changed = replace(
             sandbox,
             updated_at=self._clock.now(),
             **changes,  # type: ignore[arg-type]
         )
         async with self._store.write() as tx:
+            if not await _is_current(tx, sandbox):
+                return None
+            await check(tx, changed)
             stored = await tx.sandboxes.replace(changed, retag=retag)
             if stored is not None:
                 await tx.activity.append(_line(stored, "sandbox.updated", actor, _UPDATED))
@@ -128,7 +151,10 @@ class Lifecycle:
             )
         self._bus.hint(topic_of(sandbox.id))
 
-    async def _meter(self, tx: Transaction, before: Sandbox, after: Sandbox) -> None:
+    async def _meter(
+        self, tx: Transaction, before: Sandbox, after: Sandbox, ended_at: datetime | None
+    ) -> None:
+        now = after.updated_at
         was, is_now = before.status in BILLED, after.status in BILLED
         if is_now and not was:
             await tx.usage.open(
@@ -137,11 +163,26 @@ class Lifecycle:
                     org_id=after.org_id,
                     incarnation=after.incarnation,
                     shape=after.shape,
-                    started_at=after.updated_at,
+                    started_at=now,
+                    is_free=after.is_test,
                 )
             )
         elif was and not is_now:
-            await tx.usage.close(after.id, after.updated_at)
+            await tx.usage.close(after.id, min(now, ended_at or now))
+        was, is_now = before.status is Status.PAUSED, after.status is Status.PAUSED
+        if is_now and not was and after.saved_bytes > 0:
+            await tx.storage.open(
+                StoragePeriod(
+                    kind="sandbox",
+                    resource_id=after.id,
+                    org_id=after.org_id,
+                    size_bytes=after.saved_bytes,
+                    started_at=now,
+                    is_free=after.is_test,
+                )
+            )
+        elif was and not is_now:
+            await tx.storage.close("sandbox", after.id, now)
 
 
 def check_status(sandbox: Sandbox, *, wanted: str) -> ConflictError:
@@ -150,6 +191,11 @@ def check_status(sandbox: Sandbox, *, wanted: str) -> ConflictError:
     return ConflictError(
         f"cannot {wanted} {sandbox.id}: it is {sandbox.status}{why}", status=sandbox.status.value
     )
+
+
+async def _is_current(tx: Transaction, sandbox: Sandbox) -> bool:
+    stored = await tx.sandboxes.find(sandbox.id)
+    return stored is not None and stored.version == sandbox.version
 
 
 def _line(

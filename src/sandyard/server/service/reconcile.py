@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Coroutine, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts import (
     Bus,
@@ -56,6 +56,7 @@ _PRESSED = Reason("host_memory_low", "the host was short of memory and this was 
 _KEPT = frozenset({Status.PAUSED, Status.ERROR})
 _PASSING = frozenset({"host_disk_full"})
 _RELIEF = "relief"
+_SILENT_MAX = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ class Pace:
 
 
 class Reconciler:
-    """See the module."""
+    """See the module.
+
+    `away_since` is when the platform was last at work: machines that are found dead at the first
+    look may have died at any time since, and nobody pays for what may not have been.
+    """
 
     def __init__(
         self,
@@ -84,7 +89,9 @@ class Reconciler:
         pace: Pace,
         idleness: Idleness,
         uses: Uses,
+        away_since: datetime | None = None,
     ) -> None:
+        self._away_since = away_since
         self._idleness = idleness
         self._uses = uses
         self._store = store
@@ -306,7 +313,9 @@ class Reconciler:
     async def _pause(self, claim: Claim) -> None:
         sandbox = claim.sandbox
         try:
-            await self._node_of(sandbox).ensure_paused(sandbox.id, incarnation=sandbox.incarnation)
+            size = await self._node_of(sandbox).ensure_paused(
+                sandbox.id, incarnation=sandbox.incarnation
+            )
         except (NotFoundError, ConflictError) as error:
             if error.facts.get("status") != "error" and not isinstance(error, NotFoundError):
                 raise
@@ -336,6 +345,7 @@ class Reconciler:
                 reason=sandbox.reason,
                 ip=None,
                 paused_at=self._clock.now(),
+                saved_bytes=size,
             )
 
     async def _take_down(self, claim: Claim) -> None:
@@ -377,7 +387,8 @@ class Reconciler:
         for sandbox in rows:
             fact = facts.get(sandbox.id)
             if sandbox.expires_at is not None and sandbox.expires_at <= self._clock.now():
-                await self._expire(sandbox)
+                is_gone = fact is None or _is_dead(fact)
+                await self._expire(sandbox, ended_at=self._away_since if is_gone else None)
             elif sandbox.status in (Status.RUNNING, Status.SUSPECTED_MISSING):
                 await self._judge(sandbox, fact)
                 if self._idleness.is_due(sandbox):
@@ -389,6 +400,7 @@ class Reconciler:
                 if sandbox.id in self._vanished:
                     await self._lifecycle.apply(sandbox, Event.VANISHED, reason=_VANISHED)
         self._vanished = vanished
+        self._away_since = None  # whatever died while nobody looked has been found
         if report.is_short_of_memory:
             await self._relieve(rows)
         await self._remove_unwanted(node, report.machines, known)
@@ -438,12 +450,25 @@ class Reconciler:
     async def _judge(self, sandbox: Sandbox, fact: MachineFact | None) -> None:
         is_silent = sandbox.status is Status.SUSPECTED_MISSING
         if fact is None or fact.incarnation != sandbox.incarnation:
-            await self._lifecycle.apply(sandbox, Event.BROKE, reason=_LOST, ip=None)
+            await self._lifecycle.apply(
+                sandbox, Event.BROKE, reason=_LOST, ip=None, ended_at=self._away_since
+            )
         elif _is_dead(fact):
-            await self._lifecycle.apply(sandbox, Event.BROKE, reason=_reason_of(fact), ip=None)
+            await self._lifecycle.apply(
+                sandbox,
+                Event.BROKE,
+                reason=_reason_of(fact),
+                ip=None,
+                ended_at=self._away_since,
+            )
         elif fact.state is MachineState.SILENT:
             if not is_silent:
                 await self._lifecycle.apply(sandbox, Event.SILENT, reason=_SILENT)
+            elif self._clock.now() - sandbox.updated_at > _SILENT_MAX:
+                # It can be used by nobody, and is charged for nothing.
+                await self._lifecycle.apply(
+                    sandbox, Event.PAUSE, reason=_SILENT, wanted=Wanted.PAUSED
+                )
         elif is_silent:
             await self._lifecycle.apply(sandbox, Event.READY)
         elif fact.state is MachineState.PAUSED:
@@ -485,6 +510,7 @@ class Reconciler:
         for one in done:
             async with self._store.write() as tx:
                 await tx.snapshots.remove(one.id)
+                await tx.storage.close("snapshot", one.id, now)
         kept = {one.id for one in rows} - {one.id for one in done}
         unwanted = {one for one in report.snapshots if one not in kept}
         twice, self._unwanted_snapshots = unwanted & self._unwanted_snapshots, unwanted
@@ -512,10 +538,11 @@ class Reconciler:
             log.warning("removing a machine that nobody wants", extra={"sandbox_id": sandbox_id})
             self._settle(sandbox_id, node.ensure_gone(sandbox_id, incarnation=incarnation))
 
-    async def _expire(self, sandbox: Sandbox) -> None:
+    async def _expire(self, sandbox: Sandbox, *, ended_at: datetime | None) -> None:
         await self._lifecycle.apply(
             sandbox,
             Event.DELETE,
+            ended_at=ended_at,
             wanted=Wanted.GONE,
             reason=Reason("expired", "the end set at its creation (expiresIn) has come"),
         )

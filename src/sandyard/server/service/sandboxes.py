@@ -5,6 +5,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 
 from sandyard.server.core.contracts import (
     Bus,
@@ -13,6 +14,7 @@ from sandyard.server.core.contracts import (
     Store,
     TemplateFact,
     TemplateStatus,
+    Transaction,
 )
 from sandyard.server.core.errors import (
     Code,
@@ -34,22 +36,22 @@ from sandyard.server.core.ids import (
 )
 from sandyard.server.core.records import Activity, Claim, Sandbox, SandboxQuery, Snapshot
 from sandyard.server.core.shapes import Shape, shape_of
-from sandyard.server.core.sshkeys import check_public_key, is_literal_key
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status, Wanted
 from sandyard.server.core.wire import Op
 from sandyard.server.service.access import Actor
+from sandyard.server.service.admission import Admission
 from sandyard.server.service.execute import Command, NotBegunError, Outcome, execute
 from sandyard.server.service.lifecycle import Lifecycle, check_status
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.register import Register, find_snapshot
 from sandyard.server.service.repeats import Repeatable, Repeats
+from sandyard.server.service.ssh_keys import SshKeys
 from sandyard.server.service.uses import Uses
 from sandyard.server.service.worker import Worker
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ENV_MAX = 64 * 1024
 _METADATA_MAX = 16 * 1024
-_SSH_KEYS_MAX = 100
 _COMMAND_MAX = 128 * 1024 - 1  # the kernel's limit for one argument (MAX_ARG_STRLEN)
 _PATH_MAX = 4096
 _TIMEOUT_MS = range(1, 3_600_001)
@@ -128,6 +130,8 @@ class Sandboxes:
         lifecycle: Lifecycle,
         worker: Worker,
         uses: Uses,
+        admission: Admission,
+        ssh_keys: SshKeys,
         repeats: Repeats,
         bus: Bus,
         clock: Clock,
@@ -141,6 +145,8 @@ class Sandboxes:
         self._lifecycle = lifecycle
         self._worker = worker
         self._uses = uses
+        self._admission = admission
+        self._ssh_keys = ssh_keys
         self._repeats = repeats
         self._bus = bus
         self._clock = clock
@@ -158,6 +164,8 @@ class Sandboxes:
         Raises:
             InvalidArgumentError: something asked for cannot be; `facts` name the field.
             AlreadyExistsError: the name is taken.
+            LimitReachedError: the organization has as many as its plan allows.
+            QuotaExceededError: its credits do not suffice for about an hour.
             UnavailableError: the template is not built, or the host has no room.
         """
         actor.require("sandbox:create")
@@ -176,6 +184,8 @@ class Sandboxes:
             ids = await self._repeats.made_before(tx, actor, request)
             if ids is not None:
                 return await tx.sandboxes.find(ids[0]) or sandbox
+            await self._admission.check_new(tx, actor, sandbox.shape)
+            await _check_project(tx, sandbox)
             sandbox = await self._lifecycle.begin(tx, sandbox, actor, hold=hold)
             await self._repeats.note(tx, actor, request, (sandbox.id,))
         can_wait = is_waiting and wish.snapshot is None
@@ -199,7 +209,7 @@ class Sandboxes:
         name = None if wish.name is None else check_name(wish.name)
         tags = check_tags(wish.tags)
         env = _checked_env(wish.env)
-        keys = _checked_keys(wish.ssh_keys)
+        keys = await self._ssh_keys.resolve(actor, wish.ssh_keys)
         if wish.snapshot is None:
             template = await self._template(wish.template)
             slug, snapshot_id = wish.template, None
@@ -210,6 +220,7 @@ class Sandboxes:
             snapshot = await find_snapshot(self._store, actor, wish.snapshot)
             slug, snapshot_id = snapshot.template, snapshot.id
             shape = _shape_from(snapshot, wish)
+        self._admission.check_shape(actor, shape)
         project_id = await self._project(actor, wish.project_id)
         password_hash = await self._password_hash(wish.root_password)
         lives = wish.expires_in_s
@@ -237,6 +248,7 @@ class Sandboxes:
             expires_at=None if lives is None else now + timedelta(seconds=lives),
             from_snapshot_id=snapshot_id,
             from_snapshot_at=1 if snapshot_id else 0,
+            is_test=actor.is_test,
         )
 
     async def get(self, actor: Actor, reference: str) -> Sandbox:
@@ -336,6 +348,7 @@ class Sandboxes:
         Raises:
             NotFoundError: see `get`.
             ConflictError: its status does not allow it.
+            LimitReachedError, QuotaExceededError: see `create`.
             UnavailableError: it could not be resumed, and is still what it was.
         """
         actor.require("sandbox:write")
@@ -366,6 +379,12 @@ class Sandboxes:
                 Event.RESUME,
                 actor=actor,
                 hold=hold,
+                check=partial(
+                    self._admission.check_resume,
+                    actor=actor,
+                    shape=sandbox.shape,
+                    is_test=sandbox.is_test,
+                ),
                 incarnation=sandbox.incarnation + 1,
                 wanted=Wanted.RUNNING,
             )
@@ -422,7 +441,7 @@ class Sandboxes:
             return sandbox
         for _ in range(_TRIES):
             changed = await self._lifecycle.change(
-                sandbox, actor=actor, retag="tags" in wanted, **wanted
+                sandbox, actor=actor, retag="tags" in wanted, check=_check_project, **wanted
             )
             if changed is not None:
                 return await self._register.reread(sandbox.id)
@@ -534,7 +553,7 @@ class Sandboxes:
         project = None
         if project_id is None or is_uuid(project_id):
             async with self._store.read() as tx:
-                project = await tx.accounts.find_project(actor.org_id, project_id)
+                project = await tx.projects.find(actor.org_id, project_id)
         if project is None:
             raise InvalidArgumentError(
                 "cannot use projectId: the organization has no such project", field="projectId"
@@ -573,6 +592,14 @@ class Sandboxes:
                     sandbox_id=sandbox.id,
                 )
             )
+
+
+async def _check_project(tx: Transaction, sandbox: Sandbox) -> None:
+    """Refuse a project that was deleted since it was looked up."""
+    if await tx.projects.find(sandbox.org_id, sandbox.project_id) is None:
+        raise InvalidArgumentError(
+            "cannot use projectId: the project was deleted at this moment", field="projectId"
+        )
 
 
 def _not_done(sandbox: Sandbox, what: str) -> SandyardError:
@@ -644,24 +671,6 @@ def _checked_env(env: Mapping[str, str]) -> Mapping[str, str]:
     if size > _ENV_MAX:
         raise InvalidArgumentError("cannot keep over 64 KiB of env", field="env")
     return dict(env)
-
-
-def _checked_keys(keys: list[str] | None) -> tuple[str, ...]:
-    if keys is None:
-        return ()
-    if len(keys) > _SSH_KEYS_MAX:
-        raise InvalidArgumentError("cannot take over 100 SSH keys", field="sshKeys")
-    checked = []
-    for key in keys:
-        check_text(key, field="sshKeys")
-        if not is_literal_key(key):
-            raise InvalidArgumentError(
-                f"cannot use the SSH key {key[:80]!r}: no key of the organization has this id, "
-                "and it is not a public key itself",
-                field="sshKeys",
-            )
-        checked.append(check_public_key(key, field="sshKeys"))
-    return tuple(checked)
 
 
 def _check_command(command: Command) -> None:

@@ -16,9 +16,10 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import check_text, is_uuid, new_sandbox_id, new_uuid
-from sandyard.server.core.records import Activity, Claim, Sandbox, Snapshot
+from sandyard.server.core.records import Activity, Claim, Sandbox, Snapshot, StoragePeriod
 from sandyard.server.core.states import Event, Status, Wanted
 from sandyard.server.service.access import Actor
+from sandyard.server.service.admission import Admission
 from sandyard.server.service.lifecycle import Lifecycle, check_status
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.register import Register, find_snapshot
@@ -48,6 +49,7 @@ class Snapshots:
         lifecycle: Lifecycle,
         worker: Worker,
         sandboxes: Sandboxes,
+        admission: Admission,
         repeats: Repeats,
         uses: Uses,
         clock: Clock,
@@ -58,6 +60,7 @@ class Snapshots:
         self._lifecycle = lifecycle
         self._worker = worker
         self._sandboxes = sandboxes
+        self._admission = admission
         self._repeats = repeats
         self._uses = uses
         self._clock = clock
@@ -88,7 +91,12 @@ class Snapshots:
             with self._uses.use(snapshot.id):
                 size_bytes = await self._save(sandbox, snapshot)
                 async with self._store.write() as tx:
-                    await tx.snapshots.complete(snapshot.id, size_bytes=size_bytes)
+                    if not await tx.snapshots.complete(snapshot.id, size_bytes=size_bytes):
+                        raise ConflictError(
+                            f"cannot finish the snapshot {snapshot.id}: it was deleted meanwhile",
+                            status="deleted",
+                        )
+                    await tx.storage.open(self._kept(sandbox, snapshot, size_bytes))
                     await tx.activity.append(self._line(actor, snapshot, "snapshot.created"))
                     await self._repeats.note(tx, actor, request, (snapshot.id,))
             return await self._found(actor, snapshot.id)
@@ -120,11 +128,19 @@ class Snapshots:
 
         Raises:
             NotFoundError: see `find`.
+            ConflictError: it is being made.
         """
         actor.require("sandbox:write")
         snapshot = await find_snapshot(self._store, actor, reference, field=None)
+        if not snapshot.is_ready and self._uses.is_used(snapshot.id):
+            raise ConflictError(
+                f"cannot delete the snapshot {snapshot.id} yet: it is being made; ask again once "
+                "it is ready",
+                status="creating",
+            )
         async with self._store.write() as tx:
             await tx.snapshots.remove(snapshot.id)
+            await tx.storage.close("snapshot", snapshot.id, self._clock.now())
             await tx.activity.append(self._line(actor, snapshot, "snapshot.deleted"))
         node = self._placement.find(snapshot.node_id)
         if node is not None:
@@ -152,6 +168,8 @@ class Snapshots:
                 if ids is not None:
                     found = [await tx.sandboxes.find(one) for one in ids]
                     return [one for one in found if one is not None]
+                # Before anything is saved; what decides is asked again when they are made.
+                await self._admission.check_new(tx, actor, source.shape, count=count)
             if source.status not in _SAVABLE:
                 raise check_status(source, wanted="fork")
             shape = source.shape
@@ -181,6 +199,7 @@ class Snapshots:
         hold = self._worker.hold()
         forks = []
         async with self._store.write() as tx:
+            await self._admission.check_new(tx, actor, source.shape, count=count)
             await tx.snapshots.complete(snapshot.id, size_bytes=snapshot.size_bytes)
             for _ in range(count):
                 fork = self._fork_of(actor, source, snapshot)
@@ -212,6 +231,8 @@ class Snapshots:
             reason=None,
             from_snapshot_id=snapshot.id,
             from_snapshot_at=1,
+            is_test=actor.is_test,
+            saved_bytes=0,
         )
 
     async def roll_back(self, actor: Actor, reference: str, snapshot_ref: str) -> Sandbox:
@@ -235,6 +256,9 @@ class Snapshots:
                 field="snapshotId",
             )
         if sandbox.status is Status.RUNNING or sandbox.status is Status.PAUSING:
+            # Before it is taken down for what then could not come up.
+            async with self._store.read() as tx:
+                await self._admission.check_going_on(tx, actor, is_test=sandbox.is_test)
             sandbox = await self._sandboxes.pause(actor, sandbox.id)
         if sandbox.status not in (Status.PAUSED, Status.ERROR):
             raise check_status(sandbox, wanted="roll back")
@@ -244,6 +268,9 @@ class Snapshots:
             Event.ROLL_BACK,
             actor=actor,
             hold=hold,
+            check=lambda tx: self._admission.check_resume(
+                tx, actor, sandbox.shape, is_test=sandbox.is_test
+            ),
             incarnation=sandbox.incarnation + 1,
             wanted=Wanted.RUNNING,
             from_snapshot_id=snapshot.id,
@@ -321,6 +348,16 @@ class Snapshots:
 
     async def _found(self, actor: Actor, snapshot_id: str) -> Snapshot:
         return await find_snapshot(self._store, actor, snapshot_id, field=None, ready=False)
+
+    def _kept(self, sandbox: Sandbox, snapshot: Snapshot, size_bytes: int) -> StoragePeriod:
+        return StoragePeriod(
+            kind="snapshot",
+            resource_id=snapshot.id,
+            org_id=snapshot.org_id,
+            size_bytes=size_bytes,
+            started_at=self._clock.now(),
+            is_free=sandbox.is_test,
+        )
 
     def _line(self, actor: Actor | None, snapshot: Snapshot, event_type: str) -> Activity:
         is_new = event_type == "snapshot.created"

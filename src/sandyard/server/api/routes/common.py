@@ -1,14 +1,18 @@
 """What every route shares: the documented errors, the envelope, the key of a repeated request."""
 
 import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Request
 
-from sandyard.server.api.models import Data, ErrorAnswer, Meta
+from sandyard.server.api.cursors import encode_cursor
+from sandyard.server.api.models import Data, ErrorAnswer, Meta, Page, PageMeta
 from sandyard.server.service.repeats import Repeatable
 
 T = TypeVar("T")
+Shown = TypeVar("Shown")
 
 
 async def _repeatable(
@@ -37,10 +41,12 @@ Keyed = Annotated[Repeatable | None, Depends(_repeatable)]
 _MEANINGS = {
     400: "The request is wrong; `details.field` names what.",
     401: "No credential, or not a good one.",
-    403: "The credential lacks a scope.",
+    402: "The organization's credits do not suffice for about an hour.",
+    403: "The credential lacks a scope or a role.",
     404: "Absent, or another organization's.",
-    409: "A name is taken, or the sandbox's status does not allow it.",
+    409: "Something is taken, a limit is reached, or the status does not allow it.",
     413: "The request is too large.",
+    429: "Too many requests; try again after `Retry-After` seconds.",
     500: "Something broke on the server.",
     503: "Not now; try again after `Retry-After` seconds.",
 }
@@ -50,8 +56,38 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the documentation of a route's error answers; those every route can give are added."""
     return {
         status: {"model": ErrorAnswer, "description": _MEANINGS[status]}
-        for status in sorted({400, 401, 403, 500, 503, *statuses})
+        for status in sorted({400, 401, 403, 404, 429, 500, 503, *statuses})
     }
+
+
+def paged(
+    request: Request,
+    found: Sequence[T],
+    limit: int,
+    show: Callable[[T], Shown],
+    place: Callable[[T], tuple[datetime, str]],
+) -> Page[Shown]:
+    """Return one page out of up to `limit` things and one more, if there is more."""
+    page, has_more = found[:limit], len(found) > limit
+    following = encode_cursor(*place(page[-1])) if has_more else None
+    return Page(
+        data=[show(one) for one in page],
+        has_more=has_more,
+        next_cursor=following,
+        meta=PageMeta(
+            request_id=request.state.request_id, has_more=has_more, next_cursor=following
+        ),
+    )
+
+
+def whole(request: Request, shown: list[T]) -> Page[T]:
+    """Return a list that is always given in one page."""
+    return Page(
+        data=shown,
+        has_more=False,
+        next_cursor=None,
+        meta=PageMeta(request_id=request.state.request_id, has_more=False, next_cursor=None),
+    )
 
 
 def enveloped(request: Request, data: T) -> Data[T]:

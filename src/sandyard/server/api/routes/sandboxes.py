@@ -52,7 +52,7 @@ Wait = Annotated[
 ]
 
 
-@router.post("", status_code=201, responses=errors(409))
+@router.post("", status_code=201, responses=errors(402, 409))
 async def create_sandbox(
     request: Request,
     actor: CanCreate,
@@ -210,7 +210,10 @@ async def pause_sandbox(
 
 @router.post(
     "/{reference}/resume",
-    responses={**errors(404, 409), 202: {"model": Data[ResumedOut], "description": "Under way."}},
+    responses={
+        **errors(402, 404, 409),
+        202: {"model": Data[ResumedOut], "description": "Under way."},
+    },
 )
 async def resume_sandbox(
     request: Request,
@@ -254,7 +257,7 @@ async def delete_sandbox(
     return enveloped(request, DeletedOut(id=sandbox.id, deleted=not async_))
 
 
-@router.post("/{reference}/exec", responses=errors(404, 409))
+@router.post("/{reference}/exec", responses=errors(402, 404, 409))
 async def execute(
     request: Request, actor: CanWrite, service: Service, reference: str, body: Exec
 ) -> Data[ExecOut]:

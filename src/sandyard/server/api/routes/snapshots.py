@@ -91,7 +91,7 @@ async def get_snapshot(
     return enveloped(request, snapshot_out(snapshot))
 
 
-@router.delete("/v1/snapshots/{reference}", responses=errors(404))
+@router.delete("/v1/snapshots/{reference}", responses=errors(404, 409))
 async def delete_snapshot(
     request: Request, actor: CanWrite, service: Service, reference: str
 ) -> Data[RemovedOut]:
@@ -100,7 +100,7 @@ async def delete_snapshot(
     return enveloped(request, RemovedOut(id=snapshot.id, deleted=True))
 
 
-@router.post("/v1/sandboxes/{reference}/fork", status_code=201, responses=errors(404, 409))
+@router.post("/v1/sandboxes/{reference}/fork", status_code=201, responses=errors(402, 404, 409))
 async def fork_sandbox(
     request: Request,
     actor: CanCreate,
@@ -119,7 +119,7 @@ async def fork_sandbox(
     return enveloped(request, [sandbox_out(one, actor) for one in forks])
 
 
-@router.post("/v1/sandboxes/{reference}/rollback", responses=errors(404, 409))
+@router.post("/v1/sandboxes/{reference}/rollback", responses=errors(402, 404, 409))
 async def roll_back_sandbox(
     request: Request, actor: CanWrite, service: Service, reference: str, body: RollBack
 ) -> Data[SandboxOut]:

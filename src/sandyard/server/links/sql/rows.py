@@ -16,7 +16,6 @@ from sqlalchemy import (
     bindparam,
     delete,
     exists,
-    func,
     insert,
     or_,
     select,
@@ -28,19 +27,14 @@ from sandyard.server.core.contracts import Hold
 from sandyard.server.core.errors import AlreadyExistsError, InternalError
 from sandyard.server.core.records import (
     Activity,
-    ApiKey,
+    ActivityQuery,
     Claim,
     KeyedRequest,
-    KeyHolder,
-    Organization,
-    Project,
     Reason,
     RequestKey,
     Sandbox,
     SandboxQuery,
     Snapshot,
-    UsagePeriod,
-    User,
 )
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import HIDDEN, Status, Wanted
@@ -51,15 +45,10 @@ _SAME = (
     "id", "org_id", "owner_user_id", "project_id", "name", "version", "incarnation", "template",
     "idle_timeout_s", "root_password_hash", "auto_resume", "expires_at", "node_id", "driver", "ip",
     "os", "created_at", "updated_at", "started_at", "paused_at", "last_activity_at",
-    "last_activity_kind", "from_snapshot_id", "from_snapshot_at",
+    "last_activity_kind", "from_snapshot_id", "from_snapshot_at", "is_test", "saved_bytes",
 )  # fmt: skip
 _USED = ("last_activity_at", "last_activity_kind")
-_KEY = (
-    "id", "org_id", "owner_user_id", "name", "prefix", "digest", "created_at", "expires_at",
-    "revoked_at",
-)  # fmt: skip
 _HIDDEN = sorted(status.value for status in HIDDEN)
-_FEED_MAX = 500
 _COMING = ("pending", "creating", "resuming")
 
 
@@ -124,6 +113,7 @@ class SandboxTable:
             (c.owner_user_id, query.owner_user_id),
             (c.template, query.template),
             (c.project_id, query.project_id),
+            (c.is_test, query.is_test),
         ):
             if value is not None:
                 wanted.append(column == value)
@@ -133,8 +123,7 @@ class SandboxTable:
             tags = t.sandbox_tags.c
             wanted.append(exists().where(tags.sandbox_id == c.id, tags.tag == tag))
         if query.after is not None:
-            created, last = query.after
-            wanted.append(or_(c.created_at < created, and_(c.created_at == created, c.id < last)))
+            wanted.append(older(c, query.after))
         return await self._sandboxes(
             _selected().where(*wanted).order_by(c.created_at.desc(), c.id.desc()).limit(query.limit)
         )
@@ -259,80 +248,6 @@ class SandboxTable:
         )
 
 
-class AccountTable:
-    """See core.contracts.AccountRows."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    async def add_organization(self, organization: Organization, project: Project) -> None:
-        """See core.contracts.AccountRows.add_organization."""
-        await self._connection.execute(insert(t.organizations).values(vars(organization)))
-        await self._connection.execute(insert(t.projects).values(vars(project)))
-
-    async def add_member(self, user: User, *, org_id: str, role: str) -> None:
-        """See core.contracts.AccountRows.add_member."""
-        await self._connection.execute(insert(t.users).values(vars(user)))
-        await self._connection.execute(
-            insert(t.memberships).values(org_id=org_id, user_id=user.id, role=role)
-        )
-
-    async def add_key(self, key: ApiKey) -> None:
-        """See core.contracts.AccountRows.add_key."""
-        values = vars(key) | {"scopes": list(key.scopes)}
-        await self._connection.execute(insert(t.api_keys).values(values))
-
-    async def revoke_keys(self, org_id: str, *, name: str, at: datetime) -> None:
-        """See core.contracts.AccountRows.revoke_keys."""
-        c = t.api_keys.c
-        await self._connection.execute(
-            update(t.api_keys)
-            .where(c.org_id == org_id, c.name == name, c.revoked_at.is_(None))
-            .values(revoked_at=at)
-        )
-
-    async def find_key(self, digest: str) -> KeyHolder | None:
-        """See core.contracts.AccountRows.find_key."""
-        found = await self._connection.execute(_FIND_KEY, [{"wanted_digest": digest}])
-        row = found.mappings().first()
-        if row is None:
-            return None
-        key = ApiKey(**{name: row[name] for name in _KEY}, scopes=tuple(row["scopes"]))
-        return KeyHolder(key=key, role=row["role"])
-
-    async def touch_key(self, key_id: str, at: datetime) -> None:
-        """See core.contracts.AccountRows.touch_key."""
-        await self._connection.execute(
-            update(t.api_keys).where(t.api_keys.c.id == key_id).values(last_used_at=at)
-        )
-
-    async def first_organization(self) -> tuple[Organization, User] | None:
-        """See core.contracts.AccountRows.first_organization."""
-        found = await self._connection.execute(
-            select(t.organizations).order_by(t.organizations.c.created_at).limit(1)
-        )
-        row = found.mappings().first()
-        if row is None:
-            return None
-        organization = Organization(**row)
-        members = await self._connection.execute(
-            select(t.users)
-            .join(t.memberships, t.memberships.c.user_id == t.users.c.id)
-            .where(t.memberships.c.org_id == organization.id)
-            .order_by(t.users.c.created_at)
-            .limit(1)
-        )
-        return organization, User(**members.mappings().one())
-
-    async def find_project(self, org_id: str, project_id: str | None) -> Project | None:
-        """See core.contracts.AccountRows.find_project."""
-        c = t.projects.c
-        which = c.is_default.is_(True) if project_id is None else c.id == project_id
-        found = await self._connection.execute(select(t.projects).where(c.org_id == org_id, which))
-        row = found.mappings().first()
-        return None if row is None else Project(**row)
-
-
 class ActivityTable:
     """See core.contracts.ActivityRows."""
 
@@ -351,64 +266,27 @@ class ActivityTable:
             [{"known_id": sandbox_id, "last_activity_at": at, "last_activity_kind": kind}],
         )
 
-    async def of_sandbox(self, sandbox_id: str) -> list[Activity]:
-        """See core.contracts.ActivityRows.of_sandbox."""
+    async def page(self, query: ActivityQuery) -> list[Activity]:
+        """See core.contracts.ActivityRows.page."""
         c = t.activity.c
+        wanted: list[ColumnElement[bool]] = [c.org_id == query.org_id]
+        wanted += [c[name] == value for name, value in query.matches.items()]
+        if query.seen_by is not None:
+            own = select(t.sandboxes.c.id).where(t.sandboxes.c.owner_user_id == query.seen_by)
+            wanted.append(or_(c.actor_user_id == query.seen_by, c.sandbox_id.in_(own)))
+        if query.since is not None:
+            wanted.append(c.created_at >= query.since)
+        if query.until is not None:
+            wanted.append(c.created_at < query.until)
+        if query.after is not None:
+            wanted.append(older(c, query.after))
         found = await self._connection.execute(
             select(t.activity)
-            .where(c.sandbox_id == sandbox_id)
+            .where(*wanted)
             .order_by(c.created_at.desc(), c.id.desc())
-            .limit(_FEED_MAX)
+            .limit(query.limit)
         )
         return [Activity(**row) for row in found.mappings()]
-
-
-class UsageTable:
-    """See core.contracts.UsageRows."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    async def open(self, period: UsagePeriod) -> None:
-        """See core.contracts.UsageRows.open."""
-        try:
-            values = {name: value for name, value in vars(period).items() if name != "shape"}
-            await self._connection.execute(_OPEN, [values | vars(period.shape)])
-        except IntegrityError as error:
-            raise InternalError(
-                f"cannot open a usage period: {period.sandbox_id} has one open"
-            ) from error
-
-    async def close(self, sandbox_id: str, at: datetime) -> bool:
-        """See core.contracts.UsageRows.close."""
-        c = t.usage_periods.c
-        # A clock that was set back must not make a period end before it began.
-        latest = func.max if self._connection.dialect.name == "sqlite" else func.greatest
-        done = await self._connection.execute(
-            update(t.usage_periods)
-            .where(c.sandbox_id == sandbox_id, c.ended_at.is_(None))
-            .values(ended_at=latest(c.started_at, _moment(at)))
-            .returning(c.id)
-        )
-        return done.first() is not None
-
-    async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
-        """See core.contracts.UsageRows.of_sandbox."""
-        c = t.usage_periods.c
-        found = await self._connection.execute(
-            select(t.usage_periods).where(c.sandbox_id == sandbox_id).order_by(c.id)
-        )
-        return [
-            UsagePeriod(
-                sandbox_id=row.sandbox_id,
-                org_id=row.org_id,
-                incarnation=row.incarnation,
-                shape=Shape(row.vcpus, row.memory_mib, row.disk_mib),
-                started_at=row.started_at,
-                ended_at=row.ended_at,
-            )
-            for row in found
-        ]
 
 
 class SnapshotTable:
@@ -454,8 +332,7 @@ class SnapshotTable:
         if owner_user_id is not None:
             wanted.append(c.owner_user_id == owner_user_id)
         if after is not None:
-            created, last = after
-            wanted.append(or_(c.created_at < created, and_(c.created_at == created, c.id < last)))
+            wanted.append(older(c, after))
         return await self._snapshots(
             select(t.snapshots)
             .where(*wanted)
@@ -463,13 +340,14 @@ class SnapshotTable:
             .limit(limit)
         )
 
-    async def complete(self, snapshot_id: str, *, size_bytes: int) -> None:
+    async def complete(self, snapshot_id: str, *, size_bytes: int) -> bool:
         """See core.contracts.SnapshotRows.complete."""
-        await self._connection.execute(
+        done = await self._connection.execute(
             update(t.snapshots)
             .where(t.snapshots.c.id == snapshot_id)
             .values(is_ready=True, size_bytes=size_bytes)
         )
+        return done.rowcount > 0
 
     async def remove(self, snapshot_id: str) -> bool:
         """See core.contracts.SnapshotRows.remove."""
@@ -576,22 +454,12 @@ _TOUCH = (
     .values({name: bindparam(name) for name in _USED})
 )
 _APPEND = insert(t.activity)
-_OPEN = insert(t.usage_periods)
-_FIND_KEY = (
-    select(t.api_keys, t.memberships.c.role)
-    .join(
-        t.memberships,
-        and_(
-            t.memberships.c.org_id == t.api_keys.c.org_id,
-            t.memberships.c.user_id == t.api_keys.c.owner_user_id,
-        ),
-    )
-    .where(t.api_keys.c.digest == bindparam("wanted_digest"))
-)
 
 
-def _moment(at: datetime) -> ColumnElement[datetime]:
-    return bindparam("ended", at, type_=t.Moment)
+def older(columns: Any, after: tuple[datetime, str]) -> ColumnElement[bool]:
+    """Return the condition for what comes after a row in a list that is newest first."""
+    created, last = after
+    return or_(columns.created_at < created, and_(columns.created_at == created, columns.id < last))
 
 
 def _name_is_taken(error: IntegrityError, name: str | None) -> AlreadyExistsError | InternalError:

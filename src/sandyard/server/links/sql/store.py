@@ -17,15 +17,26 @@ from sqlalchemy.pool import QueuePool
 from sandyard.server.core.contracts import Store
 from sandyard.server.core.errors import InternalError, UnavailableError
 from sandyard.server.core.threads import in_thread
+from sandyard.server.links.sql.account_rows import (
+    KeyTable,
+    OrganizationTable,
+    ProjectTable,
+    SshKeyTable,
+    UserTable,
+)
 from sandyard.server.links.sql.migrate import upgrade
+from sandyard.server.links.sql.money_rows import (
+    CreditTable,
+    FactTable,
+    StorageTable,
+    UsageTable,
+)
 from sandyard.server.links.sql.rows import (
-    AccountTable,
     ActivityTable,
     Connection,
     RequestTable,
     SandboxTable,
     SnapshotTable,
-    UsageTable,
 )
 from sandyard.server.links.sql.seal import Seal
 
@@ -46,9 +57,16 @@ class SqlTransaction:
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self.sandboxes = SandboxTable(connection, seal)
-        self.accounts = AccountTable(connection)
+        self.organizations = OrganizationTable(connection)
+        self.users = UserTable(connection)
+        self.projects = ProjectTable(connection)
+        self.keys = KeyTable(connection)
+        self.ssh_keys = SshKeyTable(connection)
         self.activity = ActivityTable(connection)
         self.usage = UsageTable(connection)
+        self.storage = StorageTable(connection)
+        self.credits = CreditTable(connection)
+        self.facts = FactTable(connection)
         self.snapshots = SnapshotTable(connection)
         self.requests = RequestTable(connection)
 
@@ -129,7 +147,7 @@ class SqliteStore:
     async def ping(self) -> None:
         """See core.contracts.Store.ping."""
         async with self.read() as tx:
-            await tx.accounts.first_organization()
+            await tx.facts.moment("ping")
 
 
 class _Inline:

@@ -16,6 +16,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
     text,
 )
 from sqlalchemy.types import TypeDecorator
@@ -23,6 +24,11 @@ from sqlalchemy.types import TypeDecorator
 from sandyard.server.core.states import HIDDEN, Status
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def microseconds(moment: datetime) -> int:
+    """Return a time as microseconds since the epoch."""
+    return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
 class Moment(TypeDecorator[datetime]):
@@ -33,7 +39,7 @@ class Moment(TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
         """Return what the database keeps."""
-        return None if value is None else (value - _EPOCH) // timedelta(microseconds=1)
+        return None if value is None else microseconds(value)
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
         """Return what the database kept, in UTC."""
@@ -60,6 +66,11 @@ organizations = Table(
     Column("name", Text, nullable=False),
     Column("slug", Text, nullable=False, unique=True),
     Column("created_at", Moment, nullable=False),
+    Column("plan", Text, nullable=False, server_default="enterprise"),
+    Column("external_id", Text),
+    Column("settings", JSON, nullable=False, server_default="{}"),
+    Column("limits", JSON, nullable=False, server_default="{}"),
+    Index("uq_organizations_external_id", "external_id", unique=True),
 )
 
 users = Table(
@@ -69,6 +80,12 @@ users = Table(
     Column("email", Text, nullable=False, unique=True),
     Column("display_name", Text, nullable=False),
     Column("created_at", Moment, nullable=False),
+    Column("external_id", Text),
+    Column("first_name", Text),
+    Column("last_name", Text),
+    Column("picture_url", Text),
+    Column("is_operator", Boolean, nullable=False, server_default=false()),
+    Index("uq_users_external_id", "external_id", unique=True),
 )
 
 memberships = Table(
@@ -77,7 +94,18 @@ memberships = Table(
     Column("org_id", ForeignKey("organizations.id"), primary_key=True),
     Column("user_id", ForeignKey("users.id"), primary_key=True),
     Column("role", String(16), nullable=False),
+    Column("created_at", Moment, nullable=False, server_default="0"),
+    Column("role_at", Moment, nullable=False, server_default="0"),
     CheckConstraint("role IN ('admin', 'member')", name="role"),
+)
+
+# When somebody's membership was ended: tokens from before that do not bring them back.
+former_members = Table(
+    "former_members",
+    metadata,
+    Column("org_id", ForeignKey("organizations.id"), primary_key=True),
+    Column("user_id", ForeignKey("users.id"), primary_key=True),
+    Column("removed_at", Moment, nullable=False),
 )
 
 projects = Table(
@@ -89,6 +117,21 @@ projects = Table(
     Column("slug", Text, nullable=False),
     Column("is_default", Boolean, nullable=False),
     Column("created_at", Moment, nullable=False),
+    Column("color", Text, nullable=False, server_default="#6b7280"),
+    Index("uq_projects_slug", "org_id", "slug", unique=True),
+)
+
+workspaces = Table(
+    "workspaces",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("owner_user_id", ForeignKey("users.id")),
+    Column("slug", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("is_personal", Boolean, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Index("uq_workspaces_slug", "org_id", "slug", unique=True),
 )
 
 api_keys = Table(
@@ -105,6 +148,23 @@ api_keys = Table(
     Column("expires_at", Moment),
     Column("revoked_at", Moment),
     Column("last_used_at", Moment),
+    Column("is_test", Boolean, nullable=False, server_default=false()),
+    Column("project_id", String(36)),
+)
+
+ssh_keys = Table(
+    "ssh_keys",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("owner_user_id", ForeignKey("users.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("public_key", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("key_type", Text, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("last_used_at", Moment),
+    Index("uq_ssh_keys_fingerprint", "org_id", "fingerprint", unique=True),
 )
 
 sandboxes = Table(
@@ -147,9 +207,12 @@ sandboxes = Table(
     Column("lease_until", Moment),
     Column("from_snapshot_id", String(36)),
     Column("from_snapshot_at", Integer, nullable=False, server_default="0"),
+    Column("is_test", Boolean, nullable=False, server_default=false()),
+    Column("saved_bytes", BigInteger, nullable=False, server_default="0"),
     CheckConstraint(f"status IN ({STATUSES})", name="status"),
     Index("ix_sandboxes_org_created", "org_id", "created_at", "id"),
     Index("ix_sandboxes_status", "status", "updated_at"),
+    Index("ix_sandboxes_live", "org_id", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
     Index(
         "uq_sandboxes_live_name",
         "org_id",
@@ -244,6 +307,9 @@ usage_periods = Table(
     Column("disk_mib", Integer, nullable=False),
     Column("started_at", Moment, nullable=False),
     Column("ended_at", Moment),
+    Column("is_free", Boolean, nullable=False, server_default=false()),
+    Column("posted", BigInteger, nullable=False, server_default="0"),
+    Column("is_settled", Boolean, nullable=False, server_default=false()),
     CheckConstraint("ended_at IS NULL OR ended_at >= started_at", name="order"),
     Index(
         "uq_usage_periods_open",
@@ -252,4 +318,93 @@ usage_periods = Table(
         sqlite_where=text("ended_at IS NULL"),
         postgresql_where=text("ended_at IS NULL"),
     ),
+    Index("ix_usage_periods_org", "org_id", "ended_at"),
+    Index(
+        "ix_usage_periods_unsettled",
+        "org_id",
+        sqlite_where=text("is_settled = 0"),
+        postgresql_where=text("NOT is_settled"),
+    ),
+)
+
+# Bytes that are kept: saved states, snapshots, workspaces.
+storage_periods = Table(
+    "storage_periods",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("resource_id", Text, nullable=False),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("started_at", Moment, nullable=False),
+    Column("ended_at", Moment),
+    Column("is_free", Boolean, nullable=False, server_default=false()),
+    Column("posted", BigInteger, nullable=False, server_default="0"),
+    Column("is_settled", Boolean, nullable=False, server_default=false()),
+    CheckConstraint("ended_at IS NULL OR ended_at >= started_at", name="order"),
+    Index(
+        "uq_storage_periods_open",
+        "kind",
+        "resource_id",
+        unique=True,
+        sqlite_where=text("ended_at IS NULL"),
+        postgresql_where=text("ended_at IS NULL"),
+    ),
+    Index(
+        "ix_storage_periods_unsettled",
+        "org_id",
+        sqlite_where=text("is_settled = 0"),
+        postgresql_where=text("NOT is_settled"),
+    ),
+)
+
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("org_id", ForeignKey("organizations.id"), primary_key=True),
+    Column("balance_cents", BigInteger, nullable=False),
+    Column("granted_cents", BigInteger, nullable=False),
+    Column("used_cents", BigInteger, nullable=False),
+    Column("carried", BigInteger, nullable=False),
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("id", String(36), nullable=False, unique=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("type", String(16), nullable=False),
+    Column("amount_cents", BigInteger, nullable=False),
+    Column("resource", Text),
+    Column("description", Text, nullable=False),
+    Column("reference_id", Text),
+    Column("balance_after_cents", BigInteger, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    CheckConstraint("type IN ('grant', 'topup', 'usage', 'refund', 'adjustment')", name="type"),
+    Index("ix_ledger_org", "org_id", "number"),
+    # What has a reference is posted once: a grant, a payment.
+    Index("uq_ledger_reference", "org_id", "type", "reference_id", unique=True),
+)
+
+auto_topups = Table(
+    "auto_topups",
+    metadata,
+    Column("org_id", ForeignKey("organizations.id"), primary_key=True),
+    Column("is_enabled", Boolean, nullable=False),
+    Column("threshold_cents", BigInteger, nullable=False),
+    Column("amount_cents", BigInteger, nullable=False),
+    Column("customer_id", Text),
+    Column("last_at", Moment),
+    Column("pending_key", Text),
+    Column("pending_cents", BigInteger),
+    Column("pending_since", Moment),
+)
+
+# Facts of the installation, such as when it was last at work.
+facts = Table(
+    "facts",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("moment", Moment, nullable=False),
 )

@@ -1,0 +1,128 @@
+"""/v1/activity: what happened, which is the audit log as well."""
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request
+
+from sandyard.server.api.access import Scope
+from sandyard.server.api.account_models import EventPage, EventsOut, event_out
+from sandyard.server.api.cursors import decode_cursor, encode_cursor
+from sandyard.server.api.models import PageMeta
+from sandyard.server.api.routes.common import errors
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import check_text
+from sandyard.server.core.records import Activity
+from sandyard.server.service.access import Actor
+from sandyard.server.service.feed import Feed
+
+router = APIRouter(tags=["activity"])
+
+CanReadFeed = Annotated[Actor, Depends(Scope("activity:read"))]
+CanReadSandbox = Annotated[Actor, Depends(Scope("sandbox:read"))]
+Limit = Annotated[int, Query(ge=1, le=500)]
+
+
+def _service(request: Request) -> Feed:
+    service: Feed = request.app.state.services.feed
+    return service
+
+
+Service = Annotated[Feed, Depends(_service)]
+
+
+@router.get("/v1/activity", responses=errors())
+async def list_activity(
+    request: Request,
+    actor: CanReadFeed,
+    service: Service,
+    resource_type: str | None = None,
+    resource_id: str | None = None,
+    event_type: str | None = None,
+    severity: str | None = None,
+    status: str | None = None,
+    actor_user_id: str | None = None,
+    sandbox_id: str | None = None,
+    workspace_id: str | None = None,
+    since: Annotated[str | None, Query(description="From this time on (ISO 8601).")] = None,
+    until: Annotated[str | None, Query(description="Before this time (ISO 8601).")] = None,
+    limit: Limit = 100,
+    cursor: str | None = None,
+) -> EventPage:
+    """List what happened, newest first: one's own, an admin the organization's."""
+    matches = {
+        name: check_text(value, field=name)
+        for name, value in (
+            ("resource_type", resource_type),
+            ("resource_id", resource_id),
+            ("event_type", event_type),
+            ("severity", severity),
+            ("status", status),
+            ("actor_user_id", actor_user_id),
+            ("sandbox_id", sandbox_id),
+        )
+        if value is not None
+    }
+    if workspace_id is not None:
+        wanted = {
+            "resource_type": "workspace",
+            "resource_id": check_text(workspace_id, field="workspace_id"),
+        }
+        if any(matches.get(name, value) != value for name, value in wanted.items()):
+            return _page(request, [], limit)
+        matches |= wanted
+    found = await service.page(
+        actor,
+        limit=limit + 1,
+        matches=matches,
+        since=_moment(since, "since"),
+        until=_moment(until, "until"),
+        after=decode_cursor(cursor) if cursor else None,
+    )
+    return _page(request, found, limit)
+
+
+@router.get("/v1/sandboxes/{reference}/activity", responses=errors(404))
+async def list_sandbox_activity(
+    request: Request,
+    actor: CanReadSandbox,
+    service: Service,
+    reference: str,
+    limit: Limit = 100,
+    cursor: str | None = None,
+) -> EventPage:
+    """List what became of a sandbox, newest first."""
+    found = await service.of_sandbox(
+        actor,
+        check_text(reference, field="reference"),
+        limit=limit + 1,
+        after=decode_cursor(cursor) if cursor else None,
+    )
+    return _page(request, found, limit)
+
+
+def _page(request: Request, found: list[Activity], limit: int) -> EventPage:
+    page, has_more = found[:limit], len(found) > limit
+    following = encode_cursor(page[-1].created_at, page[-1].id) if has_more else None
+    return EventPage(
+        data=EventsOut(events=[event_out(one) for one in page]),
+        has_more=has_more,
+        next_cursor=following,
+        meta=PageMeta(
+            request_id=request.state.request_id, has_more=has_more, next_cursor=following
+        ),
+    )
+
+
+def _moment(text: str | None, field: str) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo is None or not 1970 <= moment.year <= 9998:
+            raise ValueError("no moment")
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"cannot use {field}: it is a time such as 2026-05-06T10:00:00Z", field=field
+        ) from error
+    return moment

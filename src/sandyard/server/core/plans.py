@@ -1,0 +1,35 @@
+"""Plans: what an organization may do in a minute, and have at one time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+LIMITS = {
+    "requestsPerMinute": "requests_per_minute",
+    "sandboxes": "sandboxes",
+    "vcpus": "vcpus",
+    "memoryGb": "memory_gb",
+    "diskGb": "disk_gb",
+    "testSandboxes": "test_sandboxes",
+}
+"""What can be limited, by the name that clients see."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The limits of an organization; None is no limit.
+
+    `sandboxes`, `vcpus` and `memory_gb` bound what runs at one time, `disk_gb` all that is not
+    deleted, `test_sandboxes` those of test keys.
+    """
+
+    requests_per_minute: int | None = None
+    sandboxes: int | None = None
+    vcpus: int | None = None
+    memory_gb: int | None = None
+    disk_gb: int | None = None
+    test_sandboxes: int | None = 2
+
+    def changed_by(self, limits: Mapping[str, int]) -> "Plan":
+        """Return the plan with an organization's own limits in the place of its."""
+        own = {LIMITS[name]: value for name, value in limits.items() if name in LIMITS}
+        return replace(self, **own)

@@ -1,0 +1,195 @@
+"""Stripe, by its own library. See core.contracts.Payments."""
+
+import json
+import logging
+from typing import Any
+
+import stripe
+
+from sandyard.server.core.contracts import Checkout, Payment
+from sandyard.server.core.errors import (
+    ConflictError,
+    InvalidArgumentError,
+    InvalidTokenError,
+    UnavailableError,
+)
+from sandyard.server.core.money import show
+
+log = logging.getLogger(__name__)
+
+_LIMIT_S = 20.0
+_TOLERANCE_S = 300
+_AUTOMATIC = "auto-topup"
+_CHARGED = "payment_intent.succeeded"
+_PAID = ("checkout.session.completed", "checkout.session.async_payment_succeeded")
+
+
+class NoPayments:
+    """What stands here where no provider is set up: everything is refused with what to do."""
+
+    async def check_out(
+        self, *, org_id: str, amount_cents: int, success_url: str, cancel_url: str
+    ) -> Checkout:
+        """See core.contracts.Payments.check_out."""
+        raise _not_set_up()
+
+    async def charge(
+        self, *, org_id: str, customer_id: str, amount_cents: int, key: str
+    ) -> Payment:
+        """See core.contracts.Payments.charge."""
+        raise _not_set_up()
+
+    def read_event(self, payload: bytes, signature: str) -> Payment | None:
+        """See core.contracts.Payments.read_event."""
+        raise _not_set_up()
+
+
+class StripePayments:
+    """See core.contracts.Payments."""
+
+    def __init__(
+        self, secret: str, *, webhook_secret: str | None, currency: str, api: str | None = None
+    ) -> None:
+        self._http: Any = stripe.HTTPXClient(timeout=_LIMIT_S)  # its methods have no types
+        self._client = stripe.StripeClient(
+            secret,
+            base_addresses={"api": api} if api else {},
+            http_client=self._http,
+            max_network_retries=2,
+        )
+        self._webhook_secret = webhook_secret
+        self._currency = currency
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.close_async()
+
+    async def check_out(
+        self, *, org_id: str, amount_cents: int, success_url: str, cancel_url: str
+    ) -> Checkout:
+        """See core.contracts.Payments.check_out."""
+        try:
+            made = await self._client.v1.checkout.sessions.create_async(
+                {
+                    "mode": "payment",
+                    "success_url": success_url,
+                    "cancel_url": cancel_url,
+                    "client_reference_id": org_id,
+                    "metadata": {"org_id": org_id},
+                    # So that an automatic top-up can use the same card.
+                    "customer_creation": "always",
+                    "payment_intent_data": {"setup_future_usage": "off_session"},
+                    "line_items": [
+                        {
+                            "quantity": 1,
+                            "price_data": {
+                                "currency": self._currency,
+                                "unit_amount": amount_cents,
+                                "product_data": {"name": f"Credits: {show(amount_cents)}"},
+                            },
+                        }
+                    ],
+                }
+            )
+        except stripe.InvalidRequestError as error:
+            raise InvalidArgumentError(
+                f"the payment provider does not take this: {error.user_message or error}"
+            ) from error
+        except stripe.StripeError as error:
+            raise _failed(error) from error
+        if not made.url:
+            raise UnavailableError("the payment provider answered without a page to pay on")
+        return Checkout(made.url, made.id)
+
+    async def charge(
+        self, *, org_id: str, customer_id: str, amount_cents: int, key: str
+    ) -> Payment:
+        """See core.contracts.Payments.charge."""
+        try:
+            methods = await self._client.v1.customers.payment_methods.list_async(
+                customer_id, {"limit": 1, "type": "card"}
+            )
+            if not methods.data:
+                raise ConflictError("the organization has saved no card")
+            paid = await self._client.v1.payment_intents.create_async(
+                {
+                    "amount": amount_cents,
+                    "currency": self._currency,
+                    "customer": customer_id,
+                    "payment_method": methods.data[0].id,
+                    "off_session": True,
+                    "confirm": True,
+                    "metadata": {"org_id": org_id, "kind": _AUTOMATIC},
+                },
+                {"idempotency_key": key},
+            )
+        except (stripe.CardError, stripe.InvalidRequestError) as error:
+            raise ConflictError(
+                f"the charge was refused: {error.user_message or 'no reason given'}"
+            ) from error
+        except stripe.StripeError as error:
+            raise _failed(error) from error
+        if paid.status not in ("succeeded", "processing"):
+            raise ConflictError(f"the charge did not succeed: it is {paid.status}")
+        return Payment(
+            org_id,
+            amount_cents,
+            paid.id,
+            customer_id,
+            is_paid=paid.status == "succeeded",
+            is_automatic=True,
+        )
+
+    def read_event(self, payload: bytes, signature: str) -> Payment | None:
+        """See core.contracts.Payments.read_event."""
+        if self._webhook_secret is None:
+            raise _not_set_up("billing.stripe_webhook_secret")
+        try:
+            self._client.construct_event(payload, signature, self._webhook_secret, _TOLERANCE_S)
+        except (ValueError, stripe.SignatureVerificationError) as error:
+            raise InvalidTokenError(
+                "cannot accept this event: it is not signed by the payment provider, or too old"
+            ) from error
+        event = json.loads(payload)
+        told = event["data"]["object"]
+        org_id = (told.get("metadata") or {}).get("org_id")
+        customer = told.get("customer")
+        is_automatic = event["type"] == _CHARGED
+        if is_automatic:
+            # Checkouts have payments of their own, which their event tells of.
+            if (told.get("metadata") or {}).get("kind") != _AUTOMATIC:
+                return None
+            amount = told["amount_received"]
+        elif event["type"] in _PAID and told["payment_status"] == "paid":
+            amount = told["amount_total"]
+        else:
+            return None  # where the money comes later, another event tells of that
+        if told["currency"] != self._currency or not isinstance(org_id, str):
+            log.error(
+                "a payment cannot be credited: it is in %s and of the organization %s",
+                told["currency"],
+                org_id,
+                extra={"reference": told["id"]},
+            )
+            return None
+        return Payment(
+            org_id=org_id,
+            amount_cents=int(amount),
+            reference=str(told["id"]),
+            customer_id=customer if isinstance(customer, str) else None,
+            is_automatic=is_automatic,
+        )
+
+
+def _not_set_up(setting: str = "billing.stripe_secret") -> UnavailableError:
+    return UnavailableError(
+        f"cannot take payments: none are set up on this installation (setting {setting}); an "
+        "operator can grant credits with `sandyard admin grant`"
+    )
+
+
+def _failed(error: stripe.StripeError) -> UnavailableError:
+    log.warning("the payment provider refused: %s", error)
+    return UnavailableError(
+        f"the payment provider did not do it: {error.user_message or 'try again later'}"
+    )

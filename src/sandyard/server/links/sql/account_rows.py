@@ -1,0 +1,428 @@
+"""Organizations, users, projects and keys. See core.contracts for what each method promises."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import and_, bindparam, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from sandyard.server.core.errors import AlreadyExistsError
+from sandyard.server.core.records import (
+    ApiKey,
+    KeyHolder,
+    Membership,
+    Organization,
+    Project,
+    SshKey,
+    User,
+    Workspace,
+)
+from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.rows import Connection, older
+
+_NOT_STORED = frozenset({"owner_display_name", "owner_email"})
+
+
+class OrganizationTable:
+    """See core.contracts.OrganizationRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, organization: Organization, project: Project) -> None:
+        """See core.contracts.OrganizationRows.add."""
+        try:
+            await self._connection.execute(insert(t.organizations).values(_plain(organization)))
+        except IntegrityError as error:
+            raise AlreadyExistsError(
+                f"cannot use the slug {organization.slug!r}: another organization has it",
+                field="name",
+            ) from error
+        await self._connection.execute(insert(t.projects).values(vars(project)))
+        await self._connection.execute(
+            insert(t.accounts).values(
+                org_id=organization.id,
+                balance_cents=0,
+                granted_cents=0,
+                used_cents=0,
+                carried=0,
+            )
+        )
+
+    async def find(self, org_id: str) -> Organization | None:
+        """See core.contracts.OrganizationRows.find."""
+        return await self._one(t.organizations.c.id == org_id)
+
+    async def find_external(self, external_id: str) -> Organization | None:
+        """See core.contracts.OrganizationRows.find_external."""
+        return await self._one(t.organizations.c.external_id == external_id)
+
+    async def replace(self, organization: Organization) -> None:
+        """See core.contracts.OrganizationRows.replace."""
+        await self._connection.execute(
+            update(t.organizations)
+            .where(t.organizations.c.id == organization.id)
+            .values(_plain(organization))
+        )
+
+    async def every(self) -> list[Organization]:
+        """See core.contracts.OrganizationRows.every."""
+        c = t.organizations.c
+        found = await self._connection.execute(select(t.organizations).order_by(c.created_at, c.id))
+        return [Organization(**row) for row in found.mappings()]
+
+    async def add_workspace(self, workspace: Workspace) -> None:
+        """See core.contracts.OrganizationRows.add_workspace."""
+        c = t.workspaces.c
+        found = await self._connection.execute(
+            select(c.id).where(c.org_id == workspace.org_id, c.slug == workspace.slug)
+        )
+        if found.first() is None:
+            await self._connection.execute(insert(t.workspaces).values(vars(workspace)))
+
+    async def personal_workspace(self, org_id: str, user_id: str) -> Workspace | None:
+        """See core.contracts.OrganizationRows.personal_workspace."""
+        c = t.workspaces.c
+        found = await self._connection.execute(
+            select(t.workspaces).where(
+                c.org_id == org_id, c.owner_user_id == user_id, c.is_personal.is_(True)
+            )
+        )
+        row = found.mappings().first()
+        return None if row is None else Workspace(**row)
+
+    async def _one(self, which: Any) -> Organization | None:
+        found = await self._connection.execute(select(t.organizations).where(which))
+        row = found.mappings().first()
+        return None if row is None else Organization(**row)
+
+
+class UserTable:
+    """See core.contracts.UserRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, user: User) -> None:
+        """See core.contracts.UserRows.add."""
+        try:
+            await self._connection.execute(insert(t.users).values(vars(user)))
+        except IntegrityError as error:
+            raise _user_exists(user) from error
+
+    async def find(
+        self,
+        *,
+        user_id: str | None = None,
+        external_id: str | None = None,
+        email: str | None = None,
+    ) -> User | None:
+        """See core.contracts.UserRows.find."""
+        c = t.users.c
+        for column, value in ((c.id, user_id), (c.external_id, external_id), (c.email, email)):
+            if value is not None:
+                found = await self._connection.execute(select(t.users).where(column == value))
+                row = found.mappings().first()
+                return None if row is None else User(**row)
+        return None
+
+    async def replace(self, user: User) -> None:
+        """See core.contracts.UserRows.replace."""
+        try:
+            await self._connection.execute(
+                update(t.users).where(t.users.c.id == user.id).values(vars(user))
+            )
+        except IntegrityError as error:
+            raise _user_exists(user) from error
+
+    async def put_member(self, membership: Membership) -> None:
+        """See core.contracts.UserRows.put_member."""
+        c = t.memberships.c
+        which = and_(c.org_id == membership.org_id, c.user_id == membership.user_id)
+        done = await self._connection.execute(
+            update(t.memberships)
+            .where(which)
+            .values(role=membership.role, role_at=membership.role_at)
+        )
+        if done.rowcount == 0:
+            await self._connection.execute(insert(t.memberships).values(vars(membership)))
+
+    async def remove_member(self, org_id: str, user_id: str, at: datetime) -> bool:
+        """See core.contracts.UserRows.remove_member."""
+        c, f = t.memberships.c, t.former_members.c
+        done = await self._connection.execute(
+            delete(t.memberships).where(c.org_id == org_id, c.user_id == user_id)
+        )
+        await self._connection.execute(
+            delete(t.former_members).where(f.org_id == org_id, f.user_id == user_id)
+        )
+        await self._connection.execute(
+            insert(t.former_members).values(org_id=org_id, user_id=user_id, removed_at=at)
+        )
+        return done.rowcount > 0
+
+    async def removed_at(self, org_id: str, user_id: str) -> datetime | None:
+        """See core.contracts.UserRows.removed_at."""
+        c = t.former_members.c
+        found = await self._connection.execute(
+            select(c.removed_at).where(c.org_id == org_id, c.user_id == user_id)
+        )
+        row = found.first()
+        return None if row is None else row.removed_at
+
+    async def member(self, org_id: str, user_id: str) -> Membership | None:
+        """See core.contracts.UserRows.member."""
+        c = t.memberships.c
+        found = await self._connection.execute(
+            select(t.memberships).where(c.org_id == org_id, c.user_id == user_id)
+        )
+        row = found.mappings().first()
+        return None if row is None else Membership(**row)
+
+    async def members(self, org_id: str) -> list[tuple[User, Membership]]:
+        """See core.contracts.UserRows.members."""
+        m = t.memberships.c
+        found = await self._connection.execute(
+            select(t.users, m.role, m.created_at.label("joined_at"), m.role_at)
+            .join(t.memberships, m.user_id == t.users.c.id)
+            .where(m.org_id == org_id)
+            .order_by(m.created_at, t.users.c.id)
+        )
+        result = []
+        for row in found.mappings():
+            values = dict(row)
+            role, joined, set_at = (values.pop(one) for one in ("role", "joined_at", "role_at"))
+            user = User(**values)
+            result.append((user, Membership(org_id, user.id, role, joined, set_at)))
+        return result
+
+    async def organizations_of(self, user_id: str) -> list[tuple[Organization, Membership]]:
+        """See core.contracts.UserRows.organizations_of."""
+        m = t.memberships.c
+        found = await self._connection.execute(
+            select(t.organizations, m.role, m.created_at.label("joined_at"), m.role_at)
+            .join(t.memberships, m.org_id == t.organizations.c.id)
+            .where(m.user_id == user_id)
+            .order_by(m.created_at, t.organizations.c.created_at, t.organizations.c.id)
+        )
+        result = []
+        for row in found.mappings():
+            values = dict(row)
+            role, joined, set_at = (values.pop(one) for one in ("role", "joined_at", "role_at"))
+            organization = Organization(**values)
+            result.append(
+                (organization, Membership(organization.id, user_id, role, joined, set_at))
+            )
+        return result
+
+
+class ProjectTable:
+    """See core.contracts.ProjectRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, project: Project) -> None:
+        """See core.contracts.ProjectRows.add."""
+        try:
+            await self._connection.execute(insert(t.projects).values(vars(project)))
+        except IntegrityError as error:
+            raise AlreadyExistsError(
+                f"cannot use the slug {project.slug!r}: another project has it", field="slug"
+            ) from error
+
+    async def find(self, org_id: str, project_id: str | None) -> Project | None:
+        """See core.contracts.ProjectRows.find."""
+        c = t.projects.c
+        which = c.is_default.is_(True) if project_id is None else c.id == project_id
+        found = await self._connection.execute(select(t.projects).where(c.org_id == org_id, which))
+        row = found.mappings().first()
+        return None if row is None else Project(**row)
+
+    async def every(self, org_id: str) -> list[Project]:
+        """See core.contracts.ProjectRows.every."""
+        c = t.projects.c
+        found = await self._connection.execute(
+            select(t.projects)
+            .where(c.org_id == org_id)
+            .order_by(c.is_default.desc(), c.created_at.desc(), c.id)
+        )
+        return [Project(**row) for row in found.mappings()]
+
+    async def replace(self, project: Project) -> None:
+        """See core.contracts.ProjectRows.replace."""
+        await self._connection.execute(
+            update(t.projects).where(t.projects.c.id == project.id).values(vars(project))
+        )
+
+    async def remove(self, project: Project, *, heir: Project) -> None:
+        """See core.contracts.ProjectRows.remove."""
+        # A later version, so that nobody who read a sandbox before puts the old project back.
+        c = t.sandboxes.c
+        await self._connection.execute(
+            update(t.sandboxes)
+            .where(c.project_id == project.id)
+            .values(project_id=heir.id, version=c.version + 1)
+        )
+        await self._connection.execute(
+            update(t.api_keys)
+            .where(t.api_keys.c.project_id == project.id)
+            .values(project_id=heir.id)
+        )
+        await self._connection.execute(delete(t.projects).where(t.projects.c.id == project.id))
+
+
+class KeyTable:
+    """See core.contracts.KeyRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, key: ApiKey) -> None:
+        """See core.contracts.KeyRows.add."""
+        await self._connection.execute(insert(t.api_keys).values(_values(key)))
+
+    async def find(self, org_id: str, key_id: str) -> ApiKey | None:
+        """See core.contracts.KeyRows.find."""
+        c = t.api_keys.c
+        found = await self._connection.execute(_keys().where(c.org_id == org_id, c.id == key_id))
+        row = found.mappings().first()
+        return None if row is None else _key(row)
+
+    async def holder(self, digest: str) -> KeyHolder | None:
+        """See core.contracts.KeyRows.holder."""
+        found = await self._connection.execute(_HOLDER, [{"wanted_digest": digest}])
+        row = found.mappings().first()
+        if row is None:
+            return None
+        values = dict(row)
+        role, is_operator = values.pop("role"), bool(values.pop("is_operator"))
+        plan, limits = values.pop("plan"), values.pop("limits")
+        return KeyHolder(_key(values), role, is_operator, plan, limits)
+
+    async def replace(self, key: ApiKey) -> None:
+        """See core.contracts.KeyRows.replace."""
+        values = _values(key)
+        del values["last_used_at"]  # written by `touch` only
+        await self._connection.execute(
+            update(t.api_keys).where(t.api_keys.c.id == key.id).values(values)
+        )
+
+    async def page(
+        self,
+        org_id: str,
+        *,
+        owner_user_id: str | None,
+        limit: int,
+        after: tuple[datetime, str] | None = None,
+    ) -> list[ApiKey]:
+        """See core.contracts.KeyRows.page."""
+        c = t.api_keys.c
+        wanted = [c.org_id == org_id, c.revoked_at.is_(None)]
+        if owner_user_id is not None:
+            wanted.append(c.owner_user_id == owner_user_id)
+        if after is not None:
+            wanted.append(older(c, after))
+        found = await self._connection.execute(
+            _keys().where(*wanted).order_by(c.created_at.desc(), c.id.desc()).limit(limit)
+        )
+        return [_key(row) for row in found.mappings()]
+
+    async def touch(self, key_id: str, at: datetime) -> None:
+        """See core.contracts.KeyRows.touch."""
+        await self._connection.execute(
+            update(t.api_keys).where(t.api_keys.c.id == key_id).values(last_used_at=at)
+        )
+
+
+class SshKeyTable:
+    """See core.contracts.SshKeyRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, key: SshKey) -> None:
+        """See core.contracts.SshKeyRows.add."""
+        try:
+            await self._connection.execute(insert(t.ssh_keys).values(vars(key)))
+        except IntegrityError as error:
+            raise AlreadyExistsError(
+                f"cannot add this key: the organization has it already ({key.fingerprint})",
+                field="publicKey",
+            ) from error
+
+    async def find(self, org_id: str, key_id: str) -> SshKey | None:
+        """See core.contracts.SshKeyRows.find."""
+        c = t.ssh_keys.c
+        found = await self._connection.execute(
+            select(t.ssh_keys).where(c.org_id == org_id, c.id == key_id)
+        )
+        row = found.mappings().first()
+        return None if row is None else SshKey(**row)
+
+    async def every(self, org_id: str) -> list[SshKey]:
+        """See core.contracts.SshKeyRows.every."""
+        c = t.ssh_keys.c
+        found = await self._connection.execute(
+            select(t.ssh_keys).where(c.org_id == org_id).order_by(c.created_at.desc(), c.id.desc())
+        )
+        return [SshKey(**row) for row in found.mappings()]
+
+    async def remove(self, org_id: str, key_id: str) -> bool:
+        """See core.contracts.SshKeyRows.remove."""
+        c = t.ssh_keys.c
+        done = await self._connection.execute(
+            delete(t.ssh_keys).where(c.org_id == org_id, c.id == key_id)
+        )
+        return done.rowcount > 0
+
+
+def _plain(organization: Organization) -> dict[str, object]:
+    return vars(organization) | {
+        "settings": dict(organization.settings),
+        "limits": dict(organization.limits),
+    }
+
+
+def _user_exists(user: User) -> AlreadyExistsError:
+    return AlreadyExistsError(
+        f"cannot use the e-mail address {user.email!r}: another user has it", field="email"
+    )
+
+
+def _values(key: ApiKey) -> dict[str, Any]:
+    values = {name: value for name, value in vars(key).items() if name not in _NOT_STORED}
+    return values | {"scopes": list(key.scopes)}
+
+
+def _key(row: Any) -> ApiKey:
+    return ApiKey(**{**row, "scopes": tuple(row["scopes"])})
+
+
+def _keys(*more: Any) -> Any:
+    return select(
+        t.api_keys,
+        t.users.c.display_name.label("owner_display_name"),
+        t.users.c.email.label("owner_email"),
+        *more,
+    ).join(t.users, t.users.c.id == t.api_keys.c.owner_user_id)
+
+
+# Built once: every request runs it, and to build a statement takes as long as to run it.
+_HOLDER = (
+    _keys(
+        t.memberships.c.role,
+        t.users.c.is_operator,
+        t.organizations.c.plan,
+        t.organizations.c.limits,
+    )
+    .join(t.organizations, t.organizations.c.id == t.api_keys.c.org_id)
+    .join(
+        t.memberships,
+        and_(
+            t.memberships.c.org_id == t.api_keys.c.org_id,
+            t.memberships.c.user_id == t.api_keys.c.owner_user_id,
+        ),
+    )
+    .where(t.api_keys.c.digest == bindparam("wanted_digest"))
+)

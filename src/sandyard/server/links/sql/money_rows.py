@@ -1,0 +1,353 @@
+"""Usage, storage, accounts and the ledger. See core.contracts for what each method promises."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Table,
+    bindparam,
+    case,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    type_coerce,
+    update,
+)
+from sqlalchemy.exc import IntegrityError
+
+from sandyard.server.core.errors import AlreadyExistsError, InternalError
+from sandyard.server.core.money import Account
+from sandyard.server.core.records import (
+    AutoTopup,
+    InUse,
+    LedgerEntry,
+    PendingTopup,
+    StoragePeriod,
+    UsagePeriod,
+)
+from sandyard.server.core.shapes import Shape
+from sandyard.server.core.states import Status
+from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.rows import Connection
+
+_SHAPE = ("vcpus", "memory_mib", "disk_mib")
+_ACTIVE = [
+    status.value
+    for status in (
+        Status.PENDING, Status.CREATING, Status.RUNNING, Status.PAUSING, Status.RESUMING,
+        Status.SUSPECTED_MISSING,
+    )
+]  # fmt: skip
+
+
+class UsageTable:
+    """See core.contracts.UsageRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def open(self, period: UsagePeriod) -> None:
+        """See core.contracts.UsageRows.open."""
+        values = {
+            name: value for name, value in vars(period).items() if name not in ("shape", "id")
+        }
+        try:
+            await self._connection.execute(_OPEN, [values | vars(period.shape)])
+        except IntegrityError as error:
+            raise InternalError(
+                f"cannot open a usage period: {period.sandbox_id} has one open"
+            ) from error
+
+    async def close(self, sandbox_id: str, at: datetime) -> bool:
+        """See core.contracts.UsageRows.close."""
+        return await _close(
+            self._connection, t.usage_periods, at, t.usage_periods.c.sandbox_id == sandbox_id
+        )
+
+    async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
+        """See core.contracts.UsageRows.of_sandbox."""
+        return await self._periods(t.usage_periods.c.sandbox_id == sandbox_id)
+
+    async def unsettled(self, org_id: str) -> list[UsagePeriod]:
+        """See core.contracts.UsageRows.unsettled."""
+        c = t.usage_periods.c
+        return await self._periods(c.org_id == org_id, ~c.is_settled)
+
+    async def owing(self) -> list[str]:
+        """See core.contracts.UsageRows.owing."""
+        found: set[str] = set()
+        for table in (t.usage_periods, t.storage_periods):
+            rows = await self._connection.execute(
+                select(table.c.org_id).where(~table.c.is_settled).distinct()
+            )
+            found |= {row.org_id for row in rows}
+        return sorted(found)
+
+    async def charge(self, periods: Sequence[UsagePeriod]) -> None:
+        """See core.contracts.UsageRows.charge."""
+        await _charge(self._connection, t.usage_periods, periods)
+
+    async def within(
+        self, org_id: str, *, since: datetime, owner_user_id: str | None
+    ) -> list[UsagePeriod]:
+        """See core.contracts.UsageRows.within."""
+        c = t.usage_periods.c
+        wanted = [c.org_id == org_id, or_(c.ended_at.is_(None), c.ended_at > since)]
+        if owner_user_id is not None:
+            own = select(t.sandboxes.c.id).where(t.sandboxes.c.owner_user_id == owner_user_id)
+            wanted.append(c.sandbox_id.in_(own))
+        return await self._periods(*wanted)
+
+    async def in_use(self, org_id: str, now: datetime) -> InUse:
+        """See core.contracts.UsageRows.in_use."""
+        c = t.sandboxes.c
+        is_active = c.status.in_(_ACTIVE)
+
+        def total(condition: Any, value: Any) -> Any:
+            return func.coalesce(func.sum(case((condition, value), else_=0)), 0)
+
+        found = await self._connection.execute(
+            select(
+                total(is_active, 1).label("active"),
+                total(is_active, c.vcpus).label("vcpus"),
+                total(is_active, c.memory_mib).label("memory_mib"),
+                func.coalesce(func.sum(c.disk_mib), 0).label("disk_mib"),
+                total(c.is_test, 1).label("tests"),
+                total(is_active & ~c.is_test, c.vcpus).label("paid_vcpus"),
+                total(is_active & ~c.is_test, c.memory_mib).label("paid_memory"),
+                total(is_active & ~c.is_test, c.disk_mib).label("paid_disk"),
+            ).where(c.org_id == org_id, text(t.LIVE), c.status != Status.DESTROYING.value)
+        )
+        used = {name: int(value) for name, value in found.mappings().one().items()}
+        paid = Shape(*(used.pop(f"paid_{name}") for name in ("vcpus", "memory", "disk")))
+        p = t.usage_periods.c
+        # In whole seconds: that suffices here, and the sums stay within 64 bits.
+        until = func.coalesce(type_coerce(p.ended_at, BigInteger), t.microseconds(now))
+        seconds = (until - type_coerce(p.started_at, BigInteger)) / 1_000_000
+        owed = await self._connection.execute(
+            select(
+                *(func.coalesce(func.sum(p[name] * seconds), 0) for name in _SHAPE),
+                func.coalesce(func.sum(p.posted), 0),
+            ).where(p.org_id == org_id, ~p.is_settled, ~p.is_free)
+        )
+        *shape, posted = (max(0, int(value)) for value in owed.one())
+        return InUse(**used, paid=paid, owed=Shape(*shape), posted=posted)
+
+    async def _periods(self, *wanted: ColumnElement[bool]) -> list[UsagePeriod]:
+        found = await self._connection.execute(
+            select(t.usage_periods).where(*wanted).order_by(t.usage_periods.c.id)
+        )
+        result = []
+        for row in found.mappings():
+            values = dict(row)
+            shape = Shape(*(values.pop(name) for name in _SHAPE))
+            result.append(UsagePeriod(**values, shape=shape))
+        return result
+
+
+class StorageTable:
+    """See core.contracts.StorageRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def open(self, period: StoragePeriod) -> None:
+        """See core.contracts.StorageRows.open."""
+        values = {name: value for name, value in vars(period).items() if name != "id"}
+        try:
+            await self._connection.execute(insert(t.storage_periods).values(values))
+        except IntegrityError as error:
+            raise InternalError(
+                f"cannot open a storage period: {period.resource_id} has one open"
+            ) from error
+
+    async def close(self, kind: str, resource_id: str, at: datetime) -> bool:
+        """See core.contracts.StorageRows.close."""
+        c = t.storage_periods.c
+        return await _close(
+            self._connection, t.storage_periods, at, c.kind == kind, c.resource_id == resource_id
+        )
+
+    async def unsettled(self, org_id: str) -> list[StoragePeriod]:
+        """See core.contracts.StorageRows.unsettled."""
+        c = t.storage_periods.c
+        return await self._periods(c.org_id == org_id, ~c.is_settled)
+
+    async def charge(self, periods: Sequence[StoragePeriod]) -> None:
+        """See core.contracts.StorageRows.charge."""
+        await _charge(self._connection, t.storage_periods, periods)
+
+    async def within(self, org_id: str, *, since: datetime) -> list[StoragePeriod]:
+        """See core.contracts.StorageRows.within."""
+        c = t.storage_periods.c
+        return await self._periods(
+            c.org_id == org_id, or_(c.ended_at.is_(None), c.ended_at > since)
+        )
+
+    async def of(self, kind: str, resource_id: str) -> list[StoragePeriod]:
+        """See core.contracts.StorageRows.of."""
+        c = t.storage_periods.c
+        return await self._periods(c.kind == kind, c.resource_id == resource_id)
+
+    async def _periods(self, *wanted: ColumnElement[bool]) -> list[StoragePeriod]:
+        found = await self._connection.execute(
+            select(t.storage_periods).where(*wanted).order_by(t.storage_periods.c.id)
+        )
+        return [StoragePeriod(**row) for row in found.mappings()]
+
+
+class CreditTable:
+    """See core.contracts.CreditRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def account(self, org_id: str) -> Account:
+        """See core.contracts.CreditRows.account."""
+        found = await self._connection.execute(
+            select(t.accounts).where(t.accounts.c.org_id == org_id)
+        )
+        row = found.mappings().first()
+        return Account(org_id) if row is None else Account(**row)
+
+    async def save(self, account: Account) -> None:
+        """See core.contracts.CreditRows.save."""
+        done = await self._connection.execute(
+            update(t.accounts).where(t.accounts.c.org_id == account.org_id).values(vars(account))
+        )
+        if done.rowcount == 0:  # an organization from before there were accounts
+            await self._connection.execute(insert(t.accounts).values(vars(account)))
+
+    async def post(self, entry: LedgerEntry) -> None:
+        """See core.contracts.CreditRows.post."""
+        try:
+            await self._connection.execute(insert(t.ledger).values(vars(entry)))
+        except IntegrityError as error:
+            raise AlreadyExistsError(
+                f"cannot post this {entry.type}: one with the reference {entry.reference_id!r} "
+                "was posted before",
+                field="referenceId",
+            ) from error
+
+    async def find(self, org_id: str, type_: str, reference_id: str) -> LedgerEntry | None:
+        """See core.contracts.CreditRows.find."""
+        c = t.ledger.c
+        found = await self._entries(
+            1, c.org_id == org_id, c.type == type_, c.reference_id == reference_id
+        )
+        return found[0] if found else None
+
+    async def history(
+        self, org_id: str, *, limit: int, after_id: str | None = None
+    ) -> list[LedgerEntry]:
+        """See core.contracts.CreditRows.history."""
+        c = t.ledger.c
+        wanted = [c.org_id == org_id]
+        if after_id is not None:
+            last = select(c.number).where(c.org_id == org_id, c.id == after_id).scalar_subquery()
+            wanted.append(c.number < last)
+        return await self._entries(limit, *wanted)
+
+    async def auto_topup(self, org_id: str) -> AutoTopup:
+        """See core.contracts.CreditRows.auto_topup."""
+        found = await self._connection.execute(
+            select(t.auto_topups).where(t.auto_topups.c.org_id == org_id)
+        )
+        row = found.mappings().first()
+        if row is None:
+            return AutoTopup(org_id)
+        values = dict(row)
+        key, cents, since = (values.pop(f"pending_{one}") for one in ("key", "cents", "since"))
+        pending = None if key is None else PendingTopup(key, cents, since)
+        return AutoTopup(**values, pending=pending)
+
+    async def save_auto_topup(self, wish: AutoTopup) -> None:
+        """See core.contracts.CreditRows.save_auto_topup."""
+        values = {name: value for name, value in vars(wish).items() if name != "pending"}
+        for one in ("key", "cents", "since"):
+            values[f"pending_{one}"] = getattr(wish.pending, one) if wish.pending else None
+        done = await self._connection.execute(
+            update(t.auto_topups).where(t.auto_topups.c.org_id == wish.org_id).values(values)
+        )
+        if done.rowcount == 0:
+            await self._connection.execute(insert(t.auto_topups).values(values))
+
+    async def topped_up(self) -> list[str]:
+        """See core.contracts.CreditRows.topped_up."""
+        c = t.auto_topups.c
+        found = await self._connection.execute(
+            select(c.org_id).where(c.is_enabled, c.customer_id.is_not(None))
+        )
+        return [row.org_id for row in found]
+
+    async def _entries(self, limit: int, *wanted: ColumnElement[bool]) -> list[LedgerEntry]:
+        found = await self._connection.execute(
+            select(t.ledger).where(*wanted).order_by(t.ledger.c.number.desc()).limit(limit)
+        )
+        return [
+            LedgerEntry(**{name: value for name, value in row.items() if name != "number"})
+            for row in found.mappings()
+        ]
+
+
+class FactTable:
+    """See core.contracts.FactRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def moment(self, name: str) -> datetime | None:
+        """See core.contracts.FactRows.moment."""
+        found = await self._connection.execute(
+            select(t.facts.c.moment).where(t.facts.c.name == name)
+        )
+        row = found.first()
+        return None if row is None else row.moment
+
+    async def note(self, name: str, at: datetime) -> None:
+        """See core.contracts.FactRows.note."""
+        done = await self._connection.execute(
+            update(t.facts).where(t.facts.c.name == name).values(moment=at)
+        )
+        if done.rowcount == 0:
+            await self._connection.execute(insert(t.facts).values(name=name, moment=at))
+
+
+async def _close(
+    connection: Connection, table: Table, at: datetime, *which: ColumnElement[bool]
+) -> bool:
+    c = table.c
+    # A clock that was set back must not make a period end before it began.
+    latest = func.max if connection.dialect.name == "sqlite" else func.greatest
+    ended = bindparam("ended", at, type_=t.Moment)
+    done = await connection.execute(
+        update(table)
+        .where(*which, c.ended_at.is_(None))
+        .values(ended_at=latest(c.started_at, ended))
+        .returning(c.id)
+    )
+    return done.first() is not None
+
+
+async def _charge(
+    connection: Connection, table: Table, periods: Sequence[UsagePeriod | StoragePeriod]
+) -> None:
+    if periods:
+        c = table.c
+        await connection.execute(
+            update(table)
+            .where(c.id == bindparam("known_id"))
+            .values(posted=bindparam("now_posted"), is_settled=bindparam("now_settled")),
+            [
+                {"known_id": one.id, "now_posted": one.posted, "now_settled": one.is_settled}
+                for one in periods
+            ],
+        )
+
+
+_OPEN = insert(t.usage_periods)

@@ -1,0 +1,96 @@
+"""The activity feed, which is the audit log as well: what is written in it, and who reads it."""
+
+from collections.abc import Mapping
+from datetime import datetime
+
+from sandyard.server.core.contracts import Store
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.records import Activity, ActivityQuery
+from sandyard.server.service.access import Actor
+from sandyard.server.service.register import Register
+
+
+def line(
+    event_type: str,
+    title: str,
+    *,
+    org_id: str,
+    actor: Actor | None,
+    resource_id: str,
+    at: datetime,
+    summary: str = "",
+    status: str = "ok",
+    severity: str = "info",
+    sandbox_id: str | None = None,
+    attributes: Mapping[str, object] | None = None,
+) -> Activity:
+    """Return a line of the feed; what it is about is the first part of `event_type`."""
+    return Activity(
+        id=new_uuid(),
+        org_id=org_id,
+        actor_user_id=actor.user_id if actor else None,
+        actor_type=actor.kind if actor else "system",
+        event_type=event_type,
+        resource_type=event_type.partition(".")[0],
+        resource_id=resource_id,
+        severity=severity,
+        status=status,
+        title=title,
+        summary=summary,
+        created_at=at,
+        sandbox_id=sandbox_id,
+        attributes=attributes or {},
+    )
+
+
+class Feed:
+    """Reads it. A member sees what they did, and what became of their own sandboxes."""
+
+    def __init__(self, store: Store, register: Register) -> None:
+        self._store = store
+        self._register = register
+
+    async def page(
+        self,
+        actor: Actor,
+        *,
+        limit: int,
+        matches: Mapping[str, str],
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: tuple[datetime, str] | None = None,
+    ) -> list[Activity]:
+        """Return one page of the organization's feed, newest first."""
+        actor.require("activity:read")
+        query = ActivityQuery(
+            org_id=actor.org_id,
+            limit=limit,
+            seen_by=None if actor.sees_all else actor.user_id,
+            matches=matches,
+            since=since,
+            until=until,
+            after=after,
+        )
+        async with self._store.read() as tx:
+            return await tx.activity.page(query)
+
+    async def of_sandbox(
+        self,
+        actor: Actor,
+        reference: str,
+        *,
+        limit: int,
+        after: tuple[datetime, str] | None = None,
+    ) -> list[Activity]:
+        """Return one page of what became of a sandbox, newest first.
+
+        Raises:
+            NotFoundError: no such sandbox.
+        """
+        actor.require("sandbox:read")
+        sandbox = await self._register.find(actor, reference)
+        query = ActivityQuery(
+            org_id=actor.org_id, limit=limit, matches={"sandbox_id": sandbox.id}, after=after
+        )
+        async with self._store.read() as tx:
+            return await tx.activity.page(query)

@@ -1,0 +1,149 @@
+"""The database is locked or gone for a while: requests say so, and nothing is half-written."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url
+from tests.conftest import free_port
+from tests.support.house import Yard, eventually, open_yard
+from tests.support.postgres import postgres_url
+
+pytestmark = pytest.mark.slow  # they wait as long as a bad day lasts
+
+
+async def whole(yard: Yard) -> int:
+    """Check that what is stored belongs together, and return how many sandboxes there are."""
+    boxes = (await yard.client.get("/v1/sandboxes")).json()["data"]
+    for box in boxes:
+        feed = (await yard.client.get(f"/v1/sandboxes/{box['id']}/activity")).json()["data"]
+        kinds = [one["eventType"] for one in feed["events"]]
+        assert kinds[-1] == "sandbox.created"
+        async with yard.house.store.read() as tx:
+            periods = await tx.usage.of_sandbox(box["id"])
+        is_open = [one for one in periods if one.ended_at is None]
+        assert len(is_open) == (1 if box["status"] == "running" else 0)
+    return len(boxes)
+
+
+def is_503(answer: Any) -> bool:
+    assert answer.status_code == 503, answer.text
+    assert answer.json()["error"]["code"] == "unavailable"
+    assert int(answer.headers["retry-after"]) >= 1
+    return True
+
+
+async def test_a_database_that_is_locked_for_ten_seconds_is_waited_for_or_a_503(
+    tmp_path: Path,
+) -> None:
+    async with open_yard(tmp_path) as yard:
+        box = await yard.create()
+        other = sqlite3.connect(tmp_path / "sandyard.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        try:
+            asked = [
+                asyncio.create_task(yard.client.post(path, json=body))
+                for path, body in (
+                    ("/v1/sandboxes", {}),
+                    ("/v1/api-keys", {"name": "k"}),
+                    (f"/v1/sandboxes/{box['id']}/touch", {}),
+                    ("/v1/billing/grants", {"amountCents": 5}),
+                )
+            ]
+            # What only reads is served meanwhile.
+            got = await yard.client.get(f"/v1/sandboxes/{box['id']}")
+            assert got.status_code == 200
+            answers = await asyncio.gather(*asked)
+        finally:
+            other.rollback()
+            other.close()
+        assert all(is_503(one) for one in answers)
+        assert await whole(yard) == 1
+        assert len((await yard.client.get("/v1/api-keys")).json()["data"]) == 1
+        account = (await yard.client.get("/v1/billing/credits")).json()["data"]
+        assert account["balanceCents"] == 10_000
+        await yard.create()
+        assert await whole(yard) == 2
+
+
+class Wire:
+    """Carries connections to a server until it is cut."""
+
+    def __init__(self, port: int, to: int) -> None:
+        self.port, self._to = port, to
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def mend(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    async def cut(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0.05)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._to)
+        self._writers |= {writer, back}
+
+        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                while data := await source.read(65536):
+                    target.write(data)
+                    await target.drain()
+            target.close()
+
+        await asyncio.gather(copy(reader, back), copy(there, writer))
+        self._writers -= {writer, back}
+
+
+@asynccontextmanager
+async def wired(url: str) -> AsyncIterator[tuple[str, Wire]]:
+    parsed = make_url(url)
+    assert parsed.port is not None
+    wire = Wire(free_port(), parsed.port)
+    await wire.mend()
+    try:
+        yield parsed.set(port=wire.port).render_as_string(hide_password=False), wire
+    finally:
+        await wire.cut()
+
+
+@pytest.mark.postgres
+async def test_a_database_that_is_gone_for_a_while_is_a_503_until_it_is_back(
+    tmp_path: Path,
+) -> None:
+    async with AsyncExitStack() as held:
+        url, wire = await held.enter_async_context(
+            wired(await held.enter_async_context(postgres_url()))
+        )
+        async with open_yard(tmp_path, sections={"store": {"url": url}}) as yard:
+            box = await yard.create()
+            await wire.cut()
+            for _ in range(3):
+                answers = await asyncio.gather(
+                    yard.client.get("/v1/sandboxes"),
+                    yard.client.post("/v1/sandboxes", json={}),
+                    yard.client.post("/v1/api-keys", json={"name": "k"}),
+                    yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "x"}),
+                )
+                assert all(is_503(one) for one in answers)
+                await asyncio.sleep(0.1)
+            ready = await yard.client.get("/readyz")
+            assert ready.status_code == 503
+            await wire.mend()
+
+            async def is_back() -> bool:
+                return (await yard.client.get("/v1/sandboxes")).status_code == 200
+
+            await eventually(is_back)
+            # The machine never noticed, and the reconciler works on.
+            assert await yard.execute(box, "here") == "here"
+            await yard.create()
+            assert await whole(yard) == 2

@@ -1,0 +1,284 @@
+"""What is used is charged, to the last microsecond, whatever happens in between."""
+
+import asyncio
+import tempfile
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+from math import floor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sandyard.server.core.contracts import Store
+from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.ids import new_sandbox_id, new_uuid
+from sandyard.server.core.money import MICROS, Prices
+from sandyard.server.core.records import Sandbox, User
+from sandyard.server.core.shapes import Shape
+from sandyard.server.core.states import Event, Status, Wanted
+from sandyard.server.links.local import LocalBus
+from sandyard.server.links.payments import NoPayments
+from sandyard.server.links.sql import open_store
+from sandyard.server.service.credits import credit
+from sandyard.server.service.lifecycle import Lifecycle
+from sandyard.server.service.metering import Meter
+from sandyard.server.service.organizations import SignUp, found_organization
+
+START = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
+PRICES = Prices(5 * MICROS, 1_500_000, 10 * MICROS, 10 * MICROS)
+HOUR_US = 3_600_000_000
+
+
+class SetClock:
+    """A clock that shows what it is set to."""
+
+    def __init__(self) -> None:
+        self.time = START
+
+    def now(self) -> datetime:
+        return self.time
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(0)
+
+
+@dataclass
+class Life:
+    """A sandbox as an exact model knows it: when it was charged, and for what."""
+
+    sandbox: Sandbox
+    computes: list[tuple[datetime, datetime | None]] = field(default_factory=list)
+    stores: list[tuple[int, datetime, datetime | None]] = field(default_factory=list)
+
+    def opened(self, at: datetime) -> None:
+        self.computes.append((at, None))
+
+    def closed(self, at: datetime) -> None:
+        if self.computes and self.computes[-1][1] is None:
+            start = self.computes[-1][0]
+            self.computes[-1] = (start, max(start, at))
+
+    def stored(self, size: int, at: datetime) -> None:
+        self.stores.append((size, at, None))
+
+    def fetched(self, at: datetime) -> None:
+        if self.stores and self.stores[-1][2] is None:
+            size, start, _ = self.stores[-1]
+            self.stores[-1] = (size, start, max(start, at))
+
+    def cost(self, now: datetime) -> int:
+        if self.sandbox.is_test:
+            return 0
+        shape = self.sandbox.shape
+        hourly = (
+            shape.vcpus * PRICES.vcpu_hour
+            + Fraction(shape.memory_mib * PRICES.memory_gib_hour, 1024)
+            + Fraction(shape.disk_mib * PRICES.disk_gib_month, 1024 * 730)
+        )
+        total = 0
+        for start, end in self.computes:
+            total += floor(Fraction(_us(start, end or now), HOUR_US) * hourly)
+        for size, start, end in self.stores:
+            months = Fraction(_us(start, end or now), 730 * HOUR_US)
+            total += floor(months * size * PRICES.storage_gib_month / 2**30)
+        return total
+
+
+def _us(start: datetime, end: datetime) -> int:
+    return max(0, (end - start) // timedelta(microseconds=1))
+
+
+class Bench:
+    """A store, and what charges; nothing behind it runs."""
+
+    def __init__(self, store: Store, org_id: str, user_id: str, project_id: str) -> None:
+        self.store, self.org_id, self.user_id = store, org_id, user_id
+        self.project_id = project_id
+        self.clock = SetClock()
+        self.lives: list[Life] = []
+        self.restart()
+
+    def restart(self) -> None:
+        self.lifecycle = Lifecycle(self.store, LocalBus(), self.clock)
+        self.meter = Meter(
+            store=self.store, lifecycle=self.lifecycle, payments=NoPayments(), clock=self.clock,
+            prices=PRICES, enforces=False,
+        )  # fmt: skip
+
+    async def create(self, shape: Shape, *, is_test: bool = False) -> Life:
+        now = self.clock.now()
+        sandbox = Sandbox(
+            id=new_sandbox_id(), org_id=self.org_id, owner_user_id=self.user_id,
+            project_id=self.project_id, name=None, status=Status.CREATING, wanted=Wanted.RUNNING,
+            version=1, incarnation=1, template="t", shape=shape, idle_timeout_s=0, created_at=now,
+            updated_at=now, is_test=is_test,
+        )  # fmt: skip
+        async with self.store.write() as tx:
+            await tx.sandboxes.insert(sandbox)
+        life = Life(sandbox)
+        self.lives.append(life)
+        await self.apply(life, Event.READY)
+        return life
+
+    async def apply(self, life: Life, event: Event, **changes: object) -> None:
+        before = life.sandbox.status
+        try:
+            stored = await self.lifecycle.apply(life.sandbox, event, **changes)  # type: ignore[arg-type]
+        except SandyardError:
+            return
+        assert stored is not None
+        life.sandbox, now = stored, self.clock.now()
+        if before is Status.RUNNING and stored.status is not Status.RUNNING:
+            life.closed(now)
+        if before is Status.PAUSED and stored.status is not Status.PAUSED:
+            life.fetched(now)
+        if stored.status is Status.RUNNING and before is not Status.RUNNING:
+            life.opened(now)
+        if stored.status is Status.PAUSED and before is not Status.PAUSED:
+            life.stored(stored.saved_bytes, now)
+
+    async def check(self) -> None:
+        """Compare the account and the ledger with the model, exactly."""
+        await self.meter.charge(self.org_id)
+        async with self.store.read() as tx:
+            account = await tx.credits.account(self.org_id)
+            entries = await tx.credits.history(self.org_id, limit=100_000)
+            periods = await tx.usage.unsettled(self.org_id)
+            kept = await tx.storage.unsettled(self.org_id)
+        now = self.clock.now()
+        # What is below a cent may wait in the periods themselves.
+        waiting = 0
+        for one in periods:
+            cost = PRICES.compute(one.shape, (one.ended_at or now) - one.started_at)
+            waiting += (0 if one.is_free else cost) - one.posted
+        for two in kept:
+            cost = PRICES.storage(two.size_bytes, (two.ended_at or now) - two.started_at)
+            waiting += (0 if two.is_free else cost) - two.posted
+        used = account.used_cents * MICROS + account.carried + waiting
+        assert used == sum(life.cost(now) for life in self.lives)
+        balance = 0
+        for entry in reversed(entries):
+            balance += entry.amount_cents
+            assert entry.balance_after_cents == balance
+        assert balance == account.balance_cents
+        assert account.balance_cents == account.granted_cents - account.used_cents
+
+
+async def with_bench(work: object, place: str) -> None:
+    async with open_store(f"sqlite:///{place}/store.db", key=b"k" * 32) as store:
+        user = User(new_uuid(), "a@b.c", "A", START)
+        async with store.write() as tx:
+            await tx.users.add(user)
+            made = await found_organization(
+                tx, "Org", user, sign_up=SignUp(10_000, "enterprise", 5), at=START
+            )
+        await work(Bench(store, made.organization.id, user.id, made.project.id))  # type: ignore[operator]
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("create"), st.integers(1, 4), st.integers(128, 9000), st.booleans()),
+    st.tuples(
+        st.just("event"),
+        st.integers(0, 5),
+        st.sampled_from(
+            [
+                Event.PAUSE, Event.SAVED, Event.PAUSE_FAILED, Event.RESUME, Event.RESUME_FAILED,
+                Event.READY, Event.BROKE, Event.SILENT, Event.DELETE, Event.GONE,
+            ]
+        ),
+        st.integers(1, 2**40),
+    ),
+    st.tuples(st.just("time"), st.integers(0, 40 * 86_400_000_000)),
+    st.tuples(st.just("time"), st.integers(0, 5_000_000)),
+    st.tuples(st.just("step back"), st.integers(0, 86_400_000_000)),
+    st.tuples(st.just("charge")),
+    st.tuples(st.just("restart")),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(STEPS, max_size=40))
+@pytest.mark.slow  # random lives find what no one thought of
+def test_random_lives_are_charged_exactly(steps: list[tuple[object, ...]]) -> None:
+    async def live(bench: Bench) -> None:
+        await bench.create(Shape(1, 512, 1024))
+        for kind, *values in steps:
+            match kind:
+                case "create":
+                    vcpus, memory, is_test = values
+                    await bench.create(Shape(vcpus, memory, 10240), is_test=is_test)  # type: ignore[arg-type]
+                case "event":
+                    number, event, size = values
+                    life = bench.lives[number % len(bench.lives)]  # type: ignore[operator]
+                    saved = {"saved_bytes": size} if event is Event.SAVED else {}
+                    await bench.apply(life, event, **saved)  # type: ignore[arg-type]
+                case "time":
+                    bench.clock.time += timedelta(microseconds=values[0])  # type: ignore[arg-type]
+                case "step back":
+                    bench.clock.time -= timedelta(microseconds=values[0])  # type: ignore[arg-type]
+                case "charge":
+                    await bench.meter.charge(bench.org_id)
+                case _:
+                    bench.restart()
+        await bench.check()
+        for life in bench.lives:
+            await bench.apply(life, Event.DELETE)
+        await bench.check()
+
+    with tempfile.TemporaryDirectory() as place:
+        asyncio.run(with_bench(live, place))
+
+
+async def test_many_who_charge_and_grant_at_once_lose_nothing(tmp_path: Path) -> None:
+    """Two processes post usage for the same periods while fifty grants come in, one twice."""
+
+    async def work(bench: Bench) -> None:
+        for number in range(5):
+            await bench.create(Shape(2, 4096, 10240), is_test=number == 4)
+        async with open_store(f"sqlite:///{tmp_path}/store.db", key=b"k" * 32) as other:
+            twin = Bench(other, bench.org_id, bench.user_id, bench.project_id)
+            twin.clock = bench.clock
+            twin.restart()
+
+            async def grant(number: int) -> None:
+                store = (bench, twin)[number % 2].store
+                async with store.write() as tx:
+                    await credit(
+                        tx, bench.org_id, "grant", 7, description="g", at=bench.clock.now(),
+                        reference_id=f"grant-{number % 49}",
+                    )  # fmt: skip
+
+            for _ in range(10):
+                bench.clock.time += timedelta(minutes=7)
+                await asyncio.gather(
+                    *(grant(number) for number in range(50)),
+                    *(one.meter.charge(bench.org_id) for one in (bench, twin) for _ in range(5)),
+                )
+        await bench.check()
+        async with bench.store.read() as tx:
+            account = await tx.credits.account(bench.org_id)
+        assert account.granted_cents == 10_000 + 49 * 7
+
+    await with_bench(work, str(tmp_path))
+
+
+async def test_a_clock_set_back_takes_back_what_was_charged_too_early(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        life = await bench.create(Shape(32, 65536, 10240))
+        bench.clock.time += timedelta(hours=5)
+        await bench.check()
+        bench.clock.time -= timedelta(hours=4)
+        await bench.apply(life, Event.DELETE)
+        await bench.check()
+        async with bench.store.read() as tx:
+            newest = (await tx.credits.history(bench.org_id, limit=1))[0]
+        assert newest.type == "adjustment"
+        assert newest.amount_cents > 0
+
+    await with_bench(work, str(tmp_path))

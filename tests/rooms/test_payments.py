@@ -1,0 +1,218 @@
+"""Top-ups by the payment provider's own library, against a stand-in of its HTTP API."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import free_port
+from tests.support.house import Yard, eventually, open_yard
+from tests.support.stripe import (
+    SECRET,
+    WEBHOOK_SECRET,
+    StandIn,
+    charged_event,
+    paid_event,
+    signature_of,
+    stripe_stand_in,
+)
+
+from sandyard.server.links.local import SystemClock
+
+CHECKOUT = {"amountCents": 2000, "successUrl": "https://a.b/ok", "cancelUrl": "https://a.b/no"}
+
+
+class AheadClock(SystemClock):
+    """A clock that a test sets ahead."""
+
+    def __init__(self) -> None:
+        self.ahead = timedelta()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+
+@pytest.fixture
+def stand_in() -> Iterator[StandIn]:
+    with stripe_stand_in(free_port()) as running:
+        yield running
+
+
+@pytest.fixture
+def clock() -> AheadClock:
+    return AheadClock()
+
+
+@pytest.fixture
+async def yard(tmp_path: Path, stand_in: StandIn, clock: AheadClock) -> AsyncIterator[Yard]:
+    sections = {
+        "billing": {
+            "stripe_secret": SECRET, "stripe_webhook_secret": WEBHOOK_SECRET,
+            "stripe_api": stand_in.url, "sign_up_cents": 100,
+        }
+    }  # fmt: skip
+    async with open_yard(tmp_path, saves=True, clock=clock, sections=sections) as opened:
+        yield opened
+
+
+async def tell(yard: Yard, payload: bytes, signature: str | None = None) -> Any:
+    headers = {"Stripe-Signature": signature_of(payload) if signature is None else signature}
+    async with yard.client_of(None) as stranger:
+        return await stranger.post("/webhooks/stripe", content=payload, headers=headers)
+
+
+async def balance(yard: Yard) -> int:
+    data = (await yard.client.get("/v1/billing/credits")).json()["data"]
+    return int(data["balanceCents"])
+
+
+async def is_balance(yard: Yard, cents: int) -> bool:
+    return await balance(yard) == cents
+
+
+async def is_told(yard: Yard) -> bool:
+    query = {"event_type": "billing.topup_failed"}
+    events = (await yard.client.get("/v1/activity", params=query)).json()["data"]["events"]
+    return bool(events)
+
+
+async def test_a_checkout_is_paid_and_credited_once(yard: Yard, stand_in: StandIn) -> None:
+    answer = await yard.client.post("/v1/billing/topup", json=CHECKOUT)
+    assert answer.json()["data"] == {
+        "checkoutUrl": f"{stand_in.url}/pay/cs_1", "sessionId": "cs_1",
+    }  # fmt: skip
+    ((method, path, form, _),) = stand_in.asked
+    org_id, _ = await yard.first()
+    assert (method, path) == ("POST", "/v1/checkout/sessions")
+    assert form["line_items[0][price_data][unit_amount]"] == "2000"
+    assert (form["metadata[org_id]"], form["success_url"]) == (org_id, "https://a.b/ok")
+    assert await balance(yard) == 100
+    event = paid_event(org_id)
+    answers = await asyncio.gather(*(tell(yard, event) for _ in range(5)))
+    assert sorted(one.json()["credited"] for one in answers) == [False] * 4 + [True]
+    assert await balance(yard) == 2100
+    entry = (await yard.client.get("/v1/billing/credits/history")).json()["data"][0]
+    assert (entry["type"], entry["referenceId"], entry["amountCents"]) == ("topup", "cs_1", 2000)
+    # The card is saved, so that the account can be filled up by itself.
+    wish = (await yard.client.get("/v1/billing/auto-topup")).json()["data"]
+    assert wish["hasSavedPaymentMethod"] is True
+
+
+@pytest.mark.parametrize("how", ["none", "garbage", "other secret", "old", "altered"])
+async def test_an_event_that_the_provider_did_not_sign_is_refused(yard: Yard, how: str) -> None:
+    event = paid_event((await yard.first())[0])
+    signature = {
+        "none": "",
+        "garbage": "t=1,v1=00",
+        "other secret": signature_of(event, secret="whsec_other"),
+        "old": signature_of(event, at=time.time() - 3600),
+        "altered": signature_of(event.replace(b"2000", b"1999")),
+    }[how]
+    answer = await tell(yard, event, signature)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_token")
+    assert await balance(yard) == 100
+
+
+async def test_events_that_pay_nothing_change_nothing(yard: Yard) -> None:
+    org_id, _ = await yard.first()
+    for event in (
+        paid_event(org_id, payment_status="unpaid"),
+        paid_event(org_id, currency="eur"),
+        paid_event(org_id, type="customer.created"),
+        paid_event("", metadata={}, client_reference_id=None),
+    ):
+        answer = await tell(yard, event)
+        assert answer.json() == {"received": True, "credited": False}
+    unknown = "6ad0b1a5-0000-4000-8000-000000000000"
+    assert (await tell(yard, paid_event(unknown))).status_code == 404
+    too_large = b" " * 300_000
+    assert (await tell(yard, too_large)).status_code == 413
+    assert await balance(yard) == 100
+
+
+async def test_a_provider_that_is_down_is_a_503(yard: Yard, stand_in: StandIn) -> None:
+    stand_in.is_down = True
+    answer = await yard.client.post("/v1/billing/topup", json=CHECKOUT)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+
+async def test_an_account_is_filled_up_by_itself(
+    yard: Yard, stand_in: StandIn, clock: AheadClock
+) -> None:
+    org_id, _ = await yard.first()
+    await tell(yard, paid_event(org_id))
+    wish = {"enabled": True, "thresholdCents": 2090, "topupAmountCents": 600}
+    assert (await yard.client.put("/v1/billing/auto-topup", json=wish)).status_code == 200
+    box = await yard.create(idleTimeout=0)
+    clock.ahead = timedelta(hours=1)
+    await yard.house.meter.charge_all()
+    await eventually(lambda: is_balance(yard, 2100 - 16 + 600))
+    # Above the threshold nothing is bought.
+    await yard.house.meter.charge_all()
+    assert len(stand_in.charges) == 1
+    # A card that is declined is told of, and not tried again at once.
+    stand_in.declines = True
+    clock.ahead = timedelta(hours=60)
+    for _ in range(3):
+        await yard.house.meter.charge_all()
+    await eventually(lambda: is_told(yard))
+    query = {"event_type": "billing.topup_failed"}
+    events = (await yard.client.get("/v1/activity", params=query)).json()["data"]["events"]
+    assert len(events) == 1
+    assert "declined" in events[0]["summary"]
+    assert (await yard.get(box))["status"] == "running"
+
+
+@pytest.mark.parametrize("trouble", ["loses_answers", "is_slow"])
+async def test_a_charge_whose_outcome_is_not_known_is_made_and_credited_once(
+    yard: Yard, stand_in: StandIn, clock: AheadClock, trouble: str
+) -> None:
+    org_id, _ = await yard.first()
+    await tell(yard, paid_event(org_id))
+    setattr(stand_in, trouble, True)
+    wish = {"enabled": True, "thresholdCents": 5000, "topupAmountCents": 600}
+    await yard.client.put("/v1/billing/auto-topup", json=wish)
+    # Nothing runs, and still the balance is filled up; asked for again and again, it is one charge.
+    for round_ in range(3):
+        clock.ahead = timedelta(minutes=11 * round_)
+
+        async def asked(least: int = round_ + 1) -> bool:
+            await yard.house.meter.charge_all()  # nothing while one is under way
+            return len([one for one in stand_in.asked if "intents" in one[1]]) >= least
+
+        await eventually(asked)
+    assert len(stand_in.charges) == 1
+    assert await balance(yard) == 2100
+    # Another amount meanwhile changes nothing of what was asked for.
+    (intent,) = stand_in.charges.values()
+    event = charged_event(org_id, intent, 600)
+    for _ in range(2):
+        await tell(yard, event)
+    assert await balance(yard) == 2700
+    setattr(stand_in, trouble, False)
+    other = charged_event(org_id, "pi_other", 600, kind="a checkout's own")
+    assert (await tell(yard, other)).json()["credited"] is False
+    query = {"event_type": "billing.topup"}
+    events = (await yard.client.get("/v1/activity", params=query)).json()["data"]["events"]
+    assert len(events) == 2
+
+
+async def test_what_is_switched_off_meanwhile_stays_off(
+    yard: Yard, stand_in: StandIn, clock: AheadClock
+) -> None:
+    org_id, _ = await yard.first()
+    await tell(yard, paid_event(org_id))
+    wish = {"enabled": True, "thresholdCents": 5000, "topupAmountCents": 600}
+    await yard.client.put("/v1/billing/auto-topup", json=wish)
+    await asyncio.gather(
+        *(yard.house.meter.charge_all() for _ in range(3)),
+        yard.client.put("/v1/billing/auto-topup", json={"enabled": False}),
+    )
+    clock.ahead = timedelta(minutes=11)
+    await yard.house.meter.charge_all()
+    assert len(stand_in.charges) <= 1
+    wish = (await yard.client.get("/v1/billing/auto-topup")).json()["data"]
+    assert wish["enabled"] is False
