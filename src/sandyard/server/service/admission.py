@@ -11,6 +11,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.money import Prices, cents_up, show
 from sandyard.server.core.plans import Plan
+from sandyard.server.core.records import InUse
 from sandyard.server.core.shapes import NOTHING, Shape, format_size
 from sandyard.server.service.access import Actor
 from sandyard.server.service.rates import plan_of
@@ -63,28 +64,30 @@ class Admission:
             LimitReachedError: it has as many as its plan allows; `facts` name the limit.
             QuotaExceededError: its credits do not suffice for about an hour.
         """
-        await self._check_plan(tx, actor, shape, count=count, is_new=True)
+        used = await tx.usage.in_use(actor.org_id, self._clock.now())
+        self._check_plan(used, actor, shape, count=count, is_new=True)
         if not actor.is_test:
-            await self._check_credits(tx, actor.org_id, shape, count=count)
+            await self._check_credits(tx, used, actor.org_id, shape, count=count)
 
     async def check_resume(
         self, tx: Transaction, actor: Actor, shape: Shape, *, is_test: bool
     ) -> None:
         """Refuse to start a sandbox again. See `check_new`."""
-        await self._check_plan(tx, actor, shape, count=1, is_new=False)
+        used = await tx.usage.in_use(actor.org_id, self._clock.now())
+        self._check_plan(used, actor, shape, count=1, is_new=False)
         if not is_test:
-            await self._check_credits(tx, actor.org_id, shape, count=1)
+            await self._check_credits(tx, used, actor.org_id, shape, count=1)
 
     async def check_going_on(self, tx: Transaction, actor: Actor, *, is_test: bool) -> None:
         """Refuse to stop what runs to start it anew, if it could not be paid for. See above."""
         if not is_test:
-            await self._check_credits(tx, actor.org_id, NOTHING, count=0)
+            used = await tx.usage.in_use(actor.org_id, self._clock.now())
+            await self._check_credits(tx, used, actor.org_id, NOTHING, count=0)
 
-    async def _check_plan(
-        self, tx: Transaction, actor: Actor, shape: Shape, *, count: int, is_new: bool
+    def _check_plan(
+        self, used: InUse, actor: Actor, shape: Shape, *, count: int, is_new: bool
     ) -> None:
         plan = plan_of(self._plans, actor)
-        used = await tx.usage.in_use(actor.org_id, self._clock.now())
         added_disk = shape.disk_mib * count if is_new else 0
         is_test = actor.is_test and is_new
         for name, has, wants, limit in (
@@ -106,12 +109,11 @@ class Admission:
                 )
 
     async def _check_credits(
-        self, tx: Transaction, org_id: str, shape: Shape, *, count: int
+        self, tx: Transaction, used: InUse, org_id: str, shape: Shape, *, count: int
     ) -> None:
         if not self._enforces:
             return
         account = await tx.credits.account(org_id)
-        used = await tx.usage.in_use(org_id, self._clock.now())
         owed = self._prices.compute(used.owed, timedelta(seconds=1)) - used.posted
         left = account.left - max(0, owed)
         hourly = self._prices.hour_of(used.paid)

@@ -335,9 +335,16 @@ class QemuDriver:
         process = await self._take_hold(spec, held)
         if spec.is_ahead:
             set_nice(process.pid, BEHIND)
-        monitor = await Monitor.connect(spec.folder / command.QMP_SOCKET, pid=process.pid)
+        try:
+            monitor = await Monitor.connect(spec.folder / command.QMP_SOCKET, pid=process.pid)
+        except UnavailableError as error:
+            # What it cannot run with may come to light only after it listens.
+            if start_time(process.pid) is None:
+                raise InternalError(f"cannot start {spec.name}: QEMU ended at once") from error
+            raise UnavailableError(f"cannot start {spec.name}: {error.message}") from error
         started = start_time(process.pid)
         if started is None:
+            await monitor.close()
             raise InternalError(f"cannot start {spec.name}: QEMU ended at once")
         handle: Handle = {
             "pid": process.pid,

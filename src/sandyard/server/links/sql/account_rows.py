@@ -233,9 +233,11 @@ class ProjectTable:
 
     async def find(self, org_id: str, project_id: str | None) -> Project | None:
         """See core.contracts.ProjectRows.find."""
-        c = t.projects.c
-        which = c.is_default.is_(True) if project_id is None else c.id == project_id
-        found = await self._connection.execute(select(t.projects).where(c.org_id == org_id, which))
+        if project_id is None:
+            found = await self._connection.execute(_DEFAULT_PROJECT, [{"wanted_org": org_id}])
+        else:
+            wanted = {"wanted_org": org_id, "wanted_id": project_id}
+            found = await self._connection.execute(_PROJECT, [wanted])
         row = found.mappings().first()
         return None if row is None else Project(**row)
 
@@ -362,10 +364,7 @@ class SshKeyTable:
 
     async def every(self, org_id: str) -> list[SshKey]:
         """See core.contracts.SshKeyRows.every."""
-        c = t.ssh_keys.c
-        found = await self._connection.execute(
-            select(t.ssh_keys).where(c.org_id == org_id).order_by(c.created_at.desc(), c.id.desc())
-        )
+        found = await self._connection.execute(_SSH_KEYS, [{"wanted_org": org_id}])
         return [SshKey(**row) for row in found.mappings()]
 
     async def remove(self, org_id: str, key_id: str) -> bool:
@@ -408,7 +407,15 @@ def _keys(*more: Any) -> Any:
     ).join(t.users, t.users.c.id == t.api_keys.c.owner_user_id)
 
 
-# Built once: every request runs it, and to build a statement takes as long as to run it.
+# Built once: every request runs them, and to build a statement takes longer than to run it.
+_PROJECTS = select(t.projects).where(t.projects.c.org_id == bindparam("wanted_org"))
+_DEFAULT_PROJECT = _PROJECTS.where(t.projects.c.is_default.is_(True))
+_PROJECT = _PROJECTS.where(t.projects.c.id == bindparam("wanted_id"))
+_SSH_KEYS = (
+    select(t.ssh_keys)
+    .where(t.ssh_keys.c.org_id == bindparam("wanted_org"))
+    .order_by(t.ssh_keys.c.created_at.desc(), t.ssh_keys.c.id.desc())
+)
 _HOLDER = (
     _keys(
         t.memberships.c.role,

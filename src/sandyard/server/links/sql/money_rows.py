@@ -12,6 +12,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    literal,
     or_,
     select,
     text,
@@ -105,35 +106,11 @@ class UsageTable:
 
     async def in_use(self, org_id: str, now: datetime) -> InUse:
         """See core.contracts.UsageRows.in_use."""
-        c = t.sandboxes.c
-        is_active = c.status.in_(_ACTIVE)
-
-        def total(condition: Any, value: Any) -> Any:
-            return func.coalesce(func.sum(case((condition, value), else_=0)), 0)
-
-        found = await self._connection.execute(
-            select(
-                total(is_active, 1).label("active"),
-                total(is_active, c.vcpus).label("vcpus"),
-                total(is_active, c.memory_mib).label("memory_mib"),
-                func.coalesce(func.sum(c.disk_mib), 0).label("disk_mib"),
-                total(c.is_test, 1).label("tests"),
-                total(is_active & ~c.is_test, c.vcpus).label("paid_vcpus"),
-                total(is_active & ~c.is_test, c.memory_mib).label("paid_memory"),
-                total(is_active & ~c.is_test, c.disk_mib).label("paid_disk"),
-            ).where(c.org_id == org_id, text(t.LIVE), c.status != Status.DESTROYING.value)
-        )
+        found = await self._connection.execute(_IN_USE, [{"wanted_org": org_id}])
         used = {name: int(value) for name, value in found.mappings().one().items()}
         paid = Shape(*(used.pop(f"paid_{name}") for name in ("vcpus", "memory", "disk")))
-        p = t.usage_periods.c
-        # In whole seconds: that suffices here, and the sums stay within 64 bits.
-        until = func.coalesce(type_coerce(p.ended_at, BigInteger), t.microseconds(now))
-        seconds = (until - type_coerce(p.started_at, BigInteger)) / 1_000_000
         owed = await self._connection.execute(
-            select(
-                *(func.coalesce(func.sum(p[name] * seconds), 0) for name in _SHAPE),
-                func.coalesce(func.sum(p.posted), 0),
-            ).where(p.org_id == org_id, ~p.is_settled, ~p.is_free)
+            _OWED, [{"wanted_org": org_id, "now_us": t.microseconds(now)}]
         )
         *shape, posted = (max(0, int(value)) for value in owed.one())
         return InUse(**used, paid=paid, owed=Shape(*shape), posted=posted)
@@ -209,9 +186,7 @@ class CreditTable:
 
     async def account(self, org_id: str) -> Account:
         """See core.contracts.CreditRows.account."""
-        found = await self._connection.execute(
-            select(t.accounts).where(t.accounts.c.org_id == org_id)
-        )
+        found = await self._connection.execute(_ACCOUNT, [{"wanted_org": org_id}])
         row = found.mappings().first()
         return Account(org_id) if row is None else Account(**row)
 
@@ -350,4 +325,35 @@ async def _charge(
         )
 
 
+def _total(condition: Any, value: Any) -> Any:
+    return func.coalesce(func.sum(case((condition, value), else_=0)), 0)
+
+
+# What every create runs is built once: to build a statement takes longer than to run it.
 _OPEN = insert(t.usage_periods)
+_ACCOUNT = select(t.accounts).where(t.accounts.c.org_id == bindparam("wanted_org"))
+_c = t.sandboxes.c
+_is_active = _c.status.in_([literal(status, literal_execute=True) for status in _ACTIVE])
+_is_paid = _is_active & ~_c.is_test
+_IN_USE = select(
+    _total(_is_active, 1).label("active"),
+    _total(_is_active, _c.vcpus).label("vcpus"),
+    _total(_is_active, _c.memory_mib).label("memory_mib"),
+    func.coalesce(func.sum(_c.disk_mib), 0).label("disk_mib"),
+    _total(_c.is_test, 1).label("tests"),
+    _total(_is_paid, _c.vcpus).label("paid_vcpus"),
+    _total(_is_paid, _c.memory_mib).label("paid_memory"),
+    _total(_is_paid, _c.disk_mib).label("paid_disk"),
+).where(
+    _c.org_id == bindparam("wanted_org"),
+    text(t.LIVE),
+    _c.status != literal(Status.DESTROYING.value, literal_execute=True),
+)
+_p = t.usage_periods.c
+# In whole seconds: that suffices here, and the sums stay within 64 bits.
+_until = func.coalesce(type_coerce(_p.ended_at, BigInteger), bindparam("now_us", type_=BigInteger))
+_seconds = (_until - type_coerce(_p.started_at, BigInteger)) // 1_000_000
+_OWED = select(
+    *(func.coalesce(func.sum(_p[name] * _seconds), 0) for name in _SHAPE),
+    func.coalesce(func.sum(_p.posted), 0),
+).where(_p.org_id == bindparam("wanted_org"), ~_p.is_settled, ~_p.is_free)
