@@ -36,8 +36,8 @@ def test_an_operator_sets_up_a_team(tmp_path: Path) -> None:
     )
     admin("user", "role", slug, "bob@acme.example", "admin")
     assert "granted 5.00; balance 105.00" in admin("grant", slug, "500", "--reference", "r")
-    assert "was granted before" in admin("grant", slug, "500", "--reference", "r")
-    assert "balance 104.00" in admin("grant", slug, "--", "-100")
+    assert "done before" in admin("grant", slug, "500", "--reference", "r")
+    assert "taken away 1.00; balance 104.00" in admin("grant", slug, "--", "-100")
     ledger = admin("ledger", slug)
     assert [line.split()[2] for line in ledger.splitlines()[1:]] == ["adjustment", "grant", "grant"]
     admin("org", "limit", slug, "sandboxes", "3")

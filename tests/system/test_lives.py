@@ -197,6 +197,9 @@ def test_a_full_disk_refuses_a_pause_and_the_machine_runs_on(server: RealServer)
         server.environment["SANDYARD_POOL__CEILING"] = "0"
         server.start()
         box = str(server.create()["id"])
+        # The golden machine that follows a first boot takes room here while it is made.
+        wait_until(lambda: server.metric("sandyard_goldens") >= 1, limit_s=60)
+        wait_until(lambda: server.machines() == {box} and len(server.folders()) == 1)
         server.execute(box, TICK)
         count = ticks(server, box)
         room = os.statvfs(machines)
@@ -208,7 +211,7 @@ def test_a_full_disk_refuses_a_pause_and_the_machine_runs_on(server: RealServer)
         for _ in range(2):
             refused = server.client.post(f"/v1/sandboxes/{box}/pause")
             assert refused.status_code == 503, refused.text
-            assert refused.json()["error"]["code"] == "no_capacity"
+            assert refused.json()["error"]["code"] == "no_capacity", refused.text
             assert server.status(box) == "running"
             goes_on(server, box, count)
         os.truncate(fill, 0)

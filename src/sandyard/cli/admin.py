@@ -69,8 +69,9 @@ def grant(
             organization, cents, description=description, reference_id=reference
         )
     )
-    said = "granted" if is_new else "was granted before:"
-    out.print(f"{said} {_money(entry.amount_cents)}; balance {_money(entry.balance_after_cents)}")
+    said = "granted" if cents > 0 else "taken away"
+    said = said if is_new else f"done before: {said}"
+    out.print(f"{said} {_money(abs(cents))}; balance {_money(entry.balance_after_cents)}")
 
 
 @app.command()

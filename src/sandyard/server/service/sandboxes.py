@@ -607,7 +607,7 @@ def _not_done(sandbox: Sandbox, what: str) -> SandyardError:
     reason = sandbox.reason
     why = reason.message if reason else "it was asked for something else meanwhile"
     message = f"cannot {what} {sandbox.id}: {why}; it is {sandbox.status} as before"
-    if reason is not None and reason.code == Code.NO_CAPACITY:
+    if reason is not None and reason.code in (Code.NO_CAPACITY, "host_disk_full"):
         return NoCapacityError(message)
     return UnavailableError(message)
 
