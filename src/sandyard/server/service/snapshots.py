@@ -4,6 +4,7 @@ A snapshot stands alone: the sandbox it was made of may be deleted, and what was
 on when it is. A fork is made of a hidden snapshot, which goes once all its forks have come up.
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 
@@ -82,13 +83,15 @@ class Snapshots:
             _check_name(name)
         async with self._repeats.turn(actor, request):
             sandbox = await self._settled(await self._register.find(actor, reference))
-            async with self._store.write() as tx:
-                ids = await self._repeats.made_before(tx, actor, request)
-                if ids is not None:
-                    return await self._found(actor, ids[0])
-                snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
-                await tx.snapshots.insert(snapshot)
-            with self._uses.use(snapshot.id):
+            with ExitStack() as held:
+                async with self._store.write() as tx:
+                    ids = await self._repeats.made_before(tx, actor, request)
+                    if ids is not None:
+                        return await self._found(actor, ids[0])
+                    snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
+                    # From before it can be seen until it is whole.
+                    held.enter_context(self._uses.use(snapshot.id))
+                    await tx.snapshots.insert(snapshot)
                 size_bytes = await self._save(sandbox, snapshot)
                 async with self._store.write() as tx:
                     if not await tx.snapshots.complete(snapshot.id, size_bytes=size_bytes):

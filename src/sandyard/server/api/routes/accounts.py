@@ -3,7 +3,6 @@
 from typing import Annotated, Literal, cast
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic.alias_generators import to_camel
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.account_models import (
@@ -32,9 +31,15 @@ from sandyard.server.api.account_models import (
     ssh_key_out,
 )
 from sandyard.server.api.cursors import decode_cursor
-from sandyard.server.api.models import Data, Meta, Model, Page, RemovedOut
-from sandyard.server.api.routes.common import Keyed, enveloped, errors, paged, whole
-from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.api.models import Data, Meta, Page, RemovedOut
+from sandyard.server.api.routes.common import (
+    Keyed,
+    check_no_null,
+    enveloped,
+    errors,
+    paged,
+    whole,
+)
 from sandyard.server.core.ids import check_text
 from sandyard.server.core.records import ApiKey
 from sandyard.server.service.access import Actor
@@ -151,7 +156,7 @@ async def change_project(
     request: Request, actor: CanWrite, service: Orgs, project_id: str, body: PatchProject
 ) -> Data[ProjectOut]:
     """Change a project's name or color."""
-    _check_no_null(body)
+    check_no_null(body)
     project = await service.change_project(
         actor, check_text(project_id, field="project_id"), name=body.name, color=body.color
     )
@@ -220,7 +225,7 @@ async def change_api_key(
     request: Request, actor: CanWrite, service: Keys, key_id: str, body: PatchApiKey
 ) -> Data[ApiKeyOut]:
     """Change an API key's name, scopes or project (null takes it out of its project)."""
-    _check_no_null(body, but=frozenset({"project_id"}))
+    check_no_null(body, but=frozenset({"project_id"}))
     key = await service.change(
         actor,
         check_text(key_id, field="key_id"),
@@ -291,12 +296,3 @@ async def delete_ssh_key(
     """Delete an SSH key; sandboxes that have it keep it."""
     await service.delete(actor, check_text(key_id, field="key_id"))
     return enveloped(request, SuccessOut())
-
-
-def _check_no_null(body: Model, *, but: frozenset[str] = frozenset()) -> None:
-    for field in body.model_fields_set - but:
-        if getattr(body, field) is None:
-            shown = to_camel(field)
-            raise InvalidArgumentError(
-                f"cannot set {shown} to null: leave it out to keep it", field=shown
-            )

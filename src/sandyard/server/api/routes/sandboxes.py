@@ -4,10 +4,9 @@ import json
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic.alias_generators import to_camel
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.cursors import decode_cursor, encode_cursor
+from sandyard.server.api.cursors import decode_cursor
 from sandyard.server.api.models import (
     CreateSandbox,
     Data,
@@ -15,7 +14,6 @@ from sandyard.server.api.models import (
     Exec,
     ExecOut,
     Page,
-    PageMeta,
     PatchSandbox,
     PausedOut,
     ReasonOut,
@@ -25,7 +23,7 @@ from sandyard.server.api.models import (
     StatsOut,
     sandbox_out,
 )
-from sandyard.server.api.routes.common import Keyed, enveloped, errors
+from sandyard.server.api.routes.common import Keyed, check_no_null, enveloped, errors, paged
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import check_json, check_text
 from sandyard.server.core.records import SandboxQuery
@@ -129,15 +127,12 @@ async def list_sandboxes(
         ),
         wants_all=all_,
     )
-    page, has_more = found[:limit], len(found) > limit
-    following = encode_cursor(page[-1].created_at, page[-1].id) if has_more else None
-    return Page[SandboxOut](
-        data=[sandbox_out(sandbox, actor) for sandbox in page],
-        has_more=has_more,
-        next_cursor=following,
-        meta=PageMeta(
-            request_id=request.state.request_id, has_more=has_more, next_cursor=following
-        ),
+    return paged(
+        request,
+        found,
+        limit,
+        lambda sandbox: sandbox_out(sandbox, actor),
+        lambda sandbox: (sandbox.created_at, sandbox.id),
     )
 
 
@@ -155,19 +150,13 @@ async def change_sandbox(
     request: Request, actor: CanWrite, service: Service, reference: str, body: PatchSandbox
 ) -> Data[SandboxOut]:
     """Change name, tags, idle time-out, metadata, project or auto-resume of a sandbox."""
-    given = body.model_fields_set
-    for field in given - {"name"}:
-        if getattr(body, field) is None:
-            shown = to_camel(field)
-            raise InvalidArgumentError(
-                f"cannot set {shown} to null: leave it out to keep it", field=shown
-            )
+    check_no_null(body, but=frozenset({"name"}))
     check_json(body.metadata, field="metadata")
     sandbox = await service.change(
         actor,
         check_text(reference, field="reference"),
         Changes(
-            renames="name" in given,
+            renames="name" in body.model_fields_set,
             name=body.name,
             tags=body.tags,
             idle_timeout_s=body.idle_timeout,

@@ -5,13 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Depends, Query, Request
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.cursors import decode_cursor, encode_cursor
+from sandyard.server.api.cursors import decode_cursor
 from sandyard.server.api.models import (
     CreateForks,
     CreateSnapshot,
     Data,
     Page,
-    PageMeta,
     RemovedOut,
     RollBack,
     SandboxOut,
@@ -19,7 +18,7 @@ from sandyard.server.api.models import (
     sandbox_out,
     snapshot_out,
 )
-from sandyard.server.api.routes.common import Keyed, enveloped, errors
+from sandyard.server.api.routes.common import Keyed, enveloped, errors, paged
 from sandyard.server.core.ids import check_text
 from sandyard.server.service.access import Actor
 from sandyard.server.service.snapshots import Snapshots
@@ -70,16 +69,7 @@ async def list_snapshots(
     found = await service.page(
         actor, limit=limit + 1, after=decode_cursor(cursor) if cursor else None
     )
-    page, has_more = found[:limit], len(found) > limit
-    following = encode_cursor(page[-1].created_at, page[-1].id) if has_more else None
-    return Page[SnapshotOut](
-        data=[snapshot_out(one) for one in page],
-        has_more=has_more,
-        next_cursor=following,
-        meta=PageMeta(
-            request_id=request.state.request_id, has_more=has_more, next_cursor=following
-        ),
-    )
+    return paged(request, found, limit, snapshot_out, lambda one: (one.created_at, one.id))
 
 
 @router.get("/v1/snapshots/{reference}", responses=errors(404))
