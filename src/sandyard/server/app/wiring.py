@@ -316,7 +316,6 @@ async def open_house(
             payments = await held.enter_async_context(_payments(settings))
             ssh_keys = SshKeys(store, repeats, clock)
             admission = Admission(
-                store=store,
                 clock=clock,
                 plans=plans,
                 prices=prices,

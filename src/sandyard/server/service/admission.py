@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from datetime import timedelta
 
-from sandyard.server.core.contracts import Clock, Store, Transaction
+from sandyard.server.core.contracts import Clock, Transaction
 from sandyard.server.core.errors import (
     InvalidArgumentError,
     LimitReachedError,
@@ -23,13 +23,11 @@ class Admission:
     def __init__(
         self,
         *,
-        store: Store,
         clock: Clock,
         plans: Mapping[str, Plan],
         prices: Prices,
         enforces: bool,
     ) -> None:
-        self._store = store
         self._clock = clock
         self._plans = plans
         self._prices = prices

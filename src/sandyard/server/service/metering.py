@@ -229,7 +229,6 @@ class Meter:
             if pending is not None and now - pending.since > _KEY_LIVES:
                 # The provider has forgotten the key: to ask again could charge again.
                 log.error("a top-up's outcome was never told", extra={"org_id": org_id})
-                pending = None
                 await tx.credits.save_auto_topup(replace(wish, pending=None, last_at=now))
                 return None
             if pending is None:
