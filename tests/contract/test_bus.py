@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from sandyard.server.core.contracts import Bus
+from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.links.local import LocalBus
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.postgres import postgres_url
 
-from sandyard.server.core.contracts import Store
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.ids import digest_of_key, new_sandbox_id, new_uuid
 from sandyard.server.core.money import Account
@@ -42,8 +42,8 @@ from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import Status, Wanted
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import migrations, open_store
-from sandyard.server.service.bootstrap import ensure_first_organization
-from sandyard.server.service.organizations import SignUp
+from sandyard.server.service.people.bootstrap import ensure_first_organization
+from sandyard.server.service.people.organizations import SignUp
 
 NOW = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 KEY = b"k" * 32

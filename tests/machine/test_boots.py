@@ -10,10 +10,10 @@ from tests.support.images import cached_settings, minimal_image
 from tests.support.server import RealServer, wait_until
 
 from sandyard.server.app.wiring import builder_of, images_of
-from sandyard.server.core.contracts import TemplateStatus
+from sandyard.server.core.contracts.node import TemplateStatus
 from sandyard.server.core.errors import InternalError
-from sandyard.server.node.build import Builder
-from sandyard.server.node.images import Images
+from sandyard.server.node.images.build import Builder
+from sandyard.server.node.images.images import Images
 
 pytestmark = pytest.mark.machine
 

@@ -17,7 +17,7 @@ from tests.support.house import Yard, eventually, open_yard
 from sandyard.server.core.money import MICROS
 from sandyard.server.core.records import Membership
 from sandyard.server.links.local import SystemClock
-from sandyard.server.service.organizations import set_role
+from sandyard.server.service.people.organizations import set_role
 
 HOUR_CENTS = 17
 """An hour of the default shape is 16.14 cents: 2 vCPUs, 4 GiB, and a share of a month of 10 GiB."""

@@ -15,7 +15,7 @@ from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import AgentLink
-from sandyard.server.node.disks import total_memory_mib
+from sandyard.server.node.host.disks import total_memory_mib
 
 
 @pytest.fixture

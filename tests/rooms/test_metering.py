@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sandyard.server.core.contracts import Store
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.money import MICROS, Prices
@@ -22,10 +22,10 @@ from sandyard.server.core.states import Event, Status, Wanted
 from sandyard.server.links.local import LocalBus
 from sandyard.server.links.payments import NoPayments
 from sandyard.server.links.sql import open_store
-from sandyard.server.service.credits import credit
-from sandyard.server.service.lifecycle import Lifecycle
-from sandyard.server.service.metering import Meter
-from sandyard.server.service.organizations import SignUp, found_organization
+from sandyard.server.service.money.credits import credit
+from sandyard.server.service.money.metering import Meter
+from sandyard.server.service.people.organizations import SignUp, found_organization
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 
 START = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 PRICES = Prices(5 * MICROS, 1_500_000, 10 * MICROS, 10 * MICROS)

@@ -30,7 +30,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.records import User
 from sandyard.server.links.sessions import JwtSessions, Provider
-from sandyard.server.service.organizations import set_role
+from sandyard.server.service.people.organizations import set_role
 
 
 class HandClock:

@@ -25,9 +25,9 @@ from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
 from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.drivers.qemu import QemuDriver
-from sandyard.server.node.disks import Ext4Disks
-from sandyard.server.node.identity import give_back_identity, take_identity
-from sandyard.server.node.network import Slots, host_routes, remove_host_rules
+from sandyard.server.node.host.disks import Ext4Disks
+from sandyard.server.node.host.identity import give_back_identity, take_identity
+from sandyard.server.node.host.network import Slots, host_routes, remove_host_rules
 from tests.support.firecracker import firecracker_binaries, firecracker_verdict
 from tests.support.images import minimal_image
 

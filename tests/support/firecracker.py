@@ -13,7 +13,7 @@ from pathlib import Path
 from sandyard.server.app.firecracker import DIGESTS
 from sandyard.server.drivers.contract import Verdict
 from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
-from sandyard.server.node.choice import Drivers
+from sandyard.server.node.host.choice import Drivers
 from tests.support.images import CACHE, minimal_image
 
 # A wheel that carries the official build; where releases can be downloaded the product does so.

@@ -12,11 +12,11 @@ import httpx
 
 from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
 from sandyard.server.app.wiring import House, open_house
-from sandyard.server.core.contracts import Clock
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, User
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
-from sandyard.server.service.organizations import SignUp, found_organization, join
+from sandyard.server.service.people.organizations import SignUp, found_organization, join
 
 URL = "http://sandyard.test"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sandyard.server.app.settings import NodeSettings, Settings
 from sandyard.server.app.wiring import builder_of
-from sandyard.server.node.images import Image
+from sandyard.server.node.images.images import Image
 
 CACHE = Path(os.environ.get("SANDYARD_TEST_CACHE", "/var/cache/sandyard-tests"))
 _built: dict[str, Image] = {}

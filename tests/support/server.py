@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from sandyard.server.drivers.processes import uids_at_work
-from sandyard.server.node.identity import SLOTS
+from sandyard.server.node.host.identity import SLOTS
 from tests.support.images import cache_environment
 
 QEMU = {"SANDYARD_FIRECRACKER__BINARY": "/not/to/be/used"}

@@ -11,7 +11,6 @@ import pytest
 
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnavailableError
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.threads import to_the_end
 from sandyard.server.drivers.contract import MachineSpec, Place
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.drivers.qemu.command import (
@@ -23,12 +22,13 @@ from sandyard.server.drivers.qemu.command import (
 )
 from sandyard.server.drivers.qemu.memory import load_pages
 from sandyard.server.drivers.sparse import copy_sparse, make_empty, merge_sparse
-from sandyard.server.node.console import append_console
-from sandyard.server.node.definitions import load_definition, load_definitions
-from sandyard.server.node.firewall import exceptions_to_remove, forward_exceptions, slot_rules
-from sandyard.server.node.identity import give_back_identity, take_identity
-from sandyard.server.node.initrd import make_initrd
-from sandyard.server.node.residents import Phase, Resident, Residents
+from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exceptions, slot_rules
+from sandyard.server.node.host.identity import give_back_identity, take_identity
+from sandyard.server.node.images.definitions import load_definition, load_definitions
+from sandyard.server.node.images.initrd import make_initrd
+from sandyard.server.node.machines.console import append_console
+from sandyard.server.node.machines.records import Phase, Resident, Residents
+from sandyard.server.tasks import to_the_end
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 SPEC = MachineSpec(

@@ -7,8 +7,9 @@ from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from sandyard.server.core.errors import InvalidTokenError, RateLimitedError, TokenExpiredError
-from sandyard.server.service.access import Access, Actor
-from sandyard.server.service.rates import Rates
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.people.access import Access
+from sandyard.server.service.people.rates import Rates
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key: rt_live_… or rt_test_…")
 _HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)

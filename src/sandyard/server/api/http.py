@@ -13,31 +13,38 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandyard.server.api.errors import answer_error, install_handlers
 from sandyard.server.api.routes import (
-    accounts,
     activity,
+    api_keys,
     billing,
+    commands,
     health,
+    organizations,
+    projects,
     sandboxes,
     snapshots,
+    ssh_keys,
     templates,
 )
 from sandyard.server.core.errors import InternalError, PayloadTooLargeError
 from sandyard.server.core.ids import new_request_id
-from sandyard.server.service.access import Access, no_credential
-from sandyard.server.service.api_keys import ApiKeys
-from sandyard.server.service.billing import Billing
 from sandyard.server.service.feed import Feed
-from sandyard.server.service.organizations import Organizations
-from sandyard.server.service.rates import Allowance, Rates
+from sandyard.server.service.money.billing import Billing
+from sandyard.server.service.people.access import Access, no_credential
+from sandyard.server.service.people.api_keys import ApiKeys
+from sandyard.server.service.people.organizations import Organizations
+from sandyard.server.service.people.rates import Allowance, Rates
+from sandyard.server.service.people.ssh_keys import SshKeys
 from sandyard.server.service.readiness import Readiness
-from sandyard.server.service.sandboxes import Sandboxes
-from sandyard.server.service.snapshots import Snapshots
-from sandyard.server.service.ssh_keys import SshKeys
+from sandyard.server.service.sandboxes.sandboxes import Sandboxes
+from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.templates import Templates
 
 log = logging.getLogger(__name__)
 
-ROUTES = (sandboxes, snapshots, accounts, activity, billing, templates, health)
+ROUTES = (
+    sandboxes, commands, snapshots, organizations, projects, api_keys, ssh_keys, activity, billing,
+    templates, health,
+)  # fmt: skip
 """What is served, a module a subject."""
 BODY_MAX = 32 * 1024 * 1024
 

@@ -10,8 +10,8 @@ from sandyard.server.core.errors import NotFoundError
 from sandyard.server.core.money import show
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store
-from sandyard.server.service.administration import Administration
-from sandyard.server.service.bootstrap import ensure_first_organization
+from sandyard.server.service.people.administration import Administration
+from sandyard.server.service.people.bootstrap import ensure_first_organization
 
 
 @asynccontextmanager

@@ -11,14 +11,14 @@ from typing import Literal
 
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
-from sandyard.server.core.contracts import TemplateStatus
+from sandyard.server.core.contracts.node import TemplateStatus
 from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.commands import run
-from sandyard.server.node.disks import available_memory_mib, free_mib
-from sandyard.server.node.firewall import forward_exceptions
-from sandyard.server.node.identity import Identity
-from sandyard.server.node.network import host_routes, host_ruleset
+from sandyard.server.node.host.disks import available_memory_mib, free_mib
+from sandyard.server.node.host.firewall import forward_exceptions
+from sandyard.server.node.host.identity import Identity
+from sandyard.server.node.host.network import host_routes, host_ruleset
 
 _TOOLS = {
     "ip": "iproute2",

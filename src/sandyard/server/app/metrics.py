@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sandyard.server.core.contracts import MachineState, Way
+from sandyard.server.core.contracts.node import MachineState, Way
 from sandyard.server.core.errors import NotFoundError
 from sandyard.server.node.node import Node
 

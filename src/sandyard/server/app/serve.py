@@ -14,16 +14,16 @@ import uvicorn
 from sandyard.server.app.installation import only_server, running_server, secret_key
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import House, identity_of, open_house, sign_up_of
-from sandyard.server.core.contracts import MachineState
+from sandyard.server.core.contracts.node import MachineState
 from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.core.states import Event, Status, Wanted
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store
-from sandyard.server.node.identity import give_back_identity
-from sandyard.server.node.network import remove_host_rules
-from sandyard.server.node.residents import Residents
-from sandyard.server.service.bootstrap import is_valid_key, new_bootstrap_key
-from sandyard.server.service.metering import BEAT
+from sandyard.server.node.host.identity import give_back_identity
+from sandyard.server.node.host.network import remove_host_rules
+from sandyard.server.node.machines.records import Residents
+from sandyard.server.service.money.metering import BEAT
+from sandyard.server.service.people.bootstrap import is_valid_key, new_bootstrap_key
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,12 @@ from sandyard.server.app.installation import kind_of_host, secret_key
 from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics, MetricsRoute
 from sandyard.server.app.settings import Settings
-from sandyard.server.core.contracts import Clock, Payments, Store
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.payments import Payments
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.money import Prices, micros_of
 from sandyard.server.core.plans import Plan
-from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
@@ -30,40 +31,46 @@ from sandyard.server.links.passwords import hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
 from sandyard.server.links.sessions import JwtSessions, Provider
 from sandyard.server.links.sql import open_store
-from sandyard.server.node.admission import Margins
-from sandyard.server.node.build import Builder
-from sandyard.server.node.choice import Drivers
-from sandyard.server.node.definitions import load_definitions
-from sandyard.server.node.disks import Disks, Ext4Disks
 from sandyard.server.node.fake import FakeDisks, FakeNetwork, make_fake_image
-from sandyard.server.node.identity import Identity, take_identity
-from sandyard.server.node.images import Images
-from sandyard.server.node.launcher import NodeLimits
-from sandyard.server.node.network import Network, Slots, host_routes
+from sandyard.server.node.host.admission import Margins
+from sandyard.server.node.host.choice import Drivers
+from sandyard.server.node.host.disks import Disks, Ext4Disks
+from sandyard.server.node.host.identity import Identity, take_identity
+from sandyard.server.node.host.network import Network, Slots, host_routes
+from sandyard.server.node.images.build import Builder
+from sandyard.server.node.images.definitions import load_definitions
+from sandyard.server.node.images.images import Images
+from sandyard.server.node.machines.launcher import NodeLimits
 from sandyard.server.node.node import Node
-from sandyard.server.node.pool import PoolLimits
-from sandyard.server.service.access import Access
-from sandyard.server.service.admission import Admission
-from sandyard.server.service.api_keys import ApiKeys
-from sandyard.server.service.billing import Billing
-from sandyard.server.service.bootstrap import ensure_first_organization
+from sandyard.server.node.stock.pool import PoolLimits
 from sandyard.server.service.feed import Feed
-from sandyard.server.service.idle import Idleness
-from sandyard.server.service.lifecycle import Lifecycle
-from sandyard.server.service.metering import BEAT, Meter
-from sandyard.server.service.organizations import Organizations, SignUp
+from sandyard.server.service.money.billing import Billing
+from sandyard.server.service.money.metering import BEAT, Meter
+from sandyard.server.service.people.access import Access
+from sandyard.server.service.people.api_keys import ApiKeys
+from sandyard.server.service.people.bootstrap import ensure_first_organization
+from sandyard.server.service.people.organizations import Organizations, SignUp
+from sandyard.server.service.people.rates import Rates
+from sandyard.server.service.people.sign_in import SignIn
+from sandyard.server.service.people.ssh_keys import SshKeys
 from sandyard.server.service.placement import Placement
-from sandyard.server.service.rates import Rates
 from sandyard.server.service.readiness import Readiness
-from sandyard.server.service.reconcile import NODES, WORKABLE, Pace, Reconciler
-from sandyard.server.service.register import Register
+from sandyard.server.service.reconcile.idle import Idleness
+from sandyard.server.service.reconcile.reconciler import (
+    NODES,
+    WORKABLE,
+    Pace,
+    Reconciler,
+)
 from sandyard.server.service.repeats import Repeats
-from sandyard.server.service.sandboxes import Sandboxes, Waits
-from sandyard.server.service.sign_in import SignIn
-from sandyard.server.service.snapshots import Snapshots
-from sandyard.server.service.ssh_keys import SshKeys
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+from sandyard.server.service.sandboxes.quota import Admission
+from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.sandboxes.sandboxes import Sandboxes, Waits
+from sandyard.server.service.sandboxes.snapshots import Snapshots
+from sandyard.server.service.sandboxes.uses import Uses
 from sandyard.server.service.templates import Templates
-from sandyard.server.service.uses import Uses
+from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
 

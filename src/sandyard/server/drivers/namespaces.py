@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sandyard.server.core.errors import InternalError
-from sandyard.server.core.threads import in_thread
+from sandyard.server.tasks import in_thread
 
 _T = TypeVar("_T")
 _CLONE_NEWNET = 0x40000000

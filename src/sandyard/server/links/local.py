@@ -9,23 +9,23 @@ from datetime import UTC, datetime
 
 
 class SystemClock:
-    """See core.contracts.Clock."""
+    """See core.contracts.clock.Clock."""
 
     def now(self) -> datetime:
-        """See core.contracts.Clock.now."""
+        """See core.contracts.clock.Clock.now."""
         return datetime.now(UTC)
 
     def monotonic(self) -> float:
-        """See core.contracts.Clock.monotonic."""
+        """See core.contracts.clock.Clock.monotonic."""
         return time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
-        """See core.contracts.Clock.sleep."""
+        """See core.contracts.clock.Clock.sleep."""
         await asyncio.sleep(seconds)
 
 
 class LocalSubscription:
-    """See core.contracts.Subscription."""
+    """See core.contracts.bus.Subscription."""
 
     def __init__(self) -> None:
         self._hinted = asyncio.Event()
@@ -35,7 +35,7 @@ class LocalSubscription:
         self._hinted.set()
 
     async def wait(self, limit_s: float) -> bool:
-        """See core.contracts.Subscription.wait."""
+        """See core.contracts.bus.Subscription.wait."""
         try:
             async with asyncio.timeout(limit_s):
                 await self._hinted.wait()
@@ -46,19 +46,19 @@ class LocalSubscription:
 
 
 class LocalBus:
-    """See core.contracts.Bus."""
+    """See core.contracts.bus.Bus."""
 
     def __init__(self) -> None:
         self._topics: defaultdict[str, set[LocalSubscription]] = defaultdict(set)
 
     def hint(self, topic: str) -> None:
-        """See core.contracts.Bus.hint."""
+        """See core.contracts.bus.Bus.hint."""
         for subscription in self._topics.get(topic, ()):
             subscription.wake()
 
     @contextmanager
     def subscribe(self, topic: str) -> Iterator[LocalSubscription]:
-        """See core.contracts.Bus.subscribe."""
+        """See core.contracts.bus.Bus.subscribe."""
         subscription = LocalSubscription()
         self._topics[topic].add(subscription)
         try:

@@ -1,4 +1,4 @@
-"""Stripe, by its own library. See core.contracts.Payments."""
+"""Stripe, by its own library. See core.contracts.payments.Payments."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ from typing import Any
 
 import stripe
 
-from sandyard.server.core.contracts import Checkout, Payment
+from sandyard.server.core.contracts.payments import Checkout, Payment
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -30,22 +30,22 @@ class NoPayments:
     async def check_out(
         self, *, org_id: str, amount_cents: int, success_url: str, cancel_url: str
     ) -> Checkout:
-        """See core.contracts.Payments.check_out."""
+        """See core.contracts.payments.Payments.check_out."""
         raise _not_set_up()
 
     async def charge(
         self, *, org_id: str, customer_id: str, amount_cents: int, key: str
     ) -> Payment:
-        """See core.contracts.Payments.charge."""
+        """See core.contracts.payments.Payments.charge."""
         raise _not_set_up()
 
     def read_event(self, payload: bytes, signature: str) -> Payment | None:
-        """See core.contracts.Payments.read_event."""
+        """See core.contracts.payments.Payments.read_event."""
         raise _not_set_up()
 
 
 class StripePayments:
-    """See core.contracts.Payments."""
+    """See core.contracts.payments.Payments."""
 
     def __init__(
         self, secret: str, *, webhook_secret: str | None, currency: str, api: str | None = None
@@ -67,7 +67,7 @@ class StripePayments:
     async def check_out(
         self, *, org_id: str, amount_cents: int, success_url: str, cancel_url: str
     ) -> Checkout:
-        """See core.contracts.Payments.check_out."""
+        """See core.contracts.payments.Payments.check_out."""
         try:
             made = await self._client.v1.checkout.sessions.create_async(
                 {
@@ -104,7 +104,7 @@ class StripePayments:
     async def charge(
         self, *, org_id: str, customer_id: str, amount_cents: int, key: str
     ) -> Payment:
-        """See core.contracts.Payments.charge."""
+        """See core.contracts.payments.Payments.charge."""
         try:
             methods = await self._client.v1.customers.payment_methods.list_async(
                 customer_id, {"limit": 1, "type": "card"}
@@ -141,7 +141,7 @@ class StripePayments:
         )
 
     def read_event(self, payload: bytes, signature: str) -> Payment | None:
-        """See core.contracts.Payments.read_event."""
+        """See core.contracts.payments.Payments.read_event."""
         if self._webhook_secret is None:
             raise _not_set_up("billing.stripe_webhook_secret")
         try:

@@ -1,4 +1,4 @@
-"""Session tokens: JWTs that an identity provider signs. See core.contracts.Sessions.
+"""Session tokens: JWTs that an identity provider signs. See core.contracts.people.Sessions.
 
 The provider's keys are fetched once and kept. A token that names a key which is not among them has
 them fetched again, at most once in a while, so that nobody can make this server ask all day; while
@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import jwt
 
-from sandyard.server.core.contracts import Clock, Session
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.people import Session
 from sandyard.server.core.errors import InvalidTokenError, TokenExpiredError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Provider:
 
 
 class JwtSessions:
-    """See core.contracts.Sessions."""
+    """See core.contracts.people.Sessions."""
 
     def __init__(self, provider: Provider, clock: Clock) -> None:
         self._provider = provider
@@ -59,7 +60,7 @@ class JwtSessions:
         self._fetching = asyncio.Lock()
 
     async def read(self, token: str) -> Session:
-        """See core.contracts.Sessions.read."""
+        """See core.contracts.people.Sessions.read."""
         key = await self._key_of(token)
         provider = self._provider
         # Time is judged by the installation's clock, and the issuer by our own rule.

@@ -10,7 +10,8 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
-from sandyard.server.core.contracts import Clock, Opened
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import Opened
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
@@ -34,7 +35,7 @@ Dial = Callable[[float], Awaitable[socket.socket]]
 
 
 class AgentStream:
-    """See core.contracts.ByteStream."""
+    """See core.contracts.node.ByteStream."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class AgentStream:
         self._link = link
 
     async def read(self, limit: int) -> bytes:
-        """See core.contracts.ByteStream.read."""
+        """See core.contracts.node.ByteStream.read."""
         if self._first:
             data, self._first = self._first[:limit], self._first[limit:]
             return data
@@ -62,7 +63,7 @@ class AgentStream:
         return data
 
     async def write(self, data: bytes) -> None:
-        """See core.contracts.ByteStream.write."""
+        """See core.contracts.node.ByteStream.write."""
         try:
             self._writer.write(data)
             await self._writer.drain()
@@ -70,7 +71,7 @@ class AgentStream:
             raise self._gone() from error
 
     async def write_eof(self) -> None:
-        """See core.contracts.ByteStream.write_eof."""
+        """See core.contracts.node.ByteStream.write_eof."""
         with contextlib.suppress(OSError):
             self._writer.write_eof()
 
@@ -166,7 +167,7 @@ class AgentLink:
         limit_s: float,
         dial_s: float | None = None,
     ) -> AsyncIterator[Opened]:
-        """Open an operation; see core.contracts.NodeTunnel.open.
+        """Open an operation; see core.contracts.node.NodeTunnel.open.
 
         `dial_s` is a tighter limit for the connection alone: to a guest that is still booting,
         asking anew is faster than waiting for TCP to.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError
-from sandyard.server.core.threads import to_the_end
+from sandyard.server.tasks import to_the_end
 
 _TAIL = 4000
 

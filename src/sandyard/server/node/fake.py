@@ -8,7 +8,7 @@ from pathlib import Path
 from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import AGENT_SOCKET
-from sandyard.server.node.images import Images, write_manifest
+from sandyard.server.node.images.images import Images, write_manifest
 
 _PLACES = 65536
 

@@ -17,8 +17,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sandyard.server.core.contracts import (
-    Clock,
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import (
     MachineFact,
     MachineState,
     MachineWish,
@@ -41,22 +41,22 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import is_uuid
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.threads import in_thread, to_the_end
 from sandyard.server.core.wire import Op
 from sandyard.server.drivers.contract import Driver, End, Machine
 from sandyard.server.drivers.processes import boot_id
-from sandyard.server.node import saved as saving
-from sandyard.server.node.admission import Admission, Margins, Promise, cost_mib
-from sandyard.server.node.choice import Drivers
-from sandyard.server.node.disks import Disks, used_mib
-from sandyard.server.node.goldens import Goldens
-from sandyard.server.node.images import Image, Images
-from sandyard.server.node.launcher import Launcher, NodeLimits, Unit, Was
-from sandyard.server.node.network import Network
-from sandyard.server.node.pool import Observer, Pool, PoolLimits, ShelfFact
-from sandyard.server.node.residents import Phase, Resident, Residents
-from sandyard.server.node.saved import SavedMachine
-from sandyard.server.node.turns import Rank, Turns
+from sandyard.server.node.host.admission import Admission, Margins, Promise, cost_mib
+from sandyard.server.node.host.choice import Drivers
+from sandyard.server.node.host.disks import Disks, used_mib
+from sandyard.server.node.host.network import Network
+from sandyard.server.node.images.images import Image, Images
+from sandyard.server.node.machines import saved as saving
+from sandyard.server.node.machines.launcher import Launcher, NodeLimits, Unit, Was
+from sandyard.server.node.machines.records import Phase, Resident, Residents
+from sandyard.server.node.machines.saved import SavedMachine
+from sandyard.server.node.stock.goldens import Goldens
+from sandyard.server.node.stock.pool import Observer, Pool, PoolLimits, ShelfFact
+from sandyard.server.node.stock.turns import Rank, Turns
+from sandyard.server.tasks import in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class _Entry:
 
 
 class Node:
-    """See core.contracts.NodeControl and core.contracts.NodeTunnel. Use it inside `running`."""
+    """See NodeControl and NodeTunnel in core.contracts.node. Use it inside `running`."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class Node:
 
     @property
     def node_id(self) -> str:
-        """See core.contracts.NodeControl.node_id."""
+        """See core.contracts.node.NodeControl.node_id."""
         return self._node_id
 
     @asynccontextmanager
@@ -194,7 +194,7 @@ class Node:
     # --- NodeControl ----------------------------------------------------------------------
 
     async def ensure_running(self, wish: MachineWish) -> MachineFact:
-        """See core.contracts.NodeControl.ensure_running."""
+        """See core.contracts.node.NodeControl.ensure_running."""
         entry = self._entries.get(wish.sandbox_id)
         while entry is not None and entry.is_busy and not entry.is_starting:
             await self._join(entry)
@@ -209,7 +209,7 @@ class Node:
         return self._fact(entry)
 
     async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
-        """See core.contracts.NodeControl.ensure_paused."""
+        """See core.contracts.node.NodeControl.ensure_paused."""
         entry = self._known(sandbox_id, incarnation)
         while entry.is_busy:
             await self._join(entry)
@@ -228,7 +228,7 @@ class Node:
         return await in_thread(saving.size_of, self._launcher.body(entry.record))
 
     async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
-        """See core.contracts.NodeControl.ensure_gone."""
+        """See core.contracts.node.NodeControl.ensure_gone."""
         entry = self._entries.get(sandbox_id)
         if entry is None or entry.record.incarnation > incarnation:
             return
@@ -246,7 +246,7 @@ class Node:
     async def ensure_snapshot(
         self, snapshot_id: str, *, sandbox_id: str, incarnation: int
     ) -> SnapshotFact:
-        """See core.contracts.NodeControl.ensure_snapshot."""
+        """See core.contracts.node.NodeControl.ensure_snapshot."""
         entry = self._known(sandbox_id, incarnation)
         folder = self._snapshot_folder(snapshot_id)
         while entry.is_busy:
@@ -263,12 +263,12 @@ class Node:
         return SnapshotFact(snapshot_id, self._load_snapshot(snapshot_id).size_bytes)
 
     async def drop_snapshot(self, snapshot_id: str) -> None:
-        """See core.contracts.NodeControl.drop_snapshot."""
+        """See core.contracts.node.NodeControl.drop_snapshot."""
         folder = self._snapshot_folder(snapshot_id)
         await in_thread(saving.remove, folder, folder.with_name(f"{folder.name}.part"))
 
     async def check_room(self, template: str, shape: Shape) -> bool:
-        """See core.contracts.NodeControl.check_room."""
+        """See core.contracts.node.NodeControl.check_room."""
         image = self._images.current(template)
         if image is not None and self._pool.has(
             self._goldens.kind_of(image, template, shape), shape.disk_mib
@@ -289,7 +289,7 @@ class Node:
             self._admission.check(shape, is_promised=is_promised)
 
     async def report(self) -> NodeReport:
-        """See core.contracts.NodeControl.report."""
+        """See core.contracts.node.NodeControl.report."""
         return NodeReport(
             node_id=self._node_id,
             machines=tuple(self._fact(entry) for entry in self._entries.values()),
@@ -299,7 +299,7 @@ class Node:
         )
 
     async def templates(self) -> tuple[TemplateFact, ...]:
-        """See core.contracts.NodeControl.templates."""
+        """See core.contracts.node.NodeControl.templates."""
         return self._images.facts()
 
     def shelves(self) -> list[ShelfFact]:
@@ -317,7 +317,7 @@ class Node:
     async def open(
         self, sandbox_id: str, *, incarnation: int, op: Op, args: Mapping[str, object]
     ) -> AsyncIterator[Opened]:
-        """See core.contracts.NodeTunnel.open."""
+        """See core.contracts.node.NodeTunnel.open."""
         entry = self._held(sandbox_id, incarnation)
         link = entry.unit.link
         if link is None or entry.record.phase is not Phase.RUNNING or not entry.record.is_awake:

@@ -3,44 +3,10 @@
 from collections.abc import Mapping
 from datetime import datetime
 
-from sandyard.server.core.contracts import Store
-from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.records import Activity, ActivityQuery
-from sandyard.server.service.access import Actor
-from sandyard.server.service.register import Register
-
-
-def line(
-    event_type: str,
-    title: str,
-    *,
-    org_id: str,
-    actor: Actor | None,
-    resource_id: str,
-    at: datetime,
-    summary: str = "",
-    status: str = "ok",
-    severity: str = "info",
-    sandbox_id: str | None = None,
-    attributes: Mapping[str, object] | None = None,
-) -> Activity:
-    """Return a line of the feed; what it is about is the first part of `event_type`."""
-    return Activity(
-        id=new_uuid(),
-        org_id=org_id,
-        actor_user_id=actor.user_id if actor else None,
-        actor_type=actor.kind if actor else "system",
-        event_type=event_type,
-        resource_type=event_type.partition(".")[0],
-        resource_id=resource_id,
-        severity=severity,
-        status=status,
-        title=title,
-        summary=summary,
-        created_at=at,
-        sandbox_id=sandbox_id,
-        attributes=attributes or {},
-    )
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.register import Register
 
 
 class Feed:

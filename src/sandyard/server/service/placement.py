@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from sandyard.server.core.contracts import NodeControl
+from sandyard.server.core.contracts.node import NodeControl
 from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.core.records import Sandbox
 

@@ -1,6 +1,6 @@
 """Whether the installation can serve, and if not, what is missing."""
 
-from sandyard.server.core.contracts import Store
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.service.placement import Placement
 

@@ -15,10 +15,11 @@ from datetime import timedelta
 from hashlib import sha256
 from weakref import WeakValueDictionary
 
-from sandyard.server.core.contracts import Clock, Transaction
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.errors import InvalidArgumentError, KeyReusedError
 from sandyard.server.core.records import KeyedRequest, RequestKey
-from sandyard.server.service.access import Actor
+from sandyard.server.service.actor import Actor
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _KEPT = timedelta(hours=24)

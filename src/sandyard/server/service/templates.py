@@ -1,6 +1,6 @@
 """Templates as the installation has them."""
 
-from sandyard.server.core.contracts import TemplateFact
+from sandyard.server.core.contracts.node import TemplateFact
 from sandyard.server.service.placement import Placement
 
 

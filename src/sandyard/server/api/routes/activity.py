@@ -6,14 +6,14 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.account_models import EventPage, EventsOut, event_out
 from sandyard.server.api.cursors import decode_cursor, encode_cursor
-from sandyard.server.api.models import PageMeta
+from sandyard.server.api.models.activity import EventPage, EventsOut, event_out
+from sandyard.server.api.models.base import PageMeta
 from sandyard.server.api.routes.common import errors
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import check_text
 from sandyard.server.core.records import Activity
-from sandyard.server.service.access import Actor
+from sandyard.server.service.actor import Actor
 from sandyard.server.service.feed import Feed
 
 router = APIRouter(tags=["activity"])

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request
 
 from sandyard.server.api.access import Scope, open_to_all
-from sandyard.server.api.account_models import (
+from sandyard.server.api.cursors import decode_cursor
+from sandyard.server.api.models.base import Data, Page
+from sandyard.server.api.models.billing import (
     AutoTopupOut,
     CheckoutOut,
     CostOut,
@@ -24,15 +26,13 @@ from sandyard.server.api.account_models import (
     sandboxes_out,
     storage_out,
 )
-from sandyard.server.api.cursors import decode_cursor
-from sandyard.server.api.models import Data, Page
 from sandyard.server.api.routes.common import Keyed, enveloped, errors, paged
 from sandyard.server.core.errors import PayloadTooLargeError
 from sandyard.server.core.ids import check_text
 from sandyard.server.core.money import MICROS
 from sandyard.server.core.plans import LIMITS
-from sandyard.server.service.access import Actor
-from sandyard.server.service.billing import Billing
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.money.billing import Billing
 
 router = APIRouter(tags=["billing"])
 

@@ -9,7 +9,7 @@ from fastapi import Depends, Header, Request
 from pydantic.alias_generators import to_camel
 
 from sandyard.server.api.cursors import encode_cursor
-from sandyard.server.api.models import Data, ErrorAnswer, Meta, Model, Page, PageMeta
+from sandyard.server.api.models.base import Data, ErrorAnswer, Meta, Model, Page, PageMeta
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.service.repeats import Repeatable
 

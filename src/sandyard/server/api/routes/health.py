@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from sandyard.server.api.access import open_to_all
-from sandyard.server.api.models import Health
+from sandyard.server.api.models.health import Health
 from sandyard.server.service.readiness import Readiness
 
 router = APIRouter(tags=["operations"])

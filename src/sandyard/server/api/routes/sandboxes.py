@@ -7,13 +7,10 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.cursors import decode_cursor
-from sandyard.server.api.models import (
+from sandyard.server.api.models.base import Data, Page
+from sandyard.server.api.models.sandboxes import (
     CreateSandbox,
-    Data,
     DeletedOut,
-    Exec,
-    ExecOut,
-    Page,
     PatchSandbox,
     PausedOut,
     ReasonOut,
@@ -28,14 +25,18 @@ from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import check_json, check_text
 from sandyard.server.core.records import SandboxQuery
 from sandyard.server.core.states import Status
-from sandyard.server.service.access import Actor
-from sandyard.server.service.execute import Command
-from sandyard.server.service.sandboxes import Changes, NewSandbox, Sandboxes
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.sandboxes import Changes, NewSandbox, Sandboxes
 
 router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
 
+
 CanCreate = Annotated[Actor, Depends(Scope("sandbox:create"))]
+
+
 CanRead = Annotated[Actor, Depends(Scope("sandbox:read"))]
+
+
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 
 
@@ -45,6 +46,8 @@ def _service(request: Request) -> Sandboxes:
 
 
 Service = Annotated[Sandboxes, Depends(_service)]
+
+
 Wait = Annotated[
     int, Query(ge=0, le=60, description="Hold the answer so many seconds until it runs.")
 ]
@@ -244,39 +247,6 @@ async def delete_sandbox(
     sandbox = await service.delete(actor, reference, wait=not async_)
     response.status_code = 202 if async_ else 200
     return enveloped(request, DeletedOut(id=sandbox.id, deleted=not async_))
-
-
-@router.post("/{reference}/exec", responses=errors(402, 404, 409))
-async def execute(
-    request: Request, actor: CanWrite, service: Service, reference: str, body: Exec
-) -> Data[ExecOut]:
-    """Run a command and return what it printed. A non-zero exit code is no error."""
-    outcome = await service.execute(
-        actor,
-        check_text(reference, field="reference"),
-        Command(
-            command=body.command,
-            timeout_ms=body.timeout,
-            cwd=body.cwd,
-            env=body.env,
-            stdin=body.stdin,
-            user=body.user,
-            encoding=body.encoding,
-        ),
-    )
-    return enveloped(
-        request,
-        ExecOut(
-            stdout=outcome.stdout,
-            stderr=outcome.stderr,
-            exit_code=outcome.exit_code,
-            duration_ms=outcome.duration_ms,
-            execution_time=outcome.duration_ms,
-            timed_out=outcome.timed_out,
-            truncated=outcome.truncated,
-            signal=outcome.signal,
-        ),
-    )
 
 
 @router.get("/{reference}/stats", responses=errors(404, 409))

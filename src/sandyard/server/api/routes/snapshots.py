@@ -6,22 +6,19 @@ from fastapi import APIRouter, Body, Depends, Query, Request
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.cursors import decode_cursor
-from sandyard.server.api.models import (
+from sandyard.server.api.models.base import Data, Page, RemovedOut
+from sandyard.server.api.models.sandboxes import SandboxOut, sandbox_out
+from sandyard.server.api.models.snapshots import (
     CreateForks,
     CreateSnapshot,
-    Data,
-    Page,
-    RemovedOut,
     RollBack,
-    SandboxOut,
     SnapshotOut,
-    sandbox_out,
     snapshot_out,
 )
 from sandyard.server.api.routes.common import Keyed, enveloped, errors, paged
 from sandyard.server.core.ids import check_text
-from sandyard.server.service.access import Actor
-from sandyard.server.service.snapshots import Snapshots
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.snapshots import Snapshots
 
 router = APIRouter(tags=["snapshots"])
 

@@ -5,12 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.models import Data, TemplateDefaults, TemplateOut
+from sandyard.server.api.models.base import Data
+from sandyard.server.api.models.templates import TemplateDefaults, TemplateOut
 from sandyard.server.api.routes.common import enveloped, errors
-from sandyard.server.core.contracts import TemplateFact
+from sandyard.server.core.contracts.node import TemplateFact
 from sandyard.server.core.errors import NotFoundError
 from sandyard.server.core.shapes import format_size
-from sandyard.server.service.access import Actor
+from sandyard.server.service.actor import Actor
 from sandyard.server.service.templates import Templates
 
 router = APIRouter(prefix="/v1/templates", tags=["templates"])

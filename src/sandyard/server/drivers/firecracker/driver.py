@@ -20,7 +20,6 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.threads import in_thread
 from sandyard.server.drivers.contract import (
     Capabilities,
     End,
@@ -51,6 +50,7 @@ from sandyard.server.drivers.processes import (
 )
 from sandyard.server.drivers.programs import output_of
 from sandyard.server.drivers.sparse import make_empty, merge_sparse
+from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError, UnavailableError
-from sandyard.server.core.threads import to_the_end
 from sandyard.server.drivers.namespaces import path_of
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.drivers.programs import opened_as_written_by, output_of
 from sandyard.server.drivers.sparse import copy_sparse
+from sandyard.server.tasks import to_the_end
 
 log = logging.getLogger(__name__)
 

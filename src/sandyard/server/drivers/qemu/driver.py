@@ -16,7 +16,6 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.threads import in_thread, to_the_end
 from sandyard.server.drivers.contract import (
     Capabilities,
     End,
@@ -40,6 +39,7 @@ from sandyard.server.drivers.qemu import command, memory
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
 from sandyard.server.drivers.sparse import make_empty
+from sandyard.server.tasks import in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 

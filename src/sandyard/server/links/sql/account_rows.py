@@ -24,13 +24,13 @@ _NOT_STORED = frozenset({"owner_display_name", "owner_email"})
 
 
 class OrganizationTable:
-    """See core.contracts.OrganizationRows."""
+    """See core.contracts.store.OrganizationRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def add(self, organization: Organization, project: Project) -> None:
-        """See core.contracts.OrganizationRows.add."""
+        """See core.contracts.store.OrganizationRows.add."""
         try:
             await self._connection.execute(insert(t.organizations).values(_plain(organization)))
         except IntegrityError as error:
@@ -50,15 +50,15 @@ class OrganizationTable:
         )
 
     async def find(self, org_id: str) -> Organization | None:
-        """See core.contracts.OrganizationRows.find."""
+        """See core.contracts.store.OrganizationRows.find."""
         return await self._one(t.organizations.c.id == org_id)
 
     async def find_external(self, external_id: str) -> Organization | None:
-        """See core.contracts.OrganizationRows.find_external."""
+        """See core.contracts.store.OrganizationRows.find_external."""
         return await self._one(t.organizations.c.external_id == external_id)
 
     async def replace(self, organization: Organization) -> None:
-        """See core.contracts.OrganizationRows.replace."""
+        """See core.contracts.store.OrganizationRows.replace."""
         await self._connection.execute(
             update(t.organizations)
             .where(t.organizations.c.id == organization.id)
@@ -66,13 +66,13 @@ class OrganizationTable:
         )
 
     async def every(self) -> list[Organization]:
-        """See core.contracts.OrganizationRows.every."""
+        """See core.contracts.store.OrganizationRows.every."""
         c = t.organizations.c
         found = await self._connection.execute(select(t.organizations).order_by(c.created_at, c.id))
         return [Organization(**row) for row in found.mappings()]
 
     async def add_workspace(self, workspace: Workspace) -> None:
-        """See core.contracts.OrganizationRows.add_workspace."""
+        """See core.contracts.store.OrganizationRows.add_workspace."""
         c = t.workspaces.c
         found = await self._connection.execute(
             select(c.id).where(c.org_id == workspace.org_id, c.slug == workspace.slug)
@@ -81,7 +81,7 @@ class OrganizationTable:
             await self._connection.execute(insert(t.workspaces).values(vars(workspace)))
 
     async def personal_workspace(self, org_id: str, user_id: str) -> Workspace | None:
-        """See core.contracts.OrganizationRows.personal_workspace."""
+        """See core.contracts.store.OrganizationRows.personal_workspace."""
         c = t.workspaces.c
         found = await self._connection.execute(
             select(t.workspaces).where(
@@ -98,13 +98,13 @@ class OrganizationTable:
 
 
 class UserTable:
-    """See core.contracts.UserRows."""
+    """See core.contracts.store.UserRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def add(self, user: User) -> None:
-        """See core.contracts.UserRows.add."""
+        """See core.contracts.store.UserRows.add."""
         try:
             await self._connection.execute(insert(t.users).values(vars(user)))
         except IntegrityError as error:
@@ -117,7 +117,7 @@ class UserTable:
         external_id: str | None = None,
         email: str | None = None,
     ) -> User | None:
-        """See core.contracts.UserRows.find."""
+        """See core.contracts.store.UserRows.find."""
         c = t.users.c
         for column, value in ((c.id, user_id), (c.external_id, external_id), (c.email, email)):
             if value is not None:
@@ -127,7 +127,7 @@ class UserTable:
         return None
 
     async def replace(self, user: User) -> None:
-        """See core.contracts.UserRows.replace."""
+        """See core.contracts.store.UserRows.replace."""
         try:
             await self._connection.execute(
                 update(t.users).where(t.users.c.id == user.id).values(vars(user))
@@ -136,7 +136,7 @@ class UserTable:
             raise _user_exists(user) from error
 
     async def put_member(self, membership: Membership) -> None:
-        """See core.contracts.UserRows.put_member."""
+        """See core.contracts.store.UserRows.put_member."""
         c = t.memberships.c
         which = and_(c.org_id == membership.org_id, c.user_id == membership.user_id)
         done = await self._connection.execute(
@@ -148,7 +148,7 @@ class UserTable:
             await self._connection.execute(insert(t.memberships).values(vars(membership)))
 
     async def remove_member(self, org_id: str, user_id: str, at: datetime) -> bool:
-        """See core.contracts.UserRows.remove_member."""
+        """See core.contracts.store.UserRows.remove_member."""
         c, f = t.memberships.c, t.former_members.c
         done = await self._connection.execute(
             delete(t.memberships).where(c.org_id == org_id, c.user_id == user_id)
@@ -162,7 +162,7 @@ class UserTable:
         return done.rowcount > 0
 
     async def removed_at(self, org_id: str, user_id: str) -> datetime | None:
-        """See core.contracts.UserRows.removed_at."""
+        """See core.contracts.store.UserRows.removed_at."""
         c = t.former_members.c
         found = await self._connection.execute(
             select(c.removed_at).where(c.org_id == org_id, c.user_id == user_id)
@@ -171,7 +171,7 @@ class UserTable:
         return None if row is None else row.removed_at
 
     async def member(self, org_id: str, user_id: str) -> Membership | None:
-        """See core.contracts.UserRows.member."""
+        """See core.contracts.store.UserRows.member."""
         c = t.memberships.c
         found = await self._connection.execute(
             select(t.memberships).where(c.org_id == org_id, c.user_id == user_id)
@@ -180,7 +180,7 @@ class UserTable:
         return None if row is None else Membership(**row)
 
     async def members(self, org_id: str) -> list[tuple[User, Membership]]:
-        """See core.contracts.UserRows.members."""
+        """See core.contracts.store.UserRows.members."""
         m = t.memberships.c
         found = await self._connection.execute(
             select(t.users, m.role, m.created_at.label("joined_at"), m.role_at)
@@ -197,7 +197,7 @@ class UserTable:
         return result
 
     async def organizations_of(self, user_id: str) -> list[tuple[Organization, Membership]]:
-        """See core.contracts.UserRows.organizations_of."""
+        """See core.contracts.store.UserRows.organizations_of."""
         m = t.memberships.c
         found = await self._connection.execute(
             select(t.organizations, m.role, m.created_at.label("joined_at"), m.role_at)
@@ -217,13 +217,13 @@ class UserTable:
 
 
 class ProjectTable:
-    """See core.contracts.ProjectRows."""
+    """See core.contracts.store.ProjectRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def add(self, project: Project) -> None:
-        """See core.contracts.ProjectRows.add."""
+        """See core.contracts.store.ProjectRows.add."""
         try:
             await self._connection.execute(insert(t.projects).values(vars(project)))
         except IntegrityError as error:
@@ -232,7 +232,7 @@ class ProjectTable:
             ) from error
 
     async def find(self, org_id: str, project_id: str | None) -> Project | None:
-        """See core.contracts.ProjectRows.find."""
+        """See core.contracts.store.ProjectRows.find."""
         if project_id is None:
             found = await self._connection.execute(_DEFAULT_PROJECT, [{"wanted_org": org_id}])
         else:
@@ -242,7 +242,7 @@ class ProjectTable:
         return None if row is None else Project(**row)
 
     async def every(self, org_id: str) -> list[Project]:
-        """See core.contracts.ProjectRows.every."""
+        """See core.contracts.store.ProjectRows.every."""
         c = t.projects.c
         found = await self._connection.execute(
             select(t.projects)
@@ -252,13 +252,13 @@ class ProjectTable:
         return [Project(**row) for row in found.mappings()]
 
     async def replace(self, project: Project) -> None:
-        """See core.contracts.ProjectRows.replace."""
+        """See core.contracts.store.ProjectRows.replace."""
         await self._connection.execute(
             update(t.projects).where(t.projects.c.id == project.id).values(vars(project))
         )
 
     async def remove(self, project: Project, *, heir: Project) -> None:
-        """See core.contracts.ProjectRows.remove."""
+        """See core.contracts.store.ProjectRows.remove."""
         # A later version, so that nobody who read a sandbox before puts the old project back.
         c = t.sandboxes.c
         await self._connection.execute(
@@ -275,24 +275,24 @@ class ProjectTable:
 
 
 class KeyTable:
-    """See core.contracts.KeyRows."""
+    """See core.contracts.store.KeyRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def add(self, key: ApiKey) -> None:
-        """See core.contracts.KeyRows.add."""
+        """See core.contracts.store.KeyRows.add."""
         await self._connection.execute(insert(t.api_keys).values(_values(key)))
 
     async def find(self, org_id: str, key_id: str) -> ApiKey | None:
-        """See core.contracts.KeyRows.find."""
+        """See core.contracts.store.KeyRows.find."""
         c = t.api_keys.c
         found = await self._connection.execute(_keys().where(c.org_id == org_id, c.id == key_id))
         row = found.mappings().first()
         return None if row is None else _key(row)
 
     async def holder(self, digest: str) -> KeyHolder | None:
-        """See core.contracts.KeyRows.holder."""
+        """See core.contracts.store.KeyRows.holder."""
         found = await self._connection.execute(_HOLDER, [{"wanted_digest": digest}])
         row = found.mappings().first()
         if row is None:
@@ -303,7 +303,7 @@ class KeyTable:
         return KeyHolder(_key(values), role, is_operator, plan, limits)
 
     async def replace(self, key: ApiKey) -> None:
-        """See core.contracts.KeyRows.replace."""
+        """See core.contracts.store.KeyRows.replace."""
         values = _values(key)
         del values["last_used_at"]  # written by `touch` only
         await self._connection.execute(
@@ -318,7 +318,7 @@ class KeyTable:
         limit: int,
         after: tuple[datetime, str] | None = None,
     ) -> list[ApiKey]:
-        """See core.contracts.KeyRows.page."""
+        """See core.contracts.store.KeyRows.page."""
         c = t.api_keys.c
         wanted = [c.org_id == org_id, c.revoked_at.is_(None)]
         if owner_user_id is not None:
@@ -331,20 +331,20 @@ class KeyTable:
         return [_key(row) for row in found.mappings()]
 
     async def touch(self, key_id: str, at: datetime) -> None:
-        """See core.contracts.KeyRows.touch."""
+        """See core.contracts.store.KeyRows.touch."""
         await self._connection.execute(
             update(t.api_keys).where(t.api_keys.c.id == key_id).values(last_used_at=at)
         )
 
 
 class SshKeyTable:
-    """See core.contracts.SshKeyRows."""
+    """See core.contracts.store.SshKeyRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def add(self, key: SshKey) -> None:
-        """See core.contracts.SshKeyRows.add."""
+        """See core.contracts.store.SshKeyRows.add."""
         try:
             await self._connection.execute(insert(t.ssh_keys).values(vars(key)))
         except IntegrityError as error:
@@ -354,7 +354,7 @@ class SshKeyTable:
             ) from error
 
     async def find(self, org_id: str, key_id: str) -> SshKey | None:
-        """See core.contracts.SshKeyRows.find."""
+        """See core.contracts.store.SshKeyRows.find."""
         c = t.ssh_keys.c
         found = await self._connection.execute(
             select(t.ssh_keys).where(c.org_id == org_id, c.id == key_id)
@@ -363,12 +363,12 @@ class SshKeyTable:
         return None if row is None else SshKey(**row)
 
     async def every(self, org_id: str) -> list[SshKey]:
-        """See core.contracts.SshKeyRows.every."""
+        """See core.contracts.store.SshKeyRows.every."""
         found = await self._connection.execute(_SSH_KEYS, [{"wanted_org": org_id}])
         return [SshKey(**row) for row in found.mappings()]
 
     async def remove(self, org_id: str, key_id: str) -> bool:
-        """See core.contracts.SshKeyRows.remove."""
+        """See core.contracts.store.SshKeyRows.remove."""
         c = t.ssh_keys.c
         done = await self._connection.execute(
             delete(t.ssh_keys).where(c.org_id == org_id, c.id == key_id)

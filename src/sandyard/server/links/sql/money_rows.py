@@ -47,13 +47,13 @@ _ACTIVE = [
 
 
 class UsageTable:
-    """See core.contracts.UsageRows."""
+    """See core.contracts.store.UsageRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def open(self, period: UsagePeriod) -> None:
-        """See core.contracts.UsageRows.open."""
+        """See core.contracts.store.UsageRows.open."""
         values = {
             name: value for name, value in vars(period).items() if name not in ("shape", "id")
         }
@@ -65,22 +65,22 @@ class UsageTable:
             ) from error
 
     async def close(self, sandbox_id: str, at: datetime) -> bool:
-        """See core.contracts.UsageRows.close."""
+        """See core.contracts.store.UsageRows.close."""
         return await _close(
             self._connection, t.usage_periods, at, t.usage_periods.c.sandbox_id == sandbox_id
         )
 
     async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
-        """See core.contracts.UsageRows.of_sandbox."""
+        """See core.contracts.store.UsageRows.of_sandbox."""
         return await self._periods(t.usage_periods.c.sandbox_id == sandbox_id)
 
     async def unsettled(self, org_id: str) -> list[UsagePeriod]:
-        """See core.contracts.UsageRows.unsettled."""
+        """See core.contracts.store.UsageRows.unsettled."""
         c = t.usage_periods.c
         return await self._periods(c.org_id == org_id, ~c.is_settled)
 
     async def owing(self) -> list[str]:
-        """See core.contracts.UsageRows.owing."""
+        """See core.contracts.store.UsageRows.owing."""
         found: set[str] = set()
         for table in (t.usage_periods, t.storage_periods):
             rows = await self._connection.execute(
@@ -90,13 +90,13 @@ class UsageTable:
         return sorted(found)
 
     async def charge(self, periods: Sequence[UsagePeriod]) -> None:
-        """See core.contracts.UsageRows.charge."""
+        """See core.contracts.store.UsageRows.charge."""
         await _charge(self._connection, t.usage_periods, periods)
 
     async def within(
         self, org_id: str, *, since: datetime, owner_user_id: str | None
     ) -> list[UsagePeriod]:
-        """See core.contracts.UsageRows.within."""
+        """See core.contracts.store.UsageRows.within."""
         c = t.usage_periods.c
         wanted = [c.org_id == org_id, or_(c.ended_at.is_(None), c.ended_at > since)]
         if owner_user_id is not None:
@@ -105,7 +105,7 @@ class UsageTable:
         return await self._periods(*wanted)
 
     async def in_use(self, org_id: str, now: datetime) -> InUse:
-        """See core.contracts.UsageRows.in_use."""
+        """See core.contracts.store.UsageRows.in_use."""
         found = await self._connection.execute(_IN_USE, [{"wanted_org": org_id}])
         used = {name: int(value) for name, value in found.mappings().one().items()}
         paid = Shape(*(used.pop(f"paid_{name}") for name in ("vcpus", "memory", "disk")))
@@ -128,13 +128,13 @@ class UsageTable:
 
 
 class StorageTable:
-    """See core.contracts.StorageRows."""
+    """See core.contracts.store.StorageRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def open(self, period: StoragePeriod) -> None:
-        """See core.contracts.StorageRows.open."""
+        """See core.contracts.store.StorageRows.open."""
         values = {name: value for name, value in vars(period).items() if name != "id"}
         try:
             await self._connection.execute(insert(t.storage_periods).values(values))
@@ -144,30 +144,30 @@ class StorageTable:
             ) from error
 
     async def close(self, kind: str, resource_id: str, at: datetime) -> bool:
-        """See core.contracts.StorageRows.close."""
+        """See core.contracts.store.StorageRows.close."""
         c = t.storage_periods.c
         return await _close(
             self._connection, t.storage_periods, at, c.kind == kind, c.resource_id == resource_id
         )
 
     async def unsettled(self, org_id: str) -> list[StoragePeriod]:
-        """See core.contracts.StorageRows.unsettled."""
+        """See core.contracts.store.StorageRows.unsettled."""
         c = t.storage_periods.c
         return await self._periods(c.org_id == org_id, ~c.is_settled)
 
     async def charge(self, periods: Sequence[StoragePeriod]) -> None:
-        """See core.contracts.StorageRows.charge."""
+        """See core.contracts.store.StorageRows.charge."""
         await _charge(self._connection, t.storage_periods, periods)
 
     async def within(self, org_id: str, *, since: datetime) -> list[StoragePeriod]:
-        """See core.contracts.StorageRows.within."""
+        """See core.contracts.store.StorageRows.within."""
         c = t.storage_periods.c
         return await self._periods(
             c.org_id == org_id, or_(c.ended_at.is_(None), c.ended_at > since)
         )
 
     async def of(self, kind: str, resource_id: str) -> list[StoragePeriod]:
-        """See core.contracts.StorageRows.of."""
+        """See core.contracts.store.StorageRows.of."""
         c = t.storage_periods.c
         return await self._periods(c.kind == kind, c.resource_id == resource_id)
 
@@ -179,19 +179,19 @@ class StorageTable:
 
 
 class CreditTable:
-    """See core.contracts.CreditRows."""
+    """See core.contracts.store.CreditRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def account(self, org_id: str) -> Account:
-        """See core.contracts.CreditRows.account."""
+        """See core.contracts.store.CreditRows.account."""
         found = await self._connection.execute(_ACCOUNT, [{"wanted_org": org_id}])
         row = found.mappings().first()
         return Account(org_id) if row is None else Account(**row)
 
     async def save(self, account: Account) -> None:
-        """See core.contracts.CreditRows.save."""
+        """See core.contracts.store.CreditRows.save."""
         done = await self._connection.execute(
             update(t.accounts).where(t.accounts.c.org_id == account.org_id).values(vars(account))
         )
@@ -199,7 +199,7 @@ class CreditTable:
             await self._connection.execute(insert(t.accounts).values(vars(account)))
 
     async def post(self, entry: LedgerEntry) -> None:
-        """See core.contracts.CreditRows.post."""
+        """See core.contracts.store.CreditRows.post."""
         try:
             await self._connection.execute(insert(t.ledger).values(vars(entry)))
         except IntegrityError as error:
@@ -210,7 +210,7 @@ class CreditTable:
             ) from error
 
     async def find(self, org_id: str, type_: str, reference_id: str) -> LedgerEntry | None:
-        """See core.contracts.CreditRows.find."""
+        """See core.contracts.store.CreditRows.find."""
         c = t.ledger.c
         found = await self._entries(
             1, c.org_id == org_id, c.type == type_, c.reference_id == reference_id
@@ -220,7 +220,7 @@ class CreditTable:
     async def history(
         self, org_id: str, *, limit: int, after_id: str | None = None
     ) -> list[LedgerEntry]:
-        """See core.contracts.CreditRows.history."""
+        """See core.contracts.store.CreditRows.history."""
         c = t.ledger.c
         wanted = [c.org_id == org_id]
         if after_id is not None:
@@ -229,7 +229,7 @@ class CreditTable:
         return await self._entries(limit, *wanted)
 
     async def auto_topup(self, org_id: str) -> AutoTopup:
-        """See core.contracts.CreditRows.auto_topup."""
+        """See core.contracts.store.CreditRows.auto_topup."""
         found = await self._connection.execute(
             select(t.auto_topups).where(t.auto_topups.c.org_id == org_id)
         )
@@ -242,7 +242,7 @@ class CreditTable:
         return AutoTopup(**values, pending=pending)
 
     async def save_auto_topup(self, wish: AutoTopup) -> None:
-        """See core.contracts.CreditRows.save_auto_topup."""
+        """See core.contracts.store.CreditRows.save_auto_topup."""
         values = {name: value for name, value in vars(wish).items() if name != "pending"}
         for one in ("key", "cents", "since"):
             values[f"pending_{one}"] = getattr(wish.pending, one) if wish.pending else None
@@ -253,7 +253,7 @@ class CreditTable:
             await self._connection.execute(insert(t.auto_topups).values(values))
 
     async def topped_up(self) -> list[str]:
-        """See core.contracts.CreditRows.topped_up."""
+        """See core.contracts.store.CreditRows.topped_up."""
         c = t.auto_topups.c
         found = await self._connection.execute(
             select(c.org_id).where(c.is_enabled, c.customer_id.is_not(None))
@@ -271,13 +271,13 @@ class CreditTable:
 
 
 class FactTable:
-    """See core.contracts.FactRows."""
+    """See core.contracts.store.FactRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def moment(self, name: str) -> datetime | None:
-        """See core.contracts.FactRows.moment."""
+        """See core.contracts.store.FactRows.moment."""
         found = await self._connection.execute(
             select(t.facts.c.moment).where(t.facts.c.name == name)
         )
@@ -285,7 +285,7 @@ class FactTable:
         return None if row is None else row.moment
 
     async def note(self, name: str, at: datetime) -> None:
-        """See core.contracts.FactRows.note."""
+        """See core.contracts.store.FactRows.note."""
         done = await self._connection.execute(
             update(t.facts).where(t.facts.c.name == name).values(moment=at)
         )

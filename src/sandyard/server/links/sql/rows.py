@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from sandyard.server.core.contracts import Hold
+from sandyard.server.core.contracts.store import Hold
 from sandyard.server.core.errors import AlreadyExistsError, InternalError
 from sandyard.server.core.records import (
     Activity,
@@ -68,14 +68,14 @@ class Connection(Protocol):
 
 
 class SandboxTable:
-    """See core.contracts.SandboxRows."""
+    """See core.contracts.store.SandboxRows."""
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self._connection = connection
         self._seal = seal
 
     async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> None:
-        """See core.contracts.SandboxRows.insert."""
+        """See core.contracts.store.SandboxRows.insert."""
         values = self._values(sandbox) | _held(hold)
         try:
             await self._connection.execute(_INSERT, [values])
@@ -85,13 +85,13 @@ class SandboxTable:
             await self._add_tags(sandbox)
 
     async def find(self, sandbox_id: str) -> Sandbox | None:
-        """See core.contracts.SandboxRows.find."""
+        """See core.contracts.store.SandboxRows.find."""
         found = await self._connection.execute(_FIND, [{"wanted_id": sandbox_id}])
         row = found.first()
         return None if row is None else self._sandbox(row)
 
     async def find_named(self, org_id: str, name: str) -> Sandbox | None:
-        """See core.contracts.SandboxRows.find_named."""
+        """See core.contracts.store.SandboxRows.find_named."""
         found = await self._sandboxes(
             _selected().where(
                 t.sandboxes.c.org_id == org_id,
@@ -102,7 +102,7 @@ class SandboxTable:
         return found[0] if found else None
 
     async def page(self, query: SandboxQuery) -> list[Sandbox]:
-        """See core.contracts.SandboxRows.page."""
+        """See core.contracts.store.SandboxRows.page."""
         c = t.sandboxes.c
         wanted: list[ColumnElement[bool]] = [c.org_id == query.org_id]
         if query.statuses:
@@ -136,7 +136,7 @@ class SandboxTable:
         hold: Hold | None = None,
         retag: bool = False,
     ) -> Sandbox | None:
-        """See core.contracts.SandboxRows.replace."""
+        """See core.contracts.store.SandboxRows.replace."""
         values = self._values(sandbox) | {"version": sandbox.version + 1}
         for name in ("id", *_USED):
             del values[name]
@@ -160,7 +160,7 @@ class SandboxTable:
     async def claim(
         self, statuses: frozenset[Status], *, lease: str, now: datetime, until: datetime, limit: int
     ) -> list[Claim]:
-        """See core.contracts.SandboxRows.claim."""
+        """See core.contracts.store.SandboxRows.claim."""
         c = t.sandboxes.c
         free = (
             select(c.id)
@@ -182,7 +182,7 @@ class SandboxTable:
         return [Claim(sandbox, lease) for sandbox in found]
 
     async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
-        """See core.contracts.SandboxRows.extend."""
+        """See core.contracts.store.SandboxRows.extend."""
         c = t.sandboxes.c
         token = lease if until is not None else None
         done = await self._connection.execute(
@@ -194,7 +194,7 @@ class SandboxTable:
         return done.first() is not None
 
     async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
-        """See core.contracts.SandboxRows.on_node."""
+        """See core.contracts.store.SandboxRows.on_node."""
         c = t.sandboxes.c
         return await self._sandboxes(
             _selected().where(
@@ -249,25 +249,25 @@ class SandboxTable:
 
 
 class ActivityTable:
-    """See core.contracts.ActivityRows."""
+    """See core.contracts.store.ActivityRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def append(self, activity: Activity) -> None:
-        """See core.contracts.ActivityRows.append."""
+        """See core.contracts.store.ActivityRows.append."""
         values = vars(activity) | {"attributes": dict(activity.attributes)}
         await self._connection.execute(_APPEND, [values])
 
     async def touch(self, sandbox_id: str, *, at: datetime, kind: str) -> None:
-        """See core.contracts.ActivityRows.touch."""
+        """See core.contracts.store.ActivityRows.touch."""
         await self._connection.execute(
             _TOUCH,
             [{"known_id": sandbox_id, "last_activity_at": at, "last_activity_kind": kind}],
         )
 
     async def page(self, query: ActivityQuery) -> list[Activity]:
-        """See core.contracts.ActivityRows.page."""
+        """See core.contracts.store.ActivityRows.page."""
         c = t.activity.c
         wanted: list[ColumnElement[bool]] = [c.org_id == query.org_id]
         wanted += [c[name] == value for name, value in query.matches.items()]
@@ -290,13 +290,13 @@ class ActivityTable:
 
 
 class SnapshotTable:
-    """See core.contracts.SnapshotRows."""
+    """See core.contracts.store.SnapshotRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def insert(self, snapshot: Snapshot) -> None:
-        """See core.contracts.SnapshotRows.insert."""
+        """See core.contracts.store.SnapshotRows.insert."""
         values = {name: value for name, value in vars(snapshot).items() if name != "shape"}
         try:
             await self._connection.execute(
@@ -310,7 +310,7 @@ class SnapshotTable:
             ) from error
 
     async def find(self, org_id: str, reference: str) -> Snapshot | None:
-        """See core.contracts.SnapshotRows.find."""
+        """See core.contracts.store.SnapshotRows.find."""
         c = t.snapshots.c
         named = and_(c.name == reference, c.is_hidden.is_(False))
         found = await self._snapshots(
@@ -326,7 +326,7 @@ class SnapshotTable:
         limit: int,
         after: tuple[datetime, str] | None,
     ) -> list[Snapshot]:
-        """See core.contracts.SnapshotRows.page."""
+        """See core.contracts.store.SnapshotRows.page."""
         c = t.snapshots.c
         wanted: list[ColumnElement[bool]] = [c.org_id == org_id, c.is_hidden.is_(False)]
         if owner_user_id is not None:
@@ -341,7 +341,7 @@ class SnapshotTable:
         )
 
     async def complete(self, snapshot_id: str, *, size_bytes: int) -> bool:
-        """See core.contracts.SnapshotRows.complete."""
+        """See core.contracts.store.SnapshotRows.complete."""
         done = await self._connection.execute(
             update(t.snapshots)
             .where(t.snapshots.c.id == snapshot_id)
@@ -350,7 +350,7 @@ class SnapshotTable:
         return done.rowcount > 0
 
     async def remove(self, snapshot_id: str) -> bool:
-        """See core.contracts.SnapshotRows.remove."""
+        """See core.contracts.store.SnapshotRows.remove."""
         c = t.snapshots.c
         done = await self._connection.execute(
             delete(t.snapshots).where(c.id == snapshot_id).returning(c.id)
@@ -358,11 +358,11 @@ class SnapshotTable:
         return done.first() is not None
 
     async def on_node(self, node_id: str) -> list[Snapshot]:
-        """See core.contracts.SnapshotRows.on_node."""
+        """See core.contracts.store.SnapshotRows.on_node."""
         return await self._snapshots(select(t.snapshots).where(t.snapshots.c.node_id == node_id))
 
     async def is_awaited(self, snapshot_id: str) -> bool:
-        """See core.contracts.SnapshotRows.is_awaited."""
+        """See core.contracts.store.SnapshotRows.is_awaited."""
         c = t.sandboxes.c
         found = await self._connection.execute(
             select(c.id)
@@ -385,13 +385,13 @@ class SnapshotTable:
 
 
 class RequestTable:
-    """See core.contracts.RequestRows."""
+    """See core.contracts.store.RequestRows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def find(self, key: RequestKey) -> KeyedRequest | None:
-        """See core.contracts.RequestRows.find."""
+        """See core.contracts.store.RequestRows.find."""
         c = t.keyed_requests.c
         found = await self._connection.execute(
             select(c.digest, c.resource_ids).where(
@@ -402,7 +402,7 @@ class RequestTable:
         return None if row is None else KeyedRequest(row.digest, tuple(row.resource_ids))
 
     async def add(self, key: RequestKey, request: KeyedRequest, *, at: datetime) -> None:
-        """See core.contracts.RequestRows.add."""
+        """See core.contracts.store.RequestRows.add."""
         await self._connection.execute(
             insert(t.keyed_requests).values(
                 **vars(key),
@@ -413,7 +413,7 @@ class RequestTable:
         )
 
     async def forget(self, *, before: datetime) -> None:
-        """See core.contracts.RequestRows.forget."""
+        """See core.contracts.store.RequestRows.forget."""
         c = t.keyed_requests.c
         await self._connection.execute(delete(t.keyed_requests).where(c.created_at < before))
 

@@ -1,4 +1,4 @@
-"""The store. See core.contracts.Store."""
+"""The store. See core.contracts.store.Store."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -14,9 +14,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
 
-from sandyard.server.core.contracts import Store
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import InternalError, UnavailableError
-from sandyard.server.core.threads import in_thread
 from sandyard.server.links.sql.account_rows import (
     KeyTable,
     OrganizationTable,
@@ -39,6 +38,7 @@ from sandyard.server.links.sql.rows import (
     SnapshotTable,
 )
 from sandyard.server.links.sql.seal import Seal
+from sandyard.server.tasks import in_thread
 
 _BUSY_S = 10
 _LOOK_AGAIN_S = 0.01
@@ -53,7 +53,7 @@ _WRITER_LOCK = 0x53414E44
 
 
 class SqlTransaction:
-    """See core.contracts.Transaction."""
+    """See core.contracts.store.Transaction."""
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self.sandboxes = SandboxTable(connection, seal)
@@ -72,7 +72,7 @@ class SqlTransaction:
 
 
 class PostgresStore:
-    """See core.contracts.Store.
+    """See core.contracts.store.Store.
 
     Writers take turns by an advisory lock that a transaction holds: a read that a write depends on
     can never be overtaken.
@@ -84,28 +84,28 @@ class PostgresStore:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.Store.read."""
+        """See core.contracts.store.Store.read."""
         with _translated():
             async with self._engine.connect() as connection:
                 yield SqlTransaction(connection, self._seal)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.Store.write."""
+        """See core.contracts.store.Store.write."""
         with _translated():
             async with self._engine.begin() as connection:
                 await connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})"))
                 yield SqlTransaction(connection, self._seal)
 
     async def ping(self) -> None:
-        """See core.contracts.Store.ping."""
+        """See core.contracts.store.Store.ping."""
         with _translated():
             async with asyncio.timeout(_BUSY_S), self._engine.connect() as connection:
                 await connection.execute(text("SELECT 1"))
 
 
 class SqliteStore:
-    """See core.contracts.Store.
+    """See core.contracts.store.Store.
 
     Statements run on the loop itself: the database is a file in the page cache, and each takes less
     than handing it to a thread would. What waits for the disk, the commit, is done in a thread.
@@ -120,13 +120,13 @@ class SqliteStore:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.Store.read."""
+        """See core.contracts.store.Store.read."""
         with _translated(), self._reader.connect() as connection:
             yield SqlTransaction(_Inline(connection), self._seal)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.Store.write."""
+        """See core.contracts.store.Store.write."""
         with _translated():
             async with asyncio.timeout(_BUSY_S):
                 await self._writing.acquire()
@@ -145,7 +145,7 @@ class SqliteStore:
                 self._writing.release()
 
     async def ping(self) -> None:
-        """See core.contracts.Store.ping."""
+        """See core.contracts.store.Store.ping."""
         async with self.read() as tx:
             await tx.facts.moment("ping")
 

@@ -1,0 +1,1 @@
+"""Requests and answers as HTTP carries them, a resource each."""

@@ -1,0 +1,81 @@
+"""API keys as HTTP carries them."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from sandyard.server.api.models.base import Data, Model, Time
+from sandyard.server.core.records import (
+    ApiKey,
+)
+
+
+class CreateApiKey(Model):
+    """The body of a new API key."""
+
+    name: str = Field(examples=["ci"])
+    scopes: list[str] = Field([], description="None: everything the creator may.")
+    expires_in: str | None = Field(None, examples=["30d", "12m", "1y", "never"])
+    is_test: bool = False
+    project_id: str | None = None
+
+
+class PatchApiKey(Model):
+    """The body of a change: what is left out stays as it is."""
+
+    name: str | None = None
+    scopes: list[str] | None = None
+    project_id: str | None = None
+
+
+class ApiKeyOut(Model):
+    """An API key, without its secret."""
+
+    id: str
+    name: str
+    key_prefix: str
+    scopes: list[str]
+    project_id: str | None
+    expires_at: Time | None
+    last_used_at: Time | None
+    revoked_at: Time | None
+    created_at: Time
+    status: Literal["active", "expired", "revoked"]
+    is_test: bool
+    owner_user_id: str
+    owner_display_name: str
+    owner_email: str
+
+
+class NewApiKeyOut(ApiKeyOut):
+    """An API key with its secret, which is shown only now."""
+
+    key: str
+
+
+class NewApiKey(Data[NewApiKeyOut]):
+    """The envelope of a secret."""
+
+    message: str = "Store this key securely. You will not be able to see it again."
+
+
+def api_key_values(
+    key: ApiKey, status: Literal["active", "expired", "revoked"]
+) -> dict[str, object]:
+    """Return what is shown of a key."""
+    return {
+        "id": key.id,
+        "name": key.name,
+        "key_prefix": key.prefix,
+        "scopes": list(key.scopes),
+        "project_id": key.project_id,
+        "expires_at": key.expires_at,
+        "last_used_at": key.last_used_at,
+        "revoked_at": key.revoked_at,
+        "created_at": key.created_at,
+        "status": status,
+        "is_test": key.is_test,
+        "owner_user_id": key.owner_user_id,
+        "owner_display_name": key.owner_display_name,
+        "owner_email": key.owner_email,
+    }

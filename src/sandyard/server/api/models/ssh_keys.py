@@ -1,0 +1,57 @@
+"""SSH keys as HTTP carries them."""
+
+from typing import Literal
+
+from pydantic import AliasChoices, Field
+
+from sandyard.server.api.models.base import Model, Time
+from sandyard.server.core.records import (
+    SshKey,
+)
+
+
+class CreateSshKey(Model):
+    """The body of a new SSH key."""
+
+    name: str = Field(examples=["laptop"])
+    public_key: str = Field(
+        validation_alias=AliasChoices("publicKey", "public_key"),
+        examples=["ssh-ed25519 AAAAC3… me@laptop"],
+    )
+
+
+class SshKeyOut(Model):
+    """An SSH key; some clients look for the names with underscores."""
+
+    id: str
+    name: str
+    fingerprint: str
+    key_type: str
+    created_at: Time
+    last_used_at: Time | None
+    key_type_: str = Field(alias="key_type")
+    created_at_: Time = Field(alias="created_at")
+    last_used_at_: Time | None = Field(alias="last_used_at")
+
+
+def ssh_key_out(key: SshKey) -> SshKeyOut:
+    """Return an SSH key as it is shown."""
+    return SshKeyOut.model_validate(
+        {
+            "id": key.id,
+            "name": key.name,
+            "fingerprint": key.fingerprint,
+            "keyType": key.key_type,
+            "createdAt": key.created_at,
+            "lastUsedAt": key.last_used_at,
+            "key_type": key.key_type,
+            "created_at": key.created_at,
+            "last_used_at": key.last_used_at,
+        }
+    )
+
+
+class SuccessOut(Model):
+    """It is done."""
+
+    success: Literal[True] = True

@@ -1,0 +1,251 @@
+"""What is asked of a node: its machines, and the way to the agents in them."""
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Protocol
+
+from sandyard.server.core.shapes import Shape
+from sandyard.server.core.wire import Op
+
+
+class Origin(StrEnum):
+    """What a machine is to come from."""
+
+    NEW = "new"  # its template
+    SNAPSHOT = "snapshot"  # a snapshot, in place of all that the sandbox had
+    OWN = "own"  # what the sandbox itself has: its saved state, else its disk
+
+
+class Way(StrEnum):
+    """How a machine came up."""
+
+    POOL = "pool"  # it waited, running
+    RESTORE = "restore"  # a clone of its template's golden machine
+    BOOT = "boot"  # from cold
+    SNAPSHOT = "snapshot"  # a clone of a snapshot
+    RESUME = "resume"  # from its own saved state
+    RESTART = "restart"  # booted from its own disk
+
+
+@dataclass(frozen=True)
+class MachineWish:
+    """What a node should hold: one incarnation of a sandbox, and what it is to be made of.
+
+    `tenant` is who wants it, so that those who wait take turns fairly.
+    """
+
+    sandbox_id: str
+    incarnation: int
+    template: str
+    shape: Shape
+    hostname: str
+    tenant: str
+    env: Mapping[str, str] = field(repr=False)
+    authorized_keys: tuple[str, ...] = ()
+    root_password_hash: str | None = field(default=None, repr=False)
+    origin: Origin = Origin.NEW
+    snapshot_id: str | None = None
+
+
+class MachineState(StrEnum):
+    """What a node knows of a machine."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    SILENT = "silent"  # it lives, and its agent does not answer
+    PAUSED = "paused"  # saved, whole, and using no memory
+    DEAD = "dead"
+
+
+@dataclass(frozen=True)
+class MachineFact:
+    """What a node holds for one sandbox."""
+
+    sandbox_id: str
+    incarnation: int
+    state: MachineState
+    ip: str | None = None
+    driver: str | None = None
+    os: str | None = None
+    way: Way | None = None
+    reason_code: str = ""
+    reason_message: str = ""
+
+
+@dataclass(frozen=True)
+class SnapshotFact:
+    """A snapshot as a node keeps it."""
+
+    snapshot_id: str
+    size_bytes: int
+
+
+class TemplateStatus(StrEnum):
+    """Whether a template can be used on a node."""
+
+    PENDING = "pending"
+    BUILDING = "building"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class TemplateFact:
+    """A template as a node has it; `error` tells of the last build, even if an old image serves."""
+
+    slug: str
+    name: str
+    description: str
+    kind: str
+    status: TemplateStatus
+    defaults: Shape
+    os: str | None = None
+    digest: str | None = None
+    size_bytes: int | None = None
+    created_at: datetime | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """All that a node holds now.
+
+    `snapshots` are ids; `missing` says what keeps it from starting machines, a sentence each. A
+    node that is short of memory asks for some sandbox to be paused before the kernel ends one.
+    """
+
+    node_id: str
+    machines: tuple[MachineFact, ...]
+    snapshots: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    is_short_of_memory: bool = False
+
+
+class NodeControl(Protocol):
+    """One host. Asks are wishes: each may be repeated, and each names the incarnation it means."""
+
+    @property
+    def node_id(self) -> str:
+        """The node's stable id."""
+        ...
+
+    async def ensure_running(self, wish: MachineWish) -> MachineFact:
+        """Return once the machine runs and its agent answers; at once if it already does.
+
+        On failure nothing of a new machine is left; one that was saved is still saved.
+
+        Raises:
+            UnavailableError: not now (no driver, template not built, no room); try again.
+            NotFoundError: the node does not know the template, the snapshot, or, where the sandbox
+                is to come from what it has, anything of it.
+            ConflictError: the wish was withdrawn meanwhile, or a later incarnation is here.
+            DamagedError: the saved state or snapshot cannot be used, now or later.
+            InternalError: the machine could not be started; the message says why.
+        """
+        ...
+
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
+        """Return once the machine is saved and uses no memory; at once if it is.
+
+        What is returned are the bytes that it takes on disk.
+
+        On failure it runs on.
+
+        Raises:
+            NotFoundError: the node holds no such machine.
+            ConflictError: the machine is dead, or the wish was withdrawn.
+            UnavailableError: not now; the message says what is in the way.
+            UnsupportedError: the driver cannot save machines.
+        """
+        ...
+
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
+        """Return once nothing of the sandbox is left, up to and including `incarnation`.
+
+        What is under way for it is broken off. A later incarnation is left alone.
+
+        Raises:
+            UnavailableError: something would not go away; try again.
+        """
+        ...
+
+    async def ensure_snapshot(
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int
+    ) -> SnapshotFact:
+        """Return once the snapshot is complete; the machine goes on as it was.
+
+        Raises: see `ensure_paused`.
+        """
+        ...
+
+    async def drop_snapshot(self, snapshot_id: str) -> None:
+        """Return once nothing of the snapshot is left; what was made from it lives on."""
+        ...
+
+    async def check_room(self, template: str, shape: Shape) -> bool:
+        """Return if one more machine has room now, and whether one waits, running, for this.
+
+        Raises:
+            NoCapacityError: it has not; the message says what is short.
+        """
+        ...
+
+    async def report(self) -> NodeReport:
+        """Return what the node holds, machines that died included until they are made gone."""
+        ...
+
+    async def templates(self) -> tuple[TemplateFact, ...]:
+        """Return every template the node knows, built or not."""
+        ...
+
+
+class ByteStream(Protocol):
+    """Bytes both ways, with back-pressure."""
+
+    async def read(self, limit: int) -> bytes:
+        """Return up to `limit` bytes, at least one, or none at the end of the stream.
+
+        Raises:
+            UnavailableError: the other side is gone without an end.
+        """
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Return once the other side has room for more.
+
+        Raises:
+            UnavailableError: the other side is gone.
+        """
+        ...
+
+    async def write_eof(self) -> None:
+        """Say that no more will be written; reading goes on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An operation that the agent accepted: what it answered, and the stream that follows."""
+
+    values: Mapping[str, object]
+    stream: ByteStream
+
+
+class NodeTunnel(Protocol):
+    """The way to the agents of a node's machines."""
+
+    def open(
+        self, sandbox_id: str, *, incarnation: int, op: Op, args: Mapping[str, object]
+    ) -> AbstractAsyncContextManager[Opened]:
+        """Ask the agent for one operation; leaving the block closes the connection.
+
+        Raises:
+            NotFoundError: the node holds no such machine.
+            ConflictError: the machine is dead, or dies before it answers.
+            InvalidArgumentError: the agent refused the arguments; the message is the agent's.
+            UnavailableError: the agent does not answer.
+        """
+        ...

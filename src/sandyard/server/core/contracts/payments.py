@@ -1,0 +1,63 @@
+"""What is asked of a payment provider."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A page of the payment provider's on which one amount is paid."""
+
+    url: str
+    session_id: str
+
+
+@dataclass(frozen=True)
+class Payment:
+    """An amount that was paid. `reference` is the provider's, the same however often it is told.
+
+    One that is not `is_paid` yet is told of later, if it ever is.
+    """
+
+    org_id: str
+    amount_cents: int
+    reference: str
+    customer_id: str | None
+    is_paid: bool = True
+    is_automatic: bool = False
+
+
+class Payments(Protocol):
+    """The payment provider."""
+
+    async def check_out(
+        self, *, org_id: str, amount_cents: int, success_url: str, cancel_url: str
+    ) -> Checkout:
+        """Return a page on which an organization pays an amount.
+
+        Raises:
+            InvalidArgumentError: the provider does not take what was asked.
+            UnavailableError: the provider is not set up or does not answer.
+        """
+        ...
+
+    async def charge(
+        self, *, org_id: str, customer_id: str, amount_cents: int, key: str
+    ) -> Payment:
+        """Charge the card that a customer saved; asked twice with one key, once.
+
+        Raises:
+            ConflictError: the charge was refused for good.
+            UnavailableError: the provider is not set up or does not answer: what became of the
+                charge is not known, and is found out by asking again with the same key.
+        """
+        ...
+
+    def read_event(self, payload: bytes, signature: str) -> Payment | None:
+        """Return the payment that the provider tells of; None for anything else.
+
+        Raises:
+            InvalidTokenError: it is not signed by the provider, or too old.
+            UnavailableError: the provider is not set up.
+        """
+        ...

@@ -1,0 +1,569 @@
+"""What is asked of the store: rows, a protocol for each kind, within transactions."""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from sandyard.server.core.money import Account
+from sandyard.server.core.records import (
+    Activity,
+    ActivityQuery,
+    ApiKey,
+    AutoTopup,
+    Claim,
+    InUse,
+    KeyedRequest,
+    KeyHolder,
+    LedgerEntry,
+    Membership,
+    Organization,
+    Project,
+    RequestKey,
+    Sandbox,
+    SandboxQuery,
+    Snapshot,
+    SshKey,
+    StoragePeriod,
+    UsagePeriod,
+    User,
+    Workspace,
+)
+from sandyard.server.core.states import Status
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A lease to take together with a write: who works on the sandbox, and until when."""
+
+    lease: str
+    until: datetime
+
+
+class SandboxRows(Protocol):
+    """Sandboxes as stored. Every write names the version it read and fails if that has passed."""
+
+    async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> None:
+        """Add a sandbox, leased at once if `hold` is given.
+
+        Raises:
+            AlreadyExistsError: the organization has a live sandbox of that name.
+        """
+        ...
+
+    async def find(self, sandbox_id: str) -> Sandbox | None:
+        """Return a sandbox of any status and any organization."""
+        ...
+
+    async def find_named(self, org_id: str, name: str) -> Sandbox | None:
+        """Return an organization's live sandbox of that name."""
+        ...
+
+    async def page(self, query: SandboxQuery) -> list[Sandbox]:
+        """Return one page, newest first, without `destroyed` and `orphaned` unless asked for."""
+        ...
+
+    async def replace(
+        self,
+        sandbox: Sandbox,
+        *,
+        lease: str | None = None,
+        hold: Hold | None = None,
+        retag: bool = False,
+    ) -> Sandbox | None:
+        """Write a sandbox if its `version` is still the stored one, and return it as stored.
+
+        With `lease`, the lease must be held too, and stays held; without, whoever holds one loses
+        it, to `hold` if that is given. None if the row has moved on: nothing is written. Tags are
+        written with `retag` only; when it was last used is written by `ActivityRows.touch` only.
+
+        Raises:
+            AlreadyExistsError: the new name is taken.
+        """
+        ...
+
+    async def claim(
+        self, statuses: frozenset[Status], *, lease: str, now: datetime, until: datetime, limit: int
+    ) -> list[Claim]:
+        """Lease up to `limit` sandboxes of these statuses that nobody holds, the stalest first."""
+        ...
+
+    async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
+        """Move the end of a lease that is held; None gives it back. False if it is not held."""
+        ...
+
+    async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
+        """Return every sandbox of these statuses that was placed on a node, on none for None."""
+        ...
+
+
+class OrganizationRows(Protocol):
+    """Organizations, and the workspaces that come with them."""
+
+    async def add(self, organization: Organization, project: Project) -> None:
+        """Add an organization with its default project and an account with nothing in it.
+
+        Raises:
+            AlreadyExistsError: another has its slug or external id.
+        """
+        ...
+
+    async def find(self, org_id: str) -> Organization | None:
+        """Return an organization by id."""
+        ...
+
+    async def find_external(self, external_id: str) -> Organization | None:
+        """Return the organization that the identity provider calls so."""
+        ...
+
+    async def replace(self, organization: Organization) -> None:
+        """Write an organization that is there."""
+        ...
+
+    async def every(self) -> list[Organization]:
+        """Return all organizations, the oldest first."""
+        ...
+
+    async def add_workspace(self, workspace: Workspace) -> None:
+        """Add a workspace; nothing if the organization has one of that slug."""
+        ...
+
+    async def personal_workspace(self, org_id: str, user_id: str) -> Workspace | None:
+        """Return a member's personal workspace."""
+        ...
+
+
+class UserRows(Protocol):
+    """Users, and what they are in organizations."""
+
+    async def add(self, user: User) -> None:
+        """Add a user.
+
+        Raises:
+            AlreadyExistsError: another has the e-mail address or external id.
+        """
+        ...
+
+    async def find(
+        self,
+        *,
+        user_id: str | None = None,
+        external_id: str | None = None,
+        email: str | None = None,
+    ) -> User | None:
+        """Return a user by one of these."""
+        ...
+
+    async def replace(self, user: User) -> None:
+        """Write a user that is there.
+
+        Raises:
+            AlreadyExistsError: another has the e-mail address or external id.
+        """
+        ...
+
+    async def put_member(self, membership: Membership) -> None:
+        """Make a user a member of an organization, or change the role of one."""
+        ...
+
+    async def remove_member(self, org_id: str, user_id: str, at: datetime) -> bool:
+        """End a membership; False if there is none."""
+        ...
+
+    async def removed_at(self, org_id: str, user_id: str) -> datetime | None:
+        """Return when somebody's membership was ended last."""
+        ...
+
+    async def member(self, org_id: str, user_id: str) -> Membership | None:
+        """Return what a user is in an organization."""
+        ...
+
+    async def members(self, org_id: str) -> list[tuple[User, Membership]]:
+        """Return an organization's members, the longest there first."""
+        ...
+
+    async def organizations_of(self, user_id: str) -> list[tuple[Organization, Membership]]:
+        """Return the organizations that a user belongs to, the longest there first."""
+        ...
+
+
+class ProjectRows(Protocol):
+    """Projects."""
+
+    async def add(self, project: Project) -> None:
+        """Add a project.
+
+        Raises:
+            AlreadyExistsError: the organization has one of that slug.
+        """
+        ...
+
+    async def find(self, org_id: str, project_id: str | None) -> Project | None:
+        """Return an organization's project, the default one for None."""
+        ...
+
+    async def every(self, org_id: str) -> list[Project]:
+        """Return an organization's projects, the default one first, then the newest."""
+        ...
+
+    async def replace(self, project: Project) -> None:
+        """Write a project that is there."""
+        ...
+
+    async def remove(self, project: Project, *, heir: Project) -> None:
+        """Remove a project; what it held is the heir's."""
+        ...
+
+
+class KeyRows(Protocol):
+    """API keys."""
+
+    async def add(self, key: ApiKey) -> None:
+        """Add a key."""
+        ...
+
+    async def find(self, org_id: str, key_id: str) -> ApiKey | None:
+        """Return an organization's key, revoked and expired ones included."""
+        ...
+
+    async def holder(self, digest: str) -> KeyHolder | None:
+        """Return the key of that digest whose owner is a member still."""
+        ...
+
+    async def replace(self, key: ApiKey) -> None:
+        """Write a key that is there."""
+        ...
+
+    async def page(
+        self,
+        org_id: str,
+        *,
+        owner_user_id: str | None,
+        limit: int,
+        after: tuple[datetime, str] | None = None,
+    ) -> list[ApiKey]:
+        """Return one page of the keys that are not revoked, newest first."""
+        ...
+
+    async def touch(self, key_id: str, at: datetime) -> None:
+        """Note that a key was used."""
+        ...
+
+
+class SshKeyRows(Protocol):
+    """Public keys that open an organization's sandboxes."""
+
+    async def add(self, key: SshKey) -> None:
+        """Add a key.
+
+        Raises:
+            AlreadyExistsError: the organization has it.
+        """
+        ...
+
+    async def find(self, org_id: str, key_id: str) -> SshKey | None:
+        """Return an organization's key by id."""
+        ...
+
+    async def every(self, org_id: str) -> list[SshKey]:
+        """Return an organization's keys, newest first."""
+        ...
+
+    async def remove(self, org_id: str, key_id: str) -> bool:
+        """Remove a key; False if it is not there."""
+        ...
+
+
+class ActivityRows(Protocol):
+    """The activity feed; rows are added and read, never changed."""
+
+    async def append(self, activity: Activity) -> None:
+        """Add one line."""
+        ...
+
+    async def touch(self, sandbox_id: str, *, at: datetime, kind: str) -> None:
+        """Note when and how a sandbox was last used; its version stays."""
+        ...
+
+    async def page(self, query: ActivityQuery) -> list[Activity]:
+        """Return one page, newest first."""
+        ...
+
+
+class UsageRows(Protocol):
+    """Usage periods; at most one is open for a sandbox, which the database enforces."""
+
+    async def open(self, period: UsagePeriod) -> None:
+        """Open a period.
+
+        Raises:
+            InternalError: one is open already.
+        """
+        ...
+
+    async def close(self, sandbox_id: str, at: datetime) -> bool:
+        """Close the open period, if there is one; never before its own start."""
+        ...
+
+    async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
+        """Return a sandbox's periods, oldest first."""
+        ...
+
+    async def unsettled(self, org_id: str) -> list[UsagePeriod]:
+        """Return the periods of an organization of which something may be left to charge."""
+        ...
+
+    async def owing(self) -> list[str]:
+        """Return the organizations that have such periods, of either kind."""
+        ...
+
+    async def charge(self, periods: Sequence[UsagePeriod]) -> None:
+        """Write what was charged of periods, and whether they are settled."""
+        ...
+
+    async def within(
+        self, org_id: str, *, since: datetime, owner_user_id: str | None
+    ) -> list[UsagePeriod]:
+        """Return periods that reach beyond a moment, of an organization or one member in it."""
+        ...
+
+    async def in_use(self, org_id: str, now: datetime) -> InUse:
+        """Return what an organization's live sandboxes take together, and what is not charged."""
+        ...
+
+
+class StorageRows(Protocol):
+    """Periods in which bytes are kept; at most one is open for each thing that keeps some."""
+
+    async def open(self, period: StoragePeriod) -> None:
+        """Open a period.
+
+        Raises:
+            InternalError: one is open already.
+        """
+        ...
+
+    async def close(self, kind: str, resource_id: str, at: datetime) -> bool:
+        """Close the open period, if there is one; never before its own start."""
+        ...
+
+    async def unsettled(self, org_id: str) -> list[StoragePeriod]:
+        """See UsageRows.unsettled."""
+        ...
+
+    async def charge(self, periods: Sequence[StoragePeriod]) -> None:
+        """See UsageRows.charge."""
+        ...
+
+    async def within(self, org_id: str, *, since: datetime) -> list[StoragePeriod]:
+        """Return an organization's periods that reach beyond a moment."""
+        ...
+
+    async def of(self, kind: str, resource_id: str) -> list[StoragePeriod]:
+        """Return the periods of one thing, oldest first."""
+        ...
+
+
+class CreditRows(Protocol):
+    """What organizations have, and the ledger of how it came to that; lines are never changed."""
+
+    async def account(self, org_id: str) -> Account:
+        """Return an organization's account."""
+        ...
+
+    async def save(self, account: Account) -> None:
+        """Write an account."""
+        ...
+
+    async def post(self, entry: LedgerEntry) -> None:
+        """Add one line.
+
+        Raises:
+            AlreadyExistsError: one of its type and reference is there.
+        """
+        ...
+
+    async def find(self, org_id: str, type_: str, reference_id: str) -> LedgerEntry | None:
+        """Return the line of that type and reference."""
+        ...
+
+    async def history(
+        self, org_id: str, *, limit: int, after_id: str | None = None
+    ) -> list[LedgerEntry]:
+        """Return an organization's lines, newest first, those before a line if one is named."""
+        ...
+
+    async def auto_topup(self, org_id: str) -> AutoTopup:
+        """Return how an organization wants its balance filled up."""
+        ...
+
+    async def save_auto_topup(self, wish: AutoTopup) -> None:
+        """Write that."""
+        ...
+
+    async def topped_up(self) -> list[str]:
+        """Return the organizations whose balance can be filled up by itself."""
+        ...
+
+
+class FactRows(Protocol):
+    """Moments that the installation remembers by name."""
+
+    async def moment(self, name: str) -> datetime | None:
+        """Return a moment."""
+        ...
+
+    async def note(self, name: str, at: datetime) -> None:
+        """Remember a moment."""
+        ...
+
+
+class SnapshotRows(Protocol):
+    """Snapshots. Those of forks are hidden and go once the forks are made."""
+
+    async def insert(self, snapshot: Snapshot) -> None:
+        """Add a snapshot.
+
+        Raises:
+            AlreadyExistsError: the organization has one of that name.
+        """
+        ...
+
+    async def find(self, org_id: str, reference: str) -> Snapshot | None:
+        """Return an organization's snapshot by id or name; hidden ones by id only."""
+        ...
+
+    async def page(
+        self,
+        org_id: str,
+        *,
+        owner_user_id: str | None,
+        limit: int,
+        after: tuple[datetime, str] | None,
+    ) -> list[Snapshot]:
+        """Return one page of those that are not hidden, newest first."""
+        ...
+
+    async def complete(self, snapshot_id: str, *, size_bytes: int) -> bool:
+        """Note that a snapshot is whole; False if it was removed meanwhile."""
+        ...
+
+    async def remove(self, snapshot_id: str) -> bool:
+        """Remove a snapshot; False if it is not there."""
+        ...
+
+    async def on_node(self, node_id: str) -> list[Snapshot]:
+        """Return every snapshot that a node keeps or is making."""
+        ...
+
+    async def is_awaited(self, snapshot_id: str) -> bool:
+        """Tell whether a sandbox that is on its way up is to come from it."""
+        ...
+
+
+class RequestRows(Protocol):
+    """Requests that carried a key, so that a repeated one does nothing twice."""
+
+    async def find(self, key: RequestKey) -> KeyedRequest | None:
+        """Return what the request of that key was answered with."""
+        ...
+
+    async def add(self, key: RequestKey, request: KeyedRequest, *, at: datetime) -> None:
+        """Keep what a request is answered with."""
+        ...
+
+    async def forget(self, *, before: datetime) -> None:
+        """Remove those from before a time."""
+        ...
+
+
+class Transaction(Protocol):
+    """All rows, as of one moment; what is written becomes visible together or not at all."""
+
+    @property
+    def sandboxes(self) -> SandboxRows:
+        """Sandboxes."""
+        ...
+
+    @property
+    def organizations(self) -> OrganizationRows:
+        """Organizations."""
+        ...
+
+    @property
+    def users(self) -> UserRows:
+        """Users and memberships."""
+        ...
+
+    @property
+    def projects(self) -> ProjectRows:
+        """Projects."""
+        ...
+
+    @property
+    def keys(self) -> KeyRows:
+        """API keys."""
+        ...
+
+    @property
+    def ssh_keys(self) -> SshKeyRows:
+        """Public keys of SSH."""
+        ...
+
+    @property
+    def storage(self) -> StorageRows:
+        """Periods in which bytes are kept."""
+        ...
+
+    @property
+    def credits(self) -> CreditRows:
+        """Accounts and the ledger."""
+        ...
+
+    @property
+    def facts(self) -> FactRows:
+        """Moments by name."""
+        ...
+
+    @property
+    def activity(self) -> ActivityRows:
+        """The activity feed."""
+        ...
+
+    @property
+    def usage(self) -> UsageRows:
+        """Usage periods."""
+        ...
+
+    @property
+    def snapshots(self) -> SnapshotRows:
+        """Snapshots."""
+        ...
+
+    @property
+    def requests(self) -> RequestRows:
+        """Requests that carried an idempotency key."""
+        ...
+
+
+class Store(Protocol):
+    """The truth. A transaction is short and never spans a call to anything else.
+
+    Every method raises UnavailableError when the database does not answer or stays locked.
+    """
+
+    def read(self) -> AbstractAsyncContextManager[Transaction]:
+        """Open a transaction that only reads."""
+        ...
+
+    def write(self) -> AbstractAsyncContextManager[Transaction]:
+        """Open a transaction that commits when the block is left, and rolls back on an error.
+
+        Two of them never interleave their reads and writes.
+        """
+        ...
+
+    async def ping(self) -> None:
+        """Return if the database answers."""
+        ...

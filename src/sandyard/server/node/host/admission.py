@@ -1,0 +1,123 @@
+"""Whether the host has room for one more machine: what it has, and what has been promised.
+
+A clone begins with little and may grow to all that was promised to it. The promises of all machines
+together may pass what is there by a stated factor, for few use all of theirs; what is there now
+decides as well. Beyond that a start is refused, so that the kernel never has to end a machine.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandyard.server.core.errors import NoCapacityError
+from sandyard.server.core.shapes import Shape
+from sandyard.server.node.host.disks import available_memory_mib, free_mib, total_memory_mib
+
+_HYPERVISOR_MIB = 96  # its own code and data, and translated code under TCG
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What the host keeps for itself, and how far promises may pass what it has."""
+
+    memory_floor_mib: int = 1024
+    disk_floor_mib: int = 1024
+    memory_overcommit: float = 3.0
+    disk_overcommit: float = 20.0
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What one machine may grow to, and what of that on disk it has taken already.
+
+    A machine that stands still has been promised no memory.
+    """
+
+    memory_mib: int
+    disk_mib: int
+    disk_used_mib: int = 0
+
+
+class Admission:
+    """Weighs promises against what is there. `promises` tells those of all machines."""
+
+    def __init__(
+        self,
+        folder: Path,
+        margins: Margins,
+        promises: Callable[[], Iterable[Promise]],
+        *,
+        free_disk: Callable[[Path], int] = free_mib,
+        available_memory: Callable[[], int] = available_memory_mib,
+        total_memory: Callable[[], int] = total_memory_mib,
+    ) -> None:
+        self._folder = folder
+        self._margins = margins
+        self._promises = promises
+        self._free_disk = free_disk
+        self._available_memory = available_memory
+        self._total_memory = total_memory
+
+    @property
+    def is_short_of_memory(self) -> bool:
+        """Tell whether so little is left that some machine should give its memory back."""
+        return self._available_memory() < self._margins.memory_floor_mib // 2
+
+    def check(self, shape: Shape, *, is_promised: bool = False) -> None:
+        """Return if one more machine of a shape has room now.
+
+        One whose disk `is_promised` already, for it was here before, adds nothing to that.
+
+        Raises:
+            NoCapacityError: it has not; the message says what is short.
+        """
+        promises = list(self._promises())
+        self._check_disk(None if is_promised else shape, promises)
+        if (short := self._missing_memory_mib(shape, promises)) > 0:
+            raise NoCapacityError(
+                f"cannot start a machine of {shape.memory_mib} MB: the host's memory is promised "
+                f"to others ({short} MB short); pause or delete a sandbox and try again"
+            )
+
+    def check_disk(self, shape: Shape) -> None:
+        """Return if the disk of one more machine has room; see `check`."""
+        self._check_disk(shape, list(self._promises()))
+
+    def missing_memory_mib(self, shape: Shape) -> int:
+        """Return by how much memory one more machine of a shape has no room; 0 if it has."""
+        return self._missing_memory_mib(shape, list(self._promises()))
+
+    def _check_disk(self, shape: Shape | None, promises: list[Promise]) -> None:
+        self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+        free = self._free_disk(self._folder)
+        floor = self._margins.disk_floor_mib
+        if free < floor:
+            raise NoCapacityError(
+                f"cannot start a machine: the host's disk has less than {floor} MB left under "
+                f"{self._folder}; free some space"
+            )
+        if shape is None:
+            return
+        outstanding = sum(max(0, one.disk_mib - one.disk_used_mib) for one in promises)
+        # A machine that is paused puts its memory beside its disk.
+        wanted = outstanding + shape.disk_mib + shape.memory_mib
+        if wanted > (free - floor) * self._margins.disk_overcommit:
+            raise NoCapacityError(
+                f"cannot start a machine with a disk of {shape.disk_mib} MB: the host's disk is "
+                "promised to others; delete a sandbox or a snapshot and try again"
+            )
+
+    def _missing_memory_mib(self, shape: Shape, promises: list[Promise]) -> int:
+        margins = self._margins
+        total = self._total_memory() - margins.memory_floor_mib
+        promised = sum(one.memory_mib for one in promises)
+        by_promise = promised + cost_mib(shape.memory_mib) - int(total * margins.memory_overcommit)
+        # A clone takes about a quarter of its memory soon, the rest over time.
+        soon = margins.memory_floor_mib + shape.memory_mib // 4
+        by_fact = soon - self._available_memory()
+        return max(0, by_promise, by_fact)
+
+
+def cost_mib(memory_mib: int) -> int:
+    """Return what a machine of so much memory may take of the host's."""
+    return memory_mib + _HYPERVISOR_MIB

@@ -1,0 +1,111 @@
+"""Which driver this host uses: the first that a probe machine really boots under.
+
+A device node proves nothing: there are hosts whose /dev/kvm opens and makes machines in which no
+ordinary kernel runs. So a probe machine is booted once, and the verdict kept for as long as
+hypervisor, guest kernel and host kernel stay the same.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.drivers.contract import Driver, Verdict
+from sandyard.server.node.images.images import Image
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A driver with the verdict on it."""
+
+    driver: Driver
+    verdict: Verdict
+
+
+class Drivers:
+    """The drivers a node may use, best first; machines here may run under any `known`."""
+
+    def __init__(
+        self, candidates: Sequence[Driver], *, cache: Path, known: Sequence[Driver] = ()
+    ) -> None:
+        self._candidates = tuple(candidates)
+        self._known = (*candidates, *known)
+        self._judging = asyncio.Lock()
+        self._cache = cache
+        self._chosen: dict[str, Driver] = {}
+
+    def named(self, name: str) -> Driver | None:
+        """Return the driver of that name."""
+        return next((driver for driver in self._known if driver.name == name), None)
+
+    async def choose(self, image: Image) -> Driver:
+        """Return the best driver that boots this image's kernel here.
+
+        Raises:
+            UnavailableError: there is none; the message says what is in the way of each.
+        """
+        # One at a time: probes side by side slow each other down until none comes up.
+        async with self._judging:
+            return await self._choose(image)
+
+    async def _choose(self, image: Image) -> Driver:
+        chosen = self._chosen.get(image.digest)
+        if chosen is None:
+            judged = await self.judge(image)
+            chosen = next((one.driver for one in judged if one.verdict.is_usable), None)
+            if chosen is None:
+                reasons = "; ".join(f"{one.driver.name}: {one.verdict.reason}" for one in judged)
+                raise UnavailableError(f"cannot start machines on this host: {reasons}")
+            for one in judged:
+                if not one.verdict.is_usable:
+                    log.warning("%s is not used here: %s", one.driver.name, one.verdict.reason)
+            log.info("machines are started with %s", chosen.name)
+            self._chosen[image.digest] = chosen
+        return chosen
+
+    async def judge(self, image: Image) -> list[Judged]:
+        """Return the verdict on each driver up to the first usable one, from the cache if known."""
+        judged = []
+        for driver in self._candidates:
+            verdict = await self._verdict(driver, image)
+            judged.append(Judged(driver, verdict))
+            if verdict.is_usable:
+                break
+        return judged
+
+    async def _verdict(self, driver: Driver, image: Image) -> Verdict:
+        try:
+            version = await driver.version()
+        except UnavailableError as error:
+            return Verdict(False, error.message)
+        key = f"{driver.name} {version} image {image.digest} host {os.uname().release}"
+        known = self._load()
+        if key in known:
+            return Verdict(bool(known[key][0]), str(known[key][1]))
+        with tempfile.TemporaryDirectory(prefix="sandyard-probe-") as scratch:
+            verdict = await driver.probe(
+                kernel=image.kernel, initrd=image.initrd, scratch=Path(scratch)
+            )
+        if verdict.is_certain:
+            self._save({**self._load(), key: (verdict.is_usable, verdict.reason)})
+        return verdict
+
+    def _load(self) -> dict[str, tuple[bool, str]]:
+        try:
+            known = json.loads(self._cache.read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _save(self, known: dict[str, tuple[bool, str]]) -> None:
+        self._cache.parent.mkdir(parents=True, exist_ok=True)
+        part = self._cache.with_name(self._cache.name + ".part")
+        part.write_text(json.dumps(known, indent=1))
+        part.replace(self._cache)

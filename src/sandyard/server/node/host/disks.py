@@ -1,0 +1,89 @@
+"""The private disk of a machine: a sparse ext4 that holds what differs from the base image."""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from sandyard.server.core.errors import InternalError, NoCapacityError
+from sandyard.server.drivers.sparse import copy_sparse
+from sandyard.server.node.commands import run
+from sandyard.server.tasks import in_thread
+
+_TOOL_LIMIT_S = 60.0
+
+
+class Disks(Protocol):
+    """Makes disks."""
+
+    async def make(self, path: Path, *, size_mib: int, uid: int) -> None:
+        """Make an empty disk that only an account may open.
+
+        Raises:
+            NoCapacityError: the host's disk is full.
+        """
+        ...
+
+    async def copy(self, source: Path, path: Path, *, sync: bool = False) -> None:
+        """Make a disk that holds what another, which nobody writes to now, holds.
+
+        Raises:
+            NoCapacityError: the host's disk is full.
+        """
+        ...
+
+
+class Ext4Disks:
+    """See Disks. The file is sparse: it takes what the guest writes, not what it was promised."""
+
+    async def make(self, path: Path, *, size_mib: int, uid: int) -> None:
+        """See Disks.make."""
+        try:
+            # A journal, so that the disk of a machine that was killed boots again.
+            await run(
+                ["mke2fs", "-q", "-t", "ext4", "-m", "0", "-L", "disk", "-J", "size=16",
+                 "-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0",
+                 path, f"{size_mib}M"],
+                limit_s=_TOOL_LIMIT_S,
+            )  # fmt: skip
+        except InternalError as error:
+            path.unlink(missing_ok=True)
+            if "No space left" in error.message:
+                raise NoCapacityError(
+                    "cannot make a disk: the host's disk is full; free some space"
+                ) from error
+            raise
+        path.chmod(0o600)
+        os.chown(path, uid, uid)
+
+    async def copy(self, source: Path, path: Path, *, sync: bool = False) -> None:
+        """See Disks.copy."""
+        await in_thread(copy_sparse, source, path, sync=sync)
+
+
+def free_mib(folder: Path) -> int:
+    """Return how much room the file system of a folder has."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize // 2**20
+
+
+def available_memory_mib() -> int:
+    """Return how much memory the host can still give without swapping."""
+    return _memory_mib("MemAvailable:")
+
+
+def total_memory_mib() -> int:
+    """Return how much memory the host has."""
+    return _memory_mib("MemTotal:")
+
+
+def used_mib(folder: Path) -> int:
+    """Return what the files in a folder take on disk, not counting what hard links share."""
+    found = (path.stat() for path in folder.iterdir() if path.is_file())
+    return sum(one.st_blocks for one in found if one.st_nlink == 1) * 512 // 2**20
+
+
+def _memory_mib(name: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) // 1024
+    return 0

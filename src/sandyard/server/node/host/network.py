@@ -1,0 +1,312 @@
+"""Network slots: a namespace with a tap for one machine, made ahead, taken and given back.
+
+In every slot the guest has the same address, so a saved machine needs no new one; on the host's
+side each slot has an address of its own. A slot is used once: what a guest left in its connection
+table must not meet the next.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from sandyard.server.core.errors import InternalError, NoCapacityError
+from sandyard.server.core.wire import AGENT_PORT
+from sandyard.server.drivers.contract import Place
+from sandyard.server.drivers.namespaces import in_namespace, path_of
+from sandyard.server.drivers.processes import kill_all_of, uids_at_work
+from sandyard.server.node.commands import run
+from sandyard.server.node.host.dns import forward_dns, host_resolvers
+from sandyard.server.node.host.firewall import (
+    GATEWAY_IP,
+    GUEST_IP,
+    exceptions_to_remove,
+    forward_exceptions,
+    host_rules,
+    slot_rules,
+)
+from sandyard.server.node.host.identity import SLOTS, Identity
+from sandyard.server.node.host.netlink import netlink
+from sandyard.server.tasks import in_thread
+
+log = logging.getLogger(__name__)
+
+GUEST_MAC = "02:73:79:00:00:02"
+_GATEWAY_MAC = "02:73:79:00:00:01"
+_TAP, _UPLINK = "tap0", "up0"
+_TOOL_LIMIT_S = 20.0
+_SPARE = 3
+
+
+class Network(Protocol):
+    """Places for machines, and the way to what listens in them."""
+
+    async def open(self, *, in_use: Iterable[int], tasks: asyncio.TaskGroup) -> None:
+        """Prepare the host, keep the places whose numbers are in use, remove all others."""
+        ...
+
+    async def close(self) -> None:
+        """Give back what nobody uses; places in use stay, for machines live on."""
+        ...
+
+    async def take(self) -> Place:
+        """Return a place that nobody has.
+
+        Raises:
+            NoCapacityError: all are in use.
+            InternalError: the host would not make one.
+        """
+        ...
+
+    def place(self, number: int) -> Place:
+        """Return the place of that number."""
+        ...
+
+    async def give_back(self, place: Place) -> None:
+        """Remove a place with everything in it; nothing happens if it is gone."""
+        ...
+
+    async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
+        """Return a connection to a port of the machine in a place.
+
+        Raises:
+            OSError: nothing answers.
+        """
+        ...
+
+
+class Slots:
+    """See Network: the real thing."""
+
+    def __init__(self, identity: Identity, *, allow: Sequence[str] = ()) -> None:
+        self._identity = identity
+        self._allow = tuple(allow)
+        self._used: set[int] = set()
+        self._spare: list[Place] = []
+        self._lock = asyncio.Lock()
+        self._dns: dict[int, asyncio.Task[None]] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._resolvers: Callable[[], list[str]] = host_resolvers
+
+    async def open(self, *, in_use: Iterable[int], tasks: asyncio.TaskGroup) -> None:
+        """See Network.open."""
+        self._tasks = tasks
+        self._used = set(in_use)
+        await self._prepare_host()
+        await self._sweep()
+        for number in self._used:
+            self._start_dns(self.place(number))
+        tasks.create_task(self._refill())
+
+    async def close(self) -> None:
+        """See Network.close."""
+        for task in self._dns.values():
+            task.cancel()
+        async with self._lock:
+            while self._spare:
+                await self._remove(self._spare.pop())
+
+    async def take(self) -> Place:
+        """See Network.take."""
+        async with self._lock:
+            place = self._spare.pop() if self._spare else await self._make()
+            self._used.add(place.number)
+        self._start_dns(place)
+        if self._tasks is not None:
+            self._tasks.create_task(self._refill())
+        return place
+
+    def place(self, number: int) -> Place:
+        """See Network.place."""
+        return Place(
+            number=number,
+            netns=f"{self._identity.prefix}-{number}",
+            tap=_TAP,
+            mac=GUEST_MAC,
+            ip=str(self._outer(number)),
+            uid=self._identity.uid_first + number,
+        )
+
+    async def give_back(self, place: Place) -> None:
+        """See Network.give_back."""
+        dns = self._dns.pop(place.number, None)
+        if dns is not None:
+            dns.cancel()
+            await asyncio.wait([dns])
+        await kill_all_of(place.uid)
+        async with self._lock:
+            await self._remove(place)
+            self._used.discard(place.number)
+
+    async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
+        """See Network.dial."""
+
+        def make() -> socket.socket:
+            made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return made
+
+        connection = await in_thread(in_namespace, place.netns, make)
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.get_running_loop().sock_connect(connection, (GUEST_IP, port))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _outer(self, number: int) -> ipaddress.IPv4Address:
+        return self._identity.subnet[number * 4 + 2]
+
+    def _host_link(self, number: int) -> str:
+        return f"{self._identity.prefix}-{number:x}"
+
+    async def _prepare_host(self) -> None:
+        forward = Path("/proc/sys/net/ipv4/ip_forward")
+        if forward.read_text().strip() != "1":
+            forward.write_text("1")
+        identity = self._identity
+        rules = host_rules(
+            table=identity.table, prefix=identity.prefix, subnet=identity.subnet, allow=self._allow
+        )
+        await _nft(rules)
+        ruleset = json.loads(await host_ruleset())
+        exceptions = forward_exceptions(ruleset, prefix=identity.prefix, table=identity.table)
+        if exceptions:
+            log.warning("another tool drops forwarded traffic; an exception was added")
+            await _nft(exceptions)
+
+    async def _sweep(self) -> None:
+        """Remove processes, namespaces and links of ours that an earlier run left over."""
+        kept = {self._identity.uid_first + number for number in self._used}
+        for uid in uids_at_work(self._identity.uids):
+            if uid not in kept:
+                await kill_all_of(uid)
+        prefix = self._identity.prefix
+        for path in path_of(prefix).parent.glob(f"{prefix}-*"):
+            number = int(path.name.removeprefix(f"{prefix}-"))
+            if number not in self._used:
+                await self._remove(self.place(number))
+        async with netlink() as host:
+            used = {self._host_link(number) for number in self._used}
+            for name in await host.link_names():
+                if name.startswith(f"{prefix}-") and name not in used:
+                    await host.delete_link(name)
+
+    async def _refill(self) -> None:
+        try:
+            async with self._lock:
+                while len(self._spare) < _SPARE and len(self._used) + len(self._spare) < SLOTS:
+                    self._spare.append(await self._make())
+        except Exception:  # as for a machine's watch: the node lives on
+            log.exception("a network slot could not be made ahead; it will be when it is needed")
+
+    async def _make(self) -> Place:
+        taken = self._used | {place.number for place in self._spare}
+        number = next((one for one in range(SLOTS) if one not in taken), None)
+        if number is None:
+            raise NoCapacityError(f"cannot place one more machine: all {SLOTS} slots are in use")
+        place = self.place(number)
+        try:
+            await self._build(place)
+        except BaseException:
+            with contextlib.suppress(InternalError):
+                await self._remove(place)
+            raise
+        return place
+
+    async def _build(self, place: Place) -> None:
+        outer = self._outer(place.number)
+        gateway = outer - 1
+        link = self._host_link(place.number)
+        await run(["ip", "netns", "add", place.netns], limit_s=_TOOL_LIMIT_S)
+        await in_thread(in_namespace, place.netns, _set_up_kernel)
+        rules = slot_rules(
+            uplink=_UPLINK, tap=_TAP, outer=outer, agent_port=AGENT_PORT, allow=self._allow
+        )
+        # The rules stand before the first link is up: no packet ever passes without them.
+        await run(
+            ["ip", "netns", "exec", place.netns, "nft", "-f", "-"],
+            limit_s=_TOOL_LIMIT_S,
+            stdin=rules.encode(),
+        )
+        async with netlink() as host:
+            await host.add_veth(link, peer=_UPLINK, peer_netns=place.netns)
+            await host.bring_up(link, address=ipaddress.IPv4Interface(f"{gateway}/30"))
+        await in_thread(
+            in_namespace, place.netns, lambda: asyncio.run(_set_up_links(place, outer, gateway))
+        )
+
+    async def _remove(self, place: Place) -> None:
+        async with netlink() as host:
+            await host.delete_link(self._host_link(place.number))
+        if path_of(place.netns).exists():
+            await run(["ip", "netns", "del", place.netns], limit_s=_TOOL_LIMIT_S)
+
+    def _start_dns(self, place: Place) -> None:
+        if self._tasks is not None:
+            self._dns[place.number] = self._tasks.create_task(self._serve_dns(place))
+
+    async def _serve_dns(self, place: Place) -> None:
+        try:
+            await forward_dns(place.netns, self._resolvers)
+        except Exception:
+            log.exception("DNS is not served in a slot")
+
+
+async def remove_host_rules(identity: Identity) -> None:
+    """Take back what an installation added to the host's rules; for when it is removed whole."""
+    ruleset = json.loads(await host_ruleset())
+    removals = exceptions_to_remove(ruleset, table=identity.table)
+    if removals:
+        await _nft(removals)
+    await _nft(f"table inet {identity.table} {{}}\ndelete table inet {identity.table}\n")
+
+
+async def host_routes() -> list[ipaddress.IPv4Network]:
+    """Return the networks that the host has routes to."""
+    async with netlink() as host:
+        return await host.routes()
+
+
+async def _nft(rules: str) -> None:
+    await run(["nft", "-f", "-"], limit_s=_TOOL_LIMIT_S, stdin=rules.encode())
+
+
+async def host_ruleset() -> str:
+    """Return all nftables rules of the host, as JSON."""
+    process = await asyncio.create_subprocess_exec(
+        "nft", "-j", "list", "ruleset", stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(_TOOL_LIMIT_S):
+        said, _ = await process.communicate()
+    return said.decode() or "{}"
+
+
+async def _set_up_links(
+    place: Place, outer: ipaddress.IPv4Address, gateway: ipaddress.IPv4Address
+) -> None:
+    """Make the slot's own links; for a thread that stands in the slot."""
+    async with netlink() as slot:
+        await slot.bring_up("lo")
+        await slot.bring_up(_UPLINK, address=ipaddress.IPv4Interface(f"{outer}/30"))
+        await slot.add_default_route(gateway)
+        await slot.add_tap(_TAP, uid=place.uid)
+        # The same in every slot: a restored guest still knows the gateway by it.
+        gateway_address = ipaddress.IPv4Interface(f"{GATEWAY_IP}/30")
+        await slot.bring_up(_TAP, address=gateway_address, mac=_GATEWAY_MAC)
+        await slot.add_neighbour(_TAP, ip=GUEST_IP, mac=place.mac)
+
+
+def _set_up_kernel() -> None:
+    """Set what the kernel keeps per namespace; for a thread that stands in the slot."""
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    for name in ("all", "default"):
+        off = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
+        if off.exists():
+            off.write_text("1")

@@ -1,0 +1,1 @@
+"""Machines: one owner each of its record, its files and its process."""

@@ -1,0 +1,301 @@
+"""Golden machines: one of each template, vcpus and memory, booted, warmed up and saved.
+
+    goldens/<key>/    a saved machine; the key is made of all that must be the same to start from it
+
+Every sandbox of that shape is a clone of it. One that does not fit this host, or is not as it was
+saved, is never used; it is removed and made anew.
+"""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import MachineWish
+from sandyard.server.core.errors import ConflictError, DamagedError, SandyardError
+from sandyard.server.core.shapes import Shape
+from sandyard.server.drivers.contract import Driver
+from sandyard.server.node.agent import run_command
+from sandyard.server.node.host.choice import Drivers
+from sandyard.server.node.images.definitions import Definition
+from sandyard.server.node.images.images import Image, Images
+from sandyard.server.node.machines import saved as saving
+from sandyard.server.node.machines.launcher import Launcher, Unit, Was
+from sandyard.server.node.machines.saved import SavedMachine
+from sandyard.server.node.stock.turns import Rank, Turns
+from sandyard.server.tasks import in_thread, to_the_end
+
+log = logging.getLogger(__name__)
+
+_SMALLEST_DISK_MIB = 1024
+_WARMUP_LIMIT_S = 60.0
+_WARMUP_ROUNDS = 2
+_RETRY_S = 120.0
+_OTHERS_MAX = 16  # of shapes that are not a template's usual one
+_NOBODY = "golden"
+_HOSTNAME = "sandbox-000000000000"  # as long as a sandbox's own: its files need not grow
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a golden machine is of."""
+
+    template: str
+    image: str
+    vcpus: int
+    memory_mib: int
+    disk_mib: int
+
+    @property
+    def shape(self) -> Shape:
+        """Its shape."""
+        return Shape(self.vcpus, self.memory_mib, self.disk_mib)
+
+
+class Goldens:
+    """The golden machines of a node."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        images: Images,
+        drivers: Drivers,
+        launcher: Launcher,
+        boots: Turns,
+        clock: Clock,
+        settle_s: float,
+        key: bytes,
+        host: str,
+        on_ready: Callable[[], None],
+        has_room: Callable[[Shape], bool],
+    ) -> None:
+        self._folder = folder
+        self._images = images
+        self._drivers = drivers
+        self._launcher = launcher
+        self._boots = boots
+        self._clock = clock
+        self._settle_s = settle_s
+        self._key = key
+        self._host = host
+        self._on_ready = on_ready
+        self._has_room = has_room
+        self._known: dict[Kind, SavedMachine] = {}
+        self._failed_at: dict[Kind, float] = {}
+        self._making: dict[Kind, asyncio.Task[None]] = {}
+        self._looked: dict[Kind, asyncio.Lock] = {}
+        self._used_at: dict[Kind, float] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._units: set[Unit] = set()
+
+    def use(self, tasks: asyncio.TaskGroup | None) -> None:
+        """Let goldens be made in a task group, or in none any more."""
+        self._tasks = tasks
+
+    def kind_of(self, image: Image, template: str, shape: Shape) -> Kind:
+        """Return the kind of golden machine that a shape comes from.
+
+        A clone's disk is grown to what was asked for, which takes a tenth of a second; so that the
+        usual one need not be, a golden machine has the template's default disk, and another, with
+        the smallest there is, serves who asks for less.
+        """
+        usual = self._images.definitions[template].defaults.disk_mib
+        disk_mib = usual if shape.disk_mib >= usual else _SMALLEST_DISK_MIB
+        return Kind(template, image.digest, shape.vcpus, shape.memory_mib, disk_mib)
+
+    def is_known(self, kind: Kind) -> bool:
+        """Tell whether a golden machine is at hand, already looked at as a whole."""
+        return kind in self._known
+
+    async def find(self, kind: Kind, driver: Driver) -> SavedMachine | None:
+        """Return the golden machine of a kind if there is one and it is whole."""
+        # One look at a time: the first reads all of it.
+        async with self._looked.setdefault(kind, asyncio.Lock()):
+            if kind not in self._known:
+                await self._look_for(kind, driver)
+            if kind in self._known:
+                self._used_at[kind] = self._clock.monotonic()
+            return self._known.get(kind)
+
+    async def _drop_beyond_bound(self) -> None:
+        """Remove those used least lately of the kinds that are not a template's usual one."""
+        others = [one for one in self._known if not self._is_usual(one.template, one.shape)]
+        others.sort(key=lambda kind: self._used_at.get(kind, 0.0))
+        for kind in others[: max(0, len(others) - _OTHERS_MAX)]:
+            golden = self._known.pop(kind)
+            # Clones hold their own link to its memory: they live on.
+            await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
+
+    def _is_usual(self, template: str, shape: Shape) -> bool:
+        definition = self._images.definitions.get(template)
+        return definition is not None and definition.defaults == shape
+
+    async def _look_for(self, kind: Kind, driver: Driver) -> None:
+        folder = self._folder / await self._name(kind, driver)
+        if not folder.is_dir():
+            return
+        try:
+            golden = saving.load(folder, key=self._key)
+            await self._launcher.check_saved(golden, whole=True)
+        except (ConflictError, DamagedError) as error:
+            log.warning("a golden machine is not used and will be replaced: %s", error.message)
+            await in_thread(shutil.rmtree, folder, ignore_errors=True)
+        else:
+            self._known[kind] = golden
+
+    async def discard(self, kind: Kind, why: str) -> None:
+        """Remove a golden machine that turned out to be of no use; another is made when wanted."""
+        golden = self._known.pop(kind, None)
+        if golden is not None:
+            log.error("a golden machine is replaced: %s", why)
+            await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
+
+    def want(self, kind: Kind) -> None:
+        """Have a golden machine made beside, unless there is one, or a try has just failed."""
+        failed_at = self._failed_at.get(kind)
+        if self._tasks is None or kind in self._known or kind in self._making:
+            return
+        if failed_at is not None and self._clock.monotonic() - failed_at < _RETRY_S:
+            return
+        self._making[kind] = self._tasks.create_task(self._make_beside(kind))
+
+    async def wait_for(self, kind: Kind) -> None:
+        """Return once nobody is at work on a golden machine of a kind."""
+        task = self._making.get(kind)
+        if task is not None:
+            await asyncio.wait([task])
+
+    async def sweep(self) -> None:
+        """Remove what was being made when an earlier process ended, and what is of no use now."""
+        current = {image.digest for image in self._current_images()}
+        others: list[Path] = []
+        for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():
+            keep = False
+            with contextlib.suppress(ConflictError):
+                golden = saving.load(folder, key=self._key)
+                driver = self._drivers.named(golden.about.driver)
+                keep = (
+                    not folder.name.endswith(".part")
+                    and golden.about.image in current
+                    and driver is not None
+                    and golden.about.driver_version == await self._launcher.version(driver)
+                )
+                if keep and not self._is_usual(golden.about.template, golden.about.shape):
+                    others.append(folder)
+            if not keep:
+                log.info("removing a golden machine that is of no use any more")
+                await in_thread(shutil.rmtree, folder, ignore_errors=True)
+
+        others.sort(key=lambda folder: folder.stat().st_mtime)
+        for folder in others[: max(0, len(others) - _OTHERS_MAX)]:
+            await in_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def forget_old(self) -> None:
+        """Forget golden machines whose template has another image by now."""
+        current = {image.digest for image in self._current_images()}
+        for kind in [one for one in self._known if one.image not in current]:
+            golden = self._known.pop(kind)
+            # Clones hold their own link to its memory: they live on.
+            shutil.rmtree(golden.folder, ignore_errors=True)
+
+    async def stop(self) -> None:
+        """Break off what is being made."""
+        for task in list(self._making.values()):
+            task.cancel()
+            await asyncio.wait([task])
+
+    @property
+    def units(self) -> list[Unit]:
+        """Every machine that is up to be saved."""
+        return list(self._units)
+
+    @property
+    def count(self) -> int:
+        """How many golden machines are at hand."""
+        return len(self._known)
+
+    async def _make_beside(self, kind: Kind) -> None:
+        try:
+            image = self._images.find(kind.image)
+            definition = self._images.definitions.get(kind.template)
+            if image is None or definition is None:
+                return
+            driver = await self._drivers.choose(image)
+            if not driver.capabilities.saves or await self.find(kind, driver) is not None:
+                return
+            if not self._has_room(kind.shape):
+                return
+            async with self._boots.take(Rank.GOLDEN):
+                self._known[kind] = await self._make(kind, image, driver, definition)
+            self._used_at[kind] = self._clock.monotonic()
+            await self._drop_beyond_bound()
+            log.info(
+                "a golden machine is ready: %s, %d vcpus, %d MB",
+                kind.template, kind.vcpus, kind.memory_mib,
+            )  # fmt: skip
+        except SandyardError as error:
+            self._failed_at[kind] = self._clock.monotonic()
+            log.error("a golden machine could not be made: %s", error.message)
+        except Exception:  # as for a start: the node lives on
+            self._failed_at[kind] = self._clock.monotonic()
+            log.exception("a golden machine could not be made")
+        finally:
+            del self._making[kind]
+            self._on_ready()
+
+    async def _make(
+        self, kind: Kind, image: Image, driver: Driver, definition: Definition
+    ) -> SavedMachine:
+        wish = a_wish(kind)
+        unit = self._launcher.new_unit(wish, image, driver)
+        self._units.add(unit)
+        try:
+            await self._launcher.make_body(unit, None)
+            await self._launcher.raise_up(unit)
+            await self._launcher.set_up(unit, wish, was=Was.NOBODYS, limit_s=_WARMUP_LIMIT_S)
+            for command in definition.warmup * _WARMUP_ROUNDS:
+                await self._warm_up(unit, command)
+            # What its kernel still has to do after that (journal, old connections, memory to free)
+            # every clone would do anew, all of them at the moment when somebody waits.
+            await self._warm_up(unit, "sync")
+            await self._clock.sleep(self._settle_s)
+            folder = self._folder / await self._name(kind, driver)
+            await in_thread(shutil.rmtree, folder, ignore_errors=True)
+            return await self._launcher.snapshot(unit, folder, kind="golden")
+        finally:
+            self._units.discard(unit)
+            await to_the_end(self._launcher.end(unit, removes=True))
+
+    async def _warm_up(self, unit: Unit, command: str) -> None:
+        assert unit.link is not None
+        code = await run_command(unit.link, command, limit_s=_WARMUP_LIMIT_S)
+        if code != 0:
+            log.warning("the warm-up command %r ended with code %d", command, code)
+
+    async def _name(self, kind: Kind, driver: Driver) -> str:
+        version = await self._launcher.version(driver)
+        parts = (*vars(kind).values(), driver.name, version, self._host, saving.FORMAT)
+        return sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
+
+    def _current_images(self) -> list[Image]:
+        found = (self._images.current(slug) for slug in self._images.definitions)
+        return [image for image in found if image is not None]
+
+
+def a_wish(kind: Kind) -> MachineWish:
+    """Return a wish for a machine of a kind that is nobody's yet."""
+    return MachineWish(
+        sandbox_id="",
+        incarnation=0,
+        template=kind.template,
+        shape=kind.shape,
+        hostname=_HOSTNAME,
+        tenant=_NOBODY,
+        env={},
+    )

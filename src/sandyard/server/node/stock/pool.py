@@ -1,0 +1,332 @@
+"""The pool: clones that wait, running and exercised, for whoever creates a sandbox.
+
+A shelf holds those of one kind. How many it wants follows demand: what was asked for lately, within
+a floor (for the default shapes) and a ceiling. The first commands in a restored machine are slow,
+since nothing of it is translated or in the caches yet; a member has them behind it.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import Way
+from sandyard.server.core.errors import DamagedError, SandyardError
+from sandyard.server.core.shapes import Shape
+from sandyard.server.drivers.contract import Driver, End
+from sandyard.server.node.agent import run_command
+from sandyard.server.node.host.choice import Drivers
+from sandyard.server.node.images.images import Images
+from sandyard.server.node.machines.launcher import Launcher, Unit, Was
+from sandyard.server.node.machines.records import Phase
+from sandyard.server.node.stock.goldens import Goldens, Kind, a_wish
+from sandyard.server.node.stock.turns import Rank, Turns
+from sandyard.server.tasks import in_thread, to_the_end
+
+log = logging.getLogger(__name__)
+
+# What most first commands do, and leaves nothing: start programs, write, read and list files.
+_EXERCISE = "f=$(mktemp) && echo $f > $f && cat $f $f | wc -l && ls -l / && rm $f"
+_EXERCISE_ROUNDS = 2
+_LIMIT_S = 30.0
+_PERIOD_S = 2.0
+_ROUNDS_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class PoolLimits:
+    """How large a shelf may be; the floor is for the templates' default shapes."""
+
+    floor: int = 2
+    ceiling: int = 10
+    demand_window_s: float = 60.0
+    fresh_s: float = 20.0
+    quiet_s: float = 0.5
+    unquiet_s: float = 3.0
+
+
+class Observer(Protocol):
+    """Is told what the pool and the node do, for metrics."""
+
+    def started(self, way: Way, seconds: float) -> None:
+        """Count a machine that came up."""
+        ...
+
+    def asked_pool(self, *, template: str, is_hit: bool) -> None:
+        """Count a start that could have come from the pool."""
+        ...
+
+
+@dataclass
+class _Shelf:
+    kind: Kind
+    floor: int = 0
+    members: list[Unit] = field(default_factory=list)
+    coming: int = 0
+    asked_at: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+    short_since: float | None = None
+    failed_at: float | None = None
+
+
+@dataclass(frozen=True)
+class ShelfFact:
+    """How full a shelf is."""
+
+    template: str
+    vcpus: int
+    memory_mib: int
+    size: int
+    target: int
+
+
+class Pool:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        launcher: Launcher,
+        goldens: Goldens,
+        drivers: Drivers,
+        images: Images,
+        restores: Turns,
+        clock: Clock,
+        limits: PoolLimits,
+        has_room: Callable[[Shape], bool],
+    ) -> None:
+        self._launcher = launcher
+        self._goldens = goldens
+        self._drivers = drivers
+        self._images = images
+        self._restores = restores
+        self._clock = clock
+        self._limits = limits
+        self._has_room = has_room
+        self._shelves: dict[Kind, _Shelf] = {}
+        self._wake = asyncio.Event()
+        self._units: set[Unit] = set()
+
+    def nudge(self) -> None:
+        """Have a look at the shelves now."""
+        self._wake.set()
+
+    @property
+    def units(self) -> list[Unit]:
+        """Every machine of the pool, on its way included."""
+        return list(self._units)
+
+    def facts(self) -> list[ShelfFact]:
+        """Return how full each shelf is."""
+        return [
+            ShelfFact(
+                one.kind.template, one.kind.vcpus, one.kind.memory_mib,
+                len(one.members), self._target(one),
+            )
+            for one in self._shelves.values()
+        ]  # fmt: skip
+
+    # --- for those who create ---------------------------------------------------------------
+
+    def claim(self, kind: Kind, disk_mib: int) -> Unit | None:
+        """Take a machine of a kind whose disk is not larger than asked for, if one is waiting.
+
+        Only one that answered lately is given out.
+        """
+        shelf = self._shelves.setdefault(kind, _Shelf(kind))
+        shelf.asked_at.append(self._clock.monotonic())
+        self.nudge()
+        unit = self._find(shelf, disk_mib)
+        if unit is not None:
+            shelf.members.remove(unit)
+            self._units.discard(unit)
+        return unit
+
+    def has(self, kind: Kind, disk_mib: int) -> bool:
+        """Tell whether a claim would find a machine now."""
+        shelf = self._shelves.get(kind)
+        return shelf is not None and self._find(shelf, disk_mib) is not None
+
+    def _find(self, shelf: _Shelf, disk_mib: int) -> Unit | None:
+        fresh_since = self._clock.monotonic() - self._limits.fresh_s
+        for unit in shelf.members:
+            is_well = unit.machine is not None and not unit.is_silent and unit.stall is None
+            if is_well and unit.answered_at >= fresh_since and unit.record.disk_mib <= disk_mib:
+                return unit
+        return None
+
+    async def give_way(self, memory_mib: int) -> bool:
+        """End waiting machines until so much promised memory is free; False if it is not."""
+        freed = 0
+        for shelf in self._shelves.values():
+            while shelf.members and freed < memory_mib:
+                unit = shelf.members.pop()
+                shelf.failed_at = self._clock.monotonic()
+                freed += unit.record.memory_mib
+                await self._discard(unit)
+        return freed >= memory_mib
+
+    # --- the keeper -------------------------------------------------------------------------
+
+    async def keep(self) -> None:
+        """Keep the shelves as full as they should be, until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    self._wake.clear()
+                    try:
+                        await self._look(tasks)
+                    except SandyardError as error:
+                        log.warning("the pool could not be looked after: %s", error.message)
+                    except Exception:  # as for a start: the node lives on
+                        log.exception("the pool could not be looked after")
+                    try:
+                        async with asyncio.timeout(self._period_s()):
+                            await self._wake.wait()
+                    except TimeoutError:
+                        pass
+        finally:
+            await to_the_end(self._empty())
+
+    def _period_s(self) -> float:
+        is_short = any(shelf.short_since is not None for shelf in self._shelves.values())
+        return self._limits.quiet_s if is_short else _PERIOD_S
+
+    async def _look(self, tasks: asyncio.TaskGroup) -> None:
+        self._goldens.forget_old()
+        current = {}
+        for slug, definition in self._images.definitions.items():
+            image = self._images.current(slug)
+            if image is None:
+                continue
+            current[slug] = image.digest
+            shape = definition.defaults
+            kind = self._goldens.kind_of(image, slug, shape)
+            shelf = self._shelves.setdefault(kind, _Shelf(kind))
+            shelf.floor = self._limits.floor
+        for kind, shelf in list(self._shelves.items()):
+            if current.get(kind.template) != kind.image:
+                # What is still coming finds its shelf gone.
+                del self._shelves[kind]
+                while shelf.members:
+                    await self._discard(shelf.members.pop())
+                continue
+            await self._tend(shelf, tasks)
+
+    async def _tend(self, shelf: _Shelf, tasks: asyncio.TaskGroup) -> None:
+        target = self._target(shelf)
+        if target > 0 and not self._goldens.is_known(shelf.kind):
+            # Looks for one that an earlier process made; makes one if there is none.
+            self._goldens.want(shelf.kind)
+            return
+        while len(shelf.members) > max(target, shelf.floor):
+            await self._discard(shelf.members.pop(0))
+        now = self._clock.monotonic()
+        if shelf.failed_at is not None and now - shelf.failed_at < self._limits.demand_window_s / 4:
+            return
+        if self._is_put_off(shelf, now, is_short=len(shelf.members) + shelf.coming < target):
+            return
+        room = min(target - len(shelf.members), _ROUNDS_AT_ONCE) - shelf.coming
+        for _ in range(room):
+            shelf.coming += 1
+            tasks.create_task(self._add(shelf))
+
+    def _is_put_off(self, shelf: _Shelf, now: float, *, is_short: bool) -> bool:
+        """Tell whether filling a shelf can wait: while one create follows another and machines are
+        still there, it would only take the processors from them; but not for long."""
+        if not is_short:
+            shelf.short_since = None
+            return False
+        if shelf.short_since is None:
+            shelf.short_since = now
+        is_quiet = not shelf.asked_at or now - shelf.asked_at[-1] >= self._limits.quiet_s
+        return (
+            bool(shelf.members)
+            and not is_quiet
+            and now - shelf.short_since < self._limits.unquiet_s
+        )
+
+    def _target(self, shelf: _Shelf) -> int:
+        since = self._clock.monotonic() - self._limits.demand_window_s
+        while shelf.asked_at and shelf.asked_at[0] < since:
+            shelf.asked_at.popleft()
+        wanted = max(shelf.floor, shelf.floor + len(shelf.asked_at))
+        return min(wanted, self._limits.ceiling)
+
+    async def _add(self, shelf: _Shelf) -> None:
+        try:
+            async with self._restores.take(Rank.AHEAD):
+                if self._has_room(shelf.kind.shape):
+                    await self._make(shelf)
+                else:
+                    shelf.failed_at = self._clock.monotonic()
+        except SandyardError as error:
+            shelf.failed_at = self._clock.monotonic()
+            log.warning("the pool could not be filled: %s", error.message)
+        except Exception:  # as for a start: the node lives on
+            shelf.failed_at = self._clock.monotonic()
+            log.exception("the pool could not be filled")
+        finally:
+            shelf.coming -= 1
+            self.nudge()
+
+    async def _make(self, shelf: _Shelf) -> None:
+        kind = shelf.kind
+        image = self._images.find(kind.image)
+        if image is None:
+            return
+        driver = await self._drivers.choose(image)
+        golden = await self._goldens.find(kind, driver)
+        if golden is None:
+            return
+        wish = a_wish(kind)
+        unit = self._launcher.new_unit(wish, image, driver)
+        self._units.add(unit)
+        try:
+            try:
+                await self._launcher.make_body(unit, golden)
+                await self._launcher.raise_up(unit, token=golden.about.token, is_ahead=True)
+            except DamagedError as error:
+                await self._goldens.discard(kind, error.message)
+                raise
+            # Twice: the second is what will be asked for when it is claimed.
+            await self._launcher.set_up(unit, wish, was=Was.NOBODYS)
+            await self._launcher.set_up(unit, wish, was=Was.UNIQUE)
+            await self._exercise(unit, driver)
+            unit.record = unit.record.with_phase(Phase.WAITING)
+            await in_thread(self._launcher.write, unit)
+        except BaseException:
+            await to_the_end(self._discard(unit))
+            raise
+        if self._shelves.get(kind) is not shelf:  # the template has another image by now
+            await self._discard(unit)
+            return
+        unit.on_end = lambda end: self._on_end(shelf, unit, end)
+        self._launcher.start_watch(unit)
+        shelf.members.append(unit)
+
+    async def _exercise(self, unit: Unit, driver: Driver) -> None:
+        assert unit.link is not None
+        for _ in range(_EXERCISE_ROUNDS):
+            await run_command(unit.link, _EXERCISE, limit_s=_LIMIT_S)
+
+    def _on_end(self, shelf: _Shelf, unit: Unit, end: End) -> None:
+        log.warning("a machine of the pool ended while it waited: %s", end.message)
+        if unit in shelf.members:
+            shelf.members.remove(unit)
+            self._launcher.beside(self._discard(unit))
+            self.nudge()
+
+    async def _discard(self, unit: Unit) -> None:
+        self._units.discard(unit)
+        try:
+            await self._launcher.end(unit, removes=True)
+        except (SandyardError, OSError):
+            log.exception("what a machine of the pool left cannot be removed yet")
+
+    async def _empty(self) -> None:
+        for shelf in self._shelves.values():
+            while shelf.members:
+                await self._discard(shelf.members.pop())

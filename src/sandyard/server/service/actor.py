@@ -1,0 +1,84 @@
+"""Who acts, within which organization, and what they may do there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sandyard.server.core.errors import PermissionDeniedError
+from sandyard.server.core.plans import Plan
+from sandyard.server.core.scopes import ADMINS_ONLY, is_covered
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Somebody who acts within one organization.
+
+    One that is not `is_bound` may turn to the user's other organizations. `plan` and `limits` are
+    the organization's; `is_test` says that what is created is a test key's.
+    """
+
+    org_id: str
+    user_id: str
+    role: str
+    scopes: frozenset[str]
+    kind: str  # api_key, user or system
+    key_id: str | None = None
+    is_bound: bool = True
+    is_operator: bool = False
+    is_test: bool = False
+    plan: str = "enterprise"
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether the actor sees and acts on other members' resources."""
+        # Named, not covered by `*`: a member's key for everything is not an admin's.
+        return self.role == "admin" or not self.scopes.isdisjoint(ADMINS_ONLY)
+
+    def require(self, scope: str) -> None:
+        """Return if the actor holds a scope.
+
+        Raises:
+            PermissionDeniedError: it does not; `facts` name the scope.
+        """
+        if not is_covered(scope, self.scopes):
+            raise PermissionDeniedError(
+                f"cannot do this with the credential given: it lacks the scope {scope}",
+                requiredScope=scope,
+            )
+
+    def require_admin(self) -> None:
+        """Return if the actor is an admin of the organization.
+
+        Raises:
+            PermissionDeniedError: it is a member; `facts` name the role.
+        """
+        if self.role != "admin":
+            raise PermissionDeniedError(
+                "cannot do this as a member: it takes the role admin; ask one of the "
+                "organization's admins",
+                requiredRole="admin",
+            )
+
+    def require_operator(self) -> None:
+        """Return if the actor runs the installation.
+
+        Raises:
+            PermissionDeniedError: it does not.
+        """
+        if not self.is_operator:
+            raise PermissionDeniedError(
+                "cannot do this: it takes an operator of the installation, who can also use "
+                "`sandyard admin` on the host",
+                requiredRole="operator",
+            )
+
+    def may_grant(self, scope: str) -> bool:
+        """Tell whether the actor can give a key this scope."""
+        if scope in ADMINS_ONLY:
+            return self.role == "admin" and is_covered(scope, self.scopes)
+        return is_covered(scope, self.scopes)
+
+
+def plan_of(plans: Mapping[str, Plan], actor: Actor) -> Plan:
+    """Return the limits that an actor's organization has."""
+    return plans.get(actor.plan, Plan()).changed_by(actor.limits)

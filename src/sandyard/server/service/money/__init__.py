@@ -1,0 +1,1 @@
+"""Credits: what is granted, used, charged and paid."""

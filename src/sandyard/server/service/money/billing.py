@@ -1,0 +1,367 @@
+"""Accounts as clients see them: plan, credits, usage, top-ups and grants."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.payments import Checkout, Payments
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
+from sandyard.server.core.ids import check_text, is_uuid
+from sandyard.server.core.money import Account, Prices, between
+from sandyard.server.core.plans import Plan
+from sandyard.server.core.records import (
+    AutoTopup,
+    LedgerEntry,
+    Organization,
+    Sandbox,
+    StoragePeriod,
+    UsagePeriod,
+)
+from sandyard.server.service.actor import Actor, plan_of
+from sandyard.server.service.lines import line
+from sandyard.server.service.money.credits import AMOUNT_MAX, SIGN_UP, credit, take_payment
+from sandyard.server.service.repeats import Repeatable, Repeats
+from sandyard.server.service.sandboxes.register import Register
+
+TOPUP_MIN = 501
+_REFERENCE_MAX = 255
+_URL_MAX = 2048
+_PERIODS = {"7d": timedelta(days=7), "30d": timedelta(days=30)}
+
+
+@dataclass(frozen=True)
+class Used:
+    """What was used of a sandbox's machine: seconds, what of that ran until now, and micros."""
+
+    seconds: float = 0.0
+    active_seconds: float = 0.0
+    vcpu_seconds: float = 0.0
+    memory_mib_seconds: float = 0.0
+    micros: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was kept: byte-seconds by kind, and micros."""
+
+    byte_seconds: Mapping[str, float] = field(default_factory=dict)
+    micros: int = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an organization or a member used since a moment."""
+
+    since: datetime
+    until: datetime
+    sandboxes: Mapping[str, Used]
+    total: Used
+    storage: Kept
+
+
+class Billing:
+    """The use cases. Reading takes `org:read`; what moves money takes an admin besides."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        register: Register,
+        payments: Payments,
+        repeats: Repeats,
+        clock: Clock,
+        prices: Prices,
+        plans: Mapping[str, Plan],
+    ) -> None:
+        self._store = store
+        self._register = register
+        self._payments = payments
+        self._repeats = repeats
+        self._clock = clock
+        self._prices = prices
+        self._plans = plans
+
+    async def plan(self, actor: Actor) -> tuple[Organization, Account, Plan]:
+        """Return the organization with its account and its limits."""
+        actor.require("org:read")
+        async with self._store.read() as tx:
+            organization = await tx.organizations.find(actor.org_id)
+            account = await tx.credits.account(actor.org_id)
+        if organization is None:
+            raise NotFoundError("cannot find the organization")
+        return organization, account, plan_of(self._plans, actor)
+
+    async def credits(self, actor: Actor) -> tuple[Account, bool]:
+        """Return the account, and whether the credits it began with are used up."""
+        actor.require("org:read")
+        async with self._store.read() as tx:
+            account = await tx.credits.account(actor.org_id)
+            first = await tx.credits.find(actor.org_id, "grant", SIGN_UP)
+        return account, first is not None and account.used_cents >= first.amount_cents
+
+    async def history(
+        self, actor: Actor, *, limit: int, after_id: str | None = None
+    ) -> list[LedgerEntry]:
+        """Return one page of the ledger, newest first."""
+        actor.require("org:read")
+        async with self._store.read() as tx:
+            return await tx.credits.history(actor.org_id, limit=limit, after_id=after_id)
+
+    async def usage(self, actor: Actor, period: str, *, wants_all: bool) -> Usage:
+        """Return what the actor used in a period, or with `wants_all` the whole organization.
+
+        Storage is told of the organization only. `current` is the present month.
+
+        Raises:
+            PermissionDeniedError: all is wanted by a member.
+        """
+        actor.require("org:read")
+        if wants_all and not actor.sees_all:
+            raise PermissionDeniedError(
+                "cannot show the usage of all members: that takes the role admin",
+                requiredScope="admin:resources",
+            )
+        now = self._clock.now()
+        since = datetime(1970, 1, 1, tzinfo=UTC)
+        if period == "current":
+            since = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+        elif period in _PERIODS:
+            since = now - _PERIODS[period]
+        async with self._store.read() as tx:
+            owner = None if wants_all else actor.user_id
+            periods = await tx.usage.within(actor.org_id, since=since, owner_user_id=owner)
+            stored = await tx.storage.within(actor.org_id, since=since) if wants_all else []
+        by_sandbox: dict[str, list[UsagePeriod]] = defaultdict(list)
+        for one in periods:
+            by_sandbox[one.sandbox_id].append(one)
+        return Usage(
+            since=since,
+            until=now,
+            sandboxes={
+                sandbox_id: self._used(theirs, since, now)
+                for sandbox_id, theirs in by_sandbox.items()
+            },
+            total=self._used(periods, since, now),
+            storage=self._kept(stored, since, now),
+        )
+
+    async def cost(self, actor: Actor, reference: str) -> tuple[Sandbox, Used, Kept, int]:
+        """Return a sandbox with what it used and kept so far, and what it costs in an hour now.
+
+        Raises:
+            NotFoundError: no such sandbox.
+        """
+        actor.require("sandbox:read")
+        sandbox = await self._register.find(actor, reference)
+        now = self._clock.now()
+        async with self._store.read() as tx:
+            periods = await tx.usage.of_sandbox(sandbox.id)
+            stored = await tx.storage.of("sandbox", sandbox.id)
+        first = datetime(1970, 1, 1, tzinfo=UTC)
+        hourly = 0
+        if not sandbox.is_test:
+            hour = timedelta(hours=1)
+            hourly = sum(
+                self._prices.hour_of(one.shape) for one in periods if one.ended_at is None
+            ) + sum(
+                self._prices.storage(one.size_bytes, hour) for one in stored if one.ended_at is None
+            )
+        return sandbox, self._used(periods, first, now), self._kept(stored, first, now), hourly
+
+    async def check_out(
+        self, actor: Actor, amount_cents: int, *, success_url: str, cancel_url: str
+    ) -> Checkout:
+        """Return a page on which an amount is paid; it is in the account once it was.
+
+        Raises:
+            InvalidArgumentError: the amount or an address cannot be.
+            UnavailableError: no payment provider is set up, or it does not answer.
+        """
+        actor.require("org:write")
+        actor.require_admin()
+        _check_amount(amount_cents)
+        for name, url in (("successUrl", success_url), ("cancelUrl", cancel_url)):
+            check_text(url, field=name)
+            if not url.startswith(("https://", "http://")) or len(url) > _URL_MAX:
+                raise InvalidArgumentError(
+                    f"cannot use {name}: it is an address such as https://example.org/done",
+                    field=name,
+                )
+        return await self._payments.check_out(
+            org_id=actor.org_id,
+            amount_cents=amount_cents,
+            success_url=success_url,
+            cancel_url=cancel_url,
+        )
+
+    async def told_of_payment(self, payload: bytes, signature: str) -> bool:
+        """Put a payment into its account that the provider tells of; told again, nothing.
+
+        Raises:
+            InvalidTokenError: the provider did not sign this.
+            UnavailableError: no payment provider is set up.
+        """
+        payment = self._payments.read_event(payload, signature)
+        if payment is None:
+            return False
+        now = self._clock.now()
+        async with self._store.write() as tx:
+            if await tx.organizations.find(payment.org_id) is None:
+                raise NotFoundError("cannot credit a payment: its organization is not here")
+            return await take_payment(tx, payment, at=now, is_automatic=payment.is_automatic)
+
+    async def auto_topup(self, actor: Actor) -> AutoTopup:
+        """Return how the account is to be filled up by itself."""
+        actor.require("org:read")
+        async with self._store.read() as tx:
+            return await tx.credits.auto_topup(actor.org_id)
+
+    async def set_auto_topup(
+        self,
+        actor: Actor,
+        *,
+        is_enabled: bool,
+        threshold_cents: int | None,
+        amount_cents: int | None,
+    ) -> AutoTopup:
+        """Say how the account is to be filled up by itself.
+
+        Raises:
+            InvalidArgumentError: an amount cannot be.
+        """
+        actor.require("org:write")
+        actor.require_admin()
+        if threshold_cents is not None and not 1 <= threshold_cents <= AMOUNT_MAX:
+            raise InvalidArgumentError(
+                f"cannot use thresholdCents: 1 to {AMOUNT_MAX} are possible",
+                field="thresholdCents",
+            )
+        if amount_cents is not None:
+            _check_amount(amount_cents, field="topupAmountCents")
+        async with self._store.write() as tx:
+            wish = await tx.credits.auto_topup(actor.org_id)
+            wish = replace(wish, is_enabled=is_enabled)
+            if threshold_cents is not None:
+                wish = replace(wish, threshold_cents=threshold_cents)
+            if amount_cents is not None:
+                wish = replace(wish, amount_cents=amount_cents)
+            await tx.credits.save_auto_topup(wish)
+            await tx.activity.append(
+                line(
+                    "billing.auto_topup_changed",
+                    "Automatic top-up changed",
+                    org_id=actor.org_id,
+                    actor=actor,
+                    resource_id=actor.org_id,
+                    at=self._clock.now(),
+                    attributes={"enabled": is_enabled},
+                )
+            )
+        return wish
+
+    async def grant(
+        self,
+        actor: Actor,
+        amount_cents: int,
+        *,
+        org_id: str | None,
+        description: str,
+        reference_id: str | None,
+        request: Repeatable | None = None,
+    ) -> LedgerEntry:
+        """Give an organization credits; with a reference, however often asked, once.
+
+        Raises:
+            PermissionDeniedError: the actor does not run the installation.
+            NotFoundError: there is no such organization.
+            InvalidArgumentError: the amount cannot be.
+        """
+        actor.require("org:write")
+        actor.require_admin()
+        actor.require_operator()
+        for name, text in (("description", description), ("referenceId", reference_id or "x")):
+            check_text(text, field=name)
+            if not 1 <= len(text) <= _REFERENCE_MAX:
+                raise InvalidArgumentError(
+                    f"cannot use {name}: it has 1 to {_REFERENCE_MAX} characters", field=name
+                )
+        if not 1 <= amount_cents <= AMOUNT_MAX:
+            raise InvalidArgumentError(
+                f"cannot grant {amount_cents} cents: 1 to {AMOUNT_MAX} are possible",
+                field="amountCents",
+            )
+        wanted = actor.org_id if org_id is None else org_id
+        now = self._clock.now()
+        async with self._repeats.turn(actor, request), self._store.write() as tx:
+            ids = await self._repeats.made_before(tx, actor, request)
+            if ids is not None:
+                for known in await tx.credits.history(ids[1], limit=10_000):
+                    if known.id == ids[0]:
+                        return known
+            if not is_uuid(wanted) or await tx.organizations.find(wanted) is None:
+                raise NotFoundError("cannot find the organization: check orgId")
+            entry, is_new = await credit(
+                tx,
+                wanted,
+                "grant",
+                amount_cents,
+                description=description,
+                at=now,
+                reference_id=reference_id,
+            )
+            if is_new:
+                await tx.activity.append(
+                    line(
+                        "billing.grant",
+                        "Credits granted",
+                        org_id=wanted,
+                        actor=actor,
+                        resource_id=entry.id,
+                        at=now,
+                        summary=description,
+                        attributes={"amountCents": amount_cents},
+                    )
+                )
+            await self._repeats.note(tx, actor, request, (entry.id, wanted))
+        return entry
+
+    def _used(self, periods: list[UsagePeriod], since: datetime, now: datetime) -> Used:
+        seconds = active = vcpus = memory = 0.0
+        micros = 0
+        for one in periods:
+            end = one.ended_at or now
+            before = between(one.started_at, min(since, end))
+            whole = between(one.started_at, end)
+            spent = (whole - before).total_seconds()
+            seconds += spent
+            active += spent if one.ended_at is None else 0
+            vcpus += spent * one.shape.vcpus
+            memory += spent * one.shape.memory_mib
+            if not one.is_free:
+                micros += self._prices.compute(one.shape, whole)
+                micros -= self._prices.compute(one.shape, before)
+        return Used(seconds, active, vcpus, memory, micros)
+
+    def _kept(self, periods: list[StoragePeriod], since: datetime, now: datetime) -> Kept:
+        kinds: dict[str, float] = defaultdict(float)
+        micros = 0
+        for one in periods:
+            end = one.ended_at or now
+            before = between(one.started_at, min(since, end))
+            whole = between(one.started_at, end)
+            kinds[one.kind] += (whole - before).total_seconds() * one.size_bytes
+            if not one.is_free:
+                micros += self._prices.storage(one.size_bytes, whole)
+                micros -= self._prices.storage(one.size_bytes, before)
+        return Kept(kinds, micros)
+
+
+def _check_amount(amount_cents: int, *, field: str = "amountCents") -> None:
+    if not TOPUP_MIN <= amount_cents <= AMOUNT_MAX:
+        raise InvalidArgumentError(
+            f"cannot top up {amount_cents} cents: {TOPUP_MIN} to {AMOUNT_MAX} are possible",
+            field=field,
+        )

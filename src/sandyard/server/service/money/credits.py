@@ -1,0 +1,111 @@
+"""What goes into an organization's account. Every change is a line of the ledger."""
+
+from dataclasses import replace
+from datetime import datetime
+
+from sandyard.server.core.contracts.payments import Payment
+from sandyard.server.core.contracts.store import Transaction
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.records import LedgerEntry
+from sandyard.server.service.lines import line
+
+SIGN_UP = "sign-up"
+"""The reference of the grant that an organization gets once."""
+AMOUNT_MAX = 10**12
+"""Cents; more is a mistake, and would not be told exactly by every client."""
+
+
+async def credit(
+    tx: Transaction,
+    org_id: str,
+    type_: str,
+    amount_cents: int,
+    *,
+    description: str,
+    at: datetime,
+    reference_id: str | None = None,
+) -> tuple[LedgerEntry, bool]:
+    """Put an amount into an account, or take it out where it is below 0.
+
+    What has a reference is done once: asked again, the first line is returned, and False.
+
+    Raises:
+        InvalidArgumentError: the amount is 0 or beyond all measure, or its reference was used for
+            another amount.
+    """
+    if amount_cents == 0 or abs(amount_cents) > AMOUNT_MAX:
+        raise InvalidArgumentError(
+            f"cannot post {amount_cents} cents: 1 to {AMOUNT_MAX} are possible",
+            field="amountCents",
+        )
+    if reference_id is not None:
+        known = await tx.credits.find(org_id, type_, reference_id)
+        if known is not None:
+            if known.amount_cents != amount_cents:
+                raise InvalidArgumentError(
+                    f"cannot post {amount_cents} cents under the reference {reference_id!r}: "
+                    f"{known.amount_cents} were posted under it before",
+                    field="referenceId",
+                )
+            return known, False
+    account = await tx.credits.account(org_id)
+    account = replace(
+        account,
+        balance_cents=account.balance_cents + amount_cents,
+        granted_cents=account.granted_cents + amount_cents,
+    )
+    await tx.credits.save(account)
+    entry = LedgerEntry(
+        id=new_uuid(),
+        org_id=org_id,
+        type=type_,
+        amount_cents=amount_cents,
+        resource=None,
+        description=description,
+        reference_id=reference_id,
+        balance_after_cents=account.balance_cents,
+        created_at=at,
+    )
+    await tx.credits.post(entry)
+    return entry, True
+
+
+async def take_payment(
+    tx: Transaction, payment: Payment, *, at: datetime, is_automatic: bool = False
+) -> bool:
+    """Put a payment into its account, however often it is told of; False if it was there."""
+    entry, is_new = await credit(
+        tx,
+        payment.org_id,
+        "topup",
+        payment.amount_cents,
+        description="Automatic top-up" if is_automatic else "Payment",
+        at=at,
+        reference_id=payment.reference,
+    )
+    if is_automatic:
+        await end_pending(tx, payment.org_id)
+    if is_new:
+        if payment.customer_id is not None:
+            wish = await tx.credits.auto_topup(payment.org_id)
+            await tx.credits.save_auto_topup(replace(wish, customer_id=payment.customer_id))
+        await tx.activity.append(
+            line(
+                "billing.topup",
+                "Credits bought",
+                org_id=payment.org_id,
+                actor=None,
+                resource_id=entry.id,
+                at=at,
+                attributes={"amountCents": payment.amount_cents, "isAutomatic": is_automatic},
+            )
+        )
+    return is_new
+
+
+async def end_pending(tx: Transaction, org_id: str) -> None:
+    """Note that the outcome of an automatic top-up is known."""
+    wish = await tx.credits.auto_topup(org_id)
+    if wish.pending is not None:
+        await tx.credits.save_auto_topup(replace(wish, pending=None))

@@ -1,0 +1,351 @@
+"""What sandboxes use becomes money: periods are charged to accounts, and accounts run dry.
+
+A period is opened and closed with the status it belongs to (service.lifecycle). Here it is looked
+at, again and again: what it costs so far, less what was charged of it, is taken from the account in
+the transaction that notes both, so that however often and by however many it is done, each
+microsecond is charged once.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Generic, TypeVar
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.payments import Payments
+from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.errors import ConflictError, SandyardError
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.money import MICROS, Account, Prices, between
+from sandyard.server.core.records import (
+    AutoTopup,
+    LedgerEntry,
+    PendingTopup,
+    Reason,
+    Sandbox,
+    SandboxQuery,
+    StoragePeriod,
+    UsagePeriod,
+)
+from sandyard.server.core.states import Event, Status, Wanted
+from sandyard.server.service.lines import line
+from sandyard.server.service.money.credits import end_pending, take_payment
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+
+log = logging.getLogger(__name__)
+
+BEAT = "metered"
+"""The moment at which the installation was last seen at work."""
+EXHAUSTED = Reason(
+    "insufficient_credits", "the organization's credits are used up; top up and resume it"
+)
+_PERIOD_S = 10.0
+_SOONEST_S = 1.0
+_POST_EVERY_S = 300.0
+_TELL_EVERY_S = 300.0
+_PAUSE_AGAIN = timedelta(minutes=5)
+_PAGE = 500
+_TOPUP_EVERY = timedelta(minutes=10)
+# Stripe keeps the answer of a key for at least a day (docs.stripe.com/api/idempotent_requests).
+_KEY_LIVES = timedelta(hours=23)
+_P = TypeVar("_P", UsagePeriod, StoragePeriod)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an account has after everything used so far, and what its sandboxes use in an hour."""
+
+    account: Account
+    left: int
+    hourly: int
+
+
+class Meter:
+    """See the module. With `enforces`, sandboxes of an account that ran dry are paused."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        lifecycle: Lifecycle,
+        payments: Payments,
+        clock: Clock,
+        prices: Prices,
+        enforces: bool,
+    ) -> None:
+        self._store = store
+        self._lifecycle = lifecycle
+        self._payments = payments
+        self._clock = clock
+        self._prices = prices
+        self._enforces = enforces
+        self._posted_at: dict[str, float] = {}
+        self._told_at: dict[str, float] = {}
+        self._topping: set[str] = set()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Charge until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while True:
+                    wait = _PERIOD_S
+                    try:
+                        wait = await self.charge_all()
+                    except SandyardError as error:
+                        log.warning("usage could not be charged; it will be: %s", error.message)
+                    except Exception:  # the loop must go on, whatever the store says
+                        log.exception("usage could not be charged; it will be")
+                    await self._clock.sleep(wait)
+        finally:
+            self._tasks = None
+
+    async def charge_all(self) -> float:
+        """Charge every organization once; return seconds until it is worth while again."""
+        async with self._store.write() as tx:
+            await tx.facts.note(BEAT, self._clock.now())
+            owing = await tx.usage.owing()
+            topped_up = await tx.credits.topped_up()
+        wait = _PERIOD_S
+        for org_id in sorted({*owing, *topped_up}):
+            try:
+                wait = min(wait, await self._look_at(org_id))
+            except SandyardError as error:
+                log.warning(
+                    "an account could not be charged; it will be: %s",
+                    error.message,
+                    extra={"org_id": org_id},
+                )
+            except Exception:  # as above: one account is not all
+                log.exception("an account could not be charged", extra={"org_id": org_id})
+        return max(_SOONEST_S, wait)
+
+    async def _look_at(self, org_id: str) -> float:
+        """Charge one organization, and do what its balance asks for."""
+        reading = await self.charge(org_id, posts=self._is_due(org_id))
+        if org_id in self._topping:
+            return _PERIOD_S
+        if (wish := await self._wish_due(reading)) is not None:
+            # It may take minutes, and nobody else waits for it.
+            self._topping.add(org_id)
+            work = self._top_up(wish)
+            if self._tasks is None:
+                await work
+            else:
+                self._tasks.create_task(work)
+            return _PERIOD_S
+        if not self._enforces or reading.hourly == 0:
+            return _PERIOD_S
+        if reading.left > 0:
+            return reading.left / reading.hourly * 3600
+        reading = await self.charge(org_id)
+        if reading.left <= 0:
+            await self._stop(org_id)
+        return _PERIOD_S
+
+    def _is_due(self, org_id: str) -> bool:
+        """Tell whether it is time for a line in the ledger; what is left is known without."""
+        now = self._clock.monotonic()
+        last = self._posted_at.get(org_id)
+        if last is not None and now - last < _POST_EVERY_S:
+            return False
+        self._posted_at[org_id] = now
+        return True
+
+    async def charge(self, org_id: str, *, posts: bool = True) -> Reading:
+        """Take from an account what was used and not charged yet; with `posts` in the ledger, too,
+        as far as it fills a cent.
+        """
+        now = self._clock.now()
+        async with self._store.write() as tx:
+            compute = _charged(
+                await tx.usage.unsettled(org_id),
+                now,
+                lambda one, time: self._prices.compute(one.shape, time),
+            )
+            storage = _charged(
+                await tx.storage.unsettled(org_id),
+                now,
+                lambda one, time: self._prices.storage(one.size_bytes, time),
+            )
+            account = await tx.credits.account(org_id)
+            used = account.carried + compute.added + storage.added
+            left = account.balance_cents * MICROS - used
+            is_full = posts and abs(used) >= MICROS
+            if compute.settles or storage.settles or is_full:
+                await tx.usage.charge(compute.periods)
+                await tx.storage.charge(storage.periods)
+                account = replace(account, carried=used)
+                if is_full:
+                    resource = "sandbox" if compute.added >= storage.added else "storage"
+                    account = await _post(tx, account, resource=resource, at=now)
+                await tx.credits.save(account)
+        hourly = sum(self._prices.hour_of(one.shape) for one in compute.going)
+        return Reading(account, left, hourly)
+
+    async def _stop(self, org_id: str) -> None:
+        """Pause every sandbox of an organization that has to be paid for."""
+        query = SandboxQuery(org_id, _PAGE, statuses=frozenset({Status.RUNNING}), is_test=False)
+        async with self._store.read() as tx:
+            running = await tx.sandboxes.page(query)
+        paused = 0
+        for sandbox in running:
+            if self._failed_lately(sandbox):
+                continue
+            try:
+                if await self._lifecycle.apply(
+                    sandbox, Event.PAUSE, reason=EXHAUSTED, wanted=Wanted.PAUSED
+                ):
+                    paused += 1
+            except ConflictError:
+                continue  # it has moved on
+        now = self._clock.monotonic()
+        if paused and now - self._told_at.get(org_id, -_TELL_EVERY_S) >= _TELL_EVERY_S:
+            self._told_at[org_id] = now
+            log.warning("credits are used up: sandboxes are paused", extra={"org_id": org_id})
+            await self._tell(
+                org_id,
+                "billing.exhausted",
+                "Credits are used up",
+                summary=f"{paused} running sandboxes are being paused",
+                severity="warning",
+            )
+
+    def _failed_lately(self, sandbox: Sandbox) -> bool:
+        """Tell whether a pause has just failed: another at once would fail, too."""
+        at = sandbox.last_activity_at
+        is_failed = sandbox.last_activity_kind == "pause_failed" and at is not None
+        return is_failed and at is not None and self._clock.now() - at < _PAUSE_AGAIN
+
+    async def _wish_due(self, reading: Reading) -> AutoTopup | None:
+        """Return how an account is to be filled up, where that is due now; it is noted as asked."""
+        org_id, now = reading.account.org_id, self._clock.now()
+        async with self._store.write() as tx:
+            wish = await tx.credits.auto_topup(org_id)
+            is_due = wish.last_at is None or now - wish.last_at >= _TOPUP_EVERY
+            if wish.customer_id is None or not is_due:
+                return None
+            pending = wish.pending
+            if pending is not None and now - pending.since > _KEY_LIVES:
+                # The provider has forgotten the key: to ask again could charge again.
+                log.error("a top-up's outcome was never told", extra={"org_id": org_id})
+                await tx.credits.save_auto_topup(replace(wish, pending=None, last_at=now))
+                return None
+            if pending is None:
+                if not wish.is_enabled or reading.left >= wish.threshold_cents * MICROS:
+                    return None
+                pending = PendingTopup(f"auto-{new_uuid()}", wish.amount_cents, now)
+            wish = replace(wish, last_at=now, pending=pending)
+            await tx.credits.save_auto_topup(wish)
+        return wish
+
+    async def _top_up(self, wish: AutoTopup) -> None:
+        """Carry out a top-up that was noted as asked; what it comes to may be told later."""
+        try:
+            await self._charge_card(wish)
+        except SandyardError as error:
+            log.warning("a top-up's outcome is not known: %s", error.message)
+        except Exception:  # it is done beside the meter, and must not end it
+            log.exception("a top-up's outcome is not known")
+        finally:
+            self._topping.discard(wish.org_id)
+
+    async def _charge_card(self, wish: AutoTopup) -> None:
+        assert wish.pending is not None
+        assert wish.customer_id is not None
+        org_id = wish.org_id
+        try:
+            payment = await self._payments.charge(
+                org_id=org_id,
+                customer_id=wish.customer_id,
+                amount_cents=wish.pending.cents,
+                key=wish.pending.key,
+            )
+        except ConflictError as error:
+            log.warning("a top-up was refused: %s", error.message, extra={"org_id": org_id})
+            async with self._store.write() as tx:
+                await end_pending(tx, org_id)
+            await self._tell(
+                org_id,
+                "billing.topup_failed",
+                "Automatic top-up failed",
+                summary=error.message,
+                severity="error",
+            )
+            return
+        if payment.is_paid:
+            async with self._store.write() as tx:
+                await take_payment(tx, payment, at=self._clock.now(), is_automatic=True)
+
+    async def _tell(
+        self, org_id: str, event: str, title: str, *, summary: str, severity: str
+    ) -> None:
+        async with self._store.write() as tx:
+            await tx.activity.append(
+                line(
+                    event,
+                    title,
+                    org_id=org_id,
+                    actor=None,
+                    resource_id=org_id,
+                    at=self._clock.now(),
+                    summary=summary,
+                    severity=severity,
+                )
+            )
+
+
+@dataclass(frozen=True)
+class _Charged(Generic[_P]):
+    """Periods as they are once charged; `going` are those that are open and cost something."""
+
+    periods: Sequence[_P]
+    going: Sequence[_P]
+    added: int
+    settles: bool
+
+
+def _charged(
+    periods: Sequence[_P], now: datetime, cost: Callable[[_P, timedelta], int]
+) -> _Charged[_P]:
+    changed, going, added, settles = [], [], 0, False
+    for one in periods:
+        total = 0
+        if not one.is_free:
+            total = cost(one, between(one.started_at, one.ended_at or now))
+            if one.ended_at is None:
+                going.append(one)
+        added += total - one.posted
+        settles = settles or one.ended_at is not None
+        changed.append(replace(one, posted=total, is_settled=one.ended_at is not None))
+    return _Charged(changed, going, added, settles)
+
+
+async def _post(tx: Transaction, account: Account, *, resource: str, at: datetime) -> Account:
+    """Move whole cents of what is carried to the ledger, and return the account after that."""
+    # Towards nothing: less than a cent either way stays where it is.
+    cents = int(abs(account.carried) // MICROS) * (1 if account.carried > 0 else -1)
+    account = replace(
+        account,
+        carried=account.carried - cents * MICROS,
+        balance_cents=account.balance_cents - cents,
+        used_cents=account.used_cents + cents,
+    )
+    if cents:
+        await tx.credits.post(
+            LedgerEntry(
+                id=new_uuid(),
+                org_id=account.org_id,
+                # Below nothing only where a clock was set back after more had been charged.
+                type="usage" if cents > 0 else "adjustment",
+                amount_cents=-cents,
+                resource=resource,
+                description="Usage" if cents > 0 else "Usage charged too early",
+                reference_id=None,
+                balance_after_cents=account.balance_cents,
+                created_at=at,
+            )
+        )
+    return account

@@ -1,0 +1,126 @@
+"""Who is asking, and what they may do."""
+
+import hmac
+import logging
+from datetime import timedelta
+from typing import Protocol
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import (
+    InvalidTokenError,
+    NotFoundError,
+    SandyardError,
+    TokenExpiredError,
+    UnauthenticatedError,
+)
+from sandyard.server.core.ids import digest_of_key
+from sandyard.server.core.records import ApiKey
+from sandyard.server.service.actor import Actor
+
+log = logging.getLogger(__name__)
+
+_TOUCH_EVERY = timedelta(minutes=1)
+_TOKEN_MAX = 8192
+_TOUCHED_MAX = 10_000
+
+
+def no_credential() -> UnauthenticatedError:
+    """Return the error for a request that says nothing of who is asking."""
+    return UnauthenticatedError(
+        "cannot serve without a credential: send `Authorization: Bearer <API key>`"
+    )
+
+
+class Door(Protocol):
+    """Lets in who comes with a session token. See service.sign_in.SignIn."""
+
+    async def enter(self, token: str, *, org_id: str | None = None) -> Actor:
+        """Return the actor of a session token."""
+        ...
+
+
+class Access:
+    """Tells from a credential who is asking."""
+
+    def __init__(self, store: Store, clock: Clock, sign_in: Door | None = None) -> None:
+        self._store = store
+        self._clock = clock
+        self._sign_in = sign_in
+        self._touched: dict[str, float] = {}
+
+    async def authenticate(self, token: str | None, *, org_id: str | None = None) -> Actor:
+        """Return the actor behind a credential.
+
+        `org_id` says which of a session's organizations is meant, where its token does not.
+
+        Raises:
+            UnauthenticatedError: there is none.
+            InvalidTokenError: it is unknown, revoked or malformed.
+            TokenExpiredError: it has run out.
+            NotFoundError: there is no such organization for this actor.
+            UnavailableError: who is asking cannot be told now.
+        """
+        if not token:
+            raise no_credential()
+        if len(token) > _TOKEN_MAX or not token.isascii():
+            raise _unknown_kind()
+        if token.startswith("rt_"):
+            actor = await self._by_key(token)
+            if org_id is not None and org_id != actor.org_id:
+                raise NotFoundError("cannot find the organization: the key is of another")
+            return actor
+        if token.startswith("eyJ"):
+            if self._sign_in is None:
+                raise InvalidTokenError(
+                    "cannot accept a session token: no identity provider is set up here; "
+                    "use an API key"
+                )
+            return await self._sign_in.enter(token, org_id=org_id)
+        raise _unknown_kind()
+
+    async def _by_key(self, token: str) -> Actor:
+        digest = digest_of_key(token)
+        async with self._store.read() as tx:
+            holder = await tx.keys.holder(digest)
+        if holder is None or not hmac.compare_digest(holder.key.digest, digest):
+            raise InvalidTokenError("cannot accept the API key: it is unknown")
+        key = holder.key
+        now = self._clock.now()
+        if key.revoked_at is not None:
+            raise InvalidTokenError("cannot accept the API key: it was revoked")
+        if key.expires_at is not None and key.expires_at <= now:
+            raise TokenExpiredError("cannot accept the API key: it has expired; make a new one")
+        await self._touch(key)
+        return Actor(
+            org_id=key.org_id,
+            user_id=key.owner_user_id,
+            role=holder.role,
+            scopes=frozenset(key.scopes),
+            kind="api_key",
+            key_id=key.id,
+            is_operator=holder.is_operator,
+            is_test=key.is_test,
+            plan=holder.plan,
+            limits=holder.limits,
+        )
+
+    async def _touch(self, key: ApiKey) -> None:
+        last = self._touched.get(key.id)
+        now = self._clock.monotonic()
+        if last is None or now - last > _TOUCH_EVERY.total_seconds():
+            if len(self._touched) > _TOUCHED_MAX:
+                self._touched.clear()
+            self._touched[key.id] = now
+            try:
+                async with self._store.write() as tx:
+                    await tx.keys.touch(key.id, self._clock.now())
+            except SandyardError:  # worth less than the request it would stop
+                log.warning("the last use of a key could not be noted")
+
+
+def _unknown_kind() -> InvalidTokenError:
+    return InvalidTokenError(
+        "cannot accept the credential: it is neither an API key (rt_live_… or rt_test_…) nor a "
+        "session token (eyJ…)"
+    )

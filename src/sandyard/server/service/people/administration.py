@@ -1,0 +1,356 @@
+"""What the operator of an installation does on its host: organizations, users, keys, credits.
+
+Whoever may run this has the database anyway, so nobody is asked for a credential; all of it is in
+the feed, as the system's doing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from sandyard.server.core.ids import check_text, new_uuid
+from sandyard.server.core.money import Account, show
+from sandyard.server.core.plans import LIMITS, Plan
+from sandyard.server.core.records import (
+    ApiKey,
+    InUse,
+    LedgerEntry,
+    Membership,
+    Organization,
+    User,
+)
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.lines import line
+from sandyard.server.service.money.credits import credit
+from sandyard.server.service.people.api_keys import ApiKeys
+from sandyard.server.service.people.organizations import (
+    ROLES,
+    SignUp,
+    check_title,
+    found_organization,
+    join,
+    revoke_all,
+    set_role,
+)
+
+_EMAIL_MAX = 254
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An organization with what it has and uses."""
+
+    organization: Organization
+    account: Account
+    in_use: InUse
+    members: int
+
+
+class Administration:
+    """The use cases. Organizations are named by id or slug, users by e-mail address or id."""
+
+    def __init__(
+        self, *, store: Store, clock: Clock, sign_up: SignUp, plans: Mapping[str, Plan]
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._sign_up = sign_up
+        self._plans = plans
+
+    async def organizations(self) -> list[Summary]:
+        """Return every organization, the oldest first."""
+        now = self._clock.now()
+        async with self._store.read() as tx:
+            return [
+                Summary(
+                    organization=one,
+                    account=await tx.credits.account(one.id),
+                    in_use=await tx.usage.in_use(one.id, now),
+                    members=len(await tx.users.members(one.id)),
+                )
+                for one in await tx.organizations.every()
+            ]
+
+    async def create_organization(self, name: str, email: str) -> tuple[Organization, User]:
+        """Make an organization whose first admin has this address, made as well if unknown.
+
+        Raises:
+            InvalidArgumentError: name or address cannot be.
+        """
+        name, email = check_title(name, field="name"), _check_email(email)
+        now = self._clock.now()
+        async with self._store.write() as tx:
+            user = await self._user_or_new(tx, email)
+            theirs = await tx.users.organizations_of(user.id)
+            founded = await found_organization(
+                tx, name, user, sign_up=self._sign_up, at=now, is_granted=not theirs
+            )
+        return founded.organization, user
+
+    async def set_plan(self, reference: str, plan: str) -> Organization:
+        """Put an organization on another plan.
+
+        Raises:
+            InvalidArgumentError: there is no such plan.
+            NotFoundError: there is no such organization.
+        """
+        if plan not in self._plans:
+            raise InvalidArgumentError(
+                f"cannot use the plan {plan!r}: known are {', '.join(sorted(self._plans))} "
+                "(setting plans)"
+            )
+        async with self._store.write() as tx:
+            organization = replace(await _organization(tx, reference), plan=plan)
+            await tx.organizations.replace(organization)
+            await self._note(tx, organization, "organization.plan_changed", f"Plan is {plan} now")
+        return organization
+
+    async def set_limit(self, reference: str, name: str, value: int | None) -> Organization:
+        """Give an organization a limit of its own; None puts its plan's back.
+
+        Raises:
+            InvalidArgumentError: there is no such limit, or it cannot be that.
+            NotFoundError: there is no such organization.
+        """
+        if name not in LIMITS:
+            raise InvalidArgumentError(f"cannot limit {name!r}: {', '.join(LIMITS)} can be limited")
+        if value is not None and value < 0:
+            raise InvalidArgumentError(f"cannot limit {name} to {value}: it is 0 or more")
+        async with self._store.write() as tx:
+            organization = await _organization(tx, reference)
+            limits = {one: has for one, has in organization.limits.items() if one != name}
+            if value is not None:
+                limits[name] = value
+            organization = replace(organization, limits=limits)
+            await tx.organizations.replace(organization)
+            await self._note(
+                tx, organization, "organization.limits_changed", f"Limit of {name} changed"
+            )
+        return organization
+
+    async def members(self, reference: str) -> list[tuple[User, Membership]]:
+        """Return an organization's members, the longest there first."""
+        async with self._store.read() as tx:
+            return await tx.users.members((await _organization(tx, reference)).id)
+
+    async def add_member(self, reference: str, email: str, role: str) -> User:
+        """Make somebody a member, and a user if the address is unknown.
+
+        Raises:
+            AlreadyExistsError: they are a member.
+            InvalidArgumentError: address or role cannot be.
+            NotFoundError: there is no such organization.
+        """
+        email, role = _check_email(email), _check_role(role)
+        async with self._store.write() as tx:
+            organization = await _organization(tx, reference)
+            user = await self._user_or_new(tx, email)
+            if await tx.users.member(organization.id, user.id) is not None:
+                raise AlreadyExistsError(f"cannot add {email}: they are a member already")
+            await join(tx, organization.id, user, role, at=self._clock.now())
+            await self._note(tx, organization, "member.joined", "Member joined", user)
+        return user
+
+    async def change_role(self, reference: str, who: str, role: str) -> None:
+        """Make a member an admin, or an admin a member.
+
+        Raises:
+            InvalidArgumentError: there is no such role.
+            NotFoundError: there is no such organization or member.
+        """
+        _check_role(role)
+        async with self._store.write() as tx:
+            organization, _, member = await self._member(tx, reference, who)
+            if role != "admin":
+                await self._check_not_last(tx, organization, member)
+            await set_role(tx, member, role, actor=None, at=self._clock.now())
+
+    async def remove_member(self, reference: str, who: str) -> None:
+        """End a membership; the member's keys are no good any more, their sandboxes stay.
+
+        Raises:
+            ConflictError: it is the organization's last admin.
+            NotFoundError: there is no such organization or member.
+        """
+        async with self._store.write() as tx:
+            organization, user, member = await self._member(tx, reference, who)
+            await self._check_not_last(tx, organization, member)
+            now = self._clock.now()
+            await revoke_all(tx, member, at=now)
+            for key in await tx.ssh_keys.every(organization.id):
+                if key.owner_user_id == user.id:
+                    await tx.ssh_keys.remove(organization.id, key.id)
+                    await self._note(
+                        tx, organization, "ssh_key.deleted", f"SSH key {key.name} deleted", user
+                    )
+            await tx.users.remove_member(organization.id, user.id, now)
+            await self._note(tx, organization, "member.removed", "Member removed", user)
+
+    async def set_operator(self, who: str, *, is_operator: bool) -> User:
+        """Let a user run the installation over the API, or no longer.
+
+        Raises:
+            NotFoundError: there is no such user.
+        """
+        async with self._store.write() as tx:
+            user = replace(await _user(tx, who), is_operator=is_operator)
+            await tx.users.replace(user)
+            for organization, _ in await tx.users.organizations_of(user.id):
+                title = "Member is an operator now" if is_operator else "Member is no operator now"
+                await self._note(tx, organization, "member.operator_changed", title, user)
+        return user
+
+    async def keys(self, reference: str) -> list[ApiKey]:
+        """Return an organization's keys that are not revoked, newest first."""
+        async with self._store.read() as tx:
+            organization = await _organization(tx, reference)
+            return await tx.keys.page(organization.id, owner_user_id=None, limit=10_000)
+
+    async def create_key(
+        self,
+        reference: str,
+        who: str,
+        name: str,
+        *,
+        scopes: Sequence[str],
+        expires_in: str | None,
+        is_test: bool,
+    ) -> tuple[ApiKey, str]:
+        """Make a key of a member's. See service.api_keys.ApiKeys.create."""
+        async with self._store.read() as tx:
+            organization, user, member = await self._member(tx, reference, who)
+        actor = _system(organization, user, member)
+        return await ApiKeys(self._store, self._clock).create(
+            actor, name, scopes=scopes, expires_in=expires_in, is_test=is_test
+        )
+
+    async def revoke_key(self, reference: str, key_id: str) -> ApiKey:
+        """Make a key no good. See service.api_keys.ApiKeys.revoke."""
+        async with self._store.read() as tx:
+            organization = await _organization(tx, reference)
+            key = await tx.keys.find(organization.id, key_id)
+        owner = key.owner_user_id if key else ""
+        actor = Actor(organization.id, owner, "admin", frozenset({"*"}), "system")
+        return await ApiKeys(self._store, self._clock).revoke(actor, key_id)
+
+    async def grant(
+        self, reference: str, amount_cents: int, *, description: str, reference_id: str | None
+    ) -> tuple[LedgerEntry, bool]:
+        """Give an organization credits, or take some away with an amount below 0.
+
+        Returns the ledger's line and whether it is new; one with a reference is made once.
+        """
+        check_text(description, field="description")
+        async with self._store.write() as tx:
+            organization = await _organization(tx, reference)
+            entry, is_new = await credit(
+                tx,
+                organization.id,
+                "grant" if amount_cents > 0 else "adjustment",
+                amount_cents,
+                description=description,
+                at=self._clock.now(),
+                reference_id=reference_id,
+            )
+            if is_new:
+                title = "Credits granted" if amount_cents > 0 else "Credits taken away"
+                await self._note(
+                    tx, organization, "billing.grant", f"{title}: {show(abs(amount_cents))}"
+                )
+        return entry, is_new
+
+    async def ledger(self, reference: str, *, limit: int) -> list[LedgerEntry]:
+        """Return the newest lines of an organization's ledger."""
+        async with self._store.read() as tx:
+            organization = await _organization(tx, reference)
+            return await tx.credits.history(organization.id, limit=limit)
+
+    async def _check_not_last(
+        self, tx: Transaction, organization: Organization, member: Membership
+    ) -> None:
+        """Refuse to leave an organization without an admin: nobody could mend it."""
+        members = await tx.users.members(organization.id)
+        admins = [user.id for user, one in members if one.role == "admin"]
+        if admins == [member.user_id]:
+            raise ConflictError(
+                f"cannot do this: {organization.slug} would have no admin; make another one first"
+            )
+
+    async def _user_or_new(self, tx: Transaction, email: str) -> User:
+        user = await tx.users.find(email=email)
+        if user is None:
+            user = User(new_uuid(), email, email.partition("@")[0], self._clock.now())
+            await tx.users.add(user)
+        return user
+
+    async def _member(
+        self, tx: Transaction, reference: str, who: str
+    ) -> tuple[Organization, User, Membership]:
+        organization, user = await _organization(tx, reference), await _user(tx, who)
+        member = await tx.users.member(organization.id, user.id)
+        if member is None:
+            raise NotFoundError(f"cannot find {who} among the members of {organization.name}")
+        return organization, user, member
+
+    async def _note(
+        self,
+        tx: Transaction,
+        organization: Organization,
+        event: str,
+        title: str,
+        user: User | None = None,
+    ) -> None:
+        await tx.activity.append(
+            line(
+                event,
+                title,
+                org_id=organization.id,
+                actor=None,
+                resource_id=user.id if user else organization.id,
+                at=self._clock.now(),
+                summary=user.email if user else "",
+            )
+        )
+
+
+def _system(organization: Organization, user: User, member: Membership) -> Actor:
+    return Actor(
+        organization.id, user.id, member.role, frozenset({"*"}), "system", plan=organization.plan
+    )
+
+
+async def _organization(tx: Transaction, reference: str) -> Organization:
+    for one in await tx.organizations.every():
+        if reference in (one.id, one.slug):
+            return one
+    raise NotFoundError(
+        f"cannot find the organization {reference!r}: `sandyard admin orgs` lists ids and slugs"
+    )
+
+
+async def _user(tx: Transaction, who: str) -> User:
+    user = await tx.users.find(email=who.lower()) or await tx.users.find(user_id=who)
+    if user is None:
+        raise NotFoundError(f"cannot find the user {who!r}: name the e-mail address or the id")
+    return user
+
+
+def _check_email(email: str) -> str:
+    check_text(email, field="email")
+    name, at, host = email.rpartition("@")
+    if not (name and at and host) or len(email) > _EMAIL_MAX or not email.isprintable():
+        raise InvalidArgumentError(f"cannot use {email!r}: it is no e-mail address", field="email")
+    return email.lower()
+
+
+def _check_role(role: str) -> str:
+    if role not in ROLES:
+        raise InvalidArgumentError(f"cannot use the role {role!r}: {' and '.join(ROLES)} are there")
+    return role

@@ -1,0 +1,120 @@
+"""How many requests may come in a minute: of a key, of a user, and failed ones of an address."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.errors import RateLimitedError
+from sandyard.server.core.plans import Plan
+from sandyard.server.service.actor import Actor, plan_of
+
+_WINDOW_S = 60.0
+_WINDOWS_MAX = 100_000
+UNLIMITED = 1_000_000_000
+"""What is told where there is no limit, since clients expect a number."""
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How many requests are allowed in the present minute, how many are left, when it ends.
+
+    `resets_at` is in seconds since 1970.
+    """
+
+    limit: int
+    remaining: int
+    resets_at: int
+
+
+@dataclass
+class _Window:
+    ends: float
+    count: int = 0
+
+
+class Rates:
+    """Counts in memory: a restart forgets, which costs nobody anything."""
+
+    def __init__(
+        self, clock: Clock, plans: Mapping[str, Plan], *, failures_per_minute: int
+    ) -> None:
+        self._clock = clock
+        self._plans = plans
+        self._failures = failures_per_minute
+        self._windows: dict[str, _Window] = {}
+
+    def count(self, actor: Actor) -> Allowance:
+        """Count one request of an actor and return what is left.
+
+        A key and its user are limited each by itself; what is nearer to its limit is told.
+
+        Raises:
+            RateLimitedError: there were too many.
+        """
+        limit = plan_of(self._plans, actor).requests_per_minute
+        if limit is None:
+            # Clients that slow down by these headers need not.
+            resets_at = math.ceil(self._clock.now().timestamp() + _WINDOW_S)
+            return Allowance(UNLIMITED, UNLIMITED, resets_at)
+        names = [f"user {actor.org_id} {actor.user_id}"]
+        if actor.key_id is not None:
+            names.append(f"key {actor.key_id}")
+        windows = [self._window(name) for name in names]
+        fullest = max(windows, key=lambda one: (one.count, one.ends))
+        if fullest.count >= limit:
+            wait = self._left(fullest)
+            raise RateLimitedError(
+                f"cannot serve more now: {limit} requests a minute are allowed; "
+                f"try again in {wait} s",
+                retry_after_s=wait,
+                limit=limit,
+            )
+        for window in windows:
+            window.count += 1
+        return self._allowance(fullest, limit)
+
+    def refused(self, actor: Actor) -> Allowance:
+        """Return what to tell an actor who was refused by `count`."""
+        limit = plan_of(self._plans, actor).requests_per_minute or UNLIMITED
+        window = self._window(f"user {actor.org_id} {actor.user_id}")
+        return Allowance(limit, 0, self._allowance(window, limit).resets_at)
+
+    def failed(self, address: str) -> None:
+        """Count a credential that was no good, from an address.
+
+        Good credentials are never refused for an address's sake: many may share one.
+
+        Raises:
+            RateLimitedError: there were too many.
+        """
+        window = self._window(f"address {address}")
+        window.count += 1
+        if window.count > self._failures:
+            wait = self._left(window)
+            raise RateLimitedError(
+                "cannot accept the credential: too many that were no good came from this address; "
+                f"try again in {wait} s with a good one",
+                retry_after_s=wait,
+            )
+
+    def _window(self, name: str) -> _Window:
+        now = self._clock.monotonic()
+        window = self._windows.get(name)
+        if window is None or window.ends <= now:
+            if len(self._windows) >= _WINDOWS_MAX:
+                self._sweep(now)
+            window = self._windows[name] = _Window(now + _WINDOW_S)
+        return window
+
+    def _sweep(self, now: float) -> None:
+        self._windows = {name: one for name, one in self._windows.items() if one.ends > now}
+        while len(self._windows) >= _WINDOWS_MAX:
+            del self._windows[next(iter(self._windows))]
+
+    def _left(self, window: _Window) -> int:
+        return max(1, math.ceil(window.ends - self._clock.monotonic()))
+
+    def _allowance(self, window: _Window, limit: int) -> Allowance:
+        resets_at = math.ceil(self._clock.now().timestamp() + self._left(window))
+        return Allowance(limit, max(0, limit - window.count), resets_at)

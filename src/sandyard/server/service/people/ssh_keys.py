@@ -1,0 +1,134 @@
+"""SSH keys: public keys that open the sandboxes of an organization."""
+
+from collections.abc import Sequence
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import ConflictError, InvalidArgumentError, NotFoundError
+from sandyard.server.core.ids import check_text, new_uuid
+from sandyard.server.core.records import SshKey
+from sandyard.server.core.sshkeys import check_public_key, fingerprint_of, is_literal_key
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.lines import line
+from sandyard.server.service.people.organizations import check_title
+from sandyard.server.service.repeats import Repeatable, Repeats
+
+KEYS_MAX = 100
+"""How many keys an organization has, and a sandbox takes, at most."""
+
+
+class SshKeys:
+    """The use cases. All members see an organization's keys; a member deletes only own ones."""
+
+    def __init__(self, store: Store, repeats: Repeats, clock: Clock) -> None:
+        self._store = store
+        self._repeats = repeats
+        self._clock = clock
+
+    async def add(
+        self, actor: Actor, name: str, public_key: str, *, request: Repeatable | None = None
+    ) -> SshKey:
+        """Add a public key.
+
+        Raises:
+            InvalidArgumentError: it is not one, damaged, or too weak.
+            AlreadyExistsError: the organization has it.
+            ConflictError: there are too many.
+        """
+        actor.require("ssh-key:*")
+        text = check_public_key(check_text(public_key, field="publicKey"), field="publicKey")
+        key = SshKey(
+            id=new_uuid(),
+            org_id=actor.org_id,
+            owner_user_id=actor.user_id,
+            name=check_title(name, field="name"),
+            public_key=text,
+            fingerprint=fingerprint_of(text),
+            key_type=text.split(" ", 1)[0],
+            created_at=self._clock.now(),
+        )
+        async with self._repeats.turn(actor, request), self._store.write() as tx:
+            ids = await self._repeats.made_before(tx, actor, request)
+            if ids is not None:
+                known = await tx.ssh_keys.find(actor.org_id, ids[0])
+                if known is None:
+                    raise NotFoundError("cannot find the SSH key that was added: it was deleted")
+                return known
+            if len(await tx.ssh_keys.every(actor.org_id)) >= KEYS_MAX:
+                raise ConflictError(
+                    f"cannot add another key: an organization has {KEYS_MAX} at most; delete some"
+                )
+            await tx.ssh_keys.add(key)
+            await tx.activity.append(
+                line(
+                    "ssh_key.added",
+                    "SSH key added",
+                    org_id=actor.org_id,
+                    actor=actor,
+                    resource_id=key.id,
+                    at=key.created_at,
+                    summary=key.name,
+                    attributes={"fingerprint": key.fingerprint},
+                )
+            )
+            await self._repeats.note(tx, actor, request, (key.id,))
+        return key
+
+    async def every(self, actor: Actor) -> list[SshKey]:
+        """Return the organization's keys, newest first."""
+        actor.require("ssh-key:*")
+        async with self._store.read() as tx:
+            return await tx.ssh_keys.every(actor.org_id)
+
+    async def delete(self, actor: Actor, key_id: str) -> None:
+        """Remove a key; sandboxes that took it when they were made keep it.
+
+        Raises:
+            NotFoundError: absent, another organization's or, for a member, another member's.
+        """
+        actor.require("ssh-key:*")
+        async with self._store.write() as tx:
+            key = await tx.ssh_keys.find(actor.org_id, key_id)
+            if key is None or not (actor.sees_all or key.owner_user_id == actor.user_id):
+                raise NotFoundError("cannot find the SSH key: check its id")
+            await tx.ssh_keys.remove(actor.org_id, key_id)
+            await tx.activity.append(
+                line(
+                    "ssh_key.deleted",
+                    "SSH key deleted",
+                    org_id=actor.org_id,
+                    actor=actor,
+                    resource_id=key.id,
+                    at=self._clock.now(),
+                    summary=key.name,
+                )
+            )
+
+    async def resolve(self, actor: Actor, wanted: Sequence[str] | None) -> tuple[str, ...]:
+        """Return the public keys that a sandbox takes: ids and literal keys, all of them for None.
+
+        Raises:
+            InvalidArgumentError: there is no such key, or one is no key.
+        """
+        if wanted is not None and len(wanted) > KEYS_MAX:
+            raise InvalidArgumentError(f"cannot take over {KEYS_MAX} SSH keys", field="sshKeys")
+        if wanted is not None and all(is_literal_key(one) for one in wanted):
+            return tuple(check_public_key(one, field="sshKeys") for one in wanted)
+        async with self._store.read() as tx:
+            known = {key.id: key.public_key for key in await tx.ssh_keys.every(actor.org_id)}
+        if wanted is None:
+            return tuple(known.values())
+        found = []
+        for one in wanted:
+            check_text(one, field="sshKeys")
+            if is_literal_key(one):
+                found.append(check_public_key(one, field="sshKeys"))
+            elif one in known:
+                found.append(known[one])
+            else:
+                raise InvalidArgumentError(
+                    f"cannot use the SSH key {one[:80]!r}: no key of the organization has this id, "
+                    "and it is not a public key itself",
+                    field="sshKeys",
+                )
+        return tuple(dict.fromkeys(found))

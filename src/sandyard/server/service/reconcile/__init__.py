@@ -1,0 +1,1 @@
+"""Makes what is so agree with what should be."""

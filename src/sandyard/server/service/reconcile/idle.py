@@ -1,0 +1,72 @@
+"""Which sandboxes nobody has used for as long as their owner said, so that they are paused.
+
+Used means: a command, a file call, a touch, and what keeps a processor busy by itself. Looking at a
+sandbox (get, list, stats) is no use of it.
+"""
+
+import logging
+from datetime import datetime, timedelta
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import NodeTunnel
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.records import Reason, Sandbox
+from sandyard.server.core.states import Status
+from sandyard.server.core.wire import Op
+from sandyard.server.service.sandboxes.uses import Uses
+
+log = logging.getLogger(__name__)
+
+_BUSY_PERCENT = 5.0
+_WINDOW_S = 60.0
+IDLE = Reason("idle", "it was not used for the time set by idleTimeout")
+
+
+class Idleness:
+    """Finds out whether a sandbox is idle."""
+
+    def __init__(self, *, store: Store, tunnel: NodeTunnel, clock: Clock, uses: Uses) -> None:
+        self._store = store
+        self._tunnel = tunnel
+        self._clock = clock
+        self._uses = uses
+
+    def is_due(self, sandbox: Sandbox) -> bool:
+        """Tell whether a running sandbox has not been used for its time."""
+        if sandbox.status is not Status.RUNNING or sandbox.idle_timeout_s == 0:
+            return False
+        if self._uses.is_used(sandbox.id):
+            return False
+        return self._clock.now() - last_used(sandbox) >= timedelta(seconds=sandbox.idle_timeout_s)
+
+    async def is_idle(self, sandbox: Sandbox) -> bool:
+        """Tell whether a sandbox that is due does nothing by itself either; if it does, note it."""
+        if not await self._is_busy(sandbox):
+            return True
+        async with self._store.write() as tx:
+            await tx.activity.touch(sandbox.id, at=self._clock.now(), kind="cpu")
+        return False
+
+    async def _is_busy(self, sandbox: Sandbox) -> bool:
+        """Tell whether programs kept a processor busy since it was last used, over the minute."""
+        unused_s = (self._clock.now() - last_used(sandbox)).total_seconds()
+        args = {"windowS": max(1.0, min(_WINDOW_S, unused_s))}
+        try:
+            async with self._tunnel.open(
+                sandbox.id, incarnation=sandbox.incarnation, op=Op.STATS, args=args
+            ) as opened:
+                percent = opened.values.get("recentCpuPercent")
+        except SandyardError as error:
+            log.warning("cannot tell whether a sandbox is busy: %s", error.message)
+            return True
+        return isinstance(percent, int | float) and percent > _BUSY_PERCENT
+
+
+def last_used(sandbox: Sandbox) -> datetime:
+    """Return when a sandbox was last used: by somebody, or by being started."""
+    return max(
+        one
+        for one in (sandbox.last_activity_at, sandbox.started_at, sandbox.created_at)
+        if one is not None
+    )

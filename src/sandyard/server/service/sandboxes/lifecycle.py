@@ -1,0 +1,223 @@
+"""The one place where a sandbox's status changes.
+
+A change is written only if the sandbox is still as it was read (its version), and with it, in the
+same transaction: the line in the activity feed, and the opening or closing of the usage period.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import datetime
+
+from sandyard.server.core.contracts.bus import Bus
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Hold, Store, Transaction
+from sandyard.server.core.errors import ConflictError
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.records import Activity, Reason, Sandbox, StoragePeriod, UsagePeriod
+from sandyard.server.core.states import BILLED, Event, Status, advance
+from sandyard.server.service.actor import Actor
+
+WORK = "sandboxes"
+"""The topic of hints that some sandbox wants work done."""
+
+_UPDATED = "Sandbox changed"
+_SEVERE = {Status.FAILED: "error", Status.ERROR: "error", Status.SUSPECTED_MISSING: "warning"}
+_TITLES = {
+    Status.PENDING: "Sandbox created",
+    Status.CREATING: "Sandbox is being started",
+    Status.RUNNING: "Sandbox is running",
+    Status.PAUSING: "Sandbox is being paused",
+    Status.PAUSED: "Sandbox paused",
+    Status.RESUMING: "Sandbox is being resumed",
+    Status.DESTROYING: "Sandbox is being deleted",
+    Status.DESTROYED: "Sandbox deleted",
+    Status.FAILED: "Sandbox could not be started",
+    Status.ERROR: "Sandbox is in error",
+    Status.SUSPECTED_MISSING: "Sandbox does not answer",
+    Status.ORPHANED: "Sandbox is gone",
+}
+
+
+def topic_of(sandbox_id: str) -> str:
+    """Return the topic of hints that one sandbox has changed."""
+    return f"sandbox:{sandbox_id}"
+
+
+class Lifecycle:
+    """Applies events to sandboxes."""
+
+    def __init__(self, store: Store, bus: Bus, clock: Clock) -> None:
+        self._store = store
+        self._bus = bus
+        self._clock = clock
+
+    async def begin(
+        self, tx: Transaction, sandbox: Sandbox, actor: Actor, *, hold: Hold | None = None
+    ) -> Sandbox:
+        """Store a new sandbox, leased if `hold` is given, and return it with its owner's name.
+
+        Raises:
+            AlreadyExistsError: the name is taken.
+        """
+        await tx.sandboxes.insert(sandbox, hold=hold)
+        await tx.activity.append(_line(sandbox, "sandbox.created", actor))
+        return await tx.sandboxes.find(sandbox.id) or sandbox
+
+    async def apply(
+        self,
+        sandbox: Sandbox,
+        event: Event,
+        *,
+        actor: Actor | None = None,
+        reason: Reason | None = None,
+        lease: str | None = None,
+        hold: Hold | None = None,
+        used: str | None = None,
+        check: Callable[[Transaction], Awaitable[None]] | None = None,
+        ended_at: datetime | None = None,
+        **changes: object,
+    ) -> Sandbox | None:
+        """Apply an event and return the sandbox as it is then; None if it has moved on meanwhile.
+
+        `actor` is who wanted it, None for the platform itself. With `lease` the change is written
+        only while the lease is held; without, whoever holds one loses it, to `hold` if that is
+        given. `used` says that it counts as activity, and of which kind. `check` is asked in the
+        transaction, and what it raises undoes it. `ended_at` is when what was charged came to its
+        end, where that was before now.
+
+        Raises:
+            ConflictError: the event has no meaning in the sandbox's status.
+        """
+        now = self._clock.now()
+        status = advance(sandbox.status, event)
+        changed = replace(
+            sandbox,
+            status=status,
+            reason=reason,
+            updated_at=now,
+            **changes,  # type: ignore[arg-type]
+        )
+        async with self._store.write() as tx:
+            if check is not None:
+                # Whoever lost a race is not refused for what the winner took.
+                if not await _is_current(tx, sandbox):
+                    return None
+                await check(tx)
+            stored = await tx.sandboxes.replace(changed, lease=lease, hold=hold)
+            if stored is None:
+                return None
+            if used is not None:
+                await tx.activity.touch(sandbox.id, at=now, kind=used)
+                stored = replace(stored, last_activity_at=now, last_activity_kind=used)
+            await self._meter(tx, sandbox, stored, ended_at)
+            if stored.status is not sandbox.status:
+                await tx.activity.append(_line(stored, f"sandbox.{status}", actor))
+        self._bus.hint(topic_of(sandbox.id))
+        if lease is None and hold is None:
+            self._bus.hint(WORK)  # not the worker's own step: there may be something to do
+        return stored
+
+    async def change(
+        self,
+        sandbox: Sandbox,
+        *,
+        actor: Actor,
+        retag: bool,
+        check: Callable[[Transaction, Sandbox], Awaitable[None]],
+        **changes: object,
+    ) -> Sandbox | None:
+        """Change what has nothing to do with the status; None if the sandbox has moved on.
+
+        `check` is asked in the transaction of the sandbox as it would be.
+        """
+        changed = replace(
+            sandbox,
+            updated_at=self._clock.now(),
+            **changes,  # type: ignore[arg-type]
+        )
+        async with self._store.write() as tx:
+            if not await _is_current(tx, sandbox):
+                return None
+            await check(tx, changed)
+            stored = await tx.sandboxes.replace(changed, retag=retag)
+            if stored is not None:
+                await tx.activity.append(_line(stored, "sandbox.updated", actor, _UPDATED))
+        self._bus.hint(WORK)  # whoever worked on it has lost the lease
+        return stored
+
+    async def note_reason(self, sandbox: Sandbox, reason: Reason | None) -> None:
+        """Tell in a sandbox why it does not go on, or that it does again; its status stays."""
+        async with self._store.write() as tx:
+            await tx.sandboxes.replace(
+                replace(sandbox, reason=reason, updated_at=self._clock.now())
+            )
+        self._bus.hint(topic_of(sandbox.id))
+
+    async def _meter(
+        self, tx: Transaction, before: Sandbox, after: Sandbox, ended_at: datetime | None
+    ) -> None:
+        now = after.updated_at
+        was, is_now = before.status in BILLED, after.status in BILLED
+        if is_now and not was:
+            await tx.usage.open(
+                UsagePeriod(
+                    sandbox_id=after.id,
+                    org_id=after.org_id,
+                    incarnation=after.incarnation,
+                    shape=after.shape,
+                    started_at=now,
+                    is_free=after.is_test,
+                )
+            )
+        elif was and not is_now:
+            await tx.usage.close(after.id, min(now, ended_at or now))
+        was, is_now = before.status is Status.PAUSED, after.status is Status.PAUSED
+        if is_now and not was and after.saved_bytes > 0:
+            await tx.storage.open(
+                StoragePeriod(
+                    kind="sandbox",
+                    resource_id=after.id,
+                    org_id=after.org_id,
+                    size_bytes=after.saved_bytes,
+                    started_at=now,
+                    is_free=after.is_test,
+                )
+            )
+        elif was and not is_now:
+            await tx.storage.close("sandbox", after.id, now)
+
+
+def check_status(sandbox: Sandbox, *, wanted: str) -> ConflictError:
+    """Return the error for a sandbox whose status does not allow what was asked."""
+    why = f": {sandbox.reason.message}" if sandbox.reason else ""
+    return ConflictError(
+        f"cannot {wanted} {sandbox.id}: it is {sandbox.status}{why}", status=sandbox.status.value
+    )
+
+
+async def _is_current(tx: Transaction, sandbox: Sandbox) -> bool:
+    stored = await tx.sandboxes.find(sandbox.id)
+    return stored is not None and stored.version == sandbox.version
+
+
+def _line(
+    sandbox: Sandbox, event_type: str, actor: Actor | None, title: str | None = None
+) -> Activity:
+    reason = sandbox.reason
+    return Activity(
+        id=new_uuid(),
+        org_id=sandbox.org_id,
+        actor_user_id=actor.user_id if actor else None,
+        actor_type=actor.kind if actor else "system",
+        event_type=event_type,
+        resource_type="sandbox",
+        resource_id=sandbox.id,
+        severity=_SEVERE.get(sandbox.status, "info"),
+        status=sandbox.status.value,
+        title=title or _TITLES[sandbox.status],
+        summary=reason.message if reason else "",
+        created_at=sandbox.updated_at,
+        sandbox_id=sandbox.id,
+        attributes={"incarnation": sandbox.incarnation}
+        | ({"reasonCode": reason.code} if reason else {}),
+    )

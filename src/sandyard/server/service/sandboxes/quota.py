@@ -1,0 +1,135 @@
+"""Whether an organization may have one more: by its plan, and by its credits."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Transaction
+from sandyard.server.core.errors import (
+    InvalidArgumentError,
+    LimitReachedError,
+    QuotaExceededError,
+)
+from sandyard.server.core.money import Prices, cents_up, show
+from sandyard.server.core.plans import Plan
+from sandyard.server.core.records import InUse
+from sandyard.server.core.shapes import NOTHING, Shape, format_size
+from sandyard.server.service.actor import Actor, plan_of
+
+
+class Admission:
+    """Checks before anything is started, in the transaction that then writes the wish."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        plans: Mapping[str, Plan],
+        prices: Prices,
+        enforces: bool,
+    ) -> None:
+        self._clock = clock
+        self._plans = plans
+        self._prices = prices
+        self._enforces = enforces
+
+    def check_shape(self, actor: Actor, shape: Shape) -> None:
+        """Refuse a sandbox that is larger than an organization may have in all.
+
+        Raises:
+            InvalidArgumentError: it is; `facts` name the field and the limit.
+        """
+        plan = plan_of(self._plans, actor)
+        for field, asked, limit, shown in (
+            ("vcpus", shape.vcpus, plan.vcpus, f"{plan.vcpus} vCPUs"),
+            ("memory", shape.memory_mib, _mib(plan.memory_gb), f"{plan.memory_gb}GB of memory"),
+            ("disk", shape.disk_mib, _mib(plan.disk_gb), f"{plan.disk_gb}GB of disk"),
+        ):
+            if limit is not None and asked > limit:
+                raise InvalidArgumentError(
+                    f"cannot give a sandbox so much {field}: the organization's plan allows "
+                    f"{shown} in all",
+                    field=f"resources.{field}",
+                    limit=limit,
+                )
+
+    async def check_new(
+        self, tx: Transaction, actor: Actor, shape: Shape, *, count: int = 1
+    ) -> None:
+        """Refuse new sandboxes that an organization may not have now, or cannot pay for.
+
+        Raises:
+            LimitReachedError: it has as many as its plan allows; `facts` name the limit.
+            QuotaExceededError: its credits do not suffice for about an hour.
+        """
+        used = await tx.usage.in_use(actor.org_id, self._clock.now())
+        self._check_plan(used, actor, shape, count=count, is_new=True)
+        if not actor.is_test:
+            await self._check_credits(tx, used, actor.org_id, shape, count=count)
+
+    async def check_resume(
+        self, tx: Transaction, actor: Actor, shape: Shape, *, is_test: bool
+    ) -> None:
+        """Refuse to start a sandbox again. See `check_new`."""
+        used = await tx.usage.in_use(actor.org_id, self._clock.now())
+        self._check_plan(used, actor, shape, count=1, is_new=False)
+        if not is_test:
+            await self._check_credits(tx, used, actor.org_id, shape, count=1)
+
+    async def check_going_on(self, tx: Transaction, actor: Actor, *, is_test: bool) -> None:
+        """Refuse to stop what runs to start it anew, if it could not be paid for. See above."""
+        if not is_test:
+            used = await tx.usage.in_use(actor.org_id, self._clock.now())
+            await self._check_credits(tx, used, actor.org_id, NOTHING, count=0)
+
+    def _check_plan(
+        self, used: InUse, actor: Actor, shape: Shape, *, count: int, is_new: bool
+    ) -> None:
+        plan = plan_of(self._plans, actor)
+        added_disk = shape.disk_mib * count if is_new else 0
+        is_test = actor.is_test and is_new
+        for name, has, wants, limit in (
+            ("sandboxes", used.active, count, plan.sandboxes),
+            ("vcpus", used.vcpus, shape.vcpus * count, plan.vcpus),
+            ("memoryGb", used.memory_mib, shape.memory_mib * count, _mib(plan.memory_gb)),
+            ("diskGb", used.disk_mib, added_disk, _mib(plan.disk_gb)),
+            ("testSandboxes", used.tests, count if is_test else 0, plan.test_sandboxes),
+        ):
+            if limit is not None and wants and has + wants > limit:
+                per = 1024 if name.endswith("Gb") else 1
+                raise LimitReachedError(
+                    f"cannot start this: the organization's plan allows {limit // per} {name}, "
+                    f"and {has / per:g} are in use; pause or delete some, or ask an operator for "
+                    "a higher limit",
+                    limit=name,
+                    allowed=limit // per,
+                    used=int(has / per),
+                )
+
+    async def _check_credits(
+        self, tx: Transaction, used: InUse, org_id: str, shape: Shape, *, count: int
+    ) -> None:
+        if not self._enforces:
+            return
+        account = await tx.credits.account(org_id)
+        owed = self._prices.compute(used.owed, timedelta(seconds=1)) - used.posted
+        left = account.left - max(0, owed)
+        hourly = self._prices.hour_of(used.paid)
+        price = self._prices.hour_of(shape) * count
+        if left < price + hourly:
+            besides = ""
+            if hourly:
+                besides = f", what runs already costs {show(cents_up(hourly))} in that hour"
+            raise QuotaExceededError(
+                f"cannot pay for this: an hour of {count} x {shape.vcpus} vCPUs and "
+                f"{format_size(shape.memory_mib)} costs {show(cents_up(price))}{besides}, and the "
+                f"balance is {show(account.balance_cents)}; top up (POST /v1/billing/topup), "
+                "or have an operator grant credits (`sandyard admin grant`)",
+                priceCents=cents_up(price),
+                runningCents=cents_up(hourly),
+                balanceCents=account.balance_cents,
+            )
+
+
+def _mib(gb: int | None) -> int | None:
+    return None if gb is None else gb * 1024

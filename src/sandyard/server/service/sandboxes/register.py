@@ -1,0 +1,112 @@
+"""Finds sandboxes as an actor may see them, and waits for what becomes of them."""
+
+from sandyard.server.core.contracts.bus import Bus
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import (
+    ConflictError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from sandyard.server.core.ids import check_text, is_sandbox_id
+from sandyard.server.core.records import Sandbox, Snapshot
+from sandyard.server.core.states import Status
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.lifecycle import topic_of
+
+_SLICE_S = 1.0
+
+
+class Register:
+    """Reads sandboxes; nothing of another organization is ever told."""
+
+    def __init__(self, store: Store, bus: Bus, clock: Clock) -> None:
+        self._store = store
+        self._bus = bus
+        self._clock = clock
+
+    async def find(self, actor: Actor, reference: str) -> Sandbox:
+        """Return a sandbox by id or name.
+
+        Raises:
+            NotFoundError: absent, destroyed, another organization's or, for a member, another
+                member's.
+        """
+        async with self._store.read() as tx:
+            if is_sandbox_id(reference):
+                sandbox = await tx.sandboxes.find(reference)
+            else:
+                sandbox = await tx.sandboxes.find_named(actor.org_id, reference)
+        if sandbox is None or not _may_see(actor, sandbox):
+            raise NotFoundError(f"cannot find the sandbox {reference[:80]!r}: check id or name")
+        return sandbox
+
+    async def reread(self, sandbox_id: str) -> Sandbox:
+        """Return a sandbox as it is now."""
+        async with self._store.read() as tx:
+            sandbox = await tx.sandboxes.find(sandbox_id)
+        if sandbox is None:
+            raise NotFoundError(f"cannot find the sandbox {sandbox_id}")
+        return sandbox
+
+    async def wait_for(
+        self, sandbox: Sandbox, statuses: frozenset[Status], *, limit_s: float
+    ) -> Sandbox:
+        """Return a sandbox once its status is one of these.
+
+        Raises:
+            DeadlineExceededError: it is not, within the limit.
+        """
+        until = self._clock.monotonic() + limit_s
+        with self._bus.subscribe(topic_of(sandbox.id)) as changes:
+            while True:
+                sandbox = await self.reread(sandbox.id)
+                if sandbox.status in statuses:
+                    return sandbox
+                left = until - self._clock.monotonic()
+                if left <= 0:
+                    raise DeadlineExceededError(
+                        f"cannot wait longer for {sandbox.id}: it is still {sandbox.status}; "
+                        "ask again in a while"
+                    )
+                # Looked at now and then all the same: a hint may be lost.
+                await changes.wait(min(left, _SLICE_S))
+
+
+async def find_snapshot(
+    store: Store,
+    actor: Actor,
+    reference: str,
+    *,
+    field: str | None = "snapshot",
+    ready: bool = True,
+) -> Snapshot:
+    """Return a snapshot that the actor may use, by id or name.
+
+    Raises:
+        InvalidArgumentError: there is none, and `field` names where it was asked for.
+        NotFoundError: there is none, and it was asked for by itself.
+        ConflictError: it is not complete yet.
+    """
+    async with store.read() as tx:
+        snapshot = await tx.snapshots.find(actor.org_id, check_text(reference, field="snapshot"))
+    is_seen = snapshot is not None and (actor.sees_all or snapshot.owner_user_id == actor.user_id)
+    if snapshot is None or not is_seen:
+        message = f"cannot find the snapshot {reference[:80]!r}: check id or name"
+        if field is None:
+            raise NotFoundError(message)
+        raise InvalidArgumentError(message, field=field)
+    if ready and not snapshot.is_ready and field is not None:
+        raise ConflictError(
+            f"cannot use the snapshot {snapshot.id} yet: it is being made", status="creating"
+        )
+    return snapshot
+
+
+def _may_see(actor: Actor, sandbox: Sandbox) -> bool:
+    return (
+        sandbox.org_id == actor.org_id
+        and sandbox.status is not Status.DESTROYED
+        and (actor.sees_all or sandbox.owner_user_id == actor.user_id)
+    )
