@@ -5,12 +5,12 @@ import asyncio
 import pytest
 
 from sandyard.server.core.contracts.bus import Bus
-from sandyard.server.links.local import LocalBus
+from sandyard.server.links.local import LocalBus, SystemClock
 
 
 @pytest.fixture
 def bus() -> Bus:
-    return LocalBus()
+    return LocalBus(SystemClock())
 
 
 async def test_a_hint_wakes_who_subscribed_before_it(bus: Bus) -> None:

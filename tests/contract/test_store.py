@@ -15,7 +15,7 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.postgres import postgres_url
 
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Hold, Store
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.ids import digest_of_key, new_sandbox_id, new_uuid
 from sandyard.server.core.money import Account
@@ -25,21 +25,25 @@ from sandyard.server.core.records import (
     ApiKey,
     AutoTopup,
     InUse,
+    KeyedRequest,
     LedgerEntry,
     Membership,
+    NodeSeen,
     Organization,
     PendingTopup,
     Project,
     Reason,
+    RequestKey,
     Sandbox,
     SandboxQuery,
+    Snapshot,
     SshKey,
     StoragePeriod,
     UsagePeriod,
     User,
 )
-from sandyard.server.core.shapes import Shape
-from sandyard.server.core.states import Status, Wanted
+from sandyard.server.core.shapes import Shape, ShapeSeconds
+from sandyard.server.core.states import Status
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import migrations, open_store
 from sandyard.server.service.people.bootstrap import ensure_first_organization
@@ -78,10 +82,14 @@ async def store(url: str) -> AsyncIterator[Store]:
 def sandbox(**changes: object) -> Sandbox:
     plain = Sandbox(
         id=new_sandbox_id(), org_id=ORG, owner_user_id=USER, project_id=PROJECT, name=None,
-        status=Status.PENDING, wanted=Wanted.RUNNING, version=1, incarnation=1, template="t",
+        status=Status.PENDING, version=1, incarnation=1, template="t",
         shape=Shape(1, 512, 1024), idle_timeout_s=600, created_at=NOW, updated_at=NOW,
     )  # fmt: skip
     return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def held(lease: str, until: datetime = NOW + timedelta(seconds=30)) -> Hold:
+    return Hold("server", lease, until)
 
 
 async def insert(store: Store, *sandboxes: Sandbox) -> None:
@@ -99,7 +107,7 @@ async def find(store: Store, sandbox_id: str) -> Sandbox:
 
 async def test_a_sandbox_comes_back_as_it_was_stored(store: Store) -> None:
     one = sandbox(
-        name="ünï 🏖", tags=("b", "a"), env={"A": "\U0001f600"}, ssh_keys=("ssh-ed25519 x",),
+        name="ünï 🏖", tags=("b", "a"), env={"A": "\U0001f600"}, authorized_keys=("ssh-ed25519 x",),
         root_password_hash="$2b$x", metadata={"deep": [1, None, {"x": "y"}]}, auto_resume=False,
         expires_at=NOW + timedelta(days=1), node_id="n", driver="d", ip="10.0.0.1", os="o",
         reason=Reason("c", "m"), started_at=NOW, paused_at=NOW, last_activity_at=NOW,
@@ -195,10 +203,9 @@ async def test_no_two_workers_hold_the_same_sandbox(store: Store) -> None:
     async def work(number: int) -> None:
         while True:
             async with store.write() as tx:
-                found = await tx.sandboxes.claim(
-                    frozenset({Status.PENDING}), lease=f"w{number}", now=NOW,
-                    until=NOW + timedelta(seconds=30), limit=3,
-                )  # fmt: skip
+                found = await tx.leases.claim(
+                    frozenset({Status.PENDING}), hold=held(f"w{number}"), now=NOW, limit=3
+                )
             if not found:
                 return
             claimed.extend(claim.sandbox.id for claim in found)
@@ -215,19 +222,102 @@ async def test_a_lease_guards_runs_out_and_is_given_back(store: Store) -> None:
     until = NOW + timedelta(seconds=30)
     pending = frozenset({Status.PENDING})
     async with store.write() as tx:
-        (claim,) = await tx.sandboxes.claim(pending, lease="a", now=NOW, until=until, limit=9)
+        (claim,) = await tx.leases.claim(pending, hold=held("a"), now=NOW, limit=9)
         assert await tx.sandboxes.replace(claim.sandbox, lease="b") is None
         kept = await tx.sandboxes.replace(claim.sandbox, lease="a")
         assert kept is not None
-        assert await tx.sandboxes.claim(pending, lease="b", now=NOW, until=until, limit=9) == []
+        assert await tx.leases.claim(pending, hold=held("b"), now=NOW, limit=9) == []
         later = until + timedelta(seconds=1)
-        assert await tx.sandboxes.claim(pending, lease="b", now=later, until=later, limit=9)
-        assert not await tx.sandboxes.extend(one.id, lease="a", until=until)
-        assert await tx.sandboxes.extend(one.id, lease="b", until=None)
-        assert await tx.sandboxes.claim(pending, lease="c", now=NOW, until=until, limit=9)
+        assert await tx.leases.claim(pending, hold=held("b", later), now=later, limit=9)
+        assert not await tx.leases.extend(one.id, lease="a", until=until)
+        assert await tx.leases.extend(one.id, lease="b", until=None)
+        assert await tx.leases.claim(pending, hold=held("c"), now=NOW, limit=9)
         # A change without a lease (the owner's) takes it from whoever holds it.
         assert await tx.sandboxes.replace(kept) is not None
-        assert not await tx.sandboxes.extend(one.id, lease="c", until=until)
+        assert not await tx.leases.extend(one.id, lease="c", until=until)
+
+
+async def test_the_leases_of_one_server_end_and_those_of_its_peers_stay(store: Store) -> None:
+    mine, other = sandbox(), sandbox()
+    pending = frozenset({Status.PENDING})
+    async with store.write() as tx:
+        await tx.sandboxes.insert(mine, hold=Hold("one", "a", NOW + timedelta(seconds=30)))
+        await tx.sandboxes.insert(other, hold=Hold("two", "b", NOW + timedelta(seconds=30)))
+        assert await tx.leases.claim(pending, hold=held("c"), now=NOW, limit=9) == []
+        await tx.leases.void("one")
+        claimed = await tx.leases.claim(pending, hold=held("c"), now=NOW, limit=9)
+        assert [one.sandbox.id for one in claimed] == [mine.id]
+        assert not await tx.leases.extend(mine.id, lease="a", until=NOW)
+        assert await tx.leases.extend(other.id, lease="b", until=NOW)
+
+
+async def test_a_reader_sees_everything_as_of_one_moment(store: Store) -> None:
+    one, other = sandbox(), sandbox()
+    await insert(store, one, other)
+    async with store.read() as tx:
+        before = await tx.sandboxes.find(one.id)
+        async with store.write() as writing:
+            for which in (one, other):
+                await writing.sandboxes.replace(replace(which, status=Status.FAILED))
+        after = await tx.sandboxes.find(other.id)
+        assert before is not None
+        assert after is not None
+        assert (before.status, after.status) == (Status.PENDING, Status.PENDING)
+    assert (await find(store, other.id)).status is Status.FAILED
+
+
+async def test_several_bring_a_new_database_up_to_date_at_once(url: str) -> None:
+    async def open_one() -> None:
+        async with open_store(url, key=KEY) as opened:
+            await opened.ping()
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(4):
+            tasks.create_task(open_one())
+
+
+async def test_nodes_are_known_by_when_they_were_heard_of(store: Store) -> None:
+    later = NOW + timedelta(seconds=5)
+    async with store.write() as tx:
+        assert await tx.nodes.find("n") is None
+        await tx.nodes.heard("n", NOW)
+        await tx.nodes.heard("n", later)
+        await tx.nodes.heard("m", NOW)
+        assert await tx.nodes.find("n") == NodeSeen("n", NOW, later)
+        assert [one.id for one in await tx.nodes.every()] == ["m", "n"]
+
+
+async def test_a_snapshot_is_held_while_it_is_made(store: Store) -> None:
+    shot = Snapshot(
+        id=new_uuid(), org_id=ORG, owner_user_id=USER, sandbox_id=new_sandbox_id(), node_id="n",
+        name=None, template="t", os=None, shape=Shape(1, 512, 1024), is_ready=False,
+        is_hidden=False, size_bytes=0, created_at=NOW, held_until=NOW + timedelta(seconds=1),
+    )  # fmt: skip
+    until = NOW + timedelta(seconds=9)
+    async with store.write() as tx:
+        await tx.snapshots.insert(shot)
+        assert await tx.snapshots.extend(shot.id, held_until=until)
+        (found,) = await tx.snapshots.on_node("n")
+        assert (found.is_made(NOW), found.is_made(until)) == (True, False)
+        assert await tx.snapshots.complete(shot.id, size_bytes=7)
+        found = await tx.snapshots.find(ORG, shot.id) or shot
+        assert (found.is_made(NOW), found.size_bytes, found.held_until) == (False, 7, None)
+        assert await tx.snapshots.remove(shot.id)
+        assert not await tx.snapshots.extend(shot.id, held_until=until)
+
+
+async def test_a_keyed_request_can_be_forgotten(store: Store) -> None:
+    key, made = RequestKey(ORG, USER, "POST /x", "k"), KeyedRequest("d", ("a", "b"))
+    async with store.write() as tx:
+        await tx.requests.add(key, made, at=NOW)
+        await tx.requests.add(replace(key, key="other"), made, at=NOW)
+        assert await tx.requests.find(key) == made
+        await tx.requests.remove(key)
+        assert await tx.requests.find(key) is None
+        await tx.requests.forget(before=NOW)
+        assert await tx.requests.find(replace(key, key="other")) == made
+        await tx.requests.forget(before=NOW + timedelta(seconds=1))
+        assert await tx.requests.find(replace(key, key="other")) is None
 
 
 async def test_pages_are_newest_first_and_meet_without_gap_or_repeat(store: Store) -> None:
@@ -457,7 +547,7 @@ async def test_usage_is_charged_and_counted(store: Store) -> None:
         )
         await tx.usage.charge([replace(period, posted=5, is_settled=False)])
         in_use = await tx.usage.in_use(ORG, later)
-        owed = Shape(shape.vcpus * 90, shape.memory_mib * 90, shape.disk_mib * 90)
+        owed = ShapeSeconds(shape.vcpus * 90, shape.memory_mib * 90, shape.disk_mib * 90)
         assert (in_use.owed, in_use.posted) == (owed, 5)
         assert await tx.usage.in_use(OTHER, later) == InUse()
     with pytest.raises(InternalError):
@@ -518,7 +608,7 @@ async def test_a_store_from_before_there_was_money_is_brought_up_to_date(url: st
                 assert (await tx.credits.account(org)).balance_cents == 10_000
                 ((_, member),) = await tx.users.members(org)
                 assert member.created_at == found[1].created_at
-                assert await tx.organizations.personal_workspace(org, user) is not None
+                assert await tx.workspaces.personal(org, user) is not None
                 periods = await tx.usage.of_sandbox(box)
             # What ran at that moment is charged from then on.
             assert [(one.is_free, one.is_settled) for one in periods] == [

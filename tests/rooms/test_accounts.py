@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from tests.support.clock import AheadClock
 from tests.support.house import Yard, eventually, open_yard
 
 from sandyard.server.core.money import MICROS
@@ -89,7 +90,7 @@ async def test_an_organization_is_founded_with_all_that_belongs_to_it(yard: Yard
     async with yard.house.store.read() as tx:
         project = await tx.projects.find(made["id"], None)
         (founder, member) = (await tx.users.members(made["id"]))[0]
-        workspace = await tx.organizations.personal_workspace(made["id"], founder.id)
+        workspace = await tx.workspaces.personal(made["id"], founder.id)
         account = await tx.credits.account(made["id"])
     assert project is not None
     assert workspace is not None
@@ -324,7 +325,7 @@ async def test_ssh_keys_are_added_listed_used_and_deleted(yard: Yard) -> None:
         async with yard.house.store.read() as tx:
             stored = await tx.sandboxes.find(str(box["id"]))
         assert stored is not None
-        assert len(stored.ssh_keys) == count
+        assert len(stored.authorized_keys) == count
         assert box["sshAuthMethod"] == ("key" if count else "none")
     refused = await post(yard.client, "/v1/sandboxes", status=400, sshKeys=["nobody"])
     assert refused["details"]["field"] == "sshKeys"
@@ -569,16 +570,6 @@ async def test_a_grant_is_given_once_by_operators_only(yard: Yard) -> None:
     }  # fmt: skip
     plan = await get(yard.client, "/v1/billing/plan")
     assert (plan["plan"], plan["limits"]["sandboxes"]) == ("enterprise", None)
-
-
-class AheadClock(SystemClock):
-    """A clock that a test sets ahead."""
-
-    def __init__(self) -> None:
-        self.ahead = timedelta()
-
-    def now(self) -> datetime:
-        return datetime.now(UTC) + self.ahead
 
 
 async def test_an_account_that_runs_dry_pauses_what_runs(tmp_path: Path) -> None:

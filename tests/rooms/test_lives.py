@@ -4,16 +4,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from tests.support.clock import AheadClock
 from tests.support.house import Yard, eventually, open_yard
 
 from sandyard.server.core.errors import InternalError
 from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
-from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.disks import total_memory_mib
 
@@ -32,7 +32,11 @@ async def pooled(tmp_path: Path) -> AsyncIterator[Yard]:
 
 
 async def pool_is(yard: Yard, size: int) -> bool:
-    found = [one.size for one in yard.house.node.shelves() if one.template == "base-ubuntu"]
+    found = [
+        one.size
+        for one in (await yard.house.node.report()).shelves
+        if one.template == "base-ubuntu"
+    ]
     return found == [size]
 
 
@@ -63,16 +67,6 @@ def record_of(home: Path, sandbox: Mapping[str, object]) -> Path:
         if str(sandbox["id"]) in one.read_text()
     )
     return found
-
-
-class JumpingClock(SystemClock):
-    """A clock that a test sets forward."""
-
-    def __init__(self) -> None:
-        self.ahead = timedelta()
-
-    def now(self) -> datetime:
-        return datetime.now(UTC) + self.ahead
 
 
 # --- pause and resume ---------------------------------------------------------------------------
@@ -488,7 +482,7 @@ async def test_a_machine_that_nobody_woke_is_woken_before_it_is_used(tmp_path: P
     record = record_of(tmp_path, box)
     record.write_text(json.dumps({**json.loads(record.read_text()), "is_awake": False}))
     async with open_yard(tmp_path, host=host, saves=True, keep=True, works=False) as yard:
-        assert [one.state for one in (await yard.house.node.report()).machines] == ["starting"]
+        assert [one.phase for one in (await yard.house.node.report()).machines] == ["waking"]
         answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "x"})
         assert answer.status_code == 409
         async with yard.house.store.write() as tx:
@@ -506,7 +500,7 @@ async def test_a_machine_that_nobody_woke_is_woken_before_it_is_used(tmp_path: P
 
 
 async def test_an_idle_sandbox_is_paused_and_says_so(tmp_path: Path) -> None:
-    clock = JumpingClock()
+    clock = AheadClock()
     async with open_yard(tmp_path, saves=True, clock=clock) as yard:
         idle = await yard.create(idleTimeout=100)
         never = await yard.create(idleTimeout=0)
@@ -526,7 +520,7 @@ async def test_an_idle_sandbox_is_paused_and_says_so(tmp_path: Path) -> None:
 
 
 async def test_what_keeps_a_processor_busy_is_not_idle(tmp_path: Path) -> None:
-    clock = JumpingClock()
+    clock = AheadClock()
     conduct = Conduct(recent_cpu_percent=5.1)
     async with open_yard(tmp_path, saves=True, clock=clock, conduct=conduct) as yard:
         box = await yard.create(idleTimeout=10)
@@ -543,7 +537,7 @@ async def test_what_keeps_a_processor_busy_is_not_idle(tmp_path: Path) -> None:
 
 
 async def test_a_command_that_takes_long_keeps_its_sandbox_up(tmp_path: Path) -> None:
-    clock = JumpingClock()
+    clock = AheadClock()
     async with open_yard(tmp_path, saves=True, clock=clock) as yard:
         box = await yard.create(idleTimeout=10)
         other = await yard.create(idleTimeout=10)
@@ -558,7 +552,7 @@ async def test_a_command_that_takes_long_keeps_its_sandbox_up(tmp_path: Path) ->
 
 
 async def test_a_clock_that_jumps_back_pauses_nothing(tmp_path: Path) -> None:
-    clock = JumpingClock()
+    clock = AheadClock()
     async with open_yard(tmp_path, saves=True, clock=clock) as yard:
         box = await yard.create(idleTimeout=10)
         clock.ahead = timedelta(days=-300)
@@ -651,7 +645,7 @@ async def test_fifty_creates_with_one_key_make_one_sandbox(yard: Yard) -> None:
 
 
 async def test_a_key_is_one_organizations_and_lasts_a_day(tmp_path: Path) -> None:
-    clock = JumpingClock()
+    clock = AheadClock()
     async with open_yard(tmp_path, saves=True, clock=clock) as yard:
         headers = {"Idempotency-Key": "k"}
         first = await yard.client.post("/v1/sandboxes", json={}, headers=headers)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.clock import DrivenClock
 
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import SandyardError
@@ -18,7 +19,7 @@ from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.money import MICROS, Prices
 from sandyard.server.core.records import Sandbox, User
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.states import Event, Status, Wanted
+from sandyard.server.core.states import Event, Status
 from sandyard.server.links.local import LocalBus
 from sandyard.server.links.payments import NoPayments
 from sandyard.server.links.sql import open_store
@@ -30,22 +31,6 @@ from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 START = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 PRICES = Prices(5 * MICROS, 1_500_000, 10 * MICROS, 10 * MICROS)
 HOUR_US = 3_600_000_000
-
-
-class SetClock:
-    """A clock that shows what it is set to."""
-
-    def __init__(self) -> None:
-        self.time = START
-
-    def now(self) -> datetime:
-        return self.time
-
-    def monotonic(self) -> float:
-        return 0.0
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(0)
 
 
 @dataclass
@@ -100,12 +85,12 @@ class Bench:
     def __init__(self, store: Store, org_id: str, user_id: str, project_id: str) -> None:
         self.store, self.org_id, self.user_id = store, org_id, user_id
         self.project_id = project_id
-        self.clock = SetClock()
+        self.clock = DrivenClock(START)
         self.lives: list[Life] = []
         self.restart()
 
     def restart(self) -> None:
-        self.lifecycle = Lifecycle(self.store, LocalBus(), self.clock)
+        self.lifecycle = Lifecycle(self.store, LocalBus(self.clock), self.clock)
         self.meter = Meter(
             store=self.store, lifecycle=self.lifecycle, payments=NoPayments(), clock=self.clock,
             prices=PRICES, enforces=False,
@@ -115,7 +100,7 @@ class Bench:
         now = self.clock.now()
         sandbox = Sandbox(
             id=new_sandbox_id(), org_id=self.org_id, owner_user_id=self.user_id,
-            project_id=self.project_id, name=None, status=Status.CREATING, wanted=Wanted.RUNNING,
+            project_id=self.project_id, name=None, status=Status.CREATING,
             version=1, incarnation=1, template="t", shape=shape, idle_timeout_s=0, created_at=now,
             updated_at=now, is_test=is_test,
         )  # fmt: skip

@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.conftest import free_port
+from tests.support.clock import AheadClock
 from tests.support.house import Yard, eventually, open_yard
 from tests.support.stripe import (
     SECRET,
@@ -20,19 +21,7 @@ from tests.support.stripe import (
     stripe_stand_in,
 )
 
-from sandyard.server.links.local import SystemClock
-
 CHECKOUT = {"amountCents": 2000, "successUrl": "https://a.b/ok", "cancelUrl": "https://a.b/no"}
-
-
-class AheadClock(SystemClock):
-    """A clock that a test sets ahead."""
-
-    def __init__(self) -> None:
-        self.ahead = timedelta()
-
-    def now(self) -> datetime:
-        return datetime.now(UTC) + self.ahead
 
 
 @pytest.fixture

@@ -48,6 +48,9 @@ class HandClock:
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(0)
 
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        return asyncio.timeout(seconds)
+
 
 @pytest.fixture
 def provider() -> Iterator[IdentityProvider]:

@@ -28,6 +28,7 @@ from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.disks import Ext4Disks
 from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.host.network import Slots, host_routes, remove_host_rules
+from sandyard.server.tasks import Crew
 from tests.support.firecracker import firecracker_binaries, firecracker_verdict
 from tests.support.images import minimal_image
 
@@ -110,8 +111,8 @@ async def real_bench(tmp_path: Path, held: AsyncExitStack, again: Callable[[], D
     identity = take_identity(home, routes=await host_routes())
     held.callback(give_back_identity, home)
     slots = Slots(identity)
-    tasks = await held.enter_async_context(asyncio.TaskGroup())
-    await slots.open(in_use=[], tasks=tasks)
+    crew = await held.enter_async_context(Crew())
+    await slots.open(in_use=[], crew=crew)
     held.push_async_callback(remove_host_rules, identity)
     held.push_async_callback(slots.close)
     place = await slots.take()

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
+from sandyard.server.app.house import House, open_house
 from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
-from sandyard.server.app.wiring import House, open_house
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, User

@@ -31,7 +31,7 @@ def test_keys_carry_their_kind_and_are_stored_as_digests() -> None:
 
 @pytest.mark.parametrize("name", ["a", "My box", "ünï", "x" * 63])
 def test_names_that_are_fine(name: str) -> None:
-    assert ids.check_name(name) == name
+    assert ids.checked_name(name) == name
 
 
 @pytest.mark.parametrize(
@@ -39,17 +39,17 @@ def test_names_that_are_fine(name: str) -> None:
 )
 def test_names_that_are_refused(name: str) -> None:
     with pytest.raises(InvalidArgumentError):
-        ids.check_name(name)
+        ids.checked_name(name)
 
 
 def test_tags_lose_repeats_and_keep_order() -> None:
-    assert ids.check_tags(["b", "a", "b"]) == ("b", "a")
+    assert ids.checked_tags(["b", "a", "b"]) == ("b", "a")
 
 
 @pytest.mark.parametrize("tags", [["t"] * 33, [""], ["x" * 65], ["a\x00"]])
 def test_bad_tags_are_refused(tags: list[str]) -> None:
     with pytest.raises(InvalidArgumentError):
-        ids.check_tags(tags)
+        ids.checked_tags(tags)
 
 
 @given(st.one_of(st.none(), st.text(max_size=80)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnavailableError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import MachineSpec, Place
@@ -27,7 +28,7 @@ from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.images.definitions import load_definition, load_definitions
 from sandyard.server.node.images.initrd import make_initrd
 from sandyard.server.node.machines.console import append_console
-from sandyard.server.node.machines.records import Phase, Resident, Residents
+from sandyard.server.node.machines.records import Record, Records
 from sandyard.server.tasks import to_the_end
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
@@ -185,16 +186,16 @@ def test_subnets_the_host_routes_to_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_records_survive_and_strays_are_removed(tmp_path: Path) -> None:
-    residents = Residents(tmp_path)
-    record = Resident(
+    residents = Records(tmp_path)
+    record = Record(
         id="machine-abcdefghijkl", sandbox_id="sandbox-abcdefghijkl", incarnation=2,
         phase=Phase.RUNNING, slot=4, template="t", image="i", driver="d", os="o", vcpus=1,
         memory_mib=512, disk_mib=1024, token="secret", handle={"pid": 1},
     )  # fmt: skip
     residents.write(record)
     (tmp_path / "machine-zzzzzzzzzzzz").mkdir()
-    assert Residents(tmp_path).all() == [record]
-    Residents(tmp_path).sweep()
+    assert Records(tmp_path).all() == [record]
+    Records(tmp_path).sweep()
     assert not (tmp_path / "machine-zzzzzzzzzzzz").exists()
     written = tmp_path / record.id / "resident.json"
     assert written.stat().st_mode & 0o777 == 0o600

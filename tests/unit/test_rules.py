@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sandyard.server.core import errors
 from sandyard.server.core.errors import Code, InvalidArgumentError, SandyardError
 from sandyard.server.core.scopes import SCOPES, is_covered
-from sandyard.server.core.sshkeys import check_public_key, is_literal_key
+from sandyard.server.core.sshkeys import checked_public_key, is_literal_key
 
 
 def blob(*parts: bytes) -> str:
@@ -50,7 +50,7 @@ def test_nothing_covers_with_nothing_held(scope: str) -> None:
 
 @pytest.mark.parametrize("key", [ED25519, RSA_2048])
 def test_good_keys_are_kept_as_one_line(key: str) -> None:
-    assert check_public_key(f" {key}\n", field="k") == key
+    assert checked_public_key(f" {key}\n", field="k") == key
     assert is_literal_key(key)
 
 
@@ -70,7 +70,7 @@ def test_good_keys_are_kept_as_one_line(key: str) -> None:
 )
 def test_bad_keys_are_refused(key: str) -> None:
     with pytest.raises(InvalidArgumentError):
-        check_public_key(key, field="k")
+        checked_public_key(key, field="k")
 
 
 def classes() -> list[type[SandyardError]]:

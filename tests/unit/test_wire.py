@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandyard.server.core import wire
-from sandyard.server.core.wire import Answer, Channel, Decoder, Frame, Op, Request, WireError
+from sandyard.server.core.wire import Answer, Channel, Decoder, Frame, Request, WireError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
@@ -29,9 +29,9 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     return result
 
 
-@given(st.sampled_from(Op), st.text(), OBJECTS, FRAMES, CUTS)
+@given(st.text(), st.text(), OBJECTS, FRAMES, CUTS)
 def test_a_request_and_frames_come_back_however_they_are_cut(
-    op: Op,
+    op: str,
     token: str,
     args: dict[str, object],
     frames: list[tuple[Channel, bytes]],
@@ -91,7 +91,6 @@ def test_any_json_head_is_understood_or_refused(value: object) -> None:
     [
         b"{}\n",
         b'{"v":2,"token":"","op":"hello","args":{}}\n',
-        b'{"v":1,"token":"","op":"nonsense","args":{}}\n',
         b'{"v":1,"token":1,"op":"hello","args":{}}\n',
         b'{"v":1,"token":"","op":"hello","args":[]}\n',
         b"[" * 100_000 + b"\n",
@@ -117,7 +116,7 @@ def test_lengths_have_bounds_on_both_sides() -> None:
     with pytest.raises(WireError):
         decoder.take_answer()
     with pytest.raises(WireError):
-        wire.encode_request(Request(Op.EXEC, "t", {"command": "x" * wire.HEAD_MAX}))
+        wire.encode_request(Request("exec", "t", {"command": "x" * wire.HEAD_MAX}))
 
 
 def test_an_unknown_channel_is_refused() -> None:
@@ -128,4 +127,4 @@ def test_an_unknown_channel_is_refused() -> None:
 
 
 def test_a_token_is_never_printed() -> None:
-    assert "s3cret" not in repr(Request(Op.HELLO, "s3cret", {}))
+    assert "s3cret" not in repr(Request("hello", "s3cret", {}))

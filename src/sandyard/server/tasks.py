@@ -1,4 +1,4 @@
-"""Work that is never left behind, in threads or in tasks.
+"""Work that is never left behind: in threads, to its end, or beside other work.
 
 `asyncio.to_thread` and `asyncio.shield` return at once when they are cancelled, and what they began
 goes on: what cleans up after it would run beside it, and a file come back that was just removed.
@@ -6,12 +6,19 @@ goes on: what cleans up after it would run beside it, and a file come back that 
 
 import asyncio
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import ParamSpec, TypeVar
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+from sandyard.server.core.errors import SandyardError
+
+log = logging.getLogger(__name__)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+Work = Coroutine[object, object, object]
 
 
 async def in_thread(work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -43,8 +50,8 @@ async def _ended(doing: "asyncio.Future[_T]") -> _T:
 
 
 @asynccontextmanager
-async def beside(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
-    """Run `work` beside the block and cancel it at the block's end.
+async def beside(work: Coroutine[object, object, _T]) -> AsyncIterator["asyncio.Task[_T]"]:
+    """Run `work` beside the block, which is given its task, and cancel it at the block's end.
 
     An error of either ends the other and comes out as it is, not in a group; if both fail, the
     block's comes out.
@@ -53,8 +60,78 @@ async def beside(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(work)
             try:
-                yield
+                yield task
             finally:
                 task.cancel()
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from group
+
+
+class Crew:
+    """Owns the tasks that nobody waits for: how one fails is logged, and takes nothing else along.
+
+    Use it as a block. What is under way when the block is left is cancelled and waited for; before
+    and after the block nothing is begun.
+    """
+
+    def __init__(self) -> None:
+        self._group: asyncio.TaskGroup | None = None
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._named: dict[str, asyncio.Task[None]] = {}
+
+    async def __aenter__(self) -> Self:
+        self._group = await asyncio.TaskGroup().__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        trouble: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        group, self._group = self._group, None
+        for task in self._under_way:
+            task.cancel()
+        if group is not None:
+            # The block's own error comes out as it is, not in a group.
+            await group.__aexit__(None, None, None)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether work is taken on."""
+        return self._group is not None
+
+    def start(
+        self, work: Work, what: str, *, once: str | None = None, quietly: bool = False
+    ) -> "asyncio.Task[None] | None":
+        """Begin work and return its task; None, and nothing is begun, where there is no block.
+
+        `what` is a sentence for the log if it fails; an intended failure is not worth one where it
+        is done `quietly`. Of what is named by `once` there is one at a time: None if it is at work.
+        """
+        if self._group is None or once in self._named:
+            work.close()
+            return None
+        task = self._group.create_task(_kept(work, what, quietly=quietly))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        # Cancelled before its first step, a task never touches the work that it was to do.
+        task.add_done_callback(lambda _: work.close())
+        if once is not None:
+            self._named[once] = task
+            task.add_done_callback(lambda _: self._named.pop(once, None))
+        return task
+
+    def is_at(self, once: str) -> bool:
+        """Tell whether the work of that name is under way."""
+        return once in self._named
+
+
+async def _kept(work: Work, what: str, *, quietly: bool) -> None:
+    """Do work; raised further, its failure would end all that its owner does besides."""
+    try:
+        await work
+    except SandyardError as error:
+        log.log(logging.DEBUG if quietly else logging.WARNING, "%s: %s", what, error.message)
+    except Exception:
+        log.exception("%s, in a way that nobody foresaw", what)

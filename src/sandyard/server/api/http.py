@@ -35,7 +35,9 @@ from sandyard.server.service.people.organizations import Organizations
 from sandyard.server.service.people.rates import Allowance, Rates
 from sandyard.server.service.people.ssh_keys import SshKeys
 from sandyard.server.service.readiness import Readiness
-from sandyard.server.service.sandboxes.sandboxes import Sandboxes
+from sandyard.server.service.sandboxes.change import Sandboxes
+from sandyard.server.service.sandboxes.create import Creation
+from sandyard.server.service.sandboxes.execute import Commands
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.templates import Templates
 
@@ -49,7 +51,7 @@ ROUTES = (
 BODY_MAX = 32 * 1024 * 1024
 
 
-class Observer(Protocol):
+class RequestObserver(Protocol):
     """Is told of every request that was answered."""
 
     def __call__(self, *, method: str, route: str, status: int, seconds: float) -> None:
@@ -69,14 +71,16 @@ class Services:
     feed: Feed
     billing: Billing
     now: Callable[[], datetime]
+    creation: Creation
     sandboxes: Sandboxes
+    commands: Commands
     snapshots: Snapshots
     templates: Templates
     readiness: Readiness
 
 
 def make_api(
-    services: Services, *, version: str, observe: Observer, bind: Callable[[str], object]
+    services: Services, *, version: str, observe: RequestObserver, bind: Callable[[str], object]
 ) -> FastAPI:
     """Return the application. `bind` is told each request's id before it is served."""
     app = FastAPI(
@@ -117,7 +121,9 @@ def _describe_truly(app: FastAPI) -> None:
 class _Edge:
     """Gives each request an id, bounds its body, and reports how it went."""
 
-    def __init__(self, app: ASGIApp, *, observe: Observer, bind: Callable[[str], object]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, observe: RequestObserver, bind: Callable[[str], object]
+    ) -> None:
         self._app = app
         self._observe = observe
         self._bind = bind
@@ -199,4 +205,4 @@ def _bounded(receive: Receive) -> Receive:
     return receive_bounded
 
 
-__all__ = ["BODY_MAX", "Observer", "Services", "answer_error", "make_api"]
+__all__ = ["BODY_MAX", "RequestObserver", "Services", "answer_error", "make_api"]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.ids import new_uuid
 
 
 def secret_key(home: Path) -> bytes:
@@ -24,6 +25,21 @@ def secret_key(home: Path) -> bytes:
         file.flush()
         os.fsync(file.fileno())
     return path.read_bytes()
+
+
+def server_id_of(home: Path) -> str:
+    """Return the id of the server that uses a home, the same at every start of it."""
+    path = home / "server.id"
+    home.mkdir(parents=True, exist_ok=True, mode=0o755)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        if known := path.read_text().strip():
+            return known
+        descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(new_uuid())
+    return path.read_text()
 
 
 @contextmanager

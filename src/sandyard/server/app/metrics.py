@@ -3,6 +3,8 @@
 import hmac
 import ipaddress
 from collections import Counter as Tally
+from collections.abc import Sequence
+from contextlib import suppress
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -18,12 +20,16 @@ from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sandyard.server.core.contracts.node import MachineState, Way
-from sandyard.server.core.errors import NotFoundError
-from sandyard.server.node.node import Node
+from sandyard.server.core.contracts.node import MachineFact, NodeReport, Phase, Way
+from sandyard.server.core.errors import NotFoundError, UnavailableError
+from sandyard.server.service.nodes import Nodes
 
 _FORWARDING = ("forwarded", "x-forwarded-for", "x-real-ip")
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+_SILENT = "silent"
+_STATES = (*(phase.value for phase in Phase if phase is not Phase.WAITING), _SILENT)
 
 
 class Metrics:
@@ -67,7 +73,7 @@ class Metrics:
             ("template", "result"),
             registry=self._registry,
         )
-        shelf = ("template", "vcpus", "memory_mib")
+        shelf = ("template", "vcpus", "memory_mib", "disk_mib")
         self._pool = Gauge(
             "sandyard_pool_size", "Machines that wait.", shelf, registry=self._registry
         )
@@ -96,35 +102,42 @@ class Metrics:
         """Count a start that could have come from the pool."""
         self._asked.labels(template, "hit" if is_hit else "miss").inc()
 
-    async def render(self, node: Node) -> bytes:
-        """Return all metrics in Prometheus's text form."""
-        report = await node.report()
-        tally = Tally(fact.state for fact in report.machines)
-        for state in MachineState:
-            self._machines.labels(state.value).set(tally[state])
+    def render(self, reports: Sequence[NodeReport]) -> bytes:
+        """Return all metrics in Prometheus's text form, with what the nodes report."""
+        tally = Tally(_state_of(fact) for report in reports for fact in report.machines)
+        for state in _STATES:
+            self._machines.labels(state).set(tally[state])
         self._pool.clear()
         self._pool_target.clear()
-        for one in node.shelves():
-            labels = (one.template, str(one.vcpus), str(one.memory_mib))
-            self._pool.labels(*labels).set(one.size)
-            self._pool_target.labels(*labels).set(one.target)
-        self._goldens.set(node.goldens)
+        for one in (shelf for report in reports for shelf in report.shelves):
+            labels = (one.template, str(one.vcpus), str(one.memory_mib), str(one.disk_mib))
+            self._pool.labels(*labels).inc(one.size)
+            self._pool_target.labels(*labels).inc(one.target)
+        self._goldens.set(sum(report.goldens for report in reports))
         return generate_latest(self._registry)
+
+
+def _state_of(fact: MachineFact) -> str:
+    return _SILENT if fact.is_silent else fact.phase.value
 
 
 class MetricsRoute:
     """Answers GET /metrics."""
 
-    def __init__(self, metrics: Metrics, node: Node, token: SecretStr | None) -> None:
+    def __init__(self, metrics: Metrics, nodes: Nodes, token: SecretStr | None) -> None:
         self._metrics = metrics
-        self._node = node
+        self._nodes = nodes
         self._token = token
 
     async def answer(self, request: Request) -> Response:
         """Return the metrics to one who may read them, else say that nothing is here."""
         if not self._may_read(request):
             raise NotFoundError("cannot find /metrics: see /docs for the routes")
-        return Response(await self._metrics.render(self._node), media_type=CONTENT_TYPE_LATEST)
+        reports = []
+        for node in self._nodes.all():
+            with suppress(UnavailableError):
+                reports.append(await self._nodes.report_of(node))
+        return Response(self._metrics.render(reports), media_type=CONTENT_TYPE_LATEST)
 
     def _may_read(self, request: Request) -> bool:
         if self._token is not None:

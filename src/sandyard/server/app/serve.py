@@ -11,17 +11,18 @@ import time
 
 import uvicorn
 
+from sandyard.server.app.house import House, open_house
 from sandyard.server.app.installation import only_server, running_server, secret_key
 from sandyard.server.app.settings import Settings
-from sandyard.server.app.wiring import House, identity_of, open_house, sign_up_of
-from sandyard.server.core.contracts.node import MachineState
+from sandyard.server.app.wiring import identity_of, sign_up_of
+from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import SandyardError, UnavailableError
-from sandyard.server.core.states import Event, Status, Wanted
+from sandyard.server.core.states import Event, Status
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store
 from sandyard.server.node.host.identity import give_back_identity
 from sandyard.server.node.host.network import remove_host_rules
-from sandyard.server.node.machines.records import Residents
+from sandyard.server.node.machines.records import Records
 from sandyard.server.service.money.metering import BEAT
 from sandyard.server.service.people.bootstrap import is_valid_key, new_bootstrap_key
 
@@ -131,7 +132,7 @@ def stop_server(settings: Settings) -> int | None:
 def living_machines(settings: Settings) -> list[str]:
     """Return the ids of the sandboxes whose machines are recorded on this host."""
     folder = settings.home / "machines"
-    found = (record.sandbox_id for record in Residents(folder).all())
+    found = (record.sandbox_id for record in Records(folder).all())
     return sorted(one for one in found if one)
 
 
@@ -165,7 +166,7 @@ async def _delete_all(house: House) -> int:
     async with house.store.read() as tx:
         away_since = await tx.facts.moment(BEAT)
     report = await house.node.report()
-    living = {fact.sandbox_id for fact in report.machines if fact.state is not MachineState.DEAD}
+    living = {fact.sandbox_id for fact in report.machines if fact.phase is not Phase.DEAD}
     while True:
         async with house.store.read() as tx:
             left = await tx.sandboxes.on_node(house.node.node_id, frozenset(Status) - _GONE)
@@ -178,7 +179,6 @@ async def _delete_all(house: House) -> int:
                     await house.lifecycle.apply(
                         sandbox,
                         Event.DELETE,
-                        wanted=Wanted.GONE,
                         ended_at=None if sandbox.id in living else away_since,
                     )
                     removed += 1

@@ -25,7 +25,9 @@ Each class has a code for machines and each error a sentence for people. Only th
 which HTTP status belongs to a code.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -186,3 +188,23 @@ class InternalError(SandyardError):
     """A bug or a broken invariant; a person should look at the log."""
 
     code = Code.INTERNAL_ERROR
+
+
+_BY_CODE: Mapping[Code, type[SandyardError]] = MappingProxyType(
+    {
+        kind.code: kind
+        for kind in (
+            InvalidArgumentError, KeyReusedError, UnauthenticatedError, InvalidTokenError,
+            TokenExpiredError, PermissionDeniedError, NotFoundError, AlreadyExistsError,
+            LimitReachedError, ConflictError, QuotaExceededError, PayloadTooLargeError,
+            DamagedError, UnsupportedError, UnavailableError, NoCapacityError,
+            DeadlineExceededError, InternalError,
+        )
+    }
+)  # fmt: skip
+
+
+def error_of(code: str, message: str, facts: Mapping[str, str | int]) -> SandyardError:
+    """Return the error that another process told of; one that nobody knows is InternalError."""
+    kind = _BY_CODE.get(Code(code)) if code in list(Code) else None
+    return (kind or InternalError)(message, **facts)

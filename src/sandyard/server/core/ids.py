@@ -5,6 +5,7 @@ import re
 import secrets
 import string
 import uuid
+from collections.abc import Sequence
 from hashlib import sha256
 
 from sandyard.server.core.errors import InvalidArgumentError
@@ -85,7 +86,7 @@ def is_slug(text: str) -> bool:
     return _SLUG.fullmatch(text) is not None
 
 
-def check_text(text: str, *, field: str) -> str:
+def checked_text(text: str, *, field: str) -> str:
     """Return `text`, refusing U+0000 and lone surrogates, which no store or guest can keep.
 
     Raises:
@@ -109,7 +110,7 @@ def check_json(value: object, *, field: str, depth: int = 0) -> None:
     """Refuse a JSON value that not every database and client can keep.
 
     Raises:
-        InvalidArgumentError: text as `check_text` refuses it, a number that is not finite, or
+        InvalidArgumentError: text as `checked_text` refuses it, a number that is not finite, or
             nesting over 64 deep.
     """
     if depth > _JSON_DEPTH:
@@ -117,7 +118,7 @@ def check_json(value: object, *, field: str, depth: int = 0) -> None:
             f"cannot take {field}: it is nested over {_JSON_DEPTH} deep", field=field
         )
     if isinstance(value, str):
-        check_text(value, field=field)
+        checked_text(value, field=field)
     elif isinstance(value, float) and not math.isfinite(value):
         raise InvalidArgumentError(f"cannot take {field}: NaN is not JSON", field=field)
     elif isinstance(value, list):
@@ -125,17 +126,17 @@ def check_json(value: object, *, field: str, depth: int = 0) -> None:
             check_json(one, field=field, depth=depth + 1)
     elif isinstance(value, dict):
         for name, one in value.items():
-            check_text(str(name), field=field)
+            checked_text(str(name), field=field)
             check_json(one, field=field, depth=depth + 1)
 
 
-def check_name(name: str) -> str:
+def checked_name(name: str) -> str:
     """Return a sandbox's name, refusing what could not be told from an id or cannot be printed.
 
     Raises:
         InvalidArgumentError: not 1 to 63 printable characters, or of an id's form.
     """
-    check_text(name, field="name")
+    checked_text(name, field="name")
     if not 1 <= len(name) <= NAME_MAX or not name.isprintable() or not name.strip():
         raise InvalidArgumentError(
             f"cannot use this name: it needs 1 to {NAME_MAX} printable characters", field="name"
@@ -147,7 +148,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_tags(tags: list[str]) -> tuple[str, ...]:
+def checked_tags(tags: Sequence[str]) -> tuple[str, ...]:
     """Return tags without repeats, in the order given.
 
     Raises:
@@ -158,7 +159,7 @@ def check_tags(tags: list[str]) -> tuple[str, ...]:
             f"cannot take {len(tags)} tags: at most {TAGS_MAX} are allowed", field="tags"
         )
     for tag in tags:
-        check_text(tag, field="tags")
+        checked_text(tag, field="tags")
         if not 1 <= len(tag) <= TAG_MAX:
             raise InvalidArgumentError(
                 f"cannot take a tag of {len(tag)} characters: 1 to {TAG_MAX} are allowed",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
-from sandyard.server.core.shapes import Shape
+from sandyard.server.core.shapes import Shape, ShapeSeconds
 
 MICROS = 1_000_000
 """Micros in a cent."""
@@ -36,10 +36,22 @@ class Prices:
     def compute(self, shape: Shape, time: timedelta) -> int:
         """Return what a running sandbox of a shape costs in a stretch of time."""
         us = max(0, time // _TICK)
+        return self._compute(shape.vcpus * us, shape.memory_mib * us, shape.disk_mib * us)
+
+    def used(self, amounts: ShapeSeconds) -> int:
+        """Return what was used by several sandboxes, for whole seconds each, costs together."""
+        second_us = 1_000_000
+        return self._compute(
+            amounts.vcpu_seconds * second_us,
+            amounts.memory_mib_seconds * second_us,
+            amounts.disk_mib_seconds * second_us,
+        )
+
+    def _compute(self, vcpu_us: int, memory_mib_us: int, disk_mib_us: int) -> int:
         # One fraction, rounded once: the months' part and the hours' part over 730 * 1024 hours.
-        per_hour = shape.vcpus * self.vcpu_hour * 1024 + shape.memory_mib * self.memory_gib_hour
-        per_month = shape.disk_mib * self.disk_gib_month
-        return us * (per_hour * 730 + per_month) // (1024 * _MONTH_US)
+        per_hour = vcpu_us * self.vcpu_hour * 1024 + memory_mib_us * self.memory_gib_hour
+        per_month = disk_mib_us * self.disk_gib_month
+        return (per_hour * 730 + per_month) // (1024 * _MONTH_US)
 
     def storage(self, size_bytes: int, time: timedelta) -> int:
         """Return what so many bytes that are kept cost in a stretch of time."""

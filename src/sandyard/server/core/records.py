@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from sandyard.server.core.shapes import NOTHING, Shape
-from sandyard.server.core.states import Status, Wanted
+from sandyard.server.core.shapes import NOTHING, Shape, ShapeSeconds
+from sandyard.server.core.states import Status
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,10 @@ class Reason:
 class Sandbox:
     """What a user owns. `version` grows with every write and guards it.
 
-    `incarnation` counts the starts of its machine; the one numbered `from_snapshot_at` comes from a
-    snapshot. `saved_bytes` is what its saved state takes on disk. `env` and `root_password_hash`
-    are secrets: the store keeps the first encrypted, nothing echoes either.
+    `incarnation` counts the starts of its machine; that of `from_snapshot_incarnation` comes from a
+    snapshot. `authorized_keys` are public keys, `saved_bytes` what its saved state takes on disk.
+    `env` and `root_password_hash` are secrets: the store keeps the first encrypted, nothing echoes
+    either.
     """
 
     id: str
@@ -150,7 +151,6 @@ class Sandbox:
     project_id: str
     name: str | None
     status: Status
-    wanted: Wanted
     version: int
     incarnation: int
     template: str
@@ -160,7 +160,7 @@ class Sandbox:
     updated_at: datetime
     tags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
-    ssh_keys: tuple[str, ...] = ()
+    authorized_keys: tuple[str, ...] = ()
     root_password_hash: str | None = field(default=None, repr=False)
     metadata: Mapping[str, object] = field(default_factory=dict)
     auto_resume: bool = True
@@ -175,7 +175,7 @@ class Sandbox:
     last_activity_at: datetime | None = None
     last_activity_kind: str | None = None
     from_snapshot_id: str | None = None
-    from_snapshot_at: int = 0
+    from_snapshot_incarnation: int = 0
     is_test: bool = False
     saved_bytes: int = 0
     owner_display_name: str = ""
@@ -184,7 +184,10 @@ class Sandbox:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A sandbox as it was at one moment, kept to start others from. `size_bytes` is on disk."""
+    """A sandbox as it was at one moment, kept to start others from. `size_bytes` is on disk.
+
+    One that is not ready is being made for as long as `held_until` lies ahead.
+    """
 
     id: str
     org_id: str
@@ -199,6 +202,20 @@ class Snapshot:
     is_hidden: bool
     size_bytes: int
     created_at: datetime
+    held_until: datetime | None = None
+
+    def is_made(self, now: datetime) -> bool:
+        """Tell whether somebody is at work on it."""
+        return not self.is_ready and self.held_until is not None and self.held_until > now
+
+
+@dataclass(frozen=True)
+class NodeSeen:
+    """A node as the store knows it: when it was heard of first, and last."""
+
+    id: str
+    first_seen_at: datetime
+    seen_at: datetime
 
 
 @dataclass(frozen=True)
@@ -366,8 +383,8 @@ class InUse:
 
     Those that are `active` run, or are on the way up or down; `disk_mib` is of all that live,
     `tests` counts those of test keys. `paid` is the shape of all active ones that are not free,
-    added up. `owed` is the same times seconds, for the time that is being charged, and `posted`
-    the micros that were charged of it.
+    added up. `owed` is what the time that is being charged was used for, and `posted` the micros
+    that were charged of it.
     """
 
     active: int = 0
@@ -376,5 +393,5 @@ class InUse:
     disk_mib: int = 0
     tests: int = 0
     paid: Shape = NOTHING
-    owed: Shape = NOTHING
+    owed: ShapeSeconds = field(default_factory=ShapeSeconds)
     posted: int = 0

@@ -27,6 +27,15 @@ class Shape:
 NOTHING = Shape(0, 0, 0)
 
 
+@dataclass(frozen=True)
+class ShapeSeconds:
+    """Shapes, each times the seconds for which it was used, added up."""
+
+    vcpu_seconds: int = 0
+    memory_mib_seconds: int = 0
+    disk_mib_seconds: int = 0
+
+
 def parse_size(text: str, *, field: str) -> int:
     """Return the MiB that a size such as `4GB`, `1024MB` or `512MiB` means.
 

@@ -23,7 +23,7 @@ def is_literal_key(text: str) -> bool:
     return text.split(" ", 1)[0] in KEY_TYPES
 
 
-def check_public_key(text: str, *, field: str) -> str:
+def checked_public_key(text: str, *, field: str) -> str:
     """Return an OpenSSH public key on one line, as `authorized_keys` wants it.
 
     The key's blob is read as RFC 4253, section 6.6 lays it out, so what is named and what is inside

@@ -35,6 +35,8 @@ class Event(StrEnum):
     """What can happen to a sandbox."""
 
     PLACED = "placed"  # a node was chosen and is at work
+    DISPLACED = "displaced"  # that node cannot start it; another may
+    AGAIN = "again"  # its machine died before anybody could use it, and another is started
     READY = "ready"  # the agent answered: the sandbox can be used
     BROKE = "broke"  # a start failed for good, or a machine died
     SILENT = "silent"  # node or agent do not answer
@@ -49,14 +51,6 @@ class Event(StrEnum):
     VANISHED = "vanished"  # nothing of it is left anywhere, and nobody asked for that
 
 
-class Wanted(StrEnum):
-    """What the owner asked for; written by requests only, never by what happened."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    GONE = "gone"
-
-
 _S, _E = Status, Event
 
 TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
@@ -68,6 +62,8 @@ TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
         },
         _S.CREATING: {
             _E.READY: _S.RUNNING,
+            _E.AGAIN: _S.CREATING,
+            _E.DISPLACED: _S.PENDING,
             _E.BROKE: _S.FAILED,
             _E.DELETE: _S.DESTROYING,
         },

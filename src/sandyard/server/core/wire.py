@@ -2,7 +2,7 @@
 
 One connection carries one operation. The host sends one line of JSON (version, token, operation,
 arguments); the agent answers with one line (ok, or an error). What follows belongs to the
-operation: raw bytes (`dial`) or frames (`exec`, `read_file`, `write_file`):
+operation (`core.ops`): raw bytes (`dial`) or frames (`exec`):
 
     channel  1 byte
     length   4 bytes, big-endian, at most FRAME_MAX
@@ -25,17 +25,12 @@ FRAME_MAX: Final = 256 * 1024
 _FRAME_HEADER: Final = 5
 
 
-class Op(StrEnum):
-    """What the host can ask of the agent."""
+class Refusal(StrEnum):
+    """Why an agent does not do what was asked."""
 
-    HELLO = "hello"
-    SETUP = "setup"  # say who the machine is; with what WAKE needs, do that first
-    WAKE = "wake"  # the machine has stood still: mend its clock, randomness and connections
-    EXEC = "exec"
-    DIAL = "dial"
-    READ_FILE = "read_file"
-    WRITE_FILE = "write_file"
-    STATS = "stats"
+    UNAUTHORIZED = "unauthorized"  # the token is not the one it accepts
+    UNSUPPORTED = "unsupported"  # it does not know the operation
+    BAD_REQUEST = "bad_request"  # the machine would not do it; the message says why
 
 
 class Channel(IntEnum):
@@ -55,7 +50,7 @@ class WireError(Exception):
 class Request:
     """The first line of a connection, from host to agent."""
 
-    op: Op
+    op: str
     token: str = field(repr=False)
     args: dict[str, object]
 
@@ -84,7 +79,7 @@ def encode_request(request: Request) -> bytes:
         WireError: it would be longer than HEAD_MAX.
     """
     return _encode_line(
-        {"v": VERSION, "token": request.token, "op": request.op.value, "args": request.args}
+        {"v": VERSION, "token": request.token, "op": request.op, "args": request.args}
     )
 
 
@@ -131,19 +126,15 @@ class Decoder:
         """Return the request line, or None if it is not complete yet.
 
         Raises:
-            WireError: too long, not JSON, another version, or an operation nobody knows.
+            WireError: too long, not JSON, or another version.
         """
         head = self._take_line()
         if head is None:
             return None
-        try:
-            op = Op(_text(head, "op"))
-        except ValueError as error:
-            raise WireError("the operation is unknown") from error
         args = head.get("args")
         if not isinstance(args, dict):
             raise WireError("the arguments are not an object")
-        return Request(op=op, token=_text(head, "token"), args=args)
+        return Request(op=_text(head, "op"), token=_text(head, "token"), args=args)
 
     def take_answer(self) -> Answer | None:
         """Return the answer line, or None if it is not complete yet.

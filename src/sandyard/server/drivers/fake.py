@@ -8,12 +8,12 @@ again finds its machines there. Conduct makes it misbehave the ways real ones do
 import asyncio
 import itertools
 import json
-from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sandyard.server.core import wire
+from sandyard.server.core import ops, wire
+from sandyard.server.core.codec import CodecError, encode
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
@@ -31,6 +31,8 @@ from sandyard.server.drivers.contract import (
 
 _PIDS = itertools.count(1_000_000_000)  # above any real pid: nothing can be killed by mistake
 AGENT_SOCKET = "agent.sock"
+ECHO_PORT = 7
+"""What listens there in a fake machine says back what it is told."""
 
 
 @dataclass
@@ -200,20 +202,7 @@ class FakeMachine:
             if not self._conduct.answers:
                 await self._closed.wait()
             await self._moving.wait()
-            if request.op is wire.Op.SETUP and self._conduct.dies_at_set_up > 0:
-                self._conduct.dies_at_set_up -= 1
-                self.die()
-                await self._closed.wait()
-            changes = request.op in (wire.Op.WAKE, wire.Op.SETUP)
-            if changes and not self._conduct.wakes:
-                answer = wire.Answer({}, error="bad_request", message="told not to wake")
-            elif request.token != self.remembers["token"]:
-                answer = wire.Answer({}, error="unauthorized", message="the token is wrong")
-            else:
-                answer = wire.Answer(self._answer(request))
-            writer.write(wire.encode_answer(answer))
-            if request.op is wire.Op.EXEC and answer.error is None:
-                await self._exec(request.args, writer)
+            await self._converse(request, reader, decoder, writer)
             await writer.drain()
         except (OSError, wire.WireError):
             pass
@@ -221,34 +210,88 @@ class FakeMachine:
             self._writers.discard(writer)
             writer.close()
 
-    def _answer(self, request: wire.Request) -> dict[str, object]:
-        if request.op is wire.Op.SETUP:
-            self.remembers |= {
-                "token": str(request.args["token"]),
-                "hostname": str(request.args["hostname"]),
-                "env": json.dumps(request.args["env"]),
-            }
-        if request.op is wire.Op.WAKE:
-            self.remembers["woken"] = (
-                "fully" if not request.args.get("keepsConnections") else "part"
+    async def _converse(
+        self,
+        request: wire.Request,
+        reader: asyncio.StreamReader,
+        decoder: wire.Decoder,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        try:
+            operation = self._accepted(request)
+            if isinstance(operation, ops.SetUp) and self._conduct.dies_at_set_up > 0:
+                self._conduct.dies_at_set_up -= 1
+                self.die()
+                await self._closed.wait()
+            answer = wire.Answer(encode(self._answer(operation)))
+        except _RefusedError as error:
+            writer.write(
+                wire.encode_answer(wire.Answer({}, error=error.code.value, message=str(error)))
             )
-        if request.op is wire.Op.STATS and "windowS" in request.args:
-            return {"recentCpuPercent": self._conduct.recent_cpu_percent}
-        if request.op is wire.Op.STATS:
-            return {
-                "cpuPercent": 0.5, "memoryUsedBytes": 2**20, "memoryTotalBytes": 2**29,
-                "diskUsedBytes": 2**20, "diskTotalBytes": 2**30, "uptime": 1.0,
-            }  # fmt: skip
-        return {"pid": 1}
+            return
+        writer.write(wire.encode_answer(answer))
+        match operation:
+            case ops.Execute():
+                await self._execute(operation, writer)
+            case ops.Dial():
+                await self._echo(reader, decoder, writer)
+            case _:
+                pass
 
-    async def _exec(self, args: Mapping[str, object], writer: asyncio.StreamWriter) -> None:
+    def _accepted(self, request: wire.Request) -> ops.AnyOperation:
+        try:
+            operation = ops.operation_of(request.op, request.args)
+        except ops.UnknownOperationError as error:
+            raise _RefusedError(wire.Refusal.UNSUPPORTED, str(error)) from error
+        except CodecError as error:
+            raise _RefusedError(wire.Refusal.BAD_REQUEST, str(error)) from error
+        if isinstance(operation, ops.SetUp | ops.Wake) and not self._conduct.wakes:
+            raise _RefusedError(wire.Refusal.BAD_REQUEST, "told not to wake")
+        if request.token != self.remembers["token"]:
+            raise _RefusedError(wire.Refusal.UNAUTHORIZED, "the token is wrong")
+        return operation
+
+    def _answer(self, operation: ops.AnyOperation) -> object:
+        match operation:
+            case ops.Hello():
+                return ops.Greeting(1)
+            case ops.SetUp():
+                self.remembers |= {
+                    "token": operation.token,
+                    "hostname": operation.hostname,
+                    "env": json.dumps(dict(operation.env)),
+                }
+            case ops.Wake():
+                self.remembers["woken"] = "part" if operation.keeps_connections else "fully"
+            case ops.Execute():
+                return ops.Started(1)
+            case ops.Dial():
+                if operation.port != ECHO_PORT:
+                    message = f"cannot connect to port {operation.port}: nothing listens there"
+                    raise _RefusedError(wire.Refusal.BAD_REQUEST, message)
+            case ops.Stats() if operation.window_s is not None:
+                return ops.Figures(recent_cpu_percent=self._conduct.recent_cpu_percent)
+            case ops.Stats():
+                return ops.Figures(0.5, 2**20, 2**29, 2**20, 2**30, 1.0)
+        return ops.Done()
+
+    async def _echo(
+        self, reader: asyncio.StreamReader, decoder: wire.Decoder, writer: asyncio.StreamWriter
+    ) -> None:
+        data = decoder.take_raw()
+        while data or (data := await reader.read(65536)):
+            writer.write(data)
+            await writer.drain()
+            data = b""
+
+    async def _execute(self, wish: ops.Execute, writer: asyncio.StreamWriter) -> None:
         """Echo the command, but for a few words that have a meaning.
 
         `hang` never answers, `die` takes the machine down, `hostname` tells it; `remember X` and
         `recall` use its memory, `write X` and `read` its disk.
         """
-        word, _, rest = str(args["command"]).partition(" ")
-        said = str(args["command"])
+        said = wish.command
+        word, _, rest = said.partition(" ")
         match word:
             case "hang":
                 await self._closed.wait()
@@ -266,8 +309,16 @@ class FakeMachine:
             case _:
                 pass
         writer.write(wire.encode_frame(wire.Channel.STDOUT, said.encode()))
-        end = {"exitCode": 0, "signal": None, "timedOut": False, "durationMs": 1}
-        writer.write(wire.encode_frame(wire.Channel.EXIT, json.dumps(end).encode()))
+        end = ops.Ended(exit_code=0, duration_ms=1)
+        writer.write(wire.encode_frame(wire.Channel.EXIT, json.dumps(encode(end)).encode()))
+
+
+class _RefusedError(Exception):
+    """What the fake agent would not do."""
+
+    def __init__(self, code: wire.Refusal, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class FakeDriver:

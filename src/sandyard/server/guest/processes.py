@@ -133,7 +133,7 @@ def _home() -> _Home:
     )
 
 
-# From here to `fork` the code is plainer than it might be: under emulation every call that can be
+# From here to `_fork` the code is plainer than it might be: under emulation every call that can be
 # done without is time that whoever runs a command does not wait.
 
 
@@ -236,7 +236,7 @@ async def _fork_as_user(
     trouble, child_trouble = os.pipe()
     with contextlib.closing(os.fdopen(trouble, "rb", buffering=0)):
         try:
-            pid = fork(lambda: _become(spec, cgroup, root_fd, streams, child_trouble))
+            pid = _fork(lambda: _become(spec, cgroup, root_fd, streams, child_trouble))
         finally:
             os.close(child_trouble)
         said = await _read_all(trouble)
@@ -246,28 +246,19 @@ async def _fork_as_user(
     return pid
 
 
-def fork(child: Callable[[], None], *, keep: Sequence[int] | None = None) -> int:
-    """Run `child` in a forked process that ends with it, and return the process's id.
-
-    A child that does not exec names the descriptors it keeps; a copy of any other would hold open
-    a connection that the agent closes.
-    """
+def _fork(child: Callable[[], None]) -> int:
+    """Run `child` in a forked process that ends with it, and return the process's id."""
     pid = os.fork()
     if pid:
         return pid
     try:
-        if keep is not None:
-            for name in os.listdir("/proc/self/fd"):
-                if int(name) > 2 and int(name) not in keep:
-                    with contextlib.suppress(OSError):
-                        os.close(int(name))
         child()
         os._exit(0)
     except BaseException:  # noqa: BLE001 - nothing may unwind into the parent's stack
         os._exit(71)
 
 
-def settle(account: Account, root_fd: int) -> None:
+def _step_down(account: Account, root_fd: int) -> None:
     """Take a forked child out of the agent's privileges and into the user's root and account."""
     Path("/proc/self/oom_score_adj").write_text("0")
     os.setpriority(os.PRIO_PROCESS, 0, 0)
@@ -289,7 +280,7 @@ def _become(
             os.dup2(descriptor, number)
         for one in _DEFAULTED:
             signal.signal(one, signal.SIG_DFL)
-        settle(spec.account, root_fd)
+        _step_down(spec.account, root_fd)
         what, which = "change to the folder", spec.cwd
         os.chdir(spec.cwd)
         what, which = "start", spec.programs[0][0]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RUN = Path("/run/sandyard")
 _EXT4_IOC_RESIZE_FS = 0x40086610  # fs/ext4/ext4.h
@@ -72,18 +73,18 @@ def find_account(root_fd: int, user: str) -> Account:
     raise RefusedError(f"cannot run as {user}: there is no such user in the sandbox")
 
 
-def stats(root_fd: int) -> dict[str, int | float]:
-    """Return memory and disk in bytes and the uptime in seconds, as they are now."""
+def stats(root_fd: int) -> dict[str, Any]:
+    """Return what of `core.ops.Figures` the kernel tells of memory, disk and uptime."""
     memory = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         key, _, rest = line.partition(":")
         memory[key] = int(rest.split()[0]) * 1024
     disk = os.fstatvfs(root_fd)
     return {
-        "memoryUsedBytes": memory["MemTotal"] - memory["MemAvailable"],
-        "memoryTotalBytes": memory["MemTotal"],
-        "diskUsedBytes": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
-        "diskTotalBytes": disk.f_blocks * disk.f_frsize,
+        "memory_used_bytes": memory["MemTotal"] - memory["MemAvailable"],
+        "memory_total_bytes": memory["MemTotal"],
+        "disk_used_bytes": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+        "disk_total_bytes": disk.f_blocks * disk.f_frsize,
         "uptime": float(Path("/proc/uptime").read_text().split()[0]),
     }
 
@@ -225,17 +226,13 @@ def parse_environment(dump: bytes) -> dict[str, str]:
     return result
 
 
-def check_environment(env: object) -> Mapping[str, str]:
-    """Return `env` if it maps text to text.
+def checked_environment(env: Mapping[str, str]) -> Mapping[str, str]:
+    """Return an environment that a process can be given.
 
     Raises:
-        RefusedError: it does not.
+        RefusedError: a name or value cannot be one.
     """
-    if not isinstance(env, dict):
-        raise RefusedError("cannot use env: it must map names to text")
     for name, value in env.items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise RefusedError("cannot use env: it must map names to text")
         if not name or "=" in name or "\0" in name or "\0" in value:
             raise RefusedError("cannot use env: a name or value has a character it cannot have")
     return env

@@ -4,8 +4,10 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from datetime import UTC, datetime
+
+from sandyard.server.core.contracts.clock import Clock
 
 
 class SystemClock:
@@ -23,11 +25,16 @@ class SystemClock:
         """See core.contracts.clock.Clock.sleep."""
         await asyncio.sleep(seconds)
 
+    def timeout(self, seconds: float) -> AbstractAsyncContextManager[object]:
+        """See core.contracts.clock.Clock.timeout."""
+        return asyncio.timeout(seconds)
+
 
 class LocalSubscription:
     """See core.contracts.bus.Subscription."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._hinted = asyncio.Event()
 
     def wake(self) -> None:
@@ -37,7 +44,7 @@ class LocalSubscription:
     async def wait(self, limit_s: float) -> bool:
         """See core.contracts.bus.Subscription.wait."""
         try:
-            async with asyncio.timeout(limit_s):
+            async with self._clock.timeout(limit_s):
                 await self._hinted.wait()
         except TimeoutError:
             return False
@@ -48,7 +55,8 @@ class LocalSubscription:
 class LocalBus:
     """See core.contracts.bus.Bus."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._topics: defaultdict[str, set[LocalSubscription]] = defaultdict(set)
 
     def hint(self, topic: str) -> None:
@@ -59,7 +67,7 @@ class LocalBus:
     @contextmanager
     def subscribe(self, topic: str) -> Iterator[LocalSubscription]:
         """See core.contracts.bus.Bus.subscribe."""
-        subscription = LocalSubscription()
+        subscription = LocalSubscription(self._clock)
         self._topics[topic].add(subscription)
         try:
             yield subscription

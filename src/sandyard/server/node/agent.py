@@ -5,11 +5,12 @@ What an agent says is written by a hostile guest: core.wire bounds it, and nothi
 
 import asyncio
 import contextlib
-import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from sandyard.server.core.codec import CodecError
+from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import Opened
 from sandyard.server.core.errors import (
@@ -17,16 +18,10 @@ from sandyard.server.core.errors import (
     InternalError,
     InvalidArgumentError,
     UnavailableError,
+    UnsupportedError,
 )
-from sandyard.server.core.wire import (
-    Answer,
-    Channel,
-    Decoder,
-    Op,
-    Request,
-    WireError,
-    encode_request,
-)
+from sandyard.server.core.ops import AnswerT, Execute, Operation, answer_of, request_of
+from sandyard.server.core.wire import Answer, Decoder, Refusal, WireError, encode_request
 
 _READ = 128 * 1024
 _GRACE_S = 5.0
@@ -87,7 +82,7 @@ class AgentLink:
     def __init__(self, dial: Dial, token: str, clock: Clock) -> None:
         self._dial = dial
         self._clock = clock
-        self.token = token
+        self._token = token
         self._spare: tuple[asyncio.StreamReader, asyncio.StreamWriter, float] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._end: tuple[str, str] | None = None
@@ -96,6 +91,10 @@ class AgentLink:
     def end(self) -> ConflictError | None:
         """What whoever uses the link is told once it was cut."""
         return None if self._end is None else ConflictError(self._end[0], status=self._end[1])
+
+    def use_token(self, token: str) -> None:
+        """Show this token from now on: the agent was told that it is the one."""
+        self._token = token
 
     def cut(self, end: ConflictError) -> None:
         """Break every connection off, because the machine is there no more; `end` says why."""
@@ -109,7 +108,7 @@ class AgentLink:
         """Have a connection ready for the next operation; nothing happens if that cannot be."""
         if self._lacks_spare():
             with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(limit_s):
+                async with self._clock.timeout(limit_s):
                     reader, writer = await self._connected(limit_s)
                 if self._lacks_spare():
                     self._spare = (reader, writer, self._clock.monotonic())
@@ -147,26 +146,16 @@ class AgentLink:
         return await self._connected(dial_s)
 
     async def ask(
-        self,
-        op: Op,
-        args: Mapping[str, object] | None = None,
-        *,
-        limit_s: float,
-        dial_s: float | None = None,
-    ) -> Mapping[str, object]:
+        self, operation: Operation[AnswerT], *, limit_s: float, dial_s: float | None = None
+    ) -> AnswerT:
         """Carry out an operation that ends with its answer, and return that. See `open`."""
-        async with self.open(op, args or {}, limit_s=limit_s, dial_s=dial_s) as opened:
-            return opened.values
+        async with self.open(operation, limit_s=limit_s, dial_s=dial_s) as opened:
+            return opened.answer
 
     @asynccontextmanager
     async def open(
-        self,
-        op: Op,
-        args: Mapping[str, object],
-        *,
-        limit_s: float,
-        dial_s: float | None = None,
-    ) -> AsyncIterator[Opened]:
+        self, operation: Operation[AnswerT], *, limit_s: float, dial_s: float | None = None
+    ) -> AsyncIterator[Opened[AnswerT]]:
         """Open an operation; see core.contracts.node.NodeTunnel.open.
 
         `dial_s` is a tighter limit for the connection alone: to a guest that is still booting,
@@ -176,58 +165,65 @@ class AgentLink:
             UnavailableError: the agent does not answer within the limit.
             ConflictError: the machine is dead.
             InvalidArgumentError: the agent refused; the message is its own.
+            UnsupportedError: the agent does not know the operation.
             InternalError: the agent does not accept the token, or speaks another protocol.
         """
         async with contextlib.AsyncExitStack() as held:
             try:
-                async with asyncio.timeout(limit_s):
+                async with self._clock.timeout(limit_s):
                     reader, writer = await self._taken(dial_s or limit_s)
                     held.callback(self._forget, writer)
-                    writer.write(encode_request(Request(op, self.token, dict(args))))
+                    writer.write(encode_request(request_of(operation, self._token)))
                     await writer.drain()
                     decoder = Decoder()
-                    answer = await _next_answer(reader, decoder)
-            except WireError as error:
+                    said = await _next_answer(reader, decoder)
+                _refuse(said)
+                answer = answer_of(operation, said.values)
+            except (WireError, CodecError) as error:
                 raise InternalError(f"cannot understand the agent: {error}") from error
             except (OSError, TimeoutError, EOFError) as error:
                 if self.end is not None:
                     raise self.end from error
                 raise UnavailableError("the agent of the sandbox does not answer") from error
-            if answer.error == "unauthorized":
-                raise InternalError("cannot use the agent: it does not accept the token")
-            if answer.error is not None:
-                raise InvalidArgumentError(answer.message or "the agent refused")
-            stream = AgentStream(reader, writer, decoder.take_raw(), self)
-            yield Opened(values=answer.values, stream=stream)
+            yield Opened(answer, AgentStream(reader, writer, decoder.take_raw(), self))
 
 
-async def run_command(link: AgentLink, command: str, *, limit_s: float) -> int:
+async def run_command(link: AgentLink, command: str, *, limit_s: float, clock: Clock) -> int:
     """Run a command in a machine, take no interest in what it says, and return its exit code.
 
     Raises: see `AgentLink.open`; UnavailableError also if it does not end within the limit.
     """
-    args = {
-        "command": command, "timeoutMs": int(limit_s * 1000), "cwd": "/", "env": {},
-        "user": "root", "stdin": False,
-    }  # fmt: skip
-    decoder = Decoder()
+    collector = Collector()
+    wish = Execute(command, timeout_ms=int(limit_s * 1000))
     try:
         async with (
-            asyncio.timeout(limit_s + _GRACE_S),
-            link.open(Op.EXEC, args, limit_s=limit_s) as opened,
+            clock.timeout(limit_s + _GRACE_S),
+            link.open(wish, limit_s=limit_s) as opened,
         ):
-            while True:
-                while (frame := decoder.take_frame()) is None:
-                    data = await opened.stream.read(_READ)
-                    if not data:
-                        raise UnavailableError("the agent broke off in the middle of a command")
-                    decoder.feed(data)
-                if frame.channel is Channel.EXIT:
-                    return int(json.loads(frame.payload)["exitCode"])
+            while (end := collector.feed(await opened.stream.read(_READ) or _broken_off())) is None:
+                pass
+            return end.exit_code
     except TimeoutError as error:
         raise UnavailableError("the agent does not tell how a command ended") from error
-    except (WireError, ValueError, KeyError, TypeError) as error:
+    except WireError as error:
         raise InternalError(f"cannot understand the agent: {error}") from error
+
+
+def _broken_off() -> bytes:
+    raise UnavailableError("the agent broke off in the middle of a command")
+
+
+def _refuse(said: Answer) -> None:
+    """Raise what an agent's refusal means here."""
+    match said.error:
+        case None:
+            return
+        case Refusal.UNAUTHORIZED:
+            raise InternalError("cannot use the agent: it does not accept the token")
+        case Refusal.UNSUPPORTED:
+            raise UnsupportedError(said.message or "the agent does not know the operation")
+        case _:
+            raise InvalidArgumentError(said.message or "the agent refused")
 
 
 async def _next_answer(reader: asyncio.StreamReader, decoder: Decoder) -> Answer:

@@ -9,6 +9,7 @@ from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import AGENT_SOCKET
 from sandyard.server.node.images.images import Images, write_manifest
+from sandyard.server.tasks import Crew
 
 _PLACES = 65536
 
@@ -20,7 +21,7 @@ class FakeNetwork:
         self._free = list(range(places - 1, -1, -1))
         self.in_use: set[int] = set()
 
-    async def open(self, *, in_use: Iterable[int], tasks: asyncio.TaskGroup) -> None:
+    async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
         """See node.network.Network.open."""
         self.in_use = set(in_use)
         self._free = [number for number in self._free if number not in self.in_use]

@@ -54,7 +54,7 @@ class Feed:
             NotFoundError: no such sandbox.
         """
         actor.require("sandbox:read")
-        sandbox = await self._register.find(actor, reference)
+        sandbox = await self._register.get(actor, reference)
         query = ActivityQuery(
             org_id=actor.org_id, limit=limit, matches={"sandbox_id": sandbox.id}, after=after
         )

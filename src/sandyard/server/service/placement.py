@@ -1,32 +1,79 @@
-"""Which node a sandbox goes to."""
+"""Which node a sandbox goes to: one that can start it, has room, and has most of it."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
-from sandyard.server.core.contracts.node import NodeControl
-from sandyard.server.core.errors import NoCapacityError
-from sandyard.server.core.records import Sandbox
+from sandyard.server.core.contracts.node import NodeControl, NodeReport
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.records import Snapshot
+from sandyard.server.core.shapes import Shape
+from sandyard.server.service.nodes import Nodes
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A node for a sandbox; `is_waiting` says that a machine for it runs there already."""
+
+    node_id: str
+    is_waiting: bool = False
 
 
 class Placement:
-    """Chooses among the nodes of the installation, and finds the one a sandbox is on."""
+    """Chooses among the nodes by what they report; the node itself has the last word."""
 
-    def __init__(self, nodes: Mapping[str, NodeControl]) -> None:
+    def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
 
-    def choose(self, sandbox: Sandbox) -> NodeControl:
-        """Return the node for a new sandbox.
+    async def choose(self, template: str, shape: Shape, *, but: str | None = None) -> Placed:
+        """Return the node for a new sandbox of a template, another than `but`.
 
         Raises:
-            NoCapacityError: there is no node.
+            NoCapacityError: no node has room now; the message says what is short.
+            UnavailableError: no node that answers can start it.
         """
-        for node in self._nodes.values():
-            return node
-        raise NoCapacityError(f"cannot place {sandbox.id}: the installation has no node")
+        trouble: UnavailableError | None = None
+        for node in await self._able(template, shape, but=but):
+            try:
+                return Placed(node.node_id, await node.find_room(template, shape))
+            except UnavailableError as error:
+                trouble = error
+        raise trouble or UnavailableError(
+            f"cannot place a sandbox of {template}: no node that answers can start one now"
+        )
 
-    def find(self, node_id: str | None) -> NodeControl | None:
-        """Return the node of that id, if it is here."""
-        return self._nodes.get(node_id) if node_id else None
+    async def choose_for(self, snapshot: Snapshot, shape: Shape, *, count: int = 1) -> Placed:
+        """Return the node for sandboxes from a snapshot: the one where that lies.
 
-    def all(self) -> tuple[NodeControl, ...]:
-        """Return every node."""
-        return tuple(self._nodes.values())
+        Raises: see `choose`.
+        """
+        node = self._nodes.get(snapshot.node_id)
+        await node.find_room(snapshot.template, shape, count=count)
+        return Placed(node.node_id)
+
+    async def has_another(self, template: str, shape: Shape, *, but: str) -> bool:
+        """Tell whether another node than this could start a sandbox."""
+        return bool(await self._able(template, shape, but=but))
+
+    async def _able(self, template: str, shape: Shape, *, but: str | None) -> list[NodeControl]:
+        """Return nodes that have a template, best first: a machine waits, then most memory left."""
+        found: list[tuple[NodeControl, NodeReport]] = []
+        for node in self._nodes.all():
+            if node.node_id == but:
+                continue
+            try:
+                report = await self._nodes.lately(node)
+            except UnavailableError:
+                continue
+            if template in report.templates:
+                found.append((node, report))
+        found.sort(key=lambda one: _rank(one[1], template, shape), reverse=True)
+        return [node for node, _ in found]
+
+
+def _rank(report: NodeReport, template: str, shape: Shape) -> tuple[bool, bool, int, int]:
+    waits = any(
+        one.size > 0
+        and (one.template, one.vcpus, one.memory_mib) == (template, shape.vcpus, shape.memory_mib)
+        for one in report.shelves
+    )
+    fits = report.memory_mib >= shape.memory_mib and report.disk_mib >= shape.disk_mib
+    return fits, waits, report.memory_mib, report.disk_mib

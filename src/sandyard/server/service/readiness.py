@@ -2,26 +2,36 @@
 
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import UnavailableError
-from sandyard.server.service.placement import Placement
+from sandyard.server.service.nodes import Nodes
 
 
 class Readiness:
     """Asks the store and the nodes."""
 
-    def __init__(self, store: Store, placement: Placement) -> None:
+    def __init__(self, store: Store, nodes: Nodes) -> None:
         self._store = store
-        self._placement = placement
+        self._nodes = nodes
 
     async def missing(self) -> list[str]:
-        """Return what is missing, a sentence each; empty if the installation is ready."""
+        """Return what is missing, a sentence each; empty if the installation is ready.
+
+        One node that can start machines is enough.
+        """
         missing = []
         try:
             await self._store.ping()
         except UnavailableError as error:
             missing.append(error.message)
-        nodes = self._placement.all()
-        if not nodes:
-            missing.append("the installation has no node")
-        for node in nodes:
-            missing += (await node.report()).missing
-        return missing
+        return missing + await self._missing_on_nodes()
+
+    async def _missing_on_nodes(self) -> list[str]:
+        missing: list[str] = []
+        for node in self._nodes.all():
+            try:
+                found = (await self._nodes.report_of(node)).missing
+            except UnavailableError as error:
+                found = (error.message,)
+            if not found:
+                return []
+            missing += found
+        return missing or ["the installation has no node"]

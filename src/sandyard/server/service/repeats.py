@@ -103,6 +103,11 @@ class Repeats:
                 at=self._clock.now(),
             )
 
+    async def forget(self, tx: Transaction, actor: Actor, request: Repeatable | None) -> None:
+        """Forget a request whose work came to nothing, so that it can be asked again."""
+        if request is not None:
+            await tx.requests.remove(_key(actor, request))
+
     def _digest(self, request: Repeatable) -> str:
         return hmac.new(self._secret, b"request\0" + request.body, sha256).hexdigest()
 

@@ -1,19 +1,47 @@
 """Templates as the installation has them."""
 
-from sandyard.server.core.contracts.node import TemplateFact
-from sandyard.server.service.placement import Placement
+from sandyard.server.core.contracts.node import TemplateFact, TemplateStatus
+from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
+from sandyard.server.service.nodes import Nodes
 
 
 class Templates:
     """What can be started."""
 
-    def __init__(self, placement: Placement) -> None:
-        self._placement = placement
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
 
     async def all(self) -> list[TemplateFact]:
-        """Return every template by slug; one that several nodes have is told of once."""
+        """Return every template by slug, once each: as a node has it where it is ready, if any."""
         found: dict[str, TemplateFact] = {}
-        for node in self._placement.all():
-            for fact in await node.templates():
-                found.setdefault(fact.slug, fact)
+        for node in self._nodes.all():
+            try:
+                facts = await node.templates()
+            except UnavailableError:
+                continue
+            for fact in facts:
+                known = found.setdefault(fact.slug, fact)
+                if known.status is not TemplateStatus.READY:
+                    found[fact.slug] = fact
         return [found[slug] for slug in sorted(found)]
+
+    async def ready(self, slug: str) -> TemplateFact:
+        """Return a template that sandboxes can be started from.
+
+        Raises:
+            InvalidArgumentError: there is no such template.
+            UnavailableError: it has not been built.
+        """
+        every = await self.all()
+        fact = next((one for one in every if one.slug == slug), None)
+        if fact is None:
+            known = ", ".join(one.slug for one in every)
+            raise InvalidArgumentError(
+                f"cannot use the template {slug[:80]!r}: known are {known}", field="template"
+            )
+        if fact.status is not TemplateStatus.READY:
+            raise UnavailableError(
+                f"cannot start from the template {slug} yet: it is {fact.status}; "
+                f"run `sandyard template build {slug}` on the host and ask again"
+            )
+        return fact

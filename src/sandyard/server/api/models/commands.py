@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from sandyard.server.api.models.base import Model
+from sandyard.server.service.sandboxes.execute import Outcome
 
 
 class Exec(Model):
@@ -30,3 +31,8 @@ class ExecOut(Model):
     timed_out: bool
     truncated: bool
     signal: str | None
+
+
+def exec_out(outcome: Outcome) -> ExecOut:
+    """Return how a command ended as it is shown."""
+    return ExecOut(**vars(outcome), execution_time=outcome.duration_ms)

@@ -5,10 +5,14 @@ from typing import Literal
 from pydantic import Field, JsonValue
 
 from sandyard.server.api.models.base import Model, Time
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ops import Figures
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.shapes import format_size
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.change import Changes
+from sandyard.server.service.sandboxes.create import NewSandbox
 
 
 class ResourcesIn(Model):
@@ -46,6 +50,12 @@ class CreateSandbox(Model):
     network: dict[str, JsonValue] | None = None
     snapshot: str | None = None
 
+    def wish(self) -> NewSandbox:
+        """Return what is asked for; fields of one name mean the same."""
+        given = self.model_fields_set - {"resources", "mounts", "network"}
+        resources = vars(self.resources) if self.resources else {}
+        return NewSandbox(**{name: getattr(self, name) for name in given}, **resources)
+
 
 class PatchSandbox(Model):
     """The body of a patch: what is left out stays as it is."""
@@ -56,6 +66,11 @@ class PatchSandbox(Model):
     metadata: dict[str, JsonValue] | None = None
     project_id: str | None = None
     auto_resume: bool | None = None
+
+    def changes(self) -> Changes:
+        """Return what is to be changed; fields of one name mean the same."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return Changes(renames="name" in given, **given)
 
 
 class ResourcesOut(Model):
@@ -120,54 +135,35 @@ class SandboxOut(Model):
 
 
 def sandbox_out(sandbox: Sandbox, actor: Actor) -> SandboxOut:
-    """Return a sandbox as an actor may see it."""
-    has_key, has_password = bool(sandbox.ssh_keys), sandbox.root_password_hash is not None
+    """Return a sandbox as an actor may see it; fields of one name mean the same."""
+    has_key, has_password = bool(sandbox.authorized_keys), sandbox.root_password_hash is not None
     methods: dict[tuple[bool, bool], Literal["key", "password", "key_and_password", "none"]] = {
         (True, True): "key_and_password",
         (True, False): "key",
         (False, True): "password",
         (False, False): "none",
     }
-    reason = sandbox.reason
-    return SandboxOut(
-        id=sandbox.id,
-        name=sandbox.name,
-        status=sandbox.status,
-        tags=list(sandbox.tags),
-        template=sandbox.template,
-        owner_user_id=sandbox.owner_user_id,
-        owner_display_name=sandbox.owner_display_name,
-        owner_email=sandbox.owner_email,
-        project_id=sandbox.project_id,
-        mounts=[],
-        has_writable_workspace_mount=False,
-        ssh_ready=False,
-        vnc_ready=False,
-        ip=sandbox.ip,
-        public_ip=None,
-        ssh_access_configured=has_key or has_password,
-        ssh_auth_method=methods[has_key, has_password],
-        vnc_url=None,
-        resources=ResourcesOut(
-            vcpus=sandbox.shape.vcpus,
-            memory=format_size(sandbox.shape.memory_mib),
-            disk=format_size(sandbox.shape.disk_mib),
+    reason, shape = sandbox.reason, sandbox.shape
+    shown = {name: getattr(sandbox, name, None) for name in SandboxOut.model_fields}
+    shown |= {
+        "tags": list(sandbox.tags),
+        "metadata": dict(sandbox.metadata),
+        "mounts": [],
+        "has_writable_workspace_mount": False,
+        "ssh_ready": False,
+        "vnc_ready": False,
+        "ssh_access_configured": has_key or has_password,
+        "ssh_auth_method": methods[has_key, has_password],
+        "resources": ResourcesOut(
+            vcpus=shape.vcpus,
+            memory=format_size(shape.memory_mib),
+            disk=format_size(shape.disk_mib),
         ),
-        created_at=sandbox.created_at,
-        updated_at=sandbox.updated_at,
-        started_at=sandbox.started_at,
-        paused_at=sandbox.paused_at,
-        last_activity_at=sandbox.last_activity_at,
-        last_activity_kind=sandbox.last_activity_kind,
-        idle_timeout=sandbox.idle_timeout_s,
-        metadata=dict(sandbox.metadata),  # type: ignore[arg-type]  # it came in as JSON
-        status_reason=ReasonOut(code=reason.code, message=reason.message) if reason else None,
-        node_id=sandbox.node_id if actor.role == "admin" else None,
-        driver=sandbox.driver,
-        os=sandbox.os,
-        auto_resume=sandbox.auto_resume,
-        expires_at=sandbox.expires_at,
-    )
+        "idle_timeout": sandbox.idle_timeout_s,
+        "status_reason": ReasonOut(code=reason.code, message=reason.message) if reason else None,
+        "node_id": sandbox.node_id if actor.role == "admin" else None,
+    }
+    return SandboxOut.model_validate(shown, by_name=True)
 
 
 class PausedOut(Model):
@@ -210,3 +206,25 @@ class StatsOut(Model):
 
     sandbox_id: str
     stats: Stats
+
+
+def stats_of(figures: Figures) -> Stats:
+    """Return a sandbox's figures as they are shown."""
+    return Stats.model_validate(vars(figures), by_name=True)
+
+
+def check_offered(body: CreateSandbox) -> None:
+    """Refuse what would otherwise be left out in silence, and so be believed to be in force."""
+    if body.mounts:
+        raise InvalidArgumentError(
+            f"cannot mount {body.mounts[0].workspace_id[:80]!r}: the organization has no such "
+            "workspace",
+            field="mounts",
+        )
+    network = body.network or {}
+    if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):
+        raise InvalidArgumentError(
+            "cannot restrict the network of one sandbox: this version offers the default alone "
+            "(internet allowed; host, other sandboxes and private ranges denied)",
+            field="network",
+        )

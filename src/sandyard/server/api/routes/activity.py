@@ -9,9 +9,9 @@ from sandyard.server.api.access import Scope
 from sandyard.server.api.cursors import decode_cursor, encode_cursor
 from sandyard.server.api.models.activity import EventPage, EventsOut, event_out
 from sandyard.server.api.models.base import PageMeta
-from sandyard.server.api.routes.common import errors
+from sandyard.server.api.routes.common import errors, provided
 from sandyard.server.core.errors import InvalidArgumentError
-from sandyard.server.core.ids import check_text
+from sandyard.server.core.ids import checked_text
 from sandyard.server.core.records import Activity
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.feed import Feed
@@ -23,12 +23,7 @@ CanReadSandbox = Annotated[Actor, Depends(Scope("sandbox:read"))]
 Limit = Annotated[int, Query(ge=1, le=500)]
 
 
-def _service(request: Request) -> Feed:
-    service: Feed = request.app.state.services.feed
-    return service
-
-
-Service = Annotated[Feed, Depends(_service)]
+Service = Annotated[Feed, provided("feed")]
 
 
 @router.get("/v1/activity", responses=errors())
@@ -51,7 +46,7 @@ async def list_activity(
 ) -> EventPage:
     """List what happened, newest first: one's own, an admin the organization's."""
     matches = {
-        name: check_text(value, field=name)
+        name: checked_text(value, field=name)
         for name, value in (
             ("resource_type", resource_type),
             ("resource_id", resource_id),
@@ -66,7 +61,7 @@ async def list_activity(
     if workspace_id is not None:
         wanted = {
             "resource_type": "workspace",
-            "resource_id": check_text(workspace_id, field="workspace_id"),
+            "resource_id": checked_text(workspace_id, field="workspace_id"),
         }
         if any(matches.get(name, value) != value for name, value in wanted.items()):
             return _page(request, [], limit)
@@ -94,7 +89,7 @@ async def list_sandbox_activity(
     """List what became of a sandbox, newest first."""
     found = await service.of_sandbox(
         actor,
-        check_text(reference, field="reference"),
+        checked_text(reference, field="reference"),
         limit=limit + 1,
         after=decode_cursor(cursor) if cursor else None,
     )

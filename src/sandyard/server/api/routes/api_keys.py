@@ -20,8 +20,9 @@ from sandyard.server.api.routes.common import (
     enveloped,
     errors,
     paged,
+    provided,
 )
-from sandyard.server.core.ids import check_text
+from sandyard.server.core.ids import checked_text
 from sandyard.server.core.records import ApiKey
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.api_keys import ApiKeys, status_of
@@ -38,12 +39,7 @@ CanWrite = Annotated[Actor, Depends(Scope("org:write"))]
 Limit = Annotated[int, Query(ge=1, le=500)]
 
 
-def _api_keys(request: Request) -> ApiKeys:
-    service: ApiKeys = request.app.state.services.api_keys
-    return service
-
-
-Keys = Annotated[ApiKeys, Depends(_api_keys)]
+Keys = Annotated[ApiKeys, provided("api_keys")]
 
 
 @router.post("/v1/api-keys", status_code=201, responses=errors(409))
@@ -87,7 +83,7 @@ async def get_api_key(
     request: Request, actor: CanRead, service: Keys, key_id: str
 ) -> Data[ApiKeyOut]:
     """Return an API key without its secret."""
-    key = await service.get(actor, check_text(key_id, field="key_id"))
+    key = await service.get(actor, checked_text(key_id, field="key_id"))
     return enveloped(request, _shown(request, key))
 
 
@@ -99,7 +95,7 @@ async def change_api_key(
     check_no_null(body, but=frozenset({"project_id"}))
     key = await service.change(
         actor,
-        check_text(key_id, field="key_id"),
+        checked_text(key_id, field="key_id"),
         name=body.name,
         scopes=body.scopes,
         project_id=body.project_id,
@@ -113,7 +109,7 @@ async def revoke_api_key(
     request: Request, actor: CanWrite, service: Keys, key_id: str
 ) -> Data[ApiKeyOut]:
     """Revoke an API key, from the next request on and for ever."""
-    key = await service.revoke(actor, check_text(key_id, field="key_id"))
+    key = await service.revoke(actor, checked_text(key_id, field="key_id"))
     return enveloped(request, _shown(request, key))
 
 
@@ -122,7 +118,7 @@ async def rotate_api_key(
     request: Request, actor: CanWrite, service: Keys, key_id: str
 ) -> NewApiKey:
     """Give an API key a new secret; the old one is no good from now on."""
-    key, secret = await service.rotate(actor, check_text(key_id, field="key_id"))
+    key, secret = await service.rotate(actor, checked_text(key_id, field="key_id"))
     return _with_secret(request, key, secret)
 
 

@@ -26,9 +26,9 @@ from sandyard.server.api.models.billing import (
     sandboxes_out,
     storage_out,
 )
-from sandyard.server.api.routes.common import Keyed, enveloped, errors, paged
+from sandyard.server.api.routes.common import Keyed, enveloped, errors, paged, provided
 from sandyard.server.core.errors import PayloadTooLargeError
-from sandyard.server.core.ids import check_text
+from sandyard.server.core.ids import checked_text
 from sandyard.server.core.money import MICROS
 from sandyard.server.core.plans import LIMITS
 from sandyard.server.service.actor import Actor
@@ -42,12 +42,7 @@ CanReadSandbox = Annotated[Actor, Depends(Scope("sandbox:read"))]
 _EVENT_MAX = 256 * 1024
 
 
-def _service(request: Request) -> Billing:
-    service: Billing = request.app.state.services.billing
-    return service
-
-
-Service = Annotated[Billing, Depends(_service)]
+Service = Annotated[Billing, provided("billing")]
 
 
 @router.get("/v1/billing/plan", responses=errors(404))
@@ -116,7 +111,7 @@ async def get_cost(
 ) -> Data[CostOut]:
     """Return what a sandbox cost so far, and what it costs in an hour as it is now."""
     sandbox, used, kept, hourly = await service.cost(
-        actor, check_text(reference, field="reference")
+        actor, checked_text(reference, field="reference")
     )
     shown = CostOut(
         sandbox_id=sandbox.id,

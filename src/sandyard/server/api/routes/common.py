@@ -17,6 +17,15 @@ T = TypeVar("T")
 Shown = TypeVar("Shown")
 
 
+def provided(name: str) -> Any:
+    """Return the dependency on one of the services, by its name."""
+
+    async def provide(request: Request) -> object:
+        return getattr(request.app.state.services, name)
+
+    return Depends(provide)
+
+
 async def _repeatable(
     request: Request,
     idempotency_key: Annotated[

@@ -21,9 +21,10 @@ from sandyard.server.api.routes.common import (
     Keyed,
     enveloped,
     errors,
+    provided,
     whole,
 )
-from sandyard.server.core.ids import check_text
+from sandyard.server.core.ids import checked_text
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.organizations import Organizations
 
@@ -42,12 +43,7 @@ CanWrite = Annotated[Actor, Depends(Scope("org:write"))]
 CanSeeMembers = Annotated[Actor, Depends(Scope("org:members"))]
 
 
-def _organizations(request: Request) -> Organizations:
-    service: Organizations = request.app.state.services.organizations
-    return service
-
-
-Orgs = Annotated[Organizations, Depends(_organizations)]
+Orgs = Annotated[Organizations, provided("organizations")]
 
 
 @router.get("/v1/me", responses=errors(404))
@@ -70,7 +66,7 @@ async def get_organization(
     request: Request, actor: CanRead, service: Orgs, org_id: str
 ) -> Data[OrganizationOut]:
     """Return an organization that the user belongs to."""
-    organization, role = await service.get(actor, check_text(org_id, field="org_id"))
+    organization, role = await service.get(actor, checked_text(org_id, field="org_id"))
     return enveloped(request, organization_out(organization, role))
 
 
@@ -91,5 +87,5 @@ async def list_members(
     request: Request, actor: CanSeeMembers, service: Orgs, org_id: str
 ) -> Page[MemberOut]:
     """List an organization's members, the longest there first."""
-    members = await service.members(actor, check_text(org_id, field="org_id"))
+    members = await service.members(actor, checked_text(org_id, field="org_id"))
     return whole(request, [member_out(user, member) for user, member in members])

@@ -12,9 +12,10 @@ from sandyard.server.api.routes.common import (
     check_no_null,
     enveloped,
     errors,
+    provided,
     whole,
 )
-from sandyard.server.core.ids import check_text
+from sandyard.server.core.ids import checked_text
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.organizations import Organizations
 
@@ -27,12 +28,7 @@ CanRead = Annotated[Actor, Depends(Scope("org:read"))]
 CanWrite = Annotated[Actor, Depends(Scope("org:write"))]
 
 
-def _organizations(request: Request) -> Organizations:
-    service: Organizations = request.app.state.services.organizations
-    return service
-
-
-Orgs = Annotated[Organizations, Depends(_organizations)]
+Orgs = Annotated[Organizations, provided("organizations")]
 
 
 @router.get("/v1/projects", responses=errors())
@@ -57,7 +53,7 @@ async def get_project(
     request: Request, actor: CanRead, service: Orgs, project_id: str
 ) -> Data[ProjectOut]:
     """Return a project."""
-    project = await service.project(actor, check_text(project_id, field="project_id"))
+    project = await service.project(actor, checked_text(project_id, field="project_id"))
     return enveloped(request, project_out(project))
 
 
@@ -68,7 +64,7 @@ async def change_project(
     """Change a project's name or color."""
     check_no_null(body)
     project = await service.change_project(
-        actor, check_text(project_id, field="project_id"), name=body.name, color=body.color
+        actor, checked_text(project_id, field="project_id"), name=body.name, color=body.color
     )
     return enveloped(request, project_out(project))
 
@@ -78,5 +74,5 @@ async def delete_project(
     request: Request, actor: CanWrite, service: Orgs, project_id: str
 ) -> Data[RemovedOut]:
     """Delete a project; what was in it goes to the default one, which cannot be deleted."""
-    project = await service.delete_project(actor, check_text(project_id, field="project_id"))
+    project = await service.delete_project(actor, checked_text(project_id, field="project_id"))
     return enveloped(request, RemovedOut(id=project.id, deleted=True))

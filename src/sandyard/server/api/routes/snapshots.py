@@ -15,8 +15,8 @@ from sandyard.server.api.models.snapshots import (
     SnapshotOut,
     snapshot_out,
 )
-from sandyard.server.api.routes.common import Keyed, enveloped, errors, paged
-from sandyard.server.core.ids import check_text
+from sandyard.server.api.routes.common import Keyed, enveloped, errors, paged, provided
+from sandyard.server.core.ids import checked_text
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 
@@ -27,12 +27,7 @@ CanRead = Annotated[Actor, Depends(Scope("sandbox:read"))]
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 
 
-def _service(request: Request) -> Snapshots:
-    service: Snapshots = request.app.state.services.snapshots
-    return service
-
-
-Service = Annotated[Snapshots, Depends(_service)]
+Service = Annotated[Snapshots, provided("snapshots")]
 
 
 @router.post("/v1/sandboxes/{reference}/snapshots", status_code=201, responses=errors(404, 409))
@@ -47,7 +42,7 @@ async def create_snapshot(
     """Save a sandbox as it is now, memory and disk; it goes on running."""
     snapshot = await service.create(
         actor,
-        check_text(reference, field="reference"),
+        checked_text(reference, field="reference"),
         body.name if body else None,
         request=keyed,
     )
@@ -74,7 +69,7 @@ async def get_snapshot(
     request: Request, actor: CanRead, service: Service, reference: str
 ) -> Data[SnapshotOut]:
     """Return one snapshot, by id or name."""
-    snapshot = await service.find(actor, check_text(reference, field="reference"))
+    snapshot = await service.get(actor, checked_text(reference, field="reference"))
     return enveloped(request, snapshot_out(snapshot))
 
 
@@ -83,7 +78,7 @@ async def delete_snapshot(
     request: Request, actor: CanWrite, service: Service, reference: str
 ) -> Data[RemovedOut]:
     """Remove a snapshot; what was made from it lives on."""
-    snapshot = await service.delete(actor, check_text(reference, field="reference"))
+    snapshot = await service.delete(actor, checked_text(reference, field="reference"))
     return enveloped(request, RemovedOut(id=snapshot.id, deleted=True))
 
 
@@ -99,7 +94,7 @@ async def fork_sandbox(
     """Make sandboxes that begin as this one is now: files, memory and running processes."""
     forks = await service.fork(
         actor,
-        check_text(reference, field="reference"),
+        checked_text(reference, field="reference"),
         body.count if body else 1,
         request=keyed,
     )
@@ -112,6 +107,6 @@ async def roll_back_sandbox(
 ) -> Data[SandboxOut]:
     """Put a sandbox back to one of its snapshots; what it was until then is lost."""
     sandbox = await service.roll_back(
-        actor, check_text(reference, field="reference"), body.snapshot_id
+        actor, checked_text(reference, field="reference"), body.snapshot_id
     )
     return enveloped(request, sandbox_out(sandbox, actor))

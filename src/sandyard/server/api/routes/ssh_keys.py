@@ -11,9 +11,10 @@ from sandyard.server.api.routes.common import (
     Keyed,
     enveloped,
     errors,
+    provided,
     whole,
 )
-from sandyard.server.core.ids import check_text
+from sandyard.server.core.ids import checked_text
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.ssh_keys import SshKeys
 
@@ -23,12 +24,7 @@ router = APIRouter(tags=["accounts"])
 CanUseSshKeys = Annotated[Actor, Depends(Scope("ssh-key:*"))]
 
 
-def _ssh_keys(request: Request) -> SshKeys:
-    service: SshKeys = request.app.state.services.ssh_keys
-    return service
-
-
-SshKeyService = Annotated[SshKeys, Depends(_ssh_keys)]
+SshKeyService = Annotated[SshKeys, provided("ssh_keys")]
 
 
 @router.post("/v1/ssh-keys", status_code=201, responses=errors(404, 409))
@@ -53,5 +49,5 @@ async def delete_ssh_key(
     request: Request, actor: CanUseSshKeys, service: SshKeyService, key_id: str
 ) -> Data[SuccessOut]:
     """Delete an SSH key; sandboxes that have it keep it."""
-    await service.delete(actor, check_text(key_id, field="key_id"))
+    await service.delete(actor, checked_text(key_id, field="key_id"))
     return enveloped(request, SuccessOut())

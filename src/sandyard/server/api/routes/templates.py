@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request
 from sandyard.server.api.access import Scope
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.templates import TemplateDefaults, TemplateOut
-from sandyard.server.api.routes.common import enveloped, errors
+from sandyard.server.api.routes.common import enveloped, errors, provided
 from sandyard.server.core.contracts.node import TemplateFact
 from sandyard.server.core.errors import NotFoundError
 from sandyard.server.core.shapes import format_size
@@ -19,12 +19,7 @@ router = APIRouter(prefix="/v1/templates", tags=["templates"])
 CanRead = Annotated[Actor, Depends(Scope("sandbox:read"))]
 
 
-def _service(request: Request) -> Templates:
-    service: Templates = request.app.state.services.templates
-    return service
-
-
-Service = Annotated[Templates, Depends(_service)]
+Service = Annotated[Templates, provided("templates")]
 
 
 @router.get("", responses=errors())

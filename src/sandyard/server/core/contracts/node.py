@@ -1,14 +1,17 @@
-"""What is asked of a node: its machines, and the way to the agents in them."""
+"""What is asked of a node: its machines, and the way to the agents in them.
+
+All that is said here can cross a wire: `core.codec` writes and reads every wish, fact and report.
+"""
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Protocol
+from typing import Generic, Protocol
 
+from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.wire import Op
 
 
 class Origin(StrEnum):
@@ -30,11 +33,31 @@ class Way(StrEnum):
     RESTART = "restart"  # booted from its own disk
 
 
+class Phase(StrEnum):
+    """How far a machine has come; the same word in its record, on its node and in reports."""
+
+    STARTING = "starting"  # for the first time: nothing of it is worth keeping yet
+    WAITING = "waiting"  # runs in the pool, for whoever wants one like it; never reported
+    RUNNING = "running"
+    WAKING = "waking"  # goes on from a saved state, and is not fit to be used yet
+    PAUSED = "paused"  # saved, whole, and using no memory
+    DEAD = "dead"  # its process is gone; its disk is here
+
+
+@dataclass(frozen=True)
+class MachineRef:
+    """One incarnation of a sandbox's machine, and the node that holds it."""
+
+    node_id: str
+    sandbox_id: str
+    incarnation: int
+
+
 @dataclass(frozen=True)
 class MachineWish:
     """What a node should hold: one incarnation of a sandbox, and what it is to be made of.
 
-    `tenant` is who wants it, so that those who wait take turns fairly.
+    `org_id` is who wants it, so that those who wait take turns fairly.
     """
 
     sandbox_id: str
@@ -42,7 +65,7 @@ class MachineWish:
     template: str
     shape: Shape
     hostname: str
-    tenant: str
+    org_id: str
     env: Mapping[str, str] = field(repr=False)
     authorized_keys: tuple[str, ...] = ()
     root_password_hash: str | None = field(default=None, repr=False)
@@ -50,23 +73,19 @@ class MachineWish:
     snapshot_id: str | None = None
 
 
-class MachineState(StrEnum):
-    """What a node knows of a machine."""
-
-    STARTING = "starting"
-    RUNNING = "running"
-    SILENT = "silent"  # it lives, and its agent does not answer
-    PAUSED = "paused"  # saved, whole, and using no memory
-    DEAD = "dead"
-
-
 @dataclass(frozen=True)
 class MachineFact:
-    """What a node holds for one sandbox."""
+    """What a node holds for one sandbox.
+
+    One `is_silent` whose agent does not answer, one `is_used` in which an operation is under way
+    that counts as a use.
+    """
 
     sandbox_id: str
     incarnation: int
-    state: MachineState
+    phase: Phase
+    is_silent: bool = False
+    is_used: bool = False
     ip: str | None = None
     driver: str | None = None
     os: str | None = None
@@ -110,22 +129,44 @@ class TemplateFact:
 
 
 @dataclass(frozen=True)
-class NodeReport:
-    """All that a node holds now.
+class ShelfFact:
+    """How many machines of one kind wait, and how many should."""
 
-    `snapshots` are ids; `missing` says what keeps it from starting machines, a sentence each. A
-    node that is short of memory asks for some sandbox to be paused before the kernel ends one.
+    template: str
+    vcpus: int
+    memory_mib: int
+    disk_mib: int
+    size: int
+    target: int
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """All that a node holds now, and what it could take.
+
+    `snapshots` are ids, `templates` the slugs of those it can start from, `memory_mib` and
+    `disk_mib` what it has to promise still. `missing` says what keeps it from starting machines, a
+    sentence each. A node that is short of memory asks for some sandbox to be paused before the
+    kernel ends one.
     """
 
     node_id: str
     machines: tuple[MachineFact, ...]
     snapshots: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     is_short_of_memory: bool = False
+    memory_mib: int = 0
+    disk_mib: int = 0
+    shelves: tuple[ShelfFact, ...] = ()
+    goldens: int = 0
 
 
 class NodeControl(Protocol):
-    """One host. Asks are wishes: each may be repeated, and each names the incarnation it means."""
+    """One host. Asks are wishes: each may come twice, late, or after one that was sent later.
+
+    Each names the incarnation it means. A wish that has been overtaken changes nothing.
+    """
 
     @property
     def node_id(self) -> str:
@@ -141,7 +182,8 @@ class NodeControl(Protocol):
             UnavailableError: not now (no driver, template not built, no room); try again.
             NotFoundError: the node does not know the template, the snapshot, or, where the sandbox
                 is to come from what it has, anything of it.
-            ConflictError: the wish was withdrawn meanwhile, or a later incarnation is here.
+            ConflictError: the wish was withdrawn or overtaken: a later incarnation is here, or this
+                one has been up already, and paused, or dead (`status` is then `error`), since.
             DamagedError: the saved state or snapshot cannot be used, now or later.
             InternalError: the machine could not be started; the message says why.
         """
@@ -185,16 +227,20 @@ class NodeControl(Protocol):
         """Return once nothing of the snapshot is left; what was made from it lives on."""
         ...
 
-    async def check_room(self, template: str, shape: Shape) -> bool:
-        """Return if one more machine has room now, and whether one waits, running, for this.
+    async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
+        """Return if so many more machines have room now, and whether one waits, running, for this.
 
         Raises:
-            NoCapacityError: it has not; the message says what is short.
+            NoCapacityError: they have not; the message says what is short.
         """
         ...
 
     async def report(self) -> NodeReport:
-        """Return what the node holds, machines that died included until they are made gone."""
+        """Return what the node holds, machines that died included until they are made gone.
+
+        Raises:
+            UnavailableError: the node does not answer.
+        """
         ...
 
     async def templates(self) -> tuple[TemplateFact, ...]:
@@ -210,14 +256,14 @@ class ByteStream(Protocol):
 
         Raises:
             UnavailableError: the other side is gone without an end.
+            ConflictError: the machine ended, or was paused.
         """
         ...
 
     async def write(self, data: bytes) -> None:
         """Return once the other side has room for more.
 
-        Raises:
-            UnavailableError: the other side is gone.
+        Raises: see `read`.
         """
         ...
 
@@ -227,25 +273,26 @@ class ByteStream(Protocol):
 
 
 @dataclass(frozen=True)
-class Opened:
+class Opened(Generic[AnswerT]):
     """An operation that the agent accepted: what it answered, and the stream that follows."""
 
-    values: Mapping[str, object]
+    answer: AnswerT
     stream: ByteStream
 
 
 class NodeTunnel(Protocol):
-    """The way to the agents of a node's machines."""
+    """The way to the agents of nodes' machines."""
 
     def open(
-        self, sandbox_id: str, *, incarnation: int, op: Op, args: Mapping[str, object]
-    ) -> AbstractAsyncContextManager[Opened]:
+        self, machine: MachineRef, operation: Operation[AnswerT]
+    ) -> AbstractAsyncContextManager[Opened[AnswerT]]:
         """Ask the agent for one operation; leaving the block closes the connection.
 
         Raises:
             NotFoundError: the node holds no such machine.
-            ConflictError: the machine is dead, or dies before it answers.
+            ConflictError: the machine does not run, or dies before it answers.
             InvalidArgumentError: the agent refused the arguments; the message is the agent's.
-            UnavailableError: the agent does not answer.
+            UnsupportedError: the agent is older than the operation.
+            UnavailableError: node or agent do not answer.
         """
         ...

@@ -18,6 +18,7 @@ from sandyard.server.core.records import (
     KeyHolder,
     LedgerEntry,
     Membership,
+    NodeSeen,
     Organization,
     Project,
     RequestKey,
@@ -35,8 +36,9 @@ from sandyard.server.core.states import Status
 
 @dataclass(frozen=True)
 class Hold:
-    """A lease to take together with a write: who works on the sandbox, and until when."""
+    """A lease to take together with a write: which server works on the sandbox, and until when."""
 
+    owner: str
     lease: str
     until: datetime
 
@@ -83,8 +85,16 @@ class SandboxRows(Protocol):
         """
         ...
 
+    async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
+        """Return every sandbox of these statuses that was placed on a node, on none for None."""
+        ...
+
+
+class LeaseRows(Protocol):
+    """Who works on which sandbox: a server, under a lease that runs out."""
+
     async def claim(
-        self, statuses: frozenset[Status], *, lease: str, now: datetime, until: datetime, limit: int
+        self, statuses: frozenset[Status], *, hold: Hold, now: datetime, limit: int
     ) -> list[Claim]:
         """Lease up to `limit` sandboxes of these statuses that nobody holds, the stalest first."""
         ...
@@ -93,13 +103,41 @@ class SandboxRows(Protocol):
         """Move the end of a lease that is held; None gives it back. False if it is not held."""
         ...
 
-    async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
-        """Return every sandbox of these statuses that was placed on a node, on none for None."""
+    async def void(self, owner: str) -> None:
+        """End every lease of a server, which is there no more."""
+        ...
+
+
+class NodeRows(Protocol):
+    """The nodes of the installation, and when one was last heard of."""
+
+    async def heard(self, node_id: str, at: datetime) -> None:
+        """Note that a node answered; one that is new is added."""
+        ...
+
+    async def find(self, node_id: str) -> NodeSeen | None:
+        """Return a node."""
+        ...
+
+    async def every(self) -> list[NodeSeen]:
+        """Return every node that was ever heard of, by id."""
+        ...
+
+
+class WorkspaceRows(Protocol):
+    """Workspaces."""
+
+    async def add(self, workspace: Workspace) -> None:
+        """Add a workspace; nothing if the organization has one of that slug."""
+        ...
+
+    async def personal(self, org_id: str, user_id: str) -> Workspace | None:
+        """Return a member's personal workspace."""
         ...
 
 
 class OrganizationRows(Protocol):
-    """Organizations, and the workspaces that come with them."""
+    """Organizations."""
 
     async def add(self, organization: Organization, project: Project) -> None:
         """Add an organization with its default project and an account with nothing in it.
@@ -123,14 +161,6 @@ class OrganizationRows(Protocol):
 
     async def every(self) -> list[Organization]:
         """Return all organizations, the oldest first."""
-        ...
-
-    async def add_workspace(self, workspace: Workspace) -> None:
-        """Add a workspace; nothing if the organization has one of that slug."""
-        ...
-
-    async def personal_workspace(self, org_id: str, user_id: str) -> Workspace | None:
-        """Return a member's personal workspace."""
         ...
 
 
@@ -445,6 +475,10 @@ class SnapshotRows(Protocol):
         """Return one page of those that are not hidden, newest first."""
         ...
 
+    async def extend(self, snapshot_id: str, *, held_until: datetime) -> bool:
+        """Say that it is still being made; False if it was removed meanwhile."""
+        ...
+
     async def complete(self, snapshot_id: str, *, size_bytes: int) -> bool:
         """Note that a snapshot is whole; False if it was removed meanwhile."""
         ...
@@ -473,6 +507,10 @@ class RequestRows(Protocol):
         """Keep what a request is answered with."""
         ...
 
+    async def remove(self, key: RequestKey) -> None:
+        """Forget one: what it asked for could not be done."""
+        ...
+
     async def forget(self, *, before: datetime) -> None:
         """Remove those from before a time."""
         ...
@@ -484,6 +522,21 @@ class Transaction(Protocol):
     @property
     def sandboxes(self) -> SandboxRows:
         """Sandboxes."""
+        ...
+
+    @property
+    def leases(self) -> LeaseRows:
+        """Who works on which sandbox."""
+        ...
+
+    @property
+    def nodes(self) -> NodeRows:
+        """Nodes."""
+        ...
+
+    @property
+    def workspaces(self) -> WorkspaceRows:
+        """Workspaces."""
         ...
 
     @property

@@ -71,8 +71,20 @@ class OrganizationTable:
         found = await self._connection.execute(select(t.organizations).order_by(c.created_at, c.id))
         return [Organization(**row) for row in found.mappings()]
 
-    async def add_workspace(self, workspace: Workspace) -> None:
-        """See core.contracts.store.OrganizationRows.add_workspace."""
+    async def _one(self, which: Any) -> Organization | None:
+        found = await self._connection.execute(select(t.organizations).where(which))
+        row = found.mappings().first()
+        return None if row is None else Organization(**row)
+
+
+class WorkspaceTable:
+    """See core.contracts.store.WorkspaceRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, workspace: Workspace) -> None:
+        """See core.contracts.store.WorkspaceRows.add."""
         c = t.workspaces.c
         found = await self._connection.execute(
             select(c.id).where(c.org_id == workspace.org_id, c.slug == workspace.slug)
@@ -80,8 +92,8 @@ class OrganizationTable:
         if found.first() is None:
             await self._connection.execute(insert(t.workspaces).values(vars(workspace)))
 
-    async def personal_workspace(self, org_id: str, user_id: str) -> Workspace | None:
-        """See core.contracts.store.OrganizationRows.personal_workspace."""
+    async def personal(self, org_id: str, user_id: str) -> Workspace | None:
+        """See core.contracts.store.WorkspaceRows.personal."""
         c = t.workspaces.c
         found = await self._connection.execute(
             select(t.workspaces).where(
@@ -90,11 +102,6 @@ class OrganizationTable:
         )
         row = found.mappings().first()
         return None if row is None else Workspace(**row)
-
-    async def _one(self, which: Any) -> Organization | None:
-        found = await self._connection.execute(select(t.organizations).where(which))
-        row = found.mappings().first()
-        return None if row is None else Organization(**row)
 
 
 class UserTable:

@@ -31,7 +31,7 @@ from sandyard.server.core.records import (
     StoragePeriod,
     UsagePeriod,
 )
-from sandyard.server.core.shapes import Shape
+from sandyard.server.core.shapes import Shape, ShapeSeconds
 from sandyard.server.core.states import Status
 from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.rows import Connection
@@ -113,7 +113,7 @@ class UsageTable:
             _OWED, [{"wanted_org": org_id, "now_us": t.microseconds(now)}]
         )
         *shape, posted = (max(0, int(value)) for value in owed.one())
-        return InUse(**used, paid=paid, owed=Shape(*shape), posted=posted)
+        return InUse(**used, paid=paid, owed=ShapeSeconds(*shape), posted=posted)
 
     async def _periods(self, *wanted: ColumnElement[bool]) -> list[UsagePeriod]:
         found = await self._connection.execute(

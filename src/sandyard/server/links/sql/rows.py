@@ -1,7 +1,7 @@
 """Statements, and rows turned into records. See core.contracts for what each method promises."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from sandyard.server.core.records import (
     ActivityQuery,
     Claim,
     KeyedRequest,
+    NodeSeen,
     Reason,
     RequestKey,
     Sandbox,
@@ -37,16 +38,15 @@ from sandyard.server.core.records import (
     Snapshot,
 )
 from sandyard.server.core.shapes import Shape
-from sandyard.server.core.states import HIDDEN, Status, Wanted
+from sandyard.server.core.states import HIDDEN, Status
 from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.seal import Seal
 
-_SAME = (
-    "id", "org_id", "owner_user_id", "project_id", "name", "version", "incarnation", "template",
-    "idle_timeout_s", "root_password_hash", "auto_resume", "expires_at", "node_id", "driver", "ip",
-    "os", "created_at", "updated_at", "started_at", "paused_at", "last_activity_at",
-    "last_activity_kind", "from_snapshot_id", "from_snapshot_at", "is_test", "saved_bytes",
-)  # fmt: skip
+# Fields that the database keeps otherwise than by their own name and kind; what is left is kept as
+# it is, so that a field is added to the record and to the table alone.
+_OTHERWISE = frozenset({"status", "shape", "env", "reason", "owner_display_name", "owner_email"})
+_TUPLES = ("tags", "authorized_keys")
+_SAME = tuple(one.name for one in fields(Sandbox) if one.name not in _OTHERWISE)
 _USED = ("last_activity_at", "last_activity_kind")
 _HIDDEN = sorted(status.value for status in HIDDEN)
 _COMING = ("pending", "creating", "resuming")
@@ -92,7 +92,7 @@ class SandboxTable:
 
     async def find_named(self, org_id: str, name: str) -> Sandbox | None:
         """See core.contracts.store.SandboxRows.find_named."""
-        found = await self._sandboxes(
+        found = await self.where(
             _selected().where(
                 t.sandboxes.c.org_id == org_id,
                 t.sandboxes.c.name == name,
@@ -124,7 +124,7 @@ class SandboxTable:
             wanted.append(exists().where(tags.sandbox_id == c.id, tags.tag == tag))
         if query.after is not None:
             wanted.append(older(c, query.after))
-        return await self._sandboxes(
+        return await self.where(
             _selected().where(*wanted).order_by(c.created_at.desc(), c.id.desc()).limit(query.limit)
         )
 
@@ -157,52 +157,17 @@ class SandboxTable:
             await self._add_tags(sandbox)
         return replace(sandbox, version=sandbox.version + 1)
 
-    async def claim(
-        self, statuses: frozenset[Status], *, lease: str, now: datetime, until: datetime, limit: int
-    ) -> list[Claim]:
-        """See core.contracts.store.SandboxRows.claim."""
-        c = t.sandboxes.c
-        free = (
-            select(c.id)
-            .where(
-                c.status.in_([status.value for status in statuses]),
-                or_(c.lease_until.is_(None), c.lease_until < now),
-            )
-            .order_by(c.updated_at)
-            .limit(limit)
-        )
-        taken = await self._connection.execute(
-            update(t.sandboxes)
-            .where(c.id.in_(free))
-            .values(lease_token=lease, lease_until=until)
-            .returning(c.id)
-        )
-        ids = [row.id for row in taken]
-        found = await self._sandboxes(_selected().where(c.id.in_(ids))) if ids else []
-        return [Claim(sandbox, lease) for sandbox in found]
-
-    async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
-        """See core.contracts.store.SandboxRows.extend."""
-        c = t.sandboxes.c
-        token = lease if until is not None else None
-        done = await self._connection.execute(
-            update(t.sandboxes)
-            .where(c.id == sandbox_id, c.lease_token == lease)
-            .values(lease_until=until, lease_token=token)
-            .returning(c.id)
-        )
-        return done.first() is not None
-
     async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
         """See core.contracts.store.SandboxRows.on_node."""
         c = t.sandboxes.c
-        return await self._sandboxes(
+        return await self.where(
             _selected().where(
                 c.node_id == node_id, c.status.in_([status.value for status in statuses])
             )
         )
 
-    async def _sandboxes(self, statement: Select[tuple[object]]) -> list[Sandbox]:
+    async def where(self, statement: Select[tuple[object]]) -> list[Sandbox]:
+        """Return the sandboxes that a statement selects."""
         return [self._sandbox(row) for row in await self._connection.execute(statement)]
 
     async def _add_tags(self, sandbox: Sandbox) -> None:
@@ -214,16 +179,14 @@ class SandboxTable:
 
     def _values(self, sandbox: Sandbox) -> dict[str, object]:
         values: dict[str, object] = {name: getattr(sandbox, name) for name in _SAME}
+        values |= {name: list(getattr(sandbox, name)) for name in _TUPLES}
         reason = sandbox.reason
         return values | {
             "status": sandbox.status.value,
-            "wanted": sandbox.wanted.value,
-            "tags": list(sandbox.tags),
             "vcpus": sandbox.shape.vcpus,
             "memory_mib": sandbox.shape.memory_mib,
             "disk_mib": sandbox.shape.disk_mib,
             "env_sealed": self._seal.close(sandbox.env),
-            "ssh_keys": list(sandbox.ssh_keys),
             "metadata": dict(sandbox.metadata),
             "reason_code": reason.code if reason else None,
             "reason_message": reason.message if reason else None,
@@ -231,21 +194,95 @@ class SandboxTable:
 
     def _sandbox(self, row: Row[tuple[object]]) -> Sandbox:
         found = row._mapping
+        same = {name: found[name] for name in _SAME}
+        same |= {name: tuple(found[name]) for name in _TUPLES}
         return Sandbox(
-            **{name: found[name] for name in _SAME},
+            **same,
             status=Status(found["status"]),
-            wanted=Wanted(found["wanted"]),
             shape=Shape(found["vcpus"], found["memory_mib"], found["disk_mib"]),
-            tags=tuple(found["tags"]),
             env=self._seal.open(found["env_sealed"]),
-            ssh_keys=tuple(found["ssh_keys"]),
-            metadata=found["metadata"],
             reason=Reason(found["reason_code"], found["reason_message"])
             if found["reason_code"]
             else None,
             owner_display_name=found["owner_display_name"],
             owner_email=found["owner_email"],
         )
+
+
+class LeaseTable:
+    """See core.contracts.store.LeaseRows."""
+
+    def __init__(self, connection: Connection, sandboxes: SandboxTable) -> None:
+        self._connection = connection
+        self._sandboxes = sandboxes
+
+    async def claim(
+        self, statuses: frozenset[Status], *, hold: Hold, now: datetime, limit: int
+    ) -> list[Claim]:
+        """See core.contracts.store.LeaseRows.claim."""
+        c = t.sandboxes.c
+        free = (
+            select(c.id)
+            .where(
+                c.status.in_([status.value for status in statuses]),
+                or_(c.lease_until.is_(None), c.lease_until < now),
+            )
+            .order_by(c.updated_at)
+            .limit(limit)
+        )
+        taken = await self._connection.execute(
+            update(t.sandboxes).where(c.id.in_(free)).values(_held(hold)).returning(c.id)
+        )
+        ids = [row.id for row in taken]
+        found = await self._sandboxes.where(_selected().where(c.id.in_(ids))) if ids else []
+        return [Claim(sandbox, hold.lease) for sandbox in found]
+
+    async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
+        """See core.contracts.store.LeaseRows.extend."""
+        c = t.sandboxes.c
+        token = lease if until is not None else None
+        done = await self._connection.execute(
+            update(t.sandboxes)
+            .where(c.id == sandbox_id, c.lease_token == lease)
+            .values(lease_until=until, lease_token=token)
+            .returning(c.id)
+        )
+        return done.first() is not None
+
+    async def void(self, owner: str) -> None:
+        """See core.contracts.store.LeaseRows.void."""
+        await self._connection.execute(
+            update(t.sandboxes).where(t.sandboxes.c.lease_owner == owner).values(_held(None))
+        )
+
+
+class NodeTable:
+    """See core.contracts.store.NodeRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def heard(self, node_id: str, at: datetime) -> None:
+        """See core.contracts.store.NodeRows.heard."""
+        c = t.nodes.c
+        done = await self._connection.execute(
+            update(t.nodes).where(c.id == node_id).values(seen_at=at)
+        )
+        if done.rowcount == 0:
+            await self._connection.execute(
+                insert(t.nodes).values(id=node_id, first_seen_at=at, seen_at=at)
+            )
+
+    async def find(self, node_id: str) -> NodeSeen | None:
+        """See core.contracts.store.NodeRows.find."""
+        found = await self._connection.execute(select(t.nodes).where(t.nodes.c.id == node_id))
+        row = found.mappings().first()
+        return None if row is None else NodeSeen(**row)
+
+    async def every(self) -> list[NodeSeen]:
+        """See core.contracts.store.NodeRows.every."""
+        found = await self._connection.execute(select(t.nodes).order_by(t.nodes.c.id))
+        return [NodeSeen(**row) for row in found.mappings()]
 
 
 class ActivityTable:
@@ -340,12 +377,19 @@ class SnapshotTable:
             .limit(limit)
         )
 
+    async def extend(self, snapshot_id: str, *, held_until: datetime) -> bool:
+        """See core.contracts.store.SnapshotRows.extend."""
+        done = await self._connection.execute(
+            update(t.snapshots).where(t.snapshots.c.id == snapshot_id).values(held_until=held_until)
+        )
+        return done.rowcount > 0
+
     async def complete(self, snapshot_id: str, *, size_bytes: int) -> bool:
         """See core.contracts.store.SnapshotRows.complete."""
         done = await self._connection.execute(
             update(t.snapshots)
             .where(t.snapshots.c.id == snapshot_id)
-            .values(is_ready=True, size_bytes=size_bytes)
+            .values(is_ready=True, size_bytes=size_bytes, held_until=None)
         )
         return done.rowcount > 0
 
@@ -368,7 +412,7 @@ class SnapshotTable:
             select(c.id)
             .where(
                 c.from_snapshot_id == snapshot_id,
-                c.from_snapshot_at == c.incarnation,
+                c.from_snapshot_incarnation == c.incarnation,
                 c.status.in_(_COMING),
             )
             .limit(1)
@@ -412,6 +456,13 @@ class RequestTable:
             )
         )
 
+    async def remove(self, key: RequestKey) -> None:
+        """See core.contracts.store.RequestRows.remove."""
+        c = t.keyed_requests.c
+        await self._connection.execute(
+            delete(t.keyed_requests).where(*(c[name] == value for name, value in vars(key).items()))
+        )
+
     async def forget(self, *, before: datetime) -> None:
         """See core.contracts.store.RequestRows.forget."""
         c = t.keyed_requests.c
@@ -420,6 +471,7 @@ class RequestTable:
 
 def _held(hold: Hold | None) -> dict[str, object]:
     return {
+        "lease_owner": hold.owner if hold else None,
         "lease_token": hold.lease if hold else None,
         "lease_until": hold.until if hold else None,
     }
@@ -438,7 +490,7 @@ _known = (_c.id == bindparam("known_id"), _c.version == bindparam("known_version
 _written: dict[str, Any] = {
     one.name: bindparam(one.name) for one in _c if one.name not in {"id", "created_at", *_USED}
 }
-_leases = ("lease_token", "lease_until")
+_leases = ("lease_owner", "lease_token", "lease_until")
 # What every request runs is built once: to build a statement takes as long as to run it.
 _INSERT = insert(t.sandboxes)
 _FIND = _selected().where(_c.id == bindparam("wanted_id"))

@@ -22,6 +22,7 @@ from sandyard.server.links.sql.account_rows import (
     ProjectTable,
     SshKeyTable,
     UserTable,
+    WorkspaceTable,
 )
 from sandyard.server.links.sql.migrate import upgrade
 from sandyard.server.links.sql.money_rows import (
@@ -33,6 +34,8 @@ from sandyard.server.links.sql.money_rows import (
 from sandyard.server.links.sql.rows import (
     ActivityTable,
     Connection,
+    LeaseTable,
+    NodeTable,
     RequestTable,
     SandboxTable,
     SnapshotTable,
@@ -50,6 +53,7 @@ _POSTGRES: dict[str, Any] = {
 }
 # Any number, the same in every process: it names the lock that serializes writers.
 _WRITER_LOCK = 0x53414E44
+_SCHEMA_LOCK = 0x53414E45
 
 
 class SqlTransaction:
@@ -57,6 +61,9 @@ class SqlTransaction:
 
     def __init__(self, connection: Connection, seal: Seal) -> None:
         self.sandboxes = SandboxTable(connection, seal)
+        self.leases = LeaseTable(connection, self.sandboxes)
+        self.nodes = NodeTable(connection)
+        self.workspaces = WorkspaceTable(connection)
         self.organizations = OrganizationTable(connection)
         self.users = UserTable(connection)
         self.projects = ProjectTable(connection)
@@ -74,8 +81,9 @@ class SqlTransaction:
 class PostgresStore:
     """See core.contracts.store.Store.
 
-    Writers take turns by an advisory lock that a transaction holds: a read that a write depends on
-    can never be overtaken.
+    Readers see one moment (REPEATABLE READ). Writers take turns by an advisory lock that a
+    transaction holds, and see what the one before them committed (READ COMMITTED: a snapshot would
+    be taken before the lock is had): a read that a write depends on can never be overtaken.
     """
 
     def __init__(self, engine: AsyncEngine, seal: Seal) -> None:
@@ -86,14 +94,17 @@ class PostgresStore:
     async def read(self) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.store.Store.read."""
         with _translated():
-            async with self._engine.connect() as connection:
+            # A statement would else see what was committed since the one before.
+            engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
+            async with engine.connect() as connection:
                 yield SqlTransaction(connection, self._seal)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.store.Store.write."""
         with _translated():
-            async with self._engine.begin() as connection:
+            engine = self._engine.execution_options(isolation_level="READ COMMITTED")
+            async with engine.begin() as connection:
                 await connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})"))
                 yield SqlTransaction(connection, self._seal)
 
@@ -208,6 +219,8 @@ async def open_store(url: str, *, key: bytes) -> AsyncIterator[Store]:
             held.push_async_callback(engine.dispose)
             with _translated():
                 async with engine.begin() as connecting:
+                    # One server at a time brings the schema up to date; the others then find it so.
+                    await connecting.execute(text(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"))
                     await connecting.run_sync(upgrade)
             yield PostgresStore(engine, Seal(key))
         else:

@@ -176,7 +176,6 @@ sandboxes = Table(
     Column("project_id", ForeignKey("projects.id"), nullable=False),
     Column("name", Text),
     Column("status", String(20), nullable=False),
-    Column("wanted", String(10), nullable=False),
     Column("version", Integer, nullable=False),
     Column("incarnation", Integer, nullable=False),
     Column("template", Text, nullable=False),
@@ -186,7 +185,7 @@ sandboxes = Table(
     Column("disk_mib", Integer, nullable=False),
     Column("idle_timeout_s", Integer, nullable=False),
     Column("env_sealed", Text, nullable=False),
-    Column("ssh_keys", JSON, nullable=False),
+    Column("authorized_keys", JSON, nullable=False),
     Column("root_password_hash", Text),
     Column("metadata", JSON, nullable=False),
     Column("auto_resume", Boolean, nullable=False),
@@ -203,14 +202,16 @@ sandboxes = Table(
     Column("paused_at", Moment),
     Column("last_activity_at", Moment),
     Column("last_activity_kind", Text),
+    Column("lease_owner", Text),
     Column("lease_token", Text),
     Column("lease_until", Moment),
     Column("from_snapshot_id", String(36)),
-    Column("from_snapshot_at", Integer, nullable=False, server_default="0"),
+    Column("from_snapshot_incarnation", Integer, nullable=False, server_default="0"),
     Column("is_test", Boolean, nullable=False, server_default=false()),
     Column("saved_bytes", BigInteger, nullable=False, server_default="0"),
     CheckConstraint(f"status IN ({STATUSES})", name="status"),
     Index("ix_sandboxes_org_created", "org_id", "created_at", "id"),
+    Index("ix_sandboxes_node", "node_id", "status"),
     Index("ix_sandboxes_status", "status", "updated_at"),
     Index("ix_sandboxes_live", "org_id", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
     Index(
@@ -270,6 +271,8 @@ snapshots = Table(
     Column("is_hidden", Boolean, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("created_at", Moment, nullable=False),
+    Column("held_until", Moment),
+    Index("ix_snapshots_node", "node_id"),
     Index("ix_snapshots_org_created", "org_id", "created_at", "id"),
     Index(
         "uq_snapshots_name",
@@ -399,6 +402,15 @@ auto_topups = Table(
     Column("pending_key", Text),
     Column("pending_cents", BigInteger),
     Column("pending_since", Moment),
+)
+
+# Nodes, and when any server heard of each last.
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("first_seen_at", Moment, nullable=False),
+    Column("seen_at", Moment, nullable=False),
 )
 
 # Facts of the installation, such as when it was last at work.

@@ -20,10 +20,10 @@ _HYPERVISOR_MIB = 96  # its own code and data, and translated code under TCG
 class Margins:
     """What the host keeps for itself, and how far promises may pass what it has."""
 
-    memory_floor_mib: int = 1024
-    disk_floor_mib: int = 1024
-    memory_overcommit: float = 3.0
-    disk_overcommit: float = 20.0
+    memory_floor_mib: int
+    disk_floor_mib: int
+    memory_overcommit: float
+    disk_overcommit: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Promise:
     memory_mib: int
     disk_mib: int
     disk_used_mib: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """What can be promised still."""
+
+    memory_mib: int
+    disk_mib: int
 
 
 class Admission:
@@ -63,59 +71,76 @@ class Admission:
         """Tell whether so little is left that some machine should give its memory back."""
         return self._available_memory() < self._margins.memory_floor_mib // 2
 
-    def check(self, shape: Shape, *, is_promised: bool = False) -> None:
-        """Return if one more machine of a shape has room now.
+    def room(self) -> Room:
+        """Return what can be promised still, to one machine or to several."""
+        promises = list(self._promises())
+        return Room(
+            max(0, -self._missing_memory_mib(0, 0, promises)),
+            max(0, self._disk_left_mib(promises)),
+        )
+
+    def check(self, shape: Shape, *, count: int = 1, is_promised: bool = False) -> None:
+        """Return if so many more machines of a shape have room now.
 
         One whose disk `is_promised` already, for it was here before, adds nothing to that.
 
         Raises:
-            NoCapacityError: it has not; the message says what is short.
+            NoCapacityError: they have not; the message says what is short.
         """
         promises = list(self._promises())
-        self._check_disk(None if is_promised else shape, promises)
-        if (short := self._missing_memory_mib(shape, promises)) > 0:
+        self._check_disk(None if is_promised else shape, count, promises)
+        short = self._missing_memory_mib(shape.memory_mib, count, promises)
+        if short > 0:
             raise NoCapacityError(
-                f"cannot start a machine of {shape.memory_mib} MB: the host's memory is promised "
-                f"to others ({short} MB short); pause or delete a sandbox and try again"
+                f"cannot start {_machines(count)} of {shape.memory_mib} MB: the host's memory is "
+                f"promised to others ({short} MB short); pause or delete a sandbox and try again"
             )
 
     def check_disk(self, shape: Shape) -> None:
         """Return if the disk of one more machine has room; see `check`."""
-        self._check_disk(shape, list(self._promises()))
+        self._check_disk(shape, 1, list(self._promises()))
 
-    def missing_memory_mib(self, shape: Shape) -> int:
-        """Return by how much memory one more machine of a shape has no room; 0 if it has."""
-        return self._missing_memory_mib(shape, list(self._promises()))
+    def missing_memory_mib(self, shape: Shape, *, count: int = 1) -> int:
+        """Return by how much memory so many more machines have no room; 0 if they have."""
+        missing = self._missing_memory_mib(shape.memory_mib, count, list(self._promises()))
+        return max(0, missing)
 
-    def _check_disk(self, shape: Shape | None, promises: list[Promise]) -> None:
+    def _check_disk(self, shape: Shape | None, count: int, promises: list[Promise]) -> None:
         self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
-        free = self._free_disk(self._folder)
         floor = self._margins.disk_floor_mib
-        if free < floor:
+        if self._free_disk(self._folder) < floor:
             raise NoCapacityError(
                 f"cannot start a machine: the host's disk has less than {floor} MB left under "
                 f"{self._folder}; free some space"
             )
-        if shape is None:
-            return
-        outstanding = sum(max(0, one.disk_mib - one.disk_used_mib) for one in promises)
         # A machine that is paused puts its memory beside its disk.
-        wanted = outstanding + shape.disk_mib + shape.memory_mib
-        if wanted > (free - floor) * self._margins.disk_overcommit:
+        wanted = 0 if shape is None else (shape.disk_mib + shape.memory_mib) * count
+        if shape is not None and wanted > self._disk_left_mib(promises):
             raise NoCapacityError(
-                f"cannot start a machine with a disk of {shape.disk_mib} MB: the host's disk is "
-                "promised to others; delete a sandbox or a snapshot and try again"
+                f"cannot start {_machines(count)} with a disk of {shape.disk_mib} MB: the host's "
+                "disk is promised to others; delete a sandbox or a snapshot and try again"
             )
 
-    def _missing_memory_mib(self, shape: Shape, promises: list[Promise]) -> int:
+    def _disk_left_mib(self, promises: list[Promise]) -> int:
+        self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+        free = self._free_disk(self._folder) - self._margins.disk_floor_mib
+        outstanding = sum(max(0, one.disk_mib - one.disk_used_mib) for one in promises)
+        return int(free * self._margins.disk_overcommit) - outstanding
+
+    def _missing_memory_mib(self, memory_mib: int, count: int, promises: list[Promise]) -> int:
+        """Return what is short for so many machines; below nothing, what would be left."""
         margins = self._margins
         total = self._total_memory() - margins.memory_floor_mib
-        promised = sum(one.memory_mib for one in promises)
-        by_promise = promised + cost_mib(shape.memory_mib) - int(total * margins.memory_overcommit)
+        wanted = sum(one.memory_mib for one in promises) + count * cost_mib(memory_mib)
+        by_promise = wanted - int(total * margins.memory_overcommit)
         # A clone takes about a quarter of its memory soon, the rest over time.
-        soon = margins.memory_floor_mib + shape.memory_mib // 4
+        soon = margins.memory_floor_mib + count * memory_mib // 4
         by_fact = soon - self._available_memory()
-        return max(0, by_promise, by_fact)
+        return max(by_promise, by_fact)
+
+
+def _machines(count: int) -> str:
+    return "a machine" if count == 1 else f"{count} machines"
 
 
 def cost_mib(memory_mib: int) -> int:

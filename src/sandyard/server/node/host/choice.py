@@ -40,10 +40,17 @@ class Drivers:
         self._judging = asyncio.Lock()
         self._cache = cache
         self._chosen: dict[str, Driver] = {}
+        self._versions: dict[str, str] = {}
 
     def named(self, name: str) -> Driver | None:
         """Return the driver of that name."""
         return next((driver for driver in self._known if driver.name == name), None)
+
+    async def version_of(self, driver: Driver) -> str:
+        """Return a driver's version, as found when it was first asked for."""
+        if driver.name not in self._versions:
+            self._versions[driver.name] = await driver.version()
+        return self._versions[driver.name]
 
     async def choose(self, image: Image) -> Driver:
         """Return the best driver that boots this image's kernel here.

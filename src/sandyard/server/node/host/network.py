@@ -32,7 +32,7 @@ from sandyard.server.node.host.firewall import (
 )
 from sandyard.server.node.host.identity import SLOTS, Identity
 from sandyard.server.node.host.netlink import netlink
-from sandyard.server.tasks import in_thread
+from sandyard.server.tasks import Crew, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _SPARE = 3
 class Network(Protocol):
     """Places for machines, and the way to what listens in them."""
 
-    async def open(self, *, in_use: Iterable[int], tasks: asyncio.TaskGroup) -> None:
+    async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
         """Prepare the host, keep the places whose numbers are in use, remove all others."""
         ...
 
@@ -90,18 +90,18 @@ class Slots:
         self._spare: list[Place] = []
         self._lock = asyncio.Lock()
         self._dns: dict[int, asyncio.Task[None]] = {}
-        self._tasks: asyncio.TaskGroup | None = None
+        self._crew: Crew | None = None
         self._resolvers: Callable[[], list[str]] = host_resolvers
 
-    async def open(self, *, in_use: Iterable[int], tasks: asyncio.TaskGroup) -> None:
+    async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
         """See Network.open."""
-        self._tasks = tasks
+        self._crew = crew
         self._used = set(in_use)
         await self._prepare_host()
         await self._sweep()
         for number in self._used:
             self._start_dns(self.place(number))
-        tasks.create_task(self._refill())
+        self._refill_beside()
 
     async def close(self) -> None:
         """See Network.close."""
@@ -117,8 +117,7 @@ class Slots:
             place = self._spare.pop() if self._spare else await self._make()
             self._used.add(place.number)
         self._start_dns(place)
-        if self._tasks is not None:
-            self._tasks.create_task(self._refill())
+        self._refill_beside()
         return place
 
     def place(self, number: int) -> Place:
@@ -198,13 +197,15 @@ class Slots:
                 if name.startswith(f"{prefix}-") and name not in used:
                     await host.delete_link(name)
 
+    def _refill_beside(self) -> None:
+        if self._crew is not None:
+            # What cannot be made ahead is made when it is needed.
+            self._crew.start(self._refill(), "a network slot could not be made ahead")
+
     async def _refill(self) -> None:
-        try:
-            async with self._lock:
-                while len(self._spare) < _SPARE and len(self._used) + len(self._spare) < SLOTS:
-                    self._spare.append(await self._make())
-        except Exception:  # as for a machine's watch: the node lives on
-            log.exception("a network slot could not be made ahead; it will be when it is needed")
+        async with self._lock:
+            while len(self._spare) < _SPARE and len(self._used) + len(self._spare) < SLOTS:
+                self._spare.append(await self._make())
 
     async def _make(self) -> Place:
         taken = self._used | {place.number for place in self._spare}
@@ -249,14 +250,12 @@ class Slots:
             await run(["ip", "netns", "del", place.netns], limit_s=_TOOL_LIMIT_S)
 
     def _start_dns(self, place: Place) -> None:
-        if self._tasks is not None:
-            self._dns[place.number] = self._tasks.create_task(self._serve_dns(place))
-
-    async def _serve_dns(self, place: Place) -> None:
-        try:
-            await forward_dns(place.netns, self._resolvers)
-        except Exception:
-            log.exception("DNS is not served in a slot")
+        if self._crew is not None:
+            serving = self._crew.start(
+                forward_dns(place.netns, self._resolvers), "DNS is not served in a slot"
+            )
+            if serving is not None:
+                self._dns[place.number] = serving
 
 
 async def remove_host_rules(identity: Identity) -> None:

@@ -1,9 +1,6 @@
 """What a node wrote down about its machines, so that the next process finds them.
 
     machines/<machine id>/resident.json   this record, readable by root alone
-    machines/<machine id>/body-<n>/       disk.ext4, memory, and, while it stands still, saved/
-    machines/<machine id>/run/            sockets, owned by the machine's account
-    machines/<machine id>/console.log     the last of what the guest printed
 
 A record is there before the first resource is taken and goes after the last is given back. A
 machine has an id of its own: it may have waited before a sandbox took it.
@@ -14,32 +11,23 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.ids import is_machine_id
+from sandyard.server.core.shapes import Shape
 
 log = logging.getLogger(__name__)
 
 
-class Phase(StrEnum):
-    """How far a machine has come."""
-
-    STARTING = "starting"  # for the first time: nothing of it is worth keeping yet
-    WAITING = "waiting"  # runs, for whoever wants one like it
-    RUNNING = "running"
-    PAUSED = "paused"
-    DEAD = "dead"
-
-
 @dataclass(frozen=True)
-class Resident:
+class Record:
     """One machine of a node, and the sandbox it serves, if it serves one.
 
     `slot` is -1 while it has no place. `body` is the folder with what outlives its process. One
-    that is not `is_awake` was restored, and what makes it fit to be used has not been done.
+    that runs beside a published state has not run on from there yet.
     """
 
     id: str
@@ -57,16 +45,20 @@ class Resident:
     token: str = field(repr=False)
     body: str = "body-1"
     handle: Mapping[str, str | int] | None = None
-    is_awake: bool = True
     reason_code: str = ""
     reason_message: str = ""
+
+    @property
+    def shape(self) -> Shape:
+        """Its shape."""
+        return Shape(self.vcpus, self.memory_mib, self.disk_mib)
 
     def with_phase(self, phase: Phase, *, code: str = "", message: str = "") -> Self:
         """Return this record in another phase."""
         return replace(self, phase=phase, reason_code=code, reason_message=message)
 
 
-class Residents:
+class Records:
     """The records under one folder."""
 
     def __init__(self, machines_dir: Path) -> None:
@@ -85,28 +77,27 @@ class Residents:
         folder.mkdir(mode=0o711, exist_ok=True)
         return folder
 
-    def write(self, resident: Resident) -> None:
+    def write(self, record: Record) -> None:
         """Write a record, whole or not at all.
 
         What is in it is synced, its name is not: after the host's own end no machine lives, and a
         state that was saved is found without it.
         """
-        folder = self.make_folder(resident.id)
+        folder = self.make_folder(record.id)
         part = folder / "resident.json.part"
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
-            json.dump(asdict(resident), file)
+            json.dump(asdict(record), file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(folder / "resident.json")
 
-    def all(self) -> list[Resident]:
+    def all(self) -> list[Record]:
         """Return every record that can be read; what cannot be is left alone and logged."""
         found = []
         for folder in self._folders():
             try:
-                record = json.loads((folder / "resident.json").read_text())
-                found.append(Resident(**{**record, "phase": Phase(record["phase"])}))
+                found.append(_record_of(json.loads((folder / "resident.json").read_text())))
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, TypeError, KeyError):
@@ -133,3 +124,15 @@ class Residents:
         (folder / "resident.json").unlink(missing_ok=True)
         if folder.is_dir():
             folder.rmdir()
+
+
+def _record_of(values: Mapping[str, Any]) -> Record:
+    """Return the record that was written; one of an earlier version said `is_awake` in so many
+    words, and one of a later version may say more than is known here.
+    """
+    known = {one.name for one in fields(Record)}
+    record = Record(**{name: value for name, value in values.items() if name in known})
+    phase = Phase(record.phase)
+    if phase is Phase.RUNNING and values.get("is_awake") is False:
+        phase = Phase.WAKING
+    return replace(record, phase=phase)

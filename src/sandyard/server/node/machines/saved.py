@@ -19,10 +19,12 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-from sandyard.server.core.errors import ConflictError
+from sandyard.server.core.errors import DamagedError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Saved
 from sandyard.server.drivers.sparse import copy_sparse, digest_sparse
+from sandyard.server.node.host.choice import Drivers
+from sandyard.server.tasks import in_thread
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -105,18 +107,18 @@ def load(folder: Path, *, key: bytes) -> SavedMachine:
     """Return the saved machine in a folder.
 
     Raises:
-        ConflictError: there is none, or its manifest is damaged or not signed here.
+        DamagedError: there is none, or its manifest is damaged or not signed here.
     """
     try:
         content = json.loads((folder / _MANIFEST).read_text())
         signature = content.pop("signature")
         if not hmac.compare_digest(signature, _signature(content, key)):
-            raise ConflictError("the saved machine's manifest was altered")
+            raise DamagedError("cannot use what was saved: its manifest was altered")
         if content["format"] != FORMAT:
-            raise ConflictError("the saved machine is of another version of Sandyard")
+            raise DamagedError("cannot use what was saved: it is of another version of Sandyard")
         return SavedMachine(folder, About(**content["about"]), content["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConflictError(f"the saved machine cannot be read: {error!r}") from error
+        raise DamagedError(f"cannot use what was saved: it cannot be read: {error!r}") from error
 
 
 def check(saved: SavedMachine, *, whole: bool) -> None:
@@ -126,7 +128,7 @@ def check(saved: SavedMachine, *, whole: bool) -> None:
     decide.
 
     Raises:
-        ConflictError: a file is missing, cut off or altered.
+        DamagedError: a file is missing, cut off or altered.
     """
     for name, sealed in saved.files.items():
         path = saved.folder / name
@@ -141,9 +143,11 @@ def check(saved: SavedMachine, *, whole: bool) -> None:
             ):
                 continue
             if (whole or not same) and (digest is None or digest_sparse(path) != digest):
-                raise ConflictError(f"the saved machine's file {path.name} was altered")
+                raise DamagedError(f"cannot use what was saved: its file {path.name} was altered")
         except OSError as error:
-            raise ConflictError(f"the saved machine's file {path.name} is missing") from error
+            raise DamagedError(
+                f"cannot use what was saved: its file {path.name} is missing"
+            ) from error
 
 
 def publish(part: Path, folder: Path) -> None:
@@ -213,7 +217,7 @@ def refuse_other(about: About, *, driver: str, version: str, host: str) -> None:
     """Return if a state can be started by this driver, version and host.
 
     Raises:
-        ConflictError: it cannot; the message says what differs.
+        DamagedError: it cannot; the message says what differs.
     """
     for what, saved, here in (
         ("driver", about.driver, driver),
@@ -221,6 +225,43 @@ def refuse_other(about: About, *, driver: str, version: str, host: str) -> None:
         ("kind of processor", about.host, host),
     ):
         if saved != here:
-            raise ConflictError(
-                f"the machine was saved with another {what} ({saved}; here it is {here})"
+            raise DamagedError(
+                f"cannot use what was saved: it is of another {what} ({saved}; here it is {here})"
             )
+
+
+class Seals:
+    """Seals saved machines with the installation's key, and knows which can be started here.
+
+    `host` names the kind of processor.
+    """
+
+    def __init__(self, *, key: bytes, host: str, drivers: Drivers) -> None:
+        self.host = host
+        self._key = key
+        self._drivers = drivers
+
+    async def seal(
+        self, folder: Path, about: About, *, beside: Iterable[Path] = ()
+    ) -> SavedMachine:
+        """See `seal`."""
+        return await in_thread(seal, folder, about, key=self._key, beside=beside)
+
+    def load(self, folder: Path) -> SavedMachine:
+        """See `load`."""
+        return load(folder, key=self._key)
+
+    async def check(self, saved: SavedMachine, *, whole: bool) -> None:
+        """Return if a saved machine is as it was and can be started here.
+
+        Raises:
+            DamagedError: it is not, or cannot.
+        """
+        driver = self._drivers.named(saved.about.driver)
+        if driver is None:
+            raise DamagedError(
+                f"cannot use what was saved: the driver {saved.about.driver} is not here"
+            )
+        version = await self._drivers.version_of(driver)
+        refuse_other(saved.about, driver=driver.name, version=version, host=self.host)
+        await in_thread(check, saved, whole=whole)

@@ -10,22 +10,21 @@ import asyncio
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import MachineWish
-from sandyard.server.core.errors import ConflictError, DamagedError, SandyardError
+from sandyard.server.core.errors import DamagedError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver
-from sandyard.server.node.agent import run_command
-from sandyard.server.node.host.choice import Drivers
 from sandyard.server.node.images.definitions import Definition
-from sandyard.server.node.images.images import Image, Images
+from sandyard.server.node.images.images import Image
 from sandyard.server.node.machines import saved as saving
-from sandyard.server.node.machines.launcher import Launcher, Unit, Was
+from sandyard.server.node.machines.means import Means
+from sandyard.server.node.machines.resident import Resident, Was
 from sandyard.server.node.machines.saved import SavedMachine
 from sandyard.server.node.stock.turns import Rank, Turns
 from sandyard.server.tasks import in_thread, to_the_end
@@ -64,26 +63,14 @@ class Goldens:
         self,
         folder: Path,
         *,
-        images: Images,
-        drivers: Drivers,
-        launcher: Launcher,
+        means: Means,
         boots: Turns,
-        clock: Clock,
-        settle_s: float,
-        key: bytes,
-        host: str,
         on_ready: Callable[[], None],
         has_room: Callable[[Shape], bool],
     ) -> None:
         self._folder = folder
-        self._images = images
-        self._drivers = drivers
-        self._launcher = launcher
+        self._means = means
         self._boots = boots
-        self._clock = clock
-        self._settle_s = settle_s
-        self._key = key
-        self._host = host
         self._on_ready = on_ready
         self._has_room = has_room
         self._known: dict[Kind, SavedMachine] = {}
@@ -91,12 +78,19 @@ class Goldens:
         self._making: dict[Kind, asyncio.Task[None]] = {}
         self._looked: dict[Kind, asyncio.Lock] = {}
         self._used_at: dict[Kind, float] = {}
-        self._tasks: asyncio.TaskGroup | None = None
-        self._units: set[Unit] = set()
+        self._is_open = False
+        self._residents: set[Resident] = set()
 
-    def use(self, tasks: asyncio.TaskGroup | None) -> None:
-        """Let goldens be made in a task group, or in none any more."""
-        self._tasks = tasks
+    @asynccontextmanager
+    async def making(self) -> AsyncIterator[None]:
+        """Let golden machines be made until the block is left, which breaks off the rest."""
+        self._means.crew.start(self._sweep(), "golden machines could not be swept")
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = False
+            await to_the_end(self._stop())
 
     def kind_of(self, image: Image, template: str, shape: Shape) -> Kind:
         """Return the kind of golden machine that a shape comes from.
@@ -105,7 +99,7 @@ class Goldens:
         usual one need not be, a golden machine has the template's default disk, and another, with
         the smallest there is, serves who asks for less.
         """
-        usual = self._images.definitions[template].defaults.disk_mib
+        usual = self._means.images.definitions[template].defaults.disk_mib
         disk_mib = usual if shape.disk_mib >= usual else _SMALLEST_DISK_MIB
         return Kind(template, image.digest, shape.vcpus, shape.memory_mib, disk_mib)
 
@@ -120,7 +114,7 @@ class Goldens:
             if kind not in self._known:
                 await self._look_for(kind, driver)
             if kind in self._known:
-                self._used_at[kind] = self._clock.monotonic()
+                self._used_at[kind] = self._means.clock.monotonic()
             return self._known.get(kind)
 
     async def _drop_beyond_bound(self) -> None:
@@ -133,7 +127,7 @@ class Goldens:
             await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
 
     def _is_usual(self, template: str, shape: Shape) -> bool:
-        definition = self._images.definitions.get(template)
+        definition = self._means.images.definitions.get(template)
         return definition is not None and definition.defaults == shape
 
     async def _look_for(self, kind: Kind, driver: Driver) -> None:
@@ -141,9 +135,9 @@ class Goldens:
         if not folder.is_dir():
             return
         try:
-            golden = saving.load(folder, key=self._key)
-            await self._launcher.check_saved(golden, whole=True)
-        except (ConflictError, DamagedError) as error:
+            golden = self._means.seals.load(folder)
+            await self._means.seals.check(golden, whole=True)
+        except DamagedError as error:
             log.warning("a golden machine is not used and will be replaced: %s", error.message)
             await in_thread(shutil.rmtree, folder, ignore_errors=True)
         else:
@@ -159,32 +153,33 @@ class Goldens:
     def want(self, kind: Kind) -> None:
         """Have a golden machine made beside, unless there is one, or a try has just failed."""
         failed_at = self._failed_at.get(kind)
-        if self._tasks is None or kind in self._known or kind in self._making:
+        if not self._is_open or kind in self._known or kind in self._making:
             return
-        if failed_at is not None and self._clock.monotonic() - failed_at < _RETRY_S:
+        if failed_at is not None and self._means.clock.monotonic() - failed_at < _RETRY_S:
             return
-        self._making[kind] = self._tasks.create_task(self._make_beside(kind))
+        work = self._means.crew.start(self._make_beside(kind), "a golden machine could not be made")
+        if work is not None:
+            self._making[kind] = work
+            work.add_done_callback(lambda _: self._made(kind))
 
-    async def wait_for(self, kind: Kind) -> None:
-        """Return once nobody is at work on a golden machine of a kind."""
-        task = self._making.get(kind)
-        if task is not None:
-            await asyncio.wait([task])
+    def _made(self, kind: Kind) -> None:
+        del self._making[kind]
+        self._on_ready()
 
-    async def sweep(self) -> None:
+    async def _sweep(self) -> None:
         """Remove what was being made when an earlier process ended, and what is of no use now."""
         current = {image.digest for image in self._current_images()}
         others: list[Path] = []
         for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():
             keep = False
-            with contextlib.suppress(ConflictError):
-                golden = saving.load(folder, key=self._key)
-                driver = self._drivers.named(golden.about.driver)
+            with contextlib.suppress(DamagedError):
+                golden = self._means.seals.load(folder)
+                driver = self._means.drivers.named(golden.about.driver)
                 keep = (
                     not folder.name.endswith(".part")
                     and golden.about.image in current
                     and driver is not None
-                    and golden.about.driver_version == await self._launcher.version(driver)
+                    and golden.about.driver_version == await self._means.drivers.version_of(driver)
                 )
                 if keep and not self._is_usual(golden.about.template, golden.about.shape):
                     others.append(folder)
@@ -204,16 +199,15 @@ class Goldens:
             # Clones hold their own link to its memory: they live on.
             shutil.rmtree(golden.folder, ignore_errors=True)
 
-    async def stop(self) -> None:
-        """Break off what is being made."""
+    async def _stop(self) -> None:
         for task in list(self._making.values()):
             task.cancel()
             await asyncio.wait([task])
 
     @property
-    def units(self) -> list[Unit]:
+    def residents(self) -> list[Resident]:
         """Every machine that is up to be saved."""
-        return list(self._units)
+        return list(self._residents)
 
     @property
     def count(self) -> int:
@@ -222,70 +216,64 @@ class Goldens:
 
     async def _make_beside(self, kind: Kind) -> None:
         try:
-            image = self._images.find(kind.image)
-            definition = self._images.definitions.get(kind.template)
+            image = self._means.images.find(kind.image)
+            definition = self._means.images.definitions.get(kind.template)
             if image is None or definition is None:
                 return
-            driver = await self._drivers.choose(image)
+            driver = await self._means.drivers.choose(image)
             if not driver.capabilities.saves or await self.find(kind, driver) is not None:
                 return
             if not self._has_room(kind.shape):
                 return
             async with self._boots.take(Rank.GOLDEN):
                 self._known[kind] = await self._make(kind, image, driver, definition)
-            self._used_at[kind] = self._clock.monotonic()
+            self._used_at[kind] = self._means.clock.monotonic()
             await self._drop_beyond_bound()
             log.info(
                 "a golden machine is ready: %s, %d vcpus, %d MB",
                 kind.template, kind.vcpus, kind.memory_mib,
             )  # fmt: skip
-        except SandyardError as error:
-            self._failed_at[kind] = self._clock.monotonic()
-            log.error("a golden machine could not be made: %s", error.message)
-        except Exception:  # as for a start: the node lives on
-            self._failed_at[kind] = self._clock.monotonic()
-            log.exception("a golden machine could not be made")
-        finally:
-            del self._making[kind]
-            self._on_ready()
+        except Exception:
+            self._failed_at[kind] = self._means.clock.monotonic()
+            raise
 
     async def _make(
         self, kind: Kind, image: Image, driver: Driver, definition: Definition
     ) -> SavedMachine:
         wish = a_wish(kind)
-        unit = self._launcher.new_unit(wish, image, driver)
-        self._units.add(unit)
+        resident = Resident.new(wish, image, driver, self._means)
+        self._residents.add(resident)
         try:
-            await self._launcher.make_body(unit, None)
-            await self._launcher.raise_up(unit)
-            await self._launcher.set_up(unit, wish, was=Was.NOBODYS, limit_s=_WARMUP_LIMIT_S)
+            await resident.make_body(None)
+            await resident.raise_up()
+            await resident.set_up(wish, was=Was.NOBODYS, limit_s=_WARMUP_LIMIT_S)
             for command in definition.warmup * _WARMUP_ROUNDS:
-                await self._warm_up(unit, command)
+                await _warm_up(resident, command)
             # What its kernel still has to do after that (journal, old connections, memory to free)
             # every clone would do anew, all of them at the moment when somebody waits.
-            await self._warm_up(unit, "sync")
-            await self._clock.sleep(self._settle_s)
+            await _warm_up(resident, "sync")
+            await self._means.clock.sleep(self._means.limits.golden_rest_s)
             folder = self._folder / await self._name(kind, driver)
             await in_thread(shutil.rmtree, folder, ignore_errors=True)
-            return await self._launcher.snapshot(unit, folder, kind="golden")
+            return await resident.snapshot(folder, kind="golden")
         finally:
-            self._units.discard(unit)
-            await to_the_end(self._launcher.end(unit, removes=True))
-
-    async def _warm_up(self, unit: Unit, command: str) -> None:
-        assert unit.link is not None
-        code = await run_command(unit.link, command, limit_s=_WARMUP_LIMIT_S)
-        if code != 0:
-            log.warning("the warm-up command %r ended with code %d", command, code)
+            self._residents.discard(resident)
+            await to_the_end(resident.end(removes=True))
 
     async def _name(self, kind: Kind, driver: Driver) -> str:
-        version = await self._launcher.version(driver)
-        parts = (*vars(kind).values(), driver.name, version, self._host, saving.FORMAT)
+        version = await self._means.drivers.version_of(driver)
+        parts = (*vars(kind).values(), driver.name, version, self._means.seals.host, saving.FORMAT)
         return sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
 
     def _current_images(self) -> list[Image]:
-        found = (self._images.current(slug) for slug in self._images.definitions)
+        found = (self._means.images.current(slug) for slug in self._means.images.definitions)
         return [image for image in found if image is not None]
+
+
+async def _warm_up(resident: Resident, command: str) -> None:
+    code = await resident.run(command, limit_s=_WARMUP_LIMIT_S)
+    if code != 0:
+        log.warning("the warm-up command %r ended with code %d", command, code)
 
 
 def a_wish(kind: Kind) -> MachineWish:
@@ -296,6 +284,6 @@ def a_wish(kind: Kind) -> MachineWish:
         template=kind.template,
         shape=kind.shape,
         hostname=_HOSTNAME,
-        tenant=_NOBODY,
+        org_id=_NOBODY,
         env={},
     )

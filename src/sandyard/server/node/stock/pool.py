@@ -8,23 +8,20 @@ since nothing of it is translated or in the caches yet; a member has them behind
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import Way
+from sandyard.server.core.contracts.node import Phase, ShelfFact, Way
 from sandyard.server.core.errors import DamagedError, SandyardError
 from sandyard.server.core.shapes import Shape
-from sandyard.server.drivers.contract import Driver, End
-from sandyard.server.node.agent import run_command
-from sandyard.server.node.host.choice import Drivers
-from sandyard.server.node.images.images import Images
-from sandyard.server.node.machines.launcher import Launcher, Unit, Was
-from sandyard.server.node.machines.records import Phase
+from sandyard.server.drivers.contract import End
+from sandyard.server.node.machines.means import Means
+from sandyard.server.node.machines.resident import Resident, Was
 from sandyard.server.node.stock.goldens import Goldens, Kind, a_wish
 from sandyard.server.node.stock.turns import Rank, Turns
-from sandyard.server.tasks import in_thread, to_the_end
+from sandyard.server.tasks import Crew, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +37,15 @@ _ROUNDS_AT_ONCE = 2
 class PoolLimits:
     """How large a shelf may be; the floor is for the templates' default shapes."""
 
-    floor: int = 2
-    ceiling: int = 10
-    demand_window_s: float = 60.0
+    floor: int
+    ceiling: int
+    demand_window_s: float
     fresh_s: float = 20.0
     quiet_s: float = 0.5
     unquiet_s: float = 3.0
 
 
-class Observer(Protocol):
+class MachineObserver(Protocol):
     """Is told what the pool and the node do, for metrics."""
 
     def started(self, way: Way, seconds: float) -> None:
@@ -64,22 +61,11 @@ class Observer(Protocol):
 class _Shelf:
     kind: Kind
     floor: int = 0
-    members: list[Unit] = field(default_factory=list)
+    members: list[Resident] = field(default_factory=list)
     coming: int = 0
     asked_at: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
     short_since: float | None = None
     failed_at: float | None = None
-
-
-@dataclass(frozen=True)
-class ShelfFact:
-    """How full a shelf is."""
-
-    template: str
-    vcpus: int
-    memory_mib: int
-    size: int
-    target: int
 
 
 class Pool:
@@ -88,41 +74,35 @@ class Pool:
     def __init__(
         self,
         *,
-        launcher: Launcher,
+        means: Means,
         goldens: Goldens,
-        drivers: Drivers,
-        images: Images,
         restores: Turns,
-        clock: Clock,
         limits: PoolLimits,
         has_room: Callable[[Shape], bool],
     ) -> None:
-        self._launcher = launcher
+        self._means = means
         self._goldens = goldens
-        self._drivers = drivers
-        self._images = images
         self._restores = restores
-        self._clock = clock
         self._limits = limits
         self._has_room = has_room
         self._shelves: dict[Kind, _Shelf] = {}
         self._wake = asyncio.Event()
-        self._units: set[Unit] = set()
+        self._residents: set[Resident] = set()
 
     def nudge(self) -> None:
         """Have a look at the shelves now."""
         self._wake.set()
 
     @property
-    def units(self) -> list[Unit]:
+    def residents(self) -> list[Resident]:
         """Every machine of the pool, on its way included."""
-        return list(self._units)
+        return list(self._residents)
 
     def facts(self) -> list[ShelfFact]:
         """Return how full each shelf is."""
         return [
             ShelfFact(
-                one.kind.template, one.kind.vcpus, one.kind.memory_mib,
+                one.kind.template, one.kind.vcpus, one.kind.memory_mib, one.kind.disk_mib,
                 len(one.members), self._target(one),
             )
             for one in self._shelves.values()
@@ -130,31 +110,30 @@ class Pool:
 
     # --- for those who create ---------------------------------------------------------------
 
-    def claim(self, kind: Kind, disk_mib: int) -> Unit | None:
+    def claim(self, kind: Kind, disk_mib: int) -> Resident | None:
         """Take a machine of a kind whose disk is not larger than asked for, if one is waiting.
 
         Only one that answered lately is given out.
         """
         shelf = self._shelves.setdefault(kind, _Shelf(kind))
-        shelf.asked_at.append(self._clock.monotonic())
+        shelf.asked_at.append(self._means.clock.monotonic())
         self.nudge()
-        unit = self._find(shelf, disk_mib)
-        if unit is not None:
-            shelf.members.remove(unit)
-            self._units.discard(unit)
-        return unit
+        found = self._find(shelf, disk_mib)
+        if found is not None:
+            shelf.members.remove(found)
+            self._residents.discard(found)
+        return found
 
     def has(self, kind: Kind, disk_mib: int) -> bool:
         """Tell whether a claim would find a machine now."""
         shelf = self._shelves.get(kind)
         return shelf is not None and self._find(shelf, disk_mib) is not None
 
-    def _find(self, shelf: _Shelf, disk_mib: int) -> Unit | None:
-        fresh_since = self._clock.monotonic() - self._limits.fresh_s
-        for unit in shelf.members:
-            is_well = unit.machine is not None and not unit.is_silent and unit.stall is None
-            if is_well and unit.answered_at >= fresh_since and unit.record.disk_mib <= disk_mib:
-                return unit
+    def _find(self, shelf: _Shelf, disk_mib: int) -> Resident | None:
+        since = self._means.clock.monotonic() - self._limits.fresh_s
+        for one in shelf.members:
+            if one.shape.disk_mib <= disk_mib and one.has_answered(since=since):
+                return one
         return None
 
     async def give_way(self, memory_mib: int) -> bool:
@@ -162,43 +141,48 @@ class Pool:
         freed = 0
         for shelf in self._shelves.values():
             while shelf.members and freed < memory_mib:
-                unit = shelf.members.pop()
-                shelf.failed_at = self._clock.monotonic()
-                freed += unit.record.memory_mib
-                await self._discard(unit)
+                one = shelf.members.pop()
+                shelf.failed_at = self._means.clock.monotonic()
+                freed += one.shape.memory_mib
+                await self._discard(one)
         return freed >= memory_mib
 
     # --- the keeper -------------------------------------------------------------------------
 
-    async def keep(self) -> None:
-        """Keep the shelves as full as they should be, until cancelled."""
+    @asynccontextmanager
+    async def filling(self) -> AsyncIterator[None]:
+        """Keep the shelves filled until the block is left, which empties them."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                while True:
-                    self._wake.clear()
-                    try:
-                        await self._look(tasks)
-                    except SandyardError as error:
-                        log.warning("the pool could not be looked after: %s", error.message)
-                    except Exception:  # as for a start: the node lives on
-                        log.exception("the pool could not be looked after")
-                    try:
-                        async with asyncio.timeout(self._period_s()):
-                            await self._wake.wait()
-                    except TimeoutError:
-                        pass
+            async with Crew() as crew:
+                crew.start(self._keep(crew), "the pool is looked after no longer")
+                yield
         finally:
             await to_the_end(self._empty())
+
+    async def _keep(self, crew: Crew) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._look(crew)
+            except SandyardError as error:
+                log.warning("the pool could not be looked after: %s", error.message)
+            except Exception:  # as for a start: the node lives on
+                log.exception("the pool could not be looked after")
+            try:
+                async with self._means.clock.timeout(self._period_s()):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
 
     def _period_s(self) -> float:
         is_short = any(shelf.short_since is not None for shelf in self._shelves.values())
         return self._limits.quiet_s if is_short else _PERIOD_S
 
-    async def _look(self, tasks: asyncio.TaskGroup) -> None:
+    async def _look(self, crew: Crew) -> None:
         self._goldens.forget_old()
         current = {}
-        for slug, definition in self._images.definitions.items():
-            image = self._images.current(slug)
+        for slug, definition in self._means.images.definitions.items():
+            image = self._means.images.current(slug)
             if image is None:
                 continue
             current[slug] = image.digest
@@ -213,9 +197,9 @@ class Pool:
                 while shelf.members:
                     await self._discard(shelf.members.pop())
                 continue
-            await self._tend(shelf, tasks)
+            await self._tend(shelf, crew)
 
-    async def _tend(self, shelf: _Shelf, tasks: asyncio.TaskGroup) -> None:
+    async def _tend(self, shelf: _Shelf, crew: Crew) -> None:
         target = self._target(shelf)
         if target > 0 and not self._goldens.is_known(shelf.kind):
             # Looks for one that an earlier process made; makes one if there is none.
@@ -223,7 +207,7 @@ class Pool:
             return
         while len(shelf.members) > max(target, shelf.floor):
             await self._discard(shelf.members.pop(0))
-        now = self._clock.monotonic()
+        now = self._means.clock.monotonic()
         if shelf.failed_at is not None and now - shelf.failed_at < self._limits.demand_window_s / 4:
             return
         if self._is_put_off(shelf, now, is_short=len(shelf.members) + shelf.coming < target):
@@ -231,7 +215,7 @@ class Pool:
         room = min(target - len(shelf.members), _ROUNDS_AT_ONCE) - shelf.coming
         for _ in range(room):
             shelf.coming += 1
-            tasks.create_task(self._add(shelf))
+            crew.start(self._add(shelf), "the pool could not be filled")
 
     def _is_put_off(self, shelf: _Shelf, now: float, *, is_short: bool) -> bool:
         """Tell whether filling a shelf can wait: while one create follows another and machines are
@@ -249,7 +233,7 @@ class Pool:
         )
 
     def _target(self, shelf: _Shelf) -> int:
-        since = self._clock.monotonic() - self._limits.demand_window_s
+        since = self._means.clock.monotonic() - self._limits.demand_window_s
         while shelf.asked_at and shelf.asked_at[0] < since:
             shelf.asked_at.popleft()
         wanted = max(shelf.floor, shelf.floor + len(shelf.asked_at))
@@ -261,70 +245,58 @@ class Pool:
                 if self._has_room(shelf.kind.shape):
                     await self._make(shelf)
                 else:
-                    shelf.failed_at = self._clock.monotonic()
-        except SandyardError as error:
-            shelf.failed_at = self._clock.monotonic()
-            log.warning("the pool could not be filled: %s", error.message)
-        except Exception:  # as for a start: the node lives on
-            shelf.failed_at = self._clock.monotonic()
-            log.exception("the pool could not be filled")
+                    shelf.failed_at = self._means.clock.monotonic()
+        except Exception:
+            shelf.failed_at = self._means.clock.monotonic()
+            raise
         finally:
             shelf.coming -= 1
             self.nudge()
 
     async def _make(self, shelf: _Shelf) -> None:
         kind = shelf.kind
-        image = self._images.find(kind.image)
+        image = self._means.images.find(kind.image)
         if image is None:
             return
-        driver = await self._drivers.choose(image)
+        driver = await self._means.drivers.choose(image)
         golden = await self._goldens.find(kind, driver)
         if golden is None:
             return
         wish = a_wish(kind)
-        unit = self._launcher.new_unit(wish, image, driver)
-        self._units.add(unit)
+        one = Resident.new(wish, image, driver, self._means)
+        self._residents.add(one)
         try:
             try:
-                await self._launcher.make_body(unit, golden)
-                await self._launcher.raise_up(unit, token=golden.about.token, is_ahead=True)
+                await one.make_body(golden)
+                await one.raise_up(token=golden.about.token, is_ahead=True)
             except DamagedError as error:
                 await self._goldens.discard(kind, error.message)
                 raise
             # Twice: the second is what will be asked for when it is claimed.
-            await self._launcher.set_up(unit, wish, was=Was.NOBODYS)
-            await self._launcher.set_up(unit, wish, was=Was.UNIQUE)
-            await self._exercise(unit, driver)
-            unit.record = unit.record.with_phase(Phase.WAITING)
-            await in_thread(self._launcher.write, unit)
+            await one.set_up(wish, was=Was.NOBODYS)
+            await one.set_up(wish, was=Was.UNIQUE)
+            for _ in range(_EXERCISE_ROUNDS):
+                await one.run(_EXERCISE, limit_s=_LIMIT_S)
+            await one.enter(Phase.WAITING)
         except BaseException:
-            await to_the_end(self._discard(unit))
+            await to_the_end(self._discard(one))
             raise
         if self._shelves.get(kind) is not shelf:  # the template has another image by now
-            await self._discard(unit)
+            await self._discard(one)
             return
-        unit.on_end = lambda end: self._on_end(shelf, unit, end)
-        self._launcher.start_watch(unit)
-        shelf.members.append(unit)
+        one.watch(lambda end: self._on_end(shelf, one, end))
+        shelf.members.append(one)
 
-    async def _exercise(self, unit: Unit, driver: Driver) -> None:
-        assert unit.link is not None
-        for _ in range(_EXERCISE_ROUNDS):
-            await run_command(unit.link, _EXERCISE, limit_s=_LIMIT_S)
-
-    def _on_end(self, shelf: _Shelf, unit: Unit, end: End) -> None:
+    def _on_end(self, shelf: _Shelf, one: Resident, end: End) -> None:
         log.warning("a machine of the pool ended while it waited: %s", end.message)
-        if unit in shelf.members:
-            shelf.members.remove(unit)
-            self._launcher.beside(self._discard(unit))
+        if one in shelf.members:
+            shelf.members.remove(one)
+            self._means.crew.start(self._discard(one), "a machine of the pool cannot be removed")
             self.nudge()
 
-    async def _discard(self, unit: Unit) -> None:
-        self._units.discard(unit)
-        try:
-            await self._launcher.end(unit, removes=True)
-        except (SandyardError, OSError):
-            log.exception("what a machine of the pool left cannot be removed yet")
+    async def _discard(self, one: Resident) -> None:
+        self._residents.discard(one)
+        await one.drop()
 
     async def _empty(self) -> None:
         for shelf in self._shelves.values():

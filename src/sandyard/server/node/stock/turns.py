@@ -1,7 +1,7 @@
 """Who starts next, where only so many may start at once.
 
-What a request waits for goes before what is made ahead. Among equals tenants take turns, so that
-one who asks for a hundred does not make the others wait for all of them.
+What a request waits for goes before what is made ahead. Among equals organizations take
+turns, so that one that asks for a hundred does not make the others wait for all of them.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ class Rank(IntEnum):
 
 
 class Turns:
-    """Lets `limit` in at once; the rest wait by rank, then tenant by tenant."""
+    """Lets `limit` in at once; the rest wait by rank, then organization by organization."""
 
     def __init__(self, limit: int) -> None:
         self._free = limit
@@ -34,25 +34,25 @@ class Turns:
         return bool(self._queues[Rank.ASKED])
 
     @asynccontextmanager
-    async def take(self, rank: Rank, tenant: str = "") -> AsyncIterator[None]:
+    async def take(self, rank: Rank, org_id: str = "") -> AsyncIterator[None]:
         """Wait for a turn and hold it until the block is left."""
-        await self._wait(rank, tenant)
+        await self._wait(rank, org_id)
         try:
             yield
         finally:
             self._free += 1
             self._admit()
 
-    async def _wait(self, rank: Rank, tenant: str) -> None:
+    async def _wait(self, rank: Rank, org_id: str) -> None:
         turn = asyncio.get_running_loop().create_future()
-        self._queues[rank].setdefault(tenant, deque()).append(turn)
+        self._queues[rank].setdefault(org_id, deque()).append(turn)
         self._admit()
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # let in and cancelled at the same moment
                 self._free += 1
-            self._drop(rank, tenant, turn)
+            self._drop(rank, org_id, turn)
             self._admit()
             raise
 
@@ -62,21 +62,21 @@ class Turns:
             turn.set_result(None)
 
     def _next(self) -> "asyncio.Future[None] | None":
-        for tenants in self._queues.values():
-            while tenants:
-                tenant, queue = next(iter(tenants.items()))
+        for queues in self._queues.values():
+            while queues:
+                org_id, queue = next(iter(queues.items()))
                 turn = queue.popleft()
                 if queue:
-                    tenants.move_to_end(tenant)
+                    queues.move_to_end(org_id)
                 else:
-                    del tenants[tenant]
+                    del queues[org_id]
                 if not turn.done():
                     return turn
         return None
 
-    def _drop(self, rank: Rank, tenant: str, turn: "asyncio.Future[None]") -> None:
-        queue = self._queues[rank].get(tenant)
+    def _drop(self, rank: Rank, org_id: str, turn: "asyncio.Future[None]") -> None:
+        queue = self._queues[rank].get(org_id)
         if queue is not None and turn in queue:
             queue.remove(turn)
             if not queue:
-                del self._queues[rank][tenant]
+                del self._queues[rank][org_id]

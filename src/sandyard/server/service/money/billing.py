@@ -9,7 +9,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.payments import Checkout, Payments
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
-from sandyard.server.core.ids import check_text, is_uuid
+from sandyard.server.core.ids import checked_text, is_uuid
 from sandyard.server.core.money import Account, Prices, between
 from sandyard.server.core.plans import Plan
 from sandyard.server.core.records import (
@@ -155,7 +155,7 @@ class Billing:
             NotFoundError: no such sandbox.
         """
         actor.require("sandbox:read")
-        sandbox = await self._register.find(actor, reference)
+        sandbox = await self._register.get(actor, reference)
         now = self._clock.now()
         async with self._store.read() as tx:
             periods = await tx.usage.of_sandbox(sandbox.id)
@@ -184,7 +184,7 @@ class Billing:
         actor.require_admin()
         _check_amount(amount_cents)
         for name, url in (("successUrl", success_url), ("cancelUrl", cancel_url)):
-            check_text(url, field=name)
+            checked_text(url, field=name)
             if not url.startswith(("https://", "http://")) or len(url) > _URL_MAX:
                 raise InvalidArgumentError(
                     f"cannot use {name}: it is an address such as https://example.org/done",
@@ -283,7 +283,7 @@ class Billing:
         actor.require_admin()
         actor.require_operator()
         for name, text in (("description", description), ("referenceId", reference_id or "x")):
-            check_text(text, field=name)
+            checked_text(text, field=name)
             if not 1 <= len(text) <= _REFERENCE_MAX:
                 raise InvalidArgumentError(
                     f"cannot use {name}: it has 1 to {_REFERENCE_MAX} characters", field=name

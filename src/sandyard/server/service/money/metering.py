@@ -29,7 +29,7 @@ from sandyard.server.core.records import (
     StoragePeriod,
     UsagePeriod,
 )
-from sandyard.server.core.states import Event, Status, Wanted
+from sandyard.server.core.states import Event, Status
 from sandyard.server.service.lines import line
 from sandyard.server.service.money.credits import end_pending, take_payment
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
@@ -195,9 +195,7 @@ class Meter:
             if self._failed_lately(sandbox):
                 continue
             try:
-                if await self._lifecycle.apply(
-                    sandbox, Event.PAUSE, reason=EXHAUSTED, wanted=Wanted.PAUSED
-                ):
+                if await self._lifecycle.apply(sandbox, Event.PAUSE, reason=EXHAUSTED):
                     paused += 1
             except ConflictError:
                 continue  # it has moved on

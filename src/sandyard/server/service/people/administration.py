@@ -15,7 +15,7 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from sandyard.server.core.ids import check_text, new_uuid
+from sandyard.server.core.ids import checked_text, new_uuid
 from sandyard.server.core.money import Account, show
 from sandyard.server.core.plans import LIMITS, Plan
 from sandyard.server.core.records import (
@@ -247,7 +247,7 @@ class Administration:
 
         Returns the ledger's line and whether it is new; one with a reference is made once.
         """
-        check_text(description, field="description")
+        checked_text(description, field="description")
         async with self._store.write() as tx:
             organization = await _organization(tx, reference)
             entry, is_new = await credit(
@@ -343,7 +343,7 @@ async def _user(tx: Transaction, who: str) -> User:
 
 
 def _check_email(email: str) -> str:
-    check_text(email, field="email")
+    checked_text(email, field="email")
     name, at, host = email.rpartition("@")
     if not (name and at and host) or len(email) > _EMAIL_MAX or not email.isprintable():
         raise InvalidArgumentError(f"cannot use {email!r}: it is no e-mail address", field="email")

@@ -34,7 +34,7 @@ async def ensure_first_organization(
             await _grant_once(tx, every[0], sign_up, now)
         for organization in every:
             for user, member in await tx.users.members(organization.id):
-                if await tx.organizations.personal_workspace(organization.id, user.id) is None:
+                if await tx.workspaces.personal(organization.id, user.id) is None:
                     await join(tx, organization.id, user, member.role, at=member.created_at)
         if every:
             members = await tx.users.members(every[0].id)

@@ -11,7 +11,7 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from sandyard.server.core.ids import check_text, is_slug, new_uuid
+from sandyard.server.core.ids import checked_text, is_slug, new_uuid
 from sandyard.server.core.records import (
     Membership,
     Organization,
@@ -102,11 +102,11 @@ async def found_organization(
 async def join(tx: Transaction, org_id: str, user: User, role: str, *, at: datetime) -> Workspace:
     """Make a user a member of an organization and return their personal workspace in it."""
     await tx.users.put_member(Membership(org_id, user.id, role, created_at=at, role_at=at))
-    known = await tx.organizations.personal_workspace(org_id, user.id)
+    known = await tx.workspaces.personal(org_id, user.id)
     if known is not None:
         return known
     workspace = Workspace(new_uuid(), org_id, user.id, f"personal-{user.id}", "Personal", True, at)
-    await tx.organizations.add_workspace(workspace)
+    await tx.workspaces.add(workspace)
     return workspace
 
 
@@ -362,7 +362,7 @@ def check_title(name: str, *, field: str) -> str:
     Raises:
         InvalidArgumentError: not 1 to 100 printable characters.
     """
-    check_text(name, field=field)
+    checked_text(name, field=field)
     if not 1 <= len(name) <= _NAME_MAX or not name.isprintable() or not name.strip():
         raise InvalidArgumentError(
             f"cannot use this {field}: it needs 1 to {_NAME_MAX} printable characters", field=field
@@ -380,7 +380,7 @@ async def _project(tx: Transaction, actor: Actor, project_id: str) -> Project:
 async def _made(tx: Transaction, actor: Actor, org_id: str) -> Founded:
     organization = await tx.organizations.find(org_id)
     project = await tx.projects.find(org_id, None)
-    workspace = await tx.organizations.personal_workspace(org_id, actor.user_id)
+    workspace = await tx.workspaces.personal(org_id, actor.user_id)
     if organization is None or project is None or workspace is None:
         raise NotFoundError("cannot find the organization that was made")
     return Founded(organization, project, workspace)

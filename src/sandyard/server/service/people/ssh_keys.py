@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import ConflictError, InvalidArgumentError, NotFoundError
-from sandyard.server.core.ids import check_text, new_uuid
+from sandyard.server.core.ids import checked_text, new_uuid
 from sandyard.server.core.records import SshKey
-from sandyard.server.core.sshkeys import check_public_key, fingerprint_of, is_literal_key
+from sandyard.server.core.sshkeys import checked_public_key, fingerprint_of, is_literal_key
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
 from sandyard.server.service.people.organizations import check_title
@@ -36,7 +36,7 @@ class SshKeys:
             ConflictError: there are too many.
         """
         actor.require("ssh-key:*")
-        text = check_public_key(check_text(public_key, field="publicKey"), field="publicKey")
+        text = checked_public_key(checked_text(public_key, field="publicKey"), field="publicKey")
         key = SshKey(
             id=new_uuid(),
             org_id=actor.org_id,
@@ -113,16 +113,16 @@ class SshKeys:
         if wanted is not None and len(wanted) > KEYS_MAX:
             raise InvalidArgumentError(f"cannot take over {KEYS_MAX} SSH keys", field="sshKeys")
         if wanted is not None and all(is_literal_key(one) for one in wanted):
-            return tuple(check_public_key(one, field="sshKeys") for one in wanted)
+            return tuple(checked_public_key(one, field="sshKeys") for one in wanted)
         async with self._store.read() as tx:
             known = {key.id: key.public_key for key in await tx.ssh_keys.every(actor.org_id)}
         if wanted is None:
             return tuple(known.values())
         found = []
         for one in wanted:
-            check_text(one, field="sshKeys")
+            checked_text(one, field="sshKeys")
             if is_literal_key(one):
-                found.append(check_public_key(one, field="sshKeys"))
+                found.append(checked_public_key(one, field="sshKeys"))
             elif one in known:
                 found.append(known[one])
             else:

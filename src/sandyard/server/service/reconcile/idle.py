@@ -8,13 +8,13 @@ import logging
 from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeTunnel
+from sandyard.server.core.contracts.node import MachineFact, NodeTunnel
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.ops import Stats
 from sandyard.server.core.records import Reason, Sandbox
 from sandyard.server.core.states import Status
-from sandyard.server.core.wire import Op
-from sandyard.server.service.sandboxes.uses import Uses
+from sandyard.server.service.sandboxes.register import ref_of
 
 log = logging.getLogger(__name__)
 
@@ -26,17 +26,16 @@ IDLE = Reason("idle", "it was not used for the time set by idleTimeout")
 class Idleness:
     """Finds out whether a sandbox is idle."""
 
-    def __init__(self, *, store: Store, tunnel: NodeTunnel, clock: Clock, uses: Uses) -> None:
+    def __init__(self, *, store: Store, tunnel: NodeTunnel, clock: Clock) -> None:
         self._store = store
         self._tunnel = tunnel
         self._clock = clock
-        self._uses = uses
 
-    def is_due(self, sandbox: Sandbox) -> bool:
-        """Tell whether a running sandbox has not been used for its time."""
+    def is_due(self, sandbox: Sandbox, fact: MachineFact | None) -> bool:
+        """Tell whether a running sandbox has not been used for its time, nor is used now."""
         if sandbox.status is not Status.RUNNING or sandbox.idle_timeout_s == 0:
             return False
-        if self._uses.is_used(sandbox.id):
+        if fact is None or fact.is_used:
             return False
         return self._clock.now() - last_used(sandbox) >= timedelta(seconds=sandbox.idle_timeout_s)
 
@@ -51,16 +50,14 @@ class Idleness:
     async def _is_busy(self, sandbox: Sandbox) -> bool:
         """Tell whether programs kept a processor busy since it was last used, over the minute."""
         unused_s = (self._clock.now() - last_used(sandbox)).total_seconds()
-        args = {"windowS": max(1.0, min(_WINDOW_S, unused_s))}
+        window_s = max(1.0, min(_WINDOW_S, unused_s))
         try:
-            async with self._tunnel.open(
-                sandbox.id, incarnation=sandbox.incarnation, op=Op.STATS, args=args
-            ) as opened:
-                percent = opened.values.get("recentCpuPercent")
+            async with self._tunnel.open(ref_of(sandbox), Stats(window_s)) as opened:
+                percent = opened.answer.recent_cpu_percent
         except SandyardError as error:
             log.warning("cannot tell whether a sandbox is busy: %s", error.message)
             return True
-        return isinstance(percent, int | float) and percent > _BUSY_PERCENT
+        return percent is not None and percent > _BUSY_PERCENT
 
 
 def last_used(sandbox: Sandbox) -> datetime:

@@ -1,35 +1,42 @@
 """Runs a command in a sandbox and collects what it says."""
 
-import asyncio
 import base64
-import json
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from sandyard.server.core.contracts.node import ByteStream, NodeTunnel
+from sandyard.server.core import ops
+from sandyard.server.core.collect import Collector
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
     ConflictError,
     DeadlineExceededError,
     InternalError,
+    InvalidArgumentError,
     UnavailableError,
 )
-from sandyard.server.core.records import Sandbox
-from sandyard.server.core.wire import FRAME_MAX, Channel, Decoder, Op, WireError, encode_frame
+from sandyard.server.core.ids import checked_text
+from sandyard.server.core.wire import FRAME_MAX, Channel, WireError, encode_frame
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.fields import checked_env
+from sandyard.server.service.sandboxes.reach import Reach, Reached, Use
 from sandyard.server.tasks import beside
 
 OUTPUT_MAX = 16 * 1024 * 1024
+_COMMAND_MAX = 128 * 1024 - 1  # the kernel's limit for one argument (MAX_ARG_STRLEN)
+_PATH_MAX = 4096
+_TIMEOUT_MS = range(1, 3_600_001)
 _READ = 128 * 1024
 _GRACE_S = 20.0
-_DURATION_MAX_MS = 10**10
+_USE = Use("exec", "Command run", "run a command in")
 
 
 @dataclass(frozen=True)
 class Command:
-    """What to run, and how. `timeout_ms` counts from its start in the sandbox."""
+    """What to run, and how. `timeout` is in milliseconds from its start in the sandbox."""
 
     command: str
-    timeout_ms: int
+    timeout: int
     cwd: str
     env: Mapping[str, str]
     stdin: str | None
@@ -50,53 +57,53 @@ class Outcome:
     signal: str | None
 
 
-class NotBegunError(ConflictError):
-    """The machine was not there any more when the command was to start; nothing was started."""
+class Commands:
+    """Runs commands."""
 
+    def __init__(self, reach: Reach, clock: Clock) -> None:
+        self._reach = reach
+        self._clock = clock
 
-async def execute(tunnel: NodeTunnel, sandbox: Sandbox, command: Command) -> Outcome:
-    """Run a command and return once it has ended, or its time is over and it was ended.
+    async def execute(self, actor: Actor, reference: str, command: Command) -> Outcome:
+        """Run a command and return once it has ended, or its time is over and it was ended.
 
-    Raises:
-        NotBegunError: the machine does not run any more.
-        ConflictError: it ended, or was paused, while the command ran.
-        InvalidArgumentError: the agent could not start it; the message says why.
-        UnavailableError: the agent does not answer, or stopped answering.
-    """
-    args: dict[str, object] = {
-        "command": command.command,
-        "timeoutMs": command.timeout_ms,
-        "cwd": command.cwd,
-        "env": dict(command.env),
-        "user": command.user,
-        "stdin": command.stdin is not None,
-    }
-    try:
-        # The limit is kept in the guest; this one only guards against a guest that keeps none.
-        async with asyncio.timeout(command.timeout_ms / 1000 + _GRACE_S), AsyncExitStack() as held:
-            opening = tunnel.open(
-                sandbox.id, incarnation=sandbox.incarnation, op=Op.EXEC, args=args
-            )
-            try:
-                opened = await held.enter_async_context(opening)
-            except ConflictError as error:
-                raise NotBegunError(error.message, **error.facts) from error
-            if command.stdin is None:
-                return await _collect(opened.stream, command.encoding)
-            async with beside(_feed(opened.stream, command.stdin.encode())):
-                return await _collect(opened.stream, command.encoding)
-    except TimeoutError as error:
-        raise DeadlineExceededError(
-            f"cannot tell how the command ended: the agent of {sandbox.id} does not answer"
-        ) from error
-    except NotBegunError:
-        raise
-    except ConflictError as error:
-        raise ConflictError(
-            f"cannot finish the command in {sandbox.id}: {error.message}", **error.facts
-        ) from error
-    except WireError as error:
-        raise InternalError(f"cannot understand the agent of {sandbox.id}") from error
+        Raises:
+            InvalidArgumentError: something asked for cannot be; `facts` name the field.
+            ConflictError: the sandbox ended, or was paused, while the command ran.
+            UnavailableError: the agent stopped answering.
+            For the rest see `Reach.open`.
+        """
+        _check(command)
+        wish = ops.Execute(
+            command=command.command,
+            timeout_ms=command.timeout,
+            cwd=command.cwd,
+            env=command.env,
+            user=command.user,
+            stdin=command.stdin is not None,
+        )
+        async with self._reach.open(actor, reference, wish, _USE) as reached:
+            return await self._finish(reached, command)
+
+    async def _finish(self, reached: Reached[ops.Started], command: Command) -> Outcome:
+        sandbox_id = reached.sandbox.id
+        try:
+            # The limit is kept in the guest; this one only guards against a guest that keeps none.
+            async with self._clock.timeout(command.timeout / 1000 + _GRACE_S):
+                if command.stdin is None:
+                    return await _collect(reached.stream, command.encoding)
+                async with beside(_feed(reached.stream, command.stdin.encode())):
+                    return await _collect(reached.stream, command.encoding)
+        except TimeoutError as error:
+            raise DeadlineExceededError(
+                f"cannot tell how the command ended: the agent of {sandbox_id} does not answer"
+            ) from error
+        except ConflictError as error:
+            raise ConflictError(
+                f"cannot finish the command in {sandbox_id}: {error.message}", **error.facts
+            ) from error
+        except WireError as error:
+            raise InternalError(f"cannot understand the agent of {sandbox_id}") from error
 
 
 async def _feed(stream: ByteStream, data: bytes) -> None:
@@ -109,49 +116,55 @@ async def _feed(stream: ByteStream, data: bytes) -> None:
 
 
 async def _collect(stream: ByteStream, encoding: str) -> Outcome:
-    decoder = Decoder()
-    output = {Channel.STDOUT: bytearray(), Channel.STDERR: bytearray()}
-    truncated = False
+    collector = Collector(OUTPUT_MAX)
     while True:
-        frame = decoder.take_frame()
-        if frame is None:
-            data = await stream.read(_READ)
-            if not data:
-                raise UnavailableError("the agent broke off before it said how the command ended")
-            decoder.feed(data)
-        elif frame.channel is Channel.EXIT:
-            return _outcome(frame.payload, output, encoding, truncated=truncated)
-        elif frame.channel in output:
-            room = OUTPUT_MAX - len(output[frame.channel])
-            output[frame.channel] += frame.payload[:room]
-            truncated = truncated or len(frame.payload) > room
+        data = await stream.read(_READ)
+        if not data:
+            raise UnavailableError("the agent broke off before it said how the command ended")
+        end = collector.feed(data)
+        if end is not None:
+            return Outcome(
+                stdout=_printed(collector.stdout, encoding),
+                stderr=_printed(collector.stderr, encoding),
+                exit_code=end.exit_code,
+                duration_ms=end.duration_ms,
+                timed_out=end.timed_out,
+                truncated=collector.is_truncated,
+                signal=end.signal,
+            )
 
 
-def _outcome(
-    payload: bytes, output: dict[Channel, bytearray], encoding: str, *, truncated: bool
-) -> Outcome:
-    try:
-        end = json.loads(payload)
-        signal = end["signal"]
-        return Outcome(
-            stdout=_printed(output[Channel.STDOUT], encoding),
-            stderr=_printed(output[Channel.STDERR], encoding),
-            exit_code=max(0, min(255, int(end["exitCode"]))),
-            duration_ms=max(0, min(_DURATION_MAX_MS, int(end["durationMs"]))),
-            timed_out=bool(end["timedOut"]),
-            truncated=truncated,
-            signal=None if signal is None else _clean(str(signal)[:32]),
-        )
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise WireError("the end of a command is not told as agreed") from error
-
-
-def _clean(text: str) -> str:
-    """Return text of a guest without what JSON cannot carry."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def _printed(data: bytearray, encoding: str) -> str:
+def _printed(data: bytes, encoding: str) -> str:
     if encoding == "base64":
         return base64.b64encode(data).decode()
     return data.decode(errors="replace")
+
+
+def _check(command: Command) -> None:
+    """Refuse a command that no sandbox could run."""
+    checked_text(command.command, field="command")
+    checked_text(command.cwd, field="cwd")
+    checked_text(command.user, field="user")
+    if not command.command.strip():
+        raise InvalidArgumentError("cannot run an empty command", field="command")
+    if len(command.command.encode()) > _COMMAND_MAX:
+        raise InvalidArgumentError(
+            "cannot run a command of over 128 KiB: write it to a file and run that",
+            field="command",
+        )
+    if command.timeout not in _TIMEOUT_MS:
+        raise InvalidArgumentError(
+            "cannot use timeout: 1 to 3600000 milliseconds are possible", field="timeout"
+        )
+    if not command.cwd.startswith("/") or len(command.cwd) > _PATH_MAX:
+        raise InvalidArgumentError("cannot use cwd: it must start with /", field="cwd")
+    if not 1 <= len(command.user) <= 64:
+        raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
+    if command.stdin is not None:
+        try:
+            command.stdin.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgumentError(
+                "cannot use stdin: it is not valid Unicode", field="stdin"
+            ) from error
+    checked_env(command.env)

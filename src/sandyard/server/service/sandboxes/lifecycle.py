@@ -79,8 +79,8 @@ class Lifecycle:
     ) -> Sandbox | None:
         """Apply an event and return the sandbox as it is then; None if it has moved on meanwhile.
 
-        `actor` is who wanted it, None for the platform itself. With `lease` the change is written
-        only while the lease is held; without, whoever holds one loses it, to `hold` if that is
+        `actor` is who asked for it, None for the platform. With `lease` the change is written only
+        while the lease is held; without, whoever holds one loses it, to `hold` if that is
         given. `used` says that it counts as activity, and of which kind. `check` is asked in the
         transaction, and what it raises undoes it. `ended_at` is when what was charged came to its
         end, where that was before now.
@@ -187,11 +187,16 @@ class Lifecycle:
             await tx.storage.close("sandbox", after.id, now)
 
 
-def check_status(sandbox: Sandbox, *, wanted: str) -> ConflictError:
-    """Return the error for a sandbox whose status does not allow what was asked."""
-    why = f": {sandbox.reason.message}" if sandbox.reason else ""
+def refusal(sandbox: Sandbox, *, doing: str, why: str | None = None) -> ConflictError:
+    """Return the error for a sandbox whose status does not allow what was asked.
+
+    `why` takes the place of the reason that the sandbox has for its status.
+    """
+    if why is None and sandbox.reason is not None:
+        why = sandbox.reason.message
     return ConflictError(
-        f"cannot {wanted} {sandbox.id}: it is {sandbox.status}{why}", status=sandbox.status.value
+        f"cannot {doing} {sandbox.id}: it is {sandbox.status}{f': {why}' if why else ''}",
+        status=sandbox.status.value,
     )
 
 

@@ -1,7 +1,6 @@
 """Whether an organization may have one more: by its plan, and by its credits."""
 
 from collections.abc import Mapping
-from datetime import timedelta
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Transaction
@@ -17,7 +16,7 @@ from sandyard.server.core.shapes import NOTHING, Shape, format_size
 from sandyard.server.service.actor import Actor, plan_of
 
 
-class Admission:
+class Quota:
     """Checks before anything is started, in the transaction that then writes the wish."""
 
     def __init__(
@@ -112,7 +111,7 @@ class Admission:
         if not self._enforces:
             return
         account = await tx.credits.account(org_id)
-        owed = self._prices.compute(used.owed, timedelta(seconds=1)) - used.posted
+        owed = self._prices.used(used.owed) - used.posted
         left = account.left - max(0, owed)
         hourly = self._prices.hour_of(used.paid)
         price = self._prices.hour_of(shape) * count

@@ -1,21 +1,28 @@
 """Finds sandboxes as an actor may see them, and waits for what becomes of them."""
 
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import MachineRef
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import (
     ConflictError,
     DeadlineExceededError,
     InvalidArgumentError,
     NotFoundError,
+    UnavailableError,
 )
-from sandyard.server.core.ids import check_text, is_sandbox_id
+from sandyard.server.core.ids import checked_text, is_sandbox_id
 from sandyard.server.core.records import Sandbox, Snapshot
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.lifecycle import topic_of
 
 _SLICE_S = 1.0
+_TRIES = 8
+_T = TypeVar("_T")
 
 
 class Register:
@@ -26,7 +33,7 @@ class Register:
         self._bus = bus
         self._clock = clock
 
-    async def find(self, actor: Actor, reference: str) -> Sandbox:
+    async def get(self, actor: Actor, reference: str) -> Sandbox:
         """Return a sandbox by id or name.
 
         Raises:
@@ -49,6 +56,29 @@ class Register:
         if sandbox is None:
             raise NotFoundError(f"cannot find the sandbox {sandbox_id}")
         return sandbox
+
+    async def unless_changed(
+        self,
+        sandbox: Sandbox,
+        attempt: Callable[[Sandbox], Awaitable[_T | None]],
+        *,
+        doing: str,
+    ) -> _T:
+        """Try something with a sandbox as it is; None says that somebody else has changed it, and
+        it is tried with what it is by then.
+
+        Raises:
+            UnavailableError: it changes all the time.
+            What `attempt` raises.
+        """
+        for _ in range(_TRIES):
+            done = await attempt(sandbox)
+            if done is not None:
+                return done
+            sandbox = await self.reread(sandbox.id)
+        raise UnavailableError(
+            f"cannot {doing} {sandbox.id} now: others change it all the time; ask again"
+        )
 
     async def wait_for(
         self, sandbox: Sandbox, statuses: frozenset[Status], *, limit_s: float
@@ -74,7 +104,7 @@ class Register:
                 await changes.wait(min(left, _SLICE_S))
 
 
-async def find_snapshot(
+async def get_snapshot(
     store: Store,
     actor: Actor,
     reference: str,
@@ -90,7 +120,7 @@ async def find_snapshot(
         ConflictError: it is not complete yet.
     """
     async with store.read() as tx:
-        snapshot = await tx.snapshots.find(actor.org_id, check_text(reference, field="snapshot"))
+        snapshot = await tx.snapshots.find(actor.org_id, checked_text(reference, field="snapshot"))
     is_seen = snapshot is not None and (actor.sees_all or snapshot.owner_user_id == actor.user_id)
     if snapshot is None or not is_seen:
         message = f"cannot find the snapshot {reference[:80]!r}: check id or name"
@@ -110,3 +140,8 @@ def _may_see(actor: Actor, sandbox: Sandbox) -> bool:
         and sandbox.status is not Status.DESTROYED
         and (actor.sees_all or sandbox.owner_user_id == actor.user_id)
     )
+
+
+def ref_of(sandbox: Sandbox) -> MachineRef:
+    """Return where the machine of a sandbox is found."""
+    return MachineRef(sandbox.node_id or "", sandbox.id, sandbox.incarnation)

@@ -2,14 +2,18 @@
 
 A snapshot stands alone: the sandbox it was made of may be deleted, and what was made from it lives
 on when it is. A fork is made of a hidden snapshot, which goes once all its forks have come up.
+
+While a snapshot is made, whoever makes it says so in its row again and again; one of which nobody
+says so any more was never finished, and is removed.
 """
 
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Transaction
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -17,18 +21,20 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.ids import check_text, is_uuid, new_sandbox_id, new_uuid
+from sandyard.server.core.ids import checked_text, is_uuid, new_sandbox_id, new_uuid
 from sandyard.server.core.records import Activity, Claim, Sandbox, Snapshot, StoragePeriod
-from sandyard.server.core.states import Event, Status, Wanted
+from sandyard.server.core.states import Event, Status
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.lines import line
+from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.repeats import Repeatable, Repeats
-from sandyard.server.service.sandboxes.lifecycle import Lifecycle, check_status
-from sandyard.server.service.sandboxes.quota import Admission
-from sandyard.server.service.sandboxes.register import Register, find_snapshot
-from sandyard.server.service.sandboxes.sandboxes import Sandboxes
-from sandyard.server.service.sandboxes.uses import Uses
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
+from sandyard.server.service.sandboxes.power import Power
+from sandyard.server.service.sandboxes.quota import Quota
+from sandyard.server.service.sandboxes.register import Register, get_snapshot
 from sandyard.server.service.sandboxes.worker import Worker
+from sandyard.server.tasks import beside, to_the_end
 
 FORKS = range(1, 101)
 _NAME_MAX = 63
@@ -36,7 +42,8 @@ _SAVABLE = frozenset({Status.RUNNING, Status.PAUSED})
 _PASSING = frozenset({Status.PAUSING, Status.RESUMING})
 _LASTING = frozenset(Status) - _PASSING
 _WAIT_S = 60.0
-_TRIES = 3
+_HOLD_S = 30.0
+_LOOK_S = 0.5
 
 
 class Snapshots:
@@ -47,24 +54,24 @@ class Snapshots:
         *,
         store: Store,
         register: Register,
+        nodes: Nodes,
         placement: Placement,
         lifecycle: Lifecycle,
         worker: Worker,
-        sandboxes: Sandboxes,
-        admission: Admission,
+        power: Power,
+        quota: Quota,
         repeats: Repeats,
-        uses: Uses,
         clock: Clock,
     ) -> None:
         self._store = store
         self._register = register
+        self._nodes = nodes
         self._placement = placement
         self._lifecycle = lifecycle
         self._worker = worker
-        self._sandboxes = sandboxes
-        self._admission = admission
+        self._power = power
+        self._quota = quota
         self._repeats = repeats
-        self._uses = uses
         self._clock = clock
 
     async def create(
@@ -83,18 +90,21 @@ class Snapshots:
         if name is not None:
             _check_name(name)
         async with self._repeats.turn(actor, request):
-            sandbox = await self._settled(await self._register.find(actor, reference))
-            with ExitStack() as held:
-                async with self._store.write() as tx:
-                    ids = await self._repeats.made_before(tx, actor, request)
-                    if ids is not None:
-                        return await self._found(actor, ids[0])
+            sandbox = await self._at_rest(await self._register.get(actor, reference))
+            async with self._store.write() as tx:
+                ids = await self._repeats.made_before(tx, actor, request)
+                if ids is not None and await tx.snapshots.find(actor.org_id, ids[0]) is None:
+                    # Whoever began it did not live to finish it.
+                    await self._repeats.forget(tx, actor, request)
+                    ids = None
+                if ids is None:
                     snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
-                    # From before it can be seen until it is whole.
-                    held.enter_context(self._uses.use(snapshot.id))
                     await tx.snapshots.insert(snapshot)
-                size_bytes = await self._save(sandbox, snapshot)
-                async with self._store.write() as tx:
+                    await self._repeats.note(tx, actor, request, (snapshot.id,))
+            if ids is not None:
+                return await self._once_made(actor, ids[0])
+            try:
+                async with self._made(sandbox, snapshot) as size_bytes, self._store.write() as tx:
                     if not await tx.snapshots.complete(snapshot.id, size_bytes=size_bytes):
                         raise ConflictError(
                             f"cannot finish the snapshot {snapshot.id}: it was deleted meanwhile",
@@ -102,17 +112,23 @@ class Snapshots:
                         )
                     await tx.storage.open(self._kept(sandbox, snapshot, size_bytes))
                     await tx.activity.append(self._line(actor, snapshot, "snapshot.created"))
-                    await self._repeats.note(tx, actor, request, (snapshot.id,))
+            except BaseException:
+                await to_the_end(self._forget(actor, request))
+                raise
             return await self._found(actor, snapshot.id)
 
-    async def find(self, actor: Actor, reference: str) -> Snapshot:
+    async def _forget(self, actor: Actor, request: Repeatable | None) -> None:
+        async with self._store.write() as tx:
+            await self._repeats.forget(tx, actor, request)
+
+    async def get(self, actor: Actor, reference: str) -> Snapshot:
         """Return a snapshot by id or name.
 
         Raises:
             NotFoundError: absent, another organization's or, for a member, another member's.
         """
         actor.require("sandbox:read")
-        return await find_snapshot(self._store, actor, reference, field=None)
+        return await get_snapshot(self._store, actor, reference, field=None)
 
     async def page(
         self, actor: Actor, *, limit: int, after: tuple[datetime, str] | None
@@ -131,12 +147,12 @@ class Snapshots:
         """Remove a snapshot; sandboxes that were made from it live on.
 
         Raises:
-            NotFoundError: see `find`.
+            NotFoundError: see `get`.
             ConflictError: it is being made.
         """
         actor.require("sandbox:write")
-        snapshot = await find_snapshot(self._store, actor, reference, field=None)
-        if not snapshot.is_ready and self._uses.is_used(snapshot.id):
+        snapshot = await get_snapshot(self._store, actor, reference, field=None)
+        if snapshot.is_made(self._clock.now()):
             raise ConflictError(
                 f"cannot delete the snapshot {snapshot.id} yet: it is being made; ask again once "
                 "it is ready",
@@ -146,9 +162,8 @@ class Snapshots:
             await tx.snapshots.remove(snapshot.id)
             await tx.storage.close("snapshot", snapshot.id, self._clock.now())
             await tx.activity.append(self._line(actor, snapshot, "snapshot.deleted"))
-        node = self._placement.find(snapshot.node_id)
-        if node is not None:
-            await node.drop_snapshot(snapshot.id)
+        if self._nodes.has(snapshot.node_id):
+            await self._nodes.get(snapshot.node_id).drop_snapshot(snapshot.id)
         return snapshot
 
     async def fork(
@@ -158,36 +173,28 @@ class Snapshots:
 
         Raises:
             InvalidArgumentError: not 1 to 100 are asked for.
-            NoCapacityError: the host has no room for so many.
+            NoCapacityError: the node of the sandbox has no room for so many.
             For the rest see `create`.
         """
         actor.require("sandbox:create")
         actor.require("sandbox:write")
         if count not in FORKS:
-            raise InvalidArgumentError("cannot make so many forks: 1 to 100 are", field="count")
-        async with self._repeats.turn(actor, request):
-            source = await self._settled(await self._register.find(actor, reference))
-            async with self._store.write() as tx:
-                ids = await self._repeats.made_before(tx, actor, request)
-                if ids is not None:
-                    found = [await tx.sandboxes.find(one) for one in ids]
-                    return [one for one in found if one is not None]
-                # Before anything is saved; what decides is asked again when they are made.
-                await self._admission.check_new(tx, actor, source.shape, count=count)
-            if source.status not in _SAVABLE:
-                raise check_status(source, wanted="fork")
-            shape = source.shape
-            await self._placement.choose(source).check_room(
-                source.template,
-                replace(
-                    shape, memory_mib=shape.memory_mib * count, disk_mib=shape.disk_mib * count
-                ),
+            raise InvalidArgumentError(
+                "cannot make so many forks: count is 1 to 100", field="count"
             )
+        async with self._repeats.turn(actor, request):
+            source = await self._at_rest(await self._register.get(actor, reference))
+            async with self._store.write() as tx:
+                made = await self._forks_made(tx, actor, request)
+                if made is not None:
+                    return made
+                # Before anything is saved; what decides is asked again when they are made.
+                await self._quota.check_new(tx, actor, source.shape, count=count)
             snapshot = self._new(actor, source, name=None, is_hidden=True)
+            await self._placement.choose_for(snapshot, source.shape, count=count)
             async with self._store.write() as tx:
                 await tx.snapshots.insert(snapshot)
-            with self._uses.use(snapshot.id):
-                size_bytes = await self._save(source, snapshot)
+            async with self._made(source, snapshot) as size_bytes:
                 return await self._start_forks(
                     actor, source, replace(snapshot, size_bytes=size_bytes), count, request
                 )
@@ -203,7 +210,11 @@ class Snapshots:
         hold = self._worker.hold()
         forks = []
         async with self._store.write() as tx:
-            await self._admission.check_new(tx, actor, source.shape, count=count)
+            made = await self._forks_made(tx, actor, request)
+            if made is not None:  # by another server, meanwhile
+                await tx.snapshots.remove(snapshot.id)
+                return made
+            await self._quota.check_new(tx, actor, source.shape, count=count)
             await tx.snapshots.complete(snapshot.id, size_bytes=snapshot.size_bytes)
             for _ in range(count):
                 fork = self._fork_of(actor, source, snapshot)
@@ -213,6 +224,16 @@ class Snapshots:
             await self._worker.take_up(Claim(fork, hold.lease), limit_s=0)
         return forks
 
+    async def _forks_made(
+        self, tx: Transaction, actor: Actor, request: Repeatable | None
+    ) -> list[Sandbox] | None:
+        """Return what this request made before, None if it is the first."""
+        ids = await self._repeats.made_before(tx, actor, request)
+        if ids is None:
+            return None
+        found = [await tx.sandboxes.find(one) for one in ids]
+        return [one for one in found if one is not None]
+
     def _fork_of(self, actor: Actor, source: Sandbox, snapshot: Snapshot) -> Sandbox:
         now = self._clock.now()
         return replace(
@@ -221,7 +242,6 @@ class Snapshots:
             name=None,
             owner_user_id=actor.user_id,
             status=Status.CREATING,
-            wanted=Wanted.RUNNING,
             version=1,
             incarnation=1,
             created_at=now,
@@ -231,10 +251,11 @@ class Snapshots:
             last_activity_at=None,
             last_activity_kind=None,
             expires_at=None,
+            node_id=snapshot.node_id,
             ip=None,
             reason=None,
             from_snapshot_id=snapshot.id,
-            from_snapshot_at=1,
+            from_snapshot_incarnation=1,
             is_test=actor.is_test,
             saved_bytes=0,
         )
@@ -251,8 +272,8 @@ class Snapshots:
             UnavailableError: it could not be started.
         """
         actor.require("sandbox:write")
-        sandbox = await self._register.find(actor, reference)
-        snapshot = await find_snapshot(self._store, actor, snapshot_ref, field="snapshotId")
+        sandbox = await self._register.get(actor, reference)
+        snapshot = await get_snapshot(self._store, actor, snapshot_ref, field="snapshotId")
         if snapshot.sandbox_id != sandbox.id:
             raise InvalidArgumentError(
                 f"cannot roll {sandbox.id} back to this snapshot: it is of {snapshot.sandbox_id}; "
@@ -262,41 +283,19 @@ class Snapshots:
         if sandbox.status is Status.RUNNING or sandbox.status is Status.PAUSING:
             # Before it is taken down for what then could not come up.
             async with self._store.read() as tx:
-                await self._admission.check_going_on(tx, actor, is_test=sandbox.is_test)
-            sandbox = await self._sandboxes.pause(actor, sandbox.id)
-        if sandbox.status not in (Status.PAUSED, Status.ERROR):
-            raise check_status(sandbox, wanted="roll back")
-        hold = self._worker.hold()
-        resuming = await self._lifecycle.apply(
+                await self._quota.check_going_on(tx, actor, is_test=sandbox.is_test)
+            sandbox = await self._power.pause(sandbox, actor)
+        return await self._power.bring_up(
             sandbox,
+            actor,
             Event.ROLL_BACK,
-            actor=actor,
-            hold=hold,
-            check=lambda tx: self._admission.check_resume(
-                tx, actor, sandbox.shape, is_test=sandbox.is_test
-            ),
-            incarnation=sandbox.incarnation + 1,
-            wanted=Wanted.RUNNING,
-            from_snapshot_id=snapshot.id,
-            from_snapshot_at=sandbox.incarnation + 1,
+            doing="roll back",
+            snapshot_id=snapshot.id,
         )
-        if resuming is None:
-            raise ConflictError(
-                f"cannot roll {sandbox.id} back: something else is done with it at this moment",
-                status=sandbox.status.value,
-            )
-        await self._worker.take_up(Claim(resuming, hold.lease), limit_s=_WAIT_S)
-        sandbox = await self._register.reread(sandbox.id)
-        if sandbox.status in (Status.PAUSED, Status.ERROR):
-            why = sandbox.reason.message if sandbox.reason else "it was not started"
-            raise UnavailableError(
-                f"cannot roll {sandbox.id} back: {why}; it is {sandbox.status} as before"
-            )
-        return sandbox
 
     # --- parts ----------------------------------------------------------------------------
 
-    async def _settled(self, sandbox: Sandbox) -> Sandbox:
+    async def _at_rest(self, sandbox: Sandbox) -> Sandbox:
         """Return a sandbox once it is no longer on its way between running and paused."""
         if sandbox.status not in _PASSING:
             return sandbox
@@ -306,7 +305,8 @@ class Snapshots:
         self, actor: Actor, sandbox: Sandbox, *, name: str | None, is_hidden: bool
     ) -> Snapshot:
         if sandbox.status not in _SAVABLE or sandbox.node_id is None:
-            raise check_status(sandbox, wanted="save")
+            raise refusal(sandbox, doing="fork" if is_hidden else "save")
+        now = self._clock.now()
         return Snapshot(
             id=new_uuid(),
             org_id=sandbox.org_id,
@@ -320,38 +320,64 @@ class Snapshots:
             is_ready=False,
             is_hidden=is_hidden,
             size_bytes=0,
-            created_at=self._clock.now(),
+            created_at=now,
+            held_until=now + timedelta(seconds=_HOLD_S),
         )
 
+    @asynccontextmanager
+    async def _made(self, sandbox: Sandbox, snapshot: Snapshot) -> AsyncIterator[int]:
+        """Have the node save the sandbox, and say all the while that this is done, to the block's
+        end; the size in bytes is given to the block. Nothing is left of a failed try."""
+        async with beside(self._hold_on(snapshot)):
+            try:
+                yield await self._save(sandbox, snapshot)
+            except SandyardError:
+                async with self._store.write() as tx:
+                    await tx.snapshots.remove(snapshot.id)
+                raise
+
+    async def _hold_on(self, snapshot: Snapshot) -> None:
+        while True:
+            await self._clock.sleep(_HOLD_S / 3)
+            until = self._clock.now() + timedelta(seconds=_HOLD_S)
+            with suppress(UnavailableError):  # said again before the time is over
+                async with self._store.write() as tx:
+                    await tx.snapshots.extend(snapshot.id, held_until=until)
+
     async def _save(self, sandbox: Sandbox, snapshot: Snapshot) -> int:
-        """Have the node save the sandbox, and return the size; nothing is left of a failed try."""
-        node = self._placement.find(snapshot.node_id)
-        try:
-            if node is None:
-                raise UnavailableError(f"cannot reach the node of {sandbox.id}")
-            for _ in range(_TRIES):
-                try:
-                    fact = await node.ensure_snapshot(
-                        snapshot.id, sandbox_id=sandbox.id, incarnation=sandbox.incarnation
-                    )
-                except (NotFoundError, ConflictError) as error:
-                    # Somebody resumes it at this moment? Then the node knows another incarnation.
-                    again = await self._settled(await self._register.reread(sandbox.id))
-                    if again.status not in _SAVABLE:
-                        raise check_status(again, wanted="save") from error
-                    if again.incarnation == sandbox.incarnation:
-                        raise
-                    sandbox = again
-                else:
-                    return fact.size_bytes
-            raise UnavailableError(f"cannot save {sandbox.id} now: it changes all the time")
-        except SandyardError:
-            async with self._store.write() as tx:
-                await tx.snapshots.remove(snapshot.id)
-            raise
+        node = self._nodes.get(snapshot.node_id)
+
+        async def attempt(now: Sandbox) -> int | None:
+            if now.status not in _SAVABLE:
+                now = await self._at_rest(now)
+            if now.status not in _SAVABLE:
+                raise refusal(now, doing="save")
+            try:
+                fact = await node.ensure_snapshot(
+                    snapshot.id, sandbox_id=now.id, incarnation=now.incarnation
+                )
+            except (NotFoundError, ConflictError):
+                # Somebody resumes it at this moment? Then the node knows another incarnation.
+                again = await self._at_rest(await self._register.reread(now.id))
+                if again.status in _SAVABLE and again.incarnation == now.incarnation:
+                    raise
+                return None
+            return fact.size_bytes
+
+        return await self._register.unless_changed(sandbox, attempt, doing="save")
+
+    async def _once_made(self, actor: Actor, snapshot_id: str) -> Snapshot:
+        """Return a snapshot that another request of the same key makes, once that is done."""
+        until = self._clock.monotonic() + _WAIT_S
+        while self._clock.monotonic() < until:
+            snapshot = await self._found(actor, snapshot_id)
+            if not snapshot.is_made(self._clock.now()):
+                return snapshot
+            await self._clock.sleep(_LOOK_S)
+        raise UnavailableError("cannot tell yet what this request makes: ask again in a while")
 
     async def _found(self, actor: Actor, snapshot_id: str) -> Snapshot:
-        return await find_snapshot(self._store, actor, snapshot_id, field=None, ready=False)
+        return await get_snapshot(self._store, actor, snapshot_id, field=None, ready=False)
 
     def _kept(self, sandbox: Sandbox, snapshot: Snapshot, size_bytes: int) -> StoragePeriod:
         return StoragePeriod(
@@ -363,27 +389,23 @@ class Snapshots:
             is_free=sandbox.is_test,
         )
 
-    def _line(self, actor: Actor | None, snapshot: Snapshot, event_type: str) -> Activity:
+    def _line(self, actor: Actor, snapshot: Snapshot, event_type: str) -> Activity:
         is_new = event_type == "snapshot.created"
-        return Activity(
-            id=new_uuid(),
+        return line(
+            event_type,
+            "Snapshot made" if is_new else "Snapshot deleted",
             org_id=snapshot.org_id,
-            actor_user_id=actor.user_id if actor else snapshot.owner_user_id,
-            actor_type=actor.kind if actor else "user",
-            event_type=event_type,
-            resource_type="snapshot",
+            actor=actor,
             resource_id=snapshot.id,
-            severity="info",
-            status="ready" if is_new else "deleted",
-            title="Snapshot made" if is_new else "Snapshot deleted",
+            at=self._clock.now(),
             summary=snapshot.name or "",
-            created_at=self._clock.now(),
+            status="ready" if is_new else "deleted",
             sandbox_id=snapshot.sandbox_id,
         )
 
 
 def _check_name(name: str) -> None:
-    check_text(name, field="name")
+    checked_text(name, field="name")
     if not 1 <= len(name) <= _NAME_MAX or not name.isprintable() or is_uuid(name):
         raise InvalidArgumentError(
             f"cannot use this name: it needs 1 to {_NAME_MAX} printable characters and must not "

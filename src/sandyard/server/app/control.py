@@ -1,0 +1,240 @@
+"""Opens a control plane: the services on a store and nodes, and the HTTP application on them."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from sandyard.server.api import Services, make_api
+from sandyard.server.app.installation import secret_key
+from sandyard.server.app.logs import request_id
+from sandyard.server.app.metrics import Metrics, MetricsRoute
+from sandyard.server.app.settings import Settings
+from sandyard.server.app.wiring import plans_of, prices_of, sign_up_of
+from sandyard.server.core.contracts.bus import Bus
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import NodeControl, NodeTunnel
+from sandyard.server.core.contracts.payments import Payments
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.links.passwords import hash_password
+from sandyard.server.links.payments import NoPayments, StripePayments
+from sandyard.server.links.sessions import JwtSessions, Provider
+from sandyard.server.service.feed import Feed
+from sandyard.server.service.money.billing import Billing
+from sandyard.server.service.money.metering import BEAT, Meter
+from sandyard.server.service.nodes import Nodes
+from sandyard.server.service.people.access import Access
+from sandyard.server.service.people.api_keys import ApiKeys
+from sandyard.server.service.people.organizations import Organizations
+from sandyard.server.service.people.rates import Rates
+from sandyard.server.service.people.sign_in import SignIn
+from sandyard.server.service.people.ssh_keys import SshKeys
+from sandyard.server.service.placement import Placement
+from sandyard.server.service.readiness import Readiness
+from sandyard.server.service.reconcile.idle import Idleness
+from sandyard.server.service.reconcile.reconciler import Pace, Reconciler
+from sandyard.server.service.reconcile.work import Work
+from sandyard.server.service.repeats import Repeats
+from sandyard.server.service.sandboxes.change import Sandboxes
+from sandyard.server.service.sandboxes.create import Creation
+from sandyard.server.service.sandboxes.execute import Commands
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+from sandyard.server.service.sandboxes.power import Power, Waits
+from sandyard.server.service.sandboxes.quota import Quota
+from sandyard.server.service.sandboxes.reach import Reach
+from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.sandboxes.snapshots import Snapshots
+from sandyard.server.service.templates import Templates
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control plane without its HTTP server; `services` is what its routes call."""
+
+    api: FastAPI
+    services: Services
+    store: Store
+    nodes: Nodes
+    reconciler: Reconciler
+    lifecycle: Lifecycle
+    meter: Meter
+
+
+@asynccontextmanager
+async def _payments(settings: Settings) -> AsyncIterator[Payments]:
+    """Open the payment provider, or what says that there is none."""
+    billing = settings.billing
+    if billing.stripe_secret is None:
+        yield NoPayments()
+        return
+    webhook = billing.stripe_webhook_secret
+    stripe = StripePayments(
+        billing.stripe_secret.get_secret_value(),
+        webhook_secret=webhook.get_secret_value() if webhook else None,
+        currency=billing.currency,
+        api=billing.stripe_api,
+    )
+    try:
+        yield stripe
+    finally:
+        await stripe.close()
+
+
+def _sign_in(settings: Settings, store: Store, clock: Clock) -> SignIn | None:
+    own = settings.sessions
+    if own.provider is None:
+        return None
+    is_workos = own.provider == "workos"
+    keys_url = own.jwks_url
+    if is_workos and keys_url is None:
+        keys_url = f"https://api.workos.com/sso/jwks/{own.client_id}"
+    provider = Provider(
+        issuer=own.issuer or "https://api.workos.com/",
+        keys_url=keys_url,
+        is_issuer_prefix=is_workos,
+        audience=own.audience,
+        algorithms=tuple(own.algorithms),
+        skew_s=own.skew_s,
+        org_claim=own.org_claim,
+        role_claim=own.role_claim,
+    )
+    return SignIn(
+        store=store,
+        sessions=JwtSessions(provider, clock),
+        clock=clock,
+        sign_up=sign_up_of(settings),
+        admin_roles=frozenset(own.admin_roles),
+    )
+
+
+@asynccontextmanager
+async def open_control(
+    settings: Settings,
+    *,
+    server_id: str,
+    store: Store,
+    nodes: Mapping[str, NodeControl],
+    tunnel: NodeTunnel,
+    bus: Bus,
+    clock: Clock,
+    metrics: Metrics,
+    version: str,
+    pace: Pace | None = None,
+) -> AsyncIterator[Control]:
+    """Open a control plane on a store and nodes; `server_id` tells it from its peers.
+
+    Whatever a server of that id was at work on when it ended is taken up anew.
+    """
+    async with store.write() as tx:
+        await tx.leases.void(server_id)
+    async with store.read() as tx:
+        away_since = await tx.facts.moment(BEAT)
+    async with _payments(settings) as payments:
+        key = secret_key(settings.home)
+        plans, prices = plans_of(settings), prices_of(settings)
+        sign_up, waits = sign_up_of(settings), Waits()
+        enforces = settings.billing.enforce
+        known = Nodes(nodes, clock)
+        templates, placement = Templates(known), Placement(known)
+        lifecycle = Lifecycle(store, bus, clock)
+        register = Register(store, bus, clock)
+        repeats = Repeats(clock, key)
+        ssh_keys = SshKeys(store, repeats, clock)
+        quota = Quota(clock=clock, plans=plans, prices=prices, enforces=enforces)
+        meter = Meter(
+            store=store,
+            lifecycle=lifecycle,
+            payments=payments,
+            clock=clock,
+            prices=prices,
+            enforces=enforces,
+        )
+        pace = pace or Pace()
+        reconciler = Reconciler(
+            server_id=server_id,
+            store=store,
+            nodes=known,
+            work=Work(
+                nodes=known,
+                placement=placement,
+                lifecycle=lifecycle,
+                clock=clock,
+                start_limit_s=pace.start_limit_s,
+            ),
+            lifecycle=lifecycle,
+            idleness=Idleness(store=store, tunnel=tunnel, clock=clock),
+            bus=bus,
+            clock=clock,
+            pace=pace,
+            away_since=away_since,
+        )
+        power = Power(
+            register=register, lifecycle=lifecycle, worker=reconciler, quota=quota, waits=waits
+        )
+        reach = Reach(store=store, register=register, power=power, tunnel=tunnel, clock=clock)
+        services = Services(
+            access=Access(store, clock, _sign_in(settings, store, clock)),
+            rates=Rates(
+                clock, plans, failures_per_minute=settings.accounts.failed_logins_per_minute
+            ),
+            organizations=Organizations(store=store, repeats=repeats, clock=clock, sign_up=sign_up),
+            api_keys=ApiKeys(store, clock),
+            ssh_keys=ssh_keys,
+            feed=Feed(store, register),
+            now=clock.now,
+            billing=Billing(
+                store=store,
+                register=register,
+                payments=payments,
+                repeats=repeats,
+                clock=clock,
+                prices=prices,
+                plans=plans,
+            ),
+            creation=Creation(
+                store=store,
+                register=register,
+                placement=placement,
+                templates=templates,
+                lifecycle=lifecycle,
+                worker=reconciler,
+                quota=quota,
+                ssh_keys=ssh_keys,
+                repeats=repeats,
+                clock=clock,
+                hash_password=hash_password,
+                pooled_wait_s=waits.pooled_s,
+            ),
+            sandboxes=Sandboxes(
+                store=store,
+                register=register,
+                tunnel=tunnel,
+                lifecycle=lifecycle,
+                power=power,
+                clock=clock,
+                waits=waits,
+            ),
+            commands=Commands(reach, clock),
+            snapshots=Snapshots(
+                store=store,
+                register=register,
+                nodes=known,
+                placement=placement,
+                lifecycle=lifecycle,
+                worker=reconciler,
+                power=power,
+                quota=quota,
+                repeats=repeats,
+                clock=clock,
+            ),
+            templates=templates,
+            readiness=Readiness(store, known),
+        )
+        api = make_api(services, version=version, observe=metrics.observe, bind=request_id.set)
+        api.add_route(
+            "/metrics",
+            MetricsRoute(metrics, known, settings.http.metrics_token).answer,
+            include_in_schema=False,
+        )
+        yield Control(api, services, store, known, reconciler, lifecycle, meter)

@@ -1,0 +1,100 @@
+"""Opens an installation on one machine: a control plane and its node in one process."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as package_version
+
+from fastapi import FastAPI
+
+from sandyard.server.app.control import Control, open_control
+from sandyard.server.app.installation import secret_key, server_id_of
+from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.node import open_node
+from sandyard.server.app.settings import Settings
+from sandyard.server.app.wiring import sign_up_of
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import NodeControl
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.drivers.contract import Driver
+from sandyard.server.links.local import LocalBus, SystemClock
+from sandyard.server.links.sql import open_store
+from sandyard.server.service.money.metering import Meter
+from sandyard.server.service.people.bootstrap import ensure_first_organization
+from sandyard.server.service.reconcile.reconciler import NODES, Reconciler
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+
+
+@dataclass(frozen=True)
+class House:
+    """A running installation without its HTTP server."""
+
+    control: Control
+    node: NodeControl
+
+    @property
+    def api(self) -> FastAPI:
+        """The HTTP application."""
+        return self.control.api
+
+    @property
+    def store(self) -> Store:
+        """The store."""
+        return self.control.store
+
+    @property
+    def reconciler(self) -> Reconciler:
+        """What makes things so; it is to be run."""
+        return self.control.reconciler
+
+    @property
+    def lifecycle(self) -> Lifecycle:
+        """What changes a sandbox's status."""
+        return self.control.lifecycle
+
+    @property
+    def meter(self) -> Meter:
+        """What charges for usage; it is to be run."""
+        return self.control.meter
+
+
+@asynccontextmanager
+async def open_house(
+    settings: Settings,
+    *,
+    drivers: Sequence[Driver] | None = None,
+    clock: Clock | None = None,
+    fills_pool: bool = True,
+) -> AsyncIterator[House]:
+    """Open store and node, adopt what lives, and give everything back on leaving.
+
+    `drivers` takes the place of those that the settings allow, `clock` that of the host's. Machines
+    live on: leaving lets go of them without ending them.
+    """
+    clock = clock or SystemClock()
+    bus, version = LocalBus(clock), package_version("sandyard")
+    metrics = Metrics(version=version)
+    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+        await ensure_first_organization(store, clock, sign_up_of(settings))
+        async with (
+            open_node(
+                settings,
+                clock=clock,
+                observer=metrics,
+                on_change=lambda: bus.hint(NODES),
+                drivers=drivers,
+                fills_pool=fills_pool,
+            ) as node,
+            open_control(
+                settings,
+                server_id=server_id_of(settings.home),
+                store=store,
+                nodes={node.node_id: node},
+                tunnel=node,
+                bus=bus,
+                clock=clock,
+                metrics=metrics,
+                version=version,
+            ) as control,
+        ):
+            yield House(control, node)

@@ -1,0 +1,106 @@
+"""Opens a node: the machines of one host."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from sandyard.server.app.installation import kind_of_host, secret_key
+from sandyard.server.app.settings import Settings
+from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.drivers.contract import Driver
+from sandyard.server.node.fake import FakeDisks, FakeNetwork, make_fake_image
+from sandyard.server.node.host.admission import Margins
+from sandyard.server.node.host.disks import Disks, Ext4Disks
+from sandyard.server.node.host.network import Network, Slots
+from sandyard.server.node.machines.means import Means, NodeLimits
+from sandyard.server.node.machines.records import Records
+from sandyard.server.node.machines.saved import Seals
+from sandyard.server.node.node import Node
+from sandyard.server.node.stock.pool import MachineObserver, PoolLimits
+from sandyard.server.tasks import Crew
+
+NODE_ID = "local"
+"""The node of an installation on one machine."""
+
+
+def limits_of(settings: Settings) -> NodeLimits:
+    """Return how long a node waits, and how much it starts at once."""
+    own = settings.node
+    limits = {
+        "boot_s": own.boot_s,
+        "no_progress_s": own.no_progress_s,
+        "heartbeat_s": own.heartbeat_s,
+    }
+    if own.driver == "fake":
+        limits["golden_rest_s"] = 0.0
+    return NodeLimits(
+        boots_at_once=own.boots_at_once,
+        restores_at_once=own.restores_at_once,
+        uses_goldens=own.golden_machines,
+        **limits,
+    )
+
+
+def margins_of(settings: Settings) -> Margins:
+    """Return what a host keeps for itself."""
+    own = settings.node
+    return Margins(
+        memory_floor_mib=own.memory_floor_mib,
+        disk_floor_mib=own.disk_floor_mib,
+        memory_overcommit=own.memory_overcommit,
+        disk_overcommit=own.disk_overcommit,
+    )
+
+
+@asynccontextmanager
+async def open_node(
+    settings: Settings,
+    *,
+    clock: Clock,
+    observer: MachineObserver,
+    on_change: Callable[[], None],
+    node_id: str = NODE_ID,
+    drivers: Sequence[Driver] | None = None,
+    fills_pool: bool = True,
+) -> AsyncIterator[Node]:
+    """Open the node in a home, adopt what lives, and on leaving let go of it without ending it.
+
+    `drivers` takes the place of those that the settings allow.
+    """
+    images = images_of(settings)
+    network: Network
+    disks: Disks
+    if settings.node.driver == "fake":
+        network, disks = FakeNetwork(), FakeDisks()
+        for slug in images.definitions:
+            images.use(slug, make_fake_image(images))
+    else:
+        allow = [str(one) for one in settings.node.allow]
+        network, disks = Slots(await identity_of(settings), allow=allow), Ext4Disks()
+    choice = choice_of(settings, drivers or drivers_of(settings))
+    key = secret_key(settings.home)
+    node = Node(
+        node_id=node_id,
+        home=settings.home,
+        means=Means(
+            images=images,
+            drivers=choice,
+            network=network,
+            disks=disks,
+            records=Records(settings.home / "machines"),
+            seals=Seals(key=key, host=kind_of_host(), drivers=choice),
+            clock=clock,
+            limits=limits_of(settings),
+            crew=Crew(),
+            on_change=on_change,
+        ),
+        pool_limits=PoolLimits(
+            floor=min(settings.pool.floor, settings.pool.ceiling),
+            ceiling=settings.pool.ceiling,
+            demand_window_s=settings.pool.demand_window_s,
+        ),
+        margins=margins_of(settings),
+        observer=observer,
+    )
+    async with node.running(fills_pool=fills_pool):
+        yield node

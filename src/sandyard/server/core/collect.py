@@ -1,0 +1,60 @@
+"""What a command says, gathered from the frames that carry it: bytes in, its end out, no I/O."""
+
+import json
+
+from sandyard.server.core.codec import CodecError, decode
+from sandyard.server.core.ops import Ended
+from sandyard.server.core.wire import Channel, Decoder, WireError
+
+_DURATION_MAX_MS = 10**10
+_SIGNAL_MAX = 32
+
+
+class Collector:
+    """Feed it what arrives until it tells the end. It keeps `limit` bytes a stream and no more."""
+
+    def __init__(self, limit: int = 0) -> None:
+        self._decoder = Decoder()
+        self._limit = limit
+        self._output = {Channel.STDOUT: bytearray(), Channel.STDERR: bytearray()}
+        self.is_truncated = False
+
+    @property
+    def stdout(self) -> bytes:
+        """What came on standard output."""
+        return bytes(self._output[Channel.STDOUT])
+
+    @property
+    def stderr(self) -> bytes:
+        """What came on standard error."""
+        return bytes(self._output[Channel.STDERR])
+
+    def feed(self, data: bytes) -> Ended | None:
+        """Take bytes that arrived, and return how the command ended once they tell.
+
+        Raises:
+            WireError: the other side broke the protocol.
+        """
+        self._decoder.feed(data)
+        while (frame := self._decoder.take_frame()) is not None:
+            if frame.channel is Channel.EXIT:
+                return _end(frame.payload)
+            if frame.channel in self._output:
+                kept = self._output[frame.channel]
+                room = self._limit - len(kept)
+                kept += frame.payload[:room]
+                self.is_truncated = self.is_truncated or len(frame.payload) > room
+        return None
+
+
+def _end(payload: bytes) -> Ended:
+    try:
+        end = decode(Ended, json.loads(payload))
+    except (CodecError, ValueError, RecursionError) as error:
+        raise WireError("the end of a command is not told as agreed") from error
+    return Ended(
+        exit_code=max(0, min(255, end.exit_code)),
+        duration_ms=max(0, min(_DURATION_MAX_MS, end.duration_ms)),
+        timed_out=end.timed_out,
+        signal=end.signal[:_SIGNAL_MAX] if end.signal else None,
+    )

@@ -1,0 +1,128 @@
+"""What the agent knows of its machine: what the host told it, and what it found out itself.
+
+What the host told (token, environment) is kept in a root-only tmpfs, so that PID 1 may start the
+agent again at any moment.
+"""
+
+import asyncio
+import collections
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+
+from sandyard.server.core import wire
+from sandyard.server.guest import processes, system
+from sandyard.server.guest.streams import Reader
+from sandyard.server.guest.system import Account, RefusedError
+
+SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh")
+_LOGIN_LIMIT_S = 5.0
+_SAMPLE_PERIOD_S = 5.0
+_SAMPLES = 13  # a minute of them
+
+
+class Load:
+    """How busy the machine is, 100 for one whole CPU whatever its shape."""
+
+    def __init__(self) -> None:
+        self._cpu = (time.monotonic(), system.cpu_ticks())
+        self._work = collections.deque([_work_done()], maxlen=_SAMPLES)
+
+    async def sample(self) -> None:
+        """Look now and then, for ever."""
+        while True:
+            await asyncio.sleep(_SAMPLE_PERIOD_S)
+            self._work.append(_work_done())
+
+    def forget(self) -> None:
+        """Count from now: the machine stood still, or is another's."""
+        self._work.clear()
+        self._work.append(_work_done())
+
+    def recent_percent(self, window_s: float) -> float:
+        """Return how busy users' programs kept the machine lately."""
+        now, work = _work_done()
+        then, before = next((one for one in self._work if now - one[0] <= window_s), self._work[-1])
+        elapsed = now - then
+        return round(100.0 * max(0.0, work - before) / elapsed, 2) if elapsed > 0 else 0.0
+
+    async def percent_now(self) -> float:
+        """Return how busy it is, the agent's own share included."""
+        then, (busy, total) = self._cpu
+        if time.monotonic() - then > 2.0:
+            busy, total = system.cpu_ticks()
+            await asyncio.sleep(0.2)
+        busy_now, total_now = system.cpu_ticks()
+        self._cpu = (time.monotonic(), (busy_now, total_now))
+        share = (busy_now - busy) / (total_now - total) if total_now > total else 0.0
+        return round(100.0 * share * (os.cpu_count() or 1), 2)
+
+
+class Context:
+    """See the module. `token` is what the host must show, `env` what every process gets."""
+
+    def __init__(self, root_fd: int) -> None:
+        self.root_fd = root_fd
+        self.load = Load()
+        self.token = (system.RUN / "token").read_text().strip()
+        self.env: Mapping[str, str] = {}
+        self._logins: dict[int, tuple[tuple[object, ...], dict[str, str]]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            told, _ = json.JSONDecoder().raw_decode((system.RUN / "state").read_text())
+            self.token, self.env = told["token"], told["env"]
+
+    def remember(self, *, token: str, env: Mapping[str, str]) -> None:
+        """Take what the host told for what is so, now and after a restart of the agent."""
+        self.token, self.env = token, dict(env)
+        system.write_private("state", json.dumps({"token": token, "env": self.env}))
+
+    async def login_environment(self, account: Account) -> dict[str, str]:
+        """Return what a login of an account would have, captured anew when a profile changes."""
+        stamp = system.profile_stamp(self.root_fd, account)
+        known = self._logins.get(account.uid)
+        if known is None or known[0] != stamp:
+            plain = system.plain_environment(account)
+            captured = await self._capture_login(account, plain)
+            known = (stamp, plain | captured)
+            self._logins[account.uid] = known
+        return dict(known[1])
+
+    async def _capture_login(self, account: Account, plain: dict[str, str]) -> dict[str, str]:
+        # A profile that hangs or fails must not take exec away: the plain environment serves then.
+        spec = processes.Spec(
+            programs=[(shell, "-l", "-c", "exec env -0") for shell in SHELLS],
+            env=plain,
+            cwd="/",
+            account=account,
+        )
+        try:
+            process = await processes.start(spec, root_fd=self.root_fd, wants_stdin=False)
+        except RefusedError:
+            return {}
+        stdout, stderr = Reader(process.stdout), Reader(process.stderr)
+        try:
+            async with asyncio.timeout(_LOGIN_LIMIT_S), asyncio.TaskGroup() as tasks:
+                dump = tasks.create_task(stdout.read_all(wire.HEAD_MAX))
+                tasks.create_task(stderr.read_all(wire.HEAD_MAX))
+                # Not the pipes' end: a background job of the profile may hold them for ever.
+                await process.wait()
+                stdout.finish()
+                stderr.finish()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            return {}
+        finally:
+            stdout.close()
+            stderr.close()
+            process.kill()
+            process.release()
+        return system.parse_environment(dump.result())
+
+
+def _work_done() -> tuple[float, float]:
+    """Return the time, and the CPU seconds spent since boot by all but this agent."""
+    busy, _ = system.cpu_ticks()
+    return time.monotonic(), busy / os.sysconf("SC_CLK_TCK") - time.process_time()

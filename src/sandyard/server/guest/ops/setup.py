@@ -1,0 +1,47 @@
+"""SETUP and WAKE: who this machine is, and what is mended in one that stood still."""
+
+import os
+import socket
+
+from sandyard.server.core import ops
+from sandyard.server.guest import connections, system
+from sandyard.server.guest.context import Context
+from sandyard.server.guest.system import RefusedError
+
+
+def wake(context: Context, wish: ops.Wake, connection: socket.socket) -> None:
+    """See core.ops.Wake; raises if any of it cannot be."""
+    system.reseed(wish.entropy)
+    system.set_clock(wish.wall_ns)
+    if not wish.keeps_connections:
+        connections.break_off(
+            own_port=connection.getsockname()[1], peer_port=connection.getpeername()[1]
+        )
+    context.load.forget()
+
+
+async def set_up(context: Context, wish: ops.SetUp, connection: socket.socket) -> None:
+    """See core.ops.SetUp."""
+    if (waking := wish.waking) is not None:
+        wake(context, waking, connection)
+    socket.sethostname(wish.hostname)
+    if wish.machine_id is not None:
+        system.write_boot_id()
+    own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        system.enter(context.root_fd)
+        system.write_identity(
+            hostname=wish.hostname,
+            machine_id=wish.machine_id,
+            authorized_keys=wish.authorized_keys,
+            password_hash=wish.password_hash,
+        )
+    except OSError as error:
+        raise RefusedError(f"cannot write the identity of the sandbox: {error}") from error
+    finally:
+        system.enter(own_root)
+        os.close(own_root)
+    if wish.disk_bytes is not None:
+        system.grow_disk(wish.disk_bytes, context.root_fd)
+    context.remember(token=wish.token, env=system.checked_environment(wish.env))
+    await context.login_environment(system.find_account(context.root_fd, "root"))

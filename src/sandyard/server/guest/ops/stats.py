@@ -1,0 +1,13 @@
+"""STATS: what the machine takes, and how busy users' programs keep it."""
+
+from sandyard.server.core import ops
+from sandyard.server.guest import system
+from sandyard.server.guest.context import Context
+
+
+async def stats(context: Context, wish: ops.Stats) -> ops.Figures:
+    """See core.ops.Stats."""
+    if wish.window_s is not None:
+        return ops.Figures(recent_cpu_percent=context.load.recent_percent(wish.window_s))
+    figures = system.stats(context.root_fd)
+    return ops.Figures(cpu_percent=await context.load.percent_now(), **figures)

@@ -1,0 +1,146 @@
+"""Pipes and sockets as the agent reads and writes them: never blocking, one piece at a time."""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+import termios
+
+from sandyard.server.core import wire
+from sandyard.server.core.codec import encode
+
+CHUNK = 64 * 1024
+
+
+class Reader:
+    """Reads a pipe; after `finish` it takes what is in the pipe by then and calls that the end."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._waiter: asyncio.Future[None] | None = None
+        self._left: int | None = None
+
+    async def read(self, limit: int) -> bytes:
+        """Return up to `limit` bytes, or none at the end."""
+        while self._left != 0:
+            try:
+                data = os.read(self._descriptor, limit if self._left is None else self._left)
+            except BlockingIOError:
+                await self._readable()
+                continue
+            if self._left is not None:
+                self._left -= len(data)
+            return data
+        return b""
+
+    async def read_all(self, limit: int) -> bytes:
+        """Return everything up to the end, cut at `limit`."""
+        result = bytearray()
+        while data := await self.read(CHUNK):
+            result += data[: limit - len(result)]
+        return bytes(result)
+
+    def finish(self) -> None:
+        """Read no further than what is there: whoever still holds the pipe is a background job."""
+        size = fcntl.ioctl(self._descriptor, termios.FIONREAD, b"\0\0\0\0")
+        self._left = int.from_bytes(size, sys.byteorder)
+        if self._waiter is not None:
+            _resolve(self._waiter)
+
+    def drain_to_nowhere(self) -> None:
+        """Keep the pipe open for a background job, which must not die of its own output."""
+        loop = asyncio.get_running_loop()
+
+        def is_at_end() -> bool:
+            try:
+                return not os.read(self._descriptor, CHUNK)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+
+        def drain() -> None:
+            if is_at_end():
+                loop.remove_reader(self._descriptor)
+                self.close()
+
+        if is_at_end():  # as it is unless there is a background job
+            self.close()
+        else:
+            loop.add_reader(self._descriptor, drain)
+
+    def close(self) -> None:
+        """Close the pipe."""
+        os.close(self._descriptor)
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._waiter = waiter = loop.create_future()
+        loop.add_reader(self._descriptor, _resolve, waiter)
+        try:
+            await waiter
+        finally:
+            loop.remove_reader(self._descriptor)
+
+
+async def receive(connection: socket.socket) -> bytes:
+    """Return what comes next.
+
+    Raises:
+        ConnectionResetError: nothing comes any more.
+    """
+    data = await asyncio.get_running_loop().sock_recv(connection, CHUNK)
+    if not data:
+        raise ConnectionResetError
+    return data
+
+
+async def answer(connection: socket.socket, value: object) -> None:
+    """Send the first line of an operation that is carried out."""
+    line = wire.encode_answer(wire.Answer(encode(value)))
+    await asyncio.get_running_loop().sock_sendall(connection, line)
+
+
+async def refuse(connection: socket.socket, code: wire.Refusal, message: str) -> None:
+    """Send the first line of an operation that is not."""
+    line = wire.encode_answer(wire.Answer({}, error=code.value, message=message))
+    await asyncio.get_running_loop().sock_sendall(connection, line)
+
+
+async def copy(source: socket.socket, sink: socket.socket) -> None:
+    """Copy what comes from one socket to another until either ends, and hand the end on."""
+    loop = asyncio.get_running_loop()
+    how = socket.SHUT_WR
+    try:
+        while data := await loop.sock_recv(source, CHUNK):
+            await loop.sock_sendall(sink, data)
+    except OSError:
+        # Broken, not ended: nothing will come back either, so the other direction ends, too.
+        how = socket.SHUT_RDWR
+        with contextlib.suppress(OSError):
+            source.shutdown(how)
+    with contextlib.suppress(OSError):
+        sink.shutdown(how)
+
+
+async def write_all(descriptor: int, data: bytes) -> None:
+    """Write to a pipe, waiting where it is full."""
+    loop = asyncio.get_running_loop()
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            ready = asyncio.Event()
+            loop.add_writer(descriptor, ready.set)
+            try:
+                await ready.wait()
+            finally:
+                loop.remove_writer(descriptor)
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,169 @@
+"""What a node holds for one sandbox, and the one job at a time that is done with it."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+
+from sandyard.server.core.contracts.node import MachineFact, Phase, Way
+from sandyard.server.core.errors import (
+    ConflictError,
+    InternalError,
+    SandyardError,
+    UnavailableError,
+)
+from sandyard.server.drivers.contract import End, Machine
+from sandyard.server.node.machines.resident import Resident
+from sandyard.server.tasks import Crew
+
+log = logging.getLogger(__name__)
+
+Job = Callable[[], Coroutine[object, object, None]]
+
+
+class Holding:
+    """A sandbox's machine, there or to be.
+
+    While a job (a start, a pause, a snapshot) is at work, only it touches the machine; whoever
+    wants something else waits for it or, to delete, breaks it off. Without a job the machine runs
+    and is watched, or it is paused or dead: then it holds no process and no place, only its files.
+    """
+
+    def __init__(self, sandbox_id: str, incarnation: int, resident: Resident | None = None) -> None:
+        self.sandbox_id = sandbox_id
+        self._incarnation = incarnation
+        self._resident = resident
+        self._job: asyncio.Task[None] | None = None
+        self._is_starting = False
+        self._failure: SandyardError | None = None
+        self._way: Way | None = None
+        self._missed: tuple[Machine, End] | None = None  # an end that came while a job was at work
+
+    @property
+    def incarnation(self) -> int:
+        """Which incarnation is here, or coming."""
+        if self.is_starting or self._resident is None:
+            return self._incarnation
+        return self._resident.record.incarnation
+
+    @property
+    def resident(self) -> Resident:
+        """The machine; it is there unless it is only about to be made."""
+        if self._resident is None:
+            raise ConflictError("the machine of the sandbox is not there yet")
+        return self._resident
+
+    @property
+    def residents(self) -> list[Resident]:
+        """The machine, or none."""
+        return [] if self._resident is None else [self._resident]
+
+    @property
+    def phase(self) -> Phase | None:
+        """How far the machine has come, None before there is one."""
+        return None if self._resident is None else self._resident.phase
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job is at work."""
+        return self._job is not None and not self._job.done()
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether that job brings the machine up."""
+        return self.is_busy and self._is_starting
+
+    @property
+    def way(self) -> Way | None:
+        """How the machine came up last."""
+        return self._way
+
+    def take(self, resident: Resident) -> None:
+        """Have this machine from now on."""
+        self._resident = resident
+
+    def came(self, way: Way) -> None:
+        """Note how the machine came up."""
+        self._way = way
+
+    def fact(self) -> MachineFact:
+        """Return what the node tells of it."""
+        if self._resident is None or self.is_starting:
+            about = None if self._resident is None else self._resident.record
+            return MachineFact(
+                self.sandbox_id,
+                self.incarnation,
+                Phase.STARTING,
+                driver=about.driver if about else None,
+                os=about.os if about else None,
+            )
+        return self._resident.fact(way=self._way)
+
+    # --- jobs -----------------------------------------------------------------------------
+
+    def begin(self, crew: Crew, work: Job, *, starts: int | None = None) -> None:
+        """Begin a job; one that `starts` brings up that incarnation.
+
+        Raises:
+            UnavailableError: the node does not run.
+        """
+        self._failure, self._missed = None, None
+        self._is_starting = starts is not None
+        if starts is not None:
+            self._incarnation = starts
+        self._job = crew.start(self._guarded(work), "a job failed")
+        if self._job is None:
+            self._is_starting = False
+            raise UnavailableError("cannot do this: the node is not running")
+
+    async def _guarded(self, work: Job) -> None:
+        """Do a job; how it failed is kept for those who wait, and takes nothing else along."""
+        try:
+            await work()
+        except SandyardError as error:
+            self._failure = error
+        except Exception as error:
+            log.exception("a job failed in a way nobody foresaw")
+            self._failure = InternalError(f"cannot carry this out: {error}")
+        finally:
+            self._is_starting = False
+
+    async def join(self) -> None:
+        """Wait for the job at work.
+
+        Raises:
+            ConflictError: it was broken off.
+        """
+        if self._job is not None:
+            await asyncio.wait([self._job])
+            if self._job.cancelled():
+                raise ConflictError("what was under way for the sandbox was broken off")
+
+    async def outcome(self) -> None:
+        """Wait for the job at work, and raise what it failed with."""
+        await self.join()
+        if self._failure is not None:
+            raise self._failure
+
+    async def break_off(self) -> None:
+        """Break off whatever is at work."""
+        while self.is_busy and self._job is not None:
+            self._job.cancel()
+            await asyncio.wait([self._job])
+
+    def after_job(self, work: Callable[[], None]) -> None:
+        """Do something once the job at work has ended."""
+        if self._job is not None:
+            self._job.add_done_callback(lambda _: work())
+
+    def miss(self, end: End) -> None:
+        """Keep an end that came while a job was at work."""
+        process = self._resident.process if self._resident else None
+        if process is not None:
+            self._missed = (process, end)
+
+    def take_missed(self) -> End | None:
+        """Return an end that was missed, if it is of the process that is there now."""
+        missed, self._missed = self._missed, None
+        if missed is None or self._resident is None or not self._resident.is_of(missed[0]):
+            return None
+        return missed[1]

@@ -1,0 +1,164 @@
+"""The files of one machine: the only place that knows their names.
+
+    <folder>/body-<n>/     what outlives the machine's process: disk.ext4, memory, and, while it
+                           stands still, saved/
+    <folder>/run/          sockets, owned by the machine's account
+    <folder>/console.log   the last of what the guest printed
+
+A saved state is published by one rename, after all of it is synced, and stays valid until it is
+withdrawn, which happens before the machine runs on: a published state is never behind its disk.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from sandyard.server.core.errors import DamagedError
+from sandyard.server.drivers.contract import Place
+from sandyard.server.drivers.sparse import copy_sparse
+from sandyard.server.node.host.disks import Disks, used_mib
+from sandyard.server.node.machines import saved as saving
+from sandyard.server.node.machines.console import append_console
+from sandyard.server.node.machines.saved import SavedMachine
+from sandyard.server.tasks import in_thread
+
+
+class Body:
+    """See the module. `folder` is the machine's, `name` that of the body in it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.place = folder / name
+
+    @property
+    def disk(self) -> Path:
+        """The machine's own disk."""
+        return self.place / "disk.ext4"
+
+    @property
+    def memory(self) -> Path:
+        """The file that its memory starts from."""
+        return self.place / "memory"
+
+    @property
+    def saved(self) -> Path:
+        """Where the state of a machine that stands still is published."""
+        return self.place / "saved"
+
+    @property
+    def saving(self) -> Path:
+        """Where such a state is written before it is published."""
+        return self.place / "saved.part"
+
+    @property
+    def run(self) -> Path:
+        """The folder of its sockets."""
+        return self.folder / "run"
+
+    @property
+    def _spent(self) -> Path:
+        return self.place / "spent"
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether a saved state is published."""
+        return self.saved.is_dir()
+
+    async def make(self, source: SavedMachine | None, disks: Disks, *, disk_mib: int) -> None:
+        """Make it: a clone of a saved machine, else an empty disk.
+
+        Raises:
+            NoCapacityError: the host's disk is full.
+            DamagedError: the saved machine is not as it was.
+        """
+        part = self.place.with_name(self.place.name + ".part")
+        for left in (self.place, part):
+            await in_thread(shutil.rmtree, left, ignore_errors=True)
+        part.mkdir(mode=0o710)
+        inside = Body(self.folder, part.name)
+        if source is None:
+            await disks.make(inside.disk, size_mib=disk_mib, uid=os.geteuid())
+        else:
+            try:
+                await in_thread(saving.check, source, whole=False)
+                await in_thread(_link, source.state.memory, inside.memory)
+                await in_thread(saving.copy_state, source.state, inside.saved)
+                await disks.copy(source.disk, inside.disk)
+            except FileNotFoundError as error:
+                raise DamagedError(f"cannot clone a saved machine: {error}") from error
+        # A clone's state needs no syncing: were it lost, so would be who wants it.
+        part.rename(self.place)
+
+    async def remove(self) -> None:
+        """Remove it; the machine's folder stays."""
+        await in_thread(shutil.rmtree, self.place, ignore_errors=True)
+
+    def lend_to(self, place: Place) -> None:
+        """Have the account of a place use it, and make the folder of its sockets anew."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        self.run.mkdir(mode=0o700)
+        with contextlib.suppress(PermissionError):  # without root (fake machines) it is ours
+            os.chown(self.run, place.uid, place.uid)
+            # The account may use what is in the body, not change what the body consists of.
+            os.chown(self.place, 0, place.uid)
+            os.chown(self.disk, place.uid, place.uid)
+
+    def take_back(self) -> None:
+        """Take it from the account that its machine ran under, which another gets next."""
+        for path in (self.place, self.disk):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                os.chown(path, os.geteuid(), os.getegid(), follow_symlinks=False)
+
+    async def publish(self) -> None:
+        """Let the state that was written count."""
+        await in_thread(saving.publish, self.saving, self.saved)
+
+    async def drop_unpublished(self) -> None:
+        """Remove a state that was being written."""
+        await in_thread(shutil.rmtree, self.saving, ignore_errors=True)
+
+    async def withdraw(self) -> None:
+        """Let the saved state, if there is one, count no more: the machine is about to run on."""
+        await in_thread(saving.withdraw, self.saved, self._spent)
+
+    async def remove_spent(self) -> None:
+        """Remove what was withdrawn."""
+        await in_thread(shutil.rmtree, self._spent, ignore_errors=True)
+
+    async def forget_memory(self) -> None:
+        """Remove what a machine that boots from its disk has no use for any more."""
+        await self.withdraw()
+        self.memory.unlink(missing_ok=True)
+
+    async def tidy(self) -> None:
+        """Remove what work that was broken off left beside it and in it."""
+        others = [one for one in self.folder.glob("body-*") if one != self.place]
+        for left in (*others, self._spent, self.saving):
+            await in_thread(shutil.rmtree, left, ignore_errors=True)
+
+    def append_console(self, said: bytes) -> None:
+        """Keep what the guest printed, the last of it."""
+        append_console(self.folder, said)
+
+    @property
+    def used_mib(self) -> int:
+        """What it takes on disk, without what it shares with others."""
+        return used_mib(self.place) if self.place.is_dir() else 0
+
+    @property
+    def size_bytes(self) -> int:
+        """The same to the byte, what is in its folders included."""
+        return saving.size_of(self.place)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make a file known by another name; across file systems, copy it."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy_sparse(source, target)
+        target.chmod(0o444)

@@ -1,0 +1,96 @@
+"""Writes down a machine that stands still: in its own body when it is paused, or as a copy."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from sandyard.server.core.errors import InternalError, NoCapacityError, SandyardError
+from sandyard.server.drivers.contract import Saved, SavingMachine
+from sandyard.server.node.machines import saved as saving
+from sandyard.server.node.machines.body import Body
+from sandyard.server.node.machines.means import Means
+from sandyard.server.node.machines.records import Record
+from sandyard.server.node.machines.saved import About, SavedMachine
+from sandyard.server.node.machines.start import Kit
+from sandyard.server.tasks import in_thread
+
+_FULL = (28, 122)  # ENOSPC, EDQUOT
+
+
+async def about(record: Record, means: Means, *, kind: str) -> About:
+    """Return what a saved state of a record's machine is of."""
+    driver = means.drivers.named(record.driver)
+    return About(
+        kind=kind,
+        template=record.template,
+        image=record.image,
+        os=record.os,
+        vcpus=record.vcpus,
+        memory_mib=record.memory_mib,
+        disk_mib=record.disk_mib,
+        driver=record.driver,
+        driver_version=await means.drivers.version_of(driver) if driver else "",
+        host=means.seals.host,
+        token=record.token,
+    )
+
+
+async def write_own(machine: SavingMachine, record: Record, body: Body, means: Means) -> None:
+    """Write the state of a machine that is held still into its body, and publish it.
+
+    Raises:
+        NoCapacityError: the host's disk is full.
+        UnavailableError, InternalError: it cannot be saved now.
+    """
+    await body.drop_unpublished()
+    try:
+        state = await machine.save(body.saving)
+        own = await about(record, means, kind="paused")
+        await means.seals.seal(state.folder, own, beside=(body.disk, body.memory))
+        await body.publish()
+    except OSError as error:
+        raise translated(error) from error
+
+
+async def write_copy(
+    machine: SavingMachine | None, part: Path, record: Record, body: Body, means: Means
+) -> None:
+    """Write state and disk of a machine that stands still to a new folder.
+
+    Without `machine` it is paused, and what it saved is what is copied.
+
+    Raises: see `write_own`; DamagedError if what was saved is not as it was.
+    """
+    if machine is None:
+        state = means.seals.load(body.saved)
+        # What is sealed anew must be what was sealed before.
+        await means.seals.check(state, whole=True)
+        await in_thread(saving.copy_state, state, part)
+    else:
+        await machine.save(part)
+    await means.disks.copy(body.disk, part / "disk.ext4", sync=True)
+
+
+async def finish_copy(
+    part: Path, folder: Path, record: Record, body: Body, means: Means, kit: Kit, *, kind: str
+) -> SavedMachine:
+    """Make a copy stand alone, seal it and give it its name; the machine may run on meanwhile."""
+    await kit.saver.make_whole(Saved(part), body.memory)
+    made = await means.seals.seal(part, await about(record, means, kind=kind))
+    await in_thread(saving.publish, part, folder)
+    return replace(made, folder=folder)
+
+
+async def begin_copy(folder: Path) -> Path:
+    """Return the folder that becomes a copy when it is finished; what an earlier try left goes."""
+    part = folder.with_name(folder.name + ".part")
+    await in_thread(shutil.rmtree, part, ignore_errors=True)
+    part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return part
+
+
+def translated(error: OSError) -> SandyardError:
+    """Return what a failure of the host's disk means to whoever wanted a machine saved."""
+    if error.errno in _FULL:
+        return NoCapacityError("cannot save the machine: the host's disk is full; free some space")
+    return InternalError(f"cannot save the machine: {error}")

@@ -1,0 +1,627 @@
+"""One machine of a node, and the only writer of its record, its files and what is open of it.
+
+Rules that keep it whole, whatever is killed when:
+
+  - the record is written before anything is taken, and removed after all is given back;
+  - a record that says `running` beside a published state is of a machine that has not run on yet;
+  - one that says `waking` is of a machine that ran on and must not be used before it is woken.
+
+One resident is never in two hands: whoever calls sees to that.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+
+from sandyard.server.core.contracts.node import MachineFact, MachineWish, Opened, Phase, Way
+from sandyard.server.core.errors import (
+    ConflictError,
+    SandyardError,
+    UnsupportedError,
+)
+from sandyard.server.core.ids import new_machine_id, new_secret
+from sandyard.server.core.ops import AnswerT, Operation, SetUp, Wake
+from sandyard.server.core.shapes import Shape
+from sandyard.server.core.wire import AGENT_PORT
+from sandyard.server.drivers.contract import Driver, End, Machine, Place, SavingMachine
+from sandyard.server.node.agent import AgentLink, run_command
+from sandyard.server.node.images.images import Image
+from sandyard.server.node.machines import pause, start
+from sandyard.server.node.machines.body import Body
+from sandyard.server.node.machines.means import Means
+from sandyard.server.node.machines.records import Record
+from sandyard.server.node.machines.saved import SavedMachine
+from sandyard.server.node.machines.watch import Pulse, watch
+from sandyard.server.tasks import Work, in_thread, to_the_end
+
+log = logging.getLogger(__name__)
+
+_WAKE_LIMIT_S = 15.0
+_CLOCK_ERROR_S = 0.04
+_CLOCK_TRIES = 3
+_SPARE_LIMIT_S = 5.0
+_USED_S = 15.0
+_NOWHERE = -1
+_PAUSED = ConflictError(
+    "the sandbox was paused meanwhile; what was running in it goes on when it is resumed",
+    status="paused",
+)
+_ENDED = ConflictError("the machine of the sandbox ended meanwhile", status="error")
+
+
+class Was(Enum):
+    """What a machine was before it is set up, which says how much there is to mend."""
+
+    NOBODYS = "nobodys"  # just booted, or restored from a golden machine
+    UNIQUE = "unique"  # set up before, for nobody, and running ever since
+    IN_USE = "in_use"  # a sandbox, with connections of its own
+
+
+class Resident:
+    """See the module."""
+
+    def __init__(self, record: Record, means: Means) -> None:
+        self._record = record
+        self._means = means
+        self._machine: Machine | None = None
+        self._place: Place | None = None
+        self._link: AgentLink | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._on_end: Callable[[End], None] | None = None
+        self._pulse = Pulse()
+        self._uses = 0
+        self._used_mib = (-_USED_S, 0)  # when it was looked at, and what it was
+
+    @classmethod
+    def new(cls, wish: MachineWish, image: Image, driver: Driver, means: Means) -> "Resident":
+        """Return a machine to be; nothing of it is on the host yet."""
+        return cls(
+            Record(
+                id=new_machine_id(),
+                sandbox_id=wish.sandbox_id,
+                incarnation=wish.incarnation,
+                phase=Phase.STARTING,
+                slot=_NOWHERE,
+                template=wish.template,
+                image=image.digest,
+                driver=driver.name,
+                os=image.os,
+                vcpus=wish.shape.vcpus,
+                memory_mib=wish.shape.memory_mib,
+                disk_mib=wish.shape.disk_mib,
+                token=new_secret(),
+            ),
+            means,
+        )
+
+    # --- what it is -----------------------------------------------------------------------
+
+    @property
+    def record(self) -> Record:
+        """What is written down of it."""
+        return self._record
+
+    @property
+    def phase(self) -> Phase:
+        """How far it has come."""
+        return self._record.phase
+
+    @property
+    def shape(self) -> Shape:
+        """What it was promised."""
+        return self._record.shape
+
+    @property
+    def body(self) -> Body:
+        """Its files."""
+        return Body(self._means.records.folder(self._record.id), self._record.body)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it has a process."""
+        return self._machine is not None
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether its saved state is published."""
+        return self.body.is_saved
+
+    def has_answered(self, *, since: float) -> bool:
+        """Tell whether it is well, and its agent has answered since then."""
+        is_well = self.is_up and not self._pulse.is_silent and self._pulse.stall is None
+        return is_well and self._pulse.answered_at >= since
+
+    def used_mib(self, now: float) -> int:
+        """Return what its body takes on disk, as it was a moment ago: to look costs more than it
+        is worth at every start."""
+        looked_at, used = self._used_mib
+        if now - looked_at >= _USED_S:
+            used = self.body.used_mib
+            self._used_mib = (now, used)
+        return used
+
+    def fact(self, *, way: Way | None) -> MachineFact:
+        """Return what its node tells of it."""
+        record, runs = self._record, self.phase is Phase.RUNNING
+        # A start that failed, and whose remains would not go, is nothing that is coming up.
+        phase = Phase.DEAD if self.phase is Phase.STARTING else self.phase
+        stall = self._pulse.stall if runs else None
+        return MachineFact(
+            sandbox_id=record.sandbox_id,
+            incarnation=record.incarnation,
+            phase=phase,
+            is_silent=runs and self._pulse.is_silent,
+            is_used=self._uses > 0,
+            ip=self._place.ip if self._place else None,
+            driver=record.driver,
+            os=record.os,
+            way=way,
+            reason_code=stall.code if stall else record.reason_code,
+            reason_message=stall.message if stall else record.reason_message,
+        )
+
+    # --- its record -----------------------------------------------------------------------
+
+    async def enter(self, phase: Phase, end: End | None = None) -> None:
+        """Go over to another phase, and have that written down."""
+        self._set_phase(phase, end)
+        await in_thread(self._means.records.write, self._record)
+
+    def mark(self, phase: Phase, end: End | None = None) -> None:
+        """Go over to another phase; if that cannot be written down, the next look mends it."""
+        self._set_phase(phase, end)
+        try:
+            self._means.records.write(self._record)
+        except OSError:
+            log.exception("a machine's record cannot be written; the next look mends it")
+
+    def _set_phase(self, phase: Phase, end: End | None) -> None:
+        code, message = (end.code, end.message) if end else ("", "")
+        self._record = self._record.with_phase(phase, code=code, message=message)
+
+    def count_as(self, incarnation: int) -> None:
+        """Be the machine of this incarnation of its sandbox from now on."""
+        self._record = replace(self._record, incarnation=incarnation)
+
+    def serve(self, wish: MachineWish) -> None:
+        """Be the wished sandbox's from now on, having waited for whoever comes."""
+        self._on_end = None
+        self._record = replace(
+            self._record,
+            sandbox_id=wish.sandbox_id,
+            incarnation=wish.incarnation,
+            phase=Phase.STARTING,
+        )
+        if self._machine is not None:
+            self._machine.come_forward()
+
+    def begin_other_body(self, incarnation: int, disk_mib: int) -> Record:
+        """Have another body beside its own, for a machine that may come to nothing; the record that
+        `go_back_to` takes is returned, and stays on disk until `enter`."""
+        before = self._record
+        name = f"body-{incarnation}"
+        self._record = replace(
+            before,
+            incarnation=incarnation,
+            body=name if name != before.body else f"{name}-again",
+            disk_mib=disk_mib,
+        )
+        return before
+
+    def go_back_to(self, before: Record) -> None:
+        """Have the body and the record of before again; nothing may be open of the other."""
+        self._record = replace(before, slot=_NOWHERE, handle=None)
+
+    # --- up -------------------------------------------------------------------------------
+
+    async def make_body(self, source: SavedMachine | None, *, is_recorded: bool = True) -> None:
+        """Make its body: a clone of a saved machine, else an empty disk.
+
+        The record is written first; without `is_recorded` the one on disk stays as it is.
+
+        Raises:
+            NoCapacityError: the host's disk is full.
+            DamagedError: the saved machine is not as it was.
+        """
+        if is_recorded:
+            await in_thread(self._means.records.write, self._record)
+        await self.body.make(source, self._means.disks, disk_mib=self._record.disk_mib)
+
+    async def raise_up(
+        self, *, token: str | None = None, is_ahead: bool = False, is_recorded: bool = True
+    ) -> None:
+        """Bring its body to life and return once its agent answers; nobody watches it yet.
+
+        From its saved state if it has one: then `token` is what the agent in there accepts, and the
+        agent still has to be woken or set up. A state that was used is withdrawn; until then a
+        failure leaves it whole, and from then on the machine lives, even if this is cancelled.
+        Without `is_recorded` the record on disk stays as it is: to be found is then another's.
+
+        Raises:
+            DamagedError: the saved state does not fit.
+            DeadlineExceededError: the guest made no progress.
+            InternalError, UnavailableError: it could not be started.
+        """
+        kit = start.kit_of(self._record, self._means)
+        is_saved = self.is_saved
+        async with AsyncExitStack() as held:
+            place = self._place = await self._means.network.take()
+            held.push_async_callback(self._vacate)
+            self._record = replace(
+                self._record, slot=place.number, token=token or new_secret(), handle=None
+            )
+            spec = await start.spec_of(self._record, self.body, kit, place, is_ahead=is_ahead)
+            if is_saved:
+                still = await start.restored(kit, spec, self.body, held)
+                await to_the_end(self._run_on(still, held, is_recorded=is_recorded))
+                return
+            machine = self._machine = await kit.driver.start(spec, held)
+            self._record = replace(self._record, handle=dict(machine.handle))
+            await in_thread(self._means.records.write, self._record)
+            link = self._link = self._new_link(place)
+            await start.await_agent(machine, link, self.body, self._means)
+            self._note_answer()
+            held.pop_all()
+
+    async def _run_on(
+        self, machine: SavingMachine, held: AsyncExitStack, *, is_recorded: bool
+    ) -> None:
+        """Note that the machine is what counts from now on, not its saved state, and let it run."""
+        assert self._place is not None
+        self._record = replace(self._record, handle=dict(machine.handle))
+        if self.phase is not Phase.STARTING:
+            self._set_phase(Phase.WAKING, None)
+        if is_recorded:
+            await in_thread(self._means.records.write, self._record)
+        await self.body.withdraw()
+        await machine.resume()
+        self._machine = machine
+        self._link = self._new_link(self._place)
+        self._note_answer()
+        held.pop_all()
+        self._beside(self.body.remove_spent(), "what a resume left cannot be removed")
+
+    async def _vacate(self) -> None:
+        if self._link is not None:
+            self._link.cut(_ENDED)
+        self._machine = self._link = None
+        await self._leave_place()
+        self._record = replace(self._record, slot=_NOWHERE, handle=None)
+
+    async def _leave_place(self) -> None:
+        """Give its place back; its process has ended."""
+        # Taken first: nobody who comes while this waits may give it back once more.
+        place, self._place = self._place, None
+        if place is None:
+            return
+        try:
+            await in_thread(self.body.take_back)
+            await self._means.network.give_back(place)
+        except BaseException:
+            self._place = place
+            raise
+
+    def _new_link(self, place: Place) -> AgentLink:
+        network, folder = self._means.network, self.body.run
+        return AgentLink(
+            lambda limit_s: network.dial(place, AGENT_PORT, folder=folder, limit_s=limit_s),
+            self._record.token,
+            self._means.clock,
+        )
+
+    def _note_answer(self) -> None:
+        self._pulse.answered(self._means.clock.monotonic())
+
+    # --- its agent ------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def open(self, operation: Operation[AnswerT]) -> AsyncIterator[Opened[AnswerT]]:
+        """Open an operation; see core.contracts.node.NodeTunnel.open."""
+        link = self._link_or_raise()
+        self._uses += operation.is_use
+        try:
+            async with link.open(operation, limit_s=self._means.limits.agent_s) as opened:
+                yield opened
+        finally:
+            self._uses -= operation.is_use
+            # For what is asked next; not earlier, for it would take time from this one.
+            self.keep_spare()
+
+    def keep_spare(self) -> None:
+        """Have a connection to its agent ready for what is asked next."""
+        if self._link is not None and not self._pulse.is_held:
+            self._beside(self._link.open_spare(_SPARE_LIMIT_S), "no connection is kept ready")
+
+    async def wake(self) -> None:
+        """Mend clock, randomness and connections of a machine that stood still.
+
+        Raises:
+            UnavailableError, InternalError, InvalidArgumentError: it cannot be, and the machine
+                must not be used.
+        """
+        asked_at = self._means.clock.monotonic()
+        await self._link_or_raise().ask(self._waking(), limit_s=_WAKE_LIMIT_S)
+        await self._correct_clock(asked_at)
+
+    async def set_clock(self) -> None:
+        """Set the clock of a machine that was held still and lost no connection by that."""
+        waking = self._waking(keeps_connections=True)
+        await self._link_or_raise().ask(waking, limit_s=_WAKE_LIMIT_S)
+
+    async def set_up(
+        self, wish: MachineWish, *, was: Was, grows: bool = False, limit_s: float = _WAKE_LIMIT_S
+    ) -> None:
+        """Make it the wished sandbox, unlike every other; see `wake` for what is raised."""
+        link = self._link_or_raise()
+        asked_at = self._means.clock.monotonic()
+        token, is_new = new_secret(), was is not Was.UNIQUE
+        if grows:
+            await self._saving_machine().grow_disk(wish.shape.disk_mib)
+        waking = self._waking()
+        await link.ask(
+            SetUp(
+                hostname=wish.hostname,
+                env=wish.env,
+                token=token,
+                authorized_keys="".join(f"{key}\n" for key in wish.authorized_keys),
+                password_hash=wish.root_password_hash,
+                entropy=waking.entropy if is_new else None,
+                wall_ns=waking.wall_ns if is_new else None,
+                keeps_connections=was is not Was.IN_USE,
+                machine_id=secrets.token_hex(16) if is_new else None,
+                disk_bytes=wish.shape.disk_mib * 2**20 if grows else None,
+            ),
+            limit_s=limit_s,
+        )
+        link.use_token(token)
+        self._record = replace(self._record, token=token, disk_mib=wish.shape.disk_mib)
+        if is_new:
+            await self._correct_clock(asked_at)
+        else:
+            self._note_answer()
+
+    async def run(self, command: str, *, limit_s: float) -> int:
+        """Run a command in it, take no interest in what it says, and return its exit code."""
+        link = self._link_or_raise()
+        return await run_command(link, command, limit_s=limit_s, clock=self._means.clock)
+
+    async def _correct_clock(self, asked_at: float) -> None:
+        """Set a guest's clock once more if the message that did was long under way.
+
+        The first message to a machine that has just been restored may take a tenth of a second to
+        arrive, and the clock is late by that.
+        """
+        for _ in range(_CLOCK_TRIES):
+            now = self._means.clock.monotonic()
+            self._pulse.answered(now)
+            if now - asked_at < _CLOCK_ERROR_S:
+                return
+            asked_at = now
+            await self.set_clock()
+
+    def _waking(self, *, keeps_connections: bool = False) -> Wake:
+        wall_ns = int(self._means.clock.now().timestamp() * 1e9)
+        return Wake(os.urandom(64), wall_ns, keeps_connections)
+
+    def _link_or_raise(self) -> AgentLink:
+        if self._link is None:
+            raise _ENDED
+        return self._link
+
+    # --- still ----------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """Save it while it runs, and end its process; on failure it runs on.
+
+        Raises:
+            UnsupportedError: its driver cannot.
+            NoCapacityError: the host's disk is full.
+            UnavailableError, InternalError: it cannot be saved now.
+        """
+        machine = self._saving_machine()
+        self._pulse.hold(is_held=True)
+        try:
+            await machine.pause()
+            await pause.write_own(machine, self._record, self.body, self._means)
+        except BaseException:
+            await to_the_end(self._go_on(machine))
+            raise
+        finally:
+            self._pulse.hold(is_held=False)
+        await to_the_end(self._finish_pause())
+
+    async def _go_on(self, machine: SavingMachine) -> None:
+        """Let a machine run on whose saving failed; what was published is withdrawn first."""
+        await self.body.drop_unpublished()
+        await self.body.withdraw()
+        await self.body.remove_spent()
+        try:
+            await machine.resume()
+        except SandyardError:
+            log.exception("a machine that could not be saved does not go on")
+
+    async def _finish_pause(self) -> None:
+        if self._link is not None:
+            self._link.cut(_PAUSED)
+        self._set_phase(Phase.PAUSED, None)
+        kept = replace(self._record, slot=_NOWHERE, handle=None)
+        await in_thread(self._means.records.write, kept)
+        if self._machine is not None:
+            await self._machine.stop()
+            self._machine = None
+        await in_thread(self.body.take_back)
+        # Its memory is free; nobody waits for the slot to be taken apart.
+        place, self._place = self._place, None
+        if place is not None:
+            self._beside(self._means.network.give_back(place), "a slot cannot be taken apart yet")
+        await self.end()
+
+    async def snapshot(self, folder: Path, *, kind: str = "snapshot") -> SavedMachine:
+        """Save it, running or paused, to a new folder, and let it go on as it was.
+
+        The guest is held still while its memory and disk are copied; the rest is done beside it.
+
+        Raises: see `pause`.
+        """
+        kit = start.kit_of(self._record, self._means)
+        part = await pause.begin_copy(folder)
+        try:
+            if self.phase is Phase.PAUSED:
+                await pause.write_copy(None, part, self._record, self.body, self._means)
+            else:
+                await self._copy_while_held(part)
+            return await pause.finish_copy(
+                part, folder, self._record, self.body, self._means, kit, kind=kind
+            )
+        except BaseException as error:
+            await in_thread(shutil.rmtree, part, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise pause.translated(error) from error
+            raise
+
+    async def _copy_while_held(self, part: Path) -> None:
+        machine = self._saving_machine()
+        self._pulse.hold(is_held=True)
+        try:
+            await machine.pause()
+            await pause.write_copy(machine, part, self._record, self.body, self._means)
+        finally:
+            self._pulse.hold(is_held=False)
+            await to_the_end(machine.resume())
+
+    async def checked_state(self) -> SavedMachine:
+        """Return its published state, read as a whole.
+
+        Raises:
+            DamagedError: it is not as it was, or cannot be started here.
+        """
+        state = self._means.seals.load(self.body.saved)
+        await self._means.seals.check(state, whole=True)
+        return state
+
+    def _saving_machine(self) -> SavingMachine:
+        driver = self._means.drivers.named(self._record.driver)
+        if driver is None or not driver.capabilities.saves:
+            raise UnsupportedError(f"cannot save a machine of {self._record.driver}")
+        if self._machine is None:
+            raise ConflictError("cannot save a machine that does not run", status="error")
+        machine: SavingMachine = self._machine  # type: ignore[assignment]  # as its driver says
+        return machine
+
+    # --- watched, and down ----------------------------------------------------------------
+
+    def watch(self, on_end: Callable[[End], None]) -> None:
+        """Watch over it until it ends; who is told of that is changed if it is watched already."""
+        self._on_end = on_end
+        if self._machine is not None and (self._watching is None or self._watching.done()):
+            self._watching = self._means.crew.start(
+                self._watch(self._machine), "a machine is no longer watched"
+            )
+
+    async def _watch(self, machine: Machine) -> None:
+        end = await watch(machine, self.body, self._pulse, self._means, lambda: self._link)
+        if self._machine is machine and self._on_end is not None:
+            self._watching = None
+            self._on_end(end)
+
+    def is_of(self, machine: Machine | None) -> bool:
+        """Tell whether this is the process that it has now."""
+        return machine is not None and self._machine is machine
+
+    @property
+    def process(self) -> Machine | None:
+        """Its process, to be told from another that it may have later."""
+        return self._machine
+
+    async def end(self, *, removes: bool = False) -> None:
+        """Release process and place; with `removes`, all that is on disk too. May be repeated.
+
+        Raises:
+            UnavailableError: something would not go.
+        """
+        if self._link is not None:
+            self._link.cut(_ENDED)
+            self._link = None
+        await self._stop_watching()
+        if self._machine is not None:
+            await self._machine.stop()
+            self._machine = None
+        await self._leave_place()
+        self._pulse.forget()
+        self._record = replace(self._record, slot=_NOWHERE, handle=None)
+        if removes:
+            await in_thread(self._means.records.remove, self._record.id)
+
+    async def drop(self) -> None:
+        """End and remove it as far as that can be; what would not go is for a later look."""
+        try:
+            await self.end(removes=True)
+        except (SandyardError, OSError):
+            log.exception("what a machine left cannot be removed yet")
+
+    async def _stop_watching(self) -> None:
+        watching, self._watching = self._watching, None
+        if watching is not None and watching is not asyncio.current_task():
+            watching.cancel()
+            await asyncio.wait([watching])
+
+    async def let_go(self) -> None:
+        """Let go of its process, which lives on."""
+        await self._stop_watching()
+        if self._link is not None:
+            self._link.close()
+        if self._machine is not None:
+            await self._machine.detach()
+
+    # --- adopted --------------------------------------------------------------------------
+
+    async def recover(self) -> bool:
+        """Find the process that its record tells of; False if it has died."""
+        record = self._record
+        driver = self._means.drivers.named(record.driver)
+        if driver is None or record.handle is None:
+            return False
+        held = AsyncExitStack()
+        machine = await driver.recover(record.handle, held)
+        if machine is None:
+            await held.aclose()
+            return False
+        held.pop_all()
+        self._machine = machine
+        self._place = self._means.network.place(record.slot)
+        self._link = self._new_link(self._place)
+        return True
+
+    async def found_without_process(self, phase: Phase, end: End | None = None) -> None:
+        """Note that nothing is left of its process, and have its files back."""
+        await in_thread(self.body.take_back)
+        self._record = replace(self._record, slot=_NOWHERE, handle=None)
+        self.mark(phase, end)
+
+    async def let_run(self) -> None:
+        """Let it go on if it stands still, as one does that was recovered while it was restored."""
+        machine = self._saving_machine()
+        if await machine.is_paused():
+            await machine.resume()
+
+    async def unfreeze(self) -> None:
+        """Let it go on if an earlier process held it still, and set its clock."""
+        with suppress(UnsupportedError):
+            machine = self._saving_machine()
+            try:
+                if await machine.is_paused():
+                    log.warning("a machine that was held still goes on")
+                    await machine.resume()
+                    self._beside(self.set_clock(), "a clock cannot be set")
+            except SandyardError:
+                log.exception("a machine that is held still does not go on")
+
+    def _beside(self, work: Work, what: str) -> None:
+        self._means.crew.start(work, what, quietly=True)

@@ -1,0 +1,129 @@
+"""Brings a machine up: from cold until its agent answers, or from a saved state, held still."""
+
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+from sandyard.server.core.errors import (
+    ConflictError,
+    DamagedError,
+    DeadlineExceededError,
+    InternalError,
+    UnavailableError,
+)
+from sandyard.server.core.ops import Hello
+from sandyard.server.drivers.contract import (
+    Driver,
+    Machine,
+    MachineSpec,
+    Place,
+    Saved,
+    SavingDriver,
+    SavingMachine,
+)
+from sandyard.server.node.agent import AgentLink
+from sandyard.server.node.images.images import Image
+from sandyard.server.node.machines.body import Body
+from sandyard.server.node.machines.means import Means
+from sandyard.server.node.machines.records import Record
+from sandyard.server.node.machines.watch import end_of
+from sandyard.server.tasks import beside, in_thread
+
+_HELLO_S, _DIAL_S = 10.0, 0.2
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What a machine is started with: its image, and the driver that its record names."""
+
+    image: Image
+    driver: Driver
+
+    @property
+    def saver(self) -> SavingDriver:
+        """The driver as one that saves machines.
+
+        Raises:
+            UnavailableError: it does not.
+        """
+        if not self.driver.capabilities.saves:
+            raise UnavailableError(f"cannot restore a machine with {self.driver.name}")
+        saver: SavingDriver = self.driver  # type: ignore[assignment]  # as it says of itself
+        return saver
+
+
+def kit_of(record: Record, means: Means) -> Kit:
+    """Return what the machine of a record is started with.
+
+    Raises:
+        UnavailableError: it is not here.
+    """
+    image, driver = means.images.find(record.image), means.drivers.named(record.driver)
+    if image is None or driver is None:
+        raise UnavailableError(
+            f"cannot start the machine: its {'image' if driver else 'driver'} is not here"
+        )
+    return Kit(image, driver)
+
+
+async def spec_of(
+    record: Record, body: Body, kit: Kit, place: Place, *, is_ahead: bool
+) -> MachineSpec:
+    """Return all that a driver needs, and lend the body to the account of the place."""
+    await in_thread(body.lend_to, place)
+    return MachineSpec(
+        name=record.id,
+        vcpus=record.vcpus,
+        memory_mib=record.memory_mib,
+        kernel=kit.image.kernel,
+        initrd=kit.image.initrd,
+        base=kit.image.base,
+        disk=body.disk,
+        memory=body.memory,
+        folder=body.run,
+        place=place,
+        token=record.token,
+        is_ahead=is_ahead,
+    )
+
+
+async def restored(kit: Kit, spec: MachineSpec, body: Body, held: AsyncExitStack) -> SavingMachine:
+    """Return a machine where it stood still, and still does.
+
+    Raises:
+        DamagedError: the saved state does not fit.
+        InternalError, UnavailableError: it could not be started.
+    """
+    try:
+        return await kit.saver.restore(spec, Saved(body.saved), held)
+    except ConflictError as error:
+        raise DamagedError(error.message) from error
+
+
+async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Means) -> None:
+    """Return once the agent of a machine that boots answers.
+
+    Raises:
+        DeadlineExceededError: the guest makes no progress, or its time is over.
+        InternalError: the machine ended.
+    """
+    clock, limits = means.clock, means.limits
+    started = progressed = clock.monotonic()
+    async with beside(end_of(machine)) as ending:
+        while True:
+            with suppress(UnavailableError):
+                await link.ask(Hello(), limit_s=_HELLO_S, dial_s=_DIAL_S)
+                return
+            said = await machine.console()
+            body.append_console(said)
+            now = clock.monotonic()
+            progressed = now if said else progressed
+            if ending.done():
+                message = ending.result().message
+                raise InternalError(f"the machine ended while it started: {message}")
+            if now - progressed > limits.no_progress_s:
+                raise DeadlineExceededError(
+                    f"the machine made no progress for {limits.no_progress_s:g} s"
+                )
+            if now - started > limits.boot_s:
+                raise DeadlineExceededError(f"the agent did not answer within {limits.boot_s:g} s")
+            await clock.sleep(limits.poll_s)

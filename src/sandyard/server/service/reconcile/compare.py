@@ -1,0 +1,295 @@
+"""Compares what one node holds with what the store says of it, and mends the difference.
+
+Everything that is remembered from look to look is about this one node: a machine is removed, and a
+sandbox said to have vanished, only when two looks in a row have found it so.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import (
+    MachineFact,
+    NodeControl,
+    NodeReport,
+    Phase,
+)
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import SandyardError, UnavailableError
+from sandyard.server.core.records import Claim, NodeSeen, Reason, Sandbox
+from sandyard.server.core.states import Event, Status
+from sandyard.server.service.nodes import Nodes
+from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
+from sandyard.server.service.reconcile.work import LOST
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+from sandyard.server.service.sandboxes.worker import Worker
+from sandyard.server.tasks import Crew, Work
+
+log = logging.getLogger(__name__)
+
+_WATCHED = frozenset(Status) - {Status.DESTROYING, Status.DESTROYED, Status.ORPHANED}
+_NOTHING_LEFT = frozenset({Status.FAILED, Status.DESTROYED, Status.ORPHANED})
+_KEPT = frozenset({Status.PAUSED, Status.ERROR})
+_SILENT = Reason("agent_silent", "the agent in the sandbox does not answer")
+_NODE_SILENT = Reason("node_silent", "the node that the sandbox is on does not answer")
+_VANISHED = Reason("vanished", "nothing of the sandbox is left on its node")
+_PRESSED = Reason("host_memory_low", "the host was short of memory and this was used least lately")
+_EXPIRED = Reason("expired", "the end set at its creation (expiresIn) has come")
+_PASSING = frozenset({"host_disk_full"})
+_RELIEF = "relief"
+_SILENT_MAX = timedelta(hours=1)
+_NOTED_EVERY = timedelta(seconds=4)
+_AWAY = timedelta(seconds=10)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a node may be silent, and how long what is new is left alone."""
+
+    node_silent_s: float = 15.0
+    grace_s: float = 10.0
+
+
+class Comparison:
+    """See the module. `away_since` is when the platform was last at work, where it is known:
+    machines that are found dead at the first look may have died at any time since, and nobody pays
+    for what may not have been.
+    """
+
+    def __init__(
+        self,
+        node: NodeControl,
+        *,
+        store: Store,
+        nodes: Nodes,
+        lifecycle: Lifecycle,
+        worker: Worker,
+        idleness: Idleness,
+        clock: Clock,
+        crew: Crew,
+        patience: Patience,
+        away_since: datetime | None,
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._nodes = nodes
+        self._lifecycle = lifecycle
+        self._worker = worker
+        self._idleness = idleness
+        self._clock = clock
+        self._crew = crew
+        self._patience = patience
+        self._away_since = away_since
+        self._noted_at: datetime | None = None
+        self._unwanted: dict[str, int] = {}
+        self._vanished: set[str] = set()
+        self._unwanted_snapshots: set[str] = set()
+
+    async def look(self) -> None:
+        """Ask the node, and mend what differs; one that does not answer is dealt with as silent.
+
+        Raises:
+            SandyardError: the store does not answer.
+        """
+        # Rows first: a row that says running was written when the machine was there, so a later
+        # report without it means that it is gone.
+        async with self._store.read() as tx:
+            rows = await tx.sandboxes.on_node(self._node.node_id, _WATCHED)
+            seen = await tx.nodes.find(self._node.node_id)
+        try:
+            report = await self._nodes.report_of(self._node)
+        except UnavailableError as error:
+            log.warning("a node does not answer: %s", error.message)
+            await self._suspect(rows, seen)
+            return
+        await self._note_heard(seen)
+        await self._compare(rows, report)
+
+    # --- the node itself ------------------------------------------------------------------
+
+    async def _suspect(self, rows: list[Sandbox], seen: NodeSeen | None) -> None:
+        """Note that a node's sandboxes cannot be reached, once no server has heard of it lately."""
+        silent_for = self._clock.now() - seen.seen_at if seen else timedelta()
+        if silent_for < timedelta(seconds=self._patience.node_silent_s):
+            return
+        for sandbox in rows:
+            if sandbox.status is Status.RUNNING:
+                await self._lifecycle.apply(sandbox, Event.SILENT, reason=_NODE_SILENT)
+            elif self._has_expired(sandbox):
+                await self._expire(sandbox, ended_at=seen.seen_at if seen else None)
+
+    async def _note_heard(self, seen: NodeSeen | None) -> None:
+        now = self._clock.now()
+        if seen is not None and now - seen.seen_at > _AWAY:
+            self._away_since = seen.seen_at
+        if self._noted_at is None or not timedelta() <= now - self._noted_at < _NOTED_EVERY:
+            async with self._store.write() as tx:
+                await tx.nodes.heard(self._node.node_id, now)
+            self._noted_at = now
+
+    # --- its sandboxes --------------------------------------------------------------------
+
+    async def _compare(self, rows: list[Sandbox], report: NodeReport) -> None:
+        facts = {fact.sandbox_id: fact for fact in report.machines}
+        vanished: set[str] = set()
+        for sandbox in rows:
+            fact = facts.get(sandbox.id)
+            if self._has_expired(sandbox):
+                is_gone = fact is None or fact.phase is Phase.DEAD
+                await self._expire(sandbox, ended_at=self._away_since if is_gone else None)
+            elif sandbox.status in (Status.RUNNING, Status.SUSPECTED_MISSING):
+                await self._judge(sandbox, fact)
+                if self._idleness.is_due(sandbox, fact):
+                    self._beside(sandbox.id, self._pause_if_idle(sandbox))
+            elif sandbox.status is Status.PAUSED and fact is not None and fact.phase is Phase.DEAD:
+                await self._lifecycle.apply(sandbox, Event.BROKE, reason=_reason_of(fact))
+            elif sandbox.status in _KEPT and fact is None:
+                vanished.add(sandbox.id)
+                if sandbox.id in self._vanished:
+                    await self._lifecycle.apply(sandbox, Event.VANISHED, reason=_VANISHED)
+        self._vanished = vanished
+        self._away_since = None  # whatever died while nobody looked has been found
+        if report.is_short_of_memory:
+            await self._relieve(rows, facts)
+        await self._remove_unwanted(report.machines, {one.id: one for one in rows})
+        await self._look_after_snapshots(report)
+
+    async def _judge(self, sandbox: Sandbox, fact: MachineFact | None) -> None:
+        is_suspected = sandbox.status is Status.SUSPECTED_MISSING
+        if fact is None or fact.incarnation != sandbox.incarnation:
+            await self._broke(sandbox, LOST)
+        elif fact.phase is Phase.DEAD:
+            await self._broke(sandbox, _reason_of(fact))
+        elif fact.is_silent:
+            if not is_suspected:
+                await self._lifecycle.apply(sandbox, Event.SILENT, reason=_SILENT)
+            elif self._clock.now() - sandbox.updated_at > _SILENT_MAX:
+                # It can be used by nobody, and is charged for nothing.
+                await self._lifecycle.apply(sandbox, Event.PAUSE, reason=_SILENT)
+        elif is_suspected:
+            await self._lifecycle.apply(sandbox, Event.READY)
+        elif fact.phase is Phase.PAUSED:
+            # It was saved by somebody whose word did not reach the store.
+            await self._lifecycle.apply(sandbox, Event.PAUSE)
+        else:
+            reason_now = Reason(fact.reason_code, fact.reason_message) if fact.reason_code else None
+            passes = sandbox.reason is not None and sandbox.reason.code in _PASSING
+            if reason_now != sandbox.reason and (reason_now is not None or passes):
+                await self._lifecycle.note_reason(sandbox, reason_now)
+
+    async def _broke(self, sandbox: Sandbox, reason: Reason) -> None:
+        await self._lifecycle.apply(
+            sandbox, Event.BROKE, reason=reason, ip=None, ended_at=self._away_since
+        )
+
+    def _has_expired(self, sandbox: Sandbox) -> bool:
+        return sandbox.expires_at is not None and sandbox.expires_at <= self._clock.now()
+
+    async def _expire(self, sandbox: Sandbox, *, ended_at: datetime | None) -> None:
+        await self._lifecycle.apply(sandbox, Event.DELETE, ended_at=ended_at, reason=_EXPIRED)
+
+    # --- pauses by the platform -----------------------------------------------------------
+
+    async def _pause_if_idle(self, sandbox: Sandbox) -> None:
+        if await self._idleness.is_idle(sandbox):
+            await self._pause_unused(sandbox, IDLE)
+
+    async def _pause_unused(self, sandbox: Sandbox, reason: Reason) -> None:
+        """Have a sandbox paused, unless somebody begins to use it at that moment."""
+        hold = self._worker.hold()
+        pausing = await self._lifecycle.apply(sandbox, Event.PAUSE, hold=hold, reason=reason)
+        if pausing is None:
+            return
+        if await self._is_used(sandbox):
+            # Whoever uses it saw it running; nothing has been done to its machine yet.
+            await self._lifecycle.apply(pausing, Event.PAUSE_FAILED, lease=hold.lease)
+            return
+        await self._worker.take_up(Claim(pausing, hold.lease), limit_s=0)
+
+    async def _is_used(self, sandbox: Sandbox) -> bool:
+        """Tell whether somebody has begun to use a sandbox: that is noted before it is done, and
+        what is under way the node knows."""
+        async with self._store.read() as tx:
+            again = await tx.sandboxes.find(sandbox.id)
+        if again is None or again.last_activity_at != sandbox.last_activity_at:
+            return True
+        report = await self._nodes.report_of(self._node)
+        return any(fact.is_used for fact in report.machines if fact.sandbox_id == sandbox.id)
+
+    async def _relieve(self, rows: list[Sandbox], facts: Mapping[str, MachineFact]) -> None:
+        """Have the sandbox paused that was used least lately, for the host's memory runs out."""
+        running = [
+            one
+            for one in rows
+            if one.status is Status.RUNNING and one.id in facts and not facts[one.id].is_used
+        ]
+        if running and not self._crew.is_at(self._named(_RELIEF)):
+            sandbox = min(running, key=last_used)
+            log.warning(
+                "the host is short of memory: a sandbox is paused",
+                extra={"sandbox_id": sandbox.id},
+            )
+            self._beside(_RELIEF, self._pause_unused(sandbox, _PRESSED))
+
+    # --- what nobody wants ----------------------------------------------------------------
+
+    async def _remove_unwanted(
+        self, machines: tuple[MachineFact, ...], known: Mapping[str, Sandbox]
+    ) -> None:
+        found: dict[str, int] = {}
+        for fact in machines:
+            sandbox = known.get(fact.sandbox_id)
+            if sandbox is None:  # written after the rows were read, gone, or on another node
+                async with self._store.read() as tx:
+                    sandbox = await tx.sandboxes.find(fact.sandbox_id)
+            is_elsewhere = sandbox is not None and sandbox.node_id != self._node.node_id
+            if sandbox is None or is_elsewhere or sandbox.status in _NOTHING_LEFT:
+                found[fact.sandbox_id] = fact.incarnation
+        twice = found.items() & self._unwanted.items()
+        self._unwanted = found
+        for sandbox_id, incarnation in twice:
+            log.warning("removing a machine that nobody wants", extra={"sandbox_id": sandbox_id})
+            gone = self._node.ensure_gone(sandbox_id, incarnation=incarnation)
+            self._beside(sandbox_id, gone)
+
+    async def _look_after_snapshots(self, report: NodeReport) -> None:
+        """Remove hidden snapshots whose forks are made, those that were never finished, and files
+        of which the store knows nothing."""
+        now = self._clock.now()
+        async with self._store.read() as tx:
+            rows = await tx.snapshots.on_node(self._node.node_id)
+            done = []
+            for one in rows:
+                is_new = now - one.created_at < timedelta(seconds=self._patience.grace_s)
+                if is_new or one.is_made(now):
+                    continue
+                is_for_forks = one.is_ready and one.is_hidden
+                if not one.is_ready or (is_for_forks and not await tx.snapshots.is_awaited(one.id)):
+                    done.append(one)
+        for one in done:
+            async with self._store.write() as tx:
+                await tx.snapshots.remove(one.id)
+                await tx.storage.close("snapshot", one.id, now)
+        kept = {one.id for one in rows} - {one.id for one in done}
+        unwanted = {one for one in report.snapshots if one not in kept}
+        twice, self._unwanted_snapshots = unwanted & self._unwanted_snapshots, unwanted
+        for snapshot_id in twice:
+            try:
+                await self._node.drop_snapshot(snapshot_id)
+            except SandyardError as error:
+                log.warning("a snapshot's files could not be removed: %s", error.message)
+
+    # --- beside ---------------------------------------------------------------------------
+
+    def _beside(self, what: str, work: Work) -> None:
+        """Do something for a sandbox, or for the node, beside; once at a time."""
+        self._crew.start(work, "a sandbox could not be looked after", once=self._named(what))
+
+    def _named(self, what: str) -> str:
+        return f"{self._node.node_id} {what}"
+
+
+def _reason_of(fact: MachineFact) -> Reason:
+    return Reason(fact.reason_code or LOST.code, fact.reason_message or LOST.message)

@@ -1,0 +1,294 @@
+"""The work on one sandbox: what its status asks for is done through its node, and noted."""
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import (
+    MachineFact,
+    MachineWish,
+    NodeControl,
+    Origin,
+    Phase,
+)
+from sandyard.server.core.errors import (
+    ConflictError,
+    DamagedError,
+    NoCapacityError,
+    NotFoundError,
+    SandyardError,
+    UnavailableError,
+)
+from sandyard.server.core.ids import hostname_of
+from sandyard.server.core.records import Claim, Reason, Sandbox
+from sandyard.server.core.states import Event, Status
+from sandyard.server.service.nodes import Nodes
+from sandyard.server.service.placement import Placement
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+
+log = logging.getLogger(__name__)
+
+LOST = Reason("machine_lost", "the machine is no longer on its node")
+
+
+class Work:
+    """See the module. Everything is written under the lease of the claim, or not at all."""
+
+    def __init__(
+        self,
+        *,
+        nodes: Nodes,
+        placement: Placement,
+        lifecycle: Lifecycle,
+        clock: Clock,
+        start_limit_s: float,
+    ) -> None:
+        self._nodes = nodes
+        self._placement = placement
+        self._lifecycle = lifecycle
+        self._clock = clock
+        self._start_limit_s = start_limit_s
+
+    async def carry_out(self, claim: Claim) -> None:
+        """Do what the sandbox's status asks for.
+
+        Raises:
+            ConflictError: it has moved on meanwhile.
+            UnavailableError: not now; it is to be tried again.
+        """
+        match claim.sandbox.status:
+            case Status.PENDING:
+                await self._place(claim)
+            case Status.CREATING:
+                await self._bring_up(claim)
+            case Status.RESUMING:
+                await self._bring_back(claim)
+            case Status.PAUSING:
+                await self._pause(claim)
+            case Status.DESTROYING:
+                await self._take_down(claim)
+            case _:
+                log.error("nothing to do for a sandbox that is %s", claim.sandbox.status)
+
+    # --- up -------------------------------------------------------------------------------
+
+    async def _place(self, claim: Claim) -> None:
+        """Find another node for a sandbox that its first one could not start."""
+        sandbox = claim.sandbox
+        try:
+            placed = await self._placement.choose(sandbox.template, sandbox.shape)
+        except UnavailableError as error:
+            await self._give_up_in_time(claim, error)
+            raise
+        there = await self._lifecycle.apply(
+            sandbox, Event.PLACED, lease=claim.lease, node_id=placed.node_id
+        )
+        if there is not None:
+            await self._bring_up(Claim(there, claim.lease))
+
+    async def _bring_up(self, claim: Claim) -> None:
+        sandbox = claim.sandbox
+        try:
+            fact = await self._nodes.get(sandbox.node_id).ensure_running(wish_of(sandbox))
+        except ConflictError as error:
+            if error.facts.get("status") != "error":
+                raise
+            await self._start_again(claim)
+        except UnavailableError as error:
+            if await self._displaced(claim, error):
+                return
+            await self._give_up_in_time(claim, error)
+            raise
+        except SandyardError as error:
+            await self._give_up(claim, Reason("start_failed", error.message))
+        else:
+            await self._is_up(claim, fact, used="created")
+
+    async def _start_again(self, claim: Claim) -> None:
+        """Start another machine for one that came up, and died before anybody could use it."""
+        sandbox = claim.sandbox
+        changes: dict[str, Any] = {"incarnation": sandbox.incarnation + 1}
+        if sandbox.from_snapshot_incarnation == sandbox.incarnation:
+            changes["from_snapshot_incarnation"] = sandbox.incarnation + 1
+        again = await self._lifecycle.apply(sandbox, Event.AGAIN, lease=claim.lease, **changes)
+        if again is not None:
+            await self._bring_up(Claim(again, claim.lease))
+
+    async def _displaced(self, claim: Claim, error: UnavailableError) -> bool:
+        """Take a sandbox from a node that cannot start it now if another may; True if so.
+
+        What it may have there all the same is of an incarnation that is wanted no more.
+        """
+        sandbox = claim.sandbox
+        if wish_of(sandbox).origin is not Origin.NEW or sandbox.node_id is None:
+            return False
+        if not isinstance(error, NoCapacityError) and await self._answers(sandbox.node_id):
+            return False
+        if not await self._placement.has_another(
+            sandbox.template, sandbox.shape, but=sandbox.node_id
+        ):
+            return False
+        log.warning(
+            "a node cannot start a sandbox, which goes to another: %s",
+            error.message,
+            extra={"sandbox_id": sandbox.id},
+        )
+        pending = await self._lifecycle.apply(
+            sandbox,
+            Event.DISPLACED,
+            lease=claim.lease,
+            node_id=None,
+            incarnation=sandbox.incarnation + 1,
+        )
+        if pending is not None:
+            await self._place(Claim(pending, claim.lease))
+        return True
+
+    async def _answers(self, node_id: str) -> bool:
+        try:
+            await self._nodes.report_of(self._nodes.get(node_id))
+        except UnavailableError:
+            return False
+        return True
+
+    async def _is_up(self, claim: Claim, fact: MachineFact, *, used: str) -> None:
+        reason = Reason(fact.reason_code, fact.reason_message) if fact.reason_code else None
+        await self._lifecycle.apply(
+            claim.sandbox,
+            Event.READY,
+            lease=claim.lease,
+            reason=reason,
+            used=used,
+            ip=fact.ip,
+            driver=fact.driver,
+            os=fact.os,
+            started_at=self._clock.now(),
+            paused_at=None,
+        )
+
+    async def _give_up_in_time(self, claim: Claim, error: UnavailableError) -> None:
+        """Give a start up that could not be for so long, and return if it is to be tried again."""
+        waited = self._clock.now() - claim.sandbox.created_at
+        if waited >= timedelta(seconds=self._start_limit_s):
+            await self._give_up(claim, Reason(error.code.value, error.message))
+            raise ConflictError("the start was given up") from error
+
+    async def _give_up(self, claim: Claim, reason: Reason) -> None:
+        log.error(
+            "a sandbox could not be started: %s",
+            reason.message,
+            extra={"sandbox_id": claim.sandbox.id},
+        )
+        await self._lifecycle.apply(claim.sandbox, Event.BROKE, lease=claim.lease, reason=reason)
+
+    async def _bring_back(self, claim: Claim) -> None:
+        """Resume, or roll back; on failure the sandbox is again what it was."""
+        sandbox = claim.sandbox
+        wish = wish_of(sandbox)
+        try:
+            fact = await self._nodes.get(sandbox.node_id).ensure_running(wish)
+        except ConflictError as error:
+            if error.facts.get("status") != "error":
+                raise
+            # It was up already, and died before that was noted.
+            await self._give_up(claim, LOST)
+        except (DamagedError, NotFoundError) as error:
+            if wish.origin is Origin.SNAPSHOT:
+                await self._stays_paused(claim, error)
+                return
+            code = "saved_state_unusable" if isinstance(error, DamagedError) else LOST.code
+            await self._give_up(claim, Reason(code, error.message))
+        except SandyardError as error:
+            await self._stays_paused(claim, error)
+        else:
+            await self._is_up(claim, fact, used="resumed")
+
+    async def _stays_paused(self, claim: Claim, error: SandyardError) -> None:
+        log.error(
+            "a sandbox could not be resumed: %s",
+            error.message,
+            extra={"sandbox_id": claim.sandbox.id},
+        )
+        code = error.code.value if isinstance(error, UnavailableError) else "resume_failed"
+        await self._lifecycle.apply(
+            claim.sandbox,
+            Event.RESUME_FAILED if await self._is_saved(claim.sandbox) else Event.BROKE,
+            lease=claim.lease,
+            reason=Reason(code, error.message),
+        )
+
+    async def _is_saved(self, sandbox: Sandbox) -> bool:
+        """Tell whether a sandbox can be resumed with its memory: none can that was in error."""
+        report = await self._nodes.get(sandbox.node_id).report()
+        found = (fact for fact in report.machines if fact.sandbox_id == sandbox.id)
+        return not any(fact.phase is Phase.DEAD for fact in found)
+
+    # --- down -----------------------------------------------------------------------------
+
+    async def _pause(self, claim: Claim) -> None:
+        sandbox = claim.sandbox
+        try:
+            size = await self._nodes.get(sandbox.node_id).ensure_paused(
+                sandbox.id, incarnation=sandbox.incarnation
+            )
+        except (NotFoundError, ConflictError) as error:
+            if error.facts.get("status") != "error" and not isinstance(error, NotFoundError):
+                raise
+            await self._lifecycle.apply(
+                sandbox, Event.BROKE, lease=claim.lease, reason=LOST, ip=None
+            )
+        except SandyardError as error:
+            log.error(
+                "a sandbox could not be paused and runs on: %s",
+                error.message,
+                extra={"sandbox_id": sandbox.id},
+            )
+            code = error.code.value if isinstance(error, UnavailableError) else "pause_failed"
+            await self._lifecycle.apply(
+                sandbox,
+                Event.PAUSE_FAILED,
+                lease=claim.lease,
+                reason=Reason(code, error.message),
+                used="pause_failed",
+            )
+        else:
+            await self._lifecycle.apply(
+                sandbox,
+                Event.SAVED,
+                lease=claim.lease,
+                reason=sandbox.reason,
+                ip=None,
+                paused_at=self._clock.now(),
+                saved_bytes=size,
+            )
+
+    async def _take_down(self, claim: Claim) -> None:
+        sandbox = claim.sandbox
+        if sandbox.node_id is not None and self._nodes.has(sandbox.node_id):
+            node: NodeControl = self._nodes.get(sandbox.node_id)
+            await node.ensure_gone(sandbox.id, incarnation=sandbox.incarnation)
+        await self._lifecycle.apply(sandbox, Event.GONE, lease=claim.lease, ip=None, reason=None)
+
+
+def wish_of(sandbox: Sandbox) -> MachineWish:
+    """Return what a node is asked for on behalf of a sandbox."""
+    origin = Origin.OWN if sandbox.status is Status.RESUMING else Origin.NEW
+    if (
+        sandbox.from_snapshot_id is not None
+        and sandbox.from_snapshot_incarnation == sandbox.incarnation
+    ):
+        origin = Origin.SNAPSHOT
+    return MachineWish(
+        sandbox_id=sandbox.id,
+        incarnation=sandbox.incarnation,
+        template=sandbox.template,
+        shape=sandbox.shape,
+        hostname=hostname_of(sandbox.name, sandbox.id),
+        org_id=sandbox.org_id,
+        env=sandbox.env,
+        authorized_keys=sandbox.authorized_keys,
+        root_password_hash=sandbox.root_password_hash,
+        origin=origin,
+        snapshot_id=sandbox.from_snapshot_id if origin is Origin.SNAPSHOT else None,
+    )

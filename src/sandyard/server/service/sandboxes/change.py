@@ -1,0 +1,217 @@
+"""Sandboxes as their owners use them: look, change, pause, resume, touch, delete."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import NodeTunnel
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import PermissionDeniedError, UnavailableError
+from sandyard.server.core.ids import checked_name, checked_tags
+from sandyard.server.core.ops import Figures, Stats
+from sandyard.server.core.records import Sandbox, SandboxQuery
+from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.fields import (
+    check_idle_timeout,
+    check_metadata,
+    check_project,
+    project_of,
+)
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
+from sandyard.server.service.sandboxes.power import Power, Waits
+from sandyard.server.service.sandboxes.register import Register, ref_of
+
+_FIGURE_MAX = 2.0**63
+_ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is to be changed in a sandbox; None leaves a field as it is, but for the name.
+
+    `renames` says whether the name is to be changed; None as a name then takes it away.
+    """
+
+    renames: bool = False
+    name: str | None = None
+    tags: list[str] | None = None
+    idle_timeout: int | None = None
+    metadata: Mapping[str, object] | None = None
+    project_id: str | None = None
+    auto_resume: bool | None = None
+
+
+class Sandboxes:
+    """The use cases. Every one names its actor and answers nothing of another organization's."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        register: Register,
+        tunnel: NodeTunnel,
+        lifecycle: Lifecycle,
+        power: Power,
+        clock: Clock,
+        waits: Waits,
+    ) -> None:
+        self._store = store
+        self._register = register
+        self._tunnel = tunnel
+        self._lifecycle = lifecycle
+        self._power = power
+        self._clock = clock
+        self._waits = waits
+
+    async def get(self, actor: Actor, reference: str) -> Sandbox:
+        """Return a sandbox by id or name.
+
+        Raises:
+            NotFoundError: absent, destroyed, another organization's or, for a member, another
+                member's.
+        """
+        actor.require("sandbox:read")
+        return await self._register.get(actor, reference)
+
+    async def page(self, actor: Actor, query: SandboxQuery, *, wants_all: bool) -> list[Sandbox]:
+        """Return one page of the actor's sandboxes, or of the whole organization's.
+
+        Raises:
+            PermissionDeniedError: all are asked for by one who may not see them.
+        """
+        actor.require("sandbox:read")
+        if wants_all and not actor.sees_all:
+            raise PermissionDeniedError(
+                "cannot list all of the organization's sandboxes: that takes the role admin or "
+                "the scope admin:resources",
+                requiredScope="admin:resources",
+            )
+        async with self._store.read() as tx:
+            return await tx.sandboxes.page(query)
+
+    async def until_up(self, sandbox: Sandbox, *, limit_s: float) -> Sandbox:
+        """See `Power.until_up`."""
+        return await self._power.until_up(sandbox, limit_s=limit_s)
+
+    async def delete(self, actor: Actor, reference: str, *, wait: bool) -> Sandbox:
+        """Have a sandbox destroyed, from whatever status it is in; with `wait`, until it is gone.
+
+        Raises:
+            NotFoundError: see `get`.
+            DeadlineExceededError: it is not gone yet; it will be.
+        """
+        actor.require("sandbox:write")
+
+        async def attempt(now: Sandbox) -> Sandbox | None:
+            if now.status in _ENDING:
+                return now
+            # The name of one that was lost may be another's by now.
+            name = None if now.status is Status.ORPHANED else now.name
+            return await self._lifecycle.apply(now, Event.DELETE, actor=actor, name=name)
+
+        sandbox = await self._register.get(actor, reference)
+        sandbox = await self._register.unless_changed(sandbox, attempt, doing="delete")
+        if not wait:
+            return sandbox
+        return await self._register.wait_for(
+            sandbox, frozenset({Status.DESTROYED}), limit_s=self._waits.delete_s
+        )
+
+    async def pause(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
+        """Have a running sandbox saved to disk and its memory given back; at once if it is.
+
+        Raises:
+            NotFoundError: see `get`.
+            For the rest see `Power.pause`.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.get(actor, reference)
+        return await self._power.pause(sandbox, actor, wait=wait)
+
+    async def resume(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
+        """Have a paused sandbox go on where it stood, or one in error boot from its disk.
+
+        Raises:
+            NotFoundError: see `get`.
+            For the rest see `Power.resume`.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.get(actor, reference)
+        return await self._power.resume(sandbox, actor, wait=wait)
+
+    async def touch(self, actor: Actor, reference: str) -> Sandbox:
+        """Count as a use of a sandbox, so that it is not paused for being idle.
+
+        Raises:
+            NotFoundError: see `get`.
+            ConflictError: it does not run, so that nothing can keep it running.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.get(actor, reference)
+        if sandbox.status is not Status.RUNNING and sandbox.status not in ON_ITS_WAY_UP:
+            raise refusal(sandbox, doing="touch")
+        async with self._store.write() as tx:
+            await tx.activity.touch(sandbox.id, at=self._clock.now(), kind="touch")
+        return await self._register.reread(sandbox.id)
+
+    async def change(self, actor: Actor, reference: str, changes: Changes) -> Sandbox:
+        """Change what a sandbox is called and how it is treated; its machine is left alone.
+
+        Raises:
+            InvalidArgumentError: something asked for cannot be; `facts` name the field.
+            AlreadyExistsError: the name is taken.
+            NotFoundError: see `get`.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.get(actor, reference)
+        fields = await self._fields(actor, changes)
+        if not fields:
+            return sandbox
+
+        async def attempt(now: Sandbox) -> Sandbox | None:
+            return await self._lifecycle.change(
+                now, actor=actor, retag="tags" in fields, check=check_project, **fields
+            )
+
+        sandbox = await self._register.unless_changed(sandbox, attempt, doing="change")
+        return await self._register.reread(sandbox.id)
+
+    async def _fields(self, actor: Actor, changes: Changes) -> dict[str, object]:
+        """Return what a change comes to, field by field."""
+        fields: dict[str, object] = {}
+        if changes.renames:
+            fields["name"] = None if changes.name is None else checked_name(changes.name)
+        if changes.tags is not None:
+            fields["tags"] = checked_tags(changes.tags)
+        if changes.idle_timeout is not None:
+            check_idle_timeout(changes.idle_timeout)
+            fields["idle_timeout_s"] = changes.idle_timeout
+        if changes.metadata is not None:
+            check_metadata(changes.metadata)
+            fields["metadata"] = changes.metadata
+        if changes.project_id is not None:
+            fields["project_id"] = await project_of(self._store, actor, changes.project_id)
+        if changes.auto_resume is not None:
+            fields["auto_resume"] = changes.auto_resume
+        return fields
+
+    async def stats(self, actor: Actor, reference: str) -> tuple[Sandbox, Figures]:
+        """Return a sandbox's figures, read in the guest now; none of them is None.
+
+        Raises:
+            NotFoundError: see `get`.
+            ConflictError: the sandbox does not run.
+            UnavailableError: the agent does not answer, or tells nonsense.
+        """
+        actor.require("sandbox:read")
+        # To be looked at is no use of a sandbox: it is neither waited for nor resumed.
+        sandbox = await self._register.get(actor, reference)
+        if sandbox.status is not Status.RUNNING:
+            raise refusal(sandbox, doing="read the figures of")
+        async with self._tunnel.open(ref_of(sandbox), Stats()) as opened:
+            figures = opened.answer
+        told = [value for name, value in vars(figures).items() if name != "recent_cpu_percent"]
+        if any(value is None or not 0 <= value < _FIGURE_MAX for value in told):
+            raise UnavailableError("cannot read the figures: the agent told none")
+        return sandbox, figures

@@ -1,0 +1,234 @@
+"""Creates sandboxes: what is asked for is checked, priced, placed and stored, then started."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import checked_name, checked_tags, checked_text, new_sandbox_id
+from sandyard.server.core.records import Claim, Sandbox, Snapshot
+from sandyard.server.core.shapes import Shape, shape_of
+from sandyard.server.core.states import Status
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.placement import Placed, Placement
+from sandyard.server.service.repeats import Repeatable, Repeats
+from sandyard.server.service.sandboxes.fields import (
+    check_idle_timeout,
+    check_metadata,
+    check_project,
+    checked_env,
+    checked_password,
+    project_of,
+)
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+from sandyard.server.service.sandboxes.quota import Quota
+from sandyard.server.service.sandboxes.register import Register, get_snapshot
+from sandyard.server.service.sandboxes.worker import Worker
+from sandyard.server.service.templates import Templates
+
+
+@dataclass(frozen=True)
+class NewSandbox:
+    """What a caller asks for; None means the default.
+
+    `ssh_keys` are ids of the organization's keys, or literal ones. One from a `snapshot` is of
+    that's template, which may be named again.
+    """
+
+    template: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    idle_timeout: int = 600
+    vcpus: int | None = None
+    memory: str | None = None
+    disk: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    ssh_keys: list[str] | None = None
+    root_password: str | None = field(default=None, repr=False)
+    project_id: str | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    auto_resume: bool = True
+    expires_in: int | None = None
+    snapshot: str | None = None
+
+
+DEFAULT_TEMPLATE = "base-ubuntu"
+
+
+class KeyRing(Protocol):
+    """Knows the organizations' public keys."""
+
+    async def resolve(self, actor: Actor, references: list[str] | None) -> tuple[str, ...]:
+        """Return the literal keys that ids and literal keys stand for, all of them for None.
+
+        Raises:
+            InvalidArgumentError: there is no such key, or a literal one cannot be used.
+        """
+        ...
+
+
+class Creation:
+    """Creates sandboxes for their owners."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        register: Register,
+        placement: Placement,
+        templates: Templates,
+        lifecycle: Lifecycle,
+        worker: Worker,
+        quota: Quota,
+        ssh_keys: KeyRing,
+        repeats: Repeats,
+        clock: Clock,
+        hash_password: Callable[[str], Awaitable[str]],
+        pooled_wait_s: float,
+    ) -> None:
+        self._store = store
+        self._register = register
+        self._placement = placement
+        self._templates = templates
+        self._lifecycle = lifecycle
+        self._worker = worker
+        self._quota = quota
+        self._ssh_keys = ssh_keys
+        self._repeats = repeats
+        self._clock = clock
+        self._hash_password = hash_password
+        self._pooled_wait_s = pooled_wait_s
+
+    async def create(
+        self, actor: Actor, wish: NewSandbox, *, request: Repeatable | None = None
+    ) -> Sandbox:
+        """Store a sandbox that is to run, have it started, and return it.
+
+        It runs when this returns if a machine waited for it, else it starts meanwhile. A `request`
+        that was made before is answered with what it made.
+
+        Raises:
+            InvalidArgumentError: something asked for cannot be; `facts` name the field.
+            AlreadyExistsError: the name is taken.
+            LimitReachedError: the organization has as many as its plan allows.
+            QuotaExceededError: its credits do not suffice for about an hour.
+            UnavailableError: the template is not built, or no node has room.
+        """
+        actor.require("sandbox:create")
+        async with self._repeats.turn(actor, request):
+            return await self._create(actor, wish, request)
+
+    async def _create(self, actor: Actor, wish: NewSandbox, request: Repeatable | None) -> Sandbox:
+        if (made := await self._made_before(actor, request)) is not None:
+            return made
+        sandbox, placed = await self._new(actor, wish)
+        hold = self._worker.hold()
+        async with self._store.write() as tx:
+            ids = await self._repeats.made_before(tx, actor, request)
+            if ids is not None:
+                return await tx.sandboxes.find(ids[0]) or sandbox
+            await self._quota.check_new(tx, actor, sandbox.shape)
+            await check_project(tx, sandbox)
+            sandbox = await self._lifecycle.begin(tx, sandbox, actor, hold=hold)
+            await self._repeats.note(tx, actor, request, (sandbox.id,))
+        limit_s = self._pooled_wait_s if placed.is_waiting else 0
+        await self._worker.take_up(Claim(sandbox, hold.lease), limit_s=limit_s)
+        return await self._register.reread(sandbox.id) if placed.is_waiting else sandbox
+
+    async def _made_before(self, actor: Actor, request: Repeatable | None) -> Sandbox | None:
+        if request is None:
+            return None
+        async with self._store.write() as tx:
+            ids = await self._repeats.made_before(tx, actor, request)
+            return await tx.sandboxes.find(ids[0]) if ids else None
+
+    async def _new(self, actor: Actor, wish: NewSandbox) -> tuple[Sandbox, Placed]:
+        """Return the sandbox that is asked for, everything about it checked, and its place."""
+        now = self._clock.now()
+        check_idle_timeout(wish.idle_timeout)
+        check_metadata(wish.metadata)
+        name = None if wish.name is None else checked_name(wish.name)
+        tags = checked_tags(wish.tags)
+        env = checked_env(wish.env)
+        password = None if wish.root_password is None else checked_password(wish.root_password)
+        keys = await self._ssh_keys.resolve(actor, wish.ssh_keys)
+        snapshot, template, shape = await self._source(actor, wish)
+        self._quota.check_shape(actor, shape)
+        project_id = await project_of(self._store, actor, wish.project_id)
+        password_hash = None if password is None else await self._hash_password(password)
+        if snapshot is None:
+            placed = await self._placement.choose(template, shape)
+        else:
+            placed = await self._placement.choose_for(snapshot, shape)
+        lives = wish.expires_in
+        sandbox = Sandbox(
+            id=new_sandbox_id(),
+            org_id=actor.org_id,
+            owner_user_id=actor.user_id,
+            project_id=project_id,
+            name=name,
+            status=Status.CREATING,
+            version=1,
+            incarnation=1,
+            template=template,
+            shape=shape,
+            idle_timeout_s=wish.idle_timeout,
+            created_at=now,
+            updated_at=now,
+            tags=tags,
+            env=env,
+            authorized_keys=keys,
+            root_password_hash=password_hash,
+            metadata=wish.metadata,
+            auto_resume=wish.auto_resume,
+            expires_at=None if lives is None else now + timedelta(seconds=lives),
+            node_id=placed.node_id,
+            from_snapshot_id=snapshot.id if snapshot else None,
+            from_snapshot_incarnation=1 if snapshot else 0,
+            is_test=actor.is_test,
+        )
+        return sandbox, placed
+
+    async def _source(self, actor: Actor, wish: NewSandbox) -> tuple[Snapshot | None, str, Shape]:
+        """Return what a sandbox is made from: a snapshot or none, a template, a shape."""
+        if wish.snapshot is not None:
+            snapshot = await get_snapshot(self._store, actor, wish.snapshot)
+            return snapshot, snapshot.template, _shape_from(snapshot, wish)
+        slug = checked_text(wish.template or DEFAULT_TEMPLATE, field="template")
+        template = await self._templates.ready(slug)
+        shape = shape_of(template.defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
+        return None, slug, shape
+
+
+def _shape_from(snapshot: Snapshot, wish: NewSandbox) -> Shape:
+    """Return the shape of a sandbox from a snapshot: its disk may be larger, all else is as it was.
+
+    Raises:
+        InvalidArgumentError: something else is asked for.
+    """
+    shape = shape_of(snapshot.shape, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
+    for what, is_other in (
+        ("vcpus", shape.vcpus != snapshot.shape.vcpus),
+        ("memory", shape.memory_mib != snapshot.shape.memory_mib),
+    ):
+        if is_other:
+            raise InvalidArgumentError(
+                f"cannot change {what}: a machine from a snapshot has what it was saved with; "
+                f"leave resources.{what} out",
+                field=f"resources.{what}",
+            )
+    if shape.disk_mib < snapshot.shape.disk_mib:
+        raise InvalidArgumentError(
+            f"cannot shrink the disk: the snapshot's has {snapshot.shape.disk_mib} MB",
+            field="resources.disk",
+        )
+    if wish.template is not None and wish.template != snapshot.template:
+        raise InvalidArgumentError(
+            f"cannot start {wish.template[:80]} from this snapshot: it is of {snapshot.template}; "
+            "leave template out",
+            field="template",
+        )
+    return shape

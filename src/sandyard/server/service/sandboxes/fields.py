@@ -1,0 +1,87 @@
+"""What a sandbox's fields may be, for those who create one and those who change it."""
+
+import json
+import re
+from collections.abc import Mapping
+
+from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import check_json, checked_text, is_uuid
+from sandyard.server.core.records import Sandbox
+from sandyard.server.service.actor import Actor
+
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ENV_MAX = 64 * 1024
+_METADATA_MAX = 16 * 1024
+_PASSWORD_BYTES = range(8, 73)
+_IDLE_TIMEOUT_S = range(604_801)
+
+
+def check_idle_timeout(seconds: int) -> None:
+    """Refuse an idle time-out that is out of range."""
+    if seconds not in _IDLE_TIMEOUT_S:
+        raise InvalidArgumentError(
+            "cannot use idleTimeout: 0 (never) to 604800 seconds are possible",
+            field="idleTimeout",
+        )
+
+
+def check_metadata(metadata: Mapping[str, object]) -> None:
+    """Refuse metadata that is too large, or that not every database can keep."""
+    check_json(metadata, field="metadata")
+    if len(json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace")) > _METADATA_MAX:
+        raise InvalidArgumentError("cannot keep over 16 KiB of metadata", field="metadata")
+
+
+def checked_env(env: Mapping[str, str]) -> Mapping[str, str]:
+    """Return an environment, refusing what no process can be given."""
+    size = 0
+    for name, value in env.items():
+        checked_text(name, field="env")
+        checked_text(value, field="env")
+        if not _ENV_NAME.fullmatch(name):
+            raise InvalidArgumentError(
+                f"cannot set the variable {name[:80]!r}: a name is letters, digits and _ and "
+                "does not start with a digit",
+                field="env",
+            )
+        size += len(name.encode()) + len(value.encode()) + 2
+    if size > _ENV_MAX:
+        raise InvalidArgumentError("cannot keep over 64 KiB of env", field="env")
+    return dict(env)
+
+
+def checked_password(password: str) -> str:
+    """Return a root password, refusing what a login could not be given."""
+    checked_text(password, field="rootPassword")
+    if len(password.encode()) not in _PASSWORD_BYTES or not password.isprintable():
+        raise InvalidArgumentError(
+            "cannot use rootPassword: it needs 8 to 72 bytes of printable characters",
+            field="rootPassword",
+        )
+    return password
+
+
+async def project_of(store: Store, actor: Actor, project_id: str | None) -> str:
+    """Return the id of a project of the actor's organization, the default one for None.
+
+    Raises:
+        InvalidArgumentError: there is no such project.
+    """
+    project = None
+    if project_id is None or is_uuid(project_id):
+        async with store.read() as tx:
+            project = await tx.projects.find(actor.org_id, project_id)
+    if project is None:
+        raise InvalidArgumentError(
+            "cannot use projectId: the organization has no such project", field="projectId"
+        )
+    return project.id
+
+
+async def check_project(tx: Transaction, sandbox: Sandbox) -> None:
+    """Refuse a project that was deleted since it was looked up."""
+    if await tx.projects.find(sandbox.org_id, sandbox.project_id) is None:
+        raise InvalidArgumentError(
+            "cannot use projectId: the project was deleted at this moment", field="projectId"
+        )

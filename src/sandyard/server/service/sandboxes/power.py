@@ -1,0 +1,202 @@
+"""Pauses and resumes: however many ask at once, there is one, which all of them wait for."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sandyard.server.core.contracts.store import Transaction
+from sandyard.server.core.errors import (
+    Code,
+    DeadlineExceededError,
+    NoCapacityError,
+    SandyardError,
+    UnavailableError,
+)
+from sandyard.server.core.records import Claim, Sandbox
+from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
+from sandyard.server.service.sandboxes.quota import Quota
+from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.sandboxes.worker import Worker
+
+_ALL = frozenset(Status)
+_AT_REST = frozenset({Status.PAUSED, Status.ERROR})
+"""What can be brought up again."""
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How long requests wait for others' work, in seconds."""
+
+    delete_s: float = 60.0
+    start_s: float = 60.0
+    pause_s: float = 60.0
+    pooled_s: float = 2.0
+
+
+class Power:
+    """Has sandboxes paused and brought up again; whoever calls has asked whether that may be."""
+
+    def __init__(
+        self,
+        *,
+        register: Register,
+        lifecycle: Lifecycle,
+        worker: Worker,
+        quota: Quota,
+        waits: Waits,
+    ) -> None:
+        self._register = register
+        self._lifecycle = lifecycle
+        self._worker = worker
+        self._quota = quota
+        self._waits = waits
+
+    async def pause(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
+        """Have a running sandbox saved and its memory given back; at once if it is.
+
+        Raises:
+            ConflictError: its status does not allow it.
+            UnavailableError: it could not be paused, and runs on.
+        """
+        limit_s = self._waits.pause_s
+        done = {Status.PAUSED} if wait else {Status.PAUSED, Status.PAUSING}
+
+        async def attempt(now: Sandbox) -> Sandbox | None:
+            if now.status is Status.PAUSING and wait:
+                now = await self._left(now, Status.PAUSING, limit_s)
+                if now.status is Status.RUNNING:
+                    raise not_done(now, "pause")
+            if now.status in done:
+                return now
+            if now.status is not Status.RUNNING:
+                raise refusal(now, doing="pause")
+            hold = self._worker.hold()
+            pausing = await self._lifecycle.apply(now, Event.PAUSE, actor=actor, hold=hold)
+            if pausing is None:
+                return None
+            claim = Claim(pausing, hold.lease)
+            await self._worker.take_up(claim, limit_s=limit_s if wait else 0)
+            now = await self._register.reread(now.id)
+            if now.status is Status.RUNNING and now.reason:
+                raise not_done(now, "pause")
+            return now if now.status in done else None
+
+        return await self._register.unless_changed(sandbox, attempt, doing="pause")
+
+    async def resume(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
+        """Have a paused sandbox go on where it stood, or one in error boot from its disk.
+
+        Raises:
+            ConflictError: its status does not allow it.
+            LimitReachedError, QuotaExceededError: the organization may not have it run.
+            UnavailableError: it could not be resumed, and is still what it was.
+        """
+        return await self.bring_up(sandbox, actor, Event.RESUME, doing="resume", wait=wait)
+
+    async def bring_up(
+        self,
+        sandbox: Sandbox,
+        actor: Actor,
+        event: Event,
+        *,
+        doing: str,
+        wait: bool = True,
+        snapshot_id: str | None = None,
+    ) -> Sandbox:
+        """Have a sandbox that is at rest come up by an event, as a later incarnation.
+
+        With `snapshot_id` that incarnation comes from a snapshot.
+
+        Raises: see `resume`.
+        """
+        limit_s = self._waits.start_s
+        done = {Status.RUNNING} if wait else {Status.RUNNING, Status.RESUMING}
+
+        async def attempt(now: Sandbox) -> Sandbox | None:
+            if now.status is Status.PAUSING:
+                now = await self._left(now, Status.PAUSING, limit_s)
+            if now.status is Status.RESUMING and wait:
+                now = await self._left(now, Status.RESUMING, limit_s)
+                if now.status in _AT_REST:
+                    raise not_done(now, doing)
+            if now.status in done and event is Event.RESUME:
+                return now
+            if now.status not in _AT_REST:
+                raise refusal(now, doing=doing)
+            hold = self._worker.hold()
+            resuming = await self._lifecycle.apply(
+                now,
+                event,
+                actor=actor,
+                hold=hold,
+                check=self._may_run(actor, now),
+                incarnation=now.incarnation + 1,
+                **_from_snapshot(snapshot_id, now),
+            )
+            if resuming is None:
+                return None
+            claim = Claim(resuming, hold.lease)
+            await self._worker.take_up(claim, limit_s=limit_s if wait else 0)
+            now = await self._register.reread(now.id)
+            if now.status in _AT_REST:
+                raise not_done(now, doing)
+            return now if now.status in done else None
+
+        return await self._register.unless_changed(sandbox, attempt, doing=doing)
+
+    async def until_up(self, sandbox: Sandbox, *, limit_s: float) -> Sandbox:
+        """Return a sandbox once it is no longer on its way up, at the limit as it is then."""
+        try:
+            return await self._register.wait_for(sandbox, _ALL - ON_ITS_WAY_UP, limit_s=limit_s)
+        except DeadlineExceededError:
+            return await self._register.reread(sandbox.id)
+
+    async def running(self, sandbox: Sandbox, actor: Actor, *, doing: str) -> Sandbox:
+        """Return a sandbox once it runs, having waited for it or resumed it if need be.
+
+        Raises:
+            ConflictError: it does not run, and is not to be resumed for this.
+            For the rest see `resume`.
+        """
+        if sandbox.status is Status.PAUSING:
+            sandbox = await self._left(sandbox, Status.PAUSING, self._waits.pause_s)
+        if sandbox.status in (Status.PAUSED, Status.RESUMING) and sandbox.auto_resume:
+            sandbox = await self.resume(sandbox, actor)
+        if sandbox.status in ON_ITS_WAY_UP:
+            sandbox = await self.until_up(sandbox, limit_s=self._waits.start_s)
+        if sandbox.status is Status.PAUSED and not sandbox.auto_resume:
+            raise refusal(sandbox, doing=doing, why="its autoResume is off; resume it first")
+        if sandbox.status is not Status.RUNNING:
+            raise refusal(sandbox, doing=doing)
+        return sandbox
+
+    def _may_run(self, actor: Actor, sandbox: Sandbox) -> Callable[[Transaction], Awaitable[None]]:
+        return partial(
+            self._quota.check_resume, actor=actor, shape=sandbox.shape, is_test=sandbox.is_test
+        )
+
+    async def _left(self, sandbox: Sandbox, status: Status, limit_s: float) -> Sandbox:
+        """Return a sandbox once it has left a status."""
+        return await self._register.wait_for(sandbox, _ALL - {status}, limit_s=limit_s)
+
+
+def _from_snapshot(snapshot_id: str | None, sandbox: Sandbox) -> dict[str, Any]:
+    if snapshot_id is None:
+        return {}
+    return {
+        "from_snapshot_id": snapshot_id,
+        "from_snapshot_incarnation": sandbox.incarnation + 1,
+    }
+
+
+def not_done(sandbox: Sandbox, doing: str) -> SandyardError:
+    """Return the error for a step that failed and left the sandbox as it was."""
+    reason = sandbox.reason
+    why = reason.message if reason else "it was asked for something else meanwhile"
+    message = f"cannot {doing} {sandbox.id}: {why}; it is {sandbox.status} as before"
+    if reason is not None and reason.code in (Code.NO_CAPACITY, "host_disk_full"):
+        return NoCapacityError(message)
+    return UnavailableError(message)

@@ -1,0 +1,124 @@
+"""The one door to a running sandbox, for every way in.
+
+Whoever wants something in a sandbox says what (an operation of the agent) and what for (a use);
+here the sandbox is found, it is asked whether that may be, it is waited for or resumed, the use is
+noted, and the operation opened. While an operation that counts as a use is open, the node that
+holds the machine tells so, and the sandbox is not idle.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Generic
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import ByteStream, NodeTunnel, Opened
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import ConflictError
+from sandyard.server.core.ops import AnswerT, Operation
+from sandyard.server.core.records import Sandbox
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.lines import line
+from sandyard.server.service.sandboxes.power import Power
+from sandyard.server.service.sandboxes.register import Register, ref_of
+
+_LONG_S = 2.0
+
+
+@dataclass(frozen=True)
+class Use:
+    """What somebody does in a sandbox: the kind of activity, its title in the feed, the verb."""
+
+    kind: str
+    title: str
+    doing: str
+
+
+@dataclass(frozen=True)
+class Reached(Generic[AnswerT]):
+    """A sandbox that runs, with an operation open in it."""
+
+    sandbox: Sandbox
+    answer: AnswerT
+    stream: ByteStream
+
+
+class Reach:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        register: Register,
+        power: Power,
+        tunnel: NodeTunnel,
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._register = register
+        self._power = power
+        self._tunnel = tunnel
+        self._clock = clock
+
+    @asynccontextmanager
+    async def open(
+        self, actor: Actor, reference: str, operation: Operation[AnswerT], use: Use
+    ) -> AsyncIterator[Reached[AnswerT]]:
+        """Open an operation in a sandbox, which is resumed first if it is paused.
+
+        Nothing was started in the sandbox where this raises.
+
+        Raises:
+            NotFoundError: no such sandbox for this actor.
+            ConflictError: it does not run, and is not to be resumed.
+            LimitReachedError, QuotaExceededError: it may not be resumed.
+            InvalidArgumentError: the agent refused; the message is its own.
+            UnavailableError: node or agent do not answer.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.get(actor, reference)
+        async with AsyncExitStack() as held:
+
+            async def attempt(now: Sandbox) -> tuple[Sandbox, Opened[AnswerT]] | None:
+                now = await self._power.running(now, actor, doing=use.doing)
+                # Before it starts: what cannot be written to the audit log is not done, and is not
+                # done twice by a caller who tries again.
+                await self._note(actor, now, use)
+                opening = self._tunnel.open(ref_of(now), operation)
+                try:
+                    return now, await held.enter_async_context(opening)
+                except ConflictError:
+                    # Paused at this very moment? Then it is resumed, and nothing was started yet.
+                    if (await self._register.reread(now.id)).version == now.version:
+                        raise
+                    return None
+
+            sandbox, opened = await self._register.unless_changed(sandbox, attempt, doing=use.doing)
+            began = self._clock.monotonic()
+            try:
+                yield Reached(sandbox, opened.answer, opened.stream)
+            finally:
+                if self._clock.monotonic() - began > _LONG_S:
+                    await self._touch(sandbox, use)
+
+    async def _note(self, actor: Actor, sandbox: Sandbox, use: Use) -> None:
+        now = self._clock.now()
+        async with self._store.write() as tx:
+            await tx.activity.touch(sandbox.id, at=now, kind=use.kind)
+            await tx.activity.append(
+                line(
+                    f"sandbox.{use.kind}",
+                    use.title,
+                    org_id=sandbox.org_id,
+                    actor=actor,
+                    resource_id=sandbox.id,
+                    at=now,
+                    status=sandbox.status.value,
+                    sandbox_id=sandbox.id,
+                )
+            )
+
+    async def _touch(self, sandbox: Sandbox, use: Use) -> None:
+        async with self._store.write() as tx:
+            await tx.activity.touch(sandbox.id, at=self._clock.now(), kind=use.kind)

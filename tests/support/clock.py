@@ -1,0 +1,87 @@
+"""Clocks that a test moves: one by hand alone, one that is ahead of the host's."""
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+
+from sandyard.server.links.local import SystemClock
+
+START = datetime(2026, 5, 6, 10, 0, 0, tzinfo=UTC)
+_TURNS = 30
+
+
+class AheadClock(SystemClock):
+    """The host's clock, with its wall time ahead by as much as a test says."""
+
+    def __init__(self) -> None:
+        self.ahead = timedelta()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+
+class DrivenClock:
+    """A clock that stands until it is driven: whoever sleeps wakes when its time is reached.
+
+    `time` is the wall's, which may be set by itself, as an operator does.
+    """
+
+    def __init__(self, time: datetime = START) -> None:
+        self.time = time
+        self._elapsed = 0.0
+        self._numbers = itertools.count()
+        self._due: list[tuple[float, int, Callable[[], object]]] = []
+
+    def now(self) -> datetime:
+        """See core.contracts.clock.Clock.now."""
+        return self.time
+
+    def monotonic(self) -> float:
+        """See core.contracts.clock.Clock.monotonic."""
+        return self._elapsed
+
+    async def sleep(self, seconds: float) -> None:
+        """See core.contracts.clock.Clock.sleep."""
+        woken = asyncio.Event()
+        self._at(seconds, woken.set)
+        await woken.wait()
+
+    def timeout(self, seconds: float) -> AbstractAsyncContextManager[object]:
+        """See core.contracts.clock.Clock.timeout."""
+        limit = asyncio.timeout(None)
+
+        def over() -> None:
+            with contextlib.suppress(RuntimeError):  # the block was left long ago
+                limit.reschedule(asyncio.get_running_loop().time())
+
+        self._at(seconds, over)
+        return limit
+
+    def _at(self, seconds: float, act: Callable[[], object]) -> None:
+        heapq.heappush(self._due, (self._elapsed + seconds, next(self._numbers), act))
+
+    async def advance(self, seconds: float) -> None:
+        """Let so much time pass, waking each sleeper at its own time and letting it act."""
+        until = self._elapsed + seconds
+        await turn()
+        while self._due and self._due[0][0] <= until:
+            due, _, act = heapq.heappop(self._due)
+            self._move_to(max(due, self._elapsed))
+            act()
+            await turn()
+        self._move_to(until)
+        await turn()
+
+    def _move_to(self, elapsed: float) -> None:
+        self.time += timedelta(seconds=elapsed - self._elapsed)
+        self._elapsed = elapsed
+
+
+async def turn() -> None:
+    """Let everything that can run do so, also what hands over to a thread and back."""
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
