@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.support.clock import AheadClock
 from tests.support.house import Yard, eventually, open_yard
+from tests.support.several import open_several
 
 from sandyard.server.core.errors import InternalError
 from sandyard.server.core.states import Status
@@ -18,9 +19,11 @@ from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.disks import total_memory_mib
 
 
-@pytest.fixture
-async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
-    async with open_yard(tmp_path, saves=True) as made:
+@pytest.fixture(params=["one", pytest.param("several", marks=pytest.mark.postgres)])
+async def yard(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Yard]:
+    """One machine; or three nodes, of which one is silent, and two servers, of which one dies."""
+    opening = open_yard(tmp_path, saves=True) if request.param == "one" else open_several()
+    async with opening as made:
         yield made
 
 
@@ -51,6 +54,11 @@ async def metric(yard: Yard, name: str) -> float:
     )
 
 
+async def is_used(yard: Yard, sandbox: Mapping[str, object]) -> bool:
+    machines = (await yard.house.node.report()).machines
+    return any(one.is_used for one in machines if one.sandbox_id == sandbox["id"])
+
+
 def golden_of(home: Path) -> Path:
     (found,) = (
         path.parent
@@ -60,10 +68,15 @@ def golden_of(home: Path) -> Path:
     return found
 
 
+def shots(yard: Yard) -> list[Path]:
+    """Return the folders of the snapshots that nodes keep."""
+    return list(yard.home.rglob("snapshots/*"))
+
+
 def record_of(home: Path, sandbox: Mapping[str, object]) -> Path:
     (found,) = (
         one
-        for one in home.glob("machines/*/resident.json")
+        for one in home.rglob("machines/*/resident.json")
         if str(sandbox["id"]) in one.read_text()
     )
     return found
@@ -177,12 +190,10 @@ async def test_to_look_at_a_paused_sandbox_does_not_resume_it(yard: Yard) -> Non
     assert (await yard.get(box))["status"] == "paused"
 
 
-async def test_what_an_earlier_try_left_hinders_no_pause_or_resume(
-    yard: Yard, tmp_path: Path
-) -> None:
+async def test_what_an_earlier_try_left_hinders_no_pause_or_resume(yard: Yard) -> None:
     box = await yard.create()
     await yard.execute(box, "remember me")
-    body = record_of(tmp_path, box).parent / "body-1"
+    body = record_of(yard.home, box).parent / "body-1"
     for _ in range(2):
         for left in ("spent", "saved.part"):
             (body / left).mkdir(exist_ok=True)
@@ -243,7 +254,7 @@ async def test_a_command_under_way_is_told_of_a_pause(yard: Yard) -> None:
     box = await yard.create()
     path = f"/v1/sandboxes/{box['id']}/exec"
     hanging = asyncio.ensure_future(yard.client.post(path, json={"command": "hang"}))
-    await asyncio.sleep(0.05)
+    await eventually(lambda: is_used(yard, box))
     await yard.act(box, "pause")
     answer = await asyncio.wait_for(hanging, 5)
     assert answer.status_code == 409
@@ -342,13 +353,11 @@ async def test_a_lost_machine_is_booted_anew_from_its_disk(yard: Yard) -> None:
 
 
 @pytest.mark.parametrize("harm", ["cut", "altered", "gone", "manifest", "disk"])
-async def test_a_damaged_saved_state_is_an_error_that_keeps_the_disk(
-    yard: Yard, tmp_path: Path, harm: str
-) -> None:
+async def test_a_damaged_saved_state_is_an_error_that_keeps_the_disk(yard: Yard, harm: str) -> None:
     box = await yard.create()
     await yard.execute(box, "write kept")
     await yard.act(box, "pause")
-    (saved,) = tmp_path.glob("machines/*/body-1/saved")
+    (saved,) = yard.home.rglob("machines/*/body-1/saved")
     pages = saved / "pages"
     match harm:
         case "cut":
@@ -849,7 +858,7 @@ async def test_a_snapshot_is_made_listed_used_and_deleted(yard: Yard) -> None:
         "id": made["id"], "deleted": True,
     }  # fmt: skip
     assert (await yard.client.delete("/v1/snapshots/first")).status_code == 404
-    assert not list((yard.home / "snapshots").iterdir())
+    assert not shots(yard)
     # What was made from it lives on, also through a pause.
     await yard.act(clone, "pause")
     assert await yard.execute(clone, "recall") == "then"
@@ -910,7 +919,7 @@ async def test_a_rollback_that_fails_loses_nothing(yard: Yard) -> None:
     box = await yard.create()
     made = await yard.act(box, "snapshots")
     await yard.execute(box, "remember me")
-    (device,) = (yard.home / "snapshots").glob("*/device")
+    (device,) = yard.home.rglob("snapshots/*/device")
     device.write_text("broken")
     path = f"/v1/sandboxes/{box['id']}/rollback"
     answer = await yard.client.post(path, json={"snapshotId": made["id"]})
@@ -919,14 +928,12 @@ async def test_a_rollback_that_fails_loses_nothing(yard: Yard) -> None:
     assert await yard.execute(box, "recall") == "me"
 
 
-async def test_a_rollback_keeps_what_was_until_it_is_fit_to_be_used(
-    yard: Yard, tmp_path: Path
-) -> None:
+async def test_a_rollback_keeps_what_was_until_it_is_fit_to_be_used(yard: Yard) -> None:
     box = await yard.create()
     made = await yard.act(box, "snapshots")
     await yard.execute(box, "remember me")
     await yard.act(box, "pause")
-    record = record_of(tmp_path, box)
+    record = record_of(yard.home, box)
     before = record.read_text()
     path = f"/v1/sandboxes/{box['id']}/rollback"
     yard.conduct.wakes = False
@@ -990,7 +997,7 @@ async def test_a_snapshot_that_cannot_be_made_leaves_nothing(yard: Yard) -> None
     answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/snapshots")
     assert answer.status_code == 503
     assert (await yard.client.get("/v1/snapshots")).json()["data"] == []
-    assert not list((yard.home / "snapshots").iterdir())
+    assert not shots(yard)
     assert await yard.execute(box, "goes on") == "goes on"
 
 
@@ -1015,7 +1022,7 @@ async def test_forks_with_one_key_save_their_source_once(yard: Yard) -> None:
     answers = await asyncio.gather(*asked)
     assert {one.status_code for one in answers} == {201}
     assert len({one["id"] for answer in answers for one in answer.json()["data"]}) == 2
-    assert len(list((yard.home / "snapshots").iterdir())) == 1
+    assert len(shots(yard)) == 1
 
 
 async def test_the_list_of_snapshots_goes_on_page_by_page(yard: Yard) -> None:

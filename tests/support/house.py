@@ -17,6 +17,7 @@ from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, User
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
 from sandyard.server.service.people.organizations import SignUp, found_organization, join
+from tests.support.store import place_database
 
 URL = "http://sandyard.test"
 
@@ -155,6 +156,7 @@ async def open_yard(
     conduct = conduct or Conduct()
     driver = FakeDriver(host, conduct, version=version, saves=saves or pool > 0)
     settings = settings_of(home, pool=pool, sections=sections, **node)
+    place_database(home / "sandyard.db")
     async with (
         open_house(settings, drivers=[driver], clock=clock) as house,
         asyncio.TaskGroup() as tasks,

@@ -15,24 +15,37 @@ import asyncpg
 import pytest
 
 from sandyard.server.core.ids import new_sandbox_id
+from sandyard.server.links.sql import open_store
 
 _server: dict[str, int] = {}
+_MIGRATED = "migrated"
 
 
 @asynccontextmanager
-async def postgres_url() -> AsyncIterator[str]:
-    """Yield the URL of a fresh database."""
+async def postgres_url(*, is_migrated: bool = False) -> AsyncIterator[str]:
+    """Yield the URL of a fresh database, empty or with the schema of this version in it."""
     port = _server.get("port")
     if port is None:
         pytest.fail("the PostgreSQL of this run was not started")
-    name = new_sandbox_id().replace("-", "_")
     admin = await asyncpg.connect(f"postgresql://postgres@127.0.0.1:{port}/postgres")
     try:
-        await admin.execute(f"CREATE DATABASE {name}")
+        name = new_sandbox_id().replace("-", "_")
+        base = await _migrated(admin, port) if is_migrated else "template1"
+        await admin.execute(f"CREATE DATABASE {name} TEMPLATE {base}")
         yield f"postgresql://postgres@127.0.0.1:{port}/{name}"
         await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:
         await admin.close()
+
+
+async def _migrated(admin: asyncpg.Connection, port: int) -> str:
+    """Return the name of a database with the schema in it, made once."""
+    if await admin.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", _MIGRATED) is None:
+        await admin.execute(f"CREATE DATABASE {_MIGRATED}")
+        url = f"postgresql://postgres@127.0.0.1:{port}/{_MIGRATED}"
+        async with open_store(url, key=b"k" * 32):
+            pass
+    return _MIGRATED
 
 
 def start_server(port: int) -> Path:

@@ -83,6 +83,7 @@ class Comparison:
         self._patience = patience
         self._away_since = away_since
         self._noted_at: datetime | None = None
+        self._is_silent = False
         self._unwanted: dict[str, int] = {}
         self._vanished: set[str] = set()
         self._unwanted_snapshots: set[str] = set()
@@ -101,9 +102,14 @@ class Comparison:
         try:
             report = await self._nodes.report_of(self._node)
         except UnavailableError as error:
-            log.warning("a node does not answer: %s", error.message)
+            if not self._is_silent:
+                log.warning("a node does not answer: %s", error.message)
+            self._is_silent = True
             await self._suspect(rows, seen)
             return
+        if self._is_silent:
+            log.warning("the node %s answers again", self._node.node_id)
+        self._is_silent = False
         await self._note_heard(seen)
         await self._compare(rows, report)
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -184,55 +184,62 @@ class Snapshots:
             )
         async with self._repeats.turn(actor, request):
             source = await self._at_rest(await self._register.get(actor, reference))
-            async with self._store.write() as tx:
-                made = await self._forks_made(tx, actor, request)
-                if made is not None:
-                    return made
-                # Before anything is saved; what decides is asked again when they are made.
-                await self._quota.check_new(tx, actor, source.shape, count=count)
             snapshot = self._new(actor, source, name=None, is_hidden=True)
             await self._placement.choose_for(snapshot, source.shape, count=count)
+            forks = [self._fork_of(actor, source, snapshot) for _ in range(count)]
+            made = await self._begin_forks(actor, snapshot, forks, request)
+            if made is not None:
+                return made
+            try:
+                async with self._made(source, snapshot) as size_bytes:
+                    snapshot = replace(snapshot, size_bytes=size_bytes)
+                    return await self._start_forks(actor, snapshot, forks)
+            except BaseException:
+                await to_the_end(self._forget(actor, request))
+                raise
+
+    async def _begin_forks(
+        self, actor: Actor, snapshot: Snapshot, forks: list[Sandbox], request: Repeatable | None
+    ) -> list[Sandbox] | None:
+        """Write down that a source is being saved, and what is to come of it; or return what the
+        same request has made before, once that is done.
+
+        What decides is asked again when the forks are made; here it is asked before anything is
+        saved.
+        """
+        until = self._clock.monotonic() + _WAIT_S
+        while self._clock.monotonic() < until:
             async with self._store.write() as tx:
-                await tx.snapshots.insert(snapshot)
-            async with self._made(source, snapshot) as size_bytes:
-                return await self._start_forks(
-                    actor, source, replace(snapshot, size_bytes=size_bytes), count, request
-                )
+                ids = await self._repeats.made_before(tx, actor, request)
+                if ids is not None:
+                    found = [await tx.sandboxes.find(one) for one in ids[1:]]
+                    if there := [one for one in found if one is not None]:
+                        return there
+                    making = await tx.snapshots.find(actor.org_id, ids[0])
+                    if making is None or not making.is_made(self._clock.now()):
+                        # Whoever began it did not live to finish it.
+                        await self._repeats.forget(tx, actor, request)
+                        ids = None
+                if ids is None:
+                    await self._quota.check_new(tx, actor, snapshot.shape, count=len(forks))
+                    await tx.snapshots.insert(snapshot)
+                    names = (snapshot.id, *(one.id for one in forks))
+                    await self._repeats.note(tx, actor, request, names)
+                    return None
+            await self._clock.sleep(_LOOK_S)
+        raise _not_told()
 
     async def _start_forks(
-        self,
-        actor: Actor,
-        source: Sandbox,
-        snapshot: Snapshot,
-        count: int,
-        request: Repeatable | None,
+        self, actor: Actor, snapshot: Snapshot, forks: list[Sandbox]
     ) -> list[Sandbox]:
         hold = self._worker.hold()
-        forks = []
         async with self._store.write() as tx:
-            made = await self._forks_made(tx, actor, request)
-            if made is not None:  # by another server, meanwhile
-                await tx.snapshots.remove(snapshot.id)
-                return made
-            await self._quota.check_new(tx, actor, source.shape, count=count)
+            await self._quota.check_new(tx, actor, snapshot.shape, count=len(forks))
             await tx.snapshots.complete(snapshot.id, size_bytes=snapshot.size_bytes)
-            for _ in range(count):
-                fork = self._fork_of(actor, source, snapshot)
-                forks.append(await self._lifecycle.begin(tx, fork, actor, hold=hold))
-            await self._repeats.note(tx, actor, request, tuple(one.id for one in forks))
-        for fork in forks:
+            begun = [await self._lifecycle.begin(tx, one, actor, hold=hold) for one in forks]
+        for fork in begun:
             await self._worker.take_up(Claim(fork, hold.lease), limit_s=0)
-        return forks
-
-    async def _forks_made(
-        self, tx: Transaction, actor: Actor, request: Repeatable | None
-    ) -> list[Sandbox] | None:
-        """Return what this request made before, None if it is the first."""
-        ids = await self._repeats.made_before(tx, actor, request)
-        if ids is None:
-            return None
-        found = [await tx.sandboxes.find(one) for one in ids]
-        return [one for one in found if one is not None]
+        return begun
 
     def _fork_of(self, actor: Actor, source: Sandbox, snapshot: Snapshot) -> Sandbox:
         now = self._clock.now()
@@ -374,7 +381,7 @@ class Snapshots:
             if not snapshot.is_made(self._clock.now()):
                 return snapshot
             await self._clock.sleep(_LOOK_S)
-        raise UnavailableError("cannot tell yet what this request makes: ask again in a while")
+        raise _not_told()
 
     async def _found(self, actor: Actor, snapshot_id: str) -> Snapshot:
         return await get_snapshot(self._store, actor, snapshot_id, field=None, ready=False)
@@ -402,6 +409,10 @@ class Snapshots:
             status="ready" if is_new else "deleted",
             sandbox_id=snapshot.sandbox_id,
         )
+
+
+def _not_told() -> UnavailableError:
+    return UnavailableError("cannot tell yet what this request makes: ask again in a while")
 
 
 def _check_name(name: str) -> None:

@@ -1,0 +1,454 @@
+"""Nodes for tests: one that is a few dictionaries, and a link that encodes all that is said."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, get_type_hints
+
+from sandyard.server.core import ops, wire
+from sandyard.server.core.codec import decode, encode
+from sandyard.server.core.contracts.node import (
+    ByteStream,
+    MachineFact,
+    MachineRef,
+    MachineWish,
+    NodeControl,
+    NodeReport,
+    NodeTunnel,
+    Opened,
+    Origin,
+    Phase,
+    SnapshotFact,
+    TemplateFact,
+    TemplateStatus,
+    Way,
+)
+from sandyard.server.core.errors import (
+    ConflictError,
+    InvalidArgumentError,
+    NoCapacityError,
+    NotFoundError,
+    SandyardError,
+    UnavailableError,
+    error_of,
+)
+from sandyard.server.core.shapes import Shape
+from sandyard.server.drivers.fake import ECHO_PORT
+
+_T = TypeVar("_T")
+_UP = frozenset({Phase.RUNNING, Phase.PAUSED})
+SIZE = 4096
+
+
+@dataclass
+class Machine:
+    """A machine of a fake node; what it `remembers` goes wherever it goes."""
+
+    incarnation: int
+    phase: Phase
+    remembers: dict[str, str] = field(default_factory=dict)
+    is_silent: bool = False
+    uses: int = 0
+    busy_percent: float = 0.0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    end: ConflictError | None = None
+
+    def break_off(self, message: str, status: str) -> None:
+        """End what is under way in it."""
+        self.end = ConflictError(message, status=status)
+        self.ended.set()
+        self.ended = asyncio.Event()
+
+
+class FakeNode:
+    """See NodeControl and NodeTunnel in core.contracts.node: both, without a machine behind them.
+
+    What a test sets: `is_silent` answers nothing, `refusal` is what the next start fails with,
+    `room` how many machines it takes, `gate` what a start waits for.
+    """
+
+    def __init__(
+        self, node_id: str = "fake", *, templates: tuple[str, ...] = ("base-minimal",)
+    ) -> None:
+        self._node_id = node_id
+        self.templates_ready = templates
+        self.machines: dict[str, Machine] = {}
+        self.snapshots: dict[str, dict[str, str]] = {}
+        self.is_silent = False
+        self.is_short_of_memory = False
+        self.refusal: SandyardError | None = None
+        self.room = 1000
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked: list[str] = []
+        self._gone: dict[str, int] = {}
+        self._starting: dict[str, asyncio.Lock] = {}
+
+    @property
+    def node_id(self) -> str:
+        """See core.contracts.node.NodeControl.node_id."""
+        return self._node_id
+
+    async def ensure_running(self, wish: MachineWish) -> MachineFact:
+        """See core.contracts.node.NodeControl.ensure_running."""
+        self._answer("ensure_running")
+        async with self._starting.setdefault(wish.sandbox_id, asyncio.Lock()):
+            machine = self.machines.get(wish.sandbox_id)
+            if wish.incarnation <= self._gone.get(wish.sandbox_id, 0):
+                raise ConflictError("cannot start this: it was made gone")
+            if machine is not None and machine.incarnation > wish.incarnation:
+                raise ConflictError("cannot start this: a later incarnation is here")
+            if machine is not None and machine.incarnation == wish.incarnation:
+                return self._again(wish, machine)
+            came = self._memory_for(wish, machine)
+            await self.gate.wait()
+            self._answer("started")
+            if (refusal := self.refusal) is not None:
+                self.refusal = None
+                raise refusal
+            if wish.incarnation <= self._gone.get(wish.sandbox_id, 0):
+                raise ConflictError("what was under way for the sandbox was broken off")
+            way = {Origin.NEW: Way.BOOT, Origin.SNAPSHOT: Way.SNAPSHOT, Origin.OWN: Way.RESUME}
+            made = Machine(wish.incarnation, Phase.RUNNING, {**came, "hostname": wish.hostname})
+            if machine is not None and machine.phase is Phase.DEAD:
+                made.remembers["way"] = Way.RESTART.value
+            self.machines[wish.sandbox_id] = made
+            return self._fact(wish.sandbox_id, made, way=way[wish.origin])
+
+    def _again(self, wish: MachineWish, machine: Machine) -> MachineFact:
+        if machine.phase is Phase.PAUSED:
+            raise ConflictError("cannot start this again: it was up, and paused since")
+        if machine.phase is Phase.DEAD:
+            raise ConflictError("cannot do this: the machine is dead", status="error")
+        return self._fact(wish.sandbox_id, machine)
+
+    def _memory_for(self, wish: MachineWish, machine: Machine | None) -> dict[str, str]:
+        match wish.origin:
+            case Origin.OWN:
+                if machine is None:
+                    raise NotFoundError("cannot do this: nothing of the sandbox is left here")
+                return {} if machine.phase is Phase.DEAD else machine.remembers
+            case Origin.SNAPSHOT:
+                if wish.snapshot_id not in self.snapshots:
+                    raise NotFoundError("cannot find the snapshot on this node")
+                return self.snapshots[wish.snapshot_id]
+            case Origin.NEW:
+                if wish.template not in self.templates_ready:
+                    raise NotFoundError(f"cannot use the template {wish.template}")
+                return {}
+
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
+        """See core.contracts.node.NodeControl.ensure_paused."""
+        self._answer("ensure_paused")
+        machine = self._known(sandbox_id, incarnation)
+        if machine.phase is Phase.DEAD:
+            raise ConflictError("cannot do this: the machine is dead", status="error")
+        if (refusal := self.refusal) is not None:
+            self.refusal = None
+            raise refusal
+        machine.phase = Phase.PAUSED
+        machine.break_off("the sandbox was paused meanwhile", "paused")
+        return SIZE
+
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
+        """See core.contracts.node.NodeControl.ensure_gone."""
+        self._answer("ensure_gone")
+        machine = self.machines.get(sandbox_id)
+        if machine is not None and machine.incarnation > incarnation:
+            return
+        self._gone[sandbox_id] = max(incarnation, self._gone.get(sandbox_id, 0))
+        if machine is not None:
+            machine.break_off("the machine of the sandbox ended meanwhile", "error")
+            del self.machines[sandbox_id]
+
+    async def ensure_snapshot(
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int
+    ) -> SnapshotFact:
+        """See core.contracts.node.NodeControl.ensure_snapshot."""
+        self._answer("ensure_snapshot")
+        machine = self._known(sandbox_id, incarnation)
+        if snapshot_id not in self.snapshots:
+            if machine.phase is Phase.DEAD:
+                raise ConflictError("cannot do this: the machine is dead", status="error")
+            await self.gate.wait()
+            self.snapshots[snapshot_id] = dict(machine.remembers)
+        return SnapshotFact(snapshot_id, SIZE)
+
+    async def drop_snapshot(self, snapshot_id: str) -> None:
+        """See core.contracts.node.NodeControl.drop_snapshot."""
+        self._answer("drop_snapshot")
+        self.snapshots.pop(snapshot_id, None)
+
+    async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
+        """See core.contracts.node.NodeControl.find_room."""
+        self._answer("find_room")
+        if self._left() < count:
+            raise NoCapacityError("cannot start a machine: the host's memory is promised to others")
+        return False
+
+    def _left(self) -> int:
+        return self.room - sum(one.phase is Phase.RUNNING for one in self.machines.values())
+
+    async def report(self) -> NodeReport:
+        """See core.contracts.node.NodeControl.report."""
+        self._answer("report")
+        return NodeReport(
+            node_id=self._node_id,
+            machines=tuple(self._fact(name, one) for name, one in self.machines.items()),
+            snapshots=tuple(self.snapshots),
+            templates=self.templates_ready,
+            is_short_of_memory=self.is_short_of_memory,
+            memory_mib=self._left() * 512,
+            disk_mib=self._left() * 1024,
+        )
+
+    async def templates(self) -> tuple[TemplateFact, ...]:
+        """See core.contracts.node.NodeControl.templates."""
+        self._answer("templates")
+        ready, shape = TemplateStatus.READY, Shape(1, 512, 1024)
+        return tuple(
+            TemplateFact(slug, slug, "", "headless", ready, shape) for slug in self.templates_ready
+        )
+
+    @asynccontextmanager
+    async def open(
+        self, machine: MachineRef, operation: ops.Operation[Any]
+    ) -> AsyncIterator[Opened[Any]]:
+        """See core.contracts.node.NodeTunnel.open."""
+        self._answer("open")
+        found = self.machines.get(machine.sandbox_id)
+        is_here = found is not None and found.incarnation == machine.incarnation
+        if found is None or not is_here or machine.node_id != self._node_id:
+            raise NotFoundError("cannot reach it: this node has no such machine")
+        if found.phase is not Phase.RUNNING:
+            raise ConflictError("cannot reach the sandbox: it does not run", status="error")
+        if found.is_silent:
+            raise UnavailableError("the agent of the sandbox does not answer")
+        opened = _accepted(found, operation)
+        found.uses += operation.is_use
+        try:
+            yield opened
+        finally:
+            found.uses -= operation.is_use
+
+    def die(self, sandbox_id: str) -> None:
+        """Have a machine end by itself."""
+        machine = self.machines[sandbox_id]
+        machine.phase = Phase.DEAD
+        machine.break_off("the machine of the sandbox ended meanwhile", "error")
+
+    def _answer(self, what: str) -> None:
+        self.asked.append(what)
+        if self.is_silent:
+            raise UnavailableError(f"the node {self._node_id} does not answer")
+
+    def _known(self, sandbox_id: str, incarnation: int) -> Machine:
+        machine = self.machines.get(sandbox_id)
+        if machine is None or machine.incarnation > incarnation:
+            raise NotFoundError("cannot reach it: this node has no such machine")
+        return machine
+
+    def _fact(self, sandbox_id: str, one: Machine, *, way: Way | None = None) -> MachineFact:
+        is_dead = one.phase is Phase.DEAD
+        return MachineFact(
+            sandbox_id,
+            one.incarnation,
+            one.phase,
+            is_silent=one.is_silent and one.phase is Phase.RUNNING,
+            is_used=one.uses > 0,
+            ip="10.0.0.1",
+            driver="fake",
+            way=way,
+            reason_code="machine_died" if is_dead else "",
+            reason_message="the hypervisor's process ended" if is_dead else "",
+        )
+
+
+def _accepted(machine: Machine, operation: ops.Operation[Any]) -> Opened[Any]:
+    stream = MemoryStream(machine)
+    match operation:
+        case ops.Hello():
+            return Opened(ops.Greeting(1), stream)
+        case ops.Stats() if operation.window_s is not None:
+            return Opened(ops.Figures(recent_cpu_percent=machine.busy_percent), stream)
+        case ops.Stats():
+            return Opened(ops.Figures(0.5, 1, 2, 3, 4, 1.0), stream)
+        case ops.Dial() if operation.port != ECHO_PORT:
+            raise InvalidArgumentError("cannot connect to the port: nothing listens there")
+        case ops.Dial():
+            stream.echoes = True
+            return Opened(ops.Done(), stream)
+        case ops.Execute():
+            _execute(machine, operation.command, stream)
+            return Opened(ops.Started(1), stream)
+        case _:
+            return Opened(ops.Done(), stream)
+
+
+def _execute(machine: Machine, command: str, stream: "MemoryStream") -> None:
+    word, _, rest = command.partition(" ")
+    if word == "hang":
+        return
+    if word == "remember":
+        machine.remembers["word"] = rest
+    said = machine.remembers.get("word", "") if word == "recall" else command
+    stream.feed(wire.encode_frame(wire.Channel.STDOUT, said.encode()))
+    end = json.dumps(encode(ops.Ended(0, 1))).encode()
+    stream.feed(wire.encode_frame(wire.Channel.EXIT, end))
+
+
+class MemoryStream:
+    """See core.contracts.node.ByteStream."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._ended = machine.ended
+        self._data = bytearray()
+        self._more = asyncio.Event()
+        self._is_over = False
+        self.echoes = False
+
+    def feed(self, data: bytes) -> None:
+        """Have bytes to be read."""
+        self._data += data
+        self._more.set()
+
+    async def read(self, limit: int) -> bytes:
+        """See core.contracts.node.ByteStream.read."""
+        while not self._data and not self._is_over:
+            self._more.clear()
+            async with asyncio.TaskGroup() as tasks:
+                waits = [tasks.create_task(one.wait()) for one in (self._more, self._ended)]
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for one in waits:
+                    one.cancel()
+            if self._ended.is_set():
+                assert self._machine.end is not None
+                raise self._machine.end
+        data = bytes(self._data[:limit])
+        del self._data[:limit]
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """See core.contracts.node.ByteStream.write."""
+        if self._ended.is_set():
+            assert self._machine.end is not None
+            raise self._machine.end
+        if self.echoes:
+            self.feed(data)
+
+    async def write_eof(self) -> None:
+        """See core.contracts.node.ByteStream.write_eof."""
+        self._is_over = True
+        self._more.set()
+
+
+# --- a link -------------------------------------------------------------------------------------
+
+
+def over_the_wire(kind: Any, value: object) -> Any:
+    """Return what the other end of a wire has of a value."""
+    return decode(kind, json.loads(json.dumps(encode(value))))
+
+
+def told(error: SandyardError) -> SandyardError:
+    """Return what the other end of a wire has of an error."""
+    said = json.dumps({"code": error.code.value, "message": error.message, "facts": error.facts})
+    heard = json.loads(said)
+    return error_of(heard["code"], heard["message"], heard["facts"])
+
+
+class EncodedNode:
+    """A node at the other end of a wire: nothing passes but bytes."""
+
+    def __init__(self, control: NodeControl, tunnel: NodeTunnel) -> None:
+        self._control = control
+        self._tunnel = tunnel
+
+    @property
+    def node_id(self) -> str:
+        """See core.contracts.node.NodeControl.node_id."""
+        return self._control.node_id
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        work = getattr(self._control, name)
+        hints = get_type_hints(getattr(NodeControl, name))
+        answers = hints.pop("return")
+        names = list(hints)
+
+        async def ask(*args: object, **kwargs: object) -> Any:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            there = {key: over_the_wire(hints[key], value) for key, value in given.items()}
+            positional = [there.pop(key) for key in names[: len(args)]]
+            try:
+                answer = await work(*positional, **there)
+            except SandyardError as error:
+                raise told(error) from None
+            return None if answers is type(None) else over_the_wire(answers, answer)
+
+        return ask
+
+    @asynccontextmanager
+    async def open(
+        self, machine: MachineRef, operation: ops.Operation[Any]
+    ) -> AsyncIterator[Opened[Any]]:
+        """See core.contracts.node.NodeTunnel.open."""
+        there = over_the_wire(MachineRef, machine)
+        request = ops.request_of(operation, "")
+        line = json.loads(json.dumps({"op": request.op, "args": request.args}))
+        wanted: ops.Operation[Any] = ops.operation_of(line["op"], line["args"])
+        opening = self._tunnel.open(there, wanted)
+        try:
+            opened = await opening.__aenter__()
+        except SandyardError as error:
+            raise told(error) from None
+        try:
+            answer = over_the_wire(operation.answer, opened.answer)
+            yield Opened(answer, _EncodedStream(opened.stream))
+        finally:
+            await opening.__aexit__(None, None, None)
+
+
+class _EncodedStream:
+    def __init__(self, inner: ByteStream) -> None:
+        self._inner = inner
+
+    async def read(self, limit: int) -> bytes:
+        try:
+            return await self._inner.read(limit)
+        except SandyardError as error:
+            raise told(error) from None
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self._inner.write(data)
+        except SandyardError as error:
+            raise told(error) from None
+
+    async def write_eof(self) -> None:
+        await self._inner.write_eof()
+
+
+class TunnelTo:
+    """See core.contracts.node.NodeTunnel: to whichever of several nodes is meant."""
+
+    def __init__(self, tunnels: Mapping[str, NodeTunnel]) -> None:
+        self._tunnels = tunnels
+
+    @asynccontextmanager
+    async def open(
+        self, machine: MachineRef, operation: ops.Operation[Any]
+    ) -> AsyncIterator[Opened[Any]]:
+        """See core.contracts.node.NodeTunnel.open."""
+        async with self._tunnels[machine.node_id].open(machine, operation) as opened:
+            yield opened
+
+
+def a_wish(sandbox_id: str, incarnation: int = 1, **changes: Any) -> MachineWish:
+    """Return a wish for a small machine."""
+    plain = MachineWish(
+        sandbox_id, incarnation, "base-minimal", Shape(1, 512, 1024), "box", "org", {"A": "b"}
+    )
+    return replace(plain, **changes)

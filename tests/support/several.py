@@ -1,0 +1,181 @@
+"""Two control planes and three nodes on one PostgreSQL, in this process, seen as one yard.
+
+One of the nodes never answers, one of the servers is killed after a few requests, and nothing
+passes between a server and a node but bytes.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from sandyard.server.app.control import Control, open_control
+from sandyard.server.app.installation import secret_key
+from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.node import open_node
+from sandyard.server.app.wiring import sign_up_of
+from sandyard.server.core.contracts.node import NodeControl, NodeReport
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost
+from sandyard.server.links.local import LocalBus, SystemClock
+from sandyard.server.links.sql import open_store
+from sandyard.server.service.people.bootstrap import ensure_first_organization
+from sandyard.server.service.reconcile.compare import Patience
+from sandyard.server.service.reconcile.reconciler import NODES, Pace
+from tests.support.house import Yard, settings_of
+from tests.support.nodes import EncodedNode, TunnelTo
+from tests.support.postgres import postgres_url
+
+PACE = Pace(period_s=0.2, lease_s=1.0, retry_s=0.2, patience=Patience(node_silent_s=1.0))
+NODE_IDS = ("one", "two", "three")
+SILENT = "three"
+_LIVES = 4  # requests that the second server answers before it is killed
+
+
+class SilentNode:
+    """A node that is known and never answers."""
+
+    def __init__(self, node_id: str) -> None:
+        self.node_id = node_id
+
+    def __getattr__(self, name: str) -> Any:
+        async def ask(*args: object, **kwargs: object) -> Any:
+            raise UnavailableError(f"the node {self.node_id} does not answer")
+
+        return ask
+
+
+@dataclass
+class SeveralHouse:
+    """What a yard looks at of a house, where there are several."""
+
+    controls: list[Control]
+    store: Store
+    nodes: list[NodeControl]
+
+    @property
+    def api(self) -> FastAPI:
+        """One of the applications."""
+        return self.controls[0].api
+
+    @property
+    def node(self) -> "SeveralHouse":
+        """All nodes as one."""
+        return self
+
+    async def report(self) -> NodeReport:
+        """Return what they hold together."""
+        reports = [await one.report() for one in self.nodes]
+        return replace(
+            reports[0],
+            machines=tuple(fact for one in reports for fact in one.machines),
+            snapshots=tuple(name for one in reports for name in one.snapshots),
+            shelves=tuple(shelf for one in reports for shelf in one.shelves),
+        )
+
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
+        """Remove a machine wherever it is."""
+        for one in self.nodes:
+            await one.ensure_gone(sandbox_id, incarnation=incarnation)
+
+
+class _InTurn(httpx.AsyncBaseTransport):
+    """Sends requests to the servers in turn; the second is killed after a few."""
+
+    def __init__(self, controls: list[Control], tasks: "list[asyncio.Task[None]]") -> None:
+        self._transports = [
+            httpx.ASGITransport(one.api, raise_app_exceptions=False) for one in controls
+        ]
+        self._tasks = tasks
+        self._count = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self._count += 1
+        if self._count > 2 * _LIVES:
+            # As a crash would: what it was at work on is dropped where it is.
+            self._tasks[1].cancel()
+            return await self._transports[0].handle_async_request(request)
+        return await self._transports[self._count % 2].handle_async_request(request)
+
+
+@asynccontextmanager
+async def open_several(**options: Any) -> AsyncIterator[Yard]:
+    """Open all of it in a home that is short enough for sockets; see the module."""
+    host, conduct, clock = FakeHost(), Conduct(), SystemClock()
+    async with AsyncExitStack() as held:
+        home = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="sy-", dir="/tmp")))
+        secret_key(home)
+        url = await held.enter_async_context(postgres_url(is_migrated=True))
+        nodes: dict[str, Any] = {}
+        bus, metrics = LocalBus(clock), Metrics(version="0")
+        for node_id in NODE_IDS:
+            if node_id == SILENT:
+                nodes[node_id] = SilentNode(node_id)
+                continue
+            own = home / node_id
+            (own).mkdir()
+            (own / "secret.key").write_bytes((home / "secret.key").read_bytes())
+            node = await held.enter_async_context(
+                open_node(
+                    settings_of(own, **options),
+                    clock=clock,
+                    observer=metrics,
+                    on_change=lambda: bus.hint(NODES),
+                    node_id=node_id,
+                    drivers=[FakeDriver(host, conduct)],
+                )
+            )
+            nodes[node_id] = EncodedNode(node, node)
+        tasks = await held.enter_async_context(asyncio.TaskGroup())
+        controls, running = [], []
+        settings = settings_of(home, **options)
+        for server_id in ("a", "b"):
+            store = await held.enter_async_context(open_store(url, key=secret_key(home)))
+            await ensure_first_organization(store, clock, sign_up_of(settings))
+            control = await held.enter_async_context(
+                open_control(
+                    settings,
+                    server_id=server_id,
+                    store=store,
+                    nodes=nodes,
+                    tunnel=TunnelTo(nodes),
+                    bus=LocalBus(clock),
+                    clock=clock,
+                    metrics=metrics,
+                    version="0",
+                    pace=PACE,
+                )
+            )
+            controls.append(control)
+            running.append(tasks.create_task(control.reconciler.run()))
+        running.append(tasks.create_task(controls[0].meter.run()))
+        house: Any = SeveralHouse(
+            controls, controls[0].store, [nodes[one] for one in NODE_IDS if one != SILENT]
+        )
+        yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home)
+        await yard.client.aclose()
+        yard.key = await yard.add_key(*await yard.first())
+        yard.client = await held.enter_async_context(
+            httpx.AsyncClient(
+                transport=_InTurn(controls, running),
+                base_url="http://sandyard.test",
+                headers={"Authorization": f"Bearer {yard.key}"},
+                timeout=30,
+            )
+        )
+        try:
+            yield yard
+        finally:
+            for task in running:
+                task.cancel()
+    for machine in list(host.machines.values()):
+        machine.die()
+        machine.close()
+    await asyncio.sleep(0.01)
