@@ -1,14 +1,20 @@
 """Shared by all tests: which tiers can run here, loudly, and the servers that a run starts."""
 
+import asyncio
+import inspect
 import os
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support import postgres
 from tests.support.firecracker import firecracker_environment, firecracker_verdict
 from tests.support.server import QEMU
+
+_PATIENCE = 200  # looks, ten milliseconds apart
 
 
 def free_port() -> int:
@@ -21,6 +27,9 @@ def free_port() -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs root where there is none, and say so."""
     for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
+            # First, so that it looks when everything else has been taken down.
+            item.fixturenames.insert(0, "_leaves_no_task")
         if item.get_closest_marker("machine"):
             item.add_marker(pytest.mark.root)
             item.add_marker(pytest.mark.slow)
@@ -52,3 +61,59 @@ def _postgres(request: pytest.FixtureRequest) -> Iterator[None]:
     folder = postgres.start_server(free_port())
     yield
     postgres.stop_server(folder)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder of the test's own whose path is short enough for sockets, wherever tests run."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+async def _leaves_no_task() -> AsyncIterator[None]:
+    """Fail a test that leaves a task at work, and let what it closed come to its end."""
+    tasks, sockets = asyncio.all_tasks(), _open_sockets()
+    yield
+    for _ in range(_PATIENCE):
+        left = {one for one in asyncio.all_tasks() - tasks if not one.done()}
+        left.discard(asyncio.current_task())
+        if not left and not _open_sockets() - sockets:
+            return
+        await asyncio.sleep(0.01)
+    assert not left, f"tasks are still at work: {left}"
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a socket, a mount, a namespace or a temporary home.
+
+    What a whole tier shares is looked after by that tier's own fixture.
+    """
+    if {"machine", "system"} & set(request.node.path.parts):
+        yield
+        return
+    before = _open_things()
+    yield
+    left = _open_things() - before
+    assert not left, f"left behind: {sorted(left)}"
+
+
+def _open_things() -> set[str]:
+    found = {line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()}
+    namespaces = Path("/run/netns")
+    found |= {str(one) for one in namespaces.glob("syd-*")} if namespaces.is_dir() else set()
+    homes = {str(one) for one in Path("/tmp").glob(f"sy-{os.getpid()}-*")}
+    return found | homes | _open_sockets()
+
+
+def _open_sockets() -> set[str]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if target.startswith("socket:"):
+            found.add(target)
+    return found

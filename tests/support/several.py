@@ -5,6 +5,7 @@ passes between a server and a node but bytes.
 """
 
 import asyncio
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -110,7 +111,9 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
     """Open all of it in a home that is short enough for sockets; see the module."""
     host, conduct, clock = FakeHost(), Conduct(), SystemClock()
     async with AsyncExitStack() as held:
-        home = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="sy-", dir="/tmp")))
+        home = Path(
+            held.enter_context(tempfile.TemporaryDirectory(prefix=f"sy-{os.getpid()}-", dir="/tmp"))
+        )
         secret_key(home)
         url = await held.enter_async_context(postgres_url(is_migrated=True))
         nodes: dict[str, Any] = {}

@@ -23,8 +23,14 @@ def test_every_status_has_a_row_and_every_event_is_used() -> None:
     assert {event for row in TRANSITIONS.values() for event in row} == set(Event)
 
 
-def test_every_status_is_reachable_from_pending() -> None:
-    assert reachable(Status.PENDING) == set(Status)
+def test_every_status_is_reachable_from_where_a_create_begins() -> None:
+    assert reachable(Status.CREATING) == set(Status)
+
+
+def test_a_start_that_is_begun_anew_is_still_one_that_never_came_up() -> None:
+    assert advance(Status.CREATING, Event.AGAIN) is Status.CREATING
+    assert advance(Status.CREATING, Event.DISPLACED) is Status.PENDING
+    assert advance(Status.PENDING, Event.PLACED) is Status.CREATING
 
 
 def test_every_status_can_still_be_destroyed() -> None:

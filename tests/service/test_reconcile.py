@@ -1,0 +1,367 @@
+"""What the platform does by itself: idle, expiry, silence, several nodes and servers."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from tests.support.clock import DrivenClock
+from tests.support.desk import Desk, open_desk, still, until
+from tests.support.nodes import FakeNode, a_wish
+
+from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.errors import NoCapacityError, UnavailableError
+from sandyard.server.core.ids import new_sandbox_id, new_uuid
+from sandyard.server.core.records import Sandbox
+from sandyard.server.core.states import Event, Status
+from sandyard.server.service.sandboxes.create import NewSandbox
+
+WISH = NewSandbox("base-minimal")
+
+
+@pytest.fixture
+async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+    async with open_desk(tmp_path) as made:
+        yield made
+
+
+# --- idle and expiry ----------------------------------------------------------------------------
+
+
+async def test_what_nobody_uses_is_paused_and_says_so(desk: Desk) -> None:
+    box = await desk.create(idle_timeout=60)
+    never = await desk.create(idle_timeout=0)
+    await desk.drive(50)
+    assert (await desk.get(box)).status is Status.RUNNING
+    await desk.drive(14)
+    idle = await desk.until(box, Status.PAUSED)
+    assert idle.reason is not None
+    assert idle.reason.code == "idle"
+    await desk.drive(3600, step=600)
+    assert (await desk.get(never)).status is Status.RUNNING
+
+
+async def test_a_command_under_way_is_a_use_however_long_it_takes(desk: Desk) -> None:
+    box = await desk.create(idle_timeout=10)
+    await desk.execute(box, "x")
+    desk.machine(box).uses += 1  # through another server, of which this one knows nothing
+    await desk.drive(60)
+    assert (await desk.get(box)).status is Status.RUNNING
+    desk.machine(box).uses -= 1
+    await desk.drive(14)
+    await desk.until(box, Status.PAUSED)
+
+
+async def test_a_busy_processor_is_a_use_and_is_noted_as_one(desk: Desk) -> None:
+    box = await desk.create(idle_timeout=10)
+    desk.machine(box).busy_percent = 5.1
+    await desk.drive(20)
+    found = await desk.get(box)
+    assert (found.status, found.last_activity_kind) == (Status.RUNNING, "cpu")
+    desk.machine(box).busy_percent = 4.9
+    await desk.drive(14)
+    await desk.until(box, Status.PAUSED)
+
+
+async def test_somebody_who_comes_at_the_very_moment_keeps_it_up(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await desk.create(idle_timeout=10)
+    apply = desk.control.lifecycle.apply
+
+    async def used_meanwhile(sandbox: Sandbox, event: Event, **changes: object) -> object:
+        done = await apply(sandbox, event, **changes)  # type: ignore[arg-type]
+        if event is Event.PAUSE:
+            monkeypatch.undo()
+            async with desk.control.store.write() as tx:
+                await tx.activity.touch(box.id, at=desk.clock.now(), kind="exec")
+        return done
+
+    monkeypatch.setattr(desk.control.lifecycle, "apply", used_meanwhile)
+    await desk.drive(12)
+    assert (await desk.get(box)).status is Status.RUNNING
+    assert "ensure_paused" not in desk.node.asked
+
+
+async def test_the_end_that_was_set_comes(desk: Desk) -> None:
+    box = await desk.create(expires_in=30, idle_timeout=0)
+    await desk.drive(28)
+    assert (await desk.get(box)).status is Status.RUNNING
+    await desk.drive(6)
+    await desk.until(box, Status.DESTROYED)
+    assert desk.node.machines == {}
+
+
+async def test_a_host_short_of_memory_has_the_one_used_least_lately_paused(desk: Desk) -> None:
+    boxes = []
+    for _ in range(3):
+        boxes.append(await desk.create(idle_timeout=0))
+        desk.clock.time += timedelta(seconds=5)
+    desk.machine(boxes[0]).uses = 1
+    desk.node.is_short_of_memory = True
+    await desk.drive(2)
+    paused = await desk.until(boxes[1], Status.PAUSED)
+    desk.node.is_short_of_memory = False
+    assert paused.reason is not None
+    assert paused.reason.code == "host_memory_low"
+    assert (await desk.get(boxes[0])).status is Status.RUNNING
+    assert (await desk.get(boxes[2])).status is Status.RUNNING
+
+
+# --- silence ------------------------------------------------------------------------------------
+
+
+async def test_a_silent_agent_is_suspected_and_paused_after_an_hour(desk: Desk) -> None:
+    box = await desk.create(idle_timeout=0)
+    desk.machine(box).is_silent = True
+    await desk.drive(4)
+    suspected = await desk.until(box, Status.SUSPECTED_MISSING)
+    assert suspected.reason is not None
+    assert suspected.reason.code == "agent_silent"
+    desk.machine(box).is_silent = False
+    await desk.drive(4)
+    await desk.until(box, Status.RUNNING)
+    desk.machine(box).is_silent = True
+    await desk.drive(4)
+    await desk.drive(3700, step=100)
+    await desk.until(box, Status.PAUSED)
+
+
+async def test_a_machine_that_died_while_nobody_looked_is_not_charged_for(tmp_path: Path) -> None:
+    async with open_desk(tmp_path) as desk:
+        box = await desk.create(idle_timeout=0)
+        await desk.drive(10)
+        await desk.kill()
+        nodes, clock, last = desk.nodes, desk.clock, desk.clock.now()
+    nodes["fake"].die(box.id)
+    clock.time += timedelta(hours=3)
+    async with open_desk(tmp_path, nodes=nodes, clock=clock) as desk:
+        await desk.until(box, Status.ERROR)
+        async with desk.control.store.read() as tx:
+            (period,) = await tx.usage.of_sandbox(box.id)
+    assert period.ended_at is not None
+    assert timedelta() <= last - period.ended_at < timedelta(seconds=10)
+
+
+# --- what nobody wants --------------------------------------------------------------------------
+
+
+async def test_machines_and_snapshots_of_which_the_store_knows_nothing_go_at_the_second_look(
+    desk: Desk,
+) -> None:
+    stray, shot = a_wish(new_sandbox_id()), new_uuid()
+    await desk.node.ensure_running(stray)
+    desk.node.snapshots[shot] = {}
+    await desk.drive(2)
+    assert stray.sandbox_id in desk.node.machines
+    await desk.drive(4)
+    assert desk.node.machines == {}
+    assert desk.node.snapshots == {}
+
+
+async def test_what_is_left_nowhere_is_orphaned_at_the_second_look(desk: Desk) -> None:
+    box = await desk.create()
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    desk.node.machines.clear()
+    await desk.drive(6)
+    await desk.until(box, Status.ORPHANED)
+
+
+# --- several nodes ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def three(tmp_path: Path) -> AsyncIterator[Desk]:
+    nodes = {one: FakeNode(one) for one in ("a", "b", "c")}
+    async with open_desk(tmp_path, nodes=nodes) as made:
+        yield made
+
+
+async def test_a_create_goes_where_its_template_and_most_room_are(three: Desk) -> None:
+    three.nodes["a"].room, three.nodes["b"].room, three.nodes["c"].room = 3, 9, 30
+    three.nodes["c"].templates_ready = ("other",)
+    await three.drive(4)
+    assert (await three.create()).node_id == "b"
+    assert (await three.create(template="other")).node_id == "c"
+    # What was reported is a hint; the node has the last word.
+    three.nodes["b"].room = 0
+    assert (await three.create()).node_id == "a"
+    three.nodes["a"].room = 0
+    with pytest.raises(NoCapacityError):
+        await three.create()
+
+
+async def test_snapshots_and_forks_stay_where_their_source_is(three: Desk) -> None:
+    three.nodes["b"].room = 2000
+    await three.drive(4)
+    box = await three.create()
+    assert box.node_id == "b"
+    three.nodes["b"].room = 5
+    await three.drive(4)
+    await three.services.snapshots.create(three.actor, box.id, "s")
+    forks = await three.services.snapshots.fork(three.actor, box.id, 2)
+    clone = await three.create(template=None, snapshot="s")
+    for one in (*forks, clone):
+        assert (await three.until(one, Status.RUNNING)).node_id == "b"
+    three.nodes["b"].room = 0
+    with pytest.raises(NoCapacityError):
+        await three.services.snapshots.fork(three.actor, box.id, 1)
+
+
+async def test_one_silent_node_costs_nobody_else_anything(three: Desk) -> None:
+    three.nodes["a"].room = 2000
+    await three.drive(4)
+    lost = await three.create(idle_timeout=0)
+    three.nodes["a"].is_silent = True
+    await three.drive(4)
+    assert (await three.get(lost)).status is Status.RUNNING, "a moment's silence is no trouble"
+    other = await three.create(idle_timeout=30)
+    assert other.node_id != "a"
+    await three.drive(20)
+    suspected = await three.until(lost, Status.SUSPECTED_MISSING)
+    assert suspected.reason is not None
+    assert suspected.reason.code == "node_silent"
+    assert (await three.get(other)).status is Status.RUNNING
+    await three.drive(16)
+    await three.until(other, Status.PAUSED)
+    three.nodes["a"].is_silent = False
+    await three.drive(4)
+    await three.until(lost, Status.RUNNING)
+
+
+async def test_a_node_that_hangs_is_as_one_that_is_silent(three: Desk) -> None:
+    three.nodes["a"].room = 2000
+    await three.drive(4)
+    lost = await three.create(idle_timeout=0)
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    three.nodes["a"].report = hang  # type: ignore[assignment,method-assign]
+    await three.drive(40)
+    await three.until(lost, Status.SUSPECTED_MISSING)
+    creating = asyncio.ensure_future(three.create())
+    await three.drive(6)
+    assert (await creating).node_id != "a"
+
+
+async def test_a_start_on_a_node_that_falls_silent_goes_to_another(three: Desk) -> None:
+    three.nodes["a"].room = 2000
+    await three.drive(4)
+    three.nodes["a"].gate.clear()
+    box = await three.services.creation.create(three.actor, WISH)
+    assert box.node_id == "a"
+    await until(lambda: asked(three.nodes["a"], "ensure_running"))
+    three.nodes["a"].is_silent = True
+    three.nodes["a"].gate.set()
+    moved = await three.until(box, Status.RUNNING)
+    assert moved.node_id in ("b", "c")
+    assert moved.incarnation == 2
+    statuses = sorted(one.status for one in await three.feed(box))
+    assert statuses == ["creating", "creating", "pending", "running"]
+
+
+async def asked(node: FakeNode, what: str) -> bool:
+    return what in node.asked
+
+
+async def test_what_a_node_brought_up_although_it_was_given_up_goes_when_it_answers(
+    three: Desk,
+) -> None:
+    three.nodes["a"].room = 2000
+    await three.drive(4)
+    three.nodes["a"].refusal = UnavailableError("no answer")
+    box = await three.services.creation.create(three.actor, WISH)
+    three.nodes["a"].is_silent = True
+    moved = await three.until(box, Status.RUNNING)
+    assert moved.node_id != "a"
+    three.nodes["a"].is_silent = False
+    three.nodes["a"].refusal = None
+    await three.nodes["a"].ensure_running(a_wish(box.id, 1))
+    await three.drive(8)
+    assert three.nodes["a"].machines == {}
+    assert three.machine(box).phase is Phase.RUNNING
+    assert (await three.get(box)).status is Status.RUNNING
+
+
+async def test_where_no_node_can_take_it_it_waits_until_one_can(three: Desk) -> None:
+    for name in ("b", "c"):
+        three.nodes[name].templates_ready = ()
+    await three.drive(4)
+    three.nodes["a"].gate.clear()
+    box = await three.services.creation.create(three.actor, WISH)
+    await until(lambda: asked(three.nodes["a"], "ensure_running"))
+    three.nodes["a"].is_silent = True
+    three.nodes["a"].gate.set()
+    await three.drive(6)
+    assert (await three.get(box)).status is Status.CREATING
+    three.nodes["c"].templates_ready = ("base-minimal",)
+    await three.drive(8)
+    assert (await three.until(box, Status.RUNNING)).node_id == "c"
+
+
+# --- several servers ----------------------------------------------------------------------------
+
+
+async def test_what_a_killed_server_was_at_work_on_is_taken_up_by_its_peer(tmp_path: Path) -> None:
+    clock, node = DrivenClock(), FakeNode()
+    nodes = {"fake": node}
+    async with AsyncExitStack() as held:
+        first = await held.enter_async_context(
+            open_desk(tmp_path, nodes=nodes, clock=clock, server_id="one")
+        )
+        second = await held.enter_async_context(
+            open_desk(tmp_path, nodes=nodes, clock=clock, server_id="two")
+        )
+        node.gate.clear()
+        box = await first.services.creation.create(first.actor, WISH)
+        await until(lambda: asked(node, "ensure_running"))
+        await first.kill()
+        node.gate.set()
+        await second.drive(10)
+        # Its lease is another's until it runs out: a peer takes nothing from a living server.
+        assert (await second.get(box)).status is Status.CREATING
+        await second.drive(26)
+        assert (await second.until(box, Status.RUNNING)).incarnation == 1
+        assert len(node.machines) == 1
+
+
+async def test_a_server_that_starts_again_takes_up_its_own_and_leaves_its_peers_alone(
+    tmp_path: Path,
+) -> None:
+    clock, node = DrivenClock(), FakeNode()
+    nodes = {"fake": node}
+    node.gate.clear()
+    boxes = {}
+    for server_id in ("one", "two"):
+        async with open_desk(tmp_path, nodes=nodes, clock=clock, server_id=server_id) as desk:
+            boxes[server_id] = await desk.services.creation.create(desk.actor, WISH)
+            await still()
+    node.gate.set()
+    async with open_desk(tmp_path, nodes=nodes, clock=clock, server_id="one") as desk:
+        await desk.until(boxes["one"], Status.RUNNING)
+        assert (await desk.get(boxes["two"])).status is Status.CREATING
+        await desk.drive(36)
+        await desk.until(boxes["two"], Status.RUNNING)
+
+
+async def test_two_servers_look_at_one_node_and_do_everything_once(tmp_path: Path) -> None:
+    clock, node = DrivenClock(), FakeNode()
+    nodes = {"fake": node}
+    async with AsyncExitStack() as held:
+        desks = [
+            await held.enter_async_context(
+                open_desk(tmp_path, nodes=nodes, clock=clock, server_id=one)
+            )
+            for one in ("one", "two")
+        ]
+        boxes = [await desk.create(idle_timeout=20) for desk in desks for _ in range(3)]
+        await desks[0].drive(24)
+        for box in boxes:
+            await desks[0].until(box, Status.PAUSED)
+        assert node.asked.count("ensure_paused") == len(boxes)
+        for box in boxes:
+            feed = [one.event_type for one in await desks[1].feed(box)]
+            assert feed.count("sandbox.paused") == 1

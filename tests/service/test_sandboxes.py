@@ -1,0 +1,472 @@
+"""What owners may do with sandboxes: the services on a fake node, time driven by hand."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.desk import Desk, member_of, open_desk, until
+
+from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NoCapacityError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+)
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.records import Sandbox
+from sandyard.server.core.states import Event, Status
+from sandyard.server.service.repeats import Repeatable
+from sandyard.server.service.sandboxes.change import Changes
+from sandyard.server.service.sandboxes.create import NewSandbox
+
+
+@pytest.fixture
+async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+    async with open_desk(tmp_path) as made:
+        yield made
+
+
+# --- create -------------------------------------------------------------------------------------
+
+
+async def test_a_create_comes_up_on_its_node_as_it_was_asked_for(desk: Desk) -> None:
+    box = await desk.create(name="Böx 1", tags=("a",), env={"A": "b"}, vcpus=1)
+    assert (box.status, box.node_id, box.incarnation) == (Status.RUNNING, "fake", 1)
+    assert box.ip == "10.0.0.1"
+    assert box.started_at is not None
+    assert desk.machine(box).remembers["hostname"] == "b-x-1"
+    assert [one.event_type for one in await desk.feed(box)] == [
+        "sandbox.created", "sandbox.running",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wish", "field"),
+    [
+        ({"template": "nonsense"}, "template"),
+        ({"name": "sandbox-abcdefghijkl"}, "name"),
+        ({"tags": ("x" * 65,)}, "tags"),
+        ({"env": {"1A": "x"}}, "env"),
+        ({"idle_timeout": -1}, "idleTimeout"),
+        ({"metadata": {"a": "x" * 20_000}}, "metadata"),
+        ({"metadata": {"a": float("nan")}}, "metadata"),
+        ({"root_password": "short"}, "rootPassword"),
+        ({"project_id": new_uuid()}, "projectId"),
+        ({"project_id": "x"}, "projectId"),
+        ({"memory": "lots"}, "resources.memory"),
+        ({"ssh_keys": ["nobody's"]}, "sshKeys"),
+        ({"snapshot": new_uuid()}, "snapshot"),
+    ],
+)
+async def test_what_cannot_be_is_refused_by_field_and_nothing_is_begun(
+    desk: Desk, wish: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        await desk.create(**wish)
+    assert caught.value.facts["field"] == field
+    assert desk.node.machines == {}
+
+
+async def test_a_taken_name_and_a_full_node_are_refused(desk: Desk) -> None:
+    await desk.create(name="box")
+    with pytest.raises(AlreadyExistsError):
+        await desk.create(name="box")
+    desk.node.room = 1
+    with pytest.raises(NoCapacityError):
+        await desk.create()
+
+
+async def test_a_start_that_fails_says_why(desk: Desk) -> None:
+    desk.node.refusal = InvalidArgumentError("cannot start: told not to")
+    box = await desk.create()
+    assert box.status is Status.FAILED
+    assert box.reason is not None
+    assert (box.reason.code, "told not to" in box.reason.message) == ("start_failed", True)
+
+
+async def test_what_cannot_start_now_is_tried_again_and_given_up_in_the_end(desk: Desk) -> None:
+    desk.node.refusal = UnavailableError("not now")
+    wish = NewSandbox("base-minimal")
+    box = await desk.services.creation.create(desk.actor, wish)
+    await desk.drive(6)
+    assert (await desk.until(box, Status.RUNNING)).incarnation == 1
+
+    async def refuse_for_ever(*_: object) -> None:
+        raise UnavailableError("not now")
+
+    desk.node.ensure_running = refuse_for_ever  # type: ignore[assignment,method-assign]
+    late = await desk.services.creation.create(desk.actor, wish)
+    await desk.drive(20)
+    assert (await desk.get(late)).status is Status.CREATING
+    await desk.drive(320, step=20)
+    given_up = await desk.until(late, Status.FAILED)
+    assert given_up.reason is not None
+    assert given_up.reason.code == "unavailable"
+
+
+async def test_a_repeated_request_makes_one_sandbox(desk: Desk) -> None:
+    request = Repeatable("POST /v1/sandboxes", "key", b"{}")
+    wish = NewSandbox("base-minimal")
+    made = await asyncio.gather(
+        *(desk.services.creation.create(desk.actor, wish, request=request) for _ in range(10))
+    )
+    assert len({one.id for one in made}) == 1
+
+
+async def test_one_that_died_before_anybody_could_use_it_is_started_again(tmp_path: Path) -> None:
+    """Its node brought it up, and the server that asked for it was gone by then."""
+    async with open_desk(tmp_path) as desk:
+        desk.node.gate.clear()
+        box = await desk.services.creation.create(desk.actor, NewSandbox("base-minimal"))
+        await until_asked(desk, "ensure_running")
+        await desk.kill()
+        nodes, clock = desk.nodes, desk.clock
+    nodes["fake"].gate.set()
+    await nodes["fake"].ensure_running(wish_for(box))
+    nodes["fake"].die(box.id)
+    async with open_desk(tmp_path, nodes=nodes, clock=clock) as desk:
+        again = await desk.until(box, Status.RUNNING)
+        assert again.incarnation == 2
+
+
+def wish_for(box: Sandbox) -> Any:
+    from sandyard.server.service.reconcile.work import wish_of
+
+    return wish_of(box)
+
+
+async def until_asked(desk: Desk, what: str) -> None:
+    async def asked() -> bool:
+        return what in desk.node.asked
+
+    await until(asked)
+
+
+# --- who may ------------------------------------------------------------------------------------
+
+
+async def test_others_see_nothing_of_it_and_a_member_not_another_members(desk: Desk) -> None:
+    box = await desk.create(name="box")
+    stranger = replace(desk.actor, org_id=new_uuid())
+    for actor in (stranger, member_of(desk.actor, new_uuid())):
+        for reference in (box.id, "box"):
+            with pytest.raises(NotFoundError):
+                await desk.services.sandboxes.get(actor, reference)
+            with pytest.raises(NotFoundError):
+                await desk.services.sandboxes.delete(actor, reference, wait=True)
+        with pytest.raises(NotFoundError):
+            await desk.execute(box, "x", actor)
+    reader = replace(desk.actor, scopes=frozenset({"sandbox:read"}))
+    with pytest.raises(PermissionDeniedError):
+        await desk.execute(box, "x", reader)
+    assert (await desk.services.sandboxes.get(reader, "box")).id == box.id
+
+
+# --- pause and resume ---------------------------------------------------------------------------
+
+
+async def test_however_many_pause_or_resume_there_is_one(desk: Desk) -> None:
+    box, service = await desk.create(), desk.services.sandboxes
+    await desk.execute(box, "remember me")
+    for act, status in ((service.pause, Status.PAUSED), (service.resume, Status.RUNNING)):
+        done = await asyncio.gather(*(act(desk.actor, box.id) for _ in range(8)))
+        assert {one.status for one in done} == {status}
+    assert desk.node.asked.count("ensure_paused") == 1
+    assert desk.node.asked.count("ensure_running") == 2
+    assert (await desk.get(box)).incarnation == 2
+    assert (await desk.execute(box, "recall")).stdout == "me"
+
+
+async def test_a_pause_that_fails_leaves_it_running_and_says_why(desk: Desk) -> None:
+    box = await desk.create()
+    desk.node.refusal = NoCapacityError("the host's disk is full")
+    with pytest.raises(NoCapacityError, match="it is running as before"):
+        await desk.services.sandboxes.pause(desk.actor, box.id)
+    found = await desk.get(box)
+    assert found.reason is not None
+    assert (found.status, found.reason.code) == (Status.RUNNING, "no_capacity")
+
+
+async def test_a_resume_that_fails_leaves_it_paused(desk: Desk) -> None:
+    box = await desk.create()
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    desk.node.refusal = UnavailableError("not now")
+    with pytest.raises(UnavailableError, match="it is paused as before"):
+        await desk.services.sandboxes.resume(desk.actor, box.id)
+    assert (await desk.services.sandboxes.resume(desk.actor, box.id)).status is Status.RUNNING
+
+
+async def test_what_always_changes_is_given_up_with_one_error(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pause, resume, change, delete and commands end alike: nobody is told of a success."""
+    box = await desk.create()
+
+    async def overtaken(*_: object, **__: object) -> None:
+        return None
+
+    monkeypatch.setattr(desk.control.lifecycle, "apply", overtaken)
+    monkeypatch.setattr(desk.control.lifecycle, "change", overtaken)
+    service = desk.services.sandboxes
+    for work in (
+        service.pause(desk.actor, box.id),
+        service.delete(desk.actor, box.id, wait=True),
+        service.change(desk.actor, box.id, Changes(tags=["x"])),
+    ):
+        with pytest.raises(UnavailableError, match="others change it all the time"):
+            await work
+
+
+async def test_a_sandbox_in_error_comes_back_from_its_disk(desk: Desk) -> None:
+    box = await desk.create()
+    desk.node.die(box.id)
+    await desk.drive(4)
+    broken = await desk.until(box, Status.ERROR)
+    assert broken.reason is not None
+    assert broken.reason.code == "machine_died"
+    back = await desk.services.sandboxes.resume(desk.actor, box.id)
+    assert (back.status, back.incarnation) == (Status.RUNNING, 2)
+    assert desk.machine(box).remembers["way"] == "restart"
+
+
+# --- delete -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["running", "paused", "creating", "error", "failed"])
+async def test_a_delete_works_from_every_status(desk: Desk, how: str) -> None:
+    service = desk.services.sandboxes
+    if how == "creating":
+        desk.node.gate.clear()
+        box = await desk.services.creation.create(desk.actor, NewSandbox("base-minimal"))
+        await until_asked(desk, "ensure_running")
+        deleting = asyncio.ensure_future(service.delete(desk.actor, box.id, wait=True))
+        await desk.until(box, Status.DESTROYING, Status.DESTROYED)
+        desk.node.gate.set()
+        await deleting
+    else:
+        if how == "failed":
+            desk.node.refusal = InvalidArgumentError("no")
+        box = await desk.create()
+        if how == "paused":
+            await service.pause(desk.actor, box.id)
+        if how == "error":
+            desk.node.die(box.id)
+            await desk.drive(4)
+        await service.delete(desk.actor, box.id, wait=True)
+    assert (await desk.get(box)).status is Status.DESTROYED
+    await desk.drive(6)
+    assert desk.node.machines == {}
+    with pytest.raises(NotFoundError):
+        await service.delete(desk.actor, box.id, wait=True)
+
+
+async def test_a_delete_that_cannot_be_done_yet_says_so_and_is_done_later(desk: Desk) -> None:
+    box = await desk.create()
+    desk.node.is_silent = True
+    deleting = asyncio.ensure_future(desk.services.sandboxes.delete(desk.actor, box.id, wait=True))
+    await desk.until(box, Status.DESTROYING)
+    await desk.drive(62)
+    with pytest.raises(DeadlineExceededError):
+        await deleting
+    desk.node.is_silent = False
+    await desk.drive(6)
+    await desk.until(box, Status.DESTROYED)
+
+
+# --- the one door -------------------------------------------------------------------------------
+
+
+async def test_a_command_resumes_what_is_paused_and_is_noted(desk: Desk) -> None:
+    box = await desk.create()
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    desk.clock.time += timedelta(seconds=30)
+    assert (await desk.execute(box, "hello")).stdout == "hello"
+    found = await desk.get(box)
+    assert (found.last_activity_kind, found.last_activity_at) == ("exec", desk.clock.now())
+    line = next(one for one in await desk.feed(box) if one.event_type == "sandbox.exec")
+    assert (line.title, line.actor_user_id) == ("Command run", desk.actor.user_id)
+
+
+async def test_without_auto_resume_it_is_refused_and_nothing_is_started(desk: Desk) -> None:
+    box = await desk.create(auto_resume=False)
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    with pytest.raises(ConflictError, match="autoResume is off"):
+        await desk.execute(box, "hello")
+    assert desk.machine(box).phase is Phase.PAUSED
+
+
+async def test_what_is_paused_between_the_look_and_the_opening_is_resumed(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await desk.create()
+
+    async def pause_once(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.undo()
+        await note(*args, **kwargs)
+        await desk.services.sandboxes.pause(desk.actor, box.id)
+
+    reach = desk.services.commands._reach
+    note = reach._note
+    monkeypatch.setattr(reach, "_note", pause_once)
+    assert (await desk.execute(box, "hello")).stdout == "hello"
+    assert desk.node.asked.count("open") == 2
+    assert (await desk.get(box)).incarnation == 2
+
+
+async def test_a_command_under_way_is_told_that_its_sandbox_was_paused(desk: Desk) -> None:
+    box = await desk.create()
+    running = asyncio.ensure_future(desk.execute(box, "hang"))
+    await until(lambda: is_used(desk, box))
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    with pytest.raises(ConflictError, match="paused meanwhile") as caught:
+        await running
+    assert caught.value.facts == {"status": "paused"}
+
+
+async def is_used(desk: Desk, box: Sandbox) -> bool:
+    return bool(desk.machine(box).uses)
+
+
+async def test_an_agent_that_never_tells_the_end_is_given_up(desk: Desk) -> None:
+    box = await desk.create()
+    running = asyncio.ensure_future(desk.execute(box, "hang"))
+    await until(lambda: is_used(desk, box))
+    await desk.drive(26, step=5)
+    with pytest.raises(DeadlineExceededError):
+        await running
+
+
+async def test_to_look_at_figures_is_no_use(desk: Desk) -> None:
+    box = await desk.create()
+    before = (await desk.get(box)).last_activity_at
+    desk.clock.time += timedelta(seconds=30)
+    _, figures = await desk.services.sandboxes.stats(desk.actor, box.id)
+    assert figures.uptime == 1.0
+    assert (await desk.get(box)).last_activity_at == before
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    with pytest.raises(ConflictError):
+        await desk.services.sandboxes.stats(desk.actor, box.id)
+    assert desk.machine(box).phase is Phase.PAUSED
+
+
+# --- change -------------------------------------------------------------------------------------
+
+
+async def test_what_is_left_out_of_a_change_stays(desk: Desk) -> None:
+    box = await desk.create(name="a", tags=("x",), metadata={"k": 1})
+    service = desk.services.sandboxes
+    changed = await service.change(desk.actor, box.id, Changes(idle_timeout=7))
+    assert (changed.name, changed.tags, changed.metadata) == ("a", ("x",), {"k": 1})
+    assert changed.idle_timeout_s == 7
+    changed = await service.change(desk.actor, box.id, Changes(renames=True, name=None))
+    assert changed.name is None
+    assert (await service.change(desk.actor, box.id, Changes())).version == changed.version
+
+
+async def test_a_touch_counts_and_keeps_nothing_running_that_is_not(desk: Desk) -> None:
+    box = await desk.create()
+    desk.clock.time += timedelta(seconds=9)
+    touched = await desk.services.sandboxes.touch(desk.actor, box.id)
+    assert touched.last_activity_at == desk.clock.now()
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    with pytest.raises(ConflictError):
+        await desk.services.sandboxes.touch(desk.actor, box.id)
+
+
+# --- snapshots ----------------------------------------------------------------------------------
+
+
+async def test_a_snapshot_is_where_its_sandbox_is_and_so_is_what_comes_from_it(desk: Desk) -> None:
+    box = await desk.create()
+    await desk.execute(box, "remember me")
+    shot = await desk.services.snapshots.create(desk.actor, box.id, "s")
+    assert (shot.is_ready, shot.node_id, shot.size_bytes > 0) == (True, "fake", True)
+    clone = await desk.create(template=None, snapshot="s")
+    assert (await desk.execute(clone, "recall")).stdout == "me"
+    with pytest.raises(InvalidArgumentError):
+        await desk.create(snapshot="s", vcpus=8, template=None)
+
+
+async def test_a_snapshot_being_made_is_held_however_long_it_takes(desk: Desk) -> None:
+    box = await desk.create()
+    desk.node.gate.clear()
+    making = asyncio.ensure_future(desk.services.snapshots.create(desk.actor, box.id, "s"))
+    await until_asked(desk, "ensure_snapshot")
+    await desk.drive(120, step=5)
+    with pytest.raises(ConflictError, match="being made"):
+        await desk.services.snapshots.delete(desk.actor, "s")
+    desk.node.gate.set()
+    assert (await making).is_ready
+
+
+async def test_a_snapshot_whose_maker_died_is_removed_and_its_name_is_free(tmp_path: Path) -> None:
+    async with open_desk(tmp_path) as desk:
+        box = await desk.create()
+        desk.node.gate.clear()
+        request = Repeatable("POST /snapshots", "key", b"{}")
+        making = asyncio.ensure_future(
+            desk.services.snapshots.create(desk.actor, box.id, "s", request=request)
+        )
+        await until_asked(desk, "ensure_snapshot")
+
+        async def leave_it(*_: object, **__: object) -> None:
+            """As a killed server does: nothing is given back."""
+
+        desk.services.snapshots._forget = leave_it  # type: ignore[method-assign]
+        making.cancel()
+        await asyncio.wait([making])
+        desk.node.gate.set()
+        await desk.drive(45, step=5)
+        made = await desk.services.snapshots.create(desk.actor, box.id, "s", request=request)
+        assert made.is_ready
+        await desk.drive(6)
+        assert list(desk.node.snapshots) == [made.id]
+
+
+async def test_forks_begin_where_their_source_is_each_for_itself(desk: Desk) -> None:
+    box = await desk.create()
+    await desk.execute(box, "remember me")
+    request = Repeatable("POST /fork", "key", b"{}")
+    made = await asyncio.gather(
+        *(desk.services.snapshots.fork(desk.actor, box.id, 3, request=request) for _ in range(3))
+    )
+    assert len({one.id for forks in made for one in forks}) == 3
+    for fork in made[0]:
+        await desk.until(fork, Status.RUNNING)
+        assert (await desk.execute(fork, "recall")).stdout == "me"
+    await desk.drive(30, step=5)
+    assert desk.node.snapshots == {}, "the hidden one goes once all are up"
+
+
+async def test_a_rollback_puts_it_back_and_a_failed_one_leaves_what_was(desk: Desk) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    await desk.execute(box, "remember before")
+    await snapshots.create(desk.actor, box.id, "s")
+    await desk.execute(box, "remember after")
+    desk.node.refusal = None
+    back = await snapshots.roll_back(desk.actor, box.id, "s")
+    assert (back.status, (await desk.execute(box, "recall")).stdout) == (Status.RUNNING, "before")
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    desk.node.refusal = UnavailableError("not now")
+    with pytest.raises(UnavailableError, match="it is paused as before"):
+        await snapshots.roll_back(desk.actor, box.id, "s")
+    assert (await desk.execute(box, "recall")).stdout == "before"
+
+
+# --- events out of place ------------------------------------------------------------------------
+
+
+async def test_a_late_answer_of_an_earlier_version_changes_nothing(desk: Desk) -> None:
+    box = await desk.create()
+    await desk.services.sandboxes.change(desk.actor, box.id, Changes(tags=["x"]))
+    assert await desk.control.lifecycle.apply(box, Event.BROKE) is None
+    assert (await desk.get(box)).status is Status.RUNNING

@@ -1,0 +1,168 @@
+"""The services by themselves: on fake nodes, with a clock that a test drives, and no HTTP."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sandyard.server.api import Services
+from sandyard.server.app.control import Control, open_control
+from sandyard.server.app.installation import secret_key
+from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.wiring import sign_up_of
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.records import Activity, ActivityQuery, Sandbox
+from sandyard.server.core.states import Status
+from sandyard.server.links.local import LocalBus
+from sandyard.server.links.sql import open_store
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.people.bootstrap import ensure_first_organization
+from sandyard.server.service.reconcile.reconciler import Pace
+from sandyard.server.service.sandboxes.create import NewSandbox
+from sandyard.server.service.sandboxes.execute import Command, Outcome
+from tests.support.clock import DrivenClock, turn
+from tests.support.house import settings_of
+from tests.support.nodes import FakeNode, TunnelTo
+from tests.support.store import place_database
+
+_LIMIT_S = 10.0
+
+
+@dataclass
+class Desk:
+    """Services on nodes, and who uses them."""
+
+    control: Control
+    nodes: dict[str, FakeNode]
+    clock: DrivenClock
+    actor: Actor
+    kill: Callable[[], Awaitable[None]]
+
+    @property
+    def services(self) -> Services:
+        """What routes would call."""
+        return self.control.services
+
+    @property
+    def node(self) -> FakeNode:
+        """The first node."""
+        return next(iter(self.nodes.values()))
+
+    async def create(self, **wish: Any) -> Sandbox:
+        """Create a sandbox and return it once it is no longer on its way up."""
+        wish = {"template": "base-minimal", **wish}
+        made = await self.services.creation.create(self.actor, NewSandbox(**wish))
+        return await self.until(made, *(frozenset(Status) - {Status.PENDING, Status.CREATING}))
+
+    async def get(self, sandbox: Sandbox) -> Sandbox:
+        """Return a sandbox as it is now, also one that is gone."""
+        async with self.control.store.read() as tx:
+            found = await tx.sandboxes.find(sandbox.id)
+        assert found is not None
+        return found
+
+    async def until(self, sandbox: Sandbox, *statuses: Status) -> Sandbox:
+        """Return a sandbox once its status is one of these; no time passes meanwhile."""
+
+        async def holds() -> bool:
+            return (await self.get(sandbox)).status in statuses
+
+        await until(holds)
+        return await self.get(sandbox)
+
+    async def drive(self, seconds: float, step: float = 2.0) -> None:
+        """Let time pass, look by look, and let what each look begins come to its end."""
+        passed = 0.0
+        while passed < seconds:
+            await self.clock.advance(min(step, seconds - passed))
+            passed += step
+            await still()
+
+    async def execute(self, sandbox: Sandbox, line: str, actor: Actor | None = None) -> Outcome:
+        """Run a command."""
+        command = Command(line, 5000, "/", {}, None, "root", "utf-8")
+        return await self.services.commands.execute(actor or self.actor, sandbox.id, command)
+
+    async def feed(self, sandbox: Sandbox) -> list[Activity]:
+        """Return what became of a sandbox, oldest first."""
+        query = ActivityQuery(self.actor.org_id, 100, matches={"sandbox_id": sandbox.id})
+        async with self.control.store.read() as tx:
+            return list(reversed(await tx.activity.page(query)))
+
+    def machine(self, sandbox: Sandbox) -> Any:
+        """Return the machine behind a sandbox, on whichever node it is."""
+        (found,) = (
+            one.machines[sandbox.id] for one in self.nodes.values() if sandbox.id in one.machines
+        )
+        return found
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Return once a condition holds; fail at a limit of real time."""
+    async with asyncio.timeout(_LIMIT_S):
+        while not await condition():
+            await asyncio.sleep(0.001)
+
+
+async def still() -> None:
+    """Let what was begun come to its end: turns of the loop, and of the threads that commit."""
+    for _ in range(4):
+        await turn()
+        await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def open_desk(
+    home: Path,
+    *,
+    nodes: Mapping[str, FakeNode] | None = None,
+    clock: DrivenClock | None = None,
+    server_id: str = "server",
+    works: bool = True,
+    pace: Pace | None = None,
+) -> AsyncIterator[Desk]:
+    """Open the services on fake nodes and run the reconciler, unless it is not to work."""
+    clock = clock or DrivenClock()
+    own = dict(nodes or {"fake": FakeNode()})
+    place_database(home / "sandyard.db")
+    settings = settings_of(home)
+    async with open_store(settings.store_url, key=secret_key(home)) as store:
+        await ensure_first_organization(store, clock, sign_up_of(settings))
+        async with (
+            open_control(
+                settings,
+                server_id=server_id,
+                store=store,
+                nodes=own,
+                tunnel=TunnelTo(own),
+                bus=LocalBus(clock),
+                clock=clock,
+                metrics=Metrics(version="0"),
+                version="0",
+                pace=pace,
+            ) as control,
+            asyncio.TaskGroup() as tasks,
+        ):
+            working = tasks.create_task(control.reconciler.run() if works else asyncio.sleep(0))
+
+            async def kill() -> None:
+                working.cancel()
+                await asyncio.wait([working])
+
+            await still()
+            yield Desk(control, own, clock, await _admin(store), kill)
+            working.cancel()
+
+
+async def _admin(store: Store) -> Actor:
+    async with store.read() as tx:
+        organization = (await tx.organizations.every())[0]
+        ((user, _),) = await tx.users.members(organization.id)
+    return Actor(organization.id, user.id, "admin", frozenset({"*"}), "user")
+
+
+def member_of(actor: Actor, user_id: str) -> Actor:
+    """Return another user of the same organization, who is no admin."""
+    return replace(actor, user_id=user_id, role="member")
