@@ -133,5 +133,5 @@ async def _kept(work: Work, what: str, *, quietly: bool) -> None:
         await work
     except SandyardError as error:
         log.log(logging.DEBUG if quietly else logging.WARNING, "%s: %s", what, error.message)
-    except Exception:
+    except Exception:  # see above
         log.exception("%s, in a way that nobody foresaw", what)

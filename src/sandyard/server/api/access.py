@@ -52,5 +52,5 @@ class Scope:
 
 def open_to_all(route: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
     """Mark a route as open: it takes no credential."""
-    route.is_open = True  # type: ignore[attr-defined]
+    route.is_open = True  # type: ignore[attr-defined]  # a mark for the test of all routes
     return route

@@ -156,7 +156,10 @@ class AccountSettings(Section):
         "enterprise", description="The plan of new organizations; see `plans`."
     )
     organizations_per_user: int = Field(
-        5, ge=1, le=10_000, description="How many organizations a user may belong to to found one."
+        5,
+        ge=1,
+        le=10_000,
+        description="How many organizations a user may be in and still found another.",
     )
     failed_logins_per_minute: int = Field(
         30, ge=1, description="Credentials that are no good an address may try in a minute."

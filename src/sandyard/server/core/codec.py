@@ -40,7 +40,7 @@ def encode(value: object) -> Any:
     if dataclasses.is_dataclass(value):
         return {
             outer: encode(found)
-            for inner, outer in _names(type(value))  # type: ignore[arg-type]
+            for inner, outer in _names(type(value))  # type: ignore[arg-type]  # a class
             if (found := getattr(value, inner)) is not None
         }
     if isinstance(value, Mapping):

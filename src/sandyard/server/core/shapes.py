@@ -74,16 +74,16 @@ def shape_of(
     )
     if shape.vcpus not in VCPUS:
         raise InvalidArgumentError(
-            f"cannot give {shape.vcpus} vcpus: 1 to 32 are possible", field="resources.vcpus"
+            f"cannot give {shape.vcpus} vcpus: it must be 1 to 32", field="resources.vcpus"
         )
     if shape.memory_mib not in MEMORY_MIB:
         raise InvalidArgumentError(
-            f"cannot give {format_size(shape.memory_mib)} of memory: 128MB to 64GB are possible",
+            f"cannot give {format_size(shape.memory_mib)} of memory: it must be 128MB to 64GB",
             field="resources.memory",
         )
     if shape.disk_mib not in DISK_MIB:
         raise InvalidArgumentError(
-            f"cannot give a disk of {format_size(shape.disk_mib)}: 1GB to 500GB are possible",
+            f"cannot give a disk of {format_size(shape.disk_mib)}: it must be 1GB to 500GB",
             field="resources.disk",
         )
     return shape

@@ -15,22 +15,22 @@ _PLACES = 65536
 
 
 class FakeNetwork:
-    """See node.network.Network."""
+    """See node.host.network.Network."""
 
     def __init__(self, places: int = _PLACES) -> None:
         self._free = list(range(places - 1, -1, -1))
         self.in_use: set[int] = set()
 
     async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
-        """See node.network.Network.open."""
+        """See node.host.network.Network.open."""
         self.in_use = set(in_use)
         self._free = [number for number in self._free if number not in self.in_use]
 
     async def close(self) -> None:
-        """See node.network.Network.close."""
+        """See node.host.network.Network.close."""
 
     async def take(self) -> Place:
-        """See node.network.Network.take."""
+        """See node.host.network.Network.take."""
         if not self._free:
             raise NoCapacityError("cannot place one more machine: all slots are in use")
         number = self._free.pop()
@@ -38,17 +38,17 @@ class FakeNetwork:
         return self.place(number)
 
     def place(self, number: int) -> Place:
-        """See node.network.Network.place."""
+        """See node.host.network.Network.place."""
         return Place(number, f"fake-{number}", "tap0", "02:00:00:00:00:02", f"fake:{number}", 0)
 
     async def give_back(self, place: Place) -> None:
-        """See node.network.Network.give_back."""
+        """See node.host.network.Network.give_back."""
         if place.number in self.in_use:
             self.in_use.discard(place.number)
             self._free.append(place.number)
 
     async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
-        """See node.network.Network.dial."""
+        """See node.host.network.Network.dial."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             async with asyncio.timeout(limit_s):
@@ -61,14 +61,14 @@ class FakeNetwork:
 
 
 class FakeDisks:
-    """See node.disks.Disks."""
+    """See node.host.disks.Disks."""
 
     async def make(self, path: Path, *, size_mib: int, uid: int) -> None:
-        """See node.disks.Disks.make."""
+        """See node.host.disks.Disks.make."""
         path.write_bytes(b"")
 
     async def copy(self, source: Path, path: Path, *, sync: bool = False) -> None:
-        """See node.disks.Disks.copy."""
+        """See node.host.disks.Disks.copy."""
         path.write_bytes(source.read_bytes())
 
 

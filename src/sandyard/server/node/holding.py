@@ -121,7 +121,7 @@ class Holding:
             await work()
         except SandyardError as error:
             self._failure = error
-        except Exception as error:
+        except Exception as error:  # whoever waits is told, and the node lives on
             log.exception("a job failed in a way nobody foresaw")
             self._failure = InternalError(f"cannot carry this out: {error}")
         finally:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from sandyard.server.core.errors import ConflictError, SandyardError
 from sandyard.server.core.ops import Hello
@@ -81,7 +82,9 @@ async def watch(
                 await _look(machine, body, pulse, means)
             except Exception:  # what one look does must not leave a machine unwatched
                 log.exception("a look at a machine failed; looking again soon")
-            await asyncio.wait([ending], timeout=means.limits.watch_period_s)
+            with suppress(TimeoutError):
+                async with means.clock.timeout(means.limits.watch_period_s):
+                    await asyncio.wait([ending])
         body.append_console(await machine.console())
         return ending.result()
 

@@ -233,7 +233,7 @@ class Goldens:
                 "a golden machine is ready: %s, %d vcpus, %d MB",
                 kind.template, kind.vcpus, kind.memory_mib,
             )  # fmt: skip
-        except Exception:
+        except Exception:  # whatever it was, it is not tried again at once
             self._failed_at[kind] = self._means.clock.monotonic()
             raise
 

@@ -246,7 +246,7 @@ class Pool:
                     await self._make(shelf)
                 else:
                     shelf.failed_at = self._means.clock.monotonic()
-        except Exception:
+        except Exception:  # whatever it was, it is not tried again at once
             shelf.failed_at = self._means.clock.monotonic()
             raise
         finally:

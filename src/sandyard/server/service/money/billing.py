@@ -236,7 +236,7 @@ class Billing:
         actor.require_admin()
         if threshold_cents is not None and not 1 <= threshold_cents <= AMOUNT_MAX:
             raise InvalidArgumentError(
-                f"cannot use thresholdCents: 1 to {AMOUNT_MAX} are possible",
+                f"cannot use thresholdCents: it must be 1 to {AMOUNT_MAX}",
                 field="thresholdCents",
             )
         if amount_cents is not None:
@@ -290,7 +290,7 @@ class Billing:
                 )
         if not 1 <= amount_cents <= AMOUNT_MAX:
             raise InvalidArgumentError(
-                f"cannot grant {amount_cents} cents: 1 to {AMOUNT_MAX} are possible",
+                f"cannot grant {amount_cents} cents: it must be 1 to {AMOUNT_MAX}",
                 field="amountCents",
             )
         wanted = actor.org_id if org_id is None else org_id
@@ -362,6 +362,6 @@ class Billing:
 def _check_amount(amount_cents: int, *, field: str = "amountCents") -> None:
     if not TOPUP_MIN <= amount_cents <= AMOUNT_MAX:
         raise InvalidArgumentError(
-            f"cannot top up {amount_cents} cents: {TOPUP_MIN} to {AMOUNT_MAX} are possible",
+            f"cannot top up {amount_cents} cents: it must be {TOPUP_MIN} to {AMOUNT_MAX}",
             field=field,
         )

@@ -36,7 +36,7 @@ async def credit(
     """
     if amount_cents == 0 or abs(amount_cents) > AMOUNT_MAX:
         raise InvalidArgumentError(
-            f"cannot post {amount_cents} cents: 1 to {AMOUNT_MAX} are possible",
+            f"cannot post {amount_cents} cents: it must be 1 to {AMOUNT_MAX}",
             field="amountCents",
         )
     if reference_id is not None:

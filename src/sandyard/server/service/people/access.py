@@ -33,7 +33,7 @@ def no_credential() -> UnauthenticatedError:
 
 
 class Door(Protocol):
-    """Lets in who comes with a session token. See service.sign_in.SignIn."""
+    """Lets in who comes with a session token. See service.people.sign_in.SignIn."""
 
     async def enter(self, token: str, *, org_id: str | None = None) -> Actor:
         """Return the actor of a session token."""

@@ -223,7 +223,7 @@ class Administration:
         expires_in: str | None,
         is_test: bool,
     ) -> tuple[ApiKey, str]:
-        """Make a key of a member's. See service.api_keys.ApiKeys.create."""
+        """Make a key of a member's. See service.people.api_keys.ApiKeys.create."""
         async with self._store.read() as tx:
             organization, user, member = await self._member(tx, reference, who)
         actor = _system(organization, user, member)
@@ -232,7 +232,7 @@ class Administration:
         )
 
     async def revoke_key(self, reference: str, key_id: str) -> ApiKey:
-        """Make a key no good. See service.api_keys.ApiKeys.revoke."""
+        """Make a key no good. See service.people.api_keys.ApiKeys.revoke."""
         async with self._store.read() as tx:
             organization = await _organization(tx, reference)
             key = await tx.keys.find(organization.id, key_id)

@@ -154,7 +154,7 @@ def _check(command: Command) -> None:
         )
     if command.timeout not in _TIMEOUT_MS:
         raise InvalidArgumentError(
-            "cannot use timeout: 1 to 3600000 milliseconds are possible", field="timeout"
+            "cannot use timeout: it must be 1 to 3600000 milliseconds", field="timeout"
         )
     if not command.cwd.startswith("/") or len(command.cwd) > _PATH_MAX:
         raise InvalidArgumentError("cannot use cwd: it must start with /", field="cwd")

@@ -21,7 +21,7 @@ def check_idle_timeout(seconds: int) -> None:
     """Refuse an idle time-out that is out of range."""
     if seconds not in _IDLE_TIMEOUT_S:
         raise InvalidArgumentError(
-            "cannot use idleTimeout: 0 (never) to 604800 seconds are possible",
+            "cannot use idleTimeout: it must be 0 (never) to 604800 seconds",
             field="idleTimeout",
         )
 

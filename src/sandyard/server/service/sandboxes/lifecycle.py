@@ -95,7 +95,7 @@ class Lifecycle:
             status=status,
             reason=reason,
             updated_at=now,
-            **changes,  # type: ignore[arg-type]
+            **changes,  # type: ignore[arg-type]  # fields by name
         )
         async with self._store.write() as tx:
             if check is not None:
@@ -133,7 +133,7 @@ class Lifecycle:
         changed = replace(
             sandbox,
             updated_at=self._clock.now(),
-            **changes,  # type: ignore[arg-type]
+            **changes,  # type: ignore[arg-type]  # fields by name
         )
         async with self._store.write() as tx:
             if not await _is_current(tx, sandbox):
