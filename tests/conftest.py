@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import postgres
 from tests.support.firecracker import firecracker_environment, firecracker_verdict
+from tests.support.leftovers import open_sockets, open_things
 from tests.support.server import QEMU
 
 _PATIENCE = 200  # looks, ten milliseconds apart
@@ -73,12 +74,12 @@ def tmp_path() -> Iterator[Path]:
 @pytest.fixture
 async def _leaves_no_task() -> AsyncIterator[None]:
     """Fail a test that leaves a task at work, and let what it closed come to its end."""
-    tasks, sockets = asyncio.all_tasks(), _open_sockets()
+    tasks, sockets = asyncio.all_tasks(), open_sockets()
     yield
     for _ in range(_PATIENCE):
         left = {one for one in asyncio.all_tasks() - tasks if not one.done()}
         left.discard(asyncio.current_task())
-        if not left and not _open_sockets() - sockets:
+        if not left and not open_sockets() - sockets:
             return
         await asyncio.sleep(0.01)
     assert not left, f"tasks are still at work: {left}"
@@ -90,30 +91,10 @@ def _leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
     What a whole tier shares is looked after by that tier's own fixture.
     """
-    if {"machine", "system"} & set(request.node.path.parts):
+    if request.node.path.parent.name in ("machine", "system"):
         yield
         return
-    before = _open_things()
+    before = open_things()
     yield
-    left = _open_things() - before
+    left = open_things() - before
     assert not left, f"left behind: {sorted(left)}"
-
-
-def _open_things() -> set[str]:
-    found = {line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()}
-    namespaces = Path("/run/netns")
-    found |= {str(one) for one in namespaces.glob("syd-*")} if namespaces.is_dir() else set()
-    homes = {str(one) for one in Path("/tmp").glob(f"sy-{os.getpid()}-*")}
-    return found | homes | _open_sockets()
-
-
-def _open_sockets() -> set[str]:
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue
-        if target.startswith("socket:"):
-            found.add(target)
-    return found

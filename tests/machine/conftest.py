@@ -45,6 +45,8 @@ def _is_settled(server: RealServer, box: str) -> bool:
         and len(server.processes()) == machines
         and len(server.namespaces()) == machines + SPARE_SLOTS
         and len(server.links()) == machines + SPARE_SLOTS
+        and not server.mounts()
+        and not server.unfinished()
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
-from tests.support.house import Yard, eventually, open_yard
+from tests.support.house import Yard, eventually, open_yard, until
 
 from sandyard.server.api.access import Scope
 from sandyard.server.core.scopes import SCOPES
@@ -259,6 +259,7 @@ async def test_failed_logins_are_limited_and_good_ones_are_not(tmp_path: Path) -
 async def test_a_key_that_is_revoked_while_it_is_used_is_no_good_at_once(yard: Yard) -> None:
     made = (await yard.client.post("/v1/api-keys", json={"name": "busy"})).json()["data"]
     revoked_at = 0.0
+    before: list[int] = []
     after: list[int] = []
     loop = asyncio.get_running_loop()
 
@@ -270,15 +271,18 @@ async def test_a_key_that_is_revoked_while_it_is_used_is_no_good_at_once(yard: Y
                 after.append(status)
                 if len(after) > 100:
                     return
+            else:
+                before.append(status)
             await asyncio.sleep(0.01)
 
     async with yard.client_of(made["key"]) as client, asyncio.TaskGroup() as tasks:
         for _ in range(4):
             tasks.create_task(use(client))
-        await asyncio.sleep(0.2)
+        await until(lambda: len(before) > 20)
         gone = await yard.client.delete(f"/v1/api-keys/{made['id']}")
         assert gone.status_code == 200
         revoked_at = loop.time()
+    assert set(before[:20]) == {200}
     assert set(after) == {401}
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.support.house import Yard, eventually, open_yard
+from tests.support.house import Yard, eventually, open_yard, until
 
 from sandyard.server.core.states import Status
 
@@ -230,8 +230,8 @@ async def test_a_machine_that_dies_during_an_exec_ends_it_at_once(yard: Yard) ->
     data = await yard.create()
     path = f"/v1/sandboxes/{data['id']}/exec"
     hanging = asyncio.ensure_future(yard.client.post(path, json={"command": "hang"}))
-    (machine,) = yard.host.machines.values()
-    await asyncio.sleep(0.05)
+    machine = yard.machine_of(data)
+    await until(lambda: machine.executing == ["hang"])
     machine.die()
     answer = await asyncio.wait_for(hanging, 5)
     assert answer.status_code == 409

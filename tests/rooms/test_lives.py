@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.clock import AheadClock
-from tests.support.house import Yard, eventually, open_yard
+from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.several import open_several
 
 from sandyard.server.core.errors import InternalError
@@ -206,8 +206,9 @@ async def test_an_end_that_comes_while_it_is_saved_is_noticed(yard: Yard) -> Non
     box = await yard.create()
     yard.conduct.save_delay_s = 0.3
     saving = asyncio.ensure_future(yard.client.post(f"/v1/sandboxes/{box['id']}/snapshots"))
-    await asyncio.sleep(0.1)
-    yard.machine_of(box).die()
+    machine = yard.machine_of(box)
+    await until(lambda: machine.is_saving)
+    machine.die()
     await saving
     await eventually(lambda: status_is(yard, box, "error"))
 
@@ -552,11 +553,12 @@ async def test_a_command_that_takes_long_keeps_its_sandbox_up(tmp_path: Path) ->
         other = await yard.create(idleTimeout=10)
         path = f"/v1/sandboxes/{box['id']}/exec"
         hanging = asyncio.ensure_future(yard.client.post(path, json={"command": "hang"}))
-        await asyncio.sleep(0.05)
+        machine = yard.machine_of(box)
+        await until(lambda: machine.executing == ["hang"])
         clock.ahead = timedelta(seconds=20)
         await eventually(lambda: status_is(yard, other, "paused"))
         assert await status_is(yard, box, "running")
-        yard.machine_of(box).die()
+        machine.die()
         await hanging
 
 

@@ -14,6 +14,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks as conformance
 from tests.conftest import free_port
 from tests.support.house import Yard, open_yard
+from tests.support.leftovers import open_things
 from tests.support.stripe import SECRET, WEBHOOK_SECRET, stripe_stand_in
 
 pytestmark = pytest.mark.slow  # thousands of requests: what no one thought of asking
@@ -70,8 +71,15 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    before = open_things()
     with Served(tmp_path_factory.mktemp("api")) as made:
         yield made
+    assert not open_things() - before
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> None:
+    """The server that these tests share may keep its connections between them."""
 
 
 @pytest.mark.timeout(300)

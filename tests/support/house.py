@@ -184,3 +184,10 @@ async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float
     async with asyncio.timeout(limit_s):
         while not await condition():
             await asyncio.sleep(0.01)
+
+
+async def until(condition: Callable[[], bool], *, limit_s: float = 10.0) -> None:
+    """Return once a condition holds; fail at the limit."""
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.001)

@@ -207,19 +207,29 @@ class RealServer:
         both = (self.home / "machines", self.home / "snapshots")
         return {path.name for one in both if one.is_dir() for path in one.iterdir()}
 
+    def mounts(self) -> set[str]:
+        """Return what is mounted below the home."""
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+        return {one for one in (line.split()[1] for line in lines) if str(self.home) in one}
+
+    def unfinished(self) -> set[Path]:
+        """Return the files in the home that something was still being written to."""
+        found = ((Path(folder), folders + files) for folder, folders, files in os.walk(self.home))
+        return {at / name for at, names in found for name in names if name.endswith(".part")}
+
     def leftovers(self) -> dict[str, object]:
         """Return everything that may not be there once an installation was removed."""
         tables = subprocess.run(
             ["nft", "list", "ruleset"], capture_output=True, text=True, check=True
         ).stdout
-        mounts = Path("/proc/mounts").read_text()
         found = {
             "processes": self.processes(),
             "namespaces": self.namespaces(),
             "links": self.links(),
             "folders": self.folders(),
             "rules": f"sandyard_{self.instance['id']}" in tables,
-            "mounts": str(self.home) in mounts,
+            "mounts": self.mounts(),
+            "unfinished": self.unfinished(),
         }
         return {name: value for name, value in found.items() if value}
 

@@ -82,6 +82,8 @@ class FakeMachine:
         self.remembers: dict[str, str] = {"token": spec.token}
         self.is_held = False
         self.is_behind = spec.is_ahead
+        self.is_saving = False
+        self.executing: list[str] = []
         self.disk_mib: int | None = None
         self._moving = asyncio.Event()
         self._moving.set()
@@ -151,7 +153,9 @@ class FakeMachine:
     async def save(self, folder: Path) -> Saved:
         """See drivers.contract.SavingMachine.save."""
         folder.mkdir()
+        self.is_saving = True
         await asyncio.sleep(self._conduct.save_delay_s)
+        self.is_saving = False
         self._check_lives()
         if not self._conduct.has_room_to_save:
             raise NoCapacityError("cannot save the machine: the host's disk is full")
@@ -184,6 +188,7 @@ class FakeMachine:
     def close(self) -> None:
         """Close the connections, which a machine that just ended leaves hanging."""
         self._closed.set()
+        self._moving.set()  # who waits for a machine that is held would wait for ever
         for writer in self._writers:
             writer.transport.abort()
 
@@ -202,6 +207,8 @@ class FakeMachine:
             if not self._conduct.answers:
                 await self._closed.wait()
             await self._moving.wait()
+            if self._closed.is_set():
+                return
             await self._converse(request, reader, decoder, writer)
             await writer.drain()
         except (OSError, wire.WireError):
@@ -291,6 +298,7 @@ class FakeMachine:
         `recall` use its memory, `write X` and `read` its disk.
         """
         said = wish.command
+        self.executing.append(said)
         word, _, rest = said.partition(" ")
         match word:
             case "hang":

@@ -1,0 +1,107 @@
+"""The agent of a real machine, spoken to as a node does."""
+
+import asyncio
+import socket
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import pytest
+from tests.support.server import RealServer, wait_until
+
+from sandyard.server.core import ops
+from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnsupportedError
+from sandyard.server.core.wire import AGENT_PORT
+from sandyard.server.drivers.namespaces import in_namespace
+from sandyard.server.links.local import SystemClock
+from sandyard.server.node.agent import AgentLink
+from sandyard.server.node.host.firewall import GUEST_IP
+
+pytestmark = pytest.mark.machine
+_LIMIT_S = 20.0
+
+
+class LaterOp(StrEnum):
+    """The operations of a later version."""
+
+    FLY = "fly"
+
+
+@dataclass(frozen=True)
+class Fly(ops.Operation[ops.Done]):
+    """What this agent does not know."""
+
+    op: ClassVar[Any] = LaterOp.FLY
+    answer = ops.Done
+
+
+def _link(server: RealServer, box: str, token: str | None = None) -> AgentLink:
+    record = server.record_of(box)
+    netns = f"{server.prefix}-{record['slot']}"
+
+    async def dial(limit_s: float) -> socket.socket:
+        connection = await asyncio.to_thread(in_namespace, netns, socket.socket)
+        connection.setblocking(False)
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.get_running_loop().sock_connect(connection, (GUEST_IP, AGENT_PORT))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    return AgentLink(dial, token or record["token"], SystemClock())
+
+
+async def test_what_it_does_not_know_it_refuses_and_goes_on(server: RealServer, box: str) -> None:
+    link = _link(server, box)
+    with pytest.raises(UnsupportedError, match="fly"):
+        await link.ask(Fly(), limit_s=_LIMIT_S)
+    assert (await link.ask(ops.Hello(), limit_s=_LIMIT_S)).pid > 0
+
+
+async def test_who_does_not_have_its_token_gets_nothing(server: RealServer, box: str) -> None:
+    link = _link(server, box, token="0" * 64)
+    every: tuple[ops.Operation[Any], ...] = (
+        ops.Stats(), ops.Execute("id", timeout_ms=1000), ops.Dial(22),
+    )  # fmt: skip
+    for operation in every:
+        with pytest.raises(InternalError, match="token"):
+            async with link.open(operation, limit_s=_LIMIT_S):
+                pass
+
+
+async def test_a_port_of_loopback_is_reached_both_ways(server: RealServer, box: str) -> None:
+    link = _link(server, box)
+    echo = (
+        "import socket; s = socket.create_server(('127.0.0.1', 4321)); c, _ = s.accept()\n"
+        "while d := c.recv(65536): c.sendall(d[::-1])\n"
+        "c.sendall(b'over')"
+    )
+    server.execute(box, f'setsid python3 -c "{echo}" >/dev/null 2>&1 </dev/null &')
+    said = b""
+    until = time.monotonic() + _LIMIT_S
+    while not said:
+        try:
+            async with link.open(ops.Dial(4321), limit_s=_LIMIT_S) as opened:
+                await opened.stream.write(b"\x00\xffabc")
+                while len(said) < 5:
+                    said += await opened.stream.read(100)
+                await opened.stream.write_eof()
+                while more := await opened.stream.read(100):
+                    said += more
+        except InvalidArgumentError as error:
+            if "nothing listens" not in str(error) or time.monotonic() > until:
+                raise
+    assert said == b"cba\xff\x00over"
+    busy = "pgrep -f create_server | wc -l"  # the shell that asks is one of them
+    wait_until(lambda: int(str(server.execute(box, busy)["stdout"])) <= 1)
+
+
+@pytest.mark.parametrize("port", [AGENT_PORT, 0, 65536, -1])
+async def test_a_port_that_is_not_the_sandboxs_is_refused(
+    server: RealServer, box: str, port: int
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=str(port)):
+        await _link(server, box).ask(ops.Dial(port), limit_s=_LIMIT_S)
