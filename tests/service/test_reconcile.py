@@ -3,15 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.clock import DrivenClock
 from tests.support.desk import Desk, open_desk, still, until
 from tests.support.nodes import FakeNode, a_wish
 
-from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
 from sandyard.server.core.errors import NoCapacityError, UnavailableError
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.records import Sandbox
@@ -365,3 +367,117 @@ async def test_two_servers_look_at_one_node_and_do_everything_once(tmp_path: Pat
         for box in boxes:
             feed = [one.event_type for one in await desks[1].feed(box)]
             assert feed.count("sandbox.paused") == 1
+
+
+async def test_a_start_that_its_node_refuses_goes_to_another_at_a_pace(
+    three: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = three.nodes.values()
+    for other in others:
+        other.room = 5
+    asked = 0
+
+    async def refuses(wish: MachineWish) -> MachineFact:
+        nonlocal asked
+        asked += 1
+        raise NoCapacityError("cannot place one more machine: all slots are in use")
+
+    monkeypatch.setattr(first, "ensure_running", refuses)
+    box = await three.create()
+    assert (box.status, asked) == (Status.RUNNING, 1)
+    assert box.node_id != first.node_id
+    for other in others:
+        monkeypatch.setattr(other, "ensure_running", refuses)
+    asked = 0
+    wish = NewSandbox("base-minimal", expires_in=400)
+    waiting = await three.services.creation.create(three.actor, wish)
+    await three.drive(20)
+    assert 2 <= asked <= 30, "it is paced, wherever it goes"
+    await three.drive(320, step=20)
+    assert (await three.get(waiting)).status is Status.FAILED
+    await three.drive(100, step=20)
+    assert (await three.get(waiting)).status is Status.DESTROYED, "its end comes"
+
+
+async def test_a_node_that_hangs_in_whatever_it_is_asked_blocks_nobody(
+    three: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = three.nodes.values()
+
+    async def hangs(*_: object, **__: object) -> Any:
+        await asyncio.Event().wait()
+
+    for name in ("templates", "find_room", "report", "ensure_running", "ensure_paused"):
+        monkeypatch.setattr(first, name, hangs)
+    creating = asyncio.create_task(
+        three.services.creation.create(three.actor, NewSandbox("base-minimal"))
+    )
+    await three.drive(60, step=5)
+    assert (await three.get(await creating)).status is Status.RUNNING
+
+
+async def test_a_start_on_a_node_that_comes_to_hang_goes_to_another(
+    three: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = three.nodes.values()
+
+    async def hangs(*_: object, **__: object) -> Any:
+        monkeypatch.setattr(first, "report", hangs)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(first, "ensure_running", hangs)
+    made = await three.services.creation.create(three.actor, NewSandbox("base-minimal"))
+    assert made.node_id == first.node_id
+    await three.drive(60, step=5)
+    now = await three.get(made)
+    assert now.status is Status.RUNNING
+    assert now.node_id != first.node_id
+
+
+async def test_nobody_pays_for_what_a_node_did_while_it_was_not_heard_of(tmp_path: Path) -> None:
+    node, clock = FakeNode(), DrivenClock()
+    async with open_desk(tmp_path, nodes={"fake": node}, clock=clock) as desk:
+        box = await desk.create(idle_timeout=0)
+        await desk.drive(10)
+    clock.time += timedelta(hours=5)
+    node.is_silent = True
+    async with open_desk(tmp_path, nodes={"fake": node}, clock=clock) as desk:
+        await desk.drive(20)
+        assert (await desk.get(box)).status is Status.SUSPECTED_MISSING
+        async with desk.control.store.read() as tx:
+            (period,) = await tx.usage.of_sandbox(box.id)
+        assert period.ended_at is not None
+        assert period.ended_at - period.started_at < timedelta(seconds=30)
+
+
+async def test_a_node_never_heard_of_is_silent_too(tmp_path: Path) -> None:
+    nodes = {"a": FakeNode("a"), "b": FakeNode("b")}
+    nodes["b"].is_silent = True
+    async with open_desk(tmp_path, nodes=nodes) as desk:
+        box = await desk.create(idle_timeout=0)
+        there = replace(box, id=new_sandbox_id(), node_id="b")
+        async with desk.control.store.write() as tx:
+            await tx.sandboxes.insert(there)
+        await desk.drive(20)
+        assert (await desk.get(there)).status is Status.SUSPECTED_MISSING
+        assert (await desk.get(box)).status is Status.RUNNING
+
+
+async def test_a_machine_that_runs_under_a_paused_sandbox_is_saved_at_the_second_look(
+    desk: Desk,
+) -> None:
+    box = await desk.create(idle_timeout=0)
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    desk.node.machines[box.id].phase = Phase.RUNNING
+    await desk.drive(6)
+    assert desk.node.machines[box.id].phase is Phase.PAUSED
+
+
+async def test_a_pause_for_idleness_does_not_begin_where_the_node_does_not_answer(
+    desk: Desk,
+) -> None:
+    box = await desk.create(idle_timeout=10)
+    await desk.drive(8)
+    desk.node.is_silent = True
+    await desk.drive(6)
+    assert (await desk.get(box)).status is Status.RUNNING

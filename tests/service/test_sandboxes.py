@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.support.desk import Desk, member_of, open_desk, until
 
-from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -309,17 +309,40 @@ async def test_what_is_paused_between_the_look_and_the_opening_is_resumed(
 ) -> None:
     box = await desk.create()
 
-    async def pause_once(*args: Any, **kwargs: Any) -> None:
+    async def pause_once(*args: Any, **kwargs: Any) -> bool:
         monkeypatch.undo()
-        await note(*args, **kwargs)
+        assert await note(*args, **kwargs)
         await desk.services.sandboxes.pause(desk.actor, box.id)
+        return True
 
     reach = desk.services.commands._reach
-    note = reach._note
-    monkeypatch.setattr(reach, "_note", pause_once)
+    note = reach._is_noted
+    monkeypatch.setattr(reach, "_is_noted", pause_once)
     assert (await desk.execute(box, "hello")).stdout == "hello"
     assert desk.node.asked.count("open") == 2
     assert (await desk.get(box)).incarnation == 2
+
+
+async def test_a_use_that_is_noted_once_a_pause_has_begun_comes_after_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await desk.create(idle_timeout=10)
+    reach = desk.services.commands._reach
+    note, go_on = reach._is_noted, asyncio.Event()
+
+    async def late(*args: Any, **kwargs: Any) -> bool:
+        monkeypatch.undo()
+        await go_on.wait()
+        return await note(*args, **kwargs)
+
+    monkeypatch.setattr(reach, "_is_noted", late)
+    using = asyncio.create_task(desk.execute(box, "hello"))
+    await desk.drive(14)
+    assert (await desk.get(box)).status is Status.PAUSED
+    go_on.set()
+    assert (await using).stdout == "hello"
+    since = desk.node.asked[desk.node.asked.index("ensure_paused") :]
+    assert since.count("open") == 1, "nothing was tried in a machine about to be saved"
 
 
 async def test_a_command_under_way_is_told_that_its_sandbox_was_paused(desk: Desk) -> None:
@@ -462,7 +485,134 @@ async def test_a_rollback_puts_it_back_and_a_failed_one_leaves_what_was(desk: De
     assert (await desk.execute(box, "recall")).stdout == "before"
 
 
+async def test_a_rollback_that_takes_long_or_is_met_by_a_change_is_told_as_done(
+    desk: Desk,
+) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    await snapshots.create(desk.actor, box.id, "s")
+    for seconds in (0, 62):
+        await desk.services.sandboxes.pause(desk.actor, box.id)
+        desk.node.gate.clear()
+        going = asyncio.create_task(snapshots.roll_back(desk.actor, box.id, "s"))
+        await desk.until(box, Status.RESUMING)
+        if seconds == 0:
+            await desk.services.sandboxes.change(desk.actor, box.id, Changes(tags=["a"]))
+        await desk.drive(seconds)
+        desk.node.gate.set()
+        await desk.drive(6)
+        assert (await going).status is Status.RUNNING
+
+
+async def test_a_rollback_does_not_take_a_resume_for_itself(desk: Desk) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    await snapshots.create(desk.actor, box.id, "s")
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    desk.node.gate.clear()
+    resuming = asyncio.create_task(desk.services.sandboxes.resume(desk.actor, box.id))
+    await desk.until(box, Status.RESUMING)
+    with pytest.raises(ConflictError, match="resuming"):
+        await snapshots.roll_back(desk.actor, box.id, "s")
+    desk.node.gate.set()
+    await resuming
+
+
+async def test_a_repeated_fork_is_answered_also_where_it_could_not_be_made_now(
+    desk: Desk,
+) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    desk.node.room = 3
+    request = Repeatable("POST /fork", "key", b"{}")
+    made = await snapshots.fork(desk.actor, box.id, 2, request=request)
+    for fork in made:
+        await desk.until(fork, Status.RUNNING)
+    for _ in range(2):
+        again = await snapshots.fork(desk.actor, box.id, 2, request=request)
+        assert [one.id for one in again] == [one.id for one in made]
+        desk.node.die(box.id)
+        await desk.drive(4)
+        assert (await desk.get(box)).status is Status.ERROR
+
+
+async def test_forks_noted_without_their_snapshot_are_found_again(desk: Desk) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    request = Repeatable("POST /fork", "key", b"{}")
+    (made,) = await snapshots.fork(desk.actor, box.id, 1, request=request)
+    repeats = snapshots._repeats
+    async with desk.control.store.write() as tx:
+        ids = await repeats.made_before(tx, desk.actor, request)
+        assert ids is not None
+        assert ids[1:] == (made.id,)
+        await repeats.forget(tx, desk.actor, request, ids)
+        await repeats.note(tx, desk.actor, request, (made.id,))
+    (again,) = await snapshots.fork(desk.actor, box.id, 1, request=request)
+    assert again.id == made.id
+
+
+async def test_a_request_whose_server_was_killed_is_done_by_its_peer(desk: Desk) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    request = Repeatable("POST /snapshots", "key", b"{}")
+    begun = snapshots._new(desk.actor, await desk.get(box), name="n", is_hidden=False)
+    begun = replace(begun, held_until=desk.clock.now() + timedelta(seconds=3))
+    async with desk.control.store.write() as tx:
+        await tx.snapshots.insert(begun)
+        await snapshots._repeats.note(tx, desk.actor, request, (begun.id,))
+    asking = asyncio.create_task(snapshots.create(desk.actor, box.id, "n", request=request))
+    await desk.drive(4, step=0.5)
+    made = await asking
+    assert made.is_ready
+    assert made.id != begun.id
+    await desk.drive(20)
+    assert (await snapshots.get(desk.actor, "n")).id == made.id
+    with pytest.raises(ConflictError, match="deleted meanwhile"):
+        async with desk.control.store.write() as tx:
+            await snapshots._complete(tx, begun, 1)
+
+
+async def test_a_snapshot_of_a_silent_node_is_deleted_and_its_files_go_later(desk: Desk) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    made = await snapshots.create(desk.actor, box.id, None)
+    desk.node.is_silent = True
+    await snapshots.delete(desk.actor, made.id)
+    assert list(desk.node.snapshots) == [made.id]
+    desk.node.is_silent = False
+    await desk.drive(6)
+    assert desk.node.snapshots == {}
+
+
 # --- events out of place ------------------------------------------------------------------------
+
+
+async def test_what_is_deleted_while_it_is_changed_is_not_found(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box, sandboxes = await desk.create(), desk.services.sandboxes
+    change = desk.control.lifecycle.change
+
+    async def too_late(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.undo()
+        await sandboxes.delete(desk.actor, box.id, wait=True)
+        return await change(*args, **kwargs)
+
+    monkeypatch.setattr(desk.control.lifecycle, "change", too_late)
+    with pytest.raises(NotFoundError):
+        await sandboxes.change(desk.actor, box.id, Changes(tags=["x"]))
+    assert "sandbox.updated" not in {one.event_type for one in await desk.feed(box)}
+
+
+async def test_an_answer_that_is_lost_is_found_in_the_report(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await desk.create(idle_timeout=0)
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    ensure_running, node = desk.node.ensure_running, desk.node
+
+    async def loses_it(wish: MachineWish) -> MachineFact:
+        monkeypatch.undo()
+        await ensure_running(wish)
+        raise UnavailableError("the connection to the node broke")
+
+    monkeypatch.setattr(node, "ensure_running", loses_it)
+    assert (await desk.services.sandboxes.resume(desk.actor, box.id)).status is Status.RUNNING
 
 
 async def test_a_late_answer_of_an_earlier_version_changes_nothing(desk: Desk) -> None:

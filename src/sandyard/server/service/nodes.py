@@ -1,20 +1,119 @@
 """The nodes of the installation: how each is reached, and what it said last."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeControl, NodeReport
-from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
+from sandyard.server.core.contracts.node import (
+    MachineFact,
+    MachineWish,
+    NodeControl,
+    NodeReport,
+    SnapshotFact,
+    TemplateFact,
+)
+from sandyard.server.core.errors import DeadlineExceededError, SandyardError, UnavailableError
+from sandyard.server.core.shapes import Shape
+from sandyard.server.tasks import beside
 
 REPORT_LIMIT_S = 5.0
+_SHORT_S = 30.0
+_CHECK_S = 15.0
 _FRESH_S = 10.0
+_T = TypeVar("_T")
+
+
+class PatientNode:
+    """A node that nobody waits for longer than it lives; see core.contracts.node.NodeControl.
+
+    What only has to be looked up has a limit. What may take long (a start, a save) is waited for as
+    long as the node, asked beside, still reports.
+
+    Raises, by any of its methods: UnavailableError if the node does not answer any more.
+    """
+
+    def __init__(self, node: NodeControl, clock: Clock) -> None:
+        self._node = node
+        self._clock = clock
+
+    @property
+    def node_id(self) -> str:
+        """See NodeControl.node_id."""
+        return self._node.node_id
+
+    async def ensure_running(self, wish: MachineWish) -> MachineFact:
+        """See NodeControl.ensure_running."""
+        return await self._while_it_reports(self._node.ensure_running(wish))
+
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
+        """See NodeControl.ensure_paused."""
+        return await self._while_it_reports(
+            self._node.ensure_paused(sandbox_id, incarnation=incarnation)
+        )
+
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
+        """See NodeControl.ensure_gone."""
+        await self._while_it_reports(self._node.ensure_gone(sandbox_id, incarnation=incarnation))
+
+    async def ensure_snapshot(
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int
+    ) -> SnapshotFact:
+        """See NodeControl.ensure_snapshot."""
+        return await self._while_it_reports(
+            self._node.ensure_snapshot(snapshot_id, sandbox_id=sandbox_id, incarnation=incarnation)
+        )
+
+    async def drop_snapshot(self, snapshot_id: str) -> None:
+        """See NodeControl.drop_snapshot."""
+        await self._soon(self._node.drop_snapshot(snapshot_id), _SHORT_S)
+
+    async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
+        """See NodeControl.find_room."""
+        return await self._soon(self._node.find_room(template, shape, count=count), _SHORT_S)
+
+    async def report(self) -> NodeReport:
+        """See NodeControl.report."""
+        return await self._soon(self._node.report(), REPORT_LIMIT_S)
+
+    async def templates(self) -> tuple[TemplateFact, ...]:
+        """See NodeControl.templates."""
+        return await self._soon(self._node.templates(), REPORT_LIMIT_S)
+
+    async def _soon(self, asked: Coroutine[object, object, _T], limit_s: float) -> _T:
+        try:
+            async with self._clock.timeout(limit_s):
+                return await asked
+        except TimeoutError as error:
+            raise DeadlineExceededError(f"the node {self.node_id} does not answer") from error
+
+    async def _while_it_reports(self, asked: Coroutine[object, object, _T]) -> _T:
+        async with beside(_tried(asked)) as task:
+            while not task.done():
+                try:
+                    async with self._clock.timeout(_CHECK_S):
+                        await asyncio.wait([task])
+                except TimeoutError:
+                    await self.report()
+            done = task.result()
+        if isinstance(done, SandyardError):
+            raise done
+        return done
+
+
+async def _tried(asked: Coroutine[object, object, _T]) -> _T | SandyardError:
+    """Do what is asked, and return its error instead of raising that in a task of its own."""
+    try:
+        return await asked
+    except SandyardError as error:
+        return error
 
 
 class Nodes:
     """See the module. What was said is a hint for where to ask first; asking decides."""
 
     def __init__(self, controls: Mapping[str, NodeControl], clock: Clock) -> None:
-        self._controls = dict(controls)
+        self._controls = {one: PatientNode(node, clock) for one, node in controls.items()}
         self._clock = clock
         self._said: dict[str, tuple[float, NodeReport]] = {}
 
@@ -44,11 +143,7 @@ class Nodes:
             UnavailableError: it does not answer in time.
         """
         try:
-            async with self._clock.timeout(REPORT_LIMIT_S):
-                report = await node.report()
-        except TimeoutError as error:
-            self._said.pop(node.node_id, None)
-            raise DeadlineExceededError(f"the node {node.node_id} does not answer") from error
+            report = await node.report()
         except UnavailableError:
             self._said.pop(node.node_id, None)
             raise

@@ -103,9 +103,15 @@ class Repeats:
                 at=self._clock.now(),
             )
 
-    async def forget(self, tx: Transaction, actor: Actor, request: Repeatable | None) -> None:
-        """Forget a request whose work came to nothing, so that it can be asked again."""
-        if request is not None:
+    async def forget(
+        self, tx: Transaction, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]
+    ) -> None:
+        """Forget a request whose work came to nothing, so that it can be asked again; what another
+        has noted of it since, other `ids`, stays."""
+        if request is None:
+            return
+        known = await tx.requests.find(_key(actor, request))
+        if known is not None and known.resource_ids == ids:
             await tx.requests.remove(_key(actor, request))
 
     def _digest(self, request: Repeatable) -> str:

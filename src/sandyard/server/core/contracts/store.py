@@ -119,10 +119,6 @@ class NodeRows(Protocol):
         """Return a node."""
         ...
 
-    async def every(self) -> list[NodeSeen]:
-        """Return every node that was ever heard of, by id."""
-        ...
-
 
 class WorkspaceRows(Protocol):
     """Workspaces."""

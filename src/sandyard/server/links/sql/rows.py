@@ -279,11 +279,6 @@ class NodeTable:
         row = found.mappings().first()
         return None if row is None else NodeSeen(**row)
 
-    async def every(self) -> list[NodeSeen]:
-        """See core.contracts.store.NodeRows.every."""
-        found = await self._connection.execute(select(t.nodes).order_by(t.nodes.c.id))
-        return [NodeSeen(**row) for row in found.mappings()]
-
 
 class ActivityTable:
     """See core.contracts.store.ActivityRows."""

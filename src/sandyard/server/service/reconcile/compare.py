@@ -18,7 +18,7 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import SandyardError, UnavailableError
-from sandyard.server.core.records import Claim, NodeSeen, Reason, Sandbox
+from sandyard.server.core.records import Claim, Reason, Sandbox
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
@@ -29,14 +29,15 @@ from sandyard.server.tasks import Crew, Work
 
 log = logging.getLogger(__name__)
 
-_WATCHED = frozenset(Status) - {Status.DESTROYING, Status.DESTROYED, Status.ORPHANED}
+WATCHED = frozenset(Status) - {Status.DESTROYING, Status.DESTROYED, Status.ORPHANED}
 _NOTHING_LEFT = frozenset({Status.FAILED, Status.DESTROYED, Status.ORPHANED})
 _KEPT = frozenset({Status.PAUSED, Status.ERROR})
+_AWAKE = frozenset({Phase.RUNNING, Phase.WAKING})
 _SILENT = Reason("agent_silent", "the agent in the sandbox does not answer")
 _NODE_SILENT = Reason("node_silent", "the node that the sandbox is on does not answer")
 _VANISHED = Reason("vanished", "nothing of the sandbox is left on its node")
 _PRESSED = Reason("host_memory_low", "the host was short of memory and this was used least lately")
-_EXPIRED = Reason("expired", "the end set at its creation (expiresIn) has come")
+EXPIRED = Reason("expired", "the end set at its creation (expiresIn) has come")
 _PASSING = frozenset({"host_disk_full"})
 _RELIEF = "relief"
 _SILENT_MAX = timedelta(hours=1)
@@ -82,8 +83,10 @@ class Comparison:
         self._crew = crew
         self._patience = patience
         self._away_since = away_since
+        self._began_at = clock.now()
         self._noted_at: datetime | None = None
         self._is_silent = False
+        self._awake: dict[str, int] = {}
         self._unwanted: dict[str, int] = {}
         self._vanished: set[str] = set()
         self._unwanted_snapshots: set[str] = set()
@@ -97,7 +100,7 @@ class Comparison:
         # Rows first: a row that says running was written when the machine was there, so a later
         # report without it means that it is gone.
         async with self._store.read() as tx:
-            rows = await tx.sandboxes.on_node(self._node.node_id, _WATCHED)
+            rows = await tx.sandboxes.on_node(self._node.node_id, WATCHED)
             seen = await tx.nodes.find(self._node.node_id)
         try:
             report = await self._nodes.report_of(self._node)
@@ -105,31 +108,36 @@ class Comparison:
             if not self._is_silent:
                 log.warning("a node does not answer: %s", error.message)
             self._is_silent = True
-            await self._suspect(rows, seen)
+            await self._suspect(rows, self._began_at if seen is None else seen.seen_at)
             return
         if self._is_silent:
             log.warning("the node %s answers again", self._node.node_id)
         self._is_silent = False
-        await self._note_heard(seen)
+        if seen is not None and self._clock.now() - seen.seen_at > _AWAY:
+            self._away_since = seen.seen_at
         await self._compare(rows, report)
+        # Last: a peer that comes back at the same time must still find how long nobody looked.
+        await self._note_heard()
 
     # --- the node itself ------------------------------------------------------------------
 
-    async def _suspect(self, rows: list[Sandbox], seen: NodeSeen | None) -> None:
-        """Note that a node's sandboxes cannot be reached, once no server has heard of it lately."""
-        silent_for = self._clock.now() - seen.seen_at if seen else timedelta()
-        if silent_for < timedelta(seconds=self._patience.node_silent_s):
+    async def _suspect(self, rows: list[Sandbox], heard_at: datetime) -> None:
+        """Note that a node's sandboxes cannot be reached, once no server has heard of it lately.
+
+        What they cost since then nobody pays: it may have been nothing.
+        """
+        if self._clock.now() - heard_at < timedelta(seconds=self._patience.node_silent_s):
             return
         for sandbox in rows:
             if sandbox.status is Status.RUNNING:
-                await self._lifecycle.apply(sandbox, Event.SILENT, reason=_NODE_SILENT)
-            elif self._has_expired(sandbox):
-                await self._expire(sandbox, ended_at=seen.seen_at if seen else None)
+                await self._lifecycle.apply(
+                    sandbox, Event.SILENT, reason=_NODE_SILENT, ended_at=heard_at
+                )
+            elif has_expired(sandbox, self._clock.now()):
+                await self._expire(sandbox, ended_at=heard_at)
 
-    async def _note_heard(self, seen: NodeSeen | None) -> None:
+    async def _note_heard(self) -> None:
         now = self._clock.now()
-        if seen is not None and now - seen.seen_at > _AWAY:
-            self._away_since = seen.seen_at
         if self._noted_at is None or not timedelta() <= now - self._noted_at < _NOTED_EVERY:
             async with self._store.write() as tx:
                 await tx.nodes.heard(self._node.node_id, now)
@@ -140,9 +148,10 @@ class Comparison:
     async def _compare(self, rows: list[Sandbox], report: NodeReport) -> None:
         facts = {fact.sandbox_id: fact for fact in report.machines}
         vanished: set[str] = set()
+        awake: dict[str, int] = {}
         for sandbox in rows:
             fact = facts.get(sandbox.id)
-            if self._has_expired(sandbox):
+            if has_expired(sandbox, self._clock.now()):
                 is_gone = fact is None or fact.phase is Phase.DEAD
                 await self._expire(sandbox, ended_at=self._away_since if is_gone else None)
             elif sandbox.status in (Status.RUNNING, Status.SUSPECTED_MISSING):
@@ -151,11 +160,14 @@ class Comparison:
                     self._beside(sandbox.id, self._pause_if_idle(sandbox))
             elif sandbox.status is Status.PAUSED and fact is not None and fact.phase is Phase.DEAD:
                 await self._lifecycle.apply(sandbox, Event.BROKE, reason=_reason_of(fact))
+            elif sandbox.status is Status.PAUSED and fact is not None and fact.phase in _AWAKE:
+                awake[sandbox.id] = fact.incarnation
             elif sandbox.status in _KEPT and fact is None:
                 vanished.add(sandbox.id)
                 if sandbox.id in self._vanished:
                     await self._lifecycle.apply(sandbox, Event.VANISHED, reason=_VANISHED)
         self._vanished = vanished
+        self._pause_awake(awake)
         self._away_since = None  # whatever died while nobody looked has been found
         if report.is_short_of_memory:
             await self._relieve(rows, facts)
@@ -190,11 +202,8 @@ class Comparison:
             sandbox, Event.BROKE, reason=reason, ip=None, ended_at=self._away_since
         )
 
-    def _has_expired(self, sandbox: Sandbox) -> bool:
-        return sandbox.expires_at is not None and sandbox.expires_at <= self._clock.now()
-
     async def _expire(self, sandbox: Sandbox, *, ended_at: datetime | None) -> None:
-        await self._lifecycle.apply(sandbox, Event.DELETE, ended_at=ended_at, reason=_EXPIRED)
+        await self._lifecycle.apply(sandbox, Event.DELETE, ended_at=ended_at, reason=EXPIRED)
 
     # --- pauses by the platform -----------------------------------------------------------
 
@@ -203,26 +212,33 @@ class Comparison:
             await self._pause_unused(sandbox, IDLE)
 
     async def _pause_unused(self, sandbox: Sandbox, reason: Reason) -> None:
-        """Have a sandbox paused, unless somebody begins to use it at that moment."""
+        """Have a sandbox paused, unless somebody uses it, or begins to at that moment.
+
+        What is under way the node knows; what is about to begin was noted, while the sandbox was
+        still running, before this pause could be.
+        """
+        report = await self._nodes.report_of(self._node)
+        if any(fact.is_used for fact in report.machines if fact.sandbox_id == sandbox.id):
+            return
         hold = self._worker.hold()
         pausing = await self._lifecycle.apply(sandbox, Event.PAUSE, hold=hold, reason=reason)
         if pausing is None:
             return
-        if await self._is_used(sandbox):
+        async with self._store.read() as tx:
+            again = await tx.sandboxes.find(sandbox.id)
+        if again is None or again.last_activity_at != sandbox.last_activity_at:
             # Whoever uses it saw it running; nothing has been done to its machine yet.
             await self._lifecycle.apply(pausing, Event.PAUSE_FAILED, lease=hold.lease)
             return
         await self._worker.take_up(Claim(pausing, hold.lease), limit_s=0)
 
-    async def _is_used(self, sandbox: Sandbox) -> bool:
-        """Tell whether somebody has begun to use a sandbox: that is noted before it is done, and
-        what is under way the node knows."""
-        async with self._store.read() as tx:
-            again = await tx.sandboxes.find(sandbox.id)
-        if again is None or again.last_activity_at != sandbox.last_activity_at:
-            return True
-        report = await self._nodes.report_of(self._node)
-        return any(fact.is_used for fact in report.machines if fact.sandbox_id == sandbox.id)
+    def _pause_awake(self, found: dict[str, int]) -> None:
+        """Have machines saved that run although their sandboxes are paused: they were resumed, and
+        the word of that did not reach the store."""
+        twice, self._awake = found.items() & self._awake.items(), found
+        for sandbox_id, incarnation in twice:
+            saved = self._node.ensure_paused(sandbox_id, incarnation=incarnation)
+            self._beside(sandbox_id, saved)
 
     async def _relieve(self, rows: list[Sandbox], facts: Mapping[str, MachineFact]) -> None:
         """Have the sandbox paused that was used least lately, for the host's memory runs out."""
@@ -276,6 +292,9 @@ class Comparison:
                     done.append(one)
         for one in done:
             async with self._store.write() as tx:
+                again = await tx.snapshots.find(one.org_id, one.id)
+                if again != one:  # somebody is at work on it after all
+                    continue
                 await tx.snapshots.remove(one.id)
                 await tx.storage.close("snapshot", one.id, now)
         kept = {one.id for one in rows} - {one.id for one in done}
@@ -299,3 +318,8 @@ class Comparison:
 
 def _reason_of(fact: MachineFact) -> Reason:
     return Reason(fact.reason_code or LOST.code, fact.reason_message or LOST.message)
+
+
+def has_expired(sandbox: Sandbox, now: datetime) -> bool:
+    """Tell whether the end that was set at a sandbox's creation has come."""
+    return sandbox.expires_at is not None and sandbox.expires_at <= now

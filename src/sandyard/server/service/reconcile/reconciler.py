@@ -19,9 +19,15 @@ from sandyard.server.core.contracts.store import Hold, Store
 from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.records import Claim
-from sandyard.server.core.states import Status
+from sandyard.server.core.states import Event, Status
 from sandyard.server.service.nodes import Nodes
-from sandyard.server.service.reconcile.compare import Comparison, Patience
+from sandyard.server.service.reconcile.compare import (
+    EXPIRED,
+    WATCHED,
+    Comparison,
+    Patience,
+    has_expired,
+)
 from sandyard.server.service.reconcile.idle import Idleness
 from sandyard.server.service.reconcile.work import Work
 from sandyard.server.service.sandboxes.lifecycle import WORK, Lifecycle
@@ -87,6 +93,7 @@ class Reconciler:
                 while True:
                     for claim in await self._claims():
                         self._begin(claim)
+                    await self._expire_unplaced()
                     await hints.wait(self._pace.period_s)
 
     def hold(self) -> Hold:
@@ -188,6 +195,17 @@ class Reconciler:
                 return await tx.leases.extend(claim.sandbox.id, lease=claim.lease, until=until)
         except UnavailableError:
             return True  # not known to be lost; the guard on every write decides
+
+    async def _expire_unplaced(self) -> None:
+        """Have those end in time that are on no node, and so in no node's report."""
+        try:
+            async with self._store.read() as tx:
+                unplaced = await tx.sandboxes.on_node(None, WATCHED)
+            for sandbox in unplaced:
+                if has_expired(sandbox, self._clock.now()):
+                    await self._lifecycle.apply(sandbox, Event.DELETE, reason=EXPIRED)
+        except SandyardError as error:
+            log.warning("what is on no node was not looked at: %s", error.message)
 
     # --- what nodes report ----------------------------------------------------------------
 

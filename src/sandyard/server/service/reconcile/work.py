@@ -73,11 +73,11 @@ class Work:
 
     # --- up -------------------------------------------------------------------------------
 
-    async def _place(self, claim: Claim) -> None:
-        """Find another node for a sandbox that its first one could not start."""
+    async def _place(self, claim: Claim, *, but: str | None = None) -> None:
+        """Find a node for a sandbox that another one, `but`, could not start."""
         sandbox = claim.sandbox
         try:
-            placed = await self._placement.choose(sandbox.template, sandbox.shape)
+            placed = await self._placement.choose(sandbox.template, sandbox.shape, but=but)
         except UnavailableError as error:
             await self._give_up_in_time(claim, error)
             raise
@@ -85,9 +85,10 @@ class Work:
             sandbox, Event.PLACED, lease=claim.lease, node_id=placed.node_id
         )
         if there is not None:
-            await self._bring_up(Claim(there, claim.lease))
+            # Moved on once; then it waits, or two nodes that are full would pass it back and forth.
+            await self._bring_up(Claim(there, claim.lease), may_move=but is None)
 
-    async def _bring_up(self, claim: Claim) -> None:
+    async def _bring_up(self, claim: Claim, *, may_move: bool = True) -> None:
         sandbox = claim.sandbox
         try:
             fact = await self._nodes.get(sandbox.node_id).ensure_running(wish_of(sandbox))
@@ -96,10 +97,11 @@ class Work:
                 raise
             await self._start_again(claim)
         except UnavailableError as error:
-            if await self._displaced(claim, error):
-                return
             await self._give_up_in_time(claim, error)
-            raise
+            pending = await self._displaced(claim, error)
+            if pending is None or not may_move:
+                raise
+            await self._place(pending, but=sandbox.node_id)
         except SandyardError as error:
             await self._give_up(claim, Reason("start_failed", error.message))
         else:
@@ -115,20 +117,20 @@ class Work:
         if again is not None:
             await self._bring_up(Claim(again, claim.lease))
 
-    async def _displaced(self, claim: Claim, error: UnavailableError) -> bool:
-        """Take a sandbox from a node that cannot start it now if another may; True if so.
+    async def _displaced(self, claim: Claim, error: UnavailableError) -> Claim | None:
+        """Take a sandbox from a node that cannot start it now if another may; None if it stays.
 
         What it may have there all the same is of an incarnation that is wanted no more.
         """
         sandbox = claim.sandbox
         if wish_of(sandbox).origin is not Origin.NEW or sandbox.node_id is None:
-            return False
+            return None
         if not isinstance(error, NoCapacityError) and await self._answers(sandbox.node_id):
-            return False
+            return None
         if not await self._placement.has_another(
             sandbox.template, sandbox.shape, but=sandbox.node_id
         ):
-            return False
+            return None
         log.warning(
             "a node cannot start a sandbox, which goes to another: %s",
             error.message,
@@ -141,9 +143,7 @@ class Work:
             node_id=None,
             incarnation=sandbox.incarnation + 1,
         )
-        if pending is not None:
-            await self._place(Claim(pending, claim.lease))
-        return True
+        return None if pending is None else Claim(pending, claim.lease)
 
     async def _answers(self, node_id: str) -> bool:
         try:
@@ -205,24 +205,26 @@ class Work:
             await self._is_up(claim, fact, used="resumed")
 
     async def _stays_paused(self, claim: Claim, error: SandyardError) -> None:
+        sandbox = claim.sandbox
+        report = await self._nodes.report_of(self._nodes.get(sandbox.node_id))
+        fact = next((one for one in report.machines if one.sandbox_id == sandbox.id), None)
+        asked_for = (sandbox.incarnation, Phase.RUNNING)
+        if fact is not None and (fact.incarnation, fact.phase) == asked_for:
+            # It was done, and only the answer was lost.
+            await self._is_up(claim, fact, used="resumed")
+            return
         log.error(
-            "a sandbox could not be resumed: %s",
-            error.message,
-            extra={"sandbox_id": claim.sandbox.id},
+            "a sandbox could not be resumed: %s", error.message, extra={"sandbox_id": sandbox.id}
         )
         code = error.code.value if isinstance(error, UnavailableError) else "resume_failed"
+        # None can be resumed with its memory that was in error.
+        is_saved = fact is None or fact.phase is not Phase.DEAD
         await self._lifecycle.apply(
-            claim.sandbox,
-            Event.RESUME_FAILED if await self._is_saved(claim.sandbox) else Event.BROKE,
+            sandbox,
+            Event.RESUME_FAILED if is_saved else Event.BROKE,
             lease=claim.lease,
             reason=Reason(code, error.message),
         )
-
-    async def _is_saved(self, sandbox: Sandbox) -> bool:
-        """Tell whether a sandbox can be resumed with its memory: none can that was in error."""
-        report = await self._nodes.get(sandbox.node_id).report()
-        found = (fact for fact in report.machines if fact.sandbox_id == sandbox.id)
-        return not any(fact.phase is Phase.DEAD for fact in found)
 
     # --- down -----------------------------------------------------------------------------
 

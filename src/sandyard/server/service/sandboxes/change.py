@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeTunnel
 from sandyard.server.core.contracts.store import Store
-from sandyard.server.core.errors import PermissionDeniedError, UnavailableError
+from sandyard.server.core.errors import NotFoundError, PermissionDeniedError, UnavailableError
 from sandyard.server.core.ids import checked_name, checked_tags
 from sandyard.server.core.ops import Figures, Stats
 from sandyard.server.core.records import Sandbox, SandboxQuery
@@ -110,8 +110,11 @@ class Sandboxes:
             name = None if now.status is Status.ORPHANED else now.name
             return await self._lifecycle.apply(now, Event.DELETE, actor=actor, name=name)
 
-        sandbox = await self._register.get(actor, reference)
-        sandbox = await self._register.unless_changed(sandbox, attempt, doing="delete")
+        found = await self._register.get(actor, reference)
+        try:
+            sandbox = await self._register.unless_changed(found, attempt, doing="delete")
+        except NotFoundError:  # somebody else has just deleted it
+            return await self._register.reread(found.id)
         if not wait:
             return sandbox
         return await self._register.wait_for(

@@ -197,9 +197,10 @@ class Creation:
         if wish.snapshot is not None:
             snapshot = await get_snapshot(self._store, actor, wish.snapshot)
             return snapshot, snapshot.template, _shape_from(snapshot, wish)
-        slug = checked_text(wish.template or DEFAULT_TEMPLATE, field="template")
-        template = await self._templates.ready(slug)
-        shape = shape_of(template.defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
+        template = DEFAULT_TEMPLATE if wish.template is None else wish.template
+        slug = checked_text(template, field="template")
+        fact = await self._templates.ready(slug)
+        shape = shape_of(fact.defaults, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
         return None, slug, shape
 
 

@@ -100,7 +100,7 @@ class Lifecycle:
         async with self._store.write() as tx:
             if check is not None:
                 # Whoever lost a race is not refused for what the winner took.
-                if not await _is_current(tx, sandbox):
+                if not await is_current(tx, sandbox):
                     return None
                 await check(tx)
             stored = await tx.sandboxes.replace(changed, lease=lease, hold=hold)
@@ -136,7 +136,7 @@ class Lifecycle:
             **changes,  # type: ignore[arg-type]  # fields by name
         )
         async with self._store.write() as tx:
-            if not await _is_current(tx, sandbox):
+            if not await is_current(tx, sandbox):
                 return None
             await check(tx, changed)
             stored = await tx.sandboxes.replace(changed, retag=retag)
@@ -200,7 +200,8 @@ def refusal(sandbox: Sandbox, *, doing: str, why: str | None = None) -> Conflict
     )
 
 
-async def _is_current(tx: Transaction, sandbox: Sandbox) -> bool:
+async def is_current(tx: Transaction, sandbox: Sandbox) -> bool:
+    """Tell whether a sandbox is still as it was read."""
     stored = await tx.sandboxes.find(sandbox.id)
     return stored is not None and stored.version == sandbox.version
 

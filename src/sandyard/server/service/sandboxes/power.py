@@ -114,15 +114,19 @@ class Power:
         """
         limit_s = self._waits.start_s
         done = {Status.RUNNING} if wait else {Status.RUNNING, Status.RESUMING}
+        asked_for = 0  # the incarnation that this call has brought about, if any
 
         async def attempt(now: Sandbox) -> Sandbox | None:
+            nonlocal asked_for
             if now.status is Status.PAUSING:
                 now = await self._left(now, Status.PAUSING, limit_s)
-            if now.status is Status.RESUMING and wait:
+            # Any resume will do for a resume; what goes back to a snapshot is this very one.
+            is_it = event is Event.RESUME or now.incarnation == asked_for
+            if now.status is Status.RESUMING and wait and is_it:
                 now = await self._left(now, Status.RESUMING, limit_s)
                 if now.status in _AT_REST:
                     raise not_done(now, doing)
-            if now.status in done and event is Event.RESUME:
+            if now.status in done and is_it:
                 return now
             if now.status not in _AT_REST:
                 raise refusal(now, doing=doing)
@@ -138,6 +142,7 @@ class Power:
             )
             if resuming is None:
                 return None
+            asked_for = resuming.incarnation
             claim = Claim(resuming, hold.lease)
             await self._worker.take_up(claim, limit_s=limit_s if wait else 0)
             now = await self._register.reread(now.id)

@@ -19,6 +19,7 @@ from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.records import Sandbox
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
+from sandyard.server.service.sandboxes.lifecycle import is_current
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import Register, ref_of
 
@@ -84,7 +85,8 @@ class Reach:
                 now = await self._power.running(now, actor, doing=use.doing)
                 # Before it starts: what cannot be written to the audit log is not done, and is not
                 # done twice by a caller who tries again.
-                await self._note(actor, now, use)
+                if not await self._is_noted(actor, now, use):
+                    return None
                 opening = self._tunnel.open(ref_of(now), operation)
                 try:
                     return now, await held.enter_async_context(opening)
@@ -102,9 +104,16 @@ class Reach:
                 if self._clock.monotonic() - began > _LONG_S:
                     await self._touch(sandbox, use)
 
-    async def _note(self, actor: Actor, sandbox: Sandbox, use: Use) -> None:
+    async def _is_noted(self, actor: Actor, sandbox: Sandbox, use: Use) -> bool:
+        """Note a use of a sandbox that is still as it was read, and tell whether it is.
+
+        A pause is written the same way, and looks afterwards whether a use was noted: whichever
+        comes second sees the other.
+        """
         now = self._clock.now()
         async with self._store.write() as tx:
+            if not await is_current(tx, sandbox):
+                return False
             await tx.activity.touch(sandbox.id, at=now, kind=use.kind)
             await tx.activity.append(
                 line(
@@ -118,6 +127,7 @@ class Reach:
                     sandbox_id=sandbox.id,
                 )
             )
+        return True
 
     async def _touch(self, sandbox: Sandbox, use: Use) -> None:
         async with self._store.write() as tx:

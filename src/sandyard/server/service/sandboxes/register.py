@@ -68,6 +68,7 @@ class Register:
         it is tried with what it is by then.
 
         Raises:
+            NotFoundError: it was deleted meanwhile.
             UnavailableError: it changes all the time.
             What `attempt` raises.
         """
@@ -76,6 +77,8 @@ class Register:
             if done is not None:
                 return done
             sandbox = await self.reread(sandbox.id)
+            if sandbox.status is Status.DESTROYED:
+                raise NotFoundError(f"cannot find the sandbox {sandbox.id}: it has been deleted")
         raise UnavailableError(
             f"cannot {doing} {sandbox.id} now: others change it all the time; ask again"
         )

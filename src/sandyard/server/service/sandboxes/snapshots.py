@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Transaction
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -21,7 +21,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.ids import checked_text, is_uuid, new_sandbox_id, new_uuid
+from sandyard.server.core.ids import checked_text, is_sandbox_id, is_uuid, new_sandbox_id, new_uuid
 from sandyard.server.core.records import Activity, Claim, Sandbox, Snapshot, StoragePeriod
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.actor import Actor
@@ -44,6 +44,7 @@ _LASTING = frozenset(Status) - _PASSING
 _WAIT_S = 60.0
 _HOLD_S = 30.0
 _LOOK_S = 0.5
+_TRIES = 3
 
 
 class Snapshots:
@@ -90,36 +91,87 @@ class Snapshots:
         if name is not None:
             _check_name(name)
         async with self._repeats.turn(actor, request):
-            sandbox = await self._at_rest(await self._register.get(actor, reference))
+            for _ in range(_TRIES):
+                made = await self._saved_before(actor, request)
+                if made is not None:
+                    return made
+                sandbox = await self._at_rest(await self._register.get(actor, reference))
+                snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
+                noted = (snapshot.id,)
+                async with self._store.write() as tx:
+                    if await self._repeats.made_before(tx, actor, request) is not None:
+                        continue  # another server was asked the same
+                    await tx.snapshots.insert(snapshot)
+                    await self._repeats.note(tx, actor, request, noted)
+                async with self._noted(actor, request, noted):
+                    await self._save(actor, sandbox, snapshot)
+                return await self._found(actor, snapshot.id)
+        raise _not_told()
+
+    async def _save(self, actor: Actor, sandbox: Sandbox, snapshot: Snapshot) -> None:
+        async with self._made(sandbox, snapshot) as size_bytes, self._store.write() as tx:
+            await self._complete(tx, snapshot, size_bytes)
+            await tx.storage.open(self._kept(sandbox, snapshot, size_bytes))
+            await tx.activity.append(self._line(actor, snapshot, "snapshot.created"))
+
+    async def _saved_before(self, actor: Actor, request: Repeatable | None) -> Snapshot | None:
+        """Return the snapshot that the same request has made before, once that is done."""
+        if request is None:
+            return None
+        until = self._clock.monotonic() + _WAIT_S
+        while self._clock.monotonic() < until:
             async with self._store.write() as tx:
                 ids = await self._repeats.made_before(tx, actor, request)
-                if ids is not None and await tx.snapshots.find(actor.org_id, ids[0]) is None:
-                    # Whoever began it did not live to finish it.
-                    await self._repeats.forget(tx, actor, request)
-                    ids = None
                 if ids is None:
-                    snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
-                    await tx.snapshots.insert(snapshot)
-                    await self._repeats.note(tx, actor, request, (snapshot.id,))
-            if ids is not None:
-                return await self._once_made(actor, ids[0])
-            try:
-                async with self._made(sandbox, snapshot) as size_bytes, self._store.write() as tx:
-                    if not await tx.snapshots.complete(snapshot.id, size_bytes=size_bytes):
-                        raise ConflictError(
-                            f"cannot finish the snapshot {snapshot.id}: it was deleted meanwhile",
-                            status="deleted",
-                        )
-                    await tx.storage.open(self._kept(sandbox, snapshot, size_bytes))
-                    await tx.activity.append(self._line(actor, snapshot, "snapshot.created"))
-            except BaseException:
-                await to_the_end(self._forget(actor, request))
-                raise
-            return await self._found(actor, snapshot.id)
+                    return None
+                found = await tx.snapshots.find(actor.org_id, ids[0])
+                if found is not None and found.is_ready:
+                    return found
+                if await self._is_abandoned(tx, actor, request, ids, found):
+                    return None
+            await self._clock.sleep(_LOOK_S)
+        raise _not_told()
 
-    async def _forget(self, actor: Actor, request: Repeatable | None) -> None:
+    async def _is_abandoned(
+        self,
+        tx: Transaction,
+        actor: Actor,
+        request: Repeatable | None,
+        ids: tuple[str, ...],
+        snapshot: Snapshot | None,
+    ) -> bool:
+        """Tell whether whoever began a request did not live to finish it, and forget that then.
+
+        If he lives after all, he finds his snapshot gone, and ends in an error.
+        """
+        if snapshot is not None and snapshot.is_made(self._clock.now()):
+            return False
+        if snapshot is not None:
+            await tx.snapshots.remove(snapshot.id)
+        await self._repeats.forget(tx, actor, request, ids)
+        return True
+
+    @asynccontextmanager
+    async def _noted(
+        self, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]
+    ) -> AsyncIterator[None]:
+        """Forget a request if the block that does it fails."""
+        try:
+            yield
+        except BaseException:
+            await to_the_end(self._forget(actor, request, ids))
+            raise
+
+    async def _forget(self, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]) -> None:
         async with self._store.write() as tx:
-            await self._repeats.forget(tx, actor, request)
+            await self._repeats.forget(tx, actor, request, ids)
+
+    async def _complete(self, tx: Transaction, snapshot: Snapshot, size_bytes: int) -> None:
+        if not await tx.snapshots.complete(snapshot.id, size_bytes=size_bytes):
+            raise ConflictError(
+                f"cannot finish the snapshot {snapshot.id}: it was deleted meanwhile",
+                status="deleted",
+            )
 
     async def get(self, actor: Actor, reference: str) -> Snapshot:
         """Return a snapshot by id or name.
@@ -163,7 +215,9 @@ class Snapshots:
             await tx.storage.close("snapshot", snapshot.id, self._clock.now())
             await tx.activity.append(self._line(actor, snapshot, "snapshot.deleted"))
         if self._nodes.has(snapshot.node_id):
-            await self._nodes.get(snapshot.node_id).drop_snapshot(snapshot.id)
+            # Of one that does not answer, the files go once it does.
+            with suppress(UnavailableError):
+                await self._nodes.get(snapshot.node_id).drop_snapshot(snapshot.id)
         return snapshot
 
     async def fork(
@@ -183,48 +237,52 @@ class Snapshots:
                 "cannot make so many forks: count is 1 to 100", field="count"
             )
         async with self._repeats.turn(actor, request):
-            source = await self._at_rest(await self._register.get(actor, reference))
-            snapshot = self._new(actor, source, name=None, is_hidden=True)
-            await self._placement.choose_for(snapshot, source.shape, count=count)
-            forks = [self._fork_of(actor, source, snapshot) for _ in range(count)]
-            made = await self._begin_forks(actor, snapshot, forks, request)
-            if made is not None:
-                return made
-            try:
-                async with self._made(source, snapshot) as size_bytes:
+            for _ in range(_TRIES):
+                made = await self._forked_before(actor, request)
+                if made is not None:
+                    return made
+                source = await self._at_rest(await self._register.get(actor, reference))
+                snapshot = self._new(actor, source, name=None, is_hidden=True)
+                async with self._store.read() as tx:
+                    await self._quota.check_new(tx, actor, source.shape, count=count)
+                await self._placement.choose_for(snapshot, source.shape, count=count)
+                forks = [self._fork_of(actor, source, snapshot) for _ in range(count)]
+                noted = (snapshot.id, *(one.id for one in forks))
+                async with self._store.write() as tx:
+                    if await self._repeats.made_before(tx, actor, request) is not None:
+                        continue  # another server was asked the same
+                    # Asked again when the forks are made; here before anything is saved.
+                    await self._quota.check_new(tx, actor, source.shape, count=count)
+                    await tx.snapshots.insert(snapshot)
+                    await self._repeats.note(tx, actor, request, noted)
+                async with (
+                    self._noted(actor, request, noted),
+                    self._made(source, snapshot) as size_bytes,
+                ):
                     snapshot = replace(snapshot, size_bytes=size_bytes)
                     return await self._start_forks(actor, snapshot, forks)
-            except BaseException:
-                await to_the_end(self._forget(actor, request))
-                raise
+        raise _not_told()
 
-    async def _begin_forks(
-        self, actor: Actor, snapshot: Snapshot, forks: list[Sandbox], request: Repeatable | None
+    async def _forked_before(
+        self, actor: Actor, request: Repeatable | None
     ) -> list[Sandbox] | None:
-        """Write down that a source is being saved, and what is to come of it; or return what the
-        same request has made before, once that is done.
-
-        What decides is asked again when the forks are made; here it is asked before anything is
-        saved.
-        """
+        """Return the forks that the same request has made before, once that is done."""
+        if request is None:
+            return None
         until = self._clock.monotonic() + _WAIT_S
         while self._clock.monotonic() < until:
             async with self._store.write() as tx:
                 ids = await self._repeats.made_before(tx, actor, request)
-                if ids is not None:
-                    found = [await tx.sandboxes.find(one) for one in ids[1:]]
-                    if there := [one for one in found if one is not None]:
-                        return there
-                    making = await tx.snapshots.find(actor.org_id, ids[0])
-                    if making is None or not making.is_made(self._clock.now()):
-                        # Whoever began it did not live to finish it.
-                        await self._repeats.forget(tx, actor, request)
-                        ids = None
                 if ids is None:
-                    await self._quota.check_new(tx, actor, snapshot.shape, count=len(forks))
-                    await tx.snapshots.insert(snapshot)
-                    names = (snapshot.id, *(one.id for one in forks))
-                    await self._repeats.note(tx, actor, request, names)
+                    return None
+                # Of what was noted until version 4 of the database, the snapshot is not one.
+                found = [await tx.sandboxes.find(one) for one in ids if is_sandbox_id(one)]
+                if there := [one for one in found if one is not None]:
+                    return there
+                making = None
+                if is_uuid(ids[0]):
+                    making = await tx.snapshots.find(actor.org_id, ids[0])
+                if await self._is_abandoned(tx, actor, request, ids, making):
                     return None
             await self._clock.sleep(_LOOK_S)
         raise _not_told()
@@ -235,7 +293,7 @@ class Snapshots:
         hold = self._worker.hold()
         async with self._store.write() as tx:
             await self._quota.check_new(tx, actor, snapshot.shape, count=len(forks))
-            await tx.snapshots.complete(snapshot.id, size_bytes=snapshot.size_bytes)
+            await self._complete(tx, snapshot, snapshot.size_bytes)
             begun = [await self._lifecycle.begin(tx, one, actor, hold=hold) for one in forks]
         for fork in begun:
             await self._worker.take_up(Claim(fork, hold.lease), limit_s=0)
@@ -337,7 +395,7 @@ class Snapshots:
         end; the size in bytes is given to the block. Nothing is left of a failed try."""
         async with beside(self._hold_on(snapshot)):
             try:
-                yield await self._save(sandbox, snapshot)
+                yield await self._size_of(sandbox, snapshot)
             except SandyardError:
                 async with self._store.write() as tx:
                     await tx.snapshots.remove(snapshot.id)
@@ -351,7 +409,8 @@ class Snapshots:
                 async with self._store.write() as tx:
                     await tx.snapshots.extend(snapshot.id, held_until=until)
 
-    async def _save(self, sandbox: Sandbox, snapshot: Snapshot) -> int:
+    async def _size_of(self, sandbox: Sandbox, snapshot: Snapshot) -> int:
+        """Have the node save a sandbox, and return the size of that in bytes."""
         node = self._nodes.get(snapshot.node_id)
 
         async def attempt(now: Sandbox) -> int | None:
@@ -372,16 +431,6 @@ class Snapshots:
             return fact.size_bytes
 
         return await self._register.unless_changed(sandbox, attempt, doing="save")
-
-    async def _once_made(self, actor: Actor, snapshot_id: str) -> Snapshot:
-        """Return a snapshot that another request of the same key makes, once that is done."""
-        until = self._clock.monotonic() + _WAIT_S
-        while self._clock.monotonic() < until:
-            snapshot = await self._found(actor, snapshot_id)
-            if not snapshot.is_made(self._clock.now()):
-                return snapshot
-            await self._clock.sleep(_LOOK_S)
-        raise _not_told()
 
     async def _found(self, actor: Actor, snapshot_id: str) -> Snapshot:
         return await get_snapshot(self._store, actor, snapshot_id, field=None, ready=False)
