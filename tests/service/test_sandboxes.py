@@ -291,7 +291,9 @@ async def test_a_command_resumes_what_is_paused_and_is_noted(desk: Desk) -> None
     desk.clock.time += timedelta(seconds=30)
     assert (await desk.execute(box, "hello")).stdout == "hello"
     found = await desk.get(box)
-    assert (found.last_activity_kind, found.last_activity_at) == ("exec", desk.clock.now())
+    assert found.last_activity_kind == "exec"
+    assert found.last_activity_at is not None
+    assert desk.clock.now() - found.last_activity_at < timedelta(seconds=1)
     line = next(one for one in await desk.feed(box) if one.event_type == "sandbox.exec")
     assert (line.title, line.actor_user_id) == ("Command run", desk.actor.user_id)
 
@@ -399,7 +401,8 @@ async def test_a_touch_counts_and_keeps_nothing_running_that_is_not(desk: Desk) 
     box = await desk.create()
     desk.clock.time += timedelta(seconds=9)
     touched = await desk.services.sandboxes.touch(desk.actor, box.id)
-    assert touched.last_activity_at == desk.clock.now()
+    assert touched.last_activity_at is not None
+    assert desk.clock.now() - touched.last_activity_at < timedelta(seconds=1)
     await desk.services.sandboxes.pause(desk.actor, box.id)
     with pytest.raises(ConflictError):
         await desk.services.sandboxes.touch(desk.actor, box.id)

@@ -37,7 +37,8 @@ class DrivenClock:
         self._due: list[tuple[float, int, Callable[[], object]]] = []
 
     def now(self) -> datetime:
-        """See core.contracts.clock.Clock.now."""
+        """Return the time, each time a microsecond later: what was written first sorts first."""
+        self.time += timedelta(microseconds=1)
         return self.time
 
     def monotonic(self) -> float:

@@ -11,13 +11,71 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
+from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End, Machine
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.tasks import Crew
 
 log = logging.getLogger(__name__)
 
-Job = Callable[[], Coroutine[object, object, None]]
+Work = Callable[[], Coroutine[object, object, None]]
+
+
+class Job:
+    """One job of a holding, and what became of it."""
+
+    def __init__(self, *, removes: bool) -> None:
+        self.removes = removes
+        self._task: asyncio.Task[None] | None = None
+        self._failure: SandyardError | None = None
+
+    def start(self, crew: Crew, work: Work) -> bool:
+        """Begin it; False if the node does not run."""
+        self._task = crew.start(self._guarded(work), "a job failed")
+        return self._task is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has come to its end."""
+        return self._task is None or self._task.done()
+
+    async def _guarded(self, work: Work) -> None:
+        """Do it; how it failed is kept for those who wait, and takes nothing else along."""
+        try:
+            await work()
+        except SandyardError as error:
+            self._failure = error
+        except Exception as error:  # whoever waits is told, and the node lives on
+            log.exception("a job failed in a way nobody foresaw")
+            self._failure = InternalError(f"cannot carry this out: {error}")
+
+    async def join(self) -> None:
+        """Wait for it.
+
+        Raises:
+            ConflictError: it was broken off.
+        """
+        if self._task is not None:
+            await asyncio.wait([self._task])
+            if self._task.cancelled():
+                raise ConflictError("what was under way for the sandbox was broken off")
+
+    async def outcome(self) -> None:
+        """Wait for it, and raise what it failed with."""
+        await self.join()
+        if self._failure is not None:
+            raise self._failure
+
+    async def break_off(self) -> None:
+        """End it before its time."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Do something once it has ended."""
+        if self._task is not None:
+            self._task.add_done_callback(lambda _: work())
 
 
 class Holding:
@@ -28,13 +86,20 @@ class Holding:
     and is watched, or it is paused or dead: then it holds no process and no place, only its files.
     """
 
-    def __init__(self, sandbox_id: str, incarnation: int, resident: Resident | None = None) -> None:
+    def __init__(
+        self,
+        sandbox_id: str,
+        incarnation: int,
+        *,
+        shape: Shape,
+        resident: Resident | None = None,
+    ) -> None:
         self.sandbox_id = sandbox_id
+        self._shape = shape
         self._incarnation = incarnation
         self._resident = resident
-        self._job: asyncio.Task[None] | None = None
-        self._is_starting = False
-        self._failure: SandyardError | None = None
+        self._job: Job | None = None
+        self._starting: Job | None = None
         self._way: Way | None = None
         self._missed: tuple[Machine, End] | None = None  # an end that came while a job was at work
 
@@ -65,12 +130,29 @@ class Holding:
     @property
     def is_busy(self) -> bool:
         """Whether a job is at work."""
-        return self._job is not None and not self._job.done()
+        return self._job is not None and not self._job.is_done
 
     @property
     def is_starting(self) -> bool:
         """Whether that job brings the machine up."""
-        return self.is_busy and self._is_starting
+        return self.is_busy and self._job is self._starting
+
+    @property
+    def is_being_removed(self) -> bool:
+        """Whether that job removes the machine."""
+        return self.is_busy and self._job is not None and self._job.removes
+
+    @property
+    def job(self) -> Job:
+        """The job at work, or the last one."""
+        if self._job is None:
+            raise ConflictError("nothing is under way for the sandbox")
+        return self._job
+
+    @property
+    def coming(self) -> Shape | None:
+        """The shape of a machine that is only about to be made, or to be taken from the pool."""
+        return self._shape if self.is_starting and self._resident is None else None
 
     @property
     def way(self) -> Way | None:
@@ -100,60 +182,27 @@ class Holding:
 
     # --- jobs -----------------------------------------------------------------------------
 
-    def begin(self, crew: Crew, work: Job, *, starts: int | None = None) -> None:
-        """Begin a job; one that `starts` brings up that incarnation.
+    def begin(
+        self, crew: Crew, work: Work, *, starts: int | None = None, removes: bool = False
+    ) -> Job:
+        """Begin a job, while none is at work, and return it; one that `starts` brings up that
+        incarnation.
 
         Raises:
             UnavailableError: the node does not run.
         """
-        self._failure, self._missed = None, None
-        self._is_starting = starts is not None
-        if starts is not None:
-            self._incarnation = starts
-        self._job = crew.start(self._guarded(work), "a job failed")
-        if self._job is None:
-            self._is_starting = False
+        job = Job(removes=removes)
+        if not job.start(crew, work):
             raise UnavailableError("cannot do this: the node is not running")
-
-    async def _guarded(self, work: Job) -> None:
-        """Do a job; how it failed is kept for those who wait, and takes nothing else along."""
-        try:
-            await work()
-        except SandyardError as error:
-            self._failure = error
-        except Exception as error:  # whoever waits is told, and the node lives on
-            log.exception("a job failed in a way nobody foresaw")
-            self._failure = InternalError(f"cannot carry this out: {error}")
-        finally:
-            self._is_starting = False
-
-    async def join(self) -> None:
-        """Wait for the job at work.
-
-        Raises:
-            ConflictError: it was broken off.
-        """
-        if self._job is not None:
-            await asyncio.wait([self._job])
-            if self._job.cancelled():
-                raise ConflictError("what was under way for the sandbox was broken off")
-
-    async def outcome(self) -> None:
-        """Wait for the job at work, and raise what it failed with."""
-        await self.join()
-        if self._failure is not None:
-            raise self._failure
+        self._job = job
+        if starts is not None:
+            self._starting, self._incarnation = job, starts
+        return job
 
     async def break_off(self) -> None:
         """Break off whatever is at work."""
         while self.is_busy and self._job is not None:
-            self._job.cancel()
-            await asyncio.wait([self._job])
-
-    def after_job(self, work: Callable[[], None]) -> None:
-        """Do something once the job at work has ended."""
-        if self._job is not None:
-            self._job.add_done_callback(lambda _: work())
+            await self._job.break_off()
 
     def miss(self, end: End) -> None:
         """Keep an end that came while a job was at work."""

@@ -11,6 +11,7 @@ from sandyard.server.core.errors import (
     DeadlineExceededError,
     InternalError,
     SandyardError,
+    UnavailableError,
 )
 from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.node.holding import Holding
@@ -187,11 +188,14 @@ class Jobs:
         resident, before = holding.resident, holding.resident.record
         way = None
         try:
-            resident.count_as(wish.incarnation)
+            if not resident.is_up:
+                raise UnavailableError("cannot start this: what is left of it is being given up")
             if resident.phase is Phase.WAKING:
                 await resident.let_run()
                 await resident.wake()
                 way = Way.RESUME
+            # Not before it is fit to be used: until then an ask for it must find it still to do.
+            resident.count_as(wish.incarnation)
             await self._is_running(holding, way)
         except BaseException:
             await to_the_end(self._fall_back(resident, before))
@@ -205,9 +209,9 @@ class Jobs:
             await resident.end()  # in case something would not go before
             state = await resident.checked_state()
             async with self._restores.take(Rank.ASKED, wish.org_id):
-                resident.count_as(wish.incarnation)
                 await resident.raise_up(token=state.about.token)
                 await resident.wake()
+            resident.count_as(wish.incarnation)  # as above
             await self._is_running(holding, Way.RESUME)
         except DamagedError as error:
             await to_the_end(resident.end())
@@ -224,6 +228,7 @@ class Jobs:
 
         A machine that has run on is what counts, and is saved again; else the saved state does.
         """
+        resident.count_as(before.incarnation)
         if resident.is_up and not resident.is_saved:
             try:
                 await resident.pause()
@@ -231,7 +236,6 @@ class Jobs:
                 log.error("a machine that cannot be used cannot be saved: %s", error.message)
         with suppress(SandyardError):
             await resident.end()
-        resident.count_as(before.incarnation)
         if resident.is_saved:
             resident.mark(Phase.PAUSED)
         else:
@@ -244,10 +248,10 @@ class Jobs:
         try:
             await resident.end()  # in case something would not go before
             await resident.body.forget_memory()
-            resident.count_as(wish.incarnation)
             async with self._boots.take(Rank.ASKED, wish.org_id):
                 await _boot_twice(resident)
                 await resident.set_up(wish, was=Was.NOBODYS, limit_s=self._means.limits.boot_s)
+            resident.count_as(wish.incarnation)  # as above
             await self._is_running(holding, Way.RESTART, _RESTARTED)
         except BaseException:
             await to_the_end(self._fall_dead(resident, before))

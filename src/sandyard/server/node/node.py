@@ -35,7 +35,7 @@ from sandyard.server.core.ids import is_uuid
 from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End
-from sandyard.server.node.holding import Holding
+from sandyard.server.node.holding import Holding, Job, Work
 from sandyard.server.node.host.admission import Admission, Margins, Promise, cost_mib
 from sandyard.server.node.images.images import Image
 from sandyard.server.node.jobs import Jobs
@@ -53,6 +53,8 @@ from sandyard.server.tasks import in_thread, to_the_end
 log = logging.getLogger(__name__)
 
 _GONE_MAX = 4096
+_TRIES = 8
+_LIVING = frozenset({Phase.RUNNING, Phase.WAKING})
 _STARTS = frozenset({Step.START, Step.REPLACE})
 
 
@@ -130,28 +132,52 @@ class Node:
 
     async def ensure_running(self, wish: MachineWish) -> MachineFact:
         """See core.contracts.node.NodeControl.ensure_running."""
+        for _ in range(_TRIES):
+            job = await self._job_for(wish)
+            if job is not None:
+                await job.outcome()
+            fact = self._fact_of(wish)
+            if fact is not None:
+                return fact
+        raise ConflictError(f"cannot start {wish.sandbox_id}: it changes all the time")
+
+    def _fact_of(self, wish: MachineWish) -> MachineFact | None:
+        """Return what is told of a machine that has been brought up; None if it is not up now."""
         holding = self._holdings.get(wish.sandbox_id)
-        while holding is not None and holding.is_busy and not holding.is_starting:
-            await holding.join()
+        if holding is None or holding.incarnation != wish.incarnation:
+            raise _overtaken()
+        fact = holding.fact()
+        if fact.phase is Phase.DEAD:
+            raise _dead()
+        return fact if fact.phase is Phase.RUNNING else None
+
+    async def _job_for(self, wish: MachineWish) -> Job | None:
+        """Return the job that brings up what is wished, begun now if need be; None if it is up."""
+        while True:
             holding = self._holdings.get(wish.sandbox_id)
-        here = self._gone.get(wish.sandbox_id, 0) if holding is None else holding.incarnation
-        if here > wish.incarnation or (holding is None and here == wish.incarnation):
-            raise ConflictError("cannot start this: the sandbox has gone on since it was asked for")
+            if holding is None or not holding.is_busy or holding.is_starting:
+                break
+            await holding.job.join()
+        self._check_wanted(wish)
         if holding is None or not holding.is_busy:
-            holding = await self._begin(holding, wish)
-        elif here < wish.incarnation:
+            return await self._begin(holding, wish)
+        if holding.incarnation < wish.incarnation:
             raise ConflictError("cannot start this yet: an earlier incarnation is being started")
-        await holding.outcome()
-        return holding.fact()
+        return holding.job
+
+    def _check_wanted(self, wish: MachineWish) -> None:
+        """Refuse what was overtaken, by a later incarnation or by its own end."""
+        holding = self._holdings.get(wish.sandbox_id)
+        is_overtaken = holding is not None and holding.incarnation > wish.incarnation
+        if is_overtaken or self._gone.get(wish.sandbox_id, 0) >= wish.incarnation:
+            raise _overtaken()
 
     async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
         """See core.contracts.node.NodeControl.ensure_paused."""
         holding = await self._at_rest(sandbox_id, incarnation)
         step = self._step(Ask.PAUSE, holding, incarnation)
         if step is Step.PAUSE or holding.resident.is_up:
-            holding.begin(self._means.crew, lambda: self._jobs.pause(holding))
-            self._look_after(holding)
-            await holding.outcome()
+            await self._began(holding, lambda: self._jobs.pause(holding)).outcome()
         return await in_thread(lambda: holding.resident.body.size_bytes)
 
     async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
@@ -162,7 +188,8 @@ class Node:
         self._note_gone(sandbox_id, incarnation)
         if holding is None:
             return
-        await holding.break_off()
+        while holding.is_busy and not holding.is_being_removed:
+            await holding.break_off()
         if self._holdings.get(sandbox_id) is holding:
             await self._remove(holding)
 
@@ -175,9 +202,7 @@ class Node:
         if not folder.is_dir():
             self._step(Ask.SAVE, holding, incarnation)
             self._admission.check_disk(Shape(1, holding.resident.shape.memory_mib, 0))
-            holding.begin(self._means.crew, lambda: self._jobs.snapshot(holding, folder))
-            self._look_after(holding)
-            await holding.outcome()
+            await self._began(holding, lambda: self._jobs.snapshot(holding, folder)).outcome()
         return SnapshotFact(snapshot_id, self._load_snapshot(snapshot_id).size_bytes)
 
     async def drop_snapshot(self, snapshot_id: str) -> None:
@@ -188,10 +213,14 @@ class Node:
     async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
         """See core.contracts.node.NodeControl.find_room."""
         image = self._means.images.current(template)
+        # Each that is about to start may take one of those that wait.
+        coming = sum(one.coming is not None for one in self._holdings.values())
         if (
             count == 1
             and image is not None
-            and self._pool.has(self._goldens.kind_of(image, template, shape), shape.disk_mib)
+            and self._pool.has(
+                self._goldens.kind_of(image, template, shape), shape.disk_mib, besides=coming
+            )
         ):
             # It runs already: what it was promised is counted.
             self._admission.check_disk(replace(shape, disk_mib=0))
@@ -231,6 +260,8 @@ class Node:
         holding = self._holdings.get(machine.sandbox_id)
         if machine.node_id != self._node_id or holding is None or holding.phase is None:
             raise _nothing_here(machine.sandbox_id)
+        if holding.incarnation > machine.incarnation:
+            raise _nothing_here(machine.sandbox_id)
         if holding.is_starting:
             raise ConflictError(f"cannot reach {machine.sandbox_id}: it is being started")
         self._step(Ask.OPEN, holding, machine.incarnation)
@@ -252,9 +283,9 @@ class Node:
             case Step.NOTHING_HERE:
                 raise NotFoundError("cannot do this: nothing of the sandbox is left on this node")
             case Step.OVERTAKEN:
-                raise ConflictError("cannot start this again: it was up, and paused since")
+                raise _overtaken()
             case Step.DEAD:
-                raise ConflictError("cannot do this: the machine is dead", status="error")
+                raise _dead()
             case Step.NOT_NOW:
                 raise ConflictError(
                     "cannot reach the sandbox: its machine does not run", status="error"
@@ -267,17 +298,26 @@ class Node:
         this, which never came up."""
         while True:
             holding = self._holdings.get(sandbox_id)
-            if holding is None or holding.phase is None or holding.incarnation > incarnation:
+            if holding is None or holding.incarnation > incarnation:
                 raise _nothing_here(sandbox_id)
-            if not holding.is_busy:
-                return holding
-            await holding.join()
+            if holding.is_busy:
+                await holding.job.join()
+                continue
+            if holding.phase is None:
+                raise _nothing_here(sandbox_id)
+            return holding
 
-    async def _begin(self, holding: Holding | None, wish: MachineWish) -> Holding:
+    def _began(self, holding: Holding, work: Work, *, starts: int | None = None) -> Job:
+        """Begin a job, and have an end of the machine that comes meanwhile noticed after it."""
+        job = holding.begin(self._means.crew, work, starts=starts)
+        job.then(lambda: self._note_missed(holding))
+        return job
+
+    async def _begin(self, holding: Holding | None, wish: MachineWish) -> Job | None:
         """Begin the job that brings up what is wished, or find that there is none to begin."""
         step = self._step(ORIGINS[wish.origin], holding, wish.incarnation)
         if step is Step.KEEP and holding is not None and holding.resident.is_up:
-            return holding
+            return None
         if step is Step.REPLACE and holding is not None:
             await self._remove(holding)
             return await self._begin_new(wish)
@@ -285,26 +325,26 @@ class Node:
             return await self._begin_new(wish)
         if step in (Step.TAKE, Step.KEEP):
             # It was believed lost and is here: nothing is as whole as the machine itself.
-            holding.begin(
-                self._means.crew, lambda: self._jobs.take(holding, wish), starts=wish.incarnation
+            return self._began(
+                holding, lambda: self._jobs.take(holding, wish), starts=wish.incarnation
             )
-            self._look_after(holding)
-            return holding
         source = await self._checked_snapshot(wish) if step is Step.ROLL_BACK else None
         await self._make_room(wish.shape, is_promised=True)
+        # The same wish, or another, may have come through meanwhile: what holds now decides.
+        self._check_wanted(wish)
         if self._holdings.get(wish.sandbox_id) is not holding or holding.is_busy:
-            raise ConflictError(f"cannot start {wish.sandbox_id}: it was changed meanwhile")
+            return await self._job_for(wish)
+        if self._step(ORIGINS[wish.origin], holding, wish.incarnation) is not step:
+            return await self._job_for(wish)
         if source is not None:
             work = lambda: self._jobs.roll_back(holding, wish, source)  # noqa: E731
         elif step is Step.RESUME:
             work = lambda: self._jobs.resume(holding, wish)  # noqa: E731
         else:
             work = lambda: self._jobs.restart(holding, wish)  # noqa: E731
-        holding.begin(self._means.crew, work, starts=wish.incarnation)
-        self._look_after(holding)
-        return holding
+        return self._began(holding, work, starts=wish.incarnation)
 
-    async def _begin_new(self, wish: MachineWish) -> Holding:
+    async def _begin_new(self, wish: MachineWish) -> Job | None:
         source = await self._checked_snapshot(wish) if wish.snapshot_id else None
         image = self._image_of(wish, source)
         driver = await self._means.drivers.choose(image)
@@ -313,20 +353,21 @@ class Node:
         else:
             driver = self._means.drivers.named(source.about.driver) or driver
             await self._make_room(wish.shape)
-        if (other := self._holdings.get(wish.sandbox_id)) is not None:
-            return other
-        holding = self._holdings[wish.sandbox_id] = Holding(wish.sandbox_id, wish.incarnation)
+        self._check_wanted(wish)
+        other = self._holdings.get(wish.sandbox_id)
+        if other is not None and (other.is_busy or other.phase is not None):
+            return await self._job_for(wish)
+        holding = Holding(wish.sandbox_id, wish.incarnation, shape=wish.shape)
+        self._holdings[wish.sandbox_id] = holding
         try:
-            holding.begin(
-                self._means.crew,
+            return self._began(
+                holding,
                 lambda: self._jobs.start(holding, wish, image, driver, source),
                 starts=wish.incarnation,
             )
         except UnavailableError:
             self._forget(holding)
             raise
-        self._look_after(holding)
-        return holding
 
     def _image_of(self, wish: MachineWish, source: SavedMachine | None) -> Image:
         if source is None:
@@ -337,8 +378,9 @@ class Node:
         return image
 
     async def _remove(self, holding: Holding) -> None:
-        holding.begin(self._means.crew, lambda: self._jobs.remove(holding))
-        await holding.outcome()
+        if not holding.is_being_removed:
+            holding.begin(self._means.crew, lambda: self._jobs.remove(holding), removes=True)
+        await holding.job.outcome()
 
     def _forget(self, holding: Holding) -> None:
         if self._holdings.get(holding.sandbox_id) is holding:
@@ -351,10 +393,6 @@ class Node:
 
     # --- machines that end by themselves ----------------------------------------------------
 
-    def _look_after(self, holding: Holding) -> None:
-        """Have an end that comes while a job is at work noticed when that is over."""
-        holding.after_job(lambda: self._note_missed(holding))
-
     def _note_missed(self, holding: Holding) -> None:
         end = holding.take_missed()
         if end is not None:
@@ -366,7 +404,7 @@ class Node:
             holding.miss(end)
             return
         is_here = self._holdings.get(holding.sandbox_id) is holding
-        if not is_here or holding.phase is not Phase.RUNNING or not self._means.crew.is_there:
+        if not is_here or holding.phase not in _LIVING or not self._means.crew.is_there:
             return
         log.warning("a machine ended by itself: %s", end.message)
         holding.resident.mark(Phase.DEAD, end)
@@ -418,9 +456,13 @@ class Node:
             here += held.residents
             if held.is_starting:
                 coming.update(held.residents)
+        about_to_be = [one.coming for one in self._holdings.values()]
         return [
-            _promise(one, now, is_coming=one in coming)
-            for one in (*here, *self._pool.residents, *self._goldens.residents)
+            *(_promise_of(shape) for shape in about_to_be if shape is not None),
+            *(
+                _promise(one, now, is_coming=one in coming)
+                for one in (*here, *self._pool.residents, *self._goldens.residents)
+            ),
         ]
 
     def _has_room(self, shape: Shape) -> bool:
@@ -439,6 +481,9 @@ class Node:
                 self._missing = await self._find_missing()
             except SandyardError as error:
                 self._missing = (error.message,)
+            except Exception as error:  # found out again at the next look
+                log.exception("cannot find out whether machines can be started")
+                self._missing = (f"cannot find out whether machines can be started: {error}",)
             await self._means.clock.sleep(self._means.limits.watch_period_s)
 
     async def _find_missing(self) -> tuple[str, ...]:
@@ -459,7 +504,9 @@ class Node:
         for record in found:
             resident = await adopted(record, self._means)
             if resident is not None:
-                held = Holding(record.sandbox_id, record.incarnation, resident)
+                held = Holding(
+                    record.sandbox_id, record.incarnation, shape=record.shape, resident=resident
+                )
                 self._holdings[record.sandbox_id] = held
         living = [one for one in self._holdings.values() if one.resident.is_up]
         in_use = [one.resident.record.slot for one in living]
@@ -504,3 +551,20 @@ def _promise(one: Resident, now: float, *, is_coming: bool) -> Promise:
 
 def _nothing_here(sandbox_id: str) -> NotFoundError:
     return NotFoundError(f"cannot reach {sandbox_id}: this node has no such machine")
+
+
+def _promise_of(shape: Shape) -> Promise:
+    """Return what a machine may grow to that is only about to be made."""
+    return Promise(
+        memory_mib=cost_mib(shape.memory_mib),
+        disk_mib=shape.disk_mib + shape.memory_mib,
+        disk_used_mib=0,
+    )
+
+
+def _overtaken() -> ConflictError:
+    return ConflictError("cannot start this: the sandbox has gone on since it was asked for")
+
+
+def _dead() -> ConflictError:
+    return ConflictError("cannot do this: the machine is dead", status="error")

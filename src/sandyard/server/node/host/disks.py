@@ -1,6 +1,8 @@
 """The private disk of a machine: a sparse ext4 that holds what differs from the base image."""
 
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -78,8 +80,14 @@ def total_memory_mib() -> int:
 
 def used_mib(folder: Path) -> int:
     """Return what the files in a folder take on disk, not counting what hard links share."""
-    found = (path.stat() for path in folder.iterdir() if path.is_file())
-    return sum(one.st_blocks for one in found if one.st_nlink == 1) * 512 // 2**20
+    blocks = 0
+    with suppress(FileNotFoundError):  # what goes meanwhile takes nothing
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                is_own = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+                blocks += found.st_blocks if is_own else 0
+    return blocks * 512 // 2**20
 
 
 def _memory_mib(name: str) -> int:

@@ -30,7 +30,13 @@ async def adopted(record: Record, means: Means) -> Resident | None:
     elif found.phase is Phase.PAUSED:
         end = End(DAMAGED, "the saved state is gone")
         await found.found_without_process(Phase.DEAD, end)
-    elif found.phase is not Phase.DEAD and not await found.recover():
+    elif found.phase is Phase.DEAD:
+        # It may have been on its way up again, or not yet been buried.
+        if await found.recover():
+            await found.end()
+        end = End(record.reason_code, record.reason_message)
+        await found.found_without_process(Phase.DEAD, end)
+    elif not await found.recover():
         await found.found_without_process(Phase.DEAD, _how_it_ended(record, means))
     return found
 

@@ -430,8 +430,10 @@ class Resident:
         try:
             await machine.pause()
             await pause.write_own(machine, self._record, self.body, self._means)
-        except BaseException:
+        except BaseException as error:
             await to_the_end(self._go_on(machine))
+            if isinstance(error, OSError):
+                raise pause.translated(error) from error
             raise
         finally:
             self._pulse.hold(is_held=False)

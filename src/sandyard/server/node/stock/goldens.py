@@ -233,9 +233,9 @@ class Goldens:
                 "a golden machine is ready: %s, %d vcpus, %d MB",
                 kind.template, kind.vcpus, kind.memory_mib,
             )  # fmt: skip
-        except Exception:  # whatever it was, it is not tried again at once
-            self._failed_at[kind] = self._means.clock.monotonic()
-            raise
+        finally:
+            if kind not in self._known:  # whatever it was, it is not tried again at once
+                self._failed_at[kind] = self._means.clock.monotonic()
 
     async def _make(
         self, kind: Kind, image: Image, driver: Driver, definition: Definition

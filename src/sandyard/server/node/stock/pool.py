@@ -8,7 +8,7 @@ since nothing of it is translated or in the caches yet; a member has them behind
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -118,23 +118,22 @@ class Pool:
         shelf = self._shelves.setdefault(kind, _Shelf(kind))
         shelf.asked_at.append(self._means.clock.monotonic())
         self.nudge()
-        found = self._find(shelf, disk_mib)
+        found = next(self._fit(shelf, disk_mib), None)
         if found is not None:
             shelf.members.remove(found)
             self._residents.discard(found)
         return found
 
-    def has(self, kind: Kind, disk_mib: int) -> bool:
-        """Tell whether a claim would find a machine now."""
+    def has(self, kind: Kind, disk_mib: int, *, besides: int = 0) -> bool:
+        """Tell whether a claim would find a machine now, so many others having found theirs."""
         shelf = self._shelves.get(kind)
-        return shelf is not None and self._find(shelf, disk_mib) is not None
+        return shelf is not None and sum(1 for _ in self._fit(shelf, disk_mib)) > besides
 
-    def _find(self, shelf: _Shelf, disk_mib: int) -> Resident | None:
+    def _fit(self, shelf: _Shelf, disk_mib: int) -> Iterator[Resident]:
         since = self._means.clock.monotonic() - self._limits.fresh_s
         for one in shelf.members:
             if one.shape.disk_mib <= disk_mib and one.has_answered(since=since):
-                return one
-        return None
+                yield one
 
     async def give_way(self, memory_mib: int) -> bool:
         """End waiting machines until so much promised memory is free; False if it is not."""
@@ -144,7 +143,7 @@ class Pool:
                 one = shelf.members.pop()
                 shelf.failed_at = self._means.clock.monotonic()
                 freed += one.shape.memory_mib
-                await self._discard(one)
+                await to_the_end(self._discard(one))
         return freed >= memory_mib
 
     # --- the keeper -------------------------------------------------------------------------
@@ -195,7 +194,7 @@ class Pool:
                 # What is still coming finds its shelf gone.
                 del self._shelves[kind]
                 while shelf.members:
-                    await self._discard(shelf.members.pop())
+                    await to_the_end(self._discard(shelf.members.pop()))
                 continue
             await self._tend(shelf, crew)
 
@@ -206,7 +205,7 @@ class Pool:
             self._goldens.want(shelf.kind)
             return
         while len(shelf.members) > max(target, shelf.floor):
-            await self._discard(shelf.members.pop(0))
+            await to_the_end(self._discard(shelf.members.pop(0)))
         now = self._means.clock.monotonic()
         if shelf.failed_at is not None and now - shelf.failed_at < self._limits.demand_window_s / 4:
             return
@@ -282,7 +281,7 @@ class Pool:
             await to_the_end(self._discard(one))
             raise
         if self._shelves.get(kind) is not shelf:  # the template has another image by now
-            await self._discard(one)
+            await to_the_end(self._discard(one))
             return
         one.watch(lambda end: self._on_end(shelf, one, end))
         shelf.members.append(one)
@@ -301,4 +300,4 @@ class Pool:
     async def _empty(self) -> None:
         for shelf in self._shelves.values():
             while shelf.members:
-                await self._discard(shelf.members.pop())
+                await to_the_end(self._discard(shelf.members.pop()))

@@ -1,0 +1,361 @@
+"""A node through its front door, on a fake hypervisor: what comes at once, late, or in the middle.
+
+What every node answers is in its exam; here is what can happen to this one between two steps.
+"""
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.house import settings_of, until
+from tests.support.nodes import a_wish
+
+from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.node import open_node
+from sandyard.server.core import ops
+from sandyard.server.core.contracts.node import (
+    MachineFact,
+    MachineRef,
+    MachineWish,
+    Origin,
+    Phase,
+    Way,
+)
+from sandyard.server.core.errors import (
+    ConflictError,
+    NoCapacityError,
+    NotFoundError,
+    UnavailableError,
+)
+from sandyard.server.core.ids import new_sandbox_id
+from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
+from sandyard.server.links.local import SystemClock
+from sandyard.server.node.machines.body import Body
+from sandyard.server.node.node import Node
+
+
+@dataclass
+class Held:
+    """A node, and the host that it works on."""
+
+    node: Node
+    host: FakeHost
+    conduct: Conduct
+
+    @property
+    def machine(self) -> FakeMachine:
+        """The only machine of the host."""
+        (found,) = self.host.machines.values()
+        return found
+
+    async def facts(self) -> list[tuple[int, Phase]]:
+        """Return what the node tells: incarnations and phases."""
+        return [(one.incarnation, one.phase) for one in (await self.node.report()).machines]
+
+    async def run(self, wish: MachineWish, command: str) -> None:
+        """Run a command."""
+        where = MachineRef(self.node.node_id, wish.sandbox_id, wish.incarnation)
+        async with self.node.open(where, ops.Execute(command, 5000)) as opened:
+            assert await opened.stream.read(1000)
+
+    async def paused(self) -> MachineWish:
+        """Bring up a machine, pause it, and return the wish to have it go on."""
+        wish = a_wish(new_sandbox_id())
+        await self.node.ensure_running(wish)
+        await self.run(wish, "remember me")
+        await self.node.ensure_paused(wish.sandbox_id, incarnation=1)
+        return own(wish, 2)
+
+
+def own(wish: MachineWish, incarnation: int) -> MachineWish:
+    """Return the wish that a machine goes on as a later incarnation."""
+    return replace(wish, incarnation=incarnation, origin=Origin.OWN)
+
+
+@asynccontextmanager
+async def a_node(
+    home: Path, host: FakeHost | None = None, *, pool: int = 0, **conduct: Any
+) -> AsyncIterator[Held]:
+    """A node in a home; what it leaves running is ended unless the host is another's too."""
+    held = FakeHost() if host is None else host
+    driver = FakeDriver(held, Conduct(**conduct))
+    async with open_node(
+        settings_of(home, pool=pool, golden_machines=pool > 0),
+        clock=SystemClock(),
+        observer=Metrics(version="0"),
+        on_change=lambda: None,
+        drivers=[driver],
+        fills_pool=pool > 0,
+    ) as node:
+        yield Held(node, held, driver.conduct)
+    if host is None:
+        end_all(held)
+
+
+def end_all(host: FakeHost) -> None:
+    """End what lives on a host."""
+    for one in list(host.machines.values()):
+        one.die()
+        one.close()
+
+
+def as_killed(home: Path, target: Path) -> None:
+    """Keep what is on disk at this moment, as a kill would leave it."""
+    shutil.rmtree(target, ignore_errors=True)
+    sockets = shutil.ignore_patterns("*.sock")
+    shutil.copytree(home, target, ignore=sockets)
+
+
+# --- at once ------------------------------------------------------------------------------------
+
+
+async def test_what_starts_at_once_gets_no_more_than_there_is(tmp_path: Path) -> None:
+    async with a_node(tmp_path, start_delay_s=0.05) as held:
+        admission = held.node._admission
+        admission._total_memory = lambda: 2 * (512 + 96)
+        admission._available_memory = lambda: 10**6
+        admission._margins = replace(admission._margins, memory_overcommit=1.0)
+        wishes = [a_wish(new_sandbox_id()) for _ in range(8)]
+        done = await asyncio.gather(
+            *(held.node.ensure_running(one) for one in wishes), return_exceptions=True
+        )
+        assert sum(isinstance(one, MachineFact) for one in done) == 2
+        assert sum(isinstance(one, NoCapacityError) for one in done) == 6
+
+
+async def test_a_resume_that_comes_twice_is_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_node(tmp_path) as held:
+        wish = await held.paused()
+        admission, gives_way = held.node._admission, asyncio.Event()
+        check, asked = admission.check, 0
+
+        def short_at_first(*args: Any, **kwargs: Any) -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                raise NoCapacityError("short")
+            check(*args, **kwargs)
+
+        async def give_way(memory_mib: int) -> bool:
+            await gives_way.wait()
+            return True
+
+        monkeypatch.setattr(admission, "check", short_at_first)
+        monkeypatch.setattr(held.node._pool, "give_way", give_way)
+        first = asyncio.create_task(held.node.ensure_running(wish))
+        await until(lambda: asked == 1)
+        second = await held.node.ensure_running(wish)
+        machine = held.machine
+        gives_way.set()
+        assert (await first).incarnation == second.incarnation == 2
+        assert held.machine is machine, "the first one's machine was left alone"
+
+
+async def test_a_create_does_not_outlive_its_delete_nor_pass_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_node(tmp_path) as held:
+        drivers, gate = held.node._means.drivers, asyncio.Event()
+        choose, asked = drivers.choose, 0
+
+        async def slow(image: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            await gate.wait()
+            return await choose(image)
+
+        monkeypatch.setattr(drivers, "choose", slow)
+        wish = a_wish(new_sandbox_id())
+        late = asyncio.create_task(held.node.ensure_running(wish))
+        await until(lambda: asked == 1)
+        await held.node.ensure_gone(wish.sandbox_id, incarnation=1)
+        gate.set()
+        with pytest.raises(ConflictError):
+            await late
+        assert not held.host.machines
+        gate.clear()
+        wish = a_wish(new_sandbox_id())
+        both = [
+            asyncio.create_task(held.node.ensure_running(replace(wish, incarnation=one)))
+            for one in (1, 2)
+        ]
+        await until(lambda: asked == 3)
+        gate.set()
+        for incarnation, done in enumerate(await asyncio.gather(*both, return_exceptions=True), 1):
+            assert isinstance(done, ConflictError) or done.incarnation == incarnation  # type: ignore[union-attr]  # or it failed in another way
+
+
+async def test_however_many_have_it_removed_all_are_told_that_it_is(tmp_path: Path) -> None:
+    async with a_node(tmp_path) as held:
+        wish = a_wish(new_sandbox_id())
+        await held.node.ensure_running(wish)
+        gone = [held.node.ensure_gone(wish.sandbox_id, incarnation=1) for _ in range(5)]
+        await asyncio.gather(*gone)
+        assert await held.facts() == []
+
+
+# --- out of place -------------------------------------------------------------------------------
+
+
+async def test_nothing_is_opened_in_a_later_incarnation_than_was_meant(tmp_path: Path) -> None:
+    async with a_node(tmp_path) as held:
+        wish = await held.paused()
+        await held.node.ensure_running(wish)
+        with pytest.raises(NotFoundError):
+            await held.run(replace(wish, incarnation=1), "write harm")
+        await held.run(wish, "write well")
+        assert held.machine.spec.disk.read_text() == "well"
+
+
+async def test_a_pause_whose_machine_dies_meanwhile_has_failed(tmp_path: Path) -> None:
+    async with a_node(tmp_path, save_delay_s=0.1) as held:
+        wish = a_wish(new_sandbox_id())
+        await held.node.ensure_running(wish)
+        machine = held.machine
+        pausing = asyncio.create_task(held.node.ensure_paused(wish.sandbox_id, incarnation=1))
+        await until(lambda: machine.is_saving)
+        machine.die()
+        machine.close()
+        with pytest.raises((UnavailableError, ConflictError)):
+            await pausing
+        async with asyncio.timeout(5):
+            while await held.facts() != [(1, Phase.DEAD)]:
+                await asyncio.sleep(0.01)
+
+
+async def test_what_failed_before_is_not_told_to_who_asks_for_what_is_there(
+    tmp_path: Path,
+) -> None:
+    async with a_node(tmp_path) as held:
+        wish = a_wish(new_sandbox_id())
+        await held.node.ensure_running(wish)
+        held.conduct.has_room_to_save = False
+        with pytest.raises(NoCapacityError):
+            await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
+        assert (await held.node.ensure_running(wish)).phase is Phase.RUNNING
+
+
+async def test_a_disk_that_is_full_while_a_machine_is_held_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_node(tmp_path) as held:
+        wish = a_wish(new_sandbox_id())
+        await held.node.ensure_running(wish)
+
+        async def full() -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(held.machine, "pause", full)
+        with pytest.raises(NoCapacityError, match="disk is full"):
+            await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
+        assert await held.facts() == [(1, Phase.RUNNING)]
+
+
+async def test_a_machine_of_the_pool_goes_whole_though_nobody_waits_for_that(
+    tmp_path: Path,
+) -> None:
+    async with a_node(tmp_path, pool=2) as held:
+        pool = held.node._pool
+        await until(lambda: sum(one.size for one in pool.facts()) == 2)
+        pool._has_room = lambda shape: False  # nothing more is made
+        making_way = asyncio.create_task(pool.give_way(512))
+        await asyncio.sleep(0)
+        making_way.cancel()
+        await asyncio.wait([making_way])
+        await until(lambda: len(held.host.machines) == len(pool.residents))
+        assert len(held.node._means.network.in_use) == len(pool.residents)  # type: ignore[attr-defined]  # the fake tells
+
+
+async def test_where_there_is_no_room_for_a_golden_machine_nobody_spins(tmp_path: Path) -> None:
+    async with a_node(tmp_path, pool=1) as held:
+        pool, looked = held.node._pool, 0
+        held.node._goldens._has_room = lambda shape: False
+        held.node._goldens._known.clear()
+        look = pool._look
+
+        async def counted(crew: Any) -> None:
+            nonlocal looked
+            looked += 1
+            await look(crew)
+
+        pool._look = counted  # type: ignore[method-assign]  # to count
+        pool.nudge()
+        await until(lambda: looked >= 1)
+        for _ in range(2000):
+            await asyncio.sleep(0)
+        assert looked < 20
+
+
+# --- killed in the middle -----------------------------------------------------------------------
+
+
+async def test_a_resume_that_a_kill_broke_off_is_done_when_it_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, left, host = tmp_path / "h", tmp_path / "k", FakeHost()
+    withdraw: Callable[[Body], Any] = Body.withdraw
+    async with a_node(home, host) as held:
+        wish = await held.paused()
+
+        async def killed_here(body: Body) -> None:
+            as_killed(home, left)
+            await withdraw(body)
+
+        monkeypatch.setattr(Body, "withdraw", killed_here)
+        await held.node.ensure_running(wish)
+        monkeypatch.undo()
+    end_all(host)
+    async with a_node(left, host) as held:
+        assert await held.facts() == [(1, Phase.PAUSED)]
+        assert (await held.node.ensure_running(wish)).way is Way.RESUME
+        await held.run(wish, "recall")
+    end_all(host)
+
+
+async def test_a_restart_that_a_kill_broke_off_is_done_when_it_is_asked_again(
+    tmp_path: Path,
+) -> None:
+    home, left, host = tmp_path / "h", tmp_path / "k", FakeHost()
+    async with a_node(home, host) as held:
+        wish = a_wish(new_sandbox_id())
+        await held.node.ensure_running(wish)
+        end_all(host)
+        async with asyncio.timeout(5):
+            while await held.facts() != [(1, Phase.DEAD)]:
+                await asyncio.sleep(0.01)
+        held.conduct.is_ready = False
+        starting = asyncio.create_task(held.node.ensure_running(own(wish, 2)))
+        (record,) = home.glob("machines/*/resident.json")
+        await until(lambda: json.loads(record.read_text())["handle"] is not None)
+        as_killed(home, left)
+        await held.node.ensure_gone(wish.sandbox_id, incarnation=2)
+        with pytest.raises(ConflictError):
+            await starting
+    async with a_node(left, host) as held:
+        assert await held.facts() == [(1, Phase.DEAD)]
+        (record,) = left.glob("machines/*/resident.json")
+        assert json.loads(record.read_text())["handle"] is None
+        assert (await held.node.ensure_running(own(wish, 2))).way is Way.RESTART
+    end_all(host)
+
+
+async def test_a_machine_that_dies_before_anybody_woke_it_is_dead(tmp_path: Path) -> None:
+    home, host = tmp_path / "h", FakeHost()
+    async with a_node(home, host) as held:
+        await held.node.ensure_running(a_wish(new_sandbox_id()))
+    (record,) = home.glob("machines/*/resident.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "phase": "waking"}))
+    async with a_node(home, host) as held:
+        assert await held.facts() == [(1, Phase.WAKING)]
+        end_all(host)
+        async with asyncio.timeout(10):
+            while await held.facts() != [(1, Phase.DEAD)]:
+                await asyncio.sleep(0.01)
