@@ -7,10 +7,11 @@ While a snapshot is made, whoever makes it says so in its row again and again; o
 says so any more was never finished, and is removed.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Transaction
@@ -45,6 +46,7 @@ _WAIT_S = 60.0
 _HOLD_S = 30.0
 _LOOK_S = 0.5
 _TRIES = 3
+_T = TypeVar("_T")
 
 
 class Snapshots:
@@ -92,7 +94,7 @@ class Snapshots:
             _check_name(name)
         async with self._repeats.turn(actor, request):
             for _ in range(_TRIES):
-                made = await self._saved_before(actor, request)
+                made = await self._made_before(actor, request, _ready(actor))
                 if made is not None:
                     return made
                 sandbox = await self._at_rest(await self._register.get(actor, reference))
@@ -114,8 +116,17 @@ class Snapshots:
             await tx.storage.open(self._kept(sandbox, snapshot, size_bytes))
             await tx.activity.append(self._line(actor, snapshot, "snapshot.created"))
 
-    async def _saved_before(self, actor: Actor, request: Repeatable | None) -> Snapshot | None:
-        """Return the snapshot that the same request has made before, once that is done."""
+    async def _made_before(
+        self,
+        actor: Actor,
+        request: Repeatable | None,
+        find: Callable[[Transaction, tuple[str, ...]], Awaitable[_T | None]],
+    ) -> _T | None:
+        """Return what the same request has made before, once `find` finds it among what was noted.
+
+        None if it has not been made, or if whoever began it did not live to finish it. If he lives
+        after all, he finds his snapshot gone, and ends in an error.
+        """
         if request is None:
             return None
         until = self._clock.monotonic() + _WAIT_S
@@ -124,32 +135,17 @@ class Snapshots:
                 ids = await self._repeats.made_before(tx, actor, request)
                 if ids is None:
                     return None
-                found = await tx.snapshots.find(actor.org_id, ids[0])
-                if found is not None and found.is_ready:
+                if (found := await find(tx, ids)) is not None:
                     return found
-                if await self._is_abandoned(tx, actor, request, ids, found):
+                # Before version 4 of the database the snapshot of forks was not noted.
+                making = await tx.snapshots.find(actor.org_id, ids[0]) if is_uuid(ids[0]) else None
+                if making is None or not making.is_made(self._clock.now()):
+                    if making is not None:
+                        await tx.snapshots.remove(making.id)
+                    await self._repeats.forget(tx, actor, request, ids)
                     return None
             await self._clock.sleep(_LOOK_S)
         raise _not_told()
-
-    async def _is_abandoned(
-        self,
-        tx: Transaction,
-        actor: Actor,
-        request: Repeatable | None,
-        ids: tuple[str, ...],
-        snapshot: Snapshot | None,
-    ) -> bool:
-        """Tell whether whoever began a request did not live to finish it, and forget that then.
-
-        If he lives after all, he finds his snapshot gone, and ends in an error.
-        """
-        if snapshot is not None and snapshot.is_made(self._clock.now()):
-            return False
-        if snapshot is not None:
-            await tx.snapshots.remove(snapshot.id)
-        await self._repeats.forget(tx, actor, request, ids)
-        return True
 
     @asynccontextmanager
     async def _noted(
@@ -238,7 +234,7 @@ class Snapshots:
             )
         async with self._repeats.turn(actor, request):
             for _ in range(_TRIES):
-                made = await self._forked_before(actor, request)
+                made = await self._made_before(actor, request, _forks)
                 if made is not None:
                     return made
                 source = await self._at_rest(await self._register.get(actor, reference))
@@ -261,30 +257,6 @@ class Snapshots:
                 ):
                     snapshot = replace(snapshot, size_bytes=size_bytes)
                     return await self._start_forks(actor, snapshot, forks)
-        raise _not_told()
-
-    async def _forked_before(
-        self, actor: Actor, request: Repeatable | None
-    ) -> list[Sandbox] | None:
-        """Return the forks that the same request has made before, once that is done."""
-        if request is None:
-            return None
-        until = self._clock.monotonic() + _WAIT_S
-        while self._clock.monotonic() < until:
-            async with self._store.write() as tx:
-                ids = await self._repeats.made_before(tx, actor, request)
-                if ids is None:
-                    return None
-                # Of what was noted until version 4 of the database, the snapshot is not one.
-                found = [await tx.sandboxes.find(one) for one in ids if is_sandbox_id(one)]
-                if there := [one for one in found if one is not None]:
-                    return there
-                making = None
-                if is_uuid(ids[0]):
-                    making = await tx.snapshots.find(actor.org_id, ids[0])
-                if await self._is_abandoned(tx, actor, request, ids, making):
-                    return None
-            await self._clock.sleep(_LOOK_S)
         raise _not_told()
 
     async def _start_forks(
@@ -458,6 +430,21 @@ class Snapshots:
             status="ready" if is_new else "deleted",
             sandbox_id=snapshot.sandbox_id,
         )
+
+
+def _ready(
+    actor: Actor,
+) -> Callable[[Transaction, tuple[str, ...]], Awaitable[Snapshot | None]]:
+    async def find(tx: Transaction, ids: tuple[str, ...]) -> Snapshot | None:
+        found = await tx.snapshots.find(actor.org_id, ids[0])
+        return found if found is not None and found.is_ready else None
+
+    return find
+
+
+async def _forks(tx: Transaction, ids: tuple[str, ...]) -> list[Sandbox] | None:
+    found = [await tx.sandboxes.find(one) for one in ids if is_sandbox_id(one)]
+    return [one for one in found if one is not None] or None
 
 
 def _not_told() -> UnavailableError:
