@@ -67,7 +67,9 @@ def _postgres(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
     """A folder of the test's own whose path is short enough for sockets, wherever tests run."""
-    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp", ignore_cleanup_errors=True) as path:
+    with tempfile.TemporaryDirectory(
+        prefix=f"t-{os.getpid()}-", dir="/tmp", ignore_cleanup_errors=True
+    ) as path:
         yield Path(path)
 
 
@@ -94,7 +96,8 @@ def _leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.path.parent.name in ("machine", "system"):
         yield
         return
-    before = open_things()
+    is_root = request.node.get_closest_marker("root") is not None
+    before = open_things(namespaces=is_root)
     yield
-    left = open_things() - before
+    left = open_things(namespaces=is_root) - before
     assert not left, f"left behind: {sorted(left)}"

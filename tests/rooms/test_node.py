@@ -264,14 +264,15 @@ async def test_a_machine_of_the_pool_goes_whole_though_nobody_waits_for_that(
 ) -> None:
     async with a_node(tmp_path, pool=2) as held:
         pool = held.node._pool
-        await until(lambda: sum(one.size for one in pool.facts()) == 2)
+        await until(lambda: any(pool.facts()) and all(o.size == o.target for o in pool.facts()))
         pool._has_room = lambda shape: False  # nothing more is made
         making_way = asyncio.create_task(pool.give_way(512))
         await asyncio.sleep(0)
         making_way.cancel()
         await asyncio.wait([making_way])
-        await until(lambda: len(held.host.machines) == len(pool.residents))
-        assert len(held.node._means.network.in_use) == len(pool.residents)  # type: ignore[attr-defined]  # the fake tells
+        known = len(pool.residents)
+        await until(lambda: len(held.host.machines) == known)
+        assert len(held.node._means.network.in_use) == known  # type: ignore[attr-defined]  # the fake tells
 
 
 async def test_where_there_is_no_room_for_a_golden_machine_nobody_spins(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.node.holding import Holding
 from sandyard.server.node.images.images import Image
 from sandyard.server.node.machines.adopt import DAMAGED
+from sandyard.server.node.machines.guest import Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record
-from sandyard.server.node.machines.resident import Resident, Was
+from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.machines.saved import SavedMachine
 from sandyard.server.node.stock.goldens import Goldens
 from sandyard.server.node.stock.pool import MachineObserver, Pool
@@ -168,7 +169,7 @@ class Jobs:
         if way is not None:
             holding.came(way)
         resident.watch(lambda found: self._on_end(holding, found))
-        resident.keep_spare()
+        resident.guest.keep_spare()
 
     async def _remove_failed(self, holding: Holding) -> None:
         """Remove what a start left that failed; what would not go is kept, to be tried again."""
@@ -192,7 +193,7 @@ class Jobs:
                 raise UnavailableError("cannot start this: what is left of it is being given up")
             if resident.phase is Phase.WAKING:
                 await resident.let_run()
-                await resident.wake()
+                await resident.guest.wake()
                 way = Way.RESUME
             # Not before it is fit to be used: until then an ask for it must find it still to do.
             resident.count_as(wish.incarnation)
@@ -210,7 +211,7 @@ class Jobs:
             state = await resident.checked_state()
             async with self._restores.take(Rank.ASKED, wish.org_id):
                 await resident.raise_up(token=state.about.token)
-                await resident.wake()
+                await resident.guest.wake()
             resident.count_as(wish.incarnation)  # as above
             await self._is_running(holding, Way.RESUME)
         except DamagedError as error:
@@ -311,7 +312,7 @@ class Jobs:
         if resident.phase is Phase.RUNNING:
             # The guest's clock stood still with it.
             with suppress(SandyardError):
-                await resident.set_clock()
+                await resident.guest.set_clock()
 
     async def remove(self, holding: Holding) -> None:
         """Remove a machine with all that it has."""

@@ -265,7 +265,7 @@ class Node:
         if holding.is_starting:
             raise ConflictError(f"cannot reach {machine.sandbox_id}: it is being started")
         self._step(Ask.OPEN, holding, machine.incarnation)
-        async with holding.resident.open(operation) as opened:
+        async with holding.resident.guest.open(operation) as opened:
             yield opened
 
     # --- asks meet phases -----------------------------------------------------------------

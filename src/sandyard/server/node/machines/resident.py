@@ -11,57 +11,41 @@ One resident is never in two hands: whoever calls sees to that.
 
 import asyncio
 import logging
-import os
-import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 
-from sandyard.server.core.contracts.node import MachineFact, MachineWish, Opened, Phase, Way
+from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase, Way
 from sandyard.server.core.errors import (
     ConflictError,
     SandyardError,
     UnsupportedError,
 )
 from sandyard.server.core.ids import new_machine_id, new_secret
-from sandyard.server.core.ops import AnswerT, Operation, SetUp, Wake
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.contract import Driver, End, Machine, Place, SavingMachine
-from sandyard.server.node.agent import AgentLink, run_command
+from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.images.images import Image
 from sandyard.server.node.machines import pause, start
 from sandyard.server.node.machines.body import Body
+from sandyard.server.node.machines.guest import WAKE_LIMIT_S, Guest, Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record
 from sandyard.server.node.machines.saved import SavedMachine
-from sandyard.server.node.machines.watch import Pulse, watch
+from sandyard.server.node.machines.watch import watch
 from sandyard.server.tasks import Work, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
-_WAKE_LIMIT_S = 15.0
-_CLOCK_ERROR_S = 0.04
-_CLOCK_TRIES = 3
-_SPARE_LIMIT_S = 5.0
 _USED_S = 15.0
 _NOWHERE = -1
 _PAUSED = ConflictError(
     "the sandbox was paused meanwhile; what was running in it goes on when it is resumed",
     status="paused",
 )
-_ENDED = ConflictError("the machine of the sandbox ended meanwhile", status="error")
-
-
-class Was(Enum):
-    """What a machine was before it is set up, which says how much there is to mend."""
-
-    NOBODYS = "nobodys"  # just booted, or restored from a golden machine
-    UNIQUE = "unique"  # set up before, for nobody, and running ever since
-    IN_USE = "in_use"  # a sandbox, with connections of its own
 
 
 class Resident:
@@ -72,11 +56,9 @@ class Resident:
         self._means = means
         self._machine: Machine | None = None
         self._place: Place | None = None
-        self._link: AgentLink | None = None
         self._watching: asyncio.Task[None] | None = None
         self._on_end: Callable[[End], None] | None = None
-        self._pulse = Pulse()
-        self._uses = 0
+        self.guest = Guest(means)
         self._used_mib = (-_USED_S, 0)  # when it was looked at, and what it was
 
     @classmethod
@@ -135,8 +117,9 @@ class Resident:
 
     def has_answered(self, *, since: float) -> bool:
         """Tell whether it is well, and its agent has answered since then."""
-        is_well = self.is_up and not self._pulse.is_silent and self._pulse.stall is None
-        return is_well and self._pulse.answered_at >= since
+        pulse = self.guest.pulse
+        is_well = self.is_up and not pulse.is_silent and pulse.stall is None
+        return is_well and pulse.answered_at >= since
 
     def used_mib(self, now: float) -> int:
         """Return what its body takes on disk, as it was a moment ago: to look costs more than it
@@ -152,13 +135,13 @@ class Resident:
         record, runs = self._record, self.phase is Phase.RUNNING
         # A start that failed, and whose remains would not go, is nothing that is coming up.
         phase = Phase.DEAD if self.phase is Phase.STARTING else self.phase
-        stall = self._pulse.stall if runs else None
+        stall = self.guest.pulse.stall if runs else None
         return MachineFact(
             sandbox_id=record.sandbox_id,
             incarnation=record.incarnation,
             phase=phase,
-            is_silent=runs and self._pulse.is_silent,
-            is_used=self._uses > 0,
+            is_silent=runs and self.guest.pulse.is_silent,
+            is_used=self.guest.is_used,
             ip=self._place.ip if self._place else None,
             driver=record.driver,
             os=record.os,
@@ -265,9 +248,10 @@ class Resident:
             machine = self._machine = await kit.driver.start(spec, held)
             self._record = replace(self._record, handle=dict(machine.handle))
             await in_thread(self._means.records.write, self._record)
-            link = self._link = self._new_link(place)
+            link = self._new_link(place)
+            self.guest.meet(link, has_answered=False)
             await start.await_agent(machine, link, self.body, self._means)
-            self._note_answer()
+            self.guest.note_answer()
             held.pop_all()
 
     async def _run_on(
@@ -283,15 +267,13 @@ class Resident:
         await self.body.withdraw()
         await machine.resume()
         self._machine = machine
-        self._link = self._new_link(self._place)
-        self._note_answer()
+        self.guest.meet(self._new_link(self._place), has_answered=True)
         held.pop_all()
         self._beside(self.body.remove_spent(), "what a resume left cannot be removed")
 
     async def _vacate(self) -> None:
-        if self._link is not None:
-            self._link.cut(_ENDED)
-        self._machine = self._link = None
+        self.guest.leave()
+        self._machine = None
         await self._leave_place()
         self._record = replace(self._record, slot=_NOWHERE, handle=None)
 
@@ -316,104 +298,14 @@ class Resident:
             self._means.clock,
         )
 
-    def _note_answer(self) -> None:
-        self._pulse.answered(self._means.clock.monotonic())
-
-    # --- its agent ------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def open(self, operation: Operation[AnswerT]) -> AsyncIterator[Opened[AnswerT]]:
-        """Open an operation; see core.contracts.node.NodeTunnel.open."""
-        link = self._link_or_raise()
-        self._uses += operation.is_use
-        try:
-            async with link.open(operation, limit_s=self._means.limits.agent_s) as opened:
-                yield opened
-        finally:
-            self._uses -= operation.is_use
-            # For what is asked next; not earlier, for it would take time from this one.
-            self.keep_spare()
-
-    def keep_spare(self) -> None:
-        """Have a connection to its agent ready for what is asked next."""
-        if self._link is not None and not self._pulse.is_held:
-            self._beside(self._link.open_spare(_SPARE_LIMIT_S), "no connection is kept ready")
-
-    async def wake(self) -> None:
-        """Mend clock, randomness and connections of a machine that stood still.
-
-        Raises:
-            UnavailableError, InternalError, InvalidArgumentError: it cannot be, and the machine
-                must not be used.
-        """
-        asked_at = self._means.clock.monotonic()
-        await self._link_or_raise().ask(self._waking(), limit_s=_WAKE_LIMIT_S)
-        await self._correct_clock(asked_at)
-
-    async def set_clock(self) -> None:
-        """Set the clock of a machine that was held still and lost no connection by that."""
-        waking = self._waking(keeps_connections=True)
-        await self._link_or_raise().ask(waking, limit_s=_WAKE_LIMIT_S)
-
     async def set_up(
-        self, wish: MachineWish, *, was: Was, grows: bool = False, limit_s: float = _WAKE_LIMIT_S
+        self, wish: MachineWish, *, was: Was, grows: bool = False, limit_s: float = WAKE_LIMIT_S
     ) -> None:
-        """Make it the wished sandbox, unlike every other; see `wake` for what is raised."""
-        link = self._link_or_raise()
-        asked_at = self._means.clock.monotonic()
-        token, is_new = new_secret(), was is not Was.UNIQUE
+        """Make it the wished sandbox, with its disk grown first if need be; see `Guest.set_up`."""
         if grows:
             await self._saving_machine().grow_disk(wish.shape.disk_mib)
-        waking = self._waking()
-        await link.ask(
-            SetUp(
-                hostname=wish.hostname,
-                env=wish.env,
-                token=token,
-                authorized_keys="".join(f"{key}\n" for key in wish.authorized_keys),
-                password_hash=wish.root_password_hash,
-                entropy=waking.entropy if is_new else None,
-                wall_ns=waking.wall_ns if is_new else None,
-                keeps_connections=was is not Was.IN_USE,
-                machine_id=secrets.token_hex(16) if is_new else None,
-                disk_bytes=wish.shape.disk_mib * 2**20 if grows else None,
-            ),
-            limit_s=limit_s,
-        )
-        link.use_token(token)
+        token = await self.guest.set_up(wish, was=was, grows=grows, limit_s=limit_s)
         self._record = replace(self._record, token=token, disk_mib=wish.shape.disk_mib)
-        if is_new:
-            await self._correct_clock(asked_at)
-        else:
-            self._note_answer()
-
-    async def run(self, command: str, *, limit_s: float) -> int:
-        """Run a command in it, take no interest in what it says, and return its exit code."""
-        link = self._link_or_raise()
-        return await run_command(link, command, limit_s=limit_s, clock=self._means.clock)
-
-    async def _correct_clock(self, asked_at: float) -> None:
-        """Set a guest's clock once more if the message that did was long under way.
-
-        The first message to a machine that has just been restored may take a tenth of a second to
-        arrive, and the clock is late by that.
-        """
-        for _ in range(_CLOCK_TRIES):
-            now = self._means.clock.monotonic()
-            self._pulse.answered(now)
-            if now - asked_at < _CLOCK_ERROR_S:
-                return
-            asked_at = now
-            await self.set_clock()
-
-    def _waking(self, *, keeps_connections: bool = False) -> Wake:
-        wall_ns = int(self._means.clock.now().timestamp() * 1e9)
-        return Wake(os.urandom(64), wall_ns, keeps_connections)
-
-    def _link_or_raise(self) -> AgentLink:
-        if self._link is None:
-            raise _ENDED
-        return self._link
 
     # --- still ----------------------------------------------------------------------------
 
@@ -426,7 +318,7 @@ class Resident:
             UnavailableError, InternalError: it cannot be saved now.
         """
         machine = self._saving_machine()
-        self._pulse.hold(is_held=True)
+        self.guest.pulse.hold(is_held=True)
         try:
             await machine.pause()
             await pause.write_own(machine, self._record, self.body, self._means)
@@ -436,7 +328,7 @@ class Resident:
                 raise pause.translated(error) from error
             raise
         finally:
-            self._pulse.hold(is_held=False)
+            self.guest.pulse.hold(is_held=False)
         await to_the_end(self._finish_pause())
 
     async def _go_on(self, machine: SavingMachine) -> None:
@@ -450,8 +342,7 @@ class Resident:
             log.exception("a machine that could not be saved does not go on")
 
     async def _finish_pause(self) -> None:
-        if self._link is not None:
-            self._link.cut(_PAUSED)
+        self.guest.break_off(_PAUSED)
         self._set_phase(Phase.PAUSED, None)
         kept = replace(self._record, slot=_NOWHERE, handle=None)
         await in_thread(self._means.records.write, kept)
@@ -490,12 +381,12 @@ class Resident:
 
     async def _copy_while_held(self, part: Path) -> None:
         machine = self._saving_machine()
-        self._pulse.hold(is_held=True)
+        self.guest.pulse.hold(is_held=True)
         try:
             await machine.pause()
             await pause.write_copy(machine, part, self._record, self.body, self._means)
         finally:
-            self._pulse.hold(is_held=False)
+            self.guest.pulse.hold(is_held=False)
             await to_the_end(machine.resume())
 
     async def checked_state(self) -> SavedMachine:
@@ -528,7 +419,9 @@ class Resident:
             )
 
     async def _watch(self, machine: Machine) -> None:
-        end = await watch(machine, self.body, self._pulse, self._means, lambda: self._link)
+        end = await watch(
+            machine, self.body, self.guest.pulse, self._means, lambda: self.guest.link
+        )
         if self._machine is machine and self._on_end is not None:
             self._watching = None
             self._on_end(end)
@@ -548,15 +441,13 @@ class Resident:
         Raises:
             UnavailableError: something would not go.
         """
-        if self._link is not None:
-            self._link.cut(_ENDED)
-            self._link = None
+        self.guest.leave()
         await self._stop_watching()
         if self._machine is not None:
             await self._machine.stop()
             self._machine = None
         await self._leave_place()
-        self._pulse.forget()
+        self.guest.pulse.forget()
         self._record = replace(self._record, slot=_NOWHERE, handle=None)
         if removes:
             await in_thread(self._means.records.remove, self._record.id)
@@ -577,8 +468,7 @@ class Resident:
     async def let_go(self) -> None:
         """Let go of its process, which lives on."""
         await self._stop_watching()
-        if self._link is not None:
-            self._link.close()
+        self.guest.let_go()
         if self._machine is not None:
             await self._machine.detach()
 
@@ -598,7 +488,7 @@ class Resident:
         held.pop_all()
         self._machine = machine
         self._place = self._means.network.place(record.slot)
-        self._link = self._new_link(self._place)
+        self.guest.meet(self._new_link(self._place), has_answered=False)
         return True
 
     async def found_without_process(self, phase: Phase, end: End | None = None) -> None:
@@ -621,7 +511,7 @@ class Resident:
                 if await machine.is_paused():
                     log.warning("a machine that was held still goes on")
                     await machine.resume()
-                    self._beside(self.set_clock(), "a clock cannot be set")
+                    self._beside(self.guest.set_clock(), "a clock cannot be set")
             except SandyardError:
                 log.exception("a machine that is held still does not go on")
 

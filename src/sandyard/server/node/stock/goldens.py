@@ -23,8 +23,9 @@ from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.images.definitions import Definition
 from sandyard.server.node.images.images import Image
 from sandyard.server.node.machines import saved as saving
+from sandyard.server.node.machines.guest import Was
 from sandyard.server.node.machines.means import Means
-from sandyard.server.node.machines.resident import Resident, Was
+from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.machines.saved import SavedMachine
 from sandyard.server.node.stock.turns import Rank, Turns
 from sandyard.server.tasks import in_thread, to_the_end
@@ -271,7 +272,7 @@ class Goldens:
 
 
 async def _warm_up(resident: Resident, command: str) -> None:
-    code = await resident.run(command, limit_s=_WARMUP_LIMIT_S)
+    code = await resident.guest.run(command, limit_s=_WARMUP_LIMIT_S)
     if code != 0:
         log.warning("the warm-up command %r ended with code %d", command, code)
 

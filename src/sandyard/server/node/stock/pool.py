@@ -17,8 +17,9 @@ from sandyard.server.core.contracts.node import Phase, ShelfFact, Way
 from sandyard.server.core.errors import DamagedError, SandyardError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End
+from sandyard.server.node.machines.guest import Was
 from sandyard.server.node.machines.means import Means
-from sandyard.server.node.machines.resident import Resident, Was
+from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.stock.goldens import Goldens, Kind, a_wish
 from sandyard.server.node.stock.turns import Rank, Turns
 from sandyard.server.tasks import Crew, to_the_end
@@ -275,7 +276,7 @@ class Pool:
             await one.set_up(wish, was=Was.NOBODYS)
             await one.set_up(wish, was=Was.UNIQUE)
             for _ in range(_EXERCISE_ROUNDS):
-                await one.run(_EXERCISE, limit_s=_LIMIT_S)
+                await one.guest.run(_EXERCISE, limit_s=_LIMIT_S)
             await one.enter(Phase.WAITING)
         except BaseException:
             await to_the_end(self._discard(one))
