@@ -481,3 +481,22 @@ async def test_a_pause_for_idleness_does_not_begin_where_the_node_does_not_answe
     desk.node.is_silent = True
     await desk.drive(6)
     assert (await desk.get(box)).status is Status.RUNNING
+
+
+async def test_a_look_that_fails_in_a_way_nobody_foresaw_is_not_the_last(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = 0
+
+    def fails() -> Any:
+        nonlocal failed
+        failed += 1
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(desk.control.store, "read", fails)
+        await desk.drive(6)
+    assert failed >= 4, "both kinds of look went on"
+    box = await desk.create(idle_timeout=10)
+    await desk.drive(14)
+    await desk.until(box, Status.PAUSED)

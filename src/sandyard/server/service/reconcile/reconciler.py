@@ -10,6 +10,7 @@ what one forgets another finds.
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -89,11 +90,11 @@ class Reconciler:
         with self._bus.subscribe(WORK) as hints:
             async with self._crew as crew:
                 for comparison in self._comparisons(crew):
-                    crew.start(self._compare_for_ever(comparison), "a node is compared no longer")
+                    crew.start(self._keep_at(comparison.look), "a node is compared no longer")
+                crew.start(self._keep_at(self._expire_unplaced), "what is on no node never ends")
                 while True:
                     for claim in await self._claims():
                         self._begin(claim)
-                    await self._expire_unplaced()
                     await hints.wait(self._pace.period_s)
 
     def hold(self) -> Hold:
@@ -198,14 +199,11 @@ class Reconciler:
 
     async def _expire_unplaced(self) -> None:
         """Have those end in time that are on no node, and so in no node's report."""
-        try:
-            async with self._store.read() as tx:
-                unplaced = await tx.sandboxes.on_node(None, WATCHED)
-            for sandbox in unplaced:
-                if has_expired(sandbox, self._clock.now()):
-                    await self._lifecycle.apply(sandbox, Event.DELETE, reason=EXPIRED)
-        except SandyardError as error:
-            log.warning("what is on no node was not looked at: %s", error.message)
+        async with self._store.read() as tx:
+            unplaced = await tx.sandboxes.on_node(None, WATCHED)
+        for sandbox in unplaced:
+            if has_expired(sandbox, self._clock.now()):
+                await self._lifecycle.apply(sandbox, Event.DELETE, reason=EXPIRED)
 
     # --- what nodes report ----------------------------------------------------------------
 
@@ -226,14 +224,14 @@ class Reconciler:
             for node in self._nodes.all()
         ]
 
-    async def _compare_for_ever(self, comparison: Comparison) -> None:
-        """Compare with one node again and again; a silent one holds up no other."""
+    async def _keep_at(self, look: Callable[[], Awaitable[None]]) -> None:
+        """Look again and again, whatever comes of it; a silent node holds up no other."""
         with self._bus.subscribe(NODES) as hints:
             while True:
                 try:
-                    await comparison.look()
+                    await look()
                 except SandyardError as error:
-                    log.warning("comparing with a node failed: %s", error.message)
+                    log.warning("a look failed: %s", error.message)
                 except Exception:  # as above
-                    log.exception("comparing with a node failed")
+                    log.exception("a look failed")
                 await hints.wait(self._pace.period_s)
