@@ -72,10 +72,12 @@ async def test_somebody_who_comes_at_the_very_moment_keeps_it_up(
 ) -> None:
     box = await desk.create(idle_timeout=10)
     apply = desk.control.lifecycle.apply
+    came = asyncio.Event()
 
     async def used_meanwhile(sandbox: Sandbox, event: Event, **changes: object) -> object:
         done = await apply(sandbox, event, **changes)  # type: ignore[arg-type]
         if event is Event.PAUSE:
+            came.set()
             monkeypatch.undo()
             async with desk.control.store.write() as tx:
                 await tx.activity.touch(box.id, at=desk.clock.now(), kind="exec")
@@ -83,7 +85,9 @@ async def test_somebody_who_comes_at_the_very_moment_keeps_it_up(
 
     monkeypatch.setattr(desk.control.lifecycle, "apply", used_meanwhile)
     await desk.drive(12)
-    assert (await desk.get(box)).status is Status.RUNNING
+    async with asyncio.timeout(20):
+        await came.wait()
+    await desk.until(box, Status.RUNNING)
     assert "ensure_paused" not in desk.node.asked
 
 

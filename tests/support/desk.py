@@ -1,11 +1,14 @@
 """The services by themselves: on fake nodes, with a clock that a test drives, and no HTTP."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sandyard.server.api import Services
 from sandyard.server.app.control import Control, open_control
@@ -29,6 +32,7 @@ from tests.support.store import place_database
 
 _LIMIT_S = 20.0
 _LOOKS = 200
+_QUIET = 4
 
 
 @dataclass
@@ -118,9 +122,40 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 async def still() -> None:
     """Let what was begun come to its end: turns of the loop, and of the threads that commit."""
-    for _ in range(4):
-        await turn()
-        await asyncio.sleep(0.002)
+    threads = _THREADS.get(asyncio.get_running_loop())
+    async with asyncio.timeout(_LIMIT_S):
+        quiet = 0
+        while quiet < _QUIET:
+            await turn()
+            await asyncio.sleep(0.002)
+            quiet = quiet + 1 if threads is None or not threads.at_work else 0
+
+
+class _Threads(ThreadPoolExecutor):
+    """The threads of a loop, which know how much of theirs has not come back to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_work = 0
+
+    def submit(self, work: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Do work in a thread; asked for in the loop's thread alone."""
+        loop = asyncio.get_running_loop()
+        doing = super().submit(work, *args, **kwargs)
+        self.at_work += 1
+        doing.add_done_callback(lambda _: self._back(loop))
+        return doing
+
+    def _back(self, loop: asyncio.AbstractEventLoop) -> None:
+        # After the loop closed, nobody counts any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._less)
+
+    def _less(self) -> None:
+        self.at_work -= 1
+
+
+_THREADS: WeakKeyDictionary[asyncio.AbstractEventLoop, _Threads] = WeakKeyDictionary()
 
 
 @asynccontextmanager
@@ -134,6 +169,9 @@ async def open_desk(
     pace: Pace | None = None,
 ) -> AsyncIterator[Desk]:
     """Open the services on fake nodes and run the reconciler, unless it is not to work."""
+    loop = asyncio.get_running_loop()
+    if loop not in _THREADS:
+        loop.set_default_executor(_THREADS.setdefault(loop, _Threads()))
     clock = clock or DrivenClock()
     own = dict(nodes or {"fake": FakeNode()})
     place_database(home / "sandyard.db")
