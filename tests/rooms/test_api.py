@@ -392,6 +392,9 @@ async def test_stats_are_told_in_full(yard: Yard) -> None:
         ({"name": 5}, "name"),
         ({"tags": "a"}, "tags"),
         ({"tags": [""]}, "tags"),
+        ({"name": "a/b"}, "name"),
+        ({"name": "."}, "name"),
+        ({"name": ".."}, "name"),
         ({"tags": ["x"] * 33}, "tags"),
         ({"idleTimeout": -1}, "idleTimeout"),
         ({"idleTimeout": 604_801}, "idleTimeout"),
@@ -414,7 +417,6 @@ async def test_stats_are_told_in_full(yard: Yard) -> None:
         ({"metadata": {"a": {"b": "\x00"}}}, "metadata"),
         ({"metadata": {"a": ["\ud800"]}}, "metadata"),
         ({"metadata": {"a": nested(100)}}, "metadata"),
-        ({"mounts": [{"workspaceId": "w", "path": "/workspace"}]}, "mounts"),
         ({"snapshot": "s"}, "snapshot"),
         ({"network": {"egress": "deny"}}, "network"),
         ({"expiresIn": 0}, "expiresIn"),
@@ -438,11 +440,13 @@ async def test_a_create_that_cannot_be_is_refused_by_field(
 @pytest.mark.parametrize(
     "body",
     [
-        {}, {"command": ""}, {"command": "a\x00b"}, {"command": 1}, {"command": "x" * 140_000},
+        {}, {"command": ""}, {"command": "a\x00b"}, {"command": 1}, {"command": "x" * (2**20 + 1)},
         {"command": "x", "timeout": 0}, {"command": "x", "timeout": 3_600_001},
         {"command": "x", "timeout": "1"}, {"command": "x", "cwd": "relative"},
         {"command": "x", "env": {"A=B": "c"}}, {"command": "x", "encoding": "latin-1"},
-        {"command": "x", "user": ""}, {"command": "\ud800"},
+        {"command": "x", "user": ""}, {"command": "\ud800"}, {"command": "x", "stdin": "\ud800"},
+        {"command": "x", "stdin": "?", "stdinEncoding": "base64"},
+        {"command": "x", "stdinEncoding": "latin-1"},
     ],
 )  # fmt: skip
 async def test_an_exec_that_cannot_be_is_refused(yard: Yard, body: dict[str, object]) -> None:
@@ -469,13 +473,72 @@ async def test_unknown_body_fields_are_ignored(yard: Yard) -> None:
     assert (await yard.create(fromTheFuture={"x": 1}))["status"] == "running"
 
 
-async def test_too_large_a_body_is_refused(yard: Yard) -> None:
-    body = b'{"metadata": {"a": "' + b"x" * (33 * 2**20) + b'"}}'
-    answer = await yard.client.post(
-        "/v1/sandboxes", content=body, headers={"content-type": "application/json"}
-    )
-    assert answer.status_code == 413
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [
+        ("/v1/sandboxes", 256 * 1024),
+        ("/v1/projects", 64 * 1024),
+        ("/v1/sandboxes/x/exec", 24 * 2**20),
+    ],
+)
+async def test_too_large_a_body_is_refused(yard: Yard, path: str, limit: int) -> None:
+    for size, status in ((limit, {400, 404}), (limit + 1, {413})):
+        body = b'{"name": "'.ljust(size - 2, b"x") + b'"}'
+        answer = await yard.client.post(
+            path, content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code in status, answer.text
     assert answer.json()["error"]["code"] == "payload_too_large"
+    assert answer.json()["error"]["details"] == {"limit": limit}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 60_000,
+        b'{"metadata":' * 300,
+        b'{"tags": [' + b"[]," * 21_000 + b"[]]}",
+        b'{"env": {' + b'"a":"b",' * 21_000 + b'"a":"b"}}',
+    ],
+)
+async def test_a_body_of_too_many_or_too_deep_values_is_refused(yard: Yard, body: bytes) -> None:
+    answer = await yard.client.post("/v1/sandboxes", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["details"]["field"] == "body"
+    assert "cannot take the body" in answer.json()["error"]["message"]
+
+
+async def test_what_is_in_strings_is_not_counted(yard: Yard) -> None:
+    box = await yard.create(metadata={"text": ',[{"\\' * 1000})
+    assert box["status"] == "running"
+
+
+async def test_a_body_without_a_type_is_json_and_another_type_is_refused(yard: Yard) -> None:
+    answer = await yard.client.post("/v1/sandboxes", content=b'{"name": "untyped"}')
+    assert (answer.status_code, answer.json()["data"]["name"]) == (201, "untyped")
+    for kind in ("application/x-www-form-urlencoded", "text/plain; charset=utf-8"):
+        answer = await yard.client.post(
+            "/v1/sandboxes", content=b"{}", headers={"Content-Type": kind}
+        )
+        assert answer.status_code == 400
+        assert answer.json()["error"]["details"]["field"] == "Content-Type"
+        assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+async def test_null_means_not_given(yard: Yard) -> None:
+    fields = (
+        "template", "name", "tags", "mounts", "idleTimeout", "resources", "env", "sshKeys",
+        "rootPassword", "projectId", "metadata", "autoResume", "expiresIn", "network", "snapshot",
+    )  # fmt: skip
+    box = await yard.create(**dict.fromkeys(fields))
+    assert (box["template"], box["idleTimeout"], box["tags"]) == ("base-ubuntu", 600, [])
+    box = await yard.create(resources={"vcpus": None, "memory": "1GB"}, env={"A": None})
+    assert box["resources"] == {"vcpus": 2, "memory": "1GB", "disk": "10GB"}
+    command = dict.fromkeys(("timeout", "cwd", "env", "stdin", "stdinEncoding", "user", "encoding"))
+    answer = await yard.client.post(
+        f"/v1/sandboxes/{box['id']}/exec", json={"command": "x", **command}
+    )
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("query", [{"limit": 0}, {"limit": 501}, {"limit": "x"}, {"status": "odd"}])
@@ -495,6 +558,82 @@ async def test_unknown_paths_and_methods_come_in_the_envelope(yard: Yard) -> Non
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     answer = await yard.client.put("/v1/sandboxes")
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "bad_request")
+    assert answer.headers["allow"] == "HEAD, GET, POST"
+    answer = await yard.client.post("/v1/sandboxes/x")
+    assert answer.headers["allow"] == "HEAD, GET, PATCH, DELETE"
+
+
+async def test_head_is_get_without_its_body(yard: Yard) -> None:
+    for path in ("/v1/sandboxes", "/healthz", "/", "/v1/sandboxes/nothing"):
+        got, headed = await yard.client.get(path), await yard.client.head(path)
+        assert (headed.status_code, headed.content) == (got.status_code, b"")
+        assert headed.headers["content-length"] == got.headers["content-length"]
+
+
+async def test_what_is_not_built_yet_says_so_and_not_that_it_is_gone(yard: Yard) -> None:
+    for method, path in (
+        ("GET", "/v1/workspaces"), ("POST", "/v1/workspaces/x/files/a/b"), ("GET", "/v1/x"),
+        ("GET", "/v1/sandboxes/x/url"), ("GET", "/v1/sandboxes/x/files"),
+        ("POST", "/v1/sandboxes/x/processes/1/signal"), ("POST", "/v1/terminal/sandbox-sessions"),
+    ):  # fmt: skip
+        answer = await yard.client.request(method, path)
+        wanted = (404, "not_found") if path == "/v1/x" else (501, "not_implemented")
+        assert (answer.status_code, answer.json()["error"]["code"]) == wanted, path
+        async with yard.client_of(None) as nobody:
+            assert (await nobody.request(method, path)).status_code == 401
+    mounts = [{"workspaceId": "w", "path": "/workspace"}]
+    answer = await yard.client.post("/v1/sandboxes", json={"mounts": mounts})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (501, "not_implemented")
+
+
+async def test_a_browser_is_told_what_this_is_and_loads_nothing_from_elsewhere(yard: Yard) -> None:
+    async with yard.client_of(None) as nobody:
+        front = await nobody.get("/")
+        assert front.status_code == 200
+        for path in ("/docs", "/openapi.json", "/healthz", "/readyz"):
+            assert f'href="{path}"' in front.text
+            assert (await nobody.get(path)).status_code == 200
+        docs = await nobody.get("/docs")
+        assert "http" not in docs.text
+        assert "script-src 'self';" in docs.headers["content-security-policy"]
+        for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js"):
+            assert f"/docs/{name}" in docs.text
+            assert (await nobody.get(f"/docs/{name}")).status_code == 200
+        assert (await nobody.get("/docs/secret.key")).status_code == 404
+        assert (await nobody.get("/docs/..%2f__init__.py")).status_code == 404
+
+
+async def test_pages_of_other_origins_may_call_only_where_that_is_set(
+    yard: Yard, tmp_path: Path
+) -> None:
+    asks = {
+        "Origin": "https://app.example.org", "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, content-type",
+    }  # fmt: skip
+    answer = await yard.client.options("/v1/sandboxes", headers=asks)
+    assert "access-control-allow-origin" not in answer.headers
+    sections = {"http": {"cors_origins": ["https://app.example.org"]}}
+    async with open_yard(tmp_path / "open", sections=sections) as other:
+        answer = await other.client.options("/v1/sandboxes", headers=asks)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://app.example.org"
+        origin = {"Origin": "https://app.example.org"}
+        answer = await other.client.get("/v1/sandboxes", headers=origin)
+        assert answer.headers["access-control-allow-origin"] == "https://app.example.org"
+        answer = await other.client.get("/v1/sandboxes", headers={"Origin": "https://evil.org"})
+        assert "access-control-allow-origin" not in answer.headers
+
+
+async def test_the_description_knows_the_organization_and_the_bounds(yard: Yard) -> None:
+    description = (await yard.client.get("/openapi.json")).json()
+    for path, methods in description["paths"].items():
+        for operation in methods.values():
+            names = [one.get("name") for one in operation.get("parameters", [])]
+            assert ("orgId" in names) is path.startswith("/v1"), path
+    fields = description["components"]["schemas"]["CreateSandbox"]["properties"]
+    assert (fields["idleTimeout"]["minimum"], fields["idleTimeout"]["maximum"]) == (0, 604_800)
+    assert fields["tags"]["maxItems"] == 32
+    assert "expiresIn" in description["components"]["schemas"]["PatchSandbox"]["properties"]
 
 
 # --- who may --------------------------------------------------------------------------------------
@@ -548,8 +687,8 @@ async def test_health_readiness_and_metrics_need_no_credential(yard: Yard) -> No
         metrics = await client.get("/metrics")
         assert 'sandyard_machines{state="running"} 1.0' in metrics.text
         assert "sandyard_http_requests_total" in metrics.text
-        forwarded = await client.get("/metrics", headers={"X-Forwarded-For": "1.2.3.4"})
-        assert forwarded.status_code == 404
+        for name in ("X-Forwarded-For", "X-Forwarded-Host", "Forwarded", "Via", "X-Real-IP"):
+            assert (await client.get("/metrics", headers={name: "1.2.3.4"})).status_code == 404
 
 
 async def test_readiness_says_what_is_missing(tmp_path: Path) -> None:

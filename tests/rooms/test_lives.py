@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -595,16 +595,35 @@ async def test_a_sandbox_can_be_changed(yard: Yard) -> None:
     assert got["status"] == "running"
     listed = (await yard.client.get("/v1/sandboxes", params={"tag": "b"})).json()["data"]
     assert [one["id"] for one in listed] == [box["id"]]
-    answer = await yard.client.patch(path, json={"name": None})
-    assert answer.json()["data"]["name"] is None
-    assert (await yard.client.patch(path, json={})).json()["data"]["idleTimeout"] == 7
+    nothing = dict.fromkeys(("name", "tags", "idleTimeout", "metadata", "projectId", "expiresIn"))
+    for body in (nothing, {}):
+        kept = (await yard.client.patch(path, json=body)).json()["data"]
+        assert (kept["name"], kept["tags"], kept["idleTimeout"]) == ("after", ["b", "c"], 7)
+
+
+async def test_the_end_of_a_sandbox_can_be_moved_and_taken_away(yard: Yard) -> None:
+    box = await yard.create(expiresIn=3600)
+    path = f"/v1/sandboxes/{box['id']}"
+    moved = (await yard.client.patch(path, json={"expiresIn": 7200})).json()["data"]
+    assert datetime.fromisoformat(moved["expiresAt"]) - datetime.now(UTC) > timedelta(seconds=7100)
+    assert (await yard.client.patch(path, json={"expiresIn": 0})).json()["data"][
+        "expiresAt"
+    ] is None
+    await yard.client.patch(path, json={"expiresIn": 1})
+
+    async def is_gone() -> bool:
+        return (await yard.client.get(path)).status_code == 404
+
+    await eventually(is_gone)
 
 
 @pytest.mark.parametrize(
     ("body", "field"),
     [
         ({"idleTimeout": -1}, "idleTimeout"),
-        ({"idleTimeout": None}, "idleTimeout"),
+        ({"expiresIn": -1}, "expiresIn"),
+        ({"name": "a/b"}, "name"),
+        ({"name": ".."}, "name"),
         ({"tags": ["x" * 65]}, "tags"),
         ({"name": ""}, "name"),
         ({"projectId": "nowhere"}, "projectId"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.desk import Desk, member_of, open_desk, until
+from tests.support.desk import Desk, member_of, open_desk, still, until
 
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
 from sandyard.server.core.errors import (
@@ -183,7 +183,7 @@ async def test_however_many_pause_or_resume_there_is_one(desk: Desk) -> None:
     assert desk.node.asked.count("ensure_paused") == 1
     assert desk.node.asked.count("ensure_running") == 2
     assert (await desk.get(box)).incarnation == 2
-    assert (await desk.execute(box, "recall")).stdout == "me"
+    assert (await desk.execute(box, "recall")).stdout == b"me"
 
 
 async def test_a_pause_that_fails_leaves_it_running_and_says_why(desk: Desk) -> None:
@@ -289,7 +289,7 @@ async def test_a_command_resumes_what_is_paused_and_is_noted(desk: Desk) -> None
     box = await desk.create()
     await desk.services.sandboxes.pause(desk.actor, box.id)
     desk.clock.time += timedelta(seconds=30)
-    assert (await desk.execute(box, "hello")).stdout == "hello"
+    assert (await desk.execute(box, "hello")).stdout == b"hello"
     found = await desk.get(box)
     assert found.last_activity_kind == "exec"
     assert found.last_activity_at is not None
@@ -320,7 +320,7 @@ async def test_what_is_paused_between_the_look_and_the_opening_is_resumed(
     reach = desk.services.commands._reach
     note = reach._is_noted
     monkeypatch.setattr(reach, "_is_noted", pause_once)
-    assert (await desk.execute(box, "hello")).stdout == "hello"
+    assert (await desk.execute(box, "hello")).stdout == b"hello"
     assert desk.node.asked.count("open") == 2
     assert (await desk.get(box)).incarnation == 2
 
@@ -342,7 +342,7 @@ async def test_a_use_that_is_noted_once_a_pause_has_begun_comes_after_it(
     await desk.drive(14)
     assert (await desk.get(box)).status is Status.PAUSED
     go_on.set()
-    assert (await using).stdout == "hello"
+    assert (await using).stdout == b"hello"
     since = desk.node.asked[desk.node.asked.index("ensure_paused") :]
     assert since.count("open") == 1, "nothing was tried in a machine about to be saved"
 
@@ -392,8 +392,6 @@ async def test_what_is_left_out_of_a_change_stays(desk: Desk) -> None:
     changed = await service.change(desk.actor, box.id, Changes(idle_timeout=7))
     assert (changed.name, changed.tags, changed.metadata) == ("a", ("x",), {"k": 1})
     assert changed.idle_timeout_s == 7
-    changed = await service.change(desk.actor, box.id, Changes(renames=True, name=None))
-    assert changed.name is None
     assert (await service.change(desk.actor, box.id, Changes())).version == changed.version
 
 
@@ -417,7 +415,7 @@ async def test_a_snapshot_is_where_its_sandbox_is_and_so_is_what_comes_from_it(d
     shot = await desk.services.snapshots.create(desk.actor, box.id, "s")
     assert (shot.is_ready, shot.node_id, shot.size_bytes > 0) == (True, "fake", True)
     clone = await desk.create(template=None, snapshot="s")
-    assert (await desk.execute(clone, "recall")).stdout == "me"
+    assert (await desk.execute(clone, "recall")).stdout == b"me"
     with pytest.raises(InvalidArgumentError):
         await desk.create(snapshot="s", vcpus=8, template=None)
 
@@ -468,7 +466,7 @@ async def test_forks_begin_where_their_source_is_each_for_itself(desk: Desk) -> 
     assert len({one.id for forks in made for one in forks}) == 3
     for fork in made[0]:
         await desk.until(fork, Status.RUNNING)
-        assert (await desk.execute(fork, "recall")).stdout == "me"
+        assert (await desk.execute(fork, "recall")).stdout == b"me"
     await desk.drive(30, step=5)
     assert desk.node.snapshots == {}, "the hidden one goes once all are up"
 
@@ -480,12 +478,12 @@ async def test_a_rollback_puts_it_back_and_a_failed_one_leaves_what_was(desk: De
     await desk.execute(box, "remember after")
     desk.node.refusal = None
     back = await snapshots.roll_back(desk.actor, box.id, "s")
-    assert (back.status, (await desk.execute(box, "recall")).stdout) == (Status.RUNNING, "before")
+    assert (back.status, (await desk.execute(box, "recall")).stdout) == (Status.RUNNING, b"before")
     await desk.services.sandboxes.pause(desk.actor, box.id)
     desk.node.refusal = UnavailableError("not now")
     with pytest.raises(UnavailableError, match="it is paused as before"):
         await snapshots.roll_back(desk.actor, box.id, "s")
-    assert (await desk.execute(box, "recall")).stdout == "before"
+    assert (await desk.execute(box, "recall")).stdout == b"before"
 
 
 async def test_a_rollback_that_takes_long_or_is_met_by_a_change_is_told_as_done(
@@ -623,3 +621,23 @@ async def test_a_late_answer_of_an_earlier_version_changes_nothing(desk: Desk) -
     await desk.services.sandboxes.change(desk.actor, box.id, Changes(tags=["x"]))
     assert await desk.control.lifecycle.apply(box, Event.BROKE) is None
     assert (await desk.get(box)).status is Status.RUNNING
+
+
+async def test_output_waits_for_room_and_is_cut_where_none_comes(desk: Desk) -> None:
+    box = await desk.create()
+    room = desk.services.commands.room
+    room.free, all_of_it = 0, room.free
+    running = asyncio.create_task(desk.execute(box, "x" * 200_000))
+    await still()
+    assert not running.done()
+    await desk.drive(11)
+    cut = await running
+    assert (cut.truncated, cut.exit_code) == (True, 0)
+    assert 0 < len(cut.stdout) < 200_000
+    cut.release()
+    room.free = all_of_it
+    whole = await desk.execute(box, "x" * 200_000)
+    assert (whole.truncated, len(whole.stdout)) == (False, 200_000)
+    assert room.free < all_of_it
+    whole.release()
+    assert room.free == all_of_it

@@ -96,7 +96,7 @@ class Desk:
 
     async def execute(self, sandbox: Sandbox, line: str, actor: Actor | None = None) -> Outcome:
         """Run a command."""
-        command = Command(line, 5000, "/", {}, None, "root", "utf-8")
+        command = Command(line, 5000, "/", {}, None, "root")
         return await self.services.commands.execute(actor or self.actor, sandbox.id, command)
 
     async def feed(self, sandbox: Sandbox) -> list[Activity]:

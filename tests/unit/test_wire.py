@@ -116,7 +116,11 @@ def test_lengths_have_bounds_on_both_sides() -> None:
     with pytest.raises(WireError):
         decoder.take_answer()
     with pytest.raises(WireError):
-        wire.encode_request(Request("exec", "t", {"command": "x" * wire.HEAD_MAX}))
+        wire.encode_request(Request("exec", "t", {"command": "x" * wire.REQUEST_MAX}))
+    decoder = Decoder()
+    decoder.feed(b"x" * (wire.REQUEST_MAX + 1))
+    with pytest.raises(WireError):
+        decoder.take_request()
 
 
 def test_an_unknown_channel_is_refused() -> None:

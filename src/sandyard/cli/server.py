@@ -48,6 +48,10 @@ def server_settings() -> "Settings":
 def serve() -> None:
     """Run the server until it is told to stop; machines live on."""
     settings = server_settings()
+    log = settings.log
+    server_module("logs").set_up_logs(
+        level=log.level, form=log.format, file=log.file, file_mib=log.file_mib
+    )
     asyncio.run(server_module("serve").serve(settings))
 
 

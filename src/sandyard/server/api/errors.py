@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from sandyard.server.core.errors import (
     Code,
@@ -35,6 +36,7 @@ STATUS: Mapping[Code, int] = MappingProxyType(
         Code.PAYLOAD_TOO_LARGE: 413,
         Code.RATE_LIMITED: 429,
         Code.INTERNAL_ERROR: 500,
+        Code.NOT_IMPLEMENTED: 501,
         Code.UNAVAILABLE: 503,
         Code.NO_CAPACITY: 503,
         Code.DEADLINE_EXCEEDED: 503,
@@ -48,6 +50,7 @@ _SHOWN = {
     Code.LIMIT_REACHED: Code.CONFLICT,
 }
 _RETRY_AFTER_S = "2"
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 def answer_error(request: Request, error: SandyardError) -> JSONResponse:
@@ -100,7 +103,23 @@ def install_handlers(app: FastAPI) -> None:
         )
         answer.status_code = error.status_code
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:
+            answer.headers["Allow"] = ", ".join(_allowed(request))
         return answer
+
+
+def _allowed(request: Request) -> list[str]:
+    """Return every method that some route takes at a request's path."""
+    scope = dict(request.scope)
+    found = [
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**scope, "method": method})[0] is Match.FULL
+            for route in request.app.router.routes
+        )
+    ]
+    return ["HEAD", *found] if "GET" in found else found
 
 
 def _translated(error: RequestValidationError) -> InvalidArgumentError:

@@ -231,7 +231,13 @@ async def open_control(
             templates=templates,
             readiness=Readiness(store, known),
         )
-        api = make_api(services, version=version, observe=metrics.observe, bind=request_id.set)
+        api = make_api(
+            services,
+            version=version,
+            observe=metrics.observe,
+            bind=request_id.set,
+            cors_origins=settings.http.cors_origins,
+        )
         api.add_route(
             "/metrics",
             MetricsRoute(metrics, known, settings.http.metrics_token).answer,

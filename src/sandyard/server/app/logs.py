@@ -2,13 +2,19 @@
 
 import json
 import logging
+import os
 import sys
+import time
+from collections import Counter
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Literal
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, Literal
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
+_KINDS_MAX = 10_000
 _PLAIN = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime"}
 
 
@@ -47,11 +53,65 @@ class TextFormatter(logging.Formatter):
         return text
 
 
-def set_up_logs(*, level: str, form: Literal["auto", "text", "json"]) -> None:
-    """Send all log lines to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    wants_text = form == "text" or (form == "auto" and sys.stderr.isatty())
+class Folded(logging.Filter):
+    """Lets a line through so many times in a while, then only says how often it came.
+
+    A crowd at the door, or a disk that is full, says the same thousands of times a second; that
+    must not fill the disk too.
+    """
+
+    def __init__(self, *, most: int = 20, window_s: float = 10.0) -> None:
+        super().__init__()
+        self._most = most
+        self._window_s = window_s
+        self._ends = 0.0
+        self._seen: Counter[tuple[str, int, str]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a line is to be written; see logging.Filter."""
+        now = time.monotonic()
+        folded = 0
+        if now >= self._ends:
+            folded = sum(max(0, count - self._most) for count in self._seen.values())
+            self._seen.clear()
+            self._ends = now + self._window_s
+        if folded:
+            record.left_out = folded
+        line = (record.name, record.levelno, str(record.msg))
+        if line not in self._seen and len(self._seen) >= _KINDS_MAX:
+            return True
+        self._seen[line] += 1
+        return self._seen[line] <= self._most or bool(folded)
+
+
+class _PrivateFile(RotatingFileHandler):
+    """A log that its owner alone may write, and its group read: it names sandboxes and people."""
+
+    def _open(self) -> Any:
+        descriptor = os.open(
+            self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640
+        )
+        os.fchmod(descriptor, 0o640)
+        return os.fdopen(descriptor, self.mode, encoding="utf-8", errors="backslashreplace")
+
+
+def set_up_logs(
+    *,
+    level: str,
+    form: Literal["auto", "text", "json"],
+    file: Path | None = None,
+    file_mib: int = 32,
+) -> None:
+    """Send all log lines to standard error, or to a file that is begun anew at a size."""
+    handler: logging.Handler
+    if file is None:
+        handler = logging.StreamHandler(sys.stderr)
+    else:
+        handler = _PrivateFile(file, maxBytes=file_mib * 2**20, backupCount=2, delay=True)
+    is_terminal = file is None and sys.stderr.isatty()
+    wants_text = form == "text" or (form == "auto" and is_terminal)
     handler.setFormatter(TextFormatter() if wants_text else JsonFormatter())
+    handler.addFilter(Folded())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("alembic", "aiosqlite", "asyncio", "uvicorn.error", "pyroute2"):
         logging.getLogger(noisy).setLevel("WARNING")

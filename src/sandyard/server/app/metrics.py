@@ -24,7 +24,7 @@ from sandyard.server.core.contracts.node import MachineFact, NodeReport, Phase, 
 from sandyard.server.core.errors import NotFoundError, UnavailableError
 from sandyard.server.service.nodes import Nodes
 
-_FORWARDING = ("forwarded", "x-forwarded-for", "x-real-ip")
+_FORWARDING = ("forwarded", "via", "x-real-ip")
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -144,7 +144,10 @@ class MetricsRoute:
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             return hmac.compare_digest(given.encode(), self._token.get_secret_value().encode())
         # Behind a proxy every client seems to be on loopback, so one that forwards is refused.
-        if any(name in request.headers for name in _FORWARDING) or request.client is None:
+        forwards = any(
+            name in _FORWARDING or name.startswith("x-forwarded") for name in request.headers
+        )
+        if forwards or request.client is None:
             return False
         try:
             return ipaddress.ip_address(request.client.host).is_loopback

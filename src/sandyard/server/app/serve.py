@@ -10,10 +10,12 @@ import socket
 import time
 
 import uvicorn
+from starlette.types import ASGIApp
 
+from sandyard.server.app.connections import Gate, Patience, guarded
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.installation import only_server, running_server, secret_key
-from sandyard.server.app.settings import Settings
+from sandyard.server.app.settings import HttpSettings, Settings
 from sandyard.server.app.wiring import identity_of, sign_up_of
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import SandyardError, UnavailableError
@@ -55,21 +57,39 @@ async def serve(settings: Settings) -> None:
         with listener:
             async with open_house(settings) as house:
                 if not stop.is_set():
-                    await _serve_http(house, listener)
+                    await _serve_http(house, listener, settings.http)
     log.info("stopped; machines live on")
 
 
-async def _serve_http(house: House, listener: socket.socket) -> None:
-    config = uvicorn.Config(
-        house.api,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_GRACE_S,
-        timeout_keep_alive=75,
-        h11_max_incomplete_event_size=256 * 1024,
+def http_server(
+    api: ASGIApp, http: HttpSettings, patience: Patience | None = None
+) -> uvicorn.Server:
+    """Return the HTTP server of an application, with its doors as the settings have them."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gate = Gate(
+        # The other half is for the platform's own work: machines must not be lost for a crowd.
+        most=min(http.connections, descriptors // 2),
+        most_by_address=http.connections_per_address,
+        patience=patience,
     )
-    server = uvicorn.Server(config)
+    return uvicorn.Server(
+        uvicorn.Config(
+            api,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            http=guarded(gate),
+            ws="none",
+            lifespan="off",  # the house opens and closes, not the application
+            backlog=256,
+            timeout_graceful_shutdown=_GRACE_S,
+            timeout_keep_alive=75,
+        )
+    )
+
+
+async def _serve_http(house: House, listener: socket.socket, http: HttpSettings) -> None:
+    server = http_server(house.api, http)
     async with asyncio.TaskGroup() as tasks:
         working = [
             tasks.create_task(house.reconciler.run()),

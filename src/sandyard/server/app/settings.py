@@ -40,6 +40,24 @@ class HttpSettings(Section):
         description="What /metrics asks for as a Bearer token; without it, only loopback.",
     )
 
+    connections: int = Field(
+        4096,
+        ge=16,
+        le=1_000_000,
+        description="Connections open at one time; never more than half of the descriptors.",
+    )
+    connections_per_address: int = Field(
+        1024,
+        ge=1,
+        le=1_000_000,
+        description="How many of them may come from one address; raise it behind a proxy.",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="Origins whose pages may call the API in a browser, such as "
+        "`https://app.example.org`; `*`: any.",
+    )
+
 
 class StoreSettings(Section):
     """The database."""
@@ -275,7 +293,14 @@ class PlanSettings(Section):
 
 
 class LogSettings(Section):
-    """The log, on standard error."""
+    """The log: on standard error, or in a file that is kept from growing."""
+
+    file: Path | None = Field(
+        None, description="Where to write instead; `scripts/up` sets `server.log` in the home."
+    )
+    file_mib: int = Field(
+        32, ge=1, le=10_240, description="MiB at which the file is begun anew; three are kept."
+    )
 
     level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least severe lines to write."

@@ -18,6 +18,7 @@ class Collector:
         self._limit = limit
         self._output = {Channel.STDOUT: bytearray(), Channel.STDERR: bytearray()}
         self.is_truncated = False
+        self.frames = 0
 
     @property
     def stdout(self) -> bytes:
@@ -29,6 +30,15 @@ class Collector:
         """What came on standard error."""
         return bytes(self._output[Channel.STDERR])
 
+    @property
+    def size(self) -> int:
+        """How many bytes are kept."""
+        return sum(map(len, self._output.values()))
+
+    def keep_no_more(self) -> None:
+        """Keep nothing of what still comes: it is cut here."""
+        self._limit = 0
+
     def feed(self, data: bytes) -> Ended | None:
         """Take bytes that arrived, and return how the command ended once they tell.
 
@@ -37,11 +47,12 @@ class Collector:
         """
         self._decoder.feed(data)
         while (frame := self._decoder.take_frame()) is not None:
+            self.frames += 1
             if frame.channel is Channel.EXIT:
                 return _end(frame.payload)
             if frame.channel in self._output:
                 kept = self._output[frame.channel]
-                room = self._limit - len(kept)
+                room = max(0, self._limit - len(kept))
                 kept += frame.payload[:room]
                 self.is_truncated = self.is_truncated or len(frame.payload) > room
         return None

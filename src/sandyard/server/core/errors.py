@@ -16,6 +16,7 @@ SandyardError
 ├── RateLimitedError            too many requests; wait
 ├── DamagedError                what was saved cannot be used any more
 ├── UnsupportedError            this driver or host cannot do it
+├── NotImplementedYetError      promised, and not built in this version
 ├── UnavailableError            not now; try again
 │   ├── NoCapacityError         the host is full now
 │   └── DeadlineExceededError   a wait reached its limit
@@ -49,6 +50,7 @@ class Code(StrEnum):
     RATE_LIMITED = "rate_limited"
     DAMAGED = "damaged"
     UNSUPPORTED = "unsupported"
+    NOT_IMPLEMENTED = "not_implemented"
     UNAVAILABLE = "unavailable"
     NO_CAPACITY = "no_capacity"
     DEADLINE_EXCEEDED = "deadline_exceeded"
@@ -165,6 +167,12 @@ class UnsupportedError(SandyardError):
     code = Code.UNSUPPORTED
 
 
+class NotImplementedYetError(SandyardError):
+    """The contract has it and this version does not, yet."""
+
+    code = Code.NOT_IMPLEMENTED
+
+
 class UnavailableError(SandyardError):
     """The request is good and cannot be served now."""
 
@@ -197,8 +205,8 @@ _BY_CODE: Mapping[Code, type[SandyardError]] = MappingProxyType(
             InvalidArgumentError, KeyReusedError, UnauthenticatedError, InvalidTokenError,
             TokenExpiredError, PermissionDeniedError, NotFoundError, AlreadyExistsError,
             LimitReachedError, ConflictError, QuotaExceededError, PayloadTooLargeError,
-            DamagedError, UnsupportedError, UnavailableError, NoCapacityError,
-            DeadlineExceededError, InternalError,
+            DamagedError, UnsupportedError, NotImplementedYetError, UnavailableError,
+            NoCapacityError, DeadlineExceededError, InternalError,
         )
     }
 )  # fmt: skip

@@ -141,11 +141,26 @@ def checked_name(name: str) -> str:
         raise InvalidArgumentError(
             f"cannot use this name: it needs 1 to {NAME_MAX} printable characters", field="name"
         )
+    check_addressable(name)
     if name.startswith("sandbox-") and is_sandbox_id(name):
         raise InvalidArgumentError(
             "cannot use this name: it has the form of a sandbox id; choose another", field="name"
         )
     return name
+
+
+def check_addressable(name: str) -> None:
+    """Refuse a name that would not survive as a part of an address's path.
+
+    Raises:
+        InvalidArgumentError: it has a slash, or is `.` or `..`.
+    """
+    if "/" in name or name in (".", ".."):
+        raise InvalidArgumentError(
+            "cannot use this name: it could not be asked for by it; leave out slashes, and use "
+            "more than dots",
+            field="name",
+        )
 
 
 def checked_tags(tags: Sequence[str]) -> tuple[str, ...]:

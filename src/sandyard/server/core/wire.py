@@ -21,6 +21,7 @@ from typing import Final
 VERSION: Final = 1
 AGENT_PORT: Final = 9111
 HEAD_MAX: Final = 1024 * 1024
+REQUEST_MAX: Final = 8 * 1024 * 1024  # a command of 1 MiB in JSON, and what goes with it
 FRAME_MAX: Final = 256 * 1024
 _FRAME_HEADER: Final = 5
 
@@ -76,10 +77,10 @@ def encode_request(request: Request) -> bytes:
     """Return the bytes of a connection's first line.
 
     Raises:
-        WireError: it would be longer than HEAD_MAX.
+        WireError: it would be longer than REQUEST_MAX.
     """
     return _encode_line(
-        {"v": VERSION, "token": request.token, "op": request.op, "args": request.args}
+        {"v": VERSION, "token": request.token, "op": request.op, "args": request.args}, REQUEST_MAX
     )
 
 
@@ -91,9 +92,9 @@ def encode_answer(answer: Answer) -> bytes:
     """
     if answer.error is not None:
         return _encode_line(
-            {"v": VERSION, "ok": False, "error": answer.error, "message": answer.message}
+            {"v": VERSION, "ok": False, "error": answer.error, "message": answer.message}, HEAD_MAX
         )
-    return _encode_line({"v": VERSION, "ok": True, "values": answer.values})
+    return _encode_line({"v": VERSION, "ok": True, "values": answer.values}, HEAD_MAX)
 
 
 def encode_frame(channel: Channel, payload: bytes) -> bytes:
@@ -128,7 +129,7 @@ class Decoder:
         Raises:
             WireError: too long, not JSON, or another version.
         """
-        head = self._take_line()
+        head = self._take_line(REQUEST_MAX)
         if head is None:
             return None
         args = head.get("args")
@@ -142,7 +143,7 @@ class Decoder:
         Raises:
             WireError: too long, not JSON, or another version.
         """
-        head = self._take_line()
+        head = self._take_line(HEAD_MAX)
         if head is None:
             return None
         if head.get("ok") is True:
@@ -185,14 +186,14 @@ class Decoder:
         self._buffer.clear()
         return data
 
-    def _take_line(self) -> dict[str, object] | None:
+    def _take_line(self, limit: int) -> dict[str, object] | None:
         end = self._buffer.find(b"\n", self._searched)
         if end < 0:
             self._searched = len(self._buffer)
-            if len(self._buffer) > HEAD_MAX:
+            if len(self._buffer) > limit:
                 raise WireError("the first line is too long")
             return None
-        if end > HEAD_MAX:
+        if end > limit:
             raise WireError("the first line is too long")
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
@@ -208,10 +209,10 @@ class Decoder:
         return head
 
 
-def _encode_line(head: dict[str, object]) -> bytes:
+def _encode_line(head: dict[str, object], limit: int) -> bytes:
     line = json.dumps(head, separators=(",", ":")).encode()
-    if len(line) > HEAD_MAX:
-        raise WireError(f"a first line of {len(line)} bytes is over the limit of {HEAD_MAX}")
+    if len(line) > limit:
+        raise WireError(f"a first line of {len(line)} bytes is over the limit of {limit}")
     return line + b"\n"
 
 

@@ -295,7 +295,8 @@ class FakeMachine:
         """Echo the command, but for a few words that have a meaning.
 
         `hang` never answers, `die` takes the machine down, `hostname` tells it; `remember X` and
-        `recall` use its memory, `write X` and `read` its disk.
+        `recall` use its memory, `write X` and `read` its disk. `spill N` prints so many bytes that
+        are zero on both streams, `crumbs N` so many frames with nothing in them.
         """
         said = wish.command
         self.executing.append(said)
@@ -314,6 +315,17 @@ class FakeMachine:
                 self.spec.disk.write_text(rest)
             case "read":
                 said = self.spec.disk.read_text()
+            case "spill":
+                said = ""
+                for start in range(0, int(rest), wire.FRAME_MAX):
+                    piece = bytes(min(wire.FRAME_MAX, int(rest) - start))
+                    for channel in (wire.Channel.STDOUT, wire.Channel.STDERR):
+                        writer.write(wire.encode_frame(channel, piece))
+                        await writer.drain()
+            case "crumbs":
+                for _ in range(int(rest) // 1000):
+                    writer.write(wire.encode_frame(wire.Channel.STDOUT, b"") * 1000)
+                    await writer.drain()
             case _:
                 pass
         writer.write(wire.encode_frame(wire.Channel.STDOUT, said.encode()))

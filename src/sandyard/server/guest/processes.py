@@ -24,6 +24,7 @@ _LEFT_BEHIND: set[str] = set()
 _DEFAULTED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD)
 TERM_GRACE_S = 2.0
 OOM_SCORE = "-900"
+SCRIPT = 9
 NICENESS = -15
 
 
@@ -38,12 +39,16 @@ class _Home:
 
 @dataclass(frozen=True)
 class Spec:
-    """What to start: the first of `programs` that exists, with its arguments."""
+    """What to start: the first of `programs` that exists, with its arguments.
+
+    With a `script`, it can be read from the descriptor SCRIPT.
+    """
 
     programs: Sequence[Sequence[str]]
     env: Mapping[str, str]
     cwd: str
     account: Account
+    script: bytes | None = None
 
 
 class Process:
@@ -163,7 +168,11 @@ async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
         lent.append(child_stderr)
         for descriptor in kept:
             os.set_blocking(descriptor, False)
-        streams = (child_stdin, child_stdout, child_stderr)
+        streams = {0: child_stdin, 1: child_stdout, 2: child_stderr}
+        if spec.script is not None:
+            streams[SCRIPT] = os.memfd_create("script")
+            lent.append(streams[SCRIPT])
+            os.pwrite(streams[SCRIPT], spec.script, 0)
         if spec.account.uid == 0:
             pid = _spawn_as_root(spec, cgroup, root_fd, streams)
         else:
@@ -179,7 +188,7 @@ async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
             os.close(descriptor)
 
 
-def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: tuple[int, int, int]) -> int:
+def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int]) -> int:
     """Start a process by vfork, which under emulation takes a fraction of what fork takes.
 
     A vforked child can be told little, so the agent itself goes where the child is to start: the
@@ -187,7 +196,7 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: tuple[int, in
     between, so nobody sees it there.
     """
     home = _home()
-    actions = [(os.POSIX_SPAWN_DUP2, source, number) for number, source in enumerate(streams)]
+    actions = [(os.POSIX_SPAWN_DUP2, source, number) for number, source in streams.items()]
     there = os.open(f"{cgroup}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(there, b"0")
@@ -229,9 +238,7 @@ def _go_home(home: _Home) -> None:
         os._exit(70)
 
 
-async def _fork_as_user(
-    spec: Spec, cgroup: str, root_fd: int, streams: tuple[int, int, int]
-) -> int:
+async def _fork_as_user(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int]) -> int:
     """Start a process by fork; what goes wrong before it is there comes through a pipe."""
     trouble, child_trouble = os.pipe()
     with contextlib.closing(os.fdopen(trouble, "rb", buffering=0)):
@@ -270,14 +277,15 @@ def _step_down(account: Account, root_fd: int) -> None:
 
 
 def _become(
-    spec: Spec, cgroup: str, root_fd: int, streams: tuple[int, int, int], trouble: int
+    spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int], trouble: int
 ) -> NoReturn:
     what, which = "start", spec.programs[0][0]
     try:
         Path(cgroup, "cgroup.procs").write_text("0")
         os.setsid()
-        for number, descriptor in enumerate(streams):
+        for number, descriptor in streams.items():
             os.dup2(descriptor, number)
+            os.set_inheritable(number, True)
         for one in _DEFAULTED:
             signal.signal(one, signal.SIG_DFL)
         _step_down(spec.account, root_fd)

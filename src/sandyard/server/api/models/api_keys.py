@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from sandyard.server.api.models.base import Data, Model, Time
+from sandyard.server.api.models.base import Body, Data, Model, Time
 from sandyard.server.core.records import (
     ApiKey,
 )
 
 
-class CreateApiKey(Model):
+class CreateApiKey(Body):
     """The body of a new API key."""
 
     name: str = Field(examples=["ci"])
@@ -20,12 +20,15 @@ class CreateApiKey(Model):
     project_id: str | None = None
 
 
-class PatchApiKey(Model):
+class PatchApiKey(Body):
     """The body of a change: what is left out stays as it is."""
 
     name: str | None = None
     scopes: list[str] | None = None
     project_id: str | None = None
+    expires_in: str | None = Field(
+        None, description="Counted from now.", examples=["30d", "12m", "1y", "never"]
+    )
 
 
 class ApiKeyOut(Model):

@@ -3,7 +3,15 @@
 from datetime import UTC, datetime
 from typing import Annotated, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
 T = TypeVar("T")
@@ -26,6 +34,30 @@ class Model(BaseModel):
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="ignore", strict=True
     )
+
+
+class Body(Model):
+    """Base of what requests carry: `null` means the same as to leave a field out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: object) -> object:
+        return _given(given)
+
+
+def _given(given: object) -> object:
+    if not isinstance(given, dict):
+        return given
+    return {name: value for name, value in given.items() if value is not None}
+
+
+Env = Annotated[dict[str, str], BeforeValidator(_given), Field(examples=[{"DEBUG": "1"}])]
+"""Environment variables; one that is null is none."""
+
+
+def bounds(least: int, most: int) -> dict[str, JsonValue]:
+    """Return what the description says of a number's bounds, which a service keeps."""
+    return {"minimum": least, "maximum": most}
 
 
 class Meta(Model):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from sandyard.server.api.models.base import Model, Time
+from sandyard.server.api.models.base import Body, Model, Time
 from sandyard.server.core.money import MICROS, Account
 from sandyard.server.core.records import (
     AutoTopup,
@@ -150,7 +150,7 @@ class CostOut(Model):
     is_free: bool = Field(description="Whether a test key made it.")
 
 
-class TopUp(Model):
+class TopUp(Body):
     """The body of a top-up."""
 
     amount_cents: int = Field(examples=[2000])
@@ -165,7 +165,7 @@ class CheckoutOut(Model):
     session_id: str
 
 
-class PutAutoTopup(Model):
+class PutAutoTopup(Body):
     """The body of a change; amounts that are left out stay as they are."""
 
     enabled: bool
@@ -194,7 +194,7 @@ def auto_topup_out(wish: AutoTopup) -> AutoTopupOut:
     )
 
 
-class Grant(Model):
+class Grant(Body):
     """The body of a grant."""
 
     amount_cents: int = Field(examples=[5000])

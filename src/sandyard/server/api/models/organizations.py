@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, JsonValue
 
-from sandyard.server.api.models.base import Model, Time
+from sandyard.server.api.models.base import Body, Model, Time
 from sandyard.server.core.records import (
     Membership,
     Organization,
@@ -90,7 +90,7 @@ def founded_out(organization: Organization, *, project_id: str, workspace_id: st
     )
 
 
-class CreateOrganization(Model):
+class CreateOrganization(Body):
     """The body of a new organization."""
 
     name: str = Field(examples=["Acme"])

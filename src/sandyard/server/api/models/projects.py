@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from sandyard.server.api.models.base import Model, Time
+from sandyard.server.api.models.base import Body, Model, Time
 from sandyard.server.core.records import (
     Project,
 )
@@ -31,7 +31,7 @@ def project_out(project: Project) -> ProjectOut:
     )
 
 
-class CreateProject(Model):
+class CreateProject(Body):
     """The body of a new project."""
 
     name: str = Field(examples=["Crawler"])
@@ -39,7 +39,7 @@ class CreateProject(Model):
     color: str | None = Field(None, examples=["#3b82f6"])
 
 
-class PatchProject(Model):
+class PatchProject(Body):
     """The body of a change: what is left out stays as it is."""
 
     name: str | None = None

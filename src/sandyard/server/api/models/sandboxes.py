@@ -1,11 +1,12 @@
 """Sandboxes as HTTP carries them."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from sandyard.server.api.models.base import Model, Time
-from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.api.models.base import Body, Env, Model, Time, bounds
+from sandyard.server.core.errors import InvalidArgumentError, NotImplementedYetError
+from sandyard.server.core.ids import NAME_MAX, TAGS_MAX
 from sandyard.server.core.ops import Figures
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.shapes import format_size
@@ -14,16 +15,23 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.change import Changes
 from sandyard.server.service.sandboxes.create import NewSandbox
 
+# The rules themselves are the service's; here they are told to whoever reads the description.
+Name = Annotated[
+    str, Field(json_schema_extra={"minLength": 1, "maxLength": NAME_MAX, "pattern": "^[^/]+$"})
+]
+Tags = Annotated[list[str], Field(json_schema_extra={"maxItems": TAGS_MAX})]
+IdleTimeout = Annotated[int, Field(json_schema_extra=bounds(0, 604_800))]
 
-class ResourcesIn(Model):
+
+class ResourcesIn(Body):
     """What a sandbox is to be given; what is left out is the template's default."""
 
-    vcpus: int | None = Field(None, examples=[2])
-    memory: str | None = Field(None, examples=["4GB"])
-    disk: str | None = Field(None, examples=["10GB"])
+    vcpus: int | None = Field(None, examples=[2], json_schema_extra=bounds(1, 32))
+    memory: str | None = Field(None, examples=["4GB"], description="128MB to 64GB.")
+    disk: str | None = Field(None, examples=["10GB"], description="1GB to 500GB.")
 
 
-class MountIn(Model):
+class MountIn(Body):
     """A workspace to mount."""
 
     workspace_id: str
@@ -31,20 +39,24 @@ class MountIn(Model):
     read_only: bool = False
 
 
-class CreateSandbox(Model):
+class CreateSandbox(Body):
     """The body of a create. `{}` is enough."""
 
     template: str = Field("base-ubuntu", max_length=64)
-    name: str | None = None
-    tags: list[str] = []
+    name: Name | None = None
+    tags: Tags = []
     mounts: list[MountIn] = []
-    idle_timeout: int = 600
+    idle_timeout: IdleTimeout = 600
     resources: ResourcesIn | None = None
-    env: dict[str, str] = {}
-    ssh_keys: list[str] | None = None
-    root_password: str | None = Field(None, repr=False)
+    env: Env = {}
+    ssh_keys: list[str] | None = Field(
+        None, description="Ids of the organization's keys, or public keys; default: all of them."
+    )
+    root_password: str | None = Field(
+        None, repr=False, json_schema_extra={"minLength": 8, "maxLength": 72}
+    )
     project_id: str | None = None
-    metadata: dict[str, JsonValue] = {}
+    metadata: dict[str, JsonValue] = Field({}, description="Up to 16 KiB.")
     auto_resume: bool = True
     expires_in: int | None = Field(None, ge=1, le=315_360_000)
     network: dict[str, JsonValue] | None = None
@@ -57,20 +69,22 @@ class CreateSandbox(Model):
         return NewSandbox(**{name: getattr(self, name) for name in given}, **resources)
 
 
-class PatchSandbox(Model):
+class PatchSandbox(Body):
     """The body of a patch: what is left out stays as it is."""
 
-    name: str | None = None
-    tags: list[str] | None = None
-    idle_timeout: int | None = None
+    name: Name | None = None
+    tags: Tags | None = None
+    idle_timeout: IdleTimeout | None = None
     metadata: dict[str, JsonValue] | None = None
     project_id: str | None = None
     auto_resume: bool | None = None
+    expires_in: int | None = Field(
+        None, ge=0, le=315_360_000, description="Seconds from now to its end; 0: none any more."
+    )
 
     def changes(self) -> Changes:
         """Return what is to be changed; fields of one name mean the same."""
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        return Changes(renames="name" in given, **given)
+        return Changes(**{name: getattr(self, name) for name in self.model_fields_set})
 
 
 class ResourcesOut(Model):
@@ -216,10 +230,8 @@ def stats_of(figures: Figures) -> Stats:
 def check_offered(body: CreateSandbox) -> None:
     """Refuse what would otherwise be left out in silence, and so be believed to be in force."""
     if body.mounts:
-        raise InvalidArgumentError(
-            f"cannot mount {body.mounts[0].workspace_id[:80]!r}: the organization has no such "
-            "workspace",
-            field="mounts",
+        raise NotImplementedYetError(
+            "cannot mount a workspace: this version has none yet; leave mounts out", field="mounts"
         )
     network = body.network or {}
     if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):

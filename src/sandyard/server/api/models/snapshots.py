@@ -4,25 +4,25 @@ from typing import Literal
 
 from pydantic import Field
 
-from sandyard.server.api.models.base import Model, Time
+from sandyard.server.api.models.base import Body, Model, Time
 from sandyard.server.api.models.sandboxes import ResourcesOut
 from sandyard.server.core.records import Snapshot
 from sandyard.server.core.shapes import format_size
 
 
-class CreateSnapshot(Model):
+class CreateSnapshot(Body):
     """The body of a snapshot; it may be left out."""
 
     name: str | None = None
 
 
-class CreateForks(Model):
+class CreateForks(Body):
     """The body of a fork."""
 
     count: int = Field(1, ge=1, le=100)
 
 
-class RollBack(Model):
+class RollBack(Body):
     """The body of a rollback."""
 
     snapshot_id: str = Field(description="A snapshot of this sandbox, by id or name.")

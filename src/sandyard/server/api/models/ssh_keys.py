@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field
 
-from sandyard.server.api.models.base import Model, Time
+from sandyard.server.api.models.base import Body, Model, Time
 from sandyard.server.core.records import (
     SshKey,
 )
 
 
-class CreateSshKey(Model):
+class CreateSshKey(Body):
     """The body of a new SSH key."""
 
     name: str = Field(examples=["laptop"])

@@ -16,7 +16,6 @@ from sandyard.server.api.models.api_keys import (
 )
 from sandyard.server.api.models.base import Data, Meta, Page
 from sandyard.server.api.routes.common import (
-    check_no_null,
     enveloped,
     errors,
     paged,
@@ -91,15 +90,14 @@ async def get_api_key(
 async def change_api_key(
     request: Request, actor: CanWrite, service: Keys, key_id: str, body: PatchApiKey
 ) -> Data[ApiKeyOut]:
-    """Change an API key's name, scopes or project (null takes it out of its project)."""
-    check_no_null(body, but=frozenset({"project_id"}))
+    """Change an API key's name, scopes or project, or when it runs out."""
     key = await service.change(
         actor,
         checked_text(key_id, field="key_id"),
         name=body.name,
         scopes=body.scopes,
         project_id=body.project_id,
-        moves="project_id" in body.model_fields_set,
+        expires_in=body.expires_in,
     )
     return enveloped(request, _shown(request, key))
 

@@ -1,18 +1,68 @@
 """Commands in sandboxes."""
 
-from typing import Annotated
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.types import Receive, Send
+from starlette.types import Scope as Connection
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.models.base import Data
-from sandyard.server.api.models.commands import Exec, ExecOut, exec_out
+from sandyard.server.api.edge import takes_body
+from sandyard.server.api.models.base import Data, Meta
+from sandyard.server.api.models.commands import Exec, ExecOut, exec_out, pieces_of_answer
 from sandyard.server.api.routes.common import enveloped, errors, provided
 from sandyard.server.core.ids import checked_text
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.execute import Command, Commands
+from sandyard.server.service.sandboxes.execute import Commands, Outcome
+from sandyard.server.tasks import in_thread
 
-router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
+_LARGE = 256 * 1024
+_BODY_MAX = 24 * 1024 * 1024  # 16 MiB of stdin in base64, and a command
+
+
+class _LargeRequest(Request):
+    async def json(self) -> Any:
+        """Return the body's value; a large one is made into it in a thread."""
+        body = await self.body()
+        return json.loads(body) if len(body) < _LARGE else await in_thread(json.loads, body)
+
+
+class _LargeRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See fastapi.routing.APIRoute."""
+        handle = super().get_route_handler()
+
+        async def handle_large(request: Request) -> Response:
+            return await handle(_LargeRequest(request.scope, request.receive))
+
+        return handle_large
+
+
+class _LargeAnswer(StreamingResponse):
+    """Sends what a command printed in small pieces, and gives its memory back however it ends."""
+
+    def __init__(self, outcome: Outcome, encoding: str, meta: Meta) -> None:
+        self._outcome = outcome
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for piece in pieces_of_answer(outcome, encoding, meta):
+                yield piece
+
+        super().__init__(pieces(), media_type="application/json")
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        """Send the answer."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._outcome.release()
+
+
+router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"], route_class=_LargeRoute)
 
 
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
@@ -21,11 +71,17 @@ CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 Service = Annotated[Commands, provided("commands")]
 
 
-@router.post("/{reference}/exec", responses=errors(402, 404, 409))
+@router.post(
+    "/{reference}/exec", responses=errors(402, 404, 409, 413), response_model=Data[ExecOut]
+)
+@takes_body(_BODY_MAX)
 async def execute(
     request: Request, actor: CanWrite, service: Service, reference: str, body: Exec
-) -> Data[ExecOut]:
+) -> Any:
     """Run a command and return what it printed. A non-zero exit code is no error."""
-    command = Command(**body.model_dump(by_alias=False))
-    outcome = await service.execute(actor, checked_text(reference, field="reference"), command)
-    return enveloped(request, exec_out(outcome))
+    checked_text(reference, field="reference")
+    outcome = await service.execute(actor, reference, body.wish())
+    if len(outcome.stdout) + len(outcome.stderr) < _LARGE:
+        outcome.release()
+        return enveloped(request, exec_out(outcome, body.encoding))
+    return _LargeAnswer(outcome, body.encoding, Meta(request_id=request.state.request_id))

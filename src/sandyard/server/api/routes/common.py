@@ -6,11 +6,9 @@ from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Request
-from pydantic.alias_generators import to_camel
 
 from sandyard.server.api.cursors import encode_cursor
-from sandyard.server.api.models.base import Data, ErrorAnswer, Meta, Model, Page, PageMeta
-from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.api.models.base import Data, ErrorAnswer, Meta, Page, PageMeta
 from sandyard.server.service.repeats import Repeatable
 
 T = TypeVar("T")
@@ -59,6 +57,7 @@ _MEANINGS = {
     413: "The request is too large.",
     429: "Too many requests; try again after `Retry-After` seconds.",
     500: "Something broke on the server.",
+    501: "The contract has it and this version does not, yet.",
     503: "Not now; try again after `Retry-After` seconds.",
 }
 
@@ -99,20 +98,6 @@ def whole(request: Request, shown: list[T]) -> Page[T]:
         next_cursor=None,
         meta=PageMeta(request_id=request.state.request_id, has_more=False, next_cursor=None),
     )
-
-
-def check_no_null(body: Model, *, but: frozenset[str] = frozenset()) -> None:
-    """Refuse a change that sets a field to null, which does not mean to leave it as it is.
-
-    Raises:
-        InvalidArgumentError: it does; `facts` name the field.
-    """
-    for field in body.model_fields_set - but:
-        if getattr(body, field) is None:
-            shown = to_camel(field)
-            raise InvalidArgumentError(
-                f"cannot set {shown} to null: leave it out to keep it", field=shown
-            )
 
 
 def enveloped(request: Request, data: T) -> Data[T]:

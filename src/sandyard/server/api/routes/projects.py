@@ -9,7 +9,6 @@ from sandyard.server.api.models.base import Data, Page, RemovedOut
 from sandyard.server.api.models.projects import CreateProject, PatchProject, ProjectOut, project_out
 from sandyard.server.api.routes.common import (
     Keyed,
-    check_no_null,
     enveloped,
     errors,
     provided,
@@ -62,7 +61,6 @@ async def change_project(
     request: Request, actor: CanWrite, service: Orgs, project_id: str, body: PatchProject
 ) -> Data[ProjectOut]:
     """Change a project's name or color."""
-    check_no_null(body)
     project = await service.change_project(
         actor, checked_text(project_id, field="project_id"), name=body.name, color=body.color
     )

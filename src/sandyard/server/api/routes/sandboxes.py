@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.cursors import decode_cursor
+from sandyard.server.api.edge import takes_body
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.sandboxes import (
     CreateSandbox,
@@ -22,7 +23,6 @@ from sandyard.server.api.models.sandboxes import (
 )
 from sandyard.server.api.routes.common import (
     Keyed,
-    check_no_null,
     enveloped,
     errors,
     paged,
@@ -36,6 +36,8 @@ from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
 
 router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
+
+_CREATE_MAX = 256 * 1024  # env and metadata at their largest, with what JSON makes of them
 
 
 CanCreate = Annotated[Actor, Depends(Scope("sandbox:create"))]
@@ -56,7 +58,8 @@ Wait = Annotated[
 ]
 
 
-@router.post("", status_code=201, responses=errors(402, 409))
+@router.post("", status_code=201, responses=errors(402, 409, 501))
+@takes_body(_CREATE_MAX)
 async def create_sandbox(
     request: Request,
     actor: CanCreate,
@@ -132,7 +135,6 @@ async def change_sandbox(
     request: Request, actor: CanWrite, service: Service, reference: str, body: PatchSandbox
 ) -> Data[SandboxOut]:
     """Change name, tags, idle time-out, metadata, project or auto-resume of a sandbox."""
-    check_no_null(body, but=frozenset({"name"}))
     sandbox = await service.change(
         actor, checked_text(reference, field="reference"), body.changes()
     )

@@ -13,6 +13,9 @@ from sandyard.server.guest import processes, system
 from sandyard.server.guest.context import SHELLS, Context
 from sandyard.server.guest.streams import CHUNK, Reader, answer, receive, write_all
 
+_ARGUMENT_MAX = 128 * 1024 - 1  # the kernel's limit for one argument (MAX_ARG_STRLEN)
+_FD = processes.SCRIPT
+
 
 async def execute(
     context: Context, wish: ops.Execute, connection: socket.socket, decoder: wire.Decoder
@@ -22,11 +25,16 @@ async def execute(
     env = await context.login_environment(account)
     env |= context.env
     env |= system.checked_environment(wish.env)
+    command, script = wish.command, None
+    if len(command.encode()) > _ARGUMENT_MAX:
+        # Read whole and closed before it is run, it means what it would as an argument.
+        command, script = f'eval "exec {_FD}<&-; $(cat <&{_FD})"', command.encode()
     spec = processes.Spec(
-        programs=[(shell, "-c", wish.command) for shell in SHELLS],
+        programs=[(shell, "-c", command) for shell in SHELLS],
         env=env,
         cwd=wish.cwd,
         account=account,
+        script=script,
     )
     process = await processes.start(spec, root_fd=context.root_fd, wants_stdin=wish.stdin)
     started = time.monotonic()

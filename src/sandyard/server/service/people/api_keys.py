@@ -118,9 +118,9 @@ class ApiKeys:
         name: str | None,
         scopes: Sequence[str] | None,
         project_id: str | None,
-        moves: bool,
+        expires_in: str | None,
     ) -> ApiKey:
-        """Change a key's name, scopes, or, with `moves`, its project.
+        """Change a key's name, scopes, project, or when it runs out, counted from now.
 
         Raises: see `create`, `get`; ConflictError: it is revoked.
         """
@@ -138,9 +138,13 @@ class ApiKeys:
                         field="scopes",
                     )
                 key = replace(key, scopes=_check_scopes(actor, scopes))
-            if moves:
+            if project_id is not None:
                 await _check_project(tx, actor, project_id)
                 key = replace(key, project_id=project_id)
+            if expires_in is not None:
+                # Longer than the credential that asks it lives for nobody.
+                until = _expiry(expires_in, self._clock.now())
+                key = replace(key, expires_at=await self._no_longer_than(tx, actor, until))
             await tx.keys.replace(key)
             await self._note(tx, actor, key, "api_key.updated", "API key changed")
             return key

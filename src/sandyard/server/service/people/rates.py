@@ -80,6 +80,10 @@ class Rates:
         window = self._window(f"user {actor.org_id} {actor.user_id}")
         return Allowance(limit, 0, self._allowance(window, limit).resets_at)
 
+    def of_address(self, address: str) -> Allowance:
+        """Return how many credentials that are no good an address may still try."""
+        return self._allowance(self._window(f"address {address}"), self._failures)
+
     def failed(self, address: str) -> None:
         """Count a credential that was no good, from an address.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeTunnel
@@ -28,18 +29,18 @@ _ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
 
 @dataclass(frozen=True)
 class Changes:
-    """What is to be changed in a sandbox; None leaves a field as it is, but for the name.
+    """What is to be changed in a sandbox; None leaves a field as it is.
 
-    `renames` says whether the name is to be changed; None as a name then takes it away.
+    `expires_in` is in seconds from now; 0 takes the end away.
     """
 
-    renames: bool = False
     name: str | None = None
     tags: list[str] | None = None
     idle_timeout: int | None = None
     metadata: Mapping[str, object] | None = None
     project_id: str | None = None
     auto_resume: bool | None = None
+    expires_in: int | None = None
 
 
 class Sandboxes:
@@ -183,8 +184,8 @@ class Sandboxes:
     async def _fields(self, actor: Actor, changes: Changes) -> dict[str, object]:
         """Return what a change comes to, field by field."""
         fields: dict[str, object] = {}
-        if changes.renames:
-            fields["name"] = None if changes.name is None else checked_name(changes.name)
+        if changes.name is not None:
+            fields["name"] = checked_name(changes.name)
         if changes.tags is not None:
             fields["tags"] = checked_tags(changes.tags)
         if changes.idle_timeout is not None:
@@ -197,6 +198,9 @@ class Sandboxes:
             fields["project_id"] = await project_of(self._store, actor, changes.project_id)
         if changes.auto_resume is not None:
             fields["auto_resume"] = changes.auto_resume
+        if changes.expires_in is not None:
+            lives = timedelta(seconds=changes.expires_in)
+            fields["expires_at"] = self._clock.now() + lives if lives else None
         return fields
 
     async def stats(self, actor: Actor, reference: str) -> tuple[Sandbox, Figures]:

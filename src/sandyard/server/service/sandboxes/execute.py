@@ -1,8 +1,8 @@
 """Runs a command in a sandbox and collects what it says."""
 
-import base64
-from collections.abc import Mapping
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from sandyard.server.core import ops
 from sandyard.server.core.collect import Collector
@@ -23,12 +23,18 @@ from sandyard.server.service.sandboxes.reach import Reach, Reached, Use
 from sandyard.server.tasks import beside
 
 OUTPUT_MAX = 16 * 1024 * 1024
-_COMMAND_MAX = 128 * 1024 - 1  # the kernel's limit for one argument (MAX_ARG_STRLEN)
+COMMAND_MAX = 1024 * 1024
+STDIN_MAX = 16 * 1024 * 1024
 _PATH_MAX = 4096
 _TIMEOUT_MS = range(1, 3_600_001)
-_READ = 128 * 1024
+_READ = 32 * 1024
 _GRACE_S = 20.0
 _USE = Use("exec", "Command run", "run a command in")
+_ROOM_BYTES = 256 * 1024 * 1024
+_OWN_BYTES = 64 * 1024
+_ROOM_WAIT_S = 10.0
+_FRAMES_A_SECOND = 10_000
+_FRAMES_AT_ONCE = 2_000
 
 
 @dataclass(frozen=True)
@@ -39,30 +45,83 @@ class Command:
     timeout: int
     cwd: str
     env: Mapping[str, str]
-    stdin: str | None
+    stdin: bytes | None
     user: str
-    encoding: str
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended. Output is text, or base64 where that was asked for."""
+    """How a command ended, and the bytes it printed: `release` them once they are sent."""
 
-    stdout: str
-    stderr: str
+    stdout: bytes = field(repr=False)
+    stderr: bytes = field(repr=False)
     exit_code: int
     duration_ms: int
     timed_out: bool
     truncated: bool
     signal: str | None
+    release: Callable[[], None]
+
+
+class Room:
+    """The memory that all output on its way to clients may take together.
+
+    Whoever prints much while others do waits for room, and so does its program; in vain, the output
+    is cut. So no number of commands fills the server's memory.
+    """
+
+    def __init__(self, clock: Clock, size: int = _ROOM_BYTES) -> None:
+        self._clock = clock
+        self.free = size
+        self._freed = asyncio.Event()
+
+    async def take(self, size: int) -> bool:
+        """Take so many bytes and return True; False if there is no room for long."""
+        try:
+            async with self._clock.timeout(_ROOM_WAIT_S):
+                while self.free < size:
+                    self._freed.clear()
+                    await self._freed.wait()
+        except TimeoutError:
+            return False
+        self.free -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Give back what was taken."""
+        self.free += size
+        self._freed.set()
+
+
+class _Share:
+    """What one command's output has of the room; a little of it is always there."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._own = _OWN_BYTES
+        self._taken = 0
+
+    async def take(self, size: int) -> bool:
+        own = min(size, self._own)
+        self._own -= own
+        if size > own:
+            if not await self._room.take(size - own):
+                return False
+            self._taken += size - own
+        return True
+
+    def release(self) -> None:
+        self._room.give_back(self._taken)
+        self._taken = 0
 
 
 class Commands:
     """Runs commands."""
 
-    def __init__(self, reach: Reach, clock: Clock) -> None:
+    def __init__(self, reach: Reach, clock: Clock, room: Room | None = None) -> None:
         self._reach = reach
         self._clock = clock
+        self.room = room or Room(clock)
 
     async def execute(self, actor: Actor, reference: str, command: Command) -> Outcome:
         """Run a command and return once it has ended, or its time is over and it was ended.
@@ -83,17 +142,24 @@ class Commands:
             stdin=command.stdin is not None,
         )
         async with self._reach.open(actor, reference, wish, _USE) as reached:
-            return await self._finish(reached, command)
+            share = _Share(self.room)
+            try:
+                return await self._finish(reached, command, share)
+            except BaseException:
+                share.release()
+                raise
 
-    async def _finish(self, reached: Reached[ops.Started], command: Command) -> Outcome:
+    async def _finish(
+        self, reached: Reached[ops.Started], command: Command, share: _Share
+    ) -> Outcome:
         sandbox_id = reached.sandbox.id
         try:
             # The limit is kept in the guest; this one only guards against a guest that keeps none.
             async with self._clock.timeout(command.timeout / 1000 + _GRACE_S):
                 if command.stdin is None:
-                    return await _collect(reached.stream, command.encoding)
-                async with beside(_feed(reached.stream, command.stdin.encode())):
-                    return await _collect(reached.stream, command.encoding)
+                    return await self._collect(reached.stream, share)
+                async with beside(_feed(reached.stream, command.stdin)):
+                    return await self._collect(reached.stream, share)
         except TimeoutError as error:
             raise DeadlineExceededError(
                 f"cannot tell how the command ended: the agent of {sandbox_id} does not answer"
@@ -105,6 +171,35 @@ class Commands:
         except WireError as error:
             raise InternalError(f"cannot understand the agent of {sandbox_id}") from error
 
+    async def _collect(self, stream: ByteStream, share: _Share) -> Outcome:
+        collector = Collector(OUTPUT_MAX)
+        began, kept = self._clock.monotonic(), 0
+        while True:
+            data = await stream.read(_READ)
+            if not data:
+                raise UnavailableError("the agent broke off before it said how the command ended")
+            end = collector.feed(data)
+            if end is not None:
+                return Outcome(
+                    stdout=collector.stdout,
+                    stderr=collector.stderr,
+                    exit_code=end.exit_code,
+                    duration_ms=end.duration_ms,
+                    timed_out=end.timed_out,
+                    truncated=collector.is_truncated,
+                    signal=end.signal,
+                    release=share.release,
+                )
+            if not await share.take(collector.size - kept):
+                collector.keep_no_more()
+            kept = collector.size
+            # What is buffered comes without a wait: others would have none of this thread. And who
+            # sends frames faster than any program prints is slowed down to what one costs little.
+            await asyncio.sleep(0)
+            due = began + (collector.frames - _FRAMES_AT_ONCE) / _FRAMES_A_SECOND
+            if (early := due - self._clock.monotonic()) > 0:
+                await self._clock.sleep(early)
+
 
 async def _feed(stream: ByteStream, data: bytes) -> None:
     try:
@@ -115,31 +210,6 @@ async def _feed(stream: ByteStream, data: bytes) -> None:
         pass  # the reading side tells what happened
 
 
-async def _collect(stream: ByteStream, encoding: str) -> Outcome:
-    collector = Collector(OUTPUT_MAX)
-    while True:
-        data = await stream.read(_READ)
-        if not data:
-            raise UnavailableError("the agent broke off before it said how the command ended")
-        end = collector.feed(data)
-        if end is not None:
-            return Outcome(
-                stdout=_printed(collector.stdout, encoding),
-                stderr=_printed(collector.stderr, encoding),
-                exit_code=end.exit_code,
-                duration_ms=end.duration_ms,
-                timed_out=end.timed_out,
-                truncated=collector.is_truncated,
-                signal=end.signal,
-            )
-
-
-def _printed(data: bytes, encoding: str) -> str:
-    if encoding == "base64":
-        return base64.b64encode(data).decode()
-    return data.decode(errors="replace")
-
-
 def _check(command: Command) -> None:
     """Refuse a command that no sandbox could run."""
     checked_text(command.command, field="command")
@@ -147,10 +217,9 @@ def _check(command: Command) -> None:
     checked_text(command.user, field="user")
     if not command.command.strip():
         raise InvalidArgumentError("cannot run an empty command", field="command")
-    if len(command.command.encode()) > _COMMAND_MAX:
+    if len(command.command.encode()) > COMMAND_MAX:
         raise InvalidArgumentError(
-            "cannot run a command of over 128 KiB: write it to a file and run that",
-            field="command",
+            "cannot run a command of over 1 MiB: give what it works on as stdin", field="command"
         )
     if command.timeout not in _TIMEOUT_MS:
         raise InvalidArgumentError(
@@ -160,11 +229,6 @@ def _check(command: Command) -> None:
         raise InvalidArgumentError("cannot use cwd: it must start with /", field="cwd")
     if not 1 <= len(command.user) <= 64:
         raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
-    if command.stdin is not None:
-        try:
-            command.stdin.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidArgumentError(
-                "cannot use stdin: it is not valid Unicode", field="stdin"
-            ) from error
+    if command.stdin is not None and len(command.stdin) > STDIN_MAX:
+        raise InvalidArgumentError("cannot take over 16 MiB of stdin", field="stdin")
     checked_env(command.env)

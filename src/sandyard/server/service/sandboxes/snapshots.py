@@ -22,7 +22,14 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.ids import checked_text, is_sandbox_id, is_uuid, new_sandbox_id, new_uuid
+from sandyard.server.core.ids import (
+    check_addressable,
+    checked_text,
+    is_sandbox_id,
+    is_uuid,
+    new_sandbox_id,
+    new_uuid,
+)
 from sandyard.server.core.records import Activity, Claim, Sandbox, Snapshot, StoragePeriod
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.actor import Actor
@@ -453,6 +460,7 @@ def _not_told() -> UnavailableError:
 
 def _check_name(name: str) -> None:
     checked_text(name, field="name")
+    check_addressable(name)
     if not 1 <= len(name) <= _NAME_MAX or not name.isprintable() or is_uuid(name):
         raise InvalidArgumentError(
             f"cannot use this name: it needs 1 to {_NAME_MAX} printable characters and must not "

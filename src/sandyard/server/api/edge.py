@@ -1,0 +1,222 @@
+"""The edge: what happens to a request before a route sees it, and to its answer after.
+
+It is given an id, it is asked who is asking, and only then is its body read, as far as its route
+lets it. Nobody without a credential makes the server read a body, let alone parse one.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sandyard.server.api.bounds import JsonBounds
+from sandyard.server.api.errors import answer_error
+from sandyard.server.core.errors import (
+    InternalError,
+    InvalidArgumentError,
+    InvalidTokenError,
+    PayloadTooLargeError,
+    RateLimitedError,
+    SandyardError,
+    TokenExpiredError,
+    UnauthenticatedError,
+)
+from sandyard.server.core.ids import new_request_id
+from sandyard.server.service.people.access import Access
+from sandyard.server.service.people.rates import Allowance, Rates
+
+log = logging.getLogger(__name__)
+
+BODY_MAX = 64 * 1024
+_GUARDED = "/v1"
+RouteT = TypeVar("RouteT", bound=Callable[..., object])
+
+
+class RequestObserver(Protocol):
+    """Is told of every request that was answered."""
+
+    def __call__(self, *, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one request; `route` is the pattern, not the path."""
+        ...
+
+
+def takes_body(limit: int) -> Callable[[RouteT], RouteT]:
+    """Let a route take a body of so many bytes, where BODY_MAX is not enough."""
+
+    def mark(route: RouteT) -> RouteT:
+        route.body_max = limit  # type: ignore[attr-defined]  # read from the route that was matched
+        return route
+
+    return mark
+
+
+class Edge:
+    """See the module."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        access: Access,
+        rates: Rates,
+        observe: RequestObserver,
+        bind: Callable[[str], object],
+    ) -> None:
+        self._app = app
+        self._access = access
+        self._rates = rates
+        self._observe = observe
+        self._bind = bind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = new_request_id()
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        self._bind(request_id)
+        started, method = time.perf_counter(), scope["method"]
+        status, has_started = 500, False
+
+        async def send_on(message: Message) -> None:
+            nonlocal status, has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    *_rate_headers(state.get("allowance")),
+                ]
+            await send(message)
+
+        answer: Send = send_on
+        try:
+            await self._identify(scope)
+            if scope["method"] == "HEAD":  # what GET would answer, without its body
+                scope, answer = {**scope, "method": "GET"}, _bodiless(send_on)
+            await self._app(scope, _bounded(scope, receive), answer)
+        except SandyardError as error:
+            await answer_error(Request(scope), error)(scope, receive, answer)
+        except Exception as error:  # a bug: the caller gets an id, the log the rest
+            log.exception("a request failed")
+            if has_started:
+                raise
+            broken = answer_error(Request(scope), InternalError(str(error)))
+            await broken(scope, receive, answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._observe(
+                method=method,
+                route=route,
+                status=status,
+                seconds=time.perf_counter() - started,
+            )
+
+    async def _identify(self, scope: Scope) -> None:
+        """Find out who asks for something under /v1, and count it.
+
+        Raises:
+            UnauthenticatedError, InvalidTokenError, TokenExpiredError: nobody we know.
+            RateLimitedError: too many requests, or too many bad credentials.
+        """
+        path = scope["path"]
+        if path != _GUARDED and not path.startswith(_GUARDED + "/"):
+            return
+        state, request = scope["state"], Request(scope)
+        address = request.client.host if request.client else "unknown"
+        org_id = request.query_params.get("orgId")
+        try:
+            actor = await self._access.authenticate(_token(request), org_id=org_id)
+        except (InvalidTokenError, TokenExpiredError):
+            state["allowance"] = self._rates.of_address(address)
+            self._rates.failed(address)
+            state["allowance"] = self._rates.of_address(address)
+            raise
+        except UnauthenticatedError:
+            state["allowance"] = self._rates.of_address(address)
+            raise
+        try:
+            state["allowance"] = self._rates.count(actor)
+        except RateLimitedError:
+            state["allowance"] = self._rates.refused(actor)
+            raise
+        state["actor"] = actor
+
+
+def _token(request: Request) -> str | None:
+    """Return a request's credential; Bearer wins over X-API-Key."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return request.headers.get("x-api-key")
+
+
+def _rate_headers(allowance: Allowance | None) -> list[tuple[bytes, bytes]]:
+    if allowance is None:  # what is open to all is not counted
+        return []
+    return [
+        (b"x-ratelimit-limit", str(allowance.limit).encode()),
+        (b"x-ratelimit-remaining", str(allowance.remaining).encode()),
+        (b"x-ratelimit-reset", str(allowance.resets_at).encode()),
+    ]
+
+
+def _bodiless(send: Send) -> Send:
+    async def send_bodiless(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_bodiless
+
+
+def _bounded(scope: Scope, receive: Receive) -> Receive:
+    """Return `receive`, which refuses what a route does not take.
+
+    The route is known by the time its body is asked for.
+    """
+    size, bounds = 0, None
+
+    async def receive_bounded() -> Message:
+        nonlocal size, bounds
+        if size == 0 and scope["path"].startswith(_GUARDED):
+            _check_kind(scope)
+            bounds = JsonBounds()
+        message = await receive()
+        if message["type"] == "http.request":
+            body = message.get("body", b"")
+            size += len(body)
+            limit = getattr(scope.get("endpoint"), "body_max", BODY_MAX)
+            if size > limit:
+                raise PayloadTooLargeError(
+                    f"cannot take a body of over {_shown(limit)} here", limit=limit
+                )
+            if bounds is not None:
+                bounds.feed(body)
+        return message
+
+    return receive_bounded
+
+
+def _check_kind(scope: Scope) -> None:
+    """Refuse a body that says that it is something else than JSON; one that says nothing is."""
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+    is_json = not kind or kind == b"application/json" or kind.endswith(b"+json")
+    if has_body and not is_json:
+        raise InvalidArgumentError(
+            f"cannot read a body of the type {kind.decode('latin-1')[:100]}: send JSON, with the "
+            "header `Content-Type: application/json`",
+            field="Content-Type",
+        )
+
+
+def _shown(limit: int) -> str:
+    return f"{limit // 2**20} MiB" if limit >= 2**20 else f"{limit // 2**10} KiB"

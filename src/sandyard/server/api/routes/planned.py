@@ -1,0 +1,53 @@
+"""Routes that are promised and not built yet: they say so, and not that the thing is gone."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+
+from sandyard.server.api.access import Scope
+from sandyard.server.core.errors import NotImplementedYetError
+from sandyard.server.service.actor import Actor
+
+router = APIRouter(include_in_schema=False)
+
+Anyone = Annotated[Actor, Depends(Scope(None))]
+
+_SANDBOX = "/v1/sandboxes/{reference}"
+_PLANNED = {
+    "previews": [("GET", f"{_SANDBOX}/url")],
+    "SSH": [("GET", f"{_SANDBOX}/ssh")],
+    "desktops": [("GET", f"{_SANDBOX}/vnc")],
+    "terminals": [("POST", "/v1/terminal/sandbox-sessions")],
+    "events": [("GET", f"{_SANDBOX}/events")],
+    "files": [
+        ("GET PUT DELETE", f"{_SANDBOX}/files"),
+        ("GET POST PUT", f"{_SANDBOX}/files/{{path:path}}"),
+    ],
+    "processes": [
+        ("GET POST", f"{_SANDBOX}/processes"),
+        ("GET POST", f"{_SANDBOX}/processes/{{path:path}}"),
+    ],
+    "workspaces": [
+        ("GET POST", "/v1/workspaces"),
+        ("GET POST PUT PATCH DELETE", "/v1/workspaces/{path:path}"),
+    ],
+    "templates of one's own": [
+        ("POST", "/v1/templates"),
+        ("DELETE", "/v1/templates/{slug}"),
+        ("GET", "/v1/templates/{slug}/logs"),
+    ],
+}
+
+
+async def planned(request: Request, actor: Anyone) -> None:
+    """Say that a route is not built yet."""
+    del actor
+    raise NotImplementedYetError(
+        f"cannot {request.method} {request.url.path}: this version does not have it yet; what it "
+        "has is in /docs"
+    )
+
+
+for _paths in _PLANNED.values():
+    for _methods, _path in _paths:
+        router.add_api_route(_path, planned, methods=_methods.split())

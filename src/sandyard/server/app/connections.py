@@ -1,0 +1,262 @@
+"""Connections, bounded: how many, how long their heads, how slow their ends may be.
+
+What uvicorn leaves open is closed here: a client that sends a head for ever, or a body byte by
+byte, or reads no answer, holds a connection for seconds, not for good; and there are always fewer
+connections than descriptors, for the platform needs some for its own work.
+"""
+
+import asyncio
+import json
+from asyncio.events import TimerHandle
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+LINE_MAX = 16 * 1024
+HEAD_MAX = 64 * 1024
+HEADERS_MAX = 200
+_SLOWEST = 1024  # bytes a second
+_SLICE = 16 * 1024
+_LINGER_S = 1.0
+_LEFTOVER_MAX = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds for a head to be there, for an end that stands still, between two looks."""
+
+    head_s: float = 20.0
+    still_s: float = 20.0
+    look_s: float = 5.0
+
+
+class Gate:
+    """Counts connections, in all and by address."""
+
+    def __init__(
+        self, *, most: int, most_by_address: int, patience: Patience | None = None
+    ) -> None:
+        self.most = most
+        self.most_by_address = most_by_address
+        self.patience = patience or Patience()
+        self._open: dict[GuardedProtocol, str] = {}
+        self._by_address: Counter[str] = Counter()
+
+    def enter(self, one: "GuardedProtocol", address: str) -> str | None:
+        """Let a connection in, in the place of one that nobody uses if need be; else say why not.
+
+        Raises nothing: a refusal is a sentence for the client.
+        """
+        if self._by_address[address] >= self.most_by_address:
+            return (
+                f"cannot take another connection: {self.most_by_address} are open from "
+                f"{address}; keep fewer open, or set http.connections_per_address"
+            )
+        if len(self._open) >= self.most:
+            idle = next((other for other in self._open if other.is_idle), None)
+            if idle is None:
+                return f"cannot take another connection: {self.most} are open; try again"
+            self.leave(idle)
+            idle.transport.abort()
+        self._open[one] = address
+        self._by_address[address] += 1
+        return None
+
+    def leave(self, one: "GuardedProtocol") -> None:
+        """Count a connection no more; nothing happens if it was not counted."""
+        address = self._open.pop(one, None)
+        if address is not None:
+            self._by_address[address] -= 1
+            if not self._by_address[address]:
+                del self._by_address[address]
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """See the module. `gate` is set by `guarded`."""
+
+    gate: ClassVar[Gate]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stage = "head"  # then "body", then "idle"
+        self._since = 0.0
+        self._head_bytes = 0
+        self._headers = 0
+        self._headers_bytes = 0
+        self._body_bytes = 0
+        self._waited_s = 0.0
+        self._stalled_s = 0.0
+        self._unsent = 0
+        self._has_resumed = False
+        self._too_much: tuple[int, str, str] | None = None
+        self._is_refused = False
+        self._look: TimerHandle | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way on it."""
+        return self._stage == "idle" and not self._is_answering
+
+    @property
+    def _is_answering(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    # --- the connection -------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self._since = self.loop.time()
+        self._look = self.loop.call_later(self.gate.patience.look_s, self._look_again)
+        refusal = self.gate.enter(self, self.client[0] if self.client else "unknown")
+        if refusal is not None:
+            self._refuse(503, "unavailable", refusal)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self.gate.leave(self)
+        if self._look is not None:
+            self._look.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        for start in range(0, len(data), _SLICE):
+            if self._is_refused or self.transport.is_closing():
+                return
+            self._take(data[start : start + _SLICE])
+
+    def _take(self, piece: bytes) -> None:
+        if self._stage == "idle":
+            self._begin_head()
+        if self._stage == "head":
+            self._head_bytes += len(piece)
+        super().data_received(piece)
+        if self._too_much is None and self._stage == "head":
+            if len(getattr(self, "url", b"")) > LINE_MAX:
+                self._too_much = _LONG_LINE
+            elif self._head_bytes > HEAD_MAX + _SLICE:
+                self._too_much = _LARGE_HEAD
+        if self._too_much is not None:
+            self._refuse(*self._too_much)
+
+    def _begin_head(self) -> None:
+        self._stage, self._since = "head", self.loop.time()
+        self._head_bytes = self._headers = self._headers_bytes = 0
+
+    # --- what the parser tells ------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """See httptools."""
+        if self._stage != "head":
+            self._begin_head()
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """See httptools."""
+        self._headers += 1
+        self._headers_bytes += len(name) + len(value) + 4
+        if self._headers > HEADERS_MAX or self._headers_bytes + len(self.url) > HEAD_MAX:
+            self._too_much = _LARGE_HEAD
+        else:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """See httptools."""
+        if len(self.url) > LINE_MAX:
+            self._too_much = _LONG_LINE
+        self._stage, self._body_bytes, self._waited_s = "body", 0, 0.0
+        if self._too_much is None:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """See httptools."""
+        self._body_bytes += len(body)
+        if self._too_much is None:
+            super().on_body(body)
+        # Answered before it was read, with a refusal say: what still comes is for nobody.
+        if self._body_bytes > _LEFTOVER_MAX and not self._is_answering:
+            self.transport.abort()
+
+    def on_message_complete(self) -> None:
+        """See httptools."""
+        self._stage = "idle"
+        if self._too_much is None:
+            super().on_message_complete()
+
+    # --- who is slow ----------------------------------------------------------------------------
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._has_resumed = True
+        super().resume_writing()
+
+    def _look_again(self) -> None:
+        patience = self.gate.patience
+        self._look = self.loop.call_later(patience.look_s, self._look_again)
+        unsent = self.transport.get_write_buffer_size()
+        is_moving = self._has_resumed or self._unsent - unsent >= _SLOWEST * patience.look_s
+        self._stalled_s = 0.0 if not unsent or is_moving else self._stalled_s + patience.look_s
+        self._unsent, self._has_resumed = unsent, False
+        if self._stalled_s > patience.still_s:
+            self.transport.abort()
+        elif self._stage == "head" and self.loop.time() - self._since > patience.head_s:
+            self._refuse(408, "bad_request", "cannot wait longer for the rest of the request")
+        elif self._stage == "body" and not self.flow.read_paused:
+            self._waited_s += patience.look_s
+            if self._waited_s > patience.still_s + self._body_bytes / _SLOWEST:
+                self._refuse(408, "bad_request", "cannot wait longer for the rest of the body")
+
+    # --- refusals -------------------------------------------------------------------------------
+
+    def send_400_response(self, msg: str) -> None:
+        """See uvicorn."""
+        del msg
+        self._refuse(400, "bad_request", "cannot read the request: it is not HTTP/1.1")
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """Answer what no route will see, take nothing more, and close."""
+        if self._is_refused or self.transport.is_closing():
+            return
+        self._is_refused = True
+        if self._is_answering:
+            if self.cycle.response_started or self._stage != "body":
+                # An answer is under way, or due first: another one in it would be taken for its.
+                self.transport.close()
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        body = json.dumps(
+            {"error": {"code": code, "message": message, "requestId": "req_none"}}
+        ).encode()
+        head = [
+            STATUS_LINE[status],
+            b"content-type: application/json\r\nconnection: close\r\n",
+            b"retry-after: 2\r\n" if status == 503 else b"",
+            b"content-length: %d\r\n\r\n" % len(body),
+        ]
+        self.transport.write(b"".join(head) + body)
+        # A close with something unread is a reset, which would take the answer along.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.abort)
+
+
+_LONG_LINE = (414, "uri_too_long", f"cannot take an address of over {LINE_MAX // 1024} KiB")
+_LARGE_HEAD = (
+    431,
+    "headers_too_large",
+    f"cannot take over {HEAD_MAX // 1024} KiB of headers, or over {HEADERS_MAX} of them",
+)
+
+
+def guarded(gate: Gate) -> type[asyncio.Protocol]:
+    """Return the protocol of connections that a gate counts."""
+    return type("Guarded", (GuardedProtocol,), {"gate": gate})

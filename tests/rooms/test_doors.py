@@ -1,0 +1,298 @@
+"""The doors that anyone can lean on, over real sockets: without a key, slowly, in a crowd."""
+
+import asyncio
+import base64
+import json
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.conftest import free_port
+from tests.support.house import Yard, open_yard, until
+
+from sandyard.server.app.connections import Patience
+from sandyard.server.app.serve import http_server
+from sandyard.server.app.settings import HttpSettings
+
+_SOON_S = 30.0
+BRIEF = Patience(head_s=0.4, still_s=0.4, look_s=0.1)
+
+
+@dataclass
+class Door:
+    """A house behind a real socket."""
+
+    yard: Yard
+    port: int
+
+    async def knock(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a connection."""
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def ask(self, *pieces: bytes) -> tuple[int, dict[str, object]]:
+        """Send something, and return the status and the error that come back."""
+        reader, writer = await self.knock()
+        try:
+            with suppress(ConnectionError):
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+            async with asyncio.timeout(_SOON_S):
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                body = await reader.readexactly(length)
+        finally:
+            writer.close()
+        return int(head.split()[1]), json.loads(body).get("error", {})
+
+    async def is_well(self) -> bool:
+        """Tell whether somebody else is served."""
+        status, _ = await self.ask(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        return status == 200
+
+
+@asynccontextmanager
+async def door(
+    home: Path, *, patience: Patience | None = None, **http: object
+) -> AsyncIterator[Door]:
+    async with open_yard(home) as yard:
+        port = free_port()
+        settings = HttpSettings.model_validate({"port": port, **http})
+        server = http_server(yard.house.api, settings, patience)
+        server.config.port = port
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(server.serve())
+            await until(lambda: server.started)
+            try:
+                yield Door(yard, port)
+            finally:
+                server.should_exit = server.force_exit = True
+                await serving
+                for one in list(server.server_state.connections):
+                    one.transport.abort()
+                await until(lambda: not server.server_state.connections)
+                await until(lambda: not server.server_state.tasks)
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def posting(key: str, length: int) -> bytes:
+    return (
+        b"POST /v1/sandboxes HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        + f"Authorization: Bearer {key}\r\nContent-Length: {length}\r\n\r\n".encode()
+    )
+
+
+# --- bodies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+async def test_a_body_is_not_read_before_it_is_known_whose_it_is(
+    tmp_path: Path, is_known: bool
+) -> None:
+    async with door(tmp_path) as opened:
+        body = b"[" + b"[]," * (9 * 2**20) + b"[]]"
+        before = resident_mib()
+        key = opened.yard.key if is_known else "rt_live_" + "x" * 32
+        head = posting(key, len(body))
+        pieces = [body[at : at + 2**20] for at in range(0, len(body), 2**20)]
+        asking = asyncio.ensure_future(opened.ask(head, *pieces))
+        assert await opened.is_well()
+        status, error = await asking
+        assert (status, error["code"]) == (
+            (400, "bad_request") if is_known else (401, "invalid_token")
+        )
+        assert resident_mib() - before < 100  # the body itself is held by this very process
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path) -> None:
+    async with door(tmp_path, patience=BRIEF) as opened:
+        status, error = await opened.ask(posting(opened.yard.key, 1000), b'{"name"')
+        assert (status, "body" in str(error["message"])) == (408, True)
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (b"GET /" + b"x" * 2_000_000, 414),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 2_000_000, 431),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 300 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1_000_000, 431),
+        (b"nonsense\r\n\r\n", 400),
+    ],
+)
+async def test_a_head_that_is_too_much_is_refused(tmp_path: Path, head: bytes, status: int) -> None:
+    async with door(tmp_path) as opened:
+        before = resident_mib()
+        told, error = await opened.ask(head)
+        assert told == status
+        assert str(error["message"]).startswith("cannot ")
+        assert resident_mib() - before < 30
+        # Also where another request came before it.
+        first = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+        reader, writer = await opened.knock()
+        writer.write(first)
+        await reader.readuntil(b"}")
+        writer.write(head)
+        assert int((await reader.readuntil(b"\r\n")).split()[1]) == status
+        writer.close()
+
+
+async def test_a_head_that_does_not_come_is_not_waited_for(tmp_path: Path) -> None:
+    async with door(tmp_path, patience=BRIEF) as opened:
+        for begun in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n", b"\r\n"):
+            status, error = await opened.ask(begun)
+            assert (status, "rest of the request" in str(error["message"])) == (408, True)
+
+
+async def test_a_client_that_sends_a_byte_now_and_then_gains_nothing(tmp_path: Path) -> None:
+    async with door(tmp_path, patience=BRIEF) as opened:
+        reader, writer = await opened.knock()
+
+        async def drip() -> None:
+            with suppress(ConnectionError):
+                while True:
+                    writer.write(b"\r\n")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+
+        dripping = asyncio.ensure_future(drip())
+        async with asyncio.timeout(_SOON_S):
+            assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+        dripping.cancel()
+        writer.close()
+
+
+# --- crowds ---------------------------------------------------------------------------------------
+
+
+async def test_a_crowd_is_kept_out_and_those_inside_are_served(tmp_path: Path) -> None:
+    async with door(tmp_path, connections=20, connections_per_address=1000) as opened:
+        crowd = []
+        for _ in range(20):
+            reader, writer = await opened.knock()
+            writer.write(b"GET / HT")
+            crowd.append((reader, writer))
+        status, error = await opened.ask(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (status, error["code"]) == (503, "unavailable")
+        reader, writer = crowd[0]
+        writer.write(b"TP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+        await reader.readuntil(b"</html>\n")
+        # It is answered, and has nothing under way: it makes room for somebody else.
+        assert await opened.is_well()
+        for _, writer in crowd:
+            writer.close()
+
+
+async def test_one_address_cannot_take_all_connections(tmp_path: Path) -> None:
+    async with door(tmp_path, connections=1000, connections_per_address=16) as opened:
+        crowd = [await opened.knock() for _ in range(16)]
+        status, error = await opened.ask(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (status, "connections_per_address" in str(error["message"])) == (503, True)
+        for _, writer in crowd:
+            writer.close()
+        async with asyncio.timeout(_SOON_S):
+            while True:  # they are counted until their ends have come
+                with suppress(ConnectionError, IndexError):
+                    if await opened.is_well():
+                        break
+
+
+async def test_who_reads_no_answer_is_left(tmp_path: Path) -> None:
+    async with door(tmp_path, patience=BRIEF) as opened:
+        box = await opened.yard.create()
+        body = json.dumps({"command": "spill 16777216"}).encode()
+        path = f"/v1/sandboxes/{box['id']}/exec".encode()
+        request = posting(opened.yard.key, len(body)).replace(b"/v1/sandboxes", path, 1) + body
+        loop = asyncio.get_running_loop()
+        with socket.create_connection(("127.0.0.1", opened.port)) as deaf:
+            deaf.setblocking(False)
+            await loop.sock_sendall(deaf, request)
+            # A client that reads nothing learns of it when it writes again.
+            async with asyncio.timeout(_SOON_S):
+                with pytest.raises(ConnectionError):
+                    while True:
+                        await loop.sock_sendall(deaf, b"GET / HTTP/1.1\r\n")
+                        await asyncio.sleep(0.05)
+        assert await opened.is_well()
+
+
+# --- what commands print --------------------------------------------------------------------------
+
+
+async def test_answers_that_nobody_reads_do_not_fill_the_memory(tmp_path: Path) -> None:
+    async with door(tmp_path) as opened:
+        box = await opened.yard.create()
+        body = json.dumps({"command": "spill 16777216"}).encode()
+        path = f"/v1/sandboxes/{box['id']}/exec".encode()
+        request = posting(opened.yard.key, len(body)).replace(b"/v1/sandboxes", path, 1) + body
+        loop, before, slowest = asyncio.get_running_loop(), resident_mib(), 0.0
+        with ExitStack() as held:
+            for _ in range(6):
+                deaf = held.enter_context(socket.create_connection(("127.0.0.1", opened.port)))
+                deaf.setblocking(False)
+                await loop.sock_sendall(deaf, request)
+            machine = opened.yard.machine_of(box)
+            await until(lambda: len(machine.executing) == 6)
+            for _ in range(50):
+                assert await opened.is_well()
+                slowest = max(slowest, resident_mib() - before)
+        # Together 1.2 GB as JSON, 192 MiB as they are.
+        assert slowest < 500
+
+
+async def test_all_of_a_large_output_comes_and_room_is_given_back(tmp_path: Path) -> None:
+    async with door(tmp_path) as opened:
+        box = await opened.yard.create()
+        room = opened.yard.house.control.services.commands.room
+        free = room.free
+        url = f"http://127.0.0.1:{opened.port}/v1/sandboxes/{box['id']}/exec"
+        headers = {"Authorization": f"Bearer {opened.yard.key}"}
+        async with httpx.AsyncClient(headers=headers, timeout=60) as client:
+            for encoding in ("base64", "utf-8"):
+                answer = await client.post(
+                    url, json={"command": "spill 17000000", "encoding": encoding}
+                )
+                data = answer.json()["data"]
+                raw = data["stdout"].encode()
+                output = base64.b64decode(raw) if encoding == "base64" else raw
+                assert output == bytes(16 * 2**20)
+                assert (data["truncated"], data["exitCode"]) == (True, 0)
+                await until(lambda: room.free == free)
+
+
+async def test_one_hostile_agent_leaves_the_others_their_share(tmp_path: Path) -> None:
+    async with door(tmp_path) as opened:
+        box = await opened.yard.create()
+        client = opened.yard.client_of(opened.yard.key)
+        path = f"/v1/sandboxes/{box['id']}/exec"
+        async with client, asyncio.TaskGroup() as tasks:
+            hostile = [
+                tasks.create_task(client.post(path, json={"command": "crumbs 200000"}))
+                for _ in range(6)
+            ]
+            machine = opened.yard.machine_of(box)
+            await until(lambda: len(machine.executing) == 6)
+            turns = 0
+            # So many of others' requests are served meanwhile, whatever the machine's speed.
+            while not all(one.done() for one in hostile) and turns < 100:
+                assert await opened.is_well()
+                turns += 1
+            assert turns == 100
+            for one in hostile:
+                one.cancel()
