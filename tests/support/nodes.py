@@ -41,6 +41,8 @@ _T = TypeVar("_T")
 _UP = frozenset({Phase.RUNNING, Phase.PAUSED})
 SIZE = 4096
 
+_PIECE = 16 * 1024
+
 
 @dataclass
 class Machine:
@@ -294,7 +296,9 @@ def _execute(machine: Machine, command: str, stream: "MemoryStream") -> None:
     if word == "remember":
         machine.remembers["word"] = rest
     said = machine.remembers.get("word", "") if word == "recall" else command
-    stream.feed(wire.encode_frame(wire.Channel.STDOUT, said.encode()))
+    for start in range(0, len(said.encode()), _PIECE):
+        piece = said.encode()[start : start + _PIECE]
+        stream.feed(wire.encode_frame(wire.Channel.STDOUT, piece))
     end = json.dumps(encode(ops.Ended(0, 1))).encode()
     stream.feed(wire.encode_frame(wire.Channel.EXIT, end))
 
