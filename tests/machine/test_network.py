@@ -16,7 +16,7 @@ pytestmark = pytest.mark.machine
 
 NETNS = "test-world"
 PUBLIC, PRIVATE, METADATA = "203.0.113.77", "192.168.213.77", "169.254.169.254"
-HOST_SIDE = "203.0.113.1"
+HOST_SIDE, NEIGHBOUR = "198.51.100.1", "198.51.100.77"
 PORT = 8099
 ANSWER = "listening"
 
@@ -35,13 +35,13 @@ def world() -> Iterator[None]:
         ip("link", "add", "wtest0", "type", "veth", "peer", "name", "w0", "netns", NETNS)
         ip("addr", "add", f"{HOST_SIDE}/24", "dev", "wtest0")
         ip("link", "set", "wtest0", "up")
-        for address in (PUBLIC, PRIVATE, METADATA):
+        for address in (NEIGHBOUR, PUBLIC, PRIVATE, METADATA):
             ip("-n", NETNS, "addr", "add", f"{address}/24", "dev", "w0")
         ip("-n", NETNS, "link", "set", "w0", "up")
         ip("-n", NETNS, "link", "set", "lo", "up")
         ip("-n", NETNS, "route", "add", "default", "via", HOST_SIDE)
-        for address in (PRIVATE, METADATA):
-            ip("route", "add", f"{address}/32", "dev", "wtest0")
+        for address in (PUBLIC, PRIVATE, METADATA):
+            ip("route", "add", f"{address}/32", "via", NEIGHBOUR)
         script = textwrap.dedent(f"""
             import socket
             with socket.create_server(("0.0.0.0", {PORT})) as listener:
@@ -54,7 +54,7 @@ def world() -> Iterator[None]:
             subprocess.Popen([*command, "python3", "-c", script], start_new_session=True)
             for command in (["ip", "netns", "exec", NETNS], [])
         ]
-        for address in (PUBLIC, PRIVATE, METADATA, HOST_SIDE):
+        for address in (PUBLIC, PRIVATE, METADATA, HOST_SIDE, NEIGHBOUR):
             wait_until(lambda address=address: from_host(address), what=f"{address} answers")  # type: ignore[misc]
         yield
     finally:
@@ -124,12 +124,13 @@ def without_rules(server: RealServer, slots: list[str]) -> Iterator[None]:
             nft(netns, f"delete table inet {name}\n{rules}")
 
 
-@pytest.mark.parametrize("address", [PRIVATE, METADATA, HOST_SIDE])
+@pytest.mark.parametrize("address", [PRIVATE, METADATA, HOST_SIDE, NEIGHBOUR])
 def test_private_metadata_and_host_are_out_of_reach_by_rule_alone(
     server: RealServer, box: str, world: None, address: str
 ) -> None:
     assert from_host(address)
-    assert not reaches(server, box, address)
+    # The host has just joined this network; the rules follow.
+    wait_until(lambda: not reaches(server, box, address), what=f"{address} is out of reach")
     lifted = without_rules(server, [slot_of(server, box)])
     next(lifted)
     try:
@@ -188,6 +189,66 @@ def test_a_false_sender_gets_nowhere(server: RealServer, box: str, world: None) 
     assert ANSWER not in str(end["stdout"])
     server.execute(box, "ip addr del 203.0.113.9/32 dev eth0")
     assert reaches(server, box, PUBLIC)
+
+
+FORGER = """
+import os, socket, struct
+raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+raw.bind(("eth0", 0))
+mac, gateway = bytes.fromhex("027379000002"), bytes.fromhex("027379000001")
+asks = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1)
+for number in range(400):
+    false = mac if number % 2 else os.urandom(5).join((b"\\x02", b""))
+    sender = bytes((172, 16, 0, 2)) if not number % 2 else bytes((172, 16, number % 256, 9))
+    body = asks + false + sender + bytes(6) + bytes((172, 16, 0, 1))
+    raw.send(b"\\xff" * 6 + false + b"\\x08\\x06" + body)
+for number in range(2000):
+    there = bytes((203, 0, 113, number % 256))
+    head = struct.pack("!BBHHHBBH4s4s", 69, 0, 20, number, 0, 64, 3 + number % 200 + 20, 0,
+                       bytes((172, 16, 0, 2)), there)
+    raw.send(gateway + mac + b"\\x08\\x00" + head)
+"""
+
+
+def connections(netns: str) -> int:
+    path = "/proc/sys/net/netfilter/nf_conntrack_count"
+    return int(
+        subprocess.run(
+            ["ip", "netns", "exec", netns, "cat", path], capture_output=True, text=True, check=True
+        ).stdout
+    )
+
+
+def neighbours() -> int:
+    """How many entries the kernel's one table of neighbours has, in all namespaces."""
+    return int(Path("/proc/net/stat/arp_cache").read_text().splitlines()[1].split()[0], 16)
+
+
+def test_forged_frames_do_not_fill_the_hosts_tables(
+    server: RealServer, box: str, world: None
+) -> None:
+    before, slot = neighbours(), slot_of(server, box)
+    end = server.execute(box, "python3 -", stdin=FORGER, timeout=60_000)
+    assert end["exitCode"] == 0, end
+    assert neighbours() - before < 50
+    assert connections(slot) < 200
+    assert reaches(server, box, PUBLIC)
+
+
+FLOWS = f"""
+import socket
+for number in range(6000):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as flow:
+        flow.sendto(b"x", ("{PUBLIC}", 1024 + number))
+"""
+
+
+def test_a_slot_has_so_many_connections_and_no_more(server: RealServer, world: None) -> None:
+    crowded = str(server.create()["id"])
+    slot = slot_of(server, crowded)
+    end = server.execute(crowded, "python3 -", stdin=FLOWS, timeout=60_000)
+    assert end["exitCode"] == 0, end
+    assert 3000 < connections(slot) < 4400
 
 
 def test_ipv6_is_off(server: RealServer, box: str) -> None:

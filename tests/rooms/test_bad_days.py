@@ -1,8 +1,10 @@
-"""The database is locked or gone for a while: requests say so, and nothing is half-written."""
+"""Database locked or gone, disk full: requests say so, nothing is half-written, and it passes."""
 
 import asyncio
+import os
 import sqlite3
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 from tests.conftest import free_port
-from tests.support.house import Yard, eventually, open_yard
+from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.postgres import postgres_url
 
 pytestmark = pytest.mark.slow  # they wait as long as a bad day lasts
@@ -147,3 +149,87 @@ async def test_a_database_that_is_gone_for_a_while_is_a_503_until_it_is_back(
             assert await yard.execute(box, "here") == "here"
             await yard.create()
             assert await whole(yard) == 2
+
+
+# --- a disk that fills up -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, small enough to be filled."""
+    home = tmp_path / "small"
+    home.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400m,mode=755", "small", str(home)], check=True
+    )
+    try:
+        yield home
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
+
+
+@pytest.mark.root
+async def test_a_full_disk_is_told_and_blocks_no_way_out(small_disk: Path) -> None:
+    async with open_yard(small_disk, saves=True, disk_floor_mib=64) as yard:
+        quiet, loud = await yard.create(), await yard.create()
+        ballast = small_disk / "ballast"
+        await until(ballast.exists)
+        assert (await yard.client.get("/readyz")).status_code == 200
+        machine = yard.machine_of(loud)
+        with machine.spec.disk.open("ab") as disk, suppress(OSError):
+            while os.statvfs(small_disk).f_bavail * 4096 > 50 * 2**20:
+                disk.write(bytes(2**20))
+                disk.flush()
+        # The one that wrote is held still, in time, and says why; the other goes on.
+        await until(lambda: machine.is_held)
+        told = await yard.get(loud)
+        await eventually(lambda: _reason_is(yard, loud, "host_disk_full"))
+        assert told["status"] == "running"
+        assert not yard.machine_of(quiet).is_held
+        unready = await yard.client.get("/readyz")
+        assert unready.status_code == 503
+        assert "disk is full" in unready.text
+        refused = await yard.client.post("/v1/sandboxes", json={})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_capacity")
+        # And where something else takes the very last byte, what makes room still works.
+        with (small_disk / "other").open("wb") as other, suppress(OSError):
+            while True:
+                other.write(bytes(2**16))
+                other.flush()
+        await until(lambda: not ballast.exists())
+        for box in (loud, quiet):
+            await eventually(lambda box=box: _is_deleted(yard, box))  # type: ignore[misc]
+        (small_disk / "other").unlink()
+        assert (await yard.create())["status"] == "running"
+        await until(ballast.exists)
+
+
+@pytest.mark.root
+async def test_what_was_held_still_for_the_disk_goes_on_once_there_is_room(
+    small_disk: Path,
+) -> None:
+    async with open_yard(small_disk, saves=True, disk_floor_mib=64) as yard:
+        box = await yard.create()
+        machine = yard.machine_of(box)
+        filler = small_disk / "filler"
+        with filler.open("wb") as file:
+            while os.statvfs(small_disk).f_bavail * 4096 > 50 * 2**20:
+                file.write(bytes(2**20))
+                file.flush()
+        await until(lambda: machine.is_held)
+        filler.unlink()
+        await until(lambda: not machine.is_held)
+        assert await yard.execute(box, "on") == "on"
+        await eventually(lambda: _reason_is(yard, box, None))
+
+
+async def _is_deleted(yard: Yard, box: Mapping[str, object]) -> bool:
+    answer = await yard.client.delete(f"/v1/sandboxes/{box['id']}")
+    # For a moment it may still be said that the disk is full, and to try again.
+    assert answer.status_code in (200, 503), answer.text
+    return answer.status_code == 200
+
+
+async def _reason_is(yard: Yard, box: Mapping[str, object], code: str | None) -> bool:
+    reason: Any = (await yard.get(box))["statusReason"]
+    return (reason["code"] if reason else None) == code

@@ -146,6 +146,7 @@ def test_allowed_networks_come_before_the_private_ones_are_rejected() -> None:
     rules = slot_rules(
         uplink="up0",
         tap="tap0",
+        mac="02:73:79:00:00:02",
         outer=ipaddress.IPv4Address("10.200.0.2"),
         agent_port=9111,
         allow=["10.9.0.0/16"],

@@ -15,7 +15,7 @@ from sandyard.server.core.contracts.node import TemplateStatus
 from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.commands import run
-from sandyard.server.node.host.disks import available_memory_mib, free_mib
+from sandyard.server.node.host.disks import available_memory_mib, free_mib, used_mib
 from sandyard.server.node.host.firewall import forward_exceptions
 from sandyard.server.node.host.identity import Identity
 from sandyard.server.node.host.network import host_routes, host_ruleset
@@ -183,6 +183,17 @@ def _room(settings: Settings) -> list[Finding]:
         )
     else:
         findings.append(Finding("ok", f"{disk // 1024} GiB of disk are free under {folder}"))
+    goldens = settings.home / "goldens"
+    if goldens.is_dir():
+        folders = [one for one in goldens.iterdir() if one.is_dir()]
+        taken = sum(used_mib(one) for one in folders)
+        findings.append(
+            Finding(
+                "ok",
+                f"{len(folders)} golden machines take {taken} MiB of disk (unusual shapes may take "
+                f"{settings.node.odd_goldens_mib})",
+            )
+        )
     level: Literal["ok", "note"] = "ok" if memory >= _MEMORY_WANTED_MIB else "note"
     findings.append(Finding(level, f"{memory} MiB of memory are available"))
     return findings

@@ -37,6 +37,7 @@ def limits_of(settings: Settings) -> NodeLimits:
         boots_at_once=own.boots_at_once,
         restores_at_once=own.restores_at_once,
         uses_goldens=own.golden_machines,
+        odd_goldens_mib=own.odd_goldens_mib,
         **limits,
     )
 

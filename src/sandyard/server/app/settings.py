@@ -119,6 +119,12 @@ class NodeSettings(Section):
         description="Start sandboxes from saved machines; false boots each from cold, and there "
         "is no pool.",
     )
+    odd_goldens_mib: int = Field(
+        2048,
+        ge=0,
+        description="MiB of disk for the saved machines of shapes that are not a template's usual "
+        "one; those used least lately go first.",
+    )
     boots_at_once: int = Field(2, ge=1, description="How many machines boot at the same time.")
     restores_at_once: int = Field(
         4, ge=1, description="How many machines are restored at the same time."

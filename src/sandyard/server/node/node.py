@@ -45,6 +45,7 @@ from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.phases import ORIGINS, Ask, Step, step_of
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.machines.saved import SavedMachine
+from sandyard.server.node.pressure import Pressure
 from sandyard.server.node.stock.goldens import Goldens
 from sandyard.server.node.stock.pool import MachineObserver, Pool, PoolLimits
 from sandyard.server.node.stock.turns import Turns
@@ -55,6 +56,7 @@ log = logging.getLogger(__name__)
 _GONE_MAX = 4096
 _TRIES = 8
 _LIVING = frozenset({Phase.RUNNING, Phase.WAKING})
+_LITTLE_DISK_MIB = 512
 _STARTS = frozenset({Step.START, Step.REPLACE})
 
 
@@ -81,6 +83,13 @@ class Node:
         boots = Turns(means.limits.boots_at_once)
         restores = Turns(means.limits.restores_at_once)
         self._admission = Admission(means.records.machines_dir, margins, self._promises)
+        self._pressure = Pressure(
+            home,
+            little_mib=min(margins.disk_floor_mib, _LITTLE_DISK_MIB),
+            residents=self._residents,
+            clock=means.clock,
+            on_change=means.on_change,
+        )
         self._goldens = Goldens(
             home / "goldens",
             means=means,
@@ -117,6 +126,7 @@ class Node:
         crew = self._means.crew
         async with crew:
             await self._adopt()
+            crew.start(self._pressure.watch(), "nobody looks after the host's disk")
             try:
                 async with AsyncExitStack() as keeping:
                     if fills_pool:
@@ -238,7 +248,7 @@ class Node:
             templates=tuple(
                 one.slug for one in self._means.images.facts() if one.status is TemplateStatus.READY
             ),
-            missing=self._missing,
+            missing=(*self._missing, *self._pressure.missing),
             is_short_of_memory=self._admission.is_short_of_memory,
             memory_mib=room.memory_mib,
             disk_mib=room.disk_mib,
@@ -464,6 +474,10 @@ class Node:
                 for one in (*here, *self._pool.residents, *self._goldens.residents)
             ),
         ]
+
+    def _residents(self) -> list[Resident]:
+        held = [one for holding in self._holdings.values() for one in holding.residents]
+        return [*held, *self._pool.residents]
 
     def _has_room(self, shape: Shape) -> bool:
         try:

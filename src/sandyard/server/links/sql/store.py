@@ -284,6 +284,11 @@ class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
         if isinstance(
             error, OperationalError | InterfaceError | PoolTimeoutError | OSError | TimeoutError
         ):
+            if "disk is full" in str(error):
+                raise UnavailableError(
+                    "cannot write this down: the host's disk is full; delete sandboxes or "
+                    "snapshots, or free some space on the host"
+                ) from error
             raise UnavailableError("the database does not answer now; try again") from error
         if isinstance(error, DBAPIError):
             raise InternalError(f"the database failed: {error.orig}") from error

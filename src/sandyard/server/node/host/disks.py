@@ -12,6 +12,7 @@ from sandyard.server.node.commands import run
 from sandyard.server.tasks import in_thread
 
 _TOOL_LIMIT_S = 60.0
+_LARGE_MIB = 4096
 
 
 class Disks(Protocol):
@@ -39,10 +40,13 @@ class Ext4Disks:
 
     async def make(self, path: Path, *, size_mib: int, uid: int) -> None:
         """See Disks.make."""
+        # To grow a disk takes a transaction of a size that the journal must hold: with 16 MiB no
+        # disk of 10 GB grew by one. It is sparse, and takes what is written.
+        journal = 64 if size_mib >= _LARGE_MIB else 32
         try:
             # A journal, so that the disk of a machine that was killed boots again.
             await run(
-                ["mke2fs", "-q", "-t", "ext4", "-m", "0", "-L", "disk", "-J", "size=16",
+                ["mke2fs", "-q", "-t", "ext4", "-m", "0", "-L", "disk", "-J", f"size={journal}",
                  "-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0",
                  path, f"{size_mib}M"],
                 limit_s=_TOOL_LIMIT_S,

@@ -1,9 +1,13 @@
 """The rules: what a sandbox may reach. Written as nftables, loaded whole or not at all.
 
 A sandbox reaches the internet and the node's DNS, and nothing else: no other sandbox, not the
-host, no private or link-local address. The slot's own table enforces that where the packets come
-out of the machine; the host's table says it again where slots meet, for it must hold even if a
-slot's rules were wrong.
+host, no private or link-local address, none that is the host's neighbour. The slot's own table
+enforces that where the packets come out of the machine; the host's table says it again where slots
+meet, for it must hold even if a slot's rules were wrong.
+
+Tables of the host's kernel (neighbours, connections) are shared by all namespaces. So what is not
+the guest's own address, or of a protocol that nobody needs, is dropped at the tap, before any of
+them hears of it; and the connections that a slot may have open are counted.
 """
 
 import ipaddress
@@ -12,6 +16,7 @@ from collections.abc import Sequence
 _ANY_SLOT = "syd-"  # what the links of every installation on the host begin with
 GUEST_IP = "172.16.0.2"
 GATEWAY_IP = "172.16.0.1"
+CONNECTIONS_MAX = 4096
 _PRIVATE = (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
     "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
@@ -19,15 +24,33 @@ _PRIVATE = (
 
 
 def slot_rules(
-    *, uplink: str, tap: str, outer: ipaddress.IPv4Address, agent_port: int, allow: Sequence[str]
+    *,
+    uplink: str,
+    tap: str,
+    mac: str,
+    outer: ipaddress.IPv4Address,
+    agent_port: int,
+    allow: Sequence[str],
 ) -> str:
-    """Return the rules inside one slot.
+    """Return the rules inside one slot, whose `tap` is there already.
 
     `outer` is the slot's address on the host's side: what the host sends there goes to the guest,
     but for the agent's port, to which no address leads.
     """
     return f"""
+table netdev sandyard {{
+  chain from_guest {{
+    type filter hook ingress device "{tap}" priority filter; policy drop;
+    ether saddr != {mac} drop
+    ether type arp arp htype 1 arp ptype ip arp saddr ether {mac} arp saddr ip {GUEST_IP} accept
+    ether type ip ip saddr {GUEST_IP} ip protocol {{ icmp, tcp, udp }} accept
+  }}
+}}
 table inet sandyard {{
+  chain count {{
+    type filter hook prerouting priority filter; policy accept;
+    iifname "{tap}" ct state new ct count over {CONNECTIONS_MAX} drop
+  }}
   chain input {{
     type filter hook input priority filter; policy drop;
     ct state established,related accept
@@ -60,13 +83,25 @@ table inet sandyard {{
 
 
 def host_rules(
-    *, table: str, prefix: str, subnet: ipaddress.IPv4Network, allow: Sequence[str]
+    *,
+    table: str,
+    prefix: str,
+    subnet: ipaddress.IPv4Network,
+    allow: Sequence[str],
+    neighbours: Sequence[str],
 ) -> str:
-    """Return the rules on the host's side of all slots, replacing what stood in the table."""
+    """Return the rules on the host's side of all slots, replacing what stood in the table.
+
+    `neighbours` are the networks that the host is a part of; see `new_neighbours`.
+    """
     return f"""
 table inet {table} {{}}
 delete table inet {table}
 table inet {table} {{
+  set neighbours {{
+    type ipv4_addr; flags interval; auto-merge;
+    {_elements(neighbours)}
+  }}
   chain input {{
     type filter hook input priority filter; policy accept;
     iifname "{prefix}*" ct state established,related accept
@@ -83,6 +118,7 @@ table inet {table} {{
     ct state established,related accept
     {_accept(allow, "")}
     ip daddr {{ {", ".join(_PRIVATE)} }} drop
+    ip daddr @neighbours drop
   }}
   chain to_slots {{
     ct state established,related accept
@@ -94,6 +130,12 @@ table inet {table} {{
   }}
 }}
 """
+
+
+def new_neighbours(*, table: str, neighbours: Sequence[str]) -> str:
+    """Return commands that put other networks in the place of the host's neighbours."""
+    added = f"add element inet {table} neighbours {{ {', '.join(neighbours)} }}\n"
+    return f"flush set inet {table} neighbours\n" + (added if neighbours else "")
 
 
 def forward_exceptions(ruleset: object, *, prefix: str, table: str) -> str:
@@ -134,6 +176,10 @@ def exceptions_to_remove(ruleset: object, *, table: str) -> str:
         for rule in rules
         if rule.get("comment") == table
     )
+
+
+def _elements(networks: Sequence[str]) -> str:
+    return f"elements = {{ {', '.join(networks)} }}" if networks else ""
 
 
 def _accept(allow: Sequence[str], condition: str) -> str:

@@ -8,6 +8,8 @@ from pyroute2 import AsyncIPRoute, NetlinkError
 
 from sandyard.server.core.errors import InternalError
 
+_NARROW = 8
+
 
 class Netlink:
     """Netlink in one network namespace."""
@@ -76,6 +78,22 @@ class Netlink:
                     ipaddress.IPv4Network((str(destination), int(route["dst_len"])), strict=False)
                 )
         return networks
+
+    async def neighbours(self) -> set[ipaddress.IPv4Network]:
+        """Return the networks that this host reaches without a router, and has addresses in.
+
+        Such as take in most of the world (a tunnel's, say) are no neighbours.
+        """
+        found = set()
+        async for route in await self._ip.get_routes(family=2, table=254):
+            names = ("RTA_GATEWAY", "RTA_VIA", "RTA_MULTIPATH")
+            destination = route.get_attr("RTA_DST")
+            is_direct = all(route.get_attr(name) is None for name in names)
+            if destination is not None and is_direct and int(route["dst_len"]) >= _NARROW:
+                found.add(
+                    ipaddress.IPv4Network((str(destination), int(route["dst_len"])), strict=False)
+                )
+        return found
 
     async def _index(self, name: str) -> int:
         found = await self._ip.link_lookup(ifname=name)

@@ -28,6 +28,7 @@ from sandyard.server.node.host.firewall import (
     exceptions_to_remove,
     forward_exceptions,
     host_rules,
+    new_neighbours,
     slot_rules,
 )
 from sandyard.server.node.host.identity import SLOTS, Identity
@@ -41,6 +42,7 @@ _GATEWAY_MAC = "02:73:79:00:00:01"
 _TAP, _UPLINK = "tap0", "up0"
 _TOOL_LIMIT_S = 20.0
 _SPARE = 3
+_FOLLOW_S = 3.0
 
 
 class Network(Protocol):
@@ -91,6 +93,7 @@ class Slots:
         self._lock = asyncio.Lock()
         self._dns: dict[int, asyncio.Task[None]] = {}
         self._crew: Crew | None = None
+        self._neighbours: tuple[str, ...] = ()
         self._resolvers: Callable[[], list[str]] = host_resolvers
 
     async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
@@ -102,6 +105,8 @@ class Slots:
         for number in self._used:
             self._start_dns(self.place(number))
         self._refill_beside()
+        following = self._follow_neighbours()
+        crew.start(following, "the rules do not follow the host's networks any more")
 
     async def close(self) -> None:
         """See Network.close."""
@@ -170,8 +175,13 @@ class Slots:
         if forward.read_text().strip() != "1":
             forward.write_text("1")
         identity = self._identity
+        self._neighbours = await _host_neighbours()
         rules = host_rules(
-            table=identity.table, prefix=identity.prefix, subnet=identity.subnet, allow=self._allow
+            table=identity.table,
+            prefix=identity.prefix,
+            subnet=identity.subnet,
+            allow=self._allow,
+            neighbours=self._neighbours,
         )
         await _nft(rules)
         ruleset = json.loads(await host_ruleset())
@@ -179,6 +189,18 @@ class Slots:
         if exceptions:
             log.warning("another tool drops forwarded traffic; an exception was added")
             await _nft(exceptions)
+
+    async def _follow_neighbours(self) -> None:
+        """Have the rules follow the networks that the host joins and leaves."""
+        while True:
+            await asyncio.sleep(_FOLLOW_S)
+            try:
+                found = await _host_neighbours()
+                if found != self._neighbours:
+                    await _nft(new_neighbours(table=self._identity.table, neighbours=found))
+                    self._neighbours = found
+            except (OSError, InternalError):
+                log.exception("the rules do not follow the host's networks; trying again")
 
     async def _sweep(self) -> None:
         """Remove processes, namespaces and links of ours that an earlier run left over."""
@@ -226,9 +248,14 @@ class Slots:
         gateway = outer - 1
         link = self._host_link(place.number)
         await run(["ip", "netns", "add", place.netns], limit_s=_TOOL_LIMIT_S)
-        await in_thread(in_namespace, place.netns, _set_up_kernel)
+        await in_thread(in_namespace, place.netns, lambda: asyncio.run(_set_up_kernel(place)))
         rules = slot_rules(
-            uplink=_UPLINK, tap=_TAP, outer=outer, agent_port=AGENT_PORT, allow=self._allow
+            uplink=_UPLINK,
+            tap=_TAP,
+            mac=place.mac,
+            outer=outer,
+            agent_port=AGENT_PORT,
+            allow=self._allow,
         )
         # The rules stand before the first link is up: no packet ever passes without them.
         await run(
@@ -273,6 +300,12 @@ async def host_routes() -> list[ipaddress.IPv4Network]:
         return await host.routes()
 
 
+async def _host_neighbours() -> tuple[str, ...]:
+    """Return the networks that the host is a part of, in order."""
+    async with netlink() as host:
+        return tuple(sorted(str(one) for one in await host.neighbours()))
+
+
 async def _nft(rules: str) -> None:
     await run(["nft", "-f", "-"], limit_s=_TOOL_LIMIT_S, stdin=rules.encode())
 
@@ -295,17 +328,19 @@ async def _set_up_links(
         await slot.bring_up("lo")
         await slot.bring_up(_UPLINK, address=ipaddress.IPv4Interface(f"{outer}/30"))
         await slot.add_default_route(gateway)
-        await slot.add_tap(_TAP, uid=place.uid)
         # The same in every slot: a restored guest still knows the gateway by it.
         gateway_address = ipaddress.IPv4Interface(f"{GATEWAY_IP}/30")
         await slot.bring_up(_TAP, address=gateway_address, mac=_GATEWAY_MAC)
         await slot.add_neighbour(_TAP, ip=GUEST_IP, mac=place.mac)
 
 
-def _set_up_kernel() -> None:
-    """Set what the kernel keeps per namespace; for a thread that stands in the slot."""
+async def _set_up_kernel(place: Place) -> None:
+    """Set what the kernel keeps per namespace, and add the tap, which is down; for a thread that
+    stands in the slot."""
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
     for name in ("all", "default"):
         off = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
         if off.exists():
             off.write_text("1")
+    async with netlink() as slot:
+        await slot.add_tap(_TAP, uid=place.uid)

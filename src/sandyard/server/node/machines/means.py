@@ -17,7 +17,8 @@ from sandyard.server.tasks import Crew
 class NodeLimits:
     """How long a node waits, and how much it starts at once.
 
-    `boot_s` bounds a boot, `no_progress_s` the silence of its console; `golden_rest_s` is how long
+    `odd_goldens_mib` is what golden machines of unusual shapes may take together on disk. `boot_s`
+    bounds a boot, `no_progress_s` the silence of its console; `golden_rest_s` is how long
     a machine is left alone before it is saved as a golden one.
     """
 
@@ -27,6 +28,7 @@ class NodeLimits:
     restores_at_once: int
     heartbeat_s: float
     uses_goldens: bool
+    odd_goldens_mib: int = 2048
     golden_rest_s: float = 4.0
     agent_s: float = 15.0
     watch_period_s: float = 2.0

@@ -118,7 +118,7 @@ class Resident:
     def has_answered(self, *, since: float) -> bool:
         """Tell whether it is well, and its agent has answered since then."""
         pulse = self.guest.pulse
-        is_well = self.is_up and not pulse.is_silent and pulse.stall is None
+        is_well = self.is_up and not pulse.is_silent and pulse.why_still is None
         return is_well and pulse.answered_at >= since
 
     def used_mib(self, now: float) -> int:
@@ -135,7 +135,7 @@ class Resident:
         record, runs = self._record, self.phase is Phase.RUNNING
         # A start that failed, and whose remains would not go, is nothing that is coming up.
         phase = Phase.DEAD if self.phase is Phase.STARTING else self.phase
-        stall = self.guest.pulse.stall if runs else None
+        stall = self.guest.pulse.why_still if runs else None
         return MachineFact(
             sandbox_id=record.sandbox_id,
             incarnation=record.incarnation,
@@ -398,6 +398,21 @@ class Resident:
         state = self._means.seals.load(self.body.saved)
         await self._means.seals.check(state, whole=True)
         return state
+
+    async def hold_still(self, why: End) -> None:
+        """Hold it still where it stands, and say why, until `let_go_on`; if it can be held."""
+        with suppress(SandyardError):
+            await self._saving_machine().pause()
+            self.guest.pulse.held_for = why
+
+    async def let_go_on(self) -> None:
+        """Let it go on after `hold_still`, with its clock set; not while it is being saved."""
+        if self.guest.pulse.is_held:
+            return
+        with suppress(SandyardError):
+            await self._saving_machine().resume()
+            self.guest.pulse.held_for = None
+            self._beside(self.guest.set_clock(), "a clock cannot be set")
 
     def _saving_machine(self) -> SavingMachine:
         driver = self._means.drivers.named(self._record.driver)

@@ -21,21 +21,28 @@ _SILENCES = 2  # in a row, before they are told
 class Pulse:
     """What is known of a machine from moment to moment.
 
-    It `is_held` while its node holds it still, it has a `stall` where it stands still by itself,
-    and it `is_silent` when its agent did not answer several times.
+    It `is_held` while its node holds it still to save it, and `held_for` a reason until that has
+    passed; it has a `stall` where it stands still by itself, and it `is_silent` when its agent did
+    not answer several times.
     """
 
     def __init__(self) -> None:
         self.is_held = False
         self.is_silent = False
         self.stall: End | None = None
+        self.held_for: End | None = None
         self.answered_at = 0.0
         self._missed = 0
 
     @property
     def stands_still(self) -> bool:
         """Whether an agent cannot be expected to answer."""
-        return self.is_held or self.stall is not None
+        return self.is_held or self.why_still is not None
+
+    @property
+    def why_still(self) -> End | None:
+        """Why it stands still, if it does so for long."""
+        return self.held_for or self.stall
 
     def hold(self, *, is_held: bool) -> None:
         """Note that the machine is held still, or no longer."""
@@ -65,7 +72,7 @@ class Pulse:
 
     def forget(self) -> None:
         """Know nothing any more: the machine is gone."""
-        self.is_silent, self.stall, self._missed = False, None, 0
+        self.is_silent, self.stall, self.held_for, self._missed = False, None, None, 0
 
 
 async def watch(
@@ -91,7 +98,8 @@ async def watch(
 
 async def _look(machine: Machine, body: Body, pulse: Pulse, means: Means) -> None:
     body.append_console(await machine.console())
-    if pulse.note_stall(await machine.stall()):
+    # One that its node holds still goes on when the node lets it.
+    if pulse.held_for is None and pulse.note_stall(await machine.stall()):
         means.on_change()
 
 

@@ -36,7 +36,6 @@ _SMALLEST_DISK_MIB = 1024
 _WARMUP_LIMIT_S = 60.0
 _WARMUP_ROUNDS = 2
 _RETRY_S = 120.0
-_OTHERS_MAX = 16  # of shapes that are not a template's usual one
 _NOBODY = "golden"
 _HOSTNAME = "sandbox-000000000000"  # as long as a sandbox's own: its files need not grow
 
@@ -121,11 +120,21 @@ class Goldens:
     async def _drop_beyond_bound(self) -> None:
         """Remove those used least lately of the kinds that are not a template's usual one."""
         others = [one for one in self._known if not self._is_usual(one.template, one.shape)]
-        others.sort(key=lambda kind: self._used_at.get(kind, 0.0))
-        for kind in others[: max(0, len(others) - _OTHERS_MAX)]:
-            golden = self._known.pop(kind)
+        others.sort(key=lambda kind: self._used_at.get(kind, 0.0), reverse=True)
+        folders = [self._known[kind].folder for kind in others]
+        for number in await in_thread(self._beyond_bound, folders):
+            golden = self._known.pop(others[number])
             # Clones hold their own link to its memory: they live on.
             await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
+
+    def _beyond_bound(self, folders: list[Path]) -> list[int]:
+        """Return which of these, the most worth keeping first, go beyond what they may take."""
+        left, beyond = self._means.limits.odd_goldens_mib * 2**20, []
+        for number, folder in enumerate(folders):
+            left -= saving.size_of(folder)
+            if left < 0:
+                beyond.append(number)
+        return beyond
 
     def _is_usual(self, template: str, shape: Shape) -> bool:
         definition = self._means.images.definitions.get(template)
@@ -188,9 +197,9 @@ class Goldens:
                 log.info("removing a golden machine that is of no use any more")
                 await in_thread(shutil.rmtree, folder, ignore_errors=True)
 
-        others.sort(key=lambda folder: folder.stat().st_mtime)
-        for folder in others[: max(0, len(others) - _OTHERS_MAX)]:
-            await in_thread(shutil.rmtree, folder, ignore_errors=True)
+        others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+        for number in await in_thread(self._beyond_bound, others):
+            await in_thread(shutil.rmtree, others[number], ignore_errors=True)
 
     def forget_old(self) -> None:
         """Forget golden machines whose template has another image by now."""

@@ -1,0 +1,120 @@
+"""Keeps guests from filling the host's disk, on which the platform itself has to write.
+
+Where little is left, the machines that write most are held still, one after the other, until there
+is room again: they lose nothing, and say why they stand. And a file of some size, the ballast, is
+given up when the disk is full all the same, so that what makes room (deleting, above all) can still
+be written down.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.errors import SandyardError
+from sandyard.server.drivers.contract import End
+from sandyard.server.node.host.disks import free_mib
+from sandyard.server.node.machines.resident import Resident
+from sandyard.server.tasks import in_thread
+
+log = logging.getLogger(__name__)
+
+BALLAST_MIB = 64
+_LOOK_S = 1.0
+_ENOUGH = 2  # times what is little
+HELD = End(
+    "host_disk_full",
+    "the host's disk is nearly full, and this wrote most: it stands still until there is room; "
+    "delete sandboxes or snapshots, or free some space on the host",
+)
+
+
+class Pressure:
+    """See the module. `little_mib` free are little."""
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        little_mib: int,
+        residents: Callable[[], Sequence[Resident]],
+        clock: Clock,
+        on_change: Callable[[], None],
+        free: Callable[[Path], int] = free_mib,
+    ) -> None:
+        self._home = home
+        self._ballast = home / "ballast"
+        self._little_mib = little_mib
+        self._residents = residents
+        self._clock = clock
+        self._on_change = on_change
+        self._free = free
+        self._used_mib: dict[Resident, int] = {}
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What keeps machines from being started: a sentence, if the disk is full, else nothing."""
+        free = self._free(self._home)
+        if free >= self._little_mib:
+            return ()
+        return (f"the host's disk is full: {free} MiB are left under {self._home}",)
+
+    async def watch(self) -> None:
+        """Look after the disk, for ever."""
+        while True:
+            try:
+                await self.look()
+            except (SandyardError, OSError):
+                log.exception("the host's disk could not be looked after; trying again")
+            await self._clock.sleep(_LOOK_S)
+
+    async def look(self) -> None:
+        """Hold a machine still, or let those that are go on, and see to the ballast."""
+        free = self._free(self._home)
+        living = [one for one in self._residents() if one.is_up]
+        if free < self._little_mib:
+            await self._hold_one(living)
+        else:
+            self._used_mib.clear()
+            if free >= self._little_mib * _ENOUGH:
+                for one in living:
+                    if one.guest.pulse.held_for == HELD:
+                        await one.let_go_on()
+                        self._on_change()
+        await in_thread(self._see_to_ballast, free)
+
+    async def _hold_one(self, living: list[Resident]) -> None:
+        used = await in_thread(lambda: {one: one.body.used_mib for one in living})
+        before, self._used_mib = self._used_mib, used
+        for one in living:
+            # Those that found the disk full already would try again, and find the ballast's room.
+            if one.guest.pulse.stall is not None and one.guest.pulse.held_for is None:
+                await one.hold_still(HELD)
+        free_to_write = [one for one in living if not one.guest.pulse.stands_still]
+        if not free_to_write:
+            return
+        # What grew most since the last look; at the first one, what is largest.
+        writer = max(free_to_write, key=lambda one: (used[one] - before.get(one, 0), used[one]))
+        log.warning(
+            "the host's disk is nearly full: a machine is held still",
+            extra={"sandbox_id": writer.record.sandbox_id},
+        )
+        await writer.hold_still(HELD)
+        self._on_change()
+
+    def _see_to_ballast(self, free: int) -> None:
+        there = self._ballast.exists()
+        if there and free < BALLAST_MIB // 4:
+            log.error("the host's disk is full: the ballast is given up")
+            self._ballast.unlink(missing_ok=True)
+        elif not there and free >= self._little_mib + 2 * BALLAST_MIB:
+            part = self._ballast.with_suffix(".part")
+            with contextlib.suppress(OSError):
+                descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                try:
+                    os.posix_fallocate(descriptor, 0, BALLAST_MIB * 2**20)
+                finally:
+                    os.close(descriptor)
+                part.replace(self._ballast)
