@@ -669,7 +669,12 @@ async def test_topping_up_says_what_is_not_set_up(yard: Yard) -> None:
     answer = await yard.client.put(
         "/v1/billing/auto-topup", json={"enabled": True, "thresholdCents": 5}
     )
-    assert answer.json()["data"] == {**first, "enabled": True, "thresholdCents": 5}
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "invalid_state")
+    assert "no card" in answer.json()["error"]["message"]
+    answer = await yard.client.put(
+        "/v1/billing/auto-topup", json={"enabled": False, "thresholdCents": 5}
+    )
+    assert answer.json()["data"] == {**first, "thresholdCents": 5}
     for wrong in ({"enabled": True, "thresholdCents": 0}, {"enabled": 1}):
         assert (await yard.client.put("/v1/billing/auto-topup", json=wrong)).status_code == 400
     webhook = await yard.client.post("/webhooks/stripe", content=b"{}")

@@ -112,7 +112,10 @@ class FakeNode:
                 raise refusal
             if wish.incarnation <= self._gone.get(wish.sandbox_id, 0):
                 raise ConflictError("what was under way for the sandbox was broken off")
-            way = {Origin.NEW: Way.BOOT, Origin.SNAPSHOT: Way.SNAPSHOT, Origin.OWN: Way.RESUME}
+            way = {
+                Origin.NEW: Way.BOOT, Origin.SNAPSHOT: Way.SNAPSHOT, Origin.OWN: Way.RESUME,
+                Origin.DISK: Way.RESTART,
+            }  # fmt: skip
             made = Machine(wish.incarnation, Phase.RUNNING, {**came, "hostname": wish.hostname})
             if machine is not None and machine.phase is Phase.DEAD:
                 made.remembers["way"] = Way.RESTART.value
@@ -132,6 +135,11 @@ class FakeNode:
                 if machine is None:
                     raise NotFoundError("cannot do this: nothing of the sandbox is left here")
                 return {} if machine.phase is Phase.DEAD else machine.remembers
+            case Origin.DISK:
+                if machine is None:
+                    raise NotFoundError("cannot do this: nothing of the sandbox is left here")
+                machine.break_off("the machine of the sandbox ended meanwhile", "error")
+                return {}
             case Origin.SNAPSHOT:
                 if wish.snapshot_id not in self.snapshots:
                     raise NotFoundError("cannot find the snapshot on this node")
@@ -164,6 +172,13 @@ class FakeNode:
         if machine is not None:
             machine.break_off("the machine of the sandbox ended meanwhile", "error")
             del self.machines[sandbox_id]
+
+    async def console(self, sandbox_id: str) -> bytes:
+        """See core.contracts.node.NodeControl.console."""
+        self._answer("console")
+        if sandbox_id not in self.machines:
+            raise NotFoundError("cannot do this: nothing of the sandbox is left here")
+        return b"sandyard agent: ready\n"
 
     async def ensure_snapshot(
         self, snapshot_id: str, *, sandbox_id: str, incarnation: int

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from sandyard.cli.output import show_table
 from sandyard.cli.server import server_module, server_settings
 
 app = typer.Typer(
@@ -44,14 +44,16 @@ def _money(cents: int) -> str:
 @app.command("orgs")
 def list_orgs() -> None:
     """List organizations with balance and what runs."""
-    table = Table("slug", "name", "plan", "balance", "members", "running", "id", box=None)
-    for one in _do(lambda admin: admin.organizations()):
-        table.add_row(
+    columns = ("slug", "name", "plan", "balance", "members", "running", "id")
+    rows = [
+        (
             one.organization.slug, one.organization.name, one.organization.plan,
             _money(one.account.balance_cents), str(one.members), str(one.in_use.active),
             one.organization.id,
-        )  # fmt: skip
-    out.print(table)
+        )
+        for one in _do(lambda admin: admin.organizations())
+    ]  # fmt: skip
+    show_table(columns, rows)
 
 
 @app.command()
@@ -79,13 +81,15 @@ def ledger(
     organization: Org, limit: Annotated[int, typer.Option(help="How many lines.")] = 50
 ) -> None:
     """Show the newest lines of an organization's ledger."""
-    table = Table("when", "type", "amount", "balance", "what", box=None)
-    for entry in _do(lambda admin: admin.ledger(organization, limit=limit)):
-        table.add_row(
+    columns = ("when", "type", "amount", "balance", "what")
+    rows = [
+        (
             f"{entry.created_at:%Y-%m-%d %H:%M}", entry.type, _money(entry.amount_cents),
             _money(entry.balance_after_cents), entry.description,
-        )  # fmt: skip
-    out.print(table)
+        )
+        for entry in _do(lambda admin: admin.ledger(organization, limit=limit))
+    ]  # fmt: skip
+    show_table(columns, rows)
 
 
 @org.command("create")
@@ -130,10 +134,10 @@ def set_limit(
 @user.command("list")
 def list_users(organization: Org) -> None:
     """List an organization's members."""
-    table = Table("id", "email", "role", "operator", box=None)
+    columns, rows = ("id", "email", "role", "operator"), []
     for one, member in _do(lambda admin: admin.members(organization)):
-        table.add_row(one.id, one.email, member.role, "yes" if one.is_operator else "")
-    out.print(table)
+        rows.append((one.id, one.email, member.role, "yes" if one.is_operator else ""))
+    show_table(columns, rows)
 
 
 @user.command("add")
@@ -176,14 +180,16 @@ def set_operator(
 @key.command("list")
 def list_keys(organization: Org) -> None:
     """List an organization's API keys."""
-    table = Table("id", "name", "prefix", "owner", "scopes", "expires", "last used", box=None)
-    for one in _do(lambda admin: admin.keys(organization)):
-        table.add_row(
+    columns = ("id", "name", "prefix", "owner", "scopes", "expires", "last used")
+    rows = [
+        (
             one.id, one.name, one.prefix, one.owner_email, " ".join(one.scopes),
             f"{one.expires_at:%Y-%m-%d}" if one.expires_at else "never",
             f"{one.last_used_at:%Y-%m-%d %H:%M}" if one.last_used_at else "",
-        )  # fmt: skip
-    out.print(table)
+        )
+        for one in _do(lambda admin: admin.keys(organization))
+    ]  # fmt: skip
+    show_table(columns, rows)
 
 
 @key.command("create")

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class ConfigError(Exception):
+    """The configuration is missing or cannot be used; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class ClientConfig:
     """Where the server is and what to show it."""
@@ -21,11 +25,20 @@ def config_path() -> Path:
 
 
 def read_config() -> ClientConfig | None:
-    """Return what is configured; SANDYARD_URL and SANDYARD_API_KEY win over the file."""
+    """Return what is configured; SANDYARD_URL and SANDYARD_API_KEY win over the file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     kept: dict[str, object] = {}
     path = config_path()
     if path.exists():
-        kept = tomllib.loads(path.read_text())
+        try:
+            kept = tomllib.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"cannot read {path}: {error}; mend it, or remove it and run scripts/up"
+            ) from error
     url = os.environ.get("SANDYARD_URL") or kept.get("url")
     key = os.environ.get("SANDYARD_API_KEY") or kept.get("api_key")
     return ClientConfig(str(url), str(key)) if url and key else None

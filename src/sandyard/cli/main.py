@@ -1,11 +1,16 @@
 """The entry of `sandyard`."""
 
+import os
 import sys
+from importlib.metadata import version as package_version
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from sandyard.cli import admin, sandbox, server, snapshot
+from sandyard.cli.config import ConfigError
+from sandyard.cli.output import plain
 from sandyard.client import ApiError, ConnectionFailedError
 
 app = typer.Typer(
@@ -20,8 +25,26 @@ app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(admin.app, name="admin")
 app.add_typer(server.templates, name="template")
 app.add_typer(server.setup, name="setup")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sandyard {package_version('sandyard')}")
+        raise typer.Exit
+
+
 for command in (server.serve, server.doctor, server.init, server.stop):
     app.command()(command)
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Real virtual machines for agents and people."""
 
 
 def main() -> None:
@@ -32,8 +55,13 @@ def main() -> None:
         _fail(f"{error.message} [{error.code}, {error.request_id}]")
     except ConnectionFailedError as error:
         _fail(f"{error}; is the server running? (scripts/up starts it)")
+    except ConfigError as error:
+        _fail(str(error))
     except server.server_errors() as error:
         _fail(str(error))
+    except BrokenPipeError:  # whoever read this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -41,5 +69,5 @@ def main() -> None:
 def _fail(message: str) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("error:", style="red", end=" ")
-    console.print(message, markup=False)
+    console.print(plain(message), markup=False)
     sys.exit(1)

@@ -1,19 +1,19 @@
 """`sandyard sandbox …`: what a user does with sandboxes."""
 
-import json
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from sandyard.cli.config import read_config
+from sandyard.cli.config import ConfigError, read_config
+from sandyard.cli.output import for_each, plain, show_json, show_table, write_raw
 from sandyard.client import Sandbox, Sandyard
 
 app = typer.Typer(help="Create, use and delete sandboxes.", no_args_is_help=True)
-out = Console()
+_BROKEN = ("failed", "error")
+_CUT = 74  # EX_IOERR of sysexits.h
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Reference = Annotated[str, typer.Argument(help="The sandbox's id or name.")]
@@ -24,22 +24,35 @@ def open_client() -> Sandyard:
     """Return a client of the server that this user's configuration names."""
     config = read_config()
     if config is None:
-        raise typer.BadParameter(
+        raise ConfigError(
             "no server is configured; run scripts/up, or set SANDYARD_URL and SANDYARD_API_KEY"
         )
     return Sandyard(config.url, config.api_key)
 
 
-def _show(sandboxes: list[Sandbox], *, as_json: bool) -> None:
+def _show(sandboxes: Sequence[Sandbox]) -> None:
+    show_table(
+        ("id", "name", "status", "template", "shape", "created"), [_row(one) for one in sandboxes]
+    )
+
+
+def _show_one(sandbox: Sandbox, *, as_json: bool) -> None:
     if as_json:
-        out.print_json(json.dumps([dict(sandbox.raw) for sandbox in sandboxes]))
+        show_json(dict(sandbox.raw))
         return
-    table = Table("id", "name", "status", "template", "shape", "created", box=None)
-    for one in sandboxes:
-        given = one.raw["resources"]
-        shape = f"{given['vcpus']} vcpu, {given['memory']}, {given['disk']}"
-        table.add_row(one.id, one.name or "", one.status, one.template, shape, one.created_at)
-    out.print(table)
+    _show([sandbox])
+    if said := _why(sandbox):
+        typer.echo(f"it is {sandbox.status}: {said}", err=sandbox.status in _BROKEN)
+
+
+def _row(one: Sandbox) -> tuple[str, ...]:
+    given = one.raw["resources"]
+    shape = f"{given['vcpus']} vcpu, {given['memory']}, {given['disk']}"
+    return (one.id, one.name or "", one.status, one.template, shape, one.created_at)
+
+
+def _why(sandbox: Sandbox) -> str:
+    return plain(str((sandbox.raw.get("statusReason") or {}).get("message", "")))
 
 
 @app.command()
@@ -73,10 +86,8 @@ def create(
     options |= {key: value for key, value in given.items() if value is not None}
     with open_client() as client:
         sandbox = client.create(template, wait_s=wait, **options)
-    _show([sandbox], as_json=as_json)
-    if sandbox.status in ("failed", "error"):
-        reason = sandbox.raw.get("statusReason") or {}
-        typer.echo(f"it is {sandbox.status}: {reason.get('message', 'no reason given')}", err=True)
+    _show_one(sandbox, as_json=as_json)
+    if sandbox.status in _BROKEN:
         raise typer.Exit(1)
 
 
@@ -95,14 +106,18 @@ def list_(
 ) -> None:
     """List sandboxes, newest first."""
     with open_client() as client:
-        _show(list(client.list(status=status, tags=tag or [])), as_json=as_json)
+        found = list(client.list(status=status, tags=tag or []))
+    if as_json:
+        show_json([dict(one.raw) for one in found])
+    else:
+        _show(found)
 
 
 @app.command()
 def get(reference: Reference, as_json: Json = False) -> None:
-    """Show one sandbox."""
+    """Show one sandbox, and why it is as it is."""
     with open_client() as client:
-        _show([client.get(reference)], as_json=as_json)
+        _show_one(client.get(reference), as_json=as_json)
 
 
 @app.command(name="exec", context_settings={"ignore_unknown_options": True})
@@ -113,6 +128,9 @@ def execute(
     cwd: Annotated[str, typer.Option(help="The folder to run it in.")] = "/workspace",
     user: Annotated[str, typer.Option(help="Who runs it.")] = "root",
     stdin: Annotated[bool, typer.Option("--stdin", help="Pass on this command's input.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Print control characters to a terminal, too.")
+    ] = False,
 ) -> None:
     """Run a command; its output and exit code become this command's.
 
@@ -126,33 +144,58 @@ def execute(
             timeout_ms=round(timeout * 1000),
             cwd=cwd,
             user=user,
-            stdin=sys.stdin.read() if stdin else None,
+            stdin=sys.stdin.buffer.read() if stdin else None,
         )
-    sys.stdout.write(result.stdout)
-    sys.stderr.write(result.stderr)
+    write_raw(sys.stdout, result.stdout_bytes, raw=raw)
+    write_raw(sys.stderr, result.stderr_bytes, raw=raw)
     if result.timed_out:
         typer.echo(f"the command was ended after {timeout:g} s", err=True)
-    raise typer.Exit(result.exit_code)
+    if result.truncated:
+        typer.echo("the output was cut: 16 MiB of a stream are kept", err=True)
+    raise typer.Exit(result.exit_code or (_CUT if result.truncated else 0))
 
 
 @app.command()
 def pause(references: References) -> None:
     """Save sandboxes to disk, processes and all, and give their memory back."""
     with open_client() as client:
-        for reference in references:
+
+        def pause_one(reference: str) -> str:
             client.pause(reference)
-            typer.echo(f"paused {reference}")
+            return f"paused {reference}"
+
+        for_each(references, pause_one)
 
 
 @app.command()
 def resume(references: References) -> None:
     """Let paused sandboxes go on where they stood."""
     with open_client() as client:
-        for reference in references:
-            sandbox = client.resume(reference)
-            reason = sandbox.raw.get("statusReason") or {}
-            note = f" ({reason['message']})" if reason else ""
-            typer.echo(f"resumed {reference}{note}")
+
+        def resume_one(reference: str) -> str:
+            said = _why(client.resume(reference))
+            return f"resumed {reference}{f' ({said})' if said else ''}"
+
+        for_each(references, resume_one)
+
+
+@app.command()
+def restart(references: References) -> None:
+    """Boot sandboxes from their own disks, also such as do not answer; memory is given up."""
+    with open_client() as client:
+
+        def restart_one(reference: str) -> str:
+            client.restart(reference)
+            return f"restarted {reference}"
+
+        for_each(references, restart_one)
+
+
+@app.command()
+def logs(reference: Reference) -> None:
+    """Print the last of what a sandbox's machine said on its console."""
+    with open_client() as client:
+        typer.echo(plain(client.logs(reference).replace("\r", "")))
 
 
 @app.command()
@@ -163,7 +206,11 @@ def fork(
 ) -> None:
     """Make sandboxes that begin as this one is now: files, memory and processes."""
     with open_client() as client:
-        _show(list(client.fork(reference, count)), as_json=as_json)
+        made = client.fork(reference, count)
+    if as_json:
+        show_json([dict(one.raw) for one in made])
+    else:
+        _show(made)
 
 
 @app.command()
@@ -181,6 +228,9 @@ def rollback(
 def delete(references: References) -> None:
     """Delete sandboxes and wait until they are gone."""
     with open_client() as client:
-        for reference in references:
+
+        def delete_one(reference: str) -> str:
             client.delete(reference)
-            typer.echo(f"deleted {reference}")
+            return f"deleted {reference}"
+
+        for_each(references, delete_one)

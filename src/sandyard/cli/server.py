@@ -5,17 +5,15 @@ import importlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from sandyard.cli.config import ClientConfig, read_config, write_config
+from sandyard.cli.output import out, plain, show_table
 
 if TYPE_CHECKING:
     from sandyard.server.app.settings import Settings
 
 templates = typer.Typer(help="Build and list templates.", no_args_is_help=True)
 setup = typer.Typer(help="Fetch what the system's packages do not bring.", no_args_is_help=True)
-out = Console()
 
 
 def server_module(module: str) -> Any:
@@ -95,11 +93,12 @@ def doctor() -> None:
     """Look at this host: what is missing or in the way, and what mends it."""
     settings = server_settings()
     findings = asyncio.run(server_module("doctor").collect(settings))
-    marks = {"ok": "[green]ok[/green]  ", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red] "}
+    colours = {"ok": "green", "note": "yellow", "bad": "red"}
     for finding in findings:
-        out.print(f"{marks[finding.level]} {finding.what}", highlight=False, soft_wrap=True)
+        out.print(f"{finding.level:4}", style=colours[finding.level], end=" ")
+        out.print(plain(finding.what))
         if finding.mend:
-            out.print(f"     → {finding.mend}", highlight=False, soft_wrap=True, markup=False)
+            out.print(f"     → {plain(finding.mend)}")
     if any(finding.level == "bad" for finding in findings):
         raise typer.Exit(1)
 
@@ -137,7 +136,7 @@ def build(
         with out.status(f"building {slug}") as spinner:
 
             def progress(text: str, *, spinner: Any = spinner, slug: str = slug) -> None:
-                out.print(f"{slug}: {text}", highlight=False)
+                out.print(f"{slug}: {plain(text)}")
                 spinner.update(f"{slug}: {text}")
 
             asyncio.run(builder.build(slug, progress=progress, again=again))
@@ -146,10 +145,9 @@ def build(
 @templates.command("list")
 def list_() -> None:
     """List templates and whether they are built."""
-    table = Table("slug", "status", "os", "size", "digest", box=None)
+    rows = []
     for fact in server_module("wiring").images_of(server_settings()).facts():
         size = f"{fact.size_bytes // 2**20} MiB" if fact.size_bytes else ""
-        table.add_row(fact.slug, fact.status.value, fact.os or "", size, fact.digest or "")
-        if fact.error:
-            table.add_row("", f"[red]{fact.error.splitlines()[0]}[/red]")
-    out.print(table)
+        why = fact.error.splitlines()[0] if fact.error else ""
+        rows.append((fact.slug, fact.status.value, fact.os or "", size, fact.digest or "", why))
+    show_table(("slug", "status", "os", "size", "digest", "error"), rows)

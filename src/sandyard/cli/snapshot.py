@@ -1,28 +1,24 @@
 """`sandyard snapshot …`: sandboxes as they were, to start others from or go back to."""
 
-import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from sandyard.cli.output import for_each, show_json, show_table
 from sandyard.cli.sandbox import Json, Reference, open_client
 from sandyard.client import Snapshot
 
 app = typer.Typer(help="Save sandboxes as they are now.", no_args_is_help=True)
-out = Console()
 
 
-def _show(snapshots: list[Snapshot], *, as_json: bool) -> None:
-    if as_json:
-        out.print_json(json.dumps([dict(one.raw) for one in snapshots]))
-        return
-    table = Table("id", "name", "sandbox", "MB", "created", box=None)
-    for one in snapshots:
-        size = str(one.size_bytes // 2**20)
-        table.add_row(one.id, one.name or "", one.sandbox_id, size, one.created_at)
-    out.print(table)
+def _show(snapshots: list[Snapshot]) -> None:
+    show_table(
+        ("id", "name", "sandbox", "MB", "created"),
+        [
+            (one.id, one.name or "", one.sandbox_id, str(one.size_bytes // 2**20), one.created_at)
+            for one in snapshots
+        ],
+    )
 
 
 @app.command()
@@ -33,20 +29,31 @@ def create(
 ) -> None:
     """Save a sandbox as it is now; it goes on running."""
     with open_client() as client:
-        _show([client.snapshot(reference, name)], as_json=as_json)
+        made = client.snapshot(reference, name)
+    if as_json:
+        show_json(dict(made.raw))
+    else:
+        _show([made])
 
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List snapshots, newest first."""
     with open_client() as client:
-        _show(list(client.snapshots()), as_json=as_json)
+        found = list(client.snapshots())
+    if as_json:
+        show_json([dict(one.raw) for one in found])
+    else:
+        _show(found)
 
 
 @app.command()
 def delete(references: Annotated[list[str], typer.Argument(help="Ids or names.")]) -> None:
     """Delete snapshots; what was made from them lives on."""
     with open_client() as client:
-        for reference in references:
+
+        def delete_one(reference: str) -> str:
             client.delete_snapshot(reference)
-            typer.echo(f"deleted {reference}")
+            return f"deleted {reference}"
+
+        for_each(references, delete_one)

@@ -1,5 +1,6 @@
 """The client."""
 
+import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -39,13 +40,24 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class ExecResult:
-    """How a command ended."""
+    """How a command ended. Text has U+FFFD for what is not UTF-8; the bytes are exact."""
 
-    stdout: str
-    stderr: str
+    stdout_bytes: bytes = field(repr=False)
+    stderr_bytes: bytes = field(repr=False)
     exit_code: int
     duration_ms: int
     timed_out: bool
+    truncated: bool
+
+    @property
+    def stdout(self) -> str:
+        """What it printed on standard output."""
+        return self.stdout_bytes.decode(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        """What it printed on standard error."""
+        return self.stderr_bytes.decode(errors="replace")
 
 
 class Sandyard:
@@ -123,7 +135,7 @@ class Sandyard:
         timeout_ms: int = 30_000,
         cwd: str = "/workspace",
         env: Mapping[str, str] | None = None,
-        stdin: str | None = None,
+        stdin: str | bytes | None = None,
         user: str = "root",
     ) -> ExecResult:
         """Run a command in a sandbox and return how it ended."""
@@ -133,18 +145,21 @@ class Sandyard:
             "cwd": cwd,
             "env": dict(env or {}),
             "user": user,
+            "encoding": "base64",
         }
         if stdin is not None:
-            body["stdin"] = stdin
+            given = stdin.encode() if isinstance(stdin, str) else stdin
+            body |= {"stdin": base64.b64encode(given).decode(), "stdinEncoding": "base64"}
         data = self._ask(
             "POST", _path(reference) + "/exec", json=body, timeout=timeout_ms / 1000 + _MARGIN_S
         )["data"]
         return ExecResult(
-            stdout=data["stdout"],
-            stderr=data["stderr"],
+            stdout_bytes=base64.b64decode(data["stdout"]),
+            stderr_bytes=base64.b64decode(data["stderr"]),
             exit_code=data["exitCode"],
             duration_ms=data["durationMs"],
             timed_out=data["timedOut"],
+            truncated=data["truncated"],
         )
 
     def pause(self, reference: str) -> Sandbox:
@@ -156,6 +171,15 @@ class Sandyard:
         """Let a paused sandbox go on where it stood, and return it when it runs."""
         self._ask("POST", _path(reference) + "/resume")
         return self.get(reference)
+
+    def restart(self, reference: str) -> Sandbox:
+        """Boot a sandbox from its own disk, also one that does not answer, and return it."""
+        self._ask("POST", _path(reference) + "/restart")
+        return self.get(reference)
+
+    def logs(self, reference: str) -> str:
+        """Return the last of what a sandbox's machine printed on its console."""
+        return str(self._ask("GET", _path(reference) + "/logs")["data"]["console"])
 
     def touch(self, reference: str) -> Sandbox:
         """Count as a use of a sandbox, so that it is not paused for being idle."""

@@ -209,6 +209,7 @@ async def open_control(
             sandboxes=Sandboxes(
                 store=store,
                 register=register,
+                nodes=known,
                 tunnel=tunnel,
                 lifecycle=lifecycle,
                 power=power,

@@ -5,8 +5,9 @@ import os
 import platform
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.ids import new_uuid
@@ -51,7 +52,7 @@ def only_server(home: Path) -> Iterator[None]:
     """
     home.mkdir(parents=True, exist_ok=True)
     pid = home / "server.pid"
-    with (home / "server.lock").open("a") as lock:
+    with _private_lock(home) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -67,15 +68,54 @@ def only_server(home: Path) -> Iterator[None]:
 
 
 def running_server(home: Path) -> int | None:
-    """Return the pid of the server that holds a home, None if there is none."""
-    try:
-        with (home / "server.lock").open("a") as lock:
+    """Return the pid of the server that holds a home, None if there is none.
+
+    Raises:
+        UnavailableError: something holds the home's lock that is no server of it; nobody may be
+            ended for that.
+    """
+    if not (home / "server.lock").exists():
+        return None
+    with _private_lock(home) as lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int((home / "server.pid").read_text())
-    except FileNotFoundError:
-        pass
+        except BlockingIOError as error:
+            pid = _told_pid(home)
+            if pid is None or not _has_open(pid, home / "server.lock"):
+                raise UnavailableError(
+                    f"cannot tell which process holds {home / 'server.lock'}: server.pid names "
+                    "none that does; find it with `fuser`, and end it"
+                ) from error
+            return pid
     return None
+
+
+def _private_lock(home: Path) -> TextIO:
+    """Open the file that a server of a home locks; nobody else may, or could keep it from that."""
+    descriptor = os.open(home / "server.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.fchmod(descriptor, 0o600)
+    return os.fdopen(descriptor, "a")
+
+
+def _told_pid(home: Path) -> int | None:
+    try:
+        return int((home / "server.pid").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Tell whether a process has a file open: a pid alone may be another process's by now."""
+    wanted = path.stat()
+    try:
+        for one in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                found = one.stat()
+                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    return True
+    except OSError:
+        pass
+    return False
 
 
 def kind_of_host() -> str:

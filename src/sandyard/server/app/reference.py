@@ -90,7 +90,7 @@ def scopes_page() -> str:
     anyone: list[str] = []
     for routes in ROUTES:
         for route in routes.router.routes:
-            if not isinstance(route, APIRoute):
+            if not isinstance(route, APIRoute) or not route.include_in_schema:
                 continue
             for one in route.dependant.dependencies:
                 if isinstance(one.call, Scope):

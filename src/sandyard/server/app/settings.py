@@ -98,6 +98,11 @@ class NodeSettings(Section):
     templates_dir: Path | None = Field(
         None, description="Where template definitions are; default: those of this version."
     )
+    extra_ca: Path | None = Field(
+        None,
+        description="A file of certificates (PEM) that sandboxes trust besides, for hosts behind "
+        "TLS inspection; templates take it in when they are built.",
+    )
     images_dir: Path | None = Field(
         None, description="Where built images are kept; default: `images` in the home."
     )

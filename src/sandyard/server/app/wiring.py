@@ -37,7 +37,10 @@ def images_of(settings: Settings) -> Images:
 def builder_of(settings: Settings) -> Builder:
     """Return the builder of an installation's templates."""
     return Builder(
-        images_of(settings), cache_dir=settings.cache_dir, logs_dir=settings.home / "builds"
+        images_of(settings),
+        cache_dir=settings.cache_dir,
+        logs_dir=settings.home / "builds",
+        extra_ca=settings.node.extra_ca,
     )
 
 

@@ -4,7 +4,7 @@ import json
 
 from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.ops import Ended
-from sandyard.server.core.wire import Channel, Decoder, WireError
+from sandyard.server.core.wire import Channel, Decoder, WireError, printable
 
 _DURATION_MAX_MS = 10**10
 _SIGNAL_MAX = 32
@@ -67,5 +67,5 @@ def _end(payload: bytes) -> Ended:
         exit_code=max(0, min(255, end.exit_code)),
         duration_ms=max(0, min(_DURATION_MAX_MS, end.duration_ms)),
         timed_out=end.timed_out,
-        signal=end.signal[:_SIGNAL_MAX] if end.signal else None,
+        signal=printable(end.signal[:_SIGNAL_MAX]) if end.signal else None,
     )

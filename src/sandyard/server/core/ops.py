@@ -81,7 +81,8 @@ class SetUp(Operation[Done]):
 
     `machine_id` makes it another machine than the one it was cloned from, `disk_bytes` have its
     file system fill a disk that has grown. `token` is what the agent accepts from now on.
-    `authorized_keys` are lines; without `password_hash` the password stays as it is.
+    `authorized_keys` are lines; without them, or without `password_hash`, what opens the machine
+    stays as it is, unless what is there is somebody else's, which this then `replaces_access` of.
     """
 
     op = Op.SETUP
@@ -97,6 +98,7 @@ class SetUp(Operation[Done]):
     keeps_connections: bool = False
     machine_id: str | None = None
     disk_bytes: int | None = None
+    replaces_access: bool = False
 
     @property
     def waking(self) -> Wake | None:

@@ -140,9 +140,9 @@ class Sandbox:
     """What a user owns. `version` grows with every write and guards it.
 
     `incarnation` counts the starts of its machine; that of `from_snapshot_incarnation` comes from a
-    snapshot. `authorized_keys` are public keys, `saved_bytes` what its saved state takes on disk.
-    `env` and `root_password_hash` are secrets: the store keeps the first encrypted, nothing echoes
-    either.
+    snapshot, that of `from_disk_incarnation` boots from its own disk. `authorized_keys` are public
+    keys, `saved_bytes` what its saved state takes on disk. `env` and `root_password_hash` are
+    secrets: the store keeps the first encrypted, nothing echoes either.
     """
 
     id: str
@@ -176,6 +176,7 @@ class Sandbox:
     last_activity_kind: str | None = None
     from_snapshot_id: str | None = None
     from_snapshot_incarnation: int = 0
+    from_disk_incarnation: int = 0
     is_test: bool = False
     saved_bytes: int = 0
     owner_display_name: str = ""

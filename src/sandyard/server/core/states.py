@@ -45,6 +45,7 @@ class Event(StrEnum):
     PAUSE_FAILED = "pause_failed"
     RESUME = "resume"
     RESUME_FAILED = "resume_failed"  # the saved state is whole
+    RESTART = "restart"  # it is to boot from its own disk, whatever is in its memory
     ROLL_BACK = "roll_back"  # a snapshot is to take the place of what is there
     DELETE = "delete"
     GONE = "gone"  # nothing of the machine is left
@@ -69,6 +70,7 @@ TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
         },
         _S.RUNNING: {
             _E.PAUSE: _S.PAUSING,
+            _E.RESTART: _S.RESUMING,
             _E.BROKE: _S.ERROR,
             _E.SILENT: _S.SUSPECTED_MISSING,
             _E.DELETE: _S.DESTROYING,
@@ -81,6 +83,7 @@ TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
         },
         _S.PAUSED: {
             _E.RESUME: _S.RESUMING,
+            _E.RESTART: _S.RESUMING,
             _E.ROLL_BACK: _S.RESUMING,
             _E.BROKE: _S.ERROR,
             _E.VANISHED: _S.ORPHANED,
@@ -88,6 +91,7 @@ TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
         },
         _S.RESUMING: {
             _E.READY: _S.RUNNING,
+            _E.RESTART: _S.RESUMING,  # what it was resumed to is of no use
             _E.RESUME_FAILED: _S.PAUSED,
             _E.BROKE: _S.ERROR,
             _E.DELETE: _S.DESTROYING,
@@ -97,12 +101,14 @@ TRANSITIONS: Mapping[Status, Mapping[Event, Status]] = MappingProxyType(
         _S.FAILED: {_E.DELETE: _S.DESTROYING},
         _S.ERROR: {
             _E.RESUME: _S.RESUMING,
+            _E.RESTART: _S.RESUMING,
             _E.ROLL_BACK: _S.RESUMING,
             _E.VANISHED: _S.ORPHANED,
             _E.DELETE: _S.DESTROYING,
         },
         _S.SUSPECTED_MISSING: {
             _E.READY: _S.RUNNING,
+            _E.RESTART: _S.RESUMING,
             _E.PAUSE: _S.PAUSING,  # silent for too long; its owner cannot ask for it
             _E.BROKE: _S.ERROR,
             _E.VANISHED: _S.ORPHANED,

@@ -151,11 +151,7 @@ class Decoder:
             if not isinstance(values, dict):
                 raise WireError("the values are not an object")
             return Answer(values=values)
-        # What JSON's escapes can hold and UTF-8 cannot (lone surrogates) must not travel further.
-        code, message = (
-            _text(head, key)[:1000].encode("utf-8", "replace").decode()
-            for key in ("error", "message")
-        )
+        code, message = (printable(_text(head, key)[:1000]) for key in ("error", "message"))
         return Answer(values={}, error=code[:100], message=message)
 
     def take_frame(self) -> Frame | None:
@@ -207,6 +203,14 @@ class Decoder:
         if head.get("v") != VERSION:
             raise WireError(f"the other side does not speak version {VERSION} of the protocol")
         return head
+
+
+def printable(text: str) -> str:
+    """Return what a guest said without what a terminal would obey, or a database not take.
+
+    Control characters, and lone surrogates, which JSON's escapes can hold and UTF-8 cannot.
+    """
+    return "".join(one if one.isprintable() else "\ufffd" for one in text)
 
 
 def _encode_line(head: dict[str, object], limit: int) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import CodecError, encode
+from sandyard.server.core.contracts.node import POWERED_OFF, REBOOTED
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
@@ -31,6 +32,10 @@ from sandyard.server.drivers.contract import (
 
 _PIDS = itertools.count(1_000_000_000)  # above any real pid: nothing can be killed by mistake
 AGENT_SOCKET = "agent.sock"
+_ENDS = {
+    "reboot": End(REBOOTED, "the guest was rebooted"),
+    "poweroff": End(POWERED_OFF, "the guest was powered off"),
+}
 ECHO_PORT = 7
 """What listens there in a fake machine says back what it is told."""
 
@@ -174,9 +179,10 @@ class FakeMachine:
         if self._ended.is_set():
             raise UnavailableError("the hypervisor's process has ended")
 
-    def die(self) -> None:
-        """End at once, as a killed process does."""
+    def die(self, end: End | None = None) -> None:
+        """End at once, as a killed process does, or as the `end` says."""
         if not self._ended.is_set():
+            self._end = end or self._end
             self._ended.set()
             if self._server is not None:
                 self._server.close()
@@ -294,18 +300,21 @@ class FakeMachine:
     async def _execute(self, wish: ops.Execute, writer: asyncio.StreamWriter) -> None:
         """Echo the command, but for a few words that have a meaning.
 
-        `hang` never answers, `die` takes the machine down, `hostname` tells it; `remember X` and
-        `recall` use its memory, `write X` and `read` its disk. `spill N` prints so many bytes that
-        are zero on both streams, `crumbs N` so many frames with nothing in them.
+        `hang` never answers, `die`, `reboot` and `poweroff` take the machine down, `hostname` tells
+        it; `remember X` and `recall` use its memory, `write X` and `read` its disk. `spill N`
+        prints so many bytes that are zero on both streams, `crumbs N` so many frames with nothing
+        in them.
         """
         said = wish.command
         self.executing.append(said)
         word, _, rest = said.partition(" ")
+        if word.endswith("/busybox"):
+            word = rest
         match word:
             case "hang":
                 await self._closed.wait()
-            case "die":
-                self.die()
+            case "die" | "reboot" | "poweroff":
+                self.die(_ENDS.get(word))
                 await self._closed.wait()
             case "remember":
                 self.remembers["word"] = rest
@@ -315,22 +324,28 @@ class FakeMachine:
                 self.spec.disk.write_text(rest)
             case "read":
                 said = self.spec.disk.read_text()
-            case "spill":
+            case "spill" | "crumbs":
                 said = ""
-                for start in range(0, int(rest), wire.FRAME_MAX):
-                    piece = bytes(min(wire.FRAME_MAX, int(rest) - start))
-                    for channel in (wire.Channel.STDOUT, wire.Channel.STDERR):
-                        writer.write(wire.encode_frame(channel, piece))
-                        await writer.drain()
-            case "crumbs":
-                for _ in range(int(rest) // 1000):
-                    writer.write(wire.encode_frame(wire.Channel.STDOUT, b"") * 1000)
-                    await writer.drain()
+                await _pour(word, int(rest), writer)
             case _:
                 pass
         writer.write(wire.encode_frame(wire.Channel.STDOUT, said.encode()))
         end = ops.Ended(exit_code=0, duration_ms=1)
         writer.write(wire.encode_frame(wire.Channel.EXIT, json.dumps(encode(end)).encode()))
+
+
+async def _pour(what: str, much: int, writer: asyncio.StreamWriter) -> None:
+    """Print so many bytes on both streams, or so many frames with nothing in them."""
+    if what == "crumbs":
+        for _ in range(much // 1000):
+            writer.write(wire.encode_frame(wire.Channel.STDOUT, b"") * 1000)
+            await writer.drain()
+        return
+    for start in range(0, much, wire.FRAME_MAX):
+        piece = bytes(min(wire.FRAME_MAX, much - start))
+        for channel in (wire.Channel.STDOUT, wire.Channel.STDERR):
+            writer.write(wire.encode_frame(channel, piece))
+            await writer.drain()
 
 
 class _RefusedError(Exception):

@@ -11,6 +11,7 @@ from sandyard.server.core.errors import InternalError
 from sandyard.server.tasks import to_the_end
 
 _SAID_MAX = 1000
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 async def output_of(
@@ -34,6 +35,8 @@ async def output_of(
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE if to is None else to,
         stderr=asyncio.subprocess.STDOUT if to is None else to,
+        # Nothing of this process's own: what is started may be taken over by its guest.
+        env={"PATH": _PATH, "LC_ALL": "C.UTF-8"},
         pass_fds=() if pass_fd is None else (pass_fd,),
         start_new_session=True,
     )

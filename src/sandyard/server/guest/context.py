@@ -83,7 +83,7 @@ class Context:
         stamp = system.profile_stamp(self.root_fd, account)
         known = self._logins.get(account.uid)
         if known is None or known[0] != stamp:
-            plain = system.plain_environment(account)
+            plain = system.plain_environment(account) | system.system_environment(self.root_fd)
             captured = await self._capture_login(account, plain)
             known = (stamp, plain | captured)
             self._logins[account.uid] = known

@@ -114,7 +114,12 @@ def set_clock(wall_ns: int) -> None:
 
 
 def write_identity(
-    *, hostname: str, machine_id: str | None, authorized_keys: str, password_hash: str | None
+    *,
+    hostname: str,
+    machine_id: str | None,
+    authorized_keys: str,
+    password_hash: str | None,
+    replaces_access: bool,
 ) -> None:
     """Write who this machine is into the user's files; call it inside the user's root.
 
@@ -128,7 +133,9 @@ def write_identity(
     )
     if machine_id is not None:
         _overwrite("/etc/machine-id", machine_id + "\n", 0o444)
-    if authorized_keys:
+    if replaces_access and password_hash is None:
+        password_hash = "*"  # no password is it (shadow(5))
+    if authorized_keys or (replaces_access and Path("/root/.ssh/authorized_keys").exists()):
         ssh = Path("/root/.ssh")
         ssh.mkdir(mode=0o700, exist_ok=True)
         _replace(ssh / "authorized_keys", authorized_keys, 0o600)
@@ -214,6 +221,22 @@ def plain_environment(account: Account) -> dict[str, str]:
         "PATH": DEFAULT_PATH,
         "LANG": "C.UTF-8",
     }
+
+
+def system_environment(root_fd: int) -> dict[str, str]:
+    """Return what /etc/environment sets, by the rules of pam_env(8); none if it cannot be read."""
+    try:
+        text = _read_small(root_fd, "etc/environment")
+    except RefusedError:
+        return {}
+    result = {}
+    for line in text.splitlines():
+        name, separator, value = line.strip().removeprefix("export ").partition("=")
+        if separator and name.isidentifier():
+            if value[:1] in ("'", '"'):
+                value = value[1:].partition(value[0])[0]
+            result[name] = value
+    return result
 
 
 def parse_environment(dump: bytes) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from sandyard.server.core.contracts.node import MachineWish, Phase, Way
+from sandyard.server.core.contracts.node import AGENT_SILENT, MachineWish, Phase, Way
 from sandyard.server.core.errors import (
     DamagedError,
     DeadlineExceededError,
@@ -17,6 +17,7 @@ from sandyard.server.drivers.contract import Driver, End
 from sandyard.server.node.holding import Holding
 from sandyard.server.node.images.images import Image
 from sandyard.server.node.machines.adopt import DAMAGED
+from sandyard.server.node.machines.console import FailedConsoles
 from sandyard.server.node.machines.guest import Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record
@@ -33,6 +34,7 @@ _RESTARTED = End(
     "restarted_from_disk",
     "the machine was booted anew from its disk; what was in its memory is gone",
 )
+_NOT_RESTARTED = End("restart_failed", "the machine was ended, and did not boot from its disk")
 _CLAIM_LIMIT_S = 5.0
 _CLAIM_TRIES = 3
 
@@ -51,7 +53,9 @@ class Jobs:
         observer: MachineObserver,
         on_end: Callable[[Holding, End], None],
         forget: Callable[[Holding], None],
+        consoles: FailedConsoles,
     ) -> None:
+        self._consoles = consoles
         self._means = means
         self._goldens = goldens
         self._pool = pool
@@ -174,6 +178,7 @@ class Jobs:
     async def _remove_failed(self, holding: Holding) -> None:
         """Remove what a start left that failed; what would not go is kept, to be tried again."""
         for resident in holding.residents:
+            self._consoles.keep(holding.sandbox_id, resident.body.folder)
             try:
                 await resident.end(removes=True)
             except (SandyardError, OSError) as error:
@@ -211,7 +216,7 @@ class Jobs:
             state = await resident.checked_state()
             async with self._restores.take(Rank.ASKED, wish.org_id):
                 await resident.raise_up(token=state.about.token)
-                await resident.guest.wake()
+                await _woken(resident)
             resident.count_as(wish.incarnation)  # as above
             await self._is_running(holding, Way.RESUME)
         except DamagedError as error:
@@ -243,10 +248,11 @@ class Jobs:
             resident.mark(Phase.DEAD, End("machine_died", "it ended while it was resumed"))
 
     async def restart(self, holding: Holding, wish: MachineWish) -> None:
-        """Boot a machine that is lost from its own disk; what it saved is of no use any more."""
+        """Boot a machine from its own disk; what it saved, or has in memory, is given up."""
         began = self._means.clock.monotonic()
         resident, before = holding.resident, holding.resident.record
         try:
+            await resident.shut_down()
             await resident.end()  # in case something would not go before
             await resident.body.forget_memory()
             async with self._boots.take(Rank.ASKED, wish.org_id):
@@ -263,7 +269,8 @@ class Jobs:
         with suppress(SandyardError):
             await resident.end()
         resident.count_as(before.incarnation)
-        resident.mark(Phase.DEAD, End(before.reason_code, before.reason_message))
+        end = End(before.reason_code, before.reason_message)
+        resident.mark(Phase.DEAD, end if end.code else _NOT_RESTARTED)
 
     async def roll_back(self, holding: Holding, wish: MachineWish, source: SavedMachine) -> None:
         """Put a snapshot in the place of a sandbox's machine, which is kept until that is up."""
@@ -323,6 +330,14 @@ class Jobs:
     async def bury(self, holding: Holding) -> None:
         """Release what a machine had open that has ended by itself."""
         await holding.resident.end()
+
+
+async def _woken(resident: Resident) -> None:
+    """Wake a machine that goes on from its saved state."""
+    try:
+        await resident.guest.wake()
+    except UnavailableError as error:
+        raise UnavailableError(error.message, why=AGENT_SILENT) from error
 
 
 async def _boot_twice(resident: Resident) -> None:

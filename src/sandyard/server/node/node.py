@@ -41,6 +41,7 @@ from sandyard.server.node.images.images import Image
 from sandyard.server.node.jobs import Jobs
 from sandyard.server.node.machines import saved as saving
 from sandyard.server.node.machines.adopt import adopted, go_on
+from sandyard.server.node.machines.console import FailedConsoles, read_console
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.phases import ORIGINS, Ask, Step, step_of
 from sandyard.server.node.machines.resident import Resident
@@ -76,6 +77,7 @@ class Node:
         self._node_id = node_id
         self._means = means
         self._snapshots_dir = home / "snapshots"
+        self._consoles = FailedConsoles(home / "consoles")
         self._holdings: dict[str, Holding] = {}
         # Which incarnation was made gone last: a wish that comes after its own withdrawal is late.
         self._gone: OrderedDict[str, int] = OrderedDict()
@@ -113,6 +115,7 @@ class Node:
             observer=observer,
             on_end=self._note_end,
             forget=self._forget,
+            consoles=self._consoles,
         )
 
     @property
@@ -196,6 +199,7 @@ class Node:
         if holding is not None and holding.incarnation > incarnation:
             return
         self._note_gone(sandbox_id, incarnation)
+        self._consoles.forget(sandbox_id)
         if holding is None:
             return
         while holding.is_busy and not holding.is_being_removed:
@@ -237,6 +241,16 @@ class Node:
             return True
         await self._make_room(shape, count=count)
         return False
+
+    async def console(self, sandbox_id: str) -> bytes:
+        """See core.contracts.node.NodeControl.console."""
+        holding = self._holdings.get(sandbox_id)
+        if holding is not None and holding.residents:
+            return await in_thread(read_console, holding.resident.body.folder)
+        failed = await in_thread(self._consoles.find, sandbox_id)
+        if failed is None:
+            raise _nothing_here(sandbox_id)
+        return failed
 
     async def report(self) -> NodeReport:
         """See core.contracts.node.NodeControl.report."""
@@ -339,7 +353,8 @@ class Node:
                 holding, lambda: self._jobs.take(holding, wish), starts=wish.incarnation
             )
         source = await self._checked_snapshot(wish) if step is Step.ROLL_BACK else None
-        await self._make_room(wish.shape, is_promised=True)
+        if holding.phase not in _LIVING:  # what lives has its room
+            await self._make_room(wish.shape, is_promised=True)
         # The same wish, or another, may have come through meanwhile: what holds now decides.
         self._check_wanted(wish)
         if self._holdings.get(wish.sandbox_id) is not holding or holding.is_busy:

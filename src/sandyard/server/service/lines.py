@@ -8,6 +8,11 @@ from sandyard.server.core.records import Activity
 from sandyard.server.service.actor import Actor
 
 
+def by_key(actor: Actor | None) -> dict[str, object]:
+    """Return the attribute that names the API key which acted, if one did."""
+    return {"apiKeyId": actor.key_id} if actor is not None and actor.key_id else {}
+
+
 def line(
     event_type: str,
     title: str,
@@ -22,7 +27,10 @@ def line(
     sandbox_id: str | None = None,
     attributes: Mapping[str, object] | None = None,
 ) -> Activity:
-    """Return a line of the feed; what it is about is the first part of `event_type`."""
+    """Return a line of the feed; what it is about is the first part of `event_type`.
+
+    Where an API key acted, its attributes name that.
+    """
     return Activity(
         id=new_uuid(),
         org_id=org_id,
@@ -37,5 +45,5 @@ def line(
         summary=summary,
         created_at=at,
         sandbox_id=sandbox_id,
-        attributes=attributes or {},
+        attributes=by_key(actor) | dict(attributes or {}),
     )

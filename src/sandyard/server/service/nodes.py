@@ -72,6 +72,10 @@ class PatientNode:
         """See NodeControl.find_room."""
         return await self._soon(self._node.find_room(template, shape, count=count), _SHORT_S)
 
+    async def console(self, sandbox_id: str) -> bytes:
+        """See NodeControl.console."""
+        return await self._soon(self._node.console(sandbox_id), _SHORT_S)
+
     async def report(self) -> NodeReport:
         """See NodeControl.report."""
         return await self._soon(self._node.report(), REPORT_LIMIT_S)

@@ -197,11 +197,29 @@ class ResumedOut(Model):
     status_reason: ReasonOut | None
 
 
+def resumed_out(sandbox: Sandbox) -> ResumedOut:
+    """Return what became of a resume or restart as it is shown."""
+    reason = sandbox.reason
+    return ResumedOut(
+        id=sandbox.id,
+        status=sandbox.status,
+        resumed_at=sandbox.started_at if sandbox.status is Status.RUNNING else None,
+        status_reason=ReasonOut(code=reason.code, message=reason.message) if reason else None,
+    )
+
+
 class DeletedOut(Model):
     """What became of a delete: `deleted` is false while it is still under way."""
 
     id: str
     deleted: bool
+
+
+class LogsOut(Model):
+    """What a sandbox's machine printed, the last 64 KiB of it."""
+
+    sandbox_id: str
+    console: str
 
 
 class Stats(Model):

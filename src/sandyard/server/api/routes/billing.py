@@ -143,7 +143,7 @@ async def get_auto_topup(request: Request, actor: CanRead, service: Service) -> 
     return enveloped(request, auto_topup_out(await service.auto_topup(actor)))
 
 
-@router.put("/v1/billing/auto-topup", responses=errors())
+@router.put("/v1/billing/auto-topup", responses=errors(409))
 async def set_auto_topup(
     request: Request, actor: CanWrite, service: Service, body: PutAutoTopup
 ) -> Data[AutoTopupOut]:

@@ -11,13 +11,14 @@ from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.sandboxes import (
     CreateSandbox,
     DeletedOut,
+    LogsOut,
     PatchSandbox,
     PausedOut,
-    ReasonOut,
     ResumedOut,
     SandboxOut,
     StatsOut,
     check_offered,
+    resumed_out,
     sandbox_out,
     stats_of,
 )
@@ -191,16 +192,30 @@ async def resume_sandbox(
         actor, checked_text(reference, field="reference"), wait=not async_
     )
     response.status_code = 202 if async_ and sandbox.status is not Status.RUNNING else 200
-    reason = sandbox.reason
-    return enveloped(
-        request,
-        ResumedOut(
-            id=sandbox.id,
-            status=sandbox.status,
-            resumed_at=sandbox.started_at if sandbox.status is Status.RUNNING else None,
-            status_reason=ReasonOut(code=reason.code, message=reason.message) if reason else None,
-        ),
+    return enveloped(request, resumed_out(sandbox))
+
+
+@router.post(
+    "/{reference}/restart",
+    responses={
+        **errors(402, 404, 409),
+        202: {"model": Data[ResumedOut], "description": "Under way."},
+    },
+)
+async def restart_sandbox(
+    request: Request,
+    response: Response,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    async_: Annotated[bool, Query(alias="async")] = False,
+) -> Data[ResumedOut]:
+    """Boot a sandbox from its own disk, also one that does not answer; its memory is given up."""
+    sandbox = await service.restart(
+        actor, checked_text(reference, field="reference"), wait=not async_
     )
+    response.status_code = 202 if async_ and sandbox.status is not Status.RUNNING else 200
+    return enveloped(request, resumed_out(sandbox))
 
 
 @router.delete(
@@ -220,6 +235,13 @@ async def delete_sandbox(
     sandbox = await service.delete(actor, reference, wait=not async_)
     response.status_code = 202 if async_ else 200
     return enveloped(request, DeletedOut(id=sandbox.id, deleted=not async_))
+
+
+@router.get("/{reference}/logs", responses=errors(404))
+async def logs(request: Request, actor: CanRead, service: Service, reference: str) -> Data[LogsOut]:
+    """Return the last of what the machine printed on its console: boot, kernel, agent."""
+    sandbox, console = await service.logs(actor, checked_text(reference, field="reference"))
+    return enveloped(request, LogsOut(sandbox_id=sandbox.id, console=console))
 
 
 @router.get("/{reference}/stats", responses=errors(404, 409))

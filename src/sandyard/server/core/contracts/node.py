@@ -20,6 +20,13 @@ class Origin(StrEnum):
     NEW = "new"  # its template
     SNAPSHOT = "snapshot"  # a snapshot, in place of all that the sandbox had
     OWN = "own"  # what the sandbox itself has: its saved state, else its disk
+    DISK = "disk"  # its own disk, whatever runs or was saved
+
+
+REBOOTED, POWERED_OFF = "guest_rebooted", "powered_off"
+"""Why a machine is dead whose guest brought that about: `MachineFact.reason_code`."""
+AGENT_SILENT = "agent_silent"
+"""What kept a machine from being resumed that went on, and whose agent does not answer: `why`."""
 
 
 class Way(StrEnum):
@@ -57,7 +64,8 @@ class MachineRef:
 class MachineWish:
     """What a node should hold: one incarnation of a sandbox, and what it is to be made of.
 
-    `org_id` is who wants it, so that those who wait take turns fairly.
+    `org_id` is who wants it, so that those who wait take turns fairly. One from another sandbox's
+    snapshot `replaces_access`: keys and password that are in there open it no more.
     """
 
     sandbox_id: str
@@ -71,6 +79,7 @@ class MachineWish:
     root_password_hash: str | None = field(default=None, repr=False)
     origin: Origin = Origin.NEW
     snapshot_id: str | None = None
+    replaces_access: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,6 +191,8 @@ class NodeControl(Protocol):
             UnavailableError: not now (no driver, template not built, no room); try again.
             NotFoundError: the node does not know the template, the snapshot, or, where the sandbox
                 is to come from what it has, anything of it.
+            UnavailableError: its agent does not answer although it goes on; `why` is then
+                AGENT_SILENT, and only its disk may be of use.
             ConflictError: the wish was withdrawn or overtaken: a later incarnation is here, or this
                 one has been up already, and paused, or dead (`status` is then `error`), since.
             DamagedError: the saved state or snapshot cannot be used, now or later.
@@ -232,6 +243,14 @@ class NodeControl(Protocol):
 
         Raises:
             NoCapacityError: they have not; the message says what is short.
+        """
+        ...
+
+    async def console(self, sandbox_id: str) -> bytes:
+        """Return the last of what the guest printed, also one that never came up.
+
+        Raises:
+            NotFoundError: the node has nothing of the sandbox.
         """
         ...
 

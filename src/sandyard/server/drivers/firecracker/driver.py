@@ -28,6 +28,7 @@ from sandyard.server.drivers.contract import (
     Saved,
     Verdict,
 )
+from sandyard.server.drivers.ends import TAIL, end_told
 from sandyard.server.drivers.firecracker.api import Api, Limiter
 from sandyard.server.drivers.firecracker.jail import (
     CONSOLE,
@@ -70,9 +71,7 @@ _PROBE_MIB = 256
 _POLL_S = 0.05
 _VERSION_LIMIT_S = 10.0
 _NOBODY = 65534
-_TAIL = 64 * 1024
 _SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
-_PANICKED = End("guest_panicked", "the guest's kernel panicked; see the sandbox's log")
 _DIED = End("machine_died", "the hypervisor's process ended unexpectedly")
 
 
@@ -113,10 +112,10 @@ class FirecrackerMachine:
     async def console(self) -> bytes:
         """See drivers.contract.Machine.console."""
         said = read_pipe(self._console) if self._console is not None else b""
-        self._said = (self._said + said)[-_TAIL:]
+        self._said = (self._said + said)[-TAIL:]
         if self._log is not None:
             # Of use at the end only; but a pipe that is full takes no more.
-            self._last_words = (self._last_words + read_pipe(self._log))[-_TAIL:]
+            self._last_words = (self._last_words + read_pipe(self._log))[-TAIL:]
         return said
 
     async def stall(self) -> End | None:
@@ -127,8 +126,8 @@ class FirecrackerMachine:
         """See drivers.contract.Machine.wait."""
         await self._process.wait()
         await self.console()
-        if b"Kernel panic - not syncing" in self._said:
-            return _PANICKED
+        if (end := end_told(self._said)) is not None:
+            return end
         return _SHUTDOWN if b"exit_code=0" in self._last_words else _DIED
 
     async def stop(self) -> None:

@@ -24,6 +24,7 @@ from sandyard.server.drivers.contract import (
     Saved,
     Verdict,
 )
+from sandyard.server.drivers.ends import PANICKED, TAIL, end_told
 from sandyard.server.drivers.initrd import add_token
 from sandyard.server.drivers.namespaces import open_tap
 from sandyard.server.drivers.processes import (
@@ -54,7 +55,6 @@ _PROBE_LIMIT_S = 20.0
 _NOBODY = 65534
 _PROBE_PASSED = b"sandyard: probe passed"
 _SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
-_PANICKED = End("guest_panicked", "the guest's kernel panicked; see the sandbox's log")
 _DIED = End("machine_died", "the hypervisor's process ended unexpectedly")
 _DISK_FULL = End("host_disk_full", "the host's disk is full; the sandbox goes on once it has room")
 
@@ -68,6 +68,7 @@ class QemuMachine:
         self._handle = handle
         self._uid = int(handle["uid"])
         self._is_closed = False
+        self._said = self._unheard = b""
 
     @property
     def handle(self) -> Handle:
@@ -85,7 +86,11 @@ class QemuMachine:
         with contextlib.suppress(UnavailableError):
             data = await self._monitor.call("ringbuf-read", arguments)
             if isinstance(data, str):
-                return base64.b64decode(data)
+                said = base64.b64decode(data)
+                self._said = (self._said + said)[-TAIL:]
+                # What was read for the machine's end is still to be kept by whoever asks.
+                said, self._unheard = self._unheard + said, b""
+                return said
         return b""
 
     async def stall(self) -> End | None:
@@ -190,11 +195,12 @@ class QemuMachine:
 
     async def _guest_end(self) -> End:
         status = await self._first_status()
-        if status == "shutdown":
-            return _SHUTDOWN
-        if status == "guest-panicked":
-            return _PANICKED
-        return _PANICKED if await self._monitor.ending() == "GUEST_PANICKED" else _SHUTDOWN
+        if status not in ("shutdown", "guest-panicked"):
+            status = await self._monitor.ending()
+        if status in ("GUEST_PANICKED", "guest-panicked"):
+            return PANICKED
+        self._unheard += await self.console()
+        return end_told(self._said) or _SHUTDOWN
 
     async def _first_status(self) -> str:
         # An event that came before this connection is lost; the run state is not.

@@ -35,6 +35,7 @@ async def set_up(context: Context, wish: ops.SetUp, connection: socket.socket) -
             machine_id=wish.machine_id,
             authorized_keys=wish.authorized_keys,
             password_hash=wish.password_hash,
+            replaces_access=wish.replaces_access,
         )
     except OSError as error:
         raise RefusedError(f"cannot write the identity of the sandbox: {error}") from error

@@ -207,6 +207,7 @@ sandboxes = Table(
     Column("lease_until", Moment),
     Column("from_snapshot_id", String(36)),
     Column("from_snapshot_incarnation", Integer, nullable=False, server_default="0"),
+    Column("from_disk_incarnation", Integer, nullable=False, server_default="0"),
     Column("is_test", Boolean, nullable=False, server_default=false()),
     Column("saved_bytes", BigInteger, nullable=False, server_default="0"),
     CheckConstraint(f"status IN ({STATUSES})", name="status"),

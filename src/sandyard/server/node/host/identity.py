@@ -8,6 +8,7 @@ installations of the host know, taken under a lock, and void once the home that 
 import fcntl
 import ipaddress
 import json
+import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -126,6 +127,9 @@ def _read(path: Path) -> dict[str, object] | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    # Nobody else may open it: whoever holds it keeps every installation from starting.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        os.fchmod(descriptor, 0o600)
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

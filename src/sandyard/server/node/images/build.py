@@ -6,6 +6,7 @@ and the image with our agent in it (seconds, local). A new agent therefore costs
 
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
-from sandyard.server.core.errors import InternalError, SandyardError
+from sandyard.server.core.errors import InternalError, InvalidArgumentError, SandyardError
 from sandyard.server.node.commands import run
 from sandyard.server.node.images.definitions import Definition, NodeRuntime, Source
 from sandyard.server.node.images.images import Image, Images, write_manifest
@@ -30,8 +31,13 @@ _IMAGE_RECIPE = "7"
 _PACKAGES_LIMIT_S = 1800.0
 _STEP_LIMIT_S = 600.0
 _REACH_LIMIT_S = 30.0
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
 _GUEST_PACKAGES = ("server/core", "server/guest")
 _ALWAYS = ("busybox-static",)
+_USER = 1000
+_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
+_TRUSTING = ("NODE_EXTRA_CA_CERTS", "PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 _LEFT_OUT = (
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/doc/*",
@@ -46,8 +52,11 @@ Progress = Callable[[str], None]
 class Builder:
     """Builds templates into an installation's images."""
 
-    def __init__(self, images: Images, *, cache_dir: Path, logs_dir: Path) -> None:
+    def __init__(
+        self, images: Images, *, cache_dir: Path, logs_dir: Path, extra_ca: Path | None = None
+    ) -> None:
         self._images = images
+        self._extra_ca = extra_ca
         self._cache_dir = cache_dir
         self._logs_dir = logs_dir
 
@@ -71,7 +80,11 @@ class Builder:
             self._images.note_building(slug, os.getpid())
             try:
                 image = await _Build(
-                    definition, self._images, self._cache_dir, _Report(file.write, progress)
+                    definition,
+                    self._images,
+                    self._cache_dir,
+                    _Report(file.write, progress),
+                    _certificates(self._extra_ca),
                 ).run(again=again)
             except SandyardError as error:
                 message = f"{error.message}\n(the whole log is in {log})"
@@ -100,8 +113,14 @@ class _Report:
 
 class _Build:
     def __init__(
-        self, definition: Definition, images: Images, cache_dir: Path, report: _Report
+        self,
+        definition: Definition,
+        images: Images,
+        cache_dir: Path,
+        report: _Report,
+        certificates: Sequence[str],
     ) -> None:
+        self._certificates = certificates
         self._definition = definition
         self._images = images
         self._cache_dir = cache_dir
@@ -114,6 +133,8 @@ class _Build:
             "imageRecipe": _IMAGE_RECIPE,
             "agent": _digest_of_guest(),
         }
+        if self._certificates:
+            recipe["certificates"] = _digest({"": "".join(self._certificates)})
         current = self._images.current(self._definition.slug)
         if current is not None and not again and recipe.items() <= current.inputs.items():
             # Whichever source it was built from, and however often again: it is what it should be.
@@ -213,7 +234,7 @@ class _Build:
                 await run(
                     ["chroot", root, "/bin/sh", "-ec", step],
                     limit_s=_STEP_LIMIT_S,
-                    env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+                    env={"PATH": _PATH},
                     on_line=self._report.line,
                 )
             self._report.step("packing the packages")
@@ -254,6 +275,14 @@ class _Build:
         (root / f"boot/vmlinuz-{release}").replace(made / "vmlinuz")
         await run(["depmod", "-b", root, release], limit_s=_STEP_LIMIT_S)
         _add_guest(root)
+        if self._certificates:
+            _add_certificates(root, self._certificates)
+            await run(
+                ["chroot", root, "update-ca-certificates"],
+                limit_s=_STEP_LIMIT_S,
+                env={"PATH": _PATH},
+                on_line=self._report.line,
+            )
         await run(
             ["chroot", root, "/usr/bin/python3", "-m", "compileall", "-q",
              "/usr/lib/sandyard/agent"],
@@ -305,6 +334,34 @@ rm -r /tmp/kernel
 """
 
 
+def _certificates(path: Path | None) -> list[str]:
+    """Return the certificates in a file.
+
+    Raises:
+        InvalidArgumentError: it cannot be read, or has none.
+    """
+    if path is None:
+        return []
+    try:
+        found = _CERTIFICATE.findall(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"cannot read node.extra_ca: {error}") from error
+    if not found:
+        raise InvalidArgumentError(f"cannot use node.extra_ca: {path} has no PEM certificate")
+    return list(found)
+
+
+def _add_certificates(root: Path, certificates: Sequence[str]) -> None:
+    """Have a root file system trust more authorities than its distribution does."""
+    folder = root / "usr/local/share/ca-certificates"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, one in enumerate(certificates):
+        (folder / f"sandyard-{number}.crt").write_text(one + "\n")
+    # Some programs bring authorities of their own, and have to be told.
+    with (root / "etc/environment").open("a") as file:
+        file.writelines(f"{name}={_BUNDLE}\n" for name in _TRUSTING)
+
+
 def _add_guest(root: Path) -> None:
     """Put the agent, and what must be in every machine, into a root file system."""
     agent = root / "usr/lib/sandyard/agent"
@@ -322,6 +379,9 @@ def _add_guest(root: Path) -> None:
     shutil.copy(Path(__file__).parent / "guest_files/inittab", root / "usr/lib/sandyard/inittab")
     for name in ("workspace", "proc", "sys", "dev", "run", "tmp"):
         (root / name).mkdir(exist_ok=True)
+    _add_ends(root)
+    if (root / "home/user").is_dir():
+        _add_user(root)
     (root / "etc/resolv.conf").unlink(missing_ok=True)
     (root / "etc/resolv.conf").write_text("nameserver 172.16.0.1\noptions timeout:3 attempts:2\n")
     (root / "etc/machine-id").write_text("")
@@ -330,6 +390,36 @@ def _add_guest(root: Path) -> None:
         for path in root.glob(pattern):
             if path.is_file():
                 path.unlink()
+
+
+def _add_ends(root: Path) -> None:
+    """Let the usual words end and restart a machine."""
+    folder = root / "usr/local/sbin"
+    for name in ("reboot", "poweroff", "halt", "shutdown"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("reboot", "poweroff"):
+        (folder / name).symlink_to("/run/sandyard/base/usr/bin/busybox")
+    shutil.copy(Path(__file__).parent / "guest_files/shutdown", folder / "shutdown")
+    (folder / "shutdown").chmod(0o755)
+    (folder / "halt").symlink_to("shutdown")
+
+
+def _add_user(root: Path) -> None:
+    """Let the ordinary user write where work is done, and run containers."""
+    os.chown(root / "workspace", _USER, _USER)
+    (root / "workspace").chmod(0o2775)
+    for name in ("docker", "containerd", "containers"):
+        (root / "var/lib" / name).mkdir(exist_ok=True)
+    folder = root / "home/user"
+    for name in (".local", "share", "containers"):
+        folder = folder / name
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, _USER, _USER)
+    (root / "etc/profile.d/sandyard.sh").write_text(
+        'if [ -z "$XDG_RUNTIME_DIR" ] && [ -O /run/user/1000 ]; then\n'
+        "    export XDG_RUNTIME_DIR=/run/user/1000\n"
+        "fi\n"
+    )
 
 
 def _unpack_node(wheel: Path, prefix: Path) -> None:

@@ -16,7 +16,7 @@ _MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "overlay", "tcp_diag")
 _FOLDERS = ("bin", "dev", "proc", "sys", "base", "disk", "root", "modules")
 _APPLETS = (
     "sh", "mount", "umount", "mkdir", "insmod", "grep", "cp", "rm", "ln", "chmod", "ip", "hostname",
-    "usleep", "sleep", "reboot", "switch_root", "cat",
+    "usleep", "sleep", "reboot", "switch_root", "cat", "mknod", "chown",
 )  # fmt: skip
 
 

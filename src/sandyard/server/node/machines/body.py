@@ -130,6 +130,7 @@ class Body:
     async def forget_memory(self) -> None:
         """Remove what a machine that boots from its disk has no use for any more."""
         await self.withdraw()
+        await self.remove_spent()
         self.memory.unlink(missing_ok=True)
 
     async def tidy(self) -> None:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 _LIMIT = 1024 * 1024
+_FAILED_MAX = 64
+TAIL = 64 * 1024
 NAME = "console.log"
 
 
@@ -21,3 +23,43 @@ def append_console(folder: Path, said: bytes) -> None:
             part = path.with_suffix(".part")
             part.write_bytes(path.read_bytes()[-_LIMIT // 2 :])
             part.replace(path)
+
+
+def read_console(folder: Path) -> bytes:
+    """Return the last of what a machine printed; nothing if it printed nothing."""
+    return _tail(folder / NAME)
+
+
+class FailedConsoles:
+    """What was printed last by machines that never came up, of which nothing else is left."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, sandbox_id: str, machine_folder: Path) -> None:
+        """Keep what a machine printed, in the place of that of older ones."""
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self._folder / sandbox_id).write_bytes(read_console(machine_folder))
+            kept = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)
+            for path in kept[:-_FAILED_MAX]:
+                path.unlink(missing_ok=True)
+
+    def find(self, sandbox_id: str) -> bytes | None:
+        """Return what was kept of a sandbox's machine, if anything."""
+        path = self._folder / sandbox_id
+        return _tail(path) if path.is_file() else None
+
+    def forget(self, sandbox_id: str) -> None:
+        """Remove what was kept of a sandbox's machine."""
+        with contextlib.suppress(OSError):
+            (self._folder / sandbox_id).unlink(missing_ok=True)
+
+
+def _tail(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            return file.read(TAIL)
+    except FileNotFoundError:
+        return b""

@@ -127,6 +127,7 @@ class Guest:
                 wall_ns=waking.wall_ns if is_new else None,
                 keeps_connections=was is not Was.IN_USE,
                 machine_id=secrets.token_hex(16) if is_new else None,
+                replaces_access=wish.replaces_access,
                 disk_bytes=wish.shape.disk_mib * 2**20 if grows else None,
             ),
             limit_s=limit_s,

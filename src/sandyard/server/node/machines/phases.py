@@ -21,6 +21,7 @@ class Ask(Enum):
     CREATE = auto()
     FROM_SNAPSHOT = auto()
     RESUME = auto()
+    RESTART = auto()
     PAUSE = auto()
     SAVE = auto()
     OPEN = auto()
@@ -50,6 +51,7 @@ ORIGINS: Mapping[Origin, Ask] = MappingProxyType(
         Origin.NEW: Ask.CREATE,
         Origin.SNAPSHOT: Ask.FROM_SNAPSHOT,
         Origin.OWN: Ask.RESUME,
+        Origin.DISK: Ask.RESTART,
     }
 )
 
@@ -68,6 +70,7 @@ NEWER: Mapping[Ask, _Row] = MappingProxyType({
     Ask.CREATE:        _row("START        REPLACE      REPLACE   REPLACE   REPLACE   REPLACE"),
     Ask.FROM_SNAPSHOT: _row("START        REPLACE      ROLL_BACK ROLL_BACK ROLL_BACK ROLL_BACK"),
     Ask.RESUME:        _row("NOTHING_HERE NOTHING_HERE TAKE      TAKE      RESUME    RESTART"),
+    Ask.RESTART:       _row("NOTHING_HERE NOTHING_HERE RESTART   RESTART   RESTART   RESTART"),
     Ask.PAUSE:         _row("NOTHING_HERE DEAD         PAUSE     PAUSE     KEEP      DEAD"),
     Ask.SAVE:          _row("NOTHING_HERE DEAD         SAVE      SAVE      SAVE      DEAD"),
     Ask.OPEN:          _row("NOTHING_HERE " * 6),
@@ -79,6 +82,7 @@ SAME: Mapping[Ask, _Row] = MappingProxyType({
     Ask.CREATE:        _row("START        REPLACE      KEEP      TAKE      OVERTAKEN DEAD"),
     Ask.FROM_SNAPSHOT: _row("START        REPLACE      KEEP      TAKE      OVERTAKEN DEAD"),
     Ask.RESUME:        _row("NOTHING_HERE NOTHING_HERE KEEP      TAKE      OVERTAKEN DEAD"),
+    Ask.RESTART:       _row("NOTHING_HERE NOTHING_HERE KEEP      TAKE      OVERTAKEN DEAD"),
     Ask.PAUSE:         _row("NOTHING_HERE DEAD         PAUSE     PAUSE     KEEP      DEAD"),
     Ask.SAVE:          _row("NOTHING_HERE DEAD         SAVE      SAVE      SAVE      DEAD"),
     Ask.OPEN:          _row("NOTHING_HERE NOT_NOW      OPEN      NOT_NOW   NOT_NOW   NOT_NOW"),

@@ -35,12 +35,15 @@ from sandyard.server.node.machines.guest import WAKE_LIMIT_S, Guest, Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record
 from sandyard.server.node.machines.saved import SavedMachine
-from sandyard.server.node.machines.watch import watch
-from sandyard.server.tasks import Work, in_thread, to_the_end
+from sandyard.server.node.machines.watch import end_of, watch
+from sandyard.server.tasks import Work, beside, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
 _USED_S = 15.0
+_SHUT_DOWN_S = 10.0
+_GROWTH_S_A_GIB = 0.25
+_POWER_OFF = "/run/sandyard/base/usr/bin/busybox poweroff"
 _NOWHERE = -1
 _PAUSED = ConflictError(
     "the sandbox was paused meanwhile; what was running in it goes on when it is resumed",
@@ -304,6 +307,8 @@ class Resident:
         """Make it the wished sandbox, with its disk grown first if need be; see `Guest.set_up`."""
         if grows:
             await self._saving_machine().grow_disk(wish.shape.disk_mib)
+            # The guest's kernel writes tables for all that is new, which takes its time.
+            limit_s += _GROWTH_S_A_GIB * wish.shape.disk_mib / 1024
         token = await self.guest.set_up(wish, was=was, grows=grows, limit_s=limit_s)
         self._record = replace(self._record, token=token, disk_mib=wish.shape.disk_mib)
 
@@ -466,6 +471,18 @@ class Resident:
         self._record = replace(self._record, slot=_NOWHERE, handle=None)
         if removes:
             await in_thread(self._means.records.remove, self._record.id)
+
+    async def shut_down(self) -> None:
+        """Have the guest end in its own order if it runs and its agent answers; it may go on."""
+        machine, phase = self._machine, self.phase
+        if machine is None or phase is not Phase.RUNNING or self.guest.pulse.is_silent:
+            return
+        limit = self._means.clock.timeout(_SHUT_DOWN_S)
+        with suppress(SandyardError, TimeoutError):
+            async with limit, beside(end_of(machine)) as ending:
+                with suppress(SandyardError):  # the agent is among the first to end
+                    await self.guest.run(_POWER_OFF, limit_s=_SHUT_DOWN_S)
+                await ending
 
     async def drop(self) -> None:
         """End and remove it as far as that can be; what would not go is for a later look."""

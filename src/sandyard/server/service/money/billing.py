@@ -8,7 +8,12 @@ from datetime import UTC, datetime, timedelta
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.payments import Checkout, Payments
 from sandyard.server.core.contracts.store import Store
-from sandyard.server.core.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
+from sandyard.server.core.errors import (
+    ConflictError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+)
 from sandyard.server.core.ids import checked_text, is_uuid
 from sandyard.server.core.money import Account, Prices, between
 from sandyard.server.core.plans import Plan
@@ -231,6 +236,7 @@ class Billing:
 
         Raises:
             InvalidArgumentError: an amount cannot be.
+            ConflictError: it is to be, and there is no card for it.
         """
         actor.require("org:write")
         actor.require_admin()
@@ -243,6 +249,12 @@ class Billing:
             _check_amount(amount_cents, field="topupAmountCents")
         async with self._store.write() as tx:
             wish = await tx.credits.auto_topup(actor.org_id)
+            if is_enabled and wish.customer_id is None:
+                raise ConflictError(
+                    "cannot fill the balance up by itself: there is no card yet; top up once "
+                    "(POST /v1/billing/topup), and its card is kept for this",
+                    status="no_card",
+                )
             wish = replace(wish, is_enabled=is_enabled)
             if threshold_cents is not None:
                 wish = replace(wish, threshold_cents=threshold_cents)

@@ -119,6 +119,8 @@ class Administration:
             InvalidArgumentError: there is no such limit, or it cannot be that.
             NotFoundError: there is no such organization.
         """
+        # As the settings write it, too.
+        name = next((one for one, plain in LIMITS.items() if plain == name), name)
         if name not in LIMITS:
             raise InvalidArgumentError(f"cannot limit {name!r}: {', '.join(LIMITS)} can be limited")
         if value is not None and value < 0:

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
+    REBOOTED,
     MachineFact,
     NodeControl,
     NodeReport,
@@ -178,6 +179,8 @@ class Comparison:
         is_suspected = sandbox.status is Status.SUSPECTED_MISSING
         if fact is None or fact.incarnation != sandbox.incarnation:
             await self._broke(sandbox, LOST)
+        elif fact.phase is Phase.DEAD and fact.reason_code == REBOOTED:
+            await self._restart(sandbox)
         elif fact.phase is Phase.DEAD:
             await self._broke(sandbox, _reason_of(fact))
         elif fact.is_silent:
@@ -196,6 +199,18 @@ class Comparison:
             passes = sandbox.reason is not None and sandbox.reason.code in _PASSING
             if reason_now != sandbox.reason and (reason_now is not None or passes):
                 await self._lifecycle.note_reason(sandbox, reason_now)
+
+    async def _restart(self, sandbox: Sandbox) -> None:
+        """Have a sandbox boot again that was rebooted from inside: nothing about it is wrong."""
+        incarnation = sandbox.incarnation + 1
+        await self._lifecycle.apply(
+            sandbox,
+            Event.RESTART,
+            ended_at=self._away_since,
+            ip=None,
+            incarnation=incarnation,
+            from_disk_incarnation=incarnation,
+        )
 
     async def _broke(self, sandbox: Sandbox, reason: Reason) -> None:
         await self._lifecycle.apply(

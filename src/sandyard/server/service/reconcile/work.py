@@ -6,6 +6,7 @@ from typing import Any
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
+    AGENT_SILENT,
     MachineFact,
     MachineWish,
     NodeControl,
@@ -187,7 +188,7 @@ class Work:
         sandbox = claim.sandbox
         wish = wish_of(sandbox)
         try:
-            fact = await self._nodes.get(sandbox.node_id).ensure_running(wish)
+            fact = await self._brought_back(wish, sandbox)
         except ConflictError as error:
             if error.facts.get("status") != "error":
                 raise
@@ -200,9 +201,39 @@ class Work:
             code = "saved_state_unusable" if isinstance(error, DamagedError) else LOST.code
             await self._give_up(claim, Reason(code, error.message))
         except SandyardError as error:
-            await self._stays_paused(claim, error)
+            if wish.origin is Origin.OWN and error.facts.get("why") == AGENT_SILENT:
+                await self._restart(claim)
+            else:
+                await self._stays_paused(claim, error)
         else:
             await self._is_up(claim, fact, used="resumed")
+
+    async def _brought_back(self, wish: MachineWish, sandbox: Sandbox) -> MachineFact:
+        """Ask for a machine that was here; twice, where it goes on and its agent is silent."""
+        node = self._nodes.get(sandbox.node_id)
+        try:
+            return await node.ensure_running(wish)
+        except UnavailableError as error:
+            if error.facts.get("why") != AGENT_SILENT:
+                raise
+            return await node.ensure_running(wish)
+
+    async def _restart(self, claim: Claim) -> None:
+        """Have a sandbox boot from its disk whose saved state nobody could use any more."""
+        log.warning(
+            "the agent of a resumed sandbox does not answer: it is booted from its disk",
+            extra={"sandbox_id": claim.sandbox.id},
+        )
+        incarnation = claim.sandbox.incarnation + 1
+        again = await self._lifecycle.apply(
+            claim.sandbox,
+            Event.RESTART,
+            lease=claim.lease,
+            incarnation=incarnation,
+            from_disk_incarnation=incarnation,
+        )
+        if again is not None:
+            await self._bring_back(Claim(again, claim.lease))
 
     async def _stays_paused(self, claim: Claim, error: SandyardError) -> None:
         sandbox = claim.sandbox
@@ -217,8 +248,9 @@ class Work:
             "a sandbox could not be resumed: %s", error.message, extra={"sandbox_id": sandbox.id}
         )
         code = error.code.value if isinstance(error, UnavailableError) else "resume_failed"
-        # None can be resumed with its memory that was in error.
-        is_saved = fact is None or fact.phase is not Phase.DEAD
+        # None can be resumed with its memory that was in error, or was to be booted anew.
+        has_memory = wish_of(sandbox).origin is not Origin.DISK
+        is_saved = has_memory and (fact is None or fact.phase is not Phase.DEAD)
         await self._lifecycle.apply(
             sandbox,
             Event.RESUME_FAILED if is_saved else Event.BROKE,
@@ -281,6 +313,8 @@ def wish_of(sandbox: Sandbox) -> MachineWish:
         and sandbox.from_snapshot_incarnation == sandbox.incarnation
     ):
         origin = Origin.SNAPSHOT
+    elif origin is Origin.OWN and sandbox.from_disk_incarnation == sandbox.incarnation:
+        origin = Origin.DISK
     return MachineWish(
         sandbox_id=sandbox.id,
         incarnation=sandbox.incarnation,
@@ -293,4 +327,6 @@ def wish_of(sandbox: Sandbox) -> MachineWish:
         root_password_hash=sandbox.root_password_hash,
         origin=origin,
         snapshot_id=sandbox.from_snapshot_id if origin is Origin.SNAPSHOT else None,
+        # One that was up before goes back to what was its own.
+        replaces_access=origin is Origin.SNAPSHOT and sandbox.started_at is None,
     )

@@ -13,6 +13,7 @@ from sandyard.server.core.ops import Figures, Stats
 from sandyard.server.core.records import Sandbox, SandboxQuery
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.sandboxes.fields import (
     check_idle_timeout,
     check_metadata,
@@ -51,6 +52,7 @@ class Sandboxes:
         *,
         store: Store,
         register: Register,
+        nodes: Nodes,
         tunnel: NodeTunnel,
         lifecycle: Lifecycle,
         power: Power,
@@ -59,6 +61,7 @@ class Sandboxes:
     ) -> None:
         self._store = store
         self._register = register
+        self._nodes = nodes
         self._tunnel = tunnel
         self._lifecycle = lifecycle
         self._power = power
@@ -144,6 +147,17 @@ class Sandboxes:
         sandbox = await self._register.get(actor, reference)
         return await self._power.resume(sandbox, actor, wait=wait)
 
+    async def restart(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
+        """Have a sandbox boot from its own disk, whether it runs, rests or does not answer.
+
+        Raises:
+            NotFoundError: see `get`.
+            For the rest see `Power.restart`.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.get(actor, reference)
+        return await self._power.restart(sandbox, actor, wait=wait)
+
     async def touch(self, actor: Actor, reference: str) -> Sandbox:
         """Count as a use of a sandbox, so that it is not paused for being idle.
 
@@ -202,6 +216,23 @@ class Sandboxes:
             lives = timedelta(seconds=changes.expires_in)
             fields["expires_at"] = self._clock.now() + lives if lives else None
         return fields
+
+    async def logs(self, actor: Actor, reference: str) -> tuple[Sandbox, str]:
+        """Return the last of what a sandbox's machine printed on its console, the agent's included.
+
+        Raises:
+            NotFoundError: see `get`.
+            UnavailableError: its node does not answer.
+        """
+        actor.require("sandbox:read")
+        sandbox = await self._register.get(actor, reference)
+        if sandbox.node_id is None:
+            return sandbox, ""
+        try:
+            said = await self._nodes.get(sandbox.node_id).console(sandbox.id)
+        except NotFoundError:
+            said = b""
+        return sandbox, said.decode(errors="replace").replace("\0", "")
 
     async def stats(self, actor: Actor, reference: str) -> tuple[Sandbox, Figures]:
         """Return a sandbox's figures, read in the guest now; none of them is None.

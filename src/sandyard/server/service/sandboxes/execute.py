@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sandyard.server.core import ops
 from sandyard.server.core.collect import Collector
@@ -141,7 +141,10 @@ class Commands:
             user=command.user,
             stdin=command.stdin is not None,
         )
-        async with self._reach.open(actor, reference, wish, _USE) as reached:
+        # Not the command itself: people put secrets into commands, and the feed is for ever.
+        told = {"user": command.user, "cwd": command.cwd, "timeoutMs": command.timeout}
+        use = replace(_USE, attributes=told)
+        async with self._reach.open(actor, reference, wish, use) as reached:
             share = _Share(self.room)
             try:
                 return await self._finish(reached, command, share)

@@ -16,6 +16,7 @@ from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.records import Activity, Reason, Sandbox, StoragePeriod, UsagePeriod
 from sandyard.server.core.states import BILLED, Event, Status, advance
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.lines import by_key
 
 WORK = "sandboxes"
 """The topic of hints that some sandbox wants work done."""
@@ -224,6 +225,7 @@ def _line(
         summary=reason.message if reason else "",
         created_at=sandbox.updated_at,
         sandbox_id=sandbox.id,
-        attributes={"incarnation": sandbox.incarnation}
+        attributes=by_key(actor)
+        | {"incarnation": sandbox.incarnation}
         | ({"reasonCode": reason.code} if reason else {}),
     )

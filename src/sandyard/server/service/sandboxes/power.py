@@ -24,6 +24,8 @@ from sandyard.server.service.sandboxes.worker import Worker
 _ALL = frozenset(Status)
 _AT_REST = frozenset({Status.PAUSED, Status.ERROR})
 """What can be brought up again."""
+_HAS_DISK = _AT_REST | {Status.RUNNING, Status.SUSPECTED_MISSING}
+"""What can be booted from its disk, whatever is in its memory."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,13 @@ class Power:
         """
         return await self.bring_up(sandbox, actor, Event.RESUME, doing="resume", wait=wait)
 
+    async def restart(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
+        """Have a sandbox boot from its own disk; what is in its memory, or was saved, is given up.
+
+        Raises: see `resume`.
+        """
+        return await self.bring_up(sandbox, actor, Event.RESTART, doing="restart", wait=wait)
+
     async def bring_up(
         self,
         sandbox: Sandbox,
@@ -106,7 +115,7 @@ class Power:
         wait: bool = True,
         snapshot_id: str | None = None,
     ) -> Sandbox:
-        """Have a sandbox that is at rest come up by an event, as a later incarnation.
+        """Have a sandbox come up by an event, as a later incarnation.
 
         With `snapshot_id` that incarnation comes from a snapshot.
 
@@ -128,7 +137,7 @@ class Power:
                     raise not_done(now, doing)
             if now.status in done and is_it:
                 return now
-            if now.status not in _AT_REST:
+            if now.status not in (_HAS_DISK if event is Event.RESTART else _AT_REST):
                 raise refusal(now, doing=doing)
             hold = self._worker.hold()
             resuming = await self._lifecycle.apply(
@@ -136,9 +145,10 @@ class Power:
                 event,
                 actor=actor,
                 hold=hold,
-                check=self._may_run(actor, now),
+                check=None if now.status is Status.RUNNING else self._may_run(actor, now),
                 incarnation=now.incarnation + 1,
-                **_from_snapshot(snapshot_id, now),
+                ip=None,
+                **_source(event, snapshot_id, now),
             )
             if resuming is None:
                 return None
@@ -188,7 +198,10 @@ class Power:
         return await self._register.wait_for(sandbox, _ALL - {status}, limit_s=limit_s)
 
 
-def _from_snapshot(snapshot_id: str | None, sandbox: Sandbox) -> dict[str, Any]:
+def _source(event: Event, snapshot_id: str | None, sandbox: Sandbox) -> dict[str, Any]:
+    """Return what a sandbox's next incarnation is to come from, where not from what it has."""
+    if event is Event.RESTART:
+        return {"from_disk_incarnation": sandbox.incarnation + 1}
     if snapshot_id is None:
         return {}
     return {
@@ -201,7 +214,8 @@ def not_done(sandbox: Sandbox, doing: str) -> SandyardError:
     """Return the error for a step that failed and left the sandbox as it was."""
     reason = sandbox.reason
     why = reason.message if reason else "it was asked for something else meanwhile"
-    message = f"cannot {doing} {sandbox.id}: {why}; it is {sandbox.status} as before"
+    is_kept = "" if doing == "restart" else " as before"
+    message = f"cannot {doing} {sandbox.id}: {why}; it is {sandbox.status}{is_kept}"
     if reason is not None and reason.code in (Code.NO_CAPACITY, "host_disk_full"):
         return NoCapacityError(message)
     return UnavailableError(message)

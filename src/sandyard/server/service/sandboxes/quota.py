@@ -96,10 +96,12 @@ class Quota:
         ):
             if limit is not None and wants and has + wants > limit:
                 per = 1024 if name.endswith("Gb") else 1
+                # Disks, and what test keys make, count until they are deleted.
+                way = "delete" if name in ("diskGb", "testSandboxes") else "pause or delete"
                 raise LimitReachedError(
                     f"cannot start this: the organization's plan allows {limit // per} {name}, "
-                    f"and {has / per:g} are in use; pause or delete some, or ask an operator for "
-                    "a higher limit",
+                    f"and {has / per:g} are in use; {way} some, or ask an operator for a higher "
+                    "limit",
                     limit=name,
                     allowed=limit // per,
                     used=int(has / per),

@@ -6,9 +6,9 @@ noted, and the operation opened. While an operation that counts as a use is open
 holds the machine tells so, and the sandbox is not idle.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic
 
 from sandyard.server.core.contracts.clock import Clock
@@ -28,11 +28,13 @@ _LONG_S = 2.0
 
 @dataclass(frozen=True)
 class Use:
-    """What somebody does in a sandbox: the kind of activity, its title in the feed, the verb."""
+    """What somebody does in a sandbox: the kind of activity, its title in the feed, the verb, and
+    what else the feed is to tell of it: no secrets."""
 
     kind: str
     title: str
     doing: str
+    attributes: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Reach:
                     at=now,
                     status=sandbox.status.value,
                     sandbox_id=sandbox.id,
+                    attributes=use.attributes,
                 )
             )
         return True

@@ -1,0 +1,79 @@
+"""What the command line prints: for people on a terminal, for programs in a pipe.
+
+Names, messages and the like are somebody else's text: it is never taken for markup, and what would
+move a terminal's cursor is shown as an escape.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sandyard.client import ApiError
+
+out = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Return text with every control character, but for line ends and tabs, as an escape."""
+    return "".join(
+        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; in a pipe, a line a row with tabs between, and nothing cut off.
+
+    On a terminal that is too narrow the first column is still whole: it is what is typed next.
+    """
+    shown = [[plain(cell).replace("\t", " ").replace("\n", " ") for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for row in (columns, *shown):
+            typer.echo("\t".join(row))
+        return
+    table = Table(box=None)
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
+    for row in shown:
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)
+
+
+def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """Print JSON: one object, or a list of them."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=not sys.stdout.isatty()))
+
+
+def for_each(references: Sequence[str], work: Callable[[str], str]) -> None:
+    """Do something with each, whatever becomes of the others, and print what it returns.
+
+    Exits with 1 at the end if one could not be done.
+    """
+    failed = False
+    for reference in references:
+        try:
+            typer.echo(plain(work(reference)))
+        except ApiError as error:
+            failed = True
+            typer.echo(
+                f"error: {plain(error.message)} [{error.code}, {error.request_id}]", err=True
+            )
+    if failed:
+        raise typer.Exit(1)
+
+
+def write_raw(stream: Any, data: bytes, *, raw: bool) -> None:
+    """Write what a command printed: its very bytes, but for a terminal that did not ask for them.
+
+    What a hostile program prints could otherwise retitle, clear or answer for a terminal.
+    """
+    if raw or not stream.isatty():
+        stream.buffer.write(data)
+    else:
+        stream.write(plain(data.decode(errors="replace").replace("\r\n", "\n")))
+    stream.flush()
