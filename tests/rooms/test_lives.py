@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.clock import AheadClock
@@ -17,6 +18,8 @@ from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.disks import total_memory_mib
+
+KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
 
 
 @pytest.fixture(params=["one", pytest.param("several", marks=pytest.mark.postgres)])
@@ -1081,3 +1084,165 @@ async def test_files_of_snapshots_that_the_store_does_not_know_are_removed(
             return not stray.exists()
 
         await eventually(gone)
+
+
+# --- restarts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "error", "suspected_missing"])
+async def test_a_restart_boots_from_the_disk_whatever_the_state(yard: Yard, state: str) -> None:
+    box = await yard.create()
+    await yard.execute(box, "write kept")
+    await yard.execute(box, "remember lost")
+    match state:
+        case "paused":
+            await yard.act(box, "pause")
+        case "error":
+            yard.machine_of(box).die()
+            await eventually(lambda: status_is(yard, box, "error"))
+        case "suspected_missing":
+            async with yard.house.store.write() as tx:
+                row = await tx.sandboxes.find(str(box["id"]))
+                assert row is not None
+                await tx.sandboxes.replace(replace(row, status=Status.SUSPECTED_MISSING))
+                await tx.usage.close(row.id, datetime.now(UTC))
+        case _:
+            pass
+    restarted = await yard.act(box, "restart")
+    assert restarted["status"] == "running"
+    assert restarted["statusReason"]["code"] == "restarted_from_disk"
+    assert await yard.execute(box, "read") == "kept"
+    assert await yard.execute(box, "recall") == ""
+    got = await yard.get(box)
+    assert (got["status"], got["pausedAt"]) == ("running", None)
+    async with yard.house.store.read() as tx:
+        periods = await tx.usage.of_sandbox(str(box["id"]))
+    assert sum(one.ended_at is None for one in periods) == 1
+    # And it lives on as any other.
+    await yard.execute(box, "remember again")
+    await yard.act(box, "pause")
+    assert await yard.execute(box, "recall") == "again"
+
+
+async def test_a_restart_of_what_has_no_disk_yet_or_any_more_is_refused(yard: Yard) -> None:
+    yard.conduct.starts = False
+    box = (await yard.client.post("/v1/sandboxes", json={})).json()["data"]
+    await eventually(lambda: status_is(yard, box, "failed"))
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/restart")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "invalid_state")
+
+
+async def test_a_restart_that_fails_leaves_the_disk_and_can_be_tried_again(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "write kept")
+    yard.conduct.starts = False
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/restart")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert (await yard.get(box))["status"] == "error"
+    yard.conduct.starts = True
+    await yard.act(box, "restart")
+    assert await yard.execute(box, "read") == "kept"
+
+
+async def test_a_reboot_is_a_restart_and_a_poweroff_is_told(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "write kept")
+    await yard.execute(box, "remember lost")
+    await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "reboot"})
+
+    async def is_back() -> bool:
+        got: Any = await yard.get(box)
+        reason = got["statusReason"]
+        return got["status"] == "running" and (reason or {}).get("code") == "restarted_from_disk"
+
+    await eventually(is_back)
+    assert await yard.execute(box, "read") == "kept"
+    await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "poweroff"})
+    await eventually(lambda: status_is(yard, box, "error"))
+    got: Any = await yard.get(box)
+    assert got["statusReason"]["code"] == "powered_off"
+    await yard.act(box, "resume")
+    assert await yard.execute(box, "read") == "kept"
+
+
+async def test_what_is_resumed_and_silent_is_booted_from_its_disk_and_says_so(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "write kept")
+    await yard.act(box, "pause")
+    yard.conduct.mute_wakes = 2
+    resumed = await yard.act(box, "resume")
+    assert resumed["statusReason"]["code"] == "restarted_from_disk"
+    assert await yard.execute(box, "read") == "kept"
+
+
+async def test_one_silence_at_a_resume_costs_no_memory(yard: Yard) -> None:
+    box = await yard.create()
+    await yard.execute(box, "remember it")
+    await yard.act(box, "pause")
+    yard.conduct.mute_wakes = 1
+    resumed = await yard.act(box, "resume")
+    assert resumed["statusReason"] is None
+    assert await yard.execute(box, "recall") == "it"
+
+
+# --- logs, and who may log in ---------------------------------------------------------------------
+
+
+async def test_the_console_is_told_also_of_what_never_came_up(yard: Yard) -> None:
+    box = await yard.create()
+
+    async def says(one: Mapping[str, object], words: str) -> bool:
+        answer = await yard.client.get(f"/v1/sandboxes/{one['id']}/logs")
+        return words in answer.json()["data"]["console"]
+
+    await eventually(lambda: says(box, "tick"))
+    yard.conduct.is_ready = False
+    failed = (await yard.client.post("/v1/sandboxes", json={"resources": {"vcpus": 7}})).json()
+    await eventually(lambda: says(failed["data"], "tick"))
+    yard.conduct.starts = False
+    for machine in list(yard.host.machines.values()):
+        if machine.remembers.get("hostname") is None:
+            machine.die()
+    await eventually(lambda: status_is(yard, failed["data"], "failed"))
+    assert await says(failed["data"], "tick")
+    async with yard.client_of(await yard.stranger()) as stranger:
+        answer = await stranger.get(f"/v1/sandboxes/{box['id']}/logs")
+        assert answer.status_code == 404
+
+
+async def test_what_opens_a_snapshots_source_opens_no_sandbox_made_of_it(yard: Yard) -> None:
+    box = await yard.create(rootPassword="correct horse", sshKeys=[KEY_LINE])
+    snapshot = (await yard.act(box, "snapshots"))["id"]
+    other = await yard.create(snapshot=snapshot, sshKeys=[])
+    assert other["sshAuthMethod"] == "none"
+    assert yard.machine_of(other).remembers["replaces_access"] == "yes"
+    # One that goes back to its own snapshot keeps its own.
+    await yard.act(box, "rollback", snapshotId=snapshot)
+    assert yard.machine_of(box).remembers["replaces_access"] == "no"
+
+
+async def test_the_feed_names_the_key_that_acted_and_tells_of_a_command(yard: Yard) -> None:
+    made = (await yard.client.post("/v1/api-keys", json={"name": "busy"})).json()["data"]
+    box = await yard.create()
+    async with yard.client_of(made["key"]) as client:
+        body = {"command": "s3cret", "user": "root", "timeout": 1234}
+        await client.post(f"/v1/sandboxes/{box['id']}/exec", json=body)
+    feed = (await yard.client.get(f"/v1/sandboxes/{box['id']}/activity")).json()["data"]["events"]
+    run = next(one for one in feed if one["eventType"] == "sandbox.exec")
+    assert run["attributes"] == {
+        "apiKeyId": made["id"], "user": "root", "cwd": "/workspace", "timeoutMs": 1234,
+    }  # fmt: skip
+    assert "s3cret" not in str(feed)
+
+
+async def test_an_address_is_of_one_run_and_a_hostname_of_one_start(yard: Yard) -> None:
+    box = await yard.create(name="before")
+    assert box["ip"]
+    await yard.act(box, "pause")
+    assert (await yard.get(box))["ip"] is None
+    await yard.act(box, "resume")
+    assert (await yard.get(box))["ip"]
+    await yard.client.patch(f"/v1/sandboxes/{box['id']}", json={"name": "after"})
+    assert await yard.execute(box, "hostname") == "before"
+    await yard.act(box, "restart")
+    assert await yard.execute(box, "hostname") == "after"

@@ -1,4 +1,4 @@
-"""Commands for the operator of an installation; they need `pip install sandyard[server]`."""
+"""Commands for the operator of an installation; they need the package's extra `server`."""
 
 import asyncio
 import importlib
@@ -23,7 +23,7 @@ def server_module(module: str) -> Any:
     except ModuleNotFoundError as error:
         raise typer.BadParameter(
             f"this command needs the server ({error.name} is missing): "
-            "pip install 'sandyard[server]'"
+            "install the package with its extra `server`, as scripts/up does"
         ) from error
 
 

@@ -59,6 +59,7 @@ class Conduct:
     fits: bool = True
     answers: bool = True
     wakes: bool = True
+    mute_wakes: int = 0  # so many times
     dies_at_set_up: int = 0  # so many times
     recent_cpu_percent: float = 0.0
 
@@ -236,6 +237,9 @@ class FakeMachine:
                 self._conduct.dies_at_set_up -= 1
                 self.die()
                 await self._closed.wait()
+            if isinstance(operation, ops.Wake) and self._conduct.mute_wakes > 0:
+                self._conduct.mute_wakes -= 1
+                return
             answer = wire.Answer(encode(self._answer(operation)))
         except _RefusedError as error:
             writer.write(
@@ -273,6 +277,7 @@ class FakeMachine:
                     "token": operation.token,
                     "hostname": operation.hostname,
                     "env": json.dumps(dict(operation.env)),
+                    "replaces_access": "yes" if operation.replaces_access else "no",
                 }
             case ops.Wake():
                 self.remembers["woken"] = "part" if operation.keeps_connections else "fully"
