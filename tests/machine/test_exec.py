@@ -254,3 +254,40 @@ def test_no_two_machines_share_what_must_be_unique(server: RealServer, box: str)
         assert server.execute(box, command)["stdout"] != server.execute(other, command)["stdout"]
     skew = float(str(server.execute(box, "date +%s.%N")["stdout"])) - time.time()
     assert abs(skew) < 2
+
+
+def test_bytes_that_are_no_text_go_in_and_come_out_as_they_are(
+    server: RealServer, box: str
+) -> None:
+    data = bytes(range(256)) * 4096
+    end = server.execute(
+        box, "cat; cat /dev/null >&2", stdin=base64.b64encode(data).decode(),
+        stdinEncoding="base64", encoding="base64",
+    )  # fmt: skip
+    assert base64.b64decode(str(end["stdout"])) == data
+    told = server.execute(box, "cat", stdin=base64.b64encode(b"a\xffb\0").decode(),
+                          stdinEncoding="base64")  # fmt: skip
+    assert told["stdout"] == "a\ufffdb\0"
+
+
+@pytest.mark.parametrize("size", [100_000, 131_071, 131_072, 200_000, 2**20])
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_a_command_of_any_length_means_the_same(
+    server: RealServer, box: str, size: int, user: str
+) -> None:
+    """A client that writes files by commands sends them so."""
+    head, tail = (
+        "set -- a 'b c'; f=$(mktemp); printf %s '",
+        "' >$f; wc -c <$f; cat; echo $0 $#; exit 5",
+    )
+    line = head + "x" * (size - len(head) - len(tail)) + tail
+    end = server.execute(box, line, stdin="from stdin\n", user=user, timeout=60_000)
+    told = str(end["stdout"]).split("\n")
+    assert int(told[0]) == size - len(head) - len(tail)
+    assert told[1:3] == ["from stdin", "/bin/bash 2"]
+    assert end["exitCode"] == 5
+    # Nothing of how it got there is left open in what it starts.
+    assert (
+        server.execute(box, "true" + " " * size + "; ls /proc/self/fd", user=user)["stdout"]
+        == server.execute(box, "ls /proc/self/fd", user=user)["stdout"]
+    )

@@ -878,3 +878,21 @@ async def test_the_ledger_is_paged(yard: Yard) -> None:
         if cursor is None:
             break
     assert seen == [5, 4, 3, 2, 1, 10_000]
+
+
+async def test_the_end_of_a_key_can_be_moved_and_never_beyond_that_of_who_asks(yard: Yard) -> None:
+    made = await post(yard.client, "/v1/api-keys", name="k", expiresIn="30d")
+    path = f"/v1/api-keys/{made['id']}"
+    moved = (await yard.client.patch(path, json={"expiresIn": "1y"})).json()["data"]
+    assert moved["expiresAt"] > made["expiresAt"]
+    kept = (await yard.client.patch(path, json={"name": "other", "expiresIn": None})).json()["data"]
+    assert (kept["name"], kept["expiresAt"]) == ("other", moved["expiresAt"])
+    async with yard.client_of(made["key"]) as brief:
+        other = await post(yard.client, "/v1/api-keys", name="long")
+        bounded = (
+            await brief.patch(f"/v1/api-keys/{other['id']}", json={"expiresIn": "never"})
+        ).json()["data"]
+        assert bounded["expiresAt"] == moved["expiresAt"]
+    never = (await yard.client.patch(path, json={"expiresIn": "never"})).json()["data"]
+    assert never["expiresAt"] is None
+    assert (await yard.client.patch(path, json={"expiresIn": "soon"})).status_code == 400

@@ -804,6 +804,36 @@ async def test_waiting_machines_give_way_to_somebody_who_asks(tmp_path: Path) ->
 # --- golden machines ----------------------------------------------------------------------------
 
 
+async def test_golden_machines_of_odd_shapes_take_so_much_and_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def made() -> int:
+        return sum("a golden machine is ready" in one.message for one in caplog.records)
+
+    for bound, kept in ((2048, 2), (0, 0)):
+        home = tmp_path / str(bound)
+        async with open_yard(home, pool=1, odd_goldens_mib=bound) as yard:
+            await eventually(lambda yard=yard: pool_is(yard, 1))  # type: ignore[misc]
+            usual, before = await metric(yard, "sandyard_goldens "), made()
+            for memory in ("300MB", "310MB"):
+                await yard.create(resources={"memory": memory})
+            await until(lambda before=before: made() >= before + 2)  # type: ignore[misc]
+            assert await metric(yard, "sandyard_goldens ") == usual + kept
+            folders = [one for one in (home / "goldens").iterdir() if one.is_dir()]
+            assert len(folders) == usual + kept
+
+
+async def test_a_guest_that_is_rude_and_ends_is_watched_to_its_end(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, saves=True, heartbeat_s=0.05) as yard:
+        box = await yard.create()
+        yard.conduct.is_rude = True
+        await eventually(lambda: status_is(yard, box, "suspected_missing"))
+        yard.machine_of(box).die()
+        await eventually(lambda: status_is(yard, box, "error"))
+
+
 @pytest.mark.parametrize("harm", ["cut", "altered", "manifest", "empty"])
 async def test_a_damaged_golden_is_replaced_and_never_served(tmp_path: Path, harm: str) -> None:
     async with open_yard(tmp_path, pool=1) as yard:

@@ -52,11 +52,13 @@ class RealServer:
         self.client = httpx.Client()
         self.instance: dict[str, object] = {}
 
-    def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str | Path, check: bool = True, limit_s: float = 300
+    ) -> subprocess.CompletedProcess[str]:
         """Run the command line of this installation."""
         return subprocess.run(
             [str(SANDYARD), *map(str, command)], env=self.environment, text=True,
-            capture_output=True, check=check, timeout=300,
+            capture_output=True, check=check, timeout=limit_s,
         )  # fmt: skip
 
     def start(self) -> None:

@@ -59,6 +59,7 @@ class Conduct:
     fits: bool = True
     answers: bool = True
     wakes: bool = True
+    is_rude: bool = False  # it refuses to say hello
     mute_wakes: int = 0  # so many times
     dies_at_set_up: int = 0  # so many times
     recent_cpu_percent: float = 0.0
@@ -264,6 +265,8 @@ class FakeMachine:
             raise _RefusedError(wire.Refusal.BAD_REQUEST, str(error)) from error
         if isinstance(operation, ops.SetUp | ops.Wake) and not self._conduct.wakes:
             raise _RefusedError(wire.Refusal.BAD_REQUEST, "told not to wake")
+        if isinstance(operation, ops.Hello) and self._conduct.is_rude:
+            raise _RefusedError(wire.Refusal.BAD_REQUEST, "told to be rude \x1b[2J")
         if request.token != self.remembers["token"]:
             raise _RefusedError(wire.Refusal.UNAUTHORIZED, "the token is wrong")
         return operation

@@ -1,0 +1,160 @@
+"""What the command line prints, for people and for programs."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sandyard.cli import main as entry
+from sandyard.cli import output, sandbox
+from sandyard.client import ApiError, Sandbox
+
+IDS = [f"sandbox-{number:012d}" for number in range(3)]
+
+
+class Terminal(io.StringIO):
+    """Standard output that says that it is a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = io.BytesIO()
+
+    @property
+    def buffer(self) -> io.BytesIO:
+        return self.bytes
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Pipe(Terminal):
+    """Standard output that is none."""
+
+    def isatty(self) -> bool:
+        return False
+
+
+def one(number: int, *, name: str | None = None, reason: str | None = None) -> Sandbox:
+    raw = {
+        "id": IDS[number], "resources": {"vcpus": 2, "memory": "4GB", "disk": "10GB"},
+        "statusReason": {"code": "x", "message": reason} if reason else None,
+    }  # fmt: skip
+    return Sandbox(IDS[number], name, "running", "base-ubuntu", "2026-05-06T10:00:00.000Z", raw)
+
+
+class Client:
+    """Stands in for a server."""
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def list(self, **_: object) -> list[Sandbox]:
+        return [one(0, name="[/x]"), one(1, name="\x1b[2Jred\n"), one(2)]
+
+    def get(self, reference: str) -> Sandbox:
+        return one(0, name=reference, reason="it was \x1b[31mlost")
+
+    def delete(self, reference: str) -> None:
+        if reference == "gone":
+            raise ApiError("cannot find it \x07", status=404, code="not_found", request_id="req_1")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    monkeypatch.setattr(sandbox, "open_client", Client)
+    return CliRunner()
+
+
+def test_in_a_pipe_a_row_is_a_line_and_nothing_is_cut(run: CliRunner) -> None:
+    told = run.invoke(entry.app, ["sandbox", "list"], env={"COLUMNS": "20"}).stdout.splitlines()
+    assert [line.split("\t")[0] for line in told] == ["id", *IDS]
+    assert {line.count("\t") for line in told} == {5}
+    assert told[1].split("\t")[1] == "[/x]"
+    assert told[2].split("\t")[1] == "\\x1b[2Jred "
+
+
+def test_on_a_narrow_terminal_ids_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setenv("COLUMNS", "50")
+    output.show_table(("id", "name"), [(IDS[0], "a name that is a good deal longer" * 2)])
+    assert IDS[0] in shown.getvalue()
+    assert "…" not in shown.getvalue()
+
+
+def test_json_of_one_is_an_object_and_of_a_list_a_list(run: CliRunner) -> None:
+    got = json.loads(run.invoke(entry.app, ["sandbox", "get", "x", "--json"]).stdout)
+    assert got["id"] == IDS[0]
+    listed = json.loads(run.invoke(entry.app, ["sandbox", "list", "--json"]).stdout)
+    assert [each["id"] for each in listed] == IDS
+
+
+def test_get_says_why_and_a_guest_moves_no_cursor(run: CliRunner) -> None:
+    told = run.invoke(entry.app, ["sandbox", "get", "x"]).stdout
+    assert "it was \\x1b[31mlost" in told
+    assert "\x1b" not in told
+
+
+def test_of_several_references_each_is_tried(run: CliRunner) -> None:
+    done = run.invoke(entry.app, ["sandbox", "delete", "a", "gone", "b"])
+    assert done.exit_code == 1
+    assert done.stdout.split("\n")[:2] == ["deleted a", "deleted b"]
+    assert "cannot find it \\x07" in done.stderr
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_bytes_reach_a_pipe_as_they_are_and_a_terminal_when_asked(raw: bool) -> None:
+    data = b"\x00\xff\x1b]0;title\x07\r\n"
+    pipe, terminal = Pipe(), Terminal()
+    output.write_raw(pipe, data, raw=raw)
+    output.write_raw(terminal, data, raw=raw)
+    assert pipe.bytes.getvalue() == data
+    if raw:
+        assert terminal.bytes.getvalue() == data
+    else:
+        assert terminal.getvalue() == "\\x00\ufffd\\x1b]0;title\\x07\n"
+
+
+def run_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["sandyard", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), told.out, told.err
+
+
+def test_the_version_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, told, _ = run_main(monkeypatch, capsys, "--version")
+    assert code == 0
+    assert told.startswith("sandyard ")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "no server is configured"), ("url = [", "cannot read")]
+)
+def test_a_configuration_that_is_missing_or_broken_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    content: str | None,
+    words: str,
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for name in ("SANDYARD_URL", "SANDYARD_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    if content is not None:
+        (tmp_path / "sandyard").mkdir()
+        (tmp_path / "sandyard/config.toml").write_text(content)
+    code, _, told = run_main(monkeypatch, capsys, "sandbox", "list")
+    assert code == 1
+    assert words in told
+    assert "Traceback" not in told
