@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,3 +71,22 @@ async def test_what_is_up_to_date_is_not_built_again(tmp_path: Path) -> None:
     built = await builder_of(cached_settings(tmp_path)).build("base-minimal", progress=steps.append)
     assert built.digest == image.digest
     assert steps == ["base-minimal is up to date"]
+
+
+def test_a_hypervisor_writes_nowhere_but_where_it_has_to(server: RealServer, box: str) -> None:
+    pid = server.pid_of(box)
+    uid = Path(f"/proc/{pid}").stat().st_uid
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    assert {one.partition(b"=")[0] for one in environment if one} <= {b"PATH", b"LC_ALL"}
+
+    def may_write(folder: object, *view: str) -> bool:
+        name = f"{folder}/by-a-hypervisor"
+        line = f"echo x > {name} && rm {name}"
+        command = ["setpriv", "--reuid", str(uid), "--clear-groups", "sh", "-c", line]
+        return subprocess.run([*view, *command], capture_output=True, check=False).returncode == 0
+
+    inside = ("nsenter", f"--mount=/proc/{pid}/ns/mnt", "--")
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):
+        assert may_write(folder), "the test would pass without any namespace"
+        assert not may_write(folder, *inside)
+    assert may_write(server.folder_of(box) / "run", *inside)

@@ -77,7 +77,8 @@ async def door(
                 for one in list(server.server_state.connections):
                     one.transport.abort()
                 await until(lambda: not server.server_state.connections)
-                await until(lambda: not server.server_state.tasks)
+                # A command whose answer nobody waits for any more runs to its end, or to its limit.
+                await until(lambda: not server.server_state.tasks, limit_s=40)
 
 
 def resident_mib() -> float:
@@ -174,6 +175,97 @@ async def test_a_client_that_sends_a_byte_now_and_then_gains_nothing(tmp_path: P
         async with asyncio.timeout(_SOON_S):
             assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
         dripping.cancel()
+        writer.close()
+
+
+async def test_requests_one_upon_another_are_bounded(tmp_path: Path) -> None:
+    async with door(tmp_path) as opened:
+        before = resident_mib()
+        crowd = [await opened.knock() for _ in range(20)]
+        for _, writer in crowd:
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 9000)
+        assert await opened.is_well()
+        assert resident_mib() - before < 60
+        async with asyncio.timeout(_SOON_S):
+            for reader, writer in crowd:
+                with suppress(ConnectionError):
+                    answered = await reader.read()
+                    assert answered.count(b"HTTP/1.1 200 OK") < 50
+                writer.close()
+        # A few are served, each by itself.
+        reader, writer = await opened.knock()
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 5)
+        for _ in range(5):
+            assert b"200 OK" in await reader.readuntil(b"}")
+        writer.close()
+
+
+@pytest.mark.parametrize("more", [b"A: " + b"y" * 3_000_000, b"a: b\r\n" * 500_000])
+async def test_what_comes_after_a_body_is_bounded(tmp_path: Path, more: bytes) -> None:
+    async with door(tmp_path) as opened:
+        head = b"POST /healthz HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        reader, writer = await opened.knock()
+        with suppress(ConnectionError):
+            writer.write(head + b"1\r\nx\r\n0\r\n" + more)
+            await writer.drain()
+        assert await opened.is_well()
+        with suppress(ConnectionError):
+            async with asyncio.timeout(_SOON_S):
+                await reader.read()
+        writer.close()
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+async def test_a_burst_buys_no_time_for_a_body_that_stands_still(
+    tmp_path: Path, is_known: bool
+) -> None:
+    async with door(tmp_path, patience=BRIEF) as opened:
+        key = opened.yard.key if is_known else "x"
+        head = posting(key, 20 * 2**20).replace(b"/v1/sandboxes", b"/v1/sandboxes/x/exec", 1)
+        reader, writer = await opened.knock()
+        with suppress(ConnectionError):
+            writer.write(head + b" " * 2**20)
+            await writer.drain()
+        async with asyncio.timeout(_SOON_S):
+            with suppress(ConnectionError):
+                while await reader.read(65536):
+                    pass
+        writer.close()
+
+
+async def test_an_answer_is_never_another_requests(tmp_path: Path) -> None:
+    async with door(tmp_path) as opened:
+        box = await opened.yard.create()
+        body = json.dumps({"command": "spill 3000000", "encoding": "base64"}).encode()
+        path = f"/v1/sandboxes/{box['id']}/exec".encode()
+        first = posting(opened.yard.key, len(body)).replace(b"/v1/sandboxes", path, 1) + body
+        for second in (b"GET http://[ HTTP/1.1\r\n\r\n", b"nonsense\r\n\r\n"):
+            reader, writer = await opened.knock()
+            writer.write(first + second)
+            async with asyncio.timeout(_SOON_S):
+                with suppress(ConnectionError):
+                    assert not (await reader.read()).startswith(b"HTTP/1.1 4")
+            writer.close()
+
+
+async def test_large_bodies_are_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandyard.server.api.edge.BODIES_MAX", 2**20)
+    async with door(tmp_path) as opened:
+        head = posting(opened.yard.key, 2**20).replace(b"/v1/sandboxes", b"/v1/sandboxes/x/exec", 1)
+        _, writer = await opened.knock()
+        writer.write(head + b" " * 700_000)
+        await writer.drain()
+        other = posting(opened.yard.key, 400_000).replace(
+            b"/v1/sandboxes", b"/v1/sandboxes/x/exec", 1
+        )
+        async with asyncio.timeout(_SOON_S):
+            while True:
+                status, error = await opened.ask(other, b" " * 400_000)
+                if status == 503:
+                    break
+        assert "large body" in str(error["message"])
         writer.close()
 
 

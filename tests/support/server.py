@@ -17,6 +17,7 @@ import httpx
 
 from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.node.host.identity import SLOTS
+from sandyard.server.node.host.mounts import mounts_of
 from tests.support.images import cache_environment
 
 QEMU = {"SANDYARD_FIRECRACKER__BINARY": "/not/to/be/used"}
@@ -231,6 +232,7 @@ class RealServer:
             "folders": self.folders(),
             "rules": f"sandyard_{self.instance['id']}" in tables,
             "mounts": self.mounts(),
+            "view": mounts_of(self.home).parent.exists(),
             "unfinished": self.unfinished(),
         }
         return {name: value for name, value in found.items() if value}

@@ -156,7 +156,9 @@ def test_layers_of_containers_can_be_mounted_as_root_and_without(
 @pytest.mark.parametrize("word", ["reboot", "shutdown -r now"])
 def test_a_reboot_from_inside_is_a_restart(server: RealServer, box: str, word: str) -> None:
     said(server, box, "echo kept > file; echo lost > /dev/shm/memory; sync")
-    server.execute(box, f"sudo {word}", user="user")
+    server.client.post(
+        f"/v1/sandboxes/{box}/exec", json={"command": f"sudo {word}", "user": "user"}
+    )
     wait_until(
         lambda: (server.get(box)["statusReason"] or {}).get("code") == "restarted_from_disk",  # type: ignore[attr-defined]
         limit_s=120, what="it restarts",
@@ -170,7 +172,7 @@ def test_a_poweroff_from_inside_is_told_and_can_be_resumed(
     server: RealServer, box: str, word: str
 ) -> None:
     said(server, box, "echo kept > file")
-    server.execute(box, word)
+    server.client.post(f"/v1/sandboxes/{box}/exec", json={"command": word})
     wait_until(lambda: server.status(box) == "error", limit_s=60, what="it ends")
     reason = server.get(box)["statusReason"]
     assert isinstance(reason, dict)

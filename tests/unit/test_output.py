@@ -95,9 +95,9 @@ def test_json_of_one_is_an_object_and_of_a_list_a_list(run: CliRunner) -> None:
 
 
 def test_get_says_why_and_a_guest_moves_no_cursor(run: CliRunner) -> None:
-    told = run.invoke(entry.app, ["sandbox", "get", "x"]).stdout
-    assert "it was \\x1b[31mlost" in told
-    assert "\x1b" not in told
+    told = run.invoke(entry.app, ["sandbox", "get", "x"])
+    assert "it was \\x1b[31mlost" in told.stderr
+    assert "\x1b" not in told.stderr + told.stdout
 
 
 def test_of_several_references_each_is_tried(run: CliRunner) -> None:

@@ -42,7 +42,7 @@ def _show_one(sandbox: Sandbox, *, as_json: bool) -> None:
         return
     _show([sandbox])
     if said := _why(sandbox):
-        typer.echo(f"it is {sandbox.status}: {said}", err=sandbox.status in _BROKEN)
+        typer.echo(f"it is {sandbox.status}: {said}", err=True)
 
 
 def _row(one: Sandbox) -> tuple[str, ...]:
@@ -151,7 +151,10 @@ def execute(
     if result.timed_out:
         typer.echo(f"the command was ended after {timeout:g} s", err=True)
     if result.truncated:
-        typer.echo("the output was cut: 16 MiB of a stream are kept", err=True)
+        typer.echo(
+            "the output was cut: 16 MiB of a stream are kept, or less where the server has no room",
+            err=True,
+        )
     raise typer.Exit(result.exit_code or (_CUT if result.truncated else 0))
 
 

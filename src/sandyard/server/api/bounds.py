@@ -27,8 +27,14 @@ class JsonBounds:
         """Look at the next piece.
 
         Raises:
-            InvalidArgumentError: it is nested over DEPTH_MAX deep, or has over VALUES_MAX values.
+            InvalidArgumentError: it is not UTF-8, is nested over DEPTH_MAX deep, or has over
+                VALUES_MAX values.
         """
+        if b"\0" in piece:
+            # Also so that what is counted here is what is parsed: JSON in UTF-16 has such bytes.
+            raise InvalidArgumentError(
+                "cannot read the body: it is not JSON in UTF-8", field="body"
+            )
         data, self._left = self._left + piece, b""
         at = 0
         while at < len(data):

@@ -23,6 +23,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     TokenExpiredError,
     UnauthenticatedError,
+    UnavailableError,
 )
 from sandyard.server.core.ids import new_request_id
 from sandyard.server.service.people.access import Access
@@ -31,6 +32,8 @@ from sandyard.server.service.people.rates import Allowance, Rates
 log = logging.getLogger(__name__)
 
 BODY_MAX = 64 * 1024
+BODIES_MAX = 256 * 1024 * 1024
+"""What all large bodies together may take while their requests are served."""
 _GUARDED = "/v1"
 RouteT = TypeVar("RouteT", bound=Callable[..., object])
 
@@ -70,6 +73,7 @@ class Edge:
         self._rates = rates
         self._observe = observe
         self._bind = bind
+        self._bodies = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -100,7 +104,7 @@ class Edge:
             await self._identify(scope)
             if scope["method"] == "HEAD":  # what GET would answer, without its body
                 scope, answer = {**scope, "method": "GET"}, _bodiless(send_on)
-            await self._app(scope, _bounded(scope, receive), answer)
+            await self._app(scope, self._bounded(scope, receive), answer)
         except SandyardError as error:
             await answer_error(Request(scope), error)(scope, receive, answer)
         except Exception as error:  # a bug: the caller gets an id, the log the rest
@@ -110,6 +114,7 @@ class Edge:
             broken = answer_error(Request(scope), InternalError(str(error)))
             await broken(scope, receive, answer)
         finally:
+            self._bodies -= state.get("body", 0)
             route = getattr(scope.get("route"), "path", "unknown")
             self._observe(
                 method=method,
@@ -148,6 +153,45 @@ class Edge:
             raise
         state["actor"] = actor
 
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """Return `receive`, which refuses what a route does not take.
+
+        The route is known by the time its body is asked for.
+        """
+        size, bounds, state = 0, None, scope["state"]
+
+        async def receive_bounded() -> Message:
+            nonlocal size, bounds
+            if size == 0 and scope["path"].startswith(_GUARDED):
+                _check_kind(scope)
+                bounds = JsonBounds()
+            message = await receive()
+            if message["type"] == "http.request":
+                body = message.get("body", b"")
+                size += len(body)
+                limit = getattr(scope.get("endpoint"), "body_max", BODY_MAX)
+                if size > limit:
+                    raise PayloadTooLargeError(
+                        f"cannot take a body of over {_shown(limit)} here", limit=limit
+                    )
+                if size > BODY_MAX:
+                    self._hold(state, size)
+                if bounds is not None:
+                    bounds.feed(body)
+            return message
+
+        return receive_bounded
+
+    def _hold(self, state: dict[str, int], size: int) -> None:
+        """Count a large body, until its request has been served."""
+        more = size - state.get("body", 0)
+        if self._bodies + more > BODIES_MAX:
+            raise UnavailableError(
+                "cannot take another large body now: too many are on their way; try again"
+            )
+        self._bodies += more
+        state["body"] = size
+
 
 def _token(request: Request) -> str | None:
     """Return a request's credential; Bearer wins over X-API-Key."""
@@ -174,34 +218,6 @@ def _bodiless(send: Send) -> Send:
         await send(message)
 
     return send_bodiless
-
-
-def _bounded(scope: Scope, receive: Receive) -> Receive:
-    """Return `receive`, which refuses what a route does not take.
-
-    The route is known by the time its body is asked for.
-    """
-    size, bounds = 0, None
-
-    async def receive_bounded() -> Message:
-        nonlocal size, bounds
-        if size == 0 and scope["path"].startswith(_GUARDED):
-            _check_kind(scope)
-            bounds = JsonBounds()
-        message = await receive()
-        if message["type"] == "http.request":
-            body = message.get("body", b"")
-            size += len(body)
-            limit = getattr(scope.get("endpoint"), "body_max", BODY_MAX)
-            if size > limit:
-                raise PayloadTooLargeError(
-                    f"cannot take a body of over {_shown(limit)} here", limit=limit
-                )
-            if bounds is not None:
-                bounds.feed(body)
-        return message
-
-    return receive_bounded
 
 
 def _check_kind(scope: Scope) -> None:

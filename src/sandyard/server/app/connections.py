@@ -21,7 +21,11 @@ from uvicorn.protocols.http.httptools_impl import (
 LINE_MAX = 16 * 1024
 HEAD_MAX = 64 * 1024
 HEADERS_MAX = 200
-_SLOWEST = 1024  # bytes a second
+_SLOWEST = 1024  # bytes a second, in a body that comes
+_SLOWEST_READER = 16 * 1024
+_BODY_S, _SLOWEST_BODY = 60.0, 4096  # the whole of a body, on average
+_PIPELINE_MAX = 8
+_LINGERING_MAX = 64
 _SLICE = 16 * 1024
 _LINGER_S = 1.0
 _LEFTOVER_MAX = 32 * 1024 * 1024
@@ -45,6 +49,7 @@ class Gate:
         self.most = most
         self.most_by_address = most_by_address
         self.patience = patience or Patience()
+        self.lingering = 0
         self._open: dict[GuardedProtocol, str] = {}
         self._by_address: Counter[str] = Counter()
 
@@ -89,8 +94,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._headers = 0
         self._headers_bytes = 0
-        self._body_bytes = 0
-        self._waited_s = 0.0
+        self._body_bytes = self._body_bytes_before = 0
+        self._between_bytes = 0
+        self._waited_s = self._body_s = self._idle_s = 0.0
         self._stalled_s = 0.0
         self._unsent = 0
         self._has_resumed = False
@@ -100,8 +106,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way on it."""
-        return self._stage == "idle" and not self._is_answering
+        """Whether no request is under way on it, and all that was answered is sent."""
+        is_sent = not self.transport.get_write_buffer_size()
+        return self._stage == "idle" and not self._is_answering and is_sent
 
     @property
     def _is_answering(self) -> bool:
@@ -138,7 +145,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self._begin_head()
         if self._stage == "head":
             self._head_bytes += len(piece)
+        body_before = self._body_bytes
         super().data_received(piece)
+        # What stands between the pieces of a body, and after the last: sizes, trailers.
+        is_body = self._stage != "body" or self._body_bytes != body_before
+        self._between_bytes = 0 if is_body else self._between_bytes + len(piece)
+        if self._between_bytes > HEAD_MAX + _SLICE:
+            self._too_much = _LARGE_HEAD
         if self._too_much is None and self._stage == "head":
             if len(getattr(self, "url", b"")) > LINE_MAX:
                 self._too_much = _LONG_LINE
@@ -157,6 +170,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """See httptools."""
         if self._stage != "head":
             self._begin_head()
+        if len(self.pipeline) >= _PIPELINE_MAX:
+            self._too_much = _LARGE_HEAD
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -172,9 +187,12 @@ class GuardedProtocol(HttpToolsProtocol):
         """See httptools."""
         if len(self.url) > LINE_MAX:
             self._too_much = _LONG_LINE
-        self._stage, self._body_bytes, self._waited_s = "body", 0, 0.0
         if self._too_much is None:
             super().on_headers_complete()
+        # Not before: what cannot be read of a head is no part of the request before it.
+        self._stage = "body"
+        self._body_bytes = self._body_bytes_before = self._between_bytes = 0
+        self._waited_s = self._body_s = 0.0
 
     def on_body(self, body: bytes) -> None:
         """See httptools."""
@@ -202,17 +220,37 @@ class GuardedProtocol(HttpToolsProtocol):
         patience = self.gate.patience
         self._look = self.loop.call_later(patience.look_s, self._look_again)
         unsent = self.transport.get_write_buffer_size()
-        is_moving = self._has_resumed or self._unsent - unsent >= _SLOWEST * patience.look_s
+        read = self._unsent - unsent
+        is_moving = self._has_resumed or read >= _SLOWEST_READER * patience.look_s
         self._stalled_s = 0.0 if not unsent or is_moving else self._stalled_s + patience.look_s
         self._unsent, self._has_resumed = unsent, False
         if self._stalled_s > patience.still_s:
             self.transport.abort()
+        elif self.flow.read_paused:
+            # It is the server that does not read on; nobody is to be blamed for that.
+            self._since = self.loop.time()
         elif self._stage == "head" and self.loop.time() - self._since > patience.head_s:
             self._refuse(408, "bad_request", "cannot wait longer for the rest of the request")
-        elif self._stage == "body" and not self.flow.read_paused:
-            self._waited_s += patience.look_s
-            if self._waited_s > patience.still_s + self._body_bytes / _SLOWEST:
-                self._refuse(408, "bad_request", "cannot wait longer for the rest of the body")
+        elif self._stage == "body":
+            self._look_at_body(patience)
+        self._look_at_idleness(patience)
+
+    def _look_at_body(self, patience: Patience) -> None:
+        came = self._body_bytes - self._body_bytes_before
+        self._body_bytes_before = self._body_bytes
+        # One whose answer is given already is not to be had for its rest.
+        is_moving = came >= _SLOWEST * patience.look_s and self._is_answering
+        self._waited_s = 0.0 if is_moving else self._waited_s + patience.look_s
+        self._body_s += patience.look_s
+        whole_s = _BODY_S + self._body_bytes / _SLOWEST_BODY
+        if self._waited_s > patience.still_s or self._body_s > whole_s:
+            self._refuse(408, "bad_request", "cannot wait longer for the rest of the body")
+
+    def _look_at_idleness(self, patience: Patience) -> None:
+        # uvicorn's own timer for that is gone where bytes came after an answer.
+        self._idle_s = self._idle_s + patience.look_s if self.is_idle else 0.0
+        if self._idle_s > self.timeout_keep_alive + patience.still_s:
+            self.transport.close()
 
     # --- refusals -------------------------------------------------------------------------------
 
@@ -227,7 +265,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._is_refused = True
         if self._is_answering:
-            if self.cycle.response_started or self._stage != "body":
+            if self.cycle.response_started or self.pipeline or self._stage != "body":
                 # An answer is under way, or due first: another one in it would be taken for its.
                 self.transport.close()
                 return
@@ -242,11 +280,19 @@ class GuardedProtocol(HttpToolsProtocol):
             b"retry-after: 2\r\n" if status == 503 else b"",
             b"content-length: %d\r\n\r\n" % len(body),
         ]
+        if self.gate.lingering >= _LINGERING_MAX:
+            self.transport.abort()
+            return
+        self.gate.lingering += 1
         self.transport.write(b"".join(head) + body)
         # A close with something unread is a reset, which would take the answer along.
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self.loop.call_later(_LINGER_S, self.transport.abort)
+        self.loop.call_later(_LINGER_S, self._linger_no_more)
+
+    def _linger_no_more(self) -> None:
+        self.gate.lingering -= 1
+        self.transport.abort()
 
 
 _LONG_LINE = (414, "uri_too_long", f"cannot take an address of over {LINE_MAX // 1024} KiB")

@@ -4,6 +4,7 @@ import fcntl
 import os
 import platform
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TextIO
 
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.ids import new_uuid
+
+_TELLING_S, _LOOK_S = 2.0, 0.02
 
 
 def secret_key(home: Path) -> bytes:
@@ -76,18 +79,24 @@ def running_server(home: Path) -> int | None:
     """
     if not (home / "server.lock").exists():
         return None
-    with _private_lock(home) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            pid = _told_pid(home)
-            if pid is None or not _has_open(pid, home / "server.lock"):
-                raise UnavailableError(
-                    f"cannot tell which process holds {home / 'server.lock'}: server.pid names "
-                    "none that does; find it with `fuser`, and end it"
-                ) from error
-            return pid
-    return None
+    until = time.monotonic() + _TELLING_S
+    while True:
+        with _private_lock(home) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                pid = _told_pid(home)
+                if pid is not None and _has_open(pid, home / "server.lock"):
+                    return pid
+                # It may be about to say so, or have just taken that back.
+                if time.monotonic() > until:
+                    raise UnavailableError(
+                        f"cannot tell which process holds {home / 'server.lock'}: server.pid "
+                        "names none that does; find it with `fuser`, and end it"
+                    ) from error
+            else:
+                return None
+        time.sleep(_LOOK_S)
 
 
 def _private_lock(home: Path) -> TextIO:

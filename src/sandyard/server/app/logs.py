@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from contextvars import ContextVar
@@ -60,8 +61,9 @@ class Folded(logging.Filter):
     must not fill the disk too.
     """
 
-    def __init__(self, *, most: int = 20, window_s: float = 10.0) -> None:
+    def __init__(self, *, most: int = 100, window_s: float = 10.0) -> None:
         super().__init__()
+        self._lock = threading.Lock()  # a handler's filters are asked outside its own
         self._most = most
         self._window_s = window_s
         self._ends = 0.0
@@ -69,6 +71,10 @@ class Folded(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether a line is to be written; see logging.Filter."""
+        with self._lock:
+            return self._passes(record)
+
+    def _passes(self, record: logging.LogRecord) -> bool:
         now = time.monotonic()
         folded = 0
         if now >= self._ends:

@@ -1,5 +1,6 @@
 """Opens a node: the machines of one host."""
 
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -7,10 +8,12 @@ from sandyard.server.app.installation import kind_of_host, secret_key
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.errors import InternalError
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.fake import FakeDisks, FakeNetwork, make_fake_image
 from sandyard.server.node.host.admission import Margins
 from sandyard.server.node.host.disks import Disks, Ext4Disks
+from sandyard.server.node.host.mounts import make_mounts
 from sandyard.server.node.host.network import Network, Slots
 from sandyard.server.node.machines.means import Means, NodeLimits
 from sandyard.server.node.machines.records import Records
@@ -18,6 +21,8 @@ from sandyard.server.node.machines.saved import Seals
 from sandyard.server.node.node import Node
 from sandyard.server.node.stock.pool import MachineObserver, PoolLimits
 from sandyard.server.tasks import Crew
+
+log = logging.getLogger(__name__)
 
 NODE_ID = "local"
 """The node of an installation on one machine."""
@@ -78,6 +83,10 @@ async def open_node(
     else:
         allow = [str(one) for one in settings.node.allow]
         network, disks = Slots(await identity_of(settings), allow=allow), Ext4Disks()
+        try:
+            await make_mounts(settings.home)
+        except InternalError as error:
+            log.warning("hypervisors see the host's folders as they are: %s", error.message)
     choice = choice_of(settings, drivers or drivers_of(settings))
     key = secret_key(settings.home)
     node = Node(

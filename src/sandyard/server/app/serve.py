@@ -23,6 +23,7 @@ from sandyard.server.core.states import Event, Status
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store
 from sandyard.server.node.host.identity import give_back_identity
+from sandyard.server.node.host.mounts import remove_mounts
 from sandyard.server.node.host.network import remove_host_rules
 from sandyard.server.node.machines.records import Records
 from sandyard.server.service.money.metering import BEAT
@@ -177,6 +178,7 @@ async def remove_everything(settings: Settings) -> int:
         if settings.node.driver != "fake":
             identity = await identity_of(settings)
             await remove_host_rules(identity)
+            await remove_mounts(settings.home)
             give_back_identity(settings.home)
     return removed
 

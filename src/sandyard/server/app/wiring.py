@@ -15,6 +15,7 @@ from sandyard.server.drivers.firecracker.api import limiter
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.choice import Drivers
 from sandyard.server.node.host.identity import Identity, take_identity
+from sandyard.server.node.host.mounts import mounts_of
 from sandyard.server.node.host.network import host_routes
 from sandyard.server.node.images.build import Builder
 from sandyard.server.node.images.definitions import load_definitions
@@ -69,7 +70,10 @@ def _every_driver(settings: Settings) -> list[Driver]:
         ),
         *(
             QemuDriver(
-                accel=accel, binary=settings.node.qemu_binary, tb_size_mib=settings.node.tb_size_mib
+                accel=accel,
+                binary=settings.node.qemu_binary,
+                tb_size_mib=settings.node.tb_size_mib,
+                mounts=mounts_of(settings.home),
             )
             for accel in ("kvm", "tcg")
         ),

@@ -6,6 +6,7 @@ the root of PID 1; `enter` moves a forked child over there.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -281,15 +282,32 @@ def _read_small(root_fd: int, name: str) -> str:
 
 
 def _replace(path: Path, text: str, mode: int) -> None:
-    """Write a file whole or not at all, over whatever has its name."""
+    """Write a file whole or not at all, over whatever has its name; on a full disk in its place."""
     part = path.with_name(f".{path.name}.sandyard")
     with contextlib.suppress(FileNotFoundError):
         part.unlink()
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        os.fchmod(descriptor, mode)
-    part.replace(path)
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            os.fchmod(descriptor, mode)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if error.errno != errno.ENOSPC:
+            raise
+        _write_over(path, text)
+
+
+def _write_over(path: Path, text: str) -> None:
+    """Write over a file's own blocks, where there are none for another."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, "the disk is full")
+        file.write(text.encode())
+        file.truncate()
 
 
 def _overwrite(path: str, text: str, mode: int) -> None:

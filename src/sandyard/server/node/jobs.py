@@ -269,8 +269,9 @@ class Jobs:
         with suppress(SandyardError):
             await resident.end()
         resident.count_as(before.incarnation)
-        end = End(before.reason_code, before.reason_message)
-        resident.mark(Phase.DEAD, end if end.code else _NOT_RESTARTED)
+        was_dead = before.phase is Phase.DEAD
+        end = End(before.reason_code, before.reason_message) if was_dead else _NOT_RESTARTED
+        resident.mark(Phase.DEAD, end)
 
     async def roll_back(self, holding: Holding, wish: MachineWish, source: SavedMachine) -> None:
         """Put a snapshot in the place of a sandbox's machine, which is kept until that is up."""
@@ -337,7 +338,10 @@ async def _woken(resident: Resident) -> None:
     try:
         await resident.guest.wake()
     except UnavailableError as error:
-        raise UnavailableError(error.message, why=AGENT_SILENT) from error
+        # What is wrong with this host alone says nothing of the guest.
+        if isinstance(error.__cause__, TimeoutError | EOFError | ConnectionError):
+            raise UnavailableError(error.message, why=AGENT_SILENT) from error
+        raise
 
 
 async def _boot_twice(resident: Resident) -> None:

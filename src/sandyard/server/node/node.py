@@ -88,7 +88,7 @@ class Node:
         self._pressure = Pressure(
             home,
             little_mib=min(margins.disk_floor_mib, _LITTLE_DISK_MIB),
-            residents=self._residents,
+            running=self._running,
             clock=means.clock,
             on_change=means.on_change,
         )
@@ -490,9 +490,12 @@ class Node:
             ),
         ]
 
-    def _residents(self) -> list[Resident]:
-        held = [one for holding in self._holdings.values() for one in holding.residents]
-        return [*held, *self._pool.residents]
+    def _running(self) -> list[Resident]:
+        return [
+            one.resident
+            for one in self._holdings.values()
+            if one.phase is Phase.RUNNING and not one.is_busy and one.resident.is_up
+        ]
 
     def _has_room(self, shape: Shape) -> bool:
         try:

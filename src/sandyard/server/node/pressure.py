@@ -9,7 +9,7 @@ be written down.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sandyard.server.core.contracts.clock import Clock
@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 BALLAST_MIB = 64
 _LOOK_S = 1.0
-_ENOUGH = 2  # times what is little
+_ENOUGH, _SOON = 2, 4  # times what is little
+_WRITES_MIB = 4  # in a second, and it is one that writes
 HELD = End(
     "host_disk_full",
     "the host's disk is nearly full, and this wrote most: it stands still until there is room; "
@@ -32,14 +33,15 @@ HELD = End(
 
 
 class Pressure:
-    """See the module. `little_mib` free are little."""
+    """See the module. `little_mib` free are little; `running` are machines at which no job is at
+    work, so that each is in one hand only."""
 
     def __init__(
         self,
         home: Path,
         *,
         little_mib: int,
-        residents: Callable[[], Sequence[Resident]],
+        running: Callable[[], Sequence[Resident]],
         clock: Clock,
         on_change: Callable[[], None],
         free: Callable[[Path], int] = free_mib,
@@ -47,7 +49,7 @@ class Pressure:
         self._home = home
         self._ballast = home / "ballast"
         self._little_mib = little_mib
-        self._residents = residents
+        self._running = running
         self._clock = clock
         self._on_change = on_change
         self._free = free
@@ -73,30 +75,36 @@ class Pressure:
     async def look(self) -> None:
         """Hold a machine still, or let those that are go on, and see to the ballast."""
         free = self._free(self._home)
-        living = [one for one in self._residents() if one.is_up]
-        if free < self._little_mib:
-            await self._hold_one(living)
+        running = list(self._running())
+        if free >= self._little_mib * _ENOUGH:
+            for one in running:
+                if one.guest.pulse.held_for == HELD:
+                    await one.let_go_on()
+                    self._on_change()
+        if free < self._little_mib * _SOON:
+            # Looked at ahead, so that who writes is known by the time that it matters.
+            used = await in_thread(lambda: {one: one.body.used_mib for one in running})
+            before, self._used_mib = self._used_mib, used
+            if free < self._little_mib:
+                await self._hold_one({one: used[one] - before.get(one, used[one]) for one in used})
         else:
             self._used_mib.clear()
-            if free >= self._little_mib * _ENOUGH:
-                for one in living:
-                    if one.guest.pulse.held_for == HELD:
-                        await one.let_go_on()
-                        self._on_change()
         await in_thread(self._see_to_ballast, free)
 
-    async def _hold_one(self, living: list[Resident]) -> None:
-        used = await in_thread(lambda: {one: one.body.used_mib for one in living})
-        before, self._used_mib = self._used_mib, used
-        for one in living:
+    async def _hold_one(self, grown: Mapping[Resident, int]) -> None:
+        """Hold the one still that has grown most since the last look; nobody where none has."""
+        for one in grown:
             # Those that found the disk full already would try again, and find the ballast's room.
             if one.guest.pulse.stall is not None and one.guest.pulse.held_for is None:
                 await one.hold_still(HELD)
-        free_to_write = [one for one in living if not one.guest.pulse.stands_still]
-        if not free_to_write:
+        writers = {
+            one: much
+            for one, much in grown.items()
+            if much >= _WRITES_MIB and not one.guest.pulse.stands_still
+        }
+        if not writers:
             return
-        # What grew most since the last look; at the first one, what is largest.
-        writer = max(free_to_write, key=lambda one: (used[one] - before.get(one, 0), used[one]))
+        writer = max(writers, key=lambda one: writers[one])
         log.warning(
             "the host's disk is nearly full: a machine is held still",
             extra={"sandbox_id": writer.record.sandbox_id},
@@ -118,3 +126,4 @@ class Pressure:
                 finally:
                     os.close(descriptor)
                 part.replace(self._ballast)
+            part.unlink(missing_ok=True)

@@ -17,15 +17,18 @@ _PLANNED = {
     "previews": [("GET", f"{_SANDBOX}/url")],
     "SSH": [("GET", f"{_SANDBOX}/ssh")],
     "desktops": [("GET", f"{_SANDBOX}/vnc")],
-    "terminals": [("POST", "/v1/terminal/sandbox-sessions")],
+    "terminals": [
+        ("POST", "/v1/terminal/sandbox-sessions"),
+        ("GET", "/v1/terminal/sessions/{path:path}"),
+    ],
     "events": [("GET", f"{_SANDBOX}/events")],
     "files": [
         ("GET PUT DELETE", f"{_SANDBOX}/files"),
-        ("GET POST PUT", f"{_SANDBOX}/files/{{path:path}}"),
+        ("GET POST PUT DELETE", f"{_SANDBOX}/files/{{path:path}}"),
     ],
     "processes": [
         ("GET POST", f"{_SANDBOX}/processes"),
-        ("GET POST", f"{_SANDBOX}/processes/{{path:path}}"),
+        ("GET POST PUT DELETE", f"{_SANDBOX}/processes/{{path:path}}"),
     ],
     "workspaces": [
         ("GET POST", "/v1/workspaces"),

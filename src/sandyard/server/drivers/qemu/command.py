@@ -106,12 +106,18 @@ def unprivileged(uid: int, *, accel: str) -> list[str]:
     ]  # fmt: skip
 
 
-def confined(binary: str, arguments: list[str], spec: MachineSpec, *, accel: str) -> list[str]:
-    """Return the command that starts QEMU in its namespace and account, with no privilege."""
+def confined(
+    binary: str, arguments: list[str], spec: MachineSpec, *, accel: str, mounts: Path | None
+) -> list[str]:
+    """Return the command that starts QEMU in its namespaces and account, with no privilege.
+
+    `mounts` names a mount namespace, where there is one for it.
+    """
+    view = [] if mounts is None or not os.path.ismount(mounts) else [f"--mount={mounts}"]
     return [
         # A parent that ends at once makes QEMU nobody's child: it outlives the server.
         "setsid", "--fork",
-        "nsenter", f"--net={path_of(spec.place.netns)}", "--",
+        "nsenter", f"--net={path_of(spec.place.netns)}", *view, "--",
         *unprivileged(spec.place.uid, accel=accel),
         binary, *arguments,
     ]  # fmt: skip

@@ -215,8 +215,14 @@ class QemuDriver:
     capabilities = Capabilities(saves=True)
 
     def __init__(
-        self, *, accel: str, binary: str = "qemu-system-x86_64", tb_size_mib: int = 64
+        self,
+        *,
+        accel: str,
+        binary: str = "qemu-system-x86_64",
+        tb_size_mib: int = 64,
+        mounts: Path | None = None,
     ) -> None:
+        self._mounts = mounts
         self.name = f"qemu-{accel}"
         self._accel = accel
         self._binary = binary
@@ -330,7 +336,11 @@ class QemuDriver:
             # Broken off half way, it would not yet run under the account that it is known by.
             await to_the_end(
                 _launch(
-                    command.confined(self._binary, arguments, spec, accel=self._accel), tap_fd, spec
+                    command.confined(
+                        self._binary, arguments, spec, accel=self._accel, mounts=self._mounts
+                    ),
+                    tap_fd,
+                    spec,
                 )
             )
         except BaseException:

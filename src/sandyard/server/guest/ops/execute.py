@@ -28,7 +28,10 @@ async def execute(
     command, script = wish.command, None
     if len(command.encode()) > _ARGUMENT_MAX:
         # Read whole and closed before it is run, it means what it would as an argument.
-        command, script = f'eval "exec {_FD}<&-; $(cat <&{_FD})"', command.encode()
+        command, script = (
+            f'eval "exec {_FD}<&-; $(/bin/cat <&{_FD} || echo exit 127)"',
+            command.encode(),
+        )
     spec = processes.Spec(
         programs=[(shell, "-c", command) for shell in SHELLS],
         env=env,

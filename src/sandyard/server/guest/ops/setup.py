@@ -24,6 +24,9 @@ async def set_up(context: Context, wish: ops.SetUp, connection: socket.socket) -
     """See core.ops.SetUp."""
     if (waking := wish.waking) is not None:
         wake(context, waking, connection)
+    if wish.disk_bytes is not None:
+        # First: it may be full, and then there is room for what follows.
+        system.grow_disk(wish.disk_bytes, context.root_fd)
     socket.sethostname(wish.hostname)
     if wish.machine_id is not None:
         system.write_boot_id()
@@ -42,7 +45,5 @@ async def set_up(context: Context, wish: ops.SetUp, connection: socket.socket) -
     finally:
         system.enter(own_root)
         os.close(own_root)
-    if wish.disk_bytes is not None:
-        system.grow_disk(wish.disk_bytes, context.root_fd)
     context.remember(token=wish.token, env=system.checked_environment(wish.env))
     await context.login_environment(system.find_account(context.root_fd, "root"))

@@ -23,6 +23,33 @@ _PRIVATE = (
 )  # fmt: skip
 
 
+def guard_rules(*, tap: str, mac: str) -> str:
+    """Return the rules at a slot's tap, in place of those that stood there.
+
+    They stand in tables of their own: a machine that outlived an upgrade gets them as well.
+    """
+    return f"""
+table netdev sandyard {{}}
+delete table netdev sandyard
+table netdev sandyard {{
+  chain from_guest {{
+    type filter hook ingress device "{tap}" priority filter; policy drop;
+    ether saddr != {mac} drop
+    ether type arp arp htype 1 arp ptype ip arp saddr ether {mac} arp saddr ip {GUEST_IP} accept
+    ether type ip ip saddr {GUEST_IP} ip protocol {{ icmp, tcp, udp }} accept
+  }}
+}}
+table inet sandyard_count {{}}
+delete table inet sandyard_count
+table inet sandyard_count {{
+  chain count {{
+    type filter hook prerouting priority filter; policy accept;
+    iifname "{tap}" ct state new ct count over {CONNECTIONS_MAX} drop
+  }}
+}}
+"""
+
+
 def slot_rules(
     *,
     uplink: str,
@@ -37,20 +64,8 @@ def slot_rules(
     `outer` is the slot's address on the host's side: what the host sends there goes to the guest,
     but for the agent's port, to which no address leads.
     """
-    return f"""
-table netdev sandyard {{
-  chain from_guest {{
-    type filter hook ingress device "{tap}" priority filter; policy drop;
-    ether saddr != {mac} drop
-    ether type arp arp htype 1 arp ptype ip arp saddr ether {mac} arp saddr ip {GUEST_IP} accept
-    ether type ip ip saddr {GUEST_IP} ip protocol {{ icmp, tcp, udp }} accept
-  }}
-}}
+    return f"""{guard_rules(tap=tap, mac=mac)}
 table inet sandyard {{
-  chain count {{
-    type filter hook prerouting priority filter; policy accept;
-    iifname "{tap}" ct state new ct count over {CONNECTIONS_MAX} drop
-  }}
   chain input {{
     type filter hook input priority filter; policy drop;
     ct state established,related accept

@@ -2,13 +2,15 @@
 
 import ipaddress
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from pyroute2 import AsyncIPRoute, NetlinkError
 
 from sandyard.server.core.errors import InternalError
 
 _NARROW = 8
+_TRIES = 5
 
 
 class Netlink:
@@ -71,7 +73,7 @@ class Netlink:
     async def routes(self) -> list[ipaddress.IPv4Network]:
         """Return the networks that the main table has routes to, the default route left out."""
         networks = []
-        async for route in await self._ip.get_routes(family=2, table=254):
+        for route in await self._routes():
             destination = route.get_attr("RTA_DST")
             if destination is not None:
                 networks.append(
@@ -85,7 +87,7 @@ class Netlink:
         Such as take in most of the world (a tunnel's, say) are no neighbours.
         """
         found = set()
-        async for route in await self._ip.get_routes(family=2, table=254):
+        for route in await self._routes():
             names = ("RTA_GATEWAY", "RTA_VIA", "RTA_MULTIPATH")
             destination = route.get_attr("RTA_DST")
             is_direct = all(route.get_attr(name) is None for name in names)
@@ -94,6 +96,12 @@ class Netlink:
                     ipaddress.IPv4Network((str(destination), int(route["dst_len"])), strict=False)
                 )
         return found
+
+    async def _routes(self) -> list[Any]:
+        for _ in range(_TRIES):
+            with suppress(NetlinkError):  # they were changed while they were listed
+                return [one async for one in await self._ip.get_routes(family=2, table=254)]
+        raise InternalError("cannot list the host's routes: they change all the time")
 
     async def _index(self, name: str) -> int:
         found = await self._ip.link_lookup(ifname=name)

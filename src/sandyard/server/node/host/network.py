@@ -27,6 +27,7 @@ from sandyard.server.node.host.firewall import (
     GUEST_IP,
     exceptions_to_remove,
     forward_exceptions,
+    guard_rules,
     host_rules,
     new_neighbours,
     slot_rules,
@@ -103,6 +104,7 @@ class Slots:
         await self._prepare_host()
         await self._sweep()
         for number in self._used:
+            await self._guard(self.place(number))
             self._start_dns(self.place(number))
         self._refill_beside()
         following = self._follow_neighbours()
@@ -199,7 +201,7 @@ class Slots:
                 if found != self._neighbours:
                     await _nft(new_neighbours(table=self._identity.table, neighbours=found))
                     self._neighbours = found
-            except (OSError, InternalError):
+            except Exception:  # whatever it is, these rules must go on following
                 log.exception("the rules do not follow the host's networks; trying again")
 
     async def _sweep(self) -> None:
@@ -242,6 +244,17 @@ class Slots:
                 await self._remove(place)
             raise
         return place
+
+    async def _guard(self, place: Place) -> None:
+        """Give a slot that an earlier version made the rules at its tap that a new one has."""
+        try:
+            await run(
+                ["ip", "netns", "exec", place.netns, "nft", "-f", "-"],
+                limit_s=_TOOL_LIMIT_S,
+                stdin=guard_rules(tap=_TAP, mac=place.mac).encode(),
+            )
+        except InternalError as error:
+            log.warning("a machine's tap is not guarded: %s", error.message)
 
     async def _build(self, place: Place) -> None:
         outer = self._outer(place.number)

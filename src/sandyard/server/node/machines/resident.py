@@ -20,6 +20,7 @@ from pathlib import Path
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase, Way
 from sandyard.server.core.errors import (
     ConflictError,
+    NoCapacityError,
     SandyardError,
     UnsupportedError,
 )
@@ -323,6 +324,7 @@ class Resident:
             UnavailableError, InternalError: it cannot be saved now.
         """
         machine = self._saving_machine()
+        self._check_room()
         self.guest.pulse.hold(is_held=True)
         try:
             await machine.pause()
@@ -336,15 +338,24 @@ class Resident:
             self.guest.pulse.hold(is_held=False)
         await to_the_end(self._finish_pause())
 
+    def _check_room(self) -> None:
+        if (why := self.guest.pulse.held_for) is not None:
+            raise NoCapacityError(f"cannot save the machine: {why.message}")
+
     async def _go_on(self, machine: SavingMachine) -> None:
         """Let a machine run on whose saving failed; what was published is withdrawn first."""
         await self.body.drop_unpublished()
         await self.body.withdraw()
         await self.body.remove_spent()
         try:
-            await machine.resume()
+            await self._let_run_on(machine)
         except SandyardError:
             log.exception("a machine that could not be saved does not go on")
+
+    async def _let_run_on(self, machine: SavingMachine) -> None:
+        """Let it go on after it was held to be saved, unless there is another reason for that."""
+        if self.guest.pulse.held_for is None:
+            await machine.resume()
 
     async def _finish_pause(self) -> None:
         self.guest.break_off(_PAUSED)
@@ -386,13 +397,14 @@ class Resident:
 
     async def _copy_while_held(self, part: Path) -> None:
         machine = self._saving_machine()
+        self._check_room()
         self.guest.pulse.hold(is_held=True)
         try:
             await machine.pause()
             await pause.write_copy(machine, part, self._record, self.body, self._means)
         finally:
             self.guest.pulse.hold(is_held=False)
-            await to_the_end(machine.resume())
+            await to_the_end(self._let_run_on(machine))
 
     async def checked_state(self) -> SavedMachine:
         """Return its published state, read as a whole.

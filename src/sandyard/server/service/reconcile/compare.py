@@ -33,6 +33,12 @@ log = logging.getLogger(__name__)
 WATCHED = frozenset(Status) - {Status.DESTROYING, Status.DESTROYED, Status.ORPHANED}
 _NOTHING_LEFT = frozenset({Status.FAILED, Status.DESTROYED, Status.ORPHANED})
 _KEPT = frozenset({Status.PAUSED, Status.ERROR})
+_REBOOTS_MAX, _REBOOTS_IN = 5, timedelta(minutes=10)
+_REBOOTS = Reason(
+    "rebooted_too_often",
+    f"it was rebooted from inside over {_REBOOTS_MAX} times in "
+    f"{_REBOOTS_IN // timedelta(minutes=1)} minutes; resume or restart it",
+)
 _AWAKE = frozenset({Phase.RUNNING, Phase.WAKING})
 _SILENT = Reason("agent_silent", "the agent in the sandbox does not answer")
 _NODE_SILENT = Reason("node_silent", "the node that the sandbox is on does not answer")
@@ -90,6 +96,7 @@ class Comparison:
         self._awake: dict[str, int] = {}
         self._unwanted: dict[str, int] = {}
         self._vanished: set[str] = set()
+        self._reboots: dict[str, list[datetime]] = {}
         self._unwanted_snapshots: set[str] = set()
 
     async def look(self) -> None:
@@ -161,13 +168,15 @@ class Comparison:
                     self._beside(sandbox.id, self._pause_if_idle(sandbox))
             elif sandbox.status is Status.PAUSED and fact is not None and fact.phase is Phase.DEAD:
                 await self._lifecycle.apply(sandbox, Event.BROKE, reason=_reason_of(fact))
-            elif sandbox.status is Status.PAUSED and fact is not None and fact.phase in _AWAKE:
+            elif sandbox.status in _KEPT and fact is not None and fact.phase in _AWAKE:
                 awake[sandbox.id] = fact.incarnation
             elif sandbox.status in _KEPT and fact is None:
                 vanished.add(sandbox.id)
                 if sandbox.id in self._vanished:
                     await self._lifecycle.apply(sandbox, Event.VANISHED, reason=_VANISHED)
         self._vanished = vanished
+        known = {one.id for one in rows}
+        self._reboots = {one: times for one, times in self._reboots.items() if one in known}
         self._pause_awake(awake)
         self._away_since = None  # whatever died while nobody looked has been found
         if report.is_short_of_memory:
@@ -202,6 +211,12 @@ class Comparison:
 
     async def _restart(self, sandbox: Sandbox) -> None:
         """Have a sandbox boot again that was rebooted from inside: nothing about it is wrong."""
+        now = self._clock.now()
+        times = [one for one in self._reboots.get(sandbox.id, []) if now - one < _REBOOTS_IN]
+        if len(times) >= _REBOOTS_MAX:
+            await self._broke(sandbox, _REBOOTS)
+            return
+        self._reboots[sandbox.id] = [*times, now]
         incarnation = sandbox.incarnation + 1
         await self._lifecycle.apply(
             sandbox,

@@ -30,6 +30,7 @@ from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
+_SILENCE_S = 5.0
 LOST = Reason("machine_lost", "the machine is no longer on its node")
 
 
@@ -216,7 +217,8 @@ class Work:
         except UnavailableError as error:
             if error.facts.get("why") != AGENT_SILENT:
                 raise
-            return await node.ensure_running(wish)
+        await self._clock.sleep(_SILENCE_S)  # what held it up may have passed
+        return await node.ensure_running(wish)
 
     async def _restart(self, claim: Claim) -> None:
         """Have a sandbox boot from its disk whose saved state nobody could use any more."""
@@ -249,8 +251,11 @@ class Work:
         )
         code = error.code.value if isinstance(error, UnavailableError) else "resume_failed"
         # None can be resumed with its memory that was in error, or was to be booted anew.
-        has_memory = wish_of(sandbox).origin is not Origin.DISK
-        is_saved = has_memory and (fact is None or fact.phase is not Phase.DEAD)
+        # One that was to boot anew is what it was only if nothing was done to it yet.
+        if wish_of(sandbox).origin is Origin.DISK:
+            is_saved = fact is not None and fact.phase is Phase.PAUSED
+        else:
+            is_saved = fact is None or fact.phase is not Phase.DEAD
         await self._lifecycle.apply(
             sandbox,
             Event.RESUME_FAILED if is_saved else Event.BROKE,

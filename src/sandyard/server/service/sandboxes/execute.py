@@ -1,6 +1,7 @@
 """Runs a command in a sandbox and collects what it says."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -67,37 +68,46 @@ class Room:
     """The memory that all output on its way to clients may take together.
 
     Whoever prints much while others do waits for room, and so does its program; in vain, the output
-    is cut. So no number of commands fills the server's memory.
+    is cut. So no number of commands fills the server's memory, and no organization, which gets half
+    of it at most, takes it from the others.
     """
 
     def __init__(self, clock: Clock, size: int = _ROOM_BYTES) -> None:
         self._clock = clock
         self.free = size
+        self._most = size // 2
+        self._held: Counter[str] = Counter()
         self._freed = asyncio.Event()
 
-    async def take(self, size: int) -> bool:
-        """Take so many bytes and return True; False if there is no room for long."""
+    async def take(self, size: int, org_id: str) -> bool:
+        """Take so many bytes for an organization and return True; False if there is no room for
+        long."""
         try:
             async with self._clock.timeout(_ROOM_WAIT_S):
-                while self.free < size:
+                while self.free < size or self._held[org_id] + size > self._most:
                     self._freed.clear()
                     await self._freed.wait()
         except TimeoutError:
             return False
         self.free -= size
+        self._held[org_id] += size
         return True
 
-    def give_back(self, size: int) -> None:
+    def give_back(self, size: int, org_id: str) -> None:
         """Give back what was taken."""
         self.free += size
+        self._held[org_id] -= size
+        if self._held[org_id] <= 0:
+            del self._held[org_id]
         self._freed.set()
 
 
 class _Share:
     """What one command's output has of the room; a little of it is always there."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, org_id: str) -> None:
         self._room = room
+        self._org_id = org_id
         self._own = _OWN_BYTES
         self._taken = 0
 
@@ -105,13 +115,13 @@ class _Share:
         own = min(size, self._own)
         self._own -= own
         if size > own:
-            if not await self._room.take(size - own):
+            if not await self._room.take(size - own, self._org_id):
                 return False
             self._taken += size - own
         return True
 
     def release(self) -> None:
-        self._room.give_back(self._taken)
+        self._room.give_back(self._taken, self._org_id)
         self._taken = 0
 
 
@@ -144,13 +154,13 @@ class Commands:
         # Not the command itself: people put secrets into commands, and the feed is for ever.
         told = {"user": command.user, "cwd": command.cwd, "timeoutMs": command.timeout}
         use = replace(_USE, attributes=told)
-        async with self._reach.open(actor, reference, wish, use) as reached:
-            share = _Share(self.room)
-            try:
+        share = _Share(self.room, actor.org_id)
+        try:
+            async with self._reach.open(actor, reference, wish, use) as reached:
                 return await self._finish(reached, command, share)
-            except BaseException:
-                share.release()
-                raise
+        except BaseException:
+            share.release()
+            raise
 
     async def _finish(
         self, reached: Reached[ops.Started], command: Command, share: _Share

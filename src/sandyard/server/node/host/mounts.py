@@ -1,0 +1,73 @@
+"""A view of the host's files for hypervisors: folders that anyone may write to are read-only there.
+
+A hypervisor that its guest has taken over runs under an account of its own, which may write to
+/tmp and its like as any account may, without limit. So it is started in a mount namespace in which
+it may not. The namespace is named by a file, as `ip netns` names those of networks, and outlives
+the server as machines do.
+"""
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+from sandyard.server.core.errors import InternalError
+from sandyard.server.node.commands import run
+
+_LIMIT_S = 20.0
+_OPEN = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock", "/var/crash")  # noqa: S108
+_SCRIPT = """
+kept=$1
+shift
+mount --bind "$kept" "$kept"
+for folder in "$@"; do
+    [ -d "$folder" ] && [ ! -L "$folder" ] || continue
+    mount --rbind "$folder" "$folder"
+    mount -o remount,bind,ro "$folder"
+done
+"""
+
+
+def mounts_of(home: Path) -> Path:
+    """Return the file that names the namespace of an installation's hypervisors."""
+    return Path("/run/sandyard") / sha256(str(home).encode()).hexdigest()[:12] / "mounts"
+
+
+async def make_mounts(home: Path) -> None:
+    """Make the namespace anew; machines that run keep theirs.
+
+    In it the home is as it is, also where it lies in a folder that is read-only there.
+
+    Raises:
+        InternalError: the host does not allow it.
+    """
+    await remove_mounts(home)
+    file = mounts_of(home)
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # A namespace's file can only be mounted where mounts do not spread.
+    await run(["mount", "--bind", file.parent, file.parent], limit_s=_LIMIT_S)
+    await run(["mount", "--make-private", file.parent], limit_s=_LIMIT_S)
+    file.touch()
+    # What is unmounted on the host is unmounted there: no disk is kept busy.
+    await run(
+        ["unshare", f"--mount={file}", "--propagation", "slave", "sh", "-ec", _SCRIPT, "sh",
+         home, *_OPEN],
+        limit_s=_LIMIT_S,
+    )  # fmt: skip
+
+
+async def remove_mounts(home: Path) -> None:
+    """Remove what `make_mounts` made; machines that run keep their namespace.
+
+    Raises:
+        InternalError: the host does not allow it.
+    """
+    file = mounts_of(home)
+    for place in (file, file.parent):
+        while os.path.ismount(place):
+            await run(["umount", place], limit_s=_LIMIT_S)
+    if file.parent.is_dir():
+        try:
+            file.unlink(missing_ok=True)
+            file.parent.rmdir()
+        except OSError as error:
+            raise InternalError(f"cannot remove {file.parent}: {error}") from error
