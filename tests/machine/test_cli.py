@@ -1,9 +1,10 @@
 """The command line against a real server."""
 
 import json
+import subprocess
 
 import pytest
-from tests.support.server import RealServer
+from tests.support.server import SANDYARD, RealServer
 
 pytestmark = pytest.mark.machine
 
@@ -13,7 +14,7 @@ def test_a_sandboxs_life_on_the_command_line(server: RealServer) -> None:
         "sandbox", "create", "--template", "base-minimal", "--name", "cli", "--tag", "t",
         "--env", "A=from cli", "--memory", "256MB", "--json",
     ).stdout  # fmt: skip
-    (sandbox,) = json.loads(made)
+    sandbox = json.loads(made)
     assert (sandbox["name"], sandbox["status"]) == ("cli", "running")
     assert sandbox["resources"]["memory"] == "256MB"
     line = "echo $A; echo err >&2; exit 7"
@@ -21,9 +22,23 @@ def test_a_sandboxs_life_on_the_command_line(server: RealServer) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("from cli\n", "err\n", 7)
     done = server.run("sandbox", "exec", "cli", "--", "python3", "-c", "print('$A', 6 * 7)")
     assert done.stdout == "$A 42\n"
-    (got,) = json.loads(server.run("sandbox", "get", "cli", "--json").stdout)
+    got = json.loads(server.run("sandbox", "get", "cli", "--json").stdout)
     assert got["id"] == sandbox["id"]
     assert sandbox["id"] in server.run("sandbox", "list", "--tag", "t", "--json").stdout
+    data = bytes(range(256)) * 1000
+    done_raw = subprocess.run(
+        [str(SANDYARD), "sandbox", "exec", "--stdin", "cli", "--", "cat"], input=data,
+        env=server.environment, capture_output=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done_raw.stdout == data
+    cut = server.run("sandbox", "exec", "cli", "--", "head -c 17000000 /dev/zero", check=False)
+    assert (cut.returncode, len(cut.stdout)) == (74, 2**24)
+    assert "the output was cut" in cut.stderr
+    assert "sandyard agent: ready" in server.run("sandbox", "logs", "cli").stdout
+    assert "restarted cli" in server.run("sandbox", "restart", "cli").stdout
+    both = server.run("sandbox", "delete", "nothing", "cli", check=False)
+    assert (both.returncode, both.stdout) == (1, "deleted cli\n")
+    server.run("sandbox", "create", "--template", "base-minimal", "--name", "cli")
     assert "deleted cli" in server.run("sandbox", "delete", "cli").stdout
     gone = server.run("sandbox", "get", "cli", check=False)
     assert gone.returncode == 1

@@ -287,6 +287,7 @@ def test_a_command_of_any_length_means_the_same(
     assert told[1:3] == ["from stdin", "/bin/bash 2"]
     assert end["exitCode"] == 5
     # Nothing of how it got there is left open in what it starts.
+    size = min(size, 2**20 - 100)
     assert (
         server.execute(box, "true" + " " * size + "; ls /proc/self/fd", user=user)["stdout"]
         == server.execute(box, "ls /proc/self/fd", user=user)["stdout"]

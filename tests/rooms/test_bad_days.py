@@ -1,7 +1,6 @@
 """Database locked or gone, disk full: requests say so, nothing is half-written, and it passes."""
 
 import asyncio
-import os
 import sqlite3
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -14,6 +13,8 @@ from sqlalchemy import make_url
 from tests.conftest import free_port
 from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.postgres import postgres_url
+
+from sandyard.server.drivers.fake import FakeMachine
 
 pytestmark = pytest.mark.slow  # they wait as long as a bad day lasts
 
@@ -168,29 +169,41 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(home)], check=True)
 
 
+async def write_until_held(machine: FakeMachine) -> None:
+    """Have a machine's disk grow, little by little, until its node holds it still."""
+    async with asyncio.timeout(60):
+        with machine.spec.disk.open("ab", buffering=0) as disk:
+            while not machine.is_held:
+                disk.write(bytes(2**20))
+                await asyncio.sleep(0.05)
+
+
 @pytest.mark.root
 async def test_a_full_disk_is_told_and_blocks_no_way_out(small_disk: Path) -> None:
     async with open_yard(small_disk, saves=True, disk_floor_mib=64) as yard:
         quiet, loud = await yard.create(), await yard.create()
+        yard.machine_of(quiet).spec.disk.write_bytes(bytes(150 * 2**20))  # large, and idle
         ballast = small_disk / "ballast"
         await until(ballast.exists)
         assert (await yard.client.get("/readyz")).status_code == 200
-        machine = yard.machine_of(loud)
-        with machine.spec.disk.open("ab") as disk, suppress(OSError):
-            while os.statvfs(small_disk).f_bavail * 4096 > 50 * 2**20:
-                disk.write(bytes(2**20))
-                disk.flush()
+        await write_until_held(yard.machine_of(loud))
         # The one that wrote is held still, in time, and says why; the other goes on.
-        await until(lambda: machine.is_held)
         told = await yard.get(loud)
         await eventually(lambda: _reason_is(yard, loud, "host_disk_full"))
         assert told["status"] == "running"
+        for _ in range(3):
+            await yard.house.node._pressure.look()  # type: ignore[attr-defined]
         assert not yard.machine_of(quiet).is_held
         unready = await yard.client.get("/readyz")
         assert unready.status_code == 503
         assert "disk is full" in unready.text
         refused = await yard.client.post("/v1/sandboxes", json={})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_capacity")
+        # To save it would take room, too, and would have to let it go on.
+        for action in ("pause", "snapshots"):
+            answer = await yard.client.post(f"/v1/sandboxes/{loud['id']}/{action}")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_capacity")
+            assert yard.machine_of(loud).is_held
         # And where something else takes the very last byte, what makes room still works.
         with (small_disk / "other").open("wb") as other, suppress(OSError):
             while True:
@@ -210,13 +223,10 @@ async def test_what_was_held_still_for_the_disk_goes_on_once_there_is_room(
 ) -> None:
     async with open_yard(small_disk, saves=True, disk_floor_mib=64) as yard:
         box = await yard.create()
-        machine = yard.machine_of(box)
         filler = small_disk / "filler"
-        with filler.open("wb") as file:
-            while os.statvfs(small_disk).f_bavail * 4096 > 50 * 2**20:
-                file.write(bytes(2**20))
-                file.flush()
-        await until(lambda: machine.is_held)
+        filler.write_bytes(bytes(120 * 2**20))
+        machine = yard.machine_of(box)
+        await write_until_held(machine)
         filler.unlink()
         await until(lambda: not machine.is_held)
         assert await yard.execute(box, "on") == "on"

@@ -6,7 +6,6 @@ it may not. The namespace is named by a file, as `ip netns` names those of netwo
 the server as machines do.
 """
 
-import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -63,7 +62,7 @@ async def remove_mounts(home: Path) -> None:
     """
     file = mounts_of(home)
     for place in (file, file.parent):
-        while os.path.ismount(place):
+        while _is_mounted(place):
             await run(["umount", place], limit_s=_LIMIT_S)
     if file.parent.is_dir():
         try:
@@ -71,3 +70,9 @@ async def remove_mounts(home: Path) -> None:
             file.parent.rmdir()
         except OSError as error:
             raise InternalError(f"cannot remove {file.parent}: {error}") from error
+
+
+def _is_mounted(place: Path) -> bool:
+    """Tell whether something is mounted at a place; `os.path.ismount` knows nothing of binds."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return any(line.split()[4] == str(place) for line in lines)
