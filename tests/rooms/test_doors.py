@@ -58,13 +58,18 @@ class Door:
 
 @asynccontextmanager
 async def door(
-    home: Path, *, patience: Patience | None = None, **http: object
+    home: Path,
+    *,
+    patience: Patience | None = None,
+    keep_alive_s: int | None = None,
+    **http: object,
 ) -> AsyncIterator[Door]:
     async with open_yard(home) as yard:
         port = free_port()
         settings = HttpSettings.model_validate({"port": port, **http})
         server = http_server(yard.house.api, settings, patience)
         server.config.port = port
+        server.config.timeout_keep_alive = keep_alive_s or server.config.timeout_keep_alive
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(server.serve())
@@ -251,7 +256,7 @@ async def test_an_answer_is_never_another_requests(tmp_path: Path) -> None:
 async def test_large_bodies_are_bounded_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sandyard.server.api.edge.BODIES_MAX", 2**20)
+    monkeypatch.setattr("sandyard.server.api.edge.BODIES_MAX", 2**21)
     async with door(tmp_path) as opened:
         head = posting(opened.yard.key, 2**20).replace(b"/v1/sandboxes", b"/v1/sandboxes/x/exec", 1)
         _, writer = await opened.knock()
@@ -266,6 +271,33 @@ async def test_large_bodies_are_bounded_together(
                 if status == 503:
                     break
         assert "large body" in str(error["message"])
+        writer.close()
+
+
+async def test_a_connection_in_steady_use_is_kept(tmp_path: Path) -> None:
+    brief = Patience(head_s=0.2, still_s=0.1, look_s=0.02)
+    async with door(tmp_path, patience=brief, keep_alive_s=1) as opened:
+        reader, writer = await opened.knock()
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + 3
+        while loop.time() < until_s:
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"200 OK" in await reader.readuntil(b"}")
+            await asyncio.sleep(0.05)
+        writer.close()
+
+
+async def test_line_ends_between_requests_are_nothing(tmp_path: Path) -> None:
+    async with door(tmp_path, patience=BRIEF) as opened:
+        box = await opened.yard.create()
+        body = json.dumps({"command": "x"}).encode()
+        path = f"/v1/sandboxes/{box['id']}/exec".encode()
+        request = posting(opened.yard.key, len(body)).replace(b"/v1/sandboxes", path, 1) + body
+        reader, writer = await opened.knock()
+        for _ in range(3):
+            writer.write(request + b"\r\n")
+            assert b"200 OK" in await reader.readuntil(b"}}")
+            writer.write(b"\r\n\r\n")
         writer.close()
 
 

@@ -6,8 +6,9 @@ lets it. Nobody without a credential makes the server read a body, let alone par
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +27,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_request_id
+from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.rates import Allowance, Rates
 
@@ -73,7 +75,7 @@ class Edge:
         self._rates = rates
         self._observe = observe
         self._bind = bind
-        self._bodies = 0
+        self._bodies: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -114,7 +116,7 @@ class Edge:
             broken = answer_error(Request(scope), InternalError(str(error)))
             await broken(scope, receive, answer)
         finally:
-            self._bodies -= state.get("body", 0)
+            self._let_go(state)
             route = getattr(scope.get("route"), "path", "unknown")
             self._observe(
                 method=method,
@@ -182,15 +184,28 @@ class Edge:
 
         return receive_bounded
 
-    def _hold(self, state: dict[str, int], size: int) -> None:
+    def _hold(self, state: dict[str, Any], size: int) -> None:
         """Count a large body, until its request has been served."""
-        more = size - state.get("body", 0)
-        if self._bodies + more > BODIES_MAX:
+        more, whose = size - state.get("body", 0), _whose(state)
+        own = self._bodies[whose] + more
+        # One organization has half at most: it cannot shut out the others.
+        if self._bodies.total() + more > BODIES_MAX or own > BODIES_MAX // 2:
             raise UnavailableError(
                 "cannot take another large body now: too many are on their way; try again"
             )
-        self._bodies += more
+        self._bodies[whose] = own
         state["body"] = size
+
+    def _let_go(self, state: dict[str, Any]) -> None:
+        whose = _whose(state)
+        self._bodies[whose] -= state.pop("body", 0)
+        if not self._bodies[whose]:
+            del self._bodies[whose]
+
+
+def _whose(state: dict[str, Any]) -> str:
+    actor: Actor | None = state.get("actor")
+    return actor.org_id if actor is not None else ""
 
 
 def _token(request: Request) -> str | None:

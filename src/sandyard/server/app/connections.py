@@ -142,6 +142,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _take(self, piece: bytes) -> None:
         if self._stage == "idle":
+            if not piece.strip(b"\r\n"):
+                return  # line ends between requests are nothing (RFC 9112, 2.2)
             self._begin_head()
         if self._stage == "head":
             self._head_bytes += len(piece)
@@ -163,6 +165,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _begin_head(self) -> None:
         self._stage, self._since = "head", self.loop.time()
         self._head_bytes = self._headers = self._headers_bytes = 0
+        self._idle_s = 0.0
 
     # --- what the parser tells ------------------------------------------------------------------
 
@@ -226,8 +229,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unsent, self._has_resumed = unsent, False
         if self._stalled_s > patience.still_s:
             self.transport.abort()
-        elif self.flow.read_paused:
-            # It is the server that does not read on; nobody is to be blamed for that.
+        elif self.flow.read_paused or (self._stage == "head" and self._is_answering):
+            # It is the server that does not read on, or that an answer is due first; nobody is to
+            # be blamed for that, nor an answer lost.
             self._since = self.loop.time()
         elif self._stage == "head" and self.loop.time() - self._since > patience.head_s:
             self._refuse(408, "bad_request", "cannot wait longer for the rest of the request")

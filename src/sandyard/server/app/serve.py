@@ -18,7 +18,7 @@ from sandyard.server.app.installation import only_server, running_server, secret
 from sandyard.server.app.settings import HttpSettings, Settings
 from sandyard.server.app.wiring import identity_of, sign_up_of
 from sandyard.server.core.contracts.node import Phase
-from sandyard.server.core.errors import SandyardError, UnavailableError
+from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.states import Event, Status
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store
@@ -178,7 +178,10 @@ async def remove_everything(settings: Settings) -> int:
         if settings.node.driver != "fake":
             identity = await identity_of(settings)
             await remove_host_rules(identity)
-            await remove_mounts(settings.home)
+            try:
+                await remove_mounts(settings.home)
+            except InternalError as error:
+                log.warning("%s", error.message)
             give_back_identity(settings.home)
     return removed
 

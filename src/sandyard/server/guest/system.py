@@ -297,17 +297,25 @@ def _replace(path: Path, text: str, mode: int) -> None:
             part.unlink()
         if error.errno != errno.ENOSPC:
             raise
-        _write_over(path, text)
+        _write_over(path, text.encode(), mode)
 
 
-def _write_over(path: Path, text: str) -> None:
-    """Write over a file's own blocks, where there are none for another."""
+def _write_over(path: Path, data: bytes, mode: int) -> None:
+    """Write over a file's own blocks, where there are none for another; whole, or not at all.
+
+    Raises:
+        OSError: there is no plain file, or it has not blocks enough.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "wb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or len(data) > found.st_blocks * 512:
             raise OSError(errno.ENOSPC, "the disk is full")
-        file.write(text.encode())
-        file.truncate()
+        written = 0
+        while written < len(data):
+            written += file.write(data[written:])
+        file.truncate(len(data))
+        os.fchmod(descriptor, mode)
 
 
 def _overwrite(path: str, text: str, mode: int) -> None:

@@ -86,21 +86,30 @@ class Pressure:
             used = await in_thread(lambda: {one: one.body.used_mib for one in running})
             before, self._used_mib = self._used_mib, used
             if free < self._little_mib:
-                await self._hold_one({one: used[one] - before.get(one, used[one]) for one in used})
+                grown = {one: used[one] - before.get(one, used[one]) for one in used}
+                await self._hold_one(grown, least_mib=self._least(free))
         else:
             self._used_mib.clear()
         await in_thread(self._see_to_ballast, free)
 
-    async def _hold_one(self, grown: Mapping[Resident, int]) -> None:
+    def _least(self, free: int) -> int:
+        """Return how much a machine writes in a second that is taken for one that fills the disk:
+        the less is left, the less."""
+        if free >= self._little_mib // 2:
+            return _WRITES_MIB
+        return 1 if free >= min(2 * BALLAST_MIB, self._little_mib // 4) else 0
+
+    async def _hold_one(self, grown: Mapping[Resident, int], *, least_mib: int) -> None:
         """Hold the one still that has grown most since the last look; nobody where none has."""
         for one in grown:
             # Those that found the disk full already would try again, and find the ballast's room.
-            if one.guest.pulse.stall is not None and one.guest.pulse.held_for is None:
+            pulse = one.guest.pulse
+            if pulse.stall is not None and pulse.held_for is None:
                 await one.hold_still(HELD)
         writers = {
             one: much
             for one, much in grown.items()
-            if much >= _WRITES_MIB and not one.guest.pulse.stands_still
+            if much > 0 and much >= least_mib and not one.guest.pulse.stands_still
         }
         if not writers:
             return

@@ -6,6 +6,7 @@ it may not. The namespace is named by a file, as `ip netns` names those of netwo
 the server as machines do.
 """
 
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,9 +18,10 @@ _OPEN = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock", "/var/crash
 _SCRIPT = """
 kept=$1
 shift
-mount --bind "$kept" "$kept"
 for folder in "$@"; do
     [ -d "$folder" ] && [ ! -L "$folder" ] || continue
+    # Only then: what is mounted here on a disk of its own would keep that busy.
+    case $kept/ in "$folder"/*) mount --bind "$kept" "$kept" ;; esac
     mount --rbind "$folder" "$folder"
     mount -o remount,bind,ro "$folder"
 done
@@ -40,7 +42,15 @@ async def make_mounts(home: Path) -> None:
         InternalError: the host does not allow it.
     """
     await remove_mounts(home)
-    file = mounts_of(home)
+    try:
+        await _make(mounts_of(home), home.resolve())
+    except (InternalError, OSError) as error:
+        with suppress(InternalError):  # half of a view would be taken for one
+            await remove_mounts(home)
+        raise InternalError(f"cannot make a view of the host's files: {error}") from error
+
+
+async def _make(file: Path, home: Path) -> None:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # A namespace's file can only be mounted where mounts do not spread.
     await run(["mount", "--bind", file.parent, file.parent], limit_s=_LIMIT_S)
@@ -61,15 +71,15 @@ async def remove_mounts(home: Path) -> None:
         InternalError: the host does not allow it.
     """
     file = mounts_of(home)
-    for place in (file, file.parent):
-        while _is_mounted(place):
-            await run(["umount", place], limit_s=_LIMIT_S)
-    if file.parent.is_dir():
-        try:
+    try:
+        for place in (file, file.parent):
+            while _is_mounted(place):
+                await run(["umount", place], limit_s=_LIMIT_S)
+        if file.parent.is_dir():
             file.unlink(missing_ok=True)
             file.parent.rmdir()
-        except OSError as error:
-            raise InternalError(f"cannot remove {file.parent}: {error}") from error
+    except OSError as error:
+        raise InternalError(f"cannot remove {file.parent}: {error}") from error
 
 
 def _is_mounted(place: Path) -> bool:

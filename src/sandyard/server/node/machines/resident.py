@@ -417,10 +417,16 @@ class Resident:
         return state
 
     async def hold_still(self, why: End) -> None:
-        """Hold it still where it stands, and say why, until `let_go_on`; if it can be held."""
-        with suppress(SandyardError):
+        """Hold it still where it stands, and say why, until `let_go_on`; if it can be held, and is
+        not while it is saved."""
+        if self.guest.pulse.is_held:
+            return
+        # First: whoever saves it meanwhile must not let it go on.
+        self.guest.pulse.held_for = why
+        try:
             await self._saving_machine().pause()
-            self.guest.pulse.held_for = why
+        except SandyardError:
+            self.guest.pulse.held_for = None
 
     async def let_go_on(self) -> None:
         """Let it go on after `hold_still`, with its clock set; not while it is being saved."""

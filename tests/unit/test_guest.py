@@ -1,0 +1,58 @@
+"""The guest's own files, written where there is no room for others."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from sandyard.server.guest import system
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk on which no other file can be made."""
+    real = os.open
+
+    def refusing(path: object, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_EXCL:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, flags, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("sandyard.server.guest.system.os.open", refusing)
+
+
+@pytest.mark.usefixtures("full")
+def test_on_a_full_disk_a_file_is_written_over_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "shadow"
+    file.write_text("root:a:longer than what comes\n")
+    file.chmod(0o644)
+    system._replace(file, "root:*:\n", 0o600)
+    assert file.read_text() == "root:*:\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(OSError, match="the disk is full"):
+        system._replace(file, "x" * 100_000, 0o600)
+    assert file.read_text() == "root:*:\n"
+    with pytest.raises(FileNotFoundError):
+        system._replace(tmp_path / "other", "x", 0o600)
+    (tmp_path / "link").symlink_to(file)
+    with pytest.raises(OSError, match="symbolic"):
+        system._replace(tmp_path / "link", "x", 0o600)
+    assert file.read_text() == "root:*:\n"
+
+
+def test_etc_environment_is_read_as_at_a_login(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/environment").write_text(
+        '# a comment\nPLAIN=one two\nexport QUOTED="three four" # five\n'
+        "SINGLE='s'\nnonsense\n=x\n1A=x\n"
+    )
+    root = os.open(tmp_path, os.O_PATH)
+    try:
+        assert system.system_environment(root) == {
+            "PLAIN": "one two", "QUOTED": "three four", "SINGLE": "s",
+        }  # fmt: skip
+        (tmp_path / "etc/environment").unlink()
+        assert system.system_environment(root) == {}
+    finally:
+        os.close(root)
