@@ -276,10 +276,10 @@ async def test_large_bodies_are_bounded_together(
 
 async def test_a_connection_in_steady_use_is_kept(tmp_path: Path) -> None:
     brief = Patience(head_s=0.2, still_s=0.1, look_s=0.02)
-    async with door(tmp_path, patience=brief, keep_alive_s=1) as opened:
+    async with door(tmp_path, patience=brief, keep_alive_s=3) as opened:
         reader, writer = await opened.knock()
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + 3
+        until_s = loop.time() + 6
         while loop.time() < until_s:
             writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert b"200 OK" in await reader.readuntil(b"}")
