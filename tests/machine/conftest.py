@@ -29,7 +29,8 @@ def server(hypervisor: dict[str, str]) -> Iterator[RealServer]:
 @pytest.fixture(scope="session")
 def box(server: RealServer) -> str:
     """The id of a sandbox that tests may use but not break."""
-    return str(server.create(env={"FROM_CREATE": "yes"})["id"])
+    # Other servers' tests may come between: it is not to be paused for that.
+    return str(server.create(env={"FROM_CREATE": "yes"}, idleTimeout=0)["id"])
 
 
 def _is_settled(server: RealServer, box: str) -> bool:

@@ -21,7 +21,7 @@ shift
 for folder in "$@"; do
     [ -d "$folder" ] && [ ! -L "$folder" ] || continue
     # Only then: what is mounted here on a disk of its own would keep that busy.
-    case $kept/ in "$folder"/*) mount --bind "$kept" "$kept" ;; esac
+    case $kept/ in "$folder"/*) mount --rbind "$kept" "$kept" ;; esac
     mount --rbind "$folder" "$folder"
     mount -o remount,bind,ro "$folder"
 done

@@ -497,10 +497,13 @@ class Resident:
             return
         limit = self._means.clock.timeout(_SHUT_DOWN_S)
         with suppress(SandyardError, TimeoutError):
-            async with limit, beside(end_of(machine)) as ending:
-                with suppress(SandyardError):  # the agent is among the first to end
-                    await self.guest.run(_POWER_OFF, limit_s=_SHUT_DOWN_S)
+            # The agent is among the first to end, and tells of nothing then.
+            async with limit, beside(end_of(machine)) as ending, beside(self._power_off()):
                 await ending
+
+    async def _power_off(self) -> None:
+        with suppress(SandyardError):
+            await self.guest.run(_POWER_OFF, limit_s=_SHUT_DOWN_S)
 
     async def drop(self) -> None:
         """End and remove it as far as that can be; what would not go is for a later look."""
