@@ -141,14 +141,16 @@ def write_identity(
         ssh.mkdir(mode=0o700, exist_ok=True)
         _replace(ssh / "authorized_keys", authorized_keys, 0o600)
     if password_hash is not None:
-        lines = _read_regular(Path("/etc/shadow")).splitlines()
+        lines = (before := _read_regular(Path("/etc/shadow"))).splitlines()
         changed = [
             ":".join(["root", password_hash, *line.split(":")[2:]])
             if line.startswith("root:")
             else line
             for line in lines
         ]
-        _replace(Path("/etc/shadow"), "\n".join(changed) + "\n", 0o600)
+        # What stands there already needs no room, which a full disk has not.
+        if (after := "\n".join(changed) + "\n") != before:
+            _replace(Path("/etc/shadow"), after, 0o600)
 
 
 def write_boot_id() -> None:
