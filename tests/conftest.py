@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import postgres
-from tests.support.firecracker import firecracker_environment, firecracker_verdict
+from tests.support.firecracker import environment_of, guests_of, tried
 from tests.support.leftovers import open_sockets, open_things
-from tests.support.server import QEMU
+from tests.support.server import QEMU, paced
 
 _PATIENCE = 200  # looks, ten milliseconds apart
 
@@ -25,9 +25,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option for whoever has an hour."""
+    parser.addoption(
+        "--every",
+        action="store_true",
+        help="run every test with KVM, not just those that are marked as the core",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs root where there is none, and say so."""
+    """Skip what needs root where there is none, or an hour, and say so."""
+    wants_every = config.getoption("--every")
     for item in items:
+        is_core = item.get_closest_marker("core")
+        if item.get_closest_marker("kvm") and not is_core and not wants_every:
+            item.add_marker(pytest.mark.skip(reason="NOT RUN: scripts/test --all runs it"))
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
             # First, so that it looks when everything else has been taken down.
             item.fixturenames.insert(0, "_leaves_no_task")
@@ -40,17 +53,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs root"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly what guests ran with where that is not a matter of course."""
+    for name, guests in tried.items():
+        if not guests.verdict.is_usable:
+            terminalreporter.write_line(f"NOT RUN with {name}: {guests.verdict.reason}", red=True)
+        else:
+            which = guests.kernel or "the distribution's kernel"
+            terminalreporter.write_line(
+                f"{name}: guests ran with {which}, {guests.pace:.1f} times as long as usual"
+            )
+
+
 @pytest.fixture(
-    scope="session", params=["qemu", pytest.param("firecracker", marks=pytest.mark.kvm)]
+    scope="session",
+    params=[
+        "qemu",
+        pytest.param("firecracker", marks=pytest.mark.kvm),
+        pytest.param("qemu-kvm", marks=pytest.mark.kvm),
+    ],
 )
-def hypervisor(request: pytest.FixtureRequest) -> dict[str, str]:
+def hypervisor(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     """Settings that have machines run under each hypervisor in turn, where one boots at all."""
     if request.param == "qemu":
-        return dict(QEMU)
-    verdict = firecracker_verdict()
-    if not verdict.is_usable:
-        pytest.skip(f"NOT RUN: Firecracker boots no machine here: {verdict.reason}")
-    return firecracker_environment()
+        yield dict(QEMU)
+        return
+    guests = guests_of(request.param)
+    if not guests.verdict.is_usable:
+        pytest.skip(f"NOT RUN: {request.param} boots no machine here: {guests.verdict.reason}")
+    with paced(guests.pace):
+        yield environment_of(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -142,7 +142,11 @@ async def test_the_probe_gives_a_verdict_and_never_raises(bench: Bench, tmp_path
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     verdict = await bench.driver.probe(
-        kernel=bench.spec.kernel, initrd=bench.spec.initrd, scratch=scratch
+        kernel=bench.spec.kernel,
+        initrd=bench.spec.initrd,
+        scratch=scratch,
+        arguments=bench.spec.arguments,
+        limit_s=20 if not bench.verdict.is_usable else 60 * bench.pace,
     )
     assert verdict.is_usable == bench.verdict.is_usable
     assert verdict.reason

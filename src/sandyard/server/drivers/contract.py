@@ -51,6 +51,10 @@ class MachineSpec:
     folder: Path
     place: Place
     token: str = field(default="", repr=False)
+    has_acpi: bool = True
+    """Whether the kernel finds devices by ACPI; one that does not is told of them otherwise."""
+    arguments: str = ""
+    """What the kernel is told besides."""
     is_ahead: bool = False
     """Nobody waits for it yet: what others wait for gets the processors first."""
 
@@ -83,12 +87,14 @@ class Capabilities:
 class Verdict:
     """Whether a driver can be used on this host, and why not, in a sentence.
 
-    A verdict that is not certain (the host was too busy to tell) is not to be remembered.
+    A verdict that is not certain (the host was too busy to tell) is not to be remembered. `took_s`
+    is how long a machine took until its first program ran, where one came so far.
     """
 
     is_usable: bool
     reason: str
     is_certain: bool = True
+    took_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,10 +200,13 @@ class Driver(Protocol):
         """
         ...
 
-    async def probe(self, *, kernel: Path, initrd: Path, scratch: Path) -> Verdict:
+    async def probe(
+        self, *, kernel: Path, initrd: Path, scratch: Path, limit_s: float, arguments: str = ""
+    ) -> Verdict:
         """Find out whether a machine of this kernel really boots here; never raises for that.
 
-        `scratch` is an empty folder of the caller's for the probe's files.
+        `scratch` is an empty folder of the caller's for the probe's files; `limit_s` is how long
+        its first program may be waited for; `arguments` are what the kernel is told besides.
         """
         ...
 

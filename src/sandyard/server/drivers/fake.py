@@ -386,7 +386,9 @@ class FakeDriver:
         """See drivers.contract.Driver.version."""
         return self._version
 
-    async def probe(self, *, kernel: Path, initrd: Path, scratch: Path) -> Verdict:
+    async def probe(
+        self, *, kernel: Path, initrd: Path, scratch: Path, limit_s: float, arguments: str = ""
+    ) -> Verdict:
         """See drivers.contract.Driver.probe."""
         if self.conduct.is_usable:
             return Verdict(True, "fake machines start anywhere")

@@ -135,7 +135,8 @@ class Jobs:
         grows = wish.shape.disk_mib > waiting.shape.disk_mib
         waiting.serve(wish)
         try:
-            await waiting.set_up(wish, was=Was.UNIQUE, grows=grows, limit_s=_CLAIM_LIMIT_S)
+            limit_s = self._means.patience(_CLAIM_LIMIT_S)
+            await waiting.set_up(wish, was=Was.UNIQUE, grows=grows, limit_s=limit_s)
         except SandyardError as error:
             log.warning("a machine of the pool was of no use: %s", error.message)
             self._means.crew.start(waiting.drop(), "a machine of the pool cannot be removed")
@@ -163,7 +164,8 @@ class Jobs:
         async with self._boots.take(Rank.ASKED, wish.org_id):
             await resident.make_body(None)
             await _boot_twice(resident)
-            await resident.set_up(wish, was=Was.NOBODYS, limit_s=self._means.limits.boot_s)
+            limit_s = self._means.patience(self._means.limits.boot_s)
+            await resident.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
         return Way.BOOT
 
     async def _is_running(self, holding: Holding, way: Way | None, end: End | None = None) -> None:
@@ -257,7 +259,8 @@ class Jobs:
             await resident.body.forget_memory()
             async with self._boots.take(Rank.ASKED, wish.org_id):
                 await _boot_twice(resident)
-                await resident.set_up(wish, was=Was.NOBODYS, limit_s=self._means.limits.boot_s)
+                limit_s = self._means.patience(self._means.limits.boot_s)
+                await resident.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
             resident.count_as(wish.incarnation)  # as above
             await self._is_running(holding, Way.RESTART, _RESTARTED)
         except BaseException:

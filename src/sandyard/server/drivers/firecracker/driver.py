@@ -39,8 +39,8 @@ from sandyard.server.drivers.firecracker.jail import (
     read_pipe,
     sweep_groups,
 )
-from sandyard.server.drivers.firecracker.kernel import unpacked_kernel
 from sandyard.server.drivers.initrd import add_token
+from sandyard.server.drivers.kernels import unpacked_kernel
 from sandyard.server.drivers.namespaces import give_tap_to
 from sandyard.server.drivers.processes import (
     BEHIND,
@@ -65,7 +65,6 @@ _OWN_SHARE_MIB = 16
 _ARGUMENTS = (
     "console=ttyS0 reboot=k panic=-1 pci=off quiet loglevel=3 i8042.noaux i8042.nomux i8042.dumbkbd"
 )
-_PROBE_LIMIT_S = 20.0
 _PROBE_PASSED = b"sandyard: probe passed"
 _PROBE_MIB = 256
 _POLL_S = 0.05
@@ -169,13 +168,17 @@ class FirecrackerMachine:
         return await self._api.state() == "Paused"
 
     async def save(self, folder: Path) -> Saved:
-        """See drivers.contract.SavingMachine.save."""
+        """See drivers.contract.SavingMachine.save.
+
+        Firecracker counts what is written from save to save, and lays each time's pages over what
+        the file has: so the file stays in the jail for as long as the process lives, and holds all
+        that was written since the machine was loaded, whatever became of the saves before.
+        """
         folder.mkdir(mode=0o700)
-        for name in (_STATE, _PAGES):
-            (self._jail.root / name).unlink(missing_ok=True)
+        (self._jail.root / _STATE).unlink(missing_ok=True)
         await self._api.save(state=f"/{_STATE}", memory=f"/{_PAGES}")
-        for name in (_STATE, _PAGES):
-            await in_thread(self._jail.take, name, folder / name)
+        await in_thread(self._jail.take, _STATE, folder / _STATE)
+        await in_thread(self._jail.copy_out, _PAGES, folder / _PAGES)
         return Saved(folder)
 
     async def grow_disk(self, size_mib: int) -> None:
@@ -187,9 +190,9 @@ class FirecrackerMachine:
 class FirecrackerDriver:
     """See drivers.contract.SavingDriver.
 
-    `cache` is a folder for unpacked kernels. `disk_limiter` and `network_limiter` bound what one
-    machine may move, in the form of Firecracker's rate limiters. `arguments` are added to the
-    kernel's command line.
+    `cache` is a folder for unpacked kernels, `group` names the control group above those of all
+    its machines, which is the installation's own. `disk_limiter` and `network_limiter` bound what
+    one machine may move, in the form of Firecracker's rate limiters.
     """
 
     name = "firecracker"
@@ -199,18 +202,18 @@ class FirecrackerDriver:
         self,
         *,
         cache: Path,
+        group: str,
         binary: str = "firecracker",
         jailer: str = "jailer",
         disk_limiter: Limiter | None = None,
         network_limiter: Limiter | None = None,
-        arguments: str = "",
     ) -> None:
         self._cache = cache
+        self._group = group
         self._binary = binary
         self._jailer = jailer
         self._disk_limiter = disk_limiter
         self._network_limiter = network_limiter
-        self._arguments = f"{_ARGUMENTS} {arguments}".strip()
         self._has_swept = False
 
     async def version(self) -> str:
@@ -234,22 +237,34 @@ class FirecrackerDriver:
             )
         return found[0]
 
-    async def probe(self, *, kernel: Path, initrd: Path, scratch: Path) -> Verdict:
+    async def probe(
+        self, *, kernel: Path, initrd: Path, scratch: Path, limit_s: float, arguments: str = ""
+    ) -> Verdict:
         """See drivers.contract.Driver.probe."""
         try:
             version = await self.version()
             if not has_kvm():
                 return Verdict(False, "/dev/kvm is not there or not open to this user")
             scratch.chmod(0o711)
-            jail = Jail(scratch, "probe", _NOBODY)
+            jail = Jail(scratch, "probe", _NOBODY, self._group)
             try:
-                return await self._boot_probe(version, jail, kernel, initrd)
+                return await self._boot_probe(
+                    version, jail, kernel, initrd, limit_s, f"{_ARGUMENTS} {arguments}"
+                )
             finally:
                 jail.remove()
         except (OSError, SandyardError) as error:
             return Verdict(False, f"a probe machine did not come up: {str(error) or 'no reason'}")
 
-    async def _boot_probe(self, version: str, jail: Jail, kernel: Path, initrd: Path) -> Verdict:
+    async def _boot_probe(
+        self,
+        version: str,
+        jail: Jail,
+        kernel: Path,
+        initrd: Path,
+        limit_s: float,
+        arguments: str,
+    ) -> Verdict:
         async with AsyncExitStack() as held:
             await in_thread(jail.prepare)
             jail.put(await in_thread(unpacked_kernel, kernel, self._cache), _KERNEL)
@@ -262,26 +277,31 @@ class FirecrackerDriver:
             await api.boot_from(
                 kernel=f"/{_KERNEL}",
                 initrd=f"/{_INITRD}",
-                arguments=f"{self._arguments} sandyard.probe",
+                arguments=f"{arguments} sandyard.probe",
             )
             await api.start()
-            said = b""
+            said, clock = b"", asyncio.get_running_loop().time
+            started = clock()
             try:
-                async with asyncio.timeout(_PROBE_LIMIT_S):
+                async with asyncio.timeout(limit_s):
                     lives = True
                     while lives:
                         # Before what it printed is read: its last words may be those waited for.
                         lives = start_time(process.pid) is not None
                         said += await machine.console()
                         if _PROBE_PASSED in said:
-                            return Verdict(True, f"Firecracker {version}: a probe machine booted")
+                            return Verdict(
+                                True,
+                                f"Firecracker {version}: a probe machine booted",
+                                took_s=clock() - started,
+                            )
                         await asyncio.sleep(_POLL_S)
             except TimeoutError:
                 # A kernel that came so far as to speak may only have lacked the time.
                 return Verdict(
                     False,
-                    f"a probe machine did not come up within {_PROBE_LIMIT_S:g} s: ordinary guest "
-                    "kernels do not run under this host's KVM",
+                    f"a probe machine did not come up within {limit_s:g} s: its kernel does not "
+                    "run under this host's KVM",
                     is_certain=not said,
                 )
             why = machine.trouble() or "it ended at once"
@@ -292,7 +312,7 @@ class FirecrackerDriver:
         memory_mib = spec.memory_mib + _OWN_SHARE_MIB
         spec.memory.unlink(missing_ok=True)
         make_empty(spec.memory, memory_mib)
-        jail = Jail(spec.folder, spec.name, spec.place.uid)
+        jail = Jail(spec.folder, spec.name, spec.place.uid, self._group)
         try:
             kernel = await in_thread(unpacked_kernel, spec.kernel, self._cache)
             await in_thread(self._prepare, jail, spec)
@@ -306,7 +326,9 @@ class FirecrackerDriver:
             api = machine.api
             await api.configure(vcpus=spec.vcpus, memory_mib=memory_mib)
             await api.boot_from(
-                kernel=f"/{_KERNEL}", initrd=f"/{_INITRD}", arguments=self._arguments
+                kernel=f"/{_KERNEL}",
+                initrd=f"/{_INITRD}",
+                arguments=f"{_ARGUMENTS} {spec.arguments}".strip(),
             )
             await api.add_drive(_BASE, f"/{_BASE}", is_read_only=True, limiter=self._disk_limiter)
             await api.add_drive(_DISK, f"/{_DISK}", is_read_only=False, limiter=self._disk_limiter)
@@ -328,7 +350,7 @@ class FirecrackerDriver:
         size = (spec.memory_mib + _OWN_SHARE_MIB) * 2**20
         if not spec.memory.exists() or spec.memory.stat().st_size != size:
             raise ConflictError(f"cannot restore {spec.name}: its memory file is not whole")
-        jail = Jail(spec.folder, spec.name, spec.place.uid)
+        jail = Jail(spec.folder, spec.name, spec.place.uid, self._group)
         try:
             if (pages := saved.folder / _PAGES).exists():
                 await in_thread(_join, spec.memory, pages)
@@ -357,7 +379,12 @@ class FirecrackerDriver:
 
     async def recover(self, handle: Handle, held: AsyncExitStack) -> FirecrackerMachine | None:
         """See drivers.contract.Driver.recover."""
-        jail = Jail(Path(str(handle["folder"])), str(handle["name"]), int(handle["uid"]))
+        jail = Jail(
+            Path(str(handle["folder"])),
+            str(handle["name"]),
+            int(handle["uid"]),
+            str(handle.get("group", "firecracker")),  # as the jailer calls it by itself
+        )
         process = DetachedProcess.find(
             int(handle["pid"]), started=int(handle["started"]), boot=str(handle["boot"])
         )
@@ -401,6 +428,7 @@ class FirecrackerDriver:
             "folder": str(spec.folder),
             "name": spec.name,
             "uid": spec.place.uid,
+            "group": jail.group,
             "disk": str(spec.disk),
         }
         machine = FirecrackerMachine(process, Api(jail.folder / SOCKET), jail, handle)
@@ -412,7 +440,7 @@ class FirecrackerDriver:
     ) -> DetachedProcess:
         if not self._has_swept:
             self._has_swept = True
-            await in_thread(sweep_groups)
+            await in_thread(sweep_groups, self._group)
         held.callback(jail.remove)
         pid = await jail.launch(self._jailer, self._binary, netns=netns)
         started = start_time(pid)

@@ -43,16 +43,23 @@ _YOUNG_S = 60.0
 _PROGRAM, _PID = "firecracker", "firecracker.pid"
 _CGROUPS = Path("/sys/fs/cgroup")
 _PIDS_V1 = _CGROUPS / "pids"
-_GROUPS = (_CGROUPS / _PROGRAM, _PIDS_V1 / _PROGRAM)  # as the jailer names them: after the program
+_PAGES = "pages"
+
+
+def _groups(name: str) -> tuple[Path, Path]:
+    """Return where a control group of the root may be, by cgroups of either version."""
+    return _CGROUPS / name, _PIDS_V1 / name
 
 
 @dataclass(frozen=True)
 class Jail:
-    """Where a process is locked in, and the account it runs under there."""
+    """Where a process is locked in, the account it runs under there, and its control group's
+    parent."""
 
     folder: Path
     name: str
     uid: int
+    group: str
 
     @property
     def base(self) -> Path:
@@ -113,6 +120,14 @@ class Jail:
         finally:
             source.unlink(missing_ok=True)
 
+    def copy_out(self, name: str, target: Path) -> None:
+        """Copy a file that the process wrote and will write to again, and sync the copy.
+
+        Raises: see `take`.
+        """
+        with opened_as_written_by(self.uid, self.root / name) as descriptor:
+            copy_sparse(Path(f"/proc/self/fd/{descriptor}"), target, sync=True)
+
     async def launch(self, jailer: str, binary: str, *, netns: str | None) -> int:
         """Start the process, which nobody owns, and return its pid once its API is there.
 
@@ -146,7 +161,7 @@ class Jail:
                         await process.kill()
 
     async def _run(self, jailer: str, binary: str, netns: str | None, console: int) -> None:
-        groups = cgroup_arguments()
+        groups = cgroup_arguments(self.group)
         try:
             await self._run_in(groups, jailer, binary, netns, console)
         except InternalError as error:
@@ -197,10 +212,12 @@ class Jail:
         return pid
 
     def remove(self) -> None:
-        """Remove what the jailer made outside of the folder."""
-        for parent in _GROUPS:
+        """Remove what the jailer made outside of the folder, and what is large in it."""
+        for parent in _groups(self.group):
             with contextlib.suppress(OSError):
                 (parent / self.name).rmdir()
+        with contextlib.suppress(OSError):
+            (self.root / _PAGES).unlink()
 
     def _hand_over(self, path: Path) -> None:
         os.chown(path, self.uid, self.uid, follow_symlinks=False)
@@ -241,27 +258,41 @@ def last_line(said: bytes) -> str:
     return told[-1][:500] if told else "it said nothing"
 
 
-def cgroup_arguments() -> list[str]:
-    """Return the jailer's arguments that bound a process by a control group, where there is one."""
-    if _has_unified():
-        return ["--cgroup-version", "2", "--cgroup", f"pids.max={_PIDS_MAX}"]
-    if _PIDS_V1.is_dir():
-        return ["--cgroup-version", "1", "--cgroup", f"pids.max={_PIDS_MAX}"]
-    return []
+def cgroup_arguments(group: str) -> list[str]:
+    """Return the jailer's arguments that bound a process by a control group, where there is one.
+
+    It is made in another, which all machines of an installation share and no other has.
+    """
+    version = "2" if _has_unified() else "1" if _PIDS_V1.is_dir() else None
+    if version is None:
+        return []
+    own = ["--parent-cgroup", group, "--cgroup", f"pids.max={_PIDS_MAX}"]
+    return ["--cgroup-version", version, *own]
 
 
-def sweep_groups() -> None:
+def remove_groups(group: str) -> None:
+    """Remove the control group of an installation none of whose machines is left."""
+    for parent in _groups(group):
+        with contextlib.suppress(OSError):
+            for inside in parent.iterdir():
+                with contextlib.suppress(OSError):
+                    inside.rmdir()
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
+def sweep_groups(group: str) -> None:
     """Remove control groups of machines that died while nobody looked.
 
     One that is young may be a machine's that is just being started; one in use cannot be removed.
     """
     now = time.time()  # noqa: TID251 - a file's age is by the host's clock, whatever a test's says
-    for parent in _GROUPS:
+    for parent in _groups(group):
         with contextlib.suppress(OSError):
-            for group in parent.iterdir():
+            for inside in parent.iterdir():
                 with contextlib.suppress(OSError):
-                    if now - group.stat().st_mtime > _YOUNG_S:
-                        group.rmdir()
+                    if now - inside.stat().st_mtime > _YOUNG_S:
+                        inside.rmdir()
 
 
 @functools.lru_cache(maxsize=8)

@@ -62,9 +62,10 @@ def machine_arguments(
     folder = spec.folder
     memory_mib = machine_memory_mib(spec.memory_mib)
     waiting = ["-S", "-incoming", "defer", "-global", "migration.send-configuration=off"]
+    acpi = "on" if spec.has_acpi else "off"
     return [
         "-name", spec.name,
-        "-M", "microvm,acpi=on,rtc=on,suppress-vmdesc=on,memory-backend=memory",
+        "-M", f"microvm,acpi={acpi},rtc=on,suppress-vmdesc=on,memory-backend=memory",
         *accelerator(accel, tb_size_mib=tb_size_mib),
         "-m", f"{memory_mib}M",
         "-object", f"memory-backend-file,id=memory,size={memory_mib}M,merge=off,"
@@ -73,7 +74,7 @@ def machine_arguments(
         *(waiting if is_restored else ()),
         "-kernel", str(spec.kernel),
         "-initrd", str(folder / INITRD),
-        "-append", kernel_command_line(tsc_khz=tsc_khz),
+        "-append", kernel_command_line(tsc_khz=tsc_khz, extra=spec.arguments),
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         # A machine that ends is held still, so that its last words can still be read.
         "-action", "shutdown=pause,panic=pause",

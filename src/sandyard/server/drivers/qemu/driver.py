@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -51,7 +52,6 @@ _PAGES = "pages"
 _STATE_MAX = 64 * 2**20
 _LITTLE_ROOM = 8 * 2**20
 _STILL = frozenset({"paused", "prelaunch", "postmigrate", "inmigrate", "io-error"})
-_PROBE_LIMIT_S = 20.0
 _NOBODY = 65534
 _PROBE_PASSED = b"sandyard: probe passed"
 _SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
@@ -240,19 +240,21 @@ class QemuDriver:
         words = said.decode(errors="replace").split()
         return words[words.index("version") + 1] if "version" in words else "unknown"
 
-    async def probe(self, *, kernel: Path, initrd: Path, scratch: Path) -> Verdict:
+    async def probe(
+        self, *, kernel: Path, initrd: Path, scratch: Path, limit_s: float, arguments: str = ""
+    ) -> Verdict:
         """See drivers.contract.Driver.probe."""
         try:
             version = await self.version()
             if self._accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
                 return Verdict(False, "/dev/kvm is not there or not open to this user")
             console = scratch / "console"
-            arguments = [
+            options = [
                 "-M", "microvm,acpi=on,rtc=on",
                 *command.accelerator(self._accel, tb_size_mib=self._tb_size_mib),
                 "-m", "256M", "-kernel", str(kernel), "-initrd", str(initrd),
                 "-append", command.kernel_command_line(
-                    tsc_khz=await self._rate(), extra="sandyard.probe"
+                    tsc_khz=await self._rate(), extra=f"{arguments} sandyard.probe"
                 ),
                 "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                 "-serial", f"file:{console}",
@@ -260,18 +262,22 @@ class QemuDriver:
             # As a real machine runs, so that a device closed to that account counts as closed; and
             # with an end of its own, should this process not live to end it.
             os.chown(scratch, _NOBODY, _NOBODY)
-            own_end = ["timeout", f"{_PROBE_LIMIT_S + 5:g}"]
+            own_end = ["timeout", f"{limit_s + 5:g}"]
             confined = command.unprivileged(_NOBODY, accel=self._accel)
-            output = await output_of(
-                [*own_end, *confined, self._binary, *arguments], limit_s=_PROBE_LIMIT_S
-            )
+            started = time.monotonic()
+            output = await output_of([*own_end, *confined, self._binary, *options], limit_s=limit_s)
+            took_s = time.monotonic() - started
         except TimeoutError:
-            return Verdict(False, "a probe machine did not come up in time", is_certain=False)
+            return Verdict(
+                False,
+                f"a probe machine did not come up within {limit_s:g} s",
+                is_certain=False,
+            )
         except (OSError, SandyardError) as error:
             said = (str(error) or "no end in time").splitlines()[0]
             return Verdict(False, f"a probe machine did not come up: {said}")
         if console.exists() and _PROBE_PASSED in console.read_bytes():
-            return Verdict(True, f"QEMU {version}: a probe machine booted")
+            return Verdict(True, f"QEMU {version}: a probe machine booted", took_s=took_s)
         last = output.decode(errors="replace").strip().splitlines()[:1]
         return Verdict(False, f"a probe machine did not boot: {last[0] if last else 'no reason'}")
 

@@ -13,12 +13,18 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.drivers.contract import Driver, Verdict
 from sandyard.server.node.images.images import Image
 
 log = logging.getLogger(__name__)
+
+_USUAL_S = 5.0
+"""How long a probe machine may take on a host for which the limits of machines are made: an idle
+one that emulates."""
+_OWN_KERNEL = 6.0
 
 
 @dataclass(frozen=True)
@@ -30,17 +36,45 @@ class Judged:
 
 
 class Drivers:
-    """The drivers a node may use, best first; machines here may run under any `known`."""
+    """The drivers a node may use, best first; machines here may run under any `known`.
+
+    `probe_s` is how long the probe of a distribution's kernel may take, `slowest` bounds `pace`.
+    """
 
     def __init__(
-        self, candidates: Sequence[Driver], *, cache: Path, known: Sequence[Driver] = ()
+        self,
+        candidates: Sequence[Driver],
+        *,
+        cache: Path,
+        known: Sequence[Driver] = (),
+        probe_s: float = 20.0,
+        slowest: float = 20.0,
     ) -> None:
+        self._probe_s = probe_s
+        self._slowest = slowest
+        self._pace: float | None = None
         self._candidates = tuple(candidates)
         self._known = (*candidates, *known)
         self._judging = asyncio.Lock()
         self._cache = cache
         self._chosen: dict[str, Driver] = {}
         self._versions: dict[str, str] = {}
+
+    @property
+    def pace(self) -> float:
+        """How many times longer than usual guests take here: 1 or more, as probe machines told.
+
+        It is the slowest driver's: a limit that is too long for another costs nothing.
+        """
+        if self._pace is None:
+            release = f"host {os.uname().release}"
+            measured = [
+                float(kept[2])
+                for key, kept in self._load().items()
+                if kept[0] and key.endswith(release) and len(kept) > 2 and kept[2]
+            ]
+            self._pace = min(self._slowest, max(1.0, *(one / _USUAL_S for one in measured), 1.0))
+        return self._pace
 
     def named(self, name: str) -> Driver | None:
         """Return the driver of that name."""
@@ -96,22 +130,32 @@ class Drivers:
         known = self._load()
         if key in known:
             return Verdict(bool(known[key][0]), str(known[key][1]))
+        # Whoever gives a kernel says that it boots, if slowly: of others, only a few seconds tell.
+        limit_s = self._probe_s * (_OWN_KERNEL if image.has_own_kernel else 1)
         with tempfile.TemporaryDirectory(prefix="sandyard-probe-") as scratch:
             verdict = await driver.probe(
-                kernel=image.kernel, initrd=image.initrd, scratch=Path(scratch)
+                kernel=image.kernel,
+                initrd=image.initrd,
+                scratch=Path(scratch),
+                limit_s=limit_s,
+                arguments=image.arguments,
             )
         if verdict.is_certain:
-            self._save({**self._load(), key: (verdict.is_usable, verdict.reason)})
+            kept = (verdict.is_usable, verdict.reason, verdict.took_s)
+            self._save({**self._load(), key: kept})
+            self._pace = None
         return verdict
 
-    def _load(self) -> dict[str, tuple[bool, str]]:
+    def _load(self) -> dict[str, Sequence[Any]]:
         try:
             known = json.loads(self._cache.read_text())
         except (OSError, ValueError):
             return {}
-        return known if isinstance(known, dict) else {}
+        if not isinstance(known, dict):
+            return {}
+        return {key: kept for key, kept in known.items() if isinstance(kept, list)}
 
-    def _save(self, known: dict[str, tuple[bool, str]]) -> None:
+    def _save(self, known: dict[str, Sequence[Any]]) -> None:
         self._cache.parent.mkdir(parents=True, exist_ok=True)
         part = self._cache.with_name(self._cache.name + ".part")
         part.write_text(json.dumps(known, indent=1))

@@ -19,6 +19,7 @@ from sandyard.server.core.errors import UnavailableError
 
 REGISTRY = Path("/var/lib/sandyard-installations")
 SLOTS = 1024
+_PREFIX = "syd-"
 _INDEXES = 64
 _UID_FIRST = 1_900_000_000  # above every range that systemd.io/UIDS-GIDS gives to somebody
 _WHOLE = ipaddress.IPv4Network("10.200.0.0/14")
@@ -36,7 +37,7 @@ class Identity:
     @property
     def prefix(self) -> str:
         """What the names of all its links and namespaces begin with."""
-        return f"syd-{self.id}"
+        return f"{_PREFIX}{self.id}"
 
     @property
     def table(self) -> str:
@@ -47,6 +48,12 @@ class Identity:
     def uids(self) -> range:
         """The accounts that its machines run under."""
         return range(self.uid_first, self.uid_first + SLOTS)
+
+
+def prefix_in(home: Path) -> str | None:
+    """Return the prefix of the installation in a home; None if it has no place on a host yet."""
+    kept = _read(home / "instance.json")
+    return None if kept is None else f"{_PREFIX}{kept['id']}"
 
 
 def take_identity(

@@ -23,11 +23,12 @@ from sandyard.server.node.commands import run
 from sandyard.server.node.images.definitions import Definition, NodeRuntime, Source
 from sandyard.server.node.images.images import Image, Images, write_manifest
 from sandyard.server.node.images.initrd import kernel_release, make_initrd
+from sandyard.server.node.images.kernel import OwnKernel, own_kernel, refuse_lacking
 from sandyard.server.tasks import in_thread
 
 # Grows when this file starts to build something else from the same definition.
 _PACKAGES_RECIPE = "5"
-_IMAGE_RECIPE = "7"
+_IMAGE_RECIPE = "8"
 _PACKAGES_LIMIT_S = 1800.0
 _STEP_LIMIT_S = 600.0
 _REACH_LIMIT_S = 30.0
@@ -53,9 +54,20 @@ class Builder:
     """Builds templates into an installation's images."""
 
     def __init__(
-        self, images: Images, *, cache_dir: Path, logs_dir: Path, extra_ca: Path | None = None
+        self,
+        images: Images,
+        *,
+        cache_dir: Path,
+        logs_dir: Path,
+        extra_ca: Path | None = None,
+        kernel: Path | None = None,
+        kernel_modules: Path | None = None,
+        kernel_arguments: str = "",
     ) -> None:
         self._images = images
+        self._kernel = kernel
+        self._kernel_modules = kernel_modules
+        self._kernel_arguments = kernel_arguments
         self._extra_ca = extra_ca
         self._cache_dir = cache_dir
         self._logs_dir = logs_dir
@@ -85,6 +97,8 @@ class Builder:
                     self._cache_dir,
                     _Report(file.write, progress),
                     _certificates(self._extra_ca),
+                    await in_thread(self._kernel_for, definition),
+                    f"{self._kernel_arguments} {definition.kernel_arguments}".strip(),
                 ).run(again=again)
             except SandyardError as error:
                 message = f"{error.message}\n(the whole log is in {log})"
@@ -95,6 +109,17 @@ class Builder:
                 raise
         self._images.use(slug, image.digest)
         return image
+
+    def _kernel_for(self, definition: Definition) -> OwnKernel | None:
+        """Return the kernel that a template is to have instead of its distribution's, if any."""
+        image, modules = self._kernel, self._kernel_modules
+        if definition.kernel is not None:
+            image, modules = definition.kernel, definition.kernel_modules
+        if image is None:
+            return None
+        kernel = own_kernel(image, modules)
+        refuse_lacking(kernel)
+        return kernel
 
 
 class _Report:
@@ -119,8 +144,12 @@ class _Build:
         cache_dir: Path,
         report: _Report,
         certificates: Sequence[str],
+        kernel: OwnKernel | None,
+        arguments: str,
     ) -> None:
+        self._arguments = arguments
         self._certificates = certificates
+        self._kernel = kernel
         self._definition = definition
         self._images = images
         self._cache_dir = cache_dir
@@ -132,9 +161,10 @@ class _Build:
             "packagesRecipe": _PACKAGES_RECIPE,
             "imageRecipe": _IMAGE_RECIPE,
             "agent": _digest_of_guest(),
+            "certificates": _digest({"": "".join(self._certificates)}),
+            "kernel": self._kernel.digest if self._kernel else "",
+            "kernelArguments": self._arguments,
         }
-        if self._certificates:
-            recipe["certificates"] = _digest({"": "".join(self._certificates)})
         current = self._images.current(self._definition.slug)
         if current is not None and not again and recipe.items() <= current.inputs.items():
             # Whichever source it was built from, and however often again: it is what it should be.
@@ -271,9 +301,9 @@ class _Build:
             ["tar", "--zstd", "-C", root, "--numeric-owner", "--xattrs", "-xpf", archive],
             limit_s=_STEP_LIMIT_S,
         )
-        release = kernel_release(root)
-        (root / f"boot/vmlinuz-{release}").replace(made / "vmlinuz")
-        await run(["depmod", "-b", root, release], limit_s=_STEP_LIMIT_S)
+        release = await in_thread(self._add_kernel, root, made / "vmlinuz")
+        if release is not None:
+            await run(["depmod", "-b", root, release], limit_s=_STEP_LIMIT_S)
         _add_guest(root)
         if self._certificates:
             _add_certificates(root, self._certificates)
@@ -309,10 +339,37 @@ class _Build:
         base.chmod(0o444)
         for path in (made / "vmlinuz", made / "initrd"):
             path.chmod(0o444)
-        write_manifest(made, os=source.os, size_bytes=base.stat().st_blocks * 512, inputs=inputs)
+        write_manifest(
+            made,
+            os=source.os,
+            size_bytes=base.stat().st_blocks * 512,
+            inputs=inputs,
+            has_acpi=self._kernel is None or self._kernel.told.has_acpi,
+        )
         made.chmod(0o755)
         await run(["sync", "-f", made], limit_s=_STEP_LIMIT_S)
         made.rename(self._images.images_dir / digest)
+
+    def _add_kernel(self, root: Path, target: Path) -> str | None:
+        """Put the kernel where it belongs, and return the release whose modules are in the root."""
+        own, folder = self._kernel, root / "usr/lib/modules"
+        if own is None:
+            release = kernel_release(root)
+            (root / f"boot/vmlinuz-{release}").replace(target)
+            return release
+        self._report.step(f"taking the kernel {own.image} ({own.told.release})")
+        shutil.copy(own.image, target)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        if own.modules is None:
+            return None
+        # Links in it (`build`, `source`) lead to where it was built.
+        shutil.copytree(own.modules, folder / own.modules.name, ignore=_links)
+        return own.modules.name
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if os.path.islink(os.path.join(folder, name))]
 
 
 def _unpack_kernel(package: str) -> str:

@@ -10,6 +10,8 @@ from sandyard.server.core.ids import is_slug
 from sandyard.server.core.shapes import Shape, shape_of
 
 _FAMILIES = ("debian", "ubuntu")
+_ARGUMENTS_MAX = 1024
+ARGUMENTS_ARE = f"one line of at most {_ARGUMENTS_MAX} plain ASCII characters"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Definition:
     steps: tuple[str, ...]
     warmup: tuple[str, ...]
     digest: str
+    kernel: Path | None = None
+    """A kernel instead of the distribution's."""
+    kernel_modules: Path | None = None
+    kernel_arguments: str = ""
 
 
 def load_definitions(folder: Path) -> dict[str, Definition]:
@@ -68,16 +74,16 @@ def load_definition(path: Path) -> Definition:
     """
     data = path.read_bytes()
     try:
-        return _parse(tomllib.loads(data.decode()), sha256(data).hexdigest())
+        return _parse(tomllib.loads(data.decode()), sha256(data).hexdigest(), path.parent)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArgumentError(f"cannot read the template {path}: {error!r}") from error
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"cannot read the template {path}: {error.message}") from error
 
 
-def _parse(data: dict[str, object], digest: str) -> Definition:
+def _parse(data: dict[str, object], digest: str, folder: Path) -> Definition:
     known = {"slug", "name", "description", "kind", "defaults", "sources", "packages", "runtimes"}
-    known |= {"steps", "warmup"}
+    known |= {"steps", "warmup", "kernel", "kernel_modules", "kernel_arguments"}
     if unknown := set(data) - known:
         raise ValueError(f"unknown keys: {', '.join(sorted(unknown))}")
     slug, kind = _text(data, "slug"), _text(data, "kind")
@@ -88,6 +94,8 @@ def _parse(data: dict[str, object], digest: str) -> Definition:
     sources = tuple(_source(_table(entry)) for entry in _list(data, "sources"))
     if not sources:
         raise ValueError("at least one source is needed")
+    if "kernel_modules" in data and "kernel" not in data:
+        raise ValueError("kernel_modules are those of a kernel, which is to be named as well")
     defaults = _table(data["defaults"])
     runtimes = _table(data.get("runtimes", {}))
     node = _table(runtimes["node"]) if "node" in runtimes else None
@@ -109,7 +117,24 @@ def _parse(data: dict[str, object], digest: str) -> Definition:
         steps=_texts(data, "steps") if "steps" in data else (),
         warmup=_texts(data, "warmup") if "warmup" in data else (),
         digest=digest,
+        kernel=folder / _text(data, "kernel") if "kernel" in data else None,
+        kernel_modules=(
+            folder / _text(data, "kernel_modules") if "kernel_modules" in data else None
+        ),
+        kernel_arguments=_arguments(data),
     )
+
+
+def _arguments(data: dict[str, object]) -> str:
+    text = _text(data, "kernel_arguments") if "kernel_arguments" in data else ""
+    if not is_command_line(text):
+        raise ValueError(f"kernel_arguments is {ARGUMENTS_ARE}")
+    return text
+
+
+def is_command_line(text: str) -> bool:
+    """Tell whether a kernel can be told so: a few plain words on one line."""
+    return len(text) <= _ARGUMENTS_MAX and text.isascii() and text.isprintable()
 
 
 def _source(data: dict[str, object]) -> Source:

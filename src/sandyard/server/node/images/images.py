@@ -28,6 +28,18 @@ class Image:
     size_bytes: int
     created_at: datetime
     inputs: Mapping[str, str]
+    has_acpi: bool = True
+    """Whether its kernel finds devices by ACPI."""
+
+    @property
+    def arguments(self) -> str:
+        """What its kernel is told besides what every machine's is."""
+        return self.inputs.get("kernelArguments", "")
+
+    @property
+    def has_own_kernel(self) -> bool:
+        """Whether its kernel is an operator's, not its distribution's."""
+        return bool(self.inputs.get("kernel"))
 
     @property
     def base(self) -> Path:
@@ -36,7 +48,7 @@ class Image:
 
     @property
     def kernel(self) -> Path:
-        """The kernel, bzImage."""
+        """The kernel: a bzImage, or an ELF file."""
         return self.folder / "vmlinuz"
 
     @property
@@ -92,6 +104,7 @@ class Images:
             size_bytes=manifest["sizeBytes"],
             created_at=datetime.fromisoformat(manifest["createdAt"]),
             inputs=manifest["inputs"],
+            has_acpi=manifest.get("hasAcpi", True),
         )
 
     def use(self, slug: str, digest: str) -> None:
@@ -148,7 +161,9 @@ class Images:
         part.replace(self._templates_dir / f"{slug}.json")
 
 
-def write_manifest(folder: Path, *, os: str, size_bytes: int, inputs: Mapping[str, str]) -> None:
+def write_manifest(
+    folder: Path, *, os: str, size_bytes: int, inputs: Mapping[str, str], has_acpi: bool = True
+) -> None:
     """Write the manifest that makes a folder an image."""
     (folder / "manifest.json").write_text(
         json.dumps(
@@ -157,6 +172,7 @@ def write_manifest(folder: Path, *, os: str, size_bytes: int, inputs: Mapping[st
                 "sizeBytes": size_bytes,
                 "createdAt": datetime.now(UTC).isoformat(),
                 "inputs": dict(inputs),
+                "hasAcpi": has_acpi,
             },
             indent=1,
         )

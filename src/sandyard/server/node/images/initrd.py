@@ -1,6 +1,5 @@
 """Makes the initramfs: busybox, the few modules a machine needs, and one script."""
 
-import gzip
 import lzma
 import os
 import stat
@@ -12,7 +11,8 @@ from sandyard.server.core.errors import InternalError
 from sandyard.server.drivers.initrd import cpio_entry
 
 # tcp_diag: to break off connections that a machine which stood still believes to have.
-_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "overlay", "tcp_diag")
+_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "ext4", "overlay", "tcp_diag")
+_OPTIONAL = frozenset({"tcp_diag"})
 _FOLDERS = ("bin", "dev", "proc", "sys", "base", "disk", "root", "modules")
 _APPLETS = (
     "sh", "mount", "umount", "mkdir", "insmod", "grep", "cp", "rm", "ln", "chmod", "ip", "hostname",
@@ -20,8 +20,11 @@ _APPLETS = (
 )  # fmt: skip
 
 
-def make_initrd(root: Path, release: str, script: Path, target: Path) -> None:
+def make_initrd(root: Path, release: str | None, script: Path, target: Path) -> None:
     """Write the initramfs for the kernel `release` whose modules lie in a root file system.
+
+    None stands for a kernel without modules. It is not packed: the guest's processor would have to
+    unpack it, at every boot.
 
     Raises:
         InternalError: busybox or a module that is needed is missing there.
@@ -29,7 +32,6 @@ def make_initrd(root: Path, release: str, script: Path, target: Path) -> None:
     busybox = root / "usr/bin/busybox"
     if not busybox.exists():
         raise InternalError("cannot make the initramfs: the template lacks busybox-static")
-    folder = root / "usr/lib/modules" / release
     archive = bytearray()
     for name in _FOLDERS:
         archive += cpio_entry(name, stat.S_IFDIR | 0o755, b"")
@@ -39,7 +41,7 @@ def make_initrd(root: Path, release: str, script: Path, target: Path) -> None:
         archive += cpio_entry(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox")
     archive += cpio_entry("init", stat.S_IFREG | 0o755, script.read_bytes())
     order = []
-    for path in _in_load_order(folder):
+    for path in _in_load_order(root / "usr/lib/modules" / release) if release else ():
         name = path.name.split(".ko")[0] + ".ko"
         order.append(name)
         archive += cpio_entry(f"modules/{name}", stat.S_IFREG | 0o644, _module_bytes(path))
@@ -47,7 +49,7 @@ def make_initrd(root: Path, release: str, script: Path, target: Path) -> None:
         "modules/order", stat.S_IFREG | 0o644, "".join(f"{name}\n" for name in order).encode()
     )
     archive += cpio_entry("TRAILER!!!", 0, b"")
-    target.write_bytes(gzip.compress(bytes(archive), compresslevel=1, mtime=0))
+    target.write_bytes(archive)
 
 
 def _in_load_order(folder: Path) -> Iterator[Path]:
@@ -64,6 +66,8 @@ def _in_load_order(folder: Path) -> Iterator[Path]:
     done: set[str] = set()
     for name in _MODULES:
         if name in builtin:
+            continue
+        if name not in by_name and name in _OPTIONAL:
             continue
         if name not in by_name:
             raise InternalError(f"cannot make the initramfs: the kernel has no module {name}")

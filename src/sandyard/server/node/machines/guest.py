@@ -76,7 +76,8 @@ class Guest:
         link = self._link_or_raise()
         self._uses += operation.is_use
         try:
-            async with link.open(operation, limit_s=self._means.limits.agent_s) as opened:
+            limit_s = self._means.patience(self._means.limits.agent_s)
+            async with link.open(operation, limit_s=limit_s) as opened:
                 yield opened
         finally:
             self._uses -= operation.is_use
@@ -86,7 +87,7 @@ class Guest:
     def keep_spare(self) -> None:
         """Have a connection to its agent ready for what is asked next."""
         if self.link is not None and not self.pulse.is_held:
-            spare = self.link.open_spare(_SPARE_LIMIT_S)
+            spare = self.link.open_spare(self._means.patience(_SPARE_LIMIT_S))
             self._means.crew.start(spare, "no connection is kept ready", quietly=True)
 
     async def run(self, command: str, *, limit_s: float) -> int:
@@ -102,13 +103,13 @@ class Guest:
                 machine must not be used.
         """
         asked_at = self._means.clock.monotonic()
-        await self._link_or_raise().ask(self._waking(), limit_s=WAKE_LIMIT_S)
+        await self._link_or_raise().ask(self._waking(), limit_s=self._means.patience(WAKE_LIMIT_S))
         await self._correct_clock(asked_at)
 
     async def set_clock(self) -> None:
         """Set the clock after the machine was held still and lost no connection by that."""
         waking = self._waking(keeps_connections=True)
-        await self._link_or_raise().ask(waking, limit_s=WAKE_LIMIT_S)
+        await self._link_or_raise().ask(waking, limit_s=self._means.patience(WAKE_LIMIT_S))
 
     async def set_up(self, wish: MachineWish, *, was: Was, grows: bool, limit_s: float) -> str:
         """Make it the wished sandbox, unlike every other, and return the token that it accepts

@@ -19,7 +19,8 @@ class NodeLimits:
 
     `odd_goldens_mib` is what golden machines of unusual shapes may take together on disk. `boot_s`
     bounds a boot, `no_progress_s` the silence of its console; `golden_rest_s` is how long
-    a machine is left alone before it is saved as a golden one.
+    a machine is left alone before it is saved as a golden one. What is waited for in a guest is
+    given more on a slow host: see `Means.patience`.
     """
 
     boot_s: float
@@ -49,3 +50,7 @@ class Means:
     limits: NodeLimits
     crew: Crew
     on_change: Callable[[], None]
+
+    def patience(self, seconds: float) -> float:
+        """Return how long to wait here for what takes a guest less than `seconds` elsewhere."""
+        return seconds * self.drivers.pace

@@ -303,13 +303,15 @@ class Resident:
         )
 
     async def set_up(
-        self, wish: MachineWish, *, was: Was, grows: bool = False, limit_s: float = WAKE_LIMIT_S
+        self, wish: MachineWish, *, was: Was, grows: bool = False, limit_s: float | None = None
     ) -> None:
         """Make it the wished sandbox, with its disk grown first if need be; see `Guest.set_up`."""
+        if limit_s is None:
+            limit_s = self._means.patience(WAKE_LIMIT_S)
         if grows:
             await self._saving_machine().grow_disk(wish.shape.disk_mib)
             # The guest's kernel writes tables for all that is new, which takes its time.
-            limit_s += _GROWTH_S_A_GIB * wish.shape.disk_mib / 1024
+            limit_s += self._means.patience(_GROWTH_S_A_GIB) * wish.shape.disk_mib / 1024
         token = await self.guest.set_up(wish, was=was, grows=grows, limit_s=limit_s)
         self._record = replace(self._record, token=token, disk_mib=wish.shape.disk_mib)
 
@@ -495,7 +497,7 @@ class Resident:
         machine, phase = self._machine, self.phase
         if machine is None or phase is not Phase.RUNNING or self.guest.pulse.is_silent:
             return
-        limit = self._means.clock.timeout(_SHUT_DOWN_S)
+        limit = self._means.clock.timeout(self._means.patience(_SHUT_DOWN_S))
         with suppress(SandyardError, TimeoutError):
             # The agent is among the first to end, and tells of nothing then.
             async with limit, beside(end_of(machine)) as ending, beside(self._power_off()):
@@ -503,7 +505,7 @@ class Resident:
 
     async def _power_off(self) -> None:
         with suppress(SandyardError):
-            await self.guest.run(_POWER_OFF, limit_s=_SHUT_DOWN_S)
+            await self.guest.run(_POWER_OFF, limit_s=self._means.patience(_SHUT_DOWN_S))
 
     async def drop(self) -> None:
         """End and remove it as far as that can be; what would not go is for a later look."""

@@ -82,6 +82,8 @@ async def spec_of(
         folder=body.run,
         place=place,
         token=record.token,
+        has_acpi=kit.image.has_acpi,
+        arguments=kit.image.arguments,
         is_ahead=is_ahead,
     )
 
@@ -107,11 +109,13 @@ async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Mean
         InternalError: the machine ended.
     """
     clock, limits = means.clock, means.limits
+    hello_s, boot_s = means.patience(_HELLO_S), means.patience(limits.boot_s)
+    no_progress_s = means.patience(limits.no_progress_s)
     started = progressed = clock.monotonic()
     async with beside(end_of(machine)) as ending:
         while True:
             with suppress(UnavailableError):
-                await link.ask(Hello(), limit_s=_HELLO_S, dial_s=_DIAL_S)
+                await link.ask(Hello(), limit_s=hello_s, dial_s=_DIAL_S)
                 return
             said = await machine.console()
             body.append_console(said)
@@ -120,10 +124,8 @@ async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Mean
             if ending.done():
                 message = ending.result().message
                 raise InternalError(f"the machine ended while it started: {message}")
-            if now - progressed > limits.no_progress_s:
-                raise DeadlineExceededError(
-                    f"the machine made no progress for {limits.no_progress_s:g} s"
-                )
-            if now - started > limits.boot_s:
-                raise DeadlineExceededError(f"the agent did not answer within {limits.boot_s:g} s")
+            if now - progressed > no_progress_s:
+                raise DeadlineExceededError(f"the machine made no progress for {no_progress_s:g} s")
+            if now - started > boot_s:
+                raise DeadlineExceededError(f"the agent did not answer within {boot_s:g} s")
             await clock.sleep(limits.poll_s)

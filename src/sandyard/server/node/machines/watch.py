@@ -121,7 +121,7 @@ async def _beat(pulse: Pulse, means: Means, link_of: Callable[[], AgentLink | No
 async def _answers(link: AgentLink, means: Means) -> bool:
     """Tell whether an agent answers as one should; whatever else it says, it is a hostile guest."""
     try:
-        await link.ask(Hello(), limit_s=means.limits.heartbeat_s)
+        await link.ask(Hello(), limit_s=means.patience(means.limits.heartbeat_s))
     except ConflictError:  # the machine has ended, which its watch will tell
         return True
     except SandyardError:

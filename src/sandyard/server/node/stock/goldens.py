@@ -256,12 +256,13 @@ class Goldens:
         try:
             await resident.make_body(None)
             await resident.raise_up()
-            await resident.set_up(wish, was=Was.NOBODYS, limit_s=_WARMUP_LIMIT_S)
+            limit_s = self._means.patience(_WARMUP_LIMIT_S)
+            await resident.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
             for command in definition.warmup * _WARMUP_ROUNDS:
-                await _warm_up(resident, command)
+                await _warm_up(resident, command, limit_s=limit_s)
             # What its kernel still has to do after that (journal, old connections, memory to free)
             # every clone would do anew, all of them at the moment when somebody waits.
-            await _warm_up(resident, "sync")
+            await _warm_up(resident, "sync", limit_s=limit_s)
             await self._means.clock.sleep(self._means.limits.golden_rest_s)
             folder = self._folder / await self._name(kind, driver)
             await in_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -280,8 +281,8 @@ class Goldens:
         return [image for image in found if image is not None]
 
 
-async def _warm_up(resident: Resident, command: str) -> None:
-    code = await resident.guest.run(command, limit_s=_WARMUP_LIMIT_S)
+async def _warm_up(resident: Resident, command: str, *, limit_s: float) -> None:
+    code = await resident.guest.run(command, limit_s=limit_s)
     if code != 0:
         log.warning("the warm-up command %r ended with code %d", command, code)
 

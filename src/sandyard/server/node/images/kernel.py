@@ -1,0 +1,156 @@
+"""A kernel that an operator gives, instead of the distribution's: what it has to be able to do."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
+from sandyard.server.drivers.kernels import Told, told_by
+
+
+@dataclass(frozen=True)
+class Need:
+    """One of some options that a kernel must have (`is_must`), or had better have, and what for.
+
+    `module` is the module in its place, where the initramfs loads one.
+    """
+
+    options: tuple[str, ...]
+    purpose: str
+    module: str | None = None
+    is_must: bool = True
+
+    @property
+    def shown(self) -> str:
+        """The options as a configuration spells them."""
+        return " or ".join(f"CONFIG_{one}" for one in self.options)
+
+
+NEEDS: tuple[Need, ...] = (
+    Need(("BLK_DEV_INITRD",), "starts from an initramfs"),
+    Need(("SERIAL_8250_CONSOLE",), "the console: the probe, and the logs of a sandbox"),
+    Need(("ACPI", "VIRTIO_MMIO_CMDLINE_DEVICES"), "finds its disks and its network"),
+    Need(("VIRTIO_MMIO",), "disks and network", "virtio_mmio"),
+    Need(("VIRTIO_BLK",), "disks", "virtio_blk"),
+    Need(("VIRTIO_NET",), "the network, by which the agent is reached", "virtio_net"),
+    Need(("EXT4_FS",), "the file system of base and disk", "ext4"),
+    Need(("OVERLAY_FS",), "the root: the shared base under a sandbox's own files", "overlay"),
+    Need(("TMPFS",), "/run and /dev/shm"),
+    Need(("DEVTMPFS",), "/dev"),
+    Need(("PROC_FS",), "/proc"),
+    Need(("SYSFS",), "/sys"),
+    Need(("UNIX98_PTYS",), "terminals"),
+    Need(("BINFMT_ELF",), "programs"),
+    Need(("BINFMT_SCRIPT",), "scripts: the first program is one"),
+    Need(("MULTIUSER",), "users"),
+    Need(("INET",), "the network, by which the agent is reached"),
+    Need(("UNIX",), "local sockets"),
+    Need(("PACKET",), "what looks at the network", is_must=False),
+    Need(("FUTEX",), "threads: the agent is a Python program"),
+    Need(("EPOLL",), "the agent waits by it"),
+    Need(("SIGNALFD",), "programs that wait for signals", is_must=False),
+    Need(("INOTIFY_USER",), "watching files", is_must=False),
+    Need(("CGROUPS",), "ends all that a command started"),
+    Need(("CGROUP_PIDS",), "bounds how many processes a command starts", is_must=False),
+    Need(("MEMCG",), "containers with a bound on memory", is_must=False),
+    Need(("INET_TCP_DIAG",), "breaks off connections after a pause", "tcp_diag", is_must=False),
+    Need(
+        ("INET_DIAG_DESTROY",),
+        "breaks off connections after a pause; without it, programs wait for a time-out",
+        is_must=False,
+    ),
+    Need(
+        ("HW_RANDOM_VIRTIO",), "random numbers at once; restored machines are given them anyway",
+        is_must=False,
+    ),
+    Need(("USER_NS",), "containers of ordinary users", is_must=False),
+    Need(("PID_NS",), "containers", is_must=False),
+    Need(("NET_NS",), "containers", is_must=False),
+    Need(("FUSE_FS",), "containers of ordinary users", is_must=False),
+    Need(("TUN",), "containers of ordinary users, VPNs", is_must=False),
+    Need(("VETH",), "Docker", is_must=False),
+    Need(("BRIDGE",), "Docker", is_must=False),
+    Need(("NF_TABLES",), "Docker, firewalls", is_must=False),
+    Need(("SECCOMP_FILTER",), "containers, browsers", is_must=False),
+    Need(("PVH",), "QEMU boots an unpacked `vmlinux` by it; a bzImage does without", is_must=False),
+)  # fmt: skip
+"""What machines need of a kernel, in the order in which they come to need it."""
+
+
+@dataclass(frozen=True)
+class OwnKernel:
+    """A kernel, the folder of its modules (`/lib/modules/<release>`) if it has any, and what it
+    says of itself. `digest` changes when any of it does."""
+
+    image: Path
+    modules: Path | None
+    told: Told
+    digest: str
+
+    def lacks(self, *, musts: bool) -> list[Need]:
+        """Return what it must have, or had better have, and has not; none where it cannot be told.
+
+        What is a module counts as there if modules come with it.
+        """
+        options = self.told.options
+        if options is None:
+            return []
+        return [need for need in NEEDS if need.is_must is musts and not self._has(need, options)]
+
+    def _has(self, need: Need, options: Mapping[str, str]) -> bool:
+        found = {options.get(one) for one in need.options}
+        is_loaded = self.modules is not None and (need.module is not None or not need.is_must)
+        return "y" in found or ("m" in found and is_loaded)
+
+
+def own_kernel(image: Path, modules: Path | None) -> OwnKernel:
+    """Return a kernel that an operator gives.
+
+    Raises:
+        InvalidArgumentError: it is no kernel, or its modules are not its own.
+    """
+    try:
+        told = told_by(image)
+        digest = sha256(image.read_bytes())
+    except UnavailableError as error:
+        raise InvalidArgumentError(
+            f"cannot use the kernel {image}: {error.message}", field="node.kernel"
+        ) from error
+    if modules is not None:
+        for path in _files(modules, told):
+            found = path.stat()
+            digest.update(f"{path.relative_to(modules)} {found.st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return OwnKernel(image, modules, told, digest.hexdigest())
+
+
+def _files(modules: Path, told: Told) -> Sequence[Path]:
+    if not (modules / "modules.order").is_file():
+        raise InvalidArgumentError(
+            f"cannot use the modules in {modules}: it has no modules.order; give the folder that "
+            "`make modules_install` made, as /lib/modules/6.12.0",
+            field="node.kernel_modules",
+        )
+    if told.release not in ("unknown", modules.name):
+        raise InvalidArgumentError(
+            f"cannot use the modules in {modules}: the folder must be called {told.release}, as "
+            "the kernel is",
+            field="node.kernel_modules",
+        )
+    return sorted(one for one in modules.rglob("*") if one.is_file() and not one.is_symlink())
+
+
+def refuse_lacking(kernel: OwnKernel) -> None:
+    """Return if a kernel has what machines cannot do without, as far as it says.
+
+    Raises:
+        InvalidArgumentError: it has not; each option is named.
+    """
+    if lacks := kernel.lacks(musts=True):
+        named = "; ".join(f"{one.shown} ({one.purpose})" for one in lacks)
+        raise InvalidArgumentError(
+            f"cannot use the kernel {kernel.image}: it lacks {named}; build them in, or give the "
+            "folder of its modules",
+            field="node.kernel",
+        )

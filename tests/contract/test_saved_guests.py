@@ -1,0 +1,204 @@
+"""What a guest remembers of being saved: the examination of drivers with a living guest in it.
+
+In it a process counts, and files in its memory change from save to save, the same pages and new
+ones; they know their own checksums. A state is told by them from any other, and a page that is of
+another moment, or lost, is found out.
+"""
+
+import asyncio
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from tests.support.drivers import BENCHES, NEEDS_KVM, Bench, mount
+
+from sandyard.server.core.errors import NoCapacityError, UnavailableError
+from sandyard.server.core.ops import Hello
+from sandyard.server.core.wire import AGENT_PORT
+from sandyard.server.drivers.contract import MachineSpec, Saved, SavingMachine
+from sandyard.server.drivers.sparse import copy_sparse
+from sandyard.server.links.local import SystemClock
+from sandyard.server.node.agent import AgentLink, run_command
+
+# One process, for ever: to start others again and again is all that a slow guest would do.
+_COUNT = """python3 -c '
+import time
+count = 0
+while True:
+    count += 1
+    with open("/dev/shm/count", "w") as file:
+        file.write(str(count))
+    time.sleep(0.2)
+' >/dev/null 2>&1 &"""
+_WRITE = """set -e; cd /dev/shm
+for file in always only-{mark}; do head -c 100000 /dev/urandom > $file; done
+echo {mark} > mark
+sha256sum always only-* mark > sums"""
+_CHECK = """set -e; cd /dev/shm
+sha256sum -c sums >/dev/null
+test "$(cat mark)" = {mark}
+test "$(echo only-*)" = "{files}"
+now() {{ until n=$(<count); [ -n "$n" ]; do :; done; echo $n; }}
+first=$(now); tries=0
+until [ "$(now)" -gt "$first" ]; do tries=$((tries+1)); [ $tries -lt 100 ]; sleep 0.3; done"""
+
+
+@dataclass
+class Kept:
+    """A state that was saved, with the disk of its moment, and what its guest must remember."""
+
+    saved: Saved
+    disk: Path
+    marks: tuple[str, ...]
+
+
+class Exam:
+    """Machines of a bench whose guests are spoken to."""
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self.bench = bench
+        self.folder = folder
+        self.limit_s = 30 * bench.pace
+        self.clock = SystemClock()
+        self._count = 0
+
+    def link(self, spec: MachineSpec) -> AgentLink:
+        slots = self.bench.slots
+        assert slots is not None
+        return AgentLink(
+            lambda limit_s: slots.dial(spec.place, AGENT_PORT, folder=spec.folder, limit_s=limit_s),
+            spec.token,
+            self.clock,
+        )
+
+    async def meet(self, spec: MachineSpec) -> None:
+        """Return once the agent of a machine that boots answers."""
+        async with asyncio.timeout(240 * self.bench.pace):
+            while True:
+                with suppress(UnavailableError):
+                    await self.link(spec).ask(Hello(), limit_s=self.limit_s, dial_s=1)
+                    return
+                await asyncio.sleep(0.1)
+
+    async def run(self, spec: MachineSpec, command: str) -> None:
+        code = await run_command(self.link(spec), command, limit_s=self.limit_s, clock=self.clock)
+        assert code == 0, command
+
+    async def write(self, spec: MachineSpec, mark: str) -> None:
+        await self.run(spec, _WRITE.format(mark=mark))
+
+    async def check(self, spec: MachineSpec, marks: tuple[str, ...]) -> None:
+        files = " ".join(sorted(f"only-{one}" for one in marks))
+        await self.run(spec, _CHECK.format(mark=marks[-1], files=files))
+
+    def _new(self, kind: str) -> Path:
+        self._count += 1
+        return self.folder / f"{kind}-{self._count}"
+
+    async def save(self, machine: SavingMachine, spec: MachineSpec, marks: tuple[str, ...]) -> Kept:
+        """Save a machine that is held still."""
+        saved = await machine.save(self._new("saved"))
+        disk = self._new("disk")
+        copy_sparse(spec.disk, disk)
+        return Kept(saved, disk, marks)
+
+    async def restore(
+        self, kept: Kept, spec: MachineSpec, memory: Path, held: AsyncExitStack
+    ) -> tuple[SavingMachine, MachineSpec]:
+        """Restore a state on a disk and a memory file of its own, and let the guest go on."""
+        shutil.rmtree(spec.folder)
+        spec.folder.mkdir()
+        os.chown(spec.folder, spec.place.uid, spec.place.uid)
+        spec = replace(spec, disk=self._new("own-disk"), memory=self._new("memory"))
+        copy_sparse(kept.disk, spec.disk)
+        os.chown(spec.disk, spec.place.uid, spec.place.uid)
+        spec.memory.hardlink_to(memory)
+        machine = await self.bench.saver.restore(spec, kept.saved, held)
+        await machine.resume()
+        return machine, spec
+
+
+@contextmanager
+def full_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder in which there is no room."""
+    folder = parent / "full"
+    folder.mkdir()
+    mount("tmpfs", folder, "size=64k")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qemu",
+        pytest.param("qemu-kvm", marks=[NEEDS_KVM, pytest.mark.kvm]),
+        pytest.param("firecracker", marks=[NEEDS_KVM, pytest.mark.kvm, pytest.mark.core]),
+    ],
+)
+async def test_each_state_that_was_saved_is_what_the_guest_was_then(
+    tmp_path: Path, name: str
+) -> None:
+    async with AsyncExitStack() as held:
+        bench = await BENCHES[name](tmp_path, held)
+        if not bench.verdict.is_usable:
+            pytest.skip(f"NOT RUN: {name} boots no machine here: {bench.verdict.reason}")
+        exam, first = Exam(bench, tmp_path), bench.spec
+        kept, began = [], tmp_path / "began-with"
+        async with AsyncExitStack() as inner:
+            machine = await bench.saver.start(first, inner)
+            began.hardlink_to(first.memory)
+            await exam.meet(first)
+            await exam.run(first, _COUNT)
+            marks: tuple[str, ...] = ()
+            for mark in ("a", "b", "c"):
+                marks = (*marks, mark)
+                await exam.write(first, mark)
+                await machine.pause()
+                kept.append(await exam.save(machine, first, marks))
+                if mark == "b":
+                    # Once more, where nothing has happened since; and once without room for it.
+                    kept.append(await exam.save(machine, first, marks))
+                    with full_folder(tmp_path) as full, pytest.raises(NoCapacityError):
+                        await machine.save(full / "saved")
+                await machine.resume()
+            # It lives on, whatever was saved of it.
+            await exam.check(first, marks)
+        assert not await bench.left()
+        for number, one in enumerate(kept):
+            async with AsyncExitStack() as inner:
+                machine, spec = await exam.restore(one, first, began, inner)
+                await exam.check(spec, one.marks)
+                # Saved again, and what was saved then restored: twice over what came before.
+                further = (*one.marks, f"further-{number}")
+                await exam.write(spec, further[-1])
+                await machine.pause()
+                again = await exam.save(machine, spec, further)
+                base = spec.memory
+            async with AsyncExitStack() as inner:
+                machine, spec = await exam.restore(again, first, base, inner)
+                await exam.check(spec, further)
+            assert not await bench.left()
+        assert bench.slots is not None
+        place = await bench.slots.take()
+        held.push_async_callback(bench.slots.give_back, place)
+        other = replace(first, place=place, folder=tmp_path / "run-2", name="sandbox-other")
+        other.folder.mkdir()
+        async with AsyncExitStack() as inner:
+            twins = [
+                (await exam.restore(kept[1], spec, began, inner))[1] for spec in (first, other)
+            ]
+            for letter, spec in zip("xy", twins, strict=True):
+                await exam.check(spec, kept[1].marks)
+                await exam.write(spec, f"twin-{letter}")
+            for letter, spec in zip("xy", twins, strict=True):
+                await exam.check(spec, (*kept[1].marks, f"twin-{letter}"))
+        assert not await bench.left()

@@ -1,0 +1,110 @@
+"""One machine saved again and again, in every order that its owner may think of."""
+
+import pytest
+from tests.support.server import RealServer, wait_until
+
+pytestmark = [pytest.mark.machine, pytest.mark.core]
+
+# One process, for ever: to start others again and again is all that a slow guest would do.
+_COUNT = """python3 -c '
+import time
+count = 0
+while True:
+    count += 1
+    with open("/dev/shm/count", "w") as file:
+        file.write(str(count))
+    time.sleep(0.2)
+' >/dev/null 2>&1 &"""
+# The same pages and new ones, in memory and on the disk.
+_WRITE = """set -e
+for folder in /dev/shm /workspace; do cd $folder
+for file in always only-{mark}; do head -c 100000 /dev/urandom > $file; done
+echo {mark} > mark; sha256sum always only-* mark > sums; done"""
+_CHECK = """set -e
+for folder in /dev/shm /workspace; do cd $folder; sha256sum -c sums >/dev/null; cat mark
+done; until n=$(</dev/shm/count); [ -n "$n" ]; do :; done; echo $n"""
+
+
+class Box:
+    """A sandbox that knows what it was told to remember."""
+
+    def __init__(self, server: RealServer, reference: object) -> None:
+        self.server = server
+        self.id = str(reference)
+
+    def write(self, mark: str) -> None:
+        said = self.server.execute(self.id, _WRITE.format(mark=mark))
+        assert said["exitCode"] == 0, said
+
+    def check(self, mark: str) -> None:
+        """It remembers just that, byte by byte, and what ran in it goes on."""
+        first = self._looked(mark)
+        wait_until(lambda: self._looked(mark) > first, what=f"{self.id} goes on")
+
+    def _looked(self, mark: str) -> int:
+        said = self.server.execute(self.id, _CHECK)
+        assert said["exitCode"] == 0, said
+        *marks, count = str(said["stdout"]).split()
+        assert marks == [mark, mark]
+        return int(count)
+
+    def snapshot(self, name: str) -> None:
+        self.server.act(self.id, "snapshots", name=name)
+
+    def of(self, snapshot: str) -> "Box":
+        return Box(self.server, self.server.create(snapshot=snapshot)["id"])
+
+
+def test_snapshots_and_pauses_in_any_order_keep_every_moment(server: RealServer) -> None:
+    one = Box(server, server.create()["id"])
+    server.execute(one.id, _COUNT)
+    one.write("a")
+    one.snapshot("a")
+    one.write("b")
+    one.snapshot("b")
+    one.write("c")
+    server.act(one.id, "pause")
+    server.act(one.id, "resume")
+    one.check("c")
+    one.write("d")
+    one.snapshot("d")
+    for mark in ("a", "b", "d"):
+        other = one.of(mark)
+        other.check(mark)
+        server.delete(other.id)
+    # A fork of a fork, each saved more than once.
+    fork = one.of("b")
+    fork.write("fork")
+    fork.snapshot("fork")
+    fork.write("fork-later")
+    fork.snapshot("fork-later")
+    for mark in ("fork", "fork-later"):
+        second = fork.of(mark)
+        second.check(mark)
+        server.act(second.id, "pause")
+        second.check(mark)
+        server.delete(second.id)
+    fork.check("fork-later")
+    one.check("d")
+
+
+def test_what_a_killed_server_left_running_is_saved_whole(server: RealServer) -> None:
+    one = Box(server, server.create()["id"])
+    server.execute(one.id, _COUNT)
+    one.write("before")
+    one.snapshot("before")
+    one.write("meanwhile")
+    pid = server.pid_of(one.id)
+    server.kill()
+    server.start()
+    wait_until(lambda: server.status(one.id) == "running", what="it is adopted")
+    assert server.pid_of(one.id) == pid
+    one.check("meanwhile")
+    one.snapshot("after")
+    one.write("later")
+    server.act(one.id, "pause")
+    one.check("later")
+    for mark, name in (("before", "before"), ("meanwhile", "after")):
+        other = one.of(name)
+        other.check(mark)
+        server.delete(other.id)

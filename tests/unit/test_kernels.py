@@ -1,0 +1,157 @@
+"""Kernels as files: each packing, what they say of themselves, and what is asked of them."""
+
+import gzip
+import shutil
+import struct
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
+from sandyard.server.drivers.kernels import Told, told_by, unpacked, unpacked_kernel
+from sandyard.server.node.images.kernel import NEEDS, own_kernel, refuse_lacking
+
+VERSION = b"Linux version 6.12.118 (root@vm) (gcc (Debian 12.4.0-5) 12.4.0) #7"
+ALL = {one.options[0]: "y" for one in NEEDS}
+# As the kernel's own build calls them (scripts/Makefile.lib).
+PACKERS = {
+    "gzip": ["gzip", "-n", "-f", "-9"],
+    "xz": ["xz", "--check=crc32", "--x86", "--lzma2=,dict=1MiB"],
+    "lzma": ["xz", "--format=lzma", "-9"],
+    "bzip2": ["bzip2", "-9"],
+    "lz4": ["lz4", "-l", "-9", "-", "-"],
+    "zstd": ["zstd", "-19", "-q"],
+    "lzo": ["lzop", "-9"],
+}
+
+
+def elf(options: dict[str, str] | None = None) -> bytes:
+    """Return what passes for a kernel, with a configuration in it if one is given."""
+    made = b"\x7fELF" + bytes(range(256)) * 100 + VERSION
+    if options is not None:
+        text = "# Linux/x86 6.12\n# CONFIG_KASAN is not set\n" + "".join(
+            f"CONFIG_{name}={value}\n" for name, value in options.items()
+        )
+        made += b"IKCFG_ST" + gzip.compress(text.encode()) + b"IKCFG_ED"
+    return made + bytes(range(256)) * 100
+
+
+def bzimage(payload: bytes, *, size: int | None = None) -> bytes:
+    """Return a bzImage with a packed kernel in it, followed by its size, as gzip alone has it."""
+    tail = b"" if size is None else struct.pack("<I", size)
+    head = bytearray(0x250)
+    head[0x1F1] = 1
+    head[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", head, 0x206, 0x20F)
+    struct.pack_into("<II", head, 0x248, 16, len(payload + tail))
+    return bytes(head).ljust(1024, b"\0") + bytes(16) + payload + tail + b"something else"
+
+
+@pytest.mark.parametrize("how", list(PACKERS))
+def test_a_kernel_is_unpacked_once_however_it_is_packed(tmp_path: Path, how: str) -> None:
+    command = PACKERS[how]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"NOT RUN: {command[0]} is not installed")
+    packed = subprocess.run(command, input=elf(), capture_output=True, check=True).stdout
+    image = tmp_path / "vmlinuz"
+    image.write_bytes(bzimage(packed, size=None if how == "gzip" else len(elf())))
+    found = unpacked_kernel(image, tmp_path / "cache")
+    assert found.read_bytes() == elf()
+    made = found.stat().st_ino
+    assert unpacked_kernel(image, tmp_path / "cache").stat().st_ino == made
+    assert [one.name for one in (tmp_path / "cache").iterdir()] == [found.name]
+
+
+def test_a_kernel_that_is_not_packed_is_taken_as_it_is(tmp_path: Path) -> None:
+    image = tmp_path / "vmlinux"
+    image.write_bytes(elf())
+    assert unpacked_kernel(image, tmp_path / "cache").read_bytes() == elf()
+
+
+def test_without_the_program_that_unpacks_it_a_kernel_is_refused_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    image = tmp_path / "vmlinuz"
+    image.write_bytes(bzimage(b"\x02\x21\x4c\x18 and more", size=3))
+    with pytest.raises(UnavailableError, match="lz4 is not installed"):
+        unpacked_kernel(image, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "neither a bzImage nor an ELF"),
+        (b"x" * 2000, "neither a bzImage nor an ELF"),
+        (bzimage(b"odd packing"), "not known here"),
+        (bzimage(gzip.compress(b"no kernel")), "no ELF"),
+        (bzimage(gzip.compress(elf())[:-20]), "cannot unpack"),
+        (bzimage(b""), "not known here"),
+    ],
+)
+def test_what_is_no_kernel_is_refused(tmp_path: Path, data: bytes, match: str) -> None:
+    image = tmp_path / "vmlinuz"
+    image.write_bytes(data)
+    with pytest.raises(UnavailableError, match=match):
+        unpacked_kernel(image, tmp_path / "cache")
+    with pytest.raises(InvalidArgumentError, match="cannot use the kernel"):
+        own_kernel(image, None)
+
+
+@given(st.binary(max_size=2000), st.integers(0, 2000), st.binary(max_size=20))
+@settings(max_examples=200)
+def test_a_damaged_kernel_is_refused_in_words(noise: bytes, at: int, more: bytes) -> None:
+    whole = bzimage(gzip.compress(elf()))
+    for data in (noise, whole[:at] + more + whole[at + len(more) :], whole[: len(whole) - at]):
+        with suppress(UnavailableError):
+            assert unpacked(data, Path("vmlinuz")).startswith(b"\x7fELF")
+
+
+def test_a_kernel_tells_its_release_and_what_is_set_in_it(tmp_path: Path) -> None:
+    image = tmp_path / "vmlinuz"
+    image.write_bytes(bzimage(gzip.compress(elf({"EXT4_FS": "y", "TUN": "m"}))))
+    assert told_by(image) == Told("6.12.118", {"EXT4_FS": "y", "TUN": "m"})
+    assert not told_by(image).has_acpi
+    image.write_bytes(elf())
+    assert told_by(image) == Told("6.12.118", None)
+    assert told_by(image).has_acpi
+
+
+def test_every_option_that_is_missing_is_named(tmp_path: Path) -> None:
+    image = tmp_path / "vmlinux"
+    image.write_bytes(elf(ALL))
+    refuse_lacking(own_kernel(image, None))
+    lacking = {**ALL, "OVERLAY_FS": "m", "BRIDGE": "m"}
+    del lacking["ACPI"]
+    image.write_bytes(elf(lacking))
+    with pytest.raises(InvalidArgumentError) as caught:
+        refuse_lacking(own_kernel(image, None))
+    assert "CONFIG_OVERLAY_FS" in caught.value.message
+    assert "CONFIG_ACPI or CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES" in caught.value.message
+    assert [one.shown for one in own_kernel(image, None).lacks(musts=False)] == ["CONFIG_BRIDGE"]
+    # Either does.
+    image.write_bytes(elf({**ALL, "ACPI": "n", "VIRTIO_MMIO_CMDLINE_DEVICES": "y"}))
+    refuse_lacking(own_kernel(image, None))
+    # A kernel that does not say what it has is believed; the probe boots it.
+    image.write_bytes(elf())
+    refuse_lacking(own_kernel(image, None))
+
+
+def test_what_is_a_module_counts_if_modules_come_with_it(tmp_path: Path) -> None:
+    image, modules = tmp_path / "vmlinux", tmp_path / "6.12.118"
+    image.write_bytes(elf({**ALL, "OVERLAY_FS": "m", "TMPFS": "m"}))
+    modules.mkdir()
+    with pytest.raises(InvalidArgumentError, match=r"no modules\.order"):
+        own_kernel(image, modules)
+    (modules / "modules.order").write_text("")
+    kernel = own_kernel(image, modules)
+    # The initramfs loads the one, and nobody loads the other in time.
+    assert [one.shown for one in kernel.lacks(musts=True)] == ["CONFIG_TMPFS"]
+    (modules / "overlay.ko").write_bytes(b"other")
+    assert own_kernel(image, modules).digest != kernel.digest
+    with pytest.raises(InvalidArgumentError, match=r"must be called 6\.12\.118"):
+        own_kernel(image, modules.rename(tmp_path / "6.1"))
