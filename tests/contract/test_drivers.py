@@ -49,7 +49,7 @@ async def test_a_machine_starts_speaks_and_stops(bench: Bench) -> None:
     async with AsyncExitStack() as held:
         machine = await bench.driver.start(bench.spec, held)
         assert machine.pid > 0
-        await until_it_speaks(bench, machine)
+        await until_it_speaks(bench, machine, matters=True)
         assert await machine.stall() is None
         await machine.stop()
         await machine.stop()

@@ -35,17 +35,18 @@ while True:
         file.write(str(count))
     time.sleep(0.2)
 ' >/dev/null 2>&1 &"""
+# Few programs, for the same reason: the shell does by itself what it can.
 _WRITE = """set -e; cd /dev/shm
-for file in always only-{mark}; do head -c 100000 /dev/urandom > $file; done
+head -c 100000 /dev/urandom | tee always > only-{mark}
 echo {mark} > mark
 sha256sum always only-* mark > sums"""
 _CHECK = """set -e; cd /dev/shm
 sha256sum -c sums >/dev/null
-test "$(cat mark)" = {mark}
-test "$(echo only-*)" = "{files}"
-now() {{ until n=$(<count); [ -n "$n" ]; do :; done; echo $n; }}
-first=$(now); tries=0
-until [ "$(now)" -gt "$first" ]; do tries=$((tries+1)); [ $tries -lt 100 ]; sleep 0.3; done"""
+read -r mark < mark; test "$mark" = {mark}
+files=(only-*); test "${{files[*]}}" = "{files}"
+now() {{ read -r n < count || test -n "$n" || n=0; }}
+now; first=$n
+until now; test "$n" -gt "$first"; do :; done"""
 
 
 @dataclass

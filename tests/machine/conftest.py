@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.conftest import free_port
-from tests.support.server import RealServer, wait_until
+from tests.support.server import RealServer, is_slow, wait_until
 
 SPARE_SLOTS = 3
 POOL = 2
@@ -21,6 +21,8 @@ def server(hypervisor: dict[str, str]) -> Iterator[RealServer]:
     )
     try:
         made.start()
+        if is_slow():  # one boot from cold for all, and nothing else meanwhile
+            wait_until(lambda: len(made.waiting()) == POOL, limit_s=120, what="the pool is full")
         yield made
     finally:
         made.remove()

@@ -36,6 +36,11 @@ def paced(times: float) -> Iterator[None]:
     _pace.pop()
 
 
+def is_slow() -> bool:
+    """Tell whether guests are given longer than usual."""
+    return _pace[-1] > 1
+
+
 def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: str = "") -> None:
     """Return once a condition holds; fail at the limit."""
     limit_s *= _pace[-1]
@@ -121,7 +126,7 @@ class RealServer:
         )
         assert answer.status_code == 201, answer.text
         data: dict[str, object] = answer.json()["data"]
-        if wait and data["status"] == "creating" and _pace[-1] > 1:
+        if wait and data["status"] == "creating" and is_slow():
             self.wait_running(data["id"])
             data = self.get(data["id"])
         assert wait == 0 or data["status"] == "running", data
