@@ -1,5 +1,6 @@
 """Which driver is chosen, what is remembered of that, and how patient a node is because of it."""
 
+import asyncio
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,14 +21,24 @@ class Probed(FakeDriver):
     verdict: Verdict
     name: str = "probed"
     limits: list[float] = field(default_factory=list)
+    gate: asyncio.Event | None = None
 
     def __post_init__(self) -> None:
         super().__init__(FakeHost())
 
     async def probe(
-        self, *, kernel: Path, initrd: Path, scratch: Path, limit_s: float, arguments: str = ""
+        self,
+        *,
+        kernel: Path,
+        initrd: Path,
+        scratch: Path,
+        limit_s: float,
+        arguments: str = "",
+        has_acpi: bool = True,
     ) -> Verdict:
         self.limits.append(limit_s)
+        if self.gate is not None:
+            await self.gate.wait()
         return self.verdict
 
 
@@ -65,13 +76,19 @@ async def test_the_slowest_that_is_used_decides_and_one_that_is_not_used_does_no
     tmp_path: Path,
 ) -> None:
     unused = Probed(Verdict(False, "no", took_s=90.0), name="unused")
-    slow = Probed(Verdict(True, "yes", took_s=10.0), name="slow")
-    drivers = Drivers([unused, slow], cache=tmp_path / "verdicts.json")
+    slow = Probed(Verdict(True, "yes", took_s=15.0), name="slow")
+    cache = tmp_path / "verdicts.json"
+    drivers = Drivers([unused, slow], cache=cache)
     await drivers.choose(image())
-    assert drivers.pace == 2
-    slow.verdict = replace(slow.verdict, took_s=15.0)
+    assert drivers.pace == 3
+    slow.verdict = replace(slow.verdict, took_s=10.0)
     await drivers.choose(image("another"))
     assert drivers.pace == 3
+    # What is remembered of an image that nobody uses any more says nothing.
+    later = Drivers([unused, slow], cache=cache)
+    assert later.pace == 3
+    await later.choose(image("another"))
+    assert later.pace == 2
 
 
 async def test_a_kernel_of_ones_own_is_waited_for_longer(tmp_path: Path) -> None:
@@ -81,6 +98,33 @@ async def test_a_kernel_of_ones_own_is_waited_for_longer(tmp_path: Path) -> None
         with pytest.raises(UnavailableError, match="probed: no"):
             await drivers.choose(image(kernel))
     assert driver.limits == [7, 42]
+    # Whoever asks again at once is told the same, without another probe.
+    with pytest.raises(UnavailableError, match="probed: no"):
+        await drivers.choose(image("own"))
+    assert driver.limits == [7, 42]
+
+
+async def test_one_that_did_not_come_up_is_tried_again_with_more_time_alone(tmp_path: Path) -> None:
+    driver = Probed(Verdict(False, "no"))
+    for probe_s, probed in ((7, 1), (7, 1), (5, 1), (9, 2), (8, 2)):
+        drivers = Drivers([driver], cache=tmp_path / "verdicts.json", probe_s=probe_s)
+        with pytest.raises(UnavailableError):
+            await drivers.choose(image())
+        assert len(driver.limits) == probed
+
+
+async def test_one_that_is_chosen_is_not_kept_waiting_by_anothers_probe(tmp_path: Path) -> None:
+    driver = Probed(Verdict(True, "yes"))
+    drivers = Drivers([driver], cache=tmp_path / "verdicts.json")
+    await drivers.choose(image())
+    driver.gate = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(drivers.choose(image("slow")))
+        async with asyncio.timeout(5):
+            while len(driver.limits) < 2:
+                await asyncio.sleep(0)
+            assert await drivers.choose(image()) is driver
+        driver.gate.set()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sandyard.server.app.settings import NodeSettings, Settings
 from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
 from sandyard.server.drivers.kernels import Told, told_by, unpacked, unpacked_kernel
+from sandyard.server.node.images.definitions import Definition, arguments_for, load_definition
 from sandyard.server.node.images.kernel import NEEDS, own_kernel, refuse_lacking
 
 VERSION = b"Linux version 6.12.118 (root@vm) (gcc (Debian 12.4.0-5) 12.4.0) #7"
@@ -148,6 +150,9 @@ def test_what_is_a_module_counts_if_modules_come_with_it(tmp_path: Path) -> None
     with pytest.raises(InvalidArgumentError, match=r"no modules\.order"):
         own_kernel(image, modules)
     (modules / "modules.order").write_text("")
+    with pytest.raises(InvalidArgumentError, match=r"no modules\.builtin"):
+        own_kernel(image, modules)
+    (modules / "modules.builtin").write_text("")
     kernel = own_kernel(image, modules)
     # The initramfs loads the one, and nobody loads the other in time.
     assert [one.shown for one in kernel.lacks(musts=True)] == ["CONFIG_TMPFS"]
@@ -155,3 +160,75 @@ def test_what_is_a_module_counts_if_modules_come_with_it(tmp_path: Path) -> None
     assert own_kernel(image, modules).digest != kernel.digest
     with pytest.raises(InvalidArgumentError, match=r"must be called 6\.12\.118"):
         own_kernel(image, modules.rename(tmp_path / "6.1"))
+
+
+def test_without_acpi_what_finds_the_devices_has_to_be_built_in(tmp_path: Path) -> None:
+    image, modules = tmp_path / "vmlinux", tmp_path / "6.12.118"
+    modules.mkdir()
+    for name in ("modules.order", "modules.builtin"):
+        (modules / name).write_text("")
+    options = {**ALL, "VIRTIO_MMIO": "m", "VIRTIO_MMIO_CMDLINE_DEVICES": "y"}
+    image.write_bytes(elf(options))
+    refuse_lacking(own_kernel(image, modules))
+    del options["ACPI"]
+    image.write_bytes(elf(options))
+    with pytest.raises(InvalidArgumentError, match="CONFIG_VIRTIO_MMIO "):
+        refuse_lacking(own_kernel(image, modules))
+
+
+TEMPLATE = """slug = "one"
+name = "One"
+{more}description = ""
+kind = "headless"
+packages = []
+defaults = {{ vcpus = 1, memory = "512MB", disk = "5GB" }}
+
+[[sources]]
+family = "debian"
+suite = "trixie"
+os = "Debian 13"
+components = ["main"]
+kernel = "linux-image-amd64"
+"""
+
+
+def template(folder: Path, more: str = "", source: str = "") -> Definition:
+    path = folder / "one.toml"
+    path.write_text(TEMPLATE.format(more=more) + source)
+    return load_definition(path)
+
+
+def test_a_kernel_in_a_template_costs_no_new_packages(tmp_path: Path) -> None:
+    bare = template(tmp_path)
+    found = template(tmp_path, 'kernel = "k/bzImage"\nkernel_arguments = "quiet a=b"\n')
+    assert (found.kernel, found.kernel_arguments) == (tmp_path / "k/bzImage", "quiet a=b")
+    assert found.digest != bare.digest
+    assert found.packages_digest == bare.packages_digest
+    other = template(tmp_path, source='packages = ["x"]\n')
+    assert other.packages_digest != bare.packages_digest
+    with pytest.raises(InvalidArgumentError, match="to be named as well"):
+        template(tmp_path, 'kernel_modules = "k/6.12"\n')
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["x" * 1025, "ä", "a\tb", 'a="b', "-- init", "console=tty0", "sandyard.probe", "a\u0000b"],
+)
+def test_arguments_that_would_break_a_boot_are_refused(tmp_path: Path, arguments: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="cannot read the template"):
+        template(tmp_path, f'kernel_arguments = "{arguments}"\n')
+    with pytest.raises(ValueError, match="kernel_arguments"):
+        NodeSettings.model_validate({"kernel_arguments": arguments.replace("\\", "")})
+    long = template(tmp_path, f'kernel_arguments = "{"x" * 600}"\n')
+    assert arguments_for("y" * 400, long) == "y" * 400 + " " + "x" * 600
+    with pytest.raises(InvalidArgumentError, match="together"):
+        arguments_for("y" * 600, long)
+
+
+def test_a_relative_kernel_is_one_in_the_home(tmp_path: Path) -> None:
+    node = NodeSettings(kernel=Path("k/bzImage"), kernel_modules=Path("/m/6.12"))
+    settings = Settings(home=tmp_path, node=node)
+    assert settings.kernel == tmp_path / "k/bzImage"
+    assert settings.kernel_modules == Path("/m/6.12")
+    with pytest.raises(ValueError, match=r"set node\.kernel as well"):
+        NodeSettings(kernel_modules=Path("/m/6.12"))

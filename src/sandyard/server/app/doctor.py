@@ -23,6 +23,7 @@ from sandyard.server.node.host.disks import available_memory_mib, free_mib, used
 from sandyard.server.node.host.firewall import forward_exceptions
 from sandyard.server.node.host.identity import Identity
 from sandyard.server.node.host.network import host_routes, host_ruleset
+from sandyard.server.node.images.definitions import arguments_for
 from sandyard.server.node.images.kernel import own_kernel
 
 _TOOLS = {
@@ -209,7 +210,7 @@ def _room(settings: Settings) -> list[Finding]:
 def _kernels(settings: Settings) -> list[Finding]:
     """Look at the kernels that an operator gives: what they lack, and who has not taken them in."""
     images = images_of(settings)
-    own = [(settings.node.kernel, settings.node.kernel_modules)]
+    own = [(settings.kernel, settings.kernel_modules)]
     own += [(one.kernel, one.kernel_modules) for one in images.definitions.values()]
     findings = []
     for image, modules in dict.fromkeys(own):
@@ -218,17 +219,23 @@ def _kernels(settings: Settings) -> list[Finding]:
     for slug, one in images.definitions.items():
         given = (one.kernel, one.kernel_modules)
         if one.kernel is None:
-            given = (settings.node.kernel, settings.node.kernel_modules)
+            given = (settings.kernel, settings.kernel_modules)
         current = images.current(slug)
         try:
             wanted = "" if given[0] is None else own_kernel(given[0], given[1]).digest
-        except InvalidArgumentError:
-            continue  # said above
-        if current is not None and current.inputs.get("kernel", "") != wanted:
+            arguments = arguments_for(settings.node.kernel_arguments, one)
+        except InvalidArgumentError as error:
+            if error.facts.get("field") == "node.kernel_arguments":
+                findings.append(Finding("bad", error.message, "shorten them"))
+            continue  # else it is said above
+        if current is not None and (
+            current.inputs.get("kernel", "") != wanted or current.arguments != arguments
+        ):
             findings.append(
                 Finding(
                     "note",
-                    f"the template {slug} was built with another kernel than is set now",
+                    f"the template {slug} was built with another kernel, or other arguments for "
+                    "it, than are set now",
                     f"sandyard template build {slug}",
                 )
             )

@@ -436,6 +436,16 @@ class Settings(BaseSettings):
         return f"sqlite:///{self.home / 'sandyard.db'}"
 
     @property
+    def kernel(self) -> Path | None:
+        """The kernel for all templates; a relative path is one in the home."""
+        return None if self.node.kernel is None else self.home / self.node.kernel
+
+    @property
+    def kernel_modules(self) -> Path | None:
+        """The folder of its modules, likewise."""
+        return None if self.node.kernel_modules is None else self.home / self.node.kernel_modules
+
+    @property
     def images_dir(self) -> Path:
         """Where built images are kept."""
         return self.node.images_dir or self.home / "images"

@@ -42,8 +42,8 @@ def builder_of(settings: Settings) -> Builder:
         cache_dir=settings.cache_dir,
         logs_dir=settings.home / "builds",
         extra_ca=settings.node.extra_ca,
-        kernel=settings.node.kernel,
-        kernel_modules=settings.node.kernel_modules,
+        kernel=settings.kernel,
+        kernel_modules=settings.kernel_modules,
         kernel_arguments=settings.node.kernel_arguments,
     )
 

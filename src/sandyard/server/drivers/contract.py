@@ -201,12 +201,19 @@ class Driver(Protocol):
         ...
 
     async def probe(
-        self, *, kernel: Path, initrd: Path, scratch: Path, limit_s: float, arguments: str = ""
+        self,
+        *,
+        kernel: Path,
+        initrd: Path,
+        scratch: Path,
+        limit_s: float,
+        arguments: str = "",
+        has_acpi: bool = True,
     ) -> Verdict:
         """Find out whether a machine of this kernel really boots here; never raises for that.
 
         `scratch` is an empty folder of the caller's for the probe's files; `limit_s` is how long
-        its first program may be waited for; `arguments` are what the kernel is told besides.
+        its first program may be waited for; for the others see MachineSpec.
         """
         ...
 

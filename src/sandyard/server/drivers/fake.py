@@ -387,7 +387,14 @@ class FakeDriver:
         return self._version
 
     async def probe(
-        self, *, kernel: Path, initrd: Path, scratch: Path, limit_s: float, arguments: str = ""
+        self,
+        *,
+        kernel: Path,
+        initrd: Path,
+        scratch: Path,
+        limit_s: float,
+        arguments: str = "",
+        has_acpi: bool = True,
     ) -> Verdict:
         """See drivers.contract.Driver.probe."""
         if self.conduct.is_usable:

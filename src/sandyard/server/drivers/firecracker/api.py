@@ -127,8 +127,11 @@ class Api:
         """Let the guest go on."""
         await self._call("PATCH", "/vm", {"state": "Resumed"})
 
-    async def save(self, *, state: str, memory: str) -> None:
-        """Write the devices' state, and the memory that was written to since it was loaded.
+    async def save(self, *, state: str, memory: str, is_whole: bool = False) -> None:
+        """Write the devices' state, and the memory that was written to since the save before.
+
+        It is laid over what the file has, if that is of the right size. With `is_whole` all of the
+        memory is written.
 
         Raises:
             NoCapacityError: the host's disk is full.
@@ -136,7 +139,11 @@ class Api:
         await self._call(
             "PUT",
             "/snapshot/create",
-            {"snapshot_type": "Diff", "snapshot_path": state, "mem_file_path": memory},
+            {
+                "snapshot_type": "Full" if is_whole else "Diff",
+                "snapshot_path": state,
+                "mem_file_path": memory,
+            },
             limit_s=_SAVE_LIMIT_S,
         )
 

@@ -176,7 +176,10 @@ class FirecrackerMachine:
         """
         folder.mkdir(mode=0o700)
         (self._jail.root / _STATE).unlink(missing_ok=True)
-        await self._api.save(state=f"/{_STATE}", memory=f"/{_PAGES}")
+        # An earlier version may have saved it, and taken the file away: what was in that is not
+        # counted any more.
+        is_whole = "group" not in self._handle and not (self._jail.root / _PAGES).exists()
+        await self._api.save(state=f"/{_STATE}", memory=f"/{_PAGES}", is_whole=is_whole)
         await in_thread(self._jail.take, _STATE, folder / _STATE)
         await in_thread(self._jail.copy_out, _PAGES, folder / _PAGES)
         return Saved(folder)
@@ -238,7 +241,14 @@ class FirecrackerDriver:
         return found[0]
 
     async def probe(
-        self, *, kernel: Path, initrd: Path, scratch: Path, limit_s: float, arguments: str = ""
+        self,
+        *,
+        kernel: Path,
+        initrd: Path,
+        scratch: Path,
+        limit_s: float,
+        arguments: str = "",
+        has_acpi: bool = True,
     ) -> Verdict:
         """See drivers.contract.Driver.probe."""
         try:

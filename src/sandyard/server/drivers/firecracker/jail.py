@@ -43,7 +43,6 @@ _YOUNG_S = 60.0
 _PROGRAM, _PID = "firecracker", "firecracker.pid"
 _CGROUPS = Path("/sys/fs/cgroup")
 _PIDS_V1 = _CGROUPS / "pids"
-_PAGES = "pages"
 
 
 def _groups(name: str) -> tuple[Path, Path]:
@@ -169,7 +168,7 @@ class Jail:
                 raise
             # In a container they are often there to be seen and not to be used.
             _warn_of_groups(error.message)
-            self.remove()
+            self._remove_groups()
             (self.root / _PROGRAM).unlink(missing_ok=True)
             await self._run_in([], jailer, binary, netns, console)
 
@@ -212,12 +211,14 @@ class Jail:
         return pid
 
     def remove(self) -> None:
-        """Remove what the jailer made outside of the folder, and what is large in it."""
+        """Remove what the jailer made, in the folder and elsewhere; nothing may run in it."""
+        self._remove_groups()
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def _remove_groups(self) -> None:
         for parent in _groups(self.group):
             with contextlib.suppress(OSError):
                 (parent / self.name).rmdir()
-        with contextlib.suppress(OSError):
-            (self.root / _PAGES).unlink()
 
     def _hand_over(self, path: Path) -> None:
         os.chown(path, self.uid, self.uid, follow_symlinks=False)

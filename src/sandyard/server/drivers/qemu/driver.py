@@ -241,7 +241,14 @@ class QemuDriver:
         return words[words.index("version") + 1] if "version" in words else "unknown"
 
     async def probe(
-        self, *, kernel: Path, initrd: Path, scratch: Path, limit_s: float, arguments: str = ""
+        self,
+        *,
+        kernel: Path,
+        initrd: Path,
+        scratch: Path,
+        limit_s: float,
+        arguments: str = "",
+        has_acpi: bool = True,
     ) -> Verdict:
         """See drivers.contract.Driver.probe."""
         try:
@@ -250,7 +257,7 @@ class QemuDriver:
                 return Verdict(False, "/dev/kvm is not there or not open to this user")
             console = scratch / "console"
             options = [
-                "-M", "microvm,acpi=on,rtc=on",
+                "-M", f"microvm,acpi={'on' if has_acpi else 'off'},rtc=on",
                 *command.accelerator(self._accel, tb_size_mib=self._tb_size_mib),
                 "-m", "256M", "-kernel", str(kernel), "-initrd", str(initrd),
                 "-append", command.kernel_command_line(

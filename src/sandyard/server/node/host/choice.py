@@ -10,10 +10,11 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.drivers.contract import Driver, Verdict
@@ -25,6 +26,16 @@ _USUAL_S = 5.0
 """How long a probe machine may take on a host for which the limits of machines are made: an idle
 one that emulates."""
 _OWN_KERNEL = 6.0
+_AGAIN_S = 30.0
+
+
+class _Kept(NamedTuple):
+    """A verdict as it is remembered; an earlier version knew the first two."""
+
+    is_usable: bool
+    reason: str
+    took_s: float | None = None
+    limit_s: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,9 @@ class Drivers:
     ) -> None:
         self._probe_s = probe_s
         self._slowest = slowest
-        self._pace: float | None = None
+        self._kept_pace: float | None = None
+        self._took: dict[str, float] = {}
+        self._refused: dict[str, tuple[float, UnavailableError]] = {}
         self._candidates = tuple(candidates)
         self._known = (*candidates, *known)
         self._judging = asyncio.Lock()
@@ -64,17 +77,23 @@ class Drivers:
     def pace(self) -> float:
         """How many times longer than usual guests take here: 1 or more, as probe machines told.
 
-        It is the slowest driver's: a limit that is too long for another costs nothing.
+        It is the slowest's of those images that were chosen for since this process began; before
+        any was, of all that are remembered.
         """
-        if self._pace is None:
+        if self._took:
+            return self._paced(self._took.values())
+        if self._kept_pace is None:
             release = f"host {os.uname().release}"
-            measured = [
-                float(kept[2])
+            self._kept_pace = self._paced(
+                kept.took_s
                 for key, kept in self._load().items()
-                if kept[0] and key.endswith(release) and len(kept) > 2 and kept[2]
-            ]
-            self._pace = min(self._slowest, max(1.0, *(one / _USUAL_S for one in measured), 1.0))
-        return self._pace
+                if kept.is_usable and key.endswith(release)
+            )
+        return self._kept_pace
+
+    def _paced(self, took: Iterable[float | None]) -> float:
+        slowest = max((one for one in took if one is not None), default=0.0)
+        return min(self._slowest, max(1.0, slowest / _USUAL_S))
 
     def named(self, name: str) -> Driver | None:
         """Return the driver of that name."""
@@ -92,24 +111,35 @@ class Drivers:
         Raises:
             UnavailableError: there is none; the message says what is in the way of each.
         """
+        if (chosen := self._known_choice(image)) is not None:
+            return chosen
         # One at a time: probes side by side slow each other down until none comes up.
         async with self._judging:
-            return await self._choose(image)
+            return self._known_choice(image) or await self._choose(image)
+
+    def _known_choice(self, image: Image) -> Driver | None:
+        """Return the driver that was chosen before; raise again what was found out just now."""
+        at, error = self._refused.get(image.digest, (0.0, None))
+        if error is not None and asyncio.get_running_loop().time() - at < _AGAIN_S:
+            raise UnavailableError(error.message)
+        return self._chosen.get(image.digest)
 
     async def _choose(self, image: Image) -> Driver:
-        chosen = self._chosen.get(image.digest)
+        judged = await self.judge(image)
+        chosen = next((one for one in judged if one.verdict.is_usable), None)
         if chosen is None:
-            judged = await self.judge(image)
-            chosen = next((one.driver for one in judged if one.verdict.is_usable), None)
-            if chosen is None:
-                reasons = "; ".join(f"{one.driver.name}: {one.verdict.reason}" for one in judged)
-                raise UnavailableError(f"cannot start machines on this host: {reasons}")
-            for one in judged:
-                if not one.verdict.is_usable:
-                    log.warning("%s is not used here: %s", one.driver.name, one.verdict.reason)
-            log.info("machines are started with %s", chosen.name)
-            self._chosen[image.digest] = chosen
-        return chosen
+            reasons = "; ".join(f"{one.driver.name}: {one.verdict.reason}" for one in judged)
+            error = UnavailableError(f"cannot start machines on this host: {reasons}")
+            self._refused[image.digest] = (asyncio.get_running_loop().time(), error)
+            raise error
+        for one in judged:
+            if not one.verdict.is_usable:
+                log.warning("%s is not used here: %s", one.driver.name, one.verdict.reason)
+        log.info("machines are started with %s", chosen.driver.name)
+        self._chosen[image.digest] = chosen.driver
+        if chosen.verdict.took_s is not None:
+            self._took[image.digest] = chosen.verdict.took_s
+        return chosen.driver
 
     async def judge(self, image: Image) -> list[Judged]:
         """Return the verdict on each driver up to the first usable one, from the cache if known."""
@@ -127,11 +157,12 @@ class Drivers:
         except UnavailableError as error:
             return Verdict(False, error.message)
         key = f"{driver.name} {version} image {image.digest} host {os.uname().release}"
-        known = self._load()
-        if key in known:
-            return Verdict(bool(known[key][0]), str(known[key][1]))
         # Whoever gives a kernel says that it boots, if slowly: of others, only a few seconds tell.
         limit_s = self._probe_s * (_OWN_KERNEL if image.has_own_kernel else 1)
+        known = self._load().get(key)
+        # One that did not come up in so long may do so in longer.
+        if known is not None and (known.is_usable or known.limit_s >= limit_s):
+            return Verdict(known.is_usable, known.reason, took_s=known.took_s)
         with tempfile.TemporaryDirectory(prefix="sandyard-probe-") as scratch:
             verdict = await driver.probe(
                 kernel=image.kernel,
@@ -139,23 +170,27 @@ class Drivers:
                 scratch=Path(scratch),
                 limit_s=limit_s,
                 arguments=image.arguments,
+                has_acpi=image.has_acpi,
             )
         if verdict.is_certain:
-            kept = (verdict.is_usable, verdict.reason, verdict.took_s)
+            kept = _Kept(verdict.is_usable, verdict.reason, verdict.took_s, limit_s)
             self._save({**self._load(), key: kept})
-            self._pace = None
         return verdict
 
-    def _load(self) -> dict[str, Sequence[Any]]:
+    def _load(self) -> dict[str, _Kept]:
         try:
             known = json.loads(self._cache.read_text())
         except (OSError, ValueError):
             return {}
         if not isinstance(known, dict):
             return {}
-        return {key: kept for key, kept in known.items() if isinstance(kept, list)}
+        found = {}
+        for key, kept in known.items():
+            with suppress(TypeError):
+                found[key] = _Kept(*kept)
+        return found
 
-    def _save(self, known: dict[str, Sequence[Any]]) -> None:
+    def _save(self, known: dict[str, _Kept]) -> None:
         self._cache.parent.mkdir(parents=True, exist_ok=True)
         part = self._cache.with_name(self._cache.name + ".part")
         part.write_text(json.dumps(known, indent=1))

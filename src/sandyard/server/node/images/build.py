@@ -20,7 +20,12 @@ from pathlib import Path
 
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, SandyardError
 from sandyard.server.node.commands import run
-from sandyard.server.node.images.definitions import Definition, NodeRuntime, Source
+from sandyard.server.node.images.definitions import (
+    Definition,
+    NodeRuntime,
+    Source,
+    arguments_for,
+)
 from sandyard.server.node.images.images import Image, Images, write_manifest
 from sandyard.server.node.images.initrd import kernel_release, make_initrd
 from sandyard.server.node.images.kernel import OwnKernel, own_kernel, refuse_lacking
@@ -98,7 +103,7 @@ class Builder:
                     _Report(file.write, progress),
                     _certificates(self._extra_ca),
                     await in_thread(self._kernel_for, definition),
-                    f"{self._kernel_arguments} {definition.kernel_arguments}".strip(),
+                    arguments_for(self._kernel_arguments, definition),
                 ).run(again=again)
             except SandyardError as error:
                 message = f"{error.message}\n(the whole log is in {log})"
@@ -199,7 +204,7 @@ class _Build:
 
     def _archive(self, source: Source) -> Path:
         packages = {
-            "definition": self._definition.digest,
+            "definition": self._definition.packages_digest,
             "source": _name_of(source),
             "packagesRecipe": _PACKAGES_RECIPE,
         }
@@ -358,13 +363,16 @@ class _Build:
             (root / f"boot/vmlinuz-{release}").replace(target)
             return release
         self._report.step(f"taking the kernel {own.image} ({own.told.release})")
-        shutil.copy(own.image, target)
         shutil.rmtree(folder)
         folder.mkdir()
-        if own.modules is None:
-            return None
-        # Links in it (`build`, `source`) lead to where it was built.
-        shutil.copytree(own.modules, folder / own.modules.name, ignore=_links)
+        try:
+            shutil.copy(own.image, target)
+            if own.modules is None:
+                return None
+            # Links in it (`build`, `source`) lead to where it was built.
+            shutil.copytree(own.modules, folder / own.modules.name, ignore=_links)
+        except OSError as error:
+            raise InternalError(f"cannot copy the kernel {own.image}: {error}") from error
         return own.modules.name
 
 

@@ -1,7 +1,8 @@
 """Template definitions: what a template is made of, as written in `templates/*.toml`."""
 
+import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from sandyard.server.core.shapes import Shape, shape_of
 
 _FAMILIES = ("debian", "ubuntu")
 _ARGUMENTS_MAX = 1024
-ARGUMENTS_ARE = f"one line of at most {_ARGUMENTS_MAX} plain ASCII characters"
+ARGUMENTS_ARE = (
+    f"one line of at most {_ARGUMENTS_MAX} plain ASCII characters, with quotes in pairs, and "
+    "without `--`, `console=` and `sandyard.`, which are Sandyard's own"
+)
+_KERNEL_LINE = re.compile(rb"^kernel(_modules|_arguments)?[ \t]*=.*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Definition:
     """A kernel instead of the distribution's."""
     kernel_modules: Path | None = None
     kernel_arguments: str = ""
+    packages_digest: str = ""
+    """Changes when anything does that decides which packages are installed, and how."""
 
 
 def load_definitions(folder: Path) -> dict[str, Definition]:
@@ -74,7 +81,11 @@ def load_definition(path: Path) -> Definition:
     """
     data = path.read_bytes()
     try:
-        return _parse(tomllib.loads(data.decode()), sha256(data).hexdigest(), path.parent)
+        # Above the first table: in those, a kernel is a distribution's package.
+        head, table, rest = data.partition(b"\n[")
+        packages = _KERNEL_LINE.sub(b"", head + b"\n")[:-1] + table + rest
+        definition = _parse(tomllib.loads(data.decode()), sha256(data).hexdigest(), path.parent)
+        return replace(definition, packages_digest=sha256(packages).hexdigest())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArgumentError(f"cannot read the template {path}: {error!r}") from error
     except InvalidArgumentError as error:
@@ -133,8 +144,27 @@ def _arguments(data: dict[str, object]) -> str:
 
 
 def is_command_line(text: str) -> bool:
-    """Tell whether a kernel can be told so: a few plain words on one line."""
-    return len(text) <= _ARGUMENTS_MAX and text.isascii() and text.isprintable()
+    """Tell whether a kernel can be told so beside what it is told anyway."""
+    words = text.split()
+    is_plain = len(text) <= _ARGUMENTS_MAX and text.isascii() and text.isprintable()
+    is_ours = any(one == "--" or one.startswith(("console=", "sandyard.")) for one in words)
+    return is_plain and not is_ours and text.count('"') % 2 == 0
+
+
+def arguments_for(common: str, definition: "Definition") -> str:
+    """Return what the kernel of a template is told: what all are, and what is its own.
+
+    Raises:
+        InvalidArgumentError: together it is too much.
+    """
+    text = f"{common} {definition.kernel_arguments}".strip()
+    if not is_command_line(text):
+        raise InvalidArgumentError(
+            f"cannot use kernel_arguments: together with the template's they are to be "
+            f"{ARGUMENTS_ARE}",
+            field="node.kernel_arguments",
+        )
+    return text
 
 
 def _source(data: dict[str, object]) -> Source:

@@ -1,9 +1,11 @@
 """Makes the initramfs: busybox, the few modules a machine needs, and one script."""
 
+import gzip
 import lzma
 import os
 import stat
 import subprocess
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,12 +81,19 @@ def _in_load_order(folder: Path) -> Iterator[Path]:
 
 
 def _module_bytes(path: Path) -> bytes:
-    if path.suffix == ".xz":
-        return lzma.decompress(path.read_bytes())
-    if path.suffix == ".zst":
-        done = subprocess.run(["zstd", "-dc", str(path)], capture_output=True, check=True)
-        return done.stdout
-    return path.read_bytes()
+    try:
+        if path.suffix == ".xz":
+            return lzma.decompress(path.read_bytes())
+        if path.suffix == ".gz":
+            return gzip.decompress(path.read_bytes())
+        if path.suffix == ".zst":
+            done = subprocess.run(["zstd", "-dc", str(path)], capture_output=True, check=True)
+            return done.stdout
+        return path.read_bytes()
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, subprocess.SubprocessError) as error:
+        raise InternalError(
+            f"cannot make the initramfs: the module {path.name} cannot be read: {error}"
+        ) from error
 
 
 def kernel_release(root: Path) -> str:

@@ -100,6 +100,8 @@ class OwnKernel:
 
     def _has(self, need: Need, options: Mapping[str, str]) -> bool:
         found = {options.get(one) for one in need.options}
+        if need.module == "virtio_mmio" and options.get("ACPI") != "y":
+            return "y" in found  # what it is told of devices does not reach a module
         is_loaded = self.modules is not None and (need.module is not None or not need.is_must)
         return "y" in found or ("m" in found and is_loaded)
 
@@ -126,12 +128,13 @@ def own_kernel(image: Path, modules: Path | None) -> OwnKernel:
 
 
 def _files(modules: Path, told: Told) -> Sequence[Path]:
-    if not (modules / "modules.order").is_file():
-        raise InvalidArgumentError(
-            f"cannot use the modules in {modules}: it has no modules.order; give the folder that "
-            "`make modules_install` made, as /lib/modules/6.12.0",
-            field="node.kernel_modules",
-        )
+    for name in ("modules.order", "modules.builtin"):
+        if not (modules / name).is_file():
+            raise InvalidArgumentError(
+                f"cannot use the modules in {modules}: it has no {name}; give the folder that "
+                "`make modules_install` made, as /lib/modules/6.12.0",
+                field="node.kernel_modules",
+            )
     if told.release not in ("unknown", modules.name):
         raise InvalidArgumentError(
             f"cannot use the modules in {modules}: the folder must be called {told.release}, as "

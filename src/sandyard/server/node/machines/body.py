@@ -145,8 +145,17 @@ class Body:
 
     @property
     def used_mib(self) -> int:
-        """What it takes on disk, without what it shares with others."""
-        return used_mib(self.place) if self.place.is_dir() else 0
+        """What it takes on disk, without what it shares with others.
+
+        A hypervisor may keep what it saved beside its sockets, and have the disk linked there.
+        """
+        if not self.place.is_dir():
+            return 0
+        found = used_mib(self.place) + saving.size_of(self.run) // 2**20
+        with contextlib.suppress(FileNotFoundError):
+            disk = self.disk.stat()
+            found += disk.st_blocks * 512 // 2**20 if disk.st_nlink > 1 else 0
+        return found
 
     @property
     def size_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """Brings a machine up: from cold until its agent answers, or from a saved state, held still."""
 
+import asyncio
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
@@ -109,14 +110,18 @@ async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Mean
         InternalError: the machine ended.
     """
     clock, limits = means.clock, means.limits
-    hello_s, boot_s = means.patience(_HELLO_S), means.patience(limits.boot_s)
-    no_progress_s = means.patience(limits.no_progress_s)
+    hello_s, dial_s = means.patience(_HELLO_S), means.patience(_DIAL_S)
+    boot_s, no_progress_s = means.patience(limits.boot_s), means.patience(limits.no_progress_s)
     started = progressed = clock.monotonic()
     async with beside(end_of(machine)) as ending:
         while True:
             with suppress(UnavailableError):
-                await link.ask(Hello(), limit_s=hello_s, dial_s=_DIAL_S)
-                return
+                async with beside(link.ask(Hello(), limit_s=hello_s, dial_s=dial_s)) as asking:
+                    # A guest that ends in the middle of it says nothing more.
+                    await asyncio.wait([asking, ending], return_when=asyncio.FIRST_COMPLETED)
+                    if asking.done():
+                        asking.result()
+                        return
             said = await machine.console()
             body.append_console(said)
             now = clock.monotonic()
