@@ -32,8 +32,8 @@ def enter() -> None:
     os.close(descriptor)
 
 
-def exchange(op: str, **args: object) -> bytes:
-    with socket.create_connection(("172.16.0.2", 9111), timeout=5) as agent:
+def exchange(op: str, *, limit_s: float = 5, **args: object) -> bytes:
+    with socket.create_connection(("172.16.0.2", 9111), timeout=limit_s) as agent:
         agent.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         head = {"v": 1, "token": TOKEN, "op": op, "args": args}
         agent.sendall(json.dumps(head).encode() + b"\n")
