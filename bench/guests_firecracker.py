@@ -69,14 +69,15 @@ def run(command: str = "true") -> None:
 class ByHand:
     """One machine that was booted and saved, and clones of it, one at a time on the tap."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, held: contextlib.ExitStack) -> None:
         self.work = work
+        self.held = held
         guests = guests_of("firecracker")
         image = minimal_image(guests.kernel)
         kernel = unpacked_kernel(image.kernel, CACHE / "kernels")
         (work / "initrd").write_bytes(add_token(image.initrd.read_bytes(), TOKEN))
         sh(f"mke2fs -q -t ext4 -m 0 {work}/disk 1024M")
-        first = Process(work)
+        first = Process(work, held)
         first.call("PUT", "/machine-config", {
             "vcpu_count": 1, "mem_size_mib": MEMORY_MIB, "track_dirty_pages": True,
         })  # fmt: skip
@@ -118,7 +119,7 @@ class ByHand:
             os.close(descriptor)
 
     def load(self, name: str, *, tap: str = TAP) -> Process:
-        process = Process(self.work)
+        process = Process(self.work, self.held)
         process.call("PUT", "/snapshot/load", {
             "snapshot_path": f"{self.work}/{name}.state", "enable_diff_snapshots": True,
             "resume_vm": True,
@@ -238,12 +239,16 @@ def main() -> None:
         free_port(), **environment_of("firecracker"), SANDYARD_POOL__CEILING="0",
     )  # fmt: skip
     try:
-        with paced(guests.pace), tempfile.TemporaryDirectory(prefix="sy-", dir="/tmp") as place:
+        with (
+            paced(guests.pace),
+            tempfile.TemporaryDirectory(prefix="sy-", dir="/tmp") as place,
+            contextlib.ExitStack() as held,
+        ):
             server.start()
             server.delete(server.create()["id"])
             wait_until(lambda: has_golden(server), limit_s=300, what="a golden machine is there")
             enter(inside)
-            hand = ByHand(Path(place))
+            hand = ByHand(Path(place), held)
             for number in range(chosen.rounds):
                 idle_s = chosen.idle if number == 0 else 0.0
                 enter(inside)

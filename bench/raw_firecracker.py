@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 from tests.support.drivers import firecracker_bench, saved_machine
@@ -32,15 +32,16 @@ Figures = dict[str, list[float]]
 
 
 class Process:
-    """One Firecracker and a connection to it."""
+    """One Firecracker and a connection to it; `held` ends it, whatever becomes of the round."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, held: ExitStack) -> None:
         self.path = folder / "api.sock"
         self.path.unlink(missing_ok=True)
         self.child = subprocess.Popen(
             [str(firecracker_binaries() / "firecracker"), "--api-sock", str(self.path)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+        held.callback(self.end)
         self.http = http.client.HTTPConnection("localhost", timeout=30)
         while True:
             self.http.sock = socket.socket(socket.AF_UNIX)
@@ -66,6 +67,13 @@ class Process:
 
 
 def by_hand(folder: Path, kernel: Path, initrd: Path, base: Path, figures: Figures) -> None:
+    with ExitStack() as held:
+        _by_hand(folder, kernel, initrd, base, figures, held)
+
+
+def _by_hand(
+    folder: Path, kernel: Path, initrd: Path, base: Path, figures: Figures, held: ExitStack
+) -> None:
     def note(name: str, started: float) -> None:
         figures[f"{name}, by hand"].append(time.perf_counter() - started)
 
@@ -73,7 +81,7 @@ def by_hand(folder: Path, kernel: Path, initrd: Path, base: Path, figures: Figur
     with disk.open("wb") as file:
         file.truncate(2**30)
     started = time.perf_counter()
-    one = Process(folder)
+    one = Process(folder, held)
     note("API answers", started)
     call = one.call
     call("PUT", "/machine-config", {
@@ -104,7 +112,7 @@ def by_hand(folder: Path, kernel: Path, initrd: Path, base: Path, figures: Figur
     note("hold still and save", started)
     one.end()
     started = time.perf_counter()
-    two = Process(folder)
+    two = Process(folder, held)
     two.call("PUT", "/snapshot/load", {
         "snapshot_path": str(state), "enable_diff_snapshots": True, "resume_vm": False,
         "mem_backend": {"backend_type": "File", "backend_path": str(memory)},

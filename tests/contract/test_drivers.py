@@ -28,6 +28,7 @@ from sandyard.server.core.errors import (
     NoCapacityError,
     SandyardError,
 )
+from sandyard.server.drivers.contract import ProbeSpec
 from sandyard.server.drivers.fake import FakeDriver
 
 
@@ -141,13 +142,15 @@ async def test_a_start_that_cannot_be_says_why_and_leaves_nothing(bench: Bench) 
 async def test_the_probe_gives_a_verdict_and_never_raises(bench: Bench, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    verdict = await bench.driver.probe(
+    spec = ProbeSpec(
         kernel=bench.spec.kernel,
         initrd=bench.spec.initrd,
         scratch=scratch,
-        arguments=bench.spec.arguments,
         limit_s=20 if not bench.verdict.is_usable else 60 * bench.pace,
+        arguments=bench.spec.arguments,
+        has_acpi=bench.spec.has_acpi,
     )
+    verdict = await bench.driver.probe(spec)
     assert verdict.is_usable == bench.verdict.is_usable
     assert verdict.reason
     assert await bench.driver.version()

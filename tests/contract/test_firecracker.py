@@ -13,6 +13,7 @@ from tests.support.drivers import NEEDS_KVM, firecracker_bench, saved_machine
 from tests.support.firecracker import firecracker_binaries
 
 from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
+from sandyard.server.drivers.contract import ProbeSpec
 from sandyard.server.drivers.firecracker import FirecrackerDriver, jail
 from sandyard.server.drivers.firecracker.api import Api
 from sandyard.server.drivers.processes import kill_all_of
@@ -87,7 +88,7 @@ async def test_firecracker_of_another_version_is_refused(tmp_path: Path) -> None
         )
         with pytest.raises(UnavailableError, match=match):
             await driver.version()
-        verdict = await driver.probe(kernel=tmp_path, initrd=tmp_path, scratch=tmp_path, limit_s=20)
+        verdict = await driver.probe(ProbeSpec(tmp_path, tmp_path, tmp_path, limit_s=20))
         assert not verdict.is_usable
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sandyard.server.core.errors import UnavailableError
-from sandyard.server.drivers.contract import Verdict
+from sandyard.server.drivers.contract import ProbeSpec, Verdict
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.node.host.choice import Drivers
 from sandyard.server.node.images.images import Image
@@ -26,17 +26,8 @@ class Probed(FakeDriver):
     def __post_init__(self) -> None:
         super().__init__(FakeHost())
 
-    async def probe(
-        self,
-        *,
-        kernel: Path,
-        initrd: Path,
-        scratch: Path,
-        limit_s: float,
-        arguments: str = "",
-        has_acpi: bool = True,
-    ) -> Verdict:
-        self.limits.append(limit_s)
+    async def probe(self, spec: ProbeSpec) -> Verdict:
+        self.limits.append(spec.limit_s)
         if self.gate is not None:
             await self.gate.wait()
         return self.verdict

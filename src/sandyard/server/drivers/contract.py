@@ -60,6 +60,22 @@ class MachineSpec:
 
 
 @dataclass(frozen=True)
+class ProbeSpec:
+    """What a probe machine is made of: what it boots is as in MachineSpec.
+
+    `scratch` is an empty folder of the caller's for the probe's files; `limit_s` is how long its
+    first program may be waited for.
+    """
+
+    kernel: Path
+    initrd: Path
+    scratch: Path
+    limit_s: float
+    arguments: str = ""
+    has_acpi: bool = True
+
+
+@dataclass(frozen=True)
 class Saved:
     """What a machine was at one moment, but for its disk.
 
@@ -200,21 +216,8 @@ class Driver(Protocol):
         """
         ...
 
-    async def probe(
-        self,
-        *,
-        kernel: Path,
-        initrd: Path,
-        scratch: Path,
-        limit_s: float,
-        arguments: str = "",
-        has_acpi: bool = True,
-    ) -> Verdict:
-        """Find out whether a machine of this kernel really boots here; never raises for that.
-
-        `scratch` is an empty folder of the caller's for the probe's files; `limit_s` is how long
-        its first program may be waited for; for the others see MachineSpec.
-        """
+    async def probe(self, spec: ProbeSpec) -> Verdict:
+        """Find out whether a machine of this kernel really boots here; never raises for that."""
         ...
 
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> Machine:

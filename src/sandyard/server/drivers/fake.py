@@ -26,6 +26,7 @@ from sandyard.server.drivers.contract import (
     End,
     Handle,
     MachineSpec,
+    ProbeSpec,
     Saved,
     Verdict,
 )
@@ -386,16 +387,7 @@ class FakeDriver:
         """See drivers.contract.Driver.version."""
         return self._version
 
-    async def probe(
-        self,
-        *,
-        kernel: Path,
-        initrd: Path,
-        scratch: Path,
-        limit_s: float,
-        arguments: str = "",
-        has_acpi: bool = True,
-    ) -> Verdict:
+    async def probe(self, spec: ProbeSpec) -> Verdict:
         """See drivers.contract.Driver.probe."""
         if self.conduct.is_usable:
             return Verdict(True, "fake machines start anywhere")

@@ -25,6 +25,7 @@ from sandyard.server.drivers.contract import (
     End,
     Handle,
     MachineSpec,
+    ProbeSpec,
     Saved,
     Verdict,
 )
@@ -240,45 +241,26 @@ class FirecrackerDriver:
             )
         return found[0]
 
-    async def probe(
-        self,
-        *,
-        kernel: Path,
-        initrd: Path,
-        scratch: Path,
-        limit_s: float,
-        arguments: str = "",
-        has_acpi: bool = True,
-    ) -> Verdict:
+    async def probe(self, spec: ProbeSpec) -> Verdict:
         """See drivers.contract.Driver.probe."""
         try:
             version = await self.version()
             if not has_kvm():
                 return Verdict(False, "/dev/kvm is not there or not open to this user")
-            scratch.chmod(0o711)
-            jail = Jail(scratch, "probe", _NOBODY, self._group)
+            spec.scratch.chmod(0o711)
+            jail = Jail(spec.scratch, "probe", _NOBODY, self._group)
             try:
-                return await self._boot_probe(
-                    version, jail, kernel, initrd, limit_s, f"{_ARGUMENTS} {arguments}"
-                )
+                return await self._boot_probe(version, jail, spec)
             finally:
                 jail.remove()
         except (OSError, SandyardError) as error:
             return Verdict(False, f"a probe machine did not come up: {str(error) or 'no reason'}")
 
-    async def _boot_probe(
-        self,
-        version: str,
-        jail: Jail,
-        kernel: Path,
-        initrd: Path,
-        limit_s: float,
-        arguments: str,
-    ) -> Verdict:
+    async def _boot_probe(self, version: str, jail: Jail, spec: ProbeSpec) -> Verdict:
         async with AsyncExitStack() as held:
             await in_thread(jail.prepare)
-            jail.put(await in_thread(unpacked_kernel, kernel, self._cache), _KERNEL)
-            jail.write(_INITRD, initrd.read_bytes())
+            jail.put(await in_thread(unpacked_kernel, spec.kernel, self._cache), _KERNEL)
+            jail.write(_INITRD, spec.initrd.read_bytes())
             process = await self._launch(jail, held, netns=None)
             api = await held.enter_async_context(Api(jail.folder / SOCKET))
             machine = FirecrackerMachine(process, api, jail, {})
@@ -287,13 +269,13 @@ class FirecrackerDriver:
             await api.boot_from(
                 kernel=f"/{_KERNEL}",
                 initrd=f"/{_INITRD}",
-                arguments=f"{arguments} sandyard.probe",
+                arguments=f"{_ARGUMENTS} {spec.arguments} sandyard.probe",
             )
             await api.start()
             said, clock = b"", asyncio.get_running_loop().time
             started = clock()
             try:
-                async with asyncio.timeout(limit_s):
+                async with asyncio.timeout(spec.limit_s):
                     lives = True
                     while lives:
                         # Before what it printed is read: its last words may be those waited for.
@@ -310,8 +292,8 @@ class FirecrackerDriver:
                 # A kernel that came so far as to speak may only have lacked the time.
                 return Verdict(
                     False,
-                    f"a probe machine did not come up within {limit_s:g} s: its kernel does not "
-                    "run under this host's KVM",
+                    f"a probe machine did not come up within {spec.limit_s:g} s: its kernel "
+                    "does not run under this host's KVM",
                     is_certain=not said,
                 )
             why = machine.trouble() or "it ended at once"

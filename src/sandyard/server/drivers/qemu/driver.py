@@ -22,6 +22,7 @@ from sandyard.server.drivers.contract import (
     End,
     Handle,
     MachineSpec,
+    ProbeSpec,
     Saved,
     Verdict,
 )
@@ -240,44 +241,37 @@ class QemuDriver:
         words = said.decode(errors="replace").split()
         return words[words.index("version") + 1] if "version" in words else "unknown"
 
-    async def probe(
-        self,
-        *,
-        kernel: Path,
-        initrd: Path,
-        scratch: Path,
-        limit_s: float,
-        arguments: str = "",
-        has_acpi: bool = True,
-    ) -> Verdict:
+    async def probe(self, spec: ProbeSpec) -> Verdict:
         """See drivers.contract.Driver.probe."""
         try:
             version = await self.version()
             if self._accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
                 return Verdict(False, "/dev/kvm is not there or not open to this user")
-            console = scratch / "console"
+            console = spec.scratch / "console"
             options = [
-                "-M", f"microvm,acpi={'on' if has_acpi else 'off'},rtc=on",
+                "-M", f"microvm,acpi={'on' if spec.has_acpi else 'off'},rtc=on",
                 *command.accelerator(self._accel, tb_size_mib=self._tb_size_mib),
-                "-m", "256M", "-kernel", str(kernel), "-initrd", str(initrd),
+                "-m", "256M", "-kernel", str(spec.kernel), "-initrd", str(spec.initrd),
                 "-append", command.kernel_command_line(
-                    tsc_khz=await self._rate(), extra=f"{arguments} sandyard.probe"
+                    tsc_khz=await self._rate(), extra=f"{spec.arguments} sandyard.probe"
                 ),
                 "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                 "-serial", f"file:{console}",
             ]  # fmt: skip
             # As a real machine runs, so that a device closed to that account counts as closed; and
             # with an end of its own, should this process not live to end it.
-            os.chown(scratch, _NOBODY, _NOBODY)
-            own_end = ["timeout", f"{limit_s + 5:g}"]
+            os.chown(spec.scratch, _NOBODY, _NOBODY)
+            own_end = ["timeout", f"{spec.limit_s + 5:g}"]
             confined = command.unprivileged(_NOBODY, accel=self._accel)
             started = time.monotonic()
-            output = await output_of([*own_end, *confined, self._binary, *options], limit_s=limit_s)
+            output = await output_of(
+                [*own_end, *confined, self._binary, *options], limit_s=spec.limit_s
+            )
             took_s = time.monotonic() - started
         except TimeoutError:
             return Verdict(
                 False,
-                f"a probe machine did not come up within {limit_s:g} s",
+                f"a probe machine did not come up within {spec.limit_s:g} s",
                 is_certain=False,
             )
         except (OSError, SandyardError) as error:

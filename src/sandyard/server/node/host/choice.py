@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sandyard.server.core.errors import UnavailableError
-from sandyard.server.drivers.contract import Driver, Verdict
+from sandyard.server.drivers.contract import Driver, ProbeSpec, Verdict
 from sandyard.server.node.images.images import Image
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Drivers:
         if known is not None and (known.is_usable or known.limit_s >= limit_s):
             return Verdict(known.is_usable, known.reason, took_s=known.took_s)
         with tempfile.TemporaryDirectory(prefix="sandyard-probe-") as scratch:
-            verdict = await driver.probe(
+            spec = ProbeSpec(
                 kernel=image.kernel,
                 initrd=image.initrd,
                 scratch=Path(scratch),
@@ -172,6 +172,7 @@ class Drivers:
                 arguments=image.arguments,
                 has_acpi=image.has_acpi,
             )
+            verdict = await driver.probe(spec)
         if verdict.is_certain:
             kept = _Kept(verdict.is_usable, verdict.reason, verdict.took_s, limit_s)
             self._save({**self._load(), key: kept})
