@@ -277,6 +277,7 @@ class Pool:
             await one.set_up(wish, was=Was.UNIQUE)
             for _ in range(_EXERCISE_ROUNDS):
                 await one.guest.run(_EXERCISE, limit_s=self._means.patience(_LIMIT_S))
+            await one.guest.settle_clock()
             await one.enter(Phase.WAITING)
         except BaseException:
             await to_the_end(self._discard(one))
