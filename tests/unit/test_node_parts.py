@@ -4,12 +4,16 @@ import asyncio
 import ipaddress
 import os
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnavailableError
+from sandyard.server.core.ops import Done, Wake
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import MachineSpec, Place
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
@@ -22,11 +26,14 @@ from sandyard.server.drivers.qemu.command import (
 )
 from sandyard.server.drivers.qemu.memory import load_pages
 from sandyard.server.drivers.sparse import copy_sparse, make_empty, merge_sparse
+from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exceptions, slot_rules
 from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.images.definitions import load_definition, load_definitions
 from sandyard.server.node.images.initrd import make_initrd
 from sandyard.server.node.machines.console import append_console
+from sandyard.server.node.machines.guest import Guest
+from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record, Records
 from sandyard.server.tasks import to_the_end
 
@@ -311,3 +318,42 @@ def test_a_file_is_laid_over_another_where_it_has_data(tmp_path: Path) -> None:
     merge_sparse(under, over, target)
     expected = b"u" * 8192 + b"o" * 4096
     assert target.read_bytes() == expected.ljust(2**20, b"u")
+
+
+class LateLink:
+    """A link on which each message takes as long as it is told, and then no time at all."""
+
+    def __init__(self, *delays_s: float) -> None:
+        self.delays_s = list(delays_s)
+        self.now_s = 0.0
+        self.late_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(self.now_s, UTC)
+
+    async def ask(self, operation: Wake, *, limit_s: float) -> Done:
+        self.now_s += self.delays_s.pop(0) if self.delays_s else 0.0
+        self.late_s = self.now_s - operation.wall_ns / 1e9
+        return Done()
+
+
+@pytest.mark.parametrize("slow", [0, 1, 3, 10])
+async def test_the_clock_of_a_machine_made_ahead_is_set_until_it_is_right(slow: int) -> None:
+    link = LateLink(*[0.4] * slow)
+    means = SimpleNamespace(clock=link, patience=lambda seconds: seconds)
+    guest = Guest(cast("Means", means))
+    guest.link = cast("AgentLink", link)
+    await guest.settle_clock()
+    assert link.late_s < 0.001
+    assert not link.delays_s
+
+
+async def test_a_clock_that_never_gets_right_is_not_set_for_ever() -> None:
+    link = LateLink(*[0.4] * 100)
+    guest = Guest(cast("Means", SimpleNamespace(clock=link, patience=lambda seconds: seconds)))
+    guest.link = cast("AgentLink", link)
+    await guest.settle_clock()
+    assert len(link.delays_s) == 70
