@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import os
+import socket
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from sandyard.server.drivers.qemu.command import (
 )
 from sandyard.server.drivers.qemu.memory import load_pages
 from sandyard.server.drivers.sparse import copy_sparse, make_empty, merge_sparse
+from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exceptions, slot_rules
 from sandyard.server.node.host.identity import give_back_identity, take_identity
@@ -357,3 +359,28 @@ async def test_a_clock_that_never_gets_right_is_not_set_for_ever() -> None:
     guest.link = cast("AgentLink", link)
     await guest.settle_clock()
     assert len(link.delays_s) == 70
+
+
+@pytest.mark.parametrize("closes_first", [False, True])
+async def test_a_connection_made_ahead_is_closed_with_its_link(closes_first: bool) -> None:
+    ours, theirs = socket.socketpair()
+    arrived, may_arrive = asyncio.Event(), asyncio.Event()
+
+    async def dial(_: float) -> socket.socket:
+        arrived.set()
+        await may_arrive.wait()
+        ours.setblocking(False)
+        return ours
+
+    link = AgentLink(dial, "token", SystemClock())
+    opening = asyncio.create_task(link.open_spare(5.0))
+    await arrived.wait()
+    if closes_first:
+        link.close()
+    may_arrive.set()
+    await opening
+    if not closes_first:
+        link.close()
+    with theirs:
+        theirs.settimeout(5.0)
+        assert await asyncio.to_thread(theirs.recv, 1) == b""

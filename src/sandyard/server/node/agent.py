@@ -86,6 +86,7 @@ class AgentLink:
         self._spare: tuple[asyncio.StreamReader, asyncio.StreamWriter, float] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._end: tuple[str, str] | None = None
+        self._is_closed = False
 
     @property
     def end(self) -> ConflictError | None:
@@ -116,10 +117,11 @@ class AgentLink:
                     self._forget(writer)
 
     def _lacks_spare(self) -> bool:
-        return self._spare is None and self._end is None
+        return self._spare is None and self._end is None and not self._is_closed
 
     def close(self) -> None:
-        """Close the connection that is ready."""
+        """Close the connection that is ready, and have none ready any more."""
+        self._is_closed = True
         if self._spare is not None:
             self._forget(self._spare[1])
             self._spare = None
