@@ -24,7 +24,7 @@ Work = Coroutine[object, object, object]
 async def in_thread(work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Do blocking work in a thread and return its result; if cancelled, once the work has ended."""
     call = functools.partial(work, *args, **kwargs)
-    return await _ended(asyncio.get_running_loop().run_in_executor(None, call))
+    return await outcome_of(asyncio.get_running_loop().run_in_executor(None, call))
 
 
 async def to_the_end(work: Coroutine[object, object, _T]) -> _T:
@@ -32,10 +32,11 @@ async def to_the_end(work: Coroutine[object, object, _T]) -> _T:
 
     For what gives back, or must happen as a whole; all of its waits need limits of their own.
     """
-    return await _ended(asyncio.get_running_loop().create_task(work))
+    return await outcome_of(asyncio.get_running_loop().create_task(work))
 
 
-async def _ended(doing: "asyncio.Future[_T]") -> _T:
+async def outcome_of(doing: "asyncio.Future[_T]") -> _T:
+    """Return what is under way comes to; if cancelled, once it has ended, which goes on."""
     try:
         return await asyncio.shield(doing)
     except asyncio.CancelledError:

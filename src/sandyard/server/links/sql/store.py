@@ -8,7 +8,6 @@ from typing import Any
 
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import CursorResult, Engine, Executable, create_engine, event, make_url, text
-from sqlalchemy.engine import RootTransaction
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -24,6 +23,7 @@ from sandyard.server.links.sql.account_rows import (
     UserTable,
     WorkspaceTable,
 )
+from sandyard.server.links.sql.batches import BUSY_S, Batches, begun
 from sandyard.server.links.sql.migrate import upgrade
 from sandyard.server.links.sql.money_rows import (
     CreditTable,
@@ -41,13 +41,10 @@ from sandyard.server.links.sql.rows import (
     SnapshotTable,
 )
 from sandyard.server.links.sql.seal import Seal
-from sandyard.server.tasks import in_thread
 
-_BUSY_S = 10
-_LOOK_AGAIN_S = 0.01
 _POSTGRES: dict[str, Any] = {
     "pool_size": 5,
-    "pool_timeout": _BUSY_S,
+    "pool_timeout": BUSY_S,
     "pool_pre_ping": True,
     "hide_parameters": True,
 }
@@ -111,7 +108,7 @@ class PostgresStore:
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
         with _translated():
-            async with asyncio.timeout(_BUSY_S), self._engine.connect() as connection:
+            async with asyncio.timeout(BUSY_S), self._engine.connect() as connection:
                 await connection.execute(text("SELECT 1"))
 
 
@@ -119,15 +116,15 @@ class SqliteStore:
     """See core.contracts.store.Store.
 
     Statements run on the loop itself: the database is a file in the page cache, and each takes less
-    than handing it to a thread would. What waits for the disk, the commit, is done in a thread.
-    Writers take turns by a lock in this process and by BEGIN IMMEDIATE among processes.
+    than handing it to a thread would. What waits for the disk, the commit, is done in a thread, and
+    shared by all who write meanwhile. Writers take turns by a lock in this process and by BEGIN
+    IMMEDIATE among processes.
     """
 
     def __init__(self, reader: Engine, writer: Engine, seal: Seal) -> None:
         self._reader = reader
-        self._writer = writer
+        self._batches = Batches(writer)
         self._seal = seal
-        self._writing = asyncio.Lock()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[SqlTransaction]:
@@ -139,21 +136,8 @@ class SqliteStore:
     async def write(self) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.store.Store.write."""
         with _translated():
-            async with asyncio.timeout(_BUSY_S):
-                await self._writing.acquire()
-            try:
-                with self._writer.connect() as connection:
-                    transaction = await _begun(connection)
-                    try:
-                        yield SqlTransaction(_Inline(connection), self._seal)
-                        # Not to be broken off half-way: the connection is this thread's till then.
-                        await in_thread(transaction.commit)
-                    except BaseException:
-                        if transaction.is_active:
-                            transaction.rollback()
-                        raise
-            finally:
-                self._writing.release()
+            async with self._batches.write() as connection:
+                yield SqlTransaction(_Inline(connection), self._seal)
 
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
@@ -175,18 +159,6 @@ class _Inline:
         return self._connection.execute(statement, parameters)
 
 
-async def _begun(connection: SyncConnection) -> RootTransaction:
-    """Begin to write; where another process does, wait for it without holding up this one."""
-    until = asyncio.get_running_loop().time() + _BUSY_S
-    while True:
-        try:
-            return connection.begin()
-        except OperationalError as error:
-            if "locked" not in str(error.orig) or asyncio.get_running_loop().time() > until:
-                raise
-        await asyncio.sleep(_LOOK_AGAIN_S)
-
-
 @asynccontextmanager
 async def open_store(url: str, *, key: bytes) -> AsyncIterator[Store]:
     """Open the store behind a database URL, bringing its schema up to date first.
@@ -204,12 +176,12 @@ async def open_store(url: str, *, key: bytes) -> AsyncIterator[Store]:
             # Made before SQLite opens it, for itself and the files beside it: hashes are inside.
             path.touch(mode=0o600)
             # As many readers as ask: to wait for one here would be to wait for ever.
-            reader = _sqlite(path, begin="BEGIN", busy_s=_BUSY_S, pool_size=4, max_overflow=-1)
+            reader = _sqlite(path, begin="BEGIN", busy_s=BUSY_S, pool_size=4, max_overflow=-1)
             held.callback(reader.dispose)
             writer = _sqlite(path, begin="BEGIN IMMEDIATE", busy_s=0, pool_size=1, max_overflow=0)
             held.callback(writer.dispose)
             with _translated(), writer.connect() as connection:
-                transaction = await _begun(connection)
+                transaction = await begun(connection)
                 upgrade(connection)
                 transaction.commit()
             yield SqliteStore(reader, writer, Seal(key))
@@ -245,7 +217,7 @@ def _sqlite(path: Path, *, begin: str, busy_s: int, **pool: int) -> Engine:
         connection.isolation_level = None
         cursor = connection.cursor()
         for pragma in (
-            f"busy_timeout={_BUSY_S * 1000}",
+            f"busy_timeout={BUSY_S * 1000}",
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",

@@ -1,0 +1,153 @@
+"""Writes to SQLite, several to a commit: they share the one wait for the disk.
+
+Each write has its turn and its savepoint, so that one that fails takes no other along. The first of
+a batch asks for the commit, which takes its turn behind the writes that wait by then; they belong
+to the same batch. Nobody is told that a write is done before the commit that it is in has ended.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import RootTransaction
+from sqlalchemy.exc import OperationalError
+
+from sandyard.server.tasks import in_thread, outcome_of, to_the_end
+
+BUSY_S = 10
+"""How long a writer waits for the others before it gives up."""
+_LOOK_AGAIN_S = 0.01
+
+
+class _Batch:
+    """Writes that count together or not at all, once their commit has ended or failed."""
+
+    def __init__(self, connection: Connection, transaction: RootTransaction) -> None:
+        self.connection = connection
+        self.transaction = transaction
+        self.committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether what was written is still there: SQLite rolls all of it back on some errors, of
+        which a full disk is one (sqlite.org/lang_transaction.html, section 3.1)."""
+        return bool(self.connection.connection.dbapi_connection.in_transaction)  # type: ignore[union-attr]  # sqlite3's own
+
+    def mark(self) -> None:
+        self.connection.exec_driver_sql("SAVEPOINT write")
+
+    def keep(self) -> None:
+        self.connection.exec_driver_sql("RELEASE write")
+
+    def undo(self) -> None:
+        self.connection.exec_driver_sql("ROLLBACK TO write")
+        self.keep()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Give the connection back and tell whoever waits how it came out."""
+        if error is not None:
+            # Whatever state it is in: another is opened for the next batch.
+            self.connection.invalidate()
+        elif self.transaction.is_active:
+            self.transaction.rollback()
+        self.connection.close()
+        if error is None:
+            self.committed.set_result(None)
+        else:
+            self.committed.set_exception(error)
+            self.committed.exception()  # looked at, should nobody wait for it any more
+
+
+class Batches:
+    """See the module. `engine` is of one connection that begins to write at once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._turn = asyncio.Lock()
+        self._batch: _Batch | None = None
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[Connection]:
+        """Have a turn to write; what was written is durable when the block has been left.
+
+        The block's own error undoes what it wrote, and that alone.
+
+        Raises:
+            TimeoutError: others write without end.
+            OperationalError: it could not be written; so for all that it was to be committed with.
+        """
+        async with asyncio.timeout(BUSY_S):
+            await self._turn.acquire()
+        try:
+            batch, is_first = self._batch, False
+            if batch is None:
+                batch, is_first = await self._begun(), True
+            else:
+                batch.mark()
+            try:
+                yield batch.connection
+                if not is_first:
+                    batch.keep()
+            except BaseException as error:
+                self._undo(batch, error, is_first=is_first)
+                raise
+            self._batch = batch
+        finally:
+            self._turn.release()
+        if is_first:
+            await to_the_end(self._commit(batch))
+        await outcome_of(batch.committed)
+
+    def _undo(self, batch: _Batch, error: BaseException, *, is_first: bool) -> None:
+        if is_first:
+            batch.end()
+        elif batch.is_whole:
+            batch.undo()
+        else:
+            self._batch = None
+            batch.end(_to_tell(error))
+
+    async def _commit(self, batch: _Batch) -> None:
+        async with self._turn:
+            if self._batch is not batch:  # it was lost meanwhile, and whoever waits was told
+                return
+            self._batch = None
+            try:
+                if not batch.is_whole:
+                    raise _lost()
+                await in_thread(batch.transaction.commit)
+            except BaseException as error:  # told to every writer, and translated there
+                batch.end(_to_tell(error))
+                if not isinstance(error, Exception):
+                    raise
+            else:
+                batch.end()
+
+    async def _begun(self) -> _Batch:
+        connection = self._engine.connect()
+        try:
+            return _Batch(connection, await begun(connection))
+        except BaseException:
+            connection.close()
+            raise
+
+
+def _to_tell(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else _lost()
+
+
+def _lost() -> OperationalError:
+    return OperationalError(None, None, Exception("the transaction was rolled back"))
+
+
+async def begun(connection: Connection) -> RootTransaction:
+    """Begin to write; where another process does, wait for it without holding up this one."""
+    until = asyncio.get_running_loop().time() + BUSY_S
+    while True:
+        try:
+            return connection.begin()
+        except OperationalError as error:
+            if "locked" not in str(error.orig) or asyncio.get_running_loop().time() > until:
+                raise
+        await asyncio.sleep(_LOOK_AGAIN_S)
