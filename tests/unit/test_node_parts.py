@@ -203,9 +203,13 @@ def test_records_survive_and_strays_are_removed(tmp_path: Path) -> None:
     )  # fmt: skip
     residents.write(record)
     (tmp_path / "machine-zzzzzzzzzzzz").mkdir()
-    assert Records(tmp_path).all() == [record]
+    # Written without waiting for the disk, and the host lost its power.
+    empty = tmp_path / "machine-yyyyyyyyyyyy" / "resident.json"
+    empty.parent.mkdir()
+    empty.touch()
     Records(tmp_path).sweep()
-    assert not (tmp_path / "machine-zzzzzzzzzzzz").exists()
+    assert Records(tmp_path).all() == [record]
+    assert [one.name for one in tmp_path.iterdir()] == [record.id]
     written = tmp_path / record.id / "resident.json"
     assert written.stat().st_mode & 0o777 == 0o600
     residents.remove(record.id)

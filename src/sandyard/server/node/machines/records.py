@@ -77,11 +77,12 @@ class Records:
         folder.mkdir(mode=0o711, exist_ok=True)
         return folder
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Record, *, syncs: bool = True) -> None:
         """Write a record, whole or not at all.
 
         What is in it is synced, its name is not: after the host's own end no machine lives, and a
-        state that was saved is found without it.
+        state that was saved is found without it. Nor is what is in it without `syncs`, for machines
+        that nobody would miss: their record may then be found empty, and is as good as none.
         """
         folder = self.make_folder(record.id)
         part = folder / "resident.json.part"
@@ -89,7 +90,8 @@ class Records:
         with os.fdopen(descriptor, "w") as file:
             json.dump(asdict(record), file)
             file.flush()
-            os.fsync(file.fileno())
+            if syncs:
+                os.fsync(file.fileno())
         part.replace(folder / "resident.json")
 
     def all(self) -> list[Record]:
@@ -107,7 +109,8 @@ class Records:
     def sweep(self) -> None:
         """Remove folders without a record: a start that was broken off left them."""
         for folder in self._folders():
-            if not (folder / "resident.json").exists():
+            record = folder / "resident.json"
+            if not record.exists() or record.stat().st_size == 0:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[Path]:

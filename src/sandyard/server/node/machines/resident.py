@@ -159,7 +159,14 @@ class Resident:
     async def enter(self, phase: Phase, end: End | None = None) -> None:
         """Go over to another phase, and have that written down."""
         self._set_phase(phase, end)
-        await in_thread(self._means.records.write, self._record)
+        await self._note(self._record)
+
+    async def _note(self, record: Record) -> None:
+        """Have a record on disk, where it outlives the host's end too if it would be missed."""
+        if record.phase in (Phase.STARTING, Phase.WAITING):
+            self._means.records.write(record, syncs=False)
+        else:
+            await in_thread(self._means.records.write, record)
 
     def mark(self, phase: Phase, end: End | None = None) -> None:
         """Go over to another phase; if that cannot be written down, the next look mends it."""
@@ -218,7 +225,7 @@ class Resident:
             DamagedError: the saved machine is not as it was.
         """
         if is_recorded:
-            await in_thread(self._means.records.write, self._record)
+            await self._note(self._record)
         await self.body.make(source, self._means.disks, disk_mib=self._record.disk_mib)
 
     async def raise_up(
@@ -251,7 +258,7 @@ class Resident:
                 return
             machine = self._machine = await kit.driver.start(spec, held)
             self._record = replace(self._record, handle=dict(machine.handle))
-            await in_thread(self._means.records.write, self._record)
+            await self._note(self._record)
             link = self._new_link(place)
             self.guest.meet(link, has_answered=False)
             await start.await_agent(machine, link, self.body, self._means)
@@ -267,7 +274,7 @@ class Resident:
         if self.phase is not Phase.STARTING:
             self._set_phase(Phase.WAKING, None)
         if is_recorded:
-            await in_thread(self._means.records.write, self._record)
+            await self._note(self._record)
         await self.body.withdraw()
         await machine.resume()
         self._machine = machine
@@ -363,7 +370,7 @@ class Resident:
         self.guest.break_off(_PAUSED)
         self._set_phase(Phase.PAUSED, None)
         kept = replace(self._record, slot=_NOWHERE, handle=None)
-        await in_thread(self._means.records.write, kept)
+        await self._note(kept)
         if self._machine is not None:
             await self._machine.stop()
             self._machine = None
