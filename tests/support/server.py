@@ -64,6 +64,7 @@ class RealServer:
             "SANDYARD_HOME": str(self.home),
             "SANDYARD_HTTP__PORT": str(port),
             "XDG_CONFIG_HOME": str(self.home / "xdg"),
+            "SANDYARD_POOL__FLOOR": "2",  # however large the host is that tests run on
             **environment,
         }
         self.process: subprocess.Popen[bytes] | None = None

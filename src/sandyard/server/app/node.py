@@ -105,7 +105,7 @@ async def open_node(
             on_change=on_change,
         ),
         pool_limits=PoolLimits(
-            floor=min(settings.pool.floor, settings.pool.ceiling),
+            floor=settings.pool.floor,
             ceiling=settings.pool.ceiling,
             demand_window_s=settings.pool.demand_window_s,
         ),

@@ -216,8 +216,12 @@ class NodeSettings(Section):
 class PoolSettings(Section):
     """Machines that wait, running, for whoever creates a sandbox."""
 
-    floor: int = Field(
-        2, ge=0, le=1000, description="How many always wait for each template's default shape."
+    floor: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="How many always wait for each template's default shape; unset: as many as "
+        "the host has memory and processors for.",
     )
     ceiling: int = Field(
         10, ge=0, le=1000, description="How many wait at most for one shape; 0: none ever."

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError
@@ -20,10 +20,12 @@ async def output_of(
     limit_s: float,
     pass_fd: int | None = None,
     to: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> bytes:
     """Run a program and return all it printed; what is printed goes to a descriptor `to` if given.
 
-    It runs in a session of its own, so that what it leaves behind is nobody's.
+    It runs in a session of its own, so that what it leaves behind is nobody's; its environment is
+    `env` and what every program needs.
 
     Raises:
         ChildProcessError: it failed; the message is the end of what it printed.
@@ -36,7 +38,7 @@ async def output_of(
         stdout=asyncio.subprocess.PIPE if to is None else to,
         stderr=asyncio.subprocess.STDOUT if to is None else to,
         # Nothing of this process's own: what is started may be taken over by its guest.
-        env={"PATH": _PATH, "LC_ALL": "C.UTF-8"},
+        env={"PATH": _PATH, "LC_ALL": "C.UTF-8", **(env or {})},
         pass_fds=() if pass_fd is None else (pass_fd,),
         start_new_session=True,
     )

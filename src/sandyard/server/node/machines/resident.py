@@ -370,10 +370,12 @@ class Resident:
         self.guest.break_off(_PAUSED)
         self._set_phase(Phase.PAUSED, None)
         kept = replace(self._record, slot=_NOWHERE, handle=None)
-        await self._note(kept)
-        if self._machine is not None:
-            await self._machine.stop()
-            self._machine = None
+        # Side by side, for either may come first: what is published counts, whatever else is found.
+        async with beside(self._note(kept)) as noting:
+            if self._machine is not None:
+                await self._machine.stop()
+                self._machine = None
+            await asyncio.wait([noting])
         await in_thread(self.body.take_back)
         # Its memory is free; nobody waits for the slot to be taken apart.
         place, self._place = self._place, None

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -22,11 +22,12 @@ from pathlib import Path
 from sandyard.server.core.errors import DamagedError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Saved
-from sandyard.server.drivers.sparse import copy_sparse, digest_sparse
+from sandyard.server.drivers.sparse import copy_sparse, digest_sparse, mac_sparse
 from sandyard.server.node.host.choice import Drivers
 from sandyard.server.tasks import in_thread
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""What can be read; the last is what is written. In the first, files had a digest and no key."""
 _MANIFEST = "manifest.json"
 
 
@@ -63,6 +64,7 @@ class SavedMachine:
     folder: Path
     about: About
     files: Mapping[str, Mapping[str, int | str]]
+    key: bytes = field(repr=False)
 
     @property
     def state(self) -> Saved:
@@ -88,11 +90,10 @@ def seal(folder: Path, about: About, *, key: bytes, beside: Iterable[Path] = ())
     """
     about = About(**{**asdict(about), "created_at": datetime.now(UTC).isoformat()})
     files: dict[str, dict[str, int | str]] = {
-        path.name: {**_look(path), "sha256": digest_sparse(path)}
-        for path in sorted(folder.iterdir())
+        path.name: {**_look(path), **_seal_of(path, key)} for path in sorted(folder.iterdir())
     }
     files |= {str(path): _look(path) for path in beside}
-    content = {"format": FORMAT, "about": asdict(about), "files": files}
+    content = {"format": FORMATS[-1], "about": asdict(about), "files": files}
     text = json.dumps({**content, "signature": _signature(content, key)})
     descriptor = os.open(folder / _MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -100,7 +101,7 @@ def seal(folder: Path, about: About, *, key: bytes, beside: Iterable[Path] = ())
         file.flush()
         os.fsync(file.fileno())
     sync_folder(folder)
-    return SavedMachine(folder, about, files)
+    return SavedMachine(folder, about, files, key)
 
 
 def load(folder: Path, *, key: bytes) -> SavedMachine:
@@ -114,9 +115,9 @@ def load(folder: Path, *, key: bytes) -> SavedMachine:
         signature = content.pop("signature")
         if not hmac.compare_digest(signature, _signature(content, key)):
             raise DamagedError("cannot use what was saved: its manifest was altered")
-        if content["format"] != FORMAT:
+        if content["format"] not in FORMATS:
             raise DamagedError("cannot use what was saved: it is of another version of Sandyard")
-        return SavedMachine(folder, About(**content["about"]), content["files"])
+        return SavedMachine(folder, About(**content["about"]), content["files"], key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"cannot use what was saved: it cannot be read: {error!r}") from error
 
@@ -124,8 +125,8 @@ def load(folder: Path, *, key: bytes) -> SavedMachine:
 def check(saved: SavedMachine, *, whole: bool) -> None:
     """Return if every file is as it was sealed.
 
-    Size, time and inode are looked at; where they differ, or `whole` is asked for, the digests
-    decide.
+    Size, time and inode are looked at; where they differ, or `whole` is asked for, what is in the
+    files decides.
 
     Raises:
         DamagedError: a file is missing, cut off or altered.
@@ -134,15 +135,11 @@ def check(saved: SavedMachine, *, whole: bool) -> None:
         path = saved.folder / name
         try:
             found = _look(path)
-            digest = sealed.get("sha256")
-            same = all(found[field] == sealed[field] for field in found)
-            if (
-                digest is None
-                and found["size"] == sealed["size"]
-                and found["time"] == sealed["time"]
-            ):
+            is_beside = "mac" not in sealed and "sha256" not in sealed
+            same = all(found[one] == sealed[one] for one in found)
+            if is_beside and all(found[one] == sealed[one] for one in ("size", "time")):
                 continue
-            if (whole or not same) and (digest is None or digest_sparse(path) != digest):
+            if (whole or not same) and (is_beside or not _is_as_sealed(path, sealed, saved.key)):
                 raise DamagedError(f"cannot use what was saved: its file {path.name} was altered")
         except OSError as error:
             raise DamagedError(
@@ -206,6 +203,23 @@ def sync_folder(folder: Path) -> None:
 def _look(path: Path) -> dict[str, int | str]:
     found = path.stat()
     return {"size": found.st_size, "time": found.st_mtime_ns, "inode": found.st_ino}
+
+
+def _seal_of(path: Path, key: bytes) -> dict[str, int | str]:
+    salt = os.urandom(16).hex()
+    return {"salt": salt, "mac": mac_sparse(path, _key_of(salt, key))}
+
+
+def _is_as_sealed(path: Path, sealed: Mapping[str, int | str], key: bytes) -> bool:
+    if "sha256" in sealed:
+        return digest_sparse(path) == sealed["sha256"]
+    found = mac_sparse(path, _key_of(str(sealed["salt"]), key))
+    return hmac.compare_digest(found, str(sealed["mac"]))
+
+
+def _key_of(salt: str, key: bytes) -> bytes:
+    """Return the key of one file: known to nobody who does not have the installation's."""
+    return hmac.new(key, b"sandyard saved file\0" + salt.encode(), sha256).digest()[:16]
 
 
 def _signature(content: Mapping[str, object], key: bytes) -> str:

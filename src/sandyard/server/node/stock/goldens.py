@@ -273,7 +273,13 @@ class Goldens:
 
     async def _name(self, kind: Kind, driver: Driver) -> str:
         version = await self._means.drivers.version_of(driver)
-        parts = (*vars(kind).values(), driver.name, version, self._means.seals.host, saving.FORMAT)
+        parts = (
+            *vars(kind).values(),
+            driver.name,
+            version,
+            self._means.seals.host,
+            saving.FORMATS[0],
+        )
         return sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
 
     def _current_images(self) -> list[Image]:

@@ -2,11 +2,13 @@
 
 A shelf holds those of one kind. How many it wants follows demand: what was asked for lately, within
 a floor (for the default shapes) and a ceiling. The first commands in a restored machine are slow,
-since nothing of it is translated or in the caches yet; a member has them behind it.
+since nothing of it is translated or in the caches yet; a member has them behind it, its template's
+own to warm up among them.
 """
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -17,6 +19,7 @@ from sandyard.server.core.contracts.node import Phase, ShelfFact, Way
 from sandyard.server.core.errors import DamagedError, SandyardError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End
+from sandyard.server.node.host.disks import available_memory_mib
 from sandyard.server.node.machines.guest import Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.resident import Resident
@@ -36,14 +39,29 @@ _ROUNDS_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class PoolLimits:
-    """How large a shelf may be; the floor is for the templates' default shapes."""
+    """How large a shelf may be; the floor is for the templates' default shapes.
 
-    floor: int
+    Without one it follows the host: see `floor_of`.
+    """
+
+    floor: int | None
     ceiling: int
     demand_window_s: float
     fresh_s: float = 20.0
     quiet_s: float = 0.5
     unquiet_s: float = 3.0
+    free_memory: Callable[[], int] = available_memory_mib
+
+
+def floor_of(shape: Shape, *, free_mib: int, cores: int, shelves: int) -> int:
+    """Return how many machines of a shape a host with so much to spare may have waiting.
+
+    All that wait may grow to a quarter of the memory that is free, and there are five to a
+    processor, for each that waits is kept alive and is replaced when it is taken; each of so many
+    `shelves` has its part. One waits in any case, if there is room for it at all.
+    """
+    by_memory = free_mib // 4 // shape.memory_mib
+    return max(1, min(by_memory, 5 * cores) // max(1, shelves))
 
 
 class MachineObserver(Protocol):
@@ -181,15 +199,16 @@ class Pool:
     async def _look(self, crew: Crew) -> None:
         self._goldens.forget_old()
         current = {}
+        usual: list[_Shelf] = []
         for slug, definition in self._means.images.definitions.items():
             image = self._means.images.current(slug)
             if image is None:
                 continue
             current[slug] = image.digest
-            shape = definition.defaults
-            kind = self._goldens.kind_of(image, slug, shape)
-            shelf = self._shelves.setdefault(kind, _Shelf(kind))
-            shelf.floor = self._limits.floor
+            kind = self._goldens.kind_of(image, slug, definition.defaults)
+            usual.append(self._shelves.setdefault(kind, _Shelf(kind)))
+        for shelf in usual:
+            shelf.floor = self._floor(shelf, len(usual))
         for kind, shelf in list(self._shelves.items()):
             if current.get(kind.template) != kind.image:
                 # What is still coming finds its shelf gone.
@@ -198,6 +217,17 @@ class Pool:
                     await to_the_end(self._discard(shelf.members.pop()))
                 continue
             await self._tend(shelf, crew)
+
+    def _floor(self, shelf: _Shelf, shelves: int) -> int:
+        wanted = self._limits.floor
+        if wanted is None:
+            shape, cores = shelf.kind.shape, len(os.sched_getaffinity(0))
+            free_mib = self._limits.free_memory()
+            wanted = floor_of(shape, free_mib=free_mib, cores=cores, shelves=shelves)
+            if shelf.floor and abs(wanted - shelf.floor) <= 1:
+                # Those that wait take memory themselves: none is ended for the last one's share.
+                wanted = shelf.floor
+        return min(wanted, self._limits.ceiling)
 
     async def _tend(self, shelf: _Shelf, crew: Crew) -> None:
         target = self._target(shelf)
@@ -275,8 +305,10 @@ class Pool:
             # Twice: the second is what will be asked for when it is claimed.
             await one.set_up(wish, was=Was.NOBODYS)
             await one.set_up(wish, was=Was.UNIQUE)
-            for _ in range(_EXERCISE_ROUNDS):
-                await one.guest.run(_EXERCISE, limit_s=self._means.patience(_LIMIT_S))
+            definition = self._means.images.definitions.get(kind.template)
+            warmup = () if definition is None else definition.warmup
+            for command in (*[_EXERCISE] * _EXERCISE_ROUNDS, *warmup):
+                await one.guest.run(command, limit_s=self._means.patience(_LIMIT_S))
             await one.guest.settle_clock()
             await one.enter(Phase.WAITING)
         except BaseException:
