@@ -222,7 +222,11 @@ async def test_a_lease_guards_runs_out_and_is_given_back(store: Store) -> None:
     until = NOW + timedelta(seconds=30)
     pending = frozenset({Status.PENDING})
     async with store.write() as tx:
+        assert await tx.leases.waits(pending | {Status.CREATING}, now=NOW)
+        assert not await tx.leases.waits(frozenset({Status.CREATING}), now=NOW)
         (claim,) = await tx.leases.claim(pending, hold=held("a"), now=NOW, limit=9)
+        assert not await tx.leases.waits(pending, now=NOW)
+        assert await tx.leases.waits(pending, now=until + timedelta(seconds=1))
         assert await tx.sandboxes.replace(claim.sandbox, lease="b") is None
         kept = await tx.sandboxes.replace(claim.sandbox, lease="a")
         assert kept is not None

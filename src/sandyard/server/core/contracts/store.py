@@ -99,6 +99,10 @@ class LeaseRows(Protocol):
         """Lease up to `limit` sandboxes of these statuses that nobody holds, the stalest first."""
         ...
 
+    async def waits(self, statuses: frozenset[Status], *, now: datetime) -> bool:
+        """Tell whether there is a sandbox of these statuses that nobody holds."""
+        ...
+
     async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
         """Move the end of a lease that is held; None gives it back. False if it is not held."""
         ...

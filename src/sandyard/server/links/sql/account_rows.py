@@ -18,6 +18,7 @@ from sandyard.server.core.records import (
     Workspace,
 )
 from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.prepared import Prepared
 from sandyard.server.links.sql.rows import Connection, older
 
 _NOT_STORED = frozenset({"owner_display_name", "owner_email"})
@@ -241,12 +242,11 @@ class ProjectTable:
     async def find(self, org_id: str, project_id: str | None) -> Project | None:
         """See core.contracts.store.ProjectRows.find."""
         if project_id is None:
-            found = await self._connection.execute(_DEFAULT_PROJECT, [{"wanted_org": org_id}])
+            found = await self._connection.fetch(_DEFAULT_PROJECT, {"wanted_org": org_id})
         else:
             wanted = {"wanted_org": org_id, "wanted_id": project_id}
-            found = await self._connection.execute(_PROJECT, [wanted])
-        row = found.mappings().first()
-        return None if row is None else Project(**row)
+            found = await self._connection.fetch(_PROJECT, wanted)
+        return Project(**found[0]) if found else None
 
     async def every(self, org_id: str) -> list[Project]:
         """See core.contracts.store.ProjectRows.every."""
@@ -300,11 +300,10 @@ class KeyTable:
 
     async def holder(self, digest: str) -> KeyHolder | None:
         """See core.contracts.store.KeyRows.holder."""
-        found = await self._connection.execute(_HOLDER, [{"wanted_digest": digest}])
-        row = found.mappings().first()
-        if row is None:
+        found = await self._connection.fetch(_HOLDER, {"wanted_digest": digest})
+        if not found:
             return None
-        values = dict(row)
+        values = found[0]
         role, is_operator = values.pop("role"), bool(values.pop("is_operator"))
         plan, limits = values.pop("plan"), values.pop("limits")
         return KeyHolder(_key(values), role, is_operator, plan, limits)
@@ -371,8 +370,8 @@ class SshKeyTable:
 
     async def every(self, org_id: str) -> list[SshKey]:
         """See core.contracts.store.SshKeyRows.every."""
-        found = await self._connection.execute(_SSH_KEYS, [{"wanted_org": org_id}])
-        return [SshKey(**row) for row in found.mappings()]
+        found = await self._connection.fetch(_SSH_KEYS, {"wanted_org": org_id})
+        return [SshKey(**row) for row in found]
 
     async def remove(self, org_id: str, key_id: str) -> bool:
         """See core.contracts.store.SshKeyRows.remove."""
@@ -416,14 +415,14 @@ def _keys(*more: Any) -> Any:
 
 # Built once: every request runs them, and to build a statement takes longer than to run it.
 _PROJECTS = select(t.projects).where(t.projects.c.org_id == bindparam("wanted_org"))
-_DEFAULT_PROJECT = _PROJECTS.where(t.projects.c.is_default.is_(True))
-_PROJECT = _PROJECTS.where(t.projects.c.id == bindparam("wanted_id"))
-_SSH_KEYS = (
+_DEFAULT_PROJECT = Prepared(_PROJECTS.where(t.projects.c.is_default.is_(True)))
+_PROJECT = Prepared(_PROJECTS.where(t.projects.c.id == bindparam("wanted_id")))
+_SSH_KEYS = Prepared(
     select(t.ssh_keys)
     .where(t.ssh_keys.c.org_id == bindparam("wanted_org"))
     .order_by(t.ssh_keys.c.created_at.desc(), t.ssh_keys.c.id.desc())
 )
-_HOLDER = (
+_HOLDER = Prepared(
     _keys(
         t.memberships.c.role,
         t.users.c.is_operator,

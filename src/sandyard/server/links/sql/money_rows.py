@@ -12,7 +12,6 @@ from sqlalchemy import (
     case,
     func,
     insert,
-    literal,
     or_,
     select,
     text,
@@ -34,15 +33,13 @@ from sandyard.server.core.records import (
 from sandyard.server.core.shapes import Shape, ShapeSeconds
 from sandyard.server.core.states import Status
 from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.prepared import Prepared
 from sandyard.server.links.sql.rows import Connection
 
 _SHAPE = ("vcpus", "memory_mib", "disk_mib")
 _ACTIVE = [
-    status.value
-    for status in (
-        Status.PENDING, Status.CREATING, Status.RUNNING, Status.PAUSING, Status.RESUMING,
-        Status.SUSPECTED_MISSING,
-    )
+    Status.PENDING, Status.CREATING, Status.RUNNING, Status.PAUSING, Status.RESUMING,
+    Status.SUSPECTED_MISSING,
 ]  # fmt: skip
 
 
@@ -58,7 +55,7 @@ class UsageTable:
             name: value for name, value in vars(period).items() if name not in ("shape", "id")
         }
         try:
-            await self._connection.execute(_OPEN, [values | vars(period.shape)])
+            await self._connection.run(_OPEN, values | vars(period.shape))
         except IntegrityError as error:
             raise InternalError(
                 f"cannot open a usage period: {period.sandbox_id} has one open"
@@ -106,13 +103,13 @@ class UsageTable:
 
     async def in_use(self, org_id: str, now: datetime) -> InUse:
         """See core.contracts.store.UsageRows.in_use."""
-        found = await self._connection.execute(_IN_USE, [{"wanted_org": org_id}])
-        used = {name: int(value) for name, value in found.mappings().one().items()}
+        (found,) = await self._connection.fetch(_IN_USE, {"wanted_org": org_id})
+        used = {name: int(value) for name, value in found.items()}
         paid = Shape(*(used.pop(f"paid_{name}") for name in ("vcpus", "memory", "disk")))
-        owed = await self._connection.execute(
-            _OWED, [{"wanted_org": org_id, "now_us": t.microseconds(now)}]
+        (owed,) = await self._connection.fetch(
+            _OWED, {"wanted_org": org_id, "now_us": t.microseconds(now)}
         )
-        *shape, posted = (max(0, int(value)) for value in owed.one())
+        *shape, posted = (max(0, int(value)) for value in owed.values())
         return InUse(**used, paid=paid, owed=ShapeSeconds(*shape), posted=posted)
 
     async def _periods(self, *wanted: ColumnElement[bool]) -> list[UsagePeriod]:
@@ -186,9 +183,8 @@ class CreditTable:
 
     async def account(self, org_id: str) -> Account:
         """See core.contracts.store.CreditRows.account."""
-        found = await self._connection.execute(_ACCOUNT, [{"wanted_org": org_id}])
-        row = found.mappings().first()
-        return Account(org_id) if row is None else Account(**row)
+        found = await self._connection.fetch(_ACCOUNT, {"wanted_org": org_id})
+        return Account(**found[0]) if found else Account(org_id)
 
     async def save(self, account: Account) -> None:
         """See core.contracts.store.CreditRows.save."""
@@ -330,30 +326,34 @@ def _total(condition: Any, value: Any) -> Any:
 
 
 # What every create runs is built once: to build a statement takes longer than to run it.
-_OPEN = insert(t.usage_periods)
-_ACCOUNT = select(t.accounts).where(t.accounts.c.org_id == bindparam("wanted_org"))
+_OPEN = Prepared(insert(t.usage_periods))
+_ACCOUNT = Prepared(select(t.accounts).where(t.accounts.c.org_id == bindparam("wanted_org")))
 _c = t.sandboxes.c
-_is_active = _c.status.in_([literal(status, literal_execute=True) for status in _ACTIVE])
+_is_active = t.is_any_of(_ACTIVE)
 _is_paid = _is_active & ~_c.is_test
-_IN_USE = select(
-    _total(_is_active, 1).label("active"),
-    _total(_is_active, _c.vcpus).label("vcpus"),
-    _total(_is_active, _c.memory_mib).label("memory_mib"),
-    func.coalesce(func.sum(_c.disk_mib), 0).label("disk_mib"),
-    _total(_c.is_test, 1).label("tests"),
-    _total(_is_paid, _c.vcpus).label("paid_vcpus"),
-    _total(_is_paid, _c.memory_mib).label("paid_memory"),
-    _total(_is_paid, _c.disk_mib).label("paid_disk"),
-).where(
-    _c.org_id == bindparam("wanted_org"),
-    text(t.LIVE),
-    _c.status != literal(Status.DESTROYING.value, literal_execute=True),
+_IN_USE = Prepared(
+    select(
+        _total(_is_active, 1).label("active"),
+        _total(_is_active, _c.vcpus).label("vcpus"),
+        _total(_is_active, _c.memory_mib).label("memory_mib"),
+        func.coalesce(func.sum(_c.disk_mib), 0).label("disk_mib"),
+        _total(_c.is_test, 1).label("tests"),
+        _total(_is_paid, _c.vcpus).label("paid_vcpus"),
+        _total(_is_paid, _c.memory_mib).label("paid_memory"),
+        _total(_is_paid, _c.disk_mib).label("paid_disk"),
+    ).where(
+        _c.org_id == bindparam("wanted_org"),
+        text(t.LIVE),
+        ~t.is_any_of([Status.DESTROYING]),
+    )
 )
 _p = t.usage_periods.c
 # In whole seconds: that suffices here, and the sums stay within 64 bits.
 _until = func.coalesce(type_coerce(_p.ended_at, BigInteger), bindparam("now_us", type_=BigInteger))
 _seconds = (_until - type_coerce(_p.started_at, BigInteger)) // 1_000_000
-_OWED = select(
-    *(func.coalesce(func.sum(_p[name] * _seconds), 0) for name in _SHAPE),
-    func.coalesce(func.sum(_p.posted), 0),
-).where(_p.org_id == bindparam("wanted_org"), ~_p.is_settled, ~_p.is_free)
+_OWED = Prepared(
+    select(
+        *(func.coalesce(func.sum(_p[name] * _seconds), 0).label(name) for name in _SHAPE),
+        func.coalesce(func.sum(_p.posted), 0).label("posted"),
+    ).where(_p.org_id == bindparam("wanted_org"), ~_p.is_settled, ~_p.is_free)
+)

@@ -1,5 +1,6 @@
 """Statements, and rows turned into records. See core.contracts for what each method promises."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
@@ -10,7 +11,7 @@ from sqlalchemy import (
     CursorResult,
     Dialect,
     Executable,
-    Row,
+    Integer,
     Select,
     and_,
     bindparam,
@@ -40,6 +41,7 @@ from sandyard.server.core.records import (
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import HIDDEN, Status
 from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.prepared import Prepared, Values
 from sandyard.server.links.sql.seal import Seal
 
 # Fields that the database keeps otherwise than by their own name and kind; what is left is kept as
@@ -66,6 +68,14 @@ class Connection(Protocol):
         """Run one statement."""
         ...
 
+    async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
+        """Run a prepared statement and return its rows."""
+        ...
+
+    async def run(self, statement: Prepared, values: Values) -> int:
+        """Run a prepared statement and return how many rows it changed."""
+        ...
+
 
 class SandboxTable:
     """See core.contracts.store.SandboxRows."""
@@ -78,7 +88,7 @@ class SandboxTable:
         """See core.contracts.store.SandboxRows.insert."""
         values = self._values(sandbox) | _held(hold)
         try:
-            await self._connection.execute(_INSERT, [values])
+            await self._connection.run(_INSERT, values)
         except IntegrityError as error:
             raise _name_is_taken(error, sandbox.name) from error
         if sandbox.tags:
@@ -86,9 +96,8 @@ class SandboxTable:
 
     async def find(self, sandbox_id: str) -> Sandbox | None:
         """See core.contracts.store.SandboxRows.find."""
-        found = await self._connection.execute(_FIND, [{"wanted_id": sandbox_id}])
-        row = found.first()
-        return None if row is None else self._sandbox(row)
+        found = await self._connection.fetch(_FIND, {"wanted_id": sandbox_id})
+        return self._sandbox(found[0]) if found else None
 
     async def find_named(self, org_id: str, name: str) -> Sandbox | None:
         """See core.contracts.store.SandboxRows.find_named."""
@@ -143,12 +152,10 @@ class SandboxTable:
         values |= {"known_id": sandbox.id, "known_version": sandbox.version}
         values |= _held(hold) if lease is None else {"known_lease": lease}
         try:
-            done = await self._connection.execute(
-                _REPLACE if lease is None else _REPLACE_HELD, [values]
-            )
+            done = await self._connection.run(_REPLACE if lease is None else _REPLACE_HELD, values)
         except IntegrityError as error:
             raise _name_is_taken(error, sandbox.name) from error
-        if done.rowcount == 0:
+        if done == 0:
             return None
         if retag:
             await self._connection.execute(
@@ -168,7 +175,8 @@ class SandboxTable:
 
     async def where(self, statement: Select[tuple[object]]) -> list[Sandbox]:
         """Return the sandboxes that a statement selects."""
-        return [self._sandbox(row) for row in await self._connection.execute(statement)]
+        found = await self._connection.execute(statement)
+        return [self._sandbox(row) for row in found.mappings()]
 
     async def _add_tags(self, sandbox: Sandbox) -> None:
         if sandbox.tags:
@@ -192,8 +200,7 @@ class SandboxTable:
             "reason_message": reason.message if reason else None,
         }
 
-    def _sandbox(self, row: Row[tuple[object]]) -> Sandbox:
-        found = row._mapping
+    def _sandbox(self, found: Mapping[Any, Any]) -> Sandbox:
         same = {name: found[name] for name in _SAME}
         same |= {name: tuple(found[name]) for name in _TUPLES}
         return Sandbox(
@@ -220,22 +227,15 @@ class LeaseTable:
         self, statuses: frozenset[Status], *, hold: Hold, now: datetime, limit: int
     ) -> list[Claim]:
         """See core.contracts.store.LeaseRows.claim."""
-        c = t.sandboxes.c
-        free = (
-            select(c.id)
-            .where(
-                c.status.in_([status.value for status in statuses]),
-                or_(c.lease_until.is_(None), c.lease_until < now),
-            )
-            .order_by(c.updated_at)
-            .limit(limit)
+        taken = await self._connection.fetch(
+            _claim_of(statuses), {"now": now, "most": limit, **_held(hold)}
         )
-        taken = await self._connection.execute(
-            update(t.sandboxes).where(c.id.in_(free)).values(_held(hold)).returning(c.id)
-        )
-        ids = [row.id for row in taken]
-        found = await self._sandboxes.where(_selected().where(c.id.in_(ids))) if ids else []
-        return [Claim(sandbox, hold.lease) for sandbox in found]
+        found = [await self._sandboxes.find(row["id"]) for row in taken]
+        return [Claim(sandbox, hold.lease) for sandbox in found if sandbox is not None]
+
+    async def waits(self, statuses: frozenset[Status], *, now: datetime) -> bool:
+        """See core.contracts.store.LeaseRows.waits."""
+        return bool(await self._connection.fetch(_waiting_of(statuses), {"now": now, "most": 1}))
 
     async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
         """See core.contracts.store.LeaseRows.extend."""
@@ -289,13 +289,12 @@ class ActivityTable:
     async def append(self, activity: Activity) -> None:
         """See core.contracts.store.ActivityRows.append."""
         values = vars(activity) | {"attributes": dict(activity.attributes)}
-        await self._connection.execute(_APPEND, [values])
+        await self._connection.run(_APPEND, values)
 
     async def touch(self, sandbox_id: str, *, at: datetime, kind: str) -> None:
         """See core.contracts.store.ActivityRows.touch."""
-        await self._connection.execute(
-            _TOUCH,
-            [{"known_id": sandbox_id, "last_activity_at": at, "last_activity_kind": kind}],
+        await self._connection.run(
+            _TOUCH, {"known_id": sandbox_id, "last_activity_at": at, "last_activity_kind": kind}
         )
 
     async def page(self, query: ActivityQuery) -> list[Activity]:
@@ -487,20 +486,47 @@ _written: dict[str, Any] = {
 }
 _leases = ("lease_owner", "lease_token", "lease_until")
 # What every request runs is built once: to build a statement takes as long as to run it.
-_INSERT = insert(t.sandboxes)
-_FIND = _selected().where(_c.id == bindparam("wanted_id"))
-_REPLACE = update(t.sandboxes).where(*_known).values(_written)
-_REPLACE_HELD = (
+_INSERT = Prepared(insert(t.sandboxes))
+_FIND = Prepared(_selected().where(_c.id == bindparam("wanted_id")))
+_REPLACE = Prepared(update(t.sandboxes).where(*_known).values(_written))
+_REPLACE_HELD = Prepared(
     update(t.sandboxes)
     .where(*_known, _c.lease_token == bindparam("known_lease"))
     .values({name: value for name, value in _written.items() if name not in _leases})
 )
-_TOUCH = (
+_TOUCH = Prepared(
     update(t.sandboxes)
     .where(_c.id == bindparam("known_id"))
     .values({name: bindparam(name) for name in _USED})
 )
-_APPEND = insert(t.activity)
+_is_free = or_(_c.lease_until.is_(None), _c.lease_until < bindparam("now", type_=t.Moment))
+
+
+def _waiting(statuses: frozenset[Status]) -> Select[Any]:
+    return (
+        select(_c.id)
+        .where(t.is_any_of(sorted(statuses)), _is_free)
+        .order_by(_c.updated_at)
+        .limit(bindparam("most", type_=Integer))
+    )
+
+
+@functools.cache
+def _waiting_of(statuses: frozenset[Status]) -> Prepared:
+    return Prepared(_waiting(statuses))
+
+
+@functools.cache
+def _claim_of(statuses: frozenset[Status]) -> Prepared:
+    return Prepared(
+        update(t.sandboxes)
+        .where(_c.id.in_(_waiting(statuses)))
+        .values({name: bindparam(name) for name in _leases})
+        .returning(_c.id)
+    )
+
+
+_APPEND = Prepared(insert(t.activity))
 
 
 def older(columns: Any, after: tuple[datetime, str]) -> ColumnElement[bool]:

@@ -1,6 +1,7 @@
 """The store. See core.contracts.store.Store."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import CursorResult, Engine, Executable, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
 
 from sandyard.server.core.contracts.store import Store
@@ -31,6 +32,7 @@ from sandyard.server.links.sql.money_rows import (
     StorageTable,
     UsageTable,
 )
+from sandyard.server.links.sql.prepared import Prepared, Values
 from sandyard.server.links.sql.rows import (
     ActivityTable,
     Connection,
@@ -94,7 +96,7 @@ class PostgresStore:
             # A statement would else see what was committed since the one before.
             engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
             async with engine.connect() as connection:
-                yield SqlTransaction(connection, self._seal)
+                yield SqlTransaction(_Remote(connection), self._seal)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[SqlTransaction]:
@@ -103,7 +105,7 @@ class PostgresStore:
             engine = self._engine.execution_options(isolation_level="READ COMMITTED")
             async with engine.begin() as connection:
                 await connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})"))
-                yield SqlTransaction(connection, self._seal)
+                yield SqlTransaction(_Remote(connection), self._seal)
 
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
@@ -155,8 +157,46 @@ class _Inline:
     async def execute(
         self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
     ) -> CursorResult[Any]:
-        """Run one statement."""
+        """See rows.Connection.execute."""
         return self._connection.execute(statement, parameters)
+
+    async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
+        """See rows.Connection.fetch."""
+        return statement.fetch(self._raw(), values)
+
+    async def run(self, statement: Prepared, values: Values) -> int:
+        """See rows.Connection.run."""
+        return statement.run(self._raw(), values)
+
+    def _raw(self) -> sqlite3.Connection:
+        raw = self._connection.connection.dbapi_connection
+        assert isinstance(raw, sqlite3.Connection)
+        if not raw.in_transaction:
+            raw.execute("BEGIN")  # to read: who writes has begun by then
+        return raw
+
+
+class _Remote:
+    """A connection to PostgreSQL."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+        self.dialect = connection.dialect
+
+    async def execute(
+        self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
+    ) -> CursorResult[Any]:
+        """See rows.Connection.execute."""
+        return await self._connection.execute(statement, parameters)
+
+    async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
+        """See rows.Connection.fetch."""
+        found = await self._connection.execute(statement.statement, [values])
+        return [dict(row) for row in found.mappings()]
+
+    async def run(self, statement: Prepared, values: Values) -> int:
+        """See rows.Connection.run."""
+        return (await self._connection.execute(statement.statement, [values])).rowcount
 
 
 @asynccontextmanager
@@ -228,7 +268,9 @@ def _sqlite(path: Path, *, begin: str, busy_s: int, **pool: int) -> Engine:
 
     @event.listens_for(engine, "begin")
     def begin_(connection) -> None:  # type: ignore[no-untyped-def]  # SQLAlchemy's own
-        connection.exec_driver_sql(begin)
+        # What is prepared begins by itself, and reads as of the same moment.
+        if not connection.connection.dbapi_connection.in_transaction:
+            connection.exec_driver_sql(begin)
 
     return engine
 

@@ -1,5 +1,6 @@
 """The tables. Migrations make them; a test compares the two."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import (
@@ -8,6 +9,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    ColumnElement,
     Dialect,
     ForeignKey,
     Index,
@@ -17,6 +19,7 @@ from sqlalchemy import (
     Table,
     Text,
     false,
+    literal_column,
     text,
 )
 from sqlalchemy.types import TypeDecorator
@@ -421,3 +424,8 @@ facts = Table(
     Column("name", String(32), primary_key=True),
     Column("moment", Moment, nullable=False),
 )
+
+
+def is_any_of(statuses: Iterable[Status]) -> ColumnElement[bool]:
+    """Return the condition for sandboxes of these statuses, which stand in it as they are."""
+    return sandboxes.c.status.in_([literal_column(f"'{status.value}'") for status in statuses])

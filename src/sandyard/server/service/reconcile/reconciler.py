@@ -138,6 +138,10 @@ class Reconciler:
         room = self._pace.workers - self._working
         now, hold, claims = self._clock.now(), self.hold(), []
         try:
+            async with self._store.read() as tx:
+                # To write costs the disk a wait, and most looks find nothing.
+                if not await tx.leases.waits(_ENDING | _STARTING, now=now):
+                    return []
             async with self._store.write() as tx:
                 for statuses, limit in ((_ENDING, self._pace.workers), (_STARTING, room)):
                     if limit > 0:

@@ -1,0 +1,116 @@
+"""Statements that nearly every request runs, compiled once.
+
+To build a statement takes longer than SQLite takes to run it, and to find out each time how it was
+compiled nearly as long. What is prepared is handed to SQLite's own driver as it is; PostgreSQL,
+which answers over a connection in any case, is given the statement.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Executable
+from sqlalchemy.dialects.sqlite import pysqlite
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import TypeEngine
+
+_DIALECT = pysqlite.dialect(paramstyle="qmark")
+Convert = Callable[[Any], Any]
+Values = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    text: str
+    given: tuple[tuple[str, Convert | None], ...]  # by place: name, and how SQLite gets it
+    fixed: Values
+    columns: tuple[str, ...]
+    read: tuple[tuple[str, Convert], ...]  # columns that the database keeps in another form
+
+    def bound(self, values: Values) -> list[Any]:
+        bound: list[Any] = []
+        for name, convert in self.given:
+            value = values[name] if name in values else self.fixed[name]
+            bound.append(value if convert is None else convert(value))
+        return bound
+
+    def row(self, found: Iterable[Any]) -> dict[str, Any]:
+        row = dict(zip(self.columns, found, strict=True))
+        for name, convert in self.read:
+            row[name] = convert(row[name])
+        return row
+
+
+class Prepared:
+    """One statement without lists among its parameters, which would be of any length."""
+
+    def __init__(self, statement: Executable) -> None:
+        self.statement = statement
+        self._plans: dict[frozenset[str], _Plan] = {}
+
+    def fetch(self, connection: sqlite3.Connection, values: Values) -> list[dict[str, Any]]:
+        """Run it on SQLite and return the rows, in Python's types, by the names of the columns."""
+        plan = self._plan(values)
+        with _raised_as_sqlalchemys(plan.text):
+            found = connection.execute(plan.text, plan.bound(values)).fetchall()
+        return [plan.row(row) for row in found]
+
+    def run(self, connection: sqlite3.Connection, values: Values) -> int:
+        """Run it on SQLite and return how many rows it changed."""
+        plan = self._plan(values)
+        with _raised_as_sqlalchemys(plan.text):
+            return connection.execute(plan.text, plan.bound(values)).rowcount
+
+    def _plan(self, values: Values) -> _Plan:
+        names = frozenset(values)
+        if (plan := self._plans.get(names)) is None:
+            plan = self._plans[names] = _plan_of(self.statement, names)
+        return plan
+
+
+def _plan_of(statement: Any, names: frozenset[str]) -> _Plan:
+    compiled = statement.compile(
+        dialect=_DIALECT,
+        column_keys=sorted(names) if statement.is_insert else None,
+    )
+    assert isinstance(compiled, SQLCompiler)
+    columns = statement.exported_columns if statement.is_dml else statement.selected_columns
+    read = ((name, _reader(column.type)) for name, column in columns.items())
+    return _Plan(
+        text=str(compiled),
+        given=tuple(
+            (name, _binder(compiled.binds[name].type)) for name in compiled.positiontup or ()
+        ),
+        fixed={name: value for name, value in compiled.params.items() if name not in names},
+        columns=tuple(columns.keys()),
+        read=tuple((name, convert) for name, convert in read if convert is not None),
+    )
+
+
+def _binder(kind: TypeEngine[Any]) -> Convert | None:
+    return kind.dialect_impl(_DIALECT).bind_processor(_DIALECT)
+
+
+def _reader(kind: TypeEngine[Any]) -> Convert | None:
+    return kind.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
+
+
+class _raised_as_sqlalchemys:  # noqa: N801 - used as a statement, like contextlib.suppress
+    """Turns SQLite's errors into SQLAlchemy's, as it does for what goes through it."""
+
+    def __init__(self, statement: str) -> None:
+        self._statement = statement
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, sqlite3.Error):
+            meant: type[DBAPIError] = DBAPIError
+            if isinstance(error, sqlite3.IntegrityError):
+                meant = IntegrityError
+            elif isinstance(error, sqlite3.OperationalError):
+                meant = OperationalError
+            raise meant(self._statement, None, error, hide_parameters=True) from error
