@@ -270,7 +270,7 @@ async def test_a_machine_of_the_pool_goes_whole_though_nobody_waits_for_that(
         await asyncio.sleep(0)
         making_way.cancel()
         await asyncio.wait([making_way])
-        known = len(pool.residents)
+        known = len(held.node._ledger.everyone)  # there are no others
         await until(lambda: len(held.host.machines) == known)
         assert len(held.node._means.network.in_use) == known  # type: ignore[attr-defined]  # the fake tells
 

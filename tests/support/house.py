@@ -16,6 +16,8 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, User
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
+from sandyard.server.node.holding import Holding
+from sandyard.server.node.node import Node
 from sandyard.server.service.people.organizations import SignUp, found_organization, join
 from tests.support.store import place_database
 
@@ -169,6 +171,7 @@ async def open_yard(
         async with yard.client_of(yard.key) as client:
             yard.client = client
             yield yard
+        assert_counted(house)
         reconciling.cancel()
         metering.cancel()
     for machine in list(host.machines.values()):
@@ -177,6 +180,15 @@ async def open_yard(
             machine.close()
     for _ in range(5):  # what was closed is gone, also what was being accepted just then
         await asyncio.sleep(0.002)
+
+
+def assert_counted(house: House) -> None:
+    """Fail if what is kept as sums is not what a recount finds, or of other machines."""
+    assert isinstance(house.node, Node)
+    ledger = house.node._ledger
+    assert ledger.totals() == ledger.recount()
+    counted = {one for one in ledger.everyone if isinstance(one, Holding)}
+    assert counted == set(house.node._holdings.values())
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float = 10.0) -> None:

@@ -8,6 +8,7 @@ again finds its machines there. Conduct makes it misbehave the ways real ones do
 import asyncio
 import itertools
 import json
+import socket
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,8 @@ class FakeMachine:
         self.disk_mib: int | None = None
         self._moving = asyncio.Event()
         self._moving.set()
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._serving: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._ticks = itertools.count()
         self.stalled: End | None = None
@@ -107,12 +109,31 @@ class FakeMachine:
 
     async def boot(self) -> None:
         """Bring up the agent, as far as its conduct allows."""
-        if self._conduct.is_ready:
-            # Nothing waits before the server is ours: a cancelled boot leaves no socket.
-            self._server = await asyncio.start_unix_server(
-                self._serve, self.spec.folder / AGENT_SOCKET, start_serving=False
-            )
-            await self._server.start_serving()
+        if self._conduct.is_ready and not self._ended.is_set():
+            # A server of asyncio's own forgets what it is accepting at the moment it is closed
+            # (github.com/python/cpython/issues/109564), and leaves that open.
+            listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.setblocking(False)
+            listener.bind(str(self.spec.folder / AGENT_SOCKET))
+            listener.listen(100)
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+        await asyncio.sleep(0)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):  # whoever asked has gone already
+            connection, _ = listener.accept()
+            task = asyncio.get_running_loop().create_task(self._take(connection))
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
+
+    async def _take(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        try:
+            reader, writer = await asyncio.open_connection(sock=connection)
+        except BaseException:
+            connection.close()
+            raise
+        await self._serve(reader, writer)
 
     async def console(self) -> bytes:
         """See drivers.contract.Machine.console."""
@@ -187,8 +208,9 @@ class FakeMachine:
         if not self._ended.is_set():
             self._end = end or self._end
             self._ended.set()
-            if self._server is not None:
-                self._server.close()
+            if self._listener is not None:
+                asyncio.get_running_loop().remove_reader(self._listener)
+                self._listener.close()
             with suppress(OSError):
                 (self.spec.folder / AGENT_SOCKET).unlink()
             if not self._conduct.leaks:

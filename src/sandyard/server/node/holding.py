@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 
 from sandyard.server.core.contracts.node import MachineFact, Phase, Way
 from sandyard.server.core.errors import (
@@ -13,6 +14,8 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End, Machine
+from sandyard.server.node.host.admission import cost_mib, promise_of
+from sandyard.server.node.host.ledger import Promise, nobody_counts
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.tasks import Crew
 
@@ -94,14 +97,17 @@ class Holding:
         shape: Shape,
         resident: Resident | None = None,
     ) -> None:
+        self.counted = nobody_counts
         self.sandbox_id = sandbox_id
         self._shape = shape
         self._incarnation = incarnation
-        self._resident = resident
+        self._resident: Resident | None = None
         self._job: Job | None = None
         self._starting: Job | None = None
         self._way: Way | None = None
         self._missed: tuple[Machine, End] | None = None  # an end that came while a job was at work
+        if resident is not None:
+            self.take(resident)
 
     @property
     def incarnation(self) -> int:
@@ -150,11 +156,6 @@ class Holding:
         return self._job
 
     @property
-    def coming(self) -> Shape | None:
-        """The shape of a machine that is only about to be made, or to be taken from the pool."""
-        return self._shape if self.is_starting and self._resident is None else None
-
-    @property
     def way(self) -> Way | None:
         """How the machine came up last."""
         return self._way
@@ -162,6 +163,17 @@ class Holding:
     def take(self, resident: Resident) -> None:
         """Have this machine from now on."""
         self._resident = resident
+        resident.counted = lambda: self.counted()
+        self.counted()
+
+    def promised(self, now: float) -> Promise:
+        """See node.host.ledger.Counted.promised: what its machine was, or will be."""
+        if self._resident is None:
+            return promise_of(self._shape, coming=1) if self.is_starting else Promise()
+        promise = self._resident.promised(now)
+        if self.is_starting and self._resident.is_down:
+            return replace(promise, memory_mib=cost_mib(self._resident.shape.memory_mib))
+        return promise
 
     def came(self, way: Way) -> None:
         """Note how the machine came up."""
@@ -197,6 +209,8 @@ class Holding:
         self._job = job
         if starts is not None:
             self._starting, self._incarnation = job, starts
+        self.counted()
+        job.then(lambda: self.counted())
         return job
 
     async def break_off(self) -> None:

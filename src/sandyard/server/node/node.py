@@ -36,7 +36,8 @@ from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End
 from sandyard.server.node.holding import Holding, Job, Work
-from sandyard.server.node.host.admission import Admission, Margins, Promise, cost_mib
+from sandyard.server.node.host.admission import Admission, Margins
+from sandyard.server.node.host.ledger import Ledger
 from sandyard.server.node.images.images import Image
 from sandyard.server.node.jobs import Jobs
 from sandyard.server.node.machines import saved as saving
@@ -84,7 +85,8 @@ class Node:
         self._missing: tuple[str, ...] = ("the node is starting",)
         boots = Turns(means.limits.boots_at_once)
         restores = Turns(means.limits.restores_at_once)
-        self._admission = Admission(means.records.machines_dir, margins, self._promises)
+        self._ledger = Ledger(means.clock)
+        self._admission = Admission(means.records.machines_dir, margins, self._ledger.totals)
         self._pressure = Pressure(
             home,
             little_mib=min(margins.disk_floor_mib, _LITTLE_DISK_MIB),
@@ -98,6 +100,7 @@ class Node:
             boots=boots,
             on_ready=lambda: self._pool.nudge(),
             has_room=self._has_room,
+            ledger=self._ledger,
         )
         self._pool = Pool(
             means=means,
@@ -105,6 +108,7 @@ class Node:
             restores=restores,
             limits=pool_limits,
             has_room=self._has_room,
+            ledger=self._ledger,
         )
         self._jobs = Jobs(
             means=means,
@@ -228,7 +232,7 @@ class Node:
         """See core.contracts.node.NodeControl.find_room."""
         image = self._means.images.current(template)
         # Each that is about to start may take one of those that wait.
-        coming = sum(one.coming is not None for one in self._holdings.values())
+        coming = self._ledger.totals().coming
         if (
             count == 1
             and image is not None
@@ -382,8 +386,11 @@ class Node:
         other = self._holdings.get(wish.sandbox_id)
         if other is not None and (other.is_busy or other.phase is not None):
             return await self._job_for(wish)
+        if other is not None:
+            self._forget(other)
         holding = Holding(wish.sandbox_id, wish.incarnation, shape=wish.shape)
         self._holdings[wish.sandbox_id] = holding
+        self._ledger.enter(holding)
         try:
             return self._began(
                 holding,
@@ -410,6 +417,7 @@ class Node:
     def _forget(self, holding: Holding) -> None:
         if self._holdings.get(holding.sandbox_id) is holding:
             del self._holdings[holding.sandbox_id]
+            self._ledger.leave(holding)
 
     def _note_gone(self, sandbox_id: str, incarnation: int) -> None:
         self._gone[sandbox_id] = max(incarnation, self._gone.pop(sandbox_id, 0))
@@ -473,23 +481,6 @@ class Node:
                 raise
             self._admission.check(shape, count=count, is_promised=is_promised)
 
-    def _promises(self) -> list[Promise]:
-        now = self._means.clock.monotonic()
-        coming: set[Resident] = set()
-        here: list[Resident] = []
-        for held in self._holdings.values():
-            here += held.residents
-            if held.is_starting:
-                coming.update(held.residents)
-        about_to_be = [one.coming for one in self._holdings.values()]
-        return [
-            *(_promise_of(shape) for shape in about_to_be if shape is not None),
-            *(
-                _promise(one, now, is_coming=one in coming)
-                for one in (*here, *self._pool.residents, *self._goldens.residents)
-            ),
-        ]
-
     def _running(self) -> list[Resident]:
         return [
             one.resident
@@ -540,6 +531,7 @@ class Node:
                     record.sandbox_id, record.incarnation, shape=record.shape, resident=resident
                 )
                 self._holdings[record.sandbox_id] = held
+                self._ledger.enter(held)
         living = [one for one in self._holdings.values() if one.resident.is_up]
         in_use = [one.resident.record.slot for one in living]
         await self._means.network.open(in_use=in_use, crew=self._means.crew)
@@ -570,28 +562,8 @@ class Node:
         await self._means.network.close()
 
 
-def _promise(one: Resident, now: float, *, is_coming: bool) -> Promise:
-    """Return what a machine may grow to; one that stands still was promised no memory."""
-    is_down = one.phase in (Phase.PAUSED, Phase.DEAD) and not one.is_up
-    memory_mib = one.shape.memory_mib
-    return Promise(
-        memory_mib=0 if is_down and not is_coming else cost_mib(memory_mib),
-        disk_mib=one.shape.disk_mib + memory_mib,
-        disk_used_mib=one.used_mib(now),
-    )
-
-
 def _nothing_here(sandbox_id: str) -> NotFoundError:
     return NotFoundError(f"cannot reach {sandbox_id}: this node has no such machine")
-
-
-def _promise_of(shape: Shape) -> Promise:
-    """Return what a machine may grow to that is only about to be made."""
-    return Promise(
-        memory_mib=cost_mib(shape.memory_mib),
-        disk_mib=shape.disk_mib + shape.memory_mib,
-        disk_used_mib=0,
-    )
 
 
 def _overtaken() -> ConflictError:

@@ -5,13 +5,14 @@ together may pass what is there by a stated factor, for few use all of theirs; w
 decides as well. Beyond that a start is refused, so that the kernel never has to end a machine.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.node.host.disks import available_memory_mib, free_mib, total_memory_mib
+from sandyard.server.node.host.ledger import Promise, Totals
 
 _HYPERVISOR_MIB = 96  # its own code and data, and translated code under TCG
 
@@ -27,18 +28,6 @@ class Margins:
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What one machine may grow to, and what of that on disk it has taken already.
-
-    A machine that stands still has been promised no memory.
-    """
-
-    memory_mib: int
-    disk_mib: int
-    disk_used_mib: int = 0
-
-
-@dataclass(frozen=True)
 class Room:
     """What can be promised still."""
 
@@ -47,13 +36,13 @@ class Room:
 
 
 class Admission:
-    """Weighs promises against what is there. `promises` tells those of all machines."""
+    """Weighs promises against what is there. `totals` tells those of all machines."""
 
     def __init__(
         self,
         folder: Path,
         margins: Margins,
-        promises: Callable[[], Iterable[Promise]],
+        totals: Callable[[], Totals],
         *,
         free_disk: Callable[[Path], int] = free_mib,
         available_memory: Callable[[], int] = available_memory_mib,
@@ -61,7 +50,7 @@ class Admission:
     ) -> None:
         self._folder = folder
         self._margins = margins
-        self._promises = promises
+        self._totals = totals
         self._free_disk = free_disk
         self._available_memory = available_memory
         self._total_memory = total_memory
@@ -73,10 +62,10 @@ class Admission:
 
     def room(self) -> Room:
         """Return what can be promised still, to one machine or to several."""
-        promises = list(self._promises())
+        totals = self._totals()
         return Room(
-            max(0, -self._missing_memory_mib(0, 0, promises)),
-            max(0, self._disk_left_mib(promises)),
+            max(0, -self._missing_memory_mib(0, 0, totals)),
+            max(0, self._disk_left_mib(totals)),
         )
 
     def check(self, shape: Shape, *, count: int = 1, is_promised: bool = False) -> None:
@@ -87,9 +76,9 @@ class Admission:
         Raises:
             NoCapacityError: they have not; the message says what is short.
         """
-        promises = list(self._promises())
-        self._check_disk(None if is_promised else shape, count, promises)
-        short = self._missing_memory_mib(shape.memory_mib, count, promises)
+        totals = self._totals()
+        self._check_disk(None if is_promised else shape, count, totals)
+        short = self._missing_memory_mib(shape.memory_mib, count, totals)
         if short > 0:
             raise NoCapacityError(
                 f"cannot start {_machines(count)} of {shape.memory_mib} MB: the host's memory is "
@@ -98,14 +87,14 @@ class Admission:
 
     def check_disk(self, shape: Shape) -> None:
         """Return if the disk of one more machine has room; see `check`."""
-        self._check_disk(shape, 1, list(self._promises()))
+        self._check_disk(shape, 1, self._totals())
 
     def missing_memory_mib(self, shape: Shape, *, count: int = 1) -> int:
         """Return by how much memory so many more machines have no room; 0 if they have."""
-        missing = self._missing_memory_mib(shape.memory_mib, count, list(self._promises()))
+        missing = self._missing_memory_mib(shape.memory_mib, count, self._totals())
         return max(0, missing)
 
-    def _check_disk(self, shape: Shape | None, count: int, promises: list[Promise]) -> None:
+    def _check_disk(self, shape: Shape | None, count: int, totals: Totals) -> None:
         self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
         floor = self._margins.disk_floor_mib
         if self._free_disk(self._folder) < floor:
@@ -115,23 +104,22 @@ class Admission:
             )
         # A machine that is paused puts its memory beside its disk.
         wanted = 0 if shape is None else (shape.disk_mib + shape.memory_mib) * count
-        if shape is not None and wanted > self._disk_left_mib(promises):
+        if shape is not None and wanted > self._disk_left_mib(totals):
             raise NoCapacityError(
                 f"cannot start {_machines(count)} with a disk of {shape.disk_mib} MB: the host's "
                 "disk is promised to others; delete a sandbox or a snapshot and try again"
             )
 
-    def _disk_left_mib(self, promises: list[Promise]) -> int:
+    def _disk_left_mib(self, totals: Totals) -> int:
         self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)
         free = self._free_disk(self._folder) - self._margins.disk_floor_mib
-        outstanding = sum(max(0, one.disk_mib - one.disk_used_mib) for one in promises)
-        return int(free * self._margins.disk_overcommit) - outstanding
+        return int(free * self._margins.disk_overcommit) - totals.disk_left_mib
 
-    def _missing_memory_mib(self, memory_mib: int, count: int, promises: list[Promise]) -> int:
+    def _missing_memory_mib(self, memory_mib: int, count: int, totals: Totals) -> int:
         """Return what is short for so many machines; below nothing, what would be left."""
         margins = self._margins
         total = self._total_memory() - margins.memory_floor_mib
-        wanted = sum(one.memory_mib for one in promises) + count * cost_mib(memory_mib)
+        wanted = totals.memory_mib + count * cost_mib(memory_mib)
         by_promise = wanted - int(total * margins.memory_overcommit)
         # A clone takes about a quarter of its memory soon, the rest over time.
         soon = margins.memory_floor_mib + count * memory_mib // 4
@@ -146,3 +134,9 @@ def _machines(count: int) -> str:
 def cost_mib(memory_mib: int) -> int:
     """Return what a machine of so much memory may take of the host's."""
     return memory_mib + _HYPERVISOR_MIB
+
+
+def promise_of(shape: Shape, *, used_mib: int = 0, coming: int = 0) -> Promise:
+    """Return what a machine of a shape is promised; a paused one puts its memory on disk."""
+    disk_mib = shape.disk_mib + shape.memory_mib
+    return Promise(cost_mib(shape.memory_mib), disk_mib, used_mib, coming)

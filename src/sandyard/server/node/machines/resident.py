@@ -29,6 +29,8 @@ from sandyard.server.core.shapes import Shape
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.contract import Driver, End, Machine, Place, SavingMachine
 from sandyard.server.node.agent import AgentLink
+from sandyard.server.node.host.admission import promise_of
+from sandyard.server.node.host.ledger import Promise, nobody_counts
 from sandyard.server.node.images.images import Image
 from sandyard.server.node.machines import pause, start
 from sandyard.server.node.machines.body import Body
@@ -56,9 +58,10 @@ class Resident:
     """See the module."""
 
     def __init__(self, record: Record, means: Means) -> None:
-        self._record = record
+        self.counted = nobody_counts
+        self.__record = record
+        self.__machine: Machine | None = None
         self._means = means
-        self._machine: Machine | None = None
         self._place: Place | None = None
         self._watching: asyncio.Task[None] | None = None
         self._on_end: Callable[[End], None] | None = None
@@ -86,6 +89,24 @@ class Resident:
             ),
             means,
         )
+
+    @property
+    def _record(self) -> Record:
+        return self.__record
+
+    @_record.setter
+    def _record(self, record: Record) -> None:
+        self.__record = record
+        self.counted()
+
+    @property
+    def _machine(self) -> Machine | None:
+        return self.__machine
+
+    @_machine.setter
+    def _machine(self, machine: Machine | None) -> None:
+        self.__machine = machine
+        self.counted()
 
     # --- what it is -----------------------------------------------------------------------
 
@@ -125,9 +146,19 @@ class Resident:
         is_well = self.is_up and not pulse.is_silent and pulse.why_still is None
         return is_well and pulse.answered_at >= since
 
-    def used_mib(self, now: float) -> int:
+    def promised(self, now: float) -> Promise:
+        """See node.host.ledger.Counted.promised; one that stands still has no memory."""
+        promise = promise_of(self.shape, used_mib=self._used(now))
+        return replace(promise, memory_mib=0) if self.is_down else promise
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it stands still, and nothing runs."""
+        return self.phase in (Phase.PAUSED, Phase.DEAD) and not self.is_up
+
+    def _used(self, now: float) -> int:
         """Return what its body takes on disk, as it was a moment ago: to look costs more than it
-        is worth at every start."""
+        is worth whenever something changes."""
         looked_at, used = self._used_mib
         if now - looked_at >= _USED_S:
             used = self.body.used_mib

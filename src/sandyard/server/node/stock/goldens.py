@@ -20,6 +20,7 @@ from sandyard.server.core.contracts.node import MachineWish
 from sandyard.server.core.errors import DamagedError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver
+from sandyard.server.node.host.ledger import Ledger
 from sandyard.server.node.images.definitions import Definition
 from sandyard.server.node.images.images import Image
 from sandyard.server.node.machines import saved as saving
@@ -67,6 +68,7 @@ class Goldens:
         boots: Turns,
         on_ready: Callable[[], None],
         has_room: Callable[[Shape], bool],
+        ledger: Ledger,
     ) -> None:
         self._folder = folder
         self._means = means
@@ -79,7 +81,7 @@ class Goldens:
         self._looked: dict[Kind, asyncio.Lock] = {}
         self._used_at: dict[Kind, float] = {}
         self._is_open = False
-        self._residents: set[Resident] = set()
+        self._ledger = ledger
 
     @asynccontextmanager
     async def making(self) -> AsyncIterator[None]:
@@ -215,11 +217,6 @@ class Goldens:
             await asyncio.wait([task])
 
     @property
-    def residents(self) -> list[Resident]:
-        """Every machine that is up to be saved."""
-        return list(self._residents)
-
-    @property
     def count(self) -> int:
         """How many golden machines are at hand."""
         return len(self._known)
@@ -252,7 +249,7 @@ class Goldens:
     ) -> SavedMachine:
         wish = a_wish(kind)
         resident = Resident.new(wish, image, driver, self._means)
-        self._residents.add(resident)
+        self._ledger.enter(resident)
         try:
             await resident.make_body(None)
             await resident.raise_up()
@@ -268,7 +265,7 @@ class Goldens:
             await in_thread(shutil.rmtree, folder, ignore_errors=True)
             return await resident.snapshot(folder, kind="golden")
         finally:
-            self._residents.discard(resident)
+            self._ledger.leave(resident)
             await to_the_end(resident.end(removes=True))
 
     async def _name(self, kind: Kind, driver: Driver) -> str:

@@ -20,6 +20,7 @@ from sandyard.server.core.errors import DamagedError, SandyardError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End
 from sandyard.server.node.host.disks import available_memory_mib
+from sandyard.server.node.host.ledger import Ledger
 from sandyard.server.node.machines.guest import Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.resident import Resident
@@ -98,6 +99,7 @@ class Pool:
         restores: Turns,
         limits: PoolLimits,
         has_room: Callable[[Shape], bool],
+        ledger: Ledger,
     ) -> None:
         self._means = means
         self._goldens = goldens
@@ -106,16 +108,11 @@ class Pool:
         self._has_room = has_room
         self._shelves: dict[Kind, _Shelf] = {}
         self._wake = asyncio.Event()
-        self._residents: set[Resident] = set()
+        self._ledger = ledger
 
     def nudge(self) -> None:
         """Have a look at the shelves now."""
         self._wake.set()
-
-    @property
-    def residents(self) -> list[Resident]:
-        """Every machine of the pool, on its way included."""
-        return list(self._residents)
 
     def facts(self) -> list[ShelfFact]:
         """Return how full each shelf is."""
@@ -140,7 +137,7 @@ class Pool:
         found = next(self._fit(shelf, disk_mib), None)
         if found is not None:
             shelf.members.remove(found)
-            self._residents.discard(found)
+            self._ledger.leave(found)
         return found
 
     def has(self, kind: Kind, disk_mib: int, *, besides: int = 0) -> bool:
@@ -294,7 +291,7 @@ class Pool:
             return
         wish = a_wish(kind)
         one = Resident.new(wish, image, driver, self._means)
-        self._residents.add(one)
+        self._ledger.enter(one)
         try:
             try:
                 await one.make_body(golden)
@@ -328,7 +325,7 @@ class Pool:
             self.nudge()
 
     async def _discard(self, one: Resident) -> None:
-        self._residents.discard(one)
+        self._ledger.leave(one)
         await one.drop()
 
     async def _empty(self) -> None:
