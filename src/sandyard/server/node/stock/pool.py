@@ -302,9 +302,7 @@ class Pool:
             # Twice: the second is what will be asked for when it is claimed.
             await one.set_up(wish, was=Was.NOBODYS)
             await one.set_up(wish, was=Was.UNIQUE)
-            definition = self._means.images.definitions.get(kind.template)
-            warmup = () if definition is None else definition.warmup
-            for command in (*[_EXERCISE] * _EXERCISE_ROUNDS, *warmup):
+            for command in (*[_EXERCISE] * _EXERCISE_ROUNDS, *self._warmup(shelf)):
                 await one.guest.run(command, limit_s=self._means.patience(_LIMIT_S))
             await one.guest.settle_clock()
             await one.enter(Phase.WAITING)
@@ -316,6 +314,16 @@ class Pool:
             return
         one.watch(lambda end: self._on_end(shelf, one, end))
         shelf.members.append(one)
+
+    def _warmup(self, shelf: _Shelf) -> tuple[str, ...]:
+        """Return what warms a member up for its template's own programs; nothing in a hurry: while
+        creates find the shelf half empty, one that is there at all is worth more."""
+        lately = self._means.clock.monotonic() - self._limits.unquiet_s
+        is_asked_for = bool(shelf.asked_at) and shelf.asked_at[-1] > lately
+        if is_asked_for and 2 * len(shelf.members) < self._target(shelf):
+            return ()
+        definition = self._means.images.definitions.get(shelf.kind.template)
+        return () if definition is None else definition.warmup
 
     def _on_end(self, shelf: _Shelf, one: Resident, end: End) -> None:
         log.warning("a machine of the pool ended while it waited: %s", end.message)
