@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from sandyard.server.core.contracts.node import TemplateFact, TemplateStatus
 from sandyard.server.core.errors import NotFoundError, UnavailableError
@@ -66,6 +67,7 @@ class Images:
         self.definitions = definitions
         self.images_dir = images_dir
         self._templates_dir = templates_dir
+        self._read: dict[Path, tuple[tuple[int, ...], Any]] = {}
 
     def get(self, slug: str) -> tuple[Definition, Image]:
         """Return a template's definition and the image it uses.
@@ -94,7 +96,7 @@ class Images:
         """Return the image of that digest if it is here and whole."""
         folder = self.images_dir / digest
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest = self._load(folder / "manifest.json")
         except OSError:
             return None
         return Image(
@@ -149,10 +151,20 @@ class Images:
 
     def _state(self, slug: str) -> dict[str, object]:
         try:
-            state = json.loads((self._templates_dir / f"{slug}.json").read_text())
+            state = self._load(self._templates_dir / f"{slug}.json")
         except (OSError, ValueError):
             return {}
         return state if isinstance(state, dict) else {}
+
+    def _load(self, path: Path) -> Any:
+        """Return what a file says, read anew only where it is another by now: every create asks
+        several times, and other processes build."""
+        found = path.stat()
+        now = (found.st_ino, found.st_mtime_ns, found.st_size)
+        known = self._read.get(path)
+        if known is None or known[0] != now:
+            known = self._read[path] = (now, json.loads(path.read_text()))
+        return known[1]
 
     def _write(self, slug: str, state: dict[str, object]) -> None:
         self._templates_dir.mkdir(parents=True, exist_ok=True)

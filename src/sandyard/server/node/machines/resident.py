@@ -194,10 +194,8 @@ class Resident:
 
     async def _note(self, record: Record) -> None:
         """Have a record on disk, where it outlives the host's end too if it would be missed."""
-        if record.phase in (Phase.STARTING, Phase.WAITING):
-            self._means.records.write(record, syncs=False)
-        else:
-            await in_thread(self._means.records.write, record)
+        is_missed = record.phase not in (Phase.STARTING, Phase.WAITING)
+        await in_thread(self._means.records.write, record, syncs=is_missed)
 
     def mark(self, phase: Phase, end: End | None = None) -> None:
         """Go over to another phase; if that cannot be written down, the next look mends it."""
