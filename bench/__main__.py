@@ -1,0 +1,90 @@
+"""All that is measured, beside what it was last time.
+
+    .venv/bin/python -m bench [--rounds 8] [--template base-ubuntu --command 'node -v'] [--page]
+
+Prints a table and JSON, keeps the figures in bench/results/, and with `--page` writes
+docs/reference/performance.md. Run it on a host that does nothing else. Under Firecracker, with a
+guest kernel that boots there, `bench.guests_firecracker` measures the same.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench import control, guests
+from bench.figures import RESULTS
+
+_PAGE = Path(__file__).parents[1] / "docs/reference/performance.md"
+Figures = dict[str, dict[str, float]]
+
+
+def machine() -> str:
+    """Return what it was measured on, in a line."""
+    cpu = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+         if line.startswith("model name")), "a processor that does not say its name",
+    )  # fmt: skip
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    kvm = "with" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "without"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} of {cpu}, {memory:.0f} GiB, Linux {platform.release()}, {kvm} /dev/kvm"
+
+
+def last() -> Figures:
+    """Return the figures of the run before."""
+    found = sorted(RESULTS.glob("all-*.json"))
+    result: Figures = json.loads(found[-1].read_text())["figures"] if found else {}
+    return result
+
+
+def shown(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
+
+
+def page(figures: Figures, before: Figures, about: str) -> str:
+    """Return the table of the figures in Markdown."""
+    lines = [
+        "# Figures",
+        "",
+        "Made by `python -m bench --page`; [how fast it is](../explanation/performance.md) tells",
+        "what they mean. Absolute times are of one host;ratios to the same steps by hand say more.",
+        "",
+        f"Measured on {about}.",
+        "",
+        "| What | Now | The run before |",
+        "|---|---|---|",
+    ]
+    for name, values in figures.items():
+        earlier = shown(before[name]) if name in before else ""
+        lines.append(f"| {name} | {shown(values)} | {earlier} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench")
+    guests.arguments(parser)
+    parser.add_argument("--page", action="store_true")
+    asked = parser.parse_args()
+    before, about = last(), machine()
+    figures: Figures = asyncio.run(control.measured(asked.rounds * 25, [10, 1000, 10_000]))
+    figures["one durable row, by hand"] = control.by_hand(200)
+    figures |= guests.measured(asked.rounds, asked.template, asked.command)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    RESULTS.mkdir(exist_ok=True)
+    content = json.dumps({"machine": about, "figures": figures}, indent=1)
+    (RESULTS / f"all-{stamp}.json").write_text(content)
+    if asked.page:
+        _PAGE.write_text(page(figures, before, about))
+    print(content)
+    print(about)
+    for name, values in figures.items():
+        was = f"   (before: {shown(before[name])})" if name in before else ""
+        print(f"{name:44} {shown(values)}{was}")
+
+
+if __name__ == "__main__":
+    main()
