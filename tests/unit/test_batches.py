@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import QueuePool
 
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.links.sql import open_store
 from sandyard.server.links.sql.batches import Batches
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def engine_of(path: Path, begin: str) -> Engine:
@@ -132,3 +137,52 @@ async def test_writes_that_the_database_undid_are_never_told_as_done(bench: Benc
         assert bench.read() == set()
     await bench.write(7)
     assert bench.read() == {7}
+
+
+async def test_a_commit_that_is_broken_off_before_it_began_holds_up_nobody(bench: Bench) -> None:
+    async def hold() -> None:
+        async with bench.batches.write() as connection:
+            connection.exec_driver_sql("INSERT INTO numbers VALUES (2)")
+            for one in asyncio.all_tasks():  # as where the loop is shut down
+                if getattr(one.get_coro(), "__qualname__", "") == "Batches._commit":
+                    one.cancel()
+            await asyncio.sleep(0.01)
+
+    async with asyncio.timeout(5):
+        outcomes = await asyncio.gather(bench.write(1), hold(), return_exceptions=True)
+        assert isinstance(outcomes[0], asyncio.CancelledError), outcomes
+        assert isinstance(outcomes[1], Exception), outcomes
+        await bench.write(3)
+    assert bench.read() == {3}
+
+
+async def test_what_cannot_be_undone_is_committed_by_nobody(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise OperationalError(None, None, Exception("no such savepoint"))
+
+    monkeypatch.setattr("sandyard.server.links.sql.batches._Batch.undo", broken)
+    outcomes = await asyncio.gather(
+        bench.write(1), bench.write(2, fails=True), return_exceptions=True
+    )
+    assert isinstance(outcomes[0], OperationalError)
+    assert isinstance(outcomes[1], ValueError)
+    assert bench.read() == set()
+    await bench.write(3)
+    assert bench.read() == {3}
+
+
+async def test_what_is_written_after_the_database_undid_it_is_not_written(tmp_path: Path) -> None:
+    async with open_store(f"sqlite:///{tmp_path}/db", key=b"k" * 32) as store:
+        with pytest.raises(UnavailableError):
+            async with store.write() as tx:
+                await tx.facts.note("one", NOW)
+                connection: Any = tx.facts
+                connection._connection._raw().execute("ROLLBACK")
+                with pytest.raises(OperationalError):
+                    await tx.facts.note("two", NOW)
+                await tx.credits.account("nobody")  # prepared, which would begin by itself
+        async with store.read() as tx:
+            assert await tx.facts.moment("one") is None
+            assert await tx.facts.moment("two") is None

@@ -306,7 +306,8 @@ class FakeMachine:
                     "replaces_access": "yes" if operation.replaces_access else "no",
                 }
             case ops.Wake():
-                self.remembers["woken"] = "part" if operation.keeps_connections else "fully"
+                if not operation.keeps_connections:  # else only its clock was set
+                    self.remembers["woken"] = "fully"
             case ops.Execute():
                 return ops.Started(1)
             case ops.Dial():

@@ -7,9 +7,9 @@ which names this one process for ever (pidfd_open(2)) and tells of its end.
 import asyncio
 import contextlib
 import ctypes
-import functools
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 from sandyard.server.core.errors import UnavailableError
@@ -18,6 +18,7 @@ _KILL_LIMIT_S = 10.0
 BEHIND = 10
 """The nice value of what nobody waits for."""
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)
 
 
 def boot_id() -> str:
@@ -50,13 +51,25 @@ def set_nice(pid: int, nice: int) -> None:
         Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
-@functools.cache
-def give_up_huge_pages() -> None:
-    """Have what this process starts from now on get its memory in small pages (prctl(2)).
+_in_small_pages = 0
 
-    In large ones a hypervisor that uses a little of much takes 2 MiB for each few KiB.
+
+@contextlib.contextmanager
+def small_pages() -> Iterator[None]:
+    """Have what is started in the block get its memory in small pages, for its life (prctl(2)).
+
+    In large ones a hypervisor that uses a little of much takes 2 MiB for each few KiB. The setting
+    is this process's own while the block lasts; where it cannot be had, nothing is different.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    global _in_small_pages
+    _in_small_pages += 1
+    _LIBC.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _in_small_pages -= 1
+        if not _in_small_pages:
+            _LIBC.prctl(_PR_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 class DetachedProcess:

@@ -530,6 +530,8 @@ class Node:
                 held = Holding(
                     record.sandbox_id, record.incarnation, shape=record.shape, resident=resident
                 )
+                if (other := self._holdings.get(record.sandbox_id)) is not None:
+                    self._forget(other)
                 self._holdings[record.sandbox_id] = held
                 self._ledger.enter(held)
         living = [one for one in self._holdings.values() if one.resident.is_up]

@@ -33,9 +33,9 @@ from sandyard.server.drivers.processes import (
     BEHIND,
     DetachedProcess,
     boot_id,
-    give_up_huge_pages,
     kill_all_of,
     set_nice,
+    small_pages,
     start_time,
 )
 from sandyard.server.drivers.programs import opened_as_written_by, output_of
@@ -478,10 +478,10 @@ async def _launch(arguments: list[str], tap_fd: int, spec: MachineSpec) -> None:
     reader, writer = os.pipe()
     try:
         try:
-            give_up_huge_pages()
-            await output_of(
-                arguments, limit_s=_START_LIMIT_S, pass_fd=tap_fd, to=writer, env=_ONE_ARENA
-            )
+            with small_pages():
+                await output_of(
+                    arguments, limit_s=_START_LIMIT_S, pass_fd=tap_fd, to=writer, env=_ONE_ARENA
+                )
         finally:
             os.close(writer)
         os.set_blocking(reader, False)

@@ -32,6 +32,8 @@ class _Batch:
     def is_whole(self) -> bool:
         """Whether what was written is still there: SQLite rolls all of it back on some errors, of
         which a full disk is one (sqlite.org/lang_transaction.html, section 3.1)."""
+        if self.connection.closed or self.connection.invalidated:
+            return False
         return bool(self.connection.connection.dbapi_connection.in_transaction)  # type: ignore[union-attr]  # sqlite3's own
 
     def mark(self) -> None:
@@ -46,17 +48,19 @@ class _Batch:
 
     def end(self, error: BaseException | None = None) -> None:
         """Give the connection back and tell whoever waits how it came out."""
-        if error is not None:
-            # Whatever state it is in: another is opened for the next batch.
-            self.connection.invalidate()
-        elif self.transaction.is_active:
-            self.transaction.rollback()
-        self.connection.close()
-        if error is None:
-            self.committed.set_result(None)
-        else:
-            self.committed.set_exception(error)
-            self.committed.exception()  # looked at, should nobody wait for it any more
+        try:
+            if error is not None:
+                # Whatever state it is in: another is opened for the next batch.
+                self.connection.invalidate()
+            elif self.transaction.is_active:
+                self.transaction.rollback()
+        finally:
+            self.connection.close()
+            if error is None:
+                self.committed.set_result(None)
+            else:
+                self.committed.set_exception(error)
+                self.committed.exception()  # looked at, should nobody wait for it any more
 
 
 class Batches:
@@ -96,17 +100,29 @@ class Batches:
         finally:
             self._turn.release()
         if is_first:
-            await to_the_end(self._commit(batch))
+            try:
+                await to_the_end(self._commit(batch))
+            finally:
+                self._give_up(batch)  # where the commit was broken off before it began
         await outcome_of(batch.committed)
 
     def _undo(self, batch: _Batch, error: BaseException, *, is_first: bool) -> None:
         if is_first:
             batch.end()
-        elif batch.is_whole:
+            return
+        try:
+            if not batch.is_whole:
+                raise lost()
             batch.undo()
-        else:
+        except OperationalError as trouble:
+            self._give_up(batch, error if isinstance(error, OperationalError) else trouble)
+
+    def _give_up(self, batch: _Batch, error: OperationalError | None = None) -> None:
+        """Tell everyone in a batch that it came to nothing, unless they know how it came out."""
+        if self._batch is batch:
             self._batch = None
-            batch.end(_to_tell(error))
+        if not batch.committed.done():
+            batch.end(error or lost())
 
     async def _commit(self, batch: _Batch) -> None:
         async with self._turn:
@@ -115,12 +131,14 @@ class Batches:
             self._batch = None
             try:
                 if not batch.is_whole:
-                    raise _lost()
+                    raise lost()
                 await in_thread(batch.transaction.commit)
-            except BaseException as error:  # told to every writer, and translated there
-                batch.end(_to_tell(error))
-                if not isinstance(error, Exception):
-                    raise
+            except asyncio.CancelledError:
+                # In the thread it went on to its end, which shows.
+                batch.end(lost() if batch.is_whole else None)
+                raise
+            except Exception as error:  # noqa: BLE001 - told to every writer, and raised there
+                batch.end(error)
             else:
                 batch.end()
 
@@ -133,11 +151,8 @@ class Batches:
             raise
 
 
-def _to_tell(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else _lost()
-
-
-def _lost() -> OperationalError:
+def lost() -> OperationalError:
+    """Return the error for what SQLite rolled back by itself."""
     return OperationalError(None, None, Exception("the transaction was rolled back"))
 
 

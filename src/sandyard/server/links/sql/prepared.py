@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Executable
 from sqlalchemy.dialects.sqlite import pysqlite
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TypeEngine
 
@@ -97,6 +97,12 @@ def _reader(kind: TypeEngine[Any]) -> Convert | None:
     return kind.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
 
 
+def begin(connection: sqlite3.Connection) -> None:
+    """Begin to read on SQLite, everything as of the moment of the first statement."""
+    with _raised_as_sqlalchemys("BEGIN"):
+        connection.execute("BEGIN")
+
+
 class _raised_as_sqlalchemys:  # noqa: N801 - used as a statement, like contextlib.suppress
     """Turns SQLite's errors into SQLAlchemy's, as it does for what goes through it."""
 
@@ -111,6 +117,8 @@ class _raised_as_sqlalchemys:  # noqa: N801 - used as a statement, like contextl
             meant: type[DBAPIError] = DBAPIError
             if isinstance(error, sqlite3.IntegrityError):
                 meant = IntegrityError
+            elif isinstance(error, sqlite3.InterfaceError):
+                meant = InterfaceError
             elif isinstance(error, sqlite3.OperationalError):
                 meant = OperationalError
             raise meant(self._statement, None, error, hide_parameters=True) from error

@@ -24,7 +24,7 @@ from sandyard.server.links.sql.account_rows import (
     UserTable,
     WorkspaceTable,
 )
-from sandyard.server.links.sql.batches import BUSY_S, Batches, begun
+from sandyard.server.links.sql.batches import BUSY_S, Batches, begun, lost
 from sandyard.server.links.sql.migrate import upgrade
 from sandyard.server.links.sql.money_rows import (
     CreditTable,
@@ -32,7 +32,7 @@ from sandyard.server.links.sql.money_rows import (
     StorageTable,
     UsageTable,
 )
-from sandyard.server.links.sql.prepared import Prepared, Values
+from sandyard.server.links.sql.prepared import Prepared, Values, begin
 from sandyard.server.links.sql.rows import (
     ActivityTable,
     Connection,
@@ -132,14 +132,14 @@ class SqliteStore:
     async def read(self) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.store.Store.read."""
         with _translated(), self._reader.connect() as connection:
-            yield SqlTransaction(_Inline(connection), self._seal)
+            yield SqlTransaction(_Inline(connection, writes=False), self._seal)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.store.Store.write."""
         with _translated():
             async with self._batches.write() as connection:
-                yield SqlTransaction(_Inline(connection), self._seal)
+                yield SqlTransaction(_Inline(connection, writes=True), self._seal)
 
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
@@ -148,16 +148,23 @@ class SqliteStore:
 
 
 class _Inline:
-    """A connection whose statements run where they are called."""
+    """A connection whose statements run where they are called.
 
-    def __init__(self, connection: SyncConnection) -> None:
+    One that reads begins with its first statement. One that writes has begun: were the transaction
+    gone, what came after would be written by itself, and the rest told as done.
+    """
+
+    def __init__(self, connection: SyncConnection, *, writes: bool) -> None:
         self._connection = connection
+        self._writes = writes
         self.dialect = connection.dialect
 
     async def execute(
         self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
     ) -> CursorResult[Any]:
         """See rows.Connection.execute."""
+        if self._writes:
+            self._raw()
         return self._connection.execute(statement, parameters)
 
     async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
@@ -172,7 +179,9 @@ class _Inline:
         raw = self._connection.connection.dbapi_connection
         assert isinstance(raw, sqlite3.Connection)
         if not raw.in_transaction:
-            raw.execute("BEGIN")  # to read: who writes has begun by then
+            if self._writes:
+                raise lost()
+            begin(raw)
         return raw
 
 

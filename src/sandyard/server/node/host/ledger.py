@@ -89,8 +89,9 @@ class Ledger:
     def totals(self) -> Totals:
         """Return what is promised now."""
         now = self._clock.monotonic()
-        while self._changed:
-            self._look_at(self._changed.pop(), now)
+        for one in list(self._changed):
+            self._look_at(one, now)
+            self._changed.discard(one)
         for _ in range(min(_STALE_AT_ONCE, len(self._entries))):
             oldest = next(iter(self._entries))
             if now - self._entries[oldest][0] < _STALE_S:
@@ -109,10 +110,10 @@ class Ledger:
         )
 
     def _look_at(self, one: Counted, now: float) -> None:
+        promise = one.promised(now)
         before = self._entries.pop(one, None)
         if before is not None:
             self._add(before[1], -1)
-        promise = one.promised(now)
         self._entries[one] = (now, promise)
         self._add(promise, 1)
 

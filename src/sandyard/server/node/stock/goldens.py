@@ -34,7 +34,8 @@ from sandyard.server.tasks import in_thread, to_the_end
 log = logging.getLogger(__name__)
 
 _SMALLEST_DISK_MIB = 1024
-_WARMUP_LIMIT_S = 60.0
+WARMUP_LIMIT_S = 60.0
+"""How long one command of a template's warm-up may take."""
 _WARMUP_ROUNDS = 2
 _RETRY_S = 120.0
 _NOBODY = "golden"
@@ -253,7 +254,7 @@ class Goldens:
         try:
             await resident.make_body(None)
             await resident.raise_up()
-            limit_s = self._means.patience(_WARMUP_LIMIT_S)
+            limit_s = self._means.patience(WARMUP_LIMIT_S)
             await resident.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
             for command in definition.warmup * _WARMUP_ROUNDS:
                 await _warm_up(resident, command, limit_s=limit_s)

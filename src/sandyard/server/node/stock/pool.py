@@ -11,12 +11,12 @@ import logging
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from sandyard.server.core.contracts.node import Phase, ShelfFact, Way
-from sandyard.server.core.errors import DamagedError, SandyardError
+from sandyard.server.core.errors import DamagedError, SandyardError, UnavailableError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End
 from sandyard.server.node.host.disks import available_memory_mib
@@ -24,7 +24,7 @@ from sandyard.server.node.host.ledger import Ledger
 from sandyard.server.node.machines.guest import Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.resident import Resident
-from sandyard.server.node.stock.goldens import Goldens, Kind, a_wish
+from sandyard.server.node.stock.goldens import WARMUP_LIMIT_S, Goldens, Kind, a_wish
 from sandyard.server.node.stock.turns import Rank, Turns
 from sandyard.server.tasks import Crew, to_the_end
 
@@ -268,11 +268,12 @@ class Pool:
 
     async def _add(self, shelf: _Shelf) -> None:
         try:
-            async with self._restores.take(Rank.AHEAD):
-                if self._has_room(shelf.kind.shape):
-                    await self._make(shelf)
-                else:
-                    shelf.failed_at = self._means.clock.monotonic()
+            async with AsyncExitStack() as unfinished:
+                async with self._restores.take(Rank.AHEAD):
+                    one = await self._made(shelf, unfinished)
+                if one is not None:
+                    await self._finish(shelf, one)
+                    unfinished.pop_all()
         except Exception:  # whatever it was, it is not tried again at once
             shelf.failed_at = self._means.clock.monotonic()
             raise
@@ -280,50 +281,62 @@ class Pool:
             shelf.coming -= 1
             self.nudge()
 
-    async def _make(self, shelf: _Shelf) -> None:
+    async def _made(self, shelf: _Shelf, unfinished: AsyncExitStack) -> Resident | None:
+        """Return a machine that has answered, and is discarded with the stack; None if that cannot
+        be now."""
+        if not self._has_room(shelf.kind.shape):
+            shelf.failed_at = self._means.clock.monotonic()
+            return None
         kind = shelf.kind
         image = self._means.images.find(kind.image)
         if image is None:
-            return
+            return None
         driver = await self._means.drivers.choose(image)
         golden = await self._goldens.find(kind, driver)
         if golden is None:
-            return
+            return None
         wish = a_wish(kind)
         one = Resident.new(wish, image, driver, self._means)
         self._ledger.enter(one)
+        unfinished.push_async_callback(lambda: to_the_end(self._discard(one)))
         try:
-            try:
-                await one.make_body(golden)
-                await one.raise_up(token=golden.about.token, is_ahead=True)
-            except DamagedError as error:
-                await self._goldens.discard(kind, error.message)
-                raise
-            # Twice: the second is what will be asked for when it is claimed.
-            await one.set_up(wish, was=Was.NOBODYS)
-            await one.set_up(wish, was=Was.UNIQUE)
-            for command in (*[_EXERCISE] * _EXERCISE_ROUNDS, *self._warmup(shelf)):
-                await one.guest.run(command, limit_s=self._means.patience(_LIMIT_S))
-            await one.guest.settle_clock()
-            await one.enter(Phase.WAITING)
-        except BaseException:
-            await to_the_end(self._discard(one))
+            await one.make_body(golden)
+            await one.raise_up(token=golden.about.token, is_ahead=True)
+        except DamagedError as error:
+            await self._goldens.discard(kind, error.message)
             raise
-        if self._shelves.get(kind) is not shelf:  # the template has another image by now
+        # Twice: the second is what will be asked for when it is claimed.
+        await one.set_up(wish, was=Was.NOBODYS)
+        await one.set_up(wish, was=Was.UNIQUE)
+        for _ in range(_EXERCISE_ROUNDS):
+            await one.guest.run(_EXERCISE, limit_s=self._means.patience(_LIMIT_S))
+        return one
+
+    async def _finish(self, shelf: _Shelf, one: Resident) -> None:
+        """Put a machine on the shelf, warmed up and with its clock right."""
+        for command in self._warmup(shelf):
+            try:
+                await one.guest.run(command, limit_s=self._means.patience(WARMUP_LIMIT_S))
+            except UnavailableError as error:  # it is good all the same, if it answers below
+                log.warning("the warm-up command %r was not of use: %s", command, error.message)
+        await one.guest.settle_clock()
+        await one.enter(Phase.WAITING)
+        if self._shelves.get(shelf.kind) is not shelf:  # the template has another image by now
             await to_the_end(self._discard(one))
             return
         one.watch(lambda end: self._on_end(shelf, one, end))
         shelf.members.append(one)
 
-    def _warmup(self, shelf: _Shelf) -> tuple[str, ...]:
-        """Return what warms a member up for its template's own programs; nothing in a hurry: while
+    def _warmup(self, shelf: _Shelf) -> Iterator[str]:
+        """Yield what warms a member up for its template's own programs; no more in a hurry: while
         creates find the shelf half empty, one that is there at all is worth more."""
-        lately = self._means.clock.monotonic() - self._limits.unquiet_s
-        is_asked_for = bool(shelf.asked_at) and shelf.asked_at[-1] > lately
-        if is_asked_for and 2 * len(shelf.members) < self._target(shelf):
-            return ()
         definition = self._means.images.definitions.get(shelf.kind.template)
-        return () if definition is None else definition.warmup
+        for command in () if definition is None else definition.warmup:
+            lately = self._means.clock.monotonic() - self._limits.unquiet_s
+            is_asked_for = bool(shelf.asked_at) and shelf.asked_at[-1] > lately
+            if is_asked_for and 2 * len(shelf.members) < self._target(shelf):
+                return
+            yield command
 
     def _on_end(self, shelf: _Shelf, one: Resident, end: End) -> None:
         log.warning("a machine of the pool ended while it waited: %s", end.message)

@@ -140,7 +140,8 @@ class Reconciler:
         try:
             async with self._store.read() as tx:
                 # To write costs the disk a wait, and most looks find nothing.
-                if not await tx.leases.waits(_ENDING | _STARTING, now=now):
+                wanted = _ENDING | _STARTING if room > 0 else _ENDING
+                if not await tx.leases.waits(wanted, now=now):
                     return []
             async with self._store.write() as tx:
                 for statuses, limit in ((_ENDING, self._pace.workers), (_STARTING, room)):
