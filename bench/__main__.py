@@ -51,7 +51,7 @@ def page(figures: Figures, before: Figures, about: str) -> str:
         "# Figures",
         "",
         "Made by `python -m bench --page`; [how fast it is](../explanation/performance.md) tells",
-        "what they mean. Absolute times are of one host; ratios to the same steps by hand say more.",
+        "what they mean. Times are of one host; ratios to the same steps by hand say more.",
         "",
         f"Measured on {about}.",
         "",
