@@ -29,9 +29,8 @@ def machine() -> str:
          if line.startswith("model name")), "a processor that does not say its name",
     )  # fmt: skip
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    kvm = "with" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "without"
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} of {cpu}, {memory:.0f} GiB, Linux {platform.release()}, {kvm} /dev/kvm"
+    return f"{cores} of {cpu}, {memory:.0f} GiB, Linux {platform.release()}"
 
 
 def last() -> Figures:
@@ -72,7 +71,9 @@ def main() -> None:
     before, about = last(), machine()
     figures: Figures = asyncio.run(control.measured(asked.rounds * 25, [10, 1000, 10_000]))
     figures["one durable row, by hand"] = control.by_hand(200)
-    figures |= guests.measured(asked.rounds, asked.template, asked.command)
+    of_guests, driver = guests.measured(asked.rounds, asked.template, asked.command)
+    figures |= of_guests
+    about += f", machines by {driver}"
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     RESULTS.mkdir(exist_ok=True)
     content = json.dumps({"machine": about, "figures": figures}, indent=1)

@@ -60,8 +60,9 @@ def pooled(rounds: int, template: str, command: str, size: int) -> dict[str, lis
     return took
 
 
-def unpooled(rounds: int) -> tuple[dict[str, list[float]], float]:
-    """Time restores, pauses and resumes; return what a clone takes of memory (MiB, PSS) as well."""
+def unpooled(rounds: int) -> tuple[dict[str, list[float]], float, str]:
+    """Time restores, pauses and resumes; return what a clone takes of memory (MiB, PSS) as well,
+    and the driver."""
     server = RealServer(free_port(), SANDYARD_POOL__CEILING="0")
     took: dict[str, list[float]] = {}
 
@@ -80,6 +81,7 @@ def unpooled(rounds: int) -> tuple[dict[str, list[float]], float]:
             server.execute(box, "true")
             note("restore → first exec", started)
             boxes.append(box)
+        driver = str(server.record_of(boxes[0])["driver"])
         share = sum(pss_mib(server.pid_of(box)) for box in boxes) / len(boxes)
         for box in boxes:
             server.execute(box, _DIRTY)
@@ -91,7 +93,7 @@ def unpooled(rounds: int) -> tuple[dict[str, list[float]], float]:
             server.execute(box, "true")
             note("resume → exec", started)
             server.delete(box)
-        return took, share
+        return took, share, driver
     finally:
         server.remove()
 
@@ -112,9 +114,10 @@ def _ms(seconds: list[float]) -> float:
     return round(percentile(seconds, 0.5) * 1000, 1)
 
 
-def measured(rounds: int, template: str, command: str) -> Figures:
+def measured(rounds: int, template: str, command: str) -> tuple[Figures, str]:
+    """Return the figures, and the driver whose machines they are of."""
     raw = by_hand(rounds)
-    ours, clone = unpooled(rounds)
+    ours, clone, driver = unpooled(rounds)
     cold = cold_mib()
     figures: Figures = {}
     for name, hand in (
@@ -131,7 +134,7 @@ def measured(rounds: int, template: str, command: str) -> Figures:
         figures[f"{name}, from the pool, {template}"] = {
             "ms": _ms(values), "p95 ms": round(percentile(values, 0.95) * 1000, 1),
         }  # fmt: skip
-    return figures
+    return figures, driver
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
