@@ -773,7 +773,7 @@ async def test_a_member_that_dies_between_claim_and_set_up_costs_no_create(
 
 
 async def test_a_pool_follows_its_template(pooled: Yard) -> None:
-    before = {id(one) for one in pooled.host.machines.values()}
+    before = set(pooled.host.machines)
     images = pooled.home / "images"
     new = images / "newer"
     new.mkdir()
@@ -783,8 +783,7 @@ async def test_a_pool_follows_its_template(pooled: Yard) -> None:
         state.write_text(json.dumps({"digest": "newer"}))
 
     async def all_new() -> bool:
-        now = {id(one) for one in pooled.host.machines.values()}
-        return await pool_is(pooled, 2) and not now & before
+        return await pool_is(pooled, 2) and not before & set(pooled.host.machines)
 
     await eventually(all_new)
 
