@@ -37,6 +37,7 @@ from sandyard.server.node.machines.console import append_console
 from sandyard.server.node.machines.guest import Guest
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record, Records
+from sandyard.server.node.stock.pool import floor_of
 from sandyard.server.tasks import to_the_end
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
@@ -388,3 +389,22 @@ async def test_a_connection_made_ahead_is_closed_with_its_link(closes_first: boo
     with theirs:
         theirs.settimeout(5.0)
         assert await asyncio.to_thread(theirs.recv, 1) == b""
+
+
+@pytest.mark.parametrize(
+    ("memory_mib", "free_mib", "cores", "shelves", "wait"),
+    [
+        (4096, 21_500, 2, 1, 10),  # base-ubuntu on two processors and 24 GB
+        (4096, 7_000, 4, 1, 3),  # on a laptop
+        (512, 21_500, 2, 1, 10),
+        (512, 21_500, 2, 2, 5),
+        (4096, 1_000, 2, 1, 1),
+        (65_536, 21_500, 2, 3, 1),
+        (1, 100, 1, 1, 5),
+    ],
+)
+def test_as_many_wait_as_a_host_has_to_spare(
+    memory_mib: int, free_mib: int, cores: int, shelves: int, wait: int
+) -> None:
+    shape = Shape(2, memory_mib, 10_240)
+    assert floor_of(shape, free_mib=free_mib, cores=cores, shelves=shelves) == wait

@@ -57,11 +57,11 @@ class PoolLimits:
 def floor_of(shape: Shape, *, free_mib: int, cores: int, shelves: int) -> int:
     """Return how many machines of a shape a host with so much to spare may have waiting.
 
-    All that wait may grow to a quarter of the memory that is free, and there are five to a
-    processor, for each that waits is kept alive and is replaced when it is taken; each of so many
-    `shelves` has its part. One waits in any case, if there is room for it at all.
+    They may have half of the memory that is free, if each takes a quarter of what it was promised,
+    and there are five to a processor, for each is kept alive and is replaced when it is taken; each
+    of so many `shelves` has its part. One waits in any case, if there is room for it at all.
     """
-    by_memory = free_mib // 4 // shape.memory_mib
+    by_memory = free_mib // 2 // max(1, shape.memory_mib // 4)
     return max(1, min(by_memory, 5 * cores) // max(1, shelves))
 
 
