@@ -2,11 +2,12 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 
 import pytest
 from alembic import command
@@ -14,6 +15,7 @@ from alembic.config import Config
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.postgres import postgres_url
+from tests.support.store import recounted
 
 from sandyard.server.core.contracts.store import Hold, Store
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
@@ -96,6 +98,33 @@ async def insert(store: Store, *sandboxes: Sandbox) -> None:
     async with store.write() as tx:
         for one in sandboxes:
             await tx.sandboxes.insert(one)
+
+
+async def run_by_hand(url: str, work: Callable[[Connection], None]) -> None:
+    """Do something in the database beside the store."""
+    if url.startswith("sqlite"):
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            work(connection)
+        engine.dispose()
+    else:
+        there = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
+        async with there.begin() as connecting:
+            await connecting.run_sync(work)
+        await there.dispose()
+
+
+async def run_sql(url: str, *statements: str) -> None:
+    def run(connection: Connection) -> None:
+        for statement in statements:
+            connection.execute(text(statement))
+
+    await run_by_hand(url, run)
+
+
+async def exists(store: Store, sandbox_id: str) -> bool:
+    async with store.read() as tx:
+        return await tx.sandboxes.find(sandbox_id) is not None
 
 
 async def find(store: Store, sandbox_id: str) -> Sandbox:
@@ -560,6 +589,64 @@ async def test_usage_is_charged_and_counted(store: Store) -> None:
             await tx.storage.open(kept)
 
 
+async def test_what_is_in_use_is_what_the_rows_come_to_whatever_happens_to_them(
+    store: Store, url: str
+) -> None:
+    chance = Random(7)
+    later = NOW + timedelta(seconds=90)
+    shapes = (Shape(1, 512, 1024), Shape(8, 16_384, 2_000_000))
+    boxes: list[Sandbox] = []
+    for turn in range(150):
+        at = NOW + timedelta(milliseconds=chance.randrange(60_000))
+        try:
+            async with store.write() as tx:
+                match chance.randrange(6):
+                    case 0:
+                        one = sandbox(
+                            org_id=chance.choice((ORG, OTHER)), is_test=chance.random() < 0.3,
+                            shape=chance.choice(shapes), status=chance.choice(list(Status)),
+                        )  # fmt: skip
+                        await tx.sandboxes.insert(one)
+                        boxes.append(one)
+                    case 1 | 2 if boxes:
+                        place = chance.randrange(len(boxes))
+                        wish = replace(
+                            boxes[place], status=chance.choice(list(Status)),
+                            shape=chance.choice(shapes),
+                        )  # fmt: skip
+                        boxes[place] = await tx.sandboxes.replace(wish) or boxes[place]
+                    case 3 if boxes:
+                        one = chance.choice(boxes)
+                        free = chance.random() < 0.2
+                        await tx.usage.open(
+                            UsagePeriod(one.id, one.org_id, turn, one.shape, at, is_free=free)
+                        )
+                    case 4 if boxes:
+                        await tx.usage.close(chance.choice(boxes).id, at)
+                    case 5 if found := await tx.usage.unsettled(chance.choice((ORG, OTHER))):
+                        period = chance.choice(found)
+                        settled = chance.random() < 0.5
+                        await tx.usage.charge([replace(period, posted=turn, is_settled=settled)])
+                    case _:
+                        pass
+                if chance.random() < 0.1:
+                    raise InternalError("undone")
+        except InternalError:  # one was open already, or it was undone
+            boxes = [one for one in boxes if await exists(store, one.id)]
+            boxes = [await find(store, one.id) for one in boxes]
+        async with store.read() as tx:
+            for org in (ORG, OTHER):
+                assert await tx.usage.in_use(org, later) == await recounted(tx, org, later)
+    async with store.read() as tx:
+        used = await tx.usage.in_use(ORG, later)
+        assert used.active
+        assert used.owed.disk_mib_seconds
+    # Rows that somebody removes by hand are not counted either.
+    await run_sql(url, "DELETE FROM usage_periods", "DELETE FROM sandboxes")
+    async with store.read() as tx:
+        assert await tx.usage.in_use(ORG, later) == InUse()
+
+
 async def test_moments_are_remembered(store: Store) -> None:
     async with store.write() as tx:
         assert await tx.facts.moment("a") is None
@@ -593,16 +680,7 @@ async def test_a_store_from_before_there_was_money_is_brought_up_to_date(url: st
         ):
             connection.execute(text(statement))
 
-    if url.startswith("sqlite"):
-        engine = create_engine(url)
-        with engine.begin() as connection:
-            fill(connection)
-        engine.dispose()
-    else:
-        there = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
-        async with there.begin() as connecting:
-            await connecting.run_sync(fill)
-        await there.dispose()
+    await run_by_hand(url, fill)
     for _ in range(2):
         async with open_store(url, key=KEY) as store:
             sign_up = SignUp(10_000, "enterprise", 5)
@@ -614,6 +692,10 @@ async def test_a_store_from_before_there_was_money_is_brought_up_to_date(url: st
                 assert member.created_at == found[1].created_at
                 assert await tx.workspaces.personal(org, user) is not None
                 periods = await tx.usage.of_sandbox(box)
+                now = SystemClock().now()
+                used = await tx.usage.in_use(org, now)
+                assert used == await recounted(tx, org, now)
+                assert used.active == 1
             # What ran at that moment is charged from then on.
             assert [(one.is_free, one.is_settled) for one in periods] == [
                 (True, True), (True, True), (False, False),

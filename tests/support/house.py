@@ -13,13 +13,15 @@ import httpx
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, User
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
+from sandyard.server.links.local import SystemClock
 from sandyard.server.node.holding import Holding
 from sandyard.server.node.node import Node
 from sandyard.server.service.people.organizations import SignUp, found_organization, join
-from tests.support.store import place_database
+from tests.support.store import place_database, recounted
 
 URL = "http://sandyard.test"
 
@@ -171,7 +173,7 @@ async def open_yard(
         async with yard.client_of(yard.key) as client:
             yard.client = client
             yield yard
-        assert_counted(house)
+        await assert_counted(house)
         reconciling.cancel()
         metering.cancel()
     for machine in list(host.machines.values()):
@@ -182,13 +184,22 @@ async def open_yard(
         await asyncio.sleep(0.002)
 
 
-def assert_counted(house: House) -> None:
+async def assert_counted(house: House) -> None:
     """Fail if what is kept as sums is not what a recount finds, or of other machines."""
     assert isinstance(house.node, Node)
     ledger = house.node._ledger
     assert ledger.totals() == ledger.recount()
     counted = {one for one in ledger.everyone if isinstance(one, Holding)}
     assert counted == set(house.node._holdings.values())
+    await assert_added_up(house.store)
+
+
+async def assert_added_up(store: Store) -> None:
+    """Fail if what an organization's sandboxes take together is not what their rows say."""
+    async with store.read() as tx:
+        now = SystemClock().now()
+        for one in await tx.organizations.every():
+            assert await tx.usage.in_use(one.id, now) == await recounted(tx, one.id, now)
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float = 10.0) -> None:

@@ -30,7 +30,7 @@ from sandyard.server.links.sql import open_store
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.reconcile.compare import Patience
 from sandyard.server.service.reconcile.reconciler import NODES, Pace
-from tests.support.house import Yard, settings_of
+from tests.support.house import Yard, assert_added_up, settings_of
 from tests.support.nodes import EncodedNode, TunnelTo
 from tests.support.postgres import postgres_url
 
@@ -175,6 +175,7 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
         )
         try:
             yield yard
+            await assert_added_up(controls[0].store)
         finally:
             for task in running:
                 task.cancel()

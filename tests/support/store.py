@@ -4,9 +4,19 @@ import asyncio
 import functools
 import tempfile
 import threading
+from datetime import datetime
 from pathlib import Path
 
+from sandyard.server.core.contracts.store import Transaction
+from sandyard.server.core.records import InUse, SandboxQuery
+from sandyard.server.core.shapes import Shape, ShapeSeconds
+from sandyard.server.core.states import HIDDEN, Status
 from sandyard.server.links.sql import open_store
+
+_ACTIVE = {
+    Status.PENDING, Status.CREATING, Status.RUNNING, Status.PAUSING, Status.RESUMING,
+    Status.SUSPECTED_MISSING,
+}  # fmt: skip
 
 
 @functools.cache
@@ -32,3 +42,34 @@ def place_database(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.write_bytes(_migrated())
+
+
+async def recounted(tx: Transaction, org_id: str, now: datetime) -> InUse:
+    """Return what `UsageRows.in_use` must be, from the rows themselves, as it was at a moment."""
+    every = frozenset(Status)
+    boxes = await tx.sandboxes.page(SandboxQuery(org_id, limit=1_000_000, statuses=every))
+    live = [one for one in boxes if one.status not in HIDDEN | {Status.DESTROYING}]
+    active = [one.shape for one in live if one.status in _ACTIVE]
+    paid = [one.shape for one in live if one.status in _ACTIVE and not one.is_test]
+    owed, posted = [0, 0, 0], 0
+    for one in await tx.usage.unsettled(org_id):
+        if not one.is_free:
+            until = one.ended_at or now
+            seconds = int(until.timestamp()) - int(one.started_at.timestamp())
+            for place, value in enumerate(_values(one.shape)):
+                owed[place] += value * seconds
+            posted += one.posted
+    return InUse(
+        active=len(active),
+        vcpus=sum(one.vcpus for one in active),
+        memory_mib=sum(one.memory_mib for one in active),
+        disk_mib=sum(one.shape.disk_mib for one in live),
+        tests=sum(one.is_test for one in live),
+        paid=Shape(*(sum(_values(one)[place] for one in paid) for place in range(3))),
+        owed=ShapeSeconds(*(max(0, one) for one in owed)),
+        posted=posted,
+    )
+
+
+def _values(shape: Shape) -> tuple[int, int, int]:
+    return shape.vcpus, shape.memory_mib, shape.disk_mib

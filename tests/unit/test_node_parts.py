@@ -33,7 +33,7 @@ from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exc
 from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.images.definitions import load_definition, load_definitions
 from sandyard.server.node.images.initrd import make_initrd
-from sandyard.server.node.machines.console import append_console
+from sandyard.server.node.machines.console import FailedConsoles, append_console
 from sandyard.server.node.machines.guest import Guest
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record, Records
@@ -223,6 +223,22 @@ def test_the_console_log_is_bounded_and_keeps_the_end(tmp_path: Path) -> None:
     kept = (tmp_path / "console.log").read_bytes()
     assert len(kept) <= 1024 * 1024
     assert kept.endswith(b"39")
+
+
+def test_a_failed_try_that_printed_nothing_does_not_hide_what_an_earlier_one_told(
+    tmp_path: Path,
+) -> None:
+    consoles = FailedConsoles(tmp_path / "consoles")
+    machine = tmp_path / "machine"
+    machine.mkdir()
+    append_console(machine, b"no such root")
+    consoles.keep("sandbox", machine)
+    (machine / "console.log").unlink()
+    consoles.keep("sandbox", machine)
+    assert consoles.find("sandbox") == b"no such root"
+    append_console(machine, b"panic")
+    consoles.keep("sandbox", machine)
+    assert consoles.find("sandbox") == b"panic"
 
 
 def test_a_recycled_pid_is_not_taken_for_the_machine() -> None:

@@ -248,13 +248,15 @@ class Node:
 
     async def console(self, sandbox_id: str) -> bytes:
         """See core.contracts.node.NodeControl.console."""
-        holding = self._holdings.get(sandbox_id)
+        holding, said = self._holdings.get(sandbox_id), None
         if holding is not None and holding.residents:
-            return await in_thread(read_console, holding.resident.body.folder)
-        failed = await in_thread(self._consoles.find, sandbox_id)
-        if failed is None:
+            said = await in_thread(read_console, holding.resident.body.folder)
+        if not said:
+            # Nothing yet, but an earlier try may have told why it came to nothing.
+            said = await in_thread(self._consoles.find, sandbox_id) or said
+        if said is None:
             raise _nothing_here(sandbox_id)
-        return failed
+        return said
 
     async def report(self) -> NodeReport:
         """See core.contracts.node.NodeControl.report."""

@@ -2,20 +2,15 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     Table,
     bindparam,
-    case,
     func,
     insert,
     or_,
     select,
-    text,
-    type_coerce,
     update,
 )
 from sqlalchemy.exc import IntegrityError
@@ -31,16 +26,11 @@ from sandyard.server.core.records import (
     UsagePeriod,
 )
 from sandyard.server.core.shapes import Shape, ShapeSeconds
-from sandyard.server.core.states import Status
 from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.prepared import Prepared
 from sandyard.server.links.sql.rows import Connection
 
 _SHAPE = ("vcpus", "memory_mib", "disk_mib")
-_ACTIVE = [
-    Status.PENDING, Status.CREATING, Status.RUNNING, Status.PAUSING, Status.RESUMING,
-    Status.SUSPECTED_MISSING,
-]  # fmt: skip
 
 
 class UsageTable:
@@ -103,14 +93,19 @@ class UsageTable:
 
     async def in_use(self, org_id: str, now: datetime) -> InUse:
         """See core.contracts.store.UsageRows.in_use."""
-        (found,) = await self._connection.fetch(_IN_USE, {"wanted_org": org_id})
-        used = {name: int(value) for name, value in found.items()}
-        paid = Shape(*(used.pop(f"paid_{name}") for name in ("vcpus", "memory", "disk")))
-        (owed,) = await self._connection.fetch(
-            _OWED, {"wanted_org": org_id, "now_us": t.microseconds(now)}
+        found = await self._connection.fetch(_TOTALS, {"wanted_org": org_id})
+        if not found:
+            return InUse()
+        of = found[0]
+        now_s = (t.microseconds(now) - t.microseconds(t.TOTALS_EPOCH)) // 1_000_000
+        # A clock that was set back must not make anybody owe less than nothing.
+        owed = (max(0, of[f"owed_{name}_s"] + of[f"open_{name}"] * now_s) for name in _SHAPE)
+        return InUse(
+            **{name: of[name] for name in ("active", *_SHAPE, "tests")},
+            paid=Shape(*(of[f"paid_{name}"] for name in _SHAPE)),
+            owed=ShapeSeconds(*owed),
+            posted=of["owed_posted"],
         )
-        *shape, posted = (max(0, int(value)) for value in owed.values())
-        return InUse(**used, paid=paid, owed=ShapeSeconds(*shape), posted=posted)
 
     async def _periods(self, *wanted: ColumnElement[bool]) -> list[UsagePeriod]:
         found = await self._connection.execute(
@@ -321,39 +316,7 @@ async def _charge(
         )
 
 
-def _total(condition: Any, value: Any) -> Any:
-    return func.coalesce(func.sum(case((condition, value), else_=0)), 0)
-
-
 # What every create runs is built once: to build a statement takes longer than to run it.
 _OPEN = Prepared(insert(t.usage_periods))
 _ACCOUNT = Prepared(select(t.accounts).where(t.accounts.c.org_id == bindparam("wanted_org")))
-_c = t.sandboxes.c
-_is_active = t.is_any_of(_ACTIVE)
-_is_paid = _is_active & ~_c.is_test
-_IN_USE = Prepared(
-    select(
-        _total(_is_active, 1).label("active"),
-        _total(_is_active, _c.vcpus).label("vcpus"),
-        _total(_is_active, _c.memory_mib).label("memory_mib"),
-        func.coalesce(func.sum(_c.disk_mib), 0).label("disk_mib"),
-        _total(_c.is_test, 1).label("tests"),
-        _total(_is_paid, _c.vcpus).label("paid_vcpus"),
-        _total(_is_paid, _c.memory_mib).label("paid_memory"),
-        _total(_is_paid, _c.disk_mib).label("paid_disk"),
-    ).where(
-        _c.org_id == bindparam("wanted_org"),
-        text(t.LIVE),
-        ~t.is_any_of([Status.DESTROYING]),
-    )
-)
-_p = t.usage_periods.c
-# In whole seconds: that suffices here, and the sums stay within 64 bits.
-_until = func.coalesce(type_coerce(_p.ended_at, BigInteger), bindparam("now_us", type_=BigInteger))
-_seconds = (_until - type_coerce(_p.started_at, BigInteger)) // 1_000_000
-_OWED = Prepared(
-    select(
-        *(func.coalesce(func.sum(_p[name] * _seconds), 0).label(name) for name in _SHAPE),
-        func.coalesce(func.sum(_p.posted), 0).label("posted"),
-    ).where(_p.org_id == bindparam("wanted_org"), ~_p.is_settled, ~_p.is_free)
-)
+_TOTALS = Prepared(select(t.org_totals).where(t.org_totals.c.org_id == bindparam("wanted_org")))

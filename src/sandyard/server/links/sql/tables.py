@@ -334,6 +334,24 @@ usage_periods = Table(
     ),
 )
 
+# What the rows of the two tables above come to, an organization; triggers keep it (migration 0006).
+# `owed_…_s` less what is still open counts from TOTALS_EPOCH, so that no sum outgrows 64 bits.
+TOTALS_EPOCH = datetime(2025, 1, 1, tzinfo=UTC)
+org_totals = Table(
+    "org_totals",
+    metadata,
+    Column("org_id", ForeignKey("organizations.id"), primary_key=True),
+    *(
+        Column(name, BigInteger, nullable=False, server_default="0")
+        for name in (
+            "active", "vcpus", "memory_mib", "disk_mib", "tests",
+            "paid_vcpus", "paid_memory_mib", "paid_disk_mib", "owed_posted",
+            "open_vcpus", "owed_vcpus_s", "open_memory_mib", "owed_memory_mib_s",
+            "open_disk_mib", "owed_disk_mib_s",
+        )
+    ),
+)  # fmt: skip
+
 # Bytes that are kept: saved states, snapshots, workspaces.
 storage_periods = Table(
     "storage_periods",

@@ -37,10 +37,16 @@ class FailedConsoles:
         self._folder = folder
 
     def keep(self, sandbox_id: str, machine_folder: Path) -> None:
-        """Keep what a machine printed, in the place of that of older ones."""
+        """Keep what a machine printed, in the place of that of older ones.
+
+        One that printed nothing leaves in place what an earlier try of the same sandbox told.
+        """
         with contextlib.suppress(OSError):
+            said, path = read_console(machine_folder), self._folder / sandbox_id
+            if not said and path.is_file():
+                return
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self._folder / sandbox_id).write_bytes(read_console(machine_folder))
+            path.write_bytes(said)
             kept = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)
             for path in kept[:-_FAILED_MAX]:
                 path.unlink(missing_ok=True)
