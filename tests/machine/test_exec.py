@@ -5,7 +5,7 @@ import concurrent.futures
 import time
 
 import pytest
-from tests.support.server import RealServer, wait_until
+from tests.support.server import RealServer, is_slow, longer, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -87,7 +87,8 @@ def test_a_hundred_megabytes_are_cut_and_memory_does_not_grow(server: RealServer
         return int(line.split()[1]) // 1024
 
     before = resident()
-    end = server.execute(box, "head -c 100000000 /dev/zero", timeout=120_000)
+    size = 20_000_000 if is_slow() else 100_000_000
+    end = server.execute(box, f"head -c {size} /dev/zero", timeout=120_000)
     assert end["truncated"] is True
     assert len(str(end["stdout"])) == 16 * 1024 * 1024
     assert end["exitCode"] == 0
@@ -113,7 +114,7 @@ def test_a_background_job_lives_on_and_does_not_hold_the_answer(
     started = time.monotonic()
     end = server.execute(box, "sleep 1000 & echo $!", timeout=20_000)
     assert end["exitCode"] == 0
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < longer(15)
     job = str(end["stdout"]).strip()
     assert server.execute(box, f"kill -0 {job}")["exitCode"] == 0
     server.execute(box, f"kill {job}")
@@ -189,6 +190,9 @@ def test_stats_are_plausible(server: RealServer, box: str) -> None:
 
 def test_a_full_guest_disk_hurts_only_who_writes(server: RealServer) -> None:
     box = server.create(resources={"disk": "1GB"})["id"]
+    if is_slow():  # it would take an hour to write it all
+        left = "$(($(df -B1 --output=avail / | tail -1) - 5000000))"
+        assert server.execute(box, f"fallocate -l {left} /most")["exitCode"] == 0
     end = server.execute(box, "head -c 1200000000 /dev/zero > /big", timeout=120_000)
     assert end["exitCode"] != 0
     assert "No space left" in str(end["stderr"])
@@ -206,7 +210,7 @@ def test_a_machine_killed_during_an_exec_ends_it_at_once(server: RealServer) -> 
         import os
 
         os.kill(server.pid_of(box), 9)
-        answer = running.result(timeout=10)
+        answer = running.result(timeout=longer(10))
     assert answer.status_code == 409
     assert answer.json()["error"]["details"]["status"] == "error"
     wait_until(lambda: server.get(box)["status"] == "error", limit_s=5)
@@ -236,12 +240,13 @@ def test_the_first_password_and_keys_reach_the_guest(server: RealServer) -> None
 
 
 def test_two_gigabytes_the_round_size_that_breaks_boots(server: RealServer) -> None:
-    box = server.create(resources={"memory": "2GB", "vcpus": 2})["id"]
+    processors = 1 if is_slow() else 2  # a kernel for tests may know of no second one
+    box = server.create(resources={"memory": "2GB", "vcpus": processors})["id"]
     end = server.execute(box, "grep MemTotal /proc/meminfo; nproc 2>/dev/null || grep -c ^proc "
                               "/proc/cpuinfo")  # fmt: skip
     total = int(str(end["stdout"]).split()[1])
     assert 1_900_000 < total < 2_200_000
-    assert str(end["stdout"]).split()[-1] == "2"
+    assert str(end["stdout"]).split()[-1] == str(processors)
 
 
 def test_no_two_machines_share_what_must_be_unique(server: RealServer, box: str) -> None:

@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.support.server import RealServer, wait_until
+from tests.support.server import RealServer, longer, some, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -65,7 +65,7 @@ def test_disks_of_other_sizes_come_from_golden_machines(server: RealServer) -> N
         said = str(server.execute(box["id"], "df -BM --output=size / | tail -1")["stdout"])
         assert least <= int(said.strip().rstrip("M")) <= least * 1.2
         assert box["resources"]["disk"] == size  # type: ignore[index]
-        server.execute(box["id"], "head -c 50000000 /dev/urandom > /big && sync")
+        server.execute(box["id"], f"head -c {some(50_000_000)} /dev/urandom > /big && sync")
 
     fill_pool(server)
     for first, size, then in ((20, "20GB", ("30GB", "20GB")), (2, "2GB", ("1GB", "2GB"))):
@@ -113,8 +113,9 @@ ASK = "python3 -c \"import socket; print(socket.create_connection(('127.0.0.1', 
 
 def test_ten_pauses_in_a_row_keep_everything(server: RealServer) -> None:
     box = str(server.create()["id"])
-    server.execute(box, "head -c 20000000 /dev/urandom > /workspace/f; mkdir -p /m; "
-                   "mount -t tmpfs m /m; head -c 20000000 /dev/urandom > /m/f")  # fmt: skip
+    size = some(20_000_000)
+    server.execute(box, f"head -c {size} /dev/urandom > /workspace/f; mkdir -p /m; "
+                   f"mount -t tmpfs m /m; head -c {size} /dev/urandom > /m/f")  # fmt: skip
     server.execute(box, "cat > /serve.py", stdin=SERVE)
     server.execute(box, "python3 /serve.py >/dev/null 2>&1 &")
     server.execute(
@@ -193,7 +194,8 @@ def test_a_silent_agent_is_suspected_and_comes_back(server: RealServer) -> None:
     server.execute(
         box,
         "for one in /proc/[0-9]*; do grep -qa sandyard/agent $one/cmdline && pid=${one#/proc/} && "
-        "break; done; (sleep 1; kill -STOP $pid; sleep 30; kill -CONT $pid) >/dev/null 2>&1 &",
+        f"break; done; (sleep 1; kill -STOP $pid; sleep {longer(30)}; kill -CONT $pid) "
+        ">/dev/null 2>&1 &",
     )
     wait_until(lambda: server.status(box) == "suspected_missing", limit_s=40)
     wait_until(lambda: server.status(box) == "running", limit_s=60)
@@ -255,9 +257,9 @@ def test_a_snapshot_is_whole_however_busy_its_sandbox(server: RealServer) -> Non
     box = str(server.create()["id"])
     server.execute(
         box,
-        "(i=0; while :; do i=$((i+1)); head -c 3000000 /dev/urandom > /workspace/f.new; "
+        f"while :; do head -c {some(3_000_000)} /dev/urandom > /workspace/f.new; "
         "sha256sum < /workspace/f.new > /workspace/f.sum.new; mv /workspace/f.new /workspace/f; "
-        "mv /workspace/f.sum.new /workspace/f.sum; done) >/dev/null 2>&1 &",
+        "mv /workspace/f.sum.new /workspace/f.sum; done >/dev/null 2>&1 &",
     )
     wait_until(lambda: server.execute(box, "cat /workspace/f.sum")["exitCode"] == 0)
     server.act(box, "snapshots", name="busy")

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 from tests.conftest import free_port
-from tests.support.server import RealServer, wait_until
+from tests.support.server import RealServer, some, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -87,7 +87,7 @@ def test_killed_at_any_moment_of_a_pause_or_resume_it_is_one_or_the_other(
     server.start()
     ready(server)
     box = str(server.create()["id"])
-    server.execute(box, "head -c 9000000 /dev/urandom > /dev/shm/f; " + TICK)
+    server.execute(box, f"head -c {some(9_000_000)} /dev/urandom > /dev/shm/f; " + TICK)
     server.execute(box, "sha256sum /dev/shm/f > /dev/shm/sum")
     count = ticks(server, box)
     for action, after_s in (
