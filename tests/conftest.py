@@ -81,8 +81,8 @@ def hypervisor(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     guests = guests_of(request.param)
     if not guests.verdict.is_usable:
         pytest.skip(f"NOT RUN: {request.param} boots no machine here: {guests.verdict.reason}")
-    # With a kernel for tests only the guest's programs run at full speed: what they ask of the kernel
-    # takes longer still than its start tells.
+    # With a kernel for tests only a guest's programs run at full speed: what they ask of it takes
+    # longer still than its start tells.
     with paced(guests.pace if guests.kernel is None else guests.pace * 3):
         yield environment_of(request.param)
 

@@ -16,6 +16,11 @@ from sandyard.server.core.scopes import SCOPES
 KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
 PATIENT = {"accounts": {"failed_logins_per_minute": 100_000}}
 BODIES: dict[str, dict[str, object]] = {
+    "/processes": {"command": "true"},
+    "/resize": {},
+    "/files/mkdir": {"path": "/a"},
+    "/files/move": {"from": "/a", "to": "/b"},
+    "/files/copy": {"from": "/a", "to": "/b"},
     "/exec": {"command": "x"},
     "/fork": {"count": 1},
     "/rollback": {"snapshotId": "x"},
@@ -83,7 +88,7 @@ class Things:
 
     def path(self, route: APIRoute) -> tuple[str, bool]:
         """Return a route's path with our things in it, and whether one is."""
-        path = route.path.replace("{slug}", "base-ubuntu")
+        path = route.path.replace("{slug}", "base-ubuntu").replace("{process}", "1")
         for collection, thing in self.ids.items():
             if path.startswith(collection):
                 for name in ("{reference}", "{project_id}", "{key_id}", "{org_id}"):
@@ -152,7 +157,7 @@ async def test_every_route_tells_another_organization_nothing(yard: Yard) -> Non
             path, names_ours = things.path(route)
             for method in route.methods or ():
                 answer = await stranger.request(
-                    method, path, json=body_of(path), params={"all": "true"}
+                    method, path, json=body_of(path), params={"all": "true", "path": "/a"}
                 )
                 said = f"{method} {route.path}: {answer.status_code} {answer.text}"
                 if names_ours:
@@ -180,7 +185,9 @@ async def test_no_route_lets_a_member_at_what_is_anothers(yard: Yard) -> None:
             if access_of(route) is None or path.startswith(tuple(ORGANIZATIONS)):
                 continue
             for method in route.methods or ():
-                answer = await member.request(method, path, json=body_of(path))
+                answer = await member.request(
+                    method, path, json=body_of(path), params={"path": "/a"}
+                )
                 said = f"{method} {route.path}: {answer.status_code} {answer.text}"
                 if path in ADMINS and method != "GET":
                     assert answer.status_code == 403, said

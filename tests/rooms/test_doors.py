@@ -5,85 +5,15 @@ import base64
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
 
 import httpx
 import pytest
-from tests.conftest import free_port
-from tests.support.house import Yard, open_yard, until
+from tests.support.door import BRIEF, SOON_S, door
+from tests.support.house import until
 
 from sandyard.server.app.connections import Patience
-from sandyard.server.app.serve import http_server
-from sandyard.server.app.settings import HttpSettings
-
-_SOON_S = 30.0
-BRIEF = Patience(head_s=0.4, still_s=0.4, look_s=0.1)
-
-
-@dataclass
-class Door:
-    """A house behind a real socket."""
-
-    yard: Yard
-    port: int
-
-    async def knock(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open a connection."""
-        return await asyncio.open_connection("127.0.0.1", self.port)
-
-    async def ask(self, *pieces: bytes) -> tuple[int, dict[str, object]]:
-        """Send something, and return the status and the error that come back."""
-        reader, writer = await self.knock()
-        try:
-            with suppress(ConnectionError):
-                for piece in pieces:
-                    writer.write(piece)
-                    await writer.drain()
-            async with asyncio.timeout(_SOON_S):
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-                body = await reader.readexactly(length)
-        finally:
-            writer.close()
-        return int(head.split()[1]), json.loads(body).get("error", {})
-
-    async def is_well(self) -> bool:
-        """Tell whether somebody else is served."""
-        status, _ = await self.ask(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-        return status == 200
-
-
-@asynccontextmanager
-async def door(
-    home: Path,
-    *,
-    patience: Patience | None = None,
-    keep_alive_s: int | None = None,
-    **http: object,
-) -> AsyncIterator[Door]:
-    async with open_yard(home) as yard:
-        port = free_port()
-        settings = HttpSettings.model_validate({"port": port, **http})
-        server = http_server(yard.house.api, settings, patience)
-        server.config.port = port
-        server.config.timeout_keep_alive = keep_alive_s or server.config.timeout_keep_alive
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-        async with asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(server.serve())
-            await until(lambda: server.started)
-            try:
-                yield Door(yard, port)
-            finally:
-                server.should_exit = server.force_exit = True
-                await serving
-                for one in list(server.server_state.connections):
-                    one.transport.abort()
-                await until(lambda: not server.server_state.connections)
-                # A command whose answer nobody waits for any more runs to its end, or to its limit.
-                await until(lambda: not server.server_state.tasks, limit_s=40)
 
 
 def resident_mib() -> float:
@@ -177,7 +107,7 @@ async def test_a_client_that_sends_a_byte_now_and_then_gains_nothing(tmp_path: P
                     await asyncio.sleep(0.05)
 
         dripping = asyncio.ensure_future(drip())
-        async with asyncio.timeout(_SOON_S):
+        async with asyncio.timeout(SOON_S):
             assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
         dripping.cancel()
         writer.close()
@@ -191,7 +121,7 @@ async def test_requests_one_upon_another_are_bounded(tmp_path: Path) -> None:
             writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 9000)
         assert await opened.is_well()
         assert resident_mib() - before < 60
-        async with asyncio.timeout(_SOON_S):
+        async with asyncio.timeout(SOON_S):
             for reader, writer in crowd:
                 with suppress(ConnectionError):
                     answered = await reader.read()
@@ -215,7 +145,7 @@ async def test_what_comes_after_a_body_is_bounded(tmp_path: Path, more: bytes) -
             await writer.drain()
         assert await opened.is_well()
         with suppress(ConnectionError):
-            async with asyncio.timeout(_SOON_S):
+            async with asyncio.timeout(SOON_S):
                 await reader.read()
         writer.close()
 
@@ -231,7 +161,7 @@ async def test_a_burst_buys_no_time_for_a_body_that_stands_still(
         with suppress(ConnectionError):
             writer.write(head + b" " * 2**20)
             await writer.drain()
-        async with asyncio.timeout(_SOON_S):
+        async with asyncio.timeout(SOON_S):
             with suppress(ConnectionError):
                 while await reader.read(65536):
                     pass
@@ -247,7 +177,7 @@ async def test_an_answer_is_never_another_requests(tmp_path: Path) -> None:
         for second in (b"GET http://[ HTTP/1.1\r\n\r\n", b"nonsense\r\n\r\n"):
             reader, writer = await opened.knock()
             writer.write(first + second)
-            async with asyncio.timeout(_SOON_S):
+            async with asyncio.timeout(SOON_S):
                 with suppress(ConnectionError):
                     assert not (await reader.read()).startswith(b"HTTP/1.1 4")
             writer.close()
@@ -262,7 +192,7 @@ async def test_large_bodies_are_bounded_together(
             posting(opened.yard.key, length).replace(b"/v1/sandboxes", b"/v1/sandboxes/x/exec", 1)
             for length in (2**20, 400_000)
         )
-        async with asyncio.timeout(_SOON_S), AsyncExitStack() as held:
+        async with asyncio.timeout(SOON_S), AsyncExitStack() as held:
             status, answered = 0, None
             while status != 503:
                 # If the first is the one too many, it is answered, and holds nothing: once more.
@@ -334,7 +264,7 @@ async def test_one_address_cannot_take_all_connections(tmp_path: Path) -> None:
         assert (status, "connections_per_address" in str(error["message"])) == (503, True)
         for _, writer in crowd:
             writer.close()
-        async with asyncio.timeout(_SOON_S):
+        async with asyncio.timeout(SOON_S):
             while True:  # they are counted until their ends have come
                 with suppress(ConnectionError, IndexError):
                     if await opened.is_well():
@@ -352,7 +282,7 @@ async def test_who_reads_no_answer_is_left(tmp_path: Path) -> None:
             deaf.setblocking(False)
             await loop.sock_sendall(deaf, request)
             # A client that reads nothing learns of it when it writes again.
-            async with asyncio.timeout(_SOON_S):
+            async with asyncio.timeout(SOON_S):
                 with pytest.raises(ConnectionError):
                     while True:
                         await loop.sock_sendall(deaf, b"GET / HTTP/1.1\r\n")

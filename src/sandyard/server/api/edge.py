@@ -48,6 +48,12 @@ class RequestObserver(Protocol):
         ...
 
 
+def streams_body(route: RouteT) -> RouteT:
+    """Have a route take its body piece by piece as it comes, whatever it is and however large."""
+    route.streams = True  # type: ignore[attr-defined]  # read from the route that was matched
+    return route
+
+
 def takes_body(limit: int) -> Callable[[RouteT], RouteT]:
     """Let a route take a body of so many bytes, where BODY_MAX is not enough."""
 
@@ -105,9 +111,14 @@ class Edge:
         try:
             await self._identify(scope)
             if scope["method"] == "HEAD":  # what GET would answer, without its body
+                state["is_head"] = True
                 scope, answer = {**scope, "method": "GET"}, _bodiless(send_on)
             await self._app(scope, self._bounded(scope, receive), answer)
         except SandyardError as error:
+            if has_started:
+                # Half an answer cannot be taken back: the connection is closed, which tells.
+                log.warning("an answer was broken off: %s", error.message)
+                return
             await answer_error(Request(scope), error)(scope, receive, answer)
         except Exception as error:  # a bug: the caller gets an id, the log the rest
             log.exception("a request failed")
@@ -139,7 +150,7 @@ class Edge:
         address = request.client.host if request.client else "unknown"
         org_id = request.query_params.get("orgId")
         try:
-            actor = await self._access.authenticate(_token(request), org_id=org_id)
+            actor = await self._access.authenticate(token_of(request), org_id=org_id)
         except (InvalidTokenError, TokenExpiredError):
             state["allowance"] = self._rates.of_address(address)
             self._rates.failed(address)
@@ -164,6 +175,8 @@ class Edge:
 
         async def receive_bounded() -> Message:
             nonlocal size, bounds
+            if getattr(scope.get("endpoint"), "streams", False):
+                return await receive()
             if size == 0 and scope["path"].startswith(_GUARDED):
                 _check_kind(scope)
                 bounds = JsonBounds()
@@ -208,7 +221,7 @@ def _whose(state: dict[str, Any]) -> str:
     return actor.org_id if actor is not None else ""
 
 
-def _token(request: Request) -> str | None:
+def token_of(request: Request) -> str | None:
     """Return a request's credential; Bearer wins over X-API-Key."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():

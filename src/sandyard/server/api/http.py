@@ -17,10 +17,12 @@ from sandyard.server.api.routes import (
     billing,
     commands,
     docs,
+    files,
     front,
     health,
     organizations,
     planned,
+    processes,
     projects,
     sandboxes,
     snapshots,
@@ -38,14 +40,16 @@ from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
 from sandyard.server.service.sandboxes.execute import Commands
+from sandyard.server.service.sandboxes.files import Files
+from sandyard.server.service.sandboxes.processes import Processes
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.templates import Templates
 
 log = logging.getLogger(__name__)
 
 ROUTES = (
-    sandboxes, commands, snapshots, organizations, projects, api_keys, ssh_keys, activity, billing,
-    templates, health, front, docs, planned,
+    sandboxes, commands, processes, files, snapshots, organizations, projects, api_keys, ssh_keys,
+    activity, billing, templates, health, front, docs, planned,
 )  # fmt: skip
 """What is served, a module a subject."""
 
@@ -71,6 +75,8 @@ class Services:
     creation: Creation
     sandboxes: Sandboxes
     commands: Commands
+    processes: Processes
+    files: Files
     snapshots: Snapshots
     templates: Templates
     readiness: Readiness

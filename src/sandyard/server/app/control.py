@@ -39,8 +39,10 @@ from sandyard.server.service.repeats import Repeats
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
 from sandyard.server.service.sandboxes.execute import Commands
+from sandyard.server.service.sandboxes.files import Files
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 from sandyard.server.service.sandboxes.power import Power, Waits
+from sandyard.server.service.sandboxes.processes import Processes
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.reach import Reach
 from sandyard.server.service.sandboxes.register import Register
@@ -217,6 +219,8 @@ async def open_control(
                 waits=waits,
             ),
             commands=Commands(reach, clock),
+            processes=Processes(reach, clock),
+            files=Files(reach, clock),
             snapshots=Snapshots(
                 store=store,
                 register=register,

@@ -5,10 +5,10 @@ asks for it. Both ends, and the fake, read and write what is written here by `co
 operation that nobody knows is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.wire import Request
@@ -23,6 +23,20 @@ class Op(StrEnum):
     SETUP = "setup"
     WAKE = "wake"
     EXEC = "exec"
+    START = "start"
+    ATTACH = "attach"
+    LIST = "list"
+    SIGNAL = "signal"
+    INPUT = "input"
+    RESIZE = "resize"
+    STAT = "stat"
+    LIST_FOLDER = "list_folder"
+    MAKE_FOLDER = "make_folder"
+    MOVE = "move"
+    COPY = "copy"
+    REMOVE = "remove"
+    READ = "read"
+    WRITE = "write"
     DIAL = "dial"
     STATS = "stats"
 
@@ -135,6 +149,14 @@ class Execute(Operation[Started]):
 
 
 @dataclass(frozen=True)
+class Size:
+    """How large a terminal is, in characters."""
+
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Ended:
     """How a command ended: its exit code, and the signal's name if one ended it."""
 
@@ -142,6 +164,312 @@ class Ended:
     duration_ms: int
     timed_out: bool = False
     signal: str | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A process: of those of `Execute` the ones that run, of those of `Start` ended ones, too.
+
+    Times are milliseconds since the epoch. `printed` counts its output, in bytes.
+    """
+
+    pid: int
+    command: str
+    cwd: str
+    user: str
+    started_ms: int
+    printed: int
+    tag: str | None = None
+    takes_input: bool = False
+    terminal: Size | None = None
+    ended_ms: int | None = None
+    end: Ended | None = None
+
+
+@dataclass(frozen=True)
+class Start(Operation[Program]):
+    """Start a process that lives on when this connection has ended.
+
+    Either a `command` line, run by the shell, or the words of `argv`, the first of which is looked
+    for in PATH. With `stdin` it has an input that `Input` writes to, else nothing to read; with a
+    `terminal` both, and its output comes as one. Until somebody attaches for the first time, at
+    most ten seconds, it is held back rather than that any of its output is lost.
+    """
+
+    op = Op.START
+    answer = Program
+
+    command: str | None = None
+    argv: Sequence[str] = ()
+    cwd: str = "/"
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    user: str = "root"
+    tag: str | None = None
+    stdin: bool = False
+    terminal: Size | None = None
+    timeout_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class Attached:
+    """Somebody is attached, and frames follow: what the process prints from the byte `offset` on,
+    counted over all that it ever printed, and an `Ended` at last. `lost` bytes, from what was
+    asked for up to there, are kept no more."""
+
+    pid: int
+    offset: int
+    lost: int = 0
+
+
+@dataclass(frozen=True)
+class Attach(Operation[Attached]):
+    """Follow what a process prints, from a byte on or, without `offset`, from now.
+
+    Any number may; the process waits for the slowest. What the host sends in frames goes to its
+    input, an empty frame ends that. A process that has ended tells what is kept, and its end.
+    """
+
+    op = Op.ATTACH
+    answer = Attached
+    is_use = True
+
+    pid: int | None = None
+    tag: str | None = None
+    offset: int | None = None
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Processes, oldest first; `is_cut` if there are more than one answer can hold."""
+
+    items: Sequence[Program]
+    is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class List(Operation[Programs]):
+    """Ask for the processes, or for one of them."""
+
+    op = Op.LIST
+    answer = Programs
+
+    pid: int | None = None
+    tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Signal(Operation[Started]):
+    """Send a signal to a process, or to `everything` that it started and that still lives; the
+    answer tells its pid."""
+
+    op = Op.SIGNAL
+    answer = Started
+
+    number: int
+    pid: int | None = None
+    tag: str | None = None
+    everything: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """So many bytes were taken in time: the process did not read on for the rest."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Input(Operation[Written]):
+    """Write to the input of a process, and `closes` it when all is written."""
+
+    op = Op.INPUT
+    answer = Written
+    is_use = True
+
+    data: bytes = field(default=b"", repr=False)
+    closes: bool = False
+    pid: int | None = None
+    tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Resize(Operation[Done]):
+    """Tell a process that its terminal has another size."""
+
+    op = Op.RESIZE
+    answer = Done
+
+    terminal: Size
+    pid: int | None = None
+    tag: str | None = None
+
+
+class FileKind(StrEnum):
+    """What a path leads to."""
+
+    FILE = "file"
+    FOLDER = "folder"
+    LINK = "link"
+    OTHER = "other"  # a device, a pipe, a socket
+
+
+@dataclass(frozen=True)
+class FileFact:
+    """What a file system tells of a file; a link is told of as such, with its `target`.
+
+    Paths are bytes, as the kernel has them. `mode` are the permission bits, `owner` and `group`
+    names where the machine knows any.
+    """
+
+    path: bytes
+    kind: FileKind
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    modified_ms: int
+    owner: str | None = None
+    group: str | None = None
+    target: bytes | None = None
+
+
+@dataclass(frozen=True)
+class FileTrouble:
+    """Why the rest of an operation on a file came to nothing: one of `core.wire.Refusal`."""
+
+    error: str
+    message: str
+
+
+@dataclass(frozen=True)
+class FileEnd:
+    """The last frame of an operation on a file: how much of it there was, or what was wrong.
+
+    `count` are bytes, or entries of a list; `is_cut` says that there are more of those.
+    """
+
+    count: int = 0
+    is_cut: bool = False
+    trouble: FileTrouble | None = None
+
+
+@dataclass(frozen=True)
+class Stat(Operation[FileFact]):
+    """Ask what a path leads to. Like all operations on files it is done as a `user`, in the
+    user's own root, and links lead where they lead there."""
+
+    op = Op.STAT
+    answer = FileFact
+
+    path: bytes
+    user: str = "root"
+
+
+@dataclass(frozen=True)
+class ListFolder(Operation[Done]):
+    """List a folder down to a `depth`, 1 for what is in it: frames with JSON lists of `FileFact`
+    follow, at most `limit` in all, and a `FileEnd` at last."""
+
+    op = Op.LIST_FOLDER
+    answer = Done
+
+    path: bytes
+    depth: int = 1
+    limit: int = 10_000
+    user: str = "root"
+
+
+@dataclass(frozen=True)
+class MakeFolder(Operation[FileFact]):
+    """Make a folder, and with `parents` those above it; then one that is there is no error."""
+
+    op = Op.MAKE_FOLDER
+    answer = FileFact
+
+    path: bytes
+    parents: bool = False
+    mode: int | None = None
+    owner: str | None = None
+    user: str = "root"
+
+
+@dataclass(frozen=True)
+class Move(Operation[FileFact]):
+    """Give a file or folder another path, over a file that is there if it `replaces` it."""
+
+    op = Op.MOVE
+    answer = FileFact
+
+    source: bytes
+    target: bytes
+    replaces: bool = False
+    user: str = "root"
+
+
+@dataclass(frozen=True)
+class Copy(Operation[FileFact]):
+    """Copy a file, or a folder with all that is in it; links stay links."""
+
+    op = Op.COPY
+    answer = FileFact
+
+    source: bytes
+    target: bytes
+    replaces: bool = False
+    user: str = "root"
+
+
+@dataclass(frozen=True)
+class Remove(Operation[Done]):
+    """Remove a file or an empty folder, or with `everything` a folder and all that is in it."""
+
+    op = Op.REMOVE
+    answer = Done
+
+    path: bytes
+    everything: bool = False
+    user: str = "root"
+
+
+@dataclass(frozen=True)
+class Read(Operation[FileFact]):
+    """Read a file from `offset`, at most `length` bytes: frames follow, a `FileEnd` at last.
+
+    A file of /proc has no size, and is read until it ends.
+    """
+
+    op = Op.READ
+    answer = FileFact
+    is_use = True
+
+    path: bytes
+    offset: int = 0
+    length: int | None = None
+    user: str = "root"
+
+
+@dataclass(frozen=True)
+class Write(Operation[Done]):
+    """Write a file: frames of it come from the host, an empty one at the end, and a `FileEnd`
+    follows. Until then what was there stays whole, unless it is written `in_place`.
+
+    `mode` and `owner` of one that is there are kept if they are not given.
+    """
+
+    op = Op.WRITE
+    answer = Done
+    is_use = True
+
+    path: bytes
+    in_place: bool = False
+    parents: bool = False
+    mode: int | None = None
+    owner: str | None = None
+    user: str = "root"
+
+
+FileOperation = Stat | ListFolder | MakeFolder | Move | Copy | Remove | Read | Write
+"""What is asked of files."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +509,24 @@ class Stats(Operation[Figures]):
     window_s: float | None = None
 
 
-AnyOperation = Hello | Wake | SetUp | Execute | Dial | Stats
+AnyOperation = (
+    Hello
+    | Wake
+    | SetUp
+    | Execute
+    | Start
+    | Attach
+    | List
+    | Signal
+    | Input
+    | Resize
+    | FileOperation
+    | Dial
+    | Stats
+)
 """Every operation that there is."""
 
-_BY_OP: Mapping[str, type[AnyOperation]] = {
-    kind.op.value: kind for kind in (Hello, Wake, SetUp, Execute, Dial, Stats)
-}
+_BY_OP: Mapping[str, type[AnyOperation]] = {kind.op.value: kind for kind in get_args(AnyOperation)}
 
 
 def request_of(operation: Operation[Any], token: str) -> Request:

@@ -2,7 +2,7 @@
 
 One connection carries one operation. The host sends one line of JSON (version, token, operation,
 arguments); the agent answers with one line (ok, or an error). What follows belongs to the
-operation (`core.ops`): raw bytes (`dial`) or frames (`exec`):
+operation (`core.ops`): raw bytes (`dial`) or frames (`exec`, `attach`):
 
     channel  1 byte
     length   4 bytes, big-endian, at most FRAME_MAX
@@ -32,6 +32,13 @@ class Refusal(StrEnum):
     UNAUTHORIZED = "unauthorized"  # the token is not the one it accepts
     UNSUPPORTED = "unsupported"  # it does not know the operation
     BAD_REQUEST = "bad_request"  # the machine would not do it; the message says why
+    ABSENT = "absent"  # there is no such thing in the machine
+    EXISTS = "exists"  # there is one already
+    NOT_A_FOLDER = "not_a_folder"
+    IS_A_FOLDER = "is_a_folder"
+    DENIED = "denied"  # the user may not
+    NO_SPACE = "no_space"
+    CONFLICT = "conflict"  # not in the state that it is in
 
 
 class Channel(IntEnum):
@@ -41,6 +48,7 @@ class Channel(IntEnum):
     STDOUT = 1
     STDERR = 2
     EXIT = 3  # JSON; how the operation ended, always the last frame
+    TERMINAL = 4  # what a process prints on its terminal
 
 
 class WireError(Exception):

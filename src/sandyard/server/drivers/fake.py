@@ -31,6 +31,9 @@ from sandyard.server.drivers.contract import (
     Saved,
     Verdict,
 )
+from sandyard.server.drivers.fake_files import ROOM, FakeFiles, RefusedFileError, end_frame
+from sandyard.server.drivers.fake_programs import AbsentError, ConflictingError, FakePrograms
+from sandyard.server.tasks import beside
 
 _PIDS = itertools.count(1_000_000_000)  # above any real pid: nothing can be killed by mistake
 AGENT_SOCKET = "agent.sock"
@@ -72,6 +75,8 @@ class FakeHost:
     """The host that fake machines live on."""
 
     machines: dict[int, "FakeMachine"] = field(default_factory=dict)
+    programs: dict[str, FakePrograms] = field(default_factory=dict)
+    files: dict[str, FakeFiles] = field(default_factory=dict)
 
 
 class FakeMachine:
@@ -101,6 +106,17 @@ class FakeMachine:
         self._writers: set[asyncio.StreamWriter] = set()
         self._ticks = itertools.count()
         self.stalled: End | None = None
+
+    @property
+    def _programs(self) -> FakePrograms:
+        # What it remembers is saved, and with it which processes it has.
+        key = self.remembers.setdefault("programs", str(self.pid))
+        return self._host.programs.setdefault(key, FakePrograms())
+
+    @property
+    def _files(self) -> FakeFiles:
+        key = self.remembers.setdefault("files", str(self.pid))
+        return self._host.files.setdefault(key, FakeFiles())
 
     @property
     def handle(self) -> Handle:
@@ -265,10 +281,9 @@ class FakeMachine:
                 self._conduct.mute_wakes -= 1
                 return
             answer = wire.Answer(encode(self._answer(operation)))
-        except _RefusedError as error:
-            writer.write(
-                wire.encode_answer(wire.Answer({}, error=error.code.value, message=str(error)))
-            )
+        except (_RefusedError, RefusedFileError, AbsentError, ConflictingError) as error:
+            code = _CODES.get(type(error)) or error.code  # type: ignore[union-attr]  # the first
+            writer.write(wire.encode_answer(wire.Answer({}, error=code.value, message=str(error))))
             return
         writer.write(wire.encode_answer(answer))
         match operation:
@@ -276,6 +291,14 @@ class FakeMachine:
                 await self._execute(operation, writer)
             case ops.Dial():
                 await self._echo(reader, decoder, writer)
+            case ops.Attach():
+                await self._follow(operation, reader, decoder, writer)
+            case ops.Read() | ops.ListFolder():
+                for frame in self._files.frames(operation):
+                    writer.write(frame)
+                    await writer.drain()
+            case ops.Write():
+                await self._take_file(operation, reader, decoder, writer)
             case _:
                 pass
 
@@ -310,6 +333,15 @@ class FakeMachine:
                     self.remembers["woken"] = "fully"
             case ops.Execute():
                 return ops.Started(1)
+            case (
+                ops.Start() | ops.Attach() | ops.List() | ops.Signal() | ops.Input() | ops.Resize()
+            ):
+                return self._programs.answer(operation)
+            case (
+                ops.Stat() | ops.ListFolder() | ops.MakeFolder() | ops.Move() | ops.Copy()
+                | ops.Remove() | ops.Read() | ops.Write()
+            ):  # fmt: skip
+                return self._files.answer(operation)
             case ops.Dial():
                 if operation.port != ECHO_PORT:
                     message = f"cannot connect to port {operation.port}: nothing listens there"
@@ -328,6 +360,54 @@ class FakeMachine:
             writer.write(data)
             await writer.drain()
             data = b""
+
+    async def _take_file(
+        self,
+        wish: ops.Write,
+        reader: asyncio.StreamReader,
+        decoder: wire.Decoder,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Take a file piece by piece; what breaks off before its end leaves nothing."""
+        whole = bytearray()
+        while True:
+            while (frame := decoder.take_frame()) is None:
+                data = await reader.read(65536)
+                if not data:
+                    return
+                decoder.feed(data)
+            if not frame.payload or len(whole) > ROOM:
+                break
+            whole += frame.payload
+        writer.write(end_frame(self._files.write(wish, bytes(whole))))
+
+    async def _follow(
+        self,
+        wish: ops.Attach,
+        reader: asyncio.StreamReader,
+        decoder: wire.Decoder,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Send what a process prints, and hear what it is to read."""
+        program = self._programs.find(wish.pid, wish.tag)
+
+        async def tell() -> None:
+            async for frame in program.frames(program.attached(wish.offset).offset):
+                writer.write(frame)
+                await writer.drain()
+
+        async def hear() -> None:
+            while True:
+                while (frame := decoder.take_frame()) is None:
+                    data = await reader.read(65536)
+                    if not data:
+                        return
+                    decoder.feed(data)
+                with suppress(ConflictingError):
+                    program.feed(frame.payload, closes=not frame.payload)
+
+        async with beside(tell()) as telling, beside(hear()) as hearing:
+            await asyncio.wait([telling, hearing], return_when=asyncio.FIRST_COMPLETED)
 
     async def _execute(self, wish: ops.Execute, writer: asyncio.StreamWriter) -> None:
         """Echo the command, but for a few words that have a meaning.
@@ -386,6 +466,12 @@ class _RefusedError(Exception):
     def __init__(self, code: wire.Refusal, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+_CODES: dict[type[Exception], wire.Refusal] = {
+    AbsentError: wire.Refusal.ABSENT,
+    ConflictingError: wire.Refusal.CONFLICT,
+}
 
 
 class FakeDriver:

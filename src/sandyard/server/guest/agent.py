@@ -16,12 +16,14 @@ from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import CodecError
 from sandyard.server.guest import processes, system
 from sandyard.server.guest.context import Context
+from sandyard.server.guest.ops import files
+from sandyard.server.guest.ops import processes as programs
 from sandyard.server.guest.ops.dial import dial
 from sandyard.server.guest.ops.execute import execute
 from sandyard.server.guest.ops.setup import set_up, wake
 from sandyard.server.guest.ops.stats import stats
 from sandyard.server.guest.streams import answer, receive, refuse
-from sandyard.server.guest.system import RefusedError
+from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
 
 _HEAD_LIMIT_S = 90.0  # the host keeps a connection open for what it will want next
 _CONNECTIONS_MAX = 512
@@ -38,6 +40,7 @@ class Agent:
         """Take connections for ever."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
+            self._context.table.open(tasks)
             tasks.create_task(self._context.load.sample())
             while True:
                 connection, _ = await loop.sock_accept(listener)
@@ -74,6 +77,10 @@ class Agent:
             await self._carry_out(operation, connection, decoder)
         except ops.UnknownOperationError as error:
             await refuse(connection, wire.Refusal.UNSUPPORTED, f"cannot carry this out: {error}")
+        except AbsentError as error:
+            await refuse(connection, wire.Refusal.ABSENT, str(error))
+        except ConflictingError as error:
+            await refuse(connection, wire.Refusal.CONFLICT, str(error))
         except (CodecError, RefusedError) as error:
             message = str(error) if isinstance(error, RefusedError) else f"cannot read: {error}"
             await refuse(connection, wire.Refusal.BAD_REQUEST, message)
@@ -92,10 +99,16 @@ class Agent:
                 await answer(connection, ops.Done())
             case ops.Execute():
                 await execute(self._context, operation, connection, decoder)
+            case ops.Attach():
+                await programs.attach(self._context, operation, connection, decoder)
+            case ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize():
+                await answer(connection, await programs.carry_out(self._context, operation))
             case ops.Dial():
                 await dial(operation, connection, decoder)
             case ops.Stats():
                 await answer(connection, await stats(self._context, operation))
+            case _:
+                await files.carry_out(self._context, operation, connection, decoder)
 
 
 def _log(message: str) -> None:

@@ -16,6 +16,7 @@ from sandyard.server.core import wire
 from sandyard.server.guest import processes, system
 from sandyard.server.guest.streams import Reader
 from sandyard.server.guest.system import Account, RefusedError
+from sandyard.server.guest.table import Table
 
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh")
 _LOGIN_LIMIT_S = 5.0
@@ -66,6 +67,7 @@ class Context:
     def __init__(self, root_fd: int) -> None:
         self.root_fd = root_fd
         self.load = Load()
+        self.table = Table()
         self.token = (system.RUN / "token").read_text().strip()
         self.env: Mapping[str, str] = {}
         self._logins: dict[int, tuple[tuple[object, ...], dict[str, str]]] = {}
@@ -92,6 +94,7 @@ class Context:
     async def _capture_login(self, account: Account, plain: dict[str, str]) -> dict[str, str]:
         # A profile that hangs or fails must not take exec away: the plain environment serves then.
         spec = processes.Spec(
+            name=SHELLS[0],
             programs=[(shell, "-l", "-c", "exec env -0") for shell in SHELLS],
             env=plain,
             cwd="/",
@@ -101,6 +104,7 @@ class Context:
             process = await processes.start(spec, root_fd=self.root_fd, wants_stdin=False)
         except RefusedError:
             return {}
+        assert process.stderr is not None  # it was not started on a terminal
         stdout, stderr = Reader(process.stdout), Reader(process.stderr)
         try:
             async with asyncio.timeout(_LOGIN_LIMIT_S), asyncio.TaskGroup() as tasks:

@@ -6,10 +6,13 @@ and exec (cgroup, session, root, user, folder) and reports a failure through a p
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import itertools
 import os
 import signal
+import struct
+import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +22,16 @@ from typing import NoReturn
 from sandyard.server.guest.system import Account, RefusedError, enter
 
 _CGROUPS = "/sys/fs/cgroup/sandyard"
+_KEPT = "kept-"
 _NUMBERS = itertools.count()
 _LEFT_BEHIND: set[str] = set()
+_NOT_HERE = (FileNotFoundError, NotADirectoryError)
 _DEFAULTED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD)
 TERM_GRACE_S = 2.0
 OOM_SCORE = "-900"
 SCRIPT = 9
+_TIOCSPTLCK, _TIOCGPTPEER = 0x40045431, 0x5441  # asm-generic/ioctls.h
+_TTY_GROUP = 5  # in Debian's /etc/group
 NICENESS = -15
 
 
@@ -39,28 +46,42 @@ class _Home:
 
 @dataclass(frozen=True)
 class Spec:
-    """What to start: the first of `programs` that exists, with its arguments.
+    """What to start: the first of `programs` that exists, with its arguments; `name` is for people.
 
-    With a `script`, it can be read from the descriptor SCRIPT.
+    With a `script`, it can be read from the descriptor SCRIPT. With a `terminal` its streams are
+    one, of that size. One that `is_kept` ends with the agent, the only one who knows of it.
     """
 
+    name: str
     programs: Sequence[Sequence[str]]
     env: Mapping[str, str]
     cwd: str
     account: Account
     script: bytes | None = None
+    terminal: tuple[int, int] | None = None
+    is_kept: bool = False
 
 
 class Process:
     """A started process with everything it starts in turn.
 
     `stdin` is a descriptor to write to or None, `stdout` and `stderr` are descriptors to read
-    from, all non-blocking; whoever takes one closes it.
+    from, all non-blocking; whoever takes one closes it. What `is_terminal` has `stdout` alone, and
+    that to write to as well.
     """
 
     def __init__(
-        self, pid: int, pidfd: int, cgroup: str, stdin: int | None, stdout: int, stderr: int
+        self,
+        pid: int,
+        pidfd: int,
+        cgroup: str,
+        stdin: int | None,
+        stdout: int,
+        stderr: int | None,
+        *,
+        is_terminal: bool = False,
     ) -> None:
+        self.is_terminal = is_terminal
         self.pid = pid
         self.stdin = stdin
         self.stdout = stdout
@@ -72,7 +93,7 @@ class Process:
     async def wait(self) -> int:
         """Return the exit code once the process ends: negative for the signal that ended it."""
         if self._exit_code is None:
-            await _readable(self._pidfd)
+            await readable(self._pidfd)
             _, status = os.waitpid(self.pid, 0)
             os.close(self._pidfd)
             self._exit_code = os.waitstatus_to_exitcode(status)
@@ -96,6 +117,28 @@ class Process:
         """Give the cgroup back, now or when the last background job in it has ended."""
         _LEFT_BEHIND.add(self._cgroup)
         sweep()
+
+    def signal(self, number: int) -> bool:
+        """Send a signal to the process itself; False if it has ended."""
+        if self._exit_code is not None:
+            return False
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def signal_everything(self, number: int) -> bool:
+        """Send a signal to everything that was started; False if nothing of it lives."""
+        if not self._is_populated():
+            return False
+        if number == signal.SIGKILL:
+            self.kill()
+            return True
+        for pid in self._members():
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+        return True
 
     def _members(self) -> list[int]:
         with contextlib.suppress(OSError):
@@ -125,6 +168,10 @@ def prepare() -> None:
     """Make the folder of cgroups, and take over what an earlier agent left in it."""
     folder = Path(_CGROUPS)
     folder.mkdir(exist_ok=True)
+    for path in folder.glob(f"{_KEPT}*"):
+        # Nobody reads what it prints any more, nor would tell its end.
+        with contextlib.suppress(OSError):
+            (path / "cgroup.kill").write_text("1")
     _LEFT_BEHIND.update(str(path) for path in folder.iterdir() if path.is_dir())
     sweep()
 
@@ -138,7 +185,7 @@ def _home() -> _Home:
     )
 
 
-# From here to `_fork` the code is plainer than it might be: under emulation every call that can be
+# From here to `fork` the code is plainer than it might be: under emulation every call that can be
 # done without is time that whoever runs a command does not wait.
 
 
@@ -148,8 +195,11 @@ async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
     Raises:
         RefusedError: it could not be started; the message says what was in the way.
     """
-    cgroup = f"{_CGROUPS}/{os.getpid()}-{next(_NUMBERS)}"
+    kind = _KEPT if spec.is_kept else ""
+    cgroup = f"{_CGROUPS}/{kind}{os.getpid()}-{next(_NUMBERS)}"
     os.mkdir(cgroup)
+    if spec.terminal is not None:
+        return await _start_on_terminal(spec, cgroup, root_fd, spec.terminal)
     lent: list[int] = []
     kept: list[int] = []
     stdin = None
@@ -188,6 +238,57 @@ async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
             os.close(descriptor)
 
 
+async def _start_on_terminal(
+    spec: Spec, cgroup: str, root_fd: int, size: tuple[int, int]
+) -> Process:
+    """Start a process that leads a session on a terminal of its own."""
+    master = slave = None
+    try:
+        try:
+            master, slave = _open_terminal(root_fd, spec.account)
+            set_size(master, *size)
+        except OSError as error:
+            raise RefusedError(
+                f"cannot open a terminal in the sandbox: {error.strerror}"
+            ) from error
+        # Not by vfork: only a child of its own can make the terminal its session's.
+        pid = await _fork_as_user(spec, cgroup, root_fd, dict.fromkeys((0, 1, 2), slave))
+        return Process(pid, os.pidfd_open(pid), cgroup, None, master, None, is_terminal=True)
+    except BaseException:
+        if master is not None:
+            os.close(master)
+        _LEFT_BEHIND.add(cgroup)
+        raise
+    finally:
+        if slave is not None:
+            os.close(slave)
+
+
+def _open_terminal(root_fd: int, account: Account) -> tuple[int, int]:
+    """Return both ends of a new terminal, as the user's own /dev has it (pts(4))."""
+    flags = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
+    master = os.open("dev/ptmx", flags | os.O_NONBLOCK, dir_fd=root_fd)
+    try:
+        fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
+        slave = fcntl.ioctl(master, _TIOCGPTPEER, flags)
+    except BaseException:
+        os.close(master)
+        raise
+    os.fchown(slave, account.uid, _TTY_GROUP)
+    return master, slave
+
+
+def set_size(terminal: int, columns: int, rows: int) -> None:
+    """Give a terminal a size, in characters.
+
+    Raises:
+        RefusedError: no terminal is of that size.
+    """
+    if not (1 <= columns <= 65535 and 1 <= rows <= 65535):
+        raise RefusedError("cannot use a terminal of that size: it has 1 to 65535 columns and rows")
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
 def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int]) -> int:
     """Start a process by vfork, which under emulation takes a fraction of what fork takes.
 
@@ -217,11 +318,11 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
                     setsid=True,
                     setsigdef=_DEFAULTED,
                 )
-            except FileNotFoundError:
+            except _NOT_HERE:
                 continue
             except OSError as error:
                 raise RefusedError(_cannot("start", program[0], error)) from error
-        raise RefusedError(f"cannot start {spec.programs[0][0]}: it is not in the sandbox")
+        raise RefusedError(f"cannot start {spec.name}: it is not in the sandbox")
     finally:
         _go_home(home)
         os.close(there)
@@ -243,7 +344,7 @@ async def _fork_as_user(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[
     trouble, child_trouble = os.pipe()
     with contextlib.closing(os.fdopen(trouble, "rb", buffering=0)):
         try:
-            pid = _fork(lambda: _become(spec, cgroup, root_fd, streams, child_trouble))
+            pid = fork(lambda: _become(spec, cgroup, root_fd, streams, child_trouble))
         finally:
             os.close(child_trouble)
         said = await _read_all(trouble)
@@ -253,7 +354,7 @@ async def _fork_as_user(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[
     return pid
 
 
-def _fork(child: Callable[[], None]) -> int:
+def fork(child: Callable[[], None]) -> int:
     """Run `child` in a forked process that ends with it, and return the process's id."""
     pid = os.fork()
     if pid:
@@ -265,7 +366,7 @@ def _fork(child: Callable[[], None]) -> int:
         os._exit(71)
 
 
-def _step_down(account: Account, root_fd: int) -> None:
+def step_down(account: Account, root_fd: int) -> None:
     """Take a forked child out of the agent's privileges and into the user's root and account."""
     Path("/proc/self/oom_score_adj").write_text("0")
     os.setpriority(os.PRIO_PROCESS, 0, 0)
@@ -279,21 +380,23 @@ def _step_down(account: Account, root_fd: int) -> None:
 def _become(
     spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int], trouble: int
 ) -> NoReturn:
-    what, which = "start", spec.programs[0][0]
+    what, which = "start", spec.name
     try:
         Path(cgroup, "cgroup.procs").write_text("0")
         os.setsid()
         for number, descriptor in streams.items():
             os.dup2(descriptor, number)
             os.set_inheritable(number, True)
+        if spec.terminal is not None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         for one in _DEFAULTED:
             signal.signal(one, signal.SIG_DFL)
-        _step_down(spec.account, root_fd)
+        step_down(spec.account, root_fd)
         what, which = "change to the folder", spec.cwd
         os.chdir(spec.cwd)
-        what, which = "start", spec.programs[0][0]
+        what, which = "start", spec.name
         for program in spec.programs:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(*_NOT_HERE):
                 os.execve(program[0], list(program), dict(spec.env))
         raise FileNotFoundError(2, "it is not in the sandbox")
     except OSError as error:
@@ -307,7 +410,8 @@ def _cannot(what: str, which: str, error: OSError) -> str:
     return f"cannot {what} {which}: {error.strerror}"
 
 
-async def _readable(descriptor: int) -> None:
+async def readable(descriptor: int) -> None:
+    """Return once there is something to read, or a process behind a pidfd has ended."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
     loop.add_reader(descriptor, _resolve, ready)
@@ -321,7 +425,7 @@ async def _read_all(descriptor: int) -> bytes:
     os.set_blocking(descriptor, False)
     said = b""
     while True:
-        await _readable(descriptor)
+        await readable(descriptor)
         data = os.read(descriptor, 4096)
         if not data:
             return said

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -30,6 +31,10 @@ class Reader:
             except BlockingIOError:
                 await self._readable()
                 continue
+            except OSError as error:
+                if error.errno != errno.EIO:  # a terminal whose other end is closed
+                    raise
+                return b""
             if self._left is not None:
                 self._left -= len(data)
             return data

@@ -31,6 +31,14 @@ class RefusedError(Exception):
     """Something the machine would not do; the message is for the caller."""
 
 
+class AbsentError(RefusedError):
+    """There is no such thing."""
+
+
+class ConflictingError(RefusedError):
+    """Not in the state that it is in."""
+
+
 @dataclass(frozen=True)
 class Account:
     """One line of the user's /etc/passwd, with the groups it is in."""

@@ -14,9 +14,12 @@ from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import Opened
 from sandyard.server.core.errors import (
+    AlreadyExistsError,
     ConflictError,
     InternalError,
     InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
     UnavailableError,
     UnsupportedError,
 )
@@ -167,6 +170,7 @@ class AgentLink:
             UnavailableError: the agent does not answer within the limit.
             ConflictError: the machine is dead.
             InvalidArgumentError: the agent refused; the message is its own.
+            NotFoundError: what was asked of is not in the machine.
             UnsupportedError: the agent does not know the operation.
             InternalError: the agent does not accept the token, or speaks another protocol.
         """
@@ -222,6 +226,21 @@ def _refuse(said: Answer) -> None:
             return
         case Refusal.UNAUTHORIZED:
             raise InternalError("cannot use the agent: it does not accept the token")
+        case Refusal.ABSENT:
+            message = said.message or "there is no such thing in the sandbox"
+            raise NotFoundError(message, reason=said.error)
+        case Refusal.CONFLICT:
+            raise ConflictError(said.message or "not in the state that it is in", reason=said.error)
+        case Refusal.EXISTS:
+            raise AlreadyExistsError(said.message or "it exists", reason=said.error)
+        case Refusal.DENIED:
+            raise PermissionDeniedError(said.message or "it is denied", reason=said.error)
+        case Refusal.NO_SPACE:
+            raise ConflictError(said.message or "the disk is full", reason=said.error)
+        case Refusal.IS_A_FOLDER | Refusal.NOT_A_FOLDER:
+            raise InvalidArgumentError(
+                said.message or "it is not what it was taken for", field="path", reason=said.error
+            )
         case Refusal.UNSUPPORTED:
             raise UnsupportedError(said.message or "the agent does not know the operation")
         case _:

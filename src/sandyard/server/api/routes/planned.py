@@ -22,14 +22,9 @@ _PLANNED = {
         ("GET", "/v1/terminal/sessions/{path:path}"),
     ],
     "events": [("GET", f"{_SANDBOX}/events")],
-    "files": [
-        ("GET PUT DELETE", f"{_SANDBOX}/files"),
-        ("GET POST PUT DELETE", f"{_SANDBOX}/files/{{path:path}}"),
-    ],
-    "processes": [
-        ("GET POST", f"{_SANDBOX}/processes"),
-        ("GET POST PUT DELETE", f"{_SANDBOX}/processes/{{path:path}}"),
-    ],
+    "watching files": [("GET", f"{_SANDBOX}/files/watch")],
+    "signed URLs": [("POST", f"{_SANDBOX}/files/sign")],
+    "attaching by WebSocket": [("GET", f"{_SANDBOX}/processes/{{pid}}/attach")],
     "workspaces": [
         ("GET POST", "/v1/workspaces"),
         ("GET POST PUT PATCH DELETE", "/v1/workspaces/{path:path}"),

@@ -17,9 +17,10 @@ from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import ConflictError
 from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.records import Sandbox
+from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
-from sandyard.server.service.sandboxes.lifecycle import is_current
+from sandyard.server.service.sandboxes.lifecycle import is_current, refusal
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import Register, ref_of
 
@@ -29,12 +30,13 @@ _LONG_S = 2.0
 @dataclass(frozen=True)
 class Use:
     """What somebody does in a sandbox: the kind of activity, its title in the feed, the verb, and
-    what else the feed is to tell of it: no secrets."""
+    what else the feed is to tell of it: no secrets. What `is_told` not only counts as a use."""
 
     kind: str
     title: str
     doing: str
     attributes: Mapping[str, object] = field(default_factory=dict)
+    is_told: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,25 @@ class Reach:
                 if self._clock.monotonic() - began > _LONG_S:
                     await self._touch(sandbox, use)
 
+    async def look(
+        self, actor: Actor, reference: str, operation: Operation[AnswerT], *, doing: str
+    ) -> AnswerT:
+        """Ask something of a sandbox that runs: to be looked at is no use of it, and it is neither
+        waited for nor resumed.
+
+        Raises:
+            NotFoundError: no such sandbox for this actor.
+            ConflictError: it does not run.
+            InvalidArgumentError: the agent refused; the message is its own.
+            UnavailableError: node or agent do not answer.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.get(actor, reference)
+        if sandbox.status is not Status.RUNNING:
+            raise refusal(sandbox, doing=doing)
+        async with self._tunnel.open(ref_of(sandbox), operation) as opened:
+            return opened.answer
+
     async def _is_noted(self, actor: Actor, sandbox: Sandbox, use: Use) -> bool:
         """Note a use of a sandbox that is still as it was read, and tell whether it is.
 
@@ -117,19 +138,20 @@ class Reach:
             if not await is_current(tx, sandbox):
                 return False
             await tx.activity.touch(sandbox.id, at=now, kind=use.kind)
-            await tx.activity.append(
-                line(
-                    f"sandbox.{use.kind}",
-                    use.title,
-                    org_id=sandbox.org_id,
-                    actor=actor,
-                    resource_id=sandbox.id,
-                    at=now,
-                    status=sandbox.status.value,
-                    sandbox_id=sandbox.id,
-                    attributes=use.attributes,
+            if use.is_told:
+                await tx.activity.append(
+                    line(
+                        f"sandbox.{use.kind}",
+                        use.title,
+                        org_id=sandbox.org_id,
+                        actor=actor,
+                        resource_id=sandbox.id,
+                        at=now,
+                        status=sandbox.status.value,
+                        sandbox_id=sandbox.id,
+                        attributes=use.attributes,
+                    )
                 )
-            )
         return True
 
     async def _touch(self, sandbox: Sandbox, use: Use) -> None:

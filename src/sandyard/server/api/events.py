@@ -1,0 +1,109 @@
+"""Server-sent events (HTML, section 9.2): a stream that a broken connection can go on from.
+
+While nothing happens a comment is sent now and then, which keeps proxies from closing it; and the
+credential that opened it is looked at again, so that a stream ends with it.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+from sandyard.server.api.streams import HeldStream
+from sandyard.server.core.errors import InternalError, SandyardError
+from sandyard.server.tasks import beside
+
+BEAT_S = 15.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event; with an `id`, a client that comes again says from where."""
+
+    name: str
+    data: object
+    id: int | None = None
+
+    def encoded(self) -> bytes:
+        """Return its bytes."""
+        head = "" if self.id is None else f"id: {self.id}\n"
+        said = json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
+        return f"{head}event: {self.name}\ndata: {said}\n\n".encode(errors="replace")
+
+
+class EventStream(HeldStream):
+    """Sends events as they come, and gives back what `held` holds however it ends.
+
+    What goes wrong in the middle is an event `error`, the last. `check` raises when whoever listens
+    may not any more.
+    """
+
+    def __init__(
+        self,
+        events: AsyncIterator[Event],
+        held: AsyncExitStack,
+        check: Callable[[], Awaitable[object]],
+    ) -> None:
+        super().__init__(
+            _encoded(events, check),
+            held,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+
+async def _encoded(
+    events: AsyncIterator[Event], check: Callable[[], Awaitable[object]]
+) -> AsyncIterator[bytes]:
+    yield b": a stream of events\n\n"
+    try:
+        async for event in _with_beats(events, check):
+            yield b": alive\n\n" if event is None else event.encoded()
+    except SandyardError as error:
+        message = "something broke on the server" if isinstance(error, InternalError) else None
+        data = {"code": error.code.value, "message": message or error.message, **_facts(error)}
+        yield Event("error", data).encoded()
+
+
+def _facts(error: SandyardError) -> dict[str, object]:
+    return {"details": dict(error.facts)} if error.facts else {}
+
+
+async def _with_beats(
+    events: AsyncIterator[Event], check: Callable[[], Awaitable[object]]
+) -> AsyncIterator[Event | None]:
+    """Yield what comes, None where nothing came for a while, and check now and then."""
+    clock = asyncio.get_running_loop().time
+    checked_at = clock()
+    found: asyncio.Queue[Event | BaseException | None] = asyncio.Queue(1)
+    async with beside(_hand_over(events, found)):
+        while True:
+            event: Event | BaseException | None = _NOTHING_YET
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    event = await found.get()
+            if event is None:
+                return
+            if isinstance(event, BaseException):
+                raise event
+            if clock() - checked_at >= BEAT_S:
+                await check()
+                checked_at = clock()
+            yield None if event is _NOTHING_YET else event
+
+
+async def _hand_over(
+    events: AsyncIterator[Event], found: "asyncio.Queue[Event | BaseException | None]"
+) -> None:
+    # An error goes the same way: raised here it would cancel whoever is sending just then.
+    try:
+        async for event in events:
+            await found.put(event)
+    except Exception as error:  # noqa: BLE001 - it is raised where events are taken
+        await found.put(error)
+    else:
+        await found.put(None)
+
+
+_NOTHING_YET = Event("", None)

@@ -1,0 +1,145 @@
+"""Files of a sandbox as HTTP carries them.
+
+A path is text; one that is not UTF-8 is written in base64, in a field whose name ends so.
+"""
+
+import base64
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import Field
+
+from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ops import FileFact
+from sandyard.server.service.sandboxes.files import path_of
+
+_MOMENT_MAX_MS = 253_402_300_799_000  # the last second of the year 9999
+
+
+class MakeFolderBody(Body):
+    """The body of a mkdir."""
+
+    path: str | None = Field(None, examples=["/workspace/data"])
+    path_base64: str | None = None
+    parents: bool = Field(
+        True, description="Make what is above it, too; one that is there is fine."
+    )
+    mode: str | None = Field(None, examples=["0755"], description="Permissions, octal.")
+    owner: str | None = None
+    user: str = Field("root", description="Who does it.")
+
+
+class MoveBody(Body):
+    """The body of a move or a copy."""
+
+    source: str | None = Field(None, alias="from", examples=["/workspace/a"])
+    source_base64: str | None = Field(None, alias="fromBase64")
+    target: str | None = Field(None, alias="to", examples=["/workspace/b"])
+    target_base64: str | None = Field(None, alias="toBase64")
+    overwrite: bool = Field(False, description="Replace a file that is there.")
+    user: str = Field("root", description="Who does it.")
+
+
+class FileOut(Model):
+    """A file, folder or link."""
+
+    path: str
+    path_base64: str | None
+    name: str
+    type: Literal["file", "folder", "link", "other"]
+    size: int
+    mode: str
+    uid: int
+    gid: int
+    owner: str | None
+    group: str | None
+    modified_at: Time
+    target: str | None
+
+
+class WrittenOut(Model):
+    """A file was written."""
+
+    path: str
+    size: int
+
+
+class FileRemovedOut(Model):
+    """A file was removed."""
+
+    path: str
+    deleted: bool
+
+
+class ListingOut(Model):
+    """What is in a folder."""
+
+    path: str
+    entries: list[FileOut]
+    truncated: bool
+
+
+def file_out(fact: FileFact) -> FileOut:
+    """Return a file as it is shown."""
+    path = shown(fact.path)
+    is_text = path.encode() == fact.path
+    return FileOut(
+        path=path,
+        path_base64=None if is_text else base64.b64encode(fact.path).decode(),
+        name=path.rstrip("/").rpartition("/")[2] or "/",
+        type=fact.kind.value,
+        size=fact.size,
+        mode=f"{fact.mode:04o}",
+        uid=fact.uid,
+        gid=fact.gid,
+        owner=fact.owner,
+        group=fact.group,
+        modified_at=datetime.fromtimestamp(min(_MOMENT_MAX_MS, fact.modified_ms) / 1000, UTC),
+        target=None if fact.target is None else shown(fact.target),
+    )
+
+
+def shown(path: bytes) -> str:
+    """Return a path as text, with U+FFFD for what is none."""
+    return path.decode(errors="replace")
+
+
+def given_path(text: str | bytes | None, in_base64: str | None, *, field: str) -> bytes:
+    """Return the path that a request names in one of two ways.
+
+    Raises:
+        InvalidArgumentError: neither, or both, or it cannot be a path.
+    """
+    if (text is None) == (in_base64 is None):
+        raise InvalidArgumentError(
+            f"cannot tell which file is meant: give {field}, or {field}Base64 if it is not UTF-8",
+            field=field,
+        )
+    if in_base64 is not None:
+        try:
+            return path_of(base64.b64decode(in_base64, validate=True), field=f"{field}Base64")
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"cannot use {field}Base64: it is not base64", field=f"{field}Base64"
+            ) from error
+    assert text is not None
+    try:
+        return path_of(text if isinstance(text, bytes) else text.encode(), field=field)
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"cannot use {field}: it is not valid Unicode; give {field}Base64", field=field
+        ) from error
+
+
+def octal(mode: str | None) -> int | None:
+    """Return permissions that are written in octal.
+
+    Raises:
+        InvalidArgumentError: they are not.
+    """
+    if mode is None:
+        return None
+    if not (1 <= len(mode) <= 5 and all(one in "01234567" for one in mode)):
+        raise InvalidArgumentError("cannot use mode: it is octal, such as 0644", field="mode")
+    return int(mode, 8)

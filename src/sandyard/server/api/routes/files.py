@@ -1,0 +1,341 @@
+"""Files in sandboxes."""
+
+import mimetypes
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from urllib.parse import quote, unquote_to_bytes
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from starlette.requests import ClientDisconnect
+
+from sandyard.server.api.access import Scope
+from sandyard.server.api.edge import streams_body
+from sandyard.server.api.models.base import Data
+from sandyard.server.api.models.files import (
+    FileOut,
+    FileRemovedOut,
+    ListingOut,
+    MakeFolderBody,
+    MoveBody,
+    WrittenOut,
+    file_out,
+    given_path,
+    octal,
+    shown,
+)
+from sandyard.server.api.routes.common import enveloped, errors, provided
+from sandyard.server.api.streams import HeldStream
+from sandyard.server.core import ops
+from sandyard.server.core.errors import InternalError, InvalidArgumentError
+from sandyard.server.core.ids import checked_text
+from sandyard.server.core.ops import FileFact
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.files import DEPTH_MAX, LIST_MAX, Files, Reading
+
+router = APIRouter(prefix="/v1/sandboxes/{reference}/files", tags=["files"])
+
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
+Service = Annotated[Files, provided("files")]
+User = Annotated[str, Query(description="Who does it: a name or a number.")]
+
+
+def _path(request: Request, field: str = "path") -> bytes:
+    """Return a path of the query, byte by byte as it was sent: text need not be UTF-8."""
+    found: dict[str, bytes] = {}
+    for part in request.scope["query_string"].split(b"&"):
+        name, _, value = part.partition(b"=")
+        found[name.decode("latin-1")] = unquote_to_bytes(value.replace(b"+", b" "))
+    in_base64 = found.get(f"{field}Base64")
+    return given_path(
+        found.get(field), None if in_base64 is None else in_base64.decode("latin-1"), field=field
+    )
+
+
+Path = Annotated[
+    str | None,
+    Query(description="Where it is; without / at its beginning, below /workspace."),
+]
+PathBase64 = Annotated[
+    str | None, Query(alias="pathBase64", description="The same in base64, if it is not UTF-8.")
+]
+
+
+@router.get(
+    "",
+    responses={
+        **errors(402, 404, 409),
+        200: {"description": "The file.", "content": {"application/octet-stream": {}}},
+        206: {"description": "The part of it that was asked for."},
+        416: {"description": "It has no such part."},
+    },
+    response_model=None,
+)
+async def read_file(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    path: Path = None,
+    path_base64: PathBase64 = None,
+    user: User = "root",
+    range_: Annotated[str | None, Header(alias="Range")] = None,
+) -> Any:
+    """Read a file, or a range of it."""
+    del path, path_base64  # read from the query as bytes
+    where, reference = _path(request), checked_text(reference, field="reference")
+    wanted = _RANGE.fullmatch(range_ or "")
+    begin, end = (int(one) if one else None for one in (wanted.groups() if wanted else ("", "")))
+    if begin is None and end is not None:  # the last so many bytes
+        size = (await _stat(service, actor, reference, ops.Stat(where, user))).size
+        begin, end = max(0, size - end), None
+    if begin is not None and end is not None and end < begin:
+        begin = end = None  # no range at all (RFC 9110, 14.1.1)
+    length = None if end is None or begin is None else end - begin + 1
+    wish = ops.Read(where, begin or 0, length, user)
+    if getattr(request.state, "is_head", False):
+        wish = ops.Read(where, begin or 0, 0, user)
+    async with AsyncExitStack() as opening:
+        reading = await opening.enter_async_context(service.read(actor, reference, wish))
+        size = reading.fact.size
+        headers = _headers(reading.fact)
+        if begin is not None and begin >= size > 0:
+            headers["Content-Range"] = f"bytes */{size}"
+            return Response(status_code=416, headers=headers)
+        held = opening.pop_all()
+    # A file of /proc has no size, and ends where it ends.
+    count = None if size == 0 else min(length or size, size - (begin or 0))
+    if count is not None:
+        headers["Content-Length"] = str(count)
+    is_part = begin is not None and count is not None
+    if is_part:
+        headers["Content-Range"] = f"bytes {begin}-{(begin or 0) + (count or 0) - 1}/{size}"
+    return HeldStream(
+        _whole(reading, count),
+        held,
+        media_type=mimetypes.guess_type(shown(where))[0] or "application/octet-stream",
+        headers=headers,
+        status_code=206 if is_part else 200,
+    )
+
+
+async def _whole(reading: Reading, count: int | None) -> AsyncIterator[bytes]:
+    """Yield as many bytes as were promised; who gets fewer is to notice that it is not all."""
+    sent = 0
+    async for piece in reading.pieces(count):
+        sent += len(piece)
+        yield piece
+    if count is not None and sent < count:
+        raise InvalidArgumentError(f"the file became {count - sent} bytes shorter meanwhile")
+
+
+def _headers(fact: FileFact) -> dict[str, str]:
+    name = shown(fact.path).rpartition("/")[2]
+    modified = datetime.fromtimestamp(min(fact.modified_ms, 2**41) / 1000, UTC)
+    return {
+        "Accept-Ranges": "bytes",
+        "Last-Modified": modified.strftime("%a, %d %b %Y %H:%M:%S GMT"),
+        # What a guest wrote is never a page of this server's.
+        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-store",
+    }
+
+
+@router.put("", status_code=201, responses=errors(402, 404, 409))
+@streams_body
+async def write_file(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    path: Path = None,
+    path_base64: PathBase64 = None,
+    user: User = "root",
+    mode: Annotated[str | None, Query(description="Permissions, octal.")] = None,
+    owner: Annotated[str | None, Query(description="Whose it is to be.")] = None,
+    parents: Annotated[bool, Query(description="Make the folders above it, too.")] = True,
+    in_place: Annotated[
+        bool,
+        Query(
+            alias="inPlace",
+            description="Write over what is there, which is neither whole nor gone meanwhile.",
+        ),
+    ] = False,
+) -> Data[WrittenOut]:
+    """Write a file, with the body as it is. What was there stays whole until all has come."""
+    del path, path_base64
+    where, reference = _path(request), checked_text(reference, field="reference")
+    wish = ops.Write(where, in_place, parents, octal(mode), owner, user)
+    try:
+        size = await service.write(actor, reference, wish, request.stream())
+    except ClientDisconnect as error:
+        raise InvalidArgumentError("the file did not come whole; nothing was written") from error
+    return enveloped(request, WrittenOut(path=shown(where), size=size))
+
+
+@router.delete("", responses=errors(402, 404, 409))
+async def remove_file(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    path: Path = None,
+    path_base64: PathBase64 = None,
+    user: User = "root",
+    recursive: Annotated[bool, Query(description="A folder with all that is in it.")] = False,
+) -> Data[FileRemovedOut]:
+    """Remove a file, an empty folder, or with `recursive` a full one."""
+    del path, path_base64
+    where, reference = _path(request), checked_text(reference, field="reference")
+    await service.ask(actor, reference, ops.Remove(where, recursive, user))
+    return enveloped(request, FileRemovedOut(path=shown(where), deleted=True))
+
+
+@router.get("/list", responses=errors(402, 404, 409))
+async def list_folder(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    path: Path = None,
+    path_base64: PathBase64 = None,
+    user: User = "root",
+    depth: Annotated[int, Query(ge=1, le=DEPTH_MAX)] = 1,
+    limit: Annotated[int, Query(ge=1, le=LIST_MAX)] = LIST_MAX,
+) -> Data[ListingOut]:
+    """List a folder by name, each folder in it followed by what is in that, down to `depth`."""
+    del path, path_base64
+    where, reference = _path(request), checked_text(reference, field="reference")
+    found = await service.list(actor, reference, ops.ListFolder(where, depth, limit, user))
+    entries = [file_out(one) for one in found.entries]
+    return enveloped(
+        request, ListingOut(path=shown(where), entries=entries, truncated=found.is_cut)
+    )
+
+
+@router.get("/stat", responses=errors(402, 404, 409))
+async def stat_file(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    path: Path = None,
+    path_base64: PathBase64 = None,
+    user: User = "root",
+) -> Data[FileOut]:
+    """Tell what a path leads to."""
+    del path, path_base64
+    where, reference = _path(request), checked_text(reference, field="reference")
+    return enveloped(
+        request, file_out(await _stat(service, actor, reference, ops.Stat(where, user)))
+    )
+
+
+@router.get(
+    "/archive",
+    responses={
+        **errors(402, 404, 409),
+        200: {"description": "A tar archive.", "content": {"application/x-tar": {}}},
+    },
+    response_model=None,
+)
+async def pack_folder(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    path: Path = None,
+    path_base64: PathBase64 = None,
+    user: User = "root",
+) -> Any:
+    """Read a folder with all that is in it, as a tar archive."""
+    del path, path_base64
+    where, reference = _path(request), checked_text(reference, field="reference")
+    if getattr(request.state, "is_head", False):
+        await _stat(service, actor, reference, ops.Stat(where, user))
+        return Response(media_type="application/x-tar")
+    async with AsyncExitStack() as opening:
+        pieces = await opening.enter_async_context(service.pack(actor, reference, where, user))
+        held = opening.pop_all()
+    name = quote((shown(where).rstrip("/").rpartition("/")[2] or "root") + ".tar", safe="")
+    headers = {
+        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
+        "Cache-Control": "no-store",
+    }
+    return HeldStream(pieces, held, media_type="application/x-tar", headers=headers)
+
+
+@router.put("/archive", status_code=201, responses=errors(402, 404, 409))
+@streams_body
+async def unpack_folder(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    path: Path = None,
+    path_base64: PathBase64 = None,
+    user: User = "root",
+) -> Data[FileOut]:
+    """Unpack a tar archive into a folder, which is made if it is not there."""
+    del path, path_base64
+    where, reference = _path(request), checked_text(reference, field="reference")
+    try:
+        found = await service.unpack(actor, reference, where, user, request.stream())
+    except ClientDisconnect as error:
+        raise InvalidArgumentError("the archive did not come whole") from error
+    return enveloped(request, file_out(found))
+
+
+@router.post("/mkdir", status_code=201, responses=errors(402, 404, 409))
+async def make_folder(
+    request: Request, actor: CanWrite, service: Service, reference: str, body: MakeFolderBody
+) -> Data[FileOut]:
+    """Make a folder."""
+    where = given_path(body.path, body.path_base64, field="path")
+    wish = ops.MakeFolder(where, body.parents, octal(body.mode), body.owner, body.user)
+    reference = checked_text(reference, field="reference")
+    return enveloped(request, file_out(await _stat(service, actor, reference, wish)))
+
+
+@router.post("/move", responses=errors(402, 404, 409))
+async def move_file(
+    request: Request, actor: CanWrite, service: Service, reference: str, body: MoveBody
+) -> Data[FileOut]:
+    """Give a file or folder another path."""
+    reference = checked_text(reference, field="reference")
+    wish = ops.Move(*_both(body), body.overwrite, body.user)
+    return enveloped(request, file_out(await _stat(service, actor, reference, wish)))
+
+
+@router.post("/copy", status_code=201, responses=errors(402, 404, 409))
+async def copy_file(
+    request: Request, actor: CanWrite, service: Service, reference: str, body: MoveBody
+) -> Data[FileOut]:
+    """Copy a file, or a folder with all that is in it."""
+    reference = checked_text(reference, field="reference")
+    wish = ops.Copy(*_both(body), body.overwrite, body.user)
+    return enveloped(request, file_out(await _stat(service, actor, reference, wish)))
+
+
+def _both(body: MoveBody) -> tuple[bytes, bytes]:
+    return (
+        given_path(body.source, body.source_base64, field="from"),
+        given_path(body.target, body.target_base64, field="to"),
+    )
+
+
+async def _stat(
+    service: Files,
+    actor: Actor,
+    reference: str,
+    wish: ops.Stat | ops.MakeFolder | ops.Move | ops.Copy,
+) -> FileFact:
+    found = await service.ask(actor, reference, wish)
+    if found is None:
+        raise InternalError("the agent of the sandbox told nothing of a file")
+    return found

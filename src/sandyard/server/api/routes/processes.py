@@ -1,0 +1,201 @@
+"""Processes in sandboxes that outlive the request which started them."""
+
+import base64
+import codecs
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+
+from sandyard.server.api.access import Scope
+from sandyard.server.api.edge import takes_body, token_of
+from sandyard.server.api.events import Event, EventStream
+from sandyard.server.api.models.base import Data, Page
+from sandyard.server.api.models.processes import (
+    Encoding,
+    ProcessOut,
+    Pty,
+    SendSignal,
+    SignalledOut,
+    StartProcess,
+    StdinOut,
+    WriteStdin,
+    end_out,
+    process_out,
+)
+from sandyard.server.api.routes.common import enveloped, errors, provided, whole
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import checked_text
+from sandyard.server.core.ops import Ended
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.people.access import Access
+from sandyard.server.service.sandboxes.processes import Following, Processes, Which
+
+router = APIRouter(prefix="/v1/sandboxes/{reference}/processes", tags=["processes"])
+
+_START_MAX = 1536 * 1024  # a command of 1 MiB, and what JSON makes of it
+_STDIN_MAX = 1536 * 1024  # 1 MiB in base64
+_PID_DIGITS = 10
+
+CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
+Service = Annotated[Processes, provided("processes")]
+Gate = Annotated[Access, provided("access")]
+
+
+@router.post("", status_code=201, responses=errors(402, 404, 409, 413))
+@takes_body(_START_MAX)
+async def start_process(
+    request: Request, actor: CanWrite, service: Service, reference: str, body: StartProcess
+) -> Data[ProcessOut]:
+    """Start a process that lives on when this request is over, and keeps the last it prints."""
+    found = await service.start(actor, checked_text(reference, field="reference"), body.wish())
+    return enveloped(request, process_out(found))
+
+
+@router.get("", responses=errors(404, 409))
+async def list_processes(
+    request: Request, actor: CanWrite, service: Service, reference: str
+) -> Page[ProcessOut]:
+    """List the processes that were started, oldest first; those that ended for ten minutes."""
+    found = await service.list(actor, checked_text(reference, field="reference"))
+    return whole(request, [process_out(one) for one in found.items])
+
+
+@router.get("/{process}", responses=errors(404, 409))
+async def get_process(
+    request: Request, actor: CanWrite, service: Service, reference: str, process: str
+) -> Data[ProcessOut]:
+    """Return one process, by its pid or its tag."""
+    found = await service.get(actor, checked_text(reference, field="reference"), which_of(process))
+    return enveloped(request, process_out(found))
+
+
+@router.post("/{process}/signal", responses=errors(402, 404, 409))
+async def signal_process(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    process: str,
+    body: SendSignal,
+) -> Data[SignalledOut]:
+    """Send a process a signal, or everything that it has started."""
+    reference = checked_text(reference, field="reference")
+    pid, name = await service.signal(
+        actor, reference, which_of(process), str(body.signal), everything=body.everything
+    )
+    return enveloped(request, SignalledOut(pid=pid, signal=name))
+
+
+@router.post("/{process}/stdin", responses=errors(402, 404, 409, 413))
+@takes_body(_STDIN_MAX)
+async def write_stdin(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    process: str,
+    body: WriteStdin,
+) -> Data[StdinOut]:
+    """Write to a process's input. Answered once that is written, within 5 seconds: what the process
+    did not read by then is to be sent again."""
+    reference = checked_text(reference, field="reference")
+    written = await service.write(
+        actor, reference, which_of(process), body.bytes(), closes=body.close
+    )
+    return enveloped(request, StdinOut(written=written))
+
+
+@router.post("/{process}/resize", responses=errors(402, 404, 409))
+async def resize_terminal(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    process: str,
+    body: Pty,
+) -> Data[ProcessOut]:
+    """Tell a process that its terminal has another size."""
+    reference, which = checked_text(reference, field="reference"), which_of(process)
+    await service.resize(actor, reference, which, body.size())
+    return enveloped(request, process_out(await service.get(actor, reference, which)))
+
+
+@router.get(
+    "/{process}/output",
+    responses={
+        **errors(402, 404, 409),
+        200: {"description": "Events.", "content": {"text/event-stream": {}}},
+    },
+    response_model=None,
+)
+async def follow_output(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    access: Gate,
+    reference: str,
+    process: str,
+    offset: Annotated[
+        int | None,
+        Query(ge=0, description="The first byte to tell of; without it, all that is kept."),
+    ] = None,
+    encoding: Annotated[
+        Encoding, Query(description="How output is given: as text, or exactly in base64.")
+    ] = "utf8",
+    last_event_id: Annotated[
+        str | None, Header(description="What a browser sends when it comes again.")
+    ] = None,
+) -> Any:
+    """Follow what a process prints: events `output`, and `exit` at last.
+
+    Each `output` has an id, the number of the byte after it; who comes again with that as `offset`
+    goes on there. `lost` comes first if bytes that were asked for are not kept any more.
+    """
+    reference = checked_text(reference, field="reference")
+    if last_event_id:
+        if not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) < 19):
+            raise InvalidArgumentError(
+                "cannot use Last-Event-ID: it is no id of an event here", field="Last-Event-ID"
+            )
+        offset = int(last_event_id)
+    async with AsyncExitStack() as opening:
+        following = await opening.enter_async_context(
+            service.follow(actor, reference, which_of(process), offset or 0)
+        )
+        held = opening.pop_all()
+    token, org_id = token_of(request), request.query_params.get("orgId")
+    return EventStream(
+        _events(following, encoding, wants_lost=offset is not None),
+        held,
+        lambda: access.authenticate(token, org_id=org_id),
+    )
+
+
+async def _events(following: Following, encoding: str, *, wants_lost: bool) -> AsyncIterator[Event]:
+    if following.lost and wants_lost:
+        yield Event("lost", {"bytes": following.lost}, id=following.offset)
+    decoders: dict[str, codecs.IncrementalDecoder] = {}
+    async for one in following.events():
+        if isinstance(one, Ended):
+            for stream, decoder in decoders.items():
+                if rest := decoder.decode(b"", final=True):
+                    yield Event("output", {"stream": stream, "data": rest})
+            yield Event("exit", end_out(one))
+            return
+        if encoding == "base64":
+            shown = base64.b64encode(one.data).decode()
+        else:
+            made = codecs.getincrementaldecoder("utf-8")
+            decoder = decoders.setdefault(one.stream, made("replace"))
+            shown = decoder.decode(one.data)
+        yield Event("output", {"stream": one.stream, "data": shown}, id=one.offset)
+
+
+def which_of(process: str) -> Which:
+    """Return the process that a part of a path means: a pid, or a tag."""
+    checked_text(process, field="process")
+    if process.isascii() and process.isdigit() and len(process) <= _PID_DIGITS:
+        return Which(pid=int(process))
+    return Which(tag=process)

@@ -1,0 +1,185 @@
+"""The processes that a fake machine's agent keeps: a few words are all that they understand."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator
+
+from sandyard.server.core import ops, wire
+from sandyard.server.core.codec import encode
+
+KEPT = 256 * 1024
+_STARTED_MS = 1_777_777_777_000
+
+
+class AbsentError(Exception):
+    """There is no such process."""
+
+
+class ConflictingError(Exception):
+    """It is not in a state for that."""
+
+
+class FakeProgram:
+    """One process: it runs until its word says that it ends.
+
+    `cat` prints what it reads until its input is closed, `hang` runs until it is signalled, `count
+    N` prints the numbers, `spill N` so many zeros; anything else is printed itself. On a terminal
+    all of it comes there.
+    """
+
+    def __init__(self, pid: int, wish: ops.Start) -> None:
+        self.end: ops.Ended | None = None
+        self.size = wish.terminal
+        self._pid = pid
+        self._wish = wish
+        self._is_open = wish.stdin or wish.terminal is not None
+        self._said: list[tuple[int, bytes]] = []
+        self._begin = self._printed = 0
+        self._changed = asyncio.Event()
+        self._started_ms = _STARTED_MS
+        words = (wish.command or " ".join(wish.argv)).split(" ")
+        match words:
+            case ["cat"] | ["hang"]:
+                pass
+            case ["count", number]:
+                self._print(b"".join(b"%d\n" % one for one in range(1, int(number) + 1)))
+                self._finish(0)
+            case ["spill", number]:
+                self._print(bytes(int(number)))
+                self._finish(0)
+            case _:
+                self._print(" ".join(words).encode())
+                self._finish(0)
+
+    @property
+    def tag(self) -> str | None:
+        """What it was started with."""
+        return self._wish.tag
+
+    def told(self) -> ops.Program:
+        """Return what is told of it."""
+        wish = self._wish
+        return ops.Program(
+            pid=self._pid,
+            command=wish.command or " ".join(wish.argv),
+            cwd=wish.cwd,
+            user=wish.user,
+            started_ms=self._started_ms,
+            printed=self._printed,
+            tag=wish.tag,
+            takes_input=self._is_open,
+            terminal=self.size,
+            ended_ms=self._started_ms + 1 if self.end else None,
+            end=self.end,
+        )
+
+    def feed(self, data: bytes, *, closes: bool) -> None:
+        """Take input.
+
+        Raises:
+            ConflictingError: it takes none.
+        """
+        if not self._is_open:
+            raise ConflictingError(f"cannot write to the process {self._pid}: it takes no input")
+        if self._wish.command == "cat":
+            self._print(data)
+        if closes:
+            self._is_open = False
+            if self._wish.command == "cat":
+                self._finish(0)
+
+    def send(self, number: int) -> None:
+        """Take a signal, which ends it.
+
+        Raises:
+            ConflictingError: it has ended.
+        """
+        if self.end is not None:
+            raise ConflictingError(f"cannot signal it: the process {self._pid} has ended")
+        self._finish(128 + number, signal.Signals(number).name)
+
+    def attached(self, offset: int | None) -> ops.Attached:
+        """Return from where somebody may follow it."""
+        begin = self._printed if offset is None else max(self._begin, offset)
+        return ops.Attached(self._pid, begin, 0 if offset is None else begin - offset)
+
+    async def frames(self, offset: int) -> AsyncIterator[bytes]:
+        """Yield what it prints from a byte on, and its end."""
+        terminal = self._wish.terminal is not None
+        channel = wire.Channel.TERMINAL if terminal else wire.Channel.STDOUT
+        while True:
+            for begin, data in list(self._said):
+                if begin + len(data) > offset:
+                    piece = data[max(0, offset - begin) :]
+                    offset = begin + len(data)
+                    for start in range(0, len(piece), wire.FRAME_MAX):
+                        yield wire.encode_frame(channel, piece[start : start + wire.FRAME_MAX])
+            if self.end is not None:
+                yield wire.encode_frame(wire.Channel.EXIT, json.dumps(encode(self.end)).encode())
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _print(self, data: bytes) -> None:
+        self._said.append((self._printed, data[-KEPT:] if len(data) > KEPT else data))
+        if len(data) > KEPT:
+            self._said[-1] = (self._printed + len(data) - KEPT, data[-KEPT:])
+        self._printed += len(data)
+        self._begin = max(self._begin, self._printed - KEPT)
+        self._changed.set()
+
+    def _finish(self, code: int, by: str | None = None) -> None:
+        self.end = ops.Ended(exit_code=code, duration_ms=1, signal=by)
+        self._is_open = False
+        self._changed.set()
+
+
+class FakePrograms:
+    """All of them, by pid."""
+
+    def __init__(self) -> None:
+        self._by_pid: dict[int, FakeProgram] = {}
+        self._next = 100
+
+    def answer(
+        self,
+        wish: ops.Start | ops.Attach | ops.List | ops.Signal | ops.Input | ops.Resize,
+    ) -> object:
+        """Carry an operation out, and return what it answers.
+
+        Raises:
+            AbsentError, ConflictingError: see their classes.
+        """
+        if isinstance(wish, ops.Start):
+            self._next += 1
+            made = self._by_pid[self._next] = FakeProgram(self._next, wish)
+            return made.told()
+        if isinstance(wish, ops.List) and wish.pid is None and wish.tag is None:
+            return ops.Programs(tuple(one.told() for one in self._by_pid.values()))
+        found = self.find(wish.pid, wish.tag)
+        match wish:
+            case ops.List():
+                return ops.Programs((found.told(),))
+            case ops.Attach():
+                return found.attached(wish.offset)
+            case ops.Signal():
+                found.send(wish.number)
+                return ops.Started(found.told().pid)
+            case ops.Input():
+                found.feed(wish.data, closes=wish.closes)
+                return ops.Written(len(wish.data))
+            case ops.Resize():
+                found.size = wish.terminal
+                return ops.Done()
+
+    def find(self, pid: int | None, tag: str | None) -> FakeProgram:
+        """Return one.
+
+        Raises:
+            AbsentError: there is none.
+        """
+        for number, one in reversed(self._by_pid.items()):
+            if number == pid or (tag is not None and one.tag == tag):
+                return one
+        raise AbsentError(f"there is no process with the pid {pid} or the tag {tag!r}")

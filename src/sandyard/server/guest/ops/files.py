@@ -1,0 +1,484 @@
+"""STAT, LIST_FOLDER, MAKE_FOLDER, MOVE, COPY, REMOVE, READ, WRITE: the files of the machine.
+
+Each is done by a child that has gone over to the user's root and account: the kernel itself sees to
+who may do what, links lead where they lead for the user, and whatever a file system makes a child
+wait for, the agent does not wait with it.
+"""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import stat as stats
+from collections.abc import Iterator
+
+from sandyard.server.core import ops, wire
+from sandyard.server.core.codec import encode
+from sandyard.server.guest import processes, system
+from sandyard.server.guest.context import Context
+from sandyard.server.guest.system import Account, ConflictingError, RefusedError
+
+_CHILDREN_MAX = 64
+_PIECE = wire.FRAME_MAX
+_ENTRIES_A_FRAME = 200
+_ENTRIES_MAX = 100_000
+_DEPTH_MAX = 64
+_NAMES_MAX = 1024 * 1024
+_LOW, _HIGH = 3, 100
+_LATE_S = 10.0
+_MODES = 0o7777
+_KINDS = {
+    stats.S_IFREG: ops.FileKind.FILE, stats.S_IFDIR: ops.FileKind.FOLDER,
+    stats.S_IFLNK: ops.FileKind.LINK,
+}  # fmt: skip
+_CODES = {
+    errno.ENOENT: wire.Refusal.ABSENT,
+    errno.EEXIST: wire.Refusal.EXISTS,
+    errno.ENOTEMPTY: wire.Refusal.EXISTS,
+    errno.ENOTDIR: wire.Refusal.NOT_A_FOLDER,
+    errno.EISDIR: wire.Refusal.IS_A_FOLDER,
+    errno.EACCES: wire.Refusal.DENIED,
+    errno.EPERM: wire.Refusal.DENIED,
+    errno.EROFS: wire.Refusal.DENIED,
+    errno.ENOSPC: wire.Refusal.NO_SPACE,
+    errno.EDQUOT: wire.Refusal.NO_SPACE,
+    errno.EBUSY: wire.Refusal.CONFLICT,
+}
+_children: set[int] = set()
+
+
+class _TroubleError(Exception):
+    """What cannot be done to a file, and why."""
+
+    def __init__(self, code: wire.Refusal, message: str) -> None:
+        super().__init__(message)
+        self.trouble = ops.FileTrouble(code.value, message)
+
+
+async def carry_out(
+    context: Context,
+    wish: ops.FileOperation,
+    connection: socket.socket,
+    decoder: wire.Decoder,
+) -> None:
+    """See the classes of core.ops."""
+    if len(_children) >= _CHILDREN_MAX:
+        raise ConflictingError(
+            f"cannot do that now: {_CHILDREN_MAX} operations on files are under way"
+        )
+    for path in _paths_of(wish):
+        if not path.startswith(b"/") or b"\0" in path:
+            raise RefusedError(f"cannot use the path {_shown(path)}: it must begin with /")
+    account = system.find_account(context.root_fd, wish.user)
+    owner = None
+    if isinstance(wish, ops.MakeFolder | ops.Write) and wish.owner is not None:
+        owner = system.find_account(context.root_fd, wish.owner)
+    pid = processes.fork(
+        lambda: _Child(context.root_fd, account, owner, connection, decoder).serve(wish)
+    )
+    _children.add(pid)
+    try:
+        await _until_ended(pid)
+    finally:
+        _children.discard(pid)
+
+
+async def _until_ended(pid: int) -> None:
+    """Return once a child has ended; it ends with the connection that it serves."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        await processes.readable(pidfd)
+    except asyncio.CancelledError:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        os.close(pidfd)
+        os.waitpid(pid, 0)
+
+
+class _Child:
+    """The work itself, in a process of its own that may block as it likes."""
+
+    def __init__(
+        self,
+        root_fd: int,
+        account: Account,
+        owner: Account | None,
+        connection: socket.socket,
+        decoder: wire.Decoder,
+    ) -> None:
+        self._root_fd = root_fd
+        self._account = account
+        self._owner = owner
+        self._connection = connection
+        self._decoder = decoder
+        self._has_answered = False
+        self._names: dict[tuple[str, int], str | None] = {}
+
+    def serve(self, wish: ops.FileOperation) -> None:
+        """Carry an operation out and tell the host; never returns anything to the agent."""
+        # The other connections must not be kept open by a child that takes long.
+        kept = [
+            fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+            for one in (self._connection.fileno(), self._root_fd)
+        ]
+        connection, root = (os.dup2(one, _LOW + at) for at, one in enumerate(kept))
+        os.closerange(root + 1, os.sysconf("SC_OPEN_MAX"))
+        self._connection = socket.socket(fileno=connection)
+        self._connection.setblocking(True)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        processes.step_down(self._account, root)
+        os.close(root)
+        os.umask(0o022)
+        try:
+            self._carry_out(wish)
+        except _TroubleError as error:
+            self._refuse(error.trouble)
+        except OSError as error:
+            self._refuse(_trouble_of(error, _paths_of(wish)[0]))
+
+    def _carry_out(self, wish: ops.FileOperation) -> None:
+        match wish:
+            case ops.Stat():
+                self._answer(self._fact(wish.path))
+            case ops.ListFolder():
+                self._list(wish)
+            case ops.MakeFolder():
+                self._make_folder(wish)
+            case ops.Move():
+                self._make_way(wish)
+                _move(wish.source, wish.target)
+                self._answer(self._fact(wish.target))
+            case ops.Copy():
+                self._make_way(wish)
+                _copy(wish.source, wish.target)
+                self._answer(self._fact(wish.target))
+            case ops.Remove():
+                self._remove(wish)
+            case ops.Read():
+                self._read(wish)
+            case ops.Write():
+                self._write(wish)
+
+    # --- what is told -----------------------------------------------------------------------
+
+    def _answer(self, value: object) -> None:
+        self._has_answered = True
+        self._connection.sendall(wire.encode_answer(wire.Answer(encode(value))))
+
+    def _refuse(self, trouble: ops.FileTrouble) -> None:
+        answer = wire.Answer({}, error=trouble.error, message=trouble.message)
+        if self._has_answered:  # then the host is gone
+            return
+        with contextlib.suppress(OSError):
+            self._connection.sendall(wire.encode_answer(answer))
+
+    def _send(self, channel: wire.Channel, payload: bytes) -> None:
+        self._connection.sendall(wire.encode_frame(channel, payload))
+
+    def _end(self, end: ops.FileEnd) -> None:
+        self._send(wire.Channel.EXIT, json.dumps(encode(end)).encode())
+
+    def _fact(self, path: bytes) -> ops.FileFact:
+        found = os.lstat(path)
+        is_link = stats.S_ISLNK(found.st_mode)
+        return ops.FileFact(
+            path=path,
+            kind=_KINDS.get(stats.S_IFMT(found.st_mode), ops.FileKind.OTHER),
+            size=found.st_size,
+            mode=stats.S_IMODE(found.st_mode),
+            uid=found.st_uid,
+            gid=found.st_gid,
+            modified_ms=found.st_mtime_ns // 1_000_000,
+            owner=self._name("passwd", found.st_uid),
+            group=self._name("group", found.st_gid),
+            target=os.readlink(path) if is_link else None,
+        )
+
+    def _name(self, table: str, number: int) -> str | None:
+        """Return the name of an account or group, as the user's root has it."""
+        if (table, number) not in self._names:
+            name = None
+            with contextlib.suppress(OSError):
+                descriptor = os.open(f"/etc/{table}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                with os.fdopen(descriptor, errors="replace") as file:
+                    for line in file.read(_NAMES_MAX).splitlines():
+                        fields = line.split(":")
+                        if len(fields) > 2 and fields[2] == str(number):
+                            name = fields[0][:64]
+                            break
+            self._names[table, number] = name
+        return self._names[table, number]
+
+    # --- operations -------------------------------------------------------------------------
+
+    def _list(self, wish: ops.ListFolder) -> None:
+        limit = max(1, min(_ENTRIES_MAX, wish.limit))
+        os.scandir(wish.path).close()  # what is wrong is told before anything else
+        self._answer(ops.Done())
+        count, is_cut, batch = 0, False, []
+        for path in _below(wish.path, max(1, min(_DEPTH_MAX, wish.depth))):
+            if count == limit:
+                is_cut = True
+                break
+            try:
+                batch.append(encode(self._fact(path)))
+            except OSError:  # gone meanwhile
+                continue
+            count += 1
+            if len(batch) == _ENTRIES_A_FRAME:
+                self._send_entries(batch)
+                batch = []
+        self._send_entries(batch)
+        self._end(ops.FileEnd(count, is_cut))
+
+    def _send_entries(self, batch: list[object]) -> None:
+        """Send some entries, in as many frames as paths of any length need."""
+        payload = json.dumps(batch).encode()
+        if len(payload) > wire.FRAME_MAX and len(batch) > 1:
+            self._send_entries(batch[: len(batch) // 2])
+            self._send_entries(batch[len(batch) // 2 :])
+        elif batch:
+            self._send(wire.Channel.STDOUT, payload)
+
+    def _make_folder(self, wish: ops.MakeFolder) -> None:
+        mode = 0o755 if wish.mode is None else wish.mode & _MODES
+        if wish.parents:
+            self._make_parents(wish.path)
+        try:
+            os.mkdir(wish.path)
+        except FileExistsError:
+            if not (wish.parents and os.path.isdir(wish.path)):
+                raise
+        else:
+            self._own(wish.path)
+            os.chmod(wish.path, mode)
+        self._answer(self._fact(wish.path))
+
+    def _make_parents(self, path: bytes) -> None:
+        missing = []
+        folder = os.path.dirname(path.rstrip(b"/"))
+        while folder not in (b"", b"/") and not os.path.isdir(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        for one in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(one, 0o755)
+                self._own(one)
+
+    def _own(self, path: "bytes | int") -> None:
+        if self._owner is not None:
+            os.chown(path, self._owner.uid, self._owner.gid)
+
+    def _make_way(self, wish: ops.Move | ops.Copy) -> None:
+        """Refuse what a move or copy would not do as it is asked."""
+        source = os.lstat(wish.source)
+        inside = os.path.join(os.path.realpath(wish.source), b"")
+        if stats.S_ISDIR(source.st_mode) and os.path.realpath(wish.target).startswith(inside):
+            raise _TroubleError(
+                wire.Refusal.BAD_REQUEST, f"cannot put {_shown(wish.source)} inside itself"
+            )
+        try:
+            target = os.lstat(wish.target)
+        except FileNotFoundError:
+            return
+        if not wish.replaces:
+            raise FileExistsError(errno.EEXIST, "it exists", wish.target)
+        if stats.S_ISDIR(target.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", wish.target)
+        if stats.S_ISDIR(source.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "it is no folder", wish.target)
+        if os.path.samestat(source, target):
+            raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.source)} is the same file")
+
+    def _remove(self, wish: ops.Remove) -> None:
+        if os.path.realpath(wish.path) == b"/":
+            raise _TroubleError(wire.Refusal.BAD_REQUEST, "cannot remove the whole file system")
+        if stats.S_ISDIR(os.lstat(wish.path).st_mode):
+            if wish.everything:
+                shutil.rmtree(wish.path)
+            else:
+                os.rmdir(wish.path)
+        else:
+            os.unlink(wish.path)
+        self._answer(ops.Done())
+
+    def _read(self, wish: ops.Read) -> None:
+        # Not to wait for somebody to write into a pipe.
+        descriptor = os.open(wish.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        found = os.fstat(descriptor)
+        if stats.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", wish.path)
+        if not stats.S_ISREG(found.st_mode):
+            raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.path)} is no plain file")
+        if wish.offset:
+            os.lseek(descriptor, wish.offset, os.SEEK_SET)
+        fact = self._fact(wish.path)
+        self._answer(
+            ops.FileFact(**{**vars(fact), "kind": ops.FileKind.FILE, "size": found.st_size})
+        )
+        left, sent = wish.length, 0
+        try:
+            while left is None or left > 0:
+                data = os.read(descriptor, _PIECE if left is None else min(_PIECE, left))
+                if not data:
+                    break
+                self._send(wire.Channel.STDOUT, data)
+                sent += len(data)
+                left = None if left is None else left - len(data)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.ECONNRESET):
+                raise
+            self._end(ops.FileEnd(sent, trouble=_trouble_of(error, wish.path)))
+            return
+        self._end(ops.FileEnd(sent))
+
+    def _write(self, wish: ops.Write) -> None:
+        if wish.parents:
+            self._make_parents(wish.path)
+        before = None
+        with contextlib.suppress(FileNotFoundError):
+            before = os.stat(wish.path)
+        if before is not None and stats.S_ISDIR(before.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", wish.path)
+        if before is not None and not stats.S_ISREG(before.st_mode):
+            raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.path)} is no plain file")
+        # Where a link leads: that is what is written, as by any editor.
+        path = os.path.realpath(wish.path)
+        if wish.in_place:
+            part, flags = path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        else:
+            if before is not None:
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # may it be written at all?
+            part = os.path.join(os.path.dirname(path), b".sandyard-%d" % os.getpid())
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(part, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        is_done = False
+        try:
+            self._own_file(descriptor, wish, before)
+            self._answer(ops.Done())
+            try:
+                count = self._take(descriptor)
+                if not wish.in_place:
+                    os.rename(part, path)
+                is_done = True
+            except OSError as error:
+                if isinstance(error, ConnectionError):
+                    raise
+                self._end(ops.FileEnd(trouble=_trouble_of(error, wish.path)))
+                self._hear_out()
+                return
+            self._end(ops.FileEnd(count))
+        except _GoneError:
+            return  # the host broke off: nothing of it is to be seen
+        finally:
+            os.close(descriptor)
+            if not is_done and not wish.in_place:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+
+    def _own_file(self, descriptor: int, wish: ops.Write, before: os.stat_result | None) -> None:
+        if self._owner is not None:
+            os.fchown(descriptor, self._owner.uid, self._owner.gid)
+        elif before is not None and not wish.in_place and self._account.uid == 0:
+            os.fchown(descriptor, before.st_uid, before.st_gid)
+        if wish.mode is not None:
+            os.fchmod(descriptor, wish.mode & _MODES)
+        elif before is not None:
+            os.fchmod(descriptor, stats.S_IMODE(before.st_mode))
+
+    def _take(self, descriptor: int) -> int:
+        """Write what the host sends, and return how much it was.
+
+        Raises:
+            _GoneError: it broke off before it said that this is all.
+        """
+        count = 0
+        while True:
+            while (frame := self._decoder.take_frame()) is None:
+                data = self._connection.recv(_PIECE)
+                if not data:
+                    raise _GoneError
+                self._decoder.feed(data)
+            if frame.channel is not wire.Channel.STDIN:
+                raise _GoneError
+            if not frame.payload:
+                return count
+            view = memoryview(frame.payload)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            count += len(frame.payload)
+
+    def _hear_out(self) -> None:
+        """Read on what the host still sends: closed before, it might not hear what was said."""
+        self._connection.settimeout(_LATE_S)
+        with contextlib.suppress(OSError):
+            while self._connection.recv(_PIECE):
+                pass
+
+
+class _GoneError(Exception):
+    """The host went away in the middle."""
+
+
+def _below(folder: bytes, depth: int) -> Iterator[bytes]:
+    """Yield the paths in a folder, by name, each folder followed by what is in it."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((one.name, one.is_dir(follow_symlinks=False)) for one in entries)
+    except OSError:  # one that may not be looked into is told of, and no more
+        return
+    for name, is_folder in found:
+        path = os.path.join(folder, name)
+        yield path
+        if is_folder and depth > 1:
+            yield from _below(path, depth - 1)
+
+
+def _copy(source: bytes, target: bytes) -> None:
+    kind = os.lstat(source).st_mode
+    if stats.S_ISDIR(kind):
+        shutil.copytree(os.fsdecode(source), os.fsdecode(target), symlinks=True)
+    elif stats.S_ISLNK(kind) or stats.S_ISREG(kind):
+        shutil.copy2(source, target, follow_symlinks=False)
+    else:
+        raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(source)} is no plain file")
+
+
+def _move(source: bytes, target: bytes) -> None:
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _copy(source, target)
+        if stats.S_ISDIR(os.lstat(source).st_mode):
+            shutil.rmtree(source)
+        else:
+            os.unlink(source)
+
+
+def _paths_of(wish: ops.FileOperation) -> tuple[bytes, ...]:
+    if isinstance(wish, ops.Move | ops.Copy):
+        return (wish.source, wish.target)
+    return (wish.path,)
+
+
+def _trouble_of(error: OSError, path: bytes) -> ops.FileTrouble:
+    """Return what went wrong, as it is told."""
+    if isinstance(error, shutil.Error):  # several, of which the first tells enough
+        return ops.FileTrouble(wire.Refusal.BAD_REQUEST.value, f"cannot copy {_shown(path)} whole")
+    code = _CODES.get(error.errno or 0, wire.Refusal.BAD_REQUEST)
+    named = error.filename2 or error.filename
+    which = os.fsencode(named) if isinstance(named, bytes | str) else path
+    words = (error.strerror or "it cannot be done").lower()
+    return ops.FileTrouble(code.value, f"{_shown(which)}: {words}")
+
+
+def _shown(path: bytes) -> str:
+    return path.decode(errors="replace")[:300]

@@ -1,0 +1,200 @@
+"""START, ATTACH, LIST, SIGNAL, INPUT, RESIZE: processes that belong to the agent."""
+
+import asyncio
+import json
+import os
+import shlex
+import socket
+import time
+
+from sandyard.server.core import ops, wire
+from sandyard.server.core.codec import encode
+from sandyard.server.guest import processes, system
+from sandyard.server.guest.context import SHELLS, Context
+from sandyard.server.guest.streams import answer, receive
+from sandyard.server.guest.system import ConflictingError, RefusedError
+from sandyard.server.guest.table import LIVING_MAX, Entry, Follower, shown
+
+_ARGUMENT_MAX = 128 * 1024 - 1  # the kernel's limit for one argument (MAX_ARG_STRLEN)
+_FD = processes.SCRIPT
+_FIRST_READER_S = 10.0
+_INPUT_LIMIT_S = 5.0
+_LIST_MAX = wire.HEAD_MAX * 3 // 4
+
+
+async def carry_out(
+    context: Context, wish: ops.Start | ops.List | ops.Signal | ops.Input | ops.Resize
+) -> object:
+    """Return what one of these operations answers."""
+    match wish:
+        case ops.Start():
+            return (await start(context, wish)).program()
+        case ops.List():
+            return _listed(context, wish)
+        case ops.Signal():
+            return _send_signal(context, wish)
+        case ops.Input():
+            return await _feed(context, wish)
+        case ops.Resize():
+            context.table.find(wish.pid, wish.tag).resize(wish.terminal)
+            return ops.Done()
+
+
+async def start(context: Context, wish: ops.Start, *, is_kept: bool = True) -> Entry:
+    """See core.ops.Start; one that is not kept is of no use to anybody who comes later."""
+    if context.table.living() >= LIVING_MAX:
+        raise ConflictingError(
+            f"cannot start a process: {LIVING_MAX} run already; end some of them first"
+        )
+    if (wish.command is None) == (not wish.argv):
+        raise RefusedError("cannot start a process: give it a command or an argv")
+    account = system.find_account(context.root_fd, wish.user)
+    env = await context.login_environment(account)
+    env |= context.env
+    if wish.terminal is not None:
+        env.setdefault("TERM", "xterm-256color")
+    env |= system.checked_environment(wish.env)
+    programs, script, name = _programs_of(wish, env)
+    process = await processes.start(
+        processes.Spec(
+            name=name,
+            programs=programs,
+            env=env,
+            cwd=wish.cwd,
+            account=account,
+            script=script,
+            terminal=None if wish.terminal is None else (wish.terminal.columns, wish.terminal.rows),
+            is_kept=is_kept,
+        ),
+        root_fd=context.root_fd,
+        wants_stdin=wish.stdin,
+    )
+    told = ops.Program(
+        pid=process.pid,
+        command=shown(wish.command if wish.command is not None else shlex.join(wish.argv)),
+        cwd=wish.cwd,
+        user=wish.user,
+        started_ms=round(time.time() * 1000),
+        printed=0,
+        tag=wish.tag,
+        terminal=wish.terminal,
+    )
+    entry = Entry(process, told, waits_s=_FIRST_READER_S)
+    limit_s = None if wish.timeout_ms is None else wish.timeout_ms / 1000
+    context.table.keep(entry, limit_s=limit_s, keeps_end=is_kept)
+    return entry
+
+
+def _programs_of(
+    wish: ops.Start, env: dict[str, str]
+) -> tuple[list[tuple[str, ...]], bytes | None, str]:
+    """Return what to try to start, what it reads as its script, and what it is called."""
+    if wish.command is not None:
+        command, script = wish.command, None
+        if len(command.encode()) > _ARGUMENT_MAX:
+            # Read whole and closed before it is run, it means what it would as an argument.
+            command, script = (
+                f'eval "exec {_FD}<&-; $(/bin/cat <&{_FD} || echo exit 127)"',
+                command.encode(),
+            )
+        return [(shell, "-c", command) for shell in SHELLS], script, SHELLS[0]
+    name, *rest = wish.argv
+    if any("\0" in one for one in wish.argv) or not name:
+        raise RefusedError("cannot start a process: its argv has a word that cannot be one")
+    if "/" in name:
+        return [(name, *rest)], None, name
+    folders = [one for one in env.get("PATH", system.DEFAULT_PATH).split(":") if one]
+    return [(os.path.join(folder, name), *rest) for folder in folders], None, name
+
+
+async def attach(
+    context: Context, wish: ops.Attach, connection: socket.socket, decoder: wire.Decoder
+) -> None:
+    """See core.ops.Attach."""
+    entry = context.table.find(wish.pid, wish.tag)
+    if wish.offset is not None and not 0 <= wish.offset <= entry.ring.end:
+        raise RefusedError(
+            f"cannot follow the process {entry.told.pid} from byte {wish.offset}: it has printed "
+            f"{entry.ring.end}"
+        )
+    with entry.followed(wish.offset) as follower:
+        lost = 0 if wish.offset is None else follower.offset - wish.offset
+        await answer(connection, ops.Attached(entry.told.pid, follower.offset, lost))
+        await follow(entry, follower, connection, decoder, listens=True)
+
+
+async def follow(
+    entry: Entry,
+    follower: Follower,
+    connection: socket.socket,
+    decoder: wire.Decoder,
+    *,
+    listens: bool,
+) -> None:
+    """Send what the process prints and its end, and write what the host sends to its input."""
+    loop = asyncio.get_running_loop()
+    telling = asyncio.current_task()
+    hearing = loop.create_task(_hear(entry, connection, decoder)) if listens else None
+
+    def is_deaf(done: "asyncio.Task[None]") -> None:
+        # The host is gone, or makes no sense: there is nobody to tell anything.
+        if not done.cancelled() and telling is not None:
+            telling.cancel()
+
+    if hearing is not None:
+        hearing.add_done_callback(is_deaf)
+    try:
+        async for channel, data in follower.pieces():
+            await loop.sock_sendall(connection, wire.encode_frame(channel, data))
+        end = json.dumps(encode(entry.end)).encode()
+        await loop.sock_sendall(connection, wire.encode_frame(wire.Channel.EXIT, end))
+    except asyncio.CancelledError:
+        if telling is None or hearing is None or not hearing.done():
+            raise
+        telling.uncancel()
+    finally:
+        if hearing is not None:
+            hearing.cancel()
+
+
+async def _hear(entry: Entry, connection: socket.socket, decoder: wire.Decoder) -> None:
+    """Write what comes to the process's input, until nothing comes any more."""
+    try:
+        while True:
+            while (frame := decoder.take_frame()) is None:
+                decoder.feed(await receive(connection))
+            if frame.channel is wire.Channel.STDIN:
+                try:
+                    await entry.feed(frame.payload, closes=not frame.payload)
+                except ConflictingError:
+                    continue  # it takes no input any more: that does not end what it prints
+    except (OSError, wire.WireError):
+        return
+
+
+def _listed(context: Context, wish: ops.List) -> ops.Programs:
+    """See core.ops.List."""
+    if wish.pid is not None or wish.tag is not None:
+        return ops.Programs((context.table.find(wish.pid, wish.tag).program(),))
+    every = context.table.programs()
+    kept, size = [], 0
+    for one in reversed(every):  # the newest, if not all of them fit
+        size += len(json.dumps(encode(one)))
+        if size > _LIST_MAX:
+            break
+        kept.append(one)
+    return ops.Programs(tuple(reversed(kept)), is_cut=len(kept) < len(every))
+
+
+def _send_signal(context: Context, wish: ops.Signal) -> ops.Started:
+    """See core.ops.Signal."""
+    entry = context.table.find(wish.pid, wish.tag)
+    entry.signal(wish.number, everything=wish.everything)
+    return ops.Started(entry.told.pid)
+
+
+async def _feed(context: Context, wish: ops.Input) -> ops.Written:
+    """See core.ops.Input."""
+    entry = context.table.find(wish.pid, wish.tag)
+    count = await entry.feed(wish.data, closes=wish.closes, limit_s=_INPUT_LIMIT_S)
+    return ops.Written(min(count, len(wish.data)))

@@ -1,0 +1,65 @@
+"""What a process printed lately: a bounded piece of a stream whose every byte has a number."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sandyard.server.core.wire import Channel
+
+_PIECES_MAX = 4096
+_SMALL = 4096
+
+
+@dataclass(frozen=True)
+class _Piece:
+    begin: int
+    channel: Channel
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.data)
+
+
+class Ring:
+    """Keeps the last `size` bytes that came in, on whichever channel, in their order.
+
+    Bytes are numbered from 0 as they come, over all channels: `begin` is the number of the first
+    that is kept, `end` that of the next to come.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._pieces: deque[_Piece] = deque()
+        self.begin = 0
+        self.end = 0
+
+    def add(self, channel: Channel, data: bytes) -> None:
+        """Take what came; the oldest goes if there is no room."""
+        last = self._pieces[-1] if self._pieces else None
+        if last and last.channel is channel and len(last.data) + len(data) <= _SMALL:
+            self._pieces[-1] = _Piece(last.begin, channel, last.data + data)
+        else:
+            self._pieces.append(_Piece(self.end, channel, data))
+        self.end += len(data)
+        self.begin = max(self.begin, self.end - self._size)
+        while self._pieces and (
+            self._pieces[0].end <= self.begin or len(self._pieces) > _PIECES_MAX
+        ):
+            self.begin = max(self.begin, self._pieces.popleft().end)
+
+    def since(self, number: int) -> Iterator[tuple[Channel, bytes]]:
+        """Yield what is kept from a byte on, as it is now; `number` is not before `begin`."""
+        # From the end: whoever reads on wants the last piece or two.
+        wanted = []
+        for piece in reversed(self._pieces):
+            if piece.end <= number:
+                break
+            wanted.append(piece)
+        for piece in reversed(wanted):
+            yield piece.channel, piece.data[max(0, max(number, self.begin) - piece.begin) :]
+
+    def forget(self) -> None:
+        """Keep nothing of what came so far."""
+        self._pieces.clear()
+        self.begin = self.end

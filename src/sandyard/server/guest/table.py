@@ -1,0 +1,373 @@
+"""The processes that the agent keeps: each with what it printed, whoever follows it, and its end.
+
+A process belongs to the agent and not to a connection: it lives on when whoever started it is gone,
+and what it prints is kept in a ring. Somebody who follows it holds it back by reading slowly; while
+nobody does, the oldest of its output goes.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from sandyard.server.core import ops
+from sandyard.server.core.wire import Channel
+from sandyard.server.guest import processes
+from sandyard.server.guest.ring import Ring
+from sandyard.server.guest.streams import CHUNK, Reader
+from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
+
+RING = 256 * 1024
+_FULL = RING - 2 * CHUNK  # from here on there may be no room for a piece of each stream
+LIVING_MAX = 1000
+ENDED_MAX = 256
+_KEPT_MAX = 8 * 1024 * 1024  # what all that have ended printed last, together
+_KEPT_S = 600.0
+_LAST_WORDS_S = 1.0
+_SHOWN = 500
+
+
+class Follower:
+    """Somebody who reads what a process prints, as far as `offset`."""
+
+    def __init__(self, entry: "Entry", offset: int) -> None:
+        self._entry = entry
+        self.offset = offset
+
+    async def pieces(self) -> AsyncIterator[tuple[Channel, bytes]]:
+        """Yield what the process prints, piece by piece, until it has ended and all is told."""
+        entry = self._entry
+        while True:
+            for channel, data in entry.ring.since(self.offset):
+                yield channel, data
+                self.offset += len(data)
+            entry.moved()
+            if self.offset >= entry.ring.end:
+                if entry.end is not None:
+                    return
+                await entry.more()
+
+
+class Entry:
+    """One process."""
+
+    def __init__(self, process: processes.Process, told: ops.Program, waits_s: float) -> None:
+        self.ring = Ring(RING)
+        self.end: ops.Ended | None = None
+        self.told = told
+        self._process = process
+        self._followers: set[Follower] = set()
+        self._changed = asyncio.Event()
+        self._moved = asyncio.Event()
+        self._held_until = time.monotonic() + waits_s
+        self._writing = asyncio.Lock()
+        self._writable: asyncio.Future[None] | None = None
+        self._ended_ms: int | None = None
+
+    # --- for its owner ----------------------------------------------------------------------
+
+    async def live(self, *, limit_s: float | None) -> None:
+        """See it to its end, keep what it prints, and then give back what it took."""
+        started = time.monotonic()
+        process = self._process
+        readers = [Reader(one) for one in (process.stdout, process.stderr) if one is not None]
+        channels = (Channel.TERMINAL,) if process.is_terminal else (Channel.STDOUT, Channel.STDERR)
+        async with asyncio.TaskGroup() as tasks:
+            pumps = [
+                tasks.create_task(self._pump(*one)) for one in zip(readers, channels, strict=True)
+            ]
+            code, timed_out = await self._wait(limit_s)
+            if process.is_terminal:
+                # The kernel ends it for whoever still has it open; what was said before comes yet.
+                await asyncio.wait(pumps, timeout=_LAST_WORDS_S)
+            for reader in readers:
+                reader.finish()
+        if process.is_terminal:
+            self._stop_writing(process.stdout)
+        self.close_input()
+        self._ended_ms = round(time.time() * 1000)
+        self.end = ops.Ended(
+            exit_code=124 if timed_out else code if code >= 0 else 128 - code,
+            duration_ms=round((time.monotonic() - started) * 1000),
+            timed_out=timed_out,
+            signal=None if code >= 0 else _signal_name(-code),
+        )
+        for reader in readers:
+            reader.drain_to_nowhere()
+        self._tell()
+        process.release()
+
+    def give_up(self) -> None:
+        """Say that it has ended when nobody knows how."""
+        self.end = self.end or ops.Ended(exit_code=255, duration_ms=0)
+        self._tell()
+
+    async def _wait(self, limit_s: float | None) -> tuple[int, bool]:
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._process.wait(), False
+        except TimeoutError:
+            await self._process.end()
+            return await self._process.wait(), True
+
+    async def _pump(self, reader: Reader, channel: Channel) -> None:
+        while data := await reader.read(CHUNK):
+            self.ring.add(channel, data)
+            self._tell()
+            while (wait_s := self._holds_s()) > 0:
+                self._moved.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._moved.wait()
+
+    def _holds_s(self) -> float:
+        """Return how long at most to read no more of what it prints; 0 to read on."""
+        if self._followers:
+            slowest = min(one.offset for one in self._followers)
+            return 3600.0 if self.ring.end - slowest > _FULL else 0.0
+        if self.ring.end > _FULL:
+            return self._held_until - time.monotonic()
+        return 0.0
+
+    # --- for those who follow it --------------------------------------------------------------
+
+    @contextmanager
+    def followed(self, offset: int | None) -> Iterator[Follower]:
+        """Follow it from a byte on that is still kept, else from the first that is."""
+        begin = self.ring.end if offset is None else max(self.ring.begin, offset)
+        follower = Follower(self, min(begin, self.ring.end))
+        self._held_until = 0.0
+        self._followers.add(follower)
+        try:
+            yield follower
+        finally:
+            self._followers.discard(follower)
+            self.moved()
+
+    async def more(self) -> None:
+        """Return once it has printed more, or ended."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def moved(self) -> None:
+        """Note that whoever follows has read on, or left."""
+        self._moved.set()
+
+    def _tell(self) -> None:
+        self._changed.set()
+
+    # --- what can be done to it -----------------------------------------------------------------
+
+    def program(self) -> ops.Program:
+        """Return what is told of it."""
+        told = self.told
+        return ops.Program(
+            pid=told.pid,
+            command=told.command,
+            cwd=told.cwd,
+            user=told.user,
+            started_ms=told.started_ms,
+            printed=self.ring.end,
+            tag=told.tag,
+            takes_input=self._process.stdin is not None or self._process.is_terminal,
+            terminal=told.terminal,
+            ended_ms=self._ended_ms,
+            end=self.end,
+        )
+
+    def signal(self, number: int, *, everything: bool) -> None:
+        """Send it a signal, or all that it started.
+
+        Raises:
+            RefusedError: there is no such signal.
+            ConflictingError: it has ended.
+        """
+        if not 1 <= number < signal.NSIG:
+            raise RefusedError(f"cannot send the signal {number}: there is none of that number")
+        if everything:
+            if not self._process.signal_everything(number):
+                raise ConflictingError(self._over("signal it"))
+        elif not self._process.signal(number):
+            raise ConflictingError(self._over("signal it"))
+
+    async def feed(self, data: bytes, *, closes: bool, limit_s: float | None = None) -> int:
+        """Write to its input, and close it then if asked for; return how much was written in time.
+
+        Raises:
+            ConflictingError: it has no input, or none any more.
+        """
+        written, is_terminal = 0, self._process.is_terminal
+        if closes and is_terminal:
+            data += b"\x04"  # what Ctrl-D is, unless the program says otherwise
+        view = memoryview(data)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s), self._writing:
+                while written < len(data):
+                    written += await self._write(view[written:])
+                if closes and not is_terminal:
+                    self._input()
+                    self.close_input()
+        return written
+
+    async def _write(self, data: memoryview) -> int:
+        """Write what there is room for, once there is some."""
+        descriptor, loop = self._input(), asyncio.get_running_loop()
+        try:
+            return os.write(descriptor, data)
+        except BlockingIOError:
+            ready = self._writable = loop.create_future()
+            loop.add_writer(descriptor, _resolve, ready)
+            try:
+                await ready
+            finally:
+                if self._writable is ready:  # else it was closed meanwhile, and may be another's
+                    self._writable = None
+                    loop.remove_writer(descriptor)
+            return 0
+        except OSError as error:
+            raise ConflictingError(
+                f"cannot write to the process {self.told.pid}: it has closed its input"
+            ) from error
+
+    def _input(self) -> int:
+        process = self._process
+        if process.is_terminal and self.end is None and process.stdout is not None:
+            return process.stdout
+        if process.stdin is not None:
+            return process.stdin
+        if self.end is not None:
+            raise ConflictingError(self._over("write to it"))
+        raise ConflictingError(
+            f"cannot write to the process {self.told.pid}: it was started without stdin, or that "
+            "was closed"
+        )
+
+    def close_input(self) -> None:
+        """End its input, if it is open."""
+        descriptor, self._process.stdin = self._process.stdin, None
+        self._stop_writing(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _stop_writing(self, descriptor: int | None) -> None:
+        """Have whoever waits to write look again, before what they wait for is closed."""
+        waiting, self._writable = self._writable, None
+        if waiting is not None and descriptor is not None:
+            asyncio.get_running_loop().remove_writer(descriptor)
+            _resolve(waiting)
+
+    def resize(self, size: ops.Size) -> None:
+        """Give its terminal another size.
+
+        Raises:
+            ConflictingError: it has none, or has ended.
+            RefusedError: no terminal is of that size.
+        """
+        process = self._process
+        if not process.is_terminal:
+            raise ConflictingError(f"cannot resize: the process {self.told.pid} has no terminal")
+        if self.end is not None or process.stdout is None:
+            raise ConflictingError(self._over("resize its terminal"))
+        processes.set_size(process.stdout, size.columns, size.rows)
+
+    def _over(self, doing: str) -> str:
+        return f"cannot {doing}: the process {self.told.pid} has ended"
+
+
+class Table:
+    """All of them, by pid."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Entry] = {}
+        self._ended: list[tuple[float, Entry]] = []
+        self._tasks: asyncio.TaskGroup | None = None
+
+    def open(self, tasks: asyncio.TaskGroup) -> None:
+        """Have these tasks see to the processes."""
+        self._tasks = tasks
+
+    def keep(self, entry: Entry, *, limit_s: float | None, keeps_end: bool) -> None:
+        """Keep a process that was just started, and see it to its end.
+
+        It takes the place of whatever had its pid before. With `keeps_end` its end, and what it
+        printed last, are kept for whoever comes later.
+        """
+        assert self._tasks is not None
+        self._entries.pop(entry.told.pid, None)
+        self._entries[entry.told.pid] = entry
+        self._tasks.create_task(self._see_through(entry, limit_s, keeps_end))
+
+    async def _see_through(self, entry: Entry, limit_s: float | None, keeps_end: bool) -> None:
+        try:
+            await entry.live(limit_s=limit_s)
+        except Exception as error:  # noqa: BLE001 - one process must not end the agent
+            entry.give_up()
+            sys.stderr.write(f"sandyard agent: a process was lost: {error!r}\n")
+            sys.stderr.flush()
+        if keeps_end:
+            self._ended.append((time.monotonic(), entry))
+            self._sweep()
+        elif self._entries.get(entry.told.pid) is entry:
+            del self._entries[entry.told.pid]
+
+    def living(self) -> int:
+        """Return how many have not ended."""
+        return sum(one.end is None for one in self._entries.values())
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        while self._ended and (len(self._ended) > ENDED_MAX or now - self._ended[0][0] > _KEPT_S):
+            _, entry = self._ended.pop(0)
+            if self._entries.get(entry.told.pid) is entry:
+                del self._entries[entry.told.pid]
+        kept = 0
+        for _, entry in reversed(self._ended):
+            kept += entry.ring.end - entry.ring.begin
+            if kept > _KEPT_MAX:
+                entry.ring.forget()
+
+    def find(self, pid: int | None, tag: str | None) -> Entry:
+        """Return one by its pid, or the last that was started with a tag.
+
+        Raises:
+            AbsentError: there is none.
+            RefusedError: neither or both were given.
+        """
+        self._sweep()
+        if (pid is None) == (tag is None):
+            raise RefusedError("cannot look a process up: give its pid or its tag")
+        if pid is not None and (found := self._entries.get(pid)) is not None:
+            return found
+        for entry in reversed(self._entries.values()):
+            if tag is not None and entry.told.tag == tag:
+                return entry
+        which = f"tag {tag!r}" if pid is None else f"pid {pid}"
+        raise AbsentError(
+            f"there is no process with the {which}; one that ended is kept for ten minutes"
+        )
+
+    def programs(self) -> list[ops.Program]:
+        """Return what is told of each, oldest first."""
+        self._sweep()
+        return [one.program() for one in self._entries.values()]
+
+
+def shown(command: str) -> str:
+    """Return a command as it is listed: the beginning of it."""
+    return command if len(command) <= _SHOWN else command[: _SHOWN - 1] + "…"
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIG{number}"

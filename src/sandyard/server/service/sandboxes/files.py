@@ -1,0 +1,389 @@
+"""The files of a sandbox, as one of its users sees them.
+
+Nothing here touches the host's files: a path is a name inside the sandbox and means what it means
+there. What a guest tells of its files is bounded, and believed by nobody else.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from sandyard.server.core import ops
+from sandyard.server.core.codec import CodecError, decode
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    SandyardError,
+    UnavailableError,
+)
+from sandyard.server.core.ops import FileEnd, FileFact, FileOperation
+from sandyard.server.core.wire import (
+    FRAME_MAX,
+    Channel,
+    Decoder,
+    WireError,
+    encode_frame,
+    printable,
+)
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.reach import Reach, Use
+from sandyard.server.tasks import beside
+
+LIST_MAX = 10_000
+DEPTH_MAX = 64
+_PATH_MAX = 4096
+_NAME_MAX = 255
+_READ = 256 * 1024
+_HOME = b"/workspace/"
+_FRAMES_A_SECOND = 20_000
+_FRAMES_AT_ONCE = 2_000
+_FIGURE_MAX = 2**62
+_TAR_LIMIT_MS = 3_600_000
+_COMPLAINT_MAX = 4096
+WishT = TypeVar("WishT", bound=FileOperation)
+_USES: dict[type[FileOperation], Use] = {
+    ops.MakeFolder: Use("file.created", "Folder made", "make a folder in"),
+    ops.Move: Use("file.moved", "File moved", "move a file in"),
+    ops.Copy: Use("file.copied", "File copied", "copy a file in"),
+    ops.Remove: Use("file.removed", "File removed", "remove a file from"),
+    ops.Write: Use("file.written", "File written", "write a file to"),
+    ops.Read: Use("file.read", "File read", "read a file of"),
+    ops.Stat: Use("file.read", "", "look at a file of", is_told=False),
+    ops.ListFolder: Use("file.read", "", "list a folder of", is_told=False),
+}
+
+
+def trouble_of(error: str, message: str) -> SandyardError:
+    """Return what a refusal of a guest's file system means to a caller; `reason` tells which."""
+    message = printable(message[:600])
+    match error:
+        case "absent":
+            return NotFoundError(message, reason=error)
+        case "exists":
+            return AlreadyExistsError(message, reason=error)
+        case "denied":
+            return PermissionDeniedError(message, reason=error)
+        case "no_space" | "conflict":
+            return ConflictError(message, reason=error)
+        case "is_a_folder" | "not_a_folder":
+            return InvalidArgumentError(message, field="path", reason=error)
+        case _:
+            return InvalidArgumentError(message, field="path")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is in a folder, by path; `is_cut` if there is more than was asked for."""
+
+    entries: Sequence[FileFact]
+    is_cut: bool
+
+
+class Reading:
+    """A file that is being read: `fact` tells what it is."""
+
+    def __init__(self, fact: FileFact, stream: ByteStream, clock: Clock) -> None:
+        self.fact = fact
+        self._stream = stream
+        self._clock = clock
+
+    async def pieces(self, limit: int | None = None) -> AsyncIterator[bytes]:
+        """Yield the file's bytes, `limit` of them and no more if given.
+
+        Raises:
+            SandyardError: it could not be read to its end; see `trouble_of`.
+            UnavailableError, ConflictError: the sandbox or its agent ended.
+        """
+        left = limit
+        async for frame in _frames(self._stream, self._clock):
+            if isinstance(frame, FileEnd):
+                if frame.trouble is not None:
+                    raise trouble_of(frame.trouble.error, frame.trouble.message)
+                return
+            piece = frame if left is None else frame[:left]
+            if piece:
+                yield piece
+            if left is not None:
+                left -= len(piece)
+                if left == 0:
+                    return
+
+
+class Files:
+    """See the module."""
+
+    def __init__(self, reach: Reach, clock: Clock) -> None:
+        self._reach = reach
+        self._clock = clock
+
+    async def ask(
+        self,
+        actor: Actor,
+        reference: str,
+        wish: ops.Stat | ops.MakeFolder | ops.Move | ops.Copy | ops.Remove,
+    ) -> FileFact | None:
+        """Carry out what ends with its answer: what is told of a file, if anything.
+
+        Raises:
+            InvalidArgumentError, NotFoundError, AlreadyExistsError, PermissionDeniedError,
+                ConflictError: the file system would not; `facts` have the `reason`.
+            For the rest see `Reach.open`.
+        """
+        operation: ops.Operation[Any] = _checked(wish)
+        async with self._reach.open(actor, reference, operation, _use_of(wish)) as reached:
+            answer = reached.answer
+        return _cleaned(answer) if isinstance(answer, FileFact) else None
+
+    async def list(self, actor: Actor, reference: str, wish: ops.ListFolder) -> Listing:
+        """Return what is in a folder. See `ask`."""
+        if not 1 <= wish.depth <= DEPTH_MAX:
+            raise InvalidArgumentError(
+                f"cannot use depth: it must be 1 to {DEPTH_MAX}", field="depth"
+            )
+        if not 1 <= wish.limit <= LIST_MAX:
+            raise InvalidArgumentError(
+                f"cannot use limit: it must be 1 to {LIST_MAX}", field="limit"
+            )
+        wish = _checked(wish)
+        entries: list[FileFact] = []
+        async with self._reach.open(actor, reference, wish, _use_of(wish)) as reached:
+            async for frame in _frames(reached.stream, self._clock):
+                if isinstance(frame, FileEnd):
+                    return Listing(entries[: wish.limit], frame.is_cut)
+                entries += _facts_of(frame)
+                if len(entries) > wish.limit:
+                    raise InternalError("the agent of the sandbox tells of more than was asked")
+        raise UnavailableError("the agent of the sandbox broke off in the middle of a list")
+
+    @asynccontextmanager
+    async def read(self, actor: Actor, reference: str, wish: ops.Read) -> AsyncIterator[Reading]:
+        """Read a file. See `ask`."""
+        wish = _checked(wish)
+        async with self._reach.open(actor, reference, wish, _use_of(wish)) as reached:
+            yield Reading(_cleaned(reached.answer), reached.stream, self._clock)
+
+    async def write(
+        self, actor: Actor, reference: str, wish: ops.Write, body: AsyncIterator[bytes]
+    ) -> int:
+        """Write a file out of what comes, and return how many bytes that was.
+
+        What was there stays as it is until all of it has come, unless it is written in place; if
+        `body` breaks off, nothing is left of it.
+
+        Raises: see `ask`.
+        """
+        wish = _checked(wish)
+        async with (
+            self._reach.open(actor, reference, wish, _use_of(wish)) as reached,
+            beside(_end_of(reached.stream, self._clock)) as ending,
+        ):
+            stream = reached.stream
+            try:
+                async for piece in body:
+                    for start in range(0, len(piece), FRAME_MAX):
+                        if ending.done():
+                            break
+                        frame = encode_frame(Channel.STDIN, piece[start : start + FRAME_MAX])
+                        await stream.write(frame)
+                    if ending.done():
+                        break
+                if not ending.done():
+                    await stream.write(encode_frame(Channel.STDIN, b""))
+            except UnavailableError:
+                if not ending.done():
+                    raise
+            end = await ending
+        if end.trouble is not None:
+            raise trouble_of(end.trouble.error, end.trouble.message)
+        return end.count
+
+    @asynccontextmanager
+    async def pack(
+        self, actor: Actor, reference: str, path: bytes, user: str
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Read a folder as a tar archive, with the sandbox's own tar. See `ask`."""
+        fact = await self.ask(actor, reference, ops.Stat(path, user))
+        if fact is None or fact.kind is not ops.FileKind.FOLDER:
+            raise trouble_of("not_a_folder", f"{path.decode(errors='replace')}: not a folder")
+        wish = _tar(path, "-cf - .", user)
+        use = replace(_USES[ops.Read], attributes=_told(path, user))
+        async with self._reach.open(actor, reference, wish, use) as reached:
+            yield _printed(reached.stream)
+
+    async def unpack(
+        self, actor: Actor, reference: str, path: bytes, user: str, body: AsyncIterator[bytes]
+    ) -> FileFact:
+        """Unpack a tar archive into a folder, made if need be, and return that. See `ask`.
+
+        Raises:
+            InvalidArgumentError: it is no archive, or what is in it could not be made.
+        """
+        made = await self.ask(actor, reference, ops.MakeFolder(path, parents=True, user=user))
+        if made is None:
+            raise InternalError("the agent of the sandbox told nothing of a folder")
+        wish = replace(_tar(path, "-xf -", user), stdin=True)
+        use = replace(_USES[ops.Write], attributes=_told(path, user))
+        async with (
+            self._reach.open(actor, reference, wish, use) as reached,
+            beside(_all_printed(reached.stream)) as ending,
+        ):
+            try:
+                async for piece in body:
+                    for start in range(0, len(piece), FRAME_MAX):
+                        frame = encode_frame(Channel.STDIN, piece[start : start + FRAME_MAX])
+                        await reached.stream.write(frame)
+                    if ending.done():
+                        break
+                if not ending.done():
+                    await reached.stream.write(encode_frame(Channel.STDIN, b""))
+            except UnavailableError:
+                if not ending.done():
+                    raise
+            await ending
+        return made
+
+
+def path_of(text: bytes, *, field: str = "path") -> bytes:
+    """Return a path as the guest takes it; one that does not begin with / is below /workspace.
+
+    Raises:
+        InvalidArgumentError: it cannot be one.
+    """
+    if not text or b"\0" in text:
+        raise InvalidArgumentError(f"cannot use {field}: give the path of a file", field=field)
+    path = text if text.startswith(b"/") else _HOME + text
+    if len(path) > _PATH_MAX or any(len(one) > _NAME_MAX for one in path.split(b"/")):
+        raise InvalidArgumentError(
+            f"cannot use {field}: a path has at most {_PATH_MAX} bytes, and {_NAME_MAX} a name",
+            field=field,
+        )
+    return path
+
+
+def _checked(wish: WishT) -> WishT:
+    if not 1 <= len(wish.user) <= 64 or not wish.user.isprintable():
+        raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
+    if isinstance(wish, ops.MakeFolder | ops.Write):
+        if wish.mode is not None and not 0 <= wish.mode <= 0o7777:
+            raise InvalidArgumentError("cannot use mode: it is octal, such as 644", field="mode")
+        if wish.owner is not None and not 1 <= len(wish.owner) <= 64:
+            raise InvalidArgumentError("cannot use owner: it is a name or a number", field="owner")
+    return wish
+
+
+def _use_of(wish: FileOperation) -> Use:
+    path = wish.target if isinstance(wish, ops.Move | ops.Copy) else wish.path
+    return replace(_USES[type(wish)], attributes=_told(path, wish.user))
+
+
+def _told(path: bytes, user: str) -> dict[str, str]:
+    return {"path": printable(path.decode(errors="replace")[:500]), "user": user}
+
+
+def _tar(folder: bytes, arguments: str, user: str) -> ops.Execute:
+    """Return what runs tar in a folder whose path may be of any bytes."""
+    octal = "".join(f"\\0{one:03o}" for one in folder)
+    # The dot keeps what the shell would cut off: newlines at the end.
+    line = f"p=$(printf '%b.' '{octal}'); cd -- \"${{p%.}}\" && exec tar {arguments}"
+    return ops.Execute(line, timeout_ms=_TAR_LIMIT_MS, user=user)
+
+
+async def _printed(stream: ByteStream) -> AsyncIterator[bytes]:
+    """Yield what a command prints.
+
+    Raises:
+        InvalidArgumentError: it did not end well; the message is its own.
+    """
+    decoder, complaint = Decoder(), b""
+    try:
+        while data := await stream.read(_READ):
+            decoder.feed(data)
+            while (frame := decoder.take_frame()) is not None:
+                if frame.channel is Channel.EXIT:
+                    end = decode(ops.Ended, json.loads(frame.payload))
+                    # 1: something changed while it was read (tar(1)).
+                    if end.exit_code not in (0, 1) or end.timed_out:
+                        said = printable(complaint.decode(errors="replace").strip()[:500])
+                        raise InvalidArgumentError(f"tar did not do it: {said or 'no reason'}")
+                    return
+                if frame.channel is Channel.STDOUT and frame.payload:
+                    yield frame.payload
+                elif frame.channel is Channel.STDERR:
+                    complaint = (complaint + frame.payload)[:_COMPLAINT_MAX]
+            await asyncio.sleep(0)
+    except (WireError, CodecError, ValueError, RecursionError) as error:
+        raise InternalError("cannot understand the agent of the sandbox") from error
+    raise UnavailableError("the agent of the sandbox broke off in the middle of an archive")
+
+
+async def _all_printed(stream: ByteStream) -> None:
+    async for _ in _printed(stream):
+        pass
+
+
+async def _frames(stream: ByteStream, clock: Clock) -> AsyncIterator[bytes | FileEnd]:
+    """Yield what comes in frames, the end of an operation last; in bounded haste."""
+    decoder, frames, began = Decoder(), 0, clock.monotonic()
+    try:
+        while data := await stream.read(_READ):
+            decoder.feed(data)
+            while (frame := decoder.take_frame()) is not None:
+                frames += 1
+                if frame.channel is Channel.EXIT:
+                    yield decode(FileEnd, json.loads(frame.payload))
+                    return
+                if frame.channel is Channel.STDOUT and frame.payload:
+                    yield frame.payload
+            await asyncio.sleep(0)
+            due = began + (frames - _FRAMES_AT_ONCE) / _FRAMES_A_SECOND
+            if (early := due - clock.monotonic()) > 0:
+                await clock.sleep(early)
+    except (WireError, CodecError, ValueError, RecursionError) as error:
+        raise InternalError("cannot understand the agent of the sandbox") from error
+    raise UnavailableError("the agent of the sandbox broke off in the middle of a file")
+
+
+async def _end_of(stream: ByteStream, clock: Clock) -> FileEnd:
+    async for frame in _frames(stream, clock):
+        if isinstance(frame, FileEnd):
+            return frame
+    raise UnavailableError("the agent of the sandbox broke off in the middle of a file")
+
+
+def _facts_of(payload: bytes) -> list[FileFact]:
+    try:
+        found = json.loads(payload)
+        if not isinstance(found, list):
+            raise InternalError("cannot understand the agent of the sandbox")
+        return [_cleaned(decode(FileFact, one)) for one in found]
+    except (CodecError, ValueError, RecursionError) as error:
+        raise InternalError("cannot understand the agent of the sandbox") from error
+
+
+def _cleaned(fact: FileFact) -> FileFact:
+    """Return what a guest told of a file, within bounds."""
+
+    def figure(value: int) -> int:
+        return max(0, min(_FIGURE_MAX, value))
+
+    return replace(
+        fact,
+        path=fact.path[:_PATH_MAX],
+        size=figure(fact.size),
+        mode=fact.mode & 0o7777,
+        uid=figure(fact.uid),
+        gid=figure(fact.gid),
+        modified_ms=figure(fact.modified_ms),
+        owner=printable(fact.owner[:64]) if fact.owner else None,
+        group=printable(fact.group[:64]) if fact.group else None,
+        target=fact.target[:_PATH_MAX] if fact.target is not None else None,
+    )

@@ -1,0 +1,252 @@
+"""Files of real machines: as their users see them, whatever they are called."""
+
+import base64
+import hashlib
+import io
+import os
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.support.server import RealServer, is_slow, some, wait_until
+
+pytestmark = pytest.mark.machine
+
+
+def url_of(box: object, action: str = "") -> str:
+    return f"/v1/sandboxes/{box}/files{action and '/'}{action}"
+
+
+def put(server: RealServer, box: object, path: str, data: bytes, **query: object) -> None:
+    params: Any = {"path": path, **query}
+    answer = server.client.put(url_of(box), params=params, content=data)
+    assert answer.status_code == 201, answer.text
+
+
+def read(server: RealServer, box: object, path: str, **query: object) -> httpx.Response:
+    params: Any = {"path": path, **query}
+    return server.client.get(url_of(box), params=params)
+
+
+def stat(server: RealServer, box: object, path: str) -> dict[str, Any]:
+    answer = server.client.get(url_of(box, "stat"), params={"path": path})
+    assert answer.status_code == 200, answer.text
+    data: dict[str, Any] = answer.json()["data"]
+    return data
+
+
+def said(server: RealServer, box: object, command: str) -> str:
+    return str(server.execute(box, command)["stdout"]).strip()
+
+
+def test_files_go_in_and_come_out_as_they_are(server: RealServer, box: str) -> None:
+    data = os.urandom(some(3_000_000) + 1)
+    put(server, box, "/tmp/deep/er/file", data, mode="0640", owner="nobody")
+    assert said(server, box, "stat -c '%a %U %s' /tmp/deep/er/file") == f"640 nobody {len(data)}"
+    digest = hashlib.sha256(data).hexdigest()
+    assert said(server, box, "sha256sum < /tmp/deep/er/file").split()[0] == digest
+    assert read(server, box, "/tmp/deep/er/file").content == data
+    # Written again it keeps whose it is, and who has it open reads the old one to its end.
+    before = stat(server, box, "/tmp/deep/er/file")
+    put(server, box, "/tmp/deep/er/file", b"new")
+    after = stat(server, box, "/tmp/deep/er/file")
+    assert (after["mode"], after["owner"], after["size"]) == (before["mode"], "nobody", 3)
+    # In place it stays the same file, and a link is followed.
+    said(server, box, "echo long before > /tmp/real; chmod 600 /tmp/real; ln -sf real /tmp/link")
+    inode = said(server, box, "stat -c %i /tmp/real")
+    put(server, box, "/tmp/link", b"in", inPlace=True)
+    assert said(server, box, "stat -c '%i %a' /tmp/real; cat /tmp/real") == f"{inode} 600\nin"
+    put(server, box, "/tmp/link", b"by")
+    assert said(server, box, "readlink /tmp/link; cat /tmp/real") == "real\nby"
+    link = stat(server, box, "/tmp/link")
+    assert (link["type"], link["target"]) == ("link", "real")
+    assert said(server, box, "ls -a /tmp /tmp/deep/er | grep -c sandyard-") == "0"
+
+
+def test_files_without_a_size_and_what_is_no_file(server: RealServer, box: str) -> None:
+    answer = read(server, box, "/proc/version")
+    assert answer.text.startswith("Linux version")
+    part = server.client.get(
+        url_of(box), params={"path": "/etc/hostname"}, headers={"Range": "bytes=1-3"}
+    )
+    assert (part.status_code, part.text) == (206, said(server, box, "cat /etc/hostname")[1:4])
+    said(server, box, "mkfifo /tmp/pipe; python3 -c \"import socket; "
+                      "socket.socket(socket.AF_UNIX).bind('/tmp/sock')\"")  # fmt: skip
+    for path in ("/tmp/pipe", "/dev/zero"):
+        for answer in (
+            read(server, box, path),
+            server.client.put(url_of(box), params={"path": path}),
+        ):
+            assert answer.status_code == 400, answer.text
+            assert "no plain file" in answer.json()["error"]["message"]
+    assert stat(server, box, "/tmp/sock")["type"] == "other"
+
+
+def test_each_does_what_its_user_may(server: RealServer, box: str) -> None:
+    assert read(server, box, "/etc/shadow").status_code == 200
+    said(server, box, "ln -sf /etc/shadow /tmp/to-shadow; install -d -o nobody /tmp/nobodys")
+    for path in ("/etc/shadow", "/tmp/to-shadow"):
+        answer = read(server, box, path, user="nobody")
+        assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (403, "denied")
+    answer = server.client.put(
+        url_of(box), params={"path": "/root/x", "user": "nobody"}, content=b"x"
+    )
+    assert answer.json()["error"]["details"]["reason"] == "denied"
+    put(server, box, "/tmp/nobodys/own", b"x", user="nobody")
+    assert stat(server, box, "/tmp/nobodys/own")["owner"] == "nobody"
+    assert read(server, box, "/x", user="ghost").status_code == 400
+
+
+def test_folders(server: RealServer, box: str) -> None:
+    said(server, box, "mkdir -p /srv/a/b/c; echo 1 > /srv/a/one; echo 22 > /srv/a/b/two; "
+                      "ln -s /srv/a /srv/a/b/loop")  # fmt: skip
+    listed = server.client.get(url_of(box, "list"), params={"path": "/srv/a", "depth": 3})
+    entries = listed.json()["data"]["entries"]
+    assert [(one["path"], one["type"]) for one in entries] == [
+        ("/srv/a/b", "folder"), ("/srv/a/b/c", "folder"), ("/srv/a/b/loop", "link"),
+        ("/srv/a/b/two", "file"), ("/srv/a/one", "file"),
+    ]  # fmt: skip
+    for action, body, status in (
+        ("copy", {"from": "/srv/a", "to": "/srv/z"}, 201),
+        ("move", {"from": "/srv/z/b", "to": "/dev/shm/other-device"}, 200),
+        ("move", {"from": "/srv/z/one", "to": "/srv/a/one"}, 409),
+        ("move", {"from": "/srv/z/one", "to": "/srv/a/one", "overwrite": True}, 200),
+        ("move", {"from": "/srv/a", "to": "/srv/a/b/inside"}, 400),
+        ("copy", {"from": "/srv/nothing", "to": "/srv/y"}, 404),
+        ("mkdir", {"path": "/srv/a/one/x"}, 400),
+        ("mkdir", {"path": "/srv/m/n", "mode": "2770", "owner": "nobody"}, 201),
+    ):
+        answer = server.client.post(url_of(box, action), json=body)
+        assert answer.status_code == status, (action, body, answer.text)
+    assert said(server, box, "cat /dev/shm/other-device/two; ls /srv/z; stat -c '%a %U' /srv/m/n") \
+        == "22\n2770 nobody"  # fmt: skip
+    for query, status in (
+        ({"path": "/srv/a"}, 409), ({"path": "/srv/a", "recursive": "true"}, 200),
+        ({"path": "/srv/a"}, 404), ({"path": "/", "recursive": "true"}, 400),
+        ({"path": "/srv/../srv/..", "recursive": "true"}, 400), ({"path": "/proc/1"}, 403),
+    ):  # fmt: skip
+        answer = server.client.delete(url_of(box), params=query)
+        assert answer.status_code == status, (query, answer.text)
+    assert said(server, box, "ls /usr/bin/bash") == "/usr/bin/bash"
+
+
+def test_names_of_any_bytes(server: RealServer, box: str) -> None:
+    said(server, box, "mkdir -p /tmp/odd")
+    longest = b"\xfe" * 255
+    for name in (b"new\nline", b"\xff\xfe", "ü 🏖".encode(), b" %41+&=#?", longest):
+        in_base64 = base64.b64encode(b"/tmp/odd/" + name).decode()
+        answer = server.client.put(url_of(box), params={"pathBase64": in_base64}, content=name)
+        assert answer.status_code == 201, answer.text
+        found = server.client.get(url_of(box), params={"pathBase64": in_base64})
+        assert found.content == name
+    listed = server.client.get(url_of(box, "list"), params={"path": "/tmp/odd"}).json()
+    assert len(listed["data"]["entries"]) == 5
+    assert said(server, box, "ls /tmp/odd | wc -c") != "0"
+    answer = server.client.put(url_of(box), params={"path": "/tmp/" + "x" * 256}, content=b"")
+    assert answer.status_code == 400
+
+
+def test_a_full_disk_leaves_the_old_file_whole(server: RealServer) -> None:
+    box = server.create()["id"]
+    said(server, box, "mkdir -p /small && mount -t tmpfs -o size=2m small /small")
+    put(server, box, "/small/file", b"whole")
+    answer = server.client.put(
+        url_of(box), params={"path": "/small/file"}, content=bytes(5_000_000)
+    )
+    assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (409, "no_space")
+    assert said(server, box, "cat /small/file; echo; ls -A /small") == "whole\nfile"
+
+
+def test_archives_both_ways(server: RealServer, box: str, tmp_path: Path) -> None:
+    inside = io.BytesIO()
+    with tarfile.open(fileobj=inside, mode="w") as archive:
+        for name, data in (("a/one", b"1"), ("a/b/two", os.urandom(some(500_000)))):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    odd = base64.b64encode(b"/tmp/un\xffpacked\n").decode()
+    answer = server.client.put(
+        url_of(box, "archive"), params={"pathBase64": odd}, content=inside.getvalue()
+    )
+    assert answer.status_code == 201, answer.text
+    back = server.client.get(url_of(box, "archive"), params={"pathBase64": odd})
+    assert back.status_code == 200
+    with tarfile.open(fileobj=io.BytesIO(back.content)) as archive:
+        files = {
+            one.name.removeprefix("./"): archive.extractfile(one) for one in archive if one.isfile()
+        }
+        with tarfile.open(fileobj=io.BytesIO(inside.getvalue())) as before:
+            for name in ("a/one", "a/b/two"):
+                found, meant = files[name], before.extractfile(name)
+                assert found is not None
+                assert meant is not None
+                assert found.read() == meant.read()
+    answer = server.client.put(
+        url_of(box, "archive"), params={"path": "/tmp/no"}, content=b"no archive" * 100
+    )
+    assert answer.status_code == 400
+    assert "tar" in answer.json()["error"]["message"]
+    for path, status in (("/tmp/nothing", 404), ("/etc/hostname", 400)):
+        answer = server.client.get(url_of(box, "archive"), params={"path": path})
+        assert answer.status_code == status, answer.text
+
+
+def test_a_large_file_goes_through_and_nobody_holds_it(server: RealServer, box: str) -> None:
+    def resident() -> int:
+        assert server.process is not None
+        with open(f"/proc/{server.process.pid}/status") as file:
+            line = next(line for line in file if line.startswith("VmRSS"))
+        return int(line.split()[1]) // 1024
+
+    if is_slow():
+        pytest.skip("NOT RUN: a guest whose kernel is emulated would take an hour")
+    size = 150_000_000
+    piece = os.urandom(2**20)
+    digest = hashlib.sha256()
+
+    def body() -> Iterator[bytes]:
+        for start in range(0, size, len(piece)):
+            data = piece[: size - start]
+            digest.update(data)
+            yield data
+
+    before = resident()
+    answer = server.client.put(url_of(box), params={"path": "/large"}, content=body())
+    assert answer.json()["data"]["size"] == size, answer.text
+    back, most = hashlib.sha256(), 0
+    with server.client.stream("GET", url_of(box), params={"path": "/large"}) as stream:
+        for data in stream.iter_bytes():
+            back.update(data)
+            most = max(most, resident())
+    assert back.digest() == digest.digest()
+    assert most - before < 60
+    server.execute(box, "rm /large")
+
+
+def test_many_at_once_and_none_left(server: RealServer, box: str) -> None:
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(lambda n: put(server, box, f"/tmp/many/{n}", b"%d" % n), range(48)))
+        found = list(threads.map(lambda n: read(server, box, f"/tmp/many/{n}").content, range(48)))
+    assert found == [b"%d" % number for number in range(48)]
+    assert said(server, box, "ls /tmp/many | wc -l") == "48"
+    zombies = "cat /proc/[0-9]*/stat 2>/dev/null | awk '$3 == \"Z\"' | wc -l"
+    wait_until(lambda: said(server, box, zombies) == "0")
+
+
+def test_the_readme_of_files_works_as_it_is_pasted(server: RealServer, box: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/howto/files.md").read_text()
+    (script,) = (one.split("```")[0] for one in page.split("```sh\n")[1:2])
+    config = (server.home / "xdg/sandyard/config.toml").read_text()
+    key = config.split('api_key = "')[1].split('"')[0]
+    environment = {**os.environ, "URL": f"http://127.0.0.1:{server.port}", "KEY": key}
+    done = subprocess.run(
+        ["bash", "-euc", script.replace("/first/", f"/{box}/")], env=environment,
+        capture_output=True, text=True, check=False, cwd=server.home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hello" in done.stdout

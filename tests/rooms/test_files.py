@@ -1,0 +1,235 @@
+"""Files of a sandbox through the API, on fake machines."""
+
+import asyncio
+import base64
+import os
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.support.door import SOON_S, door
+from tests.support.house import Yard, eventually, open_yard
+from tests.support.several import open_several
+
+from sandyard.server.drivers.fake_files import ROOM
+
+
+@pytest.fixture(params=["one", pytest.param("several", marks=pytest.mark.postgres)])
+async def yard(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Yard]:
+    opening = open_yard(tmp_path, saves=True) if request.param == "one" else open_several()
+    async with opening as made:
+        yield made
+
+
+def files_of(box: Mapping[str, object], action: str = "") -> str:
+    return f"/v1/sandboxes/{box['id']}/files{action and '/'}{action}"
+
+
+async def put(yard: Yard, box: Mapping[str, object], path: str, data: bytes) -> None:
+    answer = await yard.client.put(files_of(box), params={"path": path}, content=data)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["data"]["size"] == len(data)
+
+
+async def read(yard: Yard, box: Mapping[str, object], path: str, **headers: str) -> httpx.Response:
+    return await yard.client.get(files_of(box), params={"path": path}, headers=headers)
+
+
+async def names(yard: Yard, box: Mapping[str, object], path: str, **query: Any) -> list[str]:
+    answer = await yard.client.get(files_of(box, "list"), params={"path": path, **query})
+    assert answer.status_code == 200, answer.text
+    return [one["path"] for one in answer.json()["data"]["entries"]]
+
+
+async def test_what_was_written_is_read_again_whole_and_in_parts(yard: Yard) -> None:
+    box = await yard.create()
+    data = os.urandom(700_000)
+    await put(yard, box, "/a/b c/ü.bin", data)
+    whole = await read(yard, box, "/a/b c/ü.bin")
+    assert (whole.status_code, whole.content) == (200, data)
+    assert whole.headers["content-length"] == "700000"
+    assert whole.headers["accept-ranges"] == "bytes"
+    assert whole.headers["content-disposition"] == "attachment; filename*=UTF-8''%C3%BC.bin"
+    for asked, part, told in (
+        ("bytes=0-0", data[:1], "bytes 0-0/700000"),
+        ("bytes=5-9", data[5:10], "bytes 5-9/700000"),
+        ("bytes=699990-", data[-10:], "bytes 699990-699999/700000"),
+        ("bytes=-7", data[-7:], "bytes 699993-699999/700000"),
+        ("bytes=600000-9999999", data[600_000:], "bytes 600000-699999/700000"),
+    ):
+        answer = await read(yard, box, "/a/b c/ü.bin", Range=asked)
+        assert (answer.status_code, answer.content) == (206, part), asked
+        assert answer.headers["content-range"] == told
+        assert answer.headers["content-length"] == str(len(part))
+    answer = await read(yard, box, "/a/b c/ü.bin", Range="bytes=700000-")
+    assert (answer.status_code, answer.headers["content-range"]) == (416, "bytes */700000")
+    for odd in ("bytes=9-5", "bytes=a-b", "lines=1-2", "bytes=1-2,4-5"):
+        assert (await read(yard, box, "/a/b c/ü.bin", Range=odd)).content == data
+    head = await yard.client.head(files_of(box), params={"path": "/a/b c/ü.bin"})
+    assert (head.status_code, head.headers["content-length"]) == (200, "700000")
+    await put(yard, box, "below", b"")
+    empty = await read(yard, box, "/workspace/below")
+    assert (empty.status_code, empty.content) == (200, b"")
+
+
+async def test_folders_are_made_listed_moved_copied_and_removed(yard: Yard) -> None:
+    box = await yard.create()
+
+    async def ask(action: str, status: int, **body: object) -> Any:
+        answer = await yard.client.post(files_of(box, action), json=body)
+        assert answer.status_code == status, answer.text
+        return answer.json()["data"]
+
+    made = await ask("mkdir", 201, path="/x/y", mode="750")
+    assert (made["path"], made["name"], made["type"]) == ("/x/y", "y", "folder")
+    await ask("mkdir", 201, path="/x/y")
+    await put(yard, box, "/x/y/one", b"1")
+    await put(yard, box, "/x/two", b"22")
+    assert await names(yard, box, "/x") == ["/x/two", "/x/y"]
+    assert await names(yard, box, "/x", depth=2) == ["/x/two", "/x/y", "/x/y/one"]
+    answer = await yard.client.get(files_of(box, "list"), params={"path": "/x", "limit": 1})
+    assert answer.json()["data"]["truncated"] is True
+    moved = await ask("move", 200, **{"from": "/x/y", "to": "/x/z"})
+    assert moved["path"] == "/x/z"
+    copied = await ask("copy", 201, **{"from": "/x/z", "to": "/x/w"})
+    assert copied["type"] == "folder"
+    assert await names(yard, box, "/x", depth=9) == [
+        "/x/two", "/x/w", "/x/w/one", "/x/z", "/x/z/one",
+    ]  # fmt: skip
+    found = await yard.client.get(files_of(box, "stat"), params={"path": "/x/two"})
+    assert found.json()["data"]["size"] == 2
+    assert found.json()["data"]["mode"] == "0644"
+    for query, status in (({"path": "/x"}, 409), ({"path": "/x", "recursive": "true"}, 200)):
+        answer = await yard.client.delete(files_of(box), params=query)
+        assert answer.status_code == status, answer.text
+    assert (await read(yard, box, "/x/two")).status_code == 404
+
+
+async def test_what_a_file_system_would_not_do_is_told_by_reason(yard: Yard) -> None:
+    box = await yard.create()
+    await put(yard, box, "/f", b"x")
+    for answer, status, reason in (
+        (await read(yard, box, "/none"), 404, "absent"),
+        (await read(yard, box, "/workspace"), 400, "is_a_folder"),
+        (await read(yard, box, "/f/g"), 400, "not_a_folder"),
+        (await read(yard, box, "/denied"), 403, "denied"),
+        (await yard.client.get(files_of(box, "list"), params={"path": "/f"}), 400, "not_a_folder"),
+        (await yard.client.put(files_of(box), params={"path": "/tmp"}, content=b""), 400,
+         "is_a_folder"),
+        (await yard.client.post(files_of(box, "mkdir"), json={"path": "/f", "parents": False}),
+         409, "exists"),
+        (await yard.client.post(files_of(box, "move"), json={"from": "/f", "to": "/tmp"}), 409,
+         "exists"),
+        (await yard.client.put(files_of(box), params={"path": "/f"}, content=bytes(ROOM + 1)),
+         409, "no_space"),
+    ):  # fmt: skip
+        assert answer.status_code == status, answer.text
+        assert answer.json()["error"]["details"]["reason"] == reason
+    assert (await read(yard, box, "/f")).content == b"x"
+
+
+async def test_a_path_may_be_of_any_bytes(yard: Yard) -> None:
+    box = await yard.create()
+    odd = b"/tmp/\xff\n " + b"x" * 240
+    in_base64 = base64.b64encode(odd).decode()
+    url = f"{files_of(box)}?path=/tmp/%FF%0A+" + "x" * 240
+    answer = await yard.client.put(url, content=b"odd")
+    assert answer.status_code == 201, answer.text
+    for found in (
+        await yard.client.get(url),
+        await yard.client.get(files_of(box), params={"pathBase64": in_base64}),
+    ):
+        assert found.content == b"odd"
+    listed = await yard.client.get(files_of(box, "list"), params={"path": "/tmp"})
+    (entry,) = listed.json()["data"]["entries"]
+    assert (entry["pathBase64"], entry["path"][5]) == (in_base64, "\ufffd")
+    body = {"fromBase64": in_base64, "to": "/tmp/even"}
+    assert (await yard.client.post(files_of(box, "move"), json=body)).status_code == 200
+    assert await names(yard, box, "/tmp") == ["/tmp/even"]
+
+
+async def test_what_makes_no_sense_is_refused(yard: Yard) -> None:
+    box = await yard.create()
+    for query in (
+        {}, {"path": ""}, {"path": "/a\0b"}, {"path": "/" + "a" * 256}, {"path": "/a" * 2100},
+        {"pathBase64": "?"}, {"path": "/a", "pathBase64": "L2E="}, {"path": "/a", "user": ""},
+    ):  # fmt: skip
+        answer = await yard.client.get(files_of(box), params=query)
+        assert answer.status_code == 400, (query, answer.text)
+        assert answer.json()["error"]["details"]["field"]
+    for field, query in (
+        ("mode", {"mode": "8"}),
+        ("mode", {"mode": "77777"}),
+        ("owner", {"owner": ""}),
+    ):
+        answer = await yard.client.put(files_of(box), params={"path": "/a", **query}, content=b"")
+        assert (answer.status_code, answer.json()["error"]["details"]["field"]) == (400, field)
+    for action, body in (("move", {"from": "/a"}), ("copy", {"to": "/a"}), ("mkdir", {})):
+        answer = await yard.client.post(files_of(box, action), json=body)
+        assert answer.status_code == 400, answer.text
+    async with yard.client_of(await yard.stranger()) as stranger:
+        assert (await stranger.get(files_of(box), params={"path": "/a"})).status_code == 404
+    key = await yard.add_key(*await yard.first(), scopes=("sandbox:read",))
+    async with yard.client_of(key) as reader:
+        assert (await reader.get(files_of(box), params={"path": "/a"})).status_code == 403
+
+
+async def test_a_use_resumes_and_is_told_in_the_feed(yard: Yard) -> None:
+    box = await yard.create()
+    await put(yard, box, "/kept", b"s3cret")
+    await yard.act(box, "pause")
+    assert (await read(yard, box, "/kept")).content == b"s3cret"
+    said = (await yard.client.get(f"/v1/sandboxes/{box['id']}/activity")).json()["data"]["events"]
+    kinds = [one for one in said if one["eventType"].startswith("sandbox.file")]
+    assert [one["eventType"] for one in kinds] == ["sandbox.file.read", "sandbox.file.written"]
+    assert kinds[0]["attributes"]["path"] == "/kept"
+    assert "s3cret" not in str(said)
+
+
+async def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    async with door(tmp_path) as opened:
+        yard = opened.yard
+        box = await yard.create()
+        await put(yard, box, "/f", b"before")
+        reader, writer = await opened.knock()
+        head = (
+            f"PUT {files_of(box)}?path=/f HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+            f"Authorization: Bearer {yard.key}\r\n\r\n"
+        )
+        writer.write(head.encode() + bytes(500_000))
+        await writer.drain()
+        await asyncio.sleep(0)
+        writer.close()
+        await writer.wait_closed()
+        del reader
+        await eventually(lambda: is_unused(yard, box))
+        assert (await read(yard, box, "/f")).content == b"before"
+
+
+async def test_large_files_go_through_without_being_held(tmp_path: Path) -> None:
+    async with door(tmp_path) as opened:
+        yard = opened.yard
+        box = await yard.create()
+        url = f"http://127.0.0.1:{opened.port}{files_of(box)}"
+        headers = {"Authorization": f"Bearer {yard.key}", "Content-Type": "text/plain"}
+        size = ROOM - 5
+
+        async def body() -> AsyncIterator[bytes]:
+            for start in range(0, size, 2**20):
+                yield bytes(min(2**20, size - start))
+
+        async with httpx.AsyncClient(timeout=SOON_S, headers=headers) as client:
+            answer = await client.put(url, params={"path": "/large"}, content=body())
+            assert answer.json()["data"]["size"] == size, answer.text
+            count = 0
+            async with client.stream("GET", url, params={"path": "/large"}) as stream:
+                async for piece in stream.aiter_bytes():
+                    count += len(piece)
+            assert count == size
+
+
+async def is_unused(yard: Yard, box: Mapping[str, object]) -> bool:
+    machines = (await yard.house.node.report()).machines
+    return not any(one.is_used for one in machines if one.sandbox_id == box["id"])

@@ -1,0 +1,234 @@
+"""What the agent keeps of its processes: the ring, those who follow, the input."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandyard.server.core import ops
+from sandyard.server.core.wire import Channel
+from sandyard.server.guest import table
+from sandyard.server.guest.ring import Ring
+from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
+from sandyard.server.guest.table import RING, Entry, Follower, Table
+
+OUT, ERR = Channel.STDOUT, Channel.STDERR
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([OUT, ERR]), st.binary(max_size=9000)), max_size=30),
+    st.integers(1, 20_000),
+    st.integers(0, 300_000),
+)
+def test_a_ring_tells_the_last_bytes_in_order_from_any_of_them(
+    pieces: list[tuple[Channel, bytes]], size: int, number: int
+) -> None:
+    ring, whole = Ring(size), []
+    for channel, data in pieces:
+        ring.add(channel, data)
+        whole += [(channel, byte) for byte in data]
+    assert ring.end == len(whole)
+    assert ring.begin == max(0, len(whole) - size)
+    number = min(max(number, ring.begin), ring.end)
+    told = [(channel, byte) for channel, data in ring.since(number) for byte in data]
+    assert told == whole[number:]
+
+
+def test_a_ring_of_very_many_tiny_pieces_keeps_few_of_them() -> None:
+    ring = Ring(100_000)
+    for number in range(30_000):
+        ring.add(OUT if number % 2 else ERR, b"x")
+    assert ring.end == 30_000
+    assert ring.begin > 20_000
+    assert sum(len(data) for _, data in ring.since(ring.begin)) == ring.end - ring.begin
+    ring.forget()
+    assert (list(ring.since(ring.end)), ring.begin) == ([], 30_000)
+
+
+class Pipes:
+    """What stands for a process: its pipes, and an end when it is told to have one."""
+
+    is_terminal = False
+
+    def __init__(self) -> None:
+        self.pid = 7
+        stdin, self.stdin = os.pipe()
+        self.stdout, out = os.pipe()
+        self.stderr, err = os.pipe()
+        self.theirs = {"stdin": stdin, "stdout": out, "stderr": err}
+        for one in (self.stdin, self.stdout, self.stderr, out):
+            os.set_blocking(one, False)
+        self.code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.is_released = False
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self.code)
+
+    async def end(self) -> None:
+        self.code.set_result(-9)
+
+    def release(self) -> None:
+        self.is_released = True
+
+    def signal(self, number: int) -> bool:
+        return not self.code.done()
+
+    def signal_everything(self, number: int) -> bool:
+        return not self.code.done()
+
+    def exits(self, code: int = 0) -> None:
+        for one in self.theirs.values():
+            os.close(one)
+        self.theirs = {}
+        self.code.set_result(code)
+
+    async def prints(self, data: bytes, limit_s: float = 5.0) -> int:
+        """Print, as long as there is room, and return how much that was."""
+        printed = 0
+        try:
+            async with asyncio.timeout(limit_s):
+                while printed < len(data):
+                    try:
+                        printed += os.write(self.theirs["stdout"], data[printed:])
+                    except BlockingIOError:
+                        await asyncio.sleep(0.005)
+        except TimeoutError:
+            pass
+        return printed
+
+
+@asynccontextmanager
+async def living(
+    *, waits_s: float = 0.0, limit_s: float | None = None, tag: str | None = None
+) -> AsyncIterator[tuple[Table, Entry, Pipes]]:
+    pipes, kept = Pipes(), Table()
+    told = ops.Program(7, "c", "/", "root", 0, 0, tag=tag)
+    process: Any = pipes
+    entry = Entry(process, told, waits_s=waits_s)
+    async with asyncio.TaskGroup() as tasks:
+        kept.open(tasks)
+        kept.keep(entry, limit_s=limit_s, keeps_end=True)
+        yield kept, entry, pipes
+        if not pipes.code.done():
+            pipes.exits()
+
+
+async def until_ended(entry: Entry) -> None:
+    async with asyncio.timeout(5):
+        while entry.end is None:
+            await asyncio.sleep(0.005)
+
+
+async def heard(follower: Follower) -> bytes:
+    return b"".join([data async for _, data in follower.pieces()])
+
+
+async def test_all_who_follow_hear_all_of_it_and_its_end() -> None:
+    async with living() as (kept, entry, pipes), asyncio.TaskGroup() as tasks:
+        with entry.followed(0) as one, entry.followed(0) as two:
+            hearing = [tasks.create_task(heard(each)) for each in (one, two)]
+            data = os.urandom(3 * RING)
+            assert await pipes.prints(data) == len(data)
+            pipes.exits(3)
+            assert [await each == data for each in hearing] == [True, True]
+        assert entry.end is not None
+        assert (entry.end.exit_code, pipes.is_released) == (3, True)
+        # Who comes later is told what is kept.
+        with entry.followed(len(data) - 5) as late:
+            assert await heard(late) == data[-5:]
+        assert kept.find(7, None) is entry
+
+
+async def test_who_reads_slowly_holds_it_back_and_who_leaves_lets_it_go_on() -> None:
+    async with living() as (_, entry, pipes), asyncio.TaskGroup() as tasks:
+        with entry.followed(0) as fast, entry.followed(0) as slow:
+            hearing = tasks.create_task(heard(fast))
+            data = bytes(4 * RING)
+            printed = await pipes.prints(data, limit_s=0.5)
+            assert RING // 4 < printed < 2 * RING
+            assert entry.ring.begin == 0  # nothing is lost for the slow one
+            assert slow.offset == 0
+        assert await pipes.prints(data[printed:]) == len(data) - printed
+        pipes.exits()
+        # The other one left as well: it is not held to what it missed.
+        assert len(await hearing) <= len(data)
+
+
+async def test_without_a_follower_the_oldest_goes_and_the_first_is_waited_for() -> None:
+    async with living(waits_s=30.0) as (_, entry, pipes):
+        data = os.urandom(3 * RING)
+        printed = await pipes.prints(data, limit_s=0.5)
+        assert printed < 2 * RING
+        with entry.followed(0) as first:
+            assert first.offset == 0  # it was held back until somebody came
+        assert printed + await pipes.prints(data[printed:]) == len(data)
+        pipes.exits()
+        await until_ended(entry)
+        with entry.followed(0) as late:
+            assert late.offset == len(data) - RING
+            assert await heard(late) == data[-RING:]
+        with entry.followed(None) as now:
+            assert await heard(now) == b""
+
+
+async def test_its_time_is_bounded() -> None:
+    async with living(limit_s=0.05) as (_, entry, pipes):
+        async with asyncio.timeout(5):
+            while not pipes.code.done():
+                await asyncio.sleep(0.005)
+        for one in pipes.theirs.values():
+            os.close(one)
+        with entry.followed(0) as follower:
+            await heard(follower)
+        assert entry.end is not None
+        assert (entry.end.exit_code, entry.end.timed_out) == (124, True)
+
+
+async def test_input_is_written_as_far_as_there_is_room_and_told() -> None:
+    async with living() as (_, entry, pipes):
+        assert await entry.feed(b"abc", closes=False) == 3
+        assert os.read(pipes.theirs["stdin"], 10) == b"abc"
+        written = await entry.feed(bytes(2**20), closes=True, limit_s=0.1)
+        assert 0 < written < 2**20
+        assert entry.program().takes_input  # what was not written yet is not cut off
+        # A writer that waits is told of the end, and nobody else's pipe is touched by that.
+        waiting = asyncio.ensure_future(entry.feed(bytes(2**20), closes=False))
+        await asyncio.sleep(0.02)
+        pipes.exits()
+        with pytest.raises(ConflictingError, match="cannot write"):
+            await waiting
+        await until_ended(entry)
+        with pytest.raises(ConflictingError, match="ended"):
+            await entry.feed(b"x", closes=False)
+
+
+async def test_closed_input_takes_no_more() -> None:
+    async with living() as (_, entry, pipes):
+        assert await entry.feed(b"", closes=True) == 0
+        assert os.read(pipes.theirs["stdin"], 10) == b""
+        with pytest.raises(ConflictingError, match="closed"):
+            await entry.feed(b"x", closes=False)
+        with pytest.raises(ConflictingError, match="no terminal"):
+            entry.resize(ops.Size(80, 24))
+        with pytest.raises(RefusedError, match="99"):
+            entry.signal(99, everything=False)
+
+
+async def test_ends_are_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with living(tag="mine") as (kept, entry, pipes):
+        pipes.exits()
+        with entry.followed(0) as follower:
+            await heard(follower)
+        await asyncio.sleep(0)
+        assert kept.find(None, "mine") is entry
+        assert kept.living() == 0
+        monkeypatch.setattr(table, "_KEPT_S", 0.0)
+        with pytest.raises(AbsentError, match="mine"):
+            kept.find(None, "mine")
+        with pytest.raises(RefusedError, match="pid or its tag"):
+            kept.find(None, None)
