@@ -2,9 +2,12 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 from tests.support.server import SANDYARD, RealServer, is_slow, longer
+
+from sandyard.client import ApiError, Exited, Printed, Sandyard
 
 pytestmark = pytest.mark.machine
 
@@ -52,6 +55,92 @@ def test_a_sandboxs_life_on_the_command_line(server: RealServer) -> None:
     gone = server.run("sandbox", "get", "cli", check=False)
     assert gone.returncode == 1
     assert "not_found" in gone.stderr
+
+
+def test_files_and_folders_are_copied_both_ways(
+    server: RealServer, box: str, tmp_path: Path
+) -> None:
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "deep/er/ü.bin").write_bytes(bytes(range(256)) * 999)
+    (tmp_path / "deep/run").write_text("#!/bin/sh\necho ran\n")
+    (tmp_path / "deep/run").chmod(0o755)
+    server.run("cp", tmp_path / "deep", f"{box}:/tmp/copied")
+    assert server.execute(box, "/tmp/copied/run")["stdout"] == "ran\n"
+    server.run("cp", tmp_path / "deep", f"{box}:/tmp/copied")  # into it, as it is there now
+    assert server.execute(box, "ls /tmp/copied/deep/er")["stdout"] == "ü.bin\n"
+    server.run("cp", f"{box}:/tmp/copied", tmp_path / "back")
+    for at in ("er/ü.bin", "deep/er/ü.bin"):
+        assert (tmp_path / "back" / at).read_bytes() == bytes(range(256)) * 999
+    assert (tmp_path / "back/run").stat().st_mode & 0o111
+    server.run("cp", f"{box}:/tmp/copied/run", f"{tmp_path}/")
+    assert (tmp_path / "run").read_text() == "#!/bin/sh\necho ran\n"
+    # What a hostile sandbox packs stays where it was asked for.
+    hostile = "mkdir -p /tmp/h && ln -sf /etc /tmp/h/out && mkfifo /tmp/h/pipe"
+    server.execute(box, hostile)
+    refused = server.run("cp", f"{box}:/tmp/h", tmp_path / "h", check=False)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "h/out").exists()
+    for source, target, word in (
+        ("a", "b", "SANDBOX:PATH"), (f"{box}:/a", f"{box}:/b", "SANDBOX:PATH"),
+        (f"{tmp_path}/no", f"{box}:/x", "no"), (f"{box}:/no/such", tmp_path, "no/such"),
+        ("/etc/hostname", "nobody:/x", "nobody"),
+    ):  # fmt: skip
+        said = server.run("cp", source, target, check=False)
+        assert said.returncode != 0
+        assert word in said.stderr
+        assert "Traceback" not in said.stderr
+    assert [one.name for one in tmp_path.iterdir() if "part" in one.name] == []
+
+
+def test_one_command_in_a_sandbox_of_its_own(server: RealServer, tmp_path: Path) -> None:
+    script = tmp_path / "count up.py"
+    script.write_text(
+        "import sys, os\n"
+        "for n in range(int(sys.argv[1])): print(n, flush=True)\n"
+        "print(os.getcwd(), file=sys.stderr)\nsys.exit(7)\n"
+    )
+    before = server.machines()
+    base = ("run", "--template", "base-minimal")
+    done = server.run(*base, script, "3", check=False)
+    assert (done.returncode, done.stdout) == (7, "0\n1\n2\n"), done.stderr
+    assert done.stderr == "/workspace\n"
+    done = server.run(*base, "echo one; echo $((6 * 7))")
+    assert done.stdout == "one\n42\n"
+    done = server.run(*base, "--", "printf", "%s|", "a b", "-c")
+    assert done.stdout == "a b|-c|"
+    assert server.machines() == before
+
+
+def test_a_process_is_followed_over_a_broken_connection(server: RealServer, box: str) -> None:
+    config = (server.home / "xdg/sandyard/config.toml").read_text()
+    key = config.split('api_key = "')[1].split('"')[0]
+    with Sandyard(f"http://127.0.0.1:{server.port}", key) as client:
+        made = client.processes(box).start(
+            "for n in $(seq 1 60); do echo line $n; sleep 0.1; done; cat; exit 4", stdin=True
+        )
+        said = b""
+        for event in made.events():
+            if isinstance(event, Printed):
+                said += event.data
+                if b"line 5\n" in said and b"line 6\n" not in said:
+                    server.kill()
+                    server.start()
+                if said.endswith(b"line 60\n"):
+                    made.write("the end")
+                    made.close_stdin()
+            elif isinstance(event, Exited):
+                assert event.exit_code == 4
+        assert said.decode() == "".join(f"line {n}\n" for n in range(1, 61)) + "the end"
+        files = client.files(box)
+        files.write("notes/today", "hällo")
+        assert files.read_text("/workspace/notes/today") == "hällo"
+        assert [one.path for one in files.list("notes")] == ["/workspace/notes/today"]
+        files.move("notes/today", "notes/then")
+        files.remove("notes", recursive=True)
+        with pytest.raises(ApiError) as caught:
+            files.read("notes/then")
+        assert caught.value.details["reason"] == "absent"
 
 
 def test_templates_are_listed(server: RealServer) -> None:

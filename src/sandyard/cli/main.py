@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sandyard.cli import admin, sandbox, server, snapshot
+from sandyard.cli import admin, copy, sandbox, server, snapshot
 from sandyard.cli.config import ConfigError
 from sandyard.cli.output import plain
-from sandyard.client import ApiError, ConnectionFailedError
+from sandyard.client import ApiError, ConnectionFailedError, TransferError
 
 app = typer.Typer(
     name="sandyard",
@@ -33,6 +33,8 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+app.command("cp")(copy.copy)
+app.command("run", context_settings={"ignore_unknown_options": True})(copy.run)
 for command in (server.serve, server.doctor, server.init, server.stop):
     app.command()(command)
 
@@ -55,7 +57,7 @@ def main() -> None:
         _fail(f"{error.message} [{error.code}, {error.request_id}]")
     except ConnectionFailedError as error:
         _fail(f"{error}; is the server running? (scripts/up starts it)")
-    except ConfigError as error:
+    except (ConfigError, TransferError) as error:
         _fail(str(error))
     except server.server_errors() as error:
         _fail(str(error))
@@ -64,6 +66,8 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a file of this computer that cannot be read or written
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 def _fail(message: str) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +11,8 @@ from urllib.parse import quote
 import httpx
 
 from sandyard.client.errors import ApiError, ConnectionFailedError
+from sandyard.client.files import Files
+from sandyard.client.processes import Processes
 
 _MARGIN_S = 90.0
 
@@ -102,14 +105,14 @@ class Sandyard:
         """
         body = options if template is None else {"template": template, **options}
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-        answer = self._ask(
+        answer = self.ask(
             "POST", "/v1/sandboxes", params={"wait": wait_s}, json=body, headers=headers
         )
         return _sandbox(answer["data"])
 
     def get(self, reference: str) -> Sandbox:
         """Return a sandbox by id or name."""
-        return _sandbox(self._ask("GET", _path(reference))["data"])
+        return _sandbox(self.ask("GET", _path(reference))["data"])
 
     def list(self, *, status: str | None = None, tags: Sequence[str] = ()) -> Iterator[Sandbox]:
         """Yield all sandboxes, newest first."""
@@ -117,7 +120,7 @@ class Sandyard:
         if status is not None:
             query["status"] = status
         while True:
-            page = self._ask("GET", "/v1/sandboxes", params=query)
+            page = self.ask("GET", "/v1/sandboxes", params=query)
             yield from map(_sandbox, page["data"])
             if not page["hasMore"]:
                 return
@@ -125,7 +128,7 @@ class Sandyard:
 
     def delete(self, reference: str) -> None:
         """Delete a sandbox and return when it is gone."""
-        self._ask("DELETE", _path(reference))
+        self.ask("DELETE", _path(reference))
 
     def execute(
         self,
@@ -150,7 +153,7 @@ class Sandyard:
         if stdin is not None:
             given = stdin.encode() if isinstance(stdin, str) else stdin
             body |= {"stdin": base64.b64encode(given).decode(), "stdinEncoding": "base64"}
-        data = self._ask(
+        data = self.ask(
             "POST", _path(reference) + "/exec", json=body, timeout=timeout_ms / 1000 + _MARGIN_S
         )["data"]
         return ExecResult(
@@ -164,52 +167,52 @@ class Sandyard:
 
     def pause(self, reference: str) -> Sandbox:
         """Save a sandbox to disk, processes and all, and return it when its memory is free."""
-        self._ask("POST", _path(reference) + "/pause")
+        self.ask("POST", _path(reference) + "/pause")
         return self.get(reference)
 
     def resume(self, reference: str) -> Sandbox:
         """Let a paused sandbox go on where it stood, and return it when it runs."""
-        self._ask("POST", _path(reference) + "/resume")
+        self.ask("POST", _path(reference) + "/resume")
         return self.get(reference)
 
     def restart(self, reference: str) -> Sandbox:
         """Boot a sandbox from its own disk, also one that does not answer, and return it."""
-        self._ask("POST", _path(reference) + "/restart")
+        self.ask("POST", _path(reference) + "/restart")
         return self.get(reference)
 
     def logs(self, reference: str) -> str:
         """Return the last of what a sandbox's machine printed on its console."""
-        return str(self._ask("GET", _path(reference) + "/logs")["data"]["console"])
+        return str(self.ask("GET", _path(reference) + "/logs")["data"]["console"])
 
     def touch(self, reference: str) -> Sandbox:
         """Count as a use of a sandbox, so that it is not paused for being idle."""
-        return _sandbox(self._ask("POST", _path(reference) + "/touch")["data"])
+        return _sandbox(self.ask("POST", _path(reference) + "/touch")["data"])
 
     def change(self, reference: str, **changes: Any) -> Sandbox:
         """Change fields of the HTTP API, such as `name`, `tags` or `idleTimeout`."""
-        return _sandbox(self._ask("PATCH", _path(reference), json=changes)["data"])
+        return _sandbox(self.ask("PATCH", _path(reference), json=changes)["data"])
 
     def fork(self, reference: str, count: int = 1) -> Sequence[Sandbox]:
         """Make sandboxes that begin as this one is now: files, memory and processes."""
-        made = self._ask("POST", _path(reference) + "/fork", json={"count": count})
+        made = self.ask("POST", _path(reference) + "/fork", json={"count": count})
         return [_sandbox(one) for one in made["data"]]
 
     def snapshot(self, reference: str, name: str | None = None) -> Snapshot:
         """Save a sandbox as it is now; it goes on running."""
         body = {} if name is None else {"name": name}
-        made = self._ask("POST", _path(reference) + "/snapshots", json=body)
+        made = self.ask("POST", _path(reference) + "/snapshots", json=body)
         return _snapshot(made["data"])
 
     def roll_back(self, reference: str, snapshot: str) -> Sandbox:
         """Put a sandbox back to one of its snapshots; what it was until then is lost."""
         body = {"snapshotId": snapshot}
-        return _sandbox(self._ask("POST", _path(reference) + "/rollback", json=body)["data"])
+        return _sandbox(self.ask("POST", _path(reference) + "/rollback", json=body)["data"])
 
     def snapshots(self) -> Iterator[Snapshot]:
         """Yield all snapshots, newest first."""
         query: dict[str, Any] = {}
         while True:
-            page = self._ask("GET", "/v1/snapshots", params=query)
+            page = self.ask("GET", "/v1/snapshots", params=query)
             yield from map(_snapshot, page["data"])
             if not page["hasMore"]:
                 return
@@ -217,25 +220,57 @@ class Sandyard:
 
     def delete_snapshot(self, reference: str) -> None:
         """Remove a snapshot; what was made from it lives on."""
-        self._ask("DELETE", f"/v1/snapshots/{quote(reference, safe='')}")
+        self.ask("DELETE", f"/v1/snapshots/{quote(reference, safe='')}")
 
     def stats(self, reference: str) -> Mapping[str, float]:
         """Return a sandbox's figures as of now."""
-        figures: Mapping[str, float] = self._ask("GET", _path(reference) + "/stats")["data"][
-            "stats"
-        ]
+        figures: Mapping[str, float] = self.ask("GET", _path(reference) + "/stats")["data"]["stats"]
         return figures
 
-    def _ask(self, method: str, path: str, **options: Any) -> Any:
+    def files(self, reference: str, *, user: str = "root") -> Files:
+        """Return the files of a sandbox, as one of its users sees them."""
+        return Files(self, _path(reference), user)
+
+    def processes(self, reference: str) -> Processes:
+        """Return the processes of a sandbox, which live on when whoever started them has gone."""
+        return Processes(self, _path(reference))
+
+    @contextmanager
+    def stream(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+        """Ask for an answer that is read as it comes.
+
+        Raises:
+            ApiError: the server refused.
+            ConnectionFailedError: it could not be reached, or broke off.
+        """
+        try:
+            with self._http.stream(method, path, **options) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _error_of(response)
+                yield response
+        except httpx.HTTPError as error:
+            raise self._failed(error) from error
+
+    def ask(self, method: str, path: str, **options: Any) -> Any:
+        """Ask for anything of the HTTP API, and return the answer's JSON.
+
+        Raises:
+            ApiError: the server refused.
+            ConnectionFailedError: it could not be reached, or broke off.
+        """
         try:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
-            raise ConnectionFailedError(
-                f"cannot reach {self._http.base_url}: {str(error) or type(error).__name__}"
-            ) from error
+            raise self._failed(error) from error
         if response.is_success:
             return response.json()
         raise _error_of(response)
+
+    def _failed(self, error: httpx.HTTPError) -> ConnectionFailedError:
+        return ConnectionFailedError(
+            f"cannot reach {self._http.base_url}: {str(error) or type(error).__name__}"
+        )
 
 
 def _path(reference: str) -> str:
@@ -272,6 +307,7 @@ def _error_of(response: httpx.Response) -> ApiError:
             status=response.status_code,
             code=str(body["code"]),
             request_id=str(body.get("requestId", "")),
+            details=body.get("details"),
         )
     except (ValueError, KeyError, TypeError):
         # Not ours: a proxy in between, say.

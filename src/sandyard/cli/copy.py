@@ -1,0 +1,141 @@
+"""`sandyard cp` and `sandyard run`: files in and out, and one command in a sandbox of its own."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
+from sandyard.cli.output import write_raw
+from sandyard.cli.sandbox import open_client
+from sandyard.client import ApiError, Exited, Lost, Printed, Process, Sandyard
+from sandyard.client.files import Progress as Told
+
+_LANGUAGES = {".py": "python3", ".js": "node", ".mjs": "node", ".sh": "bash"}
+_CUT = 74  # EX_IOERR of sysexits.h
+_WORKSPACE = PurePosixPath("/workspace")
+
+
+def copy(
+    source: Annotated[str, typer.Argument(help="A path here, or SANDBOX:PATH.")],
+    target: Annotated[str, typer.Argument(help="A path here, or SANDBOX:PATH.")],
+    user: Annotated[str, typer.Option(help="As whom, in the sandbox.")] = "root",
+) -> None:
+    """Copy a file or a folder into a sandbox, or out of one.
+
+    As with cp, what is copied to a folder that is there goes into it, under its own name.
+    """
+    here, there = _remote(source), _remote(target)
+    if (here is None) == (there is None):
+        raise typer.BadParameter("one of the two is SANDBOX:PATH, the other a path here")
+    with open_client() as client, _progress(source) as told:
+        if there is not None:
+            reference, path = there
+            local = Path(source)
+            if not local.exists():
+                raise typer.BadParameter(f"there is no {source} here")
+            files = client.files(reference, user=user)
+            with suppress(ApiError):
+                if path.endswith("/") or files.info(path).is_folder:
+                    path = f"{path.rstrip('/')}/{local.resolve().name}"
+            files.upload(local, path, on_progress=told)
+        else:
+            assert here is not None
+            reference, path = here
+            to = Path(target)
+            if to.is_dir() or target.endswith("/"):
+                to = to / PurePosixPath(path).name
+                to.parent.mkdir(parents=True, exist_ok=True)
+            client.files(reference, user=user).download(path, to, on_progress=told)
+
+
+def _remote(text: str) -> tuple[str, str] | None:
+    """Return sandbox and path of `name:path`; a path here has no colon before its first slash."""
+    reference, colon, path = text.partition(":")
+    if not colon or "/" in reference or not reference:
+        return None
+    return reference, path or str(_WORKSPACE)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Told]:
+    """Show on a terminal how much has gone by."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn())
+    console = Console(stderr=True, markup=False)
+    with Progress(*columns, TransferSpeedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(Path(what).name or what, total=None)
+        yield lambda count: bar.advance(task, count)
+
+
+def run(
+    command: Annotated[
+        list[str],
+        typer.Argument(help="A script that is here, and its arguments; or a command for a shell."),
+    ],
+    template: Annotated[
+        str | None, typer.Option(help="What the sandbox is made from; base-ubuntu if not said.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds it may take.")] = 3600.0,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the sandbox there.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Print control characters to a terminal, too.")
+    ] = False,
+) -> None:
+    """Run something in a sandbox of its own, which is deleted afterwards.
+
+    Output comes as it is printed, and the exit code becomes this command's. A file that is here
+    (.py, .js, .sh, or any with a first line that says what runs it) is copied there first.
+    """
+    with open_client() as client:
+        sandbox = client.create(template, wait_s=60)
+        try:
+            line = _line(client, sandbox.id, command)
+            process = client.processes(sandbox.id).start(line, timeout=round(timeout * 1000))
+            code = _pass_on(process, raw=raw)
+        finally:
+            if not keep:
+                client.delete(sandbox.id)
+    if keep:
+        typer.echo(f"the sandbox is {sandbox.id}", err=True)
+    raise typer.Exit(code)
+
+
+def _line(client: Sandyard, reference: str, command: list[str]) -> str | list[str]:
+    """Return what to run, with a script that is here copied there."""
+    script = Path(command[0])
+    if not script.is_file():
+        return command[0] if len(command) == 1 else command
+    there = str(_WORKSPACE / script.name)
+    client.files(reference).upload(script, there)
+    language = _LANGUAGES.get(script.suffix)
+    if language is None:
+        return f"chmod +x {shlex.quote(there)} && exec {shlex.join([there, *command[1:]])}"
+    return [language, there, *command[1:]]
+
+
+def _pass_on(process: Process, *, raw: bool) -> int:
+    """Print what a process prints, and return its exit code."""
+    code, lost = 0, 0
+    for event in process.events():
+        match event:
+            case Printed(stream="stderr", data=data):
+                write_raw(sys.stderr, data, raw=raw)
+            case Printed(data=data):
+                write_raw(sys.stdout, data, raw=raw)
+            case Lost(count=count):
+                lost += count
+            case Exited(exit_code=exit_code, timed_out=timed_out):
+                code = exit_code
+                if timed_out:
+                    typer.echo("the command was ended: its time was over", err=True)
+    if lost:
+        typer.echo(f"{lost} bytes of output were lost on their way", err=True)
+    return code or (_CUT if lost else 0)
