@@ -102,6 +102,65 @@ def test_each_does_what_its_user_may(server: RealServer, box: str) -> None:
     assert read(server, box, "/x", user="ghost").status_code == 400
 
 
+def test_what_is_refused_changes_nothing_and_rights_are_not_given_away(
+    server: RealServer, box: str
+) -> None:
+    said(
+        server,
+        box,
+        "echo mine > /tmp/open; chmod 666 /tmp/open; cp /bin/true /tmp/suid; "
+        "chown nobody /tmp/suid; chmod 4755 /tmp/suid; "
+        "install -d -o nobody /dev/shm/nobodys; cp -p /tmp/suid /dev/shm/nobodys/suid",
+    )
+    for query in ({"mode": "0600"}, {"owner": "root"}):
+        params = {"path": "/tmp/open", "user": "nobody", "inPlace": "true", **query}
+        answer = server.client.put(url_of(box), params=params, content=b"x")
+        assert answer.status_code == 403, answer.text
+        assert said(server, box, "cat /tmp/open") == "mine"
+    put(server, box, "/tmp/open", b"theirs", user="nobody", inPlace=True)
+    assert said(server, box, "cat /tmp/open; stat -c ' %U %a' /tmp/open") == "theirs root 666"
+    for action, body, told in (
+        ("copy", {"from": "/tmp/suid", "to": "/tmp/suid2"}, "/tmp/suid2 root 755"),
+        ("move", {"from": "/dev/shm/nobodys", "to": "/tmp/moved"}, "/tmp/moved/suid nobody 4755"),
+    ):
+        answer = server.client.post(url_of(box, action), json=body)
+        assert answer.is_success, answer.text
+        path = told.split()[0]
+        assert said(server, box, f"stat -c '%n %U %a' {path}") == told
+    # A device is nobody's to copy, and what was made of it is gone.
+    answer = server.client.post(url_of(box, "copy"), json={"from": "/dev", "to": "/tmp/devices"})
+    assert answer.status_code == 400, answer.text
+    assert said(server, box, "ls -d /tmp/devices /tmp/.sandyard-* 2>/dev/null | wc -l") == "0"
+    # A link over a file, a file over a link: each replaces, and is followed by nobody.
+    said(server, box, "echo kept > /tmp/kept; ln -sf kept /tmp/l; echo new > /tmp/new")
+    for source, target in (("/tmp/new", "/tmp/l"), ("/tmp/l", "/tmp/new2"), ("/tmp/l", "/tmp/new")):
+        answer = server.client.post(
+            url_of(box, "copy"), json={"from": source, "to": target, "overwrite": True}
+        )
+        assert answer.status_code == 201, answer.text
+    assert said(server, box, "cat /tmp/kept") == "kept"
+
+
+def test_odd_files_are_told_of_all_the_same(server: RealServer, box: str) -> None:
+    answer = read(server, box, "/sys/kernel/mm/transparent_hugepage/enabled")
+    assert "never" in answer.text or answer.status_code == 404
+    assert read(server, box, "/sys/class/net/lo/mtu").text.strip() == "65536"
+    whole = server.client.get(
+        url_of(box), params={"path": "/proc/version"}, headers={"Range": "bytes=3-"}
+    )
+    assert (whole.status_code, whole.text[:5]) == (200, "Linux")
+    said(server, box, "mkdir -p /dev/shm/odd; touch -d @99999999999 /dev/shm/odd/late; "
+                      "touch -d @-99999999999 /dev/shm/odd/early")  # fmt: skip
+    listed = server.client.get(url_of(box, "list"), params={"path": "/dev/shm/odd"})
+    assert len(listed.json()["data"]["entries"]) == 2
+    deep = "import os; os.makedirs('/tmp/deep0'); os.chdir('/tmp/deep0')\n" \
+           "for n in range(1200): os.mkdir('d'); os.chdir('d')"  # fmt: skip
+    server.execute(box, "python3 -", stdin=deep)
+    answer = server.client.delete(url_of(box), params={"path": "/tmp/deep0", "recursive": "true"})
+    assert answer.status_code in (200, 400), answer.text
+    assert said(server, box, "rm -rf /tmp/deep0; echo fine") == "fine"
+
+
 def test_folders(server: RealServer, box: str) -> None:
     said(server, box, "mkdir -p /srv/a/b/c; echo 1 > /srv/a/one; echo 22 > /srv/a/b/two; "
                       "ln -s /srv/a /srv/a/b/loop")  # fmt: skip
@@ -128,7 +187,8 @@ def test_folders(server: RealServer, box: str) -> None:
     for query, status in (
         ({"path": "/srv/a"}, 409), ({"path": "/srv/a", "recursive": "true"}, 200),
         ({"path": "/srv/a"}, 404), ({"path": "/", "recursive": "true"}, 400),
-        ({"path": "/srv/../srv/..", "recursive": "true"}, 400), ({"path": "/proc/1"}, 403),
+        ({"path": "/srv/../srv/..", "recursive": "true"}, 400), ({"path": "/proc/1"}, 409),
+        ({"path": "/proc/1/comm"}, 403),
     ):  # fmt: skip
         answer = server.client.delete(url_of(box), params=query)
         assert answer.status_code == status, (query, answer.text)

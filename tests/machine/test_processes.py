@@ -102,6 +102,11 @@ def test_on_a_terminal_it_is_as_at_a_desk(server: RealServer, box: str) -> None:
     heard = follow(server, box, pid)
     assert heard[-1][2]["exitCode"] == 7
     assert {one[2]["stream"] for one in heard[:-1]} == {"terminal"}
+    # A command of any length, there as well.
+    line = "test -t 1 && echo yes; exit 3 #" + "x" * 200_000
+    made = start(server, box, command=line, pty={})
+    heard = follow(server, box, made["pid"])
+    assert (bytes_of(heard).strip(), heard[-1][2]["exitCode"]) == (b"yes", 3)
     # One that ignores the hang-up is ended by force.
     made = start(server, box, command="trap '' HUP TERM INT; echo on; sleep 1000", pty={})
     follow(server, box, made["pid"], until=lambda said: b"on" in said)

@@ -80,15 +80,19 @@ async def test_a_process_reads_what_is_written_to_it_and_is_signalled(yard: Yard
     cat = await started(yard, box, command="cat", stdin=True)
     assert (cat["status"], cat["stdin"], cat["exitCode"]) == ("running", True, None)
     answer = await yard.client.post(path_of(box, cat["pid"], "stdin"), json={"data": "hällo "})
-    assert answer.json()["data"] == {"written": 7}
+    assert answer.json()["data"] == {"written": 7, "closed": False}
     body = {"data": base64.b64encode(b"\xff\0").decode(), "encoding": "base64", "close": True}
     answer = await yard.client.post(path_of(box, cat["pid"], "stdin"), json=body)
-    assert answer.json()["data"] == {"written": 2}
+    assert answer.json()["data"] == {"written": 2, "closed": True}
     heard = await output(yard, box, cat["pid"])
     text = "".join(one[2]["data"] for one in heard if one[0] == "output")
     assert text == "hällo \ufffd\0"
     answer = await yard.client.post(path_of(box, cat["pid"], "stdin"), json={"data": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "invalid_state")
+
+    hanging = await started(yard, box, command="hang")
+    head = await yard.client.head(path_of(box, hanging["pid"], "output"))
+    assert (head.status_code, head.content) == (200, b"")
 
     shell = await started(yard, box, command="hang", pty={"cols": 100, "rows": 30}, tag="shell")
     assert shell["pty"] == {"cols": 100, "rows": 30}

@@ -1,6 +1,7 @@
 """What the agent keeps of its processes: the ring, those who follow, the input."""
 
 import asyncio
+import fcntl
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -35,7 +36,7 @@ def test_a_ring_tells_the_last_bytes_in_order_from_any_of_them(
     assert ring.end == len(whole)
     assert ring.begin == max(0, len(whole) - size)
     number = min(max(number, ring.begin), ring.end)
-    told = [(channel, byte) for channel, data in ring.since(number) for byte in data]
+    told = [(channel, byte) for _, channel, data in ring.since(number) for byte in data]
     assert told == whole[number:]
 
 
@@ -45,7 +46,7 @@ def test_a_ring_of_very_many_tiny_pieces_keeps_few_of_them() -> None:
         ring.add(OUT if number % 2 else ERR, b"x")
     assert ring.end == 30_000
     assert ring.begin > 20_000
-    assert sum(len(data) for _, data in ring.since(ring.begin)) == ring.end - ring.begin
+    assert sum(len(data) for *_, data in ring.since(ring.begin)) == ring.end - ring.begin
     ring.forget()
     assert (list(ring.since(ring.end)), ring.begin) == ([], 30_000)
 
@@ -176,6 +177,61 @@ async def test_without_a_follower_the_oldest_goes_and_the_first_is_waited_for() 
             assert await heard(now) == b""
 
 
+async def test_no_kind_of_output_makes_a_follower_miss_or_hear_twice() -> None:
+    """Tiny pieces of two streams in turn, a ring that was full before, a pipe larger than it."""
+    async with living() as (_, entry, pipes):
+        err = pipes.theirs["stderr"]
+        with entry.followed(0) as follower:
+            pieces, said = follower.pieces(), b""
+            for number in range(6000):  # more pieces than a ring keeps
+                os.write(pipes.theirs["stdout"] if number % 2 else err, b"%d," % (number % 10))
+                if number % 500 == 0:
+                    await asyncio.sleep(0)
+            told = asyncio.ensure_future(anext(pieces))
+            said += (await told)[1]
+            pipes.exits()
+            async for _, data in pieces:
+                said += data
+        assert len(said) == 12_000
+        assert follower.offset == 12_000
+    async with living() as (_, entry, pipes):
+        whole = os.urandom(6 * RING)
+        assert await pipes.prints(whole[: 2 * RING]) == 2 * RING
+        async with asyncio.timeout(5):
+            while entry.ring.end < 2 * RING:
+                await asyncio.sleep(0.005)
+        with entry.followed(0) as follower:
+            begin, said = follower.offset, b""
+            assert begin == RING
+            async with asyncio.TaskGroup() as tasks:
+                printing = tasks.create_task(pipes.prints(whole[2 * RING :]))
+                async for _, data in follower.pieces():
+                    said += data
+                    await asyncio.sleep(0)
+                    if printing.done() and not pipes.code.done():
+                        pipes.exits()
+            assert said == whole[begin:]
+    async with living() as (_, entry, pipes):
+        size = 2**20
+        fcntl.fcntl(pipes.stdout, fcntl.F_SETPIPE_SZ, size)
+        with entry.followed(0) as follower:
+            data = os.urandom(size)
+            assert os.write(pipes.theirs["stdout"], data) == size
+            pipes.exits()
+            assert await heard(follower) == data
+
+
+async def test_what_is_forgotten_is_not_told_of_for_ever() -> None:
+    async with living() as (_, entry, pipes):
+        await pipes.prints(b"x" * 1000)
+        pipes.exits()
+        await until_ended(entry)
+        with entry.followed(0) as follower:
+            entry.ring.forget()
+            with pytest.raises(ConnectionAbortedError):
+                await heard(follower)
+
+
 async def test_its_time_is_bounded() -> None:
     async with living(limit_s=0.05) as (_, entry, pipes):
         async with asyncio.timeout(5):
@@ -191,10 +247,11 @@ async def test_its_time_is_bounded() -> None:
 
 async def test_input_is_written_as_far_as_there_is_room_and_told() -> None:
     async with living() as (_, entry, pipes):
-        assert await entry.feed(b"abc", closes=False) == 3
+        assert await entry.feed(b"abc", closes=False) == (3, False)
         assert os.read(pipes.theirs["stdin"], 10) == b"abc"
-        written = await entry.feed(bytes(2**20), closes=True, limit_s=0.1)
+        written, is_closed = await entry.feed(bytes(2**20), closes=True, limit_s=0.1)
         assert 0 < written < 2**20
+        assert not is_closed
         assert entry.program().takes_input  # what was not written yet is not cut off
         # A writer that waits is told of the end, and nobody else's pipe is touched by that.
         waiting = asyncio.ensure_future(entry.feed(bytes(2**20), closes=False))
@@ -209,7 +266,7 @@ async def test_input_is_written_as_far_as_there_is_room_and_told() -> None:
 
 async def test_closed_input_takes_no_more() -> None:
     async with living() as (_, entry, pipes):
-        assert await entry.feed(b"", closes=True) == 0
+        assert await entry.feed(b"", closes=True) == (0, True)
         assert os.read(pipes.theirs["stdin"], 10) == b""
         with pytest.raises(ConflictingError, match="closed"):
             await entry.feed(b"x", closes=False)

@@ -121,6 +121,10 @@ class Edge:
                 return
             await answer_error(Request(scope), error)(scope, receive, answer)
         except Exception as error:  # a bug: the caller gets an id, the log the rest
+            if has_started and isinstance(error.__cause__, SandyardError):
+                # As above; Starlette has taken it for one that it should have answered.
+                log.warning("an answer was broken off: %s", error.__cause__.message)
+                return
             log.exception("a request failed")
             if has_started:
                 raise

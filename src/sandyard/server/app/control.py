@@ -40,6 +40,7 @@ from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
 from sandyard.server.service.sandboxes.execute import Commands
 from sandyard.server.service.sandboxes.files import Files
+from sandyard.server.service.sandboxes.frames import Open
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 from sandyard.server.service.sandboxes.power import Power, Waits
 from sandyard.server.service.sandboxes.processes import Processes
@@ -175,6 +176,7 @@ async def open_control(
             register=register, lifecycle=lifecycle, worker=reconciler, quota=quota, waits=waits
         )
         reach = Reach(store=store, register=register, power=power, tunnel=tunnel, clock=clock)
+        opened = Open()
         services = Services(
             access=Access(store, clock, _sign_in(settings, store, clock)),
             rates=Rates(
@@ -219,8 +221,8 @@ async def open_control(
                 waits=waits,
             ),
             commands=Commands(reach, clock),
-            processes=Processes(reach, clock),
-            files=Files(reach, clock),
+            processes=Processes(reach, clock, opened),
+            files=Files(reach, clock, opened),
             snapshots=Snapshots(
                 store=store,
                 register=register,

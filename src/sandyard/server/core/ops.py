@@ -46,11 +46,13 @@ class UnknownOperationError(CodecError):
 
 
 class Operation(Generic[AnswerT]):
-    """Base of all. `is_use` says that while one is under way, the sandbox is in use."""
+    """Base of all. `is_use` says that while one is under way, the sandbox is in use; of one that is
+    `asked_by_users` a refusal is for them, and may say why."""
 
     op: ClassVar[Op]
     answer: ClassVar[type[Any]]
     is_use: ClassVar[bool] = False
+    asked_by_users: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ class Start(Operation[Program]):
     """
 
     op = Op.START
+    asked_by_users = True
     answer = Program
 
     command: str | None = None
@@ -230,6 +233,7 @@ class Attach(Operation[Attached]):
     """
 
     op = Op.ATTACH
+    asked_by_users = True
     answer = Attached
     is_use = True
 
@@ -251,6 +255,7 @@ class List(Operation[Programs]):
     """Ask for the processes, or for one of them."""
 
     op = Op.LIST
+    asked_by_users = True
     answer = Programs
 
     pid: int | None = None
@@ -263,6 +268,7 @@ class Signal(Operation[Started]):
     answer tells its pid."""
 
     op = Op.SIGNAL
+    asked_by_users = True
     answer = Started
 
     number: int
@@ -273,9 +279,11 @@ class Signal(Operation[Started]):
 
 @dataclass(frozen=True)
 class Written:
-    """So many bytes were taken in time: the process did not read on for the rest."""
+    """So many bytes were taken in time: the process did not read on for the rest; and whether its
+    input was closed then, if that was asked for."""
 
     count: int
+    is_closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -283,6 +291,7 @@ class Input(Operation[Written]):
     """Write to the input of a process, and `closes` it when all is written."""
 
     op = Op.INPUT
+    asked_by_users = True
     answer = Written
     is_use = True
 
@@ -297,6 +306,7 @@ class Resize(Operation[Done]):
     """Tell a process that its terminal has another size."""
 
     op = Op.RESIZE
+    asked_by_users = True
     answer = Done
 
     terminal: Size
@@ -345,11 +355,13 @@ class FileTrouble:
 class FileEnd:
     """The last frame of an operation on a file: how much of it there was, or what was wrong.
 
-    `count` are bytes, or entries of a list; `is_cut` says that there are more of those.
+    `count` are bytes, or entries of a list; `is_cut` says that there are more of those. `fact` is
+    what came of a move or copy.
     """
 
     count: int = 0
     is_cut: bool = False
+    fact: FileFact | None = None
     trouble: FileTrouble | None = None
 
 
@@ -359,6 +371,7 @@ class Stat(Operation[FileFact]):
     user's own root, and links lead where they lead there."""
 
     op = Op.STAT
+    asked_by_users = True
     answer = FileFact
 
     path: bytes
@@ -371,6 +384,7 @@ class ListFolder(Operation[Done]):
     follow, at most `limit` in all, and a `FileEnd` at last."""
 
     op = Op.LIST_FOLDER
+    asked_by_users = True
     answer = Done
 
     path: bytes
@@ -384,6 +398,7 @@ class MakeFolder(Operation[FileFact]):
     """Make a folder, and with `parents` those above it; then one that is there is no error."""
 
     op = Op.MAKE_FOLDER
+    asked_by_users = True
     answer = FileFact
 
     path: bytes
@@ -394,11 +409,14 @@ class MakeFolder(Operation[FileFact]):
 
 
 @dataclass(frozen=True)
-class Move(Operation[FileFact]):
-    """Give a file or folder another path, over a file that is there if it `replaces` it."""
+class Move(Operation[Done]):
+    """Give a file or folder another path, over a file that is there if it `replaces` it. It has
+    begun when it is answered, and is done when a `FileEnd` tells of it."""
 
     op = Op.MOVE
-    answer = FileFact
+    asked_by_users = True
+    answer = Done
+    is_use = True
 
     source: bytes
     target: bytes
@@ -407,11 +425,13 @@ class Move(Operation[FileFact]):
 
 
 @dataclass(frozen=True)
-class Copy(Operation[FileFact]):
-    """Copy a file, or a folder with all that is in it; links stay links."""
+class Copy(Operation[Done]):
+    """Copy a file, or a folder with all that is in it; links stay links. See `Move`."""
 
     op = Op.COPY
-    answer = FileFact
+    asked_by_users = True
+    answer = Done
+    is_use = True
 
     source: bytes
     target: bytes
@@ -421,10 +441,13 @@ class Copy(Operation[FileFact]):
 
 @dataclass(frozen=True)
 class Remove(Operation[Done]):
-    """Remove a file or an empty folder, or with `everything` a folder and all that is in it."""
+    """Remove a file or an empty folder, or with `everything` a folder and all that is in it. See
+    `Move`."""
 
     op = Op.REMOVE
+    asked_by_users = True
     answer = Done
+    is_use = True
 
     path: bytes
     everything: bool = False
@@ -435,10 +458,12 @@ class Remove(Operation[Done]):
 class Read(Operation[FileFact]):
     """Read a file from `offset`, at most `length` bytes: frames follow, a `FileEnd` at last.
 
-    A file of /proc has no size, and is read until it ends.
+    A file of /proc or /sys has no size that could be relied on: it is told as 0, and the file is
+    read until it ends.
     """
 
     op = Op.READ
+    asked_by_users = True
     answer = FileFact
     is_use = True
 
@@ -457,6 +482,7 @@ class Write(Operation[Done]):
     """
 
     op = Op.WRITE
+    asked_by_users = True
     answer = Done
     is_use = True
 

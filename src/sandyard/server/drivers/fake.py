@@ -293,6 +293,11 @@ class FakeMachine:
                 await self._echo(reader, decoder, writer)
             case ops.Attach():
                 await self._follow(operation, reader, decoder, writer)
+            case ops.Move() | ops.Copy():
+                end = ops.FileEnd(1, fact=self._files.fact(operation.target))
+                writer.write(end_frame(end))
+            case ops.Remove():
+                writer.write(end_frame(ops.FileEnd(1)))
             case ops.Read() | ops.ListFolder():
                 for frame in self._files.frames(operation):
                     writer.write(frame)

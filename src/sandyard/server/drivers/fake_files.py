@@ -42,7 +42,7 @@ class FakeFiles:
             case ops.MakeFolder():
                 return self._make_folder(wish)
             case ops.Move() | ops.Copy():
-                return self._move(wish)
+                self._move(wish)
             case ops.Remove():
                 self._remove(wish)
             case ops.Write():
@@ -126,7 +126,7 @@ class FakeFiles:
         self._tree[wish.path] = None
         return self.fact(wish.path)
 
-    def _move(self, wish: ops.Move | ops.Copy) -> ops.FileFact:
+    def _move(self, wish: ops.Move | ops.Copy) -> None:
         self._find(wish.source)
         self._folder(posixpath.dirname(wish.target))
         if wish.target in self._tree and not wish.replaces:
@@ -135,7 +135,6 @@ class FakeFiles:
             self._tree[wish.target + path[len(wish.source) :]] = self._tree[path]
             if isinstance(wish, ops.Move):
                 del self._tree[path]
-        return self.fact(wish.target)
 
     def _remove(self, wish: ops.Remove) -> None:
         self._find(wish.path)

@@ -168,7 +168,7 @@ class FakePrograms:
                 return ops.Started(found.told().pid)
             case ops.Input():
                 found.feed(wish.data, closes=wish.closes)
-                return ops.Written(len(wish.data))
+                return ops.Written(len(wish.data), wish.closes)
             case ops.Resize():
                 found.size = wish.terminal
                 return ops.Done()

@@ -242,7 +242,7 @@ async def _start_on_terminal(
     spec: Spec, cgroup: str, root_fd: int, size: tuple[int, int]
 ) -> Process:
     """Start a process that leads a session on a terminal of its own."""
-    master = slave = None
+    master = slave = script = None
     try:
         try:
             master, slave = _open_terminal(root_fd, spec.account)
@@ -251,8 +251,12 @@ async def _start_on_terminal(
             raise RefusedError(
                 f"cannot open a terminal in the sandbox: {error.strerror}"
             ) from error
+        streams = dict.fromkeys((0, 1, 2), slave)
+        if spec.script is not None:
+            streams[SCRIPT] = script = os.memfd_create("script")
+            os.pwrite(script, spec.script, 0)
         # Not by vfork: only a child of its own can make the terminal its session's.
-        pid = await _fork_as_user(spec, cgroup, root_fd, dict.fromkeys((0, 1, 2), slave))
+        pid = await _fork_as_user(spec, cgroup, root_fd, streams)
         return Process(pid, os.pidfd_open(pid), cgroup, None, master, None, is_terminal=True)
     except BaseException:
         if master is not None:
@@ -260,8 +264,9 @@ async def _start_on_terminal(
         _LEFT_BEHIND.add(cgroup)
         raise
     finally:
-        if slave is not None:
-            os.close(slave)
+        for descriptor in (slave, script):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def _open_terminal(root_fd: int, account: Account) -> tuple[int, int]:

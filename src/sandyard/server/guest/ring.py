@@ -1,7 +1,6 @@
 """What a process printed lately: a bounded piece of a stream whose every byte has a number."""
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sandyard.server.core.wire import Channel
@@ -48,16 +47,23 @@ class Ring:
         ):
             self.begin = max(self.begin, self._pieces.popleft().end)
 
-    def since(self, number: int) -> Iterator[tuple[Channel, bytes]]:
-        """Yield what is kept from a byte on, as it is now; `number` is not before `begin`."""
-        # From the end: whoever reads on wants the last piece or two.
+    def has_room(self, size: int, number: int) -> bool:
+        """Tell whether so many bytes can be added and all from `number` on is kept."""
+        fits = self.end + size - self._size <= number
+        return fits and (len(self._pieces) < _PIECES_MAX or self._pieces[0].end <= number)
+
+    def since(self, number: int) -> list[tuple[int, Channel, bytes]]:
+        """Return what is kept from a byte on: where each piece begins, its channel, its bytes."""
+        number = max(number, self.begin)
         wanted = []
+        # From the end: whoever reads on wants the last piece or two.
         for piece in reversed(self._pieces):
             if piece.end <= number:
                 break
-            wanted.append(piece)
-        for piece in reversed(wanted):
-            yield piece.channel, piece.data[max(0, max(number, self.begin) - piece.begin) :]
+            skip = max(0, number - piece.begin)
+            wanted.append((piece.begin + skip, piece.channel, piece.data[skip:]))
+        wanted.reverse()
+        return wanted
 
     def forget(self) -> None:
         """Keep nothing of what came so far."""

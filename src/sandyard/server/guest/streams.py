@@ -27,7 +27,8 @@ class Reader:
         """Return up to `limit` bytes, or none at the end."""
         while self._left != 0:
             try:
-                data = os.read(self._descriptor, limit if self._left is None else self._left)
+                wanted = limit if self._left is None else min(limit, self._left)
+                data = os.read(self._descriptor, wanted)
             except BlockingIOError:
                 await self._readable()
                 continue

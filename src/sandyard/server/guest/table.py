@@ -22,7 +22,6 @@ from sandyard.server.guest.streams import CHUNK, Reader
 from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
 
 RING = 256 * 1024
-_FULL = RING - 2 * CHUNK  # from here on there may be no room for a piece of each stream
 LIVING_MAX = 1000
 ENDED_MAX = 256
 _KEPT_MAX = 8 * 1024 * 1024  # what all that have ended printed last, together
@@ -39,13 +38,21 @@ class Follower:
         self.offset = offset
 
     async def pieces(self) -> AsyncIterator[tuple[Channel, bytes]]:
-        """Yield what the process prints, piece by piece, until it has ended and all is told."""
+        """Yield what the process prints, piece by piece, until it has ended and all is told.
+
+        Raises:
+            ConnectionAbortedError: what comes next is not kept any more; to go on would be a lie.
+        """
         entry = self._entry
         while True:
-            for channel, data in entry.ring.since(self.offset):
+            for begin, channel, data in entry.ring.since(self.offset):
+                if begin > self.offset:
+                    raise ConnectionAbortedError
                 yield channel, data
-                self.offset += len(data)
-            entry.moved()
+                self.offset = begin + len(data)
+                entry.moved()
+            if self.offset < entry.ring.begin:
+                raise ConnectionAbortedError
             if self.offset >= entry.ring.end:
                 if entry.end is not None:
                     return
@@ -101,9 +108,24 @@ class Entry:
         self._tell()
         process.release()
 
-    def give_up(self) -> None:
-        """Say that it has ended when nobody knows how."""
-        self.end = self.end or ops.Ended(exit_code=255, duration_ms=0)
+    async def give_up(self) -> None:
+        """End it, and give back all that it took, when it cannot be seen through."""
+        if self.end is not None:
+            return
+        process = self._process
+        with contextlib.suppress(OSError):
+            process.kill()
+        process.signal(signal.SIGKILL)
+        await process.wait()
+        self._stop_writing(process.stdout if process.is_terminal else process.stdin)
+        self.close_input()
+        for descriptor in (process.stdout, process.stderr):
+            if descriptor is not None:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        process.release()
+        self._ended_ms = round(time.time() * 1000)
+        self.end = ops.Ended(exit_code=255, duration_ms=0)
         self._tell()
 
     async def _wait(self, limit_s: float | None) -> tuple[int, bool]:
@@ -116,22 +138,27 @@ class Entry:
 
     async def _pump(self, reader: Reader, channel: Channel) -> None:
         while data := await reader.read(CHUNK):
-            self.ring.add(channel, data)
-            self._tell()
-            while (wait_s := self._holds_s()) > 0:
+            while (wait_s := self._holds_s(len(data))) > 0:
                 self._moved.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await self._moved.wait()
+            self.ring.add(channel, data)
+            self._tell()
 
-    def _holds_s(self) -> float:
-        """Return how long at most to read no more of what it prints; 0 to read on."""
+    def _holds_s(self, size: int) -> float:
+        """Return how long at most to hold back so much that it printed; 0 to take it."""
         if self._followers:
             slowest = min(one.offset for one in self._followers)
-            return 3600.0 if self.ring.end - slowest > _FULL else 0.0
-        if self.ring.end > _FULL:
+            return 0.0 if self.ring.has_room(size, slowest) else 3600.0
+        if not self.ring.has_room(size, 0):
             return self._held_until - time.monotonic()
         return 0.0
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether anybody follows it."""
+        return bool(self._followers)
 
     # --- for those who follow it --------------------------------------------------------------
 
@@ -194,24 +221,30 @@ class Entry:
         elif not self._process.signal(number):
             raise ConflictingError(self._over("signal it"))
 
-    async def feed(self, data: bytes, *, closes: bool, limit_s: float | None = None) -> int:
-        """Write to its input, and close it then if asked for; return how much was written in time.
+    async def feed(
+        self, data: bytes, *, closes: bool, limit_s: float | None = None
+    ) -> tuple[int, bool]:
+        """Write to its input, and close it then if asked for; return how much was written in time,
+        and whether it was closed.
 
         Raises:
             ConflictingError: it has no input, or none any more.
         """
-        written, is_terminal = 0, self._process.is_terminal
+        written, is_terminal, ending = 0, self._process.is_terminal, b""
         if closes and is_terminal:
-            data += b"\x04"  # what Ctrl-D is, unless the program says otherwise
-        view = memoryview(data)
+            # What Ctrl-D is, unless the program says otherwise; in a line, the first only sends it.
+            ending = b"\x04" if not data or data.endswith(b"\n") else b"\x04\x04"
+        whole = memoryview(data + ending)
+        is_closed = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s), self._writing:
-                while written < len(data):
-                    written += await self._write(view[written:])
+                while written < len(whole):
+                    written += await self._write(whole[written:])
                 if closes and not is_terminal:
                     self._input()
                     self.close_input()
-        return written
+                is_closed = closes
+        return min(written, len(data)), is_closed
 
     async def _write(self, data: memoryview) -> int:
         """Write what there is room for, once there is some."""
@@ -305,7 +338,7 @@ class Table:
         try:
             await entry.live(limit_s=limit_s)
         except Exception as error:  # noqa: BLE001 - one process must not end the agent
-            entry.give_up()
+            await entry.give_up()
             sys.stderr.write(f"sandyard agent: a process was lost: {error!r}\n")
             sys.stderr.flush()
         if keeps_end:
@@ -327,7 +360,7 @@ class Table:
         kept = 0
         for _, entry in reversed(self._ended):
             kept += entry.ring.end - entry.ring.begin
-            if kept > _KEPT_MAX:
+            if kept > _KEPT_MAX and not entry.is_followed:
                 entry.ring.forget()
 
     def find(self, pid: int | None, tag: str | None) -> Entry:

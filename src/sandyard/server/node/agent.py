@@ -27,6 +27,9 @@ from sandyard.server.core.ops import AnswerT, Execute, Operation, answer_of, req
 from sandyard.server.core.wire import Answer, Decoder, Refusal, WireError, encode_request
 
 _READ = 128 * 1024
+_REASONS = frozenset(Refusal) - {
+    Refusal.UNAUTHORIZED, Refusal.UNSUPPORTED, Refusal.BAD_REQUEST,
+}  # fmt: skip
 _GRACE_S = 5.0
 _SPARE_S = 60.0  # well within the time for which the agent waits for a first word
 Dial = Callable[[float], Awaitable[socket.socket]]
@@ -183,7 +186,7 @@ class AgentLink:
                     await writer.drain()
                     decoder = Decoder()
                     said = await _next_answer(reader, decoder)
-                _refuse(said)
+                _refuse(said, is_told=operation.asked_by_users)
                 answer = answer_of(operation, said.values)
             except (WireError, CodecError) as error:
                 raise InternalError(f"cannot understand the agent: {error}") from error
@@ -219,8 +222,14 @@ def _broken_off() -> bytes:
     raise UnavailableError("the agent broke off in the middle of a command")
 
 
-def _refuse(said: Answer) -> None:
-    """Raise what an agent's refusal means here."""
+def _refuse(said: Answer, *, is_told: bool) -> None:
+    """Raise what an agent's refusal means here.
+
+    Only whoever asked for a user `is_told` why: a guest must not choose what becomes of its node's
+    own work.
+    """
+    if said.error in _REASONS and not is_told:
+        raise InvalidArgumentError(said.message or "the agent refused")
     match said.error:
         case None:
             return

@@ -101,9 +101,10 @@ class WriteStdin(Body):
 
 
 class StdinOut(Model):
-    """How much of it the process had room for; send the rest again."""
+    """How much of it the process had room for; send the rest again, with `close` if that was so."""
 
     written: int
+    closed: bool
 
 
 class SignalledOut(Model):

@@ -84,24 +84,32 @@ async def read_file(
     path_base64: PathBase64 = None,
     user: User = "root",
     range_: Annotated[str | None, Header(alias="Range")] = None,
+    if_range: Annotated[str | None, Header(alias="If-Range")] = None,
 ) -> Any:
     """Read a file, or a range of it."""
     del path, path_base64  # read from the query as bytes
     where, reference = _path(request), checked_text(reference, field="reference")
-    wanted = _RANGE.fullmatch(range_ or "")
+    # There are no validators here, so that none can be the same (RFC 9110, 13.1.5).
+    wanted = None if if_range else _RANGE.fullmatch(range_ or "")
     begin, end = (int(one) if one else None for one in (wanted.groups() if wanted else ("", "")))
     if begin is None and end is not None:  # the last so many bytes
-        size = (await _stat(service, actor, reference, ops.Stat(where, user))).size
-        begin, end = max(0, size - end), None
+        async with service.read(actor, reference, ops.Read(where, 0, 0, user)) as looked_at:
+            size = looked_at.fact.size
+        begin, end = (max(0, size - end), None) if size else (None, None)
     if begin is not None and end is not None and end < begin:
         begin = end = None  # no range at all (RFC 9110, 14.1.1)
     length = None if end is None or begin is None else end - begin + 1
-    wish = ops.Read(where, begin or 0, length, user)
-    if getattr(request.state, "is_head", False):
-        wish = ops.Read(where, begin or 0, 0, user)
+    is_head = getattr(request.state, "is_head", False)
+    wish = ops.Read(where, begin or 0, 0 if is_head else length, user)
     async with AsyncExitStack() as opening:
         reading = await opening.enter_async_context(service.read(actor, reference, wish))
         size = reading.fact.size
+        if size == 0 and begin is not None:  # it ends where it ends: there is only the whole
+            await opening.aclose()
+            begin = length = None
+            wish = ops.Read(where, 0, 0 if is_head else None, user)
+            reading = await opening.enter_async_context(service.read(actor, reference, wish))
+            size = reading.fact.size
         headers = _headers(reading.fact)
         if begin is not None and begin >= size > 0:
             headers["Content-Range"] = f"bytes */{size}"
@@ -114,12 +122,13 @@ async def read_file(
     is_part = begin is not None and count is not None
     if is_part:
         headers["Content-Range"] = f"bytes {begin}-{(begin or 0) + (count or 0) - 1}/{size}"
+    kind = mimetypes.guess_type(shown(where))[0] or "application/octet-stream"
+    status = 206 if is_part else 200
+    if is_head:
+        await held.aclose()
+        return Response(status_code=status, media_type=kind, headers=headers)
     return HeldStream(
-        _whole(reading, count),
-        held,
-        media_type=mimetypes.guess_type(shown(where))[0] or "application/octet-stream",
-        headers=headers,
-        status_code=206 if is_part else 200,
+        _whole(reading, count), held, media_type=kind, headers=headers, status_code=status
     )
 
 

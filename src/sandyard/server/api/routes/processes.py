@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.edge import takes_body, token_of
@@ -59,7 +59,9 @@ async def list_processes(
 ) -> Page[ProcessOut]:
     """List the processes that were started, oldest first; those that ended for ten minutes."""
     found = await service.list(actor, checked_text(reference, field="reference"))
-    return whole(request, [process_out(one) for one in found.items])
+    listed = whole(request, [process_out(one) for one in found.items])
+    # Of very many, with long commands, the newest; there is no further page.
+    return listed.model_copy(update={"has_more": found.is_cut})
 
 
 @router.get("/{process}", responses=errors(404, 409))
@@ -101,10 +103,10 @@ async def write_stdin(
     """Write to a process's input. Answered once that is written, within 5 seconds: what the process
     did not read by then is to be sent again."""
     reference = checked_text(reference, field="reference")
-    written = await service.write(
+    written, closed = await service.write(
         actor, reference, which_of(process), body.bytes(), closes=body.close
     )
-    return enveloped(request, StdinOut(written=written))
+    return enveloped(request, StdinOut(written=written, closed=closed))
 
 
 @router.post("/{process}/resize", responses=errors(402, 404, 409))
@@ -160,16 +162,23 @@ async def follow_output(
                 "cannot use Last-Event-ID: it is no id of an event here", field="Last-Event-ID"
             )
         offset = int(last_event_id)
+    if getattr(request.state, "is_head", False):
+        await service.get(actor, reference, which_of(process))
+        return Response(media_type="text/event-stream")
     async with AsyncExitStack() as opening:
         following = await opening.enter_async_context(
             service.follow(actor, reference, which_of(process), offset or 0)
         )
         held = opening.pop_all()
     token, org_id = token_of(request), request.query_params.get("orgId")
+
+    async def check() -> None:
+        (await access.authenticate(token, org_id=org_id)).require("sandbox:write")
+
     return EventStream(
         _events(following, encoding, wants_lost=offset is not None),
         held,
-        lambda: access.authenticate(token, org_id=org_id),
+        check,
     )
 
 

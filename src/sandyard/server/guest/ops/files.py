@@ -11,11 +11,13 @@ import errno
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import socket
 import stat as stats
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
@@ -31,6 +33,10 @@ _DEPTH_MAX = 64
 _NAMES_MAX = 1024 * 1024
 _LOW, _HIGH = 3, 100
 _LATE_S = 10.0
+_MOMENT_S = 2.0
+_FIGURE_MAX = 2**62
+_DEEP = 50_000
+_SMALL = 64 * 1024
 _MODES = 0o7777
 _KINDS = {
     stats.S_IFREG: ops.FileKind.FILE, stats.S_IFDIR: ops.FileKind.FOLDER,
@@ -83,22 +89,36 @@ async def carry_out(
     )
     _children.add(pid)
     try:
-        await _until_ended(pid)
+        await _until_ended(pid, connection)
     finally:
         _children.discard(pid)
 
 
-async def _until_ended(pid: int) -> None:
-    """Return once a child has ended; it ends with the connection that it serves."""
+async def _until_ended(pid: int, connection: socket.socket) -> None:
+    """Return once a child has ended; one whose host has gone has a moment, and is ended then."""
     pidfd = os.pidfd_open(pid)
     try:
-        await processes.readable(pidfd)
-    except asyncio.CancelledError:
+        with select.epoll() as watched:
+            watched.register(connection, select.EPOLLRDHUP)
+            async with asyncio.TaskGroup() as tasks:
+                gone = tasks.create_task(_end_when_gone(pid, watched.fileno()))
+                try:
+                    await processes.readable(pidfd)
+                finally:
+                    gone.cancel()
+    except BaseException:
         os.kill(pid, signal.SIGKILL)
         raise
     finally:
         os.close(pidfd)
         os.waitpid(pid, 0)
+
+
+async def _end_when_gone(pid: int, watched: int) -> None:
+    await processes.readable(watched)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        await asyncio.sleep(_MOMENT_S)
+        os.kill(pid, number)  # not reaped yet, so it is still this one
 
 
 class _Child:
@@ -132,6 +152,8 @@ class _Child:
         self._connection = socket.socket(fileno=connection)
         self._connection.setblocking(True)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _break_off)
+        sys.setrecursionlimit(_DEEP)  # a tree of folders may be as deep as it likes
         processes.step_down(self._account, root)
         os.close(root)
         os.umask(0o022)
@@ -141,6 +163,11 @@ class _Child:
             self._refuse(error.trouble)
         except OSError as error:
             self._refuse(_trouble_of(error, _paths_of(wish)[0]))
+        except _GoneError:
+            pass
+        except Exception as error:  # noqa: BLE001 - the host must hear of it, whatever it is
+            message = f"{_shown(_paths_of(wish)[0])}: it cannot be done: {type(error).__name__}"
+            self._refuse(ops.FileTrouble(wire.Refusal.BAD_REQUEST.value, message))
 
     def _carry_out(self, wish: ops.FileOperation) -> None:
         match wish:
@@ -150,22 +177,55 @@ class _Child:
                 self._list(wish)
             case ops.MakeFolder():
                 self._make_folder(wish)
-            case ops.Move():
+            case ops.Move() | ops.Copy():
                 self._make_way(wish)
-                _move(wish.source, wish.target)
-                self._answer(self._fact(wish.target))
-            case ops.Copy():
-                self._make_way(wish)
-                _copy(wish.source, wish.target)
-                self._answer(self._fact(wish.target))
+                self._work(wish.source, lambda: self._transfer(wish))
             case ops.Remove():
-                self._remove(wish)
+                self._check_remove(wish)
+                self._work(wish.path, lambda: _remove(wish.path, everything=wish.everything))
             case ops.Read():
                 self._read(wish)
             case ops.Write():
                 self._write(wish)
 
     # --- what is told -----------------------------------------------------------------------
+
+    def _work(self, path: bytes, work: Callable[[], ops.FileFact | None]) -> None:
+        """Say that something has begun that may take long, do it, and tell how it ended."""
+        self._answer(ops.Done())
+        try:
+            end = ops.FileEnd(1, fact=work())
+        except _TroubleError as error:
+            end = ops.FileEnd(trouble=error.trouble)
+        except OSError as error:
+            end = ops.FileEnd(trouble=_trouble_of(error, path))
+        except RecursionError:
+            message = f"{_shown(path)}: it is too deep"
+            end = ops.FileEnd(trouble=ops.FileTrouble(wire.Refusal.BAD_REQUEST.value, message))
+        self._end(end)
+
+    def _transfer(self, wish: ops.Move | ops.Copy) -> ops.FileFact:
+        """Move or copy, by way of another name where that takes time."""
+        if isinstance(wish, ops.Move):
+            try:
+                os.rename(wish.source, wish.target)
+                return self._fact(wish.target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+        part = _part_of(wish.target)
+        try:
+            _copy(wish.source, part, keeps_owner=isinstance(wish, ops.Move))
+            if not wish.replaces and os.path.lexists(wish.target):
+                raise FileExistsError(errno.EEXIST, "it exists", wish.target)
+            os.rename(part, wish.target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _remove(part, everything=True)
+            raise
+        if isinstance(wish, ops.Move):
+            _remove(wish.source, everything=True)
+        return self._fact(wish.target)
 
     def _answer(self, value: object) -> None:
         self._has_answered = True
@@ -194,7 +254,7 @@ class _Child:
             mode=stats.S_IMODE(found.st_mode),
             uid=found.st_uid,
             gid=found.st_gid,
-            modified_ms=found.st_mtime_ns // 1_000_000,
+            modified_ms=max(0, min(_FIGURE_MAX, found.st_mtime_ns // 1_000_000)),
             owner=self._name("passwd", found.st_uid),
             group=self._name("group", found.st_gid),
             target=os.readlink(path) if is_link else None,
@@ -296,17 +356,13 @@ class _Child:
         if os.path.samestat(source, target):
             raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.source)} is the same file")
 
-    def _remove(self, wish: ops.Remove) -> None:
+    def _check_remove(self, wish: ops.Remove) -> None:
         if os.path.realpath(wish.path) == b"/":
             raise _TroubleError(wire.Refusal.BAD_REQUEST, "cannot remove the whole file system")
-        if stats.S_ISDIR(os.lstat(wish.path).st_mode):
-            if wish.everything:
-                shutil.rmtree(wish.path)
-            else:
-                os.rmdir(wish.path)
-        else:
-            os.unlink(wish.path)
-        self._answer(ops.Done())
+        if stats.S_ISDIR(os.lstat(wish.path).st_mode) and not wish.everything:
+            with os.scandir(wish.path) as entries:
+                if next(entries, None) is not None:
+                    raise OSError(errno.ENOTEMPTY, "the folder is not empty", wish.path)
 
     def _read(self, wish: ops.Read) -> None:
         # Not to wait for somebody to write into a pipe.
@@ -316,13 +372,15 @@ class _Child:
             raise IsADirectoryError(errno.EISDIR, "it is a folder", wish.path)
         if not stats.S_ISREG(found.st_mode):
             raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.path)} is no plain file")
-        if wish.offset:
+        # What has a size and no blocks is made as it is read (/sys), or is all hole.
+        size = found.st_size if found.st_blocks or found.st_size > _SMALL else 0
+        left, sent = wish.length, 0
+        if size and wish.offset > size:
+            left = 0
+        elif wish.offset:
             os.lseek(descriptor, wish.offset, os.SEEK_SET)
         fact = self._fact(wish.path)
-        self._answer(
-            ops.FileFact(**{**vars(fact), "kind": ops.FileKind.FILE, "size": found.st_size})
-        )
-        left, sent = wish.length, 0
+        self._answer(ops.FileFact(**{**vars(fact), "kind": ops.FileKind.FILE, "size": size}))
         try:
             while left is None or left > 0:
                 data = os.read(descriptor, _PIECE if left is None else min(_PIECE, left))
@@ -351,16 +409,17 @@ class _Child:
         # Where a link leads: that is what is written, as by any editor.
         path = os.path.realpath(wish.path)
         if wish.in_place:
-            part, flags = path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            part, flags = path, os.O_WRONLY | os.O_CREAT
         else:
             if before is not None:
                 os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # may it be written at all?
-            part = os.path.join(os.path.dirname(path), b".sandyard-%d" % os.getpid())
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            part, flags = _part_of(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(part, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         is_done = False
         try:
             self._own_file(descriptor, wish, before)
+            if wish.in_place:  # not before all that may be refused
+                os.ftruncate(descriptor, 0)
             self._answer(ops.Done())
             try:
                 count = self._take(descriptor)
@@ -389,7 +448,7 @@ class _Child:
             os.fchown(descriptor, before.st_uid, before.st_gid)
         if wish.mode is not None:
             os.fchmod(descriptor, wish.mode & _MODES)
-        elif before is not None:
+        elif before is not None and not wish.in_place:
             os.fchmod(descriptor, stats.S_IMODE(before.st_mode))
 
     def _take(self, descriptor: int) -> int:
@@ -440,27 +499,48 @@ def _below(folder: bytes, depth: int) -> Iterator[bytes]:
             yield from _below(path, depth - 1)
 
 
-def _copy(source: bytes, target: bytes) -> None:
-    kind = os.lstat(source).st_mode
-    if stats.S_ISDIR(kind):
-        shutil.copytree(os.fsdecode(source), os.fsdecode(target), symlinks=True)
-    elif stats.S_ISLNK(kind) or stats.S_ISREG(kind):
-        shutil.copy2(source, target, follow_symlinks=False)
+def _copy(source: bytes, target: bytes, *, keeps_owner: bool) -> None:
+    """Copy what is at a path. Whose it is becomes whoever copies, and then it gives nobody else's
+    rights away; a move across file systems keeps both."""
+    found = os.lstat(source)
+    if stats.S_ISLNK(found.st_mode):
+        os.symlink(os.readlink(source), target)
+        if keeps_owner:
+            os.lchown(target, found.st_uid, found.st_gid)
+        return
+    if stats.S_ISDIR(found.st_mode):
+        os.mkdir(target, 0o700)
+        with os.scandir(source) as entries:
+            names = [one.name for one in entries]
+        for name in names:
+            _copy(os.path.join(source, name), os.path.join(target, name), keeps_owner=keeps_owner)
+    elif stats.S_ISREG(found.st_mode):
+        shutil.copyfile(source, target, follow_symlinks=False)
     else:
         raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(source)} is no plain file")
+    if keeps_owner:
+        os.chown(target, found.st_uid, found.st_gid)
+    os.chmod(target, stats.S_IMODE(found.st_mode) & (_MODES if keeps_owner else 0o1777))
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
-def _move(source: bytes, target: bytes) -> None:
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        _copy(source, target)
-        if stats.S_ISDIR(os.lstat(source).st_mode):
-            shutil.rmtree(source)
-        else:
-            os.unlink(source)
+def _remove(path: bytes, *, everything: bool) -> None:
+    if not stats.S_ISDIR(os.lstat(path).st_mode):
+        os.unlink(path)
+    elif everything:
+        shutil.rmtree(path)
+    else:
+        os.rmdir(path)
+
+
+def _part_of(path: bytes) -> bytes:
+    """Return another name beside a path that nothing has."""
+    name = b".sandyard-" + os.urandom(8).hex().encode()
+    return os.path.join(os.path.dirname(path.rstrip(b"/")) or b"/", name)
+
+
+def _break_off(number: int, frame: object) -> None:
+    raise _GoneError
 
 
 def _paths_of(wish: ops.FileOperation) -> tuple[bytes, ...]:

@@ -196,5 +196,4 @@ def _send_signal(context: Context, wish: ops.Signal) -> ops.Started:
 async def _feed(context: Context, wish: ops.Input) -> ops.Written:
     """See core.ops.Input."""
     entry = context.table.find(wish.pid, wish.tag)
-    count = await entry.feed(wish.data, closes=wish.closes, limit_s=_INPUT_LIMIT_S)
-    return ops.Written(min(count, len(wish.data)))
+    return ops.Written(*await entry.feed(wish.data, closes=wish.closes, limit_s=_INPUT_LIMIT_S))

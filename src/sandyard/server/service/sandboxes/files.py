@@ -7,7 +7,7 @@ there. What a guest tells of its files is bounded, and believed by nobody else.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -26,15 +26,9 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ops import FileEnd, FileFact, FileOperation
-from sandyard.server.core.wire import (
-    FRAME_MAX,
-    Channel,
-    Decoder,
-    WireError,
-    encode_frame,
-    printable,
-)
+from sandyard.server.core.wire import FRAME_MAX, Channel, Frame, printable
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.frames import STILL_S, Open, frames_of, send, told
 from sandyard.server.service.sandboxes.reach import Reach, Use
 from sandyard.server.tasks import beside
 
@@ -42,12 +36,11 @@ LIST_MAX = 10_000
 DEPTH_MAX = 64
 _PATH_MAX = 4096
 _NAME_MAX = 255
-_READ = 256 * 1024
 _HOME = b"/workspace/"
-_FRAMES_A_SECOND = 20_000
-_FRAMES_AT_ONCE = 2_000
 _FIGURE_MAX = 2**62
 _TAR_LIMIT_MS = 3_600_000
+_WORK_S = 3600.0
+_LISTED_MAX = 4 * 1024 * 1024
 _COMPLAINT_MAX = 4096
 WishT = TypeVar("WishT", bound=FileOperation)
 _USES: dict[type[FileOperation], Use] = {
@@ -104,12 +97,11 @@ class Reading:
             UnavailableError, ConflictError: the sandbox or its agent ended.
         """
         left = limit
-        async for frame in _frames(self._stream, self._clock):
-            if isinstance(frame, FileEnd):
-                if frame.trouble is not None:
-                    raise trouble_of(frame.trouble.error, frame.trouble.message)
+        async for frame in frames_of(self._stream, self._clock):
+            if frame.channel is Channel.EXIT:
+                _checked_end(frame)
                 return
-            piece = frame if left is None else frame[:left]
+            piece = frame.payload if left is None else frame.payload[:left]
             if piece:
                 yield piece
             if left is not None:
@@ -121,9 +113,10 @@ class Reading:
 class Files:
     """See the module."""
 
-    def __init__(self, reach: Reach, clock: Clock) -> None:
+    def __init__(self, reach: Reach, clock: Clock, opened: Open) -> None:
         self._reach = reach
         self._clock = clock
+        self._open = opened
 
     async def ask(
         self,
@@ -131,7 +124,7 @@ class Files:
         reference: str,
         wish: ops.Stat | ops.MakeFolder | ops.Move | ops.Copy | ops.Remove,
     ) -> FileFact | None:
-        """Carry out what ends with its answer: what is told of a file, if anything.
+        """Carry out one operation, and return what is told of the file then, if anything.
 
         Raises:
             InvalidArgumentError, NotFoundError, AlreadyExistsError, PermissionDeniedError,
@@ -139,8 +132,13 @@ class Files:
             For the rest see `Reach.open`.
         """
         operation: ops.Operation[Any] = _checked(wish)
-        async with self._reach.open(actor, reference, operation, _use_of(wish)) as reached:
+        async with AsyncExitStack() as held:
+            held.enter_context(self._open.one(actor.org_id))
+            opening = self._reach.open(actor, reference, operation, _use_of(wish))
+            reached = await held.enter_async_context(opening)
             answer = reached.answer
+            if isinstance(wish, ops.Move | ops.Copy | ops.Remove):
+                answer = (await _end_of(reached.stream, self._clock, _WORK_S)).fact
         return _cleaned(answer) if isinstance(answer, FileFact) else None
 
     async def list(self, actor: Actor, reference: str, wish: ops.ListFolder) -> Listing:
@@ -155,20 +153,27 @@ class Files:
             )
         wish = _checked(wish)
         entries: list[FileFact] = []
-        async with self._reach.open(actor, reference, wish, _use_of(wish)) as reached:
-            async for frame in _frames(reached.stream, self._clock):
-                if isinstance(frame, FileEnd):
-                    return Listing(entries[: wish.limit], frame.is_cut)
-                entries += _facts_of(frame)
-                if len(entries) > wish.limit:
-                    raise InternalError("the agent of the sandbox tells of more than was asked")
+        size = 0
+        with self._open.one(actor.org_id):
+            async with self._reach.open(actor, reference, wish, _use_of(wish)) as reached:
+                async for frame in frames_of(reached.stream, self._clock):
+                    if frame.channel is Channel.EXIT:
+                        return Listing(entries[: wish.limit], _checked_end(frame).is_cut)
+                    size += len(frame.payload)
+                    found = _facts_of(frame.payload)
+                    if size > _LISTED_MAX or len(entries) + len(found) > wish.limit:
+                        return Listing(entries, is_cut=True)
+                    entries += found
         raise UnavailableError("the agent of the sandbox broke off in the middle of a list")
 
     @asynccontextmanager
     async def read(self, actor: Actor, reference: str, wish: ops.Read) -> AsyncIterator[Reading]:
         """Read a file. See `ask`."""
         wish = _checked(wish)
-        async with self._reach.open(actor, reference, wish, _use_of(wish)) as reached:
+        async with AsyncExitStack() as held:
+            held.enter_context(self._open.one(actor.org_id))
+            opening = self._reach.open(actor, reference, wish, _use_of(wish))
+            reached = await held.enter_async_context(opening)
             yield Reading(_cleaned(reached.answer), reached.stream, self._clock)
 
     async def write(
@@ -182,29 +187,29 @@ class Files:
         Raises: see `ask`.
         """
         wish = _checked(wish)
-        async with (
-            self._reach.open(actor, reference, wish, _use_of(wish)) as reached,
-            beside(_end_of(reached.stream, self._clock)) as ending,
-        ):
-            stream = reached.stream
-            try:
-                async for piece in body:
-                    for start in range(0, len(piece), FRAME_MAX):
-                        if ending.done():
-                            break
-                        frame = encode_frame(Channel.STDIN, piece[start : start + FRAME_MAX])
-                        await stream.write(frame)
+        async with AsyncExitStack() as held:
+            held.enter_context(self._open.one(actor.org_id))
+            opening = self._reach.open(actor, reference, wish, _use_of(wish))
+            stream = (await held.enter_async_context(opening)).stream
+            ending = await held.enter_async_context(beside(_end_of(stream, self._clock)))
+            await self._pass_on(body, stream, ending)
+            return (await ending).count
+
+    async def _pass_on(
+        self, body: AsyncIterator[bytes], stream: ByteStream, ending: "asyncio.Task[Any]"
+    ) -> None:
+        """Send what comes as input, unless the other side has ended already: that says why."""
+        try:
+            async for piece in body:
+                for start in range(0, len(piece), FRAME_MAX):
                     if ending.done():
-                        break
-                if not ending.done():
-                    await stream.write(encode_frame(Channel.STDIN, b""))
-            except UnavailableError:
-                if not ending.done():
-                    raise
-            end = await ending
-        if end.trouble is not None:
-            raise trouble_of(end.trouble.error, end.trouble.message)
-        return end.count
+                        return
+                    await send(stream, self._clock, piece[start : start + FRAME_MAX])
+            if not ending.done():
+                await send(stream, self._clock, b"")
+        except UnavailableError:
+            if not ending.done():
+                raise
 
     @asynccontextmanager
     async def pack(
@@ -216,8 +221,10 @@ class Files:
             raise trouble_of("not_a_folder", f"{path.decode(errors='replace')}: not a folder")
         wish = _tar(path, "-cf - .", user)
         use = replace(_USES[ops.Read], attributes=_told(path, user))
-        async with self._reach.open(actor, reference, wish, use) as reached:
-            yield _printed(reached.stream)
+        async with AsyncExitStack() as held:
+            held.enter_context(self._open.one(actor.org_id))
+            reached = await held.enter_async_context(self._reach.open(actor, reference, wish, use))
+            yield _printed(reached.stream, self._clock)
 
     async def unpack(
         self, actor: Actor, reference: str, path: bytes, user: str, body: AsyncIterator[bytes]
@@ -232,22 +239,12 @@ class Files:
             raise InternalError("the agent of the sandbox told nothing of a folder")
         wish = replace(_tar(path, "-xf -", user), stdin=True)
         use = replace(_USES[ops.Write], attributes=_told(path, user))
-        async with (
-            self._reach.open(actor, reference, wish, use) as reached,
-            beside(_all_printed(reached.stream)) as ending,
-        ):
-            try:
-                async for piece in body:
-                    for start in range(0, len(piece), FRAME_MAX):
-                        frame = encode_frame(Channel.STDIN, piece[start : start + FRAME_MAX])
-                        await reached.stream.write(frame)
-                    if ending.done():
-                        break
-                if not ending.done():
-                    await reached.stream.write(encode_frame(Channel.STDIN, b""))
-            except UnavailableError:
-                if not ending.done():
-                    raise
+        async with AsyncExitStack() as held:
+            held.enter_context(self._open.one(actor.org_id))
+            opening = self._reach.open(actor, reference, wish, use)
+            stream = (await held.enter_async_context(opening)).stream
+            ending = await held.enter_async_context(beside(_all_printed(stream, self._clock)))
+            await self._pass_on(body, stream, ending)
             await ending
         return made
 
@@ -297,65 +294,43 @@ def _tar(folder: bytes, arguments: str, user: str) -> ops.Execute:
     return ops.Execute(line, timeout_ms=_TAR_LIMIT_MS, user=user)
 
 
-async def _printed(stream: ByteStream) -> AsyncIterator[bytes]:
+async def _printed(stream: ByteStream, clock: Clock) -> AsyncIterator[bytes]:
     """Yield what a command prints.
 
     Raises:
         InvalidArgumentError: it did not end well; the message is its own.
     """
-    decoder, complaint = Decoder(), b""
-    try:
-        while data := await stream.read(_READ):
-            decoder.feed(data)
-            while (frame := decoder.take_frame()) is not None:
-                if frame.channel is Channel.EXIT:
-                    end = decode(ops.Ended, json.loads(frame.payload))
-                    # 1: something changed while it was read (tar(1)).
-                    if end.exit_code not in (0, 1) or end.timed_out:
-                        said = printable(complaint.decode(errors="replace").strip()[:500])
-                        raise InvalidArgumentError(f"tar did not do it: {said or 'no reason'}")
-                    return
-                if frame.channel is Channel.STDOUT and frame.payload:
-                    yield frame.payload
-                elif frame.channel is Channel.STDERR:
-                    complaint = (complaint + frame.payload)[:_COMPLAINT_MAX]
-            await asyncio.sleep(0)
-    except (WireError, CodecError, ValueError, RecursionError) as error:
-        raise InternalError("cannot understand the agent of the sandbox") from error
-    raise UnavailableError("the agent of the sandbox broke off in the middle of an archive")
+    complaint = b""
+    async for frame in frames_of(stream, clock):
+        if frame.channel is Channel.EXIT:
+            end = told(ops.Ended, frame)
+            # 1: something changed while it was read (tar(1)).
+            if end.exit_code not in (0, 1) or end.timed_out:
+                said = printable(complaint.decode(errors="replace").strip()[:500])
+                raise InvalidArgumentError(f"tar did not do it: {said or 'no reason'}")
+        elif frame.channel is Channel.STDOUT and frame.payload:
+            yield frame.payload
+        elif frame.channel is Channel.STDERR:
+            complaint = (complaint + frame.payload)[:_COMPLAINT_MAX]
 
 
-async def _all_printed(stream: ByteStream) -> None:
-    async for _ in _printed(stream):
+async def _all_printed(stream: ByteStream, clock: Clock) -> None:
+    async for _ in _printed(stream, clock):
         pass
 
 
-async def _frames(stream: ByteStream, clock: Clock) -> AsyncIterator[bytes | FileEnd]:
-    """Yield what comes in frames, the end of an operation last; in bounded haste."""
-    decoder, frames, began = Decoder(), 0, clock.monotonic()
-    try:
-        while data := await stream.read(_READ):
-            decoder.feed(data)
-            while (frame := decoder.take_frame()) is not None:
-                frames += 1
-                if frame.channel is Channel.EXIT:
-                    yield decode(FileEnd, json.loads(frame.payload))
-                    return
-                if frame.channel is Channel.STDOUT and frame.payload:
-                    yield frame.payload
-            await asyncio.sleep(0)
-            due = began + (frames - _FRAMES_AT_ONCE) / _FRAMES_A_SECOND
-            if (early := due - clock.monotonic()) > 0:
-                await clock.sleep(early)
-    except (WireError, CodecError, ValueError, RecursionError) as error:
-        raise InternalError("cannot understand the agent of the sandbox") from error
-    raise UnavailableError("the agent of the sandbox broke off in the middle of a file")
+def _checked_end(frame: Frame) -> FileEnd:
+    """Return how an operation ended; raise what was wrong with it."""
+    end = told(FileEnd, frame)
+    if end.trouble is not None:
+        raise trouble_of(end.trouble.error, end.trouble.message)
+    return end
 
 
-async def _end_of(stream: ByteStream, clock: Clock) -> FileEnd:
-    async for frame in _frames(stream, clock):
-        if isinstance(frame, FileEnd):
-            return frame
+async def _end_of(stream: ByteStream, clock: Clock, still_s: float = STILL_S) -> FileEnd:
+    async for frame in frames_of(stream, clock, still_s=still_s):
+        if frame.channel is Channel.EXIT:
+            return _checked_end(frame)
     raise UnavailableError("the agent of the sandbox broke off in the middle of a file")
 
 

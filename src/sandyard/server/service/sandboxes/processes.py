@@ -3,28 +3,25 @@
 What one prints has numbers, byte by byte: who was cut off goes on from the number it had come to.
 """
 
-import asyncio
-import json
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from sandyard.server.core import ops
-from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
     InternalError,
     InvalidArgumentError,
-    UnavailableError,
 )
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import Attach, Input, Program, Resize, Signal, Size, Start
-from sandyard.server.core.wire import Channel, Decoder, WireError, printable
+from sandyard.server.core.wire import Channel, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.execute import COMMAND_MAX
 from sandyard.server.service.sandboxes.fields import checked_env
+from sandyard.server.service.sandboxes.frames import Open, frames_of, told
 from sandyard.server.service.sandboxes.reach import Reach, Use
 
 INPUT_MAX = 1024 * 1024
@@ -32,10 +29,8 @@ TIMEOUT_MS = range(1, 30 * 86_400_000 + 1)
 _ARGV_MAX = 1024
 _PATH_MAX = 4096
 _TAG_MAX = 64
-_READ = 32 * 1024
 _SIDE = range(1, 65536)
-_FRAMES_A_SECOND = 10_000
-_FRAMES_AT_ONCE = 2_000
+_SILENT_S = 400 * 86_400.0
 _START = Use("process", "Process started", "start a process in")
 _SIGNAL = Use("process.signal", "Process signalled", "signal a process in")
 _ATTACH = Use("process", "", "follow a process in", is_told=False)
@@ -97,36 +92,22 @@ class Following:
             ConflictError: the sandbox ended, or was paused.
             UnavailableError: its agent is gone, and with it the process.
         """
-        decoder, frames, began = Decoder(), 0, self._clock.monotonic()
-        try:
-            while data := await self._stream.read(_READ):
-                decoder.feed(data)
-                while (frame := decoder.take_frame()) is not None:
-                    frames += 1
-                    if frame.channel is Channel.EXIT:
-                        yield _ended(frame.payload)
-                        return
-                    if frame.channel in _STREAMS and frame.payload:
-                        self.offset += len(frame.payload)
-                        yield Output(_STREAMS[frame.channel], frame.payload, self.offset)
-                # See `Commands`: nobody gets more of this thread by printing in tiny pieces.
-                await asyncio.sleep(0)
-                due = began + (frames - _FRAMES_AT_ONCE) / _FRAMES_A_SECOND
-                if (early := due - self._clock.monotonic()) > 0:
-                    await self._clock.sleep(early)
-        except WireError as error:
-            raise InternalError("cannot understand the agent of the sandbox") from error
-        raise UnavailableError(
-            "the agent of the sandbox was started anew; the processes that it kept have ended"
-        )
+        # A process may be silent for as long as it likes.
+        async for frame in frames_of(self._stream, self._clock, still_s=_SILENT_S):
+            if frame.channel is Channel.EXIT:
+                yield _bounded(told(ops.Ended, frame))
+            elif frame.channel in _STREAMS and frame.payload:
+                self.offset += len(frame.payload)
+                yield Output(_STREAMS[frame.channel], frame.payload, self.offset)
 
 
 class Processes:
     """See the module."""
 
-    def __init__(self, reach: Reach, clock: Clock) -> None:
+    def __init__(self, reach: Reach, clock: Clock, opened: Open) -> None:
         self._reach = reach
         self._clock = clock
+        self._open = opened
 
     async def start(self, actor: Actor, reference: str, wish: NewProcess) -> Program:
         """Start a process and return it.
@@ -149,8 +130,8 @@ class Processes:
             timeout_ms=wish.timeout,
         )
         # Not the command itself: people put secrets into commands, and the feed is for ever.
-        told = {"user": wish.user, "cwd": wish.cwd, **({"tag": wish.tag} if wish.tag else {})}
-        use = replace(_START, attributes=told)
+        facts = {"user": wish.user, "cwd": wish.cwd, **({"tag": wish.tag} if wish.tag else {})}
+        use = replace(_START, attributes=facts)
         async with self._reach.open(actor, reference, operation, use) as reached:
             return _cleaned(reached.answer)
 
@@ -185,15 +166,16 @@ class Processes:
         """
         number = _number_of(name)
         wish = Signal(number, which.pid, which.tag, everything)
-        told = {"signal": signal.Signals(number).name, "everything": everything}
-        use = replace(_SIGNAL, attributes=told)
+        facts = {"signal": signal.Signals(number).name, "everything": everything}
+        use = replace(_SIGNAL, attributes=facts)
         async with self._reach.open(actor, reference, wish, use) as reached:
             return reached.answer.pid, signal.Signals(number).name
 
     async def write(
         self, actor: Actor, reference: str, which: Which, data: bytes, *, closes: bool
-    ) -> int:
-        """Write to the input of a process and return how many bytes it had room for within 5 s.
+    ) -> tuple[int, bool]:
+        """Write to the input of a process and return how many bytes it had room for within 5 s, and
+        whether the input was closed then.
 
         Raises:
             NotFoundError, ConflictError: there is no such process, or it takes no input any more.
@@ -204,7 +186,8 @@ class Processes:
             )
         wish = Input(data, closes, which.pid, which.tag)
         async with self._reach.open(actor, reference, wish, _INPUT) as reached:
-            return max(0, min(len(data), reached.answer.count))
+            answer = reached.answer
+            return max(0, min(len(data), answer.count)), answer.is_closed
 
     async def resize(self, actor: Actor, reference: str, which: Which, size: Size) -> None:
         """Give the terminal of a process another size.
@@ -230,8 +213,9 @@ class Processes:
             For the rest see `Reach.open`.
         """
         wish = Attach(which.pid, which.tag, offset)
-        async with self._reach.open(actor, reference, wish, _ATTACH) as reached:
-            yield Following(reached.answer, reached.stream, self._clock)
+        with self._open.one(actor.org_id):
+            async with self._reach.open(actor, reference, wish, _ATTACH) as reached:
+                yield Following(reached.answer, reached.stream, self._clock)
 
 
 def _check_program(wish: NewProcess) -> None:
@@ -320,13 +304,6 @@ def _cleaned(program: Program) -> Program:
         tag=None if program.tag is None else printable(program.tag[:_TAG_MAX]),
         end=None if program.end is None else _bounded(program.end),
     )
-
-
-def _ended(payload: bytes) -> ops.Ended:
-    try:
-        return _bounded(decode(ops.Ended, json.loads(payload)))
-    except (CodecError, ValueError, RecursionError) as error:
-        raise WireError("the end of a process is not told as agreed") from error
 
 
 def _bounded(end: ops.Ended) -> ops.Ended:

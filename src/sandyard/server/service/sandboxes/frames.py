@@ -1,0 +1,118 @@
+"""What agents send after an answer, taken frame by frame: in bounded haste, and never for ever."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from sandyard.server.core.codec import CodecError, decode
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.errors import InternalError, LimitReachedError, UnavailableError
+from sandyard.server.core.wire import Channel, Decoder, Frame, WireError, encode_frame
+
+STILL_S = 60.0
+"""For so long an agent may stand still in the middle of something."""
+OPEN_MAX = 256
+"""So many things that take long may be open at once, an organization."""
+_READ = 256 * 1024
+_FRAMES_A_SECOND = 10_000
+_FRAMES_AT_ONCE = 2_000
+_FRAMES_A_TURN = 200
+_T = TypeVar("_T")
+
+
+class Open:
+    """Counts what is open for each organization: nobody takes all connections from the others."""
+
+    def __init__(self) -> None:
+        self._by_org: Counter[str] = Counter()
+
+    @contextmanager
+    def one(self, org_id: str) -> Iterator[None]:
+        """Count one while the block lasts.
+
+        Raises:
+            LimitReachedError: the organization has as many open as it may.
+        """
+        if self._by_org[org_id] >= OPEN_MAX:
+            raise LimitReachedError(
+                f"cannot open another file or stream: {OPEN_MAX} are open; close some first",
+                limit=OPEN_MAX,
+            )
+        self._by_org[org_id] += 1
+        try:
+            yield
+        finally:
+            self._by_org[org_id] -= 1
+            if not self._by_org[org_id]:
+                del self._by_org[org_id]
+
+
+async def frames_of(
+    stream: ByteStream, clock: Clock, *, still_s: float = STILL_S
+) -> AsyncIterator[Frame]:
+    """Yield frames up to the one that tells of the end.
+
+    Raises:
+        UnavailableError: the agent stands still, or broke off before the end.
+        ConflictError: the sandbox ended, or was paused.
+        InternalError: what it sends makes no sense.
+    """
+    decoder, frames, began = Decoder(), 0, clock.monotonic()
+    while True:
+        try:
+            async with clock.timeout(still_s):
+                data = await stream.read(_READ)
+        except TimeoutError as error:
+            raise UnavailableError("the agent of the sandbox does not go on") from error
+        if not data:
+            raise UnavailableError(
+                "the agent of the sandbox broke off; if it was started anew, what it kept has ended"
+            )
+        decoder.feed(data)
+        while True:
+            try:
+                frame = decoder.take_frame()
+            except WireError as error:
+                raise InternalError("cannot understand the agent of the sandbox") from error
+            if frame is None:
+                break
+            frames += 1
+            yield frame
+            if frame.channel is Channel.EXIT:
+                return
+            # Nobody gets more of this thread by sending tiny pieces.
+            if frames % _FRAMES_A_TURN == 0:
+                await asyncio.sleep(0)
+            due = began + (frames - _FRAMES_AT_ONCE) / _FRAMES_A_SECOND
+            if (early := due - clock.monotonic()) > 0:
+                await clock.sleep(early)
+        await asyncio.sleep(0)
+
+
+async def send(stream: ByteStream, clock: Clock, payload: bytes) -> None:
+    """Send a frame of input; an empty one ends it.
+
+    Raises:
+        UnavailableError: the agent does not take it, or is gone.
+    """
+    try:
+        async with clock.timeout(STILL_S):
+            await stream.write(encode_frame(Channel.STDIN, payload))
+    except TimeoutError as error:
+        raise UnavailableError("the agent of the sandbox does not go on") from error
+
+
+def told(kind: type[_T], frame: Frame) -> _T:
+    """Return what a frame tells in JSON.
+
+    Raises:
+        InternalError: it makes no sense.
+    """
+    try:
+        return decode(kind, json.loads(frame.payload))
+    except (CodecError, ValueError, RecursionError) as error:
+        raise InternalError("cannot understand the agent of the sandbox") from error
