@@ -28,8 +28,10 @@ class Event:
     def encoded(self) -> bytes:
         """Return its bytes."""
         head = "" if self.id is None else f"id: {self.id}\n"
-        said = json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
-        return f"{head}event: {self.name}\ndata: {said}\n\n".encode(errors="replace")
+        said = json.dumps(
+            self.data, separators=(",", ":")
+        )  # ASCII: some take U+2028 for a line's end
+        return f"{head}event: {self.name}\ndata: {said}\n\n".encode()
 
 
 class EventStream(HeldStream):
