@@ -14,6 +14,7 @@ from tests.support.house import Yard, eventually, open_yard
 from tests.support.several import open_several
 
 from sandyard.server.drivers.fake_files import ROOM
+from sandyard.server.service.sandboxes import files, frames
 
 
 @pytest.fixture(params=["one", pytest.param("several", marks=pytest.mark.postgres)])
@@ -206,6 +207,30 @@ async def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
         del reader
         await eventually(lambda: is_unused(yard, box))
         assert (await read(yard, box, "/f")).content == b"before"
+
+
+async def test_an_upload_may_take_longer_than_an_agent_may_stand_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (files, frames):
+        monkeypatch.setattr(module, "STILL_S", 0.3)
+    async with door(tmp_path) as opened:
+        yard = opened.yard
+        box = await yard.create()
+        url = f"http://127.0.0.1:{opened.port}{files_of(box)}"
+        headers = {"Authorization": f"Bearer {yard.key}"}
+        until = asyncio.get_running_loop().time() + 1.0
+
+        async def body() -> AsyncIterator[bytes]:
+            while asyncio.get_running_loop().time() < until:
+                yield b"x"
+                await asyncio.sleep(0.05)
+
+        async with httpx.AsyncClient(timeout=SOON_S, headers=headers) as client:
+            answer = await client.put(url, params={"path": "/slow"}, content=body())
+        assert answer.status_code == 201, answer.text
+        found = await read(yard, box, "/slow")
+        assert set(found.content) == set(b"x")
 
 
 async def test_large_files_go_through_without_being_held(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ _HOME = b"/workspace/"
 _FIGURE_MAX = 2**62
 _TAR_LIMIT_MS = 3_600_000
 _WORK_S = 3600.0
+_SILENT_S = 400 * 86_400.0
 _LISTED_MAX = 4 * 1024 * 1024
 _COMPLAINT_MAX = 4096
 WishT = TypeVar("WishT", bound=FileOperation)
@@ -191,14 +192,19 @@ class Files:
             held.enter_context(self._open.one(actor.org_id))
             opening = self._reach.open(actor, reference, wish, _use_of(wish))
             stream = (await held.enter_async_context(opening)).stream
-            ending = await held.enter_async_context(beside(_end_of(stream, self._clock)))
+            telling = _end_of(stream, self._clock, _SILENT_S)
+            ending = await held.enter_async_context(beside(telling))
             await self._pass_on(body, stream, ending)
-            return (await ending).count
+            return ending.result().count
 
     async def _pass_on(
         self, body: AsyncIterator[bytes], stream: ByteStream, ending: "asyncio.Task[Any]"
     ) -> None:
-        """Send what comes as input, unless the other side has ended already: that says why."""
+        """Send what comes as input, and return once the other side has told its end.
+
+        That says nothing while the body is on its way, however long that takes: only what it must
+        take, and its end when it has all of it, is waited for with a limit.
+        """
         try:
             async for piece in body:
                 for start in range(0, len(piece), FRAME_MAX):
@@ -210,6 +216,11 @@ class Files:
         except UnavailableError:
             if not ending.done():
                 raise
+        try:
+            async with self._clock.timeout(STILL_S):
+                await asyncio.wait([ending])
+        except TimeoutError as error:
+            raise UnavailableError("the agent of the sandbox does not go on") from error
 
     @asynccontextmanager
     async def pack(
@@ -243,9 +254,10 @@ class Files:
             held.enter_context(self._open.one(actor.org_id))
             opening = self._reach.open(actor, reference, wish, use)
             stream = (await held.enter_async_context(opening)).stream
-            ending = await held.enter_async_context(beside(_all_printed(stream, self._clock)))
+            telling = _all_printed(stream, self._clock, _SILENT_S)
+            ending = await held.enter_async_context(beside(telling))
             await self._pass_on(body, stream, ending)
-            await ending
+            ending.result()
         return made
 
 
@@ -294,14 +306,16 @@ def _tar(folder: bytes, arguments: str, user: str) -> ops.Execute:
     return ops.Execute(line, timeout_ms=_TAR_LIMIT_MS, user=user)
 
 
-async def _printed(stream: ByteStream, clock: Clock) -> AsyncIterator[bytes]:
+async def _printed(
+    stream: ByteStream, clock: Clock, still_s: float | None = None
+) -> AsyncIterator[bytes]:
     """Yield what a command prints.
 
     Raises:
         InvalidArgumentError: it did not end well; the message is its own.
     """
     complaint = b""
-    async for frame in frames_of(stream, clock):
+    async for frame in frames_of(stream, clock, still_s=still_s):
         if frame.channel is Channel.EXIT:
             end = told(ops.Ended, frame)
             # 1: something changed while it was read (tar(1)).
@@ -314,8 +328,8 @@ async def _printed(stream: ByteStream, clock: Clock) -> AsyncIterator[bytes]:
             complaint = (complaint + frame.payload)[:_COMPLAINT_MAX]
 
 
-async def _all_printed(stream: ByteStream, clock: Clock) -> None:
-    async for _ in _printed(stream, clock):
+async def _all_printed(stream: ByteStream, clock: Clock, still_s: float) -> None:
+    async for _ in _printed(stream, clock, still_s):
         pass
 
 
@@ -327,7 +341,7 @@ def _checked_end(frame: Frame) -> FileEnd:
     return end
 
 
-async def _end_of(stream: ByteStream, clock: Clock, still_s: float = STILL_S) -> FileEnd:
+async def _end_of(stream: ByteStream, clock: Clock, still_s: float | None = None) -> FileEnd:
     async for frame in frames_of(stream, clock, still_s=still_s):
         if frame.channel is Channel.EXIT:
             return _checked_end(frame)

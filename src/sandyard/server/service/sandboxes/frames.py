@@ -52,9 +52,9 @@ class Open:
 
 
 async def frames_of(
-    stream: ByteStream, clock: Clock, *, still_s: float = STILL_S
+    stream: ByteStream, clock: Clock, *, still_s: float | None = None
 ) -> AsyncIterator[Frame]:
-    """Yield frames up to the one that tells of the end.
+    """Yield frames up to the one that tells of the end; in between STILL_S may go by, or `still_s`.
 
     Raises:
         UnavailableError: the agent stands still, or broke off before the end.
@@ -64,7 +64,7 @@ async def frames_of(
     decoder, frames, began = Decoder(), 0, clock.monotonic()
     while True:
         try:
-            async with clock.timeout(still_s):
+            async with clock.timeout(STILL_S if still_s is None else still_s):
                 data = await stream.read(_READ)
         except TimeoutError as error:
             raise UnavailableError("the agent of the sandbox does not go on") from error
