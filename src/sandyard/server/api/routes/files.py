@@ -44,25 +44,28 @@ Service = Annotated[Files, provided("files")]
 User = Annotated[str, Query(description="Who does it: a name or a number.")]
 
 
-def _path(request: Request, field: str = "path") -> bytes:
-    """Return a path of the query, byte by byte as it was sent: text need not be UTF-8."""
-    found: dict[str, bytes] = {}
+async def _where(
+    request: Request,
+    path: Annotated[
+        str | None,
+        Query(description="Where it is; without / at its beginning, below /workspace."),
+    ] = None,
+    path_base64: Annotated[
+        str | None,
+        Query(alias="pathBase64", description="The same in base64, if it is not UTF-8."),
+    ] = None,
+) -> bytes:
+    """Return the path of a query, byte by byte as it was sent: text need not be UTF-8."""
+    del path
+    sent = None
     for part in request.scope["query_string"].split(b"&"):
         name, _, value = part.partition(b"=")
-        found[name.decode("latin-1")] = unquote_to_bytes(value.replace(b"+", b" "))
-    in_base64 = found.get(f"{field}Base64")
-    return given_path(
-        found.get(field), None if in_base64 is None else in_base64.decode("latin-1"), field=field
-    )
+        if name == b"path":
+            sent = unquote_to_bytes(value.replace(b"+", b" "))
+    return given_path(sent, path_base64, field="path")
 
 
-Path = Annotated[
-    str | None,
-    Query(description="Where it is; without / at its beginning, below /workspace."),
-]
-PathBase64 = Annotated[
-    str | None, Query(alias="pathBase64", description="The same in base64, if it is not UTF-8.")
-]
+Where = Annotated[bytes, Depends(_where)]
 
 
 @router.get(
@@ -80,15 +83,13 @@ async def read_file(
     actor: CanWrite,
     service: Service,
     reference: str,
-    path: Path = None,
-    path_base64: PathBase64 = None,
+    where: Where,
     user: User = "root",
     range_: Annotated[str | None, Header(alias="Range")] = None,
     if_range: Annotated[str | None, Header(alias="If-Range")] = None,
 ) -> Any:
     """Read a file, or a range of it."""
-    del path, path_base64  # read from the query as bytes
-    where, reference = _path(request), checked_text(reference, field="reference")
+    reference = checked_text(reference, field="reference")
     # There are no validators here, so that none can be the same (RFC 9110, 13.1.5).
     wanted = None if if_range else _RANGE.fullmatch(range_ or "")
     begin, end = (int(one) if one else None for one in (wanted.groups() if wanted else ("", "")))
@@ -162,8 +163,7 @@ async def write_file(
     actor: CanWrite,
     service: Service,
     reference: str,
-    path: Path = None,
-    path_base64: PathBase64 = None,
+    where: Where,
     user: User = "root",
     mode: Annotated[str | None, Query(description="Permissions, octal.")] = None,
     owner: Annotated[str | None, Query(description="Whose it is to be.")] = None,
@@ -177,8 +177,7 @@ async def write_file(
     ] = False,
 ) -> Data[WrittenOut]:
     """Write a file, with the body as it is. What was there stays whole until all has come."""
-    del path, path_base64
-    where, reference = _path(request), checked_text(reference, field="reference")
+    reference = checked_text(reference, field="reference")
     wish = ops.Write(where, in_place, parents, octal(mode), owner, user)
     try:
         size = await service.write(actor, reference, wish, request.stream())
@@ -193,14 +192,12 @@ async def remove_file(
     actor: CanWrite,
     service: Service,
     reference: str,
-    path: Path = None,
-    path_base64: PathBase64 = None,
+    where: Where,
     user: User = "root",
     recursive: Annotated[bool, Query(description="A folder with all that is in it.")] = False,
 ) -> Data[FileRemovedOut]:
     """Remove a file, an empty folder, or with `recursive` a full one."""
-    del path, path_base64
-    where, reference = _path(request), checked_text(reference, field="reference")
+    reference = checked_text(reference, field="reference")
     await service.ask(actor, reference, ops.Remove(where, recursive, user))
     return enveloped(request, FileRemovedOut(path=shown(where), deleted=True))
 
@@ -211,15 +208,13 @@ async def list_folder(
     actor: CanWrite,
     service: Service,
     reference: str,
-    path: Path = None,
-    path_base64: PathBase64 = None,
+    where: Where,
     user: User = "root",
     depth: Annotated[int, Query(ge=1, le=DEPTH_MAX)] = 1,
     limit: Annotated[int, Query(ge=1, le=LIST_MAX)] = LIST_MAX,
 ) -> Data[ListingOut]:
     """List a folder by name, each folder in it followed by what is in that, down to `depth`."""
-    del path, path_base64
-    where, reference = _path(request), checked_text(reference, field="reference")
+    reference = checked_text(reference, field="reference")
     found = await service.list(actor, reference, ops.ListFolder(where, depth, limit, user))
     entries = [file_out(one) for one in found.entries]
     return enveloped(
@@ -233,13 +228,11 @@ async def stat_file(
     actor: CanWrite,
     service: Service,
     reference: str,
-    path: Path = None,
-    path_base64: PathBase64 = None,
+    where: Where,
     user: User = "root",
 ) -> Data[FileOut]:
     """Tell what a path leads to."""
-    del path, path_base64
-    where, reference = _path(request), checked_text(reference, field="reference")
+    reference = checked_text(reference, field="reference")
     return enveloped(
         request, file_out(await _stat(service, actor, reference, ops.Stat(where, user)))
     )
@@ -258,13 +251,11 @@ async def pack_folder(
     actor: CanWrite,
     service: Service,
     reference: str,
-    path: Path = None,
-    path_base64: PathBase64 = None,
+    where: Where,
     user: User = "root",
 ) -> Any:
     """Read a folder with all that is in it, as a tar archive."""
-    del path, path_base64
-    where, reference = _path(request), checked_text(reference, field="reference")
+    reference = checked_text(reference, field="reference")
     if getattr(request.state, "is_head", False):
         await _stat(service, actor, reference, ops.Stat(where, user))
         return Response(media_type="application/x-tar")
@@ -286,13 +277,11 @@ async def unpack_folder(
     actor: CanWrite,
     service: Service,
     reference: str,
-    path: Path = None,
-    path_base64: PathBase64 = None,
+    where: Where,
     user: User = "root",
 ) -> Data[FileOut]:
     """Unpack a tar archive into a folder, which is made if it is not there."""
-    del path, path_base64
-    where, reference = _path(request), checked_text(reference, field="reference")
+    reference = checked_text(reference, field="reference")
     try:
         found = await service.unpack(actor, reference, where, user, request.stream())
     except ClientDisconnect as error:
