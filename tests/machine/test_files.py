@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.support.events import events_of
 from tests.support.server import RealServer, is_slow, some, wait_until
 
 pytestmark = pytest.mark.machine
@@ -298,9 +299,58 @@ def test_many_at_once_and_none_left(server: RealServer, box: str) -> None:
     wait_until(lambda: said(server, box, zombies) == "0")
 
 
+def test_a_watched_folder_tells_what_is_done_in_it(server: RealServer, box: str) -> None:
+    said(server, box, "mkdir -p /tmp/w/deep; touch /tmp/w/there")
+    query = {"path": "/tmp/w", "recursive": "true"}
+    heard: list[dict[str, Any]] = []
+    with server.client.stream("GET", url_of(box, "watch"), params=query) as stream:
+        events = events_of(stream.iter_lines())
+        said(server, box, "cd /tmp/w; echo x > deep/new; mv there gone; mkdir -p a/b; "
+                          "echo y > a/b/c; rm deep/new; chmod 700 a; touch last")  # fmt: skip
+        while not heard or heard[-1].get("path") != "/tmp/w/last":
+            heard.append(next(events)[2])
+        told = [(one["type"], one["path"].removeprefix("/tmp/w/")) for one in heard]
+        for one in (
+            ("created", "deep/new"), ("moved", "gone"), ("created", "a"), ("created", "a/b"),
+            ("created", "a/b/c"), ("removed", "deep/new"), ("attributes", "a"),
+        ):  # fmt: skip
+            assert told.count(one) == 1, (one, told)
+        # Of very many something is told all the same, and in the end that it is gone.
+        many = some(20_000)
+        said(server, box, f"cd /tmp/w && seq {many} | xargs touch; cd /; rm -r /tmp/w")
+        count, last = 0, heard[-1]
+        while "code" not in last:
+            name, _, last = next(events)
+            count += name == "overflow" or last.get("type") == "created"
+        assert last["details"] == {"reason": "absent"}
+        assert count > 0
+    refused = server.client.get(url_of(box, "watch"), params={"path": "/tmp/none"})
+    assert refused.status_code == 404
+    denied = {"path": "/root", "user": "nobody"}
+    assert server.client.get(url_of(box, "watch"), params=denied).status_code == 403
+    # Who goes away is not watched for: nothing of it is left in the sandbox.
+    with server.client.stream("GET", url_of(box, "watch"), params={"path": "/tmp"}):
+        pass
+    watches = "cat /proc/*/fdinfo/* 2>/dev/null | grep -c '^inotify'"
+    wait_until(lambda: said(server, box, watches) in ("0", ""))
+
+
+def test_a_signed_url_needs_no_key(server: RealServer, box: str) -> None:
+    put(server, box, "/tmp/signed", b"for all")
+    answer = server.client.post(url_of(box, "sign"), json={"path": "/tmp/signed"})
+    url = answer.json()["data"]["url"]
+    assert httpx.get(url).content == b"for all"
+    assert httpx.put(url, content=b"x").status_code == 401
+    answer = server.client.post(
+        url_of(box, "sign"), json={"path": "/tmp/given", "method": "PUT", "user": "nobody"}
+    )
+    assert httpx.put(answer.json()["data"]["url"], content=b"given").status_code == 201
+    assert said(server, box, "stat -c %U /tmp/given; cat /tmp/given") == "nobody\ngiven"
+
+
 def test_the_readme_of_files_works_as_it_is_pasted(server: RealServer, box: str) -> None:
     page = (Path(__file__).parents[2] / "docs/howto/files.md").read_text()
-    (script,) = (one.split("```")[0] for one in page.split("```sh\n")[1:2])
+    script = "\n".join(one.split("```")[0] for one in page.split("```sh\n")[1:])
     config = (server.home / "xdg/sandyard/config.toml").read_text()
     key = config.split('api_key = "')[1].split('"')[0]
     environment = {**os.environ, "URL": f"http://127.0.0.1:{server.port}", "KEY": key}
@@ -310,3 +360,5 @@ def test_the_readme_of_files_works_as_it_is_pasted(server: RealServer, box: str)
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "hello" in done.stdout
+    assert '"url":"http' in done.stdout
+    assert "event: change" in done.stdout

@@ -20,6 +20,7 @@ BODIES: dict[str, dict[str, object]] = {
     "/resize": {},
     "/files/mkdir": {"path": "/a"},
     "/files/move": {"from": "/a", "to": "/b"},
+    "/files/sign": {"path": "/a"},
     "/files/copy": {"from": "/a", "to": "/b"},
     "/exec": {"command": "x"},
     "/fork": {"count": 1},

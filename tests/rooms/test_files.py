@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.door import SOON_S, door
+from tests.support.events import read_events
 from tests.support.house import Yard, eventually, open_yard
 from tests.support.several import open_several
 
@@ -258,3 +259,151 @@ async def test_large_files_go_through_without_being_held(tmp_path: Path) -> None
 async def is_unused(yard: Yard, box: Mapping[str, object]) -> bool:
     machines = (await yard.house.node.report()).machines
     return not any(one.is_used for one in machines if one.sandbox_id == box["id"])
+
+
+# --- watching -------------------------------------------------------------------------------------
+
+
+async def test_a_watched_folder_tells_what_changes_until_it_is_gone(tmp_path: Path) -> None:
+    async with door(tmp_path, saves=True) as opened:
+        yard = opened.yard
+        box = await yard.create()
+        await put(yard, box, "/d/e/f", b"x")
+        url = f"http://127.0.0.1:{opened.port}{files_of(box, 'watch')}"
+        async with httpx.AsyncClient(timeout=SOON_S) as client:
+            # As a browser does it, without a header.
+            query = {"path": "/d", "recursive": "true", "api_key": yard.key}
+            async with client.stream("GET", url, params=query) as answer:
+                assert answer.headers["content-type"].startswith("text/event-stream")
+                await put(yard, box, "/d/new", b"x")
+                await put(yard, box, "/d/e/f", b"y")
+                moving = {"from": "/d/new", "toBase64": base64.b64encode(b"/d/\xff").decode()}
+                await yard.client.post(files_of(box, "move"), json=moving)
+                await yard.client.delete(files_of(box), params={"path": "/d", "recursive": "true"})
+                said = "".join([one async for one in answer.aiter_text()])
+            heard = [one[2] for one in read_events(said)]
+            assert [(one.get("type"), one.get("path")) for one in heard[:3]] == [
+                ("created", "/d/new"), ("modified", "/d/e/f"), ("moved", "/d/\ufffd"),
+            ]  # fmt: skip
+            assert heard[2]["pathBase64"] == moving["toBase64"]
+            assert (heard[2]["from"], heard[2]["folder"]) == ("/d/new", False)
+            assert (heard[-1]["code"], heard[-1]["details"]) == ("not_found", {"reason": "absent"})
+            # To watch is no use: the sandbox is paused all the same, and that is told.
+            query = {"path": "/workspace", "token": yard.key}
+            async with client.stream("GET", url, params=query) as answer:
+                assert await is_unused(yard, box)
+                await yard.act(box, "pause")
+                said = "".join([one async for one in answer.aiter_text()])
+            assert read_events(said)[-1][2]["details"] == {"status": "paused"}
+        for path, status in (("/none", 404), ("/denied", 403), ("bad\0", 400)):
+            answer = await yard.client.get(files_of(box, "watch"), params={"path": path})
+            assert answer.status_code == status, answer.text
+        head = await yard.client.head(files_of(box, "watch"), params={"path": "/workspace"})
+        assert (head.status_code, head.content) == (200, b"")
+
+
+# --- signed URLs ----------------------------------------------------------------------------------
+
+
+async def signed(yard: Yard, box: Mapping[str, object], **body: object) -> dict[str, str]:
+    answer = await yard.client.post(files_of(box, "sign"), json=body)
+    assert answer.status_code == 201, answer.text
+    data: dict[str, str] = answer.json()["data"]
+    return data
+
+
+async def test_a_signed_url_reads_or_writes_one_file_without_a_key(yard: Yard) -> None:
+    box = await yard.create(name="named")
+    await put(yard, box, "/f ü", b"0123456789")
+    async with yard.client_of(None) as nobody:
+        reading = await signed(yard, box, path="/f ü")
+        assert (await nobody.get(reading["url"])).content == b"0123456789"
+        part = await nobody.get(reading["url"], headers={"Range": "bytes=2-3"})
+        assert (part.status_code, part.content) == (206, b"23")
+        assert (await nobody.head(reading["url"])).headers["content-length"] == "10"
+        writing = await signed(yard, {"id": "named"}, path="/g", method="put", expiresIn=60)
+        assert writing["method"] == "PUT"
+        assert (await nobody.put(writing["url"], content=b"new")).status_code == 201
+        assert (await read(yard, box, "/g")).content == b"new"
+        odd = base64.b64encode(b"/\xff").decode()
+        writing_odd = await signed(yard, box, pathBase64=odd, method="PUT")
+        assert (await nobody.put(writing_odd["url"], content=b"odd")).status_code == 201
+        # For what it was made, and for nothing else.
+        url = reading["url"]
+        for other, method in (
+            (url, "PUT"), (url, "DELETE"), (writing["url"], "GET"),
+            (url.replace("path=%2Ff", "path=%2Fg"), "GET"),
+            (url.replace("user=root", "user=nobody"), "GET"),
+            (url.replace("expires=", "expires=9"), "GET"),
+            (url.replace("/files?", "/files/stat?"), "GET"),
+            (url.replace(str(box["id"]), "named"), "GET"),
+            (url + "&user=nobody", "GET"), (url + "&mode=4755", "GET"),
+            (writing["url"] + "&owner=nobody", "PUT"), (url + "x", "GET"),
+            (url.partition("&signature")[0], "GET"), (url + "%00", "GET"),
+        ):  # fmt: skip
+            answer = await nobody.request(method, other)
+            assert answer.status_code == 401, (method, other, answer.text)
+        for body, field in (
+            ({"path": "/f", "method": "POST"}, "method"),
+            ({"path": "/f", "expiresIn": 0}, "expiresIn"),
+            ({"path": "/f", "expiresIn": 604_801}, "expiresIn"),
+            ({"path": "/f", "user": "a\nb"}, "user"),
+            ({}, "path"),
+        ):
+            answer = await yard.client.post(files_of(box, "sign"), json=body)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["details"]["field"] == field
+        answer = await yard.client.post(files_of({"id": "none"}, "sign"), json={"path": "/f"})
+        assert answer.status_code == 404
+
+
+async def test_a_signed_url_ends_with_its_time_and_with_its_signer(yard: Yard) -> None:
+    org_id, user_id = await yard.first()
+    box = await yard.create()
+    await put(yard, box, "/f", b"x")
+    async with yard.client_of(None) as nobody:
+        brief = await signed(yard, box, path="/f", expiresIn=1)
+
+        async def has_expired() -> bool:
+            answer = await nobody.get(brief["url"])
+            return answer.status_code == 401 and "token_expired" in answer.text
+
+        await eventually(has_expired)
+        made = await yard.client.post(
+            "/v1/api-keys", json={"name": "brief", "scopes": ["sandbox:*"]}
+        )
+        key = made.json()["data"]
+        async with yard.client_of(key["key"]) as other:
+            answer = await other.post(files_of(box, "sign"), json={"path": "/f"})
+            url = answer.json()["data"]["url"]
+        assert (await nobody.get(url)).content == b"x"
+        await yard.client.patch(f"/v1/api-keys/{key['id']}", json={"scopes": ["sandbox:read"]})
+        assert (await nobody.get(url)).status_code == 401
+        await yard.client.patch(f"/v1/api-keys/{key['id']}", json={"scopes": ["sandbox:write"]})
+        assert (await nobody.get(url)).status_code == 200
+        await yard.client.delete(f"/v1/api-keys/{key['id']}")
+        assert (await nobody.get(url)).status_code == 401
+        # A member's is worth what the member sees, an admin's what an admin does.
+        member = await yard.add_member(org_id)
+        members = await yard.add_key(org_id, member)
+        async with yard.client_of(members) as theirs:
+            assert (await theirs.post(files_of(box, "sign"), json={"path": "/f"})).is_error
+            own = (await theirs.post("/v1/sandboxes", json={}, params={"wait": 10})).json()["data"]
+            await put(yard, own, "/f", b"y")
+        admins = (await signed(yard, own, path="/f"))["url"]
+        assert (await nobody.get(admins)).content == b"y"
+        assert user_id != member
+
+
+async def test_no_key_is_taken_from_an_address_but_where_a_browser_has_no_other_way(
+    yard: Yard,
+) -> None:
+    box = await yard.create()
+    async with yard.client_of(None) as nobody:
+        for path in (files_of(box, "list"), f"/v1/sandboxes/{box['id']}"):
+            answer = await nobody.get(path, params={"api_key": yard.key, "path": "/"})
+            assert answer.status_code == 401
+        path = f"/v1/sandboxes/{box['id']}/events"
+        twice = await nobody.get(path, params={"api_key": yard.key, "token": yard.key})
+        assert (twice.status_code, twice.json()["error"]["details"]["field"]) == (400, "api_key")
+        assert (await nobody.head(path, params={"token": yard.key})).status_code == 200

@@ -9,8 +9,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from tests.support.clock import AheadClock
+from tests.support.door import SOON_S, door
+from tests.support.events import read_events
 from tests.support.folders import found_in
 from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.several import open_several
@@ -1277,3 +1280,33 @@ async def test_an_address_is_of_one_run_and_a_hostname_of_one_start(yard: Yard) 
     assert await yard.execute(box, "hostname") == "before"
     await yard.act(box, "restart")
     assert await yard.execute(box, "hostname") == "after"
+
+
+async def test_a_sandbox_tells_whoever_follows_it_what_becomes_of_it(tmp_path: Path) -> None:
+    async with door(tmp_path, saves=True) as opened:
+        yard = opened.yard
+        box = await yard.create()
+        url = f"http://127.0.0.1:{opened.port}/v1/sandboxes/{box['id']}/events"
+        headers = {"Authorization": f"Bearer {yard.key}"}
+        said = ""
+        async with (
+            httpx.AsyncClient(timeout=SOON_S, headers=headers) as client,
+            client.stream("GET", url) as answer,
+        ):
+            pieces = answer.aiter_text()
+            for action, word in (("pause", '"paused"'), ("resume", '"running"')):
+                await yard.act(box, action)
+                begin = len(said)
+                while word not in said[begin:]:
+                    said += await anext(pieces)
+            await yard.client.delete(f"/v1/sandboxes/{box['id']}")
+            said += "".join([one async for one in pieces])
+        heard = read_events(said)
+        statuses = [one[2]["status"] for one in heard]
+        assert {one[0] for one in heard} == {"status"}
+        assert statuses[0] == "running"
+        assert statuses[-1] == "destroyed"
+        assert [one for one in statuses if one in ("paused", "running")] == [
+            "running", "paused", "running",
+        ]  # fmt: skip
+        assert heard[0][2]["id"] == box["id"]

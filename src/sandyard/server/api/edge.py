@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandyard.server.api.bounds import JsonBounds
+from sandyard.server.api.credentials import signed_use_of, token_of
 from sandyard.server.api.errors import answer_error
 from sandyard.server.core.errors import (
     InternalError,
@@ -30,6 +31,7 @@ from sandyard.server.core.ids import new_request_id
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.rates import Allowance, Rates
+from sandyard.server.service.sandboxes.signing import Signing
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +74,14 @@ class Edge:
         app: ASGIApp,
         *,
         access: Access,
+        signing: Signing,
         rates: Rates,
         observe: RequestObserver,
         bind: Callable[[str], object],
     ) -> None:
         self._app = app
         self._access = access
+        self._signing = signing
         self._rates = rates
         self._observe = observe
         self._bind = bind
@@ -152,9 +156,8 @@ class Edge:
             return
         state, request = scope["state"], Request(scope)
         address = request.client.host if request.client else "unknown"
-        org_id = request.query_params.get("orgId")
         try:
-            actor = await self._access.authenticate(token_of(request), org_id=org_id)
+            actor = await self._actor(request)
         except (InvalidTokenError, TokenExpiredError):
             state["allowance"] = self._rates.of_address(address)
             self._rates.failed(address)
@@ -169,6 +172,13 @@ class Edge:
             state["allowance"] = self._rates.refused(actor)
             raise
         state["actor"] = actor
+
+    async def _actor(self, request: Request) -> Actor:
+        token = token_of(request)
+        if token is None and (signed := signed_use_of(request)) is not None:
+            return await self._signing.enter(*signed)
+        org_id = request.query_params.get("orgId")
+        return await self._access.authenticate(token, org_id=org_id)
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """Return `receive`, which refuses what a route does not take.
@@ -223,14 +233,6 @@ class Edge:
 def _whose(state: dict[str, Any]) -> str:
     actor: Actor | None = state.get("actor")
     return actor.org_id if actor is not None else ""
-
-
-def token_of(request: Request) -> str | None:
-    """Return a request's credential; Bearer wins over X-API-Key."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    return request.headers.get("x-api-key")
 
 
 def _rate_headers(allowance: Allowance | None) -> list[tuple[bytes, bytes]]:

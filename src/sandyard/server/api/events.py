@@ -9,12 +9,19 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from typing import Any
 
+from fastapi import Depends, Request
+
+from sandyard.server.api.credentials import token_of
 from sandyard.server.api.streams import HeldStream
-from sandyard.server.core.errors import InternalError, SandyardError
+from sandyard.server.core.errors import InternalError, PermissionDeniedError, SandyardError
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.people.access import Access
 from sandyard.server.tasks import beside
 
 BEAT_S = 15.0
+Check = Callable[[], Awaitable[object]]
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,8 @@ class Event:
     def encoded(self) -> bytes:
         """Return its bytes."""
         head = "" if self.id is None else f"id: {self.id}\n"
-        said = json.dumps(
-            self.data, separators=(",", ":")
-        )  # ASCII: some take U+2028 for a line's end
+        # ASCII: some take U+2028 for a line's end.
+        said = json.dumps(self.data, separators=(",", ":"))
         return f"{head}event: {self.name}\ndata: {said}\n\n".encode()
 
 
@@ -45,7 +51,7 @@ class EventStream(HeldStream):
         self,
         events: AsyncIterator[Event],
         held: AsyncExitStack,
-        check: Callable[[], Awaitable[object]],
+        check: Check,
     ) -> None:
         super().__init__(
             _encoded(events, check),
@@ -55,9 +61,7 @@ class EventStream(HeldStream):
         )
 
 
-async def _encoded(
-    events: AsyncIterator[Event], check: Callable[[], Awaitable[object]]
-) -> AsyncIterator[bytes]:
+async def _encoded(events: AsyncIterator[Event], check: Check) -> AsyncIterator[bytes]:
     yield b": a stream of events\n\n"
     try:
         async for event in _with_beats(events, check):
@@ -72,9 +76,7 @@ def _facts(error: SandyardError) -> dict[str, object]:
     return {"details": dict(error.facts)} if error.facts else {}
 
 
-async def _with_beats(
-    events: AsyncIterator[Event], check: Callable[[], Awaitable[object]]
-) -> AsyncIterator[Event | None]:
+async def _with_beats(events: AsyncIterator[Event], check: Check) -> AsyncIterator[Event | None]:
     """Yield what comes, None where nothing came for a while, and check now and then."""
     clock = asyncio.get_running_loop().time
     checked_at = clock()
@@ -109,3 +111,22 @@ async def _hand_over(
 
 
 _NOTHING_YET = Event("", None)
+
+
+def rechecked(scope: str) -> Any:
+    """Return the dependency on what raises once whoever asked may not any more what they did."""
+
+    async def provide(request: Request) -> Check:
+        actor: Actor = request.state.actor
+        access: Access = request.app.state.services.access
+        token, org_id = token_of(request), request.query_params.get("orgId")
+
+        async def check() -> None:
+            now = await access.authenticate(token, org_id=org_id)
+            now.require(scope)
+            if actor.sees_all and not now.sees_all:
+                raise PermissionDeniedError("cannot go on: the credential may do less than before")
+
+        return check
+
+    return Depends(provide)

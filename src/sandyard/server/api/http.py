@@ -42,6 +42,7 @@ from sandyard.server.service.sandboxes.create import Creation
 from sandyard.server.service.sandboxes.execute import Commands
 from sandyard.server.service.sandboxes.files import Files
 from sandyard.server.service.sandboxes.processes import Processes
+from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.templates import Templates
 
@@ -77,6 +78,7 @@ class Services:
     commands: Commands
     processes: Processes
     files: Files
+    signing: Signing
     snapshots: Snapshots
     templates: Templates
     readiness: Readiness
@@ -110,7 +112,12 @@ def make_api(
         app.include_router(routes.router)
     _describe_truly(app)
     app.add_middleware(
-        Edge, access=services.access, rates=services.rates, observe=observe, bind=bind
+        Edge,
+        access=services.access,
+        signing=services.signing,
+        rates=services.rates,
+        observe=observe,
+        bind=bind,
     )
     if cors_origins:
         # Outermost: a browser asks first (OPTIONS), without the credential.

@@ -47,6 +47,7 @@ from sandyard.server.service.sandboxes.processes import Processes
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.reach import Reach
 from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.templates import Templates
 
@@ -185,7 +186,7 @@ async def open_control(
             organizations=Organizations(store=store, repeats=repeats, clock=clock, sign_up=sign_up),
             api_keys=ApiKeys(store, clock),
             ssh_keys=ssh_keys,
-            feed=Feed(store, register),
+            feed=Feed(store, register, opened),
             now=clock.now,
             billing=Billing(
                 store=store,
@@ -223,6 +224,7 @@ async def open_control(
             commands=Commands(reach, clock),
             processes=Processes(reach, clock, opened),
             files=Files(reach, clock, opened),
+            signing=Signing(store, register, clock, key),
             snapshots=Snapshots(
                 store=store,
                 register=register,

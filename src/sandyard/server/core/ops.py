@@ -37,6 +37,7 @@ class Op(StrEnum):
     REMOVE = "remove"
     READ = "read"
     WRITE = "write"
+    WATCH_FOLDER = "watch_folder"
     DIAL = "dial"
     STATS = "stats"
 
@@ -494,7 +495,45 @@ class Write(Operation[Done]):
     user: str = "root"
 
 
-FileOperation = Stat | ListFolder | MakeFolder | Move | Copy | Remove | Read | Write
+class ChangeKind(StrEnum):
+    """What became of a file."""
+
+    CREATED = "created"
+    MODIFIED = "modified"
+    ATTRIBUTES = "attributes"  # its mode, its owner, its times
+    REMOVED = "removed"
+    MOVED = "moved"
+    OVERFLOW = "overflow"  # more happened than could be told: look anew
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """Something changed in a folder that is watched; what `MOVED` came from `source`."""
+
+    path: bytes
+    kind: ChangeKind
+    is_folder: bool = False
+    source: bytes | None = None
+
+
+@dataclass(frozen=True)
+class WatchFolder(Operation[Done]):
+    """Watch a folder from the answer on, with `recursive` all that is in it, too: frames with JSON
+    lists of `FileChange` follow, and a `FileEnd` once it is there no more.
+
+    To watch is no use of a machine: nobody keeps one awake by that alone.
+    """
+
+    op = Op.WATCH_FOLDER
+    asked_by_users = True
+    answer = Done
+
+    path: bytes
+    recursive: bool = False
+    user: str = "root"
+
+
+FileOperation = Stat | ListFolder | MakeFolder | Move | Copy | Remove | Read | Write | WatchFolder
 """What is asked of files."""
 
 

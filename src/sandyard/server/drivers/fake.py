@@ -293,6 +293,18 @@ class FakeMachine:
                 await self._echo(reader, decoder, writer)
             case ops.Attach():
                 await self._follow(operation, reader, decoder, writer)
+            case _:
+                await self._work_on_file(operation, reader, decoder, writer)
+
+    async def _work_on_file(
+        self,
+        operation: ops.AnyOperation,
+        reader: asyncio.StreamReader,
+        decoder: wire.Decoder,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Send what follows the answer of an operation on a file."""
+        match operation:
             case ops.Move() | ops.Copy():
                 end = ops.FileEnd(1, fact=self._files.fact(operation.target))
                 writer.write(end_frame(end))
@@ -304,6 +316,12 @@ class FakeMachine:
                     await writer.drain()
             case ops.Write():
                 await self._take_file(operation, reader, decoder, writer)
+            case ops.WatchFolder():
+                async with (
+                    beside(self._watch(operation, writer)) as watching,
+                    beside(reader.read(1)) as gone,
+                ):
+                    await asyncio.wait([watching, gone], return_when=asyncio.FIRST_COMPLETED)
             case _:
                 pass
 
@@ -344,7 +362,7 @@ class FakeMachine:
                 return self._programs.answer(operation)
             case (
                 ops.Stat() | ops.ListFolder() | ops.MakeFolder() | ops.Move() | ops.Copy()
-                | ops.Remove() | ops.Read() | ops.Write()
+                | ops.Remove() | ops.Read() | ops.Write() | ops.WatchFolder()
             ):  # fmt: skip
                 return self._files.answer(operation)
             case ops.Dial():
@@ -365,6 +383,11 @@ class FakeMachine:
             writer.write(data)
             await writer.drain()
             data = b""
+
+    async def _watch(self, wish: ops.WatchFolder, writer: asyncio.StreamWriter) -> None:
+        async for frame in self._files.watched(wish):
+            writer.write(frame)
+            await writer.drain()
 
     async def _take_file(
         self,

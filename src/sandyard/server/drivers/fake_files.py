@@ -1,8 +1,9 @@
 """The files of a fake machine: a tree in memory that tells the same errors as a real one."""
 
+import asyncio
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
@@ -24,6 +25,7 @@ class FakeFiles:
     def __init__(self) -> None:
         self._tree: dict[bytes, bytes | None] = {b"/": None, b"/workspace": None, b"/tmp": None}
         self._modes: dict[bytes, int] = {}
+        self._watches: dict[asyncio.Queue[ops.FileChange], ops.WatchFolder] = {}
 
     def answer(self, wish: ops.FileOperation) -> object:
         """Carry an operation out, and return what it answers.
@@ -34,7 +36,7 @@ class FakeFiles:
         match wish:
             case ops.Stat():
                 return self.fact(wish.path)
-            case ops.ListFolder():
+            case ops.ListFolder() | ops.WatchFolder():
                 self._folder(wish.path)
             case ops.Read():
                 self.content(wish.path)
@@ -79,12 +81,39 @@ class FakeFiles:
             yield wire.encode_frame(wire.Channel.STDOUT, json.dumps(facts).encode())
         yield end_frame(ops.FileEnd(len(facts), len(found) > len(facts)))
 
+    async def watched(self, wish: ops.WatchFolder) -> AsyncIterator[bytes]:
+        """Yield the frames of a watch, and its end when its folder is removed."""
+        changes: asyncio.Queue[ops.FileChange] = asyncio.Queue()
+        self._watches[changes] = wish
+        try:
+            while True:
+                change = await changes.get()
+                if change.path == wish.path:
+                    message = f"{wish.path.decode(errors='replace')}: the folder is there no more"
+                    trouble = ops.FileTrouble(wire.Refusal.ABSENT.value, message)
+                    yield end_frame(ops.FileEnd(trouble=trouble))
+                    return
+                payload = json.dumps([encode(change)]).encode()
+                yield wire.encode_frame(wire.Channel.STDOUT, payload)
+        finally:
+            del self._watches[changes]
+
+    def _tell(self, path: bytes, kind: ops.ChangeKind, source: bytes | None = None) -> None:
+        is_folder = self._tree.get(path, b"") is None
+        for changes, wish in self._watches.items():
+            head = wish.path.rstrip(b"/") + b"/"
+            is_near = path.startswith(head) and (wish.recursive or b"/" not in path[len(head) :])
+            if is_near or path == wish.path:
+                changes.put_nowait(ops.FileChange(path, kind, is_folder, source))
+
     def write(self, wish: ops.Write, data: bytes) -> ops.FileEnd:
         """Write a file, unless there is no room for it."""
         if len(data) > ROOM:
             message = f"{wish.path.decode(errors='replace')}: no space left on device"
             return ops.FileEnd(trouble=ops.FileTrouble(wire.Refusal.NO_SPACE.value, message))
+        is_new = wish.path not in self._tree
         self._tree[wish.path] = data
+        self._tell(wish.path, ops.ChangeKind.CREATED if is_new else ops.ChangeKind.MODIFIED)
         if wish.mode is not None:
             self._modes[wish.path] = wish.mode
         return ops.FileEnd(len(data))
@@ -114,6 +143,7 @@ class FakeFiles:
         if above not in self._tree:
             self._make_parents(above)
             self._tree[above] = None
+            self._tell(above, ops.ChangeKind.CREATED)
 
     def _make_folder(self, wish: ops.MakeFolder) -> ops.FileFact:
         if wish.path in self._tree:
@@ -124,6 +154,7 @@ class FakeFiles:
             self._make_parents(wish.path)
         self._folder(posixpath.dirname(wish.path))
         self._tree[wish.path] = None
+        self._tell(wish.path, ops.ChangeKind.CREATED)
         return self.fact(wish.path)
 
     def _move(self, wish: ops.Move | ops.Copy) -> None:
@@ -135,13 +166,18 @@ class FakeFiles:
             self._tree[wish.target + path[len(wish.source) :]] = self._tree[path]
             if isinstance(wish, ops.Move):
                 del self._tree[path]
+        if isinstance(wish, ops.Move):
+            self._tell(wish.target, ops.ChangeKind.MOVED, wish.source)
+        else:
+            self._tell(wish.target, ops.ChangeKind.CREATED)
 
     def _remove(self, wish: ops.Remove) -> None:
         self._find(wish.path)
         below = list(self._below(wish.path, 10**6))
         if below and not wish.everything:
             raise RefusedFileError(wire.Refusal.EXISTS, wish.path)
-        for path in [wish.path, *below]:
+        for path in [*reversed(below), wish.path]:
+            self._tell(path, ops.ChangeKind.REMOVED)
             del self._tree[path]
 
     def _check_write(self, wish: ops.Write) -> None:

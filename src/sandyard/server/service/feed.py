@@ -1,18 +1,21 @@
 """The activity feed, which is the audit log as well: what is written in it, and who reads it."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from datetime import datetime
 
 from sandyard.server.core.contracts.store import Store
-from sandyard.server.core.records import Activity, ActivityQuery
+from sandyard.server.core.records import Activity, ActivityQuery, Sandbox
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.frames import Open
 from sandyard.server.service.sandboxes.register import Register
 
 
 class Feed:
     """Reads it. A member sees what they did, and what became of their own sandboxes."""
 
-    def __init__(self, store: Store, register: Register) -> None:
+    def __init__(self, store: Store, register: Register, opened: Open) -> None:
+        self._open = opened
         self._store = store
         self._register = register
 
@@ -60,3 +63,17 @@ class Feed:
         )
         async with self._store.read() as tx:
             return await tx.activity.page(query)
+
+    @asynccontextmanager
+    async def follow(self, actor: Actor, reference: str) -> AsyncIterator[AsyncIterator[Sandbox]]:
+        """Follow a sandbox: it is yielded as it is, and again whenever its status changes, until it
+        is gone. Of several changes at once the last may be all that is told.
+
+        Raises:
+            NotFoundError: no such sandbox.
+            LimitReachedError: the organization has too much open.
+        """
+        actor.require("sandbox:read")
+        sandbox = await self._register.get(actor, reference)
+        with self._open.one(actor.org_id):
+            yield self._register.changes(sandbox)

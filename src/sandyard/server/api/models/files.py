@@ -6,13 +6,15 @@ A path is text; one that is not UTF-8 is written in base64, in a field whose nam
 import base64
 from datetime import UTC, datetime
 from typing import Literal
+from urllib.parse import unquote_to_bytes
 
 from pydantic import Field
 
-from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.api.models.base import Body, Model, Time, bounds
 from sandyard.server.core.errors import InvalidArgumentError
-from sandyard.server.core.ops import FileFact
+from sandyard.server.core.ops import ChangeKind, FileChange, FileFact
 from sandyard.server.service.sandboxes.files import path_of
+from sandyard.server.service.sandboxes.signing import METHODS, SECONDS
 
 _MOMENT_MAX_MS = 253_402_300_799_000  # the last second of the year 9999
 
@@ -39,6 +41,28 @@ class MoveBody(Body):
     target_base64: str | None = Field(None, alias="toBase64")
     overwrite: bool = Field(False, description="Replace a file that is there.")
     user: str = Field("root", description="Who does it.")
+
+
+class SignBody(Body):
+    """The body of a request for a signed URL."""
+
+    path: str | None = Field(None, examples=["/workspace/report.pdf"])
+    path_base64: str | None = None
+    method: str = Field("GET", description=f"{METHODS[0]} to read, {METHODS[1]} to write.")
+    expires_in: int = Field(
+        3600,
+        description="Seconds until it is good no more.",
+        json_schema_extra=bounds(SECONDS.start, SECONDS.stop - 1),
+    )
+    user: str = Field("root", description="Who reads or writes it, in the sandbox.")
+
+
+class SignedOut(Model):
+    """A URL that reads or writes one file; whoever has it needs no key."""
+
+    url: str
+    method: str
+    expires_at: Time
 
 
 class FileOut(Model):
@@ -98,6 +122,29 @@ def file_out(fact: FileFact) -> FileOut:
         modified_at=datetime.fromtimestamp(min(_MOMENT_MAX_MS, fact.modified_ms) / 1000, UTC),
         target=None if fact.target is None else shown(fact.target),
     )
+
+
+def change_out(change: FileChange) -> dict[str, object]:
+    """Return a change of a watched folder, for an event of a stream."""
+    told: dict[str, object] = {"type": change.kind.value, "folder": change.is_folder}
+    for name, path in (("path", change.path), ("from", change.source)):
+        if path is not None:
+            told[name] = shown(path)
+            if shown(path).encode() != path:
+                told[f"{name}Base64"] = base64.b64encode(path).decode()
+    if change.kind is ChangeKind.OVERFLOW:
+        del told["folder"]
+    return told
+
+
+def path_in(query: bytes) -> bytes | None:
+    """Return the path of a query, byte by byte as it was sent: text need not be UTF-8."""
+    sent = None
+    for part in query.split(b"&"):
+        name, _, value = part.partition(b"=")
+        if name == b"path":
+            sent = unquote_to_bytes(value.replace(b"+", b" "))
+    return sent
 
 
 def shown(path: bytes) -> str:

@@ -1,18 +1,22 @@
 """/v1/activity: what happened, which is the audit log as well."""
 
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.cursors import decode_cursor, encode_cursor
+from sandyard.server.api.events import Check, Event, EventStream, rechecked
 from sandyard.server.api.models.activity import EventPage, EventsOut, event_out
 from sandyard.server.api.models.base import PageMeta
+from sandyard.server.api.models.sandboxes import sandbox_out
 from sandyard.server.api.routes.common import errors, provided
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
-from sandyard.server.core.records import Activity
+from sandyard.server.core.records import Activity, Sandbox
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.feed import Feed
 
@@ -20,6 +24,7 @@ router = APIRouter(tags=["activity"])
 
 CanReadFeed = Annotated[Actor, Depends(Scope("activity:read"))]
 CanReadSandbox = Annotated[Actor, Depends(Scope("sandbox:read"))]
+MayFollow = Annotated[Check, rechecked("sandbox:read")]
 Limit = Annotated[int, Query(ge=1, le=500)]
 
 
@@ -94,6 +99,39 @@ async def list_sandbox_activity(
         after=decode_cursor(cursor) if cursor else None,
     )
     return _page(request, found, limit)
+
+
+@router.get(
+    "/v1/sandboxes/{reference}/events",
+    responses={
+        **errors(404, 409),
+        200: {"description": "Events.", "content": {"text/event-stream": {}}},
+    },
+    response_model=None,
+)
+async def follow_sandbox(
+    request: Request,
+    actor: CanReadSandbox,
+    service: Service,
+    check: MayFollow,
+    reference: str,
+) -> Any:
+    """Follow a sandbox: an event `status` with it as it is now, and whenever its status changes,
+    until it is destroyed."""
+    reference = checked_text(reference, field="reference")
+    async with AsyncExitStack() as opening:
+        following = service.follow(actor, reference)
+        changes = await opening.enter_async_context(following)
+        if getattr(request.state, "is_head", False):
+            return Response(media_type="text/event-stream")
+        held = opening.pop_all()
+    return EventStream(_told(changes, actor), held, check)
+
+
+async def _told(changes: AsyncIterator[Sandbox], actor: Actor) -> AsyncIterator[Event]:
+    async for sandbox in changes:
+        shown = sandbox_out(sandbox, actor).model_dump(mode="json", by_alias=True)
+        yield Event("status", shown)
 
 
 def _page(request: Request, found: list[Activity], limit: int) -> EventPage:

@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Annotated, Any
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.edge import streams_body
+from sandyard.server.api.events import Check, Event, EventStream, rechecked
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.files import (
     FileOut,
@@ -20,10 +21,14 @@ from sandyard.server.api.models.files import (
     ListingOut,
     MakeFolderBody,
     MoveBody,
+    SignBody,
+    SignedOut,
     WrittenOut,
+    change_out,
     file_out,
     given_path,
     octal,
+    path_in,
     shown,
 )
 from sandyard.server.api.routes.common import enveloped, errors, provided
@@ -31,9 +36,10 @@ from sandyard.server.api.streams import HeldStream
 from sandyard.server.core import ops
 from sandyard.server.core.errors import InternalError, InvalidArgumentError
 from sandyard.server.core.ids import checked_text
-from sandyard.server.core.ops import FileFact
+from sandyard.server.core.ops import FileChange, FileFact
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.files import DEPTH_MAX, LIST_MAX, Files, Reading
+from sandyard.server.service.sandboxes.signing import Signing, moment_of
 
 router = APIRouter(prefix="/v1/sandboxes/{reference}/files", tags=["files"])
 
@@ -41,6 +47,8 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 Service = Annotated[Files, provided("files")]
+MayWatch = Annotated[Check, rechecked("sandbox:write")]
+Signer = Annotated[Signing, provided("signing")]
 User = Annotated[str, Query(description="Who does it: a name or a number.")]
 
 
@@ -55,14 +63,9 @@ async def _where(
         Query(alias="pathBase64", description="The same in base64, if it is not UTF-8."),
     ] = None,
 ) -> bytes:
-    """Return the path of a query, byte by byte as it was sent: text need not be UTF-8."""
+    """Return the path that a query names."""
     del path
-    sent = None
-    for part in request.scope["query_string"].split(b"&"):
-        name, _, value = part.partition(b"=")
-        if name == b"path":
-            sent = unquote_to_bytes(value.replace(b"+", b" "))
-    return given_path(sent, path_base64, field="path")
+    return given_path(path_in(request.scope["query_string"]), path_base64, field="path")
 
 
 Where = Annotated[bytes, Depends(_where)]
@@ -318,6 +321,72 @@ async def copy_file(
     reference = checked_text(reference, field="reference")
     wish = ops.Copy(*_both(body), body.overwrite, body.user)
     return enveloped(request, file_out(await _stat(service, actor, reference, wish)))
+
+
+@router.get(
+    "/watch",
+    responses={
+        **errors(402, 404, 409),
+        200: {"description": "Events.", "content": {"text/event-stream": {}}},
+    },
+    response_model=None,
+)
+async def watch_folder(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    check: MayWatch,
+    reference: str,
+    where: Where,
+    user: User = "root",
+    recursive: Annotated[bool, Query(description="All that is in it, too.")] = False,
+) -> Any:
+    """Watch a folder: an event `change` for whatever is made, changed, moved or removed in it.
+
+    What happens after the answer has begun is told. An `overflow` says that more happened than
+    could be told, and an `error` with the reason `absent` that the folder itself is gone.
+    """
+    reference = checked_text(reference, field="reference")
+    if getattr(request.state, "is_head", False):
+        await _stat(service, actor, reference, ops.Stat(where, user))
+        return Response(media_type="text/event-stream")
+    wish = ops.WatchFolder(where, recursive, user)
+    async with AsyncExitStack() as opening:
+        changes = await opening.enter_async_context(service.watch(actor, reference, wish))
+        held = opening.pop_all()
+    return EventStream(_told(changes), held, check)
+
+
+async def _told(changes: AsyncIterator[FileChange]) -> AsyncIterator[Event]:
+    async for one in changes:
+        name = "overflow" if one.kind is ops.ChangeKind.OVERFLOW else "change"
+        yield Event(name, change_out(one))
+
+
+@router.post("/sign", status_code=201, responses=errors(404))
+async def sign_file(
+    request: Request, actor: CanWrite, service: Signer, reference: str, body: SignBody
+) -> Data[SignedOut]:
+    """Make a URL that reads or writes one file until it runs out, for whoever has no key.
+
+    It is good for its method, its path and its user alone, and no longer than the credential that
+    it was made with.
+    """
+    where = given_path(body.path, body.path_base64, field="path")
+    use, signature = await service.sign(
+        actor,
+        checked_text(reference, field="reference"),
+        body.method.upper(),
+        where,
+        body.user,
+        body.expires_in,
+    )
+    query = urlencode(
+        {"path": use.path, "user": use.user, "expires": use.expires, "by": use.by,
+         "signature": signature}
+    )  # fmt: skip
+    url = f"{str(request.base_url).rstrip('/')}/v1/sandboxes/{use.sandbox_id}/files?{query}"
+    return enveloped(request, SignedOut(url=url, method=use.method, expires_at=moment_of(use)))
 
 
 def _both(body: MoveBody) -> tuple[bytes, bytes]:

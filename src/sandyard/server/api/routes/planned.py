@@ -21,9 +21,6 @@ _PLANNED = {
         ("POST", "/v1/terminal/sandbox-sessions"),
         ("GET", "/v1/terminal/sessions/{path:path}"),
     ],
-    "events": [("GET", f"{_SANDBOX}/events")],
-    "watching files": [("GET", f"{_SANDBOX}/files/watch")],
-    "signed URLs": [("POST", f"{_SANDBOX}/files/sign")],
     "attaching by WebSocket": [("GET", f"{_SANDBOX}/processes/{{pid}}/attach")],
     "workspaces": [
         ("GET POST", "/v1/workspaces"),

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.edge import takes_body, token_of
-from sandyard.server.api.events import Event, EventStream
+from sandyard.server.api.edge import takes_body
+from sandyard.server.api.events import Check, Event, EventStream, rechecked
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.processes import (
     Encoding,
@@ -29,7 +29,6 @@ from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import Ended
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.people.access import Access
 from sandyard.server.service.sandboxes.processes import Following, Processes, Which
 
 router = APIRouter(prefix="/v1/sandboxes/{reference}/processes", tags=["processes"])
@@ -40,7 +39,7 @@ _PID_DIGITS = 10
 
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 Service = Annotated[Processes, provided("processes")]
-Gate = Annotated[Access, provided("access")]
+MayFollow = Annotated[Check, rechecked("sandbox:write")]
 
 
 @router.post("", status_code=201, responses=errors(402, 404, 409, 413))
@@ -136,7 +135,7 @@ async def follow_output(
     request: Request,
     actor: CanWrite,
     service: Service,
-    access: Gate,
+    check: MayFollow,
     reference: str,
     process: str,
     offset: Annotated[
@@ -170,16 +169,7 @@ async def follow_output(
             service.follow(actor, reference, which_of(process), offset or 0)
         )
         held = opening.pop_all()
-    token, org_id = token_of(request), request.query_params.get("orgId")
-
-    async def check() -> None:
-        (await access.authenticate(token, org_id=org_id)).require("sandbox:write")
-
-    return EventStream(
-        _events(following, encoding, wants_lost=offset is not None),
-        held,
-        check,
-    )
+    return EventStream(_events(following, encoding, wants_lost=offset is not None), held, check)
 
 
 async def _events(following: Following, encoding: str, *, wants_lost: bool) -> AsyncIterator[Event]:

@@ -1,4 +1,4 @@
-"""STAT, LIST_FOLDER, MAKE_FOLDER, MOVE, COPY, REMOVE, READ, WRITE: the files of the machine.
+"""STAT, LIST_FOLDER, MAKE_FOLDER, MOVE, COPY, REMOVE, READ, WRITE, WATCH_FOLDER: the files.
 
 Each is done by a child that has gone over to the user's root and account: the kernel itself sees to
 who may do what, links lead where they lead for the user, and whatever a file system makes a child
@@ -18,6 +18,7 @@ import socket
 import stat as stats
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
@@ -25,7 +26,11 @@ from sandyard.server.guest import processes, system
 from sandyard.server.guest.context import Context
 from sandyard.server.guest.system import Account, ConflictingError, RefusedError
 
+if TYPE_CHECKING:
+    from sandyard.server.guest.watch import Watcher
+
 _CHILDREN_MAX = 64
+_WATCHES_MAX = 32
 _PIECE = wire.FRAME_MAX
 _ENTRIES_A_FRAME = 200
 _ENTRIES_MAX = 100_000
@@ -56,6 +61,7 @@ _CODES = {
     errno.EBUSY: wire.Refusal.CONFLICT,
 }
 _children: set[int] = set()
+_watching: set[int] = set()
 
 
 class _TroubleError(Exception):
@@ -73,10 +79,13 @@ async def carry_out(
     decoder: wire.Decoder,
 ) -> None:
     """See the classes of core.ops."""
-    if len(_children) >= _CHILDREN_MAX:
-        raise ConflictingError(
-            f"cannot do that now: {_CHILDREN_MAX} operations on files are under way"
-        )
+    # Who watches does so for hours: nobody else is to wait for that.
+    among, most = _children, _CHILDREN_MAX
+    if isinstance(wish, ops.WatchFolder):
+        among, most = _watching, _WATCHES_MAX
+    if len(among) >= most:
+        what = "folders are watched" if among is _watching else "operations on files are under way"
+        raise ConflictingError(f"cannot do that now: {most} {what}")
     for path in _paths_of(wish):
         if not path.startswith(b"/") or b"\0" in path:
             raise RefusedError(f"cannot use the path {_shown(path)}: it must begin with /")
@@ -87,11 +96,11 @@ async def carry_out(
     pid = processes.fork(
         lambda: _Child(context.root_fd, account, owner, connection, decoder).serve(wish)
     )
-    _children.add(pid)
+    among.add(pid)
     try:
         await _until_ended(pid, connection)
     finally:
-        _children.discard(pid)
+        among.discard(pid)
 
 
 async def _until_ended(pid: int, connection: socket.socket) -> None:
@@ -139,6 +148,7 @@ class _Child:
         self._decoder = decoder
         self._has_answered = False
         self._names: dict[tuple[str, int], str | None] = {}
+        self._watcher: Watcher | None = None
 
     def serve(self, wish: ops.FileOperation) -> None:
         """Carry an operation out and tell the host; never returns anything to the agent."""
@@ -154,6 +164,11 @@ class _Child:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _break_off)
         sys.setrecursionlimit(_DEEP)  # a tree of folders may be as deep as it likes
+        if isinstance(wish, ops.WatchFolder):
+            # Out of the agent's root, not the user's: what it needs is not on everybody's way.
+            from sandyard.server.guest.watch import Watcher
+
+            self._watcher = Watcher()
         processes.step_down(self._account, root)
         os.close(root)
         os.umask(0o022)
@@ -187,6 +202,8 @@ class _Child:
                 self._read(wish)
             case ops.Write():
                 self._write(wish)
+            case ops.WatchFolder():
+                self._watch(wish)
 
     # --- what is told -----------------------------------------------------------------------
 
@@ -472,6 +489,32 @@ class _Child:
             while view:
                 view = view[os.write(descriptor, view) :]
             count += len(frame.payload)
+
+    def _watch(self, wish: ops.WatchFolder) -> None:
+        from sandyard.server.guest.watch import TooManyError
+
+        watcher = self._watcher
+        assert watcher is not None  # made before the user's root was entered
+        try:
+            watcher.open(wish.path, recursive=wish.recursive)
+        except TooManyError as error:
+            raise _TroubleError(
+                wire.Refusal.CONFLICT,
+                f"{_shown(wish.path)}: no more folders can be watched; see "
+                "fs.inotify.max_user_watches and max_user_instances of the sandbox",
+            ) from error
+        self._answer(ops.Done())
+        with select.epoll() as told:
+            told.register(watcher.fileno(), select.EPOLLIN)
+            told.register(self._connection, select.EPOLLRDHUP)
+            while not watcher.is_over:
+                if any(one == self._connection.fileno() for one, _ in told.poll()):
+                    return  # nobody listens any more
+                self._send_entries([encode(one) for one in watcher.changes()])
+        gone = ops.FileTrouble(
+            wire.Refusal.ABSENT.value, f"{_shown(wish.path)}: the folder is there no more"
+        )
+        self._end(ops.FileEnd(trouble=gone))
 
     def _hear_out(self) -> None:
         """Read on what the host still sends: closed before, it might not hear what was said."""

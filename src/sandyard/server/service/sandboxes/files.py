@@ -25,7 +25,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.core.ops import FileEnd, FileFact, FileOperation
+from sandyard.server.core.ops import FileChange, FileEnd, FileFact, FileOperation
 from sandyard.server.core.wire import FRAME_MAX, Channel, Frame, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.frames import STILL_S, Open, frames_of, send, told
@@ -44,6 +44,7 @@ _SILENT_S = 400 * 86_400.0
 _LISTED_MAX = 4 * 1024 * 1024
 _COMPLAINT_MAX = 4096
 WishT = TypeVar("WishT", bound=FileOperation)
+ToldT = TypeVar("ToldT")
 _USES: dict[type[FileOperation], Use] = {
     ops.MakeFolder: Use("file.created", "Folder made", "make a folder in"),
     ops.Move: Use("file.moved", "File moved", "move a file in"),
@@ -53,6 +54,7 @@ _USES: dict[type[FileOperation], Use] = {
     ops.Read: Use("file.read", "File read", "read a file of"),
     ops.Stat: Use("file.read", "", "look at a file of", is_told=False),
     ops.ListFolder: Use("file.read", "", "list a folder of", is_told=False),
+    ops.WatchFolder: Use("file.watched", "", "watch a folder of", is_told=False),
 }
 
 
@@ -168,6 +170,21 @@ class Files:
         raise UnavailableError("the agent of the sandbox broke off in the middle of a list")
 
     @asynccontextmanager
+    async def watch(
+        self, actor: Actor, reference: str, wish: ops.WatchFolder
+    ) -> AsyncIterator[AsyncIterator[FileChange]]:
+        """Watch a folder: from when the block is entered on, whatever changes is told. See `ask`.
+
+        What is yielded ends with NotFoundError once the folder is there no more.
+        """
+        wish = _checked(wish)
+        async with AsyncExitStack() as held:
+            held.enter_context(self._open.one(actor.org_id))
+            opening = self._reach.open(actor, reference, wish, _use_of(wish))
+            reached = await held.enter_async_context(opening)
+            yield _changes_of(reached.stream, self._clock)
+
+    @asynccontextmanager
     async def read(self, actor: Actor, reference: str, wish: ops.Read) -> AsyncIterator[Reading]:
         """Read a file. See `ask`."""
         wish = _checked(wish)
@@ -278,9 +295,18 @@ def path_of(text: bytes, *, field: str = "path") -> bytes:
     return path
 
 
-def _checked(wish: WishT) -> WishT:
-    if not 1 <= len(wish.user) <= 64 or not wish.user.isprintable():
+def check_user(user: str) -> None:
+    """Refuse what cannot be an account's name or number.
+
+    Raises:
+        InvalidArgumentError: it cannot.
+    """
+    if not 1 <= len(user) <= 64 or not user.isprintable():
         raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
+
+
+def _checked(wish: WishT) -> WishT:
+    check_user(wish.user)
     if isinstance(wish, ops.MakeFolder | ops.Write):
         if wish.mode is not None and not 0 <= wish.mode <= 0o7777:
             raise InvalidArgumentError("cannot use mode: it is octal, such as 644", field="mode")
@@ -348,12 +374,26 @@ async def _end_of(stream: ByteStream, clock: Clock, still_s: float | None = None
     raise UnavailableError("the agent of the sandbox broke off in the middle of a file")
 
 
+async def _changes_of(stream: ByteStream, clock: Clock) -> AsyncIterator[FileChange]:
+    async for frame in frames_of(stream, clock, still_s=_SILENT_S):
+        if frame.channel is Channel.EXIT:
+            _checked_end(frame)
+            return
+        for one in _several_of(FileChange, frame.payload):
+            source = None if one.source is None else one.source[:_PATH_MAX]
+            yield replace(one, path=one.path[:_PATH_MAX], source=source)
+
+
 def _facts_of(payload: bytes) -> list[FileFact]:
+    return [_cleaned(one) for one in _several_of(FileFact, payload)]
+
+
+def _several_of(kind: type[ToldT], payload: bytes) -> list[ToldT]:
     try:
         found = json.loads(payload)
         if not isinstance(found, list):
             raise InternalError("cannot understand the agent of the sandbox")
-        return [_cleaned(decode(FileFact, one)) for one in found]
+        return [decode(kind, one) for one in found]
     except (CodecError, ValueError, RecursionError) as error:
         raise InternalError("cannot understand the agent of the sandbox") from error
 

@@ -1,6 +1,6 @@
 """Finds sandboxes as an actor may see them, and waits for what becomes of them."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from sandyard.server.core.contracts.bus import Bus
@@ -82,6 +82,19 @@ class Register:
         raise UnavailableError(
             f"cannot {doing} {sandbox.id} now: others change it all the time; ask again"
         )
+
+    async def changes(self, sandbox: Sandbox) -> AsyncIterator[Sandbox]:
+        """Yield a sandbox as it is, and again whenever its status has changed, until it is gone."""
+        told = None
+        with self._bus.subscribe(topic_of(sandbox.id)) as changes:
+            while True:
+                sandbox = await self.reread(sandbox.id)
+                if (sandbox.status, sandbox.reason) != told:
+                    told = (sandbox.status, sandbox.reason)
+                    yield sandbox
+                if sandbox.status is Status.DESTROYED:
+                    return
+                await changes.wait(_SLICE_S)
 
     async def wait_for(
         self, sandbox: Sandbox, statuses: frozenset[Status], *, limit_s: float
