@@ -115,7 +115,7 @@ def test_one_command_in_a_sandbox_of_its_own(server: RealServer, tmp_path: Path)
 def test_a_process_is_followed_over_a_broken_connection(server: RealServer, box: str) -> None:
     config = (server.home / "xdg/sandyard/config.toml").read_text()
     key = config.split('api_key = "')[1].split('"')[0]
-    with Sandyard(f"http://127.0.0.1:{server.port}", key) as client:
+    with Sandyard(key, f"http://127.0.0.1:{server.port}") as client:
         made = client.processes(box).start(
             "for n in $(seq 1 60); do echo line $n; sleep 0.1; done; cat; exit 4", stdin=True
         )

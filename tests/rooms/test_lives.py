@@ -1072,6 +1072,21 @@ async def test_a_snapshot_that_failed_can_be_asked_for_again_with_its_key(yard: 
     assert len({one.json()["data"]["id"] for one in answers}) == 1
 
 
+async def test_forks_are_called_as_they_are_asked_to_be(yard: Yard) -> None:
+    box = await yard.create(name="source")
+    fork = f"/v1/sandboxes/{box['id']}/fork"
+    made = (await yard.client.post(fork, json={"name": "twin"})).json()["data"]
+    assert [one["name"] for one in made] == ["twin"]
+    made = (await yard.client.post(fork, json={"name": "some", "count": 2})).json()["data"]
+    assert [one["name"] for one in made] == ["some-1", "some-2"]
+    for name, count, status in (
+        ("twin", 1, 409), ("some", 3, 409), ("a/b", 1, 400), ("x" * 62, 2, 400), ("", 1, 400),
+    ):  # fmt: skip
+        answer = await yard.client.post(fork, json={"name": name, "count": count})
+        assert answer.status_code == status, answer.text
+        assert answer.json()["error"]["details"]["field"] == "name"
+
+
 async def test_forks_with_one_key_save_their_source_once(yard: Yard) -> None:
     box = await yard.create()
     path, key = f"/v1/sandboxes/{box['id']}/fork", {"Idempotency-Key": "k"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from sandyard.server.app.connections import Patience
 from sandyard.server.app.serve import http_server
 from sandyard.server.app.settings import HttpSettings
+from sandyard.server.drivers.fake import Conduct
 from tests.conftest import free_port
 from tests.support.house import Yard, open_yard, until
 
@@ -57,9 +58,10 @@ async def door(
     patience: Patience | None = None,
     keep_alive_s: int | None = None,
     saves: bool = False,
+    conduct: Conduct | None = None,
     **http: object,
 ) -> AsyncIterator[Door]:
-    async with open_yard(home, saves=saves) as yard:
+    async with open_yard(home, saves=saves, conduct=conduct) as yard:
         port = free_port()
         settings = HttpSettings.model_validate({"port": port, **http})
         server = http_server(yard.house.api, settings, patience)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from sandyard.cli import main as entry
 from sandyard.cli import output, sandbox
-from sandyard.client import ApiError, Sandbox
+from sandyard.client import ApiError, Sandbox, Sandyard
 
 IDS = [f"sandbox-{number:012d}" for number in range(3)]
 
@@ -38,10 +38,12 @@ class Pipe(Terminal):
 
 def one(number: int, *, name: str | None = None, reason: str | None = None) -> Sandbox:
     raw = {
-        "id": IDS[number], "resources": {"vcpus": 2, "memory": "4GB", "disk": "10GB"},
+        "id": IDS[number], "name": name, "status": "running", "template": "base-ubuntu",
+        "createdAt": "2026-05-06T10:00:00.000Z",
+        "resources": {"vcpus": 2, "memory": "4GB", "disk": "10GB"},
         "statusReason": {"code": "x", "message": reason} if reason else None,
     }  # fmt: skip
-    return Sandbox(IDS[number], name, "running", "base-ubuntu", "2026-05-06T10:00:00.000Z", raw)
+    return Sandbox(Sandyard("rt_live_x", "http://127.0.0.1:1"), raw)
 
 
 class Client:

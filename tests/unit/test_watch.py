@@ -9,6 +9,7 @@ import pytest
 
 from sandyard.server.core.ops import ChangeKind, FileChange
 from sandyard.server.guest import watch
+from sandyard.server.guest.parts import part_of
 from sandyard.server.guest.watch import TooManyError, Watcher
 
 SOON_S = 10.0
@@ -107,6 +108,31 @@ def test_what_moves_is_told_from_where_and_watched_where_it_is(
     (folder / "last").touch()
     assert told(watcher, folder, ("created", "last")) == [
         ("removed", "shallow"), ("created", "last"),
+    ]  # fmt: skip
+
+
+def test_what_is_written_by_the_agent_is_told_as_one_file(watcher: Watcher, folder: Path) -> None:
+    for target, replaces in (("new", False), ("old", True), ("made", False)):
+        part = Path(os.fsdecode(part_of(os.fsencode(folder / target), replaces=replaces)))
+        if target == "made":
+            (part / "deep").mkdir(parents=True)
+            (part / "deep/f").write_text("x")
+        else:
+            part.write_text("x")
+        watcher.changes()
+        part.rename(folder / target)
+    (folder / "made/deep/later").touch()
+    assert told(watcher, folder, ("created", "made/deep/later")) == [
+        ("created", "made"), ("created", "made/deep"), ("created", "made/deep/f"),
+        ("created", "made/deep/later"),
+    ]  # fmt: skip
+    for part_is_over in (False, True):
+        part = Path(os.fsdecode(part_of(os.fsencode(folder / "f"), replaces=part_is_over)))
+        part.write_text("x")
+        part.rename(folder / "f")
+    (folder / "end").touch()
+    assert told(watcher, folder, ("created", "end")) == [
+        ("created", "f"), ("modified", "f"), ("created", "end"),
     ]  # fmt: skip
 
 

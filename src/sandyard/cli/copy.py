@@ -14,7 +14,7 @@ from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, T
 from sandyard.cli.output import write_raw
 from sandyard.cli.sandbox import open_client
 from sandyard.client import ApiError, Exited, Lost, Printed, Process, Sandyard
-from sandyard.client.files import Progress as Told
+from sandyard.client.archives import Progress as Told
 
 _LANGUAGES = {".py": "python3", ".js": "node", ".mjs": "node", ".sh": "bash"}
 _CUT = 74  # EX_IOERR of sysexits.h

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 from sandyard.cli import admin, copy, sandbox, server, snapshot
-from sandyard.cli.config import ConfigError
 from sandyard.cli.output import plain
 from sandyard.client import ApiError, ConnectionFailedError, TransferError
+from sandyard.client.config import ConfigError
 
 app = typer.Typer(
     name="sandyard",

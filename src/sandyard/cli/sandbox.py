@@ -1,13 +1,11 @@
 """`sandyard sandbox …`: what a user does with sandboxes."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from sandyard.cli.config import ConfigError, read_config
 from sandyard.cli.output import for_each, plain, show_json, show_table, write_raw
 from sandyard.client import Sandbox, Sandyard
 
@@ -22,12 +20,7 @@ References = Annotated[list[str], typer.Argument(help="Ids or names.")]
 
 def open_client() -> Sandyard:
     """Return a client of the server that this user's configuration names."""
-    config = read_config()
-    if config is None:
-        raise ConfigError(
-            "no server is configured; run scripts/up, or set SANDYARD_URL and SANDYARD_API_KEY"
-        )
-    return Sandyard(config.url, config.api_key)
+    return Sandyard()
 
 
 def _show(sandboxes: Sequence[Sandbox]) -> None:
@@ -140,8 +133,8 @@ def execute(
     with open_client() as client:
         result = client.execute(
             reference,
-            command[0] if len(command) == 1 else shlex.join(command),
-            timeout_ms=round(timeout * 1000),
+            command[0] if len(command) == 1 else command,
+            timeout_s=timeout,
             cwd=cwd,
             user=user,
             stdin=sys.stdin.buffer.read() if stdin else None,
@@ -205,11 +198,14 @@ def logs(reference: Reference) -> None:
 def fork(
     reference: Reference,
     count: Annotated[int, typer.Option(help="How many, 1 to 100.")] = 1,
+    name: Annotated[
+        str | None, typer.Option(help="A name of your own; of several, each has its number.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make sandboxes that begin as this one is now: files, memory and processes."""
     with open_client() as client:
-        made = client.fork(reference, count)
+        made = client.fork(reference, count, name=name)
     if as_json:
         show_json([dict(one.raw) for one in made])
     else:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sandyard.cli.config import ClientConfig, read_config, write_config
 from sandyard.cli.output import out, plain, show_table
+from sandyard.client.config import ClientConfig, read_config, write_config
 
 if TYPE_CHECKING:
     from sandyard.server.app.settings import Settings

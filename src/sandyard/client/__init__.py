@@ -1,24 +1,79 @@
 """The Python SDK: sandboxes from Python, over httpx alone."""
 
-from sandyard.client.client import ExecResult, Sandbox, Sandyard, Snapshot
-from sandyard.client.errors import ApiError, ConnectionFailedError, TransferError
-from sandyard.client.files import FileInfo, Files
-from sandyard.client.processes import Exited, Lost, Printed, Process, Processes, ProcessInfo
+from sandyard.client.aio import AsyncSandbox, AsyncSandyard
+from sandyard.client.client import Sandbox, Sandyard
+from sandyard.client.config import ConfigError
+from sandyard.client.errors import (
+    ApiError,
+    BadRequestError,
+    CommandFailedError,
+    ConflictError,
+    ConnectionFailedError,
+    ForbiddenError,
+    InsufficientCreditsError,
+    NotFoundError,
+    NotImplementedYetError,
+    NotReadyError,
+    RateLimitedError,
+    SandyardError,
+    TransferError,
+    UnauthorizedError,
+    UnavailableError,
+)
+from sandyard.client.files import AsyncFiles, Files
+from sandyard.client.models import (
+    CodeError,
+    CodeResult,
+    ExecResult,
+    Exited,
+    FileChange,
+    FileInfo,
+    Lost,
+    Printed,
+    ProcessInfo,
+    SignedUrl,
+    Snapshot,
+    Template,
+)
+from sandyard.client.processes import AsyncProcess, AsyncProcesses, Process, Processes
 
 __all__ = [
     "ApiError",
+    "AsyncFiles",
+    "AsyncProcess",
+    "AsyncProcesses",
+    "AsyncSandbox",
+    "AsyncSandyard",
+    "BadRequestError",
+    "CodeError",
+    "CodeResult",
+    "CommandFailedError",
+    "ConfigError",
+    "ConflictError",
     "ConnectionFailedError",
     "ExecResult",
     "Exited",
+    "FileChange",
     "FileInfo",
     "Files",
+    "ForbiddenError",
+    "InsufficientCreditsError",
     "Lost",
+    "NotFoundError",
+    "NotImplementedYetError",
+    "NotReadyError",
     "Printed",
     "Process",
     "ProcessInfo",
     "Processes",
+    "RateLimitedError",
     "Sandbox",
     "Sandyard",
+    "SandyardError",
+    "SignedUrl",
     "Snapshot",
+    "Template",
     "TransferError",
+    "UnauthorizedError",
+    "UnavailableError",
 ]

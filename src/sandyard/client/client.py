@@ -1,319 +1,469 @@
-"""The client."""
+"""The client for threads: `Sandbox`, and the `Sandyard` that they belong to."""
 
-import base64
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import TracebackType
+import builtins
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self
-from urllib.parse import quote
 
-import httpx
-
-from sandyard.client.errors import ApiError, ConnectionFailedError
+from sandyard.client import calls
+from sandyard.client.code import Piece, SessionEndedError, argv_of
+from sandyard.client.config import find_config
+from sandyard.client.errors import ApiError, NotFoundError, NotReadyError, SandyardError
 from sandyard.client.files import Files
-from sandyard.client.processes import Processes
+from sandyard.client.models import (
+    CodeResult,
+    ExecResult,
+    Exited,
+    Printed,
+    ProcessEvent,
+    SandboxFacts,
+    Snapshot,
+    Template,
+    snapshot_of,
+)
+from sandyard.client.processes import Process, Processes
+from sandyard.client.streams import Statuses
+from sandyard.client.transport import Transport
 
-_MARGIN_S = 90.0
-
-
-@dataclass(frozen=True)
-class Sandbox:
-    """A sandbox as the server told of it; `raw` has every field."""
-
-    id: str
-    name: str | None
-    status: str
-    template: str
-    created_at: str
-    raw: Mapping[str, Any] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A snapshot as the server told of it; `raw` has every field."""
-
-    id: str
-    name: str | None
-    sandbox_id: str
-    size_bytes: int
-    created_at: str
-    raw: Mapping[str, Any] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class ExecResult:
-    """How a command ended. Text has U+FFFD for what is not UTF-8; the bytes are exact."""
-
-    stdout_bytes: bytes = field(repr=False)
-    stderr_bytes: bytes = field(repr=False)
-    exit_code: int
-    duration_ms: int
-    timed_out: bool
-    truncated: bool
-
-    @property
-    def stdout(self) -> str:
-        """What it printed on standard output."""
-        return self.stdout_bytes.decode(errors="replace")
-
-    @property
-    def stderr(self) -> str:
-        """What it printed on standard error."""
-        return self.stderr_bytes.decode(errors="replace")
+BROKEN = frozenset({"failed", "error", "destroyed"})
+Told = Callable[[str], object]
 
 
 class Sandyard:
-    """A connection to a server; use it as a context manager or call `close`."""
+    """A connection to a server; use it as a context manager or call `close`.
 
-    def __init__(self, url: str, api_key: str) -> None:
-        self._http = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {api_key}"},
-            timeout=httpx.Timeout(_MARGIN_S, connect=5.0),
-        )
+    What is not given is taken from SANDYARD_API_KEY and SANDYARD_URL, or else from the command
+    line's configuration. A call that is safe to repeat is sent again up to `retries` times.
+
+    Raises:
+        ConfigError: nothing says where the server is.
+    """
+
+    def __init__(
+        self, api_key: str | None = None, base_url: str | None = None, *, retries: int = 2
+    ) -> None:
+        self._transport = Transport(find_config(api_key, base_url), retries=retries)
 
     def __enter__(self) -> Self:
         """Return this client."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the connection."""
         self.close()
 
     def close(self) -> None:
         """Close the connection."""
-        self._http.close()
+        self._transport.close()
 
     def create(
         self,
         template: str | None = None,
         *,
-        wait_s: int = 0,
+        wait_s: int = 60,
         idempotency_key: str | None = None,
         **options: Any,
-    ) -> Sandbox:
+    ) -> "Sandbox":
         """Create a sandbox; `options` are the fields of the HTTP API, such as `name` or `env`.
 
-        With `wait_s`, return once it runs or so many seconds have gone by. The same
-        `idempotency_key` and options within a day return what was made the first time.
+        It is returned once it runs, or so many seconds have gone by. The same `idempotency_key` and
+        options within a day return what was made the first time.
         """
-        body = options if template is None else {"template": template, **options}
-        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-        answer = self.ask(
-            "POST", "/v1/sandboxes", params={"wait": wait_s}, json=body, headers=headers
-        )
-        return _sandbox(answer["data"])
+        return self._sandbox(calls.create(template, wait_s, idempotency_key, options))
 
-    def get(self, reference: str) -> Sandbox:
+    def get(self, reference: str) -> "Sandbox":
         """Return a sandbox by id or name."""
-        return _sandbox(self.ask("GET", _path(reference))["data"])
+        return self._sandbox(calls.get(reference))
 
-    def list(self, *, status: str | None = None, tags: Sequence[str] = ()) -> Iterator[Sandbox]:
+    def list(self, *, status: str | None = None, tags: Sequence[str] = ()) -> Iterator["Sandbox"]:
         """Yield all sandboxes, newest first."""
         query: dict[str, Any] = {"tag": list(tags)}
         if status is not None:
             query["status"] = status
-        while True:
-            page = self.ask("GET", "/v1/sandboxes", params=query)
-            yield from map(_sandbox, page["data"])
-            if not page["hasMore"]:
-                return
-            query["cursor"] = page["nextCursor"]
+        for one in self._pages("/v1/sandboxes", query):
+            yield Sandbox(self, one)
 
     def delete(self, reference: str) -> None:
         """Delete a sandbox and return when it is gone."""
-        self.ask("DELETE", _path(reference))
+        self._transport.send(calls.delete(reference))
 
     def execute(
         self,
         reference: str,
-        command: str,
+        command: str | Sequence[str],
         *,
-        timeout_ms: int = 30_000,
+        timeout_s: float = 30.0,
         cwd: str = "/workspace",
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
         user: str = "root",
     ) -> ExecResult:
-        """Run a command in a sandbox and return how it ended."""
-        body = {
-            "command": command,
-            "timeout": timeout_ms,
-            "cwd": cwd,
-            "env": dict(env or {}),
-            "user": user,
-            "encoding": "base64",
-        }
-        if stdin is not None:
-            given = stdin.encode() if isinstance(stdin, str) else stdin
-            body |= {"stdin": base64.b64encode(given).decode(), "stdinEncoding": "base64"}
-        data = self.ask(
-            "POST", _path(reference) + "/exec", json=body, timeout=timeout_ms / 1000 + _MARGIN_S
-        )["data"]
-        return ExecResult(
-            stdout_bytes=base64.b64decode(data["stdout"]),
-            stderr_bytes=base64.b64decode(data["stderr"]),
-            exit_code=data["exitCode"],
-            duration_ms=data["durationMs"],
-            timed_out=data["timedOut"],
-            truncated=data["truncated"],
+        """Run a command in a sandbox and return how it ended: a line for its shell, or a program
+        with its arguments."""
+        call = calls.execute(
+            reference, command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
         )
+        return self._transport.send(call)
 
-    def pause(self, reference: str) -> Sandbox:
+    def pause(self, reference: str) -> "Sandbox":
         """Save a sandbox to disk, processes and all, and return it when its memory is free."""
-        self.ask("POST", _path(reference) + "/pause")
+        self._transport.send(calls.act(reference, "pause"))
         return self.get(reference)
 
-    def resume(self, reference: str) -> Sandbox:
+    def resume(self, reference: str) -> "Sandbox":
         """Let a paused sandbox go on where it stood, and return it when it runs."""
-        self.ask("POST", _path(reference) + "/resume")
+        self._transport.send(calls.act(reference, "resume"))
         return self.get(reference)
 
-    def restart(self, reference: str) -> Sandbox:
+    def restart(self, reference: str) -> "Sandbox":
         """Boot a sandbox from its own disk, also one that does not answer, and return it."""
-        self.ask("POST", _path(reference) + "/restart")
+        self._transport.send(calls.act(reference, "restart", safe=False))
         return self.get(reference)
 
     def logs(self, reference: str) -> str:
         """Return the last of what a sandbox's machine printed on its console."""
-        return str(self.ask("GET", _path(reference) + "/logs")["data"]["console"])
+        return self._transport.send(calls.logs(reference))
 
-    def touch(self, reference: str) -> Sandbox:
+    def touch(self, reference: str) -> "Sandbox":
         """Count as a use of a sandbox, so that it is not paused for being idle."""
-        return _sandbox(self.ask("POST", _path(reference) + "/touch")["data"])
+        return self._sandbox(calls.act(reference, "touch"))
 
-    def change(self, reference: str, **changes: Any) -> Sandbox:
+    def change(self, reference: str, **changes: Any) -> "Sandbox":
         """Change fields of the HTTP API, such as `name`, `tags` or `idleTimeout`."""
-        return _sandbox(self.ask("PATCH", _path(reference), json=changes)["data"])
+        return self._sandbox(calls.change(reference, changes))
 
-    def fork(self, reference: str, count: int = 1) -> Sequence[Sandbox]:
+    def fork(
+        self, reference: str, count: int = 1, *, name: str | None = None
+    ) -> builtins.list["Sandbox"]:
         """Make sandboxes that begin as this one is now: files, memory and processes."""
-        made = self.ask("POST", _path(reference) + "/fork", json={"count": count})
-        return [_sandbox(one) for one in made["data"]]
+        made = self._transport.send(calls.fork(reference, count, name))
+        return [Sandbox(self, one) for one in made]
 
     def snapshot(self, reference: str, name: str | None = None) -> Snapshot:
         """Save a sandbox as it is now; it goes on running."""
-        body = {} if name is None else {"name": name}
-        made = self.ask("POST", _path(reference) + "/snapshots", json=body)
-        return _snapshot(made["data"])
+        return self._transport.send(calls.snapshot(reference, name))
 
-    def roll_back(self, reference: str, snapshot: str) -> Sandbox:
+    def roll_back(self, reference: str, snapshot: str) -> "Sandbox":
         """Put a sandbox back to one of its snapshots; what it was until then is lost."""
-        body = {"snapshotId": snapshot}
-        return _sandbox(self.ask("POST", _path(reference) + "/rollback", json=body)["data"])
+        return self._sandbox(calls.roll_back(reference, snapshot))
 
     def snapshots(self) -> Iterator[Snapshot]:
         """Yield all snapshots, newest first."""
-        query: dict[str, Any] = {}
-        while True:
-            page = self.ask("GET", "/v1/snapshots", params=query)
-            yield from map(_snapshot, page["data"])
-            if not page["hasMore"]:
-                return
-            query["cursor"] = page["nextCursor"]
+        yield from map(snapshot_of, self._pages("/v1/snapshots", {}))
 
     def delete_snapshot(self, reference: str) -> None:
         """Remove a snapshot; what was made from it lives on."""
-        self.ask("DELETE", f"/v1/snapshots/{quote(reference, safe='')}")
+        self._transport.send(calls.delete_snapshot(reference))
 
     def stats(self, reference: str) -> Mapping[str, float]:
         """Return a sandbox's figures as of now."""
-        figures: Mapping[str, float] = self.ask("GET", _path(reference) + "/stats")["data"]["stats"]
-        return figures
+        return self._transport.send(calls.stats(reference))
+
+    def templates(self) -> builtins.list[Template]:
+        """Return what sandboxes can be made from."""
+        return self._transport.send(calls.templates())
 
     def files(self, reference: str, *, user: str = "root") -> Files:
         """Return the files of a sandbox, as one of its users sees them."""
-        return Files(self, _path(reference), user)
+        return Files(self._transport, calls.sandbox_path(reference), user)
 
     def processes(self, reference: str) -> Processes:
         """Return the processes of a sandbox, which live on when whoever started them has gone."""
-        return Processes(self, _path(reference))
+        return Processes(self._transport, calls.sandbox_path(reference))
 
-    @contextmanager
-    def stream(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
-        """Ask for an answer that is read as it comes.
+    def statuses(self, reference: str) -> Iterator["Sandbox"]:
+        """Yield a sandbox as it is, and again whenever its status changes, until it is gone."""
+        for one in self._transport.follow(Statuses(calls.sandbox_path(reference))):
+            yield Sandbox(self, one)
+
+    def ask(self, method: str, path: str, *, query: Any = None, body: Any = None) -> Any:
+        """Ask for anything of the HTTP API, and return the answer's JSON."""
+        return self._transport.send(calls.plain(method, path, query=query, body=body))
+
+    def _sandbox(self, call: calls.Call[calls.Raw]) -> "Sandbox":
+        return Sandbox(self, self._transport.send(call))
+
+    def _pages(self, path: str, query: Mapping[str, Any]) -> Iterator[calls.Raw]:
+        cursor: str | None = None
+        while True:
+            found, cursor = self._transport.send(calls.page(path, query, cursor))
+            yield from found
+            if cursor is None:
+                return
+
+
+class Sandbox(SandboxFacts):
+    """A sandbox that can be used.
+
+    `Sandbox.create()` makes one; in a `with` block it is deleted at the end::
+
+        with Sandbox.create() as sbx:
+            print(sbx.exec("uname -a").stdout)
+    """
+
+    def __init__(self, client: Sandyard, raw: Mapping[str, Any], *, owns_client: bool = False):
+        super().__init__(raw)
+        self._client = client
+        self._owns_client = owns_client
+        self._sessions: dict[str, tuple[Process, int]] = {}
+        self._turn = threading.Lock()
+
+    @classmethod
+    def create(
+        cls,
+        template: str | None = None,
+        *,
+        client: Sandyard | None = None,
+        wait_s: int = 60,
+        **options: Any,
+    ) -> "Sandbox":
+        """Create a sandbox and return it once it runs; see `Sandyard.create`.
+
+        Without a `client` it has a connection of its own, to the server that is configured.
 
         Raises:
-            ApiError: the server refused.
-            ConnectionFailedError: it could not be reached, or broke off.
+            NotReadyError: it did not come up.
         """
+        own = client or Sandyard()
         try:
-            with self._http.stream(method, path, **options) as response:
-                if not response.is_success:
-                    response.read()
-                    raise _error_of(response)
-                yield response
-        except httpx.HTTPError as error:
-            raise self._failed(error) from error
+            made = own.create(template, wait_s=wait_s, **options)
+            box = cls(own, made.raw, owns_client=client is None)
+            return box.wait_until_ready(wait_s)
+        except BaseException:
+            if client is None:
+                own.close()
+            raise
 
-    def ask(self, method: str, path: str, **options: Any) -> Any:
-        """Ask for anything of the HTTP API, and return the answer's JSON.
+    @classmethod
+    def connect(cls, reference: str, *, client: Sandyard | None = None) -> "Sandbox":
+        """Return a sandbox that is there, by id or name."""
+        own = client or Sandyard()
+        try:
+            return cls(own, own.get(reference).raw, owns_client=client is None)
+        except BaseException:
+            if client is None:
+                own.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """Return this sandbox."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Delete it, if it is still there."""
+        try:
+            self.delete()
+        except NotFoundError:
+            pass  # by somebody else, or by its expiry
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection, if it is this one's own; the sandbox stays."""
+        if self._owns_client:
+            self._client.close()
+
+    def refresh(self) -> Self:
+        """Learn how it is now."""
+        self.raw = self._client.get(self.id).raw
+        return self
+
+    def wait_until_ready(self, limit_s: float = 60.0) -> Self:
+        """Return once it runs.
 
         Raises:
-            ApiError: the server refused.
-            ConnectionFailedError: it could not be reached, or broke off.
+            NotReadyError: it does not come up, or not in time.
         """
+        until = time.monotonic() + limit_s
+        while self.status != "running":
+            why = str((self.raw.get("statusReason") or {}).get("message", ""))
+            if self.status in BROKEN or time.monotonic() >= until:
+                raise NotReadyError(f"the sandbox {self.id} is {self.status}: {why or 'no reason'}")
+            time.sleep(0.1)
+            self.refresh()
+        return self
+
+    def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout_s: float = 30.0,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        stdin: str | bytes | None = None,
+        user: str = "root",
+        check: bool = False,
+        on_stdout: Told | None = None,
+        on_stderr: Told | None = None,
+    ) -> ExecResult:
+        """Run a command and return how it ended: a line for the shell, or a program and arguments.
+
+        `on_stdout` and `on_stderr` are told text as it is printed.
+
+        Raises:
+            CommandFailedError: it did not end with 0, and `check` is set.
+        """
+        if on_stdout is None and on_stderr is None:
+            result = self._client.execute(
+                self.id, command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
+            )
+            return calls.checked(result, command, check=check)
+        heard = calls.Heard(on_stdout, on_stderr)
+        events = self.run(command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user)
+        for event in events:
+            heard.feed(event)
+        return calls.checked(heard.result(), command, check=check)
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        stdin: str | bytes | None = None,
+        user: str = "root",
+    ) -> Iterator[ProcessEvent]:
+        """Run a command and yield what it prints as it comes, and at last how it ended.
+
+        What is left of it when nobody takes any more is ended.
+        """
+        options = calls.run_options(timeout_s, cwd, env, user, has_stdin=stdin is not None)
+        process = self.processes.start(command, **options)
+        is_over = False
         try:
-            response = self._http.request(method, path, **options)
-        except httpx.HTTPError as error:
-            raise self._failed(error) from error
-        if response.is_success:
-            return response.json()
-        raise _error_of(response)
+            if stdin is not None:
+                # Beside what is printed: one that is not heard may not read on.
+                threading.Thread(target=_feed, args=(process, stdin), daemon=True).start()
+            for event in process.events():
+                is_over = isinstance(event, Exited)
+                yield event
+        finally:
+            if not is_over:
+                with suppress(SandyardError):
+                    process.signal("SIGKILL", everything=True)
 
-    def _failed(self, error: httpx.HTTPError) -> ConnectionFailedError:
-        return ConnectionFailedError(
-            f"cannot reach {self._http.base_url}: {str(error) or type(error).__name__}"
-        )
+    def run_code(
+        self,
+        code: str,
+        *,
+        language: str = "python",
+        timeout_s: float = 60.0,
+        on_stdout: Told | None = None,
+        on_stderr: Told | None = None,
+    ) -> CodeResult:
+        """Run a piece of Python or of JavaScript (`node`) in an interpreter that is kept: what one
+        piece defines, the next can use. One piece runs at a time.
+
+        The value of its last expression is told, and what it raised. After `timeout_s` the
+        interpreter is ended; the next piece begins in a new one.
+        """
+        argv = argv_of(language)
+        piece, heard = Piece(code), calls.Heard(on_stdout, on_stderr)
+        with self._turn:
+            known = self._sessions.pop(language, None)
+            process, offset = known or (self.processes.start(argv, stdin=True), 0)
+            try:
+                process.write(piece.request())
+            except ApiError:
+                if known is None:
+                    raise
+                # It has ended meanwhile, or the sandbox is one that never had it.
+                process, offset = self.processes.start(argv, stdin=True), 0
+                process.write(piece.request())
+            is_late = threading.Event()
+
+            def end() -> None:
+                is_late.set()
+                with suppress(SandyardError):
+                    process.signal("SIGKILL", everything=True)
+
+            limit = threading.Timer(timeout_s, end)
+            limit.start()
+            try:
+                for event in process.events(offset):
+                    piece.feed(event)
+                    if isinstance(event, Printed):
+                        offset += len(event.data)
+                        heard.told(piece.new_text(event.stream), event.stream)
+                    if piece.is_done:
+                        self._sessions[language] = (process, offset)
+                        return piece.result()
+            except SessionEndedError as error:
+                if is_late.is_set():
+                    return piece.broken("TimeoutError", f"it took over {timeout_s:g} seconds")
+                return piece.broken("SessionEnded", str(error))
+            finally:
+                limit.cancel()
+        raise SandyardError("the interpreter did not tell how it ended")
+
+    @property
+    def files(self) -> Files:
+        """Its files, as root sees them."""
+        return self._client.files(self.id)
+
+    def files_as(self, user: str) -> Files:
+        """Return its files, as one of its users sees them."""
+        return self._client.files(self.id, user=user)
+
+    @property
+    def processes(self) -> Processes:
+        """Its processes, which live on when whoever started them has gone."""
+        return self._client.processes(self.id)
+
+    def pause(self) -> Self:
+        """Save it to disk, processes and all; its memory is free then."""
+        return self._now(self._client.pause(self.id))
+
+    def resume(self) -> Self:
+        """Let it go on where it stood."""
+        return self._now(self._client.resume(self.id))
+
+    def restart(self) -> Self:
+        """Boot it from its own disk; what was in memory is given up."""
+        return self._now(self._client.restart(self.id))
+
+    def fork(self, count: int = 1, *, name: str | None = None) -> list["Sandbox"]:
+        """Make sandboxes that begin as this one is now: files, memory and processes."""
+        return self._client.fork(self.id, count, name=name)
+
+    def snapshot(self, name: str | None = None) -> Snapshot:
+        """Save it as it is now; it goes on running."""
+        return self._client.snapshot(self.id, name)
+
+    def roll_back(self, snapshot: str) -> Self:
+        """Put it back to one of its snapshots; what it was until then is lost."""
+        return self._now(self._client.roll_back(self.id, snapshot))
+
+    def stats(self) -> Mapping[str, float]:
+        """Return its figures as of now."""
+        return self._client.stats(self.id)
+
+    def logs(self) -> str:
+        """Return the last of what its machine printed on its console."""
+        return self._client.logs(self.id)
+
+    def touch(self) -> Self:
+        """Count as a use of it, so that it is not paused for being idle."""
+        return self._now(self._client.touch(self.id))
+
+    def change(self, **changes: Any) -> Self:
+        """Change fields of the HTTP API, such as `name`, `tags` or `idleTimeout`."""
+        return self._now(self._client.change(self.id, **changes))
+
+    def delete(self) -> None:
+        """Delete it and return when it is gone."""
+        self._client.delete(self.id)
+
+    def _now(self, known: "Sandbox") -> Self:
+        self.raw = known.raw
+        return self
 
 
-def _path(reference: str) -> str:
-    return f"/v1/sandboxes/{quote(reference, safe='')}"
-
-
-def _sandbox(data: Mapping[str, Any]) -> Sandbox:
-    return Sandbox(
-        id=data["id"],
-        name=data["name"],
-        status=data["status"],
-        template=data["template"],
-        created_at=data["createdAt"],
-        raw=data,
-    )
-
-
-def _snapshot(data: Mapping[str, Any]) -> Snapshot:
-    return Snapshot(
-        id=data["id"],
-        name=data["name"],
-        sandbox_id=data["sandboxId"],
-        size_bytes=data["sizeBytes"],
-        created_at=data["createdAt"],
-        raw=data,
-    )
-
-
-def _error_of(response: httpx.Response) -> ApiError:
-    try:
-        body = response.json()["error"]
-        return ApiError(
-            str(body["message"]),
-            status=response.status_code,
-            code=str(body["code"]),
-            request_id=str(body.get("requestId", "")),
-            details=body.get("details"),
-        )
-    except (ValueError, KeyError, TypeError):
-        # Not ours: a proxy in between, say.
-        return ApiError(
-            f"the server answered {response.status_code}: {response.text[:200]}",
-            status=response.status_code,
-            code="unknown",
-            request_id="",
-        )
+def _feed(process: Process, stdin: str | bytes) -> None:
+    # One that has ended takes no more, which its end tells.
+    with suppress(SandyardError):
+        process.write(stdin)
+        process.close_stdin()

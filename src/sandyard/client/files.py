@@ -1,51 +1,14 @@
-"""Files of a sandbox: `Sandyard(…).files("name")`."""
+"""Files of a sandbox, as one of its users sees them."""
 
-import os
-import tarfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
 
-import httpx
-
-from sandyard.client.errors import TransferError
-
-_PIECE = 1024 * 1024
-Progress = Callable[[int], object]
-
-
-class Channel(Protocol):
-    """What speaks HTTP for the parts of a client."""
-
-    def ask(self, method: str, path: str, **options: Any) -> Any:
-        """Return the answer's JSON, or raise what the server's error means."""
-        ...
-
-    def stream(self, method: str, path: str, **options: Any) -> Any:
-        """Return a context manager of an answer that is read as it comes."""
-        ...
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """What the sandbox's file system tells of a file; `raw` has every field."""
-
-    path: str
-    name: str
-    type: str
-    size: int
-    mode: str
-    owner: str | None
-    modified_at: str
-    raw: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder."""
-        return self.type == "folder"
+from sandyard.client import archives, calls
+from sandyard.client.archives import PIECE, Progress
+from sandyard.client.models import FileChange, FileInfo, SignedUrl
+from sandyard.client.streams import Watching
+from sandyard.client.transport import AsyncTransport, Transport
 
 
 class Files:
@@ -55,8 +18,8 @@ class Files:
     `details["reason"]` tells what: absent, exists, not_a_folder, is_a_folder, denied or no_space.
     """
 
-    def __init__(self, channel: Channel, sandbox_path: str, user: str = "root") -> None:
-        self._channel = channel
+    def __init__(self, transport: Transport, sandbox_path: str, user: str = "root") -> None:
+        self._transport = transport
         self._path = f"{sandbox_path}/files"
         self._user = user
 
@@ -70,8 +33,8 @@ class Files:
 
     def read_pieces(self, path: str) -> Iterator[bytes]:
         """Yield a file's bytes as they come; nothing more of it is held."""
-        with self._reading(self._path, path) as answer:
-            yield from answer.iter_bytes(_PIECE)
+        with self._transport.stream(calls.read_file(self._path, path, self._user)) as answer:
+            yield from answer.iter_bytes(PIECE)
 
     def write(
         self,
@@ -83,39 +46,45 @@ class Files:
     ) -> int:
         """Write a file, and return how many bytes it has; the old one stays until that is done."""
         content = data.encode() if isinstance(data, str) else data
-        given = {"path": path, "user": self._user, "mode": mode, "owner": owner}
-        query = {name: value for name, value in given.items() if value is not None}
-        answer = self._channel.ask("PUT", self._path, params=query, content=content, timeout=None)
-        return int(answer["data"]["size"])
+        call = calls.write_file(self._path, path, self._user, content, mode, owner)
+        return self._transport.send(call)
 
     def list(self, path: str = "", *, depth: int = 1) -> list[FileInfo]:
         """Return what is in a folder, by name, each folder followed by what is in it."""
-        query = {"path": path or "/workspace", "depth": depth, "user": self._user}
-        found = self._channel.ask("GET", f"{self._path}/list", params=query)["data"]["entries"]
-        return [_info(one) for one in found]
+        return self._transport.send(calls.list_folder(self._path, path, self._user, depth))
 
     def info(self, path: str) -> FileInfo:
         """Return what a path leads to."""
-        query = {"path": path, "user": self._user}
-        return _info(self._channel.ask("GET", f"{self._path}/stat", params=query)["data"])
+        return self._transport.send(calls.file_info(self._path, path, self._user))
 
     def make_folder(self, path: str) -> FileInfo:
         """Make a folder, and those above it; one that is there is fine."""
-        body = {"path": path, "user": self._user}
-        return _info(self._channel.ask("POST", f"{self._path}/mkdir", json=body)["data"])
+        return self._transport.send(calls.make_folder(self._path, path, self._user))
 
     def move(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
         """Give a file or folder another path."""
-        return self._transfer("move", source, target, overwrite)
+        return self._transfer("move", source, target, overwrite=overwrite)
 
     def copy(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
         """Copy a file, or a folder with all that is in it."""
-        return self._transfer("copy", source, target, overwrite)
+        return self._transfer("copy", source, target, overwrite=overwrite)
 
     def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, an empty folder, or with `recursive` a full one."""
-        query = {"path": path, "user": self._user, "recursive": recursive}
-        self._channel.ask("DELETE", self._path, params=query)
+        self._transport.send(calls.remove(self._path, path, self._user, recursive=recursive))
+
+    def watch(self, path: str = "/workspace", *, recursive: bool = False) -> Iterator[FileChange]:
+        """Yield what changes in a folder from now on, with `recursive` in all that is in it.
+
+        "Now" is when the first change is asked for. A connection that breaks is opened again, which
+        is told as an `overflow`. It ends with an error when the folder or the sandbox is gone.
+        """
+        watching = Watching(self._path, path, self._user, recursive=recursive)
+        return self._transport.follow(watching)
+
+    def sign(self, path: str, *, method: str = "GET", expires_s: int = 3600) -> SignedUrl:
+        """Return a URL that reads (GET) or writes (PUT) one file, for whoever has no key."""
+        return self._transport.send(calls.sign(self._path, path, self._user, method, expires_s))
 
     def upload(self, local: str | Path, path: str, *, on_progress: Progress | None = None) -> None:
         """Copy a file or folder of this computer to a path in the sandbox.
@@ -128,16 +97,13 @@ class Files:
         """
         source = Path(local)
         if source.is_dir():
-            query = {"path": path, "user": self._user}
-            with _packed(source) as archive:
-                self._channel.ask(
-                    "PUT", f"{self._path}/archive", params=query,
-                    content=_told(_pieces_of(archive), on_progress), timeout=None,
-                )  # fmt: skip
+            with archives.packed(source) as archive:
+                content = archives.told(archives.pieces_of(archive), on_progress)
+                self._transport.send(calls.unpack(self._path, path, self._user, content))
             return
         with source.open("rb") as file:
             mode = f"{source.stat().st_mode & 0o777:04o}"
-            self.write(path, _told(_pieces_of(file), on_progress), mode=mode)
+            self.write(path, archives.told(archives.pieces_of(file), on_progress), mode=mode)
 
     def download(
         self, path: str, local: str | Path, *, on_progress: Progress | None = None
@@ -152,98 +118,118 @@ class Files:
             TransferError: of a folder not all may be, or can be, written here.
             OSError: it cannot be written here.
         """
-        target, found = Path(local), self.info(path)
-        if not found.is_folder:
-            part = target.with_name(f".{target.name}.part")
-            try:
-                with part.open("wb") as file:
-                    for piece in _told(self.read_pieces(path), on_progress):
-                        file.write(piece)
-                part.replace(target)
-            finally:
-                part.unlink(missing_ok=True)
+        target = Path(local)
+        if not self.info(path).is_folder:
+            with archives.written(target) as file:
+                for piece in archives.told(self.read_pieces(path), on_progress):
+                    file.write(piece)
             return
-        target.mkdir(parents=True, exist_ok=True)
-        with self._reading(f"{self._path}/archive", path) as answer:
-            source = _Pieces(_told(answer.iter_bytes(_PIECE), on_progress))
-            try:
-                with tarfile.open(fileobj=source, mode="r|") as archive:  # type: ignore[call-overload]
-                    archive.extractall(target, filter="data")
-            except tarfile.TarError as error:
-                raise TransferError(f"cannot copy {path} here: {error}") from error
+        call = calls.read_file(f"{self._path}/archive", path, self._user)
+        with self._transport.stream(call) as answer:
+            archives.unpack(archives.told(answer.iter_bytes(PIECE), on_progress), target, path)
 
-    @contextmanager
-    def _reading(self, url: str, path: str) -> Iterator[httpx.Response]:
-        query = {"path": path, "user": self._user}
-        with self._channel.stream("GET", url, params=query) as answer:
-            yield answer
-
-    def _transfer(self, action: str, source: str, target: str, overwrite: bool) -> FileInfo:
-        body = {"from": source, "to": target, "overwrite": overwrite, "user": self._user}
-        return _info(self._channel.ask("POST", f"{self._path}/{action}", json=body)["data"])
+    def _transfer(self, action: str, source: str, target: str, *, overwrite: bool) -> FileInfo:
+        return self._transport.send(
+            calls.transfer(self._path, action, source, target, self._user, overwrite=overwrite)
+        )
 
 
-class _Pieces:
-    """Pieces, as a file that can be read once."""
+class AsyncFiles:
+    """See `Files`."""
 
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._left = b""
+    def __init__(self, transport: AsyncTransport, sandbox_path: str, user: str = "root") -> None:
+        self._transport = transport
+        self._sandbox_path = sandbox_path
+        self._path = f"{sandbox_path}/files"
+        self._user = user
 
-    def read(self, size: int) -> bytes:
-        while len(self._left) < size and (more := next(self._pieces, None)) is not None:
-            self._left += more
-        data, self._left = self._left[:size], self._left[size:]
-        return data
+    async def read(self, path: str) -> bytes:
+        """See `Files.read`."""
+        return b"".join([piece async for piece in self.read_pieces(path)])
 
+    async def read_text(self, path: str) -> str:
+        """See `Files.read_text`."""
+        return (await self.read(path)).decode(errors="replace")
 
-@contextmanager
-def _packed(folder: Path) -> Iterator[IO[bytes]]:
-    """Yield a tar archive of a folder, made as it is read."""
-    reader, writer = os.pipe()
-    trouble: list[BaseException] = []
+    async def read_pieces(self, path: str) -> AsyncIterator[bytes]:
+        """See `Files.read_pieces`."""
+        call = calls.read_file(self._path, path, self._user)
+        async with self._transport.stream(call) as answer:
+            async for piece in answer.aiter_bytes(PIECE):
+                yield piece
 
-    def pack() -> None:
-        try:
-            with (
-                os.fdopen(writer, "wb") as file,
-                tarfile.open(fileobj=file, mode="w|") as archive,
-            ):
-                archive.add(folder, arcname=".")
-        except BrokenPipeError:
-            pass  # nobody reads on: what is told of that is elsewhere
-        except OSError as error:
-            trouble.append(error)
+    async def write(
+        self,
+        path: str,
+        data: bytes | str | AsyncIterator[bytes],
+        *,
+        mode: str | None = None,
+        owner: str | None = None,
+    ) -> int:
+        """See `Files.write`."""
+        content = data.encode() if isinstance(data, str) else data
+        call = calls.write_file(self._path, path, self._user, content, mode, owner)
+        return await self._transport.send(call)
 
-    packing = threading.Thread(target=pack, daemon=True)
-    packing.start()
-    with os.fdopen(reader, "rb") as archive:
-        yield archive
-    packing.join()
-    if trouble:
-        raise trouble[0]
+    async def list(self, path: str = "", *, depth: int = 1) -> list[FileInfo]:
+        """See `Files.list`."""
+        return await self._transport.send(calls.list_folder(self._path, path, self._user, depth))
 
+    async def info(self, path: str) -> FileInfo:
+        """See `Files.info`."""
+        return await self._transport.send(calls.file_info(self._path, path, self._user))
 
-def _pieces_of(file: IO[bytes]) -> Iterator[bytes]:
-    while data := file.read(_PIECE):
-        yield data
+    async def make_folder(self, path: str) -> FileInfo:
+        """See `Files.make_folder`."""
+        return await self._transport.send(calls.make_folder(self._path, path, self._user))
 
+    async def move(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
+        """See `Files.move`."""
+        return await self._transfer("move", source, target, overwrite=overwrite)
 
-def _told(pieces: Iterator[bytes], on_progress: Progress | None) -> Iterator[bytes]:
-    for piece in pieces:
-        yield piece
-        if on_progress is not None:
-            on_progress(len(piece))
+    async def copy(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
+        """See `Files.copy`."""
+        return await self._transfer("copy", source, target, overwrite=overwrite)
 
+    async def remove(self, path: str, *, recursive: bool = False) -> None:
+        """See `Files.remove`."""
+        await self._transport.send(calls.remove(self._path, path, self._user, recursive=recursive))
 
-def _info(raw: Mapping[str, Any]) -> FileInfo:
-    return FileInfo(
-        path=raw["path"],
-        name=raw["name"],
-        type=raw["type"],
-        size=raw["size"],
-        mode=raw["mode"],
-        owner=raw["owner"],
-        modified_at=raw["modifiedAt"],
-        raw=raw,
-    )
+    def watch(
+        self, path: str = "/workspace", *, recursive: bool = False
+    ) -> AsyncIterator[FileChange]:
+        """See `Files.watch`."""
+        watching = Watching(self._path, path, self._user, recursive=recursive)
+        return self._transport.follow(watching)
+
+    async def sign(self, path: str, *, method: str = "GET", expires_s: int = 3600) -> SignedUrl:
+        """See `Files.sign`."""
+        return await self._transport.send(
+            calls.sign(self._path, path, self._user, method, expires_s)
+        )
+
+    async def upload(
+        self, local: str | Path, path: str, *, on_progress: Progress | None = None
+    ) -> None:
+        """See `Files.upload`. It is done in a thread, which tells `on_progress`."""
+        await self._in_thread(lambda files: files.upload(local, path, on_progress=on_progress))
+
+    async def download(
+        self, path: str, local: str | Path, *, on_progress: Progress | None = None
+    ) -> None:
+        """See `Files.download`. It is done in a thread, which tells `on_progress`."""
+        await self._in_thread(lambda files: files.download(path, local, on_progress=on_progress))
+
+    async def _in_thread(self, work: Callable[[Files], None]) -> None:
+        """Do what reads and writes files here beside the loop, over a connection of its own; if
+        cancelled, that is closed, which ends it."""
+        own = Transport(self._transport.config, retries=self._transport.retries)
+        with own:
+            await asyncio.to_thread(work, Files(own, self._sandbox_path, self._user))
+
+    async def _transfer(
+        self, action: str, source: str, target: str, *, overwrite: bool
+    ) -> FileInfo:
+        return await self._transport.send(
+            calls.transfer(self._path, action, source, target, self._user, overwrite=overwrite)
+        )

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 
 from sandyard.server.core.ops import ChangeKind, FileChange
+from sandyard.server.guest.parts import has_replaced, is_in_part
 
 FOLDERS_MAX = 100_000
 _EVENT = struct.Struct("=iIII")
@@ -99,7 +100,7 @@ class Watcher:
                     self._moved(path, target, found, is_folder=bool(mask & _ISDIR))
                 else:
                     self._changed(path, mask, found)
-        return _once(found)
+        return _once([one for one in found if not is_in_part(one.path)])
 
     def _events(self) -> list[tuple[int, int, int, bytes]]:
         """Return what the kernel has to tell; a move's two halves come together."""
@@ -152,6 +153,12 @@ class Watcher:
     ) -> None:
         self._told.discard(source)
         self._told.discard(target)
+        if is_in_part(source) and not is_in_part(target):
+            kind = ChangeKind.MODIFIED if has_replaced(source) else ChangeKind.CREATED
+            found.append(FileChange(target, kind, is_folder=is_folder))
+            if is_folder and self._recursive:
+                self._watch_new(target, found)
+            return
         if is_folder:
             head = source + b"/"
             for wd, path in self._paths.items():

@@ -20,6 +20,9 @@ class CreateForks(Body):
     """The body of a fork."""
 
     count: int = Field(1, ge=1, le=100)
+    name: str | None = Field(
+        None, description="What it is called; of several, each with its number: `name-1`."
+    )
 
 
 class RollBack(Body):

@@ -96,6 +96,7 @@ async def fork_sandbox(
         actor,
         checked_text(reference, field="reference"),
         body.count if body else 1,
+        name=body.name if body else None,
         request=keyed,
     )
     return enveloped(request, [sandbox_out(one, actor) for one in forks])

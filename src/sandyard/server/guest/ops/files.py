@@ -24,6 +24,7 @@ from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
 from sandyard.server.guest import processes, system
 from sandyard.server.guest.context import Context
+from sandyard.server.guest.parts import part_of
 from sandyard.server.guest.system import Account, ConflictingError, RefusedError
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class _Child:
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-        part = _part_of(wish.target)
+        part = part_of(wish.target, replaces=wish.replaces)
         try:
             _copy(wish.source, part, keeps_owner=isinstance(wish, ops.Move))
             if not wish.replaces and os.path.lexists(wish.target):
@@ -430,7 +431,8 @@ class _Child:
         else:
             if before is not None:
                 os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # may it be written at all?
-            part, flags = _part_of(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            part = part_of(path, replaces=before is not None)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(part, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         is_done = False
         try:
@@ -574,12 +576,6 @@ def _remove(path: bytes, *, everything: bool) -> None:
         shutil.rmtree(path)
     else:
         os.rmdir(path)
-
-
-def _part_of(path: bytes) -> bytes:
-    """Return another name beside a path that nothing has."""
-    name = b".sandyard-" + os.urandom(8).hex().encode()
-    return os.path.join(os.path.dirname(path.rstrip(b"/")) or b"/", name)
 
 
 def _break_off(number: int, frame: object) -> None:

@@ -16,6 +16,7 @@ from typing import TypeVar
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Transaction
 from sandyard.server.core.errors import (
+    AlreadyExistsError,
     ConflictError,
     InvalidArgumentError,
     NotFoundError,
@@ -24,6 +25,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import (
     check_addressable,
+    checked_name,
     checked_text,
     is_sandbox_id,
     is_uuid,
@@ -224,12 +226,19 @@ class Snapshots:
         return snapshot
 
     async def fork(
-        self, actor: Actor, reference: str, count: int, *, request: Repeatable | None = None
+        self,
+        actor: Actor,
+        reference: str,
+        count: int,
+        *,
+        name: str | None = None,
+        request: Repeatable | None = None,
     ) -> list[Sandbox]:
         """Make sandboxes that begin as this one is now, each with an identity of its own.
 
         Raises:
-            InvalidArgumentError: not 1 to 100 are asked for.
+            InvalidArgumentError: not 1 to 100 are asked for, or they cannot be called so.
+            AlreadyExistsError: a name is taken.
             NoCapacityError: the node of the sandbox has no room for so many.
             For the rest see `create`.
         """
@@ -239,6 +248,7 @@ class Snapshots:
             raise InvalidArgumentError(
                 "cannot make so many forks: count is 1 to 100", field="count"
             )
+        names = _names(name, count)
         async with self._repeats.turn(actor, request):
             for _ in range(_TRIES):
                 made = await self._made_before(actor, request, _forks)
@@ -248,8 +258,9 @@ class Snapshots:
                 snapshot = self._new(actor, source, name=None, is_hidden=True)
                 async with self._store.read() as tx:
                     await self._quota.check_new(tx, actor, source.shape, count=count)
+                    await _check_free(tx, actor, names)
                 await self._placement.choose_for(snapshot, source.shape, count=count)
-                forks = [self._fork_of(actor, source, snapshot) for _ in range(count)]
+                forks = [self._fork_of(actor, source, snapshot, one) for one in names]
                 noted = (snapshot.id, *(one.id for one in forks))
                 async with self._store.write() as tx:
                     if await self._repeats.made_before(tx, actor, request) is not None:
@@ -278,12 +289,14 @@ class Snapshots:
             await self._worker.take_up(Claim(fork, hold.lease), limit_s=0)
         return begun
 
-    def _fork_of(self, actor: Actor, source: Sandbox, snapshot: Snapshot) -> Sandbox:
+    def _fork_of(
+        self, actor: Actor, source: Sandbox, snapshot: Snapshot, name: str | None
+    ) -> Sandbox:
         now = self._clock.now()
         return replace(
             source,
             id=new_sandbox_id(),
-            name=None,
+            name=name,
             owner_user_id=actor.user_id,
             status=Status.CREATING,
             version=1,
@@ -452,6 +465,23 @@ def _ready(
 async def _forks(tx: Transaction, ids: tuple[str, ...]) -> list[Sandbox] | None:
     found = [await tx.sandboxes.find(one) for one in ids if is_sandbox_id(one)]
     return [one for one in found if one is not None] or None
+
+
+def _names(name: str | None, count: int) -> list[str | None]:
+    """Return what forks are called: one by the name itself, several each with its number."""
+    if name is None:
+        return [None] * count
+    names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
+    return [checked_name(one) for one in names]
+
+
+async def _check_free(tx: Transaction, actor: Actor, names: list[str | None]) -> None:
+    """Refuse names that are taken before anything is saved for them."""
+    for name in names:
+        if name is not None and await tx.sandboxes.find_named(actor.org_id, name) is not None:
+            raise AlreadyExistsError(
+                f"cannot use the name {name!r}: another sandbox has it", field="name"
+            )
 
 
 def _not_told() -> UnavailableError:

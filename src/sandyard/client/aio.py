@@ -1,0 +1,434 @@
+"""The client for asyncio: `AsyncSandbox`, and the `AsyncSandyard` that they belong to."""
+
+import asyncio
+import builtins
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Self
+
+from sandyard.client import calls
+from sandyard.client.client import BROKEN, Told
+from sandyard.client.code import Piece, SessionEndedError, argv_of
+from sandyard.client.config import find_config
+from sandyard.client.errors import ApiError, NotFoundError, NotReadyError, SandyardError
+from sandyard.client.files import AsyncFiles
+from sandyard.client.models import (
+    CodeResult,
+    ExecResult,
+    Exited,
+    Printed,
+    ProcessEvent,
+    SandboxFacts,
+    Snapshot,
+    Template,
+    snapshot_of,
+)
+from sandyard.client.processes import AsyncProcess, AsyncProcesses
+from sandyard.client.streams import Statuses
+from sandyard.client.transport import AsyncTransport
+
+
+class AsyncSandyard:
+    """See `Sandyard`."""
+
+    def __init__(
+        self, api_key: str | None = None, base_url: str | None = None, *, retries: int = 2
+    ) -> None:
+        self._transport = AsyncTransport(find_config(api_key, base_url), retries=retries)
+
+    async def __aenter__(self) -> Self:
+        """Return this client."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the connection."""
+        await self.close()
+
+    async def close(self) -> None:
+        """See `Sandyard.close`."""
+        await self._transport.close()
+
+    async def create(
+        self,
+        template: str | None = None,
+        *,
+        wait_s: int = 60,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> "AsyncSandbox":
+        """See `Sandyard.create`."""
+        return await self._sandbox(calls.create(template, wait_s, idempotency_key, options))
+
+    async def get(self, reference: str) -> "AsyncSandbox":
+        """See `Sandyard.get`."""
+        return await self._sandbox(calls.get(reference))
+
+    async def list(
+        self, *, status: str | None = None, tags: Sequence[str] = ()
+    ) -> AsyncIterator["AsyncSandbox"]:
+        """See `Sandyard.list`."""
+        query: dict[str, Any] = {"tag": list(tags)}
+        if status is not None:
+            query["status"] = status
+        async for one in self._pages("/v1/sandboxes", query):
+            yield AsyncSandbox(self, one)
+
+    async def delete(self, reference: str) -> None:
+        """See `Sandyard.delete`."""
+        await self._transport.send(calls.delete(reference))
+
+    async def execute(
+        self,
+        reference: str,
+        command: str | Sequence[str],
+        *,
+        timeout_s: float = 30.0,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        stdin: str | bytes | None = None,
+        user: str = "root",
+    ) -> ExecResult:
+        """See `Sandyard.execute`."""
+        call = calls.execute(
+            reference, command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
+        )
+        return await self._transport.send(call)
+
+    async def pause(self, reference: str) -> "AsyncSandbox":
+        """See `Sandyard.pause`."""
+        await self._transport.send(calls.act(reference, "pause"))
+        return await self.get(reference)
+
+    async def resume(self, reference: str) -> "AsyncSandbox":
+        """See `Sandyard.resume`."""
+        await self._transport.send(calls.act(reference, "resume"))
+        return await self.get(reference)
+
+    async def restart(self, reference: str) -> "AsyncSandbox":
+        """See `Sandyard.restart`."""
+        await self._transport.send(calls.act(reference, "restart", safe=False))
+        return await self.get(reference)
+
+    async def logs(self, reference: str) -> str:
+        """See `Sandyard.logs`."""
+        return await self._transport.send(calls.logs(reference))
+
+    async def touch(self, reference: str) -> "AsyncSandbox":
+        """See `Sandyard.touch`."""
+        return await self._sandbox(calls.act(reference, "touch"))
+
+    async def change(self, reference: str, **changes: Any) -> "AsyncSandbox":
+        """See `Sandyard.change`."""
+        return await self._sandbox(calls.change(reference, changes))
+
+    async def fork(
+        self, reference: str, count: int = 1, *, name: str | None = None
+    ) -> builtins.list["AsyncSandbox"]:
+        """See `Sandyard.fork`."""
+        made = await self._transport.send(calls.fork(reference, count, name))
+        return [AsyncSandbox(self, one) for one in made]
+
+    async def snapshot(self, reference: str, name: str | None = None) -> Snapshot:
+        """See `Sandyard.snapshot`."""
+        return await self._transport.send(calls.snapshot(reference, name))
+
+    async def roll_back(self, reference: str, snapshot: str) -> "AsyncSandbox":
+        """See `Sandyard.roll_back`."""
+        return await self._sandbox(calls.roll_back(reference, snapshot))
+
+    async def snapshots(self) -> AsyncIterator[Snapshot]:
+        """See `Sandyard.snapshots`."""
+        async for one in self._pages("/v1/snapshots", {}):
+            yield snapshot_of(one)
+
+    async def delete_snapshot(self, reference: str) -> None:
+        """See `Sandyard.delete_snapshot`."""
+        await self._transport.send(calls.delete_snapshot(reference))
+
+    async def stats(self, reference: str) -> Mapping[str, float]:
+        """See `Sandyard.stats`."""
+        return await self._transport.send(calls.stats(reference))
+
+    async def templates(self) -> builtins.list[Template]:
+        """See `Sandyard.templates`."""
+        return await self._transport.send(calls.templates())
+
+    def files(self, reference: str, *, user: str = "root") -> AsyncFiles:
+        """See `Sandyard.files`."""
+        return AsyncFiles(self._transport, calls.sandbox_path(reference), user)
+
+    def processes(self, reference: str) -> AsyncProcesses:
+        """See `Sandyard.processes`."""
+        return AsyncProcesses(self._transport, calls.sandbox_path(reference))
+
+    async def statuses(self, reference: str) -> AsyncIterator["AsyncSandbox"]:
+        """See `Sandyard.statuses`."""
+        async for one in self._transport.follow(Statuses(calls.sandbox_path(reference))):
+            yield AsyncSandbox(self, one)
+
+    async def ask(self, method: str, path: str, *, query: Any = None, body: Any = None) -> Any:
+        """See `Sandyard.ask`."""
+        return await self._transport.send(calls.plain(method, path, query=query, body=body))
+
+    async def _sandbox(self, call: calls.Call[calls.Raw]) -> "AsyncSandbox":
+        return AsyncSandbox(self, await self._transport.send(call))
+
+    async def _pages(self, path: str, query: Mapping[str, Any]) -> AsyncIterator[calls.Raw]:
+        cursor: str | None = None
+        while True:
+            found, cursor = await self._transport.send(calls.page(path, query, cursor))
+            for one in found:
+                yield one
+            if cursor is None:
+                return
+
+
+class AsyncSandbox(SandboxFacts):
+    """A sandbox that can be used; see `Sandbox`::
+
+    async with await AsyncSandbox.create() as sbx:
+        print((await sbx.exec("uname -a")).stdout)
+    """
+
+    def __init__(
+        self, client: AsyncSandyard, raw: Mapping[str, Any], *, owns_client: bool = False
+    ) -> None:
+        super().__init__(raw)
+        self._client = client
+        self._owns_client = owns_client
+        self._sessions: dict[str, tuple[AsyncProcess, int]] = {}
+        self._turn = asyncio.Lock()
+
+    @classmethod
+    async def create(
+        cls,
+        template: str | None = None,
+        *,
+        client: AsyncSandyard | None = None,
+        wait_s: int = 60,
+        **options: Any,
+    ) -> "AsyncSandbox":
+        """See `Sandbox.create`."""
+        own = client or AsyncSandyard()
+        try:
+            made = await own.create(template, wait_s=wait_s, **options)
+            box = cls(own, made.raw, owns_client=client is None)
+            return await box.wait_until_ready(wait_s)
+        except BaseException:
+            if client is None:
+                await own.close()
+            raise
+
+    @classmethod
+    async def connect(
+        cls, reference: str, *, client: AsyncSandyard | None = None
+    ) -> "AsyncSandbox":
+        """See `Sandbox.connect`."""
+        own = client or AsyncSandyard()
+        try:
+            return cls(own, (await own.get(reference)).raw, owns_client=client is None)
+        except BaseException:
+            if client is None:
+                await own.close()
+            raise
+
+    async def __aenter__(self) -> Self:
+        """Return this sandbox."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Delete it, if it is still there."""
+        try:
+            await self.delete()
+        except NotFoundError:
+            pass  # by somebody else, or by its expiry
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """See `Sandbox.close`."""
+        if self._owns_client:
+            await self._client.close()
+
+    async def refresh(self) -> Self:
+        """See `Sandbox.refresh`."""
+        self.raw = (await self._client.get(self.id)).raw
+        return self
+
+    async def wait_until_ready(self, limit_s: float = 60.0) -> Self:
+        """See `Sandbox.wait_until_ready`."""
+        until = time.monotonic() + limit_s
+        while self.status != "running":
+            why = str((self.raw.get("statusReason") or {}).get("message", ""))
+            if self.status in BROKEN or time.monotonic() >= until:
+                raise NotReadyError(f"the sandbox {self.id} is {self.status}: {why or 'no reason'}")
+            await asyncio.sleep(0.1)
+            await self.refresh()
+        return self
+
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout_s: float = 30.0,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        stdin: str | bytes | None = None,
+        user: str = "root",
+        check: bool = False,
+        on_stdout: Told | None = None,
+        on_stderr: Told | None = None,
+    ) -> ExecResult:
+        """See `Sandbox.exec`."""
+        if on_stdout is None and on_stderr is None:
+            result = await self._client.execute(
+                self.id, command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
+            )
+            return calls.checked(result, command, check=check)
+        heard = calls.Heard(on_stdout, on_stderr)
+        events = self.run(command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user)
+        async for event in events:
+            heard.feed(event)
+        return calls.checked(heard.result(), command, check=check)
+
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        cwd: str = "/workspace",
+        env: Mapping[str, str] | None = None,
+        stdin: str | bytes | None = None,
+        user: str = "root",
+    ) -> AsyncIterator[ProcessEvent]:
+        """See `Sandbox.run`."""
+        options = calls.run_options(timeout_s, cwd, env, user, has_stdin=stdin is not None)
+        process = await self.processes.start(command, **options)
+        is_over = False
+        feeding: asyncio.Task[None] | None = None
+        try:
+            if stdin is not None:
+                # Beside what is printed: one that is not heard may not read on.
+                feeding = asyncio.get_running_loop().create_task(_feed(process, stdin))
+            async for event in process.events():
+                is_over = isinstance(event, Exited)
+                yield event
+        finally:
+            if feeding is not None:
+                feeding.cancel()
+            if not is_over:
+                with suppress(SandyardError):
+                    await process.signal("SIGKILL", everything=True)
+
+    async def run_code(
+        self,
+        code: str,
+        *,
+        language: str = "python",
+        timeout_s: float = 60.0,
+        on_stdout: Told | None = None,
+        on_stderr: Told | None = None,
+    ) -> CodeResult:
+        """See `Sandbox.run_code`."""
+        argv = argv_of(language)
+        piece, heard = Piece(code), calls.Heard(on_stdout, on_stderr)
+        async with self._turn:
+            known = self._sessions.pop(language, None)
+            process, offset = known or (await self.processes.start(argv, stdin=True), 0)
+            try:
+                await process.write(piece.request())
+            except ApiError:
+                if known is None:
+                    raise
+                # It has ended meanwhile, or the sandbox is one that never had it.
+                process, offset = await self.processes.start(argv, stdin=True), 0
+                await process.write(piece.request())
+            try:
+                async with asyncio.timeout(timeout_s):
+                    async for event in process.events(offset):
+                        piece.feed(event)
+                        if isinstance(event, Printed):
+                            offset += len(event.data)
+                            heard.told(piece.new_text(event.stream), event.stream)
+                        if piece.is_done:
+                            self._sessions[language] = (process, offset)
+                            return piece.result()
+            except SessionEndedError as error:
+                return piece.broken("SessionEnded", str(error))
+            except BaseException as error:
+                with suppress(SandyardError):
+                    await process.signal("SIGKILL", everything=True)
+                if not isinstance(error, TimeoutError):
+                    raise
+                return piece.broken("TimeoutError", f"it took over {timeout_s:g} seconds")
+        raise SandyardError("the interpreter did not tell how it ended")
+
+    @property
+    def files(self) -> AsyncFiles:
+        """See `Sandbox.files`."""
+        return self._client.files(self.id)
+
+    def files_as(self, user: str) -> AsyncFiles:
+        """See `Sandbox.files_as`."""
+        return self._client.files(self.id, user=user)
+
+    @property
+    def processes(self) -> AsyncProcesses:
+        """See `Sandbox.processes`."""
+        return self._client.processes(self.id)
+
+    async def pause(self) -> Self:
+        """See `Sandbox.pause`."""
+        return self._now(await self._client.pause(self.id))
+
+    async def resume(self) -> Self:
+        """See `Sandbox.resume`."""
+        return self._now(await self._client.resume(self.id))
+
+    async def restart(self) -> Self:
+        """See `Sandbox.restart`."""
+        return self._now(await self._client.restart(self.id))
+
+    async def fork(self, count: int = 1, *, name: str | None = None) -> list["AsyncSandbox"]:
+        """See `Sandbox.fork`."""
+        return await self._client.fork(self.id, count, name=name)
+
+    async def snapshot(self, name: str | None = None) -> Snapshot:
+        """See `Sandbox.snapshot`."""
+        return await self._client.snapshot(self.id, name)
+
+    async def roll_back(self, snapshot: str) -> Self:
+        """See `Sandbox.roll_back`."""
+        return self._now(await self._client.roll_back(self.id, snapshot))
+
+    async def stats(self) -> Mapping[str, float]:
+        """See `Sandbox.stats`."""
+        return await self._client.stats(self.id)
+
+    async def logs(self) -> str:
+        """See `Sandbox.logs`."""
+        return await self._client.logs(self.id)
+
+    async def touch(self) -> Self:
+        """See `Sandbox.touch`."""
+        return self._now(await self._client.touch(self.id))
+
+    async def change(self, **changes: Any) -> Self:
+        """See `Sandbox.change`."""
+        return self._now(await self._client.change(self.id, **changes))
+
+    async def delete(self) -> None:
+        """See `Sandbox.delete`."""
+        await self._client.delete(self.id)
+
+    def _now(self, known: "AsyncSandbox") -> Self:
+        self.raw = known.raw
+        return self
+
+
+async def _feed(process: AsyncProcess, stdin: str | bytes) -> None:
+    # One that has ended takes no more, which its end tells.
+    with suppress(SandyardError):
+        await process.write(stdin)
+        await process.close_stdin()

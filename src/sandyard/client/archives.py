@@ -1,0 +1,97 @@
+"""Files and folders of this computer, as streams of bytes: packed as they are read, and unpacked
+without trust."""
+
+import os
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from sandyard.client.errors import TransferError
+
+PIECE = 1024 * 1024
+Progress = Callable[[int], object]
+
+
+def unpack(pieces: Iterator[bytes], target: Path, what: str) -> None:
+    """Write an archive to a folder here, and nothing outside of it, whatever is in the archive.
+
+    Raises:
+        TransferError: not all of it may be, or can be, written here.
+        OSError: it cannot be written here.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with tarfile.open(fileobj=_Pieces(pieces), mode="r|") as archive:  # type: ignore[call-overload]
+            archive.extractall(target, filter="data")
+    except tarfile.TarError as error:
+        raise TransferError(f"cannot copy {what} here: {error}") from error
+
+
+@contextmanager
+def written(target: Path) -> Iterator[IO[bytes]]:
+    """Yield a file to write to, which takes the place of `target` once the block has ended well."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class _Pieces:
+    """Pieces, as a file that can be read once."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._left = b""
+
+    def read(self, size: int) -> bytes:
+        while len(self._left) < size and (more := next(self._pieces, None)) is not None:
+            self._left += more
+        data, self._left = self._left[:size], self._left[size:]
+        return data
+
+
+@contextmanager
+def packed(folder: Path) -> Iterator[IO[bytes]]:
+    """Yield a tar archive of a folder, made as it is read."""
+    reader, writer = os.pipe()
+    trouble: list[BaseException] = []
+
+    def pack() -> None:
+        try:
+            with (
+                os.fdopen(writer, "wb") as file,
+                tarfile.open(fileobj=file, mode="w|") as archive,
+            ):
+                archive.add(folder, arcname=".")
+        except BrokenPipeError:
+            pass  # nobody reads on: what is told of that is elsewhere
+        except OSError as error:
+            trouble.append(error)
+
+    packing = threading.Thread(target=pack, daemon=True)
+    packing.start()
+    with os.fdopen(reader, "rb") as archive:
+        yield archive
+    packing.join()
+    if trouble:
+        raise trouble[0]
+
+
+def pieces_of(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield what is in a file."""
+    while data := file.read(PIECE):
+        yield data
+
+
+def told(pieces: Iterator[bytes], on_progress: Progress | None) -> Iterator[bytes]:
+    """Yield pieces, and tell how large each was."""
+    for piece in pieces:
+        yield piece
+        if on_progress is not None:
+            on_progress(len(piece))

@@ -1,0 +1,492 @@
+"""What the SDK asks of the server and how it reads what comes back: no I/O, for both its shells.
+
+A `Call` is a request with the way to read its answer. Whoever sends calls (`transport`) knows
+nothing of sandboxes, and what is here knows nothing of sockets.
+"""
+
+import base64
+import codecs
+import random
+import shlex
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+from sandyard.client.errors import ApiError, CommandFailedError, error_of
+from sandyard.client.models import (
+    ExecResult,
+    Exited,
+    FileInfo,
+    Lost,
+    Printed,
+    ProcessEvent,
+    ProcessInfo,
+    SignedUrl,
+    Snapshot,
+    Template,
+    file_of,
+    process_of,
+    snapshot_of,
+    template_of,
+)
+
+T = TypeVar("T")
+MARGIN_S = 90.0
+INPUT_MAX = 512 * 1024
+_AGAIN_S = 0.1
+_WAIT_MAX_S = 30.0
+_BUSY = frozenset({502, 503, 504})
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A request; `read` makes its result of the answer's JSON.
+
+    One that is `safe` may be sent again when nobody knows what became of it. `content` is the body
+    as it is, `body` one that is sent as JSON; between two bytes of an answer `limit_s` may go by.
+    """
+
+    method: str
+    path: str
+    read: Callable[[Any], T]
+    query: Mapping[str, Any] = field(default_factory=dict)
+    body: Any = None
+    content: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    limit_s: float | None = MARGIN_S
+    safe: bool = False
+
+
+@dataclass
+class Retries:
+    """When a call that did not succeed is sent again: at most `most` times, later each time."""
+
+    most: int
+    made: int = 0
+
+    def pause_s(
+        self, call: Call[Any], *, status: int | None = None, retry_after: str | None = None
+    ) -> float | None:
+        """Return the seconds until it is to be sent again, None if it is not.
+
+        `status` is None where there was no answer.
+        """
+        if self.made >= self.most or call.content is not None:
+            return None
+        is_refused = status == 429  # then nothing was done, whatever it is
+        if not is_refused and not (call.safe and (status is None or status in _BUSY)):
+            return None
+        # Jitter: clients that were turned away together are not to come back together.
+        pause: float = _AGAIN_S * 3**self.made * (0.5 + random.random())  # noqa: S311 - no secret
+        self.made += 1
+        if retry_after is not None and retry_after.isascii() and retry_after.isdigit():
+            pause = max(pause, min(float(retry_after), _WAIT_MAX_S))
+        return pause
+
+
+def refusal_of(status: int, body: bytes, parsed: Callable[[bytes], Any]) -> ApiError:
+    """Return the error that an answer means."""
+    try:
+        said = parsed(body)["error"]
+        return error_of(
+            str(said["message"]),
+            status=status,
+            code=str(said["code"]),
+            request_id=str(said.get("requestId", "")),
+            details=said.get("details"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        # Not ours: a proxy in between, say.
+        text = body[:200].decode(errors="replace")
+        return error_of(
+            f"the server answered {status}: {text}", status=status, code="unknown", request_id=""
+        )
+
+
+def result_of(call: Call[T], status: int, body: bytes, parsed: Callable[[bytes], Any]) -> T:
+    """Return what an answer means.
+
+    Raises:
+        ApiError: it is none of Sandyard's.
+    """
+    try:
+        return call.read(parsed(body))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise error_of(
+            f"the server's answer to {call.method} {call.path} makes no sense: does the URL lead "
+            "to Sandyard?",
+            status=status,
+            code="unknown",
+            request_id="",
+        ) from error
+
+
+# --- sandboxes ------------------------------------------------------------------------------------
+
+
+def sandbox_path(reference: str, *parts: object) -> str:
+    """Return the path of a sandbox, by id or name, or of something of it."""
+    return "/".join(["/v1/sandboxes", *(quote(str(one), safe="") for one in (reference, *parts))])
+
+
+def part_of(path: str, name: object) -> str:
+    """Return the path of one of several things."""
+    return f"{path}/{quote(str(name), safe='')}"
+
+
+def create(
+    template: str | None, wait_s: int, key: str | None, options: Mapping[str, Any]
+) -> Call[Raw]:
+    """Create a sandbox. Without a key of its own it gets one: sent again, it makes one sandbox."""
+    body = options if template is None else {"template": template, **options}
+    return Call(
+        "POST",
+        "/v1/sandboxes",
+        _data,
+        query={"wait": wait_s},
+        body=body,
+        headers=_keyed(key),
+        limit_s=wait_s + MARGIN_S,
+        safe=True,
+    )
+
+
+def get(reference: str) -> Call[Raw]:
+    """Tell of a sandbox."""
+    return Call("GET", sandbox_path(reference), _data, safe=True)
+
+
+def page(
+    path: str, query: Mapping[str, Any], cursor: str | None
+) -> Call[tuple[list[Raw], str | None]]:
+    """Tell of one page of something, and where the next begins."""
+    asked = {**query, **({"cursor": cursor} if cursor else {})}
+    return Call("GET", path, _page, query=asked, safe=True)
+
+
+def delete(reference: str) -> Call[None]:
+    """Delete a sandbox."""
+    return Call("DELETE", sandbox_path(reference), _nothing)
+
+
+def act(reference: str, action: str, *, safe: bool = True) -> Call[Any]:
+    """Do something that is done once however often it is asked: pause, resume, touch."""
+    return Call("POST", sandbox_path(reference, action), _data, safe=safe)
+
+
+def change(reference: str, changes: Mapping[str, Any]) -> Call[Raw]:
+    """Change fields of a sandbox."""
+    return Call("PATCH", sandbox_path(reference), _data, body=changes, safe=True)
+
+
+def execute(
+    reference: str,
+    command: str | Sequence[str],
+    *,
+    timeout_s: float,
+    cwd: str,
+    env: Mapping[str, str] | None,
+    stdin: str | bytes | None,
+    user: str,
+) -> Call[ExecResult]:
+    """Run a command to its end."""
+    body = {
+        "command": command if isinstance(command, str) else shlex.join(command),
+        "timeout": max(1, round(timeout_s * 1000)),
+        "cwd": cwd,
+        "env": dict(env or {}),
+        "user": user,
+        "encoding": "base64",
+    }
+    if stdin is not None:
+        given = stdin.encode() if isinstance(stdin, str) else stdin
+        body |= {"stdin": base64.b64encode(given).decode(), "stdinEncoding": "base64"}
+    return Call(
+        "POST", sandbox_path(reference, "exec"), _exec_result, body=body,
+        limit_s=timeout_s + MARGIN_S,
+    )  # fmt: skip
+
+
+def checked(result: ExecResult, command: str | Sequence[str], *, check: bool) -> ExecResult:
+    """Return how a command ended.
+
+    Raises:
+        CommandFailedError: it was to be checked, and did not end well.
+    """
+    if check and result.exit_code != 0:
+        said = (result.stderr or result.stdout).strip()[-500:]
+        why = "it took too long" if result.timed_out else said or "it said nothing"
+        shown = command if isinstance(command, str) else shlex.join(command)
+        raise CommandFailedError(
+            f"{shown[:200]!r} ended with {result.exit_code}: {why}", exit_code=result.exit_code
+        )
+    return result
+
+
+class Heard:
+    """What was printed, told to whoever wants it as it comes, and how it ended."""
+
+    def __init__(
+        self, on_stdout: Callable[[str], object] | None, on_stderr: Callable[[str], object] | None
+    ) -> None:
+        self._tell = {"stdout": on_stdout, "stderr": on_stderr}
+        self._decoders = {
+            name: codecs.getincrementaldecoder("utf-8")("replace") for name in self._tell
+        }
+        self._said: dict[str, bytearray] = {name: bytearray() for name in self._tell}
+        self._began = time.monotonic()
+        self._end: Exited | None = None
+        self._is_cut = False
+
+    def feed(self, event: ProcessEvent) -> None:
+        """Take an event of the command."""
+        match event:
+            case Printed(stream=stream, data=data):
+                self._said[stream] += data
+                self.told(data, stream)
+            case Lost():
+                self._is_cut = True
+            case Exited():
+                self._end = event
+                for stream in self._tell:
+                    self.told(b"", stream, is_last=True)
+
+    def told(self, data: bytes, stream: str, *, is_last: bool = False) -> None:
+        """Tell what was printed as text; a character cut in two is told when it is whole."""
+        if (tell := self._tell.get(stream)) is not None and (
+            text := self._decoders[stream].decode(data, final=is_last)
+        ):
+            tell(text)
+
+    def result(self) -> ExecResult:
+        """Return how it ended."""
+        end = self._end or Exited(1, None, timed_out=False)
+        return ExecResult(
+            stdout_bytes=bytes(self._said["stdout"]),
+            stderr_bytes=bytes(self._said["stderr"]),
+            exit_code=end.exit_code,
+            duration_ms=round((time.monotonic() - self._began) * 1000),
+            timed_out=end.timed_out,
+            truncated=self._is_cut,
+        )
+
+
+def run_options(
+    timeout_s: float | None, cwd: str, env: Mapping[str, str] | None, user: str, *, has_stdin: bool
+) -> dict[str, Any]:
+    """Return what a command that is run is started with."""
+    options: dict[str, Any] = {"cwd": cwd, "env": dict(env or {}), "user": user}
+    if timeout_s is not None:
+        options["timeout"] = max(1, round(timeout_s * 1000))
+    return {**options, "stdin": has_stdin}
+
+
+def logs(reference: str) -> Call[str]:
+    """Tell the last of what a machine printed on its console."""
+    return Call(
+        "GET", sandbox_path(reference, "logs"), lambda a: str(a["data"]["console"]), safe=True
+    )
+
+
+def stats(reference: str) -> Call[Mapping[str, float]]:
+    """Tell what a sandbox takes now."""
+    return Call(
+        "GET", sandbox_path(reference, "stats"), lambda a: dict(a["data"]["stats"]), safe=True
+    )
+
+
+def fork(reference: str, count: int, name: str | None) -> Call[list[Raw]]:
+    """Make sandboxes that begin as one is now."""
+    body = {"count": count, **({"name": name} if name else {})}
+    return Call(
+        "POST", sandbox_path(reference, "fork"), lambda a: list(a["data"]), body=body,
+        headers=_keyed(None), safe=True,
+    )  # fmt: skip
+
+
+def snapshot(reference: str, name: str | None) -> Call[Snapshot]:
+    """Save a sandbox as it is now."""
+    return Call(
+        "POST", sandbox_path(reference, "snapshots"), lambda a: snapshot_of(a["data"]),
+        body={} if name is None else {"name": name}, headers=_keyed(None), safe=True,
+    )  # fmt: skip
+
+
+def roll_back(reference: str, snapshot_reference: str) -> Call[Raw]:
+    """Put a sandbox back to a snapshot."""
+    body = {"snapshotId": snapshot_reference}
+    return Call("POST", sandbox_path(reference, "rollback"), _data, body=body)
+
+
+def delete_snapshot(reference: str) -> Call[None]:
+    """Remove a snapshot."""
+    return Call("DELETE", f"/v1/snapshots/{quote(reference, safe='')}", _nothing)
+
+
+def templates() -> Call[list[Template]]:
+    """Tell of the templates."""
+    return Call(
+        "GET", "/v1/templates", lambda a: [template_of(one) for one in a["data"]], safe=True
+    )
+
+
+def plain(method: str, path: str, *, query: Any = None, body: Any = None) -> Call[Any]:
+    """Ask for anything of the HTTP API; the whole answer is the result."""
+    safe = method in ("GET", "HEAD")
+    return Call(method, path, lambda a: a, query=query or {}, body=body, safe=safe)
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def start(path: str, command: str | Sequence[str], options: Mapping[str, Any]) -> Call[int]:
+    """Start a process and return its pid."""
+    what: dict[str, Any] = (
+        {"command": command} if isinstance(command, str) else {"argv": list(command)}
+    )
+    return Call("POST", path, lambda a: int(a["data"]["pid"]), body={**what, **options})
+
+
+def processes(path: str) -> Call[list[ProcessInfo]]:
+    """Tell of all processes."""
+    return Call("GET", path, lambda a: [process_of(one) for one in a["data"]], safe=True)
+
+
+def process(path: str) -> Call[ProcessInfo]:
+    """Tell of one process."""
+    return Call("GET", path, lambda a: process_of(a["data"]), safe=True)
+
+
+def feed(path: str, data: bytes) -> Call[int]:
+    """Write to a process's input, and return how much of it was taken."""
+    body = {"data": base64.b64encode(data[:INPUT_MAX]).decode(), "encoding": "base64"}
+    return Call("POST", f"{path}/stdin", lambda a: int(a["data"]["written"]), body=body)
+
+
+def close_stdin(path: str) -> Call[None]:
+    """End a process's input."""
+    return Call("POST", f"{path}/stdin", _nothing, body={"close": True}, safe=True)
+
+
+def signal(path: str, name: str | int, *, everything: bool) -> Call[None]:
+    """Signal a process."""
+    body = {"signal": name, "everything": everything}
+    return Call("POST", f"{path}/signal", _nothing, body=body)
+
+
+def resize(path: str, columns: int, rows: int) -> Call[None]:
+    """Give a terminal another size."""
+    return Call("POST", f"{path}/resize", _nothing, body={"cols": columns, "rows": rows}, safe=True)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read_file(path: str, where: str, user: str) -> Call[None]:
+    """Read a file, as a stream."""
+    return Call("GET", path, _nothing, query={"path": where, "user": user}, safe=True)
+
+
+def write_file(
+    path: str, where: str, user: str, content: Any, mode: str | None, owner: str | None
+) -> Call[int]:
+    """Write a file, and return how many bytes it has."""
+    given = {"path": where, "user": user, "mode": mode, "owner": owner}
+    query = {name: value for name, value in given.items() if value is not None}
+    return Call(
+        "PUT", path, lambda a: int(a["data"]["size"]), query=query, content=content, limit_s=None
+    )
+
+
+def list_folder(path: str, where: str, user: str, depth: int) -> Call[list[FileInfo]]:
+    """Tell what is in a folder."""
+    query = {"path": where or "/workspace", "depth": depth, "user": user}
+    return Call(
+        "GET", f"{path}/list", lambda a: [file_of(one) for one in a["data"]["entries"]],
+        query=query, safe=True,
+    )  # fmt: skip
+
+
+def file_info(path: str, where: str, user: str) -> Call[FileInfo]:
+    """Tell what a path leads to."""
+    query = {"path": where, "user": user}
+    return Call("GET", f"{path}/stat", _file, query=query, safe=True)
+
+
+def make_folder(path: str, where: str, user: str) -> Call[FileInfo]:
+    """Make a folder."""
+    body = {"path": where, "user": user}
+    return Call("POST", f"{path}/mkdir", _file, body=body, safe=True)
+
+
+def transfer(
+    path: str, action: str, source: str, target: str, user: str, *, overwrite: bool
+) -> Call[FileInfo]:
+    """Move or copy a file or folder."""
+    body = {"from": source, "to": target, "overwrite": overwrite, "user": user}
+    return Call("POST", f"{path}/{action}", _file, body=body, limit_s=None)
+
+
+def remove(path: str, where: str, user: str, *, recursive: bool) -> Call[None]:
+    """Remove a file or folder."""
+    query = {"path": where, "user": user, "recursive": recursive}
+    return Call("DELETE", path, _nothing, query=query, limit_s=None)
+
+
+def unpack(path: str, where: str, user: str, content: Any) -> Call[None]:
+    """Unpack an archive into a folder."""
+    query = {"path": where, "user": user}
+    return Call("PUT", f"{path}/archive", _nothing, query=query, content=content, limit_s=None)
+
+
+def sign(path: str, where: str, user: str, method: str, expires_s: int) -> Call[SignedUrl]:
+    """Make a URL that reads or writes one file without a key."""
+    body = {"path": where, "user": user, "method": method, "expiresIn": expires_s}
+    return Call("POST", f"{path}/sign", _signed, body=body, safe=True)
+
+
+# --- how answers are read -------------------------------------------------------------------------
+
+
+def _keyed(key: str | None) -> dict[str, str]:
+    return {"Idempotency-Key": key or str(uuid.uuid4())}
+
+
+def _data(answer: Any) -> Any:
+    data = answer["data"]
+    if not isinstance(data, dict):
+        raise TypeError("no object")
+    return data
+
+
+def _page(answer: Any) -> tuple[list[Raw], str | None]:
+    return list(answer["data"]), answer["nextCursor"] if answer["hasMore"] else None
+
+
+def _nothing(answer: Any) -> None:
+    del answer
+
+
+def _file(answer: Any) -> FileInfo:
+    return file_of(answer["data"])
+
+
+def _signed(answer: Any) -> SignedUrl:
+    data = answer["data"]
+    return SignedUrl(data["url"], data["method"], data["expiresAt"])
+
+
+def _exec_result(answer: Any) -> ExecResult:
+    data = answer["data"]
+    return ExecResult(
+        stdout_bytes=base64.b64decode(data["stdout"]),
+        stderr_bytes=base64.b64decode(data["stderr"]),
+        exit_code=data["exitCode"],
+        duration_ms=data["durationMs"],
+        timed_out=data["timedOut"],
+        truncated=data["truncated"],
+    )

@@ -1,0 +1,88 @@
+"""Where the server is, and which key it is shown."""
+
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(Exception):
+    """The configuration is missing or cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Where the server is and what to show it."""
+
+    url: str
+    api_key: str
+
+
+def config_path() -> Path:
+    """Return the file that keeps URL and key."""
+    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(base) / "sandyard" / "config.toml"
+
+
+def read_config() -> ClientConfig | None:
+    """Return what is configured; SANDYARD_URL and SANDYARD_API_KEY win over the file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    given = os.environ.get("SANDYARD_URL"), os.environ.get("SANDYARD_API_KEY")
+    kept = {} if all(given) else _kept()
+    url, key = given[0] or kept.get("url"), given[1] or kept.get("api_key")
+    return ClientConfig(str(url), str(key)) if url and key else None
+
+
+def find_config(api_key: str | None, base_url: str | None) -> ClientConfig:
+    """Return what is given, and what is configured for what is not.
+
+    Raises:
+        ConfigError: nothing says where the server is, or which key to show it.
+    """
+    if api_key is not None and base_url is not None:
+        return _checked(base_url, api_key)
+    known = read_config()
+    if known is None and api_key is None:
+        raise ConfigError(
+            "no server is configured; run scripts/up, or set SANDYARD_URL and SANDYARD_API_KEY"
+        )
+    url = base_url or (known.url if known else None) or os.environ.get("SANDYARD_URL")
+    key = api_key or (known.api_key if known else None)
+    if url is None or key is None:
+        raise ConfigError("no server is configured; set SANDYARD_URL, or give base_url")
+    return _checked(url, key)
+
+
+def write_config(config: ClientConfig) -> Path:
+    """Keep URL and key in a file that only this user may read, and return its path."""
+    path = config_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f'url = "{config.url}"\napi_key = "{config.api_key}"\n')
+    part.replace(path)
+    return path
+
+
+def _kept() -> dict[str, object]:
+    path = config_path()
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read {path}: {error}; mend it, or remove it and run scripts/up"
+        ) from error
+
+
+def _checked(url: str, key: str) -> ClientConfig:
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"cannot use the URL {url!r}: it is like http://127.0.0.1:8080")
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError("cannot use the API key: it has characters that no key has")
+    return ClientConfig(url.rstrip("/").removesuffix("/v1"), key)

@@ -1,0 +1,161 @@
+"""What is followed over a connection that may break: server-sent events, read without I/O.
+
+Whoever has the connection feeds lines and takes events; where it breaks, `query` says from where to
+go on and `pause_s` after how long.
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+from sandyard.client.errors import ApiError, ConnectionFailedError, error_of
+from sandyard.client.models import Exited, FileChange, Lost, Printed, ProcessEvent
+
+EventT = TypeVar("EventT")
+_PASSING = frozenset({429, 502, 503, 504})
+_AGAIN_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+
+
+class Followed(Generic[EventT]):
+    """Something that is followed. `is_over` once the last of it was told."""
+
+    def __init__(self, path: str, query: Mapping[str, Any]) -> None:
+        self.path = path
+        self._query = dict(query)
+        self.is_over = False
+        self._breaks = 0
+        self._fields: dict[str, str] = {}
+
+    @property
+    def query(self) -> dict[str, Any]:
+        """What to ask with, to go on from here."""
+        return dict(self._query)
+
+    def began(self) -> list[EventT]:
+        """Return what is to be told now that a connection is there."""
+        return []
+
+    def feed(self, line: str) -> EventT | None:
+        """Take a line, without its end, and return the event that it completes, if it does.
+
+        Raises:
+            ApiError: the server told that it is over, and why.
+        """
+        if line.startswith(":"):
+            return None
+        if line:
+            name, _, value = line.partition(":")
+            self._fields[name] = value.removeprefix(" ")
+            return None
+        fields, self._fields = self._fields, {}
+        if "data" not in fields:
+            return None
+        self._breaks = 0
+        try:
+            name, data = fields.get("event", ""), json.loads(fields["data"])
+            if name == "error":
+                self.is_over = True
+                raise error_of(
+                    str(data["message"]),
+                    status=0,
+                    code=str(data["code"]),
+                    request_id="",
+                    details=data.get("details"),
+                )
+            return self._event(name, data, fields.get("id"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConnectionFailedError("the server's events make no sense") from error
+
+    def broke(self, error: Exception) -> float:
+        """Return after how long to try again.
+
+        Raises:
+            ConnectionFailedError: it has broken too often without a word in between.
+        """
+        self._fields = {}
+        if self._breaks >= len(_AGAIN_S):
+            raise ConnectionFailedError(str(error)) from error
+        self._breaks += 1
+        return _AGAIN_S[self._breaks - 1]
+
+    def refused(self, error: ApiError) -> float:
+        """Return after how long to try again, if time may mend it.
+
+        Raises:
+            ApiError: it will not.
+        """
+        if self.is_over or error.status not in _PASSING:
+            raise error
+        return self.broke(error)
+
+    def ended(self) -> float:
+        """Return after how long to try again: the server has ended the stream in the middle."""
+        return self.broke(
+            ConnectionFailedError("the server broke off in the middle of what it told")
+        )
+
+    def _event(self, name: str, data: Any, number: str | None) -> EventT | None:
+        raise NotImplementedError
+
+
+class Following(Followed[ProcessEvent]):
+    """What a process prints from a byte on, each byte once, and at last how it ended."""
+
+    def __init__(self, process_path: str, offset: int) -> None:
+        super().__init__(f"{process_path}/output", {"encoding": "base64"})
+        self.offset = offset
+
+    @property
+    def query(self) -> dict[str, Any]:
+        """See `Followed.query`."""
+        return {**self._query, "offset": self.offset}
+
+    def _event(self, name: str, data: Any, number: str | None) -> ProcessEvent | None:
+        self.offset = self.offset if number is None else int(number)
+        match name:
+            case "output":
+                return Printed(data["stream"], base64.b64decode(data["data"], validate=True))
+            case "lost":
+                return Lost(int(data["bytes"]))
+            case "exit":
+                self.is_over = True
+                return Exited(data["exitCode"], data["signal"], data["timedOut"])
+            case _:
+                return None  # of a later version
+
+
+class Watching(Followed[FileChange]):
+    """What changes in a folder. What happened while no connection was there is told as overflow."""
+
+    def __init__(self, files_path: str, folder: str, user: str, *, recursive: bool) -> None:
+        query = {"path": folder, "user": user, "recursive": recursive}
+        super().__init__(f"{files_path}/watch", query)
+        self._folder = folder
+        self._has_begun = False
+
+    def began(self) -> list[FileChange]:
+        """See `Followed.began`."""
+        is_again, self._has_begun = self._has_begun, True
+        return [FileChange("overflow", self._folder, is_folder=True)] if is_again else []
+
+    def _event(self, name: str, data: Any, number: str | None) -> FileChange | None:
+        if name == "overflow":
+            return FileChange("overflow", data["path"], is_folder=True)
+        if name != "change":
+            return None
+        return FileChange(data["type"], data["path"], data["folder"], data.get("from"))
+
+
+class Statuses(Followed[Mapping[str, Any]]):
+    """A sandbox as it is, and again whenever its status has changed, until it is destroyed."""
+
+    def __init__(self, sandbox_path: str) -> None:
+        super().__init__(f"{sandbox_path}/events", {})
+
+    def _event(self, name: str, data: Any, number: str | None) -> Mapping[str, Any] | None:
+        if name != "status":
+            return None
+        self.is_over = data["status"] == "destroyed"
+        told: Mapping[str, Any] = data
+        return told

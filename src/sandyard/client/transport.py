@@ -1,0 +1,197 @@
+"""Sends calls over httpx: the only place of the SDK that knows of sockets."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from sandyard.client.calls import Call, Retries, refusal_of, result_of
+from sandyard.client.config import ClientConfig
+from sandyard.client.errors import ApiError, ConnectionFailedError
+from sandyard.client.streams import EventT, Followed
+
+T = TypeVar("T")
+_CONNECT_S = 5.0
+_EVENTS_S = 60.0
+"""Of a stream of events that lives, something is heard every 15 seconds."""
+
+
+def _failed(url: str, error: Exception) -> ConnectionFailedError:
+    return ConnectionFailedError(f"cannot reach {url}: {str(error) or type(error).__name__}")
+
+
+def _limits(call: Call[Any]) -> httpx.Timeout:
+    return httpx.Timeout(call.limit_s, connect=_CONNECT_S)
+
+
+def _asked(call: Call[Any]) -> dict[str, Any]:
+    asked: dict[str, Any] = {
+        "params": dict(call.query), "headers": dict(call.headers), "timeout": _limits(call),
+    }  # fmt: skip
+    if call.content is not None:
+        asked["content"] = call.content
+    elif call.body is not None:
+        asked["json"] = call.body
+    return asked
+
+
+class Transport:
+    """One pooled connection to a server, for threads."""
+
+    def __init__(self, config: ClientConfig, *, retries: int) -> None:
+        self.config = config
+        self.retries = retries
+        self._http = httpx.Client(base_url=config.url, headers=_headers(config))
+
+    def __enter__(self) -> Self:
+        """Return this."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def send(self, call: Call[T]) -> T:
+        """Send a call, again where that is safe and helps, and return its result.
+
+        Raises:
+            ApiError: the server refused.
+            ConnectionFailedError: it could not be reached, or broke off.
+        """
+        retries = Retries(self.retries)
+        while True:
+            try:
+                answer = self._http.request(call.method, call.path, **_asked(call))
+            except httpx.HTTPError as error:
+                pause_s = retries.pause_s(call)
+                if pause_s is None:
+                    raise _failed(self.config.url, error) from error
+            else:
+                if answer.is_success:
+                    return result_of(call, answer.status_code, answer.content, json.loads)
+                pause_s = retries.pause_s(
+                    call, status=answer.status_code, retry_after=answer.headers.get("retry-after")
+                )
+                if pause_s is None:
+                    raise refusal_of(answer.status_code, answer.content, json.loads)
+            time.sleep(pause_s)
+
+    @contextmanager
+    def stream(self, call: Call[Any]) -> Iterator[httpx.Response]:
+        """Send a call whose answer is read as it comes. See `send`; it is sent once."""
+        try:
+            with self._http.stream(call.method, call.path, **_asked(call)) as answer:
+                if not answer.is_success:
+                    raise refusal_of(answer.status_code, answer.read(), json.loads)
+                yield answer
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise _failed(self.config.url, error) from error
+
+    def follow(self, followed: Followed[EventT]) -> Iterator[EventT]:
+        """Yield what is followed to its end, over connections that break.
+
+        Raises:
+            ApiError: the server refused, or told why it is over.
+            ConnectionFailedError: it could not be reached for several seconds.
+        """
+        while not followed.is_over:
+            try:
+                call = Call("GET", followed.path, bool, query=followed.query, limit_s=_EVENTS_S)
+                with self.stream(call) as answer:
+                    yield from followed.began()
+                    for line in answer.iter_lines():
+                        if (event := followed.feed(line)) is not None:
+                            yield event
+                        if followed.is_over:
+                            return
+                pause_s = followed.ended()
+            except ApiError as error:
+                pause_s = followed.refused(error)
+            except ConnectionFailedError as error:
+                pause_s = followed.broke(error)
+            time.sleep(pause_s)
+
+
+class AsyncTransport:
+    """The same for asyncio."""
+
+    def __init__(self, config: ClientConfig, *, retries: int) -> None:
+        self.config = config
+        self.retries = retries
+        self._http = httpx.AsyncClient(base_url=config.url, headers=_headers(config))
+
+    async def __aenter__(self) -> Self:
+        """Return this."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close it."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._http.aclose()
+
+    async def send(self, call: Call[T]) -> T:
+        """See `Transport.send`."""
+        retries = Retries(self.retries)
+        while True:
+            try:
+                answer = await self._http.request(call.method, call.path, **_asked(call))
+            except httpx.HTTPError as error:
+                pause_s = retries.pause_s(call)
+                if pause_s is None:
+                    raise _failed(self.config.url, error) from error
+            else:
+                if answer.is_success:
+                    return result_of(call, answer.status_code, answer.content, json.loads)
+                pause_s = retries.pause_s(
+                    call, status=answer.status_code, retry_after=answer.headers.get("retry-after")
+                )
+                if pause_s is None:
+                    raise refusal_of(answer.status_code, answer.content, json.loads)
+            await asyncio.sleep(pause_s)
+
+    @asynccontextmanager
+    async def stream(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
+        """See `Transport.stream`."""
+        try:
+            async with self._http.stream(call.method, call.path, **_asked(call)) as answer:
+                if not answer.is_success:
+                    raise refusal_of(answer.status_code, await answer.aread(), json.loads)
+                yield answer
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise _failed(self.config.url, error) from error
+
+    async def follow(self, followed: Followed[EventT]) -> AsyncIterator[EventT]:
+        """See `Transport.follow`."""
+        while not followed.is_over:
+            try:
+                call = Call("GET", followed.path, bool, query=followed.query, limit_s=_EVENTS_S)
+                async with self.stream(call) as answer:
+                    for event in followed.began():
+                        yield event
+                    async for line in answer.aiter_lines():
+                        told = followed.feed(line)
+                        if told is not None:
+                            yield told
+                        if followed.is_over:
+                            return
+                pause_s = followed.ended()
+            except ApiError as error:
+                pause_s = followed.refused(error)
+            except ConnectionFailedError as error:
+                pause_s = followed.broke(error)
+            await asyncio.sleep(pause_s)
+
+
+def _headers(config: ClientConfig) -> dict[str, str]:
+    return {"Authorization": f"Bearer {config.api_key}", "User-Agent": "sandyard-python"}

@@ -1,0 +1,291 @@
+"""The SDK against a server on fake machines, and against servers that behave badly."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from tests.conftest import free_port
+from tests.support.door import Door, door
+
+from sandyard.client import (
+    ApiError,
+    AsyncSandbox,
+    AsyncSandyard,
+    CommandFailedError,
+    ConnectionFailedError,
+    Exited,
+    FileChange,
+    NotFoundError,
+    NotReadyError,
+    Printed,
+    RateLimitedError,
+    Sandbox,
+    Sandyard,
+    UnauthorizedError,
+)
+from sandyard.server.drivers.fake import Conduct
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+async def opened(tmp_path: Path) -> AsyncIterator[Door]:
+    async with door(tmp_path, saves=True) as made:
+        yield made
+
+
+async def beside(work: Callable[[], T]) -> T:
+    """Do what blocks in a thread: the server is on this loop."""
+    return await asyncio.to_thread(work)
+
+
+def yard_of(opened: Door, key: str | None = None) -> Sandyard:
+    return Sandyard(key or opened.yard.key, f"http://127.0.0.1:{opened.port}")
+
+
+def async_yard_of(opened: Door) -> AsyncSandyard:
+    return AsyncSandyard(opened.yard.key, f"http://127.0.0.1:{opened.port}/v1/")
+
+
+async def test_a_sandboxs_life_from_threads(opened: Door, tmp_path: Path) -> None:
+    def live() -> None:
+        with yard_of(opened) as yard:
+            with Sandbox.create(client=yard, name="mine", env={"A": "1"}) as box:
+                assert box.status == "running"
+                assert (box.name, box.template) == ("mine", "base-ubuntu")
+                assert box.id in repr(box)
+                assert box.exec("hello").stdout == "hello"
+                assert box.exec(["a b", "c"]).stdout == "'a b' c"
+                assert [one.id for one in yard.list(status="running")] == [box.id]
+                assert Sandbox.connect("mine", client=yard).id == box.id
+                box.files.write("d/f", "hällo")
+                assert box.files.read_text("/workspace/d/f") == "hällo"
+                box.files.upload(Path(__file__), "/up.py")
+                box.files.download("/up.py", tmp_path / "down.py")
+                assert (tmp_path / "down.py").read_bytes() == Path(__file__).read_bytes()
+                url = box.files.sign("/up.py").url
+                assert "signature=" in url
+                with pytest.raises(NotFoundError) as caught:
+                    box.files.read("none")
+                assert caught.value.details["reason"] == "absent"
+                events = list(box.run("cat", stdin="x" * 200_000))
+                assert sum(len(e.data) for e in events if isinstance(e, Printed)) == 200_000
+                assert events[-1] == Exited(0, None, False)
+                told: list[str] = []
+                done = box.exec("count 3", on_stdout=told.append)
+                assert "".join(told) == done.stdout == "1\n2\n3\n"
+                for _ in box.run("cat", stdin=b"once", timeout_s=60):
+                    break  # what nobody hears to its end is ended
+                assert all(one.status == "exited" for one in box.processes.list())
+                saved = box.snapshot("then")
+                assert [one.id for one in yard.snapshots()] == [saved.id]
+                (twin,) = box.fork(name="twin")
+                assert twin.wait_until_ready().name == "twin"
+                twin.delete()
+                assert box.pause().status == "paused"
+                assert box.resume().status == "running"
+                assert box.change(tags=["t"]).raw["tags"] == ["t"]
+                assert box.touch().id == box.id
+                assert box.stats()["memoryTotalBytes"] > 0
+                assert isinstance(box.logs(), str)
+                assert box.roll_back("then").wait_until_ready().status == "running"
+                yard.delete_snapshot("then")
+            assert list(yard.list()) == []
+            assert any(one.slug == "base-ubuntu" for one in yard.templates())
+            assert yard.ask("GET", "/v1/me")["data"]
+            with pytest.raises(NotFoundError):
+                box.refresh()
+            with Sandbox.create(client=yard) as brief:
+                brief.delete()  # by itself, in the middle
+            many = [yard.create(wait_s=0).id for _ in range(3)]
+            assert {one.id for one in yard.list()} == set(many)
+        with yard_of(opened, "rt_live_" + "x" * 32) as stranger, pytest.raises(UnauthorizedError):
+            stranger.get("mine")
+
+    await beside(live)
+
+
+async def test_a_sandboxs_life_on_a_loop(opened: Door, tmp_path: Path) -> None:
+    async with async_yard_of(opened) as yard:
+        async with await AsyncSandbox.create(client=yard, name="mine") as box:
+            assert (await box.exec("hello", check=True)).stdout == "hello"
+            assert [one.id async for one in yard.list()] == [box.id]
+            await box.files.write("f", "x")
+            await box.files.upload(Path(__file__), "/up.py")
+            await box.files.download("/up.py", tmp_path / "down.py")
+            assert (tmp_path / "down.py").read_bytes() == Path(__file__).read_bytes()
+            assert [one.name for one in await box.files.list()] == ["f"]
+            events = [one async for one in box.run("cat", stdin="x" * 200_000)]
+            assert sum(len(e.data) for e in events if isinstance(e, Printed)) == 200_000
+            told: list[str] = []
+            await box.exec("count 3", on_stdout=told.append)
+            assert "".join(told) == "1\n2\n3\n"
+            (twin,) = await box.fork()
+            await twin.delete()
+            assert (await box.pause()).status == "paused"
+            assert (await box.resume()).status == "running"
+            await box.snapshot("then")
+            assert [one.name async for one in yard.snapshots()] == ["then"]
+            seen = []
+            async for now in yard.statuses("mine"):
+                seen.append(now.status)
+                if len(seen) == 1:
+                    await box.pause()
+                if now.status == "paused":
+                    break
+            assert seen[0] == "running"
+            await (await AsyncSandbox.connect("mine", client=yard)).delete()
+        assert [one async for one in yard.list()] == []
+
+
+async def test_a_watch_tells_from_when_it_is_asked(opened: Door) -> None:
+    async with async_yard_of(opened) as yard, await AsyncSandbox.create(client=yard) as box:
+        changes = box.files.watch("/workspace", recursive=True)
+        first = asyncio.ensure_future(anext(changes))
+        for number in range(1000):
+            await box.files.write("f", "x")
+            await asyncio.sleep(0.01)
+            if first.done():
+                break
+            assert number < 999
+        assert await first in (
+            FileChange("created", "/workspace/f", False),
+            FileChange("modified", "/workspace/f", False),
+        )
+        with pytest.raises(ApiError) as caught:
+            await box.pause()
+            async for _ in changes:
+                pass
+        assert caught.value.details == {"status": "paused"}
+
+
+async def test_what_does_not_come_up_and_what_does_not_end_well_is_told(
+    tmp_path: Path,
+) -> None:
+    async with door(tmp_path, conduct=Conduct(starts=False)) as opened:
+
+        def fail() -> None:
+            with yard_of(opened) as yard, pytest.raises(NotReadyError, match="failed"):
+                Sandbox.create(client=yard)
+
+        await beside(fail)
+    assert issubclass(CommandFailedError, Exception)
+
+
+# --- servers that behave badly --------------------------------------------------------------------
+
+Answers = list[bytes | None]
+BOX = {
+    "id": "sandbox-abcdefghijkl", "name": None, "status": "running", "template": "base-ubuntu",
+    "createdAt": "2026-05-06T10:00:00.000Z", "statusReason": None,
+}  # fmt: skip
+GOOD = json.dumps({"data": BOX, "meta": {}}).encode()
+BUSY = json.dumps({"error": {"code": "unavailable", "message": "busy", "requestId": "r"}}).encode()
+
+
+def answer(status: int, body: bytes, *, length: int | None = None, head: str = "") -> bytes:
+    length = len(body) if length is None else length
+    return f"HTTP/1.1 {status} X\r\nContent-Length: {length}\r\n{head}\r\n".encode() + body
+
+
+@asynccontextmanager
+async def bad_server(*answers: bytes | None) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Answer each request with the next of these, None by closing; the last for ever."""
+    asked: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            for line in head.split(b"\r\n"):
+                if line.lower().startswith(b"content-length:"):
+                    await reader.readexactly(int(line.split(b":")[1]))
+            said = answers[min(len(asked), len(answers) - 1)]
+            asked.append(head)
+            if said is not None:
+                writer.write(said)
+                await writer.drain()
+        except (OSError, EOFError):
+            pass
+        finally:
+            writer.close()
+
+    port = free_port()
+    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    async with server:
+        yield f"http://127.0.0.1:{port}", asked
+
+
+async def both(url: str, work: Callable[[Any], Any]) -> list[Any]:
+    """Do the same with both clients, and return what came of it, or what was raised."""
+
+    async def looping() -> Any:
+        async with AsyncSandyard("rt_live_x", url) as yard:
+            return await work(yard)
+
+    outcomes = []
+    for one in (beside(lambda: one_call(url, work)), looping()):
+        try:
+            outcomes.append(await one)
+        except Exception as error:  # noqa: BLE001 - it is what the test looks at
+            outcomes.append(error)
+    return outcomes
+
+
+def one_call(url: str, work: Callable[[Sandyard], T]) -> T:
+    with Sandyard("rt_live_x", url) as yard:
+        return work(yard)
+
+
+def get(yard: Any) -> Awaitable[Any]:
+    found: Awaitable[Any] = yard.get("x")
+    return found
+
+
+async def test_what_passes_is_waited_for_and_nobody_notices() -> None:
+    for trouble in (answer(503, BUSY), answer(502, b"<html>"), None, answer(200, b"{", length=9)):
+        async with bad_server(trouble, answer(200, GOOD)) as (url, asked):
+            (one,) = (await both(url, get))[:1]
+            assert one.id == BOX["id"], trouble
+            assert len(asked) >= 2
+    busy = answer(429, BUSY, head="Retry-After: 0\r\n")
+    async with bad_server(busy, busy, answer(200, GOOD)) as (url, asked):
+        made = await beside(lambda: one_call(url, lambda yard: yard.create()))
+        assert made.status == "running"
+        keys = {line for one in asked for line in one.lower().split(b"\r\n") if b"idemp" in line}
+        assert (len(asked), len(keys)) == (3, 1)  # the same sandbox, whatever became of the first
+
+
+async def test_what_does_not_pass_is_told_in_a_sentence() -> None:
+    html = answer(200, b"<html>hello</html>")
+    for said, kind, words in (
+        (answer(429, BUSY, head="Retry-After: 0\r\n"), RateLimitedError, "busy"),
+        (None, ConnectionFailedError, "cannot reach"),
+        (b"no HTTP at all\r\n\r\n", ConnectionFailedError, "cannot reach"),
+        (html, ApiError, "makes no sense"), (answer(200, b"{}"), ApiError, "makes no sense"),
+        (answer(200, GOOD[:9]), ApiError, "makes no sense"),
+    ):  # fmt: skip
+        async with bad_server(said) as (url, _):
+            for outcome in await both(url, get):
+                assert isinstance(outcome, kind), outcome
+                assert words in str(outcome)
+    for outcome in await both("http://127.0.0.1:1", get):
+        assert isinstance(outcome, ConnectionFailedError)
+
+
+async def test_what_may_have_been_done_is_not_done_again() -> None:
+    async with bad_server(None) as (url, asked):
+        for outcome in await both(url, lambda yard: yard.execute("x", "reboot")):
+            assert isinstance(outcome, ConnectionFailedError)
+        assert len(asked) == 2
+    async with bad_server(answer(503, BUSY)) as (url, asked):
+        await both(url, lambda yard: yard.delete("x"))
+        assert len(asked) == 2
+    # What was refused for haste was not done.
+    busy = answer(429, BUSY, head="Retry-After: 0\r\n")
+    async with bad_server(busy, busy, answer(200, GOOD)) as (url, asked):
+        await beside(lambda: one_call(url, lambda yard: yard.delete("x")))
+        assert len(asked) == 3

@@ -1,0 +1,335 @@
+"""The SDK without a server: what it asks, how it reads answers, when it asks again."""
+
+import asyncio
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sandyard.client as sdk
+from sandyard.client import calls, code
+from sandyard.client.calls import Call, Heard, Retries, refusal_of, result_of
+from sandyard.client.config import ClientConfig, ConfigError, find_config, write_config
+from sandyard.client.models import CodeResult, Exited, FileChange, Lost, Printed, ProcessEvent
+from sandyard.client.streams import Following, Watching
+
+PAIRS = [
+    (sdk.Sandyard, sdk.AsyncSandyard), (sdk.Sandbox, sdk.AsyncSandbox),
+    (sdk.Files, sdk.AsyncFiles), (sdk.Process, sdk.AsyncProcess),
+    (sdk.Processes, sdk.AsyncProcesses),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("threads", "loop"), PAIRS)
+def test_both_clients_offer_the_same(threads: type, loop: type) -> None:
+    def offered(kind: type) -> dict[str, list[tuple[str, object, object]]]:
+        found: dict[str, list[tuple[str, object, object]]] = {}
+        for name, one in inspect.getmembers(kind):
+            if name.startswith("_") and name != "__init__":
+                continue
+            if isinstance(one, property):
+                found[name] = [("property", None, None)]
+            elif callable(one):
+                parameters = inspect.signature(one).parameters.values()
+                found[name] = [(each.name, each.kind, each.default) for each in parameters]
+        return found
+
+    assert offered(threads) == offered(loop)
+    for name in offered(threads):
+        assert inspect.getdoc(getattr(loop, name)), name
+
+
+def test_to_import_the_package_loads_nothing_of_it() -> None:
+    look = "import sys, sandyard; print([m for m in sys.modules if m.split('.')[0] in"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{look} ('httpx', 'asyncio', 'typer', 'rich')])"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+    whole = "import sys; from sandyard import Sandbox, Sandyard, AsyncSandbox; print([m for m in"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{whole} sys.modules if m.startswith('sandyard.server')])"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
+# --- where the server is --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for name in ("SANDYARD_URL", "SANDYARD_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_what_is_given_wins_over_the_environment_and_that_over_the_file(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="SANDYARD_URL"):
+        find_config(None, None)
+    with pytest.raises(ConfigError, match="SANDYARD_URL"):
+        find_config("rt_live_x", None)
+    write_config(ClientConfig("http://file:1", "rt_live_file"))
+    assert find_config(None, None) == ClientConfig("http://file:1", "rt_live_file")
+    assert find_config("rt_live_x", None) == ClientConfig("http://file:1", "rt_live_x")
+    assert find_config(None, "http://a:2") == ClientConfig("http://a:2", "rt_live_file")
+    monkeypatch.setenv("SANDYARD_URL", "https://env/v1/")
+    assert find_config(None, None) == ClientConfig("https://env", "rt_live_file")
+    monkeypatch.setenv("SANDYARD_API_KEY", "rt_live_env")
+    (nowhere / "sandyard/config.toml").write_text("not = [toml")
+    assert find_config(None, None) == ClientConfig("https://env", "rt_live_env")
+    monkeypatch.delenv("SANDYARD_API_KEY")
+    with pytest.raises(ConfigError, match="mend it"):
+        find_config(None, None)
+    for key, url in (("rt_live_x", "host:1"), ("rt_live_ü", "http://a"), ("a\nb", "http://a")):
+        with pytest.raises(ConfigError):
+            find_config(key, url)
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def call(*, safe: bool, content: object = None) -> Call[Any]:
+    return Call("GET", "/x", lambda answer: answer["data"]["x"], safe=safe, content=content)
+
+
+def test_only_what_is_safe_is_sent_again_and_not_for_ever() -> None:
+    for status in (None, 502, 503, 504):
+        assert Retries(2).pause_s(call(safe=False), status=status) is None
+        retries = Retries(2)
+        first = retries.pause_s(call(safe=True), status=status)
+        second = retries.pause_s(call(safe=True), status=status)
+        assert first is not None
+        assert second is not None
+        assert 0.05 <= first <= 0.15 <= second <= 0.45
+        assert retries.pause_s(call(safe=True), status=status) is None
+    for status in (400, 404, 409, 500):
+        assert Retries(2).pause_s(call(safe=True), status=status) is None
+    # Too many requests: nothing was done. What was asked for is waited, but not for hours.
+    again = Retries(9)
+    assert (again.pause_s(call(safe=False), status=429, retry_after="3") or 0) >= 3
+    assert again.pause_s(call(safe=False), status=429, retry_after="99999") == 30
+    assert (again.pause_s(call(safe=False), status=429, retry_after="soon") or 99) < 30
+    # A body that was read once is not there a second time.
+    assert again.pause_s(call(safe=True, content=iter([b""])), status=429) is None
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>x</html>", b"{", b"[]", b"null", b'{"data": 1}', b'{"data": {}}', b"\xff"]
+)
+def test_an_answer_of_somebody_else_is_told_as_such(body: bytes) -> None:
+    with pytest.raises(sdk.ApiError, match="makes no sense") as caught:
+        result_of(call(safe=True), 200, body, json.loads)
+    assert caught.value.code == "unknown"
+    refused = refusal_of(502, body, json.loads)
+    assert isinstance(refused, sdk.UnavailableError)
+    assert "502" in refused.message
+
+
+def test_errors_are_of_the_kind_that_the_server_means() -> None:
+    for status, kind in (
+        (400, sdk.BadRequestError), (401, sdk.UnauthorizedError), (404, sdk.NotFoundError),
+        (402, sdk.InsufficientCreditsError), (403, sdk.ForbiddenError), (409, sdk.ConflictError),
+        (429, sdk.RateLimitedError), (501, sdk.NotImplementedYetError), (418, sdk.ApiError),
+    ):  # fmt: skip
+        said = {"code": "x", "message": "m", "requestId": "req_1", "details": {"field": "f"}}
+        error = refusal_of(status, json.dumps({"error": said}).encode(), json.loads)
+        assert type(error) is kind
+        assert (error.code, error.request_id, error.details) == ("x", "req_1", {"field": "f"})
+
+
+def test_a_create_has_a_key_so_that_it_makes_one_sandbox() -> None:
+    one, two = calls.create(None, 0, None, {}), calls.create("t", 0, "mine", {"name": "n"})
+    assert len(one.headers["Idempotency-Key"]) == 36
+    assert two.headers == {"Idempotency-Key": "mine"}
+    assert two.body == {"template": "t", "name": "n"}
+    assert calls.sandbox_path("a/b ü", "exec") == "/v1/sandboxes/a%2Fb%20%C3%BC/exec"
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+def event(name: str, data: object, number: int | None = None) -> list[str]:
+    head = [] if number is None else [f"id: {number}"]
+    return [*head, f"event: {name}", f"data: {json.dumps(data)}", ""]
+
+
+def fed(following: Any, *lines: str) -> list[Any]:
+    return [one for one in map(following.feed, lines) if one is not None]
+
+
+def test_output_goes_on_where_it_broke_off() -> None:
+    following = Following("/p", 5)
+    assert following.query == {"encoding": "base64", "offset": 5}
+    said = {"stream": "stdout", "data": "aGk="}
+    lines = [*event("output", said, 7), ": alive", "", *event("newer", {}, 7)]
+    assert fed(following, *lines) == [Printed("stdout", b"hi")]
+    fed(following, "id: 9", "event: output")  # and there it breaks
+    assert following.broke(OSError("gone")) == 0.2
+    assert following.query["offset"] == 7
+    assert fed(following, *event("lost", {"bytes": 3}, 10)) == [Lost(3)]
+    assert following.broke(OSError("gone")) == 0.2  # something was heard in between
+    for _ in range(4):
+        assert following.ended() <= 4
+    with pytest.raises(sdk.ConnectionFailedError):
+        following.ended()
+    end = {"exitCode": 3, "signal": None, "timedOut": False}
+    assert fed(following, *event("exit", end)) == [Exited(3, None, False)]
+    assert following.is_over
+
+
+@pytest.mark.parametrize("data", ["{", "[]", "{}", '"x"', '{"stream": "stdout", "data": "%"}'])
+def test_events_that_make_no_sense_are_a_broken_connection(data: str) -> None:
+    with pytest.raises(sdk.ConnectionFailedError):
+        fed(Following("/p", 0), "event: output", f"data: {data}", "")
+    with pytest.raises((sdk.ConnectionFailedError, sdk.ApiError)):
+        fed(Following("/p", 0), "event: error", f"data: {data}", "")
+
+
+def test_the_last_event_tells_why_it_is_over_and_a_gap_in_a_watch_is_told() -> None:
+    watching = Watching("/f", "/d", "root", recursive=True)
+    assert watching.began() == []
+    change = {"type": "moved", "path": "/d/b", "from": "/d/a", "folder": False}
+    assert fed(watching, *event("change", change)) == [FileChange("moved", "/d/b", False, "/d/a")]
+    assert watching.began() == [FileChange("overflow", "/d", True)]
+    gone = {"code": "not_found", "message": "gone", "details": {"reason": "absent"}}
+    with pytest.raises(sdk.NotFoundError) as caught:
+        fed(watching, *event("error", gone))
+    assert caught.value.details == {"reason": "absent"}
+    assert watching.is_over
+
+
+@given(st.text(), st.lists(st.integers(1, 9)))
+def test_text_is_told_whole_however_it_is_cut(text: str, cuts: list[int]) -> None:
+    told: list[str] = []
+    heard, data, at = Heard(told.append, None), text.encode(errors="replace"), 0
+    for size in cuts:
+        heard.feed(Printed("stdout", data[at : at + size]))
+        at += size
+    heard.feed(Printed("stdout", data[at:]))
+    heard.feed(Exited(0, None, False))
+    assert "".join(told) == data.decode()
+    assert heard.result().stdout_bytes == data
+
+
+# --- code that is kept ----------------------------------------------------------------------------
+
+
+class Interpreter:
+    """What a sandbox would run, here."""
+
+    def __init__(self, language: str) -> None:
+        self._language = language
+
+    @contextmanager
+    def running(self) -> Iterator["Interpreter"]:
+        argv = code.argv_of(self._language)
+        argv = [sys.executable, *argv[1:]] if self._language == "python" else argv
+        pipe = subprocess.PIPE
+        with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe) as self.process:
+            yield self
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+
+    def run(self, text: str) -> CodeResult:
+        return asyncio.run(self._run(code.Piece(text)))
+
+    async def _run(self, piece: code.Piece) -> CodeResult:
+        stdin = self.process.stdin
+        assert stdin is not None
+        stdin.write(piece.request())
+        stdin.flush()
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[ProcessEvent] = asyncio.Queue()
+
+        def hear(name: str, stream: Any) -> None:
+            data = stream.read1(7)  # cut wherever it likes
+            if data:
+                events.put_nowait(Printed(name, data))
+            else:
+                loop.remove_reader(stream)
+                events.put_nowait(Exited(self.process.wait(), None, False))
+
+        shown = {"stdout": b"", "stderr": b""}
+        streams = (("stdout", self.process.stdout), ("stderr", self.process.stderr))
+        for name, stream in streams:
+            assert stream is not None
+            loop.add_reader(stream, hear, name, stream)
+        try:
+            async with asyncio.timeout(20):
+                while not piece.is_done:
+                    event = await events.get()
+                    piece.feed(event)
+                    if isinstance(event, Printed):
+                        shown[event.stream] += piece.new_text(event.stream)
+        finally:
+            for _, stream in streams:
+                assert stream is not None
+                loop.remove_reader(stream)
+        result = piece.result()
+        assert shown["stdout"].decode(errors="replace") == result.stdout
+        assert shown["stderr"].decode(errors="replace") == result.stderr
+        return result
+
+
+def test_python_is_kept_between_pieces() -> None:
+    with Interpreter("python").running() as python:
+        assert python.run("x = 40\nx + 2") == CodeResult("", "", "42", None)
+        done = python.run("import sys\nprint('hü', x)\nprint('e', file=sys.stderr)\nNone")
+        assert done == CodeResult("hü 40\n", "e\n", None, None)
+        assert python.run("def f(n):\n    return n * x\nf(2)").value == "80"
+        assert python.run("_ + 1").value == "81"
+        assert python.run("import asyncio\nawait asyncio.sleep(0, 'slept')").value == "'slept'"
+        assert python.run("import sys; sys.stdin.read()").value == "''"
+        assert python.run("").value is None
+        done = python.run("1\ndef g():\n    raise KeyError('no ü')\ng()")
+        assert done.error is not None
+        assert (done.error.name, done.error.message) == ("KeyError", "'no ü'")
+        assert "raise KeyError('no ü')" in done.error.traceback
+        assert "runpy" not in done.error.traceback
+        for text, name in (("x = (", "SyntaxError"), ("exit(3)", "SystemExit"), ("1/0", "ZeroDi")):
+            error = python.run(text).error
+            assert error is not None
+            assert error.name.startswith(name)
+        assert python.run("print('\\0' * 3 + 'x'); '\\0'").stdout == "\0\0\0x\n"
+        assert len(python.run("'x' * 5_000_000").value or "") == 1_000_000
+        assert python.run("import pickle\nclass A: pass\npickle.loads(pickle.dumps(A())).__class__"
+                          ).value == "<class '__main__.A'>"  # fmt: skip
+        with pytest.raises(code.SessionEndedError, match="exit code 5"):
+            python.run("import os; print('last words', file=sys.stderr, flush=True); os._exit(5)")
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="NOT RUN: there is no node here")
+def test_javascript_is_kept_between_pieces() -> None:
+    with Interpreter("node").running() as node:
+        assert node.run("const x = 40; x + 2").value == "42"
+        assert node.run("console.log('hü', x); console.error('e')").stdout == "hü 40\n"
+        assert node.run("await Promise.resolve(7); x").error is None
+        assert node.run("Promise.resolve({a: 1})").value == "{ a: 1 }"
+        assert node.run("require('os').EOL").value == "'\\n'"
+        for text, name in (("nope", "ReferenceError"), ("x = (", "SyntaxError")):
+            error = node.run(text).error
+            assert error is not None
+            assert error.name == name
+        assert node.run("throw 'just text'").error is not None
+        assert node.run("'é\\0'").value == "'é\\x00'"
+        with pytest.raises(code.SessionEndedError):
+            node.run("process.exit(5)")
+
+
+def test_a_language_that_is_not_there_is_refused() -> None:
+    assert code.argv_of("js") == code.argv_of("node")
+    with pytest.raises(ValueError, match="python, node"):
+        code.argv_of("cobol")
