@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandyard.server.api.bounds import JsonBounds
@@ -89,8 +89,8 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            await self._serve_socket(scope, receive, send)
             return
         request_id = new_request_id()
         state = scope.setdefault("state", {})
@@ -144,6 +144,32 @@ class Edge:
                 seconds=time.perf_counter() - started,
             )
 
+    async def _serve_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one WebSocket; whoever may not have it is answered as a request would be."""
+        request_id = new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        self._bind(request_id)
+        started, status = time.perf_counter(), 101
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "websocket.http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._identify(scope)
+            await self._app(scope, receive, send_on)
+        except SandyardError as error:
+            await answer_error(HTTPConnection(scope), error)(scope, receive, send_on)
+        finally:
+            self._observe(
+                method="WEBSOCKET",
+                route=getattr(scope.get("route"), "path", "unknown"),
+                status=status,
+                seconds=time.perf_counter() - started,
+            )
+
     async def _identify(self, scope: Scope) -> None:
         """Find out who asks for something under /v1, and count it.
 
@@ -154,7 +180,7 @@ class Edge:
         path = scope["path"]
         if path != _GUARDED and not path.startswith(_GUARDED + "/"):
             return
-        state, request = scope["state"], Request(scope)
+        state, request = scope["state"], HTTPConnection(scope)
         address = request.client.host if request.client else "unknown"
         try:
             actor = await self._actor(request)
@@ -173,7 +199,7 @@ class Edge:
             raise
         state["actor"] = actor
 
-    async def _actor(self, request: Request) -> Actor:
+    async def _actor(self, request: HTTPConnection) -> Actor:
         token = token_of(request)
         if token is None and (signed := signed_use_of(request)) is not None:
             return await self._signing.enter(*signed)

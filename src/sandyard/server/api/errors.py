@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.routing import Match
 
 from sandyard.server.core.errors import (
@@ -53,7 +54,17 @@ _RETRY_AFTER_S = "2"
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
-def answer_error(request: Request, error: SandyardError) -> JSONResponse:
+def error_out(error: SandyardError) -> dict[str, object]:
+    """Return an error as the last word of a stream tells it."""
+    is_ours = isinstance(error, InternalError)
+    told: dict[str, object] = {
+        "code": _SHOWN.get(error.code, error.code).value,
+        "message": "something broke on the server" if is_ours else error.message,
+    }
+    return {**told, "details": dict(error.facts)} if error.facts and not is_ours else told
+
+
+def answer_error(request: HTTPConnection, error: SandyardError) -> JSONResponse:
     """Return the envelope of an error."""
     status = STATUS[error.code]
     body: dict[str, object] = {

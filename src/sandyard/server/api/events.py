@@ -11,11 +11,13 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Depends, Request
+from fastapi import Depends
+from starlette.requests import HTTPConnection
 
 from sandyard.server.api.credentials import token_of
+from sandyard.server.api.errors import error_out
 from sandyard.server.api.streams import HeldStream
-from sandyard.server.core.errors import InternalError, PermissionDeniedError, SandyardError
+from sandyard.server.core.errors import PermissionDeniedError, SandyardError
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.access import Access
 from sandyard.server.tasks import beside
@@ -67,13 +69,7 @@ async def _encoded(events: AsyncIterator[Event], check: Check) -> AsyncIterator[
         async for event in _with_beats(events, check):
             yield b": alive\n\n" if event is None else event.encoded()
     except SandyardError as error:
-        message = "something broke on the server" if isinstance(error, InternalError) else None
-        data = {"code": error.code.value, "message": message or error.message, **_facts(error)}
-        yield Event("error", data).encoded()
-
-
-def _facts(error: SandyardError) -> dict[str, object]:
-    return {"details": dict(error.facts)} if error.facts else {}
+        yield Event("error", error_out(error)).encoded()
 
 
 async def _with_beats(events: AsyncIterator[Event], check: Check) -> AsyncIterator[Event | None]:
@@ -116,10 +112,10 @@ _NOTHING_YET = Event("", None)
 def rechecked(scope: str) -> Any:
     """Return the dependency on what raises once whoever asked may not any more what they did."""
 
-    async def provide(request: Request) -> Check:
-        actor: Actor = request.state.actor
-        access: Access = request.app.state.services.access
-        token, org_id = token_of(request), request.query_params.get("orgId")
+    async def provide(connection: HTTPConnection) -> Check:
+        actor: Actor = connection.state.actor
+        access: Access = connection.scope["app"].state.services.access
+        token, org_id = token_of(connection), connection.query_params.get("orgId")
 
         async def check() -> None:
             now = await access.authenticate(token, org_id=org_id)

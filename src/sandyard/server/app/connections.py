@@ -7,16 +7,18 @@ connections than descriptors, for the platform needs some for its own work.
 
 import asyncio
 import json
+import socket
 from asyncio.events import TimerHandle
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
     RequestResponseCycle,
 )
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 LINE_MAX = 16 * 1024
 HEAD_MAX = 64 * 1024
@@ -28,6 +30,7 @@ _PIPELINE_MAX = 8
 _LINGERING_MAX = 64
 _SLICE = 16 * 1024
 _LINGER_S = 1.0
+_UNACKNOWLEDGED_S = 60.0
 _LEFTOVER_MAX = 32 * 1024 * 1024
 
 
@@ -40,6 +43,17 @@ class Patience:
     look_s: float = 5.0
 
 
+class Counted(Protocol):
+    """A connection as the gate sees it."""
+
+    transport: asyncio.Transport
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody would miss it."""
+        ...
+
+
 class Gate:
     """Counts connections, in all and by address."""
 
@@ -50,10 +64,10 @@ class Gate:
         self.most_by_address = most_by_address
         self.patience = patience or Patience()
         self.lingering = 0
-        self._open: dict[GuardedProtocol, str] = {}
+        self._open: dict[Counted, str] = {}
         self._by_address: Counter[str] = Counter()
 
-    def enter(self, one: "GuardedProtocol", address: str) -> str | None:
+    def enter(self, one: "Counted", address: str) -> str | None:
         """Let a connection in, in the place of one that nobody uses if need be; else say why not.
 
         Raises nothing: a refusal is a sentence for the client.
@@ -73,7 +87,7 @@ class Gate:
         self._by_address[address] += 1
         return None
 
-    def leave(self, one: "GuardedProtocol") -> None:
+    def leave(self, one: "Counted") -> None:
         """Count a connection no more; nothing happens if it was not counted."""
         address = self._open.pop(one, None)
         if address is not None:
@@ -102,6 +116,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._has_resumed = False
         self._too_much: tuple[int, str, str] | None = None
         self._is_refused = False
+        self._is_upgraded = False
         self._look: TimerHandle | None = None
 
     @property
@@ -136,7 +151,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         for start in range(0, len(data), _SLICE):
-            if self._is_refused or self.transport.is_closing():
+            if self._is_refused or self._is_upgraded or self.transport.is_closing():
                 return
             self._take(data[start : start + _SLICE])
 
@@ -159,13 +174,23 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._too_much = _LONG_LINE
             elif self._head_bytes > HEAD_MAX + _SLICE:
                 self._too_much = _LARGE_HEAD
-        if self._too_much is not None:
+        if self._too_much is not None and not self._is_upgraded:
             self._refuse(*self._too_much)
 
     def _begin_head(self) -> None:
         self._stage, self._since = "head", self.loop.time()
         self._head_bytes = self._headers = self._headers_bytes = 0
         self._idle_s = 0.0
+
+    def handle_websocket_upgrade(self) -> None:
+        """See uvicorn: from here on, another protocol has the connection."""
+        if self._too_much is not None:
+            return  # it is refused as any request that is too large
+        self._is_upgraded = True
+        self.gate.leave(self)
+        if self._look is not None:
+            self._look.cancel()
+        super().handle_websocket_upgrade()
 
     # --- what the parser tells ------------------------------------------------------------------
 
@@ -299,6 +324,57 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
 
+class GuardedSocket(WebSocketsSansIOProtocol):
+    """A WebSocket, counted as any connection; who does not read on is not kept. `gate` is set by
+    `guarded`.
+
+    uvicorn's pings are not used: their answers are not read while a message waits for a process
+    that does not read. What is sent and not acknowledged in time tells of the dead instead.
+    """
+
+    gate: ClassVar[Gate]
+    is_idle = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unsent = 0
+        self._stalled_s = 0.0
+        self._has_resumed = False
+        self._look: TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        # There is room: it comes in the place of the request that asked for it.
+        self.gate.enter(self, self.client[0] if self.client else "unknown")
+        if (connection := transport.get_extra_info("socket")) is not None:
+            limit_ms = int(_UNACKNOWLEDGED_S * 1000)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
+        self._look = self.loop.call_later(self.gate.patience.look_s, self._look_again)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self.gate.leave(self)
+        if self._look is not None:
+            self._look.cancel()
+        super().connection_lost(exc)
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._has_resumed = True
+        super().resume_writing()
+
+    def _look_again(self) -> None:
+        patience = self.gate.patience
+        self._look = self.loop.call_later(patience.look_s, self._look_again)
+        unsent = self.transport.get_write_buffer_size()
+        is_moving = self._has_resumed or self._unsent - unsent >= _SLOWEST_READER * patience.look_s
+        self._stalled_s = 0.0 if not unsent or is_moving else self._stalled_s + patience.look_s
+        self._unsent, self._has_resumed = unsent, False
+        if self._stalled_s > patience.still_s:
+            self.transport.abort()
+
+
 _LONG_LINE = (414, "uri_too_long", f"cannot take an address of over {LINE_MAX // 1024} KiB")
 _LARGE_HEAD = (
     431,
@@ -307,6 +383,8 @@ _LARGE_HEAD = (
 )
 
 
-def guarded(gate: Gate) -> type[asyncio.Protocol]:
-    """Return the protocol of connections that a gate counts."""
-    return type("Guarded", (GuardedProtocol,), {"gate": gate})
+def guarded(gate: Gate) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
+    """Return the protocols of connections that a gate counts: of HTTP, and of WebSockets."""
+    kinds = (GuardedProtocol, GuardedSocket)
+    made = [type(f"Counted{kind.__name__}", (kind,), {"gate": gate}) for kind in kinds]
+    return made[0], made[1]

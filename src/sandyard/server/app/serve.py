@@ -35,6 +35,8 @@ from sandyard.server.tasks import in_thread
 log = logging.getLogger(__name__)
 
 _GRACE_S = 10
+SOCKET_MESSAGE_MAX = 1024 * 1024
+"""What a client may send in one message of a WebSocket."""
 _STOP_LIMIT_S = 60.0
 _EMPTY_LIMIT_S = 120.0
 _GONE = frozenset({Status.DESTROYED})
@@ -76,14 +78,18 @@ def http_server(
         most_by_address=http.connections_per_address,
         patience=patience,
     )
+    protocol, socket_protocol = guarded(gate)
     return uvicorn.Server(
         uvicorn.Config(
             api,
             log_config=None,
             access_log=False,
             server_header=False,
-            http=guarded(gate),
-            ws="none",
+            http=protocol,
+            ws=socket_protocol,
+            ws_max_size=SOCKET_MESSAGE_MAX,
+            ws_per_message_deflate=False,
+            ws_ping_interval=None,
             lifespan="off",  # the house opens and closes, not the application
             backlog=256,
             timeout_graceful_shutdown=_GRACE_S,

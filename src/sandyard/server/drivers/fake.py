@@ -32,7 +32,12 @@ from sandyard.server.drivers.contract import (
     Verdict,
 )
 from sandyard.server.drivers.fake_files import ROOM, FakeFiles, RefusedFileError, end_frame
-from sandyard.server.drivers.fake_programs import AbsentError, ConflictingError, FakePrograms
+from sandyard.server.drivers.fake_programs import (
+    AbsentError,
+    ConflictingError,
+    FakePrograms,
+    RefusedProgramError,
+)
 from sandyard.server.tasks import beside
 
 _PIDS = itertools.count(1_000_000_000)  # above any real pid: nothing can be killed by mistake
@@ -281,9 +286,11 @@ class FakeMachine:
                 self._conduct.mute_wakes -= 1
                 return
             answer = wire.Answer(encode(self._answer(operation)))
-        except (_RefusedError, RefusedFileError, AbsentError, ConflictingError) as error:
-            code = _CODES.get(type(error)) or error.code  # type: ignore[union-attr]  # the first
-            writer.write(wire.encode_answer(wire.Answer({}, error=code.value, message=str(error))))
+        except (_RefusedError, RefusedFileError) as error:
+            writer.write(refusal(error.code, error))
+            return
+        except (AbsentError, ConflictingError, RefusedProgramError) as error:
+            writer.write(refusal(_CODES[type(error)], error))
             return
         writer.write(wire.encode_answer(answer))
         match operation:
@@ -496,9 +503,15 @@ class _RefusedError(Exception):
         self.code = code
 
 
+def refusal(code: wire.Refusal, error: Exception) -> bytes:
+    """Return the answer that refuses."""
+    return wire.encode_answer(wire.Answer({}, error=code.value, message=str(error)))
+
+
 _CODES: dict[type[Exception], wire.Refusal] = {
     AbsentError: wire.Refusal.ABSENT,
     ConflictingError: wire.Refusal.CONFLICT,
+    RefusedProgramError: wire.Refusal.BAD_REQUEST,
 }
 
 

@@ -20,6 +20,10 @@ class ConflictingError(Exception):
     """It is not in a state for that."""
 
 
+class RefusedProgramError(Exception):
+    """It would not do that."""
+
+
 class FakeProgram:
     """One process: it runs until its word says that it ends.
 
@@ -149,7 +153,7 @@ class FakePrograms:
         """Carry an operation out, and return what it answers.
 
         Raises:
-            AbsentError, ConflictingError: see their classes.
+            AbsentError, ConflictingError, RefusedProgramError: see their classes.
         """
         if isinstance(wish, ops.Start):
             self._next += 1
@@ -162,6 +166,8 @@ class FakePrograms:
             case ops.List():
                 return ops.Programs((found.told(),))
             case ops.Attach():
+                if wish.offset is not None and wish.offset > found.told().printed:
+                    raise RefusedProgramError("cannot follow from there: it has printed less")
                 return found.attached(wish.offset)
             case ops.Signal():
                 found.send(wish.number)
@@ -170,6 +176,8 @@ class FakePrograms:
                 found.feed(wish.data, closes=wish.closes)
                 return ops.Written(len(wish.data), wish.closes)
             case ops.Resize():
+                if found.size is None or found.end is not None:
+                    raise ConflictingError("cannot resize: it has no terminal, or has ended")
                 found.size = wish.terminal
                 return ops.Done()
 

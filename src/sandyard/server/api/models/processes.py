@@ -3,9 +3,9 @@
 import base64
 import binascii
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from sandyard.server.api.models.base import Body, Env, Model, Time, bounds
 from sandyard.server.core.errors import InvalidArgumentError
@@ -98,6 +98,58 @@ class WriteStdin(Body):
             raise InvalidArgumentError(
                 f"cannot use data: it is not {what}", field="data"
             ) from error
+
+
+class InputMessage(Body):
+    """A message of whoever is attached: text for the process's input."""
+
+    type: Literal["input"]
+    data: str = ""
+    encoding: Encoding = "utf8"
+
+    def bytes(self) -> bytes:
+        """Return the bytes that are meant. See `WriteStdin.bytes`."""
+        return WriteStdin(data=self.data, encoding=self.encoding).bytes()
+
+
+class EndMessage(Body):
+    """The process's input ends."""
+
+    type: Literal["end"]
+
+
+class ResizeMessage(Pty):
+    """Its terminal has another size."""
+
+    type: Literal["resize"]
+
+
+class SignalMessage(SendSignal):
+    """It is sent a signal."""
+
+    type: Literal["signal"]
+
+
+AttachMessage = InputMessage | EndMessage | ResizeMessage | SignalMessage
+_MESSAGES: TypeAdapter[AttachMessage] = TypeAdapter(
+    Annotated[AttachMessage, Field(discriminator="type")]
+)
+
+
+def attach_message(text: str) -> AttachMessage:
+    """Return what a message asks for.
+
+    Raises:
+        InvalidArgumentError: it asks for nothing that there is.
+    """
+    try:
+        return _MESSAGES.validate_json(text)
+    except (ValidationError, RecursionError) as error:
+        raise InvalidArgumentError(
+            'cannot understand the message: send bytes for the input, or JSON such as {"type": '
+            '"resize", "cols": 80, "rows": 24}',
+            field="type",
+        ) from error
 
 
 class StdinOut(Model):

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Request
+from starlette.requests import HTTPConnection
 
 from sandyard.server.api.cursors import encode_cursor
 from sandyard.server.api.models.base import Data, ErrorAnswer, Meta, Page, PageMeta
@@ -18,8 +19,8 @@ Shown = TypeVar("Shown")
 def provided(name: str) -> Any:
     """Return the dependency on one of the services, by its name."""
 
-    async def provide(request: Request) -> object:
-        return getattr(request.app.state.services, name)
+    async def provide(connection: HTTPConnection) -> object:
+        return getattr(connection.scope["app"].state.services, name)
 
     return Depends(provide)
 

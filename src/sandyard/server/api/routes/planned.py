@@ -21,7 +21,6 @@ _PLANNED = {
         ("POST", "/v1/terminal/sandbox-sessions"),
         ("GET", "/v1/terminal/sessions/{path:path}"),
     ],
-    "attaching by WebSocket": [("GET", f"{_SANDBOX}/processes/{{pid}}/attach")],
     "workspaces": [
         ("GET POST", "/v1/workspaces"),
         ("GET POST PUT PATCH DELETE", "/v1/workspaces/{path:path}"),

@@ -6,36 +6,55 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import (
+    APIRouter,
+    Depends,
+    Header,
+    Query,
+    Request,
+    Response,
+    WebSocket,
+    WebSocketDisconnect,
+)
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.edge import takes_body
+from sandyard.server.api.errors import error_out
 from sandyard.server.api.events import Check, Event, EventStream, rechecked
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.processes import (
+    AttachMessage,
     Encoding,
+    EndMessage,
+    InputMessage,
     ProcessOut,
     Pty,
+    ResizeMessage,
     SendSignal,
     SignalledOut,
+    SignalMessage,
     StartProcess,
     StdinOut,
     WriteStdin,
+    attach_message,
     end_out,
     process_out,
 )
 from sandyard.server.api.routes.common import enveloped, errors, provided, whole
-from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.api.sockets import MayAttach, send_json, served, watched
+from sandyard.server.core.errors import ConflictError, InvalidArgumentError, NotFoundError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import Ended
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.processes import Following, Processes, Which
+from sandyard.server.service.sandboxes.processes import STREAMS, Following, Processes, Which
+from sandyard.server.tasks import beside
 
 router = APIRouter(prefix="/v1/sandboxes/{reference}/processes", tags=["processes"])
 
 _START_MAX = 1536 * 1024  # a command of 1 MiB, and what JSON makes of it
 _STDIN_MAX = 1536 * 1024  # 1 MiB in base64
 _PID_DIGITS = 10
+_NUMBERS = {name: bytes((channel,)) for channel, name in STREAMS.items()}
 
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 Service = Annotated[Processes, provided("processes")]
@@ -170,6 +189,109 @@ async def follow_output(
         )
         held = opening.pop_all()
     return EventStream(_events(following, encoding, wants_lost=offset is not None), held, check)
+
+
+@router.get("/{process}/attach", include_in_schema=False)
+async def attach_by_request(actor: CanWrite, reference: str, process: str) -> None:
+    """Say that this is a WebSocket."""
+    del actor, reference, process
+    raise InvalidArgumentError("cannot attach by a plain request: connect with a WebSocket")
+
+
+@router.websocket("/{process}/attach")
+async def attach(
+    socket: WebSocket,
+    actor: MayAttach,
+    service: Service,
+    check: MayFollow,
+    reference: str,
+    process: str,
+) -> None:
+    """Follow a process and write to it, both ways at once.
+
+    Out: `attached`, what it prints as bytes after one that tells the stream, and `exit`. In: bytes
+    for its input, and messages `input`, `end`, `resize`, `signal`.
+    """
+    async with served(socket):
+        reference, which = checked_text(reference, field="reference"), which_of(process)
+        offset = _offset(socket.query_params.get("offset"))
+        async with service.follow(actor, reference, which, offset) as following:
+            await socket.accept()
+            about = {"pid": following.pid, "offset": following.offset, "lost": following.lost}
+            await send_json(socket, {"type": "attached", **about})
+            hands = _Hands(service, actor, reference, Which(pid=following.pid), following)
+            async with beside(hands.hear(socket)), beside(watched(socket, check)):
+                await _tell(following, socket)
+
+
+async def _tell(following: Following, socket: WebSocket) -> None:
+    """Send what a process prints and its end, and close."""
+    async for one in following.events():
+        if isinstance(one, Ended):
+            await send_json(socket, {"type": "exit", **end_out(one)})
+            await socket.close()
+            return
+        await socket.send_bytes(_NUMBERS[one.stream] + one.data)
+
+
+class _Hands:
+    """What whoever is attached may do with a process."""
+
+    def __init__(
+        self,
+        service: Processes,
+        actor: Actor,
+        reference: str,
+        which: Which,
+        following: Following,
+    ) -> None:
+        self._service = service
+        self._actor = actor
+        self._reference = reference
+        self._which = which
+        self._following = following
+
+    async def hear(self, socket: WebSocket) -> None:
+        """Do what is asked for, until the socket is closed.
+
+        Raises:
+            WebSocketDisconnect: it is.
+        """
+        while True:
+            message = await socket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code", 1006))
+            try:
+                if (data := message.get("bytes")) is not None:
+                    await self._following.write(data)
+                else:
+                    await self._obey(attach_message(message.get("text") or ""))
+            except (InvalidArgumentError, ConflictError, NotFoundError) as error:
+                # It goes on: what was wrong is told, and nothing was done.
+                await send_json(socket, {"type": "refused", **error_out(error)})
+
+    async def _obey(self, wish: AttachMessage) -> None:
+        match wish:
+            case InputMessage():
+                await self._following.write(wish.bytes())
+            case EndMessage():
+                await self._following.close_input()
+            case ResizeMessage():
+                await self._service.resize(self._actor, self._reference, self._which, wish.size())
+            case SignalMessage():
+                await self._service.signal(
+                    self._actor, self._reference, self._which, str(wish.signal),
+                    everything=wish.everything,
+                )  # fmt: skip
+
+
+def _offset(text: str | None) -> int | None:
+    """Return the first byte that is asked for; None for what comes from now on."""
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise InvalidArgumentError("cannot use offset: it is the number of a byte", field="offset")
+    return int(text)
 
 
 async def _events(following: Following, encoding: str, *, wants_lost: bool) -> AsyncIterator[Event]:

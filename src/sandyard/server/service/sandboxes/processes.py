@@ -17,7 +17,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import Attach, Input, Program, Resize, Signal, Size, Start
-from sandyard.server.core.wire import Channel, printable
+from sandyard.server.core.wire import FRAME_MAX, Channel, encode_frame, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.execute import COMMAND_MAX
 from sandyard.server.service.sandboxes.fields import checked_env
@@ -35,9 +35,10 @@ _START = Use("process", "Process started", "start a process in")
 _SIGNAL = Use("process.signal", "Process signalled", "signal a process in")
 _ATTACH = Use("process", "", "follow a process in", is_told=False)
 _INPUT = Use("process", "", "write to a process in", is_told=False)
-_STREAMS = {
+STREAMS = {
     Channel.STDOUT: "stdout", Channel.STDERR: "stderr", Channel.TERMINAL: "terminal",
 }  # fmt: skip
+"""The names of what a process prints on, by channel."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,22 @@ class Following:
         async for frame in frames_of(self._stream, self._clock, still_s=_SILENT_S):
             if frame.channel is Channel.EXIT:
                 yield _bounded(told(ops.Ended, frame))
-            elif frame.channel in _STREAMS and frame.payload:
+            elif frame.channel in STREAMS and frame.payload:
                 self.offset += len(frame.payload)
-                yield Output(_STREAMS[frame.channel], frame.payload, self.offset)
+                yield Output(STREAMS[frame.channel], frame.payload, self.offset)
+
+    async def write(self, data: bytes) -> None:
+        """Write to its input, as fast as it reads; nothing ends it.
+
+        What waits for a process that never reads on is broken off with the following.
+        """
+        for start in range(0, len(data), FRAME_MAX):
+            frame = encode_frame(Channel.STDIN, data[start : start + FRAME_MAX])
+            await self._stream.write(frame)
+
+    async def close_input(self) -> None:
+        """End its input."""
+        await self._stream.write(encode_frame(Channel.STDIN, b""))
 
 
 class Processes:

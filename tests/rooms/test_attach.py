@@ -1,0 +1,252 @@
+"""Processes attached to by WebSocket, on fake machines."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.support.door import BRIEF, SOON_S, Door, door
+from tests.support.house import Yard, eventually, until
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from sandyard.server.api import events
+
+
+@pytest.fixture
+async def opened(tmp_path: Path) -> AsyncIterator[Door]:
+    async with door(tmp_path, saves=True) as made:
+        yield made
+
+
+async def started(yard: Yard, box: Mapping[str, object], **body: object) -> int:
+    answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/processes", json=body)
+    assert answer.status_code == 201, answer.text
+    return int(answer.json()["data"]["pid"])
+
+
+def url_of(opened: Door, box: Mapping[str, object], process: object, query: str = "") -> str:
+    path = f"/v1/sandboxes/{box['id']}/processes/{process}/attach"
+    return f"ws://127.0.0.1:{opened.port}{path}{query and '?'}{query}"
+
+
+@asynccontextmanager
+async def attached(opened: Door, url: str, **options: Any) -> AsyncIterator[ClientConnection]:
+    headers = {"Authorization": f"Bearer {opened.yard.key}"}
+    async with connect(url, additional_headers=headers, proxy=None, **options) as socket:
+        yield socket
+
+
+async def heard(socket: ClientConnection, *, beats: bool = False) -> list[Any]:
+    """Return all that is sent until it is closed: messages, and (stream, bytes)."""
+    said: list[Any] = []
+    async with asyncio.timeout(SOON_S):
+        while True:
+            try:
+                one = await socket.recv()
+            except ConnectionClosed:
+                return said
+            if isinstance(one, bytes):
+                said.append((one[0], one[1:]))
+            elif beats or json.loads(one)["type"] != "alive":
+                said.append(json.loads(one))
+
+
+async def told(socket: ClientConnection) -> Any:
+    async with asyncio.timeout(SOON_S):
+        while True:
+            one = await socket.recv()
+            if isinstance(one, bytes):
+                return one[0], one[1:]
+            if json.loads(one)["type"] != "alive":
+                return json.loads(one)
+
+
+async def test_what_is_printed_comes_out_and_what_is_sent_goes_in(opened: Door) -> None:
+    box = await opened.yard.create()
+    pid = await started(opened.yard, box, command="cat", stdin=True)
+    async with attached(opened, url_of(opened, box, pid)) as socket:
+        assert await told(socket) == {"type": "attached", "pid": pid, "offset": 0, "lost": 0}
+        await socket.send(b"\0\xff")
+        assert await told(socket) == (1, b"\0\xff")
+        await socket.send('{"type": "input", "data": "hü"}')
+        assert await told(socket) == (1, "hü".encode())
+        await socket.send('{"type": "input", "data": "AAE=", "encoding": "base64"}')
+        assert await told(socket) == (1, b"\0\1")
+        # What makes no sense, or cannot be, is told and changes nothing.
+        for message in (
+            "", "{", "[]", '{"type": "x"}', '{"type": "resize", "cols": "a"}', '{"type": null}',
+            '{"type": "resize", "cols": 0}', '{"type": "resize"}', "[" * 9000,
+            '{"type": "signal", "signal": "SIGNOPE"}', '{"type": "input", "data": "\\ud800"}',
+        ):  # fmt: skip
+            await socket.send(message)
+            said = await told(socket)
+            assert said["type"] == "refused", message
+            assert said["code"] in ("bad_request", "invalid_state"), said
+        await socket.send('{"type": "end"}')
+        assert await heard(socket) == [
+            {"type": "exit", "exitCode": 0, "signal": None, "timedOut": False, "durationMs": 1}
+        ]
+    assert socket.close_code == 1000
+    # Again from a byte on, after its end, by a name.
+    async with attached(opened, url_of(opened, box, pid, "offset=3")) as socket:
+        said = await heard(socket)
+        assert said[0]["offset"] == 3
+        assert b"".join(one[1] for one in said[1:-1]) == "ü".encode() + b"\0\1"
+    async with attached(opened, url_of(opened, box, pid)) as socket:  # from now on
+        assert [one["type"] for one in await heard(socket)] == ["attached", "exit"]
+
+
+async def test_a_terminal_is_resized_and_signalled(opened: Door) -> None:
+    box = await opened.yard.create()
+    size = {"cols": 80, "rows": 24}
+    pid = await started(opened.yard, box, command="hang", pty=size, tag="shell")
+    async with attached(opened, url_of(opened, box, "shell", "offset=0")) as socket:
+        assert (await told(socket))["pid"] == pid
+        await socket.send('{"type": "resize", "cols": 132, "rows": 50}')
+        path = f"/v1/sandboxes/{box['id']}/processes/{pid}"
+
+        async def is_resized() -> bool:
+            data = (await opened.yard.client.get(path)).json()["data"]
+            return bool(data["pty"] == {"cols": 132, "rows": 50})
+
+        await eventually(is_resized)
+        await socket.send('{"type": "signal", "signal": "TERM", "everything": true}')
+        assert (await heard(socket))[-1]["type"] == "exit"
+
+
+async def test_who_may_not_is_answered_before_there_is_a_socket(opened: Door) -> None:
+    yard = opened.yard
+    box = await yard.create()
+    pid = await started(yard, box, command="hang")
+    org_id, user_id = await yard.first()
+    poor = await yard.add_key(org_id, user_id, scopes=("sandbox:read",))
+    stranger = await yard.stranger()
+    for query, headers, status, code in (
+        ("", {}, 401, "unauthorized"),
+        ("", {"X-API-Key": "rt_live_" + "x" * 32}, 401, "invalid_token"),
+        (f"api_key={yard.key}&token={yard.key}", {}, 400, "bad_request"),
+        (f"api_key={poor}", {}, 403, "forbidden"),
+        (f"token={stranger}", {}, 404, "not_found"),
+        (f"api_key={yard.key}&offset=x", {}, 400, "bad_request"),
+        (f"api_key={yard.key}&offset=999", {}, 400, "bad_request"),
+    ):
+        with pytest.raises(InvalidStatus) as caught:
+            async with connect(
+                url_of(opened, box, pid, query), additional_headers=headers, proxy=None
+            ):
+                pass
+        response = caught.value.response
+        error = json.loads(response.body)["error"]
+        assert (response.status_code, error["code"]) == (status, code), query
+        assert error["requestId"].startswith("req_")
+    for process in ("999999", "no-such-tag", "a%00b"):
+        with pytest.raises(InvalidStatus) as caught:
+            async with attached(opened, url_of(opened, box, process)):
+                pass
+        assert caught.value.response.status_code in (400, 404)
+    with pytest.raises(InvalidStatus) as caught:
+        async with attached(opened, f"ws://127.0.0.1:{opened.port}/v1/nowhere"):
+            pass
+    assert caught.value.response.status_code in (403, 404)
+    async with connect(url_of(opened, box, pid, f"token={yard.key}"), proxy=None) as socket:
+        assert (await told(socket))["pid"] == pid
+    plain = await yard.client.get(f"/v1/sandboxes/{box['id']}/processes/{pid}/attach")
+    assert (plain.status_code, "WebSocket" in plain.text) == (400, True)
+
+
+async def test_it_ends_with_a_pause_and_goes_on_after_it(opened: Door) -> None:
+    yard = opened.yard
+    box = await yard.create()
+    pid = await started(yard, box, command="cat", stdin=True)
+    async with attached(opened, url_of(opened, box, pid)) as socket:
+        await socket.send(b"one")
+        assert [await told(socket), await told(socket)][1] == (1, b"one")
+        await yard.act(box, "pause")
+        (last,) = await heard(socket)
+        assert (last["type"], last["code"]) == ("error", "invalid_state")
+        assert last["details"] == {"status": "paused"}
+    assert socket.close_code == 1011
+    async with attached(opened, url_of(opened, box, pid, "offset=1")) as socket:  # resumes it
+        await socket.send('{"type": "input", "data": "two"}')
+        await socket.send('{"type": "end"}')
+        assert [one[1] for one in await heard(socket) if isinstance(one, tuple)] == [b"ne", b"two"]
+
+
+async def test_it_ends_with_the_key_that_opened_it(
+    opened: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "BEAT_S", 0.05)
+    yard = opened.yard
+    box = await yard.create()
+    pid = await started(yard, box, command="hang")
+    key = (await yard.client.post("/v1/api-keys", json={"name": "brief"})).json()["data"]
+    url = url_of(opened, box, pid, f"api_key={key['key']}")
+    async with connect(url, proxy=None) as socket:
+        for _ in range(3):
+            await socket.recv()
+        await yard.client.delete(f"/v1/api-keys/{key['id']}")
+        last = (await heard(socket, beats=True))[-1]
+        assert (last["type"], last["code"]) == ("error", "invalid_token")
+    assert socket.close_code == 1008
+    # Who left is not followed any more, whether they said so or not.
+    for is_polite in (True, False):
+        async with attached(opened, url_of(opened, box, pid)) as socket:
+            assert (await told(socket))["pid"] == pid
+            assert not await is_unused(yard, box)
+            if not is_polite:
+                socket.transport.abort()
+                break
+        await eventually(lambda: is_unused(yard, box))
+    await eventually(lambda: is_unused(yard, box))
+
+
+async def test_a_message_that_is_too_large_and_one_who_never_reads(tmp_path: Path) -> None:
+    async with door(tmp_path, patience=BRIEF) as opened:
+        yard = opened.yard
+        box = await yard.create()
+        pid = await started(yard, box, command="cat", stdin=True)
+        async with attached(opened, url_of(opened, box, pid)) as socket:
+            await told(socket)
+            with pytest.raises(ConnectionClosed):
+                await socket.send(bytes(1024 * 1024 + 1))
+                await socket.recv()
+        assert socket.close_code == 1009
+        noisy = await started(yard, box, command=f"spill {200_000}")
+        sockets = []
+        url = url_of(opened, box, noisy, "offset=0")
+        async with httpx.AsyncClient() as client:
+            for _ in range(3):
+                stuck = await connect(
+                    url, additional_headers={"X-API-Key": yard.key}, proxy=None, max_queue=1
+                )
+                sockets.append(stuck)
+            answer = await client.get(f"http://127.0.0.1:{opened.port}/healthz")
+            assert answer.status_code == 200
+        for stuck in sockets:
+            stuck.transport.abort()
+        await until(lambda: True)
+        await eventually(lambda: is_unused(yard, box))
+
+
+async def test_sockets_are_counted_at_the_door(tmp_path: Path) -> None:
+    async with door(tmp_path, connections=16, connections_per_address=3) as opened:
+        yard = opened.yard
+        box = await yard.create()
+        pid = await started(yard, box, command="hang")
+        url = url_of(opened, box, pid)
+        for _ in range(5):  # none is left behind that would count
+            async with attached(opened, url), attached(opened, url), attached(opened, url):
+                with pytest.raises((InvalidStatus, ConnectionClosed, OSError, EOFError)):
+                    async with attached(opened, url):
+                        pass
+            await eventually(lambda: is_unused(yard, box))
+
+
+async def is_unused(yard: Yard, box: Mapping[str, object]) -> bool:
+    machines = (await yard.house.node.report()).machines
+    return not any(one.is_used for one in machines if one.sandbox_id == box["id"])
