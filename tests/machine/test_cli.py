@@ -1,11 +1,19 @@
 """The command line against a real server."""
 
+import fcntl
 import json
+import os
+import pty
+import select
+import signal
+import struct
 import subprocess
+import termios
+import time
 from pathlib import Path
 
 import pytest
-from tests.support.server import SANDYARD, RealServer, is_slow, longer
+from tests.support.server import SANDYARD, RealServer, is_slow, longer, some, wait_until
 
 from sandyard.client import ApiError, Exited, Printed, Sandyard
 
@@ -37,6 +45,10 @@ def test_a_sandboxs_life_on_the_command_line(server: RealServer) -> None:
         env=server.environment, capture_output=True, check=True, timeout=longer(60),
     )  # fmt: skip
     assert done_raw.stdout == data
+    late = server.run("sandbox", "exec", "cli", "--timeout", "9", "--", "true", check=False)
+    assert (late.returncode, "stand before the sandbox" in late.stderr) == (2, True)
+    done = server.run("sandbox", "exec", *limit, "cli", "ls", "-t", "/", check=False)
+    assert (done.returncode, "workspace" in done.stdout) == (0, True)
     zeros = "head -c 17000000 /dev/zero"
     cut = server.run("sandbox", "exec", *limit, "cli", "--", zeros, check=False)
     assert (cut.returncode, len(cut.stdout)) == (74, 2**24)
@@ -48,10 +60,10 @@ def test_a_sandboxs_life_on_the_command_line(server: RealServer) -> None:
         server.wait_running("cli")
     else:
         assert "restarted cli" in restart.stdout
-    both = server.run("sandbox", "delete", "nothing", "cli", check=False)
-    assert (both.returncode, both.stdout) == (1, "deleted cli\n")
+    both = server.run("sandbox", "destroy", "nothing", "cli", check=False)
+    assert (both.returncode, both.stdout) == (1, "destroyed cli\n")
     server.run("sandbox", "create", "--template", "base-minimal", "--name", "cli")
-    assert "deleted cli" in server.run("sandbox", "delete", "cli").stdout
+    assert "destroyed cli" in server.run("sandbox", "delete", "cli").stdout  # as it was called
     gone = server.run("sandbox", "get", "cli", check=False)
     assert gone.returncode == 1
     assert "not_found" in gone.stderr
@@ -141,6 +153,164 @@ def test_a_process_is_followed_over_a_broken_connection(server: RealServer, box:
         with pytest.raises(ApiError) as caught:
             files.read("notes/then")
         assert caught.value.details["reason"] == "absent"
+
+
+class Terminal:
+    """A command on a terminal, and somebody at its keys."""
+
+    def __init__(self, server: RealServer, *words: str) -> None:
+        self._side, other = pty.openpty()
+        fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.process = subprocess.Popen(
+            [str(SANDYARD), *words], stdin=other, stdout=other, stderr=other,
+            env=server.environment, start_new_session=True,
+        )  # fmt: skip
+        os.close(other)
+        self.said = ""
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._side)
+        self.process.kill()
+        self.process.wait()
+
+    def type(self, text: str) -> None:
+        os.write(self._side, text.encode())
+
+    def resize(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self._side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        os.kill(self.process.pid, signal.SIGWINCH)
+
+    def until(self, words: str) -> str:
+        """Return what was said up to some words, and take it away."""
+        until = time.monotonic() + longer(60)
+        while words not in self.said:
+            assert time.monotonic() < until, self.said
+            ready, _, _ = select.select([self._side], [], [], 1)
+            try:
+                data = os.read(self._side, 65536) if ready else b""
+            except OSError:  # the command has ended
+                data = b""
+                assert words in self.said, self.said
+            self.said += data.decode(errors="replace")
+        before, _, self.said = self.said.partition(words)
+        return before + words
+
+
+def test_a_shell_on_this_terminal(server: RealServer, box: str) -> None:
+    with Terminal(server, "sandbox", "exec", "-it", box) as shell:
+        shell.type("stty -echo; PS1='rea''dy> '\n")
+        shell.until("ready> ")
+        shell.type("stty size; tty; echo $TERM\n")
+        assert "24 80" in shell.until("24 80")
+        shell.until("/dev/pts/")
+        shell.resize(132, 50)
+        shell.type("while [ \"$(stty size)\" != '50 132' ]; do sleep 0.1; done; echo gro''wn\n")
+        shell.until("grown")
+        shell.type("sh -c 'echo wai''ting; sleep 1000'\n")
+        shell.until("waiting\r\n")
+        shell.type("\x03")  # Ctrl-C is the program's, not this command's
+        shell.until("ready> ")
+        shell.type("echo st''ill there\n")
+        shell.until("still there")
+        shell.type("printf '\\001\\377' | od -An -tx1; exit 7\n")
+        shell.until("01 ff")
+        assert shell.process.wait(longer(30)) == 7
+    # Who closes the window leaves nothing behind.
+    with Terminal(server, "sandbox", "exec", "-it", box, "--", "sh", "-c",
+                  "trap '' HUP; echo st''arted; sleep 1000") as shell:  # fmt: skip
+        shell.until("started")
+        shell.process.terminate()
+        assert shell.process.wait(longer(30)) != 0
+    wait_until(lambda: server.execute(box, "pgrep -x sleep")["stdout"] == "")
+
+
+def test_input_and_output_of_a_command_as_they_come(server: RealServer, box: str) -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [str(SANDYARD), "sandbox", "exec", "-i", box, "while read l; do echo got $l; done; exit 3"],
+        stdin=pipe, stdout=pipe, stderr=pipe, env=server.environment,
+    ) as running:  # fmt: skip
+        assert running.stdin is not None
+        assert running.stdout is not None
+        for word in (b"one", b"two"):
+            running.stdin.write(word + b"\n")
+            running.stdin.flush()
+            assert running.stdout.readline() == b"got " + word + b"\n"
+        running.stdin.close()
+        assert running.wait(longer(30)) == 3
+    data = os.urandom(some(3_000_000))
+    done = subprocess.run(
+        [str(SANDYARD), "sandbox", "exec", "-i", box, "cat; echo end >&2"], input=data,
+        env=server.environment, capture_output=True, check=True, timeout=longer(60),
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (data, b"end\n")
+    # Ctrl-C is passed on, and its second time ends this command and the other.
+    with subprocess.Popen(
+        [str(SANDYARD), "sandbox", "exec", "-i", box,
+         "trap 'echo int' INT; echo up; while true; do sleep 0.1; done"],
+        stdin=pipe, stdout=pipe, stderr=pipe, env=server.environment,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"up\n"
+        running.send_signal(signal.SIGINT)
+        assert running.stdout.readline() == b"int\n"
+        running.send_signal(signal.SIGINT)
+        assert running.wait(longer(30)) == 130
+    count = "pgrep -f 'trap .echo' | wc -l"
+    wait_until(lambda: int(str(server.execute(box, count)["stdout"])) <= 1)
+    for words, said in (
+        (("-it", box), "needs a terminal"), ((box,), "say which command"),
+        (("-i", "nobody", "cat"), "nobody"), (("-i", "--user", "nobody-there", box, "cat"), "user"),
+    ):  # fmt: skip
+        failed = server.run("sandbox", "exec", *words, check=False)
+        assert failed.returncode in (1, 2)
+        assert said in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+def test_keys_and_figures_on_the_command_line(server: RealServer, box: str, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    mine = {**server.environment, "XDG_CONFIG_HOME": str(config)}
+
+    def run(*words: str, given: str = "", ok: bool = True) -> str:
+        done = subprocess.run(
+            [str(SANDYARD), *words], env=mine, input=given, capture_output=True, text=True,
+            check=False, timeout=longer(60),
+        )  # fmt: skip
+        assert (done.returncode == 0) is ok, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + ("" if ok else done.stderr)
+
+    made = json.loads(server.run("auth", "keys", "create", "of a test", "--json").stdout)
+    url = f"http://127.0.0.1:{server.port}"
+    assert "invalid_token" in run("login", "--url", url, given="rt_live_nonsense\n", ok=False)
+    assert not (config / "sandyard/config.toml").exists()
+    assert "you are" in run("login", "--url", f"{url}/", given=made["key"] + "\n")
+    assert box in run("sandbox", "list")
+    assert url in run("auth", "whoami")
+    rotated = json.loads(run("auth", "keys", "rotate", made["id"], "--json"))
+    assert "invalid_token" in run("sandbox", "list", ok=False)
+    run("login", "--key", rotated["key"])
+    assert "cost" in run("usage")
+    assert json.loads(run("usage", "--period", "7d", "--json"))["period"] == "7d"
+    assert "is none of" in run("usage", "--period", "never", ok=False)
+    assert box in run("top", "--once")
+    key = tmp_path / "id.pub"
+    key.write_text(
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA me\n"
+    )
+    added = json.loads(run("ssh-key", "add", "laptop", "--file", str(key), "--json"))
+    assert added["id"] in run("ssh-key", "list")
+    assert "removed laptop" in run("ssh-key", "remove", "laptop")
+    key.write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    assert "private key" in run("ssh-key", "add", "x", "--file", str(key), ok=False)
+    assert "of a test" in run("auth", "keys", "list")
+    assert "revoked" in run("auth", "keys", "revoke", rotated["id"])
+    run("logout")
+    assert "no server is configured" in run("sandbox", "list", ok=False)
 
 
 def test_templates_are_listed(server: RealServer) -> None:

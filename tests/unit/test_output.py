@@ -105,7 +105,9 @@ def test_get_says_why_and_a_guest_moves_no_cursor(run: CliRunner) -> None:
 def test_of_several_references_each_is_tried(run: CliRunner) -> None:
     done = run.invoke(entry.app, ["sandbox", "delete", "a", "gone", "b"])
     assert done.exit_code == 1
-    assert done.stdout.split("\n")[:2] == ["deleted a", "deleted b"]
+    assert done.stdout.split("\n")[:2] == ["destroyed a", "destroyed b"]
+    again = run.invoke(entry.app, ["sandbox", "destroy", "a"])
+    assert (again.exit_code, again.stdout) == (0, "destroyed a\n")
     assert "cannot find it \\x07" in done.stderr
 
 

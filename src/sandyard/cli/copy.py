@@ -13,11 +13,11 @@ from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, T
 
 from sandyard.cli.output import write_raw
 from sandyard.cli.sandbox import open_client
+from sandyard.cli.terminal import CUT
 from sandyard.client import ApiError, Exited, Lost, Printed, Process, Sandyard
 from sandyard.client.archives import Progress as Told
 
 _LANGUAGES = {".py": "python3", ".js": "node", ".mjs": "node", ".sh": "bash"}
-_CUT = 74  # EX_IOERR of sysexits.h
 _WORKSPACE = PurePosixPath("/workspace")
 
 
@@ -94,6 +94,7 @@ def run(
     Output comes as it is printed, and the exit code becomes this command's. A file that is here
     (.py, .js, .sh, or any with a first line that says what runs it) is copied there first.
     """
+    command = command[1:] if command[0] == "--" else command
     with open_client() as client:
         sandbox = client.create(template, wait_s=60)
         try:
@@ -138,4 +139,4 @@ def _pass_on(process: Process, *, raw: bool) -> int:
                     typer.echo("the command was ended: its time was over", err=True)
     if lost:
         typer.echo(f"{lost} bytes of output were lost on their way", err=True)
-    return code or (_CUT if lost else 0)
+    return code or (CUT if lost else 0)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sandyard.cli import admin, copy, sandbox, server, snapshot
+from sandyard.cli import account, admin, agents, copy, live, sandbox, server, snapshot
 from sandyard.cli.output import plain
 from sandyard.client import ApiError, ConnectionFailedError, TransferError
 from sandyard.client.config import ConfigError
@@ -17,11 +17,12 @@ app = typer.Typer(
     name="sandyard",
     help="Real virtual machines for agents and people.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(snapshot.app, name="snapshot")
+app.add_typer(account.auth, name="auth")
+app.add_typer(account.ssh_key, name="ssh-key")
 app.add_typer(admin.app, name="admin")
 app.add_typer(server.templates, name="template")
 app.add_typer(server.setup, name="setup")
@@ -34,8 +35,11 @@ def _show_version(wanted: bool) -> None:
 
 
 app.command("cp")(copy.copy)
-app.command("run", context_settings={"ignore_unknown_options": True})(copy.run)
-for command in (server.serve, server.doctor, server.init, server.stop):
+app.command("run", context_settings={"allow_interspersed_args": False})(copy.run)
+for command in (
+    account.login, account.logout, account.usage, live.top, sandbox.logs, sandbox.fork, agents.mcp,
+    server.serve, server.doctor, server.init, server.stop,
+):  # fmt: skip
     app.command()(command)
 
 

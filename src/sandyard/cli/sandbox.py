@@ -7,20 +7,45 @@ from typing import Annotated, Any
 import typer
 
 from sandyard.cli.output import for_each, plain, show_json, show_table, write_raw
-from sandyard.client import Sandbox, Sandyard
+from sandyard.cli.terminal import CUT, run_attached
+from sandyard.client import ConfigError, Sandbox, Sandyard, SandyardError
 
 app = typer.Typer(help="Create, use and delete sandboxes.", no_args_is_help=True)
 _BROKEN = ("failed", "error")
-_CUT = 74  # EX_IOERR of sysexits.h
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Reference = Annotated[str, typer.Argument(help="The sandbox's id or name.")]
-References = Annotated[list[str], typer.Argument(help="Ids or names.")]
+
+
+def _known(incomplete: str) -> list[str]:
+    """Return the sandboxes that begin so, for the shell's completion."""
+    try:
+        with Sandyard(retries=0) as client:
+            found = [one.name or one.id for one in client.list()]
+    except (SandyardError, ConfigError):
+        return []
+    return [one for one in found if one.startswith(incomplete)]
+
+
+Reference = Annotated[str, typer.Argument(help="The sandbox's id or name.", autocompletion=_known)]
+References = Annotated[list[str], typer.Argument(help="Ids or names.", autocompletion=_known)]
 
 
 def open_client() -> Sandyard:
     """Return a client of the server that this user's configuration names."""
     return Sandyard()
+
+
+def own_words(command: list[str] | None) -> list[str]:
+    """Return a command without the -- before it; options of ours come before the sandbox's name."""
+    words = command or []
+    if words[:1] == ["--"]:
+        return words[1:]
+    if words and words[0].startswith("-"):
+        raise typer.BadParameter(
+            f"{words[0]} comes too late: options stand before the sandbox, and everything after it "
+            "is the command"
+        )
+    return words
 
 
 def _show(sandboxes: Sequence[Sandbox]) -> None:
@@ -62,6 +87,13 @@ def create(
     vcpus: Annotated[int | None, typer.Option(help="Virtual CPUs.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory, such as 2GB.")] = None,
     disk: Annotated[str | None, typer.Option(help="Disk, such as 20GB.")] = None,
+    password: Annotated[
+        str | None, typer.Option(help="A password for root in it, 8 to 72 characters.")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="The project that it belongs to.")] = None,
+    expires_in: Annotated[
+        int | None, typer.Option(help="Seconds until it is deleted by itself.")
+    ] = None,
     idle_timeout: Annotated[
         int | None, typer.Option(help="Seconds without use until it is paused; 0: never.")
     ] = None,
@@ -75,7 +107,10 @@ def create(
         "env": dict(_pair(one) for one in env or []),
         "resources": {key: value for key, value in asked.items() if value is not None},
     }
-    given = {"name": name, "snapshot": snapshot, "idleTimeout": idle_timeout}
+    given = {
+        "name": name, "snapshot": snapshot, "idleTimeout": idle_timeout, "projectId": project,
+        "rootPassword": password, "expiresIn": expires_in,
+    }  # fmt: skip
     options |= {key: value for key, value in given.items() if value is not None}
     with open_client() as client:
         sandbox = client.create(template, wait_s=wait, **options)
@@ -113,14 +148,26 @@ def get(reference: Reference, as_json: Json = False) -> None:
         _show_one(client.get(reference), as_json=as_json)
 
 
-@app.command(name="exec", context_settings={"ignore_unknown_options": True})
+@app.command(name="exec", context_settings={"allow_interspersed_args": False})
 def execute(
     reference: Reference,
-    command: Annotated[list[str], typer.Argument(help="The command, as you would type it.")],
-    timeout: Annotated[float, typer.Option(help="Seconds it may take.")] = 30.0,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(help="The command, as you would type it; a shell with -t if not said."),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds it may take; 30, or with -i or -t as long as it likes."),
+    ] = None,
     cwd: Annotated[str, typer.Option(help="The folder to run it in.")] = "/workspace",
     user: Annotated[str, typer.Option(help="Who runs it.")] = "root",
-    stdin: Annotated[bool, typer.Option("--stdin", help="Pass on this command's input.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="Pass on this command's input.")
+    ] = False,
+    tty: Annotated[
+        bool, typer.Option("--tty", "-t", help="Run it on a terminal, which is this one.")
+    ] = False,
+    stdin: Annotated[bool, typer.Option("--stdin", hidden=True)] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Print control characters to a terminal, too.")
     ] = False,
@@ -128,27 +175,44 @@ def execute(
     """Run a command; its output and exit code become this command's.
 
     One argument is a line for the sandbox's shell; several are a program and its arguments, which
-    reach it as they are.
+    reach it as they are. `exec -it NAME` is a shell on this terminal.
     """
+    command = own_words(command)
+    if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise typer.BadParameter("-t needs a terminal, and this is none; leave it out")
+    if not command and not tty:
+        raise typer.BadParameter("say which command; a shell on this terminal is `exec -it NAME`")
     with open_client() as client:
+        if interactive or stdin or tty:
+            code = run_attached(
+                client,
+                reference,
+                command,
+                has_terminal=tty,
+                has_input=interactive or stdin,
+                cwd=cwd,
+                user=user,
+                timeout_s=timeout,
+                raw=raw,
+            )
+            raise typer.Exit(code)
         result = client.execute(
             reference,
             command[0] if len(command) == 1 else command,
-            timeout_s=timeout,
+            timeout_s=30.0 if timeout is None else timeout,
             cwd=cwd,
             user=user,
-            stdin=sys.stdin.buffer.read() if stdin else None,
         )
     write_raw(sys.stdout, result.stdout_bytes, raw=raw)
     write_raw(sys.stderr, result.stderr_bytes, raw=raw)
     if result.timed_out:
-        typer.echo(f"the command was ended after {timeout:g} s", err=True)
+        typer.echo(f"the command was ended after {timeout or 30:g} s", err=True)
     if result.truncated:
         typer.echo(
             "the output was cut: 16 MiB of a stream are kept, or less where the server has no room",
             err=True,
         )
-    raise typer.Exit(result.exit_code or (_CUT if result.truncated else 0))
+    raise typer.Exit(result.exit_code or (CUT if result.truncated else 0))
 
 
 @app.command()
@@ -223,13 +287,14 @@ def rollback(
     typer.echo(f"{reference} is as it was in {snapshot}")
 
 
+@app.command("delete", hidden=True)
 @app.command()
-def delete(references: References) -> None:
+def destroy(references: References) -> None:
     """Delete sandboxes and wait until they are gone."""
     with open_client() as client:
 
         def delete_one(reference: str) -> str:
             client.delete(reference)
-            return f"deleted {reference}"
+            return f"destroyed {reference}"
 
         for_each(references, delete_one)

@@ -10,7 +10,7 @@ from typing import Any, Self
 from sandyard.client import calls
 from sandyard.client.client import BROKEN, Told
 from sandyard.client.code import Piece, SessionEndedError, argv_of
-from sandyard.client.config import find_config
+from sandyard.client.config import ClientConfig, find_config
 from sandyard.client.errors import ApiError, NotFoundError, NotReadyError, SandyardError
 from sandyard.client.files import AsyncFiles
 from sandyard.client.models import (
@@ -45,6 +45,11 @@ class AsyncSandyard:
         """Close the connection."""
         await self.close()
 
+    @property
+    def config(self) -> ClientConfig:
+        """See `Sandyard.config`."""
+        return self._transport.config
+
     async def close(self) -> None:
         """See `Sandyard.close`."""
         await self._transport.close()
@@ -53,7 +58,7 @@ class AsyncSandyard:
         self,
         template: str | None = None,
         *,
-        wait_s: int = 60,
+        wait_s: float = 60.0,
         idempotency_key: str | None = None,
         **options: Any,
     ) -> "AsyncSandbox":
@@ -206,15 +211,16 @@ class AsyncSandbox(SandboxFacts):
         template: str | None = None,
         *,
         client: AsyncSandyard | None = None,
-        wait_s: int = 60,
+        wait_s: float = 60.0,
         **options: Any,
     ) -> "AsyncSandbox":
         """See `Sandbox.create`."""
         own = client or AsyncSandyard()
         try:
+            until = time.monotonic() + wait_s
             made = await own.create(template, wait_s=wait_s, **options)
             box = cls(own, made.raw, owns_client=client is None)
-            return await box.wait_until_ready(wait_s)
+            return await box.wait_until_ready(until - time.monotonic())
         except BaseException:
             if client is None:
                 await own.close()

@@ -6,6 +6,7 @@ nothing of sandboxes, and what is here knows nothing of sockets.
 
 import base64
 import codecs
+import math
 import random
 import shlex
 import time
@@ -36,6 +37,7 @@ from sandyard.client.models import (
 T = TypeVar("T")
 MARGIN_S = 90.0
 INPUT_MAX = 512 * 1024
+WAIT_MAX_S = 60
 _AGAIN_S = 0.1
 _WAIT_MAX_S = 30.0
 _BUSY = frozenset({502, 503, 504})
@@ -139,7 +141,7 @@ def part_of(path: str, name: object) -> str:
 
 
 def create(
-    template: str | None, wait_s: int, key: str | None, options: Mapping[str, Any]
+    template: str | None, wait_s: float, key: str | None, options: Mapping[str, Any]
 ) -> Call[Raw]:
     """Create a sandbox. Without a key of its own it gets one: sent again, it makes one sandbox."""
     body = options if template is None else {"template": template, **options}
@@ -147,7 +149,7 @@ def create(
         "POST",
         "/v1/sandboxes",
         _data,
-        query={"wait": wait_s},
+        query={"wait": min(math.ceil(wait_s), WAIT_MAX_S)},
         body=body,
         headers=_keyed(key),
         limit_s=wait_s + MARGIN_S,

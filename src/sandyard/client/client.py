@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from sandyard.client import calls
 from sandyard.client.code import Piece, SessionEndedError, argv_of
-from sandyard.client.config import find_config
+from sandyard.client.config import ClientConfig, find_config
 from sandyard.client.errors import ApiError, NotFoundError, NotReadyError, SandyardError
 from sandyard.client.files import Files
 from sandyard.client.models import (
@@ -54,6 +54,11 @@ class Sandyard:
         """Close the connection."""
         self.close()
 
+    @property
+    def config(self) -> ClientConfig:
+        """Where the server is, and what it is shown."""
+        return self._transport.config
+
     def close(self) -> None:
         """Close the connection."""
         self._transport.close()
@@ -62,14 +67,14 @@ class Sandyard:
         self,
         template: str | None = None,
         *,
-        wait_s: int = 60,
+        wait_s: float = 60.0,
         idempotency_key: str | None = None,
         **options: Any,
     ) -> "Sandbox":
         """Create a sandbox; `options` are the fields of the HTTP API, such as `name` or `env`.
 
-        It is returned once it runs, or so many seconds have gone by. The same `idempotency_key` and
-        options within a day return what was made the first time.
+        It is returned once it runs, or so many seconds have gone by, 60 at most. The same
+        `idempotency_key` and options within a day return what was made the first time.
         """
         return self._sandbox(calls.create(template, wait_s, idempotency_key, options))
 
@@ -216,7 +221,7 @@ class Sandbox(SandboxFacts):
         template: str | None = None,
         *,
         client: Sandyard | None = None,
-        wait_s: int = 60,
+        wait_s: float = 60.0,
         **options: Any,
     ) -> "Sandbox":
         """Create a sandbox and return it once it runs; see `Sandyard.create`.
@@ -228,9 +233,10 @@ class Sandbox(SandboxFacts):
         """
         own = client or Sandyard()
         try:
+            until = time.monotonic() + wait_s
             made = own.create(template, wait_s=wait_s, **options)
             box = cls(own, made.raw, owns_client=client is None)
-            return box.wait_until_ready(wait_s)
+            return box.wait_until_ready(until - time.monotonic())
         except BaseException:
             if client is None:
                 own.close()

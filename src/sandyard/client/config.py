@@ -1,5 +1,6 @@
 """Where the server is, and which key it is shown."""
 
+import json
 import os
 import tomllib
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def find_config(api_key: str | None, base_url: str | None) -> ClientConfig:
     url = base_url or (known.url if known else None) or os.environ.get("SANDYARD_URL")
     key = api_key or (known.api_key if known else None)
     if url is None or key is None:
-        raise ConfigError("no server is configured; set SANDYARD_URL, or give base_url")
+        raise ConfigError("no server is configured; set SANDYARD_URL, or give its URL")
     return _checked(url, key)
 
 
@@ -63,7 +64,8 @@ def write_config(config: ClientConfig) -> Path:
     part = path.with_name(path.name + ".part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        file.write(f'url = "{config.url}"\napi_key = "{config.api_key}"\n')
+        # A basic string of TOML is one of JSON.
+        file.write(f"url = {json.dumps(config.url)}\napi_key = {json.dumps(config.api_key)}\n")
     part.replace(path)
     return path
 

@@ -17,6 +17,11 @@ class Process:
         self._transport = transport
         self._path = path
 
+    @property
+    def path(self) -> str:
+        """Where the HTTP API has it."""
+        return self._path
+
     def info(self) -> ProcessInfo:
         """Return what is told of it."""
         return self._transport.send(calls.process(self._path))
@@ -87,6 +92,11 @@ class AsyncProcess:
     def __init__(self, transport: AsyncTransport, path: str) -> None:
         self._transport = transport
         self._path = path
+
+    @property
+    def path(self) -> str:
+        """See `Process.path`."""
+        return self._path
 
     async def info(self) -> ProcessInfo:
         """See `Process.info`."""

@@ -1,0 +1,46 @@
+"""`sandyard mcp`: sandboxes for agents that speak the Model Context Protocol."""
+
+import asyncio
+import importlib
+from importlib.metadata import version as package_version
+from typing import Annotated, Any
+
+import typer
+
+from sandyard.client import AsyncSandyard
+
+
+def mcp(
+    http: Annotated[
+        bool, typer.Option("--http", help="Serve streamable HTTP at /mcp instead of stdio.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="With --http, the address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="With --http, the port.")] = 8765,
+) -> None:
+    """Serve sandboxes to an agent: it creates them, runs commands and code, works with their files.
+
+    By default it talks over standard input and output, as programs that start it expect. With
+    --http whoever connects shows the API key as a Bearer token. It needs the extra `mcp`.
+    """
+    try:
+        module = importlib.import_module("sandyard.mcp.server")
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(
+            f"this command needs the extra `mcp` ({error.name} is missing): "
+            "pip install 'sandyard[mcp]'"
+        ) from error
+    asyncio.run(_serve(module, http=http, host=host, port=port))
+
+
+async def _serve(module: Any, *, http: bool, host: str, port: int) -> None:
+    async with AsyncSandyard() as yard:
+        server = module.make_server(yard, version=package_version("sandyard"))
+        if not http:
+            await server.run_stdio_async()
+            return
+        uvicorn = importlib.import_module("uvicorn")
+        app = module.guarded(server.streamable_http_app(host=host), yard.config.api_key)
+        typer.echo(f"serving on http://{host}:{port}/mcp", err=True)
+        await uvicorn.Server(
+            uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
+        ).serve()

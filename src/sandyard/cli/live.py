@@ -1,0 +1,85 @@
+"""`sandyard top`: what sandboxes do now, again and again."""
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from sandyard.cli.output import plain, show_table
+from sandyard.cli.sandbox import open_client
+from sandyard.client import Sandbox, Sandyard, SandyardError
+
+_COLUMNS = ("name", "status", "CPU %", "memory", "disk", "up", "last use", "id")
+_AT_ONCE = 8
+
+
+def top(
+    every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and print it.")] = False,
+) -> None:
+    """Show what sandboxes take now, the busiest first; Ctrl-C ends it.
+
+    To be looked at is no use of a sandbox: it is paused all the same when it is idle.
+    """
+    if not 0.2 <= every <= 3600:
+        raise typer.BadParameter("--every is 0.2 to 3600 seconds")
+    with open_client() as client, ThreadPoolExecutor(_AT_ONCE) as threads:
+        if once or not sys.stdout.isatty():
+            show_table(_COLUMNS, _rows(client, threads))
+            return
+        with Live(console=Console(), screen=True, auto_refresh=False) as live:
+            while True:
+                table = Table(box=None)
+                for column in _COLUMNS:
+                    table.add_column(column, no_wrap=True)
+                for row in _rows(client, threads):
+                    table.add_row(*map(plain, row))
+                live.update(table, refresh=True)
+                time.sleep(every)
+
+
+def _rows(client: Sandyard, threads: ThreadPoolExecutor) -> list[tuple[str, ...]]:
+    found = list(threads.map(lambda one: (one, _figures(client, one)), client.list()))
+    found.sort(key=lambda pair: -(pair[1] or {}).get("cpuPercent", -1.0))
+    return [_row(one, figures) for one, figures in found]
+
+
+def _figures(client: Sandyard, one: Sandbox) -> dict[str, float] | None:
+    if one.status != "running":
+        return None
+    try:
+        return dict(client.stats(one.id))
+    except SandyardError:  # paused or gone meanwhile
+        return None
+
+
+def _row(one: Sandbox, figures: dict[str, float] | None) -> tuple[str, ...]:
+    about = (one.name or "", one.status)
+    last = str(one.raw.get("lastActivityAt") or "")[:19].replace("T", " ")
+    if figures is None:
+        return (*about, "", "", "", "", last, one.id)
+    return (
+        *about,
+        f"{figures['cpuPercent']:.1f}",
+        _of(figures["memoryUsedBytes"], figures["memoryTotalBytes"], 2**20, "MiB"),
+        _of(figures["diskUsedBytes"], figures["diskTotalBytes"], 2**30, "GiB"),
+        _span(figures["uptime"]),
+        last,
+        one.id,
+    )
+
+
+def _of(used: float, total: float, unit: int, name: str) -> str:
+    digits = 1 if unit > 2**20 else 0
+    return f"{used / unit:.{digits}f}/{total / unit:.{digits}f} {name}"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

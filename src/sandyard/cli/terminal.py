@@ -1,0 +1,128 @@
+"""A command in a sandbox with this terminal, or this command's input and output, as its own."""
+
+import os
+import shutil
+import signal
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import typer
+
+from sandyard.cli.output import write_raw
+from sandyard.client import Exited, Lost, Printed, Sandyard, SandyardError
+from sandyard.client.attach import Attachment
+
+SHELL = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -l; fi"
+_READ = 16 * 1024
+CUT = 74  # EX_IOERR of sysexits.h
+
+
+def run_attached(
+    client: Sandyard,
+    reference: str,
+    command: Sequence[str],
+    *,
+    has_terminal: bool,
+    has_input: bool,
+    cwd: str,
+    user: str,
+    timeout_s: float | None,
+    raw: bool,
+) -> int:
+    """Run a command to its end, and return its exit code.
+
+    With `has_terminal` it runs on a terminal of this one's size, which is this one: keys go there
+    as they are, Ctrl-C too. With `has_input` it reads what this command reads.
+    """
+    options: dict[str, object] = {"cwd": cwd, "user": user, "stdin": has_input or has_terminal}
+    if has_terminal:
+        size = shutil.get_terminal_size()
+        options["pty"] = {"cols": size.columns, "rows": size.lines}
+        options["env"] = {"TERM": os.environ.get("TERM", "xterm-256color")}
+    if timeout_s is not None:
+        options["timeout"] = round(timeout_s * 1000)
+    line = command[0] if len(command) == 1 else list(command) or SHELL
+    process = client.processes(reference).start(line, **options)
+    code: int | None = None
+    lost = 0
+    try:
+        with (
+            Attachment(client.config, process.path) as attached,
+            _passed_on(attached, has_terminal=has_terminal),
+        ):
+            if has_input or has_terminal:
+                _beside(_pass_on, attached)
+            for event in attached.events():
+                match event:
+                    case Printed(stream=stream, data=data):
+                        out = sys.stderr if stream == "stderr" else sys.stdout
+                        write_raw(out, data, raw=raw or has_terminal)
+                    case Lost(count=count):
+                        lost += count
+                    case Exited():
+                        code = event.exit_code
+                        if event.timed_out:
+                            typer.echo("the command was ended: its time was over", err=True)
+    finally:
+        if code is None:  # nobody else would ever end it
+            with suppress(SandyardError):
+                process.signal("SIGKILL", everything=True)
+    if lost:
+        typer.echo(f"{lost} bytes of output were lost on their way", err=True)
+    return code or (CUT if lost else 0)
+
+
+def _pass_on(attached: Attachment) -> None:
+    """Pass on this command's input, and its end."""
+    with suppress(SandyardError, OSError):
+        while data := os.read(0, _READ):
+            attached.write(data)
+        attached.end()
+
+
+def _beside(work: Callable[..., object], *arguments: object) -> None:
+    """Do something in a thread that keeps nothing from ending. From the handler of a signal, too:
+    whatever the signal came amid may hold the locks that sending takes."""
+    threading.Thread(target=work, args=arguments, daemon=True).start()
+
+
+@contextmanager
+def _passed_on(attached: Attachment, *, has_terminal: bool) -> Iterator[None]:
+    """While the block lasts, pass on what happens here: on a terminal every key, as it is, and its
+    size; without one Ctrl-C, whose second time ends this command."""
+
+    def resize(*_: object) -> None:
+        _beside(_resize, attached)
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _beside(_interrupt, attached)
+
+    number, handler = (signal.SIGWINCH, resize) if has_terminal else (signal.SIGINT, interrupt)
+    before = signal.signal(number, handler)
+    try:
+        kept = termios.tcgetattr(0) if has_terminal else None
+        try:
+            if has_terminal:
+                tty.setraw(0, termios.TCSADRAIN)  # what is typed by now is for the program
+            yield
+        finally:
+            if kept is not None:
+                termios.tcsetattr(0, termios.TCSADRAIN, kept)
+    finally:
+        signal.signal(number, before)
+
+
+def _resize(attached: Attachment) -> None:
+    size = shutil.get_terminal_size()
+    with suppress(SandyardError):
+        attached.resize(size.columns, size.lines)
+
+
+def _interrupt(attached: Attachment) -> None:
+    with suppress(SandyardError):
+        attached.signal("SIGINT")

@@ -1,0 +1,153 @@
+"""A process that is attached to: what it prints and what it is to read, over one WebSocket."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Self
+
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from sandyard.client.calls import refusal_of
+from sandyard.client.config import ClientConfig
+from sandyard.client.errors import ConnectionFailedError, error_of
+from sandyard.client.models import Exited, Lost, Printed, ProcessEvent
+
+_STREAMS = {1: "stdout", 2: "stderr", 4: "terminal"}
+_AGAIN_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+_OPEN_S = 10.0
+_PIECE = 64 * 1024
+
+
+class Attachment:
+    """See the module. Take `events` in one thread; everything else may be done in others."""
+
+    def __init__(self, config: ClientConfig, process_path: str, offset: int = 0) -> None:
+        scheme, _, rest = config.url.partition("://")
+        self._url = f"{'wss' if scheme == 'https' else 'ws'}://{rest}{process_path}/attach"
+        self._headers = {"Authorization": f"Bearer {config.api_key}"}
+        self._offset = offset
+        self._socket: ClientConnection | None = None
+        self._is_there = threading.Event()
+
+    def __enter__(self) -> Self:
+        """Connect.
+
+        Raises:
+            ApiError: there is no such process, or whoever asks may not.
+            ConnectionFailedError: the server cannot be reached.
+        """
+        self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of it; the process goes on."""
+        if self._socket is not None:
+            self._socket.close()
+
+    def events(self) -> Iterator[ProcessEvent]:
+        """Yield what the process prints, and at last how it ended. A connection that breaks is
+        opened again.
+
+        Raises:
+            ApiError: its sandbox was paused or ended, or the key was revoked.
+            ConnectionFailedError: the server cannot be reached for several seconds.
+        """
+        breaks = 0
+        while True:
+            try:
+                for event in self._heard():
+                    breaks = 0
+                    yield event
+                    if isinstance(event, Exited):
+                        return
+                trouble: Exception = ConnectionFailedError("the server broke off")
+            except ConnectionFailedError as error:
+                trouble = error
+            self._is_there.clear()
+            if breaks == len(_AGAIN_S):
+                raise ConnectionFailedError(str(trouble)) from trouble
+            time.sleep(_AGAIN_S[breaks])
+            breaks += 1
+            with suppress(ConnectionFailedError):
+                self._open()
+
+    def write(self, data: bytes) -> None:
+        """Write to its input."""
+        for start in range(0, len(data), _PIECE):
+            self._send(data[start : start + _PIECE])
+
+    def end(self) -> None:
+        """End its input."""
+        self._send(json.dumps({"type": "end"}))
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Tell it that its terminal has another size."""
+        self._send(json.dumps({"type": "resize", "cols": columns, "rows": rows}))
+
+    def signal(self, name: str) -> None:
+        """Send it a signal."""
+        self._send(json.dumps({"type": "signal", "signal": name}))
+
+    def _open(self) -> None:
+        try:
+            # The server tells that it lives; a ping would not be answered while it waits for a
+            # process that does not read.
+            self._socket = connect(
+                f"{self._url}?offset={self._offset}",
+                additional_headers=self._headers,
+                compression=None,
+                open_timeout=_OPEN_S,
+                ping_interval=None,
+                proxy=None,
+            )
+        except InvalidStatus as error:
+            response = error.response
+            refused = refusal_of(response.status_code, bytes(response.body or b""), json.loads)
+            if response.status_code in (429, 502, 503, 504):
+                raise ConnectionFailedError(refused.message) from error
+            raise refused from error
+        except (OSError, WebSocketException, TimeoutError) as error:
+            raise ConnectionFailedError(f"cannot reach {self._url}: {error}") from error
+        self._is_there.set()
+
+    def _heard(self) -> Iterator[ProcessEvent]:
+        socket = self._socket
+        if socket is None or not self._is_there.is_set():
+            return
+        try:
+            for message in socket:
+                if isinstance(message, bytes):
+                    self._offset += len(message) - 1
+                    yield Printed(_STREAMS.get(message[0], "stdout"), message[1:])
+                elif (event := self._told(json.loads(message))) is not None:
+                    yield event
+        except ConnectionClosed:
+            return
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ConnectionFailedError("what the server sends makes no sense") from error
+
+    def _told(self, said: dict[str, Any]) -> ProcessEvent | None:
+        match said["type"]:
+            case "attached":
+                self._offset = said["offset"]
+                return Lost(said["lost"]) if said["lost"] else None
+            case "exit":
+                return Exited(said["exitCode"], said["signal"], said["timedOut"])
+            case "error":
+                raise error_of(
+                    said["message"], status=0, code=said["code"], request_id="",
+                    details=said.get("details"),
+                )  # fmt: skip
+            case _:
+                return None
+
+    def _send(self, message: bytes | str) -> None:
+        if not self._is_there.wait(sum(_AGAIN_S)) or self._socket is None:
+            raise ConnectionFailedError("the connection to the process is broken")
+        try:
+            self._socket.send(message)
+        except ConnectionClosed as error:
+            raise ConnectionFailedError("the connection to the process is broken") from error

@@ -1,0 +1,1 @@
+"""Sandboxes for agents, by the Model Context Protocol: `sandyard mcp`."""

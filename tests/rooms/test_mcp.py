@@ -1,0 +1,170 @@
+"""The MCP server, asked by the protocol's own client, over fake machines."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+from mcp.client.client import Client
+from mcp.client.stdio import StdioServerParameters
+from mcp.client.streamable_http import streamable_http_client
+from tests.conftest import free_port
+from tests.support.door import Door, door
+from tests.support.house import eventually
+
+from sandyard.client import AsyncSandyard
+from sandyard.mcp.server import SHOWN_MAX, TOOLS, guarded, make_server, shown
+
+
+@pytest.fixture
+async def opened(tmp_path: Path) -> AsyncIterator[Door]:
+    async with door(tmp_path, saves=True) as made:
+        yield made
+
+
+async def ask(client: Client, tool: str, **arguments: Any) -> Any:
+    """Return what a tool tells."""
+    said = await client.call_tool(tool, arguments)
+    assert not said.is_error, said
+    told = said.structured_content
+    assert told is not None
+    return told["result"] if set(told) == {"result"} else told
+
+
+async def refusal(client: Client, tool: str, **arguments: Any) -> str:
+    """Return the sentence that a tool fails with."""
+    said = await client.call_tool(tool, arguments)
+    assert said.is_error, said
+    return str(getattr(said.content[0], "text", ""))
+
+
+async def live(client: Client) -> None:
+    """Do what an agent does."""
+    assert {one.name for one in (await client.list_tools()).tools} == set(TOOLS)
+    box = await ask(client, "create_sandbox", name="agent")
+    assert (box["name"], box["status"]) == ("agent", "running")
+    assert [one["id"] for one in await ask(client, "list_sandboxes")] == [box["id"]]
+    done = await ask(client, "run_command", sandbox="agent", command="hello there")
+    assert (done["stdout"], done["exit_code"]) == ("hello there", 0)
+    said = await ask(client, "write_file", sandbox="agent", path="d/f.txt", text="hällo\n")
+    assert said == "7 bytes are in d/f.txt"
+    read = await ask(client, "read_file", sandbox=box["id"], path="/workspace/d/f.txt")
+    assert read == {"text": "hällo\n", "size": 7, "next_offset": None}
+    listed = await ask(client, "list_files", sandbox="agent", depth=2)
+    assert [one["path"] for one in listed["entries"]] == ["/workspace/d", "/workspace/d/f.txt"]
+    url = (await ask(client, "get_file_url", sandbox="agent", path="d/f.txt"))["url"]
+    assert "signature=" in url
+    assert (await ask(client, "pause_sandbox", sandbox="agent"))["status"] == "paused"
+    done = await ask(client, "run_command", sandbox="agent", command="on it goes")
+    assert done["stdout"] == "on it goes"
+    (twin,) = await ask(client, "fork_sandbox", sandbox="agent")
+    assert await ask(client, "destroy_sandbox", sandbox=twin["id"]) == f"{twin['id']} is gone"
+    assert await ask(client, "destroy_sandbox", sandbox="agent") == f"{box['id']} is gone"
+    # What goes wrong is a sentence that says what.
+    for tool, arguments, words in (
+        ("run_command", {"sandbox": "agent", "command": "x"}, "cannot find"),
+        ("run_command", {"sandbox": box["id"], "command": "x"}, "cannot find"),
+        ("create_sandbox", {"template": "no-such"}, "template"),
+        ("run_command", {"sandbox": "x", "command": "x", "timeout_s": 1e9}, "timeout_s"),
+        ("run_command", {"sandbox": "x"}, "command"), ("no_such_tool", {}, "no_such_tool"),
+    ):  # fmt: skip
+        assert words in await refusal(client, tool, **arguments), tool
+
+
+def yard_of(opened: Door, key: str | None = None) -> AsyncSandyard:
+    return AsyncSandyard(key or opened.yard.key, f"http://127.0.0.1:{opened.port}")
+
+
+async def test_an_agent_lives_with_its_sandbox(opened: Door) -> None:
+    async with yard_of(opened) as yard, Client(make_server(yard, version="1")) as client:
+        await live(client)
+        box = await ask(client, "create_sandbox")
+        for path, data in (("long", b"x" * 150_000), ("binary", b"a\0b")):
+            async with opened.yard.client_of(opened.yard.key) as raw:
+                url = f"/v1/sandboxes/{box['id']}/files"
+                await raw.put(url, params={"path": path}, content=data)
+        part = await ask(client, "read_file", sandbox=box["id"], path="long")
+        assert (len(part["text"]), part["next_offset"], part["size"]) == (100_000, 100_000, 150_000)
+        part = await ask(client, "read_file", sandbox=box["id"], path="long", offset=100_000)
+        assert (len(part["text"]), part["next_offset"]) == (50_000, None)
+        assert "no text" in await refusal(client, "read_file", sandbox=box["id"], path="binary")
+        assert "absent" in str(await refusal(client, "read_file", sandbox=box["id"], path="none"))
+        done = await ask(client, "run_command", sandbox=box["id"], command="x" * 90_000)
+        assert len(done["stdout"]) < SHOWN_MAX + 100
+        assert "are left out" in done["stdout"]
+
+
+async def test_a_sandbox_that_dies_in_the_middle_is_told_and_the_next_one_works(
+    opened: Door,
+) -> None:
+    async with yard_of(opened) as yard, Client(make_server(yard, version="1")) as client:
+        box = await ask(client, "create_sandbox")
+        said = await refusal(client, "run_command", sandbox=box["id"], command="die")
+        assert box["id"] in said or "sandbox" in said
+
+        async def is_over() -> bool:
+            (one,) = await ask(client, "list_sandboxes")
+            return bool(one["status"] == "error")
+
+        await eventually(is_over)
+        again = await refusal(client, "run_command", sandbox=box["id"], command="x")
+        assert "error" in again
+        other = await ask(client, "create_sandbox")
+        done = await ask(client, "run_command", sandbox=other["id"], command="works")
+        assert done["stdout"] == "works"
+    unknown = yard_of(opened, "rt_live_" + "x" * 32)
+    async with unknown as yard, Client(make_server(yard, version="1")) as client:
+        assert "API key" in await refusal(client, "list_sandboxes")
+
+
+async def test_over_standard_input_and_output(opened: Door) -> None:
+    server = StdioServerParameters(
+        command=str(Path(sys.executable).parent / "sandyard"),
+        args=["mcp"],
+        env={
+            "PATH": os.environ["PATH"],
+            "SANDYARD_URL": f"http://127.0.0.1:{opened.port}",
+            "SANDYARD_API_KEY": opened.yard.key,
+        },
+    )
+    async with Client(server) as client:
+        await live(client)
+
+
+async def test_over_http_for_whoever_shows_the_key(opened: Door) -> None:
+    port = free_port()
+    async with yard_of(opened) as yard:
+        app = make_server(yard, version="1").streamable_http_app(host="127.0.0.1")
+        served = uvicorn.Server(
+            uvicorn.Config(guarded(app, opened.yard.key), port=port, log_config=None, ws="none")
+        )
+        served.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(served.serve())
+            url = f"http://127.0.0.1:{port}/mcp"
+            while not served.started:
+                await asyncio.sleep(0.01)
+            async with httpx2.AsyncClient() as nobody:
+                for headers in ({}, {"Authorization": "Bearer rt_live_x"}):
+                    answer = await nobody.post(url, headers=headers, json={})
+                    assert answer.status_code == 401
+            shows = {"Authorization": f"Bearer {opened.yard.key}"}
+            async with (
+                httpx2.AsyncClient(headers=shows) as http,
+                Client(streamable_http_client(url, http_client=http)) as client,
+            ):
+                await live(client)
+            served.should_exit = True
+            await serving
+
+
+def test_what_is_long_keeps_its_ends() -> None:
+    assert shown("x" * SHOWN_MAX) == "x" * SHOWN_MAX
+    cut = shown("a" + "x" * SHOWN_MAX + "b")
+    assert (cut[0], cut[-1]) == ("a", "b")
+    assert "2 characters are left out" in cut
