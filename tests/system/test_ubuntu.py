@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -226,7 +227,17 @@ def examples(page: str) -> str:
         re.sub(r"(?m)^ {3}", "", block) if block else re.sub(r"\s+", " ", inline)
         for block, inline in found
     ]
-    skipped = ("git clone", "scripts/", "EDITOR", " ID", " REF", "doctor", "admin grant")
+    skipped = (
+        "git clone",
+        "scripts/",
+        "EDITOR",
+        " ID",
+        " REF",
+        "doctor",
+        "admin grant",
+        "login",
+        " mcp",
+    )
     return "\n".join(one for one in lines if not any(word in one for word in skipped))
 
 
@@ -258,11 +269,31 @@ def test_every_example_of_a_page_works_as_it_is_written(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "error" not in done.stderr.lower(), done.stderr
-    if page == "README.md":
-        (program,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-        key = (server.home / "xdg/sandyard/config.toml").read_text().split('api_key = "')[1]
-        env = {"URL": f"http://127.0.0.1:{server.port}", "KEY": key.split('"')[0]}
-        told = subprocess.run(
-            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
-        )
-        assert told.stdout.strip() == "42"
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("README.md", ["42"]),
+        ("docs/howto/python.md", ["hello\n 3", "4.0", "ZeroDivisionError", "ReferenceError",
+                                  "/workspace/notes/today.txt", "signature=", "<!DOCTYPE",
+                                  "['running']", "SIGTERM", "['0', '1', '2']"]),
+        ("docs/tutorial/agent.md", ["42\n", "sum 42", "max 23", "min 19"]),
+    ],
+)  # fmt: skip
+def test_every_python_example_of_a_page_works_as_it_is_written(
+    server: RealServer, tmp_path: Path, page: str, words: list[str]
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    program = "\n".join(textwrap.dedent(one) for one in blocks)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PATH": os.environ["PATH"], "XDG_CONFIG_HOME": str(server.home / "xdg"),
+             "SANDYARD_URL": f"http://127.0.0.1:{server.port}"},
+        capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in words:
+        assert word in done.stdout, done.stdout
+    for one in server.client.get("/v1/snapshots").json()["data"]:
+        server.client.delete(f"/v1/snapshots/{one['id']}")

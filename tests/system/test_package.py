@@ -1,0 +1,112 @@
+"""The package as somebody installs it who only wants the SDK."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = """
+from collections.abc import Iterator
+
+import sandyard
+from sandyard import AsyncSandbox, Sandbox, Sandyard, SandyardError
+from sandyard.client import Exited, Printed
+
+
+def outputs(sbx: Sandbox) -> Iterator[bytes]:
+    for event in sbx.run(["make", "-j4"], timeout_s=60):
+        if isinstance(event, Printed):
+            yield event.data
+        elif isinstance(event, Exited):
+            code: int = event.exit_code
+
+
+async def twice(name: str) -> str:
+    async with await AsyncSandbox.create("base-ubuntu", name=name, env={"A": "1"}) as sbx:
+        text: str = (await sbx.exec("echo", check=True)).stdout
+        async for change in sbx.files.watch(recursive=True):
+            text += change.path
+        return text + str((await sbx.run_code("1")).value)
+
+
+def main() -> None:
+    with Sandyard() as yard, Sandbox.create(client=yard) as sbx:
+        for piece in outputs(sbx):
+            print(len(piece))
+        size: int = sbx.files.info("x").size + sbx.fork()[0].snapshot().size_bytes
+        try:
+            sbx.files.write("x", b"y")
+        except SandyardError as error:
+            print(error)
+"""
+WRONG = """
+from sandyard import Sandbox
+
+with Sandbox.create() as sbx:
+    sbx.exec(5)
+    sbx.files.write("x", 7)
+    sbx.no_such_thing()
+    number: int = sbx.exec("x").stdout
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with the package alone in it."""
+    home = tmp_path_factory.mktemp("fresh")
+    source = home / "source"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(home / "venv")], check=True)
+    pip = [
+        str(home / "venv/bin/python"),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--disable-pip-version-check",
+    ]
+    subprocess.run([*pip, str(source)], check=True, timeout=300)
+    return home / "venv"
+
+
+@pytest.mark.machine  # no machine is started, but it takes a while, and a registry
+def test_it_works_without_the_server(environment: Path, tmp_path: Path) -> None:
+    def run(*words: str, ok: bool = True) -> str:
+        done = subprocess.run(
+            [str(environment / "bin" / words[0]), *words[1:]], capture_output=True, text=True,
+            check=False, cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        )  # fmt: skip
+        assert (done.returncode == 0) is ok, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    assert "True" in run("python", "-c", "import sandyard; print(bool(sandyard.Sandbox))")
+    assert "no server is configured" in run("sandyard", "sandbox", "list", ok=False)
+    assert "needs the server" in run("sandyard", "serve", ok=False)
+    assert "sandyard[mcp]" in run("sandyard", "mcp", ok=False)
+    assert "Real virtual machines" in run("sandyard", "--help")
+    listed = run("python", "-m", "pip", "list", "--format=freeze").lower()
+    for name in ("fastapi", "sqlalchemy", "uvicorn", "mcp=", "pydantic"):
+        assert name not in listed
+
+
+@pytest.mark.machine
+def test_a_project_that_uses_it_is_checked_by_its_types(environment: Path, tmp_path: Path) -> None:
+    python = str(environment / "bin/python")
+
+    def check(text: str) -> "subprocess.CompletedProcess[str]":
+        (tmp_path / "project.py").write_text(text)
+        return subprocess.run(
+            [sys.executable, "-m", "mypy", "--strict", "--python-executable", python,
+             "--config-file", "", "project.py"],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+
+    done = check(PROJECT)
+    assert done.returncode == 0, done.stdout
+    wrong = check(WRONG).stdout
+    for line in (5, 6, 7, 8):
+        assert f"project.py:{line}: error" in wrong, wrong
