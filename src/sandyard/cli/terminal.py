@@ -48,7 +48,7 @@ def run_attached(
     line = command[0] if len(command) == 1 else list(command) or SHELL
     process = client.processes(reference).start(line, **options)
     code: int | None = None
-    lost = 0
+    lost, is_told = 0, False
     try:
         with (
             Attachment(client.config, process.path) as attached,
@@ -67,8 +67,11 @@ def run_attached(
                         code = event.exit_code
                         if event.timed_out:
                             typer.echo("the command was ended: its time was over", err=True)
+    except SandyardError:
+        is_told = True  # paused, say, or gone: to end what runs there would resume it
+        raise
     finally:
-        if code is None:  # nobody else would ever end it
+        if code is None and not is_told:  # nobody else would ever end it
             with suppress(SandyardError):
                 process.signal("SIGKILL", everything=True)
     if lost:

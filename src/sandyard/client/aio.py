@@ -320,6 +320,10 @@ class AsyncSandbox(SandboxFacts):
             async for event in process.events():
                 is_over = isinstance(event, Exited)
                 yield event
+        except SandyardError:
+            # Paused, say, or gone: to end what runs there would resume it.
+            is_over = True
+            raise
         finally:
             if feeding is not None:
                 feeding.cancel()
@@ -362,6 +366,8 @@ class AsyncSandbox(SandboxFacts):
                             return piece.result()
             except SessionEndedError as error:
                 return piece.broken("SessionEnded", str(error))
+            except SandyardError:
+                raise
             except BaseException as error:
                 with suppress(SandyardError):
                     await process.signal("SIGKILL", everything=True)

@@ -346,6 +346,10 @@ class Sandbox(SandboxFacts):
             for event in process.events():
                 is_over = isinstance(event, Exited)
                 yield event
+        except SandyardError:
+            # Paused, say, or gone: to end what runs there would resume it.
+            is_over = True
+            raise
         finally:
             if not is_over:
                 with suppress(SandyardError):
