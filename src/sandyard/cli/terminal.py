@@ -105,8 +105,12 @@ def _passed_on(attached: Attachment, *, has_terminal: bool) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _beside(_interrupt, attached)
 
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
     number, handler = (signal.SIGWINCH, resize) if has_terminal else (signal.SIGINT, interrupt)
-    before = signal.signal(number, handler)
+    handlers = {signal.SIGTERM: leave, signal.SIGHUP: leave, number: handler}
+    before = {one: signal.signal(one, handler) for one, handler in handlers.items()}
     try:
         kept = termios.tcgetattr(0) if has_terminal else None
         try:
@@ -117,7 +121,8 @@ def _passed_on(attached: Attachment, *, has_terminal: bool) -> Iterator[None]:
             if kept is not None:
                 termios.tcsetattr(0, termios.TCSADRAIN, kept)
     finally:
-        signal.signal(number, before)
+        for one, earlier in before.items():
+            signal.signal(one, earlier)
 
 
 def _resize(attached: Attachment) -> None:
