@@ -97,6 +97,8 @@ async def test_a_sandboxs_life_from_threads(opened: Door, tmp_path: Path) -> Non
             assert list(yard.list()) == []
             assert any(one.slug == "base-ubuntu" for one in yard.templates())
             assert yard.ask("GET", "/v1/me")["data"]
+            assert yard.credits()["balanceCents"] > 0
+            assert yard.usage("7d")["period"] == "7d"
             with pytest.raises(NotFoundError):
                 box.refresh()
             with Sandbox.create(client=yard) as brief:

@@ -109,7 +109,11 @@ def _passed_on(attached: Attachment, *, has_terminal: bool) -> Iterator[None]:
         sys.exit(128 + number)
 
     number, handler = (signal.SIGWINCH, resize) if has_terminal else (signal.SIGINT, interrupt)
-    handlers = {signal.SIGTERM: leave, signal.SIGHUP: leave, number: handler}
+    handlers: dict[int, Callable[[int, object], object]] = {
+        signal.SIGTERM: leave,
+        signal.SIGHUP: leave,
+        number: handler,
+    }
     before = {one: signal.signal(one, handler) for one, handler in handlers.items()}
     try:
         kept = termios.tcgetattr(0) if has_terminal else None

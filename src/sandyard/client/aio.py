@@ -159,6 +159,14 @@ class AsyncSandyard:
         """See `Sandyard.templates`."""
         return await self._transport.send(calls.templates())
 
+    async def credits(self) -> Mapping[str, Any]:
+        """See `Sandyard.credits`."""
+        return await self._transport.send(calls.credits_left())
+
+    async def usage(self, period: str = "current") -> Mapping[str, Any]:
+        """See `Sandyard.usage`."""
+        return await self._transport.send(calls.usage(period))
+
     def files(self, reference: str, *, user: str = "root") -> AsyncFiles:
         """See `Sandyard.files`."""
         return AsyncFiles(self._transport, calls.sandbox_path(reference), user)

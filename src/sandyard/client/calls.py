@@ -336,6 +336,16 @@ def templates() -> Call[list[Template]]:
     )
 
 
+def credits_left() -> Call[Raw]:
+    """Tell what credits there are."""
+    return Call("GET", "/v1/billing/credits", _data, safe=True)
+
+
+def usage(period: str) -> Call[Raw]:
+    """Tell what was used in a period."""
+    return Call("GET", "/v1/billing/my-usage", _data, query={"period": period}, safe=True)
+
+
 def plain(method: str, path: str, *, query: Any = None, body: Any = None) -> Call[Any]:
     """Ask for anything of the HTTP API; the whole answer is the result."""
     safe = method in ("GET", "HEAD")

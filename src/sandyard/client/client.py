@@ -170,6 +170,14 @@ class Sandyard:
         """Return what sandboxes can be made from."""
         return self._transport.send(calls.templates())
 
+    def credits(self) -> Mapping[str, Any]:
+        """Return the organization's credits, in cents: `balanceCents` and what came and went."""
+        return self._transport.send(calls.credits_left())
+
+    def usage(self, period: str = "current") -> Mapping[str, Any]:
+        """Return what was used in a period: `current` (this month), `7d`, `30d`, `all_time`."""
+        return self._transport.send(calls.usage(period))
+
     def files(self, reference: str, *, user: str = "root") -> Files:
         """Return the files of a sandbox, as one of its users sees them."""
         return Files(self._transport, calls.sandbox_path(reference), user)
