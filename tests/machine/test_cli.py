@@ -263,6 +263,14 @@ def test_input_and_output_of_a_command_as_they_come(server: RealServer, box: str
         assert running.wait(longer(30)) == 130
     count = "pgrep -f 'trap .echo' | wc -l"
     wait_until(lambda: int(str(server.execute(box, count)["stdout"])) <= 1)
+    # Who has seen enough ends it on both sides, without a word.
+    line = f"{SANDYARD} sandbox exec -i {box} yes | head -n 2; echo ${{PIPESTATUS[0]}}"
+    done_early = subprocess.run(
+        ["bash", "-c", line], env=server.environment, capture_output=True, text=True, check=True,
+        stdin=subprocess.DEVNULL, timeout=longer(60),
+    )  # fmt: skip
+    assert (done_early.stdout, done_early.stderr) == ("y\ny\n0\n", "")
+    wait_until(lambda: server.execute(box, "pgrep -x yes")["stdout"] == "")
     for words, said in (
         (("-it", box), "needs a terminal"), ((box,), "say which command"),
         (("-i", "nobody", "cat"), "nobody"), (("-i", "--user", "nobody-there", box, "cat"), "user"),

@@ -348,9 +348,18 @@ def test_a_signed_url_needs_no_key(server: RealServer, box: str) -> None:
     assert said(server, box, "stat -c %U /tmp/given; cat /tmp/given") == "nobody\ngiven"
 
 
-def test_the_readme_of_files_works_as_it_is_pasted(server: RealServer, box: str) -> None:
-    page = (Path(__file__).parents[2] / "docs/howto/files.md").read_text()
-    script = "\n".join(one.split("```")[0] for one in page.split("```sh\n")[1:])
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("files", ["hello", '"url":"http', "event: change"]),
+        ("processes", ['"tag":"counter"', "event: exit"]),
+    ],
+)
+def test_a_page_works_as_it_is_pasted(
+    server: RealServer, box: str, page: str, words: list[str]
+) -> None:
+    text = (Path(__file__).parents[2] / f"docs/howto/{page}.md").read_text()
+    script = "\n".join(one.split("```")[0] for one in text.split("```sh\n")[1:])
     config = (server.home / "xdg/sandyard/config.toml").read_text()
     key = config.split('api_key = "')[1].split('"')[0]
     environment = {**os.environ, "URL": f"http://127.0.0.1:{server.port}", "KEY": key}
@@ -359,6 +368,5 @@ def test_the_readme_of_files_works_as_it_is_pasted(server: RealServer, box: str)
         capture_output=True, text=True, check=False, cwd=server.home,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "hello" in done.stdout
-    assert '"url":"http' in done.stdout
-    assert "event: change" in done.stdout
+    for word in words:
+        assert word in done.stdout, done.stdout

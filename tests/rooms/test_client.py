@@ -261,6 +261,21 @@ async def test_what_passes_is_waited_for_and_nobody_notices() -> None:
         assert (len(asked), len(keys)) == (3, 1)  # the same sandbox, whatever became of the first
 
 
+async def test_a_server_that_is_slow_is_waited_for() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        for byte in answer(200, GOOD):
+            writer.write(bytes((byte,)))
+            await writer.drain()
+            await asyncio.sleep(0)
+        writer.close()
+
+    port = free_port()
+    async with await asyncio.start_server(serve, "127.0.0.1", port):
+        for outcome in await both(f"http://127.0.0.1:{port}", get):
+            assert outcome.id == BOX["id"]
+
+
 async def test_what_does_not_pass_is_told_in_a_sentence() -> None:
     html = answer(200, b"<html>hello</html>")
     for said, kind, words in (
