@@ -5,13 +5,15 @@ import contextlib
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from tests.support.events import Heard, bytes_of, events_of
-from tests.support.server import RealServer, some, wait_until
+from tests.support.server import RealServer, longer, some, wait_until
+from websockets.sync.client import connect
 
 pytestmark = pytest.mark.machine
 
@@ -210,3 +212,18 @@ def test_an_agent_that_is_killed_ends_them_and_the_next_starts(server: RealServe
     assert gone.status_code == 404
     left = "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c 'sleep 100[0]'"
     wait_until(lambda: server.execute(box, left)["stdout"] == "0\n", what="they have ended")
+
+
+def test_a_signal_passes_input_that_is_not_read(server: RealServer, box: str) -> None:
+    made = start(server, box, command="sleep 1000", stdin=True)
+    url = f"ws://127.0.0.1:{server.port}/v1/sandboxes/{box}/processes/{made['pid']}/attach"
+    headers = {"Authorization": server.client.headers["authorization"]}
+    with connect(url, additional_headers=headers, proxy=None, ping_interval=None) as socket:
+        for _ in range(3):
+            socket.send(bytes(512 * 1024))
+        socket.send('{"type": "signal", "signal": "KILL"}')
+        until = time.monotonic() + longer(30)
+        said = ""
+        while '"exit"' not in said:
+            said = str(socket.recv(timeout=until - time.monotonic()))
+        assert '"signal":"SIGKILL"' in said

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sandyard.server.api import events
+
+QUIET = ("alive", "taken")
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ async def heard(socket: ClientConnection, *, beats: bool = False) -> list[Any]:
                 return said
             if isinstance(one, bytes):
                 said.append((one[0], one[1:]))
-            elif beats or json.loads(one)["type"] != "alive":
+            elif beats or json.loads(one)["type"] not in QUIET:
                 said.append(json.loads(one))
 
 
@@ -62,7 +65,7 @@ async def told(socket: ClientConnection) -> Any:
             one = await socket.recv()
             if isinstance(one, bytes):
                 return one[0], one[1:]
-            if json.loads(one)["type"] != "alive":
+            if json.loads(one)["type"] not in QUIET:
                 return json.loads(one)
 
 
@@ -88,7 +91,9 @@ async def test_what_is_printed_comes_out_and_what_is_sent_goes_in(opened: Door) 
             assert said["type"] == "refused", message
             assert said["code"] in ("bad_request", "invalid_state"), said
         await socket.send('{"type": "end"}')
-        assert await heard(socket) == [
+        await socket.send(b"too late")
+        assert (await told(socket))["code"] == "invalid_state"
+        assert [one for one in await heard(socket, beats=True) if one["type"] != "taken"] == [
             {"type": "exit", "exitCode": 0, "signal": None, "timedOut": False, "durationMs": 1}
         ]
     assert socket.close_code == 1000
@@ -231,6 +236,104 @@ async def test_a_message_that_is_too_large_and_one_who_never_reads(tmp_path: Pat
             stuck.transport.abort()
         await until(lambda: True)
         await eventually(lambda: is_unused(yard, box))
+
+
+HANDSHAKE = (
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+async def raw(opened: Door, text: str) -> tuple[bytes, bytes]:
+    """Send something, and return head and body of what comes back until it is closed."""
+    reader, writer = await opened.knock()
+    writer.write(text.encode())
+    try:
+        async with asyncio.timeout(SOON_S):
+            said = await reader.read()
+    except ConnectionResetError:
+        said = b""
+    writer.close()
+    head, _, body = said.partition(b"\r\n\r\n")
+    return head, body
+
+
+async def test_a_handshake_that_is_none_is_refused_and_nothing_hangs(opened: Door) -> None:
+    get = "GET /v1/sandboxes/x/processes/1/attach HTTP/1.1\r\nHost: x\r\n"
+    for text, status in (
+        (f"{get}{HANDSHAKE}Content-Length: 3\r\n\r\nabc", 400),
+        (f"{get}{HANDSHAKE}" + "".join(f"X-{n}: y\r\n" for n in range(130)) + "\r\n", 400),
+        (f"{get}{HANDSHAKE}Cookie: {'c' * 9000}\r\n\r\n", 400),
+        (f"{get}{HANDSHAKE}\r\n".replace("13", "12", 1), 400),
+        (f"{get}{HANDSHAKE}\r\n".replace("dGhlIHNhbXBsZSBub25jZQ==", "short"), 400),
+        (f"{get}{HANDSHAKE}\r\n".replace("GET", "POST", 1), 400),
+        (f"{get}{HANDSHAKE}\r\n", 401),
+        (f"{get}{HANDSHAKE}X-API-Key: {opened.yard.key}\r\n\r\n", 404),
+        (get.replace("sandboxes/x/processes/1/attach", "nothing") + HANDSHAKE
+         + f"X-API-Key: {opened.yard.key}\r\n\r\n", 404),
+        (f"GET /healthz HTTP/1.1\r\nHost: x\r\n{HANDSHAKE}\r\n", 404),
+    ):  # fmt: skip
+        head, body = await raw(opened, text)
+        assert head.startswith(f"HTTP/1.1 {status} ".encode()), (text[:200], head)
+        error = json.loads(body)["error"]
+        assert error["message"].startswith("cannot "), error
+        assert status == 400 or error["requestId"].encode() in head
+
+
+async def test_no_socket_is_opened_behind_an_answer_that_is_due(opened: Door) -> None:
+    yard = opened.yard
+    box = await yard.create()
+    events = f"GET /v1/sandboxes/{box['id']}/events HTTP/1.1\r\nHost: x\r\nX-API-Key: {yard.key}"
+    for together in (True, False):
+        reader, writer = await opened.knock()
+        writer.write(f"{events}\r\n\r\n".encode())
+        if not together:
+            await reader.readuntil(b'"running"')
+        writer.write(f"GET /v1/none HTTP/1.1\r\nHost: x\r\n{HANDSHAKE}\r\n".encode())
+        async with asyncio.timeout(SOON_S):
+            assert b"101 Switching" not in await reader.read()
+        writer.close()
+    await until(lambda: not yard.house.control.services.feed._open._by_org)
+
+
+async def test_who_sends_pings_and_reads_nothing_is_not_kept(opened: Door) -> None:
+    box = await opened.yard.create()
+    pid = await started(opened.yard, box, command="hang")
+    path = f"/v1/sandboxes/{box['id']}/processes/{pid}/attach"
+    reader, writer = await opened.knock()
+    head = f"GET {path} HTTP/1.1\r\nHost: x\r\n{HANDSHAKE}X-API-Key: {opened.yard.key}\r\n\r\n"
+    writer.write(head.encode())
+    await reader.readuntil(b"\r\n\r\n")
+    ping = bytes((0x89, 0x80 | 125)) + bytes(4) + bytes(125)
+    with pytest.raises(ConnectionError):
+        for _ in range(10_000):
+            writer.write(ping * 500)
+            await writer.drain()
+    writer.close()
+    await eventually(lambda: is_unused(opened.yard, box))
+
+
+async def test_what_is_asked_by_messages_counts_as_what_is_asked_by_requests(
+    tmp_path: Path,
+) -> None:
+    async with door(tmp_path) as opened:
+        yard = opened.yard
+        org_id, _ = await yard.first()
+        async with yard.house.store.write() as tx:
+            organization = await tx.organizations.find(org_id)
+            assert organization is not None
+            limits = {**organization.limits, "requestsPerMinute": 30}
+            await tx.organizations.replace(replace(organization, limits=limits))
+        box = await yard.create()
+        size = {"cols": 80, "rows": 24}
+        pid = await started(yard, box, command="hang", pty=size)
+        async with attached(opened, url_of(opened, box, pid)) as socket:
+            for _ in range(60):
+                await socket.send('{"type": "resize", "cols": 81, "rows": 24}')
+            said = None
+            while said is None or said["type"] != "refused":
+                said = await told(socket)
+            assert said["code"] == "rate_limited"
 
 
 async def test_sockets_are_counted_at_the_door(tmp_path: Path) -> None:

@@ -146,6 +146,37 @@ def test_what_is_made_again_is_told_again(watcher: Watcher, folder: Path) -> Non
         assert told(watcher, folder, ("removed", "sub")).count(("removed", "sub")) == 1
 
 
+def test_nothing_is_taken_for_what_was_told_before(
+    watcher: Watcher, folder: Path, tmp_path: Path
+) -> None:
+    def make(name: str, *inside: str) -> None:
+        """Make a folder that is there, with what is in it, before it is looked into."""
+        (folder / name).mkdir()
+        for one in inside:
+            (folder / name / one).mkdir()
+        told(watcher, folder, ("created", f"{name}/{inside[-1]}"))
+
+    make("a", "f")
+    (folder / "a/f").rmdir()
+    (tmp_path / "x").write_text("x")
+    (tmp_path / "x").rename(folder / "a/f")
+    assert ("created", "a/f") in told(watcher, folder, ("created", "a/f"))
+    make("b", "f")
+    (folder / "b").rename(folder / "c")
+    (folder / "b").mkdir()
+    told(watcher, folder, ("created", "b"))
+    (folder / "b/f").touch()
+    told(watcher, folder, ("created", "b/f"))
+    make("d", "sub")
+    (folder / "d").rename(tmp_path / "elsewhere")
+    (folder / "d").mkdir()
+    told(watcher, folder, ("created", "d"))
+    (folder / "d/sub").mkdir()
+    told(watcher, folder, ("created", "d/sub"))
+    (folder / "d/sub/f").touch()
+    told(watcher, folder, ("created", "d/sub/f"))
+
+
 @pytest.mark.parametrize("how", ["removed", "moved"])
 def test_it_is_over_when_the_folder_is_gone(
     watcher: Watcher, folder: Path, tmp_path: Path, how: str

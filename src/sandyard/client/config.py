@@ -6,8 +6,10 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandyard.client.errors import SandyardError
 
-class ConfigError(Exception):
+
+class ConfigError(SandyardError):
     """The configuration is missing or cannot be used; the message says what to do."""
 
 
@@ -85,6 +87,6 @@ def _kept() -> dict[str, object]:
 def _checked(url: str, key: str) -> ClientConfig:
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"cannot use the URL {url!r}: it is like http://127.0.0.1:8080")
-    if not key.isascii() or not key.isprintable():
-        raise ConfigError("cannot use the API key: it has characters that no key has")
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError("cannot use the API key: it is like rt_live_…")
     return ClientConfig(url.rstrip("/").removesuffix("/v1"), key)

@@ -20,6 +20,7 @@ from sandyard.server.core.errors import (
     InternalError,
     InvalidArgumentError,
     InvalidTokenError,
+    NotFoundError,
     PayloadTooLargeError,
     RateLimitedError,
     SandyardError,
@@ -149,12 +150,27 @@ class Edge:
         request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         self._bind(request_id)
-        started, status = time.perf_counter(), 101
+        started, status, is_open = time.perf_counter(), 101, False
+        state = scope["state"]
 
         async def send_on(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_open
+            if message["type"] == "websocket.close" and not is_open:
+                # No route takes it: that is told as it is of any other address.
+                absent = NotFoundError(
+                    f"cannot find a WebSocket at {scope['path'][:200]}: see /docs for the routes"
+                )
+                await answer_error(HTTPConnection(scope), absent)(scope, receive, send_on)
+                return
+            is_open = is_open or message["type"] == "websocket.accept"
             if message["type"] == "websocket.http.response.start":
+                is_open = True
                 status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    *_rate_headers(state.get("allowance")),
+                ]
             await send(message)
 
         try:

@@ -31,6 +31,8 @@ _LINGERING_MAX = 64
 _SLICE = 16 * 1024
 _LINGER_S = 1.0
 _UNACKNOWLEDGED_S = 60.0
+_PONGS_MAX = 64 * 1024
+_SOCKET_HEADERS_MAX, _SOCKET_LINE_MAX = 120, 8000  # what the library takes, and some less
 _LEFTOVER_MAX = 32 * 1024 * 1024
 
 
@@ -186,6 +188,13 @@ class GuardedProtocol(HttpToolsProtocol):
         """See uvicorn: from here on, another protocol has the connection."""
         if self._too_much is not None:
             return  # it is refused as any request that is too large
+        if self._is_answering or self.pipeline:
+            # What still answers would write into the socket, and never hear that it is gone.
+            self._refuse(400, "bad_request", "cannot open a WebSocket while an answer is due")
+            return
+        if (why := _no_handshake(self.scope, self.url)) is not None:
+            self._refuse(400, "bad_request", f"cannot open a WebSocket: {why}")
+            return
         self._is_upgraded = True
         self.gate.leave(self)
         if self._look is not None:
@@ -359,6 +368,29 @@ class GuardedSocket(WebSocketsSansIOProtocol):
             self._look.cancel()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        for start in range(0, len(data), _SLICE):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[start : start + _SLICE])
+        if not self.handshake_initiated:
+            # The whole head was given at once: the library has refused it, and uvicorn not noticed.
+            self.transport.abort()
+
+    def handle_ping(self) -> None:
+        """See uvicorn: who sends pings and does not read their answers is not kept."""
+        if self.transport.get_write_buffer_size() > _PONGS_MAX:
+            self.transport.abort()
+        else:
+            super().handle_ping()
+
+    async def send(self, message: Any) -> None:
+        """See uvicorn."""
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True  # it was refused, which uvicorn would call an error
+
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         self._has_resumed = True
@@ -381,6 +413,23 @@ _LARGE_HEAD = (
     "headers_too_large",
     f"cannot take over {HEAD_MAX // 1024} KiB of headers, or over {HEADERS_MAX} of them",
 )
+
+
+def _no_handshake(scope: Any, url: bytes) -> str | None:
+    """Return why a request is no opening of a WebSocket (RFC 6455, 4.2.1); None if it is one."""
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    if scope["method"] != "GET":
+        return "it is asked for by GET"
+    if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+        return "its request has no body"
+    if headers.get(b"sec-websocket-version") != b"13":
+        return "send Sec-WebSocket-Version: 13"
+    if len(headers.get(b"sec-websocket-key", b"").strip()) != 24:
+        return "send a Sec-WebSocket-Key"
+    lines = [len(name) + len(value) for name, value in scope["headers"]]
+    if len(lines) > _SOCKET_HEADERS_MAX or max([len(url), *lines]) > _SOCKET_LINE_MAX:
+        return f"it has over {_SOCKET_HEADERS_MAX} headers, or one of over {_SOCKET_LINE_MAX} bytes"
+    return None
 
 
 def guarded(gate: Gate) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:

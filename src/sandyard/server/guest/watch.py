@@ -4,6 +4,7 @@ The kernel tells of names in one folder only, so that each folder has a watch of
 is new is watched at once, and what came into it before that is told all the same.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -100,6 +101,9 @@ class Watcher:
                     self._moved(path, target, found, is_folder=bool(mask & _ISDIR))
                 else:
                     self._changed(path, mask, found)
+        if self._told and not select.select([self._fd], [], [], 0)[0]:
+            # What came into a folder before it was looked into has been told by its events, too.
+            self._told.clear()
         return _once([one for one in found if not is_in_part(one.path)])
 
     def _events(self) -> list[tuple[int, int, int, bytes]]:
@@ -129,8 +133,11 @@ class Watcher:
             self._told.discard(path)
             if is_folder:
                 self._forget_below(path)
-        elif kind is ChangeKind.CREATED and path in self._told:
+        elif mask & _CREATE and path in self._told:
             self._told.discard(path)  # seen already, when its folder was looked into
+            if is_folder and self._recursive:
+                with contextlib.suppress(OSError, TooManyError):
+                    self._add(path, _ONLYDIR | _DONT_FOLLOW)
             return
         found.append(FileChange(path, kind, is_folder=is_folder))
         if kind is ChangeKind.CREATED and is_folder and self._recursive:
@@ -151,7 +158,7 @@ class Watcher:
     def _moved(
         self, source: bytes, target: bytes, found: list[FileChange], *, is_folder: bool
     ) -> None:
-        self._told.discard(source)
+        self._told -= {one for one in self._told if _is_within(one, source)}
         self._told.discard(target)
         if is_in_part(source) and not is_in_part(target):
             kind = ChangeKind.MODIFIED if has_replaced(source) else ChangeKind.CREATED
@@ -160,9 +167,8 @@ class Watcher:
                 self._watch_new(target, found)
             return
         if is_folder:
-            head = source + b"/"
             for wd, path in self._paths.items():
-                if path == source or path.startswith(head):
+                if _is_within(path, source):
                     self._paths[wd] = target + path[len(source) :]
         found.append(FileChange(target, ChangeKind.MOVED, is_folder=is_folder, source=source))
         if is_folder and self._recursive and target not in self._paths.values():
@@ -209,15 +215,19 @@ class Watcher:
         return wd
 
     def _forget_below(self, folder: bytes) -> None:
-        head = folder + b"/"
+        self._told -= {one for one in self._told if _is_within(one, folder)}
         for wd, path in list(self._paths.items()):
-            if path == folder or path.startswith(head):
+            if _is_within(path, folder):
                 del self._paths[wd]
                 self._libc.inotify_rm_watch(self._fd, wd)
 
     def _error(self, path: bytes) -> OSError:
         number = ctypes.get_errno()
         return OSError(number, os.strerror(number), path)
+
+
+def _is_within(path: bytes, folder: bytes) -> bool:
+    return path == folder or path.startswith(folder + b"/")
 
 
 def _once(found: list[FileChange]) -> list[FileChange]:

@@ -369,8 +369,8 @@ async def sign_file(
 ) -> Data[SignedOut]:
     """Make a URL that reads or writes one file until it runs out, for whoever has no key.
 
-    It is good for its method, its path and its user alone, and no longer than the credential that
-    it was made with.
+    It is good for its method, its path and its user alone, and no longer than the API key that it
+    was made with; one that a session has made, no longer than the user is a member.
     """
     where = given_path(body.path, body.path_base64, field="path")
     use, signature = await service.sign(

@@ -1,7 +1,9 @@
 """Processes in sandboxes that outlive the request which started them."""
 
+import asyncio
 import base64
 import codecs
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
@@ -42,10 +44,16 @@ from sandyard.server.api.models.processes import (
 )
 from sandyard.server.api.routes.common import enveloped, errors, provided, whole
 from sandyard.server.api.sockets import MayAttach, send_json, served, watched
-from sandyard.server.core.errors import ConflictError, InvalidArgumentError, NotFoundError
+from sandyard.server.core.errors import (
+    ConflictError,
+    InvalidArgumentError,
+    NotFoundError,
+    RateLimitedError,
+)
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import Ended
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.sandboxes.processes import STREAMS, Following, Processes, Which
 from sandyard.server.tasks import beside
 
@@ -54,6 +62,8 @@ router = APIRouter(prefix="/v1/sandboxes/{reference}/processes", tags=["processe
 _START_MAX = 1536 * 1024  # a command of 1 MiB, and what JSON makes of it
 _STDIN_MAX = 1536 * 1024  # 1 MiB in base64
 _PID_DIGITS = 10
+_INPUT_WAITING_MAX = 1024 * 1024
+_MESSAGES_A_SECOND, _MESSAGES_AT_ONCE, _MESSAGES_A_TURN = 2_000, 2_000, 50
 _NUMBERS = {name: bytes((channel,)) for channel, name in STREAMS.items()}
 
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
@@ -203,14 +213,16 @@ async def attach(
     socket: WebSocket,
     actor: MayAttach,
     service: Service,
+    rates: Annotated[Rates, provided("rates")],
     check: MayFollow,
     reference: str,
     process: str,
 ) -> None:
     """Follow a process and write to it, both ways at once.
 
-    Out: `attached`, what it prints as bytes after one that tells the stream, and `exit`. In: bytes
-    for its input, and messages `input`, `end`, `resize`, `signal`.
+    Out: `attached`, what it prints as bytes after one that tells the stream, `taken` with how much
+    of the input is on its way to it, and `exit`. In: bytes for its input, and messages `input`,
+    `end`, `resize`, `signal`.
     """
     async with served(socket):
         reference, which = checked_text(reference, field="reference"), which_of(process)
@@ -219,8 +231,12 @@ async def attach(
             await socket.accept()
             about = {"pid": following.pid, "offset": following.offset, "lost": following.lost}
             await send_json(socket, {"type": "attached", **about})
-            hands = _Hands(service, actor, reference, Which(pid=following.pid), following)
-            async with beside(hands.hear(socket)), beside(watched(socket, check)):
+            hands = _Hands(service, rates, actor, reference, following)
+            async with (
+                beside(hands.hear(socket)),
+                beside(hands.pass_on(socket)),
+                beside(watched(socket, check)),
+            ):
                 await _tell(following, socket)
 
 
@@ -235,21 +251,54 @@ async def _tell(following: Following, socket: WebSocket) -> None:
 
 
 class _Hands:
-    """What whoever is attached may do with a process."""
+    """What whoever is attached may do with a process.
+
+    Input waits apart for a process that does not read, so that a signal still reaches it.
+    """
 
     def __init__(
         self,
         service: Processes,
+        rates: Rates,
         actor: Actor,
         reference: str,
-        which: Which,
         following: Following,
     ) -> None:
         self._service = service
+        self._rates = rates
         self._actor = actor
         self._reference = reference
-        self._which = which
+        self._which = Which(pid=following.pid)
         self._following = following
+        self._input: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._waiting = 0
+        self._has_ended = False
+        self._has_room = asyncio.Event()
+
+    async def pass_on(self, socket: WebSocket) -> None:
+        """Write what came to the process's input, as it reads, and tell how much was taken."""
+        total = 0
+        while True:
+            data = await self._input.get()
+            if data is None:
+                await self._following.close_input()
+                continue
+            await self._following.write(data)
+            self._waiting -= len(data)
+            self._has_room.set()
+            total += len(data)
+            await send_json(socket, {"type": "taken", "bytes": total})
+
+    async def _take(self, data: bytes) -> None:
+        """Take input, once there is room for it."""
+        while self._waiting > _INPUT_WAITING_MAX:
+            self._has_room.clear()
+            await self._has_room.wait()
+        if self._has_ended:
+            raise ConflictError("cannot write to the process: its input was ended")
+        if data:
+            self._waiting += len(data)
+            self._input.put_nowait(data)
 
     async def hear(self, socket: WebSocket) -> None:
         """Do what is asked for, until the socket is closed.
@@ -257,28 +306,40 @@ class _Hands:
         Raises:
             WebSocketDisconnect: it is.
         """
-        while True:
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        for count in itertools.count(1):
             message = await socket.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message.get("code", 1006))
+            # Nobody gets more of this thread by sending tiny pieces.
+            early = began + (count - _MESSAGES_AT_ONCE) / _MESSAGES_A_SECOND - clock()
+            if early > 0 or count % _MESSAGES_A_TURN == 0:
+                await asyncio.sleep(max(0.0, early))
             try:
                 if (data := message.get("bytes")) is not None:
-                    await self._following.write(data)
+                    await self._take(data)
                 else:
                     await self._obey(attach_message(message.get("text") or ""))
-            except (InvalidArgumentError, ConflictError, NotFoundError) as error:
+            except (
+                InvalidArgumentError, ConflictError, NotFoundError, RateLimitedError,
+            ) as error:  # fmt: skip
                 # It goes on: what was wrong is told, and nothing was done.
                 await send_json(socket, {"type": "refused", **error_out(error)})
 
     async def _obey(self, wish: AttachMessage) -> None:
         match wish:
             case InputMessage():
-                await self._following.write(wish.bytes())
+                await self._take(wish.bytes())
             case EndMessage():
-                await self._following.close_input()
+                if not self._has_ended:
+                    self._has_ended = True
+                    self._input.put_nowait(None)
             case ResizeMessage():
+                self._rates.count(self._actor)
                 await self._service.resize(self._actor, self._reference, self._which, wish.size())
             case SignalMessage():
+                self._rates.count(self._actor)
                 await self._service.signal(
                     self._actor, self._reference, self._which, str(wish.signal),
                     everything=wish.everything,
