@@ -3,15 +3,16 @@
 import asyncio
 import builtins
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
 from sandyard.client import calls
-from sandyard.client.client import BROKEN, Told
+from sandyard.client.client import BROKEN, T, Told
 from sandyard.client.code import Piece, SessionEndedError, argv_of
 from sandyard.client.config import ClientConfig, find_config
-from sandyard.client.errors import ApiError, NotFoundError, NotReadyError, SandyardError
+from sandyard.client.errors import ConflictError, NotFoundError, NotReadyError, SandyardError
 from sandyard.client.files import AsyncFiles
 from sandyard.client.models import (
     CodeResult,
@@ -27,6 +28,9 @@ from sandyard.client.models import (
 from sandyard.client.processes import AsyncProcess, AsyncProcesses
 from sandyard.client.streams import Statuses
 from sandyard.client.transport import AsyncTransport
+
+_ENDING: set[asyncio.Task[None]] = set()
+"""What is given back, until it is: a task that nobody holds may be forgotten."""
 
 
 class AsyncSandyard:
@@ -76,7 +80,7 @@ class AsyncSandyard:
         query: dict[str, Any] = {"tag": list(tags)}
         if status is not None:
             query["status"] = status
-        async for one in self._pages("/v1/sandboxes", query):
+        async for one in self._pages("/v1/sandboxes", query, calls.sandbox_of):
             yield AsyncSandbox(self, one)
 
     async def delete(self, reference: str) -> None:
@@ -144,8 +148,8 @@ class AsyncSandyard:
 
     async def snapshots(self) -> AsyncIterator[Snapshot]:
         """See `Sandyard.snapshots`."""
-        async for one in self._pages("/v1/snapshots", {}):
-            yield snapshot_of(one)
+        async for one in self._pages("/v1/snapshots", {}, snapshot_of):
+            yield one
 
     async def delete_snapshot(self, reference: str) -> None:
         """See `Sandyard.delete_snapshot`."""
@@ -187,10 +191,12 @@ class AsyncSandyard:
     async def _sandbox(self, call: calls.Call[calls.Raw]) -> "AsyncSandbox":
         return AsyncSandbox(self, await self._transport.send(call))
 
-    async def _pages(self, path: str, query: Mapping[str, Any]) -> AsyncIterator[calls.Raw]:
+    async def _pages(
+        self, path: str, query: Mapping[str, Any], read: Callable[[calls.Raw], T]
+    ) -> AsyncIterator[T]:
         cursor: str | None = None
         while True:
-            found, cursor = await self._transport.send(calls.page(path, query, cursor))
+            found, cursor = await self._transport.send(calls.page(path, query, cursor, read))
             for one in found:
                 yield one
             if cursor is None:
@@ -211,6 +217,7 @@ class AsyncSandbox(SandboxFacts):
         self._client = client
         self._owns_client = owns_client
         self._sessions: dict[str, tuple[AsyncProcess, int]] = {}
+        self._stale: dict[str, AsyncProcess] = {}
         self._turn = asyncio.Lock()
 
     @classmethod
@@ -224,14 +231,29 @@ class AsyncSandbox(SandboxFacts):
     ) -> "AsyncSandbox":
         """See `Sandbox.create`."""
         own = client or AsyncSandyard()
+        # The same again is the same sandbox: also one whose answer never came can be deleted.
+        options = {"idempotency_key": str(uuid.uuid4()), **options}
+        until = time.monotonic() + wait_s
+        made: AsyncSandbox | None = None
         try:
-            until = time.monotonic() + wait_s
             made = await own.create(template, wait_s=wait_s, **options)
             box = cls(own, made.raw, owns_client=client is None)
             return await box.wait_until_ready(until - time.monotonic())
-        except BaseException:
-            if client is None:
-                await own.close()
+        except BaseException as error:
+            is_unsure = made is None and not isinstance(error, Exception)
+
+            async def undo() -> None:
+                known = made
+                try:
+                    if is_unsure:
+                        known = await own.create(template, wait_s=0, **options)
+                    if known is not None:
+                        await known.delete()
+                finally:
+                    if client is None:
+                        await own.close()
+
+            await _to_the_end(undo())
             raise
 
     @classmethod
@@ -253,10 +275,11 @@ class AsyncSandbox(SandboxFacts):
 
     async def __aexit__(self, *_: object) -> None:
         """Delete it, if it is still there."""
+        await _to_the_end(self._leave(), also=NotFoundError)  # by somebody else, or its expiry
+
+    async def _leave(self) -> None:
         try:
             await self.delete()
-        except NotFoundError:
-            pass  # by somebody else, or by its expiry
         finally:
             await self.close()
 
@@ -336,8 +359,7 @@ class AsyncSandbox(SandboxFacts):
             if feeding is not None:
                 feeding.cancel()
             if not is_over:
-                with suppress(SandyardError):
-                    await process.signal("SIGKILL", everything=True)
+                await _to_the_end(process.signal("SIGKILL", everything=True))
 
     async def run_code(
         self,
@@ -352,33 +374,37 @@ class AsyncSandbox(SandboxFacts):
         argv = argv_of(language)
         piece, heard = Piece(code), calls.Heard(on_stdout, on_stderr)
         async with self._turn:
+            if (stale := self._stale.pop(language, None)) is not None:
+                with suppress(SandyardError):
+                    await stale.signal("SIGKILL", everything=True)
             known = self._sessions.pop(language, None)
             process, offset = known or (await self.processes.start(argv, stdin=True), 0)
             try:
                 await process.write(piece.request())
-            except ApiError:
+            except (NotFoundError, ConflictError):
                 if known is None:
                     raise
                 # It has ended meanwhile, or the sandbox is one that never had it.
                 process, offset = await self.processes.start(argv, stdin=True), 0
                 await process.write(piece.request())
+            self._stale[language] = process
             try:
                 async with asyncio.timeout(timeout_s):
                     async for event in process.events(offset):
                         piece.feed(event)
+                        offset += calls.length_of(event)
                         if isinstance(event, Printed):
-                            offset += len(event.data)
                             heard.told(piece.new_text(event.stream), event.stream)
                         if piece.is_done:
-                            self._sessions[language] = (process, offset)
+                            self._sessions[language] = (self._stale.pop(language), offset)
                             return piece.result()
             except SessionEndedError as error:
+                del self._stale[language]
                 return piece.broken("SessionEnded", str(error))
             except SandyardError:
-                raise
+                raise  # paused, say: what is left of it is ended before the next piece
             except BaseException as error:
-                with suppress(SandyardError):
-                    await process.signal("SIGKILL", everything=True)
+                await _to_the_end(process.signal("SIGKILL", everything=True))
                 if not isinstance(error, TimeoutError):
                     raise
                 return piece.broken("TimeoutError", f"it took over {timeout_s:g} seconds")
@@ -445,6 +471,21 @@ class AsyncSandbox(SandboxFacts):
     def _now(self, known: "AsyncSandbox") -> Self:
         self.raw = known.raw
         return self
+
+
+async def _to_the_end(
+    work: Coroutine[Any, Any, None], *, also: type[SandyardError] = SandyardError
+) -> None:
+    """Do what gives something back, whatever is being cancelled meanwhile; what the server says to
+    it is not told, or with `also` not all of it.
+
+    A task of its own: where a scope is cancelled (anyio), every wait in it is broken off at once.
+    """
+    doing = asyncio.get_running_loop().create_task(work)
+    _ENDING.add(doing)
+    doing.add_done_callback(_ENDING.discard)
+    with suppress(also):
+        await asyncio.shield(doing)
 
 
 async def _feed(process: AsyncProcess, stdin: str | bytes) -> None:

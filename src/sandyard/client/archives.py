@@ -2,6 +2,7 @@
 without trust."""
 
 import os
+import stat
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -32,10 +33,25 @@ def unpack(pieces: Iterator[bytes], target: Path, what: str) -> None:
 
 @contextmanager
 def written(target: Path) -> Iterator[IO[bytes]]:
-    """Yield a file to write to, which takes the place of `target` once the block has ended well."""
+    """Yield a file to write to, which takes the place of `target` once the block has ended well.
+
+    Where a link leads is written, the mode of what is there is kept, and what is no plain file, a
+    device say, is written to as it is.
+    """
+    target = Path(os.path.realpath(target))
+    try:
+        found = target.stat()
+    except FileNotFoundError:
+        found = None
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        with target.open("wb") as file:
+            yield file
+        return
     part = target.with_name(f".{target.name}.part")
     try:
         with part.open("wb") as file:
+            if found is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(found.st_mode))
             yield file
         part.replace(target)
     finally:

@@ -36,6 +36,9 @@ from sandyard.client.models import (
 
 T = TypeVar("T")
 MARGIN_S = 90.0
+TRANSFER_S = 600.0
+WORK_S = 3700.0  # a server gives an hour to what copies, moves or removes
+SAID_MAX = 16 * 1024 * 1024
 INPUT_MAX = 512 * 1024
 WAIT_MAX_S = 60
 _AGAIN_S = 0.1
@@ -77,8 +80,8 @@ class Retries:
 
         `status` is None where there was no answer.
         """
-        if self.made >= self.most or call.content is not None:
-            return None
+        if self.made >= self.most or not isinstance(call.content, bytes | None):
+            return None  # what is read once is not there a second time
         is_refused = status == 429  # then nothing was done, whatever it is
         if not is_refused and not (call.safe and (status is None or status in _BUSY)):
             return None
@@ -132,12 +135,23 @@ def result_of(call: Call[T], status: int, body: bytes, parsed: Callable[[bytes],
 
 def sandbox_path(reference: str, *parts: object) -> str:
     """Return the path of a sandbox, by id or name, or of something of it."""
-    return "/".join(["/v1/sandboxes", *(quote(str(one), safe="") for one in (reference, *parts))])
+    return "/".join(["/v1/sandboxes", *(_quoted(one) for one in (reference, *parts))])
 
 
 def part_of(path: str, name: object) -> str:
     """Return the path of one of several things."""
-    return f"{path}/{quote(str(name), safe='')}"
+    return f"{path}/{_quoted(name)}"
+
+
+def milliseconds(seconds: float) -> int:
+    """Return a time as the server takes it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"cannot use a time-out of {seconds} seconds: it is over 0, and finite")
+    return max(1, round(seconds * 1000))
 
 
 def create(
@@ -148,26 +162,31 @@ def create(
     return Call(
         "POST",
         "/v1/sandboxes",
-        _data,
+        _sandbox,
         query={"wait": min(math.ceil(wait_s), WAIT_MAX_S)},
         body=body,
         headers=_keyed(key),
-        limit_s=wait_s + MARGIN_S,
+        limit_s=WAIT_MAX_S + MARGIN_S,
         safe=True,
     )
 
 
 def get(reference: str) -> Call[Raw]:
     """Tell of a sandbox."""
-    return Call("GET", sandbox_path(reference), _data, safe=True)
+    return Call("GET", sandbox_path(reference), _sandbox, safe=True)
 
 
 def page(
-    path: str, query: Mapping[str, Any], cursor: str | None
-) -> Call[tuple[list[Raw], str | None]]:
+    path: str, query: Mapping[str, Any], cursor: str | None, read: Callable[[Raw], T]
+) -> Call[tuple[list[T], str | None]]:
     """Tell of one page of something, and where the next begins."""
     asked = {**query, **({"cursor": cursor} if cursor else {})}
-    return Call("GET", path, _page, query=asked, safe=True)
+
+    def read_page(answer: Any) -> tuple[list[T], str | None]:
+        found = [read(one) for one in answer["data"]]
+        return found, answer["nextCursor"] if answer["hasMore"] else None
+
+    return Call("GET", path, read_page, query=asked, safe=True)
 
 
 def delete(reference: str) -> Call[None]:
@@ -198,7 +217,7 @@ def execute(
     """Run a command to its end."""
     body = {
         "command": command if isinstance(command, str) else shlex.join(command),
-        "timeout": max(1, round(timeout_s * 1000)),
+        "timeout": milliseconds(timeout_s),
         "cwd": cwd,
         "env": dict(env or {}),
         "user": user,
@@ -229,6 +248,17 @@ def checked(result: ExecResult, command: str | Sequence[str], *, check: bool) ->
     return result
 
 
+def length_of(event: ProcessEvent) -> int:
+    """Return how many bytes of the output an event is about."""
+    match event:
+        case Printed(data=data):
+            return len(data)
+        case Lost(count=count):
+            return count
+        case _:
+            return 0
+
+
 class Heard:
     """What was printed, told to whoever wants it as it comes, and how it ended."""
 
@@ -248,7 +278,9 @@ class Heard:
         """Take an event of the command."""
         match event:
             case Printed(stream=stream, data=data):
-                self._said[stream] += data
+                said = self._said[stream]
+                self._is_cut = self._is_cut or len(said) + len(data) > SAID_MAX
+                said += data[: SAID_MAX - len(said)]
                 self.told(data, stream)
             case Lost():
                 self._is_cut = True
@@ -283,7 +315,7 @@ def run_options(
     """Return what a command that is run is started with."""
     options: dict[str, Any] = {"cwd": cwd, "env": dict(env or {}), "user": user}
     if timeout_s is not None:
-        options["timeout"] = max(1, round(timeout_s * 1000))
+        options["timeout"] = milliseconds(timeout_s)
     return {**options, "stdin": has_stdin}
 
 
@@ -326,7 +358,7 @@ def roll_back(reference: str, snapshot_reference: str) -> Call[Raw]:
 
 def delete_snapshot(reference: str) -> Call[None]:
     """Remove a snapshot."""
-    return Call("DELETE", f"/v1/snapshots/{quote(reference, safe='')}", _nothing)
+    return Call("DELETE", part_of("/v1/snapshots", reference), _nothing)
 
 
 def templates() -> Call[list[Template]]:
@@ -373,7 +405,7 @@ def process(path: str) -> Call[ProcessInfo]:
     return Call("GET", path, lambda a: process_of(a["data"]), safe=True)
 
 
-def feed(path: str, data: bytes) -> Call[int]:
+def feed(path: str, data: memoryview) -> Call[int]:
     """Write to a process's input, and return how much of it was taken."""
     body = {"data": base64.b64encode(data[:INPUT_MAX]).decode(), "encoding": "base64"}
     return Call("POST", f"{path}/stdin", lambda a: int(a["data"]["written"]), body=body)
@@ -387,7 +419,8 @@ def close_stdin(path: str) -> Call[None]:
 def signal(path: str, name: str | int, *, everything: bool) -> Call[None]:
     """Signal a process."""
     body = {"signal": name, "everything": everything}
-    return Call("POST", f"{path}/signal", _nothing, body=body)
+    is_final = str(name).upper().removeprefix("SIG") in ("KILL", "9")
+    return Call("POST", f"{path}/signal", _nothing, body=body, safe=is_final)
 
 
 def resize(path: str, columns: int, rows: int) -> Call[None]:
@@ -398,25 +431,33 @@ def resize(path: str, columns: int, rows: int) -> Call[None]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def read_file(path: str, where: str, user: str) -> Call[None]:
-    """Read a file, as a stream."""
-    return Call("GET", path, _nothing, query={"path": where, "user": user}, safe=True)
+def read_file(
+    path: str, where: str, user: str, offset: int = 0, length: int | None = None
+) -> Call[None]:
+    """Read a file, or a part of it, as a stream."""
+    headers = {}
+    if offset or length is not None:
+        end = "" if length is None else str(offset + max(1, length) - 1)
+        headers = {"Range": f"bytes={offset}-{end}"}
+    query = {**_where(where), "user": user}
+    return Call("GET", path, _nothing, query=query, headers=headers, safe=True)
 
 
 def write_file(
     path: str, where: str, user: str, content: Any, mode: str | None, owner: str | None
 ) -> Call[int]:
     """Write a file, and return how many bytes it has."""
-    given = {"path": where, "user": user, "mode": mode, "owner": owner}
+    given = {**_where(where), "user": user, "mode": mode, "owner": owner}
     query = {name: value for name, value in given.items() if value is not None}
     return Call(
-        "PUT", path, lambda a: int(a["data"]["size"]), query=query, content=content, limit_s=None
-    )
+        "PUT", path, lambda a: int(a["data"]["size"]), query=query, content=content,
+        limit_s=TRANSFER_S, safe=isinstance(content, bytes),
+    )  # fmt: skip
 
 
 def list_folder(path: str, where: str, user: str, depth: int) -> Call[list[FileInfo]]:
     """Tell what is in a folder."""
-    query = {"path": where or "/workspace", "depth": depth, "user": user}
+    query = {**_where(where or "/workspace"), "depth": depth, "user": user}
     return Call(
         "GET", f"{path}/list", lambda a: [file_of(one) for one in a["data"]["entries"]],
         query=query, safe=True,
@@ -425,13 +466,13 @@ def list_folder(path: str, where: str, user: str, depth: int) -> Call[list[FileI
 
 def file_info(path: str, where: str, user: str) -> Call[FileInfo]:
     """Tell what a path leads to."""
-    query = {"path": where, "user": user}
+    query = {**_where(where), "user": user}
     return Call("GET", f"{path}/stat", _file, query=query, safe=True)
 
 
 def make_folder(path: str, where: str, user: str) -> Call[FileInfo]:
     """Make a folder."""
-    body = {"path": where, "user": user}
+    body = {**_where(where), "user": user}
     return Call("POST", f"{path}/mkdir", _file, body=body, safe=True)
 
 
@@ -439,25 +480,28 @@ def transfer(
     path: str, action: str, source: str, target: str, user: str, *, overwrite: bool
 ) -> Call[FileInfo]:
     """Move or copy a file or folder."""
-    body = {"from": source, "to": target, "overwrite": overwrite, "user": user}
-    return Call("POST", f"{path}/{action}", _file, body=body, limit_s=None)
+    ends = {**_where(source, "from"), **_where(target, "to")}
+    body = {**ends, "overwrite": overwrite, "user": user}
+    return Call("POST", f"{path}/{action}", _file, body=body, limit_s=WORK_S)
 
 
 def remove(path: str, where: str, user: str, *, recursive: bool) -> Call[None]:
     """Remove a file or folder."""
-    query = {"path": where, "user": user, "recursive": recursive}
-    return Call("DELETE", path, _nothing, query=query, limit_s=None)
+    query = {**_where(where), "user": user, "recursive": recursive}
+    return Call("DELETE", path, _nothing, query=query, limit_s=WORK_S)
 
 
 def unpack(path: str, where: str, user: str, content: Any) -> Call[None]:
     """Unpack an archive into a folder."""
-    query = {"path": where, "user": user}
-    return Call("PUT", f"{path}/archive", _nothing, query=query, content=content, limit_s=None)
+    query = {**_where(where), "user": user}
+    return Call(
+        "PUT", f"{path}/archive", _nothing, query=query, content=content, limit_s=TRANSFER_S
+    )
 
 
 def sign(path: str, where: str, user: str, method: str, expires_s: int) -> Call[SignedUrl]:
     """Make a URL that reads or writes one file without a key."""
-    body = {"path": where, "user": user, "method": method, "expiresIn": expires_s}
+    body = {**_where(where), "user": user, "method": method, "expiresIn": expires_s}
     return Call("POST", f"{path}/sign", _signed, body=body, safe=True)
 
 
@@ -475,8 +519,30 @@ def _data(answer: Any) -> Any:
     return data
 
 
-def _page(answer: Any) -> tuple[list[Raw], str | None]:
-    return list(answer["data"]), answer["nextCursor"] if answer["hasMore"] else None
+def sandbox_of(raw: Raw) -> Raw:
+    """Return a sandbox out of an answer, with all that the SDK looks at in it."""
+    for name in ("id", "name", "status", "template", "createdAt"):
+        raw[name]
+    return raw
+
+
+def _sandbox(answer: Any) -> Raw:
+    return sandbox_of(_data(answer))
+
+
+def _quoted(name: object) -> str:
+    # A name out of an argument of a command may be of any bytes.
+    return quote(str(name).encode(errors="surrogateescape"), safe="")
+
+
+def _where(path: str, name: str = "path") -> dict[str, str]:
+    """Return how a path is sent: in base64 if it is of bytes that are no text."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        exact = base64.b64encode(path.encode(errors="surrogateescape")).decode()
+        return {f"{name}Base64": exact}
+    return {name: path}
 
 
 def _nothing(answer: Any) -> None:

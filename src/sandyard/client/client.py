@@ -3,14 +3,15 @@
 import builtins
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sandyard.client import calls
 from sandyard.client.code import Piece, SessionEndedError, argv_of
 from sandyard.client.config import ClientConfig, find_config
-from sandyard.client.errors import ApiError, NotFoundError, NotReadyError, SandyardError
+from sandyard.client.errors import ConflictError, NotFoundError, NotReadyError, SandyardError
 from sandyard.client.files import Files
 from sandyard.client.models import (
     CodeResult,
@@ -29,6 +30,7 @@ from sandyard.client.transport import Transport
 
 BROKEN = frozenset({"failed", "error", "destroyed"})
 Told = Callable[[str], object]
+T = TypeVar("T")
 
 
 class Sandyard:
@@ -87,7 +89,7 @@ class Sandyard:
         query: dict[str, Any] = {"tag": list(tags)}
         if status is not None:
             query["status"] = status
-        for one in self._pages("/v1/sandboxes", query):
+        for one in self._pages("/v1/sandboxes", query, calls.sandbox_of):
             yield Sandbox(self, one)
 
     def delete(self, reference: str) -> None:
@@ -156,7 +158,7 @@ class Sandyard:
 
     def snapshots(self) -> Iterator[Snapshot]:
         """Yield all snapshots, newest first."""
-        yield from map(snapshot_of, self._pages("/v1/snapshots", {}))
+        yield from self._pages("/v1/snapshots", {}, snapshot_of)
 
     def delete_snapshot(self, reference: str) -> None:
         """Remove a snapshot; what was made from it lives on."""
@@ -198,10 +200,12 @@ class Sandyard:
     def _sandbox(self, call: calls.Call[calls.Raw]) -> "Sandbox":
         return Sandbox(self, self._transport.send(call))
 
-    def _pages(self, path: str, query: Mapping[str, Any]) -> Iterator[calls.Raw]:
+    def _pages(
+        self, path: str, query: Mapping[str, Any], read: Callable[[calls.Raw], T]
+    ) -> Iterator[T]:
         cursor: str | None = None
         while True:
-            found, cursor = self._transport.send(calls.page(path, query, cursor))
+            found, cursor = self._transport.send(calls.page(path, query, cursor, read))
             yield from found
             if cursor is None:
                 return
@@ -221,6 +225,7 @@ class Sandbox(SandboxFacts):
         self._client = client
         self._owns_client = owns_client
         self._sessions: dict[str, tuple[Process, int]] = {}
+        self._stale: dict[str, Process] = {}
         self._turn = threading.Lock()
 
     @classmethod
@@ -237,15 +242,23 @@ class Sandbox(SandboxFacts):
         Without a `client` it has a connection of its own, to the server that is configured.
 
         Raises:
-            NotReadyError: it did not come up.
+            NotReadyError: it did not come up in time, and was deleted.
         """
         own = client or Sandyard()
+        # The same again is the same sandbox: also one whose answer never came can be deleted.
+        options = {"idempotency_key": str(uuid.uuid4()), **options}
+        until = time.monotonic() + wait_s
+        made: Sandbox | None = None
         try:
-            until = time.monotonic() + wait_s
             made = own.create(template, wait_s=wait_s, **options)
             box = cls(own, made.raw, owns_client=client is None)
             return box.wait_until_ready(until - time.monotonic())
-        except BaseException:
+        except BaseException as error:
+            with suppress(SandyardError):
+                if made is None and not isinstance(error, Exception):
+                    made = own.create(template, wait_s=0, **options)
+                if made is not None:
+                    made.delete()
             if client is None:
                 own.close()
             raise
@@ -346,11 +359,12 @@ class Sandbox(SandboxFacts):
         """
         options = calls.run_options(timeout_s, cwd, env, user, has_stdin=stdin is not None)
         process = self.processes.start(command, **options)
-        is_over = False
+        is_over, is_enough = False, threading.Event()
         try:
             if stdin is not None:
                 # Beside what is printed: one that is not heard may not read on.
-                threading.Thread(target=_feed, args=(process, stdin), daemon=True).start()
+                given = (process, stdin, is_enough)
+                threading.Thread(target=_feed, args=given, daemon=True).start()
             for event in process.events():
                 is_over = isinstance(event, Exited)
                 yield event
@@ -359,6 +373,7 @@ class Sandbox(SandboxFacts):
             is_over = True
             raise
         finally:
+            is_enough.set()
             if not is_over:
                 with suppress(SandyardError):
                     process.signal("SIGKILL", everything=True)
@@ -381,16 +396,20 @@ class Sandbox(SandboxFacts):
         argv = argv_of(language)
         piece, heard = Piece(code), calls.Heard(on_stdout, on_stderr)
         with self._turn:
+            if (stale := self._stale.pop(language, None)) is not None:
+                with suppress(SandyardError):
+                    stale.signal("SIGKILL", everything=True)
             known = self._sessions.pop(language, None)
             process, offset = known or (self.processes.start(argv, stdin=True), 0)
             try:
                 process.write(piece.request())
-            except ApiError:
+            except (NotFoundError, ConflictError):
                 if known is None:
                     raise
                 # It has ended meanwhile, or the sandbox is one that never had it.
                 process, offset = self.processes.start(argv, stdin=True), 0
                 process.write(piece.request())
+            self._stale[language] = process
             is_late = threading.Event()
 
             def end() -> None:
@@ -403,16 +422,22 @@ class Sandbox(SandboxFacts):
             try:
                 for event in process.events(offset):
                     piece.feed(event)
+                    offset += calls.length_of(event)
                     if isinstance(event, Printed):
-                        offset += len(event.data)
                         heard.told(piece.new_text(event.stream), event.stream)
                     if piece.is_done:
-                        self._sessions[language] = (process, offset)
+                        self._sessions[language] = (self._stale.pop(language), offset)
                         return piece.result()
             except SessionEndedError as error:
+                del self._stale[language]
                 if is_late.is_set():
                     return piece.broken("TimeoutError", f"it took over {timeout_s:g} seconds")
                 return piece.broken("SessionEnded", str(error))
+            except SandyardError:
+                raise  # paused, say: what is left of it is ended before the next piece
+            except BaseException:
+                end()
+                raise
             finally:
                 limit.cancel()
         raise SandyardError("the interpreter did not tell how it ended")
@@ -480,8 +505,13 @@ class Sandbox(SandboxFacts):
         return self
 
 
-def _feed(process: Process, stdin: str | bytes) -> None:
-    # One that has ended takes no more, which its end tells.
-    with suppress(SandyardError):
-        process.write(stdin)
-        process.close_stdin()
+def _feed(process: Process, stdin: str | bytes, is_enough: threading.Event) -> None:
+    """Write what a process is to read, until nobody hears it any more: to write on to one whose
+    sandbox was paused would resume that."""
+    left = memoryview(stdin.encode() if isinstance(stdin, str) else stdin)
+    with suppress(SandyardError):  # one that has ended takes no more, which its end tells
+        while left and not is_enough.is_set():
+            process.write(bytes(left[: calls.INPUT_MAX]))
+            left = left[calls.INPUT_MAX :]
+        if not is_enough.is_set():
+            process.close_stdin()

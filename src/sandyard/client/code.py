@@ -9,6 +9,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
+from sandyard.client.calls import SAID_MAX
 from sandyard.client.errors import SandyardError
 from sandyard.client.models import CodeError, CodeResult, Exited, Lost, Printed, ProcessEvent
 
@@ -18,6 +19,7 @@ asked = os.fdopen(os.dup(0), "rb")
 nothing = os.open(os.devnull, os.O_RDONLY)
 os.dup2(nothing, 0)
 os.close(nothing)
+own = os.getpid()
 main = types.ModuleType("__main__")
 sys.modules["__main__"] = main
 scope = main.__dict__
@@ -57,6 +59,8 @@ for number, line in enumerate(asked):
             stream.flush()
         except Exception:
             pass
+    if os.getpid() != own:
+        os._exit(0)  # a child that came back here: it answers nobody
     said = json.dumps([None if value is None else value[:1000000], error])
     for number_of, rest in ((2, ""), (1, said)):
         mark = ("\0" + wish["mark"] + rest + "\0").encode()
@@ -74,20 +78,25 @@ const write = (fd, text) => {
     catch (error) { if (error.code !== 'EAGAIN') throw error; }
   }
 };
+const compiled = (code) => {
+  const script = (text) => new vm.Script(text, {filename: '<code>'});
+  try { return script(code); }
+  catch (failed) {
+    if (!/\bawait\b/.test(code)) throw failed;
+    try { return script(`(async () => (${code}\n))()`); }
+    catch { return script(`(async () => {${code}\n})()`); }
+  }
+};
 const answer = async (wish) => {
   let value = null, error = null;
   try {
-    let found;
-    try { found = vm.runInThisContext(wish.code, {filename: '<code>'}); }
-    catch (failed) {
-      if (!(failed instanceof SyntaxError && /\bawait\b/.test(wish.code))) throw failed;
-      found = vm.runInThisContext(`(async () => {${wish.code}\n})()`, {filename: '<code>'});
-    }
-    found = await found;
+    const found = await compiled(wish.code).runInThisContext();
     if (found !== undefined) value = util.inspect(found).slice(0, 1000000);
   } catch (failed) {
-    const text = [failed?.name ?? 'Error', failed?.message ?? failed, failed?.stack ?? ''];
-    error = text.map(String);
+    try {
+      const text = [failed?.name ?? 'Error', failed?.message ?? failed, failed?.stack ?? ''];
+      error = text.map(String);
+    } catch { error = ['Error', 'it does not say', '']; }
   }
   const said = JSON.stringify([value, error]).replace(/[\u007f-\uffff]/g,
     (one) => '\\u' + one.charCodeAt(0).toString(16).padStart(4, '0'));
@@ -137,7 +146,7 @@ class Piece:
     _ended: dict[str, bytes] = field(default_factory=dict)
     _heads: dict[str, int] = field(default_factory=dict)
     _shown: dict[str, int] = field(default_factory=dict)
-    lost: int = 0
+    is_cut: bool = False
 
     def request(self) -> bytes:
         """Return the line that asks for it."""
@@ -161,8 +170,8 @@ class Piece:
                 raise SessionEndedError(
                     f"the interpreter ended ({how}), and with it what it knew: {said}"
                 )
-            case Lost(count=count):
-                self.lost += count
+            case Lost():
+                self.is_cut = True
             case Printed(stream=stream, data=data) if stream in self._said:
                 self._take(stream, data)
             case _:
@@ -170,6 +179,12 @@ class Piece:
 
     def _take(self, stream: str, data: bytes) -> None:
         said, head = self._said[stream], b"\0" + self.mark.encode()
+        if len(said) > SAID_MAX and self._heads.get(stream, -1) < 0:
+            # The middle goes: its end may be a part of the mark. All of it was told by now.
+            self.is_cut = True
+            gone, half = len(said) - SAID_MAX, SAID_MAX // 2
+            del said[half : half + gone]
+            self._shown[stream] = max(half, self._shown.get(stream, 0) - gone)
         # Not from the beginning each time: what is printed may be long, and so may its end.
         before, at = len(said), self._heads.get(stream, -1)
         said += data
@@ -205,4 +220,4 @@ class Piece:
 
     def _result(self, value: Any, error: CodeError | None) -> CodeResult:
         stdout, stderr = (one.decode(errors="replace") for one in self._said.values())
-        return CodeResult(stdout, stderr, value, error)
+        return CodeResult(stdout, stderr, value, error, truncated=self.is_cut)

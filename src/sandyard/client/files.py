@@ -1,14 +1,18 @@
 """Files of a sandbox, as one of its users sees them."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 from sandyard.client import archives, calls
 from sandyard.client.archives import PIECE, Progress
+from sandyard.client.errors import ApiError, TransferError
 from sandyard.client.models import FileChange, FileInfo, SignedUrl
 from sandyard.client.streams import Watching
 from sandyard.client.transport import AsyncTransport, Transport
+
+_PAST_ITS_END = 416
 
 
 class Files:
@@ -23,18 +27,25 @@ class Files:
         self._path = f"{sandbox_path}/files"
         self._user = user
 
-    def read(self, path: str) -> bytes:
-        """Return a file's bytes."""
-        return b"".join(self.read_pieces(path))
+    def read(self, path: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        """Return a file's bytes, from `offset` on and at most `length` of them."""
+        return b"".join(self.read_pieces(path, offset=offset, length=length))
 
     def read_text(self, path: str) -> str:
         """Return a file as text, with U+FFFD for what is not UTF-8."""
         return self.read(path).decode(errors="replace")
 
-    def read_pieces(self, path: str) -> Iterator[bytes]:
+    def read_pieces(
+        self, path: str, *, offset: int = 0, length: int | None = None
+    ) -> Iterator[bytes]:
         """Yield a file's bytes as they come; nothing more of it is held."""
-        with self._transport.stream(calls.read_file(self._path, path, self._user)) as answer:
-            yield from answer.iter_bytes(PIECE)
+        call = calls.read_file(self._path, path, self._user, offset, length)
+        try:
+            with self._transport.stream(call) as answer:
+                yield from answer.iter_bytes(PIECE)
+        except ApiError as error:
+            if error.status != _PAST_ITS_END:
+                raise
 
     def write(
         self,
@@ -143,20 +154,27 @@ class AsyncFiles:
         self._path = f"{sandbox_path}/files"
         self._user = user
 
-    async def read(self, path: str) -> bytes:
+    async def read(self, path: str, *, offset: int = 0, length: int | None = None) -> bytes:
         """See `Files.read`."""
-        return b"".join([piece async for piece in self.read_pieces(path)])
+        pieces = self.read_pieces(path, offset=offset, length=length)
+        return b"".join([piece async for piece in pieces])
 
     async def read_text(self, path: str) -> str:
         """See `Files.read_text`."""
         return (await self.read(path)).decode(errors="replace")
 
-    async def read_pieces(self, path: str) -> AsyncIterator[bytes]:
+    async def read_pieces(
+        self, path: str, *, offset: int = 0, length: int | None = None
+    ) -> AsyncIterator[bytes]:
         """See `Files.read_pieces`."""
-        call = calls.read_file(self._path, path, self._user)
-        async with self._transport.stream(call) as answer:
-            async for piece in answer.aiter_bytes(PIECE):
-                yield piece
+        call = calls.read_file(self._path, path, self._user, offset, length)
+        try:
+            async with self._transport.stream(call) as answer:
+                async for piece in answer.aiter_bytes(PIECE):
+                    yield piece
+        except ApiError as error:
+            if error.status != _PAST_ITS_END:
+                raise
 
     async def write(
         self,
@@ -212,20 +230,39 @@ class AsyncFiles:
         self, local: str | Path, path: str, *, on_progress: Progress | None = None
     ) -> None:
         """See `Files.upload`. It is done in a thread, which tells `on_progress`."""
-        await self._in_thread(lambda files: files.upload(local, path, on_progress=on_progress))
+        await self._in_thread(
+            lambda files, told: files.upload(local, path, on_progress=told), on_progress
+        )
 
     async def download(
         self, path: str, local: str | Path, *, on_progress: Progress | None = None
     ) -> None:
         """See `Files.download`. It is done in a thread, which tells `on_progress`."""
-        await self._in_thread(lambda files: files.download(path, local, on_progress=on_progress))
+        await self._in_thread(
+            lambda files, told: files.download(path, local, on_progress=told), on_progress
+        )
 
-    async def _in_thread(self, work: Callable[[Files], None]) -> None:
+    async def _in_thread(
+        self, work: Callable[[Files, Progress], None], on_progress: Progress | None
+    ) -> None:
         """Do what reads and writes files here beside the loop, over a connection of its own; if
-        cancelled, that is closed, which ends it."""
-        own = Transport(self._transport.config, retries=self._transport.retries)
-        with own:
-            await asyncio.to_thread(work, Files(own, self._sandbox_path, self._user))
+        cancelled, it ends with the piece that is on its way."""
+        is_over = threading.Event()
+
+        def told(count: int) -> None:
+            if is_over.is_set():
+                raise TransferError("the copy was cancelled")
+            if on_progress is not None:
+                on_progress(count)
+
+        def do() -> None:
+            with Transport(self._transport.config, retries=self._transport.retries) as own:
+                work(Files(own, self._sandbox_path, self._user), told)
+
+        try:
+            await asyncio.to_thread(do)
+        finally:
+            is_over.set()
 
     async def _transfer(
         self, action: str, source: str, target: str, *, overwrite: bool

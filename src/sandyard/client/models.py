@@ -96,12 +96,16 @@ class CodeError:
 
 @dataclass(frozen=True)
 class CodeResult:
-    """What a piece of code printed, the value of its last expression, and what it raised."""
+    """What a piece of code printed, the value of its last expression, and what it raised.
+
+    `truncated` says that some of what it printed was lost, or was over 16 MiB.
+    """
 
     stdout: str
     stderr: str
     value: str | None
     error: CodeError | None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)

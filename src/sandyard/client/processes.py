@@ -46,7 +46,7 @@ class Process:
 
     def write(self, data: bytes | str) -> None:
         """Write to its input, and return once all of it is written."""
-        left = data.encode() if isinstance(data, str) else data
+        left = memoryview(data.encode() if isinstance(data, str) else data)
         while left:
             left = left[self._transport.send(calls.feed(self._path, left)) :]
 
@@ -115,7 +115,7 @@ class AsyncProcess:
 
     async def write(self, data: bytes | str) -> None:
         """See `Process.write`."""
-        left = data.encode() if isinstance(data, str) else data
+        left = memoryview(data.encode() if isinstance(data, str) else data)
         while left:
             left = left[await self._transport.send(calls.feed(self._path, left)) :]
 

@@ -6,6 +6,7 @@ go on and `pause_s` after how long.
 
 import base64
 import json
+import time
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +16,7 @@ from sandyard.client.models import Exited, FileChange, Lost, Printed, ProcessEve
 EventT = TypeVar("EventT")
 _PASSING = frozenset({429, 502, 503, 504})
 _AGAIN_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+_LIVED_S = 5.0
 
 
 class Followed(Generic[EventT]):
@@ -25,6 +27,7 @@ class Followed(Generic[EventT]):
         self._query = dict(query)
         self.is_over = False
         self._breaks = 0
+        self._since: float | None = None
         self._fields: dict[str, str] = {}
 
     @property
@@ -34,6 +37,7 @@ class Followed(Generic[EventT]):
 
     def began(self) -> list[EventT]:
         """Return what is to be told now that a connection is there."""
+        self._since = time.monotonic()
         return []
 
     def feed(self, line: str) -> EventT | None:
@@ -74,6 +78,9 @@ class Followed(Generic[EventT]):
             ConnectionFailedError: it has broken too often without a word in between.
         """
         self._fields = {}
+        if self._since is not None and time.monotonic() - self._since > _LIVED_S:
+            self._breaks = 0  # it was good for a while, whether anything was told or not
+        self._since = None
         if self._breaks >= len(_AGAIN_S):
             raise ConnectionFailedError(str(error)) from error
         self._breaks += 1
@@ -136,6 +143,7 @@ class Watching(Followed[FileChange]):
 
     def began(self) -> list[FileChange]:
         """See `Followed.began`."""
+        super().began()
         is_again, self._has_begun = self._has_begun, True
         return [FileChange("overflow", self._folder, is_folder=True)] if is_again else []
 

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from sandyard.client.calls import Call, Retries, refusal_of, result_of
-from sandyard.client.config import ClientConfig
+from sandyard.client.config import ClientConfig, ConfigError
 from sandyard.client.errors import ApiError, ConnectionFailedError
 from sandyard.client.streams import EventT, Followed
 
@@ -35,7 +35,9 @@ def _asked(call: Call[Any]) -> dict[str, Any]:
     if call.content is not None:
         asked["content"] = call.content
     elif call.body is not None:
-        asked["json"] = call.body
+        # Of any text: what is no Unicode is for the server to refuse.
+        asked["content"] = json.dumps(call.body).encode()
+        asked["headers"] = {"Content-Type": "application/json", **call.headers}
     return asked
 
 
@@ -45,7 +47,8 @@ class Transport:
     def __init__(self, config: ClientConfig, *, retries: int) -> None:
         self.config = config
         self.retries = retries
-        self._http = httpx.Client(base_url=config.url, headers=_headers(config))
+        with _configured(config):
+            self._http = httpx.Client(**_options(config))
 
     def __enter__(self) -> Self:
         """Return this."""
@@ -86,14 +89,23 @@ class Transport:
 
     @contextmanager
     def stream(self, call: Call[Any]) -> Iterator[httpx.Response]:
-        """Send a call whose answer is read as it comes. See `send`; it is sent once."""
-        try:
-            with self._http.stream(call.method, call.path, **_asked(call)) as answer:
-                if not answer.is_success:
-                    raise refusal_of(answer.status_code, answer.read(), json.loads)
-                yield answer
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            raise _failed(self.config.url, error) from error
+        """Send a call whose answer is read as it comes. See `send`; what breaks off in the middle
+        is not sent again."""
+        retries = Retries(self.retries)
+        while True:
+            try:
+                with self._http.stream(call.method, call.path, **_asked(call)) as answer:
+                    if answer.is_success:
+                        yield answer
+                        return
+                    refused = refusal_of(answer.status_code, answer.read(), json.loads)
+                    after = answer.headers.get("retry-after")
+            except (httpx.HTTPError, httpx.StreamError) as error:
+                raise _failed(self.config.url, error) from error
+            pause_s = retries.pause_s(call, status=refused.status, retry_after=after)
+            if pause_s is None:
+                raise refused
+            time.sleep(pause_s)
 
     def follow(self, followed: Followed[EventT]) -> Iterator[EventT]:
         """Yield what is followed to its end, over connections that break.
@@ -126,7 +138,8 @@ class AsyncTransport:
     def __init__(self, config: ClientConfig, *, retries: int) -> None:
         self.config = config
         self.retries = retries
-        self._http = httpx.AsyncClient(base_url=config.url, headers=_headers(config))
+        with _configured(config):
+            self._http = httpx.AsyncClient(**_options(config))
 
     async def __aenter__(self) -> Self:
         """Return this."""
@@ -163,13 +176,21 @@ class AsyncTransport:
     @asynccontextmanager
     async def stream(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
         """See `Transport.stream`."""
-        try:
-            async with self._http.stream(call.method, call.path, **_asked(call)) as answer:
-                if not answer.is_success:
-                    raise refusal_of(answer.status_code, await answer.aread(), json.loads)
-                yield answer
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            raise _failed(self.config.url, error) from error
+        retries = Retries(self.retries)
+        while True:
+            try:
+                async with self._http.stream(call.method, call.path, **_asked(call)) as answer:
+                    if answer.is_success:
+                        yield answer
+                        return
+                    refused = refusal_of(answer.status_code, await answer.aread(), json.loads)
+                    after = answer.headers.get("retry-after")
+            except (httpx.HTTPError, httpx.StreamError) as error:
+                raise _failed(self.config.url, error) from error
+            pause_s = retries.pause_s(call, status=refused.status, retry_after=after)
+            if pause_s is None:
+                raise refused
+            await asyncio.sleep(pause_s)
 
     async def follow(self, followed: Followed[EventT]) -> AsyncIterator[EventT]:
         """See `Transport.follow`."""
@@ -193,5 +214,19 @@ class AsyncTransport:
             await asyncio.sleep(pause_s)
 
 
-def _headers(config: ClientConfig) -> dict[str, str]:
-    return {"Authorization": f"Bearer {config.api_key}", "User-Agent": "sandyard-python"}
+def _options(config: ClientConfig) -> dict[str, Any]:
+    return {
+        "base_url": config.url,
+        "headers": {"Authorization": f"Bearer {config.api_key}", "User-Agent": "sandyard-python"},
+        # Streams stay open for hours; nothing else is to wait for them.
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=20),
+    }
+
+
+@contextmanager
+def _configured(config: ClientConfig) -> Iterator[None]:
+    """Tell what of the configuration, or of the environment's proxies, cannot be used."""
+    try:
+        yield
+    except (httpx.InvalidURL, ImportError, ValueError) as error:
+        raise ConfigError(f"cannot connect to {config.url}: {error}") from error
