@@ -15,7 +15,6 @@ from sandyard.client import (
     ApiError,
     AsyncSandbox,
     AsyncSandyard,
-    CommandFailedError,
     ConnectionFailedError,
     Exited,
     FileChange,
@@ -26,6 +25,7 @@ from sandyard.client import (
     Sandbox,
     Sandyard,
     UnauthorizedError,
+    UnavailableError,
 )
 from sandyard.server.drivers.fake import Conduct
 
@@ -173,9 +173,22 @@ async def test_what_does_not_come_up_and_what_does_not_end_well_is_told(
         def fail() -> None:
             with yard_of(opened) as yard, pytest.raises(NotReadyError, match="failed"):
                 Sandbox.create(client=yard)
+            with yard_of(opened) as yard:
+                assert list(yard.list()) == []  # what did not come up is not left behind
 
         await beside(fail)
-    assert issubclass(CommandFailedError, Exception)
+    # Nor is one whose making was broken off before its answer came.
+    async with (
+        door(tmp_path / "slow", conduct=Conduct(start_delay_s=0.5)) as opened,
+        async_yard_of(opened) as yard,
+    ):
+        making = asyncio.ensure_future(AsyncSandbox.create(client=yard))
+        while not [one async for one in yard.list()]:
+            await asyncio.sleep(0.01)
+        making.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await making
+        assert [one async for one in yard.list()] == []
 
 
 # --- servers that behave badly --------------------------------------------------------------------
@@ -259,6 +272,41 @@ async def test_what_passes_is_waited_for_and_nobody_notices() -> None:
         assert made.status == "running"
         keys = {line for one in asked for line in one.lower().split(b"\r\n") if b"idemp" in line}
         assert (len(asked), len(keys)) == (3, 1)  # the same sandbox, whatever became of the first
+
+
+async def test_a_piece_of_code_is_run_once_or_told_of() -> None:
+    made = json.dumps({"data": {"pid": 7}}).encode()
+    async with bad_server(answer(200, GOOD), answer(201, made), answer(503, BUSY)) as (url, asked):
+
+        def run(yard: Sandyard) -> None:
+            yard.get("x").run_code("pay()")
+
+        with pytest.raises(UnavailableError):
+            await beside(lambda: one_call(url, run))
+        assert [one.split(b" ")[1].rpartition(b"/")[2] for one in asked] == [
+            b"x", b"processes", b"stdin",
+        ]  # fmt: skip
+
+
+async def test_a_cancelled_copy_ends_with_the_piece_that_is_on_its_way(
+    opened: Door, tmp_path: Path
+) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(60 * 2**20)
+    told: list[int] = []
+    async with async_yard_of(opened) as yard, await AsyncSandbox.create(client=yard) as box:
+        copying = asyncio.ensure_future(
+            box.files.upload(tmp_path / "large", "/large", on_progress=told.append)
+        )
+        while not told:
+            await asyncio.sleep(0)
+        copying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+        count = len(told)
+        with pytest.raises(NotFoundError):
+            await box.files.info("/large")
+        assert len(told) <= count + 1
 
 
 async def test_a_server_that_is_slow_is_waited_for() -> None:

@@ -18,7 +18,7 @@ from tests.support.door import Door, door
 from tests.support.house import eventually
 
 from sandyard.client import AsyncSandyard
-from sandyard.mcp.server import SHOWN_MAX, TOOLS, guarded, make_server, shown
+from sandyard.mcp.server import SHOWN_MAX, TOOLS, Hands, guarded, http_app, make_server, shown
 
 
 @pytest.fixture
@@ -92,6 +92,19 @@ async def test_an_agent_lives_with_its_sandbox(opened: Door) -> None:
         assert (len(part["text"]), part["next_offset"], part["size"]) == (100_000, 100_000, 150_000)
         part = await ask(client, "read_file", sandbox=box["id"], path="long", offset=100_000)
         assert (len(part["text"]), part["next_offset"]) == (50_000, None)
+        async with opened.yard.client_of(opened.yard.key) as raw:
+            await raw.put(url, params={"path": "ü"}, content="xü€".encode() * 30_000)
+        parts, offset = [], 0
+        while offset is not None:
+            part = await ask(client, "read_file", sandbox=box["id"], path="ü", offset=offset)
+            parts.append(part["text"])
+            offset = part["next_offset"]
+        assert "".join(parts) == "xü€" * 30_000
+        hands = Hands(yard)
+        await opened.yard.client.patch(f"/v1/sandboxes/{box['id']}", json={"name": "known"})
+        by_name = await hands._box("known")
+        assert await hands._box(box["id"]) is by_name
+        assert await hands._box("known") is by_name
         assert "no text" in await refusal(client, "read_file", sandbox=box["id"], path="binary")
         assert "absent" in str(await refusal(client, "read_file", sandbox=box["id"], path="none"))
         done = await ask(client, "run_command", sandbox=box["id"], command="x" * 90_000)
@@ -139,7 +152,7 @@ async def test_over_standard_input_and_output(opened: Door) -> None:
 async def test_over_http_for_whoever_shows_the_key(opened: Door) -> None:
     port = free_port()
     async with yard_of(opened) as yard:
-        app = make_server(yard, version="1").streamable_http_app(host="127.0.0.1")
+        app = http_app(make_server(yard, version="1"))
         served = uvicorn.Server(
             uvicorn.Config(guarded(app, opened.yard.key), port=port, log_config=None, ws="none")
         )
@@ -153,7 +166,7 @@ async def test_over_http_for_whoever_shows_the_key(opened: Door) -> None:
                 for headers in ({}, {"Authorization": "Bearer rt_live_x"}):
                     answer = await nobody.post(url, headers=headers, json={})
                     assert answer.status_code == 401
-            shows = {"Authorization": f"Bearer {opened.yard.key}"}
+            shows = {"Authorization": f"Bearer {opened.yard.key}", "Host": "agents.example.org"}
             async with (
                 httpx2.AsyncClient(headers=shows) as http,
                 Client(streamable_http_client(url, http_client=http)) as client,

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sandyard.client as sdk
-from sandyard.client import calls, code
+from sandyard.client import archives, calls, code
 from sandyard.client.calls import Call, Heard, Retries, refusal_of, result_of
 from sandyard.client.config import ClientConfig, ConfigError, find_config, write_config
 from sandyard.client.models import CodeResult, Exited, FileChange, Lost, Printed, ProcessEvent
@@ -327,6 +328,96 @@ def test_javascript_is_kept_between_pieces() -> None:
         assert node.run("'é\\0'").value == "'é\\x00'"
         with pytest.raises(code.SessionEndedError):
             node.run("process.exit(5)")
+
+
+def test_what_is_lost_or_too_much_is_told_and_the_next_piece_begins_where_it_begins() -> None:
+    piece = code.Piece("x")
+    mark = b"\0" + piece.mark.encode()
+    for event in (
+        Printed("stdout", b"a" * calls.SAID_MAX), Printed("stdout", b"b" * calls.SAID_MAX),
+        Printed("stdout", b"c\0not the mark"), Printed("stderr", mark + b"\0"),
+    ):  # fmt: skip
+        piece.feed(event)
+        assert piece.new_text("stdout") in (b"", getattr(event, "data", b""))
+    assert not piece.is_done
+    for byte in mark + b'["5", null]\0':
+        piece.feed(Printed("stdout", bytes((byte,))))
+    done = piece.result()
+    assert (done.value, done.truncated) == ("5", True)
+    assert len(done.stdout) <= calls.SAID_MAX + 100
+    assert done.stdout.endswith("c\0not the mark")
+    assert calls.length_of(Lost(7)) == 7
+    assert calls.length_of(Printed("stdout", b"abc")) == 3
+
+
+def test_a_child_of_a_piece_answers_nobody() -> None:
+    with Interpreter("python").running() as python:
+        text = "import os, sys\nif os.fork() == 0: sys.exit()\nos.wait()[1]"
+        assert python.run(text).value == "0"
+        assert python.run("6 * 7").value == "42"
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="NOT RUN: there is no node here")
+def test_javascript_runs_once_whatever_it_throws() -> None:
+    with Interpreter("node").running() as node:
+        node.run("globalThis.n = 0")
+        failed = node.run("n += 1; JSON.parse('await {')").error
+        assert failed is not None
+        assert failed.name == "SyntaxError"
+        assert node.run("n").value == "1"
+        assert node.run("await Promise.resolve(42)").value == "42"
+        assert node.run("throw Object.create(null)").error is not None
+        assert node.run("n").value == "1"
+
+
+def test_a_connection_that_was_good_for_a_while_counts_no_breaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    following = Following("/p", 0)
+    for _ in range(20):  # a weekend of silence, with a brief break now and then
+        following.began()
+        now[0] += 60
+        assert following.ended() == 0.2
+    for _ in range(4):
+        following.began()
+        following.ended()
+    with pytest.raises(sdk.ConnectionFailedError):
+        following.ended()
+
+
+def test_what_is_downloaded_is_written_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("before")
+    (tmp_path / "real").chmod(0o600)
+    (tmp_path / "link").symlink_to("real")
+    with archives.written(tmp_path / "link") as file:
+        file.write(b"after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "after"
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with archives.written(tmp_path / "pipe") as file:
+        file.write(b"through it")
+    assert os.read(reader, 99) == b"through it"
+    os.close(reader)
+    with pytest.raises(OSError, match="broken off"), archives.written(tmp_path / "real") as file:
+        raise OSError("broken off")
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "real"]
+    assert (tmp_path / "real").read_text() == "after"
+
+
+def test_names_of_any_bytes_are_sent_as_they_are() -> None:
+    odd = os.fsdecode(b"/a\xff")
+    assert calls.read_file("/f", odd, "root").query["pathBase64"] == "L2H/"
+    assert calls.transfer("/f", "move", odd, "b", "root", overwrite=False).body == {
+        "fromBase64": "L2H/", "to": "b", "overwrite": False, "user": "root",
+    }  # fmt: skip
+    assert calls.sandbox_path(os.fsdecode(b"\xff")) == "/v1/sandboxes/%FF"
+    for seconds in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="time-out"):
+            calls.milliseconds(seconds)
 
 
 def test_a_language_that_is_not_there_is_refused() -> None:

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,3 +165,45 @@ def test_a_configuration_that_is_missing_or_broken_is_told_in_a_sentence(
     assert code == 1
     assert words in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("sandbox", "exec", "--timeout", "inf", "x", "y"), "time-out"),
+        (("sandbox", "exec", "--timeout", "nan", "-i", "x", "y"), "time-out"),
+        (("run", "--timeout", "-1", "x"), "time-out"),
+        (("sandbox", "get", "\udcff"), "cannot reach"),
+        (("sandbox", "exec", "x", "\udcff"), "cannot reach"),
+        (("login", "--key", ""), "API key"),
+        (("login", "--url", "http://localhost:80a", "--key", "k"), "cannot connect"),
+        (("mcp", "--http", "--port", "99999"), "65535"),
+        (("run", "--"), "Missing argument"),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("SANDYARD_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("SANDYARD_API_KEY", "rt_live_x")
+    code, _, told = run_main(monkeypatch, capsys, *words)
+    assert code in (1, 2)
+    assert said in " ".join(told.split()), told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_breaks_nothing(closed: str, tmp_path: Path) -> None:
+    sandyard = Path(sys.executable).parent / "sandyard"
+    done = subprocess.run(
+        ["bash", "-c", f"exec 3>&2; {sandyard} sandbox list {closed}; echo $? >&3"],
+        env={"XDG_CONFIG_HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert done.stderr.rstrip().endswith("1")

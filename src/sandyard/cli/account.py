@@ -34,9 +34,9 @@ def login(
         key = typer.prompt("API key", hide_input=True) if is_asked else sys.stdin.readline()
     config = find_config(key.strip(), url)
     with Sandyard(config.api_key, config.url) as client:
-        me = client.ask("GET", "/v1/me")["data"]
+        email = client.ask("GET", "/v1/me")["data"]["email"]
     path = write_config(ClientConfig(config.url, config.api_key))
-    typer.echo(plain(f"you are {me['email']} at {config.url}; that is kept in {path}"))
+    typer.echo(plain(f"you are {email} at {config.url}; that is kept in {path}"))
 
 
 def logout() -> None:

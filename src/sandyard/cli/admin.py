@@ -22,7 +22,9 @@ app.add_typer(org, name="org")
 app.add_typer(user, name="user")
 app.add_typer(key, name="key")
 # What is read by a program is not cut off at a terminal's width.
-out = Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False)
+out = Console(
+    width=None if sys.stdout and sys.stdout.isatty() else 250, highlight=False, markup=False
+)
 
 Org = Annotated[str, typer.Argument(help="The organization's id or slug.", metavar="ORG")]
 Who = Annotated[str, typer.Argument(help="The user's e-mail address or id.", metavar="USER")]

@@ -15,7 +15,7 @@ def mcp(
         bool, typer.Option("--http", help="Serve streamable HTTP at /mcp instead of stdio.")
     ] = False,
     host: Annotated[str, typer.Option(help="With --http, the address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="With --http, the port.")] = 8765,
+    port: Annotated[int, typer.Option(help="With --http, the port.", min=1, max=65535)] = 8765,
 ) -> None:
     """Serve sandboxes to an agent: it creates them, runs commands and code, works with their files.
 
@@ -39,7 +39,7 @@ async def _serve(module: Any, *, http: bool, host: str, port: int) -> None:
             await server.run_stdio_async()
             return
         uvicorn = importlib.import_module("uvicorn")
-        app = module.guarded(server.streamable_http_app(host=host), yard.config.api_key)
+        app = module.guarded(module.http_app(server), yard.config.api_key)
         typer.echo(f"serving on http://{host}:{port}/mcp", err=True)
         await uvicorn.Server(
             uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)

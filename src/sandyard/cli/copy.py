@@ -1,6 +1,7 @@
 """`sandyard cp` and `sandyard run`: files in and out, and one command in a sandbox of its own."""
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,9 +14,10 @@ from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, T
 
 from sandyard.cli.output import write_raw
 from sandyard.cli.sandbox import open_client
-from sandyard.cli.terminal import CUT
-from sandyard.client import ApiError, Exited, Lost, Printed, Process, Sandyard
+from sandyard.cli.terminal import CUT, leave
+from sandyard.client import ApiError, Exited, Lost, Printed, Process, Sandbox, Sandyard
 from sandyard.client.archives import Progress as Told
+from sandyard.client.calls import milliseconds
 
 _LANGUAGES = {".py": "python3", ".js": "node", ".mjs": "node", ".sh": "bash"}
 _WORKSPACE = PurePosixPath("/workspace")
@@ -95,18 +97,26 @@ def run(
     (.py, .js, .sh, or any with a first line that says what runs it) is copied there first.
     """
     command = command[1:] if command[0] == "--" else command
+    limit = milliseconds(timeout)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
     with open_client() as client:
-        sandbox = client.create(template, wait_s=60)
-        try:
-            line = _line(client, sandbox.id, command)
-            process = client.processes(sandbox.id).start(line, timeout=round(timeout * 1000))
-            code = _pass_on(process, raw=raw)
-        finally:
-            if not keep:
-                client.delete(sandbox.id)
-    if keep:
-        typer.echo(f"the sandbox is {sandbox.id}", err=True)
+        if keep:
+            sandbox = client.create(template)
+            code = _run_in(client, sandbox, command, limit, raw=raw)
+            typer.echo(f"the sandbox is {sandbox.id}", err=True)
+        else:
+            with Sandbox.create(template, client=client) as sandbox:
+                code = _run_in(client, sandbox, command, limit, raw=raw)
     raise typer.Exit(code)
+
+
+def _run_in(
+    client: Sandyard, sandbox: Sandbox, command: list[str], limit_ms: int, *, raw: bool
+) -> int:
+    line = _line(client, sandbox.id, command)
+    process = client.processes(sandbox.id).start(line, timeout=limit_ms)
+    return _pass_on(process, raw=raw)
 
 
 def _line(client: Sandyard, reference: str, command: list[str]) -> str | list[str]:

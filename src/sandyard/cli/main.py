@@ -55,6 +55,10 @@ def _main(
 
 def main() -> None:
     """Run the command line; errors come out as one sentence and exit code 1."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # it was started with that closed
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(os.dup2(descriptor, number), "w" if number else "r"))
     try:
         app()
     except ApiError as error:
@@ -65,13 +69,14 @@ def main() -> None:
         _fail(str(error))
     except server.server_errors() as error:
         _fail(str(error))
-    except BrokenPipeError:  # whoever read this has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # a file of this computer that cannot be read or written
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:
+        _fail(str(error))
+    except (KeyError, TypeError, IndexError):
+        _fail("the server's answer makes no sense: does SANDYARD_URL lead to Sandyard?")
 
 
 def _fail(message: str) -> None:

@@ -5,8 +5,10 @@ move a terminal's cursor is shown as an escape.
 """
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -26,6 +28,17 @@ def plain(text: str) -> str:
     )
 
 
+@contextmanager
+def _until_seen_enough() -> Iterator[None]:
+    """End this command well where whoever reads what it prints has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table; in a pipe, a line a row with tabs between, and nothing cut off.
 
@@ -33,8 +46,9 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """
     shown = [[plain(cell).replace("\t", " ").replace("\n", " ") for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        for row in (columns, *shown):
-            typer.echo("\t".join(row))
+        with _until_seen_enough():
+            for row in (columns, *shown):
+                typer.echo("\t".join(row))
         return
     table = Table(box=None)
     for number, column in enumerate(columns):
@@ -46,7 +60,8 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Print JSON: one object, or a list of them."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=not sys.stdout.isatty()))
+    with _until_seen_enough():
+        typer.echo(json.dumps(value, indent=2, ensure_ascii=not sys.stdout.isatty()))
 
 
 def for_each(references: Sequence[str], work: Callable[[str], str]) -> None:
@@ -72,8 +87,9 @@ def write_raw(stream: Any, data: bytes, *, raw: bool) -> None:
 
     What a hostile program prints could otherwise retitle, clear or answer for a terminal.
     """
-    if raw or not stream.isatty():
-        stream.buffer.write(data)
-    else:
-        stream.write(plain(data.decode(errors="replace").replace("\r\n", "\n")))
-    stream.flush()
+    with _until_seen_enough():
+        if raw or not stream.isatty():
+            stream.buffer.write(data)
+        else:
+            stream.write(plain(data.decode(errors="replace").replace("\r\n", "\n")))
+        stream.flush()

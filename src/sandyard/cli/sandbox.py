@@ -1,14 +1,16 @@
 """`sandyard sandbox …`: what a user does with sandboxes."""
 
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
 from sandyard.cli.output import for_each, plain, show_json, show_table, write_raw
 from sandyard.cli.terminal import CUT, run_attached
-from sandyard.client import ConfigError, Sandbox, Sandyard, SandyardError
+from sandyard.client import ConfigError, NotReadyError, Sandbox, Sandyard, SandyardError
 
 app = typer.Typer(help="Create, use and delete sandboxes.", no_args_is_help=True)
 _BROKEN = ("failed", "error")
@@ -113,7 +115,10 @@ def create(
     }  # fmt: skip
     options |= {key: value for key, value in given.items() if value is not None}
     with open_client() as client:
+        until = time.monotonic() + wait
         sandbox = client.create(template, wait_s=wait, **options)
+        with suppress(NotReadyError):  # what became of it is shown
+            sandbox.wait_until_ready(until - time.monotonic())
     _show_one(sandbox, as_json=as_json)
     if sandbox.status in _BROKEN:
         raise typer.Exit(1)

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 import typer
 
 from sandyard.cli.output import write_raw
-from sandyard.client import Exited, Lost, Printed, Sandyard, SandyardError
+from sandyard.client import Exited, Lost, Printed, Sandyard, SandyardError, TransferError
 from sandyard.client.attach import Attachment
+from sandyard.client.calls import milliseconds
 
 SHELL = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -l; fi"
 _READ = 16 * 1024
@@ -38,20 +39,16 @@ def run_attached(
     With `has_terminal` it runs on a terminal of this one's size, which is this one: keys go there
     as they are, Ctrl-C too. With `has_input` it reads what this command reads.
     """
-    options: dict[str, object] = {"cwd": cwd, "user": user, "stdin": has_input or has_terminal}
-    if has_terminal:
-        size = shutil.get_terminal_size()
-        options["pty"] = {"cols": size.columns, "rows": size.lines}
-        options["env"] = {"TERM": os.environ.get("TERM", "xterm-256color")}
-    if timeout_s is not None:
-        options["timeout"] = round(timeout_s * 1000)
+    options = _options(
+        has_terminal=has_terminal, has_input=has_input, cwd=cwd, user=user, timeout_s=timeout_s
+    )
     line = command[0] if len(command) == 1 else list(command) or SHELL
     process = client.processes(reference).start(line, **options)
     code: int | None = None
     lost, is_told = 0, False
     try:
         with (
-            Attachment(client.config, process.path) as attached,
+            Attachment(client.config, process.path, exact=not has_terminal) as attached,
             _passed_on(attached, has_terminal=has_terminal),
         ):
             if has_input or has_terminal:
@@ -67,8 +64,9 @@ def run_attached(
                         code = event.exit_code
                         if event.timed_out:
                             typer.echo("the command was ended: its time was over", err=True)
-    except SandyardError:
-        is_told = True  # paused, say, or gone: to end what runs there would resume it
+    except SandyardError as error:
+        # Paused, say, or gone: to end what runs there would resume it.
+        is_told = not isinstance(error, TransferError)
         raise
     finally:
         if code is None and not is_told:  # nobody else would ever end it
@@ -79,11 +77,28 @@ def run_attached(
     return code or (CUT if lost else 0)
 
 
+def _options(
+    *, has_terminal: bool, has_input: bool, cwd: str, user: str, timeout_s: float | None
+) -> dict[str, object]:
+    """Return what the command is started with."""
+    options: dict[str, object] = {"cwd": cwd, "user": user, "stdin": has_input or has_terminal}
+    if has_terminal:
+        size = shutil.get_terminal_size()
+        options["pty"] = {"cols": size.columns, "rows": size.lines}
+        options["env"] = {"TERM": os.environ.get("TERM", "xterm-256color")}
+    if timeout_s is not None:
+        options["timeout"] = milliseconds(timeout_s)
+    return options
+
+
 def _pass_on(attached: Attachment) -> None:
     """Pass on this command's input, and its end."""
-    with suppress(SandyardError, OSError):
-        while data := os.read(0, _READ):
-            attached.write(data)
+    with suppress(SandyardError):
+        try:
+            while data := os.read(0, _READ):
+                attached.write(data)
+        except OSError:
+            pass  # there is none
         attached.end()
 
 
@@ -91,6 +106,11 @@ def _beside(work: Callable[..., object], *arguments: object) -> None:
     """Do something in a thread that keeps nothing from ending. From the handler of a signal, too:
     whatever the signal came amid may hold the locks that sending takes."""
     threading.Thread(target=work, args=arguments, daemon=True).start()
+
+
+def leave(number: int, _: object) -> None:
+    """End this command, and what it has to give back, for a signal."""
+    sys.exit(128 + number)
 
 
 @contextmanager
@@ -104,9 +124,6 @@ def _passed_on(attached: Attachment, *, has_terminal: bool) -> Iterator[None]:
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _beside(_interrupt, attached)
-
-    def leave(number: int, _: object) -> None:
-        sys.exit(128 + number)
 
     number, handler = (signal.SIGWINCH, resize) if has_terminal else (signal.SIGINT, interrupt)
     handlers: dict[int, Callable[[int, object], object]] = {

@@ -12,25 +12,34 @@ from websockets.sync.client import ClientConnection, connect
 
 from sandyard.client.calls import refusal_of
 from sandyard.client.config import ClientConfig
-from sandyard.client.errors import ConnectionFailedError, error_of
+from sandyard.client.errors import ConnectionFailedError, TransferError, error_of
 from sandyard.client.models import Exited, Lost, Printed, ProcessEvent
 
 _STREAMS = {1: "stdout", 2: "stderr", 4: "terminal"}
 _AGAIN_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 _OPEN_S = 10.0
+_SILENT_S = 50.0  # a server that lives says so every 15
+_LIVED_S = 5.0
 _PIECE = 64 * 1024
 
 
 class Attachment:
-    """See the module. Take `events` in one thread; everything else may be done in others."""
+    """See the module. Take `events` in one thread; everything else may be done in others.
 
-    def __init__(self, config: ClientConfig, process_path: str, offset: int = 0) -> None:
+    With `exact`, input that may have been lost with a connection ends it all: it cannot be told
+    whether the process has it. Keys that somebody presses they press again.
+    """
+
+    def __init__(self, config: ClientConfig, process_path: str, *, exact: bool) -> None:
         scheme, _, rest = config.url.partition("://")
         self._url = f"{'wss' if scheme == 'https' else 'ws'}://{rest}{process_path}/attach"
         self._headers = {"Authorization": f"Bearer {config.api_key}"}
-        self._offset = offset
+        self._exact = exact
+        self._offset = 0
         self._socket: ClientConnection | None = None
         self._is_there = threading.Event()
+        self._is_over = threading.Event()
+        self._sent = self._taken = 0
 
     def __enter__(self) -> Self:
         """Connect.
@@ -44,6 +53,7 @@ class Attachment:
 
     def __exit__(self, *_: object) -> None:
         """Let go of it; the process goes on."""
+        self._is_over.set()
         if self._socket is not None:
             self._socket.close()
 
@@ -53,10 +63,12 @@ class Attachment:
 
         Raises:
             ApiError: its sandbox was paused or ended, or the key was revoked.
+            TransferError: input was lost, and that matters.
             ConnectionFailedError: the server cannot be reached for several seconds.
         """
         breaks = 0
         while True:
+            since = time.monotonic()
             try:
                 for event in self._heard():
                     breaks = 0
@@ -66,7 +78,14 @@ class Attachment:
                 trouble: Exception = ConnectionFailedError("the server broke off")
             except ConnectionFailedError as error:
                 trouble = error
+            if self._is_there.is_set() and time.monotonic() - since > _LIVED_S:
+                breaks = 0
             self._is_there.clear()
+            if self._exact and self._sent > self._taken:
+                raise TransferError(
+                    "the connection broke while input was on its way: whether the command has it "
+                    "cannot be told, and it was ended"
+                )
             if breaks == len(_AGAIN_S):
                 raise ConnectionFailedError(str(trouble)) from trouble
             time.sleep(_AGAIN_S[breaks])
@@ -77,7 +96,9 @@ class Attachment:
     def write(self, data: bytes) -> None:
         """Write to its input."""
         for start in range(0, len(data), _PIECE):
-            self._send(data[start : start + _PIECE])
+            piece = data[start : start + _PIECE]
+            self._sent += len(piece)
+            self._send(piece)
 
     def end(self) -> None:
         """End its input."""
@@ -111,6 +132,7 @@ class Attachment:
             raise refused from error
         except (OSError, WebSocketException, TimeoutError) as error:
             raise ConnectionFailedError(f"cannot reach {self._url}: {error}") from error
+        self._sent = self._taken = 0
         self._is_there.set()
 
     def _heard(self) -> Iterator[ProcessEvent]:
@@ -118,13 +140,14 @@ class Attachment:
         if socket is None or not self._is_there.is_set():
             return
         try:
-            for message in socket:
+            while True:
+                message = socket.recv(timeout=_SILENT_S)
                 if isinstance(message, bytes):
                     self._offset += len(message) - 1
                     yield Printed(_STREAMS.get(message[0], "stdout"), message[1:])
                 elif (event := self._told(json.loads(message))) is not None:
                     yield event
-        except ConnectionClosed:
+        except (ConnectionClosed, TimeoutError):
             return
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ConnectionFailedError("what the server sends makes no sense") from error
@@ -134,6 +157,9 @@ class Attachment:
             case "attached":
                 self._offset = said["offset"]
                 return Lost(said["lost"]) if said["lost"] else None
+            case "taken":
+                self._taken = said["bytes"]
+                return None
             case "exit":
                 return Exited(said["exitCode"], said["signal"], said["timedOut"])
             case "error":
@@ -145,9 +171,15 @@ class Attachment:
                 return None
 
     def _send(self, message: bytes | str) -> None:
-        if not self._is_there.wait(sum(_AGAIN_S)) or self._socket is None:
-            raise ConnectionFailedError("the connection to the process is broken")
-        try:
-            self._socket.send(message)
-        except ConnectionClosed as error:
-            raise ConnectionFailedError("the connection to the process is broken") from error
+        """Send a message, once there is a connection to send it over."""
+        while not self._is_over.is_set():
+            if not self._is_there.wait(1.0) or self._socket is None:
+                continue
+            try:
+                self._socket.send(message)
+                return
+            except ConnectionClosed:
+                if self._exact:
+                    return  # whoever hears learns of it, and ends it
+                # Until that was noticed; then it goes over the next connection.
+                time.sleep(_AGAIN_S[0])

@@ -53,7 +53,7 @@ def find_config(api_key: str | None, base_url: str | None) -> ClientConfig:
             "no server is configured; run scripts/up, or set SANDYARD_URL and SANDYARD_API_KEY"
         )
     url = base_url or (known.url if known else None) or os.environ.get("SANDYARD_URL")
-    key = api_key or (known.api_key if known else None)
+    key = api_key if api_key is not None else (known.api_key if known else None)
     if url is None or key is None:
         raise ConfigError("no server is configured; set SANDYARD_URL, or give its URL")
     return _checked(url, key)

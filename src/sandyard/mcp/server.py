@@ -1,5 +1,6 @@
 """The MCP server: a few tools over the SDK, each bounded, each error a sentence for a model."""
 
+import codecs
 import functools
 import hmac
 from collections import OrderedDict
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.transport_security import TransportSecuritySettings
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,6 +25,7 @@ SHOWN_MAX = 30_000
 READ_MAX = 100_000
 _WRITTEN_MAX = 3_000_000
 _ENTRIES_MAX = 500
+_BOXES_MAX = 200
 _TIMEOUT_MAX_S = 3600.0
 _KEPT_MAX = 64
 _P = ParamSpec("_P")
@@ -104,14 +107,15 @@ class Hands:
     async def _box(self, reference: str) -> AsyncSandbox:
         known = self._boxes.get(reference)
         if known is None:
-            known = await AsyncSandbox.connect(reference, client=self._yard)
-            self._keep(known)
-        else:
-            self._boxes.move_to_end(reference)
+            found = await AsyncSandbox.connect(reference, client=self._yard)
+            # Kept by its id, whatever it was asked for by: one interpreter a sandbox.
+            known = self._boxes.setdefault(found.id, found)
+        self._keep(known)
         return known
 
     def _keep(self, box: AsyncSandbox) -> None:
         self._boxes[box.id] = box
+        self._boxes.move_to_end(box.id)
         while len(self._boxes) > _KEPT_MAX:
             self._boxes.popitem(last=False)
 
@@ -132,8 +136,13 @@ class Hands:
         return _told(box)
 
     async def list_sandboxes(self) -> list[Box]:
-        """List the sandboxes that there are, newest first."""
-        return [_told(one) async for one in self._yard.list()]
+        """List the sandboxes that there are, newest first: 200 of them at most."""
+        found: list[Box] = []
+        async for one in self._yard.list():
+            found.append(_told(one))
+            if len(found) == _BOXES_MAX:
+                break
+        return found
 
     async def run_command(
         self,
@@ -182,19 +191,19 @@ class Hands:
     ) -> FileText:
         """Read a text file, at most 100 000 bytes of it."""
         box = await self._box(sandbox)
-        data, size = bytearray(), (await box.files.info(path)).size
-        passed = 0
-        async for piece in box.files.read_pieces(path):
-            begin = max(0, offset - passed)
-            passed += len(piece)
-            data += piece[begin : begin + READ_MAX - len(data)]
-            if len(data) >= READ_MAX:
+        data, size = b"", (await box.files.info(path)).size
+        async for piece in box.files.read_pieces(path, offset=offset, length=READ_MAX):
+            data = (data + piece)[:READ_MAX]
+            if len(data) == READ_MAX:
                 break
         if b"\0" in data[:8192]:
             raise ToolError(f"{path} is no text: {size} bytes; use run_command or get_file_url")
-        end = offset + len(data)
+        # A character that is cut in two begins the next part.
+        whole = codecs.getincrementaldecoder("utf-8")("replace")
+        text = whole.decode(data, final=len(data) < READ_MAX)
+        end = offset + len(data) - len(whole.getstate()[0])
         return FileText(
-            text=data.decode(errors="replace"),
+            text=text,
             size=size,
             next_offset=end if end < size else None,
         )
@@ -281,6 +290,14 @@ def make_server(yard: AsyncSandyard, *, version: str) -> MCPServer[None]:
     for name in TOOLS:
         server.add_tool(_told_plainly(getattr(hands, name)), name=name)
     return server
+
+
+def http_app(server: MCPServer[None]) -> ASGIApp:
+    """Return the server over streamable HTTP. Whoever asks shows a key, so that a page in a browser
+    cannot; the library's own check of host names would refuse those of a proxy in front."""
+    off = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+    app: ASGIApp = server.streamable_http_app(transport_security=off)
+    return app
 
 
 def guarded(app: ASGIApp, key: str) -> ASGIApp:
