@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
 import pytest
 from tests.conftest import free_port
 from tests.support.door import Door, door
@@ -286,6 +287,19 @@ async def test_a_piece_of_code_is_run_once_or_told_of() -> None:
         assert [one.split(b" ")[1].rpartition(b"/")[2] for one in asked] == [
             b"x", b"processes", b"stdin",
         ]  # fmt: skip
+
+
+async def test_what_was_begun_is_ended_whoever_cancels_it(opened: Door) -> None:
+    async with async_yard_of(opened) as yard:
+        box = await yard.create()
+        with anyio.move_on_after(0.3):
+            async for _ in box.run("hang"):
+                pass
+        assert [one.status for one in await box.processes.list()] == ["exited"]
+        with anyio.move_on_after(0.3):
+            async with await AsyncSandbox.create(client=yard):
+                await anyio.sleep(60)
+        assert [one.id async for one in yard.list()] == [box.id]
 
 
 async def test_a_cancelled_copy_ends_with_the_piece_that_is_on_its_way(

@@ -29,6 +29,7 @@ from sandyard.client.processes import AsyncProcess, AsyncProcesses
 from sandyard.client.streams import Statuses
 from sandyard.client.transport import AsyncTransport
 
+_MOMENT_S = 5.0
 _ENDING: set[asyncio.Task[None]] = set()
 """What is given back, until it is: a task that nobody holds may be forgotten."""
 
@@ -479,13 +480,22 @@ async def _to_the_end(
     """Do what gives something back, whatever is being cancelled meanwhile; what the server says to
     it is not told, or with `also` not all of it.
 
-    A task of its own: where a scope is cancelled (anyio), every wait in it is broken off at once.
+    A task of its own: where a scope is cancelled (anyio), every wait in it is broken off, again
+    and again. It is waited for all the same, for a moment, and goes on after that.
     """
     doing = asyncio.get_running_loop().create_task(work)
     _ENDING.add(doing)
     doing.add_done_callback(_ENDING.discard)
-    with suppress(also):
-        await asyncio.shield(doing)
+    until: float | None = None
+    while not doing.done() and (until is None or time.monotonic() < until):
+        try:
+            await asyncio.wait([doing], timeout=None if until is None else 0.1)
+        except asyncio.CancelledError:
+            until = until or time.monotonic() + _MOMENT_S
+    if doing.done() and (error := doing.exception()) and not isinstance(error, also):
+        raise error
+    if until is not None:
+        raise asyncio.CancelledError
 
 
 async def _feed(process: AsyncProcess, stdin: str | bytes) -> None:
