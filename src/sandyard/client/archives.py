@@ -1,6 +1,7 @@
 """Files and folders of this computer, as streams of bytes: packed as they are read, and unpacked
 without trust."""
 
+import itertools
 import os
 import stat
 import tarfile
@@ -29,6 +30,12 @@ def unpack(pieces: Iterator[bytes], target: Path, what: str) -> None:
             archive.extractall(target, filter="data")
     except tarfile.TarError as error:
         raise TransferError(f"cannot copy {what} here: {error}") from error
+
+
+def begun(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Return pieces of which the first is there, so that whatever refuses them has done so."""
+    first = list(itertools.islice(pieces, 1))
+    return itertools.chain(first, pieces)
 
 
 @contextmanager

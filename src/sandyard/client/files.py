@@ -130,9 +130,14 @@ class Files:
             OSError: it cannot be written here.
         """
         target = Path(local)
-        if not self.info(path).is_folder:
+        try:
+            pieces = archives.begun(self.read_pieces(path))
+        except ApiError as error:
+            if error.details.get("reason") != "is_a_folder":
+                raise
+        else:
             with archives.written(target) as file:
-                for piece in archives.told(self.read_pieces(path), on_progress):
+                for piece in archives.told(pieces, on_progress):
                     file.write(piece)
             return
         call = calls.read_file(f"{self._path}/archive", path, self._user)
