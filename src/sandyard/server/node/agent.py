@@ -14,22 +14,17 @@ from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import Opened
 from sandyard.server.core.errors import (
-    AlreadyExistsError,
     ConflictError,
     InternalError,
     InvalidArgumentError,
-    NotFoundError,
-    PermissionDeniedError,
     UnavailableError,
     UnsupportedError,
 )
 from sandyard.server.core.ops import AnswerT, Execute, Operation, answer_of, request_of
+from sandyard.server.core.refusals import meaning_of
 from sandyard.server.core.wire import Answer, Decoder, Refusal, WireError, encode_request
 
 _READ = 128 * 1024
-_REASONS = frozenset(Refusal) - {
-    Refusal.UNAUTHORIZED, Refusal.UNSUPPORTED, Refusal.BAD_REQUEST,
-}  # fmt: skip
 _GRACE_S = 5.0
 _SPARE_S = 60.0  # well within the time for which the agent waits for a first word
 Dial = Callable[[float], Awaitable[socket.socket]]
@@ -228,30 +223,15 @@ def _refuse(said: Answer, *, is_told: bool) -> None:
     Only whoever asked for a user `is_told` why: a guest must not choose what becomes of its node's
     own work.
     """
-    if said.error in _REASONS and not is_told:
-        raise InvalidArgumentError(said.message or "the agent refused")
     match said.error:
         case None:
             return
         case Refusal.UNAUTHORIZED:
             raise InternalError("cannot use the agent: it does not accept the token")
-        case Refusal.ABSENT:
-            message = said.message or "there is no such thing in the sandbox"
-            raise NotFoundError(message, reason=said.error)
-        case Refusal.CONFLICT:
-            raise ConflictError(said.message or "not in the state that it is in", reason=said.error)
-        case Refusal.EXISTS:
-            raise AlreadyExistsError(said.message or "it exists", reason=said.error)
-        case Refusal.DENIED:
-            raise PermissionDeniedError(said.message or "it is denied", reason=said.error)
-        case Refusal.NO_SPACE:
-            raise ConflictError(said.message or "the disk is full", reason=said.error)
-        case Refusal.IS_A_FOLDER | Refusal.NOT_A_FOLDER:
-            raise InvalidArgumentError(
-                said.message or "it is not what it was taken for", field="path", reason=said.error
-            )
         case Refusal.UNSUPPORTED:
             raise UnsupportedError(said.message or "the agent does not know the operation")
+        case _ if is_told:
+            raise meaning_of(said.error, said.message)
         case _:
             raise InvalidArgumentError(said.message or "the agent refused")
 

@@ -590,8 +590,6 @@ def _paths_of(wish: ops.FileOperation) -> tuple[bytes, ...]:
 
 def _trouble_of(error: OSError, path: bytes) -> ops.FileTrouble:
     """Return what went wrong, as it is told."""
-    if isinstance(error, shutil.Error):  # several, of which the first tells enough
-        return ops.FileTrouble(wire.Refusal.BAD_REQUEST.value, f"cannot copy {_shown(path)} whole")
     code = _CODES.get(error.errno or 0, wire.Refusal.BAD_REQUEST)
     named = error.filename2 or error.filename
     which = os.fsencode(named) if isinstance(named, bytes | str) else path

@@ -16,17 +16,13 @@ from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
-    AlreadyExistsError,
-    ConflictError,
     InternalError,
     InvalidArgumentError,
-    NotFoundError,
-    PermissionDeniedError,
-    SandyardError,
     UnavailableError,
 )
 from sandyard.server.core.ops import FileChange, FileEnd, FileFact, FileOperation
-from sandyard.server.core.wire import FRAME_MAX, Channel, Frame, printable
+from sandyard.server.core.refusals import meaning_of
+from sandyard.server.core.wire import FRAME_MAX, Channel, Frame, Refusal, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.frames import STILL_S, Open, frames_of, send, told
 from sandyard.server.service.sandboxes.reach import Reach, Use
@@ -58,24 +54,6 @@ _USES: dict[type[FileOperation], Use] = {
 }
 
 
-def trouble_of(error: str, message: str) -> SandyardError:
-    """Return what a refusal of a guest's file system means to a caller; `reason` tells which."""
-    message = printable(message[:600])
-    match error:
-        case "absent":
-            return NotFoundError(message, reason=error)
-        case "exists":
-            return AlreadyExistsError(message, reason=error)
-        case "denied":
-            return PermissionDeniedError(message, reason=error)
-        case "no_space" | "conflict":
-            return ConflictError(message, reason=error)
-        case "is_a_folder" | "not_a_folder":
-            return InvalidArgumentError(message, field="path", reason=error)
-        case _:
-            return InvalidArgumentError(message, field="path")
-
-
 @dataclass(frozen=True)
 class Listing:
     """What is in a folder, by path; `is_cut` if there is more than was asked for."""
@@ -96,7 +74,7 @@ class Reading:
         """Yield the file's bytes, `limit` of them and no more if given.
 
         Raises:
-            SandyardError: it could not be read to its end; see `trouble_of`.
+            SandyardError: it could not be read to its end; see `meaning_of`.
             UnavailableError, ConflictError: the sandbox or its agent ended.
         """
         left = limit
@@ -246,7 +224,8 @@ class Files:
         """Read a folder as a tar archive, with the sandbox's own tar. See `ask`."""
         fact = await self.ask(actor, reference, ops.Stat(path, user))
         if fact is None or fact.kind is not ops.FileKind.FOLDER:
-            raise trouble_of("not_a_folder", f"{path.decode(errors='replace')}: not a folder")
+            shown = printable(path.decode(errors="replace")[:500])
+            raise meaning_of(Refusal.NOT_A_FOLDER, f"{shown}: not a folder")
         wish = _tar(path, "-cf - .", user)
         use = replace(_USES[ops.Read], attributes=_told(path, user))
         async with AsyncExitStack() as held:
@@ -363,7 +342,7 @@ def _checked_end(frame: Frame) -> FileEnd:
     """Return how an operation ended; raise what was wrong with it."""
     end = told(FileEnd, frame)
     if end.trouble is not None:
-        raise trouble_of(end.trouble.error, end.trouble.message)
+        raise meaning_of(end.trouble.error, printable(end.trouble.message[:600]))
     return end
 
 

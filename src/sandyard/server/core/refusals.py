@@ -1,0 +1,43 @@
+"""What the reasons for which an agent does not do something mean to whoever asked for it."""
+
+from sandyard.server.core.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    SandyardError,
+)
+from sandyard.server.core.wire import Refusal
+
+REASONS = frozenset(Refusal) - {
+    Refusal.UNAUTHORIZED, Refusal.UNSUPPORTED, Refusal.BAD_REQUEST,
+}  # fmt: skip
+"""Those of which a caller is told the name."""
+_SAID_NOTHING = {
+    Refusal.ABSENT: "there is no such thing in the sandbox",
+    Refusal.EXISTS: "it exists",
+    Refusal.DENIED: "it is denied",
+    Refusal.NO_SPACE: "the disk is full",
+    Refusal.CONFLICT: "it is not in the state for that",
+}
+
+
+def meaning_of(reason: str, message: str) -> SandyardError:
+    """Return the error that a refusal is to a caller; `facts` have the `reason` where it has a
+    name, and the message is the agent's own where it gave one."""
+    known = next((one for one in REASONS if one.value == reason), None)
+    if known is None:
+        return InvalidArgumentError(message or "the agent refused")
+    message = message or _SAID_NOTHING.get(known, "it is not what it was taken for")
+    match known:
+        case Refusal.ABSENT:
+            return NotFoundError(message, reason=known.value)
+        case Refusal.EXISTS:
+            return AlreadyExistsError(message, reason=known.value)
+        case Refusal.DENIED:
+            return PermissionDeniedError(message, reason=known.value)
+        case Refusal.NO_SPACE | Refusal.CONFLICT:
+            return ConflictError(message, reason=known.value)
+        case _:
+            return InvalidArgumentError(message, field="path", reason=known.value)
