@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,8 +14,14 @@ import pytest
 from tests.support.door import BRIEF, SOON_S, Door, door
 from tests.support.house import Yard, eventually, until
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as websocket_server
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from sandyard.client import Exited, TransferError, calls
+from sandyard.client.attach import Attachment
+from sandyard.client.config import ClientConfig
+from sandyard.client.models import ProcessEvent
 from sandyard.server.api import events
 
 QUIET = ("alive", "taken")
@@ -353,3 +360,80 @@ async def test_sockets_are_counted_at_the_door(tmp_path: Path) -> None:
 async def is_unused(yard: Yard, box: Mapping[str, object]) -> bool:
     machines = (await yard.house.node.report()).machines
     return not any(one.is_used for one in machines if one.sandbox_id == box["id"])
+
+
+async def test_much_input_that_comes_back_stops_nothing(opened: Door) -> None:
+    box = await opened.yard.create()
+    pid = await started(opened.yard, box, command="cat", stdin=True)
+    config = ClientConfig(f"http://127.0.0.1:{opened.port}", opened.yard.key)
+    path = f"/v1/sandboxes/{box['id']}/processes/{pid}"
+
+    def echo() -> tuple[int, ProcessEvent | None]:
+        count, last = 0, None
+        with Attachment(config, path, exact=True) as there:
+
+            def feed() -> None:
+                for _ in range(24):
+                    there.write(bytes(2**20))
+                there.end()
+
+            feeding = threading.Thread(target=feed)
+            feeding.start()
+            for last in there.events():
+                count += calls.length_of(last)
+            feeding.join()
+        return count, last
+
+    async with asyncio.timeout(SOON_S):
+        count, last = await asyncio.to_thread(echo)
+    assert (count, last) == (24 * 2**20, Exited(0, None, False))
+
+
+async def test_a_reader_who_is_late_may_ping(opened: Door) -> None:
+    box = await opened.yard.create()
+    pid = await started(opened.yard, box, command="cat", stdin=True)
+    async with attached(opened, url_of(opened, box, pid), max_queue=1) as socket:
+        for _ in range(12):
+            await socket.send(bytes(2**20))
+        await socket.ping()
+        await socket.send('{"type": "end"}')
+        said = await heard(socket)
+    assert said[-1]["type"] == "exit"
+    assert socket.close_code == 1000
+
+
+async def test_input_goes_on_after_a_break_only_where_nothing_of_it_can_be_lost() -> None:
+    ends: list[str] = []
+
+    async def serve(socket: ServerConnection) -> None:
+        await socket.send('{"type": "attached", "pid": 1, "offset": 0, "lost": 0}')
+        taken = 0
+        async for message in socket:
+            if isinstance(message, str):
+                ends.append(message)
+                if len(ends) == 2:
+                    await socket.send(
+                        '{"type": "exit", "exitCode": 0, "signal": null, "timedOut": false}'
+                    )
+                return
+            taken += len(message)
+            if message == b"lost":
+                return
+            await socket.send(json.dumps({"type": "taken", "bytes": taken}))
+
+    async with websocket_server(serve, "127.0.0.1", 0) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        config = ClientConfig(f"http://127.0.0.1:{port}", "rt_live_x")
+
+        def run(*pieces: bytes) -> list[ProcessEvent]:
+            with Attachment(config, "/p", exact=True) as there:
+                for piece in pieces:
+                    there.write(piece)
+                threading.Timer(0.2, there.end).start()
+                return list(there.events())
+
+        # The end was not heard of: it is told again over the next connection.
+        assert await asyncio.to_thread(run, b"all of it") == [Exited(0, None, False)]
+        assert len(ends) == 2
+        with pytest.raises(TransferError, match="on its way"):
+            await asyncio.to_thread(run, b"lost")

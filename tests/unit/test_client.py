@@ -354,6 +354,14 @@ def test_a_child_of_a_piece_answers_nobody() -> None:
     with Interpreter("python").running() as python:
         text = "import os, sys\nif os.fork() == 0: sys.exit()\nos.wait()[1]"
         assert python.run(text).value == "0"
+        for what, ended in (
+            ("sys.exit(3)", 3),
+            ("1/0", 1),
+            ("sys.exit('why')", 1),
+            ("sys.exit()", 0),
+        ):
+            text = f"if os.fork() == 0: {what}\nos.waitstatus_to_exitcode(os.wait()[1])"
+            assert python.run(text).value == str(ended), what
         assert python.run("6 * 7").value == "42"
 
 
@@ -406,6 +414,16 @@ def test_what_is_downloaded_is_written_where_it_belongs(tmp_path: Path) -> None:
         raise OSError("broken off")
     assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "real"]
     assert (tmp_path / "real").read_text() == "after"
+
+
+def test_a_part_is_cut_out_of_what_came() -> None:
+    for status, offset, length, wanted in (
+        (206, 3, 4, b"0123"), (200, 3, 4, b"3456"), (200, 0, None, b"0123456789"),
+        (200, 12, 4, b""), (206, 3, None, b"0123456789"), (200, 3, 0, b""),
+    ):  # fmt: skip
+        part = calls.Part(status, offset, length)
+        assert b"".join(part.cut(b"%d" % n) for n in range(10)) == wanted
+        assert part.is_whole is (length is not None and len(wanted) == length)
 
 
 def test_names_of_any_bytes_are_sent_as_they_are() -> None:

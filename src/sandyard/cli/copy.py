@@ -99,7 +99,8 @@ def run(
     command = command[1:] if command[0] == "--" else command
     limit = milliseconds(timeout)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, say
+            signal.signal(number, leave)
     with open_client() as client:
         if keep:
             sandbox = client.create(template)

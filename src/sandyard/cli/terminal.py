@@ -131,7 +131,11 @@ def _passed_on(attached: Attachment, *, has_terminal: bool) -> Iterator[None]:
         signal.SIGHUP: leave,
         number: handler,
     }
-    before = {one: signal.signal(one, handler) for one, handler in handlers.items()}
+    before = {
+        one: signal.signal(one, handler)
+        for one, handler in handlers.items()
+        if signal.getsignal(one) is not signal.SIG_IGN  # under nohup, say
+    }
     try:
         kept = termios.tcgetattr(0) if has_terminal else None
         try:

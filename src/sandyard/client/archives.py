@@ -45,7 +45,6 @@ def written(target: Path) -> Iterator[IO[bytes]]:
     Where a link leads is written, the mode of what is there is kept, and what is no plain file, a
     device say, is written to as it is.
     """
-    target = Path(os.path.realpath(target))
     try:
         found = target.stat()
     except FileNotFoundError:
@@ -54,6 +53,7 @@ def written(target: Path) -> Iterator[IO[bytes]]:
         with target.open("wb") as file:
             yield file
         return
+    target = Path(os.path.realpath(target))
     part = target.with_name(f".{target.name}.part")
     try:
         with part.open("wb") as file:

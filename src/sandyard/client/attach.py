@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from socket import SHUT_RDWR
 from typing import Any, Self
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -21,6 +22,7 @@ _OPEN_S = 10.0
 _SILENT_S = 50.0  # a server that lives says so every 15
 _LIVED_S = 5.0
 _PIECE = 64 * 1024
+_AHEAD_MAX = 256 * 1024
 
 
 class Attachment:
@@ -39,7 +41,10 @@ class Attachment:
         self._socket: ClientConnection | None = None
         self._is_there = threading.Event()
         self._is_over = threading.Event()
+        self._has_news = threading.Event()
+        self._lock = threading.Lock()
         self._sent = self._taken = 0
+        self._has_ended = False
 
     def __enter__(self) -> Self:
         """Connect.
@@ -54,8 +59,7 @@ class Attachment:
     def __exit__(self, *_: object) -> None:
         """Let go of it; the process goes on."""
         self._is_over.set()
-        if self._socket is not None:
-            self._socket.close()
+        self._drop()
 
     def events(self) -> Iterator[ProcessEvent]:
         """Yield what the process prints, and at last how it ended. A connection that breaks is
@@ -94,14 +98,14 @@ class Attachment:
                 self._open()
 
     def write(self, data: bytes) -> None:
-        """Write to its input."""
+        """Write to its input, no further ahead of what is taken than a little."""
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]
-            self._sent += len(piece)
-            self._send(piece)
+            self._send(piece, len(piece))
 
     def end(self) -> None:
         """End its input."""
+        self._has_ended = True
         self._send(json.dumps({"type": "end"}))
 
     def resize(self, columns: int, rows: int) -> None:
@@ -113,16 +117,18 @@ class Attachment:
         self._send(json.dumps({"type": "signal", "signal": name}))
 
     def _open(self) -> None:
+        self._drop()
         try:
             # The server tells that it lives; a ping would not be answered while it waits for a
             # process that does not read.
-            self._socket = connect(
+            socket = connect(
                 f"{self._url}?offset={self._offset}",
                 additional_headers=self._headers,
                 compression=None,
                 open_timeout=_OPEN_S,
                 ping_interval=None,
                 proxy=None,
+                legacy=True,  # opened here, and closed by `_drop`
             )
         except InvalidStatus as error:
             response = error.response
@@ -132,8 +138,22 @@ class Attachment:
             raise refused from error
         except (OSError, WebSocketException, TimeoutError) as error:
             raise ConnectionFailedError(f"cannot reach {self._url}: {error}") from error
-        self._sent = self._taken = 0
-        self._is_there.set()
+        with self._lock:
+            self._socket, self._sent, self._taken = socket, 0, 0
+            self._is_there.set()
+        if self._has_ended:  # the process may not have heard of that
+            with suppress(ConnectionClosed):
+                socket.send(json.dumps({"type": "end"}))
+
+    def _drop(self) -> None:
+        """Close the connection, also where somebody waits to send something over it."""
+        with self._lock:
+            socket, self._socket = self._socket, None
+            self._is_there.clear()
+        if socket is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(SHUT_RDWR)
+            socket.close()
 
     def _heard(self) -> Iterator[ProcessEvent]:
         socket = self._socket
@@ -159,6 +179,7 @@ class Attachment:
                 return Lost(said["lost"]) if said["lost"] else None
             case "taken":
                 self._taken = said["bytes"]
+                self._has_news.set()
                 return None
             case "exit":
                 return Exited(said["exitCode"], said["signal"], said["timedOut"])
@@ -170,16 +191,26 @@ class Attachment:
             case _:
                 return None
 
-    def _send(self, message: bytes | str) -> None:
-        """Send a message, once there is a connection to send it over."""
+    def _send(self, message: bytes | str, count: int = 0) -> None:
+        """Send a message, once there is a connection to send it over and, for so many bytes of
+        input, room."""
         while not self._is_over.is_set():
-            if not self._is_there.wait(1.0) or self._socket is None:
+            if not self._is_there.wait(1.0):
                 continue
-            try:
-                self._socket.send(message)
-                return
-            except ConnectionClosed:
-                if self._exact:
-                    return  # whoever hears learns of it, and ends it
-                # Until that was noticed; then it goes over the next connection.
-                time.sleep(_AGAIN_S[0])
+            with self._lock:
+                socket = self._socket
+                is_full = bool(count) and self._sent - self._taken > _AHEAD_MAX
+                if socket is not None and not is_full:
+                    self._sent += count
+            if is_full:
+                self._has_news.wait(1.0)
+                self._has_news.clear()
+            elif socket is not None:
+                try:
+                    socket.send(message)
+                    return
+                except ConnectionClosed:
+                    if self._exact:
+                        return  # whoever hears learns of it, and ends it
+                    # Until that was noticed; then it goes over the next connection.
+                    time.sleep(_AGAIN_S[0])

@@ -443,6 +443,28 @@ def read_file(
     return Call("GET", path, _nothing, query=query, headers=headers, safe=True)
 
 
+class Part:
+    """Cuts a part out of what came: of a file without a size the server gives the whole."""
+
+    def __init__(self, status: int, offset: int, length: int | None) -> None:
+        self._skip = 0 if status == 206 else offset
+        self._left = length
+
+    def cut(self, piece: bytes) -> bytes:
+        """Return what of a piece belongs to it."""
+        skipped = min(self._skip, len(piece))
+        self._skip -= skipped
+        piece = piece[skipped:] if self._left is None else piece[skipped : skipped + self._left]
+        if self._left is not None:
+            self._left -= len(piece)
+        return piece
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing more belongs to it."""
+        return self._left == 0
+
+
 def write_file(
     path: str, where: str, user: str, content: Any, mode: str | None, owner: str | None
 ) -> Call[int]:

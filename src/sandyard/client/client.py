@@ -511,7 +511,6 @@ def _feed(process: Process, stdin: str | bytes, is_enough: threading.Event) -> N
     left = memoryview(stdin.encode() if isinstance(stdin, str) else stdin)
     with suppress(SandyardError):  # one that has ended takes no more, which its end tells
         while left and not is_enough.is_set():
-            process.write(bytes(left[: calls.INPUT_MAX]))
-            left = left[calls.INPUT_MAX :]
+            left = left[process.feed(left) :]
         if not is_enough.is_set():
             process.close_stdin()

@@ -32,6 +32,16 @@ def run(code, name):
         loop = loop or asyncio.new_event_loop()
         value = loop.run_until_complete(value)
     return value
+def end(raised):
+    code = raised.code if isinstance(raised, SystemExit) else 1
+    if not isinstance(raised, SystemExit):
+        traceback.print_exception(type(raised), raised, raised.__traceback__)
+    elif code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit((code or 0) & 255)
 for number, line in enumerate(asked):
     wish = json.loads(line)
     name, value, error = "<code %d>" % number, None, None
@@ -46,6 +56,8 @@ for number, line in enumerate(asked):
             if found is not None:
                 scope["_"], value = found, repr(found)
     except BaseException as raised:
+        if os.getpid() != own:
+            end(raised)
         kind, trace = type(raised), raised.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != name:
             trace = trace.tb_next
@@ -60,7 +72,7 @@ for number, line in enumerate(asked):
         except Exception:
             pass
     if os.getpid() != own:
-        os._exit(0)  # a child that came back here: it answers nobody
+        end(SystemExit(0))  # a child that came back here: it answers nobody
     said = json.dumps([None if value is None else value[:1000000], error])
     for number_of, rest in ((2, ""), (1, said)):
         mark = ("\0" + wish["mark"] + rest + "\0").encode()

@@ -42,7 +42,12 @@ class Files:
         call = calls.read_file(self._path, path, self._user, offset, length)
         try:
             with self._transport.stream(call) as answer:
-                yield from answer.iter_bytes(PIECE)
+                part = calls.Part(answer.status_code, offset, length)
+                for piece in answer.iter_bytes(PIECE):
+                    if cut := part.cut(piece):
+                        yield cut
+                    if part.is_whole:
+                        return
         except ApiError as error:
             if error.status != _PAST_ITS_END:
                 raise
@@ -175,8 +180,12 @@ class AsyncFiles:
         call = calls.read_file(self._path, path, self._user, offset, length)
         try:
             async with self._transport.stream(call) as answer:
+                part = calls.Part(answer.status_code, offset, length)
                 async for piece in answer.aiter_bytes(PIECE):
-                    yield piece
+                    if cut := part.cut(piece):
+                        yield cut
+                    if part.is_whole:
+                        return
         except ApiError as error:
             if error.status != _PAST_ITS_END:
                 raise

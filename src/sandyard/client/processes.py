@@ -44,11 +44,16 @@ class Process:
                 return event
         raise ConnectionFailedError("the server did not tell the end of the process")
 
+    def feed(self, data: bytes | memoryview) -> int:
+        """Write the beginning of something to its input, as much as it takes within five seconds,
+        and return how much that was."""
+        return self._transport.send(calls.feed(self._path, memoryview(data)))
+
     def write(self, data: bytes | str) -> None:
         """Write to its input, and return once all of it is written."""
         left = memoryview(data.encode() if isinstance(data, str) else data)
         while left:
-            left = left[self._transport.send(calls.feed(self._path, left)) :]
+            left = left[self.feed(left) :]
 
     def close_stdin(self) -> None:
         """End its input."""
@@ -113,11 +118,15 @@ class AsyncProcess:
                 return event
         raise ConnectionFailedError("the server did not tell the end of the process")
 
+    async def feed(self, data: bytes | memoryview) -> int:
+        """See `Process.feed`."""
+        return await self._transport.send(calls.feed(self._path, memoryview(data)))
+
     async def write(self, data: bytes | str) -> None:
         """See `Process.write`."""
         left = memoryview(data.encode() if isinstance(data, str) else data)
         while left:
-            left = left[await self._transport.send(calls.feed(self._path, left)) :]
+            left = left[await self.feed(left) :]
 
     async def close_stdin(self) -> None:
         """See `Process.close_stdin`."""

@@ -35,8 +35,7 @@ def _asked(call: Call[Any]) -> dict[str, Any]:
     if call.content is not None:
         asked["content"] = call.content
     elif call.body is not None:
-        # Of any text: what is no Unicode is for the server to refuse.
-        asked["content"] = json.dumps(call.body).encode()
+        asked["content"] = _encoded(call.body)
         asked["headers"] = {"Content-Type": "application/json", **call.headers}
     return asked
 
@@ -212,6 +211,13 @@ class AsyncTransport:
             except ConnectionFailedError as error:
                 pause_s = followed.broke(error)
             await asyncio.sleep(pause_s)
+
+
+def _encoded(body: Any) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # what is no Unicode is for the server to refuse
+        return json.dumps(body).encode()
 
 
 def _options(config: ClientConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import socket
 from asyncio.events import TimerHandle
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -31,7 +32,7 @@ _LINGERING_MAX = 64
 _SLICE = 16 * 1024
 _LINGER_S = 1.0
 _UNACKNOWLEDGED_S = 60.0
-_PONGS_MAX = 64 * 1024
+_PONGS_MAX = 512  # 127 bytes each, at most
 _SOCKET_HEADERS_MAX, _SOCKET_LINE_MAX = 120, 8000  # what the library takes, and some less
 _LEFTOVER_MAX = 32 * 1024 * 1024
 
@@ -325,7 +326,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.write(b"".join(head) + body)
         # A close with something unread is a reset, which would take the answer along.
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with suppress(OSError):  # it has gone meanwhile
+                self.transport.write_eof()
         self.loop.call_later(_LINGER_S, self._linger_no_more)
 
     def _linger_no_more(self) -> None:
@@ -346,7 +348,7 @@ class GuardedSocket(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._unsent = 0
+        self._unsent = self._pongs = 0
         self._stalled_s = 0.0
         self._has_resumed = False
         self._look: TimerHandle | None = None
@@ -380,7 +382,10 @@ class GuardedSocket(WebSocketsSansIOProtocol):
 
     def handle_ping(self) -> None:
         """See uvicorn: who sends pings and does not read their answers is not kept."""
-        if self.transport.get_write_buffer_size() > _PONGS_MAX:
+        if not self.transport.get_write_buffer_size():
+            self._pongs = 0
+        self._pongs += 1
+        if self._pongs > _PONGS_MAX:
             self.transport.abort()
         else:
             super().handle_ping()
@@ -394,6 +399,7 @@ class GuardedSocket(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         self._has_resumed = True
+        self._pongs = 0
         super().resume_writing()
 
     def _look_again(self) -> None:

@@ -234,7 +234,8 @@ async def attach(
             hands = _Hands(service, rates, actor, reference, following)
             async with (
                 beside(hands.hear(socket)),
-                beside(hands.pass_on(socket)),
+                beside(hands.pass_on()),
+                beside(hands.tell(socket)),
                 beside(watched(socket, check)),
             ):
                 await _tell(following, socket)
@@ -271,13 +272,20 @@ class _Hands:
         self._which = Which(pid=following.pid)
         self._following = following
         self._input: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._waiting = 0
+        self._waiting = self._taken = 0
+        self._is_news = asyncio.Event()
         self._has_ended = False
         self._has_room = asyncio.Event()
 
-    async def pass_on(self, socket: WebSocket) -> None:
-        """Write what came to the process's input, as it reads, and tell how much was taken."""
-        total = 0
+    async def tell(self, socket: WebSocket) -> None:
+        """Tell how much of the input was taken, as fast as the client reads."""
+        while True:
+            await self._is_news.wait()
+            self._is_news.clear()
+            await send_json(socket, {"type": "taken", "bytes": self._taken})
+
+    async def pass_on(self) -> None:
+        """Write what came to the process's input, as it reads."""
         while True:
             data = await self._input.get()
             if data is None:
@@ -286,8 +294,9 @@ class _Hands:
             await self._following.write(data)
             self._waiting -= len(data)
             self._has_room.set()
-            total += len(data)
-            await send_json(socket, {"type": "taken", "bytes": total})
+            # Told apart: a client that does not read is not to keep a process from reading.
+            self._taken += len(data)
+            self._is_news.set()
 
     async def _take(self, data: bytes) -> None:
         """Take input, once there is room for it."""
