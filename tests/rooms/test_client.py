@@ -289,6 +289,24 @@ async def test_a_piece_of_code_is_run_once_or_told_of() -> None:
         ]  # fmt: skip
 
 
+async def test_a_sandbox_of_a_key_of_ones_own_is_never_deleted_for_not_running(
+    opened: Door,
+) -> None:
+    async with async_yard_of(opened) as yard:
+        box = await AsyncSandbox.create(client=yard, idempotency_key="mine")
+        await box.pause()
+
+        def again() -> None:
+            with yard_of(opened) as other:
+                Sandbox.create(client=other, idempotency_key="mine", wait_s=0.2)
+
+        with pytest.raises(NotReadyError, match="paused"):
+            await beside(again)
+        with pytest.raises(NotReadyError, match="paused"):
+            await AsyncSandbox.create(client=yard, idempotency_key="mine", wait_s=0.2)
+        assert (await box.refresh()).status == "paused"
+
+
 async def test_what_was_begun_is_ended_whoever_cancels_it(opened: Door) -> None:
     async with async_yard_of(opened) as yard:
         box = await yard.create()

@@ -232,8 +232,11 @@ class AsyncSandbox(SandboxFacts):
     ) -> "AsyncSandbox":
         """See `Sandbox.create`."""
         own = client or AsyncSandyard()
-        # The same again is the same sandbox: also one whose answer never came can be deleted.
-        options = {"idempotency_key": str(uuid.uuid4()), **options}
+        # The same again is the same sandbox: also one whose answer never came can be deleted. Where
+        # the key is the caller's, so is what it stands for.
+        is_new = options.get("idempotency_key") is None
+        if is_new:
+            options["idempotency_key"] = str(uuid.uuid4())
         until = time.monotonic() + wait_s
         made: AsyncSandbox | None = None
         try:
@@ -241,14 +244,14 @@ class AsyncSandbox(SandboxFacts):
             box = cls(own, made.raw, owns_client=client is None)
             return await box.wait_until_ready(until - time.monotonic())
         except BaseException as error:
-            is_unsure = made is None and not isinstance(error, Exception)
+            is_unsure = is_new and made is None and not isinstance(error, Exception)
 
             async def undo() -> None:
                 known = made
                 try:
                     if is_unsure:
                         known = await own.create(template, wait_s=0, **options)
-                    if known is not None:
+                    if is_new and known is not None:
                         await known.delete()
                 finally:
                     if client is None:
@@ -380,6 +383,7 @@ class AsyncSandbox(SandboxFacts):
                     await stale.signal("SIGKILL", everything=True)
             known = self._sessions.pop(language, None)
             process, offset = known or (await self.processes.start(argv, stdin=True), 0)
+            self._stale[language] = process
             try:
                 await process.write(piece.request())
             except (NotFoundError, ConflictError):
@@ -387,8 +391,8 @@ class AsyncSandbox(SandboxFacts):
                     raise
                 # It has ended meanwhile, or the sandbox is one that never had it.
                 process, offset = await self.processes.start(argv, stdin=True), 0
+                self._stale[language] = process
                 await process.write(piece.request())
-            self._stale[language] = process
             try:
                 async with asyncio.timeout(timeout_s):
                     async for event in process.events(offset):

@@ -242,11 +242,15 @@ class Sandbox(SandboxFacts):
         Without a `client` it has a connection of its own, to the server that is configured.
 
         Raises:
-            NotReadyError: it did not come up in time, and was deleted.
+            NotReadyError: it did not come up in time, and was deleted, unless it was asked for with
+                an `idempotency_key` of the caller's.
         """
         own = client or Sandyard()
-        # The same again is the same sandbox: also one whose answer never came can be deleted.
-        options = {"idempotency_key": str(uuid.uuid4()), **options}
+        # The same again is the same sandbox: also one whose answer never came can be deleted. Where
+        # the key is the caller's, so is what it stands for.
+        is_new = options.get("idempotency_key") is None
+        if is_new:
+            options["idempotency_key"] = str(uuid.uuid4())
         until = time.monotonic() + wait_s
         made: Sandbox | None = None
         try:
@@ -255,9 +259,9 @@ class Sandbox(SandboxFacts):
             return box.wait_until_ready(until - time.monotonic())
         except BaseException as error:
             with suppress(SandyardError):
-                if made is None and not isinstance(error, Exception):
+                if is_new and made is None and not isinstance(error, Exception):
                     made = own.create(template, wait_s=0, **options)
-                if made is not None:
+                if is_new and made is not None:
                     made.delete()
             if client is None:
                 own.close()
@@ -401,6 +405,7 @@ class Sandbox(SandboxFacts):
                     stale.signal("SIGKILL", everything=True)
             known = self._sessions.pop(language, None)
             process, offset = known or (self.processes.start(argv, stdin=True), 0)
+            self._stale[language] = process
             try:
                 process.write(piece.request())
             except (NotFoundError, ConflictError):
@@ -408,8 +413,8 @@ class Sandbox(SandboxFacts):
                     raise
                 # It has ended meanwhile, or the sandbox is one that never had it.
                 process, offset = self.processes.start(argv, stdin=True), 0
+                self._stale[language] = process
                 process.write(piece.request())
-            self._stale[language] = process
             is_late = threading.Event()
 
             def end() -> None:
