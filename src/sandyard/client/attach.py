@@ -1,6 +1,7 @@
 """A process that is attached to: what it prints and what it is to read, over one WebSocket."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,10 @@ _SILENT_S = 50.0  # a server that lives says so every 15
 _LIVED_S = 5.0
 _PIECE = 64 * 1024
 _AHEAD_MAX = 256 * 1024
+# What the library says of connections that break is told here, in an error or not at all.
+_NOBODY = logging.getLogger(f"{__name__}.nobody")
+_NOBODY.addHandler(logging.NullHandler())
+_NOBODY.propagate = False
 
 
 class Attachment:
@@ -44,7 +49,7 @@ class Attachment:
         self._has_news = threading.Event()
         self._lock = threading.Lock()
         self._sent = self._taken = 0
-        self._has_ended = False
+        self._has_ended = self._has_exited = False
 
     def __enter__(self) -> Self:
         """Connect.
@@ -59,7 +64,7 @@ class Attachment:
     def __exit__(self, *_: object) -> None:
         """Let go of it; the process goes on."""
         self._is_over.set()
-        self._drop()
+        self._drop(is_broken=not self._has_exited)
 
     def events(self) -> Iterator[ProcessEvent]:
         """Yield what the process prints, and at last how it ended. A connection that breaks is
@@ -117,7 +122,7 @@ class Attachment:
         self._send(json.dumps({"type": "signal", "signal": name}))
 
     def _open(self) -> None:
-        self._drop()
+        self._drop(is_broken=True)
         try:
             # The server tells that it lives; a ping would not be answered while it waits for a
             # process that does not read.
@@ -129,6 +134,7 @@ class Attachment:
                 ping_interval=None,
                 proxy=None,
                 legacy=True,  # opened here, and closed by `_drop`
+                logger=_NOBODY,
             )
         except InvalidStatus as error:
             response = error.response
@@ -145,14 +151,15 @@ class Attachment:
             with suppress(ConnectionClosed):
                 socket.send(json.dumps({"type": "end"}))
 
-    def _drop(self) -> None:
-        """Close the connection, also where somebody waits to send something over it."""
+    def _drop(self, *, is_broken: bool) -> None:
+        """Close the connection; one that is broken also where somebody waits to send over it."""
         with self._lock:
             socket, self._socket = self._socket, None
             self._is_there.clear()
         if socket is not None:
-            with suppress(OSError):
-                socket.socket.shutdown(SHUT_RDWR)
+            if is_broken:
+                with suppress(OSError):
+                    socket.socket.shutdown(SHUT_RDWR)
             socket.close()
 
     def _heard(self) -> Iterator[ProcessEvent]:
@@ -182,6 +189,7 @@ class Attachment:
                 self._has_news.set()
                 return None
             case "exit":
+                self._has_exited = True
                 return Exited(said["exitCode"], said["signal"], said["timedOut"])
             case "error":
                 raise error_of(
