@@ -310,9 +310,18 @@ async def test_a_sandbox_of_a_key_of_ones_own_is_never_deleted_for_not_running(
 async def test_what_was_begun_is_ended_whoever_cancels_it(opened: Door) -> None:
     async with async_yard_of(opened) as yard:
         box = await yard.create()
-        with anyio.move_on_after(0.3):
+        scope = anyio.CancelScope()
+
+        async def cancel_once_it_is_followed() -> None:
+            while not any(one.is_used for one in (await opened.yard.house.node.report()).machines):
+                await asyncio.sleep(0.01)
+            scope.cancel()
+
+        cancelling = asyncio.ensure_future(cancel_once_it_is_followed())
+        with scope:
             async for _ in box.run("hang"):
                 pass
+        await cancelling
         assert [one.status for one in await box.processes.list()] == ["exited"]
         with anyio.move_on_after(0.3):
             async with await AsyncSandbox.create(client=yard):
