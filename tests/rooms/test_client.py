@@ -205,7 +205,8 @@ BUSY = json.dumps({"error": {"code": "unavailable", "message": "busy", "requestI
 
 def answer(status: int, body: bytes, *, length: int | None = None, head: str = "") -> bytes:
     length = len(body) if length is None else length
-    return f"HTTP/1.1 {status} X\r\nContent-Length: {length}\r\n{head}\r\n".encode() + body
+    start = f"HTTP/1.1 {status} X\r\nContent-Length: {length}\r\nConnection: close\r\n"
+    return f"{start}{head}\r\n".encode() + body
 
 
 @asynccontextmanager
