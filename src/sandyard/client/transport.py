@@ -79,11 +79,7 @@ class Transport:
             else:
                 if answer.is_success:
                     return result_of(call, answer.status_code, answer.content, json.loads)
-                pause_s = retries.pause_s(
-                    call, status=answer.status_code, retry_after=answer.headers.get("retry-after")
-                )
-                if pause_s is None:
-                    raise refusal_of(answer.status_code, answer.content, json.loads)
+                pause_s = _pause_s(retries, call, answer, answer.content)
             time.sleep(pause_s)
 
     @contextmanager
@@ -97,13 +93,9 @@ class Transport:
                     if answer.is_success:
                         yield answer
                         return
-                    refused = refusal_of(answer.status_code, answer.read(), json.loads)
-                    after = answer.headers.get("retry-after")
+                    pause_s = _pause_s(retries, call, answer, answer.read())
             except (httpx.HTTPError, httpx.StreamError) as error:
                 raise _failed(self.config.url, error) from error
-            pause_s = retries.pause_s(call, status=refused.status, retry_after=after)
-            if pause_s is None:
-                raise refused
             time.sleep(pause_s)
 
     def follow(self, followed: Followed[EventT]) -> Iterator[EventT]:
@@ -165,11 +157,7 @@ class AsyncTransport:
             else:
                 if answer.is_success:
                     return result_of(call, answer.status_code, answer.content, json.loads)
-                pause_s = retries.pause_s(
-                    call, status=answer.status_code, retry_after=answer.headers.get("retry-after")
-                )
-                if pause_s is None:
-                    raise refusal_of(answer.status_code, answer.content, json.loads)
+                pause_s = _pause_s(retries, call, answer, answer.content)
             await asyncio.sleep(pause_s)
 
     @asynccontextmanager
@@ -182,13 +170,9 @@ class AsyncTransport:
                     if answer.is_success:
                         yield answer
                         return
-                    refused = refusal_of(answer.status_code, await answer.aread(), json.loads)
-                    after = answer.headers.get("retry-after")
+                    pause_s = _pause_s(retries, call, answer, await answer.aread())
             except (httpx.HTTPError, httpx.StreamError) as error:
                 raise _failed(self.config.url, error) from error
-            pause_s = retries.pause_s(call, status=refused.status, retry_after=after)
-            if pause_s is None:
-                raise refused
             await asyncio.sleep(pause_s)
 
     async def follow(self, followed: Followed[EventT]) -> AsyncIterator[EventT]:
@@ -211,6 +195,19 @@ class AsyncTransport:
             except ConnectionFailedError as error:
                 pause_s = followed.broke(error)
             await asyncio.sleep(pause_s)
+
+
+def _pause_s(retries: Retries, call: Call[Any], answer: httpx.Response, body: bytes) -> float:
+    """Return after how long a call that was refused is sent again.
+
+    Raises:
+        ApiError: it is not.
+    """
+    after = answer.headers.get("retry-after")
+    pause_s = retries.pause_s(call, status=answer.status_code, retry_after=after)
+    if pause_s is None:
+        raise refusal_of(answer.status_code, body, json.loads)
+    return pause_s
 
 
 def _encoded(body: Any) -> bytes:

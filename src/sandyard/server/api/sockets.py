@@ -4,9 +4,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated
 
-from fastapi import Depends, WebSocket, WebSocketDisconnect
+from fastapi import WebSocket, WebSocketDisconnect
 from starlette.websockets import WebSocketState
 
 from sandyard.server.api import events
@@ -27,24 +26,17 @@ _KNOWN_NO_MORE = (
 )  # fmt: skip
 
 
-class SocketScope:
-    """Lets in a WebSocket; the route that depends on it serves whoever holds the scope."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    async def __call__(self, socket: WebSocket) -> Actor:
-        """Return the actor that the edge found behind the connection's credential."""
-        actor: Actor = socket.state.actor
-        return actor
-
-
 @asynccontextmanager
-async def served(socket: WebSocket) -> AsyncIterator[None]:
-    """Tell what goes wrong in the block: as an answer of HTTP until the socket is accepted, from
-    then on as a last message `error`. A client that goes away ends the block."""
+async def served(socket: WebSocket, scope: str) -> AsyncIterator[Actor]:
+    """Serve whoever the edge found behind a socket's credential, if they hold a scope.
+
+    What goes wrong in the block is told: as an answer of HTTP until the socket is accepted, from
+    then on as a last message `error`. A client that goes away ends the block.
+    """
     try:
-        yield
+        actor: Actor = socket.state.actor
+        actor.require(scope)
+        yield actor
     except SandyardError as error:
         with suppress(WebSocketDisconnect, RuntimeError):
             if socket.application_state is WebSocketState.CONNECTING:
@@ -74,6 +66,3 @@ async def watched(socket: WebSocket, check: Check) -> None:
         await asyncio.sleep(events.BEAT_S)
         await check()
         await send_json(socket, {"type": "alive"})
-
-
-MayAttach = Annotated[Actor, Depends(SocketScope("sandbox:write"))]

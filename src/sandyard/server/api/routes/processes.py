@@ -43,7 +43,7 @@ from sandyard.server.api.models.processes import (
     process_out,
 )
 from sandyard.server.api.routes.common import enveloped, errors, provided, whole
-from sandyard.server.api.sockets import MayAttach, send_json, served, watched
+from sandyard.server.api.sockets import send_json, served, watched
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -211,7 +211,6 @@ async def attach_by_request(actor: CanWrite, reference: str, process: str) -> No
 @router.websocket("/{process}/attach")
 async def attach(
     socket: WebSocket,
-    actor: MayAttach,
     service: Service,
     rates: Annotated[Rates, provided("rates")],
     check: MayFollow,
@@ -224,7 +223,7 @@ async def attach(
     of the input is on its way to it, and `exit`. In: bytes for its input, and messages `input`,
     `end`, `resize`, `signal`.
     """
-    async with served(socket):
+    async with served(socket, "sandbox:write") as actor:
         reference, which = checked_text(reference, field="reference"), which_of(process)
         offset = _offset(socket.query_params.get("offset"))
         async with service.follow(actor, reference, which, offset) as following:
