@@ -36,7 +36,6 @@ from sandyard.server.core.contracts.node import (
 from sandyard.server.core.errors import (
     Code,
     ConflictError,
-    InvalidArgumentError,
     NoCapacityError,
     NotFoundError,
     SandyardError,
@@ -386,7 +385,7 @@ async def test_bytes_pass_both_ways_and_an_end_is_handed_on(subject: Subject) ->
 
 async def test_a_port_where_nothing_listens_is_refused(subject: Subject) -> None:
     wish = await subject.start()
-    with pytest.raises(InvalidArgumentError, match="nothing listens"):
+    with pytest.raises(NotFoundError, match="nothing listens"):
         async with subject.tunnel.open(where(subject, wish), ops.Dial(1)):
             pass
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from sandyard.server.app.connections import Patience
 from sandyard.server.app.serve import http_server
 from sandyard.server.app.settings import HttpSettings
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.drivers.fake import Conduct
+from sandyard.server.gateway.preview import Front
 from tests.conftest import free_port
 from tests.support.house import Yard, open_yard, until
 
@@ -59,12 +61,17 @@ async def door(
     keep_alive_s: int | None = None,
     saves: bool = False,
     conduct: Conduct | None = None,
+    clock: Clock | None = None,
     **http: object,
 ) -> AsyncIterator[Door]:
-    async with open_yard(home, saves=saves, conduct=conduct) as yard:
-        port = free_port()
-        settings = HttpSettings.model_validate({"port": port, **http})
-        server = http_server(yard.house.api, settings, patience)
+    port = free_port()
+    settings = HttpSettings.model_validate({"port": port, **http})
+    async with open_yard(
+        home, saves=saves, conduct=conduct, clock=clock, sections={"http": settings}
+    ) as yard:
+        control = yard.house.control
+        front = Front(control.api, control.preview, control.services.addresses.preview_domain)
+        server = http_server(front, settings, patience, is_tunnel=front.is_preview)
         server.config.port = port
         server.config.timeout_keep_alive = keep_alive_s or server.config.timeout_keep_alive
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,11 @@ def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: st
         time.sleep(0.05)
 
 
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 class RealServer:
     """One installation. Its home is short enough for sockets and readable by no one else."""
 
@@ -68,11 +74,13 @@ class RealServer:
         self.home = Path(tempfile.mkdtemp(prefix="sy-", dir="/tmp"))
         self.home.chmod(0o711)
         self.port = port
+        self.ssh_port = _free_port()
         self.environment = {
             **os.environ,
             **cache_environment(),
             "SANDYARD_HOME": str(self.home),
             "SANDYARD_HTTP__PORT": str(port),
+            "SANDYARD_SSH__PORT": str(self.ssh_port),
             "XDG_CONFIG_HOME": str(self.home / "xdg"),
             "SANDYARD_POOL__FLOOR": "2",  # however large the host is that tests run on
             **environment,

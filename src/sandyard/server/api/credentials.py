@@ -12,6 +12,7 @@ from sandyard.server.service.sandboxes.signing import SignedUse
 _STREAMS = re.compile(
     r"/v1/sandboxes/[^/]+/(?:events|files/watch|processes/[^/]+/(?:output|attach))"
 )
+_TERMINAL = re.compile(r"/v1/terminal/sessions/([^/]+)")
 _FILE = re.compile(r"/v1/sandboxes/(sandbox-[a-z0-9]{12})/files")
 _SIGNED = {"path", "pathBase64", "user", "expires", "by", "signature"}
 _METHODS = {"GET": "GET", "HEAD": "GET", "PUT": "PUT"}
@@ -40,6 +41,14 @@ def token_of(connection: HTTPConnection) -> str | None:
             "cannot tell who is asking: give one of api_key and token, once", field="api_key"
         )
     return given[0] if given else None
+
+
+def ticket_of(connection: HTTPConnection) -> str | None:
+    """Return the ticket in a terminal's address, which is all that its WebSocket needs."""
+    if connection.scope["type"] != "websocket":
+        return None
+    found = _TERMINAL.fullmatch(connection.scope["path"])
+    return None if found is None else found[1]
 
 
 def signed_use_of(connection: HTTPConnection) -> tuple[SignedUse, str] | None:

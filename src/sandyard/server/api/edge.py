@@ -14,7 +14,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandyard.server.api.bounds import JsonBounds
-from sandyard.server.api.credentials import signed_use_of, token_of
+from sandyard.server.api.credentials import signed_use_of, ticket_of, token_of
 from sandyard.server.api.errors import answer_error
 from sandyard.server.core.errors import (
     InternalError,
@@ -33,6 +33,7 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.rates import Allowance, Rates
 from sandyard.server.service.sandboxes.signing import Signing
+from sandyard.server.service.sandboxes.terminals import Terminals
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Edge:
         *,
         access: Access,
         signing: Signing,
+        terminals: Terminals,
         rates: Rates,
         observe: RequestObserver,
         bind: Callable[[str], object],
@@ -83,6 +85,7 @@ class Edge:
         self._app = app
         self._access = access
         self._signing = signing
+        self._terminals = terminals
         self._rates = rates
         self._observe = observe
         self._bind = bind
@@ -199,7 +202,7 @@ class Edge:
         state, request = scope["state"], HTTPConnection(scope)
         address = request.client.host if request.client else "unknown"
         try:
-            actor = await self._actor(request)
+            actor = await self._actor(request, state)
         except (InvalidTokenError, TokenExpiredError):
             state["allowance"] = self._rates.of_address(address)
             self._rates.failed(address)
@@ -215,7 +218,10 @@ class Edge:
             raise
         state["actor"] = actor
 
-    async def _actor(self, request: HTTPConnection) -> Actor:
+    async def _actor(self, request: HTTPConnection, state: dict[str, Any]) -> Actor:
+        if (ticket := ticket_of(request)) is not None:
+            state["admission"] = admission = await self._terminals.redeem(ticket)
+            return admission.actor
         token = token_of(request)
         if token is None and (signed := signed_use_of(request)) is not None:
             return await self._signing.enter(*signed)

@@ -28,11 +28,14 @@ from sandyard.server.api.routes import (
     snapshots,
     ssh_keys,
     templates,
+    ways,
 )
+from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.feed import Feed
 from sandyard.server.service.money.billing import Billing
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.api_keys import ApiKeys
+from sandyard.server.service.people.logins import Logins
 from sandyard.server.service.people.organizations import Organizations
 from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.people.ssh_keys import SshKeys
@@ -41,16 +44,19 @@ from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
 from sandyard.server.service.sandboxes.execute import Commands
 from sandyard.server.service.sandboxes.files import Files
+from sandyard.server.service.sandboxes.forwards import Forwards
+from sandyard.server.service.sandboxes.previews import Previews
 from sandyard.server.service.sandboxes.processes import Processes
 from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
+from sandyard.server.service.sandboxes.terminals import Terminals
 from sandyard.server.service.templates import Templates
 
 log = logging.getLogger(__name__)
 
 ROUTES = (
-    sandboxes, commands, processes, files, snapshots, organizations, projects, api_keys, ssh_keys,
-    activity, billing, templates, health, front, docs, planned,
+    sandboxes, commands, processes, files, ways, snapshots, organizations, projects, api_keys,
+    ssh_keys, activity, billing, templates, health, front, docs, planned,
 )  # fmt: skip
 """What is served, a module a subject."""
 
@@ -79,6 +85,11 @@ class Services:
     processes: Processes
     files: Files
     signing: Signing
+    addresses: Addresses
+    logins: Logins
+    previews: Previews
+    forwards: Forwards
+    terminals: Terminals
     snapshots: Snapshots
     templates: Templates
     readiness: Readiness
@@ -115,6 +126,7 @@ def make_api(
         Edge,
         access=services.access,
         signing=services.signing,
+        terminals=services.terminals,
         rates=services.rates,
         observe=observe,
         bind=bind,

@@ -1,9 +1,11 @@
 """WebSockets: let in like requests, told what is wrong like them, closed with their credential."""
 
 import asyncio
+import itertools
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from typing import Protocol
 
 from fastapi import WebSocket, WebSocketDisconnect
 from starlette.websockets import WebSocketState
@@ -12,6 +14,7 @@ from sandyard.server.api import events
 from sandyard.server.api.errors import answer_error, error_out
 from sandyard.server.api.events import Check
 from sandyard.server.core.errors import (
+    ConflictError,
     InvalidTokenError,
     PermissionDeniedError,
     SandyardError,
@@ -24,6 +27,89 @@ _POLICY, _BROKEN = 1008, 1011  # RFC 6455, 7.4.1
 _KNOWN_NO_MORE = (
     InvalidTokenError, TokenExpiredError, UnauthenticatedError, PermissionDeniedError,
 )  # fmt: skip
+
+
+_INPUT_WAITING_MAX = 1024 * 1024
+_MESSAGES_A_SECOND, _MESSAGES_AT_ONCE, _MESSAGES_A_TURN = 2_000, 2_000, 50
+
+
+class Sink(Protocol):
+    """What takes input, as fast as it likes. See service.sandboxes.processes.Following."""
+
+    async def write(self, data: bytes) -> None:
+        """Take some."""
+        ...
+
+    async def close_input(self) -> None:
+        """Take no more."""
+        ...
+
+
+class Inflow:
+    """Input on its way to a process. It waits here for one that does not read, so that what else
+    the client sends is heard; `tell` is told how much was taken."""
+
+    def __init__(self, sink: Sink, tell: Callable[[int], None] | None = None) -> None:
+        self._sink = sink
+        self._tell = tell
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._waiting = 0
+        self._has_ended = False
+        self._has_room = asyncio.Event()
+
+    async def take(self, data: bytes) -> None:
+        """Take input, once there is room for it.
+
+        Raises:
+            ConflictError: it was ended.
+        """
+        while self._waiting > _INPUT_WAITING_MAX:
+            self._has_room.clear()
+            await self._has_room.wait()
+        if self._has_ended:
+            raise ConflictError("cannot write to the process: its input was ended")
+        if data:
+            self._waiting += len(data)
+            self._queue.put_nowait(data)
+
+    def end(self) -> None:
+        """End it, behind what was taken before."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._queue.put_nowait(None)
+
+    async def pass_on(self) -> None:
+        """Write what comes to the process, as it reads; for ever."""
+        while True:
+            data = await self._queue.get()
+            if data is None:
+                await self._sink.close_input()
+                continue
+            await self._sink.write(data)
+            self._waiting -= len(data)
+            self._has_room.set()
+            if self._tell is not None:
+                self._tell(len(data))
+
+
+async def messages_of(socket: WebSocket) -> AsyncIterator[bytes | str]:
+    """Yield what a client sends, no faster than one may: nobody gets more of this thread by sending
+    tiny pieces.
+
+    Raises:
+        WebSocketDisconnect: the socket is closed.
+    """
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    for count in itertools.count(1):
+        message = await socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1006))
+        early = began + (count - _MESSAGES_AT_ONCE) / _MESSAGES_A_SECOND - clock()
+        if early > 0 or count % _MESSAGES_A_TURN == 0:
+            await asyncio.sleep(max(0.0, early))
+        data: bytes | None = message.get("bytes")
+        yield data if data is not None else message.get("text") or ""
 
 
 @asynccontextmanager
@@ -54,9 +140,11 @@ async def send_json(socket: WebSocket, message: Mapping[str, object]) -> None:
     await socket.send_text(json.dumps(message, separators=(",", ":")))
 
 
-async def watched(socket: WebSocket, check: Check) -> None:
+async def watched(
+    socket: WebSocket, check: Check, beat: Callable[[], Awaitable[None]] | None = None
+) -> None:
     """Look again and again whether whoever opened a socket may still have it, and is still there:
-    a message `alive` is for the kernel to find out, also while nothing is read.
+    a message `alive`, or another `beat`, is for the kernel to find out, also while nothing is read.
 
     Raises:
         SandyardError: they may not any more.
@@ -65,4 +153,4 @@ async def watched(socket: WebSocket, check: Check) -> None:
     while True:
         await asyncio.sleep(events.BEAT_S)
         await check()
-        await send_json(socket, {"type": "alive"})
+        await (beat() if beat is not None else send_json(socket, {"type": "alive"}))

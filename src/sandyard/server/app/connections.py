@@ -8,18 +8,23 @@ connections than descriptors, for the platform needs some for its own work.
 import asyncio
 import json
 import socket
+import urllib.parse
 from asyncio.events import TimerHandle
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
     RequestResponseCycle,
 )
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 
 LINE_MAX = 16 * 1024
 HEAD_MAX = 64 * 1024
@@ -34,6 +39,7 @@ _LINGER_S = 1.0
 _UNACKNOWLEDGED_S = 60.0
 _PONGS_MAX = 512  # 127 bytes each, at most
 _SOCKET_HEADERS_MAX, _SOCKET_LINE_MAX = 120, 8000  # what the library takes, and some less
+_TUNNEL_MAX = 256 * 1024
 _LEFTOVER_MAX = 32 * 1024 * 1024
 
 
@@ -103,6 +109,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """See the module. `gate` is set by `guarded`."""
 
     gate: ClassVar[Gate]
+    is_tunnel: ClassVar[Callable[[Any], bool]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -193,13 +200,23 @@ class GuardedProtocol(HttpToolsProtocol):
             # What still answers would write into the socket, and never hear that it is gone.
             self._refuse(400, "bad_request", "cannot open a WebSocket while an answer is due")
             return
-        if (why := _no_handshake(self.scope, self.url)) is not None:
+        is_tunnel = type(self).is_tunnel(self.scope)
+        if not is_tunnel and (why := _no_handshake(self.scope, self.url)) is not None:
             self._refuse(400, "bad_request", f"cannot open a WebSocket: {why}")
             return
         self._is_upgraded = True
         self.gate.leave(self)
         if self._look is not None:
             self._look.cancel()
+        if is_tunnel:
+            self.connections.discard(self)
+            asked = httptools.parse_url(self.url)
+            self.scope["path"] = urllib.parse.unquote(asked.path.decode("ascii"))
+            self.scope["raw_path"], self.scope["query_string"] = asked.path, asked.query or b""
+            tunnel = Tunnel(self.app, self.scope, self.gate, self.server_state)
+            self.transport.set_protocol(tunnel)
+            tunnel.begin(self.transport, self.loop)
+            return
         super().handle_websocket_upgrade()
 
     # --- what the parser tells ------------------------------------------------------------------
@@ -413,6 +430,138 @@ class GuardedSocket(WebSocketsSansIOProtocol):
             self.transport.abort()
 
 
+class Tunnel(asyncio.Protocol):
+    """A connection that is to become another protocol's, as the application makes it: it is given
+    the bytes as they come, as a `stream` in a scope of a kind of its own.
+
+    Counted as any connection; who does not read on is not kept.
+    """
+
+    is_idle = False
+
+    def __init__(self, app: Any, scope: Any, gate: Gate, state: Any) -> None:
+        self._app = app
+        self._scope = scope
+        self._gate = gate
+        self._state = state
+        self._came: asyncio.Queue[bytes] = asyncio.Queue()
+        self._waiting = 0
+        self._has_ended = self._is_lost = False
+        self._can_write = asyncio.Event()
+        self._can_write.set()
+        self._unsent = 0
+        self._stalled_s = 0.0
+        self._has_resumed = False
+        self._look: TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self.transport: asyncio.Transport
+
+    def begin(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        """Take a connection over whose head was read."""
+        self.transport, self._loop = transport, loop
+        self._gate.enter(self, (self._scope.get("client") or ("unknown", 0))[0])
+        if (connection := transport.get_extra_info("socket")) is not None:
+            limit_ms = int(_UNACKNOWLEDGED_S * 1000)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._state.connections.add(self)
+        self._look = loop.call_later(self._gate.patience.look_s, self._look_again)
+        self._task = loop.create_task(self._serve())
+        self._state.tasks.add(self._task)
+        self._task.add_done_callback(self._state.tasks.discard)
+
+    async def _serve(self) -> None:
+        scope = {**self._scope, "type": "sandyard.tunnel", "stream": self}
+        try:
+            await self._app(scope, _nothing, _nothing)
+        except (OSError, SandyardError):
+            self.transport.abort()
+        finally:
+            self.transport.close()
+
+    def shutdown(self) -> None:
+        """See uvicorn: the server ends."""
+        self.transport.close()
+
+    # --- asyncio.Protocol -------------------------------------------------------------------
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        del exc
+        self._gate.leave(self)
+        self._state.connections.discard(self)
+        if self._look is not None:
+            self._look.cancel()
+        self._is_lost = True
+        self._came.put_nowait(b"")
+        self._can_write.set()
+        if self._task is not None:
+            self._task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        self._waiting += len(data)
+        self._came.put_nowait(data)
+        if self._waiting > _TUNNEL_MAX:
+            self.transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        """See asyncio.Protocol."""
+        self._came.put_nowait(b"")
+        return True
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._can_write.clear()
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._has_resumed = True
+        self._can_write.set()
+
+    def _look_again(self) -> None:
+        patience = self._gate.patience
+        self._look = self._loop.call_later(patience.look_s, self._look_again)
+        unsent = self.transport.get_write_buffer_size()
+        is_moving = self._has_resumed or self._unsent - unsent >= _SLOWEST_READER * patience.look_s
+        self._stalled_s = 0.0 if not unsent or is_moving else self._stalled_s + patience.look_s
+        self._unsent, self._has_resumed = unsent, False
+        if self._stalled_s > patience.still_s:
+            self.transport.abort()
+
+    # --- core.contracts.node.ByteStream -----------------------------------------------------
+
+    async def read(self, limit: int) -> bytes:
+        """See core.contracts.node.ByteStream.read; a piece is as large as it came."""
+        del limit
+        if self._has_ended:
+            return b""
+        data = await self._came.get()
+        self._has_ended = not data
+        self._waiting -= len(data)
+        if self._waiting <= _TUNNEL_MAX // 2 and not self.transport.is_closing():
+            self.transport.resume_reading()
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """See core.contracts.node.ByteStream.write."""
+        if self._is_lost or self.transport.is_closing():
+            raise UnavailableError("the client has left")
+        self.transport.write(data)
+        await self._can_write.wait()
+
+    async def write_eof(self) -> None:
+        """See core.contracts.node.ByteStream.write_eof."""
+        with suppress(OSError, RuntimeError):
+            self.transport.write_eof()
+
+
+async def _nothing(*_: object) -> Any:
+    """Stand in for what a tunnel does not use."""
+    raise InternalError("a tunnel has no messages")
+
+
 _LONG_LINE = (414, "uri_too_long", f"cannot take an address of over {LINE_MAX // 1024} KiB")
 _LARGE_HEAD = (
     431,
@@ -438,8 +587,14 @@ def _no_handshake(scope: Any, url: bytes) -> str | None:
     return None
 
 
-def guarded(gate: Gate) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
-    """Return the protocols of connections that a gate counts: of HTTP, and of WebSockets."""
+def guarded(
+    gate: Gate, is_tunnel: Callable[[Any], bool]
+) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
+    """Return the protocols of connections that a gate counts: of HTTP, and of WebSockets.
+
+    A request for another protocol whose scope `is_tunnel` is handed to the application as it is.
+    """
     kinds = (GuardedProtocol, GuardedSocket)
-    made = [type(f"Counted{kind.__name__}", (kind,), {"gate": gate}) for kind in kinds]
+    own = {"gate": gate, "is_tunnel": staticmethod(is_tunnel)}
+    made = [type(f"Counted{kind.__name__}", (kind,), own) for kind in kinds]
     return made[0], made[1]

@@ -11,13 +11,14 @@ from sandyard.server.app.installation import secret_key
 from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics, MetricsRoute
 from sandyard.server.app.settings import Settings
-from sandyard.server.app.wiring import plans_of, prices_of, sign_up_of
+from sandyard.server.app.wiring import addresses_of, plans_of, prices_of, sign_up_of
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeControl, NodeTunnel
 from sandyard.server.core.contracts.payments import Payments
 from sandyard.server.core.contracts.store import Store
-from sandyard.server.links.passwords import hash_password
+from sandyard.server.gateway.preview import PreviewApp
+from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
 from sandyard.server.links.sessions import JwtSessions, Provider
 from sandyard.server.service.feed import Feed
@@ -26,6 +27,7 @@ from sandyard.server.service.money.metering import BEAT, Meter
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.api_keys import ApiKeys
+from sandyard.server.service.people.logins import Logins
 from sandyard.server.service.people.organizations import Organizations
 from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.people.sign_in import SignIn
@@ -40,15 +42,20 @@ from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
 from sandyard.server.service.sandboxes.execute import Commands
 from sandyard.server.service.sandboxes.files import Files
+from sandyard.server.service.sandboxes.forwards import Forwards
 from sandyard.server.service.sandboxes.frames import Open
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 from sandyard.server.service.sandboxes.power import Power, Waits
+from sandyard.server.service.sandboxes.previews import Previews
 from sandyard.server.service.sandboxes.processes import Processes
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.reach import Reach
 from sandyard.server.service.sandboxes.register import Register
 from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
+from sandyard.server.service.sandboxes.terminals import Terminals
+from sandyard.server.service.sandboxes.tickets import Tickets
+from sandyard.server.service.signers import Signers
 from sandyard.server.service.templates import Templates
 
 
@@ -57,6 +64,7 @@ class Control:
     """A control plane without its HTTP server; `services` is what its routes call."""
 
     api: FastAPI
+    preview: PreviewApp
     services: Services
     store: Store
     nodes: Nodes
@@ -138,6 +146,7 @@ async def open_control(
         key = secret_key(settings.home)
         plans, prices = plans_of(settings), prices_of(settings)
         sign_up, waits = sign_up_of(settings), Waits()
+        addresses = addresses_of(settings)
         enforces = settings.billing.enforce
         known = Nodes(nodes, clock)
         templates, placement = Templates(known), Placement(known)
@@ -178,11 +187,20 @@ async def open_control(
         )
         reach = Reach(store=store, register=register, power=power, tunnel=tunnel, clock=clock)
         opened = Open()
+        access = Access(store, clock, _sign_in(settings, store, clock))
+        rates = Rates(clock, plans, failures_per_minute=settings.accounts.failed_logins_per_minute)
+        signers = Signers(store, clock)
+        processes = Processes(reach, clock, opened)
+        tickets = Tickets(
+            store=store,
+            signers=signers,
+            clock=clock,
+            key=key,
+            preview_s=settings.preview.token_s,
+        )
         services = Services(
-            access=Access(store, clock, _sign_in(settings, store, clock)),
-            rates=Rates(
-                clock, plans, failures_per_minute=settings.accounts.failed_logins_per_minute
-            ),
+            access=access,
+            rates=rates,
             organizations=Organizations(store=store, repeats=repeats, clock=clock, sign_up=sign_up),
             api_keys=ApiKeys(store, clock),
             ssh_keys=ssh_keys,
@@ -222,9 +240,28 @@ async def open_control(
                 waits=waits,
             ),
             commands=Commands(reach, clock),
-            processes=Processes(reach, clock, opened),
+            processes=processes,
             files=Files(reach, clock, opened),
-            signing=Signing(store, register, clock, key),
+            signing=Signing(signers, register, clock, key),
+            addresses=addresses,
+            logins=Logins(
+                store=store,
+                register=register,
+                access=access,
+                rates=rates,
+                clock=clock,
+                check_password=check_password,
+            ),
+            previews=Previews(
+                store=store,
+                register=register,
+                reach=reach,
+                tickets=tickets,
+                addresses=addresses,
+                clock=clock,
+            ),
+            forwards=Forwards(reach, clock),
+            terminals=Terminals(register, processes, tickets),
             snapshots=Snapshots(
                 store=store,
                 register=register,
@@ -252,4 +289,14 @@ async def open_control(
             MetricsRoute(metrics, known, settings.http.metrics_token).answer,
             include_in_schema=False,
         )
-        yield Control(api, services, store, known, reconciler, lifecycle, meter)
+        preview = PreviewApp(
+            previews=services.previews,
+            access=access,
+            rates=rates,
+            domain=addresses.preview_domain,
+            scheme=addresses.preview_scheme,
+            observe=metrics.observe,
+            bind=request_id.set,
+            clock=clock,
+        )
+        yield Control(api, preview, services, store, known, reconciler, lifecycle, meter)

@@ -10,6 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+)
+
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.ids import new_uuid
 
@@ -44,6 +53,43 @@ def server_id_of(home: Path) -> str:
     with os.fdopen(descriptor, "w") as file:
         file.write(new_uuid())
     return path.read_text()
+
+
+def ssh_host_key(home: Path) -> bytes:
+    """Return the private key that the SSH gateway is known by (OpenSSH's format), making it the
+    first time; clients that know another one refuse to talk to it."""
+    path = home / "ssh_host_ed25519_key"
+    home.mkdir(parents=True, exist_ok=True, mode=0o755)
+    if not path.exists():
+        made = Ed25519PrivateKey.generate().private_bytes(
+            Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()
+        )
+        part = home / f"ssh_host_ed25519_key.{os.getpid()}.part"
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(made)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(part, path)  # of two that make one at once, both take the first
+        part.unlink()
+    return path.read_bytes()
+
+
+def ssh_public_key(private: bytes) -> str:
+    """Return the public half of a host key, `ssh-ed25519 AAAA…`.
+
+    Raises:
+        UnavailableError: it cannot be read.
+    """
+    try:
+        key = load_ssh_private_key(private, password=None)
+    except ValueError as error:
+        raise UnavailableError(
+            "cannot read ssh_host_ed25519_key in the home: put the right one back, or remove it "
+            "and a new one is made, which clients will ask about"
+        ) from error
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
 @contextmanager

@@ -9,19 +9,24 @@ import resource
 import signal
 import socket
 import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from sandyard.server.app.connections import Gate, Patience, guarded
 from sandyard.server.app.house import House, open_house
-from sandyard.server.app.installation import only_server, running_server, secret_key
+from sandyard.server.app.installation import only_server, running_server, secret_key, ssh_host_key
 from sandyard.server.app.settings import HttpSettings, Settings
 from sandyard.server.app.wiring import identity_of, sign_up_of
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.states import Event, Status
 from sandyard.server.drivers.firecracker.jail import remove_groups
+from sandyard.server.gateway.preview import Front
+from sandyard.server.gateway.ssh import open_gateway
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store
 from sandyard.server.node.host.identity import give_back_identity
@@ -61,16 +66,45 @@ async def serve(settings: Settings) -> None:
     with only_server(settings.home):
         listener = _listen(settings.http.host, settings.http.port)
         with listener:
-            async with open_house(settings) as house:
+            async with open_house(settings) as house, _ssh_gateway(house, settings):
                 if not stop.is_set():
-                    await _serve_http(house, listener, settings.http)
+                    await _serve_http(house, listener, settings)
     log.info("stopped; machines live on")
 
 
+@contextlib.asynccontextmanager
+async def _ssh_gateway(house: House, settings: Settings) -> AsyncIterator[None]:
+    """Open the SSH gateway of a house, if it is to have one."""
+    services, ssh = house.control.services, settings.ssh
+    if not ssh.enabled:
+        yield
+        return
+    async with open_gateway(
+        host=ssh.host or settings.http.host,
+        port=ssh.port,
+        host_key=ssh_host_key(settings.home),
+        logins=services.logins,
+        processes=services.processes,
+        forwards=services.forwards,
+        most=ssh.connections,
+        most_by_address=ssh.connections_per_address,
+    ) as port:
+        log.info("serving SSH on port %s", port)
+        yield
+
+
 def http_server(
-    api: ASGIApp, http: HttpSettings, patience: Patience | None = None
+    api: ASGIApp,
+    http: HttpSettings,
+    patience: Patience | None = None,
+    *,
+    is_tunnel: Callable[[Any], bool] = lambda _: False,
+    certificate: tuple[Path, Path] | None = None,
 ) -> uvicorn.Server:
-    """Return the HTTP server of an application, with its doors as the settings have them."""
+    """Return the HTTP server of an application, with its doors as the settings have them.
+
+    For `is_tunnel` see `guarded`; with a `certificate` and its key it speaks TLS.
+    """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     gate = Gate(
         # The other half is for the platform's own work: machines must not be lost for a crowd.
@@ -78,7 +112,7 @@ def http_server(
         most_by_address=http.connections_per_address,
         patience=patience,
     )
-    protocol, socket_protocol = guarded(gate)
+    protocol, socket_protocol = guarded(gate, is_tunnel)
     return uvicorn.Server(
         uvicorn.Config(
             api,
@@ -94,12 +128,16 @@ def http_server(
             backlog=256,
             timeout_graceful_shutdown=_GRACE_S,
             timeout_keep_alive=75,
+            ssl_certfile=None if certificate is None else certificate[0],
+            ssl_keyfile=None if certificate is None else str(certificate[1]),
         )
     )
 
 
-async def _serve_http(house: House, listener: socket.socket, http: HttpSettings) -> None:
-    server = http_server(house.api, http)
+async def _serve_http(house: House, listener: socket.socket, settings: Settings) -> None:
+    preview, own = house.control.preview, settings.preview
+    front = Front(house.api, preview, house.control.services.addresses.preview_domain)
+    server = http_server(front, settings.http, is_tunnel=front.is_preview)
     # What is there by now stays: to look through it again and again for garbage costs a tenth of
     # what a burst of creates takes.
     gc.collect()
@@ -112,12 +150,39 @@ async def _serve_http(house: House, listener: socket.socket, http: HttpSettings)
         ]
         host, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%s", host, port)
-        await server.serve(sockets=[listener])
+        async with _preview_server(preview, settings, own.port):
+            await server.serve(sockets=[listener])
         for one in working:
             one.cancel()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+@contextlib.asynccontextmanager
+async def _preview_server(
+    preview: ASGIApp, settings: Settings, port: int | None
+) -> AsyncIterator[None]:
+    """Serve previews on a port of their own, if they are to have one."""
+    if port is None:
+        yield
+        return
+    own = settings.preview
+    certificate = (
+        (own.tls_certificate, own.tls_key) if own.tls_certificate and own.tls_key else None
+    )
+    with _listen(settings.http.host, port, "SANDYARD_PREVIEW__PORT") as listener:
+        server = http_server(
+            preview, settings.http, is_tunnel=lambda _: True, certificate=certificate
+        )
+        # Without its own handlers of signals: the main server's are the ones that count.
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(server._serve([listener]))
+            try:
+                yield
+            finally:
+                server.should_exit = True
+                await asyncio.wait([serving])
+
+
+def _listen(host: str, port: int, setting: str = "SANDYARD_HTTP__PORT") -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol named, asyncio switches Nagle's algorithm off on what is accepted here;
     # without it every small answer waits 40 ms for the client's acknowledgement.
@@ -128,8 +193,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UnavailableError(
-            f"cannot listen on {host}:{port}: {error.strerror}; set SANDYARD_HTTP__PORT to "
-            "another port"
+            f"cannot listen on {host}:{port}: {error.strerror}; set {setting} to another port"
         ) from error
     return listener
 

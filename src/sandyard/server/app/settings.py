@@ -5,6 +5,7 @@ underscores between section and name), `config.toml` in the installation's home,
 """
 
 import os
+import re
 import sys
 from decimal import Decimal
 from ipaddress import IPv4Network
@@ -23,6 +24,9 @@ from pydantic_settings import (
 from sandyard.server.node.images.definitions import ARGUMENTS_ARE, is_command_line
 
 DEFAULT_HOME = Path("/var/lib/sandyard")
+_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_DOMAIN = rf"{_LABEL}(\.{_LABEL})*(:[1-9][0-9]{{0,4}})?"
+_HOST = r"^[A-Za-z0-9][A-Za-z0-9.:-]*$"
 
 
 class Section(BaseModel):
@@ -59,6 +63,94 @@ class HttpSettings(Section):
         description="Origins whose pages may call the API in a browser, such as "
         "`https://app.example.org`; `*`: any.",
     )
+
+    public_url: str | None = Field(
+        None,
+        description="Where clients reach this server, such as `https://sandyard.example.org`; "
+        "default: the address and port that it listens on.",
+    )
+    public_ip: str | None = Field(
+        None, description="The host's public address, which sandboxes tell as `publicIp`."
+    )
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_an_origin(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parsed = urlsplit(url)
+        is_bare = parsed.path in ("", "/") and not (parsed.query or parsed.fragment)
+        if parsed.scheme not in ("http", "https") or not parsed.hostname or not is_bare:
+            raise ValueError("it must be http:// or https:// and a host, without a path")
+        return url.rstrip("/")
+
+
+class SshSettings(Section):
+    """The SSH gateway."""
+
+    enabled: bool = Field(True, description="Whether it is opened.")
+    host: str | None = Field(
+        None, description="The address to listen on; default: that of `http.host`."
+    )
+    port: int = Field(2222, ge=1, le=65535, description="The port to listen on.")
+    public_host: str | None = Field(
+        None,
+        pattern=_HOST,
+        description="The host that clients are told to log in to; default: the host of "
+        "`http.public_url`, else the address that it listens on.",
+    )
+    public_port: int | None = Field(
+        None, ge=1, le=65535, description="The port they are told; default: `ssh.port`."
+    )
+    connections: int = Field(1000, ge=1, le=100_000, description="Connections open at one time.")
+    connections_per_address: int = Field(
+        200, ge=1, le=100_000, description="How many of them may come from one address."
+    )
+
+
+class PreviewSettings(Section):
+    """Preview URLs of what listens in sandboxes."""
+
+    domain: str | None = Field(
+        None,
+        description="What the host names of previews end in, with a port where that is not the "
+        "usual one; default: `preview.localhost` and the port of the server. Its wildcard "
+        "(`*.domain`) must lead here.",
+    )
+    scheme: Literal["http", "https"] = Field(
+        "http", description="`https` where a proxy in front, or the listener below, speaks TLS."
+    )
+    token_s: int = Field(
+        86_400, ge=60, le=30 * 86_400, description="Seconds that a preview URL holds at least."
+    )
+    port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="A port for previews alone, on the same address; default: none, they share "
+        "the server's.",
+    )
+    tls_certificate: Path | None = Field(
+        None,
+        description="A certificate for `*.domain` (PEM, with those above it), for that port to "
+        "speak TLS by itself.",
+    )
+    tls_key: Path | None = Field(None, description="The certificate's private key (PEM).")
+
+    @field_validator("domain")
+    @classmethod
+    def _is_a_domain(cls, domain: str | None) -> str | None:
+        if domain is not None and not re.fullmatch(_DOMAIN, domain):
+            raise ValueError("it must be a domain in lower case, such as preview.example.org")
+        return domain
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        if self.tls_certificate is not None and self.port is None:
+            raise ValueError("tls_certificate is for a port of its own: set preview.port as well")
+        return self
 
 
 class StoreSettings(Section):
@@ -386,6 +478,8 @@ class Settings(BaseSettings):
 
     home: Path = Field(DEFAULT_HOME, description="Where the installation's state lives.")
     http: HttpSettings = HttpSettings()
+    ssh: SshSettings = SshSettings()
+    preview: PreviewSettings = PreviewSettings()
     store: StoreSettings = StoreSettings()
     node: NodeSettings = NodeSettings()
     firecracker: FirecrackerSettings = FirecrackerSettings()

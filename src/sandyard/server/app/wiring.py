@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import urlsplit
 
 from sandyard.server.app.firecracker import fetch, program
+from sandyard.server.app.installation import ssh_host_key, ssh_public_key
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.money import Prices, micros_of
@@ -20,10 +22,13 @@ from sandyard.server.node.host.network import host_routes
 from sandyard.server.node.images.build import Builder
 from sandyard.server.node.images.definitions import load_definitions
 from sandyard.server.node.images.images import Images
+from sandyard.server.service.addresses import Addresses, SshAddress
 from sandyard.server.service.people.organizations import SignUp
 from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
+
+_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
 
 
 def images_of(settings: Settings) -> Images:
@@ -111,6 +116,28 @@ def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:
         known=_every_driver(settings),
         probe_s=settings.node.probe_s,
         slowest=settings.node.slowest,
+    )
+
+
+def addresses_of(settings: Settings) -> Addresses:
+    """Return what clients are told of where the ways into sandboxes are."""
+    http, ssh, preview = settings.http, settings.ssh, settings.preview
+    host = f"[{http.host}]" if ":" in http.host else http.host
+    base_url = http.public_url or f"http://{host}:{http.port}"
+    told = urlsplit(http.public_url).hostname if http.public_url else None
+    listens = ssh.host or http.host
+    return Addresses(
+        base_url=base_url,
+        preview_domain=preview.domain or f"preview.localhost:{preview.port or http.port}",
+        preview_scheme=preview.scheme,
+        ssh=SshAddress(
+            host=ssh.public_host or told or (listens if listens not in _ANY else "localhost"),
+            port=ssh.public_port or ssh.port,
+            host_key=ssh_public_key(ssh_host_key(settings.home)),
+        )
+        if ssh.enabled
+        else None,
+        public_ip=http.public_ip,
     )
 
 

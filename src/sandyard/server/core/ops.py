@@ -24,6 +24,7 @@ class Op(StrEnum):
     WAKE = "wake"
     EXEC = "exec"
     START = "start"
+    RUN = "run"
     ATTACH = "attach"
     LIST = "list"
     SIGNAL = "signal"
@@ -39,6 +40,8 @@ class Op(StrEnum):
     WRITE = "write"
     WATCH_FOLDER = "watch_folder"
     DIAL = "dial"
+    LISTEN = "listen"
+    TAKE = "take"
     STATS = "stats"
 
 
@@ -47,12 +50,14 @@ class UnknownOperationError(CodecError):
 
 
 class Operation(Generic[AnswerT]):
-    """Base of all. `is_use` says that while one is under way, the sandbox is in use; of one that is
-    `asked_by_users` a refusal is for them, and may say why."""
+    """Base of all. `is_use` says that while one is under way, the sandbox is in use; one that is
+    `used_by_bytes` is a use whenever bytes go through it, and none while it is silent. Of one that
+    is `asked_by_users` a refusal is for them, and may say why."""
 
     op: ClassVar[Op]
     answer: ClassVar[type[Any]]
     is_use: ClassVar[bool] = False
+    used_by_bytes: ClassVar[bool] = False
     asked_by_users: ClassVar[bool] = False
 
 
@@ -194,9 +199,11 @@ class Start(Operation[Program]):
     """Start a process that lives on when this connection has ended.
 
     Either a `command` line, run by the shell, or the words of `argv`, the first of which is looked
-    for in PATH. With `stdin` it has an input that `Input` writes to, else nothing to read; with a
-    `terminal` both, and its output comes as one. Until somebody attaches for the first time, at
-    most ten seconds, it is held back rather than that any of its output is lost.
+    for in PATH. A `login` is of the user's own shell, which without either of them is what is
+    started. The folder `~` is the user's home. With `stdin` it has an input that `Input` writes to,
+    else nothing to read; with a `terminal` both, and its output comes as one. Until somebody
+    attaches for the first time, at most ten seconds, it is held back rather than that any of its
+    output is lost. Once nobody has followed it for `hang_up_s`, it is hung up on, as by a modem.
     """
 
     op = Op.START
@@ -212,6 +219,21 @@ class Start(Operation[Program]):
     stdin: bool = False
     terminal: Size | None = None
     timeout_ms: int | None = None
+    login: bool = False
+    hang_up_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Run(Start):
+    """`Start` and `Attach` in one: frames follow the answer. Its end is not kept.
+
+    A `line` takes the place of the command: bytes as the shell gets them, which need not be text.
+    """
+
+    op = Op.RUN
+    used_by_bytes = True
+
+    line: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -241,6 +263,14 @@ class Attach(Operation[Attached]):
     pid: int | None = None
     tag: str | None = None
     offset: int | None = None
+
+
+@dataclass(frozen=True)
+class AttachLive(Attach):
+    """`Attach`, by somebody at a terminal: it is a use while something is typed or printed."""
+
+    is_use = False
+    used_by_bytes = True
 
 
 @dataclass(frozen=True)
@@ -539,13 +569,64 @@ FileOperation = Stat | ListFolder | MakeFolder | Move | Copy | Remove | Read | W
 
 @dataclass(frozen=True)
 class Dial(Operation[Done]):
-    """Connect to a port that something in the machine listens on; raw bytes follow, both ways."""
+    """Connect to a port that something in the machine listens on; raw bytes follow, both ways.
+
+    With a `host`, the machine connects to a port there, as its own programs would; with a `path`,
+    to a socket of its file system.
+    """
 
     op = Op.DIAL
+    asked_by_users = True
     answer = Done
-    is_use = True
+    used_by_bytes = True
 
-    port: int
+    port: int = 0
+    host: str | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Listening:
+    """The machine listens, at a `port` or a `path`, until the connection ends; frames with a JSON
+    `Caller` follow for each connection that comes."""
+
+    port: int = 0
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Somebody connected, from an address, and waits to be taken."""
+
+    number: int
+    host: str = ""
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class Listen(Operation[Listening]):
+    """Have the machine listen: on a `host`'s port, any free one for 0; without a `host` on a socket
+    of a new folder that only the `user` may enter."""
+
+    op = Op.LISTEN
+    asked_by_users = True
+    answer = Listening
+
+    host: str | None = None
+    port: int = 0
+    user: str = "root"
+
+
+@dataclass(frozen=True)
+class Take(Operation[Done]):
+    """Take a connection that came to a `Listen`; raw bytes follow, both ways."""
+
+    op = Op.TAKE
+    asked_by_users = True
+    answer = Done
+    used_by_bytes = True
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -580,6 +661,7 @@ AnyOperation = (
     | SetUp
     | Execute
     | Start
+    | Run
     | Attach
     | List
     | Signal
@@ -587,6 +669,8 @@ AnyOperation = (
     | Resize
     | FileOperation
     | Dial
+    | Listen
+    | Take
     | Stats
 )
 """Every operation that there is."""

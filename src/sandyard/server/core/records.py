@@ -128,6 +128,23 @@ class SshKey:
 
 
 @dataclass(frozen=True)
+class Ticket:
+    """Short-lived access of one `kind` to one sandbox; only the digest of its secret is kept.
+
+    It lets its bearer do what whoever issued it `by` (a key's id, or `user:` and a user's) may do;
+    `detail` says what exactly it is for.
+    """
+
+    digest: str = field(repr=False)
+    kind: str
+    org_id: str
+    sandbox_id: str
+    by: str
+    detail: str
+    expires_at: datetime
+
+
+@dataclass(frozen=True)
 class Reason:
     """Why a sandbox is where it is: a code for programs, a sentence for people."""
 
@@ -141,8 +158,9 @@ class Sandbox:
 
     `incarnation` counts the starts of its machine; that of `from_snapshot_incarnation` comes from a
     snapshot, that of `from_disk_incarnation` boots from its own disk. `authorized_keys` are public
-    keys, `saved_bytes` what its saved state takes on disk. `env` and `root_password_hash` are
-    secrets: the store keeps the first encrypted, nothing echoes either.
+    keys and `ssh_key_ids` whence each comes: the id of a key of the organization, or nothing where
+    it was given itself. `saved_bytes` is what its saved state takes on disk. `env` and
+    `root_password_hash` are secrets: the store keeps the first encrypted, nothing echoes either.
     """
 
     id: str
@@ -161,6 +179,7 @@ class Sandbox:
     tags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     authorized_keys: tuple[str, ...] = ()
+    ssh_key_ids: tuple[str, ...] = ()
     root_password_hash: str | None = field(default=None, repr=False)
     metadata: Mapping[str, object] = field(default_factory=dict)
     auto_resume: bool = True

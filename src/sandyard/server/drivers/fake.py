@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandyard.server.core import ops, wire
-from sandyard.server.core.codec import CodecError, encode
+from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.node import POWERED_OFF, REBOOTED
 from sandyard.server.core.errors import (
     ConflictError,
@@ -73,6 +73,7 @@ class Conduct:
     mute_wakes: int = 0  # so many times
     dies_at_set_up: int = 0  # so many times
     recent_cpu_percent: float = 0.0
+    ports: dict[int, int] = field(default_factory=dict)  # which lead to one of this host's loopback
 
 
 @dataclass
@@ -297,7 +298,13 @@ class FakeMachine:
             case ops.Execute():
                 await self._execute(operation, writer)
             case ops.Dial():
-                await self._echo(reader, decoder, writer)
+                if (port := self._conduct.ports.get(operation.port)) is not None:
+                    await _join(port, reader, decoder, writer)
+                else:
+                    await self._echo(reader, decoder, writer)
+            case ops.Run():
+                found = decode(ops.Program, answer.values)
+                await self._follow(ops.Attach(found.pid, offset=0), reader, decoder, writer)
             case ops.Attach():
                 await self._follow(operation, reader, decoder, writer)
             case _:
@@ -372,10 +379,8 @@ class FakeMachine:
                 | ops.Remove() | ops.Read() | ops.Write() | ops.WatchFolder()
             ):  # fmt: skip
                 return self._files.answer(operation)
-            case ops.Dial():
-                if operation.port != ECHO_PORT:
-                    message = f"cannot connect to port {operation.port}: nothing listens there"
-                    raise _RefusedError(wire.Refusal.BAD_REQUEST, message)
+            case ops.Dial() | ops.Listen() | ops.Take():
+                self._check_door(operation)
             case ops.Stats() if operation.window_s is not None:
                 return ops.Figures(recent_cpu_percent=self._conduct.recent_cpu_percent)
             case ops.Stats():
@@ -390,6 +395,14 @@ class FakeMachine:
             writer.write(data)
             await writer.drain()
             data = b""
+
+    def _check_door(self, operation: ops.Dial | ops.Listen | ops.Take) -> None:
+        if not isinstance(operation, ops.Dial):
+            message = "nobody can connect to a machine that is none"
+            raise _RefusedError(wire.Refusal.UNSUPPORTED, message)
+        if operation.port != ECHO_PORT and operation.port not in self._conduct.ports:
+            message = f"cannot connect to port {operation.port}: nothing listens there"
+            raise _RefusedError(wire.Refusal.ABSENT, message)
 
     async def _watch(self, wish: ops.WatchFolder, writer: asyncio.StreamWriter) -> None:
         async for frame in self._files.watched(wish):
@@ -493,6 +506,28 @@ async def _pour(what: str, much: int, writer: asyncio.StreamWriter) -> None:
         for channel in (wire.Channel.STDOUT, wire.Channel.STDERR):
             writer.write(wire.encode_frame(channel, piece))
             await writer.drain()
+
+
+async def _join(
+    port: int, reader: asyncio.StreamReader, decoder: wire.Decoder, writer: asyncio.StreamWriter
+) -> None:
+    """Carry bytes between a connection and a port of this host's loopback."""
+    theirs, ours = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        ours.write(decoder.take_raw())
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_copy(reader, ours))
+            tasks.create_task(_copy(theirs, writer))
+    finally:
+        ours.close()
+
+
+async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while data := await source.read(65536):
+            sink.write(data)
+            await sink.drain()
+        sink.write_eof()
 
 
 class _RefusedError(Exception):

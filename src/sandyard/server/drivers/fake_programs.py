@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
@@ -27,9 +28,9 @@ class RefusedProgramError(Exception):
 class FakeProgram:
     """One process: it runs until its word says that it ends.
 
-    `cat` prints what it reads until its input is closed, `hang` runs until it is signalled, `count
-    N` prints the numbers, `spill N` so many zeros; anything else is printed itself. On a terminal
-    all of it comes there.
+    `cat`, and a login shell, print what they read until their input is closed, `hang` runs until it
+    is signalled, `count N` prints the numbers, `spill N` so many zeros, `exit N` ends so; anything
+    else is printed itself. On a terminal all of it comes there.
     """
 
     def __init__(self, pid: int, wish: ops.Start) -> None:
@@ -44,8 +45,10 @@ class FakeProgram:
         self._started_ms = _STARTED_MS
         words = (wish.command or " ".join(wish.argv)).split(" ")
         match words:
-            case ["cat"] | ["hang"]:
+            case ["cat"] | ["hang"] | [""]:
                 pass
+            case ["exit", number]:
+                self._finish(int(number))
             case ["count", number]:
                 self._print(b"".join(b"%d\n" % one for one in range(1, int(number) + 1)))
                 self._finish(0)
@@ -86,11 +89,12 @@ class FakeProgram:
         """
         if not self._is_open:
             raise ConflictingError(f"cannot write to the process {self._pid}: it takes no input")
-        if self._wish.command == "cat":
+        is_cat = (self._wish.command or " ".join(self._wish.argv)) in ("cat", "")
+        if is_cat:
             self._print(data)
         if closes:
             self._is_open = False
-            if self._wish.command == "cat":
+            if is_cat:
                 self._finish(0)
 
     def send(self, number: int) -> None:
@@ -157,6 +161,8 @@ class FakePrograms:
         """
         if isinstance(wish, ops.Start):
             self._next += 1
+            if isinstance(wish, ops.Run) and wish.line is not None:
+                wish = replace(wish, command=wish.line.decode(errors="replace"))
             made = self._by_pid[self._next] = FakeProgram(self._next, wish)
             return made.told()
         if isinstance(wish, ops.List) and wish.pid is None and wish.tag is None:

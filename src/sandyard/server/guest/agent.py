@@ -18,7 +18,7 @@ from sandyard.server.guest import processes, system
 from sandyard.server.guest.context import Context
 from sandyard.server.guest.ops import files
 from sandyard.server.guest.ops import processes as programs
-from sandyard.server.guest.ops.dial import dial
+from sandyard.server.guest.ops.dial import dial, listen, take
 from sandyard.server.guest.ops.execute import execute
 from sandyard.server.guest.ops.setup import set_up, wake
 from sandyard.server.guest.ops.stats import stats
@@ -26,7 +26,7 @@ from sandyard.server.guest.streams import answer, receive, refuse
 from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
 
 _HEAD_LIMIT_S = 90.0  # the host keeps a connection open for what it will want next
-_CONNECTIONS_MAX = 512
+_CONNECTIONS_MAX = 4096
 
 
 class Agent:
@@ -99,12 +99,18 @@ class Agent:
                 await answer(connection, ops.Done())
             case ops.Execute():
                 await execute(self._context, operation, connection, decoder)
+            case ops.Run():  # before Start, of which it is one
+                await programs.run(self._context, operation, connection, decoder)
             case ops.Attach():
                 await programs.attach(self._context, operation, connection, decoder)
             case ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize():
                 await answer(connection, await programs.carry_out(self._context, operation))
             case ops.Dial():
-                await dial(operation, connection, decoder)
+                await dial(self._context, operation, connection, decoder)
+            case ops.Listen():
+                await listen(self._context, operation, connection, decoder)
+            case ops.Take():
+                await take(self._context, operation, connection, decoder)
             case ops.Stats():
                 await answer(connection, await stats(self._context, operation))
             case _:

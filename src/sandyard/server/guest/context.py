@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from sandyard.server.core import wire
 from sandyard.server.guest import processes, system
+from sandyard.server.guest.callers import Callers
 from sandyard.server.guest.streams import Reader
 from sandyard.server.guest.system import Account, RefusedError
 from sandyard.server.guest.table import Table
@@ -68,6 +69,7 @@ class Context:
         self.root_fd = root_fd
         self.load = Load()
         self.table = Table()
+        self.callers = Callers()
         self.token = (system.RUN / "token").read_text().strip()
         self.env: Mapping[str, str] = {}
         self._logins: dict[int, tuple[tuple[object, ...], dict[str, str]]] = {}

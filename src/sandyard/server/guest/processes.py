@@ -49,7 +49,8 @@ class Spec:
     """What to start: the first of `programs` that exists, with its arguments; `name` is for people.
 
     With a `script`, it can be read from the descriptor SCRIPT. With a `terminal` its streams are
-    one, of that size. One that `is_kept` ends with the agent, the only one who knows of it.
+    one, of that size. One that `is_kept` ends with the agent, the only one who knows of it. With an
+    `alias` the program is told that as its own name.
     """
 
     name: str
@@ -60,6 +61,11 @@ class Spec:
     script: bytes | None = None
     terminal: tuple[int, int] | None = None
     is_kept: bool = False
+    alias: str | None = None
+
+    def words_of(self, program: Sequence[str]) -> list[str]:
+        """Return what a program is given as its arguments, its own name the first."""
+        return [self.alias or program[0], *program[1:]]
 
 
 class Process:
@@ -127,6 +133,16 @@ class Process:
         except ProcessLookupError:
             return False
         return True
+
+    def hang_up(self) -> None:
+        """Tell what runs on its terminal that nobody is there any more, as the kernel does when a
+        line is cut (termios(3): the session's leader, and the group in the foreground)."""
+        for number in (signal.SIGHUP, signal.SIGCONT):
+            self.signal(number)
+            with contextlib.suppress(OSError):
+                group = os.tcgetpgrp(self.stdout)
+                if group > 1 and group != self.pid:
+                    os.killpg(group, number)
 
     def signal_everything(self, number: int) -> bool:
         """Send a signal to everything that was started; False if nothing of it lives."""
@@ -317,7 +333,7 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
             try:
                 return os.posix_spawn(
                     program[0],
-                    list(program),
+                    spec.words_of(program),
                     spec.env,
                     file_actions=actions,
                     setsid=True,
@@ -402,7 +418,7 @@ def _become(
         what, which = "start", spec.name
         for program in spec.programs:
             with contextlib.suppress(*_NOT_HERE):
-                os.execve(program[0], list(program), dict(spec.env))
+                os.execve(program[0], spec.words_of(program), dict(spec.env))
         raise FileNotFoundError(2, "it is not in the sandbox")
     except OSError as error:
         os.write(trouble, _cannot(what, which, error).encode(errors="replace")[:1000])

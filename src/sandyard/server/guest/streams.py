@@ -22,6 +22,7 @@ class Reader:
         self._descriptor = descriptor
         self._waiter: asyncio.Future[None] | None = None
         self._left: int | None = None
+        self._is_closed = False
 
     async def read(self, limit: int) -> bytes:
         """Return up to `limit` bytes, or none at the end."""
@@ -48,8 +49,16 @@ class Reader:
             result += data[: limit - len(result)]
         return bytes(result)
 
+    def abandon(self) -> None:
+        """Read no more at all; who reads is told that this is the end, and then closes it."""
+        self._left = 0
+        if self._waiter is not None:
+            _resolve(self._waiter)
+
     def finish(self) -> None:
         """Read no further than what is there: whoever still holds the pipe is a background job."""
+        if self._is_closed:
+            return
         size = fcntl.ioctl(self._descriptor, termios.FIONREAD, b"\0\0\0\0")
         self._left = int.from_bytes(size, sys.byteorder)
         if self._waiter is not None:
@@ -57,6 +66,8 @@ class Reader:
 
     def drain_to_nowhere(self) -> None:
         """Keep the pipe open for a background job, which must not die of its own output."""
+        if self._is_closed:
+            return
         loop = asyncio.get_running_loop()
 
         def is_at_end() -> bool:
@@ -78,8 +89,10 @@ class Reader:
             loop.add_reader(self._descriptor, drain)
 
     def close(self) -> None:
-        """Close the pipe."""
-        os.close(self._descriptor)
+        """Close the pipe, if it is not closed yet."""
+        if not self._is_closed:
+            self._is_closed = True
+            os.close(self._descriptor)
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()

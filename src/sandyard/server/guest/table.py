@@ -27,6 +27,7 @@ ENDED_MAX = 256
 _KEPT_MAX = 8 * 1024 * 1024  # what all that have ended printed last, together
 _KEPT_S = 600.0
 _LAST_WORDS_S = 1.0
+_FIRST_FOLLOWER_S = 10.0
 _SHOWN = 500
 
 
@@ -62,11 +63,21 @@ class Follower:
 class Entry:
     """One process."""
 
-    def __init__(self, process: processes.Process, told: ops.Program, waits_s: float) -> None:
+    def __init__(
+        self,
+        process: processes.Process,
+        told: ops.Program,
+        waits_s: float,
+        hang_up_s: float | None = None,
+    ) -> None:
         self.ring = Ring(RING)
         self.end: ops.Ended | None = None
         self.told = told
         self._process = process
+        self._readers = [Reader(one) for one in (process.stdout, process.stderr) if one is not None]
+        self._hang_up_s = hang_up_s
+        self._hanging_up: asyncio.TimerHandle | None = None
+        self._is_hung_up = False
         self._followers: set[Follower] = set()
         self._changed = asyncio.Event()
         self._moved = asyncio.Event()
@@ -80,8 +91,8 @@ class Entry:
     async def live(self, *, limit_s: float | None) -> None:
         """See it to its end, keep what it prints, and then give back what it took."""
         started = time.monotonic()
-        process = self._process
-        readers = [Reader(one) for one in (process.stdout, process.stderr) if one is not None]
+        process, readers = self._process, self._readers
+        self._hang_up_later(_FIRST_FOLLOWER_S)
         channels = (Channel.TERMINAL,) if process.is_terminal else (Channel.STDOUT, Channel.STDERR)
         async with asyncio.TaskGroup() as tasks:
             pumps = [
@@ -96,6 +107,8 @@ class Entry:
         if process.is_terminal:
             self._stop_writing(process.stdout)
         self.close_input()
+        if self._hanging_up is not None:
+            self._hanging_up.cancel()
         self._ended_ms = round(time.time() * 1000)
         self.end = ops.Ended(
             exit_code=124 if timed_out else code if code >= 0 else 128 - code,
@@ -119,10 +132,9 @@ class Entry:
         await process.wait()
         self._stop_writing(process.stdout if process.is_terminal else process.stdin)
         self.close_input()
-        for descriptor in (process.stdout, process.stderr):
-            if descriptor is not None:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
+        for reader in self._readers:
+            with contextlib.suppress(OSError):
+                reader.close()
         process.release()
         self._ended_ms = round(time.time() * 1000)
         self.end = ops.Ended(exit_code=255, duration_ms=0)
@@ -145,6 +157,8 @@ class Entry:
                         await self._moved.wait()
             self.ring.add(channel, data)
             self._tell()
+        if self._is_hung_up:
+            reader.close()  # what it still writes is for nobody, and tells it so (SIGPIPE)
 
     def _holds_s(self, size: int) -> float:
         """Return how long at most to hold back so much that it printed; 0 to take it."""
@@ -169,11 +183,34 @@ class Entry:
         follower = Follower(self, min(begin, self.ring.end))
         self._held_until = 0.0
         self._followers.add(follower)
+        if self._hanging_up is not None:
+            self._hanging_up.cancel()
         try:
             yield follower
         finally:
             self._followers.discard(follower)
             self.moved()
+            self._hang_up_later(0.0)
+
+    def _hang_up_later(self, at_least_s: float) -> None:
+        """Hang up on it after its time, unless somebody follows it by then."""
+        if self._hang_up_s is None or self._followers or self.end is not None:
+            return
+        if self._hanging_up is not None:
+            self._hanging_up.cancel()
+        wait_s = max(at_least_s, self._hang_up_s)
+        self._hanging_up = asyncio.get_running_loop().call_later(wait_s, self._hang_up)
+
+    def _hang_up(self) -> None:
+        if self.end is not None or self._followers or self._is_hung_up:
+            return
+        if self._process.is_terminal:
+            self._process.hang_up()
+            return
+        self._is_hung_up = True
+        self.close_input()
+        for reader in self._readers:
+            reader.abandon()
 
     async def more(self) -> None:
         """Return once it has printed more, or ended."""

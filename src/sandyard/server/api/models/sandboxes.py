@@ -12,6 +12,7 @@ from sandyard.server.core.records import Sandbox
 from sandyard.server.core.shapes import format_size
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.sandboxes.change import Changes
 from sandyard.server.service.sandboxes.create import NewSandbox
 
@@ -148,7 +149,7 @@ class SandboxOut(Model):
     expires_at: Time | None
 
 
-def sandbox_out(sandbox: Sandbox, actor: Actor) -> SandboxOut:
+def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
     """Return a sandbox as an actor may see it; fields of one name mean the same."""
     has_key, has_password = bool(sandbox.authorized_keys), sandbox.root_password_hash is not None
     methods: dict[tuple[bool, bool], Literal["key", "password", "key_and_password", "none"]] = {
@@ -164,7 +165,8 @@ def sandbox_out(sandbox: Sandbox, actor: Actor) -> SandboxOut:
         "metadata": dict(sandbox.metadata),
         "mounts": [],
         "has_writable_workspace_mount": False,
-        "ssh_ready": False,
+        "ssh_ready": where.ssh is not None and (has_key or has_password) and _is_up(sandbox),
+        "public_ip": where.public_ip,
         "vnc_ready": False,
         "ssh_access_configured": has_key or has_password,
         "ssh_auth_method": methods[has_key, has_password],
@@ -178,6 +180,12 @@ def sandbox_out(sandbox: Sandbox, actor: Actor) -> SandboxOut:
         "node_id": sandbox.node_id if actor.role == "admin" else None,
     }
     return SandboxOut.model_validate(shown, by_name=True)
+
+
+def _is_up(sandbox: Sandbox) -> bool:
+    """Tell whether whoever logs in finds it running, or has it resumed by that."""
+    is_resumed = sandbox.status is Status.PAUSED and sandbox.auto_resume
+    return sandbox.status is Status.RUNNING or is_resumed
 
 
 class PausedOut(Model):

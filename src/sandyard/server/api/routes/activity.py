@@ -13,11 +13,12 @@ from sandyard.server.api.events import Check, Event, EventStream, rechecked
 from sandyard.server.api.models.activity import EventPage, EventsOut, event_out
 from sandyard.server.api.models.base import PageMeta
 from sandyard.server.api.models.sandboxes import sandbox_out
-from sandyard.server.api.routes.common import errors, provided
+from sandyard.server.api.routes.common import Where, errors, provided
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.records import Activity, Sandbox
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.feed import Feed
 
 router = APIRouter(tags=["activity"])
@@ -113,6 +114,7 @@ async def follow_sandbox(
     request: Request,
     actor: CanReadSandbox,
     service: Service,
+    where: Where,
     check: MayFollow,
     reference: str,
 ) -> Any:
@@ -125,12 +127,14 @@ async def follow_sandbox(
         if getattr(request.state, "is_head", False):
             return Response(media_type="text/event-stream")
         held = opening.pop_all()
-    return EventStream(_told(changes, actor), held, check)
+    return EventStream(_told(changes, actor, where), held, check)
 
 
-async def _told(changes: AsyncIterator[Sandbox], actor: Actor) -> AsyncIterator[Event]:
+async def _told(
+    changes: AsyncIterator[Sandbox], actor: Actor, where: Addresses
+) -> AsyncIterator[Event]:
     async for sandbox in changes:
-        shown = sandbox_out(sandbox, actor).model_dump(mode="json", by_alias=True)
+        shown = sandbox_out(sandbox, actor, where).model_dump(mode="json", by_alias=True)
         yield Event("status", shown)
 
 

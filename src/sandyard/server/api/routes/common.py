@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 
 from sandyard.server.api.cursors import encode_cursor
 from sandyard.server.api.models.base import Data, ErrorAnswer, Meta, Page, PageMeta
+from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.repeats import Repeatable
 
 T = TypeVar("T")
@@ -23,6 +24,9 @@ def provided(name: str) -> Any:
         return getattr(connection.scope["app"].state.services, name)
 
     return Depends(provide)
+
+
+Where = Annotated[Addresses, provided("addresses")]
 
 
 async def _repeatable(

@@ -14,13 +14,7 @@ Anyone = Annotated[Actor, Depends(Scope(None))]
 
 _SANDBOX = "/v1/sandboxes/{reference}"
 _PLANNED = {
-    "previews": [("GET", f"{_SANDBOX}/url")],
-    "SSH": [("GET", f"{_SANDBOX}/ssh")],
     "desktops": [("GET", f"{_SANDBOX}/vnc")],
-    "terminals": [
-        ("POST", "/v1/terminal/sandbox-sessions"),
-        ("GET", "/v1/terminal/sessions/{path:path}"),
-    ],
     "workspaces": [
         ("GET POST", "/v1/workspaces"),
         ("GET POST PUT PATCH DELETE", "/v1/workspaces/{path:path}"),

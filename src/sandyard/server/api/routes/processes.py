@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import codecs
-import itertools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
@@ -16,7 +15,6 @@ from fastapi import (
     Request,
     Response,
     WebSocket,
-    WebSocketDisconnect,
 )
 
 from sandyard.server.api.access import Scope
@@ -43,7 +41,7 @@ from sandyard.server.api.models.processes import (
     process_out,
 )
 from sandyard.server.api.routes.common import enveloped, errors, provided, whole
-from sandyard.server.api.sockets import send_json, served, watched
+from sandyard.server.api.sockets import Inflow, messages_of, send_json, served, watched
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -62,8 +60,6 @@ router = APIRouter(prefix="/v1/sandboxes/{reference}/processes", tags=["processe
 _START_MAX = 1536 * 1024  # a command of 1 MiB, and what JSON makes of it
 _STDIN_MAX = 1536 * 1024  # 1 MiB in base64
 _PID_DIGITS = 10
-_INPUT_WAITING_MAX = 1024 * 1024
-_MESSAGES_A_SECOND, _MESSAGES_AT_ONCE, _MESSAGES_A_TURN = 2_000, 2_000, 50
 _NUMBERS = {name: bytes((channel,)) for channel, name in STREAMS.items()}
 
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
@@ -269,12 +265,14 @@ class _Hands:
         self._actor = actor
         self._reference = reference
         self._which = Which(pid=following.pid)
-        self._following = following
-        self._input: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._waiting = self._taken = 0
+        self._taken = 0
         self._is_news = asyncio.Event()
-        self._has_ended = False
-        self._has_room = asyncio.Event()
+        self._input = Inflow(following, self._note_taken)
+
+    def _note_taken(self, count: int) -> None:
+        # Told apart: a client that does not read is not to keep a process from reading.
+        self._taken += count
+        self._is_news.set()
 
     async def tell(self, socket: WebSocket) -> None:
         """Tell how much of the input was taken, as fast as the client reads."""
@@ -285,28 +283,7 @@ class _Hands:
 
     async def pass_on(self) -> None:
         """Write what came to the process's input, as it reads."""
-        while True:
-            data = await self._input.get()
-            if data is None:
-                await self._following.close_input()
-                continue
-            await self._following.write(data)
-            self._waiting -= len(data)
-            self._has_room.set()
-            # Told apart: a client that does not read is not to keep a process from reading.
-            self._taken += len(data)
-            self._is_news.set()
-
-    async def _take(self, data: bytes) -> None:
-        """Take input, once there is room for it."""
-        while self._waiting > _INPUT_WAITING_MAX:
-            self._has_room.clear()
-            await self._has_room.wait()
-        if self._has_ended:
-            raise ConflictError("cannot write to the process: its input was ended")
-        if data:
-            self._waiting += len(data)
-            self._input.put_nowait(data)
+        await self._input.pass_on()
 
     async def hear(self, socket: WebSocket) -> None:
         """Do what is asked for, until the socket is closed.
@@ -314,21 +291,12 @@ class _Hands:
         Raises:
             WebSocketDisconnect: it is.
         """
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        for count in itertools.count(1):
-            message = await socket.receive()
-            if message["type"] == "websocket.disconnect":
-                raise WebSocketDisconnect(message.get("code", 1006))
-            # Nobody gets more of this thread by sending tiny pieces.
-            early = began + (count - _MESSAGES_AT_ONCE) / _MESSAGES_A_SECOND - clock()
-            if early > 0 or count % _MESSAGES_A_TURN == 0:
-                await asyncio.sleep(max(0.0, early))
+        async for message in messages_of(socket):
             try:
-                if (data := message.get("bytes")) is not None:
-                    await self._take(data)
+                if isinstance(message, bytes):
+                    await self._input.take(message)
                 else:
-                    await self._obey(attach_message(message.get("text") or ""))
+                    await self._obey(attach_message(message))
             except (
                 InvalidArgumentError, ConflictError, NotFoundError, RateLimitedError,
             ) as error:  # fmt: skip
@@ -338,11 +306,9 @@ class _Hands:
     async def _obey(self, wish: AttachMessage) -> None:
         match wish:
             case InputMessage():
-                await self._take(wish.bytes())
+                await self._input.take(wish.bytes())
             case EndMessage():
-                if not self._has_ended:
-                    self._has_ended = True
-                    self._input.put_nowait(None)
+                self._input.end()
             case ResizeMessage():
                 self._rates.count(self._actor)
                 await self._service.resize(self._actor, self._reference, self._which, wish.size())

@@ -24,6 +24,7 @@ from sandyard.server.api.models.sandboxes import (
 )
 from sandyard.server.api.routes.common import (
     Keyed,
+    Where,
     enveloped,
     errors,
     paged,
@@ -66,6 +67,7 @@ async def create_sandbox(
     actor: CanCreate,
     creation: Creator,
     service: Service,
+    where: Where,
     body: CreateSandbox,
     keyed: Keyed,
     wait: Wait = 0,
@@ -75,7 +77,7 @@ async def create_sandbox(
     sandbox = await creation.create(actor, body.wish(), request=keyed)
     if wait:
         sandbox = await service.until_up(sandbox, limit_s=wait)
-    return enveloped(request, sandbox_out(sandbox, actor))
+    return enveloped(request, sandbox_out(sandbox, actor, where))
 
 
 @router.get("", responses=errors())
@@ -83,6 +85,7 @@ async def list_sandboxes(
     request: Request,
     actor: CanRead,
     service: Service,
+    where: Where,
     status: Annotated[list[Status] | None, Query()] = None,
     tag: Annotated[list[str] | None, Query(description="All must match.")] = None,
     template: str | None = None,
@@ -117,38 +120,43 @@ async def list_sandboxes(
         request,
         found,
         limit,
-        lambda sandbox: sandbox_out(sandbox, actor),
+        lambda sandbox: sandbox_out(sandbox, actor, where),
         lambda sandbox: (sandbox.created_at, sandbox.id),
     )
 
 
 @router.get("/{reference}", responses=errors(404))
 async def get_sandbox(
-    request: Request, actor: CanRead, service: Service, reference: str
+    request: Request, actor: CanRead, service: Service, where: Where, reference: str
 ) -> Data[SandboxOut]:
     """Return one sandbox, by id or name."""
     sandbox = await service.get(actor, checked_text(reference, field="reference"))
-    return enveloped(request, sandbox_out(sandbox, actor))
+    return enveloped(request, sandbox_out(sandbox, actor, where))
 
 
 @router.patch("/{reference}", responses=errors(404, 409))
 async def change_sandbox(
-    request: Request, actor: CanWrite, service: Service, reference: str, body: PatchSandbox
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    where: Where,
+    reference: str,
+    body: PatchSandbox,
 ) -> Data[SandboxOut]:
     """Change name, tags, idle time-out, metadata, project or auto-resume of a sandbox."""
     sandbox = await service.change(
         actor, checked_text(reference, field="reference"), body.changes()
     )
-    return enveloped(request, sandbox_out(sandbox, actor))
+    return enveloped(request, sandbox_out(sandbox, actor, where))
 
 
 @router.post("/{reference}/touch", responses=errors(404, 409))
 async def touch_sandbox(
-    request: Request, actor: CanWrite, service: Service, reference: str
+    request: Request, actor: CanWrite, service: Service, where: Where, reference: str
 ) -> Data[SandboxOut]:
     """Count as a use of a sandbox, which is then not idle."""
     sandbox = await service.touch(actor, checked_text(reference, field="reference"))
-    return enveloped(request, sandbox_out(sandbox, actor))
+    return enveloped(request, sandbox_out(sandbox, actor, where))
 
 
 @router.post(

@@ -15,7 +15,7 @@ from sandyard.server.api.models.snapshots import (
     SnapshotOut,
     snapshot_out,
 )
-from sandyard.server.api.routes.common import Keyed, enveloped, errors, paged, provided
+from sandyard.server.api.routes.common import Keyed, Where, enveloped, errors, paged, provided
 from sandyard.server.core.ids import checked_text
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.snapshots import Snapshots
@@ -87,6 +87,7 @@ async def fork_sandbox(
     request: Request,
     actor: CanCreate,
     service: Service,
+    where: Where,
     reference: str,
     keyed: Keyed,
     body: Annotated[CreateForks | None, Body()] = None,
@@ -99,15 +100,20 @@ async def fork_sandbox(
         name=body.name if body else None,
         request=keyed,
     )
-    return enveloped(request, [sandbox_out(one, actor) for one in forks])
+    return enveloped(request, [sandbox_out(one, actor, where) for one in forks])
 
 
 @router.post("/v1/sandboxes/{reference}/rollback", responses=errors(402, 404, 409))
 async def roll_back_sandbox(
-    request: Request, actor: CanWrite, service: Service, reference: str, body: RollBack
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    where: Where,
+    reference: str,
+    body: RollBack,
 ) -> Data[SandboxOut]:
     """Put a sandbox back to one of its snapshots; what it was until then is lost."""
     sandbox = await service.roll_back(
         actor, checked_text(reference, field="reference"), body.snapshot_id
     )
-    return enveloped(request, sandbox_out(sandbox, actor))
+    return enveloped(request, sandbox_out(sandbox, actor, where))

@@ -27,6 +27,7 @@ from sandyard.server.core.records import (
     Snapshot,
     SshKey,
     StoragePeriod,
+    Ticket,
     UsagePeriod,
     User,
     Workspace,
@@ -60,6 +61,10 @@ class SandboxRows(Protocol):
 
     async def find_named(self, org_id: str, name: str) -> Sandbox | None:
         """Return an organization's live sandbox of that name."""
+        ...
+
+    async def named(self, name: str, *, limit: int) -> list[Sandbox]:
+        """Return the live ones of a name in every organization, oldest first."""
         ...
 
     async def page(self, query: SandboxQuery) -> list[Sandbox]:
@@ -300,6 +305,10 @@ class SshKeyRows(Protocol):
         """Return an organization's keys, newest first."""
         ...
 
+    async def touch(self, key_id: str, at: datetime) -> None:
+        """Note that a key was used."""
+        ...
+
     async def remove(self, org_id: str, key_id: str) -> bool:
         """Remove a key; False if it is not there."""
         ...
@@ -516,6 +525,26 @@ class RequestRows(Protocol):
         ...
 
 
+class TicketRows(Protocol):
+    """Tickets, by the digest of their secrets."""
+
+    async def put(self, ticket: Ticket) -> None:
+        """Add a ticket; one of the same digest is the same ticket."""
+        ...
+
+    async def find(self, digest: str) -> Ticket | None:
+        """Return a ticket, which stays."""
+        ...
+
+    async def take(self, digest: str) -> Ticket | None:
+        """Return a ticket and remove it: of several at once, one gets it."""
+        ...
+
+    async def forget(self, *, before: datetime) -> None:
+        """Remove those that ran out before a moment."""
+        ...
+
+
 class Transaction(Protocol):
     """All rows, as of one moment; what is written becomes visible together or not at all."""
 
@@ -592,6 +621,11 @@ class Transaction(Protocol):
     @property
     def snapshots(self) -> SnapshotRows:
         """Snapshots."""
+        ...
+
+    @property
+    def tickets(self) -> TicketRows:
+        """The tickets."""
         ...
 
     @property

@@ -1,19 +1,56 @@
-"""DIAL: a connection to a port of the machine, with what listens on loopback included."""
+"""DIAL, LISTEN, TAKE: connections from the host into the machine, and the other way round."""
 
 import asyncio
+import contextlib
+import json
+import os
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sandyard.server.core import ops, wire
+from sandyard.server.core.codec import encode
+from sandyard.server.guest import processes, system
+from sandyard.server.guest.context import Context
 from sandyard.server.guest.streams import answer, copy
-from sandyard.server.guest.system import RefusedError
+from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
+
+_CONNECT_S = 30.0
+_UNTAKEN_MAX = 64
+_UNTAKEN_S = 60.0
+_HOST_MAX = 255
+_LOOPBACK = (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6))
+_HERE = frozenset({"", "localhost", "127.0.0.1", "::1"})
+_EVERYWHERE = frozenset({"*", "0.0.0.0", "::"})
 
 
-async def dial(wish: ops.Dial, connection: socket.socket, decoder: wire.Decoder) -> None:
+async def dial(
+    context: Context, wish: ops.Dial, connection: socket.socket, decoder: wire.Decoder
+) -> None:
     """See core.ops.Dial."""
-    port = wish.port
-    if not 1 <= port <= 65535 or port == wire.AGENT_PORT:
-        raise RefusedError(f"cannot connect to port {port}: it is not one of the sandbox's own")
-    there = await _connect_local(port)
+    if wish.path is not None:
+        there = _connect_path(context, wish.path)
+    elif not 1 <= wish.port <= 65535 or wish.port == wire.AGENT_PORT:
+        raise RefusedError(
+            f"cannot connect to port {wish.port}: it is not one of the sandbox's own"
+        )
+    elif wish.host is None or wish.host.lower() in _HERE:
+        there = await _connect_here(wish.port)
+    else:
+        there = await _connect(context, wish.host, wish.port)
+    await _join(there, connection, decoder)
+
+
+async def take(
+    context: Context, wish: ops.Take, connection: socket.socket, decoder: wire.Decoder
+) -> None:
+    """See core.ops.Take."""
+    await _join(context.callers.take(wish.number), connection, decoder)
+
+
+async def _join(there: socket.socket, connection: socket.socket, decoder: wire.Decoder) -> None:
+    """Say that it is done, and carry bytes both ways until both ends have ended."""
     with there:
         await answer(connection, ops.Done())
         await asyncio.get_running_loop().sock_sendall(there, decoder.take_raw())
@@ -22,9 +59,9 @@ async def dial(wish: ops.Dial, connection: socket.socket, decoder: wire.Decoder)
             tasks.create_task(copy(there, connection))
 
 
-async def _connect_local(port: int) -> socket.socket:
+async def _connect_here(port: int) -> socket.socket:
     loop = asyncio.get_running_loop()
-    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+    for host, family in _LOOPBACK:
         there = socket.socket(family, socket.SOCK_STREAM)
         there.setblocking(False)
         try:
@@ -34,4 +71,198 @@ async def _connect_local(port: int) -> socket.socket:
         else:
             there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return there
-    raise RefusedError(f"cannot connect to port {port}: nothing listens there")
+    raise AbsentError(f"cannot connect to port {port}: nothing listens there")
+
+
+def _connect_path(context: Context, path: str) -> socket.socket:
+    there = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    there.setblocking(False)
+    own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # A path of the user's own: the agent goes there and does not wait in between.
+        system.enter(context.root_fd)
+        there.connect(path)
+    except (OSError, ValueError) as error:
+        there.close()
+        why = getattr(error, "strerror", None) or "it is no path of a socket"
+        raise AbsentError(f"cannot connect to {path[:200]}: {why}") from error
+    finally:
+        system.enter(own_root)
+        os.close(own_root)
+    return there
+
+
+async def _connect(context: Context, host: str, port: int) -> socket.socket:
+    """Return a connection to another host, looked up and made in the user's own root by a child:
+    a lookup takes as long as it likes."""
+    if not host or len(host) > _HOST_MAX or "\0" in host:
+        raise RefusedError("cannot connect: that is no name or address of a host")
+    ours, theirs = socket.socketpair()
+    account = system.find_account(context.root_fd, "root")
+    with ours:
+        with theirs:
+            pid = processes.fork(
+                lambda: _find_and_connect(account, context.root_fd, host, port, theirs)
+            )
+        pidfd = os.pidfd_open(pid)
+        try:
+            ours.setblocking(False)
+            async with asyncio.timeout(_CONNECT_S):
+                await processes.readable(ours.fileno())
+            said, descriptors, _, _ = socket.recv_fds(ours, 1000, 1)
+        except TimeoutError:
+            raise AbsentError(f"cannot connect to {host} port {port}: it does not answer") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(pidfd)
+    if not descriptors:
+        raise AbsentError(
+            f"cannot connect to {host} port {port}: {said.decode(errors='replace') or 'it failed'}"
+        )
+    there = socket.socket(fileno=descriptors[0])
+    there.setblocking(False)
+    is_here = there.getsockname()[0] == there.getpeername()[0]
+    if is_here and there.getpeername()[1] == wire.AGENT_PORT:
+        there.close()
+        raise RefusedError(f"cannot connect to port {port}: it is not one of the sandbox's own")
+    return there
+
+
+def _find_and_connect(
+    account: system.Account, root_fd: int, host: str, port: int, result: socket.socket
+) -> None:
+    processes.step_down(account, root_fd)
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_S) as found:
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            socket.send_fds(result, [b"."], [found.fileno()])
+    except OSError as error:
+        result.send((error.strerror or str(error) or "it failed").encode()[:500])
+
+
+# --- the other way round ------------------------------------------------------------------------
+
+
+async def listen(
+    context: Context, wish: ops.Listen, connection: socket.socket, decoder: wire.Decoder
+) -> None:
+    """See core.ops.Listen."""
+    del decoder
+    with _listening(context, wish) as (listeners, where):
+        await answer(connection, where)
+        async with asyncio.TaskGroup() as tasks:
+            accepting = [tasks.create_task(_accept(context, one, connection)) for one in listeners]
+            await processes.readable(connection.fileno())  # it says nothing: it has gone
+            for task in accepting:
+                task.cancel()
+
+
+async def _accept(context: Context, listener: socket.socket, connection: socket.socket) -> None:
+    loop, waiting = asyncio.get_running_loop(), set[int]()
+    try:
+        while True:
+            caller, address = await loop.sock_accept(listener)
+            waiting = {one for one in waiting if context.callers.is_waiting(one)}
+            if len(waiting) >= _UNTAKEN_MAX:
+                caller.close()
+                continue
+            caller.setblocking(False)
+            number = context.callers.add(caller)
+            waiting.add(number)
+            loop.call_later(_UNTAKEN_S, context.callers.drop, number)
+            host, port = ("", 0) if isinstance(address, str | bytes) else address[:2]
+            told = json.dumps(encode(ops.Caller(number, host, port))).encode()
+            await loop.sock_sendall(connection, wire.encode_frame(wire.Channel.STDOUT, told))
+    finally:
+        for number in waiting:
+            context.callers.drop(number)
+
+
+@contextmanager
+def _listening(
+    context: Context, wish: ops.Listen
+) -> Iterator[tuple[list[socket.socket], ops.Listening]]:
+    """Listen as is wished while the block lasts."""
+    with contextlib.ExitStack() as held:
+        if wish.host is None:
+            yield _listen_apart(context, wish.user, held)
+            return
+        if not 0 <= wish.port <= 65535 or wish.port == wire.AGENT_PORT:
+            raise RefusedError(f"cannot listen on port {wish.port}: it is not to be had")
+        host = wish.host.lower()
+        addresses: list[tuple[str, int]] = []
+        if host in _EVERYWHERE:
+            addresses = [("0.0.0.0", socket.AF_INET), ("::", socket.AF_INET6)]
+        elif host in _HERE:
+            addresses = list(_LOOPBACK)
+        else:
+            addresses = [(host, socket.AF_INET6 if ":" in host else socket.AF_INET)]
+        port, listeners = wish.port, list[socket.socket]()
+        for address, family in addresses:
+            try:
+                one = held.enter_context(_listener(address, family, port))
+            except OSError as error:
+                if listeners:  # one of the two is enough: not every machine has IPv6
+                    continue
+                raise ConflictingError(
+                    f"cannot listen on {address} port {port}: {error.strerror or error}"
+                ) from error
+            port = one.getsockname()[1]
+            listeners.append(one)
+        yield listeners, ops.Listening(port=port)
+
+
+def _listener(address: str, family: int, port: int) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((address, port))
+        listener.listen(64)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _listen_apart(
+    context: Context, user: str, held: contextlib.ExitStack
+) -> tuple[list[socket.socket], ops.Listening]:
+    """Listen on a socket in a folder of the user's own under /tmp, as ssh(1) does for its agent."""
+    account = system.find_account(context.root_fd, user)
+    name = f"ssh-{os.urandom(6).hex()}"
+    try:
+        tmp = os.open("tmp", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=context.root_fd)
+        held.callback(os.close, tmp)
+        os.mkdir(name, 0o700, dir_fd=tmp)
+        held.callback(_rmdir, name, tmp)
+        folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW,
+                         dir_fd=tmp)  # fmt: skip
+        held.callback(os.close, folder)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        held.callback(listener.close)
+        listener.setblocking(False)
+        listener.bind(f"/proc/self/fd/{folder}/agent")
+        held.callback(_unlink, "agent", folder)
+        listener.listen(64)
+        os.chown("agent", account.uid, account.gid, dir_fd=folder, follow_symlinks=False)
+        os.fchown(folder, account.uid, account.gid)
+    except OSError as error:
+        raise ConflictingError(
+            f"cannot make a socket in the sandbox: {error.strerror or error}"
+        ) from error
+    return [listener], ops.Listening(path=f"/tmp/{name}/agent")
+
+
+def _unlink(name: str, folder: int) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(name, dir_fd=folder)
+
+
+def _rmdir(name: str, folder: int) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(name, dir_fd=folder)

@@ -1,10 +1,13 @@
-"""START, ATTACH, LIST, SIGNAL, INPUT, RESIZE: processes that belong to the agent."""
+"""START, RUN, ATTACH, LIST, SIGNAL, INPUT, RESIZE: processes that belong to the agent."""
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import os
 import shlex
 import socket
+import stat
 import time
 
 from sandyard.server.core import ops, wire
@@ -46,7 +49,9 @@ async def start(context: Context, wish: ops.Start, *, is_kept: bool = True) -> E
         raise ConflictingError(
             f"cannot start a process: {LIVING_MAX} run already; end some of them first"
         )
-    if (wish.command is None) == (not wish.argv):
+    if wish.command is not None and wish.argv:
+        raise RefusedError("cannot start a process: give it a command or an argv")
+    if wish.command is None and not wish.argv and not wish.login:
         raise RefusedError("cannot start a process: give it a command or an argv")
     account = system.find_account(context.root_fd, wish.user)
     env = await context.login_environment(account)
@@ -54,50 +59,79 @@ async def start(context: Context, wish: ops.Start, *, is_kept: bool = True) -> E
     if wish.terminal is not None:
         env.setdefault("TERM", "xterm-256color")
     env |= system.checked_environment(wish.env)
-    programs, script, name = _programs_of(wish, env)
+    programs, script, name = _programs_of(wish, env, account)
+    cwd = _home_of(context, account) if wish.cwd == "~" else wish.cwd
     process = await processes.start(
         processes.Spec(
             name=name,
             programs=programs,
             env=env,
-            cwd=wish.cwd,
+            cwd=cwd,
             account=account,
             script=script,
             terminal=None if wish.terminal is None else (wish.terminal.columns, wish.terminal.rows),
             is_kept=is_kept,
+            alias=f"-{os.path.basename(name)}" if _is_login_shell(wish) else None,
         ),
         root_fd=context.root_fd,
         wants_stdin=wish.stdin,
     )
     told = ops.Program(
         pid=process.pid,
-        command=shown(wish.command if wish.command is not None else shlex.join(wish.argv)),
-        cwd=wish.cwd,
+        command=shown(wish.command or shlex.join(wish.argv) or name),
+        cwd=cwd,
         user=wish.user,
         started_ms=round(time.time() * 1000),
         printed=0,
         tag=wish.tag,
         terminal=wish.terminal,
     )
-    entry = Entry(process, told, waits_s=_FIRST_READER_S)
+    entry = Entry(process, told, waits_s=_FIRST_READER_S, hang_up_s=wish.hang_up_s)
     limit_s = None if wish.timeout_ms is None else wish.timeout_ms / 1000
     context.table.keep(entry, limit_s=limit_s, keeps_end=is_kept)
     return entry
 
 
+async def run(
+    context: Context, wish: ops.Run, connection: socket.socket, decoder: wire.Decoder
+) -> None:
+    """See core.ops.Run."""
+    if wish.line is not None:
+        wish = dataclasses.replace(wish, command=os.fsdecode(wish.line), line=None)
+    entry = await start(context, wish, is_kept=False)
+    with entry.followed(0) as follower:
+        await answer(connection, entry.program())
+        await follow(entry, follower, connection, decoder, listens=True)
+
+
+def _is_login_shell(wish: ops.Start) -> bool:
+    return wish.login and wish.command is None and not wish.argv
+
+
+def _home_of(context: Context, account: system.Account) -> str:
+    """Return a user's home, or the root where it is no folder, as sshd does."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(os.stat(account.home.lstrip("/") or ".", dir_fd=context.root_fd).st_mode):
+            return account.home
+    return "/"
+
+
 def _programs_of(
-    wish: ops.Start, env: dict[str, str]
+    wish: ops.Start, env: dict[str, str], account: system.Account
 ) -> tuple[list[tuple[str, ...]], bytes | None, str]:
     """Return what to try to start, what it reads as its script, and what it is called."""
+    shells = (account.shell, *SHELLS) if wish.login else SHELLS
+    if _is_login_shell(wish):
+        return [(shell,) for shell in shells], None, shells[0]
     if wish.command is not None:
         command, script = wish.command, None
-        if len(command.encode()) > _ARGUMENT_MAX:
+        if len(os.fsencode(command)) > _ARGUMENT_MAX:
             # Read whole and closed before it is run, it means what it would as an argument.
             command, script = (
                 f'eval "exec {_FD}<&-; $(/bin/cat <&{_FD} || echo exit 127)"',
-                command.encode(),
+                os.fsencode(command),
             )
-        return [(shell, "-c", command) for shell in SHELLS], script, SHELLS[0]
+        return [(shell, "-c", command) for shell in shells], script, shells[0]
     name, *rest = wish.argv
     if any("\0" in one for one in wish.argv) or not name:
         raise RefusedError("cannot start a process: its argv has a word that cannot be one")

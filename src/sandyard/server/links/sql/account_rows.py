@@ -373,6 +373,12 @@ class SshKeyTable:
         found = await self._connection.fetch(_SSH_KEYS, {"wanted_org": org_id})
         return [SshKey(**row) for row in found]
 
+    async def touch(self, key_id: str, at: datetime) -> None:
+        """See core.contracts.store.SshKeyRows.touch."""
+        await self._connection.execute(
+            update(t.ssh_keys).where(t.ssh_keys.c.id == key_id).values(last_used_at=at)
+        )
+
     async def remove(self, org_id: str, key_id: str) -> bool:
         """See core.contracts.store.SshKeyRows.remove."""
         c = t.ssh_keys.c

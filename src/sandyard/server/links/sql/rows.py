@@ -37,6 +37,7 @@ from sandyard.server.core.records import (
     Sandbox,
     SandboxQuery,
     Snapshot,
+    Ticket,
 )
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import HIDDEN, Status
@@ -47,7 +48,7 @@ from sandyard.server.links.sql.seal import Seal
 # Fields that the database keeps otherwise than by their own name and kind; what is left is kept as
 # it is, so that a field is added to the record and to the table alone.
 _OTHERWISE = frozenset({"status", "shape", "env", "reason", "owner_display_name", "owner_email"})
-_TUPLES = ("tags", "authorized_keys")
+_TUPLES = ("tags", "authorized_keys", "ssh_key_ids")
 _SAME = tuple(one.name for one in fields(Sandbox) if one.name not in _OTHERWISE)
 _USED = ("last_activity_at", "last_activity_kind")
 _HIDDEN = sorted(status.value for status in HIDDEN)
@@ -109,6 +110,16 @@ class SandboxTable:
             )
         )
         return found[0] if found else None
+
+    async def named(self, name: str, *, limit: int) -> list[Sandbox]:
+        """See core.contracts.store.SandboxRows.named."""
+        c = t.sandboxes.c
+        return await self.where(
+            _selected()
+            .where(c.name == name, c.status.not_in(_HIDDEN))
+            .order_by(c.created_at, c.id)
+            .limit(limit)
+        )
 
     async def page(self, query: SandboxQuery) -> list[Sandbox]:
         """See core.contracts.store.SandboxRows.page."""
@@ -461,6 +472,38 @@ class RequestTable:
         """See core.contracts.store.RequestRows.forget."""
         c = t.keyed_requests.c
         await self._connection.execute(delete(t.keyed_requests).where(c.created_at < before))
+
+
+class TicketTable:
+    """See core.contracts.store.TicketRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def put(self, ticket: Ticket) -> None:
+        """See core.contracts.store.TicketRows.put."""
+        await self.take(ticket.digest)
+        await self._connection.execute(insert(t.tickets).values(vars(ticket)))
+
+    async def find(self, digest: str) -> Ticket | None:
+        """See core.contracts.store.TicketRows.find."""
+        found = await self._connection.execute(
+            select(t.tickets).where(t.tickets.c.digest == digest)
+        )
+        row = found.mappings().first()
+        return None if row is None else Ticket(**row)
+
+    async def take(self, digest: str) -> Ticket | None:
+        """See core.contracts.store.TicketRows.take."""
+        found = await self._connection.execute(
+            delete(t.tickets).where(t.tickets.c.digest == digest).returning(*t.tickets.c)
+        )
+        row = found.mappings().first()
+        return None if row is None else Ticket(**row)
+
+    async def forget(self, *, before: datetime) -> None:
+        """See core.contracts.store.TicketRows.forget."""
+        await self._connection.execute(delete(t.tickets).where(t.tickets.c.expires_at < before))
 
 
 def _held(hold: Hold | None) -> dict[str, object]:

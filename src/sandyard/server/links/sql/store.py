@@ -41,6 +41,7 @@ from sandyard.server.links.sql.rows import (
     RequestTable,
     SandboxTable,
     SnapshotTable,
+    TicketTable,
 )
 from sandyard.server.links.sql.seal import Seal
 
@@ -75,6 +76,7 @@ class SqlTransaction:
         self.facts = FactTable(connection)
         self.snapshots = SnapshotTable(connection)
         self.requests = RequestTable(connection)
+        self.tickets = TicketTable(connection)
 
 
 class PostgresStore:

@@ -189,6 +189,7 @@ sandboxes = Table(
     Column("idle_timeout_s", Integer, nullable=False),
     Column("env_sealed", Text, nullable=False),
     Column("authorized_keys", JSON, nullable=False),
+    Column("ssh_key_ids", JSON, nullable=False, server_default="[]"),
     Column("root_password_hash", Text),
     Column("metadata", JSON, nullable=False),
     Column("auto_resume", Boolean, nullable=False),
@@ -217,6 +218,7 @@ sandboxes = Table(
     Index("ix_sandboxes_org_created", "org_id", "created_at", "id"),
     Index("ix_sandboxes_node", "node_id", "status"),
     Index("ix_sandboxes_status", "status", "updated_at"),
+    Index("ix_sandboxes_name", "name", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
     Index("ix_sandboxes_live", "org_id", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
     Index(
         "uq_sandboxes_live_name",
@@ -300,6 +302,19 @@ keyed_requests = Table(
     Column("resource_ids", JSON, nullable=False),
     Column("created_at", Moment, nullable=False),
     Index("ix_keyed_requests_created", "created_at"),
+)
+
+tickets = Table(
+    "tickets",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("sandbox_id", String(20), nullable=False),
+    Column("by", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("expires_at", Moment, nullable=False),
+    Index("ix_tickets_expires", "expires_at"),
 )
 
 usage_periods = Table(

@@ -81,7 +81,8 @@ class SshKeys:
             return await tx.ssh_keys.every(actor.org_id)
 
     async def delete(self, actor: Actor, key_id: str) -> None:
-        """Remove a key; sandboxes that took it when they were made keep it.
+        """Remove a key, which opens no sandbox from now on: not at the gateway. What sandboxes
+        wrote into their own `authorized_keys` stays there.
 
         Raises:
             NotFoundError: absent, another organization's or, for a member, another member's.
@@ -104,8 +105,11 @@ class SshKeys:
                 )
             )
 
-    async def resolve(self, actor: Actor, wanted: Sequence[str] | None) -> tuple[str, ...]:
-        """Return the public keys that a sandbox takes: ids and literal keys, all of them for None.
+    async def resolve(
+        self, actor: Actor, wanted: Sequence[str] | None
+    ) -> tuple[tuple[str, str], ...]:
+        """Return the public keys that a sandbox takes, each with its id, or nothing where it was
+        given itself: what ids and literal keys stand for, all of the organization's for None.
 
         Raises:
             InvalidArgumentError: there is no such key, or one is no key.
@@ -113,22 +117,22 @@ class SshKeys:
         if wanted is not None and len(wanted) > KEYS_MAX:
             raise InvalidArgumentError(f"cannot take over {KEYS_MAX} SSH keys", field="sshKeys")
         if wanted is not None and all(is_literal_key(one) for one in wanted):
-            return tuple(checked_public_key(one, field="sshKeys") for one in wanted)
+            return tuple((checked_public_key(one, field="sshKeys"), "") for one in wanted)
         async with self._store.read() as tx:
             known = {key.id: key.public_key for key in await tx.ssh_keys.every(actor.org_id)}
         if wanted is None:
-            return tuple(known.values())
-        found = []
+            return tuple((line, key_id) for key_id, line in known.items())
+        found = dict[str, str]()
         for one in wanted:
             checked_text(one, field="sshKeys")
             if is_literal_key(one):
-                found.append(checked_public_key(one, field="sshKeys"))
+                found[checked_public_key(one, field="sshKeys")] = ""
             elif one in known:
-                found.append(known[one])
+                found.setdefault(known[one], one)
             else:
                 raise InvalidArgumentError(
                     f"cannot use the SSH key {one[:80]!r}: no key of the organization has this id, "
                     "and it is not a public key itself",
                     field="sshKeys",
                 )
-        return tuple(dict.fromkeys(found))
+        return tuple(found.items())

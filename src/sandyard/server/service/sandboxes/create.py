@@ -61,8 +61,11 @@ DEFAULT_TEMPLATE = "base-ubuntu"
 class KeyRing(Protocol):
     """Knows the organizations' public keys."""
 
-    async def resolve(self, actor: Actor, references: list[str] | None) -> tuple[str, ...]:
-        """Return the literal keys that ids and literal keys stand for, all of them for None.
+    async def resolve(
+        self, actor: Actor, references: list[str] | None
+    ) -> tuple[tuple[str, str], ...]:
+        """Return the literal keys that ids and literal keys stand for, all of them for None; with
+        each its id, or nothing where it was given itself.
 
         Raises:
             InvalidArgumentError: there is no such key, or a literal one cannot be used.
@@ -180,7 +183,8 @@ class Creation:
             updated_at=now,
             tags=tags,
             env=env,
-            authorized_keys=keys,
+            authorized_keys=tuple(line for line, _ in keys),
+            ssh_key_ids=tuple(key_id for _, key_id in keys),
             root_password_hash=password_hash,
             metadata=wish.metadata,
             auto_resume=wish.auto_resume,

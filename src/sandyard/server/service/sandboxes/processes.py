@@ -16,7 +16,17 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
 )
 from sandyard.server.core.ids import checked_text
-from sandyard.server.core.ops import Attach, Input, Program, Resize, Signal, Size, Start
+from sandyard.server.core.ops import (
+    Attach,
+    AttachLive,
+    Input,
+    Program,
+    Resize,
+    Run,
+    Signal,
+    Size,
+    Start,
+)
 from sandyard.server.core.wire import FRAME_MAX, Channel, encode_frame, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.execute import COMMAND_MAX
@@ -145,7 +155,10 @@ class Processes:
         )
         # Not the command itself: people put secrets into commands, and the feed is for ever.
         facts = {"user": wish.user, "cwd": wish.cwd, **({"tag": wish.tag} if wish.tag else {})}
-        use = replace(_START, attributes=facts)
+        return await self.launch(actor, reference, operation, replace(_START, attributes=facts))
+
+    async def launch(self, actor: Actor, reference: str, operation: Start, use: Use) -> Program:
+        """Start a process that the platform makes for a use of its own. See `Reach.open`."""
         async with self._reach.open(actor, reference, operation, use) as reached:
             return _cleaned(reached.answer)
 
@@ -216,19 +229,41 @@ class Processes:
             pass
 
     @asynccontextmanager
-    async def follow(
-        self, actor: Actor, reference: str, which: Which, offset: int | None
+    async def run(
+        self, actor: Actor, reference: str, wish: Run, use: Use
     ) -> AsyncIterator[Following]:
-        """Follow what a process prints, from a byte on, or from now.
+        """Start a process for somebody who is connected, and follow it from its first byte on.
+
+        Raises: see `start`.
+        """
+        with self._open.one(actor.org_id):
+            async with self._reach.open(actor, reference, wish, use) as reached:
+                attached = ops.Attached(reached.answer.pid, 0)
+                yield Following(attached, reached.stream, self._clock)
+
+    @asynccontextmanager
+    async def follow(
+        self,
+        actor: Actor,
+        reference: str,
+        which: Which,
+        offset: int | None,
+        *,
+        use: Use = _ATTACH,
+        live: bool = False,
+    ) -> AsyncIterator[Following]:
+        """Follow what a process prints, from a byte on, or from now. Somebody `live` is at its
+        terminal, and uses the sandbox only while bytes come or go.
 
         Raises:
             NotFoundError: there is no such process.
             InvalidArgumentError: it has not printed as much as that.
             For the rest see `Reach.open`.
         """
-        wish = Attach(which.pid, which.tag, offset)
+        kind = AttachLive if live else Attach
+        wish = kind(which.pid, which.tag, offset)
         with self._open.one(actor.org_id):
-            async with self._reach.open(actor, reference, wish, _ATTACH) as reached:
+            async with self._reach.open(actor, reference, wish, use) as reached:
                 yield Following(reached.answer, reached.stream, self._clock)
 
 

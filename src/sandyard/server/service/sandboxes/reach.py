@@ -9,6 +9,7 @@ holds the machine tells so, and the sandbox is not idle.
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Generic
 
 from sandyard.server.core.contracts.clock import Clock
@@ -23,20 +24,25 @@ from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.lifecycle import is_current, refusal
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import Register, ref_of
+from sandyard.server.tasks import beside, to_the_end
 
 _LONG_S = 2.0
+_LOOK_S = 10.0
+_FRESH = timedelta(seconds=3)
 
 
 @dataclass(frozen=True)
 class Use:
     """What somebody does in a sandbox: the kind of activity, its title in the feed, the verb, and
-    what else the feed is to tell of it: no secrets. What `is_told` not only counts as a use."""
+    what else the feed is to tell of it: no secrets. What `is_told` not only counts as a use, and
+    what `is_frequent` besides is not noted again while it has just been."""
 
     kind: str
     title: str
     doing: str
     attributes: Mapping[str, object] = field(default_factory=dict)
     is_told: bool = True
+    is_frequent: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,29 @@ class Reached(Generic[AnswerT]):
     sandbox: Sandbox
     answer: AnswerT
     stream: ByteStream
+
+
+class _Counting:
+    """A stream that knows whether anything went through it; see core.contracts.node.ByteStream."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self.has_moved = False
+
+    async def read(self, limit: int) -> bytes:
+        """See core.contracts.node.ByteStream.read."""
+        data = await self._stream.read(limit)
+        self.has_moved = self.has_moved or bool(data)
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """See core.contracts.node.ByteStream.write."""
+        self.has_moved = True
+        await self._stream.write(data)
+
+    async def write_eof(self) -> None:
+        """See core.contracts.node.ByteStream.write_eof."""
+        await self._stream.write_eof()
 
 
 class Reach:
@@ -102,11 +131,29 @@ class Reach:
 
             sandbox, opened = await self._register.unless_changed(sandbox, attempt, doing=use.doing)
             began = self._clock.monotonic()
+            if operation.used_by_bytes:
+                counting = _Counting(opened.stream)
+                async with beside(self._note_bytes(counting, sandbox, use)):
+                    yield Reached(sandbox, opened.answer, counting)
+                return
             try:
                 yield Reached(sandbox, opened.answer, opened.stream)
             finally:
                 if self._clock.monotonic() - began > _LONG_S:
                     await self._touch(sandbox, use)
+
+    async def _note_bytes(self, counting: _Counting, sandbox: Sandbox, use: Use) -> None:
+        """Note the use of a sandbox as long as bytes come or go, often enough for its time-out."""
+        look_s = min(_LOOK_S, max(0.5, sandbox.idle_timeout_s / 3 or _LOOK_S))
+        try:
+            while True:
+                await self._clock.sleep(look_s)
+                if counting.has_moved:
+                    counting.has_moved = False
+                    await self._touch(sandbox, use)
+        finally:
+            if counting.has_moved and not use.is_frequent:
+                await to_the_end(self._touch(sandbox, use))
 
     async def look(
         self, actor: Actor, reference: str, operation: Operation[AnswerT], *, doing: str
@@ -134,6 +181,8 @@ class Reach:
         comes second sees the other.
         """
         now = self._clock.now()
+        if use.is_frequent and _is_fresh(sandbox, use, now):
+            return True
         async with self._store.write() as tx:
             if not await is_current(tx, sandbox):
                 return False
@@ -157,3 +206,10 @@ class Reach:
     async def _touch(self, sandbox: Sandbox, use: Use) -> None:
         async with self._store.write() as tx:
             await tx.activity.touch(sandbox.id, at=self._clock.now(), kind=use.kind)
+
+
+def _is_fresh(sandbox: Sandbox, use: Use, now: datetime) -> bool:
+    """Tell whether this use was noted so lately that another would change nothing."""
+    last = sandbox.last_activity_at if sandbox.last_activity_kind == use.kind else None
+    is_patient = sandbox.idle_timeout_s == 0 or sandbox.idle_timeout_s > 4 * _FRESH.total_seconds()
+    return last is not None and is_patient and now - last < _FRESH

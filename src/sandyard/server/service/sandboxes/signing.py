@@ -12,16 +12,15 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import (
     InvalidArgumentError,
     InvalidTokenError,
     TokenExpiredError,
 )
-from sandyard.server.core.scopes import ADMINS_ONLY, is_covered
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.files import check_user
 from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.signers import Signers, signer_of
 
 SECONDS = range(1, 7 * 86_400 + 1)
 METHODS = ("GET", "PUT")
@@ -44,8 +43,8 @@ class SignedUse:
 class Signing:
     """See the module. `key` is the installation's."""
 
-    def __init__(self, store: Store, register: Register, clock: Clock, key: bytes) -> None:
-        self._store = store
+    def __init__(self, signers: Signers, register: Register, clock: Clock, key: bytes) -> None:
+        self._signers = signers
         self._register = register
         self._clock = clock
         self._key = hmac.digest(key, _PURPOSE, sha256)
@@ -70,10 +69,14 @@ class Signing:
             )
         check_user(user)
         sandbox = await self._register.get(actor, reference)
-        signer = actor.key_id if actor.key_id is not None else f"user:{actor.user_id}"
         until = self._clock.now() + timedelta(seconds=seconds)
         use = SignedUse(
-            method, sandbox.id, path, user, int(until.timestamp()), f"{actor.org_id}:{signer}"
+            method,
+            sandbox.id,
+            path,
+            user,
+            int(until.timestamp()),
+            f"{actor.org_id}:{signer_of(actor)}",
         )
         return use, self._signature(use)
 
@@ -92,58 +95,12 @@ class Signing:
         if use.expires <= self._clock.now().timestamp():
             raise TokenExpiredError("cannot accept the signed URL: it has expired; sign a new one")
         org_id, _, signer = use.by.partition(":")
-        kind, _, user_id = signer.partition(":")
-        actor = (
-            await self._member(org_id, user_id)
-            if kind == "user"
-            else await self._holder(org_id, signer)
-        )
+        actor = await self._signers.actor(org_id, signer, _SCOPE)
         if actor is None:
             raise InvalidTokenError(
                 "cannot accept the signed URL: whoever signed it may not do this any more"
             )
         return actor
-
-    async def _holder(self, org_id: str, key_id: str) -> Actor | None:
-        async with self._store.read() as tx:
-            key = await tx.keys.find(org_id, key_id)
-            holder = None if key is None else await tx.keys.holder(key.digest)
-        if holder is None:
-            return None
-        key = holder.key
-        is_over = key.expires_at is not None and key.expires_at <= self._clock.now()
-        if key.revoked_at is not None or is_over:
-            return None
-        if not is_covered(_SCOPE, key.scopes):
-            return None
-        return Actor(
-            org_id=org_id,
-            user_id=key.owner_user_id,
-            role=holder.role,
-            # The one reaches files, the others an admin's view of other members' sandboxes.
-            scopes=frozenset({_SCOPE}) | (ADMINS_ONLY & frozenset(key.scopes)),
-            kind="api_key",
-            key_id=key.id,
-            is_test=key.is_test,
-            plan=holder.plan,
-            limits=holder.limits,
-        )
-
-    async def _member(self, org_id: str, user_id: str) -> Actor | None:
-        async with self._store.read() as tx:
-            member = await tx.users.member(org_id, user_id)
-            organization = await tx.organizations.find(org_id)
-        if member is None or organization is None:
-            return None
-        return Actor(
-            org_id=org_id,
-            user_id=user_id,
-            role=member.role,
-            scopes=frozenset({_SCOPE}),
-            kind="user",
-            plan=organization.plan,
-            limits=organization.limits,
-        )
 
     def _signature(self, use: SignedUse) -> str:
         said = json.dumps(

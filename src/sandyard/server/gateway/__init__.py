@@ -1,0 +1,1 @@
+"""The ways into machines that are not the API: SSH, previews."""

@@ -1,0 +1,159 @@
+"""What becomes of headers on their way through a preview, to the guest and back."""
+
+import re
+from collections.abc import Iterable, Sequence
+from urllib.parse import urlsplit
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+COOKIE = b"sandyard_preview"
+_HOP = frozenset(
+    {
+        b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate",
+        b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+    }
+)  # fmt: skip
+"""Those of one connection alone (RFC 9110, 7.6.1)."""
+_TOLD_BY_US = frozenset(
+    {
+        b"host", b"expect", b"forwarded", b"x-forwarded-for", b"x-forwarded-proto",
+        b"x-forwarded-host", b"x-forwarded-port", b"x-real-ip", b"content-length",
+    }
+)  # fmt: skip
+_OURS = re.compile(rb"rt_(?:live|test)_", re.IGNORECASE)
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104 - told apart
+
+
+def first(headers: Headers, name: bytes) -> str | None:
+    """Return a header, the first of that name."""
+    return next((value.decode("latin-1") for key, value in headers if key == name), None)
+
+
+def cookies_of(headers: Headers) -> list[bytes]:
+    """Return the values of our own cookie that a client sent; a guest's page may have set more."""
+    found = []
+    for key, value in headers:
+        if key == b"cookie":
+            for part in value.split(b";"):
+                name, _, text = part.strip().partition(b"=")
+                if name in (COOKIE, b"__Host-" + COOKIE):
+                    found.append(text)
+    return found
+
+
+def to_guest(
+    headers: Headers,
+    *,
+    port: int,
+    hosts: Iterable[str],
+    client: str,
+    scheme: str,
+    strips_authorization: bool,
+) -> list[tuple[bytes, bytes]]:
+    """Return the headers that a guest is sent: it hears that it is spoken to as `localhost`, from
+    pages of its own, and nothing that would let it speak as the client.
+
+    `hosts` are the names under which the client knows it. How long the body is, is not among them.
+    """
+    local = f"localhost:{port}".encode()
+    dropped = _HOP | _TOLD_BY_US | _nominated(headers)
+    own = {f"{one}://{host}" for one in ("http", "https") for host in hosts}
+    result = [(b"host", local)]
+    for name, value in headers:
+        if name in dropped:
+            continue
+        kept: bytes | None = value
+        if name == b"cookie":
+            kept = _without_our_cookie(value)
+        elif name == b"origin":
+            kept = b"http://" + local if value.decode("latin-1").lower() in own else value
+        elif name == b"referer":
+            kept = _local_address(value, own, local)
+        elif name in (b"authorization", b"x-api-key") and (
+            strips_authorization or _OURS.search(value)
+        ):
+            kept = None
+        if kept is not None:
+            result.append((name, kept))
+    result.append((b"x-forwarded-for", client.encode("latin-1", "replace")))
+    result.append((b"x-forwarded-proto", scheme.encode()))
+    return result
+
+
+def to_client(
+    headers: Headers, *, origin: str, port: int, adds_policy: bool
+) -> list[tuple[bytes, bytes]]:
+    """Return the headers that a client is sent of what a guest answered.
+
+    A cookie is for this one host name alone, and never ours; where it sends a client to itself, as
+    `localhost`, that is the preview's `origin`.
+    """
+    dropped = _HOP | _nominated(headers) | {b"date"}
+    result = []
+    for name, value in headers:
+        if name in dropped:
+            continue
+        if name == b"set-cookie":
+            cookie = _host_only(value)
+            if cookie is not None:
+                result.append((name, cookie))
+        elif name == b"location":
+            result.append((name, _address_here(value, origin, port)))
+        else:
+            result.append((name, value))
+    if adds_policy and not any(name == b"referrer-policy" for name, _ in result):
+        # The name has the token in it, which pages elsewhere are not to be told.
+        result.append((b"referrer-policy", b"same-origin"))
+    return result
+
+
+def _nominated(headers: Headers) -> frozenset[bytes]:
+    """Return the headers that `Connection` says are of one connection alone."""
+    return frozenset(
+        word.strip().lower()
+        for name, value in headers
+        if name == b"connection"
+        for word in value.split(b",")
+    )
+
+
+def _without_our_cookie(value: bytes) -> bytes | None:
+    kept = [
+        part
+        for part in value.split(b";")
+        if part.strip().partition(b"=")[0] not in (COOKIE, b"__Host-" + COOKIE)
+    ]
+    return b";".join(kept).strip() or None
+
+
+def _local_address(value: bytes, own: set[str], local: bytes) -> bytes | None:
+    try:
+        parsed = urlsplit(value.decode("latin-1"))
+    except ValueError:
+        return None
+    if f"{parsed.scheme}://{parsed.netloc}".lower() not in own:
+        return value
+    rest = f"{parsed.path}?{parsed.query}" if parsed.query else parsed.path
+    return b"http://" + local + rest.encode("latin-1")
+
+
+def _host_only(value: bytes) -> bytes | None:
+    """Return a cookie that a guest sets, for its own host alone; None for one named like ours."""
+    name = value.partition(b"=")[0].strip()
+    if name.lower().removeprefix(b"__host-").removeprefix(b"__secure-") == COOKIE:
+        return None
+    first_part, *attributes = value.split(b";")
+    kept = [one for one in attributes if one.partition(b"=")[0].strip().lower() != b"domain"]
+    return b";".join([first_part, *kept])
+
+
+def _address_here(value: bytes, origin: str, port: int) -> bytes:
+    try:
+        parsed = urlsplit(value.decode("latin-1"))
+        is_own = parsed.hostname in _LOCAL and parsed.port == port
+    except ValueError:
+        return value
+    if not is_own or parsed.scheme not in ("http", "https"):
+        return value
+    rest = parsed._replace(scheme="", netloc="").geturl()
+    return (origin + (rest if rest.startswith("/") else f"/{rest}")).encode("latin-1")

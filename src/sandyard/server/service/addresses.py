@@ -1,0 +1,31 @@
+"""Under which addresses clients reach the ways into sandboxes, for those who are told of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SshAddress:
+    """Where the SSH gateway is; `host_key` is its public key, `ssh-ed25519 AAAA…`."""
+
+    host: str
+    port: int
+    host_key: str
+
+    @property
+    def known_hosts(self) -> str:
+        """The line of a known_hosts file (sshd(8)) that lets a client know the gateway."""
+        name = self.host if self.port == 22 else f"[{self.host}]:{self.port}"
+        return f"{name} {self.host_key}"
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """See the module. `preview_domain` is what the names of previews end in, with a port where
+    that is not the usual one; without an `ssh` there is no gateway for that."""
+
+    base_url: str
+    preview_domain: str
+    preview_scheme: Literal["http", "https"] = "http"
+    ssh: SshAddress | None = None
+    public_ip: str | None = None

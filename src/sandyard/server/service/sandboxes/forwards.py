@@ -1,0 +1,62 @@
+"""Connections into a sandbox, and such as come to it, for whoever is connected to it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.ops import Caller, Dial, Listen, Listening, Take
+from sandyard.server.core.wire import Channel
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.frames import frames_of, told
+from sandyard.server.service.sandboxes.reach import Reach, Use
+
+_SILENT_S = 400 * 86_400.0
+_LISTEN = Use("ssh", "", "listen in", is_told=False)
+
+
+class Forwards:
+    """See the module."""
+
+    def __init__(self, reach: Reach, clock: Clock) -> None:
+        self._reach = reach
+        self._clock = clock
+
+    @asynccontextmanager
+    async def dial(
+        self, actor: Actor, sandbox_id: str, wish: Dial, use: Use
+    ) -> AsyncIterator[ByteStream]:
+        """Have a sandbox connect to somewhere.
+
+        Raises:
+            NotFoundError: nobody answers there.
+            For the rest see `Reach.open`.
+        """
+        async with self._reach.open(actor, sandbox_id, wish, use) as reached:
+            yield reached.stream
+
+    @asynccontextmanager
+    async def listen(
+        self, actor: Actor, sandbox_id: str, wish: Listen
+    ) -> AsyncIterator[tuple[Listening, AsyncIterator[Caller]]]:
+        """Have a sandbox listen; yield where, and who comes.
+
+        Raises:
+            ConflictError: it cannot listen there.
+            For the rest see `Reach.open`.
+        """
+        async with self._reach.open(actor, sandbox_id, wish, _LISTEN) as reached:
+            yield reached.answer, self._callers(reached.stream)
+
+    async def _callers(self, stream: ByteStream) -> AsyncIterator[Caller]:
+        async for frame in frames_of(stream, self._clock, still_s=_SILENT_S):
+            if frame.channel is Channel.STDOUT:
+                yield told(Caller, frame)
+
+    @asynccontextmanager
+    async def take(
+        self, actor: Actor, sandbox_id: str, wish: Take, use: Use
+    ) -> AsyncIterator[ByteStream]:
+        """Take a connection that came to where a sandbox listens. See `dial`."""
+        async with self._reach.open(actor, sandbox_id, wish, use) as reached:
+            yield reached.stream

@@ -1,0 +1,122 @@
+"""Previews: what listens on a port of a sandbox, under a host name of its own."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ops import Dial
+from sandyard.server.core.wire import AGENT_PORT
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.addresses import Addresses
+from sandyard.server.service.lines import line
+from sandyard.server.service.sandboxes.reach import Reach, Use
+from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.sandboxes.tickets import Admission, Tickets
+
+KIND = "preview"
+QUERY_TOKEN = "rt_token"
+_USE = Use("preview", "", "preview", is_told=False, is_frequent=True)
+PORTS = range(1, 65536)
+
+
+def is_previewed(port: int) -> bool:
+    """Tell whether a port of a sandbox may be previewed: not one of the platform's own."""
+    return port in PORTS and port != AGENT_PORT
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Where a port of a sandbox is to be seen."""
+
+    url: str
+    port: int
+    expires_at: datetime
+
+
+class Previews:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        register: Register,
+        reach: Reach,
+        tickets: Tickets,
+        addresses: Addresses,
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._register = register
+        self._reach = reach
+        self._tickets = tickets
+        self._addresses = addresses
+        self._clock = clock
+
+    async def url(self, actor: Actor, reference: str, port: int, *, by_cookie: bool) -> Preview:
+        """Return a URL of a port, whose token is in its host name, or `by_cookie` in its query.
+
+        Raises:
+            NotFoundError: no such sandbox for this actor.
+            InvalidArgumentError: there is no such port, or it is not the sandbox's own.
+        """
+        actor.require("sandbox:write")
+        if not is_previewed(port):
+            raise InvalidArgumentError(
+                f"cannot preview port {port}: it is 1 to 65535, and not {AGENT_PORT}, which is the "
+                "platform's own",
+                field="port",
+            )
+        sandbox = await self._register.get(actor, reference)
+        token, until = await self._tickets.issue_for_port(actor, sandbox, KIND, port)
+        where = self._addresses
+        label = f"{port}-{sandbox.id}"
+        if by_cookie:
+            url = f"{where.preview_scheme}://{label}.{where.preview_domain}/?{QUERY_TOKEN}={token}"
+        else:
+            url = f"{where.preview_scheme}://{label}-{token}.{where.preview_domain}/"
+        async with self._store.write() as tx:
+            await tx.activity.append(
+                line(
+                    "sandbox.url.issued",
+                    "Preview URL issued",
+                    org_id=sandbox.org_id,
+                    actor=actor,
+                    resource_id=sandbox.id,
+                    at=self._clock.now(),
+                    status=sandbox.status.value,
+                    sandbox_id=sandbox.id,
+                    attributes={"port": port},
+                )
+            )
+        return Preview(url, port, until)
+
+    async def admit(self, token: str, sandbox_id: str, port: int) -> Admission:
+        """Let in whoever has the token of a sandbox's port. See `Tickets.admit`."""
+        return await self._tickets.admit(token, KIND, sandbox_id, str(port))
+
+    async def check(self, actor: Actor, sandbox_id: str) -> None:
+        """Return if an actor may see a sandbox's previews.
+
+        Raises:
+            NotFoundError: no such sandbox for this actor.
+            PermissionDeniedError: it lacks the scope.
+        """
+        actor.require("sandbox:write")
+        await self._register.get(actor, sandbox_id)
+
+    @asynccontextmanager
+    async def dial(self, actor: Actor, sandbox_id: str, port: int) -> AsyncIterator[ByteStream]:
+        """Connect to a port of a sandbox, which is resumed first if it is paused.
+
+        Raises:
+            NotFoundError: nothing listens there.
+            For the rest see `Reach.open`.
+        """
+        async with self._reach.open(actor, sandbox_id, Dial(port), _USE) as reached:
+            yield reached.stream

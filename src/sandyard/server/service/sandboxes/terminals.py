@@ -1,0 +1,114 @@
+"""Terminals for browsers: a ticket first, which any page can carry, then a shell behind it.
+
+A shell outlives the connection that it was opened by, for a while: who comes back with its name
+finds it as it was, from the byte on that they had come to.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+from sandyard.server.core.errors import InvalidArgumentError, NotFoundError
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.ops import Size, Start
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.processes import Following, Processes, Which
+from sandyard.server.service.sandboxes.reach import Use
+from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.sandboxes.tickets import Admission, Tickets
+
+KIND = "terminal"
+HANG_UP_S = 600.0
+_TAG = "terminal-"
+_NAME_MAX = 64
+_OPEN = Use("terminal", "Terminal opened", "open a terminal in")
+_LIVE = Use("terminal", "", "follow a terminal in", is_told=False)
+FIRST_SIZE = Size(80, 24)
+
+
+@dataclass(frozen=True)
+class TerminalTicket:
+    """What opens a terminal once: `secret`; `name` is that of its shell, to come back to."""
+
+    secret: str
+    sandbox_id: str
+    name: str
+    expires_at: datetime
+
+
+class Terminals:
+    """See the module."""
+
+    def __init__(self, register: Register, processes: Processes, tickets: Tickets) -> None:
+        self._register = register
+        self._processes = processes
+        self._tickets = tickets
+
+    async def issue(self, actor: Actor, reference: str, name: str | None = None) -> TerminalTicket:
+        """Make a ticket for a new terminal, or for one that was opened before.
+
+        Raises:
+            NotFoundError: no such sandbox for this actor.
+            InvalidArgumentError: that is no name of a terminal.
+        """
+        actor.require("sandbox:write")
+        sandbox = await self._register.get(actor, reference)
+        if name is not None and (not name.startswith(_TAG) or len(name) > _NAME_MAX):
+            raise InvalidArgumentError(
+                "cannot use terminalId: give one that came with a session, or none",
+                field="terminalId",
+            )
+        known, shell = name is not None, name or f"{_TAG}{new_uuid()}"
+        detail = json.dumps([shell, known])
+        secret, until = await self._tickets.issue(actor, sandbox, KIND, detail)
+        return TerminalTicket(secret, sandbox.id, shell, until)
+
+    async def redeem(self, secret: str) -> Admission:
+        """Use a ticket up. See `Tickets.redeem`."""
+        return await self._tickets.redeem(secret, KIND)
+
+    async def check(self, admission: Admission) -> None:
+        """Return if whoever was let in may still be. See `Tickets.check`."""
+        await self._tickets.check(admission)
+
+    @asynccontextmanager
+    async def open(
+        self, admission: Admission, size: Size, offset: int | None
+    ) -> AsyncIterator[Following]:
+        """Open the terminal of a ticket, or come back to it, from a byte on.
+
+        Raises:
+            NotFoundError: it was to be there already, and its shell has ended.
+            For the rest see `Processes.start`.
+        """
+        name, known = json.loads(admission.detail)
+        actor, sandbox_id, which = admission.actor, admission.sandbox_id, Which(tag=name)
+        if not known:
+            wish = Start(
+                login=True,
+                cwd="~",
+                tag=name,
+                terminal=size,
+                hang_up_s=HANG_UP_S,
+                # What the guest's programs take for a terminal of this kind.
+                env={"TERM": "xterm-256color", "COLORTERM": "truecolor"},
+            )
+            await self._processes.launch(actor, sandbox_id, wish, _OPEN)
+        try:
+            following = self._processes.follow(
+                actor, sandbox_id, which, 0 if offset is None else offset, use=_LIVE, live=True
+            )
+            async with following as found:
+                yield found
+        except NotFoundError as error:
+            if error.facts.get("reason") != "absent":
+                raise
+            raise NotFoundError(
+                "cannot come back to the terminal: its shell has ended; open a new one"
+            ) from error
+
+    async def resize(self, admission: Admission, pid: int, size: Size) -> None:
+        """Give a terminal another size. See `Processes.resize`."""
+        await self._processes.resize(admission.actor, admission.sandbox_id, Which(pid=pid), size)

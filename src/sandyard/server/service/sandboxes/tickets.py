@@ -1,0 +1,148 @@
+"""Tickets: short-lived access to one sandbox, for one thing, for clients that cannot send a key.
+
+A ticket is a secret of 128 bits or more, of which the store keeps the digest. It lets its bearer do
+what whoever made it may, and ends with their key.
+"""
+
+import hmac
+from base64 import b32encode
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.errors import InvalidTokenError, TokenExpiredError
+from sandyard.server.core.ids import new_secret
+from sandyard.server.core.records import Sandbox, Ticket
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.signers import Signers, signer_of
+
+SCOPE = "sandbox:write"
+_ONCE_S = 60
+_PURPOSE = b"sandyard: tokens of previews, 1"
+_PARTS = 24
+_SECRET_MAX = 200
+_FORGET_AFTER = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who is let in by a ticket, and to what."""
+
+    actor: Actor
+    by: str
+    sandbox_id: str
+    detail: str
+    expires_at: datetime
+
+
+class Tickets:
+    """See the module. `key` is the installation's; tokens of previews hold for `preview_s`."""
+
+    def __init__(
+        self, *, store: Store, signers: Signers, clock: Clock, key: bytes, preview_s: int
+    ) -> None:
+        self._store = store
+        self._signers = signers
+        self._clock = clock
+        self._key = hmac.digest(key, _PURPOSE, sha256)
+        self._preview_s = preview_s
+
+    async def issue(
+        self, actor: Actor, sandbox: Sandbox, kind: str, detail: str = ""
+    ) -> tuple[str, datetime]:
+        """Make a ticket for one use within a minute; return its secret and when it runs out."""
+        secret = new_secret()
+        until = self._clock.now() + timedelta(seconds=_ONCE_S)
+        await self._keep(actor, sandbox, secret, kind, detail, until)
+        return secret, until
+
+    async def issue_for_port(
+        self, actor: Actor, sandbox: Sandbox, kind: str, port: int
+    ) -> tuple[str, datetime]:
+        """Make a token for a port of a sandbox, which may be used again and again, of characters
+        that a host name may have; return it and when it runs out.
+
+        Within a part of its time the same one is made again, so that whoever asks often does not
+        fill the store.
+        """
+        part_s = max(1, self._preview_s // _PARTS)
+        part = int(self._clock.now().timestamp()) // part_s
+        until = datetime.fromtimestamp((part + 1) * part_s + self._preview_s, UTC)
+        said = f"{kind} {actor.org_id} {signer_of(actor)} {sandbox.id} {port} {part}"
+        digest = hmac.digest(self._key, said.encode(), sha256)[:16]
+        token = b32encode(digest).decode().rstrip("=").lower()
+        await self._keep(actor, sandbox, token, kind, str(port), until)
+        return token, until
+
+    async def redeem(self, secret: str, kind: str) -> Admission:
+        """Use a ticket up.
+
+        Raises:
+            InvalidTokenError: there is no such ticket of this kind, it was used, or whoever made
+                it may not do this any more.
+            TokenExpiredError: it has run out.
+        """
+        if len(secret) > _SECRET_MAX:
+            raise _unknown()
+        async with self._store.write() as tx:
+            ticket = await tx.tickets.take(_digest(secret))
+        return await self._admitted(ticket, kind)
+
+    async def admit(self, secret: str, kind: str, sandbox_id: str, detail: str) -> Admission:
+        """Let in whoever has a ticket that may be used again and again.
+
+        Raises: see `redeem`; InvalidTokenError also for one of another sandbox or purpose.
+        """
+        if len(secret) > _SECRET_MAX:
+            raise _unknown()
+        async with self._store.read() as tx:
+            ticket = await tx.tickets.find(_digest(secret))
+        if ticket is not None and (ticket.sandbox_id, ticket.detail) != (sandbox_id, detail):
+            raise _unknown()
+        return await self._admitted(ticket, kind)
+
+    async def _admitted(self, ticket: Ticket | None, kind: str) -> Admission:
+        if ticket is None or ticket.kind != kind:
+            raise _unknown()
+        if ticket.expires_at <= self._clock.now():
+            raise TokenExpiredError("cannot accept the ticket: it has expired; ask for a new one")
+        actor = await self._signers.actor(ticket.org_id, ticket.by, SCOPE)
+        if actor is None:
+            raise InvalidTokenError(
+                "cannot accept the ticket: whoever made it may not do this any more"
+            )
+        return Admission(actor, ticket.by, ticket.sandbox_id, ticket.detail, ticket.expires_at)
+
+    async def check(self, admission: Admission) -> None:
+        """Return if whoever was let in by a ticket may still do what it was for.
+
+        Raises:
+            InvalidTokenError: whoever made it may not.
+        """
+        actor = await self._signers.actor(admission.actor.org_id, admission.by, SCOPE)
+        if actor is None or (admission.actor.sees_all and not actor.sees_all):
+            raise InvalidTokenError(
+                "cannot go on: whoever made the ticket may not do this any more"
+            )
+
+    async def _keep(
+        self, actor: Actor, sandbox: Sandbox, secret: str, kind: str, detail: str, until: datetime
+    ) -> None:
+        actor.require(SCOPE)
+        by = signer_of(actor)
+        ticket = Ticket(_digest(secret), kind, actor.org_id, sandbox.id, by, detail, until)
+        async with self._store.write() as tx:
+            await tx.tickets.forget(before=self._clock.now() - _FORGET_AFTER)
+            await tx.tickets.put(ticket)
+
+
+def _digest(secret: str) -> str:
+    return sha256(secret.encode("utf-8", "replace")).hexdigest()
+
+
+def _unknown() -> InvalidTokenError:
+    return InvalidTokenError(
+        "cannot accept the ticket: it is unknown, or was used already; ask for a new one"
+    )

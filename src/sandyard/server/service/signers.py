@@ -1,0 +1,75 @@
+"""Whoever made a ticket or signed something, as they are when it is used.
+
+What is handed on is worth no more than who handed it on: it ends with the key that made it, and
+can do what its maker still may.
+"""
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.scopes import ADMINS_ONLY, is_covered
+from sandyard.server.service.actor import Actor
+
+_USER = "user"
+
+
+def signer_of(actor: Actor) -> str:
+    """Return who an actor is, as it is written into what they hand on."""
+    return actor.key_id if actor.key_id is not None else f"{_USER}:{actor.user_id}"
+
+
+class Signers:
+    """See the module."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+
+    async def actor(self, org_id: str, by: str, scope: str) -> Actor | None:
+        """Return an actor who may do what a signer may with a scope; None if they may it no more.
+
+        Of all that the signer may, it is that, and an admin's view of other members' things.
+        """
+        kind, _, user_id = by.partition(":")
+        if kind == _USER:
+            return await self._member(org_id, user_id, scope)
+        return await self._holder(org_id, by, scope)
+
+    async def _holder(self, org_id: str, key_id: str, scope: str) -> Actor | None:
+        async with self._store.read() as tx:
+            key = await tx.keys.find(org_id, key_id)
+            holder = None if key is None else await tx.keys.holder(key.digest)
+        if holder is None:
+            return None
+        key = holder.key
+        is_over = key.expires_at is not None and key.expires_at <= self._clock.now()
+        if key.revoked_at is not None or is_over:
+            return None
+        if not is_covered(scope, key.scopes):
+            return None
+        return Actor(
+            org_id=org_id,
+            user_id=key.owner_user_id,
+            role=holder.role,
+            scopes=frozenset({scope}) | (ADMINS_ONLY & frozenset(key.scopes)),
+            kind="api_key",
+            key_id=key.id,
+            is_test=key.is_test,
+            plan=holder.plan,
+            limits=holder.limits,
+        )
+
+    async def _member(self, org_id: str, user_id: str, scope: str) -> Actor | None:
+        async with self._store.read() as tx:
+            member = await tx.users.member(org_id, user_id)
+            organization = await tx.organizations.find(org_id)
+        if member is None or organization is None:
+            return None
+        return Actor(
+            org_id=org_id,
+            user_id=user_id,
+            role=member.role,
+            scopes=frozenset({scope}),
+            kind="user",
+            plan=organization.plan,
+            limits=organization.limits,
+        )

@@ -1,0 +1,587 @@
+"""Previews, on fake machines whose ports lead to servers of the test's own."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from tests.support.door import BRIEF, SOON_S, Door, door
+from tests.support.house import eventually, until
+from tests.support.listener import PORT, Listener, listening
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as websocket_server
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Subprotocol
+
+from sandyard.server.drivers.fake import Conduct
+from sandyard.server.links.local import SystemClock
+
+SOCKETS = 4000
+CLOSED = 5000
+
+
+@dataclass
+class Shown:
+    """A sandbox whose ports are shown."""
+
+    opened: Door
+    listener: Listener
+    box: dict[str, Any]
+
+    async def url(self, port: int = PORT, **query: str) -> str:
+        """Return what the API gives out."""
+        answer = await self.opened.yard.client.get(
+            f"/v1/sandboxes/{self.box['id']}/url", params={"port": str(port), **query}
+        )
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["data"]["url"])
+
+    async def host(self, port: int = PORT) -> str:
+        """Return a host name with a token in it."""
+        return urlsplit(await self.url(port)).netloc
+
+    def plain(self, port: int = PORT) -> str:
+        """Return the host name without one."""
+        return f"{port}-{self.box['id']}.preview.localhost:{self.opened.port}"
+
+    def client(self, host: str, **headers: str) -> httpx.AsyncClient:
+        """Return a client that knows where a name leads, and says which it means."""
+        return httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{self.opened.port}",
+            headers={"Host": host, **headers},
+            timeout=SOON_S,
+        )
+
+    async def get(self, host: str, path: str = "/", **headers: str) -> httpx.Response:
+        """Ask once."""
+        async with self.client(host, **headers) as client:
+            return await client.get(f"http://127.0.0.1:{self.opened.port}{path}")
+
+    @asynccontextmanager
+    async def socket(self, host: str, path: str = "/", **options: Any) -> AsyncIterator[Any]:
+        """Connect with a WebSocket."""
+        async with connect(
+            f"ws://{host}{path}", host="127.0.0.1", port=self.opened.port, proxy=None, **options
+        ) as found:
+            yield found
+
+
+@pytest.fixture
+async def shown(tmp_path: Path) -> AsyncIterator[Shown]:
+    async with listening() as (listener, port):
+        conduct = Conduct(ports={PORT: port})
+        async with door(tmp_path, saves=True, conduct=conduct) as opened:
+            yield Shown(opened, listener, await opened.yard.create(name="shown"))
+    assert listener.open == 0
+
+
+# --- who may ----------------------------------------------------------------------------------
+
+
+async def test_a_token_in_the_name_lets_anybody_in_whatever_they_make_of_path_and_query(
+    shown: Shown,
+) -> None:
+    url = await shown.url()
+    host = urlsplit(url).netloc
+    assert url == f"http://{host}/"
+    said = (await shown.get(host, "/a%2Fb//c?x=%41&y", Authorization="token theirs")).json()["head"]
+    assert said.startswith("GET /a%2Fb//c?x=%41&y HTTP/1.1\r\n")
+    assert f"host: localhost:{PORT}\r\n" in said
+    assert "authorization: token theirs\r\n" in said
+    assert "connection: close\r\n" in said
+    assert host not in said
+    async with shown.client(host) as client:
+        for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "PROPFIND"):
+            answer = await client.request(method, "/")
+            assert answer.json()["head"].startswith(f"{method} / ")
+            assert answer.headers["referrer-policy"] == "same-origin"
+            assert answer.headers["x-request-id"].startswith("req_")
+    # Asked again, it is the same, for a while: who asks often makes no more of them.
+    assert await shown.url() == url
+
+
+async def test_a_browser_gets_a_cookie_for_a_token_and_goes_on_without_it(shown: Shown) -> None:
+    url = urlsplit(await shown.url(access="cookie"))
+    host, token = url.netloc, url.query.removeprefix("rt_token=")
+    assert host == shown.plain()
+    for how in ({"Sec-Fetch-Mode": "navigate"}, {"Accept": "text/html,*/*"}):
+        moved = await shown.get(host, f"//evil.example/a?b=1&rt_token={token}&c", **how)
+        assert moved.status_code == 302
+        assert moved.headers["location"] == f"http://{host}//evil.example/a?b=1&c"
+        cookie = moved.headers["set-cookie"]
+        assert cookie.startswith(
+            f"sandyard_preview={token}; Path=/; HttpOnly; SameSite=Lax; Max-Age="
+        )
+        assert "domain" not in cookie.lower()
+    kept = f"x=1; sandyard_preview={token}"
+    said = (await shown.get(host, "/a", Cookie=kept)).json()["head"]
+    assert "cookie: x=1\r\n" in said
+    assert token not in said
+    # What is no page is served as it is: programs keep no cookies and follow nothing.
+    said = (await shown.get(host, f"/a?rt_token={token}&b")).json()["head"]
+    assert said.startswith("GET /a?b HTTP/1.1\r\n")
+    for mode in ("cors", "websocket", "no-cors"):
+        how = {"Sec-Fetch-Mode": mode, "Accept": "text/html"}
+        assert (await shown.get(host, f"/?rt_token={token}", **how)).status_code == 200
+    # A page of another preview is the same site to a browser, which sends the cookie along.
+    for origin in ("http://80-sandbox-aaaaaaaaaaaa.preview.localhost", "null", "https://a.example"):
+        assert (await shown.get(host, "/a", Cookie=kept, Origin=origin)).status_code == 401
+    assert (await shown.get(host, "/a", Cookie=kept, Origin=f"http://{host}")).status_code == 200
+
+
+async def test_a_credential_of_the_api_lets_in_and_goes_no_further(shown: Shown) -> None:
+    yard, host = shown.opened.yard, shown.plain()
+    for how in ({"Authorization": f"Bearer {yard.key}"}, {"X-API-Key": yard.key}):
+        answer = await shown.get(host, "/", **how)
+        assert answer.status_code == 200
+        assert yard.key not in answer.text
+        assert "authorization" not in answer.json()["head"]
+    # In a name with a token a key of ours is not sent on either.
+    answer = await shown.get(await shown.host(), "/", Authorization=f"Bearer {yard.key}")
+    assert yard.key not in answer.text
+    org_id, user_id = await yard.first()
+    reader = await yard.add_key(org_id, user_id, scopes=("sandbox:read",))
+    member = await yard.add_key(org_id, await yard.add_member(org_id))
+    for key, status in (
+        (await yard.stranger(), 404), (member, 404), (reader, 403), ("rt_live_" + "x" * 32, 401),
+        ("rt_test_x", 401), ("x", 401),
+    ):  # fmt: skip
+        answer = await shown.get(host, "/", Authorization=f"Bearer {key}")
+        assert answer.status_code == status, key
+        assert str(shown.box["id"]) not in answer.text
+    assert shown.listener.heard[-1].count("rt_") == 0
+
+
+async def test_nobody_else_is_let_in_and_is_told_how(shown: Shown) -> None:
+    host, named = shown.plain(), await shown.host()
+    token = named.split(".")[0].rpartition("-")[2]
+    other = await shown.opened.yard.create(name="other")
+    unknown = f"{PORT}-{other['id']}"
+    wrong = "a" * 26
+    for name in (
+        host, f"{PORT}-sandbox-aaaaaaaaaaaa.{host.partition('.')[2]}",
+        f"3001-{shown.box['id']}-{token}.{host.partition('.')[2]}",
+        f"{unknown}-{token}.{host.partition('.')[2]}",
+        f"{PORT}-{shown.box['id']}-{wrong}.{host.partition('.')[2]}",
+    ):  # fmt: skip
+        answer = await shown.get(name, "/v1/sandboxes")
+        assert answer.status_code == 401, name
+        assert answer.json()["error"]["code"] in ("unauthorized", "invalid_token")
+    for query in (f"rt_token={wrong}", "rt_token=", f"rt_token={wrong}&rt_token={token}"):
+        assert (await shown.get(host, f"/?{query}")).status_code == 401
+    assert (await shown.get(host, "/", Cookie=f"sandyard_preview={wrong}")).status_code == 401
+    page = await shown.get(host, "/", Accept="text/html")
+    assert page.status_code == 401
+    assert "sandyard sandbox url" in page.text
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert shown.listener.heard == []
+
+
+async def test_a_url_ends_with_whoever_made_it(shown: Shown) -> None:
+    yard = shown.opened.yard
+    org_id, user_id = await yard.first()
+    key = await yard.add_key(org_id, user_id)
+    async with yard.client_of(key) as client:
+        made = await client.get(f"/v1/sandboxes/{shown.box['id']}/url", params={"port": "3000"})
+    host = urlsplit(made.json()["data"]["url"]).netloc
+    assert (await shown.get(host)).status_code == 200
+    async with yard.house.store.write() as tx:
+        (held,) = [
+            one for one in await tx.keys.page(org_id, owner_user_id=None, limit=10)
+            if key.startswith(one.prefix)
+        ]  # fmt: skip
+        await tx.keys.replace(replace(held, revoked_at=datetime.now(UTC)))
+    assert (await shown.get(host)).status_code == 401
+    events = (await yard.client.get(f"/v1/sandboxes/{shown.box['id']}/activity")).json()
+    issued = [one for one in events["data"]["events"] if one["eventType"] == "sandbox.url.issued"]
+    assert issued[0]["attributes"]["port"] == 3000
+
+
+class Later(SystemClock):
+    """A clock that can be put forward."""
+
+    by_s = 0.0
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(super().now().timestamp() + self.by_s, UTC)
+
+
+async def test_a_url_expires(tmp_path: Path) -> None:
+    clock = Later()
+    async with (
+        listening() as (listener, port),
+        door(tmp_path, saves=True, conduct=Conduct(ports={PORT: port}), clock=clock) as opened,
+    ):
+        found = Shown(opened, listener, await opened.yard.create(idleTimeout=0))
+        answer = await opened.yard.client.get(f"/v1/sandboxes/{found.box['id']}/url?port=3000")
+        data = answer.json()["data"]
+        until_s = datetime.fromisoformat(data["expiresAt"]).timestamp() - clock.now().timestamp()
+        assert 86_400 <= until_s <= 86_400 * 25 / 24
+        host = urlsplit(data["url"]).netloc
+        assert (await found.get(host)).status_code == 200
+        clock.by_s = until_s + 1
+        answer = await found.get(host)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "token_expired")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "9111", "-1", "a", "+80", ""])
+async def test_what_is_no_port_of_the_sandboxs_own_gets_no_url(shown: Shown, port: str) -> None:
+    answer = await shown.opened.yard.client.get(
+        f"/v1/sandboxes/{shown.box['id']}/url", params={"port": port}
+    )
+    # A number with a sign is one to HTTP's own rules of numbers.
+    assert answer.status_code == (200 if port == "+80" else 400)
+    if port != "+80":
+        assert answer.json()["error"]["details"]["field"] == "port"
+
+
+# --- names ------------------------------------------------------------------------------------
+
+
+async def test_no_name_below_the_domain_ever_leads_to_the_api(shown: Shown) -> None:
+    below = f"preview.localhost:{shown.opened.port}"
+    box, key = shown.box["id"], shown.opened.yard.key
+    for host in (
+        below, f"x.{below}", f"9111-{box}.{below}", f"03000-{box}.{below}", f"a@3000-{box}.{below}",
+        f"3000-{box}.preview.localhost:1", f"3000-{box}.preview.localhost", f"3000-{box}.{below}.",
+        f"localhost@{below}", f"3000-{box}.preview.localhost.:{shown.opened.port}",
+    ):  # fmt: skip
+        for path in ("/healthz", "/v1/me", "/openapi.json"):
+            answer = await shown.get(host, path, Authorization=f"Bearer {key}")
+            assert answer.status_code == 404, (host, path)
+            assert answer.json()["error"]["code"] == "not_found"
+    async with shown.client(f"3000-{box}.{below}".upper(), Authorization=f"Bearer {key}") as client:
+        assert (await client.get("/healthz")).json()["head"].startswith("GET /healthz")
+    # The API's own name is not taken for a preview's, whichever path it is asked for.
+    answer = await shown.get(f"127.0.0.1:{shown.opened.port}", "/healthz")
+    assert answer.json().get("head") is None
+
+
+async def test_requests_of_one_connection_are_told_apart_each_by_itself(shown: Shown) -> None:
+    host = (await shown.host()).encode()
+    reader, writer = await shown.opened.knock()
+    for name, wanted in ((host, b"GET /healthz"), (b"localhost", b'"ok"'), (host, b"GET /healthz")):
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: " + name + b"\r\n\r\n")
+        async with asyncio.timeout(SOON_S):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            body = await reader.readexactly(length)
+        assert wanted in body
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET / HTTP/1.1\r\nHost: {host}\r\nHost: {host}\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: {host}\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: 4\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n"
+        b"0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: {host}\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcde",
+        b"POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: +4\r\n\r\nabcd",
+        b"POST / HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"zz\r\nabc\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: {host}\r\nX : y\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: {host}\r\nX\x00: y\r\n\r\n",
+        b"GET /a b HTTP/1.1\r\nHost: {host}\r\n\r\n",
+    ],
+)
+async def test_nothing_is_smuggled_past(shown: Shown, request_: bytes) -> None:
+    host = (await shown.host()).encode()
+    reader, writer = await shown.opened.knock()
+    writer.write(request_.replace(b"{host}", host))
+    writer.write_eof()
+    async with asyncio.timeout(SOON_S):
+        said = await reader.read()
+    writer.close()
+    assert said.startswith(b"HTTP/1.1 400 "), said
+    assert not any("smuggled" in one for one in shown.listener.heard)
+
+
+# --- what goes through ------------------------------------------------------------------------
+
+
+async def test_bodies_of_any_size_go_through_as_they_come(shown: Shown) -> None:
+    host = await shown.host()
+    size = 40 * 1024 * 1024
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(size // 65536):
+            yield b"\1" * 65536
+
+    async with shown.client(host) as client:
+        answer = await client.post("/up", content=pieces())
+        assert (answer.json()["body"], answer.json()["sum"]) == (size, 1000)
+        assert "transfer-encoding: chunked" in answer.json()["head"]
+        answer = await client.post("/up", content=pieces(), headers={"Content-Length": str(size)})
+        assert answer.json()["body"] == size
+        assert f"content-length: {size}" in answer.json()["head"]
+        got = 0
+        async with client.stream("GET", f"/big/{size}") as down:
+            assert down.headers["content-length"] == str(size)
+            async for piece in down.aiter_raw():
+                got += len(piece)
+        assert got == size
+        for path, body in (("/chunks", "onetwo"), ("/close", "until the end"), ("/hints", "ok")):
+            assert (await client.get(path)).text == body
+        assert (await client.post("/early", content=b"x" * 100)).status_code == 413
+
+
+async def test_answers_without_a_body_have_none(shown: Shown) -> None:
+    async with shown.client(await shown.host()) as client:
+        head = await client.head("/a")
+        assert (head.status_code, head.content) == (200, b"")
+        assert int(head.headers["content-length"]) > 10
+        for status in (204, 304):
+            answer = await client.get(f"/status/{status}", headers={"If-None-Match": "x"})
+            assert (answer.status_code, answer.content) == (status, b"")
+            assert answer.headers["etag"] == "x"
+        for status in (206, 404, 500, 599):
+            answer = await client.get(f"/status/{status}", headers={"Range": "bytes=0-4"})
+            assert (answer.status_code, answer.text) == (status, "hello")
+        assert "range: bytes=0-4" in shown.listener.heard[-1]
+
+
+async def test_who_waits_to_be_asked_for_its_body_is_asked(shown: Shown) -> None:
+    reader, writer = await shown.opened.knock()
+    host = (await shown.host()).encode()
+    writer.write(b"POST /up HTTP/1.1\r\nHost: " + host + b"\r\nContent-Length: 4\r\n"
+                 b"Expect: 100-continue\r\n\r\n")  # fmt: skip
+    async with asyncio.timeout(SOON_S):
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+        writer.write(b"abcd")
+        assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+
+
+async def test_events_come_at_once_and_end_with_their_listener(shown: Shown) -> None:
+    async with (
+        shown.client(await shown.host()) as client,
+        client.stream("GET", "/events") as events,
+        asyncio.timeout(SOON_S),
+    ):
+        assert await anext(events.aiter_raw()) == b"data: 1\n\n"
+        assert not shown.listener.left.is_set()
+    async with asyncio.timeout(SOON_S):
+        await shown.listener.left.wait()
+
+
+async def test_a_client_that_leaves_before_the_answer_leaves_nothing_behind(shown: Shown) -> None:
+    reader, writer = await shown.opened.knock()
+    writer.write(b"GET /silent HTTP/1.1\r\nHost: " + (await shown.host()).encode() + b"\r\n\r\n")
+    await until(lambda: shown.listener.open == 1)
+    writer.close()
+    async with asyncio.timeout(SOON_S):
+        await shown.listener.left.wait()
+    del reader
+
+
+async def test_where_cookies_and_redirects_of_a_guest_lead(shown: Shown) -> None:
+    host = await shown.host()
+    answer = await shown.get(host, "/cookies")
+    assert answer.headers.get_list("set-cookie") == ["a=1"]
+    assert answer.headers["location"] == f"http://{host}/next"
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [("/garbage", "bad_gateway"), ("/nothing", "bad_gateway"), ("/endless", "bad_gateway")],
+)
+async def test_a_guest_that_speaks_no_http_is_told_of(shown: Shown, path: str, code: str) -> None:
+    answer = await shown.get(await shown.host(), path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, code)
+
+
+async def test_half_an_answer_is_not_taken_for_a_whole_one(shown: Shown) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        await shown.get(await shown.host(), "/short")
+
+
+async def test_a_port_where_nothing_listens_has_a_page_that_looks_again(shown: Shown) -> None:
+    host = await shown.host(CLOSED)
+    page = await shown.get(host, "/", Accept="text/html")
+    assert page.status_code == 502
+    assert f"Nothing listens on port {CLOSED}" in page.text
+    assert '<meta http-equiv="refresh"' in page.text
+    assert (await shown.get(host)).json()["error"]["code"] == "bad_gateway"
+
+
+async def test_a_slow_reader_holds_no_more_than_a_little(tmp_path: Path) -> None:
+    async with listening() as (listener, port):
+        conduct = Conduct(ports={PORT: port})
+        async with door(tmp_path, saves=True, conduct=conduct, patience=BRIEF) as opened:
+            found = Shown(opened, listener, await opened.yard.create())
+            _, writer = await opened.knock()
+            host = (await found.host()).encode()
+            writer.write(b"GET /big/1073741824 HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+            async with asyncio.timeout(SOON_S):
+                await listener.left.wait()  # it was cut off, long before a gigabyte was read
+            writer.close()
+
+
+# --- sleep and death --------------------------------------------------------------------------
+
+
+async def test_a_paused_sandbox_is_woken_and_one_that_may_not_be_says_so(shown: Shown) -> None:
+    yard, host = shown.opened.yard, await shown.host()
+    await yard.act(shown.box, "pause")
+    assert (await shown.get(host)).status_code == 200
+    assert (await yard.get(shown.box))["lastActivityKind"] == "preview"
+    await yard.client.patch(f"/v1/sandboxes/{shown.box['id']}", json={"autoResume": False})
+    await yard.act(shown.box, "pause")
+    page = await shown.get(host, "/", Accept="text/html")
+    assert (page.status_code, "does not run" in page.text) == (409, True)
+    await yard.client.delete(f"/v1/sandboxes/{shown.box['id']}")
+    assert (await shown.get(host)).status_code == 404
+
+
+async def test_what_is_open_ends_when_the_sandbox_does(shown: Shown) -> None:
+    async with (
+        shown.client(await shown.host()) as client,
+        client.stream("GET", "/events") as events,
+    ):
+        feed = events.aiter_raw()
+        await anext(feed)
+        await shown.opened.yard.act(shown.box, "pause")
+        with pytest.raises(httpx.RemoteProtocolError):
+            async with asyncio.timeout(SOON_S):
+                await anext(feed)
+
+
+async def test_it_is_in_use_while_bytes_come_and_go(shown: Shown) -> None:
+    yard = shown.opened.yard
+    await yard.client.patch(f"/v1/sandboxes/{shown.box['id']}", json={"idleTimeout": 1})
+    async with (
+        shown.client(await shown.host()) as client,
+        client.stream("GET", "/events") as events,
+    ):
+        await anext(events.aiter_raw())
+        # Open and silent is no use of it.
+        await eventually(lambda: _is(yard, shown.box, "paused"))
+
+
+async def _is(yard: Any, box: dict[str, Any], status: str) -> bool:
+    return bool((await yard.get(box))["status"] == status)
+
+
+# --- WebSockets -------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def echoing(shown: Shown) -> AsyncIterator[list[ServerConnection]]:
+    """Have a WebSocket server that says everything back listen in the sandbox."""
+    met: list[ServerConnection] = []
+
+    async def echo(socket: ServerConnection) -> None:
+        met.append(socket)
+        async for message in socket:
+            await socket.send(message)
+
+    def choose(_: ServerConnection, offered: Any) -> Any:
+        return "two" if "two" in offered else None
+
+    async with websocket_server(
+        echo,
+        "127.0.0.1",
+        0,
+        subprotocols=[Subprotocol("two")],
+        select_subprotocol=choose,
+        max_size=2**26,
+    ) as server:
+        shown.opened.yard.conduct.ports[SOCKETS] = server.sockets[0].getsockname()[1]
+        yield met
+
+
+async def test_a_websocket_goes_through_as_it_is(shown: Shown) -> None:
+    host = await shown.host(SOCKETS)
+    async with echoing(shown) as met:
+        origin: Any = f"http://{host}"
+        subprotocols: Any = ["one", "two"]
+        async with shown.socket(
+            host, "/live?a=b", subprotocols=subprotocols, origin=origin, max_size=2**26
+        ) as socket:
+            assert socket.subprotocol == "two"
+            assert met[0].request is not None
+            assert met[0].request.path == "/live?a=b"
+            assert met[0].request.headers["origin"] == f"http://localhost:{SOCKETS}"
+            assert met[0].request.headers["host"] == f"localhost:{SOCKETS}"
+            for size in (0, 1, 1024 * 1024, 5 * 1024 * 1024):
+                await socket.send(b"x" * size)
+                async with asyncio.timeout(SOON_S):
+                    assert len(await socket.recv()) == size
+            await socket.send("text é")
+            assert await socket.recv() == "text é"
+            await socket.close(4001, "done")
+        await met[0].wait_closed()
+        assert (met[0].close_code, met[0].close_reason) == (4001, "done")
+
+
+async def test_a_websocket_needs_what_any_request_needs(shown: Shown) -> None:
+    async with echoing(shown):
+        host, token = (
+            shown.plain(SOCKETS),
+            (await shown.url(SOCKETS, access="cookie")).split("=")[1],
+        )
+        key = {"Authorization": f"Bearer {shown.opened.yard.key}"}
+        async with shown.socket(host, additional_headers=key) as socket:
+            await socket.send("1")
+            assert await socket.recv() == "1"
+        async with shown.socket(host, f"/?rt_token={token}") as socket:
+            await socket.send("2")
+            assert await socket.recv() == "2"
+        cookie = {"Cookie": f"sandyard_preview={token}"}
+        async with shown.socket(host, additional_headers=cookie, origin=f"http://{host}") as socket:
+            await socket.send("3")
+            assert await socket.recv() == "3"
+        for path, options, status in (
+            ("/", {}, 401), ("/?rt_token=x", {}, 401),
+            ("/", {"additional_headers": cookie, "origin": "http://evil.preview.localhost"}, 401),
+        ):  # fmt: skip
+            with pytest.raises(InvalidStatus) as refused:
+                async with shown.socket(host, path, **options):
+                    pass
+            assert refused.value.response.status_code == status
+            assert json.loads(refused.value.response.body)["error"]["code"]
+        for port, status in ((CLOSED, 502), (PORT, 200)):  # PORT answers as to any request
+            with pytest.raises(InvalidStatus) as refused:
+                async with shown.socket(await shown.host(port)):
+                    pass
+            assert refused.value.response.status_code == status
+
+
+async def test_a_websocket_ends_when_the_sandbox_does(shown: Shown) -> None:
+    async with echoing(shown), shown.socket(await shown.host(SOCKETS)) as socket:
+        await socket.send("1")
+        await socket.recv()
+        await shown.opened.yard.client.delete(f"/v1/sandboxes/{shown.box['id']}")
+        with pytest.raises(ConnectionClosed):
+            async with asyncio.timeout(SOON_S):
+                await socket.recv()
+
+
+async def test_two_hundred_idle_websockets_are_held_and_let_go(shown: Shown) -> None:
+    host = await shown.host(SOCKETS)
+    async with echoing(shown) as met:
+        opened = []
+        for _ in range(10):  # a few at a time, as a Unix socket takes them
+            opened += await asyncio.gather(
+                *(
+                    connect(f"ws://{host}", host="127.0.0.1", port=shown.opened.port, proxy=None)
+                    for _ in range(20)
+                )
+            )
+        await opened[-1].send("still there")
+        assert await opened[-1].recv() == "still there"
+        assert len(met) == 200
+        await asyncio.gather(*(one.close() for one in opened))
+        await until(lambda: all(one.state.name == "CLOSED" for one in met))
