@@ -41,6 +41,7 @@ from sandyard.server.core.records import (
     Snapshot,
     SshKey,
     StoragePeriod,
+    Ticket,
     UsagePeriod,
     User,
 )
@@ -479,8 +480,44 @@ async def test_a_key_of_ssh_is_an_organizations_once(store: Store) -> None:
         async with store.write() as tx:
             await tx.ssh_keys.add(replace(key, id=new_uuid()))
     async with store.write() as tx:
+        await tx.ssh_keys.touch(key.id, NOW)
+        assert await tx.ssh_keys.find(ORG, key.id) == replace(key, last_used_at=NOW)
         await tx.ssh_keys.add(replace(key, id=new_uuid(), org_id=OTHER))
         assert await tx.ssh_keys.remove(ORG, key.id)
+
+
+async def test_live_sandboxes_of_a_name_are_found_in_every_organization(store: Store) -> None:
+    older = sandbox(name="same", ssh_key_ids=("", new_uuid()), authorized_keys=("a", "b"))
+    newer = sandbox(name="same", org_id=OTHER, created_at=NOW + timedelta(seconds=1))
+    gone = sandbox(name="same", org_id=OTHER, status=Status.DESTROYED)
+    await insert(store, newer, older, gone, sandbox(name="other"))
+    async with store.read() as tx:
+        assert [one.id for one in await tx.sandboxes.named("same", limit=9)] == [older.id, newer.id]
+        assert [one.id for one in await tx.sandboxes.named("same", limit=1)] == [older.id]
+        assert await tx.sandboxes.named("SAME", limit=9) == []
+        (found,) = await tx.sandboxes.named("same", limit=1)
+        assert found.ssh_key_ids == older.ssh_key_ids
+
+
+async def test_a_ticket_is_taken_once_or_found_again_and_again(store: Store) -> None:
+    ticket = Ticket("d" * 64, "terminal", ORG, new_sandbox_id(), "user:x", "detail", NOW)
+    async with store.write() as tx:
+        await tx.tickets.put(ticket)
+        await tx.tickets.put(replace(ticket, detail="later"))
+        assert await tx.tickets.find(ticket.digest) == replace(ticket, detail="later")
+        assert await tx.tickets.find("e" * 64) is None
+
+    async def take() -> bool:
+        async with store.write() as tx:
+            return await tx.tickets.take(ticket.digest) is not None
+
+    assert sum(await asyncio.gather(*(take() for _ in range(10)))) == 1
+    async with store.write() as tx:
+        await tx.tickets.put(ticket)
+        await tx.tickets.put(replace(ticket, digest="e" * 64, expires_at=NOW + timedelta(days=1)))
+        await tx.tickets.forget(before=NOW + timedelta(seconds=1))
+        assert await tx.tickets.find(ticket.digest) is None
+        assert await tx.tickets.find("e" * 64) is not None
 
 
 async def test_members_and_organizations_know_each_other(store: Store) -> None:

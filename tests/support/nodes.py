@@ -27,7 +27,6 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.errors import (
     ConflictError,
-    InvalidArgumentError,
     NoCapacityError,
     NotFoundError,
     SandyardError,
@@ -293,7 +292,7 @@ def _accepted(machine: Machine, operation: ops.Operation[Any]) -> Opened[Any]:
         case ops.Stats():
             return Opened(ops.Figures(0.5, 1, 2, 3, 4, 1.0), stream)
         case ops.Dial() if operation.port != ECHO_PORT:
-            raise InvalidArgumentError("cannot connect to the port: nothing listens there")
+            raise NotFoundError("cannot connect: nothing listens there", reason="absent")
         case ops.Dial():
             stream.echoes = True
             return Opened(ops.Done(), stream)

@@ -81,7 +81,9 @@ def test_an_operation_that_nobody_knows_is_refused(name: str) -> None:
 
 
 def test_every_operation_is_written_down_once() -> None:
-    kinds = [one for one in vars(ops).values() if isinstance(one, type) and hasattr(one, "answer")]
+    found = [one for one in vars(ops).values() if isinstance(one, type) and hasattr(one, "answer")]
+    # One that adds nothing for the agent is another's, seen otherwise from here.
+    kinds = [one for one in found if "op" in vars(one)]
     assert sorted(str(vars(kind)["op"]) for kind in kinds) == sorted(ops.Op)
 
 

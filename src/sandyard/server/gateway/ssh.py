@@ -40,6 +40,7 @@ _UNKNOWN_MAX = 100  # connections that have not logged in yet
 _SESSIONS_MAX = 200  # of one connection, forwarded ones included
 _WINDOW, _PACKET = 2 * 1024 * 1024, 32 * 1024
 _CHANNEL_S = 30.0
+_CLOSE_S = 3.0
 _INPUT_MAX = 1024 * 1024
 _ENV_MAX = 64
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -106,10 +107,16 @@ class SshGateway:
             if not self._by_address[address]:
                 del self._by_address[address]
 
-    def close(self, reason: str) -> None:
-        """Close all connections and tell them why."""
+    async def close(self, reason: str) -> None:
+        """Close all connections, tell them why, and return once they are closed."""
+        open_ = [one.connection for one in self._open]
         for client in list(self._open):
             client.close(reason)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await asyncio.gather(*(one.wait_closed() for one in open_), return_exceptions=True)
+        for connection in open_:
+            connection.abort()
 
 
 @asynccontextmanager
@@ -170,7 +177,7 @@ async def open_gateway(
             yield acceptor.get_port()
         finally:
             acceptor.close()
-            gateway.close("the server is being stopped; log in again in a moment")
+            await gateway.close("the server is being stopped; log in again in a moment")
             await acceptor.wait_closed()
 
 
@@ -220,7 +227,7 @@ class _Client(asyncssh.SSHServer):
     def close(self, reason: str) -> None:
         """Close it, and say why."""
         if self._connection is not None:
-            self._connection.disconnect(asyncssh.DISC_BY_APPLICATION, f"sandyard: {reason}")
+            self._connection.disconnect(asyncssh.DISC_SERVICE_NOT_AVAILABLE, f"sandyard: {reason}")
 
     # --- who is it --------------------------------------------------------------------------
 
@@ -565,10 +572,15 @@ class _Session(asyncssh.SSHServerSession[bytes]):
             wish = await self._wishes.get()
             with suppress(SandyardError):
                 if isinstance(wish, Size):
-                    await self._gateway.processes.resize(actor, sandbox_id, which, wish)
+                    await self._gateway.processes.resize(actor, sandbox_id, which, wish, use=USE)
                 else:
                     await self._gateway.processes.signal(
-                        actor, sandbox_id, which, wish, everything=self._terminal is None
+                        actor,
+                        sandbox_id,
+                        which,
+                        wish,
+                        everything=self._terminal is None,
+                        use=USE,
                     )
 
     async def _forward_agent(self, held: AsyncExitStack, actor: Actor, sandbox_id: str) -> str:

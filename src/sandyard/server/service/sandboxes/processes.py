@@ -182,7 +182,14 @@ class Processes:
         return _cleaned(found.items[0])
 
     async def signal(
-        self, actor: Actor, reference: str, which: Which, name: str, *, everything: bool
+        self,
+        actor: Actor,
+        reference: str,
+        which: Which,
+        name: str,
+        *,
+        everything: bool,
+        use: Use = _SIGNAL,
     ) -> tuple[int, str]:
         """Send a signal, given by name or number, to a process or to all that it started; return
         its pid and the signal's name.
@@ -194,7 +201,7 @@ class Processes:
         number = _number_of(name)
         wish = Signal(number, which.pid, which.tag, everything)
         facts = {"signal": signal.Signals(number).name, "everything": everything}
-        use = replace(_SIGNAL, attributes=facts)
+        use = replace(use, attributes=facts)
         async with self._reach.open(actor, reference, wish, use) as reached:
             return reached.answer.pid, signal.Signals(number).name
 
@@ -216,7 +223,9 @@ class Processes:
             answer = reached.answer
             return max(0, min(len(data), answer.count)), answer.is_closed
 
-    async def resize(self, actor: Actor, reference: str, which: Which, size: Size) -> None:
+    async def resize(
+        self, actor: Actor, reference: str, which: Which, size: Size, *, use: Use = _INPUT
+    ) -> None:
         """Give the terminal of a process another size.
 
         Raises:
@@ -225,7 +234,7 @@ class Processes:
         """
         _check_size(size)
         wish = Resize(size, which.pid, which.tag)
-        async with self._reach.open(actor, reference, wish, _INPUT):
+        async with self._reach.open(actor, reference, wish, use):
             pass
 
     @asynccontextmanager

@@ -111,4 +111,6 @@ class Terminals:
 
     async def resize(self, admission: Admission, pid: int, size: Size) -> None:
         """Give a terminal another size. See `Processes.resize`."""
-        await self._processes.resize(admission.actor, admission.sandbox_id, Which(pid=pid), size)
+        await self._processes.resize(
+            admission.actor, admission.sandbox_id, Which(pid=pid), size, use=_LIVE
+        )

@@ -1,0 +1,425 @@
+"""The SSH gateway, on fake machines, with a client of the same library; OpenSSH's own is in
+tests/machine/test_ssh.py."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import pytest
+from tests.support.house import Yard, eventually, open_yard, until
+
+from sandyard.server.app.installation import ssh_host_key
+from sandyard.server.drivers.fake import ECHO_PORT
+from sandyard.server.gateway import ssh
+from sandyard.server.gateway.ssh import open_gateway
+
+SOON_S = 30.0
+KEY = asyncssh.generate_private_key("ssh-ed25519")
+OTHER = asyncssh.generate_private_key("ssh-rsa", key_size=2048)
+PASSWORD = "correct horse"
+
+
+def line_of(key: asyncssh.SSHKey) -> str:
+    return key.export_public_key("openssh").decode().strip()
+
+
+@dataclass
+class Gateway:
+    """A gateway in front of a house."""
+
+    yard: Yard
+    port: int
+
+    @asynccontextmanager
+    async def login(
+        self, user: object, key: asyncssh.SSHKey | None = KEY, **options: Any
+    ) -> AsyncIterator[asyncssh.SSHClientConnection]:
+        options = {"password": None, "login_timeout": SOON_S, **options}
+        async with asyncssh.connect(
+            "127.0.0.1", self.port, username=str(user), known_hosts=None, config=None,
+            client_keys=[key] if key else None, agent_path=None, **options,
+        ) as connection:  # fmt: skip
+            yield connection
+
+    async def is_refused(self, user: object, key: Any = KEY, **options: Any) -> bool:
+        try:
+            async with self.login(user, key, **options):
+                return False
+        except asyncssh.PermissionDenied:
+            return True
+        except asyncssh.ProtocolError:
+            return "password" in options  # one that the protocol itself does not allow
+
+    async def box(self, **body: object) -> dict[str, Any]:
+        return await self.yard.create(**{"sshKeys": [line_of(KEY)], **body})
+
+
+@asynccontextmanager
+async def gateway_of(yard: Yard, **options: Any) -> AsyncIterator[Gateway]:
+    services = yard.house.control.services
+    async with open_gateway(
+        host="127.0.0.1", port=0, host_key=ssh_host_key(yard.home), logins=services.logins,
+        processes=services.processes, forwards=services.forwards, **options,
+    ) as port:  # fmt: skip
+        yield Gateway(yard, port)
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+    async with open_yard(tmp_path, saves=True) as yard, gateway_of(yard) as made:
+        yield made
+
+
+async def run(connection: asyncssh.SSHClientConnection, command: str, **options: Any) -> Any:
+    async with asyncio.timeout(SOON_S):
+        return await connection.run(command, encoding=None, **options)
+
+
+# --- sessions ---------------------------------------------------------------------------------
+
+
+async def test_a_command_says_what_it_says_and_ends_as_it_ends(gateway: Gateway) -> None:
+    box = await gateway.box(name="named")
+    for user in (box["id"], "named"):
+        async with gateway.login(user) as connection:
+            done = await run(connection, "hello there")
+            assert (done.stdout, done.stderr, done.exit_status) == (b"hello there", b"", 0)
+            assert (await run(connection, "exit 7")).exit_status == 7
+            data = bytes(range(256)) * 20_000
+            done = await run(connection, "cat", input=data)
+            assert done.stdout == data
+            done = await run(connection, "spill 200000")
+            assert done.stdout == bytes(200_000)
+    assert (await gateway.yard.get(box))["lastActivityKind"] == "ssh"
+
+
+async def test_signals_reach_it_and_tell_how_it_ended(gateway: Gateway) -> None:
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection, asyncio.timeout(SOON_S):
+        process = await connection.create_process("hang", encoding=None)
+        process.send_signal("TERM")
+        await process.wait_closed()
+        assert process.exit_signal is not None
+        assert process.exit_signal[0] == "TERM"
+
+
+async def test_a_shell_has_a_terminal_with_a_size(gateway: Gateway) -> None:
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection, asyncio.timeout(SOON_S):
+        process = await connection.create_process(
+            term_type="xterm", term_size=(90, 30), encoding=None
+        )
+        process.stdin.write(b"typed \xc3")
+        assert await process.stdout.readexactly(7) == b"typed \xc3"
+        ((_, program),) = gateway.yard.machine_of(box)._programs._by_pid.items()
+        assert program.size is not None
+        assert (program.size.columns, program.size.rows) == (90, 30)
+        process.change_terminal_size(120, 0)
+        await until(lambda: program.size is not None and program.size.columns == 120)
+        assert program.size.rows == 24
+        process.close()
+
+
+async def test_what_is_no_session_of_ours_is_refused(gateway: Gateway) -> None:
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection:
+        with pytest.raises(asyncssh.ChannelOpenError):
+            await connection.create_process(subsystem="netconf", encoding=None)
+        with pytest.raises(asyncssh.ChannelOpenError):
+            await connection.create_process("a\0b", encoding=None)
+        assert (await run(connection, "still there")).stdout == b"still there"
+
+
+async def test_many_sessions_share_a_connection(gateway: Gateway) -> None:
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection:
+        done = await asyncio.gather(*(run(connection, f"number {one}") for one in range(50)))
+        assert [one.stdout for one in done] == [b"number %d" % one for one in range(50)]
+
+
+async def test_ports_of_the_sandbox_are_reached_and_closed_ones_said_to_be(
+    gateway: Gateway,
+) -> None:
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection, asyncio.timeout(SOON_S):
+        for host in ("localhost", "127.0.0.1"):
+            reader, writer = await connection.open_connection(host, ECHO_PORT)
+            writer.write(b"x" * 3_000_000)
+            writer.write_eof()
+            assert await reader.read() == b"x" * 3_000_000
+        with pytest.raises(asyncssh.ChannelOpenError, match="nothing listens"):
+            await connection.open_connection("localhost", 1)
+        # A fake machine takes no connections, so none can be forwarded from it.
+        with pytest.raises(asyncssh.ChannelListenError):
+            await connection.forward_remote_port("", 0, "localhost", 1)
+
+
+# --- who may ----------------------------------------------------------------------------------
+
+
+async def test_keys_and_passwords_open_their_own_sandbox_and_no_other(gateway: Gateway) -> None:
+    box = await gateway.box(rootPassword=PASSWORD, name="mine")
+    other = await gateway.yard.create(sshKeys=[], name="closed")
+    assert not await gateway.is_refused(box["id"])
+    assert not await gateway.is_refused(box["id"], None, password=PASSWORD)
+    assert await gateway.is_refused(box["id"], OTHER)
+    assert await gateway.is_refused(box["id"], None, password="wrong horse")
+    for user in (
+        other["id"], "closed", "sandbox-aaaaaaaaaaaa", "root", "", "x" * 300, "MINE", "mine ", "é",
+    ):  # fmt: skip
+        assert await gateway.is_refused(user), user
+        assert await gateway.is_refused(user, None, password=PASSWORD), user
+    for password in ("", "\0", "é" * 100, "x" * 5000):
+        assert await gateway.is_refused(box["id"], None, password=password)
+
+
+async def test_an_api_key_is_a_password_of_what_it_may_use(gateway: Gateway) -> None:
+    yard = gateway.yard
+    box = await yard.create(sshKeys=[], name="mine")
+    org_id, user_id = await yard.first()
+    reader = await yard.add_key(org_id, user_id, scopes=("sandbox:read",))
+    for user in (box["id"], "mine"):
+        assert not await gateway.is_refused(user, None, password=yard.key)
+        for key in (await yard.stranger(), reader, "rt_live_" + "x" * 32):
+            assert await gateway.is_refused(user, None, password=key)
+
+
+async def test_a_key_that_was_revoked_opens_nothing_any_more(gateway: Gateway) -> None:
+    yard = gateway.yard
+    made = await yard.client.post("/v1/ssh-keys", json={"name": "k", "publicKey": line_of(OTHER)})
+    key_id = made.json()["data"]["id"]
+    for body in ({}, {"sshKeys": [key_id]}, {"sshKeys": [key_id, line_of(KEY)]}):
+        box = await yard.create(**body)
+        said = (await yard.client.get(f"/v1/sandboxes/{box['id']}/ssh")).json()["data"]
+        assert said["keyId"] == key_id
+        assert not await gateway.is_refused(box["id"], OTHER)
+        fork = (await yard.act(box, "fork", count=1))[0]
+        await until_running(yard, fork)
+    listed = (await yard.client.get("/v1/ssh-keys")).json()["data"]
+    assert listed[0]["lastUsedAt"] is not None
+    async with gateway.login(box["id"], OTHER) as connection:
+        await yard.client.delete(f"/v1/ssh-keys/{key_id}")
+        assert await gateway.is_refused(box["id"], OTHER)
+        assert await gateway.is_refused(fork["id"], OTHER)
+        assert not await gateway.is_refused(box["id"])  # the one that was given itself
+        assert (await run(connection, "who is in stays in")).exit_status == 0
+
+
+async def until_running(yard: Yard, box: dict[str, Any]) -> None:
+    async def runs() -> bool:
+        return (await yard.get(box))["status"] == "running"
+
+    await eventually(runs)
+
+
+async def test_a_name_that_several_have_opens_the_one_whose_key_it_is(gateway: Gateway) -> None:
+    yard = gateway.yard
+    mine = await gateway.box(name="same", rootPassword=PASSWORD)
+    async with yard.client_of(await yard.stranger()) as stranger:
+        body = {"name": "same", "sshKeys": [line_of(OTHER)], "rootPassword": PASSWORD}
+        theirs = (await stranger.post("/v1/sandboxes", params={"wait": 20}, json=body)).json()
+        async with gateway.login("same", OTHER) as connection:
+            assert (await run(connection, "exit 3")).exit_status == 3
+        box = (await stranger.get(f"/v1/sandboxes/{theirs['data']['id']}")).json()["data"]
+        assert box["lastActivityKind"] == "ssh"
+        assert (await yard.get(mine))["lastActivityKind"] != "ssh"
+        # A password tells no two apart, and nobody is told that there are two.
+        assert await gateway.is_refused("same", None, password=PASSWORD)
+        # Somebody else gives theirs the name and the key of ours: no session goes there.
+        both = {"name": "trap", "sshKeys": [line_of(KEY)]}
+        await stranger.post("/v1/sandboxes", params={"wait": 20}, json=both)
+    ours = await gateway.box(name="trap")
+    async with gateway.login("trap") as connection:
+        done = await run(connection, "hello")
+        assert done.exit_status == 255
+        assert b"log in with the id" in done.stderr
+    assert not await gateway.is_refused(ours["id"])
+
+
+async def test_who_tries_too_often_is_not_even_looked_at(tmp_path: Path) -> None:
+    from sandyard.server.app.settings import AccountSettings
+
+    sections = {"accounts": AccountSettings(failed_logins_per_minute=3)}
+    async with open_yard(tmp_path, sections=sections) as yard, gateway_of(yard) as gateway:
+        box = await gateway.box(rootPassword=PASSWORD)
+        for _ in range(3):
+            assert await gateway.is_refused(box["id"], None, password="wrong horse")
+        assert await gateway.is_refused(box["id"], None, password=PASSWORD)
+        # A key is not to be guessed, and is let in all the same.
+        assert not await gateway.is_refused(box["id"])
+
+
+async def test_a_login_is_told_of_in_the_feed(gateway: Gateway) -> None:
+    box = await gateway.box()
+
+    async def told() -> list[Any]:
+        found = await gateway.yard.client.get(f"/v1/sandboxes/{box['id']}/activity")
+        events = found.json()["data"]["events"]
+        return [one for one in events if one["eventType"] == "sandbox.ssh.connected"]
+
+    async with gateway.login(box["id"]):
+        await eventually(lambda: _any(told()))
+    (event,) = await told()
+    assert event["attributes"]["address"] == "127.0.0.1"
+    assert event["attributes"]["fingerprint"] == KEY.get_fingerprint()
+    assert event["attributes"]["method"] == "key"
+
+
+async def _any(found: Any) -> bool:
+    return bool(await found)
+
+
+async def test_what_the_api_says_of_it_is_so(gateway: Gateway) -> None:
+    yard = gateway.yard
+    box = await gateway.box(rootPassword=PASSWORD)
+    assert (box["sshReady"], box["sshAuthMethod"]) == (True, "key_and_password")
+    said = (await yard.client.get(f"/v1/sandboxes/{box['id']}/ssh")).json()["data"]
+    assert said["command"] == f"ssh -p 2222 {box['id']}@127.0.0.1"
+    name, _, key = said["knownHosts"].partition(" ")
+    assert (name, key) == ("[127.0.0.1]:2222", said["hostKey"])
+    known = asyncssh.import_known_hosts(f"[127.0.0.1]:{gateway.port} {said['hostKey']}\n")
+    async with asyncssh.connect(
+        "127.0.0.1", gateway.port, username=box["id"], known_hosts=known, client_keys=[KEY],
+        config=None, agent_path=None,
+    ):  # fmt: skip
+        pass
+    assert (await yard.create(sshKeys=[]))["sshReady"] is False
+    await yard.act(box, "pause")
+    assert (await yard.get(box))["sshReady"] is True
+    await yard.client.patch(f"/v1/sandboxes/{box['id']}", json={"autoResume": False})
+    assert (await yard.get(box))["sshReady"] is False
+
+
+# --- sleep and death --------------------------------------------------------------------------
+
+
+async def test_a_paused_sandbox_is_woken_by_whoever_runs_something(gateway: Gateway) -> None:
+    box = await gateway.box()
+    await gateway.yard.act(box, "pause")
+    async with gateway.login(box["id"]) as connection:
+        assert (await run(connection, "up again")).stdout == b"up again"
+        assert (await gateway.yard.get(box))["status"] == "running"
+        await gateway.yard.client.patch(f"/v1/sandboxes/{box['id']}", json={"autoResume": False})
+        await gateway.yard.act(box, "pause")
+        done = await run(connection, "up again")
+        assert done.exit_status == 255
+        assert done.stderr.startswith(b"sandyard: cannot log in to ")
+
+
+@pytest.mark.parametrize("how", ["pause", "delete", "die"])
+async def test_a_session_ends_with_its_machine_and_says_why(gateway: Gateway, how: str) -> None:
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection, asyncio.timeout(SOON_S):
+        process = await connection.create_process("hang", encoding=None)
+        await eventually(lambda: _any(_programs(gateway, box)))
+        if how == "pause":
+            await gateway.yard.act(box, "pause")
+        elif how == "delete":
+            await gateway.yard.client.delete(f"/v1/sandboxes/{box['id']}")
+        else:
+            gateway.yard.machine_of(box).die()
+        said = await process.stderr.read()
+        assert said.startswith(b"sandyard: "), said
+        await process.wait_closed()
+        assert process.exit_status == 255
+
+
+async def _programs(gateway: Gateway, box: dict[str, Any]) -> object:
+    return gateway.yard.machine_of(box)._programs._by_pid
+
+
+async def test_a_connection_ends_with_its_sandbox(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "_LOOK_S", 0.05)
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection, asyncio.timeout(SOON_S):
+        await gateway.yard.client.delete(f"/v1/sandboxes/{box['id']}")
+        await connection.wait_closed()
+
+
+async def test_a_client_that_vanishes_ends_its_session(gateway: Gateway) -> None:
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection:
+        process = await connection.create_process("hang", encoding=None)
+        await eventually(lambda: _any(_programs(gateway, box)))
+        services = gateway.yard.house.control.services
+        opened = services.processes._open._by_org
+        assert sum(opened.values()) == 1
+        connection.abort()
+        await until(lambda: not opened)
+        del process
+
+
+async def test_the_gateways_end_is_told(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, saves=True) as yard:
+        async with gateway_of(yard) as gateway:
+            box = await gateway.box()
+            client = asyncssh.SSHClient()
+            told: list[Any] = []
+            client.connection_lost = told.append  # type: ignore[assignment,method-assign]
+            connection = await asyncssh.connect(
+                "127.0.0.1", gateway.port, username=box["id"], known_hosts=None, config=None,
+                client_keys=[KEY], agent_path=None, client_factory=lambda: client,
+            )  # fmt: skip
+        async with asyncio.timeout(SOON_S):
+            await connection.wait_closed()
+        assert "log in again in a moment" in str(told[0])
+
+
+# --- crowds -----------------------------------------------------------------------------------
+
+
+async def test_two_hundred_idle_connections_are_held_and_more_of_an_address_are_not(
+    gateway: Gateway,
+) -> None:
+    box = await gateway.box()
+
+    async def connected() -> asyncssh.SSHClientConnection:
+        return await asyncssh.connect(
+            "127.0.0.1", gateway.port, username=box["id"], known_hosts=None, config=None,
+            client_keys=[KEY], agent_path=None,
+        )  # fmt: skip
+
+    opened = []
+    try:
+        for _ in range(10):
+            opened += await asyncio.gather(*(connected() for _ in range(20)))
+        assert (await run(opened[0], "still there")).exit_status == 0
+        with pytest.raises((asyncssh.DisconnectError, ConnectionError)):
+            await connected()
+    finally:
+        for one in opened:
+            one.close()
+        for one in opened:
+            await one.wait_closed()
+    assert not await gateway.is_refused(box["id"])
+
+
+async def test_who_offers_key_after_key_is_sent_away(gateway: Gateway) -> None:
+    box = await gateway.box()
+    keys = [asyncssh.generate_private_key("ssh-ed25519") for _ in range(25)]
+    with pytest.raises(asyncssh.DisconnectError, match="too many keys"):
+        async with asyncssh.connect(
+            "127.0.0.1", gateway.port, username=box["id"], known_hosts=None, config=None,
+            client_keys=keys, agent_path=None,
+        ):  # fmt: skip
+            pass
+
+
+async def test_nothing_weak_is_offered(gateway: Gateway) -> None:
+    box = await gateway.box()
+    weak: Any
+    for weak in (
+        {"kex_algs": ["diffie-hellman-group14-sha1", "ecdh-sha2-nistp256"]},
+        {"encryption_algs": ["aes128-cbc", "3des-cbc"]},
+        {"mac_algs": ["hmac-sha1"], "encryption_algs": ["aes128-ctr"]},
+        {"server_host_key_algs": ["ssh-rsa"]},
+    ):
+        with pytest.raises(asyncssh.KeyExchangeFailed):
+            async with gateway.login(box["id"], **weak):
+                pass
