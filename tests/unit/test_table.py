@@ -105,12 +105,16 @@ class Pipes:
 
 @asynccontextmanager
 async def living(
-    *, waits_s: float = 0.0, limit_s: float | None = None, tag: str | None = None
+    *,
+    waits_s: float = 0.0,
+    limit_s: float | None = None,
+    tag: str | None = None,
+    hang_up_s: float | None = None,
 ) -> AsyncIterator[tuple[Table, Entry, Pipes]]:
     pipes, kept = Pipes(), Table()
     told = ops.Program(7, "c", "/", "root", 0, 0, tag=tag)
     process: Any = pipes
-    entry = Entry(process, told, waits_s=waits_s)
+    entry = Entry(process, told, waits_s=waits_s, hang_up_s=hang_up_s)
     async with asyncio.TaskGroup() as tasks:
         kept.open(tasks)
         kept.keep(entry, limit_s=limit_s, keeps_end=True)
@@ -289,3 +293,49 @@ async def test_ends_are_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> Non
             kept.find(None, "mine")
         with pytest.raises(RefusedError, match="pid or its tag"):
             kept.find(None, None)
+
+
+async def test_who_is_hung_up_on_has_nobody_to_read_from_or_write_to() -> None:
+    async with living(hang_up_s=0.0) as (_, entry, pipes):
+        with entry.followed(0), entry.followed(0):
+            assert await pipes.prints(b"x") == 1
+        async with asyncio.timeout(5):
+            with pytest.raises(BrokenPipeError):
+                while True:
+                    await pipes.prints(b"x")
+                    await asyncio.sleep(0.005)
+        assert os.read(pipes.theirs["stdin"], 1) == b""
+        pipes.exits(5)
+        await until_ended(entry)
+        assert entry.end is not None
+        assert (entry.end.exit_code, pipes.is_released) == (5, True)
+
+
+def is_left_alone(entry: Entry) -> bool:
+    assert entry._hanging_up is not None
+    return entry._hanging_up.cancelled()
+
+
+async def test_who_comes_back_in_time_is_not_hung_up_on() -> None:
+    async with living(hang_up_s=3600.0) as (_, entry, pipes):
+        for _ in range(3):
+            with entry.followed(0):
+                assert await pipes.prints(b"x") == 1
+            assert not is_left_alone(entry)
+        with entry.followed(0):
+            assert is_left_alone(entry)
+        pipes.exits()
+        await until_ended(entry)
+        assert is_left_alone(entry)
+
+
+async def test_who_nobody_ever_follows_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_FIRST_FOLLOWER_S", 0.0)
+    async with living(hang_up_s=0.01) as (_, entry, pipes):
+        async with asyncio.timeout(5):
+            with pytest.raises(BrokenPipeError):
+                while True:
+                    await pipes.prints(b"x")
+                    await asyncio.sleep(0.005)
+        pipes.exits()
+        await until_ended(entry)

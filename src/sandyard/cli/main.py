@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sandyard.cli import account, admin, agents, copy, live, sandbox, server, snapshot
+from sandyard.cli import account, admin, agents, copy, live, sandbox, server, snapshot, ways
 from sandyard.cli.output import plain
 from sandyard.client import ApiError, ConnectionFailedError, TransferError
 from sandyard.client.config import ConfigError
@@ -35,6 +35,8 @@ def _show_version(wanted: bool) -> None:
 
 
 app.command("cp")(copy.copy)
+sandbox.app.command("ssh", context_settings={"allow_interspersed_args": False})(ways.ssh)
+sandbox.app.command("url")(ways.url)
 app.command("run", context_settings={"allow_interspersed_args": False})(copy.run)
 for command in (
     account.login, account.logout, account.usage, live.top, sandbox.logs, sandbox.fork, agents.mcp,

@@ -29,10 +29,12 @@ from sandyard.client.models import (
     FileChange,
     FileInfo,
     Lost,
+    PreviewUrl,
     Printed,
     ProcessInfo,
     SignedUrl,
     Snapshot,
+    SshAccess,
     Template,
 )
 from sandyard.client.processes import AsyncProcess, AsyncProcesses, Process, Processes
@@ -62,6 +64,7 @@ __all__ = [
     "NotFoundError",
     "NotImplementedYetError",
     "NotReadyError",
+    "PreviewUrl",
     "Printed",
     "Process",
     "ProcessInfo",
@@ -72,6 +75,7 @@ __all__ = [
     "SandyardError",
     "SignedUrl",
     "Snapshot",
+    "SshAccess",
     "Template",
     "TransferError",
     "UnauthorizedError",

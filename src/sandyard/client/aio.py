@@ -18,10 +18,12 @@ from sandyard.client.models import (
     CodeResult,
     ExecResult,
     Exited,
+    PreviewUrl,
     Printed,
     ProcessEvent,
     SandboxFacts,
     Snapshot,
+    SshAccess,
     Template,
     snapshot_of,
 )
@@ -155,6 +157,14 @@ class AsyncSandyard:
     async def delete_snapshot(self, reference: str) -> None:
         """See `Sandyard.delete_snapshot`."""
         await self._transport.send(calls.delete_snapshot(reference))
+
+    async def url(self, reference: str, port: int, *, cookie: bool = False) -> PreviewUrl:
+        """See `Sandyard.url`."""
+        return await self._transport.send(calls.url(reference, port, cookie=cookie))
+
+    async def ssh(self, reference: str) -> SshAccess:
+        """See `Sandyard.ssh`."""
+        return await self._transport.send(calls.ssh(reference))
 
     async def stats(self, reference: str) -> Mapping[str, float]:
         """See `Sandyard.stats`."""
@@ -452,6 +462,14 @@ class AsyncSandbox(SandboxFacts):
     async def roll_back(self, snapshot: str) -> Self:
         """See `Sandbox.roll_back`."""
         return self._now(await self._client.roll_back(self.id, snapshot))
+
+    async def url(self, port: int, *, cookie: bool = False) -> PreviewUrl:
+        """See `Sandbox.url`."""
+        return await self._client.url(self.id, port, cookie=cookie)
+
+    async def ssh(self) -> SshAccess:
+        """See `Sandbox.ssh`."""
+        return await self._client.ssh(self.id)
 
     async def stats(self) -> Mapping[str, float]:
         """See `Sandbox.stats`."""

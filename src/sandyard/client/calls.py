@@ -22,11 +22,13 @@ from sandyard.client.models import (
     Exited,
     FileInfo,
     Lost,
+    PreviewUrl,
     Printed,
     ProcessEvent,
     ProcessInfo,
     SignedUrl,
     Snapshot,
+    SshAccess,
     Template,
     file_of,
     process_of,
@@ -326,6 +328,17 @@ def logs(reference: str) -> Call[str]:
     )
 
 
+def url(reference: str, port: int, *, cookie: bool) -> Call[PreviewUrl]:
+    """Make a URL of what listens on a port."""
+    query = {"port": port, "access": "cookie" if cookie else "host"}
+    return Call("GET", sandbox_path(reference, "url"), _preview, query=query, safe=True)
+
+
+def ssh(reference: str) -> Call[SshAccess]:
+    """Tell how to log in by SSH."""
+    return Call("GET", sandbox_path(reference, "ssh"), _ssh, safe=True)
+
+
 def stats(reference: str) -> Call[Mapping[str, float]]:
     """Tell what a sandbox takes now."""
     return Call(
@@ -578,6 +591,23 @@ def _file(answer: Any) -> FileInfo:
 def _signed(answer: Any) -> SignedUrl:
     data = answer["data"]
     return SignedUrl(data["url"], data["method"], data["expiresAt"])
+
+
+def _preview(answer: Any) -> PreviewUrl:
+    data = answer["data"]
+    return PreviewUrl(data["url"], data["port"], data["expiresAt"])
+
+
+def _ssh(answer: Any) -> SshAccess:
+    data = answer["data"]
+    return SshAccess(
+        host=data["host"],
+        port=data["port"],
+        user=data["user"],
+        command=data["command"],
+        host_key=data["hostKey"],
+        known_hosts=data["knownHosts"],
+    )
 
 
 def _exec_result(answer: Any) -> ExecResult:

@@ -17,10 +17,12 @@ from sandyard.client.models import (
     CodeResult,
     ExecResult,
     Exited,
+    PreviewUrl,
     Printed,
     ProcessEvent,
     SandboxFacts,
     Snapshot,
+    SshAccess,
     Template,
     snapshot_of,
 )
@@ -163,6 +165,17 @@ class Sandyard:
     def delete_snapshot(self, reference: str) -> None:
         """Remove a snapshot; what was made from it lives on."""
         self._transport.send(calls.delete_snapshot(reference))
+
+    def url(self, reference: str, port: int, *, cookie: bool = False) -> PreviewUrl:
+        """Return a URL under which whoever has it sees what listens on a port of a sandbox.
+
+        Its token is in the host name, or with `cookie` in the query: then a browser keeps a cookie.
+        """
+        return self._transport.send(calls.url(reference, port, cookie=cookie))
+
+    def ssh(self, reference: str) -> SshAccess:
+        """Return how to log in to a sandbox by SSH."""
+        return self._transport.send(calls.ssh(reference))
 
     def stats(self, reference: str) -> Mapping[str, float]:
         """Return a sandbox's figures as of now."""
@@ -484,6 +497,14 @@ class Sandbox(SandboxFacts):
     def roll_back(self, snapshot: str) -> Self:
         """Put it back to one of its snapshots; what it was until then is lost."""
         return self._now(self._client.roll_back(self.id, snapshot))
+
+    def url(self, port: int, *, cookie: bool = False) -> PreviewUrl:
+        """Return a URL of what listens on one of its ports. See `Sandyard.url`."""
+        return self._client.url(self.id, port, cookie=cookie)
+
+    def ssh(self) -> SshAccess:
+        """Return how to log in to it by SSH."""
+        return self._client.ssh(self.id)
 
     def stats(self) -> Mapping[str, float]:
         """Return its figures as of now."""

@@ -189,6 +189,27 @@ class SignedUrl:
     expires_at: str
 
 
+@dataclass(frozen=True)
+class PreviewUrl:
+    """A URL of what listens on a port of a sandbox; whoever has it needs no key."""
+
+    url: str
+    port: int
+    expires_at: str
+
+
+@dataclass(frozen=True)
+class SshAccess:
+    """How to log in to a sandbox by SSH; `command` can be pasted into a terminal."""
+
+    host: str
+    port: int
+    user: str
+    command: str
+    host_key: str
+    known_hosts: str
+
+
 def snapshot_of(raw: Mapping[str, Any]) -> Snapshot:
     """Return a snapshot out of an answer."""
     return Snapshot(

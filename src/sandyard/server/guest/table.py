@@ -85,6 +85,7 @@ class Entry:
         self._writing = asyncio.Lock()
         self._writable: asyncio.Future[None] | None = None
         self._ended_ms: int | None = None
+        self._hang_up_later(_FIRST_FOLLOWER_S)
 
     # --- for its owner ----------------------------------------------------------------------
 
@@ -92,7 +93,6 @@ class Entry:
         """See it to its end, keep what it prints, and then give back what it took."""
         started = time.monotonic()
         process, readers = self._process, self._readers
-        self._hang_up_later(_FIRST_FOLLOWER_S)
         channels = (Channel.TERMINAL,) if process.is_terminal else (Channel.STDOUT, Channel.STDERR)
         async with asyncio.TaskGroup() as tasks:
             pumps = [

@@ -1,0 +1,125 @@
+"""`sandyard sandbox ssh` and `url`: into a sandbox with programs that know nothing of Sandyard."""
+
+import os
+import shutil
+import webbrowser
+from dataclasses import replace
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from sandyard.cli.output import plain, show_json
+from sandyard.cli.sandbox import Json, Reference, open_client, own_words
+from sandyard.client import SshAccess
+from sandyard.client.config import ClientConfig, config_path
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+# Asked for a password it gives the API key, which the gateway takes for one; for all else, a
+# key's passphrase say, it asks whoever sits there.
+_ASK = """#!/bin/sh
+case "$1" in
+*"'s password: ") printf '%s\\n' "$SANDYARD_SSH_PASSWORD" ;;
+*)
+    exec 3<>/dev/tty || exit 1
+    printf '%s' "$1" >&3
+    kept=$(stty -g <&3); stty -echo <&3
+    IFS= read -r answer <&3
+    stty "$kept" <&3; echo >&3
+    printf '%s\\n' "$answer" ;;
+esac
+"""
+
+
+def ssh(
+    reference: Reference,
+    command: Annotated[
+        list[str] | None, typer.Argument(help="A command to run; without one, a shell.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="An option for ssh, such as ForwardAgent=yes."),
+    ] = None,
+    forward: Annotated[
+        list[str] | None,
+        typer.Option("--forward", "-L", help="A port to forward, as for ssh: 8000:localhost:80."),
+    ] = None,
+) -> None:
+    """Log in by SSH, with the ssh of this machine. A key of yours that the sandbox takes opens it,
+    and where there is none the API key does.
+    """
+    program = shutil.which("ssh")
+    if program is None:
+        raise typer.BadParameter("there is no ssh on this machine; install openssh-client")
+    with open_client() as client:
+        where = _reachable(client.ssh(reference), client.config)
+        config = client.config
+    folder = config_path().parent
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    known, ask = folder / "known_hosts", folder / "ask"
+    _know(where)
+    ask.write_text(_ASK)
+    ask.chmod(0o700)
+    words = [
+        "ssh", "-p", str(where.port), "-o", f"UserKnownHostsFile={known}",
+        "-o", "StrictHostKeyChecking=yes", "-o", "NumberOfPasswordPrompts=1",
+        "-o", "PreferredAuthentications=publickey,password",
+    ]  # fmt: skip
+    for one in option or []:
+        words += ["-o", one]
+    for one in forward or []:
+        words += ["-L", one]
+    env = {
+        **os.environ,
+        "SSH_ASKPASS": str(ask),
+        "SSH_ASKPASS_REQUIRE": "force",
+        "SANDYARD_SSH_PASSWORD": config.api_key,
+    }
+    os.execve(program, [*words, f"{where.user}@{where.host}", *own_words(command)], env)  # noqa: S606
+
+
+def _reachable(where: SshAccess, config: ClientConfig) -> SshAccess:
+    """Return where the gateway is as seen from here: one that only knows itself as its own host's
+    loopback is where the API is."""
+    host = urlsplit(config.url).hostname or where.host
+    if where.host not in _LOOPBACK or host in _LOOPBACK:
+        return where
+    name = host if where.port == 22 else f"[{host}]:{where.port}"
+    return replace(where, host=host, known_hosts=f"{name} {where.host_key}")
+
+
+def _know(where: SshAccess) -> None:
+    """Keep the gateway's key, in the place of one that it had before: the API has told it."""
+    path = config_path().parent / "known_hosts"
+    name = where.known_hosts.split(" ", 1)[0]
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        lines = []
+    kept = [one for one in lines if one.split(" ", 1)[0] != name]
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text("".join(f"{one}\n" for one in [*kept, where.known_hosts]))
+    part.replace(path)
+
+
+def url(
+    reference: Reference,
+    port: Annotated[int, typer.Argument(help="What listens on this port is shown.")],
+    open_: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    cookie: Annotated[
+        bool,
+        typer.Option(
+            "--cookie", help="Have a browser keep a cookie, in the place of a token in the name."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print a URL under which whoever has it sees what listens on a port of a sandbox."""
+    with open_client() as client:
+        found = client.url(reference, port, cookie=cookie)
+    if as_json:
+        show_json({"url": found.url, "port": found.port, "expiresAt": found.expires_at})
+    else:
+        typer.echo(plain(found.url))
+    if open_:
+        webbrowser.open(found.url)
