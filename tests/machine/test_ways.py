@@ -230,7 +230,7 @@ def terminal(
 ) -> Iterator[ClientConnection]:
     url = f"ws://127.0.0.1:{server.port}{made['wsPath']}{query}"
     with connect(url, proxy=None, open_timeout=longer(30)) as open_:
-        yield socket
+        yield open_
 
 
 def read_until(open_: ClientConnection, wanted: bytes, said: bytes = b"") -> bytes:
