@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,7 +235,9 @@ def terminal(
 
 
 def read_until(open_: ClientConnection, wanted: bytes, said: bytes = b"") -> bytes:
+    until = time.monotonic() + longer(60)
     while wanted not in said:
+        assert time.monotonic() < until, said
         piece = open_.recv(timeout=longer(60))
         assert isinstance(piece, bytes), (piece, said)
         said += piece
@@ -264,8 +267,12 @@ def test_a_terminal_is_a_login_shell_that_waits_for_who_was_cut_off(server: Real
         open_.send("wc -c </tmp/pasted; echo done-$((1+1))\r")
         said = read_until(open_, b"done-2", said)
         assert str(len(pasted)).encode() in said[-400:]
-        open_.send("sleep 1000\r")
+        # What is typed ahead of it Ctrl-C takes along, so it waits until there is something to end.
+        open_.send("echo sle$((1+1))ping; sleep 1000\r")
+        said = read_until(open_, b"sle2ping", said)
         open_.send(b"\x03")
+        said = read_until(open_, b"^C", said)
+        said += read_until(open_, b"# ")
         open_.send("kept=here; echo inter$((1+1))rupted\r")
         said = read_until(open_, b"inter2rupted", said)
         open_.socket.close()
