@@ -25,7 +25,7 @@ from sandyard.client.streams import Following, Watching
 
 PAIRS = [
     (sdk.Sandyard, sdk.AsyncSandyard), (sdk.Sandbox, sdk.AsyncSandbox),
-    (sdk.Files, sdk.AsyncFiles), (sdk.Process, sdk.AsyncProcess),
+    (sdk.Files, sdk.AsyncFiles), (sdk.Process, sdk.AsyncProcess), (sdk.Desktop, sdk.AsyncDesktop),
     (sdk.Processes, sdk.AsyncProcesses),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from sandyard.client.aio import AsyncSandbox, AsyncSandyard
 from sandyard.client.client import Sandbox, Sandyard
 from sandyard.client.config import ConfigError
+from sandyard.client.desktop import AsyncDesktop, Desktop
 from sandyard.client.errors import (
     ApiError,
     BadRequestError,
@@ -36,11 +37,13 @@ from sandyard.client.models import (
     Snapshot,
     SshAccess,
     Template,
+    WindowInfo,
 )
 from sandyard.client.processes import AsyncProcess, AsyncProcesses, Process, Processes
 
 __all__ = [
     "ApiError",
+    "AsyncDesktop",
     "AsyncFiles",
     "AsyncProcess",
     "AsyncProcesses",
@@ -53,6 +56,7 @@ __all__ = [
     "ConfigError",
     "ConflictError",
     "ConnectionFailedError",
+    "Desktop",
     "ExecResult",
     "Exited",
     "FileChange",
@@ -80,4 +84,5 @@ __all__ = [
     "TransferError",
     "UnauthorizedError",
     "UnavailableError",
+    "WindowInfo",
 ]

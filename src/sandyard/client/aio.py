@@ -12,6 +12,7 @@ from sandyard.client import calls
 from sandyard.client.client import BROKEN, T, Told
 from sandyard.client.code import Piece, SessionEndedError, argv_of
 from sandyard.client.config import ClientConfig, find_config
+from sandyard.client.desktop import AsyncDesktop
 from sandyard.client.errors import ConflictError, NotFoundError, NotReadyError, SandyardError
 from sandyard.client.files import AsyncFiles
 from sandyard.client.models import (
@@ -185,6 +186,10 @@ class AsyncSandyard:
     def files(self, reference: str, *, user: str = "root") -> AsyncFiles:
         """See `Sandyard.files`."""
         return AsyncFiles(self._transport, calls.sandbox_path(reference), user)
+
+    def desktop(self, reference: str) -> AsyncDesktop:
+        """See `Sandyard.desktop`."""
+        return AsyncDesktop(self._transport, calls.sandbox_path(reference))
 
     def processes(self, reference: str) -> AsyncProcesses:
         """See `Sandyard.processes`."""
@@ -433,6 +438,11 @@ class AsyncSandbox(SandboxFacts):
     def files_as(self, user: str) -> AsyncFiles:
         """See `Sandbox.files_as`."""
         return self._client.files(self.id, user=user)
+
+    @property
+    def desktop(self) -> AsyncDesktop:
+        """See `Sandbox.desktop`."""
+        return self._client.desktop(self.id)
 
     @property
     def processes(self) -> AsyncProcesses:

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 from sandyard.client import calls
 from sandyard.client.code import Piece, SessionEndedError, argv_of
 from sandyard.client.config import ClientConfig, find_config
+from sandyard.client.desktop import Desktop
 from sandyard.client.errors import ConflictError, NotFoundError, NotReadyError, SandyardError
 from sandyard.client.files import Files
 from sandyard.client.models import (
@@ -196,6 +197,10 @@ class Sandyard:
     def files(self, reference: str, *, user: str = "root") -> Files:
         """Return the files of a sandbox, as one of its users sees them."""
         return Files(self._transport, calls.sandbox_path(reference), user)
+
+    def desktop(self, reference: str) -> Desktop:
+        """Return the screen of a sandbox of a desktop template."""
+        return Desktop(self._transport, calls.sandbox_path(reference))
 
     def processes(self, reference: str) -> Processes:
         """Return the processes of a sandbox, which live on when whoever started them has gone."""
@@ -468,6 +473,11 @@ class Sandbox(SandboxFacts):
     def files_as(self, user: str) -> Files:
         """Return its files, as one of its users sees them."""
         return self._client.files(self.id, user=user)
+
+    @property
+    def desktop(self) -> Desktop:
+        """Its screen, if it is of a desktop template."""
+        return self._client.desktop(self.id)
 
     @property
     def processes(self) -> Processes:

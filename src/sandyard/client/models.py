@@ -210,6 +210,21 @@ class SshAccess:
     known_hosts: str
 
 
+@dataclass(frozen=True)
+class WindowInfo:
+    """A window on a sandbox's screen, and where it is, in pixels."""
+
+    id: str
+    title: str
+    program: str
+    pid: int
+    x: int
+    y: int
+    width: int
+    height: int
+    is_active: bool
+
+
 def snapshot_of(raw: Mapping[str, Any]) -> Snapshot:
     """Return a snapshot out of an answer."""
     return Snapshot(

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from mcp.server import MCPServer
+from mcp.server.mcpserver import Image
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.transport_security import TransportSecuritySettings
 from pydantic import BaseModel, Field
@@ -94,6 +95,14 @@ class FileUrl(BaseModel):
 
     url: str
     method: str
+    expires_at: str
+
+
+class PortUrl(BaseModel):
+    """A URL of what listens on a port, until it runs out."""
+
+    url: str
+    port: int
     expires_at: str
 
 
@@ -244,6 +253,60 @@ class Hands:
         made = await box.files.sign(path, method=method, expires_s=expires_s)
         return FileUrl(url=made.url, method=made.method, expires_at=made.expires_at)
 
+    async def get_preview_url(
+        self,
+        sandbox: Ref,
+        port: Annotated[int, Field(ge=1, le=65535, description="What listens on it is shown.")],
+    ) -> PortUrl:
+        """Make a URL under which whoever has it sees what listens on a port, without a key."""
+        made = await (await self._box(sandbox)).url(port)
+        return PortUrl(url=made.url, port=made.port, expires_at=made.expires_at)
+
+    async def take_screenshot(self, sandbox: Ref) -> Image:
+        """Take a picture of the screen of a sandbox made from desktop-ubuntu."""
+        return Image(data=await (await self._box(sandbox)).desktop.screenshot(), format="png")
+
+    async def click(
+        self,
+        sandbox: Ref,
+        x: Annotated[int, Field(ge=0, description="Pixels from the left.")],
+        y: Annotated[int, Field(ge=0, description="Pixels from the top.")],
+        button: Literal["left", "middle", "right"] = "left",
+        count: Annotated[int, Field(ge=1, le=5, description="2 is a double click.")] = 1,
+    ) -> str:
+        """Click somewhere on the screen of a sandbox."""
+        await (await self._box(sandbox)).desktop.click(x, y, button=button, count=count)
+        return "clicked"
+
+    async def type_text(
+        self,
+        sandbox: Ref,
+        text: Annotated[str, Field(max_length=10_000, description="Line ends press Return.")],
+    ) -> str:
+        """Type a text into whatever has the focus on the screen of a sandbox."""
+        await (await self._box(sandbox)).desktop.type(text)
+        return "typed"
+
+    async def press_keys(
+        self,
+        sandbox: Ref,
+        keys: Annotated[str, Field(description="Such as Return, ctrl+c or alt+F4.")],
+    ) -> str:
+        """Press keys together on the screen of a sandbox."""
+        await (await self._box(sandbox)).desktop.press(keys)
+        return "pressed"
+
+    async def scroll(
+        self,
+        sandbox: Ref,
+        x: Annotated[int, Field(ge=0, description="Pixels from the left.")],
+        y: Annotated[int, Field(ge=0, description="Pixels from the top.")],
+        down: Annotated[int, Field(ge=-100, le=100, description="Notches; below 0 up.")] = 3,
+    ) -> str:
+        """Turn the wheel over a place on the screen of a sandbox."""
+        await (await self._box(sandbox)).desktop.scroll(x, y, dy=down)
+        return "scrolled"
+
     async def pause_sandbox(self, sandbox: Ref) -> Box:
         """Save a sandbox to disk, processes and all; it costs only its storage then."""
         return _told(await (await self._box(sandbox)).pause())
@@ -272,7 +335,8 @@ class Hands:
 
 TOOLS = (
     "create_sandbox", "list_sandboxes", "run_command", "run_code", "read_file", "write_file",
-    "list_files", "get_file_url", "pause_sandbox", "fork_sandbox", "destroy_sandbox",
+    "list_files", "get_file_url", "get_preview_url", "take_screenshot", "click", "type_text",
+    "press_keys", "scroll", "pause_sandbox", "fork_sandbox", "destroy_sandbox",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from sandyard.server.service.sandboxes.signing import SignedUse
 _STREAMS = re.compile(
     r"/v1/sandboxes/[^/]+/(?:events|files/watch|processes/[^/]+/(?:output|attach))"
 )
-_TERMINAL = re.compile(r"/v1/terminal/sessions/([^/]+)")
+_TICKET = re.compile(r"/v1/(terminal|desktop)/sessions/([^/]+)")
 _FILE = re.compile(r"/v1/sandboxes/(sandbox-[a-z0-9]{12})/files")
 _SIGNED = {"path", "pathBase64", "user", "expires", "by", "signature"}
 _METHODS = {"GET": "GET", "HEAD": "GET", "PUT": "PUT"}
@@ -43,12 +43,12 @@ def token_of(connection: HTTPConnection) -> str | None:
     return given[0] if given else None
 
 
-def ticket_of(connection: HTTPConnection) -> str | None:
-    """Return the ticket in a terminal's address, which is all that its WebSocket needs."""
+def ticket_of(connection: HTTPConnection) -> tuple[str, str] | None:
+    """Return what the ticket in a WebSocket's address is for, and its secret; it needs no more."""
     if connection.scope["type"] != "websocket":
         return None
-    found = _TERMINAL.fullmatch(connection.scope["path"])
-    return None if found is None else found[1]
+    found = _TICKET.fullmatch(connection.scope["path"])
+    return None if found is None else (found[1], found[2])
 
 
 def signed_use_of(connection: HTTPConnection) -> tuple[SignedUse, str] | None:

@@ -7,7 +7,7 @@ lets it. Nobody without a credential makes the server read a body, let alone par
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import HTTPConnection, Request
@@ -33,7 +33,7 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.rates import Allowance, Rates
 from sandyard.server.service.sandboxes.signing import Signing
-from sandyard.server.service.sandboxes.terminals import Terminals
+from sandyard.server.service.sandboxes.tickets import Admission
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ BODY_MAX = 64 * 1024
 BODIES_MAX = 256 * 1024 * 1024
 """What all large bodies together may take while their requests are served."""
 _GUARDED = "/v1"
+Redeem = Callable[[str], Awaitable[Admission]]
+"""Uses a ticket up, and tells who is let in by it."""
 RouteT = TypeVar("RouteT", bound=Callable[..., object])
 
 
@@ -77,7 +79,7 @@ class Edge:
         *,
         access: Access,
         signing: Signing,
-        terminals: Terminals,
+        redeem: Mapping[str, Redeem],
         rates: Rates,
         observe: RequestObserver,
         bind: Callable[[str], object],
@@ -85,7 +87,7 @@ class Edge:
         self._app = app
         self._access = access
         self._signing = signing
-        self._terminals = terminals
+        self._redeem = redeem
         self._rates = rates
         self._observe = observe
         self._bind = bind
@@ -220,7 +222,8 @@ class Edge:
 
     async def _actor(self, request: HTTPConnection, state: dict[str, Any]) -> Actor:
         if (ticket := ticket_of(request)) is not None:
-            state["admission"] = admission = await self._terminals.redeem(ticket)
+            kind, secret = ticket
+            state["admission"] = admission = await self._redeem[kind](secret)
             return admission.actor
         token = token_of(request)
         if token is None and (signed := signed_use_of(request)) is not None:

@@ -16,11 +16,13 @@ from sandyard.server.api.routes import (
     api_keys,
     billing,
     commands,
+    desktops,
     docs,
     files,
     front,
     health,
     organizations,
+    pages,
     planned,
     processes,
     projects,
@@ -42,6 +44,7 @@ from sandyard.server.service.people.ssh_keys import SshKeys
 from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
+from sandyard.server.service.sandboxes.desktops import Desktops
 from sandyard.server.service.sandboxes.execute import Commands
 from sandyard.server.service.sandboxes.files import Files
 from sandyard.server.service.sandboxes.forwards import Forwards
@@ -55,8 +58,8 @@ from sandyard.server.service.templates import Templates
 log = logging.getLogger(__name__)
 
 ROUTES = (
-    sandboxes, commands, processes, files, ways, snapshots, organizations, projects, api_keys,
-    ssh_keys, activity, billing, templates, health, front, docs, planned,
+    sandboxes, commands, processes, files, ways, desktops, snapshots, organizations, projects,
+    api_keys, ssh_keys, activity, billing, templates, health, front, docs, pages, planned,
 )  # fmt: skip
 """What is served, a module a subject."""
 
@@ -90,6 +93,7 @@ class Services:
     previews: Previews
     forwards: Forwards
     terminals: Terminals
+    desktops: Desktops
     snapshots: Snapshots
     templates: Templates
     readiness: Readiness
@@ -126,7 +130,7 @@ def make_api(
         Edge,
         access=services.access,
         signing=services.signing,
-        terminals=services.terminals,
+        redeem={"terminal": services.terminals.redeem, "desktop": services.desktops.redeem},
         rates=services.rates,
         observe=observe,
         bind=bind,

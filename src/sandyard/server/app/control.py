@@ -40,6 +40,7 @@ from sandyard.server.service.reconcile.work import Work
 from sandyard.server.service.repeats import Repeats
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
+from sandyard.server.service.sandboxes.desktops import Desktops
 from sandyard.server.service.sandboxes.execute import Commands
 from sandyard.server.service.sandboxes.files import Files
 from sandyard.server.service.sandboxes.forwards import Forwards
@@ -190,7 +191,7 @@ async def open_control(
         access = Access(store, clock, _sign_in(settings, store, clock))
         rates = Rates(clock, plans, failures_per_minute=settings.accounts.failed_logins_per_minute)
         signers = Signers(store, clock)
-        processes = Processes(reach, clock, opened)
+        processes, commands = Processes(reach, clock, opened), Commands(reach, clock)
         tickets = Tickets(
             store=store,
             signers=signers,
@@ -239,7 +240,16 @@ async def open_control(
                 clock=clock,
                 waits=waits,
             ),
-            commands=Commands(reach, clock),
+            commands=commands,
+            desktops=Desktops(
+                store=store,
+                register=register,
+                reach=reach,
+                commands=commands,
+                tickets=tickets,
+                addresses=addresses,
+                clock=clock,
+            ),
             processes=processes,
             files=Files(reach, clock, opened),
             signing=Signing(signers, register, clock, key),

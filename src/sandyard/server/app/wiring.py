@@ -138,6 +138,11 @@ def addresses_of(settings: Settings) -> Addresses:
         if ssh.enabled
         else None,
         public_ip=http.public_ip,
+        desktops=frozenset(
+            slug
+            for slug, one in load_definitions(settings.templates_dir).items()
+            if one.kind == "desktop"
+        ),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Final
 
 VERSION: Final = 1
 AGENT_PORT: Final = 9111
+RFB_PORT: Final = 5900  # of the screen that a desktop has, on its loopback
 HEAD_MAX: Final = 1024 * 1024
 REQUEST_MAX: Final = 8 * 1024 * 1024  # a command of 1 MiB in JSON, and what goes with it
 FRAME_MAX: Final = 256 * 1024

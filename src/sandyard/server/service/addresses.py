@@ -22,10 +22,16 @@ class SshAddress:
 @dataclass(frozen=True)
 class Addresses:
     """See the module. `preview_domain` is what the names of previews end in, with a port where
-    that is not the usual one; without an `ssh` there is no gateway for that."""
+    that is not the usual one; without an `ssh` there is no gateway for that. `desktops` are the
+    templates whose sandboxes have a screen."""
 
     base_url: str
     preview_domain: str
     preview_scheme: Literal["http", "https"] = "http"
     ssh: SshAddress | None = None
     public_ip: str | None = None
+    desktops: frozenset[str] = frozenset()
+
+    def desktop_url(self, sandbox_id: str) -> str:
+        """Return where the page of a sandbox's desktop is."""
+        return f"{self.base_url}/desktop/{sandbox_id}"

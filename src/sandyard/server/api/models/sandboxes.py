@@ -159,6 +159,7 @@ def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
         (False, False): "none",
     }
     reason, shape = sandbox.reason, sandbox.shape
+    has_desktop = sandbox.template in where.desktops
     shown = {name: getattr(sandbox, name, None) for name in SandboxOut.model_fields}
     shown |= {
         "tags": list(sandbox.tags),
@@ -167,7 +168,8 @@ def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
         "has_writable_workspace_mount": False,
         "ssh_ready": where.ssh is not None and (has_key or has_password) and _is_up(sandbox),
         "public_ip": where.public_ip,
-        "vnc_ready": False,
+        "vnc_ready": has_desktop and _is_up(sandbox),
+        "vnc_url": where.desktop_url(sandbox.id) if has_desktop else None,
         "ssh_access_configured": has_key or has_password,
         "ssh_auth_method": methods[has_key, has_password],
         "resources": ResourcesOut(

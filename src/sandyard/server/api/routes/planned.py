@@ -12,9 +12,7 @@ router = APIRouter(include_in_schema=False)
 
 Anyone = Annotated[Actor, Depends(Scope(None))]
 
-_SANDBOX = "/v1/sandboxes/{reference}"
 _PLANNED = {
-    "desktops": [("GET", f"{_SANDBOX}/vnc")],
     "workspaces": [
         ("GET POST", "/v1/workspaces"),
         ("GET POST PUT PATCH DELETE", "/v1/workspaces/{path:path}"),

@@ -309,7 +309,7 @@ class _Build:
         release = await in_thread(self._add_kernel, root, made / "vmlinuz")
         if release is not None:
             await run(["depmod", "-b", root, release], limit_s=_STEP_LIMIT_S)
-        _add_guest(root)
+        _add_guest(root, self._definition.start)
         if self._certificates:
             _add_certificates(root, self._certificates)
             await run(
@@ -427,8 +427,9 @@ def _add_certificates(root: Path, certificates: Sequence[str]) -> None:
         file.writelines(f"{name}={_BUNDLE}\n" for name in _TRUSTING)
 
 
-def _add_guest(root: Path) -> None:
-    """Put the agent, and what must be in every machine, into a root file system."""
+def _add_guest(root: Path, start: str | None) -> None:
+    """Put the agent, what must be in every machine, and what the template is to `start` into a
+    root file system."""
     agent = root / "usr/lib/sandyard/agent"
     package = Path(__file__).parents[3]
     for folder in _GUEST_PACKAGES:
@@ -441,7 +442,13 @@ def _add_guest(root: Path) -> None:
     for folder in ("sandyard", "sandyard/server"):
         (agent / folder / "__init__.py").write_text("")
     (agent / "__main__.py").write_text("import sandyard.server.guest.__main__\n")
-    shutil.copy(Path(__file__).parent / "guest_files/inittab", root / "usr/lib/sandyard/inittab")
+    inittab = (Path(__file__).parent / "guest_files/inittab").read_text()
+    if start is not None:
+        script = root / "usr/lib/sandyard/start"
+        script.write_text(start)
+        script.chmod(0o755)
+        inittab += "::respawn:/usr/lib/sandyard/start\n"
+    (root / "usr/lib/sandyard/inittab").write_text(inittab)
     for name in ("workspace", "proc", "sys", "dev", "run", "tmp"):
         (root / name).mkdir(exist_ok=True)
     _add_ends(root)

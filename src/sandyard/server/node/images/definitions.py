@@ -42,7 +42,10 @@ class NodeRuntime:
 
 @dataclass(frozen=True)
 class Definition:
-    """A template as its file describes it. `digest` changes when anything in the file does."""
+    """A template as its file describes it. `digest` changes when anything in the file does.
+
+    `start` is a script that PID 1 runs in every machine, and again whenever it ends.
+    """
 
     slug: str
     name: str
@@ -53,6 +56,7 @@ class Definition:
     packages: tuple[str, ...]
     node: NodeRuntime | None
     steps: tuple[str, ...]
+    start: str | None
     warmup: tuple[str, ...]
     digest: str
     kernel: Path | None = None
@@ -94,7 +98,7 @@ def load_definition(path: Path) -> Definition:
 
 def _parse(data: dict[str, object], digest: str, folder: Path) -> Definition:
     known = {"slug", "name", "description", "kind", "defaults", "sources", "packages", "runtimes"}
-    known |= {"steps", "warmup", "kernel", "kernel_modules", "kernel_arguments"}
+    known |= {"steps", "start", "warmup", "kernel", "kernel_modules", "kernel_arguments"}
     if unknown := set(data) - known:
         raise ValueError(f"unknown keys: {', '.join(sorted(unknown))}")
     slug, kind = _text(data, "slug"), _text(data, "kind")
@@ -126,6 +130,7 @@ def _parse(data: dict[str, object], digest: str, folder: Path) -> Definition:
         if node
         else None,
         steps=_texts(data, "steps") if "steps" in data else (),
+        start=_script(data),
         warmup=_texts(data, "warmup") if "warmup" in data else (),
         digest=digest,
         kernel=folder / _text(data, "kernel") if "kernel" in data else None,
@@ -134,6 +139,15 @@ def _parse(data: dict[str, object], digest: str, folder: Path) -> Definition:
         ),
         kernel_arguments=_arguments(data),
     )
+
+
+def _script(data: dict[str, object]) -> str | None:
+    if "start" not in data:
+        return None
+    text = _text(data, "start")
+    if not text.startswith("#!/"):
+        raise ValueError("start is a script: its first line is `#!/bin/sh`, or another program")
+    return text
 
 
 def _arguments(data: dict[str, object]) -> str:

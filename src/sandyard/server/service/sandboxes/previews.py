@@ -10,7 +10,7 @@ from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ops import Dial
-from sandyard.server.core.wire import AGENT_PORT
+from sandyard.server.core.wire import AGENT_PORT, RFB_PORT
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.lines import line
@@ -26,7 +26,7 @@ PORTS = range(1, 65536)
 
 def is_previewed(port: int) -> bool:
     """Tell whether a port of a sandbox may be previewed: not one of the platform's own."""
-    return port in PORTS and port != AGENT_PORT
+    return port in PORTS and port not in (AGENT_PORT, RFB_PORT)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Previews:
         actor.require("sandbox:write")
         if not is_previewed(port):
             raise InvalidArgumentError(
-                f"cannot preview port {port}: it is 1 to 65535, and not {AGENT_PORT}, which is the "
-                "platform's own",
+                f"cannot preview port {port}: it is 1 to 65535, and not {AGENT_PORT} or "
+                f"{RFB_PORT}, which are the platform's own",
                 field="port",
             )
         sandbox = await self._register.get(actor, reference)

@@ -1,0 +1,187 @@
+"""RFB (RFC 6143) as a client speaks it: one picture of a screen, keys, a pointer.
+
+What the other side sends is a guest's: every length has a bound, and what makes no sense ends it.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.errors import UnavailableError
+
+_SIDE_MAX = 8192
+_NAME_MAX = 4096
+_CUT_TEXT_MAX = 1024 * 1024
+_PIECE = 256 * 1024
+_UPDATES_MAX = 64
+_RAW, _DESKTOP_SIZE = 0, -223
+_TRUE_COLOUR = struct.pack(">BBBBHHHBBBxxx", 32, 24, 0, 1, 255, 255, 255, 16, 8, 0)
+"""Four bytes a pixel: blue, green, red, nothing (section 7.4)."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A screen as it was; `pixels` are red, green and blue, row by row."""
+
+    width: int
+    height: int
+    pixels: bytes
+
+    def png(self) -> bytes:
+        """Return it as a PNG (RFC 2083)."""
+        stride = self.width * 3
+        rows = b"".join(
+            b"\0" + self.pixels[start : start + stride]
+            for start in range(0, stride * self.height, stride)
+        )
+        head = struct.pack(">IIBBBBB", self.width, self.height, 8, 2, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            (
+                _chunk(b"IHDR", head),
+                _chunk(b"IDAT", zlib.compress(rows, 1)),
+                _chunk(b"IEND", b""),
+            )
+        )
+
+
+class Screen:
+    """One connection to a screen. `meet` first."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+        self.width = self.height = 0
+
+    async def meet(self) -> None:
+        """Shake hands, and share the screen with whoever else looks at it.
+
+        Raises:
+            UnavailableError: what answers is no screen, or not one that lets in the platform.
+        """
+        said = await self._take(12)
+        if not said.startswith(b"RFB 003."):
+            raise _nonsense()
+        await self._stream.write(b"RFB 003.008\n")
+        kinds = await self._take((await self._take(1))[0])
+        if b"\x01" not in kinds:
+            raise UnavailableError("the screen of the sandbox asks for a password")
+        await self._stream.write(b"\x01")
+        if await self._take(4) != bytes(4):
+            raise _nonsense()
+        await self._stream.write(b"\x01")
+        self.width, self.height = self._sides(*struct.unpack(">HH16x", await self._take(20)))
+        (length,) = struct.unpack(">I", await self._take(4))
+        if length > _NAME_MAX:
+            raise _nonsense()
+        await self._take(length)
+        await self._stream.write(
+            b"\0\0\0\0" + _TRUE_COLOUR + struct.pack(">BxHii", 2, 2, _RAW, _DESKTOP_SIZE)
+        )
+
+    async def picture(self) -> Picture:
+        """Return what is on the screen now.
+
+        Raises:
+            UnavailableError: what it sends makes no sense.
+        """
+        asked, covered = 1, 0
+        await self._ask()
+        pixels = bytearray(self.width * self.height * 3)
+        for _ in range(_UPDATES_MAX):
+            await self._until_update()
+            (count,) = struct.unpack(">xH", await self._take(3))
+            for _ in range(count):
+                x, y, width, height, encoding = struct.unpack(">HHHHi", await self._take(12))
+                if encoding == _DESKTOP_SIZE:
+                    self.width, self.height = self._sides(width, height)
+                    pixels, covered = bytearray(self.width * self.height * 3), 0
+                    await self._ask()
+                    asked += 1
+                    continue
+                if encoding != _RAW or x + width > self.width or y + height > self.height:
+                    raise _nonsense()
+                data = await self._take(width * height * 4)
+                _lay(pixels, self.width, x, y, width, data)
+                covered += width * height
+            if covered >= self.width * self.height:
+                return Picture(self.width, self.height, bytes(pixels))
+        raise _nonsense()
+
+    async def point(self, x: int, y: int, buttons: int) -> None:
+        """Move the pointer to a place, with these buttons down (bit 0 is the left one)."""
+        await self._stream.write(struct.pack(">BBHH", 5, buttons, x, y))
+
+    async def press(self, keysym: int, *, is_down: bool) -> None:
+        """Press a key, or let go of it."""
+        await self._stream.write(struct.pack(">BBxxI", 4, is_down, keysym))
+
+    async def settle(self) -> None:
+        """Return once the screen has taken everything that was sent before."""
+        # It answers in turn: one pixel is asked for, and comes after all the rest was read.
+        await self._stream.write(struct.pack(">BBHHHH", 3, 0, 0, 0, 1, 1))
+        await self._until_update()
+        (count,) = struct.unpack(">xH", await self._take(3))
+        for _ in range(count):
+            _, _, width, height, encoding = struct.unpack(">HHHHi", await self._take(12))
+            if encoding == _DESKTOP_SIZE:
+                self.width, self.height = self._sides(width, height)
+            elif encoding != _RAW or max(width, height) > _SIDE_MAX:
+                raise _nonsense()
+            else:
+                await self._take(width * height * 4)
+
+    async def _ask(self) -> None:
+        await self._stream.write(struct.pack(">BBHHHH", 3, 0, 0, 0, self.width, self.height))
+
+    async def _until_update(self) -> None:
+        """Read as far as the next update of the picture, past all else."""
+        while True:
+            match (await self._take(1))[0]:
+                case 0:
+                    return
+                case 1:  # SetColourMapEntries
+                    _, count = struct.unpack(">xHH", await self._take(5))
+                    await self._take(count * 6)
+                case 2:  # Bell
+                    continue
+                case 3:  # ServerCutText
+                    (length,) = struct.unpack(">xxxI", await self._take(7))
+                    if length > _CUT_TEXT_MAX:
+                        raise _nonsense()
+                    await self._take(length)
+                case _:
+                    raise _nonsense()
+
+    def _sides(self, width: int, height: int) -> tuple[int, int]:
+        if not (0 < width <= _SIDE_MAX and 0 < height <= _SIDE_MAX):
+            raise _nonsense()
+        return width, height
+
+    async def _take(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            data = await self._stream.read(_PIECE)
+            if not data:
+                raise UnavailableError("the screen of the sandbox broke off")
+            self._buffer += data
+        found = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return found
+
+
+def _lay(pixels: bytearray, width: int, x: int, y: int, columns: int, data: bytes) -> None:
+    """Lay a rectangle of four bytes a pixel into a picture of three."""
+    rgb = bytearray(len(data) // 4 * 3)
+    rgb[0::3], rgb[1::3], rgb[2::3] = data[2::4], data[1::4], data[0::4]
+    stride = columns * 3
+    for row in range(len(rgb) // stride if stride else 0):
+        start = ((y + row) * width + x) * 3
+        pixels[start : start + stride] = rgb[row * stride : (row + 1) * stride]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _nonsense() -> UnavailableError:
+    return UnavailableError("cannot understand the screen of the sandbox")
