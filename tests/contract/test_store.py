@@ -507,9 +507,12 @@ async def test_a_ticket_is_taken_once_or_found_again_and_again(store: Store) -> 
         assert await tx.tickets.find(ticket.digest) == replace(ticket, detail="later")
         assert await tx.tickets.find("e" * 64) is None
 
+    async with store.write() as tx:
+        assert await tx.tickets.take(ticket.digest, "preview") is None
+
     async def take() -> bool:
         async with store.write() as tx:
-            return await tx.tickets.take(ticket.digest) is not None
+            return await tx.tickets.take(ticket.digest, "terminal") is not None
 
     assert sum(await asyncio.gather(*(take() for _ in range(10)))) == 1
     async with store.write() as tx:

@@ -135,6 +135,14 @@ async def test_a_browser_gets_a_cookie_for_a_token_and_goes_on_without_it(shown:
     for origin in ("http://80-sandbox-aaaaaaaaaaaa.preview.localhost", "null", "https://a.example"):
         assert (await shown.get(host, "/a", Cookie=kept, Origin=origin)).status_code == 401
     assert (await shown.get(host, "/a", Cookie=kept, Origin=f"http://{host}")).status_code == 200
+    for site in ("same-site", "cross-site"):
+        how = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors", "Cookie": kept}
+        assert (await shown.get(host, "/a", **how)).status_code == 401
+        how["Sec-Fetch-Mode"] = "navigate"  # a link that is followed
+        assert (await shown.get(host, "/a", **how)).status_code == 200
+    # What other pages plant beside it does not hide it.
+    planted = "sandyard_preview=x; " * 6 + kept
+    assert (await shown.get(host, "/a", Cookie=planted)).status_code == 200
 
 
 async def test_a_credential_of_the_api_lets_in_and_goes_no_further(shown: Shown) -> None:
@@ -294,6 +302,12 @@ async def test_requests_of_one_connection_are_told_apart_each_by_itself(shown: S
         b"GET / HTTP/1.1\r\nHost: {host}\r\nX : y\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: {host}\r\nX\x00: y\r\n\r\n",
         b"GET /a b HTTP/1.1\r\nHost: {host}\r\n\r\n",
+        b"CONNECT / HTTP/1.1\r\nHost: {host}\r\n\r\n",
+        b"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n\r\n",
+        b"CONNECT / HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        b"GET http://{host} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\n"
+        b"Upgrade: websocket\r\n\r\n",
     ],
 )
 async def test_nothing_is_smuggled_past(shown: Shown, request_: bytes) -> None:
@@ -346,6 +360,9 @@ async def test_answers_without_a_body_have_none(shown: Shown) -> None:
             answer = await client.get(f"/status/{status}", headers={"If-None-Match": "x"})
             assert (answer.status_code, answer.content) == (status, b"")
             assert answer.headers["etag"] == "x"
+        for status in (600, 999):
+            assert (await client.get(f"/status/{status}")).status_code == 502
+        assert (await client.get("/both")).text == "hello"
         for status in (206, 404, 500, 599):
             answer = await client.get(f"/status/{status}", headers={"Range": "bytes=0-4"})
             assert (answer.status_code, answer.text) == (status, "hello")
@@ -391,6 +408,20 @@ async def test_where_cookies_and_redirects_of_a_guest_lead(shown: Shown) -> None
     answer = await shown.get(host, "/cookies")
     assert answer.headers.get_list("set-cookie") == ["a=1"]
     assert answer.headers["location"] == f"http://{host}/next"
+
+
+async def test_tiny_pieces_take_no_more_than_their_turn(shown: Shown) -> None:
+    async with shown.client(await shown.host()) as client, asyncio.TaskGroup() as tasks:
+        crumbs = tasks.create_task(client.get("/crumbs"))
+        await until(lambda: shown.listener.open == 1)
+        slowest = 0.0
+        for _ in range(20):
+            began = asyncio.get_running_loop().time()
+            await asyncio.sleep(0)
+            assert await shown.opened.is_well()
+            slowest = max(slowest, asyncio.get_running_loop().time() - began)
+        assert not crumbs.done()  # it is told of at its pace, and others are served meanwhile
+        crumbs.cancel()
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,18 @@ async def test_an_api_key_is_a_password_of_what_it_may_use(gateway: Gateway) -> 
             assert await gateway.is_refused(user, None, password=key)
 
 
+async def test_an_api_key_that_was_revoked_opens_nothing_more(gateway: Gateway) -> None:
+    yard = gateway.yard
+    box = await yard.create(sshKeys=[])
+    made = (await yard.client.post("/v1/api-keys", json={"name": "k"})).json()["data"]
+    async with gateway.login(box["id"], None, password=made["key"]) as connection:
+        assert (await run(connection, "exit 3")).exit_status == 3
+        await yard.client.delete(f"/v1/api-keys/{made['id']}")
+        done = await run(connection, "exit 3")
+        assert done.exit_status == 255
+        assert b"revoked" in done.stderr
+
+
 async def test_a_key_that_was_revoked_opens_nothing_any_more(gateway: Gateway) -> None:
     yard = gateway.yard
     made = await yard.client.post("/v1/ssh-keys", json={"name": "k", "publicKey": line_of(OTHER)})
@@ -227,8 +239,16 @@ async def test_a_name_that_several_have_opens_the_one_whose_key_it_is(gateway: G
         box = (await stranger.get(f"/v1/sandboxes/{theirs['data']['id']}")).json()["data"]
         assert box["lastActivityKind"] == "ssh"
         assert (await yard.get(mine))["lastActivityKind"] != "ssh"
-        # A password tells no two apart, and nobody is told that there are two.
-        assert await gateway.is_refused("same", None, password=PASSWORD)
+        # Of two that one password opens it takes an id to tell which; one's own opens whatever
+        # somebody else calls theirs.
+        async with gateway.login("same", None, password=PASSWORD) as connection:
+            assert (await run(connection, "exit 3")).exit_status == 255
+        await yard.create(name="own", sshKeys=[], rootPassword="another horse")
+        body = {"name": "own", "rootPassword": PASSWORD}
+        await stranger.post("/v1/sandboxes", params={"wait": 20}, json=body)
+        for password in (PASSWORD, "another horse"):
+            async with gateway.login("own", None, password=password) as connection:
+                assert (await run(connection, "exit 3")).exit_status == 3
         # Somebody else gives theirs the name and the key of ours: no session goes there.
         both = {"name": "trap", "sshKeys": [line_of(KEY)]}
         await stranger.post("/v1/sandboxes", params={"wait": 20}, json=both)
@@ -398,6 +418,50 @@ async def test_two_hundred_idle_connections_are_held_and_more_of_an_address_are_
         for one in opened:
             await one.wait_closed()
     assert not await gateway.is_refused(box["id"])
+
+
+async def test_a_connection_has_so_many_channels_and_no_more(gateway: Gateway) -> None:
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection, asyncio.timeout(SOON_S):
+        opened = await asyncio.gather(
+            *(connection.open_connection("localhost", ECHO_PORT) for _ in range(250)),
+            return_exceptions=True,
+        )
+        good = [one for one in opened if not isinstance(one, BaseException)]
+        assert 0 < len(good) <= 200
+        for _, writer in good:
+            writer.close()
+        # Places that were given back are there again.
+        for _ in range(5):
+            assert (await run(connection, "exit 3")).exit_status == 3
+
+
+async def test_a_crowd_at_the_door_keeps_nobody_else_out(gateway: Gateway) -> None:
+    box = await gateway.box()
+    crowd = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(49)]
+    try:
+        assert not await gateway.is_refused(box["id"])
+        async with asyncio.timeout(SOON_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            more, last = await asyncio.open_connection("127.0.0.1", gateway.port)
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                await more.readexactly(100_000)  # one address too many: it is closed
+        writer.close()
+        last.close()
+        del reader
+    finally:
+        for _, writer in crowd:
+            writer.close()
+
+
+async def test_what_is_told_of_its_environment_is_bounded(gateway: Gateway) -> None:
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection:
+        env = {f"NAME{number}": "x" * 100 for number in range(200)} | {"LAST": "x" * 200_000}
+        assert (await run(connection, "exit 3", env=env)).exit_status == 3
+    ((_, program),) = gateway.yard.machine_of(box)._programs._by_pid.items()
+    assert len(program._wish.env) <= 64 + 3
+    assert "LAST" not in program._wish.env
 
 
 async def test_who_offers_key_after_key_is_sent_away(gateway: Gateway) -> None:

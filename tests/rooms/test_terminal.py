@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,9 @@ async def test_a_ticket_is_for_one_use_and_one_thing(opened: Door) -> None:
     token = preview["url"].split(".")[0].rpartition("-")[2]
     for secret in ("x", token, "x" * 5000, "%00"):
         assert await refused(opened, {"wsPath": f"/v1/terminal/sessions/{secret}"})
+    # Shown in the wrong place it is not used up either.
+    async with yard.house.store.read() as tx:
+        assert await tx.tickets.find(sha256(token.encode()).hexdigest()) is not None
     # Two at once: one gets it.
     made = await ticket(opened, box)
 

@@ -9,6 +9,11 @@ PORT = 3000
 _SAID = {
     "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     b"3\r\none\r\n3\r\ntwo\r\n0\r\nX-Trailer: 1\r\n\r\n",
+    "both": b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"5\r\nhello\r\n0\r\n\r\n",
+    "crumbs": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"1\r\na\r\n" * 300_000
+    + b"0\r\n\r\n",
     "close": b"HTTP/1.1 200 OK\r\n\r\nuntil the end",
     "short": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nonly this",
     "garbage": b"SSH-2.0-OpenSSH_9.0\r\n" * 100,

@@ -127,7 +127,8 @@ def test_a_terminal_in_a_browser(server: RealServer, page: Page) -> None:
     until(lambda: "/etc/passwd" in shown(page) or "root:x" in shown(page), "less shows it", page)
     page.keyboard.press("q")
     # The connection goes, the shell does not.
-    page.keyboard.type("kept=here\n")
+    page.keyboard.type("kept=here; echo so-$((1+1))\n")
+    until(lambda: "so-2" in shown(page), "it is kept", page)
     server.kill()
     until(lambda: "coming back" in (page.text_content("#said") or ""), "it notices", page)
     server.start()

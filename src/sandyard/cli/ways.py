@@ -15,11 +15,11 @@ from sandyard.client import SshAccess
 from sandyard.client.config import ClientConfig, config_path
 
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-# Asked for a password it gives the API key, which the gateway takes for one; for all else, a
-# key's passphrase say, it asks whoever sits there.
+# Asked for the password of just this login it gives the API key, which the gateway takes for one;
+# for all else, a key's passphrase or another host's password, it asks whoever sits there.
 _ASK = """#!/bin/sh
 case "$1" in
-*"'s password: ") printf '%s\\n' "$SANDYARD_SSH_PASSWORD" ;;
+"$SANDYARD_SSH_PROMPT") printf '%s\\n' "$SANDYARD_SSH_PASSWORD" ;;
 *)
     exec 3<>/dev/tty || exit 1
     printf '%s' "$1" >&3
@@ -74,6 +74,7 @@ def ssh(
         "SSH_ASKPASS": str(ask),
         "SSH_ASKPASS_REQUIRE": "force",
         "SANDYARD_SSH_PASSWORD": config.api_key,
+        "SANDYARD_SSH_PROMPT": f"{where.user}@{where.host}'s password: ",
     }
     os.execve(program, [*words, f"{where.user}@{where.host}", *own_words(command)], env)  # noqa: S606
 

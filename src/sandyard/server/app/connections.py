@@ -204,20 +204,33 @@ class GuardedProtocol(HttpToolsProtocol):
         if not is_tunnel and (why := _no_handshake(self.scope, self.url)) is not None:
             self._refuse(400, "bad_request", f"cannot open a WebSocket: {why}")
             return
+        if is_tunnel and not self._has_path():
+            self._refuse(400, "bad_request", "cannot read the address that is asked for")
+            return
         self._is_upgraded = True
         self.gate.leave(self)
         if self._look is not None:
             self._look.cancel()
         if is_tunnel:
             self.connections.discard(self)
-            asked = httptools.parse_url(self.url)
-            self.scope["path"] = urllib.parse.unquote(asked.path.decode("ascii"))
-            self.scope["raw_path"], self.scope["query_string"] = asked.path, asked.query or b""
             tunnel = Tunnel(self.app, self.scope, self.gate, self.server_state)
             self.transport.set_protocol(tunnel)
             tunnel.begin(self.transport, self.loop)
             return
         super().handle_websocket_upgrade()
+
+    def _has_path(self) -> bool:
+        """Put the address that is asked for into the scope, as uvicorn does for all but upgrades;
+        False if it is none."""
+        try:
+            asked = httptools.parse_url(self.url)
+        except httptools.HttpParserError:
+            return False
+        if asked.path is None:
+            return False
+        self.scope["path"] = urllib.parse.unquote(asked.path.decode("latin-1"))
+        self.scope["raw_path"], self.scope["query_string"] = asked.path, asked.query or b""
+        return True
 
     # --- what the parser tells ------------------------------------------------------------------
 
@@ -553,6 +566,9 @@ class Tunnel(asyncio.Protocol):
 
     async def write_eof(self) -> None:
         """See core.contracts.node.ByteStream.write_eof."""
+        if not self.transport.can_write_eof():
+            self.transport.close()  # TLS has no half of it
+            return
         with suppress(OSError, RuntimeError):
             self.transport.write_eof()
 

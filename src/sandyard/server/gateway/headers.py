@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
+from sandyard.server.service.sandboxes.previews import QUERY_TOKEN
+
 Headers = Sequence[tuple[bytes, bytes]]
 
 COOKIE = b"sandyard_preview"
@@ -29,14 +31,16 @@ def first(headers: Headers, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in headers if key == name), None)
 
 
-def cookies_of(headers: Headers) -> list[bytes]:
-    """Return the values of our own cookie that a client sent; a guest's page may have set more."""
+def cookies_of(headers: Headers, *, is_safe: bool) -> list[bytes]:
+    """Return the values of our own cookie that a client sent; other pages may have set more. Where
+    it `is_safe`, over TLS, only one counts that no other host can have set."""
+    wanted = b"__Host-" + COOKIE if is_safe else COOKIE
     found = []
     for key, value in headers:
         if key == b"cookie":
             for part in value.split(b";"):
                 name, _, text = part.strip().partition(b"=")
-                if name in (COOKIE, b"__Host-" + COOKIE):
+                if name == wanted:
                     found.append(text)
     return found
 
@@ -88,7 +92,9 @@ def to_client(
     A cookie is for this one host name alone, and never ours; where it sends a client to itself, as
     `localhost`, that is the preview's `origin`.
     """
-    dropped = _HOP | _nominated(headers) | {b"date"}
+    dropped = _HOP | _nominated(headers) | {b"date", b"clear-site-data"}
+    if any(name == b"transfer-encoding" for name, _ in headers):
+        dropped |= {b"content-length"}  # which of the two is true, only the guest knows
     result = []
     for name, value in headers:
         if name in dropped:
@@ -133,7 +139,10 @@ def _local_address(value: bytes, own: set[str], local: bytes) -> bytes | None:
         return None
     if f"{parsed.scheme}://{parsed.netloc}".lower() not in own:
         return value
-    rest = f"{parsed.path}?{parsed.query}" if parsed.query else parsed.path
+    query = "&".join(
+        one for one in parsed.query.split("&") if not one.startswith(f"{QUERY_TOKEN}=")
+    )
+    rest = f"{parsed.path}?{query}" if query else parsed.path
     return b"http://" + local + rest.encode("latin-1")
 
 

@@ -5,6 +5,7 @@ the API lets a client in; then bytes go to and fro as they come, through the age
 listens on the guest's loopback is reached as well.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -46,6 +47,10 @@ TUNNEL = "sandyard.tunnel"
 _HEAD_MAX = 64 * 1024
 _ANSWER_S = 300.0
 _REFRESH_S = 2
+_COOKIES_MAX = 50
+_STILL_S = 120.0
+_STATUSES = range(200, 600)
+_EVENTS_A_SECOND, _EVENTS_AT_ONCE, _EVENTS_A_TURN = 20_000, 5_000, 500
 _BROKEN = (h11.RemoteProtocolError, h11.LocalProtocolError)
 _NO_BODY = frozenset({204, 304})
 
@@ -187,26 +192,55 @@ class PreviewApp:
                            "The request names several hosts.")  # fmt: skip
         if name is None:
             raise _RefusedError(*_NO_SUCH_NAME)
+        if scope.get("method") == "CONNECT" or (
+            scope["type"] == TUNNEL and scope.get("method") != "GET"
+        ):
+            raise _RefusedError(400, "bad_request", "This cannot be passed on",
+                                "The method is not one that a preview knows.")  # fmt: skip
         address = (scope.get("client") or ("unknown", 0))[0]
         query, tokens = _without_token(scope.get("query_string", b""))
         try:
             if name.token is not None:
                 admission = await self._previews.admit(name.token, name.sandbox_id, name.port)
-                return _Guest(name, admission.actor, query, strips_authorization=False)
+                return _Guest(
+                    name,
+                    admission.actor,
+                    query,
+                    strips_authorization=await self._is_session(headers),
+                )
             if tokens:
                 admission = await self._previews.admit(tokens[0], name.sandbox_id, name.port)
                 if _is_navigation(scope):
                     seconds = self._seconds_left(admission.expires_at.timestamp())
                     raise self._to_cookie(scope, name, query, tokens[0], seconds)
-                return _Guest(name, admission.actor, query, strips_authorization=False)
+                return _Guest(
+                    name,
+                    admission.actor,
+                    query,
+                    strips_authorization=await self._is_session(headers),
+                )
             actor = await self._by_cookie(headers, name)
             if actor is not None:
-                return _Guest(name, actor, query, strips_authorization=False)
+                return _Guest(
+                    name, actor, query, strips_authorization=await self._is_session(headers)
+                )
             actor = await self._by_credential(headers, name)
             return _Guest(name, actor, query, strips_authorization=True)
         except (InvalidTokenError, TokenExpiredError):
             self._rates.failed(address)
             raise
+
+    async def _is_session(self, headers: h.Headers) -> bool:
+        """Tell whether a client sends a session of the platform's along, which is not the guest's
+        to know; tokens of other makers it may have."""
+        kind, _, token = (h.first(headers, b"authorization") or "").partition(" ")
+        if kind.lower() != "bearer" or not token.startswith("eyJ"):
+            return False
+        try:
+            await self._access.authenticate(token.strip())
+        except SandyardError:
+            return False
+        return True
 
     async def _by_cookie(self, headers: h.Headers, name: PreviewName) -> Actor | None:
         # Pages of other previews are of the same site to a browser, which sends the cookie along;
@@ -214,7 +248,10 @@ class PreviewApp:
         origin = h.first(headers, b"origin")
         if origin is not None and origin.lower() != f"{self._scheme}://{name.host}":
             return None
-        for value in h.cookies_of(headers)[:4]:
+        site, mode = h.first(headers, b"sec-fetch-site"), h.first(headers, b"sec-fetch-mode")
+        if site in ("same-site", "cross-site") and mode != "navigate":
+            return None
+        for value in h.cookies_of(headers, is_safe=self._scheme == "https")[:_COOKIES_MAX]:
             try:
                 admission = await self._previews.admit(
                     value.decode("latin-1"), name.sandbox_id, name.port
@@ -316,7 +353,7 @@ class PreviewApp:
             has_body = is_chunked or length not in (None, b"0")
             if not has_body:
                 await there.write(exchange.send(h11.EndOfMessage()))
-            async with beside(_send_body(receive, exchange, has_body=has_body)):
+            async with beside(_send_body(receive, exchange, self._clock, has_body=has_body)):
                 async with self._clock.timeout(_ANSWER_S):
                     response = await exchange.response()
                 await answering.begin(response)
@@ -353,6 +390,8 @@ class _Exchange:
     def __init__(self, there: ByteStream) -> None:
         self.there = there
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_MAX)
+        self._events = 0
+        self._began = asyncio.get_running_loop().time()
 
     def send(self, event: Any) -> bytes:
         """Return the bytes of a part of the request."""
@@ -380,6 +419,8 @@ class _Exchange:
         while True:
             event = await self._next()
             if isinstance(event, h11.Response):
+                if event.status_code not in _STATUSES:
+                    raise h11.RemoteProtocolError("it answered with a status that there is not")
                 return event
             if isinstance(event, h11.InformationalResponse) and event.status_code == 101:
                 return event
@@ -398,10 +439,23 @@ class _Exchange:
     async def _next(self) -> Any:
         while (event := self._h11.next_event()) is h11.NEED_DATA:
             self._h11.receive_data(await self.there.read(PIECE))
+        if event is h11.PAUSED:  # it would say so again and again
+            raise h11.RemoteProtocolError("it changed the protocol unasked")
+        await self._keep_pace()
         return event
 
+    async def _keep_pace(self) -> None:
+        """Let others have their turn: nobody gets more of this thread by sending tiny pieces."""
+        loop = asyncio.get_running_loop()
+        self._events += 1
+        early = self._began + (self._events - _EVENTS_AT_ONCE) / _EVENTS_A_SECOND - loop.time()
+        if early > 0 or self._events % _EVENTS_A_TURN == 0:
+            await asyncio.sleep(max(0.0, early))
 
-async def _send_body(receive: Receive, exchange: _Exchange, *, has_body: bool) -> None:
+
+async def _send_body(
+    receive: Receive, exchange: _Exchange, clock: Clock, *, has_body: bool
+) -> None:
     """Send the body of a request as it comes, and tell when the client leaves.
 
     Raises:
@@ -415,7 +469,10 @@ async def _send_body(receive: Receive, exchange: _Exchange, *, has_body: bool) -
             is_more = bool(message.get("more_body"))
             try:
                 data = exchange.piece(message.get("body") or b"", is_last=not is_more)
-                await exchange.there.write(data)
+                # One that does not read on is not waited for for ever: meanwhile nobody would hear
+                # that the client has left.
+                async with clock.timeout(_STILL_S):
+                    await exchange.there.write(data)
             except (h11.LocalProtocolError, SandyardError):
                 is_more = False  # it wants no more of it; what it says to that still comes
             has_body = is_more

@@ -34,15 +34,18 @@ log = logging.getLogger(__name__)
 USE = Use("ssh", "", "log in to", is_told=False)
 _LOGIN_S = 30.0
 _ALIVE_S, _ALIVE_TRIES = 30, 4
-_LOOK_S = 20.0
+_LOOK_S = 5.0
 _ATTEMPTS_MAX = 20
-_UNKNOWN_MAX = 100  # connections that have not logged in yet
+_UNKNOWN_BY_ADDRESS = 50  # connections that have not logged in yet
+_UNSTARTED_MAX, _UNSTARTED_S = 100, 30.0  # sessions that say nothing of what they are to be
+_CALLERS_MAX = 64
+_UNREAD_MAX = 64 * 1024 * 1024
 _SESSIONS_MAX = 200  # of one connection, forwarded ones included
 _WINDOW, _PACKET = 2 * 1024 * 1024, 32 * 1024
 _CHANNEL_S = 30.0
 _CLOSE_S = 3.0
 _INPUT_MAX = 1024 * 1024
-_ENV_MAX = 64
+_ENV_MAX, _ENV_BYTES_MAX = 64, 64 * 1024
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _LOCALES = frozenset({"C", "POSIX", "C.UTF-8", "C.utf8"})
 _SFTP = """\
@@ -92,8 +95,14 @@ class SshGateway:
         """Count a connection, or say why it may not be."""
         if len(self._open) >= self._most or self._by_address[address] >= self._most_by_address:
             return "too many connections are open; close some, or try again later"
-        if sum(not one.is_known for one in self._open) >= _UNKNOWN_MAX:
-            return "too many are logging in just now; try again"
+        unknown = [one for one, where in self._open.items() if not one.is_known]
+        here = sum(self._open[one] == address for one in unknown)
+        if here >= _UNKNOWN_BY_ADDRESS:
+            return "too many are logging in from this address just now; try again"
+        if len(unknown) >= self._most // 2:
+            # Whoever crowds the door gives way to whoever comes.
+            crowd, _ = Counter(self._open[one] for one in unknown).most_common(1)[0]
+            next(one for one in unknown if self._open[one] == crowd).close("try again")
         self._open[client] = address
         self._by_address[address] += 1
         return None
@@ -156,6 +165,8 @@ async def open_gateway(
                 line_editor=False,
                 allow_scp=False,
                 kbdint_auth=False,
+                # What is small packed may be very large unpacked, and what is worth it is packed.
+                compression_algs=["none"],
                 gss_host=None,
                 server_version="Sandyard",
                 login_timeout=_LOGIN_S,
@@ -191,7 +202,8 @@ class _Client(asyncssh.SSHServer):
         self._offered: Login | None = None
         self._login: Login | None = None
         self._attempts = 0
-        self._sessions = 0
+        self._channels = 0
+        self._unstarted = 0
         self._is_over = asyncio.Event()
 
     @property
@@ -259,6 +271,11 @@ class _Client(asyncssh.SSHServer):
         self._offered = await self._asked(found)
         return self._offered is not None
 
+    def change_password(self, username: str, old_password: str, new_password: str) -> bool:
+        """See asyncssh: not here."""
+        del username, old_password, new_password
+        return False
+
     async def _asked(self, question: Awaitable[Login | None]) -> Login | None:
         try:
             return await question
@@ -282,7 +299,13 @@ class _Client(asyncssh.SSHServer):
     async def _watch(self, login: Login) -> None:
         """Note the login, and close the connection when its sandbox is gone."""
         assert login.sandbox_id is not None
-        await self.gateway.logins.note(login, login.sandbox_id, self.address)
+        try:
+            await self.gateway.logins.note(login, login.sandbox_id, self.address)
+        except SandyardError as error:
+            # What cannot be written to the audit log is not done.
+            log.warning("a login could not be noted: %s", error.message)
+            self.close("the login could not be noted; try again")
+            return
         while not self._is_over.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
@@ -291,12 +314,17 @@ class _Client(asyncssh.SSHServer):
                 if not await self.gateway.logins.is_there(login):
                     self.close("the sandbox was deleted")
                     return
+            transport = getattr(self.connection, "_transport", None)
+            if transport is not None and transport.get_write_buffer_size() > _UNREAD_MAX:
+                self.connection.abort()  # it asks for what it does not read
+                return
 
-    def of(self) -> tuple[Actor, str]:
+    async def of(self) -> tuple[Actor, str]:
         """Return whose connection it is, and to which sandbox.
 
         Raises:
             NotFoundError: several are meant.
+            UnauthenticatedError, PermissionDeniedError: what it was let in by holds no more.
         """
         login = self._login
         if login is None or login.sandbox_id is None:
@@ -304,13 +332,18 @@ class _Client(asyncssh.SSHServer):
                 "cannot tell which sandbox is meant: your key opens several of this name; log in "
                 "with the id of one"
             )
-        return login.actor, login.sandbox_id
+        return await self.gateway.logins.still(login), login.sandbox_id
 
     # --- what it wants ----------------------------------------------------------------------
 
     def session_requested(self) -> Any:
         """See asyncssh."""
-        self._check_room()
+        if self._unstarted >= _UNSTARTED_MAX:
+            raise asyncssh.ChannelOpenError(
+                asyncssh.OPEN_RESOURCE_SHORTAGE, "too many sessions that were not started"
+            )
+        self.take_place()
+        self._unstarted += 1
         channel = _ServerChannel(
             self.connection,
             asyncio.get_running_loop(),
@@ -331,17 +364,20 @@ class _Client(asyncssh.SSHServer):
     ) -> Any:
         """See asyncssh: `-L` and `-D`, a connection that the sandbox makes."""
         del orig_host, orig_port
-        self._check_room()
+        self.take_place()
         return self._forward(Dial(dest_port, host=dest_host), SSHTCPStreamSession)
 
     def unix_connection_requested(self, dest_path: str) -> Any:
         """See asyncssh: a connection to a socket in the sandbox."""
-        self._check_room()
+        self.take_place()
         return self._forward(Dial(path=dest_path), SSHUNIXStreamSession)
 
     async def _forward(self, wish: Dial, kind: Callable[[Any], Any]) -> Any:
         forward = _Forward(self, wish)
-        self.gateway.crew.start(forward.serve(), "a connection was not forwarded", quietly=True)
+        what = "a connection was not forwarded"
+        if self.gateway.crew.start(forward.serve(), what, quietly=True) is None:
+            self.give_place()
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "the server ends")
         try:
             await forward.opened
         except SandyardError as error:
@@ -353,10 +389,14 @@ class _Client(asyncssh.SSHServer):
         return self._listen(listen_host, listen_port)
 
     async def _listen(self, host: str, port: int) -> Any:
-        if self._sessions >= _SESSIONS_MAX:
+        if self._channels >= _SESSIONS_MAX:
             return None
+        self.take_place()
         listener = _Listener(self, host or "localhost", port)
-        self.gateway.crew.start(listener.serve(), "a port was not forwarded", quietly=True)
+        what = "a port was not forwarded"
+        if self.gateway.crew.start(listener.serve(), what, quietly=True) is None:
+            self.give_place()
+            return None
         try:
             await listener.opened
         except SandyardError as error:
@@ -368,20 +408,25 @@ class _Client(asyncssh.SSHServer):
         """Return once the connection has ended."""
         await self._is_over.wait()
 
-    def _check_room(self) -> None:
-        if self._sessions >= _SESSIONS_MAX:
+    def take_place(self) -> None:
+        """Count a channel, from the moment that it is asked for.
+
+        Raises:
+            asyncssh.ChannelOpenError: there are too many.
+        """
+        if self._channels >= _SESSIONS_MAX:
             raise asyncssh.ChannelOpenError(
                 asyncssh.OPEN_RESOURCE_SHORTAGE, "too many channels are open"
             )
+        self._channels += 1
 
-    @asynccontextmanager
-    async def counted(self) -> AsyncIterator[None]:
-        """Count a session while the block lasts."""
-        self._sessions += 1
-        try:
-            yield
-        finally:
-            self._sessions -= 1
+    def give_place(self) -> None:
+        """Count one less."""
+        self._channels -= 1
+
+    def note_start(self) -> None:
+        """Note that a session has said what it is to be, or never will."""
+        self._unstarted -= 1
 
 
 class _ServerChannel(SSHServerChannel[bytes]):
@@ -389,6 +434,14 @@ class _ServerChannel(SSHServerChannel[bytes]):
     agent that is forwarded is to be reached in the sandbox, not on this host."""
 
     forwards_agent = False
+    _told_bytes = 0
+
+    def _process_env_request(self, packet: SSHPacket) -> bool:
+        self._told_bytes += len(packet.get_remaining_payload())
+        is_much = len(self.get_environment_bytes()) >= _ENV_MAX
+        if is_much or self._told_bytes > _ENV_BYTES_MAX:
+            return False
+        return super()._process_env_request(packet)
 
     def _process_exec_request(self, packet: SSHPacket) -> bool:
         command = packet.get_string()
@@ -417,17 +470,30 @@ class _Session(asyncssh.SSHServerSession[bytes]):
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._is_over = asyncio.Event()
+        self._has_started = False
 
     # --- what asyncssh tells ----------------------------------------------------------------
 
     def connection_made(self, chan: Any) -> None:
         """See asyncssh."""
         self._channel = chan
+        asyncio.get_running_loop().call_later(_UNSTARTED_S, self._close_unless_started)
+
+    def _close_unless_started(self) -> None:
+        if not self._has_started and self._channel is not None:
+            self._channel.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncssh."""
+        self._note_start()
+        self._client.give_place()
         self._is_over.set()
         self._can_write.set()
+
+    def _note_start(self) -> None:
+        if not self._has_started:
+            self._has_started = True
+            self._client.note_start()
 
     def pty_requested(
         self, term_type: str, term_size: tuple[int, int, int, int], term_modes: Mapping[int, int]
@@ -459,6 +525,7 @@ class _Session(asyncssh.SSHServerSession[bytes]):
 
     def session_started(self) -> None:
         """See asyncssh."""
+        self._note_start()
         self._gateway.crew.start(self._serve(), "a session failed", quietly=True)
 
     def data_received(self, data: bytes, datatype: Any) -> None:
@@ -504,7 +571,6 @@ class _Session(asyncssh.SSHServerSession[bytes]):
         assert channel is not None
         try:
             async with (
-                self._client.counted(),
                 beside(self._is_over.wait()) as over,
                 beside(self._run(channel)) as running,
             ):
@@ -517,7 +583,7 @@ class _Session(asyncssh.SSHServerSession[bytes]):
             channel.exit(_FAILED)
 
     async def _run(self, channel: _ServerChannel) -> None:
-        actor, sandbox_id = self._client.of()
+        actor, sandbox_id = await self._client.of()
         async with AsyncExitStack() as held:
             env = self._environment(channel)
             if channel.forwards_agent:
@@ -588,21 +654,22 @@ class _Session(asyncssh.SSHServerSession[bytes]):
 
         async def answer(caller: Caller) -> None:
             channel = client.connection.create_agent_channel(_WINDOW, _PACKET)
-            session: Any = await channel.open(SSHUNIXStreamSession)
+            async with asyncio.timeout(_CHANNEL_S):
+                session: Any = await channel.open(SSHUNIXStreamSession)
             reader = asyncssh.SSHReader[bytes](session, channel)
             writer = asyncssh.SSHWriter[bytes](session, channel)
             await _take(client, actor, sandbox_id, caller, reader, writer)
 
         listening = self._gateway.forwards.listen(actor, sandbox_id, Listen())
         where, callers = await held.enter_async_context(listening)
-        await held.enter_async_context(beside(_answer_all(client, callers, answer)))
+        await held.enter_async_context(beside(_answer_all(callers, answer)))
         return where.path
 
     def _environment(self, channel: _ServerChannel) -> dict[str, str]:
         """Return what the process is told besides: what the client sends, and whence it comes."""
         host, port = self._client.peer
         env: dict[str, str] = {}
-        for name, value in list(channel.get_environment_bytes().items())[:_ENV_MAX]:
+        for name, value in channel.get_environment_bytes().items():
             key, text = name.decode("utf-8", "replace"), value.decode("utf-8", "surrogateescape")
             is_locale = key == "LANG" or key.startswith("LC_")
             # A locale that is not in the sandbox makes half of its programs complain.
@@ -647,26 +714,26 @@ class _Forward:
         """Connect, say that it is `opened`, and carry bytes while both ends are there."""
         client = self._client
         try:
-            async with client.counted(), _told(self.opened):
-                actor, sandbox_id = client.of()
-                dialling = client.gateway.forwards.dial(actor, sandbox_id, self._wish, USE)
-                async with dialling as there, beside(client.until_over()) as over:
-                    self.opened.set_result(None)
-                    waiting: list[asyncio.Future[Any]] = [self._channel, over]
-                    await asyncio.wait(
-                        waiting,
-                        timeout=_CHANNEL_S,
-                        return_when=asyncio.FIRST_COMPLETED,
-                    )
-                    if self._channel.done():
-                        async with beside(_carry(self._channel.result(), there)) as carrying:
-                            await asyncio.wait(
-                                [carrying, over], return_when=asyncio.FIRST_COMPLETED
-                            )
+            async with (
+                _told(self.opened),
+                beside(client.until_over()) as over,
+                beside(self._serve()) as serving,
+            ):
+                await asyncio.wait([over, serving], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            client.give_place()
             if self._channel.done():
                 self._channel.result().close()
             self._channel.cancel()
+
+    async def _serve(self) -> None:
+        client = self._client
+        actor, sandbox_id = await client.of()
+        async with client.gateway.forwards.dial(actor, sandbox_id, self._wish, USE) as there:
+            self.opened.set_result(None)
+            await asyncio.wait([self._channel], timeout=_CHANNEL_S)
+            if self._channel.done():
+                await _carry(self._channel.result(), there)
 
 
 class _Listener(asyncssh.SSHListener):
@@ -684,28 +751,34 @@ class _Listener(asyncssh.SSHListener):
     async def serve(self) -> None:
         """Have the sandbox listen, say that it is `opened`, and answer who comes."""
         client = self._client
-        async with client.counted(), _told(self.opened):
-            actor, sandbox_id = client.of()
-            wish = Listen(host=self._host, port=self._port)
-            async with client.gateway.forwards.listen(actor, sandbox_id, wish) as (where, callers):
-                asked = self._port
-                self._port = where.port
+        try:
+            async with (
+                _told(self.opened),
+                beside(client.until_over()) as over,
+                beside(self._is_closed.wait()) as closed,
+                beside(self._serve()) as serving,
+            ):
+                waiting: list[asyncio.Task[Any]] = [over, closed, serving]
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            client.give_place()
 
-                async def answer(caller: Caller) -> None:
+    async def _serve(self) -> None:
+        client, asked = self._client, self._port
+        actor, sandbox_id = await client.of()
+        wish = Listen(host=self._host, port=asked)
+        async with client.gateway.forwards.listen(actor, sandbox_id, wish) as (where, callers):
+            self._port = where.port
+
+            async def answer(caller: Caller) -> None:
+                async with asyncio.timeout(_CHANNEL_S):
                     reader, writer = await client.connection.open_connection(
                         self._host, asked or self._port, caller.host or "127.0.0.1", caller.port
                     )
-                    await _take(client, actor, sandbox_id, caller, reader, writer)
+                await _take(client, actor, sandbox_id, caller, reader, writer)
 
-                self.opened.set_result(None)
-                async with (
-                    beside(_answer_all(client, callers, answer)) as answering,
-                    beside(client.until_over()) as over,
-                    beside(self._is_closed.wait()) as closed,
-                ):
-                    await asyncio.wait(
-                        [answering, over, closed], return_when=asyncio.FIRST_COMPLETED
-                    )
+            self.opened.set_result(None)
+            await _answer_all(callers, answer)
 
     def get_port(self) -> int:
         """See asyncssh."""
@@ -778,20 +851,23 @@ async def _take(
 
 
 async def _answer_all(
-    client: _Client,
-    callers: AsyncIterator[Caller],
-    answer: Callable[[Caller], Awaitable[None]],
+    callers: AsyncIterator[Caller], answer: Callable[[Caller], Awaitable[None]]
 ) -> None:
-    """Answer callers, each by itself; one that cannot be is no reason not to answer the next."""
+    """Answer callers, each by itself, so many at a time; one that cannot be is no reason not to
+    answer the next."""
+    room = asyncio.Semaphore(_CALLERS_MAX)
 
     async def answer_one(caller: Caller) -> None:
-        with suppress(SandyardError, OSError, asyncssh.Error):
-            async with client.counted():
+        try:
+            with suppress(SandyardError, OSError, TimeoutError, ValueError, asyncssh.Error):
                 await answer(caller)
+        finally:
+            room.release()
 
-    with suppress(SandyardError):
-        async with asyncio.TaskGroup() as tasks:
+    async with asyncio.TaskGroup() as tasks:
+        with suppress(SandyardError):  # the sandbox ended: what is under way hears of it, too
             async for caller in callers:
+                await room.acquire()
                 tasks.create_task(answer_one(caller))
 
 

@@ -536,8 +536,8 @@ class TicketRows(Protocol):
         """Return a ticket, which stays."""
         ...
 
-    async def take(self, digest: str) -> Ticket | None:
-        """Return a ticket and remove it: of several at once, one gets it."""
+    async def take(self, digest: str, kind: str) -> Ticket | None:
+        """Return a ticket of a kind and remove it: of several at once, one gets it."""
         ...
 
     async def forget(self, *, before: datetime) -> None:

@@ -482,7 +482,7 @@ class TicketTable:
 
     async def put(self, ticket: Ticket) -> None:
         """See core.contracts.store.TicketRows.put."""
-        await self.take(ticket.digest)
+        await self.take(ticket.digest, ticket.kind)
         await self._connection.execute(insert(t.tickets).values(vars(ticket)))
 
     async def find(self, digest: str) -> Ticket | None:
@@ -493,10 +493,11 @@ class TicketTable:
         row = found.mappings().first()
         return None if row is None else Ticket(**row)
 
-    async def take(self, digest: str) -> Ticket | None:
+    async def take(self, digest: str, kind: str) -> Ticket | None:
         """See core.contracts.store.TicketRows.take."""
+        c = t.tickets.c
         found = await self._connection.execute(
-            delete(t.tickets).where(t.tickets.c.digest == digest).returning(*t.tickets.c)
+            delete(t.tickets).where(c.digest == digest, c.kind == kind).returning(*c)
         )
         row = found.mappings().first()
         return None if row is None else Ticket(**row)

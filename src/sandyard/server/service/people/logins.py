@@ -7,7 +7,7 @@ there as much is looked up, and its password checked, as of one that is.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store
@@ -23,7 +23,8 @@ from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.sandboxes.register import Register
 
 _SCOPE = "sandbox:write"
-_ALIKE_MAX = 16
+_ALIKE_MAX = 500
+_PASSWORDS = 3
 _NAME_MAX = 64
 _NOBODY = "00000000-0000-0000-0000-000000000000"
 
@@ -40,6 +41,7 @@ class Login:
     method: str
     fingerprint: str | None = None
     key_id: str | None = None
+    token: str | None = field(default=None, repr=False)
 
 
 class Logins:
@@ -98,18 +100,42 @@ class Logins:
         if password.startswith("rt_"):
             login = await self._by_api_key(user, password)
         else:
-            found = [one for one in await self._named(user) if one.root_password_hash]
-            # One check for each that is tried, whatever is there: of several nobody can tell.
-            sandbox = found[0] if len(found) == 1 else None
-            hashed = None if sandbox is None else sandbox.root_password_hash
-            is_right = await self._check_password(password.replace("\0", "\ufffd"), hashed)
-            login = None
-            if is_right and sandbox is not None:
-                actor = await self._actor(sandbox, sandbox.owner_user_id)
-                login = Login(actor, sandbox.id, "password")
+            login = await self._by_root_password(user, password.replace("\0", "\ufffd"))
         if login is None:
             self.failed(address)
         return login
+
+    async def _by_root_password(self, user: str, password: str) -> Login | None:
+        """Return the login of whoever knows a sandbox's password.
+
+        As many are checked whatever is there: the first of a name, and else none at all. So one's
+        own opens whether or not somebody else has one of that name.
+        """
+        found: list[Sandbox | None] = [
+            one for one in await self._named(user) if one.root_password_hash
+        ][:_PASSWORDS]  # type: ignore[assignment]
+        count = 1 if is_sandbox_id(user) else _PASSWORDS
+        opened = []
+        for sandbox in [*found, *[None] * count][:count]:
+            hashed = None if sandbox is None else sandbox.root_password_hash
+            if await self._check_password(password, hashed) and sandbox is not None:
+                opened.append(sandbox)
+        if not opened:
+            return None
+        actor = await self._actor(opened[0], opened[0].owner_user_id)
+        return Login(actor, opened[0].id if len(opened) == 1 else None, "password")
+
+    async def still(self, login: Login) -> Actor:
+        """Return the actor of a login as it is now: an API key may be revoked since.
+
+        Raises:
+            InvalidTokenError, TokenExpiredError, PermissionDeniedError: it opens nothing any more.
+        """
+        if login.token is None:
+            return login.actor
+        actor = await self._access.authenticate(login.token)
+        actor.require(_SCOPE)
+        return actor
 
     def failed(self, address: str) -> None:
         """Count a login that failed, from an address."""
@@ -154,7 +180,7 @@ class Logins:
             sandbox = await self._register.get(actor, user[:_NAME_MAX])
         except SandyardError:
             return None
-        return Login(actor, sandbox.id, "api_key") if _is_live(sandbox) else None
+        return Login(actor, sandbox.id, "api_key", token=token) if _is_live(sandbox) else None
 
     async def _named(self, user: str) -> list[Sandbox]:
         async with self._store.read() as tx:

@@ -2,17 +2,25 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.errors import InternalError
 from sandyard.server.core.ops import Caller, Dial, Listen, Listening, Take
-from sandyard.server.core.wire import Channel
+from sandyard.server.core.wire import Channel, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.frames import frames_of, told
 from sandyard.server.service.sandboxes.reach import Reach, Use
 
+_PORTS = range(65536)
+_HOST_MAX = 255
 _SILENT_S = 400 * 86_400.0
 _LISTEN = Use("ssh", "", "listen in", is_told=False)
+
+
+def _nonsense() -> InternalError:
+    return InternalError("cannot understand the agent of the sandbox")
 
 
 class Forwards:
@@ -46,12 +54,18 @@ class Forwards:
             For the rest see `Reach.open`.
         """
         async with self._reach.open(actor, sandbox_id, wish, _LISTEN) as reached:
-            yield reached.answer, self._callers(reached.stream)
+            where = reached.answer
+            if where.port not in _PORTS:
+                raise _nonsense()
+            yield replace(where, path=printable(where.path)), self._callers(reached.stream)
 
     async def _callers(self, stream: ByteStream) -> AsyncIterator[Caller]:
         async for frame in frames_of(stream, self._clock, still_s=_SILENT_S):
             if frame.channel is Channel.STDOUT:
-                yield told(Caller, frame)
+                caller = told(Caller, frame)
+                if caller.port not in _PORTS:
+                    raise _nonsense()
+                yield replace(caller, host=printable(caller.host[:_HOST_MAX]))
 
     @asynccontextmanager
     async def take(

@@ -6,6 +6,7 @@ noted, and the operation opened. While an operation that counts as a use is open
 holds the machine tells so, and the sandbox is not idle.
 """
 
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Generic
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream, NodeTunnel, Opened
 from sandyard.server.core.contracts.store import Store
-from sandyard.server.core.errors import ConflictError
+from sandyard.server.core.errors import ConflictError, SandyardError
 from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Status
@@ -26,8 +27,10 @@ from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import Register, ref_of
 from sandyard.server.tasks import beside, to_the_end
 
+log = logging.getLogger(__name__)
+
 _LONG_S = 2.0
-_LOOK_S = 10.0
+_LOOK_S = 3.0
 _FRESH = timedelta(seconds=3)
 
 
@@ -150,10 +153,16 @@ class Reach:
                 await self._clock.sleep(look_s)
                 if counting.has_moved:
                     counting.has_moved = False
-                    await self._touch(sandbox, use)
+                    await self._touch_if_it_can_be(sandbox, use)
         finally:
             if counting.has_moved and not use.is_frequent:
-                await to_the_end(self._touch(sandbox, use))
+                await to_the_end(self._touch_if_it_can_be(sandbox, use))
+
+    async def _touch_if_it_can_be(self, sandbox: Sandbox, use: Use) -> None:
+        try:
+            await self._touch(sandbox, use)
+        except SandyardError as error:  # worth less than the connection that it would end
+            log.warning("a use could not be noted: %s", error.message)
 
     async def look(
         self, actor: Actor, reference: str, operation: Operation[AnswerT], *, doing: str

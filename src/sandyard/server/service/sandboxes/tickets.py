@@ -87,7 +87,7 @@ class Tickets:
         if len(secret) > _SECRET_MAX:
             raise _unknown()
         async with self._store.write() as tx:
-            ticket = await tx.tickets.take(_digest(secret))
+            ticket = await tx.tickets.take(_digest(secret), kind)
         return await self._admitted(ticket, kind)
 
     async def admit(self, secret: str, kind: str, sandbox_id: str, detail: str) -> Admission:
