@@ -122,10 +122,14 @@ def test_a_terminal_in_a_browser(server: RealServer, page: Page) -> None:
         lambda: int(str(server.execute(box, "stty size </dev/pts/0")["stdout"]).split()[0]) < rows,
         "it has the size of its window", page,
     )  # fmt: skip
-    # A program that has the whole screen.
-    page.keyboard.type("less /etc/passwd\n")
-    until(lambda: "/etc/passwd" in shown(page) or "root:x" in shown(page), "less shows it", page)
+    # A program that has the whole screen, and gives it back.
+    page.keyboard.type(
+        r"printf '\033[?1049h\033[2J\033[5;5Hwho''le'; read -n1; printf '\033[?1049l'"
+    )
+    page.keyboard.press("Enter")
+    until(lambda: "whole" in shown(page) and "hällo" not in shown(page), "it has the screen", page)
     page.keyboard.press("q")
+    until(lambda: "hällo-42" in shown(page), "the screen is back", page)
     # The connection goes, the shell does not.
     page.keyboard.type("kept=here; echo so-$((1+1))\n")
     until(lambda: "so-2" in shown(page), "it is kept", page)
