@@ -17,6 +17,13 @@ KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
 PATIENT = {"accounts": {"failed_logins_per_minute": 100_000}}
 BODIES: dict[str, dict[str, object]] = {
     "/processes": {"command": "true"},
+    "/desktop/key": {"keys": "a"},
+    "/desktop/type": {"text": "a"},
+    "/desktop/click": {"x": 0, "y": 0},
+    "/desktop/move": {"x": 0, "y": 0},
+    "/desktop/scroll": {"x": 0, "y": 0},
+    "/desktop/drag": {"fromX": 0, "fromY": 0, "toX": 1, "toY": 1},
+    "/terminal/sandbox-sessions": {"sandboxId": "sandbox-aaaaaaaaaaaa"},
     "/resize": {},
     "/files/mkdir": {"path": "/a"},
     "/files/move": {"from": "/a", "to": "/b"},

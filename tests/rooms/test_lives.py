@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tests.support.folders import found_in
 from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.several import open_several
 
+from sandyard.server.app.settings import Settings
 from sandyard.server.core.errors import InternalError
 from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
@@ -795,7 +797,8 @@ async def test_a_pool_follows_its_template(pooled: Yard) -> None:
 
 async def test_waiting_machines_give_way_to_somebody_who_asks(tmp_path: Path) -> None:
     share = 13_000 / total_memory_mib()  # two that wait take 8.2 GB of that
-    async with open_yard(tmp_path, pool=2, memory_overcommit=share) as yard:
+    shutil.copy(Settings().templates_dir / "base-ubuntu.toml", tmp_path)  # and nothing else waits
+    async with open_yard(tmp_path, pool=2, memory_overcommit=share, templates_dir=tmp_path) as yard:
         await eventually(lambda: pool_is(yard, 2))
         box = await yard.create(resources={"memory": "8GB"})
         assert box["status"] == "running"

@@ -89,7 +89,9 @@ def test_only_emulated_machines_are_told_the_rate_of_the_counter() -> None:
 
 def test_shipped_definitions_can_be_read() -> None:
     found = load_definitions(TEMPLATES)
-    assert set(found) == {"base-ubuntu", "base-minimal"}
+    assert set(found) == {"base-ubuntu", "base-minimal", "desktop-ubuntu"}
+    assert [one.slug for one in found.values() if one.kind == "desktop"] == ["desktop-ubuntu"]
+    assert [one.slug for one in found.values() if one.start] == ["desktop-ubuntu"]
     assert found["base-ubuntu"].defaults == Shape(2, 4096, 10240)
     assert found["base-minimal"].defaults == Shape(1, 512, 5120)
     assert [source.family for source in found["base-ubuntu"].sources] == ["ubuntu", "debian"]
