@@ -22,6 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from sandyard.server.drivers.fake import Conduct
+from sandyard.server.gateway import preview
 from sandyard.server.links.local import SystemClock
 
 SOCKETS = 4000
@@ -211,6 +212,24 @@ async def test_a_url_ends_with_whoever_made_it(shown: Shown) -> None:
     events = (await yard.client.get(f"/v1/sandboxes/{shown.box['id']}/activity")).json()
     issued = [one for one in events["data"]["events"] if one["eventType"] == "sandbox.url.issued"]
     assert issued[0]["attributes"]["port"] == 3000
+
+
+async def test_what_is_open_ends_with_whoever_made_its_url(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview, "_CHECK_S", 0.05)
+    yard = shown.opened.yard
+    made = (await yard.client.post("/v1/api-keys", json={"name": "k"})).json()["data"]
+    async with yard.client_of(made["key"]) as client:
+        found = await client.get(f"/v1/sandboxes/{shown.box['id']}/url", params={"port": "3000"})
+    host = urlsplit(found.json()["data"]["url"]).netloc
+    async with shown.client(host) as client, client.stream("GET", "/events") as events:
+        feed = events.aiter_raw()
+        await anext(feed)
+        await yard.client.delete(f"/v1/api-keys/{made['id']}")
+        with pytest.raises(httpx.RemoteProtocolError):
+            async with asyncio.timeout(SOON_S):
+                await anext(feed)
 
 
 class Later(SystemClock):

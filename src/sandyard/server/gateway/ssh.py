@@ -7,56 +7,35 @@ sandbox may reach is what its users may reach through it.
 
 import asyncio
 import logging
-import re
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncssh
-from asyncssh.channel import SSHServerChannel
-from asyncssh.packet import SSHPacket
 from asyncssh.stream import SSHTCPStreamSession, SSHUNIXStreamSession
 
-from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnavailableError
-from sandyard.server.core.ops import Caller, Dial, Ended, Listen, Run, Size, Take
-from sandyard.server.gateway.copy import relay
+from sandyard.server.core.ops import Dial
+from sandyard.server.gateway.forwarding import PACKET, WINDOW, Forward, Listener
+from sandyard.server.gateway.sessions import Session, SessionChannel
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.logins import Login, Logins
 from sandyard.server.service.sandboxes.forwards import Forwards
-from sandyard.server.service.sandboxes.processes import Following, Processes, Which
-from sandyard.server.service.sandboxes.reach import Use
-from sandyard.server.tasks import Crew, beside
+from sandyard.server.service.sandboxes.processes import Processes
+from sandyard.server.tasks import Crew
 
 log = logging.getLogger(__name__)
 
-USE = Use("ssh", "", "log in to", is_told=False)
 _LOGIN_S = 30.0
 _ALIVE_S, _ALIVE_TRIES = 30, 4
 _LOOK_S = 5.0
 _ATTEMPTS_MAX = 20
 _UNKNOWN_BY_ADDRESS = 50  # connections that have not logged in yet
-_UNSTARTED_MAX, _UNSTARTED_S = 100, 30.0  # sessions that say nothing of what they are to be
-_CALLERS_MAX = 64
+_UNSTARTED_MAX = 100  # sessions that say nothing of what they are to be
 _UNREAD_MAX = 64 * 1024 * 1024
 _SESSIONS_MAX = 200  # of one connection, forwarded ones included
-_WINDOW, _PACKET = 2 * 1024 * 1024, 32 * 1024
-_CHANNEL_S = 30.0
 _CLOSE_S = 3.0
-_INPUT_MAX = 1024 * 1024
-_ENV_MAX, _ENV_BYTES_MAX = 64, 64 * 1024
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-_LOCALES = frozenset({"C", "POSIX", "C.UTF-8", "C.utf8"})
-_SFTP = """\
-for one in /usr/lib/openssh/sftp-server /usr/libexec/openssh/sftp-server \
-/usr/libexec/sftp-server /usr/lib/ssh/sftp-server /usr/lib/sftp-server; do
-[ -x "$one" ] && exec "$one"; done
-echo "sandyard: there is no sftp-server in the sandbox; install openssh-sftp-server" >&2
-exit 127"""
-_GROUPED = ("ABRT", "ALRM", "FPE", "HUP", "ILL", "INT", "KILL", "PIPE", "QUIT", "SEGV", "TERM",
-            "USR1", "USR2")  # fmt: skip
-_FAILED = 255  # what OpenSSH's own client exits with when the connection is at fault
 
 # What none of today's clients needs to go below; the first that both know is taken.
 _KEY_EXCHANGES = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org")
@@ -197,7 +176,7 @@ class _Client(asyncssh.SSHServer):
     def __init__(self, gateway: SshGateway) -> None:
         self.gateway = gateway
         self.address = "unknown"
-        self.peer: tuple[str, int] = ("", 0)
+        self._peer: tuple[str, int] = ("", 0)
         self._connection: asyncssh.SSHServerConnection | None = None
         self._offered: Login | None = None
         self._login: Login | None = None
@@ -205,6 +184,26 @@ class _Client(asyncssh.SSHServer):
         self._channels = 0
         self._unstarted = 0
         self._is_over = asyncio.Event()
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """See SessionHolder."""
+        return self._peer
+
+    @property
+    def processes(self) -> Processes:
+        """See SessionHolder."""
+        return self.gateway.processes
+
+    @property
+    def forwards(self) -> Forwards:
+        """See Holder."""
+        return self.gateway.forwards
+
+    @property
+    def crew(self) -> Crew:
+        """See SessionHolder."""
+        return self.gateway.crew
 
     @property
     def is_known(self) -> bool:
@@ -223,7 +222,7 @@ class _Client(asyncssh.SSHServer):
         """See asyncssh."""
         self._connection = conn
         peer = conn.get_extra_info("peername") or ("unknown", 0)
-        self.address, self.peer = str(peer[0]), (str(peer[0]), int(peer[1]))
+        self.address, self._peer = str(peer[0]), (str(peer[0]), int(peer[1]))
         refusal = self.gateway.enter(self, self.address)
         if refusal is not None:
             self.close(refusal)
@@ -344,7 +343,7 @@ class _Client(asyncssh.SSHServer):
             )
         self.take_place()
         self._unstarted += 1
-        channel = _ServerChannel(
+        channel = SessionChannel(
             self.connection,
             asyncio.get_running_loop(),
             allow_pty=True,
@@ -354,10 +353,10 @@ class _Client(asyncssh.SSHServer):
             max_line_length=1024,
             encoding=None,
             errors="strict",
-            window=_WINDOW,
-            max_pktsize=_PACKET,
+            window=WINDOW,
+            max_pktsize=PACKET,
         )
-        return channel, _Session(self)
+        return channel, Session(self)
 
     def connection_requested(
         self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
@@ -373,7 +372,7 @@ class _Client(asyncssh.SSHServer):
         return self._forward(Dial(path=dest_path), SSHUNIXStreamSession)
 
     async def _forward(self, wish: Dial, kind: Callable[[Any], Any]) -> Any:
-        forward = _Forward(self, wish)
+        forward = Forward(self, wish)
         what = "a connection was not forwarded"
         if self.gateway.crew.start(forward.serve(), what, quietly=True) is None:
             self.give_place()
@@ -392,7 +391,7 @@ class _Client(asyncssh.SSHServer):
         if self._channels >= _SESSIONS_MAX:
             return None
         self.take_place()
-        listener = _Listener(self, host or "localhost", port)
+        listener = Listener(self, host or "localhost", port)
         what = "a port was not forwarded"
         if self.gateway.crew.start(listener.serve(), what, quietly=True) is None:
             self.give_place()
@@ -427,450 +426,3 @@ class _Client(asyncssh.SSHServer):
     def note_start(self) -> None:
         """Note that a session has said what it is to be, or never will."""
         self._unstarted -= 1
-
-
-class _ServerChannel(SSHServerChannel[bytes]):
-    """A session's channel. A command may have bytes that are no UTF-8, as a file's name may; and an
-    agent that is forwarded is to be reached in the sandbox, not on this host."""
-
-    forwards_agent = False
-    _told_bytes = 0
-
-    def _process_env_request(self, packet: SSHPacket) -> bool:
-        self._told_bytes += len(packet.get_remaining_payload())
-        is_much = len(self.get_environment_bytes()) >= _ENV_MAX
-        if is_much or self._told_bytes > _ENV_BYTES_MAX:
-            return False
-        return super()._process_env_request(packet)
-
-    def _process_exec_request(self, packet: SSHPacket) -> bool:
-        command = packet.get_string()
-        packet.check_end()
-        return self._start_session(command=command.decode("utf-8", "surrogateescape"))
-
-    def _process_auth_agent_req_at_openssh_dot_com_request(self, packet: SSHPacket) -> None:
-        packet.check_end()
-        self.forwards_agent = True
-        self._report_response(True)
-
-
-class _Session(asyncssh.SSHServerSession[bytes]):
-    """A shell, a command or a subsystem: what the client sends goes to a process, and back."""
-
-    def __init__(self, client: _Client) -> None:
-        self._client = client
-        self._gateway = client.gateway
-        self._channel: _ServerChannel | None = None
-        self._terminal: str | None = None
-        self._size = Size(80, 24)
-        self._what: dict[str, Any] = {}
-        self._input: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._waiting = 0
-        self._wishes: asyncio.Queue[Size | str] = asyncio.Queue(64)
-        self._can_write = asyncio.Event()
-        self._can_write.set()
-        self._is_over = asyncio.Event()
-        self._has_started = False
-
-    # --- what asyncssh tells ----------------------------------------------------------------
-
-    def connection_made(self, chan: Any) -> None:
-        """See asyncssh."""
-        self._channel = chan
-        asyncio.get_running_loop().call_later(_UNSTARTED_S, self._close_unless_started)
-
-    def _close_unless_started(self) -> None:
-        if not self._has_started and self._channel is not None:
-            self._channel.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncssh."""
-        self._note_start()
-        self._client.give_place()
-        self._is_over.set()
-        self._can_write.set()
-
-    def _note_start(self) -> None:
-        if not self._has_started:
-            self._has_started = True
-            self._client.note_start()
-
-    def pty_requested(
-        self, term_type: str, term_size: tuple[int, int, int, int], term_modes: Mapping[int, int]
-    ) -> bool:
-        """See asyncssh."""
-        del term_modes
-        self._terminal = term_type or "dumb"
-        self._size = _size_of(*term_size[:2])
-        return True
-
-    def terminal_size_changed(self, width: int, height: int, pixwidth: int, pixheight: int) -> None:
-        """See asyncssh."""
-        del pixwidth, pixheight
-        self._wish(_size_of(width, height))
-
-    def shell_requested(self) -> bool:
-        """See asyncssh."""
-        return True
-
-    def exec_requested(self, command: str) -> bool:
-        """See asyncssh."""
-        self._what = {"line": command.encode("utf-8", "surrogateescape")}
-        return "\0" not in command and bool(command)
-
-    def subsystem_requested(self, subsystem: str) -> bool:
-        """See asyncssh."""
-        self._what = {"command": _SFTP}
-        return subsystem == "sftp"
-
-    def session_started(self) -> None:
-        """See asyncssh."""
-        self._note_start()
-        self._gateway.crew.start(self._serve(), "a session failed", quietly=True)
-
-    def data_received(self, data: bytes, datatype: Any) -> None:
-        """See asyncssh."""
-        del datatype
-        self._waiting += len(data)
-        self._input.put_nowait(data)
-        if self._waiting > _INPUT_MAX and self._channel is not None:
-            self._channel.pause_reading()
-
-    def eof_received(self) -> bool:
-        """See asyncssh: what the process says still goes the other way."""
-        self._input.put_nowait(None)
-        return True
-
-    def signal_received(self, signal: str) -> None:
-        """See asyncssh."""
-        self._wish(signal)
-
-    def break_received(self, msec: int) -> bool:
-        """See asyncssh."""
-        del msec
-        self._wish("INT")
-        return True
-
-    def pause_writing(self) -> None:
-        """See asyncssh."""
-        self._can_write.clear()
-
-    def resume_writing(self) -> None:
-        """See asyncssh."""
-        self._can_write.set()
-
-    def _wish(self, what: Size | str) -> None:
-        if self._wishes.full():
-            self._wishes.get_nowait()  # of very many sizes the last counts
-        self._wishes.put_nowait(what)
-
-    # --- what is made of it -----------------------------------------------------------------
-
-    async def _serve(self) -> None:
-        channel = self._channel
-        assert channel is not None
-        try:
-            async with (
-                beside(self._is_over.wait()) as over,
-                beside(self._run(channel)) as running,
-            ):
-                await asyncio.wait([running, over], return_when=asyncio.FIRST_COMPLETED)
-        except SandyardError as error:
-            self._say(channel, error.message)
-            channel.exit(_FAILED)
-        except Exception:  # a bug: it must not stay unanswered
-            log.exception("a session failed")
-            channel.exit(_FAILED)
-
-    async def _run(self, channel: _ServerChannel) -> None:
-        actor, sandbox_id = await self._client.of()
-        async with AsyncExitStack() as held:
-            env = self._environment(channel)
-            if channel.forwards_agent:
-                env["SSH_AUTH_SOCK"] = await self._forward_agent(held, actor, sandbox_id)
-            wish = Run(
-                **self._what,
-                cwd="~",
-                env=env,
-                stdin=self._terminal is None,
-                terminal=None if self._terminal is None else self._size,
-                login=True,
-                hang_up_s=0.0,
-            )
-            opening = self._gateway.processes.run(actor, sandbox_id, wish, USE)
-            following = await held.enter_async_context(opening)
-            which = Which(pid=following.pid)
-            async with (
-                beside(self._feed(channel, following)),
-                beside(self._obey(actor, sandbox_id, which)),
-            ):
-                await self._show(channel, following)
-
-    async def _show(self, channel: _ServerChannel, following: Following) -> None:
-        async for one in following.events():
-            if isinstance(one, Ended):
-                name = (one.signal or "").removeprefix("SIG")
-                if name in _GROUPED:
-                    channel.exit_with_signal(name)
-                else:
-                    channel.exit(one.exit_code)
-                return
-            is_error = one.stream == "stderr"
-            channel.write(one.data, asyncssh.EXTENDED_DATA_STDERR if is_error else None)
-            await self._can_write.wait()
-
-    async def _feed(self, channel: _ServerChannel, following: Following) -> None:
-        while True:
-            data = await self._input.get()
-            if data is None:
-                if self._terminal is None:  # the end of what is typed is a key of its own there
-                    await following.close_input()
-                continue
-            await following.write(data)
-            self._waiting -= len(data)
-            if self._waiting <= _INPUT_MAX // 2:
-                channel.resume_reading()
-
-    async def _obey(self, actor: Actor, sandbox_id: str, which: Which) -> None:
-        """Pass on signals and sizes; one that comes too late is no fault."""
-        while True:
-            wish = await self._wishes.get()
-            with suppress(SandyardError):
-                if isinstance(wish, Size):
-                    await self._gateway.processes.resize(actor, sandbox_id, which, wish, use=USE)
-                else:
-                    await self._gateway.processes.signal(
-                        actor,
-                        sandbox_id,
-                        which,
-                        wish,
-                        everything=self._terminal is None,
-                        use=USE,
-                    )
-
-    async def _forward_agent(self, held: AsyncExitStack, actor: Actor, sandbox_id: str) -> str:
-        """Have a socket in the sandbox lead to the client's own agent; return its path."""
-        client = self._client
-
-        async def answer(caller: Caller) -> None:
-            channel = client.connection.create_agent_channel(_WINDOW, _PACKET)
-            async with asyncio.timeout(_CHANNEL_S):
-                session: Any = await channel.open(SSHUNIXStreamSession)
-            reader = asyncssh.SSHReader[bytes](session, channel)
-            writer = asyncssh.SSHWriter[bytes](session, channel)
-            await _take(client, actor, sandbox_id, caller, reader, writer)
-
-        listening = self._gateway.forwards.listen(actor, sandbox_id, Listen())
-        where, callers = await held.enter_async_context(listening)
-        await held.enter_async_context(beside(_answer_all(callers, answer)))
-        return where.path
-
-    def _environment(self, channel: _ServerChannel) -> dict[str, str]:
-        """Return what the process is told besides: what the client sends, and whence it comes."""
-        host, port = self._client.peer
-        env: dict[str, str] = {}
-        for name, value in channel.get_environment_bytes().items():
-            key, text = name.decode("utf-8", "replace"), value.decode("utf-8", "surrogateescape")
-            is_locale = key == "LANG" or key.startswith("LC_")
-            # A locale that is not in the sandbox makes half of its programs complain.
-            if (
-                _ENV_NAME.fullmatch(key)
-                and (not is_locale or text in _LOCALES)
-                and "\0" not in text
-            ):
-                env[key] = text
-        env["SSH_CLIENT"] = f"{host} {port} 22"
-        env["SSH_CONNECTION"] = f"{host} {port} 127.0.0.1 22"
-        if self._terminal is not None:
-            env["TERM"] = self._terminal
-        return env
-
-    def _say(self, channel: _ServerChannel, message: str) -> None:
-        """Tell a person why it ends."""
-        with suppress(OSError):
-            if self._terminal is not None:
-                channel.write(f"\r\nsandyard: {message}\r\n".encode())
-            else:
-                channel.write(f"sandyard: {message}\n".encode(), asyncssh.EXTENDED_DATA_STDERR)
-
-
-class _Forward:
-    """A connection that the sandbox makes for the client, from the wish to its end."""
-
-    def __init__(self, client: _Client, wish: Dial) -> None:
-        self._client = client
-        self._wish = wish
-        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._channel: asyncio.Future[_Channel] = asyncio.get_running_loop().create_future()
-
-    async def take_channel(self, reader: Any, writer: Any) -> None:
-        """Take the channel that asyncssh has opened for it."""
-        if self._channel.done():
-            writer.close()  # it came too late
-        else:
-            self._channel.set_result(_Channel(reader, writer))
-
-    async def serve(self) -> None:
-        """Connect, say that it is `opened`, and carry bytes while both ends are there."""
-        client = self._client
-        try:
-            async with (
-                _told(self.opened),
-                beside(client.until_over()) as over,
-                beside(self._serve()) as serving,
-            ):
-                await asyncio.wait([over, serving], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            client.give_place()
-            if self._channel.done():
-                self._channel.result().close()
-            self._channel.cancel()
-
-    async def _serve(self) -> None:
-        client = self._client
-        actor, sandbox_id = await client.of()
-        async with client.gateway.forwards.dial(actor, sandbox_id, self._wish, USE) as there:
-            self.opened.set_result(None)
-            await asyncio.wait([self._channel], timeout=_CHANNEL_S)
-            if self._channel.done():
-                await _carry(self._channel.result(), there)
-
-
-class _Listener(asyncssh.SSHListener):
-    """A port of the sandbox whose connections go to the client."""
-
-    def __init__(self, client: _Client, host: str, port: int) -> None:
-        super().__init__()
-        self._client = client
-        # What comes from elsewhere is kept out where the client does not ask for it, as by sshd.
-        self._host = host
-        self._port = port
-        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._is_closed = asyncio.Event()
-
-    async def serve(self) -> None:
-        """Have the sandbox listen, say that it is `opened`, and answer who comes."""
-        client = self._client
-        try:
-            async with (
-                _told(self.opened),
-                beside(client.until_over()) as over,
-                beside(self._is_closed.wait()) as closed,
-                beside(self._serve()) as serving,
-            ):
-                waiting: list[asyncio.Task[Any]] = [over, closed, serving]
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            client.give_place()
-
-    async def _serve(self) -> None:
-        client, asked = self._client, self._port
-        actor, sandbox_id = await client.of()
-        wish = Listen(host=self._host, port=asked)
-        async with client.gateway.forwards.listen(actor, sandbox_id, wish) as (where, callers):
-            self._port = where.port
-
-            async def answer(caller: Caller) -> None:
-                async with asyncio.timeout(_CHANNEL_S):
-                    reader, writer = await client.connection.open_connection(
-                        self._host, asked or self._port, caller.host or "127.0.0.1", caller.port
-                    )
-                await _take(client, actor, sandbox_id, caller, reader, writer)
-
-            self.opened.set_result(None)
-            await _answer_all(callers, answer)
-
-    def get_port(self) -> int:
-        """See asyncssh."""
-        return self._port
-
-    def close(self) -> None:
-        """See asyncssh."""
-        self._is_closed.set()
-
-    async def wait_closed(self) -> None:
-        """See asyncssh."""
-
-
-class _Channel:
-    """A channel as a stream; see core.contracts.node.ByteStream."""
-
-    def __init__(self, reader: Any, writer: Any) -> None:
-        self._reader = reader
-        self._writer = writer
-
-    async def read(self, limit: int) -> bytes:
-        """See core.contracts.node.ByteStream.read."""
-        data: bytes = await self._reader.read(limit)
-        return data
-
-    async def write(self, data: bytes) -> None:
-        """See core.contracts.node.ByteStream.write."""
-        self._writer.write(data)
-        await self._writer.drain()
-
-    async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof."""
-        with suppress(OSError):
-            self._writer.write_eof()
-
-    def close(self) -> None:
-        """Close it."""
-        self._writer.close()
-
-
-@asynccontextmanager
-async def _told(opened: "asyncio.Future[None]") -> AsyncIterator[None]:
-    """Tell whoever waits for something to be opened that it was not, and why."""
-    try:
-        yield
-    except SandyardError as error:
-        if opened.done():
-            raise
-        opened.set_exception(error)
-    finally:
-        opened.cancel()
-
-
-async def _carry(one: ByteStream, other: ByteStream) -> None:
-    """Relay, until something breaks, which ends it."""
-    with suppress(SandyardError, OSError, asyncssh.Error):
-        await relay(one, other)
-
-
-async def _take(
-    client: _Client, actor: Actor, sandbox_id: str, caller: Caller, reader: Any, writer: Any
-) -> None:
-    """Join a connection that came to the sandbox with a channel to the client."""
-    try:
-        taking = client.gateway.forwards.take(actor, sandbox_id, Take(caller.number), USE)
-        async with taking as there:
-            await _carry(_Channel(reader, writer), there)
-    finally:
-        writer.close()
-
-
-async def _answer_all(
-    callers: AsyncIterator[Caller], answer: Callable[[Caller], Awaitable[None]]
-) -> None:
-    """Answer callers, each by itself, so many at a time; one that cannot be is no reason not to
-    answer the next."""
-    room = asyncio.Semaphore(_CALLERS_MAX)
-
-    async def answer_one(caller: Caller) -> None:
-        try:
-            with suppress(SandyardError, OSError, TimeoutError, ValueError, asyncssh.Error):
-                await answer(caller)
-        finally:
-            room.release()
-
-    async with asyncio.TaskGroup() as tasks:
-        with suppress(SandyardError):  # the sandbox ended: what is under way hears of it, too
-            async for caller in callers:
-                await room.acquire()
-                tasks.create_task(answer_one(caller))
-
-
-def _size_of(columns: int, rows: int) -> Size:
-    """Return the size that a client tells, which is none at all where it has no window."""
-    return Size(min(columns, 65535) or 80, min(rows, 65535) or 24)

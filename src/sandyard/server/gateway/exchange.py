@@ -1,0 +1,114 @@
+"""A request to a guest and its answer, in HTTP/1.1 as h11 speaks it: nothing of it is believed."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import h11
+from starlette.types import Receive
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.errors import SandyardError
+from sandyard.server.gateway.copy import PIECE
+
+_HEAD_MAX = 64 * 1024
+_STILL_S = 120.0
+_STATUSES = range(200, 600)
+_EVENTS_A_SECOND, _EVENTS_AT_ONCE, _EVENTS_A_TURN = 20_000, 5_000, 500
+
+
+class GoneError(Exception):
+    """The client has left."""
+
+
+class Exchange:
+    """One request and its answer, on a connection to a guest."""
+
+    def __init__(self, there: ByteStream) -> None:
+        self.there = there
+        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_MAX)
+        self._events = 0
+        self._began = asyncio.get_running_loop().time()
+
+    def send(self, event: Any) -> bytes:
+        """Return the bytes of a part of the request."""
+        return self._h11.send(event) or b""
+
+    def piece(self, data: bytes, *, is_last: bool) -> bytes:
+        """Return the bytes of a piece of the request's body.
+
+        Raises:
+            h11.LocalProtocolError: the answer is complete, and nothing more is taken.
+        """
+        found = self.send(h11.Data(data)) if data else b""
+        return found + self.send(h11.EndOfMessage()) if is_last else found
+
+    def rest(self) -> tuple[bytes, bool]:
+        """Return what came behind the head that changed the protocol."""
+        return self._h11.trailing_data
+
+    async def response(self) -> h11.Response | h11.InformationalResponse:
+        """Return the head of the answer, or of the change to another protocol.
+
+        Raises:
+            h11.RemoteProtocolError: what the guest says is no HTTP.
+        """
+        while True:
+            event = await self._next()
+            if isinstance(event, h11.Response):
+                if event.status_code not in _STATUSES:
+                    raise h11.RemoteProtocolError("it answered with a status that there is not")
+                return event
+            if isinstance(event, h11.InformationalResponse) and event.status_code == 101:
+                return event
+            if isinstance(event, h11.ConnectionClosed):
+                raise h11.RemoteProtocolError("it hung up without an answer")
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """Yield the body of the answer as it comes."""
+        while True:
+            event = await self._next()
+            if isinstance(event, h11.Data):
+                yield bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
+                return
+
+    async def _next(self) -> Any:
+        while (event := self._h11.next_event()) is h11.NEED_DATA:
+            self._h11.receive_data(await self.there.read(PIECE))
+        if event is h11.PAUSED:  # it would say so again and again
+            raise h11.RemoteProtocolError("it changed the protocol unasked")
+        await self._keep_pace()
+        return event
+
+    async def _keep_pace(self) -> None:
+        """Let others have their turn: nobody gets more of this thread by sending tiny pieces."""
+        loop = asyncio.get_running_loop()
+        self._events += 1
+        early = self._began + (self._events - _EVENTS_AT_ONCE) / _EVENTS_A_SECOND - loop.time()
+        if early > 0 or self._events % _EVENTS_A_TURN == 0:
+            await asyncio.sleep(max(0.0, early))
+
+
+async def send_body(receive: Receive, exchange: Exchange, clock: Clock, *, has_body: bool) -> None:
+    """Send the body of a request as it comes, and tell when the client leaves.
+
+    Raises:
+        GoneError: it has.
+    """
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise GoneError
+        if has_body:
+            is_more = bool(message.get("more_body"))
+            try:
+                data = exchange.piece(message.get("body") or b"", is_last=not is_more)
+                # One that does not read on is not waited for for ever: meanwhile nobody would hear
+                # that the client has left.
+                async with clock.timeout(_STILL_S):
+                    await exchange.there.write(data)
+            except (h11.LocalProtocolError, SandyardError):
+                is_more = False  # it wants no more of it; what it says to that still comes
+            has_body = is_more

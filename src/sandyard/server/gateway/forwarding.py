@@ -1,0 +1,226 @@
+"""Connections that SSH forwards: such as the sandbox makes, and such as come to it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Protocol
+
+import asyncssh
+
+from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.ops import Caller, Dial, Listen, Take
+from sandyard.server.gateway.copy import relay
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.forwards import Forwards
+from sandyard.server.service.sandboxes.reach import Use
+from sandyard.server.tasks import beside
+
+USE = Use("ssh", "", "log in to", is_told=False)
+WINDOW, PACKET = 2 * 1024 * 1024, 32 * 1024
+CHANNEL_S = 30.0
+"""For so long a client may take to open a channel."""
+_CALLERS_MAX = 64
+
+
+class Holder(Protocol):
+    """A connection of a client that has logged in, as what is opened on it sees it."""
+
+    @property
+    def connection(self) -> asyncssh.SSHServerConnection:
+        """The connection."""
+        ...
+
+    @property
+    def forwards(self) -> Forwards:
+        """What connects, and listens, in sandboxes."""
+        ...
+
+    async def of(self) -> tuple[Actor, str]:
+        """Return whose connection it is, and to which sandbox."""
+        ...
+
+    async def until_over(self) -> None:
+        """Return once it has ended."""
+        ...
+
+    def give_place(self) -> None:
+        """Count one channel less."""
+        ...
+
+
+class Forward:
+    """A connection that the sandbox makes for the client, from the wish to its end."""
+
+    def __init__(self, client: Holder, wish: Dial) -> None:
+        self._client = client
+        self._wish = wish
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._channel: asyncio.Future[ChannelStream] = asyncio.get_running_loop().create_future()
+
+    async def take_channel(self, reader: Any, writer: Any) -> None:
+        """Take the channel that asyncssh has opened for it."""
+        if self._channel.done():
+            writer.close()  # it came too late
+        else:
+            self._channel.set_result(ChannelStream(reader, writer))
+
+    async def serve(self) -> None:
+        """Connect, say that it is `opened`, and carry bytes while both ends are there."""
+        client = self._client
+        try:
+            async with (
+                _told(self.opened),
+                beside(client.until_over()) as over,
+                beside(self._serve()) as serving,
+            ):
+                await asyncio.wait([over, serving], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            client.give_place()
+            if self._channel.done():
+                self._channel.result().close()
+            self._channel.cancel()
+
+    async def _serve(self) -> None:
+        client = self._client
+        actor, sandbox_id = await client.of()
+        async with client.forwards.dial(actor, sandbox_id, self._wish, USE) as there:
+            self.opened.set_result(None)
+            await asyncio.wait([self._channel], timeout=CHANNEL_S)
+            if self._channel.done():
+                await _carry(self._channel.result(), there)
+
+
+class Listener(asyncssh.SSHListener):
+    """A port of the sandbox whose connections go to the client."""
+
+    def __init__(self, client: Holder, host: str, port: int) -> None:
+        super().__init__()
+        self._client = client
+        # What comes from elsewhere is kept out where the client does not ask for it, as by sshd.
+        self._host = host
+        self._port = port
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._is_closed = asyncio.Event()
+
+    async def serve(self) -> None:
+        """Have the sandbox listen, say that it is `opened`, and answer who comes."""
+        client = self._client
+        try:
+            async with (
+                _told(self.opened),
+                beside(client.until_over()) as over,
+                beside(self._is_closed.wait()) as closed,
+                beside(self._serve()) as serving,
+            ):
+                waiting: list[asyncio.Task[Any]] = [over, closed, serving]
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            client.give_place()
+
+    async def _serve(self) -> None:
+        client, asked = self._client, self._port
+        actor, sandbox_id = await client.of()
+        wish = Listen(host=self._host, port=asked)
+        async with client.forwards.listen(actor, sandbox_id, wish) as (where, callers):
+            self._port = where.port
+
+            async def answer(caller: Caller) -> None:
+                async with asyncio.timeout(CHANNEL_S):
+                    reader, writer = await client.connection.open_connection(
+                        self._host, asked or self._port, caller.host or "127.0.0.1", caller.port
+                    )
+                await take(client, actor, sandbox_id, caller, reader, writer)
+
+            self.opened.set_result(None)
+            await answer_all(callers, answer)
+
+    def get_port(self) -> int:
+        """See asyncssh."""
+        return self._port
+
+    def close(self) -> None:
+        """See asyncssh."""
+        self._is_closed.set()
+
+    async def wait_closed(self) -> None:
+        """See asyncssh."""
+
+
+class ChannelStream:
+    """A channel as a stream; see core.contracts.node.ByteStream."""
+
+    def __init__(self, reader: Any, writer: Any) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def read(self, limit: int) -> bytes:
+        """See core.contracts.node.ByteStream.read."""
+        data: bytes = await self._reader.read(limit)
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """See core.contracts.node.ByteStream.write."""
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def write_eof(self) -> None:
+        """See core.contracts.node.ByteStream.write_eof."""
+        with suppress(OSError):
+            self._writer.write_eof()
+
+    def close(self) -> None:
+        """Close it."""
+        self._writer.close()
+
+
+@asynccontextmanager
+async def _told(opened: "asyncio.Future[None]") -> AsyncIterator[None]:
+    """Tell whoever waits for something to be opened that it was not, and why."""
+    try:
+        yield
+    except SandyardError as error:
+        if opened.done():
+            raise
+        opened.set_exception(error)
+    finally:
+        opened.cancel()
+
+
+async def _carry(one: ByteStream, other: ByteStream) -> None:
+    """Relay, until something breaks, which ends it."""
+    with suppress(SandyardError, OSError, asyncssh.Error):
+        await relay(one, other)
+
+
+async def take(
+    client: Holder, actor: Actor, sandbox_id: str, caller: Caller, reader: Any, writer: Any
+) -> None:
+    """Join a connection that came to the sandbox with a channel to the client."""
+    try:
+        taking = client.forwards.take(actor, sandbox_id, Take(caller.number), USE)
+        async with taking as there:
+            await _carry(ChannelStream(reader, writer), there)
+    finally:
+        writer.close()
+
+
+async def answer_all(
+    callers: AsyncIterator[Caller], answer: Callable[[Caller], Awaitable[None]]
+) -> None:
+    """Answer callers, each by itself, so many at a time; one that cannot be is no reason not to
+    answer the next."""
+    room = asyncio.Semaphore(_CALLERS_MAX)
+
+    async def answer_one(caller: Caller) -> None:
+        try:
+            with suppress(SandyardError, OSError, TimeoutError, ValueError, asyncssh.Error):
+                await answer(caller)
+        finally:
+            room.release()
+
+    async with asyncio.TaskGroup() as tasks:
+        with suppress(SandyardError):  # the sandbox ended: what is under way hears of it, too
+            async for caller in callers:
+                await room.acquire()
+                tasks.create_task(answer_one(caller))
