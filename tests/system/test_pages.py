@@ -204,9 +204,12 @@ def test_a_desktop_in_a_browser_and_by_the_api(server: RealServer, page: Page) -
         return any("chromium" in one["program"].lower() for one in found)
 
     until(has_browser, "its browser is on the screen", page)
-    # Asleep and awake again it is the same desktop; and the page finds back by itself.
+    # Asleep and awake again it is the same desktop.
     server.act(box, "pause")
+    until(lambda: page.is_visible("#again"), "it says that it has ended", page)
+    assert server.status(box) == "paused"  # an open page wakes nobody
     page.evaluate("key => sessionStorage.setItem('sandyard-key', key)", key_of(server))
+    page.click("#again")
     until(lambda: not page.text_content("#said"), "the page is back", page)
     until(has_browser, "its windows are still there", page)
     # A machine that is booted anew has its screen as well.

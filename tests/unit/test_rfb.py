@@ -93,7 +93,9 @@ def test_a_png_has_the_pixels_in_it(width: int, height: int, data: st.DataObject
         hello() + b"\x09", hello() + update(rectangle(1, 1, 3, 1, BLUE * 3)),
         hello() + update(struct.pack(">HHHHi", 0, 0, 1, 1, 7)),
         hello() + struct.pack(">BxxxI", 3, 2**31), hello() + update(rectangle(0, 0, 1, 1, RED)),
-        hello() + update() * 100, hello() + update(struct.pack(">HHHHi", 0, 0, 0, 0, -223)),
+        hello() + update() * 30_000, hello() + b"\x02" * 30_000, hello(8000, 8000),
+        hello() + update(*[struct.pack(">HHHHi", 0, 0, 4000, 2000, -223)] * 5000),
+        hello() + update(struct.pack(">HHHHi", 0, 0, 0, 0, -223)),
     ],
 )  # fmt: skip
 async def test_what_makes_no_sense_ends_it(said: bytes) -> None:
@@ -156,3 +158,5 @@ nonsense \x1b[2J
     assert (found[0].pid, found[0].x, found[0].y, found[0].width) == (254, 62, 100, 904)
     assert windows_in("") == []
     assert len(windows_in("0x1 0 1 1 1 1 1 a.b h t\n" * 10_000)) <= 501
+    assert windows_in("0x1 0 1 1 1 1 1 a.b h t\n²")[0].is_active is False
+    assert windows_in(f"0x{'1' * 100} 0 1 1 1 1 1 a.b h t\n{'9' * 9000}") == []

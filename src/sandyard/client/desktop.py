@@ -53,7 +53,7 @@ class Desktop:
         self._transport.send(_done(self._path, "key", {"keys": keys}))
 
     def windows(self) -> list[WindowInfo]:
-        """Return the windows on it, the lowest first."""
+        """Return the windows on it, the oldest first."""
         return self._transport.send(_windows(self._path))
 
 

@@ -57,14 +57,20 @@ async def beside(work: Coroutine[object, object, _T]) -> AsyncIterator["asyncio.
     An error of either ends the other and comes out as it is, not in a group; if both fail, the
     block's comes out.
     """
+    failed: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(work)
             try:
                 yield task
+            except BaseException as error:
+                failed = error
+                raise
             finally:
                 task.cancel()
     except BaseExceptionGroup as group:
+        if failed is not None and not isinstance(failed, asyncio.CancelledError):
+            raise failed from None
         raise group.exceptions[0] from group
 
 

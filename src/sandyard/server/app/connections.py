@@ -391,6 +391,7 @@ class GuardedSocket(WebSocketsSansIOProtocol):
         if (connection := transport.get_extra_info("socket")) is not None:
             limit_ms = int(_UNACKNOWLEDGED_S * 1000)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._look = self.loop.call_later(self.gate.patience.look_s, self._look_again)
 
     def connection_lost(self, exc: Exception | None) -> None:

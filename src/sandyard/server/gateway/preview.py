@@ -211,14 +211,22 @@ class PreviewApp:
     async def _is_session(self, headers: h.Headers) -> bool:
         """Tell whether a client sends a session of the platform's along, which is not the guest's
         to know; tokens of other makers it may have."""
-        kind, _, token = (h.first(headers, b"authorization") or "").partition(" ")
-        if kind.lower() != "bearer" or not token.startswith("eyJ"):
-            return False
-        try:
-            await self._access.authenticate(token.strip())
-        except SandyardError:
-            return False
-        return True
+        for name, value in headers:
+            text = value.decode("latin-1").strip()
+            if name == b"authorization":
+                kind, _, text = text.partition(" ")
+                text = text.strip() if kind.lower() == "bearer" else ""
+            elif name != b"x-api-key":
+                continue
+            if text.startswith("eyJ"):
+                try:
+                    await self._access.authenticate(text)
+                except (InvalidTokenError, TokenExpiredError):
+                    continue
+                except SandyardError:
+                    return True  # one that cannot be told now is not sent on
+                return True
+        return False
 
     async def _by_cookie(self, headers: h.Headers, name: PreviewName) -> str | None:
         """Return the token in a browser's cookie, if there is one that lets it in."""
@@ -253,7 +261,12 @@ class PreviewApp:
         actor = await self._access.authenticate(found)
         self._rates.count(actor)
         await self._previews.check(actor, name.sandbox_id)
-        return _Who(actor, partial(self._access.authenticate, found), by_credential=True)
+
+        async def check() -> None:
+            now = await self._access.authenticate(found)
+            await self._previews.check(now, name.sandbox_id)
+
+        return _Who(actor, check, by_credential=True)
 
     async def _to_cookie(
         self, scope: Scope, name: PreviewName, query: bytes, token: str
@@ -362,7 +375,7 @@ class PreviewApp:
         upgrade = (b"connection", b"Upgrade"), (b"upgrade", b"websocket")
         request = self._request(scope, guest, *upgrade)
         answering.is_for(guest.name, self._scheme, self._domain)
-        async with self._dial(guest) as there:
+        async with self._dial(guest) as there, beside(self._watch(guest)):
             exchange = Exchange(there)
             await there.write(exchange.send(request) + exchange.send(h11.EndOfMessage()))
             async with self._clock.timeout(_ANSWER_S):
@@ -373,8 +386,7 @@ class PreviewApp:
                 client: ByteStream = scope["stream"]
                 if rest:
                     await client.write(rest)
-                async with beside(self._watch(guest)):
-                    await relay(client, there)
+                await relay(client, there)
             else:
                 async for piece in exchange.body():
                     await answering.go_on(piece)

@@ -29,12 +29,13 @@ log = logging.getLogger(__name__)
 
 _LOGIN_S = 30.0
 _ALIVE_S, _ALIVE_TRIES = 30, 4
+_AMBIGUOUS_S = 60.0
 _LOOK_S = 5.0
 _ATTEMPTS_MAX = 20
 _UNKNOWN_BY_ADDRESS = 50  # connections that have not logged in yet
 _UNSTARTED_MAX = 100  # sessions that say nothing of what they are to be
 _UNREAD_MAX = 64 * 1024 * 1024
-_SESSIONS_MAX = 200  # of one connection, forwarded ones included
+_SESSIONS_MAX = 200  # of one connection, with what it forwards; what comes to a port is besides
 _CLOSE_S = 3.0
 
 # What none of today's clients needs to go below; the first that both know is taken.
@@ -231,8 +232,6 @@ class _Client(asyncssh.SSHServer):
         """See asyncssh."""
         self.gateway.leave(self)
         self._is_over.set()
-        if self._login is None and self._attempts:
-            self.gateway.logins.failed(self.address)
 
     def close(self, reason: str) -> None:
         """Close it, and say why."""
@@ -292,12 +291,18 @@ class _Client(asyncssh.SSHServer):
     def auth_completed(self) -> None:
         """See asyncssh: what was offered last is what was shown to be one's own."""
         self._login, self._offered = self._offered, None
-        if self._login is not None and self._login.sandbox_id is not None:
+        if self._login is not None:
             self.gateway.crew.start(self._watch(self._login), "a login is not watched")
 
     async def _watch(self, login: Login) -> None:
         """Note the login, and close the connection when its sandbox is gone."""
-        assert login.sandbox_id is not None
+        if login.sandbox_id is None:
+            # It is told that with whatever it tries, and then it is time to go.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_AMBIGUOUS_S):
+                    await self._is_over.wait()
+            self.close("several sandboxes have this name; log in with the id of one")
+            return
         try:
             await self.gateway.logins.note(login, login.sandbox_id, self.address)
         except SandyardError as error:
@@ -309,7 +314,7 @@ class _Client(asyncssh.SSHServer):
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._is_over.wait()
-            with suppress(UnavailableError):
+            with suppress(SandyardError):
                 if not await self.gateway.logins.is_there(login):
                     self.close("the sandbox was deleted")
                     return

@@ -103,8 +103,7 @@ async def _hear(socket: WebSocket, screen: ByteStream) -> None:
 )
 async def take_screenshot(actor: CanWrite, service: Service, reference: str) -> Response:
     """Return a picture of the screen as it is now, a PNG."""
-    picture = await service.screenshot(actor, checked_text(reference, field="reference"))
-    png = await asyncio.to_thread(picture.png)
+    png = await service.screenshot(actor, checked_text(reference, field="reference"))
     return Response(png, media_type="image/png", headers={"Cache-Control": "no-store"})
 
 
@@ -171,6 +170,6 @@ async def press_keys(
 async def list_windows(
     request: Request, actor: CanWrite, service: Service, reference: str
 ) -> Page[WindowOut]:
-    """List the windows on the screen, the lowest first."""
+    """List the windows on the screen, the oldest first."""
     found = await service.windows(actor, checked_text(reference, field="reference"))
     return whole(request, [window_out(one) for one in found])

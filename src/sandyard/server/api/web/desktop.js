@@ -2,13 +2,14 @@
 // back, a key is asked for.
 
 import RFB from "/web/vendor/novnc/core/rfb.js";
-import { ask } from "/web/key.js";
+import { ask, known } from "/web/key.js";
 
 const WAITS_S = [0.5, 1, 2, 4, 8, 15];
 const name = decodeURIComponent(location.pathname.split("/").pop());
 const said = document.getElementById("said");
 const screen = document.getElementById("screen");
 const fit = document.getElementById("fit");
+const again = document.getElementById("again");
 
 let given = new URLSearchParams(location.hash.slice(1)).get("ticket");
 let rfb = null;
@@ -50,15 +51,44 @@ function connect(secret) {
     said.textContent = "";
     rfb.focus();
   });
-  rfb.addEventListener("disconnect", later);
+  rfb.addEventListener("disconnect", ended);
+  rfb.addEventListener("credentialsrequired", () => rfb.disconnect());
   rfb.addEventListener("clipboard", (event) => {
     copied = event.detail.text;
     said.textContent = "something was copied in the sandbox";
   });
 }
 
-function later() {
+// A sandbox that was paused is not woken by a page that nobody looks at.
+async function ended() {
   rfb = null;
+  let why = "the connection has ended";
+  if (known()) {
+    try {
+      const box = await ask("GET", `/v1/sandboxes/${encodeURIComponent(name)}`);
+      if (box.status === "running") {
+        later();
+        return;
+      }
+      why = `it is ${box.status}${box.statusReason ? `: ${box.statusReason.message}` : ""}`;
+    } catch (error) {
+      if (error.status === undefined || error.status >= 500) {
+        later();
+        return;
+      }
+      why = error.message;
+    }
+  }
+  said.textContent = why;
+  again.hidden = false;
+}
+
+again.onclick = () => {
+  again.hidden = true;
+  open();
+};
+
+function later() {
   const wait = WAITS_S[Math.min(failed, WAITS_S.length - 1)];
   failed += 1;
   said.textContent = "the connection broke; coming back …";

@@ -94,15 +94,17 @@ class Logins:
 
     async def by_password(self, user: str, password: str, address: str) -> Login | None:
         """Return the login of whoever knows a password; None if it opens nothing, or if too many
-        that opened nothing came from an address: then it is not even tried."""
-        if self._rates.of_address(address).remaining <= 0:
+        that opened nothing came from an address: then it is not even tried. An API key is: it is
+        not to be guessed."""
+        is_key = password.startswith("rt_")
+        if not is_key and self._rates.of_address(address).remaining <= 0:
             return None
-        if password.startswith("rt_"):
+        if is_key:
             login = await self._by_api_key(user, password)
         else:
             login = await self._by_root_password(user, password.replace("\0", "\ufffd"))
         if login is None:
-            self.failed(address)
+            self._count_failure(address)
         return login
 
     async def _by_root_password(self, user: str, password: str) -> Login | None:
@@ -137,8 +139,7 @@ class Logins:
         actor.require(_SCOPE)
         return actor
 
-    def failed(self, address: str) -> None:
-        """Count a login that failed, from an address."""
+    def _count_failure(self, address: str) -> None:
         try:
             self._rates.failed(address)
         except RateLimitedError:

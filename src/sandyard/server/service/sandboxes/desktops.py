@@ -1,7 +1,9 @@
 """Desktops: screens of sandboxes, for people in a browser and for agents that use a computer."""
 
+import asyncio
+import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -26,8 +28,9 @@ from sandyard.server.service.sandboxes.execute import Command, Commands
 from sandyard.server.service.sandboxes.keysyms import keysym_of, keysyms_of
 from sandyard.server.service.sandboxes.reach import Reach, Use
 from sandyard.server.service.sandboxes.register import Register
-from sandyard.server.service.sandboxes.rfb import Picture, Screen
+from sandyard.server.service.sandboxes.rfb import Screen
 from sandyard.server.service.sandboxes.tickets import Admission, Tickets
+from sandyard.server.tasks import in_thread
 
 KIND = "desktop"
 TEXT_MAX = 10_000
@@ -40,6 +43,11 @@ _NOTCHES_MAX = 100
 _STEPS = 12
 _STEP_S = 0.015
 _KEYS_AT_ONCE = 20
+_PICTURES_AT_ONCE = 4
+_THERE_S, _THERE_TRIES = 0.5, 30
+_SAID_MAX = 256 * 1024
+_ID = re.compile(r"0x[0-9a-f]{1,16}")
+_ACTIVE = re.compile(r"[0-9]{1,20}")
 _WINDOWS = "DISPLAY=:0 wmctrl -lGpx; DISPLAY=:0 xdotool getactivewindow"
 _WINDOWS_MAX = 500
 
@@ -97,6 +105,7 @@ class Desktops:
         self._tickets = tickets
         self._addresses = addresses
         self._clock = clock
+        self._pictures = asyncio.Semaphore(_PICTURES_AT_ONCE)
 
     # --- for people -------------------------------------------------------------------------
 
@@ -145,13 +154,15 @@ class Desktops:
 
     # --- for agents -------------------------------------------------------------------------
 
-    async def screenshot(self, actor: Actor, reference: str) -> Picture:
-        """Return what is on a screen now.
+    async def screenshot(self, actor: Actor, reference: str) -> bytes:
+        """Return what is on a screen now, as a PNG.
 
         Raises: see `open`; ConflictError: the sandbox has no desktop.
         """
-        async with self._screen(actor, reference) as screen:
-            return await screen.picture()
+        async with self._pictures:  # each takes up to a hundred MB while it is made
+            async with self._screen(actor, reference) as screen:
+                picture = await screen.picture()
+            return await in_thread(picture.png)
 
     async def click(
         self, actor: Actor, reference: str, place: Place, button: str, count: int
@@ -257,12 +268,12 @@ class Desktops:
             await screen.settle()
 
     async def windows(self, actor: Actor, reference: str) -> list[Window]:
-        """Return the windows on a screen, the lowest first. Raises: see `screenshot`."""
+        """Return the windows on a screen, the oldest first. Raises: see `screenshot`."""
         actor.require("sandbox:write")
         sandbox = await self._with_desktop(actor, reference)
         command = Command(_WINDOWS, 10_000, "/", {}, None, "user")
         outcome = await self._commands.execute(actor, sandbox.id, command)
-        return windows_in(outcome.stdout.decode("utf-8", "replace"))
+        return windows_in(outcome.stdout[-_SAID_MAX:].decode("utf-8", "replace"))
 
     # --- what they stand on -----------------------------------------------------------------
 
@@ -278,17 +289,23 @@ class Desktops:
 
     @asynccontextmanager
     async def _dial(self, actor: Actor, sandbox_id: str) -> AsyncIterator[ByteStream]:
-        is_open = False
-        try:
-            async with self._reach.open(actor, sandbox_id, Dial(RFB_PORT), _USE) as reached:
-                is_open = True
-                yield reached.stream
-        except NotFoundError as error:
-            if is_open or error.facts.get("reason") != "absent":
-                raise
-            raise UnavailableError(
-                "cannot show the desktop yet: it is being started; try again in a moment"
-            ) from error
+        async with AsyncExitStack() as held:
+            for left in reversed(range(_THERE_TRIES)):
+                try:
+                    opening = self._reach.open(actor, sandbox_id, Dial(RFB_PORT), _USE)
+                    reached = await held.enter_async_context(opening)
+                    break
+                except NotFoundError as error:
+                    if error.facts.get("reason") != "absent":
+                        raise
+                    if not left:
+                        raise UnavailableError(
+                            "cannot show the desktop yet: it is being started; try again in a "
+                            "moment"
+                        ) from error
+                # A machine that was booted just now has no screen for its first seconds.
+                await self._clock.sleep(_THERE_S)
+            yield reached.stream
 
     @asynccontextmanager
     async def _screen(self, actor: Actor, reference: str) -> AsyncIterator[Screen]:
@@ -307,12 +324,13 @@ class Desktops:
 
 def windows_in(said: str) -> list[Window]:
     """Return the windows that wmctrl(1) lists, and which of them xdotool(1) says is active."""
-    lines = said.splitlines()[: _WINDOWS_MAX + 1]
-    active = int(lines[-1]) if lines and lines[-1].strip().isdigit() else None
+    lines = said.splitlines()
+    last = lines[-1].strip() if lines else ""
+    active = int(last) if _ACTIVE.fullmatch(last) else None
     found = []
-    for text in lines:
+    for text in lines[:_WINDOWS_MAX]:
         words = text.split(None, 9)
-        if len(words) < 9 or not words[0].startswith("0x"):
+        if len(words) < 9 or not _ID.fullmatch(words[0]):
             continue
         try:
             number = int(words[0], 16)

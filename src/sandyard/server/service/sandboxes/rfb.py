@@ -3,6 +3,7 @@
 What the other side sends is a guest's: every length has a bound, and what makes no sense ends it.
 """
 
+import asyncio
 import struct
 import zlib
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import UnavailableError
 
 _SIDE_MAX = 8192
+_AREA_MAX = 4096 * 2304
+_STRIP = 1024 * 1024
+_SIZES_MAX = 8
+_STEPS_MAX, _STEPS_A_TURN = 20_000, 100
 _NAME_MAX = 4096
 _CUT_TEXT_MAX = 1024 * 1024
 _PIECE = 256 * 1024
-_UPDATES_MAX = 64
 _RAW, _DESKTOP_SIZE = 0, -223
 _TRUE_COLOUR = struct.pack(">BBBBHHHBBBxxx", 32, 24, 0, 1, 255, 255, 255, 16, 8, 0)
 """Four bytes a pixel: blue, green, red, nothing (section 7.4)."""
@@ -26,7 +30,7 @@ class Picture:
 
     width: int
     height: int
-    pixels: bytes
+    pixels: bytes | bytearray
 
     def png(self) -> bytes:
         """Return it as a PNG (RFC 2083)."""
@@ -51,6 +55,7 @@ class Screen:
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
         self._buffer = bytearray()
+        self._steps = 0
         self.width = self.height = 0
 
     async def meet(self) -> None:
@@ -64,6 +69,8 @@ class Screen:
             raise _nonsense()
         await self._stream.write(b"RFB 003.008\n")
         kinds = await self._take((await self._take(1))[0])
+        if not kinds:
+            raise UnavailableError("the screen of the sandbox lets nobody in")
         if b"\x01" not in kinds:
             raise UnavailableError("the screen of the sandbox asks for a password")
         await self._stream.write(b"\x01")
@@ -85,28 +92,47 @@ class Screen:
         Raises:
             UnavailableError: what it sends makes no sense.
         """
-        asked, covered = 1, 0
+        sizes, covered = 0, 0
+        pixels: bytearray | None = None
         await self._ask()
-        pixels = bytearray(self.width * self.height * 3)
-        for _ in range(_UPDATES_MAX):
+        while True:
             await self._until_update()
             (count,) = struct.unpack(">xH", await self._take(3))
             for _ in range(count):
+                await self._step()
                 x, y, width, height, encoding = struct.unpack(">HHHHi", await self._take(12))
                 if encoding == _DESKTOP_SIZE:
                     self.width, self.height = self._sides(width, height)
-                    pixels, covered = bytearray(self.width * self.height * 3), 0
+                    pixels, covered, sizes = None, 0, sizes + 1
+                    if sizes > _SIZES_MAX:
+                        raise _nonsense()
                     await self._ask()
-                    asked += 1
                     continue
                 if encoding != _RAW or x + width > self.width or y + height > self.height:
                     raise _nonsense()
-                data = await self._take(width * height * 4)
-                _lay(pixels, self.width, x, y, width, data)
+                if pixels is None:
+                    pixels = bytearray(self.width * self.height * 3)
+                await self._lay(pixels, x, y, width, height)
                 covered += width * height
-            if covered >= self.width * self.height:
-                return Picture(self.width, self.height, bytes(pixels))
-        raise _nonsense()
+            if pixels is not None and covered >= self.width * self.height:
+                return Picture(self.width, self.height, pixels)
+
+    async def _lay(self, pixels: bytearray, x: int, y: int, width: int, height: int) -> None:
+        """Lay a rectangle of four bytes a pixel, as it comes, into a picture of three."""
+        rows_a_strip = max(1, _STRIP // (width * 4)) if width else height
+        for top in range(0, height, rows_a_strip):
+            rows = min(rows_a_strip, height - top)
+            _lay(pixels, self.width, x, y + top, width, await self._take(rows * width * 4))
+            await asyncio.sleep(0)
+
+    async def _step(self) -> None:
+        """Count one thing that it said; there are not many in a picture, and others have their
+        turn meanwhile."""
+        self._steps += 1
+        if self._steps > _STEPS_MAX:
+            raise _nonsense()
+        if self._steps % _STEPS_A_TURN == 0:
+            await asyncio.sleep(0)
 
     async def point(self, x: int, y: int, buttons: int) -> None:
         """Move the pointer to a place, with these buttons down (bit 0 is the left one)."""
@@ -120,13 +146,15 @@ class Screen:
         """Return once the screen has taken everything that was sent before."""
         # It answers in turn: one pixel is asked for, and comes after all the rest was read.
         await self._stream.write(struct.pack(">BBHHHH", 3, 0, 0, 0, 1, 1))
+        self._steps = 0
         await self._until_update()
         (count,) = struct.unpack(">xH", await self._take(3))
         for _ in range(count):
+            await self._step()
             _, _, width, height, encoding = struct.unpack(">HHHHi", await self._take(12))
             if encoding == _DESKTOP_SIZE:
                 self.width, self.height = self._sides(width, height)
-            elif encoding != _RAW or max(width, height) > _SIDE_MAX:
+            elif encoding != _RAW or width * height > 1:
                 raise _nonsense()
             else:
                 await self._take(width * height * 4)
@@ -137,6 +165,7 @@ class Screen:
     async def _until_update(self) -> None:
         """Read as far as the next update of the picture, past all else."""
         while True:
+            await self._step()
             match (await self._take(1))[0]:
                 case 0:
                     return
@@ -154,7 +183,7 @@ class Screen:
                     raise _nonsense()
 
     def _sides(self, width: int, height: int) -> tuple[int, int]:
-        if not (0 < width <= _SIDE_MAX and 0 < height <= _SIDE_MAX):
+        if not (0 < width <= _SIDE_MAX and 0 < height <= _SIDE_MAX) or width * height > _AREA_MAX:
             raise _nonsense()
         return width, height
 
