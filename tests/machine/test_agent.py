@@ -11,7 +11,12 @@ import pytest
 from tests.support.server import RealServer, wait_until
 
 from sandyard.server.core import ops
-from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnsupportedError
+from sandyard.server.core.errors import (
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnsupportedError,
+)
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.namespaces import in_namespace
 from sandyard.server.links.local import SystemClock
@@ -91,7 +96,7 @@ async def test_a_port_of_loopback_is_reached_both_ways(server: RealServer, box: 
                 await opened.stream.write_eof()
                 while more := await opened.stream.read(100):
                     said += more
-        except InvalidArgumentError as error:
+        except NotFoundError as error:
             if "nothing listens" not in str(error) or time.monotonic() > until:
                 raise
     assert said == b"cba\xff\x00over"

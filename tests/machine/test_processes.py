@@ -96,7 +96,7 @@ def test_on_a_terminal_it_is_as_at_a_desk(server: RealServer, box: str) -> None:
     act(server, box, pid, "resize", cols=100, rows=40)
     says("stty size\n", b"40 100")
     # Ctrl-C ends what runs and not the shell.
-    act(server, box, pid, "stdin", data="echo be''gun; sleep 1000\n")
+    act(server, box, pid, "stdin", data="sh -c \"echo be''gun; exec sleep 1000\"\n")
     follow(server, box, pid, until=lambda said: b"begun" in said)
     says("\x03", b"^C")
     says("echo stil''l\n", b"still")

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ class Desktops:
         self._tickets = tickets
         self._addresses = addresses
         self._clock = clock
-        self._pictures = asyncio.Semaphore(_PICTURES_AT_ONCE)
+        self._pictures = defaultdict[str, asyncio.Semaphore](
+            lambda: asyncio.Semaphore(_PICTURES_AT_ONCE)
+        )
 
     # --- for people -------------------------------------------------------------------------
 
@@ -159,7 +162,8 @@ class Desktops:
 
         Raises: see `open`; ConflictError: the sandbox has no desktop.
         """
-        async with self._pictures:  # each takes up to a hundred MB while it is made
+        # Each may take a hundred MB while it is made; nobody waits for another organization's.
+        async with self._pictures[actor.org_id]:
             async with self._screen(actor, reference) as screen:
                 picture = await screen.picture()
             return await in_thread(picture.png)
