@@ -41,7 +41,14 @@ async def yard(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
 async def pooled(tmp_path: Path) -> AsyncIterator[Yard]:
     async with open_yard(tmp_path, pool=2) as made:
         await eventually(lambda: pool_is(made, 2))
+        # What is counted of them afterwards is of the test's own making.
+        await eventually(lambda: has_every_golden(made))
         yield made
+
+
+async def has_every_golden(yard: Yard) -> bool:
+    templates = (await yard.client.get("/v1/templates")).json()["data"]
+    return await metric(yard, "sandyard_goldens ") >= len(templates)
 
 
 async def pool_is(yard: Yard, size: int) -> bool:
@@ -747,12 +754,13 @@ async def test_an_empty_pool_restores_and_another_shape_boots(pooled: Yard) -> N
     }
     assert ways["pool"] >= 2
     assert ways["pool"] + ways["restore"] == 6
+    goldens = await metric(pooled, "sandyard_goldens ")
     odd = await pooled.create(resources={"memory": "1GB"})
     assert odd["status"] == "running"
     assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="boot"}') == 1
 
     async def has_golden() -> bool:
-        return await metric(pooled, "sandyard_goldens ") >= 3
+        return await metric(pooled, "sandyard_goldens ") > goldens
 
     await eventually(has_golden)
     await pooled.create(resources={"memory": "1GB"})
@@ -823,6 +831,7 @@ async def test_golden_machines_of_odd_shapes_take_so_much_and_no_more(
         home = tmp_path / str(bound)
         async with open_yard(home, pool=1, odd_goldens_mib=bound) as yard:
             await eventually(lambda yard=yard: pool_is(yard, 1))  # type: ignore[misc]
+            await eventually(lambda yard=yard: has_every_golden(yard))  # type: ignore[misc]
             usual, before = await metric(yard, "sandyard_goldens "), made()
             for memory in ("300MB", "310MB"):
                 await yard.create(resources={"memory": memory})
