@@ -45,6 +45,7 @@ _STEPS = 12
 _STEP_S = 0.015
 _KEYS_AT_ONCE = 20
 _PICTURES_AT_ONCE = 4
+_PICTURES_OF_ALL = 8
 _THERE_S, _THERE_TRIES = 0.5, 30
 _SAID_MAX = 256 * 1024
 _ID = re.compile(r"0x[0-9a-f]{1,16}")
@@ -109,6 +110,7 @@ class Desktops:
         self._pictures = defaultdict[str, asyncio.Semaphore](
             lambda: asyncio.Semaphore(_PICTURES_AT_ONCE)
         )
+        self._pictures_of_all = asyncio.Semaphore(_PICTURES_OF_ALL)
 
     # --- for people -------------------------------------------------------------------------
 
@@ -162,8 +164,8 @@ class Desktops:
 
         Raises: see `open`; ConflictError: the sandbox has no desktop.
         """
-        # Each may take a hundred MB while it is made; nobody waits for another organization's.
-        async with self._pictures[actor.org_id]:
+        # Each may take a hundred MB while it is made; no organization takes every place.
+        async with self._pictures[actor.org_id], self._pictures_of_all:
             async with self._screen(actor, reference) as screen:
                 picture = await screen.picture()
             return await in_thread(picture.png)
