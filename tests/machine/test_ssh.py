@@ -163,6 +163,7 @@ def test_a_terminal_has_a_size_and_is_hung_up_on(ssh: Client) -> None:
 
 
 @pytest.mark.core
+@pytest.mark.whole_memory
 def test_files_are_copied_whole(ssh: Client) -> None:
     box = ssh.box()
     there = f"{box}@127.0.0.1:/tmp"
@@ -194,6 +195,7 @@ class _Hello(BaseHTTPRequestHandler):
 
 
 @pytest.mark.core
+@pytest.mark.whole_memory
 def test_connections_are_forwarded_both_ways(ssh: Client) -> None:
     box = ssh.box()
     here = f"{box}@127.0.0.1"

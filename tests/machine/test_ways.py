@@ -123,6 +123,7 @@ def until_served(server: RealServer, host: str) -> None:
 
 
 @pytest.mark.core
+@pytest.mark.whole_memory
 def test_what_listens_anywhere_in_a_sandbox_is_shown(server: RealServer) -> None:
     box = str(server.create(name="shown")["id"])
     assert ask(server, host_of(server, box, 3001)).status_code == 502
@@ -148,6 +149,7 @@ def test_what_listens_anywhere_in_a_sandbox_is_shown(server: RealServer) -> None
 
 
 @pytest.mark.core
+@pytest.mark.whole_memory
 def test_large_bodies_go_through_and_stay_nowhere(server: RealServer) -> None:
     box = str(server.create()["id"])
     serve(server, box, SINK, "127.0.0.1", 3000)
@@ -192,6 +194,7 @@ def websocket(server: RealServer, host: str) -> Iterator[ClientConnection]:
 
 
 @pytest.mark.core
+@pytest.mark.whole_memory
 def test_websockets_go_through_and_end_with_what_they_hang_on(server: RealServer) -> None:
     box = str(server.create(idleTimeout=0)["id"])
     serve(server, box, ECHO)

@@ -99,6 +99,14 @@ def environment_of(name: str) -> dict[str, str]:
     }
 
 
+def has_test_kernel(environment: dict[str, str]) -> bool:
+    """Tell whether an installation's guests run with a kernel for tests."""
+    return any(
+        guests.kernel is not None and environment.get("SANDYARD_NODE__DRIVER") == name
+        for name, guests in tried.items()
+    )
+
+
 tried: dict[str, Guests] = {}
 """What was found by `guests_of`, by driver."""
 

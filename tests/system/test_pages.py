@@ -96,7 +96,7 @@ def until(condition: Callable[[], bool], what: str, page: Page) -> None:
     """Wait for something while the browser goes on."""
     limit = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < limit, what
+        assert time.monotonic() < limit, f"{what}: the page says {page.text_content('body')!r}"
         page.wait_for_timeout(100)
 
 
@@ -176,7 +176,7 @@ def test_a_desktop_in_a_browser_and_by_the_api(server: RealServer, page: Page) -
     assert {"XTerm", "Tint2"} <= {one["program"] for one in windows}
     made = server.client.get(f"/v1/sandboxes/{box}/vnc").json()["data"]
     page.goto(made["url"])
-    page.wait_for_selector("canvas")
+    until(lambda: page.is_visible("canvas"), "its screen is there", page)
     until(lambda: not page.text_content("#said"), "it is connected", page)
     assert "ticket" not in page.url
     until(lambda: colours(page) > 8, "there is a picture on it", page)
