@@ -20,6 +20,7 @@ from sandyard.server.core.records import Activity, ActivityQuery, Sandbox
 from sandyard.server.core.states import Status
 from sandyard.server.links.local import LocalBus
 from sandyard.server.links.sql import open_store
+from sandyard.server.links.volumes import FolderVolumes
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.reconcile.reconciler import Pace
@@ -185,6 +186,7 @@ async def open_desk(
                 store=store,
                 nodes=own,
                 tunnel=TunnelTo(own),
+                volumes=FolderVolumes(home / "workspaces"),
                 bus=LocalBus(clock),
                 clock=clock,
                 metrics=Metrics(version="0"),

@@ -20,7 +20,7 @@ from sandyard.server.app.control import Control, open_control
 from sandyard.server.app.installation import secret_key
 from sandyard.server.app.metrics import Metrics
 from sandyard.server.app.node import open_node
-from sandyard.server.app.wiring import sign_up_of
+from sandyard.server.app.wiring import open_volumes, sign_up_of
 from sandyard.server.core.contracts.node import NodeControl, NodeReport
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import UnavailableError
@@ -139,6 +139,7 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
         tasks = await held.enter_async_context(asyncio.TaskGroup())
         controls, running = [], []
         settings = settings_of(home, **options)
+        volumes = await held.enter_async_context(open_volumes(settings))
         for server_id in ("a", "b"):
             store = await held.enter_async_context(open_store(url, key=secret_key(home)))
             await ensure_first_organization(store, clock, sign_up_of(settings))
@@ -149,6 +150,7 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
                     store=store,
                     nodes=nodes,
                     tunnel=TunnelTo(nodes),
+                    volumes=volumes,
                     bus=LocalBus(clock),
                     clock=clock,
                     metrics=metrics,

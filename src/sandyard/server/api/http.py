@@ -31,6 +31,7 @@ from sandyard.server.api.routes import (
     ssh_keys,
     templates,
     ways,
+    workspaces,
 )
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.feed import Feed
@@ -54,12 +55,15 @@ from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.sandboxes.terminals import Terminals
 from sandyard.server.service.templates import Templates
+from sandyard.server.service.workspaces.files import WorkspaceFiles
+from sandyard.server.service.workspaces.workspaces import Workspaces
 
 log = logging.getLogger(__name__)
 
 ROUTES = (
     sandboxes, commands, processes, files, ways, desktops, snapshots, organizations, projects,
-    api_keys, ssh_keys, activity, billing, templates, health, front, docs, pages, planned,
+    api_keys, ssh_keys, activity, billing, templates, workspaces, health, front, docs, pages,
+    planned,
 )  # fmt: skip
 """What is served, a module a subject."""
 
@@ -96,6 +100,8 @@ class Services:
     desktops: Desktops
     snapshots: Snapshots
     templates: Templates
+    workspaces: Workspaces
+    workspace_files: WorkspaceFiles
     readiness: Readiness
 
 

@@ -17,6 +17,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeControl, NodeTunnel
 from sandyard.server.core.contracts.payments import Payments
 from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.gateway.preview import PreviewApp
 from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
@@ -58,6 +59,8 @@ from sandyard.server.service.sandboxes.terminals import Terminals
 from sandyard.server.service.sandboxes.tickets import Tickets
 from sandyard.server.service.signers import Signers
 from sandyard.server.service.templates import Templates
+from sandyard.server.service.workspaces.files import WorkspaceFiles
+from sandyard.server.service.workspaces.workspaces import Workspaces
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ async def open_control(
     store: Store,
     nodes: Mapping[str, NodeControl],
     tunnel: NodeTunnel,
+    volumes: Volumes,
     bus: Bus,
     clock: Clock,
     metrics: Metrics,
@@ -198,6 +202,14 @@ async def open_control(
             clock=clock,
             key=key,
             preview_s=settings.preview.token_s,
+        )
+        workspaces = Workspaces(
+            store=store,
+            volumes=volumes,
+            repeats=repeats,
+            clock=clock,
+            plans=plans,
+            quota_bytes=settings.workspaces.quota_mib * 2**20,
         )
         services = Services(
             access=access,
@@ -285,6 +297,12 @@ async def open_control(
                 clock=clock,
             ),
             templates=templates,
+            workspaces=workspaces,
+            workspace_files=WorkspaceFiles(
+                workspaces=workspaces,
+                volumes=volumes,
+                upload_max=settings.workspaces.upload_mib * 2**20,
+            ),
             readiness=Readiness(store, known),
         )
         api = make_api(

@@ -12,7 +12,7 @@ from sandyard.server.app.installation import secret_key, server_id_of
 from sandyard.server.app.metrics import Metrics
 from sandyard.server.app.node import open_node
 from sandyard.server.app.settings import Settings
-from sandyard.server.app.wiring import sign_up_of
+from sandyard.server.app.wiring import open_volumes, sign_up_of
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeControl
 from sandyard.server.core.contracts.store import Store
@@ -77,6 +77,7 @@ async def open_house(
     async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
         await ensure_first_organization(store, clock, sign_up_of(settings))
         async with (
+            open_volumes(settings) as volumes,
             open_node(
                 settings,
                 clock=clock,
@@ -91,6 +92,7 @@ async def open_house(
                 store=store,
                 nodes={node.node_id: node},
                 tunnel=node,
+                volumes=volumes,
                 bus=bus,
                 clock=clock,
                 metrics=metrics,

@@ -147,6 +147,7 @@ async def _serve_http(house: House, listener: socket.socket, settings: Settings)
         working = [
             tasks.create_task(house.reconciler.run()),
             tasks.create_task(house.meter.run()),
+            tasks.create_task(house.control.services.workspaces.run()),
         ]
         host, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%s", host, port)

@@ -412,7 +412,8 @@ class PriceSettings(Section):
         ge=0,
         le=1_000_000,
         decimal_places=6,
-        description="Of a GiB that is kept (paused sandboxes, snapshots) for such a month.",
+        description="Of a GiB that is kept (paused sandboxes, snapshots, workspaces) for such a "
+        "month.",
     )
 
 
@@ -445,7 +446,28 @@ class PlanSettings(Section):
     vcpus: int | None = Field(None, ge=0, description="Of those that run.")
     memory_gb: int | None = Field(None, ge=0, description="Of those that run.")
     disk_gb: int | None = Field(None, ge=0, description="Of all that are not deleted.")
+    storage_gb: int | None = Field(None, ge=0, description="In all workspaces together.")
     test_sandboxes: int | None = Field(2, ge=0, description="Of test keys.")
+
+
+class WorkspaceSettings(Section):
+    """Workspaces: folders that outlive sandboxes."""
+
+    quota_mib: int = Field(
+        10_240, ge=16, le=2**24, description="MiB that a new workspace may hold."
+    )
+    upload_mib: int = Field(
+        100, ge=1, le=2**20, description="MiB of the largest file that is taken in one upload."
+    )
+    volumes: Literal["auto", "images", "folders"] = Field(
+        "auto",
+        description="What files lie in: `images` are file systems of their own, which the kernel "
+        "keeps to their size; `folders` are for a mount that servers share. `auto` is images "
+        "wherever they can be mounted.",
+    )
+    folder: Path | None = Field(
+        None, description="Where they lie; default: `workspaces` in the home."
+    )
 
 
 class LogSettings(Section):
@@ -489,14 +511,15 @@ class Settings(BaseSettings):
     billing: BillingSettings = BillingSettings()
     plans: dict[str, PlanSettings] = Field(
         {
-            "free": PlanSettings(requests_per_minute=60),
-            "pro": PlanSettings(requests_per_minute=300),
-            "team": PlanSettings(requests_per_minute=1000),
+            "free": PlanSettings(requests_per_minute=60, storage_gb=10),
+            "pro": PlanSettings(requests_per_minute=300, storage_gb=50),
+            "team": PlanSettings(requests_per_minute=1000, storage_gb=500),
             "enterprise": PlanSettings(),
         },
         description="Plans by name, each a table: `requests_per_minute`, `sandboxes`, `vcpus`, "
-        "`memory_gb`, `disk_gb`, `test_sandboxes`.",
+        "`memory_gb`, `disk_gb`, `storage_gb`, `test_sandboxes`.",
     )
+    workspaces: WorkspaceSettings = WorkspaceSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("home")
@@ -532,6 +555,11 @@ class Settings(BaseSettings):
         if self.store.url is not None:
             return self.store.url.get_secret_value()
         return f"sqlite:///{self.home / 'sandyard.db'}"
+
+    @property
+    def workspaces_dir(self) -> Path:
+        """Where the volumes of workspaces are."""
+        return self.workspaces.folder or self.home / "workspaces"
 
     @property
     def kernel(self) -> Path | None:

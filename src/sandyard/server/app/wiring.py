@@ -1,12 +1,15 @@
 """What settings mean: the parts that an installation, its node and its commands are made of."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 from sandyard.server.app.firecracker import fetch, program
 from sandyard.server.app.installation import ssh_host_key, ssh_public_key
 from sandyard.server.app.settings import Settings
+from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.money import Prices, micros_of
 from sandyard.server.core.plans import Plan
@@ -15,6 +18,7 @@ from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
 from sandyard.server.drivers.firecracker.api import limiter
 from sandyard.server.drivers.qemu import QemuDriver
+from sandyard.server.links.volumes import FolderVolumes, ImageVolumes
 from sandyard.server.node.host.choice import Drivers
 from sandyard.server.node.host.identity import Identity, prefix_in, take_identity
 from sandyard.server.node.host.mounts import mounts_of
@@ -144,6 +148,19 @@ def addresses_of(settings: Settings) -> Addresses:
             if one.kind == "desktop"
         ),
     )
+
+
+@asynccontextmanager
+async def open_volumes(settings: Settings) -> AsyncIterator[Volumes]:
+    """Open what workspaces lie in; on leaving, what is mounted and not in use is unmounted."""
+    own, folder = settings.workspaces, settings.workspaces_dir
+    can_mount = os.geteuid() == 0 and settings.node.driver != "fake"
+    wants_images = own.volumes == "images" or (own.volumes == "auto" and can_mount)
+    volumes = ImageVolumes(folder) if wants_images else FolderVolumes(folder)
+    try:
+        yield volumes
+    finally:
+        await volumes.close()
 
 
 def sign_up_of(settings: Settings) -> SignUp:

@@ -86,6 +86,25 @@ def is_slug(text: str) -> bool:
     return _SLUG.fullmatch(text) is not None
 
 
+def check_slug(slug: str) -> str:
+    """Return a slug that somebody gives.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    if not is_slug(slug):
+        raise InvalidArgumentError(
+            "cannot use this slug: it is lower-case letters, digits and -", field="slug"
+        )
+    return slug
+
+
+def slug_of(name: str, an_id: str) -> str:
+    """Return a slug that nothing else has: the name reduced, and a part of the id."""
+    reduced = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
+    return f"{reduced or 'x'}-{an_id[:8]}"
+
+
 def checked_text(text: str, *, field: str) -> str:
     """Return `text`, refusing U+0000 and lone surrogates, which no store or guest can keep.
 

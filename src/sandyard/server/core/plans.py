@@ -9,6 +9,7 @@ LIMITS = {
     "vcpus": "vcpus",
     "memoryGb": "memory_gb",
     "diskGb": "disk_gb",
+    "storageGb": "storage_gb",
     "testSandboxes": "test_sandboxes",
 }
 """What can be limited, by the name that clients see."""
@@ -19,7 +20,7 @@ class Plan:
     """The limits of an organization; None is no limit.
 
     `sandboxes`, `vcpus` and `memory_gb` bound what runs at one time, `disk_gb` all that is not
-    deleted, `test_sandboxes` those of test keys.
+    deleted, `storage_gb` what is in workspaces, `test_sandboxes` those of test keys.
     """
 
     requests_per_minute: int | None = None
@@ -27,6 +28,7 @@ class Plan:
     vcpus: int | None = None
     memory_gb: int | None = None
     disk_gb: int | None = None
+    storage_gb: int | None = None
     test_sandboxes: int | None = 2
 
     def changed_by(self, limits: Mapping[str, int]) -> "Plan":

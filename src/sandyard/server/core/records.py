@@ -66,7 +66,11 @@ class Project:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder that outlives sandboxes; a personal one belongs to one member."""
+    """A folder that outlives sandboxes; a personal one belongs to one member.
+
+    `size_bytes` is what was in it when that was last noted. One `removed_at` is there no more for
+    anybody, and what it held is being removed.
+    """
 
     id: str
     org_id: str
@@ -75,6 +79,11 @@ class Workspace:
     name: str
     is_personal: bool
     created_at: datetime
+    updated_at: datetime
+    quota_bytes: int = 10 * 1024**3
+    size_bytes: int = 0
+    last_accessed_at: datetime | None = None
+    removed_at: datetime | None = None
 
 
 @dataclass(frozen=True)

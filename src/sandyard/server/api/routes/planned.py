@@ -13,10 +13,6 @@ router = APIRouter(include_in_schema=False)
 Anyone = Annotated[Actor, Depends(Scope(None))]
 
 _PLANNED = {
-    "workspaces": [
-        ("GET POST", "/v1/workspaces"),
-        ("GET POST PUT PATCH DELETE", "/v1/workspaces/{path:path}"),
-    ],
     "templates of one's own": [
         ("POST", "/v1/templates"),
         ("DELETE", "/v1/templates/{slug}"),

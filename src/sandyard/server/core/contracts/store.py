@@ -132,12 +132,32 @@ class NodeRows(Protocol):
 class WorkspaceRows(Protocol):
     """Workspaces."""
 
-    async def add(self, workspace: Workspace) -> None:
-        """Add a workspace; nothing if the organization has one of that slug."""
+    async def add(self, workspace: Workspace) -> bool:
+        """Add a workspace; False if the organization has one of that slug."""
         ...
 
     async def personal(self, org_id: str, user_id: str) -> Workspace | None:
         """Return a member's personal workspace."""
+        ...
+
+    async def find(self, org_id: str, reference: str) -> Workspace | None:
+        """Return an organization's workspace by id or slug; None for one that was removed."""
+        ...
+
+    async def of(self, org_id: str) -> list[Workspace]:
+        """Return an organization's workspaces that were not removed, the newest first."""
+        ...
+
+    async def replace(self, workspace: Workspace) -> None:
+        """Write a workspace that is there."""
+        ...
+
+    async def erase(self, workspace_id: str) -> None:
+        """Forget a workspace for good."""
+        ...
+
+    async def every(self) -> list[Workspace]:
+        """Return all workspaces, those that were removed and not forgotten included."""
         ...
 
 

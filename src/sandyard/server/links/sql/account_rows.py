@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, bindparam, delete, insert, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from sandyard.server.core.errors import AlreadyExistsError
@@ -84,14 +84,16 @@ class WorkspaceTable:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def add(self, workspace: Workspace) -> None:
+    async def add(self, workspace: Workspace) -> bool:
         """See core.contracts.store.WorkspaceRows.add."""
         c = t.workspaces.c
         found = await self._connection.execute(
             select(c.id).where(c.org_id == workspace.org_id, c.slug == workspace.slug)
         )
-        if found.first() is None:
-            await self._connection.execute(insert(t.workspaces).values(vars(workspace)))
+        if found.first() is not None:
+            return False
+        await self._connection.execute(insert(t.workspaces).values(vars(workspace)))
+        return True
 
     async def personal(self, org_id: str, user_id: str) -> Workspace | None:
         """See core.contracts.store.WorkspaceRows.personal."""
@@ -103,6 +105,46 @@ class WorkspaceTable:
         )
         row = found.mappings().first()
         return None if row is None else Workspace(**row)
+
+    async def find(self, org_id: str, reference: str) -> Workspace | None:
+        """See core.contracts.store.WorkspaceRows.find."""
+        c = t.workspaces.c
+        found = await self._where(
+            c.org_id == org_id,
+            c.removed_at.is_(None),
+            or_(c.id == reference, c.slug == reference),
+        )
+        # Somebody may have called one as another's id reads.
+        return min(found, key=lambda one: one.id != reference, default=None)
+
+    async def of(self, org_id: str) -> list[Workspace]:
+        """See core.contracts.store.WorkspaceRows.of."""
+        c = t.workspaces.c
+        return await self._where(c.org_id == org_id, c.removed_at.is_(None))
+
+    async def replace(self, workspace: Workspace) -> None:
+        """See core.contracts.store.WorkspaceRows.replace."""
+        values = {name: value for name, value in vars(workspace).items() if name != "id"}
+        await self._connection.execute(
+            update(t.workspaces).where(t.workspaces.c.id == workspace.id).values(values)
+        )
+
+    async def erase(self, workspace_id: str) -> None:
+        """See core.contracts.store.WorkspaceRows.erase."""
+        await self._connection.execute(
+            delete(t.workspaces).where(t.workspaces.c.id == workspace_id)
+        )
+
+    async def every(self) -> list[Workspace]:
+        """See core.contracts.store.WorkspaceRows.every."""
+        return await self._where()
+
+    async def _where(self, *wanted: ColumnElement[bool]) -> list[Workspace]:
+        c = t.workspaces.c
+        found = await self._connection.execute(
+            select(t.workspaces).where(*wanted).order_by(c.created_at.desc(), c.id)
+        )
+        return [Workspace(**row) for row in found.mappings()]
 
 
 class UserTable:

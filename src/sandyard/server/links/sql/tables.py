@@ -134,6 +134,11 @@ workspaces = Table(
     Column("name", Text, nullable=False),
     Column("is_personal", Boolean, nullable=False),
     Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False, server_default="0"),
+    Column("quota_bytes", BigInteger, nullable=False, server_default=str(10 * 1024**3)),
+    Column("size_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("last_accessed_at", Moment),
+    Column("removed_at", Moment),
     Index("uq_workspaces_slug", "org_id", "slug", unique=True),
 )
 

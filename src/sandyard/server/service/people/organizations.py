@@ -11,7 +11,7 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from sandyard.server.core.ids import checked_text, is_slug, new_uuid
+from sandyard.server.core.ids import check_slug, checked_text, new_uuid, slug_of
 from sandyard.server.core.records import (
     Membership,
     Organization,
@@ -67,7 +67,7 @@ async def found_organization(
     organization = Organization(
         id=org_id,
         name=name,
-        slug=slug or _slug_of(name, org_id),
+        slug=slug or slug_of(name, org_id),
         created_at=at,
         plan=sign_up.plan,
         external_id=external_id,
@@ -105,7 +105,9 @@ async def join(tx: Transaction, org_id: str, user: User, role: str, *, at: datet
     known = await tx.workspaces.personal(org_id, user.id)
     if known is not None:
         return known
-    workspace = Workspace(new_uuid(), org_id, user.id, f"personal-{user.id}", "Personal", True, at)
+    workspace = Workspace(
+        new_uuid(), org_id, user.id, f"personal-{user.id}", "Personal", True, at, at
+    )
     await tx.workspaces.add(workspace)
     return workspace
 
@@ -282,7 +284,7 @@ class Organizations:
             id=project_id,
             org_id=actor.org_id,
             name=check_title(name, field="name"),
-            slug=_slug_of(name, project_id) if slug is None else _check_slug(slug),
+            slug=slug_of(name, project_id) if slug is None else check_slug(slug),
             is_default=False,
             created_at=self._clock.now(),
         )
@@ -384,20 +386,6 @@ async def _made(tx: Transaction, actor: Actor, org_id: str) -> Founded:
     if organization is None or project is None or workspace is None:
         raise NotFoundError("cannot find the organization that was made")
     return Founded(organization, project, workspace)
-
-
-def _slug_of(name: str, an_id: str) -> str:
-    """Return a slug that nothing else has: the name reduced, and a part of the id."""
-    reduced = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
-    return f"{reduced or 'x'}-{an_id[:8]}"
-
-
-def _check_slug(slug: str) -> str:
-    if not is_slug(slug):
-        raise InvalidArgumentError(
-            "cannot use this slug: it is lower-case letters, digits and -", field="slug"
-        )
-    return slug
 
 
 def _check_color(color: str) -> str:

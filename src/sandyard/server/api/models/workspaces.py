@@ -1,0 +1,304 @@
+"""Workspaces and their files as HTTP carries them.
+
+A file is named by its path in the workspace. One that is not UTF-8 is named `base64:` and the path
+in base64, in every field and parameter.
+"""
+
+import base64
+import binascii
+import json
+import mimetypes
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import Field
+
+from sandyard.server.api.errors import error_out
+from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import checked_text
+from sandyard.server.service.workspaces.beneath import Parts
+from sandyard.server.service.workspaces.files import BATCH_MAX, Outcome, path_of
+from sandyard.server.service.workspaces.tree import Entry
+from sandyard.server.service.workspaces.workspaces import Owned, Storage
+
+_CODED = "base64:"
+_MOMENT_MAX = 253_402_300_799  # the last second of the year 9999
+
+
+class CreateWorkspace(Body):
+    """The body of a create."""
+
+    name: str = Field(examples=["Data"])
+    slug: str | None = Field(None, description="A name for addresses; made from the name.")
+    org_id: str | None = Field(None, description="The organization; that of the credential.")
+
+
+class RenameWorkspace(Body):
+    """The body of a change."""
+
+    name: str
+
+
+class WorkspaceOut(Model):
+    """A workspace."""
+
+    id: str
+    slug: str
+    name: str
+    nfs_path: str
+    size_bytes: int
+    quota_bytes: int
+    created_at: Time
+    updated_at: Time
+    last_accessed_at: Time | None
+    is_personal: bool
+    owner_user_id: str | None
+    owner_display_name: str | None
+    owner_email: str | None
+
+
+class StorageUseOut(Model):
+    """What all of an organization's workspaces take."""
+
+    used_bytes: int
+    quota_bytes: int = Field(description="-1 where there is no limit.")
+    unlimited: bool
+
+
+class WorkspacesOut(Model):
+    """The workspaces of an organization."""
+
+    workspaces: list[WorkspaceOut]
+    storage: StorageUseOut
+
+
+class UsageCountsOut(Model):
+    """How many use a workspace."""
+
+    mounted_sandboxes: int
+    installable_agents: int = 0
+    custom_agents: int = 0
+
+
+class MountedOut(Model):
+    """A sandbox that has a workspace mounted."""
+
+    sandbox_id: str
+    sandbox_name: str | None
+    sandbox_status: str
+    mount_path: str
+    read_only: bool
+
+
+class WorkspaceUsageOut(Model):
+    """Who uses a workspace."""
+
+    workspace_id: str
+    workspace_name: str
+    in_use: bool
+    counts: UsageCountsOut
+    mounted_sandboxes: list[MountedOut]
+    installable_agents: list[str] = Field(default_factory=list)
+    custom_agents: list[str] = Field(default_factory=list)
+
+
+class EntryOut(Model):
+    """A file or folder; `lazy` and `count` are there for folders."""
+
+    id: str = Field(examples=["/src/index.ts"])
+    path: str
+    value: str
+    name: str
+    type: Literal["file", "folder"]
+    size: int
+    date: Time
+    mtime: Time
+    mime_type: str | None
+    lazy: bool | None = None
+    count: int | None = None
+
+
+class DriveOut(Model):
+    """How full a workspace is, in bytes; -1 is unlimited."""
+
+    free: int
+    total: int
+    used: int
+
+
+class MeasureOut(Model):
+    """How much is below a path."""
+
+    id: str
+    size: int
+    count: int = Field(description="Files and folders in it.")
+    files: int
+    folders: int
+
+
+class CreateEntry(Body):
+    """The body of a new file or folder."""
+
+    name: str = Field(examples=["notes.txt"])
+    type: Literal["file", "folder", "directory"] = "file"
+    contents: str = ""
+    overwrite: bool = Field(False, description="Replace a file that is there.")
+
+
+class ChangeEntry(Body):
+    """The body of a change to one file or folder."""
+
+    operation: Literal["rename", "move", "copy", "write"]
+    target: str | None = Field(
+        None,
+        description="`rename`: the new name. `move`, `copy`: a folder to put it into, or the path "
+        "it is to have.",
+    )
+    contents: str | None = Field(None, description="`write`: what is to be in it.")
+    overwrite: bool = Field(False, description="Replace a file that has the target's name.")
+
+
+class ChangeEntries(Body):
+    """The body of a change to several."""
+
+    operation: Literal["copy", "move"]
+    target: str = Field(description="A folder that is there.", examples=["/archive"])
+    ids: list[str] = Field(description=f"1 to {BATCH_MAX} paths.")
+    overwrite: bool = False
+
+
+class RemoveEntries(Body):
+    """The body of a removal."""
+
+    ids: list[str] = Field(description=f"1 to {BATCH_MAX} paths.")
+
+
+class OutcomeOut(Model):
+    """What became of one of several."""
+
+    id: str
+    ok: bool
+    entry: EntryOut | None = None
+    error: dict[str, Any] | None = Field(None, description="code and message, if it was not done.")
+
+
+class OutcomesOut(Model):
+    """What became of each."""
+
+    results: list[OutcomeOut]
+    done: int
+    failed: int
+
+
+class WorkspaceRemovedOut(Model):
+    """A workspace was removed."""
+
+    id: str
+    deleted: bool
+
+
+def workspace_out(owned: Owned) -> WorkspaceOut:
+    """Return a workspace as it is shown."""
+    one, owner = owned.workspace, owned.owner
+    return WorkspaceOut(
+        id=one.id,
+        slug=one.slug,
+        name=one.name,
+        nfs_path=f"/{one.id}",
+        size_bytes=one.size_bytes,
+        quota_bytes=one.quota_bytes,
+        created_at=one.created_at,
+        updated_at=one.updated_at,
+        last_accessed_at=one.last_accessed_at,
+        is_personal=one.is_personal,
+        owner_user_id=one.owner_user_id,
+        owner_display_name=owner.display_name if owner else None,
+        owner_email=owner.email if owner else None,
+    )
+
+
+def storage_use_out(storage: Storage) -> StorageUseOut:
+    """Return what an organization keeps as it is shown."""
+    quota = storage.quota_bytes
+    return StorageUseOut(
+        used_bytes=storage.used_bytes,
+        quota_bytes=-1 if quota is None else quota,
+        unlimited=quota is None,
+    )
+
+
+def path_in(text: str, *, field: str) -> Parts:
+    """Return the path that a client names.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    if not text.startswith(_CODED):
+        return path_of(checked_text(text, field=field).encode(), field=field)
+    try:
+        plain = base64.b64decode(text.removeprefix(_CODED), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidArgumentError(f"cannot read this path: {error}", field=field) from error
+    return path_of(plain, field=field)
+
+
+def id_of(path: Parts) -> str:
+    """Return the name by which clients know a path."""
+    plain = b"/" + b"/".join(path)
+    try:
+        return plain.decode()
+    except UnicodeDecodeError:
+        return _CODED + base64.b64encode(plain).decode()
+
+
+def _told(entry: Entry) -> dict[str, Any]:
+    name = entry.name.decode("utf-8", "replace")
+    modified = datetime.fromtimestamp(max(0.0, min(_MOMENT_MAX, entry.modified)), UTC)
+    stamp = modified.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    an_id = id_of(entry.path)
+    told: dict[str, Any] = {
+        "id": an_id,
+        "path": an_id,
+        "value": name,
+        "name": name,
+        "type": "folder" if entry.is_folder else "file",
+        "size": entry.size,
+        "date": stamp,
+        "mtime": stamp,
+        "mimeType": None if entry.is_folder else kind_of(name),
+    }
+    return {**told, "lazy": True, "count": entry.count} if entry.is_folder else told
+
+
+def entries_json(entries: Sequence[Entry]) -> bytes:
+    """Return a listing, written out; of very many, which is for a thread."""
+    return json.dumps([_told(one) for one in entries], ensure_ascii=False).encode()
+
+
+def entry_out(entry: Entry) -> EntryOut:
+    """Return a file or folder as it is shown."""
+    told = _told(entry)
+    moment = datetime.fromisoformat(told["date"])
+    return EntryOut.model_validate({**told, "date": moment, "mtime": moment})
+
+
+def kind_of(name: str) -> str:
+    """Return a file's media type by its name."""
+    return mimetypes.guess_type(name)[0] or "application/octet-stream"
+
+
+def outcomes_out(done: Sequence[Outcome]) -> OutcomesOut:
+    """Return what became of each as it is shown."""
+    results = [
+        OutcomeOut(
+            id=id_of(one.path),
+            ok=one.error is None,
+            entry=entry_out(one.entry) if one.entry else None,
+            error=error_out(one.error) if one.error else None,
+        )
+        for one in done
+    ]
+    failed = sum(not one.ok for one in results)
+    return OutcomesOut(results=results, done=len(results) - failed, failed=failed)

@@ -1,0 +1,50 @@
+"""Where the files of workspaces lie: one bounded file system, or folder, each."""
+
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class VolumeUse:
+    """How much is in a volume, and how much it may hold, in bytes."""
+
+    used_bytes: int
+    quota_bytes: int
+
+
+class Volumes(Protocol):
+    """The volumes of this installation's workspaces, by the workspace's id.
+
+    What a volume may hold is kept by whoever implements it, whoever writes into it.
+    """
+
+    def open(self, workspace_id: str, quota_bytes: int) -> AbstractAsyncContextManager[Path]:
+        """Return the folder of a volume for as long as the block lasts; it is made if it is not
+        there.
+
+        Raises:
+            UnavailableError: it cannot be had now.
+        """
+        ...
+
+    async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
+        """Return how much is in a volume; nothing, if it was not made yet.
+
+        Raises:
+            UnavailableError: it cannot be told now.
+        """
+        ...
+
+    async def remove(self, workspace_id: str) -> None:
+        """Remove a volume with all that is in it; nothing if there is none.
+
+        Raises:
+            UnavailableError: it is in use, or would not go.
+        """
+        ...
+
+    async def rest(self) -> None:
+        """Let go of volumes that nobody has opened for a while."""
+        ...

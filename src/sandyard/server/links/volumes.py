@@ -1,0 +1,211 @@
+"""Volumes on this host: a file system in a file each, or plain folders."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from sandyard.server.core.contracts.volumes import VolumeUse
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.tasks import in_thread
+
+log = logging.getLogger(__name__)
+
+_LIMIT_S = 60.0
+_IDLE_S = 600.0
+# Nobody but whoever owns it by number: the default template's user, who works in /workspace.
+_OWNER = 1000
+_MODE = 0o2775
+_JOURNAL_MIB = 16
+
+
+class ImageVolumes:
+    """Each volume is an ext4 file system in a sparse file, mounted while it is in use.
+
+    So what a volume may hold is kept by the kernel to the byte, for whoever writes into it, how
+    much is in it is known at once, and no device file or setuid program in it does anything here.
+    See docs/decisions.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._users: Counter[str] = Counter()
+        self._used_at: dict[str, float] = {}
+
+    @contextlib.asynccontextmanager
+    async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
+        """See core.contracts.volumes.Volumes.open."""
+        async with self._locked(workspace_id):
+            await in_thread(self._mount, workspace_id, quota_bytes)
+            self._users[workspace_id] += 1
+        try:
+            yield self._place(workspace_id)
+        finally:
+            self._users[workspace_id] -= 1
+            self._used_at[workspace_id] = time.monotonic()
+
+    async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
+        """See core.contracts.volumes.Volumes.use_of."""
+        if not self._image(workspace_id).exists():
+            return VolumeUse(0, quota_bytes)
+        async with self._locked(workspace_id):
+            await in_thread(self._mount, workspace_id, quota_bytes)
+            found = await in_thread(os.statvfs, self._place(workspace_id))
+        return VolumeUse((found.f_blocks - found.f_bfree) * found.f_frsize, quota_bytes)
+
+    async def remove(self, workspace_id: str) -> None:
+        """See core.contracts.volumes.Volumes.remove."""
+        async with self._locked(workspace_id):
+            if self._users[workspace_id]:
+                raise UnavailableError("cannot remove the workspace now: its files are being read")
+            await in_thread(self._unmount, workspace_id)
+            await in_thread(self._image(workspace_id).unlink, missing_ok=True)
+        self._used_at.pop(workspace_id, None)
+
+    async def rest(self, *, idle_s: float = _IDLE_S) -> None:
+        """See core.contracts.volumes.Volumes.rest."""
+        until = time.monotonic() - idle_s
+        mounted = [one.name for one in self._folder.glob("*/")] if self._folder.is_dir() else []
+        for workspace_id in mounted:
+            if self._used_at.setdefault(workspace_id, time.monotonic()) > until:
+                continue
+            async with self._locked(workspace_id):
+                # Somebody else on the host may be looking at it.
+                with contextlib.suppress(UnavailableError):
+                    if not self._users[workspace_id]:
+                        await in_thread(self._unmount, workspace_id)
+
+    async def close(self) -> None:
+        """Unmount what nobody uses; what is in the volumes stays."""
+        self._used_at = dict.fromkeys(self._used_at, float("-inf"))
+        await self.rest(idle_s=-1.0)
+
+    def _locked(self, workspace_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(workspace_id, asyncio.Lock())
+
+    def _image(self, workspace_id: str) -> Path:
+        return self._folder / f"{workspace_id}.ext4"
+
+    def _place(self, workspace_id: str) -> Path:
+        return self._folder / workspace_id
+
+    def _mount(self, workspace_id: str, quota_bytes: int) -> None:
+        place, image = self._place(workspace_id), self._image(workspace_id)
+        if place.is_mount():
+            return
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        place.mkdir(mode=0o700, exist_ok=True)
+        if not image.exists():
+            self._make(image, quota_bytes)
+        _run(
+            "mount", "-t", "ext4", "-o", "loop,nosuid,nodev,noatime,errors=remount-ro",
+            str(image), str(place),
+        )  # fmt: skip
+        with contextlib.suppress(OSError):  # there only the first time; it is made when needed
+            (place / "lost+found").rmdir()
+        _hand_over(place)
+
+    def _make(self, image: Path, quota_bytes: int) -> None:
+        passing = image.with_suffix(".part")
+        try:
+            with passing.open("wb") as file:
+                # Room for what the file system needs itself, so that the user has all of theirs.
+                file.truncate(quota_bytes + quota_bytes // 50 + 2 * _JOURNAL_MIB * 2**20)
+            _run(
+                "mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-J", f"size={_JOURNAL_MIB}",
+                "-O", "^resize_inode", "-E",
+                f"lazy_itable_init=1,nodiscard,root_owner={_OWNER}:{_OWNER}", str(passing),
+            )  # fmt: skip
+            passing.rename(image)
+        finally:
+            passing.unlink(missing_ok=True)
+
+    def _unmount(self, workspace_id: str) -> None:
+        place = self._place(workspace_id)
+        if place.is_mount():
+            _run("umount", str(place))
+        with contextlib.suppress(FileNotFoundError):
+            place.rmdir()
+
+
+class FolderVolumes:
+    """Each volume is a plain folder: on a mount that several servers share, or where nothing can
+    be mounted. What a volume may hold is looked after when something is to be written here."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @contextlib.asynccontextmanager
+    async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
+        """See core.contracts.volumes.Volumes.open."""
+        del quota_bytes
+        place = self._folder / workspace_id
+        await in_thread(_made, place)
+        yield place
+
+    async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
+        """See core.contracts.volumes.Volumes.use_of."""
+        return VolumeUse(await in_thread(_taken, self._folder / workspace_id), quota_bytes)
+
+    async def remove(self, workspace_id: str) -> None:
+        """See core.contracts.volumes.Volumes.remove."""
+        place = self._folder / workspace_id
+        try:
+            await in_thread(shutil.rmtree, place)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UnavailableError(f"cannot remove the workspace's files: {error}") from error
+
+    async def rest(self) -> None:
+        """See core.contracts.volumes.Volumes.rest: nothing is held open."""
+
+    async def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _made(place: Path) -> None:
+    place.parent.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        place.mkdir()
+        _hand_over(place)
+
+
+def _hand_over(place: Path) -> None:
+    with contextlib.suppress(PermissionError):
+        os.chown(place, _OWNER, _OWNER)
+    place.chmod(_MODE)
+
+
+def _taken(place: Path) -> int:
+    """Return the bytes of disk that a folder takes; a file with two names counts once."""
+    total, seen, left = 0, set[int](), [place]
+    while left:
+        with contextlib.suppress(OSError), os.scandir(left.pop()) as found:
+            for one in found:
+                at = one.stat(follow_symlinks=False)
+                if at.st_nlink == 1 or at.st_ino not in seen:
+                    total += at.st_blocks * 512
+                    seen.add(at.st_ino)
+                if one.is_dir(follow_symlinks=False):
+                    left.append(Path(one.path))
+    return total
+
+
+def _run(*command: str) -> None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UnavailableError(f"cannot run {command[0]}: {error}") from error
+    if done.returncode != 0:
+        log.error("%s failed: %s", command[0], done.stderr.strip())
+        raise UnavailableError(f"cannot {command[0]} a workspace's volume: {done.stderr.strip()}")

@@ -1,0 +1,1 @@
+"""Workspaces: folders that outlive sandboxes, and the files in them."""

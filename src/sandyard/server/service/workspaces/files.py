@@ -1,0 +1,336 @@
+"""Files of workspaces, as the API has them. `tree` does what is asked, `beneath` makes it safe."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sandyard.server.core.contracts.volumes import Volumes
+from sandyard.server.core.errors import (
+    InvalidArgumentError,
+    PayloadTooLargeError,
+    SandyardError,
+)
+from sandyard.server.core.records import Workspace
+from sandyard.server.service.actor import Actor
+from sandyard.server.service.workspaces import tree
+from sandyard.server.service.workspaces.beneath import Parts, Root
+from sandyard.server.service.workspaces.tree import PIECE, Entry, Measure, shown
+from sandyard.server.service.workspaces.workspaces import Storage, Workspaces
+from sandyard.server.tasks import in_thread, to_the_end
+
+BATCH_MAX = 250
+_PATH_MAX, _NAME_MAX = 4095, 255
+_AT_WORK = 16
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one of several; `error` says why it was not done."""
+
+    path: Parts
+    entry: Entry | None = None
+    error: SandyardError | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A file that is open to be read."""
+
+    entry: Entry
+    fd: int
+
+    async def pieces(self, begin: int, count: int) -> AsyncIterator[bytes]:
+        """Yield so many bytes from a place on; fewer, if the file is cut meanwhile."""
+        while count > 0:
+            data = await in_thread(os.pread, self.fd, min(PIECE, count), begin)
+            if not data:
+                return
+            begin, count = begin + len(data), count - len(data)
+            yield data
+
+
+def path_of(text: bytes, *, field: str) -> Parts:
+    """Return a path of a workspace, from its root, with or without the first /.
+
+    Raises:
+        InvalidArgumentError: it cannot be one, or has `..` in it.
+    """
+    parts = tuple(one for one in text.split(b"/") if one not in (b"", b"."))
+    if b".." in parts:
+        raise InvalidArgumentError(
+            "cannot use a path with .. in it: give it from the workspace's root", field=field
+        )
+    if b"\0" in text:
+        raise InvalidArgumentError("cannot use a path with U+0000 in it", field=field)
+    if len(text) > _PATH_MAX or any(len(one) > _NAME_MAX for one in parts):
+        raise InvalidArgumentError(
+            f"cannot use this path: a name has {_NAME_MAX} bytes at most, a path {_PATH_MAX}",
+            field=field,
+        )
+    return parts
+
+
+def name_of(text: bytes, *, field: str) -> bytes:
+    """Return a single name.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    parts = path_of(text, field=field)
+    if len(parts) != 1 or b"/" in text:
+        raise InvalidArgumentError(
+            "cannot use this name: it is a single name, without /", field=field
+        )
+    return parts[0]
+
+
+class WorkspaceFiles:
+    """The use cases. Every one names its actor and answers nothing of another organization's."""
+
+    def __init__(self, *, workspaces: Workspaces, volumes: Volumes, upload_max: int) -> None:
+        self._workspaces = workspaces
+        self._volumes = volumes
+        self.upload_max = upload_max
+        # Of the threads there are, most stay for others.
+        self._turns = asyncio.Semaphore(_AT_WORK)
+
+    @asynccontextmanager
+    async def _root(
+        self, actor: Actor, reference: str, *, changes: bool
+    ) -> AsyncIterator[tuple[Workspace, Root]]:
+        actor.require("files:write" if changes else "files:read")
+        workspace = (await self._workspaces.get(actor, reference)).workspace
+        async with self._volumes.open(workspace.id, workspace.quota_bytes) as place:
+            with Root(place) as root:
+                yield workspace, root
+        await to_the_end(self._workspaces.note_use(workspace, has_changed=changes))
+
+    async def _do(self, work: Callable[..., _T], *arguments: object, **options: object) -> _T:
+        async with self._turns:
+            return await in_thread(work, *arguments, **options)
+
+    async def entries(
+        self, actor: Actor, reference: str, path: Parts, *, hidden: bool
+    ) -> list[Entry]:
+        """Return what is in a folder; a file alone, if the path leads to one.
+
+        Raises:
+            NotFoundError: no such workspace, or nothing is there.
+            PayloadTooLargeError: it is too much.
+        """
+        async with self._root(actor, reference, changes=False) as (_, root):
+            entry = await self._do(tree.look, root, path)
+            if not entry.is_folder:
+                return [entry]
+            return await self._do(tree.listed, root, path, hidden=hidden)
+
+    async def drive(self, actor: Actor, reference: str) -> tuple[int, int]:
+        """Return how many bytes are in a workspace, and how many may be."""
+        async with self._root(actor, reference, changes=False) as (workspace, _):
+            use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
+        return use.used_bytes, use.quota_bytes
+
+    async def measure(self, actor: Actor, reference: str, path: Parts) -> Measure:
+        """Return how much is below a path."""
+        async with self._root(actor, reference, changes=False) as (_, root):
+            return await self._do(tree.measured, root, path)
+
+    @asynccontextmanager
+    async def read(self, actor: Actor, reference: str, path: Parts) -> AsyncIterator[Reading]:
+        """Open a file for as long as the block lasts.
+
+        Raises:
+            NotFoundError: no such workspace, or nothing is there.
+            InvalidArgumentError: it is no file.
+        """
+        async with AsyncExitStack() as held:
+            _, root = await held.enter_async_context(self._root(actor, reference, changes=False))
+            fd, entry = await self._do(tree.opened, root, path)
+            held.callback(os.close, fd)
+            yield Reading(entry, fd)
+
+    async def make_folder(self, actor: Actor, reference: str, path: Parts) -> Entry:
+        """Make a folder, and those above it.
+
+        Raises:
+            AlreadyExistsError: something has its name.
+        """
+        async with self._root(actor, reference, changes=True) as (workspace, root):
+            await self._check_room(actor, workspace, 0)
+            return await self._do(tree.make_folder, root, path)
+
+    async def write(
+        self,
+        actor: Actor,
+        reference: str,
+        folder: Parts,
+        source: AsyncIterator[bytes],
+        name: Callable[[], bytes],
+        *,
+        replaces: bool,
+        most: int | None = None,
+    ) -> Entry:
+        """Write a file into a folder, which is made if it is not there, from what `source` yields;
+        nobody sees it before it is whole. Its `name` is asked for once all has come.
+
+        Raises:
+            AlreadyExistsError: something has its name and is not to be replaced.
+            PayloadTooLargeError: it is too large, or the workspace is full.
+        """
+        async with self._root(actor, reference, changes=True) as (workspace, root):
+            await self._check_room(actor, workspace, 1)
+            left = await self._left(workspace)
+            size = 0
+            async with AsyncExitStack() as held:
+                drafting = tree.drafted(root, folder)
+                draft = await self._do(drafting.__enter__)
+                held.push(drafting.__exit__)
+                async for piece in source:
+                    size += len(piece)
+                    if most is not None and size > most:
+                        raise PayloadTooLargeError(
+                            f"cannot take a file of over {most} bytes at once here: use a sandbox "
+                            "that mounts the workspace",
+                            limit=most,
+                        )
+                    if size > left:
+                        raise _full(workspace)
+                    await self._do(tree.write, draft, folder, piece)
+                path = (*folder, name_of(name(), field="name"))
+                await self._do(tree.keep, draft, path, replaces=replaces)
+            return await self._do(tree.look, root, path)
+
+    async def _left(self, workspace: Workspace) -> int:
+        use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
+        return max(0, use.quota_bytes - use.used_bytes)
+
+    async def _check_room(self, actor: Actor, workspace: Workspace, size: int) -> None:
+        """Return if the organization may keep more.
+
+        Raises:
+            PayloadTooLargeError: it may not.
+        """
+        storage: Storage = await self._workspaces.storage(actor)
+        quota = storage.quota_bytes
+        if quota is not None and storage.used_bytes + size > quota:
+            raise PayloadTooLargeError(
+                f"cannot write this: the organization's workspaces have {storage.used_bytes} bytes "
+                f"of {quota}; remove something first",
+                limit=quota,
+            )
+        if await self._left(workspace) < size:
+            raise _full(workspace)
+
+    async def move(
+        self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
+    ) -> Entry:
+        """Give a file or folder another path; into a folder, if the target is one.
+
+        Raises:
+            NotFoundError: nothing is there.
+            AlreadyExistsError: something has the target's name and is not to be replaced.
+        """
+        async with self._root(actor, reference, changes=True) as (_, root):
+            return await self._do(_moved, root, source, target, replaces)
+
+    async def rename(
+        self, actor: Actor, reference: str, path: Parts, name: bytes, *, replaces: bool
+    ) -> Entry:
+        """Give a file or folder another name, where it is."""
+        async with self._root(actor, reference, changes=True) as (_, root):
+            return await self._do(tree.move, root, path, (*path[:-1], name), replaces=replaces)
+
+    async def copy(
+        self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
+    ) -> Entry:
+        """Copy a file, or a folder with all that is in it; into a folder, if the target is one."""
+        async with self._root(actor, reference, changes=True) as (workspace, root):
+            await self._check_room(actor, workspace, 0)
+            room = await self._left(workspace)
+            if (await self._do(tree.measured, root, source)).size > room:
+                raise _full(workspace)
+            return await self._do(_copied, root, source, target, replaces)
+
+    async def remove(self, actor: Actor, reference: str, paths: Sequence[Parts]) -> list[Outcome]:
+        """Remove files, and folders with all that is in them; say of each what became of it."""
+
+        def one(root: Root, path: Parts) -> None:
+            tree.remove(root, path)
+
+        return await self._each(actor, reference, paths, one)
+
+    async def place(
+        self,
+        actor: Actor,
+        reference: str,
+        paths: Sequence[Parts],
+        target: Parts,
+        *,
+        copies: bool,
+        replaces: bool,
+    ) -> list[Outcome]:
+        """Move or copy several into one folder; say of each what became of it.
+
+        Raises:
+            NotFoundError: the folder is not there.
+        """
+        async with self._root(actor, reference, changes=False) as (_, root):
+            if not (await self._do(tree.look, root, target)).is_folder:
+                raise InvalidArgumentError(
+                    f"cannot put several into {shown(target)}: it is a file", field="target"
+                )
+
+        def one(root: Root, path: Parts) -> Entry:
+            return (_copied if copies else _moved)(root, path, target, replaces)
+
+        return await self._each(actor, reference, paths, one)
+
+    async def _each(
+        self,
+        actor: Actor,
+        reference: str,
+        paths: Sequence[Parts],
+        work: Callable[[Root, Parts], Entry | None],
+    ) -> list[Outcome]:
+        if not 1 <= len(paths) <= BATCH_MAX:
+            raise InvalidArgumentError(
+                f"cannot do this to {len(paths)} at once: 1 to {BATCH_MAX}", field="ids"
+            )
+        done = []
+        async with self._root(actor, reference, changes=True) as (_, root):
+            for path in paths:
+                try:
+                    done.append(Outcome(path, await self._do(work, root, path)))
+                except SandyardError as error:
+                    done.append(Outcome(path, error=error))
+        return done
+
+
+def _target(root: Root, source: Parts, target: Parts) -> Parts:
+    """Return where something is to go: into a folder that is there, else to that very path."""
+    if not source:
+        return target
+    with suppress(OSError):
+        if tree.root_kind(root, target):
+            return (*target, source[-1])
+    return target
+
+
+def _moved(root: Root, source: Parts, target: Parts, replaces: bool) -> Entry:
+    return tree.move(root, source, _target(root, source, target), replaces=replaces)
+
+
+def _copied(root: Root, source: Parts, target: Parts, replaces: bool) -> Entry:
+    return tree.copy(root, source, _target(root, source, target), replaces=replaces)
+
+
+def _full(workspace: Workspace) -> PayloadTooLargeError:
+    return PayloadTooLargeError(
+        f"cannot write this: the workspace is full, it holds {workspace.quota_bytes} bytes; remove "
+        "something first",
+        limit=workspace.quota_bytes,
+    )

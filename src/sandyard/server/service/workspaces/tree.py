@@ -1,0 +1,395 @@
+"""What is done to the files of a workspace. All of it blocks; see `beneath` for its safety."""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sandyard.server.core.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    NotFoundError,
+    PayloadTooLargeError,
+    SandyardError,
+    UnavailableError,
+)
+from sandyard.server.service.workspaces.beneath import (
+    PASSING,
+    Draft,
+    Folder,
+    Parts,
+    Root,
+    passing_name,
+)
+
+PIECE = 256 * 1024
+LIST_MAX = 100_000
+COUNT_MAX = 10_000
+"""How many of a folder's entries are counted where it is listed in another."""
+WALK_MAX = 1_000_000
+DEPTH_MAX = 256
+"""How deep folders are copied and measured; they are removed however deep they are."""
+_LEVELS = 100  # folders that are held open at once where they are removed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file or folder as it is listed; `count` says how much is in a folder."""
+
+    path: Parts
+    is_folder: bool
+    size: int
+    modified: float
+    count: int | None = None
+
+    @property
+    def name(self) -> bytes:
+        """Its name; that of the root is empty."""
+        return self.path[-1] if self.path else b""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is below a path: bytes, files and folders."""
+
+    size: int
+    files: int
+    folders: int
+
+
+def _entry(path: Parts, found: os.stat_result, count: int | None = None) -> Entry:
+    is_folder = stat.S_ISDIR(found.st_mode)
+    size = found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return Entry(path, is_folder, size, found.st_mtime, count if is_folder else None)
+
+
+def look(root: Root, path: Parts) -> Entry:
+    """Return what is at a path."""
+    with _told(path):
+        found = root.stat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            return _entry(path, found)
+        with root.folder(path) as folder:
+            return _entry(path, found, _count(folder))
+
+
+def listed(root: Root, path: Parts, *, hidden: bool) -> list[Entry]:
+    """Return what is in a folder, folders first, by name; those that begin with . if `hidden`.
+
+    A link is shown as what it leads to within the workspace.
+
+    Raises:
+        PayloadTooLargeError: it has over LIST_MAX entries.
+    """
+    found: list[Entry] = []
+    with _told(path), root.folder(path) as folder:
+        for name, _ in folder.names():
+            if name.startswith(b".") and (not hidden or name.startswith(PASSING)):
+                continue
+            if len(found) >= LIST_MAX:
+                raise PayloadTooLargeError(
+                    f"cannot list {shown(path)}: it has over {LIST_MAX} entries; look at it in a "
+                    "sandbox",
+                    limit=LIST_MAX,
+                )
+            # What goes while we look is left out.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found.append(_in(root, folder, path, name))
+    return sorted(found, key=lambda one: (not one.is_folder, one.name))
+
+
+def _in(root: Root, folder: Folder, path: Parts, name: bytes) -> Entry:
+    at = folder.look(name)
+    if stat.S_ISLNK(at.st_mode):
+        with contextlib.suppress(OSError):
+            at = root.stat((*path, name))
+        return _entry((*path, name), at)
+    if not stat.S_ISDIR(at.st_mode):
+        return _entry((*path, name), at)
+    with folder.folder(name) as inner:
+        return _entry((*path, name), at, _count(inner))
+
+
+def _count(folder: Folder) -> int:
+    count = 0
+    for _ in folder.names():
+        count += 1
+        if count >= COUNT_MAX:
+            break
+    return count
+
+
+def measured(root: Root, path: Parts) -> Measure:
+    """Return how much is below a path; links count as what they are themselves.
+
+    Raises:
+        PayloadTooLargeError: it is over WALK_MAX entries.
+    """
+    with _told(path):
+        found = root.stat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            return Measure(found.st_size if stat.S_ISREG(found.st_mode) else 0, 1, 0)
+        with root.folder(path) as folder:
+            size, files, folders, left = 0, 0, 0, WALK_MAX
+            for at in _below(folder, DEPTH_MAX):
+                left -= 1
+                if left < 0:
+                    raise PayloadTooLargeError(
+                        f"cannot measure {shown(path)}: it has over {WALK_MAX} entries",
+                        limit=WALK_MAX,
+                    )
+                if stat.S_ISDIR(at.st_mode):
+                    folders += 1
+                else:
+                    files += 1
+                    size += at.st_size if stat.S_ISREG(at.st_mode) else 0
+            return Measure(size, files, folders)
+
+
+def _below(folder: Folder, depth: int) -> Iterator[os.stat_result]:
+    for name, is_folder in folder.names():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            yield folder.look(name)
+            if is_folder and depth:
+                try:
+                    with folder.folder(name) as inner:
+                        yield from _below(inner, depth - 1)
+                except OSError as error:
+                    if error.errno != errno.ELOOP:  # it is a link by now
+                        raise
+
+
+def opened(root: Root, path: Parts) -> tuple[int, Entry]:
+    """Open a file to read and return its descriptor, which is the caller's, and what it is."""
+    with _told(path):
+        fd = root.open_file(path)
+    return fd, _entry(path, os.fstat(fd))
+
+
+def make_folder(root: Root, path: Parts) -> Entry:
+    """Make a folder, and those above it.
+
+    Raises:
+        AlreadyExistsError: something has its name.
+    """
+    with _told(path):
+        _check_not_root(path)
+        with root.folder(path[:-1], makes=True) as above:
+            above.make(path[-1])
+    return look(root, path)
+
+
+@contextlib.contextmanager
+def drafted(root: Root, folder: Parts) -> Iterator[Draft]:
+    """Begin a file in a folder, which is made if it is not there; it is seen once it is kept."""
+    with _told(folder), root.folder(folder, makes=True) as place, place.draft() as draft:
+        yield draft
+
+
+def write(draft: Draft, folder: Parts, data: bytes) -> None:
+    """Write on in a draft of a folder."""
+    with _told(folder):
+        draft.write(data)
+
+
+def keep(draft: Draft, path: Parts, *, replaces: bool) -> None:
+    """Give a draft its name. See Draft.keep."""
+    with _told(path):
+        draft.keep(path[-1], replaces=replaces)
+
+
+def move(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
+    """Give a file or folder another path.
+
+    Raises:
+        AlreadyExistsError: something is there, and is not to be replaced.
+    """
+    with _told(source, target):
+        _check_not_root(source)
+        _check_not_root(target)
+        with root.folder(source[:-1]) as old:
+            old.look(source[-1])
+            with root.folder(target[:-1], makes=True) as new:
+                old.rename(source[-1], new, target[-1], replaces=replaces)
+    return _seen(root, target)
+
+
+def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
+    """Copy a file, or a folder with all that is in it, to another path; it is there once it is
+    whole. Links are copied as links; what is neither file, folder nor link is left out.
+
+    Raises:
+        AlreadyExistsError: something is there, and is not to be replaced.
+        InvalidArgumentError: a folder is to be copied into itself.
+    """
+    with _told(source, target):
+        _check_not_root(source)
+        _check_not_root(target)
+        if target[: len(source)] == source and root_kind(root, source):
+            raise InvalidArgumentError(f"cannot copy {shown(source)} into itself", field="target")
+        passing = passing_name()
+        with (
+            root.folder(source[:-1]) as old,
+            root.folder(target[:-1], makes=True) as new,
+        ):
+            try:
+                _copy(old, source[-1], new, passing, DEPTH_MAX)
+                new.rename(passing, new, target[-1], replaces=replaces)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    _remove(new, passing)
+                raise
+    return _seen(root, target)
+
+
+def root_kind(root: Root, path: Parts) -> bool:
+    """Tell whether a path leads to a folder."""
+    return stat.S_ISDIR(root.stat(path).st_mode)
+
+
+def _copy(old: Folder, name: bytes, new: Folder, to: bytes, depth: int) -> None:
+    mode = old.look(name).st_mode
+    if stat.S_ISLNK(mode):
+        old.copy_link(name, new, to)
+    elif stat.S_ISDIR(mode):
+        if not depth:
+            raise InvalidArgumentError(
+                f"cannot copy this: its folders are over {DEPTH_MAX} deep", field="source"
+            )
+        new.make(to)
+        with old.folder(name) as inside, new.folder(to) as made:
+            for one, _ in inside.names():
+                with contextlib.suppress(FileNotFoundError):
+                    _copy(inside, one, made, one, depth - 1)
+    elif stat.S_ISREG(mode):
+        fd = old.open_file(name)
+        try:
+            with new.draft() as draft:
+                while data := os.read(fd, PIECE):
+                    draft.write(data)
+                draft.keep(to, replaces=False, mode=mode, is_synced=False)
+        finally:
+            os.close(fd)
+
+
+def remove(root: Root, path: Parts) -> None:
+    """Remove a file, a link, or a folder with all that is in it, which is gone at once.
+
+    Raises:
+        NotFoundError: nothing is there.
+    """
+    with _told(path):
+        _check_not_root(path)
+        with root.folder(path[:-1]) as above:
+            if not stat.S_ISDIR(above.look(path[-1]).st_mode):
+                above.unlink(path[-1])
+                return
+            passing = passing_name()
+            with root.folder(()) as top:
+                above.rename(path[-1], top, passing, replaces=False)
+                _remove(top, passing)
+
+
+def sweep(root: Root) -> int:
+    """Remove what a copy or removal that was broken off has left; return how many."""
+    with root.folder(()) as top:
+        left = [name for name, _ in top.names() if name.startswith(PASSING)]
+        for name in left:
+            with contextlib.suppress(OSError):
+                _remove(top, name)
+    return len(left)
+
+
+def _remove(folder: Folder, name: bytes) -> None:
+    """Remove whatever has a name, however deep it is and whoever writes into it meanwhile."""
+    if not stat.S_ISDIR(folder.look(name).st_mode):
+        folder.unlink(name)
+        return
+    for _ in range(1000):
+        deeper = _empty(folder, name, folder, _LEVELS)
+        with contextlib.suppress(OSError):
+            folder.remove_empty(name)
+            for one in deeper:
+                _remove(folder, one)
+            return
+        for one in deeper:
+            _remove(folder, one)
+    raise UnavailableError("cannot remove the folder: something writes into it all the time")
+
+
+def _empty(folder: Folder, name: bytes, top: Folder, levels: int) -> list[bytes]:
+    """Remove what is in a folder; what lies too deep is hung up at the top, under the names that
+    are returned."""
+    hung: list[bytes] = []
+    with folder.folder(name) as inside:
+        for one, is_folder in list(inside.names()):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if not is_folder:
+                    inside.unlink(one)
+                elif levels:
+                    hung += _empty(inside, one, top, levels - 1)
+                    inside.remove_empty(one)
+                else:
+                    passing = passing_name()
+                    inside.rename(one, top, passing, replaces=False)
+                    hung.append(passing)
+    return hung
+
+
+def _seen(root: Root, path: Parts) -> Entry:
+    """Return what has been put somewhere; a link that leads nowhere is there as well."""
+    with _told(path), root.folder(path[:-1]) as folder:
+        return _in(root, folder, path[:-1], path[-1])
+
+
+def _check_not_root(path: Parts) -> None:
+    if not path:
+        raise InvalidArgumentError(
+            "cannot do this to the workspace's root: name something in it", field="path"
+        )
+
+
+def shown(path: Parts) -> str:
+    """Return a path for people."""
+    return "/" + b"/".join(path).decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _told(path: Parts, target: Parts | None = None) -> Iterator[None]:
+    """Say what an error of the operating system means for whoever asked."""
+    try:
+        yield
+    except OSError as error:
+        raise _trouble(error, shown(path), shown(target if target is not None else path)) from error
+
+
+def _trouble(error: OSError, path: str, target: str) -> SandyardError:
+    number = error.errno
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return NotFoundError(f"cannot find {path}: nothing is there, or something above it is not")
+    if number in (errno.EXDEV, errno.ELOOP):
+        return NotFoundError(f"cannot find {path}: a link on the way leads out of the workspace")
+    if number in (errno.EEXIST, errno.ENOTEMPTY):
+        return AlreadyExistsError(
+            f"cannot put anything at {target}: something is there; name another target, or say "
+            "that it is to be overwritten"
+        )
+    if number == errno.EISDIR:
+        return InvalidArgumentError(f"cannot do this to {path}: it is a folder", field="path")
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return PayloadTooLargeError(
+            "cannot write this: the workspace is full; remove something first"
+        )
+    if number in (errno.ENAMETOOLONG, errno.EILSEQ):
+        return InvalidArgumentError(
+            f"cannot use the path {path[:80]}: it is too long", field="path"
+        )
+    if number == errno.EINVAL:
+        return InvalidArgumentError(
+            f"cannot do this to {path}: it is no file, or would go into itself", field="path"
+        )
+    if number in (errno.EPERM, errno.EACCES, errno.EROFS):
+        return InvalidArgumentError(f"cannot change {path}: {error.strerror}", field="path")
+    return UnavailableError(f"cannot reach the workspace now: {error.strerror}")

@@ -1,0 +1,296 @@
+"""Workspaces themselves: who has which, how large they are, and how they go.
+
+A row is written before its volume is made, and outlives it: whatever ends in the middle, a volume
+always has a row by which it is found, and what was removed and not forgotten is removed again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.volumes import Volumes
+from sandyard.server.core.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    LimitReachedError,
+    NotFoundError,
+    SandyardError,
+)
+from sandyard.server.core.ids import check_slug, new_uuid, slug_of
+from sandyard.server.core.plans import Plan
+from sandyard.server.core.records import Activity, StoragePeriod, User, Workspace
+from sandyard.server.service.actor import Actor, plan_of
+from sandyard.server.service.lines import line
+from sandyard.server.service.people.organizations import check_title
+from sandyard.server.service.repeats import Repeatable, Repeats
+
+log = logging.getLogger(__name__)
+
+WORKSPACES_MAX = 1000
+_BEAT_S = 60.0
+_ACCESS = timedelta(minutes=1)
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A workspace, and whose it is."""
+
+    workspace: Workspace
+    owner: User | None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What an organization keeps in workspaces; a quota of None is none."""
+
+    used_bytes: int
+    quota_bytes: int | None
+
+
+class Workspaces:
+    """The use cases. Every one names its actor and answers nothing of another organization's."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        volumes: Volumes,
+        repeats: Repeats,
+        clock: Clock,
+        plans: Mapping[str, Plan],
+        quota_bytes: int,
+    ) -> None:
+        self._store = store
+        self._volumes = volumes
+        self._repeats = repeats
+        self._clock = clock
+        self._plans = plans
+        self._quota_bytes = quota_bytes
+
+    async def page(self, actor: Actor, *, of_all: bool) -> tuple[list[Owned], Storage]:
+        """Return the organization's workspaces and the actor's own, for an admin with `of_all`
+        those of all members; and what all of the organization's take."""
+        actor.require("files:read")
+        async with self._store.read() as tx:
+            every = await tx.workspaces.of(actor.org_id)
+            owners = {user.id: user for user, _ in await tx.users.members(actor.org_id)}
+        wants_all = of_all and actor.sees_all
+        return [
+            Owned(one, owners.get(one.owner_user_id or ""))
+            for one in every
+            if not one.is_personal or wants_all or one.owner_user_id == actor.user_id
+        ], self._storage_of(actor, every)
+
+    async def storage(self, actor: Actor) -> Storage:
+        """Return what all workspaces of the organization take, and what its plan grants."""
+        async with self._store.read() as tx:
+            return self._storage_of(actor, await tx.workspaces.of(actor.org_id))
+
+    def _storage_of(self, actor: Actor, every: list[Workspace]) -> Storage:
+        limit = plan_of(self._plans, actor).storage_gb
+        used = sum(one.size_bytes for one in every)
+        return Storage(used, None if limit is None else limit * _GIB)
+
+    async def get(self, actor: Actor, reference: str) -> Owned:
+        """Return a workspace by id or slug.
+
+        Raises:
+            NotFoundError: there is none that the actor may see.
+        """
+        actor.require("files:read")
+        async with self._store.read() as tx:
+            return await self._found(tx, actor, reference)
+
+    async def _found(self, tx: Transaction, actor: Actor, reference: str) -> Owned:
+        found = await tx.workspaces.find(actor.org_id, reference)
+        if found is None or not _sees(actor, found):
+            raise NotFoundError("cannot find the workspace: check its id")
+        owner = None
+        if found.owner_user_id is not None:
+            owner = await tx.users.find(user_id=found.owner_user_id)
+        return Owned(found, owner)
+
+    async def create(
+        self,
+        actor: Actor,
+        name: str,
+        slug: str | None = None,
+        *,
+        org_id: str | None = None,
+        request: Repeatable | None = None,
+    ) -> Owned:
+        """Make a workspace of the organization's.
+
+        Raises:
+            InvalidArgumentError: name or slug cannot be one.
+            AlreadyExistsError: the slug is taken.
+            LimitReachedError: the organization has very many.
+            NotFoundError: `org_id` is not the organization that the actor acts in.
+        """
+        actor.require("files:write")
+        name = check_title(name, field="name")
+        if org_id is not None and org_id != actor.org_id:
+            raise NotFoundError(
+                "cannot find the organization: use a credential of it, or leave orgId out"
+            )
+        workspace_id, now = new_uuid(), self._clock.now()
+        workspace = Workspace(
+            workspace_id,
+            actor.org_id,
+            None,
+            slug_of(name, workspace_id) if slug is None else check_slug(slug),
+            name,
+            False,
+            now,
+            now,
+            quota_bytes=self._quota_bytes,
+        )
+        async with self._repeats.turn(actor, request), self._store.write() as tx:
+            made = await self._repeats.made_before(tx, actor, request)
+            if made is not None:
+                return await self._found(tx, actor, made[0])
+            if len(await tx.workspaces.of(actor.org_id)) >= WORKSPACES_MAX:
+                raise LimitReachedError(
+                    f"cannot have over {WORKSPACES_MAX} workspaces: delete one first"
+                )
+            if not await tx.workspaces.add(workspace):
+                raise AlreadyExistsError(
+                    f"cannot use the slug {workspace.slug!r}: another workspace has it",
+                    field="slug",
+                )
+            await self._repeats.note(tx, actor, request, (workspace.id,))
+            await tx.activity.append(
+                self._line(actor, workspace, "workspace.created", "Workspace created")
+            )
+        return Owned(workspace, None)
+
+    async def rename(self, actor: Actor, reference: str, name: str) -> Owned:
+        """Call a workspace something else; its slug stays.
+
+        Raises:
+            NotFoundError: no such workspace.
+            InvalidArgumentError: the name cannot be one.
+        """
+        actor.require("files:write")
+        name = check_title(name, field="name")
+        async with self._store.write() as tx:
+            found = await self._found(tx, actor, reference)
+            changed = replace(found.workspace, name=name, updated_at=self._clock.now())
+            await tx.workspaces.replace(changed)
+            await tx.activity.append(
+                self._line(actor, changed, "workspace.renamed", "Workspace renamed")
+            )
+        return Owned(changed, found.owner)
+
+    async def delete(self, actor: Actor, reference: str) -> Workspace:
+        """Remove a workspace with all that is in it.
+
+        Raises:
+            NotFoundError: no such workspace.
+            ConflictError: it is a member's personal one.
+        """
+        actor.require("files:write")
+        async with self._store.write() as tx:
+            found = (await self._found(tx, actor, reference)).workspace
+            if found.is_personal:
+                raise ConflictError(
+                    "cannot delete a personal workspace: it stays as long as its member; delete "
+                    "the files in it"
+                )
+            now = self._clock.now()
+            # Its slug is free at once.
+            gone = replace(found, slug=found.id, removed_at=now, updated_at=now)
+            await tx.workspaces.replace(gone)
+            await tx.storage.close("workspace", found.id, now)
+            await tx.activity.append(
+                self._line(actor, found, "workspace.deleted", "Workspace deleted")
+            )
+        with suppress(SandyardError):  # somebody reads in it: it is tried again
+            await self._erase(gone)
+        return found
+
+    async def _erase(self, workspace: Workspace) -> None:
+        await self._volumes.remove(workspace.id)
+        async with self._store.write() as tx:
+            await tx.workspaces.erase(workspace.id)
+
+    async def note_use(self, workspace: Workspace, *, has_changed: bool) -> None:
+        """Note that a workspace's files were looked at or changed, and how large it is now."""
+        now = self._clock.now()
+        last = workspace.last_accessed_at
+        if not has_changed and last is not None and now - last < _ACCESS:
+            return
+        size = workspace.size_bytes
+        if has_changed:
+            size = (await self._volumes.use_of(workspace.id, workspace.quota_bytes)).used_bytes
+        async with self._store.write() as tx:
+            await self._note(tx, workspace, size, accessed=True)
+
+    async def _note(
+        self, tx: Transaction, workspace: Workspace, size: int, *, accessed: bool
+    ) -> None:
+        """Write down how large a workspace is; what is kept is charged for from then on."""
+        now = self._clock.now()
+        found = await tx.workspaces.find(workspace.org_id, workspace.id)
+        if found is None:
+            return
+        changed = found
+        if accessed:
+            changed = replace(changed, last_accessed_at=now)
+        if size != found.size_bytes:
+            changed = replace(changed, size_bytes=size, updated_at=now)
+            await tx.storage.close("workspace", found.id, now)
+            if size:
+                await tx.storage.open(StoragePeriod("workspace", found.id, found.org_id, size, now))
+        if changed != found:
+            await tx.workspaces.replace(changed)
+
+    async def run(self) -> None:
+        """Look again and again how large workspaces are, and finish what was broken off."""
+        while True:
+            with suppress(SandyardError):
+                await self.look_around()
+            await asyncio.sleep(_BEAT_S)
+
+    async def look_around(self) -> None:
+        """Note the sizes of what was used of late, and remove what was deleted and is still there.
+
+        Raises:
+            UnavailableError: the store cannot be reached.
+        """
+        async with self._store.read() as tx:
+            every = await tx.workspaces.every()
+        now = self._clock.now()
+        for one in every:
+            try:
+                if one.removed_at is not None:
+                    await self._erase(one)
+                elif one.last_accessed_at and now - one.last_accessed_at < 10 * _ACCESS:
+                    size = (await self._volumes.use_of(one.id, one.quota_bytes)).used_bytes
+                    if size != one.size_bytes:
+                        async with self._store.write() as tx:
+                            await self._note(tx, one, size, accessed=False)
+            except SandyardError as error:
+                log.warning("cannot look after the workspace %s: %s", one.id, error.message)
+        await self._volumes.rest()
+
+    def _line(self, actor: Actor, workspace: Workspace, event: str, title: str) -> Activity:
+        return line(
+            event,
+            title,
+            org_id=workspace.org_id,
+            actor=actor,
+            resource_id=workspace.id,
+            at=self._clock.now(),
+            summary=workspace.name,
+        )
+
+
+def _sees(actor: Actor, workspace: Workspace) -> bool:
+    return not workspace.is_personal or actor.sees_all or workspace.owner_user_id == actor.user_id
