@@ -15,36 +15,54 @@ from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, T
 from sandyard.cli.output import write_raw
 from sandyard.cli.sandbox import open_client
 from sandyard.cli.terminal import CUT, leave
-from sandyard.client import ApiError, Exited, Lost, Printed, Process, Sandbox, Sandyard
+from sandyard.client import (
+    ApiError,
+    Exited,
+    Lost,
+    Printed,
+    Process,
+    Sandbox,
+    Sandyard,
+    WorkspaceFiles,
+)
 from sandyard.client.archives import Progress as Told
 from sandyard.client.calls import milliseconds
 
 _LANGUAGES = {".py": "python3", ".js": "node", ".mjs": "node", ".sh": "bash"}
 _WORKSPACE = PurePosixPath("/workspace")
+_AT = "@"  # no sandbox's name begins so
 
 
 def copy(
-    source: Annotated[str, typer.Argument(help="A path here, or SANDBOX:PATH.")],
-    target: Annotated[str, typer.Argument(help="A path here, or SANDBOX:PATH.")],
+    source: Annotated[str, typer.Argument(help="A path here, SANDBOX:PATH, or @WORKSPACE:PATH.")],
+    target: Annotated[str, typer.Argument(help="A path here, SANDBOX:PATH, or @WORKSPACE:PATH.")],
     user: Annotated[str, typer.Option(help="As whom, in the sandbox.")] = "root",
 ) -> None:
-    """Copy a file or a folder into a sandbox, or out of one.
+    """Copy a file or a folder into a sandbox or a workspace, or out of one.
 
-    As with cp, what is copied to a folder that is there goes into it, under its own name.
+    As with cp, what is copied to a folder that is there goes into it, under its own name; of
+    `FOLDER/.` what is in it.
     """
     here, there = _remote(source), _remote(target)
     if (here is None) == (there is None):
-        raise typer.BadParameter("one of the two is SANDBOX:PATH, the other a path here")
+        raise typer.BadParameter(
+            "one of the two is SANDBOX:PATH or @WORKSPACE:PATH, the other a path here"
+        )
     with open_client() as client, _progress(source) as told:
         if there is not None:
             reference, path = there
             local = Path(source)
             if not local.exists():
                 raise typer.BadParameter(f"there is no {source} here")
+            is_contents = source.endswith("/.") and local.is_dir()
+            name = "" if is_contents else local.resolve().name
+            if reference.startswith(_AT):
+                _put(client.workspace_files(reference[1:]), local, name, path, told)
+                return
             files = client.files(reference, user=user)
             with suppress(ApiError):
-                if path.endswith("/") or files.info(path).is_folder:
-                    path = f"{path.rstrip('/')}/{local.resolve().name}"
+                if name and (path.endswith("/") or files.info(path).is_folder):
+                    path = f"{path.rstrip('/')}/{name}"
             files.upload(local, path, on_progress=told)
         else:
             assert here is not None
@@ -53,7 +71,21 @@ def copy(
             if to.is_dir() or target.endswith("/"):
                 to = to / PurePosixPath(path).name
                 to.parent.mkdir(parents=True, exist_ok=True)
-            client.files(reference, user=user).download(path, to, on_progress=told)
+            if reference.startswith(_AT):
+                client.workspace_files(reference[1:]).download(path, to, on_progress=told)
+            else:
+                client.files(reference, user=user).download(path, to, on_progress=told)
+
+
+def _put(files: WorkspaceFiles, local: Path, name: str, path: str, told: Told) -> None:
+    """Copy a file or folder into a workspace; what goes to a folder that is there, goes into it."""
+    try:
+        found = files.list(path)
+        # A file is listed as itself alone.
+        is_file = [one.path.strip("/") for one in found] == [path.strip("/")]
+    except ApiError:
+        is_file = not path.endswith("/")
+    files.upload(local, path if is_file else f"{path.rstrip('/')}/{name}", on_progress=told)
 
 
 def _remote(text: str) -> tuple[str, str] | None:
@@ -61,6 +93,8 @@ def _remote(text: str) -> tuple[str, str] | None:
     reference, colon, path = text.partition(":")
     if not colon or "/" in reference or not reference:
         return None
+    if reference.startswith(_AT):
+        return reference, path or "/"
     return reference, path or str(_WORKSPACE)
 
 

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sandyard.cli import account, admin, agents, copy, live, sandbox, server, snapshot, ways
+from sandyard.cli import (
+    account,
+    admin,
+    agents,
+    copy,
+    live,
+    sandbox,
+    server,
+    snapshot,
+    ways,
+    workspace,
+)
 from sandyard.cli.output import plain
 from sandyard.client import ApiError, ConnectionFailedError, TransferError
 from sandyard.client.config import ConfigError
@@ -21,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(snapshot.app, name="snapshot")
+app.add_typer(workspace.app, name="workspace")
 app.add_typer(account.auth, name="auth")
 app.add_typer(account.ssh_key, name="ssh-key")
 app.add_typer(admin.app, name="admin")

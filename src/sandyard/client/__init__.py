@@ -38,8 +38,11 @@ from sandyard.client.models import (
     SshAccess,
     Template,
     WindowInfo,
+    Workspace,
+    WorkspaceEntry,
 )
 from sandyard.client.processes import AsyncProcess, AsyncProcesses, Process, Processes
+from sandyard.client.workspaces import AsyncWorkspaceFiles, WorkspaceFiles
 
 __all__ = [
     "ApiError",
@@ -49,6 +52,7 @@ __all__ = [
     "AsyncProcesses",
     "AsyncSandbox",
     "AsyncSandyard",
+    "AsyncWorkspaceFiles",
     "BadRequestError",
     "CodeError",
     "CodeResult",
@@ -85,4 +89,7 @@ __all__ = [
     "UnauthorizedError",
     "UnavailableError",
     "WindowInfo",
+    "Workspace",
+    "WorkspaceEntry",
+    "WorkspaceFiles",
 ]

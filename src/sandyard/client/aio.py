@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import suppress
 from typing import Any, Self
 
-from sandyard.client import calls
+from sandyard.client import calls, workspaces
 from sandyard.client.client import BROKEN, T, Told
 from sandyard.client.code import Piece, SessionEndedError, argv_of
 from sandyard.client.config import ClientConfig, find_config
@@ -26,11 +26,13 @@ from sandyard.client.models import (
     Snapshot,
     SshAccess,
     Template,
+    Workspace,
     snapshot_of,
 )
 from sandyard.client.processes import AsyncProcess, AsyncProcesses
 from sandyard.client.streams import Statuses
 from sandyard.client.transport import AsyncTransport
+from sandyard.client.workspaces import AsyncWorkspaceFiles
 
 _MOMENT_S = 5.0
 _ENDING: set[asyncio.Task[None]] = set()
@@ -170,6 +172,30 @@ class AsyncSandyard:
     async def stats(self, reference: str) -> Mapping[str, float]:
         """See `Sandyard.stats`."""
         return await self._transport.send(calls.stats(reference))
+
+    async def workspaces(self) -> builtins.list[Workspace]:
+        """See `Sandyard.workspaces`."""
+        return await self._transport.send(workspaces.listing())
+
+    async def workspace(self, reference: str) -> Workspace:
+        """See `Sandyard.workspace`."""
+        return await self._transport.send(workspaces.find(reference))
+
+    async def create_workspace(self, name: str, *, slug: str | None = None) -> Workspace:
+        """See `Sandyard.create_workspace`."""
+        return await self._transport.send(workspaces.create(name, slug))
+
+    async def rename_workspace(self, reference: str, name: str) -> Workspace:
+        """See `Sandyard.rename_workspace`."""
+        return await self._transport.send(workspaces.rename(reference, name))
+
+    async def delete_workspace(self, reference: str) -> None:
+        """See `Sandyard.delete_workspace`."""
+        await self._transport.send(workspaces.delete(reference))
+
+    def workspace_files(self, reference: str) -> AsyncWorkspaceFiles:
+        """See `Sandyard.workspace_files`."""
+        return AsyncWorkspaceFiles(self._transport, reference)
 
     async def templates(self) -> builtins.list[Template]:
         """See `Sandyard.templates`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self, TypeVar
 
-from sandyard.client import calls
+from sandyard.client import calls, workspaces
 from sandyard.client.code import Piece, SessionEndedError, argv_of
 from sandyard.client.config import ClientConfig, find_config
 from sandyard.client.desktop import Desktop
@@ -25,11 +25,13 @@ from sandyard.client.models import (
     Snapshot,
     SshAccess,
     Template,
+    Workspace,
     snapshot_of,
 )
 from sandyard.client.processes import Process, Processes
 from sandyard.client.streams import Statuses
 from sandyard.client.transport import Transport
+from sandyard.client.workspaces import WorkspaceFiles
 
 BROKEN = frozenset({"failed", "error", "destroyed"})
 Told = Callable[[str], object]
@@ -181,6 +183,30 @@ class Sandyard:
     def stats(self, reference: str) -> Mapping[str, float]:
         """Return a sandbox's figures as of now."""
         return self._transport.send(calls.stats(reference))
+
+    def workspaces(self) -> builtins.list[Workspace]:
+        """Return the workspaces of the organization, and those of your own."""
+        return self._transport.send(workspaces.listing())
+
+    def workspace(self, reference: str) -> Workspace:
+        """Return a workspace, by id or slug."""
+        return self._transport.send(workspaces.find(reference))
+
+    def create_workspace(self, name: str, *, slug: str | None = None) -> Workspace:
+        """Make a workspace."""
+        return self._transport.send(workspaces.create(name, slug))
+
+    def rename_workspace(self, reference: str, name: str) -> Workspace:
+        """Call a workspace something else; its slug stays."""
+        return self._transport.send(workspaces.rename(reference, name))
+
+    def delete_workspace(self, reference: str) -> None:
+        """Remove a workspace with all that is in it."""
+        self._transport.send(workspaces.delete(reference))
+
+    def workspace_files(self, reference: str) -> WorkspaceFiles:
+        """Return the files of a workspace, by id or slug."""
+        return WorkspaceFiles(self._transport, reference)
 
     def templates(self) -> builtins.list[Template]:
         """Return what sandboxes can be made from."""

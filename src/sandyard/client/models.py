@@ -1,5 +1,6 @@
 """What the server tells of things; `raw` has every field of it."""
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,6 +224,62 @@ class WindowInfo:
     width: int
     height: int
     is_active: bool
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder that outlives sandboxes."""
+
+    id: str
+    slug: str
+    name: str
+    size_bytes: int
+    quota_bytes: int
+    is_personal: bool
+    created_at: str
+    raw: Mapping[str, Any] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class WorkspaceEntry:
+    """A file or folder of a workspace; `path` names it wherever a path is asked for."""
+
+    path: str
+    name: str
+    is_folder: bool
+    size: int
+    modified_at: str
+    raw: Mapping[str, Any] = field(repr=False, compare=False)
+
+
+def workspace_of(raw: Mapping[str, Any]) -> Workspace:
+    """Return a workspace out of an answer."""
+    return Workspace(
+        id=raw["id"],
+        slug=raw["slug"],
+        name=raw["name"],
+        size_bytes=raw["sizeBytes"],
+        quota_bytes=raw["quotaBytes"],
+        is_personal=raw["isPersonal"],
+        created_at=raw["createdAt"],
+        raw=raw,
+    )
+
+
+def entry_of(raw: Mapping[str, Any]) -> WorkspaceEntry:
+    """Return a file or folder of a workspace out of an answer."""
+    path, name = raw["path"], raw["name"]
+    if path.startswith("base64:"):
+        plain = base64.b64decode(path.removeprefix("base64:"))
+        name = plain.rpartition(b"/")[2].decode(errors="surrogateescape")
+    return WorkspaceEntry(
+        path=path,
+        name=name,
+        is_folder=raw["type"] == "folder",
+        size=raw["size"],
+        modified_at=raw["mtime"],
+        raw=raw,
+    )
 
 
 def snapshot_of(raw: Mapping[str, Any]) -> Snapshot:

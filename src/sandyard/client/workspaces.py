@@ -1,0 +1,381 @@
+"""Workspaces: folders that outlive sandboxes, and the files in them."""
+
+import asyncio
+import base64
+import os
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from sandyard.client import archives
+from sandyard.client.archives import PIECE, Progress
+from sandyard.client.calls import TRANSFER_S, WORK_S, Call, part_of
+from sandyard.client.errors import ApiError, TransferError
+from sandyard.client.models import Workspace, WorkspaceEntry, entry_of, workspace_of
+from sandyard.client.transport import AsyncTransport, Transport
+
+T = TypeVar("T")
+_ROUTE = "/v1/workspaces"
+_AT_ONCE = 250
+_OF_ONE = frozenset({"/", ""})
+
+
+def _path(text: str) -> str:
+    """Return a path as it is sent: in base64 if it is of bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        exact = text.encode(errors="surrogateescape")
+        return "base64:" + base64.b64encode(exact).decode()
+    return text
+
+
+def _quoted(text: str) -> str:
+    return quote(_path(text).removeprefix("/"), safe="/:")
+
+
+def listing() -> Call[list[Workspace]]:
+    """List the workspaces."""
+    return Call(
+        "GET", _ROUTE, lambda a: [workspace_of(one) for one in a["data"]["workspaces"]], safe=True
+    )
+
+
+def find(reference: str) -> Call[Workspace]:
+    """Find a workspace."""
+    return Call("GET", part_of(_ROUTE, reference), lambda a: workspace_of(a["data"]), safe=True)
+
+
+def create(name: str, slug: str | None) -> Call[Workspace]:
+    """Make a workspace."""
+    body = {"name": name, **({} if slug is None else {"slug": slug})}
+    key = {"Idempotency-Key": secrets.token_hex(16)}
+    return Call(
+        "POST", _ROUTE, lambda a: workspace_of(a["data"]), body=body, headers=key, safe=True
+    )
+
+
+def rename(reference: str, name: str) -> Call[Workspace]:
+    """Rename a workspace."""
+    return Call(
+        "PATCH", part_of(_ROUTE, reference), lambda a: workspace_of(a["data"]),
+        body={"name": name}, safe=True,
+    )  # fmt: skip
+
+
+def delete(reference: str) -> Call[None]:
+    """Delete a workspace."""
+    return Call("DELETE", part_of(_ROUTE, reference), lambda _: None, limit_s=WORK_S)
+
+
+class _Calls:
+    """What is asked about the files of one workspace."""
+
+    def __init__(self, reference: str) -> None:
+        self._path = part_of(_ROUTE, reference)
+
+    def list(self, path: str) -> Call[Sequence[WorkspaceEntry]]:
+        return Call(
+            "GET", f"{self._path}/files/{_quoted(path)}",
+            lambda a: [entry_of(one) for one in a], query={"showHidden": "true"}, safe=True,
+        )  # fmt: skip
+
+    def read(self, path: str) -> Call[None]:
+        return Call(
+            "GET", f"{self._path}/direct", lambda _: None, query={"id": _path(path)}, safe=True,
+            limit_s=TRANSFER_S,
+        )  # fmt: skip
+
+    def upload(self, path: str, content: Iterable[bytes]) -> Call[WorkspaceEntry]:
+        folder, _, name = path.rstrip("/").rpartition("/")
+        if not name:
+            raise ValueError(f"cannot write to {path!r}: it names no file")
+        boundary = secrets.token_hex(16)
+        return Call(
+            "POST", f"{self._path}/upload", lambda a: entry_of(a["data"]),
+            query={"id": _path(folder or "/")}, content=_form(boundary, name, content),
+            headers={"Content-Type": f"multipart/form-data; boundary={boundary}"},
+            limit_s=TRANSFER_S,
+        )  # fmt: skip
+
+    def make_folder(self, path: str) -> Call[WorkspaceEntry]:
+        folder, _, name = path.rstrip("/").rpartition("/")
+        return Call(
+            "POST", f"{self._path}/files/{_quoted(folder)}", lambda a: entry_of(a["data"]),
+            body={"name": name, "type": "folder"},
+        )  # fmt: skip
+
+    def change(
+        self, operation: str, source: str, target: str, *, overwrite: bool
+    ) -> Call[WorkspaceEntry]:
+        body = {"operation": operation, "target": _path(target), "overwrite": overwrite}
+        return Call(
+            "PUT", f"{self._path}/files/{_quoted(source)}", lambda a: entry_of(a["data"]),
+            body=body, limit_s=WORK_S,
+        )  # fmt: skip
+
+    def remove(self, paths: Sequence[str]) -> Call[None]:
+        return Call(
+            "DELETE", f"{self._path}/files", _all_done,
+            body={"ids": [_path(one) for one in paths]}, limit_s=WORK_S,
+        )  # fmt: skip
+
+
+def _all_done(answer: Any) -> None:
+    for one in answer["data"]["results"]:
+        if not one["ok"]:
+            told = one["error"]
+            raise ApiError(
+                told["message"], status=200, code=told["code"],
+                request_id=answer["meta"]["requestId"], details={"id": one["id"]},
+            )  # fmt: skip
+
+
+def _form(boundary: str, name: str, content: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield a form with a file; what the file is called is a field of its own, in any bytes."""
+    line = f"--{boundary}\r\nContent-Disposition: form-data; name=".encode()
+    yield line + b'"name"\r\n\r\n' + name.encode(errors="surrogateescape") + b"\r\n"
+    yield line + b'"file"; filename="file"\r\n\r\n'
+    yield from content
+    yield f"\r\n--{boundary}--\r\n".encode()
+
+
+def _pieces(data: bytes | str) -> Iterator[bytes]:
+    whole = data.encode() if isinstance(data, str) else data
+    for start in range(0, len(whole), PIECE):
+        yield whole[start : start + PIECE]
+
+
+class WorkspaceFiles:
+    """The files of one workspace; a path is from its root, with or without the first /.
+
+    Use it as `yard.workspace_files("data")`. What goes wrong is an `ApiError`.
+    """
+
+    def __init__(self, transport: Transport, reference: str) -> None:
+        self._transport = transport
+        self._calls = _Calls(reference)
+
+    def read(self, path: str) -> bytes:
+        """Return a file's bytes."""
+        return b"".join(self.read_pieces(path))
+
+    def read_text(self, path: str) -> str:
+        """Return a file as text, with U+FFFD for what is not UTF-8."""
+        return self.read(path).decode(errors="replace")
+
+    def read_pieces(self, path: str) -> Iterator[bytes]:
+        """Yield a file's bytes as they come; nothing more of it is held."""
+        with self._transport.stream(self._calls.read(path)) as answer:
+            yield from answer.iter_bytes(PIECE)
+
+    def write(self, path: str, data: bytes | str | Iterable[bytes]) -> WorkspaceEntry:
+        """Write a file; the old one stays until that is done, and folders are made above it."""
+        content = _pieces(data) if isinstance(data, bytes | str) else data
+        return self._transport.send(self._calls.upload(path, content))
+
+    def list(self, path: str = "/") -> Sequence[WorkspaceEntry]:
+        """Return what is in a folder: folders first, by name."""
+        return self._transport.send(self._calls.list(path))
+
+    def make_folder(self, path: str) -> WorkspaceEntry:
+        """Make a folder, and those above it."""
+        return self._transport.send(self._calls.make_folder(path))
+
+    def move(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
+        """Give a file or folder another path; into a folder, if `target` is one."""
+        return self._transport.send(self._calls.change("move", source, target, overwrite=overwrite))
+
+    def copy(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
+        """Copy a file, or a folder with all that is in it; into a folder, if `target` is one."""
+        return self._transport.send(self._calls.change("copy", source, target, overwrite=overwrite))
+
+    def remove(self, *paths: str) -> None:
+        """Remove files, and folders with all that is in them.
+
+        Raises:
+            ApiError: one could not be removed; the others were.
+        """
+        for start in range(0, len(paths), _AT_ONCE):
+            self._transport.send(self._calls.remove(paths[start : start + _AT_ONCE]))
+
+    def upload(self, local: str | Path, path: str, *, on_progress: Progress | None = None) -> None:
+        """Copy a file or folder of this computer to a path in the workspace.
+
+        Raises:
+            ApiError: the workspace would not take it.
+            TransferError: links to folders and the like were left out; all else was copied.
+            OSError: it cannot be read here.
+        """
+        source, left = Path(local), []
+        if not source.is_dir():
+            self._send(source, path, on_progress)
+            return
+        if path.strip("/"):
+            self._make(path)
+        for folder, folders, files in os.walk(source):
+            inside = Path(folder).relative_to(source)
+            for name in folders:
+                if (Path(folder) / name).is_symlink():
+                    left.append(str(inside / name))
+                else:
+                    self._make(f"{path.rstrip('/')}/{(inside / name).as_posix()}")
+            for name in files:
+                if (Path(folder) / name).is_file():
+                    where = f"{path.rstrip('/')}/{(inside / name).as_posix()}"
+                    self._send(Path(folder) / name, where, on_progress)
+                else:
+                    left.append(str(inside / name))
+        if left:
+            raise TransferError(
+                f"{len(left)} were left out, which are neither files nor folders: "
+                + ", ".join(left[:5])
+            )
+
+    def download(
+        self, path: str, local: str | Path, *, on_progress: Progress | None = None
+    ) -> None:
+        """Copy a file or folder of the workspace to a path of this computer.
+
+        What is there stays until a file has come whole.
+
+        Raises:
+            ApiError: there is no such thing.
+            TransferError: a name in the workspace cannot be one here.
+            OSError: it cannot be written here.
+        """
+        target = Path(local)
+        if path not in _OF_ONE:
+            entries = self.list(path)
+            if len(entries) == 1 and entries[0].path.strip("/") == _path(path).strip("/"):
+                self._take(path, target, on_progress)
+                return
+        self._take_folder(path, target, on_progress)
+
+    def _take_folder(self, path: str, target: Path, on_progress: Progress | None) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        left = [(path, target)]
+        while left:
+            there, here = left.pop()
+            for one in self.list(there):
+                if "/" in one.name or one.name in ("", ".", ".."):
+                    raise TransferError(f"cannot write {one.path} here: its name is no name")
+                place = here / one.name
+                if one.is_folder:
+                    # What is a link here would lead what is written elsewhere.
+                    if place.is_symlink():
+                        raise TransferError(f"cannot write to {place}: it is a link")
+                    place.mkdir(exist_ok=True)
+                    left.append((one.path, place))
+                else:
+                    self._take(one.path, place, on_progress)
+
+    def _take(self, path: str, target: Path, on_progress: Progress | None) -> None:
+        pieces = archives.begun(self.read_pieces(path))
+        with archives.written(target) as file:
+            for piece in archives.told(pieces, on_progress):
+                file.write(piece)
+
+    def _make(self, path: str) -> None:
+        try:
+            self.make_folder(path)
+        except ApiError as error:
+            if error.status != 409:  # it is there
+                raise
+
+    def _send(self, source: Path, path: str, on_progress: Progress | None) -> None:
+        with source.open("rb") as file:
+            self.write(path, archives.told(archives.pieces_of(file), on_progress))
+
+
+class AsyncWorkspaceFiles:
+    """See `WorkspaceFiles`."""
+
+    def __init__(self, transport: AsyncTransport, reference: str) -> None:
+        self._transport = transport
+        self._reference = reference
+        self._calls = _Calls(reference)
+
+    async def read(self, path: str) -> bytes:
+        """See `WorkspaceFiles.read`."""
+        return b"".join([piece async for piece in self.read_pieces(path)])
+
+    async def read_text(self, path: str) -> str:
+        """See `WorkspaceFiles.read_text`."""
+        return (await self.read(path)).decode(errors="replace")
+
+    async def read_pieces(self, path: str) -> AsyncIterator[bytes]:
+        """See `WorkspaceFiles.read_pieces`."""
+        async with self._transport.stream(self._calls.read(path)) as answer:
+            async for piece in answer.aiter_bytes(PIECE):
+                yield piece
+
+    async def write(self, path: str, data: bytes | str) -> WorkspaceEntry:
+        """See `WorkspaceFiles.write`."""
+        return await self._in_thread(lambda files, _: files.write(path, data), None)
+
+    async def list(self, path: str = "/") -> Sequence[WorkspaceEntry]:
+        """See `WorkspaceFiles.list`."""
+        return await self._transport.send(self._calls.list(path))
+
+    async def make_folder(self, path: str) -> WorkspaceEntry:
+        """See `WorkspaceFiles.make_folder`."""
+        return await self._transport.send(self._calls.make_folder(path))
+
+    async def move(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
+        """See `WorkspaceFiles.move`."""
+        return await self._transport.send(
+            self._calls.change("move", source, target, overwrite=overwrite)
+        )
+
+    async def copy(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
+        """See `WorkspaceFiles.copy`."""
+        return await self._transport.send(
+            self._calls.change("copy", source, target, overwrite=overwrite)
+        )
+
+    async def remove(self, *paths: str) -> None:
+        """See `WorkspaceFiles.remove`."""
+        for start in range(0, len(paths), _AT_ONCE):
+            await self._transport.send(self._calls.remove(paths[start : start + _AT_ONCE]))
+
+    async def upload(
+        self, local: str | Path, path: str, *, on_progress: Progress | None = None
+    ) -> None:
+        """See `WorkspaceFiles.upload`. It is done in a thread, which tells `on_progress`."""
+        await self._in_thread(
+            lambda files, told: files.upload(local, path, on_progress=told), on_progress
+        )
+
+    async def download(
+        self, path: str, local: str | Path, *, on_progress: Progress | None = None
+    ) -> None:
+        """See `WorkspaceFiles.download`. It is done in a thread, which tells `on_progress`."""
+        await self._in_thread(
+            lambda files, told: files.download(path, local, on_progress=told), on_progress
+        )
+
+    async def _in_thread(
+        self, work: Callable[[WorkspaceFiles, Progress], T], on_progress: Progress | None
+    ) -> T:
+        """Do what blocks beside the loop, over a connection of its own; if cancelled, it ends with
+        the piece that is on its way."""
+        is_over = threading.Event()
+
+        def told(count: int) -> None:
+            if is_over.is_set():
+                raise TransferError("the copy was cancelled")
+            if on_progress is not None:
+                on_progress(count)
+
+        def do() -> T:
+            with Transport(self._transport.config, retries=self._transport.retries) as own:
+                return work(WorkspaceFiles(own, self._reference), told)
+
+        try:
+            return await asyncio.to_thread(do)
+        finally:
+            is_over.set()
