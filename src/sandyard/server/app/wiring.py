@@ -156,7 +156,8 @@ async def open_volumes(settings: Settings) -> AsyncIterator[Volumes]:
     own, folder = settings.workspaces, settings.workspaces_dir
     can_mount = os.geteuid() == 0 and settings.node.driver != "fake"
     wants_images = own.volumes == "images" or (own.volumes == "auto" and can_mount)
-    volumes = ImageVolumes(folder) if wants_images else FolderVolumes(folder)
+    kind = ImageVolumes if wants_images else FolderVolumes
+    volumes = kind(folder, floor_bytes=settings.node.disk_floor_mib * 2**20)
     try:
         yield volumes
     finally:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 from sandyard.server.core.contracts.volumes import VolumeUse
@@ -33,8 +33,9 @@ class ImageVolumes:
     See docs/decisions.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, floor_bytes: int = 0) -> None:
         self._folder = folder
+        self._floor_bytes = floor_bytes
         self._locks: dict[str, asyncio.Lock] = {}
         self._users: Counter[str] = Counter()
         self._used_at: dict[str, float] = {}
@@ -54,11 +55,15 @@ class ImageVolumes:
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
         """See core.contracts.volumes.Volumes.use_of."""
         if not self._image(workspace_id).exists():
-            return VolumeUse(0, quota_bytes)
+            return VolumeUse(
+                0, quota_bytes, await in_thread(_left, self._folder, self._floor_bytes)
+            )
         async with self._locked(workspace_id):
             await in_thread(self._mount, workspace_id, quota_bytes)
             found = await in_thread(os.statvfs, self._place(workspace_id))
-        return VolumeUse((found.f_blocks - found.f_bfree) * found.f_frsize, quota_bytes)
+            left = await in_thread(_left, self._folder, self._floor_bytes)
+        used = (found.f_blocks - found.f_bfree) * found.f_frsize - self._base(workspace_id)
+        return VolumeUse(max(0, used), quota_bytes, left)
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
@@ -66,7 +71,8 @@ class ImageVolumes:
             if self._users[workspace_id]:
                 raise UnavailableError("cannot remove the workspace now: its files are being read")
             await in_thread(self._unmount, workspace_id)
-            await in_thread(self._image(workspace_id).unlink, missing_ok=True)
+            for one in (self._image(workspace_id), self._base_file(workspace_id)):
+                await in_thread(one.unlink, missing_ok=True)
         self._used_at.pop(workspace_id, None)
 
     async def rest(self, *, idle_s: float = _IDLE_S) -> None:
@@ -99,10 +105,20 @@ class ImageVolumes:
     def _mount(self, workspace_id: str, quota_bytes: int) -> None:
         place, image = self._place(workspace_id), self._image(workspace_id)
         if place.is_mount():
-            return
+            if not _is_stuck(place):
+                return
+            # The host's disk was full: the file system has let go of what it could not keep.
+            if self._users[workspace_id]:
+                raise UnavailableError(
+                    "cannot write to the workspace now: the host's disk was full, and its files "
+                    "are being read; try again"
+                )
+            _run("umount", str(place))
+            _run("e2fsck", "-p", str(image), fine=(0, 1))
         self._folder.mkdir(mode=0o700, exist_ok=True)
         place.mkdir(mode=0o700, exist_ok=True)
-        if not image.exists():
+        is_new = not image.exists()
+        if is_new:
             self._make(image, quota_bytes)
         _run(
             "mount", "-t", "ext4", "-o", "loop,nosuid,nodev,noatime,errors=remount-ro",
@@ -111,16 +127,29 @@ class ImageVolumes:
         with contextlib.suppress(OSError):  # there only the first time; it is made when needed
             (place / "lost+found").rmdir()
         _hand_over(place)
+        if is_new:
+            found = os.statvfs(place)
+            taken = (found.f_blocks - found.f_bfree) * found.f_frsize
+            self._base_file(workspace_id).write_text(str(taken))
+
+    def _base(self, workspace_id: str) -> int:
+        """Return what a file system takes with nothing in it, which is nobody's."""
+        try:
+            return int(self._base_file(workspace_id).read_text())
+        except (FileNotFoundError, ValueError):  # the server ended before it was written
+            return 0
+
+    def _base_file(self, workspace_id: str) -> Path:
+        return self._folder / f"{workspace_id}.base"
 
     def _make(self, image: Path, quota_bytes: int) -> None:
         passing = image.with_suffix(".part")
         try:
             with passing.open("wb") as file:
-                # Room for what the file system needs itself, so that the user has all of theirs.
-                file.truncate(quota_bytes + quota_bytes // 50 + 2 * _JOURNAL_MIB * 2**20)
+                file.truncate(quota_bytes + _own_bytes(quota_bytes))
             _run(
                 "mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-J", f"size={_JOURNAL_MIB}",
-                "-O", "^resize_inode", "-E",
+                "-b", "4096", "-i", "16384", "-O", "^resize_inode", "-E",
                 f"lazy_itable_init=1,nodiscard,root_owner={_OWNER}:{_OWNER}", str(passing),
             )  # fmt: skip
             passing.rename(image)
@@ -135,12 +164,29 @@ class ImageVolumes:
             place.rmdir()
 
 
+def _own_bytes(quota_bytes: int) -> int:
+    """Return what a file system needs itself, so that its user has all of theirs: the journal, the
+    inodes (256 bytes for every 16 KiB), and what ext4 keeps back to be able to go on."""
+    kept_back = min(quota_bytes // 50, 16 * 2**20)
+    return (_JOURNAL_MIB + 2) * 2**20 + quota_bytes // 50 + kept_back
+
+
+def _is_stuck(place: Path) -> bool:
+    """Tell whether a file system has become read-only, having failed to write."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        words = line.split()
+        if words[4] == str(place):
+            return not {"ro", "emergency_ro"}.isdisjoint(words[-1].split(","))
+    return False
+
+
 class FolderVolumes:
     """Each volume is a plain folder: on a mount that several servers share, or where nothing can
     be mounted. What a volume may hold is looked after when something is to be written here."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, floor_bytes: int = 0) -> None:
         self._folder = folder
+        self._floor_bytes = floor_bytes
 
     @contextlib.asynccontextmanager
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
@@ -152,7 +198,8 @@ class FolderVolumes:
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
         """See core.contracts.volumes.Volumes.use_of."""
-        return VolumeUse(await in_thread(_taken, self._folder / workspace_id), quota_bytes)
+        used = await in_thread(_taken, self._folder / workspace_id)
+        return VolumeUse(used, quota_bytes, await in_thread(_left, self._folder, self._floor_bytes))
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
@@ -184,6 +231,14 @@ def _hand_over(place: Path) -> None:
     place.chmod(_MODE)
 
 
+def _left(folder: Path, floor_bytes: int) -> int:
+    """Return how much the disk that a folder lies on takes, or is to lie on."""
+    while not folder.exists():
+        folder = folder.parent
+    found = os.statvfs(folder)
+    return max(0, found.f_bavail * found.f_frsize - floor_bytes)
+
+
 def _taken(place: Path) -> int:
     """Return the bytes of disk that a folder takes; a file with two names counts once."""
     total, seen, left = 0, set[int](), [place]
@@ -199,13 +254,13 @@ def _taken(place: Path) -> int:
     return total
 
 
-def _run(*command: str) -> None:
+def _run(*command: str, fine: Collection[int] = (0,)) -> None:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"cannot run {command[0]}: {error}") from error
-    if done.returncode != 0:
+    if done.returncode not in fine:
         log.error("%s failed: %s", command[0], done.stderr.strip())
         raise UnavailableError(f"cannot {command[0]} a workspace's volume: {done.stderr.strip()}")

@@ -8,10 +8,12 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class VolumeUse:
-    """How much is in a volume, and how much it may hold, in bytes."""
+    """How much is in a volume, how much it may hold, and how much the disk below it still takes,
+    in bytes."""
 
     used_bytes: int
     quota_bytes: int
+    host_bytes: int
 
 
 class Volumes(Protocol):
@@ -31,6 +33,8 @@ class Volumes(Protocol):
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
         """Return how much is in a volume; nothing, if it was not made yet.
+
+        What is left of the host's disk does not count what is kept free there for its machines.
 
         Raises:
             UnavailableError: it cannot be told now.

@@ -12,6 +12,7 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
     PayloadTooLargeError,
     SandyardError,
+    UnavailableError,
 )
 from sandyard.server.core.records import Workspace
 from sandyard.server.service.actor import Actor
@@ -24,6 +25,7 @@ from sandyard.server.tasks import in_thread, to_the_end
 BATCH_MAX = 250
 _PATH_MAX, _NAME_MAX = 4095, 255
 _AT_WORK = 16
+_LOOK = 16 * 1024 * 1024  # bytes, after which it is looked whether the disk takes more
 _T = TypeVar("_T")
 
 
@@ -184,7 +186,7 @@ class WorkspaceFiles:
         async with self._root(actor, reference, changes=True) as (workspace, root):
             await self._check_room(actor, workspace, 1)
             left = await self._left(workspace)
-            size = 0
+            size, looked_at = 0, 0
             async with AsyncExitStack() as held:
                 drafting = tree.drafted(root, folder)
                 draft = await self._do(drafting.__enter__)
@@ -199,14 +201,29 @@ class WorkspaceFiles:
                         )
                     if size > left:
                         raise _full(workspace)
+                    if size - looked_at >= _LOOK:
+                        looked_at = size
+                        await self._check_host(workspace, 1)
                     await self._do(tree.write, draft, folder, piece)
                 path = (*folder, name_of(name(), field="name"))
                 await self._do(tree.keep, draft, path, replaces=replaces)
             return await self._do(tree.look, root, path)
 
     async def _left(self, workspace: Workspace) -> int:
+        """Return how many bytes can be written now.
+
+        Raises:
+            UnavailableError: none, for the host's disk is full.
+        """
         use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
+        if not use.host_bytes:
+            raise _host_is_full()
         return max(0, use.quota_bytes - use.used_bytes)
+
+    async def _check_host(self, workspace: Workspace, size: int) -> None:
+        use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
+        if use.host_bytes < size:
+            raise _host_is_full()
 
     async def _check_room(self, actor: Actor, workspace: Workspace, size: int) -> None:
         """Return if the organization may keep more.
@@ -251,8 +268,10 @@ class WorkspaceFiles:
         async with self._root(actor, reference, changes=True) as (workspace, root):
             await self._check_room(actor, workspace, 0)
             room = await self._left(workspace)
-            if (await self._do(tree.measured, root, source)).size > room:
+            size = (await self._do(tree.measured, root, source)).size
+            if size > room:
                 raise _full(workspace)
+            await self._check_host(workspace, size)
             return await self._do(_copied, root, source, target, replaces)
 
     async def remove(self, actor: Actor, reference: str, paths: Sequence[Parts]) -> list[Outcome]:
@@ -326,6 +345,12 @@ def _moved(root: Root, source: Parts, target: Parts, replaces: bool) -> Entry:
 
 def _copied(root: Root, source: Parts, target: Parts, replaces: bool) -> Entry:
     return tree.copy(root, source, _target(root, source, target), replaces=replaces)
+
+
+def _host_is_full() -> UnavailableError:
+    return UnavailableError(
+        "cannot write now: the host's disk is full; whoever runs it has to make room"
+    )
 
 
 def _full(workspace: Workspace) -> PayloadTooLargeError:

@@ -1,0 +1,160 @@
+"""What is promised of the volumes that workspaces lie in, by each that there is."""
+
+import errno
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.links.volumes import FolderVolumes, ImageVolumes
+
+QUOTA = 32 * 2**20
+Kind = FolderVolumes | ImageVolumes
+KINDS: dict[str, type[Kind]] = {"folders": FolderVolumes, "images": ImageVolumes}
+
+
+def mounted(place: Path) -> bool:
+    return str(place) in Path("/proc/self/mounts").read_text()
+
+
+@pytest.fixture(params=["folders", pytest.param("images", marks=pytest.mark.root)])
+async def volumes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Kind]:
+    made = KINDS[request.param](tmp_path / "volumes")
+    yield made
+    await made.close()
+    assert not mounted(tmp_path)
+
+
+@pytest.fixture
+async def images(tmp_path: Path) -> AsyncIterator[ImageVolumes]:
+    made = ImageVolumes(tmp_path / "volumes")
+    yield made
+    await made.close()
+    assert not mounted(tmp_path)
+
+
+async def test_what_is_in_a_volume_stays_until_it_is_removed(volumes: Kind, tmp_path: Path) -> None:
+    one, other = new_uuid(), new_uuid()
+    assert (await volumes.use_of(one, QUOTA)).used_bytes == 0
+    async with volumes.open(one, QUOTA) as place, volumes.open(one, QUOTA) as same:
+        assert place == same
+        assert os.listdir(place) == []
+        assert place.stat().st_mode & 0o7777 == 0o2775
+        (place / "kept").write_bytes(b"x" * 100_000)
+    async with volumes.open(other, QUOTA) as place:
+        assert os.listdir(place) == []
+    use = await volumes.use_of(one, QUOTA)
+    assert 100_000 <= use.used_bytes < 120_000
+    assert use.quota_bytes == QUOTA
+    assert use.host_bytes > 0
+    await volumes.rest()
+    # Another process, after this one has ended in whatever way.
+    again = type(volumes)(tmp_path / "volumes")
+    async with again.open(one, QUOTA) as place:
+        assert (place / "kept").read_bytes() == b"x" * 100_000
+    await again.remove(one)
+    await again.remove(one)
+    async with again.open(one, QUOTA) as place:
+        assert os.listdir(place) == []
+    await again.close()
+
+
+@pytest.mark.root
+async def test_the_kernel_keeps_a_file_system_to_its_size(images: ImageVolumes) -> None:
+    one = new_uuid()
+    async with images.open(one, QUOTA) as place:
+        with (
+            pytest.raises(OSError, match="No space left") as caught,
+            (place / "f").open("wb", buffering=0) as file,
+        ):
+            while True:
+                file.write(bytes(2**20))
+        assert caught.value.errno == errno.ENOSPC
+        assert QUOTA <= (place / "f").stat().st_size < QUOTA * 1.1
+        # Devices and setuid mean nothing in it.
+        os.mknod(place / "null", 0o20666, os.makedev(1, 3))
+        with pytest.raises(PermissionError):
+            (place / "null").read_bytes()
+        options = next(
+            line.split()[3]
+            for line in Path("/proc/self/mounts").read_text().splitlines()
+            if line.split()[1] == str(place)
+        ).split(",")
+        assert {"nosuid", "nodev"} <= set(options)
+        with pytest.raises(UnavailableError):
+            await images.remove(one)
+        with (place / "f").open("rb"):
+            await images.close()
+            assert mounted(place)
+    await images.remove(one)
+    assert list(place.parent.iterdir()) == []
+
+
+@pytest.mark.root
+async def test_what_nobody_uses_is_unmounted(images: ImageVolumes) -> None:
+    one = new_uuid()
+    async with images.open(one, QUOTA) as place:
+        await images.rest(idle_s=-1)
+        assert mounted(place)
+    await images.rest()
+    assert mounted(place)
+    await images.rest(idle_s=-1)
+    assert not mounted(place)
+    async with images.open(one, QUOTA):
+        assert mounted(place)
+
+
+@pytest.mark.root
+async def test_a_full_disk_of_the_host_costs_what_was_not_synced_and_no_more(
+    tmp_path: Path,
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", small], check=True)
+    images, one = ImageVolumes(small / "volumes"), new_uuid()
+    try:
+        async with images.open(one, 256 * 2**20) as place:
+            (place / "kept").write_bytes(b"kept")
+            os.sync()
+            # Whoever writes past the host's disk is told, if he asks.
+            with (
+                pytest.raises(OSError, match=r"error|space|system"),
+                (place / "large").open("wb", buffering=0) as file,
+            ):
+                for _ in range(200):
+                    file.write(os.urandom(2**20))
+                    os.fsync(file.fileno())
+            for number in range(2000):
+                try:
+                    (place / f"{number}").write_bytes(b"x" * 4096)
+                except OSError:
+                    break
+            os.sync()
+        (small / "volumes" / "room").touch()
+        subprocess.run(["mount", "-o", "remount,size=200m", small], check=True)
+        async with images.open(one, 256 * 2**20) as place:
+            assert (place / "kept").read_bytes() == b"kept"
+            (place / "new").write_bytes(b"new")
+            os.sync()
+            assert (place / "new").read_bytes() == b"new"
+    finally:
+        await images.close()
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.root
+async def test_what_was_begun_and_broken_off_is_begun_anew(
+    images: ImageVolumes, tmp_path: Path
+) -> None:
+    one = new_uuid()
+    folder = tmp_path / "volumes"
+    folder.mkdir()
+    (folder / f"{one}.part").write_bytes(b"half of one")
+    (folder / one).mkdir()
+    async with images.open(one, QUOTA) as place:
+        assert os.listdir(place) == []
+    assert not list(folder.glob("*.part"))
