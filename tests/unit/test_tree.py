@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -288,5 +289,7 @@ def test_what_was_broken_off_is_swept_up(root: Root, place: Path) -> None:
     left = place / (PASSING.decode() + "1")
     (left / "deeper").mkdir(parents=True)
     assert left.name not in names(root)
-    assert tree.sweep(root) == 1
+    assert tree.sweep(root, before=time.time() - 60) == 0
+    assert left.exists()
+    assert tree.sweep(root, before=time.time() + 60) == 1
     assert not left.exists()

@@ -301,6 +301,7 @@ async def open_control(
             workspace_files=WorkspaceFiles(
                 workspaces=workspaces,
                 volumes=volumes,
+                clock=clock,
                 upload_max=settings.workspaces.upload_mib * 2**20,
             ),
             readiness=Readiness(store, known),

@@ -259,7 +259,9 @@ def check_offered(body: CreateSandbox) -> None:
     """Refuse what would otherwise be left out in silence, and so be believed to be in force."""
     if body.mounts:
         raise NotImplementedYetError(
-            "cannot mount a workspace: this version has none yet; leave mounts out", field="mounts"
+            "cannot mount a workspace in a sandbox: this version does not have it yet; leave "
+            "mounts out, and copy files with `sandyard cp`",
+            field="mounts",
         )
     network = body.network or {}
     if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import (
     InvalidArgumentError,
@@ -25,6 +26,7 @@ from sandyard.server.tasks import in_thread, to_the_end
 BATCH_MAX = 250
 _PATH_MAX, _NAME_MAX = 4095, 255
 _AT_WORK = 16
+_BROKEN_OFF_S = 3600.0
 _LOOK = 16 * 1024 * 1024  # bytes, after which it is looked whether the disk takes more
 _T = TypeVar("_T")
 
@@ -93,12 +95,16 @@ def name_of(text: bytes, *, field: str) -> bytes:
 class WorkspaceFiles:
     """The use cases. Every one names its actor and answers nothing of another organization's."""
 
-    def __init__(self, *, workspaces: Workspaces, volumes: Volumes, upload_max: int) -> None:
+    def __init__(
+        self, *, workspaces: Workspaces, volumes: Volumes, clock: Clock, upload_max: int
+    ) -> None:
         self._workspaces = workspaces
         self._volumes = volumes
+        self._clock = clock
         self.upload_max = upload_max
         # Of the threads there are, most stay for others.
         self._turns = asyncio.Semaphore(_AT_WORK)
+        self._swept: set[str] = set()
 
     @asynccontextmanager
     async def _root(
@@ -108,6 +114,12 @@ class WorkspaceFiles:
         workspace = (await self._workspaces.get(actor, reference)).workspace
         async with self._volumes.open(workspace.id, workspace.quota_bytes) as place:
             with Root(place) as root:
+                if changes and workspace.id not in self._swept:
+                    self._swept.add(workspace.id)
+                    # Another server may be at work on what is newer.
+                    await self._do(
+                        tree.sweep, root, before=self._clock.now().timestamp() - _BROKEN_OFF_S
+                    )
                 yield workspace, root
         await to_the_end(self._workspaces.note_use(workspace, has_changed=changes))
 

@@ -233,13 +233,14 @@ def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
         with (
             root.folder(source[:-1]) as old,
             root.folder(target[:-1], makes=True) as new,
+            root.folder(()) as top,
         ):
             try:
-                _copy(old, source[-1], new, passing, DEPTH_MAX)
-                new.rename(passing, new, target[-1], replaces=replaces)
+                _copy(old, source[-1], top, passing, DEPTH_MAX)
+                top.rename(passing, new, target[-1], replaces=replaces)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
-                    _remove(new, passing)
+                    _remove(top, passing)
                 raise
     return _seen(root, target)
 
@@ -292,14 +293,19 @@ def remove(root: Root, path: Parts) -> None:
                 _remove(top, passing)
 
 
-def sweep(root: Root) -> int:
-    """Remove what a copy or removal that was broken off has left; return how many."""
+def sweep(root: Root, *, before: float) -> int:
+    """Remove what copies and removals have left that were broken off before a moment, in seconds
+    since 1970; return how many."""
+    count = 0
     with root.folder(()) as top:
-        left = [name for name, _ in top.names() if name.startswith(PASSING)]
-        for name in left:
-            with contextlib.suppress(OSError):
-                _remove(top, name)
-    return len(left)
+        for name in [name for name, _ in top.names() if name.startswith(PASSING)]:
+            with contextlib.suppress(OSError, SandyardError):
+                at = top.look(name)
+                # A rename changes the one, what comes into a folder the other.
+                if max(at.st_ctime, at.st_mtime) < before:
+                    _remove(top, name)
+                    count += 1
+    return count
 
 
 def _remove(folder: Folder, name: bytes) -> None:
