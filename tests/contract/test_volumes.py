@@ -95,6 +95,23 @@ async def test_the_kernel_keeps_a_file_system_to_its_size(images: ImageVolumes) 
 
 
 @pytest.mark.root
+async def test_room_that_is_freed_goes_back_to_the_host(
+    images: ImageVolumes, tmp_path: Path
+) -> None:
+    one = new_uuid()
+    image = tmp_path / "volumes" / f"{one}.ext4"
+    async with images.open(one, QUOTA) as place:
+        before = image.stat().st_blocks
+        (place / "f").write_bytes(os.urandom(20 * 2**20))
+        os.sync()
+        assert image.stat().st_blocks - before >= 20 * 2**11
+        (place / "f").unlink()
+        os.sync()
+    await images.close()
+    assert image.stat().st_blocks - before < 2 * 2**11
+
+
+@pytest.mark.root
 async def test_what_nobody_uses_is_unmounted(images: ImageVolumes) -> None:
     one = new_uuid()
     async with images.open(one, QUOTA) as place:

@@ -121,7 +121,7 @@ class ImageVolumes:
         if is_new:
             self._make(image, quota_bytes)
         _run(
-            "mount", "-t", "ext4", "-o", "loop,nosuid,nodev,noatime,errors=remount-ro",
+            "mount", "-t", "ext4", "-o", "loop,nosuid,nodev,noatime,discard,errors=remount-ro",
             str(image), str(place),
         )  # fmt: skip
         with contextlib.suppress(OSError):  # there only the first time; it is made when needed
@@ -152,6 +152,7 @@ class ImageVolumes:
                 "-b", "4096", "-i", "16384", "-O", "^resize_inode", "-E",
                 f"lazy_itable_init=1,nodiscard,root_owner={_OWNER}:{_OWNER}", str(passing),
             )  # fmt: skip
+            passing.chmod(0o600)
             passing.rename(image)
         finally:
             passing.unlink(missing_ok=True)
