@@ -44,6 +44,7 @@ from sandyard.server.core.records import (
     Ticket,
     UsagePeriod,
     User,
+    Workspace,
 )
 from sandyard.server.core.shapes import Shape, ShapeSeconds
 from sandyard.server.core.states import Status
@@ -521,6 +522,40 @@ async def test_a_ticket_is_taken_once_or_found_again_and_again(store: Store) -> 
         await tx.tickets.forget(before=NOW + timedelta(seconds=1))
         assert await tx.tickets.find(ticket.digest) is None
         assert await tx.tickets.find("e" * 64) is not None
+
+
+async def test_workspaces_are_found_changed_and_forgotten(store: Store) -> None:
+    def workspace(org_id: str, slug: str, at: datetime, **changes: object) -> Workspace:
+        plain = Workspace(new_uuid(), org_id, None, slug, slug, False, at, at)
+        return replace(plain, **changes)  # type: ignore[arg-type]
+
+    first = workspace(ORG, "data", NOW)
+    second = workspace(ORG, "more", NOW + timedelta(seconds=1), owner_user_id=USER)
+    # Somebody calls one as another's id reads.
+    third = workspace(ORG, first.id, NOW + timedelta(seconds=2))
+    other = workspace(OTHER, "data", NOW)
+    async with store.write() as tx:
+        for one in (first, second, third, other):
+            assert await tx.workspaces.add(one)
+        assert not await tx.workspaces.add(workspace(ORG, "data", NOW))
+    async with store.read() as tx:
+        assert await tx.workspaces.find(ORG, first.id) == first
+        assert await tx.workspaces.find(ORG, "data") == first
+        assert await tx.workspaces.find(OTHER, "data") == other
+        assert await tx.workspaces.find(OTHER, first.id) is None
+        assert [one.id for one in await tx.workspaces.of(ORG)] == [third.id, second.id, first.id]
+    gone = replace(first, slug=first.id + "-gone", removed_at=NOW)
+    large = replace(second, size_bytes=2**40, quota_bytes=2**41, last_accessed_at=NOW)
+    async with store.write() as tx:
+        await tx.workspaces.replace(gone)
+        await tx.workspaces.replace(large)
+        assert await tx.workspaces.find(ORG, first.id) == third
+        assert await tx.workspaces.find(ORG, "more") == large
+        assert first.id not in [one.id for one in await tx.workspaces.of(ORG)]
+        assert gone in await tx.workspaces.every()
+        await tx.workspaces.erase(gone.id)
+        assert gone not in await tx.workspaces.every()
+        assert await tx.workspaces.add(workspace(ORG, "data", NOW))
 
 
 async def test_members_and_organizations_know_each_other(store: Store) -> None:
