@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import free_port
 from tests.support.server import RealServer, longer, some, wait_until
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.whole_memory]
 
 PASSWORD = "correct horse"
 
@@ -163,7 +163,6 @@ def test_a_terminal_has_a_size_and_is_hung_up_on(ssh: Client) -> None:
 
 
 @pytest.mark.core
-@pytest.mark.whole_memory
 def test_files_are_copied_whole(ssh: Client) -> None:
     box = ssh.box()
     there = f"{box}@127.0.0.1:/tmp"
@@ -195,7 +194,6 @@ class _Hello(BaseHTTPRequestHandler):
 
 
 @pytest.mark.core
-@pytest.mark.whole_memory
 def test_connections_are_forwarded_both_ways(ssh: Client) -> None:
     box = ssh.box()
     here = f"{box}@127.0.0.1"

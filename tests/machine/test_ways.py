@@ -19,7 +19,7 @@ from tests.support.server import RealServer, longer, some, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.whole_memory]
 
 SINK = """
     import hashlib, http.server, socket, sys
@@ -123,7 +123,6 @@ def until_served(server: RealServer, host: str) -> None:
 
 
 @pytest.mark.core
-@pytest.mark.whole_memory
 def test_what_listens_anywhere_in_a_sandbox_is_shown(server: RealServer) -> None:
     box = str(server.create(name="shown")["id"])
     assert ask(server, host_of(server, box, 3001)).status_code == 502
@@ -149,7 +148,6 @@ def test_what_listens_anywhere_in_a_sandbox_is_shown(server: RealServer) -> None
 
 
 @pytest.mark.core
-@pytest.mark.whole_memory
 def test_large_bodies_go_through_and_stay_nowhere(server: RealServer) -> None:
     box = str(server.create()["id"])
     serve(server, box, SINK, "127.0.0.1", 3000)
@@ -194,7 +192,6 @@ def websocket(server: RealServer, host: str) -> Iterator[ClientConnection]:
 
 
 @pytest.mark.core
-@pytest.mark.whole_memory
 def test_websockets_go_through_and_end_with_what_they_hang_on(server: RealServer) -> None:
     box = str(server.create(idleTimeout=0)["id"])
     serve(server, box, ECHO)
