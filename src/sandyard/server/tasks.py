@@ -8,6 +8,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
@@ -25,6 +26,14 @@ async def in_thread(work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwar
     """Do blocking work in a thread and return its result; if cancelled, once the work has ended."""
     call = functools.partial(work, *args, **kwargs)
     return await outcome_of(asyncio.get_running_loop().run_in_executor(None, call))
+
+
+async def in_thread_of(
+    threads: Executor, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+) -> _T:
+    """Do blocking work in one of `threads`; see `in_thread`, whose threads are everybody's."""
+    call = functools.partial(work, *args, **kwargs)
+    return await outcome_of(asyncio.get_running_loop().run_in_executor(threads, call))
 
 
 async def to_the_end(work: Coroutine[object, object, _T]) -> _T:

@@ -1,7 +1,8 @@
 """Opens a control plane: the services on a store and nodes, and the HTTP application on them."""
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -59,7 +60,7 @@ from sandyard.server.service.sandboxes.terminals import Terminals
 from sandyard.server.service.sandboxes.tickets import Tickets
 from sandyard.server.service.signers import Signers
 from sandyard.server.service.templates import Templates
-from sandyard.server.service.workspaces.files import WorkspaceFiles
+from sandyard.server.service.workspaces.files import THREADS, WorkspaceFiles
 from sandyard.server.service.workspaces.workspaces import Workspaces
 
 
@@ -147,7 +148,9 @@ async def open_control(
         await tx.leases.void(server_id)
     async with store.read() as tx:
         away_since = await tx.facts.moment(BEAT)
-    async with _payments(settings) as payments:
+    async with AsyncExitStack() as held:
+        payments = await held.enter_async_context(_payments(settings))
+        threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="workspaces"))
         key = secret_key(settings.home)
         plans, prices = plans_of(settings), prices_of(settings)
         sign_up, waits = sign_up_of(settings), Waits()
@@ -302,6 +305,7 @@ async def open_control(
                 workspaces=workspaces,
                 volumes=volumes,
                 clock=clock,
+                threads=threads,
                 upload_max=settings.workspaces.upload_mib * 2**20,
             ),
             readiness=Readiness(store, known),

@@ -43,7 +43,7 @@ class ImageVolumes:
     @contextlib.asynccontextmanager
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
         """See core.contracts.volumes.Volumes.open."""
-        async with self._locked(workspace_id):
+        async with self._locked(workspace_id), _told():
             await in_thread(self._mount, workspace_id, quota_bytes)
             self._users[workspace_id] += 1
         try:
@@ -58,7 +58,7 @@ class ImageVolumes:
             return VolumeUse(
                 0, quota_bytes, await in_thread(_left, self._folder, self._floor_bytes)
             )
-        async with self._locked(workspace_id):
+        async with self._locked(workspace_id), _told():
             await in_thread(self._mount, workspace_id, quota_bytes)
             found = await in_thread(os.statvfs, self._place(workspace_id))
             left = await in_thread(_left, self._folder, self._floor_bytes)
@@ -67,7 +67,7 @@ class ImageVolumes:
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
-        async with self._locked(workspace_id):
+        async with self._locked(workspace_id), _told():
             if self._users[workspace_id]:
                 raise UnavailableError("cannot remove the workspace now: its files are being read")
             await in_thread(self._unmount, workspace_id)
@@ -84,7 +84,7 @@ class ImageVolumes:
                 continue
             async with self._locked(workspace_id):
                 # Somebody else on the host may be looking at it.
-                with contextlib.suppress(UnavailableError):
+                with contextlib.suppress(UnavailableError, OSError):
                     if not self._users[workspace_id]:
                         await in_thread(self._unmount, workspace_id)
 
@@ -194,7 +194,8 @@ class FolderVolumes:
         """See core.contracts.volumes.Volumes.open."""
         del quota_bytes
         place = self._folder / workspace_id
-        await in_thread(_made, place)
+        async with _told():
+            await in_thread(_made, place)
         yield place
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
@@ -217,6 +218,14 @@ class FolderVolumes:
 
     async def close(self) -> None:
         """Nothing is held open."""
+
+
+@contextlib.asynccontextmanager
+async def _told() -> AsyncIterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UnavailableError(f"cannot reach a workspace's volume: {error}") from error
 
 
 def _made(place: Path) -> None:

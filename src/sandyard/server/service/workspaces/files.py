@@ -2,9 +2,12 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
@@ -18,14 +21,15 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.records import Workspace
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces import tree
-from sandyard.server.service.workspaces.beneath import Parts, Root
+from sandyard.server.service.workspaces.beneath import Draft, Parts, Root
 from sandyard.server.service.workspaces.tree import PIECE, Entry, Measure, shown
 from sandyard.server.service.workspaces.workspaces import Storage, Workspaces
-from sandyard.server.tasks import in_thread, to_the_end
+from sandyard.server.tasks import in_thread, in_thread_of, to_the_end
 
 BATCH_MAX = 250
 _PATH_MAX, _NAME_MAX = 4095, 255
-_AT_WORK = 16
+THREADS, _AT_WORK = 12, 4
+"""How many work at files at one time; and for one organization, which cannot shut out others."""
 _BROKEN_OFF_S = 3600.0
 _LOOK = 16 * 1024 * 1024  # bytes, after which it is looked whether the disk takes more
 _T = TypeVar("_T")
@@ -96,14 +100,21 @@ class WorkspaceFiles:
     """The use cases. Every one names its actor and answers nothing of another organization's."""
 
     def __init__(
-        self, *, workspaces: Workspaces, volumes: Volumes, clock: Clock, upload_max: int
+        self,
+        *,
+        workspaces: Workspaces,
+        volumes: Volumes,
+        clock: Clock,
+        threads: Executor,
+        upload_max: int,
     ) -> None:
         self._workspaces = workspaces
         self._volumes = volumes
         self._clock = clock
         self.upload_max = upload_max
-        # Of the threads there are, most stay for others.
-        self._turns = asyncio.Semaphore(_AT_WORK)
+        # Of their own: what takes long here must not keep machines waiting.
+        self._threads = threads
+        self._turns = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(_AT_WORK))
         self._swept: set[str] = set()
 
     @asynccontextmanager
@@ -113,19 +124,24 @@ class WorkspaceFiles:
         actor.require("files:write" if changes else "files:read")
         workspace = (await self._workspaces.get(actor, reference)).workspace
         async with self._volumes.open(workspace.id, workspace.quota_bytes) as place:
-            with Root(place) as root:
+            with _opened(place) as root:
                 if changes and workspace.id not in self._swept:
                     self._swept.add(workspace.id)
                     # Another server may be at work on what is newer.
                     await self._do(
-                        tree.sweep, root, before=self._clock.now().timestamp() - _BROKEN_OFF_S
+                        actor.org_id,
+                        tree.sweep,
+                        root,
+                        before=self._clock.now().timestamp() - _BROKEN_OFF_S,
                     )
                 yield workspace, root
         await to_the_end(self._workspaces.note_use(workspace, has_changed=changes))
 
-    async def _do(self, work: Callable[..., _T], *arguments: object, **options: object) -> _T:
-        async with self._turns:
-            return await in_thread(work, *arguments, **options)
+    async def _do(
+        self, org_id: str, work: Callable[..., _T], *arguments: object, **options: object
+    ) -> _T:
+        async with self._turns[org_id]:
+            return await in_thread_of(self._threads, work, *arguments, **options)
 
     async def entries(
         self, actor: Actor, reference: str, path: Parts, *, hidden: bool
@@ -137,10 +153,10 @@ class WorkspaceFiles:
             PayloadTooLargeError: it is too much.
         """
         async with self._root(actor, reference, changes=False) as (_, root):
-            entry = await self._do(tree.look, root, path)
+            entry = await self._do(actor.org_id, tree.look, root, path)
             if not entry.is_folder:
                 return [entry]
-            return await self._do(tree.listed, root, path, hidden=hidden)
+            return await self._do(actor.org_id, tree.listed, root, path, hidden=hidden)
 
     async def drive(self, actor: Actor, reference: str) -> tuple[int, int]:
         """Return how many bytes are in a workspace, and how many may be."""
@@ -151,7 +167,7 @@ class WorkspaceFiles:
     async def measure(self, actor: Actor, reference: str, path: Parts) -> Measure:
         """Return how much is below a path."""
         async with self._root(actor, reference, changes=False) as (_, root):
-            return await self._do(tree.measured, root, path)
+            return await self._do(actor.org_id, tree.measured, root, path)
 
     @asynccontextmanager
     async def read(self, actor: Actor, reference: str, path: Parts) -> AsyncIterator[Reading]:
@@ -163,8 +179,8 @@ class WorkspaceFiles:
         """
         async with AsyncExitStack() as held:
             _, root = await held.enter_async_context(self._root(actor, reference, changes=False))
-            fd, entry = await self._do(tree.opened, root, path)
-            held.callback(os.close, fd)
+            inner = held.enter_context(ExitStack())
+            fd, entry = await self._do(actor.org_id, _open_in, inner, root, path)
             yield Reading(entry, fd)
 
     async def make_folder(self, actor: Actor, reference: str, path: Parts) -> Entry:
@@ -175,7 +191,7 @@ class WorkspaceFiles:
         """
         async with self._root(actor, reference, changes=True) as (workspace, root):
             await self._check_room(actor, workspace, 0)
-            return await self._do(tree.make_folder, root, path)
+            return await self._do(actor.org_id, tree.make_folder, root, path)
 
     async def write(
         self,
@@ -200,9 +216,8 @@ class WorkspaceFiles:
             left = await self._left(workspace)
             size, looked_at = 0, 0
             async with AsyncExitStack() as held:
-                drafting = tree.drafted(root, folder)
-                draft = await self._do(drafting.__enter__)
-                held.push(drafting.__exit__)
+                inner = held.enter_context(ExitStack())
+                draft = await self._do(actor.org_id, _draft_in, inner, root, folder)
                 async for piece in source:
                     size += len(piece)
                     if most is not None and size > most:
@@ -216,10 +231,10 @@ class WorkspaceFiles:
                     if size - looked_at >= _LOOK:
                         looked_at = size
                         await self._check_host(workspace, 1)
-                    await self._do(tree.write, draft, folder, piece)
+                    await self._do(actor.org_id, tree.write, draft, folder, piece)
                 path = (*folder, name_of(name(), field="name"))
-                await self._do(tree.keep, draft, path, replaces=replaces)
-            return await self._do(tree.look, root, path)
+                await self._do(actor.org_id, tree.keep, draft, path, replaces=replaces)
+            return await self._do(actor.org_id, tree.look, root, path)
 
     async def _left(self, workspace: Workspace) -> int:
         """Return how many bytes can be written now.
@@ -264,14 +279,16 @@ class WorkspaceFiles:
             AlreadyExistsError: something has the target's name and is not to be replaced.
         """
         async with self._root(actor, reference, changes=True) as (_, root):
-            return await self._do(_moved, root, source, target, replaces)
+            return await self._do(actor.org_id, _moved, root, source, target, replaces)
 
     async def rename(
         self, actor: Actor, reference: str, path: Parts, name: bytes, *, replaces: bool
     ) -> Entry:
         """Give a file or folder another name, where it is."""
         async with self._root(actor, reference, changes=True) as (_, root):
-            return await self._do(tree.move, root, path, (*path[:-1], name), replaces=replaces)
+            return await self._do(
+                actor.org_id, tree.move, root, path, (*path[:-1], name), replaces=replaces
+            )
 
     async def copy(
         self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
@@ -280,11 +297,11 @@ class WorkspaceFiles:
         async with self._root(actor, reference, changes=True) as (workspace, root):
             await self._check_room(actor, workspace, 0)
             room = await self._left(workspace)
-            size = (await self._do(tree.measured, root, source)).size
+            size = (await self._do(actor.org_id, tree.measured, root, source)).size
             if size > room:
                 raise _full(workspace)
             await self._check_host(workspace, size)
-            return await self._do(_copied, root, source, target, replaces)
+            return await self._do(actor.org_id, _copied, root, source, target, replaces)
 
     async def remove(self, actor: Actor, reference: str, paths: Sequence[Parts]) -> list[Outcome]:
         """Remove files, and folders with all that is in them; say of each what became of it."""
@@ -310,7 +327,7 @@ class WorkspaceFiles:
             NotFoundError: the folder is not there.
         """
         async with self._root(actor, reference, changes=False) as (_, root):
-            if not (await self._do(tree.look, root, target)).is_folder:
+            if not (await self._do(actor.org_id, tree.look, root, target)).is_folder:
                 raise InvalidArgumentError(
                     f"cannot put several into {shown(target)}: it is a file", field="target"
                 )
@@ -335,10 +352,32 @@ class WorkspaceFiles:
         async with self._root(actor, reference, changes=True) as (_, root):
             for path in paths:
                 try:
-                    done.append(Outcome(path, await self._do(work, root, path)))
+                    done.append(Outcome(path, await self._do(actor.org_id, work, root, path)))
                 except SandyardError as error:
                     done.append(Outcome(path, error=error))
         return done
+
+
+def _open_in(held: ExitStack, root: Root, path: Parts) -> tuple[int, Entry]:
+    """Open a file that is closed with `held`, also if nobody waits for it any more."""
+    fd, entry = tree.opened(root, path)
+    held.callback(os.close, fd)
+    return fd, entry
+
+
+def _draft_in(held: ExitStack, root: Root, folder: Parts) -> Draft:
+    """Begin a file that goes with `held`, unless it is kept."""
+    return held.enter_context(tree.drafted(root, folder))
+
+
+@contextmanager
+def _opened(place: Path) -> Iterator[Root]:
+    try:
+        root = Root(place)
+    except OSError as error:
+        raise UnavailableError(f"cannot reach the workspace now: {error.strerror}") from error
+    with root:
+        yield root
 
 
 def _target(root: Root, source: Parts, target: Parts) -> Parts:
