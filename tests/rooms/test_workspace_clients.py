@@ -99,6 +99,26 @@ async def test_a_workspace_from_threads(opened: Door, tree: Path, tmp_path: Path
             (tmp_path / "back" / "a b" / "empty").symlink_to(tmp_path)
             with pytest.raises(TransferError):
                 files.download("/", tmp_path / "back")
+            # Names that are coded, and one that only reads so.
+            files.write(os.fsdecode(ODD), b"odd")
+            files.write("/base64:dmljdGlt", b"reads so")
+            files.write("victim", b"victim")
+            assert files.read("/base64:dmljdGlt") == b"reads so"
+            assert files.move("/base64:dmljdGlt", "/moved").path == "/moved"
+            assert files.read("victim") == b"victim"
+            files.make_folder(os.fsdecode(b"f\xff"))
+            files.write(os.fsdecode(b"f\xff/in"), b"in")
+            (folder,) = [one for one in files.list() if one.name == os.fsdecode(b"f\xff")]
+            assert files.list(folder.path)[0].size == 2
+            # Links are left out and told of, wherever they lead; all else comes.
+            place = opened.yard.home / "workspaces" / made.id
+            (place / "loop").symlink_to(".")
+            (place / "away").symlink_to("/etc/passwd")
+            os.mkfifo(place / "fifo")
+            with pytest.raises(TransferError, match="3 were left out"):
+                files.download("/", tmp_path / "third")
+            assert (tmp_path / "third/victim").read_bytes() == b"victim"
+            assert not os.path.lexists(tmp_path / "third/away")
             yard.delete_workspace("data")
             with pytest.raises(NotFoundError):
                 files.list()

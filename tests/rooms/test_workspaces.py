@@ -4,6 +4,8 @@ import asyncio
 import base64
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -141,7 +143,9 @@ async def test_personal_ones_are_their_owners_and_stay(yard: Yard) -> None:
 
     async with member, other:
         (own,) = await personal(member)
-        assert await personal(member, all=True) == [own]
+        assert (await member.get(ROUTE, params={"all": True})).status_code == 403
+        sizes = (await member.get(f"{ROUTE}/{own}")).json()["data"]["quotaBytes"]
+        assert sizes == 64 * MIB
         assert len(await personal(yard.client)) == 1
         assert own in await personal(yard.client, all=True)
         assert (await member.get(f"{ROUTE}/{own}/files")).json() == []
@@ -150,6 +154,14 @@ async def test_personal_ones_are_their_owners_and_stay(yard: Yard) -> None:
         assert (await other.get(f"{ROUTE}/{own}")).status_code == 404
         refused = await member.delete(f"{ROUTE}/{own}")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "invalid_state")
+        # Of one who is a member no more, admins dispose.
+        async with yard.house.store.write() as tx:
+            found = await tx.workspaces.find(org_id, own)
+            assert found is not None
+            await tx.users.remove_member(org_id, str(found.owner_user_id), datetime.now(UTC))
+        listed = (await yard.client.get(ROUTE, params={"all": True})).json()["data"]["workspaces"]
+        assert next(one["ownerEmail"] for one in listed if one["id"] == own)
+        assert (await yard.client.delete(f"{ROUTE}/{own}")).status_code == 200
 
 
 async def test_nobody_elses_and_not_without_the_scope(yard: Yard, work: Work) -> None:
@@ -173,6 +185,10 @@ async def test_nobody_elses_and_not_without_the_scope(yard: Yard, work: Work) ->
     ]
     org_id, user_id = await yard.first()
     reader = yard.client_of(await yard.add_key(org_id, user_id, scopes=("files:read",)))
+    writer = yard.client_of(await yard.add_key(org_id, user_id, scopes=("files:write",)))
+    async with writer:
+        assert (await writer.request(*calls[8][:2], **calls[8][2])).status_code == 201
+        assert (await writer.get(url)).status_code == 403
     nobody = yard.client_of(await yard.add_key(org_id, user_id, scopes=("sandbox:read",)))
     async with yard.client_of(await yard.stranger()) as stranger, reader, nobody:
         for method, where, options in calls:
@@ -258,14 +274,23 @@ async def test_uploads_come_whole_or_not_at_all(work: Work) -> None:
         first + b'".."\r\n\r\nx\r\n--X--\r\n',
         first + b'"a/b"\r\n\r\nx\r\n--X--\r\n',
         first + b'"a\x00b"\r\n\r\nx\r\n--X--\r\n',
+        first + b"\"\"; filename*=utf-8''%00\r\n\r\nx\r\n--X--\r\n",
+        first + b"\"\"; filename*=utf-7''+2AA-\r\n\r\nx\r\n--X--\r\n",
+        first + b'"base64:%"\r\n\r\nx\r\n--X--\r\n'.replace(b"%", b"!"),
+        first + b'".sandyard-passing-1"\r\n\r\nx\r\n--X--\r\n',
         first + b'"a"\r\n\r\nx\r\n' + first + b'"b"\r\n\r\nx\r\n--X--\r\n',  # two
         first + b'"a"\r\nX-Long: ' + b"x" * 20_000 + b"\r\n\r\nx\r\n--X--\r\n",
     ):
         answer = await send(body)
         assert answer.status_code == 400, (body[:90], answer.text)
-    for kind in ("application/json", "multipart/form-data", "text/plain; boundary=X"):
+    for kind in (
+        "application/json", "multipart/form-data", "text/plain; boundary=X",
+        "multipart/form-data; boundary=" + "x" * 300,
+    ):  # fmt: skip
         assert (await send(late, **{"Content-Type": kind})).status_code == 400
     assert await work.names(showHidden=True) == before
+    named = first + b"\"\"; filename*=UTF-8''%C3%BC%20x\r\n\r\nx\r\n--X--\r\n"
+    assert (await send(named)).json()["data"]["id"] == "/ü x"
     assert (await work.upload("c.txt", b"x", "/c.txt")).status_code == 404  # a file is no folder
 
 
@@ -287,6 +312,11 @@ async def test_what_is_too_much_is_refused_and_costs_nobody_else(yard: Yard, wor
     assert drive["free"] < 8 * MIB
     copied = await work.change("/f0", operation="copy", target="/copy")
     assert copied.status_code == 413
+    body = {"operation": "copy", "target": "/to", "ids": ["/f0"]}
+    await work.client.post(f"{work.url}/files", json={"name": "to", "type": "folder"})
+    (done,) = (await work.client.put(f"{work.url}/files", json=body)).json()["data"]["results"]
+    assert done["error"]["code"] == "payload_too_large"
+    await work.remove("/to")
     assert "copy" not in await work.names(showHidden=True)
     assert (await other.upload("f", b"x" * MIB)).status_code == 201
     listed = (await yard.client.get(ROUTE)).json()["data"]["storage"]
@@ -460,6 +490,107 @@ async def test_many_at_once_lose_nothing(work: Work) -> None:
     content = (await work.read("same")).content
     assert content == content[:1] * 1000
     assert len(await work.names(showHidden=True)) == 2
+
+
+async def test_an_organization_has_no_more_than_its_plan_grants(yard: Yard, work: Work) -> None:
+    org_id, _ = await yard.first()
+    async with yard.house.store.write() as tx:
+        organization = await tx.organizations.find(org_id)
+        assert organization is not None
+        await tx.organizations.replace(replace(organization, limits={"storageGb": 0}))
+    refused = await work.upload("f", b"x")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "payload_too_large")
+    assert "in all" in refused.json()["error"]["message"]
+    listed = (await yard.client.get(ROUTE)).json()["data"]["storage"]
+    assert (listed["quotaBytes"], listed["unlimited"]) == (0, False)
+
+
+async def test_names_with_line_ends_are_other_names(yard: Yard, work: Work) -> None:
+    for name in ("a", "a\n", "a\nb"):
+        made = await work.client.post(
+            f"{work.url}/files", json={"name": name, "contents": repr(name)}
+        )
+        assert made.status_code == 201
+    done = await work.client.put(
+        f"{work.url}/files/a%0A", json={"operation": "write", "contents": "new"}
+    )
+    assert done.json()["data"]["id"] == "/a\n"
+    assert (await work.read("/a")).text == "'a'"
+    assert (await work.read("/a\n")).text == "new"
+    assert len((await work.client.get(f"{work.url}/files/a%0Ab")).json()) == 1
+    assert (await work.client.get(f"{work.url}/files/%0A")).status_code == 404
+    assert (await work.get("/files/x%0A")).status_code == 404
+
+
+async def test_the_deepest_paths_are_refused_and_what_a_guest_made_goes(
+    yard: Yard, work: Work
+) -> None:
+    for depth, status in ((200, 201), (257, 400), (2000, 400)):
+        made = await work.upload("f", b"x", id="a/" * depth)
+        assert made.status_code == status, depth
+    place = yard.home / "workspaces" / work.data["id"]
+    here = os.open(place, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    assert (await work.upload("f", b"x")).status_code == 201
+    assert (await work.get("/info/d")).status_code == 400
+    assert (await yard.client.delete(work.url)).status_code == 200
+    assert not place.exists()
+    await yard.house.control.services.workspaces.look_around()
+
+
+async def test_what_is_replaced_is_told_as_it_is(work: Work) -> None:
+    await work.upload("f", b"f", "/full")
+    await work.upload("file", b"file")
+    await work.client.post(f"{work.url}/files", json={"name": "empty", "type": "folder"})
+    for operation in ("move", "copy"):
+        for source, target in (("/full", "/file"), ("/file", "/file"), ("/full", "/full/x/full")):
+            for overwrite in (False, True):
+                answer = await work.change(
+                    source, operation=operation, target=target, overwrite=overwrite
+                )
+                if source == target and overwrite:
+                    assert answer.status_code == 200, answer.text
+                else:
+                    assert answer.status_code in (400, 409), answer.text
+    assert (await work.read("/file")).content == b"file"
+    assert (await work.read("/full/f")).content == b"f"
+    hidden = (".sandyard-passing-1", "x/.sandyard-passing-1")
+    for name in hidden:
+        assert (await work.change("/file", operation="move", target=name)).status_code == 400
+
+
+async def test_links_are_shown_as_such_and_batches_may_be_long(yard: Yard, work: Work) -> None:
+    await work.upload("f", b"f" * 10)
+    place = yard.home / "workspaces" / work.data["id"]
+    (place / "in").symlink_to("f")
+    (place / "out").symlink_to("/etc/passwd")
+    told = {one["name"]: (one["isLink"], one["size"]) for one in (await work.get("/files")).json()}
+    assert told == {"f": (False, 10), "in": (True, 10), "out": (True, 0)}
+    copied = await work.change("/out", operation="copy", target="/too")
+    assert copied.status_code == 200, copied.text
+    assert os.readlink(place / "too") == "/etc/passwd"
+    long = "/".join(["n" * 250] * 4)
+    done = (await work.remove(*[f"/{long}/{number}" for number in range(250)])).json()["data"]
+    assert done["failed"] == 250
+
+
+async def test_what_was_deleted_is_not_made_again_by_who_comes_late(yard: Yard, work: Work) -> None:
+    await work.upload("f", b"f")
+    answers = await asyncio.gather(
+        *(work.upload(f"{turn}", b"x") for turn in range(5)),
+        yard.client.delete(work.url),
+        *(work.upload(f"late{turn}", b"x") for turn in range(5)),
+        *(work.get("/info") for _ in range(5)),
+    )
+    odd = [one.text for one in answers if one.status_code not in (200, 201, 404, 503)]
+    assert not odd
+    await yard.house.control.services.workspaces.look_around()
+    assert not list((yard.home / "workspaces").glob(f"{work.data['id']}*"))
 
 
 async def test_a_large_folder_is_listed_whole(yard: Yard, work: Work) -> None:

@@ -17,6 +17,7 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
     NotFoundError,
     SandyardError,
+    UnavailableError,
 )
 from sandyard.server.service.workspaces import tree
 from sandyard.server.service.workspaces.beneath import PASSING, Root
@@ -283,6 +284,49 @@ def test_the_deepest_tree_is_removed(root: Root, place: Path) -> None:
     tree.remove(root, parts("deep"))
     assert not {"deep", "copied"} & set(os.listdir(place))
     assert not [one for one in os.listdir(place) if one.startswith(PASSING.decode())]
+
+
+def test_a_folder_that_is_written_into_goes_out_of_sight_whole(root: Root, place: Path) -> None:
+    over = threading.Event()
+    opened = [os.open(place / "folder", os.O_RDONLY)]
+    os.mkdir("s", dir_fd=opened[0])
+    opened.append(os.open("s", os.O_RDONLY, dir_fd=opened[0]))
+
+    def fill() -> None:
+        for number in range(3000):
+            if over.is_set():
+                return
+            for fd in opened:
+                with contextlib.suppress(OSError):
+                    os.mkdir(f"g{number}", dir_fd=fd)
+                    os.mkdir(f"g{number}/q", dir_fd=fd)
+
+    filling = threading.Thread(target=fill)
+    filling.start()
+    try:
+        for _ in range(5):
+            with contextlib.suppress(UnavailableError):
+                tree.remove(root, parts("folder"))
+            assert "folder" not in names(root)
+            (place / "folder").mkdir()
+    finally:
+        over.set()
+        filling.join()
+        for fd in opened:
+            os.close(fd)
+    tree.sweep(root, before=time.time() + 60)
+    assert not [one for one in os.listdir(place) if one.startswith(PASSING.decode())]
+
+
+def test_what_is_moved_onto_itself_is_there(root: Root, place: Path) -> None:
+    os.link(place / "plain", place / "second")
+    (place / "same").symlink_to(".")
+    for source, target in (("plain", "second"), ("second", "second"), ("second", "same/second")):
+        tree.move(root, parts(source), parts(target), replaces=True)
+        tree.copy(root, parts(source), parts(target), replaces=True)
+        assert (place / "second").read_bytes() == b"plain"
+    assert tree.weighed(root, parts("absolute")) == 0
+    assert tree.weighed(root, parts("folder")) == 5
 
 
 def test_what_was_broken_off_is_swept_up(root: Root, place: Path) -> None:

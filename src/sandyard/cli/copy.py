@@ -19,6 +19,7 @@ from sandyard.client import (
     ApiError,
     Exited,
     Lost,
+    NotFoundError,
     Printed,
     Process,
     Sandbox,
@@ -82,8 +83,9 @@ def _put(files: WorkspaceFiles, local: Path, name: str, path: str, told: Told) -
     try:
         found = files.list(path)
         # A file is listed as itself alone.
-        is_file = [one.path.strip("/") for one in found] == [path.strip("/")]
-    except ApiError:
+        names = [one for one in path.split("/") if one]
+        is_file = [one.path.split("/")[1:] for one in found] == [names]
+    except NotFoundError:
         is_file = not path.endswith("/")
     files.upload(local, path if is_file else f"{path.rstrip('/')}/{name}", on_progress=told)
 

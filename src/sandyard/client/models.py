@@ -247,6 +247,7 @@ class WorkspaceEntry:
     path: str
     name: str
     is_folder: bool
+    is_link: bool
     size: int
     modified_at: str
     raw: Mapping[str, Any] = field(repr=False, compare=False)
@@ -276,6 +277,7 @@ def entry_of(raw: Mapping[str, Any]) -> WorkspaceEntry:
         path=path,
         name=name,
         is_folder=raw["type"] == "folder",
+        is_link=raw["isLink"],
         size=raw["size"],
         modified_at=raw["mtime"],
         raw=raw,

@@ -13,28 +13,54 @@ from urllib.parse import quote
 from sandyard.client import archives
 from sandyard.client.archives import PIECE, Progress
 from sandyard.client.calls import TRANSFER_S, WORK_S, Call, part_of
-from sandyard.client.errors import ApiError, TransferError
+from sandyard.client.errors import ApiError, BadRequestError, NotFoundError, TransferError
 from sandyard.client.models import Workspace, WorkspaceEntry, entry_of, workspace_of
 from sandyard.client.transport import AsyncTransport, Transport
 
 T = TypeVar("T")
 _ROUTE = "/v1/workspaces"
 _AT_ONCE = 250
+_CODED = "base64:"
 _OF_ONE = frozenset({"/", ""})
 
 
 def _path(text: str) -> str:
-    """Return a path as it is sent: in base64 if it is of bytes that are no text."""
+    """Return a path or a name as it is sent: in base64 if it is of bytes that are no text, or reads
+    as if it were. What a listing gave is sent as it is."""
+    if text.startswith(_CODED):
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
-        exact = text.encode(errors="surrogateescape")
-        return "base64:" + base64.b64encode(exact).decode()
-    return text
+        pass
+    else:
+        if not text.lstrip("/").startswith(_CODED):
+            return text
+    exact = text.encode(errors="surrogateescape")
+    return _CODED + base64.b64encode(exact).decode()
+
+
+def _name(text: str) -> str:
+    """Return a single name as it is sent."""
+    if not text.startswith(_CODED):
+        return _path(text)
+    return _CODED + base64.b64encode(text.encode(errors="surrogateescape")).decode()
 
 
 def _quoted(text: str) -> str:
     return quote(_path(text).removeprefix("/"), safe="/:")
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Return the folder and the name of a path."""
+    plain = path
+    if path.startswith(_CODED):
+        exact = base64.b64decode(path.removeprefix(_CODED))
+        plain = exact.decode(errors="surrogateescape")
+    folder, _, name = plain.rstrip("/").rpartition("/")
+    if not name:
+        raise ValueError(f"cannot write to {path!r}: it names nothing")
+    return folder or "/", name
 
 
 def listing() -> Call[list[Workspace]]:
@@ -90,22 +116,20 @@ class _Calls:
         )  # fmt: skip
 
     def upload(self, path: str, content: Iterable[bytes]) -> Call[WorkspaceEntry]:
-        folder, _, name = path.rstrip("/").rpartition("/")
-        if not name:
-            raise ValueError(f"cannot write to {path!r}: it names no file")
+        folder, name = _split(path)
         boundary = secrets.token_hex(16)
         return Call(
             "POST", f"{self._path}/upload", lambda a: entry_of(a["data"]),
-            query={"id": _path(folder or "/")}, content=_form(boundary, name, content),
+            query={"id": _path(folder)}, content=_form(boundary, name, content),
             headers={"Content-Type": f"multipart/form-data; boundary={boundary}"},
             limit_s=TRANSFER_S,
         )  # fmt: skip
 
     def make_folder(self, path: str) -> Call[WorkspaceEntry]:
-        folder, _, name = path.rstrip("/").rpartition("/")
+        folder, name = _split(path)
         return Call(
             "POST", f"{self._path}/files/{_quoted(folder)}", lambda a: entry_of(a["data"]),
-            body={"name": name, "type": "folder"},
+            body={"name": _name(name), "type": "folder"},
         )  # fmt: skip
 
     def change(
@@ -137,7 +161,7 @@ def _all_done(answer: Any) -> None:
 def _form(boundary: str, name: str, content: Iterable[bytes]) -> Iterator[bytes]:
     """Yield a form with a file; what the file is called is a field of its own, in any bytes."""
     line = f"--{boundary}\r\nContent-Disposition: form-data; name=".encode()
-    yield line + b'"name"\r\n\r\n' + name.encode(errors="surrogateescape") + b"\r\n"
+    yield line + b'"name"\r\n\r\n' + _name(name).encode() + b"\r\n"
     yield line + b'"file"; filename="file"\r\n\r\n'
     yield from content
     yield f"\r\n--{boundary}--\r\n".encode()
@@ -240,11 +264,12 @@ class WorkspaceFiles:
     ) -> None:
         """Copy a file or folder of the workspace to a path of this computer.
 
-        What is there stays until a file has come whole.
+        What is there stays until a file has come whole. Of a folder, links and what is no file are
+        left out: a link may lead anywhere, and round in circles.
 
         Raises:
             ApiError: there is no such thing.
-            TransferError: a name in the workspace cannot be one here.
+            TransferError: some were left out; all else was copied.
             OSError: it cannot be written here.
         """
         target = Path(local)
@@ -257,21 +282,27 @@ class WorkspaceFiles:
 
     def _take_folder(self, path: str, target: Path, on_progress: Progress | None) -> None:
         target.mkdir(parents=True, exist_ok=True)
-        left = [(path, target)]
-        while left:
-            there, here = left.pop()
+        todo, left = [(path, target)], []
+        while todo:
+            there, here = todo.pop()
             for one in self.list(there):
-                if "/" in one.name or one.name in ("", ".", ".."):
-                    raise TransferError(f"cannot write {one.path} here: its name is no name")
                 place = here / one.name
-                if one.is_folder:
-                    # What is a link here would lead what is written elsewhere.
-                    if place.is_symlink():
-                        raise TransferError(f"cannot write to {place}: it is a link")
+                # What is a link here would lead what is written elsewhere.
+                is_odd = "/" in one.name or one.name in ("", ".", "..") or place.is_symlink()
+                if one.is_link or is_odd:
+                    left.append(one.path)
+                elif one.is_folder:
                     place.mkdir(exist_ok=True)
-                    left.append((one.path, place))
+                    todo.append((one.path, place))
                 else:
-                    self._take(one.path, place, on_progress)
+                    try:
+                        self._take(one.path, place, on_progress)
+                    except (BadRequestError, NotFoundError):  # no file, or gone meanwhile
+                        left.append(one.path)
+        if left:
+            raise TransferError(
+                f"{len(left)} were left out, which are links or no files: " + ", ".join(left[:5])
+            )
 
     def _take(self, path: str, target: Path, on_progress: Progress | None) -> None:
         pieces = archives.begun(self.read_pieces(path))

@@ -1,15 +1,19 @@
 """A file that comes as a form (multipart/form-data), taken piece by piece as it comes."""
 
+import re
 from collections.abc import AsyncIterator
-from email.message import Message
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from sandyard.server.api.models.workspaces import CODED, coded
 from sandyard.server.core.errors import InvalidArgumentError
 
 _PARTS_MAX = 16
+_BOUNDARY_MAX = 70  # RFC 2046, 5.1.1
+_EXTENDED = re.compile(rb"(?i)filename\*\s*=\s*(utf-8|iso-8859-1)'[^']*'([^;\s\"]*)")
 _HEADER_MAX, _FIELD_MAX = 8 * 1024, 8 * 1024
 
 
@@ -19,7 +23,7 @@ class Upload:
     def __init__(self, content_type: str, body: AsyncIterator[bytes]) -> None:
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
-        if kind != b"multipart/form-data" or not boundary:
+        if kind != b"multipart/form-data" or not boundary or len(boundary) > _BOUNDARY_MAX:
             raise InvalidArgumentError(
                 "cannot read the upload: send it as multipart/form-data with the field file",
                 field="file",
@@ -76,6 +80,8 @@ class Upload:
                 "cannot find a file in the upload: it goes into the field file", field="file"
             )
         name = self._fields.get("name") or self._file_name
+        if name.startswith(CODED):
+            return coded(name.removeprefix(CODED), field="name")
         if not name:
             raise InvalidArgumentError(
                 "cannot tell what to call the file: add the field name", field="name"
@@ -135,10 +141,7 @@ class Upload:
 
 def _file_name(told: bytes, options: dict[bytes, bytes]) -> bytes:
     """Return a file's name, also one that is written as RFC 5987 has it."""
-    if b"filename*" in told.lower():
-        message = Message()
-        message["content-disposition"] = told.decode("latin-1")
-        found = message.get_filename()
-        if found:
-            return found.encode("utf-8", "surrogateescape")
+    if found := _EXTENDED.search(told):
+        exact = unquote_to_bytes(found[2])
+        return exact if found[1].lower() == b"utf-8" else exact.decode("latin-1").encode()
     return options.get(b"filename", b"")

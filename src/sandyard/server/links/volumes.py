@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import subprocess
 import time
 from collections import Counter
@@ -12,7 +11,7 @@ from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 from sandyard.server.core.contracts.volumes import VolumeUse
-from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.errors import NotFoundError, UnavailableError
 from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
@@ -23,6 +22,7 @@ _IDLE_S = 600.0
 _OWNER = 1000
 _MODE = 0o2775
 _JOURNAL_MIB = 16
+_DELETED = "cannot find the workspace: it was deleted"
 
 
 class ImageVolumes:
@@ -39,11 +39,13 @@ class ImageVolumes:
         self._locks: dict[str, asyncio.Lock] = {}
         self._users: Counter[str] = Counter()
         self._used_at: dict[str, float] = {}
+        self._gone: set[str] = set()
 
     @contextlib.asynccontextmanager
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
         """See core.contracts.volumes.Volumes.open."""
         async with self._locked(workspace_id), _told():
+            self._check(workspace_id)
             await in_thread(self._mount, workspace_id, quota_bytes)
             self._users[workspace_id] += 1
         try:
@@ -54,14 +56,12 @@ class ImageVolumes:
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
         """See core.contracts.volumes.Volumes.use_of."""
-        if not self._image(workspace_id).exists():
-            return VolumeUse(
-                0, quota_bytes, await in_thread(_left, self._folder, self._floor_bytes)
-            )
         async with self._locked(workspace_id), _told():
+            left = await in_thread(_left, self._folder, self._floor_bytes)
+            if workspace_id in self._gone or not self._image(workspace_id).exists():
+                return VolumeUse(0, quota_bytes, left)
             await in_thread(self._mount, workspace_id, quota_bytes)
             found = await in_thread(os.statvfs, self._place(workspace_id))
-            left = await in_thread(_left, self._folder, self._floor_bytes)
         used = (found.f_blocks - found.f_bfree) * found.f_frsize - self._base(workspace_id)
         return VolumeUse(max(0, used), quota_bytes, left)
 
@@ -71,6 +71,9 @@ class ImageVolumes:
             if self._users[workspace_id]:
                 raise UnavailableError("cannot remove the workspace now: its files are being read")
             await in_thread(self._unmount, workspace_id)
+            # Whoever found it before it was removed, and comes now, must not make it anew.
+            self._gone.add(workspace_id)
+            await in_thread(_remove_tree, self._place(workspace_id))
             for one in (self._image(workspace_id), self._base_file(workspace_id)):
                 await in_thread(one.unlink, missing_ok=True)
         self._used_at.pop(workspace_id, None)
@@ -78,7 +81,10 @@ class ImageVolumes:
     async def rest(self, *, idle_s: float = _IDLE_S) -> None:
         """See core.contracts.volumes.Volumes.rest."""
         until = time.monotonic() - idle_s
-        mounted = [one.name for one in self._folder.glob("*/")] if self._folder.is_dir() else []
+        try:
+            mounted = [one.name for one in self._folder.iterdir() if one.is_mount()]
+        except OSError:  # nothing was made yet
+            return
         for workspace_id in mounted:
             if self._used_at.setdefault(workspace_id, time.monotonic()) > until:
                 continue
@@ -92,6 +98,10 @@ class ImageVolumes:
         """Unmount what nobody uses; what is in the volumes stays."""
         self._used_at = dict.fromkeys(self._used_at, float("-inf"))
         await self.rest(idle_s=-1.0)
+
+    def _check(self, workspace_id: str) -> None:
+        if workspace_id in self._gone:
+            raise NotFoundError(_DELETED)
 
     def _locked(self, workspace_id: str) -> asyncio.Lock:
         return self._locks.setdefault(workspace_id, asyncio.Lock())
@@ -117,17 +127,20 @@ class ImageVolumes:
             _run("e2fsck", "-p", str(image), fine=(0, 1))
         self._folder.mkdir(mode=0o700, exist_ok=True)
         place.mkdir(mode=0o700, exist_ok=True)
-        is_new = not image.exists()
-        if is_new:
+        if not image.exists():
+            if any(place.iterdir()):
+                raise UnavailableError(
+                    "cannot open the workspace: its files lie in a plain folder; whoever runs the "
+                    'server sets workspaces.volumes to "folders", or moves them away'
+                )
             self._make(image, quota_bytes)
         _run(
             "mount", "-t", "ext4", "-o", "loop,nosuid,nodev,noatime,discard,errors=remount-ro",
             str(image), str(place),
         )  # fmt: skip
-        with contextlib.suppress(OSError):  # there only the first time; it is made when needed
-            (place / "lost+found").rmdir()
         _hand_over(place)
-        if is_new:
+        with contextlib.suppress(OSError):
+            (place / "lost+found").rmdir()  # there only the first time; it is made when needed
             found = os.statvfs(place)
             taken = (found.f_blocks - found.f_bfree) * found.f_frsize
             self._base_file(workspace_id).write_text(str(taken))
@@ -161,7 +174,7 @@ class ImageVolumes:
         place = self._place(workspace_id)
         if place.is_mount():
             _run("umount", str(place))
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # somebody put files into it while it was not mounted
             place.rmdir()
 
 
@@ -188,30 +201,30 @@ class FolderVolumes:
     def __init__(self, folder: Path, *, floor_bytes: int = 0) -> None:
         self._folder = folder
         self._floor_bytes = floor_bytes
+        self._gone: set[str] = set()
 
     @contextlib.asynccontextmanager
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
         """See core.contracts.volumes.Volumes.open."""
         del quota_bytes
         place = self._folder / workspace_id
+        if workspace_id in self._gone:
+            raise NotFoundError(_DELETED)
         async with _told():
             await in_thread(_made, place)
         yield place
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
         """See core.contracts.volumes.Volumes.use_of."""
-        used = await in_thread(_taken, self._folder / workspace_id)
+        async with _told():
+            used = await in_thread(_taken, self._folder / workspace_id)
         return VolumeUse(used, quota_bytes, await in_thread(_left, self._folder, self._floor_bytes))
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
-        place = self._folder / workspace_id
-        try:
-            await in_thread(shutil.rmtree, place)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise UnavailableError(f"cannot remove the workspace's files: {error}") from error
+        self._gone.add(workspace_id)
+        async with _told():
+            await in_thread(_remove_tree, self._folder / workspace_id)
 
     async def rest(self) -> None:
         """See core.contracts.volumes.Volumes.rest: nothing is held open."""
@@ -250,21 +263,20 @@ def _left(folder: Path, floor_bytes: int) -> int:
 
 
 def _taken(place: Path) -> int:
-    """Return the bytes of disk that a folder takes; a file with two names counts once."""
-    total, seen, left = 0, set[int](), [place]
-    while left:
-        with contextlib.suppress(OSError), os.scandir(left.pop()) as found:
-            for one in found:
-                at = one.stat(follow_symlinks=False)
-                if at.st_nlink == 1 or at.st_ino not in seen:
-                    total += at.st_blocks * 512
-                    seen.add(at.st_ino)
-                if one.is_dir(follow_symlinks=False):
-                    left.append(Path(one.path))
-    return total
+    """Return the bytes of disk that a folder takes, however deep it is and whatever is in it."""
+    if not place.exists():
+        return 0
+    # Of its own accord it follows no link; what goes meanwhile makes it exit with 1.
+    said = _run("du", "--summarize", "--one-file-system", "--block-size=1", str(place), fine=(0, 1))
+    return int(said.split()[0])
 
 
-def _run(*command: str, fine: Collection[int] = (0,)) -> None:
+def _remove_tree(place: Path) -> None:
+    """Remove a folder, however deep it is and whatever is in it; nothing if it is not there."""
+    _run("rm", "--recursive", "--force", "--one-file-system", "--", str(place))
+
+
+def _run(*command: str, fine: Collection[int] = (0,)) -> str:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S, check=False
@@ -274,3 +286,4 @@ def _run(*command: str, fine: Collection[int] = (0,)) -> None:
     if done.returncode not in fine:
         log.error("%s failed: %s", command[0], done.stderr.strip())
         raise UnavailableError(f"cannot {command[0]} a workspace's volume: {done.stderr.strip()}")
+    return done.stdout

@@ -19,11 +19,13 @@ from sandyard.server.api.models.base import Body, Model, Time
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.service.workspaces.beneath import Parts
-from sandyard.server.service.workspaces.files import BATCH_MAX, Outcome, path_of
+from sandyard.server.service.workspaces.files import BATCH_MAX, Outcome, name_of, path_of
 from sandyard.server.service.workspaces.tree import Entry
 from sandyard.server.service.workspaces.workspaces import Owned, Storage
 
-_CODED = "base64:"
+CODED = b"base64:"
+"""How a path or a name begins that is not UTF-8."""
+_BYTES = "application/octet-stream"
 _MOMENT_MAX = 253_402_300_799  # the last second of the year 9999
 
 
@@ -116,6 +118,7 @@ class EntryOut(Model):
     date: Time
     mtime: Time
     mime_type: str | None
+    is_link: bool = Field(description="It is a link; the rest tells what it leads to.")
     lazy: bool | None = None
     count: int | None = None
 
@@ -235,13 +238,33 @@ def path_in(text: str, *, field: str) -> Parts:
     Raises:
         InvalidArgumentError: it is none.
     """
-    if not text.startswith(_CODED):
-        return path_of(checked_text(text, field=field).encode(), field=field)
+    return path_of(_plain(text, field=field), field=field)
+
+
+def name_in(text: str, *, field: str) -> bytes:
+    """Return the single name that a client gives.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    return name_of(_plain(text, field=field), field=field)
+
+
+def _plain(text: str, *, field: str) -> bytes:
+    plain = checked_text(text, field=field).encode()
+    return coded(plain.removeprefix(CODED), field=field) if plain.startswith(CODED) else plain
+
+
+def coded(text: bytes, *, field: str) -> bytes:
+    """Return what base64 says.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
     try:
-        plain = base64.b64decode(text.removeprefix(_CODED), validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidArgumentError(f"cannot read this path: {error}", field=field) from error
-    return path_of(plain, field=field)
+        raise InvalidArgumentError(f"cannot read this in base64: {error}", field=field) from error
 
 
 def id_of(path: Parts) -> str:
@@ -250,7 +273,7 @@ def id_of(path: Parts) -> str:
     try:
         return plain.decode()
     except UnicodeDecodeError:
-        return _CODED + base64.b64encode(plain).decode()
+        return (CODED + base64.b64encode(plain)).decode()
 
 
 def _told(entry: Entry) -> dict[str, Any]:
@@ -268,6 +291,7 @@ def _told(entry: Entry) -> dict[str, Any]:
         "date": stamp,
         "mtime": stamp,
         "mimeType": None if entry.is_folder else kind_of(name),
+        "isLink": entry.is_link,
     }
     return {**told, "lazy": True, "count": entry.count} if entry.is_folder else told
 
@@ -286,7 +310,10 @@ def entry_out(entry: Entry) -> EntryOut:
 
 def kind_of(name: str) -> str:
     """Return a file's media type by its name."""
-    return mimetypes.guess_type(name)[0] or "application/octet-stream"
+    kind, packed = mimetypes.guess_type(name)
+    if packed is not None:  # what is sent is what is packed
+        return {"gzip": "application/gzip", "bzip2": "application/x-bzip2"}.get(packed, _BYTES)
+    return kind or _BYTES
 
 
 def outcomes_out(done: Sequence[Outcome]) -> OutcomesOut:

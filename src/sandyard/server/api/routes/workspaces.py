@@ -31,11 +31,13 @@ from sandyard.server.api.models.workspaces import (
     entry_out,
     id_of,
     kind_of,
+    name_in,
     outcomes_out,
     path_in,
     storage_use_out,
     workspace_out,
 )
+from sandyard.server.api.paths import WHOLE
 from sandyard.server.api.ranges import span_of
 from sandyard.server.api.routes.common import Keyed, enveloped, errors, provided
 from sandyard.server.api.streams import HeldStream
@@ -44,14 +46,19 @@ from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces.beneath import Parts
-from sandyard.server.service.workspaces.files import Reading, WorkspaceFiles, name_of
+from sandyard.server.service.workspaces.files import Reading, WorkspaceFiles
 from sandyard.server.service.workspaces.tree import Entry
 from sandyard.server.service.workspaces.workspaces import Workspaces
 from sandyard.server.tasks import in_thread
 
 router = APIRouter(prefix="/v1/workspaces", tags=["workspaces"])
 
+_PATH = f"{{path:{WHOLE}}}"
+_FILES = f"/{{reference}}/files/{_PATH}"
+_INFO = f"/{{reference}}/info/{_PATH}"
+_UPLOAD = f"/{{reference}}/upload/{_PATH}"
 _CONTENTS_MAX = 10 * 1024 * 1024
+_BATCH_MAX = 2 * 1024 * 1024  # of the longest paths there are
 # What a guest wrote never runs on our origin.
 _TAMED = {
     "Content-Security-Policy": "sandbox; default-src 'none'",
@@ -160,9 +167,7 @@ async def delete_workspace(
 
 
 @router.get("/{reference}/files", responses=errors(404, 413), response_model=list[EntryOut])
-@router.get(
-    "/{reference}/files/{path:path}", responses=errors(404, 413), response_model=list[EntryOut]
-)
+@router.get(_FILES, responses=errors(404, 413), response_model=list[EntryOut])
 async def list_files(
     actor: CanRead, files: Files, reference: Which, path: Where, hidden: Hidden = False
 ) -> Response:
@@ -178,7 +183,7 @@ async def get_drive_info(actor: CanRead, files: Files, reference: Which) -> list
     return [DriveOut(free=max(0, total - used), total=total, used=used)]
 
 
-@router.get("/{reference}/info/{path:path}", responses=errors(404, 413))
+@router.get(_INFO, responses=errors(404, 413))
 async def get_file_info(
     request: Request, actor: CanRead, files: Files, reference: Which, path: Where
 ) -> Data[MeasureOut]:
@@ -197,7 +202,7 @@ async def get_file_info(
 
 
 @router.post("/{reference}/files", status_code=201, responses=errors(404, 409, 413))
-@router.post("/{reference}/files/{path:path}", status_code=201, responses=errors(404, 409, 413))
+@router.post(_FILES, status_code=201, responses=errors(404, 409, 413))
 @takes_body(_CONTENTS_MAX)
 async def create_file(
     request: Request,
@@ -208,7 +213,7 @@ async def create_file(
     body: CreateEntry,
 ) -> Data[EntryOut]:
     """Make a file or folder in a folder, which is made if it is not there."""
-    name = name_of(checked_text(body.name, field="name").encode(), field="name")
+    name = name_in(body.name, field="name")
     if body.type != "file":
         made = await files.make_folder(actor, reference, (*path, name))
     else:
@@ -223,7 +228,7 @@ async def _once(contents: str) -> AsyncIterator[bytes]:
 
 
 @router.post("/{reference}/upload", status_code=201, responses=errors(404, 409, 413))
-@router.post("/{reference}/upload/{path:path}", status_code=201, responses=errors(404, 409, 413))
+@router.post(_UPLOAD, status_code=201, responses=errors(404, 409, 413))
 @streams_body
 async def upload_file(
     request: Request,
@@ -253,7 +258,7 @@ async def upload_file(
     return enveloped(request, entry_out(made))
 
 
-@router.put("/{reference}/files/{path:path}", responses=errors(404, 409, 413))
+@router.put(_FILES, responses=errors(404, 409, 413))
 @takes_body(_CONTENTS_MAX)
 async def change_file(
     request: Request,
@@ -276,7 +281,7 @@ async def change_file(
     if body.target is None:
         raise InvalidArgumentError(f"cannot {body.operation} without a target", field="target")
     if body.operation == "rename":
-        name = name_of(checked_text(body.target, field="target").encode(), field="target")
+        name = name_in(body.target, field="target")
         done = await files.rename(actor, reference, path, name, replaces=body.overwrite)
     else:
         target = path_in(body.target, field="target")
@@ -285,7 +290,8 @@ async def change_file(
     return enveloped(request, entry_out(done))
 
 
-@router.put("/{reference}/files", responses=errors(404, 409))
+@router.put("/{reference}/files", responses=errors(404, 409, 413))
+@takes_body(_BATCH_MAX)
 async def change_files(
     request: Request, actor: CanWrite, files: Files, reference: Which, body: ChangeEntries
 ) -> Data[OutcomesOut]:
@@ -301,7 +307,8 @@ async def change_files(
     return enveloped(request, outcomes_out(done))
 
 
-@router.delete("/{reference}/files", responses=errors(404))
+@router.delete("/{reference}/files", responses=errors(404, 413))
+@takes_body(_BATCH_MAX)
 async def remove_files(
     request: Request, actor: CanWrite, files: Files, reference: Which, body: RemoveEntries
 ) -> Data[OutcomesOut]:

@@ -119,12 +119,24 @@ class Root:
             os.close(fd)
 
     def _made(self, path: Parts) -> int:
-        with contextlib.suppress(FileNotFoundError):
-            return _open(self._fd, b"/".join(path), _FOLDER)
-        above, name = path[:-1], path[-1]
-        with self.folder(above, makes=True) as folder, contextlib.suppress(FileExistsError):
-            folder.make(name)
-        return _open(self._fd, b"/".join(path), _FOLDER)
+        there = len(path)
+        while True:
+            try:
+                fd = _open(self._fd, b"/".join(path[:there]), _FOLDER)
+                break
+            except FileNotFoundError:
+                there -= 1
+        try:
+            for end in range(there + 1, len(path) + 1):
+                with contextlib.suppress(FileExistsError):
+                    Folder(fd).make(path[end - 1])
+                below = _open(self._fd, b"/".join(path[:end]), _FOLDER)
+                os.close(fd)
+                fd = below
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
 
 class Folder:
@@ -223,6 +235,8 @@ class Draft:
         try:
             self.fd = os.open(b".", flags | os.O_TMPFILE, 0o600, dir_fd=folder.fd)
         except OSError as error:
+            if os.fstat(folder.fd).st_nlink == 0:  # the folder was removed
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
             # A network file system knows no file without a name.
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise

@@ -21,13 +21,13 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.records import Workspace
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces import tree
-from sandyard.server.service.workspaces.beneath import Draft, Parts, Root
+from sandyard.server.service.workspaces.beneath import PASSING, Draft, Parts, Root
 from sandyard.server.service.workspaces.tree import PIECE, Entry, Measure, shown
 from sandyard.server.service.workspaces.workspaces import Storage, Workspaces
 from sandyard.server.tasks import in_thread, in_thread_of, to_the_end
 
 BATCH_MAX = 250
-_PATH_MAX, _NAME_MAX = 4095, 255
+_PATH_MAX, _NAME_MAX, _PARTS_MAX = 4095, 255, 256
 THREADS, _AT_WORK = 12, 4
 """How many work at files at one time; and for one organization, which cannot shut out others."""
 _BROKEN_OFF_S = 3600.0
@@ -74,9 +74,16 @@ def path_of(text: bytes, *, field: str) -> Parts:
         )
     if b"\0" in text:
         raise InvalidArgumentError("cannot use a path with U+0000 in it", field=field)
-    if len(text) > _PATH_MAX or any(len(one) > _NAME_MAX for one in parts):
+    is_long = any(len(one) > _NAME_MAX for one in parts) or len(parts) > _PARTS_MAX
+    if len(text) > _PATH_MAX or is_long:
         raise InvalidArgumentError(
-            f"cannot use this path: a name has {_NAME_MAX} bytes at most, a path {_PATH_MAX}",
+            f"cannot use this path: a name has {_NAME_MAX} bytes at most, a path {_PATH_MAX}, and "
+            f"{_PARTS_MAX} names",
+            field=field,
+        )
+    if any(one.startswith(PASSING) for one in parts):
+        raise InvalidArgumentError(
+            f"cannot use a name that begins with {PASSING.decode()}: it is for what passes",
             field=field,
         )
     return parts
@@ -115,27 +122,36 @@ class WorkspaceFiles:
         # Of their own: what takes long here must not keep machines waiting.
         self._threads = threads
         self._turns = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(_AT_WORK))
-        self._swept: set[str] = set()
+        self._swept: dict[str, float] = {}
 
     @asynccontextmanager
     async def _root(
         self, actor: Actor, reference: str, *, changes: bool
     ) -> AsyncIterator[tuple[Workspace, Root]]:
         actor.require("files:write" if changes else "files:read")
-        workspace = (await self._workspaces.get(actor, reference)).workspace
-        async with self._volumes.open(workspace.id, workspace.quota_bytes) as place:
-            with _opened(place) as root:
-                if changes and workspace.id not in self._swept:
-                    self._swept.add(workspace.id)
-                    # Another server may be at work on what is newer.
-                    await self._do(
-                        actor.org_id,
-                        tree.sweep,
-                        root,
-                        before=self._clock.now().timestamp() - _BROKEN_OFF_S,
-                    )
-                yield workspace, root
-        await to_the_end(self._workspaces.note_use(workspace, has_changed=changes))
+        workspace = await self._workspaces.find(actor, reference)
+        try:
+            async with self._volumes.open(workspace.id, workspace.quota_bytes) as place:
+                with _opened(place) as root:
+                    if changes:
+                        await self._sweep(workspace, root)
+                    yield workspace, root
+        finally:
+            # Also what was broken off may have changed something.
+            await to_the_end(self._noted(workspace, has_changed=changes))
+
+    async def _sweep(self, workspace: Workspace, root: Root) -> None:
+        """Remove, once in a while, what was broken off."""
+        now = self._clock.now().timestamp()
+        if now - self._swept.get(workspace.id, 0.0) < _BROKEN_OFF_S:
+            return
+        self._swept[workspace.id] = now
+        # Another server may be at work on what is newer.
+        await self._do(workspace.org_id, tree.sweep, root, before=now - _BROKEN_OFF_S)
+
+    async def _noted(self, workspace: Workspace, *, has_changed: bool) -> None:
+        with suppress(SandyardError):  # it is looked at again, later
+            await self._workspaces.note_use(workspace, has_changed=has_changed)
 
     async def _do(
         self, org_id: str, work: Callable[..., _T], *arguments: object, **options: object
@@ -190,7 +206,7 @@ class WorkspaceFiles:
             AlreadyExistsError: something has its name.
         """
         async with self._root(actor, reference, changes=True) as (workspace, root):
-            await self._check_room(actor, workspace, 0)
+            await self._room(actor, workspace)
             return await self._do(actor.org_id, tree.make_folder, root, path)
 
     async def write(
@@ -212,8 +228,7 @@ class WorkspaceFiles:
             PayloadTooLargeError: it is too large, or the workspace is full.
         """
         async with self._root(actor, reference, changes=True) as (workspace, root):
-            await self._check_room(actor, workspace, 1)
-            left = await self._left(workspace)
+            left = await self._room(actor, workspace)
             size, looked_at = 0, 0
             async with AsyncExitStack() as held:
                 inner = held.enter_context(ExitStack())
@@ -230,44 +245,53 @@ class WorkspaceFiles:
                         raise _full(workspace)
                     if size - looked_at >= _LOOK:
                         looked_at = size
-                        await self._check_host(workspace, 1)
+                        await self._check_host(workspace)
                     await self._do(actor.org_id, tree.write, draft, folder, piece)
                 path = (*folder, name_of(name(), field="name"))
                 await self._do(actor.org_id, tree.keep, draft, path, replaces=replaces)
             return await self._do(actor.org_id, tree.look, root, path)
 
-    async def _left(self, workspace: Workspace) -> int:
-        """Return how many bytes can be written now.
+    async def _room(self, actor: Actor, workspace: Workspace) -> int:
+        """Return how many bytes can be written now: of the workspace's own, and of what the
+        organization may have in all.
 
         Raises:
+            PayloadTooLargeError: none.
             UnavailableError: none, for the host's disk is full.
         """
+        storage: Storage = await self._workspaces.storage(actor)
         use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
         if not use.host_bytes:
             raise _host_is_full()
-        return max(0, use.quota_bytes - use.used_bytes)
+        left = max(0, use.quota_bytes - use.used_bytes)
+        quota = storage.quota_bytes
+        if quota is None:
+            return left
+        # What is noted of this one may be older than what has just been told.
+        others = storage.used_bytes - workspace.size_bytes
+        of_all = quota - others - use.used_bytes
+        if of_all <= 0:
+            raise PayloadTooLargeError(
+                f"cannot write this: the organization's workspaces may hold {quota} bytes in all; "
+                "remove something first",
+                limit=quota,
+            )
+        return min(left, of_all)
 
-    async def _check_host(self, workspace: Workspace, size: int) -> None:
+    async def _check_host(self, workspace: Workspace, size: int = 1) -> None:
         use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
         if use.host_bytes < size:
             raise _host_is_full()
 
-    async def _check_room(self, actor: Actor, workspace: Workspace, size: int) -> None:
-        """Return if the organization may keep more.
-
-        Raises:
-            PayloadTooLargeError: it may not.
-        """
-        storage: Storage = await self._workspaces.storage(actor)
-        quota = storage.quota_bytes
-        if quota is not None and storage.used_bytes + size > quota:
-            raise PayloadTooLargeError(
-                f"cannot write this: the organization's workspaces have {storage.used_bytes} bytes "
-                f"of {quota}; remove something first",
-                limit=quota,
-            )
-        if await self._left(workspace) < size:
+    async def _check_copy(
+        self, actor: Actor, workspace: Workspace, root: Root, source: Parts
+    ) -> None:
+        """Return if there is room for a copy of something."""
+        room = await self._room(actor, workspace)
+        size = await self._do(actor.org_id, tree.weighed, root, source)
+        if size > room:
             raise _full(workspace)
+        await self._check_host(workspace, size)
 
     async def move(
         self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
@@ -295,12 +319,7 @@ class WorkspaceFiles:
     ) -> Entry:
         """Copy a file, or a folder with all that is in it; into a folder, if the target is one."""
         async with self._root(actor, reference, changes=True) as (workspace, root):
-            await self._check_room(actor, workspace, 0)
-            room = await self._left(workspace)
-            size = (await self._do(actor.org_id, tree.measured, root, source)).size
-            if size > room:
-                raise _full(workspace)
-            await self._check_host(workspace, size)
+            await self._check_copy(actor, workspace, root, source)
             return await self._do(actor.org_id, _copied, root, source, target, replaces)
 
     async def remove(self, actor: Actor, reference: str, paths: Sequence[Parts]) -> list[Outcome]:
@@ -335,7 +354,7 @@ class WorkspaceFiles:
         def one(root: Root, path: Parts) -> Entry:
             return (_copied if copies else _moved)(root, path, target, replaces)
 
-        return await self._each(actor, reference, paths, one)
+        return await self._each(actor, reference, paths, one, copies=copies)
 
     async def _each(
         self,
@@ -343,15 +362,19 @@ class WorkspaceFiles:
         reference: str,
         paths: Sequence[Parts],
         work: Callable[[Root, Parts], Entry | None],
+        *,
+        copies: bool = False,
     ) -> list[Outcome]:
         if not 1 <= len(paths) <= BATCH_MAX:
             raise InvalidArgumentError(
                 f"cannot do this to {len(paths)} at once: 1 to {BATCH_MAX}", field="ids"
             )
         done = []
-        async with self._root(actor, reference, changes=True) as (_, root):
+        async with self._root(actor, reference, changes=True) as (workspace, root):
             for path in paths:
                 try:
+                    if copies:
+                        await self._check_copy(actor, workspace, root, path)
                     done.append(Outcome(path, await self._do(actor.org_id, work, root, path)))
                 except SandyardError as error:
                     done.append(Outcome(path, error=error))

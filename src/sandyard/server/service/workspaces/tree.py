@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,8 +31,10 @@ LIST_MAX = 100_000
 COUNT_MAX = 10_000
 """How many of a folder's entries are counted where it is listed in another."""
 WALK_MAX = 1_000_000
-DEPTH_MAX = 256
+DEPTH_MAX = 128
 """How deep folders are copied and measured; they are removed however deep they are."""
+_TRIES, _AT_ONCE = 8, 100_000
+"""How often, and with how many names each time, one folder is emptied that is written into."""
 _LEVELS = 100  # folders that are held open at once where they are removed
 
 
@@ -43,6 +47,7 @@ class Entry:
     size: int
     modified: float
     count: int | None = None
+    is_link: bool = False
 
     @property
     def name(self) -> bytes:
@@ -59,10 +64,12 @@ class Measure:
     folders: int
 
 
-def _entry(path: Parts, found: os.stat_result, count: int | None = None) -> Entry:
+def _entry(
+    path: Parts, found: os.stat_result, count: int | None = None, *, is_link: bool = False
+) -> Entry:
     is_folder = stat.S_ISDIR(found.st_mode)
     size = found.st_size if stat.S_ISREG(found.st_mode) else 0
-    return Entry(path, is_folder, size, found.st_mtime, count if is_folder else None)
+    return Entry(path, is_folder, size, found.st_mtime, count if is_folder else None, is_link)
 
 
 def look(root: Root, path: Parts) -> Entry:
@@ -78,7 +85,7 @@ def look(root: Root, path: Parts) -> Entry:
 def listed(root: Root, path: Parts, *, hidden: bool) -> list[Entry]:
     """Return what is in a folder, folders first, by name; those that begin with . if `hidden`.
 
-    A link is shown as what it leads to within the workspace.
+    A link is shown as what it leads to within the workspace, and as a link besides.
 
     Raises:
         PayloadTooLargeError: it has over LIST_MAX entries.
@@ -105,7 +112,7 @@ def _in(root: Root, folder: Folder, path: Parts, name: bytes) -> Entry:
     if stat.S_ISLNK(at.st_mode):
         with contextlib.suppress(OSError):
             at = root.stat((*path, name))
-        return _entry((*path, name), at)
+        return _entry((*path, name), at, is_link=True)
     if not stat.S_ISDIR(at.st_mode):
         return _entry((*path, name), at)
     with folder.folder(name) as inner:
@@ -148,11 +155,26 @@ def measured(root: Root, path: Parts) -> Measure:
             return Measure(size, files, folders)
 
 
+def weighed(root: Root, path: Parts) -> int:
+    """Return how many bytes a copy of what is at a path would have."""
+    with _told(path):
+        _check_not_root(path)
+        with root.folder(path[:-1]) as above:
+            at = above.look(path[-1])
+        if stat.S_ISDIR(at.st_mode):
+            return measured(root, path).size
+        return at.st_size if stat.S_ISREG(at.st_mode) else 0
+
+
 def _below(folder: Folder, depth: int) -> Iterator[os.stat_result]:
     for name, is_folder in folder.names():
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             yield folder.look(name)
-            if is_folder and depth:
+            if is_folder and not depth:
+                raise InvalidArgumentError(
+                    f"cannot look through this: its folders are over {DEPTH_MAX} deep", field="path"
+                )
+            if is_folder:
                 try:
                     with folder.folder(name) as inner:
                         yield from _below(inner, depth - 1)
@@ -211,7 +233,9 @@ def move(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
         _check_not_root(target)
         with root.folder(source[:-1]) as old:
             old.look(source[-1])
-            with root.folder(target[:-1], makes=True) as new:
+            if source == target and not replaces:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            with root.folder(target[:-1], makes=True) as new, _placed(target, replaces=replaces):
                 old.rename(source[-1], new, target[-1], replaces=replaces)
     return _seen(root, target)
 
@@ -227,7 +251,7 @@ def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
     with _told(source, target):
         _check_not_root(source)
         _check_not_root(target)
-        if target[: len(source)] == source and root_kind(root, source):
+        if target[: len(source)] == source and target != source and root_kind(root, source):
             raise InvalidArgumentError(f"cannot copy {shown(source)} into itself", field="target")
         passing = passing_name()
         with (
@@ -237,12 +261,29 @@ def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
         ):
             try:
                 _copy(old, source[-1], top, passing, DEPTH_MAX)
-                top.rename(passing, new, target[-1], replaces=replaces)
+                with _placed(target, replaces=replaces):
+                    top.rename(passing, new, target[-1], replaces=replaces)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
                     _remove(top, passing)
                 raise
     return _seen(root, target)
+
+
+@contextlib.contextmanager
+def _placed(target: Parts, *, replaces: bool) -> Iterator[None]:
+    """Say why something cannot take another's place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.EISDIR) or (
+            replaces and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+        ):
+            raise AlreadyExistsError(
+                f"cannot take the place of {shown(target)}: of a folder that is not empty, or "
+                "between a file and a folder, nothing takes the place; remove it first"
+            ) from error
+        raise
 
 
 def root_kind(root: Root, path: Parts) -> bool:
@@ -308,30 +349,40 @@ def sweep(root: Root, *, before: float) -> int:
     return count
 
 
-def _remove(folder: Folder, name: bytes) -> None:
+def _remove(top: Folder, name: bytes) -> None:
     """Remove whatever has a name, however deep it is and whoever writes into it meanwhile."""
-    if not stat.S_ISDIR(folder.look(name).st_mode):
-        folder.unlink(name)
-        return
-    for _ in range(1000):
-        deeper = _empty(folder, name, folder, _LEVELS)
-        with contextlib.suppress(OSError):
-            folder.remove_empty(name)
-            for one in deeper:
-                _remove(folder, one)
-            return
-        for one in deeper:
-            _remove(folder, one)
-    raise UnavailableError("cannot remove the folder: something writes into it all the time")
+    left, tries = [name], Counter[bytes]()
+    while left:
+        one = left.pop()
+        try:
+            if not stat.S_ISDIR(top.look(one).st_mode):
+                top.unlink(one)
+                continue
+            left += _empty(top, one, top, _LEVELS)
+            top.remove_empty(one)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+                raise
+            tries[one] += 1
+            # A folder of very many takes several turns.
+            if tries[one] > _TRIES:
+                raise UnavailableError(
+                    "cannot remove all of it now: something writes into it all the time; it is "
+                    "out of sight, and the rest goes later"
+                ) from error
+            left.append(one)
 
 
 def _empty(folder: Folder, name: bytes, top: Folder, levels: int) -> list[bytes]:
     """Remove what is in a folder; what lies too deep is hung up at the top, under the names that
-    are returned."""
+    are returned. What comes into it meanwhile may stay."""
     hung: list[bytes] = []
     with folder.folder(name) as inside:
-        for one, is_folder in list(inside.names()):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        # What is written into as fast as it is read has no end.
+        for one, is_folder in list(itertools.islice(inside.names(), _AT_ONCE)):
+            try:
                 if not is_folder:
                     inside.unlink(one)
                 elif levels:
@@ -341,6 +392,12 @@ def _empty(folder: Folder, name: bytes, top: Folder, levels: int) -> list[bytes]
                     passing = passing_name()
                     inside.rename(one, top, passing, replaces=False)
                     hung.append(passing)
+            except OSError as error:
+                if error.errno not in (
+                    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST,
+                    errno.ELOOP,
+                ):  # fmt: skip
+                    raise
     return hung
 
 
@@ -374,7 +431,9 @@ def _told(path: Parts, target: Parts | None = None) -> Iterator[None]:
 def _trouble(error: OSError, path: str, target: str) -> SandyardError:
     number = error.errno
     if number in (errno.ENOENT, errno.ENOTDIR):
-        return NotFoundError(f"cannot find {path}: nothing is there, or something above it is not")
+        return NotFoundError(
+            f"cannot find {path}: nothing is there, or something above it is no folder"
+        )
     if number in (errno.EXDEV, errno.ELOOP):
         return NotFoundError(f"cannot find {path}: a link on the way leads out of the workspace")
     if number in (errno.EEXIST, errno.ENOTEMPTY):
@@ -386,7 +445,7 @@ def _trouble(error: OSError, path: str, target: str) -> SandyardError:
         return InvalidArgumentError(f"cannot do this to {path}: it is a folder", field="path")
     if number in (errno.ENOSPC, errno.EDQUOT):
         return PayloadTooLargeError(
-            "cannot write this: the workspace is full; remove something first"
+            "cannot write this: the workspace is full, of bytes or of files; remove something first"
         )
     if number in (errno.ENAMETOOLONG, errno.EILSEQ):
         return InvalidArgumentError(

@@ -17,11 +17,12 @@ from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
+    InvalidArgumentError,
     LimitReachedError,
     NotFoundError,
     SandyardError,
 )
-from sandyard.server.core.ids import check_slug, new_uuid, slug_of
+from sandyard.server.core.ids import check_slug, is_uuid, new_uuid, slug_of
 from sandyard.server.core.plans import Plan
 from sandyard.server.core.records import Activity, StoragePeriod, User, Workspace
 from sandyard.server.service.actor import Actor, plan_of
@@ -75,17 +76,34 @@ class Workspaces:
 
     async def page(self, actor: Actor, *, of_all: bool) -> tuple[list[Owned], Storage]:
         """Return the organization's workspaces and the actor's own, for an admin with `of_all`
-        those of all members; and what all of the organization's take."""
+        those of all members; and what all of the organization's take.
+
+        Raises:
+            PermissionDeniedError: `of_all` is for admins.
+        """
         actor.require("files:read")
+        if of_all and not actor.sees_all:
+            actor.require_admin()
         async with self._store.read() as tx:
             every = await tx.workspaces.of(actor.org_id)
             owners = {user.id: user for user, _ in await tx.users.members(actor.org_id)}
-        wants_all = of_all and actor.sees_all
-        return [
-            Owned(one, owners.get(one.owner_user_id or ""))
-            for one in every
-            if not one.is_personal or wants_all or one.owner_user_id == actor.user_id
-        ], self._storage_of(actor, every)
+            shown = [
+                self._sized(one)
+                for one in every
+                if not one.is_personal or of_all or one.owner_user_id == actor.user_id
+            ]
+            for one in shown:  # some are members no more
+                if one.owner_user_id and one.owner_user_id not in owners:
+                    found = await tx.users.find(user_id=one.owner_user_id)
+                    owners.update({found.id: found} if found else {})
+        owned = [Owned(one, owners.get(one.owner_user_id or "")) for one in shown]
+        return owned, self._storage_of(actor, every)
+
+    def _sized(self, workspace: Workspace) -> Workspace:
+        """Return a workspace with the quota that it is made with once it is used."""
+        if workspace.is_personal and workspace.last_accessed_at is None:
+            return replace(workspace, quota_bytes=self._quota_bytes)
+        return workspace
 
     async def storage(self, actor: Actor) -> Storage:
         """Return what all workspaces of the organization take, and what its plan grants."""
@@ -107,6 +125,15 @@ class Workspaces:
         async with self._store.read() as tx:
             return await self._found(tx, actor, reference)
 
+    async def find(self, actor: Actor, reference: str) -> Workspace:
+        """Return a workspace that the actor may see, whatever they are about to do with it.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        async with self._store.read() as tx:
+            return (await self._found(tx, actor, reference)).workspace
+
     async def _found(self, tx: Transaction, actor: Actor, reference: str) -> Owned:
         found = await tx.workspaces.find(actor.org_id, reference)
         if found is None or not _sees(actor, found):
@@ -114,7 +141,7 @@ class Workspaces:
         owner = None
         if found.owner_user_id is not None:
             owner = await tx.users.find(user_id=found.owner_user_id)
-        return Owned(found, owner)
+        return Owned(self._sized(found), owner)
 
     async def create(
         self,
@@ -138,6 +165,10 @@ class Workspaces:
         if org_id is not None and org_id != actor.org_id:
             raise NotFoundError(
                 "cannot find the organization: use a credential of it, or leave orgId out"
+            )
+        if slug is not None and is_uuid(slug):
+            raise InvalidArgumentError(
+                "cannot use this slug: it reads as an id; choose another", field="slug"
             )
         workspace_id, now = new_uuid(), self._clock.now()
         workspace = Workspace(
@@ -198,14 +229,15 @@ class Workspaces:
         actor.require("files:write")
         async with self._store.write() as tx:
             found = (await self._found(tx, actor, reference)).workspace
-            if found.is_personal:
+            owner_id = found.owner_user_id or ""
+            if found.is_personal and await tx.users.member(found.org_id, owner_id) is not None:
                 raise ConflictError(
                     "cannot delete a personal workspace: it stays as long as its member; delete "
                     "the files in it"
                 )
             now = self._clock.now()
             # Its slug is free at once.
-            gone = replace(found, slug=found.id, removed_at=now, updated_at=now)
+            gone = replace(found, slug=f"removed:{found.id}", removed_at=now, updated_at=now)
             await tx.workspaces.replace(gone)
             await tx.storage.close("workspace", found.id, now)
             await tx.activity.append(
@@ -242,7 +274,8 @@ class Workspaces:
             return
         changed = found
         if accessed:
-            changed = replace(changed, last_accessed_at=now)
+            quota = self._sized(found).quota_bytes
+            changed = replace(changed, last_accessed_at=now, quota_bytes=quota)
         if size != found.size_bytes:
             changed = replace(changed, size_bytes=size, updated_at=now)
             await tx.storage.close("workspace", found.id, now)
@@ -254,8 +287,12 @@ class Workspaces:
     async def run(self) -> None:
         """Look again and again how large workspaces are, and finish what was broken off."""
         while True:
-            with suppress(SandyardError):
+            try:
                 await self.look_around()
+            except SandyardError as error:
+                log.warning("cannot look after workspaces: %s", error.message)
+            except Exception:  # a bug here must not end what serves everybody
+                log.exception("cannot look after workspaces")
             await asyncio.sleep(_BEAT_S)
 
     async def look_around(self) -> None:
@@ -278,6 +315,8 @@ class Workspaces:
                             await self._note(tx, one, size, accessed=False)
             except SandyardError as error:
                 log.warning("cannot look after the workspace %s: %s", one.id, error.message)
+            except Exception:  # the others are looked after all the same
+                log.exception("cannot look after the workspace %s", one.id)
         await self._volumes.rest()
 
     def _line(self, actor: Actor, workspace: Workspace, event: str, title: str) -> Activity:
