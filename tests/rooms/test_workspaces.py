@@ -15,6 +15,8 @@ import pytest
 from tests.support.house import Yard, open_yard
 from tests.support.several import open_several
 
+from sandyard.server.service.workspaces.workspaces import Workspaces
+
 ROUTE = "/v1/workspaces"
 MIB = 2**20
 
@@ -44,6 +46,14 @@ async def work(yard: Yard) -> "Work":
     answer = await yard.client.post(ROUTE, json={"name": "Data"})
     assert answer.status_code == 201, answer.text
     return Work(yard.client, answer.json()["data"])
+
+
+def workspaces_of(yard: Yard) -> Workspaces:
+    """Return what looks after workspaces."""
+    house: Any = yard.house
+    control = house.controls[0] if hasattr(house, "controls") else house.control
+    found: Workspaces = control.services.workspaces
+    return found
 
 
 class Work:
@@ -540,7 +550,7 @@ async def test_the_deepest_paths_are_refused_and_what_a_guest_made_goes(
     assert (await work.get("/info/d")).status_code == 400
     assert (await yard.client.delete(work.url)).status_code == 200
     assert not place.exists()
-    await yard.house.control.services.workspaces.look_around()
+    await workspaces_of(yard).look_around()
 
 
 async def test_what_is_replaced_is_told_as_it_is(work: Work) -> None:
@@ -589,7 +599,7 @@ async def test_what_was_deleted_is_not_made_again_by_who_comes_late(yard: Yard, 
     )
     odd = [one.text for one in answers if one.status_code not in (200, 201, 404, 503)]
     assert not odd
-    await yard.house.control.services.workspaces.look_around()
+    await workspaces_of(yard).look_around()
     assert not list((yard.home / "workspaces").glob(f"{work.data['id']}*"))
 
 

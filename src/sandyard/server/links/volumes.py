@@ -268,7 +268,7 @@ def _taken(place: Path) -> int:
         return 0
     # Of its own accord it follows no link; what goes meanwhile makes it exit with 1.
     said = _run("du", "--summarize", "--one-file-system", "--block-size=1", str(place), fine=(0, 1))
-    return int(said.split()[0])
+    return int(said.split()[0]) if said else 0  # it went meanwhile
 
 
 def _remove_tree(place: Path) -> None:
