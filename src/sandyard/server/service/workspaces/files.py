@@ -237,8 +237,8 @@ class WorkspaceFiles:
                     size += len(piece)
                     if most is not None and size > most:
                         raise PayloadTooLargeError(
-                            f"cannot take a file of over {most} bytes at once here: use a sandbox "
-                            "that mounts the workspace",
+                            f"cannot take a file of over {most} bytes in one upload: send it in "
+                            "parts, or have workspaces.upload_mib raised",
                             limit=most,
                         )
                     if size > left:
