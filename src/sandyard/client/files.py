@@ -1,16 +1,14 @@
 """Files of a sandbox, as one of its users sees them."""
 
-import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 from sandyard.client import archives, calls
 from sandyard.client.archives import PIECE, Progress
-from sandyard.client.errors import ApiError, TransferError
+from sandyard.client.errors import ApiError
 from sandyard.client.models import FileChange, FileInfo, SignedUrl
 from sandyard.client.streams import Watching
-from sandyard.client.transport import AsyncTransport, Transport
+from sandyard.client.transport import AsyncTransport, Transport, in_own_thread
 
 _PAST_ITS_END = 416
 
@@ -259,24 +257,11 @@ class AsyncFiles:
     async def _in_thread(
         self, work: Callable[[Files, Progress], None], on_progress: Progress | None
     ) -> None:
-        """Do what reads and writes files here beside the loop, over a connection of its own; if
-        cancelled, it ends with the piece that is on its way."""
-        is_over = threading.Event()
-
-        def told(count: int) -> None:
-            if is_over.is_set():
-                raise TransferError("the copy was cancelled")
-            if on_progress is not None:
-                on_progress(count)
-
-        def do() -> None:
-            with Transport(self._transport.config, retries=self._transport.retries) as own:
-                work(Files(own, self._sandbox_path, self._user), told)
-
-        try:
-            await asyncio.to_thread(do)
-        finally:
-            is_over.set()
+        await in_own_thread(
+            self._transport,
+            lambda own, told: work(Files(own, self._sandbox_path, self._user), told),
+            on_progress,
+        )
 
     async def _transfer(
         self, action: str, source: str, target: str, *, overwrite: bool

@@ -2,16 +2,18 @@
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self, TypeVar
 
 import httpx
 
+from sandyard.client.archives import Progress
 from sandyard.client.calls import Call, Retries, refusal_of, result_of
 from sandyard.client.config import ClientConfig, ConfigError
-from sandyard.client.errors import ApiError, ConnectionFailedError
+from sandyard.client.errors import ApiError, ConnectionFailedError, TransferError
 from sandyard.client.streams import EventT, Followed
 
 T = TypeVar("T")
@@ -233,3 +235,31 @@ def _configured(config: ClientConfig) -> Iterator[None]:
         yield
     except (httpx.InvalidURL, ImportError, ValueError) as error:
         raise ConfigError(f"cannot connect to {config.url}: {error}") from error
+
+
+async def in_own_thread(
+    transport: AsyncTransport,
+    work: Callable[[Transport, Progress], T],
+    on_progress: Progress | None,
+) -> T:
+    """Do what reads and writes files here beside the loop, over a connection of its own, and return
+    its result; if cancelled, it ends with the piece that is on its way.
+
+    `work` is given the connection, and whom to tell of each number of bytes that went by.
+    """
+    is_over = threading.Event()
+
+    def told(count: int) -> None:
+        if is_over.is_set():
+            raise TransferError("the copy was cancelled")
+        if on_progress is not None:
+            on_progress(count)
+
+    def do() -> T:
+        with Transport(transport.config, retries=transport.retries) as own:
+            return work(own, told)
+
+    try:
+        return await asyncio.to_thread(do)
+    finally:
+        is_over.set()

@@ -1,10 +1,8 @@
 """Workspaces: folders that outlive sandboxes, and the files in them."""
 
-import asyncio
 import base64
 import os
 import secrets
-import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +13,7 @@ from sandyard.client.archives import PIECE, Progress
 from sandyard.client.calls import TRANSFER_S, WORK_S, Call, part_of
 from sandyard.client.errors import ApiError, BadRequestError, NotFoundError, TransferError
 from sandyard.client.models import Workspace, WorkspaceEntry, entry_of, workspace_of
-from sandyard.client.transport import AsyncTransport, Transport
+from sandyard.client.transport import AsyncTransport, Transport, in_own_thread
 
 T = TypeVar("T")
 _ROUTE = "/v1/workspaces"
@@ -392,21 +390,8 @@ class AsyncWorkspaceFiles:
     async def _in_thread(
         self, work: Callable[[WorkspaceFiles, Progress], T], on_progress: Progress | None
     ) -> T:
-        """Do what blocks beside the loop, over a connection of its own; if cancelled, it ends with
-        the piece that is on its way."""
-        is_over = threading.Event()
-
-        def told(count: int) -> None:
-            if is_over.is_set():
-                raise TransferError("the copy was cancelled")
-            if on_progress is not None:
-                on_progress(count)
-
-        def do() -> T:
-            with Transport(self._transport.config, retries=self._transport.retries) as own:
-                return work(WorkspaceFiles(own, self._reference), told)
-
-        try:
-            return await asyncio.to_thread(do)
-        finally:
-            is_over.set()
+        return await in_own_thread(
+            self._transport,
+            lambda own, told: work(WorkspaceFiles(own, self._reference), told),
+            on_progress,
+        )
