@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import socket
 import stat
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.service.workspaces import tree
+from sandyard.server.service.workspaces import beneath, tree
 from sandyard.server.service.workspaces.beneath import PASSING, Root
 from sandyard.server.service.workspaces.files import name_of, path_of
 
@@ -149,6 +151,8 @@ def test_what_is_no_file_is_listed_and_neither_opened_nor_waited_for(
     assert name in names(root)
     with pytest.raises(InvalidArgumentError):
         read(root, name)
+    with pytest.raises(InvalidArgumentError):
+        tree.copy(root, parts(name), parts("copied"), replaces=False)
     tree.copy(root, parts("folder"), parts("with"), replaces=False)
     os.rename(place / name, place / "folder" / name)
     tree.copy(root, parts("folder"), parts("without"), replaces=False)
@@ -283,6 +287,51 @@ def test_the_deepest_tree_is_removed(root: Root, place: Path) -> None:
         tree.copy(root, parts("deep"), parts("copied"), replaces=False)
     tree.remove(root, parts("deep"))
     assert not {"deep", "copied"} & set(os.listdir(place))
+    assert not [one for one in os.listdir(place) if one.startswith(PASSING.decode())]
+
+
+class _NoFlags:
+    """A C library on a file system that knows no flags of renameat2."""
+
+    def __init__(self, known: Any) -> None:
+        self.syscall = known.syscall
+
+    def renameat2(self, *_: object) -> int:
+        ctypes.set_errno(errno.EINVAL)
+        return -1
+
+
+def test_a_network_file_system_will_do(
+    root: Root, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_tmpfile(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return plain(path, flags, *more, **options)
+
+    plain = os.open
+    monkeypatch.setattr(beneath, "_libc", _NoFlags(beneath._libc))
+    monkeypatch.setattr(os, "open", without_tmpfile)
+    for replaces in (False, True):
+        write(root, "new", b"new", replaces=replaces)
+        assert (place / "new").read_bytes() == b"new"
+    with contextlib.suppress(RuntimeError), tree.drafted(root, ()):
+        raise RuntimeError
+    for work in (tree.move, tree.copy):
+        for source, target in (("new", "plain"), ("folder", "plain"), ("new", "folder")):
+            with pytest.raises(AlreadyExistsError):
+                work(root, parts(source), parts(target), replaces=False)
+    assert (place / "plain").read_bytes() == b"plain"
+    tree.move(root, parts("new"), parts("moved"), replaces=False)
+    tree.move(root, parts("within"), parts("link"), replaces=False)
+    assert os.readlink(place / "link") == "folder/inner"
+    tree.copy(root, parts("folder"), parts("copied"), replaces=False)
+    tree.move(root, parts("copied"), parts("renamed"), replaces=False)
+    assert (place / "renamed/inner").read_bytes() == b"inner"
+    with pytest.raises(SandyardError):
+        tree.move(root, parts("renamed"), parts("renamed/in"), replaces=False)
+    tree.remove(root, parts("renamed"))
+    assert not {"new", "within", "copied", "renamed"} & set(os.listdir(place))
     assert not [one for one in os.listdir(place) if one.startswith(PASSING.decode())]
 
 

@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 
 _LIMIT_S = 60.0
 _IDLE_S = 600.0
-_LONG_S, _OFTEN = 0.25, 20
-"""What takes long to be counted is counted anew after so many times as long."""
 # Nobody but whoever owns it by number: the default template's user, who works in /workspace.
 _OWNER = 1000
 _MODE = 0o2775
@@ -47,7 +45,8 @@ class ImageVolumes:
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
         """See core.contracts.volumes.Volumes.open."""
         async with self._locked(workspace_id), _told():
-            self._check(workspace_id)
+            if workspace_id in self._gone:
+                raise NotFoundError(_DELETED)
             await in_thread(self._mount, workspace_id, quota_bytes)
             self._users[workspace_id] += 1
         try:
@@ -101,10 +100,6 @@ class ImageVolumes:
         self._used_at = dict.fromkeys(self._used_at, float("-inf"))
         await self.rest(idle_s=-1.0)
 
-    def _check(self, workspace_id: str) -> None:
-        if workspace_id in self._gone:
-            raise NotFoundError(_DELETED)
-
     def _locked(self, workspace_id: str) -> asyncio.Lock:
         return self._locks.setdefault(workspace_id, asyncio.Lock())
 
@@ -136,16 +131,23 @@ class ImageVolumes:
                     'server sets workspaces.volumes to "folders", or moves them away'
                 )
             self._make(image, quota_bytes)
-        _run(
-            "mount", "-t", "ext4", "-o", "loop,nosuid,nodev,noatime,discard,errors=remount-ro",
-            str(image), str(place),
-        )  # fmt: skip
+        try:
+            _run(
+                "mount", "-t", "ext4", "-o", "loop,nosuid,nodev,noatime,discard,errors=remount-ro",
+                str(image), str(place),
+            )  # fmt: skip
+        except UnavailableError as error:
+            raise UnavailableError(
+                f"{error.message}; where nothing can be mounted, whoever runs the server sets "
+                'workspaces.volumes to "folders"'
+            ) from error
         _hand_over(place)
-        with contextlib.suppress(OSError):
-            (place / "lost+found").rmdir()  # there only the first time; it is made when needed
-            found = os.statvfs(place)
-            taken = (found.f_blocks - found.f_bfree) * found.f_frsize
-            self._base_file(workspace_id).write_text(str(taken))
+        with contextlib.suppress(OSError):  # e2fsck makes it when it needs it
+            (place / "lost+found").rmdir()
+            if not self._base_file(workspace_id).exists():
+                found = os.statvfs(place)
+                taken = (found.f_blocks - found.f_bfree) * found.f_frsize
+                self._base_file(workspace_id).write_text(str(taken))
 
     def _base(self, workspace_id: str) -> int:
         """Return what a file system takes with nothing in it, which is nobody's."""
@@ -204,7 +206,6 @@ class FolderVolumes:
         self._folder = folder
         self._floor_bytes = floor_bytes
         self._gone: set[str] = set()
-        self._known: dict[str, tuple[int, float]] = {}
 
     @contextlib.asynccontextmanager
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
@@ -219,20 +220,14 @@ class FolderVolumes:
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
         """See core.contracts.volumes.Volumes.use_of."""
-        left = await in_thread(_left, self._folder, self._floor_bytes)
-        used, good_until = self._known.get(workspace_id, (0, 0.0))
-        began = time.monotonic()
-        if began > good_until:
-            async with _told():
-                used = await in_thread(_taken, self._folder / workspace_id)
-            if (took := time.monotonic() - began) > _LONG_S:  # not for every write
-                self._known[workspace_id] = used, time.monotonic() + took * _OFTEN
+        async with _told():
+            used = await in_thread(_taken, self._folder / workspace_id)
+            left = await in_thread(_left, self._folder, self._floor_bytes)
         return VolumeUse(used, quota_bytes, left)
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
         self._gone.add(workspace_id)
-        self._known.pop(workspace_id, None)
         async with _told():
             await in_thread(_remove_tree, self._folder / workspace_id)
 

@@ -77,10 +77,6 @@ class Root:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
-    def usage(self) -> os.statvfs_result:
-        """Return what the file system that it lies on has left."""
-        return os.fstatvfs(self._fd)
-
     def stat(self, path: Parts) -> os.stat_result:
         """Tell what is at a path, links followed."""
         with self._looked_at(path) as fd:
@@ -205,9 +201,21 @@ class Folder:
             os.rename(name, to, src_dir_fd=self.fd, dst_dir_fd=target.fd)
             return
         done = _libc.renameat2(self.fd, name, target.fd, to, _RENAME_NOREPLACE)
-        if done != 0:
-            number = ctypes.get_errno()
+        if done == 0:
+            return
+        number = ctypes.get_errno()
+        if number != errno.EINVAL:
             raise OSError(number, os.strerror(number))
+        # Network file systems do not know that flag. There a link takes no other's place, and a
+        # folder that of an empty one at most.
+        if stat.S_ISDIR(self.look(name).st_mode):
+            with contextlib.suppress(FileNotFoundError):
+                target.look(to)
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            os.rename(name, to, src_dir_fd=self.fd, dst_dir_fd=target.fd)
+        else:
+            os.link(name, to, src_dir_fd=self.fd, dst_dir_fd=target.fd, follow_symlinks=False)
+            self.unlink(name)
 
     def unlink(self, name: bytes) -> None:
         """Remove what is no folder."""

@@ -31,7 +31,7 @@ _PATH_MAX, _NAME_MAX, _PARTS_MAX = 4095, 255, 256
 THREADS, _AT_WORK = 12, 4
 """How many work at files at one time; and for one organization, which cannot shut out others."""
 _BROKEN_OFF_S = 3600.0
-_LOOK = 16 * 1024 * 1024  # bytes, after which it is looked whether the disk takes more
+_LOOK = 32 * 1024 * 1024  # bytes, after which it is looked whether the disk takes more
 _T = TypeVar("_T")
 
 
@@ -245,23 +245,25 @@ class WorkspaceFiles:
                         raise _full(workspace)
                     if size - looked_at >= _LOOK:
                         looked_at = size
-                        await self._check_host(workspace)
+                        use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
+                        if not use.host_bytes:
+                            raise _host_is_full()
                     await self._do(actor.org_id, tree.write, draft, folder, piece)
                 path = (*folder, name_of(name(), field="name"))
                 await self._do(actor.org_id, tree.keep, draft, path, replaces=replaces)
             return await self._do(actor.org_id, tree.look, root, path)
 
-    async def _room(self, actor: Actor, workspace: Workspace) -> int:
+    async def _room(self, actor: Actor, workspace: Workspace, size: int = 1) -> int:
         """Return how many bytes can be written now: of the workspace's own, and of what the
         organization may have in all.
 
         Raises:
             PayloadTooLargeError: none.
-            UnavailableError: none, for the host's disk is full.
+            UnavailableError: the host's disk does not take so many.
         """
         storage: Storage = await self._workspaces.storage(actor)
         use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
-        if not use.host_bytes:
+        if use.host_bytes < size:
             raise _host_is_full()
         left = max(0, use.quota_bytes - use.used_bytes)
         quota = storage.quota_bytes
@@ -278,20 +280,13 @@ class WorkspaceFiles:
             )
         return min(left, of_all)
 
-    async def _check_host(self, workspace: Workspace, size: int = 1) -> None:
-        use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
-        if use.host_bytes < size:
-            raise _host_is_full()
-
     async def _check_copy(
         self, actor: Actor, workspace: Workspace, root: Root, source: Parts
     ) -> None:
         """Return if there is room for a copy of something."""
-        room = await self._room(actor, workspace)
         size = await self._do(actor.org_id, tree.weighed, root, source)
-        if size > room:
+        if size > await self._room(actor, workspace, size):
             raise _full(workspace)
-        await self._check_host(workspace, size)
 
     async def move(
         self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
@@ -408,7 +403,7 @@ def _target(root: Root, source: Parts, target: Parts) -> Parts:
     if not source:
         return target
     with suppress(OSError):
-        if tree.root_kind(root, target):
+        if tree.leads_to_folder(root, target):
             return (*target, source[-1])
     return target
 

@@ -251,7 +251,7 @@ def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
     with _told(source, target):
         _check_not_root(source)
         _check_not_root(target)
-        if target[: len(source)] == source and target != source and root_kind(root, source):
+        if target[: len(source)] == source and target != source and leads_to_folder(root, source):
             raise InvalidArgumentError(f"cannot copy {shown(source)} into itself", field="target")
         passing = passing_name()
         with (
@@ -259,6 +259,9 @@ def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
             root.folder(target[:-1], makes=True) as new,
             root.folder(()) as top,
         ):
+            kind = stat.S_IFMT(old.look(source[-1]).st_mode)
+            if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             try:
                 _copy(old, source[-1], top, passing, DEPTH_MAX)
                 with _placed(target, replaces=replaces):
@@ -286,7 +289,7 @@ def _placed(target: Parts, *, replaces: bool) -> Iterator[None]:
         raise
 
 
-def root_kind(root: Root, path: Parts) -> bool:
+def leads_to_folder(root: Root, path: Parts) -> bool:
     """Tell whether a path leads to a folder."""
     return stat.S_ISDIR(root.stat(path).st_mode)
 
