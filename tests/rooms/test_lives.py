@@ -767,6 +767,16 @@ async def test_an_empty_pool_restores_and_another_shape_boots(pooled: Yard) -> N
     assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="boot"}') == 1
 
 
+async def test_a_burst_of_a_new_shape_does_not_wait_for_a_boot_each(pooled: Yard) -> None:
+    made = await asyncio.gather(*(pooled.create(resources={"memory": "3GB"}) for _ in range(20)))
+    assert {one["status"] for one in made} == {"running"}
+    boots = await metric(pooled, 'sandyard_machine_start_seconds_count{way="boot"}')
+    restores = await metric(pooled, 'sandyard_machine_start_seconds_count{way="restore"}')
+    # Those before the golden one, which waits for a turn as they do; the rest come from it.
+    assert 1 <= boots <= 8
+    assert restores >= 20 - boots
+
+
 async def test_a_member_that_died_while_waiting_is_never_given_out(pooled: Yard) -> None:
     for machine in list(pooled.host.machines.values()):
         machine.die()

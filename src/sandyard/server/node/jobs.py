@@ -119,14 +119,20 @@ class Jobs:
         self._observer.asked_pool(template=wish.template, is_hit=False)
         golden = await self._goldens.find(kind, driver)
         resident = self._begin_anew(holding, wish, image, driver)
-        if golden is not None:
-            try:
-                return await self._start_from(holding, wish, golden, Way.RESTORE)
-            except DamagedError as error:
-                await self._goldens.discard(kind, error.message)
-                await resident.end()
-                await resident.body.remove()
-        # This start is served from cold; the next of its kind need not be.
+        if golden is None:
+            # This start is served from cold; the next of its kind need not be.
+            self._goldens.want(kind)
+            async with self._boots.take(Rank.ASKED, wish.org_id):
+                # Others waited for their turn, too, and there may be one by now.
+                golden = await self._goldens.find(kind, driver)
+                if golden is None:
+                    return await self._boot_now(holding, wish)
+        try:
+            return await self._start_from(holding, wish, golden, Way.RESTORE)
+        except DamagedError as error:
+            await self._goldens.discard(kind, error.message)
+            await resident.end()
+            await resident.body.remove()
         self._goldens.want(kind)
         return await self._boot(holding, wish)
 
@@ -160,12 +166,15 @@ class Jobs:
         return way
 
     async def _boot(self, holding: Holding, wish: MachineWish) -> Way:
-        resident = holding.resident
         async with self._boots.take(Rank.ASKED, wish.org_id):
-            await resident.make_body(None)
-            await _boot_twice(resident)
-            limit_s = self._means.patience(self._means.limits.boot_s)
-            await resident.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
+            return await self._boot_now(holding, wish)
+
+    async def _boot_now(self, holding: Holding, wish: MachineWish) -> Way:
+        resident = holding.resident
+        await resident.make_body(None)
+        await _boot_twice(resident)
+        limit_s = self._means.patience(self._means.limits.boot_s)
+        await resident.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
         return Way.BOOT
 
     async def _is_running(self, holding: Holding, way: Way | None, end: End | None = None) -> None:

@@ -233,7 +233,9 @@ class Goldens:
                 return
             if not self._has_room(kind.shape):
                 return
-            async with self._boots.take(Rank.GOLDEN):
+            # Of those that wait for a boot, most need none once this one is made.
+            rank = Rank.ASKED if self._boots.is_wanted else Rank.GOLDEN
+            async with self._boots.take(rank, _NOBODY):
                 self._known[kind] = await self._make(kind, image, driver, definition)
             self._used_at[kind] = self._means.clock.monotonic()
             await self._drop_beyond_bound()
