@@ -581,9 +581,6 @@ async def test_what_is_not_built_yet_says_so_and_not_that_it_is_gone(yard: Yard)
         assert (answer.status_code, answer.json()["error"]["code"]) == wanted, path
         async with yard.client_of(None) as nobody:
             assert (await nobody.request(method, path)).status_code == 401
-    mounts = [{"workspaceId": "w", "path": "/workspace"}]
-    answer = await yard.client.post("/v1/sandboxes", json={"mounts": mounts})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (501, "not_implemented")
 
 
 async def test_a_browser_is_told_what_this_is_and_loads_nothing_from_elsewhere(yard: Yard) -> None:

@@ -192,7 +192,7 @@ async def test_a_full_disk_is_told_and_blocks_no_way_out(small_disk: Path) -> No
         await eventually(lambda: _reason_is(yard, loud, "host_disk_full"))
         assert told["status"] == "running"
         for _ in range(3):
-            await yard.house.node._pressure.look()  # type: ignore[attr-defined]
+            await yard.house.node._pressure.look()
         assert not yard.machine_of(quiet).is_held
         unready = await yard.client.get("/readyz")
         assert unready.status_code == 503

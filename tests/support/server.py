@@ -261,6 +261,15 @@ class RealServer:
         lines = Path("/proc/self/mounts").read_text().splitlines()
         return {one for one in (line.split()[1] for line in lines) if str(self.home) in one}
 
+    def file_servers(self) -> set[int]:
+        """Return the processes that keep a file server of this installation."""
+        found = set()
+        for one in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if f"{self.home}/exports/".encode() in one.read_bytes():
+                    found.add(int(one.parent.name))
+        return found
+
     def unfinished(self) -> set[Path]:
         """Return the files in the home that something was still being written to."""
         found = ((Path(folder), folders + files) for folder, folders, files in os.walk(self.home))
@@ -280,6 +289,7 @@ class RealServer:
             "mounts": self.mounts(),
             "view": mounts_of(self.home).parent.exists(),
             "unfinished": self.unfinished(),
+            "file servers": self.file_servers(),
         }
         return {name: value for name, value in found.items() if value}
 

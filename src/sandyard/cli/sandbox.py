@@ -86,6 +86,12 @@ def create(
     name: Annotated[str | None, typer.Option(help="A name of your own for it.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; may be repeated.")] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="WORKSPACE:/workspace, or a path below it, and :ro to only read; may be repeated."
+        ),
+    ] = None,
     vcpus: Annotated[int | None, typer.Option(help="Virtual CPUs.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory, such as 2GB.")] = None,
     disk: Annotated[str | None, typer.Option(help="Disk, such as 20GB.")] = None,
@@ -116,12 +122,37 @@ def create(
     options |= {key: value for key, value in given.items() if value is not None}
     with open_client() as client:
         until = time.monotonic() + wait
+        if mount:
+            options["mounts"] = _mounts(client, mount)
         sandbox = client.create(template, wait_s=wait, **options)
         with suppress(NotReadyError):  # what became of it is shown
             sandbox.wait_until_ready(until - time.monotonic())
     _show_one(sandbox, as_json=as_json)
     if sandbox.status in _BROKEN:
         raise typer.Exit(1)
+
+
+def _mounts(client: Sandyard, wanted: list[str]) -> list[dict[str, Any]]:
+    """Return what is to be mounted; workspaces are named by id or slug."""
+    ids = {name: one.id for one in client.workspaces() for name in (one.slug, one.id)}
+    found = []
+    for one in wanted:
+        reference, _, rest = one.partition(":")
+        path, _, mode = rest.partition(":")
+        if mode not in ("", "ro", "rw"):
+            raise typer.BadParameter(f"{one!r}: what follows the path is ro or rw")
+        if reference not in ids:
+            raise typer.BadParameter(
+                f"there is no workspace {reference!r}; `sandyard workspace list` shows them"
+            )
+        found.append(
+            {
+                "workspaceId": ids[reference],
+                "path": path or "/workspace",
+                "readOnly": mode == "ro",
+            }
+        )
+    return found
 
 
 def _pair(text: str) -> tuple[str, str]:

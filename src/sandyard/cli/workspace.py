@@ -67,12 +67,17 @@ def rename(
 
 
 @app.command()
-def delete(workspaces: Annotated[list[str], typer.Argument(help="Ids or slugs.")]) -> None:
+def delete(
+    workspaces: Annotated[list[str], typer.Argument(help="Ids or slugs.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also those that sandboxes have mounted.")
+    ] = False,
+) -> None:
     """Delete workspaces with all that is in them."""
     with open_client() as client:
 
         def delete_one(reference: str) -> str:
-            client.delete_workspace(reference)
+            client.delete_workspace(reference, force=force)
             return f"deleted {reference}"
 
         for_each(workspaces, delete_one)

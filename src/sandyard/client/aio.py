@@ -189,9 +189,9 @@ class AsyncSandyard:
         """See `Sandyard.rename_workspace`."""
         return await self._transport.send(workspaces.rename(reference, name))
 
-    async def delete_workspace(self, reference: str) -> None:
+    async def delete_workspace(self, reference: str, *, force: bool = False) -> None:
         """See `Sandyard.delete_workspace`."""
-        await self._transport.send(workspaces.delete(reference))
+        await self._transport.send(workspaces.delete(reference, force=force))
 
     def workspace_files(self, reference: str) -> AsyncWorkspaceFiles:
         """See `Sandyard.workspace_files`."""

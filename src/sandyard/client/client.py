@@ -200,9 +200,10 @@ class Sandyard:
         """Call a workspace something else; its slug stays."""
         return self._transport.send(workspaces.rename(reference, name))
 
-    def delete_workspace(self, reference: str) -> None:
-        """Remove a workspace with all that is in it."""
-        self._transport.send(workspaces.delete(reference))
+    def delete_workspace(self, reference: str, *, force: bool = False) -> None:
+        """Remove a workspace with all that is in it; with `force` sandboxes lose it that have it
+        mounted."""
+        self._transport.send(workspaces.delete(reference, force=force))
 
     def workspace_files(self, reference: str) -> WorkspaceFiles:
         """Return the files of a workspace, by id or slug."""

@@ -90,9 +90,11 @@ def rename(reference: str, name: str) -> Call[Workspace]:
     )  # fmt: skip
 
 
-def delete(reference: str) -> Call[None]:
+def delete(reference: str, *, force: bool) -> Call[None]:
     """Delete a workspace."""
-    return Call("DELETE", part_of(_ROUTE, reference), lambda _: None, limit_s=WORK_S)
+    query = {"force": "true"} if force else {}
+    path = part_of(_ROUTE, reference)
+    return Call("DELETE", path, lambda _: None, query=query, limit_s=WORK_S)
 
 
 class _Calls:

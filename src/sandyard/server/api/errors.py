@@ -29,6 +29,7 @@ STATUS: Mapping[Code, int] = MappingProxyType(
         Code.FORBIDDEN: 403,
         Code.NOT_FOUND: 404,
         Code.CONFLICT: 409,
+        Code.WORKSPACE_IN_USE: 409,
         Code.LIMIT_REACHED: 409,
         Code.INVALID_STATE: 409,
         Code.IDEMPOTENCY_KEY_REUSED: 400,

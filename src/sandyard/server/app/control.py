@@ -15,7 +15,7 @@ from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import addresses_of, plans_of, prices_of, sign_up_of
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeControl, NodeTunnel
+from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeTunnel
 from sandyard.server.core.contracts.payments import Payments
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.contracts.volumes import Volumes
@@ -134,6 +134,7 @@ async def open_control(
     nodes: Mapping[str, NodeControl],
     tunnel: NodeTunnel,
     volumes: Volumes,
+    exports: Mapping[str, NodeExports] | None = None,
     bus: Bus,
     clock: Clock,
     metrics: Metrics,
@@ -177,6 +178,7 @@ async def open_control(
             store=store,
             nodes=known,
             work=Work(
+                store=store,
                 nodes=known,
                 placement=placement,
                 lifecycle=lifecycle,
@@ -213,6 +215,7 @@ async def open_control(
             clock=clock,
             plans=plans,
             quota_bytes=settings.workspaces.quota_mib * 2**20,
+            exports=exports or {},
         )
         services = Services(
             access=access,

@@ -14,11 +14,11 @@ from sandyard.server.app.node import open_node
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import open_volumes, sign_up_of
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeControl
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.links.local import LocalBus, SystemClock
 from sandyard.server.links.sql import open_store
+from sandyard.server.node.node import Node
 from sandyard.server.service.money.metering import Meter
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.reconcile.reconciler import NODES, Reconciler
@@ -30,7 +30,7 @@ class House:
     """A running installation without its HTTP server."""
 
     control: Control
-    node: NodeControl
+    node: Node
 
     @property
     def api(self) -> FastAPI:
@@ -80,6 +80,7 @@ async def open_house(
             open_volumes(settings) as volumes,
             open_node(
                 settings,
+                volumes=volumes,
                 clock=clock,
                 observer=metrics,
                 on_change=lambda: bus.hint(NODES),
@@ -93,6 +94,7 @@ async def open_house(
                 nodes={node.node_id: node},
                 tunnel=node,
                 volumes=volumes,
+                exports={node.node_id: node},
                 bus=bus,
                 clock=clock,
                 metrics=metrics,

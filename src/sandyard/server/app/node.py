@@ -8,9 +8,13 @@ from sandyard.server.app.installation import kind_of_host, secret_key
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import InternalError
 from sandyard.server.drivers.contract import Driver
-from sandyard.server.node.fake import FakeDisks, FakeNetwork, make_fake_image
+from sandyard.server.links.volumes import FolderVolumes, ImageVolumes
+from sandyard.server.node.exports.exports import NfsExports
+from sandyard.server.node.exports.shares import Exports
+from sandyard.server.node.fake import FakeDisks, FakeExports, FakeNetwork, make_fake_image
 from sandyard.server.node.host.admission import Margins
 from sandyard.server.node.host.disks import Disks, Ext4Disks
 from sandyard.server.node.host.mounts import make_mounts
@@ -65,24 +69,34 @@ async def open_node(
     clock: Clock,
     observer: MachineObserver,
     on_change: Callable[[], None],
+    volumes: Volumes | None = None,
     node_id: str = NODE_ID,
     drivers: Sequence[Driver] | None = None,
     fills_pool: bool = True,
 ) -> AsyncIterator[Node]:
     """Open the node in a home, adopt what lives, and on leaving let go of it without ending it.
 
-    `drivers` takes the place of those that the settings allow.
+    `drivers` takes the place of those that the settings allow. `volumes` are what its machines may
+    mount; without any they mount nothing.
     """
     images = images_of(settings)
     network: Network
     disks: Disks
+    exports: Exports
     if settings.node.driver == "fake":
-        network, disks = FakeNetwork(), FakeDisks()
+        network, disks, exports = FakeNetwork(), FakeDisks(), FakeExports(volumes)
         for slug in images.definitions:
             images.use(slug, make_fake_image(images))
     else:
         allow = [str(one) for one in settings.node.allow]
         network, disks = Slots(await identity_of(settings), allow=allow), Ext4Disks()
+        exports = NfsExports(
+            settings.home,
+            network=network,
+            volumes=volumes or FolderVolumes(settings.workspaces_dir),
+            clock=clock,
+            can_share=isinstance(volumes, ImageVolumes),
+        )
         try:
             await make_mounts(settings.home)
         except InternalError as error:
@@ -96,6 +110,7 @@ async def open_node(
             images=images,
             drivers=choice,
             network=network,
+            exports=exports,
             disks=disks,
             records=Records(settings.home / "machines"),
             seals=Seals(key=key, host=kind_of_host(), drivers=choice),

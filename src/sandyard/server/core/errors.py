@@ -9,6 +9,7 @@ SandyardError
 ├── PermissionDeniedError       a scope or role is missing
 ├── NotFoundError               absent, or another organization's
 ├── AlreadyExistsError          the name or thing is taken
+├── WorkspaceInUseError         a sandbox has the workspace mounted
 ├── LimitReachedError           the organization has as much as its plan allows
 ├── ConflictError               the present status does not allow it
 ├── QuotaExceededError          credits do not suffice
@@ -43,6 +44,7 @@ class Code(StrEnum):
     FORBIDDEN = "forbidden"
     NOT_FOUND = "not_found"
     CONFLICT = "conflict"
+    WORKSPACE_IN_USE = "WORKSPACE_IN_USE"
     LIMIT_REACHED = "limit_reached"
     INVALID_STATE = "invalid_state"
     INSUFFICIENT_CREDITS = "insufficient_credits"
@@ -118,6 +120,12 @@ class AlreadyExistsError(SandyardError):
     """A name or thing that must be unique is taken."""
 
     code = Code.CONFLICT
+
+
+class WorkspaceInUseError(SandyardError):
+    """A sandbox has the workspace mounted; whoever means it all the same says so."""
+
+    code = Code.WORKSPACE_IN_USE
 
 
 class LimitReachedError(SandyardError):
@@ -204,7 +212,8 @@ _BY_CODE: Mapping[Code, type[SandyardError]] = MappingProxyType(
         for kind in (
             InvalidArgumentError, KeyReusedError, UnauthenticatedError, InvalidTokenError,
             TokenExpiredError, PermissionDeniedError, NotFoundError, AlreadyExistsError,
-            LimitReachedError, ConflictError, QuotaExceededError, PayloadTooLargeError,
+            WorkspaceInUseError, LimitReachedError, ConflictError, QuotaExceededError,
+            PayloadTooLargeError,
             DamagedError, UnsupportedError, NotImplementedYetError, UnavailableError,
             NoCapacityError, DeadlineExceededError, InternalError,
         )

@@ -22,6 +22,8 @@ class Op(StrEnum):
     HELLO = "hello"
     SETUP = "setup"
     WAKE = "wake"
+    MOUNT = "mount"
+    UNMOUNT = "unmount"
     EXEC = "exec"
     START = "start"
     RUN = "run"
@@ -128,6 +130,41 @@ class SetUp(Operation[Done]):
         if self.entropy is None or self.wall_ns is None:
             return None
         return Wake(self.entropy, self.wall_ns, self.keeps_connections)
+
+
+@dataclass(frozen=True)
+class MountPoint:
+    """A workspace, by the name it is exported under, and the path that it is to be at."""
+
+    name: str
+    path: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class MountAll(Operation[Done]):
+    """Mount workspaces, in this order, from the gateway's `port`; folders are made for them.
+
+    `client` is how the machine is told apart from every other that mounts from there: it must be
+    its own, for whoever uses another's is taken for that.
+    """
+
+    op = Op.MOUNT
+    answer = Done
+
+    port: int
+    client: str = field(repr=False)
+    mounts: Sequence[MountPoint] = ()
+
+
+@dataclass(frozen=True)
+class Unmount(Operation[Done]):
+    """Take a workspace away from where it is mounted; what has files of it open gets errors."""
+
+    op = Op.UNMOUNT
+    answer = Done
+
+    path: str
 
 
 @dataclass(frozen=True)
@@ -658,6 +695,8 @@ class Stats(Operation[Figures]):
 AnyOperation = (
     Hello
     | Wake
+    | MountAll
+    | Unmount
     | SetUp
     | Execute
     | Start

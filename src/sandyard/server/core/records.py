@@ -87,6 +87,15 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class Mount:
+    """A workspace that a sandbox has at a path."""
+
+    workspace_id: str
+    path: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
 class ApiKey:
     """A long-lived credential; only the digest of its secret is kept.
 
@@ -207,6 +216,7 @@ class Sandbox:
     from_disk_incarnation: int = 0
     is_test: bool = False
     saved_bytes: int = 0
+    mounts: tuple[Mount, ...] = ()
     owner_display_name: str = ""
     owner_email: str = ""
 
@@ -215,7 +225,8 @@ class Sandbox:
 class Snapshot:
     """A sandbox as it was at one moment, kept to start others from. `size_bytes` is on disk.
 
-    One that is not ready is being made for as long as `held_until` lies ahead.
+    One that is not ready is being made for as long as `held_until` lies ahead. Its `mounts` are
+    what the sandbox had mounted.
     """
 
     id: str
@@ -232,6 +243,7 @@ class Snapshot:
     size_bytes: int
     created_at: datetime
     held_until: datetime | None = None
+    mounts: tuple[Mount, ...] = ()
 
     def is_made(self, now: datetime) -> bool:
         """Tell whether somebody is at work on it."""

@@ -368,6 +368,8 @@ class FakeMachine:
             case ops.Wake():
                 if not operation.keeps_connections:  # else only its clock was set
                     self.remembers["woken"] = "fully"
+            case ops.MountAll() | ops.Unmount():
+                self._mount(operation)
             case ops.Execute():
                 return ops.Started(1)
             case (
@@ -381,11 +383,19 @@ class FakeMachine:
                 return self._files.answer(operation)
             case ops.Dial() | ops.Listen() | ops.Take():
                 self._check_door(operation)
-            case ops.Stats() if operation.window_s is not None:
-                return ops.Figures(recent_cpu_percent=self._conduct.recent_cpu_percent)
             case ops.Stats():
-                return ops.Figures(0.5, 2**20, 2**29, 2**20, 2**30, 1.0)
+                whole = ops.Figures(0.5, 2**20, 2**29, 2**20, 2**30, 1.0)
+                recent = ops.Figures(recent_cpu_percent=self._conduct.recent_cpu_percent)
+                return whole if operation.window_s is None else recent
         return ops.Done()
+
+    def _mount(self, operation: ops.MountAll | ops.Unmount) -> None:
+        mounted = json.loads(self.remembers.get("mounts", "{}"))
+        if isinstance(operation, ops.MountAll):
+            mounted |= {one.path: one.name for one in operation.mounts}
+        else:
+            mounted.pop(operation.path, None)
+        self.remembers["mounts"] = json.dumps(mounted)
 
     async def _echo(
         self, reader: asyncio.StreamReader, decoder: wire.Decoder, writer: asyncio.StreamWriter

@@ -109,6 +109,12 @@ class DetachedProcess:
             loop.remove_reader(watched)
             os.close(watched)
 
+    def send(self, number: signal.Signals) -> None:
+        """Send the process a signal; nothing if it is gone."""
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
     async def kill(self) -> None:
         """End the process with SIGKILL and return once it is gone.
 
@@ -117,8 +123,7 @@ class DetachedProcess:
         """
         if self._pidfd is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self.send(signal.SIGKILL)
         try:
             async with asyncio.timeout(_KILL_LIMIT_S):
                 await self.wait()

@@ -20,6 +20,7 @@ from sandyard.server.guest.ops import files
 from sandyard.server.guest.ops import processes as programs
 from sandyard.server.guest.ops.dial import dial, listen, take
 from sandyard.server.guest.ops.execute import execute
+from sandyard.server.guest.ops.mount import mount
 from sandyard.server.guest.ops.setup import set_up, wake
 from sandyard.server.guest.ops.stats import stats
 from sandyard.server.guest.streams import answer, receive, refuse
@@ -91,11 +92,8 @@ class Agent:
         match operation:
             case ops.Hello():
                 await answer(connection, ops.Greeting(os.getpid()))
-            case ops.SetUp():
-                await set_up(self._context, operation, connection)
-                await answer(connection, ops.Done())
-            case ops.Wake():
-                wake(self._context, operation, connection)
+            case ops.SetUp() | ops.Wake() | ops.MountAll() | ops.Unmount():
+                await self._prepare(operation, connection)
                 await answer(connection, ops.Done())
             case ops.Execute():
                 await execute(self._context, operation, connection, decoder)
@@ -115,6 +113,20 @@ class Agent:
                 await answer(connection, await stats(self._context, operation))
             case _:
                 await files.carry_out(self._context, operation, connection, decoder)
+
+    async def _prepare(
+        self,
+        operation: ops.SetUp | ops.Wake | ops.MountAll | ops.Unmount,
+        connection: socket.socket,
+    ) -> None:
+        """Make the machine fit to be used."""
+        match operation:
+            case ops.SetUp():
+                await set_up(self._context, operation, connection)
+            case ops.Wake():
+                wake(self._context, operation, connection)
+            case _:
+                await mount(self._context, operation)
 
 
 def _log(message: str) -> None:

@@ -6,10 +6,12 @@ and exec (cgroup, session, root, user, folder) and reports a failure through a p
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import functools
 import itertools
 import os
+import select
 import signal
 import struct
 import termios
@@ -192,6 +194,16 @@ def prepare() -> None:
     sweep()
 
 
+_FOLDER_LIMIT_S = 10.0
+_MOMENT_S = 1.0
+_ERRNO_MAX = 255
+_LOCAL = frozenset(
+    b"autofs bpf binfmt_misc btrfs cgroup cgroup2 configfs debugfs devpts devtmpfs efivarfs erofs "
+    b"ext2 ext3 ext4 fusectl hugetlbfs iso9660 mqueue nsfs overlay proc pstore ramfs rootfs "
+    b"securityfs squashfs sysfs tmpfs tracefs vfat xfs".split()
+)
+
+
 @functools.cache
 def _home() -> _Home:
     return _Home(
@@ -239,10 +251,10 @@ async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
             streams[SCRIPT] = os.memfd_create("script")
             lent.append(streams[SCRIPT])
             os.pwrite(streams[SCRIPT], spec.script, 0)
-        if spec.account.uid == 0:
+        if spec.account.uid == 0 and not may_wait_for_files():
             pid = _spawn_as_root(spec, cgroup, root_fd, streams)
         else:
-            pid = await _fork_as_user(spec, cgroup, root_fd, streams)
+            pid = await _fork(spec, cgroup, root_fd, streams)
         return Process(pid, os.pidfd_open(pid), cgroup, stdin, stdout, stderr)
     except BaseException:
         for descriptor in kept:
@@ -272,7 +284,7 @@ async def _start_on_terminal(
             streams[SCRIPT] = script = os.memfd_create("script")
             os.pwrite(script, spec.script, 0)
         # Not by vfork: only a child of its own can make the terminal its session's.
-        pid = await _fork_as_user(spec, cgroup, root_fd, streams)
+        pid = await _fork(spec, cgroup, root_fd, streams)
         return Process(pid, os.pidfd_open(pid), cgroup, None, master, None, is_terminal=True)
     except BaseException:
         if master is not None:
@@ -360,19 +372,111 @@ def _go_home(home: _Home) -> None:
         os._exit(70)
 
 
-async def _fork_as_user(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int]) -> int:
-    """Start a process by fork; what goes wrong before it is there comes through a pipe."""
+async def _fork(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int]) -> int:
+    """Start a process by fork; what goes wrong before it is there comes through a pipe.
+
+    The child may have to wait for its folder or its program; the agent does not wait with it.
+    """
     trouble, child_trouble = os.pipe()
     with contextlib.closing(os.fdopen(trouble, "rb", buffering=0)):
         try:
             pid = fork(lambda: _become(spec, cgroup, root_fd, streams, child_trouble))
         finally:
             os.close(child_trouble)
-        said = await _read_all(trouble)
+        try:
+            async with asyncio.timeout(_FOLDER_LIMIT_S):
+                said = await _read_all(trouble)
+        except BaseException as error:
+            await _end_child(pid)
+            if isinstance(error, TimeoutError):
+                message = f"cannot change to the folder {spec.cwd}: its file server does not answer"
+                raise RefusedError(message) from error
+            raise
     if said:
         os.waitpid(pid, 0)
         raise RefusedError(said.decode(errors="replace"))
     return pid
+
+
+async def by_child(work: Callable[[], None]) -> None:
+    """Have a child do what the kernel may have to wait for.
+
+    Raises:
+        OSError: what came of it.
+    """
+
+    def body() -> None:
+        try:
+            work()
+        except OSError as error:
+            os._exit(min(error.errno or errno.EINVAL, _ERRNO_MAX))
+        except ValueError:
+            os._exit(errno.EINVAL)
+
+    pid = fork(body)
+    pidfd = os.pidfd_open(pid)
+    try:
+        async with asyncio.timeout(_FOLDER_LIMIT_S):
+            await readable(pidfd)
+    except BaseException as error:
+        await _end_child(pid)
+        if isinstance(error, TimeoutError):
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from error
+        raise
+    finally:
+        os.close(pidfd)
+    number = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if number:
+        number = number if number > 0 else errno.EINTR
+        raise OSError(number, os.strerror(number))
+
+
+async def _end_child(pid: int) -> None:
+    """End a child; if the kernel does not let it go in a moment, it is left to the kernel."""
+    os.kill(pid, signal.SIGKILL)
+    pidfd = os.pidfd_open(pid)
+    try:
+        async with asyncio.timeout(_MOMENT_S):
+            await readable(pidfd)
+        os.waitpid(pid, 0)
+    except TimeoutError:
+        pass
+    finally:
+        os.close(pidfd)
+
+
+class _Mounts:
+    """What is mounted where users' programs are, looked at anew when that has changed."""
+
+    def __init__(self) -> None:
+        self._file = open("/proc/1/mountinfo", "rb", buffering=0)  # noqa: SIM115 - held for ever
+        self._changes = select.poll()
+        self._changes.register(self._file, select.POLLPRI | select.POLLERR)
+        self._waits = self._look()
+
+    def may_wait(self) -> bool:
+        """See `may_wait_for_files`."""
+        if self._changes.poll(0):
+            self._waits = self._look()
+        return self._waits
+
+    def _look(self) -> bool:
+        self._file.seek(0)
+        said = b""
+        while more := self._file.read(1 << 16):
+            said += more
+        kinds = {line.partition(b" - ")[2].split(b" ", 1)[0] for line in said.splitlines()}
+        return not kinds <= _LOCAL
+
+
+@functools.cache
+def _mounts() -> _Mounts:
+    return _Mounts()
+
+
+def may_wait_for_files() -> bool:
+    """Tell whether something is mounted that has to be asked of somebody else, who may be gone."""
+    return _mounts().may_wait()
 
 
 def fork(child: Callable[[], None]) -> int:

@@ -3,11 +3,14 @@
 import asyncio
 import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import NoCapacityError
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import AGENT_SOCKET
+from sandyard.server.node.exports.shares import Share
 from sandyard.server.node.images.images import Images, write_manifest
 from sandyard.server.tasks import Crew
 
@@ -40,6 +43,16 @@ class FakeNetwork:
     def place(self, number: int) -> Place:
         """See node.host.network.Network.place."""
         return Place(number, f"fake-{number}", "tap0", "02:00:00:00:00:02", f"fake:{number}", 0)
+
+    async def take_for_server(self) -> Place:
+        """See node.host.network.Network.take_for_server."""
+        return await self.take()
+
+    async def let(self, place: Place, server: Place, *, port: int) -> None:
+        """See node.host.network.Network.let."""
+
+    async def forbid(self, place: Place) -> None:
+        """See node.host.network.Network.forbid."""
 
     async def give_back(self, place: Place) -> None:
         """See node.host.network.Network.give_back."""
@@ -81,3 +94,43 @@ def make_fake_image(images: Images) -> str:
         (folder / name).touch()
     write_manifest(folder, os="None", size_bytes=0, inputs={})
     return digest
+
+
+class FakeExports:
+    """See node.exports.shares.Exports: it opens volumes, and nothing is exported."""
+
+    def __init__(self, volumes: Volumes | None = None) -> None:
+        self._volumes = volumes
+        self.shares: dict[int, Share] = {}
+
+    def slots(self) -> list[int]:
+        """Return the numbers of places that servers have: none have any."""
+        return []
+
+    async def open(self, shares: Iterable[tuple[Place, Share]], crew: Crew) -> None:
+        """See node.exports.shares.Exports.open."""
+        self.shares = {place.number: share for place, share in shares}
+
+    async def close(self) -> None:
+        """See node.exports.shares.Exports.close."""
+
+    async def prepare(self, org_id: str) -> None:
+        """See node.exports.shares.Exports.prepare."""
+
+    async def grant(self, place: Place, share: Share) -> None:
+        """See node.exports.shares.Exports.grant."""
+        if self._volumes is not None:
+            for one in share.mounts:
+                async with self._volumes.open(one.workspace_id, one.quota_bytes):
+                    pass
+        self.shares[place.number] = share
+
+    async def revoke(self, place: Place) -> None:
+        """See node.exports.shares.Exports.revoke."""
+        self.shares.pop(place.number, None)
+
+    async def withdraw(self, workspace_id: str) -> None:
+        """See node.exports.shares.Exports.withdraw."""
+        for number, share in self.shares.items():
+            left = tuple(one for one in share.mounts if one.workspace_id != workspace_id)
+            self.shares[number] = replace(share, mounts=left)

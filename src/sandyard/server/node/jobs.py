@@ -78,6 +78,9 @@ class Jobs:
         """Bring up a machine that was not there: from a snapshot, else the fastest way there is."""
         began = self._means.clock.monotonic()
         try:
+            if wish.mounts:
+                # First: what cannot be is not to cost a machine that waits.
+                await self._means.exports.prepare(wish.org_id)
             if source is not None:
                 self._begin_anew(holding, wish, image, driver)
                 way = await self._start_from(holding, wish, source, Way.SNAPSHOT)

@@ -4,6 +4,7 @@ What may be done when stands in `machines.phases`, what is done in `jobs`; a mac
 process are `machines.resident`'s.
 """
 
+import asyncio
 import logging
 import shutil
 from collections import OrderedDict
@@ -276,6 +277,16 @@ class Node:
             goldens=self._goldens.count,
         )
 
+    # --- NodeExports ----------------------------------------------------------------------
+
+    async def withdraw(self, workspace_id: str) -> None:
+        """See core.contracts.node.NodeExports.withdraw."""
+        residents = [one for held in list(self._holdings.values()) for one in held.residents]
+        async with asyncio.TaskGroup() as tasks:
+            for resident in residents:
+                tasks.create_task(resident.unmount(workspace_id))
+        await self._means.exports.withdraw(workspace_id)
+
     async def templates(self) -> tuple[TemplateFact, ...]:
         """See core.contracts.node.NodeControl.templates."""
         return self._means.images.facts()
@@ -538,11 +549,20 @@ class Node:
                 self._ledger.enter(held)
         living = [one for one in self._holdings.values() if one.resident.is_up]
         in_use = [one.resident.record.slot for one in living]
+        in_use += self._means.exports.slots()
         await self._means.network.open(in_use=in_use, crew=self._means.crew)
         kept = {one.resident.record.id for one in self._holdings.values()}
         for record in found:
             if record.id not in kept:
                 await in_thread(records.remove, record.id)
+        await self._means.exports.open(
+            [
+                (self._means.network.place(one.resident.record.slot), share)
+                for one in living
+                if (share := one.resident.record.share) is not None
+            ],
+            self._means.crew,
+        )
         for one in self._holdings.values():
             await one.resident.body.tidy()
         for one in living:
@@ -563,6 +583,7 @@ class Node:
             await holding.break_off()
             for resident in holding.residents:
                 await resident.let_go()
+        await self._means.exports.close()
         await self._means.network.close()
 
 

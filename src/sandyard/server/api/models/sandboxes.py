@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from sandyard.server.api.models.base import Body, Env, Model, Time, bounds
-from sandyard.server.core.errors import InvalidArgumentError, NotImplementedYetError
+from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import NAME_MAX, TAGS_MAX
 from sandyard.server.core.ops import Figures
-from sandyard.server.core.records import Sandbox
+from sandyard.server.core.records import Mount, Sandbox
 from sandyard.server.core.shapes import format_size
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
@@ -35,8 +35,8 @@ class ResourcesIn(Body):
 class MountIn(Body):
     """A workspace to mount."""
 
-    workspace_id: str
-    path: str
+    workspace_id: str = Field(description="Its id; a personal workspace cannot be mounted.")
+    path: str = Field(examples=["/workspace"], description="/workspace or below.")
     read_only: bool = False
 
 
@@ -46,7 +46,9 @@ class CreateSandbox(Body):
     template: str = Field("base-ubuntu", max_length=64)
     name: Name | None = None
     tags: Tags = []
-    mounts: list[MountIn] = []
+    mounts: list[MountIn] = Field(
+        [], description="Default for one from a snapshot: what that had mounted."
+    )
     idle_timeout: IdleTimeout = 600
     resources: ResourcesIn | None = None
     env: Env = {}
@@ -67,7 +69,12 @@ class CreateSandbox(Body):
         """Return what is asked for; fields of one name mean the same."""
         given = self.model_fields_set - {"resources", "mounts", "network"}
         resources = vars(self.resources) if self.resources else {}
-        return NewSandbox(**{name: getattr(self, name) for name in given}, **resources)
+        named = {name: getattr(self, name) for name in given}
+        if "mounts" in self.model_fields_set:
+            named["mounts"] = tuple(
+                Mount(one.workspace_id, one.path, one.read_only) for one in self.mounts
+            )
+        return NewSandbox(**named, **resources)
 
 
 class PatchSandbox(Body):
@@ -164,8 +171,8 @@ def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
     shown |= {
         "tags": list(sandbox.tags),
         "metadata": dict(sandbox.metadata),
-        "mounts": [],
-        "has_writable_workspace_mount": False,
+        "mounts": [vars(one) for one in sandbox.mounts],
+        "has_writable_workspace_mount": any(not one.read_only for one in sandbox.mounts),
         "ssh_ready": where.ssh is not None and (has_key or has_password) and _is_up(sandbox),
         "public_ip": where.public_ip,
         "vnc_ready": has_desktop and _is_up(sandbox),
@@ -257,12 +264,6 @@ def stats_of(figures: Figures) -> Stats:
 
 def check_offered(body: CreateSandbox) -> None:
     """Refuse what would otherwise be left out in silence, and so be believed to be in force."""
-    if body.mounts:
-        raise NotImplementedYetError(
-            "cannot mount a workspace in a sandbox: this version does not have it yet; leave "
-            "mounts out, and copy files with `sandyard cp`",
-            field="mounts",
-        )
     network = body.network or {}
     if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):
         raise InvalidArgumentError(

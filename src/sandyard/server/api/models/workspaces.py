@@ -18,6 +18,8 @@ from sandyard.server.api.errors import error_out
 from sandyard.server.api.models.base import Body, Model, Time
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
+from sandyard.server.core.records import Sandbox, Workspace
+from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces.beneath import Parts
 from sandyard.server.service.workspaces.files import BATCH_MAX, Outcome, name_of, path_of
 from sandyard.server.service.workspaces.tree import Entry
@@ -104,6 +106,29 @@ class WorkspaceUsageOut(Model):
     mounted_sandboxes: list[MountedOut]
     installable_agents: list[str] = Field(default_factory=list)
     custom_agents: list[str] = Field(default_factory=list)
+
+
+def usage_out(workspace: Workspace, mounting: Sequence[Sandbox], actor: Actor) -> WorkspaceUsageOut:
+    """Return who uses a workspace; of others' sandboxes a member is told how many there are."""
+    seen = [one for one in mounting if actor.sees_all or one.owner_user_id == actor.user_id]
+    return WorkspaceUsageOut(
+        workspace_id=workspace.id,
+        workspace_name=workspace.name,
+        in_use=bool(mounting),
+        counts=UsageCountsOut(mounted_sandboxes=len(mounting)),
+        mounted_sandboxes=[
+            MountedOut(
+                sandbox_id=one.id,
+                sandbox_name=one.name,
+                sandbox_status=one.status.value,
+                mount_path=mount.path,
+                read_only=mount.read_only,
+            )
+            for one in seen
+            for mount in one.mounts
+            if mount.workspace_id == workspace.id
+        ],
+    )
 
 
 class EntryOut(Model):

@@ -22,7 +22,6 @@ from sandyard.server.api.models.workspaces import (
     OutcomesOut,
     RemoveEntries,
     RenameWorkspace,
-    UsageCountsOut,
     WorkspaceOut,
     WorkspaceRemovedOut,
     WorkspacesOut,
@@ -35,6 +34,7 @@ from sandyard.server.api.models.workspaces import (
     outcomes_out,
     path_in,
     storage_use_out,
+    usage_out,
     workspace_out,
 )
 from sandyard.server.api.paths import WHOLE
@@ -136,17 +136,8 @@ async def get_workspace_usage(
     request: Request, actor: CanRead, service: Service, reference: Which
 ) -> Data[WorkspaceUsageOut]:
     """Tell which sandboxes have a workspace mounted."""
-    found = (await service.get(actor, reference)).workspace
-    return enveloped(
-        request,
-        WorkspaceUsageOut(
-            workspace_id=found.id,
-            workspace_name=found.name,
-            in_use=False,
-            counts=UsageCountsOut(mounted_sandboxes=0),
-            mounted_sandboxes=[],
-        ),
-    )
+    found, mounting = await service.mounting(actor, reference)
+    return enveloped(request, usage_out(found, mounting, actor))
 
 
 @router.delete("/{reference}", responses=errors(404, 409))
@@ -158,8 +149,7 @@ async def delete_workspace(
     force: Annotated[bool, Query(description="Also if a sandbox has it mounted.")] = False,
 ) -> Data[WorkspaceRemovedOut]:
     """Remove a workspace with all that is in it."""
-    del force
-    gone = await service.delete(actor, reference)
+    gone = await service.delete(actor, reference, force=force)
     return enveloped(request, WorkspaceRemovedOut(id=gone.id, deleted=True))
 
 

@@ -61,11 +61,22 @@ class MachineRef:
 
 
 @dataclass(frozen=True)
+class MountWish:
+    """A workspace that a machine is to have at a path; `quota_bytes` is what that may hold."""
+
+    workspace_id: str
+    path: str
+    read_only: bool
+    quota_bytes: int
+
+
+@dataclass(frozen=True)
 class MachineWish:
     """What a node should hold: one incarnation of a sandbox, and what it is to be made of.
 
     `org_id` is who wants it, so that those who wait take turns fairly. One from another sandbox's
-    snapshot `replaces_access`: keys and password that are in there open it no more.
+    snapshot `replaces_access`: keys and password that are in there open it no more. `mounts` are
+    made anew whenever a machine does not go on from where it stood itself.
     """
 
     sandbox_id: str
@@ -80,6 +91,7 @@ class MachineWish:
     origin: Origin = Origin.NEW
     snapshot_id: str | None = None
     replaces_access: bool = False
+    mounts: tuple[MountWish, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -264,6 +276,20 @@ class NodeControl(Protocol):
 
     async def templates(self) -> tuple[TemplateFact, ...]:
         """Return every template the node knows, built or not."""
+        ...
+
+
+class NodeExports(Protocol):
+    """What a node lets its machines mount."""
+
+    async def withdraw(self, workspace_id: str) -> None:
+        """Return once no machine of the node has the workspace mounted, or can mount it.
+
+        Programs that use it there get errors from then on. Nothing happens if none has it.
+
+        Raises:
+            UnavailableError: not now; try again.
+        """
         ...
 
 

@@ -94,6 +94,14 @@ class SandboxRows(Protocol):
         """Return every sandbox of these statuses that was placed on a node, on none for None."""
         ...
 
+    async def mounting(self, workspace_id: str) -> list[Sandbox]:
+        """Return every sandbox that has a workspace mounted and is not gone, oldest first."""
+        ...
+
+    async def forget_mounts(self, workspace_id: str) -> None:
+        """Note that no sandbox has a workspace mounted any more; their versions stay."""
+        ...
+
 
 class LeaseRows(Protocol):
     """Who works on which sandbox: a server, under a lease that runs out."""

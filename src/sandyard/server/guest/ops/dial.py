@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sandyard.server.core import ops, wire
@@ -30,7 +30,7 @@ async def dial(
 ) -> None:
     """See core.ops.Dial."""
     if wish.path is not None:
-        there = _connect_path(context, wish.path)
+        there = await _connect_path(context, wish.path)
     elif not 1 <= wish.port <= 65535 or wish.port == wire.AGENT_PORT:
         raise RefusedError(
             f"cannot connect to port {wish.port}: it is not one of the sandbox's own"
@@ -74,22 +74,38 @@ async def _connect_here(port: int) -> socket.socket:
     raise AbsentError(f"cannot connect to port {port}: nothing listens there")
 
 
-def _connect_path(context: Context, path: str) -> socket.socket:
+async def _connect_path(context: Context, path: str) -> socket.socket:
     there = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     there.setblocking(False)
-    own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        # A path of the user's own: the agent goes there and does not wait in between.
+
+    def connect() -> None:
+        # A path of the user's own, that only the user's root has.
         system.enter(context.root_fd)
         there.connect(path)
-    except (OSError, ValueError) as error:
+
+    try:
+        if processes.may_wait_for_files():
+            # On the way there somebody may have to be asked, whom the agent does not wait for.
+            await processes.by_child(connect)
+        else:
+            _as_user(connect)
+    except BaseException as error:
         there.close()
+        if not isinstance(error, OSError | ValueError):
+            raise
         why = getattr(error, "strerror", None) or "it is no path of a socket"
         raise AbsentError(f"cannot connect to {path[:200]}: {why}") from error
+    return there
+
+
+def _as_user(work: Callable[[], None]) -> None:
+    """Have the agent itself go over to the user's root for work that does not wait."""
+    own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        work()
     finally:
         system.enter(own_root)
         os.close(own_root)
-    return there
 
 
 async def _connect(context: Context, host: str, port: int) -> socket.socket:

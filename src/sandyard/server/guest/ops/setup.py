@@ -6,6 +6,7 @@ import socket
 from sandyard.server.core import ops
 from sandyard.server.guest import connections, system
 from sandyard.server.guest.context import Context
+from sandyard.server.guest.ops.mount import leave_mounts
 from sandyard.server.guest.system import RefusedError
 
 
@@ -30,6 +31,8 @@ async def set_up(context: Context, wish: ops.SetUp, connection: socket.socket) -
     socket.sethostname(wish.hostname)
     if wish.machine_id is not None:
         system.write_boot_id()
+        # What it was cloned from may have something mounted, which is that one's alone.
+        await leave_mounts(context)
     own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         system.enter(context.root_fd)

@@ -31,6 +31,7 @@ from sandyard.server.core.records import (
     ActivityQuery,
     Claim,
     KeyedRequest,
+    Mount,
     NodeSeen,
     Reason,
     RequestKey,
@@ -47,7 +48,9 @@ from sandyard.server.links.sql.seal import Seal
 
 # Fields that the database keeps otherwise than by their own name and kind; what is left is kept as
 # it is, so that a field is added to the record and to the table alone.
-_OTHERWISE = frozenset({"status", "shape", "env", "reason", "owner_display_name", "owner_email"})
+_OTHERWISE = frozenset(
+    {"status", "shape", "env", "reason", "mounts", "owner_display_name", "owner_email"}
+)
 _TUPLES = ("tags", "authorized_keys", "ssh_key_ids")
 _SAME = tuple(one.name for one in fields(Sandbox) if one.name not in _OTHERWISE)
 _USED = ("last_activity_at", "last_activity_kind")
@@ -94,6 +97,12 @@ class SandboxTable:
             raise _name_is_taken(error, sandbox.name) from error
         if sandbox.tags:
             await self._add_tags(sandbox)
+        if sandbox.mounts:
+            mounted = {one.workspace_id for one in sandbox.mounts}
+            await self._connection.execute(
+                insert(t.sandbox_mounts),
+                [{"sandbox_id": sandbox.id, "workspace_id": one} for one in sorted(mounted)],
+            )
 
     async def find(self, sandbox_id: str) -> Sandbox | None:
         """See core.contracts.store.SandboxRows.find."""
@@ -158,7 +167,7 @@ class SandboxTable:
     ) -> Sandbox | None:
         """See core.contracts.store.SandboxRows.replace."""
         values = self._values(sandbox) | {"version": sandbox.version + 1}
-        for name in ("id", *_USED):
+        for name in ("id", "mounts", *_USED):
             del values[name]
         values |= {"known_id": sandbox.id, "known_version": sandbox.version}
         values |= _held(hold) if lease is None else {"known_lease": lease}
@@ -184,6 +193,30 @@ class SandboxTable:
             )
         )
 
+    async def mounting(self, workspace_id: str) -> list[Sandbox]:
+        """See core.contracts.store.SandboxRows.mounting."""
+        c, mounted = t.sandboxes.c, t.sandbox_mounts.c
+        return await self.where(
+            _selected()
+            .where(
+                exists().where(mounted.sandbox_id == c.id, mounted.workspace_id == workspace_id),
+                c.status.not_in(_HIDDEN),
+            )
+            .order_by(c.created_at, c.id)
+        )
+
+    async def forget_mounts(self, workspace_id: str) -> None:
+        """See core.contracts.store.SandboxRows.forget_mounts."""
+        c = t.sandboxes.c
+        for one in await self.mounting(workspace_id):
+            left = [mount for mount in one.mounts if mount.workspace_id != workspace_id]
+            await self._connection.execute(
+                update(t.sandboxes).where(c.id == one.id).values(mounts=_plain(left))
+            )
+        await self._connection.execute(
+            delete(t.sandbox_mounts).where(t.sandbox_mounts.c.workspace_id == workspace_id)
+        )
+
     async def where(self, statement: Select[tuple[object]]) -> list[Sandbox]:
         """Return the sandboxes that a statement selects."""
         found = await self._connection.execute(statement)
@@ -206,6 +239,7 @@ class SandboxTable:
             "memory_mib": sandbox.shape.memory_mib,
             "disk_mib": sandbox.shape.disk_mib,
             "env_sealed": self._seal.close(sandbox.env),
+            "mounts": _plain(sandbox.mounts),
             "metadata": dict(sandbox.metadata),
             "reason_code": reason.code if reason else None,
             "reason_message": reason.message if reason else None,
@@ -219,6 +253,7 @@ class SandboxTable:
             status=Status(found["status"]),
             shape=Shape(found["vcpus"], found["memory_mib"], found["disk_mib"]),
             env=self._seal.open(found["env_sealed"]),
+            mounts=_mounts(found["mounts"]),
             reason=Reason(found["reason_code"], found["reason_message"])
             if found["reason_code"]
             else None,
@@ -339,7 +374,8 @@ class SnapshotTable:
 
     async def insert(self, snapshot: Snapshot) -> None:
         """See core.contracts.store.SnapshotRows.insert."""
-        values = {name: value for name, value in vars(snapshot).items() if name != "shape"}
+        values = vars(snapshot) | {"mounts": _plain(snapshot.mounts)}
+        del values["shape"]
         try:
             await self._connection.execute(
                 insert(t.snapshots).values(values | vars(snapshot.shape))
@@ -427,7 +463,7 @@ class SnapshotTable:
     async def _snapshots(self, statement: Select[Any]) -> list[Snapshot]:
         found = []
         for row in (await self._connection.execute(statement)).mappings():
-            values = dict(row)
+            values = dict(row) | {"mounts": _mounts(row["mounts"])}
             shape = Shape(*(values.pop(name) for name in ("vcpus", "memory_mib", "disk_mib")))
             found.append(Snapshot(**values, shape=shape))
         return found
@@ -507,6 +543,14 @@ class TicketTable:
         await self._connection.execute(delete(t.tickets).where(t.tickets.c.expires_at < before))
 
 
+def _plain(mounts: Sequence[Mount]) -> list[dict[str, object]]:
+    return [vars(one) for one in mounts]
+
+
+def _mounts(found: Sequence[Mapping[str, Any]]) -> tuple[Mount, ...]:
+    return tuple(Mount(**one) for one in found)
+
+
 def _held(hold: Hold | None) -> dict[str, object]:
     return {
         "lease_owner": hold.owner if hold else None,
@@ -526,7 +570,9 @@ def _selected() -> Select[tuple[object]]:
 _c = t.sandboxes.c
 _known = (_c.id == bindparam("known_id"), _c.version == bindparam("known_version"))
 _written: dict[str, Any] = {
-    one.name: bindparam(one.name) for one in _c if one.name not in {"id", "created_at", *_USED}
+    one.name: bindparam(one.name)
+    for one in _c
+    if one.name not in {"id", "created_at", "mounts", *_USED}
 }
 _leases = ("lease_owner", "lease_token", "lease_until")
 # What every request runs is built once: to build a statement takes as long as to run it.

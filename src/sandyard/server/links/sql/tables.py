@@ -219,6 +219,7 @@ sandboxes = Table(
     Column("from_disk_incarnation", Integer, nullable=False, server_default="0"),
     Column("is_test", Boolean, nullable=False, server_default=false()),
     Column("saved_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("mounts", JSON, nullable=False, server_default="[]"),
     CheckConstraint(f"status IN ({STATUSES})", name="status"),
     Index("ix_sandboxes_org_created", "org_id", "created_at", "id"),
     Index("ix_sandboxes_node", "node_id", "status"),
@@ -241,6 +242,15 @@ sandbox_tags = Table(
     metadata,
     Column("sandbox_id", ForeignKey("sandboxes.id", ondelete="CASCADE"), primary_key=True),
     Column("tag", Text, primary_key=True),
+)
+
+# What sandboxes have mounted, a row each, to find them by; sandboxes.mounts is what is shown.
+sandbox_mounts = Table(
+    "sandbox_mounts",
+    metadata,
+    Column("sandbox_id", ForeignKey("sandboxes.id", ondelete="CASCADE"), primary_key=True),
+    Column("workspace_id", String(36), primary_key=True),
+    Index("ix_sandbox_mounts_workspace", "workspace_id"),
 )
 
 activity = Table(
@@ -283,6 +293,7 @@ snapshots = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("created_at", Moment, nullable=False),
     Column("held_until", Moment),
+    Column("mounts", JSON, nullable=False, server_default="[]"),
     Index("ix_snapshots_node", "node_id"),
     Index("ix_snapshots_org_created", "org_id", "created_at", "id"),
     Index(

@@ -17,6 +17,7 @@ _ANY_SLOT = "syd-"  # what the links of every installation on the host begin wit
 GUEST_IP = "172.16.0.2"
 GATEWAY_IP = "172.16.0.1"
 CONNECTIONS_MAX = 4096
+NFS_PORT = 2049
 _PRIVATE = (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
     "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
@@ -72,6 +73,8 @@ table inet sandyard {{
     iifname "{tap}" ip saddr != {GUEST_IP} drop
     iifname "{tap}" ip daddr {GATEWAY_IP} meta l4proto {{ tcp, udp }} th dport 53 accept
     iifname "{tap}" ip daddr {GATEWAY_IP} icmp type echo-request accept
+    # What is mounted no more is refused, not waited for.
+    iifname "{tap}" ip daddr {GATEWAY_IP} meta l4proto tcp reject with tcp reset
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
@@ -79,6 +82,8 @@ table inet sandyard {{
     ct state established,related accept
     # What a machine that stood still sends on an old connection: told at once, not met by silence.
     iifname "{tap}" tcp flags & (fin | syn | rst | ack) != syn reject with tcp reset
+    # What it sends is redirected to one place alone: to its organization's file server.
+    iifname "{tap}" oifname "{uplink}" tcp dport {NFS_PORT} ct status dnat accept
     {_accept(allow, f'iifname "{tap}" oifname "{uplink}"')}
     iifname "{tap}" ip daddr {{ {", ".join(_PRIVATE)} }} reject with icmp type admin-prohibited
     iifname "{tap}" oifname "{uplink}" ct state new accept
@@ -95,6 +100,47 @@ table inet sandyard {{
   }}
 }}
 """
+
+
+def share_rules(*, tap: str, port: int, server: ipaddress.IPv4Address | str) -> str:
+    """Return rules inside a slot by which a port of its gateway leads to a file server, in place of
+    those that stood there."""
+    return f"""
+table inet sandyard_share {{}}
+delete table inet sandyard_share
+table inet sandyard_share {{
+  chain prerouting {{
+    type nat hook prerouting priority dstnat; policy accept;
+    iifname "{tap}" ip daddr {GATEWAY_IP} tcp dport {port} dnat ip to {server}:{NFS_PORT}
+  }}
+}}
+"""
+
+
+def server_rules(*, uplink: str, subnet: ipaddress.IPv4Network) -> str:
+    """Return the rules around a file server: slots reach its port, and it reaches nobody."""
+    return f"""
+table inet sandyard {{
+  chain input {{
+    type filter hook input priority filter; policy drop;
+    iifname "lo" accept
+    iifname "{uplink}" ip saddr {subnet} tcp dport {NFS_PORT} accept
+  }}
+  chain output {{
+    type filter hook output priority filter; policy drop;
+    oifname "lo" accept
+    oifname "{uplink}" ip daddr {subnet} tcp sport {NFS_PORT} ct state established accept
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy drop;
+  }}
+}}
+"""
+
+
+def share_element(*, table: str, link: str, client: str, server: str) -> str:
+    """Return what stands for one slot that may reach one file server, in a set of the host's."""
+    return f"element inet {table} shares {{ {link} . {client} . {server} }}\n"
 
 
 def host_rules(
@@ -117,6 +163,9 @@ table inet {table} {{
     type ipv4_addr; flags interval; auto-merge;
     {_elements(neighbours)}
   }}
+  set shares {{
+    type ifname . ipv4_addr . ipv4_addr;
+  }}
   chain input {{
     type filter hook input priority filter; policy accept;
     iifname "{prefix}*" ct state established,related accept
@@ -128,6 +177,8 @@ table inet {table} {{
     oifname "{prefix}*" jump to_slots
   }}
   chain from_slots {{
+    tcp dport {NFS_PORT} iifname . ip saddr . ip daddr @shares accept
+    tcp sport {NFS_PORT} oifname "{prefix}*" ct state established ct direction reply accept
     oifname "{_ANY_SLOT}*" drop
     meta nfproto ipv6 drop
     ct state established,related accept

@@ -30,6 +30,9 @@ from sandyard.server.node.host.firewall import (
     guard_rules,
     host_rules,
     new_neighbours,
+    server_rules,
+    share_element,
+    share_rules,
     slot_rules,
 )
 from sandyard.server.node.host.identity import SLOTS, Identity
@@ -43,6 +46,7 @@ _GATEWAY_MAC = "02:73:79:00:00:01"
 _TAP, _UPLINK = "tap0", "up0"
 _TOOL_LIMIT_S = 20.0
 _SPARE = 3
+_MACHINES = SLOTS - 128  # the slots above are file servers', one an organization
 _FOLLOW_S = 3.0
 
 
@@ -74,6 +78,22 @@ class Network(Protocol):
         """Remove a place with everything in it; nothing happens if it is gone."""
         ...
 
+    async def take_for_server(self) -> Place:
+        """Return a place for a file server, which machines reach if they are let; see `take`."""
+        ...
+
+    async def let(self, place: Place, server: Place, *, port: int) -> None:
+        """Have a port of a machine's gateway lead to a file server's place, and no other port.
+
+        Raises:
+            InternalError: the host would not do it.
+        """
+        ...
+
+    async def forbid(self, place: Place) -> None:
+        """Have nothing in a place lead to a file server any more."""
+        ...
+
     async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
         """Return a connection to a port of the machine in a place.
 
@@ -95,6 +115,7 @@ class Slots:
         self._dns: dict[int, asyncio.Task[None]] = {}
         self._crew: Crew | None = None
         self._neighbours: tuple[str, ...] = ()
+        self._shares: dict[int, str] = {}
         self._resolvers: Callable[[], list[str]] = host_resolvers
 
     async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
@@ -104,8 +125,9 @@ class Slots:
         await self._prepare_host()
         await self._sweep()
         for number in self._used:
-            await self._guard(self.place(number))
-            self._start_dns(self.place(number))
+            if number < _MACHINES:
+                await self._guard(self.place(number))
+                self._start_dns(self.place(number))
         self._refill_beside()
         following = self._follow_neighbours()
         crew.start(following, "the rules do not follow the host's networks any more")
@@ -145,9 +167,38 @@ class Slots:
             dns.cancel()
             await asyncio.wait([dns])
         await kill_all_of(place.uid)
+        await self.forbid(place)
         async with self._lock:
             await self._remove(place)
             self._used.discard(place.number)
+
+    async def take_for_server(self) -> Place:
+        """See Network.take_for_server."""
+        async with self._lock:
+            place = await self._make(range(_MACHINES, SLOTS), "file servers")
+            self._used.add(place.number)
+        return place
+
+    async def let(self, place: Place, server: Place, *, port: int) -> None:
+        """See Network.let."""
+        await self.forbid(place)
+        element = share_element(
+            table=self._identity.table,
+            link=self._host_link(place.number),
+            client=place.ip,
+            server=server.ip,
+        )
+        rules = share_rules(tap=_TAP, port=port, server=server.ip)
+        self._shares[place.number] = element
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_nft(f"add {element}"))
+            tasks.create_task(_nft_in(place, rules))
+
+    async def forbid(self, place: Place) -> None:
+        """See Network.forbid."""
+        if element := self._shares.pop(place.number, None):
+            # It may not have come so far.
+            await _nft(f"add {element}delete {element}")
 
     async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
         """See Network.dial."""
@@ -228,14 +279,16 @@ class Slots:
 
     async def _refill(self) -> None:
         async with self._lock:
-            while len(self._spare) < _SPARE and len(self._used) + len(self._spare) < SLOTS:
+            while len(self._spare) < _SPARE and len(self._used) + len(self._spare) < _MACHINES:
                 self._spare.append(await self._make())
 
-    async def _make(self) -> Place:
+    async def _make(self, among: range = range(_MACHINES), what: str = "machines") -> Place:
         taken = self._used | {place.number for place in self._spare}
-        number = next((one for one in range(SLOTS) if one not in taken), None)
+        number = next((one for one in among if one not in taken), None)
         if number is None:
-            raise NoCapacityError(f"cannot place one more machine: all {SLOTS} slots are in use")
+            raise NoCapacityError(
+                f"cannot place more {what} on this node: all {len(among)} slots are in use"
+            )
         place = self.place(number)
         try:
             await self._build(place)
@@ -248,11 +301,7 @@ class Slots:
     async def _guard(self, place: Place) -> None:
         """Give a slot that an earlier version made the rules at its tap that a new one has."""
         try:
-            await run(
-                ["ip", "netns", "exec", place.netns, "nft", "-f", "-"],
-                limit_s=_TOOL_LIMIT_S,
-                stdin=guard_rules(tap=_TAP, mac=place.mac).encode(),
-            )
+            await _nft_in(place, guard_rules(tap=_TAP, mac=place.mac))
         except InternalError as error:
             log.warning("a machine's tap is not guarded: %s", error.message)
 
@@ -260,27 +309,33 @@ class Slots:
         outer = self._outer(place.number)
         gateway = outer - 1
         link = self._host_link(place.number)
+        serves = place.number >= _MACHINES
         await run(["ip", "netns", "add", place.netns], limit_s=_TOOL_LIMIT_S)
-        await in_thread(in_namespace, place.netns, lambda: asyncio.run(_set_up_kernel(place)))
-        rules = slot_rules(
-            uplink=_UPLINK,
-            tap=_TAP,
-            mac=place.mac,
-            outer=outer,
-            agent_port=AGENT_PORT,
-            allow=self._allow,
+        await in_thread(
+            in_namespace,
+            place.netns,
+            lambda: asyncio.run(_set_up_kernel(place, has_tap=not serves)),
         )
+        if serves:
+            rules = server_rules(uplink=_UPLINK, subnet=self._identity.subnet)
+        else:
+            rules = slot_rules(
+                uplink=_UPLINK,
+                tap=_TAP,
+                mac=place.mac,
+                outer=outer,
+                agent_port=AGENT_PORT,
+                allow=self._allow,
+            )
         # The rules stand before the first link is up: no packet ever passes without them.
-        await run(
-            ["ip", "netns", "exec", place.netns, "nft", "-f", "-"],
-            limit_s=_TOOL_LIMIT_S,
-            stdin=rules.encode(),
-        )
+        await _nft_in(place, rules)
         async with netlink() as host:
             await host.add_veth(link, peer=_UPLINK, peer_netns=place.netns)
             await host.bring_up(link, address=ipaddress.IPv4Interface(f"{gateway}/30"))
         await in_thread(
-            in_namespace, place.netns, lambda: asyncio.run(_set_up_links(place, outer, gateway))
+            in_namespace,
+            place.netns,
+            lambda: asyncio.run(_set_up_links(place, outer, gateway, has_tap=not serves)),
         )
 
     async def _remove(self, place: Place) -> None:
@@ -323,6 +378,11 @@ async def _nft(rules: str) -> None:
     await run(["nft", "-f", "-"], limit_s=_TOOL_LIMIT_S, stdin=rules.encode())
 
 
+async def _nft_in(place: Place, rules: str) -> None:
+    command = ["nsenter", f"--net={path_of(place.netns)}", "nft", "-f", "-"]
+    await run(command, limit_s=_TOOL_LIMIT_S, stdin=rules.encode())
+
+
 async def host_ruleset() -> str:
     """Return all nftables rules of the host, as JSON."""
     process = await asyncio.create_subprocess_exec(
@@ -334,26 +394,34 @@ async def host_ruleset() -> str:
 
 
 async def _set_up_links(
-    place: Place, outer: ipaddress.IPv4Address, gateway: ipaddress.IPv4Address
+    place: Place,
+    outer: ipaddress.IPv4Address,
+    gateway: ipaddress.IPv4Address,
+    *,
+    has_tap: bool,
 ) -> None:
     """Make the slot's own links; for a thread that stands in the slot."""
     async with netlink() as slot:
         await slot.bring_up("lo")
         await slot.bring_up(_UPLINK, address=ipaddress.IPv4Interface(f"{outer}/30"))
         await slot.add_default_route(gateway)
+        if not has_tap:
+            return
         # The same in every slot: a restored guest still knows the gateway by it.
         gateway_address = ipaddress.IPv4Interface(f"{GATEWAY_IP}/30")
         await slot.bring_up(_TAP, address=gateway_address, mac=_GATEWAY_MAC)
         await slot.add_neighbour(_TAP, ip=GUEST_IP, mac=place.mac)
 
 
-async def _set_up_kernel(place: Place) -> None:
+async def _set_up_kernel(place: Place, *, has_tap: bool) -> None:
     """Set what the kernel keeps per namespace, and add the tap, which is down; for a thread that
     stands in the slot."""
-    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1" if has_tap else "0")
     for name in ("all", "default"):
         off = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
         if off.exists():
             off.write_text("1")
+    if not has_tap:
+        return
     async with netlink() as slot:
         await slot.add_tap(_TAP, uid=place.uid)

@@ -9,8 +9,9 @@ from enum import Enum
 from sandyard.server.core.contracts.node import MachineWish, Opened
 from sandyard.server.core.errors import ConflictError
 from sandyard.server.core.ids import new_secret
-from sandyard.server.core.ops import AnswerT, Operation, SetUp, Wake
+from sandyard.server.core.ops import AnswerT, Operation, SetUp, Unmount, Wake
 from sandyard.server.node.agent import AgentLink, run_command
+from sandyard.server.node.exports.shares import Share
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.watch import Pulse
 
@@ -20,6 +21,7 @@ _CLOCK_ERROR_S = 0.04
 _CLOCK_TRIES = 3
 _SETTLING_TRIES = 30
 _SPARE_LIMIT_S = 5.0
+_UNMOUNT_S = 5.0
 
 
 class Was(Enum):
@@ -151,6 +153,20 @@ class Guest:
         else:
             self.note_answer()
         return token
+
+    async def mount(self, share: Share, *, limit_s: float) -> None:
+        """Have it mount what it may.
+
+        Raises:
+            UnavailableError, InternalError, InvalidArgumentError: it does not.
+            UnsupportedError: its agent is of a version that knows of no workspaces.
+        """
+        await self._link_or_raise().ask(share.operation, limit_s=limit_s)
+
+    async def unmount(self, path: str) -> None:
+        """Have it use what is mounted at a path no more; see `mount` for what is raised."""
+        limit_s = self._means.patience(_UNMOUNT_S)
+        await self._link_or_raise().ask(Unmount(path), limit_s=limit_s)
 
     async def _correct_clock(self, asked_at: float) -> None:
         """Set its clock once more if the message that did was long under way.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.node.exports.shares import Exports
 from sandyard.server.node.host.choice import Drivers
 from sandyard.server.node.host.disks import Disks
 from sandyard.server.node.host.network import Network
@@ -43,6 +44,7 @@ class Means:
     images: Images
     drivers: Drivers
     network: Network
+    exports: Exports
     disks: Disks
     records: Records
     seals: Seals

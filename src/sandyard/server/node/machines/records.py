@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from sandyard.server.core.codec import decode
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.ids import is_machine_id
 from sandyard.server.core.shapes import Shape
+from sandyard.server.node.exports.shares import Share
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Record:
     """One machine of a node, and the sandbox it serves, if it serves one.
+
+    `mounted` is what of others' files its guest has mounted, and how, for as long as it goes on.
 
     `slot` is -1 while it has no place. `body` is the folder with what outlives its process. One
     that runs beside a published state has not run on from there yet.
@@ -45,8 +49,14 @@ class Record:
     token: str = field(repr=False)
     body: str = "body-1"
     handle: Mapping[str, str | int] | None = None
+    mounted: Mapping[str, object] | None = None
     reason_code: str = ""
     reason_message: str = ""
+
+    @property
+    def share(self) -> Share | None:
+        """What it has mounted, if anything."""
+        return None if self.mounted is None else decode(Share, self.mounted)
 
     @property
     def shape(self) -> Shape:

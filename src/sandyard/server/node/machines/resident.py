@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from sandyard.server.core.codec import encode
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase, Way
 from sandyard.server.core.errors import (
     ConflictError,
@@ -29,6 +30,7 @@ from sandyard.server.core.shapes import Shape
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.contract import Driver, End, Machine, Place, SavingMachine
 from sandyard.server.node.agent import AgentLink
+from sandyard.server.node.exports.shares import new_share
 from sandyard.server.node.host.admission import promise_of
 from sandyard.server.node.host.ledger import Promise, nobody_counts
 from sandyard.server.node.images.images import Image
@@ -44,6 +46,7 @@ from sandyard.server.tasks import Work, beside, in_thread, to_the_end
 log = logging.getLogger(__name__)
 
 _USED_S = 15.0
+_MOUNT_S = 30.0
 _SHUT_DOWN_S = 10.0
 _GROWTH_S_A_GIB = 0.25
 _POWER_OFF = "/run/sandyard/base/usr/bin/busybox poweroff"
@@ -233,6 +236,7 @@ class Resident:
         self._record = replace(
             before,
             incarnation=incarnation,
+            mounted=None,  # what the snapshot's guest has mounted is not gone on with
             body=name if name != before.body else f"{name}-again",
             disk_mib=disk_mib,
         )
@@ -281,6 +285,9 @@ class Resident:
                 self._record, slot=place.number, token=token or new_secret(), handle=None
             )
             spec = await start.spec_of(self._record, self.body, kit, place, is_ahead=is_ahead)
+            if is_saved and (share := self._record.share) is not None:
+                # It goes on with what it has mounted: before it does, its server must be there.
+                await self._means.exports.grant(place, share)
             if is_saved:
                 still = await start.restored(kit, spec, self.body, held)
                 await to_the_end(self._run_on(still, held, is_recorded=is_recorded))
@@ -325,10 +332,14 @@ class Resident:
             return
         try:
             await in_thread(self.body.take_back)
-            await self._means.network.give_back(place)
+            await self._give_back(place)
         except BaseException:
             self._place = place
             raise
+
+    async def _give_back(self, place: Place) -> None:
+        await self._means.exports.revoke(place)
+        await self._means.network.give_back(place)
 
     def _new_link(self, place: Place) -> AgentLink:
         network, folder = self._means.network, self.body.run
@@ -348,8 +359,23 @@ class Resident:
             await self._saving_machine().grow_disk(wish.shape.disk_mib)
             # The guest's kernel writes tables for all that is new, which takes its time.
             limit_s += self._means.patience(_GROWTH_S_A_GIB) * wish.shape.disk_mib / 1024
-        token = await self.guest.set_up(wish, was=was, grows=grows, limit_s=limit_s)
-        self._record = replace(self._record, token=token, disk_mib=wish.shape.disk_mib)
+        share = new_share(wish.org_id, wish.mounts) if wish.mounts else None
+        async with AsyncExitStack() as granting:
+            if share is not None and self._place is not None:
+                # What it may mount is made ready meanwhile; until then it reaches no server.
+                granted = await granting.enter_async_context(
+                    beside(self._means.exports.grant(self._place, share))
+                )
+            token = await self.guest.set_up(wish, was=was, grows=grows, limit_s=limit_s)
+            self._record = replace(
+                self._record,
+                token=token,
+                disk_mib=wish.shape.disk_mib,
+                mounted=None if share is None else encode(share),
+            )
+            if share is not None:
+                await granted
+                await self.guest.mount(share, limit_s=self._means.patience(_MOUNT_S))
 
     # --- still ----------------------------------------------------------------------------
 
@@ -409,7 +435,7 @@ class Resident:
         # Its memory is free; nobody waits for the slot to be taken apart.
         place, self._place = self._place, None
         if place is not None:
-            self._beside(self._means.network.give_back(place), "a slot cannot be taken apart yet")
+            self._beside(self._give_back(place), "a slot cannot be taken apart yet")
         await self.end()
 
     async def snapshot(self, folder: Path, *, kind: str = "snapshot") -> SavedMachine:
@@ -529,6 +555,19 @@ class Resident:
         self._record = replace(self._record, slot=_NOWHERE, handle=None)
         if removes:
             await in_thread(self._means.records.remove, self._record.id)
+
+    async def unmount(self, workspace_id: str) -> None:
+        """Have its guest use a workspace no more, as far as that answers."""
+        share = self._record.share
+        if share is None or all(one.workspace_id != workspace_id for one in share.mounts):
+            return
+        left = tuple(one for one in share.mounts if one.workspace_id != workspace_id)
+        for one in share.mounts:
+            if one.workspace_id == workspace_id and self.is_up:
+                with suppress(SandyardError):
+                    await self.guest.unmount(one.path)
+        self._record = replace(self._record, mounted=encode(replace(share, mounts=left)))
+        await self._note(self._record)
 
     async def shut_down(self) -> None:
         """Have the guest end in its own order if it runs and its agent answers; it may go on."""

@@ -1,6 +1,7 @@
 """The work on one sandbox: what its status asks for is done through its node, and noted."""
 
 import logging
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from sandyard.server.core.contracts.node import (
     Origin,
     Phase,
 )
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import (
     ConflictError,
     DamagedError,
@@ -27,6 +29,7 @@ from sandyard.server.core.states import Event, Status
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+from sandyard.server.service.sandboxes.mounts import mount_wishes
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +43,14 @@ class Work:
     def __init__(
         self,
         *,
+        store: Store,
         nodes: Nodes,
         placement: Placement,
         lifecycle: Lifecycle,
         clock: Clock,
         start_limit_s: float,
     ) -> None:
+        self._store = store
         self._nodes = nodes
         self._placement = placement
         self._lifecycle = lifecycle
@@ -93,7 +98,8 @@ class Work:
     async def _bring_up(self, claim: Claim, *, may_move: bool = True) -> None:
         sandbox = claim.sandbox
         try:
-            fact = await self._nodes.get(sandbox.node_id).ensure_running(wish_of(sandbox))
+            wish = await self._wish(sandbox)
+            fact = await self._nodes.get(sandbox.node_id).ensure_running(wish)
         except ConflictError as error:
             if error.facts.get("status") != "error":
                 raise
@@ -187,7 +193,7 @@ class Work:
     async def _bring_back(self, claim: Claim) -> None:
         """Resume, or roll back; on failure the sandbox is again what it was."""
         sandbox = claim.sandbox
-        wish = wish_of(sandbox)
+        wish = await self._wish(sandbox)
         try:
             fact = await self._brought_back(wish, sandbox)
         except ConflictError as error:
@@ -301,6 +307,10 @@ class Work:
                 paused_at=self._clock.now(),
                 saved_bytes=size,
             )
+
+    async def _wish(self, sandbox: Sandbox) -> MachineWish:
+        mounts = await mount_wishes(self._store, sandbox)
+        return replace(wish_of(sandbox), mounts=mounts)
 
     async def _take_down(self, claim: Claim) -> None:
         sandbox = claim.sandbox

@@ -9,7 +9,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_name, checked_tags, checked_text, new_sandbox_id
-from sandyard.server.core.records import Claim, Sandbox, Snapshot
+from sandyard.server.core.records import Claim, Mount, Sandbox, Snapshot
 from sandyard.server.core.shapes import Shape, shape_of
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
@@ -24,6 +24,11 @@ from sandyard.server.service.sandboxes.fields import (
     project_of,
 )
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+from sandyard.server.service.sandboxes.mounts import (
+    check_workspaces,
+    checked_mounts,
+    still_there,
+)
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.register import Register, get_snapshot
 from sandyard.server.service.sandboxes.worker import Worker
@@ -35,7 +40,7 @@ class NewSandbox:
     """What a caller asks for; None means the default.
 
     `ssh_keys` are ids of the organization's keys, or literal ones. One from a `snapshot` is of
-    that's template, which may be named again.
+    that's template, which may be named again, and has mounted what that had.
     """
 
     template: str | None = None
@@ -53,6 +58,7 @@ class NewSandbox:
     auto_resume: bool = True
     expires_in: int | None = None
     snapshot: str | None = None
+    mounts: tuple[Mount, ...] | None = None
 
 
 DEFAULT_TEMPLATE = "base-ubuntu"
@@ -135,6 +141,7 @@ class Creation:
                 return await tx.sandboxes.find(ids[0]) or sandbox
             await self._quota.check_new(tx, actor, sandbox.shape)
             await check_project(tx, sandbox)
+            await check_workspaces(tx, sandbox.org_id, sandbox.mounts)
             sandbox = await self._lifecycle.begin(tx, sandbox, actor, hold=hold)
             await self._repeats.note(tx, actor, request, (sandbox.id,))
         limit_s = self._pooled_wait_s if placed.is_waiting else 0
@@ -160,6 +167,7 @@ class Creation:
         keys = await self._ssh_keys.resolve(actor, wish.ssh_keys)
         snapshot, template, shape = await self._source(actor, wish)
         self._quota.check_shape(actor, shape)
+        mounts = await self._mounts(actor, wish, snapshot)
         project_id = await project_of(self._store, actor, wish.project_id)
         password_hash = None if password is None else await self._hash_password(password)
         if snapshot is None:
@@ -192,9 +200,22 @@ class Creation:
             node_id=placed.node_id,
             from_snapshot_id=snapshot.id if snapshot else None,
             from_snapshot_incarnation=1 if snapshot else 0,
+            mounts=mounts,
             is_test=actor.is_test,
         )
         return sandbox, placed
+
+    async def _mounts(
+        self, actor: Actor, wish: NewSandbox, snapshot: Snapshot | None
+    ) -> tuple[Mount, ...]:
+        """Return what is to be mounted, everything about it checked that can be said of it now."""
+        mounts = checked_mounts(actor, wish.mounts or ())
+        async with self._store.read() as tx:
+            if wish.mounts is None and snapshot is not None and snapshot.mounts:
+                kept = await still_there(tx, actor.org_id, snapshot.mounts)
+                return checked_mounts(actor, kept)
+            await check_workspaces(tx, actor.org_id, mounts)
+        return mounts
 
     async def _source(self, actor: Actor, wish: NewSandbox) -> tuple[Snapshot | None, str, Shape]:
         """Return what a sandbox is made from: a snapshot or none, a template, a shape."""

@@ -40,6 +40,7 @@ from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.repeats import Repeatable, Repeats
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
+from sandyard.server.service.sandboxes.mounts import checked_mounts, still_there
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.register import Register, get_snapshot
@@ -260,6 +261,7 @@ class Snapshots:
                     await self._quota.check_new(tx, actor, source.shape, count=count)
                     await _check_free(tx, actor, names)
                 await self._placement.choose_for(snapshot, source.shape, count=count)
+                checked_mounts(actor, source.mounts)
                 forks = [self._fork_of(actor, source, snapshot, one) for one in names]
                 noted = (snapshot.id, *(one.id for one in forks))
                 async with self._store.write() as tx:
@@ -280,11 +282,14 @@ class Snapshots:
     async def _start_forks(
         self, actor: Actor, snapshot: Snapshot, forks: list[Sandbox]
     ) -> list[Sandbox]:
-        hold = self._worker.hold()
+        hold, begun = self._worker.hold(), list[Sandbox]()
         async with self._store.write() as tx:
             await self._quota.check_new(tx, actor, snapshot.shape, count=len(forks))
             await self._complete(tx, snapshot, snapshot.size_bytes)
-            begun = [await self._lifecycle.begin(tx, one, actor, hold=hold) for one in forks]
+            for one in forks:
+                mounts = await still_there(tx, one.org_id, one.mounts)
+                fork = replace(one, mounts=mounts)
+                begun.append(await self._lifecycle.begin(tx, fork, actor, hold=hold))
         for fork in begun:
             await self._worker.take_up(Claim(fork, hold.lease), limit_s=0)
         return begun
@@ -379,6 +384,7 @@ class Snapshots:
             size_bytes=0,
             created_at=now,
             held_until=now + timedelta(seconds=_HOLD_S),
+            mounts=sandbox.mounts,
         )
 
     @asynccontextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import NodeExports
 from sandyard.server.core.contracts.store import Store, Transaction
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import (
@@ -21,10 +22,11 @@ from sandyard.server.core.errors import (
     LimitReachedError,
     NotFoundError,
     SandyardError,
+    WorkspaceInUseError,
 )
 from sandyard.server.core.ids import check_slug, is_uuid, new_uuid, slug_of
 from sandyard.server.core.plans import Plan
-from sandyard.server.core.records import Activity, StoragePeriod, User, Workspace
+from sandyard.server.core.records import Activity, Sandbox, StoragePeriod, User, Workspace
 from sandyard.server.service.actor import Actor, plan_of
 from sandyard.server.service.lines import line
 from sandyard.server.service.people.organizations import check_title
@@ -66,6 +68,7 @@ class Workspaces:
         clock: Clock,
         plans: Mapping[str, Plan],
         quota_bytes: int,
+        exports: Mapping[str, NodeExports],
     ) -> None:
         self._store = store
         self._volumes = volumes
@@ -73,6 +76,7 @@ class Workspaces:
         self._clock = clock
         self._plans = plans
         self._quota_bytes = quota_bytes
+        self._exports = exports
 
     async def page(self, actor: Actor, *, of_all: bool) -> tuple[list[Owned], Storage]:
         """Return the organization's workspaces and the actor's own, for an admin with `of_all`
@@ -219,12 +223,27 @@ class Workspaces:
             )
         return Owned(changed, found.owner)
 
-    async def delete(self, actor: Actor, reference: str) -> Workspace:
-        """Remove a workspace with all that is in it.
+    async def mounting(self, actor: Actor, reference: str) -> tuple[Workspace, list[Sandbox]]:
+        """Return a workspace, and the sandboxes that have it mounted.
+
+        A member is told of others' sandboxes by nothing but their number: those have no id.
+
+        Raises:
+            NotFoundError: there is no such workspace that the actor may see.
+        """
+        actor.require("files:read")
+        async with self._store.read() as tx:
+            found = (await self._found(tx, actor, reference)).workspace
+            return found, await tx.sandboxes.mounting(found.id)
+
+    async def delete(self, actor: Actor, reference: str, *, force: bool = False) -> Workspace:
+        """Remove a workspace with all that is in it; with `force` sandboxes lose it that have it
+        mounted.
 
         Raises:
             NotFoundError: no such workspace.
             ConflictError: it is a member's personal one.
+            WorkspaceInUseError: a sandbox has it mounted, and it is not forced.
         """
         actor.require("files:write")
         async with self._store.write() as tx:
@@ -235,6 +254,16 @@ class Workspaces:
                     "cannot delete a personal workspace: it stays as long as its member; delete "
                     "the files in it"
                 )
+            mounting = await tx.sandboxes.mounting(found.id)
+            if mounting and not force:
+                raise WorkspaceInUseError(
+                    f"cannot delete the workspace: {len(mounting)} sandboxes have it mounted; "
+                    "delete those first, or ask again with force=true"
+                    if len(mounting) > 1
+                    else "cannot delete the workspace: a sandbox has it mounted; delete that "
+                    "first, or ask again with force=true",
+                )
+            await tx.sandboxes.forget_mounts(found.id)
             now = self._clock.now()
             # Its slug is free at once.
             gone = replace(found, slug=f"removed:{found.id}", removed_at=now, updated_at=now)
@@ -248,6 +277,9 @@ class Workspaces:
         return found
 
     async def _erase(self, workspace: Workspace) -> None:
+        # Whether anybody had it mounted is not asked: a node may be late.
+        for node in self._exports.values():
+            await node.withdraw(workspace.id)
         await self._volumes.remove(workspace.id)
         async with self._store.write() as tx:
             await tx.workspaces.erase(workspace.id)

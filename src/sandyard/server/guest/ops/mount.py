@@ -1,0 +1,189 @@
+"""MOUNT, UNMOUNT: workspaces in the user's file system.
+
+The calls are made by a child: whatever a server that does not answer makes it wait for, the agent
+does not wait with it, and it can be ended.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from sandyard.server.core import ops
+from sandyard.server.guest import processes, system
+from sandyard.server.guest.context import Context
+from sandyard.server.guest.system import RefusedError
+
+_GATEWAY = "172.16.0.1"
+_GUEST = "172.16.0.2"
+_LIMIT_S = 30.0
+_MODPROBE = ("/usr/bin/busybox", "modprobe", "-q", "nfsv4")
+_CLIENT = Path("/sys/module/nfs/parameters/nfs4_unique_id")
+_SHARES = Path("/sys/fs/nfs")
+_MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8  # umount(2)
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4  # mount(2)
+_MS_NOATIME = 1024
+# What another writes is seen at once: nothing that is cached is used unasked.
+_OPTIONS = "vers=4.2,proto=tcp,hard,actimeo=0,timeo=50,retrans=2,sec=sys"
+_ROOM = 500  # of a message, in a pipe
+_FINE, _HEAD = b"fine", 4
+_LOOK_S = 0.02
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+async def mount(context: Context, wish: ops.MountAll | ops.Unmount) -> None:
+    """See core.ops.MountAll and core.ops.Unmount.
+
+    Raises:
+        RefusedError: one of them cannot be mounted, or would not go.
+    """
+    if isinstance(wish, ops.Unmount):
+        await _leave_at(context, os.fsencode(wish.path))
+        return
+    if not _CLIENT.exists():
+        await _load_module()
+    try:
+        _CLIENT.write_text(wish.client)
+    except OSError as error:
+        raise RefusedError(
+            "cannot mount workspaces: the kernel of this machine has no NFS client"
+        ) from error
+    await _by_child(context, lambda: _mount_all(wish))
+
+
+async def leave_mounts(context: Context) -> None:
+    """Have nothing mounted from elsewhere any more; programs that use it get errors.
+
+    Raises:
+        RefusedError: it would not go.
+    """
+    await _leave_at(context, None)
+
+
+async def _leave_at(context: Context, path: bytes | None) -> None:
+    """Take away what is mounted at a path, or everything for None."""
+
+    def found() -> dict[bytes, str]:
+        return {one: share for one, share in _mounted() if path in (None, one)}
+
+    if here := found():
+        await _by_child(context, lambda: _leave(here), is_done=lambda: not found())
+
+
+def _mounted() -> list[tuple[bytes, str]]:
+    """Return the paths of what is mounted from elsewhere, outer ones first, and the number under
+    which the kernel knows each share."""
+    found = []
+    for line in Path("/proc/1/mountinfo").read_bytes().splitlines():
+        words = line.split(b" ")
+        if words[words.index(b"-") + 1] == b"nfs4":
+            path = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), words[4])
+            found.append((path, words[2].decode()))
+    return sorted(found, key=lambda one: len(one[0]))
+
+
+async def _load_module() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *_MODPROBE, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(_LIMIT_S):
+            await process.wait()
+    except TimeoutError as error:
+        process.kill()
+        raise RefusedError("cannot mount workspaces: the NFS client does not load") from error
+
+
+async def _by_child(
+    context: Context, work: Callable[[], None], *, is_done: Callable[[], bool] = lambda: False
+) -> None:
+    """Have a child do the work in the user's root, and return once it has, or `is_done` says so.
+
+    It is nobody's child here, so that nobody here has to wait for its end: what the kernel waits
+    for on its way out may take as long as it likes.
+
+    Raises:
+        RefusedError: it came to nothing, and why; or it took too long and was ended.
+    """
+    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def body() -> None:
+        if os.fork():
+            os._exit(0)
+        os.write(writing, struct.pack("=I", os.getpid()))
+        try:
+            system.enter(context.root_fd)
+            work()
+            os.write(writing, _FINE)
+        except (OSError, RefusedError) as error:
+            os.write(writing, str(error).encode()[:_ROOM])
+
+    try:
+        os.waitpid(processes.fork(body), 0)
+    finally:
+        os.close(writing)
+    said = bytearray()
+    try:
+        async with asyncio.timeout(_LIMIT_S):
+            while not is_done():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await processes.readable(reading)
+                with contextlib.suppress(BlockingIOError):
+                    if not (more := os.read(reading, _ROOM)):
+                        break
+                    said += more
+            else:
+                return
+    except BaseException as error:
+        if len(said) >= _HEAD:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(struct.unpack_from("=I", said)[0], signal.SIGKILL)
+        if isinstance(error, TimeoutError):
+            raise RefusedError("cannot mount workspaces: their server does not answer") from error
+        raise
+    finally:
+        os.close(reading)
+    if (told := bytes(said[_HEAD:])) != _FINE:
+        why = told.decode(errors="replace") or "it was broken off"
+        raise RefusedError(f"cannot mount workspaces: {why}")
+
+
+def _mount_all(wish: ops.MountAll) -> None:
+    os.umask(0o022)
+    for one in wish.mounts:
+        try:
+            os.makedirs(one.path, exist_ok=True)
+            flags = _MS_NOSUID | _MS_NODEV | _MS_NOATIME | (_MS_RDONLY if one.read_only else 0)
+            options = f"{_OPTIONS},addr={_GATEWAY},clientaddr={_GUEST},port={wish.port}"
+            done = _libc.mount(
+                f"{_GATEWAY}:/{one.name}".encode(), one.path.encode(), b"nfs4", flags,
+                options.encode(),
+            )  # fmt: skip
+            if done != 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        except OSError as error:
+            raise RefusedError(f"{one.path}: {error.strerror}") from error
+
+
+def _leave(found: dict[bytes, str]) -> None:
+    """Take shares away, and have the kernel ask their server for nothing any more."""
+    for share in set(found.values()):
+        with contextlib.suppress(OSError):  # older kernels have no such switch
+            (_SHARES / share / "shutdown").write_text("1")
+    gone: list[bytes] = []
+    for path in found:
+        # What lies below another goes with that, and to look for it would be to ask the server.
+        if any(path.startswith(outer + b"/") for outer in gone):
+            continue
+        flags = _MNT_FORCE | _MNT_DETACH | _UMOUNT_NOFOLLOW
+        if _libc.umount2(path, flags) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), os.fsdecode(path))
+        gone.append(path)

@@ -1,0 +1,317 @@
+"""Lets machines mount workspaces: one file server an organization, looked after as machines are."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.volumes import Volumes
+from sandyard.server.core.errors import (
+    InternalError,
+    SandyardError,
+    UnavailableError,
+    UnsupportedError,
+)
+from sandyard.server.drivers.contract import Place
+from sandyard.server.node.exports.server import Export, Server, check_here
+from sandyard.server.node.exports.shares import Share
+from sandyard.server.node.host.network import Network
+from sandyard.server.tasks import Crew, in_thread, to_the_end
+
+log = logging.getLogger(__name__)
+
+_IDLE_S = 120.0
+_LOOK_S = 15.0
+_AGAIN_S = (0.0, 1.0, 5.0, 30.0)
+_WELL_S = 60.0
+_FOLDERS = (
+    "cannot mount workspaces: here they lie in plain folders, out of which a guest could reach "
+    'others; whoever runs the server sets workspaces.volumes to "images"'
+)
+
+
+class _Served:
+    """An organization's server, and all that is open for it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.lock = asyncio.Lock()
+        self.shares: dict[int, tuple[Place, Share]] = {}
+        self.volumes: dict[str, AsyncExitStack] = {}
+        self.numbers: dict[str, int] = {}
+        self.idle_since: float | None = None
+        self.watching: asyncio.Task[None] | None = None
+
+    def exports(self) -> list[Export]:
+        """Return what is to be exported now, to whom."""
+        writers: dict[str, list[str]] = {}
+        readers: dict[str, list[str]] = {}
+        for place, share in self.shares.values():
+            for one in share.mounts:
+                among = readers if one.read_only else writers
+                among.setdefault(one.workspace_id, []).append(place.ip)
+        return [
+            Export(
+                number,
+                workspace_id,
+                tuple(sorted(set(writers.get(workspace_id, ())))),
+                tuple(sorted(set(readers.get(workspace_id, ())))),
+            )
+            for workspace_id, number in self.numbers.items()
+        ]
+
+    @property
+    def clients(self) -> dict[str, str]:
+        """The names of those who mount, and their addresses."""
+        return {share.client: place.ip for place, share in self.shares.values()}
+
+    @property
+    def used(self) -> set[str]:
+        """The ids of the workspaces that somebody may mount."""
+        return {one.workspace_id for _, share in self.shares.values() for one in share.mounts}
+
+
+class NfsExports:
+    """See node.exports.shares.Exports: the real thing."""
+
+    def __init__(
+        self, home: Path, *, network: Network, volumes: Volumes, clock: Clock, can_share: bool
+    ) -> None:
+        self._folder = home / "exports"
+        self._network = network
+        self._volumes = volumes
+        self._clock = clock
+        self._can_share = can_share
+        self._served: dict[str, _Served] = {}
+        self._opening = asyncio.Lock()
+        self._crew: Crew | None = None
+
+    # --- over a restart -------------------------------------------------------------------
+
+    def slots(self) -> list[int]:
+        """Return the numbers of the places that file servers of an earlier process have."""
+        return [slot for _, slot in self._told().values()]
+
+    def _told(self) -> Mapping[Path, tuple[str, int]]:
+        """Return whose the servers are that an earlier process noted, and their slots."""
+        found: dict[Path, tuple[str, int]] = {}
+        for folder in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                told = json.loads((folder / "server.json").read_text())
+                found[folder] = (str(told["org_id"]), int(told["slot"]))
+        return found
+
+    async def open(self, shares: Iterable[tuple[Place, Share]], crew: Crew) -> None:
+        """See node.exports.shares.Exports.open."""
+        self._crew = crew
+        by_org: dict[str, list[tuple[Place, Share]]] = {}
+        for place, share in shares:
+            by_org.setdefault(share.org_id, []).append((place, share))
+        for folder, (org_id, slot) in (await in_thread(self._told)).items():
+            server = Server(folder, self._network.place(slot), org_id)
+            is_up = await server.recover()
+            if org_id in by_org and org_id not in self._served:
+                served = self._served[org_id] = _Served(server)
+                served.numbers = await in_thread(_numbers_in, folder)
+                if is_up:
+                    self._watch(served)
+            else:
+                await self._remove(server)
+        for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():
+            if all(one.server.folder != folder for one in self._served.values()):
+                # It was being made: nothing of it was noted yet.
+                await Server(folder, self._network.place(0), "").remove()
+        for found in by_org.values():
+            for place, share in found:
+                try:
+                    await self.grant(place, share)
+                except SandyardError as error:
+                    log.error("a machine cannot reach its workspaces: %s", error.message)
+        crew.start(self._look_around(), "file servers are not looked after any more")
+
+    async def close(self) -> None:
+        """See node.exports.shares.Exports.close."""
+        for served in list(self._served.values()):
+            if served.watching is not None:
+                served.watching.cancel()
+                await asyncio.wait([served.watching])
+            if served.shares:
+                # Its machines go on, and so does what they have open.
+                served.server.let_go()
+            else:
+                await self._give_up(served)
+
+    # --- what machines may ----------------------------------------------------------------
+
+    async def prepare(self, org_id: str) -> None:
+        """See node.exports.shares.Exports.prepare."""
+        if not self._can_share:
+            raise UnsupportedError(_FOLDERS)
+        await in_thread(check_here)
+        served = await self._served_for(org_id)
+        async with served.lock:
+            if not served.server.is_up:
+                await served.server.export(served.exports())
+                await served.server.start()
+                self._watch(served)
+            if not served.shares:
+                served.idle_since = self._clock.monotonic()
+
+    async def grant(self, place: Place, share: Share) -> None:
+        """See node.exports.shares.Exports.grant."""
+        served = await self._served_for(share.org_id)
+        async with served.lock:
+            served.idle_since = None
+            served.shares[place.number] = (place, share)
+            try:
+                for one in share.mounts:
+                    await self._open_volume(served, one.workspace_id, one.quota_bytes)
+                await served.server.export(served.exports())
+                if not served.server.is_up:
+                    await served.server.keep_clients(served.clients)
+                    await served.server.start()
+                    self._watch(served)
+                await self._network.let(place, served.server.place, port=share.port)
+            except BaseException as error:
+                await to_the_end(self._take_back(served, place))
+                if isinstance(error, InternalError):
+                    raise UnavailableError(f"cannot mount workspaces: {error.message}") from error
+                raise
+
+    async def revoke(self, place: Place) -> None:
+        """See node.exports.shares.Exports.revoke."""
+        for served in list(self._served.values()):
+            if place.number in served.shares:
+                async with served.lock:
+                    await self._take_back(served, place)
+
+    async def _take_back(self, served: _Served, place: Place) -> None:
+        # First no packet of its comes through, then the server is told.
+        await self._network.forbid(place)
+        served.shares.pop(place.number, None)
+        await self._settle(served)
+
+    async def withdraw(self, workspace_id: str) -> None:
+        """See node.exports.shares.Exports.withdraw."""
+        for served in list(self._served.values()):
+            if workspace_id not in served.used and workspace_id not in served.volumes:
+                continue
+            async with served.lock:
+                for number, (place, share) in list(served.shares.items()):
+                    left = tuple(one for one in share.mounts if one.workspace_id != workspace_id)
+                    less = Share(share.org_id, share.port, share.client, left)
+                    served.shares[number] = (place, less)
+                await self._settle(served)
+
+    async def _settle(self, served: _Served) -> None:
+        """Export what is still used, and let go of the rest."""
+        try:
+            await served.server.export(served.exports())
+        except UnavailableError as error:
+            # A server that hears nobody may serve nobody: its next start reads what is so.
+            log.error("a file server is started anew: %s", error.message)
+            await served.server.stop()
+        for workspace_id in set(served.volumes) - served.used:
+            with suppress(InternalError):
+                await served.server.unbind(workspace_id)
+            served.numbers.pop(workspace_id, None)
+            await served.volumes.pop(workspace_id).aclose()
+        if not served.shares:
+            served.idle_since = self._clock.monotonic()
+
+    async def _open_volume(self, served: _Served, workspace_id: str, quota_bytes: int) -> None:
+        if workspace_id in served.volumes:
+            return
+        async with AsyncExitStack() as held:
+            source = await held.enter_async_context(self._volumes.open(workspace_id, quota_bytes))
+            await served.server.bind(workspace_id, source)
+            served.volumes[workspace_id] = held.pop_all()
+        taken = set(served.numbers.values())
+        # 0 is the root that all exports lie below.
+        number = next(one for one in range(1, 65536) if one not in taken)
+        served.numbers.setdefault(workspace_id, number)
+
+    # --- servers --------------------------------------------------------------------------
+
+    async def _served_for(self, org_id: str) -> _Served:
+        async with self._opening:
+            if org_id not in self._served:
+                place = await self._network.take_for_server()
+                server = Server(self._folder / str(place.number), place, org_id)
+                self._served[org_id] = _Served(server)
+            return self._served[org_id]
+
+    def _watch(self, served: _Served) -> None:
+        if self._crew is not None and (served.watching is None or served.watching.done()):
+            served.watching = self._crew.start(
+                self._keep_up(served), "a file server is not looked after any more"
+            )
+
+    async def _keep_up(self, served: _Served) -> None:
+        """Start a server again whenever it ends, with what it is to serve then."""
+        tries = 0
+        while True:
+            began = self._clock.monotonic()
+            await served.server.ended()
+            if self._clock.monotonic() - began > _WELL_S:
+                tries = 0
+            await self._clock.sleep(_AGAIN_S[min(tries, len(_AGAIN_S) - 1)])
+            tries += 1
+            async with served.lock:
+                if not served.shares:
+                    await served.server.stop()
+                    return
+                log.error("a file server ended and is started again")
+                try:
+                    await served.server.stop()
+                    await served.server.export(served.exports())
+                    await served.server.keep_clients(served.clients)
+                    await served.server.start()
+                except SandyardError as error:
+                    log.error("a file server does not start: %s", error.message)
+
+    async def _look_around(self) -> None:
+        while True:
+            await self._clock.sleep(_LOOK_S)
+            for served in list(self._served.values()):
+                await in_thread(served.server.bound_log)
+                since = served.idle_since
+                if since is not None and self._clock.monotonic() - since > _IDLE_S:
+                    await self._give_up(served)
+
+    async def _give_up(self, served: _Served) -> None:
+        """End a server that nobody uses; what would not go is for the next process."""
+        async with self._opening, served.lock:
+            if served.shares:
+                return
+            if served.watching is not None:
+                served.watching.cancel()
+                await asyncio.wait([served.watching])
+            await self._remove(served.server)
+            for held in served.volumes.values():
+                await held.aclose()
+            self._served.pop(served.server.org_id, None)
+
+    async def _remove(self, server: Server) -> None:
+        try:
+            await server.stop()
+            await self._network.give_back(server.place)
+            await server.remove()
+        except (SandyardError, OSError):
+            log.exception("what a file server left cannot be removed yet")
+
+
+def _numbers_in(folder: Path) -> dict[str, int]:
+    """Return the numbers that workspaces are exported under: handles that guests have tell them."""
+    found: dict[str, int] = {}
+    with suppress(OSError):
+        number = 0
+        for line in (folder / "conf/ganesha.conf").read_text().splitlines():
+            words = line.replace(";", " ").replace("=", " ").split()
+            if words[:1] == ["Export_Id"]:
+                number = int(words[1])
+                found[words[3].removeprefix("/tree/")] = number
+    return found

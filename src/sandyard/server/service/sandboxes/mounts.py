@@ -1,0 +1,113 @@
+"""What a sandbox may have mounted, and where."""
+
+from collections.abc import Sequence
+
+from sandyard.server.core.contracts.node import MountWish
+from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import checked_text, is_uuid
+from sandyard.server.core.records import Mount, Sandbox
+from sandyard.server.service.actor import Actor
+
+MOUNTS_MAX = 16
+_ROOT = "/workspace"
+_PATH_MAX = 1024
+_NAME_MAX = 255
+
+
+def checked_mounts(actor: Actor, mounts: Sequence[Mount]) -> tuple[Mount, ...]:
+    """Return mounts, outer ones first, refusing what cannot be done for whatever workspace.
+
+    Raises:
+        InvalidArgumentError: there are too many, or paths or modes do not go together.
+        PermissionDeniedError: the actor's credential may not do with files what they allow.
+    """
+    if not mounts:
+        return ()
+    if len(mounts) > MOUNTS_MAX:
+        raise InvalidArgumentError(
+            f"cannot mount over {MOUNTS_MAX} workspaces in one sandbox", field="mounts"
+        )
+    actor.require("files:read")
+    if not all(one.read_only for one in mounts):
+        actor.require("files:write")
+    modes: dict[str, bool] = {}
+    taken: set[str] = set()
+    for number, one in enumerate(mounts):
+        field = f"mounts.{number}"
+        _check_path(one.path, field=f"{field}.path")
+        if one.path in taken:
+            raise InvalidArgumentError(
+                f"cannot mount two workspaces at {one.path}: give each a path of its own",
+                field=f"{field}.path",
+            )
+        taken.add(one.path)
+        if modes.setdefault(one.workspace_id, one.read_only) != one.read_only:
+            raise InvalidArgumentError(
+                "cannot mount one workspace both read-only and writable in one sandbox: leave one "
+                "of the two out",
+                field=f"{field}.readOnly",
+            )
+    return tuple(sorted(mounts, key=lambda one: one.path.count("/")))
+
+
+def _check_path(path: str, *, field: str) -> None:
+    checked_text(path, field=field)
+    names = path.split("/")[1:]
+    is_fine = (
+        (path == _ROOT or path.startswith(f"{_ROOT}/"))
+        and all(name not in ("", ".", "..") for name in names)
+        and path.isprintable()
+        and len(path.encode()) <= _PATH_MAX
+        and all(len(name.encode()) <= _NAME_MAX for name in names)
+    )
+    if not is_fine:
+        raise InvalidArgumentError(
+            f"cannot mount at {path[:80]!r}: a path is /workspace or below, like /workspace/data, "
+            "without . or .., double or closing slashes",
+            field=field,
+        )
+
+
+async def check_workspaces(tx: Transaction, org_id: str, mounts: Sequence[Mount]) -> None:
+    """Refuse what is no workspace of an organization's that may be mounted.
+
+    Raises:
+        InvalidArgumentError: it is not there, or a member's own.
+    """
+    for number, one in enumerate(mounts):
+        field = f"mounts.{number}.workspaceId"
+        # By its id alone: a slug may be another's tomorrow.
+        is_id = is_uuid(one.workspace_id)
+        found = await tx.workspaces.find(org_id, one.workspace_id) if is_id else None
+        if found is None or found.id != one.workspace_id:
+            raise InvalidArgumentError(
+                "cannot mount the workspace: the organization has none of this id; "
+                "GET /v1/workspaces lists them",
+                field=field,
+            )
+        if found.is_personal:
+            raise InvalidArgumentError(
+                "cannot mount a personal workspace: copy what you need into one of the "
+                "organization's",
+                field=field,
+            )
+
+
+async def mount_wishes(store: Store, sandbox: Sandbox) -> tuple[MountWish, ...]:
+    """Return what a sandbox's machine is to mount; workspaces that were removed are left out."""
+    if not sandbox.mounts:
+        return ()
+    wishes = []
+    async with store.read() as tx:
+        for one in sandbox.mounts:
+            found = await tx.workspaces.find(sandbox.org_id, one.workspace_id)
+            if found is not None:
+                wishes.append(MountWish(found.id, one.path, one.read_only, found.quota_bytes))
+    return tuple(wishes)
+
+
+async def still_there(tx: Transaction, org_id: str, mounts: Sequence[Mount]) -> tuple[Mount, ...]:
+    """Return those of a snapshot's mounts whose workspaces are there still."""
+    found = [await tx.workspaces.find(org_id, one.workspace_id) for one in mounts]
+    return tuple(one for one, there in zip(mounts, found, strict=True) if there is not None)

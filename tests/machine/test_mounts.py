@@ -1,0 +1,384 @@
+"""Workspaces mounted in real machines: live both ways, over every change, and against attackers."""
+
+import json
+import os
+import shlex
+import signal
+import textwrap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import free_port
+from tests.support.server import RealServer, is_slow, longer, wait_until
+
+pytestmark = [pytest.mark.machine, pytest.mark.whole_memory]
+
+NFS = Path(__file__).parents[1] / "support/nfs.py"
+GATEWAY = "172.16.0.1"
+
+
+@pytest.fixture(scope="module")
+def yard(hypervisor: dict[str, str]) -> Iterator[RealServer]:
+    """An installation of its own: file servers stay for a while, and others count what is there."""
+    made = RealServer(
+        free_port(), **hypervisor, SANDYARD_POOL__CEILING="2", SANDYARD_WORKSPACES__QUOTA_MIB="256"
+    )
+    try:
+        made.start()
+        wait_until(lambda: len(made.waiting()) == 2, limit_s=120, what="the pool is full")
+        yield made
+    finally:
+        made.remove()
+
+
+@pytest.fixture
+def work(yard: RealServer) -> Iterator[str]:
+    made = yard.client.post("/v1/workspaces", json={"name": "Work"}).json()["data"]["id"]
+    yield made
+    yard.client.delete(f"/v1/workspaces/{made}", params={"force": "true"})
+
+
+@pytest.fixture
+def boxes(yard: RealServer) -> Iterator[list[str]]:
+    made: list[str] = []
+    yield made
+    for one in made:
+        yard.delete(one)
+
+
+def a_box(
+    yard: RealServer, boxes: list[str], *mounts: tuple[str, str], read_only: bool = False
+) -> str:
+    wanted = [{"workspaceId": one, "path": path, "readOnly": read_only} for one, path in mounts]
+    box = str(yard.create(mounts=wanted)["id"])
+    boxes.append(box)
+    return box
+
+
+def said(yard: RealServer, box: str, command: str, **more: object) -> str:
+    """Run a command away from what is mounted, and return what it printed."""
+    done = yard.execute(box, command, cwd="/", **more)
+    return f"{done['stdout']}{done['stderr']}"
+
+
+def upload(yard: RealServer, work: str, name: str, data: bytes) -> None:
+    yard.client.post(
+        f"/v1/workspaces/{work}/upload", files={"file": (name, data)}
+    ).raise_for_status()
+
+
+def content(yard: RealServer, work: str, name: str) -> bytes:
+    answer = yard.client.get(f"/v1/workspaces/{work}/direct", params={"id": f"/{name}"})
+    answer.raise_for_status()
+    return answer.content
+
+
+def ganesha_of(yard: RealServer) -> int:
+    """Return the process of the one file server that the installation has."""
+    (told,) = yard.home.glob("exports/*/server.json")
+    return int(json.loads(told.read_text())["pid"])
+
+
+def test_a_workspace_is_live_between_the_api_and_two_machines(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    upload(yard, work, "from-api", b"one")
+    first, second = (a_box(yard, boxes, (work, "/workspace")) for _ in range(2))
+    assert said(yard, first, "cat /workspace/from-api") == "one"
+    for n in range(5):  # nothing that is cached is used unasked, also of what is there already
+        upload(yard, work, "from-api", f"again {n}".encode())
+        assert said(yard, first, "cat /workspace/from-api") == f"again {n}"
+        said(yard, second, f"echo second {n} > /workspace/seen; rm -f /workspace/gone")
+        assert said(yard, first, "cat /workspace/seen; touch /workspace/gone") == f"second {n}\n"
+        assert content(yard, work, "seen") == f"second {n}\n".encode()
+    # A lock of one machine keeps the other out, and goes with its holder.
+    said(yard, first, "flock /workspace/lock sleep 600 >/dev/null 2>&1 & sleep 0.5")
+    assert said(yard, second, "flock -n /workspace/lock echo mine || echo taken") == "taken\n"
+    posix = "import fcntl; f = open('/workspace/range', 'w'); fcntl.lockf(f, 6); print('mine')"
+    holder = posix.replace("print('mine')", "import time; time.sleep(600)").replace(", 6", ", 2")
+    said(yard, first, f"python3 -c {shlex.quote(holder)} >/dev/null 2>&1 & sleep 2")
+    tried = f"python3 -c {shlex.quote(posix)} 2>&1 | tail -1"
+    assert "BlockingIOError" in said(yard, second, tried)
+    yard.delete(first)
+    boxes.remove(first)
+    wait_until(
+        lambda: said(yard, second, "flock -n /workspace/lock echo mine || true") == "mine\n",
+        limit_s=60, what="the lock of a machine that is gone is free",
+    )  # fmt: skip
+    assert said(yard, second, tried) == "mine\n"
+
+
+def test_files_behave_and_a_full_workspace_says_so(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    box = a_box(yard, boxes, (work, "/workspace/deep/down"))
+    script = """
+        cd /workspace/deep/down
+        python3 - <<'E'
+        import fcntl, os, sqlite3, time, multiprocessing as m
+        db = sqlite3.connect("db")
+        db.execute("create table t(n)")
+        for n in range(20):
+            with db: db.execute("insert into t values (?)", (n,))
+        print(db.execute("select sum(n) from t").fetchone()[0])
+        def write(k):
+            with open("all", "ab", buffering=0) as f:
+                for n in range(50):
+                    while True:
+                        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+                        except BlockingIOError: time.sleep(0.005)
+                    f.seek(0, 2); f.write(b"%d %d\\n" % (k, n)); fcntl.flock(f, fcntl.LOCK_UN)
+        with m.Pool(4) as pool: pool.map(write, range(4))
+        lines = open("all", "rb").read().split(b"\\n")[:-1]
+        print(len(lines), len(set(lines)))
+        os.symlink("db", "link"); os.link("db", "hard"); os.rename("hard", "moved")
+        os.mkfifo("pipe"); os.chown("moved", 1000, 1000); os.chmod("moved", 0o4711)
+        s = os.stat("moved"); print(oct(s.st_mode), s.st_uid, s.st_nlink, os.readlink("link"))
+        os.makedirs("a/" * 30 + "z"); open(b"\\xff\\n\\xc3\\xa9", "w").close()
+        f = open("sparse", "wb"); f.truncate(1 << 33); f.seek(1 << 32); f.write(b"x"); f.close()
+        print(os.stat("sparse").st_size, os.stat("sparse").st_blocks * 512 < 1 << 20)
+        E
+        df -B1 --output=size . | tail -1
+        """
+    lines = said(yard, box, textwrap.dedent(script), timeout=120_000).split("\n")
+    assert lines[:4] == ["190", "200 200", "0o104711 1000 2 db", "8589934592 True"], lines
+    # It has its own size, whatever the host has.
+    assert 256 * 2**20 <= int(lines[4]) <= 300 * 2**20
+    listing = yard.client.get(f"/v1/workspaces/{work}/files").json()
+    assert {"db", "all", "sparse", "moved"} <= {one["id"].strip("/") for one in listing}
+    full = (
+        "cd /workspace/deep/down && echo still here > small; head -c 400M /dev/zero > big; "
+        "rm -f big; echo and here >> small"
+    )
+    assert "No space left" in said(yard, box, full, timeout=240_000)
+    assert content(yard, work, "small") == b"still here\nand here\n"
+
+
+def test_what_is_read_only_and_what_is_not_granted_stays_so(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    other = yard.client.post("/v1/workspaces", json={"name": "Other"}).json()["data"]["id"]
+    upload(yard, work, "secret", b"of the first")
+    upload(yard, other, "secret", b"of the second")
+    owner = a_box(yard, boxes, (other, "/workspace"))
+    said(yard, owner, "chmod 600 /workspace/secret; ls -l /workspace")
+    reader = a_box(yard, boxes, (work, "/workspace"), read_only=True)
+    stranger = a_box(yard, boxes)
+    assert said(yard, reader, "cat /workspace/secret") == "of the first"
+    assert "Read-only" in said(yard, reader, "echo x > /workspace/secret")
+    # Root in the guest makes the mount writable for itself, and still writes nothing.
+    tried = said(
+        yard, reader,
+        "mount -o remount,rw /workspace; echo x > /workspace/secret; rm -f /workspace/secret; "
+        "chmod 777 /workspace; mkdir /workspace/new",
+    )  # fmt: skip
+    assert "Read-only" in tried
+    assert content(yard, work, "secret") == b"of the first"
+    # Its own client speaks to its server, with whatever words.
+    port = said(yard, reader, "grep -o 'port=[0-9]*' /proc/mounts").strip().partition("=")[2]
+    attack = NFS.read_text() + textwrap.dedent(
+        f"""
+        import sys
+        def tell(name, work):
+            try: print(name, work())
+            except (RefusedError, OSError) as error: print(name, "refused", error)
+        def opened(): return socket.create_connection(("{GATEWAY}", {port}), 10)
+        own, others = b"{work}", b"{other}"
+        client = NfsClient(opened(), b"attacker").introduce()
+        handle = client.handle_of(own, b"secret")
+        tell("own", lambda: client.read_file(handle))
+        tell("write", lambda: client.ask([put_handle(handle), write(b"x")]))
+        tell("folder", lambda: client.ask(
+            [put_root(), look_up(own), make_folder(b"made")]))
+        tell("others", lambda: client.handle_of(others))
+        tell("others' file", lambda: client.handle_of(others, b"secret"))
+        tell("above", lambda: client.handle_of(own, b".."))
+        tell("above all", lambda: client.handle_of(b".."))
+        # Handles say which export and which file they mean: guess.
+        for export in range(8):
+            made = handle[:2] + struct.pack(">H", export) + handle[4:]
+            if made != handle: tell(f"export {{export}}", lambda: client.read_file(made))
+        for number in (2, 8, 11, 12, 14):
+            made = bytearray(handle); made[-8:-4] = struct.pack("<I", number)
+            tell(f"inode {{number}}", lambda: client.ask([put_handle(bytes(made)), write(b"x")]))
+        for length in (0, 1, 4, 16, 64, 128):
+            tell(f"noise {{length}}", lambda: client.read_file(os.urandom(length)))
+        tell("again", lambda: client.ask([put_handle(handle), read(9)], again=True))
+        old = client.session
+        client.session = os.urandom(16)
+        tell("session", lambda: client.read_file(handle))
+        for size in (0, 3, 100, 5000):
+            raw = opened()
+            raw.sendall(struct.pack(">I", 0x80000000 | size) + os.urandom(size)); raw.close()
+        raw = opened(); raw.sendall(struct.pack(">I", 0x7fffffff) + bytes(100_000)); raw.close()
+        flood = [opened() for _ in range(100)]
+        client = NfsClient(opened(), b"attacker again").introduce()
+        tell("after all", lambda: client.read_file(client.handle_of(own, b"secret")))
+        """
+    )
+    yard.client.put(
+        f"/v1/sandboxes/{reader}/files", params={"path": "/tmp/attack.py"},
+        content=attack.encode(),
+    )  # fmt: skip
+    told = said(yard, reader, "python3 /tmp/attack.py", timeout=120_000)
+    lines = dict(one.split(" ", 1) for one in told.splitlines() if " " in one)
+    assert lines["own"] == "b'of the first'", told
+    assert told.splitlines()[-1] == "after all b'of the first'", told
+    for one in told.splitlines():
+        if not one.startswith(("own ", "after all", "again", "export", "above ")):
+            assert "refused" in one, told
+        assert "of the second" not in one, told
+    # Another slot reaches no server at all, wherever it looks.
+    (address,) = {
+        one.split("Bind_addr = ")[1].split(";")[0]
+        for one in [next(yard.home.glob("exports/*/conf/ganesha.conf")).read_text()]
+    }
+    for box, there in ((stranger, f"{GATEWAY} {port}"), (stranger, f"{address} 2049"),
+                       (reader, f"{address} 2049"), (reader, f"{GATEWAY} 2049")):  # fmt: skip
+        tried = said(
+            yard, box,
+            f"timeout 3 bash -c 'exec 3<>/dev/tcp/{there.replace(' ', '/')}' && echo reached",
+        )  # fmt: skip
+        assert "reached" not in tried, (box, there)
+    assert content(yard, other, "secret") == b"of the second"
+    yard.delete(owner)
+    boxes.remove(owner)
+    assert yard.client.delete(f"/v1/workspaces/{other}").status_code == 200
+
+
+WRITER = (
+    "(exec >/dev/null 2>&1; n=0; while sleep 0.2; do n=$((n+1)); "
+    "echo $n > /workspace/n && sync /workspace/n && echo $n > /tmp/n; done) & echo started"
+)
+
+
+def goes_on(yard: RealServer, box: str, work: str) -> bool:
+    """Tell whether what a machine writes comes, and nothing is lost that it was told is there."""
+    before = int(content(yard, work, "n") or b"0")
+    wait_until(
+        lambda: int(content(yard, work, "n") or b"0") > before + 2, limit_s=90,
+        what="the machine writes on",
+    )  # fmt: skip
+    synced = int(said(yard, box, "cat /tmp/n") or "0")
+    return int(content(yard, work, "n") or b"0") >= synced > 0
+
+
+def test_a_mount_survives_pauses_crashes_and_restarts(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    box = a_box(yard, boxes, (work, "/workspace"))
+    said(yard, box, "echo 0 > /workspace/n")
+    said(yard, box, WRITER)
+    assert goes_on(yard, box, work)
+    yard.client.post(f"/v1/sandboxes/{box}/pause").raise_for_status()
+    assert yard.get(box)["status"] == "paused"
+    yard.client.post(f"/v1/sandboxes/{box}/resume").raise_for_status()
+    assert goes_on(yard, box, work)
+    # The file server ends in the middle, and another takes its place.
+    before = ganesha_of(yard)
+    os.kill(before, signal.SIGKILL)
+    assert goes_on(yard, box, work)
+    assert ganesha_of(yard) != before
+    # The server ends in the middle: both live on, and are found again.
+    before = ganesha_of(yard)
+    yard.kill()
+    yard.start()
+    assert ganesha_of(yard) == before
+    assert goes_on(yard, box, work)
+    # Both at once.
+    yard.kill()
+    os.kill(before, signal.SIGKILL)
+    yard.start()
+    assert goes_on(yard, box, work)
+    assert yard.client.post(f"/v1/sandboxes/{box}/restart").status_code == 200
+    assert said(yard, box, "cd /workspace && cat n > m && ls").split() == ["m", "n"]
+
+
+def test_clones_have_mounts_of_their_own(yard: RealServer, work: str, boxes: list[str]) -> None:
+    box = a_box(yard, boxes, (work, "/workspace"))
+    said(yard, box, "echo kept > /workspace/kept; exec 9>/workspace/open; (sleep 600 >&9) &")
+    saved = yard.client.post(f"/v1/sandboxes/{box}/snapshots", json={})
+    made = yard.client.post(f"/v1/sandboxes/{box}/fork", json={"count": 2}).json()["data"]
+    forks = [str(one["id"]) for one in made]
+    boxes += forks
+    for fork in forks:
+        yard.wait_running(fork, limit_s=longer(60))
+        assert said(yard, fork, f"cat /workspace/kept; echo mine > /workspace/{fork}") == "kept\n"
+    assert set(said(yard, box, "ls /workspace").split()) == {"kept", "open", *forks}
+    clients = {
+        one: yard.record_of(one)["mounted"]["client"] for one in (box, *forks)
+    }  # fmt: skip
+    assert len(set(clients.values())) == 3
+    back = yard.client.post(
+        f"/v1/sandboxes/{box}/rollback", json={"snapshotId": saved.json()["data"]["id"]}
+    )
+    assert back.status_code == 200, back.text
+    # A workspace is not gone back with: it is no part of the machine.
+    assert set(said(yard, box, "cat /workspace/kept; ls /workspace").split()) == {
+        "kept", "open", *forks,
+    }  # fmt: skip
+
+
+def test_a_server_that_hangs_keeps_nobody_but_who_asks_it(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    box = a_box(yard, boxes, (work, "/workspace"))
+    said(yard, box, "echo x > /workspace/x")
+    hung = ganesha_of(yard)
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        said(yard, box, "cat /workspace/x >/tmp/read 2>&1 & echo $! > /tmp/pid")
+        assert said(yard, box, "echo fine") == "fine\n"
+        refused = yard.client.post(f"/v1/sandboxes/{box}/exec", json={"command": "pwd"})
+        assert refused.status_code == 400
+        assert "does not answer" in refused.text
+        gone = "kill -9 $(cat /tmp/pid); sleep 1; kill -0 $(cat /tmp/pid) 2>&1 || echo gone"
+        assert "gone" in said(yard, box, gone)
+        assert yard.client.post(f"/v1/sandboxes/{box}/pause").status_code == 200
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    assert yard.client.post(f"/v1/sandboxes/{box}/resume").status_code == 200
+    assert said(yard, box, "cat /workspace/x") == "x\n"
+
+
+def test_a_delete_by_force_takes_it_away_from_who_writes(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    box = a_box(yard, boxes, (work, "/workspace"))
+    said(yard, box, "echo 0 > /workspace/n")
+    said(yard, box, WRITER)
+    assert goes_on(yard, box, work)
+    answer = yard.client.delete(f"/v1/workspaces/{work}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "WORKSPACE_IN_USE")
+    answer = yard.client.delete(f"/v1/workspaces/{work}", params={"force": "true"})
+    assert answer.status_code == 200, answer.text
+    wait_until(
+        lambda: not list((yard.home / "workspaces").glob(f"{work}*")), limit_s=90,
+        what="nothing of the workspace is left",
+    )  # fmt: skip
+    assert said(yard, box, "grep -c nfs4 /proc/mounts || true") == "0\n"
+    assert said(yard, box, "echo fine > /tmp/fine; cat /tmp/fine") == "fine\n"
+    if not is_slow():
+        body = {"template": "base-minimal", "mounts": mount_of(work)}
+        more = yard.client.post("/v1/sandboxes", json=body)
+        assert more.status_code == 400
+
+
+def mount_of(work: str) -> list[dict[str, Any]]:
+    return [{"workspaceId": work, "path": "/workspace"}]
+
+
+def test_twenty_machines_mount_one_workspace_at_once(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    with ThreadPoolExecutor(20) as threads:
+        made = list(threads.map(lambda _: str(yard.create(mounts=mount_of(work))["id"]), range(20)))
+        boxes += made
+        list(threads.map(lambda one: said(yard, one, f"hostname > /workspace/{one}"), made))
+    listing = yard.client.get(f"/v1/workspaces/{work}/files").json()
+    assert {one["id"].strip("/") for one in listing} == set(made)
+    usage = yard.client.get(f"/v1/workspaces/{work}/usage").json()["data"]
+    assert usage["counts"]["mountedSandboxes"] == 20
