@@ -30,6 +30,7 @@ from sandyard.server.core.records import (
     KeyedRequest,
     LedgerEntry,
     Membership,
+    Mount,
     NodeSeen,
     Organization,
     PendingTopup,
@@ -556,6 +557,37 @@ async def test_workspaces_are_found_changed_and_forgotten(store: Store) -> None:
         await tx.workspaces.erase(gone.id)
         assert gone not in await tx.workspaces.every()
         assert await tx.workspaces.add(workspace(ORG, "data", NOW))
+
+
+async def test_what_is_mounted_is_kept_and_found_by_workspace(store: Store) -> None:
+    work, more = new_uuid(), new_uuid()
+    both = (Mount(work, "/workspace"), Mount(more, "/workspace/möre", read_only=True))
+    box = sandbox(mounts=both, status=Status.RUNNING)
+    later = sandbox(mounts=both[:1], created_at=NOW + timedelta(seconds=1), name="later")
+    gone = sandbox(mounts=both, status=Status.DESTROYED)
+    # Twice in one, at two paths.
+    twice = sandbox(mounts=(Mount(more, "/workspace/a"), Mount(more, "/workspace/b")))
+    async with store.write() as tx:
+        for one in (later, box, gone, twice, sandbox()):
+            await tx.sandboxes.insert(one)
+    async with store.read() as tx:
+        found = await tx.sandboxes.find(box.id)
+        assert found is not None
+        assert found.mounts == both
+        assert [one.id for one in await tx.sandboxes.mounting(work)] == [box.id, later.id]
+        assert {one.id for one in await tx.sandboxes.mounting(more)} == {box.id, twice.id}
+        assert await tx.sandboxes.mounting(new_uuid()) == []
+        assert await tx.sandboxes.mounted() == {work, more}
+    async with store.write() as tx:
+        # Whoever has read it before, and writes it now, does not bring back what was forgotten.
+        await tx.sandboxes.forget_mounts(work)
+        written = await tx.sandboxes.replace(replace(found, name="renamed"))
+        assert written is not None
+        known = await tx.sandboxes.find(box.id)
+        assert known is not None
+        assert (known.name, known.mounts) == ("renamed", both[1:])
+        assert await tx.sandboxes.mounting(work) == []
+        assert await tx.sandboxes.mounted() == {more}
 
 
 async def test_members_and_organizations_know_each_other(store: Store) -> None:

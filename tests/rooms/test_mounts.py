@@ -10,6 +10,7 @@ from tests.support.house import Yard, eventually, open_yard
 from tests.support.several import open_several
 
 from sandyard.server.core.ids import new_uuid
+from sandyard.server.service.workspaces.workspaces import Workspaces
 
 SANDBOXES, WORKSPACES = "/v1/sandboxes", "/v1/workspaces"
 
@@ -180,6 +181,23 @@ async def test_forks_and_snapshots_have_what_was_mounted(yard: Yard) -> None:
 
 async def _runs(yard: Yard, box: Mapping[str, object]) -> bool:
     return (await yard.get(box))["status"] == "running"
+
+
+@pytest.mark.parametrize("yard", ["one"], indirect=True)
+async def test_what_machines_write_is_counted_and_charged_while_they_run(yard: Yard) -> None:
+    work = await a_workspace(yard)
+    box = await yard.create(mounts=[mount(work)])
+    workspaces: Workspaces = yard.house.control.services.workspaces
+    # As a machine would, which no request tells of.
+    (yard.home / "workspaces" / work / "written").write_bytes(bytes(300_000))
+    await workspaces.look_around()
+    shown = (await yard.client.get(f"{WORKSPACES}/{work}")).json()["data"]
+    assert shown["sizeBytes"] >= 300_000
+    async with yard.house.store.read() as tx:
+        assert await tx.sandboxes.mounted() == {work}
+    assert (await yard.client.post(f"{SANDBOXES}/{box['id']}/pause")).status_code == 200
+    async with yard.house.store.read() as tx:
+        assert await tx.sandboxes.mounted() == frozenset()
 
 
 async def test_a_member_is_not_told_of_others_sandboxes(yard: Yard) -> None:

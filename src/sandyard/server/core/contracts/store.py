@@ -98,6 +98,10 @@ class SandboxRows(Protocol):
         """Return every sandbox that has a workspace mounted and is not gone, oldest first."""
         ...
 
+    async def mounted(self) -> frozenset[str]:
+        """Return the ids of all workspaces that a running sandbox has mounted."""
+        ...
+
     async def forget_mounts(self, workspace_id: str) -> None:
         """Note that no sandbox has a workspace mounted any more; their versions stay."""
         ...

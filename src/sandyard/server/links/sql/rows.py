@@ -205,6 +205,17 @@ class SandboxTable:
             .order_by(c.created_at, c.id)
         )
 
+    async def mounted(self) -> frozenset[str]:
+        """See core.contracts.store.SandboxRows.mounted."""
+        c, mounted = t.sandboxes.c, t.sandbox_mounts.c
+        found = await self._connection.execute(
+            select(mounted.workspace_id)
+            .join(t.sandboxes, c.id == mounted.sandbox_id)
+            .where(c.status == Status.RUNNING.value)
+            .distinct()
+        )
+        return frozenset(found.scalars())
+
     async def forget_mounts(self, workspace_id: str) -> None:
         """See core.contracts.store.SandboxRows.forget_mounts."""
         c = t.sandboxes.c

@@ -328,19 +328,22 @@ class Workspaces:
             await asyncio.sleep(_BEAT_S)
 
     async def look_around(self) -> None:
-        """Note the sizes of what was used of late, and remove what was deleted and is still there.
+        """Note the sizes of what is mounted or was used of late, and remove what was deleted and is
+        still there.
 
         Raises:
             UnavailableError: the store cannot be reached.
         """
         async with self._store.read() as tx:
-            every = await tx.workspaces.every()
+            every, mounted = await tx.workspaces.every(), await tx.sandboxes.mounted()
         now = self._clock.now()
         for one in every:
             try:
                 if one.removed_at is not None:
                     await self._erase(one)
-                elif one.last_accessed_at and now - one.last_accessed_at < 10 * _ACCESS:
+                elif one.id in mounted or (
+                    one.last_accessed_at and now - one.last_accessed_at < 10 * _ACCESS
+                ):
                     size = (await self._volumes.use_of(one.id, one.quota_bytes)).used_bytes
                     if size != one.size_bytes:
                         async with self._store.write() as tx:
