@@ -98,8 +98,8 @@ async def test_what_cannot_be_mounted_is_refused_and_leaves_nothing(yard: Yard) 
         ([mount(work), mount(work)], "mounts.1.path"),
         ([mount(work), mount(work, "/workspace/b", readOnly=True)], "mounts.1.readOnly"),
         ([mount(work, f"/workspace/{n}") for n in range(17)], "mounts"),
-        ([{"workspaceId": work}], "mounts.0"),
-        ([{"path": "/workspace"}], "mounts.0"),
+        ([{"workspaceId": work}], "mounts.0.path"),
+        ([{"path": "/workspace"}], "mounts.0.workspaceId"),
         ([mount(work, readOnly="perhaps")], "mounts.0.readOnly"),
         ("none", "mounts"),
     ):

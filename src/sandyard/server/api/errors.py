@@ -136,7 +136,9 @@ def _allowed(request: Request) -> list[str]:
 
 def _translated(error: RequestValidationError) -> InvalidArgumentError:
     first = error.errors()[0]
-    place = [str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path")]
+    place = [str(part) for part in first.get("loc", ())]
+    # The first says where it stood; a field may be called so, too.
+    place = place[1:] if place[:1] and place[0] in ("body", "query", "path") else place
     if first.get("type") == "json_invalid":
         return InvalidArgumentError("cannot read the body: it is not valid JSON", field="body")
     field = ".".join(place) or "body"

@@ -36,6 +36,7 @@ _TOOLS = {
     "mmdebstrap": "mmdebstrap",
     "zstd": "zstd",
     "depmod": "kmod",
+    "ganesha.nfsd": "nfs-ganesha nfs-ganesha-vfs",
 }
 _DISK_WANTED_MIB = 6 * 1024
 _MEMORY_WANTED_MIB = 2 * 1024
