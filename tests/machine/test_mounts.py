@@ -275,6 +275,10 @@ def test_a_mount_survives_pauses_crashes_and_restarts(
     assert goes_on(yard, box, work)
     yard.client.post(f"/v1/sandboxes/{box}/pause").raise_for_status()
     assert yard.get(box)["status"] == "paused"
+    # Meanwhile another workspace is exported, which must not be taken for this one.
+    other = yard.client.post("/v1/workspaces", json={"name": "Other"}).json()["data"]["id"]
+    beside = a_box(yard, boxes, (other, "/workspace"))
+    said(yard, beside, "echo other > /workspace/n")
     yard.client.post(f"/v1/sandboxes/{box}/resume").raise_for_status()
     assert goes_on(yard, box, work)
     # The file server ends in the middle, and another takes its place.

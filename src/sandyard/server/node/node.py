@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,11 +281,23 @@ class Node:
 
     async def withdraw(self, workspace_id: str) -> None:
         """See core.contracts.node.NodeExports.withdraw."""
-        residents = [one for held in list(self._holdings.values()) for one in held.residents]
         async with asyncio.TaskGroup() as tasks:
-            for resident in residents:
-                tasks.create_task(resident.unmount(workspace_id))
+            for holding in list(self._holdings.values()):
+                tasks.create_task(self._unmount(holding, workspace_id))
         await self._means.exports.withdraw(workspace_id)
+
+    async def _unmount(self, holding: Holding, workspace_id: str) -> None:
+        while holding.is_busy:
+            with suppress(ConflictError):  # it was broken off
+                await holding.job.join()
+        is_here = self._holdings.get(holding.sandbox_id) is holding and holding.residents
+        if is_here and holding.resident.has_mounted(workspace_id):
+            work = lambda: holding.resident.unmount(workspace_id)  # noqa: E731
+            try:
+                await self._began(holding, work).outcome()
+            except (SandyardError, OSError) as error:
+                # What the server does not serve any more, it does not serve to this one either.
+                log.warning("a machine keeps what it had mounted: %s", error)
 
     async def templates(self) -> tuple[TemplateFact, ...]:
         """See core.contracts.node.NodeControl.templates."""

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
+from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.contracts.clock import Clock
@@ -27,6 +28,7 @@ _IDLE_S = 120.0
 _LOOK_S = 15.0
 _AGAIN_S = (0.0, 1.0, 5.0, 30.0)
 _WELL_S = 60.0
+_NUMBERS = 65_534
 _FOLDERS = (
     "cannot mount workspaces: here they lie in plain folders, out of which a guest could reach "
     'others; whoever runs the server sets workspaces.volumes to "images"'
@@ -229,10 +231,7 @@ class NfsExports:
             source = await held.enter_async_context(self._volumes.open(workspace_id, quota_bytes))
             await served.server.bind(workspace_id, source)
             served.volumes[workspace_id] = held.pop_all()
-        taken = set(served.numbers.values())
-        # 0 is the root that all exports lie below.
-        number = next(one for one in range(1, 65536) if one not in taken)
-        served.numbers.setdefault(workspace_id, number)
+        served.numbers.setdefault(workspace_id, _number_of(workspace_id, served.numbers.values()))
 
     # --- servers --------------------------------------------------------------------------
 
@@ -302,6 +301,15 @@ class NfsExports:
             await server.remove()
         except (SandyardError, OSError):
             log.exception("what a file server left cannot be removed yet")
+
+
+def _number_of(workspace_id: str, taken: Collection[int]) -> int:
+    """Return the number that a workspace is exported under, by which it is known to machines that
+    have it mounted: the same whenever it is exported, unless another has it."""
+    first = int.from_bytes(sha256(workspace_id.encode()).digest()[:4])
+    # 0 is the root that all exports lie below.
+    among = (1 + (first + step) % _NUMBERS for step in range(_NUMBERS))
+    return next(one for one in among if one not in taken)
 
 
 def _numbers_in(folder: Path) -> dict[str, int]:

@@ -556,10 +556,15 @@ class Resident:
         if removes:
             await in_thread(self._means.records.remove, self._record.id)
 
+    def has_mounted(self, workspace_id: str) -> bool:
+        """Tell whether its guest has a workspace mounted."""
+        share = self._record.share
+        return share is not None and any(one.workspace_id == workspace_id for one in share.mounts)
+
     async def unmount(self, workspace_id: str) -> None:
         """Have its guest use a workspace no more, as far as that answers."""
         share = self._record.share
-        if share is None or all(one.workspace_id != workspace_id for one in share.mounts):
+        if share is None:
             return
         left = tuple(one for one in share.mounts if one.workspace_id != workspace_id)
         for one in share.mounts:
