@@ -210,10 +210,11 @@ def test_what_is_read_only_and_what_is_not_granted_stays_so(
         old = client.session
         client.session = os.urandom(16)
         tell("session", lambda: client.read_file(handle))
+        def shout(data):
+            with opened() as raw: raw.sendall(data)
         for size in (0, 3, 100, 5000):
-            raw = opened()
-            raw.sendall(struct.pack(">I", 0x80000000 | size) + os.urandom(size)); raw.close()
-        raw = opened(); raw.sendall(struct.pack(">I", 0x7fffffff) + bytes(100_000)); raw.close()
+            tell("shout", lambda: shout(struct.pack(">I", 0x80000000 | size) + os.urandom(size)))
+        tell("shout", lambda: shout(struct.pack(">I", 0x7fffffff) + bytes(100_000)))
         flood = [opened() for _ in range(100)]
         client = NfsClient(opened(), b"attacker again").introduce()
         tell("after all", lambda: client.read_file(client.handle_of(own, b"secret")))
@@ -228,7 +229,7 @@ def test_what_is_read_only_and_what_is_not_granted_stays_so(
     assert lines["own"] == "b'of the first'", told
     assert told.splitlines()[-1] == "after all b'of the first'", told
     for one in told.splitlines():
-        if not one.startswith(("own ", "after all", "again", "export", "above ")):
+        if not one.startswith(("own ", "after all", "again", "export", "above ", "shout")):
             assert "refused" in one, told
         assert "of the second" not in one, told
     # Another slot reaches no server at all, wherever it looks.
@@ -279,6 +280,12 @@ def test_a_mount_survives_pauses_crashes_and_restarts(
     other = yard.client.post("/v1/workspaces", json={"name": "Other"}).json()["data"]["id"]
     beside = a_box(yard, boxes, (other, "/workspace"))
     said(yard, beside, "echo other > /workspace/n")
+    keeps = (
+        "(exec 9>/workspace/locked; flock 9; while sleep 0.3; do date >&9 || echo x >> /tmp/lost; "
+        "done) >/dev/null 2>&1 & sleep 1"
+    )
+    said(yard, beside, keeps)
+    at_it = "flock -n /workspace/locked echo free || echo held; cat /tmp/lost 2>/dev/null"
     yard.client.post(f"/v1/sandboxes/{box}/resume").raise_for_status()
     assert goes_on(yard, box, work)
     # The file server ends in the middle, and another takes its place.
@@ -292,11 +299,13 @@ def test_a_mount_survives_pauses_crashes_and_restarts(
     yard.start()
     assert ganesha_of(yard) == before
     assert goes_on(yard, box, work)
+    assert said(yard, beside, at_it) == "held\n"
     # Both at once.
     yard.kill()
     os.kill(before, signal.SIGKILL)
     yard.start()
     assert goes_on(yard, box, work)
+    assert said(yard, beside, at_it) == "held\n"
     assert yard.client.post(f"/v1/sandboxes/{box}/restart").status_code == 200
     assert said(yard, box, "cd /workspace && cat n > m && ls").split() == ["m", "n"]
 

@@ -5,13 +5,16 @@ import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import MountWish
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import (
     InternalError,
+    NotFoundError,
     SandyardError,
     UnavailableError,
     UnsupportedError,
@@ -45,6 +48,7 @@ class _Served:
         self.volumes: dict[str, AsyncExitStack] = {}
         self.numbers: dict[str, int] = {}
         self.idle_since: float | None = None
+        self.is_behind = False
         self.watching: asyncio.Task[None] | None = None
 
     def exports(self) -> list[Export]:
@@ -125,14 +129,33 @@ class NfsExports:
         for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():
             if all(one.server.folder != folder for one in self._served.values()):
                 # It was being made: nothing of it was noted yet.
-                await Server(folder, self._network.place(0), "").remove()
-        for found in by_org.values():
-            for place, share in found:
-                try:
-                    await self.grant(place, share)
-                except SandyardError as error:
-                    log.error("a machine cannot reach its workspaces: %s", error.message)
+                with suppress(SandyardError, OSError):
+                    await Server(folder, self._network.place(0), "").remove()
+        for org_id, found in by_org.items():
+            await self._take_up(org_id, found)
         crew.start(self._look_around(), "file servers are not looked after any more")
+
+    async def _take_up(self, org_id: str, found: list[tuple[Place, Share]]) -> None:
+        """Serve machines of an organization that live on, all of them at once: what is exported to
+        one alone is taken away from the others for a moment, and with it what they have locked."""
+        try:
+            served = await self._served_for(org_id)
+        except SandyardError as error:
+            log.error("machines cannot reach their workspaces: %s", error.message)
+            return
+        async with served.lock:
+            served.shares = {place.number: (place, share) for place, share in found}
+            served.is_behind = True
+            await self._catch_up(served)
+
+    async def _catch_up(self, served: _Served) -> None:
+        try:
+            await self._serve(served)
+            for place, share in served.shares.values():
+                await self._network.let(place, served.server.place, port=share.port)
+            served.is_behind = False
+        except (SandyardError, OSError) as error:
+            log.error("machines cannot reach their workspaces yet: %s", error)
 
     async def close(self) -> None:
         """See node.exports.shares.Exports.close."""
@@ -156,32 +179,49 @@ class NfsExports:
         served = await self._served_for(org_id)
         async with served.lock:
             if not served.server.is_up:
-                await served.server.export(served.exports())
-                await served.server.start()
-                self._watch(served)
+                try:
+                    await self._serve(served)
+                except (InternalError, OSError) as error:
+                    raise UnavailableError(f"cannot mount workspaces: {error}") from error
             if not served.shares:
                 served.idle_since = self._clock.monotonic()
 
     async def grant(self, place: Place, share: Share) -> None:
         """See node.exports.shares.Exports.grant."""
+        if not self._can_share:  # it may have been otherwise when it was mounted first
+            raise UnavailableError(_FOLDERS)
         served = await self._served_for(share.org_id)
         async with served.lock:
             served.idle_since = None
             served.shares[place.number] = (place, share)
             try:
-                for one in share.mounts:
-                    await self._open_volume(served, one.workspace_id, one.quota_bytes)
-                await served.server.export(served.exports())
-                if not served.server.is_up:
-                    await served.server.keep_clients(served.clients)
-                    await served.server.start()
-                    self._watch(served)
+                await self._serve(served)
                 await self._network.let(place, served.server.place, port=share.port)
             except BaseException as error:
                 await to_the_end(self._take_back(served, place))
-                if isinstance(error, InternalError):
-                    raise UnavailableError(f"cannot mount workspaces: {error.message}") from error
+                if isinstance(error, InternalError | OSError):
+                    raise UnavailableError(f"cannot mount workspaces: {error}") from error
                 raise
+
+    async def _serve(self, served: _Served) -> None:
+        """Have a server up that exports what is granted now; workspaces that were removed are left
+        out."""
+        for number, (place, share) in list(served.shares.items()):
+            mounts = [one for one in share.mounts if await self._has_opened(served, one)]
+            if len(mounts) < len(share.mounts):
+                served.shares[number] = (place, replace(share, mounts=tuple(mounts)))
+        await served.server.export(served.exports())
+        if not served.server.is_up:
+            await served.server.keep_clients(served.clients)
+            await served.server.start()
+            self._watch(served)
+
+    async def _has_opened(self, served: _Served, mount: MountWish) -> bool:
+        try:
+            await self._open_volume(served, mount.workspace_id, mount.quota_bytes)
+        except NotFoundError:
+            return False
+        return True
 
     async def revoke(self, place: Place) -> None:
         """See node.exports.shares.Exports.revoke."""
@@ -192,9 +232,11 @@ class NfsExports:
 
     async def _take_back(self, served: _Served, place: Place) -> None:
         # First no packet of its comes through, then the server is told.
-        await self._network.forbid(place)
         served.shares.pop(place.number, None)
-        await self._settle(served)
+        try:
+            await self._network.forbid(place)
+        finally:
+            await self._settle(served)
 
     async def withdraw(self, workspace_id: str) -> None:
         """See node.exports.shares.Exports.withdraw."""
@@ -204,20 +246,20 @@ class NfsExports:
             async with served.lock:
                 for number, (place, share) in list(served.shares.items()):
                     left = tuple(one for one in share.mounts if one.workspace_id != workspace_id)
-                    less = Share(share.org_id, share.port, share.client, left)
-                    served.shares[number] = (place, less)
+                    served.shares[number] = (place, replace(share, mounts=left))
                 await self._settle(served)
 
     async def _settle(self, served: _Served) -> None:
         """Export what is still used, and let go of the rest."""
         try:
             await served.server.export(served.exports())
-        except UnavailableError as error:
+        except (UnavailableError, OSError) as error:
             # A server that hears nobody may serve nobody: its next start reads what is so.
-            log.error("a file server is started anew: %s", error.message)
+            log.error("a file server is started anew: %s", error)
+            served.is_behind = True
             await served.server.stop()
         for workspace_id in set(served.volumes) - served.used:
-            with suppress(InternalError):
+            with suppress(InternalError, OSError):
                 await served.server.unbind(workspace_id)
             served.numbers.pop(workspace_id, None)
             await served.volumes.pop(workspace_id).aclose()
@@ -266,17 +308,18 @@ class NfsExports:
                 log.error("a file server ended and is started again")
                 try:
                     await served.server.stop()
-                    await served.server.export(served.exports())
-                    await served.server.keep_clients(served.clients)
-                    await served.server.start()
-                except SandyardError as error:
-                    log.error("a file server does not start: %s", error.message)
+                    await self._serve(served)
+                except (SandyardError, OSError) as error:
+                    log.error("a file server does not start: %s", error)
 
     async def _look_around(self) -> None:
         while True:
             await self._clock.sleep(_LOOK_S)
             for served in list(self._served.values()):
-                await in_thread(served.server.bound_log)
+                async with served.lock:
+                    await in_thread(served.server.bound_log)
+                    if served.is_behind and served.shares:
+                        await self._catch_up(served)
                 since = served.idle_since
                 if since is not None and self._clock.monotonic() - since > _IDLE_S:
                     await self._give_up(served)

@@ -41,7 +41,10 @@ _START_S = 20.0
 _RELOAD_S = 10.0
 _LOOK_S = 0.002
 _LOG_MAX = 1024 * 1024
+# What its clients make it remember is bounded, if not by much: beyond, it ends and starts anew.
+_MEMORY_BYTES, _CLIENTS_MAX = 2 * 1024**3, 4096
 _TAIL = 4000
+_PIECE = 64 * 1024
 # How long a client that is gone keeps what it had locked, and how long after a crash new clients
 # wait for those of before; RFC 8881, 8.4.2.
 _LEASE_S, _GRACE_S = 12, 15
@@ -72,8 +75,8 @@ mount -o remount,ro "$root"
 pivot_root . run/old
 exec chroot . /usr/bin/sh -ec '
 umount -l /run/old
-exec setpriv --clear-groups --no-new-privs --inh-caps="-all" --bounding-set="$1" \\
-  ganesha.nfsd -F -f /conf/ganesha.conf -L STDERR -p /state/pid' sh "$caps"
+exec prlimit --as=$2 setpriv --clear-groups --no-new-privs --inh-caps="-all" --bounding-set="$1" \\
+  ganesha.nfsd -F -f /conf/ganesha.conf -L STDERR -p /state/pid' sh "$caps" "$3"
 """
 
 
@@ -121,6 +124,7 @@ class Server:
                     "unshare", "--mount", "--ipc", "--uts", "--pid", "--fork",
                     "--propagation", "slave",
                     "sh", "-e", str(self.folder / "start"), str(self.folder), caps,
+                    str(_MEMORY_BYTES),
                     stdin=asyncio.subprocess.DEVNULL, stdout=said, stderr=said,
                     env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
                     cwd="/", start_new_session=True,
@@ -180,7 +184,12 @@ class Server:
                 await process.kill()
         child, self._child = self._child, None
         if child is not None:
-            await child.wait()
+            # Broken off early, what it has started is not known yet.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LIMIT_S):
+                    await child.wait()
 
     def let_go(self) -> None:
         """Let go of its process, which lives on."""
@@ -238,7 +247,8 @@ class Server:
         await self._await_said(_REREAD, beginning, limit_s=_RELOAD_S)
 
     def _configure(self, exports: list[Export]) -> None:
-        self._prepare()
+        for name in ("conf", "tree"):
+            (self.folder / name).mkdir(mode=0o755, parents=True, exist_ok=True)
         part = self.folder / "conf/ganesha.conf.part"
         part.write_text(configuration(exports, address=self.place.ip))
         part.chmod(0o644)
@@ -246,6 +256,9 @@ class Server:
 
     async def bind(self, workspace_id: str, source: Path) -> None:
         """Have a workspace's folder in its tree."""
+        if not source.is_mount():
+            # Out of a folder that lies beside others these could be reached.
+            raise UnavailableError(f"cannot export {source}: it is no file system of its own")
         await in_thread(self._prepare)
         await self._bind_tree()
         place = self.folder / "tree" / workspace_id
@@ -297,9 +310,14 @@ class Server:
             return 0
 
     async def _await_said(self, what: bytes, beginning: int, *, limit_s: float) -> None:
+        at, kept = beginning, b""
         try:
             async with asyncio.timeout(limit_s):
-                while what not in self._said(beginning):
+                while True:
+                    more = self._said(at)
+                    at, kept = at + len(more), kept[-len(what) :] + more
+                    if what in kept:
+                        return
                     if self._process is None or start_time(self._process.pid) is None:
                         raise UnavailableError(f"the file server ended: {self._tail()}")
                     await asyncio.sleep(_LOOK_S)
@@ -310,7 +328,7 @@ class Server:
         try:
             with (self.folder / "log").open("rb") as file:
                 file.seek(beginning)
-                return file.read(_LOG_MAX)
+                return file.read(_PIECE)
         except FileNotFoundError:
             return b""
 
@@ -331,7 +349,7 @@ NFS_CORE_PARAM {{
 NFSv4 {{
   Minor_Versions = 1,2; RecoveryBackend = fs; RecoveryRoot = /state;
   Lease_Lifetime = {_LEASE_S}; Grace_Period = {_GRACE_S};
-  Only_Numeric_Owners = true; Delegations = false;
+  Only_Numeric_Owners = true; Delegations = false; Max_Client_Ids = {_CLIENTS_MAX};
 }}
 NFS_KRB5 {{ Active_krb5 = false; }}
 MDCACHE {{ Dir_Chunk = 0; Entries_HWMark = 20000; }}

@@ -37,7 +37,7 @@ from sandyard.server.node.host.firewall import (
 )
 from sandyard.server.node.host.identity import SLOTS, Identity
 from sandyard.server.node.host.netlink import netlink
-from sandyard.server.tasks import Crew, in_thread
+from sandyard.server.tasks import Crew, beside, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -190,15 +190,16 @@ class Slots:
         )
         rules = share_rules(tap=_TAP, port=port, server=server.ip)
         self._shares[place.number] = element
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_nft(f"add {element}"))
-            tasks.create_task(_nft_in(place, rules))
+        async with beside(_nft(f"add {element}")) as adding:
+            await _nft_in(place, rules)
+            await adding
 
     async def forbid(self, place: Place) -> None:
         """See Network.forbid."""
-        if element := self._shares.pop(place.number, None):
+        if element := self._shares.get(place.number):
             # It may not have come so far.
             await _nft(f"add {element}delete {element}")
+            self._shares.pop(place.number, None)
 
     async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
         """See Network.dial."""

@@ -571,6 +571,11 @@ class Resident:
             if one.workspace_id == workspace_id and self.is_up:
                 with suppress(SandyardError):
                     await self.guest.unmount(one.path)
+                    # What lies below it went along.
+                    below = tuple(two for two in left if two.path.startswith(f"{one.path}/"))
+                    if below:
+                        again = replace(share, mounts=below)
+                        await self.guest.mount(again, limit_s=self._means.patience(_MOUNT_S))
         self._record = replace(self._record, mounted=encode(replace(share, mounts=left)))
         await self._note(self._record)
 
