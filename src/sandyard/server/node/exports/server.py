@@ -42,7 +42,7 @@ _RELOAD_S = 10.0
 _LOOK_S = 0.002
 _LOG_MAX = 1024 * 1024
 # What its clients make it remember is bounded, if not by much: beyond, it ends and starts anew.
-_MEMORY_BYTES, _CLIENTS_MAX = 2 * 1024**3, 4096
+_MEMORY_BYTES, _CLIENTS_MAX = 6 * 1024**3, 4096
 _TAIL = 4000
 _PIECE = 64 * 1024
 # How long a client that is gone keeps what it had locked, and how long after a crash new clients
