@@ -129,7 +129,10 @@ def test_private_metadata_and_host_are_out_of_reach_by_rule_alone(
     server: RealServer, box: str, world: None, address: str
 ) -> None:
     assert from_host(address)
-    # The host has just joined this network; the rules follow.
+    # The host has just joined this network; the rules follow, and are not saved before they have.
+    table = f"sandyard_{server.instance['id']}"
+    network = NEIGHBOUR.rpartition(".")[0]
+    wait_until(lambda: network in saved(None, table), what="the rules follow")
     wait_until(lambda: not reaches(server, box, address), what=f"{address} is out of reach")
     lifted = without_rules(server, [slot_of(server, box)])
     next(lifted)
