@@ -252,8 +252,18 @@ def test_what_is_read_only_and_what_is_not_granted_stays_so(
 
 WRITER = (
     "(exec >/dev/null 2>&1; n=0; while sleep 0.2; do n=$((n+1)); "
-    "echo $n > /workspace/n && sync /workspace/n && echo $n > /tmp/n; done) & echo started"
+    "echo $n > /workspace/new && sync /workspace/new && mv /workspace/new /workspace/n && "
+    "sync /workspace && echo $n > /tmp/n; done) & echo started"
 )
+
+
+def a_writer(yard: RealServer, boxes: list[str], *mounts: tuple[str, str]) -> str:
+    """Return a machine that writes to the first of the workspaces, without end."""
+    box = a_box(yard, boxes, *mounts)
+    said(yard, box, "echo 0 > /workspace/n")
+    said(yard, box, WRITER)
+    assert goes_on(yard, box, mounts[0][0])
+    return box
 
 
 def goes_on(yard: RealServer, box: str, work: str) -> bool:
@@ -270,10 +280,7 @@ def goes_on(yard: RealServer, box: str, work: str) -> bool:
 def test_a_mount_survives_pauses_crashes_and_restarts(
     yard: RealServer, work: str, boxes: list[str]
 ) -> None:
-    box = a_box(yard, boxes, (work, "/workspace"))
-    said(yard, box, "echo 0 > /workspace/n")
-    said(yard, box, WRITER)
-    assert goes_on(yard, box, work)
+    box = a_writer(yard, boxes, (work, "/workspace"))
     yard.client.post(f"/v1/sandboxes/{box}/pause").raise_for_status()
     assert yard.get(box)["status"] == "paused"
     # Meanwhile another workspace is exported, which must not be taken for this one.
@@ -300,6 +307,12 @@ def test_a_mount_survives_pauses_crashes_and_restarts(
     assert ganesha_of(yard) == before
     assert goes_on(yard, box, work)
     assert said(yard, beside, at_it) == "held\n"
+    # In an orderly way, too.
+    yard.stop()
+    yard.start()
+    assert ganesha_of(yard) == before
+    assert goes_on(yard, box, work)
+    assert said(yard, beside, at_it) == "held\n"
     # Both at once.
     yard.kill()
     os.kill(before, signal.SIGKILL)
@@ -307,7 +320,7 @@ def test_a_mount_survives_pauses_crashes_and_restarts(
     assert goes_on(yard, box, work)
     assert said(yard, beside, at_it) == "held\n"
     assert yard.client.post(f"/v1/sandboxes/{box}/restart").status_code == 200
-    assert said(yard, box, "cd /workspace && cat n > m && ls").split() == ["m", "n"]
+    assert said(yard, box, "cd /workspace && cat n > m && ls m n").split() == ["m", "n"]
 
 
 def test_clones_have_mounts_of_their_own(yard: RealServer, work: str, boxes: list[str]) -> None:
@@ -360,10 +373,8 @@ def test_a_server_that_hangs_keeps_nobody_but_who_asks_it(
 def test_a_delete_by_force_takes_it_away_from_who_writes(
     yard: RealServer, work: str, boxes: list[str]
 ) -> None:
-    box = a_box(yard, boxes, (work, "/workspace"))
-    said(yard, box, "echo 0 > /workspace/n")
-    said(yard, box, WRITER)
-    assert goes_on(yard, box, work)
+    kept = yard.client.post("/v1/workspaces", json={"name": "Kept"}).json()["data"]["id"]
+    box = a_writer(yard, boxes, (work, "/workspace"), (kept, "/workspace/in/kept"))
     answer = yard.client.delete(f"/v1/workspaces/{work}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "WORKSPACE_IN_USE")
     answer = yard.client.delete(f"/v1/workspaces/{work}", params={"force": "true"})
@@ -372,7 +383,10 @@ def test_a_delete_by_force_takes_it_away_from_who_writes(
         lambda: not list((yard.home / "workspaces").glob(f"{work}*")), limit_s=90,
         what="nothing of the workspace is left",
     )  # fmt: skip
-    assert said(yard, box, "grep -c nfs4 /proc/mounts || true") == "0\n"
+    # What lay in it, of another workspace, is there still.
+    assert said(yard, box, "grep -o '[^ ]* nfs4' /proc/mounts") == "/workspace/in/kept nfs4\n"
+    said(yard, box, "echo kept > /workspace/in/kept/file")
+    assert content(yard, kept, "file") == b"kept\n"
     assert said(yard, box, "echo fine > /tmp/fine; cat /tmp/fine") == "fine\n"
     if not is_slow():
         body = {"template": "base-minimal", "mounts": mount_of(work)}

@@ -3,8 +3,8 @@
 import asyncio
 import json
 import logging
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -139,14 +139,12 @@ class NfsExports:
         """Serve machines of an organization that live on, all of them at once: what is exported to
         one alone is taken away from the others for a moment, and with it what they have locked."""
         try:
-            served = await self._served_for(org_id)
+            async with self._locked(org_id) as served:
+                served.shares = {place.number: (place, share) for place, share in found}
+                served.is_behind = True
+                await self._catch_up(served)
         except SandyardError as error:
             log.error("machines cannot reach their workspaces: %s", error.message)
-            return
-        async with served.lock:
-            served.shares = {place.number: (place, share) for place, share in found}
-            served.is_behind = True
-            await self._catch_up(served)
 
     async def _catch_up(self, served: _Served) -> None:
         try:
@@ -176,8 +174,7 @@ class NfsExports:
         if not self._can_share:
             raise UnsupportedError(_FOLDERS)
         await in_thread(check_here)
-        served = await self._served_for(org_id)
-        async with served.lock:
+        async with self._locked(org_id) as served:
             if not served.server.is_up:
                 try:
                     await self._serve(served)
@@ -190,8 +187,7 @@ class NfsExports:
         """See node.exports.shares.Exports.grant."""
         if not self._can_share:  # it may have been otherwise when it was mounted first
             raise UnavailableError(_FOLDERS)
-        served = await self._served_for(share.org_id)
-        async with served.lock:
+        async with self._locked(share.org_id) as served:
             served.idle_since = None
             served.shares[place.number] = (place, share)
             try:
@@ -248,6 +244,7 @@ class NfsExports:
                     left = tuple(one for one in share.mounts if one.workspace_id != workspace_id)
                     served.shares[number] = (place, replace(share, mounts=left))
                 await self._settle(served)
+                served.numbers.pop(workspace_id, None)
 
     async def _settle(self, served: _Served) -> None:
         """Export what is still used, and let go of the rest."""
@@ -261,7 +258,6 @@ class NfsExports:
         for workspace_id in set(served.volumes) - served.used:
             with suppress(InternalError, OSError):
                 await served.server.unbind(workspace_id)
-            served.numbers.pop(workspace_id, None)
             await served.volumes.pop(workspace_id).aclose()
         if not served.shares:
             served.idle_since = self._clock.monotonic()
@@ -276,6 +272,17 @@ class NfsExports:
         served.numbers.setdefault(workspace_id, _number_of(workspace_id, served.numbers.values()))
 
     # --- servers --------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _locked(self, org_id: str) -> AsyncIterator[_Served]:
+        """Hold an organization's server, which is there, until the block is left."""
+        while True:
+            served = await self._served_for(org_id)
+            async with served.lock:
+                # It may have been given up while this waited for it.
+                if self._served.get(org_id) is served:
+                    yield served
+                    return
 
     async def _served_for(self, org_id: str) -> _Served:
         async with self._opening:

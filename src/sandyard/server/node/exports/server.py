@@ -31,6 +31,7 @@ from sandyard.server.drivers.namespaces import path_of
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.node.commands import run
 from sandyard.server.node.host.firewall import NFS_PORT
+from sandyard.server.node.host.mounts import is_mounted
 from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
@@ -276,7 +277,7 @@ class Server:
 
     async def _bind_tree(self) -> None:
         tree = self.folder / "tree"
-        if not _is_mounted(tree):
+        if not is_mounted(tree):
             await run(["mount", "--bind", tree, tree], limit_s=_LIMIT_S)
             # What is mounted here later shows in the server's own view as well.
             await run(["mount", "--make-private", tree], limit_s=_LIMIT_S)
@@ -291,7 +292,7 @@ class Server:
         tree = self.folder / "tree"
         for one in sorted(tree.iterdir()) if tree.is_dir() else ():
             await self.unbind(one.name)
-        while _is_mounted(tree):
+        while is_mounted(tree):
             await run(["umount", tree], limit_s=_LIMIT_S)
         await in_thread(shutil.rmtree, self.folder, ignore_errors=True)
 
@@ -372,11 +373,6 @@ def _block(export: Export) -> str:
         f"EXPORT {{\n  Export_Id = {export.number}; Path = /tree/{export.workspace_id};\n"
         f"  Pseudo = /{export.workspace_id}; FSAL {{ Name = VFS; }}\n{allowed}}}\n"
     )
-
-
-def _is_mounted(place: Path) -> bool:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return any(line.split()[4] == str(place) for line in lines)
 
 
 def check_here() -> None:

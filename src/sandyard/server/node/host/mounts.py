@@ -73,7 +73,7 @@ async def remove_mounts(home: Path) -> None:
     file = mounts_of(home)
     try:
         for place in (file, file.parent):
-            while _is_mounted(place):
+            while is_mounted(place):
                 await run(["umount", place], limit_s=_LIMIT_S)
         if file.parent.is_dir():
             file.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ async def remove_mounts(home: Path) -> None:
         raise InternalError(f"cannot remove {file.parent}: {error}") from error
 
 
-def _is_mounted(place: Path) -> bool:
+def is_mounted(place: Path) -> bool:
     """Tell whether something is mounted at a place; `os.path.ismount` knows nothing of binds."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return any(line.split()[4] == str(place) for line in lines)

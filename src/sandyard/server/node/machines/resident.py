@@ -30,7 +30,7 @@ from sandyard.server.core.shapes import Shape
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.contract import Driver, End, Machine, Place, SavingMachine
 from sandyard.server.node.agent import AgentLink
-from sandyard.server.node.exports.shares import new_share
+from sandyard.server.node.exports.shares import Share, new_share
 from sandyard.server.node.host.admission import promise_of
 from sandyard.server.node.host.ledger import Promise, nobody_counts
 from sandyard.server.node.images.images import Image
@@ -352,30 +352,31 @@ class Resident:
     async def set_up(
         self, wish: MachineWish, *, was: Was, grows: bool = False, limit_s: float | None = None
     ) -> None:
-        """Make it the wished sandbox, with its disk grown first if need be; see `Guest.set_up`."""
+        """Make it the wished sandbox, with its disk grown first if need be, and what it wishes to
+        have mounted; see `Guest.set_up` and `Exports.grant`."""
         if limit_s is None:
             limit_s = self._means.patience(WAKE_LIMIT_S)
         if grows:
             await self._saving_machine().grow_disk(wish.shape.disk_mib)
             # The guest's kernel writes tables for all that is new, which takes its time.
             limit_s += self._means.patience(_GROWTH_S_A_GIB) * wish.shape.disk_mib / 1024
-        share = new_share(wish.org_id, wish.mounts) if wish.mounts else None
-        async with AsyncExitStack() as granting:
-            if share is not None and self._place is not None:
-                # What it may mount is made ready meanwhile; until then it reaches no server.
-                granted = await granting.enter_async_context(
-                    beside(self._means.exports.grant(self._place, share))
-                )
-            token = await self.guest.set_up(wish, was=was, grows=grows, limit_s=limit_s)
-            self._record = replace(
-                self._record,
-                token=token,
-                disk_mib=wish.shape.disk_mib,
-                mounted=None if share is None else encode(share),
-            )
-            if share is not None:
-                await granted
-                await self.guest.mount(share, limit_s=self._means.patience(_MOUNT_S))
+        if not wish.mounts or self._place is None:
+            await self._set_up_guest(wish, None, was=was, grows=grows, limit_s=limit_s)
+            return
+        share = new_share(wish.org_id, wish.mounts)
+        # What it may mount is made ready meanwhile; until then it reaches no server.
+        async with beside(self._means.exports.grant(self._place, share)) as granting:
+            await self._set_up_guest(wish, share, was=was, grows=grows, limit_s=limit_s)
+            await granting
+            await self.guest.mount(share, limit_s=self._means.patience(_MOUNT_S))
+
+    async def _set_up_guest(
+        self, wish: MachineWish, share: Share | None, *, was: Was, grows: bool, limit_s: float
+    ) -> None:
+        token = await self.guest.set_up(wish, was=was, grows=grows, limit_s=limit_s)
+        mounted = None if share is None else encode(share)
+        shape = wish.shape
+        self._record = replace(self._record, token=token, disk_mib=shape.disk_mib, mounted=mounted)
 
     # --- still ----------------------------------------------------------------------------
 
