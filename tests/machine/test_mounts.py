@@ -97,18 +97,31 @@ def test_a_workspace_is_live_between_the_api_and_two_machines(
     # A lock of one machine keeps the other out, and goes with its holder.
     said(yard, first, "flock /workspace/lock sleep 600 >/dev/null 2>&1 & sleep 0.5")
     assert said(yard, second, "flock -n /workspace/lock echo mine || echo taken") == "taken\n"
-    posix = "import fcntl; f = open('/workspace/range', 'w'); fcntl.lockf(f, 6); print('mine')"
-    holder = posix.replace("print('mine')", "import time; time.sleep(600)").replace(", 6", ", 2")
-    said(yard, first, f"python3 -c {shlex.quote(holder)} >/dev/null 2>&1 & sleep 2")
-    tried = f"python3 -c {shlex.quote(posix)} 2>&1 | tail -1"
-    assert "BlockingIOError" in said(yard, second, tried)
+    # Who waits for a lock has it when its holder lets it go, or goes.
+    for kind in ("lockf", "flock"):
+        opens = f"import fcntl, os, time; f = open('/workspace/{kind}', 'w')"
+        takes = f"fcntl.{kind}(f, fcntl.LOCK_EX)"
+        held = "open('/tmp/held', 'w')\nwhile not os.path.exists('/tmp/free'): time.sleep(0.1)"
+        asked = f"print('asked', flush=True); {takes}; print('mine')"
+        holds, waits = (shlex.quote(f"{opens}; {one}") for one in (f"{takes}; {held}", asked))
+        tries = shlex.quote(f"{opens}; {takes.replace('EX', 'EX | fcntl.LOCK_NB')}")
+        said(yard, first, f"rm -f /tmp/free /tmp/held; python3 -c {holds} >/dev/null 2>&1 &")
+        wait_until(lambda: "held" in said(yard, first, "ls /tmp"), what="the lock is held")
+        assert "BlockingIOError" in said(yard, second, f"python3 -c {tries} 2>&1 | tail -1")
+        said(yard, second, f"python3 -c {waits} >/tmp/waits 2>&1 &")
+        wait_until(
+            lambda: said(yard, second, "cat /tmp/waits") == "asked\n", what="it is asked for"
+        )
+        said(yard, first, "touch /tmp/free")
+        wait_until(lambda: said(yard, second, "cat /tmp/waits") == "asked\nmine\n", what="its turn")
+    said(yard, second, "flock /workspace/lock date >/tmp/waited 2>&1 & sleep 0.5")
     yard.delete(first)
     boxes.remove(first)
+    wait_until(lambda: "20" in said(yard, second, "cat /tmp/waited"), limit_s=90, what="its turn")
     wait_until(
         lambda: said(yard, second, "flock -n /workspace/lock echo mine || true") == "mine\n",
         limit_s=60, what="the lock of a machine that is gone is free",
     )  # fmt: skip
-    assert said(yard, second, tried) == "mine\n"
 
 
 def test_files_behave_and_a_full_workspace_says_so(

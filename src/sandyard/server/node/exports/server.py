@@ -5,6 +5,7 @@
                          tree/<id>     a bind of each workspace's folder
                          state/        its clients, for the time after a crash
                          start         what puts that together, and runs it
+                         library       the copy of Ganesha's that it sees
                          root/         where its own view of the host's files is put together
                          log
 
@@ -30,6 +31,7 @@ from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.namespaces import path_of
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.node.commands import run
+from sandyard.server.node.exports.library import library_of, mended
 from sandyard.server.node.host.firewall import NFS_PORT
 from sandyard.server.node.host.mounts import is_mounted
 from sandyard.server.tasks import in_thread
@@ -61,6 +63,10 @@ mkdir usr etc proc dev tmp run var run/old conf state tree
 for one in bin sbin lib lib64; do [ ! -L "/$one" ] || ln -s "usr/$one" "$one"; done
 mount --bind /usr usr
 mount -o remount,bind,ro,nosuid,nodev usr
+if [ -n "$4" ]; then
+  mount --bind "$folder/library" "$root$4"
+  mount -o remount,bind,ro,nosuid,nodev "$root$4"
+fi
 for one in ld.so.cache netconfig; do [ ! -e "/etc/$one" ] || cp "/etc/$one" etc/; done
 echo "root:x:0:0::/:" > etc/passwd
 ln -s /proc/self/mounts etc/mtab
@@ -115,6 +121,7 @@ class Server:
             UnavailableError: it does not come up; the message is the end of what it said.
         """
         await in_thread(self._prepare)
+        mended_at = await in_thread(self._mend_library)
         await self._bind_tree()
         caps = "-all," + ",".join(f"+{one}" for one in _CAPABILITIES.split(","))
         beginning = self._log_size()
@@ -125,7 +132,7 @@ class Server:
                     "unshare", "--mount", "--ipc", "--uts", "--pid", "--fork",
                     "--propagation", "slave",
                     "sh", "-e", str(self.folder / "start"), str(self.folder), caps,
-                    str(_MEMORY_BYTES),
+                    str(_MEMORY_BYTES), mended_at,
                     stdin=asyncio.subprocess.DEVNULL, stdout=said, stderr=said,
                     env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
                     cwd="/", start_new_session=True,
@@ -203,6 +210,18 @@ class Server:
             (self.folder / name).mkdir(mode=mode, parents=True, exist_ok=True)
         (self.folder / "start").write_text(_VIEW)
         self.bound_log()
+
+    def _mend_library(self) -> str:
+        """Lay a mended copy of its library ready; return what it shall stand for, or nothing."""
+        library = library_of()
+        better = None if library is None else mended(library.read_bytes())
+        if library is None or better is None:
+            log.warning("the file server's library is unknown here: waiting for locks may not work")
+            return ""
+        part = self.folder / "library.part"
+        part.write_bytes(better)
+        part.replace(self.folder / "library")
+        return str(library)
 
     def _note(self, pid: int, started: int) -> None:
         told = {
