@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sandyard.server.node.exports.library import library_of, mended
+from sandyard.server.node.exports.library import library_of, mended, minor_versions
 
 _NAME = b"ganesha_unknown_owner\0"
 _RELOCATIONS, _NAME_AT, _OWNER_AT, _SHIFT = 0x200, 0x300, 0x400, 0x10000
@@ -72,3 +72,15 @@ def test_a_library_is_found_by_its_name_of_this_version(tmp_path: Path) -> None:
     (place / "libganesha_nfsd.so.4.3").write_bytes(b"")
     (place / "libganesha_nfsd.so.4").symlink_to("libganesha_nfsd.so.4.3")
     assert library_of(tmp_path) == place / "libganesha_nfsd.so.4.3"
+
+
+def test_old_ones_are_not_asked_for_what_they_read_wrong() -> None:
+    for name, minors in (
+        ("libganesha_nfsd.so.6.5", "1,2"),
+        ("libganesha_nfsd.so.10.1", "1,2"),
+        ("libganesha_nfsd.so.4.3", "1"),
+        ("libganesha_nfsd.so", "1"),
+        ("libganesha_nfsd.so.next", "1"),
+    ):
+        assert minor_versions(Path("/usr/lib/ganesha") / name) == minors
+    assert minor_versions(None) == "1"

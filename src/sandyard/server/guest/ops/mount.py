@@ -7,6 +7,7 @@ does not wait with it, and it can be ended.
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -29,7 +30,8 @@ _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8  # umount(2)
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4  # mount(2)
 _MS_NOATIME = 1024
 # What another writes is seen at once: nothing that is cached is used unasked.
-_OPTIONS = "vers=4.2,proto=tcp,hard,actimeo=0,timeo=50,retrans=2,sec=sys"
+_OPTIONS = "proto=tcp,hard,actimeo=0,timeo=50,retrans=2,sec=sys"
+_VERSIONS = ("4.2", "4.1")  # older servers speak the older one alone
 _ROOM = 500  # of a message, in a pipe
 _FINE, _HEAD = b"fine", 4
 _LOOK_S = 0.02
@@ -160,16 +162,22 @@ def _mount_all(wish: ops.MountAll) -> None:
     for one in wish.mounts:
         try:
             os.makedirs(one.path, exist_ok=True)
-            flags = _MS_NOSUID | _MS_NODEV | _MS_NOATIME | (_MS_RDONLY if one.read_only else 0)
-            options = f"{_OPTIONS},addr={_GATEWAY},clientaddr={_GUEST},port={wish.port}"
-            done = _libc.mount(
-                f"{_GATEWAY}:/{one.name}".encode(), one.path.encode(), b"nfs4", flags,
-                options.encode(),
-            )  # fmt: skip
-            if done != 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            _mount_one(one, port=wish.port)
         except OSError as error:
             raise RefusedError(f"{one.path}: {error.strerror}") from error
+
+
+def _mount_one(wish: ops.MountPoint, *, port: int) -> None:
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOATIME | (_MS_RDONLY if wish.read_only else 0)
+    source, number = f"{_GATEWAY}:/{wish.name}".encode(), 0
+    for version in _VERSIONS:
+        options = f"vers={version},{_OPTIONS},addr={_GATEWAY},clientaddr={_GUEST},port={port}"
+        if _libc.mount(source, wish.path.encode(), b"nfs4", flags, options.encode()) == 0:
+            return
+        number = ctypes.get_errno()
+        if number != errno.EPROTONOSUPPORT:
+            break
+    raise OSError(number, os.strerror(number))
 
 
 def _leave(found: dict[bytes, str]) -> None:

@@ -1,10 +1,11 @@
-"""A mend of NFS-Ganesha's library, for a copy of it that only its server sees.
+"""What is known of NFS-Ganesha's library, by its version, and a mend for a copy of it.
 
-Who asks for a lock that another holds is told who that is; or, if it means to wait, of an owner
-that is not known: "ganesha_unknown_owner", 21 bytes (`Process_nfs4_conflict`, SAL/nfs4_owner.c).
-Linux's clients have room for an owner of 20, as their own are (`lock_owner_id_maxsz` in its
-fs/nfs/nfs4xdr.c): they cannot read the answer, and `flock` and `fcntl` end in EIO where they should
-have waited. With a byte less in the length of that name, which nobody looks at, they wait.
+Only the server sees that copy. Who asks for a lock that another holds is told who that is; or, if
+it means to wait, of an owner that is not known: "ganesha_unknown_owner", 21 bytes
+(`Process_nfs4_conflict` in its SAL/nfs4_owner.c). Linux's clients have room for an owner of 20, as
+their own are (`lock_owner_id_maxsz` in its fs/nfs/nfs4xdr.c): they cannot read the answer, and
+`flock` and `fcntl` end in EIO where they should have waited. With a byte less in the length of that
+name, which nobody looks at, they wait.
 """
 
 import struct
@@ -13,6 +14,7 @@ from pathlib import Path
 _PLACES = ("usr/lib/ganesha", "usr/lib64/ganesha", "usr/lib/*-linux-gnu", "usr/lib", "usr/lib64")
 _OWNER = b"ganesha_unknown_owner"
 _ROOM = 20
+_READS_WELL = 6
 _ELF_64_LITTLE = b"\x7fELF\x02\x01"
 _LOAD = 1
 # "What is loaded lies elsewhere: add that", on x86-64 and on 64-bit ARM; ELF's psABI of each.
@@ -24,6 +26,16 @@ def library_of(root: Path = Path("/")) -> Path | None:
     """Return where Ganesha's library is on a host; None if it is not."""
     found = (one for place in _PLACES for one in sorted(root.glob(f"{place}/libganesha_nfsd.so.*")))
     return next((one for one in found if one.is_file() and not one.is_symlink()), None)
+
+
+def minor_versions(library: Path | None) -> str:
+    """Return what of NFSv4 such a library can be trusted with: "1,2" or "1".
+
+    By NFSv4.2, Ganesha 4.3 reads zeros where data is (READ_PLUS; tried with Linux 6.12, which asks
+    so). 6.5 does not.
+    """
+    major = "" if library is None else library.name.partition(".so.")[2].partition(".")[0]
+    return "1,2" if major.isdecimal() and int(major) >= _READS_WELL else "1"
 
 
 def mended(library: bytes) -> bytes | None:

@@ -31,7 +31,7 @@ from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.namespaces import path_of
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.node.commands import run
-from sandyard.server.node.exports.library import library_of, mended
+from sandyard.server.node.exports.library import library_of, mended, minor_versions
 from sandyard.server.node.host.firewall import NFS_PORT
 from sandyard.server.node.host.mounts import is_mounted
 from sandyard.server.tasks import in_thread
@@ -270,7 +270,8 @@ class Server:
         for name in ("conf", "tree"):
             (self.folder / name).mkdir(mode=0o755, parents=True, exist_ok=True)
         part = self.folder / "conf/ganesha.conf.part"
-        part.write_text(configuration(exports, address=self.place.ip))
+        minors = minor_versions(library_of())
+        part.write_text(configuration(exports, address=self.place.ip, minors=minors))
         part.chmod(0o644)
         part.replace(self.folder / "conf/ganesha.conf")
 
@@ -357,8 +358,8 @@ class Server:
         return said.strip().rpartition("\n")[2]
 
 
-def configuration(exports: list[Export], *, address: str) -> str:
-    """Return the configuration of a server that exports this at an address."""
+def configuration(exports: list[Export], *, address: str, minors: str) -> str:
+    """Return the configuration of a server that exports this at an address, by NFSv4.`minors`."""
     blocks = "".join(_block(one) for one in exports if one.writers or one.readers)
     return f"""
 NFS_CORE_PARAM {{
@@ -367,7 +368,7 @@ NFS_CORE_PARAM {{
   allow_set_io_flusher_fail = true; mount_path_pseudo = true;
 }}
 NFSv4 {{
-  Minor_Versions = 1,2; RecoveryBackend = fs; RecoveryRoot = /state;
+  Minor_Versions = {minors}; RecoveryBackend = fs; RecoveryRoot = /state;
   Lease_Lifetime = {_LEASE_S}; Grace_Period = {_GRACE_S};
   Only_Numeric_Owners = true; Delegations = false; Max_Client_Ids = {_CLIENTS_MAX};
 }}
