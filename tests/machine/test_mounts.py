@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +27,19 @@ def yard(hypervisor: dict[str, str]) -> Iterator[RealServer]:
     made = RealServer(
         free_port(), **hypervisor, SANDYARD_POOL__CEILING="2", SANDYARD_WORKSPACES__QUOTA_MIB="256"
     )
+    disk = made.home / "workspaces"  # a disk of their own, to be filled
+    disk.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500m,mode=0700", "tmpfs", disk], check=True)
     try:
-        made.start()
-        wait_until(lambda: len(made.waiting()) == 2, limit_s=120, what="the pool is full")
-        yield made
+        try:
+            made.start()
+            wait_until(lambda: len(made.waiting()) == 2, limit_s=120, what="the pool is full")
+            yield made
+        finally:
+            if made.process is not None and made.process.poll() is None:
+                made.stop()
+            made.run("stop", "--all", check=False)
+            subprocess.run(["umount", disk], check=True)
     finally:
         made.remove()
 
@@ -359,6 +369,41 @@ def test_clones_have_mounts_of_their_own(yard: RealServer, work: str, boxes: lis
     assert set(said(yard, box, "cat /workspace/kept; ls /workspace").split()) == {
         "kept", "open", *forks,
     }  # fmt: skip
+
+
+def test_a_full_disk_of_the_host_costs_nothing_that_was_synced(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    box = a_box(yard, boxes, (work, "/workspace"))
+    said(
+        yard, box, "cd /workspace; head -c 1000000 /dev/urandom > kept; date > open; sync kept open"
+    )
+    before = said(yard, box, "sha1sum /workspace/kept")
+    said(yard, box, "(exec 9>>/workspace/open; while sleep 1; do date >&9; done) >/dev/null 2>&1 &")
+    filler = yard.home / "workspaces/filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(b"x" * 2**20)
+    # Whoever writes is told, and in the end the file system lets go rather than to be damaged.
+    fills = "cd /workspace; for i in $(seq 300); do mkdir -p d/$RANDOM$i || break; sync d; done"
+    assert said(yard, box, "echo x > /workspace/lost; sync /workspace/lost || echo told") != ""
+    wait_until(
+        lambda: "Read-only" in said(yard, box, fills, timeout=120_000),
+        limit_s=60, what="its file system lets go",
+    )  # fmt: skip
+    filler.unlink()
+    wait_until(
+        lambda: said(yard, box, "echo again > /workspace/new; sync /workspace/new && echo fine")
+        == "fine\n",
+        limit_s=90, what="the workspace takes writes again",
+    )  # fmt: skip
+    assert said(yard, box, "sha1sum /workspace/kept") == before
+    assert content(yard, work, "new") == b"again\n"
+    size = int(said(yard, box, "stat -c %s /workspace/open"))
+    wait_until(
+        lambda: int(said(yard, box, "stat -c %s /workspace/open")) > size,
+        what="who had a file open writes on",
+    )
 
 
 def test_a_server_that_hangs_keeps_nobody_but_who_asks_it(

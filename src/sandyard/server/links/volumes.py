@@ -17,11 +17,13 @@ from sandyard.server.tasks import in_thread
 log = logging.getLogger(__name__)
 
 _LIMIT_S = 60.0
+_RELEASE_S = 10.0
 _IDLE_S = 600.0
 # Nobody but whoever owns it by number: the default template's user, who works in /workspace.
 _OWNER = 1000
 _MODE = 0o2775
 _JOURNAL_MIB = 16
+_MENDABLE_BYTES = 64 * 2**20
 _DELETED = "cannot find the workspace: it was deleted"
 
 
@@ -65,6 +67,13 @@ class ImageVolumes:
             found = await in_thread(os.statvfs, self._place(workspace_id))
         used = (found.f_blocks - found.f_bfree) * found.f_frsize - self._base(workspace_id)
         return VolumeUse(max(0, used), quota_bytes, left)
+
+    async def is_stuck(self, workspace_id: str) -> bool:
+        """See core.contracts.volumes.Volumes.is_stuck."""
+        with contextlib.suppress(OSError):
+            if await in_thread(_is_stuck, self._place(workspace_id)):
+                return await in_thread(_left, self._folder, 0) >= _MENDABLE_BYTES
+        return False
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
@@ -121,6 +130,7 @@ class ImageVolumes:
                     "are being read; try again"
                 )
             _run("umount", str(place))
+            _await_released(image)
             _run("e2fsck", "-p", str(image), fine=(0, 1))
         self._folder.mkdir(mode=0o700, exist_ok=True)
         place.mkdir(mode=0o700, exist_ok=True)
@@ -189,6 +199,24 @@ def _own_bytes(quota_bytes: int) -> int:
     return (_JOURNAL_MIB + 2) * 2**20 + quota_bytes // 50 + kept_back
 
 
+def _await_released(image: Path) -> None:
+    """Return once nobody on the host has a file system mounted, in a namespace of their own."""
+    until = time.monotonic() + _RELEASE_S
+    while any(
+        _read(one) == str(image) for one in Path("/sys/block").glob("loop*/loop/backing_file")
+    ):
+        if time.monotonic() > until:
+            raise UnavailableError("cannot mend the workspace's volume now: it is still in use")
+        time.sleep(0.05)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:  # it went meanwhile
+        return ""
+
+
 def _is_stuck(place: Path) -> bool:
     """Tell whether a file system has become read-only, having failed to write."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -224,6 +252,11 @@ class FolderVolumes:
             used = await in_thread(_taken, self._folder / workspace_id)
             left = await in_thread(_left, self._folder, self._floor_bytes)
         return VolumeUse(used, quota_bytes, left)
+
+    async def is_stuck(self, workspace_id: str) -> bool:
+        """See core.contracts.volumes.Volumes.is_stuck: a plain folder never is."""
+        del workspace_id
+        return False
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""

@@ -41,6 +41,14 @@ class Volumes(Protocol):
         """
         ...
 
+    async def is_stuck(self, workspace_id: str) -> bool:
+        """Tell whether a volume takes no more writes, and would again if everybody let go of it.
+
+        So it is when the disk below was full, and is not any more. Whoever opens it first after
+        all who had it open have closed it has it mended.
+        """
+        ...
+
     async def remove(self, workspace_id: str) -> None:
         """Remove a volume with all that is in it; nothing if there is none.
 

@@ -312,6 +312,8 @@ class NfsExports:
                 if not served.shares:
                     await served.server.stop()
                     return
+                if served.server.is_up:  # whoever stopped it has started it again
+                    continue
                 log.error("a file server ended and is started again")
                 try:
                     await served.server.stop()
@@ -325,11 +327,27 @@ class NfsExports:
             for served in list(self._served.values()):
                 async with served.lock:
                     await in_thread(served.server.bound_log)
+                    await self._let_go_of_stuck(served)
                     if served.is_behind and served.shares:
                         await self._catch_up(served)
                 since = served.idle_since
                 if since is not None and self._clock.monotonic() - since > _IDLE_S:
                     await self._give_up(served)
+
+    async def _let_go_of_stuck(self, served: _Served) -> None:
+        """Stop a server that has volumes open which take no more writes, for them to be mended.
+
+        Its machines wait meanwhile, as they do whenever it is started anew.
+        """
+        stuck = [one for one in served.volumes if await self._volumes.is_stuck(one)]
+        if not stuck:
+            return
+        log.error("the host's disk was full: mending the workspaces %s", ", ".join(stuck))
+        served.is_behind = True
+        await served.server.stop()
+        for workspace_id in stuck:
+            await served.server.unbind(workspace_id)
+            await served.volumes.pop(workspace_id).aclose()
 
     async def _give_up(self, served: _Served) -> None:
         """End a server that nobody uses; what would not go is for the next process."""

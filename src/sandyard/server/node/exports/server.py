@@ -177,8 +177,11 @@ class Server:
 
     async def ended(self) -> None:
         """Return once its process has ended."""
-        if self._process is not None:
-            await self._process.wait()
+        process = self._process
+        if process is not None:
+            await process.wait()
+            if self._process is process:
+                self.let_go()
 
     async def stop(self) -> None:
         """End its process.
