@@ -104,6 +104,7 @@ class Server:
         self.folder = folder
         self.place = place
         self.org_id = org_id
+        self._sources: dict[str, Path] = {}
         self._process: DetachedProcess | None = None
         self._child: asyncio.subprocess.Process | None = None
 
@@ -123,6 +124,8 @@ class Server:
         await in_thread(self._prepare)
         mended_at = await in_thread(self._mend_library)
         await self._bind_tree()
+        for workspace_id, source in self._sources.items():
+            await self._bind(workspace_id, source)
         caps = "-all," + ",".join(f"+{one}" for one in _CAPABILITIES.split(","))
         beginning = self._log_size()
         with (self.folder / "log").open("ab") as said:
@@ -143,6 +146,8 @@ class Server:
         try:
             self._process = await self._child_of(child.pid)
             await self._await_said(_STARTED, beginning, limit_s=_START_S)
+            if not await in_thread(self._sees, list(self._sources)):
+                raise UnavailableError("the file server does not see what it is to export")
         except BaseException:
             await self.stop()
             raise
@@ -259,9 +264,15 @@ class Server:
     async def export(self, exports: list[Export]) -> None:
         """Export this and nothing else, from now on if it runs.
 
+        It is stopped if it does not see what it is to export: it would give out what lies below.
+
         Raises:
             UnavailableError: it does not do it.
         """
+        used = [one.workspace_id for one in exports if one.writers or one.readers]
+        if self._process is not None and not await in_thread(self._sees, used):
+            log.error("a file server does not see what it is to export, and is started anew")
+            await self.stop()
         await in_thread(self._configure, exports)
         if self._process is None:
             return
@@ -285,15 +296,27 @@ class Server:
             raise UnavailableError(f"cannot export {source}: it is no file system of its own")
         await in_thread(self._prepare)
         await self._bind_tree()
+        await self._bind(workspace_id, source)
+        self._sources[workspace_id] = source
+
+    async def _bind(self, workspace_id: str, source: Path) -> None:
         place = self.folder / "tree" / workspace_id
         place.mkdir(mode=0o755, exist_ok=True)
-        if not place.is_mount():
+        if not _are_same(place, source):
             await run(["mount", "--bind", source, place], limit_s=_LIMIT_S)
+
+    def _sees(self, workspace_ids: list[str]) -> bool:
+        """Tell whether its own view of the host's files has these workspaces where it looks."""
+        assert self._process is not None
+        tree = Path(f"/proc/{self._process.pid}/root/tree")
+        known = ((one, self._sources.get(one)) for one in workspace_ids)
+        return all(source and _are_same(tree / one, source) for one, source in known)
 
     async def unbind(self, workspace_id: str) -> None:
         """Have it there no more; what the server still has open of it goes when it lets go."""
+        self._sources.pop(workspace_id, None)
         place = self.folder / "tree" / workspace_id
-        if place.is_mount():
+        while place.is_mount():
             await run(["umount", "--lazy", place], limit_s=_LIMIT_S)
         with contextlib.suppress(OSError):
             place.rmdir()
@@ -316,7 +339,7 @@ class Server:
         for one in sorted(tree.iterdir()) if tree.is_dir() else ():
             await self.unbind(one.name)
         while is_mounted(tree):
-            await run(["umount", tree], limit_s=_LIMIT_S)
+            await run(["umount", "--recursive", tree], limit_s=_LIMIT_S)
         await in_thread(shutil.rmtree, self.folder, ignore_errors=True)
 
     # --- what it says ---------------------------------------------------------------------
@@ -359,6 +382,14 @@ class Server:
     def _tail(self) -> str:
         said = self._said(max(0, self._log_size() - _TAIL)).decode(errors="replace")
         return said.strip().rpartition("\n")[2]
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    """Tell whether two paths are of one file system, here and now."""
+    try:
+        return one.stat().st_dev == other.stat().st_dev
+    except OSError:
+        return False
 
 
 def configuration(exports: list[Export], *, address: str, minors: str) -> str:
