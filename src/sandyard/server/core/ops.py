@@ -141,6 +141,10 @@ class MountPoint:
     read_only: bool = False
 
 
+CLOSED_PORT = 9
+"""A port of the gateway's at which nobody ever serves workspaces."""
+
+
 @dataclass(frozen=True)
 class MountAll(Operation[Done]):
     """Mount workspaces, in this order, from the gateway's `port`; folders are made for them.

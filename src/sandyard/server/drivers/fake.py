@@ -392,6 +392,8 @@ class FakeMachine:
     def _mount(self, operation: ops.MountAll | ops.Unmount) -> None:
         mounted = json.loads(self.remembers.get("mounts", "{}"))
         if isinstance(operation, ops.MountAll):
+            if operation.port == ops.CLOSED_PORT:
+                raise _RefusedError(wire.Refusal.BAD_REQUEST, "cannot mount: connection refused")
             mounted |= {one.path: one.name for one in operation.mounts}
         else:
             mounted.pop(operation.path, None)

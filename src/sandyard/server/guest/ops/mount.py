@@ -141,6 +141,8 @@ async def _by_child(
                     if not (more := os.read(reading, _ROOM)):
                         break
                     said += more
+                    if said[_HEAD:] == _FINE:  # its end may take as long as it likes
+                        break
             else:
                 return
     except BaseException as error:

@@ -310,6 +310,7 @@ class Pool:
         await one.set_up(wish, was=Was.UNIQUE)
         for _ in range(_EXERCISE_ROUNDS):
             await one.guest.run(_EXERCISE, limit_s=self._means.patience(_LIMIT_S))
+            await one.guest.rehearse_mount()
         return one
 
     async def _finish(self, shelf: _Shelf, one: Resident) -> None:
