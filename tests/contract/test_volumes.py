@@ -45,7 +45,7 @@ async def test_what_is_in_a_volume_stays_until_it_is_removed(volumes: Kind, tmp_
         assert os.listdir(place) == []
         assert place.stat().st_mode & 0o7777 == 0o2775
         (place / "kept").write_bytes(b"x" * 100_000)
-        assert not await volumes.is_stuck(one)
+        assert await volumes.stuck([one, other]) == []
     async with volumes.open(other, QUOTA) as place:
         assert os.listdir(place) == []
     use = await volumes.use_of(one, QUOTA)
@@ -159,13 +159,13 @@ async def test_a_full_disk_of_the_host_costs_what_was_not_synced_and_no_more(
                     if error.errno == errno.EROFS:
                         break
             # Only once there is room is it worth anybody's while to let go of it.
-            assert not await images.is_stuck(one)
+            assert await images.stuck([one]) == []
             subprocess.run(["mount", "-o", "remount,size=200m", small], check=True)
-            assert await images.is_stuck(one)
+            assert await images.stuck([new_uuid(), one]) == [one]
             assert (place / "kept").read_bytes() == b"kept" * 2**18
         (small / "volumes" / "room").touch()
         async with images.open(one, 256 * 2**20) as place:
-            assert not await images.is_stuck(one)
+            assert await images.stuck([one]) == []
             assert (place / "kept").read_bytes() == b"kept" * 2**18
             # What the check of the file system has made is no reason to count anew.
             assert (await images.use_of(one, 256 * 2**20)).used_bytes >= 2**20

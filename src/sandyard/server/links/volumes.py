@@ -68,12 +68,14 @@ class ImageVolumes:
         used = (found.f_blocks - found.f_bfree) * found.f_frsize - self._base(workspace_id)
         return VolumeUse(max(0, used), quota_bytes, left)
 
-    async def is_stuck(self, workspace_id: str) -> bool:
-        """See core.contracts.volumes.Volumes.is_stuck."""
-        with contextlib.suppress(OSError):
-            if await in_thread(_is_stuck, self._place(workspace_id)):
-                return await in_thread(_left, self._folder, 0) >= _MENDABLE_BYTES
-        return False
+    async def stuck(self, workspace_ids: Collection[str]) -> list[str]:
+        """See core.contracts.volumes.Volumes.stuck."""
+        async with _told():
+            found = await in_thread(_stuck)
+            stuck = [one for one in workspace_ids if str(self._place(one)) in found]
+            if stuck and await in_thread(_left, self._folder, 0) < _MENDABLE_BYTES:
+                return []
+        return stuck
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
@@ -121,7 +123,7 @@ class ImageVolumes:
     def _mount(self, workspace_id: str, quota_bytes: int) -> None:
         place, image = self._place(workspace_id), self._image(workspace_id)
         if place.is_mount():
-            if not _is_stuck(place):
+            if str(place) not in _stuck():
                 return
             # The host's disk was full: the file system has let go of what it could not keep.
             if self._users[workspace_id]:
@@ -217,13 +219,14 @@ def _read(file: Path) -> str:
         return ""
 
 
-def _is_stuck(place: Path) -> bool:
-    """Tell whether a file system has become read-only, having failed to write."""
+def _stuck() -> set[str]:
+    """Return where file systems are mounted that became read-only, having failed to write."""
+    found = set()
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         words = line.split()
-        if words[4] == str(place):
-            return not {"ro", "emergency_ro"}.isdisjoint(words[-1].split(","))
-    return False
+        if not {"ro", "emergency_ro"}.isdisjoint(words[-1].split(",")):
+            found.add(words[4])
+    return found
 
 
 class FolderVolumes:
@@ -253,10 +256,10 @@ class FolderVolumes:
             left = await in_thread(_left, self._folder, self._floor_bytes)
         return VolumeUse(used, quota_bytes, left)
 
-    async def is_stuck(self, workspace_id: str) -> bool:
-        """See core.contracts.volumes.Volumes.is_stuck: a plain folder never is."""
-        del workspace_id
-        return False
+    async def stuck(self, workspace_ids: Collection[str]) -> list[str]:
+        """See core.contracts.volumes.Volumes.stuck: a plain folder never is."""
+        del workspace_ids
+        return []
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""

@@ -1,5 +1,6 @@
 """Where the files of workspaces lie: one bounded file system, or folder, each."""
 
+from collections.abc import Collection
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,10 @@ class Volumes(Protocol):
         """
         ...
 
-    async def is_stuck(self, workspace_id: str) -> bool:
-        """Tell whether a volume takes no more writes, and would again if everybody let go of it.
+    async def stuck(self, workspace_ids: Collection[str]) -> list[str]:
+        """Return those whose volume takes no more writes, and would again if all let go of it.
 
-        So it is when the disk below was full, and is not any more. Whoever opens it first after
+        So it is when the disk below was full, and is not any more. Whoever opens one first after
         all who had it open have closed it has it mended.
         """
         ...

@@ -52,7 +52,7 @@ class _Served:
         self.watching: asyncio.Task[None] | None = None
 
     def exports(self) -> list[Export]:
-        """Return what is to be exported now, to whom."""
+        """Return what is to be exported now, to whom: of what is granted, what is open."""
         writers: dict[str, list[str]] = {}
         readers: dict[str, list[str]] = {}
         for place, share in self.shares.values():
@@ -67,6 +67,7 @@ class _Served:
                 tuple(sorted(set(readers.get(workspace_id, ())))),
             )
             for workspace_id, number in self.numbers.items()
+            if workspace_id in self.volumes
         ]
 
     @property
@@ -151,7 +152,7 @@ class NfsExports:
             await self._serve(served)
             for place, share in served.shares.values():
                 await self._network.let(place, served.server.place, port=share.port)
-            served.is_behind = False
+            served.is_behind = not served.used <= served.volumes.keys()
         except (SandyardError, OSError) as error:
             log.error("machines cannot reach their workspaces yet: %s", error)
 
@@ -191,7 +192,7 @@ class NfsExports:
             served.idle_since = None
             served.shares[place.number] = (place, share)
             try:
-                await self._serve(served)
+                await self._serve(served, asking=place)
                 await self._network.let(place, served.server.place, port=share.port)
             except BaseException as error:
                 await to_the_end(self._take_back(served, place))
@@ -199,11 +200,18 @@ class NfsExports:
                     raise UnavailableError(f"cannot mount workspaces: {error}") from error
                 raise
 
-    async def _serve(self, served: _Served) -> None:
-        """Have a server up that exports what is granted now; workspaces that were removed are left
-        out."""
+    async def _serve(self, served: _Served, *, asking: Place | None = None) -> None:
+        """Have a server up that exports what is granted now.
+
+        Workspaces that were removed are left out, and those that cannot be opened now, unless it
+        is who asks that is to have them.
+        """
         for number, (place, share) in list(served.shares.items()):
-            mounts = [one for one in share.mounts if await self._has_opened(served, one)]
+            mounts = [
+                one
+                for one in share.mounts
+                if await self._has_opened(served, one, is_patient=place is not asking)
+            ]
             if len(mounts) < len(share.mounts):
                 served.shares[number] = (place, replace(share, mounts=tuple(mounts)))
         await served.server.export(served.exports())
@@ -212,11 +220,16 @@ class NfsExports:
             await served.server.start()
             self._watch(served)
 
-    async def _has_opened(self, served: _Served, mount: MountWish) -> bool:
+    async def _has_opened(self, served: _Served, mount: MountWish, *, is_patient: bool) -> bool:
+        """Open a volume if it is to be had; False if it was removed."""
         try:
             await self._open_volume(served, mount.workspace_id, mount.quota_bytes)
         except NotFoundError:
             return False
+        except (UnavailableError, InternalError) as error:
+            if not is_patient:
+                raise
+            log.error("machines cannot reach a workspace yet: %s", error.message)
         return True
 
     async def revoke(self, place: Place) -> None:
@@ -339,15 +352,18 @@ class NfsExports:
 
         Its machines wait meanwhile, as they do whenever it is started anew.
         """
-        stuck = [one for one in served.volumes if await self._volumes.is_stuck(one)]
-        if not stuck:
-            return
-        log.error("the host's disk was full: mending the workspaces %s", ", ".join(stuck))
-        served.is_behind = True
-        await served.server.stop()
-        for workspace_id in stuck:
-            await served.server.unbind(workspace_id)
-            await served.volumes.pop(workspace_id).aclose()
+        try:
+            stuck = await self._volumes.stuck(list(served.volumes))
+            if not stuck:
+                return
+            log.error("the host's disk was full: mending the workspaces %s", ", ".join(stuck))
+            served.is_behind = True
+            await served.server.stop()
+            for workspace_id in stuck:
+                await served.server.unbind(workspace_id)
+                await served.volumes.pop(workspace_id).aclose()
+        except (SandyardError, OSError) as error:
+            log.error("workspaces cannot be mended yet: %s", error)
 
     async def _give_up(self, served: _Served) -> None:
         """End a server that nobody uses; what would not go is for the next process."""
