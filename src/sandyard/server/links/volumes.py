@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import subprocess
@@ -17,7 +18,7 @@ from sandyard.server.tasks import in_thread
 log = logging.getLogger(__name__)
 
 _LIMIT_S = 60.0
-_RELEASE_S = 10.0
+_RELEASE_S, _CHECK_S = 10.0, 600.0
 _IDLE_S = 600.0
 # Nobody but whoever owns it by number: the default template's user, who works in /workspace.
 _OWNER = 1000
@@ -36,12 +37,13 @@ class ImageVolumes:
     """
 
     def __init__(self, folder: Path, *, floor_bytes: int = 0) -> None:
-        self._folder = folder
+        self._folder = folder.resolve()  # what is mounted is known by its path without links
         self._floor_bytes = floor_bytes
         self._locks: dict[str, asyncio.Lock] = {}
         self._users: Counter[str] = Counter()
         self._used_at: dict[str, float] = {}
         self._gone: set[str] = set()
+        self._stuck: set[str] = set()
 
     @contextlib.asynccontextmanager
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
@@ -71,11 +73,18 @@ class ImageVolumes:
     async def stuck(self, workspace_ids: Collection[str]) -> list[str]:
         """See core.contracts.volumes.Volumes.stuck."""
         async with _told():
-            found = await in_thread(_stuck)
-            stuck = [one for one in workspace_ids if str(self._place(one)) in found]
-            if stuck and await in_thread(_left, self._folder, 0) < _MENDABLE_BYTES:
+            # Who else has it open, a download say, would keep it from being mended.
+            free = [one for one in workspace_ids if self._users[one] <= 1]
+            found = [one for one in free if await in_thread(_is_stuck, self._place(one))]
+            if not found or await in_thread(_left, self._folder, 0) < _MENDABLE_BYTES:
                 return []
-        return stuck
+        self._stuck.update(found)
+        return found
+
+    def _is_to_be_mended(self, workspace_id: str) -> bool:
+        """Tell, without asking the disk, whether a volume is known to take no more writes."""
+        is_known = workspace_id in self._stuck or _shows_that_it_is_stuck(self._place(workspace_id))
+        return is_known and _left(self._folder, 0) >= _MENDABLE_BYTES
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
@@ -123,7 +132,7 @@ class ImageVolumes:
     def _mount(self, workspace_id: str, quota_bytes: int) -> None:
         place, image = self._place(workspace_id), self._image(workspace_id)
         if place.is_mount():
-            if str(place) not in _stuck():
+            if not self._is_to_be_mended(workspace_id):
                 return
             # The host's disk was full: the file system has let go of what it could not keep.
             if self._users[workspace_id]:
@@ -133,7 +142,7 @@ class ImageVolumes:
                 )
             _run("umount", str(place))
             _await_released(image)
-            _run("e2fsck", "-p", str(image), fine=(0, 1))
+            self._stuck.discard(workspace_id)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         place.mkdir(mode=0o700, exist_ok=True)
         if not image.exists():
@@ -143,6 +152,9 @@ class ImageVolumes:
                     'server sets workspaces.volumes to "folders", or moves them away'
                 )
             self._make(image, quota_bytes)
+        if not _is_attached(image):
+            # Always: a check that failed, or was broken off, is not forgotten.
+            _run("e2fsck", "-p", str(image), fine=(0, 1), limit_s=_CHECK_S)
         try:
             _run(
                 "mount", "-t", "ext4", "-o", "loop,nosuid,nodev,noatime,discard,errors=remount-ro",
@@ -204,12 +216,16 @@ def _own_bytes(quota_bytes: int) -> int:
 def _await_released(image: Path) -> None:
     """Return once nobody on the host has a file system mounted, in a namespace of their own."""
     until = time.monotonic() + _RELEASE_S
-    while any(
-        _read(one) == str(image) for one in Path("/sys/block").glob("loop*/loop/backing_file")
-    ):
+    while _is_attached(image):
         if time.monotonic() > until:
             raise UnavailableError("cannot mend the workspace's volume now: it is still in use")
         time.sleep(0.05)
+
+
+def _is_attached(image: Path) -> bool:
+    """Tell whether an image is a device of the host's, as it is while anybody has it mounted."""
+    attached = Path("/sys/block").glob("loop*/loop/backing_file")
+    return any(_read(one) == str(image) for one in attached)
 
 
 def _read(file: Path) -> str:
@@ -219,14 +235,29 @@ def _read(file: Path) -> str:
         return ""
 
 
-def _stuck() -> set[str]:
-    """Return where file systems are mounted that became read-only, having failed to write."""
-    found = set()
+def _shows_that_it_is_stuck(place: Path) -> bool:
+    """Tell whether a file system is read-only by now, having failed to write; not all kernels tell
+    so (6.12 does not)."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         words = line.split()
-        if not {"ro", "emergency_ro"}.isdisjoint(words[-1].split(",")):
-            found.add(words[4])
-    return found
+        if words[4] == str(place):
+            return not {"ro", "emergency_ro"}.isdisjoint(words[-1].split(","))
+    return False
+
+
+def _is_stuck(place: Path) -> bool:
+    """Tell the same, of any kernel: to sync it fails; what was written before is waited for."""
+    try:
+        root = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return False
+    try:
+        os.fsync(root)
+    except OSError as error:
+        return error.errno in (errno.EIO, errno.EROFS)
+    finally:
+        os.close(root)
+    return False
 
 
 class FolderVolumes:
@@ -317,10 +348,10 @@ def _remove_tree(place: Path) -> None:
     _run("rm", "--recursive", "--force", "--one-file-system", "--", str(place))
 
 
-def _run(*command: str, fine: Collection[int] = (0,)) -> str:
+def _run(*command: str, fine: Collection[int] = (0,), limit_s: float = _LIMIT_S) -> str:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S, check=False
+            command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"cannot run {command[0]}: {error}") from error

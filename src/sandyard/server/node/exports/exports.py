@@ -31,6 +31,7 @@ _IDLE_S = 120.0
 _LOOK_S = 15.0
 _AGAIN_S = (0.0, 1.0, 5.0, 30.0)
 _WELL_S = 60.0
+_MEND_AGAIN_S = 600.0
 _NUMBERS = 65_534
 _FOLDERS = (
     "cannot mount workspaces: here they lie in plain folders, out of which a guest could reach "
@@ -49,6 +50,7 @@ class _Served:
         self.numbers: dict[str, int] = {}
         self.idle_since: float | None = None
         self.is_behind = False
+        self.mended_at: dict[str, float] = {}
         self.watching: asyncio.Task[None] | None = None
 
     def exports(self) -> list[Export]:
@@ -87,7 +89,7 @@ class NfsExports:
     def __init__(
         self, home: Path, *, network: Network, volumes: Volumes, clock: Clock, can_share: bool
     ) -> None:
-        self._folder = home / "exports"
+        self._folder = home.resolve() / "exports"  # what is mounted is known by that path
         self._network = network
         self._volumes = volumes
         self._clock = clock
@@ -143,6 +145,7 @@ class NfsExports:
             async with self._locked(org_id) as served:
                 served.shares = {place.number: (place, share) for place, share in found}
                 served.is_behind = True
+                await self._let_go_of_stuck(served)
                 await self._catch_up(served)
         except SandyardError as error:
             log.error("machines cannot reach their workspaces: %s", error.message)
@@ -152,7 +155,7 @@ class NfsExports:
             await self._serve(served)
             for place, share in served.shares.values():
                 await self._network.let(place, served.server.place, port=share.port)
-            served.is_behind = not served.used <= served.volumes.keys()
+            served.is_behind = False
         except (SandyardError, OSError) as error:
             log.error("machines cannot reach their workspaces yet: %s", error)
 
@@ -206,6 +209,14 @@ class NfsExports:
         Workspaces that were removed are left out, and those that cannot be opened now, unless it
         is who asks that is to have them.
         """
+        await self._open_granted(served, asking=asking)
+        await served.server.export(served.exports())
+        if not served.server.is_up:
+            await served.server.keep_clients(served.clients)
+            await served.server.start()
+            self._watch(served)
+
+    async def _open_granted(self, served: _Served, *, asking: Place | None = None) -> None:
         for number, (place, share) in list(served.shares.items()):
             mounts = [
                 one
@@ -214,11 +225,6 @@ class NfsExports:
             ]
             if len(mounts) < len(share.mounts):
                 served.shares[number] = (place, replace(share, mounts=tuple(mounts)))
-        await served.server.export(served.exports())
-        if not served.server.is_up:
-            await served.server.keep_clients(served.clients)
-            await served.server.start()
-            self._watch(served)
 
     async def _has_opened(self, served: _Served, mount: MountWish, *, is_patient: bool) -> bool:
         """Open a volume if it is to be had; False if it was removed."""
@@ -226,10 +232,10 @@ class NfsExports:
             await self._open_volume(served, mount.workspace_id, mount.quota_bytes)
         except NotFoundError:
             return False
-        except (UnavailableError, InternalError) as error:
+        except (UnavailableError, InternalError, OSError) as error:
             if not is_patient:
                 raise
-            log.error("machines cannot reach a workspace yet: %s", error.message)
+            log.error("machines cannot reach a workspace yet: %s", error)
         return True
 
     async def revoke(self, place: Place) -> None:
@@ -341,6 +347,10 @@ class NfsExports:
                 async with served.lock:
                     await in_thread(served.server.bound_log)
                     await self._let_go_of_stuck(served)
+                    if not served.used <= served.volumes.keys():
+                        had = set(served.volumes)
+                        await self._open_granted(served)
+                        served.is_behind |= set(served.volumes) != had
                     if served.is_behind and served.shares:
                         await self._catch_up(served)
                 since = served.idle_since
@@ -350,18 +360,23 @@ class NfsExports:
     async def _let_go_of_stuck(self, served: _Served) -> None:
         """Stop a server that has volumes open which take no more writes, for them to be mended.
 
-        Its machines wait meanwhile, as they do whenever it is started anew.
+        Its machines wait meanwhile, as they do whenever it is started anew. It may be that of an
+        earlier process, and what it has open not be known here yet.
         """
+        now = self._clock.monotonic()
+        lately = {one for one, at in served.mended_at.items() if now - at < _MEND_AGAIN_S}
         try:
-            stuck = await self._volumes.stuck(list(served.volumes))
+            stuck = await self._volumes.stuck(list(served.used - lately))
             if not stuck:
                 return
+            served.mended_at |= dict.fromkeys(stuck, now)
             log.error("the host's disk was full: mending the workspaces %s", ", ".join(stuck))
             served.is_behind = True
             await served.server.stop()
             for workspace_id in stuck:
                 await served.server.unbind(workspace_id)
-                await served.volumes.pop(workspace_id).aclose()
+                if workspace_id in served.volumes:
+                    await served.volumes.pop(workspace_id).aclose()
         except (SandyardError, OSError) as error:
             log.error("workspaces cannot be mended yet: %s", error)
 

@@ -144,9 +144,9 @@ class Server:
                 raise UnavailableError(f"cannot start a file server: {error}") from error
         self._child = child
         try:
-            self._process = await self._child_of(child.pid)
+            process = self._process = await self._child_of(child.pid)
             await self._await_said(_STARTED, beginning, limit_s=_START_S)
-            if not await in_thread(self._sees, list(self._sources)):
+            if not await in_thread(self._sees, process.pid, list(self._sources)):
                 raise UnavailableError("the file server does not see what it is to export")
         except BaseException:
             await self.stop()
@@ -226,9 +226,14 @@ class Server:
         if library is None or better is None:
             log.warning("the file server's library is unknown here: waiting for locks may not work")
             return ""
-        part = self.folder / "library.part"
-        part.write_bytes(better)
-        part.replace(self.folder / "library")
+        copy, part = self.folder / "library", self.folder / "library.part"
+        try:
+            if not copy.exists() or copy.read_bytes() != better:
+                part.write_bytes(better)
+                part.replace(copy)
+        except OSError as error:  # the disk is full: to serve is worth more
+            log.warning("a file server goes without its own library: %s", error)
+            return ""
         return str(library)
 
     def _note(self, pid: int, started: int) -> None:
@@ -270,14 +275,16 @@ class Server:
             UnavailableError: it does not do it.
         """
         used = [one.workspace_id for one in exports if one.writers or one.readers]
-        if self._process is not None and not await in_thread(self._sees, used):
+        process = self._process
+        if process is not None and not await in_thread(self._sees, process.pid, used):
             log.error("a file server does not see what it is to export, and is started anew")
             await self.stop()
         await in_thread(self._configure, exports)
-        if self._process is None:
+        process = self._process
+        if process is None:
             return
         beginning = self._log_size()
-        self._process.send(signal.SIGHUP)
+        process.send(signal.SIGHUP)
         await self._await_said(_REREAD, beginning, limit_s=_RELOAD_S)
 
     def _configure(self, exports: list[Export]) -> None:
@@ -290,34 +297,39 @@ class Server:
         part.replace(self.folder / "conf/ganesha.conf")
 
     async def bind(self, workspace_id: str, source: Path) -> None:
-        """Have a workspace's folder in its tree."""
-        if not source.is_mount():
-            # Out of a folder that lies beside others these could be reached.
-            raise UnavailableError(f"cannot export {source}: it is no file system of its own")
+        """Have a workspace's folder in its tree.
+
+        Raises:
+            UnavailableError: it is no file system of its own, or would not be bound.
+        """
         await in_thread(self._prepare)
         await self._bind_tree()
         await self._bind(workspace_id, source)
         self._sources[workspace_id] = source
 
     async def _bind(self, workspace_id: str, source: Path) -> None:
+        if not source.is_mount():
+            # Out of a folder that lies beside others these could be reached.
+            raise UnavailableError(f"cannot export {source}: it is no file system of its own")
         place = self.folder / "tree" / workspace_id
         place.mkdir(mode=0o755, exist_ok=True)
         if not _are_same(place, source):
             await run(["mount", "--bind", source, place], limit_s=_LIMIT_S)
 
-    def _sees(self, workspace_ids: list[str]) -> bool:
-        """Tell whether its own view of the host's files has these workspaces where it looks."""
-        assert self._process is not None
-        tree = Path(f"/proc/{self._process.pid}/root/tree")
+    def _sees(self, pid: int, workspace_ids: list[str]) -> bool:
+        """Tell whether the process's own view of the host's files has these where it looks."""
+        tree = Path(f"/proc/{pid}/root/tree")
         known = ((one, self._sources.get(one)) for one in workspace_ids)
-        return all(source and _are_same(tree / one, source) for one, source in known)
+        return all(
+            source and source.is_mount() and _are_same(tree / one, source) for one, source in known
+        )
 
     async def unbind(self, workspace_id: str) -> None:
         """Have it there no more; what the server still has open of it goes when it lets go."""
-        self._sources.pop(workspace_id, None)
         place = self.folder / "tree" / workspace_id
         while place.is_mount():
             await run(["umount", "--lazy", place], limit_s=_LIMIT_S)
+        self._sources.pop(workspace_id, None)
         with contextlib.suppress(OSError):
             place.rmdir()
 
