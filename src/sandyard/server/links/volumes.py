@@ -152,7 +152,7 @@ class ImageVolumes:
                     'server sets workspaces.volumes to "folders", or moves them away'
                 )
             self._make(image, quota_bytes)
-        if not _is_attached(image):
+        elif not _is_attached(image):
             # Always: a check that failed, or was broken off, is not forgotten.
             _run("e2fsck", "-p", str(image), fine=(0, 1), limit_s=_CHECK_S)
         try:
