@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.conftest import free_port
 from tests.support.house import open_yard
+from tests.support.ports import free_port
 from tests.support.server import RealServer
 
 from sandyard.server.drivers.namespaces import in_namespace

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from tests.conftest import free_port
+from tests.support.ports import free_port
 from tests.support.server import RealServer, wait_until
 
 from bench.figures import percentile

@@ -20,9 +20,9 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from tests.conftest import free_port
 from tests.support.firecracker import environment_of, guests_of
 from tests.support.images import CACHE, minimal_image
+from tests.support.ports import free_port
 from tests.support.server import RealServer, paced, wait_until
 
 from bench.figures import percentile

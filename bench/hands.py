@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from tests.conftest import free_port
+from tests.support.ports import free_port
 from tests.support.server import QEMU, SANDYARD, RealServer
 
 from bench import raw_qemu

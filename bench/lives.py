@@ -20,8 +20,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.conftest import free_port
 from tests.support.house import open_yard
+from tests.support.ports import free_port
 from tests.support.server import RealServer, wait_until
 
 from bench.figures import RESULTS, percentile

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import httpx
-from tests.conftest import free_port
+from tests.support.ports import free_port
 from tests.support.server import RealServer, wait_until
 
 from bench.figures import RESULTS, percentile

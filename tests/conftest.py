@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import os
 import signal
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,16 +13,10 @@ import pytest
 from tests.support import postgres
 from tests.support.firecracker import environment_of, guests_of, tried
 from tests.support.leftovers import open_sockets, open_things
+from tests.support.ports import free_port
 from tests.support.server import QEMU, paced
 
 _PATIENCE = 200  # looks, ten milliseconds apart
-
-
-def free_port() -> int:
-    """Return a port of loopback that nothing uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def pytest_configure() -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from tests.conftest import free_port
 from tests.support.firecracker import has_test_kernel
+from tests.support.ports import free_port
 from tests.support.server import RealServer, is_slow, wait_until
 
 SPARE_SLOTS = 3

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import free_port
+from tests.support.ports import free_port
 from tests.support.server import RealServer, is_slow, longer, wait_until
 
 pytestmark = [pytest.mark.machine, pytest.mark.whole_memory]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import make_url
-from tests.conftest import free_port
 from tests.support.house import Yard, eventually, open_yard, until
+from tests.support.ports import free_port
 from tests.support.postgres import postgres_url
 
 from sandyard.server.drivers.fake import FakeMachine

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import anyio
 import pytest
-from tests.conftest import free_port
 from tests.support.door import Door, door
+from tests.support.ports import free_port
 
 from sandyard.client import (
     ApiError,

@@ -13,9 +13,9 @@ import uvicorn
 from mcp.client.client import Client
 from mcp.client.stdio import StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
-from tests.conftest import free_port
 from tests.support.door import Door, door
 from tests.support.house import eventually
+from tests.support.ports import free_port
 
 from sandyard.client import AsyncSandyard
 from sandyard.mcp.server import SHOWN_MAX, TOOLS, Hands, guarded, http_app, make_server, shown

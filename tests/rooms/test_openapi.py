@@ -12,9 +12,9 @@ import uvicorn
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks as conformance
-from tests.conftest import free_port
 from tests.support.house import Yard, open_yard
 from tests.support.leftovers import open_things
+from tests.support.ports import free_port
 from tests.support.stripe import SECRET, WEBHOOK_SECRET, stripe_stand_in
 
 pytestmark = pytest.mark.slow  # thousands of requests: what no one thought of asking

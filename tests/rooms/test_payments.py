@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import free_port
 from tests.support.clock import AheadClock
 from tests.support.house import Yard, eventually, open_yard
+from tests.support.ports import free_port
 from tests.support.stripe import (
     SECRET,
     WEBHOOK_SECRET,

@@ -16,9 +16,9 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from tests.conftest import free_port
 from tests.support.house import Yard, open_yard
 from tests.support.identity import AUDIENCE, IdentityProvider, identity_provider
+from tests.support.ports import free_port
 
 from sandyard.server.app.settings import SessionSettings
 from sandyard.server.core.errors import (

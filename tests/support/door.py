@@ -13,8 +13,8 @@ from sandyard.server.app.settings import HttpSettings
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.drivers.fake import Conduct
 from sandyard.server.gateway.preview import Front
-from tests.conftest import free_port
 from tests.support.house import Yard, open_yard, until
+from tests.support.ports import free_port
 
 SOON_S = 30.0
 BRIEF = Patience(head_s=0.4, still_s=0.4, look_s=0.1)

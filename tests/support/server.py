@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.node.host.identity import SLOTS
 from sandyard.server.node.host.mounts import mounts_of
 from tests.support.images import cache_environment
+from tests.support.ports import free_port
 
 QEMU = {"SANDYARD_FIRECRACKER__BINARY": "/not/to/be/used"}
 """Settings that have machines run under QEMU, whatever else would work here."""
@@ -62,11 +62,6 @@ def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: st
         time.sleep(0.05)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 class RealServer:
     """One installation. Its home is short enough for sockets and readable by no one else."""
 
@@ -74,7 +69,7 @@ class RealServer:
         self.home = Path(tempfile.mkdtemp(prefix="sy-", dir="/tmp"))
         self.home.chmod(0o711)
         self.port = port
-        self.ssh_port = _free_port()
+        self.ssh_port = free_port()
         self.environment = {
             **os.environ,
             **cache_environment(),
@@ -117,7 +112,11 @@ class RealServer:
             headers={"Authorization": f"Bearer {key}"},
             timeout=longer(120),
         )
-        wait_until(self.is_ready, limit_s=60, what="the server is ready")
+        try:
+            wait_until(self.is_ready, limit_s=60, what="the server is ready")
+        except AssertionError as error:
+            said = (self.home / "server.log").read_text(errors="replace")[-3000:]
+            raise AssertionError(f"{error}; it said:\n{said}") from None
         self.instance = json.loads((self.home / "instance.json").read_text())
 
     def is_ready(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from tests.conftest import free_port
+from tests.support.ports import free_port
 from tests.support.server import RealServer, some, wait_until
 
 pytestmark = pytest.mark.machine

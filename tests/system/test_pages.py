@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from tests.conftest import free_port
+from tests.support.ports import free_port
 from tests.support.server import QEMU, RealServer, wait_until
 
 pytestmark = pytest.mark.machine

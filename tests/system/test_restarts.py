@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import free_port
+from tests.support.ports import free_port
 from tests.support.server import QEMU, RealServer, wait_until
 
 pytestmark = pytest.mark.machine

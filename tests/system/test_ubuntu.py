@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from tests.conftest import free_port
+from tests.support.ports import free_port
 from tests.support.server import QEMU, SANDYARD, RealServer, wait_until
 
 pytestmark = pytest.mark.machine
