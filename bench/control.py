@@ -28,6 +28,7 @@ from tests.support.house import open_yard
 from bench.figures import percentile
 from sandyard.server.app.serve import http_server
 from sandyard.server.app.settings import HttpSettings
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.ids import new_sandbox_id
 from sandyard.server.core.states import Status
 
@@ -96,7 +97,7 @@ async def _served(pipe: Connection) -> None:
             async def fill(rows: int) -> None:
                 async with yard.house.store.read() as tx:
                     (pattern,) = await tx.sandboxes.on_node("local", frozenset({Status.RUNNING}))
-                async with yard.house.store.write() as tx:
+                async with yard.house.store.write(Turn.ALONE) as tx:
                     for _ in range(rows):
                         await tx.sandboxes.insert(
                             replace(pattern, id=new_sandbox_id(), name=None, status=Status.FAILED)

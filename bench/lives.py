@@ -25,6 +25,7 @@ from tests.support.ports import free_port
 from tests.support.server import RealServer, wait_until
 
 from bench.figures import RESULTS, percentile
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.ids import new_sandbox_id
 from sandyard.server.core.states import Status
 
@@ -152,7 +153,7 @@ async def lists(rows: int) -> dict[str, object]:
             async with made.read() as tx:
                 pattern = await tx.sandboxes.find(first["id"])
             assert pattern is not None
-            async with made.write() as tx:
+            async with made.write(Turn.ALONE) as tx:
                 for _ in range(rows):
                     await tx.sandboxes.insert(
                         replace(pattern, id=new_sandbox_id(), name=None, status=Status.FAILED)

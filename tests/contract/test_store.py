@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -14,10 +15,12 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
+from tests.support.clock import AheadClock
+from tests.support.house import eventually, until
 from tests.support.postgres import postgres_url
 from tests.support.store import recounted
 
-from sandyard.server.core.contracts.store import Hold, Store
+from sandyard.server.core.contracts.store import Hold, Store, Turn
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.ids import digest_of_key, new_sandbox_id, new_uuid
 from sandyard.server.core.money import Account
@@ -51,6 +54,7 @@ from sandyard.server.core.shapes import Shape, ShapeSeconds
 from sandyard.server.core.states import Status
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import migrations, open_store
+from sandyard.server.links.sql.store import POSTGRES
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.people.organizations import SignUp
 
@@ -72,16 +76,21 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
 @pytest.fixture
 async def store(url: str) -> AsyncIterator[Store]:
     async with open_store(url, key=KEY) as opened:
-        async with opened.write() as tx:
-            for org, project in ((ORG, PROJECT), (OTHER, new_uuid())):
-                await tx.organizations.add(
-                    Organization(org, "Org", org, NOW),
-                    Project(project, org, "Default", "default", True, NOW),
-                )
-            user = User(USER, "me@example.org", "Me", NOW)
-            await tx.users.add(user)
-            await tx.users.put_member(Membership(ORG, USER, "admin", NOW, NOW))
+        await furnish(opened)
         yield opened
+
+
+async def furnish(store: Store) -> None:
+    """Add two organizations, and one who belongs to the first."""
+    async with store.write(Turn.ALONE) as tx:
+        for org, project in ((ORG, PROJECT), (OTHER, new_uuid())):
+            await tx.organizations.add(
+                Organization(org, "Org", org, NOW),
+                Project(project, org, "Default", "default", True, NOW),
+            )
+        user = User(USER, "me@example.org", "Me", NOW)
+        await tx.users.add(user)
+        await tx.users.put_member(Membership(ORG, USER, "admin", NOW, NOW))
 
 
 def sandbox(**changes: object) -> Sandbox:
@@ -93,12 +102,15 @@ def sandbox(**changes: object) -> Sandbox:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def held(lease: str, until: datetime = NOW + timedelta(seconds=30)) -> Hold:
-    return Hold("server", lease, until)
+HALF_A_MINUTE, OVER = timedelta(seconds=30), timedelta(seconds=-1)
+
+
+def held(lease: str, lasts: timedelta = HALF_A_MINUTE) -> Hold:
+    return Hold("server", lease, lasts)
 
 
 async def insert(store: Store, *sandboxes: Sandbox) -> None:
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         for one in sandboxes:
             await tx.sandboxes.insert(one)
 
@@ -176,7 +188,7 @@ async def test_a_name_is_unique_among_the_live_ones_of_an_organization(store: St
     with pytest.raises(AlreadyExistsError):
         await insert(store, sandbox(name="box"))
     gone = replace(one, status=Status.DESTROYED)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         assert await tx.sandboxes.replace(gone) is not None
         assert await tx.sandboxes.find_named(ORG, "box") is None
     second = sandbox(name="box")
@@ -191,11 +203,11 @@ async def test_a_name_is_unique_among_the_live_ones_of_an_organization(store: St
 async def test_a_write_names_the_version_it_read(store: Store) -> None:
     one = sandbox()
     await insert(store, one)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         stored = await tx.sandboxes.replace(replace(one, status=Status.CREATING))
     assert stored is not None
     assert stored.version == 2
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         assert await tx.sandboxes.replace(replace(one, status=Status.FAILED)) is None
     assert (await find(store, one.id)).status is Status.CREATING
 
@@ -203,7 +215,7 @@ async def test_a_write_names_the_version_it_read(store: Store) -> None:
 async def test_a_transaction_is_all_or_nothing(store: Store) -> None:
     one = sandbox()
     with pytest.raises(RuntimeError):
-        async with store.write() as tx:
+        async with store.write(Turn.ALONE) as tx:
             await tx.sandboxes.insert(one)
             raise RuntimeError
     async with store.read() as tx:
@@ -216,7 +228,7 @@ async def test_fifty_writers_lose_no_update(store: Store) -> None:
 
     async def bump() -> None:
         for _ in range(3):
-            async with store.write() as tx:
+            async with store.write(ORG) as tx:
                 found = await tx.sandboxes.find(one.id)
                 assert found is not None
                 changed = replace(found, incarnation=found.incarnation + 1)
@@ -228,15 +240,160 @@ async def test_fifty_writers_lose_no_update(store: Store) -> None:
     assert (await find(store, one.id)).incarnation == 150
 
 
+async def test_an_organization_waits_for_its_own_writers_and_for_whoever_writes_alone(
+    store: Store, url: str
+) -> None:
+    is_shared = url.startswith("postgresql")
+    begun: list[Turn | str] = []
+
+    async def write(by: Store, turn: Turn | str) -> None:
+        async with by.write(turn):
+            begun.append(turn)
+
+    async with open_store(url, key=KEY) as peer, asyncio.TaskGroup() as tasks:
+        async with store.write(ORG):
+            for turn in (ORG, OTHER, Turn.BESIDE) if is_shared else (ORG,):
+                tasks.create_task(write(peer, turn))
+            if is_shared:
+                await until(lambda: len(begun) == 2)
+                tasks.create_task(write(store, OTHER))
+                await until(lambda: len(begun) == 3)
+            alone = tasks.create_task(write(peer, Turn.ALONE))
+            await asyncio.wait([alone], timeout=0.2)
+            assert ORG not in begun
+            assert not alone.done()
+        await until(lambda: {ORG, Turn.ALONE} <= set(begun))
+        async with store.write(Turn.ALONE):
+            begun.clear()
+            for turn in (ORG, Turn.BESIDE, Turn.ALONE):
+                tasks.create_task(write(peer, turn))
+            await asyncio.wait([asyncio.create_task(asyncio.sleep(0.2))])
+            assert begun == []
+
+
+async def test_a_turn_sees_what_was_committed_while_it_waited(store: Store, url: str) -> None:
+    one = sandbox(incarnation=0)
+    await insert(store, one)
+
+    async def bump(by: Store) -> None:
+        async with by.write(ORG) as tx:
+            found = await tx.sandboxes.find(one.id)
+            assert found is not None
+            changed = replace(found, incarnation=found.incarnation + 1)
+            assert await tx.sandboxes.replace(changed) is not None
+
+    async with open_store(url, key=KEY) as peer, asyncio.TaskGroup() as tasks:
+        for _ in range(20):
+            tasks.create_task(bump(store))
+            tasks.create_task(bump(peer))
+    assert (await find(store, one.id)).incarnation == 40
+
+
+async def test_processes_lose_nothing_of_each_others(store: Store, url: str) -> None:
+    times = 20
+    async with asyncio.timeout(60):
+        writers = [
+            await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "tests.support.writer", url, str(times), KEY.decode()
+            )
+            for _ in range(2)
+        ]
+        assert [await one.wait() for one in writers] == [0, 0]
+    async with store.read() as tx:
+        giver, taker = [await tx.credits.account(one.id) for one in await tx.organizations.every()]
+    assert (giver.balance_cents, taker.balance_cents) == (-2 * times, 2 * times)
+    assert (giver.used_cents, taker.used_cents) == (2 * times, 2 * times)
+
+
+@pytest.mark.postgres
+async def test_what_somebody_writes_now_is_left_to_the_next_claim() -> None:
+    pending = frozenset({Status.PENDING})
+    async with postgres_url() as url, open_store(url, key=KEY) as store:
+        await furnish(store)
+        written, other = sandbox(), sandbox()
+        await insert(store, written, other)
+
+        async def claimed(lease: str) -> list[str]:
+            async with store.write(Turn.BESIDE) as tx:
+                found = await tx.leases.claim(pending, hold=held(lease), limit=9)
+            return [one.sandbox.id for one in found]
+
+        async with store.write(ORG) as tx:
+            assert await tx.sandboxes.replace(written) is not None
+            assert await claimed("a") == [other.id]
+        assert await claimed("b") == [written.id]
+
+
+@pytest.mark.postgres
+async def test_two_who_forget_the_same_do_not_wait_for_each_other() -> None:
+    async with postgres_url() as url, open_store(url, key=KEY) as store:
+        await furnish(store)
+        async with store.write(ORG) as tx:
+            for number in range(3):
+                await tx.tickets.put(Ticket(str(number), "k", ORG, "sb", "me", "", NOW))
+                await tx.requests.add(
+                    RequestKey(ORG, USER, "r", str(number)), KeyedRequest("d", ()), at=NOW
+                )
+        later = NOW + timedelta(seconds=1)
+        async with store.write(ORG) as tx, store.write(OTHER) as other:
+            await tx.tickets.forget(before=later)
+            await tx.requests.forget(before=later)
+            await other.tickets.forget(before=later)
+            await other.requests.forget(before=later)
+        async with store.read() as tx:
+            assert await tx.tickets.find("1") is None
+            assert await tx.requests.find(RequestKey(ORG, USER, "r", "1")) is None
+
+
+@pytest.mark.postgres
+async def test_a_turn_that_does_not_come_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POSTGRES, "connect_args", {"server_settings": {"lock_timeout": "100"}})
+    async with AsyncExitStack() as held:
+        url = await held.enter_async_context(postgres_url())
+        store = await held.enter_async_context(open_store(url, key=KEY))
+        peer = await held.enter_async_context(open_store(url, key=KEY))
+        async with store.write(ORG):
+            with pytest.raises(UnavailableError):
+                async with peer.write(ORG):
+                    pass
+        async with peer.write(ORG):
+            pass
+
+
+async def test_the_time_of_leases_is_the_databases_own(store: Store, url: str) -> None:
+    """Of two servers whose clocks are hours apart neither takes what the other holds."""
+    pending = frozenset({Status.PENDING})
+    ahead = AheadClock()
+    ahead.ahead = timedelta(hours=1)
+    one = sandbox()
+    async with store.write(ORG) as tx:
+        await tx.sandboxes.insert(one, hold=held("a"))
+    if url.startswith("postgresql"):  # SQLite's writers are on one host, and go by its clock
+        async with (
+            open_store(url, key=KEY, clock=ahead) as peer,
+            peer.write(Turn.BESIDE) as tx,
+        ):
+            assert not await tx.leases.waits(pending)
+            assert await tx.leases.claim(pending, hold=held("b"), limit=9) == []
+    async with store.write(ORG) as tx:
+        assert await tx.leases.extend(one.id, lease="a", lasts=timedelta(milliseconds=30))
+
+    async def waits() -> bool:
+        async with store.read() as tx:
+            return await tx.leases.waits(pending)
+
+    await eventually(waits)
+
+
 async def test_no_two_workers_hold_the_same_sandbox(store: Store) -> None:
     await insert(store, *(sandbox() for _ in range(40)))
     claimed: list[str] = []
 
     async def work(number: int) -> None:
         while True:
-            async with store.write() as tx:
+            async with store.write(Turn.BESIDE) as tx:
                 found = await tx.leases.claim(
-                    frozenset({Status.PENDING}), hold=held(f"w{number}"), now=NOW, limit=3
+                    frozenset({Status.PENDING}), hold=held(f"w{number}"), limit=3
                 )
             if not found:
                 return
@@ -251,40 +408,43 @@ async def test_no_two_workers_hold_the_same_sandbox(store: Store) -> None:
 async def test_a_lease_guards_runs_out_and_is_given_back(store: Store) -> None:
     one = sandbox()
     await insert(store, one)
-    until = NOW + timedelta(seconds=30)
     pending = frozenset({Status.PENDING})
-    async with store.write() as tx:
-        assert await tx.leases.waits(pending | {Status.CREATING}, now=NOW)
-        assert not await tx.leases.waits(frozenset({Status.CREATING}), now=NOW)
-        (claim,) = await tx.leases.claim(pending, hold=held("a"), now=NOW, limit=9)
-        assert not await tx.leases.waits(pending, now=NOW)
-        assert await tx.leases.waits(pending, now=until + timedelta(seconds=1))
+    async with store.write(Turn.ALONE) as tx:
+        assert await tx.leases.waits(pending | {Status.CREATING})
+        assert not await tx.leases.waits(frozenset({Status.CREATING}))
+        (claim,) = await tx.leases.claim(pending, hold=held("a"), limit=9)
+        assert not await tx.leases.waits(pending)
         assert await tx.sandboxes.replace(claim.sandbox, lease="b") is None
         kept = await tx.sandboxes.replace(claim.sandbox, lease="a")
         assert kept is not None
-        assert await tx.leases.claim(pending, hold=held("b"), now=NOW, limit=9) == []
-        later = until + timedelta(seconds=1)
-        assert await tx.leases.claim(pending, hold=held("b", later), now=later, limit=9)
-        assert not await tx.leases.extend(one.id, lease="a", until=until)
-        assert await tx.leases.extend(one.id, lease="b", until=None)
-        assert await tx.leases.claim(pending, hold=held("c"), now=NOW, limit=9)
+        assert await tx.leases.claim(pending, hold=held("b"), limit=9) == []
+        assert await tx.leases.extend(one.id, lease="a", lasts=OVER)
+        assert await tx.leases.waits(pending)
+        # Until somebody takes it, one that ran out is still whose it was.
+        assert await tx.leases.extend(one.id, lease="a", lasts=HALF_A_MINUTE)
+        assert not await tx.leases.waits(pending)
+        assert await tx.leases.extend(one.id, lease="a", lasts=OVER)
+        assert await tx.leases.claim(pending, hold=held("b"), limit=9)
+        assert not await tx.leases.extend(one.id, lease="a", lasts=HALF_A_MINUTE)
+        assert await tx.leases.extend(one.id, lease="b", lasts=None)
+        assert await tx.leases.claim(pending, hold=held("c"), limit=9)
         # A change without a lease (the owner's) takes it from whoever holds it.
         assert await tx.sandboxes.replace(kept) is not None
-        assert not await tx.leases.extend(one.id, lease="c", until=until)
+        assert not await tx.leases.extend(one.id, lease="c", lasts=HALF_A_MINUTE)
 
 
 async def test_the_leases_of_one_server_end_and_those_of_its_peers_stay(store: Store) -> None:
     mine, other = sandbox(), sandbox()
     pending = frozenset({Status.PENDING})
-    async with store.write() as tx:
-        await tx.sandboxes.insert(mine, hold=Hold("one", "a", NOW + timedelta(seconds=30)))
-        await tx.sandboxes.insert(other, hold=Hold("two", "b", NOW + timedelta(seconds=30)))
-        assert await tx.leases.claim(pending, hold=held("c"), now=NOW, limit=9) == []
+    async with store.write(Turn.ALONE) as tx:
+        await tx.sandboxes.insert(mine, hold=Hold("one", "a", HALF_A_MINUTE))
+        await tx.sandboxes.insert(other, hold=Hold("two", "b", HALF_A_MINUTE))
+        assert await tx.leases.claim(pending, hold=held("c"), limit=9) == []
         await tx.leases.void("one")
-        claimed = await tx.leases.claim(pending, hold=held("c"), now=NOW, limit=9)
+        claimed = await tx.leases.claim(pending, hold=held("c"), limit=9)
         assert [one.sandbox.id for one in claimed] == [mine.id]
-        assert not await tx.leases.extend(mine.id, lease="a", until=NOW)
-        assert await tx.leases.extend(other.id, lease="b", until=NOW)
+        assert not await tx.leases.extend(mine.id, lease="a", lasts=OVER)
+        assert await tx.leases.extend(other.id, lease="b", lasts=OVER)
 
 
 async def test_a_reader_sees_everything_as_of_one_moment(store: Store) -> None:
@@ -292,7 +452,7 @@ async def test_a_reader_sees_everything_as_of_one_moment(store: Store) -> None:
     await insert(store, one, other)
     async with store.read() as tx:
         before = await tx.sandboxes.find(one.id)
-        async with store.write() as writing:
+        async with store.write(Turn.ALONE) as writing:
             for which in (one, other):
                 await writing.sandboxes.replace(replace(which, status=Status.FAILED))
         after = await tx.sandboxes.find(other.id)
@@ -314,7 +474,7 @@ async def test_several_bring_a_new_database_up_to_date_at_once(url: str) -> None
 
 async def test_nodes_are_known_by_when_they_were_heard_of(store: Store) -> None:
     later = NOW + timedelta(seconds=5)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         assert await tx.nodes.find("n") is None
         await tx.nodes.heard("n", NOW)
         await tx.nodes.heard("n", later)
@@ -330,7 +490,7 @@ async def test_a_snapshot_is_held_while_it_is_made(store: Store) -> None:
         is_hidden=False, size_bytes=0, created_at=NOW, held_until=NOW + timedelta(seconds=1),
     )  # fmt: skip
     until = NOW + timedelta(seconds=9)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.snapshots.insert(shot)
         assert await tx.snapshots.extend(shot.id, held_until=until)
         (found,) = await tx.snapshots.on_node("n")
@@ -344,7 +504,7 @@ async def test_a_snapshot_is_held_while_it_is_made(store: Store) -> None:
 
 async def test_a_keyed_request_can_be_forgotten(store: Store) -> None:
     key, made = RequestKey(ORG, USER, "POST /x", "k"), KeyedRequest("d", ("a", "b"))
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.requests.add(key, made, at=NOW)
         await tx.requests.add(replace(key, key="other"), made, at=NOW)
         assert await tx.requests.find(key) == made
@@ -404,12 +564,12 @@ async def test_at_most_one_usage_period_is_open(store: Store) -> None:
     one = sandbox()
     await insert(store, one)
     period = UsagePeriod(one.id, ORG, 1, one.shape, NOW)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.usage.open(period)
     with pytest.raises(InternalError):
-        async with store.write() as tx:
+        async with store.write(Turn.ALONE) as tx:
             await tx.usage.open(period)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         # A clock that was set back cannot make a period of negative length.
         assert await tx.usage.close(one.id, NOW - timedelta(hours=1))
         assert not await tx.usage.close(one.id, NOW)
@@ -424,7 +584,7 @@ async def test_activity_is_kept_and_use_is_noted(store: Store) -> None:
         resource_type="sandbox", resource_id=one.id, severity="info", status="s", title="t",
         summary="", created_at=NOW, sandbox_id=one.id, attributes={"a": 1},
     )  # fmt: skip
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.activity.append(line)
         await tx.activity.touch(one.id, at=NOW, kind="exec")
         query = ActivityQuery(ORG, 10, matches={"sandbox_id": one.id})
@@ -444,7 +604,7 @@ async def test_keys_are_found_by_digest_with_their_owners_role(store: Store) -> 
         id=new_uuid(), org_id=ORG, owner_user_id=USER, name="k", prefix="rt_live_abcd",
         digest=digest_of_key("secret"), scopes=("sandbox:read",), created_at=NOW,
     )  # fmt: skip
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.keys.add(key)
         holder = await tx.keys.holder(digest_of_key("secret"))
         assert holder is not None
@@ -473,15 +633,15 @@ async def test_keys_are_found_by_digest_with_their_owners_role(store: Store) -> 
 
 async def test_a_key_of_ssh_is_an_organizations_once(store: Store) -> None:
     key = SshKey(new_uuid(), ORG, USER, "k", "ssh-ed25519 AA", "SHA256:x", "ssh-ed25519", NOW)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.ssh_keys.add(key)
         assert await tx.ssh_keys.every(ORG) == [key]
         assert await tx.ssh_keys.find(OTHER, key.id) is None
         assert not await tx.ssh_keys.remove(OTHER, key.id)
     with pytest.raises(AlreadyExistsError):
-        async with store.write() as tx:
+        async with store.write(Turn.ALONE) as tx:
             await tx.ssh_keys.add(replace(key, id=new_uuid()))
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.ssh_keys.touch(key.id, NOW)
         assert await tx.ssh_keys.find(ORG, key.id) == replace(key, last_used_at=NOW)
         await tx.ssh_keys.add(replace(key, id=new_uuid(), org_id=OTHER))
@@ -503,21 +663,21 @@ async def test_live_sandboxes_of_a_name_are_found_in_every_organization(store: S
 
 async def test_a_ticket_is_taken_once_or_found_again_and_again(store: Store) -> None:
     ticket = Ticket("d" * 64, "terminal", ORG, new_sandbox_id(), "user:x", "detail", NOW)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.tickets.put(ticket)
         await tx.tickets.put(replace(ticket, detail="later"))
         assert await tx.tickets.find(ticket.digest) == replace(ticket, detail="later")
         assert await tx.tickets.find("e" * 64) is None
 
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         assert await tx.tickets.take(ticket.digest, "preview") is None
 
     async def take() -> bool:
-        async with store.write() as tx:
+        async with store.write(Turn.ALONE) as tx:
             return await tx.tickets.take(ticket.digest, "terminal") is not None
 
     assert sum(await asyncio.gather(*(take() for _ in range(10)))) == 1
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.tickets.put(ticket)
         await tx.tickets.put(replace(ticket, digest="e" * 64, expires_at=NOW + timedelta(days=1)))
         await tx.tickets.forget(before=NOW + timedelta(seconds=1))
@@ -535,7 +695,7 @@ async def test_workspaces_are_found_changed_and_forgotten(store: Store) -> None:
     # Somebody calls one as another's id reads.
     third = workspace(ORG, first.id, NOW + timedelta(seconds=2))
     other = workspace(OTHER, "data", NOW)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         for one in (first, second, third, other):
             assert await tx.workspaces.add(one)
         assert not await tx.workspaces.add(workspace(ORG, "data", NOW))
@@ -547,7 +707,7 @@ async def test_workspaces_are_found_changed_and_forgotten(store: Store) -> None:
         assert [one.id for one in await tx.workspaces.of(ORG)] == [third.id, second.id, first.id]
     gone = replace(first, slug=first.id + "-gone", removed_at=NOW)
     large = replace(second, size_bytes=2**40, quota_bytes=2**41, last_accessed_at=NOW)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.workspaces.replace(gone)
         await tx.workspaces.replace(large)
         assert await tx.workspaces.find(ORG, first.id) == third
@@ -567,7 +727,7 @@ async def test_what_is_mounted_is_kept_and_found_by_workspace(store: Store) -> N
     gone = sandbox(mounts=both, status=Status.DESTROYED)
     # Twice in one, at two paths.
     twice = sandbox(mounts=(Mount(more, "/workspace/a"), Mount(more, "/workspace/b")))
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         for one in (later, box, gone, twice, sandbox()):
             await tx.sandboxes.insert(one)
     async with store.read() as tx:
@@ -578,7 +738,7 @@ async def test_what_is_mounted_is_kept_and_found_by_workspace(store: Store) -> N
         assert {one.id for one in await tx.sandboxes.mounting(more)} == {box.id, twice.id}
         assert await tx.sandboxes.mounting(new_uuid()) == []
         assert await tx.sandboxes.mounted() == {work, more}
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         # Whoever has read it before, and writes it now, does not bring back what was forgotten.
         await tx.sandboxes.forget_mounts(work)
         written = await tx.sandboxes.replace(replace(found, name="renamed"))
@@ -591,7 +751,7 @@ async def test_what_is_mounted_is_kept_and_found_by_workspace(store: Store) -> N
 
 
 async def test_members_and_organizations_know_each_other(store: Store) -> None:
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.users.put_member(Membership(OTHER, USER, "member", NOW, NOW))
         mine = [(org.id, member.role) for org, member in await tx.users.organizations_of(USER)]
         assert sorted(mine) == sorted([(ORG, "admin"), (OTHER, "member")])
@@ -606,17 +766,17 @@ async def test_members_and_organizations_know_each_other(store: Store) -> None:
         assert await tx.users.find(external_id="sub") == user
         assert await tx.users.find(email="me@example.org") == user
     with pytest.raises(AlreadyExistsError):
-        async with store.write() as tx:
+        async with store.write(Turn.ALONE) as tx:
             await tx.users.add(User(new_uuid(), "other@example.org", "O", NOW, external_id="sub"))
 
 
 async def test_a_project_that_is_removed_leaves_what_it_held_to_another(store: Store) -> None:
     project = Project(new_uuid(), ORG, "P", "p", False, NOW)
     one = replace(sandbox(), project_id=project.id)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.projects.add(project)
     await insert(store, one)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         heir = await tx.projects.find(ORG, None)
         assert heir is not None
         await tx.projects.remove(project, heir=heir)
@@ -626,7 +786,7 @@ async def test_a_project_that_is_removed_leaves_what_it_held_to_another(store: S
 
 async def test_a_line_of_the_ledger_with_a_reference_is_posted_once(store: Store) -> None:
     entry = LedgerEntry(new_uuid(), ORG, "grant", 5, None, "d", "ref", 5, NOW)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.credits.post(entry)
         await tx.credits.save(Account(ORG, balance_cents=5, granted_cents=5, carried=-7))
         assert await tx.credits.find(ORG, "grant", "ref") == entry
@@ -634,9 +794,9 @@ async def test_a_line_of_the_ledger_with_a_reference_is_posted_once(store: Store
         assert await tx.credits.history(OTHER, limit=5) == []
         assert (await tx.credits.account(ORG)).left == 5_000_007
     with pytest.raises(AlreadyExistsError):
-        async with store.write() as tx:
+        async with store.write(Turn.ALONE) as tx:
             await tx.credits.post(replace(entry, id=new_uuid()))
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         # Without one, or of another type or organization, it is another line.
         for other in (
             replace(entry, id=new_uuid(), reference_id=None),
@@ -660,7 +820,7 @@ async def test_usage_is_charged_and_counted(store: Store) -> None:
     one = sandbox()
     await insert(store, one)
     kept = StoragePeriod("snapshot", "s", ORG, 10, NOW)
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         assert await tx.usage.owing() == []
         await tx.usage.open(UsagePeriod(one.id, ORG, 1, one.shape, NOW))
         await tx.storage.open(kept)
@@ -691,7 +851,7 @@ async def test_usage_is_charged_and_counted(store: Store) -> None:
         assert (in_use.owed, in_use.posted) == (owed, 5)
         assert await tx.usage.in_use(OTHER, later) == InUse()
     with pytest.raises(InternalError):
-        async with store.write() as tx:
+        async with store.write(Turn.ALONE) as tx:
             await tx.storage.open(kept)
             await tx.storage.open(kept)
 
@@ -706,7 +866,7 @@ async def test_what_is_in_use_is_what_the_rows_come_to_whatever_happens_to_them(
     for turn in range(150):
         at = NOW + timedelta(milliseconds=chance.randrange(60_000))
         try:
-            async with store.write() as tx:
+            async with store.write(Turn.ALONE) as tx:
                 match chance.randrange(6):
                     case 0:
                         one = sandbox(
@@ -755,7 +915,7 @@ async def test_what_is_in_use_is_what_the_rows_come_to_whatever_happens_to_them(
 
 
 async def test_moments_are_remembered(store: Store) -> None:
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         assert await tx.facts.moment("a") is None
         await tx.facts.note("a", NOW)
         await tx.facts.note("a", NOW + timedelta(days=1))

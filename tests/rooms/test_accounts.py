@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from tests.support.clock import AheadClock
 from tests.support.house import Yard, eventually, open_yard
 
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.money import MICROS
 from sandyard.server.core.records import Membership
 from sandyard.server.links.local import SystemClock
@@ -255,7 +256,7 @@ async def test_what_cannot_be_in_a_key_is_refused(
 
 async def test_a_key_ends_when_it_says(yard: Yard) -> None:
     made = await post(yard.client, "/v1/api-keys", name="k", expiresIn="1d")
-    async with yard.house.store.write() as tx:
+    async with yard.house.store.write(Turn.ALONE) as tx:
         org_id, _ = await yard.first()
         key = await tx.keys.find(org_id, made["id"])
         assert key is not None
@@ -274,7 +275,7 @@ async def test_a_member_who_was_an_admin_has_no_admins_keys(yard: Yard) -> None:
     async with yard.client_of(plain) as client, yard.client_of(strong) as admin:
         path = f"/v1/sandboxes/{box['id']}"
         assert (await client.get(path)).status_code == 200
-        async with yard.house.store.write() as tx:
+        async with yard.house.store.write(Turn.ALONE) as tx:
             member = await tx.users.member(org_id, user_id)
             assert isinstance(member, Membership)
             await set_role(tx, member, "member", actor=None, at=SystemClock().now())
@@ -713,7 +714,7 @@ async def test_who_is_demoted_while_asking_grants_nothing_of_an_admins(yard: Yar
     org_id, _ = await yard.first()
     user_id = await yard.add_member(org_id, "admin")
     async with yard.client_of(await yard.add_key(org_id, user_id)) as client:
-        async with yard.house.store.write() as tx:
+        async with yard.house.store.write(Turn.ALONE) as tx:
             asking = asyncio.create_task(
                 client.post("/v1/api-keys", json={"name": "k", "scopes": ["*", "admin:*"]})
             )

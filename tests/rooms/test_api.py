@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.support.house import Yard, eventually, open_yard, until
 
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.states import Status
 
 FIELDS = {
@@ -261,7 +262,7 @@ async def test_a_machine_that_cannot_be_stopped_is_tried_until_it_can(yard: Yard
 
 async def test_a_machine_nobody_wants_is_removed(yard: Yard) -> None:
     data = await yard.create()
-    async with yard.house.store.write() as tx:
+    async with yard.house.store.write(Turn.ALONE) as tx:
         found = await tx.sandboxes.find(str(data["id"]))
         assert found is not None
         found.__dict__["status"] = Status.DESTROYED

@@ -23,6 +23,7 @@ from sandyard.client.attach import Attachment
 from sandyard.client.config import ClientConfig
 from sandyard.client.models import ProcessEvent
 from sandyard.server.api import events
+from sandyard.server.core.contracts.store import Turn
 
 QUIET = ("alive", "taken")
 
@@ -326,7 +327,7 @@ async def test_what_is_asked_by_messages_counts_as_what_is_asked_by_requests(
     async with door(tmp_path) as opened:
         yard = opened.yard
         org_id, _ = await yard.first()
-        async with yard.house.store.write() as tx:
+        async with yard.house.store.write(Turn.ALONE) as tx:
             organization = await tx.organizations.find(org_id)
             assert organization is not None
             limits = {**organization.limits, "requestsPerMinute": 30}

@@ -20,6 +20,7 @@ from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.several import open_several
 
 from sandyard.server.app.settings import Settings
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import InternalError
 from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
@@ -512,7 +513,7 @@ async def test_a_machine_that_nobody_woke_is_woken_before_it_is_used(tmp_path: P
         assert [one.phase for one in (await yard.house.node.report()).machines] == ["waking"]
         answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "x"})
         assert answer.status_code == 409
-        async with yard.house.store.write() as tx:
+        async with yard.house.store.write(Turn.ALONE) as tx:
             sandbox = await tx.sandboxes.find(str(box["id"]))
             assert sandbox is not None
             await tx.sandboxes.replace(replace(sandbox, status=Status.RESUMING))
@@ -1172,7 +1173,7 @@ async def test_a_restart_boots_from_the_disk_whatever_the_state(yard: Yard, stat
             yard.machine_of(box).die()
             await eventually(lambda: status_is(yard, box, "error"))
         case "suspected_missing":
-            async with yard.house.store.write() as tx:
+            async with yard.house.store.write(Turn.ALONE) as tx:
                 row = await tx.sandboxes.find(str(box["id"]))
                 assert row is not None
                 await tx.sandboxes.replace(replace(row, status=Status.SUSPECTED_MISSING))

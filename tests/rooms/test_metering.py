@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.clock import DrivenClock
 
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.money import MICROS, Prices
@@ -104,7 +104,7 @@ class Bench:
             version=1, incarnation=1, template="t", shape=shape, idle_timeout_s=0, created_at=now,
             updated_at=now, is_test=is_test,
         )  # fmt: skip
-        async with self.store.write() as tx:
+        async with self.store.write(Turn.ALONE) as tx:
             await tx.sandboxes.insert(sandbox)
         life = Life(sandbox)
         self.lives.append(life)
@@ -159,7 +159,7 @@ class Bench:
 async def with_bench(work: object, place: str) -> None:
     async with open_store(f"sqlite:///{place}/store.db", key=b"k" * 32) as store:
         user = User(new_uuid(), "a@b.c", "A", START)
-        async with store.write() as tx:
+        async with store.write(Turn.ALONE) as tx:
             await tx.users.add(user)
             made = await found_organization(
                 tx, "Org", user, sign_up=SignUp(10_000, "enterprise", 5), at=START
@@ -234,7 +234,7 @@ async def test_many_who_charge_and_grant_at_once_lose_nothing(tmp_path: Path) ->
 
             async def grant(number: int) -> None:
                 store = (bench, twin)[number % 2].store
-                async with store.write() as tx:
+                async with store.write(Turn.ALONE) as tx:
                     await credit(
                         tx, bench.org_id, "grant", 7, description="g", at=bench.clock.now(),
                         reference_id=f"grant-{number % 49}",

@@ -21,6 +21,7 @@ from websockets.asyncio.server import serve as websocket_server
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.drivers.fake import Conduct
 from sandyard.server.gateway import preview
 from sandyard.server.links.local import SystemClock
@@ -202,7 +203,7 @@ async def test_a_url_ends_with_whoever_made_it(shown: Shown) -> None:
         made = await client.get(f"/v1/sandboxes/{shown.box['id']}/url", params={"port": "3000"})
     host = urlsplit(made.json()["data"]["url"]).netloc
     assert (await shown.get(host)).status_code == 200
-    async with yard.house.store.write() as tx:
+    async with yard.house.store.write(Turn.ALONE) as tx:
         (held,) = [
             one for one in await tx.keys.page(org_id, owner_user_id=None, limit=10)
             if key.startswith(one.prefix)

@@ -21,6 +21,7 @@ from tests.support.identity import AUDIENCE, IdentityProvider, identity_provider
 from tests.support.ports import free_port
 
 from sandyard.server.app.settings import SessionSettings
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import (
     InvalidTokenError,
     SandyardError,
@@ -303,7 +304,7 @@ async def test_a_verified_address_is_who_was_here_before_and_another_is_not(
 ) -> None:
     async with opened(tmp_path, provider) as yard:
         known = User(new_uuid(), "ada@example.org", "Ada", datetime.now(UTC))
-        async with yard.house.store.write() as tx:
+        async with yard.house.store.write(Turn.ALONE) as tx:
             await tx.users.add(known)
         claims = {"email": "ada@example.org"}
         async with yard.client_of(provider.token(sub="thief", **claims)) as client:
@@ -338,7 +339,7 @@ async def test_who_is_demoted_while_holding_a_session_is_a_member_at_once(
         token = provider.token(org_id="o", role="admin")
         async with yard.client_of(token) as client:
             assert (await client.get("/v1/organizations/current")).json()["data"]["role"] == "admin"
-            async with yard.house.store.write() as tx:
+            async with yard.house.store.write(Turn.ALONE) as tx:
                 organization = await tx.organizations.find_external("o")
                 assert organization is not None
                 ((_, member),) = await tx.users.members(organization.id)
@@ -411,7 +412,7 @@ async def test_who_was_removed_does_not_come_back_with_the_old_token(
         token = provider.token(sub="leaver", org_id="o", role="admin")
         async with yard.client_of(token) as client:
             me = (await client.get("/v1/me")).json()["data"]
-            async with yard.house.store.write() as tx:
+            async with yard.house.store.write(Turn.ALONE) as tx:
                 await tx.users.remove_member(org["id"], me["id"], datetime.now(UTC))
             answer = await client.get("/v1/me")
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_token")

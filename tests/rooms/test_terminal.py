@@ -16,6 +16,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sandyard.server.api import events
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.links.local import SystemClock
 
 
@@ -195,7 +196,7 @@ async def test_it_is_closed_with_the_key_that_it_was_asked_for_with(
     async with terminal(opened, made) as socket:
         await socket.send("in")
         assert await printed(socket, 2) == b"in"
-        async with yard.house.store.write() as tx:
+        async with yard.house.store.write(Turn.ALONE) as tx:
             (held,) = [
                 one for one in await tx.keys.page(org_id, owner_user_id=None, limit=10)
                 if key.startswith(one.prefix)

@@ -15,6 +15,7 @@ import pytest
 from tests.support.house import Yard, open_yard
 from tests.support.several import open_several
 
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.service.workspaces.workspaces import Workspaces
 
 ROUTE = "/v1/workspaces"
@@ -165,7 +166,7 @@ async def test_personal_ones_are_their_owners_and_stay(yard: Yard) -> None:
         refused = await member.delete(f"{ROUTE}/{own}")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "invalid_state")
         # Of one who is a member no more, admins dispose.
-        async with yard.house.store.write() as tx:
+        async with yard.house.store.write(Turn.ALONE) as tx:
             found = await tx.workspaces.find(org_id, own)
             assert found is not None
             await tx.users.remove_member(org_id, str(found.owner_user_id), datetime.now(UTC))
@@ -504,7 +505,7 @@ async def test_many_at_once_lose_nothing(work: Work) -> None:
 
 async def test_an_organization_has_no_more_than_its_plan_grants(yard: Yard, work: Work) -> None:
     org_id, _ = await yard.first()
-    async with yard.house.store.write() as tx:
+    async with yard.house.store.write(Turn.ALONE) as tx:
         organization = await tx.organizations.find(org_id)
         assert organization is not None
         await tx.organizations.replace(replace(organization, limits={"storageGb": 0}))

@@ -14,6 +14,7 @@ from tests.support.desk import Desk, open_desk, still, until
 from tests.support.nodes import FakeNode, a_wish
 
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import NoCapacityError, UnavailableError
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.records import Sandbox
@@ -79,7 +80,7 @@ async def test_somebody_who_comes_at_the_very_moment_keeps_it_up(
         if event is Event.PAUSE:
             came.set()
             monkeypatch.undo()
-            async with desk.control.store.write() as tx:
+            async with desk.control.store.write(Turn.ALONE) as tx:
                 await tx.activity.touch(box.id, at=desk.clock.now(), kind="exec")
         return done
 
@@ -460,7 +461,7 @@ async def test_a_node_never_heard_of_is_silent_too(tmp_path: Path) -> None:
     async with open_desk(tmp_path, nodes=nodes) as desk:
         box = await desk.create(idle_timeout=0)
         there = replace(box, id=new_sandbox_id(), node_id="b")
-        async with desk.control.store.write() as tx:
+        async with desk.control.store.write(Turn.ALONE) as tx:
             await tx.sandboxes.insert(there)
         await desk.drive(20)
         assert (await desk.get(there)).status is Status.SUSPECTED_MISSING

@@ -11,6 +11,7 @@ import pytest
 from tests.support.desk import Desk, member_of, open_desk, still, until
 
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -539,7 +540,7 @@ async def test_forks_noted_without_their_snapshot_are_found_again(desk: Desk) ->
     request = Repeatable("POST /fork", "key", b"{}")
     (made,) = await snapshots.fork(desk.actor, box.id, 1, request=request)
     repeats = snapshots._repeats
-    async with desk.control.store.write() as tx:
+    async with desk.control.store.write(Turn.ALONE) as tx:
         ids = await repeats.made_before(tx, desk.actor, request)
         assert ids is not None
         assert ids[1:] == (made.id,)
@@ -554,7 +555,7 @@ async def test_a_request_whose_server_was_killed_is_done_by_its_peer(desk: Desk)
     request = Repeatable("POST /snapshots", "key", b"{}")
     begun = snapshots._new(desk.actor, await desk.get(box), name="n", is_hidden=False)
     begun = replace(begun, held_until=desk.clock.now() + timedelta(seconds=3))
-    async with desk.control.store.write() as tx:
+    async with desk.control.store.write(Turn.ALONE) as tx:
         await tx.snapshots.insert(begun)
         await snapshots._repeats.note(tx, desk.actor, request, (begun.id,))
     asking = asyncio.create_task(snapshots.create(desk.actor, box.id, "n", request=request))
@@ -565,7 +566,7 @@ async def test_a_request_whose_server_was_killed_is_done_by_its_peer(desk: Desk)
     await desk.drive(20)
     assert (await snapshots.get(desk.actor, "n")).id == made.id
     with pytest.raises(ConflictError, match="deleted meanwhile"):
-        async with desk.control.store.write() as tx:
+        async with desk.control.store.write(Turn.ALONE) as tx:
             await snapshots._complete(tx, begun, 1)
 
 

@@ -177,7 +177,7 @@ async def open_desk(
     own = dict(nodes or {"fake": FakeNode()})
     place_database(home / "sandyard.db")
     settings = settings_of(home)
-    async with open_store(settings.store_url, key=secret_key(home)) as store:
+    async with open_store(settings.store_url, key=secret_key(home), clock=clock) as store:
         await ensure_first_organization(store, clock, sign_up_of(settings))
         async with (
             open_control(

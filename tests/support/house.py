@@ -13,7 +13,7 @@ import httpx
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, User
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
@@ -48,7 +48,7 @@ class Yard:
     ) -> str:
         """Add an API key and return its secret."""
         key = new_api_key(is_test=bool(changes.get("is_test")))
-        async with self.house.store.write() as tx:
+        async with self.house.store.write(Turn.ALONE) as tx:
             await tx.keys.add(
                 ApiKey(
                     id=new_uuid(), org_id=org_id, owner_user_id=user_id, name="test",
@@ -69,7 +69,7 @@ class Yard:
         """Add a user to an organization and return its id."""
         now = datetime.now(UTC)
         user = User(new_uuid(), f"{new_uuid()}@example.org", "Somebody", now)
-        async with self.house.store.write() as tx:
+        async with self.house.store.write(Turn.ALONE) as tx:
             await tx.users.add(user)
             await join(tx, org_id, user, role, at=now)
         return user.id
@@ -78,7 +78,7 @@ class Yard:
         """Return a key of another organization's admin."""
         now = datetime.now(UTC) + timedelta(seconds=1)
         user = User(new_uuid(), f"{new_uuid()}@example.org", "Stranger", now)
-        async with self.house.store.write() as tx:
+        async with self.house.store.write(Turn.ALONE) as tx:
             await tx.users.add(user)
             sign_up = SignUp(10_000, "enterprise", 5)
             made = await found_organization(tx, "Other", user, sign_up=sign_up, at=now)

@@ -48,8 +48,9 @@ async def _migrated(admin: asyncpg.Connection, port: int) -> str:
     return _MIGRATED
 
 
-def start_server(port: int) -> Path:
-    """Start a server on loopback and return its folder."""
+def start_server(port: int, *, is_durable: bool = False) -> Path:
+    """Start a server on loopback and return its folder; one that `is_durable` waits for the disk at
+    each commit."""
     found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))
     if not found:
         pytest.fail("PostgreSQL is not installed; scripts/test installs it")
@@ -68,7 +69,8 @@ def start_server(port: int) -> Path:
         )  # fmt: skip
 
     run(programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "--no-sync")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= "
+    options += f"-c fsync={'on' if is_durable else 'off'}"
     run(programs / "pg_ctl", "-D", data, "-w", "-o", options, "-l", folder / "log", "start")
     _server["port"] = port
     return folder

@@ -11,6 +11,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import QueuePool
 
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.links.sql import open_store
 from sandyard.server.links.sql.batches import Batches
@@ -176,7 +177,7 @@ async def test_what_cannot_be_undone_is_committed_by_nobody(
 async def test_what_is_written_after_the_database_undid_it_is_not_written(tmp_path: Path) -> None:
     async with open_store(f"sqlite:///{tmp_path}/db", key=b"k" * 32) as store:
         with pytest.raises(UnavailableError):
-            async with store.write() as tx:
+            async with store.write(Turn.ALONE) as tx:
                 await tx.facts.note("one", NOW)
                 connection: Any = tx.facts
                 connection._connection._raw().execute("ROLLBACK")

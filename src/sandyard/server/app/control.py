@@ -17,7 +17,7 @@ from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeTunnel
 from sandyard.server.core.contracts.payments import Payments
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.gateway.preview import PreviewApp
 from sandyard.server.links.passwords import check_password, hash_password
@@ -145,7 +145,7 @@ async def open_control(
 
     Whatever a server of that id was at work on when it ended is taken up anew.
     """
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         await tx.leases.void(server_id)
     async with store.read() as tx:
         away_since = await tx.facts.moment(BEAT)

@@ -74,7 +74,7 @@ async def open_house(
     clock = clock or SystemClock()
     bus, version = LocalBus(clock), package_version("sandyard")
     metrics = Metrics(version=version)
-    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+    async with open_store(settings.store_url, key=secret_key(settings.home), clock=clock) as store:
         await ensure_first_organization(store, clock, sign_up_of(settings))
         async with (
             open_volumes(settings) as volumes,

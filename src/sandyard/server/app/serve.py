@@ -291,7 +291,7 @@ async def _delete_all(house: House) -> int:
     async with house.store.read() as tx:
         snapshots = await tx.snapshots.on_node(house.node.node_id)
     for one in snapshots:
-        async with house.store.write() as tx:
+        async with house.store.write(one.org_id) as tx:
             await tx.snapshots.remove(one.id)
             await tx.storage.close("snapshot", one.id, SystemClock().now())
     # Machines and snapshots that the store knows nothing of: it was lost or replaced.

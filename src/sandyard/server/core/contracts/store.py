@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from enum import Enum
 from typing import Protocol
 
 from sandyard.server.core.money import Account
@@ -37,11 +38,25 @@ from sandyard.server.core.states import Status
 
 @dataclass(frozen=True)
 class Hold:
-    """A lease to take together with a write: which server works on the sandbox, and until when."""
+    """A lease to take together with a write: which server works on the sandbox, and how long.
+
+    Its time begins when it is written, by the clock of the database: servers need not agree on what
+    time it is.
+    """
 
     owner: str
     lease: str
-    until: datetime
+    lasts: timedelta
+
+
+class Turn(Enum):
+    """Beside whom a transaction may write that is no organization's own."""
+
+    ALONE = "alone"
+    """Nobody: whatever it reads, nothing of it changes before it has ended."""
+    BESIDE = "beside"
+    """Everybody: what it reads may change at once, so each of its statements must be right by
+    itself. For what is only noted, and for leases."""
 
 
 class SandboxRows(Protocol):
@@ -110,18 +125,20 @@ class SandboxRows(Protocol):
 class LeaseRows(Protocol):
     """Who works on which sandbox: a server, under a lease that runs out."""
 
-    async def claim(
-        self, statuses: frozenset[Status], *, hold: Hold, now: datetime, limit: int
-    ) -> list[Claim]:
-        """Lease up to `limit` sandboxes of these statuses that nobody holds, the stalest first."""
+    async def claim(self, statuses: frozenset[Status], *, hold: Hold, limit: int) -> list[Claim]:
+        """Lease up to `limit` sandboxes of these statuses that nobody holds, the stalest first.
+
+        One that somebody else writes at that moment is left for the next time.
+        """
         ...
 
-    async def waits(self, statuses: frozenset[Status], *, now: datetime) -> bool:
+    async def waits(self, statuses: frozenset[Status]) -> bool:
         """Tell whether there is a sandbox of these statuses that nobody holds."""
         ...
 
-    async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
-        """Move the end of a lease that is held; None gives it back. False if it is not held."""
+    async def extend(self, sandbox_id: str, *, lease: str, lasts: timedelta | None) -> bool:
+        """Have a lease that is held last so long from now; None gives it back. False if it is not
+        held."""
         ...
 
     async def void(self, owner: str) -> None:
@@ -676,10 +693,12 @@ class Store(Protocol):
         """Open a transaction that only reads."""
         ...
 
-    def write(self) -> AbstractAsyncContextManager[Transaction]:
+    def write(self, turn: Turn | str) -> AbstractAsyncContextManager[Transaction]:
         """Open a transaction that commits when the block is left, and rolls back on an error.
 
-        Two of them never interleave their reads and writes.
+        `turn` is the id of the organization whose rows are read and written: two of one
+        organization never interleave, and those of several may run side by side. What is of no one
+        organization has a `Turn`. A transaction sees all that was committed before its turn came.
         """
         ...
 

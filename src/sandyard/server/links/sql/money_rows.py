@@ -28,7 +28,7 @@ from sandyard.server.core.records import (
 from sandyard.server.core.shapes import Shape, ShapeSeconds
 from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.prepared import Prepared
-from sandyard.server.links.sql.rows import Connection
+from sandyard.server.links.sql.rows import Connection, put
 
 _SHAPE = ("vcpus", "memory_mib", "disk_mib")
 
@@ -277,11 +277,8 @@ class FactTable:
 
     async def note(self, name: str, at: datetime) -> None:
         """See core.contracts.store.FactRows.note."""
-        done = await self._connection.execute(
-            update(t.facts).where(t.facts.c.name == name).values(moment=at)
-        )
-        if done.rowcount == 0:
-            await self._connection.execute(insert(t.facts).values(name=name, moment=at))
+        new = {"name": name, "moment": at}
+        await put(self._connection, t.facts, new, changes={"moment": at})
 
 
 async def _close(

@@ -3,16 +3,18 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     CursorResult,
     Dialect,
     Executable,
     Integer,
     Select,
+    Table,
     and_,
     bindparam,
     delete,
@@ -20,8 +22,10 @@ from sqlalchemy import (
     insert,
     or_,
     select,
+    tuple_,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from sandyard.server.core.contracts.store import Hold
@@ -280,36 +284,32 @@ class LeaseTable:
         self._connection = connection
         self._sandboxes = sandboxes
 
-    async def claim(
-        self, statuses: frozenset[Status], *, hold: Hold, now: datetime, limit: int
-    ) -> list[Claim]:
+    async def claim(self, statuses: frozenset[Status], *, hold: Hold, limit: int) -> list[Claim]:
         """See core.contracts.store.LeaseRows.claim."""
-        taken = await self._connection.fetch(
-            _claim_of(statuses), {"now": now, "most": limit, **_held(hold)}
-        )
+        taken = await self._connection.fetch(_claim_of(statuses), {"most": limit, **_held(hold)})
         found = [await self._sandboxes.find(row["id"]) for row in taken]
         return [Claim(sandbox, hold.lease) for sandbox in found if sandbox is not None]
 
-    async def waits(self, statuses: frozenset[Status], *, now: datetime) -> bool:
+    async def waits(self, statuses: frozenset[Status]) -> bool:
         """See core.contracts.store.LeaseRows.waits."""
-        return bool(await self._connection.fetch(_waiting_of(statuses), {"now": now, "most": 1}))
+        return bool(await self._connection.fetch(_waiting_of(statuses), {"most": 1}))
 
-    async def extend(self, sandbox_id: str, *, lease: str, until: datetime | None) -> bool:
+    async def extend(self, sandbox_id: str, *, lease: str, lasts: timedelta | None) -> bool:
         """See core.contracts.store.LeaseRows.extend."""
-        c = t.sandboxes.c
-        token = lease if until is not None else None
-        done = await self._connection.execute(
-            update(t.sandboxes)
-            .where(c.id == sandbox_id, c.lease_token == lease)
-            .values(lease_until=until, lease_token=token)
-            .returning(c.id)
-        )
-        return done.first() is not None
+        values = {
+            "known_id": sandbox_id,
+            "known_lease": lease,
+            "lease_token": lease if lasts is not None else None,
+            _LASTS: _microseconds(lasts),
+        }
+        return await self._connection.run(_EXTEND, values) > 0
 
     async def void(self, owner: str) -> None:
         """See core.contracts.store.LeaseRows.void."""
         await self._connection.execute(
-            update(t.sandboxes).where(t.sandboxes.c.lease_owner == owner).values(_held(None))
+            update(t.sandboxes)
+            .where(t.sandboxes.c.lease_owner == owner)
+            .values(dict.fromkeys(_leases))
         )
 
 
@@ -321,14 +321,8 @@ class NodeTable:
 
     async def heard(self, node_id: str, at: datetime) -> None:
         """See core.contracts.store.NodeRows.heard."""
-        c = t.nodes.c
-        done = await self._connection.execute(
-            update(t.nodes).where(c.id == node_id).values(seen_at=at)
-        )
-        if done.rowcount == 0:
-            await self._connection.execute(
-                insert(t.nodes).values(id=node_id, first_seen_at=at, seen_at=at)
-            )
+        new = {"id": node_id, "first_seen_at": at, "seen_at": at}
+        await put(self._connection, t.nodes, new, changes={"seen_at": at})
 
     async def find(self, node_id: str) -> NodeSeen | None:
         """See core.contracts.store.NodeRows.find."""
@@ -517,8 +511,7 @@ class RequestTable:
 
     async def forget(self, *, before: datetime) -> None:
         """See core.contracts.store.RequestRows.forget."""
-        c = t.keyed_requests.c
-        await self._connection.execute(delete(t.keyed_requests).where(c.created_at < before))
+        await _forget(self._connection, t.keyed_requests, t.keyed_requests.c.created_at < before)
 
 
 class TicketTable:
@@ -529,8 +522,7 @@ class TicketTable:
 
     async def put(self, ticket: Ticket) -> None:
         """See core.contracts.store.TicketRows.put."""
-        await self.take(ticket.digest, ticket.kind)
-        await self._connection.execute(insert(t.tickets).values(vars(ticket)))
+        await put(self._connection, t.tickets, vars(ticket), changes=vars(ticket))
 
     async def find(self, digest: str) -> Ticket | None:
         """See core.contracts.store.TicketRows.find."""
@@ -551,7 +543,30 @@ class TicketTable:
 
     async def forget(self, *, before: datetime) -> None:
         """See core.contracts.store.TicketRows.forget."""
-        await self._connection.execute(delete(t.tickets).where(t.tickets.c.expires_at < before))
+        await _forget(self._connection, t.tickets, t.tickets.c.expires_at < before)
+
+
+async def put(
+    connection: Connection,
+    table: Table,
+    new: Mapping[str, object],
+    *,
+    changes: Mapping[str, object],
+) -> None:
+    """Add a row, or change the one of the same key: one statement, whoever else does the same."""
+    kind = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    await connection.execute(
+        kind(table)
+        .values(new)
+        .on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=changes)
+    )
+
+
+async def _forget(connection: Connection, table: Table, *which: ColumnElement[bool]) -> None:
+    """Remove rows of anybody's; those that somebody else removes now are not waited for."""
+    keys = list(table.primary_key.columns)
+    chosen = select(*keys).where(*which).with_for_update(skip_locked=True)
+    await connection.execute(delete(table).where(tuple_(*keys).in_(chosen)))
 
 
 def _plain(mounts: Sequence[Mount]) -> list[dict[str, object]]:
@@ -566,8 +581,12 @@ def _held(hold: Hold | None) -> dict[str, object]:
     return {
         "lease_owner": hold.owner if hold else None,
         "lease_token": hold.lease if hold else None,
-        "lease_until": hold.until if hold else None,
+        _LASTS: _microseconds(hold.lasts if hold else None),
     }
+
+
+def _microseconds(time: timedelta | None) -> int | None:
+    return None if time is None else time // timedelta(microseconds=1)
 
 
 def _selected() -> Select[tuple[object]]:
@@ -586,8 +605,16 @@ _written: dict[str, Any] = {
     if one.name not in {"id", "created_at", "mounts", *_USED}
 }
 _leases = ("lease_owner", "lease_token", "lease_until")
+_LASTS = "lease_lasts"
+# Nothing, where it is to last for no time at all.
+_until = t.now() + bindparam(_LASTS, type_=BigInteger)
+_written["lease_until"] = _until
 # What every request runs is built once: to build a statement takes as long as to run it.
-_INSERT = Prepared(insert(t.sandboxes))
+_INSERT = Prepared(
+    insert(t.sandboxes).values(
+        {**{one.name: bindparam(one.name) for one in _c}, "lease_until": _until}
+    )
+)
 _FIND = Prepared(_selected().where(_c.id == bindparam("wanted_id")))
 _REPLACE = Prepared(update(t.sandboxes).where(*_known).values(_written))
 _REPLACE_HELD = Prepared(
@@ -600,7 +627,12 @@ _TOUCH = Prepared(
     .where(_c.id == bindparam("known_id"))
     .values({name: bindparam(name) for name in _USED})
 )
-_is_free = or_(_c.lease_until.is_(None), _c.lease_until < bindparam("now", type_=t.Moment))
+_EXTEND = Prepared(
+    update(t.sandboxes)
+    .where(_c.id == bindparam("known_id"), _c.lease_token == bindparam("known_lease"))
+    .values(lease_until=_until, lease_token=bindparam("lease_token"))
+)
+_is_free = or_(_c.lease_until.is_(None), _c.lease_until < t.now())
 
 
 def _waiting(statuses: frozenset[Status]) -> Select[Any]:
@@ -619,10 +651,17 @@ def _waiting_of(statuses: frozenset[Status]) -> Prepared:
 
 @functools.cache
 def _claim_of(statuses: frozenset[Status]) -> Prepared:
+    # What somebody else writes now is not waited for, on PostgreSQL: two who claim get each their
+    # own. Chosen in an expression of its own, it is chosen once, whatever the planner makes of it.
+    chosen = _waiting(statuses).with_for_update(skip_locked=True).cte("chosen")
     return Prepared(
         update(t.sandboxes)
-        .where(_c.id.in_(_waiting(statuses)))
-        .values({name: bindparam(name) for name in _leases})
+        .where(_c.id.in_(select(chosen.c.id)))
+        .values(
+            lease_owner=bindparam("lease_owner"),
+            lease_token=bindparam("lease_token"),
+            lease_until=_until,
+        )
         .returning(_c.id)
     )
 

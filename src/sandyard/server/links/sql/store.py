@@ -2,10 +2,12 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import CursorResult, Engine, Executable, create_engine, event, make_url, text
@@ -14,8 +16,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
 
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import InternalError, UnavailableError
+from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql.account_rows import (
     KeyTable,
     OrganizationTable,
@@ -44,16 +48,28 @@ from sandyard.server.links.sql.rows import (
     TicketTable,
 )
 from sandyard.server.links.sql.seal import Seal
+from sandyard.server.links.sql.tables import NOW, microseconds
 
-_POSTGRES: dict[str, Any] = {
-    "pool_size": 5,
+POSTGRES: dict[str, Any] = {
+    "pool_size": 20,
+    "max_overflow": 4,
     "pool_timeout": BUSY_S,
     "pool_pre_ping": True,
     "hide_parameters": True,
+    # Whoever waits longer for others is told so (in milliseconds).
+    "connect_args": {"server_settings": {"lock_timeout": str(BUSY_S * 1000)}},
 }
-# Any number, the same in every process: it names the lock that serializes writers.
-_WRITER_LOCK = 0x53414E44
+# Any numbers, the same in every process: they name locks. Who writes alone has the first one for
+# itself, and everybody else shares it; of the second there is one an organization.
+_WRITERS, _ORGANIZATION = 0x53414E44, 0x53414E46
 _SCHEMA_LOCK = 0x53414E45
+_ALONE = text(f"SELECT pg_advisory_xact_lock({_WRITERS})")
+_BESIDE = text(f"SELECT pg_advisory_xact_lock_shared({_WRITERS})")
+# Two that come to the same number wait for each other needlessly, and that is all.
+_IN_TURN = text(
+    f"SELECT pg_advisory_xact_lock_shared({_WRITERS}), "
+    f"pg_advisory_xact_lock({_ORGANIZATION}, hashtext(:org_id))"
+)
 
 
 class SqlTransaction:
@@ -82,14 +98,18 @@ class SqlTransaction:
 class PostgresStore:
     """See core.contracts.store.Store.
 
-    Readers see one moment (REPEATABLE READ). Writers take turns by an advisory lock that a
-    transaction holds, and see what the one before them committed (READ COMMITTED: a snapshot would
-    be taken before the lock is had): a read that a write depends on can never be overtaken.
+    Readers see one moment (REPEATABLE READ). Writers of one organization take turns by an advisory
+    lock that a transaction holds, and see what the one before them committed (READ COMMITTED: a
+    snapshot would be taken before the lock is had): a read that a write depends on can never be
+    overtaken. They share another, which whoever writes alone has for itself.
     """
 
     def __init__(self, engine: AsyncEngine, seal: Seal) -> None:
         self._engine = engine
         self._seal = seal
+        # Who waits here for one's turn keeps no connection from others. Each lives for as long as
+        # somebody waits for it or has it.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[SqlTransaction]:
@@ -101,13 +121,35 @@ class PostgresStore:
                 yield SqlTransaction(_Remote(connection), self._seal)
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[SqlTransaction]:
+    async def write(self, turn: Turn | str) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.store.Store.write."""
         with _translated():
-            engine = self._engine.execution_options(isolation_level="READ COMMITTED")
-            async with engine.begin() as connection:
-                await connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})"))
-                yield SqlTransaction(_Remote(connection), self._seal)
+            async with self._turn(turn):
+                engine = self._engine.execution_options(isolation_level="READ COMMITTED")
+                async with engine.begin() as connection:
+                    if isinstance(turn, str):
+                        await connection.execute(_IN_TURN, {"org_id": turn})
+                    else:
+                        await connection.execute(_ALONE if turn is Turn.ALONE else _BESIDE)
+                    yield SqlTransaction(_Remote(connection), self._seal)
+
+    @asynccontextmanager
+    async def _turn(self, turn: Turn | str) -> AsyncIterator[None]:
+        """Wait for one's turn among the writers of this process.
+
+        Raises:
+            TimeoutError: others write without end.
+        """
+        if turn is Turn.BESIDE:
+            yield
+            return
+        lock = self._turns.setdefault(str(turn), asyncio.Lock())
+        async with asyncio.timeout(BUSY_S):
+            await lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
@@ -137,8 +179,9 @@ class SqliteStore:
             yield SqlTransaction(_Inline(connection, writes=False), self._seal)
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[SqlTransaction]:
-        """See core.contracts.store.Store.write."""
+    async def write(self, turn: Turn | str) -> AsyncIterator[SqlTransaction]:
+        """See core.contracts.store.Store.write; here everybody writes alone."""
+        del turn
         with _translated():
             async with self._batches.write() as connection:
                 yield SqlTransaction(_Inline(connection, writes=True), self._seal)
@@ -211,10 +254,11 @@ class _Remote:
 
 
 @asynccontextmanager
-async def open_store(url: str, *, key: bytes) -> AsyncIterator[Store]:
+async def open_store(url: str, *, key: bytes, clock: Clock | None = None) -> AsyncIterator[Store]:
     """Open the store behind a database URL, bringing its schema up to date first.
 
-    `url` is `sqlite:///PATH` or `postgresql://…`; `key` is the installation's secret key.
+    `url` is `sqlite:///PATH` or `postgresql://…`; `key` is the installation's secret key. SQLite
+    goes by `clock`, this host's if that is not given; PostgreSQL goes by its own.
 
     Raises:
         UnavailableError: the database does not answer.
@@ -227,9 +271,11 @@ async def open_store(url: str, *, key: bytes) -> AsyncIterator[Store]:
             # Made before SQLite opens it, for itself and the files beside it: hashes are inside.
             path.touch(mode=0o600)
             # As many readers as ask: to wait for one here would be to wait for ever.
-            reader = _sqlite(path, begin="BEGIN", busy_s=BUSY_S, pool_size=4, max_overflow=-1)
+            now = clock.now if clock is not None else SystemClock().now
+            reader = _sqlite(path, now, begin="BEGIN", busy_s=BUSY_S, pool_size=4, max_overflow=-1)
             held.callback(reader.dispose)
-            writer = _sqlite(path, begin="BEGIN IMMEDIATE", busy_s=0, pool_size=1, max_overflow=0)
+            begin = "BEGIN IMMEDIATE"
+            writer = _sqlite(path, now, begin=begin, busy_s=0, pool_size=1, max_overflow=0)
             held.callback(writer.dispose)
             with _translated(), writer.connect() as connection:
                 transaction = await begun(connection)
@@ -238,11 +284,13 @@ async def open_store(url: str, *, key: bytes) -> AsyncIterator[Store]:
             yield SqliteStore(reader, writer, Seal(key))
         elif url.startswith("postgresql://"):
             postgres = make_url(url).set(drivername="postgresql+asyncpg")
-            engine = create_async_engine(postgres, **_POSTGRES)
+            engine = create_async_engine(postgres, **POSTGRES)
             held.push_async_callback(engine.dispose)
             with _translated():
                 async with engine.begin() as connecting:
-                    # One server at a time brings the schema up to date; the others then find it so.
+                    # One server at a time brings the schema up to date, which may take long; the
+                    # others then find it so.
+                    await connecting.execute(text("SET LOCAL lock_timeout = 0"))
                     await connecting.execute(text(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"))
                     await connecting.run_sync(upgrade)
             yield PostgresStore(engine, Seal(key))
@@ -252,7 +300,9 @@ async def open_store(url: str, *, key: bytes) -> AsyncIterator[Store]:
             )
 
 
-def _sqlite(path: Path, *, begin: str, busy_s: int, **pool: int) -> Engine:
+def _sqlite(
+    path: Path, now: Callable[[], datetime], *, begin: str, busy_s: int, **pool: int
+) -> Engine:
     engine = create_engine(
         f"sqlite:///{path}",
         poolclass=QueuePool,
@@ -266,6 +316,7 @@ def _sqlite(path: Path, *, begin: str, busy_s: int, **pool: int) -> Engine:
         # The driver must not begin by itself: it would begin a reading transaction, and a write
         # in it fails when another has written meanwhile (sqlite.org/lang_transaction.html).
         connection.isolation_level = None
+        connection.create_function(NOW, 0, lambda: microseconds(now()))
         cursor = connection.cursor()
         for pragma in (
             f"busy_timeout={BUSY_S * 1000}",
@@ -287,12 +338,13 @@ def _sqlite(path: Path, *, begin: str, busy_s: int, **pool: int) -> Engine:
 
 
 def _is_passing(error: DBAPIError) -> bool:
-    """Tell whether a database went away, is shutting down or is out of room for a while.
+    """Tell whether a database went away, is shutting down, is out of room or busy for a while.
 
-    The classes are PostgreSQL's (appendix A of its manual): connection, resources, intervention.
+    The classes are PostgreSQL's (appendix A of its manual): connection, resources, intervention,
+    a lock that was waited for too long, a deadlock.
     """
     state = str(getattr(error.orig, "sqlstate", None) or "")
-    return error.connection_invalidated or state.startswith(("08", "53", "57P"))
+    return error.connection_invalidated or state.startswith(("08", "53", "57P", "55P03", "40P01"))
 
 
 class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress

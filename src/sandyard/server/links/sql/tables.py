@@ -22,6 +22,9 @@ from sqlalchemy import (
     literal_column,
     text,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from sandyard.server.core.states import HIDDEN, Status
@@ -47,6 +50,28 @@ class Moment(TypeDecorator[datetime]):
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
         """Return what the database kept, in UTC."""
         return None if value is None else _EPOCH + timedelta(microseconds=value)
+
+
+NOW = "sandyard_now"
+"""The function of SQLite's, made by whoever opens a connection, that returns the time."""
+
+
+class now(FunctionElement[int]):  # noqa: N801 - a function of SQL's
+    """The time by the database's clock, in microseconds since the epoch."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(now)
+def _now(element: now, compiler: SQLCompiler, **kwargs: object) -> str:
+    return f"{NOW}()"
+
+
+@compiles(now, "postgresql")
+def _now_of_postgres(element: now, compiler: SQLCompiler, **kwargs: object) -> str:
+    # Not now(): that is when the transaction began, which may have waited for its turn.
+    return "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 
 
 metadata = MetaData(

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.payments import Checkout, Payments
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -213,7 +213,7 @@ class Billing:
         if payment is None:
             return False
         now = self._clock.now()
-        async with self._store.write() as tx:
+        async with self._store.write(payment.org_id) as tx:
             if await tx.organizations.find(payment.org_id) is None:
                 raise NotFoundError("cannot credit a payment: its organization is not here")
             return await take_payment(tx, payment, at=now, is_automatic=payment.is_automatic)
@@ -247,7 +247,7 @@ class Billing:
             )
         if amount_cents is not None:
             _check_amount(amount_cents, field="topupAmountCents")
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             wish = await tx.credits.auto_topup(actor.org_id)
             if is_enabled and wish.customer_id is None:
                 raise ConflictError(
@@ -307,7 +307,7 @@ class Billing:
             )
         wanted = actor.org_id if org_id is None else org_id
         now = self._clock.now()
-        async with self._repeats.turn(actor, request), self._store.write() as tx:
+        async with self._repeats.turn(actor, request), self._store.write(Turn.ALONE) as tx:
             ids = await self._repeats.made_before(tx, actor, request)
             if ids is not None:
                 for known in await tx.credits.history(ids[1], limit=10_000):

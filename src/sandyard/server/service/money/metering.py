@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.payments import Payments
-from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import ConflictError, SandyardError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.money import MICROS, Account, Prices, between
@@ -104,7 +104,7 @@ class Meter:
 
     async def charge_all(self) -> float:
         """Charge every organization once; return seconds until it is worth while again."""
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             await tx.facts.note(BEAT, self._clock.now())
             owing = await tx.usage.owing()
             topped_up = await tx.credits.topped_up()
@@ -159,7 +159,7 @@ class Meter:
         as far as it fills a cent.
         """
         now = self._clock.now()
-        async with self._store.write() as tx:
+        async with self._store.write(org_id) as tx:
             compute = _charged(
                 await tx.usage.unsettled(org_id),
                 now,
@@ -220,7 +220,7 @@ class Meter:
     async def _wish_due(self, reading: Reading) -> AutoTopup | None:
         """Return how an account is to be filled up, where that is due now; it is noted as asked."""
         org_id, now = reading.account.org_id, self._clock.now()
-        async with self._store.write() as tx:
+        async with self._store.write(org_id) as tx:
             wish = await tx.credits.auto_topup(org_id)
             is_due = wish.last_at is None or now - wish.last_at >= _TOPUP_EVERY
             if wish.customer_id is None or not is_due:
@@ -263,7 +263,7 @@ class Meter:
             )
         except ConflictError as error:
             log.warning("a top-up was refused: %s", error.message, extra={"org_id": org_id})
-            async with self._store.write() as tx:
+            async with self._store.write(org_id) as tx:
                 await end_pending(tx, org_id)
             await self._tell(
                 org_id,
@@ -274,13 +274,13 @@ class Meter:
             )
             return
         if payment.is_paid:
-            async with self._store.write() as tx:
+            async with self._store.write(payment.org_id) as tx:
                 await take_payment(tx, payment, at=self._clock.now(), is_automatic=True)
 
     async def _tell(
         self, org_id: str, event: str, title: str, *, summary: str, severity: str
     ) -> None:
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             await tx.activity.append(
                 line(
                     event,

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     InvalidTokenError,
     NotFoundError,
@@ -113,7 +113,7 @@ class Access:
                 self._touched.clear()
             self._touched[key.id] = now
             try:
-                async with self._store.write() as tx:
+                async with self._store.write(Turn.BESIDE) as tx:
                     await tx.keys.touch(key.id, self._clock.now())
             except SandyardError:  # worth less than the request it would stop
                 log.warning("the last use of a key could not be noted")

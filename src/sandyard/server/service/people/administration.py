@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -86,7 +86,7 @@ class Administration:
         """
         name, email = check_title(name, field="name"), _check_email(email)
         now = self._clock.now()
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.ALONE) as tx:
             user = await self._user_or_new(tx, email)
             theirs = await tx.users.organizations_of(user.id)
             founded = await found_organization(
@@ -106,7 +106,7 @@ class Administration:
                 f"cannot use the plan {plan!r}: known are {', '.join(sorted(self._plans))} "
                 "(setting plans)"
             )
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.ALONE) as tx:
             organization = replace(await _organization(tx, reference), plan=plan)
             await tx.organizations.replace(organization)
             await self._note(tx, organization, "organization.plan_changed", f"Plan is {plan} now")
@@ -125,7 +125,7 @@ class Administration:
             raise InvalidArgumentError(f"cannot limit {name!r}: {', '.join(LIMITS)} can be limited")
         if value is not None and value < 0:
             raise InvalidArgumentError(f"cannot limit {name} to {value}: it is 0 or more")
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.ALONE) as tx:
             organization = await _organization(tx, reference)
             limits = {one: has for one, has in organization.limits.items() if one != name}
             if value is not None:
@@ -151,7 +151,7 @@ class Administration:
             NotFoundError: there is no such organization.
         """
         email, role = _check_email(email), _check_role(role)
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.ALONE) as tx:
             organization = await _organization(tx, reference)
             user = await self._user_or_new(tx, email)
             if await tx.users.member(organization.id, user.id) is not None:
@@ -168,7 +168,7 @@ class Administration:
             NotFoundError: there is no such organization or member.
         """
         _check_role(role)
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.ALONE) as tx:
             organization, _, member = await self._member(tx, reference, who)
             if role != "admin":
                 await self._check_not_last(tx, organization, member)
@@ -181,7 +181,7 @@ class Administration:
             ConflictError: it is the organization's last admin.
             NotFoundError: there is no such organization or member.
         """
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.ALONE) as tx:
             organization, user, member = await self._member(tx, reference, who)
             await self._check_not_last(tx, organization, member)
             now = self._clock.now()
@@ -201,7 +201,7 @@ class Administration:
         Raises:
             NotFoundError: there is no such user.
         """
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.ALONE) as tx:
             user = replace(await _user(tx, who), is_operator=is_operator)
             await tx.users.replace(user)
             for organization, _ in await tx.users.organizations_of(user.id):
@@ -250,7 +250,7 @@ class Administration:
         Returns the ledger's line and whether it is new; one with a reference is made once.
         """
         checked_text(description, field="description")
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.ALONE) as tx:
             organization = await _organization(tx, reference)
             entry, is_new = await credit(
                 tx,

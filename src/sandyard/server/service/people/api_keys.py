@@ -60,7 +60,7 @@ class ApiKeys:
         now = self._clock.now()
         secret = new_api_key(is_test=is_test or actor.is_test)
         until = _expiry(expires_in, now)
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             actor = await self._as_now(tx, actor)
             wanted = _check_scopes(actor, scopes)
             until = await self._no_longer_than(tx, actor, until)
@@ -125,7 +125,7 @@ class ApiKeys:
         Raises: see `create`, `get`; ConflictError: it is revoked.
         """
         actor.require("org:write")
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             actor = await self._as_now(tx, actor)
             key = _check_lives(await _found(tx, actor, key_id))
             _check_kind(actor, key)
@@ -159,7 +159,7 @@ class ApiKeys:
             For the rest see `get`.
         """
         actor.require("org:write")
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             actor = await self._as_now(tx, actor)
             key = _check_lives(await _found(tx, actor, key_id))
             if key.owner_user_id != actor.user_id:
@@ -185,7 +185,7 @@ class ApiKeys:
         Raises: see `get`.
         """
         actor.require("org:write")
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             key = await _found(tx, actor, key_id)
             _check_kind(actor, key)
             if key.revoked_at is None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import NotFoundError
 from sandyard.server.core.ids import (
     API_KEY_PREFIX_LENGTH,
@@ -28,7 +28,7 @@ async def ensure_first_organization(
     Both are made the first time. What organizations from before an update lack is made up for.
     """
     now = clock.now()
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         every = await tx.organizations.every()
         if every and sign_up.grant_cents > 0:
             await _grant_once(tx, every[0], sign_up, now)
@@ -58,7 +58,7 @@ async def new_bootstrap_key(store: Store, clock: Clock, sign_up: SignUp, *, repl
     organization, user = await ensure_first_organization(store, clock, sign_up)
     key = new_api_key()
     now = clock.now()
-    async with store.write() as tx:
+    async with store.write(Turn.ALONE) as tx:
         if replaces:
             for old in await tx.keys.page(organization.id, owner_user_id=user.id, limit=10_000):
                 if old.name == BOOTSTRAP_KEY:

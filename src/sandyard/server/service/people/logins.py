@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import RateLimitedError, SandyardError
 from sandyard.server.core.ids import is_sandbox_id
 from sandyard.server.core.records import Sandbox
@@ -150,7 +150,7 @@ class Logins:
         now, facts = self._clock.now(), {"method": login.method, "address": address}
         if login.fingerprint is not None:
             facts["fingerprint"] = login.fingerprint
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             if login.key_id is not None:
                 await tx.ssh_keys.touch(login.key_id, now)
             await tx.activity.append(

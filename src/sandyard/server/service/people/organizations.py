@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -208,7 +208,7 @@ class Organizations:
         """
         actor.require("org:write")
         name = check_title(name, field="name")
-        async with self._repeats.turn(actor, request), self._store.write() as tx:
+        async with self._repeats.turn(actor, request), self._store.write(Turn.ALONE) as tx:
             ids = await self._repeats.made_before(tx, actor, request)
             if ids is not None:
                 return await _made(tx, actor, ids[0])
@@ -290,7 +290,7 @@ class Organizations:
         )
         if color is not None:
             project = replace(project, color=_check_color(color))
-        async with self._repeats.turn(actor, request), self._store.write() as tx:
+        async with self._repeats.turn(actor, request), self._store.write(actor.org_id) as tx:
             ids = await self._repeats.made_before(tx, actor, request)
             if ids is not None:
                 return await _project(tx, actor, ids[0])
@@ -313,7 +313,7 @@ class Organizations:
             NotFoundError: see `project`.
         """
         actor.require("org:write")
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             project = await _project(tx, actor, project_id)
             if name is not None:
                 project = replace(project, name=check_title(name, field="name"))
@@ -331,7 +331,7 @@ class Organizations:
             NotFoundError: see `project`.
         """
         actor.require("org:write")
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             project = await _project(tx, actor, project_id)
             if project.is_default:
                 raise ConflictError("cannot delete the default project: new sandboxes go there")

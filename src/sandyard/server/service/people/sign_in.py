@@ -6,7 +6,7 @@ from datetime import datetime
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.people import Session, Sessions
-from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import InvalidTokenError, NotFoundError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.records import Membership, Organization, User
@@ -57,7 +57,7 @@ class SignIn:
         async with self._store.read() as tx:
             found = await self._known(tx, session, org_id)
         if found is None:
-            async with self._store.write() as tx:
+            async with self._store.write(Turn.ALONE) as tx:
                 found = await self._known(tx, session, org_id) or await self._welcome(
                     tx, session, org_id
                 )

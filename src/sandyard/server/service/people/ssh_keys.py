@@ -47,7 +47,7 @@ class SshKeys:
             key_type=text.split(" ", 1)[0],
             created_at=self._clock.now(),
         )
-        async with self._repeats.turn(actor, request), self._store.write() as tx:
+        async with self._repeats.turn(actor, request), self._store.write(actor.org_id) as tx:
             ids = await self._repeats.made_before(tx, actor, request)
             if ids is not None:
                 known = await tx.ssh_keys.find(actor.org_id, ids[0])
@@ -88,7 +88,7 @@ class SshKeys:
             NotFoundError: absent, another organization's or, for a member, another member's.
         """
         actor.require("ssh-key:*")
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             key = await tx.ssh_keys.find(actor.org_id, key_id)
             if key is None or not (actor.sees_all or key.owner_user_id == actor.user_id):
                 raise NotFoundError("cannot find the SSH key: check its id")

@@ -17,7 +17,7 @@ from sandyard.server.core.contracts.node import (
     NodeReport,
     Phase,
 )
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.core.records import Claim, Reason, Sandbox
 from sandyard.server.core.states import Event, Status
@@ -147,7 +147,7 @@ class Comparison:
     async def _note_heard(self) -> None:
         now = self._clock.now()
         if self._noted_at is None or not timedelta() <= now - self._noted_at < _NOTED_EVERY:
-            async with self._store.write() as tx:
+            async with self._store.write(Turn.BESIDE) as tx:
                 await tx.nodes.heard(self._node.node_id, now)
             self._noted_at = now
 
@@ -321,7 +321,7 @@ class Comparison:
                 if not one.is_ready or (is_for_forks and not await tx.snapshots.is_awaited(one.id)):
                     done.append(one)
         for one in done:
-            async with self._store.write() as tx:
+            async with self._store.write(one.org_id) as tx:
                 again = await tx.snapshots.find(one.org_id, one.id)
                 if again != one:  # somebody is at work on it after all
                     continue

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import MachineFact, NodeTunnel
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.core.ops import Stats
 from sandyard.server.core.records import Reason, Sandbox
@@ -43,7 +43,7 @@ class Idleness:
         """Tell whether a sandbox that is due does nothing by itself either; if it does, note it."""
         if not await self._is_busy(sandbox):
             return True
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             await tx.activity.touch(sandbox.id, at=self._clock.now(), kind="cpu")
         return False
 

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Hold, Store
+from sandyard.server.core.contracts.store import Hold, Store, Turn
 from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.records import Claim
@@ -81,6 +81,7 @@ class Reconciler:
         self._bus = bus
         self._clock = clock
         self._pace = pace
+        self._lasts = timedelta(seconds=pace.lease_s)
         self._away_since = away_since
         self._working = 0
         self._crew = Crew()
@@ -99,8 +100,7 @@ class Reconciler:
 
     def hold(self) -> Hold:
         """Return a lease to write together with a wish, for `take_up`."""
-        until = self._clock.now() + timedelta(seconds=self._pace.lease_s)
-        return Hold(self._server_id, new_secret(), until)
+        return Hold(self._server_id, new_secret(), self._lasts)
 
     async def take_up(self, claim: Claim, *, limit_s: float) -> None:
         """Work now on what was just wished and is leased; return when done, or at the limit.
@@ -136,17 +136,17 @@ class Reconciler:
     async def _claims(self) -> list[Claim]:
         """Lease what wants work; what is to end never waits behind what waits to start."""
         room = self._pace.workers - self._working
-        now, hold, claims = self._clock.now(), self.hold(), []
+        hold, claims = self.hold(), list[Claim]()
         try:
             async with self._store.read() as tx:
                 # To write costs the disk a wait, and most looks find nothing.
                 wanted = _ENDING | _STARTING if room > 0 else _ENDING
-                if not await tx.leases.waits(wanted, now=now):
+                if not await tx.leases.waits(wanted):
                     return []
-            async with self._store.write() as tx:
+            async with self._store.write(Turn.BESIDE) as tx:
                 for statuses, limit in ((_ENDING, self._pace.workers), (_STARTING, room)):
                     if limit > 0:
-                        claims += await tx.leases.claim(statuses, hold=hold, now=now, limit=limit)
+                        claims += await tx.leases.claim(statuses, hold=hold, limit=limit)
         except UnavailableError:
             log.warning("the store does not answer; looking again soon")
         except Exception:  # the loop must go on, whatever the store says
@@ -166,10 +166,10 @@ class Reconciler:
             await self._try_again_later(claim)
 
     async def _try_again_later(self, claim: Claim) -> None:
-        again_at = self._clock.now() + timedelta(seconds=self._pace.retry_s)
+        lasts = timedelta(seconds=self._pace.retry_s)
         try:
-            async with self._store.write() as tx:
-                await tx.leases.extend(claim.sandbox.id, lease=claim.lease, until=again_at)
+            async with self._store.write(Turn.BESIDE) as tx:
+                await tx.leases.extend(claim.sandbox.id, lease=claim.lease, lasts=lasts)
         except Exception:  # as above; the lease runs out by itself
             log.exception("a lease could not be shortened; it will run out")
 
@@ -195,10 +195,11 @@ class Reconciler:
         return None
 
     async def _extend(self, claim: Claim) -> bool:
-        until = self._clock.now() + timedelta(seconds=self._pace.lease_s)
         try:
-            async with self._store.write() as tx:
-                return await tx.leases.extend(claim.sandbox.id, lease=claim.lease, until=until)
+            async with self._store.write(Turn.BESIDE) as tx:
+                return await tx.leases.extend(
+                    claim.sandbox.id, lease=claim.lease, lasts=self._lasts
+                )
         except UnavailableError:
             return True  # not known to be lost; the guard on every write decides
 

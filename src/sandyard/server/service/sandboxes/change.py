@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeTunnel
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import NotFoundError, PermissionDeniedError, UnavailableError
 from sandyard.server.core.ids import checked_name, checked_tags
 from sandyard.server.core.ops import Figures, Stats
@@ -169,7 +169,7 @@ class Sandboxes:
         sandbox = await self._register.get(actor, reference)
         if sandbox.status is not Status.RUNNING and sandbox.status not in ON_ITS_WAY_UP:
             raise refusal(sandbox, doing="touch")
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             await tx.activity.touch(sandbox.id, at=self._clock.now(), kind="touch")
         return await self._register.reread(sandbox.id)
 

@@ -135,7 +135,7 @@ class Creation:
             return made
         sandbox, placed = await self._new(actor, wish)
         hold = self._worker.hold()
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             ids = await self._repeats.made_before(tx, actor, request)
             if ids is not None:
                 return await tx.sandboxes.find(ids[0]) or sandbox
@@ -151,7 +151,7 @@ class Creation:
     async def _made_before(self, actor: Actor, request: Repeatable | None) -> Sandbox | None:
         if request is None:
             return None
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             ids = await self._repeats.made_before(tx, actor, request)
             return await tx.sandboxes.find(ids[0]) if ids else None
 

@@ -10,7 +10,7 @@ from datetime import datetime
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -143,7 +143,7 @@ class Desktops:
             For the rest see `Reach.open`.
         """
         async with self._dial(admission.actor, admission.sandbox_id) as stream:
-            async with self._store.write() as tx:
+            async with self._store.write(Turn.BESIDE) as tx:
                 await tx.activity.append(
                     line(
                         "sandbox.vnc.connected",

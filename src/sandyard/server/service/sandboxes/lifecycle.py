@@ -98,7 +98,7 @@ class Lifecycle:
             updated_at=now,
             **changes,  # type: ignore[arg-type]  # fields by name
         )
-        async with self._store.write() as tx:
+        async with self._store.write(sandbox.org_id) as tx:
             if check is not None:
                 # Whoever lost a race is not refused for what the winner took.
                 if not await is_current(tx, sandbox):
@@ -136,7 +136,7 @@ class Lifecycle:
             updated_at=self._clock.now(),
             **changes,  # type: ignore[arg-type]  # fields by name
         )
-        async with self._store.write() as tx:
+        async with self._store.write(sandbox.org_id) as tx:
             if not await is_current(tx, sandbox):
                 return None
             await check(tx, changed)
@@ -148,7 +148,7 @@ class Lifecycle:
 
     async def note_reason(self, sandbox: Sandbox, reason: Reason | None) -> None:
         """Tell in a sandbox why it does not go on, or that it does again; its status stays."""
-        async with self._store.write() as tx:
+        async with self._store.write(sandbox.org_id) as tx:
             await tx.sandboxes.replace(
                 replace(sandbox, reason=reason, updated_at=self._clock.now())
             )

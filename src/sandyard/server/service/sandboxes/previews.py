@@ -7,7 +7,7 @@ from datetime import datetime
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ops import Dial
 from sandyard.server.core.wire import AGENT_PORT, RFB_PORT
@@ -80,7 +80,7 @@ class Previews:
             url = f"{where.preview_scheme}://{label}.{where.preview_domain}/?{QUERY_TOKEN}={token}"
         else:
             url = f"{where.preview_scheme}://{label}-{token}.{where.preview_domain}/"
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             await tx.activity.append(
                 line(
                     "sandbox.url.issued",

@@ -15,7 +15,7 @@ from typing import Generic
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream, NodeTunnel, Opened
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import ConflictError, SandyardError
 from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.records import Sandbox
@@ -192,7 +192,7 @@ class Reach:
         now = self._clock.now()
         if use.is_frequent and _is_fresh(sandbox, use, now):
             return True
-        async with self._store.write() as tx:
+        async with self._store.write(sandbox.org_id) as tx:
             if not await is_current(tx, sandbox):
                 return False
             await tx.activity.touch(sandbox.id, at=now, kind=use.kind)
@@ -213,7 +213,7 @@ class Reach:
         return True
 
     async def _touch(self, sandbox: Sandbox, use: Use) -> None:
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             await tx.activity.touch(sandbox.id, at=self._clock.now(), kind=use.kind)
 
 

@@ -110,7 +110,7 @@ class Snapshots:
                 sandbox = await self._at_rest(await self._register.get(actor, reference))
                 snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
                 noted = (snapshot.id,)
-                async with self._store.write() as tx:
+                async with self._store.write(actor.org_id) as tx:
                     if await self._repeats.made_before(tx, actor, request) is not None:
                         continue  # another server was asked the same
                     await tx.snapshots.insert(snapshot)
@@ -121,7 +121,10 @@ class Snapshots:
         raise _not_told()
 
     async def _save(self, actor: Actor, sandbox: Sandbox, snapshot: Snapshot) -> None:
-        async with self._made(sandbox, snapshot) as size_bytes, self._store.write() as tx:
+        async with (
+            self._made(sandbox, snapshot) as size_bytes,
+            self._store.write(snapshot.org_id) as tx,
+        ):
             await self._complete(tx, snapshot, size_bytes)
             await tx.storage.open(self._kept(sandbox, snapshot, size_bytes))
             await tx.activity.append(self._line(actor, snapshot, "snapshot.created"))
@@ -141,7 +144,7 @@ class Snapshots:
             return None
         until = self._clock.monotonic() + _WAIT_S
         while self._clock.monotonic() < until:
-            async with self._store.write() as tx:
+            async with self._store.write(actor.org_id) as tx:
                 ids = await self._repeats.made_before(tx, actor, request)
                 if ids is None:
                     return None
@@ -169,7 +172,7 @@ class Snapshots:
             raise
 
     async def _forget(self, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]) -> None:
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             await self._repeats.forget(tx, actor, request, ids)
 
     async def _complete(self, tx: Transaction, snapshot: Snapshot, size_bytes: int) -> None:
@@ -216,7 +219,7 @@ class Snapshots:
                 "it is ready",
                 status="creating",
             )
-        async with self._store.write() as tx:
+        async with self._store.write(snapshot.org_id) as tx:
             await tx.snapshots.remove(snapshot.id)
             await tx.storage.close("snapshot", snapshot.id, self._clock.now())
             await tx.activity.append(self._line(actor, snapshot, "snapshot.deleted"))
@@ -264,7 +267,7 @@ class Snapshots:
                 checked_mounts(actor, source.mounts)
                 forks = [self._fork_of(actor, source, snapshot, one) for one in names]
                 noted = (snapshot.id, *(one.id for one in forks))
-                async with self._store.write() as tx:
+                async with self._store.write(actor.org_id) as tx:
                     if await self._repeats.made_before(tx, actor, request) is not None:
                         continue  # another server was asked the same
                     # Asked again when the forks are made; here before anything is saved.
@@ -283,7 +286,7 @@ class Snapshots:
         self, actor: Actor, snapshot: Snapshot, forks: list[Sandbox]
     ) -> list[Sandbox]:
         hold, begun = self._worker.hold(), list[Sandbox]()
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             await self._quota.check_new(tx, actor, snapshot.shape, count=len(forks))
             await self._complete(tx, snapshot, snapshot.size_bytes)
             for one in forks:
@@ -395,7 +398,7 @@ class Snapshots:
             try:
                 yield await self._size_of(sandbox, snapshot)
             except SandyardError:
-                async with self._store.write() as tx:
+                async with self._store.write(snapshot.org_id) as tx:
                     await tx.snapshots.remove(snapshot.id)
                 raise
 
@@ -404,7 +407,7 @@ class Snapshots:
             await self._clock.sleep(_HOLD_S / 3)
             until = self._clock.now() + timedelta(seconds=_HOLD_S)
             with suppress(UnavailableError):  # said again before the time is over
-                async with self._store.write() as tx:
+                async with self._store.write(snapshot.org_id) as tx:
                     await tx.snapshots.extend(snapshot.id, held_until=until)
 
     async def _size_of(self, sandbox: Sandbox, snapshot: Snapshot) -> int:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import InvalidTokenError, TokenExpiredError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.records import Sandbox, Ticket
@@ -86,7 +86,7 @@ class Tickets:
         """
         if len(secret) > _SECRET_MAX:
             raise _unknown()
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             ticket = await tx.tickets.take(_digest(secret), kind)
         return await self._admitted(ticket, kind)
 
@@ -133,7 +133,7 @@ class Tickets:
         actor.require(SCOPE)
         by = signer_of(actor)
         ticket = Ticket(_digest(secret), kind, actor.org_id, sandbox.id, by, detail, until)
-        async with self._store.write() as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             await tx.tickets.forget(before=self._clock.now() - _FORGET_AFTER)
             await tx.tickets.put(ticket)
 

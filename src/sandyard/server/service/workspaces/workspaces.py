@@ -186,7 +186,7 @@ class Workspaces:
             now,
             quota_bytes=self._quota_bytes,
         )
-        async with self._repeats.turn(actor, request), self._store.write() as tx:
+        async with self._repeats.turn(actor, request), self._store.write(actor.org_id) as tx:
             made = await self._repeats.made_before(tx, actor, request)
             if made is not None:
                 return await self._found(tx, actor, made[0])
@@ -214,7 +214,7 @@ class Workspaces:
         """
         actor.require("files:write")
         name = check_title(name, field="name")
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             found = await self._found(tx, actor, reference)
             changed = replace(found.workspace, name=name, updated_at=self._clock.now())
             await tx.workspaces.replace(changed)
@@ -246,7 +246,7 @@ class Workspaces:
             WorkspaceInUseError: a sandbox has it mounted, and it is not forced.
         """
         actor.require("files:write")
-        async with self._store.write() as tx:
+        async with self._store.write(actor.org_id) as tx:
             found = (await self._found(tx, actor, reference)).workspace
             owner_id = found.owner_user_id or ""
             if found.is_personal and await tx.users.member(found.org_id, owner_id) is not None:
@@ -281,7 +281,7 @@ class Workspaces:
         for node in self._exports.values():
             await node.withdraw(workspace.id)
         await self._volumes.remove(workspace.id)
-        async with self._store.write() as tx:
+        async with self._store.write(workspace.org_id) as tx:
             await tx.workspaces.erase(workspace.id)
 
     async def note_use(self, workspace: Workspace, *, has_changed: bool) -> None:
@@ -293,7 +293,7 @@ class Workspaces:
         size = workspace.size_bytes
         if has_changed:
             size = (await self._volumes.use_of(workspace.id, workspace.quota_bytes)).used_bytes
-        async with self._store.write() as tx:
+        async with self._store.write(workspace.org_id) as tx:
             await self._note(tx, workspace, size, accessed=True)
 
     async def _note(
@@ -346,7 +346,7 @@ class Workspaces:
                 ):
                     size = (await self._volumes.use_of(one.id, one.quota_bytes)).used_bytes
                     if size != one.size_bytes:
-                        async with self._store.write() as tx:
+                        async with self._store.write(one.org_id) as tx:
                             await self._note(tx, one, size, accessed=False)
             except SandyardError as error:
                 log.warning("cannot look after the workspace %s: %s", one.id, error.message)
