@@ -3,17 +3,20 @@
 import asyncio
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import asyncpg
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.clock import AheadClock
 from tests.support.house import eventually, until
@@ -54,7 +57,7 @@ from sandyard.server.core.shapes import Shape, ShapeSeconds
 from sandyard.server.core.states import Status
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import migrations, open_store
-from sandyard.server.links.sql.store import POSTGRES
+from sandyard.server.links.sql.store import POSTGRES, PostgresStore
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.people.organizations import SignUp
 
@@ -77,7 +80,50 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
 async def store(url: str) -> AsyncIterator[Store]:
     async with open_store(url, key=KEY) as opened:
         await furnish(opened)
-        yield opened
+        if isinstance(opened, PostgresStore):
+            async with searches(opened) as found:
+                yield opened
+            await assert_indexed(url, found)
+        else:
+            yield opened
+
+
+@asynccontextmanager
+async def searches(store: PostgresStore) -> AsyncIterator[dict[str, Sequence[object]]]:
+    """Yield the statements that search in the block, each with values that it had once."""
+    found: dict[str, Sequence[object]] = {}
+
+    def note(_connection: object, _cursor: object, statement: str, values: Any, *_: object) -> None:
+        if statement.startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
+            found.setdefault(statement, values)
+
+    event.listen(store.engine.sync_engine, "before_cursor_execute", note)
+    yield found
+    event.remove(store.engine.sync_engine, "before_cursor_execute", note)
+
+
+async def assert_indexed(url: str, found: Mapping[str, Sequence[object]]) -> None:
+    """Fail where a statement reads through a table, except for those that are to return all."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("SET enable_seqscan = off")
+        slow = []
+        for statement, values in found.items():
+            if statement.startswith("SELECT pg_advisory") or not values:
+                continue
+            plan = await connection.fetch(f"EXPLAIN {statement}", *values)
+            if any(is_read_through(lines) for lines in pairwise([*plan, ("",)])):
+                slow.append(statement + "\n" + "\n".join(line[0] for line in plan))
+        assert not slow, "\n\n".join(slow)
+    finally:
+        await connection.close()
+
+
+def is_read_through(lines: tuple[Sequence[str], Sequence[str]]) -> bool:
+    """Tell of a line of a plan, and the next, whether it reads all of a table or an index."""
+    this, after = (line[0] for line in lines)
+    is_whole_index = "Index" in this and " on " in this and "Index Cond" not in after
+    return "Seq Scan" in this or (is_whole_index and "Bitmap" not in this)
 
 
 async def furnish(store: Store) -> None:
@@ -238,6 +284,33 @@ async def test_fifty_writers_lose_no_update(store: Store) -> None:
         for _ in range(50):
             tasks.create_task(bump())
     assert (await find(store, one.id)).incarnation == 150
+
+
+async def test_how_the_sandboxes_of_a_node_stand(store: Store) -> None:
+    why, gone = Reason("code", "message"), frozenset({Status.RUNNING, Status.PAUSED})
+    here = sandbox(
+        status=Status.PAUSED, node_id="n", reason=why, version=3, incarnation=2,
+        expires_at=NOW, started_at=NOW, env={"secret": "x"},
+    )  # fmt: skip
+    plain = sandbox(status=Status.RUNNING, node_id="n")
+    over, later = sandbox(expires_at=NOW), sandbox(expires_at=NOW + timedelta(seconds=1))
+    await insert(
+        store, here, plain, over, later, sandbox(status=Status.RUNNING, node_id="m"),
+        sandbox(status=Status.FAILED, node_id="n"), sandbox(), sandbox(expires_at=NOW, node_id="n"),
+    )  # fmt: skip
+    async with store.write(Turn.BESIDE) as tx:
+        await tx.activity.touch(plain.id, at=NOW, kind="k")
+    async with store.read() as tx:
+        found = {one.id: one for one in await tx.sandboxes.standing("n", gone)}
+        assert set(found) == {here.id, plain.id}
+        for one in found.values():
+            whole = await tx.sandboxes.find(one.id)
+            assert vars(one) == {name: getattr(whole, name) for name in vars(one)}
+        assert found[here.id].reason == why
+        assert found[plain.id].last_activity_at == NOW
+        (ended,) = await tx.sandboxes.unplaced_until(NOW, frozenset({Status.PENDING}))
+        assert ended.id == over.id
+        assert await tx.sandboxes.unplaced_until(NOW, gone) == []
 
 
 async def test_an_organization_waits_for_its_own_writers_and_for_whoever_writes_alone(

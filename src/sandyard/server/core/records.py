@@ -222,6 +222,25 @@ class Sandbox:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """What of a sandbox is compared with its machine, again and again; see `Sandbox`."""
+
+    id: str
+    org_id: str
+    node_id: str | None
+    status: Status
+    version: int
+    incarnation: int
+    reason: Reason | None
+    idle_timeout_s: int
+    expires_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None
+    last_activity_at: datetime | None
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A sandbox as it was at one moment, kept to start others from. `size_bytes` is on disk.
 

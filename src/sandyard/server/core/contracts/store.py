@@ -27,6 +27,7 @@ from sandyard.server.core.records import (
     SandboxQuery,
     Snapshot,
     SshKey,
+    Standing,
     StoragePeriod,
     Ticket,
     UsagePeriod,
@@ -107,6 +108,14 @@ class SandboxRows(Protocol):
 
     async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
         """Return every sandbox of these statuses that was placed on a node, on none for None."""
+        ...
+
+    async def standing(self, node_id: str, statuses: frozenset[Status]) -> list[Standing]:
+        """Return how every sandbox of these statuses stands that was placed on a node."""
+        ...
+
+    async def unplaced_until(self, end: datetime, statuses: frozenset[Status]) -> list[Sandbox]:
+        """Return every sandbox of these statuses that is on no node and was to live no longer."""
         ...
 
     async def mounting(self, workspace_id: str) -> list[Sandbox]:

@@ -22,7 +22,6 @@ from sqlalchemy import (
     insert,
     or_,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -42,6 +41,7 @@ from sandyard.server.core.records import (
     Sandbox,
     SandboxQuery,
     Snapshot,
+    Standing,
     Ticket,
 )
 from sandyard.server.core.shapes import Shape
@@ -59,6 +59,7 @@ _TUPLES = ("tags", "authorized_keys", "ssh_key_ids")
 _SAME = tuple(one.name for one in fields(Sandbox) if one.name not in _OTHERWISE)
 _USED = ("last_activity_at", "last_activity_kind")
 _HIDDEN = sorted(status.value for status in HIDDEN)
+_FORGET_MAX = 1000
 _COMING = ("pending", "creating", "resuming")
 
 
@@ -194,6 +195,25 @@ class SandboxTable:
         return await self.where(
             _selected().where(
                 c.node_id == node_id, c.status.in_([status.value for status in statuses])
+            )
+        )
+
+    async def standing(self, node_id: str, statuses: frozenset[Status]) -> list[Standing]:
+        """See core.contracts.store.SandboxRows.standing."""
+        found = await self._connection.fetch(_standing_of(statuses), {"wanted_node": node_id})
+        standing = []
+        for row in found:
+            code, message = row.pop("reason_code"), row.pop("reason_message")
+            reason = Reason(code, message) if code else None
+            standing.append(Standing(**row | {"status": Status(row["status"]), "reason": reason}))
+        return standing
+
+    async def unplaced_until(self, end: datetime, statuses: frozenset[Status]) -> list[Sandbox]:
+        """See core.contracts.store.SandboxRows.unplaced_until."""
+        c = t.sandboxes.c
+        return await self.where(
+            _selected().where(
+                c.node_id.is_(None), c.expires_at <= end, t.is_any_of(sorted(statuses))
             )
         )
 
@@ -563,10 +583,13 @@ async def put(
 
 
 async def _forget(connection: Connection, table: Table, *which: ColumnElement[bool]) -> None:
-    """Remove rows of anybody's; those that somebody else removes now are not waited for."""
+    """Remove rows of anybody's, some at a time; what somebody else removes now is left to them."""
     keys = list(table.primary_key.columns)
-    chosen = select(*keys).where(*which).with_for_update(skip_locked=True)
-    await connection.execute(delete(table).where(tuple_(*keys).in_(chosen)))
+    chosen = select(*keys).where(*which).limit(_FORGET_MAX).with_for_update(skip_locked=True)
+    if found := (await connection.execute(chosen)).mappings().all():
+        this = [one == bindparam(f"old_{one.name}") for one in keys]
+        old = [{f"old_{name}": value for name, value in row.items()} for row in found]
+        await connection.execute(delete(table).where(*this), old)
 
 
 def _plain(mounts: Sequence[Mount]) -> list[dict[str, object]]:
@@ -647,6 +670,19 @@ def _waiting(statuses: frozenset[Status]) -> Select[Any]:
 @functools.cache
 def _waiting_of(statuses: frozenset[Status]) -> Prepared:
     return Prepared(_waiting(statuses))
+
+
+_STANDING = tuple(one.name for one in fields(Standing) if one.name != "reason")
+
+
+@functools.cache
+def _standing_of(statuses: frozenset[Status]) -> Prepared:
+    columns = [_c[name] for name in (*_STANDING, "reason_code", "reason_message")]
+    return Prepared(
+        select(*columns).where(
+            _c.node_id == bindparam("wanted_node"), t.is_any_of(sorted(statuses))
+        )
+    )
 
 
 @functools.cache

@@ -105,7 +105,7 @@ class PostgresStore:
     """
 
     def __init__(self, engine: AsyncEngine, seal: Seal) -> None:
-        self._engine = engine
+        self.engine = engine
         self._seal = seal
         # Who waits here for one's turn keeps no connection from others. Each lives for as long as
         # somebody waits for it or has it.
@@ -116,7 +116,7 @@ class PostgresStore:
         """See core.contracts.store.Store.read."""
         with _translated():
             # A statement would else see what was committed since the one before.
-            engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
+            engine = self.engine.execution_options(isolation_level="REPEATABLE READ")
             async with engine.connect() as connection:
                 yield SqlTransaction(_Remote(connection), self._seal)
 
@@ -125,7 +125,7 @@ class PostgresStore:
         """See core.contracts.store.Store.write."""
         with _translated():
             async with self._turn(turn):
-                engine = self._engine.execution_options(isolation_level="READ COMMITTED")
+                engine = self.engine.execution_options(isolation_level="READ COMMITTED")
                 async with engine.begin() as connection:
                     if isinstance(turn, str):
                         await connection.execute(_IN_TURN, {"org_id": turn})
@@ -154,7 +154,7 @@ class PostgresStore:
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
         with _translated():
-            async with asyncio.timeout(BUSY_S), self._engine.connect() as connection:
+            async with asyncio.timeout(BUSY_S), self.engine.connect() as connection:
                 await connection.execute(text("SELECT 1"))
 
 

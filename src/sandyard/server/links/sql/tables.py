@@ -120,7 +120,7 @@ memberships = Table(
     "memberships",
     metadata,
     Column("org_id", ForeignKey("organizations.id"), primary_key=True),
-    Column("user_id", ForeignKey("users.id"), primary_key=True),
+    Column("user_id", ForeignKey("users.id"), primary_key=True, index=True),
     Column("role", String(16), nullable=False),
     Column("created_at", Moment, nullable=False, server_default="0"),
     Column("role_at", Moment, nullable=False, server_default="0"),
@@ -182,7 +182,7 @@ api_keys = Table(
     Column("revoked_at", Moment),
     Column("last_used_at", Moment),
     Column("is_test", Boolean, nullable=False, server_default=false()),
-    Column("project_id", String(36)),
+    Column("project_id", String(36), index=True),
 )
 
 ssh_keys = Table(
@@ -205,8 +205,8 @@ sandboxes = Table(
     metadata,
     Column("id", String(20), primary_key=True),
     Column("org_id", ForeignKey("organizations.id"), nullable=False),
-    Column("owner_user_id", ForeignKey("users.id"), nullable=False),
-    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("owner_user_id", ForeignKey("users.id"), nullable=False, index=True),
+    Column("project_id", ForeignKey("projects.id"), nullable=False, index=True),
     Column("name", Text),
     Column("status", String(20), nullable=False),
     Column("version", Integer, nullable=False),
@@ -250,6 +250,12 @@ sandboxes = Table(
     Index("ix_sandboxes_node", "node_id", "status"),
     Index("ix_sandboxes_status", "status", "updated_at"),
     Index("ix_sandboxes_name", "name", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
+    Index(
+        "ix_sandboxes_lease_owner",
+        "lease_owner",
+        sqlite_where=text("lease_owner IS NOT NULL"),
+        postgresql_where=text("lease_owner IS NOT NULL"),
+    ),
     Index("ix_sandboxes_live", "org_id", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
     Index(
         "uq_sandboxes_live_name",
@@ -431,6 +437,8 @@ storage_periods = Table(
         sqlite_where=text("ended_at IS NULL"),
         postgresql_where=text("ended_at IS NULL"),
     ),
+    Index("ix_storage_periods_resource", "kind", "resource_id"),
+    Index("ix_storage_periods_org", "org_id", "ended_at"),
     Index(
         "ix_storage_periods_unsettled",
         "org_id",

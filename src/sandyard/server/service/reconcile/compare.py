@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
@@ -19,7 +20,7 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import SandyardError, UnavailableError
-from sandyard.server.core.records import Claim, Reason, Sandbox
+from sandyard.server.core.records import Claim, Reason, Sandbox, Standing
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
@@ -108,7 +109,7 @@ class Comparison:
         # Rows first: a row that says running was written when the machine was there, so a later
         # report without it means that it is gone.
         async with self._store.read() as tx:
-            rows = await tx.sandboxes.on_node(self._node.node_id, WATCHED)
+            rows = await tx.sandboxes.standing(self._node.node_id, WATCHED)
             seen = await tx.nodes.find(self._node.node_id)
         try:
             report = await self._nodes.report_of(self._node)
@@ -129,7 +130,7 @@ class Comparison:
 
     # --- the node itself ------------------------------------------------------------------
 
-    async def _suspect(self, rows: list[Sandbox], heard_at: datetime) -> None:
+    async def _suspect(self, rows: list[Standing], heard_at: datetime) -> None:
         """Note that a node's sandboxes cannot be reached, once no server has heard of it lately.
 
         What they cost since then nobody pays: it may have been nothing.
@@ -138,9 +139,7 @@ class Comparison:
             return
         for sandbox in rows:
             if sandbox.status is Status.RUNNING:
-                await self._lifecycle.apply(
-                    sandbox, Event.SILENT, reason=_NODE_SILENT, ended_at=heard_at
-                )
+                await self._apply(sandbox, Event.SILENT, reason=_NODE_SILENT, ended_at=heard_at)
             elif has_expired(sandbox, self._clock.now()):
                 await self._expire(sandbox, ended_at=heard_at)
 
@@ -153,7 +152,7 @@ class Comparison:
 
     # --- its sandboxes --------------------------------------------------------------------
 
-    async def _compare(self, rows: list[Sandbox], report: NodeReport) -> None:
+    async def _compare(self, rows: list[Standing], report: NodeReport) -> None:
         facts = {fact.sandbox_id: fact for fact in report.machines}
         vanished: set[str] = set()
         awake: dict[str, int] = {}
@@ -167,13 +166,13 @@ class Comparison:
                 if self._idleness.is_due(sandbox, fact):
                     self._beside(sandbox.id, self._pause_if_idle(sandbox))
             elif sandbox.status is Status.PAUSED and fact is not None and fact.phase is Phase.DEAD:
-                await self._lifecycle.apply(sandbox, Event.BROKE, reason=_reason_of(fact))
+                await self._apply(sandbox, Event.BROKE, reason=_reason_of(fact))
             elif sandbox.status in _KEPT and fact is not None and fact.phase in _AWAKE:
                 awake[sandbox.id] = fact.incarnation
             elif sandbox.status in _KEPT and fact is None:
                 vanished.add(sandbox.id)
                 if sandbox.id in self._vanished:
-                    await self._lifecycle.apply(sandbox, Event.VANISHED, reason=_VANISHED)
+                    await self._apply(sandbox, Event.VANISHED, reason=_VANISHED)
         self._vanished = vanished
         known = {one.id for one in rows}
         self._reboots = {one: times for one, times in self._reboots.items() if one in known}
@@ -184,7 +183,7 @@ class Comparison:
         await self._remove_unwanted(report.machines, {one.id: one for one in rows})
         await self._look_after_snapshots(report)
 
-    async def _judge(self, sandbox: Sandbox, fact: MachineFact | None) -> None:
+    async def _judge(self, sandbox: Standing, fact: MachineFact | None) -> None:
         is_suspected = sandbox.status is Status.SUSPECTED_MISSING
         if fact is None or fact.incarnation != sandbox.incarnation:
             await self._broke(sandbox, LOST)
@@ -194,22 +193,22 @@ class Comparison:
             await self._broke(sandbox, _reason_of(fact))
         elif fact.is_silent:
             if not is_suspected:
-                await self._lifecycle.apply(sandbox, Event.SILENT, reason=_SILENT)
+                await self._apply(sandbox, Event.SILENT, reason=_SILENT)
             elif self._clock.now() - sandbox.updated_at > _SILENT_MAX:
                 # It can be used by nobody, and is charged for nothing.
-                await self._lifecycle.apply(sandbox, Event.PAUSE, reason=_SILENT)
+                await self._apply(sandbox, Event.PAUSE, reason=_SILENT)
         elif is_suspected:
-            await self._lifecycle.apply(sandbox, Event.READY)
+            await self._apply(sandbox, Event.READY)
         elif fact.phase is Phase.PAUSED:
             # It was saved by somebody whose word did not reach the store.
-            await self._lifecycle.apply(sandbox, Event.PAUSE)
+            await self._apply(sandbox, Event.PAUSE)
         else:
             reason_now = Reason(fact.reason_code, fact.reason_message) if fact.reason_code else None
             passes = sandbox.reason is not None and sandbox.reason.code in _PASSING
             if reason_now != sandbox.reason and (reason_now is not None or passes):
-                await self._lifecycle.note_reason(sandbox, reason_now)
+                await self._note(sandbox, reason_now)
 
-    async def _restart(self, sandbox: Sandbox) -> None:
+    async def _restart(self, sandbox: Standing) -> None:
         """Have a sandbox boot again that was rebooted from inside: nothing about it is wrong."""
         now = self._clock.now()
         times = [one for one in self._reboots.get(sandbox.id, []) if now - one < _REBOOTS_IN]
@@ -218,7 +217,7 @@ class Comparison:
             return
         self._reboots[sandbox.id] = [*times, now]
         incarnation = sandbox.incarnation + 1
-        await self._lifecycle.apply(
+        await self._apply(
             sandbox,
             Event.RESTART,
             ended_at=self._away_since,
@@ -227,21 +226,34 @@ class Comparison:
             from_disk_incarnation=incarnation,
         )
 
-    async def _broke(self, sandbox: Sandbox, reason: Reason) -> None:
-        await self._lifecycle.apply(
-            sandbox, Event.BROKE, reason=reason, ip=None, ended_at=self._away_since
-        )
+    async def _broke(self, sandbox: Standing, reason: Reason) -> None:
+        await self._apply(sandbox, Event.BROKE, reason=reason, ip=None, ended_at=self._away_since)
 
-    async def _expire(self, sandbox: Sandbox, *, ended_at: datetime | None) -> None:
-        await self._lifecycle.apply(sandbox, Event.DELETE, ended_at=ended_at, reason=EXPIRED)
+    async def _expire(self, sandbox: Standing, *, ended_at: datetime | None) -> None:
+        await self._apply(sandbox, Event.DELETE, ended_at=ended_at, reason=EXPIRED)
+
+    async def _apply(self, sandbox: Standing, event: Event, **changes: Any) -> Sandbox | None:
+        """Apply an event to a sandbox as it was compared; see `Lifecycle.apply`."""
+        whole = await self._whole(sandbox)
+        return None if whole is None else await self._lifecycle.apply(whole, event, **changes)
+
+    async def _note(self, sandbox: Standing, reason: Reason | None) -> None:
+        if (whole := await self._whole(sandbox)) is not None:
+            await self._lifecycle.note_reason(whole, reason)
+
+    async def _whole(self, sandbox: Standing) -> Sandbox | None:
+        """Return all of a sandbox; None if it has moved on since it was compared."""
+        async with self._store.read() as tx:
+            found = await tx.sandboxes.find(sandbox.id)
+        return found if found is not None and found.version == sandbox.version else None
 
     # --- pauses by the platform -----------------------------------------------------------
 
-    async def _pause_if_idle(self, sandbox: Sandbox) -> None:
+    async def _pause_if_idle(self, sandbox: Standing) -> None:
         if await self._idleness.is_idle(sandbox):
             await self._pause_unused(sandbox, IDLE)
 
-    async def _pause_unused(self, sandbox: Sandbox, reason: Reason) -> None:
+    async def _pause_unused(self, sandbox: Standing, reason: Reason) -> None:
         """Have a sandbox paused, unless somebody uses it, or begins to at that moment.
 
         What is under way the node knows; what is about to begin was noted, while the sandbox was
@@ -251,7 +263,7 @@ class Comparison:
         if any(fact.is_used for fact in report.machines if fact.sandbox_id == sandbox.id):
             return
         hold = self._worker.hold()
-        pausing = await self._lifecycle.apply(sandbox, Event.PAUSE, hold=hold, reason=reason)
+        pausing = await self._apply(sandbox, Event.PAUSE, hold=hold, reason=reason)
         if pausing is None:
             return
         async with self._store.read() as tx:
@@ -270,7 +282,7 @@ class Comparison:
             saved = self._node.ensure_paused(sandbox_id, incarnation=incarnation)
             self._beside(sandbox_id, saved)
 
-    async def _relieve(self, rows: list[Sandbox], facts: Mapping[str, MachineFact]) -> None:
+    async def _relieve(self, rows: list[Standing], facts: Mapping[str, MachineFact]) -> None:
         """Have the sandbox paused that was used least lately, for the host's memory runs out."""
         running = [
             one
@@ -288,11 +300,11 @@ class Comparison:
     # --- what nobody wants ----------------------------------------------------------------
 
     async def _remove_unwanted(
-        self, machines: tuple[MachineFact, ...], known: Mapping[str, Sandbox]
+        self, machines: tuple[MachineFact, ...], known: Mapping[str, Standing]
     ) -> None:
         found: dict[str, int] = {}
         for fact in machines:
-            sandbox = known.get(fact.sandbox_id)
+            sandbox: Standing | Sandbox | None = known.get(fact.sandbox_id)
             if sandbox is None:  # written after the rows were read, gone, or on another node
                 async with self._store.read() as tx:
                     sandbox = await tx.sandboxes.find(fact.sandbox_id)
@@ -350,6 +362,6 @@ def _reason_of(fact: MachineFact) -> Reason:
     return Reason(fact.reason_code or LOST.code, fact.reason_message or LOST.message)
 
 
-def has_expired(sandbox: Sandbox, now: datetime) -> bool:
+def has_expired(sandbox: Standing, now: datetime) -> bool:
     """Tell whether the end that was set at a sandbox's creation has come."""
     return sandbox.expires_at is not None and sandbox.expires_at <= now

@@ -12,7 +12,7 @@ from sandyard.server.core.contracts.node import MachineFact, NodeTunnel
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.core.ops import Stats
-from sandyard.server.core.records import Reason, Sandbox
+from sandyard.server.core.records import Reason, Standing
 from sandyard.server.core.states import Status
 from sandyard.server.service.sandboxes.register import ref_of
 
@@ -31,7 +31,7 @@ class Idleness:
         self._tunnel = tunnel
         self._clock = clock
 
-    def is_due(self, sandbox: Sandbox, fact: MachineFact | None) -> bool:
+    def is_due(self, sandbox: Standing, fact: MachineFact | None) -> bool:
         """Tell whether a running sandbox has not been used for its time, nor is used now."""
         if sandbox.status is not Status.RUNNING or sandbox.idle_timeout_s == 0:
             return False
@@ -39,7 +39,7 @@ class Idleness:
             return False
         return self._clock.now() - last_used(sandbox) >= timedelta(seconds=sandbox.idle_timeout_s)
 
-    async def is_idle(self, sandbox: Sandbox) -> bool:
+    async def is_idle(self, sandbox: Standing) -> bool:
         """Tell whether a sandbox that is due does nothing by itself either; if it does, note it."""
         if not await self._is_busy(sandbox):
             return True
@@ -47,7 +47,7 @@ class Idleness:
             await tx.activity.touch(sandbox.id, at=self._clock.now(), kind="cpu")
         return False
 
-    async def _is_busy(self, sandbox: Sandbox) -> bool:
+    async def _is_busy(self, sandbox: Standing) -> bool:
         """Tell whether programs kept a processor busy since it was last used, over the minute."""
         unused_s = (self._clock.now() - last_used(sandbox)).total_seconds()
         window_s = max(1.0, min(_WINDOW_S, unused_s))
@@ -60,7 +60,7 @@ class Idleness:
         return percent is not None and percent > _BUSY_PERCENT
 
 
-def last_used(sandbox: Sandbox) -> datetime:
+def last_used(sandbox: Standing) -> datetime:
     """Return when a sandbox was last used: by somebody, or by being started."""
     return max(
         one

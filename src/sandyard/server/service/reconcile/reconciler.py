@@ -27,7 +27,6 @@ from sandyard.server.service.reconcile.compare import (
     WATCHED,
     Comparison,
     Patience,
-    has_expired,
 )
 from sandyard.server.service.reconcile.idle import Idleness
 from sandyard.server.service.reconcile.work import Work
@@ -206,10 +205,9 @@ class Reconciler:
     async def _expire_unplaced(self) -> None:
         """Have those end in time that are on no node, and so in no node's report."""
         async with self._store.read() as tx:
-            unplaced = await tx.sandboxes.on_node(None, WATCHED)
+            unplaced = await tx.sandboxes.unplaced_until(self._clock.now(), WATCHED)
         for sandbox in unplaced:
-            if has_expired(sandbox, self._clock.now()):
-                await self._lifecycle.apply(sandbox, Event.DELETE, reason=EXPIRED)
+            await self._lifecycle.apply(sandbox, Event.DELETE, reason=EXPIRED)
 
     # --- what nodes report ----------------------------------------------------------------
 

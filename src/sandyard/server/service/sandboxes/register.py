@@ -15,7 +15,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import checked_text, is_sandbox_id
-from sandyard.server.core.records import Sandbox, Snapshot
+from sandyard.server.core.records import Sandbox, Snapshot, Standing
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.lifecycle import topic_of
@@ -158,6 +158,6 @@ def _may_see(actor: Actor, sandbox: Sandbox) -> bool:
     )
 
 
-def ref_of(sandbox: Sandbox) -> MachineRef:
+def ref_of(sandbox: Sandbox | Standing) -> MachineRef:
     """Return where the machine of a sandbox is found."""
     return MachineRef(sandbox.node_id or "", sandbox.id, sandbox.incarnation)
