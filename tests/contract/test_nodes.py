@@ -4,10 +4,11 @@ Wishes come twice, late, or after one that was sent later; whoever is overtaken 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -271,6 +272,78 @@ async def test_a_resume_that_comes_late_leaves_paused_what_was_paused_again(
     with pytest.raises(ConflictError):
         await subject.control.ensure_running(own(wish, 2))
     assert await subject.phase(wish) is Phase.PAUSED
+
+
+async def test_what_was_asked_before_something_later_was_changes_nothing(subject: Subject) -> None:
+    wish = await subject.start(a_wish(new_sandbox_id(), version=3))
+    here: Any = {"sandbox_id": wish.sandbox_id, "incarnation": 1}
+    await subject.control.ensure_running(replace(wish, version=5))
+    late: list[Callable[[], Awaitable[object]]] = [
+        lambda: subject.control.ensure_running(replace(wish, version=4)),
+        lambda: subject.control.ensure_paused(**here, version=4),
+        lambda: subject.control.ensure_snapshot(new_uuid(), **here, version=4),
+        lambda: subject.control.ensure_gone(**here, version=4),
+    ]
+    for ask in late:
+        with pytest.raises(ConflictError):
+            await ask()
+        assert await subject.phase(wish) is Phase.RUNNING
+    await subject.control.ensure_running(replace(wish, version=5))  # it was asked last
+    await subject.control.ensure_paused(**here, version=6)
+    for ask in late:
+        with pytest.raises(ConflictError):
+            await ask()
+        assert await subject.phase(wish) is Phase.PAUSED
+    assert (await subject.control.report()).snapshots == ()
+    await subject.control.ensure_gone(**here, version=7)
+    with pytest.raises(ConflictError):
+        await subject.control.ensure_running(replace(wish, incarnation=2, version=6))
+    assert await subject.phase(wish) is None
+
+
+async def test_an_end_that_overtakes_its_start_leaves_nothing(subject: Subject) -> None:
+    wish = a_wish(new_sandbox_id(), version=1)
+    await asyncio.gather(
+        subject.control.ensure_running(wish),
+        subject.control.ensure_gone(wish.sandbox_id, incarnation=1, version=2),
+        return_exceptions=True,
+    )
+    for late in (wish, replace(wish, incarnation=2)):
+        with pytest.raises(ConflictError):
+            await subject.control.ensure_running(late)
+    assert subject.left() == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_wishes_that_come_again_whenever_they_like_harm_nothing(
+    subject: Subject, seed: int
+) -> None:
+    random, wish = Random(seed), a_wish(new_sandbox_id(), version=1)
+
+    def pause(incarnation: int, version: int) -> Callable[[], Awaitable[object]]:
+        return lambda: subject.control.ensure_paused(
+            wish.sandbox_id, incarnation=incarnation, version=version
+        )
+
+    def run(incarnation: int, version: int) -> Callable[[], Awaitable[object]]:
+        this = replace(own(wish, incarnation), version=version)
+        return lambda: subject.control.ensure_running(this)
+
+    history: list[Callable[[], Awaitable[object]]] = [
+        lambda: subject.control.ensure_running(wish),
+        pause(1, 2), run(2, 3), pause(2, 4), run(3, 5), run(3, 6), pause(3, 7), run(4, 8),
+    ]  # fmt: skip
+    for number, ask in enumerate(history):
+        again = random.choices(history[: number + 1], k=5)
+        await ask()
+        if number == 0:
+            await subject.run(wish, "remember me")
+        for outcome in await asyncio.gather(*(one() for one in again), return_exceptions=True):
+            assert not isinstance(outcome, BaseException) or isinstance(outcome, SandyardError)
+        wanted = Phase.PAUSED if number in (1, 3, 6) else Phase.RUNNING
+        assert await subject.phase(wish) is wanted
+    assert subject.left() == 1
+    assert await subject.run(own(wish, 4), "recall") == "me"
 
 
 async def test_what_is_dead_or_unknown_is_not_paused(subject: Subject) -> None:

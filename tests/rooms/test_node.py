@@ -321,6 +321,22 @@ async def test_a_resume_that_a_kill_broke_off_is_done_when_it_is_asked_again(
     end_all(host)
 
 
+async def test_a_node_that_was_killed_still_knows_what_it_was_asked_last(tmp_path: Path) -> None:
+    home, left, host = tmp_path / "h", tmp_path / "k", FakeHost()
+    async with a_node(home, host) as held:
+        wish = await held.paused()
+        await held.node.ensure_running(replace(wish, version=3))
+        await held.node.ensure_paused(wish.sandbox_id, incarnation=2, version=4)
+        as_killed(home, left)
+    async with a_node(left, host) as held:
+        late = replace(wish, incarnation=3, version=3)
+        with pytest.raises(ConflictError):
+            await held.node.ensure_running(late)
+        assert await held.facts() == [(2, Phase.PAUSED)]
+        await held.node.ensure_running(replace(late, version=5))
+    end_all(host)
+
+
 async def test_a_restart_that_a_kill_broke_off_is_done_when_it_is_asked_again(
     tmp_path: Path,
 ) -> None:

@@ -85,6 +85,7 @@ class FakeNode:
         self.gate.set()
         self.asked: list[str] = []
         self._gone: dict[str, int] = {}
+        self._versions: dict[str, int] = {}
         self._starting: dict[str, asyncio.Lock] = {}
 
     @property
@@ -96,6 +97,7 @@ class FakeNode:
         """See core.contracts.node.NodeControl.ensure_running."""
         self._answer("ensure_running")
         async with self._starting.setdefault(wish.sandbox_id, asyncio.Lock()):
+            self._show(wish.sandbox_id, wish.version)
             machine = self.machines.get(wish.sandbox_id)
             if wish.incarnation <= self._gone.get(wish.sandbox_id, 0):
                 raise ConflictError("cannot start this: it was made gone")
@@ -148,9 +150,15 @@ class FakeNode:
                     raise NotFoundError(f"cannot use the template {wish.template}")
                 return {}
 
-    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
+    def _show(self, sandbox_id: str, version: int) -> None:
+        if 0 < version < self._versions.get(sandbox_id, 0):
+            raise ConflictError("cannot do this: something later was asked for")
+        self._versions[sandbox_id] = max(version, self._versions.get(sandbox_id, 0))
+
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
         """See core.contracts.node.NodeControl.ensure_paused."""
         self._answer("ensure_paused")
+        self._show(sandbox_id, version)
         machine = self._known(sandbox_id, incarnation)
         if machine.phase is Phase.DEAD:
             raise ConflictError("cannot do this: the machine is dead", status="error")
@@ -161,9 +169,10 @@ class FakeNode:
         machine.break_off("the sandbox was paused meanwhile", "paused")
         return SIZE
 
-    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
         """See core.contracts.node.NodeControl.ensure_gone."""
         self._answer("ensure_gone")
+        self._show(sandbox_id, version)
         machine = self.machines.get(sandbox_id)
         if machine is not None and machine.incarnation > incarnation:
             return
@@ -180,10 +189,11 @@ class FakeNode:
         return b"sandyard agent: ready\n"
 
     async def ensure_snapshot(
-        self, snapshot_id: str, *, sandbox_id: str, incarnation: int
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
     ) -> SnapshotFact:
         """See core.contracts.node.NodeControl.ensure_snapshot."""
         self._answer("ensure_snapshot")
+        self._show(sandbox_id, version)
         machine = self._known(sandbox_id, incarnation)
         if snapshot_id not in self.snapshots:
             if machine.phase is Phase.DEAD:

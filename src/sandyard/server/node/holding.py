@@ -106,6 +106,7 @@ class Holding:
         self._starting: Job | None = None
         self._way: Way | None = None
         self._missed: tuple[Machine, End] | None = None  # an end that came while a job was at work
+        self._version = 0
         if resident is not None:
             self.take(resident)
 
@@ -115,6 +116,17 @@ class Holding:
         if self.is_starting or self._resident is None:
             return self._incarnation
         return self._resident.record.incarnation
+
+    @property
+    def version(self) -> int:
+        """The latest version of the sandbox's row that a wish was made of."""
+        return max(self._version, *(one.record.version for one in self.residents), 0)
+
+    def show(self, version: int) -> None:
+        """Note the version of a wish; what is written down of the machine next has it, too."""
+        self._version = max(self._version, version)
+        for one in self.residents:
+            one.show(self._version)
 
     @property
     def resident(self) -> Resident:

@@ -81,8 +81,9 @@ class Node:
         self._snapshots_dir = home / "snapshots"
         self._consoles = FailedConsoles(home / "consoles")
         self._holdings: dict[str, Holding] = {}
-        # Which incarnation was made gone last: a wish that comes after its own withdrawal is late.
-        self._gone: OrderedDict[str, int] = OrderedDict()
+        # Which incarnation was made gone last, and the version of the row that asked for it: a wish
+        # that comes after its own withdrawal is late.
+        self._gone: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._missing: tuple[str, ...] = ("the node is starting",)
         boots = Turns(means.limits.boots_at_once)
         restores = Turns(means.limits.restores_at_once)
@@ -150,6 +151,7 @@ class Node:
 
     async def ensure_running(self, wish: MachineWish) -> MachineFact:
         """See core.contracts.node.NodeControl.ensure_running."""
+        self._show(wish.sandbox_id, wish.version)
         for _ in range(_TRIES):
             job = await self._job_for(wish)
             if job is not None:
@@ -187,23 +189,44 @@ class Node:
         """Refuse what was overtaken, by a later incarnation or by its own end."""
         holding = self._holdings.get(wish.sandbox_id)
         is_overtaken = holding is not None and holding.incarnation > wish.incarnation
-        if is_overtaken or self._gone.get(wish.sandbox_id, 0) >= wish.incarnation:
+        gone, _ = self._gone.get(wish.sandbox_id, (0, 0))
+        if is_overtaken or gone >= wish.incarnation:
             raise _overtaken()
+        # It may have waited here for what was under way.
+        self._show(wish.sandbox_id, wish.version)
 
-    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
+    def _show(self, sandbox_id: str, version: int) -> None:
+        """Refuse what was asked before something that has been asked since.
+
+        Raises:
+            ConflictError: a wish of a later version of the sandbox's row has been here.
+        """
+        if not version:
+            return
+        holding = self._holdings.get(sandbox_id)
+        _, known = self._gone.get(sandbox_id, (0, 0))
+        if version < known or (holding is not None and version < holding.version):
+            raise _overtaken()
+        if holding is not None:
+            holding.show(version)
+
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
         """See core.contracts.node.NodeControl.ensure_paused."""
+        self._show(sandbox_id, version)
         holding = await self._at_rest(sandbox_id, incarnation)
+        self._show(sandbox_id, version)  # it may have waited for what was under way
         step = self._step(Ask.PAUSE, holding, incarnation)
         if step is Step.PAUSE or holding.resident.is_up:
             await self._began(holding, lambda: self._jobs.pause(holding)).outcome()
         return await in_thread(lambda: holding.resident.body.size_bytes)
 
-    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
         """See core.contracts.node.NodeControl.ensure_gone."""
+        self._show(sandbox_id, version)
         holding = self._holdings.get(sandbox_id)
         if holding is not None and holding.incarnation > incarnation:
             return
-        self._note_gone(sandbox_id, incarnation)
+        self._note_gone(sandbox_id, incarnation, version)
         self._consoles.forget(sandbox_id)
         if holding is None:
             return
@@ -213,11 +236,13 @@ class Node:
             await self._remove(holding)
 
     async def ensure_snapshot(
-        self, snapshot_id: str, *, sandbox_id: str, incarnation: int
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
     ) -> SnapshotFact:
         """See core.contracts.node.NodeControl.ensure_snapshot."""
         folder = self._snapshot_folder(snapshot_id)
+        self._show(sandbox_id, version)
         holding = await self._at_rest(sandbox_id, incarnation)
+        self._show(sandbox_id, version)
         if not folder.is_dir():
             self._step(Ask.SAVE, holding, incarnation)
             self._admission.check_disk(Shape(1, holding.resident.shape.memory_mib, 0))
@@ -414,6 +439,7 @@ class Node:
         if other is not None:
             self._forget(other)
         holding = Holding(wish.sandbox_id, wish.incarnation, shape=wish.shape)
+        holding.show(max(wish.version, 0 if other is None else other.version))
         self._holdings[wish.sandbox_id] = holding
         self._ledger.enter(holding)
         try:
@@ -444,8 +470,9 @@ class Node:
             del self._holdings[holding.sandbox_id]
             self._ledger.leave(holding)
 
-    def _note_gone(self, sandbox_id: str, incarnation: int) -> None:
-        self._gone[sandbox_id] = max(incarnation, self._gone.pop(sandbox_id, 0))
+    def _note_gone(self, sandbox_id: str, incarnation: int, version: int) -> None:
+        before, known = self._gone.pop(sandbox_id, (0, 0))
+        self._gone[sandbox_id] = (max(incarnation, before), max(version, known))
         while len(self._gone) > _GONE_MAX:
             self._gone.popitem(last=False)
 

@@ -46,22 +46,26 @@ class PatientNode:
         """See NodeControl.ensure_running."""
         return await self._while_it_reports(self._node.ensure_running(wish))
 
-    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
         """See NodeControl.ensure_paused."""
         return await self._while_it_reports(
-            self._node.ensure_paused(sandbox_id, incarnation=incarnation)
+            self._node.ensure_paused(sandbox_id, incarnation=incarnation, version=version)
         )
 
-    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
         """See NodeControl.ensure_gone."""
-        await self._while_it_reports(self._node.ensure_gone(sandbox_id, incarnation=incarnation))
+        await self._while_it_reports(
+            self._node.ensure_gone(sandbox_id, incarnation=incarnation, version=version)
+        )
 
     async def ensure_snapshot(
-        self, snapshot_id: str, *, sandbox_id: str, incarnation: int
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
     ) -> SnapshotFact:
         """See NodeControl.ensure_snapshot."""
         return await self._while_it_reports(
-            self._node.ensure_snapshot(snapshot_id, sandbox_id=sandbox_id, incarnation=incarnation)
+            self._node.ensure_snapshot(
+                snapshot_id, sandbox_id=sandbox_id, incarnation=incarnation, version=version
+            )
         )
 
     async def drop_snapshot(self, snapshot_id: str) -> None:

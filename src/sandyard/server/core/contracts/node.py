@@ -76,7 +76,8 @@ class MachineWish:
 
     `org_id` is who wants it, so that those who wait take turns fairly. One from another sandbox's
     snapshot `replaces_access`: keys and password that are in there open it no more. `mounts` are
-    made anew whenever a machine does not go on from where it stood itself.
+    made anew whenever a machine does not go on from where it stood itself. `version` is that of the
+    sandbox's row when the wish was made; see `NodeControl`.
     """
 
     sandbox_id: str
@@ -92,6 +93,7 @@ class MachineWish:
     snapshot_id: str | None = None
     replaces_access: bool = False
     mounts: tuple[MountWish, ...] = ()
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,9 @@ class NodeReport:
 class NodeControl(Protocol):
     """One host. Asks are wishes: each may come twice, late, or after one that was sent later.
 
-    Each names the incarnation it means. A wish that has been overtaken changes nothing.
+    Each names the incarnation it means, and the version of the sandbox's row that it was made of: a
+    node refuses what is older than what it has been shown of a sandbox. 0 is for what no row asks.
+    A wish that has been overtaken changes nothing.
     """
 
     @property
@@ -212,7 +216,7 @@ class NodeControl(Protocol):
         """
         ...
 
-    async def ensure_paused(self, sandbox_id: str, *, incarnation: int) -> int:
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
         """Return once the machine is saved and uses no memory; at once if it is.
 
         What is returned are the bytes that it takes on disk.
@@ -221,24 +225,25 @@ class NodeControl(Protocol):
 
         Raises:
             NotFoundError: the node holds no such machine.
-            ConflictError: the machine is dead, or the wish was withdrawn.
+            ConflictError: the machine is dead, or the wish was withdrawn or overtaken.
             UnavailableError: not now; the message says what is in the way.
             UnsupportedError: the driver cannot save machines.
         """
         ...
 
-    async def ensure_gone(self, sandbox_id: str, *, incarnation: int) -> None:
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
         """Return once nothing of the sandbox is left, up to and including `incarnation`.
 
         What is under way for it is broken off. A later incarnation is left alone.
 
         Raises:
+            ConflictError: the wish was overtaken.
             UnavailableError: something would not go away; try again.
         """
         ...
 
     async def ensure_snapshot(
-        self, snapshot_id: str, *, sandbox_id: str, incarnation: int
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
     ) -> SnapshotFact:
         """Return once the snapshot is complete; the machine goes on as it was.
 

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 class Record:
     """One machine of a node, and the sandbox it serves, if it serves one.
 
-    `mounted` is what of others' files its guest has mounted, and how, for as long as it goes on.
+    `version` is the latest of the sandbox's row that a wish was made of. `mounted` is what of
+    others' files its guest has mounted, and how, for as long as it goes on.
 
     `slot` is -1 while it has no place. `body` is the folder with what outlives its process. One
     that runs beside a published state has not run on from there yet.
@@ -50,6 +51,7 @@ class Record:
     body: str = "body-1"
     handle: Mapping[str, str | int] | None = None
     mounted: Mapping[str, object] | None = None
+    version: int = 0
     reason_code: str = ""
     reason_message: str = ""
 

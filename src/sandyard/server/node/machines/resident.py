@@ -79,6 +79,7 @@ class Resident:
                 id=new_machine_id(),
                 sandbox_id=wish.sandbox_id,
                 incarnation=wish.incarnation,
+                version=wish.version,
                 phase=Phase.STARTING,
                 slot=_NOWHERE,
                 template=wish.template,
@@ -216,6 +217,11 @@ class Resident:
         """Be the machine of this incarnation of its sandbox from now on."""
         self._record = replace(self._record, incarnation=incarnation)
 
+    def show(self, version: int) -> None:
+        """Note the latest version of the sandbox's row that a wish was made of."""
+        if version > self.__record.version:
+            self.__record = replace(self.__record, version=version)
+
     def serve(self, wish: MachineWish) -> None:
         """Be the wished sandbox's from now on, having waited for whoever comes."""
         self._on_end = None
@@ -223,6 +229,7 @@ class Resident:
             self._record,
             sandbox_id=wish.sandbox_id,
             incarnation=wish.incarnation,
+            version=wish.version,
             phase=Phase.STARTING,
         )
         if self._machine is not None:
@@ -244,7 +251,8 @@ class Resident:
 
     def go_back_to(self, before: Record) -> None:
         """Have the body and the record of before again; nothing may be open of the other."""
-        self._record = replace(before, slot=_NOWHERE, handle=None)
+        version = max(before.version, self._record.version)
+        self._record = replace(before, slot=_NOWHERE, handle=None, version=version)
 
     # --- up -------------------------------------------------------------------------------
 

@@ -94,8 +94,8 @@ class Comparison:
         self._began_at = clock.now()
         self._noted_at: datetime | None = None
         self._is_silent = False
-        self._awake: dict[str, int] = {}
-        self._unwanted: dict[str, int] = {}
+        self._awake: dict[str, tuple[int, int]] = {}
+        self._unwanted: dict[str, tuple[int, int]] = {}
         self._vanished: set[str] = set()
         self._reboots: dict[str, list[datetime]] = {}
         self._unwanted_snapshots: set[str] = set()
@@ -155,7 +155,7 @@ class Comparison:
     async def _compare(self, rows: list[Standing], report: NodeReport) -> None:
         facts = {fact.sandbox_id: fact for fact in report.machines}
         vanished: set[str] = set()
-        awake: dict[str, int] = {}
+        awake: dict[str, tuple[int, int]] = {}
         for sandbox in rows:
             fact = facts.get(sandbox.id)
             if has_expired(sandbox, self._clock.now()):
@@ -168,7 +168,7 @@ class Comparison:
             elif sandbox.status is Status.PAUSED and fact is not None and fact.phase is Phase.DEAD:
                 await self._apply(sandbox, Event.BROKE, reason=_reason_of(fact))
             elif sandbox.status in _KEPT and fact is not None and fact.phase in _AWAKE:
-                awake[sandbox.id] = fact.incarnation
+                awake[sandbox.id] = (fact.incarnation, sandbox.version)
             elif sandbox.status in _KEPT and fact is None:
                 vanished.add(sandbox.id)
                 if sandbox.id in self._vanished:
@@ -274,12 +274,12 @@ class Comparison:
             return
         await self._worker.take_up(Claim(pausing, hold.lease), limit_s=0)
 
-    def _pause_awake(self, found: dict[str, int]) -> None:
+    def _pause_awake(self, found: dict[str, tuple[int, int]]) -> None:
         """Have machines saved that run although their sandboxes are paused: they were resumed, and
         the word of that did not reach the store."""
         twice, self._awake = found.items() & self._awake.items(), found
-        for sandbox_id, incarnation in twice:
-            saved = self._node.ensure_paused(sandbox_id, incarnation=incarnation)
+        for sandbox_id, (incarnation, version) in twice:
+            saved = self._node.ensure_paused(sandbox_id, incarnation=incarnation, version=version)
             self._beside(sandbox_id, saved)
 
     async def _relieve(self, rows: list[Standing], facts: Mapping[str, MachineFact]) -> None:
@@ -302,7 +302,7 @@ class Comparison:
     async def _remove_unwanted(
         self, machines: tuple[MachineFact, ...], known: Mapping[str, Standing]
     ) -> None:
-        found: dict[str, int] = {}
+        found: dict[str, tuple[int, int]] = {}
         for fact in machines:
             sandbox: Standing | Sandbox | None = known.get(fact.sandbox_id)
             if sandbox is None:  # written after the rows were read, gone, or on another node
@@ -310,12 +310,13 @@ class Comparison:
                     sandbox = await tx.sandboxes.find(fact.sandbox_id)
             is_elsewhere = sandbox is not None and sandbox.node_id != self._node.node_id
             if sandbox is None or is_elsewhere or sandbox.status in _NOTHING_LEFT:
-                found[fact.sandbox_id] = fact.incarnation
+                version = 0 if sandbox is None else sandbox.version
+                found[fact.sandbox_id] = (fact.incarnation, version)
         twice = found.items() & self._unwanted.items()
         self._unwanted = found
-        for sandbox_id, incarnation in twice:
+        for sandbox_id, (incarnation, version) in twice:
             log.warning("removing a machine that nobody wants", extra={"sandbox_id": sandbox_id})
-            gone = self._node.ensure_gone(sandbox_id, incarnation=incarnation)
+            gone = self._node.ensure_gone(sandbox_id, incarnation=incarnation, version=version)
             self._beside(sandbox_id, gone)
 
     async def _look_after_snapshots(self, report: NodeReport) -> None:

@@ -275,7 +275,7 @@ class Work:
         sandbox = claim.sandbox
         try:
             size = await self._nodes.get(sandbox.node_id).ensure_paused(
-                sandbox.id, incarnation=sandbox.incarnation
+                sandbox.id, incarnation=sandbox.incarnation, version=sandbox.version
             )
         except (NotFoundError, ConflictError) as error:
             if error.facts.get("status") != "error" and not isinstance(error, NotFoundError):
@@ -316,7 +316,9 @@ class Work:
         sandbox = claim.sandbox
         if sandbox.node_id is not None and self._nodes.has(sandbox.node_id):
             node: NodeControl = self._nodes.get(sandbox.node_id)
-            await node.ensure_gone(sandbox.id, incarnation=sandbox.incarnation)
+            await node.ensure_gone(
+                sandbox.id, incarnation=sandbox.incarnation, version=sandbox.version
+            )
         await self._lifecycle.apply(sandbox, Event.GONE, lease=claim.lease, ip=None, reason=None)
 
 
@@ -333,6 +335,7 @@ def wish_of(sandbox: Sandbox) -> MachineWish:
     return MachineWish(
         sandbox_id=sandbox.id,
         incarnation=sandbox.incarnation,
+        version=sandbox.version,
         template=sandbox.template,
         shape=sandbox.shape,
         hostname=hostname_of(sandbox.name, sandbox.id),

@@ -421,12 +421,15 @@ class Snapshots:
                 raise refusal(now, doing="save")
             try:
                 fact = await node.ensure_snapshot(
-                    snapshot.id, sandbox_id=now.id, incarnation=now.incarnation
+                    snapshot.id,
+                    sandbox_id=now.id,
+                    incarnation=now.incarnation,
+                    version=now.version,
                 )
             except (NotFoundError, ConflictError):
-                # Somebody resumes it at this moment? Then the node knows another incarnation.
+                # Somebody resumes it at this moment, or something else was asked for it since?
                 again = await self._at_rest(await self._register.reread(now.id))
-                if again.status in _SAVABLE and again.incarnation == now.incarnation:
+                if again.status in _SAVABLE and again.version == now.version:
                     raise
                 return None
             return fact.size_bytes
