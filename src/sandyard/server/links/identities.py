@@ -1,0 +1,137 @@
+"""Who is who in a cluster: an authority of the installation's, and certificates that it signs."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from sandyard.server.core.errors import InvalidArgumentError
+
+_SKEW = timedelta(hours=2)  # clocks of hosts need not agree
+_AUTHORITY_LASTS = timedelta(days=20 * 365)
+
+
+def control_name(installation: str, server_id: str) -> str:
+    """Return the name of a control plane, as a URI."""
+    return f"sandyard://{installation}/control/{server_id}"
+
+
+def node_name(installation: str, node_id: str) -> str:
+    """Return the name of a node, as a URI."""
+    return f"sandyard://{installation}/node/{node_id}"
+
+
+def new_request() -> tuple[bytes, bytes]:
+    """Return a fresh private key and a request for a certificate of it, in PEM.
+
+    The request says nothing of whose it is: that is for whoever signs it to know.
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(x509.Name([]))
+        .sign(key, hashes.SHA256())
+    )
+    return _pem_of(key), request.public_bytes(serialization.Encoding.PEM)
+
+
+@dataclass(frozen=True)
+class Authority:
+    """What an installation signs certificates with, in PEM; its key is a secret."""
+
+    certificate: bytes
+    key: bytes
+
+    @classmethod
+    def new(cls, installation: str, now: datetime) -> "Authority":
+        """Return a fresh one."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Sandyard {installation}"[:64])])
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _SKEW)
+            .not_valid_after(now + _AUTHORITY_LASTS)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(signs=True), critical=True)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+            )
+            .sign(key, hashes.SHA256())
+        )
+        return cls(certificate.public_bytes(serialization.Encoding.PEM), _pem_of(key))
+
+    def sign(self, request: bytes, name: str, now: datetime, lasts: timedelta) -> bytes:
+        """Return the certificate of whoever made a request, who is called so from now on.
+
+        Nothing of the request is taken over but its key.
+
+        Raises:
+            InvalidArgumentError: it is no request, or its key is not one that is accepted.
+        """
+        try:
+            asked = x509.load_pem_x509_csr(request)
+            is_own = asked.is_signature_valid
+        except (ValueError, TypeError) as error:
+            raise InvalidArgumentError(
+                "cannot sign this: it is no request for a certificate"
+            ) from error
+        key = asked.public_key()
+        if not is_own or not isinstance(key, ec.EllipticCurvePublicKey):
+            raise InvalidArgumentError("cannot sign this: its key is not one of an elliptic curve")
+        signer = serialization.load_pem_private_key(self.key, None)
+        assert isinstance(signer, ec.EllipticCurvePrivateKey)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([]))
+            .issuer_name(x509.load_pem_x509_certificate(self.certificate).subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _SKEW)
+            .not_valid_after(now + lasts)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs=False), critical=True)
+            .add_extension(
+                x509.ExtendedKeyUsage(
+                    [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+                ),
+                critical=False,
+            )
+            .add_extension(
+                x509.SubjectAlternativeName([x509.UniformResourceIdentifier(name)]), critical=True
+            )
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()),
+                critical=False,
+            )
+            .sign(signer, hashes.SHA256())
+        )
+        return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+
+
+def _usage(*, signs: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs,
+        crl_sign=signs,
+        encipher_only=False,
+        decipher_only=False,
+    )

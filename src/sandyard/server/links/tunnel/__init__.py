@@ -1,0 +1,1 @@
+"""The second way between control planes and nodes: bytes, over mutual TLS."""

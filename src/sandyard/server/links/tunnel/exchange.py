@@ -1,0 +1,125 @@
+"""The bytes of one operation on a connection of the tunnel: the same at both ends."""
+
+import asyncio
+from collections import deque
+
+from sandyard.server.core.errors import SandyardError, UnavailableError
+from sandyard.server.links.tunnel.frames import (
+    PIECE,
+    WINDOW,
+    BrokenError,
+    Kind,
+    Line,
+    refusal,
+    refused,
+)
+
+
+class Exchange:
+    """See core.contracts.node.ByteStream. Nothing comes unless `run` runs beside."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._came: deque[bytes] = deque()
+        self._held = 0  # bytes that came and were not taken
+        self._owed = 0  # bytes that were taken, and that was not said
+        self._may_send = WINDOW
+        self._changed = asyncio.Condition()
+        self._has_ended = False
+        self._trouble: SandyardError | None = None
+        self._is_over = False
+
+    async def run(self) -> None:
+        """Hear what is said until the other side has left.
+
+        Raises:
+            BrokenError: it is gone without a word, or said what it may not.
+        """
+        try:
+            while True:
+                said = await self._line.hear()
+                match said.kind:
+                    case Kind.LEAVE:
+                        return
+                    case Kind.DATA if not self._has_ended:
+                        self._came.append(said.payload)
+                        self._held += len(said.payload)
+                        if self._held > WINDOW:
+                            raise BrokenError("more came than may")
+                    case Kind.END:
+                        self._has_ended = True
+                    case Kind.REFUSE:
+                        self._trouble = refused(said.payload)
+                    case Kind.TAKEN:
+                        self._may_send += int.from_bytes(said.payload, "big")
+                        if self._may_send > WINDOW:
+                            raise BrokenError("more was taken than came")
+                    case _:
+                        raise BrokenError("this was not to come now")
+                await self._tell()
+        except BrokenError:
+            self._trouble = UnavailableError("the connection to the node was lost")
+            raise
+        finally:
+            self._is_over = True
+            await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def read(self, limit: int) -> bytes:
+        """See core.contracts.node.ByteStream.read; the end of what came before an error is read
+        first."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._came or self._has_ended or self._trouble or self._is_over
+            )
+        if not self._came:
+            if self._trouble is not None:
+                raise self._trouble
+            if self._has_ended:
+                return b""
+            raise UnavailableError("the other side has left")
+        data = self._came.popleft()
+        if len(data) > limit:
+            self._came.appendleft(data[limit:])
+            data = data[:limit]
+        self._held -= len(data)
+        self._owed += len(data)
+        if self._owed >= WINDOW // 2 and not self._is_over:
+            owed, self._owed = self._owed, 0
+            await self._say(Kind.TAKEN, owed.to_bytes(4, "big"))
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """See core.contracts.node.ByteStream.write."""
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            await self._until_there_is_room(len(piece))
+            if self._trouble is not None:
+                raise self._trouble
+            if self._is_over:
+                raise UnavailableError("the other side has left")
+            self._may_send -= len(piece)
+            await self._say(Kind.DATA, piece)
+
+    async def _until_there_is_room(self, size: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._may_send >= size or self._trouble is not None or self._is_over
+            )
+
+    async def write_eof(self) -> None:
+        """See core.contracts.node.ByteStream.write_eof."""
+        await self._say(Kind.END)
+
+    async def refuse(self, error: SandyardError) -> None:
+        """Tell the other side what went wrong, in the place of more bytes."""
+        await self._say(Kind.REFUSE, refusal(error))
+
+    async def _say(self, kind: Kind, payload: bytes = b"") -> None:
+        try:
+            await self._line.say(kind, payload)
+        except BrokenError as error:
+            raise UnavailableError("the connection to the node was lost") from error

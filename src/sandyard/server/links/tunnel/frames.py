@@ -1,0 +1,154 @@
+"""What is said on a connection of the tunnel: frames, each of a kind, none longer than agreed.
+
+    kind     1 byte
+    length   4 bytes, big-endian
+    payload  length bytes
+
+The control plane asks (`ASK`, JSON), the node answers or refuses, then bytes go both ways until
+each side has said `END`; `LEAVE` ends the operation, and once the node has said it back, the
+connection carries the next. Neither side sends more than `WINDOW` bytes that the other has not
+`TAKEN`, so both can always read on: whoever leaves is heard whatever is not taken. A side that
+breaks this is hung up on.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+from sandyard.server.core.errors import SandyardError, error_of
+
+VERSION: Final = 1
+PIECE: Final = 256 * 1024
+WINDOW: Final = 4 * PIECE
+_HEAD_MAX: Final = 16 * 1024 * 1024  # an operation and what goes with it; see core.wire.REQUEST_MAX
+_HEADER: Final = 5
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    ASK = 1
+    ANSWER = 2
+    REFUSE = 3  # before an answer, or in the place of more bytes
+    DATA = 4
+    END = 5  # of the bytes in this direction
+    LEAVE = 6
+    TAKEN = 7  # how many bytes, in 4 bytes, big-endian
+
+
+_LONGEST: Final[Mapping[Kind, int]] = {
+    Kind.ASK: _HEAD_MAX,
+    Kind.ANSWER: _HEAD_MAX,
+    Kind.REFUSE: 64 * 1024,
+    Kind.DATA: PIECE,
+    Kind.END: 0,
+    Kind.LEAVE: 0,
+    Kind.TAKEN: 4,
+}
+
+
+class BrokenError(Exception):
+    """The other side broke off, or said what it may not; the connection is of no more use."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """One frame."""
+
+    kind: Kind
+    payload: bytes
+
+
+class Line:
+    """A connection, frame by frame."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._header: bytes | None = None  # of a frame whose rest has not come yet
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the other side is still there, as far as is known."""
+        is_lost = self._reader.at_eof() or self._reader.exception() is not None
+        return not is_lost and not self._writer.is_closing()
+
+    async def hear(self) -> Said:
+        """Return the next frame; one that is cancelled has taken nothing.
+
+        Raises:
+            BrokenError: there is none to come.
+        """
+        try:
+            if self._header is None:
+                self._header = await self._reader.readexactly(_HEADER)
+            kind, length = Kind(self._header[0]), int.from_bytes(self._header[1:], "big")
+            if length > _LONGEST[kind]:
+                raise BrokenError("a frame is too long")
+            payload = await self._reader.readexactly(length) if length else b""
+            self._header = None
+            return Said(kind, payload)
+        except (OSError, EOFError, ValueError) as error:
+            raise BrokenError(str(error)) from error
+
+    async def say(self, kind: Kind, payload: bytes = b"") -> None:
+        """Send a frame, and return once there is room for more.
+
+        Raises:
+            BrokenError: nobody takes it.
+        """
+        if self._writer.is_closing():
+            raise BrokenError("the connection is closed")
+        try:
+            self._writer.write(bytes((kind,)) + len(payload).to_bytes(4, "big"))
+            if payload:
+                self._writer.write(payload)
+            await self._writer.drain()
+        except OSError as error:
+            raise BrokenError(str(error)) from error
+
+    def hang_up(self) -> None:
+        """Close it, whatever is under way."""
+        self._writer.transport.abort()
+
+
+def head(values: Mapping[str, object]) -> bytes:
+    """Return the payload of a frame that carries values."""
+    return json.dumps(values).encode()
+
+
+def values_of(payload: bytes) -> dict[str, Any]:
+    """Return the values that a frame carries.
+
+    Raises:
+        BrokenError: it carries none.
+    """
+    try:
+        found = json.loads(payload)
+    except ValueError as error:
+        raise BrokenError("a frame is not JSON") from error
+    if not isinstance(found, dict):
+        raise BrokenError("a frame is no object")
+    return found
+
+
+def refusal(error: SandyardError) -> bytes:
+    """Return the payload that tells of an error."""
+    return head({"code": error.code.value, "message": error.message, "facts": error.facts})
+
+
+def refused(payload: bytes) -> SandyardError:
+    """Return the error that a payload tells of.
+
+    Raises:
+        BrokenError: it tells of none.
+    """
+    told = values_of(payload)
+    code, message, facts = told.get("code"), told.get("message"), told.get("facts")
+    if not isinstance(code, str) or not isinstance(message, str) or not isinstance(facts, dict):
+        raise BrokenError("an error is not told as agreed")
+    known = {str(name): one for name, one in facts.items() if isinstance(one, str | int)}
+    return error_of(code, message, known)

@@ -1,0 +1,186 @@
+"""The node's end of the tunnel: operations are opened for whoever may ask, and bytes carried."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sandyard.server.core import ops
+from sandyard.server.core.codec import CodecError, decode, encode
+from sandyard.server.core.contracts.node import MachineRef, NodeTunnel, Opened
+from sandyard.server.core.errors import (
+    InternalError,
+    InvalidArgumentError,
+    SandyardError,
+)
+from sandyard.server.links.tunnel.ends import name_of, watch_over
+from sandyard.server.links.tunnel.exchange import Exchange
+from sandyard.server.links.tunnel.frames import (
+    PIECE,
+    VERSION,
+    BrokenError,
+    Kind,
+    Line,
+    head,
+    refusal,
+    values_of,
+)
+from sandyard.server.tasks import Crew, beside
+
+log = logging.getLogger(__name__)
+
+_FIRST_S = 20.0
+_LIMIT = 2 * PIECE
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a control plane asks for."""
+
+    machine: MachineRef
+    operation: ops.Operation[Any]
+
+
+@asynccontextmanager
+async def serving(
+    tunnel: NodeTunnel,
+    *,
+    address: str,
+    port: int,
+    tls: ssl.SSLContext,
+    may: Callable[[str], bool],
+    most: int = 1000,
+) -> AsyncIterator[int]:
+    """Serve a node's machines to control planes, and yield the port; on leaving, hang up on all.
+
+    `may` tells of a name (see `ends.name_of`) whether whoever has it may ask; of the others nobody
+    gets further. `most` connections are served at once.
+    """
+    lines: set[Line] = set()
+    async with Crew() as crew:
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            line = Line(reader, writer)
+            if len(lines) >= most or not _may(writer, may):
+                line.hang_up()
+                return
+            lines.add(line)
+            watch_over(writer)
+            try:
+                with suppress(BrokenError):
+                    while True:
+                        await _one(tunnel, line)
+            finally:
+                lines.discard(line)
+                line.hang_up()
+
+        def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if crew.start(serve(reader, writer), "a connection of the tunnel failed") is None:
+                writer.transport.abort()
+
+        server = await asyncio.start_server(
+            take, address, port, ssl=tls, limit=_LIMIT, ssl_handshake_timeout=_FIRST_S
+        )
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+            for line in lines:
+                line.hang_up()
+
+
+def _may(writer: asyncio.StreamWriter, may: Callable[[str], bool]) -> bool:
+    tls = writer.get_extra_info("ssl_object")
+    peer = writer.get_extra_info("peername")
+    try:
+        name = name_of(tls)
+    except SandyardError as error:
+        log.warning("hung up on %s: %s", peer, error.message)
+        return False
+    if not may(name):
+        log.warning("hung up on %s: %s may not use this tunnel", peer, name)
+        return False
+    return True
+
+
+async def _one(tunnel: NodeTunnel, line: Line) -> None:
+    """Serve one operation, to its end.
+
+    Raises:
+        BrokenError: the connection is of no more use.
+    """
+    asked = await line.hear()
+    if asked.kind is not Kind.ASK:
+        raise BrokenError("it asks for nothing")
+    is_left = False
+    try:
+        ask = _asked(asked.payload)
+        async with tunnel.open(ask.machine, ask.operation) as opened:
+            await line.say(Kind.ANSWER, head(encode(opened.answer)))
+            exchange = Exchange(line)
+            # It is over once the control plane leaves, whatever is still to be carried.
+            async with beside(_carry(opened, exchange)):
+                await exchange.run()
+                is_left = True
+    except BrokenError:
+        raise
+    except Exception as error:  # one that fails is not all, and whoever waits is told
+        told = error
+        if not isinstance(told, SandyardError):
+            log.exception("an operation failed in a way that nobody foresaw")
+            told = InternalError(f"cannot carry this out: {error}")
+        if not is_left:
+            await line.say(Kind.REFUSE, refusal(told))
+            await _until_left(line)
+    await line.say(Kind.LEAVE)
+
+
+def _asked(payload: bytes) -> Ask:
+    """Return what is asked.
+
+    Raises:
+        InvalidArgumentError: nobody could know.
+    """
+    values = values_of(payload)
+    if values.get("v") != VERSION:
+        raise InvalidArgumentError("cannot tell what is asked: it is of another version")
+    try:
+        return Ask(
+            decode(MachineRef, values.get("machine")),
+            ops.operation_of(str(values.get("op")), values.get("args") or {}),
+        )
+    except (CodecError, ops.UnknownOperationError) as error:
+        raise InvalidArgumentError(f"cannot tell what is asked: {error}") from error
+
+
+async def _until_left(line: Line) -> None:
+    while (await line.hear()).kind is not Kind.LEAVE:
+        pass
+
+
+async def _carry(opened: Opened[Any], exchange: Exchange) -> None:
+    """Carry bytes both ways until both have ended, or something went wrong, which is told."""
+
+    async def up() -> None:
+        while data := await exchange.read(PIECE):
+            await opened.stream.write(data)
+        await opened.stream.write_eof()
+
+    async def down() -> None:
+        while data := await opened.stream.read(PIECE):
+            await exchange.write(data)
+        await exchange.write_eof()
+
+    async def told(carry: Callable[[], Coroutine[object, object, None]]) -> None:
+        try:
+            await carry()
+        except SandyardError as error:
+            with suppress(SandyardError):
+                await exchange.refuse(error)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(told(up))
+        tasks.create_task(told(down))
