@@ -180,6 +180,36 @@ def test_files_behave_and_a_full_workspace_says_so(
     assert content(yard, work, "small") == b"still here\nand here\n"
 
 
+def test_a_file_that_is_open_is_opened_again_for_what_its_mode_allows(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    box = a_box(yard, boxes, (work, "/workspace"))
+    script = """
+        python3 - <<'E'
+        import os
+        from os import O_RDONLY as R, O_RDWR as RW, O_TRUNC as T, O_WRONLY as W
+        def opened(name, flags):
+            try: os.close(os.open("/workspace/" + name, flags)); return "open"
+            except OSError as error: return error.strerror
+        open("/workspace/roots", "w").write("precious"); os.chmod("/workspace/roots", 0o644)
+        os.setgid(1000); os.setuid(1000)
+        made = os.open("/workspace/pack", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o444)
+        os.write(made, b"as git makes them")
+        print(opened("pack", R))
+        os.write(made, b", on and on")
+        os.close(made)
+        print(*(opened("pack", one) for one in (R, W, RW)))
+        held = os.open("/workspace/roots", R)
+        print(*(opened("roots", one) for one in (R, W, RW, R | T)))
+        E
+        """
+    refused = "Permission denied"
+    assert said(yard, box, textwrap.dedent(script)).splitlines() == [
+        "open", f"open {refused} {refused}", f"open {refused} {refused} {refused}",
+    ]  # fmt: skip
+    assert content(yard, work, "pack") == b"as git makes them, on and on"
+
+
 def test_what_is_read_only_and_what_is_not_granted_stays_so(
     yard: RealServer, work: str, boxes: list[str]
 ) -> None:
@@ -482,14 +512,14 @@ def mount_of(work: str) -> list[dict[str, Any]]:
     return [{"workspaceId": work, "path": "/workspace"}]
 
 
-def test_twenty_machines_mount_one_workspace_at_once(
+def test_fifty_machines_mount_one_workspace_at_once(
     yard: RealServer, work: str, boxes: list[str]
 ) -> None:
-    with ThreadPoolExecutor(20) as threads:
-        made = list(threads.map(lambda _: str(yard.create(mounts=mount_of(work))["id"]), range(20)))
+    with ThreadPoolExecutor(50) as threads:
+        made = list(threads.map(lambda _: str(yard.create(mounts=mount_of(work))["id"]), range(50)))
         boxes += made
         list(threads.map(lambda one: said(yard, one, f"hostname > /workspace/{one}"), made))
     listing = yard.client.get(f"/v1/workspaces/{work}/files").json()
     assert {one["id"].strip("/") for one in listing} == set(made)
     usage = yard.client.get(f"/v1/workspaces/{work}/usage").json()["data"]
-    assert usage["counts"]["mountedSandboxes"] == 20
+    assert usage["counts"]["mountedSandboxes"] == 50

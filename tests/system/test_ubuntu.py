@@ -120,6 +120,59 @@ def test_python_and_pip_work_for_root_and_for_the_user(server: RealServer, box: 
     assert said(server, box, "sudo -n which pip", user="user") == "/opt/venv/bin/pip\n"
 
 
+GIT = """
+set -e
+cd ~
+git init -q -b main origin
+cd origin
+git config --global user.email me@example.org
+git config --global user.name me
+head -c 300000 /dev/urandom >data
+git add .
+git commit -qm one
+git clone -q ~/origin /workspace/clone
+git clone -q --no-local ~/origin /workspace/packed  # as from elsewhere: it comes in a pack
+cd /workspace/packed
+git fsck --no-progress
+echo two >two
+git add .
+git commit -qm two
+git gc -q
+git push -q origin HEAD:other
+git log --format=%s
+cmp data ../clone/data
+findmnt -no FSTYPE /workspace
+"""
+NPM = """
+set -e
+mkdir own app
+echo '{"name": "own", "version": "1.0.0"}' >own/package.json
+echo 'module.exports = 42' >own/index.js
+npm pack --silent ./own
+cd app
+npm install --silent --offline --no-audit --no-fund ../own-1.0.0.tgz
+node -e 'console.log(require("own"))'
+"""
+
+
+def test_git_pip_and_npm_work_in_a_workspace(server: RealServer) -> None:
+    work = server.client.post("/v1/workspaces", json={"name": "Work"}).json()["data"]["id"]
+    mounts = [{"workspaceId": work, "path": "/workspace"}]
+    box = str(server.create(template="base-ubuntu", mounts=mounts)["id"])
+    assert said(server, box, GIT, user="user").split() == ["two", "one", "nfs4"]
+    said(server, box, "python3 -", stdin=WHEEL)
+    line = (
+        "pip install --quiet --no-index --target site /tmp/greeting-1-py3-none-any.whl && "
+        "PYTHONPATH=site python -c 'import greeting; print(greeting.WORDS)'"
+    )
+    told = said(server, box, line, user="user", cwd="/workspace")
+    assert told == "hello from a wheel\n"
+    told = said(server, box, NPM, user="user", cwd="/workspace")
+    assert told.split() == ["own-1.0.0.tgz", "42"]
+    server.delete(box)
+    assert server.client.delete(f"/v1/workspaces/{work}").status_code == 200
+
+
 def test_what_etc_environment_sets_is_in_every_process(server: RealServer, box: str) -> None:
     said(server, box, "echo 'OWN=\"from a file\"' >> /etc/environment")
     assert said(server, box, "echo $OWN") == "from a file\n"

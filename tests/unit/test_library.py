@@ -1,11 +1,16 @@
-"""The one mend of NFS-Ganesha's library: where it is certain, and nowhere else."""
+"""The mends of NFS-Ganesha's library: where it is certain, and nowhere else."""
 
 import struct
 from pathlib import Path
 
 import pytest
 
-from sandyard.server.node.exports.library import library_of, mended, minor_versions
+from sandyard.server.node.exports.library import (
+    library_of,
+    mended,
+    minor_versions,
+    version_of,
+)
 
 _NAME = b"ganesha_unknown_owner\0"
 _RELOCATIONS, _NAME_AT, _OWNER_AT, _SHIFT = 0x200, 0x300, 0x400, 0x10000
@@ -33,8 +38,8 @@ def a_library(*, kind: int = 8, name: bytes = _NAME, lengths: tuple[int, ...] = 
 @pytest.mark.parametrize("kind", [8, 1027])
 def test_only_the_length_of_the_unknown_owner_changes(kind: int) -> None:
     library = a_library(kind=kind)
-    better = mended(library)
-    assert better is not None
+    better, missing = mended(library, "4.3")
+    assert missing == []
     assert [n for n in range(len(library)) if library[n] != better[n]] == [_LENGTH_AT]
     assert struct.unpack_from("<i", better, _LENGTH_AT) == (20,)
 
@@ -52,7 +57,38 @@ def test_what_is_not_certain_is_left_alone() -> None:
         a_library() + _NAME,
         a_library()[:_OWNER_AT],
     ):
-        assert mended(library) is None
+        found, missing = mended(library, "4.3")
+        assert found == library
+        assert "locks" in missing[0]
+
+
+_CALL = b"\xe8\x01\x02\x03\x04"
+_REST = (
+    b"\xb9\x01\x00\x00\x00", b"\x48\x8b\xb4\x24\x0a\x00\x00\x00", b"\x44\x09\xd2", b"\x0f\xb7\xd2",
+)  # fmt: skip
+_OPENS = b"\x0f\xb7\x54\x24\x0a\x48\x8b\xbc\x24\xa8\x00\x00\x00" + b"".join(_REST) + _CALL
+
+
+def test_a_file_that_is_opened_again_is_looked_at_only_for_more_than_there_was() -> None:
+    library = a_library() + b"before" + _OPENS + b"after"
+    better, missing = mended(library, "6.5")
+    assert missing == []
+    assert len(better) == len(library)
+    assert better[-len(_OPENS) - 5 :] == (
+        b"\x0f\xb7\x54\x24\x0a\x48\x8b\xbc\x24\xa8\x00\x00\x00\x48\x8b\xb4\x24\x0a\x00\x00\x00"
+        b"\x89\xd1\x44\x09\xd2\x66\x39\xd1\x0f\x95\xc1" + _CALL + b"after"
+    )
+    for version in ("4.3", "6.3", "6.6", "7.0", ""):  # where nothing is wrong
+        assert mended(library, version)[0].endswith(_OPENS + b"after")
+    for other in (
+        a_library(),
+        a_library() + _OPENS + _OPENS,
+        a_library() + _OPENS[: -len(_CALL)],
+        a_library() + _OPENS.replace(b"\xb9\x01", b"\xb9\x00"),
+    ):
+        found, missing = mended(other, "6.5")
+        assert found[_LENGTH_AT + 4 :] == other[_LENGTH_AT + 4 :]
+        assert "git clone" in missing[0]
 
 
 def test_the_library_of_this_host_is_known() -> None:
@@ -60,9 +96,10 @@ def test_the_library_of_this_host_is_known() -> None:
     if library is None:
         pytest.skip("NFS-Ganesha is not installed here")
     before = library.read_bytes()
-    better = mended(before)
-    assert better is not None
-    assert sum(one != other for one, other in zip(before, better, strict=True)) == 1
+    better, missing = mended(before, version_of(library))
+    assert missing == []
+    changed = sum(one != other for one, other in zip(before, better, strict=True))
+    assert 1 <= changed <= 33
 
 
 def test_a_library_is_found_by_its_name_of_this_version(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """Pure parts of the node: rules, definitions, command lines, records."""
 
 import asyncio
+import gzip
 import ipaddress
+import lzma
 import os
+import shutil
 import socket
+import subprocess
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +36,7 @@ from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exceptions, slot_rules
 from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.images.definitions import load_definition, load_definitions
-from sandyard.server.node.images.initrd import make_initrd
+from sandyard.server.node.images.initrd import add_modules, make_initrd
 from sandyard.server.node.machines.console import FailedConsoles, append_console
 from sandyard.server.node.machines.guest import Guest
 from sandyard.server.node.machines.means import Means
@@ -279,6 +283,36 @@ def test_an_initramfs_needs_its_modules(tmp_path: Path) -> None:
     # A kernel with everything built in has no modules at all.
     make_initrd(tmp_path, None, script, tmp_path / "initrd")
     assert b".ko" not in (tmp_path / "initrd").read_bytes()
+
+
+def test_what_mounts_need_lies_unpacked_in_the_image(tmp_path: Path) -> None:
+    folder = tmp_path / "usr/lib/modules/6.8"
+    (folder / "n").mkdir(parents=True)
+    (folder / "modules.builtin").write_text("a/lockd.ko\n")
+    (folder / "modules.dep").write_text(
+        "n/nfsv4.ko.xz: n/nfs.ko.gz n/sunrpc.ko.zst\nn/nfs.ko.gz: n/sunrpc.ko.zst\n"
+        "n/sunrpc.ko.zst:\n"
+    )
+    (folder / "n/nfsv4.ko.xz").write_bytes(lzma.compress(b"four"))
+    (folder / "n/nfs.ko.gz").write_bytes(gzip.compress(b"nfs"))
+    packed = subprocess.run(["zstd", "-c"], input=b"rpc", capture_output=True, check=True).stdout
+    (folder / "n/sunrpc.ko.zst").write_bytes(packed)
+    add_modules(tmp_path, "6.8")
+    made = tmp_path / "usr/lib/sandyard/modules"
+    order = (made / "order").read_text().split()
+    assert order == ["sunrpc.ko", "nfs.ko", "nfsv4.ko"]
+    assert [(made / one).read_bytes() for one in order] == [b"rpc", b"nfs", b"four"]
+    # A kernel with everything built in, or without any NFS, has nothing to load.
+    (folder / "modules.builtin").write_text("a/nfsv4.ko\n")
+    for release in ("6.8", None):
+        shutil.rmtree(made)
+        add_modules(tmp_path, release)
+        assert (made / "order").read_text() == ""
+    (folder / "modules.builtin").write_text("")
+    (folder / "n/nfs.ko.gz").write_bytes(b"no gzip")
+    shutil.rmtree(made)
+    with pytest.raises(InternalError, match=r"nfs\.ko\.gz cannot be read"):
+        add_modules(tmp_path, "6.8")
 
 
 def test_with_kvm_the_account_gets_the_devices_group(monkeypatch: pytest.MonkeyPatch) -> None:

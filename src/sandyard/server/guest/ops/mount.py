@@ -23,7 +23,7 @@ from sandyard.server.guest.system import RefusedError
 _GATEWAY = "172.16.0.1"
 _GUEST = "172.16.0.2"
 _LIMIT_S = 30.0
-_MODPROBE = ("/usr/bin/busybox", "modprobe", "-q", "nfsv4")
+_LOADING = "/usr/lib/sandyard/load-modules"
 _CLIENT = Path("/sys/module/nfs/parameters/nfs4_unique_id")
 _SHARES = Path("/sys/fs/nfs")
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8  # umount(2)
@@ -91,7 +91,7 @@ def _mounted() -> list[tuple[bytes, str]]:
 
 async def _load_module() -> None:
     process = await asyncio.create_subprocess_exec(
-        *_MODPROBE, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+        _LOADING, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     try:

@@ -1,13 +1,23 @@
-"""What is known of NFS-Ganesha's library, by its version, and a mend for a copy of it.
+"""What is known of NFS-Ganesha's library, by its version, and mends for a copy of it.
 
-Only the server sees that copy. Who asks for a lock that another holds is told who that is; or, if
+Only the server sees that copy, and nothing in it is changed of which it is not certain what it is.
+
+**Locks that are waited for.** Who asks for a lock that another holds is told who that is; or, if
 it means to wait, of an owner that is not known: "ganesha_unknown_owner", 21 bytes
 (`Process_nfs4_conflict` in its SAL/nfs4_owner.c). Linux's clients have room for an owner of 20, as
 their own are (`lock_owner_id_maxsz` in its fs/nfs/nfs4xdr.c): they cannot read the answer, and
 `flock` and `fcntl` end in EIO where they should have waited. With a byte less in the length of that
 name, which nobody looks at, they wait.
+
+**Files that are opened again.** A client that has a file open and opens it once more, as the same
+user, asks for what it had and what it wants together (`open4_ex` in its nfs4_op_open.c). Versions
+6.4 and 6.5 look whether the user may have all of that by the mode of the file: one that was made
+read-only, and is still open for writing as it may be (every pack of `git clone`), cannot be opened
+for reading by anybody but root (nfs-ganesha's issue 1219; later ones are mended). In the copy they
+look only if it asks for something that it does not have.
 """
 
+import re
 import struct
 from pathlib import Path
 
@@ -20,6 +30,17 @@ _LOAD = 1
 # "What is loaded lies elsewhere: add that", on x86-64 and on 64-bit ARM; ELF's psABI of each.
 _RELATIVE = (8, 1027)
 _AROUND = range(-64, 64, 4)
+_REFUSES_AGAIN = ("6.4", "6.5")
+# x86-64: what is open already comes into %edx and what is asked for on top, 1 into %ecx for "look
+# whether they may", the state and the file into %rsi and %rdi, and the file is opened again.
+_OPENS_AGAIN = re.compile(
+    rb"(\x0f\xb7\x54\x24.)(\x48\x8b\xbc\x24.{4})\xb9\x01\x00\x00\x00(\x48\x8b\xb4\x24.{4})"
+    rb"\x44\x09\xd2\x0f\xb7\xd2(?=\xe8)",
+    re.DOTALL,
+)
+# In as many bytes: %cl is 1 if the two together (%dx, after the `or`) are not what is open already
+# (kept in %ecx before it). That %edx is widened there again is done by whoever is called, too.
+_LOOKS_IF_MORE = b"\x89\xd1\x44\x09\xd2\x66\x39\xd1\x0f\x95\xc1"
 
 
 def library_of(root: Path = Path("/")) -> Path | None:
@@ -34,22 +55,42 @@ def minor_versions(library: Path | None) -> str:
     By NFSv4.2, Ganesha 4.3 reads zeros where data is (READ_PLUS; tried with Linux 6.12, which asks
     so). 6.5 does not.
     """
-    major = "" if library is None else library.name.partition(".so.")[2].partition(".")[0]
+    major = "" if library is None else version_of(library).partition(".")[0]
     return "1,2" if major.isdecimal() and int(major) >= _READS_WELL else "1"
 
 
-def mended(library: bytes) -> bytes | None:
-    """Return such a library with a shorter name for an unknown owner of locks.
+def mended(library: bytes, version: str) -> tuple[bytes, list[str]]:
+    """Return such a library with what is mended in it, as far as it is certain where that is, and a
+    sentence on each thing that is not as it should be.
 
-    None if it is not known for certain where its length stands: a library of another kind.
+    `version` is Ganesha's, such as 6.5.
     """
+    missing = []
     try:
         at = _length_of_owner(library)
     except struct.error:
-        return None
+        at = None
     if at is None:
-        return None
-    return library[:at] + struct.pack("<i", _ROOM) + library[at + 4 :]
+        missing.append("waiting for locks may not work in workspaces")
+    else:
+        library = library[:at] + struct.pack("<i", _ROOM) + library[at + 4 :]
+    if version in _REFUSES_AGAIN:
+        if len(_OPENS_AGAIN.findall(library)) == 1:
+            library = _OPENS_AGAIN.sub(_again, library)
+        else:
+            missing.append("git clone may not work in workspaces, but for root")
+    return library, missing
+
+
+def version_of(library: Path) -> str:
+    """Return the version in a library's name, such as 6.5; nothing if there is none."""
+    return library.name.partition(".so.")[2]
+
+
+def _again(found: re.Match[bytes]) -> bytes:
+    mended = found[1] + found[2] + found[3] + _LOOKS_IF_MORE
+    assert len(mended) == len(found[0])
+    return mended
 
 
 def _length_of_owner(library: bytes) -> int | None:

@@ -31,7 +31,12 @@ from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.namespaces import path_of
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.node.commands import run
-from sandyard.server.node.exports.library import library_of, mended, minor_versions
+from sandyard.server.node.exports.library import (
+    library_of,
+    mended,
+    minor_versions,
+    version_of,
+)
 from sandyard.server.node.host.firewall import NFS_PORT
 from sandyard.server.node.host.mounts import is_mounted
 from sandyard.server.tasks import in_thread
@@ -222,10 +227,12 @@ class Server:
     def _mend_library(self) -> str:
         """Lay a mended copy of its library ready; return what it shall stand for, or nothing."""
         library = library_of()
-        better = None if library is None else mended(library.read_bytes())
-        if library is None or better is None:
-            log.warning("the file server's library is unknown here: waiting for locks may not work")
+        if library is None:
+            log.warning("the file server's library is unknown here, and goes without its mends")
             return ""
+        better, missing = mended(library.read_bytes(), version_of(library))
+        for sentence in missing:
+            log.warning("the file server's library is not one that is known: %s", sentence)
         copy, part = self.folder / "library", self.folder / "library.part"
         try:
             if not copy.exists() or copy.read_bytes() != better:

@@ -27,7 +27,7 @@ from sandyard.server.node.images.definitions import (
     arguments_for,
 )
 from sandyard.server.node.images.images import Image, Images, write_manifest
-from sandyard.server.node.images.initrd import kernel_release, make_initrd
+from sandyard.server.node.images.initrd import add_modules, kernel_release, make_initrd
 from sandyard.server.node.images.kernel import OwnKernel, own_kernel, refuse_lacking
 from sandyard.server.tasks import in_thread
 
@@ -332,6 +332,7 @@ class _Build:
         )
         files = Path(__file__).parent / "guest_files"
         await in_thread(make_initrd, root, release, files / "init", made / "initrd")
+        await in_thread(add_modules, root, release)
         shutil.rmtree(root / "boot")
         (root / "boot").mkdir()
         base = made / "base.ext4"
@@ -449,6 +450,9 @@ def _add_guest(root: Path, start: str | None) -> None:
         script.chmod(0o755)
         inittab += "::respawn:/usr/lib/sandyard/start\n"
     (root / "usr/lib/sandyard/inittab").write_text(inittab)
+    loading = root / "usr/lib/sandyard/load-modules"
+    shutil.copy(Path(__file__).parent / "guest_files/load-modules", loading)
+    loading.chmod(0o755)
     for name in ("workspace", "proc", "sys", "dev", "run", "tmp"):
         (root / name).mkdir(exist_ok=True)
     _add_ends(root)

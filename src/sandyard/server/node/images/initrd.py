@@ -1,4 +1,5 @@
-"""Makes the initramfs: busybox, the few modules a machine needs, and one script."""
+"""Makes the initramfs: busybox, the few modules a machine needs, and one script; and puts those
+modules into the image that it may need later."""
 
 import gzip
 import lzma
@@ -6,7 +7,7 @@ import os
 import stat
 import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError
@@ -14,7 +15,8 @@ from sandyard.server.drivers.initrd import cpio_entry
 
 # tcp_diag: to break off connections that a machine which stood still believes to have.
 _MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "ext4", "overlay", "tcp_diag")
-_OPTIONAL = frozenset({"tcp_diag"})
+_OPTIONAL = frozenset({"tcp_diag", "nfsv4"})
+_FOR_MOUNTS = ("nfsv4",)
 _FOLDERS = ("bin", "dev", "proc", "sys", "base", "disk", "root", "modules")
 _APPLETS = (
     "sh", "mount", "umount", "mkdir", "insmod", "grep", "cp", "rm", "ln", "chmod", "ip", "hostname",
@@ -43,7 +45,7 @@ def make_initrd(root: Path, release: str | None, script: Path, target: Path) -> 
         archive += cpio_entry(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox")
     archive += cpio_entry("init", stat.S_IFREG | 0o755, script.read_bytes())
     order = []
-    for path in _in_load_order(root / "usr/lib/modules" / release) if release else ():
+    for path in _in_load_order(root / "usr/lib/modules" / release, _MODULES) if release else ():
         name = path.name.split(".ko")[0] + ".ko"
         order.append(name)
         archive += cpio_entry(f"modules/{name}", stat.S_IFREG | 0o644, _module_bytes(path))
@@ -54,7 +56,23 @@ def make_initrd(root: Path, release: str | None, script: Path, target: Path) -> 
     target.write_bytes(archive)
 
 
-def _in_load_order(folder: Path) -> Iterator[Path]:
+def add_modules(root: Path, release: str | None) -> None:
+    """Put the modules that workspaces are mounted with into a root file system, unpacked, where its
+    `load-modules` finds them. None stands for a kernel without modules.
+
+    Raises:
+        InternalError: one of them cannot be read.
+    """
+    folder = root / "usr/lib/sandyard/modules"
+    folder.mkdir(parents=True)
+    order = []
+    for path in _in_load_order(root / "usr/lib/modules" / release, _FOR_MOUNTS) if release else ():
+        order.append(path.name.split(".ko")[0] + ".ko")
+        (folder / order[-1]).write_bytes(_module_bytes(path))
+    (folder / "order").write_text("".join(f"{name}\n" for name in order))
+
+
+def _in_load_order(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     needs: dict[str, list[str]] = {}
     by_name: dict[str, str] = {}
     for line in (folder / "modules.dep").read_text().splitlines():
@@ -66,7 +84,7 @@ def _in_load_order(folder: Path) -> Iterator[Path]:
         for line in (folder / "modules.builtin").read_text().splitlines()
     }
     done: set[str] = set()
-    for name in _MODULES:
+    for name in names:
         if name in builtin:
             continue
         if name not in by_name and name in _OPTIONAL:
@@ -92,7 +110,7 @@ def _module_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, EOFError, lzma.LZMAError, zlib.error, subprocess.SubprocessError) as error:
         raise InternalError(
-            f"cannot make the initramfs: the module {path.name} cannot be read: {error}"
+            f"cannot make the image: the module {path.name} cannot be read: {error}"
         ) from error
 
 
