@@ -211,6 +211,21 @@ async def test_a_connection_serves_one_operation_after_the_other(ends: Ends) -> 
     assert ends.connected() <= 4
 
 
+async def test_who_goes_on_with_what_is_over_disturbs_no_other(ends: Ends) -> None:
+    async with asyncio.timeout(_LIMIT_S):
+        async with ends.tunnel.open(WHERE, DIAL) as before:
+            await before.stream.write(b"x")
+        await until(lambda: ends.machines.open_now == 0)
+        ends.machines.guest = Guest()
+        async with ends.tunnel.open(WHERE, DIAL) as opened:
+            for late in (before.stream.write(b"late"), before.stream.write_eof()):
+                with pytest.raises(UnavailableError):
+                    await late
+            await opened.stream.write(b"mine")
+            assert await opened.stream.read(100) == b"mine"
+        assert ends.machines.guest.came == b"mine"
+
+
 async def test_a_hundred_at_once(ends: Ends) -> None:
     async def one(number: int) -> None:
         async with ends.tunnel.open(WHERE, DIAL) as opened:

@@ -82,8 +82,11 @@ class Tunnels:
         try:
             answer = await self._asked(line, machine, operation)
             exchange = Exchange(line)
-            async with beside(_heard(exchange)):
-                yield Opened(answer, exchange)
+            try:
+                async with beside(_heard(exchange)):
+                    yield Opened(answer, exchange)
+            finally:
+                exchange.end()  # `run` does so, but where it was cancelled before it began
             is_left = True
         except SandyardError:
             is_left = line.is_open

@@ -64,6 +64,10 @@ class Exchange:
             self._is_over = True
             await self._tell()
 
+    def end(self) -> None:
+        """Say nothing on the connection any more: it may be another operation's from now on."""
+        self._is_over = True
+
     async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
@@ -119,6 +123,8 @@ class Exchange:
         await self._say(Kind.REFUSE, refusal(error))
 
     async def _say(self, kind: Kind, payload: bytes = b"") -> None:
+        if self._is_over:  # the connection may be another operation's by now
+            raise UnavailableError("the operation is over")
         try:
             await self._line.say(kind, payload)
         except BrokenError as error:
