@@ -316,6 +316,9 @@ async def test_what_was_asked_before_something_later_was_changes_nothing(subject
         with pytest.raises(ConflictError):
             await ask()
         assert await subject.phase(wish) is Phase.RUNNING
+    fact = await subject.fact(wish)
+    assert fact is not None
+    assert fact.version == 5
     await subject.control.ensure_running(replace(wish, version=5))  # it was asked last
     await subject.control.ensure_paused(**here, version=6)
     for ask in late:
@@ -326,6 +329,15 @@ async def test_what_was_asked_before_something_later_was_changes_nothing(subject
     await subject.control.ensure_gone(**here, version=7)
     with pytest.raises(ConflictError):
         await subject.control.ensure_running(replace(wish, incarnation=2, version=6))
+    assert await subject.phase(wish) is None
+
+
+async def test_an_end_of_no_version_is_final(subject: Subject) -> None:
+    wish = await subject.start(a_wish(new_sandbox_id(), version=9))
+    await subject.control.ensure_gone(wish.sandbox_id, incarnation=1)
+    for late in (replace(wish, version=10), replace(wish, incarnation=2, version=8)):
+        with pytest.raises(ConflictError):
+            await subject.control.ensure_running(late)
     assert await subject.phase(wish) is None
 
 

@@ -258,6 +258,19 @@ async def test_a_write_names_the_version_it_read(store: Store) -> None:
     assert (await find(store, one.id)).status is Status.CREATING
 
 
+async def test_a_row_that_is_behind_goes_on_from_where_its_node_is(store: Store) -> None:
+    one = sandbox()
+    await insert(store, one)
+    async with store.write(ORG) as tx:
+        assert await tx.sandboxes.catch_up(one, version=9, incarnation=3)
+    later = await find(store, one.id)
+    assert (later.version, later.incarnation, later.status) == (9, 3, one.status)
+    async with store.write(ORG) as tx:
+        assert not await tx.sandboxes.catch_up(one, version=12, incarnation=4)
+        assert await tx.sandboxes.replace(one) is None
+        assert await tx.sandboxes.replace(later) is not None
+
+
 async def test_a_transaction_is_all_or_nothing(store: Store) -> None:
     one = sandbox()
     with pytest.raises(RuntimeError):

@@ -468,6 +468,58 @@ async def test_a_node_never_heard_of_is_silent_too(tmp_path: Path) -> None:
         assert (await desk.get(box)).status is Status.RUNNING
 
 
+async def test_where_the_database_went_back_sandboxes_can_be_paused_resumed_and_deleted(
+    desk: Desk,
+) -> None:
+    up, saved, gone = [await desk.create(idle_timeout=0) for _ in range(3)]
+    desk.back_up()
+    sandboxes = desk.services.sandboxes
+    for box in (up, saved):
+        await sandboxes.pause(desk.actor, box.id)
+        await sandboxes.resume(desk.actor, box.id)
+    await sandboxes.pause(desk.actor, saved.id)
+    await sandboxes.delete(desk.actor, gone.id, wait=False)
+    await desk.until(gone, Status.DESTROYED)
+    desk.restore()
+    shown = {one.sandbox_id: one.version for one in (await desk.node.report()).machines}
+    for box in (up, saved):
+        assert (await desk.get(box)).version < shown[box.id]
+    await desk.drive(4)
+    assert (await desk.until(up, Status.RUNNING)).version >= shown[up.id]
+    await desk.until(saved, Status.PAUSED)
+    broken = await desk.until(gone, Status.ERROR)
+    assert broken.reason is not None
+    assert broken.reason.code == "machine_lost"
+    await sandboxes.pause(desk.actor, up.id)
+    for box in (up, saved):
+        await sandboxes.resume(desk.actor, box.id)
+        await desk.until(box, Status.RUNNING)
+    for box in (up, saved, gone):
+        await sandboxes.delete(desk.actor, box.id, wait=False)
+        await desk.until(box, Status.DESTROYED)
+    assert desk.node.machines == {}
+
+
+async def test_what_went_back_can_be_deleted_before_anybody_compared_it(desk: Desk) -> None:
+    box = await desk.create(idle_timeout=0)
+    desk.back_up()
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    desk.restore()
+    await desk.services.sandboxes.delete(desk.actor, box.id, wait=False)
+    await desk.until(box, Status.DESTROYED)
+    assert desk.node.machines == {}
+
+
+async def test_a_node_cannot_have_a_row_believe_anything(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    box = await desk.create(idle_timeout=0)
+    desk.node.shown(box.id, 2**40)
+    await desk.drive(4)
+    assert (await desk.get(box)).version < 100
+    assert "no row has come to" in caplog.text
+
+
 async def test_a_machine_that_runs_under_a_paused_sandbox_is_saved_at_the_second_look(
     desk: Desk,
 ) -> None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Desk:
     clock: DrivenClock
     actor: Actor
     kill: Callable[[], Awaitable[None]]
+    home: Path
 
     @property
     def services(self) -> Services:
@@ -86,6 +88,18 @@ class Desk:
 
         await until(holds)
         return await self.get(sandbox)
+
+    def back_up(self) -> None:
+        """Keep the database as it is now."""
+        self._copy(self.home / "sandyard.db", self.home / "backup.db")
+
+    def restore(self) -> None:
+        """Have the database be again as it was kept."""
+        self._copy(self.home / "backup.db", self.home / "sandyard.db")
+
+    def _copy(self, source: Path, target: Path) -> None:
+        with closing(sqlite3.connect(source)) as before, closing(sqlite3.connect(target)) as after:
+            before.backup(after)
 
     async def drive(self, seconds: float, step: float = 2.0) -> None:
         """Let time pass, look by look, and let what each look begins come to its end."""
@@ -202,7 +216,7 @@ async def open_desk(
                 await asyncio.wait([working])
 
             await still()
-            yield Desk(control, own, clock, await _admin(store), kill)
+            yield Desk(control, own, clock, await _admin(store), kill, home)
             working.cancel()
 
 

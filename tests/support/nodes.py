@@ -155,6 +155,10 @@ class FakeNode:
             raise ConflictError("cannot do this: something later was asked for")
         self._versions[sandbox_id] = max(version, self._versions.get(sandbox_id, 0))
 
+    def shown(self, sandbox_id: str, version: int) -> None:
+        """Say of a sandbox that a wish of this version has been here."""
+        self._versions[sandbox_id] = version
+
     async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
         """See core.contracts.node.NodeControl.ensure_paused."""
         self._answer("ensure_paused")
@@ -289,6 +293,7 @@ class FakeNode:
             way=way,
             reason_code="machine_died" if is_dead else "",
             reason_message="the hypervisor's process ended" if is_dead else "",
+            version=self._versions.get(sandbox_id, 0),
         )
 
 

@@ -175,6 +175,7 @@ class Holding:
     def take(self, resident: Resident) -> None:
         """Have this machine from now on."""
         self._resident = resident
+        resident.show(self._version)
         resident.counted = lambda: self.counted()
         self.counted()
 
@@ -201,8 +202,9 @@ class Holding:
                 Phase.STARTING,
                 driver=about.driver if about else None,
                 os=about.os if about else None,
+                version=self.version,
             )
-        return self._resident.fact(way=self._way)
+        return replace(self._resident.fact(way=self._way), version=self.version)
 
     # --- jobs -----------------------------------------------------------------------------
 

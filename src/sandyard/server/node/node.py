@@ -469,6 +469,7 @@ class Node:
         if self._holdings.get(holding.sandbox_id) is holding:
             del self._holdings[holding.sandbox_id]
             self._ledger.leave(holding)
+            self._note_gone(holding.sandbox_id, 0, holding.version)
 
     def _note_gone(self, sandbox_id: str, incarnation: int, version: int) -> None:
         before, known = self._gone.pop(sandbox_id, (0, 0))

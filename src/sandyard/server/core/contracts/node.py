@@ -101,7 +101,7 @@ class MachineFact:
     """What a node holds for one sandbox.
 
     One `is_silent` whose agent does not answer, one `is_used` in which an operation is under way
-    that counts as a use.
+    that counts as a use. `version` is the latest of the sandbox's row that the node was shown.
     """
 
     sandbox_id: str
@@ -115,6 +115,7 @@ class MachineFact:
     way: Way | None = None
     reason_code: str = ""
     reason_message: str = ""
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,9 @@ class NodeControl(Protocol):
     """One host. Asks are wishes: each may come twice, late, or after one that was sent later.
 
     Each names the incarnation it means, and the version of the sandbox's row that it was made of: a
-    node refuses what is older than what it has been shown of a sandbox. 0 is for what no row asks.
-    A wish that has been overtaken changes nothing.
+    node refuses what is older than what it has been shown of a sandbox. 0 is for what no row asks,
+    and for ends, which are final: their incarnation says how far they reach. A wish that has been
+    overtaken changes nothing.
     """
 
     @property

@@ -106,6 +106,11 @@ class SandboxRows(Protocol):
         """
         ...
 
+    async def catch_up(self, sandbox: Sandbox, *, version: int, incarnation: int) -> bool:
+        """Have a row go on from a later version and incarnation, for its node has seen them; False
+        if the row has moved on."""
+        ...
+
     async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
         """Return every sandbox of these statuses that was placed on a node, on none for None."""
         ...
@@ -574,8 +579,8 @@ class RequestRows(Protocol):
         """Keep what a request is answered with."""
         ...
 
-    async def remove(self, key: RequestKey) -> None:
-        """Forget one: what it asked for could not be done."""
+    async def remove(self, key: RequestKey, *, before: datetime | None = None) -> None:
+        """Forget one; with `before`, only if it was added before that time."""
         ...
 
     async def forget(self, *, before: datetime) -> None:

@@ -189,6 +189,16 @@ class SandboxTable:
             await self._add_tags(sandbox)
         return replace(sandbox, version=sandbox.version + 1)
 
+    async def catch_up(self, sandbox: Sandbox, *, version: int, incarnation: int) -> bool:
+        """See core.contracts.store.SandboxRows.catch_up."""
+        c = t.sandboxes.c
+        done = await self._connection.execute(
+            update(t.sandboxes)
+            .where(c.id == sandbox.id, c.version == sandbox.version)
+            .values(version=version, incarnation=incarnation)
+        )
+        return done.rowcount > 0
+
     async def on_node(self, node_id: str | None, statuses: frozenset[Status]) -> list[Sandbox]:
         """See core.contracts.store.SandboxRows.on_node."""
         c = t.sandboxes.c
@@ -522,12 +532,15 @@ class RequestTable:
             )
         )
 
-    async def remove(self, key: RequestKey) -> None:
+    async def remove(self, key: RequestKey, *, before: datetime | None = None) -> None:
         """See core.contracts.store.RequestRows.remove."""
         c = t.keyed_requests.c
-        await self._connection.execute(
-            delete(t.keyed_requests).where(*(c[name] == value for name, value in vars(key).items()))
+        statement = delete(t.keyed_requests).where(
+            *(c[name] == value for name, value in vars(key).items())
         )
+        if before is not None:
+            statement = statement.where(c.created_at < before)
+        await self._connection.execute(statement)
 
     async def forget(self, *, before: datetime) -> None:
         """See core.contracts.store.RequestRows.forget."""

@@ -29,7 +29,7 @@ from sandyard.server.links.sql.account_rows import (
     WorkspaceTable,
 )
 from sandyard.server.links.sql.batches import BUSY_S, Batches, begun, lost
-from sandyard.server.links.sql.migrate import upgrade
+from sandyard.server.links.sql.migrate import is_behind, upgrade
 from sandyard.server.links.sql.money_rows import (
     CreditTable,
     FactTable,
@@ -57,7 +57,13 @@ POSTGRES: dict[str, Any] = {
     "pool_pre_ping": True,
     "hide_parameters": True,
     # Whoever waits longer for others is told so (in milliseconds).
-    "connect_args": {"server_settings": {"lock_timeout": str(BUSY_S * 1000)}},
+    "connect_args": {
+        "server_settings": {
+            "lock_timeout": str(BUSY_S * 1000),
+            # A server that stands still in a transaction of its own must not hold up every other.
+            "idle_in_transaction_session_timeout": str(BUSY_S * 1000),
+        }
+    },
 }
 # Any numbers, the same in every process: they name locks. Who writes alone has the first one for
 # itself, and everybody else shares it; of the second there is one an organization.
@@ -292,7 +298,10 @@ async def open_store(url: str, *, key: bytes, clock: Clock | None = None) -> Asy
                     # others then find it so.
                     await connecting.execute(text("SET LOCAL lock_timeout = 0"))
                     await connecting.execute(text(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"))
-                    await connecting.run_sync(upgrade)
+                    if await connecting.run_sync(is_behind):
+                        # Servers of before that run still, and write, would deadlock with it.
+                        await connecting.execute(_ALONE)
+                        await connecting.run_sync(upgrade)
             yield PostgresStore(engine, Seal(key))
         else:
             raise InternalError(

@@ -51,6 +51,7 @@ _RELIEF = "relief"
 _SILENT_MAX = timedelta(hours=1)
 _NOTED_EVERY = timedelta(seconds=4)
 _AWAY = timedelta(seconds=10)
+_BEHIND_MAX = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Comparison:
         self._noted_at: datetime | None = None
         self._is_silent = False
         self._awake: dict[str, tuple[int, int]] = {}
-        self._unwanted: dict[str, tuple[int, int]] = {}
+        self._unwanted: dict[str, int] = {}
         self._vanished: set[str] = set()
         self._reboots: dict[str, list[datetime]] = {}
         self._unwanted_snapshots: set[str] = set()
@@ -124,7 +125,7 @@ class Comparison:
         self._is_silent = False
         if seen is not None and self._clock.now() - seen.seen_at > _AWAY:
             self._away_since = seen.seen_at
-        await self._compare(rows, report)
+        await self._compare(await self._caught_up(rows, report), report)
         # Last: a peer that comes back at the same time must still find how long nobody looked.
         await self._note_heard()
 
@@ -149,6 +150,44 @@ class Comparison:
             async with self._store.write(Turn.BESIDE) as tx:
                 await tx.nodes.heard(self._node.node_id, now)
             self._noted_at = now
+
+    async def _caught_up(self, rows: list[Standing], report: NodeReport) -> list[Standing]:
+        """Return the rows once none is behind what the node was shown of it.
+
+        A row is written before its node is shown it. One that is behind lies in a database that
+        went back, to a backup or to a standby that had not heard the last, and the node would
+        refuse all that is asked on its behalf.
+        """
+        shown = {fact.sandbox_id: fact for fact in report.machines}
+        ahead = [one for one in rows if one.id in shown and one.version < shown[one.id].version]
+        if not ahead:
+            return rows
+        for one in ahead:
+            await self._catch_up(one, shown[one.id])
+        async with self._store.read() as tx:
+            return await tx.sandboxes.standing(self._node.node_id, WATCHED)
+
+    async def _catch_up(self, sandbox: Standing, fact: MachineFact) -> None:
+        async with self._store.read() as tx:
+            now = await tx.sandboxes.find(sandbox.id)
+        if now is None or now.node_id != self._node.node_id or now.version >= fact.version:
+            return  # it was written, and the node was shown it, since the rows were read
+        if fact.version - now.version > _BEHIND_MAX:
+            log.error(
+                "the node %s says that it was shown what no row has come to",
+                self._node.node_id,
+                extra={"sandbox_id": sandbox.id},
+            )
+            return
+        async with self._store.write(now.org_id) as tx:
+            is_done = await tx.sandboxes.catch_up(
+                now, version=fact.version, incarnation=max(fact.incarnation, now.incarnation)
+            )
+        if is_done:
+            log.warning(
+                "the database has gone back: a sandbox goes on from what its node was shown",
+                extra={"sandbox_id": sandbox.id},
+            )
 
     # --- its sandboxes --------------------------------------------------------------------
 
@@ -302,7 +341,7 @@ class Comparison:
     async def _remove_unwanted(
         self, machines: tuple[MachineFact, ...], known: Mapping[str, Standing]
     ) -> None:
-        found: dict[str, tuple[int, int]] = {}
+        found: dict[str, int] = {}
         for fact in machines:
             sandbox: Standing | Sandbox | None = known.get(fact.sandbox_id)
             if sandbox is None:  # written after the rows were read, gone, or on another node
@@ -310,14 +349,12 @@ class Comparison:
                     sandbox = await tx.sandboxes.find(fact.sandbox_id)
             is_elsewhere = sandbox is not None and sandbox.node_id != self._node.node_id
             if sandbox is None or is_elsewhere or sandbox.status in _NOTHING_LEFT:
-                version = 0 if sandbox is None else sandbox.version
-                found[fact.sandbox_id] = (fact.incarnation, version)
+                found[fact.sandbox_id] = fact.incarnation
         twice = found.items() & self._unwanted.items()
         self._unwanted = found
-        for sandbox_id, (incarnation, version) in twice:
+        for sandbox_id, incarnation in twice:
             log.warning("removing a machine that nobody wants", extra={"sandbox_id": sandbox_id})
-            gone = self._node.ensure_gone(sandbox_id, incarnation=incarnation, version=version)
-            self._beside(sandbox_id, gone)
+            self._beside(sandbox_id, self._node.ensure_gone(sandbox_id, incarnation=incarnation))
 
     async def _look_after_snapshots(self, report: NodeReport) -> None:
         """Remove hidden snapshots whose forks are made, those that were never finished, and files

@@ -316,9 +316,7 @@ class Work:
         sandbox = claim.sandbox
         if sandbox.node_id is not None and self._nodes.has(sandbox.node_id):
             node: NodeControl = self._nodes.get(sandbox.node_id)
-            await node.ensure_gone(
-                sandbox.id, incarnation=sandbox.incarnation, version=sandbox.version
-            )
+            await node.ensure_gone(sandbox.id, incarnation=sandbox.incarnation)
         await self._lifecycle.apply(sandbox, Event.GONE, lease=claim.lease, ip=None, reason=None)
 
 
