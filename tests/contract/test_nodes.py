@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.house import eventually, settings_of
+from tests.support.nats import nats_server
 from tests.support.nodes import EncodedNode, FakeNode, a_wish, over_the_wire, told
 from tests.support.papers import Desk
 
@@ -47,6 +48,9 @@ from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.fake import ECHO_PORT, Conduct, FakeDriver, FakeHost
 from sandyard.server.links.identities import control_name, node_name
 from sandyard.server.links.local import SystemClock
+from sandyard.server.links.nats.client import Inbox, RemoteNode
+from sandyard.server.links.nats.link import linked
+from sandyard.server.links.nats.server import answering
 from sandyard.server.links.tunnel.client import Place, Tunnels
 from sandyard.server.links.tunnel.server import serving
 
@@ -161,12 +165,30 @@ def by_the_tunnel(make: Any) -> Any:
     return made
 
 
+def by_nats(make: Any) -> Any:
+    @asynccontextmanager
+    async def made(home: Path) -> AsyncIterator[Subject]:
+        with nats_server(home / "nats") as server:
+            async with make(home) as inner:
+                node, control = server.node_link(inner.control.node_id), server.control_link()
+                inbox = Inbox(control, "one")
+                async with answering(inner.control, node), linked(node), linked(control):
+                    async with asyncio.timeout(10):
+                        await node.until_up()
+                        await control.until_up()
+                    remote = RemoteNode(control, inbox, inner.control.node_id)
+                    yield replace(inner, control=remote)
+
+    return made
+
+
 SUBJECTS = {
     "node": a_node,
     "fake": a_fake,
     "node-behind-a-wire": behind_a_wire(a_node),
     "fake-behind-a-wire": behind_a_wire(a_fake),
     "node-by-the-tunnel": by_the_tunnel(a_node),
+    "node-by-nats": by_nats(a_node),
 }
 
 

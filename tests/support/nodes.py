@@ -206,6 +206,10 @@ class FakeNode:
             self.snapshots[snapshot_id] = dict(machine.remembers)
         return SnapshotFact(snapshot_id, SIZE)
 
+    async def withdraw(self, workspace_id: str) -> None:
+        """See core.contracts.node.NodeExports.withdraw; nothing has it mounted."""
+        self._answer("withdraw")
+
     async def drop_snapshot(self, snapshot_id: str) -> None:
         """See core.contracts.node.NodeControl.drop_snapshot."""
         self._answer("drop_snapshot")

@@ -1,0 +1,1 @@
+"""Words between control planes and nodes, and hints among control planes, by core NATS."""

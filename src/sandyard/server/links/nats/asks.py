@@ -1,0 +1,101 @@
+"""What a control plane may ask a node for, and how it is written: the contract's own methods.
+
+node.<node>.do   {"op", "args", "from"}   control plane → node
+its reply        {"working": true}        every `WORKING_S`, while it is done
+                 {"value"} or {"error": {"code", "message", "facts"}}
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, get_type_hints
+
+from sandyard.server.core.codec import CodecError, decode, encode
+from sandyard.server.core.contracts.node import NodeControl, NodeExports
+from sandyard.server.core.errors import InternalError, SandyardError, error_of
+
+WORKING_S: Final = 2.0
+SILENCE_S: Final = 5.0
+"""After so long without a word whoever asked knows nothing of what becomes of it."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One method of a node: what it takes by name, and what it returns."""
+
+    name: str
+    takes: Mapping[str, Any]
+    returns: Any
+    is_wish: bool
+    may_leave_out: frozenset[str]
+
+    def written(self, args: Mapping[str, object]) -> dict[str, Any]:
+        """Return arguments as JSON can carry them."""
+        return {name: encode(value) for name, value in args.items()}
+
+    def read(self, raw: object) -> dict[str, Any]:
+        """Return the arguments that were written.
+
+        Raises:
+            CodecError: they are not as agreed.
+        """
+        if not isinstance(raw, dict):
+            raise CodecError("the arguments are no object")
+        found = {name: decode(kind, raw[name]) for name, kind in self.takes.items() if name in raw}
+        if missing := set(self.takes) - set(found) - self.may_leave_out:
+            raise CodecError(f"{', '.join(sorted(missing))} is missing")
+        return found
+
+    def answer(self, raw: object) -> Any:
+        """Return what a method returned.
+
+        Raises:
+            CodecError: it is not as agreed.
+        """
+        return None if self.returns is type(None) else decode(self.returns, raw)
+
+
+def _ask(contract: type, name: str, *, is_wish: bool = True) -> Ask:
+    method = getattr(contract, name)
+    hints = get_type_hints(method)
+    returns = hints.pop("return")
+    parameters = inspect.signature(method).parameters
+    optional = {one for one in hints if parameters[one].default is not inspect.Parameter.empty}
+    return Ask(name, hints, returns, is_wish, frozenset(optional))
+
+
+ASKS: Final[Mapping[str, Ask]] = {
+    one.name: one
+    for one in (
+        _ask(NodeControl, "ensure_running"),
+        _ask(NodeControl, "ensure_paused"),
+        _ask(NodeControl, "ensure_gone"),
+        _ask(NodeControl, "ensure_snapshot"),
+        _ask(NodeControl, "drop_snapshot"),
+        _ask(NodeExports, "withdraw"),
+        _ask(NodeControl, "find_room", is_wish=False),
+        _ask(NodeControl, "console", is_wish=False),
+        _ask(NodeControl, "report", is_wish=False),
+        _ask(NodeControl, "templates", is_wish=False),
+    )
+}
+"""By name; a wish changes something."""
+
+
+def failure(error: SandyardError) -> dict[str, object]:
+    """Return the words that tell of an error."""
+    facts = {"code": error.code.value, "message": error.message, "facts": dict(error.facts)}
+    return {"error": facts}
+
+
+def failed(told: object) -> SandyardError:
+    """Return the error that words tell of."""
+    if not isinstance(told, dict):
+        return InternalError("a node told of an error in a way that nobody understands")
+    facts = told.get("facts")
+    known = {
+        str(name): one
+        for name, one in (facts.items() if isinstance(facts, dict) else ())
+        if isinstance(one, str | int)
+    }
+    return error_of(str(told.get("code")), str(told.get("message")), known)

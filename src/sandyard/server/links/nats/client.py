@@ -1,0 +1,153 @@
+"""Nodes as a control plane has them: each wish is a word, and its answers come to an inbox."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from sandyard.server.core.codec import CodecError
+from sandyard.server.core.contracts.node import (
+    MachineFact,
+    MachineWish,
+    NodeReport,
+    SnapshotFact,
+    TemplateFact,
+)
+from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
+from sandyard.server.core.ids import new_secret
+from sandyard.server.core.shapes import Shape
+from sandyard.server.links.nats.asks import ASKS, SILENCE_S, failed
+from sandyard.server.links.nats.link import Heard, Link
+
+log = logging.getLogger(__name__)
+
+_INBOX: Final = "inbox"
+
+
+class Inbox:
+    """Where the answers to one control plane come; make it before the link is opened."""
+
+    def __init__(self, link: Link, name: str) -> None:
+        self._place = f"{_INBOX}.{name}"
+        self._waiting: dict[str, asyncio.Queue[Heard]] = {}
+        link.listen(f"{self._place}.*", self._take)
+
+    @contextmanager
+    def answers(self) -> Iterator[tuple[str, "asyncio.Queue[Heard]"]]:
+        """Yield a place that answers can be sent to, and what comes there."""
+        place, came = f"{self._place}.{new_secret()}", asyncio.Queue[Heard]()
+        self._waiting[place] = came
+        try:
+            yield place, came
+        finally:
+            del self._waiting[place]
+
+    def _take(self, heard: Heard) -> None:
+        came = self._waiting.get(heard.subject)
+        if came is not None:  # else nobody waits for it any more
+            came.put_nowait(heard)
+
+
+class RemoteNode:
+    """See NodeControl and NodeExports in core.contracts.node: the one that listens as `node_id`.
+
+    Raises, by any method: UnavailableError if NATS or the node does not answer; whether anything
+    was done then nobody knows.
+    """
+
+    def __init__(self, link: Link, inbox: Inbox, node_id: str) -> None:
+        self._link = link
+        self._inbox = inbox
+        self._node_id = node_id
+
+    @property
+    def node_id(self) -> str:
+        """See core.contracts.node.NodeControl.node_id."""
+        return self._node_id
+
+    async def ensure_running(self, wish: MachineWish) -> MachineFact:
+        """See core.contracts.node.NodeControl.ensure_running."""
+        fact: MachineFact = await self._ask("ensure_running", wish=wish)
+        return fact
+
+    async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
+        """See core.contracts.node.NodeControl.ensure_paused."""
+        size: int = await self._ask(
+            "ensure_paused", sandbox_id=sandbox_id, incarnation=incarnation, version=version
+        )
+        return size
+
+    async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
+        """See core.contracts.node.NodeControl.ensure_gone."""
+        await self._ask(
+            "ensure_gone", sandbox_id=sandbox_id, incarnation=incarnation, version=version
+        )
+
+    async def ensure_snapshot(
+        self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
+    ) -> SnapshotFact:
+        """See core.contracts.node.NodeControl.ensure_snapshot."""
+        fact: SnapshotFact = await self._ask(
+            "ensure_snapshot",
+            snapshot_id=snapshot_id,
+            sandbox_id=sandbox_id,
+            incarnation=incarnation,
+            version=version,
+        )
+        return fact
+
+    async def drop_snapshot(self, snapshot_id: str) -> None:
+        """See core.contracts.node.NodeControl.drop_snapshot."""
+        await self._ask("drop_snapshot", snapshot_id=snapshot_id)
+
+    async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
+        """See core.contracts.node.NodeControl.find_room."""
+        waits: bool = await self._ask("find_room", template=template, shape=shape, count=count)
+        return waits
+
+    async def console(self, sandbox_id: str) -> bytes:
+        """See core.contracts.node.NodeControl.console."""
+        said: bytes = await self._ask("console", sandbox_id=sandbox_id)
+        return said
+
+    async def report(self) -> NodeReport:
+        """See core.contracts.node.NodeControl.report."""
+        report: NodeReport = await self._ask("report")
+        return report
+
+    async def templates(self) -> tuple[TemplateFact, ...]:
+        """See core.contracts.node.NodeControl.templates."""
+        facts: tuple[TemplateFact, ...] = await self._ask("templates")
+        return facts
+
+    async def withdraw(self, workspace_id: str) -> None:
+        """See core.contracts.node.NodeExports.withdraw."""
+        await self._ask("withdraw", workspace_id=workspace_id)
+
+    async def _ask(self, name: str, **args: object) -> Any:
+        ask = ASKS[name]
+        with self._inbox.answers() as (place, came):
+            words = {"op": name, "args": ask.written(args)}
+            await self._link.say(f"node.{self._node_id}.do", words, reply=place)
+            while True:
+                try:
+                    async with asyncio.timeout(SILENCE_S):
+                        heard = await came.get()
+                except TimeoutError as error:
+                    raise DeadlineExceededError(
+                        f"the node {self._node_id} does not answer"
+                    ) from error
+                if heard.is_undelivered:
+                    raise UnavailableError(f"the node {self._node_id} is not there")
+                if not heard.values.get("working"):
+                    break
+        if "error" in heard.values:
+            raise failed(heard.values["error"])
+        try:
+            return ask.answer(heard.values.get("value"))
+        except CodecError as error:
+            log.warning("the node %s answers what nobody understands: %s", self._node_id, error)
+            raise UnavailableError(
+                f"the node {self._node_id} answers what nobody understands"
+            ) from error

@@ -1,0 +1,77 @@
+"""The configuration of an installation's NATS servers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from sandyard.server.links.nats.tokens import Key, account_token, operator_token
+
+PAYLOAD_MAX = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ServerFiles:
+    """Where a server's certificate and key lie, and that of the installation's authority."""
+
+    certificate: Path
+    key: Path
+    authority: Path
+
+
+def config_of(
+    *,
+    installation: str,
+    operator: Key,
+    account: Key,
+    now: datetime,
+    host: str,
+    port: int,
+    files: ServerFiles | None = None,
+    cluster_port: int | None = None,
+    routes: Sequence[str] = (),
+    name: str = "",
+) -> str:
+    """Return what a server of the installation is started with; `routes` are the other servers.
+
+    Nothing in it is secret. Without `files` it speaks in the clear, which is for tests on loopback.
+    """
+    operator_says = operator_token(operator, installation, now)
+    account_says = account_token(operator, account, installation, now)
+    lines = [
+        "# Written by `sandyard admin nats-config`. Nothing in here is secret.",
+        *([f"server_name: {_quoted(name)}"] if name else []),
+        f"listen: {_quoted(f'{host}:{port}')}",
+        f"max_payload: {PAYLOAD_MAX}",
+        'write_deadline: "2s"',
+        'ping_interval: "1s"',
+        "ping_max: 3",
+        f"operator: {_quoted(operator_says)}",
+        "resolver: MEMORY",
+        f"resolver_preload: {{ {account.name}: {_quoted(account_says)} }}",
+    ]
+    tls: list[str] = []
+    if files is not None:
+        tls = [
+            "{",
+            f"    cert_file: {_quoted(str(files.certificate))}",
+            f"    key_file: {_quoted(str(files.key))}",
+            f"    ca_file: {_quoted(str(files.authority))}",
+            '    min_version: "1.3"',
+        ]
+        lines += ["tls", *tls, "}"]
+    if cluster_port is not None:
+        lines += [
+            "cluster {",
+            f"  name: {_quoted(f'sandyard-{installation}')}",
+            f"  listen: {_quoted(f'{host}:{cluster_port}')}",
+            f"  routes: [{', '.join(_quoted(one) for one in routes)}]",
+            *(["  tls", *tls, "    verify: true", "  }"] if tls else []),
+            "}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)

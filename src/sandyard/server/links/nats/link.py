@@ -1,0 +1,212 @@
+"""One connection to NATS that is kept up: what is heard goes to whoever listens, what is said is
+said now or not at all."""
+
+import asyncio
+import json
+import logging
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any, Final, Protocol
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.tasks import Crew
+
+log = logging.getLogger(__name__)
+
+PREFIX: Final = "sy.v1"
+"""What every subject begins with: its number changes where two versions could not understand each
+other."""
+
+TLS_NAME: Final = "nats.sandyard"
+"""The name in the certificates of an installation's NATS servers, wherever they run."""
+
+_AGAIN_S = 0.1
+_CONNECT_S = 2
+_CLOSE_S = 1.0
+_LOOK_S = 0.1
+_NO_RESPONDERS = "503"
+
+
+class Login(Protocol):
+    """How somebody proves to NATS who they are; asked anew for every connection."""
+
+    def token(self) -> str:
+        """Return the token that tells what they may say and hear."""
+        ...
+
+    def sign(self, nonce: bytes) -> bytes:
+        """Return the signature of what NATS asks to be signed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A message. One that `is_undelivered` is NATS's own word: nobody listens there."""
+
+    subject: str
+    values: Mapping[str, Any]
+    reply: str = ""
+    is_undelivered: bool = False
+
+
+@dataclass
+class _Listening:
+    subject: str
+    queue: str
+    take: Callable[[Heard], None]
+
+
+@dataclass
+class Link:
+    """See the module. Use `linked`."""
+
+    servers: tuple[str, ...]
+    name: str
+    login: Login
+    tls: ssl.SSLContext | None = None
+    _listening: list[_Listening] = field(default_factory=list)
+    _client: Client | None = None
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether NATS answers, as far as is known."""
+        return self._client is not None and self._client.is_connected
+
+    async def until_up(self) -> None:
+        """Return once NATS answers."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.is_up)
+
+    def listen(self, subject: str, take: Callable[[Heard], None], *, queue: str = "") -> None:
+        """Have what is said under a subject taken, from the next connection on; of those that
+        listen in one `queue`, one takes it."""
+        self._listening.append(_Listening(f"{PREFIX}.{subject}", queue, take))
+
+    async def say(self, subject: str, values: Mapping[str, object], *, reply: str = "") -> None:
+        """Say something now.
+
+        Raises:
+            UnavailableError: NATS does not answer, or takes nothing of that length.
+        """
+        await self._publish(f"{PREFIX}.{subject}", values, f"{PREFIX}.{reply}" if reply else "")
+
+    async def answer(self, heard: Heard, values: Mapping[str, object]) -> None:
+        """Say something to whoever said what was heard; nothing if they want no answer.
+
+        Raises: see `say`.
+        """
+        if heard.reply:
+            await self._publish(heard.reply, values, "")
+
+    async def _publish(self, subject: str, values: Mapping[str, object], reply: str) -> None:
+        client = self._client
+        if client is None or not client.is_connected:
+            raise UnavailableError("cannot say this now: NATS does not answer")
+        try:
+            await client.publish(subject, json.dumps(values).encode(), reply=reply)
+        except (NatsError, OSError, TimeoutError) as error:
+            raise UnavailableError(f"cannot say this now: NATS takes it not: {error}") from error
+
+    # --- the connection ---------------------------------------------------------------------
+
+    async def _keep_up(self) -> None:
+        """Connect, to one server after the other, again and again.
+
+        A client of NATS can do that itself. Then it keeps what is said meanwhile and says it when
+        it is back, and one whose token has run out gives up for good.
+        """
+        was_up = True
+        for server in cycle(self.servers):
+            client = Client()
+            try:
+                await self._connect(client, server)
+                log.info("NATS answers at %s", server)
+                was_up = True
+                await self._tell(client)
+                while client.is_connected:
+                    await asyncio.sleep(_LOOK_S)
+            except (NatsError, OSError, TimeoutError, ValueError) as error:
+                if was_up:
+                    log.warning("NATS does not answer at %s: %s", server, str(error) or "no answer")
+                was_up = False
+            finally:
+                await self._tell(None)
+                await _close(client)
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _tell(self, client: Client | None) -> None:
+        async with self._changed:
+            self._client = client
+            self._changed.notify_all()
+
+    async def _connect(self, client: Client, server: str) -> None:
+        async def complain(error: Exception) -> None:
+            log.log(logging.WARNING if self.is_up else logging.DEBUG, "NATS complains: %s", error)
+
+        await client.connect(
+            server,
+            name=self.name,
+            allow_reconnect=False,
+            connect_timeout=_CONNECT_S,
+            # It would go unseen for minutes that a server hangs.
+            ping_interval=0.5,  # type: ignore[arg-type]  # slept for
+            max_outstanding_pings=2,
+            pending_size=-1,
+            no_echo=True,
+            error_cb=complain,
+            tls=self.tls,
+            tls_hostname=TLS_NAME if self.tls else None,
+            # Else the client proves nothing at all, whatever the next two are.
+            token="unused",  # noqa: S106 - no secret: the server looks at the other two
+            user_jwt_cb=lambda: self.login.token().encode(),
+            signature_cb=lambda nonce: self.login.sign(nonce.encode()),
+        )
+        for one in self._listening:
+            await client.subscribe(one.subject, queue=one.queue, cb=_taking(one))
+        await client.flush(_CONNECT_S)
+
+
+def _taking(one: _Listening) -> Callable[[Msg], Any]:
+    async def take(message: Msg) -> None:
+        heard = _heard(message)
+        if heard is not None:
+            one.take(heard)
+
+    return take
+
+
+def _heard(message: Msg) -> Heard | None:
+    subject = message.subject.removeprefix(f"{PREFIX}.")
+    if (message.headers or {}).get("Status") == _NO_RESPONDERS:
+        return Heard(subject, {}, is_undelivered=True)
+    try:
+        values = json.loads(message.data)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        log.warning("somebody said what is no JSON object under %s", message.subject)
+        return None
+    return Heard(subject, values, message.reply)
+
+
+async def _close(client: Client) -> None:
+    """Close a client; one whose server hangs would wait for that for ever."""
+    with suppress(NatsError, OSError, TimeoutError):
+        async with asyncio.timeout(_CLOSE_S):
+            await client.close()
+
+
+@asynccontextmanager
+async def linked(link: Link) -> AsyncIterator[Link]:
+    """Keep a link up for as long as the block runs; whether NATS answers by now or not."""
+    async with Crew() as crew:
+        crew.start(link._keep_up(), "NATS is connected to no longer")
+        yield link

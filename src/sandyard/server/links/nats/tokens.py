@@ -1,0 +1,214 @@
+"""Who is who on NATS: keys, and tokens that say what somebody may say and hear.
+
+Keys are Ed25519, written as NATS writes them (base32 of a letter's worth of prefix, the key and a
+checksum); a token is a JWT of NATS's own kind, signed by the installation's account
+(docs.nats.io, "Decentralized JWT authentication").
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import IntEnum
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.links.nats.link import PREFIX
+
+_ANSWERS_MAX: Final = 100_000
+_ANSWERS_FOR: Final = timedelta(hours=2)
+
+
+class Role(IntEnum):
+    """What a key is for: the first byte of its public half, before it is written down."""
+
+    ACCOUNT = 0
+    OPERATOR = 14 << 3
+    USER = 20 << 3
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of some role; `seed` is its secret, 32 bytes."""
+
+    role: Role
+    seed: bytes
+
+    @classmethod
+    def new(cls, role: Role) -> "Key":
+        """Return a fresh one."""
+        return cls(role, Ed25519PrivateKey.generate().private_bytes_raw())
+
+    def __repr__(self) -> str:
+        return f"Key({self.role.name})"
+
+    @property
+    def name(self) -> str:
+        """Its public half, as NATS writes it."""
+        public = Ed25519PrivateKey.from_private_bytes(self.seed).public_key().public_bytes_raw()
+        return name_of(self.role, public)
+
+    def sign(self, data: bytes) -> bytes:
+        """Return the signature of something."""
+        return Ed25519PrivateKey.from_private_bytes(self.seed).sign(data)
+
+
+def name_of(role: Role, public: bytes) -> str:
+    """Return the public half of a key as NATS writes it."""
+    raw = bytes((role,)) + public
+    checked = raw + binascii.crc_hqx(raw, 0).to_bytes(2, "little")
+    return base64.b32encode(checked).decode().rstrip("=")
+
+
+def public_of(name: str, role: Role) -> bytes:
+    """Return the public half that was written so.
+
+    Raises:
+        InvalidArgumentError: it is none, or of another role.
+    """
+    try:
+        raw = base64.b32decode(name + "=" * (-len(name) % 8))
+    except ValueError as error:
+        raise InvalidArgumentError("cannot use this key: it is not written as one") from error
+    if len(raw) != 35 or raw[0] != role or name_of(role, raw[1:33]) != name:
+        raise InvalidArgumentError("cannot use this key: it is not one of that kind")
+    return raw[1:33]
+
+
+# --- tokens -------------------------------------------------------------------------------------
+
+
+def operator_token(operator: Key, installation: str, now: datetime) -> str:
+    """Return what a NATS server believes in: whom the operator vouches for."""
+    return _token(operator, operator.name, installation, {"type": "operator"}, now)
+
+
+def account_token(operator: Key, account: Key, installation: str, now: datetime) -> str:
+    """Return what says that the installation's account is the operator's."""
+    limits = {
+        "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": True,
+        "conn": -1, "leaf": 0,
+    }  # fmt: skip
+    claims = {"type": "account", "limits": limits}
+    return _token(operator, account.name, installation, claims, now)
+
+
+def control_token(account: Key, user: str, server_id: str, now: datetime, lasts: timedelta) -> str:
+    """Return the token of a control plane, which may say and hear everything."""
+    everything = [f"{PREFIX}.>"]
+    return _user_token(
+        account, user, f"control {server_id}", says=everything, hears=everything, now=now,
+        lasts=lasts,
+    )  # fmt: skip
+
+
+def node_token(account: Key, user: str, node_id: str, now: datetime, lasts: timedelta) -> str:
+    """Return the token of a node: it speaks in its own name, hears what is asked of it, and answers
+    what it was asked. What others are asked it cannot hear: wishes hold secrets."""
+    return _user_token(
+        account,
+        user,
+        f"node {node_id}",
+        says=[f"{PREFIX}.ctl.{node_id}.*"],
+        hears=[f"{PREFIX}.node.{node_id}.*", f"{PREFIX}.inbox.{node_id}.*"],
+        now=now,
+        lasts=lasts,
+        answers=True,
+    )
+
+
+def _user_token(
+    account: Key,
+    user: str,
+    name: str,
+    *,
+    says: list[str],
+    hears: list[str],
+    now: datetime,
+    lasts: timedelta,
+    answers: bool = False,
+) -> str:
+    public_of(user, Role.USER)
+    claims: dict[str, Any] = {
+        "type": "user",
+        "pub": {"allow": says},
+        "sub": {"allow": hears},
+        "subs": -1,
+        "data": -1,
+        "payload": -1,
+    }
+    if answers:
+        seconds = _ANSWERS_FOR // timedelta(seconds=1)
+        claims["resp"] = {"max": _ANSWERS_MAX, "ttl": seconds * 10**9}
+    return _token(account, user, name, claims, now, ends=now + lasts)
+
+
+def _token(
+    signer: Key,
+    subject: str,
+    name: str,
+    claims: Mapping[str, object],
+    now: datetime,
+    *,
+    ends: datetime | None = None,
+) -> str:
+    body: dict[str, Any] = {
+        "iat": int(now.timestamp()),
+        "iss": signer.name,
+        "jti": new_uuid(),
+        "name": name,
+        "nats": {**claims, "version": 2},
+        "sub": subject,
+    }
+    if ends is not None:
+        body["exp"] = int(ends.timestamp())
+    head = _written({"typ": "JWT", "alg": "ed25519-nkey"})
+    said = f"{head}.{_written(body)}"
+    return f"{said}.{_base64(signer.sign(said.encode()))}"
+
+
+def ends_at(token: str) -> int:
+    """Return when a token ends, in seconds since 1970; 0 if it does not."""
+    body = token.split(".")[1]
+    return int(json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))).get("exp", 0))
+
+
+def signature_of(key: Key, nonce: bytes) -> bytes:
+    """Return the signature of a server's nonce, as NATS wants it."""
+    return _base64(key.sign(nonce)).encode()
+
+
+def _written(values: Mapping[str, object]) -> str:
+    return _base64(json.dumps(values, separators=(",", ":")).encode())
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+@dataclass(frozen=True)
+class KeyLogin:
+    """See link.Login: with a key, and a token that somebody else has given for it."""
+
+    key: Key
+    current: "Token"
+
+    def token(self) -> str:
+        """See link.Login.token."""
+        return self.current.text
+
+    def sign(self, nonce: bytes) -> bytes:
+        """See link.Login.sign."""
+        return signature_of(self.key, nonce)
+
+
+@dataclass
+class Token:
+    """A token, which is renewed from time to time."""
+
+    text: str
