@@ -33,11 +33,13 @@ from sandyard.server.core.records import (
     ApiKey,
     AutoTopup,
     InUse,
+    JoinedNode,
     KeyedRequest,
     LedgerEntry,
     Membership,
     Mount,
     NodeSeen,
+    NodeStart,
     Organization,
     PendingTopup,
     Project,
@@ -1079,3 +1081,103 @@ async def test_a_newer_schema_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(InternalError, match="newer Sandyard"):
         async with open_store(url, key=KEY):
             pass
+
+
+# --- nodes on other hosts -----------------------------------------------------------------------
+
+SECOND = timedelta(seconds=1)
+HERE = NodeStart("boot-1", "host-a:/home", "0.1", "10.0.0.2", 8700)
+
+
+async def joined(store: Store, node_id: str = "node-1", name: str = "one") -> None:
+    async with store.write(Turn.ALONE) as tx:
+        await tx.joined_nodes.add(JoinedNode(node_id, name, NOW))
+
+
+async def started(store: Store, start: NodeStart, lasts: timedelta = 60 * SECOND) -> int | None:
+    async with store.write(Turn.BESIDE) as tx:
+        return await tx.joined_nodes.start("node-1", start, lasts=lasts)
+
+
+async def test_a_node_starts_under_the_next_epoch_and_has_a_lease(store: Store) -> None:
+    await joined(store)
+    async with store.read() as tx:
+        (before,) = await tx.joined_nodes.all()
+    assert (before.epoch, before.has_lease, before.lost_at) == (0, False, None)
+    assert await started(store, HERE) == 1
+    assert await started(store, HERE) == 1  # its word came twice
+    assert await started(store, replace(HERE, boot="boot-2")) == 2  # it was killed
+    async with store.read() as tx:
+        after = await tx.joined_nodes.find("node-1")
+        assert await tx.joined_nodes.find("node-2") is None
+    assert after is not None
+    assert (after.epoch, after.has_lease, after.host, after.port) == (2, True, "10.0.0.2", 8700)
+
+
+async def test_another_place_is_refused_while_a_lease_is_held(store: Store) -> None:
+    copy = replace(HERE, boot="boot-2", place="host-b:/home")
+    assert await started(store, copy) is None  # nobody knows it
+    await joined(store)
+    assert await started(store, HERE) == 1
+    assert await started(store, copy) is None
+    async with store.write(Turn.BESIDE) as tx:
+        assert await tx.joined_nodes.beat("node-1", 1, lasts=-SECOND)
+    assert await started(store, copy) == 2
+    async with store.write(Turn.BESIDE) as tx:
+        assert not await tx.joined_nodes.beat("node-1", 1, lasts=60 * SECOND)
+        assert await tx.joined_nodes.beat("node-1", 2, lasts=60 * SECOND)
+
+
+async def test_whoever_does_not_beat_is_lost_until_it_does(store: Store) -> None:
+    await joined(store)
+    await joined(store, "node-2", "another")
+    async with store.write(Turn.BESIDE) as tx:
+        assert await tx.joined_nodes.lose(grace=SECOND) == []
+    await started(store, HERE, -2 * SECOND)
+    async with store.write(Turn.BESIDE) as tx:
+        assert await tx.joined_nodes.lose(grace=60 * SECOND) == []
+        assert await tx.joined_nodes.lose(grace=SECOND) == ["node-1"]
+        assert await tx.joined_nodes.lose(grace=SECOND) == []
+    async with store.read() as tx:
+        another, lost = await tx.joined_nodes.all()
+    assert (another.lost_at, lost.lost_at) == (None, lost.lease_until)
+    async with store.write(Turn.BESIDE) as tx:
+        assert await tx.joined_nodes.beat("node-1", 1, lasts=60 * SECOND)
+    async with store.read() as tx:
+        _, back = await tx.joined_nodes.all()
+    assert (back.has_lease, back.lost_at) == (True, None)
+
+
+async def test_a_node_is_drained_and_forgotten(store: Store) -> None:
+    await joined(store)
+    async with store.write(Turn.ALONE) as tx:
+        assert await tx.joined_nodes.drain("node-1", is_draining=True)
+        assert not await tx.joined_nodes.drain("node-2", is_draining=True)
+        (node,) = await tx.joined_nodes.all()
+        assert node.is_draining
+        assert await tx.joined_nodes.forget("node-1")
+        assert not await tx.joined_nodes.forget("node-1")
+        assert await tx.joined_nodes.all() == []
+
+
+async def test_an_invite_is_good_once_and_for_a_while(store: Store) -> None:
+    async with store.write(Turn.ALONE) as tx:
+        await tx.invites.add("a" * 64, lasts=60 * SECOND)
+        await tx.invites.add("b" * 64, lasts=-SECOND)
+    for digest, is_good in (("a", True), ("a", False), ("b", False), ("c", False)):
+        async with store.write(Turn.ALONE) as tx:
+            assert await tx.invites.take(digest * 64) is is_good
+    async with store.write(Turn.ALONE) as tx:
+        await tx.invites.add("b" * 64, lasts=60 * SECOND)  # the old one is gone
+
+
+async def test_the_installation_keeps_secrets_of_its_own(store: Store) -> None:
+    async with store.read() as tx:
+        assert await tx.secrets.find("authority") is None
+    async with store.write(Turn.ALONE) as tx:
+        await tx.secrets.add("authority", {"key": "k", "certificate": "ü"})
+    async with store.read() as tx:
+        assert await tx.secrets.find("authority") == {"key": "k", "certificate": "ü"}
+    with pytest.raises(InternalError):
+        async with store.write(Turn.ALONE) as tx:
+            await tx.secrets.add("authority", {"key": "other"})

@@ -279,6 +279,37 @@ class NodeSeen:
 
 
 @dataclass(frozen=True)
+class NodeStart:
+    """One start of a node's process: `boot` is that start's own id, `place` names the host and home
+    that it runs in, `host` and `port` are where its tunnel is."""
+
+    boot: str
+    place: str
+    version: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class JoinedNode:
+    """A node on another host. `epoch` counts the starts of its process; it `has_lease` while it may
+    be asked for something, and was given up at the end of that, `lost_at`, if it did not come back.
+    """
+
+    id: str
+    name: str
+    joined_at: datetime
+    is_draining: bool = False
+    epoch: int = 0
+    version: str = ""
+    host: str = ""
+    port: int = 0
+    lease_until: datetime | None = None
+    lost_at: datetime | None = None
+    has_lease: bool = False
+
+
+@dataclass(frozen=True)
 class RequestKey:
     """Whose request it was, of which kind, and the key that came with it."""
 

@@ -1,6 +1,6 @@
 """What is asked of the store: rows, a protocol for each kind, within transactions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,11 +15,13 @@ from sandyard.server.core.records import (
     AutoTopup,
     Claim,
     InUse,
+    JoinedNode,
     KeyedRequest,
     KeyHolder,
     LedgerEntry,
     Membership,
     NodeSeen,
+    NodeStart,
     Organization,
     Project,
     RequestKey,
@@ -169,6 +171,69 @@ class NodeRows(Protocol):
 
     async def find(self, node_id: str) -> NodeSeen | None:
         """Return a node."""
+        ...
+
+
+class JoinedNodeRows(Protocol):
+    """The nodes on other hosts, and who of them has a lease, by the database's clock."""
+
+    async def add(self, node: JoinedNode) -> None:
+        """Add a node, which has not started yet."""
+        ...
+
+    async def all(self) -> list[JoinedNode]:
+        """Return every node by name."""
+        ...
+
+    async def find(self, node_id: str) -> JoinedNode | None:
+        """Return a node."""
+        ...
+
+    async def start(self, node_id: str, start: NodeStart, *, lasts: timedelta) -> int | None:
+        """Note a start of a node's process, give it a lease, and return its epoch.
+
+        None if there is no such node, or another process of it has a lease, in another place.
+        """
+        ...
+
+    async def beat(self, node_id: str, epoch: int, *, lasts: timedelta) -> bool:
+        """Have a node's lease last so long from now; False if a later epoch has begun."""
+        ...
+
+    async def lose(self, *, grace: timedelta) -> list[str]:
+        """Note as lost whoever's lease ended `grace` ago, and return who that is now."""
+        ...
+
+    async def drain(self, node_id: str, *, is_draining: bool) -> bool:
+        """Note whether new sandboxes may come to a node; False if there is no such node."""
+        ...
+
+    async def forget(self, node_id: str) -> bool:
+        """Remove a node; False if there is no such node."""
+        ...
+
+
+class InviteRows(Protocol):
+    """Invites for nodes, by the digest of their secrets; each is good once."""
+
+    async def add(self, digest: str, *, lasts: timedelta) -> None:
+        """Add an invite that is good for so long."""
+        ...
+
+    async def take(self, digest: str) -> bool:
+        """Use an invite up; False if there is none that is good."""
+        ...
+
+
+class SecretRows(Protocol):
+    """Secrets of the installation itself, by name."""
+
+    async def find(self, name: str) -> Mapping[str, str] | None:
+        """Return one."""
+        ...
+
+    async def add(self, name: str, values: Mapping[str, str]) -> None:
+        """Keep one; there is none of that name yet."""
         ...
 
 
@@ -619,6 +684,21 @@ class Transaction(Protocol):
     @property
     def leases(self) -> LeaseRows:
         """Who works on which sandbox."""
+        ...
+
+    @property
+    def joined_nodes(self) -> JoinedNodeRows:
+        """Nodes on other hosts."""
+        ...
+
+    @property
+    def invites(self) -> InviteRows:
+        """Invites for nodes."""
+        ...
+
+    @property
+    def secrets(self) -> SecretRows:
+        """Secrets of the installation itself."""
         ...
 
     @property

@@ -544,7 +544,9 @@ class RequestTable:
 
     async def forget(self, *, before: datetime) -> None:
         """See core.contracts.store.RequestRows.forget."""
-        await _forget(self._connection, t.keyed_requests, t.keyed_requests.c.created_at < before)
+        await remove_some(
+            self._connection, t.keyed_requests, t.keyed_requests.c.created_at < before
+        )
 
 
 class TicketTable:
@@ -576,7 +578,7 @@ class TicketTable:
 
     async def forget(self, *, before: datetime) -> None:
         """See core.contracts.store.TicketRows.forget."""
-        await _forget(self._connection, t.tickets, t.tickets.c.expires_at < before)
+        await remove_some(self._connection, t.tickets, t.tickets.c.expires_at < before)
 
 
 async def put(
@@ -595,7 +597,7 @@ async def put(
     )
 
 
-async def _forget(connection: Connection, table: Table, *which: ColumnElement[bool]) -> None:
+async def remove_some(connection: Connection, table: Table, *which: ColumnElement[bool]) -> None:
     """Remove rows of anybody's, some at a time; what somebody else removes now is left to them."""
     keys = list(table.primary_key.columns)
     chosen = select(*keys).where(*which).limit(_FORGET_MAX).with_for_update(skip_locked=True)

@@ -29,6 +29,7 @@ from sandyard.server.links.sql.account_rows import (
     WorkspaceTable,
 )
 from sandyard.server.links.sql.batches import BUSY_S, Batches, begun, lost
+from sandyard.server.links.sql.cluster_rows import InviteTable, JoinedNodeTable, SecretTable
 from sandyard.server.links.sql.migrate import is_behind, upgrade
 from sandyard.server.links.sql.money_rows import (
     CreditTable,
@@ -85,6 +86,9 @@ class SqlTransaction:
         self.sandboxes = SandboxTable(connection, seal)
         self.leases = LeaseTable(connection, self.sandboxes)
         self.nodes = NodeTable(connection)
+        self.joined_nodes = JoinedNodeTable(connection)
+        self.invites = InviteTable(connection)
+        self.secrets = SecretTable(connection, seal)
         self.workspaces = WorkspaceTable(connection)
         self.organizations = OrganizationTable(connection)
         self.users = UserTable(connection)

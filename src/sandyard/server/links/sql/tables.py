@@ -499,6 +499,41 @@ nodes = Table(
     Column("seen_at", Moment, nullable=False),
 )
 
+# Nodes on other hosts; `lost_at` is when the lease ended of one that was given up.
+joined_nodes = Table(
+    "joined_nodes",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("joined_at", Moment, nullable=False),
+    Column("is_draining", Boolean, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("boot", Text, nullable=False),
+    Column("place", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("port", Integer, nullable=False),
+    Column("lease_until", Moment),
+    Column("lost_at", Moment),
+    Index("ix_joined_nodes_lease", "lease_until"),
+)
+
+invites = Table(
+    "invites",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("expires_at", Moment, nullable=False),
+    Index("ix_invites_expires", "expires_at"),
+)
+
+# Of the installation's own: what it vouches for its nodes and control planes with.
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("sealed", Text, nullable=False),
+)
+
 # Facts of the installation, such as when it was last at work.
 facts = Table(
     "facts",

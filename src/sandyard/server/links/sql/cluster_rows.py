@@ -1,0 +1,158 @@
+"""Rows of nodes that joined, of invites, and of an installation's own secrets."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+from sqlalchemy import (
+    ColumnElement,
+    RowMapping,
+    case,
+    delete,
+    false,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+
+from sandyard.server.core.records import JoinedNode, NodeStart
+from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.rows import Connection, remove_some
+from sandyard.server.links.sql.seal import Seal
+
+_c = t.joined_nodes.c
+
+
+class JoinedNodeTable:
+    """See core.contracts.store.JoinedNodeRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, node: JoinedNode) -> None:
+        """See core.contracts.store.JoinedNodeRows.add."""
+        values = {name: value for name, value in vars(node).items() if name != "has_lease"}
+        values |= {"boot": "", "place": ""}
+        await self._connection.execute(insert(t.joined_nodes).values(values))
+
+    async def all(self) -> list[JoinedNode]:
+        """See core.contracts.store.JoinedNodeRows.all."""
+        found = await self._connection.execute(
+            select(*_TOLD, _HAS_LEASE.label("has_lease")).order_by(_c.name, _c.id)
+        )
+        return [_node_of(row) for row in found.mappings()]
+
+    async def find(self, node_id: str) -> JoinedNode | None:
+        """See core.contracts.store.JoinedNodeRows.find."""
+        found = await self._connection.execute(
+            select(*_TOLD, _HAS_LEASE.label("has_lease")).where(_c.id == node_id)
+        )
+        row = found.mappings().first()
+        return None if row is None else _node_of(row)
+
+    async def start(self, node_id: str, start: NodeStart, *, lasts: timedelta) -> int | None:
+        """See core.contracts.store.JoinedNodeRows.start."""
+        is_own = or_(_c.boot == start.boot, _c.place == start.place, _c.lease_until.is_(None))
+        done = await self._connection.execute(
+            update(t.joined_nodes)
+            .where(_c.id == node_id, or_(is_own, _c.lease_until <= t.now()))
+            .values(
+                epoch=case((_c.boot == start.boot, _c.epoch), else_=_c.epoch + 1),
+                lease_until=t.now() + lasts // _MICROSECOND,
+                lost_at=None,
+                **vars(start),
+            )
+            .returning(_c.epoch)
+        )
+        row = done.first()
+        return None if row is None else int(row.epoch)
+
+    async def beat(self, node_id: str, epoch: int, *, lasts: timedelta) -> bool:
+        """See core.contracts.store.JoinedNodeRows.beat."""
+        done = await self._connection.execute(
+            update(t.joined_nodes)
+            .where(_c.id == node_id, _c.epoch == epoch)
+            .values(lease_until=t.now() + lasts // _MICROSECOND, lost_at=None)
+        )
+        return done.rowcount > 0
+
+    async def lose(self, *, grace: timedelta) -> list[str]:
+        """See core.contracts.store.JoinedNodeRows.lose."""
+        done = await self._connection.execute(
+            update(t.joined_nodes)
+            .where(_c.lost_at.is_(None), _c.lease_until < _once(t.now() - grace // _MICROSECOND))
+            .values(lost_at=_c.lease_until)
+            .returning(_c.id)
+        )
+        return [row.id for row in done]
+
+    async def drain(self, node_id: str, *, is_draining: bool) -> bool:
+        """See core.contracts.store.JoinedNodeRows.drain."""
+        done = await self._connection.execute(
+            update(t.joined_nodes).where(_c.id == node_id).values(is_draining=is_draining)
+        )
+        return done.rowcount > 0
+
+    async def forget(self, node_id: str) -> bool:
+        """See core.contracts.store.JoinedNodeRows.forget."""
+        done = await self._connection.execute(delete(t.joined_nodes).where(_c.id == node_id))
+        return done.rowcount > 0
+
+
+class InviteTable:
+    """See core.contracts.store.InviteRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, digest: str, *, lasts: timedelta) -> None:
+        """See core.contracts.store.InviteRows.add."""
+        c = t.invites.c
+        await remove_some(self._connection, t.invites, c.expires_at < _once(t.now()))
+        await self._connection.execute(
+            insert(t.invites).values(digest=digest, expires_at=t.now() + lasts // _MICROSECOND)
+        )
+
+    async def take(self, digest: str) -> bool:
+        """See core.contracts.store.InviteRows.take."""
+        c = t.invites.c
+        done = await self._connection.execute(
+            delete(t.invites).where(c.digest == digest, c.expires_at > t.now())
+        )
+        return done.rowcount > 0
+
+
+class SecretTable:
+    """See core.contracts.store.SecretRows."""
+
+    def __init__(self, connection: Connection, seal: Seal) -> None:
+        self._connection = connection
+        self._seal = seal
+
+    async def find(self, name: str) -> Mapping[str, str] | None:
+        """See core.contracts.store.SecretRows.find."""
+        c = t.secrets.c
+        found = await self._connection.execute(select(c.sealed).where(c.name == name))
+        row = found.first()
+        return None if row is None else self._seal.open(row.sealed)
+
+    async def add(self, name: str, values: Mapping[str, str]) -> None:
+        """See core.contracts.store.SecretRows.add."""
+        await self._connection.execute(
+            insert(t.secrets).values(name=name, sealed=self._seal.close(values))
+        )
+
+
+def _once(value: ColumnElement[int]) -> ColumnElement[int]:
+    """Return a value as worked out once: an index can be searched for it, not for a clock's."""
+    return select(value).scalar_subquery()
+
+
+_MICROSECOND = timedelta(microseconds=1)
+_HAS_LEASE = func.coalesce(_c.lease_until > t.now(), false())
+_TOLD = [one for one in t.joined_nodes.columns if one.name not in ("boot", "place")]
+
+
+def _node_of(row: RowMapping) -> JoinedNode:
+    return JoinedNode(**{**row, "has_lease": bool(row["has_lease"])})
