@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,12 @@ app.add_typer(key, name="key")
 out = Console(
     width=None if sys.stdout and sys.stdout.isatty() else 250, highlight=False, markup=False
 )
+
+node = typer.Typer(
+    help="The nodes of an installation on several hosts; on a control plane's host.",
+    no_args_is_help=True,
+)
+app.add_typer(node, name="node")
 
 Org = Annotated[str, typer.Argument(help="The organization's id or slug.", metavar="ORG")]
 Who = Annotated[str, typer.Argument(help="The user's e-mail address or id.", metavar="USER")]
@@ -219,3 +226,91 @@ def revoke_key(
     """Make an API key no good, at once and for ever."""
     made = _do(lambda admin: admin.revoke_key(organization, key_id))
     out.print(f"{made.name} is revoked")
+
+
+# --- several hosts ------------------------------------------------------------------------------
+
+Node = Annotated[str, typer.Argument(help="The node's name or id.", metavar="NODE")]
+
+
+def _with_fleet(work: Callable[[Any], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        async with server_module("cluster").open_fleet(server_settings()) as (fleet, _):
+            return await work(fleet)
+
+    return asyncio.run(run())
+
+
+@node.command()
+def invite() -> None:
+    """Print the line that makes another host a node: good once, for an hour."""
+    typer.echo(asyncio.run(server_module("cluster").invite_line(server_settings())))
+
+
+@node.command("list")
+def list_nodes() -> None:
+    """List nodes, and whether each is there."""
+    columns = ("name", "status", "new sandboxes", "epoch", "address", "version", "joined", "id")
+    rows = []
+    for one in _with_fleet(lambda fleet: fleet.nodes()):
+        status = "up" if one.has_lease else "lost" if one.lost_at else "away"
+        rows.append(
+            (
+                one.name, status if one.epoch else "never started",
+                "no, draining" if one.is_draining else "yes", str(one.epoch),
+                f"{one.host}:{one.port}" if one.host else "", one.version,
+                f"{one.joined_at:%Y-%m-%d %H:%M}", one.id,
+            )
+        )  # fmt: skip
+    show_table(columns, rows)
+
+
+@node.command()
+def drain(node: Node) -> None:
+    """Place nothing new on a node; what is there stays."""
+    made = _with_fleet(lambda fleet: fleet.drain(node, is_draining=True))
+    out.print(f"nothing new comes to {made.name}")
+
+
+@node.command()
+def undrain(node: Node) -> None:
+    """Place sandboxes on a node again."""
+    made = _with_fleet(lambda fleet: fleet.drain(node, is_draining=False))
+    out.print(f"{made.name} takes new sandboxes")
+
+
+@node.command()
+def forget(node: Node) -> None:
+    """Remove a node that is not there any more, and has nothing."""
+    made = _with_fleet(lambda fleet: fleet.forget(node))
+    out.print(f"{made.name} is no node any more")
+
+
+@app.command("nats-config")
+def nats_config(
+    folder: Annotated[Path, typer.Argument(help="Where it is written, with a certificate.")],
+    host: Annotated[str, typer.Option(help="The address that the server listens on.")] = "0.0.0.0",  # noqa: S104
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 4222,
+    name: Annotated[str, typer.Option(help="Its name among the servers.")] = "nats",
+    cluster_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Of several servers: the port for each other."),
+    ] = None,
+    route: Annotated[
+        list[str] | None,
+        typer.Option(help="Of several: another's tls://HOST:CLUSTER_PORT; may be repeated."),
+    ] = None,
+) -> None:
+    """Write the configuration of a NATS server of the installation: start nats-server with it."""
+    written = asyncio.run(
+        server_module("cluster").write_nats_config(
+            server_settings(),
+            folder,
+            host=host,
+            port=port,
+            routes=tuple(route or ()),
+            cluster_port=cluster_port,
+            name=name,
+        )
+    )
+    typer.echo(f"nats-server -c {written}")

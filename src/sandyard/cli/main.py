@@ -36,6 +36,7 @@ app.add_typer(workspace.app, name="workspace")
 app.add_typer(account.auth, name="auth")
 app.add_typer(account.ssh_key, name="ssh-key")
 app.add_typer(admin.app, name="admin")
+app.add_typer(server.nodes, name="node")
 app.add_typer(server.templates, name="template")
 app.add_typer(server.setup, name="setup")
 
@@ -52,7 +53,7 @@ sandbox.app.command("url")(ways.url)
 app.command("run", context_settings={"allow_interspersed_args": False})(copy.run)
 for command in (
     account.login, account.logout, account.usage, live.top, sandbox.logs, sandbox.fork, agents.mcp,
-    server.serve, server.doctor, server.init, server.stop,
+    server.serve, server.control, server.doctor, server.init, server.stop,
 ):  # fmt: skip
     app.command()(command)
 

@@ -12,6 +12,7 @@ from sandyard.client.config import ClientConfig, read_config, write_config
 if TYPE_CHECKING:
     from sandyard.server.app.settings import Settings
 
+nodes = typer.Typer(help="Run this host's node, of an installation on several hosts.")
 templates = typer.Typer(help="Build and list templates.", no_args_is_help=True)
 setup = typer.Typer(help="Fetch what the system's packages do not bring.", no_args_is_help=True)
 
@@ -45,12 +46,47 @@ def server_settings() -> "Settings":
 
 def serve() -> None:
     """Run the server until it is told to stop; machines live on."""
+    asyncio.run(server_module("serve").serve(_logged_settings()))
+
+
+def control() -> None:
+    """Run a control plane of an installation on several hosts; see docs/howto/cluster.md."""
+    asyncio.run(server_module("cluster").serve_cluster_control(_logged_settings()))
+
+
+@nodes.callback(invoke_without_command=True)
+def node(context: typer.Context) -> None:
+    """Run this host's node until it is told to stop; machines live on."""
+    if context.invoked_subcommand is None:
+        asyncio.run(server_module("member").serve_node(_logged_settings()))
+
+
+@nodes.command()
+def join(
+    address: Annotated[str, typer.Argument(help="A control plane's HOST:PORT.")],
+    invite: Annotated[str, typer.Argument(help="As `sandyard admin node invite` prints it.")],
+    name: Annotated[
+        str | None, typer.Option(help="What people call it; default: the host's name.")
+    ] = None,
+    start: Annotated[
+        bool, typer.Option("--start/--no-start", help="Go on and run the node.")
+    ] = True,
+) -> None:
+    """Make this host a node of an installation, and run it."""
+    settings = _logged_settings()
+    node_id = asyncio.run(server_module("member").join(settings, address, invite, name=name))
+    typer.echo(f"this host is the node {node_id} now; `sandyard node` starts it from now on")
+    if start:
+        asyncio.run(server_module("member").serve_node(settings))
+
+
+def _logged_settings() -> "Settings":
     settings = server_settings()
     log = settings.log
     server_module("logs").set_up_logs(
         level=log.level, form=log.format, file=log.file, file_mib=log.file_mib
     )
-    asyncio.run(server_module("serve").serve(settings))
+    return settings
 
 
 def init(

@@ -1,6 +1,6 @@
 """Opens a control plane: the services on a store and nodes, and the HTTP application on them."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -135,6 +135,7 @@ async def open_control(
     tunnel: NodeTunnel,
     volumes: Volumes,
     exports: Mapping[str, NodeExports] | None = None,
+    takes_new: Callable[[str], bool] = lambda _: True,
     bus: Bus,
     clock: Clock,
     metrics: Metrics,
@@ -157,7 +158,7 @@ async def open_control(
         sign_up, waits = sign_up_of(settings), Waits()
         addresses = addresses_of(settings)
         enforces = settings.billing.enforce
-        known = Nodes(nodes, clock)
+        known = Nodes(nodes, clock, takes_new)
         templates, placement = Templates(known), Placement(known)
         lifecycle = Lifecycle(store, bus, clock)
         register = Register(store, bus, clock)

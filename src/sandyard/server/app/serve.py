@@ -9,7 +9,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from sandyard.server.app.connections import Gate, Patience, guarded
+from sandyard.server.app.control import Control
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.installation import only_server, running_server, secret_key, ssh_host_key
 from sandyard.server.app.settings import HttpSettings, Settings
@@ -53,6 +54,16 @@ async def serve(settings: Settings) -> None:
     Raises:
         UnavailableError: another server uses the home, or the port is taken.
     """
+    stop = at_the_end()
+    with only_server(settings.home), listen(settings.http.host, settings.http.port) as listener:
+        async with open_house(settings) as house, ssh_gateway(house.control, settings):
+            if not stop.is_set():
+                await serve_control(house.control, listener, settings)
+    log.info("stopped; machines live on")
+
+
+def at_the_end() -> asyncio.Event:
+    """Make this process a server's: return what is set once it is told to stop."""
     # They have been read, and some are secrets: no process that this one starts needs them.
     for name in [one for one in os.environ if one.startswith("SANDYARD_")]:
         del os.environ[name]
@@ -63,19 +74,13 @@ async def serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    with only_server(settings.home):
-        listener = _listen(settings.http.host, settings.http.port)
-        with listener:
-            async with open_house(settings) as house, _ssh_gateway(house, settings):
-                if not stop.is_set():
-                    await _serve_http(house, listener, settings)
-    log.info("stopped; machines live on")
+    return stop
 
 
 @contextlib.asynccontextmanager
-async def _ssh_gateway(house: House, settings: Settings) -> AsyncIterator[None]:
-    """Open the SSH gateway of a house, if it is to have one."""
-    services, ssh = house.control.services, settings.ssh
+async def ssh_gateway(control: Control, settings: Settings) -> AsyncIterator[None]:
+    """Open the SSH gateway of a control plane, if it is to have one."""
+    services, ssh = control.services, settings.ssh
     if not ssh.enabled:
         yield
         return
@@ -134,9 +139,15 @@ def http_server(
     )
 
 
-async def _serve_http(house: House, listener: socket.socket, settings: Settings) -> None:
-    preview, own = house.control.preview, settings.preview
-    front = Front(house.api, preview, house.control.services.addresses.preview_domain)
+async def serve_control(
+    control: Control,
+    listener: socket.socket,
+    settings: Settings,
+    *beside: Coroutine[object, object, None],
+) -> None:
+    """Serve HTTP and do a control plane's work, and what goes on `beside`, until told to stop."""
+    preview, own = control.preview, settings.preview
+    front = Front(control.api, preview, control.services.addresses.preview_domain)
     server = http_server(front, settings.http, is_tunnel=front.is_preview)
     # What is there by now stays: to look through it again and again for garbage costs a tenth of
     # what a burst of creates takes.
@@ -145,9 +156,10 @@ async def _serve_http(house: House, listener: socket.socket, settings: Settings)
     gc.set_threshold(50_000, 20, 20)
     async with asyncio.TaskGroup() as tasks:
         working = [
-            tasks.create_task(house.reconciler.run()),
-            tasks.create_task(house.meter.run()),
-            tasks.create_task(house.control.services.workspaces.run()),
+            tasks.create_task(control.reconciler.run()),
+            tasks.create_task(control.meter.run()),
+            tasks.create_task(control.services.workspaces.run()),
+            *(tasks.create_task(one) for one in beside),
         ]
         host, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%s", host, port)
@@ -169,7 +181,7 @@ async def _preview_server(
     certificate = (
         (own.tls_certificate, own.tls_key) if own.tls_certificate and own.tls_key else None
     )
-    with _listen(settings.http.host, port, "SANDYARD_PREVIEW__PORT") as listener:
+    with listen(settings.http.host, port, "SANDYARD_PREVIEW__PORT") as listener:
         server = http_server(
             preview, settings.http, is_tunnel=lambda _: True, certificate=certificate
         )
@@ -183,7 +195,12 @@ async def _preview_server(
                 await asyncio.wait([serving])
 
 
-def _listen(host: str, port: int, setting: str = "SANDYARD_HTTP__PORT") -> socket.socket:
+def listen(host: str, port: int, setting: str = "SANDYARD_HTTP__PORT") -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        UnavailableError: the port is taken.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol named, asyncio switches Nagle's algorithm off on what is accepted here;
     # without it every small answer waits 40 ms for the client's acknowledgement.

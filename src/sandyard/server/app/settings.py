@@ -470,6 +470,41 @@ class WorkspaceSettings(Section):
     )
 
 
+class ClusterSettings(Section):
+    """Several hosts: `sandyard control` and `sandyard node`. On one machine none of it is used."""
+
+    nats: tuple[str, ...] = Field(
+        (),
+        description="Control planes: where NATS is, as they and the nodes reach it, such as "
+        '`["tls://10.0.0.5:4222"]`.',
+    )
+    host: str = Field(
+        "0.0.0.0",  # noqa: S104 - both ends of what listens here show certificates
+        description="The address to listen on: a control plane for nodes that join, a node for "
+        "control planes.",
+    )
+    port: int = Field(8700, ge=1, le=65535, description="The port to listen on, TCP with TLS.")
+    address: str | None = Field(
+        None,
+        pattern=_HOST,
+        description="The host by which the others reach this one; default: a control plane's own "
+        "name, and the address by which a node reached the control plane when it joined.",
+    )
+
+    @field_validator("nats")
+    @classmethod
+    def _are_servers(cls, servers: tuple[str, ...]) -> tuple[str, ...]:
+        for one in servers:
+            parsed = urlsplit(one)
+            if parsed.scheme not in ("tls", "nats") or not parsed.hostname or parsed.path:
+                raise ValueError("each must be tls://HOST:PORT")
+            if parsed.scheme == "nats" and parsed.hostname not in ("127.0.0.1", "::1", "localhost"):
+                raise ValueError(
+                    "nats:// is in the clear, and for loopback alone; use tls://HOST:PORT"
+                )
+        return servers
+
+
 class LogSettings(Section):
     """The log: on standard error, or in a file that is kept from growing."""
 
@@ -520,6 +555,7 @@ class Settings(BaseSettings):
         "`memory_gb`, `disk_gb`, `storage_gb`, `test_sandboxes`.",
     )
     workspaces: WorkspaceSettings = WorkspaceSettings()
+    cluster: ClusterSettings = ClusterSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("home")

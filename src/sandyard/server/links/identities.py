@@ -12,6 +12,7 @@ from sandyard.server.core.errors import InvalidArgumentError
 
 _SKEW = timedelta(hours=2)  # clocks of hosts need not agree
 _AUTHORITY_LASTS = timedelta(days=20 * 365)
+_SERVER_LASTS = timedelta(days=5 * 365)
 
 
 def control_name(installation: str, server_id: str) -> str:
@@ -24,18 +25,30 @@ def node_name(installation: str, node_id: str) -> str:
     return f"sandyard://{installation}/node/{node_id}"
 
 
+def nats_name(installation: str, name: str) -> str:
+    """Return the name of a NATS server, as a URI."""
+    return f"sandyard://{installation}/nats/{name}"
+
+
 def new_request() -> tuple[bytes, bytes]:
     """Return a fresh private key and a request for a certificate of it, in PEM.
 
     The request says nothing of whose it is: that is for whoever signs it to know.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = _pem_of(ec.generate_private_key(ec.SECP256R1()))
+    return key, request_of(key)
+
+
+def request_of(private: bytes) -> bytes:
+    """Return a request for another certificate of a private key, in PEM."""
+    key = serialization.load_pem_private_key(private, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
     request = (
         x509.CertificateSigningRequestBuilder()
         .subject_name(x509.Name([]))
         .sign(key, hashes.SHA256())
     )
-    return _pem_of(key), request.public_bytes(serialization.Encoding.PEM)
+    return request.public_bytes(serialization.Encoding.PEM)
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,17 @@ class Authority:
         Raises:
             InvalidArgumentError: it is no request, or its key is not one that is accepted.
         """
+        return self._signed(request, [x509.UniformResourceIdentifier(name)], now, lasts)
+
+    def sign_server(self, request: bytes, name: str, host: str, now: datetime) -> bytes:
+        """Return the certificate of a server that is known by the name of a host, besides; see
+        `sign`."""
+        names = [x509.UniformResourceIdentifier(name), x509.DNSName(host)]
+        return self._signed(request, names, now, _SERVER_LASTS)
+
+    def _signed(
+        self, request: bytes, names: list[x509.GeneralName], now: datetime, lasts: timedelta
+    ) -> bytes:
         try:
             asked = x509.load_pem_x509_csr(request)
             is_own = asked.is_signature_valid
@@ -103,9 +127,7 @@ class Authority:
                 ),
                 critical=False,
             )
-            .add_extension(
-                x509.SubjectAlternativeName([x509.UniformResourceIdentifier(name)]), critical=True
-            )
+            .add_extension(x509.SubjectAlternativeName(names), critical=True)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()),
                 critical=False,

@@ -1,7 +1,7 @@
 """The nodes of the installation: how each is reached, and what it said last."""
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
@@ -118,16 +118,29 @@ async def _tried(asked: Coroutine[object, object, _T]) -> _T | SandyardError:
 
 
 class Nodes:
-    """See the module. What was said is a hint for where to ask first; asking decides."""
+    """See the module. What was said is a hint for where to ask first; asking decides.
 
-    def __init__(self, controls: Mapping[str, NodeControl], clock: Clock) -> None:
-        self._controls = {one: PatientNode(node, clock) for one, node in controls.items()}
+    `controls` may change while they are used; `takes_new` tells where new sandboxes may go.
+    """
+
+    def __init__(
+        self,
+        controls: Mapping[str, NodeControl],
+        clock: Clock,
+        takes_new: Callable[[str], bool] = lambda _: True,
+    ) -> None:
+        self._controls = controls
+        self._takes_new = takes_new
         self._clock = clock
         self._said: dict[str, tuple[float, NodeReport]] = {}
 
     def all(self) -> tuple[NodeControl, ...]:
         """Return every node."""
-        return tuple(self._controls.values())
+        return tuple(PatientNode(node, self._clock) for node in self._controls.values())
+
+    def takes_new(self, node_id: str) -> bool:
+        """Tell whether new sandboxes may come to a node."""
+        return self._takes_new(node_id)
 
     def get(self, node_id: str | None) -> NodeControl:
         """Return the node of that id.
@@ -138,7 +151,7 @@ class Nodes:
         node = self._controls.get(node_id or "")
         if node is None:
             raise UnavailableError(f"cannot reach the node {node_id}: it is not known here")
-        return node
+        return PatientNode(node, self._clock)
 
     def has(self, node_id: str | None) -> bool:
         """Tell whether there is such a node."""

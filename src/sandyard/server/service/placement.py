@@ -57,7 +57,7 @@ class Placement:
         """Return nodes that have a template, best first: a machine waits, then most memory left."""
         found: list[tuple[NodeControl, NodeReport]] = []
         for node in self._nodes.all():
-            if node.node_id == but:
+            if node.node_id == but or not self._nodes.takes_new(node.node_id):
                 continue
             try:
                 report = await self._nodes.lately(node)

@@ -36,6 +36,10 @@ class NatsBus:
             self._waiting[topic] = None
             self._has_some.set()
 
+    def hint_here(self, topic: str) -> None:
+        """Wake whoever subscribed to `topic` in this process: the others were told, too."""
+        self._here.hint(topic)
+
     def subscribe(self, topic: str) -> AbstractContextManager[Subscription]:
         """See core.contracts.bus.Bus.subscribe."""
         return self._here.subscribe(topic)

@@ -8,7 +8,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import count
 from typing import Any, Final, Protocol
 
 from nats.aio.client import Client
@@ -124,7 +124,8 @@ class Link:
         it is back, and one whose token has run out gives up for good.
         """
         was_up = True
-        for server in cycle(self.servers):
+        for number in count():
+            server = self.servers[number % len(self.servers)]
             client = Client()
             try:
                 await self._connect(client, server)

@@ -112,13 +112,17 @@ class Comparison:
         async with self._store.read() as tx:
             rows = await tx.sandboxes.standing(self._node.node_id, WATCHED)
             seen = await tx.nodes.find(self._node.node_id)
+            joined = await tx.joined_nodes.find(self._node.node_id)
         try:
             report = await self._nodes.report_of(self._node)
         except UnavailableError as error:
             if not self._is_silent:
                 log.warning("a node does not answer: %s", error.message)
             self._is_silent = True
-            await self._suspect(rows, self._began_at if seen is None else seen.seen_at)
+            if joined is None:
+                await self._suspect_in_time(rows, self._began_at if seen is None else seen.seen_at)
+            elif joined.lost_at is not None:
+                await self._suspect(rows, joined.lost_at)
             return
         if self._is_silent:
             log.warning("the node %s answers again", self._node.node_id)
@@ -131,13 +135,17 @@ class Comparison:
 
     # --- the node itself ------------------------------------------------------------------
 
-    async def _suspect(self, rows: list[Standing], heard_at: datetime) -> None:
-        """Note that a node's sandboxes cannot be reached, once no server has heard of it lately.
+    async def _suspect_in_time(self, rows: list[Standing], heard_at: datetime) -> None:
+        """Note that the sandboxes of a node that holds no lease cannot be reached, once no server
+        has heard of it lately."""
+        if self._clock.now() - heard_at >= timedelta(seconds=self._patience.node_silent_s):
+            await self._suspect(rows, heard_at)
 
-        What they cost since then nobody pays: it may have been nothing.
+    async def _suspect(self, rows: list[Standing], heard_at: datetime) -> None:
+        """Note that a node's sandboxes cannot be reached.
+
+        What they cost since it was heard of nobody pays: it may have been nothing.
         """
-        if self._clock.now() - heard_at < timedelta(seconds=self._patience.node_silent_s):
-            return
         for sandbox in rows:
             if sandbox.status is Status.RUNNING:
                 await self._apply(sandbox, Event.SILENT, reason=_NODE_SILENT, ended_at=heard_at)

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import NodeControl
 from sandyard.server.core.contracts.store import Hold, Store, Turn
 from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
 from sandyard.server.core.ids import new_secret
@@ -89,8 +90,7 @@ class Reconciler:
         """Work until cancelled."""
         with self._bus.subscribe(WORK) as hints:
             async with self._crew as crew:
-                for comparison in self._comparisons(crew):
-                    crew.start(self._keep_at(comparison.look), "a node is compared no longer")
+                crew.start(self._compare_all(crew), "nodes that come are not compared")
                 crew.start(self._keep_at(self._expire_unplaced), "what is on no node never ends")
                 while True:
                     for claim in await self._claims():
@@ -211,27 +211,40 @@ class Reconciler:
 
     # --- what nodes report ----------------------------------------------------------------
 
-    def _comparisons(self, crew: Crew) -> list[Comparison]:
-        return [
-            Comparison(
-                node,
-                store=self._store,
-                nodes=self._nodes,
-                lifecycle=self._lifecycle,
-                worker=self,
-                idleness=self._idleness,
-                clock=self._clock,
-                crew=crew,
-                patience=self._pace.patience,
-                away_since=self._away_since,
-            )
-            for node in self._nodes.all()
-        ]
+    async def _compare_all(self, crew: Crew) -> None:
+        """Have every node compared for as long as it is one."""
+        while True:
+            for node in self._nodes.all():
+                name = f"compare {node.node_id}"
+                if not crew.is_at(name):
+                    look, is_one = self._comparison(node, crew).look, self._is_one(node.node_id)
+                    work = self._keep_at(look, while_=is_one)
+                    crew.start(work, "a node is compared no longer", once=name)
+            await self._clock.sleep(self._pace.period_s)
 
-    async def _keep_at(self, look: Callable[[], Awaitable[None]]) -> None:
+    def _comparison(self, node: NodeControl, crew: Crew) -> Comparison:
+        return Comparison(
+            node,
+            store=self._store,
+            nodes=self._nodes,
+            lifecycle=self._lifecycle,
+            worker=self,
+            idleness=self._idleness,
+            clock=self._clock,
+            crew=crew,
+            patience=self._pace.patience,
+            away_since=self._away_since,
+        )
+
+    def _is_one(self, node_id: str) -> Callable[[], bool]:
+        return lambda: self._nodes.has(node_id)
+
+    async def _keep_at(
+        self, look: Callable[[], Awaitable[None]], *, while_: Callable[[], bool] = lambda: True
+    ) -> None:
         """Look again and again, whatever comes of it; a silent node holds up no other."""
         with self._bus.subscribe(NODES) as hints:
-            while True:
+            while while_():
                 try:
                     await look()
                 except SandyardError as error:

@@ -1,0 +1,336 @@
+"""Runs a control plane of an installation on several hosts, and what its operator does with it."""
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from sandyard.server.app.control import Control, open_control
+from sandyard.server.app.installation import only_server, secret_key, server_id_of
+from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.serve import at_the_end, listen, serve_control, ssh_gateway
+from sandyard.server.app.settings import Settings
+from sandyard.server.app.wiring import sign_up_of
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
+from sandyard.server.links.identities import nats_name, new_request, node_name
+from sandyard.server.links.installation import Installation, InstallationRegistrar
+from sandyard.server.links.local import SystemClock
+from sandyard.server.links.nats.bus import NatsBus, hinting
+from sandyard.server.links.nats.client import Inbox, RemoteNode
+from sandyard.server.links.nats.config import ServerFiles, config_of
+from sandyard.server.links.nats.link import TLS_NAME, Link, linked
+from sandyard.server.links.nats.register import registering
+from sandyard.server.links.nats.tokens import Key, Role, signature_of
+from sandyard.server.links.sql import open_store
+from sandyard.server.links.tunnel.client import Place, Tunnels
+from sandyard.server.links.tunnel.door import fingerprint_of, opened_door
+from sandyard.server.links.tunnel.ends import Papers, context_of
+from sandyard.server.links.volumes import FolderVolumes
+from sandyard.server.service.fleet import Fleet, Roster
+from sandyard.server.service.people.bootstrap import ensure_first_organization
+from sandyard.server.service.reconcile.reconciler import NODES
+
+log = logging.getLogger(__name__)
+
+_SECRET = "installation"
+_RENEW_S = 24 * 3600.0
+NATS_LASTS_DAYS = 365
+
+
+async def ensure_installation(store: Store, clock: Clock) -> Installation:
+    """Return what the installation vouches with, made the first time.
+
+    Raises:
+        InternalError: it was sealed with another key.
+    """
+    async with store.read() as tx:
+        known = await tx.secrets.find(_SECRET)
+    if known is None:
+        async with store.write(Turn.ALONE) as tx:
+            known = await tx.secrets.find(_SECRET)
+            if known is None:
+                known = Installation.new(clock.now()).values()
+                await tx.secrets.add(_SECRET, known)
+    return Installation.of(known)
+
+
+def write_papers(folder: Path, certificate: bytes, key: bytes, authority: bytes) -> Papers:
+    """Write an end's papers into a folder of its own, and return where they are."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    papers = Papers(folder / "certificate.pem", folder / "key.pem", folder / "authority.pem")
+    for path, data in (
+        (papers.key, key), (papers.certificate, certificate), (papers.authority, authority),
+    ):  # fmt: skip
+        write_private(path, data)
+    return papers
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that its owner alone may read, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def nats_tls(servers: tuple[str, ...], authority: Path) -> ssl.SSLContext | None:
+    """Return what TLS with NATS needs, None where it is spoken to in the clear."""
+    if not any(one.startswith("tls://") for one in servers):
+        return None
+    context = ssl.create_default_context(cafile=str(authority))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+class _ControlLogin:
+    """See links.nats.link.Login: a control plane makes its own tokens."""
+
+    def __init__(self, installation: Installation, server_id: str, clock: Clock) -> None:
+        self._installation = installation
+        self._server_id = server_id
+        self._clock = clock
+        self._key = Key.new(Role.USER)
+
+    def token(self) -> str:
+        return self._installation.control_token(self._key.name, self._server_id, self._clock.now())
+
+    def sign(self, nonce: bytes) -> bytes:
+        return signature_of(self._key, nonce)
+
+
+class RemoteNodes(Mapping[str, RemoteNode]):
+    """The nodes of a roster, as they are to be asked."""
+
+    def __init__(self, roster: Roster, link: Link, inbox: Inbox) -> None:
+        self._roster = roster
+        self._link = link
+        self._inbox = inbox
+
+    def __getitem__(self, node_id: str) -> RemoteNode:
+        if node_id not in self._roster.nodes:
+            raise KeyError(node_id)
+        return RemoteNode(self._link, self._inbox, node_id)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._roster.nodes))
+
+    def __len__(self) -> int:
+        return len(self._roster.nodes)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a control plane has of the hosts around it; `roster` is to be run."""
+
+    roster: Roster
+    nodes: RemoteNodes
+    tunnels: Tunnels
+    bus: NatsBus
+    link: Link
+    door: int
+
+
+@asynccontextmanager
+async def open_cluster(
+    settings: Settings, *, server_id: str, store: Store, clock: Clock
+) -> AsyncIterator[Cluster]:
+    """Join the control planes and nodes of an installation, and leave them at the block's end.
+
+    Raises:
+        InvalidArgumentError: the settings do not say where NATS is.
+        UnavailableError: the door's port is taken, or the store does not answer.
+    """
+    own = settings.cluster
+    if not own.nats:
+        raise InvalidArgumentError(
+            "cannot start a control plane: set SANDYARD_CLUSTER__NATS to where NATS is, such as "
+            '["tls://10.0.0.5:4222"]; on one machine, `sandyard serve` needs none of it'
+        )
+    installation = await ensure_installation(store, clock)
+    authority = installation.authority.certificate
+    folder = settings.home / "cluster"
+    papers = write_papers(folder, *installation.control_papers(server_id, clock.now()), authority)
+    asks, answers = context_of(papers, is_server=False), context_of(papers, is_server=True)
+    answers.verify_mode = ssl.CERT_OPTIONAL  # a host that is to join has no certificate yet
+    link = Link(
+        own.nats,
+        f"control {server_id}",
+        _ControlLogin(installation, server_id, clock),
+        nats_tls(own.nats, papers.authority),
+    )
+    inbox = Inbox(link, server_id)
+    roster = Roster(store, clock, can_hear=lambda: link.is_up)
+    await roster.refresh()
+    fleet = Fleet(store, InstallationRegistrar(installation, own.nats, clock.now), clock)
+
+    def place_of(node_id: str) -> Place | None:
+        node = roster.nodes.get(node_id)
+        if node is None or not node.host:
+            return None
+        return Place(node.host, node.port, node_name(installation.id, node_id))
+
+    async def renew() -> None:
+        while True:
+            await clock.sleep(_RENEW_S)
+            write_papers(folder, *installation.control_papers(server_id, clock.now()), authority)
+            for one in (asks, answers):
+                one.load_cert_chain(papers.certificate, papers.key)
+
+    async with (
+        hinting(link, clock) as bus,
+        registering(fleet, link, on_change=lambda: bus.hint_here(NODES)),
+        Tunnels(asks, place_of) as tunnels,
+        opened_door(
+            fleet,
+            address=own.host,
+            port=own.port,
+            tls=answers,
+            authority=authority.decode(),
+            node_of=installation.node_of,
+        ) as door,
+        linked(link),
+        asyncio.TaskGroup() as tasks,
+    ):
+        renewing = tasks.create_task(renew())
+        yield Cluster(roster, RemoteNodes(roster, link, inbox), tunnels, bus, link, door)
+        renewing.cancel()
+
+
+@asynccontextmanager
+async def open_cluster_control(
+    settings: Settings, clock: Clock | None = None
+) -> AsyncIterator[tuple[Control, Cluster]]:
+    """Open a control plane on the store that it shares with others, and on their nodes."""
+    clock = clock or SystemClock()
+    version, server_id = package_version("sandyard"), server_id_of(settings.home)
+    async with open_store(settings.store_url, key=secret_key(settings.home), clock=clock) as store:
+        await ensure_first_organization(store, clock, sign_up_of(settings))
+        volumes = FolderVolumes(
+            settings.workspaces_dir, floor_bytes=settings.node.disk_floor_mib * 2**20
+        )
+        async with (
+            open_cluster(settings, server_id=server_id, store=store, clock=clock) as cluster,
+            open_control(
+                settings,
+                server_id=server_id,
+                store=store,
+                nodes=cluster.nodes,
+                takes_new=cluster.roster.takes_new,
+                tunnel=cluster.tunnels,
+                volumes=volumes,
+                exports=cluster.nodes,
+                bus=cluster.bus,
+                clock=clock,
+                metrics=Metrics(version=version),
+                version=version,
+            ) as control,
+        ):
+            yield control, cluster
+
+
+async def serve_cluster_control(settings: Settings) -> None:
+    """Serve as one of an installation's control planes, until told to stop by SIGTERM or SIGINT.
+
+    Raises:
+        InvalidArgumentError: the settings lack something; the message says what.
+        UnavailableError: another server uses the home, or a port is taken.
+    """
+    if not settings.store_url.startswith("postgresql://"):
+        raise InvalidArgumentError(
+            "cannot start a control plane on SQLite: set SANDYARD_STORE__URL to the PostgreSQL "
+            "database that all of them share; on one machine, use `sandyard serve`"
+        )
+    stop = at_the_end()
+    with only_server(settings.home), listen(settings.http.host, settings.http.port) as listener:
+        async with (
+            open_cluster_control(settings) as (control, cluster),
+            ssh_gateway(control, settings),
+        ):
+            log.info("nodes join at port %s", cluster.door)
+            if not stop.is_set():
+                await serve_control(control, listener, settings, cluster.roster.run())
+    log.info("stopped; nodes and machines live on")
+
+
+# --- what an operator does ----------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def open_fleet(settings: Settings) -> AsyncIterator[tuple[Fleet, Installation]]:
+    """Open the nodes of an installation for its operator, whether or not a control plane runs."""
+    clock = SystemClock()
+    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+        installation = await ensure_installation(store, clock)
+        registrar = InstallationRegistrar(installation, settings.cluster.nats, clock.now)
+        yield Fleet(store, registrar, clock), installation
+
+
+async def invite_line(settings: Settings) -> str:
+    """Return the command that makes a host a node, good once and for an hour."""
+    own = settings.cluster
+    async with open_fleet(settings) as (fleet, installation):
+        authority = installation.authority.certificate.decode()
+        secret = await fleet.invite()
+    address = own.address or socket.gethostname()
+    host = f"[{address}]" if ":" in address else address
+    token = f"{installation.id}.{fingerprint_of(authority)}.{secret}"
+    return f"sandyard node join {host}:{own.port} {token}"
+
+
+async def write_nats_config(
+    settings: Settings,
+    folder: Path,
+    *,
+    host: str,
+    port: int,
+    routes: tuple[str, ...],
+    cluster_port: int | None,
+    name: str,
+) -> Path:
+    """Write what a NATS server of the installation is started with into a folder; return its file.
+
+    Raises:
+        UnavailableError: it cannot be written there.
+    """
+    clock = SystemClock()
+    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+        installation = await ensure_installation(store, clock)
+    now = clock.now()
+    key, request = new_request()
+    certificate = installation.authority.sign_server(
+        request, nats_name(installation.id, name), TLS_NAME, now
+    )
+    try:
+        papers = write_papers(
+            folder.absolute(), certificate, key, installation.authority.certificate
+        )
+        file = folder.absolute() / "nats.conf"
+        write_private(
+            file,
+            config_of(
+                installation=installation.id,
+                operator=installation.operator,
+                account=installation.account,
+                now=now,
+                host=host,
+                port=port,
+                files=ServerFiles(papers.certificate, papers.key, papers.authority),
+                cluster_port=cluster_port,
+                routes=routes,
+                name=name,
+            ).encode(),
+        )
+    except OSError as error:
+        raise UnavailableError(f"cannot write into {folder}: {error.strerror}") from error
+    return file

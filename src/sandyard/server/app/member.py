@@ -1,0 +1,233 @@
+"""Runs the node of a host that belongs to an installation of several; and has a host join one."""
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from sandyard.server.app.cluster import nats_tls, write_papers, write_private
+from sandyard.server.app.installation import only_server
+from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.node import open_node
+from sandyard.server.app.serve import at_the_end
+from sandyard.server.app.settings import Settings
+from sandyard.server.core.codec import CodecError, decode, encode
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.cluster import Application, Hello, Identity, Joining
+from sandyard.server.core.errors import (
+    ConflictError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.records import NodeStart
+from sandyard.server.links.identities import new_request, request_of
+from sandyard.server.links.installation import is_control_of
+from sandyard.server.links.local import SystemClock
+from sandyard.server.links.nats.client import Inbox
+from sandyard.server.links.nats.link import Link, linked
+from sandyard.server.links.nats.register import NatsPresence
+from sandyard.server.links.nats.server import answering
+from sandyard.server.links.nats.tokens import Key, KeyLogin, Role, Token
+from sandyard.server.links.tunnel.door import DoorPresence, joined
+from sandyard.server.links.tunnel.ends import Papers, context_of
+from sandyard.server.links.tunnel.server import serving
+from sandyard.server.links.volumes import FolderVolumes
+from sandyard.server.node.membership import Membership
+from sandyard.server.tasks import Crew
+
+log = logging.getLogger(__name__)
+
+_FILE = "node.json"
+
+
+@dataclass(frozen=True)
+class Home:
+    """What a host keeps of its being a node: its keys, its identity, and where to say so."""
+
+    identity: Identity
+    seed: bytes
+    doors: tuple[str, ...]
+    address: str
+
+    def kept(self) -> bytes:
+        """Return it as it is written down."""
+        return json.dumps(encode(self)).encode()
+
+
+def home_of(settings: Settings) -> Home:
+    """Return what a host keeps of its being a node.
+
+    Raises:
+        UnavailableError: it is none, or what it kept cannot be read.
+    """
+    file = settings.home / "cluster" / _FILE
+    try:
+        return decode(Home, json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise UnavailableError(
+            "cannot start the node: this host has not joined an installation; run `sandyard admin "
+            "node invite` on a control plane's host, and here the line that it prints"
+        ) from error
+    except (OSError, ValueError, CodecError) as error:
+        raise UnavailableError(
+            f"cannot start the node: {file} cannot be read ({error}); remove it, and join anew"
+        ) from error
+
+
+async def join(settings: Settings, door: str, token: str, *, name: str | None = None) -> str:
+    """Have this host become a node by an invite, and return the id that it has from now on.
+
+    Raises:
+        InvalidArgumentError: what was given is no door, or no invite.
+        ConflictError: it is a node already, or an installation of its own.
+        SandyardError: see links.tunnel.door.joined.
+    """
+    host, port = _door_of(door)
+    try:
+        installation, fingerprint, secret = token.split(".")
+    except ValueError as error:
+        raise InvalidArgumentError(
+            "cannot join: the invite is not whole; copy the line of `sandyard admin node invite` "
+            "with all that is in it"
+        ) from error
+    folder = settings.home / "cluster"
+    with only_server(settings.home):
+        if (folder / _FILE).exists():
+            raise ConflictError(
+                f"cannot join: {settings.home} is a node already; `sandyard node` starts it"
+            )
+        key, user = new_request(), Key.new(Role.USER)
+        identity, address = await joined(
+            host,
+            port,
+            Joining(secret, name or socket.gethostname(), Application(key[1].decode(), user.name)),
+            fingerprint=fingerprint,
+            may_be=is_control_of(installation),
+        )
+        _papers(settings, identity, key[0])
+        kept = Home(identity, user.seed, (door,), address)
+        write_private(folder / _FILE, kept.kept())
+    return identity.node_id
+
+
+def _door_of(door: str) -> tuple[str, int]:
+    host, _, port = door.rpartition(":")
+    if not host or not port.isdigit():
+        raise InvalidArgumentError(f"cannot join at {door[:80]!r}: it must be HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _papers(settings: Settings, identity: Identity, key: bytes) -> Papers:
+    return write_papers(
+        settings.home / "cluster", identity.certificate.encode(), key, identity.authority.encode()
+    )
+
+
+def place_of(home: Path) -> str:
+    """Return what tells a host and home from a copy of them."""
+    try:
+        machine = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        machine = socket.gethostname()
+    return f"{machine}:{home.resolve()}"
+
+
+@asynccontextmanager
+async def open_member(settings: Settings, clock: Clock | None = None) -> AsyncIterator[Membership]:
+    """Open the node of this host, for whichever control plane asks; what is yielded is to be run.
+
+    Machines live on: leaving lets go of them without ending them.
+
+    Raises:
+        UnavailableError: this host has not joined, or a port is taken.
+    """
+    clock = clock or SystemClock()
+    home, folder = home_of(settings), settings.home / "cluster"
+    own, node_id = settings.cluster, home.identity.node_id
+    key = (folder / "key.pem").read_bytes()
+    papers = Papers(folder / "certificate.pem", folder / "key.pem", folder / "authority.pem")
+    answers, asks = context_of(papers, is_server=True), context_of(papers, is_server=False)
+    is_control = is_control_of(home.identity.installation)
+    user, token = Key(Role.USER, home.seed), Token(home.identity.token)
+    servers = home.identity.servers
+    link = Link(
+        servers, f"node {node_id}", KeyLogin(user, token), nats_tls(servers, papers.authority)
+    )
+    by_nats = NatsPresence(link, Inbox(link, node_id))
+    by_door = DoorPresence(tuple(_door_of(one) for one in home.doors), lambda: asks, is_control)
+
+    def keep(identity: Identity) -> None:
+        token.text = identity.token
+        _papers(settings, identity, key)
+        for one in (answers, asks):
+            one.load_cert_chain(papers.certificate, papers.key)
+        link.servers = identity.servers or link.servers
+        kept = Home(identity, home.seed, home.doors, home.address)
+        write_private(folder / _FILE, kept.kept())
+
+    boot, version = new_uuid(), package_version("sandyard")
+    async with (
+        Crew() as crew,
+        open_node(
+            settings,
+            clock=clock,
+            observer=Metrics(version=version),
+            on_change=lambda: _tell(crew, by_nats, node_id),
+            volumes=FolderVolumes(settings.workspaces_dir),
+            node_id=node_id,
+        ) as node,
+        serving(node, address=own.host, port=own.port, tls=answers, may=is_control) as port,
+    ):
+
+        def hello() -> Hello:
+            start = NodeStart(
+                boot, place_of(settings.home), version, own.address or home.address, port
+            )
+            return Hello(start, Application(request_of(key).decode(), user.name))
+
+        membership = Membership(node_id, (by_nats, by_door), hello=hello, keep=keep, clock=clock)
+        async with answering(node, link, check=membership.check), linked(link):
+            yield membership
+
+
+def _tell(crew: Crew, registry: NatsPresence, node_id: str) -> None:
+    crew.start(
+        registry.changed(node_id), "no control plane was told of a change", once="tell",
+        quietly=True,
+    )  # fmt: skip
+
+
+async def serve_node(settings: Settings) -> None:
+    """Serve this host's machines to control planes, until told to stop by SIGTERM or SIGINT.
+
+    Raises:
+        UnavailableError: this host has not joined, or its home or port is taken.
+        ConflictError: another process is this node.
+        NotFoundError: the node was forgotten.
+    """
+    stop = at_the_end()
+    with only_server(settings.home):
+        async with open_member(settings) as membership, asyncio.TaskGroup() as tasks:
+            stopping = tasks.create_task(stop.wait())
+            running = tasks.create_task(_run(membership))
+            await asyncio.wait([stopping, running], return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            running.cancel()
+    if running.done() and not running.cancelled() and (trouble := running.result()) is not None:
+        raise trouble
+    log.info("stopped; machines live on")
+
+
+async def _run(membership: Membership) -> ConflictError | NotFoundError | None:
+    try:
+        await membership.run()
+    except (ConflictError, NotFoundError) as error:
+        return error
+    return None

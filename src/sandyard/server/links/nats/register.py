@@ -1,0 +1,108 @@
+"""Nodes say by NATS that they are there: how a control plane hears it, and how a node says it.
+
+ctl.<node>.hello     Hello → Welcome    to one control plane
+ctl.<node>.beat      Beat → Grant       to one, each second
+ctl.<node>.changed   nothing            to all
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeVar
+
+from sandyard.server.core.codec import CodecError, decode, encode
+from sandyard.server.core.contracts.cluster import Beat, Grant, Hello, Presence, Welcome
+from sandyard.server.core.errors import (
+    InternalError,
+    InvalidArgumentError,
+    SandyardError,
+    UnavailableError,
+)
+from sandyard.server.links.nats.asks import failed, failure
+from sandyard.server.links.nats.client import Inbox
+from sandyard.server.links.nats.link import Heard, Link
+from sandyard.server.tasks import Crew
+
+log = logging.getLogger(__name__)
+
+_CONTROLS: Final = "controls"
+_ANSWER_S: Final = 1.5
+_T = TypeVar("_T")
+
+
+@asynccontextmanager
+async def registering(
+    registry: Presence, link: Link, *, on_change: Callable[[], None]
+) -> AsyncIterator[None]:
+    """Hear nodes for as long as the block runs; open it before the link is."""
+    async with Crew() as crew:
+
+        def take(heard: Heard) -> None:
+            crew.start(_answered(registry, link, heard), "a node was not answered", quietly=True)
+
+        link.listen("ctl.*.hello", take, queue=_CONTROLS)
+        link.listen("ctl.*.beat", take, queue=_CONTROLS)
+        link.listen("ctl.*.changed", lambda _: on_change())
+        yield
+
+
+async def _answered(registry: Presence, link: Link, heard: Heard) -> None:
+    _, node_id, word = heard.subject.split(".")
+    try:
+        said: dict[str, object] = {"value": encode(await _said(registry, node_id, word, heard))}
+    except SandyardError as error:
+        said = failure(error)
+    except Exception as error:  # whoever waits is told
+        log.exception("a node was heard in a way that nobody foresaw")
+        said = failure(InternalError(f"cannot answer this: {error}"))
+    await link.answer(heard, said)
+
+
+async def _said(registry: Presence, node_id: str, word: str, heard: Heard) -> Welcome | Grant:
+    try:
+        if word == "hello":
+            return await registry.hello(node_id, decode(Hello, heard.values))
+        return await registry.beat(node_id, decode(Beat, heard.values))
+    except CodecError as error:
+        raise InvalidArgumentError(f"cannot tell what is said: {error}") from error
+
+
+class NatsPresence:
+    """See core.contracts.cluster.Presence: whichever control plane hears it.
+
+    Raises, by any method: UnavailableError if none answers.
+    """
+
+    def __init__(self, link: Link, inbox: Inbox) -> None:
+        self._link = link
+        self._inbox = inbox
+
+    async def hello(self, node_id: str, hello: Hello) -> Welcome:
+        """See core.contracts.cluster.Presence.hello."""
+        return await self._asked(f"ctl.{node_id}.hello", hello, Welcome)
+
+    async def beat(self, node_id: str, beat: Beat) -> Grant:
+        """See core.contracts.cluster.Presence.beat."""
+        return await self._asked(f"ctl.{node_id}.beat", beat, Grant)
+
+    async def changed(self, node_id: str) -> None:
+        """Tell every control plane that a look at the node is worth it."""
+        await self._link.say(f"ctl.{node_id}.changed", {})
+
+    async def _asked(self, subject: str, words: Any, kind: type[_T]) -> _T:
+        with self._inbox.answers() as (place, came):
+            await self._link.say(subject, encode(words), reply=place)
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    heard = await came.get()
+            except TimeoutError as error:
+                raise UnavailableError("no control plane answers") from error
+        if heard.is_undelivered:
+            raise UnavailableError("no control plane is there")
+        if "error" in heard.values:
+            raise failed(heard.values["error"])
+        try:
+            return decode(kind, heard.values.get("value"))
+        except CodecError as error:
+            raise UnavailableError(f"a control plane answers otherwise: {error}") from error

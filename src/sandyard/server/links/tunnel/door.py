@@ -1,0 +1,269 @@
+"""A control plane's door for nodes, by TLS: hosts join here, and nodes that cannot reach NATS say
+here that they are there.
+
+Frames of the tunnel (`frames`), one question at a time: `authority` (anybody), `join` (whoever has
+an invite), `hello` and `beat` (a node, by its certificate).
+"""
+
+import asyncio
+import hashlib
+import logging
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final, TypeVar
+
+from sandyard.server.core.codec import CodecError, decode, encode
+from sandyard.server.core.contracts.cluster import (
+    Beat,
+    Grant,
+    Hello,
+    Identity,
+    Joining,
+    Registry,
+    Welcome,
+)
+from sandyard.server.core.errors import (
+    InternalError,
+    InvalidArgumentError,
+    SandyardError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from sandyard.server.links.tunnel.ends import name_of, watch_over
+from sandyard.server.links.tunnel.frames import (
+    PIECE,
+    BrokenError,
+    Kind,
+    Line,
+    head,
+    refusal,
+    refused,
+    values_of,
+)
+from sandyard.server.tasks import Crew
+
+log = logging.getLogger(__name__)
+
+_FIRST_S: Final = 10.0
+_QUIET_S: Final = 30.0
+_ANSWER_S: Final = 5.0
+_T = TypeVar("_T")
+
+
+@asynccontextmanager
+async def opened_door(
+    registry: Registry,
+    *,
+    address: str,
+    port: int,
+    tls: ssl.SSLContext,
+    authority: str,
+    node_of: Callable[[str], str | None],
+    most: int = 1000,
+) -> AsyncIterator[int]:
+    """Answer nodes for as long as the block runs, and yield the port.
+
+    `node_of` tells which node has a name (see `ends.name_of`), None if no node has. Whoever shows
+    no certificate may ask for the authority's, and join.
+    """
+    lines: set[Line] = set()
+    async with Crew() as crew:
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            line = Line(reader, writer)
+            if len(lines) >= most:
+                line.hang_up()
+                return
+            lines.add(line)
+            watch_over(writer)
+            try:
+                who = _node_at(writer, node_of)
+                with suppress(BrokenError, TimeoutError):
+                    while True:
+                        async with asyncio.timeout(_QUIET_S):
+                            asked = await line.hear()
+                        await _answer(line, asked.payload, registry, who, authority)
+            finally:
+                lines.discard(line)
+                line.hang_up()
+
+        def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if crew.start(serve(reader, writer), "a node at the door was not answered") is None:
+                writer.transport.abort()
+
+        server = await asyncio.start_server(
+            take, address, port, ssl=tls, limit=2 * PIECE, ssl_handshake_timeout=_FIRST_S
+        )
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+            for line in lines:
+                line.hang_up()
+
+
+def _node_at(writer: asyncio.StreamWriter, node_of: Callable[[str], str | None]) -> str | None:
+    try:
+        return node_of(name_of(writer.get_extra_info("ssl_object")))
+    except UnauthenticatedError:
+        return None
+
+
+async def _answer(
+    line: Line, payload: bytes, registry: Registry, who: str | None, authority: str
+) -> None:
+    try:
+        values = values_of(payload)
+        said = await _said(registry, who, str(values.get("op")), values.get("args"), authority)
+    except SandyardError as error:
+        await line.say(Kind.REFUSE, refusal(error))
+    except BrokenError:
+        raise
+    except Exception as error:  # whoever waits is told
+        log.exception("a node at the door was heard in a way that nobody foresaw")
+        await line.say(Kind.REFUSE, refusal(InternalError(f"cannot answer this: {error}")))
+    else:
+        await line.say(Kind.ANSWER, head(said))
+
+
+async def _said(
+    registry: Registry, who: str | None, op: str, args: object, authority: str
+) -> dict[str, Any]:
+    try:
+        match op:
+            case "authority":
+                return {"certificate": authority}
+            case "join":
+                return _encoded(await registry.join(decode(Joining, args)))
+            case "hello" | "beat" if who is None:
+                raise UnauthenticatedError("cannot tell which node this is")
+            case "hello" if who is not None:
+                return _encoded(await registry.hello(who, decode(Hello, args)))
+            case "beat" if who is not None:
+                return _encoded(await registry.beat(who, decode(Beat, args)))
+    except CodecError as error:
+        raise InvalidArgumentError(f"cannot tell what is said: {error}") from error
+    raise InvalidArgumentError("cannot tell what is asked: it is of another version")
+
+
+def _encoded(value: object) -> dict[str, Any]:
+    found: dict[str, Any] = encode(value)
+    return found
+
+
+# --- the node's side ----------------------------------------------------------------------------
+
+
+def fingerprint_of(authority: str) -> str:
+    """Return the fingerprint of an authority's certificate (PEM): SHA-256, 64 hex digits."""
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(authority)).hexdigest()
+
+
+async def joined(
+    host: str,
+    port: int,
+    joining: Joining,
+    *,
+    fingerprint: str,
+    may_be: Callable[[str], bool],
+) -> tuple[Identity, str]:
+    """Join at a control plane's door; return the identity, and the own address towards it.
+
+    Whoever answers must be of the authority with that fingerprint, which the invite told, before
+    the invite's secret is said; `may_be` tells of its name whether it is a control plane.
+
+    Raises:
+        UnavailableError: nobody answers.
+        UnauthenticatedError: somebody else answers.
+        SandyardError: the control plane refuses.
+    """
+    stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE
+    async with _dialled(host, port, stranger) as (line, _):
+        told = await _asked(line, "authority", {})
+    authority = str(told.get("certificate"))
+    try:
+        is_right = fingerprint_of(authority) == fingerprint
+    except ValueError:
+        is_right = False
+    if not is_right:
+        raise UnauthenticatedError(
+            f"cannot join at {host}:{port}: it is not of the installation that the invite is from"
+        )
+    known = ssl.create_default_context(cadata=authority)
+    known.check_hostname, known.minimum_version = False, ssl.TLSVersion.TLSv1_3
+    async with _dialled(host, port, known) as (line, writer):
+        if not may_be(name_of(writer.get_extra_info("ssl_object"))):
+            raise UnauthenticatedError(f"cannot join at {host}:{port}: it is no control plane")
+        identity = decode(Identity, await _asked(line, "join", encode(joining)))
+        return identity, str(writer.get_extra_info("sockname")[0])
+
+
+class DoorPresence:
+    """See core.contracts.cluster.Presence: at the first door that answers.
+
+    `doors` are hosts and ports. Raises, by any method: UnavailableError if none answers.
+    """
+
+    def __init__(
+        self,
+        doors: tuple[tuple[str, int], ...],
+        tls: Callable[[], ssl.SSLContext],
+        may_be: Callable[[str], bool],
+    ) -> None:
+        self._doors = doors
+        self._tls = tls
+        self._may_be = may_be
+
+    async def hello(self, node_id: str, hello: Hello) -> Welcome:
+        """See core.contracts.cluster.Registry.hello; who says it is told by the certificate."""
+        return await self._tried("hello", hello, Welcome)
+
+    async def beat(self, node_id: str, beat: Beat) -> Grant:
+        """See core.contracts.cluster.Registry.beat; who says it is told by the certificate."""
+        return await self._tried("beat", beat, Grant)
+
+    async def _tried(self, op: str, words: object, kind: type[_T]) -> _T:
+        trouble: UnavailableError | None = None
+        for host, port in self._doors:
+            try:
+                async with _dialled(host, port, self._tls()) as (line, writer):
+                    if not self._may_be(name_of(writer.get_extra_info("ssl_object"))):
+                        raise UnavailableError(f"at {host}:{port} there is no control plane")
+                    return decode(kind, await _asked(line, op, encode(words)))
+            except UnavailableError as error:
+                trouble = error
+            except CodecError as error:
+                trouble = UnavailableError(f"{host}:{port} answers otherwise: {error}")
+        raise trouble or UnavailableError("no door of a control plane is known")
+
+
+@asynccontextmanager
+async def _dialled(
+    host: str, port: int, tls: ssl.SSLContext
+) -> AsyncIterator[tuple[Line, asyncio.StreamWriter]]:
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            reader, writer = await asyncio.open_connection(host, port, ssl=tls, limit=2 * PIECE)
+    except (OSError, TimeoutError) as error:
+        raise UnavailableError(
+            f"cannot reach a control plane at {host}:{port}: {str(error) or 'no answer'}"
+        ) from error
+    line = Line(reader, writer)
+    try:
+        yield line, writer
+    finally:
+        line.hang_up()
+
+
+async def _asked(line: Line, op: str, args: object) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            await line.say(Kind.ASK, head({"op": op, "args": args}))
+            said = await line.hear()
+        if said.kind is Kind.REFUSE:
+            raise refused(said.payload)
+        return values_of(said.payload)
+    except (BrokenError, TimeoutError) as error:
+        raise UnavailableError("the control plane does not answer") from error

@@ -1,0 +1,133 @@
+"""A node's place among others: it says each second that it is there, and counts its lease."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.cluster import Beat, Grant, Hello, Identity, Presence, Welcome
+from sandyard.server.core.errors import (
+    ConflictError,
+    NotFoundError,
+    SandyardError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+
+log = logging.getLogger(__name__)
+
+_BEAT_S: Final = 1.0
+_AGAIN_S: Final = 0.5
+_RENEW_S: Final = 6 * 3600.0
+_FINAL = (ConflictError, NotFoundError, UnauthenticatedError)
+_T = TypeVar("_T")
+
+
+def boot_time() -> float:
+    """Return a time that goes on while the host is suspended, in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Membership:
+    """See the module. `registries` are the ways to a control plane, the best first; `keep` is given
+    every identity that the node gets."""
+
+    def __init__(
+        self,
+        node_id: str,
+        registries: Sequence[Presence],
+        *,
+        hello: Callable[[], Hello],
+        keep: Callable[[Identity], None],
+        clock: Clock,
+        boot_time: Callable[[], float] = boot_time,
+    ) -> None:
+        self._node_id = node_id
+        self._registries = registries
+        self._hello = hello
+        self._keep = keep
+        self._clock = clock
+        self._boot_time = boot_time
+        self._lease_ends = 0.0
+        self._is_by_the_first = True
+
+    @property
+    def has_lease(self) -> bool:
+        """Whether the node may be asked for something."""
+        return self._boot_time() < self._lease_ends
+
+    def check(self) -> None:
+        """Refuse wishes without a lease.
+
+        Raises:
+            UnavailableError: it has none.
+        """
+        if not self.has_lease:
+            raise UnavailableError("cannot do this now: the node has no lease")
+
+    async def run(self) -> None:
+        """Be there, until this process is not the node any more.
+
+        Raises:
+            ConflictError: another process is this node.
+            NotFoundError: the node was forgotten.
+        """
+        while True:
+            welcome = await self._introduced()
+            await self._beat_on(Beat(welcome.epoch))
+
+    async def _introduced(self) -> Welcome:
+        while True:
+            sent = self._boot_time()
+            try:
+                welcome = await self._said(lambda one: one.hello(self._node_id, self._hello()))
+            except _FINAL:
+                raise
+            except SandyardError as error:
+                log.warning("no control plane takes this node in: %s", error.message)
+                await self._clock.sleep(_AGAIN_S)
+            else:
+                # Counted from before it was said: by then the database may have begun to count.
+                self._lease_ends = sent + welcome.lease_s
+                self._keep(welcome.identity)
+                log.info("this node is there, in epoch %s", welcome.epoch)
+                return welcome
+
+    async def _beat_on(self, beat: Beat) -> None:
+        """Say that the node is there, until its identity is worth renewing."""
+        began = self._boot_time()
+        had_lease = True
+        while self._boot_time() < began + _RENEW_S:
+            sent = self._boot_time()
+            try:
+                grant: Grant = await self._said(lambda one: one.beat(self._node_id, beat))
+                self._lease_ends = sent + grant.lease_s
+            except _FINAL:
+                raise
+            except SandyardError as error:
+                log.debug("no control plane hears this node: %s", error.message)
+            if had_lease != self.has_lease:
+                had_lease = self.has_lease
+                if had_lease:
+                    log.warning("this node is heard again")
+                else:
+                    log.error("this node is not heard: it takes no wishes, and its machines run on")
+            await self._clock.sleep(max(0.0, sent + _BEAT_S - self._boot_time()))
+
+    async def _said(self, say: Callable[[Presence], Awaitable[_T]]) -> _T:
+        trouble: UnavailableError | None = None
+        for number, registry in enumerate(self._registries):
+            try:
+                answer = await say(registry)
+            except UnavailableError as error:
+                trouble = error
+                continue
+            if self._is_by_the_first != (number == 0):
+                self._is_by_the_first = number == 0
+                log.warning(
+                    "control planes are reached by %s again" if number == 0 else
+                    "control planes are reached by another way than %s", "NATS"
+                )  # fmt: skip
+            return answer
+        raise trouble or UnavailableError("there is no way to a control plane")
