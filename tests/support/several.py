@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from sandyard.server.links.local import LocalBus, SystemClock
 from sandyard.server.links.sql import open_store
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.reconcile.compare import Patience
-from sandyard.server.service.reconcile.reconciler import NODES, Pace
+from sandyard.server.service.reconcile.reconciler import Pace, topic_of_node
 from tests.support.house import Yard, assert_added_up, settings_of
 from tests.support.nodes import EncodedNode, TunnelTo
 from tests.support.postgres import postgres_url
@@ -130,7 +131,7 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
                     settings_of(own, **options),
                     clock=clock,
                     observer=metrics,
-                    on_change=lambda: bus.hint(NODES),
+                    on_change=partial(bus.hint, topic_of_node(node_id)),
                     node_id=node_id,
                     drivers=[FakeDriver(host, conduct)],
                 )

@@ -290,6 +290,10 @@ def forget(node: Node) -> None:
 def nats_config(
     folder: Annotated[Path, typer.Argument(help="Where it is written, with a certificate.")],
     host: Annotated[str, typer.Option(help="The address that the server listens on.")] = "0.0.0.0",  # noqa: S104
+    address: Annotated[
+        list[str] | None,
+        typer.Option(help="What the others reach it by, if not by that; may be repeated."),
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 4222,
     name: Annotated[str, typer.Option(help="Its name among the servers.")] = "nats",
     cluster_port: Annotated[
@@ -307,6 +311,7 @@ def nats_config(
             server_settings(),
             folder,
             host=host,
+            addresses=tuple(address or ()),
             port=port,
             routes=tuple(route or ()),
             cluster_port=cluster_port,

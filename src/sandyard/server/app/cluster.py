@@ -1,6 +1,5 @@
 """Runs a control plane of an installation on several hosts, and what its operator does with it."""
 
-import asyncio
 import logging
 import os
 import socket
@@ -34,12 +33,15 @@ from sandyard.server.links.tunnel.client import Place, Tunnels
 from sandyard.server.links.tunnel.door import fingerprint_of, opened_door
 from sandyard.server.links.tunnel.ends import Papers, context_of
 from sandyard.server.links.volumes import FolderVolumes
+from sandyard.server.node.membership import boot_time
 from sandyard.server.service.fleet import Fleet, Roster
 from sandyard.server.service.people.bootstrap import ensure_first_organization
-from sandyard.server.service.reconcile.reconciler import NODES
+from sandyard.server.service.reconcile.reconciler import topic_of_node
+from sandyard.server.tasks import beside
 
 log = logging.getLogger(__name__)
 
+_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
 _SECRET = "installation"
 _RENEW_S = 24 * 3600.0
 NATS_LASTS_DAYS = 365
@@ -84,13 +86,27 @@ def write_private(path: Path, data: bytes) -> None:
     part.replace(path)
 
 
-def nats_tls(servers: tuple[str, ...], authority: Path) -> ssl.SSLContext | None:
-    """Return what TLS with NATS needs, None where it is spoken to in the clear."""
+def nats_tls(servers: tuple[str, ...], authority: str) -> ssl.SSLContext | None:
+    """Return what TLS with NATS needs (its authority in PEM), None where it is spoken to in the
+    clear."""
     if not any(one.startswith("tls://") for one in servers):
         return None
-    context = ssl.create_default_context(cafile=str(authority))
+    context = ssl.create_default_context(cadata=authority)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     return context
+
+
+def told_address(settings: Settings) -> str:
+    """Return the host by which others are told to reach this one."""
+    own = settings.cluster
+    return own.address or (own.host if own.host not in _ANY else socket.gethostname())
+
+
+def door_of(settings: Settings, port: int | None = None) -> str:
+    """Return where nodes are told to reach this control plane, HOST:PORT."""
+    address = told_address(settings)
+    host = f"[{address}]" if ":" in address else address
+    return f"{host}:{port or settings.cluster.port}"
 
 
 class _ControlLogin:
@@ -167,12 +183,13 @@ async def open_cluster(
         own.nats,
         f"control {server_id}",
         _ControlLogin(installation, server_id, clock),
-        nats_tls(own.nats, papers.authority),
+        nats_tls(own.nats, installation.nats.certificate.decode()),
     )
     inbox = Inbox(link, server_id)
-    roster = Roster(store, clock, can_hear=lambda: link.is_up)
+    roster = Roster(store, clock, can_hear=lambda: link.is_up, elapsed=boot_time)
     await roster.refresh()
-    fleet = Fleet(store, InstallationRegistrar(installation, own.nats, clock.now), clock)
+    registrar = InstallationRegistrar(installation, own.nats, clock.now)
+    fleet = Fleet(store, registrar, clock, door=door_of(settings))
 
     def place_of(node_id: str) -> Place | None:
         node = roster.nodes.get(node_id)
@@ -183,13 +200,18 @@ async def open_cluster(
     async def renew() -> None:
         while True:
             await clock.sleep(_RENEW_S)
-            write_papers(folder, *installation.control_papers(server_id, clock.now()), authority)
+            fresh = installation.control_papers(server_id, clock.now())
+            try:
+                write_papers(folder, *fresh, authority)
+            except OSError as error:
+                log.warning("a fresh certificate could not be written: %s", error)
+                continue
             for one in (asks, answers):
                 one.load_cert_chain(papers.certificate, papers.key)
 
     async with (
         hinting(link, clock) as bus,
-        registering(fleet, link, on_change=lambda: bus.hint_here(NODES)),
+        registering(fleet, link, on_change=lambda one: bus.hint_here(topic_of_node(one))),
         Tunnels(asks, place_of) as tunnels,
         opened_door(
             fleet,
@@ -200,11 +222,9 @@ async def open_cluster(
             node_of=installation.node_of,
         ) as door,
         linked(link),
-        asyncio.TaskGroup() as tasks,
+        beside(renew()),
     ):
-        renewing = tasks.create_task(renew())
         yield Cluster(roster, RemoteNodes(roster, link, inbox), tunnels, bus, link, door)
-        renewing.cancel()
 
 
 @asynccontextmanager
@@ -226,7 +246,7 @@ async def open_cluster_control(
                 server_id=server_id,
                 store=store,
                 nodes=cluster.nodes,
-                takes_new=cluster.roster.takes_new,
+                roster=cluster.roster,
                 tunnel=cluster.tunnels,
                 volumes=volumes,
                 exports=cluster.nodes,
@@ -278,14 +298,11 @@ async def open_fleet(settings: Settings) -> AsyncIterator[tuple[Fleet, Installat
 
 async def invite_line(settings: Settings) -> str:
     """Return the command that makes a host a node, good once and for an hour."""
-    own = settings.cluster
     async with open_fleet(settings) as (fleet, installation):
         authority = installation.authority.certificate.decode()
         secret = await fleet.invite()
-    address = own.address or socket.gethostname()
-    host = f"[{address}]" if ":" in address else address
     token = f"{installation.id}.{fingerprint_of(authority)}.{secret}"
-    return f"sandyard node join {host}:{own.port} {token}"
+    return f"sandyard node join {door_of(settings)} {token}"
 
 
 async def write_nats_config(
@@ -293,12 +310,15 @@ async def write_nats_config(
     folder: Path,
     *,
     host: str,
+    addresses: tuple[str, ...],
     port: int,
     routes: tuple[str, ...],
     cluster_port: int | None,
     name: str,
 ) -> Path:
     """Write what a NATS server of the installation is started with into a folder; return its file.
+
+    `addresses` are what the other servers reach it by; default: `host`, or this host's name.
 
     Raises:
         UnavailableError: it cannot be written there.
@@ -308,13 +328,12 @@ async def write_nats_config(
         installation = await ensure_installation(store, clock)
     now = clock.now()
     key, request = new_request()
-    certificate = installation.authority.sign_server(
-        request, nats_name(installation.id, name), TLS_NAME, now
+    known_by = addresses or ((socket.gethostname(),) if host in _ANY else (host,))
+    certificate = installation.nats.sign_server(
+        request, nats_name(installation.id, name), (TLS_NAME, *known_by), now
     )
     try:
-        papers = write_papers(
-            folder.absolute(), certificate, key, installation.authority.certificate
-        )
+        papers = write_papers(folder.absolute(), certificate, key, installation.nats.certificate)
         file = folder.absolute() / "nats.conf"
         write_private(
             file,

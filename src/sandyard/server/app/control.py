@@ -1,6 +1,6 @@
 """Opens a control plane: the services on a store and nodes, and the HTTP application on them."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
 from sandyard.server.links.sessions import JwtSessions, Provider
 from sandyard.server.service.feed import Feed
+from sandyard.server.service.fleet import Roster
 from sandyard.server.service.money.billing import Billing
 from sandyard.server.service.money.metering import BEAT, Meter
 from sandyard.server.service.nodes import Nodes
@@ -135,7 +136,7 @@ async def open_control(
     tunnel: NodeTunnel,
     volumes: Volumes,
     exports: Mapping[str, NodeExports] | None = None,
-    takes_new: Callable[[str], bool] = lambda _: True,
+    roster: Roster | None = None,
     bus: Bus,
     clock: Clock,
     metrics: Metrics,
@@ -158,7 +159,7 @@ async def open_control(
         sign_up, waits = sign_up_of(settings), Waits()
         addresses = addresses_of(settings)
         enforces = settings.billing.enforce
-        known = Nodes(nodes, clock, takes_new)
+        known = Nodes(nodes, clock, roster)
         templates, placement = Templates(known), Placement(known)
         lifecycle = Lifecycle(store, bus, clock)
         register = Register(store, bus, clock)

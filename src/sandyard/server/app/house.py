@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from sandyard.server.app.control import Control, open_control
 from sandyard.server.app.installation import secret_key, server_id_of
 from sandyard.server.app.metrics import Metrics
-from sandyard.server.app.node import open_node
+from sandyard.server.app.node import NODE_ID, open_node
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import open_volumes, sign_up_of
 from sandyard.server.core.contracts.clock import Clock
@@ -21,7 +21,7 @@ from sandyard.server.links.sql import open_store
 from sandyard.server.node.node import Node
 from sandyard.server.service.money.metering import Meter
 from sandyard.server.service.people.bootstrap import ensure_first_organization
-from sandyard.server.service.reconcile.reconciler import NODES, Reconciler
+from sandyard.server.service.reconcile.reconciler import Reconciler, topic_of_node
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 
 
@@ -83,7 +83,7 @@ async def open_house(
                 volumes=volumes,
                 clock=clock,
                 observer=metrics,
-                on_change=lambda: bus.hint(NODES),
+                on_change=lambda: bus.hint(topic_of_node(NODE_ID)),
                 drivers=drivers,
                 fills_pool=fills_pool,
             ) as node,

@@ -5,8 +5,8 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -45,6 +45,9 @@ from sandyard.server.tasks import Crew
 log = logging.getLogger(__name__)
 
 _FILE = "node.json"
+_PLACE_MAX = 512
+_DOORS_MAX = 8
+_FIRST_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,9 @@ def _papers(settings: Settings, identity: Identity, key: bytes) -> Papers:
 
 def place_of(home: Path) -> str:
     """Return what tells a host and home from a copy of them."""
-    try:
-        machine = Path("/etc/machine-id").read_text().strip()
-    except OSError:
-        machine = socket.gethostname()
-    return f"{machine}:{home.resolve()}"
+    # A copied host has the same /etc/machine-id, and a container often none.
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{home.resolve()}"[:_PLACE_MAX]
 
 
 @asynccontextmanager
@@ -158,19 +159,38 @@ async def open_member(settings: Settings, clock: Clock | None = None) -> AsyncIt
     user, token = Key(Role.USER, home.seed), Token(home.identity.token)
     servers = home.identity.servers
     link = Link(
-        servers, f"node {node_id}", KeyLogin(user, token), nats_tls(servers, papers.authority)
+        servers,
+        f"node {node_id}",
+        KeyLogin(user, token),
+        nats_tls(servers, home.identity.nats_authority),
     )
     by_nats = NatsPresence(link, Inbox(link, node_id))
-    by_door = DoorPresence(tuple(_door_of(one) for one in home.doors), lambda: asks, is_control)
+    by_door = DoorPresence(lambda: asks, is_control)
+    by_door.doors = [_door_of(one) for one in home.doors]
 
     def keep(identity: Identity) -> None:
+        nonlocal home
         token.text = identity.token
-        _papers(settings, identity, key)
-        for one in (answers, asks):
-            one.load_cert_chain(papers.certificate, papers.key)
         link.servers = identity.servers or link.servers
-        kept = Home(identity, home.seed, home.doors, home.address)
-        write_private(folder / _FILE, kept.kept())
+        home = replace(home, identity=identity)
+        try:
+            _papers(settings, identity, key)
+            for one in (answers, asks):
+                one.load_cert_chain(papers.certificate, papers.key)
+            write_private(folder / _FILE, home.kept())
+        except OSError as error:  # what it has is good for a while yet
+            log.warning("a fresh certificate could not be written: %s", error)
+
+    def know(door: str) -> None:
+        nonlocal home
+        if not door or door in home.doors:
+            return
+        home = replace(home, doors=(door, *home.doors)[:_DOORS_MAX])
+        by_door.doors = [_door_of(one) for one in home.doors]
+        try:
+            write_private(folder / _FILE, home.kept())
+        except OSError as error:
+            log.warning("where a control plane is could not be written down: %s", error)
 
     boot, version = new_uuid(), package_version("sandyard")
     async with (
@@ -192,8 +212,13 @@ async def open_member(settings: Settings, clock: Clock | None = None) -> AsyncIt
             )
             return Hello(start, Application(request_of(key).decode(), user.name))
 
-        membership = Membership(node_id, (by_nats, by_door), hello=hello, keep=keep, clock=clock)
+        membership = Membership(
+            node_id, (by_nats, by_door), hello=hello, keep=keep, know=know, clock=clock
+        )
         async with answering(node, link, check=membership.check), linked(link):
+            with suppress(TimeoutError):
+                async with clock.timeout(_FIRST_S):
+                    await link.until_up()
             yield membership
 
 

@@ -1,7 +1,9 @@
 """Who is who in a cluster: an authority of the installation's, and certificates that it signs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from ipaddress import ip_address
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -90,10 +92,10 @@ class Authority:
         """
         return self._signed(request, [x509.UniformResourceIdentifier(name)], now, lasts)
 
-    def sign_server(self, request: bytes, name: str, host: str, now: datetime) -> bytes:
-        """Return the certificate of a server that is known by the name of a host, besides; see
-        `sign`."""
-        names = [x509.UniformResourceIdentifier(name), x509.DNSName(host)]
+    def sign_server(self, request: bytes, name: str, hosts: Sequence[str], now: datetime) -> bytes:
+        """Return the certificate of a server that is known by names or addresses of hosts, besides;
+        see `sign`."""
+        names = [x509.UniformResourceIdentifier(name), *map(_host_name, hosts)]
         return self._signed(request, names, now, _SERVER_LASTS)
 
     def _signed(
@@ -135,6 +137,13 @@ class Authority:
             .sign(signer, hashes.SHA256())
         )
         return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _host_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
 
 
 def _pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:

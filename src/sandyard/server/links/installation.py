@@ -1,4 +1,7 @@
-"""What an installation of several hosts vouches with: its authority, and its account on NATS."""
+"""What an installation of several hosts vouches with: its authority, and its account on NATS.
+
+NATS's own servers have an authority of theirs: a node's certificate must not make it one of them.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ class Installation:
 
     id: str
     authority: Authority
+    nats: Authority
     operator: Key
     account: Key
 
@@ -26,7 +30,13 @@ class Installation:
     def new(cls, now: datetime) -> "Installation":
         """Return a fresh one."""
         an_id = new_uuid()
-        return cls(an_id, Authority.new(an_id, now), Key.new(Role.OPERATOR), Key.new(Role.ACCOUNT))
+        return cls(
+            id=an_id,
+            authority=Authority.new(an_id, now),
+            nats=Authority.new(an_id, now),
+            operator=Key.new(Role.OPERATOR),
+            account=Key.new(Role.ACCOUNT),
+        )
 
     def values(self) -> dict[str, str]:
         """Return it as it is kept."""
@@ -34,6 +44,8 @@ class Installation:
             "id": self.id,
             "certificate": self.authority.certificate.decode(),
             "key": self.authority.key.decode(),
+            "nats_certificate": self.nats.certificate.decode(),
+            "nats_key": self.nats.key.decode(),
             "operator": self.operator.seed.hex(),
             "account": self.account.seed.hex(),
         }
@@ -44,6 +56,7 @@ class Installation:
         return cls(
             values["id"],
             Authority(values["certificate"].encode(), values["key"].encode()),
+            Authority(values["nats_certificate"].encode(), values["nats_key"].encode()),
             Key(Role.OPERATOR, bytes.fromhex(values["operator"])),
             Key(Role.ACCOUNT, bytes.fromhex(values["account"])),
         )
@@ -95,6 +108,7 @@ class InstallationRegistrar:
             installation=own.id,
             certificate=own.authority.sign(request, name, now, CERTIFICATE_LASTS).decode(),
             authority=own.authority.certificate.decode(),
+            nats_authority=own.nats.certificate.decode(),
             token=token,
             servers=self._servers,
         )

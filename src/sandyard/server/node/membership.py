@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _BEAT_S: Final = 1.0
 _AGAIN_S: Final = 0.5
+_REFUSED_S: Final = 6.0
 _RENEW_S: Final = 6 * 3600.0
 _FINAL = (ConflictError, NotFoundError, UnauthenticatedError)
 _T = TypeVar("_T")
@@ -31,7 +32,7 @@ def boot_time() -> float:
 
 class Membership:
     """See the module. `registries` are the ways to a control plane, the best first; `keep` is given
-    every identity that the node gets."""
+    every identity that the node gets, `know` where each control plane that answers is reached."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Membership:
         *,
         hello: Callable[[], Hello],
         keep: Callable[[Identity], None],
+        know: Callable[[str], None],
         clock: Clock,
         boot_time: Callable[[], float] = boot_time,
     ) -> None:
@@ -47,6 +49,7 @@ class Membership:
         self._registries = registries
         self._hello = hello
         self._keep = keep
+        self._know = know
         self._clock = clock
         self._boot_time = boot_time
         self._lease_ends = 0.0
@@ -78,12 +81,18 @@ class Membership:
             await self._beat_on(Beat(welcome.epoch))
 
     async def _introduced(self) -> Welcome:
+        began = self._boot_time()
         while True:
             sent = self._boot_time()
             try:
                 welcome = await self._said(lambda one: one.hello(self._node_id, self._hello()))
-            except _FINAL:
+            except (NotFoundError, UnauthenticatedError):
                 raise
+            except ConflictError:
+                # The host may have been rebooted, and what held the lease with it.
+                if self._boot_time() - began > _REFUSED_S:
+                    raise
+                await self._clock.sleep(_AGAIN_S)
             except SandyardError as error:
                 log.warning("no control plane takes this node in: %s", error.message)
                 await self._clock.sleep(_AGAIN_S)
@@ -91,6 +100,7 @@ class Membership:
                 # Counted from before it was said: by then the database may have begun to count.
                 self._lease_ends = sent + welcome.lease_s
                 self._keep(welcome.identity)
+                self._know(welcome.door)
                 log.info("this node is there, in epoch %s", welcome.epoch)
                 return welcome
 
@@ -103,6 +113,7 @@ class Membership:
             try:
                 grant: Grant = await self._said(lambda one: one.beat(self._node_id, beat))
                 self._lease_ends = sent + grant.lease_s
+                self._know(grant.door)
             except _FINAL:
                 raise
             except SandyardError as error:

@@ -18,13 +18,13 @@ from sandyard.server.core.contracts.cluster import (
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     ConflictError,
+    InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
-    SandyardError,
     UnavailableError,
 )
 from sandyard.server.core.ids import checked_text, digest_of_key, new_secret, new_uuid
-from sandyard.server.core.records import JoinedNode
+from sandyard.server.core.records import JoinedNode, NodeStart
 from sandyard.server.core.states import Status
 
 log = logging.getLogger(__name__)
@@ -33,16 +33,20 @@ LEASE_S: Final = 4.0
 INVITE_LASTS: Final = timedelta(hours=1)
 _LEASE = timedelta(seconds=LEASE_S)
 _GRACE = timedelta(seconds=0.5)
-_LOOK_S = 0.5
+_LOOK_S = 0.4
 _CALM_S = 5.0
+_STILL_S = 2.0
+_TEXT_MAX = 512
 _NAME_MAX = 64
-_GONE = frozenset({Status.DESTROYED, Status.ORPHANED, Status.FAILED})
+_GONE = frozenset({Status.DESTROYED, Status.DESTROYING, Status.ORPHANED, Status.FAILED})
 
 
 class Fleet:
-    """See core.contracts.cluster.Registry, and what an operator does with nodes."""
+    """See core.contracts.cluster.Registry, and what an operator does with nodes. `door` is where
+    nodes reach this control plane."""
 
-    def __init__(self, store: Store, registrar: Registrar, clock: Clock) -> None:
+    def __init__(self, store: Store, registrar: Registrar, clock: Clock, *, door: str = "") -> None:
+        self._door = door
         self._store = store
         self._registrar = registrar
         self._clock = clock
@@ -110,19 +114,20 @@ class Fleet:
         """See core.contracts.cluster.Registry.join."""
         name = checked_text(joining.name, field="name")[:_NAME_MAX] or "node"
         node_id = new_uuid()
-        identity = self._registrar.identity_of(node_id, joining.application)
-        async with self._store.write(Turn.ALONE) as tx:
+        async with self._store.write(Turn.BESIDE) as tx:
             if not await tx.invites.take(digest_of_key(joining.secret)):
                 raise PermissionDeniedError(
                     "cannot join with this invite: it was used, or is over an hour old; make "
                     "another with `sandyard admin node invite`"
                 )
+            identity = self._registrar.identity_of(node_id, joining.application)
             await tx.joined_nodes.add(JoinedNode(node_id, name, self._clock.now()))
         log.warning("the host %s has joined as the node %s", name, node_id)
         return identity
 
     async def hello(self, node_id: str, hello: Hello) -> Welcome:
         """See core.contracts.cluster.Registry.hello."""
+        _check_start(hello.start)
         identity = self._registrar.identity_of(node_id, hello.application)
         async with self._store.write(Turn.BESIDE) as tx:
             epoch = await tx.joined_nodes.start(node_id, hello.start, lasts=_LEASE)
@@ -133,7 +138,7 @@ class Fleet:
                 "its home was copied, let this host join by an invite of its own"
             )
         log.info("the node %s is there, at %s:%s", node_id, hello.start.host, hello.start.port)
-        return Welcome(epoch, LEASE_S, identity)
+        return Welcome(epoch, LEASE_S, identity, self._door)
 
     async def beat(self, node_id: str, beat: Beat) -> Grant:
         """See core.contracts.cluster.Registry.beat."""
@@ -142,7 +147,7 @@ class Fleet:
         if not is_current:
             await self._must_be_known(node_id)
             raise ConflictError("cannot go on as this node: a later process of it has started")
-        return Grant(LEASE_S)
+        return Grant(LEASE_S, self._door)
 
     async def _must_be_known(self, node_id: str) -> None:
         async with self._store.read() as tx:
@@ -150,14 +155,33 @@ class Fleet:
                 raise NotFoundError("cannot find this node: it was forgotten")
 
 
-class Roster:
-    """The nodes as they were a moment ago. Run it, and refresh it once before."""
+def _check_start(start: NodeStart) -> None:
+    texts = (start.boot, start.place, start.version, start.host)
+    if not 0 < start.port < 65536 or any(len(one) > _TEXT_MAX for one in texts):
+        raise InvalidArgumentError("cannot start this node: what it says of itself is too much")
 
-    def __init__(self, store: Store, clock: Clock, *, can_hear: Callable[[], bool]) -> None:
+
+class Roster:
+    """The nodes as they were a moment ago. Run it, and refresh it once before.
+
+    `can_hear` tells whether NATS answers; `elapsed` is a time that goes on while this host does not
+    run, in seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        *,
+        can_hear: Callable[[], bool],
+        elapsed: Callable[[], float] | None = None,
+    ) -> None:
         self._store = store
         self._clock = clock
         self._can_hear = can_hear
+        self._elapsed = elapsed or clock.monotonic
         self._calm_since: float | None = None
+        self._looked_at = 0.0
         self.nodes: dict[str, JoinedNode] = {}
 
     async def refresh(self) -> None:
@@ -176,20 +200,23 @@ class Roster:
         could say that it is there, and that is nobody's end.
         """
         while True:
+            began = self._elapsed()
             try:
                 await self.refresh()
-                await self._lose()
+                await self._lose(began)
             except UnavailableError:
                 self._calm_since = None
-            except SandyardError as error:
-                log.warning("nodes could not be looked after: %s", error.message)
+            except Exception:  # looked after at the next look
+                log.exception("nodes could not be looked after")
             await self._clock.sleep(_LOOK_S)
 
-    async def _lose(self) -> None:
-        now = self._clock.monotonic()
-        if not self._can_hear():
+    async def _lose(self, began: float) -> None:
+        """Give up whoever is to be, in a look that `began` just now."""
+        now = self._elapsed()
+        # Where a look took long, the database or this process stood still.
+        if not self._can_hear() or now - began > _STILL_S or now - self._looked_at > _STILL_S:
             self._calm_since = None
-            return
+        self._looked_at = now
         if self._calm_since is None:
             self._calm_since = now
         is_ending = [
@@ -199,9 +226,16 @@ class Roster:
         if not is_ending or now - self._calm_since < _CALM_S:
             return
         async with self._store.write(Turn.BESIDE) as tx:
+            if self._elapsed() - now > _STILL_S:
+                return
             lost = await tx.joined_nodes.lose(grace=_GRACE)
         for node_id in lost:
             log.error("the node %s is lost: it has not been heard of", node_id)
+
+    def is_lost(self, node_id: str) -> bool:
+        """Tell whether a node was given up, and has not come back."""
+        node = self.nodes.get(node_id)
+        return node is not None and node.lost_at is not None
 
     def takes_new(self, node_id: str) -> bool:
         """Tell whether new sandboxes may come to a node."""

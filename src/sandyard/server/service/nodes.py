@@ -1,7 +1,7 @@
 """The nodes of the installation: how each is reached, and what it said last."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from typing import TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
@@ -15,6 +15,7 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.errors import DeadlineExceededError, SandyardError, UnavailableError
 from sandyard.server.core.shapes import Shape
+from sandyard.server.service.fleet import Roster
 from sandyard.server.tasks import beside
 
 REPORT_LIMIT_S = 5.0
@@ -120,17 +121,17 @@ async def _tried(asked: Coroutine[object, object, _T]) -> _T | SandyardError:
 class Nodes:
     """See the module. What was said is a hint for where to ask first; asking decides.
 
-    `controls` may change while they are used; `takes_new` tells where new sandboxes may go.
+    `controls` may change while they are used; where nodes come and go, `roster` knows of it.
     """
 
     def __init__(
         self,
         controls: Mapping[str, NodeControl],
         clock: Clock,
-        takes_new: Callable[[str], bool] = lambda _: True,
+        roster: Roster | None = None,
     ) -> None:
         self._controls = controls
-        self._takes_new = takes_new
+        self._roster = roster
         self._clock = clock
         self._said: dict[str, tuple[float, NodeReport]] = {}
 
@@ -140,7 +141,11 @@ class Nodes:
 
     def takes_new(self, node_id: str) -> bool:
         """Tell whether new sandboxes may come to a node."""
-        return self._takes_new(node_id)
+        return self._roster is None or self._roster.takes_new(node_id)
+
+    def is_lost(self, node_id: str | None) -> bool:
+        """Tell whether a node was given up, and has not come back."""
+        return self._roster is not None and self._roster.is_lost(node_id or "")
 
     def get(self, node_id: str | None) -> NodeControl:
         """Return the node of that id.

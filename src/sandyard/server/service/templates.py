@@ -13,27 +13,39 @@ class Templates:
 
     async def all(self) -> list[TemplateFact]:
         """Return every template by slug, once each: as a node has it where it is ready, if any."""
+        found, _ = await self._found()
+        return found
+
+    async def _found(self) -> tuple[list[TemplateFact], bool]:
+        """Return them, and whether every node was heard."""
         found: dict[str, TemplateFact] = {}
-        for node in self._nodes.all():
+        nodes, silent = self._nodes.all(), 0
+        for node in nodes:
             try:
                 facts = await node.templates()
             except UnavailableError:
+                silent += 1
                 continue
             for fact in facts:
                 known = found.setdefault(fact.slug, fact)
                 if known.status is not TemplateStatus.READY:
                     found[fact.slug] = fact
-        return [found[slug] for slug in sorted(found)]
+        return [found[slug] for slug in sorted(found)], bool(nodes) and not silent
 
     async def ready(self, slug: str) -> TemplateFact:
         """Return a template that sandboxes can be started from.
 
         Raises:
             InvalidArgumentError: there is no such template.
-            UnavailableError: it has not been built.
+            UnavailableError: it has not been built, or no node that may have it answers.
         """
-        every = await self.all()
+        every, is_whole = await self._found()
         fact = next((one for one in every if one.slug == slug), None)
+        if fact is None and not is_whole:
+            raise UnavailableError(
+                "cannot start a sandbox now: not every node answers, and those that do know of no "
+                "such template; ask again"
+            )
         if fact is None:
             known = ", ".join(one.slug for one in every)
             raise InvalidArgumentError(

@@ -241,8 +241,9 @@ async def delete_sandbox(
     """Delete a sandbox, whatever its status, and wait until it is gone unless `async`."""
     checked_text(reference, field="reference")
     sandbox = await service.delete(actor, reference, wait=not async_)
-    response.status_code = 202 if async_ else 200
-    return enveloped(request, DeletedOut(id=sandbox.id, deleted=not async_))
+    is_gone = not async_ and sandbox.status is Status.DESTROYED
+    response.status_code = 200 if is_gone else 202
+    return enveloped(request, DeletedOut(id=sandbox.id, deleted=is_gone))
 
 
 @router.get("/{reference}/logs", responses=errors(404))

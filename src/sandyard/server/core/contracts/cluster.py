@@ -18,12 +18,14 @@ class Application:
 @dataclass(frozen=True)
 class Identity:
     """What a node proves itself with: a certificate and its authority's (PEM), a token for NATS,
-    and where NATS is. None of it is a secret but together with the node's own keys."""
+    where NATS is, and the authority of its servers. None of it is a secret but together with the
+    node's own keys."""
 
     node_id: str
     installation: str
     certificate: str
     authority: str
+    nats_authority: str
     token: str = field(repr=False)
     servers: tuple[str, ...] = ()
 
@@ -47,11 +49,12 @@ class Hello:
 
 @dataclass(frozen=True)
 class Welcome:
-    """What a node that said hello has from now on."""
+    """What a node that said hello has from now on; `door` is where whoever says so is reached."""
 
     epoch: int
     lease_s: float
     identity: Identity
+    door: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,11 @@ class Beat:
 
 @dataclass(frozen=True)
 class Grant:
-    """It may be asked for things so much longer, counted from before it said that it is there."""
+    """It may be asked for things so much longer, counted from before it said that it is there;
+    `door` is where whoever says so is reached."""
 
     lease_s: float
+    door: str = ""
 
 
 class Registrar(Protocol):

@@ -22,14 +22,15 @@ from sandyard.server.links.nats.link import Heard, Link
 
 log = logging.getLogger(__name__)
 
-_INBOX: Final = "inbox"
+INBOX: Final = "inbox"
+"""What the places begin with where answers come."""
 
 
 class Inbox:
     """Where the answers to one control plane come; make it before the link is opened."""
 
     def __init__(self, link: Link, name: str) -> None:
-        self._place = f"{_INBOX}.{name}"
+        self._place = f"{INBOX}.{name}"
         self._waiting: dict[str, asyncio.Queue[Heard]] = {}
         link.listen(f"{self._place}.*", self._take)
 

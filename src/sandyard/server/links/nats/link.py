@@ -4,9 +4,10 @@ said now or not at all."""
 import asyncio
 import json
 import logging
+import secrets
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Final, Protocol
@@ -29,6 +30,7 @@ TLS_NAME: Final = "nats.sandyard"
 
 _AGAIN_S = 0.1
 _CONNECT_S = 2
+_TRY_S = 4.0
 _CLOSE_S = 1.0
 _LOOK_S = 0.1
 _NO_RESPONDERS = "503"
@@ -124,7 +126,7 @@ class Link:
         it is back, and one whose token has run out gives up for good.
         """
         was_up = True
-        for number in count():
+        for number in count(secrets.randbelow(len(self.servers))):
             server = self.servers[number % len(self.servers)]
             client = Client()
             try:
@@ -134,7 +136,7 @@ class Link:
                 await self._tell(client)
                 while client.is_connected:
                     await asyncio.sleep(_LOOK_S)
-            except (NatsError, OSError, TimeoutError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 - the next try may do better
                 if was_up:
                     log.warning("NATS does not answer at %s: %s", server, str(error) or "no answer")
                 was_up = False
@@ -152,10 +154,32 @@ class Link:
         async def complain(error: Exception) -> None:
             log.log(logging.WARNING if self.is_up else logging.DEBUG, "NATS complains: %s", error)
 
+        def sign(nonce: str) -> bytes:
+            # The server says, in the clear, whether it wants TLS. One that says no to whoever wants
+            # it is another, which would have the token and the signature for the real one.
+            if self.tls is not None and not client._server_info.get("tls_required"):
+                raise NatsError("it speaks in the clear")
+            return self.login.sign(nonce.encode())
+
+        async with asyncio.timeout(_TRY_S):
+            await self._connected(client, server, complain, sign)
+            for one in self._listening:
+                await client.subscribe(one.subject, queue=one.queue, cb=_taking(one))
+            await client.flush(_CONNECT_S)
+
+    async def _connected(
+        self,
+        client: Client,
+        server: str,
+        complain: Callable[[Exception], Awaitable[None]],
+        sign: Callable[[str], bytes],
+    ) -> None:
         await client.connect(
             server,
             name=self.name,
             allow_reconnect=False,
+            max_reconnect_attempts=1,
+            reconnect_time_wait=0,
             connect_timeout=_CONNECT_S,
             # It would go unseen for minutes that a server hangs.
             ping_interval=0.5,  # type: ignore[arg-type]  # slept for
@@ -168,11 +192,8 @@ class Link:
             # Else the client proves nothing at all, whatever the next two are.
             token="unused",  # noqa: S106 - no secret: the server looks at the other two
             user_jwt_cb=lambda: self.login.token().encode(),
-            signature_cb=lambda nonce: self.login.sign(nonce.encode()),
+            signature_cb=sign,
         )
-        for one in self._listening:
-            await client.subscribe(one.subject, queue=one.queue, cb=_taking(one))
-        await client.flush(_CONNECT_S)
 
 
 def _taking(one: _Listening) -> Callable[[Msg], Any]:
@@ -200,9 +221,11 @@ def _heard(message: Msg) -> Heard | None:
 
 async def _close(client: Client) -> None:
     """Close a client; one whose server hangs would wait for that for ever."""
-    with suppress(NatsError, OSError, TimeoutError):
+    try:
         async with asyncio.timeout(_CLOSE_S):
             await client.close()
+    except Exception as error:  # noqa: BLE001 - it is of no more use in any case
+        log.debug("a connection to NATS could not be closed: %s", error)
 
 
 @asynccontextmanager

@@ -20,43 +20,64 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.links.nats.asks import failed, failure
-from sandyard.server.links.nats.client import Inbox
-from sandyard.server.links.nats.link import Heard, Link
+from sandyard.server.links.nats.client import INBOX, Inbox
+from sandyard.server.links.nats.link import PREFIX, Heard, Link
 from sandyard.server.tasks import Crew
 
 log = logging.getLogger(__name__)
 
 _CONTROLS: Final = "controls"
 _ANSWER_S: Final = 1.5
+_HELLOS_S: Final = 0.4
+_CHANGES_S: Final = 0.02
 _T = TypeVar("_T")
 
 
 @asynccontextmanager
 async def registering(
-    registry: Presence, link: Link, *, on_change: Callable[[], None]
+    registry: Presence, link: Link, *, on_change: Callable[[str], None]
 ) -> AsyncIterator[None]:
     """Hear nodes for as long as the block runs; open it before the link is."""
     async with Crew() as crew:
 
         def take(heard: Heard) -> None:
-            crew.start(_answered(registry, link, heard), "a node was not answered", quietly=True)
+            # Whoever says the same again before it is answered has said it once.
+            answering = _answered(registry, link, heard)
+            crew.start(answering, "a node was not answered", once=heard.subject, quietly=True)
+
+        def changed(heard: Heard) -> None:
+            telling = _told(on_change, heard.subject.split(".")[1])
+            crew.start(telling, "a change was not looked at", once=heard.subject)
 
         link.listen("ctl.*.hello", take, queue=_CONTROLS)
         link.listen("ctl.*.beat", take, queue=_CONTROLS)
-        link.listen("ctl.*.changed", lambda _: on_change())
+        link.listen("ctl.*.changed", changed)
         yield
+
+
+async def _told(on_change: Callable[[str], None], node_id: str) -> None:
+    await asyncio.sleep(_CHANGES_S)
+    on_change(node_id)
 
 
 async def _answered(registry: Presence, link: Link, heard: Heard) -> None:
     _, node_id, word = heard.subject.split(".")
+    if not heard.reply.startswith(f"{PREFIX}.{INBOX}.{node_id}."):
+        return  # it would have somebody else hear it
     try:
-        said: dict[str, object] = {"value": encode(await _said(registry, node_id, word, heard))}
+        # Done later than anybody waits for it, it could take the place of what was done since.
+        async with asyncio.timeout(_ANSWER_S):
+            said: dict[str, object] = {"value": encode(await _said(registry, node_id, word, heard))}
+    except TimeoutError:
+        return
     except SandyardError as error:
         said = failure(error)
     except Exception as error:  # whoever waits is told
         log.exception("a node was heard in a way that nobody foresaw")
         said = failure(InternalError(f"cannot answer this: {error}"))
     await link.answer(heard, said)
+    if word == "hello":
+        await asyncio.sleep(_HELLOS_S)
 
 
 async def _said(registry: Presence, node_id: str, word: str, heard: Heard) -> Welcome | Grant:

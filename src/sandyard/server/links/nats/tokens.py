@@ -138,7 +138,7 @@ def _user_token(
         "type": "user",
         "pub": {"allow": says},
         "sub": {"allow": hears},
-        "subs": -1,
+        "subs": 16 if answers else -1,
         "data": -1,
         "payload": -1,
     }

@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 
 _FIRST_S: Final = 10.0
 _QUIET_S: Final = 30.0
+_STRANGER_S: Final = 20.0
+_STRANGERS_MAX: Final = 64
+_WORDS_MAX: Final = 64 * 1024
 _ANSWER_S: Final = 5.0
 _T = TypeVar("_T")
 
@@ -68,24 +71,28 @@ async def opened_door(
     no certificate may ask for the authority's, and join.
     """
     lines: set[Line] = set()
+    strangers: set[Line] = set()
     async with Crew() as crew:
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            line = Line(reader, writer)
-            if len(lines) >= most:
+            line = Line(reader, writer, longest=_WORDS_MAX)
+            who = _node_at(writer, node_of)
+            group, room = (strangers, _STRANGERS_MAX) if who is None else (lines, most)
+            if len(group) >= room:
                 line.hang_up()
                 return
-            lines.add(line)
+            group.add(line)
             watch_over(writer)
             try:
-                who = _node_at(writer, node_of)
+                # Whoever shows no certificate takes no room from nodes, and none for long.
                 with suppress(BrokenError, TimeoutError):
-                    while True:
-                        async with asyncio.timeout(_QUIET_S):
-                            asked = await line.hear()
-                        await _answer(line, asked.payload, registry, who, authority)
+                    async with asyncio.timeout(_STRANGER_S if who is None else None):
+                        while True:
+                            async with asyncio.timeout(_QUIET_S):
+                                asked = await line.hear()
+                            await _answer(line, asked.payload, registry, who, authority)
             finally:
-                lines.discard(line)
+                group.discard(line)
                 line.hang_up()
 
         def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -99,7 +106,7 @@ async def opened_door(
             yield server.sockets[0].getsockname()[1]
         finally:
             server.close()
-            for line in lines:
+            for line in lines | strangers:
                 line.hang_up()
 
 
@@ -156,7 +163,11 @@ def _encoded(value: object) -> dict[str, Any]:
 
 
 def fingerprint_of(authority: str) -> str:
-    """Return the fingerprint of an authority's certificate (PEM): SHA-256, 64 hex digits."""
+    """Return the fingerprint of an authority's certificate (PEM): SHA-256, 64 hex digits.
+
+    Raises:
+        ValueError: it is none.
+    """
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(authority)).hexdigest()
 
 
@@ -182,37 +193,40 @@ async def joined(
     stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE
     async with _dialled(host, port, stranger) as (line, _):
         told = await _asked(line, "authority", {})
-    authority = str(told.get("certificate"))
-    try:
-        is_right = fingerprint_of(authority) == fingerprint
-    except ValueError:
-        is_right = False
-    if not is_right:
-        raise UnauthenticatedError(
-            f"cannot join at {host}:{port}: it is not of the installation that the invite is from"
-        )
-    known = ssl.create_default_context(cadata=authority)
+    known = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     known.check_hostname, known.minimum_version = False, ssl.TLSVersion.TLSv1_3
+    # What was looked at is what is believed: a text may have another certificate after the first.
+    known.load_verify_locations(cadata=_pinned(str(told.get("certificate")), fingerprint, host))
     async with _dialled(host, port, known) as (line, writer):
         if not may_be(name_of(writer.get_extra_info("ssl_object"))):
             raise UnauthenticatedError(f"cannot join at {host}:{port}: it is no control plane")
         identity = decode(Identity, await _asked(line, "join", encode(joining)))
+        _pinned(identity.authority, fingerprint, host)
         return identity, str(writer.get_extra_info("sockname")[0])
 
 
-class DoorPresence:
-    """See core.contracts.cluster.Presence: at the first door that answers.
+def _pinned(authority: str, fingerprint: str, host: str) -> bytes:
+    """Return an authority's certificate (DER), which must be the one of that fingerprint."""
+    with suppress(ValueError):
+        found = ssl.PEM_cert_to_DER_cert(authority)
+        if (
+            ssl.DER_cert_to_PEM_cert(found).split() == authority.split()
+            and hashlib.sha256(found).hexdigest() == fingerprint
+        ):
+            return found
+    raise UnauthenticatedError(
+        f"cannot join at {host}: it is not of the installation that the invite is from"
+    )
 
-    `doors` are hosts and ports. Raises, by any method: UnavailableError if none answers.
+
+class DoorPresence:
+    """See core.contracts.cluster.Presence: at the first of the `doors` that answers.
+
+    Raises, by any method: UnavailableError if none does.
     """
 
-    def __init__(
-        self,
-        doors: tuple[tuple[str, int], ...],
-        tls: Callable[[], ssl.SSLContext],
-        may_be: Callable[[str], bool],
-    ) -> None:
-        self._doors = doors
+    def __init__(self, tls: Callable[[], ssl.SSLContext], may_be: Callable[[str], bool]) -> None:
+        self.doors: list[tuple[str, int]] = []
         self._tls = tls
         self._may_be = may_be
 
@@ -226,7 +240,7 @@ class DoorPresence:
 
     async def _tried(self, op: str, words: object, kind: type[_T]) -> _T:
         trouble: UnavailableError | None = None
-        for host, port in self._doors:
+        for host, port in list(self.doors):
             try:
                 async with _dialled(host, port, self._tls()) as (line, writer):
                     if not self._may_be(name_of(writer.get_extra_info("ssl_object"))):

@@ -65,7 +65,14 @@ class Said:
 class Line:
     """A connection, frame by frame."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        longest: int = _HEAD_MAX,
+    ) -> None:
+        self._longest = longest
         self._reader = reader
         self._writer = writer
         self._header: bytes | None = None  # of a frame whose rest has not come yet
@@ -86,7 +93,7 @@ class Line:
             if self._header is None:
                 self._header = await self._reader.readexactly(_HEADER)
             kind, length = Kind(self._header[0]), int.from_bytes(self._header[1:], "big")
-            if length > _LONGEST[kind]:
+            if length > min(_LONGEST[kind], self._longest):
                 raise BrokenError("a frame is too long")
             payload = await self._reader.readexactly(length) if length else b""
             self._header = None

@@ -123,6 +123,10 @@ class Comparison:
                 await self._suspect_in_time(rows, self._began_at if seen is None else seen.seen_at)
             elif joined.lost_at is not None:
                 await self._suspect(rows, joined.lost_at)
+            else:  # it is there, and cannot be asked now
+                for sandbox in rows:
+                    if has_expired(sandbox, self._clock.now()):
+                        await self._expire(sandbox, ended_at=None)
             return
         if self._is_silent:
             log.warning("the node %s answers again", self._node.node_id)

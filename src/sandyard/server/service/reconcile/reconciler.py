@@ -36,8 +36,11 @@ from sandyard.server.tasks import Crew, beside
 
 log = logging.getLogger(__name__)
 
-NODES = "nodes"
-"""The topic of hints that a node's machines have changed."""
+
+def topic_of_node(node_id: str) -> str:
+    """Return the topic of hints that a node's machines have changed."""
+    return f"node:{node_id}"
+
 
 _STARTING = frozenset({Status.PENDING, Status.CREATING, Status.RESUMING})
 _ENDING = frozenset({Status.DESTROYING, Status.PAUSING})
@@ -91,7 +94,8 @@ class Reconciler:
         with self._bus.subscribe(WORK) as hints:
             async with self._crew as crew:
                 crew.start(self._compare_all(crew), "nodes that come are not compared")
-                crew.start(self._keep_at(self._expire_unplaced), "what is on no node never ends")
+                unplaced = self._keep_at(self._expire_unplaced, "unplaced")
+                crew.start(unplaced, "what is on no node never ends")
                 while True:
                     for claim in await self._claims():
                         self._begin(claim)
@@ -218,7 +222,7 @@ class Reconciler:
                 name = f"compare {node.node_id}"
                 if not crew.is_at(name):
                     look, is_one = self._comparison(node, crew).look, self._is_one(node.node_id)
-                    work = self._keep_at(look, while_=is_one)
+                    work = self._keep_at(look, topic_of_node(node.node_id), while_=is_one)
                     crew.start(work, "a node is compared no longer", once=name)
             await self._clock.sleep(self._pace.period_s)
 
@@ -240,10 +244,14 @@ class Reconciler:
         return lambda: self._nodes.has(node_id)
 
     async def _keep_at(
-        self, look: Callable[[], Awaitable[None]], *, while_: Callable[[], bool] = lambda: True
+        self,
+        look: Callable[[], Awaitable[None]],
+        topic: str,
+        *,
+        while_: Callable[[], bool] = lambda: True,
     ) -> None:
         """Look again and again, whatever comes of it; a silent node holds up no other."""
-        with self._bus.subscribe(NODES) as hints:
+        with self._bus.subscribe(topic) as hints:
             while while_():
                 try:
                     await look()

@@ -101,6 +101,8 @@ class Sandboxes:
     async def delete(self, actor: Actor, reference: str, *, wait: bool) -> Sandbox:
         """Have a sandbox destroyed, from whatever status it is in; with `wait`, until it is gone.
 
+        One on a node that is lost goes when that is back, which nobody waits for.
+
         Raises:
             NotFoundError: see `get`.
             DeadlineExceededError: it is not gone yet; it will be.
@@ -119,7 +121,7 @@ class Sandboxes:
             sandbox = await self._register.unless_changed(found, attempt, doing="delete")
         except NotFoundError:  # somebody else has just deleted it
             return await self._register.reread(found.id)
-        if not wait:
+        if not wait or self._nodes.is_lost(sandbox.node_id):
             return sandbox
         return await self._register.wait_for(
             sandbox, frozenset({Status.DESTROYED}), limit_s=self._waits.delete_s

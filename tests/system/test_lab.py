@@ -1,0 +1,277 @@
+"""An installation on several hosts, and its bad days: real processes, namespaces, cables cut."""
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from tests.support.lab import API, NATS, Lab, lab
+from tests.support.server import SANDYARD, wait_until
+
+pytestmark = pytest.mark.machine
+
+LOST_S = 5.0
+TRUE_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Lab]:
+    with lab("one", "two", "three") as made:
+        yield made
+
+
+@pytest.fixture
+def built(whole: Lab) -> Iterator[Lab]:
+    """The hosts, and whatever a test did to them undone after it."""
+    yield whole
+    for host in whole.hosts:
+        host.heal()
+        if host.process is not None:
+            host.signal(signal.SIGCONT)
+    whole.start_nats()
+    for number, control in enumerate(whole.controls):
+        if control.process is None:
+            whole.start_control(number)
+    whole.until_up()
+    for box in whole.ask("GET", "/v1/sandboxes"):
+        whole.delete(box)
+    wait_until(lambda: not whole.ask("GET", "/v1/sandboxes"), what="every sandbox is gone")
+
+
+def statuses(built: Lab, boxes: list[dict[str, Any]]) -> set[str]:
+    return {built.status(one) for one in boxes}
+
+
+def while_it_lasts(seconds: float, work: Callable[[], None]) -> None:
+    """Do something again and again for so long."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        work()
+        time.sleep(0.2)
+
+
+# --- whole --------------------------------------------------------------------------------------
+
+
+def test_both_control_planes_reach_what_is_on_every_node(built: Lab) -> None:
+    boxes = [built.on(name) for name in built.nodes]
+    for control in built.controls:
+        for box in boxes:
+            url = f"http://{control.address}:{API}/v1/sandboxes/{box['id']}/exec"
+            done = httpx.post(
+                url, json={"command": "echo hi"}, headers=built.client.headers, timeout=60
+            )
+            assert done.json()["data"]["stdout"] == "echo hi"
+
+
+def test_fifty_creates_of_one_key_over_two_control_planes_make_one_sandbox(built: Lab) -> None:
+    def create(_: int) -> tuple[int, str]:
+        answer = built.client.post(
+            "/v1/sandboxes?wait=60", json={"template": "base-minimal", "idleTimeout": 0},
+            headers={"Idempotency-Key": "once"},
+        )  # fmt: skip
+        return answer.status_code, answer.json().get("data", {}).get("id", "")
+
+    with ThreadPoolExecutor(25) as threads:
+        answers = list(threads.map(create, range(50)))
+    assert {code for code, _ in answers} <= {200, 201}
+    assert len({one for _, one in answers}) == 1
+    assert len(built.ask("GET", "/v1/sandboxes")) == 1
+
+
+def test_nothing_new_comes_to_a_node_that_is_drained(built: Lab) -> None:
+    boxes = [built.on("two") for _ in range(2)]
+    assert built.nodes_of(boxes) == {"two"}
+
+
+# --- nodes that are gone ------------------------------------------------------------------------
+
+
+def test_a_host_that_is_gone_is_lost_and_whole_when_it_is_back(built: Lab) -> None:
+    there = [built.on("one") for _ in range(3)]
+    other = built.on("two")
+    built.nodes["one"].cut()
+    began = time.monotonic()
+    wait_until(lambda: built.known()["one"].lost_at is not None, limit_s=20, what="it is lost")
+    # A second for the beat that had just been, and one for looking.
+    assert time.monotonic() - began < LOST_S + 2
+    wait_until(lambda: statuses(built, there) == {"suspected_missing"}, what="rows are true")
+    assert time.monotonic() - began < TRUE_S + 2
+    assert built.status(other) == "running"
+    assert built.nodes_of([built.create() for _ in range(3)]) <= {"two", "three"}
+    gone = built.client.delete(f"/v1/sandboxes/{there[2]['id']}")
+    assert (gone.status_code, gone.json()["data"]["deleted"]) == (202, False)
+    built.nodes["one"].heal()
+    built.until_up("one")
+    for box in there[:2]:
+        built.until(box, "running")
+        assert built.execute(box, "echo here") == "echo here"
+    gone_now = lambda: built.client.get(f"/v1/sandboxes/{there[2]['id']}").status_code == 404  # noqa: E731
+    wait_until(gone_now, what="it goes")
+
+
+def test_a_start_on_a_host_that_is_cut_off_goes_to_another(built: Lab) -> None:
+    def create(_: int) -> dict[str, Any]:
+        return built.create()
+
+    with ThreadPoolExecutor(6) as threads:
+        making = threads.map(create, range(6))
+        built.nodes["three"].cut()
+        boxes = list(making)
+    for box in boxes:
+        built.until(box, "running", limit_s=40)
+
+
+def test_a_node_that_is_cut_off_from_nats_alone_goes_on_by_the_other_way(built: Lab) -> None:
+    box = built.on("one")
+    built.nodes["one"].cut(NATS)
+
+    def goes_on() -> None:
+        assert built.status(box) == "running"
+        assert built.execute(box, "echo hi") == "echo hi"
+        assert built.known()["one"].lost_at is None
+
+    while_it_lasts(8, goes_on)
+    assert "by another way" in built.nodes["one"].said()
+
+
+def test_when_all_nodes_are_cut_off_at_once_that_is_undone_when_they_are_back(built: Lab) -> None:
+    boxes = [built.on(name) for name in built.nodes]
+    for node in built.nodes.values():
+        node.cut()
+    wait_until(lambda: statuses(built, boxes) == {"suspected_missing"}, what="all are suspected")
+    assert built.client.post(
+        "/v1/sandboxes", json={"template": "base-minimal"}
+    ).status_code == 503  # fmt: skip
+    for node in built.nodes.values():
+        node.heal()
+    wait_until(lambda: statuses(built, boxes) == {"running"}, what="all run again")
+
+
+def test_a_home_that_was_copied_is_refused_while_the_first_lives(built: Lab) -> None:
+    first = built.nodes["one"]
+    copy = built.nodes["two"].home.parent / "copy"
+    shutil.copytree(first.home, copy, ignore=shutil.ignore_patterns("*.sock", "server.*"))
+    spare = built.nodes["three"]
+    process = spare.process
+    spare.process = None
+    spare.environment["SANDYARD_HOME"], home = str(copy), spare.environment["SANDYARD_HOME"]
+    spare.environment["SANDYARD_CLUSTER__PORT"] = "8701"
+    try:
+        spare.start(SANDYARD, "node")
+        wait_until(
+            lambda: spare.process is not None and spare.process.poll() is not None,
+            what="the copy ends",
+        )
+        assert "another process is it, in another place" in spare.said()
+        assert built.known()["one"].has_lease
+    finally:
+        spare.kill()
+        spare.environment["SANDYARD_HOME"] = home
+        del spare.environment["SANDYARD_CLUSTER__PORT"]
+        spare.process = process
+        shutil.rmtree(copy)
+
+
+# --- NATS and the database away -----------------------------------------------------------------
+
+
+def nobody_is_lost(built: Lab, box: dict[str, Any], seconds: float) -> None:
+    def works() -> None:
+        assert built.execute(box, "echo hi") == "echo hi"
+        assert built.status(box) == "running"
+
+    while_it_lasts(seconds, works)
+    assert all(one.lost_at is None for one in built.known().values())
+
+
+@pytest.mark.parametrize("way", ["killed", "hung"])
+def test_without_nats_no_node_is_lost_and_what_runs_is_used(built: Lab, way: str) -> None:
+    box = built.on("one")
+    for host in built.nats:
+        host.kill() if way == "killed" else host.signal(signal.SIGSTOP)
+    nobody_is_lost(built, box, 10)
+    refused = built.client.post("/v1/sandboxes", json={"template": "base-minimal"})
+    assert refused.status_code == 503
+    assert int(refused.headers["Retry-After"]) > 0
+    for host in built.nats:
+        if way == "hung":
+            host.signal(signal.SIGCONT)
+    built.start_nats()
+    built.until_up()
+    built.create()
+    nobody_is_lost(built, box, 3)
+
+
+def test_a_nats_server_that_dies_is_one_of_three(built: Lab) -> None:
+    box = built.on("one")
+    built.nats[0].kill()
+    nobody_is_lost(built, box, 3)
+    wait_until(lambda: built.try_create() == 201, what="a sandbox is created")
+
+
+@pytest.mark.parametrize("way", ["stopped", "restarted"])
+def test_without_the_database_no_node_is_lost(built: Lab, way: str) -> None:
+    box = built.on("one")
+    if way == "stopped":
+        built.postgres.hang_all()
+        time.sleep(12)
+        built.postgres.go_on_all()
+    else:
+        built.postgres.signal(signal.SIGINT)
+        assert built.postgres.process is not None
+        built.postgres.process.wait(30)
+        time.sleep(6)
+        built.start_postgres()
+    built.until_up()
+    wait_until(lambda: built.try_status(box) == "running", limit_s=60, what="it is seen to run")
+    assert built.execute(box, "echo hi") == "echo hi"
+    assert all(one.lost_at is None for one in built.known().values())
+    built.create()
+
+
+# --- control planes away ------------------------------------------------------------------------
+
+
+def test_a_control_plane_that_is_killed_is_one_of_two(built: Lab) -> None:
+    box = built.on("two")
+    built.controls[1].kill()
+    failed: list[int] = []
+
+    def use() -> None:
+        answer = built.client.get(f"/v1/sandboxes/{box['id']}")
+        if answer.status_code >= 300:
+            failed.append(answer.status_code)
+
+    while_it_lasts(4, use)
+    assert len(failed) <= 2  # until the balancer has seen it
+    made = built.create()
+    built.start_control(1)
+    built.until_up()
+    assert built.execute(made, "echo hi") == "echo hi"
+
+
+def test_a_control_plane_that_stands_still_changes_nothing_when_it_goes_on(built: Lab) -> None:
+    box = built.on("two")
+    other = built.controls[1]
+    direct = f"http://{other.address}:{API}/v1/sandboxes/{box['id']}/pause"
+    late = threading.Thread(
+        target=lambda: httpx.post(direct, headers=built.client.headers, timeout=90)
+    )
+    other.signal(signal.SIGSTOP)
+    late.start()
+    time.sleep(3)
+    for action in ("pause", "resume"):
+        built.ask("POST", f"/v1/sandboxes/{box['id']}/{action}")
+    other.signal(signal.SIGCONT)
+    late.join(90)
+    # What was asked of it is done now; nothing that it was at work on before was done twice.
+    assert built.status(box) in {"paused", "running"}
+    if built.status(box) == "paused":
+        built.ask("POST", f"/v1/sandboxes/{box['id']}/resume")
+    assert built.execute(box, "echo hi") == "echo hi"
