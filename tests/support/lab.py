@@ -34,7 +34,7 @@ from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import JoinedNode
 from sandyard.server.links.sql import open_store
 from tests.support.images import cache_environment
-from tests.support.server import SANDYARD, wait_until
+from tests.support.server import SANDYARD, longer, wait_until
 
 NET = "10.203.250"
 API, SSH, DOOR, NATS, NATS_CLUSTER = 8080, 2222, 8700, 4222, 6222
@@ -95,6 +95,15 @@ class Host:
                 [*enter, *self.started], env={**os.environ, **self.environment}, stdout=log,
                 stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=self.home.parent,
             )  # fmt: skip
+
+    def run(self, *command: str | Path) -> None:
+        """Run a command to its end, beside its program."""
+        self.home.mkdir(exist_ok=True)
+        enter = ["nsenter", f"--net=/run/netns/{self.netns}"]
+        subprocess.run(
+            [*enter, *map(str, command)], env={**os.environ, **self.environment}, check=True,
+            capture_output=True, timeout=longer(300),
+        )  # fmt: skip
 
     def hang_all(self) -> None:
         """Have its program stand still, with all that it started."""
@@ -277,21 +286,25 @@ backend controls
         """Start a control plane."""
         self.controls[one].start(SANDYARD, "control")
 
-    def add_node(self, name: str, *, start: bool = True, **environment: str) -> Host:
-        """Make a host a node by an invite, and start it."""
+    def add_node(self, name: str, *, is_real: bool = False, **environment: str) -> Host:
+        """Make a host a node by an invite, and start it; one that `is_real` has real machines."""
         host = self._host(name, _NODES + len(self.nodes))
         host.environment = {
             **cache_environment(),
             "SANDYARD_HOME": str(host.home),
-            "SANDYARD_NODE__DRIVER": "fake",
+            "SANDYARD_NODE__DRIVER": "auto" if is_real else "fake",
             "SANDYARD_CLUSTER__HOST": host.address,
             **environment,
         }
+        if is_real:  # not from in there: it may have to fetch packages
+            subprocess.run(
+                [SANDYARD, "template", "build", "base-minimal"], check=True, capture_output=True,
+                env={**os.environ, **host.environment}, timeout=longer(300),
+            )  # fmt: skip
         host.plug_in(self.prefix)
         self.nodes[name] = host
         line = asyncio.run(invite_line(self.settings)).split()
-        words = [] if start else ["--no-start"]
-        host.start(SANDYARD, *line[1:], "--name", name, *words)
+        host.start(SANDYARD, *line[1:], "--name", name)
         return host
 
     def start_node(self, name: str) -> None:
@@ -486,6 +499,8 @@ def _take_down(made: Lab) -> None:
         _quietly(host.heal)
         _quietly(host.stop if host.name in made.nodes else host.kill)
         _quietly(host.kill)
+        if host.environment.get("SANDYARD_NODE__DRIVER") == "auto":
+            _quietly(host.run, SANDYARD, "stop", "--all")
     for host in made.hosts:
         _quietly(ip, "netns", "delete", host.netns)
 

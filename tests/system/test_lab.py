@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.lab import API, NATS, Lab, lab
-from tests.support.server import SANDYARD, wait_until
+from tests.support.server import QEMU, SANDYARD, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -275,3 +275,48 @@ def test_a_control_plane_that_stands_still_changes_nothing_when_it_goes_on(built
     if built.status(box) == "paused":
         built.ask("POST", f"/v1/sandboxes/{box['id']}/resume")
     assert built.execute(box, "echo hi") == "echo hi"
+
+
+# --- real machines ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(whole: Lab) -> Lab:
+    """The same, with a node beside the others whose machines are real."""
+    whole.add_node("real", is_real=True, **QEMU, SANDYARD_POOL__CEILING="0")
+    whole.until_up("real")
+    return whole
+
+
+def test_a_node_that_is_killed_finds_its_machines_and_no_status_changes(
+    real: Lab, built: Lab
+) -> None:
+    node = real.nodes["real"]
+    box = real.on("real")
+    real.execute(box, "(while :; do date +%s%N > /tick; sleep 0.2; done) >/dev/null 2>&1 &")
+    node.kill()
+    seen = set()
+    while_it_lasts(1, lambda: seen.add(real.status(box)))
+    real.start_node("real")
+    while_it_lasts(4, lambda: seen.add(real.status(box)))
+    real.until_up("real")
+    first = real.execute(box, "cat /tick")
+    wait_until(lambda: real.execute(box, "cat /tick") != first, what="it ticks")
+    assert seen == {"running"}
+
+
+def test_machines_of_a_host_that_was_cut_off_run_on_with_their_memory(
+    real: Lab, built: Lab
+) -> None:
+    node = real.nodes["real"]
+    box = real.on("real")
+    real.execute(box, "mkdir -p /dev/shm; echo kept > /dev/shm/memory; date +%s > /start")
+    node.cut()
+    real.until(box, "suspected_missing")
+    node.heal()
+    real.until(box, "running")
+    assert real.execute(box, "cat /dev/shm/memory").strip() == "kept"
+    saved = real.ask("POST", f"/v1/sandboxes/{box['id']}/pause")
+    assert saved["status"] == "paused"
+    real.ask("POST", f"/v1/sandboxes/{box['id']}/resume")
+    assert real.execute(box, "cat /dev/shm/memory").strip() == "kept"

@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -40,14 +40,14 @@ from sandyard.server.links.tunnel.ends import Papers, context_of
 from sandyard.server.links.tunnel.server import serving
 from sandyard.server.links.volumes import FolderVolumes
 from sandyard.server.node.membership import Membership
-from sandyard.server.tasks import Crew
+from sandyard.server.tasks import Crew, beside
 
 log = logging.getLogger(__name__)
 
 _FILE = "node.json"
 _PLACE_MAX = 512
 _DOORS_MAX = 8
-_FIRST_S = 3.0
+_FIRST_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,18 @@ def place_of(home: Path) -> str:
 
 
 @asynccontextmanager
-async def open_member(settings: Settings, clock: Clock | None = None) -> AsyncIterator[Membership]:
-    """Open the node of this host, for whichever control plane asks; what is yielded is to be run.
+async def open_member(
+    settings: Settings, clock: Clock | None = None
+) -> AsyncIterator["asyncio.Task[ConflictError | NotFoundError | None]"]:
+    """Open the node of this host, for whichever control plane asks.
 
-    Machines live on: leaving lets go of them without ending them.
+    What is yielded ends with why this process is the node no more. Machines live on: leaving lets
+    go of them without ending them.
 
     Raises:
         UnavailableError: this host has not joined, or a port is taken.
+        ConflictError: another process is this node.
+        NotFoundError: the node was forgotten.
     """
     clock = clock or SystemClock()
     home, folder = home_of(settings), settings.home / "cluster"
@@ -158,12 +163,9 @@ async def open_member(settings: Settings, clock: Clock | None = None) -> AsyncIt
     is_control = is_control_of(home.identity.installation)
     user, token = Key(Role.USER, home.seed), Token(home.identity.token)
     servers = home.identity.servers
-    link = Link(
-        servers,
-        f"node {node_id}",
-        KeyLogin(user, token),
-        nats_tls(servers, home.identity.nats_authority),
-    )
+    login, tls = KeyLogin(user, token), nats_tls(servers, home.identity.nats_authority)
+    # Two: it says that it is there before it has its machines, and is asked for them only then.
+    link, ear = (Link(servers, f"node {node_id}", login, tls) for _ in range(2))
     by_nats = NatsPresence(link, Inbox(link, node_id))
     by_door = DoorPresence(lambda: asks, is_control)
     by_door.doors = [_door_of(one) for one in home.doors]
@@ -171,12 +173,13 @@ async def open_member(settings: Settings, clock: Clock | None = None) -> AsyncIt
     def keep(identity: Identity) -> None:
         nonlocal home
         token.text = identity.token
-        link.servers = identity.servers or link.servers
+        for one in (link, ear):
+            one.servers = identity.servers or one.servers
         home = replace(home, identity=identity)
         try:
             _papers(settings, identity, key)
-            for one in (answers, asks):
-                one.load_cert_chain(papers.certificate, papers.key)
+            for end in (answers, asks):
+                end.load_cert_chain(papers.certificate, papers.key)
             write_private(folder / _FILE, home.kept())
         except OSError as error:  # what it has is good for a while yet
             log.warning("a fresh certificate could not be written: %s", error)
@@ -193,33 +196,39 @@ async def open_member(settings: Settings, clock: Clock | None = None) -> AsyncIt
             log.warning("where a control plane is could not be written down: %s", error)
 
     boot, version = new_uuid(), package_version("sandyard")
-    async with (
-        Crew() as crew,
-        open_node(
-            settings,
-            clock=clock,
-            observer=Metrics(version=version),
-            on_change=lambda: _tell(crew, by_nats, node_id),
-            volumes=FolderVolumes(settings.workspaces_dir),
-            node_id=node_id,
-        ) as node,
-        serving(node, address=own.host, port=own.port, tls=answers, may=is_control) as port,
-    ):
 
-        def hello() -> Hello:
-            start = NodeStart(
-                boot, place_of(settings.home), version, own.address or home.address, port
-            )
-            return Hello(start, Application(request_of(key).decode(), user.name))
+    def hello() -> Hello:
+        address = own.address or home.address
+        start = NodeStart(boot, place_of(settings.home), version, address, own.port)
+        return Hello(start, Application(request_of(key).decode(), user.name))
 
-        membership = Membership(
-            node_id, (by_nats, by_door), hello=hello, keep=keep, know=know, clock=clock
-        )
-        async with answering(node, link, check=membership.check), linked(link):
-            with suppress(TimeoutError):
-                async with clock.timeout(_FIRST_S):
-                    await link.until_up()
-            yield membership
+    membership = Membership(
+        node_id, (by_nats, by_door), hello=hello, keep=keep, know=know, clock=clock
+    )
+    async with Crew() as crew, linked(link), AsyncExitStack() as held:
+        with suppress(TimeoutError):
+            async with clock.timeout(_FIRST_S):
+                await link.until_up()
+        running = await held.enter_async_context(beside(_run(membership)))
+        # A home that was copied has records of machines that are the first one's.
+        async with beside(membership.settled()) as settled:
+            await asyncio.wait([running, settled], return_when=asyncio.FIRST_COMPLETED)
+        if running.done() and (trouble := running.result()) is not None:
+            raise trouble
+        async with (
+            open_node(
+                settings,
+                clock=clock,
+                observer=Metrics(version=version),
+                on_change=lambda: _tell(crew, by_nats, node_id),
+                volumes=FolderVolumes(settings.workspaces_dir),
+                node_id=node_id,
+            ) as node,
+            serving(node, address=own.host, port=own.port, tls=answers, may=is_control),
+            answering(node, ear, check=membership.check),
+            linked(ear),
+        ):
+            yield running
 
 
 def _tell(crew: Crew, registry: NatsPresence, node_id: str) -> None:
@@ -239,12 +248,8 @@ async def serve_node(settings: Settings) -> None:
     """
     stop = at_the_end()
     with only_server(settings.home):
-        async with open_member(settings) as membership, asyncio.TaskGroup() as tasks:
-            stopping = tasks.create_task(stop.wait())
-            running = tasks.create_task(_run(membership))
+        async with open_member(settings) as running, beside(stop.wait()) as stopping:
             await asyncio.wait([stopping, running], return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            running.cancel()
     if running.done() and not running.cancelled() and (trouble := running.result()) is not None:
         raise trouble
     log.info("stopped; machines live on")

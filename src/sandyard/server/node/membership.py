@@ -1,5 +1,6 @@
 """A node's place among others: it says each second that it is there, and counts its lease."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -54,6 +55,7 @@ class Membership:
         self._boot_time = boot_time
         self._lease_ends = 0.0
         self._is_by_the_first = True
+        self._is_settled = asyncio.Event()
 
     @property
     def has_lease(self) -> bool:
@@ -68,6 +70,10 @@ class Membership:
         """
         if not self.has_lease:
             raise UnavailableError("cannot do this now: the node has no lease")
+
+    async def settled(self) -> None:
+        """Return once it is known that no other process is this node, or nobody can tell."""
+        await self._is_settled.wait()
 
     async def run(self) -> None:
         """Be there, until this process is not the node any more.
@@ -94,11 +100,13 @@ class Membership:
                     raise
                 await self._clock.sleep(_AGAIN_S)
             except SandyardError as error:
+                self._is_settled.set()
                 log.warning("no control plane takes this node in: %s", error.message)
                 await self._clock.sleep(_AGAIN_S)
             else:
                 # Counted from before it was said: by then the database may have begun to count.
                 self._lease_ends = sent + welcome.lease_s
+                self._is_settled.set()
                 self._keep(welcome.identity)
                 self._know(welcome.door)
                 log.info("this node is there, in epoch %s", welcome.epoch)
