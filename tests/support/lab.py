@@ -339,6 +339,10 @@ backend controls
             said = "\n".join(f"--- {one.name}\n{one.said()[-1500:]}" for one in self.hosts)
             raise AssertionError(f"{error}\n{said}") from None
 
+    def losses(self) -> int:
+        """Return how often a control plane has given a node up."""
+        return sum(one.said().count("is lost: it has not been heard of") for one in self.controls)
+
     def is_ready(self) -> bool:
         """Tell whether every control plane that runs can serve."""
         for one in self.controls:

@@ -1,7 +1,7 @@
 """Two control planes and three nodes on one PostgreSQL, in this process, seen as one yard.
 
 One of the nodes never answers, one of the servers is killed after a few requests, and nothing
-passes between a server and a node but bytes.
+passes between them but by NATS, the tunnel and the database.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,22 @@ from sandyard.server.core.contracts.node import NodeControl, NodeReport
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost
-from sandyard.server.links.local import LocalBus, SystemClock
+from sandyard.server.links.identities import control_name, node_name
+from sandyard.server.links.local import SystemClock
+from sandyard.server.links.nats.bus import hinting
+from sandyard.server.links.nats.client import Inbox, RemoteNode
+from sandyard.server.links.nats.link import Link, linked
+from sandyard.server.links.nats.server import answering
 from sandyard.server.links.sql import open_store
+from sandyard.server.links.tunnel.client import Place, Tunnels
+from sandyard.server.links.tunnel.server import serving
+from sandyard.server.node.node import Node
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.reconcile.compare import Patience
-from sandyard.server.service.reconcile.reconciler import Pace, topic_of_node
+from sandyard.server.service.reconcile.reconciler import Pace
 from tests.support.house import Yard, assert_added_up, settings_of
-from tests.support.nodes import EncodedNode, TunnelTo
+from tests.support.nats import nats_server
+from tests.support.papers import Desk
 from tests.support.postgres import postgres_url
 
 PACE = Pace(period_s=0.2, lease_s=1.0, retry_s=0.2, patience=Patience(node_silent_s=1.0))
@@ -117,11 +125,11 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
         )
         secret_key(home)
         url = await held.enter_async_context(postgres_url(is_migrated=True))
-        nodes: dict[str, Any] = {}
-        bus, metrics = LocalBus(clock), Metrics(version="0")
+        nats = held.enter_context(nats_server(home / "nats"))
+        desk, metrics = Desk.new(home / "papers"), Metrics(version="0")
+        nodes, links, places = dict[str, Node](), list[Link](), dict[str, Place]()
         for node_id in NODE_IDS:
             if node_id == SILENT:
-                nodes[node_id] = SilentNode(node_id)
                 continue
             own = home / node_id
             (own).mkdir()
@@ -131,12 +139,22 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
                     settings_of(own, **options),
                     clock=clock,
                     observer=metrics,
-                    on_change=partial(bus.hint, topic_of_node(node_id)),
+                    on_change=lambda: None,
                     node_id=node_id,
                     drivers=[FakeDriver(host, conduct)],
                 )
             )
-            nodes[node_id] = EncodedNode(node, node)
+            nodes[node_id] = node
+            links.append(nats.node_link(node_id))
+            await held.enter_async_context(answering(node, links[-1]))
+            name = node_name("test", node_id)
+            port = await held.enter_async_context(
+                serving(
+                    node, address="127.0.0.1", port=0, tls=desk.tls(name, is_server=True),
+                    may=lambda who: who.startswith(control_name("test", "")),
+                )
+            )  # fmt: skip
+            places[node_id] = Place("127.0.0.1", port, name)
         tasks = await held.enter_async_context(asyncio.TaskGroup())
         controls, running = [], []
         settings = settings_of(home, **options)
@@ -144,15 +162,20 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
         for server_id in ("a", "b"):
             store = await held.enter_async_context(open_store(url, key=secret_key(home)))
             await ensure_first_organization(store, clock, sign_up_of(settings))
+            links.append(nats.control_link(server_id))
+            inbox = Inbox(links[-1], server_id)
+            remote = {one: RemoteNode(links[-1], inbox, one) for one in nodes}
+            bus = await held.enter_async_context(hinting(links[-1], clock))
+            tls = desk.tls(control_name("test", server_id), is_server=False)
             control = await held.enter_async_context(
                 open_control(
                     settings,
                     server_id=server_id,
                     store=store,
-                    nodes=nodes,
-                    tunnel=TunnelTo(nodes),
+                    nodes={**remote, SILENT: SilentNode(SILENT)},
+                    tunnel=await held.enter_async_context(Tunnels(tls, places.get)),
                     volumes=volumes,
-                    bus=LocalBus(clock),
+                    bus=bus,
                     clock=clock,
                     metrics=metrics,
                     version="0",
@@ -161,10 +184,13 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
             )
             controls.append(control)
             running.append(tasks.create_task(control.reconciler.run()))
+        for link in links:
+            await held.enter_async_context(linked(link))
+        async with asyncio.timeout(20):
+            for link in links:
+                await link.until_up()
         running.append(tasks.create_task(controls[0].meter.run()))
-        house: Any = SeveralHouse(
-            controls, controls[0].store, [nodes[one] for one in NODE_IDS if one != SILENT]
-        )
+        house: Any = SeveralHouse(controls, controls[0].store, list(nodes.values()))
         yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home)
         await yard.client.aclose()
         yard.key = await yard.add_key(*await yard.first())
