@@ -42,6 +42,7 @@ from sandyard.server.links.installation import (
     InstallationRegistrar,
     is_control_of,
 )
+from sandyard.server.links.local import LocalBus
 from sandyard.server.links.nats.tokens import Key, Role
 from sandyard.server.links.sql import open_store
 from sandyard.server.links.tunnel.door import (
@@ -52,7 +53,9 @@ from sandyard.server.links.tunnel.door import (
 )
 from sandyard.server.links.tunnel.ends import Papers, context_of
 from sandyard.server.node.membership import Membership
-from sandyard.server.service.fleet import LEASE_S, Fleet, Roster
+from sandyard.server.service.fleet import LEASE_S, Fleet
+from sandyard.server.service.roster import Roster
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 
 START = NodeStart("boot-1", "host-a:/home", "0.1", "10.0.0.2", 8700)
 
@@ -132,7 +135,8 @@ async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
         registrar = InstallationRegistrar(
             installation, ("tls://nats:4222",), lambda: datetime.now(UTC)
         )
-        fleet = Fleet(store, registrar, clock, door="control:8700")
+        lifecycle = Lifecycle(store, LocalBus(clock), clock)
+        fleet = Fleet(store, registrar, lifecycle, clock, door="control:8700")
         made = Yard(tmp_path, store, fleet, installation, 0, clock)
         async with a_door(made, installation) as port:
             made.port = port
@@ -285,6 +289,8 @@ async def test_a_node_that_is_there_is_not_forgotten(yard: Yard) -> None:
     with pytest.raises(ConflictError, match="name it by its id"):
         await yard.fleet.drain("host", is_draining=True)
     await yard.fleet.drain(identity.node_id, is_draining=True)
+    with pytest.raises(ConflictError, match="not lost"):
+        await yard.fleet.confirm_off(identity.node_id)
 
 
 # --- given up -----------------------------------------------------------------------------------

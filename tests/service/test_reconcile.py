@@ -15,7 +15,7 @@ from tests.support.nodes import FakeNode, a_wish
 
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
 from sandyard.server.core.contracts.store import Turn
-from sandyard.server.core.errors import NoCapacityError, UnavailableError
+from sandyard.server.core.errors import InternalError, NoCapacityError, UnavailableError
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Event, Status
@@ -198,6 +198,21 @@ async def test_a_create_goes_where_its_template_and_most_room_are(three: Desk) -
     three.nodes["a"].room = 0
     with pytest.raises(NoCapacityError):
         await three.create()
+
+
+async def test_a_node_whose_starts_fail_is_asked_last_for_minutes(three: Desk) -> None:
+    best, *others = sorted(three.nodes.values(), key=lambda one: one.room, reverse=True)
+    best.refusal = InternalError("the hypervisor did not come up")
+    broken = await three.create(idle_timeout=0)
+    assert broken.status is Status.FAILED
+    await three.drive(12)  # what was reported is no hint any more
+    for _ in range(2):
+        await three.create(idle_timeout=0)
+    assert best.machines == {}
+    await three.drive(180)
+    await three.create(idle_timeout=0)
+    assert len(best.machines) == 1
+    assert sum(len(one.machines) for one in others) == 2
 
 
 async def test_snapshots_and_forks_stay_where_their_source_is(three: Desk) -> None:

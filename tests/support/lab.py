@@ -96,14 +96,15 @@ class Host:
                 stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=self.home.parent,
             )  # fmt: skip
 
-    def run(self, *command: str | Path) -> None:
-        """Run a command to its end, beside its program."""
+    def run(self, *command: str | Path) -> str:
+        """Run a command to its end, beside its program, and return what it printed."""
         self.home.mkdir(exist_ok=True)
         enter = ["nsenter", f"--net=/run/netns/{self.netns}"]
-        subprocess.run(
-            [*enter, *map(str, command)], env={**os.environ, **self.environment}, check=True,
-            capture_output=True, timeout=longer(300),
+        done = subprocess.run(
+            [*enter, *map(str, command)], env={**os.environ, **self.environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=longer(300),
         )  # fmt: skip
+        return done.stdout
 
     def hang_all(self) -> None:
         """Have its program stand still, with all that it started."""

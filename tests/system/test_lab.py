@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.lab import API, NATS, Lab, lab
+from tests.support.lab import API, DOOR, NATS, Lab, lab
 from tests.support.server import QEMU, SANDYARD, wait_until
 
 pytestmark = pytest.mark.machine
@@ -89,6 +89,37 @@ def test_nothing_new_comes_to_a_node_that_is_drained(built: Lab) -> None:
     assert built.nodes_of(boxes) == {"two"}
 
 
+def test_the_doctor_tries_every_link(built: Lab) -> None:
+    control, node = built.controls[0], built.nodes["one"]
+    said = control.run(SANDYARD, "doctor")
+    assert "the database answers" in said
+    assert said.count("NATS answers at") == len(built.nats)
+    assert "the node one can be reached" in said
+    said = node.run(SANDYARD, "doctor")
+    assert said.count("NATS answers at") == len(built.nats)
+    assert f"the control plane at {control.address}:{DOOR} can be reached" in said
+    control.cut(DOOR)
+    built.nats[1].kill()
+    said = control.run(SANDYARD, "doctor")
+    assert "the node two is there, and cannot be reached" in said
+    assert f"NATS does not answer at {built.servers[1]}" in said
+
+
+def test_the_operator_sees_drains_and_forgets_nodes(built: Lab) -> None:
+    control = built.controls[0]
+
+    def admin(*words: str) -> str:
+        return control.run(SANDYARD, "admin", "node", *words)
+
+    rows = [one.split("\t") for one in admin("list").splitlines()]
+    assert {"one", "two", "three"} <= {row[0] for row in rows}
+    assert "nothing new comes to two" in admin("drain", "two")
+    assert next(row for row in admin("list").splitlines() if row.startswith("two"))
+    assert "takes new sandboxes" in admin("undrain", "two")
+    assert "it is there" in admin("forget", "two")
+    assert "cannot find a node" in admin("forget", "nobody")
+
+
 # --- nodes that are gone ------------------------------------------------------------------------
 
 
@@ -113,6 +144,24 @@ def test_a_host_that_is_gone_is_lost_and_whole_when_it_is_back(built: Lab) -> No
         assert built.execute(box, "echo here") == "echo here"
     gone_now = lambda: built.client.get(f"/v1/sandboxes/{there[2]['id']}").status_code == 404  # noqa: E731
     wait_until(gone_now, what="it goes")
+
+
+def test_an_operator_says_that_a_lost_host_is_off(built: Lab) -> None:
+    control = built.controls[0]
+    box, deleted = built.on("three"), built.on("three")
+    assert "not lost" in control.run(SANDYARD, "admin", "node", "confirm-off", "three", "--yes")
+    built.nodes["three"].cut()
+    built.until(box, "suspected_missing")
+    assert built.client.delete(f"/v1/sandboxes/{deleted['id']}").status_code == 202
+    said = control.run(SANDYARD, "admin", "node", "confirm-off", "three", "--yes")
+    assert "three is off; 2 sandboxes ended with it" in said
+    assert built.status(box) == "error"
+    assert built.client.get(f"/v1/sandboxes/{deleted['id']}").status_code == 404
+    # It was not, after all: nothing of what was deleted is left on it.
+    built.nodes["three"].heal()
+    built.until_up("three")
+    built.ask("POST", f"/v1/sandboxes/{box['id']}/resume")
+    assert built.execute(box, "echo hi") == "echo hi"
 
 
 def test_a_start_on_a_host_that_is_cut_off_goes_to_another(built: Lab) -> None:

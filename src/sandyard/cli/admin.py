@@ -279,6 +279,25 @@ def undrain(node: Node) -> None:
     out.print(f"{made.name} takes new sandboxes")
 
 
+@node.command("confirm-off")
+def confirm_off(
+    node: Node,
+    sure: Annotated[
+        bool,
+        typer.Option(
+            "--yes",
+            prompt="What ran there is in error from now on. Is the host off?",
+            help="Do not ask whether it is.",
+        ),
+    ],
+) -> None:
+    """Say of a lost node that its host is off: what ran there is given up, deletes are done."""
+    if not sure:
+        raise typer.Abort
+    made, ended = _with_fleet(lambda fleet: fleet.confirm_off(node))
+    out.print(f"{made.name} is off; {ended} sandboxes ended with it")
+
+
 @node.command()
 def forget(node: Node) -> None:
     """Remove a node that is not there any more, and has nothing."""

@@ -21,7 +21,7 @@ from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
 from sandyard.server.links.identities import nats_name, new_request, node_name
 from sandyard.server.links.installation import Installation, InstallationRegistrar
-from sandyard.server.links.local import SystemClock
+from sandyard.server.links.local import LocalBus, SystemClock
 from sandyard.server.links.nats.bus import NatsBus, hinting
 from sandyard.server.links.nats.client import Inbox, RemoteNode
 from sandyard.server.links.nats.config import ServerFiles, config_of
@@ -34,9 +34,11 @@ from sandyard.server.links.tunnel.door import fingerprint_of, opened_door
 from sandyard.server.links.tunnel.ends import Papers, context_of
 from sandyard.server.links.volumes import FolderVolumes
 from sandyard.server.node.membership import boot_time
-from sandyard.server.service.fleet import Fleet, Roster
+from sandyard.server.service.fleet import Fleet
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.reconcile.reconciler import topic_of_node
+from sandyard.server.service.roster import Roster
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 from sandyard.server.tasks import beside
 
 log = logging.getLogger(__name__)
@@ -109,7 +111,7 @@ def door_of(settings: Settings, port: int | None = None) -> str:
     return f"{host}:{port or settings.cluster.port}"
 
 
-class _ControlLogin:
+class ControlLogin:
     """See links.nats.link.Login: a control plane makes its own tokens."""
 
     def __init__(self, installation: Installation, server_id: str, clock: Clock) -> None:
@@ -119,9 +121,11 @@ class _ControlLogin:
         self._key = Key.new(Role.USER)
 
     def token(self) -> str:
+        """See links.nats.link.Login.token."""
         return self._installation.control_token(self._key.name, self._server_id, self._clock.now())
 
     def sign(self, nonce: bytes) -> bytes:
+        """See links.nats.link.Login.sign."""
         return signature_of(self._key, nonce)
 
 
@@ -182,14 +186,15 @@ async def open_cluster(
     link = Link(
         own.nats,
         f"control {server_id}",
-        _ControlLogin(installation, server_id, clock),
+        ControlLogin(installation, server_id, clock),
         nats_tls(own.nats, installation.nats.certificate.decode()),
     )
     inbox = Inbox(link, server_id)
     roster = Roster(store, clock, can_hear=lambda: link.is_up, elapsed=boot_time)
     await roster.refresh()
     registrar = InstallationRegistrar(installation, own.nats, clock.now)
-    fleet = Fleet(store, registrar, clock, door=door_of(settings))
+    lifecycle = Lifecycle(store, LocalBus(clock), clock)
+    fleet = Fleet(store, registrar, lifecycle, clock, door=door_of(settings))
 
     def place_of(node_id: str) -> Place | None:
         node = roster.nodes.get(node_id)
@@ -293,11 +298,20 @@ async def open_fleet(settings: Settings) -> AsyncIterator[tuple[Fleet, Installat
     async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
         installation = await ensure_installation(store, clock)
         registrar = InstallationRegistrar(installation, settings.cluster.nats, clock.now)
-        yield Fleet(store, registrar, clock), installation
+        yield Fleet(store, registrar, Lifecycle(store, LocalBus(clock), clock), clock), installation
 
 
 async def invite_line(settings: Settings) -> str:
-    """Return the command that makes a host a node, good once and for an hour."""
+    """Return the command that makes a host a node, good once and for an hour.
+
+    Raises:
+        InvalidArgumentError: this is no control plane's host.
+    """
+    if not settings.cluster.nats:
+        raise InvalidArgumentError(
+            "cannot invite a host: this installation is on one machine, or this is no control "
+            "plane's host; set SANDYARD_CLUSTER__NATS as the control planes have it"
+        )
     async with open_fleet(settings) as (fleet, installation):
         authority = installation.authority.certificate.decode()
         secret = await fleet.invite()

@@ -24,7 +24,6 @@ from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
 from sandyard.server.links.sessions import JwtSessions, Provider
 from sandyard.server.service.feed import Feed
-from sandyard.server.service.fleet import Roster
 from sandyard.server.service.money.billing import Billing
 from sandyard.server.service.money.metering import BEAT, Meter
 from sandyard.server.service.nodes import Nodes
@@ -41,6 +40,7 @@ from sandyard.server.service.reconcile.idle import Idleness
 from sandyard.server.service.reconcile.reconciler import Pace, Reconciler
 from sandyard.server.service.reconcile.work import Work
 from sandyard.server.service.repeats import Repeats
+from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
 from sandyard.server.service.sandboxes.desktops import Desktops
@@ -160,7 +160,7 @@ async def open_control(
         addresses = addresses_of(settings)
         enforces = settings.billing.enforce
         known = Nodes(nodes, clock, roster)
-        templates, placement = Templates(known), Placement(known)
+        templates, placement = Templates(known), Placement(known, clock, by_lot=roster is not None)
         lifecycle = Lifecycle(store, bus, clock)
         register = Register(store, bus, clock)
         repeats = Repeats(clock, key)

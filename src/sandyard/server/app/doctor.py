@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Literal
 
+from sandyard.server.app.links import Finding, examine_links
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
 from sandyard.server.core.contracts.node import TemplateStatus
@@ -43,15 +43,6 @@ _MEMORY_WANTED_MIB = 2 * 1024
 _LIMIT_S = 20.0
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. `mend` is what to do about it, empty where nothing is."""
-
-    level: Literal["ok", "note", "bad"]
-    what: str
-    mend: str = ""
-
-
 async def examine(settings: Settings) -> AsyncIterator[Finding]:
     """Look at everything, in the order in which it would get in the way."""
     if os.geteuid() != 0:
@@ -74,6 +65,8 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
     async for finding in _drivers(settings):
         yield finding
     for finding in _templates(settings):
+        yield finding
+    async for finding in examine_links(settings):
         yield finding
 
 

@@ -64,6 +64,11 @@ class Home:
         return json.dumps(encode(self)).encode()
 
 
+def is_member(settings: Settings) -> bool:
+    """Tell whether this host has joined an installation."""
+    return (settings.home / "cluster" / _FILE).exists()
+
+
 def home_of(settings: Settings) -> Home:
     """Return what a host keeps of its being a node.
 
@@ -92,7 +97,7 @@ async def join(settings: Settings, door: str, token: str, *, name: str | None = 
         ConflictError: it is a node already, or an installation of its own.
         SandyardError: see links.tunnel.door.joined.
     """
-    host, port = _door_of(door)
+    host, port = door_at(door)
     try:
         installation, fingerprint, secret = token.split(".")
     except ValueError as error:
@@ -120,7 +125,12 @@ async def join(settings: Settings, door: str, token: str, *, name: str | None = 
     return identity.node_id
 
 
-def _door_of(door: str) -> tuple[str, int]:
+def door_at(door: str) -> tuple[str, int]:
+    """Return the host and the port of a door.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
     host, _, port = door.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidArgumentError(f"cannot join at {door[:80]!r}: it must be HOST:PORT")
@@ -168,7 +178,7 @@ async def open_member(
     link, ear = (Link(servers, f"node {node_id}", login, tls) for _ in range(2))
     by_nats = NatsPresence(link, Inbox(link, node_id))
     by_door = DoorPresence(lambda: asks, is_control)
-    by_door.doors = [_door_of(one) for one in home.doors]
+    by_door.doors = [door_at(one) for one in home.doors]
 
     def keep(identity: Identity) -> None:
         nonlocal home
@@ -189,7 +199,7 @@ async def open_member(
         if not door or door in home.doors:
             return
         home = replace(home, doors=(door, *home.doors)[:_DOORS_MAX])
-        by_door.doors = [_door_of(one) for one in home.doors]
+        by_door.doors = [door_at(one) for one in home.doors]
         try:
             write_private(folder / _FILE, home.kept())
         except OSError as error:

@@ -1,7 +1,6 @@
-"""The nodes on other hosts: how they join, say that they are there, and are given up."""
+"""The nodes on other hosts: how they join, say that they are there, and leave."""
 
 import logging
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Final
 
@@ -21,21 +20,19 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
-    UnavailableError,
 )
 from sandyard.server.core.ids import checked_text, digest_of_key, new_secret, new_uuid
-from sandyard.server.core.records import JoinedNode, NodeStart
-from sandyard.server.core.states import Status
+from sandyard.server.core.records import JoinedNode, NodeStart, Reason
+from sandyard.server.core.states import Event, Status
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
 LEASE_S: Final = 4.0
 INVITE_LASTS: Final = timedelta(hours=1)
 _LEASE = timedelta(seconds=LEASE_S)
-_GRACE = timedelta(seconds=0.5)
-_LOOK_S = 0.4
-_CALM_S = 5.0
-_STILL_S = 2.0
+_REST = frozenset({Status.DESTROYED, Status.ORPHANED, Status.FAILED, Status.PAUSED, Status.ERROR})
+_HOST_OFF = Reason("host_off", "the host that the sandbox ran on is off")
 _TEXT_MAX = 512
 _NAME_MAX = 64
 _GONE = frozenset({Status.DESTROYED, Status.DESTROYING, Status.ORPHANED, Status.FAILED})
@@ -45,7 +42,16 @@ class Fleet:
     """See core.contracts.cluster.Registry, and what an operator does with nodes. `door` is where
     nodes reach this control plane."""
 
-    def __init__(self, store: Store, registrar: Registrar, clock: Clock, *, door: str = "") -> None:
+    def __init__(
+        self,
+        store: Store,
+        registrar: Registrar,
+        lifecycle: Lifecycle,
+        clock: Clock,
+        *,
+        door: str = "",
+    ) -> None:
+        self._lifecycle = lifecycle
         self._door = door
         self._store = store
         self._registrar = registrar
@@ -98,6 +104,34 @@ class Fleet:
                 )
             await tx.joined_nodes.forget(node.id)
         return node
+
+    async def confirm_off(self, reference: str) -> tuple[JoinedNode, int]:
+        """Believe the operator that a lost node's host is off, and return how much was ended by it.
+
+        What ran there is in error, and what was to be deleted is deleted. What was paused or saved
+        there stays as it is: should the host come back, so do they.
+
+        Raises:
+            NotFoundError: there is no such node.
+            ConflictError: it is not lost.
+        """
+        node = await self._known(reference)
+        if node.lost_at is None or node.has_lease:
+            raise ConflictError(
+                f"cannot take the host of {node.name} for off: the node is not lost; stop it first"
+            )
+        async with self._store.read() as tx:
+            there = await tx.sandboxes.on_node(node.id, frozenset(Status) - _REST)
+        ended = 0
+        for sandbox in there:
+            if sandbox.status is Status.DESTROYING:
+                done = await self._lifecycle.apply(sandbox, Event.GONE, ip=None, reason=None)
+            else:
+                done = await self._lifecycle.apply(
+                    sandbox, Event.BROKE, ip=None, reason=_HOST_OFF, ended_at=node.lost_at
+                )
+            ended += done is not None
+        return node, ended
 
     async def _known(self, reference: str) -> JoinedNode:
         found = [one for one in await self.nodes() if reference in (one.id, one.name)]
@@ -159,85 +193,3 @@ def _check_start(start: NodeStart) -> None:
     texts = (start.boot, start.place, start.version, start.host)
     if not 0 < start.port < 65536 or any(len(one) > _TEXT_MAX for one in texts):
         raise InvalidArgumentError("cannot start this node: what it says of itself is too much")
-
-
-class Roster:
-    """The nodes as they were a moment ago. Run it, and refresh it once before.
-
-    `can_hear` tells whether NATS answers; `elapsed` is a time that goes on while this host does not
-    run, in seconds.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        clock: Clock,
-        *,
-        can_hear: Callable[[], bool],
-        elapsed: Callable[[], float] | None = None,
-    ) -> None:
-        self._store = store
-        self._clock = clock
-        self._can_hear = can_hear
-        self._elapsed = elapsed or clock.monotonic
-        self._calm_since: float | None = None
-        self._looked_at = 0.0
-        self.nodes: dict[str, JoinedNode] = {}
-
-    async def refresh(self) -> None:
-        """Read the nodes.
-
-        Raises:
-            UnavailableError: the store does not answer.
-        """
-        async with self._store.read() as tx:
-            self.nodes = {one.id: one for one in await tx.joined_nodes.all()}
-
-    async def run(self) -> None:
-        """Keep them fresh, and give up whoever's lease has ended.
-
-        Only after a while in which database and NATS both answered: where either was away, no node
-        could say that it is there, and that is nobody's end.
-        """
-        while True:
-            began = self._elapsed()
-            try:
-                await self.refresh()
-                await self._lose(began)
-            except UnavailableError:
-                self._calm_since = None
-            except Exception:  # looked after at the next look
-                log.exception("nodes could not be looked after")
-            await self._clock.sleep(_LOOK_S)
-
-    async def _lose(self, began: float) -> None:
-        """Give up whoever is to be, in a look that `began` just now."""
-        now = self._elapsed()
-        # Where a look took long, the database or this process stood still.
-        if not self._can_hear() or now - began > _STILL_S or now - self._looked_at > _STILL_S:
-            self._calm_since = None
-        self._looked_at = now
-        if self._calm_since is None:
-            self._calm_since = now
-        is_ending = [
-            one for one in self.nodes.values() if one.lease_until and not one.has_lease
-            and one.lost_at is None
-        ]  # fmt: skip
-        if not is_ending or now - self._calm_since < _CALM_S:
-            return
-        async with self._store.write(Turn.BESIDE) as tx:
-            if self._elapsed() - now > _STILL_S:
-                return
-            lost = await tx.joined_nodes.lose(grace=_GRACE)
-        for node_id in lost:
-            log.error("the node %s is lost: it has not been heard of", node_id)
-
-    def is_lost(self, node_id: str) -> bool:
-        """Tell whether a node was given up, and has not come back."""
-        node = self.nodes.get(node_id)
-        return node is not None and node.lost_at is not None
-
-    def takes_new(self, node_id: str) -> bool:
-        """Tell whether new sandboxes may come to a node."""
-        node = self.nodes.get(node_id)
-        return node is not None and node.has_lease and not node.is_draining

@@ -15,7 +15,7 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.errors import DeadlineExceededError, SandyardError, UnavailableError
 from sandyard.server.core.shapes import Shape
-from sandyard.server.service.fleet import Roster
+from sandyard.server.service.roster import Roster
 from sandyard.server.tasks import beside
 
 REPORT_LIMIT_S = 5.0

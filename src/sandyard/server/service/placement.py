@@ -1,12 +1,18 @@
 """Which node a sandbox goes to: one that can start it, has room, and has most of it."""
 
+import random
 from dataclasses import dataclass
+from typing import Final
 
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeControl, NodeReport
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import Snapshot
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.nodes import Nodes
+
+_LOT: Final = 8
+_SUNK_S: Final = 180.0
 
 
 @dataclass(frozen=True)
@@ -18,10 +24,26 @@ class Placed:
 
 
 class Placement:
-    """Chooses among the nodes by what they report; the node itself has the last word."""
+    """Chooses among the nodes by what they report; the node itself has the last word.
 
-    def __init__(self, nodes: Nodes) -> None:
+    Where several choose at once, one of the best is taken `by_lot`: what they go by is a moment
+    old, and the best of all would be everybody's.
+    """
+
+    def __init__(self, nodes: Nodes, clock: Clock, *, by_lot: bool = False) -> None:
         self._nodes = nodes
+        self._clock = clock
+        self._by_lot = by_lot
+        self._failed: dict[str, float] = {}
+
+    def note_failure(self, node_id: str | None) -> None:
+        """Note that a node could not start what had room there: for minutes it is asked last."""
+        if node_id is not None:
+            self._failed[node_id] = self._clock.monotonic()
+
+    def _has_failed(self, node_id: str) -> bool:
+        failed_at = self._failed.get(node_id)
+        return failed_at is not None and self._clock.monotonic() - failed_at < _SUNK_S
 
     async def choose(self, template: str, shape: Shape, *, but: str | None = None) -> Placed:
         """Return the node for a new sandbox of a template, another than `but`.
@@ -54,7 +76,8 @@ class Placement:
         return bool(await self._able(template, shape, but=but))
 
     async def _able(self, template: str, shape: Shape, *, but: str | None) -> list[NodeControl]:
-        """Return nodes that have a template, best first: a machine waits, then most memory left."""
+        """Return nodes that have a template, best first: no start failed there lately, there is
+        room, a machine waits, then most memory left."""
         found: list[tuple[NodeControl, NodeReport]] = []
         for node in self._nodes.all():
             if node.node_id == but or not self._nodes.takes_new(node.node_id):
@@ -65,15 +88,22 @@ class Placement:
                 continue
             if template in report.templates:
                 found.append((node, report))
-        found.sort(key=lambda one: _rank(one[1], template, shape), reverse=True)
-        return [node for node, _ in found]
+        ranked = [
+            ((not self._has_failed(node.node_id), *_tier(report, template, shape)), report, node)
+            for node, report in found
+        ]
+        ranked.sort(key=lambda one: (one[0], one[1].memory_mib, one[1].disk_mib), reverse=True)
+        if self._by_lot and ranked:
+            best = [one for one in ranked[:_LOT] if one[0] == ranked[0][0]]
+            ranked[: len(best)] = random.sample(best, len(best))
+        return [node for _, _, node in ranked]
 
 
-def _rank(report: NodeReport, template: str, shape: Shape) -> tuple[bool, bool, int, int]:
+def _tier(report: NodeReport, template: str, shape: Shape) -> tuple[bool, bool]:
     waits = any(
         one.size > 0
         and (one.template, one.vcpus, one.memory_mib) == (template, shape.vcpus, shape.memory_mib)
         for one in report.shelves
     )
     fits = report.memory_mib >= shape.memory_mib and report.disk_mib >= shape.disk_mib
-    return fits, waits, report.memory_mib, report.disk_mib
+    return fits, waits

@@ -67,12 +67,15 @@ class _Listening:
 
 @dataclass
 class Link:
-    """See the module. Use `linked`."""
+    """See the module. Use `linked`. `trouble` is why the last try came to nothing;
+    one that `is_quiet` leaves that to whoever asks."""
 
     servers: tuple[str, ...]
     name: str
     login: Login
     tls: ssl.SSLContext | None = None
+    trouble: str = ""
+    is_quiet: bool = False
     _listening: list[_Listening] = field(default_factory=list)
     _client: Client | None = None
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -131,13 +134,16 @@ class Link:
             client = Client()
             try:
                 await self._connect(client, server)
-                log.info("NATS answers at %s", server)
+                log.log(
+                    logging.DEBUG if self.is_quiet else logging.INFO, "NATS answers at %s", server
+                )
                 was_up = True
                 await self._tell(client)
                 while client.is_connected:
                     await asyncio.sleep(_LOOK_S)
             except Exception as error:  # noqa: BLE001 - the next try may do better
-                if was_up:
+                self.trouble = str(error)
+                if was_up and not self.is_quiet:
                     log.warning("NATS does not answer at %s: %s", server, str(error) or "no answer")
                 was_up = False
             finally:

@@ -95,6 +95,17 @@ class Tunnels:
             if not is_left or not self._crew.start(self._left(place, line), _LEFT, quietly=True):
                 line.hang_up()
 
+    async def reach(self, node_id: str) -> None:
+        """Return once a node's end is connected to; see `open`.
+
+        Raises:
+            UnavailableError: it does not answer, or is another.
+        """
+        place = self._place_of(node_id)
+        if place is None:
+            raise UnavailableError("cannot reach the node: nobody knows where it is")
+        self._keep(place, await self._dialled(place))
+
     async def _asked(
         self, line: Line, machine: MachineRef, operation: Operation[AnswerT]
     ) -> AnswerT:

@@ -219,6 +219,17 @@ def _pinned(authority: str, fingerprint: str, host: str) -> bytes:
     )
 
 
+async def reached(host: str, port: int, tls: ssl.SSLContext, may_be: Callable[[str], bool]) -> None:
+    """Return once a control plane's door is connected to.
+
+    Raises:
+        UnavailableError: nobody answers, or another.
+    """
+    async with _dialled(host, port, tls) as (_, writer):
+        if not may_be(name_of(writer.get_extra_info("ssl_object"))):
+            raise UnavailableError(f"at {host}:{port} there is no control plane")
+
+
 class DoorPresence:
     """See core.contracts.cluster.Presence: at the first of the `doors` that answers.
 

@@ -18,6 +18,7 @@ from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import (
     ConflictError,
     DamagedError,
+    InternalError,
     NoCapacityError,
     NotFoundError,
     SandyardError,
@@ -111,6 +112,8 @@ class Work:
                 raise
             await self._place(pending, but=sandbox.node_id)
         except SandyardError as error:
+            if isinstance(error, InternalError):
+                self._placement.note_failure(sandbox.node_id)
             await self._give_up(claim, Reason("start_failed", error.message))
         else:
             await self._is_up(claim, fact, used="created")

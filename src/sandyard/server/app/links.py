@@ -1,0 +1,134 @@
+"""Tries every link of a host that belongs to an installation of several; for the doctor."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sandyard.server.app.cluster import ControlLogin, ensure_installation, nats_tls, write_papers
+from sandyard.server.app.installation import secret_key, server_id_of
+from sandyard.server.app.member import door_at, home_of, is_member
+from sandyard.server.app.settings import Settings
+from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.records import JoinedNode
+from sandyard.server.links.identities import node_name
+from sandyard.server.links.installation import Installation, is_control_of
+from sandyard.server.links.local import SystemClock
+from sandyard.server.links.nats.link import Link, Login, linked
+from sandyard.server.links.nats.tokens import Key, KeyLogin, Role, Token
+from sandyard.server.links.sql import open_store
+from sandyard.server.links.tunnel.client import Place, Tunnels
+from sandyard.server.links.tunnel.door import reached
+from sandyard.server.links.tunnel.ends import Papers, context_of
+
+_LIMIT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `mend` is what to do about it, empty where nothing is."""
+
+    level: Literal["ok", "note", "bad"]
+    what: str
+    mend: str = ""
+
+
+async def examine_links(settings: Settings) -> AsyncIterator[Finding]:
+    """Try what a control plane, or a node, needs of other hosts; nothing on one machine."""
+    if settings.cluster.nats:
+        async for finding in _of_control(settings):
+            yield finding
+    if is_member(settings):
+        async for finding in _of_node(settings):
+            yield finding
+
+
+async def _of_control(settings: Settings) -> AsyncIterator[Finding]:
+    clock, nodes = SystemClock(), list[JoinedNode]()
+    try:
+        async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+            installation = await ensure_installation(store, clock)
+            async with store.read() as tx:
+                nodes = await tx.joined_nodes.all()
+    except SandyardError as error:
+        yield Finding(
+            "bad", f"the database cannot be used: {error.message}",
+            "set SANDYARD_STORE__URL, start PostgreSQL, and have the right secret.key in the home",
+        )  # fmt: skip
+        return
+    yield Finding("ok", "the database answers")
+    server_id = server_id_of(settings.home)
+    login = ControlLogin(installation, server_id, clock)
+    for server in settings.cluster.nats:
+        yield await _nats(server, login, installation.nats.certificate.decode())
+    papers = write_papers(
+        settings.home / "cluster" / "doctor",
+        *installation.control_papers(server_id, clock.now()),
+        installation.authority.certificate,
+    )
+    for node in nodes:
+        yield await _node(node, installation, papers)
+    if not nodes:
+        yield Finding("note", "no host has joined", "run `sandyard admin node invite`")
+
+
+async def _nats(server: str, login: Login, authority: str) -> Finding:
+    link = Link((server,), "doctor", login, nats_tls((server,), authority), is_quiet=True)
+    async with linked(link):
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                await link.until_up()
+        except TimeoutError:
+            return Finding(
+                "bad", f"NATS does not answer at {server}: {link.trouble or 'no answer'}",
+                "start nats-server there, with what `sandyard admin nats-config` writes, and let "
+                "its port through",
+            )  # fmt: skip
+    return Finding("ok", f"NATS answers at {server}")
+
+
+async def _node(node: JoinedNode, installation: Installation, papers: Papers) -> Finding:
+    if not node.has_lease:
+        return Finding(
+            "bad" if node.epoch else "note", f"the node {node.name} is not there",
+            "run `sandyard node` on its host, and `sandyard doctor` if it does not stay",
+        )  # fmt: skip
+    place = Place(node.host, node.port, node_name(installation.id, node.id))
+    async with Tunnels(context_of(papers, is_server=False), lambda _: place) as tunnels:
+        try:
+            await tunnels.reach(node.id)
+        except SandyardError as error:
+            return Finding(
+                "bad", f"the node {node.name} is there, and cannot be reached: {error.message}",
+                f"let TCP through to {node.host}:{node.port}, or set SANDYARD_CLUSTER__ADDRESS "
+                "on the node to what it is reached by",
+            )  # fmt: skip
+    return Finding("ok", f"the node {node.name} can be reached at {node.host}:{node.port}")
+
+
+async def _of_node(settings: Settings) -> AsyncIterator[Finding]:
+    try:
+        home = home_of(settings)
+    except SandyardError as error:
+        yield Finding("bad", error.message)
+        return
+    login = KeyLogin(Key(Role.USER, home.seed), Token(home.identity.token))
+    for server in home.identity.servers:
+        yield await _nats(server, login, home.identity.nats_authority)
+    tls = context_of(_own_papers(settings.home / "cluster"), is_server=False)
+    is_control = is_control_of(home.identity.installation)
+    for door in home.doors:
+        try:
+            await reached(*door_at(door), tls, is_control)
+        except SandyardError as error:
+            yield Finding(
+                "bad", f"the control plane at {door} cannot be reached: {error.message}",
+                "start `sandyard control` there, and let TCP through to that port",
+            )  # fmt: skip
+        else:
+            yield Finding("ok", f"the control plane at {door} can be reached")
+
+
+def _own_papers(folder: Path) -> Papers:
+    return Papers(folder / "certificate.pem", folder / "key.pem", folder / "authority.pem")

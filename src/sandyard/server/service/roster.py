@@ -1,0 +1,100 @@
+"""Which nodes on other hosts there are, as of a moment ago; and giving up whoever is lost."""
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.records import JoinedNode
+
+log = logging.getLogger(__name__)
+
+_GRACE: Final = timedelta(seconds=0.5)
+_LOOK_S: Final = 0.4
+_CALM_S: Final = 5.0
+_STILL_S: Final = 2.0
+
+
+class Roster:
+    """The nodes as they were a moment ago. Run it, and refresh it once before.
+
+    `can_hear` tells whether NATS answers; `elapsed` is a time that goes on while this host does not
+    run, in seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        *,
+        can_hear: Callable[[], bool],
+        elapsed: Callable[[], float] | None = None,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._can_hear = can_hear
+        self._elapsed = elapsed or clock.monotonic
+        self._calm_since: float | None = None
+        self._looked_at = 0.0
+        self.nodes: dict[str, JoinedNode] = {}
+
+    async def refresh(self) -> None:
+        """Read the nodes.
+
+        Raises:
+            UnavailableError: the store does not answer.
+        """
+        async with self._store.read() as tx:
+            self.nodes = {one.id: one for one in await tx.joined_nodes.all()}
+
+    async def run(self) -> None:
+        """Keep them fresh, and give up whoever's lease has ended.
+
+        Only after a while in which database and NATS both answered: where either was away, no node
+        could say that it is there, and that is nobody's end.
+        """
+        while True:
+            began = self._elapsed()
+            try:
+                await self.refresh()
+                await self._lose(began)
+            except UnavailableError:
+                self._calm_since = None
+            except Exception:  # looked after at the next look
+                log.exception("nodes could not be looked after")
+            await self._clock.sleep(_LOOK_S)
+
+    async def _lose(self, began: float) -> None:
+        """Give up whoever is to be, in a look that `began` just now."""
+        now = self._elapsed()
+        # Where a look took long, the database or this process stood still.
+        if not self._can_hear() or now - began > _STILL_S or now - self._looked_at > _STILL_S:
+            self._calm_since = None
+        self._looked_at = now
+        if self._calm_since is None:
+            self._calm_since = now
+        is_ending = [
+            one for one in self.nodes.values() if one.lease_until and not one.has_lease
+            and one.lost_at is None
+        ]  # fmt: skip
+        if not is_ending or now - self._calm_since < _CALM_S:
+            return
+        async with self._store.write(Turn.BESIDE) as tx:
+            if self._elapsed() - now > _STILL_S:
+                return
+            lost = await tx.joined_nodes.lose(grace=_GRACE)
+        for node_id in lost:
+            log.error("the node %s is lost: it has not been heard of", node_id)
+
+    def is_lost(self, node_id: str) -> bool:
+        """Tell whether a node was given up, and has not come back."""
+        node = self.nodes.get(node_id)
+        return node is not None and node.lost_at is not None
+
+    def takes_new(self, node_id: str) -> bool:
+        """Tell whether new sandboxes may come to a node."""
+        node = self.nodes.get(node_id)
+        return node is not None and node.has_lease and not node.is_draining
