@@ -1,9 +1,11 @@
 """Words by NATS on bad days: servers that die or hang, nodes that say what they may not."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +204,38 @@ async def test_whoever_has_no_token_of_the_installation_gets_nowhere(
     strangers = NatsServer(tmp_path, nats.port)  # keys of its own
     for link in (strangers.control_link(), nats.control_link(lasts=timedelta(seconds=-5))):
         async with linked(link):
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(1):
-                    await link.until_up()
+            await until(partial(_is_refused, link))
+            assert not link.is_up
+
+
+def _is_refused(link: Link) -> bool:
+    return "uthorization" in link.trouble
+
+
+@pytest.mark.parametrize("nonce", ["", '"nonce": "sign-this", '])
+async def test_whoever_speaks_in_the_clear_is_told_nothing(nats: NatsServer, nonce: str) -> None:
+    said = bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        info = f'{{"server_id": "x", {nonce}"headers": true, "max_payload": 100000, "proto": 1}}'
+        writer.write(f"INFO {info}\r\n".encode())
+        while data := await reader.read(4096):
+            said.extend(data)
+            if b"PING" in data:
+                writer.write(b"PONG\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        link = nats.control_link()
+        link.servers = (f"tls://127.0.0.1:{port}",)
+        link.tls = ssl.create_default_context()
+        async with linked(link):
+            await until(lambda: "in the clear" in link.trouble)
+            assert not link.is_up
+    for secret in (b"eyJ", b'"sig"', b"SUB ", b"PUB "):
+        assert secret not in said
 
 
 async def test_a_token_that_runs_out_ends_the_connection_and_a_new_one_opens_another(

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 _FILE = "node.json"
 _PLACE_MAX = 512
-_DOORS_MAX = 8
+_DOORS_MAX = 4
 _FIRST_S = 0.5
 
 

@@ -224,4 +224,5 @@ _BY_CODE: Mapping[Code, type[SandyardError]] = MappingProxyType(
 def error_of(code: str, message: str, facts: Mapping[str, str | int]) -> SandyardError:
     """Return the error that another process told of; one that nobody knows is InternalError."""
     kind = _BY_CODE.get(Code(code)) if code in list(Code) else None
-    return (kind or InternalError)(message, **facts)
+    told = {name: value for name, value in facts.items() if name not in ("self", "message")}
+    return (kind or InternalError)(message, **told)

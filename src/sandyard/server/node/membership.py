@@ -22,6 +22,7 @@ _BEAT_S: Final = 1.0
 _AGAIN_S: Final = 0.5
 _REFUSED_S: Final = 6.0
 _RENEW_S: Final = 6 * 3600.0
+_ELSEWHERE_S: Final = 60.0
 _FINAL = (ConflictError, NotFoundError, UnauthenticatedError)
 _T = TypeVar("_T")
 
@@ -115,9 +116,13 @@ class Membership:
     async def _beat_on(self, beat: Beat) -> None:
         """Say that the node is there, until its identity is worth renewing."""
         began = self._boot_time()
-        had_lease = True
+        had_lease, by_another = True, began
         while self._boot_time() < began + _RENEW_S:
             sent = self._boot_time()
+            if self._is_by_the_first:
+                by_another = sent
+            elif sent > by_another + _ELSEWHERE_S:
+                return  # where the first way is now, whoever takes it in will tell
             try:
                 grant: Grant = await self._said(lambda one: one.beat(self._node_id, beat))
                 self._lease_ends = sent + grant.lease_s

@@ -139,9 +139,17 @@ class Nodes:
         """Return every node."""
         return tuple(PatientNode(node, self._clock) for node in self._controls.values())
 
+    def ids(self) -> tuple[str, ...]:
+        """Return the ids of all nodes."""
+        return tuple(self._controls)
+
     def takes_new(self, node_id: str) -> bool:
         """Tell whether new sandboxes may come to a node."""
         return self._roster is None or self._roster.takes_new(node_id)
+
+    def is_there(self, node_id: str) -> bool:
+        """Tell whether a node may be expected to answer."""
+        return self._roster is None or self._roster.is_there(node_id)
 
     def is_lost(self, node_id: str | None) -> bool:
         """Tell whether a node was given up, and has not come back."""
@@ -176,12 +184,9 @@ class Nodes:
         self._said[node.node_id] = (self._clock.monotonic(), report)
         return report
 
-    async def lately(self, node: NodeControl) -> NodeReport:
-        """Return what a node said a moment ago, asking it where that is too long ago.
-
-        Raises: see `report_of`.
-        """
-        said = self._said.get(node.node_id)
+    def lately(self, node_id: str) -> NodeReport | None:
+        """Return what a node said a moment ago; None where that is too long ago."""
+        said = self._said.get(node_id)
         if said is not None and self._clock.monotonic() - said[0] < _FRESH_S:
             return said[1]
-        return await self.report_of(node)
+        return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeControl, NodeReport
+from sandyard.server.core.contracts.node import NodeReport
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import Snapshot
 from sandyard.server.core.shapes import Shape
@@ -53,9 +53,10 @@ class Placement:
             UnavailableError: no node that answers can start it.
         """
         trouble: UnavailableError | None = None
-        for node in await self._able(template, shape, but=but):
+        for node_id in await self._able(template, shape, but=but):
             try:
-                return Placed(node.node_id, await node.find_room(template, shape))
+                node = self._nodes.get(node_id)
+                return Placed(node_id, await node.find_room(template, shape))
             except UnavailableError as error:
                 trouble = error
         raise trouble or UnavailableError(
@@ -75,28 +76,28 @@ class Placement:
         """Tell whether another node than this could start a sandbox."""
         return bool(await self._able(template, shape, but=but))
 
-    async def _able(self, template: str, shape: Shape, *, but: str | None) -> list[NodeControl]:
+    async def _able(self, template: str, shape: Shape, *, but: str | None) -> list[str]:
         """Return nodes that have a template, best first: no start failed there lately, there is
         room, a machine waits, then most memory left."""
-        found: list[tuple[NodeControl, NodeReport]] = []
-        for node in self._nodes.all():
-            if node.node_id == but or not self._nodes.takes_new(node.node_id):
+        ranked: list[tuple[tuple[bool, bool, bool], int, int, str]] = []
+        for node_id in self._nodes.ids():
+            if node_id == but or not self._nodes.takes_new(node_id):
                 continue
-            try:
-                report = await self._nodes.lately(node)
-            except UnavailableError:
-                continue
+            report = self._nodes.lately(node_id)
+            if report is None:
+                try:
+                    report = await self._nodes.report_of(self._nodes.get(node_id))
+                except UnavailableError:
+                    continue
             if template in report.templates:
-                found.append((node, report))
-        ranked = [
-            ((not self._has_failed(node.node_id), *_tier(report, template, shape)), report, node)
-            for node, report in found
-        ]
-        ranked.sort(key=lambda one: (one[0], one[1].memory_mib, one[1].disk_mib), reverse=True)
+                tier = (not self._has_failed(node_id), *_tier(report, template, shape))
+                ranked.append((tier, report.memory_mib, report.disk_mib, node_id))
+        # Of those that are alike, the order stays as it is.
+        ranked.sort(key=lambda one: one[:3], reverse=True)
         if self._by_lot and ranked:
             best = [one for one in ranked[:_LOT] if one[0] == ranked[0][0]]
             ranked[: len(best)] = random.sample(best, len(best))
-        return [node for _, _, node in ranked]
+        return [one[3] for one in ranked]
 
 
 def _tier(report: NodeReport, template: str, shape: Shape) -> tuple[bool, bool]:

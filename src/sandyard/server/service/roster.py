@@ -83,11 +83,16 @@ class Roster:
         if not is_ending or now - self._calm_since < _CALM_S:
             return
         async with self._store.write(Turn.BESIDE) as tx:
-            if self._elapsed() - now > _STILL_S:
-                return
+            if self._elapsed() - now > _GRACE.total_seconds():
+                return  # it waited for its turn, and so may what nodes have said meanwhile
             lost = await tx.joined_nodes.lose(grace=_GRACE)
         for node_id in lost:
             log.error("the node %s is lost: it has not been heard of", node_id)
+
+    def is_there(self, node_id: str) -> bool:
+        """Tell whether a node has a lease."""
+        node = self.nodes.get(node_id)
+        return node is not None and node.has_lease
 
     def is_lost(self, node_id: str) -> bool:
         """Tell whether a node was given up, and has not come back."""

@@ -1,8 +1,18 @@
 """Templates as the installation has them."""
 
-from sandyard.server.core.contracts.node import TemplateFact, TemplateStatus
+import asyncio
+
+from sandyard.server.core.contracts.node import NodeControl, TemplateFact, TemplateStatus
 from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
 from sandyard.server.service.nodes import Nodes
+
+
+async def _templates_of(node: NodeControl) -> tuple[TemplateFact, ...] | None:
+    """Return what a node has, None if it does not answer."""
+    try:
+        return await node.templates()
+    except UnavailableError:
+        return None
 
 
 class Templates:
@@ -17,20 +27,18 @@ class Templates:
         return found
 
     async def _found(self) -> tuple[list[TemplateFact], bool]:
-        """Return them, and whether every node was heard."""
+        """Return them, and whether every node was heard that should be."""
         found: dict[str, TemplateFact] = {}
-        nodes, silent = self._nodes.all(), 0
-        for node in nodes:
-            try:
-                facts = await node.templates()
-            except UnavailableError:
-                silent += 1
-                continue
-            for fact in facts:
+        nodes = [one for one in self._nodes.all() if self._nodes.is_there(one.node_id)]
+        async with asyncio.TaskGroup() as tasks:
+            asking = [tasks.create_task(_templates_of(one)) for one in nodes]
+        told = [one.result() for one in asking]
+        for facts in told:
+            for fact in facts or ():
                 known = found.setdefault(fact.slug, fact)
                 if known.status is not TemplateStatus.READY:
                     found[fact.slug] = fact
-        return [found[slug] for slug in sorted(found)], bool(nodes) and not silent
+        return [found[slug] for slug in sorted(found)], bool(nodes) and None not in told
 
     async def ready(self, slug: str) -> TemplateFact:
         """Return a template that sandboxes can be started from.

@@ -132,6 +132,7 @@ class Link:
         for number in count(secrets.randbelow(len(self.servers))):
             server = self.servers[number % len(self.servers)]
             client = Client()
+            self.trouble = ""
             try:
                 await self._connect(client, server)
                 log.log(
@@ -142,9 +143,10 @@ class Link:
                 while client.is_connected:
                     await asyncio.sleep(_LOOK_S)
             except Exception as error:  # noqa: BLE001 - the next try may do better
-                self.trouble = str(error)
+                self.trouble = self.trouble or str(error)
                 if was_up and not self.is_quiet:
-                    log.warning("NATS does not answer at %s: %s", server, str(error) or "no answer")
+                    why = self.trouble or "no answer"
+                    log.warning("NATS does not answer at %s: %s", server, why)
                 was_up = False
             finally:
                 await self._tell(None)
@@ -158,6 +160,7 @@ class Link:
 
     async def _connect(self, client: Client, server: str) -> None:
         async def complain(error: Exception) -> None:
+            self.trouble = self.trouble or str(error)
             log.log(logging.WARNING if self.is_up else logging.DEBUG, "NATS complains: %s", error)
 
         def sign(nonce: str) -> bytes:
@@ -169,6 +172,8 @@ class Link:
 
         async with asyncio.timeout(_TRY_S):
             await self._connected(client, server, complain, sign)
+            if self.tls is not None and not _is_tls(client):
+                raise NatsError("it speaks in the clear")
             for one in self._listening:
                 await client.subscribe(one.subject, queue=one.queue, cb=_taking(one))
             await client.flush(_CONNECT_S)
@@ -202,6 +207,12 @@ class Link:
         )
 
 
+def _is_tls(client: Client) -> bool:
+    # A client of NATS leaves it to the server whether they speak TLS, whatever the URL says.
+    writer = getattr(client._transport, "_io_writer", None)
+    return writer is not None and writer.get_extra_info("ssl_object") is not None
+
+
 def _taking(one: _Listening) -> Callable[[Msg], Any]:
     async def take(message: Msg) -> None:
         heard = _heard(message)
@@ -217,7 +228,7 @@ def _heard(message: Msg) -> Heard | None:
         return Heard(subject, {}, is_undelivered=True)
     try:
         values = json.loads(message.data)
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         log.warning("somebody said what is no JSON object under %s", message.subject)

@@ -27,7 +27,7 @@ from sandyard.server.tasks import Crew
 log = logging.getLogger(__name__)
 
 _CONTROLS: Final = "controls"
-_ANSWER_S: Final = 1.5
+_ANSWER_S: Final = 1.0
 _HELLOS_S: Final = 0.4
 _CHANGES_S: Final = 0.02
 _T = TypeVar("_T")

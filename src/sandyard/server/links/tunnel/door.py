@@ -51,6 +51,10 @@ _STRANGER_S: Final = 20.0
 _STRANGERS_MAX: Final = 64
 _WORDS_MAX: Final = 64 * 1024
 _ANSWER_S: Final = 5.0
+_BEAT_S: Final = 1.0
+_BEATS_S: Final = 2.0
+_WORK_S: Final = 1.0
+_EACH_MAX: Final = 4
 _T = TypeVar("_T")
 
 
@@ -70,18 +74,24 @@ async def opened_door(
     `node_of` tells which node has a name (see `ends.name_of`), None if no node has. Whoever shows
     no certificate may ask for the authority's, and join.
     """
-    lines: set[Line] = set()
+    lines: dict[Line, str] = {}
     strangers: set[Line] = set()
     async with Crew() as crew:
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             line = Line(reader, writer, longest=_WORDS_MAX)
             who = _node_at(writer, node_of)
-            group, room = (strangers, _STRANGERS_MAX) if who is None else (lines, most)
-            if len(group) >= room:
+            if who is None:
+                is_full = len(strangers) >= _STRANGERS_MAX
+            else:
+                is_full = len(lines) >= most or list(lines.values()).count(who) >= _EACH_MAX
+            if is_full:
                 line.hang_up()
                 return
-            group.add(line)
+            if who is None:
+                strangers.add(line)
+            else:
+                lines[line] = who
             watch_over(writer)
             try:
                 # Whoever shows no certificate takes no room from nodes, and none for long.
@@ -92,7 +102,8 @@ async def opened_door(
                                 asked = await line.hear()
                             await _answer(line, asked.payload, registry, who, authority)
             finally:
-                group.discard(line)
+                strangers.discard(line)
+                lines.pop(line, None)
                 line.hang_up()
 
         def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -106,7 +117,7 @@ async def opened_door(
             yield server.sockets[0].getsockname()[1]
         finally:
             server.close()
-            for line in lines | strangers:
+            for line in {*lines, *strangers}:
                 line.hang_up()
 
 
@@ -122,9 +133,13 @@ async def _answer(
 ) -> None:
     try:
         values = values_of(payload)
-        said = await _said(registry, who, str(values.get("op")), values.get("args"), authority)
+        # Done later than anybody waits for it, it could take the place of what was done since.
+        async with asyncio.timeout(_WORK_S):
+            said = await _said(registry, who, str(values.get("op")), values.get("args"), authority)
     except SandyardError as error:
         await line.say(Kind.REFUSE, refusal(error))
+    except TimeoutError:
+        await line.say(Kind.REFUSE, refusal(UnavailableError("the database does not answer")))
     except BrokenError:
         raise
     except Exception as error:  # whoever waits is told
@@ -231,7 +246,8 @@ async def reached(host: str, port: int, tls: ssl.SSLContext, may_be: Callable[[s
 
 
 class DoorPresence:
-    """See core.contracts.cluster.Presence: at the first of the `doors` that answers.
+    """See core.contracts.cluster.Presence: at the first of the `doors` that answers, which is the
+    first to be asked next; there is not long for it, for a lease is not long.
 
     Raises, by any method: UnavailableError if none does.
     """
@@ -250,18 +266,27 @@ class DoorPresence:
         return await self._tried("beat", beat, Grant)
 
     async def _tried(self, op: str, words: object, kind: type[_T]) -> _T:
-        trouble: UnavailableError | None = None
-        for host, port in list(self.doors):
-            try:
-                async with _dialled(host, port, self._tls()) as (line, writer):
-                    if not self._may_be(name_of(writer.get_extra_info("ssl_object"))):
-                        raise UnavailableError(f"at {host}:{port} there is no control plane")
-                    return decode(kind, await _asked(line, op, encode(words)))
-            except UnavailableError as error:
-                trouble = error
-            except CodecError as error:
-                trouble = UnavailableError(f"{host}:{port} answers otherwise: {error}")
-        raise trouble or UnavailableError("no door of a control plane is known")
+        trouble = UnavailableError("no door of a control plane answers in time")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_BEATS_S):
+                for door in list(self.doors):
+                    try:
+                        async with asyncio.timeout(_BEAT_S):
+                            return decode(kind, await self._said_at(door, op, words))
+                    except (UnavailableError, CodecError, TimeoutError) as error:
+                        trouble = UnavailableError(f"{door[0]}:{door[1]} does not answer: {error}")
+                        self._put_last(door)
+        raise trouble
+
+    async def _said_at(self, door: tuple[str, int], op: str, words: object) -> dict[str, Any]:
+        async with _dialled(*door, self._tls()) as (line, writer):
+            if not self._may_be(name_of(writer.get_extra_info("ssl_object"))):
+                raise UnavailableError("there is no control plane")
+            return await _asked(line, op, encode(words))
+
+    def _put_last(self, door: tuple[str, int]) -> None:
+        if door in self.doors:
+            self.doors = [*(one for one in self.doors if one != door), door]
 
 
 @asynccontextmanager

@@ -14,6 +14,8 @@ from sandyard.server.links.tunnel.frames import (
     refused,
 )
 
+_AT_ONCE = 64
+
 
 class Exchange:
     """See core.contracts.node.ByteStream. Nothing comes unless `run` runs beside."""
@@ -26,6 +28,7 @@ class Exchange:
         self._may_send = WINDOW
         self._changed = asyncio.Condition()
         self._has_ended = False
+        self._is_said = False  # that nothing more is written
         self._trouble: SandyardError | None = None
         self._is_over = False
 
@@ -35,28 +38,32 @@ class Exchange:
         Raises:
             BrokenError: it is gone without a word, or said what it may not.
         """
+        heard = 0
         try:
             while True:
                 said = await self._line.hear()
                 match said.kind:
                     case Kind.LEAVE:
                         return
-                    case Kind.DATA if not self._has_ended:
+                    case Kind.DATA if said.payload and not self._has_ended:
                         self._came.append(said.payload)
                         self._held += len(said.payload)
                         if self._held > WINDOW:
                             raise BrokenError("more came than may")
-                    case Kind.END:
+                    case Kind.END if not self._has_ended:
                         self._has_ended = True
                     case Kind.REFUSE:
                         self._trouble = refused(said.payload)
-                    case Kind.TAKEN:
+                    case Kind.TAKEN if any(said.payload):
                         self._may_send += int.from_bytes(said.payload, "big")
                         if self._may_send > WINDOW:
                             raise BrokenError("more was taken than came")
                     case _:
                         raise BrokenError("this was not to come now")
                 await self._tell()
+                heard += 1
+                if not heard % _AT_ONCE:  # what has come already is heard without a pause
+                    await asyncio.sleep(0)
         except BrokenError:
             self._trouble = UnavailableError("the connection to the node was lost")
             raise
@@ -80,10 +87,10 @@ class Exchange:
                 lambda: self._came or self._has_ended or self._trouble or self._is_over
             )
         if not self._came:
-            if self._trouble is not None:
-                raise self._trouble
             if self._has_ended:
                 return b""
+            if self._trouble is not None:
+                raise self._trouble
             raise UnavailableError("the other side has left")
         data = self._came.popleft()
         if len(data) > limit:
@@ -115,8 +122,10 @@ class Exchange:
             )
 
     async def write_eof(self) -> None:
-        """See core.contracts.node.ByteStream.write_eof."""
-        await self._say(Kind.END)
+        """See core.contracts.node.ByteStream.write_eof; twice is once."""
+        if not self._is_said:
+            self._is_said = True
+            await self._say(Kind.END)
 
     async def refuse(self, error: SandyardError) -> None:
         """Tell the other side what went wrong, in the place of more bytes."""

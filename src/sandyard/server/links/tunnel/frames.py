@@ -135,7 +135,7 @@ def values_of(payload: bytes) -> dict[str, Any]:
     """
     try:
         found = json.loads(payload)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BrokenError("a frame is not JSON") from error
     if not isinstance(found, dict):
         raise BrokenError("a frame is no object")

@@ -68,8 +68,8 @@ async def serving(
                 line.hang_up()
                 return
             lines.add(line)
-            watch_over(writer)
             try:
+                watch_over(writer)
                 with suppress(BrokenError):
                     while True:
                         await _one(tunnel, line)

@@ -104,6 +104,8 @@ def _length_of_owner(library: bytes) -> int | None:
         if library.count(entry) == 1:
             (pointer,) = struct.unpack_from("<Q", library, library.find(entry) - 8)
             at = _offset(segments, pointer)
+            if at < 0:
+                return None
             around = (at + step for step in _AROUND if 0 <= at + step <= len(library) - 4)
             lengths = [
                 one for one in around if struct.unpack_from("<i", library, one)[0] == len(_OWNER)
