@@ -516,8 +516,9 @@ def test_fifty_machines_mount_one_workspace_at_once(
     yard: RealServer, work: str, boxes: list[str]
 ) -> None:
     with ThreadPoolExecutor(50) as threads:
-        made = list(threads.map(lambda _: str(yard.create(mounts=mount_of(work))["id"]), range(50)))
+        made = [str(yard.create(wait=0, mounts=mount_of(work))["id"]) for _ in range(50)]
         boxes += made
+        list(threads.map(lambda one: yard.wait_running(one, limit_s=300), made))
         list(threads.map(lambda one: said(yard, one, f"hostname > /workspace/{one}"), made))
     listing = yard.client.get(f"/v1/workspaces/{work}/files").json()
     assert {one["id"].strip("/") for one in listing} == set(made)

@@ -2,6 +2,7 @@
 
 import os
 import select
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,6 +212,19 @@ def test_an_overflow_is_told_and_what_came_meanwhile_is_watched(
     (folder / "fifth").mkdir()
     (folder / "sixth").mkdir()
     told(watcher, folder, ("overflow", "sixth"))
+
+
+@pytest.mark.slow  # the kernel's queue is full only after so many
+def test_it_is_over_although_the_end_was_one_event_too_many(watcher: Watcher, folder: Path) -> None:
+    most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    for number in range(most + 10):
+        (folder / f"{number % 100}").touch()
+        (folder / f"{number % 100}").unlink()
+    shutil.rmtree(folder)
+    (folder).mkdir()  # another of the same name
+    while not watcher.is_over:
+        assert select.select([watcher.fileno()], [], [], SOON_S)[0]
+        watcher.changes()
 
 
 def test_what_cannot_be_watched_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,9 +175,16 @@ class Watcher:
             self._watch_new(target, found)
 
     def _look_anew(self, found: list[FileChange]) -> None:
-        """Watch the folders whose coming was not told."""
+        """Watch the folders whose coming was not told, and find out whether the watched one is
+        there: what was not told may have been its end."""
         self._told.clear()
         top = self._paths.get(self._top)
+        if top is not None:
+            # What is watched already keeps its number.
+            number = self._libc.inotify_add_watch(self._fd, top, _WANTED | _ONLYDIR)
+            if number != self._top:
+                self.is_over = True
+                return
         if self._recursive and top is not None:
             try:
                 for _ in self._watch_below(top):
