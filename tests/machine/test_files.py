@@ -317,7 +317,10 @@ def test_a_watched_folder_tells_what_is_done_in_it(server: RealServer, box: str)
             assert told.count(one) == 1, (one, told)
         # Of very many something is told all the same, and in the end that it is gone.
         many = some(20_000)
-        said(server, box, f"cd /tmp/w && seq {many} | xargs touch; cd /; rm -r /tmp/w")
+        done = server.execute(
+            box, f"cd /tmp/w && seq {many} | xargs touch; cd /; rm -r /tmp/w", timeout=240_000
+        )
+        assert not done["timedOut"]
         count, last = 0, heard[-1]
         while "code" not in last:
             name, _, last = next(events)

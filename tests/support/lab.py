@@ -429,6 +429,12 @@ backend controls
         """Run a command in a sandbox."""
         return self.ask("POST", f"/v1/sandboxes/{sandbox['id']}/exec", command=command)["stdout"]
 
+    def try_execute(self, sandbox: dict[str, Any], command: str) -> str:
+        """Run a command in a sandbox, and return nothing if that cannot be done now."""
+        with contextlib.suppress(AssertionError, httpx.HTTPError):
+            return str(self.execute(sandbox, command))
+        return ""
+
     def delete(self, sandbox: dict[str, Any]) -> None:
         """Delete a sandbox."""
         self.client.delete(f"/v1/sandboxes/{sandbox['id']}").raise_for_status()

