@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 _ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
 _SECRET = "installation"
 _RENEW_S = 24 * 3600.0
-NATS_LASTS_DAYS = 365
 
 
 async def ensure_installation(store: Store, clock: Clock) -> Installation:
@@ -104,11 +103,11 @@ def told_address(settings: Settings) -> str:
     return own.address or (own.host if own.host not in _ANY else socket.gethostname())
 
 
-def door_of(settings: Settings, port: int | None = None) -> str:
+def door_of(settings: Settings) -> str:
     """Return where nodes are told to reach this control plane, HOST:PORT."""
     address = told_address(settings)
     host = f"[{address}]" if ":" in address else address
-    return f"{host}:{port or settings.cluster.port}"
+    return f"{host}:{settings.cluster.port}"
 
 
 class ControlLogin:

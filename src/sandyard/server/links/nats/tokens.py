@@ -172,12 +172,6 @@ def _token(
     return f"{said}.{_base64(signer.sign(said.encode()))}"
 
 
-def ends_at(token: str) -> int:
-    """Return when a token ends, in seconds since 1970; 0 if it does not."""
-    body = token.split(".")[1]
-    return int(json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))).get("exp", 0))
-
-
 def signature_of(key: Key, nonce: bytes) -> bytes:
     """Return the signature of a server's nonce, as NATS wants it."""
     return _base64(key.sign(nonce)).encode()

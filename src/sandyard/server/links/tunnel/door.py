@@ -92,8 +92,8 @@ async def opened_door(
                 strangers.add(line)
             else:
                 lines[line] = who
-            watch_over(writer)
             try:
+                watch_over(writer)
                 # Whoever shows no certificate takes no room from nodes, and none for long.
                 with suppress(BrokenError, TimeoutError):
                     async with asyncio.timeout(_STRANGER_S if who is None else None):
