@@ -15,7 +15,8 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 
 import httpx
@@ -24,9 +25,13 @@ from tests.support.nodes import FakeNode
 
 from bench.figures import percentile
 from sandyard.server.app.cluster import nats_tls, open_fleet
+from sandyard.server.app.installation import secret_key
 from sandyard.server.core.contracts.cluster import Application, Beat, Hello, Joining
-from sandyard.server.core.contracts.node import NodeReport
-from sandyard.server.core.records import NodeStart
+from sandyard.server.core.contracts.node import NodeReport, NodeView
+from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.errors import UnavailableError
+from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
+from sandyard.server.core.records import ApiKey, NodeStart, User
 from sandyard.server.core.shapes import Shape
 from sandyard.server.links.identities import new_request
 from sandyard.server.links.local import SystemClock
@@ -35,21 +40,46 @@ from sandyard.server.links.nats.link import Link, linked
 from sandyard.server.links.nats.register import NatsPresence
 from sandyard.server.links.nats.server import answering
 from sandyard.server.links.nats.tokens import Key, KeyLogin, Role, Token
+from sandyard.server.links.sql import open_store
 from sandyard.server.service.nodes import Nodes
+from sandyard.server.service.people.organizations import SignUp, found_organization
 from sandyard.server.service.placement import Placement
 
 _SHAPE = Shape(1, 512, 1024)
 _VIEWS = 1000
 
 
-def _creates(made: Lab, count: int, clients: int) -> dict[str, float]:
-    """Create sandboxes by several clients, and delete them."""
-    headers = dict(made.client.headers)
+async def _organizations(made: Lab, count: int) -> list[str]:
+    """Found organizations, and return a key of each."""
+    keys, now = [], datetime.now(UTC)
+    settings = made.settings
+    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+        for number in range(count):
+            user = User(new_uuid(), f"{new_uuid()}@example.org", f"User {number}", now)
+            async with store.write(Turn.ALONE) as tx:
+                await tx.users.add(user)
+                sign_up = SignUp(100_000_000, "enterprise", 5)
+                founded = await found_organization(
+                    tx, f"Organization {number}", user, sign_up=sign_up, at=now
+                )
+                keys.append(new_api_key())
+                key = ApiKey(
+                    id=new_uuid(), org_id=founded.organization.id, owner_user_id=user.id,
+                    name="bench", prefix=keys[-1][:12], digest=digest_of_key(keys[-1]),
+                    scopes=("*",), created_at=now,
+                )  # fmt: skip
+                await tx.keys.add(key)
+    return keys
 
-    def work(share: int) -> list[float]:
+
+def _creates(made: Lab, keys: list[str], count: int, clients: int) -> dict[str, float]:
+    """Create sandboxes by several clients, each of the next organization, and delete them."""
+
+    def work(number: int) -> list[float]:
         took = []
+        headers = {"Authorization": f"Bearer {keys[number % len(keys)]}"}
         with httpx.Client(base_url=str(made.client.base_url), headers=headers, timeout=60) as own:
-            for _ in range(share):
+            for _ in range(count // clients):
                 began = time.perf_counter()
                 body = {"template": "base-minimal", "idleTimeout": 0}
                 answer = own.post("/v1/sandboxes?wait=30", json=body)
@@ -60,7 +90,7 @@ def _creates(made: Lab, count: int, clients: int) -> dict[str, float]:
 
     with ThreadPoolExecutor(clients) as threads:
         began = time.perf_counter()
-        took = [one for part in threads.map(work, [count // clients] * clients) for one in part]
+        took = [one for part in threads.map(work, range(clients)) for one in part]
         seconds = time.perf_counter() - began
     return {
         "creates_per_s": round(len(took) / seconds, 1),
@@ -99,9 +129,12 @@ async def _be_there(pipe: Connection, given: dict[str, object], count: int) -> N
 
         async def beat(node_id: str, presence: NatsPresence, application: Application) -> None:
             start = NodeStart("boot", node_id, "0", "10.0.0.1", 8700)
-            epoch = (await presence.hello(node_id, Hello(start, application))).epoch
+            epoch = None
             while True:
-                await presence.beat(node_id, Beat(epoch))
+                with suppress(UnavailableError):
+                    if epoch is None:
+                        epoch = (await presence.hello(node_id, Hello(start, application))).epoch
+                    await presence.beat(node_id, Beat(epoch, NodeView()))
                 await asyncio.sleep(1)
 
         async with asyncio.TaskGroup() as tasks:
@@ -179,13 +212,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--creates", type=int, default=600)
     parser.add_argument("--clients", type=int, default=24)
+    parser.add_argument("--organizations", type=int, default=12)
     parser.add_argument("--nodes", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=20)
     given = parser.parse_args()
     figures = asyncio.run(_placement())
     with lab("one", "two", "three") as made:
-        _creates(made, given.clients * 2, given.clients)  # warm
-        figures |= _creates(made, given.creates, given.clients)
+        keys = asyncio.run(_organizations(made, given.organizations))
+        _creates(made, keys, given.clients * 2, given.clients)  # warm
+        figures |= _creates(made, keys, given.creates, given.clients)
+        alone = _creates(made, keys[:1], given.creates // 2, given.clients)
+        figures |= {f"of_one_organization_{name}": value for name, value in alone.items()}
         figures |= _idle(made, given.nodes, given.seconds)
     print(json.dumps(figures, indent=2))
 

@@ -1,6 +1,7 @@
 """The examination every store passes: SQLite, and a PostgreSQL of the run's own."""
 
 import asyncio
+import random
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from sandyard.server.core.records import (
     JoinedNode,
     KeyedRequest,
     LedgerEntry,
+    Mark,
     Membership,
     Mount,
     NodeSeen,
@@ -448,6 +450,65 @@ async def test_a_turn_that_does_not_come_is_told_of(monkeypatch: pytest.MonkeyPa
             pass
 
 
+async def connections_of(url: str, *, end: bool = False) -> list[str]:
+    """Return the states of a database's connections, or end them all."""
+    admin = await asyncpg.connect(url.rpartition("/")[0] + "/postgres")
+    try:
+        what = "pg_terminate_backend(pid)" if end else "state"
+        name = url.rpartition("/")[2]
+        found = await admin.fetch(f"SELECT {what} FROM pg_stat_activity WHERE datname = $1", name)
+        return [row[0] for row in found]
+    finally:
+        await admin.close()
+
+
+@pytest.mark.postgres
+async def test_connections_that_were_ended_cost_nobody_anything() -> None:
+    async with postgres_url() as url, open_store(url, key=KEY) as store:
+
+        async def look() -> None:
+            async with store.read() as tx:
+                await tx.organizations.every()
+                await asyncio.sleep(0.05)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(8):
+                tasks.create_task(look())
+        assert len(await connections_of(url, end=True)) >= 8
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(8):
+                tasks.create_task(look())
+        await connections_of(url, end=True)
+        async with store.write(Turn.ALONE) as tx:
+            await tx.organizations.every()
+        with pytest.raises(UnavailableError):  # what was under way is not begun again
+            async with store.write(Turn.ALONE) as tx:
+                await connections_of(url, end=True)
+                await tx.organizations.every()
+
+
+@pytest.mark.postgres
+async def test_what_is_broken_off_leaves_no_transaction_open() -> None:
+    async with postgres_url() as url, open_store(url, key=KEY) as store:
+        await furnish(store)
+        for within in (0, 1, 2, 5, 10, 20, 40) * 3:
+
+            async def work() -> None:
+                async with store.write(ORG) as tx:
+                    await tx.sandboxes.insert(sandbox())
+                    await tx.sandboxes.on_node(None, frozenset(Status))
+                    raise ZeroDivisionError
+
+            doing = asyncio.create_task(work())
+            await asyncio.sleep(within / 1000)
+            doing.cancel()
+            with pytest.raises((asyncio.CancelledError, ZeroDivisionError)):
+                await doing
+        async with store.read() as tx:
+            assert await tx.sandboxes.on_node(None, frozenset(Status)) == []
+        assert set(await connections_of(url)) <= {"idle"}
+
+
 async def test_the_time_of_leases_is_the_databases_own(store: Store, url: str) -> None:
     """Of two servers whose clocks are hours apart neither takes what the other holds."""
     pending = frozenset({Status.PENDING})
@@ -564,9 +625,10 @@ async def test_nodes_are_known_by_when_they_were_heard_of(store: Store) -> None:
     later = NOW + timedelta(seconds=5)
     async with store.write(Turn.ALONE) as tx:
         assert await tx.nodes.find("n") is None
-        await tx.nodes.heard("n", NOW)
-        await tx.nodes.heard("n", later)
-        await tx.nodes.heard("m", NOW)
+        await tx.nodes.heard({"n"}, NOW)
+        await tx.nodes.heard({"n", "o"}, later)
+        await tx.nodes.heard({"m"}, NOW)
+        assert await tx.nodes.find("o") == NodeSeen("o", later, later)
         assert await tx.nodes.find("n") == NodeSeen("n", NOW, later)
         assert await tx.nodes.find("m") is not None
 
@@ -1121,11 +1183,12 @@ async def test_another_place_is_refused_while_a_lease_is_held(store: Store) -> N
     assert await started(store, HERE) == 1
     assert await started(store, copy) is None
     async with store.write(Turn.BESIDE) as tx:
-        assert await tx.joined_nodes.beat("node-1", 1, lasts=-SECOND)
+        beats = {("node-1", 1), ("node-2", 1)}
+        assert await tx.joined_nodes.beat(beats, lasts=-SECOND) == {("node-1", 1)}
     assert await started(store, copy) == 2
     async with store.write(Turn.BESIDE) as tx:
-        assert not await tx.joined_nodes.beat("node-1", 1, lasts=60 * SECOND)
-        assert await tx.joined_nodes.beat("node-1", 2, lasts=60 * SECOND)
+        beats = {("node-1", 1), ("node-1", 2)}
+        assert await tx.joined_nodes.beat(beats, lasts=60 * SECOND) == {("node-1", 2)}
 
 
 async def test_whoever_does_not_beat_is_lost_until_it_does(store: Store) -> None:
@@ -1142,10 +1205,82 @@ async def test_whoever_does_not_beat_is_lost_until_it_does(store: Store) -> None
         another, lost = await tx.joined_nodes.all()
     assert (another.lost_at, lost.lost_at) == (None, lost.lease_until)
     async with store.write(Turn.BESIDE) as tx:
-        assert await tx.joined_nodes.beat("node-1", 1, lasts=60 * SECOND)
+        assert await tx.joined_nodes.beat({("node-1", 1)}, lasts=60 * SECOND)
     async with store.read() as tx:
         _, back = await tx.joined_nodes.all()
     assert (back.has_lease, back.lost_at) == (True, None)
+
+
+async def watched(store: Store, by: str, *node_ids: str, **options: Any) -> frozenset[str]:
+    async with store.write(Turn.BESIDE) as tx:
+        return await tx.joined_nodes.watch(node_ids, by=by, **{"lasts": 60 * SECOND, **options})
+
+
+async def test_each_node_is_watched_by_one_control_plane(store: Store) -> None:
+    for number in (1, 2):
+        await joined(store, f"node-{number}", f"{number}")
+    assert await watched(store, "a", "node-1", "node-3") == {"node-1"}
+    assert await watched(store, "b", "node-1", "node-2") == {"node-2"}
+    assert await watched(store, "a", "node-1", "node-2") == {"node-1"}
+    async with store.read() as tx:
+        assert [(one.watched_by, one.is_watched) for one in await tx.joined_nodes.all()] == [
+            ("a", True), ("b", True),
+        ]  # fmt: skip
+    assert await watched(store, "b", "node-1", over="c") == frozenset()
+    assert await watched(store, "b", "node-1", over="a", lasts=-2 * SECOND) == {"node-1"}
+    assert await watched(store, "c", "node-1", unwatched_for=60 * SECOND) == frozenset()
+    assert await watched(store, "c", "node-1", unwatched_for=SECOND) == {"node-1"}
+
+
+async def test_those_who_write_many_nodes_at_once_do_not_wait_for_each_other_in_a_ring(
+    store: Store,
+) -> None:
+    ids = [f"node-{number}" for number in range(40)]
+    for one in ids:
+        await joined(store, one, one)
+
+    async def work(number: int) -> None:
+        mixed = random.sample(ids, len(ids))
+        await watched(store, "a", *mixed, over=f"{number}", lasts=-SECOND)
+        async with store.write(Turn.BESIDE) as tx:
+            await tx.joined_nodes.beat([(one, 0) for one in mixed], lasts=-SECOND)
+        async with store.write(Turn.BESIDE) as tx:
+            await tx.joined_nodes.lose(grace=timedelta())
+        async with store.write(Turn.BESIDE) as tx:
+            await tx.nodes.heard(mixed, NOW)
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(12):
+            tasks.create_task(work(number))
+
+
+async def test_a_mark_is_another_once_anything_is_written_of_what_a_node_has(store: Store) -> None:
+    async def mark() -> Mark | None:
+        async with store.read() as tx:
+            return (await tx.sandboxes.marks(["n", "m"], frozenset({Status.RUNNING}))).get("n")
+
+    assert await mark() is None
+    box = replace(sandbox(), node_id="n", status=Status.RUNNING)
+    async with store.write(Turn.ALONE) as tx:
+        await tx.sandboxes.insert(box)
+        await tx.sandboxes.insert(replace(sandbox(), node_id="other", status=Status.RUNNING))
+    assert await mark() == Mark(1, box.version, box.updated_at)
+    async with store.write(Turn.ALONE) as tx:
+        box = await tx.sandboxes.replace(box) or box
+    assert await mark() == Mark(1, box.version, box.updated_at)
+    shot = Snapshot(
+        id=new_uuid(), org_id=ORG, owner_user_id=USER, sandbox_id=box.id, node_id="n",
+        name=None, template="t", os=None, shape=Shape(1, 512, 1024), is_ready=False,
+        is_hidden=False, size_bytes=0, created_at=NOW, held_until=NOW,
+    )  # fmt: skip
+    async with store.write(Turn.ALONE) as tx:
+        await tx.snapshots.insert(shot)
+        await tx.snapshots.insert(replace(shot, id=new_uuid(), is_ready=True))
+        await tx.snapshots.insert(replace(shot, id=new_uuid(), is_ready=True, is_hidden=True))
+    assert await mark() == Mark(1, box.version, box.updated_at, 3, 2)
+    async with store.write(Turn.ALONE) as tx:
+        await tx.sandboxes.replace(replace(box, status=Status.DESTROYED))
+    assert await mark() == Mark(snapshots=3, unready=2)
 
 
 async def test_a_node_is_drained_and_forgotten(store: Store) -> None:

@@ -1,16 +1,17 @@
 """What the platform does by itself: idle, expiry, silence, several nodes and servers."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import desk as desks
 from tests.support.clock import DrivenClock
-from tests.support.desk import Desk, open_desk, still, until
+from tests.support.desk import Desk, still, until
 from tests.support.nodes import FakeNode, a_wish
 
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
@@ -19,9 +20,26 @@ from sandyard.server.core.errors import InternalError, NoCapacityError, Unavaila
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Event, Status
+from sandyard.server.service import placement
 from sandyard.server.service.sandboxes.create import NewSandbox
 
 WISH = NewSandbox("base-minimal")
+
+
+_tells = [False]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["asked", "told"])
+def nodes_tell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether nodes say unasked what they have, as those on other hosts do."""
+    monkeypatch.setattr(placement, "_LOT", 1)  # the best of all, which a test can tell
+    _tells.append(request.param)
+    yield request.param
+    _tells.pop()
+
+
+def open_desk(home: Path, **options: Any) -> AbstractAsyncContextManager[Desk]:
+    return desks.open_desk(home, nodes_tell=_tells[-1], **options)
 
 
 @pytest.fixture
@@ -552,7 +570,8 @@ async def test_a_pause_for_idleness_does_not_begin_where_the_node_does_not_answe
     await desk.drive(8)
     desk.node.is_silent = True
     await desk.drive(6)
-    assert (await desk.get(box)).status is Status.RUNNING
+    assert (await desk.get(box)).status in (Status.RUNNING, Status.SUSPECTED_MISSING)
+    assert "ensure_paused" not in desk.node.asked
 
 
 async def test_a_look_that_fails_in_a_way_nobody_foresaw_is_not_the_last(
@@ -572,3 +591,45 @@ async def test_a_look_that_fails_in_a_way_nobody_foresaw_is_not_the_last(
     box = await desk.create(idle_timeout=10)
     await desk.drive(14)
     await desk.until(box, Status.PAUSED)
+
+
+# --- what nodes say unasked ---------------------------------------------------------------------
+
+
+async def test_a_node_that_says_that_nothing_is_new_is_not_asked(
+    desk: Desk, nodes_tell: bool
+) -> None:
+    box = await desk.create(idle_timeout=0)
+    await desk.drive(10)
+    before = desk.node.asked.count("report")
+    await desk.drive(60)
+    assert desk.node.asked.count("report") - before == (0 if nodes_tell else 30)
+    await desk.drive(300, step=20)
+    assert desk.node.asked.count("report") > before, "it is asked once in a while"
+    desk.node.die(box.id)
+    await desk.drive(4)
+    await desk.until(box, Status.ERROR)
+
+
+async def test_what_only_time_brings_comes_although_nothing_is_new(desk: Desk) -> None:
+    ends, rests = await desk.create(expires_in=60), await desk.create(idle_timeout=90)
+    await desk.drive(56)
+    assert (await desk.get(ends)).status is Status.RUNNING
+    await desk.drive(6)
+    await desk.until(ends, Status.DESTROYED)
+    await desk.drive(20)
+    await desk.services.sandboxes.touch(desk.actor, rests.id)
+    await desk.drive(70)
+    assert (await desk.get(rests)).status is Status.RUNNING
+    await desk.drive(30)
+    await desk.until(rests, Status.PAUSED)
+
+
+async def test_what_is_written_of_a_node_is_seen_although_it_says_nothing_new(desk: Desk) -> None:
+    box = await desk.create(idle_timeout=0)
+    await desk.drive(10)
+    there = replace(box, id=new_sandbox_id(), name=None)
+    async with desk.control.store.write(Turn.ALONE) as tx:
+        await tx.sandboxes.insert(there)
+    await desk.drive(4)
+    await desk.until(there, Status.ERROR)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,15 +17,18 @@ from sandyard.server.app.control import Control, open_control
 from sandyard.server.app.installation import secret_key
 from sandyard.server.app.metrics import Metrics
 from sandyard.server.app.wiring import sign_up_of
-from sandyard.server.core.contracts.store import Store
-from sandyard.server.core.records import Activity, ActivityQuery, Sandbox
+from sandyard.server.core.contracts.cluster import Beat
+from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.records import Activity, ActivityQuery, JoinedNode, NodeStart, Sandbox
 from sandyard.server.core.states import Status
 from sandyard.server.links.local import LocalBus
 from sandyard.server.links.sql import open_store
 from sandyard.server.links.volumes import FolderVolumes
+from sandyard.server.node.membership import Telling
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.reconcile.reconciler import Pace
+from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.create import NewSandbox
 from sandyard.server.service.sandboxes.execute import Command, Outcome
 from tests.support.clock import DrivenClock, turn
@@ -35,6 +39,7 @@ from tests.support.store import place_database
 _LIMIT_S = 20.0
 _LOOKS = 200
 _QUIET = 4
+_LEASE = timedelta(seconds=4)
 
 
 @dataclass
@@ -182,8 +187,13 @@ async def open_desk(
     server_id: str = "server",
     works: bool = True,
     pace: Pace | None = None,
+    nodes_tell: bool = False,
 ) -> AsyncIterator[Desk]:
-    """Open the services on fake nodes and run the reconciler, unless it is not to work."""
+    """Open the services on fake nodes and run the reconciler, unless it is not to work.
+
+    Where `nodes_tell`, they do as nodes on other hosts: they have joined, and say each second that
+    they are there and what they have.
+    """
     loop = asyncio.get_running_loop()
     if loop not in _THREADS:
         loop.set_default_executor(_THREADS.setdefault(loop, _Threads()))
@@ -193,12 +203,14 @@ async def open_desk(
     settings = settings_of(home)
     async with open_store(settings.store_url, key=secret_key(home), clock=clock) as store:
         await ensure_first_organization(store, clock, sign_up_of(settings))
+        roster = await _joined(store, clock, own) if nodes_tell else None
         async with (
             open_control(
                 settings,
                 server_id=server_id,
                 store=store,
                 nodes=own,
+                roster=roster,
                 tunnel=TunnelTo(own),
                 volumes=FolderVolumes(home / "workspaces"),
                 bus=LocalBus(clock),
@@ -209,6 +221,10 @@ async def open_desk(
             ) as control,
             asyncio.TaskGroup() as tasks,
         ):
+            telling = []
+            if roster is not None:
+                telling = [tasks.create_task(_told(roster, store, one)) for one in own.values()]
+                telling.append(tasks.create_task(roster.run()))
             working = tasks.create_task(control.reconciler.run() if works else asyncio.sleep(0))
 
             async def kill() -> None:
@@ -217,7 +233,38 @@ async def open_desk(
 
             await still()
             yield Desk(control, own, clock, await _admin(store), kill, home)
-            working.cancel()
+            for one in (working, *telling):
+                one.cancel()
+
+
+async def _joined(store: Store, clock: DrivenClock, nodes: Mapping[str, FakeNode]) -> Roster:
+    roster = Roster(store, clock, can_hear=lambda: True)
+    await roster.refresh()
+    for node_id in nodes.keys() - roster.nodes:
+        async with store.write(Turn.ALONE) as tx:
+            await tx.joined_nodes.add(JoinedNode(node_id, node_id, clock.now()))
+    for node in nodes.values():
+        if not node.is_silent:
+            start = NodeStart("boot", "place", "0", "127.0.0.1", 1)
+            async with store.write(Turn.ALONE) as tx:
+                await tx.joined_nodes.start(node.node_id, start, lasts=_LEASE)
+    await roster.refresh()
+    return roster
+
+
+async def _told(roster: Roster, store: Store, node: FakeNode) -> None:
+    telling = Telling()
+    telling.of(node)
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with roster.clock.timeout(0.5):
+                view = await telling.view()
+            if view is not None:
+                node.asked.pop()  # it asked itself
+                async with store.write(Turn.BESIDE) as tx:
+                    await tx.joined_nodes.beat({(node.node_id, 1)}, lasts=_LEASE)
+                roster.hear(node.node_id, Beat(1, view))
+        await roster.clock.sleep(1)
 
 
 async def _admin(store: Store) -> Actor:

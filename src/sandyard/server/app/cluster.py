@@ -193,7 +193,7 @@ async def open_cluster(
     await roster.refresh()
     registrar = InstallationRegistrar(installation, own.nats, clock.now)
     lifecycle = Lifecycle(store, LocalBus(clock), clock)
-    fleet = Fleet(store, registrar, lifecycle, clock, door=door_of(settings))
+    fleet = Fleet(store, registrar, lifecycle, clock, door=door_of(settings), hear=roster.hear)
 
     def place_of(node_id: str) -> Place | None:
         node = roster.nodes.get(node_id)
@@ -215,7 +215,12 @@ async def open_cluster(
 
     async with (
         hinting(link, clock) as bus,
-        registering(fleet, link, on_change=lambda one: bus.hint_here(topic_of_node(one))),
+        registering(
+            fleet,
+            link,
+            on_change=lambda one: bus.hint_here(topic_of_node(one)),
+            on_beat=roster.hear,
+        ),
         Tunnels(asks, place_of) as tunnels,
         opened_door(
             fleet,

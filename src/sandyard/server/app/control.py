@@ -38,6 +38,7 @@ from sandyard.server.service.placement import Placement
 from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.reconcile.idle import Idleness
 from sandyard.server.service.reconcile.reconciler import Pace, Reconciler
+from sandyard.server.service.reconcile.shares import Shares
 from sandyard.server.service.reconcile.work import Work
 from sandyard.server.service.repeats import Repeats
 from sandyard.server.service.roster import Roster
@@ -160,7 +161,10 @@ async def open_control(
         addresses = addresses_of(settings)
         enforces = settings.billing.enforce
         known = Nodes(nodes, clock, roster)
-        templates, placement = Templates(known), Placement(known, clock, by_lot=roster is not None)
+        templates, placement = (
+            Templates(known, clock),
+            Placement(known, clock, by_lot=roster is not None),
+        )
         lifecycle = Lifecycle(store, bus, clock)
         register = Register(store, bus, clock)
         repeats = Repeats(clock, key)
@@ -192,6 +196,7 @@ async def open_control(
             bus=bus,
             clock=clock,
             pace=pace,
+            shares=None if roster is None else Shares(server_id, store, roster),
             away_since=away_since,
         )
         power = Power(

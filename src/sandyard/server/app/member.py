@@ -39,7 +39,7 @@ from sandyard.server.links.tunnel.door import DoorPresence, joined
 from sandyard.server.links.tunnel.ends import Papers, context_of
 from sandyard.server.links.tunnel.server import serving
 from sandyard.server.links.volumes import FolderVolumes
-from sandyard.server.node.membership import Membership
+from sandyard.server.node.membership import Membership, Telling
 from sandyard.server.tasks import Crew, beside
 
 log = logging.getLogger(__name__)
@@ -212,8 +212,9 @@ async def open_member(
         start = NodeStart(boot, place_of(settings.home), version, address, own.port)
         return Hello(start, Application(request_of(key).decode(), user.name))
 
+    telling = Telling()
     membership = Membership(
-        node_id, (by_nats, by_door), hello=hello, keep=keep, know=know, clock=clock
+        node_id, (by_nats, by_door), hello=hello, keep=keep, know=know, clock=clock, telling=telling
     )
     async with Crew() as crew, linked(link), AsyncExitStack() as held:
         with suppress(TimeoutError):
@@ -238,6 +239,7 @@ async def open_member(
             answering(node, ear, check=membership.check),
             linked(ear),
         ):
+            telling.of(node)
             yield running
 
 

@@ -241,6 +241,19 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """What is another once anything is written of what a node has: how many sandboxes, the sum of
+    their versions, when the last was written; how many snapshots, and how many of those are not
+    ready, or hidden."""
+
+    sandboxes: int = 0
+    versions: int = 0
+    updated_at: datetime | None = None
+    snapshots: int = 0
+    unready: int = 0
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A sandbox as it was at one moment, kept to start others from. `size_bytes` is on disk.
 
@@ -294,6 +307,7 @@ class NodeStart:
 class JoinedNode:
     """A node on another host. `epoch` counts the starts of its process; it `has_lease` while it may
     be asked for something, and was given up at the end of that, `lost_at`, if it did not come back.
+    While it `is_watched`, the control plane that it is `watched_by` compares it.
     """
 
     id: str
@@ -306,7 +320,9 @@ class JoinedNode:
     port: int = 0
     lease_until: datetime | None = None
     lost_at: datetime | None = None
+    watched_by: str = ""
     has_lease: bool = False
+    is_watched: bool = False
 
 
 @dataclass(frozen=True)

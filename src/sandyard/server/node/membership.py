@@ -4,10 +4,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.cluster import Beat, Grant, Hello, Identity, Presence, Welcome
+from sandyard.server.core.contracts.node import NodeControl, NodeView
 from sandyard.server.core.errors import (
     ConflictError,
     NotFoundError,
@@ -32,9 +34,38 @@ def boot_time() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+class Telling:
+    """What a node tells of itself; nothing until it is known whom to ask: `of`."""
+
+    def __init__(self) -> None:
+        self._node: NodeControl | None = None
+        self._generation = 0
+        self._told: tuple[object, ...] = ()
+
+    def of(self, node: NodeControl) -> None:
+        """Tell of this node from now on."""
+        self._node = node
+
+    async def view(self) -> NodeView | None:
+        """Return what there is to tell now."""
+        if self._node is None:
+            return None
+        try:
+            report = await self._node.report()
+        except Exception:  # that the node is there must be said whatever it has
+            log.exception("what this node has is not told")
+            return None
+        told = (report.machines, report.snapshots, report.missing, report.is_short_of_memory)
+        if told != self._told:
+            self._told = told
+            self._generation += 1
+        return report.view(generation=self._generation)
+
+
 class Membership:
     """See the module. `registries` are the ways to a control plane, the best first; `keep` is given
-    every identity that the node gets, `know` where each control plane that answers is reached."""
+    every identity that the node gets, `know` where each control plane that answers is reached.
+    `telling` is what it tells of itself each time."""
 
     def __init__(
         self,
@@ -45,6 +76,7 @@ class Membership:
         keep: Callable[[Identity], None],
         know: Callable[[str], None],
         clock: Clock,
+        telling: "Telling | None" = None,
         boot_time: Callable[[], float] = boot_time,
     ) -> None:
         self._node_id = node_id
@@ -52,6 +84,7 @@ class Membership:
         self._hello = hello
         self._keep = keep
         self._know = know
+        self._telling = telling or Telling()
         self._clock = clock
         self._boot_time = boot_time
         self._lease_ends = 0.0
@@ -85,7 +118,7 @@ class Membership:
         """
         while True:
             welcome = await self._introduced()
-            await self._beat_on(Beat(welcome.epoch))
+            await self._beat_on(welcome.epoch)
 
     async def _introduced(self) -> Welcome:
         began = self._boot_time()
@@ -113,7 +146,7 @@ class Membership:
                 log.info("this node is there, in epoch %s", welcome.epoch)
                 return welcome
 
-    async def _beat_on(self, beat: Beat) -> None:
+    async def _beat_on(self, epoch: int) -> None:
         """Say that the node is there, until its identity is worth renewing."""
         began = self._boot_time()
         had_lease, by_another = True, began
@@ -123,8 +156,9 @@ class Membership:
                 by_another = sent
             elif sent > by_another + _ELSEWHERE_S:
                 return  # where the first way is now, whoever takes it in will tell
+            say = partial(self._beat, Beat(epoch, await self._telling.view()))
             try:
-                grant: Grant = await self._said(lambda one: one.beat(self._node_id, beat))
+                grant: Grant = await self._said(say)
                 self._lease_ends = sent + grant.lease_s
                 self._know(grant.door)
             except _FINAL:
@@ -138,6 +172,9 @@ class Membership:
                 else:
                     log.error("this node is not heard: it takes no wishes, and its machines run on")
             await self._clock.sleep(max(0.0, sent + _BEAT_S - self._boot_time()))
+
+    async def _beat(self, beat: Beat, registry: Presence) -> Grant:
+        return await registry.beat(self._node_id, beat)
 
     async def _said(self, say: Callable[[Presence], Awaitable[_T]]) -> _T:
         trouble: UnavailableError | None = None

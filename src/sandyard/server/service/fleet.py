@@ -1,6 +1,8 @@
 """The nodes on other hosts: how they join, say that they are there, and leave."""
 
+import asyncio
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Final
 
@@ -20,6 +22,7 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
+    UnavailableError,
 )
 from sandyard.server.core.ids import checked_text, digest_of_key, new_secret, new_uuid
 from sandyard.server.core.records import JoinedNode, NodeStart, Reason
@@ -29,6 +32,7 @@ from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 log = logging.getLogger(__name__)
 
 LEASE_S: Final = 4.0
+_GATHER_S: Final = 0.1
 INVITE_LASTS: Final = timedelta(hours=1)
 _LEASE = timedelta(seconds=LEASE_S)
 _REST = frozenset({Status.DESTROYED, Status.ORPHANED, Status.FAILED, Status.PAUSED, Status.ERROR})
@@ -40,7 +44,7 @@ _GONE = frozenset({Status.DESTROYED, Status.DESTROYING, Status.ORPHANED, Status.
 
 class Fleet:
     """See core.contracts.cluster.Registry, and what an operator does with nodes. `door` is where
-    nodes reach this control plane."""
+    nodes reach this control plane; `hear` is given every beat that counts."""
 
     def __init__(
         self,
@@ -50,7 +54,10 @@ class Fleet:
         clock: Clock,
         *,
         door: str = "",
+        hear: Callable[[str, Beat], None] = lambda _node_id, _beat: None,
     ) -> None:
+        self._hear = hear
+        self._beats = _Beats(store)
         self._lifecycle = lifecycle
         self._door = door
         self._store = store
@@ -176,17 +183,51 @@ class Fleet:
 
     async def beat(self, node_id: str, beat: Beat) -> Grant:
         """See core.contracts.cluster.Registry.beat."""
-        async with self._store.write(Turn.BESIDE) as tx:
-            is_current = await tx.joined_nodes.beat(node_id, beat.epoch, lasts=_LEASE)
-        if not is_current:
+        if not await self._beats.is_current(node_id, beat.epoch):
             await self._must_be_known(node_id)
             raise ConflictError("cannot go on as this node: a later process of it has started")
+        self._hear(node_id, beat)
         return Grant(LEASE_S, self._door)
 
     async def _must_be_known(self, node_id: str) -> None:
         async with self._store.read() as tx:
             if await tx.joined_nodes.find(node_id) is None:
                 raise NotFoundError("cannot find this node: it was forgotten")
+
+
+class _Beats:
+    """Writes the beats of many nodes at once: a transaction for each would be most of what a
+    control plane does."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._said: set[tuple[str, int]] = set()
+        self._written: asyncio.Future[frozenset[tuple[str, int]]] | None = None
+
+    async def is_current(self, node_id: str, epoch: int) -> bool:
+        """Have a node's lease begin anew; False if a later epoch of it has begun.
+
+        Raises:
+            UnavailableError: it could not be written.
+        """
+        if (written := self._written) is not None:
+            self._said.add((node_id, epoch))
+            return (node_id, epoch) in await asyncio.shield(written)
+        written = self._written = asyncio.get_running_loop().create_future()
+        said = self._said = {(node_id, epoch)}
+        try:
+            await asyncio.sleep(_GATHER_S)
+            self._written = None
+            async with self._store.write(Turn.BESIDE) as tx:
+                current = await tx.joined_nodes.beat(said, lasts=_LEASE)
+            written.set_result(current)
+        finally:
+            if self._written is written:
+                self._written = None
+            if not written.done():
+                written.set_exception(UnavailableError("cannot note now that the node is there"))
+                written.exception()  # looked at, should nobody else wait for it
+        return (node_id, epoch) in current
 
 
 def _check_start(start: NodeStart) -> None:

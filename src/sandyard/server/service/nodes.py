@@ -10,12 +10,13 @@ from sandyard.server.core.contracts.node import (
     MachineWish,
     NodeControl,
     NodeReport,
+    NodeView,
     SnapshotFact,
     TemplateFact,
 )
 from sandyard.server.core.errors import DeadlineExceededError, SandyardError, UnavailableError
 from sandyard.server.core.shapes import Shape
-from sandyard.server.service.roster import Roster
+from sandyard.server.service.roster import Roster, Told
 from sandyard.server.tasks import beside
 
 REPORT_LIMIT_S = 5.0
@@ -133,7 +134,7 @@ class Nodes:
         self._controls = controls
         self._roster = roster
         self._clock = clock
-        self._said: dict[str, tuple[float, NodeReport]] = {}
+        self._said: dict[str, tuple[float, NodeView]] = {}
 
     def all(self) -> tuple[NodeControl, ...]:
         """Return every node."""
@@ -142,6 +143,11 @@ class Nodes:
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all nodes."""
         return tuple(self._controls)
+
+    @property
+    def are_remote(self) -> bool:
+        """Whether they are on other hosts."""
+        return self._roster is not None
 
     def takes_new(self, node_id: str) -> bool:
         """Tell whether new sandboxes may come to a node."""
@@ -181,12 +187,18 @@ class Nodes:
         except UnavailableError:
             self._said.pop(node.node_id, None)
             raise
-        self._said[node.node_id] = (self._clock.monotonic(), report)
+        self._said[node.node_id] = (self._clock.monotonic(), report.view())
         return report
 
-    def lately(self, node_id: str) -> NodeReport | None:
+    def told(self, node_id: str) -> Told | None:
+        """Return what a node said of itself, unasked, a moment ago; None if it said nothing."""
+        return None if self._roster is None else self._roster.told(node_id)
+
+    def lately(self, node_id: str) -> NodeView | None:
         """Return what a node said a moment ago; None where that is too long ago."""
-        said = self._said.get(node_id)
+        said, told = self._said.get(node_id), self.told(node_id)
+        if told is not None and (said is None or said[0] < told.at):
+            return told.view
         if said is not None and self._clock.monotonic() - said[0] < _FRESH_S:
             return said[1]
         return None

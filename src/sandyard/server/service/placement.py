@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeReport
+from sandyard.server.core.contracts.node import NodeView
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import Snapshot
 from sandyard.server.core.shapes import Shape
@@ -83,15 +83,15 @@ class Placement:
         for node_id in self._nodes.ids():
             if node_id == but or not self._nodes.takes_new(node_id):
                 continue
-            report = self._nodes.lately(node_id)
-            if report is None:
+            view = self._nodes.lately(node_id)
+            if view is None:
                 try:
-                    report = await self._nodes.report_of(self._nodes.get(node_id))
+                    view = (await self._nodes.report_of(self._nodes.get(node_id))).view()
                 except UnavailableError:
                     continue
-            if template in report.templates:
-                tier = (not self._has_failed(node_id), *_tier(report, template, shape))
-                ranked.append((tier, report.memory_mib, report.disk_mib, node_id))
+            if template in view.templates:
+                tier = (not self._has_failed(node_id), *_tier(view, template, shape))
+                ranked.append((tier, view.memory_mib, view.disk_mib, node_id))
         # Of those that are alike, the order stays as it is.
         ranked.sort(key=lambda one: one[:3], reverse=True)
         if self._by_lot and ranked:
@@ -100,11 +100,11 @@ class Placement:
         return [one[3] for one in ranked]
 
 
-def _tier(report: NodeReport, template: str, shape: Shape) -> tuple[bool, bool]:
+def _tier(view: NodeView, template: str, shape: Shape) -> tuple[bool, bool]:
     waits = any(
         one.size > 0
         and (one.template, one.vcpus, one.memory_mib) == (template, shape.vcpus, shape.memory_mib)
-        for one in report.shelves
+        for one in view.shelves
     )
-    fits = report.memory_mib >= shape.memory_mib and report.disk_mib >= shape.disk_mib
+    fits = view.memory_mib >= shape.memory_mib and view.disk_mib >= shape.disk_mib
     return fits, waits

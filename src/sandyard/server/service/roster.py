@@ -2,10 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.cluster import Beat
+from sandyard.server.core.contracts.node import NodeView
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import JoinedNode
@@ -16,6 +19,16 @@ _GRACE: Final = timedelta(seconds=0.5)
 _LOOK_S: Final = 0.4
 _CALM_S: Final = 5.0
 _STILL_S: Final = 2.0
+_FRESH_S: Final = 3.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a node said of itself last: `at` by this process's clock, in seconds."""
+
+    at: float
+    epoch: int
+    view: NodeView
 
 
 class Roster:
@@ -34,11 +47,12 @@ class Roster:
         elapsed: Callable[[], float] | None = None,
     ) -> None:
         self._store = store
-        self._clock = clock
+        self.clock = clock
         self._can_hear = can_hear
         self._elapsed = elapsed or clock.monotonic
         self._calm_since: float | None = None
         self._looked_at = 0.0
+        self._told: dict[str, Told] = {}
         self.nodes: dict[str, JoinedNode] = {}
 
     async def refresh(self) -> None:
@@ -49,6 +63,19 @@ class Roster:
         """
         async with self._store.read() as tx:
             self.nodes = {one.id: one for one in await tx.joined_nodes.all()}
+        self._told = {one: told for one, told in self._told.items() if one in self.nodes}
+
+    def hear(self, node_id: str, beat: Beat) -> None:
+        """Note what a node says of itself."""
+        if beat.view is not None and node_id in self.nodes:
+            self._told[node_id] = Told(self.clock.monotonic(), beat.epoch, beat.view)
+
+    def told(self, node_id: str) -> Told | None:
+        """Return what a node said of itself a moment ago; None if it said nothing."""
+        told = self._told.get(node_id)
+        if told is None or self.clock.monotonic() - told.at > _FRESH_S:
+            return None
+        return told
 
     async def run(self) -> None:
         """Keep them fresh, and give up whoever's lease has ended.
@@ -65,7 +92,7 @@ class Roster:
                 self._calm_since = None
             except Exception:  # looked after at the next look
                 log.exception("nodes could not be looked after")
-            await self._clock.sleep(_LOOK_S)
+            await self.clock.sleep(_LOOK_S)
 
     async def _lose(self, began: float) -> None:
         """Give up whoever is to be, in a look that `began` just now."""
@@ -88,6 +115,10 @@ class Roster:
             lost = await tx.joined_nodes.lose(grace=_GRACE)
         for node_id in lost:
             log.error("the node %s is lost: it has not been heard of", node_id)
+
+    def can_hear(self) -> bool:
+        """Tell whether nodes can be heard, and asked."""
+        return self._can_hear()
 
     def is_there(self, node_id: str) -> bool:
         """Tell whether a node has a lease."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from sandyard.server.core.contracts.node import NodeView
 from sandyard.server.core.records import NodeStart
 
 
@@ -59,9 +60,10 @@ class Welcome:
 
 @dataclass(frozen=True)
 class Beat:
-    """A node is there."""
+    """A node is there; `view` is what it has, once it knows."""
 
     epoch: int
+    view: NodeView | None = None
 
 
 @dataclass(frozen=True)

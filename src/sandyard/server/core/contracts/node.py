@@ -165,6 +165,20 @@ class ShelfFact:
 
 
 @dataclass(frozen=True)
+class NodeView:
+    """What of a node is told each second, to choose among many by; see `NodeReport`.
+
+    `generation` is another whenever what its report says is, but for what it could take.
+    """
+
+    templates: tuple[str, ...] = ()
+    memory_mib: int = 0
+    disk_mib: int = 0
+    shelves: tuple[ShelfFact, ...] = ()
+    generation: int = 0
+
+
+@dataclass(frozen=True)
 class NodeReport:
     """All that a node holds now, and what it could take.
 
@@ -184,6 +198,10 @@ class NodeReport:
     disk_mib: int = 0
     shelves: tuple[ShelfFact, ...] = ()
     goldens: int = 0
+
+    def view(self, *, generation: int = 0) -> NodeView:
+        """Return what of it is told each second."""
+        return NodeView(self.templates, self.memory_mib, self.disk_mib, self.shelves, generation)
 
 
 class NodeControl(Protocol):

@@ -1,6 +1,6 @@
 """What is asked of the store: rows, a protocol for each kind, within transactions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -19,6 +19,7 @@ from sandyard.server.core.records import (
     KeyedRequest,
     KeyHolder,
     LedgerEntry,
+    Mark,
     Membership,
     NodeSeen,
     NodeStart,
@@ -121,6 +122,12 @@ class SandboxRows(Protocol):
         """Return how every sandbox of these statuses stands that was placed on a node."""
         ...
 
+    async def marks(
+        self, node_ids: Collection[str], statuses: frozenset[Status]
+    ) -> Mapping[str, Mark]:
+        """Return a mark of every node on which sandboxes of these statuses, or snapshots, are."""
+        ...
+
     async def unplaced_until(self, end: datetime, statuses: frozenset[Status]) -> list[Sandbox]:
         """Return every sandbox of these statuses that is on no node and was to live no longer."""
         ...
@@ -165,8 +172,8 @@ class LeaseRows(Protocol):
 class NodeRows(Protocol):
     """The nodes of the installation, and when one was last heard of."""
 
-    async def heard(self, node_id: str, at: datetime) -> None:
-        """Note that a node answered; one that is new is added."""
+    async def heard(self, node_ids: Collection[str], at: datetime) -> None:
+        """Note that nodes answered; those that are new are added."""
         ...
 
     async def find(self, node_id: str) -> NodeSeen | None:
@@ -196,8 +203,29 @@ class JoinedNodeRows(Protocol):
         """
         ...
 
-    async def beat(self, node_id: str, epoch: int, *, lasts: timedelta) -> bool:
-        """Have a node's lease last so long from now; False if a later epoch has begun."""
+    async def beat(
+        self, said: Collection[tuple[str, int]], *, lasts: timedelta
+    ) -> frozenset[tuple[str, int]]:
+        """Have the leases of nodes, each said to be there in an epoch, last so long from now.
+
+        Returned are those of which no later epoch has begun.
+        """
+        ...
+
+    async def watch(
+        self,
+        node_ids: Collection[str],
+        *,
+        by: str,
+        over: str | None = None,
+        lasts: timedelta,
+        unwatched_for: timedelta = timedelta(),
+    ) -> frozenset[str]:
+        """Have nodes watched by a control plane for so long, and return those that are.
+
+        Those that another watches are left to it, unless it is the one `over` which this one is;
+        so are those that anybody, this one too, has watched within `unwatched_for`.
+        """
         ...
 
     async def lose(self, *, grace: timedelta) -> list[str]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -22,6 +22,8 @@ from sandyard.server.links.nats.link import Heard, Link
 
 log = logging.getLogger(__name__)
 
+_BACK_S: Final = 1.0
+_AGAIN_S: Final = 0.1
 INBOX: Final = "inbox"
 """What the places begin with where answers come."""
 
@@ -128,21 +130,13 @@ class RemoteNode:
 
     async def _ask(self, name: str, **args: object) -> Any:
         ask = ASKS[name]
-        with self._inbox.answers() as (place, came):
-            words = {"op": name, "args": ask.written(args)}
-            await self._link.say(f"node.{self._node_id}.do", words, reply=place)
-            while True:
-                try:
-                    async with asyncio.timeout(SILENCE_S):
-                        heard = await came.get()
-                except TimeoutError as error:
-                    raise DeadlineExceededError(
-                        f"the node {self._node_id} does not answer"
-                    ) from error
-                if heard.is_undelivered:
-                    raise UnavailableError(f"the node {self._node_id} is not there")
-                if not heard.values.get("working"):
-                    break
+        words = {"op": name, "args": ask.written(args)}
+        until = asyncio.get_running_loop().time() + _BACK_S
+        while (heard := await self._heard(words)).is_undelivered:
+            # It may be on its way from one server to another, and nobody has heard the wish.
+            if asyncio.get_running_loop().time() > until:
+                raise UnavailableError(f"the node {self._node_id} is not there")
+            await asyncio.sleep(_AGAIN_S)
         if "error" in heard.values:
             raise failed(heard.values["error"])
         try:
@@ -152,3 +146,18 @@ class RemoteNode:
             raise UnavailableError(
                 f"the node {self._node_id} answers what nobody understands"
             ) from error
+
+    async def _heard(self, words: Mapping[str, object]) -> Heard:
+        """Say it once, and return what comes of it in the end."""
+        with self._inbox.answers() as (place, came):
+            await self._link.say(f"node.{self._node_id}.do", words, reply=place)
+            while True:
+                try:
+                    async with asyncio.timeout(SILENCE_S):
+                        heard = await came.get()
+                except TimeoutError as error:
+                    raise DeadlineExceededError(
+                        f"the node {self._node_id} does not answer"
+                    ) from error
+                if not heard.values.get("working"):
+                    return heard

@@ -1,14 +1,14 @@
 """Nodes say by NATS that they are there: how a control plane hears it, and how a node says it.
 
 ctl.<node>.hello     Hello → Welcome    to one control plane
-ctl.<node>.beat      Beat → Grant       to one, each second
+ctl.<node>.beat      Beat → Grant       to one, each second; heard by all
 ctl.<node>.changed   nothing            to all
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, TypeVar
 
 from sandyard.server.core.codec import CodecError, decode, encode
@@ -35,7 +35,11 @@ _T = TypeVar("_T")
 
 @asynccontextmanager
 async def registering(
-    registry: Presence, link: Link, *, on_change: Callable[[str], None]
+    registry: Presence,
+    link: Link,
+    *,
+    on_change: Callable[[str], None],
+    on_beat: Callable[[str, Beat], None],
 ) -> AsyncIterator[None]:
     """Hear nodes for as long as the block runs; open it before the link is."""
     async with Crew() as crew:
@@ -49,8 +53,13 @@ async def registering(
             telling = _told(on_change, heard.subject.split(".")[1])
             crew.start(telling, "a change was not looked at", once=heard.subject)
 
+        def overheard(heard: Heard) -> None:
+            with suppress(CodecError):  # whoever answers it says so
+                on_beat(heard.subject.split(".")[1], decode(Beat, heard.values))
+
         link.listen("ctl.*.hello", take, queue=_CONTROLS)
         link.listen("ctl.*.beat", take, queue=_CONTROLS)
+        link.listen("ctl.*.beat", overheard)
         link.listen("ctl.*.changed", changed)
         yield
 

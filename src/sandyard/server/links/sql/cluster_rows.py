@@ -1,11 +1,12 @@
 """Rows of nodes that joined, of invites, and of an installation's own secrets."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 
 from sqlalchemy import (
     ColumnElement,
     RowMapping,
+    Select,
     case,
     delete,
     false,
@@ -13,6 +14,7 @@ from sqlalchemy import (
     insert,
     or_,
     select,
+    tuple_,
     update,
 )
 
@@ -32,22 +34,18 @@ class JoinedNodeTable:
 
     async def add(self, node: JoinedNode) -> None:
         """See core.contracts.store.JoinedNodeRows.add."""
-        values = {name: value for name, value in vars(node).items() if name != "has_lease"}
+        values = {name: value for name, value in vars(node).items() if name not in _TOLD_NOW}
         values |= {"boot": "", "place": ""}
         await self._connection.execute(insert(t.joined_nodes).values(values))
 
     async def all(self) -> list[JoinedNode]:
         """See core.contracts.store.JoinedNodeRows.all."""
-        found = await self._connection.execute(
-            select(*_TOLD, _HAS_LEASE.label("has_lease")).order_by(_c.name, _c.id)
-        )
+        found = await self._connection.execute(select(*_TOLD, *_NOW).order_by(_c.name, _c.id))
         return [_node_of(row) for row in found.mappings()]
 
     async def find(self, node_id: str) -> JoinedNode | None:
         """See core.contracts.store.JoinedNodeRows.find."""
-        found = await self._connection.execute(
-            select(*_TOLD, _HAS_LEASE.label("has_lease")).where(_c.id == node_id)
-        )
+        found = await self._connection.execute(select(*_TOLD, *_NOW).where(_c.id == node_id))
         row = found.mappings().first()
         return None if row is None else _node_of(row)
 
@@ -68,20 +66,50 @@ class JoinedNodeTable:
         row = done.first()
         return None if row is None else int(row.epoch)
 
-    async def beat(self, node_id: str, epoch: int, *, lasts: timedelta) -> bool:
+    async def beat(
+        self, said: Collection[tuple[str, int]], *, lasts: timedelta
+    ) -> frozenset[tuple[str, int]]:
         """See core.contracts.store.JoinedNodeRows.beat."""
+        # The ids by themselves too: for pairs, PostgreSQL searches no index.
+        current = _c.id.in_([one for one, _ in said]), tuple_(_c.id, _c.epoch).in_(list(said))
         done = await self._connection.execute(
             update(t.joined_nodes)
-            .where(_c.id == node_id, _c.epoch == epoch)
+            .where(_c.id.in_(_in_turn(*current)))
             .values(lease_until=t.now() + lasts // _MICROSECOND, lost_at=None)
+            .returning(_c.id, _c.epoch)
         )
-        return done.rowcount > 0
+        return frozenset((row.id, row.epoch) for row in done)
+
+    async def watch(
+        self,
+        node_ids: Collection[str],
+        *,
+        by: str,
+        over: str | None = None,
+        lasts: timedelta,
+        unwatched_for: timedelta = timedelta(),
+    ) -> frozenset[str]:
+        """See core.contracts.store.JoinedNodeRows.watch."""
+        is_to_have = _c.watched_by == (by if over is None else over)
+        is_free = or_(
+            false() if unwatched_for else is_to_have,
+            _c.watched_until.is_(None),
+            _c.watched_until <= t.now() - unwatched_for // _MICROSECOND,
+        )
+        done = await self._connection.execute(
+            update(t.joined_nodes)
+            .where(_c.id.in_(_in_turn(_c.id.in_(node_ids), is_free)))
+            .values(watched_by=by, watched_until=t.now() + lasts // _MICROSECOND)
+            .returning(_c.id)
+        )
+        return frozenset(done.scalars())
 
     async def lose(self, *, grace: timedelta) -> list[str]:
         """See core.contracts.store.JoinedNodeRows.lose."""
+        is_over = _c.lease_until < _once(t.now() - grace // _MICROSECOND)
         done = await self._connection.execute(
             update(t.joined_nodes)
-            .where(_c.lost_at.is_(None), _c.lease_until < _once(t.now() - grace // _MICROSECOND))
+            .where(_c.id.in_(_in_turn(_c.lost_at.is_(None), is_over)))
             .values(lost_at=_c.lease_until)
             .returning(_c.id)
         )
@@ -144,15 +172,26 @@ class SecretTable:
         )
 
 
+def _in_turn(*which: ColumnElement[bool]) -> Select[tuple[str]]:
+    """Return the ids of nodes, locked one after the other: two who write several at once would wait
+    for each other."""
+    return select(_c.id).where(*which).order_by(_c.id).with_for_update()
+
+
 def _once(value: ColumnElement[int]) -> ColumnElement[int]:
     """Return a value as worked out once: an index can be searched for it, not for a clock's."""
     return select(value).scalar_subquery()
 
 
 _MICROSECOND = timedelta(microseconds=1)
-_HAS_LEASE = func.coalesce(_c.lease_until > t.now(), false())
-_TOLD = [one for one in t.joined_nodes.columns if one.name not in ("boot", "place")]
+_NOW = [
+    func.coalesce(_c.lease_until > t.now(), false()).label("has_lease"),
+    func.coalesce(_c.watched_until > t.now(), false()).label("is_watched"),
+]
+_TOLD_NOW = frozenset(one.name for one in _NOW)
+_UNTOLD = frozenset({"boot", "place", "watched_until"})
+_TOLD = [one for one in t.joined_nodes.columns if one.name not in _UNTOLD]
 
 
 def _node_of(row: RowMapping) -> JoinedNode:
-    return JoinedNode(**{**row, "has_lease": bool(row["has_lease"])})
+    return JoinedNode(**dict(row) | {name: bool(row[name]) for name in _TOLD_NOW})

@@ -1,7 +1,7 @@
 """Statements, and rows turned into records. See core.contracts for what each method promises."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol
@@ -17,8 +17,11 @@ from sqlalchemy import (
     Table,
     and_,
     bindparam,
+    case,
+    cast,
     delete,
     exists,
+    func,
     insert,
     or_,
     select,
@@ -34,6 +37,7 @@ from sandyard.server.core.records import (
     ActivityQuery,
     Claim,
     KeyedRequest,
+    Mark,
     Mount,
     NodeSeen,
     Reason,
@@ -218,6 +222,37 @@ class SandboxTable:
             standing.append(Standing(**row | {"status": Status(row["status"]), "reason": reason}))
         return standing
 
+    async def marks(
+        self, node_ids: Collection[str], statuses: frozenset[Status]
+    ) -> Mapping[str, Mark]:
+        """See core.contracts.store.SandboxRows.marks."""
+        c, s = t.sandboxes.c, t.snapshots.c
+        sandboxes = await self._connection.execute(
+            select(
+                c.node_id,
+                func.count().label("number"),
+                cast(func.sum(c.version), BigInteger).label("versions"),
+                func.max(c.updated_at).label("updated_at"),
+            )
+            .where(c.node_id.in_(node_ids), t.is_any_of(sorted(statuses)))
+            .group_by(c.node_id)
+        )
+        is_unready = case((or_(s.is_ready.is_(False), s.is_hidden.is_(True)), 1), else_=0)
+        snapshots = await self._connection.execute(
+            select(
+                s.node_id,
+                func.count().label("number"),
+                cast(func.sum(is_unready), BigInteger).label("unready"),
+            )
+            .where(s.node_id.in_(node_ids))
+            .group_by(s.node_id)
+        )
+        marks = {row.node_id: Mark(row.number, row.versions, row.updated_at) for row in sandboxes}
+        for row in snapshots:
+            mark = marks.get(row.node_id, Mark())
+            marks[row.node_id] = replace(mark, snapshots=row.number, unready=row.unready)
+        return marks
+
     async def unplaced_until(self, end: datetime, statuses: frozenset[Status]) -> list[Sandbox]:
         """See core.contracts.store.SandboxRows.unplaced_until."""
         c = t.sandboxes.c
@@ -349,9 +384,9 @@ class NodeTable:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def heard(self, node_id: str, at: datetime) -> None:
+    async def heard(self, node_ids: Collection[str], at: datetime) -> None:
         """See core.contracts.store.NodeRows.heard."""
-        new = {"id": node_id, "first_seen_at": at, "seen_at": at}
+        new = [{"id": one, "first_seen_at": at, "seen_at": at} for one in sorted(node_ids)]
         await put(self._connection, t.nodes, new, changes={"seen_at": at})
 
     async def find(self, node_id: str) -> NodeSeen | None:
@@ -584,11 +619,11 @@ class TicketTable:
 async def put(
     connection: Connection,
     table: Table,
-    new: Mapping[str, object],
+    new: Mapping[str, object] | Sequence[Mapping[str, object]],
     *,
     changes: Mapping[str, object],
 ) -> None:
-    """Add a row, or change the one of the same key: one statement, whoever else does the same."""
+    """Add a row or some, or change those of the same key: one statement, whoever else does so."""
     kind = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     await connection.execute(
         kind(table)

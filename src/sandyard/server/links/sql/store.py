@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
+from zlib import crc32
 
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import CursorResult, Engine, Executable, create_engine, event, make_url, text
@@ -38,6 +39,7 @@ from sandyard.server.links.sql.money_rows import (
     UsageTable,
 )
 from sandyard.server.links.sql.prepared import Prepared, Values, begin
+from sandyard.server.links.sql.remote import READ, WRITE, Transactions
 from sandyard.server.links.sql.rows import (
     ActivityTable,
     Connection,
@@ -55,7 +57,6 @@ POSTGRES: dict[str, Any] = {
     "pool_size": 20,
     "max_overflow": 4,
     "pool_timeout": BUSY_S,
-    "pool_pre_ping": True,
     "hide_parameters": True,
     # Whoever waits longer for others is told so (in milliseconds).
     "connect_args": {
@@ -70,13 +71,8 @@ POSTGRES: dict[str, Any] = {
 # itself, and everybody else shares it; of the second there is one an organization.
 _WRITERS, _ORGANIZATION = 0x53414E44, 0x53414E46
 _SCHEMA_LOCK = 0x53414E45
-_ALONE = text(f"SELECT pg_advisory_xact_lock({_WRITERS})")
-_BESIDE = text(f"SELECT pg_advisory_xact_lock_shared({_WRITERS})")
-# Two that come to the same number wait for each other needlessly, and that is all.
-_IN_TURN = text(
-    f"SELECT pg_advisory_xact_lock_shared({_WRITERS}), "
-    f"pg_advisory_xact_lock({_ORGANIZATION}, hashtext(:org_id))"
-)
+_ALONE = f"SELECT pg_advisory_xact_lock({_WRITERS})"
+_BESIDE = f"SELECT pg_advisory_xact_lock_shared({_WRITERS})"
 
 
 class SqlTransaction:
@@ -116,6 +112,7 @@ class PostgresStore:
 
     def __init__(self, engine: AsyncEngine, seal: Seal) -> None:
         self.engine = engine
+        self._transactions = Transactions(engine)
         self._seal = seal
         # Who waits here for one's turn keeps no connection from others. Each lives for as long as
         # somebody waits for it or has it.
@@ -125,23 +122,16 @@ class PostgresStore:
     async def read(self) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.store.Store.read."""
         with _translated():
-            # A statement would else see what was committed since the one before.
-            engine = self.engine.execution_options(isolation_level="REPEATABLE READ")
-            async with engine.connect() as connection:
+            async with self._transactions.begun(READ) as connection:
                 yield SqlTransaction(_Remote(connection), self._seal)
 
     @asynccontextmanager
     async def write(self, turn: Turn | str) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.store.Store.write."""
+        words = f"{WRITE}; {_locks(turn)}"
         with _translated():
-            async with self._turn(turn):
-                engine = self.engine.execution_options(isolation_level="READ COMMITTED")
-                async with engine.begin() as connection:
-                    if isinstance(turn, str):
-                        await connection.execute(_IN_TURN, {"org_id": turn})
-                    else:
-                        await connection.execute(_ALONE if turn is Turn.ALONE else _BESIDE)
-                    yield SqlTransaction(_Remote(connection), self._seal)
+            async with self._turn(turn), self._transactions.begun(words) as connection:
+                yield SqlTransaction(_Remote(connection), self._seal)
 
     @asynccontextmanager
     async def _turn(self, turn: Turn | str) -> AsyncIterator[None]:
@@ -163,9 +153,8 @@ class PostgresStore:
 
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
-        with _translated():
-            async with asyncio.timeout(BUSY_S), self.engine.connect() as connection:
-                await connection.execute(text("SELECT 1"))
+        async with asyncio.timeout(BUSY_S), self.read() as tx:
+            await tx.facts.moment("ping")
 
 
 class SqliteStore:
@@ -304,13 +293,24 @@ async def open_store(url: str, *, key: bytes, clock: Clock | None = None) -> Asy
                     await connecting.execute(text(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"))
                     if await connecting.run_sync(is_behind):
                         # Servers of before that run still, and write, would deadlock with it.
-                        await connecting.execute(_ALONE)
+                        await connecting.execute(text(_ALONE))
                         await connecting.run_sync(upgrade)
             yield PostgresStore(engine, Seal(key))
         else:
             raise InternalError(
                 "cannot open the store: its URL must be sqlite:/// or postgresql://"
             )
+
+
+def _locks(turn: Turn | str) -> str:
+    """Return what takes the locks for a turn. Two organizations that come to the same number wait
+    for each other needlessly, and that is all."""
+    if turn is Turn.ALONE:
+        return _ALONE
+    if turn is Turn.BESIDE:
+        return _BESIDE
+    number = crc32(turn.encode()) - 2**31
+    return f"{_BESIDE}, pg_advisory_xact_lock({_ORGANIZATION}, {number})"
 
 
 def _sqlite(

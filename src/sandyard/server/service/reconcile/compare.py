@@ -7,7 +7,7 @@ sandbox said to have vanished, only when two looks in a row have found it so.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sandyard.server.core.contracts.clock import Clock
@@ -18,13 +18,14 @@ from sandyard.server.core.contracts.node import (
     NodeReport,
     Phase,
 )
-from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import SandyardError, UnavailableError
-from sandyard.server.core.records import Claim, Reason, Sandbox, Standing
+from sandyard.server.core.records import Claim, Mark, Reason, Sandbox, Snapshot, Standing
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
 from sandyard.server.service.reconcile.work import LOST
+from sandyard.server.service.roster import Told
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 from sandyard.server.service.sandboxes.worker import Worker
 from sandyard.server.tasks import Crew, Work
@@ -49,7 +50,8 @@ EXPIRED = Reason("expired", "the end set at its creation (expiresIn) has come")
 _PASSING = frozenset({"host_disk_full"})
 _RELIEF = "relief"
 _SILENT_MAX = timedelta(hours=1)
-_NOTED_EVERY = timedelta(seconds=4)
+_WHOLE_S = 300.0
+_NEVER = datetime.max.replace(tzinfo=UTC)
 _AWAY = timedelta(seconds=10)
 _BEHIND_MAX = 1_000_000
 
@@ -62,11 +64,25 @@ class Patience:
     grace_s: float = 10.0
 
 
+@dataclass(frozen=True)
+class _Calm:
+    """What was so when a look found nothing to do, and until when none will by the time alone;
+    `since` is by this process's clock, in seconds."""
+
+    mark: Mark
+    generation: tuple[int, int]
+    due_at: datetime
+    since: float
+
+
 class Comparison:
     """See the module. `away_since` is when the platform was last at work, where it is known:
     machines that are found dead at the first look may have died at any time since, and nobody pays
     for what may not have been.
     """
+
+    heard_at: datetime | None = None
+    """When the node last answered, or said unasked that nothing is new."""
 
     def __init__(
         self,
@@ -93,7 +109,7 @@ class Comparison:
         self._patience = patience
         self._away_since = away_since
         self._began_at = clock.now()
-        self._noted_at: datetime | None = None
+        self._calm: _Calm | None = None
         self._is_silent = False
         self._awake: dict[str, tuple[int, int]] = {}
         self._unwanted: dict[str, int] = {}
@@ -101,12 +117,20 @@ class Comparison:
         self._reboots: dict[str, list[datetime]] = {}
         self._unwanted_snapshots: set[str] = set()
 
-    async def look(self) -> None:
+    async def look(self, mark: Mark | None = None) -> None:
         """Ask the node, and mend what differs; one that does not answer is dealt with as silent.
+
+        With a `mark` of what is written of it, only if by that, by what the node says unasked, or
+        by the time, anything can have become of it since the last look.
 
         Raises:
             SandyardError: the store does not answer.
         """
+        told = self._nodes.told(self._node.node_id)
+        if self._calm is not None and self._is_calm(self._calm, mark, told):
+            self.heard_at = self._clock.now()
+            return
+        self._calm = None
         # Rows first: a row that says running was written when the machine was there, so a later
         # report without it means that it is gone.
         async with self._store.read() as tx:
@@ -119,7 +143,7 @@ class Comparison:
             if not self._is_silent:
                 log.warning("a node does not answer: %s", error.message)
             self._is_silent = True
-            if joined is None:
+            if joined is None or joined.lease_until is None:
                 await self._suspect_in_time(rows, self._began_at if seen is None else seen.seen_at)
             elif joined.lost_at is not None:
                 await self._suspect(rows, joined.lost_at)
@@ -133,9 +157,51 @@ class Comparison:
         self._is_silent = False
         if seen is not None and self._clock.now() - seen.seen_at > _AWAY:
             self._away_since = seen.seen_at
-        await self._compare(await self._caught_up(rows, report), report)
+        snapshots = await self._compare(await self._caught_up(rows, report), report)
+        if told is not None:
+            self._calm = self._calmed(rows, report, snapshots, told)
         # Last: a peer that comes back at the same time must still find how long nobody looked.
-        await self._note_heard()
+        self.heard_at = self._clock.now()
+
+    def _is_calm(self, calm: "_Calm", mark: Mark | None, told: Told | None) -> bool:
+        return (
+            mark == calm.mark
+            and told is not None
+            and (told.epoch, told.view.generation) == calm.generation
+            and self._clock.now() < calm.due_at
+            and 0 <= self._clock.monotonic() - calm.since < _WHOLE_S
+        )
+
+    def _calmed(
+        self, rows: list[Standing], report: NodeReport, snapshots: list[Snapshot], told: Told
+    ) -> "_Calm | None":
+        """Return what keeps the next look from finding anything; None if that may find something
+        as it is. `told` is older than the report."""
+        if (
+            self._awake
+            or self._vanished
+            or self._unwanted
+            or self._unwanted_snapshots
+            or report.is_short_of_memory
+            or any(one.status is Status.SUSPECTED_MISSING for one in rows)
+            or any(one.is_hidden or not one.is_ready for one in snapshots)
+        ):
+            return None
+        ends = [one.expires_at for one in rows if one.expires_at is not None]
+        ends += [
+            last_used(one) + timedelta(seconds=one.idle_timeout_s)
+            for one in rows
+            if one.status is Status.RUNNING and one.idle_timeout_s
+        ]
+        mark = Mark(
+            sandboxes=len(rows),
+            versions=sum(one.version for one in rows),
+            updated_at=max((one.updated_at for one in rows), default=None),
+            snapshots=len(snapshots),
+        )
+        generation = (told.epoch, told.view.generation)
+        since = self._clock.monotonic()
+        return _Calm(mark, generation, min(ends, default=_NEVER), since)
 
     # --- the node itself ------------------------------------------------------------------
 
@@ -155,13 +221,6 @@ class Comparison:
                 await self._apply(sandbox, Event.SILENT, reason=_NODE_SILENT, ended_at=heard_at)
             elif has_expired(sandbox, self._clock.now()):
                 await self._expire(sandbox, ended_at=heard_at)
-
-    async def _note_heard(self) -> None:
-        now = self._clock.now()
-        if self._noted_at is None or not timedelta() <= now - self._noted_at < _NOTED_EVERY:
-            async with self._store.write(Turn.BESIDE) as tx:
-                await tx.nodes.heard(self._node.node_id, now)
-            self._noted_at = now
 
     async def _caught_up(self, rows: list[Standing], report: NodeReport) -> list[Standing]:
         """Return the rows once none is behind what the node was shown of it.
@@ -203,7 +262,8 @@ class Comparison:
 
     # --- its sandboxes --------------------------------------------------------------------
 
-    async def _compare(self, rows: list[Standing], report: NodeReport) -> None:
+    async def _compare(self, rows: list[Standing], report: NodeReport) -> list[Snapshot]:
+        """Mend what differs, and return the snapshots that are written to be on the node."""
         facts = {fact.sandbox_id: fact for fact in report.machines}
         vanished: set[str] = set()
         awake: dict[str, tuple[int, int]] = {}
@@ -232,7 +292,7 @@ class Comparison:
         if report.is_short_of_memory:
             await self._relieve(rows, facts)
         await self._remove_unwanted(report.machines, {one.id: one for one in rows})
-        await self._look_after_snapshots(report)
+        return await self._look_after_snapshots(report)
 
     async def _judge(self, sandbox: Standing, fact: MachineFact | None) -> None:
         is_suspected = sandbox.status is Status.SUSPECTED_MISSING
@@ -368,9 +428,9 @@ class Comparison:
             log.warning("removing a machine that nobody wants", extra={"sandbox_id": sandbox_id})
             self._beside(sandbox_id, self._node.ensure_gone(sandbox_id, incarnation=incarnation))
 
-    async def _look_after_snapshots(self, report: NodeReport) -> None:
+    async def _look_after_snapshots(self, report: NodeReport) -> list[Snapshot]:
         """Remove hidden snapshots whose forks are made, those that were never finished, and files
-        of which the store knows nothing."""
+        of which the store knows nothing; return all that there were."""
         now = self._clock.now()
         async with self._store.read() as tx:
             rows = await tx.snapshots.on_node(self._node.node_id)
@@ -397,6 +457,7 @@ class Comparison:
                 await self._node.drop_snapshot(snapshot_id)
             except SandyardError as error:
                 log.warning("a snapshot's files could not be removed: %s", error.message)
+        return rows
 
     # --- beside ---------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ what one forgets another finds.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -20,7 +20,7 @@ from sandyard.server.core.contracts.node import NodeControl
 from sandyard.server.core.contracts.store import Hold, Store, Turn
 from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
 from sandyard.server.core.ids import new_secret
-from sandyard.server.core.records import Claim
+from sandyard.server.core.records import Claim, Mark
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.reconcile.compare import (
@@ -30,6 +30,7 @@ from sandyard.server.service.reconcile.compare import (
     Patience,
 )
 from sandyard.server.service.reconcile.idle import Idleness
+from sandyard.server.service.reconcile.shares import Shares
 from sandyard.server.service.reconcile.work import Work
 from sandyard.server.service.sandboxes.lifecycle import WORK, Lifecycle
 from sandyard.server.tasks import Crew, beside
@@ -42,6 +43,7 @@ def topic_of_node(node_id: str) -> str:
     return f"node:{node_id}"
 
 
+_NOTED_EVERY = timedelta(seconds=4)
 _STARTING = frozenset({Status.PENDING, Status.CREATING, Status.RESUMING})
 _ENDING = frozenset({Status.DESTROYING, Status.PAUSING})
 
@@ -59,7 +61,8 @@ class Pace:
 
 
 class Reconciler:
-    """See the module. `server_id` is whose its leases are; for `away_since` see `Comparison`."""
+    """See the module. `server_id` is whose its leases are; for `away_since` see `Comparison`.
+    `shares` says which nodes it compares; without, all."""
 
     def __init__(
         self,
@@ -73,8 +76,13 @@ class Reconciler:
         bus: Bus,
         clock: Clock,
         pace: Pace,
+        shares: Shares | None = None,
         away_since: datetime | None = None,
     ) -> None:
+        self._shares = shares
+        self._comparisons: dict[str, Comparison] = {}
+        self._marks: Mapping[str, Mark] = {}
+        self._noted_at: datetime | None = None
         self._server_id = server_id
         self._store = store
         self._nodes = nodes
@@ -206,7 +214,7 @@ class Reconciler:
         except UnavailableError:
             return True  # not known to be lost; the guard on every write decides
 
-    async def _expire_unplaced(self) -> None:
+    async def _expire_unplaced(self, _: bool) -> None:
         """Have those end in time that are on no node, and so in no node's report."""
         async with self._store.read() as tx:
             unplaced = await tx.sandboxes.unplaced_until(self._clock.now(), WATCHED)
@@ -216,15 +224,59 @@ class Reconciler:
     # --- what nodes report ----------------------------------------------------------------
 
     async def _compare_all(self, crew: Crew) -> None:
-        """Have every node compared for as long as it is one."""
+        """Have every node compared for as long as it is one, and this server's to compare."""
         while True:
+            try:
+                await self._refresh()
+            except UnavailableError as error:
+                log.warning("which nodes to compare is not known: %s", error.message)
+            except Exception:  # the loop must go on, whatever the store says
+                log.exception("which nodes to compare is not known")
             for node in self._nodes.all():
                 name = f"compare {node.node_id}"
-                if not crew.is_at(name):
-                    look, is_one = self._comparison(node, crew).look, self._is_one(node.node_id)
-                    work = self._keep_at(look, topic_of_node(node.node_id), while_=is_one)
+                if self._is_own(node.node_id) and not crew.is_at(name):
+                    work = self._keep_comparing(node, crew)
                     crew.start(work, "a node is compared no longer", once=name)
+            self._away_since = None
             await self._clock.sleep(self._pace.period_s)
+
+    async def _refresh(self) -> None:
+        """Find out which nodes are this server's, and what is written of them; note who was heard.
+
+        Raises:
+            UnavailableError: the store does not answer.
+        """
+        if self._shares is not None:
+            await self._shares.refresh()
+            if own := self._shares.own:
+                async with self._store.read() as tx:
+                    self._marks = await tx.sandboxes.marks(own, WATCHED)
+        now, noted_at = self._clock.now(), self._noted_at
+        if noted_at is not None and timedelta() <= now - noted_at < _NOTED_EVERY:
+            return
+        heard = {
+            node_id
+            for node_id, one in self._comparisons.items()
+            if one.heard_at is not None and (noted_at is None or one.heard_at > noted_at)
+        }
+        if heard:
+            async with self._store.write(Turn.BESIDE) as tx:
+                await tx.nodes.heard(heard, now)
+        self._noted_at = now
+
+    async def _keep_comparing(self, node: NodeControl, crew: Crew) -> None:
+        comparison = self._comparison(node, crew)
+
+        async def look(is_hinted: bool) -> None:
+            is_shared = self._shares is not None and not is_hinted
+            await comparison.look(self._marks.get(node.node_id, Mark()) if is_shared else None)
+
+        self._comparisons[node.node_id] = comparison
+        try:
+            is_one = self._is_one(node.node_id)
+            await self._keep_at(look, topic_of_node(node.node_id), while_=is_one)
+        finally:
+            del self._comparisons[node.node_id]
 
     def _comparison(self, node: NodeControl, crew: Crew) -> Comparison:
         return Comparison(
@@ -240,23 +292,30 @@ class Reconciler:
             away_since=self._away_since,
         )
 
+    def _is_own(self, node_id: str) -> bool:
+        return self._shares is None or node_id in self._shares.own
+
     def _is_one(self, node_id: str) -> Callable[[], bool]:
-        return lambda: self._nodes.has(node_id)
+        return lambda: self._nodes.has(node_id) and self._is_own(node_id)
 
     async def _keep_at(
         self,
-        look: Callable[[], Awaitable[None]],
+        look: Callable[[bool], Awaitable[None]],
         topic: str,
         *,
         while_: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Look again and again, whatever comes of it; a silent node holds up no other."""
+        """Look again and again, whatever comes of it; a silent node holds up no other.
+
+        `look` is told whether there was a hint.
+        """
+        is_hinted = True
         with self._bus.subscribe(topic) as hints:
             while while_():
                 try:
-                    await look()
+                    await look(is_hinted)
                 except SandyardError as error:
                     log.warning("a look failed: %s", error.message)
                 except Exception:  # as above
                     log.exception("a look failed")
-                await hints.wait(self._pace.period_s)
+                is_hinted = await hints.wait(self._pace.period_s)

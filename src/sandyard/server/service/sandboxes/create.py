@@ -210,10 +210,12 @@ class Creation:
     ) -> tuple[Mount, ...]:
         """Return what is to be mounted, everything about it checked that can be said of it now."""
         mounts = checked_mounts(actor, wish.mounts or ())
+        kept = snapshot.mounts if wish.mounts is None and snapshot is not None else ()
+        if not mounts and not kept:
+            return ()
         async with self._store.read() as tx:
-            if wish.mounts is None and snapshot is not None and snapshot.mounts:
-                kept = await still_there(tx, actor.org_id, snapshot.mounts)
-                return checked_mounts(actor, kept)
+            if kept:
+                return checked_mounts(actor, await still_there(tx, actor.org_id, kept))
             await check_workspaces(tx, actor.org_id, mounts)
         return mounts
 

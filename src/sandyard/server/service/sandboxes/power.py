@@ -164,6 +164,8 @@ class Power:
 
     async def until_up(self, sandbox: Sandbox, *, limit_s: float) -> Sandbox:
         """Return a sandbox once it is no longer on its way up, at the limit as it is then."""
+        if sandbox.status not in ON_ITS_WAY_UP:
+            return sandbox
         try:
             return await self._register.wait_for(sandbox, _ALL - ON_ITS_WAY_UP, limit_s=limit_s)
         except DeadlineExceededError:
