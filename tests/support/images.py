@@ -1,7 +1,10 @@
 """Templates for tests: built once, kept by content in a cache that runs share."""
 
 import asyncio
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sandyard.server.app.settings import NodeSettings, Settings
@@ -14,6 +17,15 @@ _NARROW = "glibc.cpu.hwcaps=" + ",".join(f"-{one}" for one in _WIDE)
 # AVX in the first word; AVX2 and what begins with AVX-512 in the second (OPENSSL_ia32cap(3)).
 _NARROW_OPENSSL = "~0x1000000000000000:~0xd0230020"
 _built: dict[Path | None, Image] = {}
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Have one process of those that run tests make what all of them use."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "making.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cached_settings(home: Path, *, kernel: Path | None = None) -> Settings:
@@ -67,7 +79,8 @@ def minimal_image(kernel: Path | None = None) -> Image:
         import threading
 
         def build() -> None:
-            _built[kernel] = asyncio.run(builder.build("base-minimal", progress=lambda _: None))
+            with one_at_a_time():
+                _built[kernel] = asyncio.run(builder.build("base-minimal", progress=lambda _: None))
 
         thread = threading.Thread(target=build)
         thread.start()

@@ -33,7 +33,7 @@ from sandyard.server.app.settings import Settings
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import JoinedNode
 from sandyard.server.links.sql import open_store
-from tests.support.images import cache_environment
+from tests.support.images import cache_environment, one_at_a_time
 from tests.support.server import SANDYARD, longer, wait_until
 
 NET = "10.203.250"
@@ -298,10 +298,12 @@ backend controls
             **environment,
         }
         if is_real:  # not from in there: it may have to fetch packages
-            subprocess.run(
-                [SANDYARD, "template", "build", "base-minimal"], check=True, capture_output=True,
-                env={**os.environ, **host.environment}, timeout=longer(300),
-            )  # fmt: skip
+            with one_at_a_time():
+                subprocess.run(
+                    [SANDYARD, "template", "build", "base-minimal"], check=True,
+                    capture_output=True, env={**os.environ, **host.environment},
+                    timeout=longer(300),
+                )  # fmt: skip
         host.plug_in(self.prefix)
         self.nodes[name] = host
         line = asyncio.run(invite_line(self.settings)).split()

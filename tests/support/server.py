@@ -18,7 +18,7 @@ import httpx
 from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.node.host.identity import SLOTS
 from sandyard.server.node.host.mounts import mounts_of
-from tests.support.images import cache_environment
+from tests.support.images import cache_environment, one_at_a_time
 from tests.support.ports import free_port
 
 QEMU = {"SANDYARD_FIRECRACKER__BINARY": "/not/to/be/used"}
@@ -97,7 +97,8 @@ class RealServer:
         """Start the server and return when it is ready."""
         if self.process is not None:
             self.process.wait(60)
-        self.run("template", "build", "base-minimal")
+        with one_at_a_time():
+            self.run("template", "build", "base-minimal")
         self.run("init", "--quiet")
         with (self.home / "server.log").open("ab") as log:
             self.process = subprocess.Popen(

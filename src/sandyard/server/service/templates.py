@@ -57,8 +57,8 @@ class Templates:
             InvalidArgumentError: there is no such template.
             UnavailableError: it has not been built, or no node that may have it answers.
         """
-        # Where nodes are on other hosts, to ask all of them takes longer than all else together; the
-        # one that is to start it has the last word.
+        # Where nodes are on other hosts, to ask all of them takes longer than all else together.
+        # The one that is to start it has the last word.
         at, fact = self._ready.get(slug, (0.0, None))
         if fact is not None and 0 <= self._clock.monotonic() - at < _READY_S:
             return fact

@@ -160,7 +160,6 @@ class Comparison:
         snapshots = await self._compare(await self._caught_up(rows, report), report)
         if told is not None:
             self._calm = self._calmed(rows, report, snapshots, told)
-        # Last: a peer that comes back at the same time must still find how long nobody looked.
         self.heard_at = self._clock.now()
 
     def _is_calm(self, calm: "_Calm", mark: Mark | None, told: Told | None) -> bool:

@@ -83,6 +83,7 @@ class Reconciler:
         self._comparisons: dict[str, Comparison] = {}
         self._marks: Mapping[str, Mark] = {}
         self._noted_at: datetime | None = None
+        self._noted: set[str] = set()
         self._server_id = server_id
         self._store = store
         self._nodes = nodes
@@ -241,7 +242,7 @@ class Reconciler:
             await self._clock.sleep(self._pace.period_s)
 
     async def _refresh(self) -> None:
-        """Find out which nodes are this server's, and what is written of them; note who was heard.
+        """Find out which nodes are this server's, and what is written of them.
 
         Raises:
             UnavailableError: the store does not answer.
@@ -251,18 +252,29 @@ class Reconciler:
             if own := self._shares.own:
                 async with self._store.read() as tx:
                     self._marks = await tx.sandboxes.marks(own, WATCHED)
+
+    async def _note_heard(self, node_id: str) -> None:
+        """Note which nodes were heard of, once in a while, or the first time that this one was.
+
+        Raises:
+            UnavailableError: the store does not answer.
+        """
         now, noted_at = self._clock.now(), self._noted_at
-        if noted_at is not None and timedelta() <= now - noted_at < _NOTED_EVERY:
+        is_due = noted_at is None or not timedelta() <= now - noted_at < _NOTED_EVERY
+        if node_id in self._noted and not is_due:
             return
         heard = {
-            node_id
-            for node_id, one in self._comparisons.items()
-            if one.heard_at is not None and (noted_at is None or one.heard_at > noted_at)
+            one
+            for one, comparison in self._comparisons.items()
+            if comparison.heard_at is not None
+            and (one not in self._noted or noted_at is None or comparison.heard_at > noted_at)
         }
-        if heard:
-            async with self._store.write(Turn.BESIDE) as tx:
-                await tx.nodes.heard(heard, now)
+        if not heard:
+            return
         self._noted_at = now
+        self._noted |= heard
+        async with self._store.write(Turn.BESIDE) as tx:
+            await tx.nodes.heard(heard, now)
 
     async def _keep_comparing(self, node: NodeControl, crew: Crew) -> None:
         comparison = self._comparison(node, crew)
@@ -270,6 +282,8 @@ class Reconciler:
         async def look(is_hinted: bool) -> None:
             is_shared = self._shares is not None and not is_hinted
             await comparison.look(self._marks.get(node.node_id, Mark()) if is_shared else None)
+            # Last: a peer that comes back now must still find how long nobody looked.
+            await self._note_heard(node.node_id)
 
         self._comparisons[node.node_id] = comparison
         try:
@@ -277,6 +291,7 @@ class Reconciler:
             await self._keep_at(look, topic_of_node(node.node_id), while_=is_one)
         finally:
             del self._comparisons[node.node_id]
+            self._noted.discard(node.node_id)
 
     def _comparison(self, node: NodeControl, crew: Crew) -> Comparison:
         return Comparison(
