@@ -621,6 +621,13 @@ async def test_several_bring_a_new_database_up_to_date_at_once(url: str) -> None
             tasks.create_task(open_one())
 
 
+async def test_the_store_tells_the_time(store: Store) -> None:
+    before = SystemClock().now()
+    async with store.read() as tx:
+        now = await tx.facts.now()
+    assert before - timedelta(seconds=1) < now < SystemClock().now() + timedelta(seconds=1)
+
+
 async def test_nodes_are_known_by_when_they_were_heard_of(store: Store) -> None:
     later = NOW + timedelta(seconds=5)
     async with store.write(Turn.ALONE) as tx:
@@ -1211,25 +1218,27 @@ async def test_whoever_does_not_beat_is_lost_until_it_does(store: Store) -> None
     assert (back.has_lease, back.lost_at) == (True, None)
 
 
-async def watched(store: Store, by: str, *node_ids: str, **options: Any) -> frozenset[str]:
+async def compared(store: Store, by: str, *node_ids: str, **options: Any) -> frozenset[str]:
     async with store.write(Turn.BESIDE) as tx:
-        return await tx.joined_nodes.watch(node_ids, by=by, **{"lasts": 60 * SECOND, **options})
+        return await tx.joined_nodes.have_compared(
+            node_ids, by=by, **{"lasts": 60 * SECOND, **options}
+        )
 
 
-async def test_each_node_is_watched_by_one_control_plane(store: Store) -> None:
+async def test_each_node_is_compared_by_one_control_plane(store: Store) -> None:
     for number in (1, 2):
         await joined(store, f"node-{number}", f"{number}")
-    assert await watched(store, "a", "node-1", "node-3") == {"node-1"}
-    assert await watched(store, "b", "node-1", "node-2") == {"node-2"}
-    assert await watched(store, "a", "node-1", "node-2") == {"node-1"}
+    assert await compared(store, "a", "node-1", "node-3") == {"node-1"}
+    assert await compared(store, "b", "node-1", "node-2") == {"node-2"}
+    assert await compared(store, "a", "node-1", "node-2") == {"node-1"}
     async with store.read() as tx:
-        assert [(one.watched_by, one.is_watched) for one in await tx.joined_nodes.all()] == [
+        assert [(one.compared_by, one.is_compared) for one in await tx.joined_nodes.all()] == [
             ("a", True), ("b", True),
         ]  # fmt: skip
-    assert await watched(store, "b", "node-1", over="c") == frozenset()
-    assert await watched(store, "b", "node-1", over="a", lasts=-2 * SECOND) == {"node-1"}
-    assert await watched(store, "c", "node-1", unwatched_for=60 * SECOND) == frozenset()
-    assert await watched(store, "c", "node-1", unwatched_for=SECOND) == {"node-1"}
+    assert await compared(store, "b", "node-1", over="c") == frozenset()
+    assert await compared(store, "b", "node-1", over="a", lasts=-2 * SECOND) == {"node-1"}
+    assert await compared(store, "c", "node-1", free_for=60 * SECOND) == frozenset()
+    assert await compared(store, "c", "node-1", free_for=SECOND) == {"node-1"}
 
 
 async def test_those_who_write_many_nodes_at_once_do_not_wait_for_each_other_in_a_ring(
@@ -1241,7 +1250,7 @@ async def test_those_who_write_many_nodes_at_once_do_not_wait_for_each_other_in_
 
     async def work(number: int) -> None:
         mixed = random.sample(ids, len(ids))
-        await watched(store, "a", *mixed, over=f"{number}", lasts=-SECOND)
+        await compared(store, "a", *mixed, over=f"{number}", lasts=-SECOND)
         async with store.write(Turn.BESIDE) as tx:
             await tx.joined_nodes.beat([(one, 0) for one in mixed], lasts=-SECOND)
         async with store.write(Turn.BESIDE) as tx:

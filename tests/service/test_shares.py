@@ -12,7 +12,7 @@ from tests.support.store import place_database
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.records import JoinedNode
 from sandyard.server.links.sql import open_store
-from sandyard.server.service.reconcile.shares import WATCH, Shares
+from sandyard.server.service.reconcile.shares import LASTS, Shares
 from sandyard.server.service.roster import Roster
 
 _COUNT = 12
@@ -81,7 +81,7 @@ async def test_what_one_had_that_is_gone_is_taken_up_in_time(peers: Peers) -> No
     peers.kill("a")
     await peers.look(times=2)
     assert len(peers.everything()) < _COUNT, "its time has not run out"
-    counts = await peers.look(times=int(WATCH / timedelta(seconds=2)) + 6)
+    counts = await peers.look(times=int(LASTS / timedelta(seconds=2)) + 6)
     assert peers.everything() == [f"node-{number:02}" for number in range(_COUNT)]
     assert max(counts.values()) - min(counts.values()) <= 1
 

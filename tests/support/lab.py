@@ -11,11 +11,13 @@
 import asyncio
 import contextlib
 import glob
+import json
 import os
 import pwd
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -314,6 +316,20 @@ backend controls
         """Start a node that has joined."""
         self.nodes[name].start(SANDYARD, "node")
 
+    def restart_with_clock(self, host: Host, ahead: str) -> None:
+        """Start a control plane's or node's program anew, with its clock ahead by so much, such as
+        -1h; +0 puts it right."""
+        (library,) = glob.glob("/usr/lib/*/faketime/libfaketime.so.1")
+        words = host.started
+        host.kill()
+        host.environment |= {
+            "LD_PRELOAD": library, "FAKETIME": ahead, "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }  # fmt: skip
+        if ahead == "+0":
+            for name in ("LD_PRELOAD", "FAKETIME", "FAKETIME_DONT_FAKE_MONOTONIC"):
+                del host.environment[name]
+        host.start(*(words if host in self.controls else (str(SANDYARD), "node")))
+
     # --- what is seen of it ---------------------------------------------------------------
 
     def known(self) -> dict[str, JoinedNode]:
@@ -403,6 +419,15 @@ backend controls
         names = {one.id: name for name, one in self.known().items()}
         return {names.get(one or "", "none") for one in asyncio.run(placed())}
 
+    def machines(self) -> list[str]:
+        """Return the sandboxes of all machines that nodes have on record, sorted."""
+        found = []
+        for node in self.nodes.values():
+            for path in (node.home / "machines").glob("*/resident.json"):
+                with contextlib.suppress(FileNotFoundError, ValueError):
+                    found.append(json.loads(path.read_text())["sandbox_id"])
+        return sorted(one for one in found if one)
+
     def try_create(self) -> int:
         """Try to create a sandbox, and return the HTTP status."""
         body = {"template": "base-minimal", "idleTimeout": 0}
@@ -484,6 +509,31 @@ def lab(*nodes: str) -> Iterator[Lab]:
         yield made
 
 
+def main() -> None:
+    """Have an installation to look at, until interrupted."""
+    names = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+    sys.stdout.write("starting fifteen hosts; it takes half a minute\n")
+    with lab(*names) as made, contextlib.suppress(KeyboardInterrupt):
+        control = made.controls[0]
+        sys.stdout.write(f"""
+The API, by the balancer:
+  export SANDYARD_URL={made.client.base_url}
+  export SANDYARD_API_KEY={made.client.headers["Authorization"].removeprefix("Bearer ")}
+  .venv/bin/sandyard sandbox create base-minimal
+Who is there, as an operator sees it:
+  nsenter --net=/run/netns/{control.netns} env \\
+    {" ".join(f"{name}='{value}'" for name, value in control.environment.items())} \\
+    .venv/bin/sandyard admin node list
+Cut a node's cable, and mend it:
+  ip link set {made.nodes["one"].cable} down
+  ip link set {made.nodes["one"].cable} up
+What they say: {made.folder}/*.log
+Ctrl-C takes it down.
+""")
+        sys.stdout.flush()
+        signal.pause()
+
+
 def _answers(made: Lab) -> bool:
     for one in made.controls:
         try:
@@ -521,3 +571,7 @@ def _take_down(made: Lab) -> None:
 def _quietly(work: Callable[..., object], *args: object) -> None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         work(*args)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -14,11 +15,12 @@ from tests.support.lab import API, DOOR, NATS, Lab, lab
 from tests.support.server import QEMU, SANDYARD, wait_until
 
 pytestmark = pytest.mark.machine
+NAMES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Lab]:
-    with lab("one", "two", "three") as made:
+    with lab(*NAMES) as made:
         yield made
 
 
@@ -127,7 +129,7 @@ def test_a_host_that_is_gone_is_lost_and_whole_when_it_is_back(built: Lab) -> No
     wait_until(lambda: built.known()["one"].lost_at is not None, what="it is lost")
     wait_until(lambda: statuses(built, there) == {"suspected_missing"}, what="rows are true")
     assert built.status(other) == "running"
-    assert built.nodes_of([built.create() for _ in range(3)]) <= {"two", "three"}
+    assert "one" not in built.nodes_of([built.create() for _ in range(12)])
     gone = built.client.delete(f"/v1/sandboxes/{there[2]['id']}")
     assert (gone.status_code, gone.json()["data"]["deleted"]) == (202, False)
     built.nodes["one"].heal()
@@ -169,7 +171,7 @@ def test_a_start_on_a_host_that_is_cut_off_goes_to_another(built: Lab) -> None:
     for box in boxes:
         if built.status(box) != "suspected_missing":  # that one was up before
             built.until(box, "running", limit_s=40)
-    assert built.nodes_of(boxes) >= {"one", "two"}
+    assert len(built.nodes_of(boxes)) > 2
 
 
 def test_a_node_that_is_cut_off_from_nats_alone_goes_on_by_the_other_way(built: Lab) -> None:
@@ -321,6 +323,77 @@ def test_a_control_plane_that_stands_still_changes_nothing_when_it_goes_on(built
     if built.status(box) == "paused":
         built.ask("POST", f"/v1/sandboxes/{box['id']}/resume")
     assert built.execute(box, "echo hi") == "echo hi"
+
+
+@pytest.mark.parametrize("way", ["killed", "stands still"])
+def test_what_a_control_plane_was_at_work_on_is_done_once_by_another(built: Lab, way: str) -> None:
+    """Whichever steps forty creates and twenty deletes have come to when it goes."""
+    other = built.controls[1]
+    direct = f"http://{other.address}:{API}/v1/sandboxes"
+    gone = [built.create() for _ in range(20)]
+
+    def ask(number: int) -> None:
+        with suppress(httpx.HTTPError), httpx.Client(headers=built.client.headers) as own:
+            if number % 3 == 0:
+                own.delete(f"{direct}/{gone[number // 3]['id']}", timeout=5)
+            else:
+                body = {"template": "base-minimal", "idleTimeout": 0}
+                own.post(direct, json=body, timeout=5)
+
+    with ThreadPoolExecutor(20) as threads:
+        asking = threads.map(ask, range(60))
+        time.sleep(0.4)
+        other.kill() if way == "killed" else other.signal(signal.SIGSTOP)
+        list(asking)
+    # What it had leased is free after half a minute.
+    settled = lambda: all(  # noqa: E731
+        one["status"] == "running" for one in built.ask("GET", "/v1/sandboxes")
+    )
+    wait_until(settled, limit_s=90, what="all that was written runs")
+    if way == "killed":
+        built.start_control(1)
+    else:
+        other.signal(signal.SIGCONT)
+    built.until_up()
+    while_it_lasts(4, lambda: None)
+    wait_until(settled, limit_s=30, what="all that was written runs")
+    boxes = built.ask("GET", "/v1/sandboxes")
+    for box in boxes:
+        assert built.execute(box, "echo hi") == "echo hi"
+    # Those whose delete it had not begun are there; of all that are, there is one machine each.
+    wait_until(lambda: built.machines() == sorted(one["id"] for one in boxes), what="one each")
+    for box in gone:
+        if box["id"] in built.machines():
+            built.delete(box)
+
+
+@pytest.mark.parametrize("ahead", ["+1h", "-1h"])
+def test_clocks_that_are_an_hour_apart_change_nothing(built: Lab, ahead: str) -> None:
+    box = built.on("one")
+    brief = built.create(idleTimeout=600, expiresIn=1800)
+    for host in (built.nodes["one"], built.controls[1]):
+        built.restart_with_clock(host, ahead)
+    try:
+        built.until_up()
+        wait_until(lambda: built.try_status(box) == "running", what="it is found again")
+        nobody_is_lost(built, box, 6)
+        assert built.status(brief) == "running"
+        for control in built.controls:
+            answer = httpx.post(
+                f"http://{control.address}:{API}/v1/sandboxes?wait=60", timeout=100,
+                json={"template": "base-minimal", "idleTimeout": 600, "expiresIn": 1800},
+                headers=built.client.headers,
+            )  # fmt: skip
+            made = answer.json()["data"]
+            assert made["status"] == "running"
+            for other in (made, built.on("one")):
+                assert built.execute(other, "echo hi") == "echo hi"
+        while_it_lasts(5, lambda: None)
+        assert {one["status"] for one in built.ask("GET", "/v1/sandboxes")} == {"running"}
+    finally:
+        for host in (built.nodes["one"], built.controls[1]):
+            built.restart_with_clock(host, "+0")
+    assert "this host's clock is off" in built.controls[1].said()
 
 
 # --- real machines ------------------------------------------------------------------------------

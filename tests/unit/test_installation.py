@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sandyard.server.app import logs
 from sandyard.server.app.installation import only_server, running_server
 from sandyard.server.core import wire
 from sandyard.server.core.errors import UnavailableError
+from sandyard.server.links.local import AgreedClock, SystemClock
 from sandyard.server.node.host.identity import take_identity
 
 # --- locks ----------------------------------------------------------------------------------------
@@ -28,6 +30,16 @@ def test_only_its_owner_may_open_what_a_server_locks(tmp_path: Path) -> None:
         with pytest.raises(UnavailableError, match="another server uses"), only_server(tmp_path):
             pass
     assert running_server(tmp_path) is None
+
+
+def test_a_clock_that_is_off_goes_by_the_other(caplog: pytest.LogCaptureFixture) -> None:
+    clock, real = AgreedClock(), SystemClock()
+    for ahead in (timedelta(), timedelta(hours=1), timedelta(hours=-1), timedelta(seconds=0.5)):
+        clock.agree(real.now() + ahead)
+        assert abs(clock.now() - real.now() - ahead) < timedelta(seconds=0.2)
+    clock.agree(real.now() + timedelta(seconds=0.6))  # nearly the same: it does not jump for that
+    assert abs(clock.now() - real.now() - timedelta(seconds=0.5)) < timedelta(seconds=0.05)
+    assert caplog.text.count("this host's clock is off") == 2
 
 
 def test_only_its_owner_may_open_the_registrys_lock(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
 from sandyard.server.links.identities import nats_name, new_request, node_name
 from sandyard.server.links.installation import Installation, InstallationRegistrar
-from sandyard.server.links.local import LocalBus, SystemClock
+from sandyard.server.links.local import AgreedClock, LocalBus, SystemClock
 from sandyard.server.links.nats.bus import NatsBus, hinting
 from sandyard.server.links.nats.client import Inbox, RemoteNode
 from sandyard.server.links.nats.config import ServerFiles, config_of
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
 _SECRET = "installation"
+_AGREE_S = 5.0
+_PROMPT_S = 1.0
 _RENEW_S = 24 * 3600.0
 
 
@@ -237,13 +240,41 @@ async def open_cluster(
 
 
 @asynccontextmanager
+async def agreeing(clock: AgreedClock, store: Store) -> AsyncIterator[None]:
+    """Have a clock go by the database's, which is that of every control plane, while the block
+    runs: two hosts whose clocks differ would else tell each other's sandboxes idle, or over."""
+
+    async def agree() -> None:
+        async with store.read() as tx:
+            began = clock.monotonic()
+            now = await tx.facts.now()
+            took = clock.monotonic() - began
+        if took < _PROMPT_S:
+            clock.agree(now + timedelta(seconds=took / 2))
+
+    async def keep_at_it() -> None:
+        while True:
+            await clock.sleep(_AGREE_S)
+            with suppress(UnavailableError):
+                await agree()
+
+    await agree()
+    async with beside(keep_at_it()):
+        yield
+
+
+@asynccontextmanager
 async def open_cluster_control(
     settings: Settings, clock: Clock | None = None
 ) -> AsyncIterator[tuple[Control, Cluster]]:
     """Open a control plane on the store that it shares with others, and on their nodes."""
-    clock = clock or SystemClock()
+    agreed = AgreedClock()
+    clock = clock or agreed
     version, server_id = package_version("sandyard"), server_id_of(settings.home)
-    async with open_store(settings.store_url, key=secret_key(settings.home), clock=clock) as store:
+    async with (
+        open_store(settings.store_url, key=secret_key(settings.home), clock=clock) as store,
+        agreeing(agreed, store),
+    ):
         await ensure_first_organization(store, clock, sign_up_of(settings))
         volumes = FolderVolumes(
             settings.workspaces_dir, floor_bytes=settings.node.disk_floor_mib * 2**20

@@ -307,7 +307,7 @@ class NodeStart:
 class JoinedNode:
     """A node on another host. `epoch` counts the starts of its process; it `has_lease` while it may
     be asked for something, and was given up at the end of that, `lost_at`, if it did not come back.
-    While it `is_watched`, the control plane that it is `watched_by` compares it.
+    While it `is_compared`, the control plane that it is `compared_by` compares it.
     """
 
     id: str
@@ -320,9 +320,9 @@ class JoinedNode:
     port: int = 0
     lease_until: datetime | None = None
     lost_at: datetime | None = None
-    watched_by: str = ""
+    compared_by: str = ""
     has_lease: bool = False
-    is_watched: bool = False
+    is_compared: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,20 @@
 """Plugs for one process: a clock that is the machine's, a bus that is a set of events."""
 
 import asyncio
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Final
 
 from sandyard.server.core.contracts.clock import Clock
+
+log = logging.getLogger(__name__)
+
+_NEARLY: Final = timedelta(seconds=0.25)
+_ODD: Final = timedelta(seconds=5)
 
 
 class SystemClock:
@@ -28,6 +35,25 @@ class SystemClock:
     def timeout(self, seconds: float) -> AbstractAsyncContextManager[object]:
         """See core.contracts.clock.Clock.timeout."""
         return asyncio.timeout(seconds)
+
+
+class AgreedClock(SystemClock):
+    """This host's clock, put right by the one that several hosts go by."""
+
+    def __init__(self) -> None:
+        self._ahead = timedelta()
+
+    def now(self) -> datetime:
+        """See core.contracts.clock.Clock.now."""
+        return super().now() + self._ahead
+
+    def agree(self, now: datetime) -> None:
+        """Go by the time that it is by the other clock, unless it is nearly the same."""
+        ahead = now - super().now()
+        if abs(ahead - self._ahead) > _NEARLY:
+            if abs(ahead) > _ODD:
+                log.warning("this host's clock is off: the database's is ahead by %s", ahead)
+            self._ahead = ahead
 
 
 class LocalSubscription:

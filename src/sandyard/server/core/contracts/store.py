@@ -212,19 +212,19 @@ class JoinedNodeRows(Protocol):
         """
         ...
 
-    async def watch(
+    async def have_compared(
         self,
         node_ids: Collection[str],
         *,
         by: str,
         over: str | None = None,
         lasts: timedelta,
-        unwatched_for: timedelta = timedelta(),
+        free_for: timedelta = timedelta(),
     ) -> frozenset[str]:
-        """Have nodes watched by a control plane for so long, and return those that are.
+        """Have nodes compared by one control plane for so long, and return those that are.
 
-        Those that another watches are left to it, unless it is the one `over` which this one is;
-        so are those that anybody, this one too, has watched within `unwatched_for`.
+        Those that another compares are left to it, unless it is the one `over` which this one is;
+        so are those that anybody, this one too, has compared within `free_for`.
         """
         ...
 
@@ -603,7 +603,11 @@ class CreditRows(Protocol):
 
 
 class FactRows(Protocol):
-    """Moments that the installation remembers by name."""
+    """Moments that the installation remembers by name, and the one that it is now."""
+
+    async def now(self) -> datetime:
+        """Return the time by the clock that leases go by."""
+        ...
 
     async def moment(self, name: str) -> datetime | None:
         """Return a moment."""

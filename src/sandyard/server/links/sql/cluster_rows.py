@@ -80,26 +80,26 @@ class JoinedNodeTable:
         )
         return frozenset((row.id, row.epoch) for row in done)
 
-    async def watch(
+    async def have_compared(
         self,
         node_ids: Collection[str],
         *,
         by: str,
         over: str | None = None,
         lasts: timedelta,
-        unwatched_for: timedelta = timedelta(),
+        free_for: timedelta = timedelta(),
     ) -> frozenset[str]:
-        """See core.contracts.store.JoinedNodeRows.watch."""
-        is_to_have = _c.watched_by == (by if over is None else over)
+        """See core.contracts.store.JoinedNodeRows.have_compared."""
+        is_to_have = _c.compared_by == (by if over is None else over)
         is_free = or_(
-            false() if unwatched_for else is_to_have,
-            _c.watched_until.is_(None),
-            _c.watched_until <= t.now() - unwatched_for // _MICROSECOND,
+            false() if free_for else is_to_have,
+            _c.compared_until.is_(None),
+            _c.compared_until <= t.now() - free_for // _MICROSECOND,
         )
         done = await self._connection.execute(
             update(t.joined_nodes)
             .where(_c.id.in_(_in_turn(_c.id.in_(node_ids), is_free)))
-            .values(watched_by=by, watched_until=t.now() + lasts // _MICROSECOND)
+            .values(compared_by=by, compared_until=t.now() + lasts // _MICROSECOND)
             .returning(_c.id)
         )
         return frozenset(done.scalars())
@@ -186,10 +186,10 @@ def _once(value: ColumnElement[int]) -> ColumnElement[int]:
 _MICROSECOND = timedelta(microseconds=1)
 _NOW = [
     func.coalesce(_c.lease_until > t.now(), false()).label("has_lease"),
-    func.coalesce(_c.watched_until > t.now(), false()).label("is_watched"),
+    func.coalesce(_c.compared_until > t.now(), false()).label("is_compared"),
 ]
 _TOLD_NOW = frozenset(one.name for one in _NOW)
-_UNTOLD = frozenset({"boot", "place", "watched_until"})
+_UNTOLD = frozenset({"boot", "place", "compared_until"})
 _TOLD = [one for one in t.joined_nodes.columns if one.name not in _UNTOLD]
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import (
     insert,
     or_,
     select,
+    type_coerce,
     update,
 )
 from sqlalchemy.exc import IntegrityError
@@ -266,6 +267,12 @@ class FactTable:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+
+    async def now(self) -> datetime:
+        """See core.contracts.store.FactRows.now."""
+        found = await self._connection.execute(select(type_coerce(t.now(), t.Moment)))
+        moment: datetime = found.scalar_one()
+        return moment
 
     async def moment(self, name: str) -> datetime | None:
         """See core.contracts.store.FactRows.moment."""

@@ -515,8 +515,8 @@ joined_nodes = Table(
     Column("port", Integer, nullable=False),
     Column("lease_until", Moment),
     Column("lost_at", Moment),
-    Column("watched_by", Text, nullable=False),
-    Column("watched_until", Moment),
+    Column("compared_by", Text, nullable=False),
+    Column("compared_until", Moment),
     Index("ix_joined_nodes_lease", "lease_until"),
 )
 

@@ -1,4 +1,4 @@
-"""Which nodes this control plane compares, of those that several have: each is watched by one."""
+"""Which nodes this control plane compares, of those that several have: each is compared by one."""
 
 from collections import Counter
 from datetime import timedelta
@@ -7,14 +7,14 @@ from typing import Final
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.service.roster import Roster
 
-WATCH: Final = timedelta(seconds=6)
+LASTS: Final = timedelta(seconds=6)
 
 
 class Shares:
-    """Takes up what nobody watches, and from whoever watches most as much as is fair.
+    """Takes up what nobody compares, and from whoever compares most as much as is fair.
 
     Nobody keeps a list of control planes: one that is new has nothing, and takes until it has as
-    much as the others; what one watched that is gone is free once its time has run out.
+    much as the others; what one compared that is gone is free once its time has run out.
     """
 
     def __init__(self, server_id: str, store: Store, roster: Roster) -> None:
@@ -24,39 +24,39 @@ class Shares:
         self.own: frozenset[str] = frozenset()
 
     async def refresh(self) -> None:
-        """Watch for a while longer what this control plane watches, and take up what it should.
+        """Keep for a while longer what this control plane compares, and take up what it should.
 
         Raises:
             UnavailableError: the store does not answer.
         """
         nodes = list(self._roster.nodes.values())
-        free = [one.id for one in nodes if not one.is_watched]
-        counts = Counter(one.watched_by for one in nodes if one.is_watched)
+        free = [one.id for one in nodes if not one.is_compared]
+        counts = Counter(one.compared_by for one in nodes if one.is_compared)
         counts.pop(self._server_id, None)
         if not self._roster.can_hear():
             # It can ask no node anything. Whoever can is to have them; if nobody can, there is
             # still what only the store is needed for.
-            rest = frozenset(one.id for one in nodes if one.is_watched) & self.own
-            self.own = rest | await self._watch(free, unwatched_for=WATCH)
+            rest = frozenset(one.id for one in nodes if one.is_compared) & self.own
+            self.own = rest | await self._take(free, free_for=LASTS)
             return
-        own = await self._watch(
-            [*free, *(one.id for one in nodes if one.watched_by == self._server_id)]
+        own = await self._take(
+            [*free, *(one.id for one in nodes if one.compared_by == self._server_id)]
         )
         for other, most in counts.most_common(1):
-            theirs = [one.id for one in nodes if one.is_watched and one.watched_by == other]
-            own |= await self._watch(theirs[: max(0, (most - len(own)) // 2)], over=other)
+            theirs = [one.id for one in nodes if one.is_compared and one.compared_by == other]
+            own |= await self._take(theirs[: max(0, (most - len(own)) // 2)], over=other)
         self.own = own
 
-    async def _watch(
+    async def _take(
         self,
         node_ids: list[str],
         *,
         over: str | None = None,
-        unwatched_for: timedelta = timedelta(),
+        free_for: timedelta = timedelta(),
     ) -> frozenset[str]:
         if not node_ids:
             return frozenset()
         async with self._store.write(Turn.BESIDE) as tx:
-            return await tx.joined_nodes.watch(
-                node_ids, by=self._server_id, over=over, lasts=WATCH, unwatched_for=unwatched_for
+            return await tx.joined_nodes.have_compared(
+                node_ids, by=self._server_id, over=over, lasts=LASTS, free_for=free_for
             )

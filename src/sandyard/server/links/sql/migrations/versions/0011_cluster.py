@@ -25,8 +25,8 @@ def upgrade() -> None:
         sa.Column("port", sa.Integer(), nullable=False),
         sa.Column("lease_until", sa.BigInteger(), nullable=True),
         sa.Column("lost_at", sa.BigInteger(), nullable=True),
-        sa.Column("watched_by", sa.Text(), nullable=False),
-        sa.Column("watched_until", sa.BigInteger(), nullable=True),
+        sa.Column("compared_by", sa.Text(), nullable=False),
+        sa.Column("compared_until", sa.BigInteger(), nullable=True),
     )
     op.create_index("ix_joined_nodes_lease", "joined_nodes", ["lease_until"])
     op.create_table(
