@@ -38,6 +38,9 @@ def nodes_tell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     _tells.pop()
 
 
+ASKED = pytest.mark.parametrize("nodes_tell", [False], indirect=True, ids=["asked"])
+
+
 def open_desk(home: Path, **options: Any) -> AbstractAsyncContextManager[Desk]:
     return desks.open_desk(home, nodes_tell=_tells[-1], **options)
 
@@ -51,6 +54,7 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
 # --- idle and expiry ----------------------------------------------------------------------------
 
 
+@ASKED  # an hour of beats takes half a minute
 async def test_what_nobody_uses_is_paused_and_says_so(desk: Desk) -> None:
     box = await desk.create(idle_timeout=60)
     never = await desk.create(idle_timeout=0)
@@ -138,6 +142,7 @@ async def test_a_host_short_of_memory_has_the_one_used_least_lately_paused(desk:
 # --- silence ------------------------------------------------------------------------------------
 
 
+@ASKED  # an hour of beats takes half a minute
 async def test_a_silent_agent_is_suspected_and_paused_after_an_hour(desk: Desk) -> None:
     box = await desk.create(idle_timeout=0)
     desk.machine(box).is_silent = True

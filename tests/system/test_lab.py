@@ -1,12 +1,15 @@
 """An installation on several hosts, and its bad days: real processes, namespaces, cables cut."""
 
+import json
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -260,6 +263,47 @@ def test_a_nats_server_that_dies_is_one_of_three(built: Lab) -> None:
     built.nats[0].kill()
     nobody_is_lost(built, box, 3)
     wait_until(lambda: built.try_create() == 201, what="a sandbox is created")
+
+
+def test_a_nodes_papers_make_no_nats_server(built: Lab, tmp_path: Path) -> None:
+    node, real = built.nodes["two"], built.nats[0]
+    own = node.home / "cluster"
+    kept = json.loads((own / "node.json").read_text())["identity"]["nats_authority"]
+    (tmp_path / "authority.pem").write_text(kept)
+    words = (real.home / "nats.conf").read_text()
+
+    def routes(certificate: Path, key: Path) -> Any:
+        """Return the other servers that one with these papers finds itself among."""
+        config = tmp_path / "nats.conf"
+        said = words.replace(real.address, node.address).replace(f'"{real.name}"', '"rogue"')
+        for name, path in (
+            ("certificate", certificate), ("key", key), ("authority", tmp_path / "authority.pem"),
+        ):  # fmt: skip
+            said = said.replace(str(real.home / f"{name}.pem"), str(path))
+        config.write_text(f'{said}http: "127.0.0.1:8333"\n')
+        rogue = subprocess.Popen(
+            ["nsenter", f"--net=/run/netns/{node.netns}", "nats-server", "-c", config],
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            before = real.said().count("handshake error")
+            found: Any = {}
+
+            def looked() -> bool:
+                said = node.run("curl", "-s", "--retry", "9", "http://127.0.0.1:8333/routez")
+                found.update(json.loads(said or "{}"))
+                return bool(found.get("num_routes")) or (
+                    real.said().count("handshake error") > before + 1
+                )
+
+            wait_until(looked, what="it is let in, or refused")
+            return found["num_routes"]
+        finally:
+            rogue.kill()
+            rogue.wait()
+
+    assert routes(built.nats[1].home / "certificate.pem", built.nats[1].home / "key.pem") > 0
+    assert routes(own / "certificate.pem", own / "key.pem") == 0
 
 
 @pytest.mark.parametrize("way", ["stopped", "restarted"])
