@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import postgres
 from tests.support.firecracker import environment_of, guests_of, tried
@@ -42,16 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs root where there is none, or an hour, and say so.
-
-    Where several processes run tests, one has all with machines under one hypervisor on one server,
-    or else a file.
-    """
+    """Skip what needs root where there is none, or an hour, and say so."""
     wants_every = config.getoption("--every")
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
         is_core = item.get_closest_marker("core")
         if item.get_closest_marker("kvm") and not is_core and not wants_every:
             item.add_marker(pytest.mark.skip(reason="NOT RUN: scripts/test --all runs it"))
@@ -67,14 +62,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs root"))
 
 
-def _group_of(item: pytest.Item) -> str:
-    folder, file = item.path.parent.name, item.path.stem
-    params = (
-        item.callspec.params
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-        else {}
-    )
-    return f"{folder}-{params.get('hypervisor', file) if folder == 'machine' else file}"
+class _Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
+    """Has one process run all tests with machines under one hypervisor, which share a server, and
+    else all of a file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, test = nodeid.partition("::")
+        if not path.startswith("tests/machine/"):
+            return path
+        return next((one for one in ("firecracker", "qemu-kvm", "qemu") if one in test), path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling | None:
+    """Return who deals tests out to several processes, where they are not dealt out singly."""
+    return _Scheduling(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

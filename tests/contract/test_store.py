@@ -5,7 +5,7 @@ import random
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -455,8 +455,11 @@ async def connections_of(url: str, *, end: bool = False) -> list[str]:
     admin = await asyncpg.connect(url.rpartition("/")[0] + "/postgres")
     try:
         what = "pg_terminate_backend(pid)" if end else "state"
-        name = url.rpartition("/")[2]
-        found = await admin.fetch(f"SELECT {what} FROM pg_stat_activity WHERE datname = $1", name)
+        found = await admin.fetch(
+            f"SELECT {what} FROM pg_stat_activity "
+            "WHERE datname = $1 AND backend_type = 'client backend'",
+            url.rpartition("/")[2],
+        )
         return [row[0] for row in found]
     finally:
         await admin.close()
@@ -488,25 +491,55 @@ async def test_connections_that_were_ended_cost_nobody_anything() -> None:
 
 
 @pytest.mark.postgres
-async def test_what_is_broken_off_leaves_no_transaction_open() -> None:
+async def test_a_connection_that_ends_before_the_commit_is_told_as_such() -> None:
     async with postgres_url() as url, open_store(url, key=KEY) as store:
         await furnish(store)
-        for within in (0, 1, 2, 5, 10, 20, 40) * 3:
-
-            async def work() -> None:
-                async with store.write(ORG) as tx:
-                    await tx.sandboxes.insert(sandbox())
-                    await tx.sandboxes.on_node(None, frozenset(Status))
-                    raise ZeroDivisionError
-
-            doing = asyncio.create_task(work())
-            await asyncio.sleep(within / 1000)
-            doing.cancel()
-            with pytest.raises((asyncio.CancelledError, ZeroDivisionError)):
-                await doing
+        with pytest.raises(UnavailableError, match="not known whether"):
+            async with store.write(ORG) as tx:
+                await tx.sandboxes.insert(sandbox())
+                await connections_of(url, end=True)
         async with store.read() as tx:
             assert await tx.sandboxes.on_node(None, frozenset(Status)) == []
-        assert set(await connections_of(url)) <= {"idle"}
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("succeeds", [False, True])
+async def test_what_is_broken_off_is_done_or_not_and_leaves_no_transaction_open(
+    succeeds: bool,
+) -> None:
+    async with (
+        postgres_url() as url,
+        open_store(url, key=KEY) as store,
+        open_store(url, key=KEY) as peer,
+    ):
+        await furnish(store)
+        for within in [one / 2000 for one in range(24)] * 2:
+            pair = sandbox(), sandbox()
+
+            async def work(pair: tuple[Sandbox, Sandbox] = pair) -> None:
+                async with store.write(ORG) as tx:
+                    await tx.sandboxes.insert(pair[0])
+                    await asyncio.sleep(0)
+                    await tx.sandboxes.insert(pair[1])
+                    if not succeeds:
+                        raise ZeroDivisionError
+
+            doing = asyncio.create_task(work())
+            await asyncio.sleep(within)
+            doing.cancel()
+            with suppress(asyncio.CancelledError, ZeroDivisionError):
+                await doing
+            async with asyncio.timeout(5), peer.write(ORG) as tx:  # nobody has the turn any more
+                there = [await tx.sandboxes.find(one.id) is not None for one in pair]
+            assert there[0] == there[1]
+            assert succeeds or not there[0]
+            if not doing.cancelled() and succeeds:
+                assert there[0]
+
+        async def is_idle() -> bool:
+            return set(await connections_of(url)) <= {"idle"}
+
+        await eventually(is_idle)
 
 
 async def test_the_time_of_leases_is_the_databases_own(store: Store, url: str) -> None:

@@ -24,6 +24,7 @@ from sandyard.server.core.contracts.cluster import (
     Joining,
     Welcome,
 )
+from sandyard.server.core.contracts.node import NodeView
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import (
     ConflictError,
@@ -262,6 +263,9 @@ async def test_a_node_says_by_the_door_that_it_is_there(yard: Yard) -> None:
     assert (await presence.beat("another", Beat(1))).door == "control:8700"
     with pytest.raises(ConflictError):
         await presence.beat(identity.node_id, Beat(0))
+    for epoch in (-1, 2**31, 2**63 - 1):
+        with pytest.raises(InvalidArgumentError):
+            await presence.beat(identity.node_id, Beat(epoch))
     good = presence.doors[0]
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -369,6 +373,31 @@ async def test_whoever_is_silent_is_given_up_and_is_back_with_the_next_beat(yard
         await yard.fleet.beat(node_id, Beat(1))
         await drive(yard.clock, 1)
         assert roster.takes_new(node_id)
+
+
+async def test_what_a_node_says_of_itself_is_heard_of_its_latest_process_alone(yard: Yard) -> None:
+    async with a_roster(yard) as roster:
+        node_id = await a_node(yard)
+        await drive(yard.clock, 1)
+        assert roster.told(node_id) is None
+
+        def says(generation: int, epoch: int = 1) -> int | None:
+            """Say something, and return what is believed then."""
+            roster.hear(node_id, Beat(epoch, NodeView(generation=generation)))
+            told = roster.told(node_id)
+            return None if told is None else told.view.generation
+
+        assert says(7, epoch=0) is None
+        assert says(8, epoch=2) is None
+        assert says(3) == 3
+        assert says(4) == 3, "it says something all the time"
+        await yard.clock.advance(0.5)
+        assert says(2) == 3, "it came late"
+        assert says(4) == 4
+        roster.hear("nobody", Beat(1, NodeView()))
+        assert roster.told("nobody") is None
+        await yard.clock.advance(3.5)
+        assert roster.told(node_id) is None, "that was long ago"
 
 
 async def test_without_nats_nobody_is_given_up_nor_at_once_after_it(yard: Yard) -> None:

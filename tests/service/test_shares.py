@@ -27,6 +27,7 @@ class Peers:
     shares: dict[str, Shares] = field(default_factory=dict)
     deaf: set[str] = field(default_factory=set)
     rosters: dict[str, Roster] = field(default_factory=dict)
+    unreached: dict[str, set[str]] = field(default_factory=dict)
 
     def start(self, name: str) -> None:
         roster = Roster(self.store, self.clock, can_hear=lambda: name not in self.deaf)
@@ -41,7 +42,7 @@ class Peers:
         for _ in range(times):
             for name, shares in self.shares.items():
                 await self.rosters[name].refresh()
-                await shares.refresh()
+                await shares.refresh(self.unreached.get(name, set()))
             await self.clock.advance(2)
         return {name: len(one.own) for name, one in self.shares.items()}
 
@@ -116,3 +117,25 @@ async def test_whoever_stood_still_gives_up_what_others_took(peers: Peers) -> No
     assert peers.shares["a"].own <= set(peers.everything())
     await peers.look(times=5)
     assert peers.everything() == [f"node-{number:02}" for number in range(_COUNT)]
+
+
+async def test_what_one_cannot_reach_goes_to_another(peers: Peers) -> None:
+    peers.start("a")
+    peers.start("b")
+    await peers.look(times=3)
+    cut = min(peers.shares["a"].own)
+    peers.unreached["a"] = {cut}
+    await peers.look(times=6)
+    assert cut in peers.shares["b"].own
+    assert cut not in peers.shares["a"].own
+    assert peers.everything() == [f"node-{number:02}" for number in range(_COUNT)]
+
+
+async def test_what_nobody_else_is_there_for_stays_although_it_cannot_be_reached(
+    peers: Peers,
+) -> None:
+    peers.start("a")
+    await peers.look()
+    peers.unreached["a"] = {"node-03"}
+    seen = [(await peers.look())["a"] for _ in range(12)]
+    assert 12 in seen[6:]

@@ -35,6 +35,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.fake import ECHO_PORT
+from sandyard.server.node.generation import Generation
 
 _T = TypeVar("_T")
 _UP = frozenset({Phase.RUNNING, Phase.PAUSED})
@@ -75,6 +76,7 @@ class FakeNode:
     ) -> None:
         self._node_id = node_id
         self.templates_ready = templates
+        self._generation = Generation()
         self.machines: dict[str, Machine] = {}
         self.snapshots: dict[str, dict[str, str]] = {}
         self.is_silent = False
@@ -228,7 +230,7 @@ class FakeNode:
     async def report(self) -> NodeReport:
         """See core.contracts.node.NodeControl.report."""
         self._answer("report")
-        return NodeReport(
+        report = NodeReport(
             node_id=self._node_id,
             machines=tuple(self._fact(name, one) for name, one in self.machines.items()),
             snapshots=tuple(self.snapshots),
@@ -237,6 +239,7 @@ class FakeNode:
             memory_mib=self._left() * 512,
             disk_mib=self._left() * 1024,
         )
+        return self._generation.of(report)
 
     async def templates(self) -> tuple[TemplateFact, ...]:
         """See core.contracts.node.NodeControl.templates."""

@@ -5,9 +5,8 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -47,7 +46,8 @@ log = logging.getLogger(__name__)
 _ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
 _SECRET = "installation"
 _AGREE_S = 5.0
-_PROMPT_S = 1.0
+_PROMPT_S = 0.5
+_TRIES = 20
 _RENEW_S = 24 * 3600.0
 
 
@@ -239,26 +239,47 @@ async def open_cluster(
         yield Cluster(roster, RemoteNodes(roster, link, inbox), tunnels, bus, link, door)
 
 
+async def agree(clock: AgreedClock, store: Store) -> bool:
+    """Have a clock go by the database's; False if that took so long to answer that nobody knows
+    what the time was."""
+    async with store.read() as tx:
+        before = clock.elapsed()
+        moment = await tx.facts.now()
+        after = clock.elapsed()
+    if after - before > _PROMPT_S:
+        return False
+    clock.agree(moment, (before + after) / 2)
+    return True
+
+
+async def agree_at_first(clock: AgreedClock, store: Store) -> None:
+    """Have a clock go by the database's before anything is done by it.
+
+    Raises:
+        UnavailableError: the database is slow to answer, again and again.
+    """
+    for _ in range(_TRIES):
+        if await agree(clock, store):
+            return
+    raise UnavailableError("cannot tell the time: the database takes long to answer")
+
+
 @asynccontextmanager
 async def agreeing(clock: AgreedClock, store: Store) -> AsyncIterator[None]:
     """Have a clock go by the database's, which is that of every control plane, while the block
     runs: two hosts whose clocks differ would else tell each other's sandboxes idle, or over."""
 
-    async def agree() -> None:
-        async with store.read() as tx:
-            began = clock.monotonic()
-            now = await tx.facts.now()
-            took = clock.monotonic() - began
-        if took < _PROMPT_S:
-            clock.agree(now + timedelta(seconds=took / 2))
-
     async def keep_at_it() -> None:
         while True:
             await clock.sleep(_AGREE_S)
-            with suppress(UnavailableError):
-                await agree()
+            try:
+                await agree(clock, store)
+            except UnavailableError:
+                log.debug("the database does not say what the time is")
+            except Exception:  # the next answer may do
+                log.exception("the database does not say what the time is")
 
-    await agree()
+    await agree_at_first(clock, store)
     async with beside(keep_at_it()):
         yield
 
@@ -329,8 +350,9 @@ async def serve_cluster_control(settings: Settings) -> None:
 @asynccontextmanager
 async def open_fleet(settings: Settings) -> AsyncIterator[tuple[Fleet, Installation]]:
     """Open the nodes of an installation for its operator, whether or not a control plane runs."""
-    clock = SystemClock()
+    clock = AgreedClock()
     async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+        await agree_at_first(clock, store)
         installation = await ensure_installation(store, clock)
         registrar = InstallationRegistrar(installation, settings.cluster.nats, clock.now)
         yield Fleet(store, registrar, Lifecycle(store, LocalBus(clock), clock), clock), installation

@@ -38,22 +38,32 @@ class SystemClock:
 
 
 class AgreedClock(SystemClock):
-    """This host's clock, put right by the one that several hosts go by."""
+    """The time by a clock that several hosts go by. From one answer of that to the next it is
+    counted by one that nobody sets, and that goes on while the host is suspended."""
 
     def __init__(self) -> None:
-        self._ahead = timedelta()
+        self._agreed: tuple[datetime, float] | None = None
 
     def now(self) -> datetime:
-        """See core.contracts.clock.Clock.now."""
-        return super().now() + self._ahead
+        """See core.contracts.clock.Clock.now; this host's until something was agreed."""
+        if self._agreed is None:
+            return super().now()
+        moment, at = self._agreed
+        return moment + timedelta(seconds=self.elapsed() - at)
 
-    def agree(self, now: datetime) -> None:
-        """Go by the time that it is by the other clock, unless it is nearly the same."""
-        ahead = now - super().now()
-        if abs(ahead - self._ahead) > _NEARLY:
-            if abs(ahead) > _ODD:
-                log.warning("this host's clock is off: the database's is ahead by %s", ahead)
-            self._ahead = ahead
+    @staticmethod
+    def elapsed() -> float:
+        """Return the seconds that are counted from one answer to the next."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def agree(self, moment: datetime, at: float) -> None:
+        """Go by a moment of the other clock, which it was `at` so many seconds counted here; what
+        differs by nearly nothing changes nothing."""
+        now = self.now() + timedelta(seconds=at - self.elapsed())
+        if self._agreed is None and abs(moment - now) > _ODD:
+            log.warning("this host's clock is off: the database's is ahead by %s", moment - now)
+        if self._agreed is None or abs(moment - now) > _NEARLY:
+            self._agreed = moment, at
 
 
 class LocalSubscription:

@@ -39,8 +39,6 @@ class Telling:
 
     def __init__(self) -> None:
         self._node: NodeControl | None = None
-        self._generation = 0
-        self._told: tuple[object, ...] = ()
 
     def of(self, node: NodeControl) -> None:
         """Tell of this node from now on."""
@@ -51,15 +49,10 @@ class Telling:
         if self._node is None:
             return None
         try:
-            report = await self._node.report()
+            return (await self._node.report()).view()
         except Exception:  # that the node is there must be said whatever it has
             log.exception("what this node has is not told")
             return None
-        told = (report.machines, report.snapshots, report.missing, report.is_short_of_memory)
-        if told != self._told:
-            self._told = told
-            self._generation += 1
-        return report.view(generation=self._generation)
 
 
 class Membership:

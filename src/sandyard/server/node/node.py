@@ -36,6 +36,7 @@ from sandyard.server.core.ids import is_uuid
 from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End
+from sandyard.server.node.generation import Generation
 from sandyard.server.node.holding import Holding, Job, Work
 from sandyard.server.node.host.admission import Admission, Margins
 from sandyard.server.node.host.ledger import Ledger
@@ -96,6 +97,7 @@ class Node:
             clock=means.clock,
             on_change=means.on_change,
         )
+        self._generation = Generation()
         self._goldens = Goldens(
             home / "goldens",
             means=means,
@@ -287,7 +289,7 @@ class Node:
     async def report(self) -> NodeReport:
         """See core.contracts.node.NodeControl.report."""
         room = self._admission.room()
-        return NodeReport(
+        report = NodeReport(
             node_id=self._node_id,
             machines=tuple(one.fact() for one in self._holdings.values()),
             snapshots=tuple(self._snapshot_ids()),
@@ -301,6 +303,7 @@ class Node:
             shelves=tuple(self._pool.facts()),
             goldens=self._goldens.count,
         )
+        return self._generation.of(report)
 
     # --- NodeExports ----------------------------------------------------------------------
 

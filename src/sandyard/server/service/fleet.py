@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 LEASE_S: Final = 4.0
 _GATHER_S: Final = 0.1
+_EPOCHS: Final = 2**31
 INVITE_LASTS: Final = timedelta(hours=1)
 _LEASE = timedelta(seconds=LEASE_S)
 _REST = frozenset({Status.DESTROYED, Status.ORPHANED, Status.FAILED, Status.PAUSED, Status.ERROR})
@@ -183,6 +184,8 @@ class Fleet:
 
     async def beat(self, node_id: str, beat: Beat) -> Grant:
         """See core.contracts.cluster.Registry.beat."""
+        if not 0 <= beat.epoch < _EPOCHS:  # it is written together with what others say
+            raise InvalidArgumentError("cannot note a beat: there is no such epoch")
         if not await self._beats.is_current(node_id, beat.epoch):
             await self._must_be_known(node_id)
             raise ConflictError("cannot go on as this node: a later process of it has started")

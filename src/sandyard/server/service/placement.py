@@ -1,5 +1,6 @@
 """Which node a sandbox goes to: one that can start it, has room, and has most of it."""
 
+import asyncio
 import random
 from dataclasses import dataclass
 from typing import Final
@@ -76,20 +77,25 @@ class Placement:
         """Tell whether another node than this could start a sandbox."""
         return bool(await self._able(template, shape, but=but))
 
+    async def _asked(self, node_id: str) -> NodeView | None:
+        """Return what a node says now, None if it does not answer."""
+        try:
+            return (await self._nodes.report_of(self._nodes.get(node_id))).view()
+        except UnavailableError:
+            return None
+
     async def _able(self, template: str, shape: Shape, *, but: str | None) -> list[str]:
         """Return nodes that have a template, best first: no start failed there lately, there is
         room, a machine waits, then most memory left."""
         ranked: list[tuple[tuple[bool, bool, bool], int, int, str]] = []
-        for node_id in self._nodes.ids():
-            if node_id == but or not self._nodes.takes_new(node_id):
-                continue
-            view = self._nodes.lately(node_id)
-            if view is None:
-                try:
-                    view = (await self._nodes.report_of(self._nodes.get(node_id))).view()
-                except UnavailableError:
-                    continue
-            if template in view.templates:
+        ids = [one for one in self._nodes.ids() if one != but and self._nodes.takes_new(one)]
+        views = {one: self._nodes.lately(one) for one in ids}
+        if unknown := [one for one, view in views.items() if view is None]:
+            async with asyncio.TaskGroup() as tasks:
+                asking = {one: tasks.create_task(self._asked(one)) for one in unknown}
+            views |= {one: task.result() for one, task in asking.items()}
+        for node_id, view in views.items():
+            if view is not None and template in view.templates:
                 tier = (not self._has_failed(node_id), *_tier(view, template, shape))
                 ranked.append((tier, view.memory_mib, view.disk_mib, node_id))
         # Of those that are alike, the order stays as it is.

@@ -20,6 +20,7 @@ _LOOK_S: Final = 0.4
 _CALM_S: Final = 5.0
 _STILL_S: Final = 2.0
 _FRESH_S: Final = 3.0
+_BRIEF_S: Final = 0.3
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,17 @@ class Roster:
         self._told = {one: told for one, told in self._told.items() if one in self.nodes}
 
     def hear(self, node_id: str, beat: Beat) -> None:
-        """Note what a node says of itself."""
-        if beat.view is not None and node_id in self.nodes:
-            self._told[node_id] = Told(self.clock.monotonic(), beat.epoch, beat.view)
+        """Note what a node says of itself; an older process of it, one that says something all the
+        time, and what comes late, are not believed."""
+        node, now, known = self.nodes.get(node_id), self.clock.monotonic(), self._told.get(node_id)
+        if beat.view is None or node is None or beat.epoch != node.epoch:
+            return
+        is_same = known is not None and known.epoch == beat.epoch
+        if known is not None and is_same and (
+            now - known.at < _BRIEF_S or beat.view.generation < known.view.generation
+        ):  # fmt: skip
+            return
+        self._told[node_id] = Told(now, beat.epoch, beat.view)
 
     def told(self, node_id: str) -> Told | None:
         """Return what a node said of itself a moment ago; None if it said nothing."""

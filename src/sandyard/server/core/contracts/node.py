@@ -166,10 +166,7 @@ class ShelfFact:
 
 @dataclass(frozen=True)
 class NodeView:
-    """What of a node is told each second, to choose among many by; see `NodeReport`.
-
-    `generation` is another whenever what its report says is, but for what it could take.
-    """
+    """What of a node is told each second, to choose among many by; see `NodeReport`."""
 
     templates: tuple[str, ...] = ()
     memory_mib: int = 0
@@ -185,7 +182,8 @@ class NodeReport:
     `snapshots` are ids, `templates` the slugs of those it can start from, `memory_mib` and
     `disk_mib` what it has to promise still. `missing` says what keeps it from starting machines, a
     sentence each. A node that is short of memory asks for some sandbox to be paused before the
-    kernel ends one.
+    kernel ends one. `generation` is another for each report that says something else than the one
+    before, but for what the node could take.
     """
 
     node_id: str
@@ -198,10 +196,13 @@ class NodeReport:
     disk_mib: int = 0
     shelves: tuple[ShelfFact, ...] = ()
     goldens: int = 0
+    generation: int = 0
 
-    def view(self, *, generation: int = 0) -> NodeView:
+    def view(self) -> NodeView:
         """Return what of it is told each second."""
-        return NodeView(self.templates, self.memory_mib, self.disk_mib, self.shelves, generation)
+        return NodeView(
+            self.templates, self.memory_mib, self.disk_mib, self.shelves, self.generation
+        )
 
 
 class NodeControl(Protocol):

@@ -63,6 +63,7 @@ class _Listening:
     subject: str
     queue: str
     take: Callable[[Heard], None]
+    longest: int | None = None
 
 
 @dataclass
@@ -90,10 +91,17 @@ class Link:
         async with self._changed:
             await self._changed.wait_for(lambda: self.is_up)
 
-    def listen(self, subject: str, take: Callable[[Heard], None], *, queue: str = "") -> None:
+    def listen(
+        self,
+        subject: str,
+        take: Callable[[Heard], None],
+        *,
+        queue: str = "",
+        longest: int | None = None,
+    ) -> None:
         """Have what is said under a subject taken, from the next connection on; of those that
-        listen in one `queue`, one takes it."""
-        self._listening.append(_Listening(f"{PREFIX}.{subject}", queue, take))
+        listen in one `queue`, one takes it. What is of over `longest` bytes is not heard."""
+        self._listening.append(_Listening(f"{PREFIX}.{subject}", queue, take, longest))
 
     async def say(self, subject: str, values: Mapping[str, object], *, reply: str = "") -> None:
         """Say something now.
@@ -215,6 +223,9 @@ def _is_tls(client: Client) -> bool:
 
 def _taking(one: _Listening) -> Callable[[Msg], Any]:
     async def take(message: Msg) -> None:
+        if one.longest is not None and len(message.data) > one.longest:
+            log.warning("somebody said too much under %s", message.subject)
+            return
         heard = _heard(message)
         if heard is not None:
             one.take(heard)

@@ -30,6 +30,7 @@ _CONTROLS: Final = "controls"
 _ANSWER_S: Final = 1.0
 _HELLOS_S: Final = 0.4
 _CHANGES_S: Final = 0.02
+_LONGEST: Final = 2**16
 _T = TypeVar("_T")
 
 
@@ -57,10 +58,10 @@ async def registering(
             with suppress(CodecError):  # whoever answers it says so
                 on_beat(heard.subject.split(".")[1], decode(Beat, heard.values))
 
-        link.listen("ctl.*.hello", take, queue=_CONTROLS)
-        link.listen("ctl.*.beat", take, queue=_CONTROLS)
-        link.listen("ctl.*.beat", overheard)
-        link.listen("ctl.*.changed", changed)
+        link.listen("ctl.*.hello", take, queue=_CONTROLS, longest=_LONGEST)
+        link.listen("ctl.*.beat", take, queue=_CONTROLS, longest=_LONGEST)
+        link.listen("ctl.*.beat", overheard, longest=_LONGEST)
+        link.listen("ctl.*.changed", changed, longest=_LONGEST)
         yield
 
 

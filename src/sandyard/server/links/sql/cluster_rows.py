@@ -94,6 +94,7 @@ class JoinedNodeTable:
         is_free = or_(
             false() if free_for else is_to_have,
             _c.compared_until.is_(None),
+            _c.compared_until > t.now() + lasts // _MICROSECOND,  # the clock was set back
             _c.compared_until <= t.now() - free_for // _MICROSECOND,
         )
         done = await self._connection.execute(

@@ -15,15 +15,24 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from sandyard.server.links.sql.batches import BUSY_S
 from sandyard.server.tasks import to_the_end
 
 READ: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 WRITE: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
+COMMIT: Final = "COMMIT"
+_USED: Final = "was used"
 # The last is what the driver says of a connection that was ended while nobody used it.
 _LOST = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _GONE = (*_LOST, OSError)
 _OF_THE_DRIVER = (*_LOST, asyncpg.PostgresError)
-_END_S = 5.0
+_BEGIN_S: Final = 3.0 * BUSY_S  # each of two locks may be waited for so long
+_END_S: Final = 5.0
+
+
+async def note_used(connection: AsyncConnection) -> None:
+    """Note that a connection is none of those just made, and may be gone when it is next taken."""
+    (await connection.get_raw_connection()).info[_USED] = True
 
 
 class Transactions:
@@ -38,51 +47,80 @@ class Transactions:
         own error undoes it.
 
         Raises:
-            DBAPIError: the database does not answer, or refuses.
+            DBAPIError: the database does not answer, or refuses; if its `statement` is COMMIT,
+                nobody knows whether the transaction counts.
         """
         connection, raw = await self._first(words)
         try:
             yield connection
-            if (done := await raw.execute("COMMIT")) != "COMMIT":
-                raise DBAPIError("COMMIT", None, Exception(f"it ended as {done}"))
-        except BaseException as error:
+            await to_the_end(_commit(raw))
+        except BaseException:
             await to_the_end(_undo(connection, raw))
-            if isinstance(error, _OF_THE_DRIVER):
-                raise _as_sqlalchemys(error) from error
             raise
-        await to_the_end(connection.close())
+        await to_the_end(_give_back(connection))
 
     async def _first(self, words: str) -> tuple[AsyncConnection, Any]:
         """Return a connection in a transaction, and what it is to the driver."""
         while True:
-            connection = await self._engine.connect()
-            is_fresh = True
+            try:
+                connection = await self._engine.connect()
+            except _OF_THE_DRIVER as error:
+                raise _as_sqlalchemys(error, words) from error
+            raw: Any = None
+            was_used = False
             try:
                 fairy = await connection.get_raw_connection()
-                raw: Any = fairy.driver_connection
-                is_fresh = "has_begun" not in fairy.info
-                fairy.info["has_begun"] = True
-                await raw.execute(words)
-            except BaseException as error:
+                raw, was_used = fairy.driver_connection, _USED in fairy.info
+                fairy.info[_USED] = True
+                if raw.is_in_transaction():
+                    raise asyncpg.InterfaceError("it was given back in a transaction")
+                await raw.execute(words, timeout=_BEGIN_S)
+            except _GONE as error:
                 await to_the_end(_drop(connection))
-                # One from before the database was away; of those there are as many as the pool has.
-                if isinstance(error, _GONE) and not is_fresh:
+                # One from before the database was away; of those there are as many as the pool
+                # has. A database that says nothing says nothing to the others either.
+                if was_used and not isinstance(error, TimeoutError):
                     continue
-                if isinstance(error, _OF_THE_DRIVER):
-                    raise _as_sqlalchemys(error) from error
+                raise _as_sqlalchemys(error, words) from error
+            except asyncpg.PostgresError as error:
+                await to_the_end(_undo(connection, raw))
+                raise _as_sqlalchemys(error, words) from error
+            except BaseException:
+                await to_the_end(_drop(connection))
                 raise
             return connection, raw
+
+
+async def _commit(raw: Any) -> None:
+    """Commit; not to be broken off, or nobody would know what came of it."""
+    try:
+        if not raw.is_in_transaction():
+            raise asyncpg.InterfaceError("there is no transaction any more")
+        done = await raw.execute(COMMIT, timeout=BUSY_S)
+    except (*_OF_THE_DRIVER, OSError) as error:
+        raise _as_sqlalchemys(error, COMMIT) from error
+    if done != COMMIT:
+        trouble = asyncpg.InterfaceError(f"the transaction ended as {done}")
+        raise DBAPIError("", None, trouble, hide_parameters=True)
 
 
 async def _undo(connection: AsyncConnection, raw: Any) -> None:
     """End a transaction without a trace, and with it the connection if it cannot be done."""
     try:
-        async with asyncio.timeout(_END_S):
-            await raw.execute("ROLLBACK")
+        if raw.is_in_transaction():
+            await raw.execute("ROLLBACK", timeout=_END_S)
     except Exception:  # noqa: BLE001 - whatever it is, the database undoes what is not committed
         await _drop(connection)
     else:
-        await connection.close()
+        await _give_back(connection)
+
+
+async def _give_back(connection: AsyncConnection) -> None:
+    try:
+        async with asyncio.timeout(_END_S):
+            await connection.close()
+    except TimeoutError:  # one beyond the pool's size is closed, and the other end says nothing
+        await _drop(connection)
 
 
 async def _drop(connection: AsyncConnection) -> None:
@@ -90,7 +128,11 @@ async def _drop(connection: AsyncConnection) -> None:
     await connection.close()
 
 
-def _as_sqlalchemys(error: BaseException) -> DBAPIError:
+def _as_sqlalchemys(error: BaseException, statement: str) -> DBAPIError:
     return DBAPIError(
-        "BEGIN", None, error, hide_parameters=True, connection_invalidated=isinstance(error, _GONE)
+        statement,
+        None,
+        error,
+        hide_parameters=True,
+        connection_invalidated=isinstance(error, _GONE),
     )

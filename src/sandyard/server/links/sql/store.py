@@ -39,7 +39,7 @@ from sandyard.server.links.sql.money_rows import (
     UsageTable,
 )
 from sandyard.server.links.sql.prepared import Prepared, Values, begin
-from sandyard.server.links.sql.remote import READ, WRITE, Transactions
+from sandyard.server.links.sql.remote import COMMIT, READ, WRITE, Transactions, note_used
 from sandyard.server.links.sql.rows import (
     ActivityTable,
     Connection,
@@ -287,6 +287,7 @@ async def open_store(url: str, *, key: bytes, clock: Clock | None = None) -> Asy
             held.push_async_callback(engine.dispose)
             with _translated():
                 async with engine.begin() as connecting:
+                    await note_used(connecting)
                     # One server at a time brings the schema up to date, which may take long; the
                     # others then find it so.
                     await connecting.execute(text("SET LOCAL lock_timeout = 0"))
@@ -369,6 +370,11 @@ class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, IntegrityError):
             raise InternalError(f"the database refused a row: {error.orig}") from error
+        if isinstance(error, DBAPIError) and error.statement == COMMIT:
+            raise UnavailableError(
+                "the database went away while this was written, and it is not known whether it "
+                "was; look before you ask again"
+            ) from error
         if isinstance(error, DBAPIError) and _is_passing(error):
             raise UnavailableError("the database does not answer now; try again") from error
         if isinstance(

@@ -81,8 +81,10 @@ class Comparison:
     for what may not have been.
     """
 
-    heard_at: datetime | None = None
-    """When the node last answered, or said unasked that nothing is new."""
+    heard_at: float | None = None
+    """When the node last answered, or said unasked that nothing is new, by this process's clock."""
+    silent_since: float | None = None
+    """Since when it has not answered, by this process's clock; None while it does."""
 
     def __init__(
         self,
@@ -110,7 +112,6 @@ class Comparison:
         self._away_since = away_since
         self._began_at = clock.now()
         self._calm: _Calm | None = None
-        self._is_silent = False
         self._awake: dict[str, tuple[int, int]] = {}
         self._unwanted: dict[str, int] = {}
         self._vanished: set[str] = set()
@@ -128,7 +129,7 @@ class Comparison:
         """
         told = self._nodes.told(self._node.node_id)
         if self._calm is not None and self._is_calm(self._calm, mark, told):
-            self.heard_at = self._clock.now()
+            self.heard_at = self._clock.monotonic()
             return
         self._calm = None
         # Rows first: a row that says running was written when the machine was there, so a later
@@ -136,13 +137,14 @@ class Comparison:
         async with self._store.read() as tx:
             rows = await tx.sandboxes.standing(self._node.node_id, WATCHED)
             seen = await tx.nodes.find(self._node.node_id)
-            joined = await tx.joined_nodes.find(self._node.node_id)
         try:
             report = await self._nodes.report_of(self._node)
         except UnavailableError as error:
-            if not self._is_silent:
+            if self.silent_since is None:
                 log.warning("a node does not answer: %s", error.message)
-            self._is_silent = True
+                self.silent_since = self._clock.monotonic()
+            async with self._store.read() as tx:  # to ask may have taken long
+                joined = await tx.joined_nodes.find(self._node.node_id)
             if joined is None or joined.lease_until is None:
                 await self._suspect_in_time(rows, self._began_at if seen is None else seen.seen_at)
             elif joined.lost_at is not None:
@@ -152,15 +154,15 @@ class Comparison:
                     if has_expired(sandbox, self._clock.now()):
                         await self._expire(sandbox, ended_at=None)
             return
-        if self._is_silent:
+        if self.silent_since is not None:
             log.warning("the node %s answers again", self._node.node_id)
-        self._is_silent = False
+        self.silent_since = None
         if seen is not None and self._clock.now() - seen.seen_at > _AWAY:
             self._away_since = seen.seen_at
         snapshots = await self._compare(await self._caught_up(rows, report), report)
         if told is not None:
             self._calm = self._calmed(rows, report, snapshots, told)
-        self.heard_at = self._clock.now()
+        self.heard_at = self._clock.monotonic()
 
     def _is_calm(self, calm: "_Calm", mark: Mark | None, told: Told | None) -> bool:
         return (
@@ -175,7 +177,7 @@ class Comparison:
         self, rows: list[Standing], report: NodeReport, snapshots: list[Snapshot], told: Told
     ) -> "_Calm | None":
         """Return what keeps the next look from finding anything; None if that may find something
-        as it is. `told` is older than the report."""
+        as it is."""
         if (
             self._awake
             or self._vanished
@@ -198,7 +200,7 @@ class Comparison:
             updated_at=max((one.updated_at for one in rows), default=None),
             snapshots=len(snapshots),
         )
-        generation = (told.epoch, told.view.generation)
+        generation = (told.epoch, report.generation)
         since = self._clock.monotonic()
         return _Calm(mark, generation, min(ends, default=_NEVER), since)
 

@@ -43,7 +43,8 @@ def topic_of_node(node_id: str) -> str:
     return f"node:{node_id}"
 
 
-_NOTED_EVERY = timedelta(seconds=4)
+_NOTED_EVERY_S = 4.0
+_LEFT_AFTER_S = 10.0
 _STARTING = frozenset({Status.PENDING, Status.CREATING, Status.RESUMING})
 _ENDING = frozenset({Status.DESTROYING, Status.PAUSING})
 
@@ -81,8 +82,8 @@ class Reconciler:
     ) -> None:
         self._shares = shares
         self._comparisons: dict[str, Comparison] = {}
-        self._marks: Mapping[str, Mark] = {}
-        self._noted_at: datetime | None = None
+        self._marks: Mapping[str, Mark] | None = None
+        self._noted_at: float | None = None
         self._noted: set[str] = set()
         self._server_id = server_id
         self._store = store
@@ -247,11 +248,19 @@ class Reconciler:
         Raises:
             UnavailableError: the store does not answer.
         """
-        if self._shares is not None:
-            await self._shares.refresh()
-            if own := self._shares.own:
-                async with self._store.read() as tx:
-                    self._marks = await tx.sandboxes.marks(own, WATCHED)
+        if self._shares is None:
+            return
+        self._marks = None  # by old ones, what has been written since would not be looked at
+        now = self._clock.monotonic()
+        unreached = {
+            node_id
+            for node_id, one in self._comparisons.items()
+            if one.silent_since is not None and now - one.silent_since > _LEFT_AFTER_S
+        }
+        await self._shares.refresh(unreached)
+        if own := self._shares.own:
+            async with self._store.read() as tx:
+                self._marks = await tx.sandboxes.marks(own, WATCHED)
 
     async def _note_heard(self, node_id: str) -> None:
         """Note which nodes were heard of, once in a while, or the first time that this one was.
@@ -259,8 +268,8 @@ class Reconciler:
         Raises:
             UnavailableError: the store does not answer.
         """
-        now, noted_at = self._clock.now(), self._noted_at
-        is_due = noted_at is None or not timedelta() <= now - noted_at < _NOTED_EVERY
+        now, noted_at = self._clock.monotonic(), self._noted_at
+        is_due = noted_at is None or now - noted_at >= _NOTED_EVERY_S
         if node_id in self._noted and not is_due:
             return
         heard = {
@@ -274,14 +283,14 @@ class Reconciler:
         self._noted_at = now
         self._noted |= heard
         async with self._store.write(Turn.BESIDE) as tx:
-            await tx.nodes.heard(heard, now)
+            await tx.nodes.heard(heard, self._clock.now())
 
     async def _keep_comparing(self, node: NodeControl, crew: Crew) -> None:
         comparison = self._comparison(node, crew)
 
         async def look(is_hinted: bool) -> None:
-            is_shared = self._shares is not None and not is_hinted
-            await comparison.look(self._marks.get(node.node_id, Mark()) if is_shared else None)
+            marks = None if is_hinted else self._marks
+            await comparison.look(None if marks is None else marks.get(node.node_id, Mark()))
             # Last: a peer that comes back now must still find how long nobody looked.
             await self._note_heard(node.node_id)
 

@@ -1,10 +1,12 @@
 """Which nodes this control plane compares, of those that several have: each is compared by one."""
 
 from collections import Counter
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Final
 
 from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.records import JoinedNode
 from sandyard.server.service.roster import Roster
 
 LASTS: Final = timedelta(seconds=6)
@@ -23,8 +25,11 @@ class Shares:
         self._roster = roster
         self.own: frozenset[str] = frozenset()
 
-    async def refresh(self) -> None:
+    async def refresh(self, unreached: Collection[str] = ()) -> None:
         """Keep for a while longer what this control plane compares, and take up what it should.
+
+        What is `unreached` from here, and perhaps not from elsewhere, it keeps only if nobody else
+        takes it.
 
         Raises:
             UnavailableError: the store does not answer.
@@ -36,16 +41,25 @@ class Shares:
         if not self._roster.can_hear():
             # It can ask no node anything. Whoever can is to have them; if nobody can, there is
             # still what only the store is needed for.
-            rest = frozenset(one.id for one in nodes if one.is_compared) & self.own
-            self.own = rest | await self._take(free, free_for=LASTS)
+            rest = {one.id for one in nodes if one.is_compared} & self._held(nodes)
+            self.own = frozenset(rest) | await self._take(free, free_for=LASTS)
             return
-        own = await self._take(
-            [*free, *(one.id for one in nodes if one.compared_by == self._server_id)]
-        )
+        wanted = {*free, *self._held(nodes)} - {*unreached}
+        own = await self._take(sorted(wanted))
+        left = [one for one in free if one in unreached]
+        own |= await self._take(left, free_for=LASTS)
+        own |= frozenset(unreached) & self._held(nodes) - {*free}
         for other, most in counts.most_common(1):
-            theirs = [one.id for one in nodes if one.is_compared and one.compared_by == other]
+            theirs = [
+                one.id
+                for one in nodes
+                if one.is_compared and one.compared_by == other and one.id not in unreached
+            ]
             own |= await self._take(theirs[: max(0, (most - len(own)) // 2)], over=other)
         self.own = own
+
+    def _held(self, nodes: Collection[JoinedNode]) -> set[str]:
+        return {one.id for one in nodes if one.compared_by == self._server_id}
 
     async def _take(
         self,

@@ -1,0 +1,22 @@
+"""A count of changes to what a node has, so that nobody has to ask for what is not new."""
+
+from dataclasses import replace
+
+from sandyard.server.core.contracts.node import NodeReport
+
+
+class Generation:
+    """Counts a node's reports that say something else than the one before."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last: tuple[object, ...] = ()
+
+    def of(self, report: NodeReport) -> NodeReport:
+        """Return a report with its generation. What a node could take changes all the time, and
+        does not count."""
+        said = (report.machines, report.snapshots, report.missing, report.is_short_of_memory)
+        if said != self._last:
+            self._count += 1
+            self._last = said
+        return replace(report, generation=self._count)
