@@ -186,6 +186,7 @@ async def test_a_hostile_node_hears_nothing_and_is_heard_nowhere(nats: NatsServe
             await up(evil, other)
             remote = RemoteNode(link, inbox, "good")
             await remote.ensure_running(a_wish(new_sandbox_id()))
+            await until(lambda: len(said) == 2)  # what was asked, and the answer
             said.clear()
             with inbox.answers() as (place, came):
                 for subject in ("node.good.do", "ctl.good.beat", "hint.sandboxes", place):
