@@ -83,12 +83,20 @@ def _options(
     """Return what the command is started with."""
     options: dict[str, object] = {"cwd": cwd, "user": user, "stdin": has_input or has_terminal}
     if has_terminal:
-        size = shutil.get_terminal_size()
+        size = _size()
         options["pty"] = {"cols": size.columns, "rows": size.lines}
         options["env"] = {"TERM": os.environ.get("TERM", "xterm-256color")}
     if timeout_s is not None:
         options["timeout"] = milliseconds(timeout_s)
     return options
+
+
+def _size() -> os.terminal_size:
+    """Return the terminal's size: what COLUMNS and LINES say does not change with the window."""
+    try:
+        return os.get_terminal_size(0)
+    except OSError:
+        return shutil.get_terminal_size()
 
 
 def _pass_on(attached: Attachment) -> None:
@@ -151,7 +159,7 @@ def _passed_on(attached: Attachment, *, has_terminal: bool) -> Iterator[None]:
 
 
 def _resize(attached: Attachment) -> None:
-    size = shutil.get_terminal_size()
+    size = _size()
     with suppress(SandyardError):
         attached.resize(size.columns, size.lines)
 
