@@ -14,6 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import postgres
 from tests.support.firecracker import environment_of, guests_of, tried
+from tests.support.lanes import take_lane
 from tests.support.leftovers import open_sockets, open_things
 from tests.support.ports import free_port
 from tests.support.routes import compile_once
@@ -32,6 +33,7 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    take_lane()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -352,7 +352,7 @@ backend controls
             return all(name in found and found[name].has_lease for name in names or self.nodes)
 
         try:
-            wait_until(up, limit_s=60, what=f"{names or 'all nodes'} are up")
+            wait_until(up, limit_s=120, what=f"{names or 'all nodes'} are up")
             wait_until(self.is_ready, limit_s=60, what="the control planes are ready")
         except AssertionError as error:
             said = "\n".join(f"--- {one.name}\n{one.said()[-1500:]}" for one in self.hosts)

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.lab import API, DOOR, NATS, Lab, lab
+from tests.support.lanes import every_processor
 from tests.support.server import QEMU, SANDYARD, wait_until
 
 pytestmark = pytest.mark.machine
@@ -23,7 +24,7 @@ NAMES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Lab]:
-    with lab(*NAMES) as made:
+    with every_processor(), lab(*NAMES) as made:
         yield made
 
 
