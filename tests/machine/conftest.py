@@ -76,4 +76,5 @@ def _leaves_nothing(server: RealServer, box: str) -> Iterator[None]:
         if one["id"] != box:
             server.delete(one["id"])
     assert server.machines() == {box}
-    wait_until(lambda: _is_settled(server, box), what="only the box and the pool are there")
+    settled = lambda: _is_settled(server, box)  # noqa: E731
+    wait_until(settled, limit_s=120, what="only the box and the pool are there")

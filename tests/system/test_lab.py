@@ -18,6 +18,9 @@ from tests.support.lab import API, DOOR, NATS, Lab, lab
 from tests.support.lanes import every_processor
 from tests.support.server import QEMU, SANDYARD, wait_until
 
+from sandyard.server.app.member import home_of
+from sandyard.server.app.settings import Settings
+
 pytestmark = pytest.mark.machine
 NAMES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -269,7 +272,7 @@ def test_a_nats_server_that_dies_is_one_of_three(built: Lab) -> None:
 def test_a_nodes_papers_make_no_nats_server(built: Lab, tmp_path: Path) -> None:
     node, real = built.nodes["two"], built.nats[0]
     own = node.home / "cluster"
-    kept = json.loads((own / "node.json").read_text())["identity"]["nats_authority"]
+    kept = home_of(Settings(home=node.home)).identity.nats_authority
     (tmp_path / "authority.pem").write_text(kept)
     words = (real.home / "nats.conf").read_text()
 
@@ -414,13 +417,12 @@ def test_what_a_control_plane_was_at_work_on_is_done_once_by_another(built: Lab,
 
 @pytest.mark.parametrize("ahead", ["+1h", "-1h"])
 def test_clocks_that_are_an_hour_apart_change_nothing(built: Lab, ahead: str) -> None:
-    box = built.on("one")
-    brief = built.create(idleTimeout=600, expiresIn=1800)
+    brief = built.on("two")
     for host in (built.nodes["one"], built.controls[1]):
         built.restart_with_clock(host, ahead)
     try:
         built.until_up()
-        wait_until(lambda: built.try_status(box) == "running", what="it is found again")
+        box = built.on("one")
         nobody_is_lost(built, box, 6)
         assert built.status(brief) == "running"
         for control in built.controls:
