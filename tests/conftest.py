@@ -7,14 +7,11 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import postgres
 from tests.support.firecracker import environment_of, guests_of, tried
-from tests.support.lanes import take_lane
 from tests.support.leftovers import open_sockets, open_things
 from tests.support.ports import free_port
 from tests.support.routes import compile_once
@@ -33,7 +30,6 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    take_lane()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,54 +60,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs root"))
 
 
-class _Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
-    """Has one process run all tests with machines under one hypervisor, which share a server, and
-    else all of a file."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        path, _, test = nodeid.partition("::")
-        if not path.startswith("tests/machine/"):
-            return path
-        return next((one for one in ("firecracker", "qemu-kvm", "qemu") if one in test), path)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling | None:
-    """Return who deals tests out to several processes, where they are not dealt out singly."""
-    return _Scheduling(config, log) if config.getvalue("dist") == "loadscope" else None
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Have whoever collects what several processes found say what guests ran with in this one."""
-    if (output := getattr(session.config, "workeroutput", None)) is not None:
-        output["guests"] = _guests()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Note what guests ran with in another process."""
-    _told.update(getattr(node, "workeroutput", {}).get("guests", {}))
-
-
-_told: dict[str, str] = {}
-
-
-def _guests() -> dict[str, str]:
-    said = {}
-    for name, guests in tried.items():
-        if not guests.verdict.is_usable:
-            said[name] = f"NOT RUN with {name}: {guests.verdict.reason}"
-        else:
-            which = guests.kernel or "the distribution's kernel"
-            pace = f"{guests.pace:.1f} times as long as usual"
-            said[name] = f"{name}: guests ran with {which}, {pace}"
-    return said
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say loudly what guests ran with where that is not a matter of course."""
-    for line in (_guests() | _told).values():
-        terminalreporter.write_line(line, red=line.startswith("NOT RUN"))
+    for name, guests in tried.items():
+        if not guests.verdict.is_usable:
+            terminalreporter.write_line(f"NOT RUN with {name}: {guests.verdict.reason}", red=True)
+        else:
+            which = guests.kernel or "the distribution's kernel"
+            terminalreporter.write_line(
+                f"{name}: guests ran with {which}, {guests.pace:.1f} times as long as usual"
+            )
 
 
 @pytest.fixture(
@@ -130,6 +88,9 @@ def hypervisor(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     guests = guests_of(request.param)
     if not guests.verdict.is_usable:
         pytest.skip(f"NOT RUN: {request.param} boots no machine here: {guests.verdict.reason}")
+    if guests.kernel is not None and not request.config.getoption("--every"):
+        # A boot takes minutes. Guests are in the exams of the drivers all the same.
+        pytest.skip("NOT RUN: with a kernel for tests, scripts/test --all runs it")
     # With a kernel for tests only a guest's programs run at full speed: what they ask of it takes
     # longer still than its start tells.
     with paced(guests.pace if guests.kernel is None else guests.pace * 3):

@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.lab import API, DOOR, NATS, Lab, lab
-from tests.support.lanes import every_processor
 from tests.support.server import QEMU, SANDYARD, wait_until
 
 from sandyard.server.app.member import home_of
@@ -27,7 +26,7 @@ NAMES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Lab]:
-    with every_processor(), lab(*NAMES) as made:
+    with lab(*NAMES) as made:
         yield made
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from tests.support.lanes import every_processor
 from tests.support.ports import free_port
 from tests.support.server import QEMU, RealServer, wait_until
 
@@ -58,13 +57,12 @@ http.server.ThreadingHTTPServer(("127.0.0.1", 5173), Handler).serve_forever()
 @pytest.fixture(scope="module")
 def server() -> Iterator[RealServer]:
     made = RealServer(free_port(), **QEMU, SANDYARD_POOL__FLOOR="1", SANDYARD_POOL__CEILING="1")
-    with every_processor():
-        try:
-            made.run("template", "build", "desktop-ubuntu", limit_s=BUILD_LIMIT_S)
-            made.start()
-            yield made
-        finally:
-            made.remove()
+    try:
+        made.run("template", "build", "desktop-ubuntu", limit_s=BUILD_LIMIT_S)
+        made.start()
+        yield made
+    finally:
+        made.remove()
 
 
 @pytest.fixture(scope="module")
