@@ -519,7 +519,7 @@ def main() -> None:
 The API, by the balancer:
   export SANDYARD_URL={made.client.base_url}
   export SANDYARD_API_KEY={made.client.headers["Authorization"].removeprefix("Bearer ")}
-  .venv/bin/sandyard sandbox create base-minimal
+  .venv/bin/sandyard sandbox create --template base-minimal
 Who is there, as an operator sees it:
   nsenter --net=/run/netns/{control.netns} env \\
     {" ".join(f"{name}='{value}'" for name, value in control.environment.items())} \\
