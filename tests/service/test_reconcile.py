@@ -21,6 +21,7 @@ from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service import placement
+from sandyard.server.service.money.metering import BEAT
 from sandyard.server.service.sandboxes.create import NewSandbox
 
 WISH = NewSandbox("base-minimal")
@@ -173,6 +174,25 @@ async def test_a_machine_that_died_while_nobody_looked_is_not_charged_for(tmp_pa
             (period,) = await tx.usage.of_sandbox(box.id)
     assert period.ended_at is not None
     assert timedelta() <= last - period.ended_at < timedelta(seconds=10)
+
+
+async def test_a_machine_that_died_in_the_moment_nobody_looked_is_not_charged_for(
+    tmp_path: Path,
+) -> None:
+    async with open_desk(tmp_path) as desk:
+        box = await desk.create(idle_timeout=0)
+        await desk.drive(10)
+        await desk.kill()
+        nodes, clock, last = desk.nodes, desk.clock, desk.clock.now()
+        async with desk.control.store.write(Turn.ALONE) as tx:
+            await tx.facts.note(BEAT, last)
+    nodes["fake"].die(box.id)
+    clock.time += timedelta(seconds=5)  # which is too short for the node to have been missed
+    async with open_desk(tmp_path, nodes=nodes, clock=clock) as desk:
+        await desk.until(box, Status.ERROR)
+        async with desk.control.store.read() as tx:
+            (period,) = await tx.usage.of_sandbox(box.id)
+    assert period.ended_at == last
 
 
 # --- what nobody wants --------------------------------------------------------------------------

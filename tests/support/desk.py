@@ -223,7 +223,9 @@ async def open_desk(
         ):
             telling = []
             if roster is not None:
-                telling = [tasks.create_task(_told(roster, store, one)) for one in own.values()]
+                telling = [
+                    tasks.create_task(_told(roster, store, clock, one)) for one in own.values()
+                ]
                 telling.append(tasks.create_task(roster.run()))
             working = tasks.create_task(control.reconciler.run() if works else asyncio.sleep(0))
 
@@ -252,19 +254,19 @@ async def _joined(store: Store, clock: DrivenClock, nodes: Mapping[str, FakeNode
     return roster
 
 
-async def _told(roster: Roster, store: Store, node: FakeNode) -> None:
+async def _told(roster: Roster, store: Store, clock: DrivenClock, node: FakeNode) -> None:
     telling = Telling()
     telling.of(node)
     while True:
         with contextlib.suppress(TimeoutError):
-            async with roster.clock.timeout(0.5):
+            async with clock.timeout(0.5):
                 view = await telling.view()
             if view is not None:
                 node.asked.pop()  # it asked itself
                 async with store.write(Turn.BESIDE) as tx:
                     await tx.joined_nodes.beat({(node.node_id, 1)}, lasts=_LEASE)
                 roster.hear(node.node_id, Beat(1, view))
-        await roster.clock.sleep(1)
+        await clock.sleep(1)
 
 
 async def _admin(store: Store) -> Actor:

@@ -161,10 +161,8 @@ async def open_control(
         addresses = addresses_of(settings)
         enforces = settings.billing.enforce
         known = Nodes(nodes, clock, roster)
-        templates, placement = (
-            Templates(known, clock),
-            Placement(known, clock, by_lot=roster is not None),
-        )
+        templates = Templates(known, clock)
+        placement = Placement(known, clock, by_lot=roster is not None)
         lifecycle = Lifecycle(store, bus, clock)
         register = Register(store, bus, clock)
         repeats = Repeats(clock, key)

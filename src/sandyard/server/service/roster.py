@@ -48,8 +48,8 @@ class Roster:
         elapsed: Callable[[], float] | None = None,
     ) -> None:
         self._store = store
-        self.clock = clock
-        self._can_hear = can_hear
+        self._clock = clock
+        self.can_hear = can_hear
         self._elapsed = elapsed or clock.monotonic
         self._calm_since: float | None = None
         self._looked_at = 0.0
@@ -69,7 +69,7 @@ class Roster:
     def hear(self, node_id: str, beat: Beat) -> None:
         """Note what a node says of itself; an older process of it, one that says something all the
         time, and what comes late, are not believed."""
-        node, now, known = self.nodes.get(node_id), self.clock.monotonic(), self._told.get(node_id)
+        node, now, known = self.nodes.get(node_id), self._clock.monotonic(), self._told.get(node_id)
         if beat.view is None or node is None or beat.epoch != node.epoch:
             return
         is_same = known is not None and known.epoch == beat.epoch
@@ -82,7 +82,7 @@ class Roster:
     def told(self, node_id: str) -> Told | None:
         """Return what a node said of itself a moment ago; None if it said nothing."""
         told = self._told.get(node_id)
-        if told is None or self.clock.monotonic() - told.at > _FRESH_S:
+        if told is None or self._clock.monotonic() - told.at > _FRESH_S:
             return None
         return told
 
@@ -101,13 +101,13 @@ class Roster:
                 self._calm_since = None
             except Exception:  # looked after at the next look
                 log.exception("nodes could not be looked after")
-            await self.clock.sleep(_LOOK_S)
+            await self._clock.sleep(_LOOK_S)
 
     async def _lose(self, began: float) -> None:
         """Give up whoever is to be, in a look that `began` just now."""
         now = self._elapsed()
         # Where a look took long, the database or this process stood still.
-        if not self._can_hear() or now - began > _STILL_S or now - self._looked_at > _STILL_S:
+        if not self.can_hear() or now - began > _STILL_S or now - self._looked_at > _STILL_S:
             self._calm_since = None
         self._looked_at = now
         if self._calm_since is None:
@@ -124,10 +124,6 @@ class Roster:
             lost = await tx.joined_nodes.lose(grace=_GRACE)
         for node_id in lost:
             log.error("the node %s is lost: it has not been heard of", node_id)
-
-    def can_hear(self) -> bool:
-        """Tell whether nodes can be heard, and asked."""
-        return self._can_hear()
 
     def is_there(self, node_id: str) -> bool:
         """Tell whether a node has a lease."""

@@ -237,7 +237,7 @@ class Reconciler:
             for node in self._nodes.all():
                 name = f"compare {node.node_id}"
                 if self._is_own(node.node_id) and not crew.is_at(name):
-                    work = self._keep_comparing(node, crew)
+                    work = self._keep_comparing(self._comparison(node, crew), node.node_id)
                     crew.start(work, "a node is compared no longer", once=name)
             self._away_since = None
             await self._clock.sleep(self._pace.period_s)
@@ -285,22 +285,19 @@ class Reconciler:
         async with self._store.write(Turn.BESIDE) as tx:
             await tx.nodes.heard(heard, self._clock.now())
 
-    async def _keep_comparing(self, node: NodeControl, crew: Crew) -> None:
-        comparison = self._comparison(node, crew)
-
+    async def _keep_comparing(self, comparison: Comparison, node_id: str) -> None:
         async def look(is_hinted: bool) -> None:
             marks = None if is_hinted else self._marks
-            await comparison.look(None if marks is None else marks.get(node.node_id, Mark()))
+            await comparison.look(None if marks is None else marks.get(node_id, Mark()))
             # Last: a peer that comes back now must still find how long nobody looked.
-            await self._note_heard(node.node_id)
+            await self._note_heard(node_id)
 
-        self._comparisons[node.node_id] = comparison
+        self._comparisons[node_id] = comparison
         try:
-            is_one = self._is_one(node.node_id)
-            await self._keep_at(look, topic_of_node(node.node_id), while_=is_one)
+            await self._keep_at(look, topic_of_node(node_id), while_=self._is_one(node_id))
         finally:
-            del self._comparisons[node.node_id]
-            self._noted.discard(node.node_id)
+            del self._comparisons[node_id]
+            self._noted.discard(node_id)
 
     def _comparison(self, node: NodeControl, crew: Crew) -> Comparison:
         return Comparison(
