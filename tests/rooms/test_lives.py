@@ -835,18 +835,20 @@ async def test_golden_machines_of_odd_shapes_take_so_much_and_no_more(
 ) -> None:
     caplog.set_level("INFO")
 
-    def made() -> int:
-        return sum("a golden machine is ready" in one.message for one in caplog.records)
+    def made(memory: str) -> bool:
+        ready = [one.message for one in caplog.records if "golden machine is ready" in one.message]
+        return any(f", {memory}" in one for one in ready)
 
     for bound, kept in ((2048, 2), (0, 0)):
+        caplog.clear()
         home = tmp_path / str(bound)
         async with open_yard(home, pool=1, odd_goldens_mib=bound) as yard:
             await eventually(lambda yard=yard: pool_is(yard, 1))  # type: ignore[misc]
             await eventually(lambda yard=yard: has_every_golden(yard))  # type: ignore[misc]
-            usual, before = await metric(yard, "sandyard_goldens "), made()
+            usual = await metric(yard, "sandyard_goldens ")
             for memory in ("300MB", "310MB"):
                 await yard.create(resources={"memory": memory})
-            await until(lambda before=before: made() >= before + 2)  # type: ignore[misc]
+            await until(lambda: made("300 MB") and made("310 MB"))
             assert await metric(yard, "sandyard_goldens ") == usual + kept
             folders = [one for one in (home / "goldens").iterdir() if one.is_dir()]
             assert len(folders) == usual + kept

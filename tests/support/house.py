@@ -161,27 +161,29 @@ async def open_yard(
     driver = FakeDriver(host, conduct, version=version, saves=saves or pool > 0)
     settings = settings_of(home, pool=pool, sections=sections, **node)
     place_database(home / "sandyard.db")
-    async with (
-        open_house(settings, drivers=[driver], clock=clock) as house,
-        asyncio.TaskGroup() as tasks,
-    ):
-        reconciling = tasks.create_task(house.reconciler.run() if works else asyncio.sleep(0))
-        metering = tasks.create_task(house.meter.run() if works else asyncio.sleep(0))
-        yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home)
-        await yard.client.aclose()
-        yard.key = await yard.add_key(*await yard.first())
-        async with yard.client_of(yard.key) as client:
-            yard.client = client
-            yield yard
-        await assert_counted(house)
-        reconciling.cancel()
-        metering.cancel()
-    for machine in list(host.machines.values()):
-        if not keep:
-            machine.die()
-            machine.close()
-    for _ in range(5):  # what was closed is gone, also what was being accepted just then
-        await asyncio.sleep(0.002)
+    try:
+        async with (
+            open_house(settings, drivers=[driver], clock=clock) as house,
+            asyncio.TaskGroup() as tasks,
+        ):
+            reconciling = tasks.create_task(house.reconciler.run() if works else asyncio.sleep(0))
+            metering = tasks.create_task(house.meter.run() if works else asyncio.sleep(0))
+            yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home)
+            await yard.client.aclose()
+            yard.key = await yard.add_key(*await yard.first())
+            async with yard.client_of(yard.key) as client:
+                yard.client = client
+                yield yard
+            await assert_counted(house)
+            reconciling.cancel()
+            metering.cancel()
+    finally:
+        for machine in list(host.machines.values()):
+            if not keep:
+                machine.die()
+                machine.close()
+        for _ in range(5):  # what was closed is gone, also what was being accepted just then
+            await asyncio.sleep(0.002)
 
 
 async def assert_counted(house: House) -> None:
