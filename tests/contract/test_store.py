@@ -207,10 +207,45 @@ async def test_a_sandbox_comes_back_as_it_was_stored(store: Store) -> None:
         reason=Reason("c", "m"), started_at=NOW, paused_at=NOW, last_activity_at=NOW,
         last_activity_kind="exec",
     )  # fmt: skip
-    await insert(store, one)
+    async with store.write(Turn.ALONE) as tx:
+        inserted = await tx.sandboxes.insert(one)
+    assert inserted == replace(one, owner_display_name="Me", owner_email="me@example.org")
     found = await find(store, one.id)
-    assert found == replace(one, owner_display_name="Me", owner_email="me@example.org")
+    assert found == inserted
     assert found.created_at.tzinfo is UTC
+
+
+async def test_when_a_sandbox_was_used_is_written_where_that_was_a_use(store: Store) -> None:
+    one = sandbox(last_activity_at=NOW, last_activity_kind="exec")
+    await insert(store, one)
+    later = NOW + timedelta(seconds=1)
+    changed = replace(one, last_activity_at=later, last_activity_kind="resumed")
+    async with store.write(Turn.ALONE) as tx:
+        changed = await tx.sandboxes.replace(changed) or changed
+    assert (await find(store, one.id)).last_activity_kind == "exec"
+    async with store.write(Turn.ALONE) as tx:
+        assert await tx.sandboxes.replace(changed, is_use=True) is not None
+    found = await find(store, one.id)
+    assert (found.last_activity_at, found.last_activity_kind) == (later, "resumed")
+
+
+async def test_a_glance_is_one_statement_that_reads(store: Store) -> None:
+    one = sandbox(name="box")
+    await insert(store, one)
+    async with store.glance() as tx:
+        found = await tx.sandboxes.find(one.id)
+    async with store.glance() as tx:
+        assert await tx.sandboxes.find_named(ORG, "box") == found
+        with pytest.raises(InternalError, match="one statement"):
+            await tx.sandboxes.find(one.id)
+    async with store.glance() as tx:
+        with pytest.raises(InternalError, match="write"):
+            await tx.activity.touch(one.id, at=NOW, kind="exec")
+    with pytest.raises(KeyError):
+        async with store.glance() as tx:
+            raise KeyError
+    async with store.glance() as tx:
+        assert await tx.sandboxes.find(new_sandbox_id()) is None
 
 
 async def test_env_is_not_readable_in_the_database(store: Store, url: str, tmp_path: Path) -> None:
@@ -484,10 +519,42 @@ async def test_connections_that_were_ended_cost_nobody_anything() -> None:
         await connections_of(url, end=True)
         async with store.write(Turn.ALONE) as tx:
             await tx.organizations.every()
+        await connections_of(url, end=True)
+        async with store.glance() as tx:
+            assert await tx.sandboxes.find(new_sandbox_id()) is None
         with pytest.raises(UnavailableError):  # what was under way is not begun again
             async with store.write(Turn.ALONE) as tx:
                 await connections_of(url, end=True)
                 await tx.organizations.every()
+
+
+@pytest.mark.postgres
+async def test_a_database_that_says_nothing_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(POSTGRES, "connect_args", {"command_timeout": 0.3})
+    async with postgres_url() as url, open_store(url, key=KEY) as store:
+        await furnish(store)
+        one = sandbox()
+        await insert(store, one)
+        other = await asyncpg.connect(url)
+        try:
+            await other.execute("BEGIN; LOCK TABLE sandboxes")
+            with pytest.raises(UnavailableError):
+                await find(store, one.id)
+            with pytest.raises(UnavailableError):
+                async with store.glance() as tx:
+                    await tx.sandboxes.find(one.id)
+            with pytest.raises(UnavailableError):
+                async with store.read() as tx:
+                    await tx.sandboxes.page(SandboxQuery(ORG, limit=1))
+            with pytest.raises(UnavailableError):
+                await insert(store, sandbox())
+        finally:
+            await other.close()
+        assert (await find(store, one.id)).id == one.id
+        async with store.read() as tx:
+            assert len(await tx.sandboxes.page(SandboxQuery(ORG, limit=9))) == 1
 
 
 @pytest.mark.postgres
@@ -1040,6 +1107,11 @@ async def test_usage_is_charged_and_counted(store: Store) -> None:
         owed = ShapeSeconds(shape.vcpus * 90, shape.memory_mib * 90, shape.disk_mib * 90)
         assert (in_use.owed, in_use.posted) == (owed, 5)
         assert await tx.usage.in_use(OTHER, later) == InUse()
+        account = Account(ORG, 700, 900, 200, 5)
+        await tx.credits.save(account)
+        assert await tx.credits.position(ORG, later) == (in_use, account)
+        assert await tx.credits.position(OTHER, later) == (InUse(), Account(OTHER))
+        assert (await tx.credits.position(new_uuid(), later))[0] == InUse()
     with pytest.raises(InternalError):
         async with store.write(Turn.ALONE) as tx:
             await tx.storage.open(kept)

@@ -98,9 +98,12 @@ def test_the_doctor_tries_every_link(built: Lab) -> None:
     control, node = built.controls[0], built.nodes["one"]
     said = control.run(SANDYARD, "doctor")
     assert "the database answers" in said
+    assert "a control plane: machines are started on other hosts" in said
+    assert "template" not in said
     assert said.count("NATS answers at") == len(built.nats)
     assert "the node one can be reached" in said
     said = node.run(SANDYARD, "doctor")
+    assert "the template base-ubuntu is built" in said
     assert said.count("NATS answers at") == len(built.nats)
     assert f"the control plane at {control.address}:{DOOR} can be reached" in said
     control.cut(DOOR)

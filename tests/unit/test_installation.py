@@ -119,6 +119,18 @@ def test_lines_that_repeat_are_folded_and_counted(
     assert (last["message"], last["left_out"]) == ("too many open: again", 900)
 
 
+def test_what_asyncio_says_of_tls_streams_that_close_is_left_out(
+    tmp_path: Path, root_log: logging.Logger
+) -> None:
+    file = tmp_path / "server.log"
+    logs.set_up_logs(level="info", form="auto", file=file)
+    log = logging.getLogger("asyncio")
+    log.warning("returning true from eof_received() has no effect when using ssl")
+    log.warning("socket.send() raised exception.")
+    (line,) = file.read_text().splitlines()
+    assert json.loads(line)["message"] == "socket.send() raised exception."
+
+
 def test_the_log_is_private_and_begun_anew_at_its_size(
     tmp_path: Path, root_log: logging.Logger
 ) -> None:

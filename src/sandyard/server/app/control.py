@@ -259,6 +259,7 @@ async def open_control(
                 nodes=known,
                 tunnel=tunnel,
                 lifecycle=lifecycle,
+                worker=reconciler,
                 power=power,
                 clock=clock,
                 waits=waits,

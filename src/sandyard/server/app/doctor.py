@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from sandyard.server.app.links import Finding, examine_links
+from sandyard.server.app.member import is_member
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
 from sandyard.server.core.contracts.node import TemplateStatus
@@ -49,6 +50,19 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("bad", "not running as root", "run it with sudo")
         return
     yield Finding("ok", "running as root")
+    if settings.cluster.nats and not is_member(settings):
+        yield Finding("ok", "this is a control plane: machines are started on other hosts")
+        for finding in _room(settings):
+            yield finding
+    else:
+        async for finding in _examine_host(settings):
+            yield finding
+    async for finding in examine_links(settings):
+        yield finding
+
+
+async def _examine_host(settings: Settings) -> AsyncIterator[Finding]:
+    """Look at what a host needs to start machines."""
     yield _tun()
     for tool, package in _TOOLS.items():
         if shutil.which(tool) is None:
@@ -65,8 +79,6 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
     async for finding in _drivers(settings):
         yield finding
     for finding in _templates(settings):
-        yield finding
-    async for finding in examine_links(settings):
         yield finding
 
 

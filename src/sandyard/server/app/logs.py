@@ -121,3 +121,10 @@ def set_up_logs(
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("alembic", "aiosqlite", "asyncio", "uvicorn.error", "pyroute2"):
         logging.getLogger(noisy).setLevel("WARNING")
+    logging.getLogger("asyncio").addFilter(_means_something)
+
+
+def _means_something(record: logging.LogRecord) -> bool:
+    """Tell whether a line of asyncio's says anything: a stream that was wrapped in TLS does not
+    know it (NATS's), and asyncio complains of that each time the other end closes."""
+    return not record.getMessage().startswith("returning true from eof_received()")

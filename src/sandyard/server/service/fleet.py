@@ -76,7 +76,7 @@ class Fleet:
 
     async def nodes(self) -> list[JoinedNode]:
         """Return every node by name."""
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             return await tx.joined_nodes.all()
 
     async def drain(self, reference: str, *, is_draining: bool) -> JoinedNode:
@@ -193,7 +193,7 @@ class Fleet:
         return Grant(LEASE_S, self._door)
 
     async def _must_be_known(self, node_id: str) -> None:
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             if await tx.joined_nodes.find(node_id) is None:
                 raise NotFoundError("cannot find this node: it was forgotten")
 

@@ -62,7 +62,7 @@ class Roster:
         Raises:
             UnavailableError: the store does not answer.
         """
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             self.nodes = {one.id: one for one in await tx.joined_nodes.all()}
         self._told = {one: told for one, told in self._told.items() if one in self.nodes}
 

@@ -66,8 +66,8 @@ class Turn(Enum):
 class SandboxRows(Protocol):
     """Sandboxes as stored. Every write names the version it read and fails if that has passed."""
 
-    async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> None:
-        """Add a sandbox, leased at once if `hold` is given.
+    async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> Sandbox:
+        """Add a sandbox, leased at once if `hold` is given, and return it with its owner's name.
 
         Raises:
             AlreadyExistsError: the organization has a live sandbox of that name.
@@ -97,12 +97,14 @@ class SandboxRows(Protocol):
         lease: str | None = None,
         hold: Hold | None = None,
         retag: bool = False,
+        is_use: bool = False,
     ) -> Sandbox | None:
         """Write a sandbox if its `version` is still the stored one, and return it as stored.
 
         With `lease`, the lease must be held too, and stays held; without, whoever holds one loses
         it, to `hold` if that is given. None if the row has moved on: nothing is written. Tags are
-        written with `retag` only; when it was last used is written by `ActivityRows.touch` only.
+        written with `retag` only, when it was last used with `is_use` only (or by
+        `ActivityRows.touch`, beside others).
 
         Raises:
             AlreadyExistsError: the new name is taken.
@@ -567,6 +569,10 @@ class CreditRows(Protocol):
         """Return an organization's account."""
         ...
 
+    async def position(self, org_id: str, now: datetime) -> tuple[InUse, Account]:
+        """Return what an organization uses, and what it has. See `UsageRows.in_use`, `account`."""
+        ...
+
     async def save(self, account: Account) -> None:
         """Write an account."""
         ...
@@ -816,7 +822,14 @@ class Store(Protocol):
     """
 
     def read(self) -> AbstractAsyncContextManager[Transaction]:
-        """Open a transaction that only reads."""
+        """Open a transaction that only reads: everything as of one moment."""
+        ...
+
+    def glance(self) -> AbstractAsyncContextManager[Transaction]:
+        """Open what reads by one statement, and takes the fewest words for it.
+
+        It raises InternalError for a second one, and for one that writes.
+        """
         ...
 
     def write(self, turn: Turn | str) -> AbstractAsyncContextManager[Transaction]:

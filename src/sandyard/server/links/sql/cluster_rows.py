@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Mapping
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    RowMapping,
     Select,
+    bindparam,
     case,
     delete,
     false,
@@ -20,6 +21,7 @@ from sqlalchemy import (
 
 from sandyard.server.core.records import JoinedNode, NodeStart
 from sandyard.server.links.sql import tables as t
+from sandyard.server.links.sql.prepared import Prepared
 from sandyard.server.links.sql.rows import Connection, remove_some
 from sandyard.server.links.sql.seal import Seal
 
@@ -40,14 +42,12 @@ class JoinedNodeTable:
 
     async def all(self) -> list[JoinedNode]:
         """See core.contracts.store.JoinedNodeRows.all."""
-        found = await self._connection.execute(select(*_TOLD, *_NOW).order_by(_c.name, _c.id))
-        return [_node_of(row) for row in found.mappings()]
+        return [_node_of(row) for row in await self._connection.fetch(_ALL, {})]
 
     async def find(self, node_id: str) -> JoinedNode | None:
         """See core.contracts.store.JoinedNodeRows.find."""
-        found = await self._connection.execute(select(*_TOLD, *_NOW).where(_c.id == node_id))
-        row = found.mappings().first()
-        return None if row is None else _node_of(row)
+        found = await self._connection.fetch(_FIND, {"wanted_id": node_id})
+        return _node_of(found[0]) if found else None
 
     async def start(self, node_id: str, start: NodeStart, *, lasts: timedelta) -> int | None:
         """See core.contracts.store.JoinedNodeRows.start."""
@@ -194,5 +194,9 @@ _UNTOLD = frozenset({"boot", "place", "compared_until"})
 _TOLD = [one for one in t.joined_nodes.columns if one.name not in _UNTOLD]
 
 
-def _node_of(row: RowMapping) -> JoinedNode:
+_ALL = Prepared(select(*_TOLD, *_NOW).order_by(_c.name, _c.id))
+_FIND = Prepared(select(*_TOLD, *_NOW).where(_c.id == bindparam("wanted_id")))
+
+
+def _node_of(row: Mapping[str, Any]) -> JoinedNode:
     return JoinedNode(**dict(row) | {name: bool(row[name]) for name in _TOLD_NOW})

@@ -1,13 +1,14 @@
 """Usage, storage, accounts and the ledger. See core.contracts for what each method promises."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
     Table,
     bindparam,
-    func,
+    case,
     insert,
     or_,
     select,
@@ -54,9 +55,8 @@ class UsageTable:
 
     async def close(self, sandbox_id: str, at: datetime) -> bool:
         """See core.contracts.store.UsageRows.close."""
-        return await _close(
-            self._connection, t.usage_periods, at, t.usage_periods.c.sandbox_id == sandbox_id
-        )
+        closed = {"wanted_id": sandbox_id, "ended": at}
+        return bool(await self._connection.fetch(_CLOSE_USAGE, closed))
 
     async def of_sandbox(self, sandbox_id: str) -> list[UsagePeriod]:
         """See core.contracts.store.UsageRows.of_sandbox."""
@@ -95,18 +95,7 @@ class UsageTable:
     async def in_use(self, org_id: str, now: datetime) -> InUse:
         """See core.contracts.store.UsageRows.in_use."""
         found = await self._connection.fetch(_TOTALS, {"wanted_org": org_id})
-        if not found:
-            return InUse()
-        of = found[0]
-        now_s = (t.microseconds(now) - t.microseconds(t.TOTALS_EPOCH)) // 1_000_000
-        # A clock that was set back must not make anybody owe less than nothing.
-        owed = (max(0, of[f"owed_{name}_s"] + of[f"open_{name}"] * now_s) for name in _SHAPE)
-        return InUse(
-            **{name: of[name] for name in ("active", *_SHAPE, "tests")},
-            paid=Shape(*(of[f"paid_{name}"] for name in _SHAPE)),
-            owed=ShapeSeconds(*owed),
-            posted=of["owed_posted"],
-        )
+        return _in_use(found[0], now) if found else InUse()
 
     async def _periods(self, *wanted: ColumnElement[bool]) -> list[UsagePeriod]:
         found = await self._connection.execute(
@@ -138,10 +127,8 @@ class StorageTable:
 
     async def close(self, kind: str, resource_id: str, at: datetime) -> bool:
         """See core.contracts.store.StorageRows.close."""
-        c = t.storage_periods.c
-        return await _close(
-            self._connection, t.storage_periods, at, c.kind == kind, c.resource_id == resource_id
-        )
+        closed = {"wanted_kind": kind, "wanted_id": resource_id, "ended": at}
+        return bool(await self._connection.fetch(_CLOSE_STORAGE, closed))
 
     async def unsettled(self, org_id: str) -> list[StoragePeriod]:
         """See core.contracts.store.StorageRows.unsettled."""
@@ -181,6 +168,16 @@ class CreditTable:
         """See core.contracts.store.CreditRows.account."""
         found = await self._connection.fetch(_ACCOUNT, {"wanted_org": org_id})
         return Account(**found[0]) if found else Account(org_id)
+
+    async def position(self, org_id: str, now: datetime) -> tuple[InUse, Account]:
+        """See core.contracts.store.CreditRows.position."""
+        found = await self._connection.fetch(_POSITION, {"wanted_org": org_id})
+        if not found:
+            return InUse(), Account(org_id)
+        of, account = found[0], Account(org_id)
+        if of[_OF_ACCOUNTS[0]] is not None:
+            account = Account(org_id, **{name: of[name] for name in _OF_ACCOUNTS})
+        return InUse() if of[_OF_TOTALS[0]] is None else _in_use(of, now), account
 
     async def save(self, account: Account) -> None:
         """See core.contracts.store.CreditRows.save."""
@@ -270,17 +267,14 @@ class FactTable:
 
     async def now(self) -> datetime:
         """See core.contracts.store.FactRows.now."""
-        found = await self._connection.execute(select(type_coerce(t.now(), t.Moment)))
-        moment: datetime = found.scalar_one()
+        [found] = await self._connection.fetch(_NOW, {})
+        moment: datetime = found["moment"]
         return moment
 
     async def moment(self, name: str) -> datetime | None:
         """See core.contracts.store.FactRows.moment."""
-        found = await self._connection.execute(
-            select(t.facts.c.moment).where(t.facts.c.name == name)
-        )
-        row = found.first()
-        return None if row is None else row.moment
+        found = await self._connection.fetch(_FACT, {"wanted_name": name})
+        return found[0]["moment"] if found else None
 
     async def note(self, name: str, at: datetime) -> None:
         """See core.contracts.store.FactRows.note."""
@@ -288,20 +282,25 @@ class FactTable:
         await put(self._connection, t.facts, new, changes={"moment": at})
 
 
-async def _close(
-    connection: Connection, table: Table, at: datetime, *which: ColumnElement[bool]
-) -> bool:
-    c = table.c
-    # A clock that was set back must not make a period end before it began.
-    latest = func.max if connection.dialect.name == "sqlite" else func.greatest
-    ended = bindparam("ended", at, type_=t.Moment)
-    done = await connection.execute(
-        update(table)
-        .where(*which, c.ended_at.is_(None))
-        .values(ended_at=latest(c.started_at, ended))
-        .returning(c.id)
+def _in_use(of: Mapping[str, Any], now: datetime) -> InUse:
+    now_s = (t.microseconds(now) - t.microseconds(t.TOTALS_EPOCH)) // 1_000_000
+    # A clock that was set back must not make anybody owe less than nothing.
+    owed = (max(0, of[f"owed_{name}_s"] + of[f"open_{name}"] * now_s) for name in _SHAPE)
+    return InUse(
+        **{name: of[name] for name in ("active", *_SHAPE, "tests")},
+        paid=Shape(*(of[f"paid_{name}"] for name in _SHAPE)),
+        owed=ShapeSeconds(*owed),
+        posted=of["owed_posted"],
     )
-    return done.first() is not None
+
+
+def _closing(table: Table, *which: ColumnElement[bool]) -> Prepared:
+    c, ended = table.c, bindparam("ended", type_=t.Moment)
+    # A clock that was set back must not make a period end before it began.
+    latest = case((c.started_at > ended, c.started_at), else_=ended)
+    return Prepared(
+        update(table).where(*which, c.ended_at.is_(None)).values(ended_at=latest).returning(c.id)
+    )
 
 
 async def _charge(
@@ -324,3 +323,24 @@ async def _charge(
 _OPEN = Prepared(insert(t.usage_periods))
 _ACCOUNT = Prepared(select(t.accounts).where(t.accounts.c.org_id == bindparam("wanted_org")))
 _TOTALS = Prepared(select(t.org_totals).where(t.org_totals.c.org_id == bindparam("wanted_org")))
+_OF_TOTALS = tuple(one.name for one in t.org_totals.c if one.name != "org_id")
+_OF_ACCOUNTS = tuple(one.name for one in t.accounts.c if one.name != "org_id")
+_organization = t.organizations.c.id
+_POSITION = Prepared(
+    select(
+        *(t.org_totals.c[name] for name in _OF_TOTALS),
+        *(t.accounts.c[name] for name in _OF_ACCOUNTS),
+    )
+    .select_from(t.organizations)
+    .outerjoin(t.org_totals, t.org_totals.c.org_id == _organization)
+    .outerjoin(t.accounts, t.accounts.c.org_id == _organization)
+    .where(_organization == bindparam("wanted_org"))
+)
+_CLOSE_USAGE = _closing(t.usage_periods, t.usage_periods.c.sandbox_id == bindparam("wanted_id"))
+_CLOSE_STORAGE = _closing(
+    t.storage_periods,
+    t.storage_periods.c.kind == bindparam("wanted_kind"),
+    t.storage_periods.c.resource_id == bindparam("wanted_id"),
+)
+_NOW = Prepared(select(type_coerce(t.now(), t.Moment).label("moment")))
+_FACT = Prepared(select(t.facts.c.moment).where(t.facts.c.name == bindparam("wanted_name")))

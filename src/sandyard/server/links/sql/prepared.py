@@ -1,35 +1,39 @@
 """Statements that nearly every request runs, compiled once.
 
 To build a statement takes longer than SQLite takes to run it, and to find out each time how it was
-compiled nearly as long. What is prepared is handed to SQLite's own driver as it is; PostgreSQL,
-which answers over a connection in any case, is given the statement.
+compiled nearly as long. What is prepared is handed to the database's own driver as it is.
 """
 
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Executable
+from sqlalchemy import Dialect, Executable
+from sqlalchemy.dialects.postgresql import asyncpg as of_postgres
 from sqlalchemy.dialects.sqlite import pysqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TypeEngine
 
-_DIALECT = pysqlite.dialect(paramstyle="qmark")
+SQLITE: Final[Dialect] = pysqlite.dialect(paramstyle="qmark")
+POSTGRES: Final[Dialect] = of_postgres.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's
 Convert = Callable[[Any], Any]
 Values = Mapping[str, object]
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """A statement as it is handed to a driver, and its values and rows on their way."""
+
     text: str
-    given: tuple[tuple[str, Convert | None], ...]  # by place: name, and how SQLite gets it
+    given: tuple[tuple[str, Convert | None], ...]  # by place: name, and how the driver gets it
     fixed: Values
     columns: tuple[str, ...]
     read: tuple[tuple[str, Convert], ...]  # columns that the database keeps in another form
 
     def bound(self, values: Values) -> list[Any]:
+        """Return the values as the driver takes them, by place."""
         bound: list[Any] = []
         for name, convert in self.given:
             value = values[name] if name in values else self.fixed[name]
@@ -37,6 +41,7 @@ class _Plan:
         return bound
 
     def row(self, found: Iterable[Any]) -> dict[str, Any]:
+        """Return a row that the driver found, in Python's types, by the names of the columns."""
         row = dict(zip(self.columns, found, strict=True))
         for name, convert in self.read:
             row[name] = convert(row[name])
@@ -47,41 +52,44 @@ class Prepared:
     """One statement without lists among its parameters, which would be of any length."""
 
     def __init__(self, statement: Executable) -> None:
-        self.statement = statement
-        self._plans: dict[frozenset[str], _Plan] = {}
+        self._statement = statement
+        self._plans: dict[tuple[str, frozenset[str]], Plan] = {}
 
     def fetch(self, connection: sqlite3.Connection, values: Values) -> list[dict[str, Any]]:
         """Run it on SQLite and return the rows, in Python's types, by the names of the columns."""
-        plan = self._plan(values)
+        plan = self.plan(SQLITE, values)
         with _raised_as_sqlalchemys(plan.text):
             found = connection.execute(plan.text, plan.bound(values)).fetchall()
         return [plan.row(row) for row in found]
 
     def run(self, connection: sqlite3.Connection, values: Values) -> int:
         """Run it on SQLite and return how many rows it changed."""
-        plan = self._plan(values)
+        plan = self.plan(SQLITE, values)
         with _raised_as_sqlalchemys(plan.text):
             return connection.execute(plan.text, plan.bound(values)).rowcount
 
-    def _plan(self, values: Values) -> _Plan:
+    def plan(self, dialect: Dialect, values: Values) -> Plan:
+        """Return how it is run on a database with values of these names."""
         names = frozenset(values)
-        if (plan := self._plans.get(names)) is None:
-            plan = self._plans[names] = _plan_of(self.statement, names)
+        if (plan := self._plans.get((dialect.name, names))) is None:
+            plan = _plan_of(self._statement, names, dialect)
+            self._plans[dialect.name, names] = plan
         return plan
 
 
-def _plan_of(statement: Any, names: frozenset[str]) -> _Plan:
+def _plan_of(statement: Any, names: frozenset[str], dialect: Dialect) -> Plan:
     compiled = statement.compile(
-        dialect=_DIALECT,
+        dialect=dialect,
         column_keys=sorted(names) if statement.is_insert else None,
     )
     assert isinstance(compiled, SQLCompiler)
     columns = statement.exported_columns if statement.is_dml else statement.selected_columns
-    read = ((name, _reader(column.type)) for name, column in columns.items())
-    return _Plan(
+    read = ((name, _reader(column.type, dialect)) for name, column in columns.items())
+    return Plan(
         text=str(compiled),
         given=tuple(
-            (name, _binder(compiled.binds[name].type)) for name in compiled.positiontup or ()
+            (name, _binder(compiled.binds[name].type, dialect))
+            for name in compiled.positiontup or ()
         ),
         fixed={name: value for name, value in compiled.params.items() if name not in names},
         columns=tuple(columns.keys()),
@@ -89,12 +97,12 @@ def _plan_of(statement: Any, names: frozenset[str]) -> _Plan:
     )
 
 
-def _binder(kind: TypeEngine[Any]) -> Convert | None:
-    return kind.dialect_impl(_DIALECT).bind_processor(_DIALECT)
+def _binder(kind: TypeEngine[Any], dialect: Dialect) -> Convert | None:
+    return kind.dialect_impl(dialect).bind_processor(dialect)
 
 
-def _reader(kind: TypeEngine[Any]) -> Convert | None:
-    return kind.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
+def _reader(kind: TypeEngine[Any], dialect: Dialect) -> Convert | None:
+    return kind.dialect_impl(dialect).result_processor(dialect, None)
 
 
 def begin(connection: sqlite3.Connection) -> None:

@@ -3,19 +3,22 @@
 SQLAlchemy asks a connection whether it is still there, in a transaction of its own, before each
 that is wanted, and begins that by a word of its own: four answers to wait for where one statement
 is to be run. Here the word that begins a transaction also takes the locks that it needs, and shows
-whether the connection is still there. If not, nothing was done, and another one is taken.
+whether the connection is still there. If not, nothing was done, and another one is taken. One
+statement that reads is a transaction by itself, and needs no such words at all.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from sandyard.server.links.sql.batches import BUSY_S
+from sandyard.server.links.sql.prepared import POSTGRES, Plan, Prepared, Values
 from sandyard.server.tasks import to_the_end
 
 READ: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
@@ -26,13 +29,10 @@ _USED: Final = "was used"
 _LOST = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _GONE = (*_LOST, OSError)
 _OF_THE_DRIVER = (*_LOST, asyncpg.PostgresError)
-_BEGIN_S: Final = 3.0 * BUSY_S  # each of two locks may be waited for so long
 _END_S: Final = 5.0
-
-
-async def note_used(connection: AsyncConnection) -> None:
-    """Note that a connection is none of those just made, and may be gone when it is next taken."""
-    (await connection.get_raw_connection()).info[_USED] = True
+ANSWER_S: Final = 3.0 * BUSY_S
+"""How long any statement may take: each of two locks may be waited for for `BUSY_S`."""
+_T = TypeVar("_T")
 
 
 class Transactions:
@@ -50,7 +50,7 @@ class Transactions:
             DBAPIError: the database does not answer, or refuses; if its `statement` is COMMIT,
                 nobody knows whether the transaction counts.
         """
-        connection, raw = await self._first(words)
+        connection, raw, _ = await self._first(partial(_begin, words=words), words)
         try:
             yield connection
             await to_the_end(_commit(raw))
@@ -59,8 +59,25 @@ class Transactions:
             raise
         await to_the_end(_give_back(connection))
 
-    async def _first(self, words: str) -> tuple[AsyncConnection, Any]:
-        """Return a connection in a transaction, and what it is to the driver."""
+    async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
+        """Run one statement that reads, by itself, and return its rows.
+
+        Raises:
+            DBAPIError: the database does not answer, or refuses.
+        """
+        plan = statement.plan(POSTGRES, values)
+        run = partial(_fetch, plan=plan, values=values)
+        connection, _, found = await self._first(run, plan.text)
+        await to_the_end(_give_back(connection))
+        return found
+
+    async def _first(
+        self, run: Callable[[Any], Awaitable[_T]], words: str
+    ) -> tuple[AsyncConnection, Any, _T]:
+        """Return a connection on which something was run, what it is to the driver, and the answer.
+
+        It is run again on another connection where the one at hand was there no more.
+        """
         while True:
             try:
                 connection = await self._engine.connect()
@@ -74,7 +91,7 @@ class Transactions:
                 fairy.info[_USED] = True
                 if raw.is_in_transaction():
                     raise asyncpg.InterfaceError("it was given back in a transaction")
-                await raw.execute(words, timeout=_BEGIN_S)
+                answer = await run(raw)
             except _GONE as error:
                 await to_the_end(_drop(connection))
                 # One from before the database was away; of those there are as many as the pool
@@ -88,7 +105,38 @@ class Transactions:
             except BaseException:
                 await to_the_end(_drop(connection))
                 raise
-            return connection, raw
+            return connection, raw, answer
+
+
+async def fetch(raw: Any, statement: Prepared, values: Values) -> list[dict[str, Any]]:
+    """Run a statement in a transaction, and return its rows.
+
+    Raises:
+        DBAPIError: the database does not answer, or refuses.
+    """
+    plan = statement.plan(POSTGRES, values)
+    try:
+        return await _fetch(raw, plan, values)
+    except _OF_THE_DRIVER as error:
+        raise _as_sqlalchemys(error, plan.text) from error
+
+
+async def run(raw: Any, statement: Prepared, values: Values) -> int:
+    """Run a statement in a transaction, and return how many rows it changed. See `fetch`."""
+    plan = statement.plan(POSTGRES, values)
+    try:
+        done = await raw.execute(plan.text, *plan.bound(values))
+    except _OF_THE_DRIVER as error:
+        raise _as_sqlalchemys(error, plan.text) from error
+    return int(done.rpartition(" ")[2])  # "UPDATE 1", "INSERT 0 1"
+
+
+async def _fetch(raw: Any, plan: Plan, values: Values) -> list[dict[str, Any]]:
+    return [plan.row(row) for row in await raw.fetch(plan.text, *plan.bound(values))]
+
+
+async def _begin(raw: Any, words: str) -> None:
+    await raw.execute(words)
 
 
 async def _commit(raw: Any) -> None:
@@ -129,7 +177,8 @@ async def _drop(connection: AsyncConnection) -> None:
 
 
 def _as_sqlalchemys(error: BaseException, statement: str) -> DBAPIError:
-    return DBAPIError(
+    is_refused = isinstance(error, asyncpg.IntegrityConstraintViolationError)
+    return (IntegrityError if is_refused else DBAPIError)(
         statement,
         None,
         error,

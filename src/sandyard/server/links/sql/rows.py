@@ -13,6 +13,7 @@ from sqlalchemy import (
     Dialect,
     Executable,
     Integer,
+    ScalarSelect,
     Select,
     Table,
     and_,
@@ -97,11 +98,11 @@ class SandboxTable:
         self._connection = connection
         self._seal = seal
 
-    async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> None:
+    async def insert(self, sandbox: Sandbox, *, hold: Hold | None = None) -> Sandbox:
         """See core.contracts.store.SandboxRows.insert."""
         values = self._values(sandbox) | _held(hold)
         try:
-            await self._connection.run(_INSERT, values)
+            [owner] = await self._connection.fetch(_INSERT, values)
         except IntegrityError as error:
             raise _name_is_taken(error, sandbox.name) from error
         if sandbox.tags:
@@ -112,6 +113,7 @@ class SandboxTable:
                 insert(t.sandbox_mounts),
                 [{"sandbox_id": sandbox.id, "workspace_id": one} for one in sorted(mounted)],
             )
+        return replace(sandbox, **owner)
 
     async def find(self, sandbox_id: str) -> Sandbox | None:
         """See core.contracts.store.SandboxRows.find."""
@@ -120,14 +122,10 @@ class SandboxTable:
 
     async def find_named(self, org_id: str, name: str) -> Sandbox | None:
         """See core.contracts.store.SandboxRows.find_named."""
-        found = await self.where(
-            _selected().where(
-                t.sandboxes.c.org_id == org_id,
-                t.sandboxes.c.name == name,
-                t.sandboxes.c.status.not_in(_HIDDEN),
-            )
+        found = await self._connection.fetch(
+            _FIND_NAMED, {"wanted_org": org_id, "wanted_name": name}
         )
-        return found[0] if found else None
+        return self._sandbox(found[0]) if found else None
 
     async def named(self, name: str, *, limit: int) -> list[Sandbox]:
         """See core.contracts.store.SandboxRows.named."""
@@ -173,15 +171,16 @@ class SandboxTable:
         lease: str | None = None,
         hold: Hold | None = None,
         retag: bool = False,
+        is_use: bool = False,
     ) -> Sandbox | None:
         """See core.contracts.store.SandboxRows.replace."""
         values = self._values(sandbox) | {"version": sandbox.version + 1}
-        for name in ("id", "mounts", *_USED):
+        for name in ("id", "mounts", *(() if is_use else _USED)):
             del values[name]
         values |= {"known_id": sandbox.id, "known_version": sandbox.version}
         values |= _held(hold) if lease is None else {"known_lease": lease}
         try:
-            done = await self._connection.run(_REPLACE if lease is None else _REPLACE_HELD, values)
+            done = await self._connection.run(_replacing(lease is not None, is_use), values)
         except IntegrityError as error:
             raise _name_is_taken(error, sandbox.name) from error
         if done == 0:
@@ -391,9 +390,8 @@ class NodeTable:
 
     async def find(self, node_id: str) -> NodeSeen | None:
         """See core.contracts.store.NodeRows.find."""
-        found = await self._connection.execute(select(t.nodes).where(t.nodes.c.id == node_id))
-        row = found.mappings().first()
-        return None if row is None else NodeSeen(**row)
+        found = await self._connection.fetch(_NODE, {"wanted_id": node_id})
+        return NodeSeen(**found[0]) if found else None
 
 
 class ActivityTable:
@@ -596,11 +594,8 @@ class TicketTable:
 
     async def find(self, digest: str) -> Ticket | None:
         """See core.contracts.store.TicketRows.find."""
-        found = await self._connection.execute(
-            select(t.tickets).where(t.tickets.c.digest == digest)
-        )
-        row = found.mappings().first()
-        return None if row is None else Ticket(**row)
+        found = await self._connection.fetch(_TICKET, {"wanted_digest": digest})
+        return Ticket(**found[0]) if found else None
 
     async def take(self, digest: str, kind: str) -> Ticket | None:
         """See core.contracts.store.TicketRows.take."""
@@ -670,6 +665,10 @@ def _selected() -> Select[tuple[object]]:
     ).join(t.users, t.users.c.id == t.sandboxes.c.owner_user_id)
 
 
+def _owners(column: ColumnElement[str]) -> ScalarSelect[str]:
+    return select(column).where(t.users.c.id == bindparam("owner_user_id")).scalar_subquery()
+
+
 _c = t.sandboxes.c
 _known = (_c.id == bindparam("known_id"), _c.version == bindparam("known_version"))
 _written: dict[str, Any] = {
@@ -684,17 +683,35 @@ _until = t.now() + bindparam(_LASTS, type_=BigInteger)
 _written["lease_until"] = _until
 # What every request runs is built once: to build a statement takes as long as to run it.
 _INSERT = Prepared(
-    insert(t.sandboxes).values(
-        {**{one.name: bindparam(one.name) for one in _c}, "lease_until": _until}
+    insert(t.sandboxes)
+    .values({**{one.name: bindparam(one.name) for one in _c}, "lease_until": _until})
+    .returning(
+        _owners(t.users.c.display_name).label("owner_display_name"),
+        _owners(t.users.c.email).label("owner_email"),
     )
 )
 _FIND = Prepared(_selected().where(_c.id == bindparam("wanted_id")))
-_REPLACE = Prepared(update(t.sandboxes).where(*_known).values(_written))
-_REPLACE_HELD = Prepared(
-    update(t.sandboxes)
-    .where(*_known, _c.lease_token == bindparam("known_lease"))
-    .values({name: value for name, value in _written.items() if name not in _leases})
+_FIND_NAMED = Prepared(
+    _selected().where(
+        _c.org_id == bindparam("wanted_org"),
+        _c.name == bindparam("wanted_name"),
+        ~t.is_any_of(sorted(HIDDEN)),
+    )
 )
+
+
+@functools.cache
+def _replacing(is_held: bool, is_use: bool) -> Prepared:
+    written = _written | {name: bindparam(name) for name in (_USED if is_use else ())}
+    if not is_held:
+        return Prepared(update(t.sandboxes).where(*_known).values(written))
+    return Prepared(
+        update(t.sandboxes)
+        .where(*_known, _c.lease_token == bindparam("known_lease"))
+        .values({name: value for name, value in written.items() if name not in _leases})
+    )
+
+
 _TOUCH = Prepared(
     update(t.sandboxes)
     .where(_c.id == bindparam("known_id"))
@@ -753,6 +770,8 @@ def _claim_of(statuses: frozenset[Status]) -> Prepared:
 
 
 _APPEND = Prepared(insert(t.activity))
+_NODE = Prepared(select(t.nodes).where(t.nodes.c.id == bindparam("wanted_id")))
+_TICKET = Prepared(select(t.tickets).where(t.tickets.c.digest == bindparam("wanted_digest")))
 
 
 def older(columns: Any, after: tuple[datetime, str]) -> ColumnElement[bool]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from pathlib import Path
@@ -10,12 +10,22 @@ from typing import Any
 from weakref import WeakValueDictionary
 from zlib import crc32
 
+from sqlalchemy import (
+    URL,
+    CursorResult,
+    Dialect,
+    Engine,
+    Executable,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
 from sqlalchemy import Connection as SyncConnection
-from sqlalchemy import CursorResult, Engine, Executable, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Turn
@@ -39,7 +49,15 @@ from sandyard.server.links.sql.money_rows import (
     UsageTable,
 )
 from sandyard.server.links.sql.prepared import Prepared, Values, begin
-from sandyard.server.links.sql.remote import COMMIT, READ, WRITE, Transactions, note_used
+from sandyard.server.links.sql.remote import (
+    ANSWER_S,
+    COMMIT,
+    READ,
+    WRITE,
+    Transactions,
+    fetch,
+    run,
+)
 from sandyard.server.links.sql.rows import (
     ActivityTable,
     Connection,
@@ -60,11 +78,13 @@ POSTGRES: dict[str, Any] = {
     "hide_parameters": True,
     # Whoever waits longer for others is told so (in milliseconds).
     "connect_args": {
+        "timeout": BUSY_S,
+        "command_timeout": ANSWER_S,
         "server_settings": {
             "lock_timeout": str(BUSY_S * 1000),
             # A server that stands still in a transaction of its own must not hold up every other.
             "idle_in_transaction_session_timeout": str(BUSY_S * 1000),
-        }
+        },
     },
 }
 # Any numbers, the same in every process: they name locks. Who writes alone has the first one for
@@ -123,7 +143,13 @@ class PostgresStore:
         """See core.contracts.store.Store.read."""
         with _translated():
             async with self._transactions.begun(READ) as connection:
-                yield SqlTransaction(_Remote(connection), self._seal)
+                yield await self._transaction(connection)
+
+    @asynccontextmanager
+    async def glance(self) -> AsyncIterator[SqlTransaction]:
+        """See core.contracts.store.Store.glance."""
+        with _translated():
+            yield SqlTransaction(_Once(self._transactions.fetch, self.engine.dialect), self._seal)
 
     @asynccontextmanager
     async def write(self, turn: Turn | str) -> AsyncIterator[SqlTransaction]:
@@ -131,7 +157,11 @@ class PostgresStore:
         words = f"{WRITE}; {_locks(turn)}"
         with _translated():
             async with self._turn(turn), self._transactions.begun(words) as connection:
-                yield SqlTransaction(_Remote(connection), self._seal)
+                yield await self._transaction(connection)
+
+    async def _transaction(self, connection: AsyncConnection) -> SqlTransaction:
+        raw = (await connection.get_raw_connection()).driver_connection
+        return SqlTransaction(_Remote(connection, raw), self._seal)
 
     @asynccontextmanager
     async def _turn(self, turn: Turn | str) -> AsyncIterator[None]:
@@ -153,7 +183,7 @@ class PostgresStore:
 
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
-        async with asyncio.timeout(BUSY_S), self.read() as tx:
+        async with asyncio.timeout(BUSY_S), self.glance() as tx:
             await tx.facts.moment("ping")
 
 
@@ -178,6 +208,13 @@ class SqliteStore:
             yield SqlTransaction(_Inline(connection, writes=False), self._seal)
 
     @asynccontextmanager
+    async def glance(self) -> AsyncIterator[SqlTransaction]:
+        """See core.contracts.store.Store.glance."""
+        with _translated(), self._reader.connect() as connection:
+            inline = _Inline(connection, writes=False)
+            yield SqlTransaction(_Once(inline.fetch, connection.dialect), self._seal)
+
+    @asynccontextmanager
     async def write(self, turn: Turn | str) -> AsyncIterator[SqlTransaction]:
         """See core.contracts.store.Store.write; here everybody writes alone."""
         del turn
@@ -187,8 +224,38 @@ class SqliteStore:
 
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
-        async with self.read() as tx:
+        async with self.glance() as tx:
             await tx.facts.moment("ping")
+
+
+class _Once:
+    """What runs one statement, which reads, and no other after it."""
+
+    def __init__(
+        self,
+        fetch: Callable[[Prepared, Values], Awaitable[list[dict[str, Any]]]],
+        dialect: Dialect,
+    ) -> None:
+        self.dialect = dialect
+        self._fetch = fetch
+        self._is_done = False
+
+    async def execute(
+        self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
+    ) -> CursorResult[Any]:
+        """See rows.Connection.execute."""
+        raise InternalError("a glance is one prepared statement; read, or write")
+
+    async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
+        """See rows.Connection.fetch."""
+        if self._is_done:
+            raise InternalError("a glance is one statement: two would see two moments")
+        self._is_done = True
+        return await self._fetch(statement, values)
+
+    async def run(self, statement: Prepared, values: Values) -> int:
+        """See rows.Connection.run."""
+        raise InternalError("a glance is one prepared statement that reads; write")
 
 
 class _Inline:
@@ -230,10 +297,11 @@ class _Inline:
 
 
 class _Remote:
-    """A connection to PostgreSQL."""
+    """A connection to PostgreSQL, and what it is to the driver."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
+    def __init__(self, connection: AsyncConnection, raw: Any) -> None:
         self._connection = connection
+        self._raw = raw
         self.dialect = connection.dialect
 
     async def execute(
@@ -244,12 +312,11 @@ class _Remote:
 
     async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
         """See rows.Connection.fetch."""
-        found = await self._connection.execute(statement.statement, [values])
-        return [dict(row) for row in found.mappings()]
+        return await fetch(self._raw, statement, values)
 
     async def run(self, statement: Prepared, values: Values) -> int:
         """See rows.Connection.run."""
-        return (await self._connection.execute(statement.statement, [values])).rowcount
+        return await run(self._raw, statement, values)
 
 
 @asynccontextmanager
@@ -283,24 +350,32 @@ async def open_store(url: str, *, key: bytes, clock: Clock | None = None) -> Asy
             yield SqliteStore(reader, writer, Seal(key))
         elif url.startswith("postgresql://"):
             postgres = make_url(url).set(drivername="postgresql+asyncpg")
+            with _translated():
+                await _bring_up_to_date(postgres)
             engine = create_async_engine(postgres, **POSTGRES)
             held.push_async_callback(engine.dispose)
-            with _translated():
-                async with engine.begin() as connecting:
-                    await note_used(connecting)
-                    # One server at a time brings the schema up to date, which may take long; the
-                    # others then find it so.
-                    await connecting.execute(text("SET LOCAL lock_timeout = 0"))
-                    await connecting.execute(text(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"))
-                    if await connecting.run_sync(is_behind):
-                        # Servers of before that run still, and write, would deadlock with it.
-                        await connecting.execute(text(_ALONE))
-                        await connecting.run_sync(upgrade)
             yield PostgresStore(engine, Seal(key))
         else:
             raise InternalError(
                 "cannot open the store: its URL must be sqlite:/// or postgresql://"
             )
+
+
+async def _bring_up_to_date(postgres: URL) -> None:
+    """Bring the schema of a PostgreSQL up to date, for however long that takes."""
+    arguments = {"timeout": BUSY_S, "server_settings": {"lock_timeout": str(BUSY_S * 1000)}}
+    engine = create_async_engine(
+        postgres, poolclass=NullPool, hide_parameters=True, connect_args=arguments
+    )
+    async with engine.begin() as connection:
+        # One server at a time brings the schema up to date, which may take long; the others then
+        # find it so.
+        await connection.execute(text("SET LOCAL lock_timeout = 0"))
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"))
+        if await connection.run_sync(is_behind):
+            # Servers of before that run still, and write, would deadlock with it.
+            await connection.execute(text(_ALONE))
+            await connection.run_sync(upgrade)
 
 
 def _locks(turn: Turn | str) -> str:

@@ -81,7 +81,7 @@ class Access:
 
     async def _by_key(self, token: str) -> Actor:
         digest = digest_of_key(token)
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             holder = await tx.keys.holder(digest)
         if holder is None or not hmac.compare_digest(holder.key.digest, digest):
             raise InvalidTokenError("cannot accept the API key: it is unknown")

@@ -118,7 +118,7 @@ class SshKeys:
             raise InvalidArgumentError(f"cannot take over {KEYS_MAX} SSH keys", field="sshKeys")
         if wanted is not None and all(is_literal_key(one) for one in wanted):
             return tuple((checked_public_key(one, field="sshKeys"), "") for one in wanted)
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             known = {key.id: key.public_key for key in await tx.ssh_keys.every(actor.org_id)}
         if wanted is None:
             return tuple((line, key_id) for key_id, line in known.items())

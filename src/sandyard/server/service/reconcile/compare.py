@@ -143,7 +143,7 @@ class Comparison:
             if self.silent_since is None:
                 log.warning("a node does not answer: %s", error.message)
                 self.silent_since = self._clock.monotonic()
-            async with self._store.read() as tx:  # to ask may have taken long
+            async with self._store.glance() as tx:  # to ask may have taken long
                 joined = await tx.joined_nodes.find(self._node.node_id)
             if joined is None or joined.lease_until is None:
                 await self._suspect_in_time(rows, self._began_at if seen is None else seen.seen_at)
@@ -236,11 +236,11 @@ class Comparison:
             return rows
         for one in ahead:
             await self._catch_up(one, shown[one.id])
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             return await tx.sandboxes.standing(self._node.node_id, WATCHED)
 
     async def _catch_up(self, sandbox: Standing, fact: MachineFact) -> None:
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             now = await tx.sandboxes.find(sandbox.id)
         if now is None or now.node_id != self._node.node_id or now.version >= fact.version:
             return  # it was written, and the node was shown it, since the rows were read
@@ -355,7 +355,7 @@ class Comparison:
 
     async def _whole(self, sandbox: Standing) -> Sandbox | None:
         """Return all of a sandbox; None if it has moved on since it was compared."""
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             found = await tx.sandboxes.find(sandbox.id)
         return found if found is not None and found.version == sandbox.version else None
 
@@ -378,7 +378,7 @@ class Comparison:
         pausing = await self._apply(sandbox, Event.PAUSE, hold=hold, reason=reason)
         if pausing is None:
             return
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             again = await tx.sandboxes.find(sandbox.id)
         if again is None or again.last_activity_at != sandbox.last_activity_at:
             # Whoever uses it saw it running; nothing has been done to its machine yet.
@@ -418,7 +418,7 @@ class Comparison:
         for fact in machines:
             sandbox: Standing | Sandbox | None = known.get(fact.sandbox_id)
             if sandbox is None:  # written after the rows were read, gone, or on another node
-                async with self._store.read() as tx:
+                async with self._store.glance() as tx:
                     sandbox = await tx.sandboxes.find(fact.sandbox_id)
             is_elsewhere = sandbox is not None and sandbox.node_id != self._node.node_id
             if sandbox is None or is_elsewhere or sandbox.status in _NOTHING_LEFT:

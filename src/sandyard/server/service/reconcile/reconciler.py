@@ -151,7 +151,7 @@ class Reconciler:
         room = self._pace.workers - self._working
         hold, claims = self.hold(), list[Claim]()
         try:
-            async with self._store.read() as tx:
+            async with self._store.glance() as tx:
                 # To write costs the disk a wait, and most looks find nothing.
                 wanted = _ENDING | _STARTING if room > 0 else _ENDING
                 if not await tx.leases.waits(wanted):

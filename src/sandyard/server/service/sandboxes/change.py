@@ -10,7 +10,7 @@ from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import NotFoundError, PermissionDeniedError, UnavailableError
 from sandyard.server.core.ids import checked_name, checked_tags
 from sandyard.server.core.ops import Figures, Stats
-from sandyard.server.core.records import Sandbox, SandboxQuery
+from sandyard.server.core.records import Claim, Sandbox, SandboxQuery
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.nodes import Nodes
@@ -23,6 +23,7 @@ from sandyard.server.service.sandboxes.fields import (
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
 from sandyard.server.service.sandboxes.power import Power, Waits
 from sandyard.server.service.sandboxes.register import Register, ref_of
+from sandyard.server.service.sandboxes.worker import Worker
 
 _FIGURE_MAX = 2.0**63
 _ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
@@ -55,6 +56,7 @@ class Sandboxes:
         nodes: Nodes,
         tunnel: NodeTunnel,
         lifecycle: Lifecycle,
+        worker: Worker,
         power: Power,
         clock: Clock,
         waits: Waits,
@@ -64,6 +66,7 @@ class Sandboxes:
         self._nodes = nodes
         self._tunnel = tunnel
         self._lifecycle = lifecycle
+        self._worker = worker
         self._power = power
         self._clock = clock
         self._waits = waits
@@ -114,7 +117,13 @@ class Sandboxes:
                 return now
             # The name of one that was lost may be another's by now.
             name = None if now.status is Status.ORPHANED else now.name
-            return await self._lifecycle.apply(now, Event.DELETE, actor=actor, name=name)
+            hold = self._worker.hold()
+            ending = await self._lifecycle.apply(
+                now, Event.DELETE, actor=actor, hold=hold, name=name
+            )
+            if ending is not None:
+                await self._worker.take_up(Claim(ending, hold.lease), limit_s=0)
+            return ending
 
         found = await self._register.get(actor, reference)
         try:
@@ -211,7 +220,8 @@ class Sandboxes:
             check_metadata(changes.metadata)
             fields["metadata"] = changes.metadata
         if changes.project_id is not None:
-            fields["project_id"] = await project_of(self._store, actor, changes.project_id)
+            async with self._store.glance() as tx:
+                fields["project_id"] = await project_of(tx, actor, changes.project_id)
         if changes.auto_resume is not None:
             fields["auto_resume"] = changes.auto_resume
         if changes.expires_in is not None:

@@ -1,7 +1,7 @@
 """Creates sandboxes: what is asked for is checked, priced, placed and stored, then started."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -18,7 +18,6 @@ from sandyard.server.service.repeats import Repeatable, Repeats
 from sandyard.server.service.sandboxes.fields import (
     check_idle_timeout,
     check_metadata,
-    check_project,
     checked_env,
     checked_password,
     project_of,
@@ -139,8 +138,8 @@ class Creation:
             ids = await self._repeats.made_before(tx, actor, request)
             if ids is not None:
                 return await tx.sandboxes.find(ids[0]) or sandbox
+            sandbox = replace(sandbox, project_id=await project_of(tx, actor, wish.project_id))
             await self._quota.check_new(tx, actor, sandbox.shape)
-            await check_project(tx, sandbox)
             await check_workspaces(tx, sandbox.org_id, sandbox.mounts)
             sandbox = await self._lifecycle.begin(tx, sandbox, actor, hold=hold)
             await self._repeats.note(tx, actor, request, (sandbox.id,))
@@ -156,7 +155,8 @@ class Creation:
             return await tx.sandboxes.find(ids[0]) if ids else None
 
     async def _new(self, actor: Actor, wish: NewSandbox) -> tuple[Sandbox, Placed]:
-        """Return the sandbox that is asked for, everything about it checked, and its place."""
+        """Return the sandbox that is asked for, in no project yet, everything else about it
+        checked, and its place."""
         now = self._clock.now()
         check_idle_timeout(wish.idle_timeout)
         check_metadata(wish.metadata)
@@ -168,7 +168,6 @@ class Creation:
         snapshot, template, shape = await self._source(actor, wish)
         self._quota.check_shape(actor, shape)
         mounts = await self._mounts(actor, wish, snapshot)
-        project_id = await project_of(self._store, actor, wish.project_id)
         password_hash = None if password is None else await self._hash_password(password)
         if snapshot is None:
             placed = await self._placement.choose(template, shape)
@@ -179,7 +178,7 @@ class Creation:
             id=new_sandbox_id(),
             org_id=actor.org_id,
             owner_user_id=actor.user_id,
-            project_id=project_id,
+            project_id="",
             name=name,
             status=Status.CREATING,
             version=1,

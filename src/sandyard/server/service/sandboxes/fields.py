@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import check_json, checked_text, is_uuid
 from sandyard.server.core.records import Sandbox
@@ -62,7 +62,7 @@ def checked_password(password: str) -> str:
     return password
 
 
-async def project_of(store: Store, actor: Actor, project_id: str | None) -> str:
+async def project_of(tx: Transaction, actor: Actor, project_id: str | None) -> str:
     """Return the id of a project of the actor's organization, the default one for None.
 
     Raises:
@@ -70,8 +70,7 @@ async def project_of(store: Store, actor: Actor, project_id: str | None) -> str:
     """
     project = None
     if project_id is None or is_uuid(project_id):
-        async with store.read() as tx:
-            project = await tx.projects.find(actor.org_id, project_id)
+        project = await tx.projects.find(actor.org_id, project_id)
     if project is None:
         raise InvalidArgumentError(
             "cannot use projectId: the organization has no such project", field="projectId"

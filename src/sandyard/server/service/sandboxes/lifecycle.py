@@ -60,9 +60,9 @@ class Lifecycle:
         Raises:
             AlreadyExistsError: the name is taken.
         """
-        await tx.sandboxes.insert(sandbox, hold=hold)
+        sandbox = await tx.sandboxes.insert(sandbox, hold=hold)
         await tx.activity.append(_line(sandbox, "sandbox.created", actor))
-        return await tx.sandboxes.find(sandbox.id) or sandbox
+        return sandbox
 
     async def apply(
         self,
@@ -98,18 +98,19 @@ class Lifecycle:
             updated_at=now,
             **changes,  # type: ignore[arg-type]  # fields by name
         )
+        if used is not None:
+            changed = replace(changed, last_activity_at=now, last_activity_kind=used)
         async with self._store.write(sandbox.org_id) as tx:
             if check is not None:
                 # Whoever lost a race is not refused for what the winner took.
                 if not await is_current(tx, sandbox):
                     return None
                 await check(tx)
-            stored = await tx.sandboxes.replace(changed, lease=lease, hold=hold)
+            stored = await tx.sandboxes.replace(
+                changed, lease=lease, hold=hold, is_use=used is not None
+            )
             if stored is None:
                 return None
-            if used is not None:
-                await tx.activity.touch(sandbox.id, at=now, kind=used)
-                stored = replace(stored, last_activity_at=now, last_activity_kind=used)
             await self._meter(tx, sandbox, stored, ended_at)
             if stored.status is not sandbox.status:
                 await tx.activity.append(_line(stored, f"sandbox.{status}", actor))

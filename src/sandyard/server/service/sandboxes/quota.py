@@ -9,7 +9,7 @@ from sandyard.server.core.errors import (
     LimitReachedError,
     QuotaExceededError,
 )
-from sandyard.server.core.money import Prices, cents_up, show
+from sandyard.server.core.money import Account, Prices, cents_up, show
 from sandyard.server.core.plans import Plan
 from sandyard.server.core.records import InUse
 from sandyard.server.core.shapes import NOTHING, Shape, format_size
@@ -61,25 +61,25 @@ class Quota:
             LimitReachedError: it has as many as its plan allows; `facts` name the limit.
             QuotaExceededError: its credits do not suffice for about an hour.
         """
-        used = await tx.usage.in_use(actor.org_id, self._clock.now())
+        used, account = await tx.credits.position(actor.org_id, self._clock.now())
         self._check_plan(used, actor, shape, count=count, is_new=True)
         if not actor.is_test:
-            await self._check_credits(tx, used, actor.org_id, shape, count=count)
+            self._check_credits(used, account, shape, count=count)
 
     async def check_resume(
         self, tx: Transaction, actor: Actor, shape: Shape, *, is_test: bool
     ) -> None:
         """Refuse to start a sandbox again. See `check_new`."""
-        used = await tx.usage.in_use(actor.org_id, self._clock.now())
+        used, account = await tx.credits.position(actor.org_id, self._clock.now())
         self._check_plan(used, actor, shape, count=1, is_new=False)
         if not is_test:
-            await self._check_credits(tx, used, actor.org_id, shape, count=1)
+            self._check_credits(used, account, shape, count=1)
 
     async def check_going_on(self, tx: Transaction, actor: Actor, *, is_test: bool) -> None:
         """Refuse to stop what runs to start it anew, if it could not be paid for. See above."""
         if not is_test:
-            used = await tx.usage.in_use(actor.org_id, self._clock.now())
-            await self._check_credits(tx, used, actor.org_id, NOTHING, count=0)
+            used, account = await tx.credits.position(actor.org_id, self._clock.now())
+            self._check_credits(used, account, NOTHING, count=0)
 
     def _check_plan(
         self, used: InUse, actor: Actor, shape: Shape, *, count: int, is_new: bool
@@ -107,12 +107,9 @@ class Quota:
                     used=int(has / per),
                 )
 
-    async def _check_credits(
-        self, tx: Transaction, used: InUse, org_id: str, shape: Shape, *, count: int
-    ) -> None:
+    def _check_credits(self, used: InUse, account: Account, shape: Shape, *, count: int) -> None:
         if not self._enforces:
             return
-        account = await tx.credits.account(org_id)
         owed = self._prices.used(used.owed) - used.posted
         left = account.left - max(0, owed)
         hourly = self._prices.hour_of(used.paid)

@@ -40,7 +40,7 @@ class Register:
             NotFoundError: absent, destroyed, another organization's or, for a member, another
                 member's.
         """
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             if is_sandbox_id(reference):
                 sandbox = await tx.sandboxes.find(reference)
             else:
@@ -51,7 +51,7 @@ class Register:
 
     async def reread(self, sandbox_id: str) -> Sandbox:
         """Return a sandbox as it is now."""
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             sandbox = await tx.sandboxes.find(sandbox_id)
         if sandbox is None:
             raise NotFoundError(f"cannot find the sandbox {sandbox_id}")

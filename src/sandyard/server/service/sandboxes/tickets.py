@@ -97,7 +97,7 @@ class Tickets:
         """
         if len(secret) > _SECRET_MAX:
             raise _unknown()
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             ticket = await tx.tickets.find(_digest(secret))
         if ticket is not None and (ticket.sandbox_id, ticket.detail) != (sandbox_id, detail):
             raise _unknown()
