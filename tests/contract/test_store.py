@@ -241,6 +241,10 @@ async def test_a_glance_is_one_statement_that_reads(store: Store) -> None:
     async with store.glance() as tx:
         with pytest.raises(InternalError, match="write"):
             await tx.activity.touch(one.id, at=NOW, kind="exec")
+        with pytest.raises(InternalError, match="write"):
+            await tx.sandboxes.insert(sandbox())
+        with pytest.raises(InternalError, match="write"):
+            await tx.leases.claim(frozenset(Status), hold=held("a"), limit=1)
     with pytest.raises(KeyError):
         async with store.glance() as tx:
             raise KeyError

@@ -4,7 +4,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +20,8 @@ from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.several import open_several
 
 from sandyard.server.app.settings import Settings
-from sandyard.server.core.contracts.store import Turn
-from sandyard.server.core.errors import InternalError
+from sandyard.server.core.contracts.store import Transaction, Turn
+from sandyard.server.core.errors import InternalError, UnavailableError
 from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
 from sandyard.server.node.agent import AgentLink
@@ -825,6 +825,49 @@ async def test_waiting_machines_give_way_to_somebody_who_asks(tmp_path: Path) ->
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "no_capacity"
         assert "Retry-After" in refused.headers
+
+
+@pytest.mark.parametrize("wish", ["create", "delete", "pause", "resume"])
+async def test_a_wish_of_which_nobody_knows_whether_it_was_written_is_worked_on_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str
+) -> None:
+    async with open_yard(tmp_path, saves=True) as yard:
+        box = await yard.create()
+        if wish == "resume":
+            (await yard.client.post(f"/v1/sandboxes/{box['id']}/pause")).raise_for_status()
+        store = yard.house.store
+        write, is_lost = store.write, True
+
+        @asynccontextmanager
+        async def written(turn: Turn | str) -> AsyncIterator[Transaction]:
+            nonlocal is_lost
+            async with write(turn) as tx:
+                yield tx
+            if is_lost and isinstance(turn, str):
+                is_lost = False
+                raise UnavailableError("it is not known whether it was written")
+
+        monkeypatch.setattr(store, "write", written)
+        path, own = "/v1/sandboxes", f"/v1/sandboxes/{box['id']}"
+        match wish:
+            case "create":
+                answer = await yard.client.post(path, json={"name": "second"})
+                own = f"{path}/second"
+            case "delete":
+                answer = await yard.client.delete(own)
+            case _:
+                answer = await yard.client.post(f"{own}/{wish}")
+        assert answer.status_code == 503
+        assert not is_lost
+
+        async def is_done() -> bool:
+            now = await yard.client.get(own)
+            if wish == "delete":
+                return now.status_code == 404 and not yard.host.machines
+            return bool(now.json()["data"]["status"] == {"pause": "paused"}.get(wish, "running"))
+
+        # Sooner than the lease would run out under which it was written.
+        await eventually(is_done)
 
 
 # --- golden machines ----------------------------------------------------------------------------

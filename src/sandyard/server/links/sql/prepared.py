@@ -55,6 +55,11 @@ class Prepared:
         self._statement = statement
         self._plans: dict[tuple[str, frozenset[str]], Plan] = {}
 
+    @property
+    def writes(self) -> bool:
+        """Whether it changes anything."""
+        return bool(self._statement.is_dml)
+
     def fetch(self, connection: sqlite3.Connection, values: Values) -> list[dict[str, Any]]:
         """Run it on SQLite and return the rows, in Python's types, by the names of the columns."""
         plan = self.plan(SQLITE, values)

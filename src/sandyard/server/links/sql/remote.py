@@ -31,7 +31,7 @@ _GONE = (*_LOST, OSError)
 _OF_THE_DRIVER = (*_LOST, asyncpg.PostgresError)
 _END_S: Final = 5.0
 ANSWER_S: Final = 3.0 * BUSY_S
-"""How long any statement may take: each of two locks may be waited for for `BUSY_S`."""
+"""How long any one answer may take: each of two locks may be waited for for `BUSY_S`."""
 _T = TypeVar("_T")
 
 
@@ -177,11 +177,13 @@ async def _drop(connection: AsyncConnection) -> None:
 
 
 def _as_sqlalchemys(error: BaseException, statement: str) -> DBAPIError:
+    # What other servers made of the schema in the meantime is known from here on.
+    is_passing = isinstance(error, (*_GONE, asyncpg.InvalidCachedStatementError))
     is_refused = isinstance(error, asyncpg.IntegrityConstraintViolationError)
     return (IntegrityError if is_refused else DBAPIError)(
         statement,
         None,
         error,
         hide_parameters=True,
-        connection_invalidated=isinstance(error, _GONE),
+        connection_invalidated=is_passing,
     )

@@ -248,6 +248,8 @@ class _Once:
 
     async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
         """See rows.Connection.fetch."""
+        if statement.writes:
+            raise InternalError("a glance reads; write")
         if self._is_done:
             raise InternalError("a glance is one statement: two would see two moments")
         self._is_done = True
@@ -255,7 +257,7 @@ class _Once:
 
     async def run(self, statement: Prepared, values: Values) -> int:
         """See rows.Connection.run."""
-        raise InternalError("a glance is one prepared statement that reads; write")
+        raise InternalError("a glance reads; write")
 
 
 class _Inline:

@@ -129,6 +129,19 @@ class Reconciler:
             except TimeoutError:
                 pass
 
+    def let_go(self, sandbox_id: str, hold: Hold) -> None:
+        """Give a lease back soon, if it was written: nobody works under it."""
+        self._crew.start(self._let_go(sandbox_id, hold), "a lease was not given back", quietly=True)
+
+    async def _let_go(self, sandbox_id: str, hold: Hold) -> None:
+        try:
+            async with self._store.write(Turn.BESIDE) as tx:
+                was_held = await tx.leases.extend(sandbox_id, lease=hold.lease, lasts=None)
+        except UnavailableError:
+            return  # it runs out by itself
+        if was_held:
+            self._bus.hint(WORK)
+
     def _begin(self, claim: Claim) -> "asyncio.Task[None] | None":
         task = self._crew.start(self._carry_out(claim), "work on a sandbox failed")
         if task is not None:

@@ -23,7 +23,7 @@ from sandyard.server.service.sandboxes.fields import (
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
 from sandyard.server.service.sandboxes.power import Power, Waits
 from sandyard.server.service.sandboxes.register import Register, ref_of
-from sandyard.server.service.sandboxes.worker import Worker
+from sandyard.server.service.sandboxes.worker import Worker, holding
 
 _FIGURE_MAX = 2.0**63
 _ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
@@ -117,10 +117,10 @@ class Sandboxes:
                 return now
             # The name of one that was lost may be another's by now.
             name = None if now.status is Status.ORPHANED else now.name
-            hold = self._worker.hold()
-            ending = await self._lifecycle.apply(
-                now, Event.DELETE, actor=actor, hold=hold, name=name
-            )
+            with holding(self._worker, now.id) as hold:
+                ending = await self._lifecycle.apply(
+                    now, Event.DELETE, actor=actor, hold=hold, name=name
+                )
             if ending is not None:
                 await self._worker.take_up(Claim(ending, hold.lease), limit_s=0)
             return ending

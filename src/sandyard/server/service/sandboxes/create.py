@@ -6,8 +6,8 @@ from datetime import timedelta
 from typing import Protocol
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store
-from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.core.contracts.store import Hold, Store
+from sandyard.server.core.errors import InternalError, InvalidArgumentError
 from sandyard.server.core.ids import checked_name, checked_tags, checked_text, new_sandbox_id
 from sandyard.server.core.records import Claim, Mount, Sandbox, Snapshot
 from sandyard.server.core.shapes import Shape, shape_of
@@ -30,7 +30,7 @@ from sandyard.server.service.sandboxes.mounts import (
 )
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.register import Register, get_snapshot
-from sandyard.server.service.sandboxes.worker import Worker
+from sandyard.server.service.sandboxes.worker import Worker, holding
 from sandyard.server.service.templates import Templates
 
 
@@ -133,19 +133,36 @@ class Creation:
         if (made := await self._made_before(actor, request)) is not None:
             return made
         sandbox, placed = await self._new(actor, wish)
-        hold = self._worker.hold()
+        with holding(self._worker, sandbox.id) as hold:
+            made = await self._written(actor, sandbox, wish, request, hold)
+        if made.id != sandbox.id:
+            return made
+        limit_s = self._pooled_wait_s if placed.is_waiting else 0
+        await self._worker.take_up(Claim(made, hold.lease), limit_s=limit_s)
+        return await self._register.reread(made.id) if placed.is_waiting else made
+
+    async def _written(
+        self,
+        actor: Actor,
+        sandbox: Sandbox,
+        wish: NewSandbox,
+        request: Repeatable | None,
+        hold: Hold,
+    ) -> Sandbox:
+        """Write a new sandbox down, or return what the same request made meanwhile."""
         async with self._store.write(actor.org_id) as tx:
             ids = await self._repeats.made_before(tx, actor, request)
             if ids is not None:
-                return await tx.sandboxes.find(ids[0]) or sandbox
+                made = await tx.sandboxes.find(ids[0])
+                if made is None:
+                    raise InternalError(f"the sandbox {ids[0]} was made, and is not written down")
+                return made
             sandbox = replace(sandbox, project_id=await project_of(tx, actor, wish.project_id))
             await self._quota.check_new(tx, actor, sandbox.shape)
             await check_workspaces(tx, sandbox.org_id, sandbox.mounts)
             sandbox = await self._lifecycle.begin(tx, sandbox, actor, hold=hold)
             await self._repeats.note(tx, actor, request, (sandbox.id,))
-        limit_s = self._pooled_wait_s if placed.is_waiting else 0
-        await self._worker.take_up(Claim(sandbox, hold.lease), limit_s=limit_s)
-        return await self._register.reread(sandbox.id) if placed.is_waiting else sandbox
+        return sandbox
 
     async def _made_before(self, actor: Actor, request: Repeatable | None) -> Sandbox | None:
         if request is None:
@@ -164,6 +181,9 @@ class Creation:
         tags = checked_tags(wish.tags)
         env = checked_env(wish.env)
         password = None if wish.root_password is None else checked_password(wish.root_password)
+        if wish.project_id is not None:
+            async with self._store.glance() as tx:
+                await project_of(tx, actor, wish.project_id)
         keys = await self._ssh_keys.resolve(actor, wish.ssh_keys)
         snapshot, template, shape = await self._source(actor, wish)
         self._quota.check_shape(actor, shape)

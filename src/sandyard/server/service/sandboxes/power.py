@@ -19,7 +19,7 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.register import Register
-from sandyard.server.service.sandboxes.worker import Worker
+from sandyard.server.service.sandboxes.worker import Worker, holding
 
 _ALL = frozenset(Status)
 _AT_REST = frozenset({Status.PAUSED, Status.ERROR})
@@ -75,8 +75,8 @@ class Power:
                 return now
             if now.status is not Status.RUNNING:
                 raise refusal(now, doing="pause")
-            hold = self._worker.hold()
-            pausing = await self._lifecycle.apply(now, Event.PAUSE, actor=actor, hold=hold)
+            with holding(self._worker, now.id) as hold:
+                pausing = await self._lifecycle.apply(now, Event.PAUSE, actor=actor, hold=hold)
             if pausing is None:
                 return None
             claim = Claim(pausing, hold.lease)
@@ -139,17 +139,17 @@ class Power:
                 return now
             if now.status not in (_HAS_DISK if event is Event.RESTART else _AT_REST):
                 raise refusal(now, doing=doing)
-            hold = self._worker.hold()
-            resuming = await self._lifecycle.apply(
-                now,
-                event,
-                actor=actor,
-                hold=hold,
-                check=None if now.status is Status.RUNNING else self._may_run(actor, now),
-                incarnation=now.incarnation + 1,
-                ip=None,
-                **_source(event, snapshot_id, now),
-            )
+            with holding(self._worker, now.id) as hold:
+                resuming = await self._lifecycle.apply(
+                    now,
+                    event,
+                    actor=actor,
+                    hold=hold,
+                    check=None if now.status is Status.RUNNING else self._may_run(actor, now),
+                    incarnation=now.incarnation + 1,
+                    ip=None,
+                    **_source(event, snapshot_id, now),
+                )
             if resuming is None:
                 return None
             asked_for = resuming.incarnation

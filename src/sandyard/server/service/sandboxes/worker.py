@@ -1,8 +1,12 @@
-"""Who does the reconciler's work at once, for a request that waits for it."""
+"""Who does the reconciler's work at once, for a request that has just wished it."""
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from sandyard.server.core.contracts.store import Hold
+from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import Claim
 
 
@@ -16,3 +20,22 @@ class Worker(Protocol):
     async def take_up(self, claim: Claim, *, limit_s: float) -> None:
         """Work on it now; return when done, or at the limit, beyond which the work goes on."""
         ...
+
+    def let_go(self, sandbox_id: str, hold: Hold) -> None:
+        """Give a lease back soon, if it was written: nobody works under it."""
+        ...
+
+
+@contextmanager
+def holding(worker: Worker, sandbox_id: str) -> Iterator[Hold]:
+    """Lend a lease to write together with a wish in the block.
+
+    Where that ends so that nobody knows whether it was written, the lease is let go: whoever looks
+    for work next finds the wish, instead of when the lease has run out.
+    """
+    hold = worker.hold()
+    try:
+        yield hold
+    except (UnavailableError, asyncio.CancelledError):
+        worker.let_go(sandbox_id, hold)
+        raise
