@@ -205,10 +205,9 @@ async def test_a_full_disk_is_told_and_blocks_no_way_out(small_disk: Path) -> No
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_capacity")
             assert yard.machine_of(loud).is_held
         # And where something else takes the very last byte, what makes room still works.
-        with (small_disk / "other").open("wb") as other, suppress(OSError):
+        with (small_disk / "other").open("wb", buffering=0) as other, suppress(OSError):
             while True:
                 other.write(bytes(2**16))
-                other.flush()
         await until(lambda: not ballast.exists())
         for box in (loud, quiet):
             await eventually(lambda box=box: _is_deleted(yard, box))  # type: ignore[misc]
