@@ -5,6 +5,7 @@ import inspect
 import os
 import signal
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tests.support.routes import compile_once
 from tests.support.server import QEMU, paced
 
 _PATIENCE = 200  # looks, ten milliseconds apart
+_BEGAN = time.monotonic()
+_TOO_LATE = "NOT RUN: the time for tests was over; scripts/test without --within runs it"
 
 
 compile_once()
@@ -33,12 +36,26 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option for whoever has an hour."""
+    """Add the options for whoever has an hour, and for whoever has no longer than that."""
     parser.addoption(
         "--every",
         action="store_true",
         help="run every test with KVM, not just those that are marked as the core",
     )
+    parser.addoption(
+        "--within",
+        type=float,
+        metavar="MINUTES",
+        help="run no test that has not begun by then, and say how many those are",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test for which the time is over."""
+    within = item.config.getoption("--within")
+    if within is not None and time.monotonic() - _BEGAN > within * 60:
+        pytest.skip(_TOO_LATE)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,6 +87,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(
                 f"{name}: guests ran with {which}, {guests.pace:.1f} times as long as usual"
             )
+    skipped = terminalreporter.stats.get("skipped", [])
+    if late := [one.nodeid for one in skipped if _TOO_LATE in str(one.longrepr)]:
+        names = "\n".join(sorted(late))
+        terminalreporter.write_line(f"{len(late)} tests {_TOO_LATE}:\n{names}", red=True)
 
 
 @pytest.fixture(
