@@ -229,11 +229,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     given = parser.parse_args()
     figures = asyncio.run(_placement())
-    with lab() as made:
-        for name in ("one", "two", "three"):
-            # What a pool makes ahead would be made beside what is timed, on the same processors.
-            made.add_node(name, SANDYARD_POOL__FLOOR="0", SANDYARD_POOL__CEILING="0")
-        made.until_up()
+    # What a pool makes ahead would be made beside what is timed, on the same processors.
+    no_pool = {"SANDYARD_POOL__FLOOR": "0", "SANDYARD_POOL__CEILING": "0"}
+    with lab("one", "two", "three", **no_pool) as made:
         keys = asyncio.run(_organizations(made, given.organizations))
         _creates(made, keys, given.clients * 2, given.clients)  # warm
         figures |= _creates(made, keys, given.creates, given.clients)

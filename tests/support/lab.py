@@ -468,8 +468,9 @@ backend controls
 
 
 @contextmanager
-def lab(*nodes: str) -> Iterator[Lab]:
-    """Yield an installation with so many nodes, which are up; and leave nothing of it."""
+def lab(*nodes: str, **environment: str) -> Iterator[Lab]:
+    """Yield an installation with these nodes, which are up and have this in their environment; and
+    leave nothing of it."""
     prefix = f"sl{os.getpid() % 100_000}"
     folder = Path(tempfile.mkdtemp(prefix="sy-lab-", dir="/tmp"))
     folder.chmod(0o711)
@@ -504,7 +505,7 @@ def lab(*nodes: str) -> Iterator[Lab]:
         )
         wait_until(lambda: _answers(made), what="the control planes answer")
         for name in nodes:
-            made.add_node(name)
+            made.add_node(name, is_real=False, **environment)
         made.until_up()
         yield made
 
