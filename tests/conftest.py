@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every",
         action="store_true",
-        help="run every test with KVM, not just those that are marked as the core",
+        help="run those with KVM that are not marked as the core, and those marked as long",
     )
     parser.addoption(
         "--within",
@@ -63,7 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wants_every = config.getoption("--every")
     for item in items:
         is_core = item.get_closest_marker("core")
-        if item.get_closest_marker("kvm") and not is_core and not wants_every:
+        is_for_hours = item.get_closest_marker("kvm") and not is_core
+        if (is_for_hours or item.get_closest_marker("long")) and not wants_every:
             item.add_marker(pytest.mark.skip(reason="NOT RUN: scripts/test --all runs it"))
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
             # First, so that it looks when everything else has been taken down.

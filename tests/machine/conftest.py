@@ -20,6 +20,7 @@ def server(hypervisor: dict[str, str]) -> Iterator[RealServer]:
         SANDYARD_POOL__FLOOR=str(POOL),
         SANDYARD_POOL__CEILING=str(POOL),
     )
+    made.share_goldens()
     try:
         made.start()
         if is_slow():  # one boot from cold for all, and nothing else meanwhile

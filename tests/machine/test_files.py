@@ -299,7 +299,8 @@ def test_many_at_once_and_none_left(server: RealServer, box: str) -> None:
     wait_until(lambda: said(server, box, zombies) == "0")
 
 
-def test_a_watched_folder_tells_what_is_done_in_it(server: RealServer, box: str) -> None:
+@pytest.mark.parametrize("many", [3000, pytest.param(20_000, marks=pytest.mark.long)])
+def test_a_watched_folder_tells_what_is_done_in_it(server: RealServer, box: str, many: int) -> None:
     said(server, box, "mkdir -p /tmp/w/deep; touch /tmp/w/there")
     query = {"path": "/tmp/w", "recursive": "true"}
     heard: list[dict[str, Any]] = []
@@ -316,9 +317,8 @@ def test_a_watched_folder_tells_what_is_done_in_it(server: RealServer, box: str)
         ):  # fmt: skip
             assert told.count(one) == 1, (one, told)
         # Of very many something is told all the same, and in the end that it is gone.
-        many = some(20_000)
         done = server.execute(
-            box, f"cd /tmp/w && seq {many} | xargs touch; cd /; rm -r /tmp/w", timeout=240_000
+            box, f"cd /tmp/w && seq {some(many)} | xargs touch; cd /; rm -r /tmp/w", timeout=240_000
         )
         assert not done["timedOut"]
         count, last = 0, heard[-1]

@@ -1,6 +1,7 @@
 """A real `sandyard serve` in a home of its own, and a look at everything it may leave behind."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,15 @@ QEMU = {"SANDYARD_FIRECRACKER__BINARY": "/not/to/be/used"}
 SANDYARD = Path(sys.executable).parent / "sandyard"
 
 
+_KEY = hashlib.sha256(b"installations of tests that share golden machines").digest()
+_USUAL = ("base-minimal", 512)
 _pace = [1.0]
+
+
+@cache
+def _stock() -> tempfile.TemporaryDirectory[str]:
+    """Return where golden machines are kept until the tests end; one is booted for all of them."""
+    return tempfile.TemporaryDirectory(prefix="goldens-", dir="/tmp")
 
 
 @contextlib.contextmanager
@@ -62,6 +72,10 @@ def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: st
         time.sleep(0.05)
 
 
+def _copy(source: str, target: str) -> None:
+    subprocess.run(["cp", "--preserve", "--sparse=always", source, target], check=True)
+
+
 class RealServer:
     """One installation. Its home is short enough for sockets and readable by no one else."""
 
@@ -83,6 +97,28 @@ class RealServer:
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client()
         self.instance: dict[str, object] = {}
+        self._shares_goldens = False
+
+    def share_goldens(self) -> None:
+        """Begin with the golden machines of others that shared theirs, and leave its own to them.
+
+        To be called before the first start: all of them seal what they save with one key.
+        """
+        self._shares_goldens = True
+        key = self.home / "secret.key"
+        key.touch(mode=0o600)
+        key.write_bytes(_KEY)
+        shutil.copytree(_stock().name, self.home / "goldens", copy_function=_copy)
+
+    def _leave_goldens(self) -> None:
+        for golden in (self.home / "goldens").iterdir():
+            if golden.name.endswith(".part"):
+                continue
+            about = json.loads((golden / "manifest.json").read_text())["about"]
+            kept = Path(_stock().name) / golden.name
+            # Of other shapes than the usual one tests expect that nothing is ready.
+            if (about["template"], about["memory_mib"]) == _USUAL and not kept.exists():
+                golden.rename(kept)
 
     def run(
         self, *command: str | Path, check: bool = True, limit_s: float = 300
@@ -301,4 +337,6 @@ class RealServer:
         if self.instance:
             self.run("stop", "--all")
             assert self.leftovers() == {}
+        if self._shares_goldens:
+            self._leave_goldens()
         shutil.rmtree(self.home)

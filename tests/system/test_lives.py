@@ -20,12 +20,18 @@ TICK = "(i=0; while :; do i=$((i+1)); echo $i > /dev/shm/tick; sleep 0.1; done) 
 
 
 @pytest.fixture
-def server(hypervisor: dict[str, str]) -> Iterator[RealServer]:
+def bare_server(hypervisor: dict[str, str]) -> Iterator[RealServer]:
     made = RealServer(free_port(), **hypervisor, **POOL)
     try:
         yield made
     finally:
         made.remove()
+
+
+@pytest.fixture
+def server(bare_server: RealServer) -> RealServer:
+    bare_server.share_goldens()
+    return bare_server
 
 
 def ticks(server: RealServer, box: object) -> int:
@@ -110,8 +116,9 @@ def test_killed_at_any_moment_of_a_pause_or_resume_it_is_one_or_the_other(
 
 
 def test_killed_at_any_moment_of_making_a_golden_there_is_a_whole_one_in_the_end(
-    server: RealServer,
+    bare_server: RealServer,
 ) -> None:
+    server = bare_server
     server.start()
     for after_s in (1.0, 6.0):
         time.sleep(after_s)  # booting, then about to be saved
@@ -132,7 +139,8 @@ def test_killed_at_any_moment_of_making_a_golden_there_is_a_whole_one_in_the_end
     assert server.execute(box["id"], "echo fine")["stdout"] == "fine\n"
 
 
-def test_a_damaged_golden_is_replaced_and_never_served(server: RealServer) -> None:
+def test_a_damaged_golden_is_replaced_and_never_served(bare_server: RealServer) -> None:
+    server = bare_server
     server.start()
     for harm in ("cut", "altered", "manifest"):
         ready(server)
