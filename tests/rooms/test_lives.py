@@ -3,10 +3,11 @@
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.several import open_several
 
 from sandyard.server.app.settings import Settings
-from sandyard.server.core.contracts.store import Transaction, Turn
+from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import InternalError, UnavailableError
 from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
@@ -827,6 +828,31 @@ async def test_waiting_machines_give_way_to_somebody_who_asks(tmp_path: Path) ->
         assert "Retry-After" in refused.headers
 
 
+@contextmanager
+def an_answer_lost(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> Iterator[Callable[[], bool]]:
+    """Have a store not know of one write of an organization whether it came to pass, which it did.
+
+    The first is number 1. Given to the block is whether that has been by now.
+    """
+    write = store.write
+    count = 0
+
+    @asynccontextmanager
+    async def written(turn: Turn | str) -> AsyncIterator[Transaction]:
+        nonlocal count
+        async with write(turn) as tx:
+            yield tx
+        count += isinstance(turn, str)
+        if isinstance(turn, str) and count == number:
+            raise UnavailableError("it is not known whether it was written")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "write", written)
+        yield lambda: count >= number
+
+
 @pytest.mark.parametrize("wish", ["create", "delete", "pause", "resume"])
 async def test_a_wish_of_which_nobody_knows_whether_it_was_written_is_worked_on_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str
@@ -835,30 +861,18 @@ async def test_a_wish_of_which_nobody_knows_whether_it_was_written_is_worked_on_
         box = await yard.create()
         if wish == "resume":
             (await yard.client.post(f"/v1/sandboxes/{box['id']}/pause")).raise_for_status()
-        store = yard.house.store
-        write, is_lost = store.write, True
-
-        @asynccontextmanager
-        async def written(turn: Turn | str) -> AsyncIterator[Transaction]:
-            nonlocal is_lost
-            async with write(turn) as tx:
-                yield tx
-            if is_lost and isinstance(turn, str):
-                is_lost = False
-                raise UnavailableError("it is not known whether it was written")
-
-        monkeypatch.setattr(store, "write", written)
         path, own = "/v1/sandboxes", f"/v1/sandboxes/{box['id']}"
-        match wish:
-            case "create":
-                answer = await yard.client.post(path, json={"name": "second"})
-                own = f"{path}/second"
-            case "delete":
-                answer = await yard.client.delete(own)
-            case _:
-                answer = await yard.client.post(f"{own}/{wish}")
+        with an_answer_lost(yard.house.store, monkeypatch, 1) as was_lost:
+            match wish:
+                case "create":
+                    answer = await yard.client.post(path, json={"name": "second"})
+                    own = f"{path}/second"
+                case "delete":
+                    answer = await yard.client.delete(own)
+                case _:
+                    answer = await yard.client.post(f"{own}/{wish}")
+            assert was_lost()
         assert answer.status_code == 503
-        assert not is_lost
 
         async def is_done() -> bool:
             now = await yard.client.get(own)
@@ -868,6 +882,58 @@ async def test_a_wish_of_which_nobody_knows_whether_it_was_written_is_worked_on_
 
         # Sooner than the lease would run out under which it was written.
         await eventually(is_done)
+
+
+async def test_forks_of_which_nobody_knows_whether_they_were_written_run_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_yard(tmp_path, saves=True) as yard:
+        box = await yard.create()
+        ask = partial(
+            yard.client.post, f"/v1/sandboxes/{box['id']}/fork",
+            json={"count": 3}, headers={"Idempotency-Key": "forks"},
+        )  # fmt: skip
+        with an_answer_lost(yard.house.store, monkeypatch, 3) as was_lost:
+            answer = await ask()
+            assert was_lost()
+        assert answer.status_code == 503
+
+        async def all_run() -> bool:
+            listed = (await yard.client.get("/v1/sandboxes")).json()["data"]
+            return [one["status"] for one in listed] == ["running"] * 4
+
+        await eventually(all_run)
+        # Asked again, it is told what was made the first time.
+        again = (await ask()).json()["data"]
+        assert len(again) == 3
+        assert await all_run()
+
+
+async def test_a_snapshot_of_which_nobody_knows_whether_it_was_written_is_whole_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_yard(tmp_path, saves=True) as yard:
+        box = await yard.create()
+        ask = partial(
+            yard.client.post, f"/v1/sandboxes/{box['id']}/snapshots",
+            json={"name": "kept"}, headers={"Idempotency-Key": "snapshot"},
+        )  # fmt: skip
+        with an_answer_lost(yard.house.store, monkeypatch, 3) as was_lost:
+            answer = await ask()
+            assert was_lost()
+        assert answer.status_code == 503
+        (listed,) = (await yard.client.get("/v1/snapshots")).json()["data"]
+        assert listed["name"] == "kept"
+        again = await ask()
+        assert (again.status_code, again.json()["data"]["id"]) == (201, listed["id"])
+        made = await yard.create(snapshot="kept")
+        assert made["status"] == "running"
+        # What is charged for it ends with it.
+        gone = await yard.client.delete(f"/v1/snapshots/{listed['id']}")
+        assert gone.status_code == 200
+        async with yard.house.store.read() as tx:
+            (period,) = await tx.storage.of("snapshot", listed["id"])
+        assert period.ended_at is not None
 
 
 # --- golden machines ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
 from sandyard.server.service.reconcile.work import LOST
 from sandyard.server.service.roster import Told
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
-from sandyard.server.service.sandboxes.worker import Worker
+from sandyard.server.service.sandboxes.worker import Worker, holding
 from sandyard.server.tasks import Crew, Work
 
 log = logging.getLogger(__name__)
@@ -374,8 +374,8 @@ class Comparison:
         report = await self._nodes.report_of(self._node)
         if any(fact.is_used for fact in report.machines if fact.sandbox_id == sandbox.id):
             return
-        hold = self._worker.hold()
-        pausing = await self._apply(sandbox, Event.PAUSE, hold=hold, reason=reason)
+        with holding(self._worker, sandbox.id) as hold:
+            pausing = await self._apply(sandbox, Event.PAUSE, hold=hold, reason=reason)
         if pausing is None:
             return
         async with self._store.glance() as tx:

@@ -44,7 +44,7 @@ from sandyard.server.service.sandboxes.mounts import checked_mounts, still_there
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.register import Register, get_snapshot
-from sandyard.server.service.sandboxes.worker import Worker
+from sandyard.server.service.sandboxes.worker import Worker, holding
 from sandyard.server.tasks import beside, to_the_end
 
 FORKS = range(1, 101)
@@ -164,7 +164,7 @@ class Snapshots:
     async def _noted(
         self, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]
     ) -> AsyncIterator[None]:
-        """Forget a request if the block that does it fails."""
+        """Forget a request if the block that does it fails, and has not made what was noted."""
         try:
             yield
         except BaseException:
@@ -173,7 +173,8 @@ class Snapshots:
 
     async def _forget(self, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]) -> None:
         async with self._store.write(actor.org_id) as tx:
-            await self._repeats.forget(tx, actor, request, ids)
+            if not await _is_ready(tx, actor.org_id, ids[0]):
+                await self._repeats.forget(tx, actor, request, ids)
 
     async def _complete(self, tx: Transaction, snapshot: Snapshot, size_bytes: int) -> None:
         if not await tx.snapshots.complete(snapshot.id, size_bytes=size_bytes):
@@ -285,14 +286,15 @@ class Snapshots:
     async def _start_forks(
         self, actor: Actor, snapshot: Snapshot, forks: list[Sandbox]
     ) -> list[Sandbox]:
-        hold, begun = self._worker.hold(), list[Sandbox]()
-        async with self._store.write(actor.org_id) as tx:
-            await self._quota.check_new(tx, actor, snapshot.shape, count=len(forks))
-            await self._complete(tx, snapshot, snapshot.size_bytes)
-            for one in forks:
-                mounts = await still_there(tx, one.org_id, one.mounts)
-                fork = replace(one, mounts=mounts)
-                begun.append(await self._lifecycle.begin(tx, fork, actor, hold=hold))
+        begun = list[Sandbox]()
+        with holding(self._worker, *(one.id for one in forks)) as hold:
+            async with self._store.write(actor.org_id) as tx:
+                await self._quota.check_new(tx, actor, snapshot.shape, count=len(forks))
+                await self._complete(tx, snapshot, snapshot.size_bytes)
+                for one in forks:
+                    mounts = await still_there(tx, one.org_id, one.mounts)
+                    fork = replace(one, mounts=mounts)
+                    begun.append(await self._lifecycle.begin(tx, fork, actor, hold=hold))
         for fork in begun:
             await self._worker.take_up(Claim(fork, hold.lease), limit_s=0)
         return begun
@@ -393,13 +395,15 @@ class Snapshots:
     @asynccontextmanager
     async def _made(self, sandbox: Sandbox, snapshot: Snapshot) -> AsyncIterator[int]:
         """Have the node save the sandbox, and say all the while that this is done, to the block's
-        end; the size in bytes is given to the block. Nothing is left of a failed try."""
+        end; the size in bytes is given to the block. Nothing is left of a failed try; one of which
+        only the answer was lost is none."""
         async with beside(self._hold_on(snapshot)):
             try:
                 yield await self._size_of(sandbox, snapshot)
             except SandyardError:
                 async with self._store.write(snapshot.org_id) as tx:
-                    await tx.snapshots.remove(snapshot.id)
+                    if not await _is_ready(tx, snapshot.org_id, snapshot.id):
+                        await tx.snapshots.remove(snapshot.id)
                 raise
 
     async def _hold_on(self, snapshot: Snapshot) -> None:
@@ -472,6 +476,11 @@ def _ready(
         return found if found is not None and found.is_ready else None
 
     return find
+
+
+async def _is_ready(tx: Transaction, org_id: str, snapshot_id: str) -> bool:
+    found = await tx.snapshots.find(org_id, snapshot_id)
+    return found is not None and found.is_ready
 
 
 async def _forks(tx: Transaction, ids: tuple[str, ...]) -> list[Sandbox] | None:

@@ -27,15 +27,16 @@ class Worker(Protocol):
 
 
 @contextmanager
-def holding(worker: Worker, sandbox_id: str) -> Iterator[Hold]:
-    """Lend a lease to write together with a wish in the block.
+def holding(worker: Worker, *sandbox_ids: str) -> Iterator[Hold]:
+    """Lend a lease to write in the block together with a wish for each of these.
 
     Where that ends so that nobody knows whether it was written, the lease is let go: whoever looks
-    for work next finds the wish, instead of when the lease has run out.
+    for work next finds the wishes, instead of when the lease has run out.
     """
     hold = worker.hold()
     try:
         yield hold
     except (UnavailableError, asyncio.CancelledError):
-        worker.let_go(sandbox_id, hold)
+        for sandbox_id in sandbox_ids:
+            worker.let_go(sandbox_id, hold)
         raise
