@@ -562,6 +562,32 @@ async def test_a_database_that_says_nothing_is_not_waited_for_without_end(
 
 
 @pytest.mark.postgres
+async def test_a_schema_that_others_change_meanwhile_is_seen_at_the_next_try() -> None:
+    """As when one control plane is newer, and the other is still at work."""
+    async with postgres_url() as url, open_store(url, key=KEY) as store:
+        await furnish(store)
+        one = sandbox()
+        await insert(store, one)
+
+        async def looked() -> Sandbox | None:
+            async with store.read() as tx:
+                return await tx.sandboxes.find(one.id)
+
+        assert await looked()
+        other = await asyncpg.connect(url)
+        try:
+            await other.execute("ALTER TABLE sandboxes ALTER COLUMN version TYPE bigint")
+            await other.execute("ALTER TABLE sandboxes ADD COLUMN later integer DEFAULT 7")
+        finally:
+            await other.close()
+        with pytest.raises(UnavailableError):
+            await looked()
+        assert await looked()
+        async with store.glance() as tx:
+            assert await tx.sandboxes.find(one.id)
+
+
+@pytest.mark.postgres
 async def test_a_connection_that_ends_before_the_commit_is_told_as_such() -> None:
     async with postgres_url() as url, open_store(url, key=KEY) as store:
         await furnish(store)

@@ -576,6 +576,22 @@ async def test_a_node_cannot_have_a_row_believe_anything(
     await desk.drive(4)
     assert (await desk.get(box)).version < 100
     assert "no row has come to" in caplog.text
+    # Neither step by step: there is an end to it before the database has no room for more.
+    async with desk.control.store.write(box.org_id) as tx:
+        near = await tx.sandboxes.catch_up(await desk.get(box), version=2**30 - 5, incarnation=1)
+    assert near
+    caplog.clear()
+    desk.node.shown(box.id, 2**30 + 5)
+    await desk.drive(4)
+    assert (await desk.get(box)).version <= 2**30
+    assert "no row has come to" in caplog.text
+    other = await desk.create(idle_timeout=0)
+    desk.node.machines[other.id].incarnation = 2**40
+    desk.node.shown(other.id, (await desk.get(other)).version + 5)
+    caplog.clear()
+    await desk.drive(4)
+    assert (await desk.get(other)).incarnation < 100
+    assert "no row has come to" in caplog.text
 
 
 async def test_a_machine_that_runs_under_a_paused_sandbox_is_saved_at_the_second_look(

@@ -19,6 +19,7 @@ from tests.support.ports import free_port
 from tests.support.server import QEMU, SANDYARD, RealServer, wait_until
 
 pytestmark = pytest.mark.machine
+LONG = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 BUILD_LIMIT_S = 1200
@@ -155,20 +156,22 @@ node -e 'console.log(require("own"))'
 """
 
 
-def test_git_pip_and_npm_work_in_a_workspace(server: RealServer) -> None:
+@pytest.mark.parametrize("tools", ["git", pytest.param("git, pip, npm", marks=LONG)])
+def test_git_pip_and_npm_work_in_a_workspace(server: RealServer, tools: str) -> None:
     work = server.client.post("/v1/workspaces", json={"name": "Work"}).json()["data"]["id"]
     mounts = [{"workspaceId": work, "path": "/workspace"}]
     box = str(server.create(template="base-ubuntu", mounts=mounts)["id"])
     assert said(server, box, GIT, user="user").split() == ["two", "one", "nfs4"]
-    said(server, box, "python3 -", stdin=WHEEL)
-    line = (
-        "pip install --quiet --no-index --target site /tmp/greeting-1-py3-none-any.whl && "
-        "PYTHONPATH=site python -c 'import greeting; print(greeting.WORDS)'"
-    )
-    told = said(server, box, line, user="user", cwd="/workspace")
-    assert told == "hello from a wheel\n"
-    told = said(server, box, NPM, user="user", cwd="/workspace")
-    assert told.split() == ["own-1.0.0.tgz", "42"]
+    if "pip" in tools:
+        said(server, box, "python3 -", stdin=WHEEL)
+        line = (
+            "pip install --quiet --no-index --target site /tmp/greeting-1-py3-none-any.whl && "
+            "PYTHONPATH=site python -c 'import greeting; print(greeting.WORDS)'"
+        )
+        told = said(server, box, line, user="user", cwd="/workspace")
+        assert told == "hello from a wheel\n"
+        told = said(server, box, NPM, user="user", cwd="/workspace")
+        assert told.split() == ["own-1.0.0.tgz", "42"]
     server.delete(box)
     assert server.client.delete(f"/v1/workspaces/{work}").status_code == 200
 
@@ -207,7 +210,7 @@ def test_layers_of_containers_can_be_mounted_as_root_and_without(
 # --- its ends -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["reboot", "shutdown -r now"])
+@pytest.mark.parametrize("word", ["reboot", pytest.param("shutdown -r now", marks=LONG)])
 def test_a_reboot_from_inside_is_a_restart(server: RealServer, box: str, word: str) -> None:
     said(server, box, "echo kept > file; echo lost > /dev/shm/memory; sync")
     server.client.post(
@@ -221,7 +224,9 @@ def test_a_reboot_from_inside_is_a_restart(server: RealServer, box: str, word: s
     assert server.status(box) == "running"
 
 
-@pytest.mark.parametrize("word", ["poweroff", "shutdown -h now", "halt"])
+@pytest.mark.parametrize(
+    "word", ["poweroff", *(pytest.param(one, marks=LONG) for one in ("shutdown -h now", "halt"))]
+)
 def test_a_poweroff_from_inside_is_told_and_can_be_resumed(
     server: RealServer, box: str, word: str
 ) -> None:
@@ -246,7 +251,9 @@ def test_a_restart_helps_where_the_agent_is_cut_off(server: RealServer, box: str
 # --- disks ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 9, 11, 20, 100, 500])
+@pytest.mark.parametrize(
+    "size", [1, 11, 500, *(pytest.param(one, marks=LONG) for one in (9, 20, 100))]
+)
 def test_a_disk_of_any_size_is_as_large_as_it_says(server: RealServer, size: int) -> None:
     made = server.create(template="base-ubuntu", resources={"disk": f"{size}GB"}, wait=0)
     wait_until(lambda: server.status(made["id"]) == "running", limit_s=180, what="it runs")

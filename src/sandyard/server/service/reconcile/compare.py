@@ -54,6 +54,8 @@ _WHOLE_S = 300.0
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _AWAY = timedelta(seconds=10)
 _BEHIND_MAX = 1_000_000
+_NUMBER_MAX = 2**30
+"""Beyond it no row's numbers are believed to have come; the database has room for twice as much."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,10 @@ class Comparison:
             now = await tx.sandboxes.find(sandbox.id)
         if now is None or now.node_id != self._node.node_id or now.version >= fact.version:
             return  # it was written, and the node was shown it, since the rows were read
-        if fact.version - now.version > _BEHIND_MAX:
+        if not (
+            _is_believed(now.version, fact.version)
+            and _is_believed(now.incarnation, fact.incarnation)
+        ):
             log.error(
                 "the node %s says that it was shown what no row has come to",
                 self._node.node_id,
@@ -477,3 +482,8 @@ def _reason_of(fact: MachineFact) -> Reason:
 def has_expired(sandbox: Standing, now: datetime) -> bool:
     """Tell whether the end that was set at a sandbox's creation has come."""
     return sandbox.expires_at is not None and sandbox.expires_at <= now
+
+
+def _is_believed(now: int, told: int) -> bool:
+    """Tell whether a number of a row may have been what a node says before the row went back."""
+    return told - now <= _BEHIND_MAX and told <= _NUMBER_MAX
