@@ -95,7 +95,7 @@ def key_of(server: RealServer) -> str:
 
 def until(condition: Callable[[], bool], what: str, page: Page) -> None:
     """Wait for something while the browser goes on."""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < limit, f"{what}: the page says {page.text_content('body')!r}"
         page.wait_for_timeout(100)
