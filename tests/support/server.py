@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from sandyard.server.drivers.processes import uids_at_work
+from sandyard.server.drivers.sparse import copy_sparse
 from sandyard.server.node.host.identity import SLOTS
 from sandyard.server.node.host.mounts import mounts_of
 from tests.support.images import cache_environment, one_at_a_time
@@ -34,9 +35,21 @@ _pace = [1.0]
 
 
 @cache
-def _stock() -> tempfile.TemporaryDirectory[str]:
-    """Return where golden machines are kept until the tests end; one is booted for all of them."""
-    return tempfile.TemporaryDirectory(prefix="goldens-", dir="/tmp")
+def _kept() -> tempfile.TemporaryDirectory[str]:
+    """Return the folder of what installations leave to those that tests make after them."""
+    return tempfile.TemporaryDirectory(prefix="kept-", dir="/tmp")
+
+
+def _kept_verdicts() -> Path:
+    """Return where it is kept what was found of this host: which hypervisors boot a machine."""
+    return Path(_kept().name) / "verdicts.json"
+
+
+def _kept_goldens() -> Path:
+    """Return where golden machines are kept: one is booted for all installations that share."""
+    folder = Path(_kept().name) / "goldens"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager
@@ -73,7 +86,9 @@ def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: st
 
 
 def _copy(source: str, target: str) -> None:
-    subprocess.run(["cp", "--preserve", "--sparse=always", source, target], check=True)
+    # What is sealed is also where its holes are.
+    copy_sparse(Path(source), Path(target))
+    shutil.copymode(source, target)
 
 
 class RealServer:
@@ -108,14 +123,14 @@ class RealServer:
         key = self.home / "secret.key"
         key.touch(mode=0o600)
         key.write_bytes(_KEY)
-        shutil.copytree(_stock().name, self.home / "goldens", copy_function=_copy)
+        shutil.copytree(_kept_goldens(), self.home / "goldens", copy_function=_copy)
 
     def _leave_goldens(self) -> None:
         for golden in (self.home / "goldens").iterdir():
             if golden.name.endswith(".part"):
                 continue
             about = json.loads((golden / "manifest.json").read_text())["about"]
-            kept = Path(_stock().name) / golden.name
+            kept = _kept_goldens() / golden.name
             # Of other shapes than the usual one tests expect that nothing is ready.
             if (about["template"], about["memory_mib"]) == _USUAL and not kept.exists():
                 golden.rename(kept)
@@ -135,6 +150,9 @@ class RealServer:
             self.process.wait(60)
         with one_at_a_time():
             self.run("template", "build", "base-minimal")
+        if not self.verdicts.exists() and _kept_verdicts().exists():
+            self.verdicts.parent.mkdir(exist_ok=True)
+            shutil.copy(_kept_verdicts(), self.verdicts)
         self.run("init", "--quiet")
         with (self.home / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -265,6 +283,11 @@ class RealServer:
     # --- what is there ----------------------------------------------------------------------
 
     @property
+    def verdicts(self) -> Path:
+        """Where it is written which hypervisors boot a machine here."""
+        return self.home / "cache/verdicts.json"
+
+    @property
     def prefix(self) -> str:
         """What the names of this installation's links and namespaces begin with."""
         return f"syd-{self.instance['id']}"
@@ -337,6 +360,8 @@ class RealServer:
         if self.instance:
             self.run("stop", "--all")
             assert self.leftovers() == {}
+        if self.verdicts.exists():
+            shutil.copy(self.verdicts, _kept_verdicts())
         if self._shares_goldens:
             self._leave_goldens()
         shutil.rmtree(self.home)
