@@ -1,5 +1,6 @@
 """The pages in a real browser, with real machines behind them; and the desktop template itself."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from tests.support.ports import free_port
 from tests.support.server import QEMU, RealServer, wait_until
 
+log = logging.getLogger(__name__)
 pytestmark = pytest.mark.machine
 
 BUILD_LIMIT_S = 1200
@@ -84,6 +86,10 @@ def page(browser: Browser) -> Iterator[Page]:
     found.on(
         "console", lambda one: errors.append(one.text) if "Content Security" in one.text else None
     )
+    # Shown where the test fails.
+    found.on("console", lambda one: log.warning("the console: %s", one.text))
+    found.on("requestfailed", lambda one: log.warning("failed: %s: %s", one.url, one.failure))
+    found.on("requestfinished", lambda one: log.warning("came: %s", one.url))
     yield found
     context.close()
     assert errors == []

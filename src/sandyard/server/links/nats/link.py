@@ -184,7 +184,10 @@ class Link:
                 raise NatsError("it speaks in the clear")
             for one in self._listening:
                 await client.subscribe(one.subject, queue=one.queue, cb=_taking(one))
-            await client.flush(_CONNECT_S)
+            # The client writes a ping at once, and what waits to be said soon after: the answer to
+            # the second alone tells that the server knows of every subscription.
+            for _ in range(2):
+                await client.flush(_CONNECT_S)
 
     async def _connected(
         self,
