@@ -250,8 +250,10 @@ class _Build:
             # The kernel package is unpacked, not installed: it would bring tools to build
             # initramfs images that no machine of ours needs.
             hook = f'chroot "$1" sh -ec {shlex.quote(_unpack_kernel(source.kernel))}'
+            # What is mounted in there goes with whoever builds, however that ends.
             await run(
                 [
+                    "unshare", "--mount", "--",
                     "mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase",
                     f"--components={','.join(source.components)}",
                     f"--include={','.join(names)}",
