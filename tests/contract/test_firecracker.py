@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.drivers import NEEDS_KVM, firecracker_bench, saved_machine
+from tests.support.drivers import NEEDS_KVM, firecracker_bench, group_of, saved_machine
 from tests.support.firecracker import firecracker_binaries
 
 from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
@@ -32,13 +32,14 @@ async def test_firecracker_sees_its_jail_and_nothing_else(tmp_path: Path) -> Non
             }  # fmt: skip
             own, hosts = (os.stat(f"/proc/{one}/ns/pid") for one in (machine.pid, "self"))
             assert own.st_ino != hosts.st_ino
-            assert groups_of(bench.spec.name)
-        assert not groups_of(bench.spec.name)
+            assert groups_of(tmp_path)
+        assert not groups_of(tmp_path)
 
 
-def groups_of(name: str) -> list[Path]:
-    """Return the control groups of a jailed machine."""
-    return [one for one in Path("/sys/fs/cgroup").glob(f"**/syd-*/{name}") if one.is_dir()]
+def groups_of(tmp_path: Path) -> list[Path]:
+    """Return the control groups of the jailed machines of one test."""
+    found = Path("/sys/fs/cgroup").glob(f"**/{group_of(tmp_path)}/*")
+    return [one for one in found if one.is_dir()]
 
 
 @pytest.mark.machine
@@ -66,7 +67,7 @@ async def test_firecracker_killed_at_any_step_leaves_nothing(
                         await bench.driver.start(bench.spec, inner)
                 assert left[0] < 0
             assert not await bench.left()
-            assert not groups_of(bench.spec.name)
+            assert not groups_of(tmp_path)
         async with AsyncExitStack() as inner:
             await (await bench.driver.start(bench.spec, inner)).stop()
 
@@ -135,7 +136,7 @@ async def test_firecracker_killed_at_any_step_of_a_save_or_restore_says_so(
                 # What was not at fault is not called damaged.
                 assert not isinstance(caught.value, ConflictError)
             assert not await bench.left()
-            assert not groups_of(bench.spec.name)
+            assert not groups_of(tmp_path)
         async with AsyncExitStack() as inner:
             machine = await bench.saver.restore(bench.spec, saved, inner)
             await machine.resume()
@@ -190,7 +191,7 @@ async def test_a_machine_whose_socket_is_gone_is_ended_not_left(tmp_path: Path) 
         async with AsyncExitStack() as inner:
             assert await bench.again().recover(stored, inner) is None
         assert not await bench.left()
-        assert not groups_of(bench.spec.name)
+        assert not groups_of(tmp_path)
 
 
 @pytest.mark.machine
@@ -248,7 +249,7 @@ async def test_two_hundred_machines_leave_nothing(tmp_path: Path) -> None:
         for cycle in range(200):
             async with AsyncExitStack() as inner:
                 await bench.driver.start(bench.spec, inner)
-            assert not groups_of(bench.spec.name)
+            assert not groups_of(tmp_path)
             if cycle == 0:
                 descriptors = len(os.listdir("/proc/self/fd"))
         assert not await bench.left()

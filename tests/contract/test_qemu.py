@@ -7,12 +7,39 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.drivers import mount, qemu_bench
 
 from sandyard.server.core.errors import NoCapacityError, SandyardError
+from sandyard.server.drivers.qemu.driver import QemuMachine
 from sandyard.server.drivers.qemu.monitor import Monitor
+
+
+class Told:
+    """What stands for a monitor whose machine tries again, and shows only later how that went."""
+
+    def __init__(self, *statuses: str) -> None:
+        self.statuses = list(statuses)
+        self.calls: list[str] = []
+
+    async def status(self) -> str:
+        return self.statuses.pop(0)
+
+    async def call(self, command: str) -> None:
+        self.calls.append(command)
+
+
+async def test_a_machine_that_found_the_disk_full_is_told_of_although_it_tries_again() -> None:
+    told = Told("io-error", "running")
+    process: Any = None
+    monitor: Any = told
+    machine = QemuMachine(process, monitor, {"uid": 1})
+    assert (found := await machine.stall()) is not None
+    assert (found.code, told.calls) == ("host_disk_full", ["cont"])
+    assert await machine.stall() is None
+    assert told.calls == ["cont"]
 
 
 @pytest.mark.machine

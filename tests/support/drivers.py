@@ -93,8 +93,13 @@ async def kvm_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
     )
 
 
+def group_of(tmp_path: Path) -> str:
+    """Return the control group of a test's jailed machines."""
+    return f"syd-{tmp_path.name}"
+
+
 async def firecracker_bench(tmp_path: Path, held: AsyncExitStack) -> Bench:
-    group = f"syd-{tmp_path.name}"
+    group = group_of(tmp_path)
     held.callback(remove_groups, group)
     return await _bench_with_kvm(
         "firecracker", tmp_path, held, lambda: firecracker_driver(tmp_path / "kernels", group)

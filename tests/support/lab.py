@@ -28,9 +28,9 @@ from typing import Any
 
 import httpx
 
+from sandyard.server.app.admin import ensure_key
 from sandyard.server.app.cluster import invite_line, open_fleet, write_nats_config
 from sandyard.server.app.installation import secret_key
-from sandyard.server.app.serve import ensure_key
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import JoinedNode

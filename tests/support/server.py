@@ -151,12 +151,8 @@ class RealServer:
         """Start the server and return when it is ready."""
         if self.process is not None:
             self.process.wait(60)
-        with one_at_a_time():
-            self.run("template", "build", "base-minimal")
-        if not self.verdicts.exists() and _kept_verdicts().exists():
-            self.verdicts.parent.mkdir(exist_ok=True)
-            shutil.copy(_kept_verdicts(), self.verdicts)
-        self.run("init", "--quiet")
+        else:
+            self._prepare()
         with (self.home / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [str(SANDYARD), "serve"], env=self.environment, stdout=log, stderr=log,
@@ -176,6 +172,14 @@ class RealServer:
             said = (self.home / "server.log").read_text(errors="replace")[-3000:]
             raise AssertionError(f"{error}; it said:\n{said}") from None
         self.instance = json.loads((self.home / "instance.json").read_text())
+
+    def _prepare(self) -> None:
+        with one_at_a_time():
+            self.run("template", "build", "base-minimal")
+        if not self.verdicts.exists() and _kept_verdicts().exists():
+            self.verdicts.parent.mkdir(exist_ok=True)
+            shutil.copy(_kept_verdicts(), self.verdicts)
+        self.run("init", "--quiet")
 
     def is_ready(self) -> bool:
         """Tell whether the server answers that it is ready."""

@@ -1,6 +1,7 @@
 """Commands for the operator of an installation; they need the package's extra `server`."""
 
 import asyncio
+import gc
 import importlib
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,9 @@ setup = typer.Typer(help="Fetch what the system's packages do not bring.", no_ar
 
 def server_module(module: str) -> Any:
     """Return a module of the server; imported late, so that client users need no server extras."""
+    # All of it stays: to look through it for what could be freed, while it is read and once more
+    # at the end, takes a third of the time.
+    gc.disable()
     try:
         return importlib.import_module(f"sandyard.server.app.{module}")
     except ModuleNotFoundError as error:
@@ -26,6 +30,9 @@ def server_module(module: str) -> Any:
             f"this command needs the server ({error.name} is missing): "
             "install the package with its extra `server`, as scripts/up does"
         ) from error
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def server_errors() -> type[Exception]:
@@ -98,7 +105,7 @@ def init(
     url = f"http://{host}:{settings.http.port}"
     known = read_config()
     key = asyncio.run(
-        server_module("serve").ensure_key(settings, known.api_key if known is not None else None)
+        server_module("admin").ensure_key(settings, known.api_key if known is not None else None)
     )
     path = write_config(ClientConfig(url, key))
     if not quiet:
@@ -112,14 +119,14 @@ def stop(
 ) -> None:
     """Stop the server; its machines live on and are adopted by the next one."""
     settings = server_settings()
-    module = server_module("serve")
-    pid = module.stop_server(settings)
+    installation = server_module("installation")
+    pid = installation.stop_server(settings.home)
     typer.echo(f"stopped the server (pid {pid})" if pid else "no server was running")
     if everything:
-        removed = asyncio.run(module.remove_everything(settings))
+        removed = asyncio.run(server_module("serve").remove_everything(settings))
         typer.echo(f"deleted {removed} sandboxes; images and database are kept")
         return
-    living = module.living_machines(settings)
+    living = installation.living_machines(settings.home)
     if living:
         typer.echo(f"{len(living)} machines live on: {', '.join(living)}")
         typer.echo("remove them too with: scripts/down --all")

@@ -11,7 +11,11 @@ from sandyard.server.core.money import show
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store
 from sandyard.server.service.people.administration import Administration
-from sandyard.server.service.people.bootstrap import ensure_first_organization
+from sandyard.server.service.people.bootstrap import (
+    ensure_first_organization,
+    is_valid_key,
+    new_bootstrap_key,
+)
 
 
 @asynccontextmanager
@@ -24,4 +28,15 @@ async def administration(settings: Settings) -> AsyncIterator[Administration]:
         yield Administration(store=store, clock=clock, sign_up=sign_up, plans=plans_of(settings))
 
 
-__all__ = ["administration", "show"]
+async def ensure_key(settings: Settings, known: str | None) -> str:
+    """Return an API key that works: the known one if it does, else a new one."""
+    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+        if known and await is_valid_key(store, known):
+            return known
+        # A key of another installation says that this one's may still be in use somewhere.
+        return await new_bootstrap_key(
+            store, SystemClock(), sign_up_of(settings), replaces=known is None
+        )
+
+
+__all__ = ["administration", "ensure_key", "show"]

@@ -4,6 +4,7 @@ import fcntl
 import os
 import platform
 import secrets
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,8 +22,10 @@ from cryptography.hazmat.primitives.serialization import (
 
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.ids import new_uuid
+from sandyard.server.node.machines.records import Records
 
 _TELLING_S, _LOOK_S = 2.0, 0.02
+_STOP_LIMIT_S = 60.0
 
 
 def secret_key(home: Path) -> bytes:
@@ -143,6 +146,32 @@ def running_server(home: Path) -> int | None:
             else:
                 return None
         time.sleep(_LOOK_S)
+
+
+def stop_server(home: Path) -> int | None:
+    """Stop the server of a home and return the pid it had; None if there was none.
+
+    Raises:
+        UnavailableError: it does not stop.
+    """
+    pid = running_server(home)
+    if pid is None:
+        return None
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + _STOP_LIMIT_S
+    while running_server(home) is not None:
+        if time.monotonic() > until:
+            raise UnavailableError(f"cannot stop the server: process {pid} goes on; kill it")
+        time.sleep(_LOOK_S)
+    return pid
+
+
+def living_machines(home: Path) -> list[str]:
+    """Return the ids of the sandboxes whose machines are recorded on this host."""
+    folder = home / "machines"
+    found = (record.sandbox_id for record in Records(folder).all())
+    return sorted(one for one in found if one)
 
 
 def _private_lock(home: Path) -> TextIO:

@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from starlette.types import ASGIApp
 from sandyard.server.app.connections import Gate, Patience, guarded
 from sandyard.server.app.control import Control
 from sandyard.server.app.house import House, open_house
-from sandyard.server.app.installation import only_server, running_server, secret_key, ssh_host_key
+from sandyard.server.app.installation import only_server, ssh_host_key
 from sandyard.server.app.settings import HttpSettings, Settings
-from sandyard.server.app.wiring import identity_of, sign_up_of
+from sandyard.server.app.wiring import identity_of
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.states import Event, Status
@@ -29,13 +28,10 @@ from sandyard.server.drivers.firecracker.jail import remove_groups
 from sandyard.server.gateway.preview import Front
 from sandyard.server.gateway.ssh import open_gateway
 from sandyard.server.links.local import SystemClock
-from sandyard.server.links.sql import open_store
 from sandyard.server.node.host.identity import give_back_identity
 from sandyard.server.node.host.mounts import remove_mounts
 from sandyard.server.node.host.network import remove_host_rules
-from sandyard.server.node.machines.records import Records
 from sandyard.server.service.money.metering import BEAT
-from sandyard.server.service.people.bootstrap import is_valid_key, new_bootstrap_key
 from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
@@ -43,7 +39,6 @@ log = logging.getLogger(__name__)
 _GRACE_S = 10
 SOCKET_MESSAGE_MAX = 1024 * 1024
 """What a client may send in one message of a WebSocket."""
-_STOP_LIMIT_S = 60.0
 _EMPTY_LIMIT_S = 120.0
 _GONE = frozenset({Status.DESTROYED})
 
@@ -214,43 +209,6 @@ def listen(host: str, port: int, setting: str = "SANDYARD_HTTP__PORT") -> socket
             f"cannot listen on {host}:{port}: {error.strerror}; set {setting} to another port"
         ) from error
     return listener
-
-
-async def ensure_key(settings: Settings, known: str | None) -> str:
-    """Return an API key that works: the known one if it does, else a new one."""
-    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
-        if known and await is_valid_key(store, known):
-            return known
-        # A key of another installation says that this one's may still be in use somewhere.
-        return await new_bootstrap_key(
-            store, SystemClock(), sign_up_of(settings), replaces=known is None
-        )
-
-
-def stop_server(settings: Settings) -> int | None:
-    """Stop the server of a home and return the pid it had; None if there was none.
-
-    Raises:
-        UnavailableError: it does not stop.
-    """
-    pid = running_server(settings.home)
-    if pid is None:
-        return None
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    until = time.monotonic() + _STOP_LIMIT_S
-    while running_server(settings.home) is not None:
-        if time.monotonic() > until:
-            raise UnavailableError(f"cannot stop the server: process {pid} goes on; kill it")
-        time.sleep(0.05)
-    return pid
-
-
-def living_machines(settings: Settings) -> list[str]:
-    """Return the ids of the sandboxes whose machines are recorded on this host."""
-    folder = settings.home / "machines"
-    found = (record.sandbox_id for record in Records(folder).all())
-    return sorted(one for one in found if one)
 
 
 async def remove_everything(settings: Settings) -> int:

@@ -100,9 +100,9 @@ class QemuMachine:
         """See drivers.contract.Machine.stall."""
         with contextlib.suppress(UnavailableError):
             if await self._monitor.status() == "io-error":
+                # Whether it goes on shows only once it has written again: at the next look.
                 await self._monitor.call("cont")
-                if await self._monitor.status() == "io-error":
-                    return _DISK_FULL
+                return _DISK_FULL
         return None
 
     async def wait(self) -> End:
