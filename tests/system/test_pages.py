@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Route, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 from tests.support.ports import free_port
 from tests.support.server import QEMU, RealServer, wait_until
 
@@ -107,6 +108,19 @@ def until(condition: Callable[[], bool], what: str, page: Page) -> None:
         page.wait_for_timeout(100)
 
 
+def visit(page: Page, url: str) -> None:
+    """Go somewhere; again where links of the host that came or went have broken that off."""
+    for _ in range(5):
+        try:
+            page.goto(url)
+        except PlaywrightError as error:
+            if "ERR_NETWORK_CHANGED" not in error.message:
+                raise
+        else:
+            return
+    pytest.fail(f"{url} was broken off again and again")
+
+
 def shown(page: Page) -> str:
     """Return what is in the terminal."""
     return str(page.evaluate("document.querySelector('.xterm-rows')?.innerText ?? ''"))
@@ -114,7 +128,7 @@ def shown(page: Page) -> str:
 
 def test_a_terminal_in_a_browser(server: RealServer, page: Page) -> None:
     box = str(server.create(name="term", idleTimeout=0)["id"])
-    page.goto(f"http://127.0.0.1:{server.port}/terminal/term")
+    visit(page, f"http://127.0.0.1:{server.port}/terminal/term")
     page.fill("input[name=key]", "rt_live_wrong")
     page.keyboard.press("Enter")
     until(lambda: "unknown" in (page.text_content("#why") or ""), "the key is refused", page)
@@ -151,6 +165,31 @@ def test_a_terminal_in_a_browser(server: RealServer, page: Page) -> None:
     until(lambda: "#" in shown(page), "another one", page)
 
 
+@pytest.mark.parametrize("times", [1, 2, 6])
+def test_a_page_of_which_not_all_came_is_opened_anew(
+    server: RealServer, page: Page, times: int
+) -> None:
+    broken: list[str] = []
+
+    def break_off(route: Route) -> None:
+        if len(broken) < times:
+            broken.append(route.request.url)
+            route.abort("connectionreset")
+        else:
+            route.continue_()
+
+    page.route("**/web/vendor/xterm/addon-fit.mjs", break_off)
+    visit(page, f"http://127.0.0.1:{server.port}/terminal/none#kept")
+    if times < 6:
+        until(lambda: page.is_visible("input[name=key]"), "it has come", page)
+        assert page.evaluate("Object.keys(sessionStorage)") == []
+    else:
+        said = "not all of this page came"
+        until(lambda: said in (page.text_content("#said") or ""), "it says so", page)
+    assert len(broken) == times
+    assert page.url.endswith("#kept")
+
+
 def test_a_page_that_changes_while_it_is_looked_at(server: RealServer, page: Page) -> None:
     box = str(server.create(name="live", idleTimeout=0)["id"])
     for path, text in (("/tmp/live.py", LIVE), ("/tmp/text", "first")):
@@ -162,7 +201,7 @@ def test_a_page_that_changes_while_it_is_looked_at(server: RealServer, page: Pag
             f"/v1/sandboxes/{box}/url", params={"port": 5173, "access": access}
         )
         url = answer.json()["data"]["url"]
-        page.goto(url)
+        visit(page, url)
         until(lambda: page.title() == "live", "the page is there, by itself in the end", page)
         assert "rt_token" not in page.url
         server.execute(box, f"printf one-{access} > /tmp/text")
@@ -182,7 +221,7 @@ def test_a_desktop_in_a_browser_and_by_the_api(server: RealServer, page: Page) -
     windows = server.client.get(f"/v1/sandboxes/{box}/desktop/windows").json()["data"]
     assert {"XTerm", "Tint2"} <= {one["program"] for one in windows}
     made = server.client.get(f"/v1/sandboxes/{box}/vnc").json()["data"]
-    page.goto(made["url"])
+    visit(page, made["url"])
     until(lambda: page.is_visible("canvas"), "its screen is there", page)
     until(lambda: not page.text_content("#said"), "it is connected", page)
     assert "ticket" not in page.url
