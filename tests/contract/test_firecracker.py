@@ -38,8 +38,8 @@ async def test_firecracker_sees_its_jail_and_nothing_else(tmp_path: Path) -> Non
 
 def groups_of(tmp_path: Path) -> list[Path]:
     """Return the control groups of the jailed machines of one test."""
-    found = Path("/sys/fs/cgroup").glob(f"**/{group_of(tmp_path)}/*")
-    return [one for one in found if one.is_dir()]
+    parents = [one for one in jail.groups(group_of(tmp_path)) if one.is_dir()]
+    return [one for parent in parents for one in parent.iterdir() if one.is_dir()]
 
 
 @pytest.mark.machine
@@ -228,7 +228,7 @@ async def test_groups_that_cannot_be_used_are_done_without(
 def test_groups_of_the_dead_are_swept_and_the_young_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jail, "_groups", lambda name: (tmp_path, tmp_path / name))
+    monkeypatch.setattr(jail, "groups", lambda name: (tmp_path, tmp_path / name))
     for name, age in (("old", 100), ("young", 0), ("used", 100)):
         (tmp_path / name).mkdir()
         if name == "used":

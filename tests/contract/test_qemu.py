@@ -40,6 +40,14 @@ async def test_a_machine_that_found_the_disk_full_is_told_of_although_it_tries_a
     assert (found.code, told.calls) == ("host_disk_full", ["cont"])
     assert await machine.stall() is None
     assert told.calls == ["cont"]
+    # One that is about to be saved is not set going, whatever it stands still for.
+    told.statuses = ["io-error", "io-error"]
+    await machine.pause()
+    assert await machine.stall() is not None
+    assert told.calls == ["cont", "stop"]
+    await machine.resume()
+    assert await machine.stall() is not None
+    assert told.calls == ["cont", "stop", "cont", "cont"]
 
 
 @pytest.mark.machine

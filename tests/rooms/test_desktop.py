@@ -1,8 +1,11 @@
 """Desktops, on fake machines whose screens are the test's own."""
 
 import asyncio
+import base64
+import re
 import struct
 from collections.abc import AsyncIterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +193,14 @@ async def test_pages_are_made_of_their_own_files_alone(screen: Any) -> None:
                      "/web/vendor/xterm/LICENSE.txt"):  # fmt: skip
             answer = await nobody.get(path)
             assert answer.status_code == 200, path
-            assert "script-src 'self';" in answer.headers["content-security-policy"]
+            policy = answer.headers["content-security-policy"]
+            allowed = re.search(r"script-src 'self'(?: 'sha256-([^']*)')?;", policy)
+            assert allowed is not None
             assert "sourceMappingURL" not in answer.text
+            # Of what lies within a page nothing runs but what brings its own files.
+            within = re.findall(r"<script[^>]*>(.+?)</script>", answer.text, re.DOTALL)
+            digests = [base64.b64encode(sha256(one.encode()).digest()).decode() for one in within]
+            assert digests == ([allowed[1]] if allowed[1] else []), path
         for path in ("/web/", "/web/x.js", "/web/../http.py", "/web/%2e%2e/http.py", "/web/vendor",
                      "/web/desktop.html", "/web//etc/passwd", "/desktop",
                      "/terminal/a/b"):  # fmt: skip

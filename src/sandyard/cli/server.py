@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import importlib
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,11 +21,14 @@ setup = typer.Typer(help="Fetch what the system's packages do not bring.", no_ar
 
 def server_module(module: str) -> Any:
     """Return a module of the server; imported late, so that client users need no server extras."""
+    path = f"sandyard.server.app.{module}"
+    if path in sys.modules:
+        return sys.modules[path]
     # All of it stays: to look through it for what could be freed, while it is read and once more
     # at the end, takes a third of the time.
     gc.disable()
     try:
-        return importlib.import_module(f"sandyard.server.app.{module}")
+        return importlib.import_module(path)
     except ModuleNotFoundError as error:
         raise typer.BadParameter(
             f"this command needs the server ({error.name} is missing): "

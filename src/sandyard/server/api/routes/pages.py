@@ -1,5 +1,7 @@
 """Pages for people: a terminal in a browser, and the files that pages are made of."""
 
+import base64
+import hashlib
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -14,10 +16,11 @@ router = APIRouter(include_in_schema=False)
 
 _KINDS = {".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css",
           ".txt": "text/plain; charset=utf-8"}  # fmt: skip
+_POLICY = "Content-Security-Policy"
 _HEADERS = {
     # A page's own files alone. What they are made of writes styles into elements, and draws
     # pictures that it has made itself.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; "
+    _POLICY: "default-src 'none'; script-src 'self'; connect-src 'self'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -44,10 +47,22 @@ def _files() -> dict[str, Traversable]:
     return found
 
 
+@cache
+def _loader() -> tuple[bytes, str]:
+    """Return what loads the rest of a page and lies within it, and the policy that lets it run."""
+    found = _files()["load.js"].read_bytes()
+    digest = base64.b64encode(hashlib.sha256(found).digest()).decode()
+    return found, _HEADERS[_POLICY].replace(
+        "script-src 'self'", f"script-src 'self' 'sha256-{digest}'"
+    )
+
+
 def page(name: str) -> HTMLResponse:
     """Return a page."""
-    kept = {"Cache-Control": "no-cache"}
-    return HTMLResponse(_files()[name].read_bytes(), headers={**_HEADERS, **kept})
+    loader, policy = _loader()
+    content = _files()[name].read_bytes().replace(b"@load@", loader)
+    kept = {_POLICY: policy, "Cache-Control": "no-cache"}
+    return HTMLResponse(content, headers={**_HEADERS, **kept})
 
 
 @router.get("/terminal/{reference}")

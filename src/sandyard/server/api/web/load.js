@@ -1,23 +1,35 @@
 // Loads a page's module. A browser gives up what it is loading when the network of its own host
 // changes, as it does where machines come and go, and a module of which one part did not come is
-// not asked for again: the page is opened anew instead, a few times.
+// not asked for again: the page is opened anew instead, a few times. This lies within the page.
 
 const MOST = 5;
 const PAUSE_MS = 300;
-const KEY = `sandyard-tries ${location.pathname}`;
+const TRIES = `sandyard-tries ${location.pathname}`;
 const script = document.createElement("script");
 
-script.type = "module";
-script.src = document.currentScript.dataset.module;
-script.addEventListener("load", () => sessionStorage.removeItem(KEY));
-script.addEventListener("error", () => {
-  const tries = Number(sessionStorage.getItem(KEY)) + 1;
+async function anew() {
+  const tries = Number(sessionStorage.getItem(TRIES)) + 1;
   if (tries > MOST) {
-    sessionStorage.removeItem(KEY);
+    sessionStorage.removeItem(TRIES);
     document.getElementById("said").textContent = "not all of this page came: open it again";
     return;
   }
-  sessionStorage.setItem(KEY, String(tries));
-  setTimeout(() => location.reload(), PAUSE_MS * tries);
+  sessionStorage.setItem(TRIES, String(tries));
+  await new Promise((resolve) => setTimeout(resolve, PAUSE_MS * tries));
+  try {
+    await fetch(location.href, { cache: "no-store" }); // a page that does not come has no second try
+    location.reload();
+  } catch {
+    anew();
+  }
+}
+
+script.type = "module";
+script.src = document.currentScript.dataset.module;
+script.addEventListener("error", anew);
+script.addEventListener("load", () => {
+  const isStyled = [...document.querySelectorAll("link[rel=stylesheet]")].every((one) => one.sheet);
+  if (isStyled) sessionStorage.removeItem(TRIES);
+  else anew();
 });
 document.body.append(script);

@@ -45,7 +45,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _PIDS_V1 = _CGROUPS / "pids"
 
 
-def _groups(name: str) -> tuple[Path, Path]:
+def groups(name: str) -> tuple[Path, Path]:
     """Return where a control group of the root may be, by cgroups of either version."""
     return _CGROUPS / name, _PIDS_V1 / name
 
@@ -216,7 +216,7 @@ class Jail:
         shutil.rmtree(self.base, ignore_errors=True)
 
     def _remove_groups(self) -> None:
-        for parent in _groups(self.group):
+        for parent in groups(self.group):
             with contextlib.suppress(OSError):
                 (parent / self.name).rmdir()
 
@@ -273,7 +273,7 @@ def cgroup_arguments(group: str) -> list[str]:
 
 def remove_groups(group: str) -> None:
     """Remove the control group of an installation none of whose machines is left."""
-    for parent in _groups(group):
+    for parent in groups(group):
         with contextlib.suppress(OSError):
             for inside in parent.iterdir():
                 with contextlib.suppress(OSError):
@@ -288,7 +288,7 @@ def sweep_groups(group: str) -> None:
     One that is young may be a machine's that is just being started; one in use cannot be removed.
     """
     now = time.time()  # noqa: TID251 - a file's age is by the host's clock, whatever a test's says
-    for parent in _groups(group):
+    for parent in groups(group):
         with contextlib.suppress(OSError):
             for inside in parent.iterdir():
                 with contextlib.suppress(OSError):

@@ -70,7 +70,7 @@ class QemuMachine:
         self._monitor = monitor
         self._handle = handle
         self._uid = int(handle["uid"])
-        self._is_closed = False
+        self._is_closed = self._is_held = False
         self._said = self._unheard = b""
 
     @property
@@ -99,11 +99,13 @@ class QemuMachine:
     async def stall(self) -> End | None:
         """See drivers.contract.Machine.stall."""
         with contextlib.suppress(UnavailableError):
-            if await self._monitor.status() == "io-error":
-                # Whether it goes on shows only once it has written again: at the next look.
+            if await self._monitor.status() != "io-error":
+                return None
+        if not self._is_held:  # it may be about to be saved since the status was asked for
+            # Whether it goes on shows only once it has written again: at the next look.
+            with contextlib.suppress(UnavailableError):
                 await self._monitor.call("cont")
-                return _DISK_FULL
-        return None
+        return _DISK_FULL
 
     async def wait(self) -> End:
         """See drivers.contract.Machine.wait."""
@@ -138,10 +140,16 @@ class QemuMachine:
 
     async def pause(self) -> None:
         """See drivers.contract.SavingMachine.pause."""
-        await self._monitor.call("stop")
+        self._is_held = True
+        try:
+            await self._monitor.call("stop")
+        except SandyardError:
+            self._is_held = False
+            raise
 
     async def resume(self) -> None:
         """See drivers.contract.SavingMachine.resume."""
+        self._is_held = False
         await self._monitor.call("cont")
 
     async def is_paused(self) -> bool:

@@ -510,6 +510,7 @@ class Resident:
         with suppress(SandyardError):
             await self._saving_machine().resume()
             self.guest.pulse.held_for = None
+            self.guest.pulse.note_stall(None)  # of before; the next look tells
             self._beside(self.guest.set_clock(), "a clock cannot be set")
 
     def _saving_machine(self) -> SavingMachine:
