@@ -164,7 +164,7 @@ class RealServer:
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}",
             headers={"Authorization": f"Bearer {key}"},
-            timeout=longer(120),
+            timeout=longer(300),  # whatever is asked for comes to its own limit before
         )
         try:
             wait_until(self.is_ready, limit_s=60, what="the server is ready")

@@ -81,7 +81,7 @@ def test_a_killed_server_loses_none_of_ten_sandboxes(server: RealServer) -> None
         wait_until(lambda box=box: server.status(box) == "paused", what="the pause is finished")  # type: ignore[misc]
         goes_on(server, box, counts[box])
     for box in starting:
-        wait_until(lambda box=box: server.status(box) == "running", limit_s=60)  # type: ignore[misc]
+        wait_until(lambda box=box: server.status(box) == "running", limit_s=180)  # type: ignore[misc]
         assert server.execute(box, "echo fine")["stdout"] == "fine\n"
     wait_until(lambda: server.client.get(f"/v1/sandboxes/{doomed}").status_code == 404)
     assert server.machines() == {*running, *paused, *pausing, *starting}
