@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.support.drivers import mount, qemu_bench
 
-from sandyard.server.core.errors import NoCapacityError, SandyardError
+from sandyard.server.core.errors import NoCapacityError, SandyardError, UnavailableError
 from sandyard.server.drivers.qemu.driver import QemuMachine
 from sandyard.server.drivers.qemu.monitor import Monitor
 
@@ -25,6 +25,8 @@ class Told:
         self.calls: list[str] = []
 
     async def status(self) -> str:
+        if not self.statuses:
+            raise UnavailableError("it does not answer")
         return self.statuses.pop(0)
 
     async def call(self, command: str) -> None:
@@ -48,6 +50,7 @@ async def test_a_machine_that_found_the_disk_full_is_told_of_although_it_tries_a
     await machine.resume()
     assert await machine.stall() is not None
     assert told.calls == ["cont", "stop", "cont", "cont"]
+    assert await machine.stall() is None, "whatever keeps it from answering is no full disk"
 
 
 @pytest.mark.machine

@@ -165,7 +165,7 @@ def test_a_terminal_in_a_browser(server: RealServer, page: Page) -> None:
     until(lambda: "#" in shown(page), "another one", page)
 
 
-@pytest.mark.parametrize("times", [1, 2, 6])
+@pytest.mark.parametrize("times", [0, 1, 2, 6])
 def test_a_page_of_which_not_all_came_is_opened_anew(
     server: RealServer, page: Page, times: int
 ) -> None:
@@ -179,6 +179,13 @@ def test_a_page_of_which_not_all_came_is_opened_anew(
             route.continue_()
 
     page.route("**/web/vendor/xterm/addon-fit.mjs", break_off)
+    unstyled: list[str] = []
+
+    def break_off_once(route: Route) -> None:
+        unstyled.append(route.request.url)
+        route.abort("connectionreset") if len(unstyled) == 1 else route.continue_()
+
+    page.route("**/web/page.css", break_off_once)
     visit(page, f"http://127.0.0.1:{server.port}/terminal/none#kept")
     if times < 6:
         until(lambda: page.is_visible("input[name=key]"), "it has come", page)
@@ -186,7 +193,9 @@ def test_a_page_of_which_not_all_came_is_opened_anew(
     else:
         said = "not all of this page came"
         until(lambda: said in (page.text_content("#said") or ""), "it says so", page)
-    assert broken
+    sheets = "[...document.styleSheets].filter(one => one.href?.endsWith('/page.css')).length"
+    until(lambda: page.evaluate(sheets) == 1, "its style has come", page)
+    assert unstyled
     assert len(broken) == times or times == 6
     assert page.url.endswith("#kept")
 

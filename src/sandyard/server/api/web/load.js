@@ -27,9 +27,9 @@ async function anew() {
 script.type = "module";
 script.src = document.currentScript.dataset.module;
 script.addEventListener("error", anew);
-script.addEventListener("load", () => {
-  const isStyled = [...document.querySelectorAll("link[rel=stylesheet]")].every((one) => one.sheet);
-  if (isStyled) sessionStorage.removeItem(TRIES);
-  else anew();
-});
+script.addEventListener("load", () => sessionStorage.removeItem(TRIES));
 document.body.append(script);
+
+// A script waits for the style sheets before it: one that is not there now did not come.
+for (const one of document.querySelectorAll("link[rel=stylesheet]"))
+  if (!one.sheet) one.replaceWith(one.cloneNode());

@@ -98,9 +98,12 @@ class QemuMachine:
 
     async def stall(self) -> End | None:
         """See drivers.contract.Machine.stall."""
-        with contextlib.suppress(UnavailableError):
-            if await self._monitor.status() != "io-error":
-                return None
+        try:
+            status = await self._monitor.status()
+        except UnavailableError:
+            return None
+        if status != "io-error":
+            return None
         if not self._is_held:  # it may be about to be saved since the status was asked for
             # Whether it goes on shows only once it has written again: at the next look.
             with contextlib.suppress(UnavailableError):
