@@ -282,15 +282,14 @@ async def test_one_silent_node_costs_nobody_else_anything(three: Desk) -> None:
     three.nodes["a"].is_silent = True
     await three.drive(2)  # its lease lasts four
     assert (await three.get(lost)).status is Status.RUNNING, "a moment's silence is no trouble"
-    # Long enough that a slow machine, which is given more time, has not paused it before.
-    other = await three.create(idle_timeout=90)
+    other = await three.create(idle_timeout=30)
     assert other.node_id != "a"
     await three.drive(20)
     suspected = await three.until(lost, Status.SUSPECTED_MISSING)
     assert suspected.reason is not None
     assert suspected.reason.code == "node_silent"
     assert (await three.get(other)).status is Status.RUNNING
-    await three.drive(76)
+    await three.drive(16)
     await three.until(other, Status.PAUSED)
     three.nodes["a"].is_silent = False
     await three.drive(4)

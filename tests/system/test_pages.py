@@ -196,7 +196,8 @@ def test_a_page_of_which_not_all_came_is_opened_anew(
     sheets = "[...document.styleSheets].filter(one => one.href?.endsWith('/page.css')).length"
     until(lambda: page.evaluate(sheets) == 1, "its style has come", page)
     assert unstyled
-    assert len(broken) == times or times == 6
+    # What the host's own links break off takes of the tries as well.
+    assert (times if times < 6 else 1) <= len(broken) <= times
     assert page.url.endswith("#kept")
 
 
