@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.support.server import RealServer, is_slow, longer, some, wait_until
+from tests.support.server import RealServer, is_slow, slower, some, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -113,7 +113,8 @@ with socket.create_server(("127.0.0.1", 7100)) as listener:
 ASK = "python3 -c \"import socket; print(socket.create_connection(('127.0.0.1', 7100)).recv(9))\""
 
 
-def test_ten_pauses_in_a_row_keep_everything(server: RealServer) -> None:
+@pytest.mark.parametrize("pauses", [4, pytest.param(10, marks=pytest.mark.long)])
+def test_pauses_in_a_row_keep_everything(server: RealServer, pauses: int) -> None:
     box = str(server.create()["id"])
     size = some(20_000_000)
     server.execute(box, f"head -c {size} /dev/urandom > /workspace/f; mkdir -p /m; "
@@ -127,7 +128,7 @@ def test_ten_pauses_in_a_row_keep_everything(server: RealServer) -> None:
     memory_before = resident_mib(server.pid_of(box))
     assert memory_before > 0
     count = 0
-    for cycle in range(10):
+    for cycle in range(pauses):
         paused = server.act(box, "pause")
         assert paused["status"] == "paused"
         assert not server.record_of(box)["handle"]
@@ -196,7 +197,7 @@ def test_a_silent_agent_is_suspected_and_comes_back(server: RealServer) -> None:
     server.execute(
         box,
         "for one in /proc/[0-9]*; do grep -qa sandyard/agent $one/cmdline && pid=${one#/proc/} && "
-        f"break; done; (sleep 1; kill -STOP $pid; sleep {longer(30)}; kill -CONT $pid) "
+        f"break; done; (sleep 1; kill -STOP $pid; sleep {slower(30)}; kill -CONT $pid) "
         ">/dev/null 2>&1 &",
     )
     wait_until(lambda: server.status(box) == "suspected_missing", limit_s=40)

@@ -31,6 +31,7 @@ SANDYARD = Path(sys.executable).parent / "sandyard"
 
 _KEY = hashlib.sha256(b"installations of tests that share golden machines").digest()
 _USUAL = ("base-minimal", 512)
+_PATIENCE = float(os.environ.get("SANDYARD_TEST_PATIENCE", "1"))
 _pace = [1.0]
 
 
@@ -67,7 +68,12 @@ def is_slow() -> bool:
 
 def longer(limit_s: float) -> float:
     """Return how long to wait here for what usually takes no longer than this."""
-    return limit_s * _pace[-1]
+    return limit_s * _pace[-1] * _PATIENCE
+
+
+def slower(duration_s: float) -> float:
+    """Return how long something is to last so that guests here have time to notice."""
+    return duration_s * _pace[-1]
 
 
 def some(size: int) -> int:
@@ -206,7 +212,7 @@ class RealServer:
         )
         assert answer.status_code == 201, answer.text
         data: dict[str, object] = answer.json()["data"]
-        if wait and data["status"] == "creating" and is_slow():
+        if wait and data["status"] == "creating" and longer(1) > 1:
             self.wait_running(data["id"])
             data = self.get(data["id"])
         assert wait == 0 or data["status"] == "running", data
@@ -214,7 +220,7 @@ class RealServer:
 
     def execute(self, reference: object, command: str, **body: object) -> dict[str, object]:
         """Run a command and return how it ended."""
-        if is_slow():
+        if longer(1) > 1:
             body["timeout"] = round(longer(int(str(body.get("timeout", 30_000)))))
         answer = self.client.post(
             f"/v1/sandboxes/{reference}/exec", json={"command": command, **body}
@@ -256,7 +262,7 @@ class RealServer:
     def act(self, reference: object, action: str, **body: object) -> Any:
         """Ask for an action on a sandbox and return what it answered."""
         answer = self.client.post(f"/v1/sandboxes/{reference}/{action}", json=body)
-        if answer.status_code == 503 and "ask again" in answer.text and is_slow():
+        if answer.status_code == 503 and "ask again" in answer.text and longer(1) > 1:
             # The request has waited long enough; what it asked for goes on.
             moving = ("creating", "pausing", "resuming")
             wait_until(lambda: self.status(reference) not in moving, limit_s=60, what=action)
