@@ -1,6 +1,8 @@
 """Which driver is chosen, what is remembered of that, and how patient a node is because of it."""
 
 import asyncio
+import json
+import os
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sandyard.server.core.errors import UnavailableError
-from sandyard.server.drivers.contract import ProbeSpec, Verdict
+from sandyard.server.drivers.contract import NO_KVM, ProbeSpec, Verdict
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
 from sandyard.server.node.host.choice import Drivers
 from sandyard.server.node.images.images import Image
@@ -102,6 +104,14 @@ async def test_one_that_did_not_come_up_is_tried_again_with_more_time_alone(tmp_
         with pytest.raises(UnavailableError):
             await drivers.choose(image())
         assert len(driver.limits) == probed
+
+
+async def test_a_closed_device_is_looked_at_again(tmp_path: Path) -> None:
+    cache = tmp_path / "verdicts.json"
+    key = f"probed 1 image {image().digest} host {os.uname().release}"
+    cache.write_text(json.dumps({key: [False, NO_KVM, None, 99.0]}))
+    driver = Probed(Verdict(True, "yes"))
+    assert await Drivers([driver], cache=cache).choose(image()) is driver
 
 
 async def test_one_that_is_chosen_is_not_kept_waiting_by_anothers_probe(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnavailableError
 from sandyard.server.core.ops import Done, Wake
 from sandyard.server.core.shapes import Shape
-from sandyard.server.drivers.contract import MachineSpec, Place
+from sandyard.server.drivers.contract import NO_KVM, MachineSpec, Place, ProbeSpec, Verdict
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
+from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.drivers.qemu.command import (
     confined,
     kernel_command_line,
@@ -29,6 +30,7 @@ from sandyard.server.drivers.qemu.command import (
     machine_memory_mib,
     unprivileged,
 )
+from sandyard.server.drivers.qemu.kvm import Door, door
 from sandyard.server.drivers.qemu.memory import load_pages
 from sandyard.server.drivers.sparse import copy_sparse, make_empty, merge_sparse
 from sandyard.server.links.local import SystemClock
@@ -68,7 +70,7 @@ def test_a_machine_never_gets_exactly_two_gigabytes(asked: int) -> None:
 
 def test_the_token_and_env_are_nowhere_on_the_command_line() -> None:
     arguments = machine_arguments(
-        SPEC, accel="tcg", tb_size_mib=64, tsc_khz=1_000, tap_fd=9, is_restored=False
+        SPEC, door=None, tb_size_mib=64, tsc_khz=1_000, tap_fd=9, is_restored=False
     )
     assert not any("token" in one for one in arguments)
     assert "file=/i/a,,b.ext4" in " ".join(arguments)
@@ -76,12 +78,12 @@ def test_the_token_and_env_are_nowhere_on_the_command_line() -> None:
 
 
 def test_qemu_runs_with_nothing_it_could_misuse() -> None:
-    command = confined("qemu", ["-x"], SPEC, accel="tcg", mounts=None)
+    command = confined("qemu", ["-x"], SPEC, group=None, mounts=None)
     for needed in ("--no-new-privs", "--bounding-set=-all", "--clear-groups", "1900000003"):
         assert needed in command
     assert "--net=/run/netns/syd-12ab-3" in command
     arguments = machine_arguments(
-        SPEC, accel="kvm", tb_size_mib=64, tsc_khz=None, tap_fd=9, is_restored=True
+        SPEC, door=Door(), tb_size_mib=64, tsc_khz=None, tap_fd=9, is_restored=True
     )
     assert "spawn=deny" in arguments[arguments.index("-sandbox") + 1]
 
@@ -315,13 +317,48 @@ def test_what_mounts_need_lies_unpacked_in_the_image(tmp_path: Path) -> None:
         add_modules(tmp_path, "6.8")
 
 
-def test_with_kvm_the_account_gets_the_devices_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Found:
-        st_gid = 992
+@pytest.mark.parametrize(
+    ("mode", "group", "asked"),
+    [(0o660, 992, ["--groups", "992"]), (0o666, 992, ["--clear-groups"]),
+     (0o600, 992, ["--clear-groups"]), (0o660, 0, ["--clear-groups"])],
+)  # fmt: skip
+def test_the_account_comes_to_kvm_by_its_group_or_by_a_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, group: int, asked: list[str]
+) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
 
-    monkeypatch.setattr(os, "stat", lambda _: Found)
-    assert unprivileged(1, accel="kvm")[5:7] == ["--groups", "992"]
-    assert "--clear-groups" in unprivileged(1, accel="tcg")
+    class Found:
+        st_mode, st_gid = 0o020000 | mode, group
+
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: Found)
+    with door(device) as way:
+        told = unprivileged(1, group=way.group)
+        assert told[5 : 5 + len(asked)] == asked
+        arguments = " ".join(way.arguments)
+        by_descriptor = mode == 0o600 or group == 0
+        assert ("/dev/fdset/" in arguments) == by_descriptor
+        if by_descriptor:
+            assert way.fd is not None
+            assert f"fd={way.fd}," in arguments
+            os.fstat(way.fd)
+    if way.fd is not None:
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(way.fd)
+
+
+async def test_that_kvm_is_closed_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    spec = ProbeSpec(tmp_path, tmp_path, tmp_path, limit_s=1)
+    verdict = await QemuDriver(accel="kvm", binary="echo").probe(spec)
+    assert verdict == Verdict(False, NO_KVM, is_certain=False)
+
+
+def test_a_host_without_kvm_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), door(tmp_path / "none"):
+        pass
 
 
 def test_memory_of_a_process_that_has_ended_is_not_written_for_ever(tmp_path: Path) -> None:

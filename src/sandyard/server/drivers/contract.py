@@ -99,12 +99,16 @@ class Capabilities:
     """Its machines are `SavingMachine`s and it is a `SavingDriver`."""
 
 
+NO_KVM = "/dev/kvm is not there or not open to this user"
+"""Why a driver that needs it cannot be used now."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a driver can be used on this host, and why not, in a sentence.
 
-    A verdict that is not certain (the host was too busy to tell) is not to be remembered. `took_s`
-    is how long a machine took until its first program ran, where one came so far.
+    A verdict that is not certain (the host was too busy to tell, a device is closed and may be open
+    next time) is not to be remembered. `took_s` is how long a machine took until its first program ran, where one came so far.
     """
 
     is_usable: bool

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError
@@ -18,7 +18,7 @@ async def output_of(
     arguments: Sequence[str],
     *,
     limit_s: float,
-    pass_fd: int | None = None,
+    pass_fds: Collection[int] = (),
     to: int | None = None,
     env: Mapping[str, str] | None = None,
 ) -> bytes:
@@ -39,7 +39,7 @@ async def output_of(
         stderr=asyncio.subprocess.STDOUT if to is None else to,
         # Nothing of this process's own: what is started may be taken over by its guest.
         env={"PATH": _PATH, "LC_ALL": "C.UTF-8", **(env or {})},
-        pass_fds=() if pass_fd is None else (pass_fd,),
+        pass_fds=pass_fds,
         start_new_session=True,
     )
     try:

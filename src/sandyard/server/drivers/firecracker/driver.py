@@ -21,6 +21,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.drivers.contract import (
+    NO_KVM,
     Capabilities,
     End,
     Handle,
@@ -246,7 +247,7 @@ class FirecrackerDriver:
         try:
             version = await self.version()
             if not has_kvm():
-                return Verdict(False, "/dev/kvm is not there or not open to this user")
+                return Verdict(False, NO_KVM, is_certain=False)
             spec.scratch.chmod(0o711)
             jail = Jail(spec.scratch, "probe", _NOBODY, self._group)
             try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sandyard.server.drivers.contract import MachineSpec
 from sandyard.server.drivers.namespaces import path_of
+from sandyard.server.drivers.qemu.kvm import Door
 
 QMP_SOCKET = "qmp.sock"
 PID_FILE = "qemu.pid"
@@ -37,17 +38,17 @@ def kernel_command_line(*, tsc_khz: int | None, extra: str = "") -> str:
     return " ".join([*words, extra]).strip()
 
 
-def accelerator(accel: str, *, tb_size_mib: int) -> list[str]:
-    """Return the arguments that choose KVM or TCG."""
-    if accel == "kvm":
-        return ["-accel", "kvm", "-cpu", "host"]
+def accelerator(door: Door | None, *, tb_size_mib: int) -> list[str]:
+    """Return the arguments that choose KVM, where there is a door to it, or TCG."""
+    if door is not None:
+        return door.arguments
     return ["-accel", f"tcg,tb-size={tb_size_mib},thread=multi", "-cpu", "max"]
 
 
 def machine_arguments(
     spec: MachineSpec,
     *,
-    accel: str,
+    door: Door | None,
     tb_size_mib: int,
     tsc_khz: int | None,
     tap_fd: int,
@@ -71,7 +72,7 @@ def machine_arguments(
     return [
         "-name", spec.name,
         "-M", f"microvm,acpi={acpi},rtc=on,suppress-vmdesc=on,memory-backend=memory",
-        *accelerator(accel, tb_size_mib=tb_size_mib),
+        *accelerator(door, tb_size_mib=tb_size_mib),
         "-m", f"{memory_mib}M",
         "-object", f"memory-backend-file,id=memory,size={memory_mib}M,merge=off,"
                    f"mem-path={_escaped(spec.memory)},share=off,readonly=on,rom=off",
@@ -94,14 +95,9 @@ def machine_arguments(
     ]  # fmt: skip
 
 
-def unprivileged(uid: int, *, accel: str) -> list[str]:
-    """Return the command that runs another as an account with no privilege.
-
-    With KVM the account is given the one group that may open the device, whichever that is here.
-    """
-    groups = ["--clear-groups"]
-    if accel == "kvm":
-        groups = ["--groups", str(os.stat("/dev/kvm").st_gid)]
+def unprivileged(uid: int, *, group: int | None = None) -> list[str]:
+    """Return the command that runs another as an account with no privilege, of one group at most."""
+    groups = ["--clear-groups"] if group is None else ["--groups", str(group)]
     return [
         "setpriv", "--reuid", str(uid), "--regid", str(uid), *groups, "--no-new-privs",
         "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--",
@@ -110,7 +106,12 @@ def unprivileged(uid: int, *, accel: str) -> list[str]:
 
 
 def confined(
-    binary: str, arguments: list[str], spec: MachineSpec, *, accel: str, mounts: Path | None
+    binary: str,
+    arguments: list[str],
+    spec: MachineSpec,
+    *,
+    group: int | None,
+    mounts: Path | None,
 ) -> list[str]:
     """Return the command that starts QEMU in its namespaces and account, with no privilege.
 
@@ -121,7 +122,7 @@ def confined(
         # A parent that ends at once makes QEMU nobody's child: it outlives the server.
         "setsid", "--fork",
         "nsenter", f"--net={path_of(spec.place.netns)}", *view, "--",
-        *unprivileged(spec.place.uid, accel=accel),
+        *unprivileged(spec.place.uid, group=group),
         binary, *arguments,
     ]  # fmt: skip
 

@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import time
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 
 from sandyard.server.core.errors import (
@@ -18,6 +19,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.drivers.contract import (
+    NO_KVM,
     Capabilities,
     End,
     Handle,
@@ -40,6 +42,7 @@ from sandyard.server.drivers.processes import (
 )
 from sandyard.server.drivers.programs import opened_as_written_by, output_of
 from sandyard.server.drivers.qemu import command, memory
+from sandyard.server.drivers.qemu.kvm import DEVICE, Door, door
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
 from sandyard.server.drivers.sparse import make_empty
@@ -258,29 +261,31 @@ class QemuDriver:
         """See drivers.contract.Driver.probe."""
         try:
             version = await self.version()
-            if self._accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
-                return Verdict(False, "/dev/kvm is not there or not open to this user")
-            console = spec.scratch / "console"
-            options = [
-                "-M", f"microvm,acpi={'on' if spec.has_acpi else 'off'},rtc=on",
-                *command.accelerator(self._accel, tb_size_mib=self._tb_size_mib),
-                "-m", "256M", "-kernel", str(spec.kernel), "-initrd", str(spec.initrd),
-                "-append", command.kernel_command_line(
-                    tsc_khz=await self._rate(), extra=f"{spec.arguments} sandyard.probe"
-                ),
-                "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-                "-serial", f"file:{console}",
-            ]  # fmt: skip
-            # As a real machine runs, so that a device closed to that account counts as closed; and
-            # with an end of its own, should this process not live to end it.
-            os.chown(spec.scratch, _NOBODY, _NOBODY)
-            own_end = ["timeout", f"{spec.limit_s + 5:g}"]
-            confined = command.unprivileged(_NOBODY, accel=self._accel)
-            started = time.monotonic()
-            output = await output_of(
-                [*own_end, *confined, self._binary, *options], limit_s=spec.limit_s
-            )
-            took_s = time.monotonic() - started
+            if self._accel == "kvm" and not os.access(DEVICE, os.R_OK | os.W_OK):
+                return Verdict(False, NO_KVM, is_certain=False)
+            with self._door() as way:
+                console = spec.scratch / "console"
+                options = [
+                    "-M", f"microvm,acpi={'on' if spec.has_acpi else 'off'},rtc=on",
+                    *command.accelerator(way, tb_size_mib=self._tb_size_mib),
+                    "-m", "256M", "-kernel", str(spec.kernel), "-initrd", str(spec.initrd),
+                    "-append", command.kernel_command_line(
+                        tsc_khz=await self._rate(), extra=f"{spec.arguments} sandyard.probe"
+                    ),
+                    "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+                    "-serial", f"file:{console}",
+                ]  # fmt: skip
+                # As a real machine runs, so that a device closed to that account counts as closed;
+                # and with an end of its own, should this process not live to end it.
+                os.chown(spec.scratch, _NOBODY, _NOBODY)
+                own_end = ["timeout", f"{spec.limit_s + 5:g}"]
+                confined = command.unprivileged(_NOBODY, group=_group(way))
+                started = time.monotonic()
+                output = await output_of(
+                    [*own_end, *confined, self._binary, *options],
+                    limit_s=spec.limit_s, pass_fds=_fds(way),
+                )  # fmt: skip
+                took_s = time.monotonic() - started
         except TimeoutError:
             return Verdict(
                 False,
@@ -346,24 +351,20 @@ class QemuDriver:
                 raise InternalError(f"cannot start {spec.name}: {error}") from error
         tap_fd = await open_tap(spec.place.netns, spec.place.tap)
         try:
-            arguments = command.machine_arguments(
-                spec,
-                accel=self._accel,
-                tb_size_mib=self._tb_size_mib,
-                tsc_khz=await self._rate(),
-                tap_fd=tap_fd,
-                is_restored=is_restored,
-            )
-            # Broken off half way, it would not yet run under the account that it is known by.
-            await to_the_end(
-                _launch(
-                    command.confined(
-                        self._binary, arguments, spec, accel=self._accel, mounts=self._mounts
-                    ),
-                    tap_fd,
+            with self._door() as way:
+                arguments = command.machine_arguments(
                     spec,
+                    door=way,
+                    tb_size_mib=self._tb_size_mib,
+                    tsc_khz=await self._rate(),
+                    tap_fd=tap_fd,
+                    is_restored=is_restored,
                 )
-            )
+                confined = command.confined(
+                    self._binary, arguments, spec, group=_group(way), mounts=self._mounts
+                )
+                # Broken off half way, it would not yet run under the account that it is known by.
+                await to_the_end(_launch(confined, (tap_fd, *_fds(way)), spec))
         except BaseException:
             await to_the_end(kill_all_of(spec.place.uid))
             raise
@@ -428,6 +429,17 @@ class QemuDriver:
         held.push_async_callback(process.kill)
         return process
 
+    @contextmanager
+    def _door(self) -> Iterator[Door | None]:
+        with ExitStack() as held:
+            way = None
+            if self._accel == "kvm":
+                try:
+                    way = held.enter_context(door())
+                except OSError as error:
+                    raise UnavailableError(f"{DEVICE} cannot be used: {error.strerror}") from error
+            yield way
+
     async def _rate(self) -> int | None:
         if self._accel == "kvm":
             return None
@@ -480,7 +492,15 @@ def _take_file(source: Path, target: Path, uid: int) -> None:
         os.fsync(here.fileno())
 
 
-async def _launch(arguments: list[str], tap_fd: int, spec: MachineSpec) -> None:
+def _group(way: Door | None) -> int | None:
+    return None if way is None else way.group
+
+
+def _fds(way: Door | None) -> tuple[int, ...]:
+    return () if way is None or way.fd is None else (way.fd,)
+
+
+async def _launch(arguments: list[str], fds: tuple[int, ...], spec: MachineSpec) -> None:
     """Start QEMU and return once its monitor listens.
 
     QEMU's standard error is a pipe that is closed here when it is up: what a guest might make it
@@ -491,7 +511,7 @@ async def _launch(arguments: list[str], tap_fd: int, spec: MachineSpec) -> None:
         try:
             with small_pages():
                 await output_of(
-                    arguments, limit_s=_START_LIMIT_S, pass_fd=tap_fd, to=writer, env=_ONE_ARENA
+                    arguments, limit_s=_START_LIMIT_S, pass_fds=fds, to=writer, env=_ONE_ARENA
                 )
         finally:
             os.close(writer)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sandyard.server.core.errors import UnavailableError
-from sandyard.server.drivers.contract import Driver, ProbeSpec, Verdict
+from sandyard.server.drivers.contract import NO_KVM, Driver, ProbeSpec, Verdict
 from sandyard.server.node.images.images import Image
 
 log = logging.getLogger(__name__)
@@ -160,8 +160,10 @@ class Drivers:
         # Whoever gives a kernel says that it boots, if slowly: of others, only a few seconds tell.
         limit_s = self._probe_s * (_OWN_KERNEL if image.has_own_kernel else 1)
         known = self._load().get(key)
-        # One that did not come up in so long may do so in longer.
-        if known is not None and (known.is_usable or known.limit_s >= limit_s):
+        # One that did not come up in so long may do so in longer. That KVM was closed was kept by
+        # an earlier version; it may have been opened since.
+        is_known = known is not None and known.reason != NO_KVM
+        if known is not None and is_known and (known.is_usable or known.limit_s >= limit_s):
             return Verdict(known.is_usable, known.reason, took_s=known.took_s)
         with tempfile.TemporaryDirectory(prefix="sandyard-probe-") as scratch:
             spec = ProbeSpec(
