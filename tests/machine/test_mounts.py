@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from tests.support.ports import free_port
-from tests.support.server import RealServer, is_slow, longer, wait_until
+from tests.support.server import RealServer, is_slow, wait_until
 
 pytestmark = [pytest.mark.machine, pytest.mark.whole_memory]
 
@@ -386,7 +386,7 @@ def test_clones_have_mounts_of_their_own(yard: RealServer, work: str, boxes: lis
     forks = [str(one["id"]) for one in made]
     boxes += forks
     for fork in forks:
-        yard.wait_running(fork, limit_s=longer(60))
+        yard.wait_running(fork, limit_s=60)
         assert said(yard, fork, f"cat /workspace/kept; echo mine > /workspace/{fork}") == "kept\n"
     assert set(said(yard, box, "ls /workspace").split()) == {"kept", "open", *forks}
     clients = {

@@ -106,10 +106,13 @@ async def test_one_that_did_not_come_up_is_tried_again_with_more_time_alone(tmp_
         assert len(driver.limits) == probed
 
 
-async def test_a_closed_device_is_looked_at_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "reason", [NO_KVM, "qemu: -accel kvm: Could not access KVM kernel module: Permission denied"]
+)
+async def test_a_closed_device_is_looked_at_again(tmp_path: Path, reason: str) -> None:
     cache = tmp_path / "verdicts.json"
     key = f"probed 1 image {image().digest} host {os.uname().release}"
-    cache.write_text(json.dumps({key: [False, NO_KVM, None, 99.0]}))
+    cache.write_text(json.dumps({key: [False, reason, None, 99.0]}))
     driver = Probed(Verdict(True, "yes"))
     assert await Drivers([driver], cache=cache).choose(image()) is driver
 

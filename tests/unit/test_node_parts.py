@@ -9,6 +9,8 @@ import shutil
 import socket
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +32,7 @@ from sandyard.server.drivers.qemu.command import (
     machine_memory_mib,
     unprivileged,
 )
-from sandyard.server.drivers.qemu.kvm import Door, door
+from sandyard.server.drivers.qemu.kvm import Door, can_open, door
 from sandyard.server.drivers.qemu.memory import load_pages
 from sandyard.server.drivers.sparse import copy_sparse, make_empty, merge_sparse
 from sandyard.server.links.local import SystemClock
@@ -350,10 +352,46 @@ def test_the_account_comes_to_kvm_by_its_group_or_by_a_descriptor(
 async def test_that_kvm_is_closed_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)
     spec = ProbeSpec(tmp_path, tmp_path, tmp_path, limit_s=1)
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.can_open", lambda: False)
     verdict = await QemuDriver(accel="kvm", binary="echo").probe(spec)
     assert verdict == Verdict(False, NO_KVM, is_certain=False)
+
+
+async def test_a_qemu_that_is_too_old_for_a_descriptor_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.can_open", lambda: True)
+
+    async def refuses(arguments: Sequence[str], **_: object) -> bytes:
+        if "--version" in arguments:
+            return b"QEMU emulator version 7.2"
+        raise ChildProcessError("qemu: -accel kvm: Property 'kvm-accel.device' not found")
+
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.output_of", refuses)
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.door", lambda: nullcontext(Door()))
+    spec = ProbeSpec(tmp_path, tmp_path, tmp_path, limit_s=1)
+    verdict = await QemuDriver(accel="kvm").probe(spec)
+    assert not verdict.is_usable
+    assert not verdict.is_certain
+    assert "chmod 660 /dev/kvm" in verdict.reason
+
+
+@pytest.mark.parametrize("is_software", [True, False])
+def test_a_kvm_of_software_is_not_asked_for_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_software: bool
+) -> None:
+    monkeypatch.setattr(
+        "sandyard.server.drivers.qemu.kvm._SOFTWARE", tmp_path if is_software else tmp_path / "no"
+    )
+    assert ("arch-capabilities=off" in Door().arguments[-1]) == is_software
+
+
+def test_a_device_that_is_not_there_cannot_be_opened(tmp_path: Path) -> None:
+    assert not can_open(tmp_path / "none")
+    (tmp_path / "kvm").touch()
+    assert can_open(tmp_path / "kvm")
 
 
 def test_a_host_without_kvm_says_so(tmp_path: Path) -> None:

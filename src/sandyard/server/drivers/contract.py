@@ -108,7 +108,8 @@ class Verdict:
     """Whether a driver can be used on this host, and why not, in a sentence.
 
     A verdict that is not certain (the host was too busy to tell, a device is closed and may be open
-    next time) is not to be remembered. `took_s` is how long a machine took until its first program ran, where one came so far.
+    next time) is not to be remembered. `took_s` is how long a machine took until its first program
+    ran, where one came so far.
     """
 
     is_usable: bool

@@ -96,7 +96,7 @@ def machine_arguments(
 
 
 def unprivileged(uid: int, *, group: int | None = None) -> list[str]:
-    """Return the command that runs another as an account with no privilege, of one group at most."""
+    """Return the command that runs another as an account with no privilege, of no other group."""
     groups = ["--clear-groups"] if group is None else ["--groups", str(group)]
     return [
         "setpriv", "--reuid", str(uid), "--regid", str(uid), *groups, "--no-new-privs",

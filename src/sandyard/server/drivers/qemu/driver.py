@@ -42,7 +42,7 @@ from sandyard.server.drivers.processes import (
 )
 from sandyard.server.drivers.programs import opened_as_written_by, output_of
 from sandyard.server.drivers.qemu import command, memory
-from sandyard.server.drivers.qemu.kvm import DEVICE, Door, door
+from sandyard.server.drivers.qemu.kvm import DEVICE, Door, can_open, door
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
 from sandyard.server.drivers.sparse import make_empty
@@ -60,6 +60,11 @@ _LITTLE_ROOM = 8 * 2**20
 _STILL = frozenset({"paused", "prelaunch", "postmigrate", "inmigrate", "io-error"})
 _NOBODY = 65534
 _PROBE_PASSED = b"sandyard: probe passed"
+_NO_DEVICE_OPTION = "kvm-accel.device"
+_TOO_OLD = (
+    f"{DEVICE} is open to root alone, which needs QEMU 8.2 or later; open it to a group: "
+    f"chgrp kvm {DEVICE} && chmod 660 {DEVICE}"
+)
 _SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
 _DIED = End("machine_died", "the hypervisor's process ended unexpectedly")
 _DISK_FULL = End("host_disk_full", "the host's disk is full; the sandbox goes on once it has room")
@@ -261,7 +266,7 @@ class QemuDriver:
         """See drivers.contract.Driver.probe."""
         try:
             version = await self.version()
-            if self._accel == "kvm" and not os.access(DEVICE, os.R_OK | os.W_OK):
+            if self._accel == "kvm" and not can_open():
                 return Verdict(False, NO_KVM, is_certain=False)
             with self._door() as way:
                 console = spec.scratch / "console"
@@ -294,6 +299,8 @@ class QemuDriver:
             )
         except (OSError, SandyardError) as error:
             said = (str(error) or "no end in time").splitlines()[0]
+            if _NO_DEVICE_OPTION in said:
+                return Verdict(False, _TOO_OLD, is_certain=False)
             return Verdict(False, f"a probe machine did not come up: {said}")
         if console.exists() and _PROBE_PASSED in console.read_bytes():
             return Verdict(True, f"QEMU {version}: a probe machine booted", took_s=took_s)
@@ -437,7 +444,9 @@ class QemuDriver:
                 try:
                     way = held.enter_context(door())
                 except OSError as error:
-                    raise UnavailableError(f"{DEVICE} cannot be used: {error.strerror}") from error
+                    raise UnavailableError(
+                        f"{DEVICE} cannot be opened: {error.strerror}"
+                    ) from error
             yield way
 
     async def _rate(self) -> int | None:

@@ -33,6 +33,15 @@ class Door:
         return [*given, "-accel", f"kvm{device}", "-cpu", f"host{lacking}"]
 
 
+def can_open(device: Path = DEVICE) -> bool:
+    """Tell whether this process can use the device: it may be there, and what it is for not."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def door(device: Path = DEVICE) -> Iterator[Door]:
     """Find out how accounts come to the device; a descriptor is closed again at the end.

@@ -27,6 +27,8 @@ _USUAL_S = 5.0
 one that emulates."""
 _OWN_KERNEL = 6.0
 _AGAIN_S = 30.0
+_CLOSED = (NO_KVM, "Could not access KVM")
+"""What an earlier version kept of a device that may have been opened since."""
 
 
 class _Kept(NamedTuple):
@@ -160,10 +162,8 @@ class Drivers:
         # Whoever gives a kernel says that it boots, if slowly: of others, only a few seconds tell.
         limit_s = self._probe_s * (_OWN_KERNEL if image.has_own_kernel else 1)
         known = self._load().get(key)
-        # One that did not come up in so long may do so in longer. That KVM was closed was kept by
-        # an earlier version; it may have been opened since.
-        is_known = known is not None and known.reason != NO_KVM
-        if known is not None and is_known and (known.is_usable or known.limit_s >= limit_s):
+        # One that did not come up in so long may do so in longer.
+        if known is not None and (known.is_usable or known.limit_s >= limit_s):
             return Verdict(known.is_usable, known.reason, took_s=known.took_s)
         with tempfile.TemporaryDirectory(prefix="sandyard-probe-") as scratch:
             spec = ProbeSpec(
@@ -190,7 +190,9 @@ class Drivers:
         found = {}
         for key, kept in known.items():
             with suppress(TypeError):
-                found[key] = _Kept(*kept)
+                one = _Kept(*kept)
+                if one.is_usable or not any(closed in one.reason for closed in _CLOSED):
+                    found[key] = one
         return found
 
     def _save(self, known: dict[str, _Kept]) -> None:

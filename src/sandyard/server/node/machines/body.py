@@ -7,6 +7,7 @@
 
 A saved state is published by one rename, after all of it is synced, and stays valid until it is
 withdrawn, which happens before the machine runs on: a published state is never behind its disk.
+A clone's is not synced: were it lost, so would be who wants it.
 """
 
 import contextlib
@@ -74,21 +75,16 @@ class Body:
             DamagedError: the saved machine is not as it was.
         """
         part = self.place.with_name(self.place.name + ".part")
-        for left in (self.place, part):
-            await in_thread(shutil.rmtree, left, ignore_errors=True)
-        part.mkdir(mode=0o710)
+        await in_thread(_made_anew, part, self.place)
         inside = Body(self.folder, part.name)
         if source is None:
             await disks.make(inside.disk, size_mib=disk_mib, uid=os.geteuid())
         else:
             try:
-                await in_thread(saving.check, source, whole=False)
-                await in_thread(_link, source.state.memory, inside.memory)
-                await in_thread(saving.copy_state, source.state, inside.saved)
+                await in_thread(_clone, source, inside)
                 await disks.copy(source.disk, inside.disk)
             except FileNotFoundError as error:
                 raise DamagedError(f"cannot clone a saved machine: {error}") from error
-        # A clone's state needs no syncing: were it lost, so would be who wants it.
         part.rename(self.place)
 
     async def remove(self) -> None:
@@ -161,6 +157,20 @@ class Body:
     def size_bytes(self) -> int:
         """The same to the byte, what is in its folders included."""
         return saving.size_of(self.place)
+
+
+def _made_anew(folder: Path, *others: Path) -> None:
+    """Make an empty folder, and remove what an earlier try left there and of the others."""
+    for left in (*others, folder):
+        shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir(mode=0o710)
+
+
+def _clone(source: SavedMachine, body: Body) -> None:
+    """Have a body go on from a saved machine's memory and state; its disk is copied beside."""
+    saving.check(source, whole=False)
+    _link(source.state.memory, body.memory)
+    saving.copy_state(source.state, body.saved, syncs=False)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -183,12 +183,12 @@ def remove(folder: Path, to: Path) -> None:
     shutil.rmtree(to, ignore_errors=True)
 
 
-def copy_state(source: SavedMachine | Saved, target: Path) -> None:
-    """Copy a state's own files, but for a whole memory, to a new folder, and sync them."""
+def copy_state(source: SavedMachine | Saved, target: Path, *, syncs: bool = True) -> None:
+    """Copy a state's own files, but for a whole memory, to a new folder, and sync them if asked."""
     target.mkdir(mode=0o700)
     for path in source.folder.iterdir():
         if path.name in ("device", "pages"):
-            copy_sparse(path, target / path.name, sync=True)
+            copy_sparse(path, target / path.name, sync=syncs)
 
 
 def sync_folder(folder: Path) -> None:
