@@ -86,7 +86,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     stats = {} if reporter is None else reporter.stats
     if any(one.when == "teardown" for one in stats.get("error", [])):
         session.exitstatus = LEFT_BEHIND
-    elif session.config.getoption("lf") and stats.get("skipped"):
+    elif session.config.getoption("lf", False) and stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
