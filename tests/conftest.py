@@ -18,8 +18,6 @@ from tests.support.ports import free_port
 from tests.support.routes import compile_once
 from tests.support.server import QEMU, paced
 
-LEFT_BEHIND = 6
-"""The exit code where something was left behind, which another test may have done."""
 _PATIENCE = 200  # looks, ten milliseconds apart
 _BEGAN = time.monotonic()
 _TOO_LATE = "NOT RUN: the time for tests was over; scripts/test without --within runs it"
@@ -78,16 +76,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(1200))
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="NOT RUN: needs root"))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell apart what running the failed tests once more cannot clear up, and what it did not."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    stats = {} if reporter is None else reporter.stats
-    if any(one.when == "teardown" for one in stats.get("error", [])):
-        session.exitstatus = LEFT_BEHIND
-    elif session.config.getoption("lf", False) and stats.get("skipped"):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

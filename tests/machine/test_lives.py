@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.support.server import RealServer, is_slow, slower, some, wait_until
+from tests.support.server import RealServer, is_slow, longer, some, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -197,7 +197,7 @@ def test_a_silent_agent_is_suspected_and_comes_back(server: RealServer) -> None:
     server.execute(
         box,
         "for one in /proc/[0-9]*; do grep -qa sandyard/agent $one/cmdline && pid=${one#/proc/} && "
-        f"break; done; (sleep 1; kill -STOP $pid; sleep {slower(30)}; kill -CONT $pid) "
+        f"break; done; (sleep 1; kill -STOP $pid; sleep {longer(30)}; kill -CONT $pid) "
         ">/dev/null 2>&1 &",
     )
     wait_until(lambda: server.status(box) == "suspected_missing", limit_s=40)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from tests.support.ports import free_port
-from tests.support.server import RealServer, longer, slower, some, wait_until
+from tests.support.server import RealServer, longer, some, wait_until
 
 pytestmark = [pytest.mark.machine, pytest.mark.whole_memory]
 
@@ -319,12 +319,12 @@ def test_a_sandbox_that_sleeps_is_woken_and_one_that_goes_is_told_of(ssh: Client
 
 
 def test_an_idle_connection_keeps_nothing_awake_and_a_busy_one_does(ssh: Client) -> None:
-    box = ssh.box(idleTimeout=round(slower(8)))
+    box = ssh.box(idleTimeout=round(longer(8)))
     # It ends with its client: a loop that does not care whether anybody reads is busy for ever.
     with ssh.beside(f"{box}@127.0.0.1", "while sleep 0.5 && date; do :; done") as busy:
         assert busy.stdout is not None
         assert busy.stdout.readline()  # to connect takes as long as it takes
-        until = time.monotonic() + slower(12)
+        until = time.monotonic() + longer(12)
         while time.monotonic() < until:
             assert ssh.server.status(box) == "running"
             time.sleep(0.5)

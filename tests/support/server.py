@@ -31,7 +31,6 @@ SANDYARD = Path(sys.executable).parent / "sandyard"
 
 _KEY = hashlib.sha256(b"installations of tests that share golden machines").digest()
 _USUAL = ("base-minimal", 512)
-_PATIENCE = float(os.environ.get("SANDYARD_TEST_PATIENCE", "1"))
 _pace = [1.0]
 
 
@@ -68,12 +67,7 @@ def is_slow() -> bool:
 
 def longer(limit_s: float) -> float:
     """Return how long to wait here for what usually takes no longer than this."""
-    return limit_s * _pace[-1] * _PATIENCE
-
-
-def slower(duration_s: float) -> float:
-    """Return how long something is to last so that guests here have time to notice."""
-    return duration_s * _pace[-1]
+    return limit_s * _pace[-1]
 
 
 def some(size: int) -> int:
@@ -220,7 +214,7 @@ class RealServer:
 
     def execute(self, reference: object, command: str, **body: object) -> dict[str, object]:
         """Run a command and return how it ended."""
-        if longer(1) > 1:
+        if is_slow():
             body["timeout"] = round(longer(int(str(body.get("timeout", 30_000)))))
         answer = self.client.post(
             f"/v1/sandboxes/{reference}/exec", json={"command": command, **body}

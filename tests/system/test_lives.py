@@ -87,8 +87,19 @@ def test_a_killed_server_loses_none_of_ten_sandboxes(server: RealServer) -> None
     assert server.machines() == {*running, *paused, *pausing, *starting}
 
 
+@pytest.mark.parametrize(
+    "moments",
+    [
+        (("pause", 0.04), ("resume", 0.04)),
+        pytest.param(
+            (("pause", 0.01), ("pause", 0.04), ("pause", 0.1), ("resume", 0.04), ("resume", 0.1)),
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["two", "five"],
+)
 def test_killed_at_any_moment_of_a_pause_or_resume_it_is_one_or_the_other(
-    server: RealServer,
+    server: RealServer, moments: tuple[tuple[str, float], ...]
 ) -> None:
     server.start()
     ready(server)
@@ -96,9 +107,7 @@ def test_killed_at_any_moment_of_a_pause_or_resume_it_is_one_or_the_other(
     server.execute(box, f"head -c {some(9_000_000)} /dev/urandom > /dev/shm/f; " + TICK)
     server.execute(box, "sha256sum /dev/shm/f > /dev/shm/sum")
     count = ticks(server, box)
-    for action, after_s in (
-        ("pause", 0.01), ("pause", 0.04), ("pause", 0.1), ("resume", 0.04), ("resume", 0.1),
-    ):  # fmt: skip
+    for action, after_s in moments:
         if action == "pause":
             server.act(box, "resume")
         else:

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 from playwright.sync_api import Error as PlaywrightError
 from tests.support.ports import free_port
-from tests.support.server import QEMU, RealServer, longer, wait_until
+from tests.support.server import QEMU, RealServer, wait_until
 
 log = logging.getLogger(__name__)
 pytestmark = pytest.mark.machine
@@ -102,7 +102,7 @@ def key_of(server: RealServer) -> str:
 
 def until(condition: Callable[[], bool], what: str, page: Page) -> None:
     """Wait for something while the browser goes on."""
-    limit = time.monotonic() + longer(180)
+    limit = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < limit, f"{what}: the page says {page.text_content('body')!r}"
         page.wait_for_timeout(100)

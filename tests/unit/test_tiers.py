@@ -1,12 +1,10 @@
 """Which tests run when: what is for hours, and what the time is too short for, says so."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import LEFT_BEHIND
 
 ROOT = Path(__file__).parents[2]
 PROBE = """
@@ -55,45 +53,3 @@ def test_each_tier_runs_what_it_should(
     ran = {one.split("::")[1].split()[0] for one in lines if " PASSED" in one}
     assert ran == set(passed), done.stdout
     assert said in done.stdout
-
-
-LEAVING = """
-import os
-import pytest
-
-@pytest.fixture(scope="session")
-def shared():
-    yield
-    assert "LEFT" not in os.environ
-
-def test_once(shared):
-    assert "FAILS" not in os.environ
-    if "SKIPS" in os.environ:
-        pytest.skip("not now")
-"""
-
-
-@pytest.mark.slow  # as above
-@pytest.mark.parametrize(
-    ("arguments", "says", "ended"),
-    [
-        ([], "LEFT", LEFT_BEHIND),
-        ([], "SKIPS", 0),
-        (["--last-failed"], "SKIPS", 1),
-        (["--last-failed"], "FAILS", 1),
-        (["--last-failed"], "PASSES", 0),
-    ],
-)
-def test_what_was_left_behind_or_did_not_pass_after_all_is_told_by_the_exit_code(
-    tmp_path: Path, arguments: list[str], says: str, ended: int
-) -> None:
-    probe = tmp_path / "test_probe.py"
-    probe.write_text(LEAVING)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-o", f"cache_dir={tmp_path}/cache",
-         "-c", ROOT / "pyproject.toml", "--rootdir", ROOT,
-         "--confcutdir", ROOT, "-p", "tests.conftest", *arguments, probe],
-        cwd=ROOT, env=os.environ | {says: "1"},
-        capture_output=True, text=True, check=False, timeout=100,
-    )  # fmt: skip
-    assert done.returncode == ended, done.stdout + done.stderr
