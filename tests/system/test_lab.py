@@ -278,8 +278,8 @@ def test_a_nodes_papers_make_no_nats_server(built: Lab, tmp_path: Path) -> None:
     (tmp_path / "authority.pem").write_text(kept)
     words = (real.home / "nats.conf").read_text()
 
-    def routes(certificate: Path, key: Path) -> Any:
-        """Return the other servers that one with these papers finds itself among."""
+    def routes(certificate: Path, key: Path, *, is_let_in: bool) -> Any:
+        """Return how many others one with these papers finds itself among, once that is certain."""
         config = tmp_path / "nats.conf"
         said = words.replace(real.address, node.address).replace(f'"{real.name}"', '"rogue"')
         for name, path in (
@@ -298,18 +298,19 @@ def test_a_nodes_papers_make_no_nats_server(built: Lab, tmp_path: Path) -> None:
             def looked() -> bool:
                 said = node.run("curl", "-s", "--retry", "9", "http://127.0.0.1:8333/routez")
                 found.update(json.loads(said or "{}"))
-                return bool(found.get("num_routes")) or (
-                    real.said().count("handshake error") > before + 1
-                )
+                # A slow host breaks off handshakes of those that it lets in, too.
+                is_refused = real.said().count("handshake error") > before + 1
+                return bool(found.get("num_routes")) or (is_refused and not is_let_in)
 
-            wait_until(looked, what="it is let in, or refused")
+            wait_until(looked, what="it is let in" if is_let_in else "it is refused")
             return found["num_routes"]
         finally:
             rogue.kill()
             rogue.wait()
 
-    assert routes(built.nats[1].home / "certificate.pem", built.nats[1].home / "key.pem") > 0
-    assert routes(own / "certificate.pem", own / "key.pem") == 0
+    others = built.nats[1].home
+    assert routes(others / "certificate.pem", others / "key.pem", is_let_in=True) > 0
+    assert routes(own / "certificate.pem", own / "key.pem", is_let_in=False) == 0
 
 
 @pytest.mark.parametrize("way", ["stopped", "restarted"])
