@@ -24,6 +24,7 @@ from sandyard.server.core.ops import Done, Wake
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import NO_KVM, MachineSpec, Place, ProbeSpec, Verdict
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
+from sandyard.server.drivers.programs import output_of
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.drivers.qemu.command import (
     confined,
@@ -386,6 +387,19 @@ def test_a_kvm_of_software_is_not_asked_for_what_it_lacks(
         "sandyard.server.drivers.qemu.kvm._SOFTWARE", tmp_path if is_software else tmp_path / "no"
     )
     assert ("arch-capabilities=off" in Door().arguments[-1]) == is_software
+
+
+async def test_a_program_that_does_not_end_in_time_ends_with_all_that_it_started(
+    tmp_path: Path,
+) -> None:
+    # As `timeout` does with a hypervisor whose guest hangs: the other holds the output open.
+    line = f"sleep 1000 & echo $! >{tmp_path}/pid; wait"
+    async with asyncio.timeout(20):
+        with pytest.raises(TimeoutError):
+            await output_of(["sh", "-c", line], limit_s=0.5)
+        other = int((tmp_path / "pid").read_text())
+        while start_time(other) is not None:
+            await asyncio.sleep(0.01)
 
 
 def test_a_device_that_is_not_there_cannot_be_opened(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ async def output_of(
 
     Raises:
         ChildProcessError: it failed; the message is the end of what it printed.
-        TimeoutError: it did not end in time and was killed.
+        TimeoutError: it did not end in time and was killed, with all that it has started.
         OSError: it cannot be run.
     """
     process = await asyncio.create_subprocess_exec(
@@ -47,8 +48,9 @@ async def output_of(
             said, _ = await process.communicate()
     finally:
         if process.returncode is None:
+            # All of its session: what it has started may hold its output open, and this waits.
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             await to_the_end(process.wait())
     said = said or b""
     if process.returncode != 0:
