@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tests.support.drivers import mount, qemu_bench
@@ -15,6 +15,7 @@ from tests.support.drivers import mount, qemu_bench
 from sandyard.server.core.errors import NoCapacityError, SandyardError, UnavailableError
 from sandyard.server.drivers.qemu.driver import QemuMachine
 from sandyard.server.drivers.qemu.monitor import Monitor
+from sandyard.server.tasks import beside
 
 
 class Told:
@@ -51,6 +52,32 @@ async def test_a_machine_that_found_the_disk_full_is_told_of_although_it_tries_a
     assert await machine.stall() is not None
     assert told.calls == ["cont", "stop", "cont", "cont"]
     assert await machine.stall() is None, "whatever keeps it from answering is no full disk"
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize(
+    ("printed", "code"), [("", "machine_died"), ("reboot: Restarting system", "guest_rebooted")]
+)
+async def test_what_kvm_cannot_go_on_with_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, code: str
+) -> None:
+    """Of that there is no event; the state of a real machine is that of the look that tells it."""
+    async with AsyncExitStack() as held:
+        bench = await qemu_bench(tmp_path, held)
+        machine = cast("QemuMachine", await bench.driver.start(bench.spec, held))
+        status = Monitor.status
+        async with asyncio.timeout(60), beside(machine.wait()) as ending:
+            assert await machine.stall() is None
+            assert not ending.done()
+
+            async def broken(monitor: Monitor) -> str:
+                await status(monitor)
+                return "internal-error"
+
+            monkeypatch.setattr(Monitor, "status", broken)
+            machine._said = printed.encode()
+            assert await machine.stall() is None
+            assert (await ending).code == code
 
 
 @pytest.mark.machine

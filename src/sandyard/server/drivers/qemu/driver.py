@@ -46,7 +46,7 @@ from sandyard.server.drivers.qemu.kvm import DEVICE, Door, can_open, door
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
 from sandyard.server.drivers.sparse import make_empty
-from sandyard.server.tasks import in_thread, to_the_end
+from sandyard.server.tasks import beside, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,15 @@ _STATE_MAX = 64 * 2**20
 _LITTLE_ROOM = 8 * 2**20
 _STILL = frozenset({"paused", "prelaunch", "postmigrate", "inmigrate", "io-error"})
 _NOBODY = 65534
+_PROBE_POLL_S = 0.05
 _PROBE_PASSED = b"sandyard: probe passed"
 _NO_DEVICE_OPTION = "kvm-accel.device"
 _TOO_OLD = (
     f"{DEVICE} is open to root alone, which needs QEMU 8.2 or later; open it to a group: "
     f"chgrp kvm {DEVICE} && chmod 660 {DEVICE}"
 )
+_BROKEN_STATUS = "internal-error"
+_BROKEN = End("machine_died", "the host's KVM could not go on with the guest")
 _SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
 _DIED = End("machine_died", "the hypervisor's process ended unexpectedly")
 _DISK_FULL = End("host_disk_full", "the host's disk is full; the sandbox goes on once it has room")
@@ -110,6 +113,8 @@ class QemuMachine:
             status = await self._monitor.status()
         except UnavailableError:
             return None
+        if status == _BROKEN_STATUS:
+            self._monitor.found_ended(status)
         if status != "io-error":
             return None
         if not self._is_held:  # it may be about to be saved since the status was asked for
@@ -217,12 +222,12 @@ class QemuMachine:
 
     async def _guest_end(self) -> End:
         status = await self._first_status()
-        if status not in ("shutdown", "guest-panicked"):
+        if status not in ("shutdown", "guest-panicked", _BROKEN_STATUS):
             status = await self._monitor.ending()
         if status in ("GUEST_PANICKED", "guest-panicked"):
             return PANICKED
         self._unheard += await self.console()
-        return end_told(self._said) or _SHUTDOWN
+        return end_told(self._said) or (_BROKEN if status == _BROKEN_STATUS else _SHUTDOWN)
 
     async def _first_status(self) -> str:
         # An event that came before this connection is lost; the run state is not.
@@ -286,11 +291,15 @@ class QemuDriver:
                 own_end = ["timeout", f"{spec.limit_s + 5:g}"]
                 confined = command.unprivileged(_NOBODY, group=_group(way))
                 started = time.monotonic()
-                output = await output_of(
-                    [*own_end, *confined, self._binary, *options],
-                    limit_s=spec.limit_s, pass_fds=_fds(way),
-                )  # fmt: skip
-                took_s = time.monotonic() - started
+                command_line = [*own_end, *confined, self._binary, *options]
+                probing = output_of(command_line, limit_s=spec.limit_s, pass_fds=_fds(way))
+                async with beside(probing) as running:
+                    # Its end is not waited for: there are hosts that bring up a machine, and
+                    # cannot reset it.
+                    while not running.done() and not _has_passed(console):
+                        await asyncio.wait([running], timeout=_PROBE_POLL_S)
+                    took_s = time.monotonic() - started
+                    output = running.result() if running.done() else b""
         except TimeoutError:
             return Verdict(
                 False,
@@ -302,7 +311,7 @@ class QemuDriver:
             if _NO_DEVICE_OPTION in said:
                 return Verdict(False, _TOO_OLD, is_certain=False)
             return Verdict(False, f"a probe machine did not come up: {said}")
-        if console.exists() and _PROBE_PASSED in console.read_bytes():
+        if _has_passed(console):
             return Verdict(True, f"QEMU {version}: a probe machine booted", took_s=took_s)
         last = output.decode(errors="replace").strip().splitlines()[:1]
         return Verdict(False, f"a probe machine did not boot: {last[0] if last else 'no reason'}")
@@ -499,6 +508,10 @@ def _take_file(source: Path, target: Path, uid: int) -> None:
             shutil.copyfileobj(there, here)
         here.flush()
         os.fsync(here.fileno())
+
+
+def _has_passed(console: Path) -> bool:
+    return console.exists() and _PROBE_PASSED in console.read_bytes()
 
 
 def _group(way: Door | None) -> int | None:

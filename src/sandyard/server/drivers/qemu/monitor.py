@@ -86,6 +86,11 @@ class Monitor:
         """Return the name of the event that says the guest has come to its end."""
         return await asyncio.shield(self._client.ending)
 
+    def found_ended(self, how: str) -> None:
+        """Have `ending` return an end that there is no event of."""
+        if not self._client.ending.done():
+            self._client.ending.set_result(how)
+
     async def close(self) -> None:
         """Close the connection; QEMU lives on."""
         with suppress(QMPError, OSError, EOFError, TimeoutError):
