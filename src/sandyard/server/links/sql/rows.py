@@ -299,7 +299,8 @@ class SandboxTable:
     async def where(self, statement: Select[tuple[object]]) -> list[Sandbox]:
         """Return the sandboxes that a statement selects."""
         found = await self._connection.execute(statement)
-        return [self._sandbox(row) for row in found.mappings()]
+        names = tuple(found.keys())  # a row's own mapping looks each name up anew
+        return [self._sandbox(dict(zip(names, row, strict=True))) for row in found]
 
     async def _add_tags(self, sandbox: Sandbox) -> None:
         if sandbox.tags:
