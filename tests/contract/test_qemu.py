@@ -61,7 +61,7 @@ async def test_a_machine_that_found_the_disk_full_is_told_of_although_it_tries_a
 async def test_what_kvm_cannot_go_on_with_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, code: str
 ) -> None:
-    """Of that there is no event; the state of a real machine is that of the look that tells it."""
+    """No event says so: it is found by looking."""
     async with AsyncExitStack() as held:
         bench = await qemu_bench(tmp_path, held)
         machine = cast("QemuMachine", await bench.driver.start(bench.spec, held))

@@ -22,8 +22,8 @@ from sandyard.server.drivers.contract import (
     Verdict,
 )
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
-from sandyard.server.drivers.firecracker import has_kvm
 from sandyard.server.drivers.firecracker.jail import remove_groups
+from sandyard.server.drivers.kvm import can_open
 from sandyard.server.drivers.processes import uids_at_work
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.disks import Ext4Disks
@@ -174,7 +174,7 @@ async def real_bench(
     return Bench(again(), again, spec, kill, left, is_behind, slots=slots)
 
 
-NEEDS_KVM = pytest.mark.skipif(not has_kvm(), reason="NOT RUN: /dev/kvm is not here")
+NEEDS_KVM = pytest.mark.skipif(not can_open(), reason="NOT RUN: /dev/kvm is not here")
 BENCHES = {
     "fake": fake_bench,
     "qemu": qemu_bench,

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from sandyard.server.app.firecracker import DIGESTS
 from sandyard.server.drivers.contract import Driver, Verdict
-from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
+from sandyard.server.drivers.firecracker import FirecrackerDriver
 from sandyard.server.drivers.firecracker.jail import remove_groups
 from sandyard.server.drivers.kernels import unpacked_kernel
+from sandyard.server.drivers.kvm import can_open
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.choice import Drivers
 from tests.support.images import CACHE, minimal_image, one_at_a_time, templates_with
@@ -128,17 +129,16 @@ def guests_of(name: str) -> Guests:
 
 
 def _try(name: str) -> Guests:
-    if not has_kvm():
+    if not can_open():
         return Guests(Verdict(False, "/dev/kvm is not here"))
     driver = firecracker_driver() if name == "firecracker" else QemuDriver(accel="kvm")
     drivers = Drivers([driver], cache=CACHE / f"verdicts-{name}.json")
-    kernels: list[Path | None] = [None]
-    if (given := given_kernel()) is not None:
-        # What unpacks a bzImage is more than such a KVM can run; Firecracker's come unpacked.
-        is_packed = name == "firecracker"
-        kernels.append(given if is_packed else unpacked_kernel(given, CACHE / "kernels"))
+    kernels = [None] if (given := given_kernel()) is None else [None, given]
     try:
         for kernel in kernels:
+            if kernel is not None and name != "firecracker":
+                # What unpacks a bzImage is more than such a KVM can run; Firecracker's is unpacked.
+                kernel = unpacked_kernel(kernel, CACHE / "kernels")
             verdict = asyncio.run(drivers.judge(minimal_image(kernel)))[0].verdict
             if verdict.is_usable:
                 return Guests(verdict, kernel, drivers.pace)

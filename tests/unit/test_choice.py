@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sandyard.server.core.errors import UnavailableError
-from sandyard.server.drivers.contract import NO_KVM, ProbeSpec, Verdict
+from sandyard.server.drivers.contract import ProbeSpec, Verdict
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
+from sandyard.server.drivers.kvm import NO_KVM
 from sandyard.server.node.host.choice import Drivers
 from sandyard.server.node.images.images import Image
 

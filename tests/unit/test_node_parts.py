@@ -22,7 +22,8 @@ from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnavailableError
 from sandyard.server.core.ops import Done, Wake
 from sandyard.server.core.shapes import Shape
-from sandyard.server.drivers.contract import NO_KVM, MachineSpec, Place, ProbeSpec, Verdict
+from sandyard.server.drivers.contract import MachineSpec, Place, ProbeSpec, Verdict
+from sandyard.server.drivers.kvm import NO_KVM, can_open
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.drivers.programs import output_of
 from sandyard.server.drivers.qemu import QemuDriver
@@ -33,7 +34,7 @@ from sandyard.server.drivers.qemu.command import (
     machine_memory_mib,
     unprivileged,
 )
-from sandyard.server.drivers.qemu.kvm import Door, can_open, door
+from sandyard.server.drivers.qemu.kvm import Door, door
 from sandyard.server.drivers.qemu.memory import load_pages
 from sandyard.server.drivers.sparse import copy_sparse, make_empty, merge_sparse
 from sandyard.server.links.local import SystemClock
@@ -379,6 +380,33 @@ async def test_a_qemu_that_is_too_old_for_a_descriptor_says_what_to_do(
     assert "chmod 660 /dev/kvm" in verdict.reason
 
 
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_a_probe_that_has_passed_is_not_waited_for_whatever_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    given: list[object] = []
+
+    async def passes(arguments: Sequence[str], **options: object) -> bytes:
+        if "--version" in arguments:
+            return b"QEMU emulator version 10.0"
+        given.append(options["pass_fds"])
+        (tmp_path / "console").write_bytes(b"sandyard: probe passed\n")
+        if hangs:
+            await asyncio.Event().wait()
+        raise ChildProcessError("KVM internal error")
+
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.can_open", lambda: True)
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.output_of", passes)
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    way = nullcontext(Door(fd=77))
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.door", lambda: way)
+    async with asyncio.timeout(20):
+        spec = ProbeSpec(tmp_path, tmp_path, tmp_path, limit_s=1000)
+        verdict = await QemuDriver(accel="kvm").probe(spec)
+    assert verdict.is_usable
+    assert given == [(77,)]
+
+
 @pytest.mark.parametrize("is_software", [True, False])
 def test_a_kvm_of_software_is_not_asked_for_what_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_software: bool
@@ -396,7 +424,7 @@ async def test_a_program_that_does_not_end_in_time_ends_with_all_that_it_started
     line = f"sleep 1000 & echo $! >{tmp_path}/pid; wait"
     async with asyncio.timeout(20):
         with pytest.raises(TimeoutError):
-            await output_of(["sh", "-c", line], limit_s=0.5)
+            await output_of(["sh", "-c", line], limit_s=3)
         other = int((tmp_path / "pid").read_text())
         while start_time(other) is not None:
             await asyncio.sleep(0.01)

@@ -15,8 +15,9 @@ from sandyard.server.core.money import Prices, micros_of
 from sandyard.server.core.plans import Plan
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.drivers.fake import FakeDriver, FakeHost
-from sandyard.server.drivers.firecracker import FirecrackerDriver, has_kvm
+from sandyard.server.drivers.firecracker import FirecrackerDriver
 from sandyard.server.drivers.firecracker.api import limiter
+from sandyard.server.drivers.kvm import can_open
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.links.volumes import FolderVolumes, ImageVolumes
 from sandyard.server.node.host.choice import Drivers
@@ -106,7 +107,7 @@ async def set_up_firecracker(
         return f"Firecracker {await driver.version()} is installed"
     except UnavailableError as error:
         log.debug("Firecracker is not to be used yet: %s", error.message)
-    if not force and not has_kvm():
+    if not force and not can_open():
         return "Firecracker is not fetched: this host has no KVM, and QEMU emulates"
     await in_thread(fetch, settings, progress=progress)
     return f"Firecracker {await driver.version()} is installed"

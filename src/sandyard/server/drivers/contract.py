@@ -99,10 +99,6 @@ class Capabilities:
     """Its machines are `SavingMachine`s and it is a `SavingDriver`."""
 
 
-NO_KVM = "/dev/kvm is not there or not open to this user"
-"""Why a driver that needs it cannot be used now."""
-
-
 @dataclass(frozen=True)
 class Verdict:
     """Whether a driver can be used on this host, and why not, in a sentence.

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import stat
@@ -11,7 +12,10 @@ from pathlib import Path
 from sandyard.server.core.errors import InternalError
 from sandyard.server.tasks import to_the_end
 
+log = logging.getLogger(__name__)
+
 _SAID_MAX = 1000
+_KILL_LIMIT_S = 10.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -30,7 +34,7 @@ async def output_of(
 
     Raises:
         ChildProcessError: it failed; the message is the end of what it printed.
-        TimeoutError: it did not end in time and was killed, with all that it has started.
+        TimeoutError: it did not end in time and was killed, with its process group.
         OSError: it cannot be run.
     """
     process = await asyncio.create_subprocess_exec(
@@ -43,19 +47,30 @@ async def output_of(
         pass_fds=pass_fds,
         start_new_session=True,
     )
+    has_ended = False
     try:
         async with asyncio.timeout(limit_s):
             said, _ = await process.communicate()
+        has_ended = True
     finally:
-        if process.returncode is None:
-            # All of its session: what it has started may hold its output open, and this waits.
+        if not has_ended:
+            # Its whole group: what it has started may hold its output open.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await to_the_end(process.wait())
+            await to_the_end(_gone(process, arguments[0]))
     said = said or b""
     if process.returncode != 0:
         raise ChildProcessError(said.decode(errors="replace").strip()[-_SAID_MAX:])
     return said
+
+
+async def _gone(process: asyncio.subprocess.Process, name: str) -> None:
+    """Wait for a process that was killed; one that is stuck in the kernel is left to it."""
+    try:
+        async with asyncio.timeout(_KILL_LIMIT_S):
+            await process.wait()
+    except TimeoutError:
+        log.error("%s was killed and is still there", name)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """Firecracker under its jailer, where the host's KVM really works."""
 
-from sandyard.server.drivers.firecracker.driver import FirecrackerDriver, has_kvm
+from sandyard.server.drivers.firecracker.driver import FirecrackerDriver
 
-__all__ = ["FirecrackerDriver", "has_kvm"]
+__all__ = ["FirecrackerDriver"]

@@ -21,7 +21,6 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.drivers.contract import (
-    NO_KVM,
     Capabilities,
     End,
     Handle,
@@ -43,6 +42,7 @@ from sandyard.server.drivers.firecracker.jail import (
 )
 from sandyard.server.drivers.initrd import add_token
 from sandyard.server.drivers.kernels import unpacked_kernel
+from sandyard.server.drivers.kvm import NO_KVM, can_open
 from sandyard.server.drivers.namespaces import give_tap_to
 from sandyard.server.drivers.processes import (
     BEHIND,
@@ -246,7 +246,7 @@ class FirecrackerDriver:
         """See drivers.contract.Driver.probe."""
         try:
             version = await self.version()
-            if not has_kvm():
+            if not can_open():
                 return Verdict(False, NO_KVM, is_certain=False)
             spec.scratch.chmod(0o711)
             jail = Jail(spec.scratch, "probe", _NOBODY, self._group)
@@ -444,11 +444,6 @@ class FirecrackerDriver:
             raise InternalError("Firecracker ended at once")
         held.push_async_callback(process.kill)
         return process
-
-
-def has_kvm() -> bool:
-    """Tell whether the host has KVM for this user to open, which does not prove that it works."""
-    return os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
 def _join(memory: Path, pages: Path) -> None:

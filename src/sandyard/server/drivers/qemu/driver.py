@@ -19,7 +19,6 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.drivers.contract import (
-    NO_KVM,
     Capabilities,
     End,
     Handle,
@@ -30,6 +29,7 @@ from sandyard.server.drivers.contract import (
 )
 from sandyard.server.drivers.ends import PANICKED, TAIL, end_told
 from sandyard.server.drivers.initrd import add_token
+from sandyard.server.drivers.kvm import DEVICE, NO_KVM, can_open
 from sandyard.server.drivers.namespaces import open_tap
 from sandyard.server.drivers.processes import (
     BEHIND,
@@ -42,7 +42,7 @@ from sandyard.server.drivers.processes import (
 )
 from sandyard.server.drivers.programs import opened_as_written_by, output_of
 from sandyard.server.drivers.qemu import command, memory
-from sandyard.server.drivers.qemu.kvm import DEVICE, Door, can_open, door
+from sandyard.server.drivers.qemu.kvm import Door, door
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
 from sandyard.server.drivers.sparse import make_empty
@@ -60,6 +60,7 @@ _LITTLE_ROOM = 8 * 2**20
 _STILL = frozenset({"paused", "prelaunch", "postmigrate", "inmigrate", "io-error"})
 _NOBODY = 65534
 _PROBE_POLL_S = 0.05
+_PASSED = "a probe machine booted"
 _PROBE_PASSED = b"sandyard: probe passed"
 _NO_DEVICE_OPTION = "kvm-accel.device"
 _TOO_OLD = (
@@ -269,12 +270,12 @@ class QemuDriver:
 
     async def probe(self, spec: ProbeSpec) -> Verdict:
         """See drivers.contract.Driver.probe."""
+        console = spec.scratch / "console"
         try:
             version = await self.version()
             if self._accel == "kvm" and not can_open():
                 return Verdict(False, NO_KVM, is_certain=False)
             with self._door() as way:
-                console = spec.scratch / "console"
                 options = [
                     "-M", f"microvm,acpi={'on' if spec.has_acpi else 'off'},rtc=on",
                     *command.accelerator(way, tb_size_mib=self._tb_size_mib),
@@ -288,7 +289,7 @@ class QemuDriver:
                 # As a real machine runs, so that a device closed to that account counts as closed;
                 # and with an end of its own, should this process not live to end it.
                 os.chown(spec.scratch, _NOBODY, _NOBODY)
-                own_end = ["timeout", f"{spec.limit_s + 5:g}"]
+                own_end = ["timeout", "--signal=KILL", f"{spec.limit_s + 5:g}"]
                 confined = command.unprivileged(_NOBODY, group=_group(way))
                 started = time.monotonic()
                 command_line = [*own_end, *confined, self._binary, *options]
@@ -308,11 +309,13 @@ class QemuDriver:
             )
         except (OSError, SandyardError) as error:
             said = (str(error) or "no end in time").splitlines()[0]
+            if _has_passed(console):  # how it came to its end says nothing any more
+                return Verdict(True, _PASSED)
             if _NO_DEVICE_OPTION in said:
                 return Verdict(False, _TOO_OLD, is_certain=False)
             return Verdict(False, f"a probe machine did not come up: {said}")
         if _has_passed(console):
-            return Verdict(True, f"QEMU {version}: a probe machine booted", took_s=took_s)
+            return Verdict(True, f"QEMU {version}: {_PASSED}", took_s=took_s)
         last = output.decode(errors="replace").strip().splitlines()[:1]
         return Verdict(False, f"a probe machine did not boot: {last[0] if last else 'no reason'}")
 

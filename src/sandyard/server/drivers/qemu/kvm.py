@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-DEVICE = Path("/dev/kvm")
+from sandyard.server.drivers.kvm import DEVICE
+
 _SET = 9
 _SOFTWARE = Path("/sys/module/kvm_pvm")
 _GROUP_RW, _OTHERS_RW = stat.S_IRGRP | stat.S_IWGRP, stat.S_IROTH | stat.S_IWOTH
@@ -28,18 +29,9 @@ class Door:
         if self.fd is not None:
             given = ["-add-fd", f"fd={self.fd},set={_SET},opaque=kvm"]
             device = f",device=/dev/fdset/{_SET}"
-        # Where KVM is software, that register can be read but not set, and QEMU aborts.
+        # Where KVM is software, IA32_ARCH_CAPABILITIES can be read but not set, and QEMU aborts.
         lacking = ",arch-capabilities=off" if _SOFTWARE.exists() else ""
         return [*given, "-accel", f"kvm{device}", "-cpu", f"host{lacking}"]
-
-
-def can_open(device: Path = DEVICE) -> bool:
-    """Tell whether this process can use the device: it may be there, and what it is for not."""
-    try:
-        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Monitor:
         return await asyncio.shield(self._client.ending)
 
     def found_ended(self, how: str) -> None:
-        """Have `ending` return an end that there is no event of."""
+        """Have `ending` return an end that no event tells of."""
         if not self._client.ending.done():
             self._client.ending.set_result(how)
 

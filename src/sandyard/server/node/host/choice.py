@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sandyard.server.core.errors import UnavailableError
-from sandyard.server.drivers.contract import NO_KVM, Driver, ProbeSpec, Verdict
+from sandyard.server.drivers.contract import Driver, ProbeSpec, Verdict
+from sandyard.server.drivers.kvm import NO_KVM
 from sandyard.server.node.images.images import Image
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ one that emulates."""
 _OWN_KERNEL = 6.0
 _AGAIN_S = 30.0
 _CLOSED = (NO_KVM, "Could not access KVM")
-"""What an earlier version kept of a device that may have been opened since."""
+"""What was found of a device that may have been opened since."""
 
 
 class _Kept(NamedTuple):

@@ -7,7 +7,7 @@
 
 A saved state is published by one rename, after all of it is synced, and stays valid until it is
 withdrawn, which happens before the machine runs on: a published state is never behind its disk.
-A clone's is not synced: were it lost, so would be who wants it.
+A clone's is not synced: were it lost, so would whoever wants it.
 """
 
 import contextlib

@@ -122,6 +122,7 @@ async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Mean
                     if asking.done():
                         asking.result()
                         return
+            await machine.stall()  # only who looks finds that its hypervisor has given it up
             said = await machine.console()
             body.append_console(said)
             now = clock.monotonic()
