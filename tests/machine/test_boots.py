@@ -74,6 +74,8 @@ async def test_what_is_up_to_date_is_not_built_again(tmp_path: Path) -> None:
 
 
 def test_a_hypervisor_writes_nowhere_but_where_it_has_to(server: RealServer, box: str) -> None:
+    if server.environment.get("SANDYARD_NODE__DRIVER") == "firecracker":
+        pytest.skip("that its jail holds nothing else is shown by the exam of its driver")
     pid = server.pid_of(box)
     uid = Path(f"/proc/{pid}").stat().st_uid
     environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
