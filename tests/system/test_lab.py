@@ -407,7 +407,7 @@ def test_what_a_control_plane_was_at_work_on_is_done_once_by_another(built: Lab,
     settled = lambda: all(  # noqa: E731
         one["status"] == "running" for one in built.ask("GET", "/v1/sandboxes")
     )
-    wait_until(settled, limit_s=90, what="all that was written runs")
+    wait_until(settled, limit_s=180, what="all that was written runs")
     if way == "killed":
         built.start_control(1)
     else:
