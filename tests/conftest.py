@@ -16,7 +16,7 @@ from tests.support.firecracker import environment_of, guests_of, tried
 from tests.support.leftovers import open_sockets, open_things
 from tests.support.ports import free_port
 from tests.support.routes import compile_once
-from tests.support.server import QEMU, paced
+from tests.support.server import QEMU, is_slow, keep_a_golden, paced
 
 _PATIENCE = 200  # looks, ten milliseconds apart
 _BEGAN = time.monotonic()
@@ -116,7 +116,10 @@ def hypervisor(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     # With a kernel for tests only a guest's programs run at full speed: what they ask of it takes
     # longer still than its start tells.
     with paced(guests.pace if guests.kernel is None else guests.pace * 3):
-        yield environment_of(request.param)
+        environment = environment_of(request.param)
+        if is_slow():
+            keep_a_golden(environment)
+        yield environment
 
 
 @pytest.fixture(scope="session", autouse=True)

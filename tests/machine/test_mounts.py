@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.firecracker import WITHOUT_WHOLE_MEMORY, has_test_kernel
 from tests.support.ports import free_port
 from tests.support.server import RealServer, is_slow, wait_until
 
@@ -25,6 +26,8 @@ GATEWAY = "172.16.0.1"
 @pytest.fixture(scope="module")
 def yard(hypervisor: dict[str, str]) -> Iterator[RealServer]:
     """An installation of its own: file servers stay for a while, and others count what is there."""
+    if has_test_kernel(hypervisor):
+        pytest.skip(WITHOUT_WHOLE_MEMORY)
     made = RealServer(
         free_port(), **hypervisor, SANDYARD_POOL__CEILING="2", SANDYARD_WORKSPACES__QUOTA_MIB="256"
     )

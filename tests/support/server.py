@@ -29,6 +29,8 @@ QEMU = {"SANDYARD_FIRECRACKER__BINARY": "/not/to/be/used"}
 SANDYARD = Path(sys.executable).parent / "sandyard"
 
 
+NO_POOL = {"SANDYARD_POOL__FLOOR": "0", "SANDYARD_POOL__CEILING": "0"}
+"""Settings with which no machine is made ahead."""
 _KEY = hashlib.sha256(b"installations of tests that share golden machines").digest()
 _USUAL = ("base-minimal", 512)
 _pace = [1.0]
@@ -372,3 +374,20 @@ class RealServer:
         if self._shares_goldens:
             self._leave_goldens()
         shutil.rmtree(self.home)
+
+
+def keep_a_golden(environment: dict[str, str]) -> None:
+    """Have a golden machine for all installations with these settings that share theirs.
+
+    For guests that are slow: a boot, or to exercise one member of a pool, takes minutes; a clone
+    seconds.
+    """
+    made = RealServer(
+        free_port(), **environment, SANDYARD_POOL__FLOOR="1", SANDYARD_POOL__CEILING="1"
+    )
+    made.share_goldens()
+    try:
+        made.start()
+        wait_until(lambda: made.metric("sandyard_goldens ") >= 1, limit_s=120, what="a golden")
+    finally:
+        made.remove()

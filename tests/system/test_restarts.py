@@ -10,18 +10,27 @@ from pathlib import Path
 
 import pytest
 from tests.support.ports import free_port
-from tests.support.server import QEMU, RealServer, wait_until
+from tests.support.server import NO_POOL, QEMU, RealServer, is_slow, wait_until
 
 pytestmark = pytest.mark.machine
 
 
 # Every machine boots from cold, slowly enough to be met on its way.
-COLD = {"SANDYARD_NODE__GOLDEN_MACHINES": "false", "SANDYARD_POOL__CEILING": "0"}
+COLD = {"SANDYARD_NODE__GOLDEN_MACHINES": "false", **NO_POOL}
+
+
+def installation(hypervisor: dict[str, str]) -> RealServer:
+    """Return one whose machines boot from cold, or, where that takes minutes, are clones."""
+    if not is_slow():
+        return RealServer(free_port(), **hypervisor, **COLD)
+    made = RealServer(free_port(), **hypervisor, **NO_POOL)
+    made.share_goldens()
+    return made
 
 
 @pytest.fixture
 def server(hypervisor: dict[str, str]) -> Iterator[RealServer]:
-    made = RealServer(free_port(), **hypervisor, **COLD)
+    made = installation(hypervisor)
     try:
         yield made
     finally:
@@ -114,7 +123,7 @@ def test_an_orderly_stop_says_which_machines_live_on(server: RealServer) -> None
 def test_two_installations_on_one_host_never_meet(
     server: RealServer, hypervisor: dict[str, str]
 ) -> None:
-    other = RealServer(free_port(), **hypervisor, **COLD)
+    other = installation(hypervisor)
     try:
         server.start()
         other.start()
