@@ -26,6 +26,7 @@ from tests.support.images import minimal_image
 from bench import raw_qemu
 from bench.raw_qemu import NETNS, TOKEN, enter, exchange, exec_true, sh
 from sandyard.server.drivers.initrd import add_token
+from sandyard.server.drivers.qemu.command import EMULATED_CPU
 from sandyard.server.drivers.qemu.tsc import measure_khz
 
 TAP = "t0"
@@ -88,7 +89,7 @@ class Machine:
             [
                 "qemu-system-x86_64",
                 "-M", "microvm,acpi=on,rtc=on,suppress-vmdesc=on,memory-backend=m",
-                "-accel", "tcg,tb-size=64,thread=multi", "-cpu", "max", "-m", f"{SIZE_MIB}M",
+                "-accel", "tcg,tb-size=64,thread=multi", "-cpu", EMULATED_CPU, "-m", f"{SIZE_MIB}M",
                 "-object", f"memory-backend-file,id=m,size={SIZE_MIB}M,mem-path={memory},{how}",
                 "-smp", "1", "-kernel", f"{image.folder}/vmlinuz", "-initrd", f"{work}/initrd",
                 "-append", "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 tsc=reliable "

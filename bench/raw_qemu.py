@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.support.images import minimal_image
 
 from sandyard.server.drivers.initrd import add_token
+from sandyard.server.drivers.qemu.command import EMULATED_CPU
 from sandyard.server.drivers.qemu.tsc import measure_khz
 
 NETNS = "bench-raw"
@@ -82,7 +83,8 @@ def boot(
     qemu = subprocess.Popen(
         [
             "qemu-system-x86_64", "-M", "microvm,acpi=on,rtc=on",
-            "-accel", "tcg,tb-size=64,thread=multi", "-cpu", "max", "-m", "528M", "-smp", "1",
+            "-accel", "tcg,tb-size=64,thread=multi", "-cpu", EMULATED_CPU,
+            "-m", "528M", "-smp", "1",
             "-kernel", f"{folder}/vmlinuz", "-initrd", f"{work}/initrd",
             "-append", "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 tsc=reliable "
             f"tsc_early_khz={khz} cryptomgr.notests initcall_blacklist=jent_mod_init",

@@ -15,6 +15,9 @@ CONSOLE = "console"
 DISK = "disk"
 CONSOLE_SIZE = 256 * 1024
 _OWN_SHARE_MIB = 16
+# TCG runs string instructions a byte at a time. Where a processor does not promise that those are
+# fast, kernel and libc copy in words and vectors. A state that was saved with the promise goes on.
+EMULATED_CPU = "max,-erms,-fsrm"
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -42,7 +45,7 @@ def accelerator(door: Door | None, *, tb_size_mib: int) -> list[str]:
     """Return the arguments that choose KVM, where there is a door to it, or TCG."""
     if door is not None:
         return door.arguments
-    return ["-accel", f"tcg,tb-size={tb_size_mib},thread=multi", "-cpu", "max"]
+    return ["-accel", f"tcg,tb-size={tb_size_mib},thread=multi", "-cpu", EMULATED_CPU]
 
 
 def machine_arguments(
