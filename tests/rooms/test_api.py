@@ -187,6 +187,7 @@ async def test_a_sandbox_ends_when_its_time_is_over(yard: Yard) -> None:
     ("conduct", "word"),
     [
         ({"dies_at_birth": True}, "ended"),
+        ({"is_ready": False, "is_given_up": True}, "ended while it started"),
         ({"starts": False}, "told not to"),
         ({"is_ready": False, "makes_progress": False}, "no progress"),
         ({"is_ready": False}, "did not answer"),

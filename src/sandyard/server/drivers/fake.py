@@ -58,6 +58,7 @@ class Conduct:
     is_ready: bool = True
     makes_progress: bool = True
     dies_at_birth: bool = False
+    is_given_up: bool = False  # by its hypervisor, which tells only who looks
     starts: bool = True
     leaks: bool = False
     can_be_stopped: bool = True
@@ -164,6 +165,8 @@ class FakeMachine:
 
     async def stall(self) -> End | None:
         """See drivers.contract.Machine.stall."""
+        if self._conduct.is_given_up:
+            self.die()
         return self.stalled
 
     async def wait(self) -> End:
