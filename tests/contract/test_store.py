@@ -51,6 +51,7 @@ from sandyard.server.core.records import (
     SandboxQuery,
     Snapshot,
     SshKey,
+    Standing,
     StoragePeriod,
     Ticket,
     UsagePeriod,
@@ -357,7 +358,7 @@ async def test_how_the_sandboxes_of_a_node_stand(store: Store) -> None:
     async with store.write(Turn.BESIDE) as tx:
         await tx.activity.touch(plain.id, at=NOW, kind="k")
     async with store.read() as tx:
-        found = {one.id: one for one in await tx.sandboxes.standing("n", gone)}
+        found = {one.id: one for one in await tx.sandboxes.standing("n", gone, known={})}
         assert set(found) == {here.id, plain.id}
         for one in found.values():
             whole = await tx.sandboxes.find(one.id)
@@ -367,6 +368,44 @@ async def test_how_the_sandboxes_of_a_node_stand(store: Store) -> None:
         (ended,) = await tx.sandboxes.unplaced_until(NOW, frozenset({Status.PENDING}))
         assert ended.id == over.id
         assert await tx.sandboxes.unplaced_until(NOW, gone) == []
+
+
+@pytest.mark.parametrize("count", [3, 60])
+async def test_what_is_known_of_a_nodes_sandboxes_is_not_read_again(
+    store: Store, count: int
+) -> None:
+    both = frozenset({Status.RUNNING, Status.PAUSED})
+    paused = [sandbox(status=Status.PAUSED, node_id="n") for _ in range(count)]
+    moves, runs, goes, used = (sandbox(status=Status.RUNNING, node_id="n") for _ in range(4))
+    await insert(store, *paused, moves, runs, goes, used)
+
+    async def standing(known: Mapping[str, Standing]) -> dict[str, Standing]:
+        async with store.read() as tx:
+            found = await tx.sandboxes.standing("n", both, known=known)
+            assert len({one.id for one in found}) == len(found)
+            for one in found:
+                whole = await tx.sandboxes.find(one.id)
+                if one.reason is None or one.reason.code != "as it is known":
+                    assert vars(one) == {name: getattr(whole, name) for name in vars(one)}
+            return {one.id: one for one in found}
+
+    first = await standing({})
+    assert first == await standing(first)
+    is_known = {one: replace(first[one], reason=Reason("as it is known", "")) for one in first}
+    async with store.write(Turn.BESIDE) as tx:
+        await tx.activity.touch(used.id, at=NOW, kind="k")
+    async with store.write(ORG) as tx:
+        for one in (moves, *paused[1:]):
+            written = replace(one, incarnation=7, status=Status.PAUSED)
+            assert await tx.sandboxes.replace(written)
+        assert await tx.sandboxes.replace(replace(goes, status=Status.DESTROYED))
+    found = await standing(is_known)
+    assert set(found) == {one.id for one in (*paused, moves, runs, used)}
+    assert found[used.id].last_activity_at == NOW
+    assert {found[one.id].incarnation for one in (moves, *paused[1:])} == {7}
+    # Where much has changed, to read all is the least.
+    assert (found[paused[0].id] is is_known[paused[0].id]) is (count < 50)
+    assert await standing(found) == found
 
 
 async def test_an_organization_waits_for_its_own_writers_and_for_whoever_writes_alone(

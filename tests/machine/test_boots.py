@@ -3,12 +3,14 @@
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.support.images import cached_settings, minimal_image
-from tests.support.server import RealServer, wait_until
+from tests.support.ports import free_port
+from tests.support.server import COLD, RealServer, wait_until
 
 from sandyard.server.app.wiring import builder_of, images_of
 from sandyard.server.core.contracts.node import TemplateStatus
@@ -19,26 +21,34 @@ from sandyard.server.node.images.images import Images
 pytestmark = pytest.mark.machine
 
 
-ODD = {"resources": {"memory": "300MB"}}  # a shape of which nothing is ready
+@pytest.fixture(scope="module")
+def cold(hypervisor: dict[str, str]) -> Iterator[RealServer]:
+    made = RealServer(free_port(), **hypervisor, **COLD)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.remove()
 
 
-def test_a_machine_that_dies_while_it_boots_fails_with_the_reason(server: RealServer) -> None:
-    box = server.create(wait=0, **ODD)["id"]
-    wait_until(lambda: bool(server.record_of(box).get("handle")), what="it boots")
-    os.kill(server.pid_of(box), signal.SIGKILL)
-    wait_until(lambda: server.get(box)["status"] == "failed", limit_s=10)
-    reason = server.get(box)["statusReason"]
+def test_a_machine_that_dies_while_it_boots_fails_with_the_reason(cold: RealServer) -> None:
+    box = cold.create(wait=0)["id"]
+    wait_until(lambda: bool(cold.record_of(box).get("handle")), what="it boots")
+    os.kill(cold.pid_of(box), signal.SIGKILL)
+    wait_until(lambda: cold.get(box)["status"] == "failed", limit_s=10)
+    reason = cold.get(box)["statusReason"]
     assert isinstance(reason, dict)
     assert reason["code"] == "start_failed"
     assert "ended while it started" in reason["message"]
-    assert not server.record_of(box)
+    assert not cold.record_of(box)
 
 
-def test_a_delete_while_it_boots_leaves_nothing(server: RealServer) -> None:
-    box = server.create(wait=0, resources={"memory": "310MB"})["id"]
-    wait_until(lambda: server.get(box)["status"] == "creating")
-    server.delete(box)
-    assert str(box) not in server.machines()
+def test_a_delete_while_it_boots_leaves_nothing(cold: RealServer) -> None:
+    box = cold.create(wait=0)["id"]
+    wait_until(lambda: bool(cold.record_of(box).get("handle")), what="it boots")
+    cold.delete(box)
+    assert str(box) not in cold.machines()
+    assert not cold.processes()
 
 
 async def test_a_build_that_fails_leaves_the_image_in_use(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ SANDYARD = Path(sys.executable).parent / "sandyard"
 
 NO_POOL = {"SANDYARD_POOL__FLOOR": "0", "SANDYARD_POOL__CEILING": "0"}
 """Settings with which no machine is made ahead."""
+COLD = {"SANDYARD_NODE__GOLDEN_MACHINES": "false", **NO_POOL}
+"""Settings with which every machine boots from cold, slowly enough to be met on its way."""
 _KEY = hashlib.sha256(b"installations of tests that share golden machines").digest()
 _USUAL = ("base-minimal", 512)
 _pace = [1.0]

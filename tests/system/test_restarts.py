@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 from tests.support.ports import free_port
-from tests.support.server import NO_POOL, QEMU, RealServer, is_slow, wait_until
+from tests.support.server import COLD, NO_POOL, QEMU, RealServer, is_slow, wait_until
 
 pytestmark = pytest.mark.machine
-
-
-# Every machine boots from cold, slowly enough to be met on its way.
-COLD = {"SANDYARD_NODE__GOLDEN_MACHINES": "false", **NO_POOL}
 
 
 def installation(hypervisor: dict[str, str]) -> RealServer:

@@ -120,8 +120,14 @@ class SandboxRows(Protocol):
         """Return every sandbox of these statuses that was placed on a node, on none for None."""
         ...
 
-    async def standing(self, node_id: str, statuses: frozenset[Status]) -> list[Standing]:
-        """Return how every sandbox of these statuses stands that was placed on a node."""
+    async def standing(
+        self, node_id: str, statuses: frozenset[Status], *, known: Mapping[str, Standing]
+    ) -> list[Standing]:
+        """Return how every sandbox of these statuses stands that was placed on a node.
+
+        What is `known`, by id, is not read again where the row's status and version are the same,
+        unless it runs: when another was last used, which has no version, may be out of date.
+        """
         ...
 
     async def marks(

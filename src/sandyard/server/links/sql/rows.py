@@ -211,9 +211,31 @@ class SandboxTable:
             )
         )
 
-    async def standing(self, node_id: str, statuses: frozenset[Status]) -> list[Standing]:
+    async def standing(
+        self, node_id: str, statuses: frozenset[Status], *, known: Mapping[str, Standing]
+    ) -> list[Standing]:
         """See core.contracts.store.SandboxRows.standing."""
-        found = await self._connection.fetch(_standing_of(statuses), {"wanted_node": node_id})
+        on_node = {"wanted_node": node_id}
+        if not known:
+            return await self._standing(_standing_of(statuses), on_node)
+        at_rest = await self._connection.fetch(_versions_of(statuses - _USED_UNSEEN), on_node)
+        same, changed = [], []
+        for row in at_rest:
+            one = known.get(row["id"])
+            if one is not None and (one.version, one.status) == (row["version"], row["status"]):
+                same.append(one)
+            else:
+                changed.append(row["id"])
+        if len(changed) > _ONE_BY_ONE_MAX:
+            return await self._standing(_standing_of(statuses), on_node)
+        if in_use := statuses & _USED_UNSEEN:
+            same += await self._standing(_standing_of(in_use), on_node)
+        for sandbox_id in changed:
+            same += await self._standing(_STANDING_ONE, {"wanted_id": sandbox_id})
+        return same
+
+    async def _standing(self, statement: Prepared, values: Values) -> list[Standing]:
+        found = await self._connection.fetch(statement, values)
         standing = []
         for row in found:
             code, message = row.pop("reason_code"), row.pop("reason_message")
@@ -740,17 +762,28 @@ def _waiting_of(statuses: frozenset[Status]) -> Prepared:
     return Prepared(_waiting(statuses))
 
 
-_STANDING = tuple(one.name for one in fields(Standing) if one.name != "reason")
+_STANDING = (
+    *(_c[one.name] for one in fields(Standing) if one.name != "reason"),
+    *(_c.reason_code, _c.reason_message),
+)
+_STANDING_ONE = Prepared(select(*_STANDING).where(_c.id == bindparam("wanted_id")))
+# When they were last used is written beside their version.
+_USED_UNSEEN = frozenset({Status.RUNNING, Status.SUSPECTED_MISSING})
+_ONE_BY_ONE_MAX = 50
 
 
 @functools.cache
 def _standing_of(statuses: frozenset[Status]) -> Prepared:
-    columns = [_c[name] for name in (*_STANDING, "reason_code", "reason_message")]
-    return Prepared(
-        select(*columns).where(
-            _c.node_id == bindparam("wanted_node"), t.is_any_of(sorted(statuses))
-        )
-    )
+    return Prepared(select(*_STANDING).where(*_on_node(statuses)))
+
+
+@functools.cache
+def _versions_of(statuses: frozenset[Status]) -> Prepared:
+    return Prepared(select(_c.id, _c.version, _c.status).where(*_on_node(statuses)))
+
+
+def _on_node(statuses: frozenset[Status]) -> tuple[ColumnElement[bool], ...]:
+    return _c.node_id == bindparam("wanted_node"), t.is_any_of(sorted(statuses))
 
 
 @functools.cache

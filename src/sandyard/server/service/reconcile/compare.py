@@ -114,6 +114,7 @@ class Comparison:
         self._away_since = away_since
         self._began_at = clock.now()
         self._calm: _Calm | None = None
+        self._rows: Mapping[str, Standing] = {}
         self._awake: dict[str, tuple[int, int]] = {}
         self._unwanted: dict[str, int] = {}
         self._vanished: set[str] = set()
@@ -137,8 +138,9 @@ class Comparison:
         # Rows first: a row that says running was written when the machine was there, so a later
         # report without it means that it is gone.
         async with self._store.read() as tx:
-            rows = await tx.sandboxes.standing(self._node.node_id, WATCHED)
+            rows = await tx.sandboxes.standing(self._node.node_id, WATCHED, known=self._rows)
             seen = await tx.nodes.find(self._node.node_id)
+        self._rows = {one.id: one for one in rows}
         try:
             report = await self._nodes.report_of(self._node)
         except UnavailableError as error:
@@ -238,8 +240,9 @@ class Comparison:
             return rows
         for one in ahead:
             await self._catch_up(one, shown[one.id])
+        self._rows = {}  # a row that went back has come to a version again, as something else
         async with self._store.glance() as tx:
-            return await tx.sandboxes.standing(self._node.node_id, WATCHED)
+            return await tx.sandboxes.standing(self._node.node_id, WATCHED, known={})
 
     async def _catch_up(self, sandbox: Standing, fact: MachineFact) -> None:
         async with self._store.glance() as tx:
