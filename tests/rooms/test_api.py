@@ -422,6 +422,8 @@ async def test_stats_are_told_in_full(yard: Yard) -> None:
         ({"snapshot": "s"}, "snapshot"),
         ({"network": {"egress": "deny"}}, "network"),
         ({"expiresIn": 0}, "expiresIn"),
+        ({"onExpiry": "pause", "expiresIn": 60}, "onExpiry"),
+        ({"onExpiry": "explode"}, "onExpiry"),
         ([], "body"),
     ],
 )

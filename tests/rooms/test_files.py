@@ -54,6 +54,7 @@ async def test_what_was_written_is_read_again_whole_and_in_parts(yard: Yard) -> 
     assert whole.headers["content-length"] == "700000"
     assert whole.headers["accept-ranges"] == "bytes"
     assert whole.headers["content-disposition"] == "attachment; filename*=UTF-8''%C3%BC.bin"
+    assert whole.headers["content-security-policy"] == "sandbox; default-src 'none'"
     for asked, part, told in (
         ("bytes=0-0", data[:1], "bytes 0-0/700000"),
         ("bytes=5-9", data[5:10], "bytes 5-9/700000"),

@@ -820,6 +820,10 @@ async def test_waiting_machines_give_way_to_somebody_who_asks(tmp_path: Path) ->
     shutil.copy(Settings().templates_dir / "base-ubuntu.toml", tmp_path)  # and nothing else waits
     async with open_yard(tmp_path, pool=2, memory_overcommit=share, templates_dir=tmp_path) as yard:
         await eventually(lambda: pool_is(yard, 2))
+        # Where all that wait would not do, none of them ends.
+        refused = await yard.client.post("/v1/sandboxes", json={"resources": {"memory": "64GB"}})
+        assert refused.status_code == 503
+        assert await pool_is(yard, 2)
         box = await yard.create(resources={"memory": "8GB"})
         assert box["status"] == "running"
         refused = await yard.client.post("/v1/sandboxes", json={"resources": {"memory": "8GB"}})

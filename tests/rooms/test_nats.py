@@ -13,7 +13,7 @@ import pytest
 from tests.support.nats import NatsServer, nats_server
 from tests.support.nodes import FakeNode, a_wish
 
-from sandyard.server.core.contracts.node import NodeReport, Phase
+from sandyard.server.core.contracts.node import MachineFact, NodeReport, Phase
 from sandyard.server.core.errors import DeadlineExceededError, InternalError, UnavailableError
 from sandyard.server.core.ids import new_sandbox_id
 from sandyard.server.links.nats import asks, client, server
@@ -145,6 +145,32 @@ async def test_an_answer_too_long_to_be_said_is_an_error(
     async with a_node(nats, node), a_control(nats) as (link, inbox):
         with pytest.raises(UnavailableError, match="cannot say this"):
             await RemoteNode(link, inbox, node.node_id).report()
+
+
+async def test_what_a_node_says_is_short_and_fit_to_be_written_down(
+    nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, long = FakeNode(), "a\0\ud800" + "x" * 2**20
+    fact = MachineFact("sandbox-abcdefghijkl", 1, Phase.DEAD, reason_code="c", reason_message=long)
+
+    async def report() -> NodeReport:
+        return NodeReport(node.node_id, (fact,))
+
+    async def console(sandbox_id: str) -> bytes:
+        return b"\0" * 10_000
+
+    monkeypatch.setattr(node, "report", report)
+    monkeypatch.setattr(node, "console", console)
+    async with a_node(nats, node), a_control(nats) as (link, inbox):
+        remote = RemoteNode(link, inbox, node.node_id)
+        (heard,) = (await remote.report()).machines
+        node.refusal = InternalError(long)
+        with pytest.raises(InternalError) as failed:
+            await remote.ensure_running(a_wish(new_sandbox_id()))
+        assert await remote.console("sandbox-abcdefghijkl") == b"\0" * 10_000
+    for text in (heard.reason_message, failed.value.message):
+        assert text.startswith("a?x")
+        assert len(text) <= 2000
 
 
 async def test_what_nobody_understands_is_told_and_ends_nothing(nats: NatsServer) -> None:

@@ -12,11 +12,17 @@ import pytest
 from tests.support import desk as desks
 from tests.support.clock import DrivenClock
 from tests.support.desk import Desk, still, until
-from tests.support.nodes import FakeNode, a_wish
+from tests.support.nodes import FakeNode, Machine, a_wish
 
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
 from sandyard.server.core.contracts.store import Turn
-from sandyard.server.core.errors import InternalError, NoCapacityError, UnavailableError
+from sandyard.server.core.errors import (
+    DeadlineExceededError,
+    InternalError,
+    NoCapacityError,
+    SandyardError,
+    UnavailableError,
+)
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Event, Status
@@ -243,11 +249,17 @@ async def test_a_create_goes_where_its_template_and_most_room_are(three: Desk) -
         await three.create()
 
 
-async def test_a_node_whose_starts_fail_is_asked_last_for_minutes(three: Desk) -> None:
+@pytest.mark.parametrize(
+    "failure",
+    [InternalError("the hypervisor did not come up"), DeadlineExceededError("no agent in time")],
+)
+async def test_a_node_whose_starts_fail_is_asked_last_for_minutes(
+    three: Desk, failure: SandyardError
+) -> None:
     best, *others = sorted(three.nodes.values(), key=lambda one: one.room, reverse=True)
-    best.refusal = InternalError("the hypervisor did not come up")
-    broken = await three.create(idle_timeout=0)
-    assert broken.status is Status.FAILED
+    best.refusal = failure
+    moved = await three.create(idle_timeout=0)
+    assert (moved.status, moved.incarnation) == (Status.RUNNING, 2)
     await three.drive(12)  # what was reported is no hint any more
     for _ in range(2):
         await three.create(idle_timeout=0)
@@ -255,7 +267,16 @@ async def test_a_node_whose_starts_fail_is_asked_last_for_minutes(three: Desk) -
     await three.drive(180)
     await three.create(idle_timeout=0)
     assert len(best.machines) == 1
-    assert sum(len(one.machines) for one in others) == 2
+    assert sum(len(one.machines) for one in others) == 3
+
+
+async def test_what_two_nodes_cannot_start_has_failed(three: Desk) -> None:
+    for one in three.nodes.values():
+        one.refusal = InternalError("the hypervisor did not come up")
+    broken = await three.create(idle_timeout=0)
+    assert broken.status is Status.FAILED
+    assert sum(one.refusal is None for one in three.nodes.values()) == 2
+    assert not any(one.machines for one in three.nodes.values())
 
 
 async def test_snapshots_and_forks_stay_where_their_source_is(three: Desk) -> None:
@@ -592,6 +613,75 @@ async def test_a_node_cannot_have_a_row_believe_anything(
     await desk.drive(4)
     assert (await desk.get(other)).incarnation < 100
     assert "no row has come to" in caplog.text
+
+
+async def test_a_fork_of_what_was_booted_anew_goes_on_from_its_own_memory(desk: Desk) -> None:
+    services = desk.services
+    box = await desk.create(idle_timeout=0)
+    await services.sandboxes.restart(desk.actor, box.id)
+    assert (await desk.until(box, Status.RUNNING)).from_disk_incarnation == 2
+    (fork,) = await services.snapshots.fork(desk.actor, box.id, 1)
+    await desk.until(fork, Status.RUNNING)
+    desk.machine(fork).remembers["so far"] = "all"
+    await services.sandboxes.pause(desk.actor, fork.id)
+    await services.sandboxes.resume(desk.actor, fork.id)
+    again = await desk.until(fork, Status.RUNNING)
+    assert again.incarnation == 2
+    assert desk.machine(fork).remembers["so far"] == "all"
+
+
+async def test_what_a_node_says_of_sizes_is_believed_as_far_as_it_can_be(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for told, believed in ((-(10**15), 0), (10**15, (512 + 1024 + 64) * 2**20), (7, 7)):
+        monkeypatch.setattr("tests.support.nodes.SIZE", told)
+        box = await desk.create(idle_timeout=0)
+        await desk.services.snapshots.create(desk.actor, box.id, None)
+        await desk.services.sandboxes.pause(desk.actor, box.id)
+        async with desk.control.store.read() as tx:
+            saved = await tx.sandboxes.find(box.id)
+            (snapshot,) = await tx.snapshots.on_node("fake")
+        assert saved is not None
+        assert saved.saved_bytes == snapshot.size_bytes == believed
+        await desk.services.snapshots.delete(desk.actor, snapshot.id)
+
+
+async def test_what_cannot_end_keeps_nothing_from_starting(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs(sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
+        await asyncio.Event().wait()
+
+    boxes = [await desk.create(idle_timeout=0) for _ in range(70)]
+    monkeypatch.setattr(desk.node, "ensure_gone", hangs)
+    for box in boxes:
+        await desk.services.sandboxes.delete(desk.actor, box.id, wait=False)
+    await desk.drive(4)
+    # As a server leaves it that was killed.
+    started = replace(boxes[0], id=new_sandbox_id(), name=None, status=Status.CREATING, version=1)
+    async with desk.control.store.write(started.org_id) as tx:
+        await tx.sandboxes.insert(started)
+    await desk.drive(4)
+    await desk.until(started, Status.RUNNING)
+
+
+async def test_a_node_that_invents_machines_keeps_nobody_busy(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await desk.create(idle_timeout=0)
+    waiting = 0
+
+    async def hangs(sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
+        nonlocal waiting
+        waiting += 1
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(desk.node, "ensure_gone", hangs)
+    for number in range(3000):
+        desk.node.machines[f"sandbox-{number:012}"] = Machine(1, Phase.RUNNING, {})
+    await desk.drive(20)
+    assert 0 < waiting <= 100
+    assert (await desk.get(box)).status is Status.RUNNING
 
 
 async def test_a_machine_that_runs_under_a_paused_sandbox_is_saved_at_the_second_look(

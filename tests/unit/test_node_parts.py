@@ -1,6 +1,7 @@
 """Pure parts of the node: rules, definitions, command lines, records."""
 
 import asyncio
+import errno
 import gzip
 import ipaddress
 import lzma
@@ -17,10 +18,12 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from tests.support.nodes import a_wish
 
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnavailableError
-from sandyard.server.core.ops import Done, Wake
+from sandyard.server.core.ids import new_sandbox_id
+from sandyard.server.core.ops import Done, SetUp, Wake
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import MachineSpec, Place, ProbeSpec, Verdict
 from sandyard.server.drivers.kvm import NO_KVM, can_open
@@ -44,7 +47,7 @@ from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.images.definitions import load_definition, load_definitions
 from sandyard.server.node.images.initrd import add_modules, make_initrd
 from sandyard.server.node.machines.console import FailedConsoles, append_console
-from sandyard.server.node.machines.guest import Guest
+from sandyard.server.node.machines.guest import Guest, Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record, Records
 from sandyard.server.node.stock.pool import floor_of
@@ -189,6 +192,28 @@ def test_installations_share_nothing(tmp_path: Path) -> None:
     assert not set(one.uids) & set(two.uids)
     assert one.table != two.table
     assert take_identity(tmp_path / "one", routes=[one.subnet], registry=registry) == one
+
+
+def test_a_place_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = tmp_path / "registry"
+    one = take_identity(tmp_path / "one", routes=[], registry=registry)
+
+    def is_killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        (tmp_path / "one/instance.json").unlink()
+        killed.setattr(os, "fsync", is_killed)
+        take_identity(tmp_path / "one", routes=[], registry=registry)
+    assert not (tmp_path / "one/instance.json").exists()
+    two = take_identity(tmp_path / "two", routes=[], registry=registry)
+    with monkeypatch.context() as killed:
+        # At a start that changes nothing, nothing is written.
+        killed.setattr(os, "fsync", is_killed)
+        assert take_identity(tmp_path / "two", routes=[], registry=registry) == two
+    assert one.id != two.id
 
 
 def test_an_index_is_free_again_when_its_home_is_gone(tmp_path: Path) -> None:
@@ -360,6 +385,22 @@ async def test_that_kvm_is_closed_is_not_remembered(
     assert verdict == Verdict(False, NO_KVM, is_certain=False)
 
 
+async def test_what_kept_a_probe_from_running_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(arguments: Sequence[str], **_: object) -> bytes:
+        if "--version" in arguments:
+            return b"QEMU emulator version 10.0"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.output_of", fails)
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    verdict = await QemuDriver(accel="tcg").probe(ProbeSpec(tmp_path, tmp_path, tmp_path, 1))
+    assert not verdict.is_usable
+    assert not verdict.is_certain
+    assert "No space left" in verdict.reason
+
+
 async def test_a_qemu_that_is_too_old_for_a_descriptor_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -502,18 +543,25 @@ class LateLink:
     def __init__(self, *delays_s: float) -> None:
         self.delays_s = list(delays_s)
         self.now_s = 0.0
+        self.set_by_s = 0.0
+        self.was_set = 0
         self.late_s = 0.0
 
     def monotonic(self) -> float:
         return self.now_s
 
     def now(self) -> datetime:
-        return datetime.fromtimestamp(self.now_s, UTC)
+        return datetime.fromtimestamp(self.now_s + self.set_by_s, UTC)
 
-    async def ask(self, operation: Wake, *, limit_s: float) -> Done:
+    async def ask(self, operation: Wake | SetUp, *, limit_s: float) -> Done:
         self.now_s += self.delays_s.pop(0) if self.delays_s else 0.0
-        self.late_s = self.now_s - operation.wall_ns / 1e9
+        if operation.wall_ns is not None:
+            self.late_s = self.now_s + self.set_by_s - operation.wall_ns / 1e9
+            self.was_set += 1
         return Done()
+
+    def use_token(self, token: str) -> None:
+        pass
 
 
 @pytest.mark.parametrize("slow", [0, 1, 3, 10])
@@ -525,6 +573,23 @@ async def test_the_clock_of_a_machine_made_ahead_is_set_until_it_is_right(slow: 
     await guest.settle_clock()
     assert link.late_s < 0.001
     assert not link.delays_s
+
+
+@pytest.mark.parametrize(
+    ("waits_s", "set_by_s", "is_set"),
+    [(1, 0, 0), (50, 0.01, 0), (61, 0, 1), (1, 3600, 1), (1, -1, 1)],
+)
+async def test_a_machine_of_the_pool_is_given_out_with_the_clock_right(
+    waits_s: float, set_by_s: float, is_set: int
+) -> None:
+    link = LateLink()
+    guest = Guest(cast("Means", SimpleNamespace(clock=link, patience=lambda seconds: seconds)))
+    guest.link = cast("AgentLink", link)
+    await guest.settle_clock()
+    link.was_set, link.now_s, link.set_by_s = 0, link.now_s + waits_s, set_by_s
+    await guest.set_up(a_wish(new_sandbox_id()), was=Was.UNIQUE, grows=False, limit_s=1)
+    assert link.was_set == is_set
+    assert link.late_s < 0.001
 
 
 async def test_a_clock_that_never_gets_right_is_not_set_for_ever() -> None:

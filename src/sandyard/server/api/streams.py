@@ -6,6 +6,13 @@ from contextlib import AsyncExitStack
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+TAMED = {
+    "Content-Security-Policy": "sandbox; default-src 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+"""Headers with which what a guest wrote is never a page of this server's."""
+
 
 class HeldStream(StreamingResponse):
     """Sends pieces as they come, and gives back what `held` holds however it ends."""

@@ -147,7 +147,9 @@ def place_of(home: Path) -> str:
     """Return what tells a host and home from a copy of them."""
     # A copied host has the same /etc/machine-id, and a container often none.
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{home.resolve()}"[:_PLACE_MAX]
+    # Two containers of one host may have copies of a home at the same path.
+    found = home.stat()
+    return f"{boot}:{found.st_dev}:{found.st_ino}:{home.resolve()}"[:_PLACE_MAX]
 
 
 @asynccontextmanager

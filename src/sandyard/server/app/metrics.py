@@ -1,5 +1,6 @@
 """Prometheus metrics, and who may read them."""
 
+import asyncio
 import hmac
 import ipaddress
 from collections import Counter as Tally
@@ -20,7 +21,7 @@ from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sandyard.server.core.contracts.node import MachineFact, NodeReport, Phase, Way
+from sandyard.server.core.contracts.node import MachineFact, NodeControl, NodeReport, Phase, Way
 from sandyard.server.core.errors import NotFoundError, UnavailableError
 from sandyard.server.service.nodes import Nodes
 
@@ -86,6 +87,12 @@ class Metrics:
         self._goldens = Gauge(
             "sandyard_goldens", "Golden machines at hand.", registry=self._registry
         )
+        self._nodes = Gauge(
+            "sandyard_nodes",
+            "Nodes, by whether they answer.",
+            ("state",),
+            registry=self._registry,
+        )
         info = Gauge("sandyard_info", "This version.", ("version",), registry=self._registry)
         info.labels(version).set(1)
 
@@ -101,6 +108,11 @@ class Metrics:
     def asked_pool(self, *, template: str, is_hit: bool) -> None:
         """Count a start that could have come from the pool."""
         self._asked.labels(template, "hit" if is_hit else "miss").inc()
+
+    def nodes(self, *, answering: int, silent: int) -> None:
+        """Note how many nodes answer, and how many do not."""
+        self._nodes.labels("answering").set(answering)
+        self._nodes.labels("silent").set(silent)
 
     def render(self, reports: Sequence[NodeReport]) -> bytes:
         """Return all metrics in Prometheus's text form, with what the nodes report."""
@@ -133,11 +145,19 @@ class MetricsRoute:
         """Return the metrics to one who may read them, else say that nothing is here."""
         if not self._may_read(request):
             raise NotFoundError("cannot find /metrics: see /docs for the routes")
-        reports = []
-        for node in self._nodes.all():
-            with suppress(UnavailableError):
-                reports.append(await self._nodes.report_of(node))
+        every = self._nodes.all()
+        there = [one for one in every if self._nodes.is_there(one.node_id)]
+        # Beside each other: with those that do not answer, in turn, it would take too long.
+        async with asyncio.TaskGroup() as tasks:
+            asking = [tasks.create_task(self._report_of(one)) for one in there]
+        reports = [report for one in asking if (report := one.result()) is not None]
+        self._metrics.nodes(answering=len(reports), silent=len(every) - len(reports))
         return Response(self._metrics.render(reports), media_type=CONTENT_TYPE_LATEST)
+
+    async def _report_of(self, node: NodeControl) -> NodeReport | None:
+        with suppress(UnavailableError):
+            return await self._nodes.report_of(node)
+        return None
 
     def _may_read(self, request: Request) -> bool:
         if self._token is not None:

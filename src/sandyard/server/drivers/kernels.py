@@ -64,6 +64,8 @@ def unpacked_kernel(image: Path, cache: Path) -> Path:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(elf)
+            file.flush()
+            os.fsync(descriptor)  # its name alone says that it is whole
             os.fchmod(descriptor, 0o444)
         Path(part).replace(target)
     except BaseException:

@@ -23,7 +23,15 @@ REPORT_LIMIT_S = 5.0
 _SHORT_S = 30.0
 _CHECK_S = 15.0
 _FRESH_S = 10.0
+_SAVED_BESIDE_MIB = 64
 _T = TypeVar("_T")
+
+
+def believed_bytes(told: int, shape: Shape) -> int:
+    """Return how large a saved machine is by what its node says, who may be anybody's by now:
+    somebody pays for it, and it is no larger than all that the machine has."""
+    most = (shape.memory_mib + shape.disk_mib + _SAVED_BESIDE_MIB) * 2**20
+    return min(max(told, 0), most)
 
 
 class PatientNode:

@@ -21,6 +21,7 @@ _CALM_S: Final = 5.0
 _STILL_S: Final = 2.0
 _FRESH_S: Final = 3.0
 _BRIEF_S: Final = 0.3
+_MANY: Final = 3
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,13 @@ class Roster:
             lost = await tx.joined_nodes.lose(grace=_GRACE)
         for node_id in lost:
             log.error("the node %s is lost: it has not been heard of", node_id)
+        if len(lost) >= _MANY and 2 * len(lost) > len(self.nodes):
+            log.error(
+                "%d of %d nodes were lost at once: more likely it is what joins them; nothing of "
+                "theirs is undone",
+                len(lost),
+                len(self.nodes),
+            )
 
     def is_there(self, node_id: str) -> bool:
         """Tell whether a node has a lease."""

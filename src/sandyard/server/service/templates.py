@@ -1,6 +1,7 @@
 """Templates as the installation has them."""
 
 import asyncio
+from collections import Counter
 from typing import Final
 
 from sandyard.server.core.contracts.clock import Clock
@@ -32,7 +33,8 @@ class Templates:
         self._ready: dict[str, tuple[float, TemplateFact]] = {}
 
     async def all(self) -> list[TemplateFact]:
-        """Return every template by slug, once each: as a node has it where it is ready, if any."""
+        """Return every template by slug, once each: as most nodes have it ready, if any do; the
+        smallest of as many. One node alone does not say what others' sandboxes cost."""
         found, _ = await self._found()
         return found
 
@@ -43,10 +45,19 @@ class Templates:
         async with asyncio.TaskGroup() as tasks:
             asking = [tasks.create_task(_templates_of(one)) for one in nodes]
         told = [one.result() for one in asking]
+        votes = Counter(
+            (fact.slug, fact.defaults) for facts in told for fact in facts or () if _is_ready(fact)
+        )
+
+        def rank(fact: TemplateFact) -> tuple[bool, int, int, int, int]:
+            shape = fact.defaults
+            count = votes[fact.slug, shape]
+            return _is_ready(fact), count, -shape.memory_mib, -shape.vcpus, -shape.disk_mib
+
         for facts in told:
             for fact in facts or ():
                 known = found.setdefault(fact.slug, fact)
-                if known.status is not TemplateStatus.READY:
+                if rank(fact) > rank(known):
                     found[fact.slug] = fact
         return [found[slug] for slug in sorted(found)], bool(nodes) and None not in told
 

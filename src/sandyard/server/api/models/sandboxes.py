@@ -32,6 +32,12 @@ class ResourcesIn(Body):
     disk: str | None = Field(None, examples=["10GB"], description="1GB to 500GB.")
 
 
+OnExpiry = Annotated[
+    Literal["destroy", "pause"],
+    Field(description="What is done at its end; this version offers `destroy` alone."),
+]
+
+
 class MountIn(Body):
     """A workspace to mount."""
 
@@ -62,12 +68,13 @@ class CreateSandbox(Body):
     metadata: dict[str, JsonValue] = Field({}, description="Up to 16 KiB.")
     auto_resume: bool = True
     expires_in: int | None = Field(None, ge=1, le=315_360_000)
+    on_expiry: OnExpiry = "destroy"
     network: dict[str, JsonValue] | None = None
     snapshot: str | None = None
 
     def wish(self) -> NewSandbox:
         """Return what is asked for; fields of one name mean the same."""
-        given = self.model_fields_set - {"resources", "mounts", "network"}
+        given = self.model_fields_set - {"resources", "mounts", "network", "on_expiry"}
         resources = vars(self.resources) if self.resources else {}
         named = {name: getattr(self, name) for name in given}
         if "mounts" in self.model_fields_set:
@@ -89,10 +96,12 @@ class PatchSandbox(Body):
     expires_in: int | None = Field(
         None, ge=0, le=315_360_000, description="Seconds from now to its end; 0: none any more."
     )
+    on_expiry: OnExpiry | None = None
 
     def changes(self) -> Changes:
         """Return what is to be changed; fields of one name mean the same."""
-        return Changes(**{name: getattr(self, name) for name in self.model_fields_set})
+        given = self.model_fields_set - {"on_expiry"}
+        return Changes(**{name: getattr(self, name) for name in given})
 
 
 class ResourcesOut(Model):
@@ -262,8 +271,16 @@ def stats_of(figures: Figures) -> Stats:
     return Stats.model_validate(vars(figures), by_name=True)
 
 
-def check_offered(body: CreateSandbox) -> None:
+def check_offered(body: CreateSandbox | PatchSandbox) -> None:
     """Refuse what would otherwise be left out in silence, and so be believed to be in force."""
+    if body.on_expiry == "pause":
+        raise InvalidArgumentError(
+            "cannot have a sandbox paused at its end: this version only ends it then (`destroy`); "
+            "without `expiresIn` it is paused by `idleTimeout`, and never deleted",
+            field="onExpiry",
+        )
+    if isinstance(body, PatchSandbox):
+        return
     network = body.network or {}
     if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):
         raise InvalidArgumentError(

@@ -32,7 +32,7 @@ from sandyard.server.api.models.files import (
     shown,
 )
 from sandyard.server.api.routes.common import enveloped, errors, provided
-from sandyard.server.api.streams import HeldStream
+from sandyard.server.api.streams import TAMED, HeldStream
 from sandyard.server.core import ops
 from sandyard.server.core.errors import InternalError, InvalidArgumentError
 from sandyard.server.core.ids import checked_text
@@ -152,10 +152,8 @@ def _headers(fact: FileFact) -> dict[str, str]:
     return {
         "Accept-Ranges": "bytes",
         "Last-Modified": modified.strftime("%a, %d %b %Y %H:%M:%S GMT"),
-        # What a guest wrote is never a page of this server's.
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}",
-        "X-Content-Type-Options": "nosniff",
-        "Cache-Control": "no-store",
+        **TAMED,
     }
 
 
@@ -268,7 +266,7 @@ async def pack_folder(
     name = quote((shown(where).rstrip("/").rpartition("/")[2] or "root") + ".tar", safe="")
     headers = {
         "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
-        "Cache-Control": "no-store",
+        **TAMED,
     }
     return HeldStream(pieces, held, media_type="application/x-tar", headers=headers)
 

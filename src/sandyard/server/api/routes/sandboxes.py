@@ -144,6 +144,7 @@ async def change_sandbox(
     body: PatchSandbox,
 ) -> Data[SandboxOut]:
     """Change name, tags, idle time-out, metadata, project or auto-resume of a sandbox."""
+    check_offered(body)
     sandbox = await service.change(
         actor, checked_text(reference, field="reference"), body.changes()
     )

@@ -40,7 +40,7 @@ from sandyard.server.api.models.workspaces import (
 from sandyard.server.api.paths import WHOLE
 from sandyard.server.api.ranges import span_of
 from sandyard.server.api.routes.common import Keyed, enveloped, errors, provided
-from sandyard.server.api.streams import HeldStream
+from sandyard.server.api.streams import TAMED, HeldStream
 from sandyard.server.api.uploads import Upload
 from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
 from sandyard.server.core.ids import checked_text
@@ -59,12 +59,6 @@ _INFO = f"/{{reference}}/info/{_PATH}"
 _UPLOAD = f"/{{reference}}/upload/{_PATH}"
 _CONTENTS_MAX = 10 * 1024 * 1024
 _BATCH_MAX = 2 * 1024 * 1024  # of the longest paths there are
-# What a guest wrote never runs on our origin.
-_TAMED = {
-    "Content-Security-Policy": "sandbox; default-src 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
 
 CanRead = Annotated[Actor, Depends(Scope("files:read"))]
 CanWrite = Annotated[Actor, Depends(Scope("files:write"))]
@@ -362,7 +356,7 @@ def _headers(entry: Entry, name: str, *, is_kept: bool) -> dict[str, str]:
     modified = datetime.fromtimestamp(max(0.0, min(2**41 / 1000, entry.modified)), UTC)
     how = "attachment" if is_kept else "inline"
     return {
-        **_TAMED,
+        **TAMED,
         "Accept-Ranges": "bytes",
         "Last-Modified": modified.strftime("%a, %d %b %Y %H:%M:%S GMT"),
         "Content-Disposition": f"{how}; filename*=UTF-8''{quote(name, safe='')}",

@@ -255,7 +255,9 @@ class FirecrackerDriver:
             finally:
                 jail.remove()
         except (OSError, SandyardError) as error:
-            return Verdict(False, f"a probe machine did not come up: {str(error) or 'no reason'}")
+            # A program that is not installed, a disk that is full: next time it may be otherwise.
+            reason = f"a probe machine did not come up: {str(error) or 'no reason'}"
+            return Verdict(False, reason, is_certain=False)
 
     async def _boot_probe(self, version: str, jail: Jail, spec: ProbeSpec) -> Verdict:
         async with AsyncExitStack() as held:

@@ -313,7 +313,9 @@ class QemuDriver:
                 return Verdict(True, _PASSED)
             if _NO_DEVICE_OPTION in said:
                 return Verdict(False, _TOO_OLD, is_certain=False)
-            return Verdict(False, f"a probe machine did not come up: {said}")
+            # A program that is not installed, a disk that is full: next time it may be otherwise.
+            reason = f"a probe machine did not come up: {said}"
+            return Verdict(False, reason, is_certain=False)
         if _has_passed(console):
             return Verdict(True, f"QEMU {version}: {_PASSED}", took_s=took_s)
         last = output.decode(errors="replace").strip().splitlines()[:1]

@@ -14,6 +14,9 @@ from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.node import NodeControl, NodeExports
 from sandyard.server.core.errors import InternalError, SandyardError, error_of
 
+TEXT_MAX: Final = 2000
+"""As many characters of a text are heard."""
+_DEPTH_MAX: Final = 10
 WORKING_S: Final = 2.0
 SILENCE_S: Final = 5.0
 """After so long without a word whoever asked knows nothing of what becomes of it."""
@@ -52,7 +55,9 @@ class Ask:
         Raises:
             CodecError: it is not as agreed.
         """
-        return None if self.returns is type(None) else decode(self.returns, raw)
+        if self.returns is type(None):
+            return None
+        return decode(self.returns, raw if self.returns is bytes else _plain(raw))
 
 
 def _ask(contract: type, name: str, *, is_wish: bool = True) -> Ask:
@@ -82,6 +87,18 @@ ASKS: Final[Mapping[str, Ask]] = {
 """By name; a wish changes something."""
 
 
+def _plain(raw: object, depth: int = 0) -> object:
+    """Return what a node says with its texts short, and of characters that any database takes: it
+    may be a hostile one."""
+    if isinstance(raw, str):
+        return raw[:TEXT_MAX].replace("\0", "").encode(errors="replace").decode()
+    if isinstance(raw, list):
+        return [_plain(one, depth + 1) for one in raw] if depth < _DEPTH_MAX else []
+    if isinstance(raw, dict):
+        return {name: _plain(one, depth + 1) for name, one in raw.items() if depth < _DEPTH_MAX}
+    return raw
+
+
 def failure(error: SandyardError) -> dict[str, object]:
     """Return the words that tell of an error."""
     facts = {"code": error.code.value, "message": error.message, "facts": dict(error.facts)}
@@ -90,6 +107,7 @@ def failure(error: SandyardError) -> dict[str, object]:
 
 def failed(told: object) -> SandyardError:
     """Return the error that words tell of."""
+    told = _plain(told)
     if not isinstance(told, dict):
         return InternalError("a node told of an error in a way that nobody understands")
     facts = told.get("facts")

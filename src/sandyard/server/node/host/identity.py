@@ -79,9 +79,9 @@ def take_identity(
         else:
             chosen = {"id": secrets.token_hex(2), "index": _free_index(others, list(routes))}
         home.mkdir(parents=True, exist_ok=True)
-        (home / "instance.json").write_text(json.dumps(chosen))
+        _write(home / "instance.json", chosen)
         claim = {**chosen, "home": str(home.resolve())}
-        (registry / f"{chosen['id']}.json").write_text(json.dumps(claim))
+        _write(registry / f"{chosen['id']}.json", claim)
     index = int(str(chosen["index"]))
     return Identity(
         id=str(chosen["id"]),
@@ -122,6 +122,18 @@ def _claims(registry: Path, home: Path) -> Iterator[dict[str, object]]:
             path.unlink(missing_ok=True)
         elif claim["home"] != str(home.resolve()):
             yield claim
+
+
+def _write(path: Path, value: dict[str, object]) -> None:
+    """Have a file say something, whole: without it, nothing that runs here is found again."""
+    if _read(path) == value:
+        return
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w") as file:
+        file.write(json.dumps(value))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def _read(path: Path) -> dict[str, object] | None:

@@ -28,6 +28,7 @@ WAKE_LIMIT_S = 15.0
 ENDED = ConflictError("the machine of the sandbox ended meanwhile", status="error")
 _CLOCK_ERROR_S = 0.04
 _CLOCK_TRIES = 3
+_SETTLED_S = 60.0
 # Nobody listens there: the gateway refuses every connection that it was not told to pass on.
 _REHEARSAL = MountAll(CLOSED_PORT, "rehearsal", (MountPoint("rehearsal", "/mnt"),))
 _SETTLING_TRIES = 30
@@ -51,6 +52,7 @@ class Guest:
         self._uses = 0
         self.link: AgentLink | None = None
         self.pulse = Pulse()
+        self._settled_at: tuple[float, float] | None = None
 
     @property
     def is_used(self) -> bool:
@@ -134,7 +136,21 @@ class Guest:
             asked_at = self._means.clock.monotonic()
             await self.set_clock()
             if self._means.clock.monotonic() - asked_at < _CLOCK_ERROR_S:
-                return
+                break
+        self._settled_at = (asked_at, self._wall_ahead_s())
+
+    def _wall_ahead_s(self) -> float:
+        clock = self._means.clock
+        return clock.now().timestamp() - clock.monotonic()
+
+    def _may_be_late(self) -> bool:
+        """Tell whether its clock may be wrong by now, which was right when it was settled: it has
+        gone by itself for long, or the host's has been set since."""
+        if self._settled_at is None:
+            return True
+        at, ahead_s = self._settled_at
+        has_gone_s = self._means.clock.monotonic() - at
+        return has_gone_s > _SETTLED_S or abs(self._wall_ahead_s() - ahead_s) > _CLOCK_ERROR_S
 
     async def set_up(self, wish: MachineWish, *, was: Was, grows: bool, limit_s: float) -> str:
         """Make it the wished sandbox, unlike every other, and return the token that it accepts
@@ -142,6 +158,7 @@ class Guest:
         link = self._link_or_raise()
         asked_at = self._means.clock.monotonic()
         token, is_new, waking = new_secret(), was is not Was.UNIQUE, self._waking()
+        is_late = is_new or self._may_be_late()
         await link.ask(
             SetUp(
                 hostname=wish.hostname,
@@ -149,8 +166,8 @@ class Guest:
                 token=token,
                 authorized_keys="".join(f"{key}\n" for key in wish.authorized_keys),
                 password_hash=wish.root_password_hash,
-                entropy=waking.entropy if is_new else None,
-                wall_ns=waking.wall_ns if is_new else None,
+                entropy=waking.entropy if is_late else None,
+                wall_ns=waking.wall_ns if is_late else None,
                 keeps_connections=was is not Was.IN_USE,
                 machine_id=secrets.token_hex(16) if is_new else None,
                 replaces_access=wish.replaces_access,

@@ -110,10 +110,14 @@ async def _beat(pulse: Pulse, means: Means, link_of: Callable[[], AgentLink | No
         link = link_of()
         if pulse.stands_still or link is None:
             continue
-        if await _answers(link, means):
-            has_changed = pulse.answered(means.clock.monotonic())
-        else:
-            has_changed = pulse.missed()
+        try:
+            if await _answers(link, means):
+                has_changed = pulse.answered(means.clock.monotonic())
+            else:
+                has_changed = pulse.missed()
+        except Exception:  # as for a look; a host without a thread to spare says nothing of it
+            log.exception("a machine's agent could not be asked; asking again soon")
+            continue
         if has_changed:
             means.on_change()
 

@@ -152,9 +152,14 @@ class Pool:
                 yield one
 
     async def give_way(self, memory_mib: int) -> bool:
-        """End waiting machines until so much promised memory is free; False if it is not."""
+        """End waiting machines until so much promised memory is free; False if it is not. None is
+        ended where all of them would not do."""
+        shelves = list(self._shelves.values())
+        waiting = (one for shelf in shelves for one in shelf.members)
+        if sum(one.shape.memory_mib for one in waiting) < memory_mib:
+            return False
         freed = 0
-        for shelf in self._shelves.values():
+        for shelf in shelves:
             while shelf.members and freed < memory_mib:
                 one = shelf.members.pop()
                 shelf.failed_at = self._means.clock.monotonic()
@@ -214,6 +219,12 @@ class Pool:
                     await to_the_end(self._discard(shelf.members.pop()))
                 continue
             await self._tend(shelf, crew)
+            if shelf not in usual and self._is_forgotten(shelf):
+                del self._shelves[kind]
+
+    def _is_forgotten(self, shelf: _Shelf) -> bool:
+        """Tell whether nobody has asked for its kind of machine lately, and nothing is on it."""
+        return not (shelf.members or shelf.coming or shelf.asked_at or self._target(shelf))
 
     def _floor(self, shelf: _Shelf, shelves: int) -> int:
         wanted = self._limits.floor

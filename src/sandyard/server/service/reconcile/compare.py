@@ -53,6 +53,7 @@ _SILENT_MAX = timedelta(hours=1)
 _WHOLE_S = 300.0
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _AWAY = timedelta(seconds=10)
+_UNKNOWN_MAX = 100
 _BEHIND_MAX = 1_000_000
 _NUMBER_MAX = 2**30
 """Beyond it no row's numbers are believed to have come; the database has room for twice as much."""
@@ -117,6 +118,7 @@ class Comparison:
         self._rows: Mapping[str, Standing] = {}
         self._awake: dict[str, tuple[int, int]] = {}
         self._unwanted: dict[str, int] = {}
+        self._removing = 0
         self._vanished: set[str] = set()
         self._reboots: dict[str, list[datetime]] = {}
         self._unwanted_snapshots: set[str] = set()
@@ -423,19 +425,38 @@ class Comparison:
         self, machines: tuple[MachineFact, ...], known: Mapping[str, Standing]
     ) -> None:
         found: dict[str, int] = {}
+        unknown = 0
         for fact in machines:
             sandbox: Standing | Sandbox | None = known.get(fact.sandbox_id)
             if sandbox is None:  # written after the rows were read, gone, or on another node
+                unknown += 1
+                if unknown > _UNKNOWN_MAX:  # of an honest node, the rest has its turn later
+                    break
                 async with self._store.glance() as tx:
                     sandbox = await tx.sandboxes.find(fact.sandbox_id)
             is_elsewhere = sandbox is not None and sandbox.node_id != self._node.node_id
             if sandbox is None or is_elsewhere or sandbox.status in _NOTHING_LEFT:
                 found[fact.sandbox_id] = fact.incarnation
+        if unknown > _UNKNOWN_MAX:
+            log.error("the node %s has many machines that no row is of", self._node.node_id)
         twice = found.items() & self._unwanted.items()
         self._unwanted = found
         for sandbox_id, incarnation in twice:
-            log.warning("removing a machine that nobody wants", extra={"sandbox_id": sandbox_id})
-            self._beside(sandbox_id, self._node.ensure_gone(sandbox_id, incarnation=incarnation))
+            if self._removing >= _UNKNOWN_MAX:
+                break
+            log.warning(
+                "the node %s is to remove a machine that nobody wants there",
+                self._node.node_id,
+                extra={"sandbox_id": sandbox_id},
+            )
+            self._beside(sandbox_id, self._remove(sandbox_id, incarnation))
+
+    async def _remove(self, sandbox_id: str, incarnation: int) -> None:
+        self._removing += 1
+        try:
+            await self._node.ensure_gone(sandbox_id, incarnation=incarnation)
+        finally:
+            self._removing -= 1
 
     async def _look_after_snapshots(self, report: NodeReport) -> list[Snapshot]:
         """Remove hidden snapshots whose forks are made, those that were never finished, and files

@@ -56,6 +56,8 @@ class Pace:
     period_s: float = 2.0
     lease_s: float = 30.0
     retry_s: float = 2.0
+    lost_s: float = 10.0
+    """How long what is on a node that was given up is left alone."""
     start_limit_s: float = 300.0
     workers: int = 64
     patience: Patience = field(default_factory=Patience)
@@ -96,7 +98,7 @@ class Reconciler:
         self._pace = pace
         self._lasts = timedelta(seconds=pace.lease_s)
         self._away_since = away_since
-        self._working = 0
+        self._starting = 0
         self._crew = Crew()
 
     async def run(self) -> None:
@@ -144,16 +146,17 @@ class Reconciler:
 
     def _begin(self, claim: Claim) -> "asyncio.Task[None] | None":
         task = self._crew.start(self._carry_out(claim), "work on a sandbox failed")
-        if task is not None:
-            self._working += 1
+        # What is to end takes no place from what is to start: where a node is away, it stays long.
+        if task is not None and claim.sandbox.status not in _ENDING:
+            self._starting += 1
             task.add_done_callback(lambda _: self._is_free())
         return task
 
     def _is_free(self) -> None:
         # Work that ended well left a status that nobody works on, and with it the lease lost its
         # meaning; it need not be given back.
-        was_full = self._working >= self._pace.workers
-        self._working -= 1
+        was_full = self._starting >= self._pace.workers
+        self._starting -= 1
         if was_full:
             self._bus.hint(WORK)
 
@@ -161,7 +164,7 @@ class Reconciler:
 
     async def _claims(self) -> list[Claim]:
         """Lease what wants work; what is to end never waits behind what waits to start."""
-        room = self._pace.workers - self._working
+        room = self._pace.workers - self._starting
         hold, claims = self.hold(), list[Claim]()
         try:
             async with self._store.glance() as tx:
@@ -186,13 +189,14 @@ class Reconciler:
             log.debug("a sandbox has moved on meanwhile", extra={"sandbox_id": claim.sandbox.id})
         except UnavailableError as error:
             log.info("not now: %s", error.message, extra={"sandbox_id": claim.sandbox.id})
-            await self._try_again_later(claim)
+            is_lost = self._nodes.is_lost(claim.sandbox.node_id)
+            await self._try_again_later(claim, self._pace.lost_s if is_lost else None)
         except Exception:  # the loop must go on, whatever one sandbox does
             log.exception("work on a sandbox failed", extra={"sandbox_id": claim.sandbox.id})
             await self._try_again_later(claim)
 
-    async def _try_again_later(self, claim: Claim) -> None:
-        lasts = timedelta(seconds=self._pace.retry_s)
+    async def _try_again_later(self, claim: Claim, after_s: float | None = None) -> None:
+        lasts = timedelta(seconds=self._pace.retry_s if after_s is None else after_s)
         try:
             async with self._store.write(Turn.BESIDE) as tx:
                 await tx.leases.extend(claim.sandbox.id, lease=claim.lease, lasts=lasts)

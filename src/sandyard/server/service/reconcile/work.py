@@ -27,7 +27,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.ids import hostname_of
 from sandyard.server.core.records import Claim, Reason, Sandbox
 from sandyard.server.core.states import Event, Status
-from sandyard.server.service.nodes import Nodes
+from sandyard.server.service.nodes import Nodes, believed_bytes
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 from sandyard.server.service.sandboxes.mounts import mount_wishes
@@ -107,14 +107,21 @@ class Work:
             await self._start_again(claim)
         except UnavailableError as error:
             await self._give_up_in_time(claim, error)
-            pending = await self._displaced(claim, error)
-            if pending is None or not may_move:
+            if not isinstance(error, NoCapacityError):
+                self._placement.note_failure(sandbox.node_id)
+            pending = await self._displaced(claim, error) if may_move else None
+            if pending is None:
                 raise
             await self._place(pending, but=sandbox.node_id)
         except SandyardError as error:
+            pending = None
             if isinstance(error, InternalError):
                 self._placement.note_failure(sandbox.node_id)
-            await self._give_up(claim, Reason("start_failed", error.message))
+                pending = await self._displaced(claim, error) if may_move else None
+            if pending is None:
+                await self._give_up(claim, Reason("start_failed", error.message))
+            else:
+                await self._place(pending, but=sandbox.node_id)
         else:
             await self._is_up(claim, fact, used="created")
 
@@ -128,15 +135,13 @@ class Work:
         if again is not None:
             await self._bring_up(Claim(again, claim.lease))
 
-    async def _displaced(self, claim: Claim, error: UnavailableError) -> Claim | None:
-        """Take a sandbox from a node that cannot start it now if another may; None if it stays.
+    async def _displaced(self, claim: Claim, error: SandyardError) -> Claim | None:
+        """Take a sandbox from a node that cannot start it if another may; None if it stays.
 
         What it may have there all the same is of an incarnation that is wanted no more.
         """
         sandbox = claim.sandbox
         if wish_of(sandbox).origin is not Origin.NEW or sandbox.node_id is None:
-            return None
-        if not isinstance(error, NoCapacityError) and await self._answers(sandbox.node_id):
             return None
         if not await self._placement.has_another(
             sandbox.template, sandbox.shape, but=sandbox.node_id
@@ -155,13 +160,6 @@ class Work:
             incarnation=sandbox.incarnation + 1,
         )
         return None if pending is None else Claim(pending, claim.lease)
-
-    async def _answers(self, node_id: str) -> bool:
-        try:
-            await self._nodes.report_of(self._nodes.get(node_id))
-        except UnavailableError:
-            return False
-        return True
 
     async def _is_up(self, claim: Claim, fact: MachineFact, *, used: str) -> None:
         reason = Reason(fact.reason_code, fact.reason_message) if fact.reason_code else None
@@ -308,7 +306,7 @@ class Work:
                 reason=sandbox.reason,
                 ip=None,
                 paused_at=self._clock.now(),
-                saved_bytes=size,
+                saved_bytes=believed_bytes(size, sandbox.shape),
             )
 
     async def _wish(self, sandbox: Sandbox) -> MachineWish:
@@ -318,6 +316,8 @@ class Work:
     async def _take_down(self, claim: Claim) -> None:
         sandbox = claim.sandbox
         if sandbox.node_id is not None and self._nodes.has(sandbox.node_id):
+            if self._nodes.is_lost(sandbox.node_id):  # to ask would take seconds, of hundreds
+                raise UnavailableError(f"the node {sandbox.node_id} is away")
             node: NodeControl = self._nodes.get(sandbox.node_id)
             await node.ensure_gone(sandbox.id, incarnation=sandbox.incarnation)
         await self._lifecycle.apply(sandbox, Event.GONE, lease=claim.lease, ip=None, reason=None)

@@ -36,7 +36,7 @@ from sandyard.server.core.records import Activity, Claim, Sandbox, Snapshot, Sto
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
-from sandyard.server.service.nodes import Nodes
+from sandyard.server.service.nodes import Nodes, believed_bytes
 from sandyard.server.service.placement import Placement
 from sandyard.server.service.repeats import Repeatable, Repeats
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
@@ -323,6 +323,7 @@ class Snapshots:
             reason=None,
             from_snapshot_id=snapshot.id,
             from_snapshot_incarnation=1,
+            from_disk_incarnation=0,
             is_test=actor.is_test,
             saved_bytes=0,
         )
@@ -436,7 +437,7 @@ class Snapshots:
                 if again.status in _SAVABLE and again.version == now.version:
                     raise
                 return None
-            return fact.size_bytes
+            return believed_bytes(fact.size_bytes, now.shape)
 
         return await self._register.unless_changed(sandbox, attempt, doing="save")
 

@@ -18,6 +18,7 @@ from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
+    DeadlineExceededError,
     InvalidArgumentError,
     LimitReachedError,
     NotFoundError,
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 WORKSPACES_MAX = 1000
 _BEAT_S = 60.0
+_WITHDRAW_S = 10.0
 _ACCESS = timedelta(minutes=1)
 _GIB = 1024**3
 
@@ -278,8 +280,12 @@ class Workspaces:
 
     async def _erase(self, workspace: Workspace) -> None:
         # Whether anybody had it mounted is not asked: a node may be late.
-        for node in self._exports.values():
-            await node.withdraw(workspace.id)
+        for node_id, node in self._exports.items():
+            try:
+                async with self._clock.timeout(_WITHDRAW_S):
+                    await node.withdraw(workspace.id)
+            except TimeoutError as error:
+                raise DeadlineExceededError(f"the node {node_id} does not withdraw it") from error
         await self._volumes.remove(workspace.id)
         async with self._store.write(workspace.org_id) as tx:
             await tx.workspaces.erase(workspace.id)
@@ -337,7 +343,8 @@ class Workspaces:
         async with self._store.read() as tx:
             every, mounted = await tx.workspaces.every(), await tx.sandboxes.mounted()
         now = self._clock.now()
-        for one in every:
+        # Sizes first: somebody pays by them, and what was deleted may have to wait for a node.
+        for one in sorted(every, key=lambda one: one.removed_at is not None):
             try:
                 if one.removed_at is not None:
                     await self._erase(one)
@@ -350,6 +357,8 @@ class Workspaces:
                             await self._note(tx, one, size, accessed=False)
             except SandyardError as error:
                 log.warning("cannot look after the workspace %s: %s", one.id, error.message)
+                if one.removed_at is not None and isinstance(error, DeadlineExceededError):
+                    break  # the others would wait as long, and the sizes of all meanwhile
             except Exception:  # the others are looked after all the same
                 log.exception("cannot look after the workspace %s", one.id)
         await self._volumes.rest()
