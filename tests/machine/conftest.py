@@ -69,12 +69,12 @@ def _is_settled(server: RealServer, box: str) -> bool:
 @pytest.fixture(autouse=True)
 def _leaves_nothing(server: RealServer, box: str) -> Iterator[None]:
     yield
-    for one in server.client.get("/v1/snapshots").json()["data"]:
-        server.client.delete(f"/v1/snapshots/{one['id']}")
     listed = server.client.get("/v1/sandboxes").json()["data"]
     for one in listed:
         if one["id"] != box:
             server.delete(one["id"])
+    for one in server.client.get("/v1/snapshots").json()["data"]:
+        server.client.delete(f"/v1/snapshots/{one['id']}")
     assert server.machines() == {box}
     settled = lambda: _is_settled(server, box)  # noqa: E731
     wait_until(settled, limit_s=120, what="only the box and the pool are there")

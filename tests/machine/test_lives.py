@@ -8,6 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tests.support.server import RealServer, is_slow, longer, some, wait_until
 
 pytestmark = pytest.mark.machine
@@ -211,8 +213,15 @@ def test_a_silent_agent_is_suspected_and_comes_back(server: RealServer) -> None:
 
 
 def test_a_machine_that_was_killed_is_booted_anew_from_its_disk(server: RealServer) -> None:
-    box = str(server.create()["id"])
-    server.execute(box, "echo kept > /workspace/kept; sync; echo lost > /dev/shm/lost")
+    key = Ed25519PrivateKey.generate().public_key()
+    public = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    box = str(server.create(sshKeys=[public])["id"])
+    # With what an owner may have made of it: keys that lie in what is mounted later, no hosts file.
+    server.execute(
+        box,
+        "rm -r /root/.ssh; ln -s /workspace/none /root/.ssh; rm /etc/hosts; mkdir -p /etc/hosts/x; "
+        "echo kept > /workspace/kept; sync; echo lost > /dev/shm/lost",
+    )
     killed_at = time.monotonic()
     os.kill(server.pid_of(box), signal.SIGKILL)
     wait_until(lambda: server.status(box) == "error", limit_s=5)

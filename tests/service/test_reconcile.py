@@ -17,6 +17,7 @@ from tests.support.nodes import FakeNode, Machine, a_wish
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import (
+    ConflictError,
     DeadlineExceededError,
     InternalError,
     NoCapacityError,
@@ -28,6 +29,7 @@ from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service import placement
 from sandyard.server.service.money.metering import BEAT
+from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.sandboxes.create import NewSandbox
 
 WISH = NewSandbox("base-minimal")
@@ -628,6 +630,36 @@ async def test_a_fork_of_what_was_booted_anew_goes_on_from_its_own_memory(desk: 
     again = await desk.until(fork, Status.RUNNING)
     assert again.incarnation == 2
     assert desk.machine(fork).remembers["so far"] == "all"
+
+
+async def test_nothing_is_resumed_on_a_node_that_is_lost(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await desk.create(idle_timeout=0)
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    with monkeypatch.context() as away:
+        away.setattr(Nodes, "is_lost", lambda _, node_id: node_id == "fake")
+        for ask in (desk.services.sandboxes.resume, desk.services.sandboxes.restart):
+            with pytest.raises(UnavailableError, match="ask again when that is back"):
+                await ask(desk.actor, box.id)
+        with pytest.raises(UnavailableError, match="ask again when that is back"):
+            await desk.execute(box, "true")
+    assert (await desk.get(box)).status is Status.PAUSED
+    await desk.services.sandboxes.resume(desk.actor, box.id)
+    await desk.until(box, Status.RUNNING)
+
+
+async def test_a_snapshot_is_there_for_as_long_as_a_sandbox_is_made_from_it(desk: Desk) -> None:
+    box = await desk.create(idle_timeout=0)
+    snapshot = await desk.services.snapshots.create(desk.actor, box.id, "s")
+    desk.node.gate.clear()
+    wish = NewSandbox(template=None, snapshot="s")
+    clone = await desk.services.creation.create(desk.actor, wish)
+    with pytest.raises(ConflictError, match="ask again once that runs"):
+        await desk.services.snapshots.delete(desk.actor, snapshot.id)
+    desk.node.gate.set()
+    await desk.until(clone, Status.RUNNING)
+    await desk.services.snapshots.delete(desk.actor, snapshot.id)
 
 
 async def test_what_a_node_says_of_sizes_is_believed_as_far_as_it_can_be(

@@ -198,7 +198,12 @@ async def open_control(
             away_since=away_since,
         )
         power = Power(
-            register=register, lifecycle=lifecycle, worker=reconciler, quota=quota, waits=waits
+            register=register,
+            lifecycle=lifecycle,
+            worker=reconciler,
+            nodes=known,
+            quota=quota,
+            waits=waits,
         )
         reach = Reach(store=store, register=register, power=power, tunnel=tunnel, clock=clock)
         opened = Open()

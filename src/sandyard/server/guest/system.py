@@ -133,21 +133,29 @@ def write_identity(
     """Write who this machine is into the user's files; call it inside the user's root.
 
     What stands in a file's place and is no plain file (a link, a FIFO) is replaced, never followed.
+    Where the user made that impossible (a folder is in its place, it may not be changed), names and
+    keys stay as they are: a sandbox must come up with whatever is on its disk. What others could
+    come in by does not stay.
+
+    Raises:
+        OSError: what has to be written cannot be.
     """
-    _overwrite("/etc/hostname", hostname + "\n", 0o644)
-    _overwrite(
-        "/etc/hosts",
-        f"127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost ip6-loopback\n",
-        0o644,
-    )
+    hosts = f"127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost ip6-loopback\n"
+    for path, text in (("/etc/hostname", hostname + "\n"), ("/etc/hosts", hosts)):
+        with contextlib.suppress(OSError):
+            _overwrite(path, text, 0o644)
     if machine_id is not None:
         _overwrite("/etc/machine-id", machine_id + "\n", 0o444)
     if replaces_access and password_hash is None:
         password_hash = "*"  # no password is it (shadow(5))
     if authorized_keys or (replaces_access and Path("/root/.ssh/authorized_keys").exists()):
         ssh = Path("/root/.ssh")
-        ssh.mkdir(mode=0o700, exist_ok=True)
-        _replace(ssh / "authorized_keys", authorized_keys, 0o600)
+        try:
+            ssh.mkdir(mode=0o700, exist_ok=True)
+            _replace(ssh / "authorized_keys", authorized_keys, 0o600)
+        except OSError:
+            if replaces_access:
+                raise
     if password_hash is not None:
         lines = (before := _read_regular(Path("/etc/shadow"))).splitlines()
         changed = [

@@ -16,6 +16,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.records import Claim, Sandbox
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
 from sandyard.server.service.sandboxes.quota import Quota
 from sandyard.server.service.sandboxes.register import Register
@@ -47,9 +48,11 @@ class Power:
         register: Register,
         lifecycle: Lifecycle,
         worker: Worker,
+        nodes: Nodes,
         quota: Quota,
         waits: Waits,
     ) -> None:
+        self._nodes = nodes
         self._register = register
         self._lifecycle = lifecycle
         self._worker = worker
@@ -139,6 +142,12 @@ class Power:
                 return now
             if now.status not in (_HAS_DISK if event is Event.RESTART else _AT_REST):
                 raise refusal(now, doing=doing)
+            if self._nodes.is_lost(now.node_id):
+                # It would come up, and cost, whenever that returns, with nobody waiting for it.
+                raise UnavailableError(
+                    f"cannot {doing} {now.id}: the node that it is on does not answer; it is "
+                    f"{now.status} as before, ask again when that is back"
+                )
             with holding(self._worker, now.id) as hold:
                 resuming = await self._lifecycle.apply(
                     now,

@@ -210,7 +210,7 @@ class Snapshots:
 
         Raises:
             NotFoundError: see `get`.
-            ConflictError: it is being made.
+            ConflictError: it is being made, or a sandbox is just being made from it.
         """
         actor.require("sandbox:write")
         snapshot = await get_snapshot(self._store, actor, reference, field=None)
@@ -221,6 +221,12 @@ class Snapshots:
                 status="creating",
             )
         async with self._store.write(snapshot.org_id) as tx:
+            if await tx.snapshots.is_awaited(snapshot.id):
+                raise ConflictError(
+                    f"cannot delete the snapshot {snapshot.id} yet: a sandbox is just being "
+                    "started from it; ask again once that runs",
+                    status="in_use",
+                )
             await tx.snapshots.remove(snapshot.id)
             await tx.storage.close("snapshot", snapshot.id, self._clock.now())
             await tx.activity.append(self._line(actor, snapshot, "snapshot.deleted"))
