@@ -401,6 +401,27 @@ async def test_what_kept_a_probe_from_running_is_not_remembered(
     assert "No space left" in verdict.reason
 
 
+@pytest.mark.parametrize(
+    ("accel", "said", "is_certain"), [("kvm", b"", True), ("kvm", b"x", False), ("tcg", b"", False)]
+)
+async def test_a_kernel_that_kvm_cannot_run_is_not_tried_again_at_each_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accel: str, said: bytes, is_certain: bool
+) -> None:
+    async def hangs(arguments: Sequence[str], **_: object) -> bytes:
+        if "--version" in arguments:
+            return b"QEMU emulator version 10.0"
+        (tmp_path / "console").write_bytes(said)
+        raise TimeoutError
+
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.can_open", lambda: True)
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.door", lambda: nullcontext(Door()))
+    monkeypatch.setattr("sandyard.server.drivers.qemu.driver.output_of", hangs)
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    verdict = await QemuDriver(accel=accel).probe(ProbeSpec(tmp_path, tmp_path, tmp_path, 1))
+    assert (verdict.is_usable, verdict.is_certain) == (False, is_certain)
+    assert ("under this host's KVM" in verdict.reason) is is_certain
+
+
 async def test_a_qemu_that_is_too_old_for_a_descriptor_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

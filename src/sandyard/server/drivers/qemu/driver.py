@@ -302,10 +302,14 @@ class QemuDriver:
                     took_s = time.monotonic() - started
                     output = running.result() if running.done() else b""
         except TimeoutError:
+            # With KVM a kernel speaks within a second, if it runs at all: one that was silent for
+            # so long is not tried again at each start. Emulated, it may have lacked the time.
+            is_silent = self._accel == "kvm" and not (console.exists() and console.stat().st_size)
+            why = ": its kernel does not run under this host's KVM" if is_silent else ""
             return Verdict(
                 False,
-                f"a probe machine did not come up within {spec.limit_s:g} s",
-                is_certain=False,
+                f"a probe machine did not come up within {spec.limit_s:g} s{why}",
+                is_certain=is_silent,
             )
         except (OSError, SandyardError) as error:
             said = (str(error) or "no end in time").splitlines()[0]
