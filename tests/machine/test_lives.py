@@ -230,6 +230,10 @@ def test_a_machine_that_was_killed_is_booted_anew_from_its_disk(server: RealServ
     assert back["statusReason"]["code"] == "restarted_from_disk"
     said = server.execute(box, "cat /workspace/kept; ls /dev/shm")["stdout"]
     assert said == "kept\n"
+    (fork,) = server.act(box, "fork", count=1)
+    server.wait_running(fork["id"])
+    said = server.execute(fork["id"], "stat -c %F /root/.ssh; wc -l < /root/.ssh/authorized_keys")
+    assert said["stdout"] == "directory\n1\n"
     server.act(box, "pause")
     assert server.execute(box, "cat /workspace/kept")["stdout"] == "kept\n"
 

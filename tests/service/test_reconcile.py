@@ -14,7 +14,7 @@ from tests.support.clock import DrivenClock
 from tests.support.desk import Desk, still, until
 from tests.support.nodes import FakeNode, Machine, a_wish
 
-from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase
+from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase, TemplateFact
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import (
     ConflictError,
@@ -26,6 +26,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.core.records import Sandbox
+from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service import placement
 from sandyard.server.service.money.metering import BEAT
@@ -270,6 +271,57 @@ async def test_a_node_whose_starts_fail_is_asked_last_for_minutes(
     await three.create(idle_timeout=0)
     assert len(best.machines) == 1
     assert sum(len(one.machines) for one in others) == 3
+
+
+async def test_what_fails_where_no_other_has_room_has_failed_at_once_and_says_why(
+    three: Desk,
+) -> None:
+    best, *others = sorted(three.nodes.values(), key=lambda one: one.room, reverse=True)
+    await three.drive(4)
+    for one in others:
+        one.room = 0
+    best.refusal = InternalError("the hypervisor did not come up")
+    broken = await three.create(idle_timeout=0)
+    assert (broken.status, broken.incarnation) == (Status.FAILED, 1)
+    assert broken.reason is not None
+    assert broken.reason.message == "the hypervisor did not come up"
+    # What may be otherwise soon is tried again where it is, and waits for nobody else.
+    best.refusal = DeadlineExceededError("no agent in time")
+    again = await three.create(idle_timeout=0)
+    assert (again.status, again.node_id, again.incarnation) == (Status.RUNNING, best.node_id, 1)
+
+
+async def test_many_ends_that_wait_are_taken_up_one_after_the_other(desk: Desk) -> None:
+    box = await desk.create(idle_timeout=0)
+    async with desk.control.store.write(box.org_id) as tx:
+        for _ in range(200):
+            left = replace(box, id=new_sandbox_id(), status=Status.DESTROYING, version=1)
+            await tx.sandboxes.insert(left)
+    await desk.drive(4)
+    async with desk.control.store.read() as tx:
+        assert await tx.sandboxes.on_node("fake", frozenset({Status.DESTROYING})) == []
+
+
+async def test_of_a_template_that_nodes_tell_otherwise_most_decide_and_then_the_smaller(
+    three: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = dict.fromkeys(three.nodes, Shape(1, 512, 1024))
+    templates = FakeNode.templates
+
+    async def as_told(node: FakeNode) -> tuple[TemplateFact, ...]:
+        found = await templates(node)
+        return tuple(replace(one, defaults=told[node.node_id]) for one in found)
+
+    monkeypatch.setattr(FakeNode, "templates", as_told)
+    told["a"] = Shape(32, 65536, 512_000)
+    assert (await three.services.templates.ready("base-minimal")).defaults == told["b"]
+    await three.drive(4)
+    told["b"] = told["a"]
+    assert (await three.services.templates.ready("base-minimal")).defaults == told["a"]
+    await three.drive(4)
+    three.nodes["c"].templates_ready = ()
+    told["b"] = Shape(1, 256, 1024)
+    assert (await three.services.templates.ready("base-minimal")).defaults == told["b"]
 
 
 async def test_what_two_nodes_cannot_start_has_failed(three: Desk) -> None:

@@ -148,7 +148,7 @@ def test_a_host_that_is_gone_is_lost_and_whole_when_it_is_back(built: Lab) -> No
         built.until(box, "running")
         assert built.execute(box, "echo here") == "echo here"
     gone_now = lambda: built.client.get(f"/v1/sandboxes/{there[2]['id']}").status_code == 404  # noqa: E731
-    wait_until(gone_now, what="it goes")
+    wait_until(gone_now, limit_s=60, what="it goes")
 
 
 def test_an_operator_says_that_a_lost_host_is_off(built: Lab) -> None:

@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from sandyard.server.tasks import in_thread
 log = logging.getLogger(__name__)
 
 _GRACE_S = 10
+_THREADS = 32
 SOCKET_MESSAGE_MAX = 1024 * 1024
 """What a client may send in one message of a WebSocket."""
 _EMPTY_LIMIT_S = 120.0
@@ -64,11 +66,15 @@ def at_the_end() -> asyncio.Event:
         del os.environ[name]
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    loop = asyncio.get_running_loop()
+    # Python's own number is for the processors. These wait for disks: a few machines that are saved
+    # at once, each for a minute, must leave some for whoever only opens a socket.
+    loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="work"))
     # uvicorn takes these over while it serves and raises them again when it is done: without a
     # handler of ours that would end the process before the house has closed.
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
     return stop
 
 

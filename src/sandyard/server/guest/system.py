@@ -148,8 +148,10 @@ def write_identity(
         _overwrite("/etc/machine-id", machine_id + "\n", 0o444)
     if replaces_access and password_hash is None:
         password_hash = "*"  # no password is it (shadow(5))
-    if authorized_keys or (replaces_access and Path("/root/.ssh/authorized_keys").exists()):
-        ssh = Path("/root/.ssh")
+    ssh = Path("/root/.ssh")
+    if replaces_access and os.path.lexists(ssh) and (ssh.is_symlink() or not ssh.is_dir()):
+        ssh.unlink()  # what it leads to may come to be there later, and open this one
+    if authorized_keys or (replaces_access and os.path.lexists(ssh / "authorized_keys")):
         try:
             ssh.mkdir(mode=0o700, exist_ok=True)
             _replace(ssh / "authorized_keys", authorized_keys, 0o600)

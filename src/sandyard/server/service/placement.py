@@ -73,10 +73,6 @@ class Placement:
         await node.find_room(snapshot.template, shape, count=count)
         return Placed(node.node_id)
 
-    async def has_another(self, template: str, shape: Shape, *, but: str) -> bool:
-        """Tell whether another node than this could start a sandbox."""
-        return bool(await self._able(template, shape, but=but))
-
     async def _asked(self, node_id: str) -> NodeView | None:
         """Return what a node says now, None if it does not answer."""
         try:

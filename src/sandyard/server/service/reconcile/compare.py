@@ -53,7 +53,7 @@ _SILENT_MAX = timedelta(hours=1)
 _WHOLE_S = 300.0
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _AWAY = timedelta(seconds=10)
-_UNKNOWN_MAX = 100
+_UNWANTED_MAX, _LOOKED_UP_MAX = 100, 1000
 _BEHIND_MAX = 1_000_000
 _NUMBER_MAX = 2**30
 """Beyond it no row's numbers are believed to have come; the database has room for twice as much."""
@@ -352,7 +352,10 @@ class Comparison:
         await self._apply(sandbox, Event.BROKE, reason=reason, ip=None, ended_at=self._away_since)
 
     async def _expire(self, sandbox: Standing, *, ended_at: datetime | None) -> None:
-        await self._apply(sandbox, Event.DELETE, ended_at=ended_at, reason=EXPIRED)
+        # What is compared may not be what is written, if a database has gone back.
+        whole = await self._whole(sandbox)
+        if whole is not None and has_expired(whole, self._clock.now()):
+            await self._lifecycle.apply(whole, Event.DELETE, ended_at=ended_at, reason=EXPIRED)
 
     async def _apply(self, sandbox: Standing, event: Event, **changes: Any) -> Sandbox | None:
         """Apply an event to a sandbox as it was compared; see `Lifecycle.apply`."""
@@ -425,24 +428,24 @@ class Comparison:
         self, machines: tuple[MachineFact, ...], known: Mapping[str, Standing]
     ) -> None:
         found: dict[str, int] = {}
-        unknown = 0
+        looked_up = 0
         for fact in machines:
+            # Of an honest node, the rest has its turn later.
+            if len(found) >= _UNWANTED_MAX or looked_up >= _LOOKED_UP_MAX:
+                log.error("the node %s has many machines that no row is of", self._node.node_id)
+                break
             sandbox: Standing | Sandbox | None = known.get(fact.sandbox_id)
-            if sandbox is None:  # written after the rows were read, gone, or on another node
-                unknown += 1
-                if unknown > _UNKNOWN_MAX:  # of an honest node, the rest has its turn later
-                    break
+            if sandbox is None:  # ending, written after the rows were read, gone, or elsewhere
+                looked_up += 1
                 async with self._store.glance() as tx:
                     sandbox = await tx.sandboxes.find(fact.sandbox_id)
             is_elsewhere = sandbox is not None and sandbox.node_id != self._node.node_id
             if sandbox is None or is_elsewhere or sandbox.status in _NOTHING_LEFT:
                 found[fact.sandbox_id] = fact.incarnation
-        if unknown > _UNKNOWN_MAX:
-            log.error("the node %s has many machines that no row is of", self._node.node_id)
         twice = found.items() & self._unwanted.items()
         self._unwanted = found
         for sandbox_id, incarnation in twice:
-            if self._removing >= _UNKNOWN_MAX:
+            if self._removing >= _UNWANTED_MAX:
                 break
             log.warning(
                 "the node %s is to remove a machine that nobody wants there",
@@ -503,7 +506,7 @@ def _reason_of(fact: MachineFact) -> Reason:
     return Reason(fact.reason_code or LOST.code, fact.reason_message or LOST.message)
 
 
-def has_expired(sandbox: Standing, now: datetime) -> bool:
+def has_expired(sandbox: Standing | Sandbox, now: datetime) -> bool:
     """Tell whether the end that was set at a sandbox's creation has come."""
     return sandbox.expires_at is not None and sandbox.expires_at <= now
 

@@ -56,7 +56,7 @@ class Pace:
     period_s: float = 2.0
     lease_s: float = 30.0
     retry_s: float = 2.0
-    lost_s: float = 10.0
+    lost_s: float = 20.0
     """How long what is on a node that was given up is left alone."""
     start_limit_s: float = 300.0
     workers: int = 64
@@ -99,6 +99,7 @@ class Reconciler:
         self._lasts = timedelta(seconds=pace.lease_s)
         self._away_since = away_since
         self._starting = 0
+        self._more_end = False
         self._crew = Crew()
 
     async def run(self) -> None:
@@ -147,10 +148,17 @@ class Reconciler:
     def _begin(self, claim: Claim) -> "asyncio.Task[None] | None":
         task = self._crew.start(self._carry_out(claim), "work on a sandbox failed")
         # What is to end takes no place from what is to start: where a node is away, it stays long.
-        if task is not None and claim.sandbox.status not in _ENDING:
+        if task is not None and claim.sandbox.status in _ENDING:
+            task.add_done_callback(lambda _: self._has_ended())
+        elif task is not None:
             self._starting += 1
             task.add_done_callback(lambda _: self._is_free())
         return task
+
+    def _has_ended(self) -> None:
+        if self._more_end:
+            self._more_end = False
+            self._bus.hint(WORK)
 
     def _is_free(self) -> None:
         # Work that ended well left a status that nobody works on, and with it the lease lost its
@@ -173,9 +181,10 @@ class Reconciler:
                 if not await tx.leases.waits(wanted):
                     return []
             async with self._store.write(Turn.BESIDE) as tx:
-                for statuses, limit in ((_ENDING, self._pace.workers), (_STARTING, room)):
-                    if limit > 0:
-                        claims += await tx.leases.claim(statuses, hold=hold, limit=limit)
+                claims = await tx.leases.claim(_ENDING, hold=hold, limit=self._pace.workers)
+                self._more_end = len(claims) == self._pace.workers
+                if room > 0:
+                    claims += await tx.leases.claim(_STARTING, hold=hold, limit=room)
         except UnavailableError:
             log.warning("the store does not answer; looking again soon")
         except Exception:  # the loop must go on, whatever the store says

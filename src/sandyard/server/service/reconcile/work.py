@@ -81,11 +81,11 @@ class Work:
 
     # --- up -------------------------------------------------------------------------------
 
-    async def _place(self, claim: Claim, *, but: str | None = None) -> None:
-        """Find a node for a sandbox that another one, `but`, could not start."""
+    async def _place(self, claim: Claim) -> None:
+        """Find a node for a sandbox that is on none."""
         sandbox = claim.sandbox
         try:
-            placed = await self._placement.choose(sandbox.template, sandbox.shape, but=but)
+            placed = await self._placement.choose(sandbox.template, sandbox.shape)
         except UnavailableError as error:
             await self._give_up_in_time(claim, error)
             raise
@@ -93,39 +93,36 @@ class Work:
             sandbox, Event.PLACED, lease=claim.lease, node_id=placed.node_id
         )
         if there is not None:
-            # Moved on once; then it waits, or two nodes that are full would pass it back and forth.
-            await self._bring_up(Claim(there, claim.lease), may_move=but is None)
+            await self._bring_up(Claim(there, claim.lease))
 
     async def _bring_up(self, claim: Claim, *, may_move: bool = True) -> None:
-        sandbox = claim.sandbox
+        sandbox, wish = claim.sandbox, None
         try:
             wish = await self._wish(sandbox)
             fact = await self._nodes.get(sandbox.node_id).ensure_running(wish)
         except ConflictError as error:
             if error.facts.get("status") != "error":
                 raise
-            await self._start_again(claim)
-        except UnavailableError as error:
-            await self._give_up_in_time(claim, error)
-            if not isinstance(error, NoCapacityError):
+            await self._start_again(claim, may_move=may_move)
+        except (UnavailableError, InternalError) as error:
+            if isinstance(error, UnavailableError):
+                await self._give_up_in_time(claim, error)
+            if wish is not None and _is_of_the_node(wish, error):
                 self._placement.note_failure(sandbox.node_id)
-            pending = await self._displaced(claim, error) if may_move else None
-            if pending is None:
+            # Moved on once; then it waits, or two nodes that are full would pass it back and forth.
+            moved = await self._moved(claim, error) if may_move else None
+            if moved is not None:
+                await self._bring_up(moved, may_move=False)
+            elif isinstance(error, UnavailableError):
                 raise
-            await self._place(pending, but=sandbox.node_id)
-        except SandyardError as error:
-            pending = None
-            if isinstance(error, InternalError):
-                self._placement.note_failure(sandbox.node_id)
-                pending = await self._displaced(claim, error) if may_move else None
-            if pending is None:
-                await self._give_up(claim, Reason("start_failed", error.message))
             else:
-                await self._place(pending, but=sandbox.node_id)
+                await self._give_up(claim, Reason("start_failed", error.message))
+        except SandyardError as error:
+            await self._give_up(claim, Reason("start_failed", error.message))
         else:
             await self._is_up(claim, fact, used="created")
 
-    async def _start_again(self, claim: Claim) -> None:
+    async def _start_again(self, claim: Claim, *, may_move: bool) -> None:
         """Start another machine for one that came up, and died before anybody could use it."""
         sandbox = claim.sandbox
         changes: dict[str, Any] = {"incarnation": sandbox.incarnation + 1}
@@ -133,19 +130,21 @@ class Work:
             changes["from_snapshot_incarnation"] = sandbox.incarnation + 1
         again = await self._lifecycle.apply(sandbox, Event.AGAIN, lease=claim.lease, **changes)
         if again is not None:
-            await self._bring_up(Claim(again, claim.lease))
+            await self._bring_up(Claim(again, claim.lease), may_move=may_move)
 
-    async def _displaced(self, claim: Claim, error: SandyardError) -> Claim | None:
-        """Take a sandbox from a node that cannot start it if another may; None if it stays.
+    async def _moved(self, claim: Claim, error: SandyardError) -> Claim | None:
+        """Give a sandbox that its node cannot start to another that has room; None if it stays.
 
         What it may have there all the same is of an incarnation that is wanted no more.
         """
         sandbox = claim.sandbox
         if wish_of(sandbox).origin is not Origin.NEW or sandbox.node_id is None:
             return None
-        if not await self._placement.has_another(
-            sandbox.template, sandbox.shape, but=sandbox.node_id
-        ):
+        try:
+            placed = await self._placement.choose(
+                sandbox.template, sandbox.shape, but=sandbox.node_id
+            )
+        except UnavailableError:
             return None
         log.warning(
             "a node cannot start a sandbox, which goes to another: %s",
@@ -159,7 +158,12 @@ class Work:
             node_id=None,
             incarnation=sandbox.incarnation + 1,
         )
-        return None if pending is None else Claim(pending, claim.lease)
+        if pending is None:
+            return None
+        there = await self._lifecycle.apply(
+            pending, Event.PLACED, lease=claim.lease, node_id=placed.node_id
+        )
+        return None if there is None else Claim(there, claim.lease)
 
     async def _is_up(self, claim: Claim, fact: MachineFact, *, used: str) -> None:
         reason = Reason(fact.reason_code, fact.reason_message) if fact.reason_code else None
@@ -321,6 +325,13 @@ class Work:
             node: NodeControl = self._nodes.get(sandbox.node_id)
             await node.ensure_gone(sandbox.id, incarnation=sandbox.incarnation)
         await self._lifecycle.apply(sandbox, Event.GONE, lease=claim.lease, ip=None, reason=None)
+
+
+def _is_of_the_node(wish: MachineWish, error: SandyardError) -> bool:
+    """Tell whether a start failed by what its node is like: not by what is in a user's snapshot or
+    workspace, and not because others have the room."""
+    is_plain = wish.origin is Origin.NEW and not wish.mounts
+    return is_plain and not isinstance(error, NoCapacityError)
 
 
 def wish_of(sandbox: Sandbox) -> MachineWish:

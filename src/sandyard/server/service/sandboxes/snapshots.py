@@ -224,7 +224,7 @@ class Snapshots:
             if await tx.snapshots.is_awaited(snapshot.id):
                 raise ConflictError(
                     f"cannot delete the snapshot {snapshot.id} yet: a sandbox is just being "
-                    "started from it; ask again once that runs",
+                    "started from it; ask again once that runs, or delete that",
                     status="in_use",
                 )
             await tx.snapshots.remove(snapshot.id)
