@@ -687,6 +687,8 @@ async def test_health_readiness_and_metrics_need_no_credential(yard: Yard) -> No
         assert (await client.get("/readyz")).json() == {"status": "ok", "missing": []}
         metrics = await client.get("/metrics")
         assert 'sandyard_machines{state="running"} 1.0' in metrics.text
+        assert 'sandyard_nodes{state="answering"} 1.0' in metrics.text
+        assert 'sandyard_nodes{state="silent"} 0.0' in metrics.text
         assert "sandyard_http_requests_total" in metrics.text
         for name in ("X-Forwarded-For", "X-Forwarded-Host", "Forwarded", "Via", "X-Real-IP"):
             assert (await client.get("/metrics", headers={name: "1.2.3.4"})).status_code == 404

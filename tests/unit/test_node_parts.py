@@ -15,17 +15,18 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from tests.support.nodes import a_wish
 
+from sandyard.server.app.member import place_of
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, UnavailableError
 from sandyard.server.core.ids import new_sandbox_id
 from sandyard.server.core.ops import Done, SetUp, Wake
 from sandyard.server.core.shapes import Shape
-from sandyard.server.drivers.contract import MachineSpec, Place, ProbeSpec, Verdict
+from sandyard.server.drivers.contract import End, MachineSpec, Place, ProbeSpec, Verdict
 from sandyard.server.drivers.kvm import NO_KVM, can_open
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.drivers.programs import output_of
@@ -50,6 +51,7 @@ from sandyard.server.node.machines.console import FailedConsoles, append_console
 from sandyard.server.node.machines.guest import Guest, Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record, Records
+from sandyard.server.node.machines.watch import Pulse, watch
 from sandyard.server.node.stock.pool import floor_of
 from sandyard.server.tasks import to_the_end
 
@@ -192,6 +194,52 @@ def test_installations_share_nothing(tmp_path: Path) -> None:
     assert not set(one.uids) & set(two.uids)
     assert one.table != two.table
     assert take_identity(tmp_path / "one", routes=[one.subnet], registry=registry) == one
+
+
+def test_a_copy_of_a_home_at_the_same_path_is_another_place(tmp_path: Path) -> None:
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    home.mkdir()
+    copy.mkdir()
+    place = place_of(home)
+    assert place_of(home) == place
+    home.rename(tmp_path / "gone")
+    copy.rename(home)
+    assert place_of(home) != place
+
+
+async def test_a_heartbeat_that_fails_in_a_way_nobody_foresaw_is_not_the_last() -> None:
+    ended, asked = asyncio.Event(), 0
+
+    class Beaten:
+        async def console(self) -> bytes:
+            return b""
+
+        async def stall(self) -> None:
+            return None
+
+        async def wait(self) -> End:
+            await ended.wait()
+            return End("machine_died", "it ended")
+
+    class NoThread:
+        async def ask(self, operation: object, *, limit_s: float) -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 3:
+                ended.set()
+            raise RuntimeError("can't start new thread")
+
+    limits = SimpleNamespace(watch_period_s=0.01, heartbeat_s=0.01)
+    means = SimpleNamespace(
+        clock=SystemClock(), limits=limits, patience=lambda seconds: seconds, on_change=lambda: None
+    )
+    body = SimpleNamespace(append_console=lambda said: None)
+    async with asyncio.timeout(10):
+        end = await watch(
+            cast("Any", Beaten()), cast("Any", body), Pulse(), cast("Any", means),
+            lambda: cast("AgentLink", NoThread()),
+        )  # fmt: skip
+    assert (end.code, asked >= 3) == ("machine_died", True)
 
 
 def test_a_place_is_written_whole_or_not_at_all(
