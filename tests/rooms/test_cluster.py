@@ -369,8 +369,11 @@ async def test_whoever_is_silent_is_given_up_and_is_back_with_the_next_beat(yard
         await until_lost(yard)
         await drive(yard.clock, 1)
         assert roster.is_lost(node_id)
+        assert await roster.is_still_lost(node_id)
         assert not roster.takes_new(node_id)
         await yard.fleet.beat(node_id, Beat(1))
+        assert roster.is_lost(node_id)  # as of its last look, and an owner may know better
+        assert not await roster.is_still_lost(node_id)
         await drive(yard.clock, 1)
         assert roster.takes_new(node_id)
 

@@ -689,8 +689,12 @@ async def test_nothing_is_resumed_on_a_node_that_is_lost(
 ) -> None:
     box = await desk.create(idle_timeout=0)
     await desk.services.sandboxes.pause(desk.actor, box.id)
+
+    async def is_away(_: Nodes, node_id: str | None) -> bool:
+        return node_id == "fake"
+
     with monkeypatch.context() as away:
-        away.setattr(Nodes, "is_lost", lambda _, node_id: node_id == "fake")
+        away.setattr(Nodes, "is_still_lost", is_away)
         for ask in (desk.services.sandboxes.resume, desk.services.sandboxes.restart):
             with pytest.raises(UnavailableError, match="ask again when that is back"):
                 await ask(desk.actor, box.id)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sandyard.server.guest import system
+from sandyard.server.guest import patience, system
+from sandyard.server.guest.context import Context
 
 
 @pytest.fixture
@@ -56,3 +57,24 @@ def test_etc_environment_is_read_as_at_a_login(tmp_path: Path) -> None:
         assert system.system_environment(root) == {}
     finally:
         os.close(root)
+
+
+def test_a_machine_waits_as_much_longer_as_its_host_says_and_no_less_than_usual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "RUN", tmp_path)
+    (tmp_path / "token").write_text("first\n")
+    try:
+        for told, longer in ((7.5, 7.5), (None, 1.0), (0.1, 1.0), (1e9, 100.0)):
+            context = Context(-1)
+            context.remember(token="t", env={"A": "b"}, pace=told)
+            assert patience.patient(2.0) == 2.0 * longer
+            patience.go_by(None)
+            again = Context(-1)  # the agent was started again
+            assert (again.token, again.env) == ("t", {"A": "b"})
+            assert patience.patient(2.0) == 2.0 * longer
+        (tmp_path / "state").write_text('{"token": "old", "env": {}}')  # an older agent's
+        assert Context(-1).token == "old"
+        assert patience.patient(2.0) == 2.0
+    finally:
+        patience.go_by(None)

@@ -99,6 +99,7 @@ def test_the_names_on_the_wire_are_those_of_machines_that_run() -> None:
         "hostname": "h", "env": {}, "token": "t", "authorizedKeys": "", "keepsConnections": False,
         "replacesAccess": False,
     }  # fmt: skip
+    assert encode(ops.SetUp("h", {}, "t", pace=1.5))["pace"] == 1.5
     end = '{"exitCode": 0, "signal": null, "timedOut": false, "durationMs": 3, "more": [1]}'
     assert decode(ops.Ended, json.loads(end)) == ops.Ended(0, 3)
 

@@ -107,6 +107,7 @@ class SetUp(Operation[Done]):
     file system fill a disk that has grown. `token` is what the agent accepts from now on.
     `authorized_keys` are lines; without them, or without `password_hash`, what opens the machine
     stays as it is, unless what is there is somebody else's, which this then `replaces_access` of.
+    `pace` is how many times longer than usual things take in the machine, if they do.
     """
 
     op = Op.SETUP
@@ -123,6 +124,7 @@ class SetUp(Operation[Done]):
     machine_id: str | None = None
     disk_bytes: int | None = None
     replaces_access: bool = False
+    pace: float | None = None
 
     @property
     def waking(self) -> Wake | None:

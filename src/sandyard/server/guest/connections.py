@@ -9,6 +9,8 @@ import socket
 import struct
 from collections.abc import Iterator
 
+from sandyard.server.guest.patience import patient
+
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 _SOCK_DESTROY = 21
@@ -30,7 +32,7 @@ def break_off(*, own_port: int, peer_port: int) -> int:
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
-        diag.settimeout(_LIMIT_S)
+        diag.settimeout(patient(_LIMIT_S))
         for family in (socket.AF_INET, socket.AF_INET6):
             for which in list(_connections(diag, family)):
                 here, there = struct.unpack("!HH", which[:4])

@@ -13,8 +13,9 @@ import time
 from collections.abc import Mapping
 
 from sandyard.server.core import wire
-from sandyard.server.guest import processes, system
+from sandyard.server.guest import patience, processes, system
 from sandyard.server.guest.callers import Callers
+from sandyard.server.guest.patience import patient
 from sandyard.server.guest.streams import Reader
 from sandyard.server.guest.system import Account, RefusedError
 from sandyard.server.guest.table import Table
@@ -76,11 +77,14 @@ class Context:
         with contextlib.suppress(FileNotFoundError):
             told, _ = json.JSONDecoder().raw_decode((system.RUN / "state").read_text())
             self.token, self.env = told["token"], told["env"]
+            patience.go_by(told.get("pace"))  # an older agent wrote none
 
-    def remember(self, *, token: str, env: Mapping[str, str]) -> None:
+    def remember(self, *, token: str, env: Mapping[str, str], pace: float | None) -> None:
         """Take what the host told for what is so, now and after a restart of the agent."""
         self.token, self.env = token, dict(env)
-        system.write_private("state", json.dumps({"token": token, "env": self.env}))
+        patience.go_by(pace)
+        told = {"token": token, "env": self.env, "pace": pace}
+        system.write_private("state", json.dumps(told))
 
     async def login_environment(self, account: Account) -> dict[str, str]:
         """Return what a login of an account would have, captured anew when a profile changes."""
@@ -109,7 +113,7 @@ class Context:
         assert process.stderr is not None  # it was not started on a terminal
         stdout, stderr = Reader(process.stdout), Reader(process.stderr)
         try:
-            async with asyncio.timeout(_LOGIN_LIMIT_S), asyncio.TaskGroup() as tasks:
+            async with asyncio.timeout(patient(_LOGIN_LIMIT_S)), asyncio.TaskGroup() as tasks:
                 dump = tasks.create_task(stdout.read_all(wire.HEAD_MAX))
                 tasks.create_task(stderr.read_all(wire.HEAD_MAX))
                 # Not the pipes' end: a background job of the profile may hold them for ever.

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from sandyard.server.guest.patience import patient
 from sandyard.server.guest.system import Account, RefusedError, enter
 
 _CGROUPS = "/sys/fs/cgroup/sandyard"
@@ -384,7 +385,7 @@ async def _fork(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int
         finally:
             os.close(child_trouble)
         try:
-            async with asyncio.timeout(_FOLDER_LIMIT_S):
+            async with asyncio.timeout(patient(_FOLDER_LIMIT_S)):
                 said = await _read_all(trouble)
         except BaseException as error:
             await _end_child(pid)
@@ -416,7 +417,7 @@ async def by_child(work: Callable[[], None]) -> None:
     pid = fork(body)
     pidfd = os.pidfd_open(pid)
     try:
-        async with asyncio.timeout(_FOLDER_LIMIT_S):
+        async with asyncio.timeout(patient(_FOLDER_LIMIT_S)):
             await readable(pidfd)
     except BaseException as error:
         await _end_child(pid)
@@ -436,7 +437,7 @@ async def _end_child(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     pidfd = os.pidfd_open(pid)
     try:
-        async with asyncio.timeout(_MOMENT_S):
+        async with asyncio.timeout(patient(_MOMENT_S)):
             await readable(pidfd)
         os.waitpid(pid, 0)
     except TimeoutError:

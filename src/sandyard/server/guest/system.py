@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sandyard.server.guest.patience import patient
+
 RUN = Path("/run/sandyard")
 _EXT4_IOC_RESIZE_FS = 0x40086610  # fs/ext4/ext4.h
 _RNDADDENTROPY = 0x40085203  # linux/random.h
@@ -184,7 +186,7 @@ def grow_disk(size_bytes: int, root_fd: int) -> None:
     Raises:
         RefusedError: the kernel does not see the new size, or will not use it.
     """
-    until = time.monotonic() + _GROWTH_LIMIT_S
+    until = time.monotonic() + patient(_GROWTH_LIMIT_S)
     while int(Path("/sys/block/vdb/size").read_text()) * 512 < size_bytes:
         if time.monotonic() > until:
             raise RefusedError("cannot grow the disk: the kernel does not see that it has grown")

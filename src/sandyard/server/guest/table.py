@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from sandyard.server.core import ops
 from sandyard.server.core.wire import Channel
 from sandyard.server.guest import processes
+from sandyard.server.guest.patience import patient
 from sandyard.server.guest.ring import Ring
 from sandyard.server.guest.streams import CHUNK, Reader
 from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
@@ -85,7 +86,7 @@ class Entry:
         self._writing = asyncio.Lock()
         self._writable: asyncio.Future[None] | None = None
         self._ended_ms: int | None = None
-        self._hang_up_later(_FIRST_FOLLOWER_S)
+        self._hang_up_later(patient(_FIRST_FOLLOWER_S))
 
     # --- for its owner ----------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class Entry:
             code, timed_out = await self._wait(limit_s)
             if process.is_terminal:
                 # The kernel ends it for whoever still has it open; what was said before comes yet.
-                await asyncio.wait(pumps, timeout=_LAST_WORDS_S)
+                await asyncio.wait(pumps, timeout=patient(_LAST_WORDS_S))
             for reader in readers:
                 reader.finish()
         if process.is_terminal:

@@ -169,6 +169,14 @@ class Nodes:
         """Tell whether a node was given up, and has not come back."""
         return self._roster is not None and self._roster.is_lost(node_id or "")
 
+    async def is_still_lost(self, node_id: str | None) -> bool:
+        """Tell the same as of now, where it matters to whoever has asked.
+
+        Raises:
+            UnavailableError: the store does not answer.
+        """
+        return self._roster is not None and await self._roster.is_still_lost(node_id or "")
+
     def get(self, node_id: str | None) -> NodeControl:
         """Return the node of that id.
 

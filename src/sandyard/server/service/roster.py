@@ -143,6 +143,16 @@ class Roster:
         node = self.nodes.get(node_id)
         return node is not None and node.lost_at is not None
 
+    async def is_still_lost(self, node_id: str) -> bool:
+        """Tell the same as of now: whoever is refused for it may have seen that it is back.
+
+        Raises:
+            UnavailableError: the store does not answer.
+        """
+        if self.is_lost(node_id):
+            await self.refresh()
+        return self.is_lost(node_id)
+
     def takes_new(self, node_id: str) -> bool:
         """Tell whether new sandboxes may come to a node."""
         node = self.nodes.get(node_id)

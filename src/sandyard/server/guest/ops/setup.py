@@ -48,5 +48,6 @@ async def set_up(context: Context, wish: ops.SetUp, connection: socket.socket) -
     finally:
         system.enter(own_root)
         os.close(own_root)
-    context.remember(token=wish.token, env=system.checked_environment(wish.env))
+    env = system.checked_environment(wish.env)
+    context.remember(token=wish.token, env=env, pace=wish.pace)
     await context.login_environment(system.find_account(context.root_fd, "root"))

@@ -172,6 +172,7 @@ class Guest:
                 machine_id=secrets.token_hex(16) if is_new else None,
                 replaces_access=wish.replaces_access,
                 disk_bytes=wish.shape.disk_mib * 2**20 if grows else None,
+                pace=pace if (pace := self._means.drivers.pace) > 1 else None,
             ),
             limit_s=limit_s,
         )

@@ -142,7 +142,7 @@ class Power:
                 return now
             if now.status not in (_HAS_DISK if event is Event.RESTART else _AT_REST):
                 raise refusal(now, doing=doing)
-            if self._nodes.is_lost(now.node_id):
+            if await self._nodes.is_still_lost(now.node_id):
                 # It would come up, and cost, whenever that returns, with nobody waiting for it.
                 raise UnavailableError(
                     f"cannot {doing} {now.id}: the node that it is on does not answer; it is "
