@@ -24,6 +24,7 @@ from sandyard.server.app.node import open_node
 from sandyard.server.core import errors, ops
 from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.node import (
+    GoldenFact,
     MachineFact,
     MachineRef,
     MachineWish,
@@ -590,7 +591,7 @@ REPORTS = st.builds(
     st.lists(st.builds(ShelfFact, TEXT, NUMBER, NUMBER, NUMBER, NUMBER, NUMBER), max_size=2).map(
         tuple
     ),
-    NUMBER,
+    st.lists(st.builds(GoldenFact, TEXT, NUMBER, NUMBER), max_size=2).map(tuple), NUMBER,
 )  # fmt: skip
 
 

@@ -145,7 +145,10 @@ def full_folder(parent: Path) -> Iterator[Path]:
     [
         "qemu",
         pytest.param("qemu-kvm", marks=[NEEDS_KVM, pytest.mark.kvm]),
-        pytest.param("firecracker", marks=[NEEDS_KVM, pytest.mark.kvm, pytest.mark.core]),
+        pytest.param(
+            "firecracker",
+            marks=[NEEDS_KVM, pytest.mark.kvm, pytest.mark.core, pytest.mark.beside],
+        ),
     ],
 )
 async def test_each_state_that_was_saved_is_what_the_guest_was_then(

@@ -11,6 +11,7 @@ from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import decode, encode
 from sandyard.server.core.contracts.node import (
     ByteStream,
+    GoldenFact,
     MachineFact,
     MachineRef,
     MachineWish,
@@ -20,6 +21,7 @@ from sandyard.server.core.contracts.node import (
     Opened,
     Origin,
     Phase,
+    ShelfFact,
     SnapshotFact,
     TemplateFact,
     TemplateStatus,
@@ -68,7 +70,8 @@ class FakeNode:
     """See NodeControl and NodeTunnel in core.contracts.node: both, without a machine behind them.
 
     What a test sets: `is_silent` answers nothing, `refusal` is what the next start fails with,
-    `room` how many machines it takes, `gate` what a start waits for.
+    `room` how many machines it takes, `gate` what a start waits for; `shelves` and `goldens` are
+    only said.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class FakeNode:
         self.is_short_of_memory = False
         self.refusal: SandyardError | None = None
         self.room = 1000
+        self.shelves: tuple[ShelfFact, ...] = ()
+        self.goldens: tuple[GoldenFact, ...] = ()
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked: list[str] = []
@@ -238,6 +243,8 @@ class FakeNode:
             is_short_of_memory=self.is_short_of_memory,
             memory_mib=self._left() * 512,
             disk_mib=self._left() * 1024,
+            shelves=self.shelves,
+            goldens=self.goldens,
         )
         return self._generation.of(report)
 

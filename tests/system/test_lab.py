@@ -21,7 +21,7 @@ from tests.support.server import QEMU, SANDYARD, wait_until
 from sandyard.server.app.member import home_of
 from sandyard.server.app.settings import Settings
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.beside]
 NAMES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 

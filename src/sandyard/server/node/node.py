@@ -301,7 +301,7 @@ class Node:
             memory_mib=room.memory_mib,
             disk_mib=room.disk_mib,
             shelves=tuple(self._pool.facts()),
-            goldens=self._goldens.count,
+            goldens=tuple(self._goldens.facts()),
         )
         return self._generation.of(report)
 

@@ -210,11 +210,12 @@ class Nodes:
         """Return what a node said of itself, unasked, a moment ago; None if it said nothing."""
         return None if self._roster is None else self._roster.told(node_id)
 
-    def lately(self, node_id: str) -> NodeView | None:
-        """Return what a node said a moment ago; None where that is too long ago."""
+    def lately(self, node_id: str) -> tuple[float, NodeView] | None:
+        """Return what a node said a moment ago, and when by this process's clock; None where that
+        is too long ago."""
         said, told = self._said.get(node_id), self.told(node_id)
         if told is not None and (said is None or said[0] < told.at):
-            return told.view
+            return told.at, told.view
         if said is not None and self._clock.monotonic() - said[0] < _FRESH_S:
-            return said[1]
+            return said
         return None

@@ -2,11 +2,12 @@
 
 import asyncio
 import random
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeView
+from sandyard.server.core.contracts.node import GoldenFact, NodeView
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import Snapshot
 from sandyard.server.core.shapes import Shape
@@ -14,6 +15,8 @@ from sandyard.server.service.nodes import Nodes
 
 _LOT: Final = 8
 _SUNK_S: Final = 180.0
+_ON_ITS_WAY_S: Final = 0.5
+_LONG_AGO_S: Final = 15.0
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,24 @@ class Placed:
     is_waiting: bool = False
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """What was placed on a node `at` a moment, by this process's clock."""
+
+    at: float
+    template: str
+    shape: Shape
+
+    def is_of(self, template: str, shape: Shape) -> bool:
+        return (self.template, self.shape) == (template, shape)
+
+
 class Placement:
     """Chooses among the nodes by what they report; the node itself has the last word.
 
     Where several choose at once, one of the best is taken `by_lot`: what they go by is a moment
-    old, and the best of all would be everybody's.
+    old, and the best of all would be everybody's. What was placed since then is counted all the
+    same.
     """
 
     def __init__(self, nodes: Nodes, clock: Clock, *, by_lot: bool = False) -> None:
@@ -36,6 +52,7 @@ class Placement:
         self._clock = clock
         self._by_lot = by_lot
         self._failed: dict[str, float] = {}
+        self._sent: dict[str, deque[_Sent]] = {}
 
     def note_failure(self, node_id: str | None) -> None:
         """Note that a node could not start what had room there: for minutes it is asked last."""
@@ -57,9 +74,12 @@ class Placement:
         for node_id in await self._able(template, shape, but=but):
             try:
                 node = self._nodes.get(node_id)
-                return Placed(node_id, await node.find_room(template, shape))
+                placed = Placed(node_id, await node.find_room(template, shape))
             except UnavailableError as error:
                 trouble = error
+            else:
+                self._note(node_id, template, shape)
+                return placed
         raise trouble or UnavailableError(
             f"cannot place a sandbox of {template}: no node that answers can start one now"
         )
@@ -73,27 +93,52 @@ class Placement:
         await node.find_room(snapshot.template, shape, count=count)
         return Placed(node.node_id)
 
-    async def _asked(self, node_id: str) -> NodeView | None:
+    def _note(self, node_id: str, template: str, shape: Shape) -> None:
+        now = self._clock.monotonic()
+        sent = self._sent.setdefault(node_id, deque())
+        sent.append(_Sent(now, template, shape))
+        while sent[0].at < now - _LONG_AGO_S:
+            sent.popleft()
+
+    def _since(self, node_id: str, at: float) -> list[_Sent]:
+        """Return what was placed on a node that it did not know of at a moment."""
+        if not self._by_lot:
+            return []  # it is asked, and says what is so now
+        return [one for one in self._sent.get(node_id, ()) if one.at > at - _ON_ITS_WAY_S]
+
+    async def _asked(self, node_id: str) -> tuple[float, NodeView] | None:
         """Return what a node says now, None if it does not answer."""
+        now = self._clock.monotonic()
         try:
-            return (await self._nodes.report_of(self._nodes.get(node_id))).view()
+            return now, (await self._nodes.report_of(self._nodes.get(node_id))).view()
         except UnavailableError:
             return None
 
     async def _able(self, template: str, shape: Shape, *, but: str | None) -> list[str]:
         """Return nodes that have a template, best first: no start failed there lately, there is
-        room, a machine waits, then most memory left."""
-        ranked: list[tuple[tuple[bool, bool, bool], int, int, str]] = []
+        room, a machine waits, a golden one is there, then most memory left."""
+        ranked: list[tuple[tuple[bool, ...], int, int, str]] = []
         ids = [one for one in self._nodes.ids() if one != but and self._nodes.takes_new(one)]
         views = {one: self._nodes.lately(one) for one in ids}
         if unknown := [one for one, view in views.items() if view is None]:
             async with asyncio.TaskGroup() as tasks:
                 asking = {one: tasks.create_task(self._asked(one)) for one in unknown}
             views |= {one: task.result() for one, task in asking.items()}
-        for node_id, view in views.items():
-            if view is not None and template in view.templates:
-                tier = (not self._has_failed(node_id), *_tier(view, template, shape))
-                ranked.append((tier, view.memory_mib, view.disk_mib, node_id))
+        for node_id, said in views.items():
+            if said is None or template not in said[1].templates:
+                continue
+            at, view = said
+            sent = self._since(node_id, at)
+            memory_mib = view.memory_mib - sum(one.shape.memory_mib for one in sent)
+            disk_mib = view.disk_mib - sum(one.shape.disk_mib for one in sent)
+            taken = sum(one.is_of(template, shape) for one in sent)
+            tier = (
+                not self._has_failed(node_id),
+                memory_mib >= shape.memory_mib and disk_mib >= shape.disk_mib,
+                _waiting(view, template, shape) > taken,
+                GoldenFact(template, shape.vcpus, shape.memory_mib) in view.goldens,
+            )
+            ranked.append((tier, memory_mib, disk_mib, node_id))
         # Of those that are alike, the order stays as it is.
         ranked.sort(key=lambda one: one[:3], reverse=True)
         if self._by_lot and ranked:
@@ -102,11 +147,9 @@ class Placement:
         return [one[3] for one in ranked]
 
 
-def _tier(view: NodeView, template: str, shape: Shape) -> tuple[bool, bool]:
-    waits = any(
-        one.size > 0
-        and (one.template, one.vcpus, one.memory_mib) == (template, shape.vcpus, shape.memory_mib)
-        for one in view.shelves
+def _waiting(view: NodeView, template: str, shape: Shape) -> int:
+    """Return how many machines wait on a node for sandboxes of a kind."""
+    kind = template, shape.vcpus, shape.memory_mib
+    return sum(
+        one.size for one in view.shelves if (one.template, one.vcpus, one.memory_mib) == kind
     )
-    fits = view.memory_mib >= shape.memory_mib and view.disk_mib >= shape.disk_mib
-    return fits, waits

@@ -165,6 +165,15 @@ class ShelfFact:
 
 
 @dataclass(frozen=True)
+class GoldenFact:
+    """Of what a node has a golden machine, which new ones are clones of."""
+
+    template: str
+    vcpus: int
+    memory_mib: int
+
+
+@dataclass(frozen=True)
 class NodeView:
     """What of a node is told each second, to choose among many by; see `NodeReport`."""
 
@@ -173,6 +182,7 @@ class NodeView:
     disk_mib: int = 0
     shelves: tuple[ShelfFact, ...] = ()
     generation: int = 0
+    goldens: tuple[GoldenFact, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -195,13 +205,18 @@ class NodeReport:
     memory_mib: int = 0
     disk_mib: int = 0
     shelves: tuple[ShelfFact, ...] = ()
-    goldens: int = 0
+    goldens: tuple[GoldenFact, ...] = ()
     generation: int = 0
 
     def view(self) -> NodeView:
         """Return what of it is told each second."""
         return NodeView(
-            self.templates, self.memory_mib, self.disk_mib, self.shelves, self.generation
+            self.templates,
+            self.memory_mib,
+            self.disk_mib,
+            self.shelves,
+            self.generation,
+            self.goldens,
         )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from sandyard.server.core.contracts.node import MachineWish
+from sandyard.server.core.contracts.node import GoldenFact, MachineWish
 from sandyard.server.core.errors import DamagedError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Driver
@@ -221,10 +221,10 @@ class Goldens:
             task.cancel()
             await asyncio.wait([task])
 
-    @property
-    def count(self) -> int:
-        """How many golden machines are at hand."""
-        return len(self._known)
+    def facts(self) -> list[GoldenFact]:
+        """Return of what there are golden machines, already looked at as a whole."""
+        kinds = {(one.template, one.vcpus, one.memory_mib) for one in self._known}
+        return [GoldenFact(*one) for one in sorted(kinds)]
 
     async def _make_beside(self, kind: Kind) -> None:
         try:

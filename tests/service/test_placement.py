@@ -1,0 +1,91 @@
+"""Where a sandbox goes, by what nodes say of themselves."""
+
+import pytest
+from tests.support.clock import DrivenClock
+from tests.support.nodes import FakeNode
+
+from sandyard.server.core.contracts.node import GoldenFact, ShelfFact
+from sandyard.server.core.errors import NoCapacityError
+from sandyard.server.core.shapes import Shape
+from sandyard.server.service.nodes import Nodes
+from sandyard.server.service.placement import Placement
+
+SHAPE = Shape(1, 512, 1024)
+
+
+class Yard:
+    """Three nodes with room for ten each, asked once and then gone by as of that moment."""
+
+    def __init__(self) -> None:
+        self.clock = DrivenClock()
+        self.fakes = {name: FakeNode(name) for name in ("one", "two", "three")}
+        for fake in self.fakes.values():
+            fake.room = 10
+        self.nodes = Nodes(self.fakes, self.clock)
+        self.placement = Placement(self.nodes, self.clock, by_lot=True)
+
+    async def ask(self) -> None:
+        for node in self.nodes.all():
+            await self.nodes.report_of(node)
+
+    async def chosen(self, count: int, shape: Shape = SHAPE) -> dict[str, int]:
+        found = [(await self.placement.choose("base-minimal", shape)).node_id for _ in range(count)]
+        return {name: found.count(name) for name in self.fakes}
+
+
+@pytest.fixture
+def yard() -> Yard:
+    return Yard()
+
+
+async def test_where_a_machine_waits_goes_before_where_a_golden_one_is_and_that_before_others(
+    yard: Yard,
+) -> None:
+    one, two, _ = yard.fakes.values()
+    one.room = two.room = 5  # the third has most room
+    two.goldens = (GoldenFact("base-minimal", 1, 512), GoldenFact("base-minimal", 2, 1024))
+    one.shelves = (ShelfFact("base-minimal", 1, 512, 1024, size=2, target=2),)
+    await yard.ask()
+    # Two wait; then they are taken, and it is no better than any other.
+    assert await yard.chosen(2) == {"one": 2, "two": 0, "three": 0}
+    assert await yard.chosen(3) == {"one": 0, "two": 3, "three": 0}
+    # Of another shape neither is there.
+    assert sum((await yard.chosen(6, Shape(4, 512, 1024))).values()) == 6
+    one.shelves = (ShelfFact("base-minimal", 1, 512, 1024, size=0, target=2),)
+    one.goldens = (GoldenFact("base-ubuntu", 1, 512),)
+    two.goldens = (GoldenFact("base-minimal", 2, 1024),)
+    await yard.clock.advance(5)
+    await yard.ask()
+    assert min((await yard.chosen(60)).values()) > 0
+
+
+async def test_what_was_placed_since_a_node_spoke_is_counted(yard: Yard) -> None:
+    await yard.ask()
+    # Ten fit on each, by what they said before any came.
+    assert await yard.chosen(30) == {"one": 10, "two": 10, "three": 10}
+    await yard.clock.advance(5)
+    await yard.ask()  # and they say that none of those is there any more
+    assert await yard.chosen(30) == {"one": 10, "two": 10, "three": 10}
+    # The nodes have the last word: nothing is refused by a count.
+    assert sum((await yard.chosen(3)).values()) == 3
+
+
+async def test_who_has_no_room_is_passed_over_also_where_it_said_otherwise(yard: Yard) -> None:
+    await yard.ask()
+    yard.fakes["one"].room = yard.fakes["two"].room = 0
+    assert await yard.chosen(5) == {"one": 0, "two": 0, "three": 5}
+    yard.fakes["three"].room = 0
+    with pytest.raises(NoCapacityError, match="memory"):
+        await yard.chosen(1)
+    yard.fakes["one"].room = 1
+    assert await yard.chosen(1) == {"one": 1, "two": 0, "three": 0}
+
+
+async def test_whose_start_has_failed_is_asked_last_for_some_minutes(yard: Yard) -> None:
+    yard.fakes["one"].goldens = (GoldenFact("base-minimal", 1, 512),)
+    await yard.ask()
+    yard.placement.note_failure("one")
+    assert (await yard.chosen(10))["one"] == 0
+    await yard.clock.advance(200)
+    await yard.ask()
+    assert (await yard.chosen(5))["one"] == 5
