@@ -2,6 +2,7 @@
 
 import asyncio
 import tempfile
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.clock import DrivenClock
+from tests.support.postgres import postgres_url
 
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import SandyardError
@@ -156,8 +158,8 @@ class Bench:
         assert account.balance_cents == account.granted_cents - account.used_cents
 
 
-async def with_bench(work: object, place: str) -> None:
-    async with open_store(f"sqlite:///{place}/store.db", key=b"k" * 32) as store:
+async def with_bench(work: object, url: str) -> None:
+    async with open_store(url, key=b"k" * 32) as store:
         user = User(new_uuid(), "a@b.c", "A", START)
         async with store.write(Turn.ALONE) as tx:
             await tx.users.add(user)
@@ -218,16 +220,25 @@ def test_random_lives_are_charged_exactly(steps: list[tuple[object, ...]]) -> No
         await bench.check()
 
     with tempfile.TemporaryDirectory() as place:
-        asyncio.run(with_bench(live, place))
+        asyncio.run(with_bench(live, f"sqlite:///{place}/store.db"))
 
 
-async def test_many_who_charge_and_grant_at_once_lose_nothing(tmp_path: Path) -> None:
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+async def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/store.db"
+        return
+    async with postgres_url(is_migrated=True) as url:
+        yield url
+
+
+async def test_many_who_charge_and_grant_at_once_lose_nothing(store_url: str) -> None:
     """Two processes post usage for the same periods while fifty grants come in, one twice."""
 
     async def work(bench: Bench) -> None:
         for number in range(5):
             await bench.create(Shape(2, 4096, 10240), is_test=number == 4)
-        async with open_store(f"sqlite:///{tmp_path}/store.db", key=b"k" * 32) as other:
+        async with open_store(store_url, key=b"k" * 32) as other:
             twin = Bench(other, bench.org_id, bench.user_id, bench.project_id)
             twin.clock = bench.clock
             twin.restart()
@@ -251,7 +262,7 @@ async def test_many_who_charge_and_grant_at_once_lose_nothing(tmp_path: Path) ->
             account = await tx.credits.account(bench.org_id)
         assert account.granted_cents == 10_000 + 49 * 7
 
-    await with_bench(work, str(tmp_path))
+    await with_bench(work, store_url)
 
 
 async def test_a_clock_set_back_takes_back_what_was_charged_too_early(tmp_path: Path) -> None:
@@ -267,4 +278,4 @@ async def test_a_clock_set_back_takes_back_what_was_charged_too_early(tmp_path: 
         assert newest.type == "adjustment"
         assert newest.amount_cents > 0
 
-    await with_bench(work, str(tmp_path))
+    await with_bench(work, f"sqlite:///{tmp_path}/store.db")

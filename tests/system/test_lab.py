@@ -22,6 +22,7 @@ from sandyard.server.app.member import home_of
 from sandyard.server.app.settings import Settings
 
 pytestmark = [pytest.mark.machine, pytest.mark.beside]
+LONG = pytest.mark.long
 NAMES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -132,7 +133,8 @@ def test_the_operator_sees_drains_and_forgets_nodes(built: Lab) -> None:
 # --- nodes that are gone ------------------------------------------------------------------------
 
 
-def test_a_host_that_is_gone_is_lost_and_whole_when_it_is_back(built: Lab) -> None:
+@pytest.mark.parametrize("seconds", [0, pytest.param(60, marks=LONG)])
+def test_a_host_that_is_gone_is_lost_and_whole_when_it_is_back(built: Lab, seconds: int) -> None:
     there = [built.on("one") for _ in range(3)]
     other = built.on("two")
     built.nodes["one"].cut()
@@ -142,6 +144,8 @@ def test_a_host_that_is_gone_is_lost_and_whole_when_it_is_back(built: Lab) -> No
     assert "one" not in built.nodes_of([built.create() for _ in range(12)])
     gone = built.client.delete(f"/v1/sandboxes/{there[2]['id']}")
     assert (gone.status_code, gone.json()["data"]["deleted"]) == (202, False)
+    while_it_lasts(seconds, lambda: None)
+    assert statuses(built, there[:2]) == {"suspected_missing"}
     built.nodes["one"].heal()
     built.until_up("one")
     for box in there[:2]:
@@ -247,12 +251,22 @@ def nobody_is_lost(built: Lab, box: dict[str, Any], seconds: float) -> None:
     assert all(one.lost_at is None for one in built.known().values())
 
 
-@pytest.mark.parametrize("way", ["killed", "hung"])
-def test_without_nats_no_node_is_lost_and_what_runs_is_used(built: Lab, way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "seconds"),
+    [
+        ("killed", 10),
+        ("hung", 10),
+        pytest.param("killed", 60, marks=LONG),
+        pytest.param("hung", 60, marks=LONG),
+    ],
+)
+def test_without_nats_no_node_is_lost_and_what_runs_is_used(
+    built: Lab, way: str, seconds: int
+) -> None:
     box = built.on("one")
     for host in built.nats:
         host.kill() if way == "killed" else host.signal(signal.SIGSTOP)
-    nobody_is_lost(built, box, 10)
+    nobody_is_lost(built, box, seconds)
     refused = built.client.post("/v1/sandboxes", json={"template": "base-minimal"})
     assert refused.status_code == 503
     assert int(refused.headers["Retry-After"]) > 0
@@ -320,18 +334,21 @@ def test_a_nodes_papers_make_no_nats_server(built: Lab, tmp_path: Path) -> None:
     assert routes(own / "certificate.pem", own / "key.pem") == 0
 
 
-@pytest.mark.parametrize("way", ["stopped", "restarted"])
-def test_without_the_database_no_node_is_lost(built: Lab, way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "seconds"),
+    [("stopped", 12), ("restarted", 6), pytest.param("stopped", 30, marks=LONG)],
+)
+def test_without_the_database_no_node_is_lost(built: Lab, way: str, seconds: int) -> None:
     box = built.on("one")
     if way == "stopped":
         built.postgres.hang_all()
-        time.sleep(12)
+        time.sleep(seconds)
         built.postgres.go_on_all()
     else:
         built.postgres.signal(signal.SIGINT)
         assert built.postgres.process is not None
         built.postgres.process.wait(30)
-        time.sleep(6)
+        time.sleep(seconds)
         built.start_postgres()
     built.until_up()
     wait_until(lambda: built.try_status(box) == "running", limit_s=60, what="it is seen to run")
@@ -361,7 +378,10 @@ def test_a_control_plane_that_is_killed_is_one_of_two(built: Lab) -> None:
     assert built.execute(made, "echo hi") == "echo hi"
 
 
-def test_a_control_plane_that_stands_still_changes_nothing_when_it_goes_on(built: Lab) -> None:
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=LONG)])
+def test_a_control_plane_that_stands_still_changes_nothing_when_it_goes_on(
+    built: Lab, seconds: int
+) -> None:
     box = built.on("two")
     other = built.controls[1]
     direct = f"http://{other.address}:{API}/v1/sandboxes/{box['id']}/pause"
@@ -370,7 +390,7 @@ def test_a_control_plane_that_stands_still_changes_nothing_when_it_goes_on(built
     )
     other.signal(signal.SIGSTOP)
     late.start()
-    time.sleep(3)
+    time.sleep(seconds)
     for action in ("pause", "resume"):
         built.ask("POST", f"/v1/sandboxes/{box['id']}/{action}")
     other.signal(signal.SIGCONT)
@@ -458,9 +478,10 @@ def test_clocks_that_are_an_hour_apart_change_nothing(built: Lab, ahead: str) ->
 
 @pytest.fixture(scope="module")
 def real(whole: Lab) -> Lab:
-    """The same, with a node beside the others whose machines are real."""
-    whole.add_node("real", is_real=True, **QEMU, SANDYARD_POOL__CEILING="0")
-    whole.until_up("real")
+    """The same, with two nodes beside the others whose machines are real."""
+    for name in ("real", "real-too"):
+        whole.add_node(name, is_real=True, **QEMU, SANDYARD_POOL__CEILING="0")
+    whole.until_up("real", "real-too")
     return whole
 
 
@@ -489,11 +510,12 @@ def test_a_node_that_is_killed_finds_its_machines_and_no_status_changes(
 def test_machines_of_a_host_that_was_cut_off_run_on_with_their_memory(
     real: Lab, built: Lab
 ) -> None:
-    node = real.nodes["real"]
-    box = real.on("real")
+    node = real.nodes["real-too"]
+    box, other = real.on("real-too"), real.on("real")
     real.execute(box, "mkdir -p /dev/shm; echo kept > /dev/shm/memory; date +%s > /start")
     node.cut()
     real.until(box, "suspected_missing")
+    assert (real.status(other), real.execute(other, "echo hi").strip()) == ("running", "hi")
     node.heal()
     real.until(box, "running")
     wait_until(lambda: real.try_execute(box, "cat /dev/shm/memory") != "", what="it is reached")
