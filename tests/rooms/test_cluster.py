@@ -25,7 +25,7 @@ from sandyard.server.core.contracts.cluster import (
     Welcome,
 )
 from sandyard.server.core.contracts.node import NodeView
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -429,6 +429,37 @@ async def test_whoever_stood_still_gives_nobody_up_for_that(yard: Yard) -> None:
         assert not await lost(yard)
         await yard.fleet.beat(node_id, Beat(1))
         await drive(yard.clock, 3)
+        assert not await lost(yard)
+
+
+async def test_what_waited_for_a_control_plane_that_stood_still_gives_no_node_a_lease(
+    yard: Yard,
+) -> None:
+    still = 0.0
+    async with a_roster(yard, elapsed=lambda: yard.clock.monotonic() + still) as roster:
+        node_id = await a_node(yard)
+        _, application = an_application()
+        fleet = Fleet(
+            yard.store, InstallationRegistrar(yard.installation, (), lambda: datetime.now(UTC)),
+            Lifecycle(yard.store, LocalBus(yard.clock), yard.clock), yard.clock,
+            hears_late=roster.hears_late,
+        )  # fmt: skip
+        await drive(yard.clock, 2, beat=lambda: fleet.beat(node_id, Beat(1)))
+        # It stands still, and another gives the node up; then it reads what was said before that.
+        still = 60.0
+        yard.clock.time += timedelta(seconds=60)
+        async with yard.store.write(Turn.BESIDE) as tx:
+            assert await tx.joined_nodes.lose(grace=timedelta()) == [node_id]
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="stood still"):
+                await fleet.beat(node_id, Beat(1))
+            with pytest.raises(UnavailableError, match="stood still"):
+                await fleet.hello(node_id, Hello(START, application))
+            await drive(yard.clock, 0.2)
+        assert await lost(yard)
+        # What is said from then on is of now.
+        await drive(yard.clock, 2)
+        await fleet.beat(node_id, Beat(1))
         assert not await lost(yard)
 
 

@@ -196,7 +196,10 @@ async def open_cluster(
     await roster.refresh()
     registrar = InstallationRegistrar(installation, own.nats, clock.now)
     lifecycle = Lifecycle(store, LocalBus(clock), clock)
-    fleet = Fleet(store, registrar, lifecycle, clock, door=door_of(settings), hear=roster.hear)
+    fleet = Fleet(
+        store, registrar, lifecycle, clock,
+        door=door_of(settings), hear=roster.hear, hears_late=roster.hears_late,
+    )  # fmt: skip
 
     def place_of(node_id: str) -> Place | None:
         node = roster.nodes.get(node_id)

@@ -45,7 +45,8 @@ _GONE = frozenset({Status.DESTROYED, Status.DESTROYING, Status.ORPHANED, Status.
 
 class Fleet:
     """See core.contracts.cluster.Registry, and what an operator does with nodes. `door` is where
-    nodes reach this control plane; `hear` is given every beat that counts."""
+    nodes reach this control plane; `hear` is given every beat that counts. While it `hears_late`
+    nothing is noted of a node, which says it again."""
 
     def __init__(
         self,
@@ -56,8 +57,10 @@ class Fleet:
         *,
         door: str = "",
         hear: Callable[[str, Beat], None] = lambda _node_id, _beat: None,
+        hears_late: Callable[[], bool] = lambda: False,
     ) -> None:
         self._hear = hear
+        self._hears_late = hears_late
         self._beats = _Beats(store)
         self._lifecycle = lifecycle
         self._door = door
@@ -169,6 +172,7 @@ class Fleet:
 
     async def hello(self, node_id: str, hello: Hello) -> Welcome:
         """See core.contracts.cluster.Registry.hello."""
+        self._must_be_in_time()
         _check_start(hello.start)
         identity = self._registrar.identity_of(node_id, hello.application)
         async with self._store.write(Turn.BESIDE) as tx:
@@ -184,6 +188,7 @@ class Fleet:
 
     async def beat(self, node_id: str, beat: Beat) -> Grant:
         """See core.contracts.cluster.Registry.beat."""
+        self._must_be_in_time()
         if not 0 <= beat.epoch < _EPOCHS:  # it is written together with what others say
             raise InvalidArgumentError("cannot note a beat: there is no such epoch")
         if not await self._beats.is_current(node_id, beat.epoch):
@@ -191,6 +196,13 @@ class Fleet:
             raise ConflictError("cannot go on as this node: a later process of it has started")
         self._hear(node_id, beat)
         return Grant(LEASE_S, self._door)
+
+    def _must_be_in_time(self) -> None:
+        """Refuse what may be of a node that is gone by now: it would have a lease again."""
+        if self._hears_late():
+            raise UnavailableError(
+                "this control plane stood still, and has just gone on; ask again"
+            )
 
     async def _must_be_known(self, node_id: str) -> None:
         async with self._store.glance() as tx:

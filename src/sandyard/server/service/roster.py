@@ -12,6 +12,7 @@ from sandyard.server.core.contracts.node import NodeView
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import JoinedNode
+from sandyard.server.tasks import beside
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ _GRACE: Final = timedelta(seconds=0.5)
 _LOOK_S: Final = 0.4
 _CALM_S: Final = 5.0
 _STILL_S: Final = 2.0
+_TICK_S: Final = 0.25
+_BACKLOG_S: Final = 1.0
 _FRESH_S: Final = 3.0
 _BRIEF_S: Final = 0.3
 _MANY: Final = 3
@@ -54,6 +57,8 @@ class Roster:
         self._elapsed = elapsed or clock.monotonic
         self._calm_since: float | None = None
         self._looked_at = 0.0
+        self._ticked_at: float | None = None
+        self._went_on_at: float | None = None
         self._told: dict[str, Told] = {}
         self.nodes: dict[str, JoinedNode] = {}
 
@@ -87,12 +92,32 @@ class Roster:
             return None
         return told
 
+    def hears_late(self) -> bool:
+        """Tell whether this process stood still until a moment ago: what it is told now may have
+        waited for it, and be of a time long past."""
+        now = self._elapsed()
+        if self._ticked_at is not None and now - self._ticked_at > _STILL_S:
+            return True
+        return self._went_on_at is not None and now - self._went_on_at < _BACKLOG_S
+
+    async def _tick(self) -> None:
+        while True:
+            now = self._elapsed()
+            if self._ticked_at is not None and now - self._ticked_at > _STILL_S:
+                self._went_on_at = now
+            self._ticked_at = now
+            await self._clock.sleep(_TICK_S)
+
     async def run(self) -> None:
         """Keep them fresh, and give up whoever's lease has ended.
 
         Only after a while in which database and NATS both answered: where either was away, no node
         could say that it is there, and that is nobody's end.
         """
+        async with beside(self._tick()):
+            await self._look()
+
+    async def _look(self) -> None:
         while True:
             began = self._elapsed()
             try:
