@@ -89,3 +89,17 @@ async def test_whose_start_has_failed_is_asked_last_for_some_minutes(yard: Yard)
     await yard.clock.advance(200)
     await yard.ask()
     assert (await yard.chosen(5))["one"] == 5
+
+
+async def test_who_says_nothing_is_not_waited_for_where_others_have_room(yard: Yard) -> None:
+    one, two, three = yard.fakes.values()
+    await yard.nodes.report_of(yard.nodes.get("one"))
+    two.asked.clear()
+    assert await yard.chosen(10) == {"one": 10, "two": 0, "three": 0}
+    assert two.asked == three.asked == []
+    one.room = 0
+    await yard.clock.advance(5)
+    await yard.nodes.report_of(yard.nodes.get("one"))
+    three.is_silent = True
+    assert await yard.chosen(5) == {"one": 0, "two": 5, "three": 0}
+    assert "report" in three.asked

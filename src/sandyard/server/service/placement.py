@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +38,17 @@ class _Sent:
 
     def is_of(self, template: str, shape: Shape) -> bool:
         return (self.template, self.shape) == (template, shape)
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """What there is to be said for a node; of tiers the greatest is the best."""
+
+    node_id: str
+    tier: tuple[bool, ...]
+    has_room: bool
+    memory_mib: int
+    disk_mib: int
 
 
 class Placement:
@@ -117,13 +129,28 @@ class Placement:
     async def _able(self, template: str, shape: Shape, *, but: str | None) -> list[str]:
         """Return nodes that have a template, best first: no start failed there lately, there is
         room, a machine waits, a golden one is there, then most memory left."""
-        ranked: list[tuple[tuple[bool, ...], int, int, str]] = []
         ids = [one for one in self._nodes.ids() if one != but and self._nodes.takes_new(one)]
         views = {one: self._nodes.lately(one) for one in ids}
-        if unknown := [one for one, view in views.items() if view is None]:
+        ranked = self._ranked(views, template, shape)
+        unknown = [one for one, view in views.items() if view is None]
+        # Who says nothing of itself while others do may be cut off, and is not waited for.
+        if unknown and not (self._by_lot and any(one.has_room for one in ranked)):
             async with asyncio.TaskGroup() as tasks:
                 asking = {one: tasks.create_task(self._asked(one)) for one in unknown}
             views |= {one: task.result() for one, task in asking.items()}
+            ranked = self._ranked(views, template, shape)
+        # Of those that are alike, the order stays as it is.
+        ranked.sort(key=lambda one: (one.tier, one.memory_mib, one.disk_mib), reverse=True)
+        if self._by_lot and ranked:
+            best = [one for one in ranked[:_LOT] if one.tier == ranked[0].tier]
+            ranked[: len(best)] = random.sample(best, len(best))
+        return [one.node_id for one in ranked]
+
+    def _ranked(
+        self, views: Mapping[str, tuple[float, NodeView] | None], template: str, shape: Shape
+    ) -> list[_Ranked]:
+        """Return what there is to be said for each node that has a template."""
+        ranked = []
         for node_id, said in views.items():
             if said is None or template not in said[1].templates:
                 continue
@@ -132,19 +159,15 @@ class Placement:
             memory_mib = view.memory_mib - sum(one.shape.memory_mib for one in sent)
             disk_mib = view.disk_mib - sum(one.shape.disk_mib for one in sent)
             taken = sum(one.is_of(template, shape) for one in sent)
+            has_room = memory_mib >= shape.memory_mib and disk_mib >= shape.disk_mib
             tier = (
                 not self._has_failed(node_id),
-                memory_mib >= shape.memory_mib and disk_mib >= shape.disk_mib,
+                has_room,
                 _waiting(view, template, shape) > taken,
                 GoldenFact(template, shape.vcpus, shape.memory_mib) in view.goldens,
             )
-            ranked.append((tier, memory_mib, disk_mib, node_id))
-        # Of those that are alike, the order stays as it is.
-        ranked.sort(key=lambda one: one[:3], reverse=True)
-        if self._by_lot and ranked:
-            best = [one for one in ranked[:_LOT] if one[0] == ranked[0][0]]
-            ranked[: len(best)] = random.sample(best, len(best))
-        return [one[3] for one in ranked]
+            ranked.append(_Ranked(node_id, tier, has_room, memory_mib, disk_mib))
+        return ranked
 
 
 def _waiting(view: NodeView, template: str, shape: Shape) -> int:
