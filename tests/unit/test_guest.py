@@ -2,12 +2,15 @@
 
 import errno
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from sandyard.server.guest import patience, system
 from sandyard.server.guest.context import Context
+from sandyard.server.guest.ops.dial import _connect_here
+from sandyard.server.guest.system import AbsentError
 
 
 @pytest.fixture
@@ -78,3 +81,23 @@ def test_a_machine_waits_as_much_longer_as_its_host_says_and_no_less_than_usual(
         assert patience.patient(2.0) == 2.0
     finally:
         patience.go_by(None)
+
+
+async def test_nothing_listens_is_said_so_in_a_machine_without_ipv6(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = socket.socket
+
+    def made(family: int, kind: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, kind)
+
+    monkeypatch.setattr("sandyard.server.guest.ops.dial.socket.socket", made)
+    with real() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(AbsentError, match=f"port {port}: nothing listens"):
+            await _connect_here(port)
+        taken.listen()
+        (await _connect_here(port)).close()

@@ -62,7 +62,10 @@ async def _join(there: socket.socket, connection: socket.socket, decoder: wire.D
 async def _connect_here(port: int) -> socket.socket:
     loop = asyncio.get_running_loop()
     for host, family in _LOOPBACK:
-        there = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            there = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:
+            continue  # not every machine has IPv6
         there.setblocking(False)
         try:
             await loop.sock_connect(there, (host, port))
