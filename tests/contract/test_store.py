@@ -204,7 +204,8 @@ async def test_a_sandbox_comes_back_as_it_was_stored(store: Store) -> None:
     one = sandbox(
         name="ünï 🏖", tags=("b", "a"), env={"A": "\U0001f600"}, authorized_keys=("ssh-ed25519 x",),
         root_password_hash="$2b$x", metadata={"deep": [1, None, {"x": "y"}]}, auto_resume=False,
-        expires_at=NOW + timedelta(days=1), node_id="n", driver="d", ip="10.0.0.1", os="o",
+        expires_at=NOW + timedelta(days=1), lives_s=86_400, pauses_at_end=True,
+        node_id="n", driver="d", ip="10.0.0.1", os="o",
         reason=Reason("c", "m"), started_at=NOW, paused_at=NOW, last_activity_at=NOW,
         last_activity_kind="exec",
     )  # fmt: skip
@@ -347,12 +348,13 @@ async def test_how_the_sandboxes_of_a_node_stand(store: Store) -> None:
     why, gone = Reason("code", "message"), frozenset({Status.RUNNING, Status.PAUSED})
     here = sandbox(
         status=Status.PAUSED, node_id="n", reason=why, version=3, incarnation=2,
-        expires_at=NOW, started_at=NOW, env={"secret": "x"},
+        expires_at=NOW, pauses_at_end=True, started_at=NOW, env={"secret": "x"},
     )  # fmt: skip
     plain = sandbox(status=Status.RUNNING, node_id="n")
     over, later = sandbox(expires_at=NOW), sandbox(expires_at=NOW + timedelta(seconds=1))
+    paused = sandbox(expires_at=NOW, lives_s=1, pauses_at_end=True)
     await insert(
-        store, here, plain, over, later, sandbox(status=Status.RUNNING, node_id="m"),
+        store, here, plain, over, later, paused, sandbox(status=Status.RUNNING, node_id="m"),
         sandbox(status=Status.FAILED, node_id="n"), sandbox(), sandbox(expires_at=NOW, node_id="n"),
     )  # fmt: skip
     async with store.write(Turn.BESIDE) as tx:

@@ -628,6 +628,21 @@ async def test_the_end_of_a_sandbox_can_be_moved_and_taken_away(yard: Yard) -> N
     assert (await yard.client.patch(path, json={"expiresIn": 0})).json()["data"][
         "expiresAt"
     ] is None
+    # How it ends can be changed too. While it is paused such a one has no end.
+    changed = (await yard.client.patch(path, json={"expiresIn": 50})).json()["data"]
+    assert changed["onExpiry"] == "destroy"
+    changed = (await yard.client.patch(path, json={"onExpiry": "pause"})).json()["data"]
+    assert changed["onExpiry"] == "pause"
+    assert changed["expiresAt"] is not None
+    await yard.client.post(f"{path}/pause")
+    for body in ({}, {"expiresIn": 500}, {"onExpiry": "pause"}):
+        assert (await yard.client.patch(path, json=body)).json()["data"]["expiresAt"] is None
+    await yard.client.post(f"{path}/resume")
+    resumed = (await yard.client.get(path)).json()["data"]
+    assert datetime.fromisoformat(resumed["expiresAt"]) - datetime.now(UTC) > timedelta(seconds=450)
+    await yard.client.post(f"{path}/pause")
+    changed = (await yard.client.patch(path, json={"onExpiry": "destroy"})).json()["data"]
+    assert datetime.fromisoformat(changed["expiresAt"]) - datetime.now(UTC) > timedelta(seconds=450)
     await yard.client.patch(path, json={"expiresIn": 1})
 
     async def is_gone() -> bool:
@@ -636,10 +651,26 @@ async def test_the_end_of_a_sandbox_can_be_moved_and_taken_away(yard: Yard) -> N
     await eventually(is_gone)
 
 
+async def test_a_sandbox_is_paused_at_its_end_if_that_is_asked_for(yard: Yard) -> None:
+    box = await yard.create(expiresIn=1, onExpiry="pause", idleTimeout=0)
+    assert box["onExpiry"] == "pause"
+    path = f"/v1/sandboxes/{box['id']}"
+
+    async def is_paused() -> bool:
+        got = (await yard.client.get(path)).json()["data"]
+        return (got["status"], got["expiresAt"]) == ("paused", None)
+
+    await eventually(is_paused)
+    assert (await yard.client.get(path)).json()["data"]["statusReason"]["code"] == "expired"
+    (fork,) = (await yard.client.post(f"{path}/fork", json={})).json()["data"]
+    assert (fork["expiresAt"], fork["onExpiry"]) == (None, "destroy")
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
         ({"idleTimeout": -1}, "idleTimeout"),
+        ({"onExpiry": "explode"}, "onExpiry"),
         ({"expiresIn": -1}, "expiresIn"),
         ({"name": "a/b"}, "name"),
         ({"name": ".."}, "name"),

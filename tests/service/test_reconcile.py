@@ -133,6 +133,63 @@ async def test_the_end_that_was_set_comes(desk: Desk) -> None:
     assert desk.node.machines == {}
 
 
+async def test_one_that_is_paused_at_its_end_has_another_whenever_it_is_resumed(desk: Desk) -> None:
+    box = await desk.create(expires_in=60, pauses_at_end=True, idle_timeout=0)
+    first = box.expires_at
+    assert first is not None
+    desk.machine(box).uses = 1  # also where it is in use
+    await desk.drive(56)
+    assert (await desk.get(box)).status is Status.RUNNING
+    await desk.drive(10)
+    paused = await desk.until(box, Status.PAUSED)
+    assert paused.expires_at is None
+    assert paused.reason is not None
+    assert paused.reason.code == "expired"
+    await desk.drive(600, step=20)
+    assert (await desk.get(box)).status is Status.PAUSED
+    # A use resumes it, as after any pause, and begins its time anew.
+    desk.machine(box).uses = 0
+    await desk.execute(box, "true")
+    again = await desk.get(box)
+    assert (again.status, again.reason) == (Status.RUNNING, None)
+    assert again.expires_at is not None
+    assert timedelta(seconds=50) < again.expires_at - desk.clock.now() <= timedelta(seconds=60)
+    # A pause by somebody takes the end away as well.
+    await desk.services.sandboxes.pause(desk.actor, box.id)
+    assert (await desk.get(box)).expires_at is None
+    await desk.services.sandboxes.delete(desk.actor, box.id, wait=False)
+
+
+async def test_a_pause_at_the_end_that_fails_is_tried_again_after_a_while(desk: Desk) -> None:
+    box = await desk.create(expires_in=30, pauses_at_end=True, idle_timeout=0)
+    desk.node.refusal = NoCapacityError("the disk is full")
+    await desk.drive(40)
+    await desk.until(box, Status.RUNNING)
+    assert desk.node.asked.count("ensure_paused") == 1
+    await desk.drive(70)
+    await desk.until(box, Status.PAUSED)
+    assert desk.node.asked.count("ensure_paused") == 2
+
+
+async def test_nothing_that_is_paused_at_its_end_is_deleted_whatever_becomes_of_it(
+    three: Desk,
+) -> None:
+    ends = {"expires_in": 60, "pauses_at_end": True, "idle_timeout": 0}
+    dead, silent = await three.create(**ends), await three.create(**ends)
+    three.nodes[str(dead.node_id)].die(dead.id)
+    await three.drive(4)
+    broken = await three.until(dead, Status.ERROR)
+    assert broken.expires_at is None
+    away = three.nodes[str(silent.node_id)]
+    away.is_silent = True
+    await three.drive(200, step=10)
+    assert (await three.get(silent)).status is Status.SUSPECTED_MISSING
+    away.is_silent = False
+    await three.drive(80, step=5)
+    await three.until(silent, Status.PAUSED)
+    assert (await three.get(dead)).status is Status.ERROR
+
+
 async def test_a_host_short_of_memory_has_the_one_used_least_lately_paused(desk: Desk) -> None:
     boxes = []
     for _ in range(3):

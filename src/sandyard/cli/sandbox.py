@@ -102,6 +102,10 @@ def create(
     expires_in: Annotated[
         int | None, typer.Option(help="Seconds until it is deleted by itself.")
     ] = None,
+    on_expiry: Annotated[
+        str | None,
+        typer.Option(help="What is done then instead: pause; a resume begins its time anew."),
+    ] = None,
     idle_timeout: Annotated[
         int | None, typer.Option(help="Seconds without use until it is paused; 0: never.")
     ] = None,
@@ -118,6 +122,7 @@ def create(
     given = {
         "name": name, "snapshot": snapshot, "idleTimeout": idle_timeout, "projectId": project,
         "rootPassword": password, "expiresIn": expires_in,
+        "onExpiry": on_expiry,
     }  # fmt: skip
     options |= {key: value for key, value in given.items() if value is not None}
     with open_client() as client:

@@ -179,6 +179,8 @@ class Sandbox:
     keys and `ssh_key_ids` whence each comes: the id of a key of the organization, or nothing where
     it was given itself. `saved_bytes` is what its saved state takes on disk. `env` and
     `root_password_hash` are secrets: the store keeps the first encrypted, nothing echoes either.
+    At `expires_at` it is deleted, or paused if it `pauses_at_end`: then it has no end while it does
+    not run, and whenever it comes up another, in `lives_s` seconds.
     """
 
     id: str
@@ -202,6 +204,8 @@ class Sandbox:
     metadata: Mapping[str, object] = field(default_factory=dict)
     auto_resume: bool = True
     expires_at: datetime | None = None
+    lives_s: int | None = None
+    pauses_at_end: bool = False
     node_id: str | None = None
     driver: str | None = None
     ip: str | None = None
@@ -234,6 +238,7 @@ class Standing:
     reason: Reason | None
     idle_timeout_s: int
     expires_at: datetime | None
+    pauses_at_end: bool
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None

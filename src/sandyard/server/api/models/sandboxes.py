@@ -34,7 +34,10 @@ class ResourcesIn(Body):
 
 OnExpiry = Annotated[
     Literal["destroy", "pause"],
-    Field(description="What is done at its end; this version offers `destroy` alone."),
+    Field(
+        description="What is done at its end. With `pause` it has no end while it is paused, and "
+        "each time it is resumed another, `expiresIn` seconds later."
+    ),
 ]
 
 
@@ -81,6 +84,7 @@ class CreateSandbox(Body):
             named["mounts"] = tuple(
                 Mount(one.workspace_id, one.path, one.read_only) for one in self.mounts
             )
+        named["pauses_at_end"] = self.on_expiry == "pause"
         return NewSandbox(**named, **resources)
 
 
@@ -101,7 +105,8 @@ class PatchSandbox(Body):
     def changes(self) -> Changes:
         """Return what is to be changed; fields of one name mean the same."""
         given = self.model_fields_set - {"on_expiry"}
-        return Changes(**{name: getattr(self, name) for name in given})
+        pauses = None if self.on_expiry is None else self.on_expiry == "pause"
+        return Changes(pauses_at_end=pauses, **{name: getattr(self, name) for name in given})
 
 
 class ResourcesOut(Model):
@@ -163,6 +168,7 @@ class SandboxOut(Model):
     os: str | None
     auto_resume: bool
     expires_at: Time | None
+    on_expiry: Literal["destroy", "pause"]
 
 
 def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
@@ -194,6 +200,7 @@ def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
             disk=format_size(shape.disk_mib),
         ),
         "idle_timeout": sandbox.idle_timeout_s,
+        "on_expiry": "pause" if sandbox.pauses_at_end else "destroy",
         "status_reason": ReasonOut(code=reason.code, message=reason.message) if reason else None,
         "node_id": sandbox.node_id if actor.role == "admin" else None,
     }
@@ -271,16 +278,8 @@ def stats_of(figures: Figures) -> Stats:
     return Stats.model_validate(vars(figures), by_name=True)
 
 
-def check_offered(body: CreateSandbox | PatchSandbox) -> None:
+def check_offered(body: CreateSandbox) -> None:
     """Refuse what would otherwise be left out in silence, and so be believed to be in force."""
-    if body.on_expiry == "pause":
-        raise InvalidArgumentError(
-            "cannot have a sandbox paused at its end: this version only ends it then (`destroy`); "
-            "without `expiresIn` it is paused by `idleTimeout`, and never deleted",
-            field="onExpiry",
-        )
-    if isinstance(body, PatchSandbox):
-        return
     network = body.network or {}
     if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):
         raise InvalidArgumentError(

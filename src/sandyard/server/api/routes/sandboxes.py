@@ -143,8 +143,7 @@ async def change_sandbox(
     reference: str,
     body: PatchSandbox,
 ) -> Data[SandboxOut]:
-    """Change name, tags, idle time-out, metadata, project or auto-resume of a sandbox."""
-    check_offered(body)
+    """Change name, tags, idle time-out, metadata, project, auto-resume or end of a sandbox."""
     sandbox = await service.change(
         actor, checked_text(reference, field="reference"), body.changes()
     )

@@ -279,7 +279,10 @@ class SandboxTable:
         c = t.sandboxes.c
         return await self.where(
             _selected().where(
-                c.node_id.is_(None), c.expires_at <= end, t.is_any_of(sorted(statuses))
+                c.node_id.is_(None),
+                c.expires_at <= end,
+                c.pauses_at_end.is_(False),
+                t.is_any_of(sorted(statuses)),
             )
         )
 

@@ -224,6 +224,8 @@ sandboxes = Table(
     Column("metadata", JSON, nullable=False),
     Column("auto_resume", Boolean, nullable=False),
     Column("expires_at", Moment),
+    Column("lives_s", Integer),
+    Column("pauses_at_end", Boolean, nullable=False, server_default=false()),
     Column("node_id", Text),
     Column("driver", Text),
     Column("ip", Text),

@@ -47,6 +47,8 @@ _NODE_SILENT = Reason("node_silent", "the node that the sandbox is on does not a
 _VANISHED = Reason("vanished", "nothing of the sandbox is left on its node")
 _PRESSED = Reason("host_memory_low", "the host was short of memory and this was used least lately")
 EXPIRED = Reason("expired", "the end set at its creation (expiresIn) has come")
+_PAUSED_AT_END = Reason("expired", "its time (expiresIn) was over; a resume begins another")
+_PAUSE_AGAIN = timedelta(seconds=60)
 _PASSING = frozenset({"host_disk_full"})
 _RELIEF = "relief"
 _SILENT_MAX = timedelta(hours=1)
@@ -194,7 +196,7 @@ class Comparison:
             or any(one.is_hidden or not one.is_ready for one in snapshots)
         ):
             return None
-        ends = [one.expires_at for one in rows if one.expires_at is not None]
+        ends = [end for one in rows if (end := _due(one)) is not None]
         ends += [
             last_used(one) + timedelta(seconds=one.idle_timeout_s)
             for one in rows
@@ -285,7 +287,9 @@ class Comparison:
                 await self._expire(sandbox, ended_at=self._away_since if is_gone else None)
             elif sandbox.status in (Status.RUNNING, Status.SUSPECTED_MISSING):
                 await self._judge(sandbox, fact)
-                if self._idleness.is_due(sandbox, fact):
+                if is_to_be_paused(sandbox, self._clock.now()):
+                    await self._apply(sandbox, Event.PAUSE, reason=_PAUSED_AT_END)
+                elif self._idleness.is_due(sandbox, fact):
                     self._beside(sandbox.id, self._pause_if_idle(sandbox))
             elif sandbox.status is Status.PAUSED and fact is not None and fact.phase is Phase.DEAD:
                 await self._apply(sandbox, Event.BROKE, reason=_reason_of(fact))
@@ -507,8 +511,26 @@ def _reason_of(fact: MachineFact) -> Reason:
 
 
 def has_expired(sandbox: Standing | Sandbox, now: datetime) -> bool:
-    """Tell whether the end that was set at a sandbox's creation has come."""
-    return sandbox.expires_at is not None and sandbox.expires_at <= now
+    """Tell whether a sandbox is to be deleted, for the end that was set for it has come."""
+    is_over = sandbox.expires_at is not None and sandbox.expires_at <= now
+    return is_over and not sandbox.pauses_at_end
+
+
+def is_to_be_paused(sandbox: Standing, now: datetime) -> bool:
+    """Tell whether a sandbox is to be paused, for the end that was set for it has come."""
+    due = _due(sandbox) if sandbox.pauses_at_end else None
+    return due is not None and due <= now
+
+
+def _due(sandbox: Standing) -> datetime | None:
+    """Return when a sandbox's end is to be looked at."""
+    if sandbox.expires_at is None or not sandbox.pauses_at_end:
+        return sandbox.expires_at
+    if sandbox.status is not Status.RUNNING:
+        return None
+    # It could not be paused then, perhaps, and that is not tried without a pause.
+    is_again = sandbox.updated_at > sandbox.expires_at
+    return sandbox.updated_at + _PAUSE_AGAIN if is_again else sandbox.expires_at
 
 
 def _is_believed(now: int, told: int) -> bool:

@@ -1,8 +1,10 @@
 """Sandboxes as their owners use them: look, change, pause, resume, touch, delete."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeTunnel
@@ -33,7 +35,8 @@ _ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
 class Changes:
     """What is to be changed in a sandbox; None leaves a field as it is.
 
-    `expires_in` is in seconds from now; 0 takes the end away.
+    `expires_in` is in seconds from now; 0 takes the end away. At its end it is deleted, or paused
+    if it `pauses_at_end`.
     """
 
     name: str | None = None
@@ -43,6 +46,7 @@ class Changes:
     project_id: str | None = None
     auto_resume: bool | None = None
     expires_in: int | None = None
+    pauses_at_end: bool | None = None
 
 
 class Sandboxes:
@@ -195,12 +199,13 @@ class Sandboxes:
         actor.require("sandbox:write")
         sandbox = await self._register.get(actor, reference)
         fields = await self._fields(actor, changes)
-        if not fields:
+        if not fields and changes.expires_in is None and changes.pauses_at_end is None:
             return sandbox
 
         async def attempt(now: Sandbox) -> Sandbox | None:
+            end = _end(now, changes, self._clock.now())
             return await self._lifecycle.change(
-                now, actor=actor, retag="tags" in fields, check=check_project, **fields
+                now, actor=actor, retag="tags" in fields, check=check_project, **fields, **end
             )
 
         sandbox = await self._register.unless_changed(sandbox, attempt, doing="change")
@@ -224,9 +229,6 @@ class Sandboxes:
                 fields["project_id"] = await project_of(tx, actor, changes.project_id)
         if changes.auto_resume is not None:
             fields["auto_resume"] = changes.auto_resume
-        if changes.expires_in is not None:
-            lives = timedelta(seconds=changes.expires_in)
-            fields["expires_at"] = self._clock.now() + lives if lives else None
         return fields
 
     async def logs(self, actor: Actor, reference: str) -> tuple[Sandbox, str]:
@@ -265,3 +267,19 @@ class Sandboxes:
         if any(value is None or not 0 <= value < _FIGURE_MAX for value in told):
             raise UnavailableError("cannot read the figures: the agent told none")
         return sandbox, figures
+
+
+def _end(sandbox: Sandbox, changes: Changes, now: datetime) -> dict[str, Any]:
+    """Return what a change makes of a sandbox's end; see `lifecycle.with_end` for the rest."""
+    if changes.expires_in is None and changes.pauses_at_end is None:
+        return {}
+    lives_s, expires_at = sandbox.lives_s, sandbox.expires_at
+    if changes.expires_in is not None:
+        lives_s = changes.expires_in or None
+        expires_at = None if lives_s is None else now + timedelta(seconds=lives_s)
+    pauses = sandbox.pauses_at_end if changes.pauses_at_end is None else changes.pauses_at_end
+    if expires_at is not None and lives_s is None:  # of a version that did not note it
+        lives_s = max(1, math.ceil((expires_at - sandbox.created_at).total_seconds()))
+    if expires_at is None and lives_s is not None and not pauses:
+        expires_at = now + timedelta(seconds=lives_s)  # it had none while it did not run
+    return {"expires_at": expires_at, "lives_s": lives_s, "pauses_at_end": pauses}

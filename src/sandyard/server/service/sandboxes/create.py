@@ -56,6 +56,7 @@ class NewSandbox:
     metadata: Mapping[str, object] = field(default_factory=dict)
     auto_resume: bool = True
     expires_in: int | None = None
+    pauses_at_end: bool = False
     snapshot: str | None = None
     mounts: tuple[Mount, ...] | None = None
 
@@ -216,6 +217,8 @@ class Creation:
             metadata=wish.metadata,
             auto_resume=wish.auto_resume,
             expires_at=None if lives is None else now + timedelta(seconds=lives),
+            lives_s=lives,
+            pauses_at_end=wish.pauses_at_end,
             node_id=placed.node_id,
             from_snapshot_id=snapshot.id if snapshot else None,
             from_snapshot_incarnation=1 if snapshot else 0,

@@ -6,7 +6,7 @@ same transaction: the line in the activity feed, and the opening or closing of t
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.bus import Bus
 from sandyard.server.core.contracts.clock import Clock
@@ -22,6 +22,7 @@ WORK = "sandboxes"
 """The topic of hints that some sandbox wants work done."""
 
 _UPDATED = "Sandbox changed"
+_AT_REST = frozenset({Status.PAUSED, Status.ERROR})
 _SEVERE = {Status.FAILED: "error", Status.ERROR: "error", Status.SUSPECTED_MISSING: "warning"}
 _TITLES = {
     Status.PENDING: "Sandbox created",
@@ -100,6 +101,7 @@ class Lifecycle:
         )
         if used is not None:
             changed = replace(changed, last_activity_at=now, last_activity_kind=used)
+        changed = with_end(changed, now)
         async with self._store.write(sandbox.org_id) as tx:
             if check is not None:
                 # Whoever lost a race is not refused for what the winner took.
@@ -132,11 +134,13 @@ class Lifecycle:
 
         `check` is asked in the transaction of the sandbox as it would be.
         """
+        now = self._clock.now()
         changed = replace(
             sandbox,
-            updated_at=self._clock.now(),
+            updated_at=now,
             **changes,  # type: ignore[arg-type]  # fields by name
         )
+        changed = with_end(changed, now)
         async with self._store.write(sandbox.org_id) as tx:
             if not await is_current(tx, sandbox):
                 return None
@@ -187,6 +191,18 @@ class Lifecycle:
             )
         elif was and not is_now:
             await tx.storage.close("sandbox", after.id, now)
+
+
+def with_end(sandbox: Sandbox, now: datetime) -> Sandbox:
+    """Return a sandbox with the end that it has in its status: one that is paused at its end has
+    none while it does not run, and another whenever it comes up."""
+    if not sandbox.pauses_at_end or sandbox.lives_s is None:
+        return sandbox
+    if sandbox.status in _AT_REST:
+        return replace(sandbox, expires_at=None)
+    if sandbox.status is Status.RUNNING and sandbox.expires_at is None:
+        return replace(sandbox, expires_at=now + timedelta(seconds=sandbox.lives_s))
+    return sandbox
 
 
 def refusal(sandbox: Sandbox, *, doing: str, why: str | None = None) -> ConflictError:

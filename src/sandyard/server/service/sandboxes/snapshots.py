@@ -324,6 +324,8 @@ class Snapshots:
             last_activity_at=None,
             last_activity_kind=None,
             expires_at=None,
+            lives_s=None,
+            pauses_at_end=False,
             node_id=snapshot.node_id,
             ip=None,
             reason=None,
