@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 import pytest
-from tests.support.server import RealServer, wait_until
+from tests.support.server import RealServer, longer, wait_until
 
 from sandyard.server.core import ops
 from sandyard.server.core.errors import (
@@ -86,7 +86,7 @@ async def test_a_port_of_loopback_is_reached_both_ways(server: RealServer, box: 
     )
     server.execute(box, f'setsid python3 -c "{echo}" >/dev/null 2>&1 </dev/null &')
     said = b""
-    until = time.monotonic() + _LIMIT_S
+    until = time.monotonic() + longer(_LIMIT_S)
     while not said:
         try:
             async with link.open(ops.Dial(4321), limit_s=_LIMIT_S) as opened:

@@ -371,6 +371,22 @@ async def test_bodies_of_any_size_go_through_as_they_come(shown: Shown) -> None:
         assert (await client.post("/early", content=b"x" * 100)).status_code == 413
 
 
+async def test_an_answer_is_due_once_the_request_is_whole_however_slowly_that_comes(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_s = 0.4
+    monkeypatch.setattr("sandyard.server.gateway.preview._ANSWER_S", limit_s)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(8):
+            yield b"x" * 100
+            await asyncio.sleep(limit_s / 4)  # as long as such a client takes
+
+    async with shown.client(await shown.host()) as client:
+        assert (await client.post("/up", content=pieces())).json()["body"] == 800
+        assert (await client.get("/silent")).status_code == 504
+
+
 async def test_answers_without_a_body_have_none(shown: Shown) -> None:
     async with shown.client(await shown.host()) as client:
         head = await client.head("/a")

@@ -2,11 +2,13 @@
 
 import asyncio
 import inspect
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ import sandyard.client as sdk
 from sandyard.client import archives, calls, code
 from sandyard.client.calls import Call, Heard, Retries, refusal_of, result_of
 from sandyard.client.config import ClientConfig, ConfigError, find_config, write_config
+from sandyard.client.errors import TransferError
 from sandyard.client.models import CodeResult, Exited, FileChange, Lost, Printed, ProcessEvent
 from sandyard.client.streams import Following, Watching
 
@@ -414,6 +417,103 @@ def test_what_is_downloaded_is_written_where_it_belongs(tmp_path: Path) -> None:
         raise OSError("broken off")
     assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "real"]
     assert (tmp_path / "real").read_text() == "after"
+
+
+def test_two_that_write_to_one_place_do_not_meet_and_take_no_neighbours_name(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".n.part").write_text("somebody's")
+    with archives.written(tmp_path / "n") as first, archives.written(tmp_path / "n") as second:
+        first.write(b"A" * 20)
+        second.write(b"B" * 5)
+    assert (tmp_path / "n").read_bytes() == b"A" * 20  # whoever ends last
+    assert (tmp_path / ".n.part").read_text() == "somebody's"
+    long = tmp_path / ("x" * 255)
+    with archives.written(long) as file:
+        file.write(b"long")
+    assert long.read_bytes() == b"long"
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def archive_of(*members: tuple[tarfile.TarInfo, bytes]) -> Iterator[bytes]:
+    """Return an archive as a sandbox may send it: anything at all."""
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as archive:
+        for member, content in members:
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return iter([written.getvalue()])
+
+
+def member(name: str, *, link: str = "", kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.type, found.linkname = kind, link
+    found.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
+    return found
+
+
+def test_an_archive_writes_nothing_outside_its_folder(tmp_path: Path) -> None:
+    """As in CVE-2025-4517: a link whose way is longer than realpath(3) follows."""
+    folder, members, path = "d" * 247, [], ""
+    for number in range(16):
+        members.append((member(f"{path}{folder}", kind=tarfile.DIRTYPE), b""))
+        members.append((member(f"{path}{number:x}", link=folder, kind=tarfile.SYMTYPE), b""))
+        path += f"{folder}/"
+    short = "/".join(f"{number:x}" for number in range(16))
+    members.append((member(f"{short}/l", link="../" * 16, kind=tarfile.SYMTYPE), b""))
+    members.append((member("out", link=f"{short}/l/../..", kind=tarfile.SYMTYPE), b""))
+    members.append((member("out/owned"), b"owned"))
+    target = tmp_path / "a/b/target"
+    with pytest.raises(TransferError):
+        archives.unpack(archive_of(*members), target, "it")
+    found = [one for one in tmp_path.rglob("owned") if not one.is_relative_to(target)]
+    assert found == []
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a"]
+    assert os.listdir(tmp_path / "a/b") == ["target"]
+
+
+def test_an_archive_goes_through_no_link_and_takes_the_place_of_one(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/file").write_text("kept")
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "folder").symlink_to(tmp_path / "elsewhere")
+    (target / "out").symlink_to(tmp_path / "elsewhere/file")
+    (target / "other").write_text("kept")
+    (target / "file").symlink_to("other")
+    for refused in (
+        [(member("out"), b"out of here")],
+        [(member("folder/file"), b"through a link of mine")],
+        [(member("in", link="folder/file", kind=tarfile.LNKTYPE), b"")],
+        [(member("in", link="file", kind=tarfile.LNKTYPE), b"")],
+        [(member("../elsewhere/file"), b"up")],
+    ):
+        with pytest.raises(TransferError):
+            archives.unpack(archive_of(*refused), target, "it")
+    honest = [
+        (member("plain", kind=tarfile.DIRTYPE), b""),
+        (member("plain/one"), b"1"),
+        (member("plain/two", link="plain/one", kind=tarfile.LNKTYPE), b""),
+        (member("plain/three", link="one", kind=tarfile.SYMTYPE), b""),
+        (member("file"), b"new"),
+    ]
+    for _ in range(2):  # also where it is there already
+        archives.unpack(archive_of(*honest), target, "it")
+        assert (target / "plain/two").read_text() == (target / "plain/three").read_text() == "1"
+        assert (target / "file").read_text() == "new"
+    assert (tmp_path / "elsewhere/file").read_text() == "kept"
+    assert (target / "other").read_text() == "kept"
+
+
+def test_of_a_link_to_a_folder_the_folder_is_packed(tmp_path: Path) -> None:
+    (tmp_path / "release-7").mkdir()
+    (tmp_path / "release-7/a").write_text("a")
+    (tmp_path / "current").symlink_to("release-7")
+    with (
+        archives.packed(tmp_path / "current") as packed,
+        tarfile.open(fileobj=packed, mode="r|") as archive,
+    ):
+        assert [one.name for one in archive] == [".", "./a"]
 
 
 def test_a_part_is_cut_out_of_what_came() -> None:

@@ -207,3 +207,15 @@ def test_a_stream_that_is_closed_breaks_nothing(closed: str, tmp_path: Path) -> 
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert done.stderr.rstrip().endswith("1")
+
+
+def test_json_moves_no_cursor_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"a": "\u009b2J\x1b[1m \u202e ü\n\x7f"}
+    for kind in (Terminal, Pipe):
+        out = kind()
+        monkeypatch.setattr("sys.stdout", out)
+        output.show_json(value)
+        said = out.getvalue() or out.bytes.getvalue().decode()
+        assert json.loads(said) == value
+        assert not set(said) & set("\u009b\x1b\u202e\x7f")
+        assert ("ü" in said) is (kind is Terminal)

@@ -1,5 +1,6 @@
 """`sandyard cp` and `sandyard run`: files in and out, and one command in a sandbox of its own."""
 
+import os
 import shlex
 import signal
 import sys
@@ -56,7 +57,9 @@ def copy(
             if not local.exists():
                 raise typer.BadParameter(f"there is no {source} here")
             is_contents = source.endswith("/.") and local.is_dir()
-            name = "" if is_contents else local.resolve().name
+            # Under its own name, also where it is a link; of `.` and `..` that is the folder's.
+            plain = local.name not in ("", "..")
+            name = "" if is_contents else local.name if plain else local.resolve().name
             if reference.startswith(_AT):
                 _put(client.workspace_files(reference[1:]), local, name, path, told)
                 return
@@ -68,9 +71,12 @@ def copy(
         else:
             assert here is not None
             reference, path = here
-            to = Path(target)
-            if to.is_dir() or target.endswith("/"):
-                to = to / PurePosixPath(path).name
+            to, name = Path(target), PurePosixPath(path).name
+            if name == "..":
+                raise typer.BadParameter(f"name what {path} is: it would be written beside {to}")
+            is_contents = path.endswith("/.") or path == "."
+            if not is_contents and (to.is_dir() or target.endswith("/")):
+                to = to / name
                 to.parent.mkdir(parents=True, exist_ok=True)
             if reference.startswith(_AT):
                 client.workspace_files(reference[1:]).download(path, to, on_progress=told)
@@ -140,8 +146,8 @@ def run(
     with open_client() as client:
         if keep:
             sandbox = client.create(template)
-            code = _run_in(client, sandbox, command, limit, raw=raw)
             typer.echo(f"the sandbox is {sandbox.id}", err=True)
+            code = _run_in(client, sandbox, command, limit, raw=raw)
         else:
             with Sandbox.create(template, client=client) as sandbox:
                 code = _run_in(client, sandbox, command, limit, raw=raw)
@@ -159,7 +165,7 @@ def _run_in(
 def _line(client: Sandyard, reference: str, command: list[str]) -> str | list[str]:
     """Return what to run, with a script that is here copied there."""
     script = Path(command[0])
-    if not script.is_file():
+    if not os.path.isfile(script):  # of a name that is too long, too
         return command[0] if len(command) == 1 else command
     there = str(_WORKSPACE / script.name)
     client.files(reference).upload(script, there)

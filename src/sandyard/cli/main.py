@@ -21,7 +21,7 @@ from sandyard.cli import (
     workspace,
 )
 from sandyard.cli.output import plain
-from sandyard.client import ApiError, ConnectionFailedError, TransferError
+from sandyard.client import ApiError, ConnectionFailedError, SandyardError
 from sandyard.client.config import ConfigError
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ def main() -> None:
         _fail(f"{error.message} [{error.code}, {error.request_id}]")
     except ConnectionFailedError as error:
         _fail(f"{error}; is the server running? (scripts/up starts it)")
-    except (ConfigError, TransferError) as error:
+    except (ConfigError, SandyardError) as error:
         _fail(str(error))
     except server.server_errors() as error:
         _fail(str(error))

@@ -61,7 +61,16 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Print JSON: one object, or a list of them."""
     with _until_seen_enough():
-        typer.echo(json.dumps(value, indent=2, ensure_ascii=not sys.stdout.isatty()))
+        is_for_people = sys.stdout.isatty()
+        said = json.dumps(value, indent=2, ensure_ascii=not is_for_people)
+        typer.echo("".join(_escaped(one) for one in said) if is_for_people else said)
+
+
+def _escaped(character: str) -> str:
+    """Return a character of JSON as a terminal only shows it, and means nothing else by it."""
+    if character.isprintable() or character == "\n":
+        return character
+    return json.dumps(character)[1:-1]
 
 
 def for_each(references: Sequence[str], work: Callable[[str], str]) -> None:

@@ -3,6 +3,7 @@ without trust."""
 
 import itertools
 import os
+import secrets
 import stat
 import tarfile
 import threading
@@ -14,6 +15,7 @@ from typing import IO
 from sandyard.client.errors import TransferError
 
 PIECE = 1024 * 1024
+_PATH_MAX = 4096  # linux/limits.h
 Progress = Callable[[int], object]
 
 
@@ -27,9 +29,34 @@ def unpack(pieces: Iterator[bytes], target: Path, what: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(fileobj=_Pieces(pieces), mode="r|") as archive:  # type: ignore[call-overload]
-            archive.extractall(target, filter="data")
+            archive.extractall(target, filter=_inside)  # noqa: S202  # stricter than "data"
     except tarfile.TarError as error:
         raise TransferError(f"cannot copy {what} here: {error}") from error
+
+
+def _inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """Let through what is harmless, and lies in `folder` without a link on the way to it.
+
+    tarfile's own filter follows links by realpath(3), which gives up on paths that are too long:
+    an archive can be made so that it takes a link out of the folder for one that stays in it
+    (CVE-2025-4517). Who packs a folder puts nothing behind a link.
+    """
+    found = tarfile.data_filter(member, folder)
+    names = [(found.name, found.isdir())]
+    if found.islnk():
+        names.append((found.linkname, True))
+    for name, is_whole in names:
+        place, parts = folder, [one for one in name.split("/") if one not in ("", ".")]
+        for number, part in enumerate(parts, 1):
+            place = os.path.join(place, part)
+            is_last = number == len(parts)
+            if len(os.fsencode(place)) >= _PATH_MAX or part == "..":
+                raise tarfile.OutsideDestinationError(found, place)
+            if os.path.islink(place) and (is_whole or not is_last):
+                raise tarfile.OutsideDestinationError(found, place)
+        if not is_whole and (os.path.islink(place) or (found.islnk() and os.path.isfile(place))):
+            os.unlink(place)  # what comes takes its place; it would be written to where it leads
+    return found
 
 
 def begun(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -54,9 +81,10 @@ def written(target: Path) -> Iterator[IO[bytes]]:
             yield file
         return
     target = Path(os.path.realpath(target))
-    part = target.with_name(f".{target.name}.part")
+    # A name of its own: another may be written to the same place, or have ours for its own.
+    part = target.with_name(f".sandyard-{secrets.token_hex(8)}.part")
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             if found is not None:
                 os.fchmod(file.fileno(), stat.S_IMODE(found.st_mode))
             yield file
@@ -91,7 +119,7 @@ def packed(folder: Path) -> Iterator[IO[bytes]]:
                 os.fdopen(writer, "wb") as file,
                 tarfile.open(fileobj=file, mode="w|") as archive,
             ):
-                archive.add(folder, arcname=".")
+                archive.add(os.path.realpath(folder), arcname=".")  # not the link to it
         except BrokenPipeError:
             pass  # nobody reads on: what is told of that is elsewhere
         except OSError as error:

@@ -240,7 +240,11 @@ class WorkspaceFiles:
             return
         if path.strip("/"):
             self._make(path)
-        for folder, folders, files in os.walk(source):
+
+        def unread(error: OSError) -> None:
+            raise error
+
+        for folder, folders, files in os.walk(source, onerror=unread):
             inside = Path(folder).relative_to(source)
             for name in folders:
                 if (Path(folder) / name).is_symlink():

@@ -3,8 +3,10 @@
 import codecs
 import functools
 import hmac
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from mcp.server import MCPServer
@@ -140,7 +142,7 @@ class Hands:
         try:
             box = await AsyncSandbox.create(template, client=self._yard, wait_s=120, **options)
         except NotReadyError as error:
-            raise ToolError(f"{error}; destroy it, or look at it again in a while") from error
+            raise ToolError(f"{error}; it was deleted, create another") from error
         self._keep(box)
         return _told(box)
 
@@ -319,8 +321,11 @@ class Hands:
         """Make sandboxes that begin as this one is now: files, memory and processes. Try several
         ways from one point, and keep the best."""
         made = await (await self._box(sandbox)).fork(count)
+        until = time.monotonic() + 120
         for one in made:
-            await one.wait_until_ready(120)
+            # All are told of: they are there, and cost, whatever has become of one of them.
+            with suppress(NotReadyError):
+                await one.wait_until_ready(max(0.0, until - time.monotonic()))
             self._keep(one)
         return [_told(one) for one in made]
 

@@ -91,13 +91,19 @@ class Exchange:
             await asyncio.sleep(max(0.0, early))
 
 
-async def send_body(receive: Receive, exchange: Exchange, clock: Clock, *, has_body: bool) -> None:
+async def send_body(
+    receive: Receive, exchange: Exchange, clock: Clock, *, has_body: bool, sent: asyncio.Event
+) -> None:
     """Send the body of a request as it comes, and tell when the client leaves.
+
+    `sent` is set once all of it that will be is on its way: from then on an answer is due.
 
     Raises:
         GoneError: it has.
     """
     while True:
+        if not has_body:
+            sent.set()
         message = await receive()
         if message["type"] == "http.disconnect":
             raise GoneError

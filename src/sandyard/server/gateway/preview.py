@@ -5,6 +5,7 @@ the API lets a client in; then bytes go to and fro as they come, through the age
 listens on the guest's loopback is reached as well.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -359,16 +360,31 @@ class PreviewApp:
             has_body = is_chunked or length not in (None, b"0")
             if not has_body:
                 await there.write(exchange.send(h11.EndOfMessage()))
+            sent = asyncio.Event()
             async with (
                 beside(self._watch(guest)),
-                beside(send_body(receive, exchange, self._clock, has_body=has_body)),
+                beside(send_body(receive, exchange, self._clock, has_body=has_body, sent=sent)),
             ):
-                async with self._clock.timeout(_ANSWER_S):
-                    response = await exchange.response()
+                response = await self._answer(exchange, sent)
                 await answering.begin(response)
                 async for piece in exchange.body():
                     await answering.go_on(piece)
                 await answering.end()
+
+    async def _answer(
+        self, exchange: Exchange, sent: asyncio.Event
+    ) -> h11.Response | h11.InformationalResponse:
+        """Return the head of the guest's answer. It may take its time from when it has the whole
+        request: what is large, or comes slowly, takes its own.
+
+        Raises:
+            TimeoutError: it has said nothing since.
+        """
+        async with beside(exchange.response()) as answer:
+            async with beside(sent.wait()) as whole:
+                await asyncio.wait([answer, whole], return_when=asyncio.FIRST_COMPLETED)
+            async with self._clock.timeout(_ANSWER_S):
+                return await answer
 
     async def _tunnel(self, scope: Scope, guest: _Guest, answering: "Answering") -> None:
         """Ask the guest for another protocol, and carry its bytes as they are from then on."""
