@@ -591,7 +591,7 @@ REPORTS = st.builds(
     st.lists(st.builds(ShelfFact, TEXT, NUMBER, NUMBER, NUMBER, NUMBER, NUMBER), max_size=2).map(
         tuple
     ),
-    st.lists(st.builds(GoldenFact, TEXT, NUMBER, NUMBER), max_size=2).map(tuple), NUMBER,
+    NUMBER, st.lists(st.builds(GoldenFact, TEXT, NUMBER, NUMBER), max_size=2).map(tuple), NUMBER,
 )  # fmt: skip
 
 

@@ -129,6 +129,27 @@ async def test_what_starts_at_once_gets_no_more_than_there_is(tmp_path: Path) ->
         assert sum(isinstance(one, NoCapacityError) for one in done) == 6
 
 
+async def test_one_from_the_pool_may_grow_its_disk_only_by_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_node(tmp_path) as held:
+        node, admission = held.node, held.node._admission
+        monkeypatch.setattr(node._pool, "has", lambda *_, **__: True)  # one waits
+        usual = a_wish(new_sandbox_id()).shape
+        left = admission.room().disk_mib
+        assert await node.find_room("base-minimal", usual)
+        with pytest.raises(NoCapacityError, match="disk is promised"):
+            await node.find_room("base-minimal", replace(usual, disk_mib=left + 100_000))
+        # What it has already is no more, however little is left to promise.
+        monkeypatch.setattr(admission, "_free_disk", lambda _: admission._margins.disk_floor_mib)
+        image = node._means.images.current("base-minimal")
+        assert image is not None
+        kind = node._goldens.kind_of(image, "base-minimal", usual)
+        assert await node.find_room("base-minimal", kind.shape)
+        with pytest.raises(NoCapacityError, match="disk is promised"):
+            await node.find_room("base-minimal", replace(kind.shape, disk_mib=kind.disk_mib + 1))
+
+
 async def test_a_resume_that_comes_twice_is_done_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

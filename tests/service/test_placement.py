@@ -44,9 +44,12 @@ async def test_where_a_machine_waits_goes_before_where_a_golden_one_is_and_that_
     one, two, _ = yard.fakes.values()
     one.room = two.room = 5  # the third has most room
     two.goldens = (GoldenFact("base-minimal", 1, 512), GoldenFact("base-minimal", 2, 1024))
-    one.shelves = (ShelfFact("base-minimal", 1, 512, 1024, size=2, target=2),)
+    one.shelves = (
+        ShelfFact("base-minimal", 1, 512, 1024, size=2, target=2),
+        ShelfFact("base-minimal", 1, 512, 5120, size=3, target=3),
+    )
     await yard.ask()
-    # Two wait; then they are taken, and it is no better than any other.
+    # Two wait, for the others' disks are larger; then they are taken, and it is as good as others.
     assert await yard.chosen(2) == {"one": 2, "two": 0, "three": 0}
     assert await yard.chosen(3) == {"one": 0, "two": 3, "three": 0}
     # Of another shape neither is there.
@@ -103,3 +106,9 @@ async def test_who_says_nothing_is_not_waited_for_where_others_have_room(yard: Y
     three.is_silent = True
     assert await yard.chosen(5) == {"one": 0, "two": 5, "three": 0}
     assert "report" in three.asked
+    # It is asked after all where whoever said so has no room.
+    await yard.clock.advance(15)
+    one.room, three.is_silent = 1, False
+    await yard.nodes.report_of(yard.nodes.get("one"))
+    one.room = two.room = 0
+    assert await yard.chosen(1) == {"one": 0, "two": 0, "three": 1}

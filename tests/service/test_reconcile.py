@@ -206,6 +206,26 @@ async def test_a_host_short_of_memory_has_the_one_used_least_lately_paused(desk:
     assert (await desk.get(boxes[2])).status is Status.RUNNING
 
 
+async def test_a_host_short_of_memory_is_relieved_of_one_after_the_other(desk: Desk) -> None:
+    boxes = [await desk.create(idle_timeout=0) for _ in range(4)]
+    saving, ensure_paused = asyncio.Event(), desk.node.ensure_paused
+
+    async def slowly(*args: Any, **more: Any) -> int:
+        await saving.wait()
+        return await ensure_paused(*args, **more)
+
+    desk.node.ensure_paused = slowly  # type: ignore[method-assign]
+    desk.node.is_short_of_memory = True
+    await desk.drive(10)
+    found = [(await desk.get(one)).status for one in boxes]
+    assert sorted(found) == [Status.PAUSING, *[Status.RUNNING] * 3]
+    desk.node.is_short_of_memory = False
+    saving.set()
+    await desk.until(boxes[found.index(Status.PAUSING)], Status.PAUSED)
+    await desk.drive(4)
+    assert [(await desk.get(one)).status for one in boxes].count(Status.RUNNING) == 3
+
+
 # --- silence ------------------------------------------------------------------------------------
 
 

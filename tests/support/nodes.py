@@ -244,7 +244,8 @@ class FakeNode:
             memory_mib=self._left() * 512,
             disk_mib=self._left() * 1024,
             shelves=self.shelves,
-            goldens=self.goldens,
+            goldens=len(self.goldens),
+            golden_kinds=self.goldens,
         )
         return self._generation.of(report)
 

@@ -125,7 +125,7 @@ class Metrics:
             labels = (one.template, str(one.vcpus), str(one.memory_mib), str(one.disk_mib))
             self._pool.labels(*labels).inc(one.size)
             self._pool_target.labels(*labels).inc(one.target)
-        self._goldens.set(sum(len(report.goldens) for report in reports))
+        self._goldens.set(sum(report.goldens for report in reports))
         return generate_latest(self._registry)
 
 

@@ -10,7 +10,6 @@ import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 from sandyard.server.core.contracts.node import (
@@ -261,16 +260,12 @@ class Node:
         image = self._means.images.current(template)
         # Each that is about to start may take one of those that wait.
         coming = self._ledger.totals().coming
-        if (
-            count == 1
-            and image is not None
-            and self._pool.has(
-                self._goldens.kind_of(image, template, shape), shape.disk_mib, besides=coming
-            )
-        ):
-            # It runs already: what it was promised is counted.
-            self._admission.check_disk(replace(shape, disk_mib=0))
-            return True
+        if count == 1 and image is not None:
+            kind = self._goldens.kind_of(image, template, shape)
+            if self._pool.has(kind, shape.disk_mib, besides=coming):
+                # It runs already: what it was promised is counted.
+                self._admission.check_growth(shape.disk_mib - kind.disk_mib)
+                return True
         await self._make_room(shape, count=count)
         return False
 
@@ -301,7 +296,8 @@ class Node:
             memory_mib=room.memory_mib,
             disk_mib=room.disk_mib,
             shelves=tuple(self._pool.facts()),
-            goldens=tuple(self._goldens.facts()),
+            goldens=self._goldens.count,
+            golden_kinds=tuple(self._goldens.facts()),
         )
         return self._generation.of(report)
 

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,7 +37,8 @@ class _Sent:
     shape: Shape
 
     def is_of(self, template: str, shape: Shape) -> bool:
-        return (self.template, self.shape) == (template, shape)
+        kind = self.template, self.shape.vcpus, self.shape.memory_mib
+        return kind == (template, shape.vcpus, shape.memory_mib)
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,18 @@ class Placement:
             UnavailableError: no node that answers can start it.
         """
         trouble: UnavailableError | None = None
-        for node_id in await self._able(template, shape, but=but):
-            try:
-                node = self._nodes.get(node_id)
-                placed = Placed(node_id, await node.find_room(template, shape))
-            except UnavailableError as error:
-                trouble = error
-            else:
-                self._note(node_id, template, shape)
-                return placed
+        asked = {but}
+        for is_last in (False, True):
+            for node_id in await self._able(template, shape, but=asked, is_last=is_last):
+                asked.add(node_id)
+                try:
+                    node = self._nodes.get(node_id)
+                    placed = Placed(node_id, await node.find_room(template, shape))
+                except UnavailableError as error:
+                    trouble = error
+                else:
+                    self._note(node_id, template, shape)
+                    return placed
         raise trouble or UnavailableError(
             f"cannot place a sandbox of {template}: no node that answers can start one now"
         )
@@ -126,15 +130,21 @@ class Placement:
         except UnavailableError:
             return None
 
-    async def _able(self, template: str, shape: Shape, *, but: str | None) -> list[str]:
+    async def _able(
+        self, template: str, shape: Shape, *, but: Collection[str | None], is_last: bool
+    ) -> list[str]:
         """Return nodes that have a template, best first: no start failed there lately, there is
-        room, a machine waits, a golden one is there, then most memory left."""
-        ids = [one for one in self._nodes.ids() if one != but and self._nodes.takes_new(one)]
+        room, a machine waits, a golden one is there, then most memory left.
+
+        Who says nothing of itself while others do may be cut off, and is not waited for, unless it
+        `is_last` who could.
+        """
+        ids = [one for one in self._nodes.ids() if one not in but and self._nodes.takes_new(one)]
         views = {one: self._nodes.lately(one) for one in ids}
         ranked = self._ranked(views, template, shape)
         unknown = [one for one, view in views.items() if view is None]
-        # Who says nothing of itself while others do may be cut off, and is not waited for.
-        if unknown and not (self._by_lot and any(one.has_room for one in ranked)):
+        has_others = self._by_lot and any(one.has_room for one in ranked)
+        if unknown and (is_last or not has_others):
             async with asyncio.TaskGroup() as tasks:
                 asking = {one: tasks.create_task(self._asked(one)) for one in unknown}
             views |= {one: task.result() for one, task in asking.items()}
@@ -171,8 +181,10 @@ class Placement:
 
 
 def _waiting(view: NodeView, template: str, shape: Shape) -> int:
-    """Return how many machines wait on a node for sandboxes of a kind."""
+    """Return how many machines wait on a node for sandboxes of a kind: a disk can only grow."""
     kind = template, shape.vcpus, shape.memory_mib
     return sum(
-        one.size for one in view.shelves if (one.template, one.vcpus, one.memory_mib) == kind
+        one.size
+        for one in view.shelves
+        if (one.template, one.vcpus, one.memory_mib) == kind and one.disk_mib <= shape.disk_mib
     )

@@ -205,7 +205,8 @@ class NodeReport:
     memory_mib: int = 0
     disk_mib: int = 0
     shelves: tuple[ShelfFact, ...] = ()
-    goldens: tuple[GoldenFact, ...] = ()
+    goldens: int = 0
+    golden_kinds: tuple[GoldenFact, ...] = ()
     generation: int = 0
 
     def view(self) -> NodeView:
@@ -216,7 +217,7 @@ class NodeReport:
             self.disk_mib,
             self.shelves,
             self.generation,
-            self.goldens,
+            self.golden_kinds,
         )
 
 

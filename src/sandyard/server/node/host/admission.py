@@ -89,6 +89,11 @@ class Admission:
         """Return if the disk of one more machine has room; see `check`."""
         self._check_disk(shape, 1, self._totals())
 
+    def check_growth(self, disk_mib: int) -> None:
+        """Return if the disk of a machine that is here may become so much larger; see `check`."""
+        grown = Shape(1, 0, disk_mib) if disk_mib > 0 else None
+        self._check_disk(grown, 1, self._totals())
+
     def missing_memory_mib(self, shape: Shape, *, count: int = 1) -> int:
         """Return by how much memory so many more machines have no room; 0 if they have."""
         missing = self._missing_memory_mib(shape.memory_mib, count, self._totals())

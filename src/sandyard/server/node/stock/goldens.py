@@ -221,6 +221,11 @@ class Goldens:
             task.cancel()
             await asyncio.wait([task])
 
+    @property
+    def count(self) -> int:
+        """How many golden machines are at hand."""
+        return len(self._known)
+
     def facts(self) -> list[GoldenFact]:
         """Return of what there are golden machines, already looked at as a whole."""
         kinds = {(one.template, one.vcpus, one.memory_mib) for one in self._known}

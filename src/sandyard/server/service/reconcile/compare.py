@@ -412,7 +412,12 @@ class Comparison:
             self._beside(sandbox_id, saved)
 
     async def _relieve(self, rows: list[Standing], facts: Mapping[str, MachineFact]) -> None:
-        """Have the sandbox paused that was used least lately, for the host's memory runs out."""
+        """Have the sandbox paused that was used least lately, for the host's memory runs out.
+
+        One at a time: its memory is there again once it has been saved.
+        """
+        if any(one.status is Status.PAUSING for one in rows):
+            return
         running = [
             one
             for one in rows
