@@ -3,11 +3,12 @@
 import errno
 import os
 import socket
+import struct
 from pathlib import Path
 
 import pytest
 
-from sandyard.server.guest import patience, system
+from sandyard.server.guest import connections, patience, processes, system
 from sandyard.server.guest.context import Context
 from sandyard.server.guest.ops.dial import _connect_here
 from sandyard.server.guest.system import AbsentError
@@ -101,3 +102,113 @@ async def test_nothing_listens_is_said_so_in_a_machine_without_ipv6(
             await _connect_here(port)
         taken.listen()
         (await _connect_here(port)).close()
+
+
+@pytest.mark.parametrize("before", [None, b"", b"root:old:1:2:3:4:5:6:", b"user:x:::::::\n", b"/"])
+def test_a_password_is_written_whatever_was_made_of_the_file(
+    tmp_path: Path, before: bytes | None
+) -> None:
+    shadow = tmp_path / "shadow"
+    if before == b"/":
+        shadow.symlink_to("/etc/shadow")
+    elif before is not None:
+        shadow.write_bytes(before)
+    system._write_password(shadow, "*")
+    assert not shadow.is_symlink()
+    lines = shadow.read_text().splitlines()
+    (root,) = (line for line in lines if line.startswith("root:"))
+    assert root.split(":")[1] == "*"
+    assert len(root.split(":")) == 9
+    if before and before.startswith(b"user"):
+        assert "user:x:::::::" in lines
+
+
+def test_what_is_not_text_in_a_password_file_stays_as_it_is(tmp_path: Path) -> None:
+    shadow = tmp_path / "shadow"
+    shadow.write_bytes(b"root:a:1::::::\n\xff\xfe:x\x85y:::::::\n")
+    system._write_password(shadow, "b")
+    assert shadow.read_bytes() == b"root:b:1::::::\n\xff\xfe:x\x85y:::::::\n"
+
+
+def test_what_stands_where_a_file_of_settings_should_is_none(tmp_path: Path) -> None:
+    (tmp_path / "etc/environment").mkdir(parents=True)
+    (tmp_path / "etc/passwd").mkdir()
+    root, before = os.open(tmp_path, os.O_PATH), len(os.listdir("/proc/self/fd"))
+    try:
+        assert system.system_environment(root) == {}
+        with pytest.raises(system.RefusedError, match="directory"):
+            system.find_account(root, "somebody")
+        assert len(os.listdir("/proc/self/fd")) == before
+        (tmp_path / "etc/environment").rmdir()
+        (tmp_path / "etc/environment").write_bytes(b"A=1\0\nB=2\n")
+        assert system.system_environment(root) == {"B": "2"}
+    finally:
+        os.close(root)
+
+
+@pytest.mark.parametrize(
+    ("number", "is_told"), [(errno.ENOENT, False), (errno.EOPNOTSUPP, False), (errno.EPERM, True)]
+)
+def test_a_kernel_that_lists_no_connections_keeps_them(number: int, is_told: bool) -> None:
+    class Diag:
+        def send(self, _: bytes) -> None: ...
+
+        def recv(self, _: int) -> bytes:
+            return struct.pack("=IHHIIi", 36, 2, 0, 1, 0, -number) + bytes(16)
+
+    listed = connections._connections(Diag(), socket.AF_INET)  # type: ignore[arg-type]
+    if is_told:
+        with pytest.raises(OSError, match="not permitted"):
+            list(listed)
+    else:
+        assert list(listed) == []
+
+
+def test_a_child_that_may_take_long_keeps_nothing_open_but_what_it_needs() -> None:
+    other, kept = os.pipe(), os.pipe()
+    gate = os.pipe()
+
+    def body() -> None:
+        os.write(kept[1], b"here")
+        os.read(gate[0], 1)
+
+    pid = processes.fork(body, keeps=(kept[1], gate[0]))
+    try:
+        assert os.read(kept[0], 4) == b"here"
+        os.close(other[1])
+        assert os.read(other[0], 1) == b"", "nobody else has it open"
+    finally:
+        os.write(gate[1], b".")
+        os.waitpid(pid, 0)
+        for one in (other[0], *kept, *gate):
+            os.close(one)
+
+
+@pytest.mark.parametrize("problem", [BlockingIOError(errno.EAGAIN, "no process is left"), None])
+async def test_a_login_that_could_not_be_captured_is_tried_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: OSError | None
+) -> None:
+    monkeypatch.setattr(system, "RUN", tmp_path)
+    (tmp_path / "token").write_text("t")
+    root = os.open(tmp_path, os.O_PATH)
+    account, captured, now = system.Account("root", 0, 0, "/root", "/bin/sh", (0,)), [0], [100.0]
+
+    async def capture(*_: object) -> dict[str, str] | None:
+        captured[0] += 1
+        return None if problem is not None and captured[0] == 1 else {"FROM": "profile"}
+
+    monkeypatch.setattr(Context, "_capture_login", capture)
+    monkeypatch.setattr("sandyard.server.guest.context.time.monotonic", lambda: now[0])
+    try:
+        context = Context(root)
+        first = await context.login_environment(account)
+        assert ("FROM" in first) is (problem is None)
+        await context.login_environment(account)
+        assert captured == [1]
+        now[0] += 61
+        assert (await context.login_environment(account))["FROM"] == "profile"
+        now[0] += 1000
+        assert (await context.login_environment(account))["FROM"] == "profile"
+        assert captured == [1 if problem is None else 2]
+    finally:
+        os.close(root)

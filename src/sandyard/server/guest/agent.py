@@ -57,7 +57,7 @@ class Agent:
         with connection:
             try:
                 await self._converse(connection)
-            except (OSError, TimeoutError, wire.WireError):
+            except (ConnectionError, TimeoutError, wire.WireError):
                 pass  # the host went away, or spoke another language: nothing is owed to it
             except Exception as error:  # noqa: BLE001 - one connection must not end the agent
                 _log(f"operation failed: {error!r}")
@@ -119,14 +119,21 @@ class Agent:
         operation: ops.SetUp | ops.Wake | ops.MountAll | ops.Unmount,
         connection: socket.socket,
     ) -> None:
-        """Make the machine fit to be used."""
-        match operation:
-            case ops.SetUp():
-                await set_up(self._context, operation, connection)
-            case ops.Wake():
-                wake(self._context, operation, connection)
-            case _:
-                await mount(self._context, operation)
+        """Make the machine fit to be used.
+
+        Raises:
+            RefusedError: it cannot be; whoever asked is told, for what it does then is grave.
+        """
+        try:
+            match operation:
+                case ops.SetUp():
+                    await set_up(self._context, operation, connection)
+                case ops.Wake():
+                    wake(self._context, operation, connection)
+                case _:
+                    await mount(self._context, operation)
+        except (OSError, ValueError) as error:
+            raise RefusedError(f"cannot make the sandbox ready: {error}") from error
 
 
 def _log(message: str) -> None:

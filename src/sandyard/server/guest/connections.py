@@ -5,6 +5,8 @@ asked to abort them (SOCK_DESTROY, sock_diag(7)), so that every program sees a r
 """
 
 import contextlib
+import errno
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -17,7 +19,10 @@ _SOCK_DESTROY = 21
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST, _DUMP, _ACK = 0x1, 0x300, 0x4
 _LISTEN = 10
-_ALL_BUT_LISTENING = 0xFFF & ~(1 << _LISTEN)
+_TIME_WAIT = 6
+# What waits for its port to be forgotten carries nothing any more, and there may be very many.
+_OPEN = 0xFFF & ~(1 << _LISTEN | 1 << _TIME_WAIT)
+_CANNOT_LIST = frozenset({errno.ENOENT, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP})
 _HEADER = struct.Struct("=IHHII")
 _LIMIT_S = 5.0
 _MAPPED = bytes(10) + b"\xff\xff"  # an IPv4 address in an IPv6 socket
@@ -28,7 +33,8 @@ def break_off(*, own_port: int, peer_port: int) -> int:
     """Abort every TCP connection to another host, and return how many there were.
 
     The one connection between `own_port` here and `peer_port` there is spared: it carries the
-    request. Connections within the machine are intact on both ends and stay.
+    request. Connections within the machine are intact on both ends and stay. A kernel that cannot
+    list its connections (INET_TCP_DIAG) keeps them all: programs wait for a time-out then.
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
@@ -51,7 +57,10 @@ def _connections(diag: socket.socket, family: int) -> Iterator[bytes]:
             if kind == _NLMSG_DONE:
                 return
             if kind == _NLMSG_ERROR:
-                raise OSError("the kernel does not list its connections")
+                number = -struct.unpack_from("=i", data, _HEADER.size)[0]
+                if number in _CANNOT_LIST:
+                    return
+                raise OSError(number, f"cannot list connections: {os.strerror(number)}")
             yield data[_HEADER.size + 4 : _HEADER.size + 52]
             data = data[(length + 3) & ~3 :]
 
@@ -66,7 +75,7 @@ def _destroy(diag: socket.socket, family: int, which: bytes) -> int:
 
 
 def _request(family: int, which: bytes) -> bytes:
-    return struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, _ALL_BUT_LISTENING) + which
+    return struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, _OPEN) + which
 
 
 def _message(kind: int, flags: int, payload: bytes) -> bytes:

@@ -8,9 +8,11 @@ import asyncio
 import collections
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from sandyard.server.core import wire
 from sandyard.server.guest import patience, processes, system
@@ -22,6 +24,7 @@ from sandyard.server.guest.table import Table
 
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh")
 _LOGIN_LIMIT_S = 5.0
+_CAPTURE_AGAIN_S = 60.0
 _SAMPLE_PERIOD_S = 5.0
 _SAMPLES = 13  # a minute of them
 
@@ -63,6 +66,15 @@ class Load:
         return round(100.0 * share * (os.cpu_count() or 1), 2)
 
 
+@dataclass(frozen=True)
+class _Login:
+    """What a login of an account would have, captured while the profiles were as `stamp` says."""
+
+    stamp: tuple[object, ...]
+    env: dict[str, str]
+    good_until: float
+
+
 class Context:
     """See the module. `token` is what the host must show, `env` what every process gets."""
 
@@ -73,7 +85,7 @@ class Context:
         self.callers = Callers()
         self.token = (system.RUN / "token").read_text().strip()
         self.env: Mapping[str, str] = {}
-        self._logins: dict[int, tuple[tuple[object, ...], dict[str, str]]] = {}
+        self._logins: dict[int, _Login] = {}
         with contextlib.suppress(FileNotFoundError):
             told, _ = json.JSONDecoder().raw_decode((system.RUN / "state").read_text())
             self.token, self.env = told["token"], told["env"]
@@ -90,15 +102,19 @@ class Context:
         """Return what a login of an account would have, captured anew when a profile changes."""
         stamp = system.profile_stamp(self.root_fd, account)
         known = self._logins.get(account.uid)
-        if known is None or known[0] != stamp:
+        if known is None or known.stamp != stamp or time.monotonic() >= known.good_until:
             plain = system.plain_environment(account) | system.system_environment(self.root_fd)
             captured = await self._capture_login(account, plain)
-            known = (stamp, plain | captured)
+            good_until = math.inf if captured is not None else time.monotonic() + _CAPTURE_AGAIN_S
+            known = _Login(stamp, plain | (captured or {}), good_until)
             self._logins[account.uid] = known
-        return dict(known[1])
+        return dict(known.env)
 
-    async def _capture_login(self, account: Account, plain: dict[str, str]) -> dict[str, str]:
-        # A profile that hangs or fails must not take exec away: the plain environment serves then.
+    async def _capture_login(
+        self, account: Account, plain: dict[str, str]
+    ) -> dict[str, str] | None:
+        """Return what a login would have; None if it hangs or fails, which must not take exec away:
+        the plain environment serves then, for a while."""
         spec = processes.Spec(
             name=SHELLS[0],
             programs=[(shell, "-l", "-c", "exec env -0") for shell in SHELLS],
@@ -109,7 +125,7 @@ class Context:
         try:
             process = await processes.start(spec, root_fd=self.root_fd, wants_stdin=False)
         except RefusedError:
-            return {}
+            return None
         assert process.stderr is not None  # it was not started on a terminal
         stdout, stderr = Reader(process.stdout), Reader(process.stderr)
         try:
@@ -123,7 +139,7 @@ class Context:
         except TimeoutError:
             process.kill()
             await process.wait()
-            return {}
+            return None
         finally:
             stdout.close()
             stderr.close()

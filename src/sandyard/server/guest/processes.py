@@ -113,10 +113,12 @@ class Process:
         for pid in self._members():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
+        self.signal(signal.SIGTERM)  # it may have left its cgroup
         until = time.monotonic() + TERM_GRACE_S
         while self._is_populated() and time.monotonic() < until:
             await asyncio.sleep(0.02)
         self.kill()
+        self.signal(signal.SIGKILL)
 
     def kill(self) -> None:
         """End everything that was started, at once."""
@@ -224,6 +226,13 @@ async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
     Raises:
         RefusedError: it could not be started; the message says what was in the way.
     """
+    try:
+        return await _start(spec, root_fd=root_fd, wants_stdin=wants_stdin)
+    except OSError as error:  # the machine has no process, descriptor or memory left
+        raise RefusedError(_cannot("start", spec.name, error)) from error
+
+
+async def _start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
     kind = _KEPT if spec.is_kept else ""
     cgroup = f"{_CGROUPS}/{kind}{os.getpid()}-{next(_NUMBERS)}"
     os.mkdir(cgroup)
@@ -342,6 +351,7 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
             os.chdir(spec.cwd)
         except OSError as error:
             raise RefusedError(_cannot("change to the folder", spec.cwd, error)) from error
+        denied: OSError | None = None
         for program in spec.programs:
             try:
                 return os.posix_spawn(
@@ -354,8 +364,12 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
                 )
             except _NOT_HERE:
                 continue
-            except OSError as error:
+            except PermissionError as error:
+                denied = denied or error  # there may be another: execvp(3)
+            except (OSError, ValueError) as error:
                 raise RefusedError(_cannot("start", program[0], error)) from error
+        if denied is not None:
+            raise RefusedError(_cannot("start", spec.name, denied)) from denied
         raise RefusedError(f"cannot start {spec.name}: it is not in the sandbox")
     finally:
         _go_home(home)
@@ -399,8 +413,8 @@ async def _fork(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int
     return pid
 
 
-async def by_child(work: Callable[[], None]) -> None:
-    """Have a child do what the kernel may have to wait for.
+async def by_child(work: Callable[[], None], *, keeps: Sequence[int]) -> None:
+    """Have a child do what the kernel may have to wait for; see `fork` for what it `keeps`.
 
     Raises:
         OSError: what came of it.
@@ -414,7 +428,7 @@ async def by_child(work: Callable[[], None]) -> None:
         except ValueError:
             os._exit(errno.EINVAL)
 
-    pid = fork(body)
+    pid = fork(body, keeps=keeps)
     pidfd = os.pidfd_open(pid)
     try:
         async with asyncio.timeout(patient(_FOLDER_LIMIT_S)):
@@ -480,12 +494,21 @@ def may_wait_for_files() -> bool:
     return _mounts().may_wait()
 
 
-def fork(child: Callable[[], None]) -> int:
-    """Run `child` in a forked process that ends with it, and return the process's id."""
+def fork(child: Callable[[], None], *, keeps: Sequence[int] | None = None) -> int:
+    """Run `child` in a forked process that ends with it, and return the process's id.
+
+    Of one that may take long, say which descriptors it `keeps`: what else it had open would not
+    end, for whoever waits for its end, before the child does.
+    """
     pid = os.fork()
     if pid:
         return pid
     try:
+        if keeps is not None:
+            low = 3
+            for one in sorted({*keeps, os.sysconf("SC_OPEN_MAX")}):
+                os.closerange(low, one)
+                low = one + 1
         child()
         os._exit(0)
     except BaseException:  # noqa: BLE001 - nothing may unwind into the parent's stack
@@ -521,10 +544,15 @@ def _become(
         what, which = "change to the folder", spec.cwd
         os.chdir(spec.cwd)
         what, which = "start", spec.name
+        denied: OSError | None = None
         for program in spec.programs:
-            with contextlib.suppress(*_NOT_HERE):
+            try:
                 os.execve(program[0], spec.words_of(program), dict(spec.env))
-        raise FileNotFoundError(2, "it is not in the sandbox")
+            except _NOT_HERE:
+                continue
+            except PermissionError as error:
+                denied = denied or error
+        raise denied or FileNotFoundError(2, "it is not in the sandbox")
     except OSError as error:
         os.write(trouble, _cannot(what, which, error).encode(errors="replace")[:1000])
     except BaseException as error:  # noqa: BLE001 - the parent must hear of it, whatever it is
@@ -532,8 +560,8 @@ def _become(
     os._exit(127)
 
 
-def _cannot(what: str, which: str, error: OSError) -> str:
-    return f"cannot {what} {which}: {error.strerror}"
+def _cannot(what: str, which: str, error: OSError | ValueError) -> str:
+    return f"cannot {what} {which}: {getattr(error, 'strerror', None) or error}"
 
 
 async def readable(descriptor: int) -> None:

@@ -135,9 +135,9 @@ def write_identity(
     """Write who this machine is into the user's files; call it inside the user's root.
 
     What stands in a file's place and is no plain file (a link, a FIFO) is replaced, never followed.
-    Where the user made that impossible (a folder is in its place, it may not be changed), names and
-    keys stay as they are: a sandbox must come up with whatever is on its disk. What others could
-    come in by does not stay.
+    Where the user made that impossible (a folder is in its place, it may not be changed), names,
+    keys and the password stay as they are: a sandbox must come up with whatever is on its disk.
+    What others could come in by does not stay.
 
     Raises:
         OSError: what has to be written cannot be.
@@ -147,7 +147,8 @@ def write_identity(
         with contextlib.suppress(OSError):
             _overwrite(path, text, 0o644)
     if machine_id is not None:
-        _overwrite("/etc/machine-id", machine_id + "\n", 0o444)
+        with contextlib.suppress(OSError):
+            _overwrite("/etc/machine-id", machine_id + "\n", 0o444)
     if replaces_access and password_hash is None:
         password_hash = "*"  # no password is it (shadow(5))
     ssh = Path("/root/.ssh")
@@ -161,16 +162,31 @@ def write_identity(
             if replaces_access:
                 raise
     if password_hash is not None:
-        lines = (before := _read_regular(Path("/etc/shadow"))).splitlines()
-        changed = [
-            ":".join(["root", password_hash, *line.split(":")[2:]])
-            if line.startswith("root:")
-            else line
-            for line in lines
-        ]
-        # What stands there already needs no room, which a full disk has not.
-        if (after := "\n".join(changed) + "\n") != before:
-            _replace(Path("/etc/shadow"), after, 0o600)
+        try:
+            _write_password(Path("/etc/shadow"), password_hash)
+        except OSError:
+            if replaces_access:
+                raise
+
+
+def _write_password(shadow: Path, password_hash: str) -> None:
+    """Write root's password hash, whatever else stands in shadow(5), and if nothing does."""
+    try:
+        before = _read_regular(shadow)
+    except OSError:
+        before = ""
+    lines = before.split("\n")[:-1] if before.endswith("\n") else before.split("\n")
+    if not any(line.startswith("root:") for line in lines):
+        lines = ["root" + ":" * 8, *(line for line in lines if line)]
+    changed = [
+        ":".join(["root", password_hash, *line.split(":")[2:]])
+        if line.startswith("root:")
+        else line
+        for line in lines
+    ]
+    # What stands there already needs no room, which a full disk has not.
+    if (after := "\n".join(changed) + "\n") != before:
+        _replace(shadow, after, 0o600)
 
 
 def write_boot_id() -> None:
@@ -255,7 +271,7 @@ def system_environment(root_fd: int) -> dict[str, str]:
     result = {}
     for line in text.splitlines():
         name, separator, value = line.strip().removeprefix("export ").partition("=")
-        if separator and name.isidentifier():
+        if separator and name.isidentifier() and "\0" not in value:
             if value[:1] in ("'", '"'):
                 value = value[1:].partition(value[0])[0]
             result[name] = value
@@ -299,8 +315,13 @@ def _read_small(root_fd: int, name: str) -> str:
         descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=root_fd)
     except OSError as error:
         raise RefusedError(f"cannot read /{name} of the sandbox: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read(_PASSWD_MAX).decode(errors="replace")
+    try:
+        with open(descriptor, "rb") as file:
+            return file.read(_PASSWD_MAX).decode(errors="replace")
+    except OSError as error:  # a folder is in its place
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise RefusedError(f"cannot read /{name} of the sandbox: {error.strerror}") from error
 
 
 def _replace(path: Path, text: str, mode: int) -> None:
@@ -310,8 +331,8 @@ def _replace(path: Path, text: str, mode: int) -> None:
         part.unlink()
     try:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text.encode(errors="surrogateescape"))
             os.fchmod(descriptor, mode)
         part.replace(path)
     except OSError as error:
@@ -319,7 +340,7 @@ def _replace(path: Path, text: str, mode: int) -> None:
             part.unlink()
         if error.errno != errno.ENOSPC:
             raise
-        _write_over(path, text.encode(), mode)
+        _write_over(path, text.encode(errors="surrogateescape"), mode)
 
 
 def _write_over(path: Path, data: bytes, mode: int) -> None:
@@ -365,5 +386,5 @@ def _overwrite(path: str, text: str, mode: int) -> None:
 
 def _read_regular(path: Path) -> str:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    with os.fdopen(descriptor) as file:
-        return file.read(_PASSWD_MAX)
+    with open(descriptor, "rb") as file:
+        return file.read(_PASSWD_MAX).decode(errors="surrogateescape")

@@ -89,7 +89,7 @@ async def _connect_path(context: Context, path: str) -> socket.socket:
     try:
         if processes.may_wait_for_files():
             # On the way there somebody may have to be asked, whom the agent does not wait for.
-            await processes.by_child(connect)
+            await processes.by_child(connect, keeps=(context.root_fd, there.fileno()))
         else:
             _as_user(connect)
     except BaseException as error:
@@ -121,7 +121,8 @@ async def _connect(context: Context, host: str, port: int) -> socket.socket:
     with ours:
         with theirs:
             pid = processes.fork(
-                lambda: _find_and_connect(account, context.root_fd, host, port, theirs)
+                lambda: _find_and_connect(account, context.root_fd, host, port, theirs),
+                keeps=(context.root_fd, theirs.fileno()),
             )
         pidfd = os.pidfd_open(pid)
         try:

@@ -94,9 +94,12 @@ async def carry_out(
     owner = None
     if isinstance(wish, ops.MakeFolder | ops.Write) and wish.owner is not None:
         owner = system.find_account(context.root_fd, wish.owner)
-    pid = processes.fork(
-        lambda: _Child(context.root_fd, account, owner, connection, decoder).serve(wish)
-    )
+    try:
+        pid = processes.fork(
+            lambda: _Child(context.root_fd, account, owner, connection, decoder).serve(wish)
+        )
+    except OSError as error:
+        raise RefusedError(f"cannot do that in the sandbox: {error.strerror}") from error
     among.add(pid)
     try:
         await _until_ended(pid, connection)
