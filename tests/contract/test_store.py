@@ -5,7 +5,7 @@ import random
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -17,7 +17,7 @@ import asyncpg
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.clock import AheadClock
 from tests.support.house import eventually, until
@@ -342,6 +342,34 @@ async def test_fifty_writers_lose_no_update(store: Store) -> None:
         for _ in range(50):
             tasks.create_task(bump())
     assert (await find(store, one.id)).incarnation == 150
+
+
+async def test_those_that_are_gone_are_not_read_through_for_those_that_live(
+    tmp_path: Path,
+) -> None:
+    """As SQLite plans it, which uses a partial index only where the statement spells it out."""
+    path, statements = tmp_path / "sandyard.db", list[tuple[str, Any]]()
+
+    def note(_c: object, _cursor: object, statement: str, values: Any, *_: object) -> None:
+        statements.append((statement, values))
+
+    async with open_store(f"sqlite:///{path}", key=KEY) as store:
+        event.listen(Engine, "before_cursor_execute", note)
+        try:
+            async with store.read() as tx:
+                await tx.sandboxes.page(SandboxQuery("org", limit=10))
+                await tx.sandboxes.named("n", limit=2)
+                await tx.sandboxes.mounting("w")
+        finally:
+            event.remove(Engine, "before_cursor_execute", note)
+    asked = [one for one in statements if "FROM sandboxes" in one[0]]
+    assert len(asked) == 3
+    with closing(sqlite3.connect(path)) as plain:
+        for statement, values in asked:
+            plan = [row[3] for row in plain.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
+            (how,) = (one for one in plan if " sandboxes" in one)
+            assert how.startswith("SEARCH"), f"{how}\n{statement}"
+            assert "ix_sandboxes_org_created" not in how, f"{how}\n{statement}"
 
 
 async def test_how_the_sandboxes_of_a_node_stand(store: Store) -> None:

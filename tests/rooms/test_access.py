@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,27 @@ async def test_every_route_refuses_a_credential_that_is_no_good(yard: Yard) -> N
                 assert things.told_in(answer.text, path) == []
                 if name == "scopeless":
                     assert answer.json()["error"]["details"] == {"requiredScope": access.name}
+
+
+async def test_the_scope_of_a_route_opens_it_alone(yard: Yard) -> None:
+    org_id, user_id = await yard.first()
+    things = await Things.make(yard)
+    for route in routes(yard):
+        access = access_of(route)
+        # A fork is a use of one sandbox, and makes another.
+        if access is None or access.name is None or route.path.endswith("/fork"):
+            continue
+        key = await yard.add_key(org_id, user_id, scopes=(access.name,))
+        path, _ = things.path(route)
+        for method in route.methods or ():
+            async with yard.client_of(key) as client:
+                with suppress(TimeoutError):  # it tells of events, for ever
+                    async with asyncio.timeout(5):
+                        answer = await client.request(method, path, json=body_of(path))
+            error = answer.json()["error"] if answer.is_error else {}
+            # Whoever makes a key needs what it grants.
+            if not str(error.get("message", "")).startswith("cannot grant"):
+                assert "requiredScope" not in error.get("details", {}), f"{route.path}: {error}"
 
 
 async def test_every_route_tells_another_organization_nothing(yard: Yard) -> None:

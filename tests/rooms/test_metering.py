@@ -265,6 +265,23 @@ async def test_many_who_charge_and_grant_at_once_lose_nothing(store_url: str) ->
     await with_bench(work, store_url)
 
 
+async def test_what_the_last_sandbox_used_is_in_the_ledger_soon(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        life = await bench.create(Shape(32, 65536, 10240))
+        await bench.meter.charge_all()  # a line in the ledger is due again in five minutes
+        bench.clock.time += timedelta(minutes=4)
+        await bench.apply(life, Event.DELETE)
+        await bench.meter.charge_all()
+        async with bench.store.read() as tx:
+            account = await tx.credits.account(bench.org_id)
+            owing = await tx.usage.owing()
+        assert owing == []
+        assert 0 <= account.carried < MICROS
+        assert account.balance_cents == 10_000 - life.cost(bench.clock.now()) // MICROS
+
+    await with_bench(work, f"sqlite:///{tmp_path}/store.db")
+
+
 async def test_a_clock_set_back_takes_back_what_was_charged_too_early(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         life = await bench.create(Shape(32, 65536, 10240))

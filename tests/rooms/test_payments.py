@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.support.clock import AheadClock
-from tests.support.house import Yard, eventually, open_yard
+from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.ports import free_port
 from tests.support.stripe import (
     SECRET,
@@ -187,6 +187,38 @@ async def test_a_charge_whose_outcome_is_not_known_is_made_and_credited_once(
     query = {"event_type": "billing.topup"}
     events = (await yard.client.get("/v1/activity", params=query)).json()["data"]["events"]
     assert len(events) == 2
+
+
+async def test_a_word_that_comes_again_ends_no_other_charge(
+    yard: Yard, stand_in: StandIn, clock: AheadClock
+) -> None:
+    org_id, _ = await yard.first()
+    await tell(yard, paid_event(org_id))
+    wish = {"enabled": True, "thresholdCents": 5000, "topupAmountCents": 600}
+    await yard.client.put("/v1/billing/auto-topup", json=wish)
+
+    async def asked(least: int) -> bool:
+        await yard.house.meter.charge_all()
+        return len([one for one in stand_in.asked if "intents" in one[1]]) >= least
+
+    await eventually(lambda: asked(1))
+    await eventually(lambda: is_balance(yard, 2700))
+    ((key, intent),) = stand_in.charges.items()
+    # The next one's answer is lost; meanwhile the word of the first comes, late and again.
+    stand_in.loses_answers = True
+    clock.ahead = timedelta(minutes=11)
+    await eventually(lambda: asked(2))
+    await until(lambda: not yard.house.meter._topping)
+    before = len(stand_in.asked)
+    for _ in range(2):
+        event = charged_event(org_id, intent, 600, key=key)
+        assert (await tell(yard, event)).json()["credited"] is False
+    stand_in.loses_answers = False
+    clock.ahead = timedelta(minutes=22)
+    await yard.house.meter.charge_all()
+    await eventually(lambda: is_balance(yard, 3300))
+    assert len(stand_in.asked) > before
+    assert len(stand_in.charges) == 2, "what was asked then is the second again"
 
 
 async def test_what_is_switched_off_meanwhile_stays_off(

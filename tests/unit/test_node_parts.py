@@ -633,11 +633,16 @@ class LateLink:
         pass
 
 
+def means_of(link: LateLink) -> SimpleNamespace:
+    return SimpleNamespace(
+        clock=link, patience=lambda seconds: seconds, drivers=SimpleNamespace(pace=1.0)
+    )
+
+
 @pytest.mark.parametrize("slow", [0, 1, 3, 10])
 async def test_the_clock_of_a_machine_made_ahead_is_set_until_it_is_right(slow: int) -> None:
     link = LateLink(*[0.4] * slow)
-    means = SimpleNamespace(clock=link, patience=lambda seconds: seconds)
-    guest = Guest(cast("Means", means))
+    guest = Guest(cast("Means", means_of(link)))
     guest.link = cast("AgentLink", link)
     await guest.settle_clock()
     assert link.late_s < 0.001
@@ -652,7 +657,7 @@ async def test_a_machine_of_the_pool_is_given_out_with_the_clock_right(
     waits_s: float, set_by_s: float, is_set: int
 ) -> None:
     link = LateLink()
-    guest = Guest(cast("Means", SimpleNamespace(clock=link, patience=lambda seconds: seconds)))
+    guest = Guest(cast("Means", means_of(link)))
     guest.link = cast("AgentLink", link)
     await guest.settle_clock()
     link.was_set, link.now_s, link.set_by_s = 0, link.now_s + waits_s, set_by_s
@@ -663,7 +668,7 @@ async def test_a_machine_of_the_pool_is_given_out_with_the_clock_right(
 
 async def test_a_clock_that_never_gets_right_is_not_set_for_ever() -> None:
     link = LateLink(*[0.4] * 100)
-    guest = Guest(cast("Means", SimpleNamespace(clock=link, patience=lambda seconds: seconds)))
+    guest = Guest(cast("Means", means_of(link)))
     guest.link = cast("AgentLink", link)
     await guest.settle_clock()
     assert len(link.delays_s) == 70

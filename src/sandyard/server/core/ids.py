@@ -86,6 +86,10 @@ def is_slug(text: str) -> bool:
     return _SLUG.fullmatch(text) is not None
 
 
+PERSONAL = "personal-"
+"""How the slugs of members' own workspaces begin."""
+
+
 def check_slug(slug: str) -> str:
     """Return a slug that somebody gives.
 

@@ -119,7 +119,7 @@ class StripePayments:
                     "payment_method": methods.data[0].id,
                     "off_session": True,
                     "confirm": True,
-                    "metadata": {"org_id": org_id, "kind": _AUTOMATIC},
+                    "metadata": {"org_id": org_id, "kind": _AUTOMATIC, "key": key},
                 },
                 {"idempotency_key": key},
             )
@@ -138,6 +138,7 @@ class StripePayments:
             customer_id,
             is_paid=paid.status == "succeeded",
             is_automatic=True,
+            key=key,
         )
 
     def read_event(self, payload: bytes, signature: str) -> Payment | None:
@@ -153,6 +154,7 @@ class StripePayments:
         event = json.loads(payload)
         told = event["data"]["object"]
         org_id = (told.get("metadata") or {}).get("org_id")
+        key = (told.get("metadata") or {}).get("key")
         customer = told.get("customer")
         is_automatic = event["type"] == _CHARGED
         if is_automatic:
@@ -178,6 +180,7 @@ class StripePayments:
             reference=str(told["id"]),
             customer_id=customer if isinstance(customer, str) else None,
             is_automatic=is_automatic,
+            key=key if is_automatic and isinstance(key, str) else None,
         )
 
 

@@ -63,7 +63,9 @@ async def get_ssh(
     reference: str,
 ) -> Data[SshOut]:
     """Return how to log in to a sandbox by SSH."""
-    sandbox = await service.get(actor, checked_text(reference, field="reference"))
+    sandbox = await service.get(
+        actor, checked_text(reference, field="reference"), scope="sandbox:write"
+    )
     where = addresses.ssh
     if where is None:
         raise UnavailableError(

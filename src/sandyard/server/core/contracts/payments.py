@@ -16,7 +16,8 @@ class Checkout:
 class Payment:
     """An amount that was paid. `reference` is the provider's, the same however often it is told.
 
-    One that is not `is_paid` yet is told of later, if it ever is.
+    One that is not `is_paid` yet is told of later, if it ever is. One that `is_automatic` has the
+    `key` that it was asked for with, but where a version before asked for it.
     """
 
     org_id: str
@@ -25,6 +26,7 @@ class Payment:
     customer_id: str | None
     is_paid: bool = True
     is_automatic: bool = False
+    key: str | None = None
 
 
 class Payments(Protocol):

@@ -100,7 +100,10 @@ class WorkspaceTable:
         c = t.workspaces.c
         found = await self._connection.execute(
             select(t.workspaces).where(
-                c.org_id == org_id, c.owner_user_id == user_id, c.is_personal.is_(True)
+                c.org_id == org_id,
+                c.owner_user_id == user_id,
+                c.is_personal.is_(True),
+                c.removed_at.is_(None),
             )
         )
         row = found.mappings().first()

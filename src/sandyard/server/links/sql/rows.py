@@ -63,7 +63,6 @@ _OTHERWISE = frozenset(
 _TUPLES = ("tags", "authorized_keys", "ssh_key_ids")
 _SAME = tuple(one.name for one in fields(Sandbox) if one.name not in _OTHERWISE)
 _USED = ("last_activity_at", "last_activity_kind")
-_HIDDEN = sorted(status.value for status in HIDDEN)
 _FORGET_MAX = 1000
 _COMING = ("pending", "creating", "resuming")
 
@@ -132,7 +131,7 @@ class SandboxTable:
         c = t.sandboxes.c
         return await self.where(
             _selected()
-            .where(c.name == name, c.status.not_in(_HIDDEN))
+            .where(c.name == name, ~t.is_any_of(sorted(HIDDEN)))
             .order_by(c.created_at, c.id)
             .limit(limit)
         )
@@ -144,7 +143,7 @@ class SandboxTable:
         if query.statuses:
             wanted.append(c.status.in_([status.value for status in query.statuses]))
         else:
-            wanted.append(c.status.not_in(_HIDDEN))
+            wanted.append(~t.is_any_of(sorted(HIDDEN)))
         for column, value in (
             (c.owner_user_id, query.owner_user_id),
             (c.template, query.template),
@@ -292,8 +291,8 @@ class SandboxTable:
         return await self.where(
             _selected()
             .where(
-                exists().where(mounted.sandbox_id == c.id, mounted.workspace_id == workspace_id),
-                c.status.not_in(_HIDDEN),
+                c.id.in_(select(mounted.sandbox_id).where(mounted.workspace_id == workspace_id)),
+                ~t.is_any_of(sorted(HIDDEN)),
             )
             .order_by(c.created_at, c.id)
         )

@@ -258,7 +258,14 @@ sandboxes = Table(
         sqlite_where=text("lease_owner IS NOT NULL"),
         postgresql_where=text("lease_owner IS NOT NULL"),
     ),
-    Index("ix_sandboxes_live", "org_id", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
+    Index(
+        "ix_sandboxes_live",
+        "org_id",
+        "created_at",
+        "id",
+        sqlite_where=text(LIVE),
+        postgresql_where=text(LIVE),
+    ),
     Index(
         "uq_sandboxes_live_name",
         "org_id",

@@ -84,8 +84,9 @@ async def take_payment(
         at=at,
         reference_id=payment.reference,
     )
-    if is_automatic:
-        await end_pending(tx, payment.org_id)
+    # A word that comes late, or again, is of another than the one that is pending by now.
+    if is_automatic and (payment.key is not None or is_new):
+        await end_pending(tx, payment.org_id, payment.key)
     if is_new:
         if payment.customer_id is not None:
             wish = await tx.credits.auto_topup(payment.org_id)
@@ -104,8 +105,8 @@ async def take_payment(
     return is_new
 
 
-async def end_pending(tx: Transaction, org_id: str) -> None:
-    """Note that the outcome of an automatic top-up is known."""
+async def end_pending(tx: Transaction, org_id: str, key: str | None) -> None:
+    """Note that the outcome of the automatic top-up of this key is known, of whichever for None."""
     wish = await tx.credits.auto_topup(org_id)
-    if wish.pending is not None:
+    if wish.pending is not None and key in (None, wish.pending.key):
         await tx.credits.save_auto_topup(replace(wish, pending=None))

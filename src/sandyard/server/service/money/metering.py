@@ -173,7 +173,9 @@ class Meter:
             account = await tx.credits.account(org_id)
             used = account.carried + compute.added + storage.added
             left = account.balance_cents * MICROS - used
-            is_full = posts and abs(used) >= MICROS
+            # Once nothing goes on, nobody may look at this account again for long.
+            is_last = not compute.going and not storage.going
+            is_full = (posts or is_last) and abs(used) >= MICROS
             if compute.settles or storage.settles or is_full:
                 await tx.usage.charge(compute.periods)
                 await tx.storage.charge(storage.periods)
@@ -264,7 +266,7 @@ class Meter:
         except ConflictError as error:
             log.warning("a top-up was refused: %s", error.message, extra={"org_id": org_id})
             async with self._store.write(org_id) as tx:
-                await end_pending(tx, org_id)
+                await end_pending(tx, org_id, wish.pending.key)
             await self._tell(
                 org_id,
                 "billing.topup_failed",

@@ -11,7 +11,7 @@ from sandyard.server.core.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from sandyard.server.core.ids import check_slug, checked_text, new_uuid, slug_of
+from sandyard.server.core.ids import PERSONAL, check_slug, checked_text, new_uuid, slug_of
 from sandyard.server.core.records import (
     Membership,
     Organization,
@@ -105,10 +105,13 @@ async def join(tx: Transaction, org_id: str, user: User, role: str, *, at: datet
     known = await tx.workspaces.personal(org_id, user.id)
     if known is not None:
         return known
+    workspace_id = new_uuid()
     workspace = Workspace(
-        new_uuid(), org_id, user.id, f"personal-{user.id}", "Personal", True, at, at
+        workspace_id, org_id, user.id, f"{PERSONAL}{user.id}", "Personal", True, at, at
     )
-    await tx.workspaces.add(workspace)
+    if not await tx.workspaces.add(workspace):  # another has taken its slug
+        workspace = replace(workspace, slug=f"{PERSONAL}{workspace_id}")
+        await tx.workspaces.add(workspace)
     return workspace
 
 
@@ -182,6 +185,9 @@ class Organizations:
             NotFoundError: there is none, or it is another's.
         """
         actor.require("org:read")
+        return await self._found(actor, org_id)
+
+    async def _found(self, actor: Actor, org_id: str | None) -> tuple[Organization, str]:
         async with self._store.read() as tx:
             if org_id is None or org_id == actor.org_id:
                 organization = await tx.organizations.find(actor.org_id)
@@ -241,7 +247,7 @@ class Organizations:
             NotFoundError: see `get`.
         """
         actor.require("org:members")
-        organization, _ = await self.get(actor, org_id)
+        organization, _ = await self._found(actor, org_id)
         async with self._store.read() as tx:
             return await tx.users.members(organization.id)
 

@@ -75,14 +75,14 @@ class Sandboxes:
         self._clock = clock
         self._waits = waits
 
-    async def get(self, actor: Actor, reference: str) -> Sandbox:
-        """Return a sandbox by id or name.
+    async def get(self, actor: Actor, reference: str, *, scope: str = "sandbox:read") -> Sandbox:
+        """Return a sandbox by id or name, for what takes this scope.
 
         Raises:
             NotFoundError: absent, destroyed, another organization's or, for a member, another
                 member's.
         """
-        actor.require("sandbox:read")
+        actor.require(scope)
         return await self._register.get(actor, reference)
 
     async def page(self, actor: Actor, query: SandboxQuery, *, wants_all: bool) -> list[Sandbox]:

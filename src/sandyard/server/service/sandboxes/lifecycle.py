@@ -22,6 +22,7 @@ WORK = "sandboxes"
 """The topic of hints that some sandbox wants work done."""
 
 _UPDATED = "Sandbox changed"
+_RESUMED = "Sandbox resumed"
 _AT_REST = frozenset({Status.PAUSED, Status.ERROR})
 _SEVERE = {Status.FAILED: "error", Status.ERROR: "error", Status.SUSPECTED_MISSING: "warning"}
 _TITLES = {
@@ -115,7 +116,7 @@ class Lifecycle:
                 return None
             await self._meter(tx, sandbox, stored, ended_at)
             if stored.status is not sandbox.status:
-                await tx.activity.append(_line(stored, f"sandbox.{status}", actor))
+                await tx.activity.append(_changed(sandbox.status, stored, actor))
         self._bus.hint(topic_of(sandbox.id))
         if lease is None and hold is None:
             self._bus.hint(WORK)  # not the worker's own step: there may be something to do
@@ -222,6 +223,12 @@ async def is_current(tx: Transaction, sandbox: Sandbox) -> bool:
     """Tell whether a sandbox is still as it was read."""
     stored = await tx.sandboxes.find(sandbox.id)
     return stored is not None and stored.version == sandbox.version
+
+
+def _changed(before: Status, sandbox: Sandbox, actor: Actor | None) -> Activity:
+    if (before, sandbox.status) == (Status.RESUMING, Status.RUNNING):
+        return _line(sandbox, "sandbox.resumed", actor, _RESUMED)
+    return _line(sandbox, f"sandbox.{sandbox.status}", actor)
 
 
 def _line(

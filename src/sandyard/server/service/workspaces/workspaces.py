@@ -25,7 +25,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     WorkspaceInUseError,
 )
-from sandyard.server.core.ids import check_slug, is_uuid, new_uuid, slug_of
+from sandyard.server.core.ids import PERSONAL, check_slug, is_uuid, new_uuid, slug_of
 from sandyard.server.core.plans import Plan
 from sandyard.server.core.records import Activity, Sandbox, StoragePeriod, User, Workspace
 from sandyard.server.service.actor import Actor, plan_of
@@ -175,6 +175,10 @@ class Workspaces:
         if slug is not None and is_uuid(slug):
             raise InvalidArgumentError(
                 "cannot use this slug: it reads as an id; choose another", field="slug"
+            )
+        if slug is not None and slug.startswith(PERSONAL):
+            raise InvalidArgumentError(
+                f"cannot use this slug: {PERSONAL}… is a member's own; choose another", field="slug"
             )
         workspace_id, now = new_uuid(), self._clock.now()
         workspace = Workspace(
