@@ -122,6 +122,9 @@ async def test_a_pause_gives_the_machine_back_and_a_resume_goes_on_where_it_stoo
         assert await yard.execute(box, "recall") == "the milk"
     async with yard.house.store.read() as tx:
         periods = await tx.usage.of_sandbox(str(box["id"]))
+    query = {"event_type": "sandbox.resumed"}
+    feed = (await yard.client.get("/v1/activity", params=query)).json()["data"]["events"]
+    assert [one["title"] for one in feed] == ["Sandbox resumed"] * 3
     assert len(periods) == 4
     assert [one.ended_at is None for one in periods] == [False, False, False, True]
 

@@ -16,6 +16,9 @@ from tests.support.house import Yard, open_yard
 from tests.support.several import open_several
 
 from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.ids import new_uuid
+from sandyard.server.core.records import User, Workspace
+from sandyard.server.service.people.organizations import join
 from sandyard.server.service.workspaces.workspaces import Workspaces
 
 ROUTE = "/v1/workspaces"
@@ -131,6 +134,7 @@ async def test_what_a_workspace_is_called(yard: Yard) -> None:
         {"name": "a\n"},
         {"name": "x" * 101},
         {"name": "a", "slug": "A"},
+        {"name": "a", "slug": "personal-somebody"},
     ):
         assert (await yard.client.post(ROUTE, json=body)).status_code == 400
     other = {"name": "a", "orgId": "0a0c77bf-b77d-4a44-b2d6-9a9f0b5f3c1f"}
@@ -613,3 +617,24 @@ async def test_a_large_folder_is_listed_whole(yard: Yard, work: Work) -> None:
     assert await work.names("/many") == [f"{number:04}" for number in range(3000)]
     (entry,) = [one for one in (await work.get("/files")).json() if one["name"] == "many"]
     assert entry["count"] == 3000
+
+
+async def test_who_joins_has_a_workspace_whatever_has_its_name_or_was_there_before(
+    yard: Yard,
+) -> None:
+    org_id, _ = await yard.first()
+    now = datetime.now(UTC)
+    user = User(new_uuid(), "new@example.org", "New", now)
+    taken = Workspace(new_uuid(), org_id, None, f"personal-{user.id}", "T", False, now, now)
+    async with yard.house.store.write(Turn.ALONE) as tx:
+        await tx.users.add(user)
+        await tx.workspaces.add(taken)  # as one could be named in an earlier version
+        made = await join(tx, org_id, user, "member", at=now)
+        assert await join(tx, org_id, user, "member", at=now) == made
+        assert await tx.workspaces.find(org_id, made.id) == made
+        assert made.id != taken.id
+        gone = replace(made, slug=f"removed:{made.id}", removed_at=now)
+        await tx.workspaces.replace(gone)
+        again = await join(tx, org_id, user, "member", at=now)
+        assert again.id != made.id
+        assert await tx.workspaces.find(org_id, again.id) == again
