@@ -29,15 +29,19 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.errors import (
     ConflictError,
+    InternalError,
     NoCapacityError,
     NotFoundError,
     UnavailableError,
 )
 from sandyard.server.core.ids import new_sandbox_id
+from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.machines.body import Body
+from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.node import Node
+from sandyard.server.tasks import in_thread
 
 
 @dataclass
@@ -178,6 +182,53 @@ async def test_a_resume_that_comes_twice_is_done_once(
         gives_way.set()
         assert (await first).incarnation == second.incarnation == 2
         assert held.machine is machine, "the first one's machine was left alone"
+
+
+async def test_the_place_of_a_paused_machine_is_given_back_however_often_that_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_node(tmp_path) as held:
+        network = held.node._means.network
+        give_back, asked, given = network.give_back, 0, asyncio.Event()
+
+        async def busy(place: Place) -> None:
+            nonlocal asked
+            asked += 1
+            if asked < 3:
+                raise InternalError("nft did not end in time")
+            await give_back(place)
+            given.set()
+
+        monkeypatch.setattr(network, "give_back", busy)
+        monkeypatch.setattr("sandyard.server.node.machines.resident._GIVE_BACK_AGAIN_S", (0, 0, 0))
+        wish = await held.paused()
+        async with asyncio.timeout(10):
+            await given.wait()
+        assert (await held.node.ensure_running(wish)).phase is Phase.RUNNING
+
+
+async def test_what_does_not_end_keeps_nobody_else_from_being_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = FakeHost()
+    async with a_node(tmp_path, host) as held:
+        dead, lives = a_wish(new_sandbox_id()), a_wish(new_sandbox_id())
+        for wish in (dead, lives):
+            await held.node.ensure_running(wish)
+        resident = held.node._holdings[dead.sandbox_id].resident
+        # It was noted as dead, and then the process was killed before it was buried.
+        await in_thread(held.node._means.records.write, replace(resident.record, phase=Phase.DEAD))
+
+        async def stuck(*_: object, **__: object) -> None:
+            raise UnavailableError("a process does not end")
+
+    end = Resident.end
+    monkeypatch.setattr(Resident, "end", stuck)
+    async with a_node(tmp_path, host) as again:
+        facts = {one.sandbox_id: one.phase for one in (await again.node.report()).machines}
+        assert facts == {dead.sandbox_id: Phase.DEAD, lives.sandbox_id: Phase.RUNNING}
+        monkeypatch.setattr(Resident, "end", end)
+    end_all(host)
 
 
 async def test_a_create_does_not_outlive_its_delete_nor_pass_for_another(

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import fcntl
 import gzip
 import ipaddress
 import lzma
@@ -45,6 +46,7 @@ from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exceptions, slot_rules
 from sandyard.server.node.host.identity import give_back_identity, take_identity
+from sandyard.server.node.images import build
 from sandyard.server.node.images.definitions import load_definition, load_definitions
 from sandyard.server.node.images.initrd import add_modules, make_initrd
 from sandyard.server.node.machines.console import FailedConsoles, append_console
@@ -716,3 +718,28 @@ def test_as_many_wait_as_a_host_has_to_spare(
 ) -> None:
     shape = Shape(2, memory_mib, 10_240)
     assert floor_of(shape, free_mib=free_mib, cores=cores, shelves=shelves) == wait
+
+
+def test_what_a_killed_builder_left_is_removed_and_what_another_works_in_is_not(
+    tmp_path: Path,
+) -> None:
+    left, other = tmp_path / ".building-left", tmp_path / ".building-other"
+    for folder in (left, other):
+        (folder / "root/etc").mkdir(parents=True)
+    (tmp_path / ".building-link").symlink_to("/etc")
+    (tmp_path / "image").mkdir()
+    held = os.open(other, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with build.workshop(tmp_path, ".building-") as work:
+            assert work.is_dir()
+            assert not left.exists()
+            assert other.exists()
+            assert Path("/etc/passwd").exists()
+            with build.workshop(tmp_path, ".building-") as second:
+                assert work.is_dir()
+            assert not second.exists()
+        assert not work.exists()
+        assert (tmp_path / "image").exists()
+    finally:
+        os.close(held)

@@ -11,11 +11,11 @@ import ipaddress
 import json
 import logging
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from sandyard.server.core.errors import InternalError, NoCapacityError
+from sandyard.server.core.errors import InternalError, NoCapacityError, SandyardError
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.namespaces import in_namespace, path_of
@@ -261,17 +261,26 @@ class Slots:
         kept = {self._identity.uid_first + number for number in self._used}
         for uid in uids_at_work(self._identity.uids):
             if uid not in kept:
-                await kill_all_of(uid)
+                await self._swept(uid - self._identity.uid_first, kill_all_of(uid))
         prefix = self._identity.prefix
         for path in path_of(prefix).parent.glob(f"{prefix}-*"):
             number = int(path.name.removeprefix(f"{prefix}-"))
             if number not in self._used:
-                await self._remove(self.place(number))
+                await self._swept(number, self._remove(self.place(number)))
         async with netlink() as host:
             used = {self._host_link(number) for number in self._used}
             for name in await host.link_names():
                 if name.startswith(f"{prefix}-") and name not in used:
                     await host.delete_link(name)
+
+    async def _swept(self, number: int, work: Coroutine[object, object, object]) -> None:
+        """Sweep what is of one number. Where that cannot be, nobody else gets the number, and all
+        others are found all the same."""
+        try:
+            await work
+        except (SandyardError, OSError):
+            log.exception("what is left of the machine number %d stays", number)
+            self._used.add(number)
 
     def _refill_beside(self) -> None:
         if self._crew is not None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -190,10 +190,8 @@ class _Build:
             if again or not archive.exists():
                 await self._make_packages(source, archive)
             self._images.images_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                prefix=".building-", dir=self._images.images_dir, ignore_cleanup_errors=False
-            ) as work:
-                await self._make_image(Path(work), archive, source, inputs, digest)
+            with workshop(self._images.images_dir, ".building-") as work:
+                await self._make_image(work, archive, source, inputs, digest)
         image = self._images.find(digest)
         if image is None:
             raise InternalError("the image was not there after its build")
@@ -244,8 +242,8 @@ class _Build:
 
     async def _make_packages(self, source: Source, archive: Path) -> None:
         self._report.step(f"installing the packages of {source.os}")
-        with tempfile.TemporaryDirectory(prefix=".packages-", dir=self._cache_dir) as work:
-            root = Path(work) / "root"
+        with workshop(self._cache_dir, ".packages-") as work:
+            root = work / "root"
             names = dict.fromkeys((*self._definition.packages, *source.packages, *_ALWAYS))
             # The kernel package is unpacked, not installed: it would bring tools to build
             # initramfs images that no machine of ours needs.
@@ -549,6 +547,37 @@ def _digest_of_guest() -> str:
                 digest.update(path.relative_to(folder).as_posix().encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
+
+
+@contextmanager
+def workshop(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yield a folder to work in, which goes with the block.
+
+    Those of builders that were killed, and so could not remove them, are removed first.
+    """
+    with ExitStack() as held:
+        with _locked(parent):  # so that nobody takes one for abandoned that is just being made
+            for left in parent.glob(f"{prefix}*"):
+                with suppress(OSError), _locked(left, waits=False):
+                    shutil.rmtree(left)
+            work = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=parent)))
+            held.enter_context(_locked(work))
+        yield work
+
+
+@contextmanager
+def _locked(folder: Path, *, waits: bool = True) -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    Raises:
+        BlockingIOError: another holds it, and nobody `waits`.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

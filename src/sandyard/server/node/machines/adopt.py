@@ -1,11 +1,16 @@
 """What becomes of a machine that an earlier process wrote down."""
 
+import logging
+
 from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.errors import SandyardError
 from sandyard.server.drivers.contract import End
 from sandyard.server.drivers.processes import boot_id
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record
 from sandyard.server.node.machines.resident import Resident
+
+log = logging.getLogger(__name__)
 
 DAMAGED = "saved_state_unusable"
 _LOST = End("machine_lost", "the host was restarted under the machine")
@@ -24,21 +29,29 @@ async def adopted(record: Record, means: Means) -> Resident | None:
     found = Resident(record, means)
     if found.is_saved and found.phase is not Phase.DEAD:
         # Saved, and if a process is left of it, it has not run since.
-        if await found.recover():
-            await found.end()
+        await _end_what_is_left(found)
         await found.found_without_process(Phase.PAUSED)
     elif found.phase is Phase.PAUSED:
         end = End(DAMAGED, "the saved state is gone")
         await found.found_without_process(Phase.DEAD, end)
     elif found.phase is Phase.DEAD:
         # It may have been on its way up again, or not yet been buried.
-        if await found.recover():
-            await found.end()
+        await _end_what_is_left(found)
         end = End(record.reason_code, record.reason_message)
         await found.found_without_process(Phase.DEAD, end)
     elif not await found.recover():
         await found.found_without_process(Phase.DEAD, _how_it_ended(record, means))
     return found
+
+
+async def _end_what_is_left(found: Resident) -> None:
+    """End a process that nobody wants any more. One that the kernel does not let go, for its
+    storage stands still say, is killed all the same, and must keep nobody else from being found."""
+    if await found.recover():
+        try:
+            await found.end()
+        except (SandyardError, OSError):
+            log.exception("what is left of a machine does not end")
 
 
 def _how_it_ended(record: Record, means: Means) -> End:

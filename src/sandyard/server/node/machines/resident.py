@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 _USED_S = 15.0
 _MOUNT_S = 30.0
 _SHUT_DOWN_S = 10.0
+_GIVE_BACK_AGAIN_S = (1.0, 5.0, 30.0, 120.0)
 _GROWTH_S_A_GIB = 0.25
 _POWER_OFF = "/run/sandyard/base/usr/bin/busybox poweroff"
 _NOWHERE = -1
@@ -349,6 +350,19 @@ class Resident:
         await self._means.exports.revoke(place)
         await self._means.network.give_back(place)
 
+    async def _give_back_in_time(self, place: Place) -> None:
+        """Give a place back that is nobody's by now, however often that takes: a busy host may not
+        get to it within its limits."""
+        for pause_s in _GIVE_BACK_AGAIN_S:
+            try:
+                await self._give_back(place)
+            except (SandyardError, OSError) as error:
+                log.warning("a slot cannot be taken apart yet: %s", error)
+                await self._means.clock.sleep(pause_s)
+            else:
+                return
+        await self._give_back(place)
+
     def _new_link(self, place: Place) -> AgentLink:
         network, folder = self._means.network, self.body.run
         return AgentLink(
@@ -444,7 +458,7 @@ class Resident:
         # Its memory is free; nobody waits for the slot to be taken apart.
         place, self._place = self._place, None
         if place is not None:
-            self._beside(self._give_back(place), "a slot cannot be taken apart yet")
+            self._beside(self._give_back_in_time(place), "a slot cannot be taken apart")
         await self.end()
 
     async def snapshot(self, folder: Path, *, kind: str = "snapshot") -> SavedMachine:
