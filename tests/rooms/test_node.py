@@ -34,7 +34,7 @@ from sandyard.server.core.errors import (
     NotFoundError,
     UnavailableError,
 )
-from sandyard.server.core.ids import new_sandbox_id
+from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
 from sandyard.server.links.local import SystemClock
@@ -205,6 +205,42 @@ async def test_the_place_of_a_paused_machine_is_given_back_however_often_that_ta
         async with asyncio.timeout(10):
             await given.wait()
         assert (await held.node.ensure_running(wish)).phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize("is_snapshot", [False, True])
+async def test_a_machine_that_does_not_go_on_at_once_after_a_save_does_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_snapshot: bool
+) -> None:
+    async with a_node(tmp_path) as held:
+        wish = a_wish(new_sandbox_id())
+        await held.node.ensure_running(wish)
+        machine: Any = held.node._holdings[wish.sandbox_id].resident.process
+        resume, asked = machine.resume, 0
+
+        async def later() -> None:
+            nonlocal asked
+            asked += 1
+            if asked < 3:
+                raise UnavailableError("it is still busy with the save")
+            await resume()
+
+        async def fails(*_: object) -> None:
+            raise UnavailableError("the save takes too long")
+
+        monkeypatch.setattr(machine, "resume", later)
+        monkeypatch.setattr("sandyard.server.node.machines.resident._GO_ON_AGAIN_S", (0.01,) * 9)
+        if not is_snapshot:
+            monkeypatch.setattr(machine, "save", fails)
+        with pytest.raises(UnavailableError):
+            if is_snapshot:
+                await held.node.ensure_snapshot(
+                    new_uuid(), sandbox_id=wish.sandbox_id, incarnation=1
+                )
+            else:
+                await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
+        await until(lambda: asked == 3)
+        assert not await machine.is_paused()
+        await held.run(wish, "hi")
 
 
 async def test_what_does_not_end_keeps_nobody_else_from_being_found(

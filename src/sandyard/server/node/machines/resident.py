@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 _USED_S = 15.0
 _MOUNT_S = 30.0
 _SHUT_DOWN_S = 10.0
+_GO_ON_AGAIN_S = (1.0, 5.0, 30.0, 120.0, 600.0)
 _GIVE_BACK_AGAIN_S = (1.0, 5.0, 30.0, 120.0)
 _GROWTH_S_A_GIB = 0.25
 _POWER_OFF = "/run/sandyard/base/usr/bin/busybox poweroff"
@@ -434,15 +435,33 @@ class Resident:
         await self.body.drop_unpublished()
         await self.body.withdraw()
         await self.body.remove_spent()
-        try:
+        with suppress(SandyardError):
             await self._let_run_on(machine)
-        except SandyardError:
-            log.exception("a machine that could not be saved does not go on")
 
     async def _let_run_on(self, machine: SavingMachine) -> None:
-        """Let it go on after it was held to be saved, unless there is another reason for that."""
+        """Let it go on after it was held to be saved, unless there is another reason for that. If
+        it does not, that is tried again beside: nobody could use it, or save it, as it is."""
         if self.guest.pulse.held_for is None:
-            await machine.resume()
+            try:
+                await machine.resume()
+            except SandyardError:
+                log.exception("a machine that was held to be saved does not go on; trying again")
+                self._beside(self._go_on_in_time(machine), "a machine does not go on")
+                raise
+
+    async def _go_on_in_time(self, machine: SavingMachine) -> None:
+        for pause_s in _GO_ON_AGAIN_S:
+            await self._means.clock.sleep(pause_s)
+            pulse = self.guest.pulse
+            if self._machine is not machine:
+                return
+            if pulse.is_held or pulse.held_for is not None:
+                continue  # whoever holds it lets it go on
+            with suppress(SandyardError):
+                if await machine.is_paused():
+                    await machine.resume()
+                self._beside(self.guest.set_clock(), "a clock cannot be set")
+                return
 
     async def _finish_pause(self) -> None:
         self.guest.break_off(_PAUSED)
@@ -679,7 +698,8 @@ class Resident:
                     await machine.resume()
                     self._beside(self.guest.set_clock(), "a clock cannot be set")
             except SandyardError:
-                log.exception("a machine that is held still does not go on")
+                log.exception("a machine that is held still does not go on; trying again")
+                self._beside(self._go_on_in_time(machine), "a machine does not go on")
 
     def _beside(self, work: Work, what: str) -> None:
         self._means.crew.start(work, what, quietly=True)
