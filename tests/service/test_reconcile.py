@@ -614,6 +614,20 @@ async def test_a_start_that_its_node_refuses_goes_to_another_at_a_pace(
     assert (await three.get(waiting)).status is Status.DESTROYED, "its end comes"
 
 
+async def test_a_start_that_its_node_takes_for_overtaken_is_given_up_in_time(desk: Desk) -> None:
+    async def refuses(*_: object, **__: object) -> Any:
+        raise ConflictError("this was overtaken by what came later")
+
+    desk.node.ensure_running = refuses  # type: ignore[method-assign]
+    box = await desk.services.creation.create(desk.actor, NewSandbox("base-minimal"))
+    await desk.drive(20)
+    assert (await desk.get(box)).status is Status.CREATING
+    await desk.drive(700, step=20)
+    failed = await desk.until(box, Status.FAILED)
+    assert failed.reason is not None
+    assert "overtaken" in failed.reason.message
+
+
 async def test_a_node_that_hangs_in_whatever_it_is_asked_blocks_nobody(
     three: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

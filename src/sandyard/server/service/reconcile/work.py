@@ -102,6 +102,8 @@ class Work:
             fact = await self._nodes.get(sandbox.node_id).ensure_running(wish)
         except ConflictError as error:
             if error.facts.get("status") != "error":
+                # A node that is ahead of the database, which went back to a backup, always says so.
+                await self._give_up_in_time(claim, error)
                 raise
             await self._start_again(claim, may_move=may_move)
         except (UnavailableError, InternalError) as error:
@@ -180,7 +182,7 @@ class Work:
             paused_at=None,
         )
 
-    async def _give_up_in_time(self, claim: Claim, error: UnavailableError) -> None:
+    async def _give_up_in_time(self, claim: Claim, error: SandyardError) -> None:
         """Give a start up that could not be for so long, and return if it is to be tried again."""
         waited = self._clock.now() - claim.sandbox.created_at
         if waited >= timedelta(seconds=self._start_limit_s):
