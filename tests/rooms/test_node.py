@@ -7,7 +7,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -241,6 +241,46 @@ async def test_a_machine_that_does_not_go_on_at_once_after_a_save_does_later(
         await until(lambda: asked == 3)
         assert not await machine.is_paused()
         await held.run(wish, "hi")
+
+
+async def test_a_machine_that_was_saved_meanwhile_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_node(tmp_path) as held:
+        wish = a_wish(new_sandbox_id())
+        await held.node.ensure_running(wish)
+        resident = held.node._holdings[wish.sandbox_id].resident
+        machine: Any = resident.process
+        save, stop, looked, resumed = machine.save, machine.stop, asyncio.Event(), list[str]()
+
+        async def fails(*_: object) -> None:
+            raise UnavailableError("not now")
+
+        async def stands() -> bool:
+            looked.set()
+            return True
+
+        async def goes_on() -> None:
+            if resident.is_saved:
+                resumed.append("it went on, and was saved before")
+
+        async def slowly() -> None:
+            looked.clear()
+            with suppress(TimeoutError):  # whoever would have it go on may look again
+                async with asyncio.timeout(0.3):
+                    await looked.wait()
+            await stop()
+
+        monkeypatch.setattr("sandyard.server.node.machines.resident._GO_ON_AGAIN_S", (0.01,) * 99)
+        for name in ("resume", "save"):
+            monkeypatch.setattr(machine, name, fails)
+        with pytest.raises(UnavailableError):
+            await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
+        new = {"resume": goes_on, "save": save, "stop": slowly, "is_paused": stands}
+        for name, work in new.items():
+            monkeypatch.setattr(machine, name, work)
+        await held.node.ensure_paused(wish.sandbox_id, incarnation=1)
+        assert resumed == []
 
 
 async def test_what_does_not_end_keeps_nobody_else_from_being_found(

@@ -60,6 +60,7 @@ class Host:
     environment: dict[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
     started: tuple[str, ...] = ()
+    is_real: bool = False
 
     @property
     def address(self) -> str:
@@ -90,7 +91,7 @@ class Host:
         self.started = tuple(map(str, command))
         self.home.mkdir(exist_ok=True)
         # What else this host does is not to be taken for a bad day of theirs.
-        first = ["nice", "-n", "-10"] if os.geteuid() == 0 else []
+        first = ["nice", "-n", "-10"] if os.geteuid() == 0 and not self.is_real else []
         enter = [*first, "nsenter", f"--net=/run/netns/{self.netns}"]
         if user is not None and os.geteuid() == 0:
             enter += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
@@ -294,6 +295,7 @@ backend controls
     def add_node(self, name: str, *, is_real: bool = False, **environment: str) -> Host:
         """Make a host a node by an invite, and start it; one that `is_real` has real machines."""
         host = self._host(name, _NODES + len(self.nodes))
+        host.is_real = is_real
         host.environment = {
             **cache_environment(),
             "SANDYARD_HOME": str(host.home),

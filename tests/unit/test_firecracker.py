@@ -1,8 +1,6 @@
 """Firecracker without a machine: its API's table, and fetching its release."""
 
-import asyncio
 import io
-import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -10,20 +8,14 @@ from functools import partial
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
-from tests.support.house import until
 
 from sandyard.server.app import firecracker as release
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.errors import InternalError, UnavailableError
 from sandyard.server.drivers.firecracker import schema
-from sandyard.server.drivers.firecracker.api import Api, limiter
-from sandyard.server.drivers.firecracker.driver import FirecrackerMachine
-from sandyard.server.drivers.firecracker.jail import CONSOLE, LOG, Jail
-from sandyard.server.drivers.processes import DetachedProcess
+from sandyard.server.drivers.firecracker.api import limiter
 
 
 @pytest.mark.parametrize(
@@ -131,45 +123,3 @@ def test_the_release_is_installed(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert release.program(settings, "jailer", None) == str(found / "jailer")
     assert release.program(settings, "jailer", "/my/jailer") == "/my/jailer"
-
-
-async def test_a_machine_goes_on_after_a_save_that_nobody_waits_for_any_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Firecracker does one thing at a time, and a save that was given up is one."""
-    saving, asked = asyncio.Event(), list[str]()
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        length = int(head.lower().partition("content-length: ")[2].partition("\r\n")[0])
-        await reader.readexactly(length)
-        asked.append(head.split(" ")[1])
-        await saving.wait()
-        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
-        writer.close()
-
-    monkeypatch.setattr("sandyard.server.drivers.firecracker.api.SAVE_LIMIT_S", 0.05)
-    monkeypatch.setattr("sandyard.server.drivers.firecracker.driver.LIMIT_S", 0.05)
-    jail = SimpleNamespace(folder=tmp_path, root=tmp_path)
-    for name in (CONSOLE, LOG):
-        os.mkfifo(tmp_path / name)
-    async with (
-        await asyncio.start_unix_server(answer, tmp_path / "api"),
-        Api(tmp_path / "api") as api,
-    ):
-        machine = FirecrackerMachine(
-            cast("DetachedProcess", None), api, cast("Jail", jail), {"group": "g"}
-        )
-        monkeypatch.setattr(machine, "_process", SimpleNamespace(close=lambda: None))
-        with pytest.raises(UnavailableError):
-            await machine.resume()  # nothing was saved, and it is simply silent
-        with pytest.raises(UnavailableError):
-            await machine.save(tmp_path / "saved")
-        async with asyncio.TaskGroup() as tasks:
-            going_on = tasks.create_task(machine.resume())
-            await until(lambda: len(asked) == 3)
-            await asyncio.wait([going_on], timeout=0.2)
-            assert not going_on.done()
-            saving.set()
-        assert asked == ["/vm", "/snapshot/create", "/vm"]
-        await machine.detach()

@@ -42,7 +42,7 @@ def _inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
     (CVE-2025-4517). Who packs a folder puts nothing behind a link.
     """
     found = tarfile.data_filter(member, folder)
-    names = [(found.name, found.isdir())]
+    names = [(found.name, False)]
     if found.islnk():
         names.append((found.linkname, True))
     for name, is_whole in names:

@@ -5,6 +5,7 @@ One thread, one event loop.
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import os
 import resource
@@ -28,6 +29,7 @@ from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedE
 
 _HEAD_LIMIT_S = 90.0  # the host keeps a connection open for what it will want next
 _CONNECTIONS_MAX = 4096
+_PASSING = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO})
 
 
 class Agent:
@@ -133,6 +135,9 @@ class Agent:
                 case _:
                     await mount(self._context, operation)
         except (OSError, ValueError) as error:
+            number = getattr(error, "errno", None)
+            if isinstance(operation, ops.SetUp) and number in _PASSING:
+                raise  # nothing is answered: another machine, or another try, may do
             raise RefusedError(f"cannot make the sandbox ready: {error}") from error
 
 

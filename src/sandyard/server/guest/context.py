@@ -24,7 +24,7 @@ from sandyard.server.guest.table import Table
 
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh")
 _LOGIN_LIMIT_S = 5.0
-_CAPTURE_AGAIN_S = 60.0
+_CAPTURE_AGAIN_S, _CAPTURE_AGAIN_MAX_S = 60.0, 3600.0
 _SAMPLE_PERIOD_S = 5.0
 _SAMPLES = 13  # a minute of them
 
@@ -73,6 +73,7 @@ class _Login:
     stamp: tuple[object, ...]
     env: dict[str, str]
     good_until: float
+    again_s: float = 0.0
 
 
 class Context:
@@ -86,6 +87,7 @@ class Context:
         self.token = (system.RUN / "token").read_text().strip()
         self.env: Mapping[str, str] = {}
         self._logins: dict[int, _Login] = {}
+        self._capturing: dict[int, asyncio.Lock] = {}
         with contextlib.suppress(FileNotFoundError):
             told, _ = json.JSONDecoder().raw_decode((system.RUN / "state").read_text())
             self.token, self.env = told["token"], told["env"]
@@ -101,14 +103,26 @@ class Context:
     async def login_environment(self, account: Account) -> dict[str, str]:
         """Return what a login of an account would have, captured anew when a profile changes."""
         stamp = system.profile_stamp(self.root_fd, account)
-        known = self._logins.get(account.uid)
-        if known is None or known.stamp != stamp or time.monotonic() >= known.good_until:
-            plain = system.plain_environment(account) | system.system_environment(self.root_fd)
-            captured = await self._capture_login(account, plain)
-            good_until = math.inf if captured is not None else time.monotonic() + _CAPTURE_AGAIN_S
-            known = _Login(stamp, plain | (captured or {}), good_until)
-            self._logins[account.uid] = known
+        async with self._capturing.setdefault(account.uid, asyncio.Lock()):
+            known = self._logins.get(account.uid)
+            if known is None or known.stamp != stamp or time.monotonic() >= known.good_until:
+                known = await self._login(account, stamp, known)
+                self._logins[account.uid] = known
         return dict(known.env)
+
+    async def _login(
+        self, account: Account, stamp: tuple[object, ...], before: _Login | None
+    ) -> _Login:
+        plain = system.plain_environment(account) | system.system_environment(self.root_fd)
+        captured = await self._capture_login(account, plain)
+        if captured is not None:
+            return _Login(stamp, plain | captured, math.inf)
+        # Each time it fails it is left alone for longer: it may hang for as long as it is waited
+        # for.
+        again_s = _CAPTURE_AGAIN_S
+        if before is not None and before.stamp == stamp:
+            again_s = min(2 * before.again_s, _CAPTURE_AGAIN_MAX_S)
+        return _Login(stamp, plain, time.monotonic() + again_s, again_s)
 
     async def _capture_login(
         self, account: Account, plain: dict[str, str]

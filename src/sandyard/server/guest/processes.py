@@ -110,10 +110,12 @@ class Process:
 
     async def end(self) -> None:
         """End everything that was started: TERM to each, after a grace KILL to what is left."""
-        for pid in self._members():
+        members = self._members()
+        for pid in members:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
-        self.signal(signal.SIGTERM)  # it may have left its cgroup
+        if self.pid not in members:  # it has left its cgroup
+            self.signal(signal.SIGTERM)
         until = time.monotonic() + TERM_GRACE_S
         while self._is_populated() and time.monotonic() < until:
             await asyncio.sleep(0.02)

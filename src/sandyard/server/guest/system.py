@@ -173,7 +173,9 @@ def _write_password(shadow: Path, password_hash: str) -> None:
     """Write root's password hash, whatever else stands in shadow(5), and if nothing does."""
     try:
         before = _read_regular(shadow)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EISDIR):
+            raise  # there is one, with others' passwords in it
         before = ""
     lines = before.split("\n")[:-1] if before.endswith("\n") else before.split("\n")
     if not any(line.startswith("root:") for line in lines):
@@ -386,5 +388,10 @@ def _overwrite(path: str, text: str, mode: int) -> None:
 
 def _read_regular(path: Path) -> str:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    with open(descriptor, "rb") as file:
-        return file.read(_PASSWD_MAX).decode(errors="surrogateescape")
+    try:
+        with open(descriptor, "rb") as file:
+            return file.read(_PASSWD_MAX).decode(errors="surrogateescape")
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise

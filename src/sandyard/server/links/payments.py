@@ -6,7 +6,7 @@ from typing import Any
 
 import stripe
 
-from sandyard.server.core.contracts.payments import Checkout, Payment
+from sandyard.server.core.contracts.payments import KEY_PREFIX, Checkout, Payment
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -119,7 +119,7 @@ class StripePayments:
                     "payment_method": methods.data[0].id,
                     "off_session": True,
                     "confirm": True,
-                    "metadata": {"org_id": org_id, "kind": _AUTOMATIC, "key": key},
+                    "metadata": {"org_id": org_id, "kind": _AUTOMATIC} | _key_told(key),
                 },
                 {"idempotency_key": key},
             )
@@ -182,6 +182,12 @@ class StripePayments:
             is_automatic=is_automatic,
             key=key if is_automatic and isinstance(key, str) else None,
         )
+
+
+def _key_told(key: str) -> dict[str, str]:
+    # One that was asked for by a version before is asked for again just as it was: Stripe takes the
+    # same key with other words for a mistake.
+    return {"key": key} if key.startswith(KEY_PREFIX) else {}
 
 
 def _not_set_up(setting: str = "billing.stripe_secret") -> UnavailableError:

@@ -586,7 +586,12 @@ class Node:
                     self._forget(other)
                 self._holdings[record.sandbox_id] = held
                 self._ledger.enter(held)
-        living = [one for one in self._holdings.values() if one.resident.is_up]
+        # What would not end may have a process still, and is none of them.
+        living = [
+            one
+            for one in self._holdings.values()
+            if one.resident.is_up and one.resident.phase not in (Phase.PAUSED, Phase.DEAD)
+        ]
         in_use = [one.resident.record.slot for one in living]
         in_use += self._means.exports.slots()
         await self._means.network.open(in_use=in_use, crew=self._means.crew)

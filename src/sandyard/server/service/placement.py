@@ -84,9 +84,10 @@ class Placement:
             UnavailableError: no node that answers can start it.
         """
         trouble: UnavailableError | None = None
-        asked = {but}
-        for is_last in (False, True):
-            for node_id in await self._able(template, shape, but=asked, is_last=is_last):
+        asked, is_last = {but}, False
+        while not is_last:
+            able, is_last = await self._able(template, shape, but=asked, asks_all=len(asked) > 1)
+            for node_id in able:
                 asked.add(node_id)
                 try:
                     node = self._nodes.get(node_id)
@@ -131,20 +132,22 @@ class Placement:
             return None
 
     async def _able(
-        self, template: str, shape: Shape, *, but: Collection[str | None], is_last: bool
-    ) -> list[str]:
+        self, template: str, shape: Shape, *, but: Collection[str | None], asks_all: bool
+    ) -> tuple[list[str], bool]:
         """Return nodes that have a template, best first: no start failed there lately, there is
-        room, a machine waits, a golden one is there, then most memory left.
+        room, a machine waits, a golden one is there, then most memory left; and whether those are
+        all.
 
-        Who says nothing of itself while others do may be cut off, and is not waited for, unless it
-        `is_last` who could.
+        Who says nothing of itself while others do may be cut off, and is not waited for, but where
+        that `asks_all`.
         """
         ids = [one for one in self._nodes.ids() if one not in but and self._nodes.takes_new(one)]
         views = {one: self._nodes.lately(one) for one in ids}
         ranked = self._ranked(views, template, shape)
         unknown = [one for one, view in views.items() if view is None]
         has_others = self._by_lot and any(one.has_room for one in ranked)
-        if unknown and (is_last or not has_others):
+        leaves_some = bool(unknown) and has_others and not asks_all
+        if unknown and not leaves_some:
             async with asyncio.TaskGroup() as tasks:
                 asking = {one: tasks.create_task(self._asked(one)) for one in unknown}
             views |= {one: task.result() for one, task in asking.items()}
@@ -154,7 +157,7 @@ class Placement:
         if self._by_lot and ranked:
             best = [one for one in ranked[:_LOT] if one.tier == ranked[0].tier]
             ranked[: len(best)] = random.sample(best, len(best))
-        return [one.node_id for one in ranked]
+        return [one.node_id for one in ranked], not leaves_some
 
     def _ranked(
         self, views: Mapping[str, tuple[float, NodeView] | None], template: str, shape: Shape

@@ -12,6 +12,10 @@ class Checkout:
     session_id: str
 
 
+KEY_PREFIX = "topup-"
+"""How the keys of automatic top-ups begin, of which their payments tell."""
+
+
 @dataclass(frozen=True)
 class Payment:
     """An amount that was paid. `reference` is the provider's, the same however often it is told.

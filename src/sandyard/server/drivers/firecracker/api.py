@@ -16,11 +16,8 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.drivers.firecracker import schema
 
-LIMIT_S = 10.0
-"""How long anything else may take."""
-SAVE_LIMIT_S = 300.0
-"""How long a save may take. Firecracker does one thing at a time, and goes on with a save that
-nobody waits for any more: until then it answers nothing."""
+_LIMIT_S = 10.0
+_SAVE_LIMIT_S = 300.0
 _ID = re.compile(r"^(/drives|/network-interfaces)/[a-z]+$")
 # Firecracker tells the host's error by its text (std::io::Error's Display): ENOSPC and EDQUOT.
 _FULL = re.compile(r"os error (28|122)\b")
@@ -63,7 +60,7 @@ class Api:
         """Close the connection; the machine lives on."""
         await self._client.aclose()
 
-    async def state(self, *, limit_s: float = LIMIT_S) -> str:
+    async def state(self, *, limit_s: float = _LIMIT_S) -> str:
         """Return `Not started`, `Running` or `Paused`."""
         answer = await self._call("GET", "/", limit_s=limit_s)
         return str(answer["state"])
@@ -126,9 +123,9 @@ class Api:
         """Hold the guest still."""
         await self._call("PATCH", "/vm", {"state": "Paused"})
 
-    async def resume(self, *, limit_s: float = LIMIT_S) -> None:
+    async def resume(self) -> None:
         """Let the guest go on."""
-        await self._call("PATCH", "/vm", {"state": "Resumed"}, limit_s=limit_s)
+        await self._call("PATCH", "/vm", {"state": "Resumed"})
 
     async def save(self, *, state: str, memory: str, is_whole: bool = False) -> None:
         """Write the devices' state, and the memory that was written to since the save before.
@@ -147,7 +144,7 @@ class Api:
                 "snapshot_path": state,
                 "mem_file_path": memory,
             },
-            limit_s=SAVE_LIMIT_S,
+            limit_s=_SAVE_LIMIT_S,
         )
 
     async def load(self, *, state: str, memory: str, network: str, tap: str) -> None:
@@ -177,7 +174,7 @@ class Api:
         path: str,
         body: Mapping[str, object] | None = None,
         *,
-        limit_s: float = LIMIT_S,
+        limit_s: float = _LIMIT_S,
     ) -> Mapping[str, object]:
         what = f"{method} {path}"
         call = schema.CALLS[method, _ID.sub(r"\1/{id}", path)]

@@ -30,7 +30,7 @@ from sandyard.server.drivers.contract import (
     Verdict,
 )
 from sandyard.server.drivers.ends import TAIL, end_told
-from sandyard.server.drivers.firecracker.api import LIMIT_S, SAVE_LIMIT_S, Api, Limiter
+from sandyard.server.drivers.firecracker.api import Api, Limiter
 from sandyard.server.drivers.firecracker.jail import (
     CONSOLE,
     LOG,
@@ -71,6 +71,7 @@ _PROBE_PASSED = b"sandyard: probe passed"
 _PROBE_MIB = 256
 _POLL_S = 0.05
 _VERSION_LIMIT_S = 10.0
+_RECOVER_LIMIT_S = 60.0
 _NOBODY = 65534
 _SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
 _DIED = End("machine_died", "the hypervisor's process ended unexpectedly")
@@ -88,7 +89,6 @@ class FirecrackerMachine:
         self._log = open_pipe(jail.folder / LOG)
         self._said = self._last_words = b""
         self._is_closed = False
-        self._may_be_saving = False
 
     @property
     def handle(self) -> Handle:
@@ -164,8 +164,7 @@ class FirecrackerMachine:
 
     async def resume(self) -> None:
         """See drivers.contract.SavingMachine.resume."""
-        await self._api.resume(limit_s=SAVE_LIMIT_S if self._may_be_saving else LIMIT_S)
-        self._may_be_saving = False
+        await self._api.resume()
 
     async def is_paused(self) -> bool:
         """See drivers.contract.SavingMachine.is_paused."""
@@ -183,9 +182,7 @@ class FirecrackerMachine:
         # An earlier version may have saved it, and taken the file away: what was in that is not
         # counted any more.
         is_whole = "group" not in self._handle and not (self._jail.root / _PAGES).exists()
-        self._may_be_saving = True
         await self._api.save(state=f"/{_STATE}", memory=f"/{_PAGES}", is_whole=is_whole)
-        self._may_be_saving = False
         await in_thread(self._jail.take, _STATE, folder / _STATE)
         await in_thread(self._jail.copy_out, _PAGES, folder / _PAGES)
         return Saved(folder)
@@ -393,8 +390,9 @@ class FirecrackerDriver:
         held.push_async_callback(process.kill)
         api = Api(jail.folder / SOCKET)
         try:
-            # It may be in the middle of a save that an earlier server began, and says nothing then.
-            await api.state(limit_s=SAVE_LIMIT_S)
+            # Firecracker does one thing at a time: in the middle of a save that an earlier server
+            # began, it says nothing.
+            await api.state(limit_s=_RECOVER_LIMIT_S)
         except (UnavailableError, InternalError):
             # A machine that cannot be controlled is as good as dead, and must not be left over.
             await process.kill()

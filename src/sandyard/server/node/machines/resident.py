@@ -415,16 +415,17 @@ class Resident:
         self._check_room()
         self.guest.pulse.hold(is_held=True)
         try:
-            await machine.pause()
-            await pause.write_own(machine, self._record, self.body, self._means)
-        except BaseException as error:
-            await to_the_end(self._go_on(machine))
-            if isinstance(error, OSError):
-                raise pause.translated(error) from error
-            raise
+            try:
+                await machine.pause()
+                await pause.write_own(machine, self._record, self.body, self._means)
+            except BaseException as error:
+                await to_the_end(self._go_on(machine))
+                if isinstance(error, OSError):
+                    raise pause.translated(error) from error
+                raise
+            await to_the_end(self._finish_pause())
         finally:
             self.guest.pulse.hold(is_held=False)
-        await to_the_end(self._finish_pause())
 
     def _check_room(self) -> None:
         if (why := self.guest.pulse.held_for) is not None:
@@ -452,15 +453,16 @@ class Resident:
     async def _go_on_in_time(self, machine: SavingMachine) -> None:
         for pause_s in _GO_ON_AGAIN_S:
             await self._means.clock.sleep(pause_s)
-            pulse = self.guest.pulse
-            if self._machine is not machine:
+            if self._machine is not machine or self.phase is not Phase.RUNNING:
                 return
-            if pulse.is_held or pulse.held_for is not None:
-                continue  # whoever holds it lets it go on
             with suppress(SandyardError):
-                if await machine.is_paused():
+                is_paused = await machine.is_paused()
+                pulse = self.guest.pulse
+                if pulse.is_held or pulse.held_for is not None or self._machine is not machine:
+                    continue  # whoever holds it lets it go on, or has saved it
+                if is_paused and self.phase is Phase.RUNNING:
                     await machine.resume()
-                self._beside(self.guest.set_clock(), "a clock cannot be set")
+                    self._beside(self.guest.set_clock(), "a clock cannot be set")
                 return
 
     async def _finish_pause(self) -> None:

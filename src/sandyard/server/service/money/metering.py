@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Generic, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.payments import Payments
+from sandyard.server.core.contracts.payments import KEY_PREFIX, Payments
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import ConflictError, SandyardError
 from sandyard.server.core.ids import new_uuid
@@ -236,7 +236,7 @@ class Meter:
             if pending is None:
                 if not wish.is_enabled or reading.left >= wish.threshold_cents * MICROS:
                     return None
-                pending = PendingTopup(f"auto-{new_uuid()}", wish.amount_cents, now)
+                pending = PendingTopup(f"{KEY_PREFIX}{new_uuid()}", wish.amount_cents, now)
             wish = replace(wish, last_at=now, pending=pending)
             await tx.credits.save_auto_topup(wish)
         return wish

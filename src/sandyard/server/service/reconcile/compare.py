@@ -48,7 +48,6 @@ _VANISHED = Reason("vanished", "nothing of the sandbox is left on its node")
 _PRESSED = Reason("host_memory_low", "the host was short of memory and this was used least lately")
 EXPIRED = Reason("expired", "the end set at its creation (expiresIn) has come")
 _PAUSED_AT_END = Reason("expired", "its time (expiresIn) was over; a resume begins another")
-_PAUSE_AGAIN = timedelta(seconds=60)
 _PASSING = frozenset({"host_disk_full"})
 _RELIEF = "relief"
 _SILENT_MAX = timedelta(hours=1)
@@ -531,11 +530,7 @@ def _due(sandbox: Standing) -> datetime | None:
     """Return when a sandbox's end is to be looked at."""
     if sandbox.expires_at is None or not sandbox.pauses_at_end:
         return sandbox.expires_at
-    if sandbox.status is not Status.RUNNING:
-        return None
-    # It could not be paused then, perhaps, and that is not tried without a pause.
-    is_again = sandbox.updated_at > sandbox.expires_at
-    return sandbox.updated_at + _PAUSE_AGAIN if is_again else sandbox.expires_at
+    return sandbox.expires_at if sandbox.status is Status.RUNNING else None
 
 
 def _is_believed(now: int, told: int) -> bool:

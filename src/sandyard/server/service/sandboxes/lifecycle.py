@@ -23,6 +23,7 @@ WORK = "sandboxes"
 
 _UPDATED = "Sandbox changed"
 _RESUMED = "Sandbox resumed"
+_PAUSE_AGAIN = timedelta(seconds=60)
 _AT_REST = frozenset({Status.PAUSED, Status.ERROR})
 _SEVERE = {Status.FAILED: "error", Status.ERROR: "error", Status.SUSPECTED_MISSING: "warning"}
 _TITLES = {
@@ -103,6 +104,8 @@ class Lifecycle:
         if used is not None:
             changed = replace(changed, last_activity_at=now, last_activity_kind=used)
         changed = with_end(changed, now)
+        if event is Event.PAUSE_FAILED and changed.pauses_at_end and _is_over(changed, now):
+            changed = replace(changed, expires_at=now + _PAUSE_AGAIN)
         async with self._store.write(sandbox.org_id) as tx:
             if check is not None:
                 # Whoever lost a race is not refused for what the winner took.
@@ -204,6 +207,10 @@ def with_end(sandbox: Sandbox, now: datetime) -> Sandbox:
     if sandbox.status is Status.RUNNING and sandbox.expires_at is None:
         return replace(sandbox, expires_at=now + timedelta(seconds=sandbox.lives_s))
     return sandbox
+
+
+def _is_over(sandbox: Sandbox, now: datetime) -> bool:
+    return sandbox.expires_at is not None and sandbox.expires_at <= now
 
 
 def refusal(sandbox: Sandbox, *, doing: str, why: str | None = None) -> ConflictError:
