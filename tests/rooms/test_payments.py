@@ -128,6 +128,15 @@ async def test_a_provider_that_is_down_is_a_503(yard: Yard, stand_in: StandIn) -
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
 
 
+async def with_card(yard: Yard) -> str:
+    """Have the organization's account filled up below 50.00, from a card, and return its id."""
+    org_id, _ = await yard.first()
+    await tell(yard, paid_event(org_id))
+    wish = {"enabled": True, "thresholdCents": 5000, "topupAmountCents": 600}
+    await yard.client.put("/v1/billing/auto-topup", json=wish)
+    return org_id
+
+
 async def test_an_account_is_filled_up_by_itself(
     yard: Yard, stand_in: StandIn, clock: AheadClock
 ) -> None:
@@ -159,11 +168,8 @@ async def test_an_account_is_filled_up_by_itself(
 async def test_a_charge_whose_outcome_is_not_known_is_made_and_credited_once(
     yard: Yard, stand_in: StandIn, clock: AheadClock, trouble: str
 ) -> None:
-    org_id, _ = await yard.first()
-    await tell(yard, paid_event(org_id))
     setattr(stand_in, trouble, True)
-    wish = {"enabled": True, "thresholdCents": 5000, "topupAmountCents": 600}
-    await yard.client.put("/v1/billing/auto-topup", json=wish)
+    org_id = await with_card(yard)
     # Nothing runs, and still the balance is filled up; asked for again and again, it is one charge.
     for round_ in range(3):
         clock.ahead = timedelta(minutes=11 * round_)
@@ -192,10 +198,7 @@ async def test_a_charge_whose_outcome_is_not_known_is_made_and_credited_once(
 async def test_a_word_that_comes_again_ends_no_other_charge(
     yard: Yard, stand_in: StandIn, clock: AheadClock
 ) -> None:
-    org_id, _ = await yard.first()
-    await tell(yard, paid_event(org_id))
-    wish = {"enabled": True, "thresholdCents": 5000, "topupAmountCents": 600}
-    await yard.client.put("/v1/billing/auto-topup", json=wish)
+    org_id = await with_card(yard)
 
     async def asked(least: int) -> bool:
         await yard.house.meter.charge_all()
@@ -224,10 +227,7 @@ async def test_a_word_that_comes_again_ends_no_other_charge(
 async def test_what_is_switched_off_meanwhile_stays_off(
     yard: Yard, stand_in: StandIn, clock: AheadClock
 ) -> None:
-    org_id, _ = await yard.first()
-    await tell(yard, paid_event(org_id))
-    wish = {"enabled": True, "thresholdCents": 5000, "topupAmountCents": 600}
-    await yard.client.put("/v1/billing/auto-topup", json=wish)
+    await with_card(yard)
     await asyncio.gather(
         *(yard.house.meter.charge_all() for _ in range(3)),
         yard.client.put("/v1/billing/auto-topup", json={"enabled": False}),

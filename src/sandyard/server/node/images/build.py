@@ -556,9 +556,8 @@ def workshop(parent: Path, prefix: str) -> Iterator[Path]:
     Those of builders that were killed, and so could not remove them, are removed first.
     """
     with ExitStack() as held:
-        with _locked(
-            parent.resolve()
-        ):  # so that nobody takes one for abandoned that is just being made
+        # Nobody is to take one for abandoned that is just being made.
+        with _locked(parent.resolve()):
             for left in parent.glob(f"{prefix}*"):
                 with suppress(OSError), _locked(left, waits=False):
                     shutil.rmtree(left)

@@ -26,7 +26,7 @@ from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
 from sandyard.server.service.reconcile.work import LOST
 from sandyard.server.service.roster import Told
-from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+from sandyard.server.service.sandboxes.lifecycle import Lifecycle, is_over
 from sandyard.server.service.sandboxes.worker import Worker, holding
 from sandyard.server.tasks import Crew, Work
 
@@ -516,21 +516,19 @@ def _reason_of(fact: MachineFact) -> Reason:
 
 def has_expired(sandbox: Standing | Sandbox, now: datetime) -> bool:
     """Tell whether a sandbox is to be deleted, for the end that was set for it has come."""
-    is_over = sandbox.expires_at is not None and sandbox.expires_at <= now
-    return is_over and not sandbox.pauses_at_end
+    return is_over(sandbox, now) and not sandbox.pauses_at_end
 
 
 def is_to_be_paused(sandbox: Standing, now: datetime) -> bool:
     """Tell whether a sandbox is to be paused, for the end that was set for it has come."""
-    due = _due(sandbox) if sandbox.pauses_at_end else None
-    return due is not None and due <= now
+    is_running = sandbox.status is Status.RUNNING
+    return sandbox.pauses_at_end and is_running and is_over(sandbox, now)
 
 
 def _due(sandbox: Standing) -> datetime | None:
-    """Return when a sandbox's end is to be looked at."""
-    if sandbox.expires_at is None or not sandbox.pauses_at_end:
-        return sandbox.expires_at
-    return sandbox.expires_at if sandbox.status is Status.RUNNING else None
+    """Return when a sandbox's end is to be looked at: one that does not run cannot be paused."""
+    is_due = not sandbox.pauses_at_end or sandbox.status is Status.RUNNING
+    return sandbox.expires_at if is_due else None
 
 
 def _is_believed(now: int, told: int) -> bool:

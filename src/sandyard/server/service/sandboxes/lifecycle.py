@@ -13,7 +13,14 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Hold, Store, Transaction
 from sandyard.server.core.errors import ConflictError
 from sandyard.server.core.ids import new_uuid
-from sandyard.server.core.records import Activity, Reason, Sandbox, StoragePeriod, UsagePeriod
+from sandyard.server.core.records import (
+    Activity,
+    Reason,
+    Sandbox,
+    Standing,
+    StoragePeriod,
+    UsagePeriod,
+)
 from sandyard.server.core.states import BILLED, Event, Status, advance
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import by_key
@@ -104,7 +111,7 @@ class Lifecycle:
         if used is not None:
             changed = replace(changed, last_activity_at=now, last_activity_kind=used)
         changed = with_end(changed, now)
-        if event is Event.PAUSE_FAILED and changed.pauses_at_end and _is_over(changed, now):
+        if event is Event.PAUSE_FAILED and changed.pauses_at_end and is_over(changed, now):
             changed = replace(changed, expires_at=now + _PAUSE_AGAIN)
         async with self._store.write(sandbox.org_id) as tx:
             if check is not None:
@@ -209,7 +216,8 @@ def with_end(sandbox: Sandbox, now: datetime) -> Sandbox:
     return sandbox
 
 
-def _is_over(sandbox: Sandbox, now: datetime) -> bool:
+def is_over(sandbox: Sandbox | Standing, now: datetime) -> bool:
+    """Tell whether the end that was set for a sandbox has come."""
     return sandbox.expires_at is not None and sandbox.expires_at <= now
 
 
