@@ -84,13 +84,18 @@ def own(wish: MachineWish, incarnation: int) -> MachineWish:
 
 @asynccontextmanager
 async def a_node(
-    home: Path, host: FakeHost | None = None, *, pool: int = 0, **conduct: Any
+    home: Path,
+    host: FakeHost | None = None,
+    *,
+    pool: int = 0,
+    heartbeat_s: float = 5,
+    **conduct: Any,
 ) -> AsyncIterator[Held]:
     """A node in a home; what it leaves running is ended unless the host is another's too."""
     held = FakeHost() if host is None else host
     driver = FakeDriver(held, Conduct(**conduct))
     async with open_node(
-        settings_of(home, pool=pool, golden_machines=pool > 0),
+        settings_of(home, pool=pool, golden_machines=pool > 0, heartbeat_s=heartbeat_s),
         clock=SystemClock(),
         observer=Metrics(version="0"),
         on_change=lambda: None,
@@ -421,6 +426,27 @@ async def test_a_machine_of_the_pool_goes_whole_though_nobody_waits_for_that(
         known = len(held.node._ledger.everyone)  # there are no others
         await until(lambda: len(held.host.machines) == known)
         assert len(held.node._means.network.in_use) == known  # type: ignore[attr-defined]  # the fake tells
+
+
+async def test_who_takes_a_machine_of_the_pool_finds_a_connection_to_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_node(tmp_path, pool=1, heartbeat_s=1) as held:
+        shelves = held.node._pool._shelves
+        await until(lambda: any(shelf.members for shelf in shelves.values()))
+        (link,) = [one.guest.link for shelf in shelves.values() for one in shelf.members]
+        assert link is not None
+        await until(lambda: link._spare is not None)
+        before = link._spare
+        # A beat takes it, and leaves another.
+        await until(lambda: link._spare not in (None, before))
+
+        async def fail(*_: object, **__: object) -> None:
+            raise OSError("nobody is to be asked for a connection now")
+
+        monkeypatch.setattr(held.node._means.network, "dial", fail)
+        fact = await held.node.ensure_running(a_wish(new_sandbox_id()))
+        assert (fact.phase, fact.way) == (Phase.RUNNING, Way.POOL)
 
 
 async def test_where_there_is_no_room_for_a_golden_machine_nobody_spins(tmp_path: Path) -> None:

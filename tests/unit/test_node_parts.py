@@ -239,7 +239,7 @@ async def test_a_heartbeat_that_fails_in_a_way_nobody_foresaw_is_not_the_last() 
     async with asyncio.timeout(10):
         end = await watch(
             cast("Any", Beaten()), cast("Any", body), Pulse(), cast("Any", means),
-            lambda: cast("AgentLink", NoThread()),
+            lambda: cast("AgentLink", NoThread()), lambda: None,
         )  # fmt: skip
     assert (end.code, asked >= 3) == ("machine_died", True)
 

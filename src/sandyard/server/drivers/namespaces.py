@@ -3,9 +3,11 @@
 import ctypes
 import fcntl
 import os
+import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +19,7 @@ _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _TUNSETOWNER = 0x400454CA, 0x400454CC
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
+_held = ctypes.PyDLL(None, use_errno=True)  # as above, and no other thread has its turn meanwhile
 
 
 def path_of(netns: str) -> Path:
@@ -58,6 +61,50 @@ def in_namespace(netns: str, work: Callable[[], _T]) -> _T:
             ]
         raise trouble[0]
     return result[0]
+
+
+def socket_in(netns: str) -> socket.socket:
+    """Return a TCP socket that lies in a namespace, neither bound nor connected, and never blocks.
+
+    The calling thread stands in there for as long as that takes, and for nothing else: twenty
+    microseconds. In a thread of its own (`in_namespace`) it takes twenty times as long, and a
+    hundred times where an event loop is busy, since each system call of another thread waits for
+    the interpreter anew.
+
+    Raises:
+        InternalError: the namespace is not there.
+    """
+    try:
+        with (
+            _opened("/proc/thread-self/ns/net") as own,
+            _opened(path_of(netns)) as other,
+        ):
+            _stand_in(other)
+            try:
+                return socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            finally:
+                try:
+                    _stand_in(own)
+                except OSError:
+                    # Whatever this thread did next, it would do in a guest's network.
+                    os.abort()
+    except OSError as error:
+        raise InternalError(f"cannot work in the namespace {netns}: {error}") from error
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _stand_in(descriptor: int) -> None:
+    if _held.setns(descriptor, _CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"setns: {os.strerror(code)}")
 
 
 async def give_tap_to(netns: str, tap: str, uid: int) -> None:

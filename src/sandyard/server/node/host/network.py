@@ -18,7 +18,7 @@ from typing import Protocol
 from sandyard.server.core.errors import InternalError, NoCapacityError, SandyardError
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.contract import Place
-from sandyard.server.drivers.namespaces import in_namespace, path_of
+from sandyard.server.drivers.namespaces import in_namespace, path_of, socket_in
 from sandyard.server.drivers.processes import kill_all_of, uids_at_work
 from sandyard.server.node.commands import run
 from sandyard.server.node.host.dns import forward_dns, host_resolvers
@@ -203,14 +203,9 @@ class Slots:
 
     async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
         """See Network.dial."""
-
-        def make() -> socket.socket:
-            made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return made
-
-        connection = await in_thread(in_namespace, place.netns, make)
+        connection = socket_in(place.netns)
         try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with asyncio.timeout(limit_s):
                 await asyncio.get_running_loop().sock_connect(connection, (GUEST_IP, port))
         except BaseException:

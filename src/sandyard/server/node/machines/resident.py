@@ -569,11 +569,21 @@ class Resident:
 
     async def _watch(self, machine: Machine) -> None:
         end = await watch(
-            machine, self.body, self.guest.pulse, self._means, lambda: self.guest.link
+            machine,
+            self.body,
+            self.guest.pulse,
+            self._means,
+            lambda: self.guest.link,
+            self._stay_ready,
         )
         if self._machine is machine and self._on_end is not None:
             self._watching = None
             self._on_end(end)
+
+    def _stay_ready(self) -> None:
+        # What asked its agent took the connection that was ready for whoever comes.
+        if self.phase is Phase.WAITING:
+            self.guest.keep_spare()
 
     def is_of(self, machine: Machine | None) -> bool:
         """Tell whether this is the process that it has now."""

@@ -81,9 +81,11 @@ async def watch(
     pulse: Pulse,
     means: Means,
     link_of: Callable[[], AgentLink | None],
+    on_answer: Callable[[], None],
 ) -> End:
-    """Return how a machine ended, once it has."""
-    async with beside(end_of(machine)) as ending, beside(_beat(pulse, means, link_of)):
+    """Return how a machine ended, once it has; `on_answer` is told of each beat that its agent
+    answered."""
+    async with beside(end_of(machine)) as ending, beside(_beat(pulse, means, link_of, on_answer)):
         while not ending.done():
             try:
                 await _look(machine, body, pulse, means)
@@ -103,7 +105,12 @@ async def _look(machine: Machine, body: Body, pulse: Pulse, means: Means) -> Non
         means.on_change()
 
 
-async def _beat(pulse: Pulse, means: Means, link_of: Callable[[], AgentLink | None]) -> None:
+async def _beat(
+    pulse: Pulse,
+    means: Means,
+    link_of: Callable[[], AgentLink | None],
+    on_answer: Callable[[], None],
+) -> None:
     """Ask the agent now and then whether it is there."""
     while True:
         await means.clock.sleep(means.limits.heartbeat_s)
@@ -113,6 +120,7 @@ async def _beat(pulse: Pulse, means: Means, link_of: Callable[[], AgentLink | No
         try:
             if await _answers(link, means):
                 has_changed = pulse.answered(means.clock.monotonic())
+                on_answer()
             else:
                 has_changed = pulse.missed()
         except Exception:  # as for a look; a host without a thread to spare says nothing of it

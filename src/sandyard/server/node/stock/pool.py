@@ -337,6 +337,7 @@ class Pool:
             await to_the_end(self._discard(one))
             return
         one.watch(lambda end: self._on_end(shelf, one, end))
+        one.guest.keep_spare()
         shelf.members.append(one)
 
     def _warmup(self, shelf: _Shelf) -> Iterator[str]:
