@@ -20,13 +20,17 @@ from tests.support.folders import found_in
 from tests.support.house import Yard, eventually, open_yard, until
 from tests.support.several import open_several
 
+from sandyard.server.app import control
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import InternalError, UnavailableError
+from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Status
 from sandyard.server.drivers.fake import Conduct, FakeHost
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.disks import total_memory_mib
+from sandyard.server.service.sandboxes.power import Waits
+from sandyard.server.service.sandboxes.register import Register
 
 KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
 
@@ -1363,6 +1367,34 @@ async def test_a_restart_that_fails_leaves_the_disk_and_can_be_tried_again(yard:
     yard.conduct.starts = True
     await yard.act(box, "restart")
     assert await yard.execute(box, "read") == "kept"
+
+
+async def test_who_asks_for_a_restart_waits_no_longer_than_they_were_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "Waits", lambda: Waits(start_s=0.2))
+    waited: list[float] = []
+    wait_for = Register.wait_for
+
+    async def noted(self: Register, *args: Any, limit_s: float) -> Sandbox:
+        waited.append(limit_s)
+        return await wait_for(self, *args, limit_s=limit_s)
+
+    async with open_yard(tmp_path, saves=True) as yard:
+        box = await yard.create()
+        yard.conduct.start_delay_s = 30
+        monkeypatch.setattr(Register, "wait_for", noted)
+        answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/restart")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        assert "ask again" in answer.json()["error"]["message"]
+        # It was waited for while it was worked on; that is over, and nothing is added to it.
+        assert waited == [0.0]
+        answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "x"})
+        assert (answer.status_code, len(waited)) == (503, 2)
+        assert waited[1] <= 0.2
+        monkeypatch.undo()
+        yard.conduct.start_delay_s = 0.0
+        await yard.client.delete(f"/v1/sandboxes/{box['id']}")
 
 
 async def test_a_reboot_is_a_restart_and_a_poweroff_is_told(yard: Yard) -> None:

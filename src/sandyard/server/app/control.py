@@ -204,6 +204,7 @@ async def open_control(
             nodes=known,
             quota=quota,
             waits=waits,
+            clock=clock,
         )
         reach = Reach(store=store, register=register, power=power, tunnel=tunnel, clock=clock)
         opened = Open()

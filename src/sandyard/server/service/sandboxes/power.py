@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.errors import (
     Code,
@@ -19,7 +20,7 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
 from sandyard.server.service.sandboxes.quota import Quota
-from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.sandboxes.register import Deadline, Register
 from sandyard.server.service.sandboxes.worker import Worker, holding
 
 _ALL = frozenset(Status)
@@ -51,6 +52,7 @@ class Power:
         nodes: Nodes,
         quota: Quota,
         waits: Waits,
+        clock: Clock,
     ) -> None:
         self._nodes = nodes
         self._register = register
@@ -58,20 +60,29 @@ class Power:
         self._worker = worker
         self._quota = quota
         self._waits = waits
+        self._clock = clock
 
-    async def pause(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
+    def deadline(self) -> Deadline:
+        """Return when a request that starts now has waited long enough for a machine to be up."""
+        return Deadline(self._clock, self._waits.start_s)
+
+    async def pause(
+        self, sandbox: Sandbox, actor: Actor, *, wait: bool = True, until: Deadline | None = None
+    ) -> Sandbox:
         """Have a running sandbox saved and its memory given back; at once if it is.
+
+        It waits until then if there is more to wait for, else as long as a pause may take.
 
         Raises:
             ConflictError: its status does not allow it.
             UnavailableError: it could not be paused, and runs on.
         """
-        limit_s = self._waits.pause_s
+        until = until or Deadline(self._clock, self._waits.pause_s)
         done = {Status.PAUSED} if wait else {Status.PAUSED, Status.PAUSING}
 
         async def attempt(now: Sandbox) -> Sandbox | None:
             if now.status is Status.PAUSING and wait:
-                now = await self._left(now, Status.PAUSING, limit_s)
+                now = await self._left(now, Status.PAUSING, until)
                 if now.status is Status.RUNNING:
                     raise not_done(now, "pause")
             if now.status in done:
@@ -83,7 +94,7 @@ class Power:
             if pausing is None:
                 return None
             claim = Claim(pausing, hold.lease)
-            await self._worker.take_up(claim, limit_s=limit_s if wait else 0)
+            await self._worker.take_up(claim, limit_s=until.left_s if wait else 0)
             now = await self._register.reread(now.id)
             if now.status is Status.RUNNING and now.reason:
                 raise not_done(now, "pause")
@@ -99,7 +110,14 @@ class Power:
             LimitReachedError, QuotaExceededError: the organization may not have it run.
             UnavailableError: it could not be resumed, and is still what it was.
         """
-        return await self.bring_up(sandbox, actor, Event.RESUME, doing="resume", wait=wait)
+        return await self._resume(sandbox, actor, self.deadline(), wait=wait)
+
+    async def _resume(
+        self, sandbox: Sandbox, actor: Actor, until: Deadline, *, wait: bool = True
+    ) -> Sandbox:
+        return await self.bring_up(
+            sandbox, actor, Event.RESUME, doing="resume", wait=wait, until=until
+        )
 
     async def restart(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
         """Have a sandbox boot from its own disk; what is in its memory, or was saved, is given up.
@@ -117,25 +135,26 @@ class Power:
         doing: str,
         wait: bool = True,
         snapshot_id: str | None = None,
+        until: Deadline | None = None,
     ) -> Sandbox:
         """Have a sandbox come up by an event, as a later incarnation.
 
-        With `snapshot_id` that incarnation comes from a snapshot.
+        With `snapshot_id` that incarnation comes from a snapshot. See `pause` for `until`.
 
         Raises: see `resume`.
         """
-        limit_s = self._waits.start_s
+        until = until or self.deadline()
         done = {Status.RUNNING} if wait else {Status.RUNNING, Status.RESUMING}
         asked_for = 0  # the incarnation that this call has brought about, if any
 
         async def attempt(now: Sandbox) -> Sandbox | None:
             nonlocal asked_for
             if now.status is Status.PAUSING:
-                now = await self._left(now, Status.PAUSING, limit_s)
+                now = await self._left(now, Status.PAUSING, until)
             # Any resume will do for a resume; what goes back to a snapshot is this very one.
             is_it = event is Event.RESUME or now.incarnation == asked_for
             if now.status is Status.RESUMING and wait and is_it:
-                now = await self._left(now, Status.RESUMING, limit_s)
+                now = await self._left(now, Status.RESUMING, until)
                 if now.status in _AT_REST:
                     raise not_done(now, doing)
             if now.status in done and is_it:
@@ -163,7 +182,7 @@ class Power:
                 return None
             asked_for = resuming.incarnation
             claim = Claim(resuming, hold.lease)
-            await self._worker.take_up(claim, limit_s=limit_s if wait else 0)
+            await self._worker.take_up(claim, limit_s=until.left_s if wait else 0)
             now = await self._register.reread(now.id)
             if now.status in _AT_REST:
                 raise not_done(now, doing)
@@ -180,7 +199,9 @@ class Power:
         except DeadlineExceededError:
             return await self._register.reread(sandbox.id)
 
-    async def running(self, sandbox: Sandbox, actor: Actor, *, doing: str) -> Sandbox:
+    async def running(
+        self, sandbox: Sandbox, actor: Actor, *, doing: str, until: Deadline
+    ) -> Sandbox:
         """Return a sandbox once it runs, having waited for it or resumed it if need be.
 
         Raises:
@@ -188,11 +209,11 @@ class Power:
             For the rest see `resume`.
         """
         if sandbox.status is Status.PAUSING:
-            sandbox = await self._left(sandbox, Status.PAUSING, self._waits.pause_s)
+            sandbox = await self._left(sandbox, Status.PAUSING, until)
         if sandbox.status in (Status.PAUSED, Status.RESUMING) and sandbox.auto_resume:
-            sandbox = await self.resume(sandbox, actor)
+            sandbox = await self._resume(sandbox, actor, until)
         if sandbox.status in ON_ITS_WAY_UP:
-            sandbox = await self.until_up(sandbox, limit_s=self._waits.start_s)
+            sandbox = await self.until_up(sandbox, limit_s=until.left_s)
         if sandbox.status is Status.PAUSED and not sandbox.auto_resume:
             raise refusal(sandbox, doing=doing, why="its autoResume is off; resume it first")
         if sandbox.status is not Status.RUNNING:
@@ -204,9 +225,9 @@ class Power:
             self._quota.check_resume, actor=actor, shape=sandbox.shape, is_test=sandbox.is_test
         )
 
-    async def _left(self, sandbox: Sandbox, status: Status, limit_s: float) -> Sandbox:
+    async def _left(self, sandbox: Sandbox, status: Status, until: Deadline) -> Sandbox:
         """Return a sandbox once it has left a status."""
-        return await self._register.wait_for(sandbox, _ALL - {status}, limit_s=limit_s)
+        return await self._register.wait_for(sandbox, _ALL - {status}, limit_s=until.left_s)
 
 
 def _source(event: Event, snapshot_id: str | None, sandbox: Sandbox) -> dict[str, Any]:

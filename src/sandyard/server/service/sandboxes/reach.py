@@ -115,10 +115,11 @@ class Reach:
         """
         actor.require("sandbox:write")
         sandbox = await self._register.get(actor, reference)
+        until = self._power.deadline()
         async with AsyncExitStack() as held:
 
             async def attempt(now: Sandbox) -> tuple[Sandbox, Opened[AnswerT]] | None:
-                now = await self._power.running(now, actor, doing=use.doing)
+                now = await self._power.running(now, actor, doing=use.doing, until=until)
                 # Before it starts: what cannot be written to the audit log is not done, and is not
                 # done twice by a caller who tries again.
                 if not await self._is_noted(actor, now, use):

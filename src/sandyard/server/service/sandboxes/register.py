@@ -25,6 +25,22 @@ _TRIES = 8
 _T = TypeVar("_T")
 
 
+class Deadline:
+    """When a request has waited long enough, for all that it waits for together.
+
+    Whoever asks gives up after a while, and is to hear before that what became of it.
+    """
+
+    def __init__(self, clock: Clock, limit_s: float) -> None:
+        self._clock = clock
+        self._until = clock.monotonic() + limit_s
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until then, none once it is past."""
+        return max(0.0, self._until - self._clock.monotonic())
+
+
 class Register:
     """Reads sandboxes; nothing of another organization is ever told."""
 

@@ -356,17 +356,19 @@ class Snapshots:
                 "create a sandbox from it instead",
                 field="snapshotId",
             )
+        until = self._power.deadline()
         if sandbox.status is Status.RUNNING or sandbox.status is Status.PAUSING:
             # Before it is taken down for what then could not come up.
             async with self._store.read() as tx:
                 await self._quota.check_going_on(tx, actor, is_test=sandbox.is_test)
-            sandbox = await self._power.pause(sandbox, actor)
+            sandbox = await self._power.pause(sandbox, actor, until=until)
         return await self._power.bring_up(
             sandbox,
             actor,
             Event.ROLL_BACK,
             doing="roll back",
             snapshot_id=snapshot.id,
+            until=until,
         )
 
     # --- parts ----------------------------------------------------------------------------
