@@ -50,6 +50,45 @@ def test_one_byte_that_was_altered_is_found(tmp_path: Path, place: int) -> None:
         check(load(sealed.folder, key=KEY), whole=True)
 
 
+def test_what_is_sealed_is_on_the_disk_before_its_manifest_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = state(tmp_path)
+    with (folder / "memory").open("wb") as file:  # with a hole, and digested once it is synced
+        file.write(b"m" * 4096)
+        file.truncate(2**20)
+    done: list[str] = []
+    sync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def digested(path: Path, key: bytes) -> str:
+        assert path.name != "memory" or "memory" in done
+        return mac_sparse(path, key)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(saving, "mac_sparse", digested)
+    seal(folder, ABOUT, key=KEY)
+    assert sorted(done[:3]) == ["device", "memory", "pages"]
+    assert done[3:] == ["manifest.json", "saved"]
+
+
+def test_what_cannot_be_synced_is_not_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = state(tmp_path)
+
+    def is_full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", is_full)
+    with pytest.raises(OSError, match="No space"):
+        seal(folder, ABOUT, key=KEY)
+    assert not (folder / "manifest.json").exists()
+
+
 def test_a_state_sealed_with_another_key_is_refused(tmp_path: Path) -> None:
     sealed = seal(state(tmp_path), ABOUT, key=KEY)
     with pytest.raises(DamagedError, match="manifest"):

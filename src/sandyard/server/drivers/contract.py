@@ -184,7 +184,8 @@ class SavingMachine(Machine, Protocol):
         ...
 
     async def save(self, folder: Path) -> Saved:
-        """Write the state of a machine that is held still to a new folder, complete and synced.
+        """Write the state of a machine that is held still to a new folder; whoever keeps it syncs
+        what is in there.
 
         Raises:
             NoCapacityError: the host's disk is full.

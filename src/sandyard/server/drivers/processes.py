@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sandyard.server.core.errors import UnavailableError
+from sandyard.server.tasks import in_thread
 
 _KILL_LIMIT_S = 10.0
 BEHIND = 10
@@ -157,13 +158,20 @@ async def kill_all_of(uid: int) -> None:
     Raises:
         UnavailableError: one of them would not go.
     """
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            pid = int(entry.name)
-            if entry.stat().st_uid == uid and (started := start_time(pid)) is not None:
-                process = DetachedProcess.find(pid, started=started, boot=boot_id())
-                if process is not None:
-                    with contextlib.closing(process):
-                        await process.kill()
+    for pid, started in await in_thread(_processes_of, uid):
+        process = DetachedProcess.find(pid, started=started, boot=boot_id())
+        if process is not None:
+            with contextlib.closing(process):
+                await process.kill()
+
+
+def _processes_of(uid: int) -> list[tuple[int, int]]:
+    """Return pid and start of each process of an account; on a full host there are many to see."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                pid = int(entry.name)
+                if entry.stat().st_uid == uid and (started := start_time(pid)) is not None:
+                    found.append((pid, started))
+    return found

@@ -1,5 +1,6 @@
 """Files with holes: copied and digested without reading or filling the holes."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -13,11 +14,13 @@ from sandyard.server.core.errors import InternalError, NoCapacityError
 
 _CHUNK = 1024 * 1024
 _FICLONE = 0x40049409  # linux/fs.h
+_SYNC_FILE_RANGE_WRITE = 2  # the same
+_libc = ctypes.CDLL(None)
 # Between file systems of two kinds, and where one of them cannot (copy_file_range(2)).
 _NOT_BY_KERNEL = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 
-def copy_sparse(source: Path, target: Path, *, sync: bool = False) -> None:
+def copy_sparse(source: Path, target: Path) -> None:
     """Copy a file to a new one: shared where the file system can, else its data without its holes.
 
     Raises:
@@ -30,8 +33,6 @@ def copy_sparse(source: Path, target: Path, *, sync: bool = False) -> None:
                 os.truncate(here.fileno(), os.fstat(there.fileno()).st_size)
                 for start, end in extents(there.fileno()):
                     _copy(there.fileno(), here.fileno(), start, end)
-            if sync:
-                os.fsync(here.fileno())
         except OSError as error:
             target.unlink()
             raise full_or_broken(error, f"copy {source.name}") from error
@@ -101,6 +102,16 @@ def _feed(path: Path, take: Callable[[bytes | memoryview], object]) -> None:
                 start += read
 
 
+def begin_writing(descriptor: int, start: int, end: int) -> None:
+    """Have the kernel begin to write this part of a file to its disk, for who will sync it later.
+
+    Nothing is promised, and where it cannot be begun nothing is lost (sync_file_range(2)).
+    """
+    _libc.sync_file_range(
+        descriptor, ctypes.c_int64(start), ctypes.c_int64(end - start), _SYNC_FILE_RANGE_WRITE
+    )
+
+
 def extents(descriptor: int) -> Iterator[tuple[int, int]]:
     """Yield the start and end of each stretch of a file that holds data."""
     end = 0
@@ -113,6 +124,13 @@ def extents(descriptor: int) -> Iterator[tuple[int, int]]:
             raise
         end = os.lseek(descriptor, start, os.SEEK_HOLE)
         yield start, end
+
+
+def has_holes(path: Path) -> bool:
+    """Tell whether a part of a file holds no data."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return size > 0 and next(extents(file.fileno()), None) != (0, size)
 
 
 def full_or_broken(error: OSError, what: str) -> InternalError | NoCapacityError:

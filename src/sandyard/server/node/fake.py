@@ -80,7 +80,7 @@ class FakeDisks:
         """See node.host.disks.Disks.make."""
         path.write_bytes(b"")
 
-    async def copy(self, source: Path, path: Path, *, sync: bool = False) -> None:
+    async def copy(self, source: Path, path: Path) -> None:
         """See node.host.disks.Disks.copy."""
         path.write_bytes(source.read_bytes())
 

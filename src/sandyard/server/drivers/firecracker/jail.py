@@ -103,7 +103,7 @@ class Jail:
         self._hand_over(self.root / name)
 
     def take(self, name: str, target: Path) -> None:
-        """Take a file out that the process wrote, and sync it.
+        """Take a file out that the process wrote.
 
         Raises:
             InternalError: it is no plain file of the process's own.
@@ -115,17 +115,17 @@ class Jail:
                 os.fchown(descriptor, 0, 0)
                 os.fchmod(descriptor, 0o400)
                 # A copy: who wrote it may still hold it open.
-                copy_sparse(Path(f"/proc/self/fd/{descriptor}"), target, sync=True)
+                copy_sparse(Path(f"/proc/self/fd/{descriptor}"), target)
         finally:
             source.unlink(missing_ok=True)
 
     def copy_out(self, name: str, target: Path) -> None:
-        """Copy a file that the process wrote and will write to again, and sync the copy.
+        """Copy a file that the process wrote and will write to again.
 
         Raises: see `take`.
         """
         with opened_as_written_by(self.uid, self.root / name) as descriptor:
-            copy_sparse(Path(f"/proc/self/fd/{descriptor}"), target, sync=True)
+            copy_sparse(Path(f"/proc/self/fd/{descriptor}"), target)
 
     async def launch(self, jailer: str, binary: str, *, netns: str | None) -> int:
         """Start the process, which nobody owns, and return its pid once its API is there.

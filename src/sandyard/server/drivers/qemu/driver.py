@@ -505,7 +505,7 @@ def _write_private(path: Path, data: bytes, uid: int) -> None:
 
 
 def _take_file(source: Path, target: Path, uid: int) -> None:
-    """Copy a file that the hypervisor's account wrote, and sync the copy.
+    """Copy a file that the hypervisor's account wrote.
 
     Raises:
         InternalError: it is not a plain file of that account's, or too large.
@@ -515,8 +515,6 @@ def _take_file(source: Path, target: Path, uid: int) -> None:
             raise InternalError("cannot save the machine: QEMU wrote a state that is too large")
         with os.fdopen(os.dup(descriptor), "rb") as there:
             shutil.copyfileobj(there, here)
-        here.flush()
-        os.fsync(here.fileno())
 
 
 def _has_passed(console: Path) -> bool:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 from sandyard.server.core.errors import ConflictError, InternalError
-from sandyard.server.drivers.sparse import copy_sparse, full_or_broken
+from sandyard.server.drivers.sparse import begin_writing, copy_sparse, full_or_broken
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _CHUNK = 1024 * 1024
+_BEGUN_EACH = 4 * _CHUNK
 _MAGIC = b"sypages1"
 _RUNS_MAX = 1 << 26
 # Of each entry's highest byte (Documentation/admin-guide/mm/pagemap.rst): in memory or in swap, and
@@ -33,7 +34,7 @@ Run = tuple[int, int]
 
 
 def save_pages(pid: int, memory: Path, target: Path) -> None:
-    """Write a still machine's private pages to a new file, and sync it.
+    """Write a still machine's private pages to a new file, which is on its way to the disk then.
 
     Raises:
         NoCapacityError: the host's disk is full.
@@ -43,10 +44,14 @@ def save_pages(pid: int, memory: Path, target: Path) -> None:
     runs = _private_runs(pid, start, size)
     try:
         with target.open("xb", buffering=0) as file, _open_memory(pid, "rb") as source:
-            file.write(_head(runs))
+            begun = written = file.write(_head(runs))
             for first, count in runs:
                 _copy(source.fileno(), start + first * _PAGE, count * _PAGE, file.fileno())
-            os.fsync(file.fileno())
+                written += count * _PAGE
+                if written - begun >= _BEGUN_EACH:
+                    begin_writing(file.fileno(), begun, written)
+                    begun = written
+            begin_writing(file.fileno(), begun, written)
     except OSError as error:
         raise full_or_broken(error, "save the machine's memory") from error
 

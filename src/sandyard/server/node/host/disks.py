@@ -26,7 +26,7 @@ class Disks(Protocol):
         """
         ...
 
-    async def copy(self, source: Path, path: Path, *, sync: bool = False) -> None:
+    async def copy(self, source: Path, path: Path) -> None:
         """Make a disk that holds what another, which nobody writes to now, holds.
 
         Raises:
@@ -61,9 +61,9 @@ class Ext4Disks:
         path.chmod(0o600)
         os.chown(path, uid, uid)
 
-    async def copy(self, source: Path, path: Path, *, sync: bool = False) -> None:
+    async def copy(self, source: Path, path: Path) -> None:
         """See Disks.copy."""
-        await in_thread(copy_sparse, source, path, sync=sync)
+        await in_thread(copy_sparse, source, path)
 
 
 def free_mib(folder: Path) -> int:

@@ -334,9 +334,8 @@ class Slots:
             )
         # The rules stand before the first link is up: no packet ever passes without them.
         await _nft_in(place, rules)
-        async with netlink() as host:
-            await host.add_veth(link, peer=_UPLINK, peer_netns=place.netns)
-            await host.bring_up(link, address=ipaddress.IPv4Interface(f"{gateway}/30"))
+        address = ipaddress.IPv4Interface(f"{gateway}/30")
+        await in_thread(lambda: asyncio.run(_add_host_link(link, place.netns, address)))
         await in_thread(
             in_namespace,
             place.netns,
@@ -344,8 +343,7 @@ class Slots:
         )
 
     async def _remove(self, place: Place) -> None:
-        async with netlink() as host:
-            await host.delete_link(self._host_link(place.number))
+        await in_thread(lambda: asyncio.run(_delete_host_link(self._host_link(place.number))))
         if path_of(place.netns).exists():
             await run(["ip", "netns", "del", place.netns], limit_s=_TOOL_LIMIT_S)
 
@@ -365,6 +363,21 @@ async def remove_host_rules(identity: Identity) -> None:
     if removals:
         await _nft(removals)
     await _nft(f"table inet {identity.table} {{}}\ndelete table inet {identity.table}\n")
+
+
+# For threads of their own: the kernel has added or deleted a link before the message is sent, and
+# takes ten milliseconds for that, or much longer while others wait for their turn at it.
+
+
+async def _add_host_link(name: str, netns: str, address: ipaddress.IPv4Interface) -> None:
+    async with netlink() as host:
+        await host.add_veth(name, peer=_UPLINK, peer_netns=netns)
+        await host.bring_up(name, address=address)
+
+
+async def _delete_host_link(name: str) -> None:
+    async with netlink() as host:
+        await host.delete_link(name)
 
 
 async def host_routes() -> list[ipaddress.IPv4Network]:

@@ -170,7 +170,7 @@ def _clone(source: SavedMachine, body: Body) -> None:
     """Have a body go on from a saved machine's memory and state; its disk is copied beside."""
     saving.check(source, whole=False)
     _link(source.state.memory, body.memory)
-    saving.copy_state(source.state, body.saved, syncs=False)
+    saving.copy_state(source.state, body.saved)
 
 
 def _link(source: Path, target: Path) -> None:

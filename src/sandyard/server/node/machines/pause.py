@@ -68,7 +68,7 @@ async def write_copy(
         await in_thread(saving.copy_state, state, part)
     else:
         await machine.save(part)
-    await means.disks.copy(body.disk, part / "disk.ext4", sync=True)
+    await means.disks.copy(body.disk, part / "disk.ext4")
 
 
 async def finish_copy(

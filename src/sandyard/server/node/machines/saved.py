@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -22,7 +23,7 @@ from pathlib import Path
 from sandyard.server.core.errors import DamagedError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Saved
-from sandyard.server.drivers.sparse import copy_sparse, digest_sparse, mac_sparse
+from sandyard.server.drivers.sparse import copy_sparse, digest_sparse, has_holes, mac_sparse
 from sandyard.server.node.host.choice import Drivers
 from sandyard.server.tasks import in_thread
 
@@ -83,15 +84,22 @@ class SavedMachine:
 
 
 def seal(folder: Path, about: About, *, key: bytes, beside: Iterable[Path] = ()) -> SavedMachine:
-    """Write the manifest of the files in a folder, all of them synced by then, and sync that.
+    """Sync the files in a folder, write their manifest, and sync that.
 
     `beside` are files elsewhere that the state belongs to: too large to digest each time, they are
     known again by size and time.
     """
     about = About(**{**asdict(about), "created_at": datetime.now(UTC).isoformat()})
-    files: dict[str, dict[str, int | str]] = {
-        path.name: {**_look(path), **_seal_of(path, key)} for path in sorted(folder.iterdir())
-    }
+    paths = sorted(folder.iterdir())
+    # Where the holes are is part of a digest, and a file system may settle that when it writes.
+    _sync_files(path for path in paths if has_holes(path))
+    # The rest side by side: one waits for the disk, the other works.
+    with ThreadPoolExecutor(1, "syncing") as beside_this:
+        syncing = beside_this.submit(_sync_files, [path for path in paths if not has_holes(path)])
+        files: dict[str, dict[str, int | str]] = {
+            path.name: {**_look(path), **_seal_of(path, key)} for path in paths
+        }
+        syncing.result()
     files |= {str(path): _look(path) for path in beside}
     content = {"format": FORMATS[-1], "about": asdict(about), "files": files}
     text = json.dumps({**content, "signature": _signature(content, key)})
@@ -183,12 +191,18 @@ def remove(folder: Path, to: Path) -> None:
     shutil.rmtree(to, ignore_errors=True)
 
 
-def copy_state(source: SavedMachine | Saved, target: Path, *, syncs: bool = True) -> None:
-    """Copy a state's own files, but for a whole memory, to a new folder, and sync them if asked."""
+def copy_state(source: SavedMachine | Saved, target: Path) -> None:
+    """Copy a state's own files, but for a whole memory, to a new folder."""
     target.mkdir(mode=0o700)
     for path in source.folder.iterdir():
         if path.name in ("device", "pages"):
-            copy_sparse(path, target / path.name, sync=syncs)
+            copy_sparse(path, target / path.name)
+
+
+def _sync_files(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
