@@ -444,8 +444,9 @@ async def test_who_takes_a_machine_of_the_pool_finds_a_connection_to_it_open(
         async def fail(*_: object, **__: object) -> None:
             raise OSError("nobody is to be asked for a connection now")
 
-        monkeypatch.setattr(held.node._means.network, "dial", fail)
-        fact = await held.node.ensure_running(a_wish(new_sandbox_id()))
+        with monkeypatch.context() as cut_off:
+            cut_off.setattr(held.node._means.network, "dial", fail)
+            fact = await held.node.ensure_running(a_wish(new_sandbox_id()))
         assert (fact.phase, fact.way) == (Phase.RUNNING, Way.POOL)
 
 

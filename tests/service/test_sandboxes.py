@@ -492,7 +492,7 @@ async def test_a_rollback_that_takes_long_or_is_met_by_a_change_is_told_as_done(
 ) -> None:
     box, snapshots = await desk.create(), desk.services.snapshots
     await snapshots.create(desk.actor, box.id, "s")
-    for seconds in (0, 62):
+    for seconds in (0, 52):
         await desk.services.sandboxes.pause(desk.actor, box.id)
         desk.node.gate.clear()
         going = asyncio.create_task(snapshots.roll_back(desk.actor, box.id, "s"))
@@ -503,6 +503,22 @@ async def test_a_rollback_that_takes_long_or_is_met_by_a_change_is_told_as_done(
         desk.node.gate.set()
         await desk.drive(6)
         assert (await going).status is Status.RUNNING
+
+
+async def test_a_rollback_that_takes_longer_than_who_asks_waits_is_done_all_the_same(
+    desk: Desk,
+) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    await snapshots.create(desk.actor, box.id, "s")
+    desk.node.gate.clear()
+    going = asyncio.create_task(snapshots.roll_back(desk.actor, box.id, "s"))
+    await desk.until(box, Status.RESUMING)
+    await desk.drive(62)
+    with pytest.raises(DeadlineExceededError, match="still resuming; ask again"):
+        await going
+    desk.node.gate.set()
+    await desk.drive(6)
+    assert (await desk.get(box)).status is Status.RUNNING
 
 
 async def test_a_rollback_does_not_take_a_resume_for_itself(desk: Desk) -> None:
