@@ -38,6 +38,7 @@ from sandyard.server.core.ids import new_sandbox_id, new_uuid
 from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
 from sandyard.server.links.local import SystemClock
+from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.machines.body import Body
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.node import Node
@@ -428,18 +429,24 @@ async def test_a_machine_of_the_pool_goes_whole_though_nobody_waits_for_that(
         assert len(held.node._means.network.in_use) == known  # type: ignore[attr-defined]  # the fake tells
 
 
+async def link_of_one_that_waits(held: Held) -> AgentLink:
+    """Return the link to the only machine of a pool once there is a connection ready."""
+    found: list[AgentLink] = []
+
+    def is_ready() -> bool:
+        members = [one for shelf in held.node._pool._shelves.values() for one in shelf.members]
+        found[:] = [one.guest.link for one in members if one.guest.link is not None]
+        return bool(found) and found[0]._spare is not None
+
+    await until(is_ready)
+    return found[0]
+
+
 async def test_who_takes_a_machine_of_the_pool_finds_a_connection_to_it_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with a_node(tmp_path, pool=1, heartbeat_s=1) as held:
-        shelves = held.node._pool._shelves
-        await until(lambda: any(shelf.members for shelf in shelves.values()))
-        (link,) = [one.guest.link for shelf in shelves.values() for one in shelf.members]
-        assert link is not None
-        await until(lambda: link._spare is not None)
-        before = link._spare
-        # A beat takes it, and leaves another.
-        await until(lambda: link._spare not in (None, before))
+    async with a_node(tmp_path, pool=1) as held:
+        await link_of_one_that_waits(held)
 
         async def fail(*_: object, **__: object) -> None:
             raise OSError("nobody is to be asked for a connection now")
@@ -448,6 +455,21 @@ async def test_who_takes_a_machine_of_the_pool_finds_a_connection_to_it_open(
             cut_off.setattr(held.node._means.network, "dial", fail)
             fact = await held.node.ensure_running(a_wish(new_sandbox_id()))
         assert (fact.phase, fact.way) == (Phase.RUNNING, Way.POOL)
+
+
+async def test_a_machine_of_the_pool_has_another_connection_ready_after_each_beat(
+    tmp_path: Path,
+) -> None:
+    async with a_node(tmp_path, pool=1, heartbeat_s=0.05) as held:
+        link = await link_of_one_that_waits(held)
+        made: set[float] = set()
+
+        def has_been_replaced_twice() -> bool:
+            if link._spare is not None:
+                made.add(link._spare[2])
+            return len(made) > 2
+
+        await until(has_been_replaced_twice)
 
 
 async def test_where_there_is_no_room_for_a_golden_machine_nobody_spins(tmp_path: Path) -> None:
