@@ -430,31 +430,20 @@ async def test_a_machine_of_the_pool_goes_whole_though_nobody_waits_for_that(
 
 
 async def link_of_one_that_waits(held: Held) -> AgentLink:
-    """Return the link to the only machine of a pool once there is a connection ready."""
+    """Return the link to a machine that `a_wish` would be given, once a connection is ready."""
     found: list[AgentLink] = []
+    template = a_wish("").template
 
     def is_ready() -> bool:
-        members = [one for shelf in held.node._pool._shelves.values() for one in shelf.members]
+        shelves = held.node._pool._shelves
+        members = [
+            one for kind in shelves if kind.template == template for one in shelves[kind].members
+        ]
         found[:] = [one.guest.link for one in members if one.guest.link is not None]
         return bool(found) and found[0]._spare is not None
 
     await until(is_ready)
     return found[0]
-
-
-async def test_who_takes_a_machine_of_the_pool_finds_a_connection_to_it_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with a_node(tmp_path, pool=1) as held:
-        await link_of_one_that_waits(held)
-
-        async def fail(*_: object, **__: object) -> None:
-            raise OSError("nobody is to be asked for a connection now")
-
-        with monkeypatch.context() as cut_off:
-            cut_off.setattr(held.node._means.network, "dial", fail)
-            fact = await held.node.ensure_running(a_wish(new_sandbox_id()))
-        assert (fact.phase, fact.way) == (Phase.RUNNING, Way.POOL)
 
 
 async def test_a_machine_of_the_pool_has_another_connection_ready_after_each_beat(
