@@ -42,6 +42,7 @@ from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.machines.body import Body
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.node import Node
+from sandyard.server.node.stock.goldens import Kind
 from sandyard.server.tasks import in_thread
 
 
@@ -429,28 +430,41 @@ async def test_a_machine_of_the_pool_goes_whole_though_nobody_waits_for_that(
         assert len(held.node._means.network.in_use) == known  # type: ignore[attr-defined]  # the fake tells
 
 
-async def link_of_one_that_waits(held: Held) -> AgentLink:
-    """Return the link to a machine that `a_wish` would be given, once a connection is ready."""
-    found: list[AgentLink] = []
-    template = a_wish("").template
+async def one_that_waits(held: Held) -> tuple[Kind, AgentLink]:
+    """Return what the pool has, and the link to it, once a connection is ready."""
+    found: list[tuple[Kind, AgentLink]] = []
 
     def is_ready() -> bool:
         shelves = held.node._pool._shelves
-        members = [
-            one for kind in shelves if kind.template == template for one in shelves[kind].members
-        ]
-        found[:] = [one.guest.link for one in members if one.guest.link is not None]
-        return bool(found) and found[0]._spare is not None
+        links = [(kind, one.guest.link) for kind in shelves for one in shelves[kind].members]
+        found[:] = [(kind, link) for kind, link in links if link is not None]
+        return bool(found) and found[0][1]._spare is not None
 
     await until(is_ready)
     return found[0]
+
+
+async def test_who_takes_a_machine_of_the_pool_finds_a_connection_to_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_node(tmp_path, pool=1) as held:
+        kind, _ = await one_that_waits(held)
+        wish = a_wish(new_sandbox_id(), template=kind.template, shape=kind.shape)
+
+        async def fail(*_: object, **__: object) -> None:
+            raise OSError("nobody is to be asked for a connection now")
+
+        with monkeypatch.context() as cut_off:
+            cut_off.setattr(held.node._means.network, "dial", fail)
+            fact = await held.node.ensure_running(wish)
+        assert (fact.phase, fact.way) == (Phase.RUNNING, Way.POOL)
 
 
 async def test_a_machine_of_the_pool_has_another_connection_ready_after_each_beat(
     tmp_path: Path,
 ) -> None:
     async with a_node(tmp_path, pool=1, heartbeat_s=0.05) as held:
-        link = await link_of_one_that_waits(held)
+        _, link = await one_that_waits(held)
         made: set[float] = set()
 
         def has_been_replaced_twice() -> bool:

@@ -1,4 +1,4 @@
-"""Sockets and taps opened inside a network namespace by a process that stays outside."""
+"""Sockets and taps opened inside a network namespace by a process that belongs outside."""
 
 import ctypes
 import fcntl
@@ -79,8 +79,8 @@ def socket_in(netns: str) -> socket.socket:
             _opened("/proc/thread-self/ns/net") as own,
             _opened(path_of(netns)) as other,
         ):
-            _stand_in(other)
             try:
+                _stand_in(other)
                 return socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             finally:
                 try:

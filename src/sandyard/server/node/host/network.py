@@ -365,7 +365,7 @@ async def remove_host_rules(identity: Identity) -> None:
     await _nft(f"table inet {identity.table} {{}}\ndelete table inet {identity.table}\n")
 
 
-# For threads of their own: the kernel has added or deleted a link before the message is sent, and
+# For a thread: the kernel has added or deleted a link before the message is sent, and
 # takes ten milliseconds for that, or much longer while others wait for their turn at it.
 
 

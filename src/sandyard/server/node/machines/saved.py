@@ -92,10 +92,11 @@ def seal(folder: Path, about: About, *, key: bytes, beside: Iterable[Path] = ())
     about = About(**{**asdict(about), "created_at": datetime.now(UTC).isoformat()})
     paths = sorted(folder.iterdir())
     # Where the holes are is part of a digest, and a file system may settle that when it writes.
-    _sync_files(path for path in paths if has_holes(path))
+    with_holes = [path for path in paths if has_holes(path)]
+    _sync_files(with_holes)
     # The rest side by side: one waits for the disk, the other works.
     with ThreadPoolExecutor(1, "syncing") as beside_this:
-        syncing = beside_this.submit(_sync_files, [path for path in paths if not has_holes(path)])
+        syncing = beside_this.submit(_sync_files, [one for one in paths if one not in with_holes])
         files: dict[str, dict[str, int | str]] = {
             path.name: {**_look(path), **_seal_of(path, key)} for path in paths
         }

@@ -123,7 +123,7 @@ async def _beat(
                 on_answer()
             else:
                 has_changed = pulse.missed()
-        except Exception:  # as for a look; a host without a thread to spare says nothing of it
+        except Exception:  # as for a look; what the host lacks for a moment says nothing of it
             log.exception("a machine's agent could not be asked; asking again soon")
             continue
         if has_changed:
