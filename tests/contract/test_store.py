@@ -348,25 +348,25 @@ async def test_those_that_are_gone_are_not_read_through_for_those_that_live(
     tmp_path: Path,
 ) -> None:
     """As SQLite plans it, which uses a partial index only where the statement spells it out."""
-    path, statements = tmp_path / "sandyard.db", list[tuple[str, Any]]()
+    path, statements = tmp_path / "sandyard.db", list[str]()
 
-    def note(_c: object, _cursor: object, statement: str, values: Any, *_: object) -> None:
-        statements.append((statement, values))
+    def listen(connection: sqlite3.Connection, _record: object) -> None:
+        connection.set_trace_callback(statements.append)
 
-    async with open_store(f"sqlite:///{path}", key=KEY) as store:
-        event.listen(Engine, "before_cursor_execute", note)
-        try:
-            async with store.read() as tx:
-                await tx.sandboxes.page(SandboxQuery("org", limit=10))
-                await tx.sandboxes.named("n", limit=2)
-                await tx.sandboxes.mounting("w")
-        finally:
-            event.remove(Engine, "before_cursor_execute", note)
-    asked = [one for one in statements if "FROM sandboxes" in one[0]]
+    event.listen(Engine, "connect", listen)
+    try:
+        async with open_store(f"sqlite:///{path}", key=KEY) as store, store.read() as tx:
+            statements.clear()
+            await tx.sandboxes.page(SandboxQuery("org", limit=10))
+            await tx.sandboxes.named("n", limit=2)
+            await tx.sandboxes.mounting("w")
+    finally:
+        event.remove(Engine, "connect", listen)
+    asked = [one for one in statements if "FROM sandboxes" in one]
     assert len(asked) == 3
     with closing(sqlite3.connect(path)) as plain:
-        for statement, values in asked:
-            plan = [row[3] for row in plain.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
+        for statement in asked:
+            plan = [row[3] for row in plain.execute(f"EXPLAIN QUERY PLAN {statement}")]
             (how,) = (one for one in plan if " sandboxes" in one)
             assert how.startswith("SEARCH"), f"{how}\n{statement}"
             assert "ix_sandboxes_org_created" not in how, f"{how}\n{statement}"
@@ -912,6 +912,14 @@ async def test_filters_narrow(store: Store) -> None:
     assert await count(statuses=frozenset({Status.DESTROYED})) == 1
     assert await count(owner_user_id=new_uuid()) == 0
     assert await count(project_id=PROJECT) == 2
+    assert await count(is_test=True) == 0
+    every = {
+        "statuses": frozenset({Status.PENDING, Status.FAILED}), "tags": ("b", "a"),
+        "owner_user_id": USER, "project_id": PROJECT, "is_test": False, "template": "x",
+        "exclude_template": "y",
+    }  # fmt: skip
+    assert await count(**every, after=(NOW + timedelta(days=1), "")) == 1
+    assert await count(**every, after=(NOW - timedelta(days=1), "")) == 0
     async with store.read() as tx:
         assert await tx.sandboxes.page(SandboxQuery(org_id=OTHER, limit=9)) == []
 

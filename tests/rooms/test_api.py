@@ -110,6 +110,9 @@ async def test_lists_page_and_filter(yard: Yard) -> None:
     assert await count(template="other") == 0
     assert await count(exclude_template="base-ubuntu") == 0
     assert await count(unknown="ignored") == 5
+    assert await count(tag=["even"] * 32, limit=1, cursor=first["nextCursor"]) == 1
+    refused = await yard.client.get("/v1/sandboxes", params={"tag": ["even"] * 33})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "bad_request")
     await yard.client.delete(f"/v1/sandboxes/{made[0]}")
     assert await count() == 4
 

@@ -1,6 +1,8 @@
 """Sandboxes as HTTP carries them."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, JsonValue
 
@@ -171,18 +173,23 @@ class SandboxOut(Model):
     on_expiry: Literal["destroy", "pause"]
 
 
+_SHOWN_AS_THEY_ARE = tuple(
+    name for name in SandboxOut.model_fields if name in {one.name for one in fields(Sandbox)}
+)
+_SSH_METHODS: Final[Mapping[tuple[bool, bool], str]] = {
+    (True, True): "key_and_password",
+    (True, False): "key",
+    (False, True): "password",
+    (False, False): "none",
+}
+
+
 def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
     """Return a sandbox as an actor may see it; fields of one name mean the same."""
     has_key, has_password = bool(sandbox.authorized_keys), sandbox.root_password_hash is not None
-    methods: dict[tuple[bool, bool], Literal["key", "password", "key_and_password", "none"]] = {
-        (True, True): "key_and_password",
-        (True, False): "key",
-        (False, True): "password",
-        (False, False): "none",
-    }
     reason, shape = sandbox.reason, sandbox.shape
     has_desktop = sandbox.template in where.desktops
-    shown = {name: getattr(sandbox, name, None) for name in SandboxOut.model_fields}
+    shown = {name: getattr(sandbox, name) for name in _SHOWN_AS_THEY_ARE}
     shown |= {
         "tags": list(sandbox.tags),
         "metadata": dict(sandbox.metadata),
@@ -193,7 +200,7 @@ def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
         "vnc_ready": has_desktop and _is_up(sandbox),
         "vnc_url": where.desktop_url(sandbox.id) if has_desktop else None,
         "ssh_access_configured": has_key or has_password,
-        "ssh_auth_method": methods[has_key, has_password],
+        "ssh_auth_method": _SSH_METHODS[has_key, has_password],
         "resources": ResourcesOut(
             vcpus=shape.vcpus,
             memory=format_size(shape.memory_mib),

@@ -30,7 +30,7 @@ from sandyard.server.api.routes.common import (
     paged,
     provided,
 )
-from sandyard.server.core.ids import checked_text
+from sandyard.server.core.ids import TAGS_MAX, checked_text
 from sandyard.server.core.records import SandboxQuery
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
@@ -87,7 +87,9 @@ async def list_sandboxes(
     service: Service,
     where: Where,
     status: Annotated[list[Status] | None, Query()] = None,
-    tag: Annotated[list[str] | None, Query(description="All must match.")] = None,
+    tag: Annotated[
+        list[str] | None, Query(description="All must match.", max_length=TAGS_MAX)
+    ] = None,
     template: str | None = None,
     exclude_template: str | None = None,
     project_id: str | None = None,

@@ -4,6 +4,7 @@ To build a statement takes longer than SQLite takes to run it, and to find out e
 compiled nearly as long. What is prepared is handed to the database's own driver as it is.
 """
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,15 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, Operation
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TypeEngine
 
-SQLITE: Final[Dialect] = pysqlite.dialect(paramstyle="qmark")
+_EMPTY: Final[Mapping[str, Callable[[], object]]] = {"[]": list, "{}": dict}
+
+
+def _loaded(text: str) -> Any:
+    """Return what JSON stands for; most of what is kept as JSON is empty."""
+    return made() if (made := _EMPTY.get(text)) else json.loads(text)
+
+
+SQLITE: Final[Dialect] = pysqlite.dialect(paramstyle="qmark", json_deserializer=_loaded)
 POSTGRES: Final[Dialect] = of_postgres.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's
 Convert = Callable[[Any], Any]
 Values = Mapping[str, object]
@@ -44,7 +53,8 @@ class Plan:
         """Return a row that the driver found, in Python's types, by the names of the columns."""
         row = dict(zip(self.columns, found, strict=True))
         for name, convert in self.read:
-            row[name] = convert(row[name])
+            if (value := row[name]) is not None:
+                row[name] = convert(value)
         return row
 
 

@@ -138,30 +138,13 @@ class SandboxTable:
 
     async def page(self, query: SandboxQuery) -> list[Sandbox]:
         """See core.contracts.store.SandboxRows.page."""
-        c = t.sandboxes.c
-        wanted: list[ColumnElement[bool]] = [c.org_id == query.org_id]
-        if query.statuses:
-            wanted.append(c.status.in_([status.value for status in query.statuses]))
-        else:
-            wanted.append(~t.is_any_of(sorted(HIDDEN)))
-        for column, value in (
-            (c.owner_user_id, query.owner_user_id),
-            (c.template, query.template),
-            (c.project_id, query.project_id),
-            (c.is_test, query.is_test),
-        ):
-            if value is not None:
-                wanted.append(column == value)
-        if query.exclude_template is not None:
-            wanted.append(c.template != query.exclude_template)
-        for tag in query.tags:
-            tags = t.sandbox_tags.c
-            wanted.append(exists().where(tags.sandbox_id == c.id, tags.tag == tag))
+        given = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
+        values = given | {"org_id": query.org_id, "most": query.limit}
+        values |= {f"tag_{place}": tag for place, tag in enumerate(query.tags)}
         if query.after is not None:
-            wanted.append(older(c, query.after))
-        return await self.where(
-            _selected().where(*wanted).order_by(c.created_at.desc(), c.id.desc()).limit(query.limit)
-        )
+            values["after_created_at"], values["after_id"] = query.after
+        statement = _page_of(query.statuses, frozenset(values), len(query.tags))
+        return [self._sandbox(row) for row in await self._connection.fetch(statement, values)]
 
     async def replace(
         self,
@@ -725,6 +708,31 @@ _FIND_NAMED = Prepared(
 )
 
 
+_ASKED = ("owner_user_id", "template", "project_id", "is_test", "exclude_template")
+
+
+@functools.lru_cache(maxsize=128)  # lists are asked for in more ways than are worth keeping
+def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> Prepared:
+    """Return the statement for a page of some statuses, or of all that are not hidden, by the
+    names of the values that it is given."""
+    is_shown = t.is_any_of(sorted(statuses)) if statuses else ~t.is_any_of(sorted(HIDDEN))
+    wanted: list[ColumnElement[bool]] = [is_shown]
+    for name in ("org_id", *_ASKED):
+        if name == "exclude_template" and name in given:
+            wanted.append(_c.template != bindparam(name))
+        elif name in given:
+            wanted.append(_c[name] == bindparam(name))
+    has = t.sandbox_tags.c
+    wanted += [
+        exists().where(has.sandbox_id == _c.id, has.tag == bindparam(f"tag_{place}"))
+        for place in range(tags)
+    ]
+    if "after_id" in given:
+        wanted.append(older(_c, (bindparam("after_created_at"), bindparam("after_id"))))
+    newest_first = _selected().where(*wanted).order_by(_c.created_at.desc(), _c.id.desc())
+    return Prepared(newest_first.limit(bindparam("most", type_=Integer)))
+
+
 @functools.cache
 def _replacing(is_held: bool, is_use: bool) -> Prepared:
     written = _written | {name: bindparam(name) for name in (_USED if is_use else ())}
@@ -810,8 +818,9 @@ _NODE = Prepared(select(t.nodes).where(t.nodes.c.id == bindparam("wanted_id")))
 _TICKET = Prepared(select(t.tickets).where(t.tickets.c.digest == bindparam("wanted_digest")))
 
 
-def older(columns: Any, after: tuple[datetime, str]) -> ColumnElement[bool]:
-    """Return the condition for what comes after a row in a list that is newest first."""
+def older(columns: Any, after: tuple[Any, Any]) -> ColumnElement[bool]:
+    """Return the condition for what comes after a row in a list that is newest first; `after` is
+    when that was made, and its id, or what stands for the two in a statement."""
     created, last = after
     return or_(columns.created_at < created, and_(columns.created_at == created, columns.id < last))
 

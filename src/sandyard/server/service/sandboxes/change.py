@@ -98,7 +98,7 @@ class Sandboxes:
                 "the scope admin:resources",
                 requiredScope="admin:resources",
             )
-        async with self._store.read() as tx:
+        async with self._store.glance() as tx:
             return await tx.sandboxes.page(query)
 
     async def until_up(self, sandbox: Sandbox, *, limit_s: float) -> Sandbox:
