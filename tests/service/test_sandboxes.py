@@ -1,7 +1,8 @@
 """What owners may do with sandboxes: the services on a fake node, time driven by hand."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -519,6 +520,62 @@ async def test_a_rollback_that_takes_longer_than_who_asks_waits_is_done_all_the_
     desk.node.gate.set()
     await desk.drive(6)
     assert (await desk.get(box)).status is Status.RUNNING
+
+
+async def test_a_rollback_whose_pause_takes_too_long_says_so(desk: Desk) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    await snapshots.create(desk.actor, box.id, "s")
+    with _pauses_held(desk):
+        going = asyncio.create_task(snapshots.roll_back(desk.actor, box.id, "s"))
+        await desk.until(box, Status.PAUSING)
+        await desk.drive(62)
+        with pytest.raises(DeadlineExceededError, match=r"back yet.*ask again once it is paused"):
+            await going
+    await desk.until(box, Status.PAUSED)
+    assert (await snapshots.roll_back(desk.actor, box.id, "s")).status is Status.RUNNING
+
+
+@contextmanager
+def _pauses_held(desk: Desk) -> Iterator[None]:
+    """Have pauses wait until the block is left."""
+    gate, pause = asyncio.Event(), desk.node.ensure_paused
+
+    async def held(*names: Any, **options: Any) -> int:
+        await gate.wait()
+        return await pause(*names, **options)
+
+    desk.node.ensure_paused = held  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        gate.set()
+        desk.node.ensure_paused = pause  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("is_fork", [False, True])
+async def test_all_that_a_snapshot_waits_for_is_waited_for_within_one_minute(
+    desk: Desk, *, is_fork: bool
+) -> None:
+    """Another server that was asked the same and died, and then a pause of the sandbox."""
+    box, snapshots = await desk.create(), desk.services.snapshots
+    request = Repeatable("POST /snapshots", "key", b"{}")
+    begun = snapshots._new(desk.actor, await desk.get(box), name="n", is_hidden=False)
+    begun = replace(begun, held_until=desk.clock.now() + timedelta(seconds=40))
+    async with desk.control.store.write(Turn.ALONE) as tx:
+        await tx.snapshots.insert(begun)
+        await snapshots._repeats.note(tx, desk.actor, request, (begun.id,))
+    with _pauses_held(desk):
+        pausing = asyncio.create_task(desk.services.sandboxes.pause(desk.actor, box.id, wait=False))
+        await desk.until(box, Status.PAUSING)
+        asking: asyncio.Task[object] = asyncio.create_task(
+            snapshots.fork(desk.actor, box.id, 1, request=request)
+            if is_fork
+            else snapshots.create(desk.actor, box.id, "n", request=request)
+        )
+        await desk.drive(62)
+        with pytest.raises(DeadlineExceededError, match="still pausing; ask again"):
+            await asking
+    await pausing
 
 
 async def test_a_rollback_does_not_take_a_resume_for_itself(desk: Desk) -> None:

@@ -18,6 +18,7 @@ from sandyard.server.core.contracts.store import Store, Transaction
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
+    DeadlineExceededError,
     InvalidArgumentError,
     NotFoundError,
     SandyardError,
@@ -43,7 +44,7 @@ from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
 from sandyard.server.service.sandboxes.mounts import checked_mounts, still_there
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.quota import Quota
-from sandyard.server.service.sandboxes.register import Register, get_snapshot
+from sandyard.server.service.sandboxes.register import Deadline, Register, get_snapshot
 from sandyard.server.service.sandboxes.worker import Worker, holding
 from sandyard.server.tasks import beside, to_the_end
 
@@ -97,17 +98,19 @@ class Snapshots:
             InvalidArgumentError: the name cannot be used.
             AlreadyExistsError: the name is taken.
             ConflictError: the sandbox's status does not allow it.
+            DeadlineExceededError: the sandbox is paused or resumed, and that takes too long.
             UnavailableError: it cannot be saved now; nothing is left of the try.
         """
         actor.require("sandbox:write")
         if name is not None:
             _check_name(name)
         async with self._repeats.turn(actor, request):
+            until = Deadline(self._clock, _WAIT_S)
             for _ in range(_TRIES):
-                made = await self._made_before(actor, request, _ready(actor))
+                made = await self._made_before(actor, request, _ready(actor), until)
                 if made is not None:
                     return made
-                sandbox = await self._at_rest(await self._register.get(actor, reference))
+                sandbox = await self._at_rest(await self._register.get(actor, reference), until)
                 snapshot = self._new(actor, sandbox, name=name, is_hidden=False)
                 noted = (snapshot.id,)
                 async with self._store.write(actor.org_id) as tx:
@@ -116,13 +119,15 @@ class Snapshots:
                     await tx.snapshots.insert(snapshot)
                     await self._repeats.note(tx, actor, request, noted)
                 async with self._noted(actor, request, noted):
-                    await self._save(actor, sandbox, snapshot)
+                    await self._save(actor, sandbox, snapshot, until)
                 return await self._found(actor, snapshot.id)
         raise _not_told()
 
-    async def _save(self, actor: Actor, sandbox: Sandbox, snapshot: Snapshot) -> None:
+    async def _save(
+        self, actor: Actor, sandbox: Sandbox, snapshot: Snapshot, until: Deadline
+    ) -> None:
         async with (
-            self._made(sandbox, snapshot) as size_bytes,
+            self._made(sandbox, snapshot, until) as size_bytes,
             self._store.write(snapshot.org_id) as tx,
         ):
             await self._complete(tx, snapshot, size_bytes)
@@ -134,6 +139,7 @@ class Snapshots:
         actor: Actor,
         request: Repeatable | None,
         find: Callable[[Transaction, tuple[str, ...]], Awaitable[_T | None]],
+        until: Deadline,
     ) -> _T | None:
         """Return what the same request has made before, once `find` finds it among what was noted.
 
@@ -142,8 +148,7 @@ class Snapshots:
         """
         if request is None:
             return None
-        until = self._clock.monotonic() + _WAIT_S
-        while self._clock.monotonic() < until:
+        while True:
             async with self._store.write(actor.org_id) as tx:
                 ids = await self._repeats.made_before(tx, actor, request)
                 if ids is None:
@@ -157,8 +162,9 @@ class Snapshots:
                         await tx.snapshots.remove(making.id)
                     await self._repeats.forget(tx, actor, request, ids)
                     return None
+            if not until.left_s:
+                raise _not_told()
             await self._clock.sleep(_LOOK_S)
-        raise _not_told()
 
     @asynccontextmanager
     async def _noted(
@@ -261,11 +267,12 @@ class Snapshots:
             )
         names = _names(name, count)
         async with self._repeats.turn(actor, request):
+            until = Deadline(self._clock, _WAIT_S)
             for _ in range(_TRIES):
-                made = await self._made_before(actor, request, _forks)
+                made = await self._made_before(actor, request, _forks, until)
                 if made is not None:
                     return made
-                source = await self._at_rest(await self._register.get(actor, reference))
+                source = await self._at_rest(await self._register.get(actor, reference), until)
                 snapshot = self._new(actor, source, name=None, is_hidden=True)
                 async with self._store.read() as tx:
                     await self._quota.check_new(tx, actor, source.shape, count=count)
@@ -283,7 +290,7 @@ class Snapshots:
                     await self._repeats.note(tx, actor, request, noted)
                 async with (
                     self._noted(actor, request, noted),
-                    self._made(source, snapshot) as size_bytes,
+                    self._made(source, snapshot, until) as size_bytes,
                 ):
                     snapshot = replace(snapshot, size_bytes=size_bytes)
                     return await self._start_forks(actor, snapshot, forks)
@@ -345,6 +352,8 @@ class Snapshots:
             NotFoundError: no such sandbox.
             InvalidArgumentError: no such snapshot, or one of another shape.
             ConflictError: the sandbox's status does not allow it.
+            DeadlineExceededError: its pause, or its start, takes longer than is waited for; it is
+                told which.
             UnavailableError: it could not be started.
         """
         actor.require("sandbox:write")
@@ -361,7 +370,13 @@ class Snapshots:
             # Before it is taken down for what then could not come up.
             async with self._store.read() as tx:
                 await self._quota.check_going_on(tx, actor, is_test=sandbox.is_test)
-            sandbox = await self._power.pause(sandbox, actor, until=until)
+            try:
+                sandbox = await self._power.pause(sandbox, actor, until=until)
+            except DeadlineExceededError as error:
+                raise DeadlineExceededError(
+                    f"cannot roll {sandbox.id} back yet: it is still being paused for that; ask "
+                    "again once it is paused"
+                ) from error
         return await self._power.bring_up(
             sandbox,
             actor,
@@ -373,11 +388,11 @@ class Snapshots:
 
     # --- parts ----------------------------------------------------------------------------
 
-    async def _at_rest(self, sandbox: Sandbox) -> Sandbox:
+    async def _at_rest(self, sandbox: Sandbox, until: Deadline) -> Sandbox:
         """Return a sandbox once it is no longer on its way between running and paused."""
         if sandbox.status not in _PASSING:
             return sandbox
-        return await self._register.wait_for(sandbox, _LASTING, limit_s=_WAIT_S)
+        return await self._register.wait_for(sandbox, _LASTING, limit_s=until.left_s)
 
     def _new(
         self, actor: Actor, sandbox: Sandbox, *, name: str | None, is_hidden: bool
@@ -404,13 +419,15 @@ class Snapshots:
         )
 
     @asynccontextmanager
-    async def _made(self, sandbox: Sandbox, snapshot: Snapshot) -> AsyncIterator[int]:
+    async def _made(
+        self, sandbox: Sandbox, snapshot: Snapshot, until: Deadline
+    ) -> AsyncIterator[int]:
         """Have the node save the sandbox, and say all the while that this is done, to the block's
         end; the size in bytes is given to the block. Nothing is left of a failed try; one of which
         only the answer was lost is none."""
         async with beside(self._hold_on(snapshot)):
             try:
-                yield await self._size_of(sandbox, snapshot)
+                yield await self._size_of(sandbox, snapshot, until)
             except SandyardError:
                 async with self._store.write(snapshot.org_id) as tx:
                     if not await _is_ready(tx, snapshot.org_id, snapshot.id):
@@ -425,13 +442,13 @@ class Snapshots:
                 async with self._store.write(snapshot.org_id) as tx:
                     await tx.snapshots.extend(snapshot.id, held_until=until)
 
-    async def _size_of(self, sandbox: Sandbox, snapshot: Snapshot) -> int:
+    async def _size_of(self, sandbox: Sandbox, snapshot: Snapshot, until: Deadline) -> int:
         """Have the node save a sandbox, and return the size of that in bytes."""
         node = self._nodes.get(snapshot.node_id)
 
         async def attempt(now: Sandbox) -> int | None:
             if now.status not in _SAVABLE:
-                now = await self._at_rest(now)
+                now = await self._at_rest(now, until)
             if now.status not in _SAVABLE:
                 raise refusal(now, doing="save")
             try:
@@ -443,7 +460,7 @@ class Snapshots:
                 )
             except (NotFoundError, ConflictError):
                 # Somebody resumes it at this moment, or something else was asked for it since?
-                again = await self._at_rest(await self._register.reread(now.id))
+                again = await self._at_rest(await self._register.reread(now.id), until)
                 if again.status in _SAVABLE and again.version == now.version:
                     raise
                 return None
