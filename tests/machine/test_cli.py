@@ -211,7 +211,9 @@ def test_a_shell_on_this_terminal(server: RealServer, box: str) -> None:
         shell.type("while [ \"$(stty size)\" != '50 132' ]; do sleep 0.1; done; echo gro''wn\n")
         shell.until("grown")
         # A shell may miss a signal that comes just before it starts a program.
-        shell.type('python3 -c \'import time; print("wait" "ing"); time.sleep(1000)\'\n')
+        # So may Python just before it begins to sleep, which is why it does not sleep for long.
+        shell.type("python3 -c 'import time; print(\"wait\" \"ing\"); "
+                   "exec(\"while True: time.sleep(0.2)\")'\n")  # fmt: skip
         shell.until("waiting\r\n")
         shell.type("\x03")  # Ctrl-C is the program's, not this command's
         shell.until("KeyboardInterrupt")
@@ -227,7 +229,7 @@ def test_a_shell_on_this_terminal(server: RealServer, box: str) -> None:
         shell.until("started")
         shell.process.terminate()
         assert shell.process.wait(longer(30)) != 0
-    wait_until(lambda: server.execute(box, "pgrep -x sleep")["stdout"] == "")
+    wait_until(lambda: "sleep 1000 " not in server.running(box))
 
 
 def test_input_and_output_of_a_command_as_they_come(server: RealServer, box: str) -> None:
@@ -262,8 +264,7 @@ def test_input_and_output_of_a_command_as_they_come(server: RealServer, box: str
         assert running.stdout.readline() == b"int\n"
         running.send_signal(signal.SIGINT)
         assert running.wait(longer(30)) == 130
-    count = "pgrep -f 'trap .echo' | wc -l"
-    wait_until(lambda: int(str(server.execute(box, count)["stdout"])) <= 1)
+    wait_until(lambda: not any("trap 'echo" in one for one in server.running(box)))
     # Who has seen enough ends it on both sides, without a word.
     line = f"{SANDYARD} sandbox exec -i {box} yes | head -n 2; echo ${{PIPESTATUS[0]}}"
     done_early = subprocess.run(
@@ -271,7 +272,7 @@ def test_input_and_output_of_a_command_as_they_come(server: RealServer, box: str
         stdin=subprocess.DEVNULL, timeout=longer(60),
     )  # fmt: skip
     assert (done_early.stdout, done_early.stderr) == ("y\ny\n0\n", "")
-    wait_until(lambda: server.execute(box, "pgrep -x yes")["stdout"] == "")
+    wait_until(lambda: "yes " not in server.running(box))
     for words, said in (
         (("-it", box), "needs a terminal"), ((box,), "say which command"),
         (("-i", "nobody", "cat"), "nobody"), (("-i", "--user", "nobody-there", box, "cat"), "user"),

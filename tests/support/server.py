@@ -35,6 +35,12 @@ COLD = {"SANDYARD_NODE__GOLDEN_MACHINES": "false", **NO_POOL}
 """Settings with which every machine boots from cold, slowly enough to be met on its way."""
 _KEY = hashlib.sha256(b"installations of tests that share golden machines").digest()
 _USUAL = ("base-minimal", 512)
+_ALL_OF_THEM = "/proc/[0-9]*/cmdline"
+# In the shell alone: under emulation each program that it started would take its time.
+_COMMAND_LINES = (
+    f"for one in {_ALL_OF_THEM}; do line=; while IFS= read -r -d '' word; do line+=\"$word \"; "
+    "done <$one; echo \"${line//$'\\n'/ }\"; done 2>/dev/null; true"
+)
 _pace = [1.0]
 
 
@@ -226,6 +232,13 @@ class RealServer:
         assert answer.status_code == 200, answer.text
         data: dict[str, object] = answer.json()["data"]
         return data
+
+    def running(self, reference: object) -> list[str]:
+        """Return the command lines of what runs in a sandbox, whose template may have no `ps`; the
+        look itself is left out."""
+        done = self.execute(reference, _COMMAND_LINES)
+        assert done["exitCode"] == 0, done
+        return [one for one in str(done["stdout"]).splitlines() if _ALL_OF_THEM not in one]
 
     def get(self, reference: object) -> dict[str, object]:
         """Return a sandbox as it is now."""
