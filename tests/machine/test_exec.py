@@ -222,7 +222,8 @@ def test_a_machine_killed_during_an_exec_ends_it_at_once(server: RealServer) -> 
 def test_a_guest_that_shuts_down_is_told_as_such(server: RealServer) -> None:
     box = server.create()["id"]
     server.client.post(
-        f"/v1/sandboxes/{box}/exec", json={"command": "busybox poweroff -f", "timeout": 2000}
+        f"/v1/sandboxes/{box}/exec",
+        json={"command": "busybox poweroff -f", "timeout": round(longer(2000))},
     )
     wait_until(lambda: server.get(box)["status"] == "error", limit_s=30)
     reason = server.get(box)["statusReason"]
