@@ -49,9 +49,11 @@ from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.fake import ECHO_PORT, Conduct, FakeDriver, FakeHost
 from sandyard.server.links.identities import control_name, node_name
 from sandyard.server.links.local import SystemClock
+from sandyard.server.links.nats import asks
 from sandyard.server.links.nats.client import Inbox, RemoteNode
 from sandyard.server.links.nats.link import linked
 from sandyard.server.links.nats.server import answering
+from sandyard.server.links.tunnel import frames
 from sandyard.server.links.tunnel.client import Place, Tunnels
 from sandyard.server.links.tunnel.server import serving
 
@@ -600,12 +602,19 @@ def test_wishes_facts_and_reports_come_through_whole(value: object) -> None:
     assert over_the_wire(type(value), value) == value
 
 
+@pytest.mark.parametrize(
+    "passed", [lambda error: asks.failed(asks.failure(error)["error"]),
+               lambda error: frames.refused(frames.refusal(error)), told],
+    ids=["bus", "tunnel", "fake"],
+)  # fmt: skip
 @pytest.mark.parametrize("code", Code)
-def test_every_error_comes_through_as_what_it_was(code: Code) -> None:
+def test_every_error_comes_through_as_what_it_was(
+    code: Code, passed: Callable[[SandyardError], SandyardError]
+) -> None:
     kinds = [one for one in vars(errors).values() if getattr(one, "code", None) is code]
     (kind,) = (one for one in kinds if isinstance(one, type))
     if code is Code.RATE_LIMITED:  # of the HTTP edge alone; no node says so
         return
     error: SandyardError = kind("cannot: ünï", status="x", limit=3)
-    heard = told(error)
+    heard = passed(error)
     assert (type(heard), heard.message, heard.facts) == (kind, error.message, error.facts)

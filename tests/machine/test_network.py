@@ -247,7 +247,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
 def test_a_false_sender_gets_nowhere(
     server: RealServer, box: str, world: None, tmp_path: Path
 ) -> None:
-    def send(what: str, sender: str = "0.0.0.0") -> None:  # noqa: S104 - any address of its own
+    def send(what: str, sender: str = "0.0.0.0") -> None:
         end = server.execute(box, f"python3 - {sender} {what}", stdin=SENDER)
         assert end["exitCode"] == 0, end
 

@@ -196,6 +196,10 @@ async def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
         yard = opened.yard
         box = await yard.create()
         await put(yard, box, "/f", b"before")
+
+        async def is_used() -> bool:
+            return not await is_unused(yard, box)
+
         reader, writer = await opened.knock()
         head = (
             f"PUT {files_of(box)}?path=/f HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
@@ -203,7 +207,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
         )
         writer.write(head.encode() + bytes(500_000))
         await writer.drain()
-        await asyncio.sleep(0)
+        await eventually(is_used)
         writer.close()
         await writer.wait_closed()
         del reader

@@ -383,6 +383,7 @@ async def test_a_lost_machine_is_booted_anew_from_its_disk(yard: Yard) -> None:
 async def test_a_damaged_saved_state_is_an_error_that_keeps_the_disk(yard: Yard, harm: str) -> None:
     box = await yard.create()
     await yard.execute(box, "write kept")
+    await yard.execute(box, "remember word")
     await yard.act(box, "pause")
     (saved,) = found_in(yard.home, "machines/*/body-1/saved")
     pages = saved / "pages"
@@ -390,7 +391,9 @@ async def test_a_damaged_saved_state_is_an_error_that_keeps_the_disk(yard: Yard,
         case "cut":
             pages.write_bytes(pages.read_bytes()[:-3])
         case "altered":
-            pages.write_text(pages.read_text().replace("token", "tokem"))
+            # By itself it would start, and remember wrongly.
+            assert '"word"' in pages.read_text()
+            pages.write_text(pages.read_text().replace('"word"', '"worm"'))
         case "gone":
             pages.unlink()
         case "manifest":
@@ -1024,17 +1027,21 @@ async def test_a_damaged_golden_is_replaced_and_never_served(tmp_path: Path, har
         case "cut":
             memory.write_bytes(memory.read_bytes()[:-3])
         case "altered":
-            memory.write_text(memory.read_text().replace("token", "tokem"))
+            # By itself it would start.
+            memory.write_text(json.dumps(json.loads(memory.read_text()) | {"word": "worm"}))
         case "manifest":
             path = golden / "manifest.json"
             path.write_text(path.read_text().replace('"vcpus": 2', '"vcpus": 3'))
         case _:
             for path in golden.iterdir():
                 path.unlink()
+    harmed = golden.stat().st_ino
     async with open_yard(tmp_path, pool=1) as yard:
         await eventually(lambda: pool_is(yard, 1))
         box = await yard.create()
         assert await yard.execute(box, "fine") == "fine"
+        assert not (golden.exists() and golden.stat().st_ino == harmed)
+        assert golden_of(tmp_path).is_dir()
 
 
 async def test_a_golden_that_is_damaged_while_in_use_is_replaced(pooled: Yard) -> None:

@@ -149,7 +149,9 @@ async def test_an_account_is_filled_up_by_itself(
     await yard.house.meter.charge_all()
     await eventually(lambda: is_balance(yard, 2100 - 16 + 600))
     # Above the threshold nothing is bought.
+    clock.ahead = timedelta(hours=1, minutes=15)
     await yard.house.meter.charge_all()
+    await until(lambda: not yard.house.meter._topping)
     assert len(stand_in.charges) == 1
     # A card that is declined is told of, and not tried again at once.
     stand_in.declines = True
@@ -234,6 +236,7 @@ async def test_what_is_switched_off_meanwhile_stays_off(
     )
     clock.ahead = timedelta(minutes=11)
     await yard.house.meter.charge_all()
+    await until(lambda: not yard.house.meter._topping)
     assert len(stand_in.charges) <= 1
     wish = (await yard.client.get("/v1/billing/auto-topup")).json()["data"]
     assert wish["enabled"] is False

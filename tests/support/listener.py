@@ -28,12 +28,14 @@ _SAID = {
 
 
 class Listener:
-    """Answers by path; what it was sent is in `heard`, and who hung up in `left`."""
+    """Answers by path; what it was sent is in `heard`, and who hung up in `left`. How much of what
+    is large others took is in `spilled`."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []
         self.left = asyncio.Event()
         self.open = 0
+        self.spilled = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1
@@ -55,10 +57,16 @@ class Listener:
         if word in _SAID:
             writer.write(_SAID[word])
         elif word == "big":
-            await _spill(int(rest), writer)
+            await self._spill(int(rest), writer)
         elif word == "status":
             said = f"HTTP/1.1 {rest} Said\r\nETag: x\r\nContent-Length: 5\r\n\r\n"
             writer.write(said.encode() + (b"" if rest in ("204", "304") else b"hello"))
+        elif word == "ticking":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+            while True:
+                writer.write(b"data: 1\n\n")
+                await writer.drain()
+                await asyncio.sleep(0.1)
         elif word in ("events", "silent"):
             if word == "events":
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
@@ -76,12 +84,12 @@ class Listener:
             writer.write(b"" if head.startswith("HEAD") else shown)
         await writer.drain()
 
-
-async def _spill(size: int, writer: asyncio.StreamWriter) -> None:
-    writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode())
-    for _ in range(size // 65536):
-        writer.write(bytes(65536))
-        await writer.drain()
+    async def _spill(self, size: int, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode())
+        for _ in range(size // 65536):
+            writer.write(bytes(65536))
+            await writer.drain()
+            self.spilled += 65536
 
 
 async def _body(head: str, reader: asyncio.StreamReader) -> bytes:

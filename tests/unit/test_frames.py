@@ -76,7 +76,8 @@ async def test_an_agent_that_stands_still_is_not_waited_for(
 
 
 async def test_tiny_frames_leave_the_others_their_turn() -> None:
-    agent: Any = Agent(encode_frame(Channel.STDOUT, b"") * 50_000, stands_still=True)
+    # No more than may come at once: it is not for a wait that the others have their turn.
+    agent: Any = Agent(encode_frame(Channel.STDOUT, b"") * 1_900)
     turns = 0
 
     async def others() -> None:
@@ -86,12 +87,11 @@ async def test_tiny_frames_leave_the_others_their_turn() -> None:
             await asyncio.sleep(0)
 
     waiting = asyncio.ensure_future(others())
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.3):
-            async for _ in frames_of(agent, SystemClock()):
-                pass
+    with pytest.raises(UnavailableError):
+        async for _ in frames_of(agent, SystemClock()):
+            pass
     waiting.cancel()
-    assert turns > 20
+    assert turns >= 8
 
 
 def test_what_is_open_is_counted_by_organization(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,19 @@ def test_the_platforms_own_names_are_no_previews(host: str) -> None:
     assert name_of(host, DOMAIN) is None
 
 
-@given(st.text(string.printable + "\uff10\uff18", max_size=80))
+NEARLY = st.tuples(
+    st.sampled_from(["80", "65535", "080", "+80", "8 0", "-80", "65536", "0", "", "\uff18\uff10"]),
+    st.sampled_from(["-", "-", "--", "_"]),
+    st.sampled_from([BOX, BOX.upper(), BOX[:-1], f"{BOX}x", BOX.replace("-", ""), "sandbox-"]),
+    st.sampled_from(
+        ["", "", "-", f"-{TOKEN}", f"-{TOKEN.upper()}", f"-{TOKEN[:-1]}", f"-{TOKEN}x"]
+    ),
+).map("".join)
+
+
+@given(NEARLY | st.text(string.printable + "\uff10\uff18", max_size=80))
 @example(f"80-{BOX}")
+@example(f"65535-{BOX.upper()}-{TOKEN.upper()}")
 def test_no_label_is_taken_for_another(label: str) -> None:
     found = name_of(f"{label}.{DOMAIN}", DOMAIN)
     if found is not None:

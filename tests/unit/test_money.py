@@ -1,6 +1,6 @@
 """Prices and rounding, without a database."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from math import floor
@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from sandyard.server.core.money import MICROS, Prices, cents_up, micros_of, show
 from sandyard.server.core.plans import Plan
+from sandyard.server.core.records import UsagePeriod
 from sandyard.server.core.shapes import Shape
+from sandyard.server.service.money.metering import _charged
+
+NOW = datetime(2026, 5, 6, tzinfo=UTC)
 
 PRICES = Prices(5 * MICROS, 1_500_000, 10 * MICROS, 10 * MICROS)
 shapes = st.builds(Shape, st.integers(1, 32), st.integers(128, 65536), st.integers(1024, 512_000))
@@ -48,11 +52,14 @@ def test_storage_costs_what_it_does_exactly_rounded_down_once(
 def test_however_time_is_cut_the_sum_is_the_same(
     price: Prices, shape: Shape, pieces: list[timedelta]
 ) -> None:
+    one = UsagePeriod("sandbox", "org", 1, shape, started_at=NOW)
     charged, so_far = 0, timedelta()
-    for piece in pieces:
+    for piece in [*pieces, timedelta()]:
         so_far += piece
-        charged += price.compute(shape, so_far) - charged
-    assert charged == price.compute(shape, so_far)
+        found = _charged([one], NOW + so_far, lambda period, time: price.compute(shape, time))
+        (one,) = found.periods
+        charged += found.added
+    assert charged == floor(exactly(price, shape, so_far))
 
 
 def test_the_default_prices_are_the_contracts() -> None:

@@ -198,15 +198,18 @@ def test_what_makes_no_sense_is_told_in_a_sentence(
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_a_stream_that_is_closed_breaks_nothing(closed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "code"), [("sandbox list", 1), ("--version", 0)])
+def test_a_stream_that_is_closed_breaks_nothing(
+    closed: str, words: str, code: int, tmp_path: Path
+) -> None:
     sandyard = Path(sys.executable).parent / "sandyard"
     done = subprocess.run(
-        ["bash", "-c", f"exec 3>&2; {sandyard} sandbox list {closed}; echo $? >&3"],
+        ["bash", "-c", f"exec 3>&2; {sandyard} {words} {closed}; echo $? >&3"],
         env={"XDG_CONFIG_HOME": str(tmp_path), "PATH": os.environ["PATH"]},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
-    assert done.stderr.rstrip().endswith("1")
+    assert done.stderr.rstrip().endswith(str(code))
 
 
 def test_json_moves_no_cursor_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

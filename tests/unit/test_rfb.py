@@ -88,18 +88,30 @@ def test_a_png_has_the_pixels_in_it(width: int, height: int, data: st.DataObject
 @pytest.mark.parametrize(
     "said",
     [
-        b"", b"SSH-2.0-x\r\n\r\n", b"RFB 003.008\n\x00", b"RFB 003.008\n\x01\x02",
-        b"RFB 003.008\n\x01\x01\0\0\0\x01", hello(0, 5), hello(9000, 5), hello(name=b"x" * 5000),
+        b"SSH-2.0-x\r\n\r\n", b"RFB 003.008\n\x01\x01\0\0\0\x01",
+        hello(0, 5), hello(9000, 5), hello(name=b"x" * 5000),
         hello() + b"\x09", hello() + update(rectangle(1, 1, 3, 1, BLUE * 3)),
         hello() + update(struct.pack(">HHHHi", 0, 0, 1, 1, 7)),
-        hello() + struct.pack(">BxxxI", 3, 2**31), hello() + update(rectangle(0, 0, 1, 1, RED)),
+        hello() + struct.pack(">BxxxI", 3, 2**31),
         hello() + update() * 30_000, hello() + b"\x02" * 30_000, hello(8000, 8000),
         hello() + update(*[struct.pack(">HHHHi", 0, 0, 4000, 2000, -223)] * 5000),
         hello() + update(struct.pack(">HHHHi", 0, 0, 0, 0, -223)),
     ],
 )  # fmt: skip
 async def test_what_makes_no_sense_ends_it(said: bytes) -> None:
-    with pytest.raises(UnavailableError):
+    with pytest.raises(UnavailableError, match="cannot understand"):
+        await picture(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"", "broke off"), (hello() + update(rectangle(0, 0, 1, 1, RED)), "broke off"),
+        (b"RFB 003.008\n\x00", "lets nobody in"), (b"RFB 003.008\n\x01\x02", "password"),
+    ],
+)  # fmt: skip
+async def test_a_screen_that_shows_nothing_says_why(said: bytes, why: str) -> None:
+    with pytest.raises(UnavailableError, match=why):
         await picture(said)
 
 

@@ -340,7 +340,7 @@ class WorkspaceFiles:
         Raises:
             NotFoundError: the folder is not there.
         """
-        async with self._root(actor, reference, changes=False) as (_, root):
+        async with self._root(actor, reference, changes=True) as (_, root):
             if not (await self._do(actor.org_id, tree.look, root, target)).is_folder:
                 raise InvalidArgumentError(
                     f"cannot put several into {shown(target)}: it is a file", field="target"
