@@ -180,7 +180,9 @@ async def test_the_scope_of_a_route_opens_it_alone(yard: Yard) -> None:
             error = answer.json()["error"] if answer.is_error else {}
             # Whoever makes a key needs what it grants.
             if not str(error.get("message", "")).startswith("cannot grant"):
-                assert "requiredScope" not in error.get("details", {}), f"{method} {route.path}: {error}"
+                assert "requiredScope" not in error.get("details", {}), (
+                    f"{method} {route.path}: {error}"
+                )
 
 
 async def test_every_route_tells_another_organization_nothing(yard: Yard) -> None:

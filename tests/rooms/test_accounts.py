@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from tests.support.clock import AheadClock
-from tests.support.house import Yard, eventually, open_yard
+from tests.support.house import Yard, eventually, looked, open_yard
 
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.money import MICROS
@@ -838,7 +838,7 @@ async def test_who_is_silent_for_an_hour_is_paused(tmp_path: Path) -> None:
 
         await eventually(lambda: is_("suspected_missing"))
         clock.ahead = timedelta(minutes=59)
-        await asyncio.sleep(0.2)
+        await looked(yard)
         assert await is_("suspected_missing")
         clock.ahead = timedelta(minutes=61)
         await eventually(lambda: is_("paused"))

@@ -17,7 +17,7 @@ from tests.support.clock import AheadClock
 from tests.support.door import SOON_S, door
 from tests.support.events import read_events
 from tests.support.folders import found_in
-from tests.support.house import Yard, eventually, open_yard, until
+from tests.support.house import Yard, eventually, looked, open_yard, until
 from tests.support.several import open_several
 
 from sandyard.server.app import control
@@ -596,7 +596,11 @@ async def test_a_clock_that_jumps_back_pauses_nothing(tmp_path: Path) -> None:
     async with open_yard(tmp_path, saves=True, clock=clock) as yard:
         box = await yard.create(idleTimeout=10)
         clock.ahead = timedelta(days=-300)
+        await looked(yard)
+        assert await status_is(yard, box, "running")
         assert await yard.execute(box, "then") == "then"
+        await looked(yard)
+        assert await status_is(yard, box, "running")
         await yard.act(box, "pause")
         assert await yard.execute(box, "still") == "still"
         async with yard.house.store.read() as tx:

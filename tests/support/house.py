@@ -13,6 +13,7 @@ import httpx
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import NodeReport
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, User
@@ -209,6 +210,23 @@ async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float
     async with asyncio.timeout(limit_s):
         while not await condition():
             await asyncio.sleep(0.01)
+
+
+async def looked(yard: Yard) -> None:
+    """Return once the reconciler has compared the node once more, from the report to its end."""
+    node, seen = yard.house.node, 0
+    report = node.report
+
+    async def counted() -> NodeReport:
+        nonlocal seen
+        seen += 1
+        return await report()
+
+    node.report = counted  # type: ignore[method-assign]
+    try:
+        await until(lambda: seen == 2)  # what the first of them led to is done by the second
+    finally:
+        node.report = report  # type: ignore[method-assign]
 
 
 async def until(condition: Callable[[], bool], *, limit_s: float = 10.0) -> None:
