@@ -132,18 +132,21 @@ def test_a_process_is_followed_over_a_broken_connection(server: RealServer, box:
         made = client.processes(box).start(
             "for n in $(seq 1 60); do echo line $n; sleep 0.1; done; cat; exit 4", stdin=True
         )
-        said = b""
+        said, is_broken, code = b"", False, None
         for event in made.events():
             if isinstance(event, Printed):
                 said += event.data
-                if b"line 5\n" in said and b"line 6\n" not in said:
+                if b"line 5\n" in said and not is_broken:
+                    is_broken = True
+                    assert b"line 60\n" not in said
                     server.kill()
                     server.start()
                 if said.endswith(b"line 60\n"):
                     made.write("the end")
                     made.close_stdin()
             elif isinstance(event, Exited):
-                assert event.exit_code == 4
+                code = event.exit_code
+        assert (is_broken, code) == (True, 4)
         assert said.decode() == "".join(f"line {n}\n" for n in range(1, 61)) + "the end"
         files = client.files(box)
         files.write("notes/today", "hällo")

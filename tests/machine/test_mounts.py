@@ -480,6 +480,8 @@ def test_a_server_that_hangs_keeps_nobody_but_who_asks_it(
         refused = yard.client.post(f"/v1/sandboxes/{box}/exec", json={"command": "pwd"})
         assert refused.status_code == 400
         assert "does not answer" in refused.text
+        waits = "kill -0 $(cat /tmp/pid) && test ! -s /tmp/read && echo waits"
+        assert said(yard, box, waits) == "waits\n"
         gone = "kill -9 $(cat /tmp/pid); sleep 1; kill -0 $(cat /tmp/pid) 2>&1 || echo gone"
         assert "gone" in said(yard, box, gone)
         assert yard.client.post(f"/v1/sandboxes/{box}/pause").status_code == 200

@@ -148,7 +148,9 @@ def test_a_terminal_has_a_size_and_is_hung_up_on(ssh: Client) -> None:
         found = (
             f"for p in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$p; echo; done | grep -c '^{pattern}'"
         )
-        return int(ssh.run(here, found, check=False).stdout or b"0") > 0
+        done = ssh.run(here, found, check=False)
+        assert done.returncode in (0, 1), done  # else nothing was looked for
+        return int(done.stdout) > 0
 
     # A client that vanishes: what was on its terminal, or writes to it, ends; what was let go of
     # lives on.
