@@ -62,6 +62,7 @@ from sandyard.server.core.shapes import Shape, ShapeSeconds
 from sandyard.server.core.states import Status
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import migrations, open_store
+from sandyard.server.links.sql.prepared import SQLITE, Prepared, Values
 from sandyard.server.links.sql.store import POSTGRES, PostgresStore
 from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.people.organizations import SignUp
@@ -345,28 +346,35 @@ async def test_fifty_writers_lose_no_update(store: Store) -> None:
 
 
 async def test_those_that_are_gone_are_not_read_through_for_those_that_live(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As SQLite plans it, which uses a partial index only where the statement spells it out."""
-    path, statements = tmp_path / "sandyard.db", list[str]()
+    path, statements = tmp_path / "sandyard.db", list[tuple[str, Any]]()
+    fetch = Prepared.fetch
 
-    def listen(connection: sqlite3.Connection, _record: object) -> None:
-        connection.set_trace_callback(statements.append)
+    def note(_c: object, _cursor: object, statement: str, values: Any, *_: object) -> None:
+        statements.append((statement, values))
 
-    event.listen(Engine, "connect", listen)
-    try:
-        async with open_store(f"sqlite:///{path}", key=KEY) as store, store.read() as tx:
-            statements.clear()
-            await tx.sandboxes.page(SandboxQuery("org", limit=10))
-            await tx.sandboxes.named("n", limit=2)
-            await tx.sandboxes.mounting("w")
-    finally:
-        event.remove(Engine, "connect", listen)
-    asked = [one for one in statements if "FROM sandboxes" in one]
+    def noted(self: Prepared, connection: sqlite3.Connection, values: Values) -> Any:
+        plan = self.plan(SQLITE, values)
+        statements.append((plan.text, plan.bound(values)))
+        return fetch(self, connection, values)
+
+    monkeypatch.setattr(Prepared, "fetch", noted)
+    async with open_store(f"sqlite:///{path}", key=KEY) as store:
+        event.listen(Engine, "before_cursor_execute", note)
+        try:
+            async with store.read() as tx:
+                await tx.sandboxes.page(SandboxQuery("org", limit=10))
+                await tx.sandboxes.named("n", limit=2)
+                await tx.sandboxes.mounting("w")
+        finally:
+            event.remove(Engine, "before_cursor_execute", note)
+    asked = [one for one in statements if "FROM sandboxes" in one[0]]
     assert len(asked) == 3
     with closing(sqlite3.connect(path)) as plain:
-        for statement in asked:
-            plan = [row[3] for row in plain.execute(f"EXPLAIN QUERY PLAN {statement}")]
+        for statement, values in asked:
+            plan = [row[3] for row in plain.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
             (how,) = (one for one in plan if " sandboxes" in one)
             assert how.startswith("SEARCH"), f"{how}\n{statement}"
             assert "ix_sandboxes_org_created" not in how, f"{how}\n{statement}"

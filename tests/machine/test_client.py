@@ -81,7 +81,7 @@ def test_what_is_read_and_printed_is_exact_however_much_it_is(
     # What nobody hears any more is ended, with all that it started.
     for event in sbx.run("sleep 1001 & echo $$; sleep 1001"):
         assert isinstance(event, Printed)
-        assert "sleep 1001 " in server.running(sbx.id)
+        wait_until(lambda: server.running(sbx.id).count("sleep 1001 ") == 2)
         break
     wait_until(lambda: "sleep 1001 " not in server.running(sbx.id))
 

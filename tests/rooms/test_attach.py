@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,21 +229,19 @@ async def test_a_message_that_is_too_large_and_one_who_never_reads(tmp_path: Pat
                 await socket.send(bytes(1024 * 1024 + 1))
                 await socket.recv()
         assert socket.close_code == 1009
-        noisy = await started(yard, box, command=f"spill {100_000_000}")
-        sockets = []
-        url = url_of(opened, box, noisy, "offset=0")
-        async with httpx.AsyncClient() as client:
+        noisy = await started(yard, box, command="flood")
+        url = url_of(opened, box, noisy)
+        async with AsyncExitStack() as opening, httpx.AsyncClient() as client:
             for _ in range(3):
                 stuck = await connect(
                     url, additional_headers={"X-API-Key": yard.key}, proxy=None, max_queue=1
                 )
-                sockets.append(stuck)
+                opening.callback(stuck.transport.abort)
             answer = await client.get(f"http://127.0.0.1:{opened.port}/healthz")
             assert answer.status_code == 200
-        # They are cut off for that: nobody is held up by them.
-        await eventually(lambda: is_unused(yard, box))
-        for stuck in sockets:
-            stuck.transport.abort()
+            assert not await is_unused(yard, box)
+            # They are cut off: what is printed for them has no end of its own.
+            await eventually(lambda: is_unused(yard, box), limit_s=SOON_S)
 
 
 HANDSHAKE = (

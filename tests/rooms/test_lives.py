@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -1039,13 +1040,15 @@ async def test_a_damaged_golden_is_replaced_and_never_served(tmp_path: Path, har
         case _:
             for path in golden.iterdir():
                 path.unlink()
-    harmed = golden.stat().st_ino
-    async with open_yard(tmp_path, pool=1) as yard:
-        await eventually(lambda: pool_is(yard, 1))
-        box = await yard.create()
-        assert await yard.execute(box, "fine") == "fine"
-        assert not (golden.exists() and golden.stat().st_ino == harmed)
-        assert golden_of(tmp_path).is_dir()
+    harmed = os.open(golden, os.O_RDONLY)  # for as long as it is open, no other is this inode
+    try:
+        async with open_yard(tmp_path, pool=1) as yard:
+            await eventually(lambda: pool_is(yard, 1))
+            box = await yard.create()
+            assert await yard.execute(box, "fine") == "fine"
+            assert golden_of(tmp_path).stat().st_ino != os.fstat(harmed).st_ino
+    finally:
+        os.close(harmed)
 
 
 async def test_a_golden_that_is_damaged_while_in_use_is_replaced(pooled: Yard) -> None:

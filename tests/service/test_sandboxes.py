@@ -529,7 +529,7 @@ async def test_a_rollback_whose_pause_takes_too_long_says_so(desk: Desk) -> None
         going = asyncio.create_task(snapshots.roll_back(desk.actor, box.id, "s"))
         await desk.until(box, Status.PAUSING)
         await desk.drive(62)
-        with pytest.raises(DeadlineExceededError, match=r"back yet.*ask again once it is paused"):
+        with pytest.raises(DeadlineExceededError, match=r"back yet.*being paused; ask again"):
             await going
     await desk.until(box, Status.PAUSED)
     assert (await snapshots.roll_back(desk.actor, box.id, "s")).status is Status.RUNNING
@@ -550,6 +550,21 @@ def _pauses_held(desk: Desk) -> Iterator[None]:
     finally:
         gate.set()
         desk.node.ensure_paused = pause  # type: ignore[method-assign]
+
+
+async def test_who_asks_again_for_what_takes_long_is_told_so_within_a_minute(desk: Desk) -> None:
+    box, snapshots = await desk.create(), desk.services.snapshots
+    request = Repeatable("POST /snapshots", "key", b"{}")
+    desk.node.gate.clear()
+    first = asyncio.create_task(snapshots.create(desk.actor, box.id, "n", request=request))
+    await until_asked(desk, "ensure_snapshot")
+    again = asyncio.create_task(snapshots.create(desk.actor, box.id, "n", request=request))
+    await desk.drive(62)
+    with pytest.raises(UnavailableError, match="still under way; ask again"):
+        await again
+    desk.node.gate.set()
+    assert (await first).is_ready
+    assert await snapshots.create(desk.actor, box.id, "n", request=request) == await first
 
 
 @pytest.mark.parametrize("is_fork", [False, True])

@@ -13,7 +13,6 @@ import httpx
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeReport
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, User
@@ -214,19 +213,10 @@ async def eventually(condition: Callable[[], Awaitable[bool]], *, limit_s: float
 
 async def looked(yard: Yard) -> None:
     """Return once the reconciler has compared the node once more, from the report to its end."""
-    node, seen = yard.house.node, 0
-    report = node.report
-
-    async def counted() -> NodeReport:
-        nonlocal seen
-        seen += 1
-        return await report()
-
-    node.report = counted  # type: ignore[method-assign]
-    try:
-        await until(lambda: seen == 2)  # what the first of them led to is done by the second
-    finally:
-        node.report = report  # type: ignore[method-assign]
+    (comparison,) = yard.house.reconciler._comparisons.values()
+    for _ in range(2):  # the first may have begun before
+        before = comparison.heard_at
+        await until(lambda: comparison.heard_at != before)  # noqa: B023 - awaited here
 
 
 async def until(condition: Callable[[], bool], *, limit_s: float = 10.0) -> None:

@@ -29,8 +29,9 @@ class FakeProgram:
     """One process: it runs until its word says that it ends.
 
     `cat`, and a login shell, print what they read until their input is closed, `hang` runs until it
-    is signalled, `count N` prints the numbers, `spill N` so many zeros, `exit N` ends so; anything
-    else is printed itself. On a terminal all of it comes there.
+    is signalled, `count N` prints the numbers, `spill N` so many zeros, `flood` zeros for as long
+    as somebody reads, `exit N` ends so; anything else is printed itself. On a terminal all of it
+    comes there.
     """
 
     def __init__(self, pid: int, wish: ops.Start) -> None:
@@ -45,7 +46,7 @@ class FakeProgram:
         self._started_ms = _STARTED_MS
         words = (wish.command or " ".join(wish.argv)).split(" ")
         match words:
-            case ["cat"] | ["hang"] | [""]:
+            case ["cat"] | ["hang"] | ["flood"] | [""]:
                 pass
             case ["exit", number]:
                 self._finish(int(number))
@@ -116,6 +117,8 @@ class FakeProgram:
         """Yield what it prints from a byte on, and its end."""
         terminal = self._wish.terminal is not None
         channel = wire.Channel.TERMINAL if terminal else wire.Channel.STDOUT
+        while self._wish.command == "flood" and self.end is None:
+            yield wire.encode_frame(channel, bytes(wire.FRAME_MAX))
         while True:
             for begin, data in list(self._said):
                 if begin + len(data) > offset:

@@ -17,12 +17,13 @@ from weakref import WeakValueDictionary
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Transaction
-from sandyard.server.core.errors import InvalidArgumentError, KeyReusedError
+from sandyard.server.core.errors import InvalidArgumentError, KeyReusedError, UnavailableError
 from sandyard.server.core.records import KeyedRequest, RequestKey
 from sandyard.server.service.actor import Actor
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _KEPT = timedelta(hours=24)
+_TURN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,32 @@ class Repeats:
         self._turns: WeakValueDictionary[RequestKey, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def turn(self, actor: Actor, request: Repeatable | None) -> AsyncIterator[None]:
+    async def turn(
+        self, actor: Actor, request: Repeatable | None, *, within_s: float = _TURN_S
+    ) -> AsyncIterator[None]:
         """Have requests of one key done one after the other, so that the later find the first's.
 
         Raises:
             InvalidArgumentError: the key cannot be one.
+            UnavailableError: the first takes longer than the later may wait.
         """
         self.check(request)
         if request is None:
             yield
             return
-        async with self._turns.setdefault(_key(actor, request), asyncio.Lock()):
+        turn = self._turns.setdefault(_key(actor, request), asyncio.Lock())
+        try:
+            async with self._clock.timeout(within_s):
+                await turn.acquire()
+        except TimeoutError as error:
+            raise UnavailableError(
+                "cannot tell yet what this request makes: it was asked for before, and that is "
+                "still under way; ask again in a while"
+            ) from error
+        try:
             yield
+        finally:
+            turn.release()
 
     def check(self, request: Repeatable | None) -> None:
         """Refuse a key that cannot be one.

@@ -104,8 +104,8 @@ class Snapshots:
         actor.require("sandbox:write")
         if name is not None:
             _check_name(name)
-        async with self._repeats.turn(actor, request):
-            until = Deadline(self._clock, _WAIT_S)
+        until = Deadline(self._clock, _WAIT_S)
+        async with self._repeats.turn(actor, request, within_s=until.left_s):
             for _ in range(_TRIES):
                 made = await self._made_before(actor, request, _ready(actor), until)
                 if made is not None:
@@ -266,8 +266,8 @@ class Snapshots:
                 "cannot make so many forks: count is 1 to 100", field="count"
             )
         names = _names(name, count)
-        async with self._repeats.turn(actor, request):
-            until = Deadline(self._clock, _WAIT_S)
+        until = Deadline(self._clock, _WAIT_S)
+        async with self._repeats.turn(actor, request, within_s=until.left_s):
             for _ in range(_TRIES):
                 made = await self._made_before(actor, request, _forks, until)
                 if made is not None:
@@ -374,8 +374,8 @@ class Snapshots:
                 sandbox = await self._power.pause(sandbox, actor, until=until)
             except DeadlineExceededError as error:
                 raise DeadlineExceededError(
-                    f"cannot roll {sandbox.id} back yet: it is still being paused for that; ask "
-                    "again once it is paused"
+                    f"cannot roll {sandbox.id} back yet: it is still being paused; ask again "
+                    "once it is"
                 ) from error
         return await self._power.bring_up(
             sandbox,

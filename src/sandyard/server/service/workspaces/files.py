@@ -340,16 +340,11 @@ class WorkspaceFiles:
         Raises:
             NotFoundError: the folder is not there.
         """
-        async with self._root(actor, reference, changes=True) as (_, root):
-            if not (await self._do(actor.org_id, tree.look, root, target)).is_folder:
-                raise InvalidArgumentError(
-                    f"cannot put several into {shown(target)}: it is a file", field="target"
-                )
 
         def one(root: Root, path: Parts) -> Entry:
             return (_copied if copies else _moved)(root, path, target, replaces)
 
-        return await self._each(actor, reference, paths, one, copies=copies)
+        return await self._each(actor, reference, paths, one, into=target, copies=copies)
 
     async def _each(
         self,
@@ -358,6 +353,7 @@ class WorkspaceFiles:
         paths: Sequence[Parts],
         work: Callable[[Root, Parts], Entry | None],
         *,
+        into: Parts | None = None,
         copies: bool = False,
     ) -> list[Outcome]:
         if not 1 <= len(paths) <= BATCH_MAX:
@@ -366,6 +362,11 @@ class WorkspaceFiles:
             )
         done = []
         async with self._root(actor, reference, changes=True) as (workspace, root):
+            there = None if into is None else await self._do(actor.org_id, tree.look, root, into)
+            if into is not None and there is not None and not there.is_folder:
+                raise InvalidArgumentError(
+                    f"cannot put several into {shown(into)}: it is a file", field="target"
+                )
             for path in paths:
                 try:
                     if copies:
