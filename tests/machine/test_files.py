@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.events import events_of
-from tests.support.server import RealServer, is_slow, some, wait_until
+from tests.support.server import RealServer, is_slow, longer, some, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -339,15 +339,17 @@ def test_a_watched_folder_tells_what_is_done_in_it(server: RealServer, box: str,
 
 
 def test_a_signed_url_needs_no_key(server: RealServer, box: str) -> None:
+    def sign(**wanted: str) -> str:
+        answer = server.client.post(url_of(box, "sign"), json=wanted)
+        return str(answer.json()["data"]["url"])
+
     put(server, box, "/tmp/signed", b"for all")
-    answer = server.client.post(url_of(box, "sign"), json={"path": "/tmp/signed"})
-    url = answer.json()["data"]["url"]
-    assert httpx.get(url).content == b"for all"
-    assert httpx.put(url, content=b"x").status_code == 401
-    answer = server.client.post(
-        url_of(box, "sign"), json={"path": "/tmp/given", "method": "PUT", "user": "nobody"}
-    )
-    assert httpx.put(answer.json()["data"]["url"], content=b"given").status_code == 201
+    with httpx.Client(timeout=longer(30)) as anybody:
+        url = sign(path="/tmp/signed")
+        assert anybody.get(url).content == b"for all"
+        assert anybody.put(url, content=b"x").status_code == 401
+        url = sign(path="/tmp/given", method="PUT", user="nobody")
+        assert anybody.put(url, content=b"given").status_code == 201
     assert said(server, box, "stat -c %U /tmp/given; cat /tmp/given") == "nobody\ngiven"
 
 
