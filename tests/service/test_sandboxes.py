@@ -24,7 +24,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_uuid
-from sandyard.server.core.records import Sandbox
+from sandyard.server.core.records import Sandbox, Snapshot
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.repeats import Repeatable
 from sandyard.server.service.sandboxes.change import Changes
@@ -567,6 +567,19 @@ async def test_who_asks_again_for_what_takes_long_is_told_so_within_a_minute(des
     assert await snapshots.create(desk.actor, box.id, "n", request=request) == await first
 
 
+async def _begun_elsewhere(
+    desk: Desk, box: Sandbox, request: Repeatable, *, lives_s: int
+) -> Snapshot:
+    """Have a snapshot begun by a server that is dead, and is believed alive for a while."""
+    snapshots = desk.services.snapshots
+    begun = snapshots._new(desk.actor, await desk.get(box), name="n", is_hidden=False)
+    begun = replace(begun, held_until=desk.clock.now() + timedelta(seconds=lives_s))
+    async with desk.control.store.write(Turn.ALONE) as tx:
+        await tx.snapshots.insert(begun)
+        await snapshots._repeats.note(tx, desk.actor, request, (begun.id,))
+    return begun
+
+
 @pytest.mark.parametrize("is_fork", [False, True])
 async def test_all_that_a_snapshot_waits_for_is_waited_for_within_one_minute(
     desk: Desk, *, is_fork: bool
@@ -574,11 +587,7 @@ async def test_all_that_a_snapshot_waits_for_is_waited_for_within_one_minute(
     """Another server that was asked the same and died, and then a pause of the sandbox."""
     box, snapshots = await desk.create(), desk.services.snapshots
     request = Repeatable("POST /snapshots", "key", b"{}")
-    begun = snapshots._new(desk.actor, await desk.get(box), name="n", is_hidden=False)
-    begun = replace(begun, held_until=desk.clock.now() + timedelta(seconds=40))
-    async with desk.control.store.write(Turn.ALONE) as tx:
-        await tx.snapshots.insert(begun)
-        await snapshots._repeats.note(tx, desk.actor, request, (begun.id,))
+    await _begun_elsewhere(desk, box, request, lives_s=40)
     with _pauses_held(desk):
         pausing = asyncio.create_task(desk.services.sandboxes.pause(desk.actor, box.id, wait=False))
         await desk.until(box, Status.PAUSING)
@@ -641,11 +650,7 @@ async def test_forks_noted_without_their_snapshot_are_found_again(desk: Desk) ->
 async def test_a_request_whose_server_was_killed_is_done_by_its_peer(desk: Desk) -> None:
     box, snapshots = await desk.create(), desk.services.snapshots
     request = Repeatable("POST /snapshots", "key", b"{}")
-    begun = snapshots._new(desk.actor, await desk.get(box), name="n", is_hidden=False)
-    begun = replace(begun, held_until=desk.clock.now() + timedelta(seconds=3))
-    async with desk.control.store.write(Turn.ALONE) as tx:
-        await tx.snapshots.insert(begun)
-        await snapshots._repeats.note(tx, desk.actor, request, (begun.id,))
+    begun = await _begun_elsewhere(desk, box, request, lives_s=3)
     asking = asyncio.create_task(snapshots.create(desk.actor, box.id, "n", request=request))
     await desk.drive(4, step=0.5)
     made = await asking
