@@ -45,9 +45,7 @@ class Repeats:
         self._turns: WeakValueDictionary[RequestKey, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def turn(
-        self, actor: Actor, request: Repeatable | None, *, within_s: float = _TURN_S
-    ) -> AsyncIterator[None]:
+    async def turn(self, actor: Actor, request: Repeatable | None) -> AsyncIterator[None]:
         """Have requests of one key done one after the other, so that the later find the first's.
 
         Raises:
@@ -60,7 +58,7 @@ class Repeats:
             return
         turn = self._turns.setdefault(_key(actor, request), asyncio.Lock())
         try:
-            async with self._clock.timeout(within_s):
+            async with self._clock.timeout(_TURN_S):
                 await turn.acquire()
         except TimeoutError as error:
             raise UnavailableError(

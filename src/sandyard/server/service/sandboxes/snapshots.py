@@ -105,7 +105,7 @@ class Snapshots:
         if name is not None:
             _check_name(name)
         until = Deadline(self._clock, _WAIT_S)
-        async with self._repeats.turn(actor, request, within_s=until.left_s):
+        async with self._repeats.turn(actor, request):
             for _ in range(_TRIES):
                 made = await self._made_before(actor, request, _ready(actor), until)
                 if made is not None:
@@ -267,7 +267,7 @@ class Snapshots:
             )
         names = _names(name, count)
         until = Deadline(self._clock, _WAIT_S)
-        async with self._repeats.turn(actor, request, within_s=until.left_s):
+        async with self._repeats.turn(actor, request):
             for _ in range(_TRIES):
                 made = await self._made_before(actor, request, _forks, until)
                 if made is not None:

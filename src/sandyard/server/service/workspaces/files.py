@@ -362,11 +362,12 @@ class WorkspaceFiles:
             )
         done = []
         async with self._root(actor, reference, changes=True) as (workspace, root):
-            there = None if into is None else await self._do(actor.org_id, tree.look, root, into)
-            if into is not None and there is not None and not there.is_folder:
-                raise InvalidArgumentError(
-                    f"cannot put several into {shown(into)}: it is a file", field="target"
-                )
+            if into is not None:
+                there = await self._do(actor.org_id, tree.look, root, into)
+                if not there.is_folder:
+                    raise InvalidArgumentError(
+                        f"cannot put several into {shown(into)}: it is a file", field="target"
+                    )
             for path in paths:
                 try:
                     if copies:
