@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
+from typing import Self
 
 from sandyard.server.core.errors import (
     ConflictError,
@@ -237,6 +238,54 @@ class QemuMachine:
         return ""
 
 
+class _EndedError(Exception):
+    """QEMU ended while it was being started; its standard error says why."""
+
+
+class _Stderr:
+    """What QEMU says on its standard error until it is up.
+
+    It is a pipe that is closed by then: what a guest might make QEMU say later goes nowhere, rather
+    than into a file without bounds.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self.writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._said = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exit: object) -> None:
+        self.close_writer()
+        os.close(self._reader)
+
+    def close_writer(self) -> None:
+        """Leave the other end to QEMU alone, so that its end can be seen."""
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+
+    def has_more(self) -> bool:
+        """Take in what has come; False once everyone who could say something has ended."""
+        return self._read() != b""
+
+    def rest(self) -> str:
+        """Return the last that was said, of what has come by now."""
+        while self._read():
+            pass
+        return self._said.decode(errors="replace").strip()
+
+    def _read(self) -> bytes | None:
+        try:
+            data = os.read(self._reader, 4096)
+        except BlockingIOError:
+            return None
+        self._said = (self._said + data)[-1000:]
+        return data
+
+
 class QemuDriver:
     """See drivers.contract.SavingDriver. `accel` is kvm or tcg."""
 
@@ -374,6 +423,16 @@ class QemuDriver:
                 _make_initrd(spec)
             except FileNotFoundError as error:
                 raise InternalError(f"cannot start {spec.name}: {error}") from error
+        with _Stderr() as stderr:
+            try:
+                return await self._start_heard(spec, held, stderr, is_restored=is_restored)
+            except _EndedError as error:
+                reason = stderr.rest() or "QEMU ended at once"
+                raise InternalError(f"cannot start {spec.name}: {reason}") from error
+
+    async def _start_heard(
+        self, spec: MachineSpec, held: AsyncExitStack, stderr: _Stderr, *, is_restored: bool
+    ) -> QemuMachine:
         tap_fd = await open_tap(spec.place.netns, spec.place.tap)
         try:
             with self._door() as way:
@@ -389,13 +448,13 @@ class QemuDriver:
                     self._binary, arguments, spec, group=_group(way), mounts=self._mounts
                 )
                 # Broken off half way, it would not yet run under the account that it is known by.
-                await to_the_end(_launch(confined, (tap_fd, *_fds(way)), spec))
+                pid = await to_the_end(_launch(confined, (tap_fd, *_fds(way)), spec, stderr))
         except BaseException:
             await to_the_end(kill_all_of(spec.place.uid))
             raise
         finally:
             os.close(tap_fd)
-        process = await self._take_hold(spec, held)
+        process = _take_hold(pid, held)
         if spec.is_ahead:
             set_nice(process.pid, BEHIND)
         try:
@@ -403,12 +462,12 @@ class QemuDriver:
         except UnavailableError as error:
             # What it cannot run with may come to light only after it listens.
             if start_time(process.pid) is None:
-                raise InternalError(f"cannot start {spec.name}: QEMU ended at once") from error
+                raise _EndedError from error
             raise UnavailableError(f"cannot start {spec.name}: {error.message}") from error
         started = start_time(process.pid)
         if started is None:
             await monitor.close()
-            raise InternalError(f"cannot start {spec.name}: QEMU ended at once")
+            raise _EndedError
         handle: Handle = {
             "pid": process.pid,
             "started": started,
@@ -443,17 +502,6 @@ class QemuDriver:
         held.push_async_callback(machine.stop)
         return machine
 
-    async def _take_hold(self, spec: MachineSpec, held: AsyncExitStack) -> DetachedProcess:
-        pid = int((spec.folder / command.PID_FILE).read_text())
-        started = start_time(pid)
-        process = None
-        if started is not None:
-            process = DetachedProcess.find(pid, started=started, boot=boot_id())
-        if process is None:
-            raise InternalError(f"cannot start {spec.name}: QEMU ended at once")
-        held.push_async_callback(process.kill)
-        return process
-
     @contextmanager
     def _door(self) -> Iterator[Door | None]:
         with ExitStack() as held:
@@ -473,6 +521,17 @@ class QemuDriver:
         if self._tsc_khz is None:
             self._tsc_khz = await in_thread(measure_khz)
         return self._tsc_khz
+
+
+def _take_hold(pid: int, held: AsyncExitStack) -> DetachedProcess:
+    started = start_time(pid)
+    process = None
+    if started is not None:
+        process = DetachedProcess.find(pid, started=started, boot=boot_id())
+    if process is None:
+        raise _EndedError
+    held.push_async_callback(process.kill)
+    return process
 
 
 def _make_initrd(spec: MachineSpec) -> None:
@@ -529,24 +588,22 @@ def _fds(way: Door | None) -> tuple[int, ...]:
     return () if way is None or way.fd is None else (way.fd,)
 
 
-async def _launch(arguments: list[str], fds: tuple[int, ...], spec: MachineSpec) -> None:
-    """Start QEMU and return once its monitor listens.
-
-    QEMU's standard error is a pipe that is closed here when it is up: what a guest might make it
-    say later goes nowhere, rather than into a file without bounds.
-    """
-    reader, writer = os.pipe()
+async def _launch(
+    arguments: list[str], fds: tuple[int, ...], spec: MachineSpec, stderr: _Stderr
+) -> int:
+    """Start QEMU and return its process id once its monitor listens."""
     try:
-        try:
-            with small_pages():
-                await output_of(
-                    arguments, limit_s=_START_LIMIT_S, pass_fds=fds, to=writer, env=_ONE_ARENA
-                )
-        finally:
-            os.close(writer)
-        os.set_blocking(reader, False)
+        with small_pages():
+            await output_of(
+                arguments, limit_s=_START_LIMIT_S, pass_fds=fds, to=stderr.writer, env=_ONE_ARENA
+            )
+        stderr.close_writer()
         async with asyncio.timeout(_START_LIMIT_S):
-            await _until_up(reader, spec.folder)
+            while (pid := _pid_of_listening(spec.folder)) is None:
+                if not stderr.has_more():
+                    raise _EndedError
+                await asyncio.sleep(0.003)
+            return pid
     except FileNotFoundError as error:
         raise UnavailableError(
             f"cannot start {spec.name}: {error}; see `sandyard doctor`"
@@ -554,18 +611,17 @@ async def _launch(arguments: list[str], fds: tuple[int, ...], spec: MachineSpec)
     except (ChildProcessError, TimeoutError) as error:
         reason = str(error) or "QEMU did not come up"
         raise InternalError(f"cannot start {spec.name}: {reason}") from error
-    finally:
-        os.close(reader)
 
 
-async def _until_up(stderr: int, folder: Path) -> None:
-    said = b""
-    while not ((folder / command.PID_FILE).exists() and (folder / command.QMP_SOCKET).exists()):
-        try:
-            data = os.read(stderr, 4096)
-        except BlockingIOError:
-            await asyncio.sleep(0.003)
-            continue
-        if not data:
-            raise ChildProcessError(said.decode(errors="replace").strip() or "QEMU ended at once")
-        said = (said + data)[-1000:]
+def _pid_of_listening(folder: Path) -> int | None:
+    """Return what QEMU wrote into its pid file, or None as long as its monitor does not listen.
+
+    QEMU listens before it has looked at its disks: where one is missing, it takes the file and the
+    socket away again, at any moment between two looks at them.
+    """
+    if not (folder / command.QMP_SOCKET).exists():
+        return None
+    try:
+        return int((folder / command.PID_FILE).read_text())
+    except (FileNotFoundError, ValueError):  # it is not there, or not written yet
+        return None
