@@ -221,16 +221,25 @@ def test_a_machine_killed_during_an_exec_ends_it_at_once(server: RealServer) -> 
     assert reason["code"] == "machine_died"
 
 
-def test_a_guest_that_shuts_down_is_told_as_such(server: RealServer) -> None:
+@pytest.mark.parametrize("how", ["poweroff", "halt"])
+def test_a_guest_that_shuts_down_is_told_as_such(server: RealServer, how: str) -> None:
     box = server.create()["id"]
     server.client.post(
         f"/v1/sandboxes/{box}/exec",
-        json={"command": "busybox poweroff -f", "timeout": round(longer(2000))},
+        json={"command": f"busybox {how} -f", "timeout": round(longer(2000))},
     )
     wait_until(lambda: server.get(box)["status"] == "error", limit_s=30)
     reason = server.get(box)["statusReason"]
     assert isinstance(reason, dict)
     assert reason["code"] == "powered_off"
+
+
+def test_a_guest_that_only_says_that_it_has_halted_lives(server: RealServer) -> None:
+    box = server.create()["id"]
+    server.execute(box, "echo 'reboot: System halted' > /dev/console")
+    wait_until(lambda: "System halted" in server.client.get(f"/v1/sandboxes/{box}/logs").text)
+    for _ in range(20):  # of its few looks, any could have been the one too many
+        assert server.execute(box, "sleep 0.5; echo here")["stdout"] == "here\n"
 
 
 def test_the_first_password_and_keys_reach_the_guest(server: RealServer) -> None:

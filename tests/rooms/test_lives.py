@@ -1411,7 +1411,11 @@ async def test_who_asks_for_a_restart_waits_no_longer_than_they_were_promised(
         await yard.client.delete(f"/v1/sandboxes/{box['id']}")
 
 
-async def test_a_reboot_is_a_restart_and_a_poweroff_is_told(yard: Yard) -> None:
+@pytest.mark.parametrize("can_switch_off", [True, False])
+async def test_a_reboot_is_a_restart_and_a_poweroff_is_told(
+    yard: Yard, can_switch_off: bool
+) -> None:
+    yard.conduct.can_switch_off = can_switch_off
     box = await yard.create()
     await yard.execute(box, "write kept")
     await yard.execute(box, "remember lost")
@@ -1430,6 +1434,18 @@ async def test_a_reboot_is_a_restart_and_a_poweroff_is_told(yard: Yard) -> None:
     assert got["statusReason"]["code"] == "powered_off"
     await yard.act(box, "resume")
     assert await yard.execute(box, "read") == "kept"
+
+
+async def test_a_restart_waits_for_the_clean_end_of_a_guest_that_cannot_switch_off(
+    yard: Yard,
+) -> None:
+    yard.conduct.can_switch_off = False
+    box = await yard.create()
+    machine = yard.machine_of(box)
+    await yard.act(box, "restart")
+    assert "/busybox poweroff" in machine.executing[-1]
+    async with asyncio.timeout(1):  # killed, it would have died of something else
+        assert (await machine.wait()).code == "powered_off"
 
 
 async def test_what_is_resumed_and_silent_is_booted_from_its_disk_and_says_so(yard: Yard) -> None:

@@ -143,7 +143,8 @@ class Machine(Protocol):
         """Return why the machine stands still although it lives, None if it does not.
 
         A machine that stands still because the host's disk is full goes on by itself when there is
-        room again and this is called; that it does so is told by the next call.
+        room again and this is called; that it does so is told by the next call. A guest that has
+        halted goes on no more: it is found by calls a second or more apart, and `wait` tells.
         """
         ...
 

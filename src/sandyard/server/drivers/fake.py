@@ -58,6 +58,7 @@ class Conduct:
     is_ready: bool = True
     makes_progress: bool = True
     dies_at_birth: bool = False
+    can_switch_off: bool = True  # or halts then, which tells only who looks
     is_given_up: bool = False  # by its hypervisor, which tells only who looks
     starts: bool = True
     leaks: bool = False
@@ -113,6 +114,7 @@ class FakeMachine:
         self._writers: set[asyncio.StreamWriter] = set()
         self._ticks = itertools.count()
         self.stalled: End | None = None
+        self._has_halted = False
 
     @property
     def _programs(self) -> FakePrograms:
@@ -165,8 +167,8 @@ class FakeMachine:
 
     async def stall(self) -> End | None:
         """See drivers.contract.Machine.stall."""
-        if self._conduct.is_given_up:
-            self.die()
+        if self._conduct.is_given_up or self._has_halted:
+            self.die(_ENDS["poweroff"] if self._has_halted else None)
         return self.stalled
 
     async def wait(self) -> End:
@@ -487,6 +489,9 @@ class FakeMachine:
             word = rest
         match word:
             case "hang":
+                await self._closed.wait()
+            case "poweroff" if not self._conduct.can_switch_off:
+                self._has_halted = True
                 await self._closed.wait()
             case "die" | "reboot" | "poweroff":
                 self.die(_ENDS.get(word))

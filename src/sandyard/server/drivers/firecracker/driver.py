@@ -11,7 +11,9 @@ import logging
 import os
 import re
 import shutil
-from contextlib import AsyncExitStack
+import signal
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from sandyard.server.core.errors import (
@@ -29,7 +31,7 @@ from sandyard.server.drivers.contract import (
     Saved,
     Verdict,
 )
-from sandyard.server.drivers.ends import TAIL, end_told
+from sandyard.server.drivers.ends import TAIL, Standstill, end_told, says_halted
 from sandyard.server.drivers.firecracker.api import Api, Limiter
 from sandyard.server.drivers.firecracker.jail import (
     CONSOLE,
@@ -88,6 +90,7 @@ class FirecrackerMachine:
         self._console = open_pipe(jail.folder / CONSOLE)
         self._log = open_pipe(jail.folder / LOG)
         self._said = self._last_words = b""
+        self._standstill = Standstill()
         self._is_closed = False
 
     @property
@@ -122,6 +125,12 @@ class FirecrackerMachine:
 
     async def stall(self) -> End | None:
         """See drivers.contract.Machine.stall. A full disk is an error that the guest sees."""
+        if says_halted(self._said) and self._standstill.is_found(
+            self.pid, _processors_of(self.pid)
+        ):
+            with suppress(SandyardError):
+                if not await self.is_paused():
+                    self._process.send(signal.SIGKILL)
         return None
 
     async def wait(self) -> End:
@@ -475,6 +484,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _processors_of(pid: int) -> Iterator[int]:
+    """Yield the threads of a Firecracker that are its guest's processors."""
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            if (thread / "comm").read_text().startswith("fc_vcpu"):
+                yield int(thread.name)
 
 
 async def _version_of(name: str, binary: str) -> str:

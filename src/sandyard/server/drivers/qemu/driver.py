@@ -28,7 +28,13 @@ from sandyard.server.drivers.contract import (
     Saved,
     Verdict,
 )
-from sandyard.server.drivers.ends import PANICKED, TAIL, end_told
+from sandyard.server.drivers.ends import (
+    PANICKED,
+    TAIL,
+    Standstill,
+    end_told,
+    says_halted,
+)
 from sandyard.server.drivers.initrd import add_token
 from sandyard.server.drivers.kvm import DEVICE, NO_KVM, can_open
 from sandyard.server.drivers.namespaces import open_tap
@@ -85,6 +91,7 @@ class QemuMachine:
         self._uid = int(handle["uid"])
         self._is_closed = self._is_held = False
         self._said = self._unheard = b""
+        self._standstill = Standstill()
 
     @property
     def handle(self) -> Handle:
@@ -115,7 +122,7 @@ class QemuMachine:
             status = await self._monitor.status()
         except UnavailableError:
             return None
-        if status == _BROKEN_STATUS:
+        if status == _BROKEN_STATUS or (status == "running" and await self._has_halted()):
             self._monitor.found_ended(status)
         if status != "io-error":
             return None
@@ -124,6 +131,13 @@ class QemuMachine:
             with contextlib.suppress(UnavailableError):
                 await self._monitor.call("cont")
         return _DISK_FULL
+
+    async def _has_halted(self) -> bool:
+        if not says_halted(self._said):
+            return False
+        with contextlib.suppress(UnavailableError):
+            return self._standstill.is_found(self.pid, await self._monitor.processors())
+        return False
 
     async def wait(self) -> End:
         """See drivers.contract.Machine.wait."""

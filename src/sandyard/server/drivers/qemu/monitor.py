@@ -77,6 +77,12 @@ class Monitor:
         result = await self.call("query-status")
         return str(result.get("status")) if isinstance(result, dict) else ""
 
+    async def processors(self) -> list[int]:
+        """Return the ids of the threads that are the guest's processors."""
+        result = await self.call("query-cpus-fast")
+        found = result if isinstance(result, list) else []
+        return [int(one["thread-id"]) for one in found]
+
     async def migration(self) -> str:
         """Return how far the loading of a saved state is: `completed`, `failed`, or under way."""
         result = await self.call("query-migrate")

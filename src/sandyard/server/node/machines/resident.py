@@ -40,7 +40,7 @@ from sandyard.server.node.machines.guest import WAKE_LIMIT_S, Guest, Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record
 from sandyard.server.node.machines.saved import SavedMachine
-from sandyard.server.node.machines.watch import end_of, watch
+from sandyard.server.node.machines.watch import end_of, look, watch
 from sandyard.server.tasks import Work, beside, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
@@ -643,7 +643,11 @@ class Resident:
         with suppress(SandyardError, TimeoutError):
             # The agent is among the first to end, and tells of nothing then.
             async with limit, beside(end_of(machine)) as ending, beside(self._power_off()):
-                await ending
+                while not ending.done():
+                    await look(machine, self.body, self.guest.pulse, self._means)
+                    with suppress(TimeoutError):
+                        async with self._means.clock.timeout(self._means.limits.poll_s):
+                            await asyncio.wait([ending])
 
     async def _power_off(self) -> None:
         with suppress(SandyardError):

@@ -87,10 +87,7 @@ async def watch(
     answered."""
     async with beside(end_of(machine)) as ending, beside(_beat(pulse, means, link_of, on_answer)):
         while not ending.done():
-            try:
-                await _look(machine, body, pulse, means)
-            except Exception:  # what one look does must not leave a machine unwatched
-                log.exception("a look at a machine failed; looking again soon")
+            await look(machine, body, pulse, means)
             with suppress(TimeoutError):
                 async with means.clock.timeout(means.limits.watch_period_s):
                     await asyncio.wait([ending])
@@ -98,11 +95,15 @@ async def watch(
         return ending.result()
 
 
-async def _look(machine: Machine, body: Body, pulse: Pulse, means: Means) -> None:
-    body.append_console(await machine.console())
-    # One that its node holds still goes on when the node lets it.
-    if pulse.held_for is None and pulse.note_stall(await machine.stall()):
-        means.on_change()
+async def look(machine: Machine, body: Body, pulse: Pulse, means: Means) -> None:
+    """Take in what a machine prints and whether it stands still; an end may be found only so."""
+    try:
+        body.append_console(await machine.console())
+        # One that its node holds still goes on when the node lets it.
+        if pulse.held_for is None and pulse.note_stall(await machine.stall()):
+            means.on_change()
+    except Exception:  # what one look does must not leave a machine unwatched
+        log.exception("a look at a machine failed; looking again soon")
 
 
 async def _beat(
