@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.clock import AheadClock
 from tests.support.house import eventually, until
 from tests.support.postgres import postgres_url
-from tests.support.store import recounted
+from tests.support.store import recounted, written_in
 
 from sandyard.server.core.contracts.store import Hold, Store, Turn
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
@@ -255,23 +255,25 @@ async def test_a_glance_is_one_statement_that_reads(store: Store) -> None:
         assert await tx.sandboxes.find(new_sandbox_id()) is None
 
 
-async def test_env_is_not_readable_in_the_database(store: Store, url: str, tmp_path: Path) -> None:
+async def test_env_is_not_readable_in_the_database(store: Store, url: str) -> None:
     one = sandbox(env={"TOKEN": "hunter2-secret"})
     await insert(store, one)
-    if url.startswith("sqlite"):
-        for path in tmp_path.iterdir():
-            assert b"hunter2-secret" not in path.read_bytes()
+    written = await written_in(url)
+    assert one.id.encode() in written
+    assert b"hunter2-secret" not in written
     async with AsyncExitStack() as held:
         stranger = await held.enter_async_context(open_store(url, key=b"other"))
         with pytest.raises(InternalError, match=r"secret\.key"):
             await find(stranger, one.id)
 
 
-async def test_the_database_is_closed_to_others(store: Store, url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+async def test_a_database_that_is_a_file_is_closed_to_others(store: Store, tmp_path: Path) -> None:
     await insert(store, sandbox())
-    if url.startswith("sqlite"):
-        for path in tmp_path.iterdir():
-            assert path.stat().st_mode & 0o077 == 0, path
+    files = list(tmp_path.iterdir())
+    assert files
+    for path in files:
+        assert path.stat().st_mode & 0o077 == 0, path
 
 
 async def test_a_name_is_unique_among_the_live_ones_of_an_organization(store: Store) -> None:

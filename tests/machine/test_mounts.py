@@ -344,13 +344,20 @@ def test_a_mount_survives_pauses_crashes_and_restarts(
     # Meanwhile another workspace is exported, which must not be taken for this one.
     other = yard.client.post("/v1/workspaces", json={"name": "Other"}).json()["data"]["id"]
     beside = a_box(yard, boxes, (other, "/workspace"))
+    asker = a_box(yard, boxes, (other, "/workspace"))
     said(yard, beside, "echo other > /workspace/n")
     keeps = (
         "(exec 9>/workspace/locked; flock 9; while sleep 0.3; do date >&9 || echo x >> /tmp/lost; "
         "done) >/dev/null 2>&1 & sleep 1"
     )
     said(yard, beside, keeps)
-    at_it = "flock -n /workspace/locked echo free || echo held; cat /tmp/lost 2>/dev/null"
+
+    def is_held() -> bool:
+        at_it = "flock -n /workspace/locked echo free || echo held"
+        assert said(yard, beside, "cat /tmp/lost 2>/dev/null") == ""
+        return said(yard, asker, at_it) == "held\n"
+
+    assert is_held()
     yard.client.post(f"/v1/sandboxes/{box}/resume").raise_for_status()
     assert goes_on(yard, box, work)
     # The file server ends in the middle, and another takes its place.
@@ -364,19 +371,19 @@ def test_a_mount_survives_pauses_crashes_and_restarts(
     yard.start()
     assert ganesha_of(yard) == before
     assert goes_on(yard, box, work)
-    assert said(yard, beside, at_it) == "held\n"
+    assert is_held()
     # In an orderly way, too.
     yard.stop()
     yard.start()
     assert ganesha_of(yard) == before
     assert goes_on(yard, box, work)
-    assert said(yard, beside, at_it) == "held\n"
+    assert is_held()
     # Both at once.
     yard.kill()
     os.kill(before, signal.SIGKILL)
     yard.start()
     assert goes_on(yard, box, work)
-    assert said(yard, beside, at_it) == "held\n"
+    assert is_held()
     assert yard.client.post(f"/v1/sandboxes/{box}/restart").status_code == 200
     assert said(yard, box, "cd /workspace && cat n > m && ls m n").split() == ["m", "n"]
 

@@ -239,7 +239,7 @@ async def test_an_upload_may_take_longer_than_an_agent_may_stand_still(
         assert set(found.content) == set(b"x")
 
 
-async def test_large_files_go_through_without_being_held(tmp_path: Path) -> None:
+async def test_large_files_go_through(tmp_path: Path) -> None:
     async with door(tmp_path) as opened:
         yard = opened.yard
         box = await yard.create()

@@ -21,7 +21,7 @@ from sandyard.server.links.local import SystemClock
 from sandyard.server.node.holding import Holding
 from sandyard.server.node.node import Node
 from sandyard.server.service.people.organizations import SignUp, found_organization, join
-from tests.support.store import place_database, recounted
+from tests.support.store import place_database, recounted, written_in
 
 URL = "http://sandyard.test"
 
@@ -36,6 +36,12 @@ class Yard:
     client: httpx.AsyncClient
     key: str
     home: Path
+    database: str = ""
+    """Its URL, where it is not a file in the home."""
+
+    async def written(self) -> bytes:
+        """Return all that is in the database, as whoever took that away could read it."""
+        return await written_in(self.database or f"sqlite:///{self.home / 'sandyard.db'}")
 
     def client_of(self, key: str | None) -> httpx.AsyncClient:
         """Return a client with another credential."""

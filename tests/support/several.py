@@ -191,7 +191,7 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
                 await link.until_up()
         running.append(tasks.create_task(controls[0].meter.run()))
         house: Any = SeveralHouse(controls, controls[0].store, list(nodes.values()))
-        yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home)
+        yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home, url)
         await yard.client.aclose()
         yard.key = await yard.add_key(*await yard.first())
         yard.client = await held.enter_async_context(

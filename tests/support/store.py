@@ -2,10 +2,13 @@
 
 import asyncio
 import functools
+import re
 import tempfile
 import threading
 from datetime import datetime
 from pathlib import Path
+
+import asyncpg
 
 from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.records import InUse, SandboxQuery
@@ -42,6 +45,29 @@ def place_database(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.write_bytes(_migrated())
+
+
+async def written_in(url: str) -> bytes:
+    """Return all that a database holds, as whoever took it away could read it."""
+    if url.startswith("sqlite"):
+        path = Path(url.removeprefix("sqlite:///"))
+        return b"".join(one.read_bytes() for one in path.parent.glob(f"{path.name}*"))
+    connection = await asyncpg.connect(url)
+    try:
+        tables = await connection.fetch(
+            "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'"
+        )
+        said = [
+            row[0]
+            for table in tables
+            for row in await connection.fetch(f'SELECT one::text FROM "{table[0]}" one')
+        ]
+    finally:
+        await connection.close()
+    text = "\n".join(said)
+    # Bytes are written as digits.
+    hidden = re.findall(r"\\\\?x((?:[0-9a-f]{2})+)", text)
+    return b"\n".join([text.encode(), *(bytes.fromhex(one) for one in hidden)])
 
 
 async def recounted(tx: Transaction, org_id: str, now: datetime) -> InUse:

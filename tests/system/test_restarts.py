@@ -184,6 +184,7 @@ def test_a_full_host_disk_stalls_a_machine_and_room_lets_it_go_on(tmp_path: Path
         server.delete(box)
         server.stop()
         server.run("stop", "--all")
+        assert not server.folders()
     finally:
         subprocess.run(["umount", "-l", machines], check=False)
         server.remove()

@@ -143,8 +143,10 @@ class Machine(Protocol):
         """Return why the machine stands still although it lives, None if it does not.
 
         A machine that stands still because the host's disk is full goes on by itself when there is
-        room again and this is called; that it does so is told by the next call. A guest that has
-        halted goes on no more: it is found by calls a second or more apart, and `wait` tells.
+        room again and this is called; that it does so is told by the next call.
+
+        With the code `powered_off` it says that it has halted, and has not run since a call a
+        second or more ago. It may only have been idle: if its agent does not answer, it has ended.
         """
         ...
 

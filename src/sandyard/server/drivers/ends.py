@@ -15,12 +15,12 @@ from sandyard.server.drivers.contract import End
 TAIL = 64 * 1024
 PANICKED = End("guest_panicked", "the guest's kernel panicked; see the sandbox's log")
 _REBOOTED = End(REBOOTED, "the guest was rebooted from inside")
-_POWERED_OFF = End(POWERED_OFF, "the guest was powered off from inside; resume boots it again")
+HALTED = End(POWERED_OFF, "the guest was powered off from inside; resume boots it again")
 _WORDS = (
     (b"reboot: Restarting system", _REBOOTED),
-    (b"reboot: Power down", _POWERED_OFF),
-    (b"reboot: System halted", _POWERED_OFF),
-    (b"reboot: Power off not available", _POWERED_OFF),
+    (b"reboot: Power down", HALTED),
+    (b"reboot: System halted", HALTED),
+    (b"reboot: Power off not available", HALTED),
     (b"Kernel panic - not syncing", PANICKED),
 )
 _HALTED = re.compile(rb"reboot: (?:Power off not available: )?System halted(?: instead)?\s*\Z")
@@ -44,7 +44,10 @@ def says_halted(console: bytes) -> bool:
 
 
 class Standstill:
-    """Finds a guest that has halted from one that only says so: none of its processors runs."""
+    """Tells a guest that may have halted from one that only says so: none of its processors runs.
+
+    An idle one may not run for seconds either, so its agent is to be asked then.
+    """
 
     def __init__(self) -> None:
         self._seen: list[tuple[int, bytes]] = []
@@ -53,7 +56,7 @@ class Standstill:
     def is_found(self, pid: int, processors: Iterable[int]) -> bool:
         """Tell whether not one of a process's threads, the guest's processors, has run for long.
 
-        That takes two looks at least, a second apart: one that is idle runs now and then.
+        That takes two looks at least, a second apart.
         """
         seen = [(thread, _sleep_of(pid, thread)) for thread in processors]
         now = time.monotonic()

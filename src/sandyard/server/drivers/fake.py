@@ -167,9 +167,9 @@ class FakeMachine:
 
     async def stall(self) -> End | None:
         """See drivers.contract.Machine.stall."""
-        if self._conduct.is_given_up or self._has_halted:
-            self.die(_ENDS["poweroff"] if self._has_halted else None)
-        return self.stalled
+        if self._conduct.is_given_up:
+            self.die()
+        return _ENDS["poweroff"] if self._has_halted else self.stalled
 
     async def wait(self) -> End:
         """See drivers.contract.Machine.wait."""
@@ -262,7 +262,7 @@ class FakeMachine:
                 if not data:
                     return
                 decoder.feed(data)
-            if not self._conduct.answers:
+            if self._has_halted or not self._conduct.answers:
                 await self._closed.wait()
             await self._moving.wait()
             if self._closed.is_set():

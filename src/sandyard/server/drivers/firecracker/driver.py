@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -31,7 +30,7 @@ from sandyard.server.drivers.contract import (
     Saved,
     Verdict,
 )
-from sandyard.server.drivers.ends import TAIL, Standstill, end_told, says_halted
+from sandyard.server.drivers.ends import HALTED, TAIL, Standstill, end_told, says_halted
 from sandyard.server.drivers.firecracker.api import Api, Limiter
 from sandyard.server.drivers.firecracker.jail import (
     CONSOLE,
@@ -125,12 +124,10 @@ class FirecrackerMachine:
 
     async def stall(self) -> End | None:
         """See drivers.contract.Machine.stall. A full disk is an error that the guest sees."""
-        if says_halted(self._said) and self._standstill.is_found(
-            self.pid, _processors_of(self.pid)
-        ):
+        if says_halted(self._said):
             with suppress(SandyardError):
-                if not await self.is_paused():
-                    self._process.send(signal.SIGKILL)
+                stands = self._standstill.is_found(self.pid, _processors_of(self.pid))
+                return HALTED if stands and not await self.is_paused() else None
         return None
 
     async def wait(self) -> End:

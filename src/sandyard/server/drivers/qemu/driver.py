@@ -29,6 +29,7 @@ from sandyard.server.drivers.contract import (
     Verdict,
 )
 from sandyard.server.drivers.ends import (
+    HALTED,
     PANICKED,
     TAIL,
     Standstill,
@@ -58,6 +59,7 @@ from sandyard.server.tasks import beside, in_thread, to_the_end
 log = logging.getLogger(__name__)
 
 _START_LIMIT_S = 30.0
+_ENDING_S = 1.0
 _LOAD_LIMIT_S = 30.0
 _POLL_S = 0.002
 _ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}  # of several, each keeps pages that it has no use for
@@ -122,8 +124,10 @@ class QemuMachine:
             status = await self._monitor.status()
         except UnavailableError:
             return None
-        if status == _BROKEN_STATUS or (status == "running" and await self._has_halted()):
+        if status == _BROKEN_STATUS:
             self._monitor.found_ended(status)
+        if status == "running" and await self._has_halted():
+            return HALTED
         if status != "io-error":
             return None
         if not self._is_held:  # it may be about to be saved since the status was asked for
@@ -475,6 +479,9 @@ class QemuDriver:
             monitor = await Monitor.connect(spec.folder / command.QMP_SOCKET, pid=process.pid)
         except UnavailableError as error:
             # What it cannot run with may come to light only after it listens.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ENDING_S):
+                    await process.wait()
             if start_time(process.pid) is None:
                 raise _EndedError from error
             raise UnavailableError(f"cannot start {spec.name}: {error.message}") from error

@@ -644,7 +644,8 @@ class Resident:
             # The agent is among the first to end, and tells of nothing then.
             async with limit, beside(end_of(machine)) as ending, beside(self._power_off()):
                 while not ending.done():
-                    await look(machine, self.body, self.guest.pulse, self._means)
+                    if await look(machine, self.body, self.guest.pulse, self._means) is not None:
+                        return
                     with suppress(TimeoutError):
                         async with self._means.clock.timeout(self._means.limits.poll_s):
                             await asyncio.wait([ending])

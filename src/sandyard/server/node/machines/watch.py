@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 
+from sandyard.server.core.contracts.node import POWERED_OFF
 from sandyard.server.core.errors import ConflictError, SandyardError
 from sandyard.server.core.ops import Hello
 from sandyard.server.drivers.contract import End, Machine
@@ -87,7 +88,9 @@ async def watch(
     answered."""
     async with beside(end_of(machine)) as ending, beside(_beat(pulse, means, link_of, on_answer)):
         while not ending.done():
-            await look(machine, body, pulse, means)
+            halted = await look(machine, body, pulse, means)
+            if halted is not None and not await _is_there(link_of(), means):
+                return halted
             with suppress(TimeoutError):
                 async with means.clock.timeout(means.limits.watch_period_s):
                     await asyncio.wait([ending])
@@ -95,15 +98,32 @@ async def watch(
         return ending.result()
 
 
-async def look(machine: Machine, body: Body, pulse: Pulse, means: Means) -> None:
-    """Take in what a machine prints and whether it stands still; an end may be found only so."""
+async def look(machine: Machine, body: Body, pulse: Pulse, means: Means) -> End | None:
+    """Take in what a machine prints and whether it stands still.
+
+    Returns its end where it says that it has halted and seems to have; its agent may know better.
+    """
     try:
         body.append_console(await machine.console())
-        # One that its node holds still goes on when the node lets it.
-        if pulse.held_for is None and pulse.note_stall(await machine.stall()):
+        if pulse.held_for is not None:  # it goes on when its node lets it
+            return None
+        stall = await machine.stall()
+        if stall is not None and stall.code == POWERED_OFF:
+            return stall
+        if pulse.note_stall(stall):
             means.on_change()
     except Exception:  # what one look does must not leave a machine unwatched
         log.exception("a look at a machine failed; looking again soon")
+    return None
+
+
+async def _is_there(link: AgentLink | None, means: Means) -> bool:
+    """Tell whether a machine's agent answers; one that cannot be asked now may do so later."""
+    try:
+        return link is None or await _answers(link, means)
+    except Exception:  # as for a look
+        log.exception("a machine's agent could not be asked; asking again soon")
+        return True
 
 
 async def _beat(
