@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import os
+import re
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -365,6 +366,10 @@ def test_a_page_works_as_it_is_pasted(
 ) -> None:
     text = (Path(__file__).parents[2] / f"docs/howto/{page}.md").read_text()
     script = "\n".join(one.split("```")[0] for one in text.split("```sh\n")[1:])
+    if is_slow():
+        script = re.sub(
+            r"\b(timeout|sleep) (\d+)", lambda one: f"{one[1]} {longer(int(one[2])):g}", script
+        )
     config = (server.home / "xdg/sandyard/config.toml").read_text()
     key = config.split('api_key = "')[1].split('"')[0]
     environment = {**os.environ, "URL": f"http://127.0.0.1:{server.port}", "KEY": key}

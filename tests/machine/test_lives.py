@@ -142,7 +142,9 @@ def test_pauses_in_a_row_keep_everything(server: RealServer, pauses: int) -> Non
             server.act(box, "resume")
         # else by itself, with the command
         asked = time.time()
-        said = str(server.execute(box, "date +%s.%N; cat /m/count; " + ASK)["stdout"]).split()
+        end = server.execute(box, "date +%s.%N; cat /m/count; " + ASK)
+        assert end["exitCode"] == 0, end
+        said = str(end["stdout"]).split()
         assert asked - 0.1 <= float(said[0]) <= time.time() + 0.1
         assert said[2] == "b'here'"
         assert int(said[1]) > count
