@@ -163,6 +163,7 @@ def test_folders_go_and_come_and_are_watched(sbx: Sandbox, tmp_path: Path) -> No
     assert any(one.startswith("created /tmp/sdk/deep/") for one in found)
 
 
+@pytest.mark.whole_memory
 def test_many_at_once_on_a_loop(server: RealServer, box: str) -> None:
     async def all_of_it() -> None:
         key, url = key_of(server), f"http://127.0.0.1:{server.port}"

@@ -297,6 +297,7 @@ def test_bytes_that_are_no_text_go_in_and_come_out_as_they_are(
     assert told["stdout"] == "a\ufffdb\0"
 
 
+@pytest.mark.whole_memory
 @pytest.mark.parametrize("size", [100_000, 131_071, 131_072, 200_000, 2**20])
 @pytest.mark.parametrize("user", ["root", "nobody"])
 def test_a_command_of_any_length_means_the_same(

@@ -290,6 +290,7 @@ def test_a_large_file_goes_through_and_nobody_holds_it(server: RealServer, box: 
     server.execute(box, "rm /large")
 
 
+@pytest.mark.whole_memory
 def test_many_at_once_and_none_left(server: RealServer, box: str) -> None:
     with ThreadPoolExecutor(12) as threads:
         list(threads.map(lambda n: put(server, box, f"/tmp/many/{n}", b"%d" % n), range(48)))
