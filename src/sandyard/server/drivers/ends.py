@@ -54,9 +54,9 @@ class Standstill:
         self._since = 0.0
 
     def is_found(self, pid: int, processors: Iterable[int]) -> bool:
-        """Tell whether not one of a process's threads, the guest's processors, has run for long.
+        """Tell whether none of these threads of a process has run for a second or more.
 
-        That takes two looks at least, a second apart.
+        That takes at least two looks, so far apart.
         """
         seen = [(thread, _sleep_of(pid, thread)) for thread in processors]
         now = time.monotonic()
