@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from tests.support.server import RealServer, is_slow, longer, some, wait_until
+from tests.support.server import RealServer, is_slow, longer, read_filled, some, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -132,7 +132,7 @@ def test_pauses_in_a_row_keep_everything(server: RealServer, pauses: int) -> Non
         box, "(i=0; while :; do i=$((i+1)); echo $i > /m/count; sleep 0.05; done) >/dev/null 2>&1 &"
     )
     sums = server.execute(box, "sha256sum /workspace/f /m/f")["stdout"]
-    count = 0
+    count, counted = 0, read_filled("/m/count")
     for cycle in range(pauses):
         paused = server.act(box, "pause")
         assert paused["status"] == "paused"
@@ -142,7 +142,7 @@ def test_pauses_in_a_row_keep_everything(server: RealServer, pauses: int) -> Non
             server.act(box, "resume")
         # else by itself, with the command
         asked = time.time()
-        end = server.execute(box, "date +%s.%N; cat /m/count; " + ASK)
+        end = server.execute(box, f"date +%s.%N; {counted}; {ASK}")
         assert end["exitCode"] == 0, end
         said = str(end["stdout"]).split()
         assert asked - 0.1 <= float(said[0]) <= time.time() + 0.1
@@ -150,8 +150,8 @@ def test_pauses_in_a_row_keep_everything(server: RealServer, pauses: int) -> Non
         assert int(said[1]) > count
         count = int(said[1])
     assert server.execute(box, "sha256sum /workspace/f /m/f")["stdout"] == sums
-    before = server.execute(box, "cat /m/count")["stdout"]
-    wait_until(lambda: server.execute(box, "cat /m/count")["stdout"] != before)
+    before = server.execute(box, counted)["stdout"]
+    wait_until(lambda: server.execute(box, counted)["stdout"] != before)
 
 
 def test_a_command_under_way_is_told_of_a_pause_and_goes_on(server: RealServer) -> None:
@@ -242,15 +242,18 @@ def test_snapshots_forks_and_rollbacks(server: RealServer) -> None:
     made = server.act(box, "snapshots", name="then")
     assert made["sizeBytes"] > 2**20
     server.execute(box, "echo now > /workspace/f; echo now > /dev/shm/f")
-    clone = str(server.create(snapshot="then", name="clone")["id"])
+    clone, ticked = (
+        str(server.create(snapshot="then", name="clone")["id"]),
+        read_filled("/dev/shm/tick"),
+    )
     forks = [str(one["id"]) for one in server.act(box, "fork", count=3)]
     for one, word in ((clone, "then"), *((fork, "now") for fork in forks)):
         server.wait_running(one)
         said = server.execute(one, "cat /workspace/f /dev/shm/f")["stdout"]
         assert said == f"{word}\n{word}\n"
-        first = server.execute(one, "cat /dev/shm/tick")["stdout"]
-        wait_until(lambda one=one, first=first: server.execute(one, "cat /dev/shm/tick")  # type: ignore[misc]
-                   ["stdout"] != first, what="what ran goes on")  # fmt: skip
+        first = server.execute(one, ticked)["stdout"]
+        wait_until(lambda one=one, first=first: server.execute(one, ticked)["stdout"] != first,  # type: ignore[misc]
+                   what="what ran goes on")  # fmt: skip
     identities = {
         str(server.execute(one, "cat /proc/sys/kernel/random/boot_id; head -c 9 /dev/urandom | "
                            "base64; hostname")["stdout"])

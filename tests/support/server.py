@@ -86,6 +86,14 @@ def some(size: int) -> int:
     return size // 50 if is_slow() else size
 
 
+def read_filled(path: str) -> str:
+    """Return the command that prints a file which another process writes again and again.
+
+    Whoever opens one to write empties it first: it is looked for again where it is empty.
+    """
+    return f'until n=$(cat {path}); [ -n "$n" ]; do :; done; echo "$n"'
+
+
 def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: str = "") -> None:
     """Return once a condition holds; fail at the limit."""
     limit_s = longer(limit_s)

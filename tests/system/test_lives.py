@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 from tests.support.ports import free_port
-from tests.support.server import NO_POOL, RealServer, is_slow, some, wait_until
+from tests.support.server import NO_POOL, RealServer, is_slow, read_filled, some, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -37,9 +37,7 @@ def server(bare_server: RealServer) -> RealServer:
 
 
 def ticks(server: RealServer, box: object) -> int:
-    # Looked for again where the one who counts has just opened the file to write.
-    read = 'until n=$(cat /dev/shm/tick); [ -n "$n" ]; do :; done; echo $n'
-    return int(str(server.execute(box, read)["stdout"]))
+    return int(str(server.execute(box, read_filled("/dev/shm/tick"))["stdout"]))
 
 
 def goes_on(server: RealServer, box: object, least: int) -> None:
