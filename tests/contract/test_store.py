@@ -368,12 +368,14 @@ async def test_those_that_are_gone_are_not_read_through_for_those_that_live(
         try:
             async with store.read() as tx:
                 await tx.sandboxes.page(SandboxQuery("org", limit=10))
+                running = frozenset({Status.RUNNING})
+                await tx.sandboxes.page(SandboxQuery("org", limit=10, statuses=running))
                 await tx.sandboxes.named("n", limit=2)
                 await tx.sandboxes.mounting("w")
         finally:
             event.remove(Engine, "before_cursor_execute", note)
     asked = [one for one in statements if "FROM sandboxes" in one[0]]
-    assert len(asked) == 3
+    assert len(asked) == 4
     with closing(sqlite3.connect(path)) as plain:
         for statement, values in asked:
             plan = [row[3] for row in plain.execute(f"EXPLAIN QUERY PLAN {statement}", values)]

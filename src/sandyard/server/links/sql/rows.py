@@ -715,8 +715,10 @@ _ASKED = ("owner_user_id", "template", "project_id", "is_test", "exclude_templat
 def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> Prepared:
     """Return the statement for a page of some statuses, or of all that are not hidden, by the
     names of the values that it is given."""
-    is_shown = t.is_any_of(sorted(statuses)) if statuses else ~t.is_any_of(sorted(HIDDEN))
-    wanted: list[ColumnElement[bool]] = [is_shown]
+    wanted: list[ColumnElement[bool]] = [t.is_any_of(sorted(statuses))] if statuses else []
+    if not statuses & HIDDEN:
+        # Said of those that cannot be hidden, too: SQLite finds its index of the others by it.
+        wanted.append(~t.is_any_of(sorted(HIDDEN)))
     for name in ("org_id", *_ASKED):
         if name == "exclude_template" and name in given:
             wanted.append(_c.template != bindparam(name))
