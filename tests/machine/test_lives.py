@@ -10,7 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from tests.support.server import RealServer, is_slow, longer, read_filled, some, wait_until
+from tests.support.server import (
+    RealServer,
+    counting,
+    is_slow,
+    longer,
+    read_filled,
+    some,
+    wait_until,
+)
 
 pytestmark = pytest.mark.machine
 
@@ -128,9 +136,7 @@ def test_pauses_in_a_row_keep_everything(server: RealServer, pauses: int) -> Non
                    f"mount -t tmpfs m /m; head -c {size} /dev/urandom > /m/f")  # fmt: skip
     server.execute(box, "cat > /serve.py", stdin=SERVE)
     server.execute(box, "python3 /serve.py >/dev/null 2>&1 &")
-    server.execute(
-        box, "(i=0; while :; do i=$((i+1)); echo $i > /m/count; sleep 0.05; done) >/dev/null 2>&1 &"
-    )
+    server.execute(box, counting("/m/count"))
     sums = server.execute(box, "sha256sum /workspace/f /m/f")["stdout"]
     count, counted = 0, read_filled("/m/count")
     for cycle in range(pauses):
@@ -236,9 +242,7 @@ def test_a_machine_that_was_killed_is_booted_anew_from_its_disk(server: RealServ
 def test_snapshots_forks_and_rollbacks(server: RealServer) -> None:
     box = str(server.create(name="source")["id"])
     server.execute(box, "echo then > /workspace/f; echo then > /dev/shm/f")
-    server.execute(
-        box, "(while :; do date +%s%N > /dev/shm/tick; sleep 0.1; done) >/dev/null 2>&1 &"
-    )
+    server.execute(box, counting("/dev/shm/tick"))
     made = server.act(box, "snapshots", name="then")
     assert made["sizeBytes"] > 2**20
     server.execute(box, "echo now > /workspace/f; echo now > /dev/shm/f")

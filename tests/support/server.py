@@ -91,7 +91,18 @@ def read_filled(path: str) -> str:
 
     Whoever opens one to write empties it first: it is looked for again where it is empty.
     """
-    return f'until n=$(cat {path}); [ -n "$n" ]; do :; done; echo "$n"'
+    return f'until read -r n < {path}; do :; done; echo "$n"'
+
+
+def counting(path: str) -> str:
+    """Return the command that leaves a process behind which counts in a file, for ever.
+
+    It starts no others: to start one again and again is all that a slow guest would do.
+    """
+    return (
+        f"(exec 9<> <(:); i=0; while :; do echo $((i+=1)) > {path}; read -rt 0.1 -u 9; done) "
+        ">/dev/null 2>&1 &"
+    )
 
 
 def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: str = "") -> None:

@@ -10,13 +10,21 @@ from contextlib import ExitStack
 
 import pytest
 from tests.support.ports import free_port
-from tests.support.server import NO_POOL, RealServer, is_slow, read_filled, some, wait_until
+from tests.support.server import (
+    NO_POOL,
+    RealServer,
+    counting,
+    is_slow,
+    read_filled,
+    some,
+    wait_until,
+)
 
 pytestmark = pytest.mark.machine
 
 POOL = {"SANDYARD_POOL__FLOOR": "1", "SANDYARD_POOL__CEILING": "1"}
 BOOTS = 'sandyard_machine_start_seconds_count{way="boot"}'
-TICK = "(i=0; while :; do i=$((i+1)); echo $i > /dev/shm/tick; sleep 0.1; done) >/dev/null 2>&1 &"
+TICK = counting("/dev/shm/tick")
 
 
 @pytest.fixture
