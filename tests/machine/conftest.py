@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from tests.support.firecracker import WITHOUT_WHOLE_MEMORY, has_test_kernel
+from tests.support.firecracker import WITHOUT_WHOLE_MEMORY, has_test_kernel, lacks_option
 from tests.support.ports import free_port
 from tests.support.server import RealServer, is_slow, wait_until
 
@@ -39,6 +39,14 @@ def _memory_is_whole(request: pytest.FixtureRequest, server: RealServer) -> None
     """
     if request.node.get_closest_marker("whole_memory") and has_test_kernel(server.environment):
         pytest.skip(WITHOUT_WHOLE_MEMORY)
+
+
+@pytest.fixture(autouse=True)
+def _kernel_can(request: pytest.FixtureRequest, server: RealServer) -> None:
+    """Skip, loudly, what the guests' kernel says that it was built without."""
+    for marker in request.node.iter_markers("kernel_option"):
+        if lacks_option(server.environment, marker.args[0]):
+            pytest.skip(f"NOT RUN: the kernel for tests has no CONFIG_{marker.args[0]}")
 
 
 @pytest.fixture(scope="session")

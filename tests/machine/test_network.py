@@ -359,8 +359,8 @@ def test_forged_frames_do_not_fill_the_hosts_tables(
 
 FLOWS = f"""
 import socket
-for number in range(6000):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as flow:
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as flow:
+    for number in range(6000):
         flow.sendto(b"x", ("{PUBLIC}", 1024 + number))
 """
 
@@ -419,6 +419,7 @@ with socket.create_connection(("203.0.113.77", 8100), timeout=5) as there:
 """
 
 
+@pytest.mark.kernel_option("INET_DIAG_DESTROY")
 def test_connections_that_were_open_see_a_reset_after_a_resume(
     server: RealServer, box: str, world: None
 ) -> None:

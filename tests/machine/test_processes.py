@@ -163,7 +163,7 @@ def test_many_short_ones_leave_nothing(server: RealServer, box: str) -> None:
 
 def test_a_pause_is_told_and_what_runs_goes_on_from_its_byte(server: RealServer) -> None:
     box = str(server.create()["id"])
-    line = "for n in $(seq 1 400); do echo line $n; sleep 0.02; done"
+    line = "exec 9<> <(:); for n in $(seq 1 400); do echo line $n; read -rt 0.02 -u 9; done; true"
     made = start(server, box, command=line)
     heard: Heard = []
 

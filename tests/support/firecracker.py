@@ -15,7 +15,7 @@ from sandyard.server.app.firecracker import DIGESTS
 from sandyard.server.drivers.contract import Driver, Verdict
 from sandyard.server.drivers.firecracker import FirecrackerDriver
 from sandyard.server.drivers.firecracker.jail import remove_groups
-from sandyard.server.drivers.kernels import unpacked_kernel
+from sandyard.server.drivers.kernels import told_by, unpacked_kernel
 from sandyard.server.drivers.kvm import can_open
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.choice import Drivers
@@ -109,10 +109,20 @@ def environment_of(name: str) -> dict[str, str]:
 
 def has_test_kernel(environment: dict[str, str]) -> bool:
     """Tell whether an installation's guests run with a kernel for tests."""
-    return any(
-        guests.kernel is not None and environment.get("SANDYARD_NODE__DRIVER") == name
-        for name, guests in tried.items()
-    )
+    return _test_kernel(environment) is not None
+
+
+def lacks_option(environment: dict[str, str], option: str) -> bool:
+    """Tell whether an installation's guests run with a kernel for tests that says it has not what
+    another has; one that does not say is believed."""
+    kernel = _test_kernel(environment)
+    options = None if kernel is None else told_by(kernel).options
+    return options is not None and options.get(option) != "y"
+
+
+def _test_kernel(environment: dict[str, str]) -> Path | None:
+    guests = tried.get(environment.get("SANDYARD_NODE__DRIVER", ""))
+    return None if guests is None else guests.kernel
 
 
 tried: dict[str, Guests] = {}

@@ -154,7 +154,7 @@ def test_killed_at_any_moment_of_making_a_golden_there_is_a_whole_one_in_the_end
     server.start()
     ready(server)
     assert [one.name.endswith(".part") for one in (server.home / "goldens").iterdir()] == [False]
-    box = server.create(wait=0)
+    box = server.create(wait=60 if is_slow() else 0)
     assert box["status"] == "running"
     assert server.execute(box["id"], "echo fine")["stdout"] == "fine\n"
 
