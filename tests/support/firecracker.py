@@ -113,8 +113,8 @@ def has_test_kernel(environment: dict[str, str]) -> bool:
 
 
 def lacks_option(environment: dict[str, str], option: str) -> bool:
-    """Tell whether an installation's guests run with a kernel for tests that says it has not what
-    another has; one that does not say is believed."""
+    """Tell whether an installation's guests run with a kernel for tests that was built without an
+    option; one that does not say is taken to have it."""
     kernel = _test_kernel(environment)
     options = None if kernel is None else told_by(kernel).options
     return options is not None and options.get(option) != "y"

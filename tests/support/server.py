@@ -100,7 +100,7 @@ def counting(path: str) -> str:
     It starts no others: to start one again and again is all that a slow guest would do.
     """
     return (
-        f"(exec 9<> <(:); i=0; while :; do echo $((i+=1)) > {path}; read -rt 0.1 -u 9; done) "
+        f"(exec 9<> <(:); i=0; while :; do echo $((i+=1)) > {path}; read -rt 0.02 -u 9; done) "
         ">/dev/null 2>&1 &"
     )
 

@@ -53,7 +53,7 @@ from sandyard.server.drivers.qemu import command, memory
 from sandyard.server.drivers.qemu.kvm import Door, door
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
-from sandyard.server.drivers.sparse import make_empty
+from sandyard.server.drivers.sparse import full_or_broken, make_empty
 from sandyard.server.tasks import beside, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
@@ -196,6 +196,14 @@ class QemuMachine:
         """See drivers.contract.SavingMachine.save."""
         folder.mkdir(mode=0o700)
         memory_file = Path(str(self._handle["memory"]))
+        # Side by side: the guest stands still, and neither writes to its memory.
+        pages = in_thread(memory.save_pages, self.pid, memory_file, folder / _PAGES)
+        async with beside(pages) as saving:
+            await self._save_devices(folder)
+            await asyncio.wait([saving])
+        return Saved(folder)
+
+    async def _save_devices(self, folder: Path) -> None:
         # QEMU writes where its own account may; the state is taken from there.
         written = Path(str(self._handle["qmp"])).parent / "saving"
         written.unlink(missing_ok=True)
@@ -205,7 +213,7 @@ class QemuMachine:
             )
             await in_thread(_take_file, written, folder / command.DEVICE_STATE, self._uid)
         except OSError as error:
-            raise NoCapacityError(f"cannot save the machine: {error.strerror}") from error
+            raise full_or_broken(error, "save the machine") from error
         except UnavailableError as error:
             # QEMU says that an I/O error occurred, not which.
             if shutil.disk_usage(written.parent).free > _LITTLE_ROOM:
@@ -215,8 +223,6 @@ class QemuMachine:
             ) from error
         finally:
             written.unlink(missing_ok=True)
-        await in_thread(memory.save_pages, self.pid, memory_file, folder / _PAGES)
-        return Saved(folder)
 
     async def grow_disk(self, size_mib: int) -> None:
         """See drivers.contract.SavingMachine.grow_disk."""

@@ -1,7 +1,7 @@
 """A machine's memory as the host sees it: a private mapping of a file that many machines share.
 
 Only what a guest has written is its own: the kernel made those pages private copies. They are found
-through /proc/PID/pagemap, copied through /proc/PID/mem, and kept in a file:
+through /proc/PID/pagemap, copied from process to process, and kept in a file:
 
     magic    8 bytes
     count    8 bytes, little-endian
@@ -9,6 +9,7 @@ through /proc/PID/pagemap, copied through /proc/PID/mem, and kept in a file:
     pages    from the next multiple of a page on, in the order of the runs
 """
 
+import ctypes
 import os
 import re
 import struct
@@ -17,17 +18,23 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from sandyard.server.core.errors import ConflictError, InternalError
+from sandyard.server.core.errors import ConflictError, InternalError, UnavailableError
 from sandyard.server.drivers.sparse import begin_writing, copy_sparse, full_or_broken
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _CHUNK = 1024 * 1024
-_BEGUN_EACH = 4 * _CHUNK
+_BATCH_PAGES = 1024  # IOV_MAX: each may lie alone
 _MAGIC = b"sypages1"
 _RUNS_MAX = 1 << 26
 # Of each entry's highest byte (Documentation/admin-guide/mm/pagemap.rst): in memory or in swap, and
 # not the file's own page.
 _PRIVATE = bytes(1 if flags & 0xC0 and not flags & 0x20 else 0 for flags in range(256))
+
+_read_stretches = ctypes.CDLL(None).process_vm_readv
+_read_stretches.restype = ctypes.c_ssize_t
+_read_stretches.argtypes = (
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong,
+)  # fmt: skip
 
 Run = tuple[int, int]
 """First page and number of pages, counted from the beginning of the guest's memory."""
@@ -38,22 +45,41 @@ def save_pages(pid: int, memory: Path, target: Path) -> None:
 
     Raises:
         NoCapacityError: the host's disk is full.
-        InternalError: the process does not map the file.
+        UnavailableError: the process has ended.
+        InternalError: it does not map the file as it should.
     """
-    start, size = _mapping(pid, memory)
-    runs = _private_runs(pid, start, size)
     try:
-        with target.open("xb", buffering=0) as file, _open_memory(pid, "rb") as source:
-            begun = written = file.write(_head(runs))
-            for first, count in runs:
-                _copy(source.fileno(), start + first * _PAGE, count * _PAGE, file.fileno())
-                written += count * _PAGE
-                if written - begun >= _BEGUN_EACH:
-                    begin_writing(file.fileno(), begun, written)
-                    begun = written
-            begin_writing(file.fileno(), begun, written)
+        with target.open("xb", buffering=0) as file:
+            try:
+                with _open_memory(pid, "rb") as source:
+                    _save_pages(pid, source.fileno(), memory, file.fileno())
+            except (ConflictError, FileNotFoundError, ProcessLookupError) as error:
+                raise UnavailableError(
+                    "cannot save the machine's memory: its process has ended"
+                ) from error
     except OSError as error:
         raise full_or_broken(error, "save the machine's memory") from error
+
+
+def _save_pages(pid: int, source: int, memory: Path, target: int) -> None:
+    start, size = _mapping(pid, memory)
+    runs = _private_runs(pid, start, size)
+    head = _head(runs)
+    _write(target, memoryview(head))
+    begin_writing(target, 0, written := len(head))
+    room = bytearray(_BATCH_PAGES * _PAGE)
+    for batch in _batches(runs):
+        stretches = [(start + first * _PAGE, count * _PAGE) for first, count in batch]
+        if not _gather(pid, stretches, room):
+            _gather_by_file(source, stretches, room)
+        length = sum(length for _, length in stretches)
+        _write(target, memoryview(room)[:length])
+        begin_writing(target, written, written + length)
+        written += length
+    # Memory was asked for by the process's number, which may be another's by now; what is open is
+    # of the one that was meant, and reads nothing once that has ended.
+    if not os.pread(source, 1, start):
+        raise ProcessLookupError
 
 
 def load_pages(pid: int, memory: Path, source: Path) -> None:
@@ -110,6 +136,8 @@ def _mapping(pid: int, memory: Path) -> Run:
                     found[-1] = (found[-1][0], end - found[-1][0])
                 else:
                     found.append((start, end - start))
+    if not found:
+        raise ProcessLookupError("the process has ended, and maps nothing")
     # The process says what it maps, and is not to be believed.
     if len(found) != 1 or found[0][1] != memory.stat().st_size:
         raise InternalError(f"cannot find the memory of process {pid}: {len(found)} mappings")
@@ -153,11 +181,49 @@ def _pieces(descriptor: int, offset: int, length: int) -> Iterator[tuple[int, by
         done += len(piece)
 
 
-def _copy(source: int, offset: int, length: int, target: int) -> None:
-    for _, piece in _pieces(source, offset, length):
-        view = memoryview(piece)
-        while view:
-            view = view[os.write(target, view) :]
+def _batches(runs: list[Run]) -> Iterator[list[Run]]:
+    """Yield the same pages, as many at a time as are copied at once."""
+    batch, free = list[Run](), _BATCH_PAGES
+    for first, left in runs:
+        while left:
+            count = min(left, free)
+            batch.append((first, count))
+            first, left, free = first + count, left - count, free - count
+            if not free:
+                yield batch
+                batch, free = [], _BATCH_PAGES
+    if batch:
+        yield batch
+
+
+class _Stretch(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def _gather(pid: int, stretches: list[tuple[int, int]], room: bytearray) -> bool:
+    """Read stretches of a process's memory into the beginning of `room`, one after the other.
+
+    Takes two thirds of the time of reading /proc/PID/mem (process_vm_readv(2)). False if it cannot
+    be done: some kernels have no such call, and some containers may not make it.
+    """
+    size = sum(length for _, length in stretches)
+    here = _Stretch(ctypes.addressof(ctypes.c_char.from_buffer(room)), size)
+    there = b"".join([struct.pack("@PN", *one) for one in stretches])
+    done: int = _read_stretches(pid, ctypes.byref(here), 1, there, len(stretches), 0)
+    return done == size
+
+
+def _gather_by_file(memory: int, stretches: list[tuple[int, int]], room: bytearray) -> None:
+    at = 0
+    for start, length in stretches:
+        for _, piece in _pieces(memory, start, length):
+            room[at : at + len(piece)] = piece
+            at += len(piece)
+
+
+def _write(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _write_at(descriptor: int, data: bytes, offset: int) -> None:
