@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+from tests.support.disks import own_disk
 from tests.support.ports import free_port
 from tests.support.server import (
     NO_POOL,
@@ -218,14 +218,12 @@ def test_after_a_restart_of_the_host_disks_are_there_and_paused_memory_too(
     assert server.execute(saved, "cat /workspace/f /dev/shm/f")["stdout"] == "kept\ngone\n"
 
 
-def test_a_full_disk_refuses_a_pause_and_the_machine_runs_on(server: RealServer) -> None:
+def test_a_full_disk_refuses_a_pause_and_the_machine_runs_on(
+    server: RealServer, tmp_path: Path
+) -> None:
     machines = server.home / "machines"
     machines.mkdir(mode=0o711)
-    with ExitStack() as held:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=900m,mode=711", "none", machines], check=True
-        )
-        held.callback(lambda: subprocess.run(["umount", "-l", machines], check=False))
+    with own_disk(machines, tmp_path / "disk", size_mib=900):
         server.environment["SANDYARD_NODE__DISK_FLOOR_MIB"] = "1"
         server.environment["SANDYARD_POOL__CEILING"] = "0"
         server.start()

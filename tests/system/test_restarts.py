@@ -6,10 +6,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
+from tests.support.disks import own_disk
 from tests.support.ports import free_port
 from tests.support.server import COLD, NO_POOL, QEMU, RealServer, is_slow, wait_until
 
@@ -152,20 +154,16 @@ def test_a_full_host_disk_stalls_a_machine_and_room_lets_it_go_on(tmp_path: Path
     )
     machines = server.home / "machines"
     machines.mkdir(mode=0o711)
-    # A disk of its own, and not a tmpfs: that gives memory to holes which are only read.
-    disk = tmp_path / "disk"
-    disk.touch()
-    os.truncate(disk, 700 * 2**20)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", disk], check=True)
-    subprocess.run(["mount", "-o", "loop", disk, machines], check=True)
-    machines.chmod(0o711)
-    filling = machines / "filling"
-    subprocess.run(["fallocate", "-l", "500M", filling], check=True)
-    try:
+    with ExitStack() as held:
+        held.callback(server.remove)
+        held.enter_context(own_disk(machines, tmp_path / "disk", size_mib=700))
+        filling = machines / "filling"
+        subprocess.run(["fallocate", "-l", "500M", filling], check=True)
         server.start()
         box = server.create()["id"]
         server.execute(
-            box, "(head -c 200000000 /dev/zero > /big; sync; echo done > /end) >/dev/null 2>&1 &"
+            box,
+            "(head -c 200000000 /dev/zero > /big; sync; echo done > /end) >/dev/null 2>&1 &",
         )
 
         def reason() -> object:
@@ -179,15 +177,13 @@ def test_a_full_host_disk_stalls_a_machine_and_room_lets_it_go_on(tmp_path: Path
         filling.unlink()
         wait_until(lambda: reason() is None, what="it goes on")
         wait_until(
-            lambda: server.execute(box, "cat /end")["stdout"] == "done\n", what="it wrote it all"
+            lambda: server.execute(box, "cat /end")["stdout"] == "done\n",
+            what="it wrote it all",
         )
         server.delete(box)
         server.stop()
         server.run("stop", "--all")
         assert not server.folders()
-    finally:
-        subprocess.run(["umount", "-l", machines], check=False)
-        server.remove()
 
 
 def test_a_boot_without_progress_is_tried_once_more_then_given_up(
