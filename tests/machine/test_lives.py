@@ -246,10 +246,8 @@ def test_snapshots_forks_and_rollbacks(server: RealServer) -> None:
     made = server.act(box, "snapshots", name="then")
     assert made["sizeBytes"] > 2**20
     server.execute(box, "echo now > /workspace/f; echo now > /dev/shm/f")
-    clone, ticked = (
-        str(server.create(snapshot="then", name="clone")["id"]),
-        read_filled("/dev/shm/tick"),
-    )
+    clone = str(server.create(snapshot="then", name="clone")["id"])
+    ticked = read_filled("/dev/shm/tick")
     forks = [str(one["id"]) for one in server.act(box, "fork", count=3)]
     for one, word in ((clone, "then"), *((fork, "now") for fork in forks)):
         server.wait_running(one)
