@@ -83,7 +83,7 @@ def boot(
     qemu = subprocess.Popen(
         [
             "qemu-system-x86_64", "-M", "microvm,acpi=on,rtc=on",
-            "-accel", "tcg,tb-size=64,thread=multi", "-cpu", EMULATED_CPU,
+            "-accel", "tcg,tb-size=128,thread=multi", "-cpu", EMULATED_CPU,
             "-m", "528M", "-smp", "1",
             "-kernel", f"{folder}/vmlinuz", "-initrd", f"{work}/initrd",
             "-append", "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 tsc=reliable "

@@ -37,6 +37,7 @@ from sandyard.server.drivers.qemu.command import (
     kernel_command_line,
     machine_arguments,
     machine_memory_mib,
+    translated_mib,
     unprivileged,
 )
 from sandyard.server.drivers.qemu.kvm import Door, door
@@ -77,6 +78,13 @@ SPEC = MachineSpec(
 def test_a_machine_never_gets_exactly_two_gigabytes(asked: int) -> None:
     assert machine_memory_mib(asked) >= asked
     assert machine_memory_mib(asked) != 2048
+
+
+@pytest.mark.parametrize(
+    ("memory", "kept"), [(128, 128), (512, 128), (516, 129), (768, 192), (1024, 256), (65536, 256)]
+)
+def test_a_machine_keeps_translated_code_by_its_memory(memory: int, kept: int) -> None:
+    assert translated_mib(memory) == kept
 
 
 def test_the_token_and_env_are_nowhere_on_the_command_line() -> None:

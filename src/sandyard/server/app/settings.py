@@ -186,8 +186,12 @@ class NodeSettings(Section):
         "auto", description="`auto` takes the best that a probe machine boots under."
     )
     qemu_binary: str = Field("qemu-system-x86_64", description="QEMU's program.")
-    tb_size_mib: int = Field(
-        64, ge=16, le=1024, description="MiB of translated code a machine may keep (TCG)."
+    tb_size_mib: int | None = Field(
+        None,
+        ge=16,
+        le=1024,
+        description="MiB of translated code a machine may keep (TCG); default: a quarter of its "
+        "memory, 128 at least and 256 at most.",
     )
     templates_dir: Path | None = Field(
         None, description="Where template definitions are; default: those of this version."

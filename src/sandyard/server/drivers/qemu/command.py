@@ -18,6 +18,9 @@ _OWN_SHARE_MIB = 16
 # TCG runs string instructions a byte at a time. Where a processor does not promise that those are
 # fast, kernel and libc copy in words and vectors. A state that was saved with the promise goes on.
 EMULATED_CPU = "max,-erms,-fsrm"
+# Once what is kept of translated code is full, QEMU forgets all of it: Ubuntu with `node` and
+# `python3` fills 70 MiB, a browser far more. Only what is used is taken from the host.
+_LEAST_TRANSLATED_MIB, _MOST_TRANSLATED_MIB = 128, 256
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -29,6 +32,11 @@ def machine_memory_mib(asked_mib: int) -> int:
     """
     given = asked_mib + _OWN_SHARE_MIB
     return given + 8 if given == 2048 else given
+
+
+def translated_mib(memory_mib: int) -> int:
+    """Return how much translated code a machine may keep: a quarter of its memory, in bounds."""
+    return min(max(memory_mib // 4, _LEAST_TRANSLATED_MIB), _MOST_TRANSLATED_MIB)
 
 
 def kernel_command_line(*, tsc_khz: int | None, extra: str = "") -> str:

@@ -69,6 +69,7 @@ _LITTLE_ROOM = 8 * 2**20
 _STILL = frozenset({"paused", "prelaunch", "postmigrate", "inmigrate", "io-error"})
 _NOBODY = 65534
 _PROBE_POLL_S = 0.05
+_PROBE_MIB = 256
 _PASSED = "a probe machine booted"
 _PROBE_PASSED = b"sandyard: probe passed"
 _NO_DEVICE_OPTION = "kvm-accel.device"
@@ -311,7 +312,8 @@ class _Stderr:
 
 
 class QemuDriver:
-    """See drivers.contract.SavingDriver. `accel` is kvm or tcg."""
+    """See drivers.contract.SavingDriver. `accel` is kvm or tcg; `tb_size_mib` is how much
+    translated code a machine may keep, by its memory if it is None."""
 
     capabilities = Capabilities(saves=True)
 
@@ -320,7 +322,7 @@ class QemuDriver:
         *,
         accel: str,
         binary: str = "qemu-system-x86_64",
-        tb_size_mib: int = 64,
+        tb_size_mib: int | None = None,
         mounts: Path | None = None,
     ) -> None:
         self._mounts = mounts
@@ -351,8 +353,8 @@ class QemuDriver:
             with self._door() as way:
                 options = [
                     "-M", f"microvm,acpi={'on' if spec.has_acpi else 'off'},rtc=on",
-                    *command.accelerator(way, tb_size_mib=self._tb_size_mib),
-                    "-m", "256M", "-kernel", str(spec.kernel), "-initrd", str(spec.initrd),
+                    *command.accelerator(way, tb_size_mib=self._tb_size(_PROBE_MIB)),
+                    "-m", f"{_PROBE_MIB}M", "-kernel", str(spec.kernel), "-initrd", str(spec.initrd),
                     "-append", command.kernel_command_line(
                         tsc_khz=await self._rate(), extra=f"{spec.arguments} sandyard.probe"
                     ),
@@ -463,7 +465,7 @@ class QemuDriver:
                 arguments = command.machine_arguments(
                     spec,
                     door=way,
-                    tb_size_mib=self._tb_size_mib,
+                    tb_size_mib=self._tb_size(spec.memory_mib),
                     tsc_khz=await self._rate(),
                     tap_fd=tap_fd,
                     is_restored=is_restored,
@@ -541,6 +543,11 @@ class QemuDriver:
                         f"{DEVICE} cannot be opened: {error.strerror}"
                     ) from error
             yield way
+
+    def _tb_size(self, memory_mib: int) -> int:
+        if self._tb_size_mib is not None:
+            return self._tb_size_mib
+        return command.translated_mib(memory_mib)
 
     async def _rate(self) -> int | None:
         if self._accel == "kvm":
