@@ -89,7 +89,8 @@ class Machine:
             [
                 "qemu-system-x86_64",
                 "-M", "microvm,acpi=on,rtc=on,suppress-vmdesc=on,memory-backend=m",
-                "-accel", "tcg,tb-size=128,thread=multi", "-cpu", EMULATED_CPU, "-m", f"{SIZE_MIB}M",
+                "-accel", "tcg,tb-size=128,thread=multi", "-cpu", EMULATED_CPU,
+                "-m", f"{SIZE_MIB}M",
                 "-object", f"memory-backend-file,id=m,size={SIZE_MIB}M,mem-path={memory},{how}",
                 "-smp", "1", "-kernel", f"{image.folder}/vmlinuz", "-initrd", f"{work}/initrd",
                 "-append", "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 tsc=reliable "

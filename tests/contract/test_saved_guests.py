@@ -71,26 +71,32 @@ class Exam:
         self.clock = SystemClock()
         self._count = 0
 
-    def link(self, spec: MachineSpec) -> AgentLink:
+    @contextmanager
+    def link(self, spec: MachineSpec) -> Iterator[AgentLink]:
         slots = self.bench.slots
         assert slots is not None
-        return AgentLink(
+        link = AgentLink(
             lambda limit_s: slots.dial(spec.place, AGENT_PORT, folder=spec.folder, limit_s=limit_s),
             spec.token,
             self.clock,
         )
+        try:
+            yield link
+        finally:
+            link.close()
 
     async def meet(self, spec: MachineSpec) -> None:
         """Return once the agent of a machine that boots answers."""
         async with asyncio.timeout(240 * self.bench.pace):
             while True:
-                with suppress(UnavailableError):
-                    await self.link(spec).ask(Hello(), limit_s=self.limit_s, dial_s=1)
+                with suppress(UnavailableError), self.link(spec) as link:
+                    await link.ask(Hello(), limit_s=self.limit_s, dial_s=1)
                     return
                 await asyncio.sleep(0.1)
 
     async def run(self, spec: MachineSpec, command: str) -> None:
-        code = await run_command(self.link(spec), command, limit_s=self.limit_s, clock=self.clock)
+        with self.link(spec) as link:
+            code = await run_command(link, command, limit_s=self.limit_s, clock=self.clock)
         assert code == 0, command
 
     async def write(self, spec: MachineSpec, mark: str) -> None:

@@ -19,7 +19,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.wire import AGENT_PORT
 from sandyard.server.drivers.namespaces import in_namespace
 from sandyard.server.links.local import SystemClock
-from sandyard.server.node.agent import AgentLink
+from sandyard.server.node.agent import AgentLink, run_command
 from sandyard.server.node.host.firewall import GUEST_IP
 
 pytestmark = pytest.mark.machine
@@ -63,6 +63,31 @@ async def test_what_it_does_not_know_it_refuses_and_goes_on(server: RealServer, 
     with pytest.raises(UnsupportedError, match="fly"):
         await link.ask(Fly(), limit_s=_LIMIT_S)
     assert (await link.ask(ops.Hello(), limit_s=_LIMIT_S)).pid > 0
+    link.close()
+
+
+async def test_one_connection_carries_one_operation_after_the_other(
+    server: RealServer, box: str
+) -> None:
+    link = _link(server, box)
+    dialled, dial = [], link._dial
+
+    async def counted(limit_s: float) -> socket.socket:
+        dialled.append(limit_s)
+        return await dial(limit_s)
+
+    link._dial = counted
+    for _ in range(3):
+        assert (await link.ask(ops.Hello(), limit_s=longer(_LIMIT_S))).pid > 0
+        code = await run_command(link, "exit 7", limit_s=longer(_LIMIT_S), clock=SystemClock())
+        assert code == 7
+        await link.ask(ops.List(), limit_s=longer(_LIMIT_S))
+    assert len(dialled) == 1
+    with pytest.raises(UnsupportedError):
+        await link.ask(Fly(), limit_s=longer(_LIMIT_S))
+    with pytest.raises(NotFoundError):
+        await link.ask(ops.Resize(ops.Size(80, 25), pid=1), limit_s=longer(_LIMIT_S))
+    assert len(dialled) == 2  # a refusal ends the connection
 
 
 async def test_who_does_not_have_its_token_gets_nothing(server: RealServer, box: str) -> None:

@@ -8,7 +8,6 @@ import ipaddress
 import lzma
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -682,31 +681,6 @@ async def test_a_clock_that_never_gets_right_is_not_set_for_ever() -> None:
     guest.link = cast("AgentLink", link)
     await guest.settle_clock()
     assert len(link.delays_s) == 70
-
-
-@pytest.mark.parametrize("closes_first", [False, True])
-async def test_a_connection_made_ahead_is_closed_with_its_link(closes_first: bool) -> None:
-    ours, theirs = socket.socketpair()
-    arrived, may_arrive = asyncio.Event(), asyncio.Event()
-
-    async def dial(_: float) -> socket.socket:
-        arrived.set()
-        await may_arrive.wait()
-        ours.setblocking(False)
-        return ours
-
-    link = AgentLink(dial, "token", SystemClock())
-    opening = asyncio.create_task(link.open_spare(5.0))
-    await arrived.wait()
-    if closes_first:
-        link.close()
-    may_arrive.set()
-    await opening
-    if not closes_first:
-        link.close()
-    with theirs:
-        theirs.settimeout(5.0)
-        assert await asyncio.to_thread(theirs.recv, 1) == b""
 
 
 @pytest.mark.parametrize(

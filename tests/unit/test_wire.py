@@ -59,6 +59,43 @@ def test_an_answer_leaves_the_raw_bytes_behind_it(values: dict[str, object], res
     assert decoder.take_raw() == rest
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_both_sides_say_whether_another_operation_may_follow(again: bool) -> None:
+    decoder = Decoder()
+    decoder.feed(wire.encode_request(Request("hello", "t", {}, again=again)))
+    decoder.feed(wire.encode_answer(Answer({}, again=again)))
+    request, answer = decoder.take_request(), decoder.take_answer()
+    assert request is not None
+    assert answer is not None
+    assert (request.again, answer.again) == (again, again)
+    decoder.feed(b'{"v":1,"token":"t","op":"hello","args":{},"again":1}\n')
+    assert decoder.take_request() == Request("hello", "t", {})
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(Channel), st.binary(max_size=50)), max_size=8),
+    st.binary(max_size=50),
+    CUTS,
+    st.booleans(),
+)
+def test_the_end_of_frames_is_seen_in_whatever_pieces_they_come(
+    frames: list[tuple[Channel, bytes]], exit_payload: bytes, cuts: list[int], is_more: bool
+) -> None:
+    before = b"".join(wire.encode_frame(*one) for one in frames if one[0] is not Channel.EXIT)
+    last = wire.encode_frame(Channel.EXIT, exit_payload)
+    seen = wire.LastFrame()
+    for piece in pieces(before + last[:-1], cuts):
+        seen.feed(piece)
+        assert not seen.is_whole
+    seen.feed(last[-1:])
+    assert seen.is_whole
+    if is_more:
+        seen.feed(b"x")
+        assert not seen.is_whole
+        seen.feed(last)
+        assert not seen.is_whole
+
+
 def test_an_error_answer_is_told_with_its_message() -> None:
     decoder = Decoder()
     decoder.feed(wire.encode_answer(Answer({}, error="bad_request", message="no")))

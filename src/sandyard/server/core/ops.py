@@ -723,9 +723,24 @@ AnyOperation = (
 _BY_OP: Mapping[str, type[AnyOperation]] = {kind.op.value: kind for kind in get_args(AnyOperation)}
 
 
-def request_of(operation: Operation[Any], token: str) -> Request:
-    """Return the request that asks an agent for an operation."""
-    return Request(operation.op.value, token, encode(operation))
+def request_of(operation: Operation[Any], token: str, *, again: bool = False) -> Request:
+    """Return the request that asks an agent for an operation; see core.wire for `again`."""
+    return Request(operation.op.value, token, encode(operation), again=again)
+
+
+def may_be_followed(operation: Operation[Any]) -> bool:
+    """Tell whether another operation may follow by the same connection once this one is over."""
+    match operation:
+        case Execute():
+            return not operation.stdin  # what came of it late would be taken for the next
+        case Run():
+            return False
+        case Hello() | SetUp() | Wake() | MountAll() | Unmount() | Stats():
+            return True
+        case Start() | List() | Signal() | Input() | Resize():
+            return True
+        case _:
+            return False
 
 
 def operation_of(op: str, args: Mapping[str, object]) -> AnyOperation:

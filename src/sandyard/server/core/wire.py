@@ -1,12 +1,16 @@
 """The protocol between the host and the agent inside a machine: bytes in, events out, no I/O.
 
-One connection carries one operation. The host sends one line of JSON (version, token, operation,
-arguments); the agent answers with one line (ok, or an error). What follows belongs to the
-operation (`core.ops`): raw bytes (`dial`) or frames (`exec`, `attach`):
+A connection carries one operation at a time. The host sends one line of JSON (version, token,
+operation, arguments); the agent answers with one line (ok, or an error). What follows belongs to
+the operation (`core.ops`): raw bytes (`dial`) or frames (`exec`, `attach`):
 
     channel  1 byte
     length   4 bytes, big-endian, at most FRAME_MAX
     payload  length bytes
+
+Where the host's line says `again`, and the agent's does, too, another operation may follow once
+this one is over: after the answer, or after the last frame of one that has frames. Otherwise the
+connection ends with it.
 
 Both ends use this module, so there is one protocol in one language. Whoever reads treats the other
 side as hostile: every length has a bound, and what does not fit raises WireError, after which the
@@ -25,6 +29,7 @@ HEAD_MAX: Final = 1024 * 1024
 REQUEST_MAX: Final = 8 * 1024 * 1024  # a command of 1 MiB in JSON, and what goes with it
 FRAME_MAX: Final = 256 * 1024
 _FRAME_HEADER: Final = 5
+_AGAIN: Final[dict[str, object]] = {"again": True}
 
 
 class Refusal(StrEnum):
@@ -58,20 +63,22 @@ class WireError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """The first line of a connection, from host to agent."""
+    """What the host asks; if `again`, it would ask more by this connection."""
 
     op: str
     token: str = field(repr=False)
     args: dict[str, object]
+    again: bool = False
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The first line from agent to host: values, or an error's code and message."""
+    """The agent's line: values, or an error's code and message; if `again`, it takes more."""
 
     values: dict[str, object]
     error: str | None = None
     message: str = ""
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,8 @@ def encode_request(request: Request) -> bytes:
     Raises:
         WireError: it would be longer than REQUEST_MAX.
     """
-    return _encode_line(
-        {"v": VERSION, "token": request.token, "op": request.op, "args": request.args}, REQUEST_MAX
-    )
+    head = {"v": VERSION, "token": request.token, "op": request.op, "args": request.args}
+    return _encode_line(head | _AGAIN if request.again else head, REQUEST_MAX)
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -103,7 +109,8 @@ def encode_answer(answer: Answer) -> bytes:
         return _encode_line(
             {"v": VERSION, "ok": False, "error": answer.error, "message": answer.message}, HEAD_MAX
         )
-    return _encode_line({"v": VERSION, "ok": True, "values": answer.values}, HEAD_MAX)
+    head = {"v": VERSION, "ok": True, "values": answer.values}
+    return _encode_line(head | _AGAIN if answer.again else head, HEAD_MAX)
 
 
 def encode_frame(channel: Channel, payload: bytes) -> bytes:
@@ -144,7 +151,8 @@ class Decoder:
         args = head.get("args")
         if not isinstance(args, dict):
             raise WireError("the arguments are not an object")
-        return Request(op=_text(head, "op"), token=_text(head, "token"), args=args)
+        again = head.get("again") is True
+        return Request(op=_text(head, "op"), token=_text(head, "token"), args=args, again=again)
 
     def take_answer(self) -> Answer | None:
         """Return the answer line, or None if it is not complete yet.
@@ -159,7 +167,7 @@ class Decoder:
             values = head.get("values")
             if not isinstance(values, dict):
                 raise WireError("the values are not an object")
-            return Answer(values=values)
+            return Answer(values=values, again=head.get("again") is True)
         code, message = (printable(_text(head, key)[:1000]) for key in ("error", "message"))
         return Answer(values={}, error=code[:100], message=message)
 
@@ -212,6 +220,40 @@ class Decoder:
         if head.get("v") != VERSION:
             raise WireError(f"the other side does not speak version {VERSION} of the protocol")
         return head
+
+
+class LastFrame:
+    """Tells when the frames that pass by have come to their end, in whatever pieces they pass."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._left = 0
+        self._is_last = self._is_past = False
+
+    def feed(self, data: bytes) -> None:
+        """Take note of bytes that pass."""
+        view = memoryview(data)
+        while view:
+            if self.is_whole:
+                self._is_past = True  # something follows what nothing may follow
+                return
+            if self._left == 0:
+                missing = _FRAME_HEADER - len(self._head)
+                self._head += view[:missing]
+                view = view[missing:]
+                if len(self._head) == _FRAME_HEADER:
+                    self._is_last = self._head[0] == Channel.EXIT
+                    self._left = int.from_bytes(self._head[1:], "big")
+                    self._head.clear()
+            else:
+                passed = min(self._left, len(view))
+                self._left -= passed
+                view = view[passed:]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last frame has passed whole, and nothing after it."""
+        return self._is_last and self._left == 0 and not self._head and not self._is_past
 
 
 def printable(text: str) -> str:

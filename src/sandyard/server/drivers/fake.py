@@ -257,18 +257,20 @@ class FakeMachine:
             return
         self._writers.add(writer)
         try:
-            while (request := decoder.take_request()) is None:
-                data = await reader.read(65536)
-                if not data:
+            again = True
+            while again:
+                while (request := decoder.take_request()) is None:
+                    data = await reader.read(65536)
+                    if not data:
+                        return
+                    decoder.feed(data)
+                if self._has_halted or not self._conduct.answers:
+                    await self._closed.wait()
+                await self._moving.wait()
+                if self._closed.is_set():
                     return
-                decoder.feed(data)
-            if self._has_halted or not self._conduct.answers:
-                await self._closed.wait()
-            await self._moving.wait()
-            if self._closed.is_set():
-                return
-            await self._converse(request, reader, decoder, writer)
-            await writer.drain()
+                again = await self._converse(request, reader, decoder, writer)
+                await writer.drain()
         except (OSError, wire.WireError):
             pass
         finally:
@@ -281,7 +283,7 @@ class FakeMachine:
         reader: asyncio.StreamReader,
         decoder: wire.Decoder,
         writer: asyncio.StreamWriter,
-    ) -> None:
+    ) -> bool:
         try:
             operation = self._accepted(request)
             if isinstance(operation, ops.SetUp) and self._conduct.dies_at_set_up > 0:
@@ -290,14 +292,15 @@ class FakeMachine:
                 await self._closed.wait()
             if isinstance(operation, ops.Wake) and self._conduct.mute_wakes > 0:
                 self._conduct.mute_wakes -= 1
-                return
-            answer = wire.Answer(encode(self._answer(operation)))
+                return False
+            again = request.again and ops.may_be_followed(operation)
+            answer = wire.Answer(encode(self._answer(operation)), again=again)
         except (_RefusedError, RefusedFileError) as error:
             writer.write(refusal(error.code, error))
-            return
+            return False
         except (AbsentError, ConflictingError, RefusedProgramError) as error:
             writer.write(refusal(_CODES[type(error)], error))
-            return
+            return False
         writer.write(wire.encode_answer(answer))
         match operation:
             case ops.Execute():
@@ -314,6 +317,7 @@ class FakeMachine:
                 await self._follow(operation, reader, decoder, writer)
             case _:
                 await self._work_on_file(operation, reader, decoder, writer)
+        return again
 
     async def _work_on_file(
         self,

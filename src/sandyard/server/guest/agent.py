@@ -56,9 +56,11 @@ class Agent:
                 tasks.create_task(self._serve_one(connection))
 
     async def _serve_one(self, connection: socket.socket) -> None:
+        decoder = wire.Decoder()
         with connection:
             try:
-                await self._converse(connection)
+                while await self._converse(connection, decoder):
+                    pass
             except (ConnectionError, TimeoutError, wire.WireError):
                 pass  # the host went away, or spoke another language: nothing is owed to it
             except Exception as error:  # noqa: BLE001 - one connection must not end the agent
@@ -66,18 +68,20 @@ class Agent:
             finally:
                 self._open -= 1
 
-    async def _converse(self, connection: socket.socket) -> None:
-        decoder = wire.Decoder()
+    async def _converse(self, connection: socket.socket, decoder: wire.Decoder) -> bool:
+        """Carry out one operation, and tell whether another may follow by the same connection."""
         async with asyncio.timeout(_HEAD_LIMIT_S):
             while (request := decoder.take_request()) is None:
                 decoder.feed(await receive(connection))
         if not hmac.compare_digest(request.token.encode(), self._context.token.encode()):
             message = "cannot serve: the token is wrong"
             await refuse(connection, wire.Refusal.UNAUTHORIZED, message)
-            return
+            return False
         try:
             operation = ops.operation_of(request.op, request.args)
-            await self._carry_out(operation, connection, decoder)
+            again = request.again and ops.may_be_followed(operation)
+            await self._carry_out(operation, connection, decoder, again=again)
+            return again
         except ops.UnknownOperationError as error:
             await refuse(connection, wire.Refusal.UNSUPPORTED, f"cannot carry this out: {error}")
         except AbsentError as error:
@@ -87,24 +91,31 @@ class Agent:
         except (CodecError, RefusedError) as error:
             message = str(error) if isinstance(error, RefusedError) else f"cannot read: {error}"
             await refuse(connection, wire.Refusal.BAD_REQUEST, message)
+        return False
 
     async def _carry_out(
-        self, operation: ops.AnyOperation, connection: socket.socket, decoder: wire.Decoder
+        self,
+        operation: ops.AnyOperation,
+        connection: socket.socket,
+        decoder: wire.Decoder,
+        *,
+        again: bool,
     ) -> None:
         match operation:
             case ops.Hello():
-                await answer(connection, ops.Greeting(os.getpid()))
+                await answer(connection, ops.Greeting(os.getpid()), again=again)
             case ops.SetUp() | ops.Wake() | ops.MountAll() | ops.Unmount():
                 await self._prepare(operation, connection)
-                await answer(connection, ops.Done())
+                await answer(connection, ops.Done(), again=again)
             case ops.Execute():
-                await execute(self._context, operation, connection, decoder)
+                await execute(self._context, operation, connection, decoder, again=again)
             case ops.Run():  # before Start, of which it is one
                 await programs.run(self._context, operation, connection, decoder)
             case ops.Attach():
                 await programs.attach(self._context, operation, connection, decoder)
             case ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize():
-                await answer(connection, await programs.carry_out(self._context, operation))
+                done = await programs.carry_out(self._context, operation)
+                await answer(connection, done, again=again)
             case ops.Dial():
                 await dial(self._context, operation, connection, decoder)
             case ops.Listen():
@@ -112,7 +123,7 @@ class Agent:
             case ops.Take():
                 await take(self._context, operation, connection, decoder)
             case ops.Stats():
-                await answer(connection, await stats(self._context, operation))
+                await answer(connection, await stats(self._context, operation), again=again)
             case _:
                 await files.carry_out(self._context, operation, connection, decoder)
 

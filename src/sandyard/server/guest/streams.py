@@ -116,9 +116,9 @@ async def receive(connection: socket.socket) -> bytes:
     return data
 
 
-async def answer(connection: socket.socket, value: object) -> None:
-    """Send the first line of an operation that is carried out."""
-    line = wire.encode_answer(wire.Answer(encode(value)))
+async def answer(connection: socket.socket, value: object, *, again: bool = False) -> None:
+    """Send the first line of an operation that is carried out; see core.wire for `again`."""
+    line = wire.encode_answer(wire.Answer(encode(value), again=again))
     await asyncio.get_running_loop().sock_sendall(connection, line)
 
 

@@ -1,4 +1,4 @@
-"""The link to the agents: one connection an operation, every wait with a limit.
+"""The link to the agents: a connection carries one operation at a time, every wait has a limit.
 
 What an agent says is written by a hostile guest: core.wire bounds it, and nothing here trusts it.
 """
@@ -20,9 +20,23 @@ from sandyard.server.core.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from sandyard.server.core.ops import AnswerT, Execute, Operation, answer_of, request_of
+from sandyard.server.core.ops import (
+    AnswerT,
+    Execute,
+    Operation,
+    answer_of,
+    may_be_followed,
+    request_of,
+)
 from sandyard.server.core.refusals import meaning_of
-from sandyard.server.core.wire import Answer, Decoder, Refusal, WireError, encode_request
+from sandyard.server.core.wire import (
+    Answer,
+    Decoder,
+    LastFrame,
+    Refusal,
+    WireError,
+    encode_request,
+)
 
 _READ = 128 * 1024
 _GRACE_S = 5.0
@@ -31,7 +45,7 @@ Dial = Callable[[float], Awaitable[socket.socket]]
 
 
 class AgentStream:
-    """See core.contracts.node.ByteStream."""
+    """See core.contracts.node.ByteStream. `last` is told what is read, if that matters."""
 
     def __init__(
         self,
@@ -39,14 +53,28 @@ class AgentStream:
         writer: asyncio.StreamWriter,
         first: bytes,
         link: "AgentLink",
+        last: LastFrame | None,
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._first = first
         self._link = link
+        self._last = last
+        self.is_written = False
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something that has come was not read."""
+        return bool(self._first)
 
     async def read(self, limit: int) -> bytes:
         """See core.contracts.node.ByteStream.read."""
+        data = await self._read(limit)
+        if self._last is not None:  # of an operation that ends with a frame
+            self._last.feed(data)
+        return data
+
+    async def _read(self, limit: int) -> bytes:
         if self._first:
             data, self._first = self._first[:limit], self._first[limit:]
             return data
@@ -60,6 +88,7 @@ class AgentStream:
 
     async def write(self, data: bytes) -> None:
         """See core.contracts.node.ByteStream.write."""
+        self.is_written = True
         try:
             self._writer.write(data)
             await self._writer.drain()
@@ -68,6 +97,7 @@ class AgentStream:
 
     async def write_eof(self) -> None:
         """See core.contracts.node.ByteStream.write_eof."""
+        self.is_written = True
         with contextlib.suppress(OSError):
             self._writer.write_eof()
 
@@ -108,16 +138,15 @@ class AgentLink:
 
     async def open_spare(self, limit_s: float) -> None:
         """Have a connection ready for the next operation; nothing happens if that cannot be."""
-        if self._lacks_spare():
+        if self.lacks_spare:
             with contextlib.suppress(OSError, TimeoutError):
                 async with self._clock.timeout(limit_s):
                     reader, writer = await self._connected(limit_s)
-                if self._lacks_spare():
-                    self._spare = (reader, writer, self._clock.monotonic())
-                else:
-                    self._forget(writer)
+                self._keep(reader, writer)
 
-    def _lacks_spare(self) -> bool:
+    @property
+    def lacks_spare(self) -> bool:
+        """Whether no connection is ready, and one may be."""
         return self._spare is None and self._end is None and not self._is_closed
 
     def close(self) -> None:
@@ -132,6 +161,13 @@ class AgentLink:
         reader, writer = await asyncio.open_connection(sock=connection, limit=_READ)
         self._writers.add(writer)
         return reader, writer
+
+    def _keep(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Have a connection that is free again ready for the next operation."""
+        if self.lacks_spare and not reader.at_eof() and not writer.is_closing():
+            self._spare = (reader, writer, self._clock.monotonic())
+        else:
+            self._forget(writer)
 
     def _forget(self, writer: asyncio.StreamWriter) -> None:
         self._writers.discard(writer)
@@ -172,12 +208,14 @@ class AgentLink:
             UnsupportedError: the agent does not know the operation.
             InternalError: the agent does not accept the token, or speaks another protocol.
         """
+        again = may_be_followed(operation)
         async with contextlib.AsyncExitStack() as held:
             try:
                 async with self._clock.timeout(limit_s):
                     reader, writer = await self._taken(dial_s or limit_s)
                     held.callback(self._forget, writer)
-                    writer.write(encode_request(request_of(operation, self._token)))
+                    request = request_of(operation, self._token, again=again)
+                    writer.write(encode_request(request))
                     await writer.drain()
                     decoder = Decoder()
                     said = await _next_answer(reader, decoder)
@@ -189,7 +227,13 @@ class AgentLink:
                 if self.end is not None:
                     raise self.end from error
                 raise UnavailableError("the agent of the sandbox does not answer") from error
-            yield Opened(answer, AgentStream(reader, writer, decoder.take_raw(), self))
+            last = LastFrame() if isinstance(operation, Execute) else None
+            stream = AgentStream(reader, writer, decoder.take_raw(), self, last)
+            yield Opened(answer, stream)
+            is_over = last is None or last.is_whole
+            if again and said.again and is_over and not stream.has_more and not stream.is_written:
+                held.pop_all()
+                self._keep(reader, writer)
 
 
 async def run_command(link: AgentLink, command: str, *, limit_s: float, clock: Clock) -> int:

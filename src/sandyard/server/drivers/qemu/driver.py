@@ -354,7 +354,8 @@ class QemuDriver:
                 options = [
                     "-M", f"microvm,acpi={'on' if spec.has_acpi else 'off'},rtc=on",
                     *command.accelerator(way, tb_size_mib=self._tb_size(_PROBE_MIB)),
-                    "-m", f"{_PROBE_MIB}M", "-kernel", str(spec.kernel), "-initrd", str(spec.initrd),
+                    "-m", f"{_PROBE_MIB}M",
+                    "-kernel", str(spec.kernel), "-initrd", str(spec.initrd),
                     "-append", command.kernel_command_line(
                         tsc_khz=await self._rate(), extra=f"{spec.arguments} sandyard.probe"
                     ),

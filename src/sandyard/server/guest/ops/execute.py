@@ -9,7 +9,12 @@ from sandyard.server.guest.streams import answer
 
 
 async def execute(
-    context: Context, wish: ops.Execute, connection: socket.socket, decoder: wire.Decoder
+    context: Context,
+    wish: ops.Execute,
+    connection: socket.socket,
+    decoder: wire.Decoder,
+    *,
+    again: bool,
 ) -> None:
     """See core.ops.Execute."""
     entry = await start(
@@ -25,7 +30,7 @@ async def execute(
         is_kept=False,
     )
     with entry.followed(0) as follower:
-        await answer(connection, ops.Started(entry.told.pid))
+        await answer(connection, ops.Started(entry.told.pid), again=again)
         # Without a stdin the host has nothing more to say. And one that went away does not end the
         # command: it has its own limit, kept here.
         await follow(entry, follower, connection, decoder, listens=wish.stdin)

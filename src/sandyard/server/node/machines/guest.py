@@ -102,7 +102,7 @@ class Guest:
 
     def keep_spare(self) -> None:
         """Have a connection to its agent ready for what is asked next."""
-        if self.link is not None and not self.pulse.is_held:
+        if self.link is not None and self.link.lacks_spare and not self.pulse.is_held:
             spare = self.link.open_spare(self._means.patience(_SPARE_LIMIT_S))
             self._means.crew.start(spare, "no connection is kept ready", quietly=True)
 
