@@ -43,6 +43,51 @@ def test_the_environment_is_the_logins_then_the_sandboxs_then_the_requests(
     assert lines[1] == "/bin"
 
 
+def test_a_line_of_plain_words_does_what_it_does_by_a_shell(server: RealServer, box: str) -> None:
+    server.execute(
+        box,
+        "mkdir -p /tmp/p/bin /tmp/p/link && cd /tmp/p && echo echo none $0 > bin/none &&"
+        " printf '#!/no/such\\n' > bin/lost && printf '#!/bin/sh\\nkill -TERM $$\\n' > bin/dies &&"
+        " chmod +x bin/* && echo x > bin/closed && ln -s /etc link/etc",
+    )
+    own: dict[str, object] = {"env": {"PATH": "/tmp/p/bin:/usr/bin:/bin", "LANG": "no_Such"}}
+    lines: tuple[tuple[str, dict[str, object]], ...] = (
+        ("env", {}), ("env -0", own), ("env", {"env": {"BASH_ENV": "/tmp/p/bin/none"}}),
+        ("env", {"cwd": "/tmp/p/link/etc"}), ("readlink /proc/self/exe", {}),
+        ("grep -E 'Sig|Cap|Umask|Groups|NoNew|Seccomp' /proc/self/status", {}),
+        ("cat /proc/self/limits /proc/self/oom_score_adj", {}), ("readlink /proc/self/fd/0", {}),
+        ("cat -A", {"stdin": "a\tb"}), ("true", {}), ("false", {}), ("no-such-program -v", {}),
+        ("none a", own), ("lost", own), ("dies", own), ("closed", own), ("bin", own), ("/etc", {}),
+        ("./bin/none", {"cwd": "/tmp/p"}), ("bin/no", {"cwd": "/tmp/p"}), ("env", {"cwd": "/none"}),
+        ("python3 -c 'import sys; print(sys.argv, end=\"\")' \"a b\" '' c", {}),
+        ("id -un", {"user": "nobody"}),
+    )  # fmt: skip
+    for line, more in lines:
+        plain, by_shell = (
+            server.client.post(f"/v1/sandboxes/{box}/exec", json={"command": one} | more).json()
+            for one in (line, f"{line}\n")
+        )
+        for answer in (plain, by_shell):
+            answer.pop("meta", None)
+            answer.get("error", {}).pop("requestId", None)
+            for duration in ("executionTime", "durationMs"):
+                answer.get("data", {}).pop(duration, None)
+            if line.startswith("env") and "data" in answer:  # in no order that anybody goes by
+                said = answer["data"]["stdout"]
+                answer["data"]["stdout"] = sorted(said.split("\0" if "-0" in line else "\n"))
+        assert plain == by_shell, line
+    try:
+        server.execute(
+            box,
+            "cp /bin/bash /bin/real && printf '#!/bin/sh\\necho shell\\nexec /bin/real \"$@\"\\n'"
+            " > /bin/new && chmod +x /bin/new && mv /bin/new /bin/bash",
+        )
+        said = [server.execute(box, line)["stdout"] for line in ("true", "true;", "id -u")]
+        assert said == ["", "shell\n", "0\n"]
+    finally:
+        server.execute(box, "if true; then mv /bin/real /bin/bash; fi")
+
+
 def test_a_changed_profile_is_taken_up(server: RealServer, box: str) -> None:
     server.execute(box, "echo 'export ADDED=1' > /etc/profile.d/added.sh")
     assert server.execute(box, "echo $ADDED")["stdout"] == "1\n"

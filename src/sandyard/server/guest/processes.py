@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sandyard.server.guest.patience import patient
+from sandyard.server.guest.plain import program_of
 from sandyard.server.guest.system import Account, RefusedError, enter
 
 _CGROUPS = "/sys/fs/cgroup/sandyard"
@@ -53,7 +54,8 @@ class Spec:
 
     With a `script`, it can be read from the descriptor SCRIPT. With a `terminal` its streams are
     one, of that size. One that `is_kept` ends with the agent, the only one who knows of it. With an
-    `alias` the program is told that as its own name.
+    `alias` the program is told that as its own name. If it has `words`, they are what its shell
+    would start, and may be started without one.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Spec:
     terminal: tuple[int, int] | None = None
     is_kept: bool = False
     alias: str | None = None
+    words: list[str] | None = None
 
     def words_of(self, program: Sequence[str]) -> list[str]:
         """Return what a program is given as its arguments, its own name the first."""
@@ -353,17 +356,16 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
             os.chdir(spec.cwd)
         except OSError as error:
             raise RefusedError(_cannot("change to the folder", spec.cwd, error)) from error
+        spawn = functools.partial(
+            os.posix_spawn, file_actions=actions, setsid=True, setsigdef=_DEFAULTED
+        )
+        if spec.words is not None and (plain := program_of(spec.words, spec.env)) is not None:
+            with contextlib.suppress(OSError):  # the shell says what is wrong
+                return spawn(plain[0], spec.words, plain[1])
         denied: OSError | None = None
         for program in spec.programs:
             try:
-                return os.posix_spawn(
-                    program[0],
-                    spec.words_of(program),
-                    spec.env,
-                    file_actions=actions,
-                    setsid=True,
-                    setsigdef=_DEFAULTED,
-                )
+                return spawn(program[0], spec.words_of(program), spec.env)
             except _NOT_HERE:
                 continue
             except PermissionError as error:

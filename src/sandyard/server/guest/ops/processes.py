@@ -14,6 +14,7 @@ from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
 from sandyard.server.guest import processes, system
 from sandyard.server.guest.context import SHELLS, Context
+from sandyard.server.guest.plain import is_plain, words_of
 from sandyard.server.guest.streams import answer, receive
 from sandyard.server.guest.system import ConflictingError, RefusedError
 from sandyard.server.guest.table import LIVING_MAX, Entry, Follower, shown
@@ -60,6 +61,9 @@ async def start(context: Context, wish: ops.Start, *, is_kept: bool = True) -> E
         env.setdefault("TERM", "xterm-256color")
     env |= system.checked_environment(wish.env)
     programs, script, name = _programs_of(wish, env, account)
+    words = None
+    if wish.command is not None and not wish.login and script is None and is_plain(env):
+        words = words_of(wish.command)
     cwd = _home_of(context, account) if wish.cwd == "~" else wish.cwd
     process = await processes.start(
         processes.Spec(
@@ -71,6 +75,7 @@ async def start(context: Context, wish: ops.Start, *, is_kept: bool = True) -> E
             script=script,
             terminal=None if wish.terminal is None else (wish.terminal.columns, wish.terminal.rows),
             is_kept=is_kept,
+            words=words,
             alias=f"-{os.path.basename(name)}" if _is_login_shell(wish) else None,
         ),
         root_fd=context.root_fd,

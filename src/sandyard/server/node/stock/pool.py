@@ -31,7 +31,8 @@ from sandyard.server.tasks import Crew, to_the_end
 log = logging.getLogger(__name__)
 
 # What most first commands do, and leaves nothing: start programs, write, read and list files.
-_EXERCISE = "f=$(mktemp) && echo $f > $f && cat $f $f | wc -l && ls -l / && rm $f"
+# By a shell and without one, as the agent starts what is a program and its arguments.
+_EXERCISES = ("f=$(mktemp) && echo $f > $f && cat $f $f | wc -l && ls -l / && rm $f", "true")
 _EXERCISE_ROUNDS = 2
 _LIMIT_S = 30.0
 _PERIOD_S = 2.0
@@ -320,7 +321,8 @@ class Pool:
         await one.set_up(wish, was=Was.NOBODYS)
         await one.set_up(wish, was=Was.UNIQUE)
         for _ in range(_EXERCISE_ROUNDS):
-            await one.guest.run(_EXERCISE, limit_s=self._means.patience(_LIMIT_S))
+            for command in _EXERCISES:
+                await one.guest.run(command, limit_s=self._means.patience(_LIMIT_S))
             await one.guest.rehearse_mount()
         return one
 
