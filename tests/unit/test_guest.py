@@ -164,6 +164,23 @@ def test_a_kernel_that_lists_no_connections_keeps_them(number: int, is_told: boo
         assert list(listed) == []
 
 
+@pytest.mark.parametrize(
+    ("mount", "is_local"),
+    [
+        ("22 1 254:0 / / rw - ext4 /dev/vda rw", True),
+        ("23 22 0:21 / /proc rw,nosuid shared:5 - proc proc rw", True),
+        ("24 22 0:40 / /workspace rw - nfs4 10.0.0.1:/w rw", False),
+        ("25 22 0:41 / /mnt/s3 rw - fuse.s3fs s3fs rw", False),
+        ("26 23 0:22 / /root/proc/sys/fs/binfmt_misc rw - autofs systemd-1 rw,fd=29", True),
+        ("27 22 0:23 / /home rw - autofs /etc/auto.home rw,fd=5", False),
+    ],
+)
+def test_what_has_to_be_asked_of_somebody_else_is_known_by_its_mount(
+    mount: str, is_local: bool
+) -> None:
+    assert processes._is_local(mount.encode()) is is_local
+
+
 def test_a_child_that_may_take_long_keeps_nothing_open_but_what_it_needs() -> None:
     other, kept = os.pipe(), os.pipe()
     gate = os.pipe()

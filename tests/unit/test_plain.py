@@ -93,7 +93,23 @@ VARIABLES = subprocess.run(
 
 
 @pytest.mark.parametrize(
-    "name", sorted({*VARIABLES, "LC_ALL", "PS1", "ENV", "TMOUT", "A", "HOME", "TERM", "LANG"})
+    "name",
+    sorted(
+        {
+            *VARIABLES,
+            "LC_ALL",
+            "PS1",
+            "ENV",
+            "TMOUT",
+            "A",
+            "HOME",
+            "TERM",
+            "LANG",
+            "SSH_CLIENT",
+            "SSH2_CLIENT",
+            "SSH_CONNECTION",
+        }
+    ),
 )
 def test_a_program_gets_the_environment_that_bash_would_give_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,7 +131,7 @@ def test_a_program_gets_the_environment_that_bash_would_give_it(
     [
         ("PATH", ""), ("PATH", "/bin:"), ("PATH", "bin"), ("PATH", ".:/bin"), ("PATH", "/bin/"),
         ("BASH_ENV", "/x"), ("BASH_FUNC_ls%%", "() { :; }"), ("SHELLOPTS", "xtrace"), ("A-B", "c"),
-        ("LC_ALL", "xx"), ("_", "x"), ("", "x"),
+        ("LC_ALL", "xx"), ("_", "x"), ("", "x"), ("SSH_CLIENT", "127.0.0.1 1 22"),
     ],
 )  # fmt: skip
 def test_an_environment_that_bash_goes_by_is_left_to_it(name: str, value: str) -> None:
@@ -141,6 +157,10 @@ def test_a_program_is_found_as_bash_would_find_it(
         assert found[0] == str(second / name)
         said = subprocess.run(["/bin/bash", "-c", name], capture_output=True, env=env, check=True)
         assert said.stdout.decode().strip() == found[0]
+    (second / "true").symlink_to(second / "a")
+    found = program_of(["true"], env)
+    assert found is not None
+    assert found[0] == "/usr/bin/true"
     assert program_of(["c"], env) is None
     assert program_of(["./a"], env) is None
     assert program_of(["../second/a"], env) is not None

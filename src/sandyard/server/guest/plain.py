@@ -29,13 +29,17 @@ _SHELLS_OWN = frozenset(
         *("ulimit", "umask", "unalias", "unset", "wait"),
     )
 )
-_PROGRAMS_TOO = frozenset(("true", "false"))  # without arguments, which bash ignores
+# What bash does itself as the system's own programs do it, without arguments.
+_PROGRAMS_TOO = {
+    name: tuple(f"{folder}/{name}" for folder in ("/usr/bin", "/bin")) for name in ("true", "false")
+}
 # What bash would set, unset, or go by: bash(1), "Shell Variables".
 _BASHS = frozenset(
     (
         *("_", "DIRSTACK", "EUID", "EXECIGNORE", "FUNCNAME", "GROUPS", "IFS", "LINENO", "OLDPWD"),
         *("OPTARG", "OPTERR", "OPTIND", "PIPESTATUS", "POSIXLY_CORRECT", "PPID", "PS0", "PS1"),
         *("PS2", "PS3", "PS4", "PWD", "RANDOM", "SECONDS", "SHELLOPTS", "SHLVL", "SRANDOM", "UID"),
+        *("SSH_CLIENT", "SSH2_CLIENT"),  # Debian's takes itself for sshd's then
     )
 )
 _BASHS_TOO = ("BASH", "COMP_", "EPOCH", "HIST", "LC_", "READLINE_")
@@ -83,10 +87,13 @@ def program_of(words: Sequence[str], env: Mapping[str, str]) -> tuple[str, dict[
     None if there is no bash, or it is not so clear."""
     if not any(os.access(shell, os.X_OK) for shell in _BASH):
         return None
-    if "/" in words[0]:
-        candidates = [words[0]]
+    name = words[0]
+    if "/" in name:
+        candidates = [name]
+    elif name in _PROGRAMS_TOO:
+        candidates = [*_PROGRAMS_TOO[name]]
     else:
-        candidates = [f"{folder}/{words[0]}" for folder in env["PATH"].split(":")]
+        candidates = [f"{folder}/{name}" for folder in env["PATH"].split(":")]
     for path in candidates:
         if os.access(path, os.X_OK) and not os.path.isdir(path):
             try:

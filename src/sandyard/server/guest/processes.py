@@ -206,7 +206,7 @@ _FOLDER_LIMIT_S = 10.0
 _MOMENT_S = 1.0
 _ERRNO_MAX = 255
 _LOCAL = frozenset(
-    b"autofs bpf binfmt_misc btrfs cgroup cgroup2 configfs debugfs devpts devtmpfs efivarfs erofs "
+    b"bpf binfmt_misc btrfs cgroup cgroup2 configfs debugfs devpts devtmpfs efivarfs erofs "
     b"ext2 ext3 ext4 fusectl hugetlbfs iso9660 mqueue nsfs overlay proc pstore ramfs rootfs "
     b"securityfs squashfs sysfs tmpfs tracefs vfat xfs".split()
 )
@@ -360,7 +360,7 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
             os.posix_spawn, file_actions=actions, setsid=True, setsigdef=_DEFAULTED
         )
         if spec.words is not None and (plain := program_of(spec.words, spec.env)) is not None:
-            with contextlib.suppress(OSError):  # the shell says what is wrong
+            with contextlib.suppress(OSError, ValueError):  # the shell says what is wrong
                 return spawn(plain[0], spec.words, plain[1])
         denied: OSError | None = None
         for program in spec.programs:
@@ -484,8 +484,16 @@ class _Mounts:
         said = b""
         while more := self._file.read(1 << 16):
             said += more
-        kinds = {line.partition(b" - ")[2].split(b" ", 1)[0] for line in said.splitlines()}
-        return not kinds <= _LOCAL
+        return not all(_is_local(line) for line in said.splitlines())
+
+
+def _is_local(mount: bytes) -> bool:
+    """Tell whether what a line of mountinfo names (proc_pid_mountinfo(5)) answers by itself."""
+    kind = mount.partition(b" - ")[2].split(b" ", 1)[0]
+    # Whoever looks into another automount waits until somebody has mounted it.
+    if kind == b"autofs":
+        return mount.split(b" ", 5)[4].endswith(b"/proc/sys/fs/binfmt_misc")
+    return kind in _LOCAL
 
 
 @functools.cache

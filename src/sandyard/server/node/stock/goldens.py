@@ -274,6 +274,7 @@ class Goldens:
             # What its kernel still has to do after that (journal, old connections, memory to free)
             # every clone would do anew, all of them at the moment when somebody waits.
             await _warm_up(resident, "sync", limit_s=limit_s)
+            resident.guest.let_go()
             await self._means.clock.sleep(self._means.limits.golden_rest_s)
             folder = self._folder / await self._name(kind, driver)
             await in_thread(shutil.rmtree, folder, ignore_errors=True)
