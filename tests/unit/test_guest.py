@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sandyard.server.guest import connections, patience, processes, system
+from sandyard.server.guest import connections, context, patience, processes, system
 from sandyard.server.guest.context import Context
 from sandyard.server.guest.ops.dial import _connect_here
 from sandyard.server.guest.system import AbsentError
@@ -162,6 +162,22 @@ def test_a_kernel_that_lists_no_connections_keeps_them(number: int, is_told: boo
             list(listed)
     else:
         assert list(listed) == []
+
+
+def test_how_busy_a_machine_is_counts_from_the_first_look_after_it_stood_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done = (0.0, 0.0)
+    monkeypatch.setattr(context, "_work_done", lambda: done)
+    load = context.Load()
+    done = (10.0, 5.0)
+    assert load.recent_percent(60.0) == 50.0
+    load.forget()
+    done = (3600.0, 3000.0)
+    assert load.recent_percent(60.0) == 0.0
+    done = (3610.0, 3001.0)
+    assert load.recent_percent(60.0) == 10.0
+    assert load.recent_percent(5.0) == 10.0
 
 
 @pytest.mark.parametrize(

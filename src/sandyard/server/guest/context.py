@@ -43,13 +43,17 @@ class Load:
             self._work.append(_work_done())
 
     def forget(self) -> None:
-        """Count from now: the machine stood still, or is another's."""
+        """Count from the next look on: the machine stood still, or is another's.
+
+        Not from now: somebody waits for the machine, whose first look costs a slow one 16 ms.
+        """
         self._work.clear()
-        self._work.append(_work_done())
 
     def recent_percent(self, window_s: float) -> float:
         """Return how busy users' programs kept the machine lately."""
         now, work = _work_done()
+        if not self._work:
+            self._work.append((now, work))
         then, before = next((one for one in self._work if now - one[0] <= window_s), self._work[-1])
         elapsed = now - then
         return round(100.0 * max(0.0, work - before) / elapsed, 2) if elapsed > 0 else 0.0

@@ -114,9 +114,12 @@ def reseed(entropy: bytes) -> None:
     Both calls are needed: the first only credits the pool (random(4)).
     """
     request = struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy
-    with Path("/dev/random").open("wb", buffering=0) as device:
+    device = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
+    try:
         fcntl.ioctl(device, _RNDADDENTROPY, request)
         fcntl.ioctl(device, _RNDRESEEDCRNG)
+    finally:
+        os.close(device)
 
 
 def set_clock(wall_ns: int) -> None:
