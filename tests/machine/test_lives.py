@@ -64,6 +64,13 @@ def test_ten_clones_of_one_golden_share_nothing_that_must_be_their_own(server: R
     for values in zip(*seen, strict=True):
         assert len(set(values)) == 10
     assert len(tokens) == 10
+    # Of what the golden machine was asked, no connection is left that each would have to give up.
+    established = "grep -c ': [0-9A-F:]* [0-9A-F:]* 01 ' /proc/net/tcp"
+    wait_until(
+        lambda: server.execute(box, established)["stdout"] == "1\n",
+        limit_s=20,
+        what="one connection",
+    )
     assert server.metric('sandyard_machine_start_seconds_count{way="boot"}') == boots
 
 

@@ -20,7 +20,7 @@ class Dialled:
     def __init__(self, *, again: bool) -> None:
         self.again = again
         self.ends: list[asyncio.StreamWriter] = []
-        self.asked: list[str] = []
+        self.serving: list[asyncio.Task[None]] = []
         self.after = b""
 
     async def dial(self, _: float) -> socket.socket:
@@ -28,7 +28,7 @@ class Dialled:
         ours.setblocking(False)
         reader, writer = await asyncio.open_connection(sock=theirs)
         self.ends.append(writer)
-        self.serving = asyncio.create_task(self.serve(reader, writer))
+        self.serving.append(asyncio.create_task(self.serve(reader, writer)))
         return ours
 
     async def close(self) -> None:
@@ -36,6 +36,7 @@ class Dialled:
         for writer in self.ends:
             writer.close()
             await writer.wait_closed()
+        await asyncio.wait(self.serving)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         decoder = Decoder()
@@ -43,7 +44,6 @@ class Dialled:
             decoder.feed(data)
             if (request := decoder.take_request()) is None:
                 continue
-            self.asked.append(request.op)
             answers = {"hello": ops.Greeting(1), "exec": ops.Started(1)}
             values = encode(answers.get(request.op, ops.Done()))
             writer.write(encode_answer(Answer(values, again=self.again and request.again)))

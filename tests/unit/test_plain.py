@@ -52,6 +52,18 @@ PLAIN_PIECES = [
     "a", "b/c", "-x", "=", "%", "@", ":", ",", ".", "+", " ", "\t", "''", "'a b'", "'$x'", '"c d"',
     '""', "'\"'", '"\'"', '"a!b"', "'\n'", '"é"', "'\udcff'", "' \t '",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["a" * 100_000, "'a'" * 30_000, "'" + "a" * 100_000, "a'" * 50_001],
+    ids=["plain", "quoted", "open", "mixed"],
+)
+def test_a_long_word_is_read_once(word: str) -> None:
+    found = words_of(f"echo-it {word}")
+    assert found == (None if word.count("'") % 2 else ["echo-it", word.replace("'", "")])
+
+
 PIECES = [
     *PLAIN_PIECES, '"$x"', "~", "*", "$x", "\\", "#", "!", "{a,b}", "\n", "'", '"', "é", "a=~"
 ]  # fmt: skip

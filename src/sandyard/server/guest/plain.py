@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 # Of control characters bash has two for its own use: they are left to it.
-_WORD = re.compile(r"""(?:[A-Za-z0-9_@%+:,./=-]|'[^'\0\x01\x7f]*'|"[^"$`\\\0\x01\x7f]*")+""")
+_WORD = re.compile(r"""(?:[A-Za-z0-9_@%+:,./=-]+|'[^'\0\x01\x7f]*'|"[^"$`\\\0\x01\x7f]*")+""")
 _NAME = re.compile(r"[A-Za-z0-9_./+-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _BLANKS = re.compile(r"[ \t]+")
