@@ -20,6 +20,7 @@ pytestmark = pytest.mark.machine
 
 NETNS = "test-world"
 PUBLIC, PRIVATE, METADATA = "203.0.113.77", "192.168.213.77", "169.254.169.254"
+AZURE = "168.63.129.16"  # looks public, and is the host endpoint of every Azure machine
 HOST_SIDE, NEIGHBOUR = "198.51.100.1", "198.51.100.77"
 PORT = 8099
 ANSWER = "listening"
@@ -39,12 +40,12 @@ def world() -> Iterator[None]:
         ip("link", "add", "wtest0", "type", "veth", "peer", "name", "w0", "netns", NETNS)
         ip("addr", "add", f"{HOST_SIDE}/24", "dev", "wtest0")
         ip("link", "set", "wtest0", "up")
-        for address in (NEIGHBOUR, PUBLIC, PRIVATE, METADATA):
+        for address in (NEIGHBOUR, PUBLIC, PRIVATE, METADATA, AZURE):
             ip("-n", NETNS, "addr", "add", f"{address}/24", "dev", "w0")
         ip("-n", NETNS, "link", "set", "w0", "up")
         ip("-n", NETNS, "link", "set", "lo", "up")
         ip("-n", NETNS, "route", "add", "default", "via", HOST_SIDE)
-        for address in (PUBLIC, PRIVATE, METADATA):
+        for address in (PUBLIC, PRIVATE, METADATA, AZURE):
             ip("route", "add", f"{address}/32", "via", NEIGHBOUR)
         script = textwrap.dedent(f"""
             import socket
@@ -58,7 +59,7 @@ def world() -> Iterator[None]:
             subprocess.Popen([*command, "python3", "-c", script], start_new_session=True)
             for command in (["ip", "netns", "exec", NETNS], [])
         ]
-        for address in (PUBLIC, PRIVATE, METADATA, HOST_SIDE, NEIGHBOUR):
+        for address in (PUBLIC, PRIVATE, METADATA, AZURE, HOST_SIDE, NEIGHBOUR):
             wait_until(lambda address=address: from_host(address), what=f"{address} answers")  # type: ignore[misc]
         yield
     finally:
@@ -128,7 +129,7 @@ def without_rules(server: RealServer, slots: list[str]) -> Iterator[None]:
             nft(netns, f"delete table inet {name}\n{rules}")
 
 
-@pytest.mark.parametrize("address", [PRIVATE, METADATA, HOST_SIDE, NEIGHBOUR])
+@pytest.mark.parametrize("address", [PRIVATE, METADATA, AZURE, HOST_SIDE, NEIGHBOUR])
 def test_private_metadata_and_host_are_out_of_reach_by_rule_alone(
     server: RealServer, box: str, world: None, address: str
 ) -> None:

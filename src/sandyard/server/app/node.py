@@ -89,7 +89,12 @@ async def open_node(
             images.use(slug, make_fake_image(images))
     else:
         allow = [str(one) for one in settings.node.allow]
-        network, disks = Slots(await identity_of(settings), allow=allow), Ext4Disks()
+        network = Slots(
+            await identity_of(settings),
+            allow=allow,
+            resolvers=[str(one) for one in settings.node.dns],
+        )
+        disks = Ext4Disks()
         exports = NfsExports(
             settings.home,
             network=network,

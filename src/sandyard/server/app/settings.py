@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyAddress,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -228,6 +236,12 @@ class NodeSettings(Section):
     )
     allow: tuple[IPv4Network, ...] = Field(
         (), description="Private networks that sandboxes may reach all the same."
+    )
+    dns: tuple[IPvAnyAddress, ...] = Field(
+        (),
+        description="DNS servers that answer sandboxes' queries; default: the host's own. With "
+        "those, names that only the host's network knows resolve in sandboxes as well, though what "
+        "they lead to stays out of reach; name public servers to keep such names private.",
     )
     probe_s: float = Field(
         20,

@@ -1,14 +1,22 @@
 """DNS for sandboxes: a forwarder in each slot that asks the host's own resolvers.
 
-The sockets stand inside the slot, so nothing of the host's is reachable from there; the questions
-go out from the host, so that also a resolver on the host's 127.0.0.53 can be used.
+The sockets are inside the slot, so nothing of the host's is reachable from there. Queries leave
+from the host, so a resolver on the host's 127.0.0.53 can be used, and names that only the host's
+resolvers know resolve in sandboxes too.
+
+A guest is hostile: the forwarder passes on plain queries with one question and answers everything
+else itself (RFC 1035, 4.1; RFC 6891 for the one additional record). Each slot has a token bucket;
+while it is empty the forwarder reads nothing, so a flood is dropped by the kernel and costs the
+server's event loop no more than the permitted rate.
 """
 
 import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sandyard.server.drivers.namespaces import in_namespace
@@ -17,33 +25,170 @@ from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
 
+QUERIES_PER_S, QUERIES_BURST = 100, 300
 _ANSWER_LIMIT_S = 4.0
 _AT_ONCE = 24
-_MESSAGE_MAX = 65535
+_TCP_AT_ONCE = 8
 _TCP_IDLE_S = 10.0
 _PAUSE_S = 0.2
+_BUFFER = 64 * 1024
+_QUESTION_MAX = 1024  # a name has 255 bytes at most, the options of EDNS a few dozen
+_MESSAGE_MAX = 65535
+_UDP_MIN, _UDP_MAX = 512, 4096
+_PORT = 53
+_HEAD = struct.Struct(">HHHHHH")
+_IS_ANSWER, _IS_TRUNCATED, _WANTS_RECURSION = 0x8000, 0x0200, 0x0100
+_OPCODE = 0x7800
+_FORMERR, _SERVFAIL, _NOTIMP, _REFUSED = 1, 2, 4, 5
+_LABEL_MAX, _NAME_MAX = 63, 255
+_OPT = 41
+# Transfers (RFC 5936, RFC 1995), the mailbox types that RFC 1035 retired with them, and the types
+# of a transaction's own records (TKEY, TSIG): queries for them are not lookups of a name.
+_REFUSED_TYPES = frozenset({249, 250, 251, 252, 253, 254})
 
 
-def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[str]:
-    """Return the addresses of the host's resolvers."""
+Resolver = tuple[str, int]
+"""The address and port of a DNS server."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query that may be passed on."""
+
+    question: bytes
+    """The question section: name, type and class."""
+    udp_size: int
+    """How many bytes the client takes in one datagram."""
+
+
+class BadQueryError(Exception):
+    """A message that is not passed on; `rcode` says why (RFC 1035, 4.1.1)."""
+
+    def __init__(self, rcode: int) -> None:
+        super().__init__(f"refused with rcode {rcode}")
+        self.rcode = rcode
+
+
+def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[Resolver]:
+    """Return the host's resolvers."""
     with contextlib.suppress(OSError):
         return [
-            words[1]
+            (words[1], _PORT)
             for line in path.read_text().splitlines()
             if len(words := line.split()) >= 2 and words[0] == "nameserver"
         ]
     return []
 
 
-async def forward_dns(netns: str, resolvers: Callable[[], list[str]]) -> None:
-    """Answer the questions of one slot until cancelled.
+def parse(message: bytes) -> Query:
+    """Return what a query asks for.
 
     Raises:
-        InternalError: the slot is not there or its port is taken.
+        BadQueryError: it is not one question of an ordinary query, or is malformed.
+    """
+    if not _HEAD.size < len(message) <= _QUESTION_MAX:
+        raise BadQueryError(_FORMERR)
+    _, flags, questions, answers, authorities, additional = _HEAD.unpack_from(message)
+    if flags & _IS_ANSWER:
+        raise BadQueryError(_FORMERR)
+    if flags & _OPCODE:
+        raise BadQueryError(_NOTIMP)
+    if questions != 1 or answers or authorities or additional > 1:
+        raise BadQueryError(_FORMERR)
+    end = _end_of_name(message, _HEAD.size) + 4
+    if end > len(message):
+        raise BadQueryError(_FORMERR)
+    (kind,) = struct.unpack_from(">H", message, end - 4)
+    if kind in _REFUSED_TYPES:
+        raise BadQueryError(_REFUSED)
+    question = message[_HEAD.size : end]
+    if not additional:
+        if end != len(message):
+            raise BadQueryError(_FORMERR)
+        return Query(question, _UDP_MIN)
+    return Query(question, _udp_size(message[end:]))
+
+
+def _udp_size(record: bytes) -> int:
+    """Return the size that the OPT record of a query tells, which must be all that follows."""
+    if len(record) < 11 or record[0]:
+        raise BadQueryError(_FORMERR)
+    kind, size, _, length = struct.unpack_from(">HHIH", record, 1)
+    if kind != _OPT or len(record) != 11 + length:
+        raise BadQueryError(_FORMERR)
+    return max(_UDP_MIN, min(size, _UDP_MAX))
+
+
+def _end_of_name(message: bytes, at: int) -> int:
+    """Return the offset after an uncompressed name: a question has nothing to point back to."""
+    start = at
+    while at < len(message):
+        length = message[at]
+        at += 1 + length
+        if length > _LABEL_MAX or at - start > _NAME_MAX:
+            break
+        if not length:
+            return at
+    raise BadQueryError(_FORMERR)
+
+
+def refusal(message: bytes, rcode: int) -> bytes:
+    """Return an answer without records to a message of at least a header."""
+    number, flags, *_ = _HEAD.unpack_from(message)
+    kept = flags & (_OPCODE | _WANTS_RECURSION)
+    return _HEAD.pack(number, _IS_ANSWER | kept | rcode, 0, 0, 0, 0)
+
+
+def is_answer_to(answer: bytes, message: bytes, query: Query) -> bool:
+    """Tell whether a resolver's message answers this query: same id, same question."""
+    head = _HEAD.size
+    return (
+        len(answer) >= head
+        and answer[:2] == message[:2]
+        and bool(answer[2] & 0x80)
+        and answer[head : head + len(query.question)].lower() == query.question.lower()
+    )
+
+
+def fitted(answer: bytes, query: Query) -> bytes:
+    """Return an answer as one datagram that the client takes: cut, and marked so, if it is larger.
+
+    A client repeats a truncated answer's query over TCP.
+    """
+    if len(answer) <= query.udp_size:
+        return answer
+    number, flags, *_ = _HEAD.unpack_from(answer)
+    return _HEAD.pack(number, flags | _IS_TRUNCATED, 1, 0, 0, 0) + query.question
+
+
+class TokenBucket:
+    """Lets `rate` queries a second through, and `burst` at once after a quiet time."""
+
+    def __init__(self, rate: float, burst: int, now: Callable[[], float]) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._now = now
+        self._tokens = float(burst)
+        self._at = now()
+
+    def delay(self) -> float:
+        """Take one token, and return the seconds until the caller may go on."""
+        now = self._now()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate) - 1
+        self._at = now
+        return max(0.0, -self._tokens / self._rate)
+
+
+async def forward_dns(netns: str, resolvers: Callable[[], Sequence[Resolver]]) -> None:
+    """Answer the queries of one slot until cancelled.
+
+    Raises:
+        InternalError: the slot does not exist or its port is taken.
     """
 
     def listen() -> tuple[socket.socket, socket.socket]:
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
         udp.bind((GATEWAY_IP, 53))
         tcp = socket.create_server((GATEWAY_IP, 53), backlog=16)
         tcp.setblocking(False)
@@ -51,93 +196,145 @@ async def forward_dns(netns: str, resolvers: Callable[[], list[str]]) -> None:
 
     udp, tcp = await in_thread(in_namespace, netns, listen)
     with udp, tcp:
-        forwarder = _Forwarder(resolvers)
+        forwarder = Forwarder(resolvers)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(forwarder.serve_udp(udp))
             tasks.create_task(forwarder.serve_tcp(tcp))
 
 
-class _Forwarder:
-    def __init__(self, resolvers: Callable[[], list[str]]) -> None:
+class Forwarder:
+    """Serves one slot's sockets; see the top of this file for what it passes on."""
+
+    def __init__(self, resolvers: Callable[[], Sequence[Resolver]]) -> None:
         self._resolvers = resolvers
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._queries = asyncio.Semaphore(_AT_ONCE)
+        self._connections = asyncio.Semaphore(_TCP_AT_ONCE)
+        self._bucket = TokenBucket(QUERIES_PER_S, QUERIES_BURST, asyncio.get_running_loop().time)
 
     async def serve_udp(self, udp: socket.socket) -> None:
+        """Answer datagrams until cancelled."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             while True:
+                await self._queries.acquire()
                 try:
-                    question, client = await loop.sock_recvfrom(udp, _MESSAGE_MAX)
+                    message, client = await loop.sock_recvfrom(udp, _QUESTION_MAX + 1)
+                    await asyncio.sleep(self._bucket.delay())
                 except OSError:
+                    self._queries.release()
                     await asyncio.sleep(_PAUSE_S)
                     continue
-                await self._slots.acquire()
-                tasks.create_task(self._answer_udp(udp, question, client))
+                tasks.create_task(self._answer_udp(udp, message, client))
 
     async def _answer_udp(
-        self, udp: socket.socket, question: bytes, client: tuple[str, int]
+        self, udp: socket.socket, message: bytes, client: tuple[str, int]
     ) -> None:
         try:
-            for resolver in self._resolvers():
-                with contextlib.suppress(OSError, TimeoutError):
-                    answer = await _ask(resolver, question)
-                    await asyncio.get_running_loop().sock_sendto(udp, answer, client)
-                    return
+            answer = await self._answer(message, _ask_udp)
+            if answer is not None:
+                await asyncio.get_running_loop().sock_sendto(udp, answer, client)
         except OSError:
-            log.debug("a question of a sandbox could not be answered", exc_info=True)
+            log.debug("a sandbox's query could not be answered", exc_info=True)
         finally:
-            self._slots.release()
+            self._queries.release()
 
     async def serve_tcp(self, tcp: socket.socket) -> None:
+        """Answer connections until cancelled."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             while True:
+                await self._connections.acquire()
                 try:
                     client, _ = await loop.sock_accept(tcp)
-                except OSError:  # out of descriptors, say: not for ever
+                except OSError:  # out of descriptors, for example
+                    self._connections.release()
                     await asyncio.sleep(_PAUSE_S)
                     continue
-                await self._slots.acquire()
-                tasks.create_task(self._relay_tcp(client))
+                tasks.create_task(self._serve_connection(client))
 
-    async def _relay_tcp(self, client: socket.socket) -> None:
+    async def _serve_connection(self, client: socket.socket) -> None:
         try:
-            with client:
-                for resolver in self._resolvers():
-                    with contextlib.suppress(OSError, TimeoutError):
-                        async with asyncio.timeout(_TCP_IDLE_S):
-                            await _relay(client, resolver)
+            with client, contextlib.suppress(OSError, TimeoutError, EOFError):
+                while True:
+                    async with asyncio.timeout(_TCP_IDLE_S):
+                        message = await _receive(client, _QUESTION_MAX)
+                    await asyncio.sleep(self._bucket.delay())
+                    answer = await self._answer(message, _ask_tcp)
+                    if answer is None:
                         return
+                    async with asyncio.timeout(_TCP_IDLE_S):
+                        await _send(client, answer)
         finally:
-            self._slots.release()
+            self._connections.release()
+
+    async def _answer(self, message: bytes, ask: "_Ask") -> bytes | None:
+        """Return the answer to a message; None for one that is too short to have a header."""
+        if len(message) < _HEAD.size:
+            return None
+        try:
+            query = parse(message)
+        except BadQueryError as error:
+            # To answer an answer could begin an endless exchange.
+            return None if message[2] & 0x80 else refusal(message, error.rcode)
+        for resolver in self._resolvers():
+            with contextlib.suppress(OSError, TimeoutError, EOFError):
+                async with asyncio.timeout(_ANSWER_LIMIT_S):
+                    return await ask(resolver, message, query)
+        return refusal(message, _SERVFAIL)
 
 
-async def _ask(resolver: str, question: bytes) -> bytes:
+_Ask = Callable[[Resolver, bytes, Query], Awaitable[bytes]]
+
+
+def _socket_for(resolver: Resolver, kind: socket.SocketKind) -> socket.socket:
+    family = socket.AF_INET6 if ":" in resolver[0] else socket.AF_INET
+    return socket.socket(family, kind | socket.SOCK_NONBLOCK)
+
+
+async def _ask_udp(resolver: Resolver, message: bytes, query: Query) -> bytes:
     loop = asyncio.get_running_loop()
-    family = socket.AF_INET6 if ":" in resolver else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as upstream:
-        await loop.sock_connect(upstream, (resolver, 53))
-        await loop.sock_sendall(upstream, question)
-        async with asyncio.timeout(_ANSWER_LIMIT_S):
-            while True:
-                answer = await loop.sock_recv(upstream, _MESSAGE_MAX)
-                if answer[:2] == question[:2]:
-                    return answer
+    with _socket_for(resolver, socket.SOCK_DGRAM) as upstream:
+        await loop.sock_connect(upstream, resolver)
+        await loop.sock_sendall(upstream, message)
+        while True:
+            answer = await loop.sock_recv(upstream, _MESSAGE_MAX)
+            if is_answer_to(answer, message, query):
+                return fitted(answer, query)
 
 
-async def _relay(client: socket.socket, resolver: str) -> None:
+async def _ask_tcp(resolver: Resolver, message: bytes, query: Query) -> bytes:
+    with _socket_for(resolver, socket.SOCK_STREAM) as upstream:
+        await asyncio.get_running_loop().sock_connect(upstream, resolver)
+        await _send(upstream, message)
+        answer = await _receive(upstream, _MESSAGE_MAX)
+        if not is_answer_to(answer, message, query):
+            raise EOFError("the resolver answered something else")
+        return answer
+
+
+async def _send(connection: socket.socket, message: bytes) -> None:
+    framed = struct.pack(">H", len(message)) + message
+    await asyncio.get_running_loop().sock_sendall(connection, framed)
+
+
+async def _receive(connection: socket.socket, limit: int) -> bytes:
+    """Return the next message of a connection (RFC 1035, 4.2.2).
+
+    Raises:
+        EOFError: the connection ended, or the message is longer than `limit`.
+    """
+    (length,) = struct.unpack(">H", await _exactly(connection, 2))
+    if length > limit:
+        raise EOFError("the message is too long")
+    return await _exactly(connection, length)
+
+
+async def _exactly(connection: socket.socket, length: int) -> bytes:
     loop = asyncio.get_running_loop()
-    family = socket.AF_INET6 if ":" in resolver else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as upstream:
-        await loop.sock_connect(upstream, (resolver, 53))
-
-        async def copy(source: socket.socket, sink: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                while data := await loop.sock_recv(source, _MESSAGE_MAX):
-                    await loop.sock_sendall(sink, data)
-            with contextlib.suppress(OSError):
-                sink.shutdown(socket.SHUT_WR)
-
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(copy(client, upstream))
-            tasks.create_task(copy(upstream, client))
+    found = bytearray()
+    while len(found) < length:
+        more = await loop.sock_recv(connection, length - len(found))
+        if not more:
+            raise EOFError("the connection ended")
+        found += more
+    return bytes(found)

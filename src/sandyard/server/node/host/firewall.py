@@ -1,9 +1,9 @@
 """The rules: what a sandbox may reach. Written as nftables, loaded whole or not at all.
 
 A sandbox reaches the internet and the node's DNS, and nothing else: no other sandbox, not the
-host, no private or link-local address, none that is the host's neighbour. The slot's own table
-enforces that where the packets come out of the machine; the host's table says it again where slots
-meet, for it must hold even if a slot's rules were wrong.
+host, no private or link-local address, no metadata service of a cloud, none that is the host's
+neighbour. The slot's own table enforces that where the packets come out of the machine; the host's
+table says it again where slots meet, for it must hold even if a slot's rules were wrong.
 
 Tables of the host's kernel (neighbours, connections) are shared by all namespaces. So what is not
 the guest's own address, or of a protocol that nobody needs, is dropped at the tap, before any of
@@ -22,6 +22,13 @@ _PRIVATE = (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
     "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
 )  # fmt: skip
+# Clouds answer their own virtual machines at addresses that look public too: Azure's host endpoint
+# (its WireServer and DNS). The others' are in the ranges above: 169.254.169.254 and its neighbours
+# (AWS, Google, Azure, Oracle, DigitalOcean), 169.254.170.2 and .23 (AWS containers), 169.254.0.23
+# (Tencent), 100.100.100.200 (Alibaba), 192.0.0.192 (Oracle Classic). Those by IPv6
+# (fd00:ec2::254, fd20:ce::254, fd00:c1::a9fe:a9fe) cannot be reached: a slot has no IPv6.
+_CLOUDS = ("168.63.129.16",)
+_UNREACHABLE = _PRIVATE + _CLOUDS
 
 
 def guard_rules(*, tap: str, mac: str) -> str:
@@ -85,7 +92,7 @@ table inet sandyard {{
     # What it sends is redirected to one place alone: to its organization's file server.
     iifname "{tap}" oifname "{uplink}" tcp dport {NFS_PORT} ct status dnat accept
     {_accept(allow, f'iifname "{tap}" oifname "{uplink}"')}
-    iifname "{tap}" ip daddr {{ {", ".join(_PRIVATE)} }} reject with icmp type admin-prohibited
+    iifname "{tap}" ip daddr {{ {", ".join(_UNREACHABLE)} }} reject with icmp type admin-prohibited
     iifname "{tap}" oifname "{uplink}" ct state new accept
     iifname "{uplink}" ct status dnat accept
   }}
@@ -183,7 +190,7 @@ table inet {table} {{
     meta nfproto ipv6 drop
     ct state established,related accept
     {_accept(allow, "")}
-    ip daddr {{ {", ".join(_PRIVATE)} }} drop
+    ip daddr {{ {", ".join(_UNREACHABLE)} }} drop
     ip daddr @neighbours drop
   }}
   chain to_slots {{

@@ -21,7 +21,7 @@ from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.namespaces import in_namespace, path_of, socket_in
 from sandyard.server.drivers.processes import kill_all_of, uids_at_work
 from sandyard.server.node.commands import run
-from sandyard.server.node.host.dns import forward_dns, host_resolvers
+from sandyard.server.node.host.dns import Resolver, forward_dns, host_resolvers
 from sandyard.server.node.host.firewall import (
     GATEWAY_IP,
     GUEST_IP,
@@ -106,7 +106,10 @@ class Network(Protocol):
 class Slots:
     """See Network: the real thing."""
 
-    def __init__(self, identity: Identity, *, allow: Sequence[str] = ()) -> None:
+    def __init__(
+        self, identity: Identity, *, allow: Sequence[str] = (), resolvers: Sequence[str] = ()
+    ) -> None:
+        """Prepare slots whose queries go to `resolvers`, by default to the host's own."""
         self._identity = identity
         self._allow = tuple(allow)
         self._used: set[int] = set()
@@ -116,7 +119,10 @@ class Slots:
         self._crew: Crew | None = None
         self._neighbours: tuple[str, ...] = ()
         self._shares: dict[int, str] = {}
-        self._resolvers: Callable[[], list[str]] = host_resolvers
+        chosen = [(one, 53) for one in resolvers]
+        self._resolvers: Callable[[], Sequence[Resolver]] = (
+            (lambda: chosen) if chosen else host_resolvers
+        )
 
     async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
         """See Network.open."""
