@@ -3,12 +3,14 @@
 import asyncio
 import inspect
 import io
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -470,6 +472,92 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path: Path) -> None:
     assert found == []
     assert sorted(one.name for one in tmp_path.iterdir()) == ["a"]
     assert os.listdir(tmp_path / "a/b") == ["target"]
+
+
+def header(kind: bytes, size: int, name: str = "x") -> bytes:
+    """Return a header alone, which says that so many bytes follow."""
+    found = member(name, kind=kind)
+    found.size = size
+    return found.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(content: bytes) -> bytes:
+    return content + b"\0" * (-len(content) % 512)
+
+
+def pax(**records: str) -> bytes:
+    lines = b""
+    for key, value in records.items():
+        line = f" {key.replace('__', '.')}={value}\n".encode()
+        length = len(line) + len(str(len(line) + 3))
+        lines += str(length).encode() + line
+    return header(tarfile.XHDTYPE, len(lines)) + padded(lines)
+
+
+LONG_NAME = header(tarfile.GNUTYPE_LONGNAME, 5) + padded(b"name\0")
+MAP_OF_HOLES = pax(GNU__sparse__major="1", GNU__sparse__minor="0", GNU__sparse__name="f")
+HOSTILE = {
+    "a pax header of 8 GiB": itertools.chain(
+        [header(tarfile.XHDTYPE, 8 << 30)], itertools.repeat(bytes(1 << 20), 8192)
+    ),
+    "a name of 1 GiB": itertools.chain(
+        [header(tarfile.GNUTYPE_LONGNAME, 1 << 30)], itertools.repeat(bytes(1 << 20), 1024)
+    ),
+    "3000 names, one behind the other": iter([LONG_NAME * 3000]),
+    "3000 pax headers": iter([pax(a="b") * 3000]),
+    "a map of holes without end": itertools.chain(
+        [MAP_OF_HOLES, header(tarfile.REGTYPE, 8 << 30), b"9" * 18 + b"\n"],
+        itertools.repeat(b"1\n" * 4096, 100_000),
+    ),
+    "an old map of holes": iter([header(tarfile.GNUTYPE_SPARSE, 512) + bytes(1024)]),
+    "a file larger than the disk": iter([header(tarfile.REGTYPE, 1 << 50) + bytes(1024)]),
+    "folders without bottom": iter([header(tarfile.DIRTYPE, 0, "d/" * 45) * 1, *(
+        pax(path="d/" * n + "d") + header(tarfile.DIRTYPE, 0) for n in (100, 255, 256)
+    )]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_an_archive_takes_neither_memory_nor_disk_without_bound(what: str, tmp_path: Path) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(TransferError, match="cannot copy it here"):
+            archives.unpack(HOSTILE[what], tmp_path / "to", "it")
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 32 << 20
+    assert sum(one.lstat().st_size for one in tmp_path.rglob("*") if one.is_file()) == 0
+
+
+def test_an_archive_of_many_entries_does_not_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files(count: int) -> Iterator[bytes]:
+        for number in range(count):
+            yield header(tarfile.REGTYPE, 0, f"{number % 10}")
+        yield bytes(1024)
+
+    monkeypatch.setattr(archives, "_ENTRIES_MAX", 2000)
+    archives.unpack(files(2000), tmp_path, "it")
+    with pytest.raises(TransferError, match="more than 2000"):
+        archives.unpack(files(2001), tmp_path, "it")
+    monkeypatch.setattr(archives, "_NAMES_MAX", 100)
+    with pytest.raises(TransferError, match="names"):
+        archives.unpack(files(101), tmp_path, "it")
+
+
+def test_a_long_name_with_attributes_is_unpacked(tmp_path: Path) -> None:
+    name = "/".join(["d" * 100] * 20) + "/ü\udcff"
+    for format_ in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        written = io.BytesIO()
+        with tarfile.open(fileobj=written, mode="w", format=format_) as archive:
+            found = member(name)
+            found.size, found.pax_headers = 3, {"SCHILY.xattr.user.note": "n" * 60_000}
+            found.mtime = 1.5
+            archive.addfile(found, io.BytesIO(b"all"))
+        archives.unpack(iter([written.getvalue()]), tmp_path / str(format_), "it")
+        assert (tmp_path / str(format_) / name).read_bytes() == b"all"
 
 
 def test_an_archive_goes_through_no_link_and_takes_the_place_of_one(tmp_path: Path) -> None:

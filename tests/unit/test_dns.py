@@ -110,7 +110,7 @@ async def forwarding(answer: Answer) -> AsyncIterator[tuple[tuple[str, int], lis
 
     class Resolver(asyncio.DatagramProtocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            self.transport = cast(asyncio.DatagramTransport, transport)
+            self.transport = cast("asyncio.DatagramTransport", transport)
 
         def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
             asked.append(data)

@@ -4,34 +4,117 @@ without trust."""
 import itertools
 import os
 import secrets
+import shutil
 import stat
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from sandyard.client.errors import TransferError
 
 PIECE = 1024 * 1024
 _PATH_MAX = 4096  # linux/limits.h
+_DEPTH_MAX = 256
+_ENTRIES_MAX = 1_000_000
+_NAMES_MAX = 256 * 1024 * 1024
+_HEADER_MAX = 128 * 1024
+_HEADERS_MAX = 4  # before one entry: a pax header, a long name and a long link at most
+_EXTENDED = frozenset({
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+})  # fmt: skip
 Progress = Callable[[int], object]
 
 
 def unpack(pieces: Iterator[bytes], target: Path, what: str) -> None:
     """Write an archive to a folder here, and nothing outside of it, whatever is in the archive.
 
+    Memory does not grow with what the archive says: extended headers, entries, depth and the sum
+    of all sizes are bounded, the sum by the free space of the target's disk.
+
     Raises:
         TransferError: not all of it may be, or can be, written here.
         OSError: it cannot be written here.
     """
     target.mkdir(parents=True, exist_ok=True)
+    bounds = _Bounds(shutil.disk_usage(target).free)
     try:
-        with tarfile.open(fileobj=_Pieces(pieces), mode="r|") as archive:  # type: ignore[call-overload]
-            archive.extractall(target, filter=_inside)  # noqa: S202  # stricter than "data"
-    except tarfile.TarError as error:
+        with tarfile.open(  # type: ignore[call-overload]
+            fileobj=_Pieces(pieces), mode="r|", tarinfo=bounds.header_class()
+        ) as archive:
+            archive.extractall(target, _entries(archive), filter=bounds.checked)  # noqa: S202
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
         raise TransferError(f"cannot copy {what} here: {error}") from error
+
+
+def _entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the entries of an archive, which does not keep those that have been read."""
+    while (entry := archive.next()) is not None:
+        yield entry
+        archive.members.clear()  # type: ignore[attr-defined]
+
+
+class _Bounds:
+    """What one archive may have in all, and has had so far."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self._free = free_bytes
+        self._bytes = 0
+        self._names = 0
+        self._entries = 0
+        self._headers = 0
+
+    def header_class(self) -> type[tarfile.TarInfo]:
+        """Return the class that reads headers, and refuses what would take memory without bound.
+
+        tarfile reads the whole of an extended header at once, and calls itself for each that
+        follows another; a map of holes it reads as long as there are more.
+        """
+        seen = self._seen
+
+        class Header(tarfile.TarInfo):
+            @classmethod
+            def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+                found = super().frombuf(buf, encoding, errors)
+                seen(found)
+                return found
+
+            def _proc_gnusparse_10(self, *_: object) -> None:
+                raise tarfile.ReadError("the archive has files with maps of holes")
+
+        return Header
+
+    def _seen(self, header: tarfile.TarInfo) -> None:
+        if header.type in _EXTENDED:
+            self._headers += 1
+            if header.size > _HEADER_MAX or self._headers > _HEADERS_MAX:
+                raise tarfile.ReadError("a name or its attributes are too long")
+            return
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("the archive has files with maps of holes")
+        self._headers = 0
+        self._entries += 1
+        if self._entries > _ENTRIES_MAX:
+            raise tarfile.ReadError(f"it has more than {_ENTRIES_MAX} files and folders")
+
+    def checked(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+        """Let an entry through if it is harmless and within bounds; see `_inside`."""
+        found = _inside(member, folder)
+        found.pax_headers = {}  # folders are kept until the end
+        self._names += len(found.name) + len(found.linkname)
+        self._bytes += found.size if found.isreg() else 0
+        if found.name.count("/") >= _DEPTH_MAX:
+            raise tarfile.FilterError(f"its folders are nested more than {_DEPTH_MAX} deep")
+        if self._names > _NAMES_MAX:
+            raise tarfile.FilterError("its names are too long in all")
+        if self._bytes > self._free:
+            raise tarfile.FilterError(
+                f"it is larger than the {self._free // 2**20} MiB that are free here"
+            )
+        return found
 
 
 def _inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

@@ -116,7 +116,7 @@ def _udp_size(record: bytes) -> int:
     kind, size, _, length = struct.unpack_from(">HHIH", record, 1)
     if kind != _OPT or len(record) != 11 + length:
         raise BadQueryError(_FORMERR)
-    return max(_UDP_MIN, min(size, _UDP_MAX))
+    return int(max(_UDP_MIN, min(size, _UDP_MAX)))
 
 
 def _end_of_name(message: bytes, at: int) -> int:
