@@ -866,8 +866,16 @@ async def test_a_snapshot_is_held_while_it_is_made(store: Store) -> None:
         assert await tx.snapshots.complete(shot.id, size_bytes=7)
         found = await tx.snapshots.find(ORG, shot.id) or shot
         assert (found.is_made(NOW), found.size_bytes, found.held_until) == (False, 7, None)
-        assert await tx.snapshots.remove(shot.id)
+        assert await tx.snapshots.remove(shot.id, at=NOW)
         assert not await tx.snapshots.extend(shot.id, held_until=until)
+        assert not await tx.snapshots.remove(shot.id, at=NOW)
+    async with store.write(Turn.ALONE) as tx:
+        assert await tx.snapshots.removed("n") == {shot.id: NOW}
+        assert await tx.snapshots.removed("m") == {}
+        await tx.snapshots.forget([new_uuid()])
+        assert await tx.snapshots.removed("n") == {shot.id: NOW}
+        await tx.snapshots.forget([shot.id])
+        assert await tx.snapshots.removed("n") == {}
 
 
 async def test_a_keyed_request_can_be_forgotten(store: Store) -> None:

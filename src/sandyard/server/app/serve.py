@@ -271,10 +271,11 @@ async def _delete_all(house: House) -> int:
         await asyncio.sleep(0.05)
     async with house.store.read() as tx:
         snapshots = await tx.snapshots.on_node(house.node.node_id)
+    now = SystemClock().now()
     for one in snapshots:
         async with house.store.write(one.org_id) as tx:
-            await tx.snapshots.remove(one.id)
-            await tx.storage.close("snapshot", one.id, SystemClock().now())
+            await tx.snapshots.remove(one.id, at=now)
+            await tx.storage.close("snapshot", one.id, now)
     # Machines and snapshots that the store knows nothing of: it was lost or replaced.
     for fact in (await house.node.report()).machines:
         await house.node.ensure_gone(fact.sandbox_id, incarnation=fact.incarnation)

@@ -664,8 +664,20 @@ class SnapshotRows(Protocol):
         """Note that a snapshot is whole; False if it was removed meanwhile."""
         ...
 
-    async def remove(self, snapshot_id: str) -> bool:
-        """Remove a snapshot; False if it is not there."""
+    async def remove(self, snapshot_id: str, *, at: datetime) -> bool:
+        """Remove a snapshot, and remember that it was; False if it does not exist."""
+        ...
+
+    async def removed(self, node_id: str) -> Mapping[str, datetime]:
+        """Return which of a node's snapshots were removed, and when.
+
+        Only these may be deleted there: a snapshot that is not in the database at all may be
+        newer than the backup that the database was restored from.
+        """
+        ...
+
+    async def forget(self, snapshot_ids: Collection[str]) -> None:
+        """Forget that these were removed: nothing of them is left."""
         ...
 
     async def on_node(self, node_id: str) -> list[Snapshot]:

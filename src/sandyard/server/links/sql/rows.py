@@ -510,13 +510,33 @@ class SnapshotTable:
         )
         return done.rowcount > 0
 
-    async def remove(self, snapshot_id: str) -> bool:
+    async def remove(self, snapshot_id: str, *, at: datetime) -> bool:
         """See core.contracts.store.SnapshotRows.remove."""
         c = t.snapshots.c
         done = await self._connection.execute(
-            delete(t.snapshots).where(c.id == snapshot_id).returning(c.id)
+            delete(t.snapshots).where(c.id == snapshot_id).returning(c.id, c.node_id)
         )
-        return done.first() is not None
+        found = done.first()
+        if found is None:
+            return False
+        await self._connection.execute(
+            insert(t.removed_snapshots).values(id=found.id, node_id=found.node_id, removed_at=at)
+        )
+        return True
+
+    async def removed(self, node_id: str) -> Mapping[str, datetime]:
+        """See core.contracts.store.SnapshotRows.removed."""
+        c = t.removed_snapshots.c
+        found = await self._connection.execute(
+            select(c.id, c.removed_at).where(c.node_id == node_id)
+        )
+        return {row.id: row.removed_at for row in found}
+
+    async def forget(self, snapshot_ids: Collection[str]) -> None:
+        """See core.contracts.store.SnapshotRows.forget."""
+        await self._connection.execute(
+            delete(t.removed_snapshots).where(t.removed_snapshots.c.id.in_(snapshot_ids))
+        )
 
     async def on_node(self, node_id: str) -> list[Snapshot]:
         """See core.contracts.store.SnapshotRows.on_node."""

@@ -346,6 +346,16 @@ snapshots = Table(
     ),
 )
 
+# Snapshots that were removed, until their node has none of their files any more.
+removed_snapshots = Table(
+    "removed_snapshots",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("node_id", Text, nullable=False),
+    Column("removed_at", Moment, nullable=False),
+    Index("ix_removed_snapshots_node", "node_id"),
+)
+
 # Requests that carried an Idempotency-Key, with a digest of what they asked and what they made.
 keyed_requests = Table(
     "keyed_requests",

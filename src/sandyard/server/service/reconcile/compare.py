@@ -1,7 +1,11 @@
-"""Compares what one node holds with what the store says of it, and mends the difference.
+"""Compares what one node holds with what the store says of it, and repairs the difference.
 
 Everything that is remembered from look to look is about this one node: a machine is removed, and a
 sandbox said to have vanished, only when two looks in a row have found it so.
+
+Nothing is deleted because the database does not know it: a database that was restored from a backup
+knows nothing of what was made since. A machine is removed if its row says so, and is no older than
+what the node was shown; a snapshot's files if the database remembers that it was removed.
 """
 
 import logging
@@ -18,7 +22,7 @@ from sandyard.server.core.contracts.node import (
     NodeReport,
     Phase,
 )
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.core.records import Claim, Mark, Reason, Sandbox, Snapshot, Standing
 from sandyard.server.core.states import Event, Status
@@ -55,6 +59,8 @@ _WHOLE_S = 300.0
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _AWAY = timedelta(seconds=10)
 _UNWANTED_MAX, _LOOKED_UP_MAX = 100, 1000
+_FILES_LATE = timedelta(hours=1)
+"""How long after a snapshot's removal a node may still finish writing it."""
 _BEHIND_MAX = 1_000_000
 _NUMBER_MAX = 2**30
 """Beyond it no row's numbers are believed to have come; the database has room for twice as much."""
@@ -123,6 +129,7 @@ class Comparison:
         self._vanished: set[str] = set()
         self._reboots: dict[str, list[datetime]] = {}
         self._unwanted_snapshots: set[str] = set()
+        self._unknown: dict[str, set[str]] = {}
 
     async def look(self, mark: Mark | None = None) -> None:
         """Ask the node, and mend what differs; one that does not answer is dealt with as silent.
@@ -436,6 +443,7 @@ class Comparison:
         self, machines: tuple[MachineFact, ...], known: Mapping[str, Standing]
     ) -> None:
         found: dict[str, int] = {}
+        unknown: set[str] = set()
         looked_up = 0
         for fact in machines:
             # Of an honest node, the rest has its turn later.
@@ -447,9 +455,11 @@ class Comparison:
                 looked_up += 1
                 async with self._store.glance() as tx:
                     sandbox = await tx.sandboxes.find(fact.sandbox_id)
-            is_elsewhere = sandbox is not None and sandbox.node_id != self._node.node_id
-            if sandbox is None or is_elsewhere or sandbox.status in _NOTHING_LEFT:
+            if sandbox is None or sandbox.version < fact.version:
+                unknown.add(fact.sandbox_id)
+            elif sandbox.node_id != self._node.node_id or sandbox.status in _NOTHING_LEFT:
                 found[fact.sandbox_id] = fact.incarnation
+        self._keep_unknown("machine", unknown)
         twice = found.items() & self._unwanted.items()
         self._unwanted = found
         for sandbox_id, incarnation in twice:
@@ -462,6 +472,19 @@ class Comparison:
             )
             self._beside(sandbox_id, self._remove(sandbox_id, incarnation))
 
+    def _keep_unknown(self, what: str, ids: set[str]) -> None:
+        """Log, when there are more of them, what the node has that is newer than the database."""
+        if new := ids - self._unknown.get(what, set()):
+            log.error(
+                "the node %s has %d %ss that are newer than the database, such as %s; keeping them "
+                "(was the database restored from a backup?)",
+                self._node.node_id,
+                len(ids),
+                what,
+                ", ".join(sorted(new)[:3]),
+            )
+        self._unknown[what] = ids
+
     async def _remove(self, sandbox_id: str, incarnation: int) -> None:
         self._removing += 1
         try:
@@ -470,11 +493,12 @@ class Comparison:
             self._removing -= 1
 
     async def _look_after_snapshots(self, report: NodeReport) -> list[Snapshot]:
-        """Remove hidden snapshots whose forks are made, those that were never finished, and files
-        of which the store knows nothing; return all that there were."""
+        """Remove hidden snapshots whose forks are made, those that were never finished, and the
+        files of removed ones; return all that there were."""
         now = self._clock.now()
         async with self._store.read() as tx:
             rows = await tx.snapshots.on_node(self._node.node_id)
+            removed = await tx.snapshots.removed(self._node.node_id)
             done = []
             for one in rows:
                 is_new = now - one.created_at < timedelta(seconds=self._patience.grace_s)
@@ -488,10 +512,15 @@ class Comparison:
                 again = await tx.snapshots.find(one.org_id, one.id)
                 if again != one:  # somebody is at work on it after all
                     continue
-                await tx.snapshots.remove(one.id)
+                await tx.snapshots.remove(one.id, at=now)
                 await tx.storage.close("snapshot", one.id, now)
-        kept = {one.id for one in rows} - {one.id for one in done}
-        unwanted = {one for one in report.snapshots if one not in kept}
+        there = set(report.snapshots)
+        self._keep_unknown("snapshot", there - {one.id for one in rows} - removed.keys())
+        gone = [one for one, at in removed.items() if one not in there and now - at > _FILES_LATE]
+        if gone:
+            async with self._store.write(Turn.ALONE) as tx:
+                await tx.snapshots.forget(gone)
+        unwanted = there & removed.keys()
         twice, self._unwanted_snapshots = unwanted & self._unwanted_snapshots, unwanted
         for snapshot_id in twice:
             try:

@@ -159,7 +159,7 @@ class Snapshots:
                 making = await tx.snapshots.find(actor.org_id, ids[0]) if is_uuid(ids[0]) else None
                 if making is None or not making.is_made(self._clock.now()):
                     if making is not None:
-                        await tx.snapshots.remove(making.id)
+                        await tx.snapshots.remove(making.id, at=self._clock.now())
                     await self._repeats.forget(tx, actor, request, ids)
                     return None
             if not until.left_s:
@@ -233,7 +233,7 @@ class Snapshots:
                     "started from it; ask again once that runs, or delete that",
                     status="in_use",
                 )
-            await tx.snapshots.remove(snapshot.id)
+            await tx.snapshots.remove(snapshot.id, at=self._clock.now())
             await tx.storage.close("snapshot", snapshot.id, self._clock.now())
             await tx.activity.append(self._line(actor, snapshot, "snapshot.deleted"))
         if self._nodes.has(snapshot.node_id):
@@ -431,7 +431,7 @@ class Snapshots:
             except SandyardError:
                 async with self._store.write(snapshot.org_id) as tx:
                     if not await _is_ready(tx, snapshot.org_id, snapshot.id):
-                        await tx.snapshots.remove(snapshot.id)
+                        await tx.snapshots.remove(snapshot.id, at=self._clock.now())
                 raise
 
     async def _hold_on(self, snapshot: Snapshot) -> None:
