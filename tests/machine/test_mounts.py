@@ -8,6 +8,7 @@ import subprocess
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,10 @@ def content(yard: RealServer, work: str, name: str) -> bytes:
     return answer.content
 
 
-def ganesha_of(yard: RealServer) -> int:
-    """Return the process of the one file server that the installation has."""
-    (told,) = yard.home.glob("exports/*/server.json")
+def ganesha_of(yard: RealServer, box: str) -> int:
+    """Return the process of a machine's one file server."""
+    slot = yard.record_of(box)["slot"]
+    (told,) = yard.home.glob(f"exports/{slot}-*/server.json")
     return int(json.loads(told.read_text())["pid"])
 
 
@@ -239,11 +241,14 @@ def test_what_is_read_only_and_what_is_not_granted_stays_so(
     port = said(yard, reader, "grep -o 'port=[0-9]*' /proc/mounts").strip().partition("=")[2]
     attack = NFS.read_text() + textwrap.dedent(
         f"""
-        import sys
+        import time
         def tell(name, work):
             try: print(name, work())
             except (RefusedError, OSError) as error: print(name, "refused", error)
-        def opened(): return socket.create_connection(("{GATEWAY}", {port}), 10)
+        def opened():
+            for _ in range(100):  # its own server it may end; that is restarted
+                try: return socket.create_connection(("{GATEWAY}", {port}), 10)
+                except OSError: time.sleep(0.1)
         own, others = b"{work}", b"{other}"
         client = NfsClient(opened(), b"attacker").introduce()
         handle = client.handle_of(own, b"secret")
@@ -274,8 +279,10 @@ def test_what_is_read_only_and_what_is_not_granted_stays_so(
             tell("shout", lambda: shout(struct.pack(">I", 0x80000000 | size) + os.urandom(size)))
         tell("shout", lambda: shout(struct.pack(">I", 0x7fffffff) + bytes(100_000)))
         flood = [opened() for _ in range(100)]
-        client = NfsClient(opened(), b"attacker again").introduce()
-        tell("after all", lambda: client.read_file(client.handle_of(own, b"secret")))
+        def again():
+            client = NfsClient(opened(), b"attacker again").introduce()
+            return client.read_file(client.handle_of(own, b"secret"))
+        tell("after all", again)
         """
     )
     yard.client.put(
@@ -290,13 +297,10 @@ def test_what_is_read_only_and_what_is_not_granted_stays_so(
         if not one.startswith(("own ", "after all", "again", "export", "above ", "shout")):
             assert "refused" in one, told
         assert "of the second" not in one, told
-    # Another slot reaches no server at all, wherever it looks.
-    (address,) = {
-        one.split("Bind_addr = ")[1].split(";")[0]
-        for one in [next(yard.home.glob("exports/*/conf/ganesha.conf")).read_text()]
-    }
-    for box, there in ((stranger, f"{GATEWAY} {port}"), (stranger, f"{address} 2049"),
-                       (reader, f"{address} 2049"), (reader, f"{GATEWAY} 2049")):  # fmt: skip
+    # Another machine reaches neither this one's server nor any by the addresses of slots.
+    outer = str(yard.get(reader)["ip"])
+    for box, there in ((stranger, f"{GATEWAY} {port}"), (stranger, f"{outer} {port}"),
+                       (owner, f"{GATEWAY} {port}"), (reader, f"{GATEWAY} 2049")):  # fmt: skip
         tried = said(
             yard, box,
             f"timeout 3 bash -c 'exec 3<>/dev/tcp/{there.replace(' ', '/')}' && echo reached",
@@ -306,6 +310,149 @@ def test_what_is_read_only_and_what_is_not_granted_stays_so(
     yard.delete(owner)
     boxes.remove(owner)
     assert yard.client.delete(f"/v1/workspaces/{other}").status_code == 200
+
+
+def on_disk(yard: RealServer, work: str) -> dict[str, tuple[object, ...]]:
+    """Return what the host sees of a workspace's files."""
+    top = yard.home / "workspaces" / work
+    found: dict[str, tuple[object, ...]] = {}
+    for one in sorted(top.rglob("*")):
+        seen = one.stat()
+        data = one.read_bytes() if one.is_file() else b""
+        found[one.name] = (data, seen.st_mode, seen.st_uid, seen.st_blocks, seen.st_nlink)
+    return found
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_no_operation_of_nfs_writes_to_what_is_read_only(
+    yard: RealServer, work: str, boxes: list[str], is_mixed: bool
+) -> None:
+    upload(yard, work, "precious", b"p" * 100_000)
+    yard.client.put(  # whoever owns it may do most
+        f"/v1/workspaces/{work}/files/kept", json={"operation": "write", "contents": "kept"}
+    )
+    wanted = [{"workspaceId": work, "path": "/workspace/ro", "readOnly": True}]
+    own = yard.client.post("/v1/workspaces", json={"name": "Own"}).json()["data"]["id"]
+    if is_mixed:
+        wanted.append({"workspaceId": own, "path": "/workspace/rw"})
+    box = str(yard.create(mounts=wanted)["id"])
+    boxes.append(box)
+    before = on_disk(yard, work)
+    mounted = said(yard, box, "cat /proc/mounts; sha1sum /workspace/ro/precious")
+    ports = {one.split(",")[0] for one in mounted.split("port=")[1:]}
+    assert len(ports) == 1 + is_mixed
+    attack = NFS.read_text() + textwrap.dedent(
+        f"""
+        def tell(*words): print(*words, flush=True)
+        for port in {sorted(ports)}:
+          for minor in (0, 1, 2):
+            def opened(uid):
+                there = socket.create_connection(("{GATEWAY}", port), 10)
+                return NfsClient(there, os.urandom(8), uid=uid, minor=minor).introduce()
+            for uid in (0, 1000):
+                try: client = opened(uid)
+                except (RefusedError, OSError) as error:
+                    tell("none", port, minor, "refused", error); continue
+                for name in (b"precious", b"kept"):
+                    try:
+                        folder = client.handle_of(b"{work}")
+                        file = client.handle_of(b"{work}", name)
+                    except RefusedError as error:
+                        tell("elsewhere", port, minor, "refused", error); break
+                    for what, operation in changing(name).items():
+                        for current in (file, folder):
+                            try:
+                                said = client.ask([put_handle(folder), save_handle(),
+                                                   put_handle(current), operation])
+                            except RefusedError as error: tell(what, minor, uid, "refused", error)
+                            except OSError as error:
+                                tell(what, minor, uid, "refused, and gone", error)
+                                client = opened(uid)
+                            else: tell(what, minor, uid, "done")
+                    tell("read", minor, uid, client.read_file(file, 4))
+        """
+    )
+    path = {"path": "/tmp/attack.py"}
+    yard.client.put(f"/v1/sandboxes/{box}/files", params=path, content=attack.encode())
+    told = said(yard, box, "python3 /tmp/attack.py", timeout=300_000)
+    lines = told.splitlines()
+    assert "Traceback" not in told, told
+    assert sum("read 2 0 b'pppp'" in one for one in lines) == 1, told
+    assert sum("read 1 1000 b'kept'" in one for one in lines) == 1, told
+    assert {one.split()[0] for one in lines} >= {"ALLOCATE", "DEALLOCATE", "SETATTR", "WRITE"}
+    # Whatever was answered, nothing has come of it.
+    assert on_disk(yard, work) == before, told
+    done = {one.split()[0] for one in lines if one.endswith(" done")}
+    assert done <= {"LAYOUTGET", "LAYOUTCOMMIT"}, told
+    # The kernel itself keeps it, whatever root does in the guest.
+    tried = said(
+        yard, box,
+        "mount -o remount,rw /workspace/ro; cd /workspace/ro; echo x > precious; "
+        "fallocate -l 9999999 precious; fallocate -p -o 0 -l 9999 precious; truncate -s 0 kept; "
+        "chmod 777 kept; rm kept; mv kept lost; ln kept also; touch new; cat kept",
+    )  # fmt: skip
+    assert tried.count("Read-only") >= 6, tried
+    assert on_disk(yard, work) == before, tried
+    yard.delete(box)
+    boxes.remove(box)
+    yard.client.delete(f"/v1/workspaces/{own}", params={"force": "true"})
+
+
+def test_what_is_read_only_can_be_locked_for_reading(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    writer = a_box(yard, boxes, (work, "/workspace"))
+    reader = a_box(yard, boxes, (work, "/workspace"), read_only=True)
+    fill = "import sqlite3; c = sqlite3.connect('/workspace/db'); c.execute('create table t(n)')"
+    said(yard, writer, f"python3 -c \"{fill}; c.execute('insert into t values (7)'); c.commit()\"")
+    look = (
+        "import sqlite3; c = sqlite3.connect('file:/workspace/db?mode=ro', uri=True); "
+        "print(c.execute('select * from t').fetchall())"
+    )
+    assert said(yard, reader, f'python3 -c "{look}"') == "[(7,)]\n"
+    holds = "flock -x /workspace/db sh -c 'echo $$ > /tmp/holder; exec sleep 600'"
+    said(yard, writer, f"({holds}) >/dev/null 2>&1 & sleep 1")
+    shares = "flock -s -n /workspace/db echo shared || echo taken"
+    assert said(yard, reader, shares) == "taken\n"
+    said(yard, writer, "kill $(cat /tmp/holder)")
+    wait_until(lambda: said(yard, reader, shares) == "shared\n", what="the lock is free")
+
+
+def test_a_machine_cannot_end_the_sessions_of_another(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    """Session ids follow from one's own: the client's number and the session's, counted up."""
+    victim = a_writer(yard, boxes, (work, "/workspace"))
+    hostile = a_box(yard, boxes, (work, "/workspace"))
+    port = said(yard, hostile, "grep -o 'port=[0-9]*' /proc/mounts").strip().partition("=")[2]
+    attack = NFS.read_text() + textwrap.dedent(
+        f"""
+        def opened(): return socket.create_connection(("{GATEWAY}", {port}), 10)
+        client = NfsClient(opened(), b"hostile").introduce()
+        number, start, count = struct.unpack("<IIQ", client.session)
+        ended = []
+        other = NfsClient(opened(), b"other")
+        for client_number in range(1, 25):
+            for session_number in range(0, 25):
+                guessed = struct.pack("<IIQ", client_number, start, session_number)
+                if guessed == client.session: continue
+                try: other.call([bind_to_session(guessed)])
+                except RefusedError: continue
+                except OSError: other = NfsClient(opened(), b"other"); continue
+                try: other.call([destroy_session(guessed)])
+                except (RefusedError, OSError): pass
+                ended.append((client_number, session_number))
+        print(len(ended), ended)
+        """
+    )
+    path = {"path": "/tmp/attack.py"}
+    yard.client.put(f"/v1/sandboxes/{hostile}/files", params=path, content=attack.encode())
+    told = said(yard, hostile, "python3 /tmp/attack.py", timeout=300_000)
+    # Its own kernel's session is all that it can find.
+    assert told.startswith("1 "), told
+    assert goes_on(yard, victim, work)
+    servers = {one.name for one in yard.home.glob("exports/*")}
+    assert len(servers) == 2
 
 
 WRITER = (
@@ -361,21 +508,21 @@ def test_a_mount_survives_pauses_crashes_and_restarts(
     yard.client.post(f"/v1/sandboxes/{box}/resume").raise_for_status()
     assert goes_on(yard, box, work)
     # The file server ends in the middle, and another takes its place.
-    before = ganesha_of(yard)
+    before = ganesha_of(yard, box)
     os.kill(before, signal.SIGKILL)
     assert goes_on(yard, box, work)
-    assert ganesha_of(yard) != before
+    assert ganesha_of(yard, box) != before
     # The server ends in the middle: both live on, and are found again.
-    before = ganesha_of(yard)
+    before = ganesha_of(yard, box)
     yard.kill()
     yard.start()
-    assert ganesha_of(yard) == before
+    assert ganesha_of(yard, box) == before
     assert goes_on(yard, box, work)
     assert is_held()
     # In an orderly way, too.
     yard.stop()
     yard.start()
-    assert ganesha_of(yard) == before
+    assert ganesha_of(yard, box) == before
     assert goes_on(yard, box, work)
     assert is_held()
     # Both at once.
@@ -416,21 +563,20 @@ def test_clones_have_mounts_of_their_own(yard: RealServer, work: str, boxes: lis
 def test_a_server_that_does_not_see_a_workspace_gives_out_nothing_else(
     yard: RealServer, work: str, boxes: list[str]
 ) -> None:
-    first = a_box(yard, boxes, (work, "/workspace"))
-    before = ganesha_of(yard)
-    (tree,) = yard.home.glob("exports/*/tree")
-    # What is mounted there from now on does not reach the server's view.
-    subprocess.run(["mount", "--bind", tree, tree], check=True)
     other = yard.client.post("/v1/workspaces", json={"name": "Other"}).json()["data"]["id"]
-    try:
-        upload(yard, other, "there", b"seen")
-        second = a_box(yard, boxes, (other, "/workspace"))
-        assert said(yard, second, "cat /workspace/there") == "seen"
-        assert ganesha_of(yard) != before
-        assert said(yard, first, "echo on > /workspace/goes; cat /workspace/goes") == "on\n"
-        assert content(yard, work, "goes") == b"on\n"
-    finally:
-        yard.client.delete(f"/v1/workspaces/{other}", params={"force": "true"})
+    box = a_box(yard, boxes, (work, "/workspace/work"), (other, "/workspace/other"))
+    said(yard, box, "echo kept > /workspace/work/kept")
+    before = ganesha_of(yard, box)
+    (tree,) = yard.home.glob(f"exports/*/tree/{work}")
+    # Unmounted on the host, it goes from the server's view as well, and leaves an empty folder.
+    subprocess.run(["umount", "--lazy", tree], check=True)
+    gone = yard.client.delete(f"/v1/workspaces/{other}", params={"force": "true"})
+    assert gone.status_code == 200, gone.text
+    wait_until(lambda: ganesha_of(yard, box) != before, what="the server is restarted")
+    assert said(yard, box, "echo on >> /workspace/work/kept; cat /workspace/work/kept") == (
+        "kept\non\n"
+    )
+    assert content(yard, work, "kept") == b"kept\non\n"
 
 
 def test_a_full_disk_of_the_host_costs_nothing_that_was_synced(
@@ -479,7 +625,7 @@ def test_a_server_that_hangs_keeps_nobody_but_who_asks_it(
 ) -> None:
     box = a_box(yard, boxes, (work, "/workspace"))
     said(yard, box, "echo x > /workspace/x")
-    hung = ganesha_of(yard)
+    hung = ganesha_of(yard, box)
     os.kill(hung, signal.SIGSTOP)
     try:
         said(yard, box, "cat /workspace/x >/tmp/read 2>&1 & echo $! > /tmp/pid")
@@ -493,7 +639,8 @@ def test_a_server_that_hangs_keeps_nobody_but_who_asks_it(
         assert "gone" in said(yard, box, gone)
         assert yard.client.post(f"/v1/sandboxes/{box}/pause").status_code == 200
     finally:
-        os.kill(hung, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # with its machine's pause it has ended
+            os.kill(hung, signal.SIGCONT)
     assert yard.client.post(f"/v1/sandboxes/{box}/resume").status_code == 200
     assert said(yard, box, "cat /workspace/x") == "x\n"
 

@@ -685,8 +685,16 @@ async def test_the_other_header_is_taken_and_bearer_wins(yard: Yard) -> None:
 async def test_health_readiness_and_metrics_need_no_credential(yard: Yard) -> None:
     await yard.create()
     async with yard.client_of(None) as client:
-        assert (await client.get("/healthz")).json() == {"status": "ok", "missing": []}
-        assert (await client.get("/readyz")).json() == {"status": "ok", "missing": []}
+        assert (await client.get("/healthz")).json() == {
+            "status": "ok",
+            "missing": [],
+            "limited": [],
+        }
+        assert (await client.get("/readyz")).json() == {
+            "status": "ok",
+            "missing": [],
+            "limited": [],
+        }
         metrics = await client.get("/metrics")
         assert 'sandyard_machines{state="running"} 1.0' in metrics.text
         assert 'sandyard_nodes{state="answering"} 1.0' in metrics.text

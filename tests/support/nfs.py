@@ -1,6 +1,6 @@
-"""An NFSv4.1 client of a few operations, written by hand: it can say what no kernel would say.
+"""An NFSv4 client of a few operations, written by hand: it can say what no kernel would say.
 
-The numbers are those of RFC 8881 (operations, errors) and RFC 5531 (calls).
+The numbers are those of RFC 8881, RFC 7862 and RFC 8276 (operations, errors) and RFC 5531 (calls).
 """
 
 import os
@@ -49,6 +49,7 @@ class RefusedError(Exception):
     def __init__(self, status: int, done: int) -> None:
         super().__init__(f"NFS error {status} at the operation {done}")
         self.status = status
+        self.done = done
 
 
 def put_root() -> bytes:
@@ -86,14 +87,83 @@ def make_folder(name: bytes) -> bytes:
     return struct.pack(">II", 6, 2) + _opaque(name) + struct.pack(">I", 0) + _opaque(b"")
 
 
+_ANYBODYS = b"\0" * 16
+
+
+def _attributes(*numbers: int, values: bytes) -> bytes:
+    words = [0, 0, 0]
+    for number in numbers:
+        words[number // 32] |= 1 << number % 32
+    return struct.pack(">IIII", 3, *words) + _opaque(values)
+
+
+def changing(name: bytes) -> dict[str, bytes]:
+    """Return every operation that changes a file, for the current one, which has this name in the
+    folder saved before: of NFSv4.0 to 4.2, and extended attributes."""
+    size = _attributes(4, values=struct.pack(">Q", 0))
+    mode = _attributes(33, values=struct.pack(">I", 0o777))
+    span = struct.pack(">QQ", 0, 1 << 20)
+    claim = struct.pack(">I", 0) + _opaque(name)
+    opener = struct.pack(">I", 38) + b"\0" * 8 + _opaque(b"opener")
+    return {
+        "ALLOCATE": struct.pack(">I", 59) + _ANYBODYS + span,
+        "CLONE": struct.pack(">I", 71) + _ANYBODYS * 2 + struct.pack(">QQQ", 0, 0, 0),
+        "COPY": struct.pack(">I", 60) + _ANYBODYS * 2
+        + struct.pack(">QQQIII", 4, 0, 4, 1, 1, 0),
+        "CREATE": struct.pack(">II", 6, 2) + _opaque(b"made") + _attributes(values=b""),
+        "DEALLOCATE": struct.pack(">I", 62) + _ANYBODYS + span,
+        "LAYOUTCOMMIT": struct.pack(">I", 49) + span + struct.pack(">I", 0) + _ANYBODYS
+        + struct.pack(">IIII", 0, 0, 4, 0),
+        "LAYOUTGET": struct.pack(">IIII", 50, 0, 4, 2) + struct.pack(">QQQ", 0, 1 << 20, 1)
+        + _ANYBODYS + struct.pack(">I", 4096),
+        "LINK": struct.pack(">I", 11) + _opaque(b"linked"),
+        "OPEN for writing": struct.pack(">IIII", 18, 0, 2, 0) + opener[4:] + struct.pack(">I", 0)
+        + claim,
+        "OPEN and truncate": struct.pack(">IIII", 18, 0, 2, 0) + opener[4:]
+        + struct.pack(">II", 1, 0) + size + claim,
+        "OPENATTR": struct.pack(">II", 19, 1),
+        "REMOVE": struct.pack(">I", 28) + _opaque(name),
+        "REMOVEXATTR": struct.pack(">I", 75) + _opaque(b"note"),
+        "RENAME": struct.pack(">I", 29) + _opaque(name) + _opaque(b"renamed"),
+        "SETATTR mode": struct.pack(">I", 34) + _ANYBODYS + mode,
+        "SETATTR size": struct.pack(">I", 34) + _ANYBODYS + size,
+        "SETXATTR": struct.pack(">II", 73, 0) + _opaque(b"note") + _opaque(b"x"),
+        "WRITE": write(b"x"),
+        "WRITE_SAME": struct.pack(">I", 70) + _ANYBODYS + struct.pack(">IQQQI", 2, 0, 4096, 1, 0)
+        + _opaque(b"") + struct.pack(">I", 0) + _opaque(b"x"),
+    }  # fmt: skip
+
+
+def save_handle() -> bytes:
+    """Keep the current file handle as the saved one."""
+    return struct.pack(">I", 32)
+
+
+def bind_to_session(session: bytes) -> bytes:
+    """Have this connection serve a session, in both directions if that can be."""
+    return struct.pack(">I", 41) + session + struct.pack(">II", 3, 0)
+
+
+def destroy_session(session: bytes) -> bytes:
+    """End a session."""
+    return struct.pack(">I", 44) + session
+
+
 class NfsClient(AbstractContextManager["NfsClient"]):
     """A connection, and on it a session of a client that calls itself `owner`."""
 
     def __init__(
-        self, connection: socket.socket, owner: bytes, *, uid: int = 0, verifier: bytes = b""
+        self,
+        connection: socket.socket,
+        owner: bytes,
+        *,
+        uid: int = 0,
+        verifier: bytes = b"",
+        minor: int = 1,
     ) -> None:
         self._socket = connection
         self._uid = uid
+        self._minor = minor
         self._xid = int.from_bytes(os.urandom(3))
         self.owner = owner
         self.verifier = verifier or os.urandom(8)
@@ -115,7 +185,9 @@ class NfsClient(AbstractContextManager["NfsClient"]):
         credential += struct.pack(">III", self._uid, self._uid, 0)
         body = struct.pack(">IIIIII", self._xid, 0, 2, _PROGRAM, _VERSION, _COMPOUND)
         body += struct.pack(">I", 1) + _opaque(credential) + struct.pack(">II", 0, 0)
-        body += _opaque(b"") + struct.pack(">II", 1, len(operations)) + b"".join(operations)
+        body += (
+            _opaque(b"") + struct.pack(">II", self._minor, len(operations)) + b"".join(operations)
+        )
         self._socket.sendall(struct.pack(">I", 0x80000000 | len(body)) + body)
         answer = Reader(self._receive())
         answer.fixed(8)  # xid, reply
@@ -178,7 +250,12 @@ class NfsClient(AbstractContextManager["NfsClient"]):
         """Send operations in the session, the last request once more if it is sent `again`."""
         self.sequence += not again
         head = struct.pack(">I", 53) + self.session + struct.pack(">IIII", self.sequence, 0, 0, 1)
-        said = self.call([head, *operations])
+        try:
+            said = self.call([head, *operations])
+        except RefusedError as error:
+            if not error.done:  # what is not understood is not counted
+                self.sequence -= 1
+            raise
         said.fixed(8)
         said.fixed(16 + 5 * 4)
         return said

@@ -1,105 +1,84 @@
-"""The mends of NFS-Ganesha's library: where it is certain, and nowhere else."""
+"""The patches of NFS-Ganesha's library: for builds that are known, and for no other."""
 
-import struct
+import ctypes
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from sandyard.server.core.contracts.node import MountWish
+from sandyard.server.node.exports import library as ganesha
+from sandyard.server.node.exports import only_reads
 from sandyard.server.node.exports.library import (
+    BUILDS,
+    Build,
+    Feature,
     library_of,
-    mended,
+    lock_options,
     minor_versions,
+    patched,
     version_of,
 )
+from sandyard.server.node.exports.server import configuration
+from sandyard.server.node.exports.shares import Share, new_share
 
-_NAME = b"ganesha_unknown_owner\0"
-_RELOCATIONS, _NAME_AT, _OWNER_AT, _SHIFT = 0x200, 0x300, 0x400, 0x10000
-_LENGTH_AT = _OWNER_AT + 44
+LIBRARY = b"\x7fELF before 15 and after"
 
 
-def a_library(*, kind: int = 8, name: bytes = _NAME, lengths: tuple[int, ...] = (21,)) -> bytes:
-    """Return the least that is a library with that owner in it, its data loaded elsewhere."""
-    made = bytearray(0x600)
-    made[:6] = b"\x7fELF\x02\x01"
-    struct.pack_into("<Q", made, 32, 64)
-    struct.pack_into("<HH", made, 54, 56, 3)
-    for n, (what, start, at, size) in enumerate(
-        ((1, 0, 0, 0x400), (4, 0, 0, 0x600), (1, 0x400, 0x400 + _SHIFT, 0x200))
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Build:
+    """A build of the test's own, whose 15 becomes 14."""
+    after = LIBRARY.replace(b"15", b"14")
+    at = LIBRARY.index(b"15")
+    build = Build("test", sha256(after).hexdigest(), ((at, b"15".hex(), b"14".hex()),))
+    monkeypatch.setattr(ganesha, "BUILDS", {sha256(LIBRARY).hexdigest(): build})
+    return build
+
+
+def test_a_known_build_is_patched_to_what_is_known_of_it(known: Build) -> None:
+    assert patched(LIBRARY, "6.5") == (LIBRARY.replace(b"15", b"14"), ())
+
+
+def test_a_build_that_differs_in_a_byte_runs_as_it_is(known: Build) -> None:
+    other = LIBRARY.replace(b"after", b"After")
+    assert patched(other, "4.3") == (other, (Feature.LOCKS,))
+    assert patched(other, "9.14") == (other, (Feature.LOCKS,))
+    assert patched(other, "6.4") == (other, (Feature.LOCKS, Feature.REOPENED))
+    assert set(patched(other, "6.5")[1]) == set(Feature)
+    assert patched(b"", "") == (b"", (Feature.LOCKS,))
+
+
+def test_a_patch_that_comes_to_something_else_is_never_used(
+    known: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wrong in (
+        replace(known, digest="0" * 64),
+        replace(known, changes=((0, b"15".hex(), b"14".hex()),)),
     ):
-        struct.pack_into("<IIQQQQQQ", made, 64 + 56 * n, what, 0, start, at, at, size, size, 8)
-    made[_NAME_AT : _NAME_AT + len(name)] = name
-    struct.pack_into("<QQQ", made, _RELOCATIONS, _OWNER_AT + 48 + _SHIFT, kind, _NAME_AT)
-    struct.pack_into("<i", made, _OWNER_AT + 40, 1)
-    for n, length in enumerate(lengths):
-        struct.pack_into("<i", made, _LENGTH_AT + 8 * n + 8 * (n > 0), length)
-    return bytes(made)
+        monkeypatch.setattr(ganesha, "BUILDS", {sha256(LIBRARY).hexdigest(): wrong})
+        with pytest.raises(AssertionError):
+            patched(LIBRARY, "6.5")
 
 
-@pytest.mark.parametrize("kind", [8, 1027])
-def test_only_the_length_of_the_unknown_owner_changes(kind: int) -> None:
-    library = a_library(kind=kind)
-    better, missing = mended(library, "4.3")
-    assert missing == []
-    assert [n for n in range(len(library)) if library[n] != better[n]] == [_LENGTH_AT]
-    assert struct.unpack_from("<i", better, _LENGTH_AT) == (20,)
-
-
-def test_what_is_not_certain_is_left_alone() -> None:
-    for library in (
-        b"",
-        b"\x7fELF\x02\x01",
-        b"\x7fELF\x02\x01" + _NAME,
-        b"\x7fELF\x01\x01" + a_library()[6:],
-        a_library(kind=7),
-        a_library(name=b"unknown\0"),
-        a_library(lengths=()),
-        a_library(lengths=(21, 21)),
-        a_library() + _NAME,
-        a_library()[:_OWNER_AT],
-    ):
-        found, missing = mended(library, "4.3")
-        assert found == library
-        assert "locks" in missing[0]
-
-
-_CALL = b"\xe8\x01\x02\x03\x04"
-_REST = (
-    b"\xb9\x01\x00\x00\x00", b"\x48\x8b\xb4\x24\x0a\x00\x00\x00", b"\x44\x09\xd2", b"\x0f\xb7\xd2",
-)  # fmt: skip
-_OPENS = b"\x0f\xb7\x54\x24\x0a\x48\x8b\xbc\x24\xa8\x00\x00\x00" + b"".join(_REST) + _CALL
-
-
-def test_a_file_that_is_opened_again_is_looked_at_only_for_more_than_there_was() -> None:
-    library = a_library() + b"before" + _OPENS + b"after"
-    better, missing = mended(library, "6.5")
-    assert missing == []
-    assert len(better) == len(library)
-    assert better[-len(_OPENS) - 5 :] == (
-        b"\x0f\xb7\x54\x24\x0a\x48\x8b\xbc\x24\xa8\x00\x00\x00\x48\x8b\xb4\x24\x0a\x00\x00\x00"
-        b"\x89\xd1\x44\x09\xd2\x66\x39\xd1\x0f\x95\xc1" + _CALL + b"after"
-    )
-    for version in ("4.3", "6.3", "6.6", "7.0", ""):  # where nothing is wrong
-        assert mended(library, version)[0].endswith(_OPENS + b"after")
-    for other in (
-        a_library(),
-        a_library() + _OPENS + _OPENS,
-        a_library() + _OPENS[: -len(_CALL)],
-        a_library() + _OPENS.replace(b"\xb9\x01", b"\xb9\x00"),
-    ):
-        found, missing = mended(other, "6.5")
-        assert found[_LENGTH_AT + 4 :] == other[_LENGTH_AT + 4 :]
-        assert "git clone" in missing[0]
+def test_every_known_build_changes_as_many_bytes_as_there_were() -> None:
+    for build in BUILDS.values():
+        assert build.changes
+        for _, before, after in build.changes:
+            assert len(before) == len(after)
+            assert before != after
 
 
 def test_the_library_of_this_host_is_known() -> None:
     library = library_of()
     if library is None:
         pytest.skip("NFS-Ganesha is not installed here")
-    before = library.read_bytes()
-    better, missing = mended(before, version_of(library))
-    assert missing == []
-    changed = sum(one != other for one, other in zip(before, better, strict=True))
-    assert 1 <= changed <= 33
+    better, missing = patched(library.read_bytes(), version_of(library))
+    assert missing == ()
+    assert better != library.read_bytes()
 
 
 def test_a_library_is_found_by_its_name_of_this_version(tmp_path: Path) -> None:
@@ -112,12 +91,86 @@ def test_a_library_is_found_by_its_name_of_this_version(tmp_path: Path) -> None:
 
 
 def test_old_ones_are_not_asked_for_what_they_read_wrong() -> None:
-    for name, minors in (
-        ("libganesha_nfsd.so.6.5", "1,2"),
-        ("libganesha_nfsd.so.10.1", "1,2"),
-        ("libganesha_nfsd.so.4.3", "1"),
-        ("libganesha_nfsd.so", "1"),
-        ("libganesha_nfsd.so.next", "1"),
+    for name, minors, options in (
+        ("libganesha_nfsd.so.6.5", "1,2", ""),
+        ("libganesha_nfsd.so.10.1", "1,2", "Blocking_Locks = false;"),
+        ("libganesha_nfsd.so.4.3", "1", ""),
+        ("libganesha_nfsd.so", "1", ""),
+        ("libganesha_nfsd.so.next", "1", ""),
     ):
-        assert minor_versions(Path("/usr/lib/ganesha") / name) == minors
-    assert minor_versions(None) == "1"
+        library = Path("/usr/lib/ganesha") / name
+        assert (minor_versions(library), lock_options(library)) == (minors, options)
+    assert (minor_versions(None), lock_options(None)) == ("1", "")
+
+
+# --- what a machine may mount -------------------------------------------------------------
+
+
+def wish(name: str, path: str, *, read_only: bool = False) -> MountWish:
+    return MountWish(name, path, read_only, 2**30)
+
+
+def test_what_may_only_be_read_has_a_server_of_its_own() -> None:
+    share = new_share(
+        "org",
+        (
+            wish("a", "/workspace/a", read_only=True),
+            wish("b", "/workspace/b"),
+            wish("c", "/workspace/c", read_only=True),
+            wish("c", "/workspace/d"),
+        ),
+    )
+    writing, reading = share.parts
+    assert (set(writing.mounts), set(reading.mounts)) == ({"b", "c"}, {"a"})
+    assert (writing.port, reading.port) == (share.port, share.port + 1)
+    ports = [one.port for one in share.operation.mounts]
+    assert ports == [share.port + 1, share.port, share.port, share.port]
+    # The second keeps its port when the first has nothing to export any more.
+    left = replace(share, mounts=share.mounts[:1])
+    assert [one.port for one in left.parts] == [share.port + 1]
+    assert left.operation.port == share.port + 1
+    # Names that a client tells servers by, and the access of each.
+    one, other = (
+        configuration(part, list(part.mounts), library=None) for part in (writing, reading)
+    )
+    assert (
+        one.split("Server_Owner")[1].split(";")[0] != other.split("Server_Owner")[1].split(";")[0]
+    )
+    assert ("Access_Type = RW" in one, "Access_Type = RW" in other) == (True, False)
+
+
+def test_a_machine_of_before_has_one_server_for_all() -> None:
+    mounts = (wish("a", "/workspace/a", read_only=True), wish("b", "/workspace/b"))
+    (part,) = Share("org", 30_000, "client", mounts).parts
+    assert (part.port, set(part.mounts)) == (30_000, {"a", "b"})
+    told = configuration(part, ["a", "b"], library=None)
+    assert told.index("Access_Type = RW") < told.index("Access_Type = RO")
+
+
+TRY = """
+import ctypes, os, runpy, sys
+reads = runpy.run_path(sys.argv[1])
+place = os.open(".", os.O_RDONLY)
+handle = ctypes.create_string_buffer(256)
+ctypes.memmove(handle, (128).to_bytes(4, "little"), 4)
+libc = ctypes.CDLL(None, use_errno=True)
+mount = ctypes.c_int()
+assert libc.name_to_handle_at(place, b"file", handle, ctypes.byref(mount), 0) == 0
+reads["install"]()
+for flags in (os.O_RDONLY, os.O_RDWR, os.O_WRONLY, os.O_RDWR | os.O_PATH):
+    found = libc.open_by_handle_at(place, handle, flags)
+    print("open" if found >= 0 else os.strerror(ctypes.get_errno()))
+open("other", "w").close()
+"""
+
+
+@pytest.mark.root
+def test_a_server_for_reading_opens_nothing_by_handle_for_writing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    done = subprocess.run(
+        [sys.executable, "-c", TRY, only_reads.__file__],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    refused = os.strerror(13)
+    assert done.stdout.split("\n") == ["open", refused, refused, "open", ""], done.stderr
+    assert ctypes.sizeof(ctypes.c_void_p) == 8

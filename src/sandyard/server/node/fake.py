@@ -44,16 +44,6 @@ class FakeNetwork:
         """See node.host.network.Network.place."""
         return Place(number, f"fake-{number}", "tap0", "02:00:00:00:00:02", f"fake:{number}", 0)
 
-    async def take_for_server(self) -> Place:
-        """See node.host.network.Network.take_for_server."""
-        return await self.take()
-
-    async def let(self, place: Place, server: Place, *, port: int) -> None:
-        """See node.host.network.Network.let."""
-
-    async def forbid(self, place: Place) -> None:
-        """See node.host.network.Network.forbid."""
-
     async def give_back(self, place: Place) -> None:
         """See node.host.network.Network.give_back."""
         if place.number in self.in_use:
@@ -103,10 +93,6 @@ class FakeExports:
         self._volumes = volumes
         self.shares: dict[int, Share] = {}
 
-    def slots(self) -> list[int]:
-        """Return the numbers of places that servers have: none have any."""
-        return []
-
     async def open(self, shares: Iterable[tuple[Place, Share]], crew: Crew) -> None:
         """See node.exports.shares.Exports.open."""
         self.shares = {place.number: share for place, share in shares}
@@ -114,8 +100,12 @@ class FakeExports:
     async def close(self) -> None:
         """See node.exports.shares.Exports.close."""
 
-    async def prepare(self, org_id: str) -> None:
-        """See node.exports.shares.Exports.prepare."""
+    def limited(self) -> tuple[str, ...]:
+        """See node.exports.shares.Exports.limited: nothing is missing."""
+        return ()
+
+    async def check(self) -> None:
+        """See node.exports.shares.Exports.check."""
 
     async def grant(self, place: Place, share: Share) -> None:
         """See node.exports.shares.Exports.grant."""

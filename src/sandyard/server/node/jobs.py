@@ -80,7 +80,7 @@ class Jobs:
         try:
             if wish.mounts:
                 # First: what cannot be is not to cost a machine that waits.
-                await self._means.exports.prepare(wish.org_id)
+                await self._means.exports.check()
             if source is not None:
                 self._begin_anew(holding, wish, image, driver)
                 way = await self._start_from(holding, wish, source, Way.SNAPSHOT)

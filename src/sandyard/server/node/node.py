@@ -298,6 +298,7 @@ class Node:
             shelves=tuple(self._pool.facts()),
             goldens=self._goldens.count,
             golden_kinds=tuple(self._goldens.facts()),
+            limited=self._means.exports.limited(),
         )
         return self._generation.of(report)
 
@@ -593,7 +594,6 @@ class Node:
             if one.resident.is_up and one.resident.phase not in (Phase.PAUSED, Phase.DEAD)
         ]
         in_use = [one.resident.record.slot for one in living]
-        in_use += self._means.exports.slots()
         await self._means.network.open(in_use=in_use, crew=self._means.crew)
         kept = {one.resident.record.id for one in self._holdings.values()}
         for record in found:

@@ -1,5 +1,7 @@
 """Whether the installation can serve, and if not, what is missing."""
 
+from contextlib import suppress
+
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.service.nodes import Nodes
@@ -23,6 +25,14 @@ class Readiness:
         except UnavailableError as error:
             missing.append(error.message)
         return missing + await self._missing_on_nodes()
+
+    async def limited(self) -> list[str]:
+        """Return what sandboxes have to do without, a sentence each; they start all the same."""
+        limited: dict[str, None] = {}
+        for node in self._nodes.all():
+            with suppress(UnavailableError):
+                limited |= dict.fromkeys((await self._nodes.report_of(node)).limited)
+        return list(limited)
 
     async def _missing_on_nodes(self) -> list[str]:
         missing: list[str] = []

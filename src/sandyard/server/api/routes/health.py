@@ -25,4 +25,5 @@ async def readyz(request: Request, response: Response) -> Health:
     if missing:
         response.status_code = 503
         response.headers["Retry-After"] = "2"
-    return Health(status="unready" if missing else "ok", missing=missing)
+    limited = await readiness.limited()
+    return Health(status="unready" if missing else "ok", missing=missing, limited=limited)

@@ -191,9 +191,9 @@ class NodeReport:
 
     `snapshots` are ids, `templates` the slugs of those it can start from, `memory_mib` and
     `disk_mib` what it has to promise still. `missing` says what keeps it from starting machines, a
-    sentence each. A node that is short of memory asks for some sandbox to be paused before the
-    kernel ends one. `generation` is another for each report that says something else than the one
-    before, but for what the node could take.
+    sentence each, and `limited` what sandboxes on it have to do without. A node that is short of
+    memory asks for some sandbox to be paused before the kernel ends one. `generation` is another
+    for each report that says something else than the one before, but for what the node could take.
     """
 
     node_id: str
@@ -208,6 +208,7 @@ class NodeReport:
     goldens: int = 0
     golden_kinds: tuple[GoldenFact, ...] = ()
     generation: int = 0
+    limited: tuple[str, ...] = ()
 
     def view(self) -> NodeView:
         """Return what of it is told each second."""

@@ -1,12 +1,9 @@
-"""Lets machines mount workspaces: one file server an organization, looked after as machines are."""
+"""Lets machines mount workspaces: a file server or two for each, supervised as machines are."""
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
-from hashlib import sha256
+from collections.abc import Collection, Iterable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from sandyard.server.core.contracts.clock import Clock
@@ -20,67 +17,71 @@ from sandyard.server.core.errors import (
     UnsupportedError,
 )
 from sandyard.server.drivers.contract import Place
-from sandyard.server.node.exports.server import Export, Server, check_here
-from sandyard.server.node.exports.shares import Share
+from sandyard.server.node.exports.library import missing_here
+from sandyard.server.node.exports.server import Server, check_here, owner_in
+from sandyard.server.node.exports.shares import Part, Share
 from sandyard.server.node.host.network import Network
 from sandyard.server.tasks import Crew, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
-_IDLE_S = 120.0
 _LOOK_S = 15.0
 _AGAIN_S = (0.0, 1.0, 5.0, 30.0)
 _WELL_S = 60.0
-_MEND_AGAIN_S = 600.0
-_NUMBERS = 65_534
+_REPAIR_AGAIN_S = 600.0
 _FOLDERS = (
     "cannot mount workspaces: here they lie in plain folders, out of which a guest could reach "
     'others; whoever runs the server sets workspaces.volumes to "images"'
 )
 
 
+class _OpenVolumes:
+    """The volumes that servers export, each open once however many servers export it."""
+
+    def __init__(self, volumes: Volumes) -> None:
+        self._volumes = volumes
+        self._lock = asyncio.Lock()
+        self._held: dict[str, tuple[AsyncExitStack, Path, set[Server]]] = {}
+
+    async def take(self, mount: MountWish, server: Server) -> Path:
+        """Return a volume's folder, which stays open until `release`."""
+        async with self._lock:
+            if mount.workspace_id not in self._held:
+                async with AsyncExitStack() as held:
+                    folder = await held.enter_async_context(
+                        self._volumes.open(mount.workspace_id, mount.quota_bytes)
+                    )
+                    self._held[mount.workspace_id] = held.pop_all(), folder, set()
+            _, folder, servers = self._held[mount.workspace_id]
+            servers.add(server)
+            return folder
+
+    async def release(self, workspace_id: str, server: Server) -> None:
+        """Close a volume if no other server exports it; nothing happens if this one does not."""
+        async with self._lock:
+            if workspace_id not in self._held:
+                return
+            held, _, servers = self._held[workspace_id]
+            servers.discard(server)
+            if not servers:
+                del self._held[workspace_id]
+                await held.aclose()
+
+    async def stuck(self, among: Collection[str]) -> list[str]:
+        """See core.contracts.volumes.Volumes.stuck."""
+        return await self._volumes.stuck(among)
+
+
 class _Served:
-    """An organization's server, and all that is open for it."""
+    """One server and the workspaces it is to export."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, part: Part) -> None:
         self.server = server
+        self.wanted = part.mounts
+        self.bound: set[str] = set()
         self.lock = asyncio.Lock()
-        self.shares: dict[int, tuple[Place, Share]] = {}
-        self.volumes: dict[str, AsyncExitStack] = {}
-        self.numbers: dict[str, int] = {}
-        self.idle_since: float | None = None
         self.is_behind = False
-        self.mended_at: dict[str, float] = {}
         self.watching: asyncio.Task[None] | None = None
-
-    def exports(self) -> list[Export]:
-        """Return what is to be exported now, to whom: of what is granted, what is open."""
-        writers: dict[str, list[str]] = {}
-        readers: dict[str, list[str]] = {}
-        for place, share in self.shares.values():
-            for one in share.mounts:
-                among = readers if one.read_only else writers
-                among.setdefault(one.workspace_id, []).append(place.ip)
-        return [
-            Export(
-                number,
-                workspace_id,
-                tuple(sorted(set(writers.get(workspace_id, ())))),
-                tuple(sorted(set(readers.get(workspace_id, ())))),
-            )
-            for workspace_id, number in self.numbers.items()
-            if workspace_id in self.volumes
-        ]
-
-    @property
-    def clients(self) -> dict[str, str]:
-        """The names of those who mount, and their addresses."""
-        return {share.client: place.ip for place, share in self.shares.values()}
-
-    @property
-    def used(self) -> set[str]:
-        """The ids of the workspaces that somebody may mount."""
-        return {one.workspace_id for _, share in self.shares.values() for one in share.mounts}
 
 
 class NfsExports:
@@ -91,234 +92,175 @@ class NfsExports:
     ) -> None:
         self._folder = home.resolve() / "exports"  # what is mounted is known by that path
         self._network = network
-        self._volumes = volumes
+        self._volumes = _OpenVolumes(volumes)
         self._clock = clock
         self._can_share = can_share
-        self._served: dict[str, _Served] = {}
-        self._opening = asyncio.Lock()
+        self._served: dict[int, list[_Served]] = {}
+        self._repaired_at: dict[str, float] = {}
         self._crew: Crew | None = None
 
     # --- over a restart -------------------------------------------------------------------
 
-    def slots(self) -> list[int]:
-        """Return the numbers of the places that file servers of an earlier process have."""
-        return [slot for _, slot in self._told().values()]
-
-    def _told(self) -> Mapping[Path, tuple[str, int]]:
-        """Return whose the servers are that an earlier process noted, and their slots."""
-        found: dict[Path, tuple[str, int]] = {}
-        for folder in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                told = json.loads((folder / "server.json").read_text())
-                found[folder] = (str(told["org_id"]), int(told["slot"]))
-        return found
-
     async def open(self, shares: Iterable[tuple[Place, Share]], crew: Crew) -> None:
         """See node.exports.shares.Exports.open."""
         self._crew = crew
-        by_org: dict[str, list[tuple[Place, Share]]] = {}
-        for place, share in shares:
-            by_org.setdefault(share.org_id, []).append((place, share))
-        for folder, (org_id, slot) in (await in_thread(self._told)).items():
-            server = Server(folder, self._network.place(slot), org_id)
-            is_up = await server.recover()
-            if org_id in by_org and org_id not in self._served:
-                served = self._served[org_id] = _Served(server)
-                served.numbers = await in_thread(_numbers_in, folder)
-                if is_up:
-                    self._watch(served)
-            else:
+        adopted = [served for place, share in shares for served in self._add(place, share)]
+        owners = {one.server.owner for one in adopted}
+        for folder in await in_thread(_folders_in, self._folder):
+            if (await in_thread(owner_in, folder)) not in owners:
+                # Another machine's before, or of a version in which servers were shared.
+                server = Server(folder, self._network.place(0), Part(0, ""))
+                await server.recover()
                 await self._remove(server)
-        for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():
-            if all(one.server.folder != folder for one in self._served.values()):
-                # It was being made: nothing of it was noted yet.
-                with suppress(SandyardError, OSError):
-                    await Server(folder, self._network.place(0), "").remove()
-        for org_id, found in by_org.items():
-            await self._take_up(org_id, found)
-        crew.start(self._look_around(), "file servers are not looked after any more")
-
-    async def _take_up(self, org_id: str, found: list[tuple[Place, Share]]) -> None:
-        """Serve machines of an organization that live on, all of them at once: what is exported to
-        one alone is taken away from the others for a moment, and with it what they have locked."""
-        try:
-            async with self._locked(org_id) as served:
-                served.shares = {place.number: (place, share) for place, share in found}
+        for served in adopted:
+            async with served.lock:
+                await served.server.recover()
                 served.is_behind = True
-                await self._let_go_of_stuck(served)
+        await self._repair_stuck()
+        for served in adopted:
+            async with served.lock:
                 await self._catch_up(served)
-        except SandyardError as error:
-            log.error("machines cannot reach their workspaces: %s", error.message)
-
-    async def _catch_up(self, served: _Served) -> None:
-        try:
-            await self._serve(served)
-            for place, share in served.shares.values():
-                await self._network.let(place, served.server.place, port=share.port)
-            served.is_behind = False
-        except (SandyardError, OSError) as error:
-            log.error("machines cannot reach their workspaces yet: %s", error)
+        crew.start(self._look_around(), "file servers are not supervised any more")
 
     async def close(self) -> None:
         """See node.exports.shares.Exports.close."""
-        for served in list(self._served.values()):
-            if served.watching is not None:
-                served.watching.cancel()
-                await asyncio.wait([served.watching])
-            if served.shares:
-                # Its machines go on, and so does what they have open.
-                served.server.let_go()
-            else:
-                await self._give_up(served)
+        for served in self._every():
+            await self._unwatch(served)
+            served.server.let_go()
 
     # --- what machines may ----------------------------------------------------------------
 
-    async def prepare(self, org_id: str) -> None:
-        """See node.exports.shares.Exports.prepare."""
+    def limited(self) -> tuple[str, ...]:
+        """See node.exports.shares.Exports.limited."""
+        if not self._can_share:
+            return ()
+        return tuple(f"in mounted workspaces, {one}" for one in missing_here())
+
+    async def check(self) -> None:
+        """See node.exports.shares.Exports.check."""
         if not self._can_share:
             raise UnsupportedError(_FOLDERS)
         await in_thread(check_here)
-        async with self._locked(org_id) as served:
-            if not served.server.is_up:
-                try:
-                    await self._serve(served)
-                except (InternalError, OSError) as error:
-                    raise UnavailableError(f"cannot mount workspaces: {error}") from error
-            if not served.shares:
-                served.idle_since = self._clock.monotonic()
 
     async def grant(self, place: Place, share: Share) -> None:
         """See node.exports.shares.Exports.grant."""
         if not self._can_share:  # it may have been otherwise when it was mounted first
             raise UnavailableError(_FOLDERS)
-        async with self._locked(share.org_id) as served:
-            served.idle_since = None
-            served.shares[place.number] = (place, share)
-            try:
-                await self._serve(served, asking=place)
-                await self._network.let(place, served.server.place, port=share.port)
-            except BaseException as error:
-                await to_the_end(self._take_back(served, place))
-                if isinstance(error, InternalError | OSError):
-                    raise UnavailableError(f"cannot mount workspaces: {error}") from error
-                raise
-
-    async def _serve(self, served: _Served, *, asking: Place | None = None) -> None:
-        """Have a server up that exports what is granted now.
-
-        Workspaces that were removed are left out, and those that cannot be opened now, unless it
-        is who asks that is to have them.
-        """
-        await self._open_granted(served, asking=asking)
-        await served.server.export(served.exports())
-        if not served.server.is_up:
-            await served.server.keep_clients(served.clients)
-            await served.server.start()
-            self._watch(served)
-
-    async def _open_granted(self, served: _Served, *, asking: Place | None = None) -> None:
-        for number, (place, share) in list(served.shares.items()):
-            mounts = [
-                one
-                for one in share.mounts
-                if await self._has_opened(served, one, is_patient=place is not asking)
-            ]
-            if len(mounts) < len(share.mounts):
-                served.shares[number] = (place, replace(share, mounts=tuple(mounts)))
-
-    async def _has_opened(self, served: _Served, mount: MountWish, *, is_patient: bool) -> bool:
-        """Open a volume if it is to be had; False if it was removed."""
         try:
-            await self._open_volume(served, mount.workspace_id, mount.quota_bytes)
-        except NotFoundError:
-            return False
-        except (UnavailableError, InternalError, OSError) as error:
-            if not is_patient:
-                raise
-            log.error("machines cannot reach a workspace yet: %s", error)
-        return True
+            async with asyncio.TaskGroup() as starting:
+                for served in self._add(place, share):
+                    starting.create_task(self._start(served))
+        except BaseException as error:
+            await to_the_end(self.revoke(place))
+            if isinstance(error, BaseExceptionGroup):
+                raise _first_of(error) from error
+            raise
+
+    async def _start(self, served: _Served) -> None:
+        async with served.lock:
+            for one in list(served.wanted.values()):
+                await self._bind(served, one)
+            await self._serve(served)
 
     async def revoke(self, place: Place) -> None:
         """See node.exports.shares.Exports.revoke."""
-        for served in list(self._served.values()):
-            if place.number in served.shares:
-                async with served.lock:
-                    await self._take_back(served, place)
-
-    async def _take_back(self, served: _Served, place: Place) -> None:
-        # First no packet of its comes through, then the server is told.
-        served.shares.pop(place.number, None)
-        try:
-            await self._network.forbid(place)
-        finally:
-            await self._settle(served)
+        for served in self._served.pop(place.number, []):
+            await self._unwatch(served)
+            async with served.lock:
+                served.wanted.clear()
+                await self._remove(served.server)
+                for workspace_id in list(served.bound):
+                    await self._release(served, workspace_id)
 
     async def withdraw(self, workspace_id: str) -> None:
         """See node.exports.shares.Exports.withdraw."""
-        for served in list(self._served.values()):
-            if workspace_id not in served.used and workspace_id not in served.volumes:
+        for served in self._every():
+            if workspace_id not in served.wanted:
                 continue
             async with served.lock:
-                for number, (place, share) in list(served.shares.items()):
-                    left = tuple(one for one in share.mounts if one.workspace_id != workspace_id)
-                    served.shares[number] = (place, replace(share, mounts=left))
-                await self._settle(served)
-                served.numbers.pop(workspace_id, None)
-
-    async def _settle(self, served: _Served) -> None:
-        """Export what is still used, and let go of the rest."""
-        try:
-            await served.server.export(served.exports())
-        except (UnavailableError, OSError) as error:
-            # A server that hears nobody may serve nobody: its next start reads what is so.
-            log.error("a file server is started anew: %s", error)
-            served.is_behind = True
-            await served.server.stop()
-        for workspace_id in set(served.volumes) - served.used:
-            with suppress(InternalError, OSError):
+                served.wanted.pop(workspace_id, None)
                 await served.server.unbind(workspace_id)
-            await served.volumes.pop(workspace_id).aclose()
-        if not served.shares:
-            served.idle_since = self._clock.monotonic()
-
-    async def _open_volume(self, served: _Served, workspace_id: str, quota_bytes: int) -> None:
-        if workspace_id in served.volumes:
-            return
-        async with AsyncExitStack() as held:
-            source = await held.enter_async_context(self._volumes.open(workspace_id, quota_bytes))
-            await served.server.bind(workspace_id, source)
-            served.volumes[workspace_id] = held.pop_all()
-        served.numbers.setdefault(workspace_id, _number_of(workspace_id, served.numbers.values()))
+                try:
+                    await served.server.export()
+                except (UnavailableError, OSError) as error:
+                    # It may still have the volume open; its next start reads what it may export.
+                    log.error("a file server does not answer; restarting it: %s", error)
+                    served.is_behind = True
+                    await served.server.stop()
+                await self._release(served, workspace_id)
 
     # --- servers --------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def _locked(self, org_id: str) -> AsyncIterator[_Served]:
-        """Hold an organization's server, which is there, until the block is left."""
-        while True:
-            served = await self._served_for(org_id)
-            async with served.lock:
-                # It may have been given up while this waited for it.
-                if self._served.get(org_id) is served:
-                    yield served
-                    return
+    def _every(self) -> list[_Served]:
+        return [one for servers in self._served.values() for one in servers]
 
-    async def _served_for(self, org_id: str) -> _Served:
-        async with self._opening:
-            if org_id not in self._served:
-                place = await self._network.take_for_server()
-                server = Server(self._folder / str(place.number), place, org_id)
-                self._served[org_id] = _Served(server)
-            return self._served[org_id]
+    def _add(self, place: Place, share: Share) -> list[_Served]:
+        made = [
+            _Served(Server(self._folder / f"{place.number}-{part.port}", place, part), part)
+            for part in share.parts
+        ]
+        self._served[place.number] = made
+        return made
+
+    async def _bind(self, served: _Served, mount: MountWish) -> None:
+        """Open a workspace's volume and bind it into the server's tree.
+
+        One that was deleted is left out.
+        """
+        if mount.workspace_id in served.bound:
+            return
+        try:
+            folder = await self._volumes.take(mount, served.server)
+        except NotFoundError:
+            served.wanted.pop(mount.workspace_id, None)
+            return
+        served.bound.add(mount.workspace_id)
+        try:
+            await served.server.bind(mount.workspace_id, folder)
+        except BaseException:
+            await to_the_end(self._release(served, mount.workspace_id))
+            raise
+
+    async def _release(self, served: _Served, workspace_id: str) -> None:
+        served.bound.discard(workspace_id)
+        await self._volumes.release(workspace_id, served.server)
+
+    async def _serve(self, served: _Served) -> None:
+        """Export what is bound, from a server that runs."""
+        await served.server.export()
+        if not served.server.is_up:
+            await in_thread(served.server.forget_strangers)
+            await served.server.start()
+        self._watch(served)
+
+    async def _catch_up(self, served: _Served) -> None:
+        """Export all that is wanted; what cannot be opened now is tried again later."""
+        served.is_behind = True
+        for one in list(served.wanted.values()):
+            try:
+                await self._bind(served, one)
+            except (UnavailableError, InternalError, OSError) as error:
+                log.error("a machine cannot reach a workspace yet; trying again: %s", error)
+        try:
+            await self._serve(served)
+        except (SandyardError, OSError) as error:
+            log.error("a machine cannot reach its workspaces yet; trying again: %s", error)
+        else:
+            served.is_behind = not served.wanted.keys() <= served.bound
 
     def _watch(self, served: _Served) -> None:
         if self._crew is not None and (served.watching is None or served.watching.done()):
             served.watching = self._crew.start(
-                self._keep_up(served), "a file server is not looked after any more"
+                self._keep_up(served), "a file server is not supervised any more"
             )
 
+    async def _unwatch(self, served: _Served) -> None:
+        if served.watching is not None:
+            served.watching.cancel()
+            await asyncio.wait([served.watching])
+
     async def _keep_up(self, served: _Served) -> None:
-        """Start a server again whenever it ends, with what it is to serve then."""
+        """Restart a server whenever it ends, with what it is to export then."""
         tries = 0
         while True:
             began = self._clock.monotonic()
@@ -328,97 +270,71 @@ class NfsExports:
             await self._clock.sleep(_AGAIN_S[min(tries, len(_AGAIN_S) - 1)])
             tries += 1
             async with served.lock:
-                if not served.shares:
-                    await served.server.stop()
-                    return
-                if served.server.is_up:  # whoever stopped it has started it again
+                if served.server.is_up:  # it was stopped, and has been started again
                     continue
-                log.error("a file server ended and is started again")
-                try:
-                    await served.server.stop()
-                    await self._serve(served)
-                except (SandyardError, OSError) as error:
-                    log.error("a file server does not start: %s", error)
+                log.error("a file server ended; restarting it")
+                await self._catch_up(served)
 
     async def _look_around(self) -> None:
         while True:
             await self._clock.sleep(_LOOK_S)
-            for served in list(self._served.values()):
+            await self._repair_stuck()
+            for served in self._every():
                 async with served.lock:
                     await in_thread(served.server.bound_log)
-                    await self._let_go_of_stuck(served)
-                    if not served.used <= served.volumes.keys():
-                        had = set(served.volumes)
-                        await self._open_granted(served)
-                        served.is_behind |= set(served.volumes) != had
-                    if served.is_behind and served.shares:
+                    if served.is_behind and served.wanted:
                         await self._catch_up(served)
-                since = served.idle_since
-                if since is not None and self._clock.monotonic() - since > _IDLE_S:
-                    await self._give_up(served)
 
-    async def _let_go_of_stuck(self, served: _Served) -> None:
-        """Stop a server that has volumes open which take no more writes, for them to be mended.
+    async def _repair_stuck(self) -> None:
+        """Stop the servers of volumes that take no more writes, so that these are repaired.
 
-        Its machines wait meanwhile, as they do whenever it is started anew. It may be that of an
-        earlier process, and what it has open not be known here yet.
+        The next server to open such a volume has its file system checked. Machines wait meanwhile,
+        as they do whenever their server is restarted.
         """
         now = self._clock.monotonic()
-        lately = {one for one, at in served.mended_at.items() if now - at < _MEND_AGAIN_S}
+        wanted = {one for served in self._every() for one in served.wanted}
+        lately = {one for one, at in self._repaired_at.items() if now - at < _REPAIR_AGAIN_S}
         try:
-            stuck = await self._volumes.stuck(list(served.used - lately))
-            if not stuck:
-                return
-            served.mended_at |= dict.fromkeys(stuck, now)
-            log.error("the host's disk was full: mending the workspaces %s", ", ".join(stuck))
-            served.is_behind = True
-            await served.server.stop()
-            for workspace_id in stuck:
-                await served.server.unbind(workspace_id)
-                if workspace_id in served.volumes:
-                    await served.volumes.pop(workspace_id).aclose()
+            stuck = set(await self._volumes.stuck(list(wanted - lately)))
         except (SandyardError, OSError) as error:
-            log.error("workspaces cannot be mended yet: %s", error)
-
-    async def _give_up(self, served: _Served) -> None:
-        """End a server that nobody uses; what would not go is for the next process."""
-        async with self._opening, served.lock:
-            if served.shares:
-                return
-            if served.watching is not None:
-                served.watching.cancel()
-                await asyncio.wait([served.watching])
-            await self._remove(served.server)
-            for held in served.volumes.values():
-                await held.aclose()
-            self._served.pop(served.server.org_id, None)
+            log.error("workspaces cannot be examined: %s", error)
+            return
+        if not stuck:
+            return
+        self._repaired_at |= dict.fromkeys(stuck, now)
+        log.error("the host's disk was full; repairing the workspaces %s", ", ".join(stuck))
+        async with AsyncExitStack() as held:
+            affected = [one for one in self._every() if stuck & one.wanted.keys()]
+            for served in affected:
+                # None may open a volume again before all have closed it.
+                await held.enter_async_context(served.lock)
+            for served in affected:
+                served.is_behind = True
+                try:
+                    await served.server.stop()
+                    for workspace_id in stuck & served.wanted.keys():
+                        await served.server.unbind(workspace_id)
+                        await self._release(served, workspace_id)
+                except (SandyardError, OSError) as error:
+                    log.error("a workspace cannot be repaired yet: %s", error)
 
     async def _remove(self, server: Server) -> None:
         try:
             await server.stop()
-            await self._network.give_back(server.place)
             await server.remove()
         except (SandyardError, OSError):
-            log.exception("what a file server left cannot be removed yet")
+            log.exception("what a file server left cannot be removed; the next start tries again")
 
 
-def _number_of(workspace_id: str, taken: Collection[int]) -> int:
-    """Return the number that a workspace is exported under, by which it is known to machines that
-    have it mounted: the same whenever it is exported, unless another has it."""
-    first = int.from_bytes(sha256(workspace_id.encode()).digest()[:4])
-    # 0 is the root that all exports lie below.
-    among = (1 + (first + step) % _NUMBERS for step in range(_NUMBERS))
-    return next(one for one in among if one not in taken)
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _numbers_in(folder: Path) -> dict[str, int]:
-    """Return the numbers that workspaces are exported under: handles that guests have tell them."""
-    found: dict[str, int] = {}
-    with suppress(OSError):
-        number = 0
-        for line in (folder / "conf/ganesha.conf").read_text().splitlines():
-            words = line.replace(";", " ").replace("=", " ").split()
-            if words[:1] == ["Export_Id"]:
-                number = int(words[1])
-                found[words[3].removeprefix("/tree/")] = number
-    return found
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first error of a group, as what `grant` raises."""
+    error = group.exceptions[0]
+    if isinstance(error, BaseExceptionGroup):
+        return _first_of(error)
+    if isinstance(error, InternalError | OSError):
+        return UnavailableError(f"cannot mount workspaces: {error}")
+    return error

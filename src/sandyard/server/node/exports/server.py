@@ -1,18 +1,22 @@
-"""One organization's file server: NFS-Ganesha, in a room of its own.
+"""A file server: NFS-Ganesha for one machine, in a confined environment.
 
-    exports/<number>/    server.json   who it is, for the next process
-                         conf/         what it exports, to whom
-                         tree/<id>     a bind of each workspace's folder
-                         state/        its clients, for the time after a crash
-                         start         what puts that together, and runs it
-                         library       the copy of Ganesha's that it sees
-                         root/         where its own view of the host's files is put together
-                         log
+    exports/<slot>-<port>/   server.json   whose it is, for the next process
+                             conf/         what it exports
+                             tree/<id>     a bind mount of each workspace's folder
+                             state/        its client, for the time after a crash
+                             start         the script that confines and starts it
+                             library       the copy of Ganesha's library that it loads
+                             root/         where its view of the host's files is assembled
+                             log
 
-It is root by name alone, for it acts for whoever asks, root among them: of root's capabilities it
-keeps seven, and it sees no process but its own, of the host's files its programs and these
-folders, and of its network its own port, from which nothing can be reached. It is started detached
-and lives on when this process ends, as machines do.
+It listens in its machine's slot, so only that machine reaches it. The bind mounts of workspaces
+that the machine may only read are read-only to the kernel: whatever the protocol offers, nothing
+is written through them.
+
+The server is root by number, because it acts as the users its client names, root among them. Of
+root's capabilities it keeps seven. It sees no other process, only programs and these folders of
+the host's files, and of the network only its own guest. It is started detached and outlives this
+process, as machines do.
 """
 
 import asyncio
@@ -22,8 +26,8 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.errors import UnavailableError, UnsupportedError
@@ -31,13 +35,16 @@ from sandyard.server.drivers.contract import Place
 from sandyard.server.drivers.namespaces import path_of
 from sandyard.server.drivers.processes import DetachedProcess, boot_id, start_time
 from sandyard.server.node.commands import run
+from sandyard.server.node.exports import only_reads
 from sandyard.server.node.exports.library import (
     library_of,
-    mended,
+    lock_options,
     minor_versions,
+    patched,
     version_of,
 )
-from sandyard.server.node.host.firewall import NFS_PORT
+from sandyard.server.node.exports.shares import Part
+from sandyard.server.node.host.firewall import GATEWAY_IP, GUEST_IP
 from sandyard.server.node.host.mounts import is_mounted
 from sandyard.server.tasks import in_thread
 
@@ -49,28 +56,32 @@ _START_S = 20.0
 _RELOAD_S = 10.0
 _LOOK_S = 0.002
 _LOG_MAX = 1024 * 1024
-# What its clients make it remember is bounded, if not by much: beyond, it ends and starts anew.
-_MEMORY_BYTES, _CLIENTS_MAX = 6 * 1024**3, 4096
+# Bounds on what its client can make it remember. Beyond them it ends, and is started again. It
+# maps some 430 MB from the start.
+_MEMORY_BYTES, _CLIENTS_MAX = 1024**3, 64
 _TAIL = 4000
 _PIECE = 64 * 1024
 # How long a client that is gone keeps what it had locked, and how long after a crash new clients
 # wait for those of before; RFC 8881, 8.4.2.
 _LEASE_S, _GRACE_S = 12, 15
 _STARTED, _REREAD = b"NFS SERVER INITIALIZED", b"Reread exports complete"
-# To open by handle, to act for whoever asks, to give files to others: nothing else of root's.
+# To open by handle, to act for its client's users, to give files to others: no other of root's.
 _CAPABILITIES = "chown,dac_override,dac_read_search,fowner,fsetid,setgid,setuid"
+_PYTHON = "/usr/bin/python3"
+_NUMBERS = 65_534
 # All that is root's by its number alone (settings under /proc, say) is read-only or not there.
 _VIEW = """
-folder=$1 caps=$2 root=$1/root
+folder=$1 caps=$2 memory=$3 library=$4 root=$1/root
+shift 4
 mount -t tmpfs -o size=1m,mode=0755,nosuid tmpfs "$root"
 cd "$root"
 mkdir usr etc proc dev tmp run var run/old conf state tree
 for one in bin sbin lib lib64; do [ ! -L "/$one" ] || ln -s "usr/$one" "$one"; done
 mount --bind /usr usr
 mount -o remount,bind,ro,nosuid,nodev usr
-if [ -n "$4" ]; then
-  mount --bind "$folder/library" "$root$4"
-  mount -o remount,bind,ro,nosuid,nodev "$root$4"
+if [ -n "$library" ]; then
+  mount --bind "$folder/library" "$root$library"
+  mount -o remount,bind,ro,nosuid,nodev "$root$library"
 fi
 for one in ld.so.cache netconfig; do [ ! -e "/etc/$one" ] || cp "/etc/$one" etc/; done
 echo "root:x:0:0::/:" > etc/passwd
@@ -87,31 +98,41 @@ mount -o remount,ro "$root"
 pivot_root . run/old
 exec chroot . /usr/bin/sh -ec '
 umount -l /run/old
-exec prlimit --as=$2 setpriv --clear-groups --no-new-privs --inh-caps="-all" --bounding-set="$1" \\
-  ganesha.nfsd -F -f /conf/ganesha.conf -L STDERR -p /state/pid' sh "$caps" "$3"
+caps=$1 memory=$2
+shift 2
+exec prlimit --as=$memory setpriv --clear-groups --no-new-privs --inh-caps="-all" \\
+  --bounding-set="$caps" \\
+  "$@" ganesha.nfsd -F -f /conf/ganesha.conf -L STDERR -p /state/pid' sh "$caps" "$memory" "$@"
 """
 
 
 @dataclass(frozen=True)
-class Export:
-    """A workspace, by number, and the addresses of those that may write to it and read it."""
+class Owner:
+    """Whose server this is: the machine in a slot, by its name as a client; and the port."""
 
-    number: int
-    workspace_id: str
-    writers: tuple[str, ...]
-    readers: tuple[str, ...]
+    slot: int
+    port: int
+    client: str
 
 
 class Server:
-    """See the module. One call at a time."""
+    """One file server; one call at a time. See the top of this file."""
 
-    def __init__(self, folder: Path, place: Place, org_id: str) -> None:
+    def __init__(self, folder: Path, place: Place, part: Part) -> None:
         self.folder = folder
         self.place = place
-        self.org_id = org_id
+        self.part = part
         self._sources: dict[str, Path] = {}
         self._process: DetachedProcess | None = None
         self._child: asyncio.subprocess.Process | None = None
+
+    @property
+    def owner(self) -> Owner:
+        """Whose it is."""
+        return Owner(self.place.number, self.part.port, self.part.client)
+
+    def _is_read_only(self, workspace_id: str) -> bool:
+        return all(one.workspace_id != workspace_id for one in self.part.writable)
 
     @property
     def is_up(self) -> bool:
@@ -121,17 +142,20 @@ class Server:
     # --- its process ----------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Return once it serves what it was told to, by `export`.
+        """Return once it serves what `export` named.
 
         Raises:
-            UnavailableError: it does not come up; the message is the end of what it said.
+            UnavailableError: it does not start; the message is the end of its log.
         """
         await in_thread(self._prepare)
-        mended_at = await in_thread(self._mend_library)
+        library = await in_thread(self._patch_library)
         await self._bind_tree()
         for workspace_id, source in self._sources.items():
             await self._bind(workspace_id, source)
         caps = "-all," + ",".join(f"+{one}" for one in _CAPABILITIES.split(","))
+        through = []
+        if not self.part.writable and os.access(_PYTHON, os.X_OK):
+            through = [_PYTHON, "-I", "-S", "/conf/only_reads.py"]
         beginning = self._log_size()
         with (self.folder / "log").open("ab") as said:
             try:
@@ -140,7 +164,7 @@ class Server:
                     "unshare", "--mount", "--ipc", "--uts", "--pid", "--fork",
                     "--propagation", "slave",
                     "sh", "-e", str(self.folder / "start"), str(self.folder), caps,
-                    str(_MEMORY_BYTES), mended_at,
+                    str(_MEMORY_BYTES), library, *through,
                     stdin=asyncio.subprocess.DEVNULL, stdout=said, stderr=said,
                     env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
                     cwd="/", start_new_session=True,
@@ -158,7 +182,7 @@ class Server:
             raise
 
     async def _child_of(self, parent: int) -> DetachedProcess:
-        """Return the server itself, the first process of its own namespace, noted for later."""
+        """Return the server itself, the first process of its PID namespace, recorded on disk."""
         place = Path(f"/proc/{parent}/task/{parent}/children")
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -176,13 +200,11 @@ class Server:
                 raise UnavailableError(f"cannot start a file server: {self._tail()}")
 
     async def recover(self) -> bool:
-        """Find the process that an earlier one of this server started; False if it is gone."""
-        try:
-            told = json.loads((self.folder / "server.json").read_text())
-            pid, started, boot = int(told["pid"]), int(told["started"]), str(told["boot"])
-        except (OSError, ValueError, TypeError, KeyError):
+        """Find the process that an earlier process of this server's started; False if it ended."""
+        told = await in_thread(_told_in, self.folder)
+        if told is None:
             return False
-        self._process = DetachedProcess.find(pid, started=started, boot=boot)
+        self._process = DetachedProcess.find(told.pid, started=told.started, boot=told.boot)
         return self._process is not None
 
     async def ended(self) -> None:
@@ -222,71 +244,66 @@ class Server:
         for name, mode in (("conf", 0o755), ("state", 0o700), ("root", 0o755), ("tree", 0o755)):
             (self.folder / name).mkdir(mode=mode, parents=True, exist_ok=True)
         (self.folder / "start").write_text(_VIEW)
+        shutil.copyfile(only_reads.__file__, self.folder / "conf/only_reads.py")
         self.bound_log()
 
-    def _mend_library(self) -> str:
-        """Lay a mended copy of its library ready; return what it shall stand for, or nothing."""
+    def _patch_library(self) -> str:
+        """Prepare a patched copy of its library; return the path it is mounted over, or nothing."""
         library = library_of()
         if library is None:
-            log.warning("the file server's library is unknown here, and goes without its mends")
+            log.warning("the file server's library was not found; starting it without patches")
             return ""
-        better, missing = mended(library.read_bytes(), version_of(library))
-        for sentence in missing:
-            log.warning("the file server's library is not one that is known: %s", sentence)
+        better, missing = patched(library.read_bytes(), version_of(library))
+        for feature in missing:
+            log.warning("this build of NFS-Ganesha is not known; in workspaces, %s", feature)
         copy, part = self.folder / "library", self.folder / "library.part"
         try:
             if not copy.exists() or copy.read_bytes() != better:
                 part.write_bytes(better)
                 part.replace(copy)
-        except OSError as error:  # the disk is full: to serve is worth more
-            log.warning("a file server goes without its own library: %s", error)
+        except OSError as error:  # the disk is full: a server without patches is better than none
+            log.warning("cannot write the file server's library; starting it unpatched: %s", error)
             return ""
         return str(library)
 
     def _note(self, pid: int, started: int) -> None:
         told = {
-            "org_id": self.org_id, "slot": self.place.number, "pid": pid, "started": started,
-            "boot": boot_id(),
+            "slot": self.place.number, "port": self.part.port, "client": self.part.client,
+            "pid": pid, "started": started, "boot": boot_id(),
         }  # fmt: skip
         part = self.folder / "server.json.part"
         part.write_text(json.dumps(told))
         part.replace(self.folder / "server.json")
 
-    async def keep_clients(self, clients: Mapping[str, str]) -> None:
-        """Before a start, have these be waited for, by their names, at their addresses.
+    def forget_strangers(self) -> None:
+        """Before a start, remove what the last one recorded of other clients than its machine.
 
-        A server that ended by itself waits for those of before, so that each may claim anew what it
-        had locked; it knows them by the addresses that they had at first, and would wait for those
-        who are gone as long as it may.
+        A server that ended unexpectedly waits for its clients, so that each reclaims its locks
+        first. A guest may have invented clients, and nobody else would end that wait.
         """
-        await in_thread(self._keep_clients, clients)
-
-    def _keep_clients(self, clients: Mapping[str, str]) -> None:
-        known = {name.encode().hex(): address for name, address in clients.items()}
+        name = self.part.client.encode().hex()
         for entry in (self.folder / "state").glob("v4*/*/*"):
-            found = [address for name, address in known.items() if name in entry.name]
-            if not found:
+            if name not in entry.name:
                 shutil.rmtree(entry, ignore_errors=True)
-                continue
-            with contextlib.suppress(OSError):
-                entry.rename(entry.with_name(f"::ffff:{found[0]}-{entry.name.partition('-')[2]}"))
 
     # --- what it exports ------------------------------------------------------------------
 
-    async def export(self, exports: list[Export]) -> None:
-        """Export this and nothing else, from now on if it runs.
+    async def export(self) -> None:
+        """Export the workspaces that are bound, and nothing else, from now on if it runs.
 
-        It is stopped if it does not see what it is to export: it would give out what lies below.
+        A server that does not see one of them, or sees it writable where it must not, is stopped:
+        it would give out what lies below, or let its client write.
 
         Raises:
-            UnavailableError: it does not do it.
+            UnavailableError: it does not take the new configuration.
         """
-        used = [one.workspace_id for one in exports if one.writers or one.readers]
         process = self._process
-        if process is not None and not await in_thread(self._sees, process.pid, used):
-            log.error("a file server does not see what it is to export, and is started anew")
+        if process is not None and not await in_thread(
+            self._sees, process.pid, list(self._sources)
+        ):
+            log.warning("a file server does not see what it is to export; restarting it")
             await self.stop()
-        await in_thread(self._configure, exports)
+        await in_thread(self._configure)
         process = self._process
         if process is None:
             return
@@ -294,20 +311,19 @@ class Server:
         process.send(signal.SIGHUP)
         await self._await_said(_REREAD, beginning, limit_s=_RELOAD_S)
 
-    def _configure(self, exports: list[Export]) -> None:
+    def _configure(self) -> None:
         for name in ("conf", "tree"):
             (self.folder / name).mkdir(mode=0o755, parents=True, exist_ok=True)
         part = self.folder / "conf/ganesha.conf.part"
-        minors = minor_versions(library_of())
-        part.write_text(configuration(exports, address=self.place.ip, minors=minors))
+        part.write_text(configuration(self.part, list(self._sources), library=library_of()))
         part.chmod(0o644)
         part.replace(self.folder / "conf/ganesha.conf")
 
     async def bind(self, workspace_id: str, source: Path) -> None:
-        """Have a workspace's folder in its tree.
+        """Bind a workspace's folder into its tree.
 
         Raises:
-            UnavailableError: it is no file system of its own, or would not be bound.
+            UnavailableError: the folder is not a file system of its own, or cannot be bound.
         """
         await in_thread(self._prepare)
         await self._bind_tree()
@@ -316,23 +332,29 @@ class Server:
 
     async def _bind(self, workspace_id: str, source: Path) -> None:
         if not source.is_mount():
-            # Out of a folder that lies beside others these could be reached.
+            # From a plain folder a client could reach the folders next to it by guessed handles.
             raise UnavailableError(f"cannot export {source}: it is no file system of its own")
         place = self.folder / "tree" / workspace_id
-        place.mkdir(mode=0o755, exist_ok=True)
-        if not _are_same(place, source):
+        place.mkdir(exist_ok=True)
+        if place.is_mount() and not _is_as_wanted(place, source, self._is_read_only(workspace_id)):
+            await run(["umount", "--lazy", place], limit_s=_LIMIT_S)
+        if not place.is_mount():
             await run(["mount", "--bind", source, place], limit_s=_LIMIT_S)
+            if self._is_read_only(workspace_id):
+                options = "remount,bind,ro,nosuid,nodev,noatime"
+                await run(["mount", "-o", options, place], limit_s=_LIMIT_S)
 
     def _sees(self, pid: int, workspace_ids: list[str]) -> bool:
-        """Tell whether the process's own view of the host's files has these where it looks."""
+        """Return whether the process sees these workspaces in its tree, read-only if they must."""
         tree = Path(f"/proc/{pid}/root/tree")
-        known = ((one, self._sources.get(one)) for one in workspace_ids)
         return all(
-            source and source.is_mount() and _are_same(tree / one, source) for one, source in known
+            source.is_mount() and _is_as_wanted(tree / one, source, self._is_read_only(one))
+            for one, source in self._sources.items()
+            if one in workspace_ids
         )
 
     async def unbind(self, workspace_id: str) -> None:
-        """Have it there no more; what the server still has open of it goes when it lets go."""
+        """Remove a workspace from its tree; what the server has open goes when it closes it."""
         place = self.folder / "tree" / workspace_id
         while place.is_mount():
             await run(["umount", "--lazy", place], limit_s=_LIMIT_S)
@@ -364,7 +386,7 @@ class Server:
     # --- what it says ---------------------------------------------------------------------
 
     def bound_log(self) -> None:
-        """Keep its log from growing for ever."""
+        """Keep its log from growing without bound."""
         with contextlib.suppress(OSError):
             if (self.folder / "log").stat().st_size > _LOG_MAX:
                 os.truncate(self.folder / "log", 0)
@@ -403,25 +425,65 @@ class Server:
         return said.strip().rpartition("\n")[2]
 
 
-def _are_same(one: Path, other: Path) -> bool:
-    """Tell whether two paths are of one file system, here and now."""
+def _is_as_wanted(place: Path, source: Path, read_only: bool) -> bool:
+    """Return whether a path shows the same file system as another, read-only if it must be."""
     try:
-        return one.stat().st_dev == other.stat().st_dev
+        is_read_only = bool(os.statvfs(place).f_flag & os.ST_RDONLY)
+        return place.stat().st_dev == source.stat().st_dev and (is_read_only or not read_only)
     except OSError:
         return False
 
 
-def configuration(exports: list[Export], *, address: str, minors: str) -> str:
-    """Return the configuration of a server that exports this at an address, by NFSv4.`minors`."""
-    blocks = "".join(_block(one) for one in exports if one.writers or one.readers)
+@dataclass(frozen=True)
+class _Told:
+    """What `server.json` says; in a version before, servers were not a machine's own."""
+
+    owner: Owner | None
+    pid: int
+    started: int
+    boot: str
+
+
+def _told_in(folder: Path) -> _Told | None:
+    try:
+        told = json.loads((folder / "server.json").read_text())
+        owner = None
+        if "client" in told:
+            owner = Owner(int(told["slot"]), int(told["port"]), str(told["client"]))
+        return _Told(owner, int(told["pid"]), int(told["started"]), str(told["boot"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def owner_in(folder: Path) -> Owner | None:
+    """Return whose server an earlier process started in a folder; None if that is not known."""
+    told = _told_in(folder)
+    return None if told is None else told.owner
+
+
+def configuration(part: Part, workspace_ids: list[str], *, library: Path | None) -> str:
+    """Return the configuration of a server that exports these of a part, for its library.
+
+    The server's owner and scope are its own: a client takes two servers that name the same for
+    one (RFC 8881, 2.10.5), and a machine may have two, which may have begun in the same second.
+    """
+    name = f"{part.client}-{part.port}"
+    writable = {one.workspace_id for one in part.writable}
+    blocks = "".join(
+        _block(one, number, "RW" if one in writable else "RO")
+        for one, number in _numbered(part).items()
+        if one in workspace_ids
+    )
     return f"""
 NFS_CORE_PARAM {{
-  Protocols = 4; NFS_Port = {NFS_PORT}; Bind_addr = {address};
+  Protocols = 4; NFS_Port = {part.port}; Bind_addr = {GATEWAY_IP};
   Enable_NLM = false; Enable_RQUOTA = false; Enable_UDP = false;
   allow_set_io_flusher_fail = true; mount_path_pseudo = true;
 }}
 NFSv4 {{
-  Minor_Versions = {minors}; RecoveryBackend = fs; RecoveryRoot = /state;
+  Minor_Versions = {minor_versions(library)}; {lock_options(library)}
+  RecoveryBackend = fs; RecoveryRoot = /state;
+  Server_Owner = "{name}"; Server_Scope = "{name}";
   Lease_Lifetime = {_LEASE_S}; Grace_Period = {_GRACE_S};
   Only_Numeric_Owners = true; Delegations = false; Max_Client_Ids = {_CLIENTS_MAX};
 }}
@@ -435,17 +497,27 @@ LOG {{ Default_Log_Level = EVENT; }}
 {blocks}"""
 
 
-def _block(export: Export) -> str:
-    clients: Mapping[str, tuple[str, ...]] = {"RW": export.writers, "RO": export.readers}
-    allowed = "".join(
-        f"  CLIENT {{ Clients = {', '.join(addresses)}; Access_Type = {access}; Protocols = 4; }}\n"
-        for access, addresses in clients.items()
-        if addresses
-    )
+def _block(workspace_id: str, number: int, access: str) -> str:
     return (
-        f"EXPORT {{\n  Export_Id = {export.number}; Path = /tree/{export.workspace_id};\n"
-        f"  Pseudo = /{export.workspace_id}; FSAL {{ Name = VFS; }}\n{allowed}}}\n"
+        f"EXPORT {{\n  Export_Id = {number}; Path = /tree/{workspace_id};\n"
+        f"  Pseudo = /{workspace_id}; FSAL {{ Name = VFS; }}\n"
+        f"  CLIENT {{ Clients = {GUEST_IP}; Access_Type = {access}; Protocols = 4; }}\n}}\n"
     )
+
+
+def _numbered(part: Part) -> dict[str, int]:
+    """Return the number that each workspace is exported under.
+
+    File handles that the machine has name it, so it is the same whenever the server starts. 0 is
+    the root that all exports lie below.
+    """
+    numbers: dict[str, int] = {}
+    for one in part.mounts:
+        first = int.from_bytes(sha256(one.encode()).digest()[:4])
+        among = (1 + (first + step) % _NUMBERS for step in range(_NUMBERS))
+        taken = set(numbers.values())
+        numbers[one] = next(number for number in among if number not in taken)
+    return numbers
 
 
 def check_here() -> None:

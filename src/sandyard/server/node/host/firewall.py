@@ -17,7 +17,8 @@ _ANY_SLOT = "syd-"  # what the links of every installation on the host begin wit
 GUEST_IP = "172.16.0.2"
 GATEWAY_IP = "172.16.0.1"
 CONNECTIONS_MAX = 4096
-NFS_PORT = 2049
+SHARE_PORTS = range(20_000, 60_000)
+"""The gateway's ports that file servers of workspaces listen on; a second takes the port above."""
 _PRIVATE = (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
     "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
@@ -55,7 +56,41 @@ table inet sandyard_count {{
     iifname "{tap}" ct state new ct count over {CONNECTIONS_MAX} drop
   }}
 }}
+table inet sandyard_output {{}}
+delete table inet sandyard_output
+table inet sandyard_output {{
+  chain output {{
+    # A file server that its guest has taken over reaches that guest and nothing else.
+    type filter hook output priority filter; policy drop;
+    oifname {{ "lo", "{tap}" }} accept
+    ct state established,related accept
+  }}
+}}
 """
+
+
+def input_rules(*, tap: str) -> str:
+    """Return rules that replace what a slot of an earlier version lets its guest reach of it."""
+    return f"""
+flush chain inet sandyard input
+table inet sandyard {{
+  chain input {{
+    {_input(tap)}
+  }}
+}}
+"""
+
+
+def _input(tap: str) -> str:
+    ports = f"{SHARE_PORTS.start}-{SHARE_PORTS.stop}"
+    return f"""iifname "lo" accept
+    ct state established,related accept
+    iifname "{tap}" ip saddr != {GUEST_IP} drop
+    iifname "{tap}" ip daddr {GATEWAY_IP} meta l4proto {{ tcp, udp }} th dport 53 accept
+    iifname "{tap}" ip daddr {GATEWAY_IP} icmp type echo-request accept
+    # The slot's own file servers; where none listens, the kernel refuses at once.
+    iifname "{tap}" ip daddr {GATEWAY_IP} tcp dport {ports} accept
+    iifname "{tap}" ip daddr {GATEWAY_IP} meta l4proto tcp reject with tcp reset"""
 
 
 def slot_rules(
@@ -76,12 +111,7 @@ def slot_rules(
 table inet sandyard {{
   chain input {{
     type filter hook input priority filter; policy drop;
-    ct state established,related accept
-    iifname "{tap}" ip saddr != {GUEST_IP} drop
-    iifname "{tap}" ip daddr {GATEWAY_IP} meta l4proto {{ tcp, udp }} th dport 53 accept
-    iifname "{tap}" ip daddr {GATEWAY_IP} icmp type echo-request accept
-    # What is mounted no more is refused, not waited for.
-    iifname "{tap}" ip daddr {GATEWAY_IP} meta l4proto tcp reject with tcp reset
+    {_input(tap)}
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
@@ -89,8 +119,6 @@ table inet sandyard {{
     ct state established,related accept
     # What a machine that stood still sends on an old connection: told at once, not met by silence.
     iifname "{tap}" tcp flags & (fin | syn | rst | ack) != syn reject with tcp reset
-    # What it sends is redirected to one place alone: to its organization's file server.
-    iifname "{tap}" oifname "{uplink}" tcp dport {NFS_PORT} ct status dnat accept
     {_accept(allow, f'iifname "{tap}" oifname "{uplink}"')}
     iifname "{tap}" ip daddr {{ {", ".join(_UNREACHABLE)} }} reject with icmp type admin-prohibited
     iifname "{tap}" oifname "{uplink}" ct state new accept
@@ -107,47 +135,6 @@ table inet sandyard {{
   }}
 }}
 """
-
-
-def share_rules(*, tap: str, port: int, server: ipaddress.IPv4Address | str) -> str:
-    """Return rules inside a slot by which a port of its gateway leads to a file server, in place of
-    those that stood there."""
-    return f"""
-table inet sandyard_share {{}}
-delete table inet sandyard_share
-table inet sandyard_share {{
-  chain prerouting {{
-    type nat hook prerouting priority dstnat; policy accept;
-    iifname "{tap}" ip daddr {GATEWAY_IP} tcp dport {port} dnat ip to {server}:{NFS_PORT}
-  }}
-}}
-"""
-
-
-def server_rules(*, uplink: str, subnet: ipaddress.IPv4Network) -> str:
-    """Return the rules around a file server: slots reach its port, and it reaches nobody."""
-    return f"""
-table inet sandyard {{
-  chain input {{
-    type filter hook input priority filter; policy drop;
-    iifname "lo" accept
-    iifname "{uplink}" ip saddr {subnet} tcp dport {NFS_PORT} accept
-  }}
-  chain output {{
-    type filter hook output priority filter; policy drop;
-    oifname "lo" accept
-    oifname "{uplink}" ip daddr {subnet} tcp sport {NFS_PORT} ct state established accept
-  }}
-  chain forward {{
-    type filter hook forward priority filter; policy drop;
-  }}
-}}
-"""
-
-
-def share_element(*, table: str, link: str, client: str, server: str) -> str:
-    """Return what stands for one slot that may reach one file server, in a set of the host's."""
-    return f"element inet {table} shares {{ {link} . {client} . {server} }}\n"
 
 
 def host_rules(
@@ -170,9 +157,6 @@ table inet {table} {{
     type ipv4_addr; flags interval; auto-merge;
     {_elements(neighbours)}
   }}
-  set shares {{
-    type ifname . ipv4_addr . ipv4_addr;
-  }}
   chain input {{
     type filter hook input priority filter; policy accept;
     iifname "{prefix}*" ct state established,related accept
@@ -184,8 +168,6 @@ table inet {table} {{
     oifname "{prefix}*" jump to_slots
   }}
   chain from_slots {{
-    tcp dport {NFS_PORT} iifname . ip saddr . ip daddr @shares accept
-    tcp sport {NFS_PORT} oifname "{prefix}*" ct state established ct direction reply accept
     oifname "{_ANY_SLOT}*" drop
     meta nfproto ipv6 drop
     ct state established,related accept

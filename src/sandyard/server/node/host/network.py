@@ -29,15 +29,13 @@ from sandyard.server.node.host.firewall import (
     forward_exceptions,
     guard_rules,
     host_rules,
+    input_rules,
     new_neighbours,
-    server_rules,
-    share_element,
-    share_rules,
     slot_rules,
 )
 from sandyard.server.node.host.identity import SLOTS, Identity
 from sandyard.server.node.host.netlink import netlink
-from sandyard.server.tasks import Crew, beside, in_thread
+from sandyard.server.tasks import Crew, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +44,6 @@ _GATEWAY_MAC = "02:73:79:00:00:01"
 _TAP, _UPLINK = "tap0", "up0"
 _TOOL_LIMIT_S = 20.0
 _SPARE = 3
-_MACHINES = SLOTS - 128  # the slots above are file servers', one an organization
 _FOLLOW_S = 3.0
 
 
@@ -78,22 +75,6 @@ class Network(Protocol):
         """Remove a place with everything in it; nothing happens if it is gone."""
         ...
 
-    async def take_for_server(self) -> Place:
-        """Return a place for a file server, which machines reach if they are let; see `take`."""
-        ...
-
-    async def let(self, place: Place, server: Place, *, port: int) -> None:
-        """Have a port of a machine's gateway lead to a file server's place, and no other port.
-
-        Raises:
-            InternalError: the host would not do it.
-        """
-        ...
-
-    async def forbid(self, place: Place) -> None:
-        """Have nothing in a place lead to a file server any more."""
-        ...
-
     async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
         """Return a connection to a port of the machine in a place.
 
@@ -118,7 +99,6 @@ class Slots:
         self._dns: dict[int, asyncio.Task[None]] = {}
         self._crew: Crew | None = None
         self._neighbours: tuple[str, ...] = ()
-        self._shares: dict[int, str] = {}
         chosen = [(one, 53) for one in resolvers]
         self._resolvers: Callable[[], Sequence[Resolver]] = (
             (lambda: chosen) if chosen else host_resolvers
@@ -131,9 +111,8 @@ class Slots:
         await self._prepare_host()
         await self._sweep()
         for number in self._used:
-            if number < _MACHINES:
-                await self._guard(self.place(number))
-                self._start_dns(self.place(number))
+            await self._guard(self.place(number))
+            self._start_dns(self.place(number))
         self._refill_beside()
         following = self._follow_neighbours()
         crew.start(following, "the rules do not follow the host's networks any more")
@@ -173,39 +152,9 @@ class Slots:
             dns.cancel()
             await asyncio.wait([dns])
         await kill_all_of(place.uid)
-        await self.forbid(place)
         async with self._lock:
             await self._remove(place)
             self._used.discard(place.number)
-
-    async def take_for_server(self) -> Place:
-        """See Network.take_for_server."""
-        async with self._lock:
-            place = await self._make(range(_MACHINES, SLOTS), "file servers")
-            self._used.add(place.number)
-        return place
-
-    async def let(self, place: Place, server: Place, *, port: int) -> None:
-        """See Network.let."""
-        await self.forbid(place)
-        element = share_element(
-            table=self._identity.table,
-            link=self._host_link(place.number),
-            client=place.ip,
-            server=server.ip,
-        )
-        rules = share_rules(tap=_TAP, port=port, server=server.ip)
-        self._shares[place.number] = element
-        async with beside(_nft(f"add {element}")) as adding:
-            await _nft_in(place, rules)
-            await adding
-
-    async def forbid(self, place: Place) -> None:
-        """See Network.forbid."""
-        if element := self._shares.get(place.number):
-            # It may not have come so far.
-            await _nft(f"add {element}delete {element}")
-            self._shares.pop(place.number, None)
 
     async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
         """See Network.dial."""
@@ -290,15 +239,15 @@ class Slots:
 
     async def _refill(self) -> None:
         async with self._lock:
-            while len(self._spare) < _SPARE and len(self._used) + len(self._spare) < _MACHINES:
+            while len(self._spare) < _SPARE and len(self._used) + len(self._spare) < SLOTS:
                 self._spare.append(await self._make())
 
-    async def _make(self, among: range = range(_MACHINES), what: str = "machines") -> Place:
+    async def _make(self) -> Place:
         taken = self._used | {place.number for place in self._spare}
-        number = next((one for one in among if one not in taken), None)
+        number = next((one for one in range(SLOTS) if one not in taken), None)
         if number is None:
             raise NoCapacityError(
-                f"cannot place more {what} on this node: all {len(among)} slots are in use"
+                f"cannot place more machines on this node: all {SLOTS} slots are in use"
             )
         place = self.place(number)
         try:
@@ -312,7 +261,8 @@ class Slots:
     async def _guard(self, place: Place) -> None:
         """Give a slot that an earlier version made the rules at its tap that a new one has."""
         try:
-            await _nft_in(place, guard_rules(tap=_TAP, mac=place.mac))
+            rules = guard_rules(tap=_TAP, mac=place.mac) + input_rules(tap=_TAP)
+            await _nft_in(place, rules)
         except InternalError as error:
             log.warning("a machine's tap is not guarded: %s", error.message)
 
@@ -320,24 +270,20 @@ class Slots:
         outer = self._outer(place.number)
         gateway = outer - 1
         link = self._host_link(place.number)
-        serves = place.number >= _MACHINES
         await run(["ip", "netns", "add", place.netns], limit_s=_TOOL_LIMIT_S)
         await in_thread(
             in_namespace,
             place.netns,
-            lambda: asyncio.run(_set_up_kernel(place, has_tap=not serves)),
+            lambda: asyncio.run(_set_up_kernel(place)),
         )
-        if serves:
-            rules = server_rules(uplink=_UPLINK, subnet=self._identity.subnet)
-        else:
-            rules = slot_rules(
-                uplink=_UPLINK,
-                tap=_TAP,
-                mac=place.mac,
-                outer=outer,
-                agent_port=AGENT_PORT,
-                allow=self._allow,
-            )
+        rules = slot_rules(
+            uplink=_UPLINK,
+            tap=_TAP,
+            mac=place.mac,
+            outer=outer,
+            agent_port=AGENT_PORT,
+            allow=self._allow,
+        )
         # The rules stand before the first link is up: no packet ever passes without them.
         await _nft_in(place, rules)
         address = ipaddress.IPv4Interface(f"{gateway}/30")
@@ -345,7 +291,7 @@ class Slots:
         await in_thread(
             in_namespace,
             place.netns,
-            lambda: asyncio.run(_set_up_links(place, outer, gateway, has_tap=not serves)),
+            lambda: asyncio.run(_set_up_links(place, outer, gateway)),
         )
 
     async def _remove(self, place: Place) -> None:
@@ -421,31 +367,25 @@ async def _set_up_links(
     place: Place,
     outer: ipaddress.IPv4Address,
     gateway: ipaddress.IPv4Address,
-    *,
-    has_tap: bool,
 ) -> None:
     """Make the slot's own links; for a thread that stands in the slot."""
     async with netlink() as slot:
         await slot.bring_up("lo")
         await slot.bring_up(_UPLINK, address=ipaddress.IPv4Interface(f"{outer}/30"))
         await slot.add_default_route(gateway)
-        if not has_tap:
-            return
         # The same in every slot: a restored guest still knows the gateway by it.
         gateway_address = ipaddress.IPv4Interface(f"{GATEWAY_IP}/30")
         await slot.bring_up(_TAP, address=gateway_address, mac=_GATEWAY_MAC)
         await slot.add_neighbour(_TAP, ip=GUEST_IP, mac=place.mac)
 
 
-async def _set_up_kernel(place: Place, *, has_tap: bool) -> None:
+async def _set_up_kernel(place: Place) -> None:
     """Set what the kernel keeps per namespace, and add the tap, which is down; for a thread that
     stands in the slot."""
-    Path("/proc/sys/net/ipv4/ip_forward").write_text("1" if has_tap else "0")
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
     for name in ("all", "default"):
         off = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
         if off.exists():
             off.write_text("1")
-    if not has_tap:
-        return
     async with netlink() as slot:
         await slot.add_tap(_TAP, uid=place.uid)
