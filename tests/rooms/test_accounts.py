@@ -491,6 +491,57 @@ async def test_what_runs_is_bounded_by_the_plan(
             assert (await yard.get(boxes[0]))["status"] == "paused"
 
 
+async def test_snapshots_are_bounded_by_the_plan_in_number_and_size(tmp_path: Path) -> None:
+    async with open_yard(tmp_path, saves=True, sections=limited(snapshots=2)) as yard:
+        path = f"/v1/sandboxes/{(await yard.create())['id']}/snapshots"
+        answers = await asyncio.gather(*(yard.client.post(path) for _ in range(10)))
+        statuses = [one.status_code for one in answers]
+        assert (statuses.count(201), statuses.count(409)) == (2, 8)
+        refused = await post(yard.client, path, status=409)
+        assert (refused["code"], refused["details"]["limit"]) == ("conflict", "snapshots")
+        (first, _) = await get(yard.client, "/v1/snapshots")
+        await yard.client.delete(f"/v1/snapshots/{first['id']}")
+        await post(yard.client, path)
+    (tmp_path / "size").mkdir()
+    async with open_yard(tmp_path / "size", saves=True, sections=limited(snapshot_gb=0)) as yard:
+        path = f"/v1/sandboxes/{(await yard.create())['id']}/snapshots"
+        refused = await post(yard.client, path, status=409)
+        assert refused["details"]["limit"] == "snapshotGb"
+        assert await get(yard.client, "/v1/snapshots") == []
+
+
+async def test_a_snapshot_that_turns_out_too_large_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_yard(tmp_path, saves=True, sections=limited(snapshot_gb=1)) as yard:
+        box = await yard.create()
+        monkeypatch.setattr(
+            "sandyard.server.service.sandboxes.snapshots.believed_bytes", lambda *_: 2**30 + 1
+        )
+        refused = await post(yard.client, f"/v1/sandboxes/{box['id']}/snapshots", status=409)
+        assert refused["details"]["limit"] == "snapshotGb"
+        assert await get(yard.client, "/v1/snapshots") == []
+        await eventually(lambda: has_no(tmp_path / "snapshots"))
+
+
+async def has_no(folder: Path) -> bool:
+    return not folder.is_dir() or not any(folder.iterdir())
+
+
+async def test_snapshots_of_test_keys_are_free_and_few(yard: Yard) -> None:
+    made = await post(yard.client, "/v1/api-keys", name="t", isTest=True)
+    async with yard.client_of(made["key"]) as client:
+        box = (await client.post("/v1/sandboxes", params={"wait": 20}, json={})).json()["data"]
+        path = f"/v1/sandboxes/{box['id']}/snapshots"
+        for _ in range(2):
+            await post(client, path)
+        refused = await post(client, path, status=409)
+        assert refused["details"]["limit"] == "testSnapshots"
+    # Another key's sandbox is not bound by that.
+    own = await yard.create()
+    await post(yard.client, f"/v1/sandboxes/{own['id']}/snapshots")
+
+
 async def test_twenty_creates_at_once_do_not_pass_a_limit(tmp_path: Path) -> None:
     async with open_yard(tmp_path, sections=limited(sandboxes=3)) as yard:
         answers = await asyncio.gather(
@@ -505,6 +556,34 @@ async def test_twenty_creates_at_once_do_not_pass_a_limit(tmp_path: Path) -> Non
 
 def funded(cents: int, **billing: object) -> dict[str, Any]:
     return {"billing": {"sign_up_cents": cents, **billing}}
+
+
+async def test_a_snapshot_needs_credits_and_its_storage_is_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "sandyard.server.service.sandboxes.snapshots.believed_bytes", lambda *_: 2**30
+    )
+    clock, sections = AheadClock(), funded(2 * HOUR_CENTS)
+    async with open_yard(tmp_path, saves=True, clock=clock, sections=sections) as yard:
+        box = await yard.create(idleTimeout=0)
+        path = f"/v1/sandboxes/{box['id']}/snapshots"
+        await post(yard.client, path)
+        await yard.act(box, "pause")
+        org_id, _ = await yard.first()
+
+        async def balance() -> int:
+            await yard.house.meter.charge(org_id)
+            return int((await get(yard.client, "/v1/billing/credits"))["balanceCents"])
+
+        before = await balance()
+        clock.ahead = timedelta(days=365)
+        # Nothing runs, and a GiB that is kept costs 10 cents a month all the same.
+        assert before - await balance() >= 119
+        refused = await post(yard.client, path, status=402)
+        assert refused["code"] == "insufficient_credits"
+        assert "snapshot" in refused["message"]
+        assert len(await get(yard.client, "/v1/snapshots")) == 1
 
 
 async def test_what_cannot_be_paid_for_an_hour_is_refused(tmp_path: Path) -> None:

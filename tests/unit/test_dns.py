@@ -102,6 +102,22 @@ def answered(asked: bytes, records: bytes = b"") -> bytes:
     return asked[:2] + struct.pack(">HHHHH", 0x8180, 1, 0, 0, 0) + question() + records
 
 
+def both_on_one_port() -> tuple[socket.socket, socket.socket]:
+    """Return a UDP socket and a listening TCP socket with the same port of 127.0.0.1."""
+    while True:
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            udp.bind(("127.0.0.1", 0))
+            tcp.bind(udp.getsockname())
+        except OSError:  # another process has the port for TCP
+            udp.close()
+            tcp.close()
+        else:
+            tcp.listen()
+            return udp, tcp
+
+
 @asynccontextmanager
 async def forwarding(answer: Answer) -> AsyncIterator[tuple[tuple[str, int], list[bytes]]]:
     """Yield the address of a forwarder, UDP and TCP, and what its resolver was asked."""
@@ -128,16 +144,12 @@ async def forwarding(answer: Answer) -> AsyncIterator[tuple[tuple[str, int], lis
         writer.close()
         await writer.wait_closed()
 
-    transport, _ = await loop.create_datagram_endpoint(Resolver, local_addr=("127.0.0.1", 0))
-    resolver = transport.get_extra_info("sockname")
-    server = await asyncio.start_server(by_tcp, *resolver)
-    with (
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as udp,
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as tcp,
-    ):
-        udp.bind(("127.0.0.1", 0))
-        tcp.bind(udp.getsockname())
-        tcp.listen()
+    upstream, behind = both_on_one_port()
+    resolver = upstream.getsockname()
+    transport, _ = await loop.create_datagram_endpoint(Resolver, sock=upstream)
+    server = await asyncio.start_server(by_tcp, sock=behind)
+    udp, tcp = both_on_one_port()
+    with udp, tcp:
         forwarder = Forwarder(lambda: [resolver])
         serving = [
             asyncio.create_task(forwarder.serve_udp(udp)),

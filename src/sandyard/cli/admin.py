@@ -127,7 +127,8 @@ def set_limit(
     name: Annotated[
         str,
         typer.Argument(
-            help="requestsPerMinute, sandboxes, vcpus, memoryGb, diskGb or testSandboxes."
+            help="requestsPerMinute, sandboxes, vcpus, memoryGb, diskGb, storageGb, testSandboxes, "
+            "snapshots, snapshotGb or testSnapshots."
         ),
     ],
     value: Annotated[str, typer.Argument(help="A number; `plan` for what its plan says.")],

@@ -466,6 +466,9 @@ class PlanSettings(Section):
     disk_gb: int | None = Field(None, ge=0, description="Of all that are not deleted.")
     storage_gb: int | None = Field(None, ge=0, description="In all workspaces together.")
     test_sandboxes: int | None = Field(2, ge=0, description="Of test keys.")
+    snapshots: int | None = Field(None, ge=0, description="Snapshots that are kept.")
+    snapshot_gb: int | None = Field(None, ge=0, description="Of all that are kept.")
+    test_snapshots: int | None = Field(2, ge=0, description="Of test keys' sandboxes.")
 
 
 class WorkspaceSettings(Section):
@@ -564,13 +567,20 @@ class Settings(BaseSettings):
     billing: BillingSettings = BillingSettings()
     plans: dict[str, PlanSettings] = Field(
         {
-            "free": PlanSettings(requests_per_minute=60, storage_gb=10),
-            "pro": PlanSettings(requests_per_minute=300, storage_gb=50),
-            "team": PlanSettings(requests_per_minute=1000, storage_gb=500),
+            "free": PlanSettings(
+                requests_per_minute=60, storage_gb=10, snapshots=10, snapshot_gb=10
+            ),
+            "pro": PlanSettings(
+                requests_per_minute=300, storage_gb=50, snapshots=100, snapshot_gb=100
+            ),
+            "team": PlanSettings(
+                requests_per_minute=1000, storage_gb=500, snapshots=1000, snapshot_gb=1000
+            ),
             "enterprise": PlanSettings(),
         },
         description="Plans by name, each a table: `requests_per_minute`, `sandboxes`, `vcpus`, "
-        "`memory_gb`, `disk_gb`, `storage_gb`, `test_sandboxes`.",
+        "`memory_gb`, `disk_gb`, `storage_gb`, `test_sandboxes`, `snapshots`, `snapshot_gb`, "
+        "`test_snapshots`.",
     )
     workspaces: WorkspaceSettings = WorkspaceSettings()
     cluster: ClusterSettings = ClusterSettings()

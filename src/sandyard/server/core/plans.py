@@ -11,6 +11,9 @@ LIMITS = {
     "diskGb": "disk_gb",
     "storageGb": "storage_gb",
     "testSandboxes": "test_sandboxes",
+    "snapshots": "snapshots",
+    "snapshotGb": "snapshot_gb",
+    "testSnapshots": "test_snapshots",
 }
 """What can be limited, by the name that clients see."""
 
@@ -20,7 +23,9 @@ class Plan:
     """The limits of an organization; None is no limit.
 
     `sandboxes`, `vcpus` and `memory_gb` bound what runs at one time, `disk_gb` all that is not
-    deleted, `storage_gb` what is in workspaces, `test_sandboxes` those of test keys.
+    deleted, `storage_gb` what is in workspaces, `test_sandboxes` those of test keys. `snapshots`
+    and `snapshot_gb` bound the snapshots that are kept, and `test_snapshots` how many of them are
+    of test keys' sandboxes, which cost nothing.
     """
 
     requests_per_minute: int | None = None
@@ -30,6 +35,9 @@ class Plan:
     disk_gb: int | None = None
     storage_gb: int | None = None
     test_sandboxes: int | None = 2
+    snapshots: int | None = None
+    snapshot_gb: int | None = None
+    test_snapshots: int | None = 2
 
     def changed_by(self, limits: Mapping[str, int]) -> "Plan":
         """Return the plan with an organization's own limits in the place of its."""

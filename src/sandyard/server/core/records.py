@@ -281,10 +281,21 @@ class Snapshot:
     created_at: datetime
     held_until: datetime | None = None
     mounts: tuple[Mount, ...] = ()
+    is_test: bool = False
 
     def is_made(self, now: datetime) -> bool:
         """Tell whether somebody is at work on it."""
         return not self.is_ready and self.held_until is not None and self.held_until > now
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The snapshots that an organization keeps, those of forks aside: how many, how large, and how
+    many of them are of test keys' sandboxes. One that is being made counts, with no size yet."""
+
+    count: int = 0
+    size_bytes: int = 0
+    tests: int = 0
 
 
 @dataclass(frozen=True)

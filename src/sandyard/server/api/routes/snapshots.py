@@ -30,7 +30,9 @@ CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 Service = Annotated[Snapshots, provided("snapshots")]
 
 
-@router.post("/v1/sandboxes/{reference}/snapshots", status_code=201, responses=errors(404, 409))
+@router.post(
+    "/v1/sandboxes/{reference}/snapshots", status_code=201, responses=errors(402, 404, 409)
+)
 async def create_snapshot(
     request: Request,
     actor: CanWrite,

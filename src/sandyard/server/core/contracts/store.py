@@ -16,6 +16,7 @@ from sandyard.server.core.records import (
     Claim,
     InUse,
     JoinedNode,
+    Kept,
     KeyedRequest,
     KeyHolder,
     LedgerEntry,
@@ -674,6 +675,10 @@ class SnapshotRows(Protocol):
         Only these may be deleted there: a snapshot that is not in the database at all may be
         newer than the backup that the database was restored from.
         """
+        ...
+
+    async def kept(self, org_id: str) -> Kept:
+        """Return what an organization keeps."""
         ...
 
     async def forget(self, snapshot_ids: Collection[str]) -> None:

@@ -37,6 +37,7 @@ from sandyard.server.core.records import (
     Activity,
     ActivityQuery,
     Claim,
+    Kept,
     KeyedRequest,
     Mark,
     Mount,
@@ -531,6 +532,18 @@ class SnapshotTable:
             select(c.id, c.removed_at).where(c.node_id == node_id)
         )
         return {row.id: row.removed_at for row in found}
+
+    async def kept(self, org_id: str) -> Kept:
+        """See core.contracts.store.SnapshotRows.kept."""
+        c = t.snapshots.c
+        found = await self._connection.execute(
+            select(
+                func.count(),
+                cast(func.coalesce(func.sum(c.size_bytes), 0), BigInteger),
+                cast(func.coalesce(func.sum(case((c.is_test.is_(True), 1), else_=0)), 0), Integer),
+            ).where(c.org_id == org_id, c.is_hidden.is_(False))
+        )
+        return Kept(*found.one())
 
     async def forget(self, snapshot_ids: Collection[str]) -> None:
         """See core.contracts.store.SnapshotRows.forget."""

@@ -334,6 +334,7 @@ snapshots = Table(
     Column("created_at", Moment, nullable=False),
     Column("held_until", Moment),
     Column("mounts", JSON, nullable=False, server_default="[]"),
+    Column("is_test", Boolean, nullable=False, server_default=false()),
     Index("ix_snapshots_node", "node_id"),
     Index("ix_snapshots_org_created", "org_id", "created_at", "id"),
     Index(

@@ -1,6 +1,7 @@
 """Whether an organization may have one more: by its plan, and by its credits."""
 
 from collections.abc import Mapping
+from datetime import timedelta
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Transaction
@@ -75,6 +76,55 @@ class Quota:
         if not is_test:
             self._check_credits(used, account, shape, count=1)
 
+    async def check_snapshot(
+        self, tx: Transaction, actor: Actor, shape: Shape, *, is_test: bool
+    ) -> None:
+        """Refuse one more snapshot that an organization may not keep, or cannot pay for.
+
+        Its size is not known before it is made, so the organization must be able to pay an hour of
+        the largest that it could be; see `check_snapshot_size` for its real one.
+
+        Raises:
+            LimitReachedError: it keeps as many, or as much, as its plan allows.
+            QuotaExceededError: its credits do not suffice.
+        """
+        plan = plan_of(self._plans, actor)
+        kept = await tx.snapshots.kept(actor.org_id)
+        for name, has, limit in (
+            ("snapshots", kept.count, plan.snapshots),
+            ("testSnapshots", kept.tests if is_test else None, plan.test_snapshots),
+        ):
+            if limit is not None and has is not None and has >= limit:
+                raise _too_many_snapshots(name, allowed=limit, used=has)
+        _check_snapshot_bytes(plan, kept.size_bytes + 1)
+        if is_test or not self._enforces:
+            return
+        used, account = await tx.credits.position(actor.org_id, self._clock.now())
+        left = account.left - max(0, self._prices.used(used.owed) - used.posted)
+        size_bytes = (shape.memory_mib + shape.disk_mib) * 2**20
+        price = self._prices.storage(size_bytes, timedelta(hours=1))
+        hourly = self._prices.hour_of(used.paid)
+        if left <= 0 or left < price + hourly:
+            raise QuotaExceededError(
+                "cannot pay for this: an hour of a snapshot of up to "
+                f"{format_size(size_bytes >> 20)} costs {show(cents_up(price))}, "
+                f"and the balance is {show(account.balance_cents)}; "
+                "top up (POST /v1/billing/topup), or have an operator grant credits "
+                "(`sandyard admin grant`)",
+                priceCents=cents_up(price),
+                runningCents=cents_up(hourly),
+                balanceCents=account.balance_cents,
+            )
+
+    async def check_snapshot_size(self, tx: Transaction, actor: Actor, size_bytes: int) -> None:
+        """Refuse a snapshot that has been made, and is more than the plan allows in all.
+
+        Raises:
+            LimitReachedError: it is.
+        """
+        kept = await tx.snapshots.kept(actor.org_id)
+        _check_snapshot_bytes(plan_of(self._plans, actor), kept.size_bytes + size_bytes)
+
     async def check_going_on(self, tx: Transaction, actor: Actor, *, is_test: bool) -> None:
         """Refuse to stop what runs to start it anew, if it could not be paid for. See above."""
         if not is_test:
@@ -127,6 +177,21 @@ class Quota:
                 runningCents=cents_up(hourly),
                 balanceCents=account.balance_cents,
             )
+
+
+def _check_snapshot_bytes(plan: Plan, size_bytes: int) -> None:
+    if plan.snapshot_gb is not None and size_bytes > plan.snapshot_gb * 2**30:
+        raise _too_many_snapshots("snapshotGb", allowed=plan.snapshot_gb, used=size_bytes >> 30)
+
+
+def _too_many_snapshots(name: str, *, allowed: int, used: int) -> LimitReachedError:
+    return LimitReachedError(
+        f"cannot keep this snapshot: the organization's plan allows {allowed} {name}; delete some, "
+        "or ask an operator for a higher limit",
+        limit=name,
+        allowed=allowed,
+        used=used,
+    )
 
 
 def _mib(gb: int | None) -> int | None:

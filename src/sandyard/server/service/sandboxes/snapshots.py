@@ -98,6 +98,8 @@ class Snapshots:
             InvalidArgumentError: the name cannot be used.
             AlreadyExistsError: the name is taken.
             ConflictError: the sandbox's status does not allow it.
+            LimitReachedError: the organization's plan allows no more snapshots, or none so large.
+            QuotaExceededError: its credits do not suffice to keep it.
             DeadlineExceededError: the sandbox is paused or resumed, and that takes too long.
             UnavailableError: it cannot be saved now; nothing is left of the try.
         """
@@ -116,6 +118,9 @@ class Snapshots:
                 async with self._store.write(actor.org_id) as tx:
                     if await self._repeats.made_before(tx, actor, request) is not None:
                         continue  # another server was asked the same
+                    await self._quota.check_snapshot(
+                        tx, actor, sandbox.shape, is_test=sandbox.is_test
+                    )
                     await tx.snapshots.insert(snapshot)
                     await self._repeats.note(tx, actor, request, noted)
                 async with self._noted(actor, request, noted):
@@ -130,6 +135,7 @@ class Snapshots:
             self._made(sandbox, snapshot, until) as size_bytes,
             self._store.write(snapshot.org_id) as tx,
         ):
+            await self._quota.check_snapshot_size(tx, actor, size_bytes)
             await self._complete(tx, snapshot, size_bytes)
             await tx.storage.open(self._kept(sandbox, snapshot, size_bytes))
             await tx.activity.append(self._line(actor, snapshot, "snapshot.created"))
@@ -416,6 +422,7 @@ class Snapshots:
             created_at=now,
             held_until=now + timedelta(seconds=_HOLD_S),
             mounts=sandbox.mounts,
+            is_test=sandbox.is_test,
         )
 
     @asynccontextmanager
