@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
+from tests.support.ports import free_port
+from tests.support.server import wait_until
 
 ROOT = Path(__file__).parents[2]
 PROJECT = """
@@ -91,6 +94,40 @@ def test_it_works_without_the_server(environment: Path, tmp_path: Path) -> None:
     listed = run("python", "-m", "pip", "list", "--format=freeze").lower()
     for name in ("fastapi", "sqlalchemy", "uvicorn", "mcp="):
         assert name not in listed
+
+
+@pytest.mark.machine
+def test_with_its_extra_the_server_starts(environment: Path, tmp_path: Path) -> None:
+    """All that the server imports is declared: an environment of this project's own has more."""
+    source = environment.parent / "source"
+    pip = [str(environment.parent / "server/bin/python"), "-m", "pip", "install", "-q"]
+    subprocess.run([sys.executable, "-m", "venv", str(environment.parent / "server")], check=True)
+    subprocess.run(
+        [*pip, "--disable-pip-version-check", f"{source}[server]"], check=True, timeout=300
+    )
+    port = free_port()
+    own = {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "SANDYARD_HOME": str(tmp_path / "home"),
+        "SANDYARD_NODE__DRIVER": "fake", "SANDYARD_HTTP__PORT": str(port),
+        "SANDYARD_SSH__PORT": str(free_port()),
+    }  # fmt: skip
+    sandyard = str(environment.parent / "server/bin/sandyard")
+    subprocess.run([sandyard, "init", "--quiet"], env=own, check=True, timeout=60)
+    with (tmp_path / "log").open("wb") as log:
+        serving = subprocess.Popen([sandyard, "serve"], env=own, stdout=log, stderr=log)
+
+    def answers() -> bool:
+        assert serving.poll() is None, (tmp_path / "log").read_text()
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    try:
+        wait_until(answers, what="the server is ready")
+    finally:
+        serving.terminate()
+        serving.wait(30)
 
 
 @pytest.mark.machine

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +51,9 @@ def server_errors() -> type[Exception]:
 
 def server_settings() -> "Settings":
     """Return the installation's settings, and have its log written as they say."""
+    # Machines run under accounts of their own and must reach their files; what is secret is made
+    # with a mode of its own.
+    os.umask(0o022)
     settings: Settings = server_module("settings").Settings()
     server_module("logs").set_up_logs(level=settings.log.level, form=settings.log.format)
     return settings
@@ -178,6 +182,7 @@ def build(
 ) -> None:
     """Bring templates up to date; a failure leaves the image in use untouched."""
     settings = server_settings()
+    asyncio.run(server_module("wiring").check_home(settings))
     builder = server_module("wiring").builder_of(settings)
     for slug in slugs:
         with out.status(f"building {slug}") as spinner:

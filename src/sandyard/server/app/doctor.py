@@ -11,7 +11,13 @@ from typing import Literal
 from sandyard.server.app.links import Finding, examine_links
 from sandyard.server.app.member import is_member
 from sandyard.server.app.settings import Settings
-from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
+from sandyard.server.app.wiring import (
+    choice_of,
+    drivers_of,
+    identity_of,
+    images_of,
+    machine_folders,
+)
 from sandyard.server.core.contracts.node import TemplateStatus
 from sandyard.server.core.errors import (
     InvalidArgumentError,
@@ -25,6 +31,7 @@ from sandyard.server.node.host.disks import available_memory_mib, free_mib, used
 from sandyard.server.node.host.firewall import forward_exceptions
 from sandyard.server.node.host.identity import Identity
 from sandyard.server.node.host.network import host_routes, host_ruleset
+from sandyard.server.node.host.paths import closed_component, refusal
 from sandyard.server.node.images.definitions import arguments_for
 from sandyard.server.node.images.kernel import own_kernel
 
@@ -132,6 +139,7 @@ async def _network(settings: Settings) -> AsyncIterator[Finding]:
         return
     yield _subnet(identity, await host_routes())
     yield _uids(identity)
+    yield await _home(settings, identity)
     ruleset = json.loads(await host_ruleset())
     # Asked as if nothing of ours were there: what is found is what the server will have to pass.
     if forward_exceptions(ruleset, prefix=identity.prefix, table=""):
@@ -173,6 +181,15 @@ def _uids(identity: Identity) -> Finding:
                         f"move that range away from {ours}",
                     )  # fmt: skip
     return Finding("ok", f"the accounts {ours} are free")
+
+
+async def _home(settings: Settings, identity: Identity) -> Finding:
+    """Look whether the accounts that machines run under reach their files."""
+    uid = identity.uid_first
+    folder = await closed_component(machine_folders(settings), uid)
+    if folder is not None:
+        return Finding("bad", *refusal(folder, settings.home, uid))
+    return Finding("ok", f"machines can reach their files in {settings.home}")
 
 
 async def _has_legacy_drop() -> bool:

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from sandyard.server.app.installation import kind_of_host, secret_key
 from sandyard.server.app.settings import Settings
-from sandyard.server.app.wiring import choice_of, drivers_of, identity_of, images_of
+from sandyard.server.app.wiring import check_home, choice_of, drivers_of, identity_of, images_of
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import InternalError
@@ -88,6 +88,7 @@ async def open_node(
         for slug in images.definitions:
             images.use(slug, make_fake_image(images))
     else:
+        await check_home(settings)
         allow = [str(one) for one in settings.node.allow]
         network = Slots(
             await identity_of(settings),

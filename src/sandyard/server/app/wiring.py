@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from sandyard.server.app.firecracker import fetch, program
@@ -24,6 +25,7 @@ from sandyard.server.node.host.choice import Drivers
 from sandyard.server.node.host.identity import Identity, prefix_in, take_identity
 from sandyard.server.node.host.mounts import mounts_of
 from sandyard.server.node.host.network import host_routes
+from sandyard.server.node.host.paths import check_enterable
 from sandyard.server.node.images.build import Builder
 from sandyard.server.node.images.definitions import load_definitions
 from sandyard.server.node.images.images import Images
@@ -61,6 +63,23 @@ def builder_of(settings: Settings) -> Builder:
 async def identity_of(settings: Settings) -> Identity:
     """Return the installation's place on its host."""
     return take_identity(settings.home, routes=await host_routes(), subnet=settings.node.subnet)
+
+
+async def check_home(settings: Settings) -> None:
+    """Return if the accounts that machines run under can reach the installation's files.
+
+    Raises:
+        UnavailableError: they cannot; the message names the folder and two remedies.
+    """
+    if settings.node.driver != "fake" and os.geteuid() == 0:
+        uid = (await identity_of(settings)).uid_first
+        await check_enterable(settings.home, machine_folders(settings), uid)
+
+
+def machine_folders(settings: Settings) -> list[Path]:
+    """Return the folders from which machines open files."""
+    home = settings.home
+    return [home, settings.images_dir, *(home / one for one in ("machines", "kernels"))]
 
 
 def drivers_of(settings: Settings) -> list[Driver]:
