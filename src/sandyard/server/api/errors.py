@@ -39,6 +39,7 @@ STATUS: Mapping[Code, int] = MappingProxyType(
         Code.RATE_LIMITED: 429,
         Code.INTERNAL_ERROR: 500,
         Code.NOT_IMPLEMENTED: 501,
+        Code.AGENT_ERROR: 502,
         Code.UNAVAILABLE: 503,
         Code.NO_CAPACITY: 503,
         Code.DEADLINE_EXCEEDED: 503,

@@ -15,6 +15,7 @@ SandyardError
 ├── QuotaExceededError          credits do not suffice
 ├── PayloadTooLargeError        a stated size limit is passed
 ├── RateLimitedError            too many requests; wait
+├── AgentError                  the agent in a sandbox breaks its protocol
 ├── DamagedError                what was saved cannot be used any more
 ├── UnsupportedError            this driver or host cannot do it
 ├── NotImplementedYetError      promised, and not built in this version
@@ -56,6 +57,7 @@ class Code(StrEnum):
     UNAVAILABLE = "unavailable"
     NO_CAPACITY = "no_capacity"
     DEADLINE_EXCEEDED = "deadline_exceeded"
+    AGENT_ERROR = "agent_error"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -163,6 +165,24 @@ class RateLimitedError(SandyardError):
         self.retry_after_s = retry_after_s
 
 
+class AgentError(SandyardError):
+    """The agent in a sandbox answered what its protocol does not allow.
+
+    What runs as root in a guest can have it say anything, so this is the sandbox's fault, not the
+    server's.
+    """
+
+    code = Code.AGENT_ERROR
+
+    def __init__(self, message: str = "", **facts: str | int) -> None:
+        super().__init__(
+            message
+            or "cannot understand the agent of the sandbox: it was changed, or is damaged; restart "
+            "the sandbox, or make a new one",
+            **facts,
+        )
+
+
 class DamagedError(SandyardError):
     """Something that was saved is not as it was, or does not fit this host any more."""
 
@@ -213,7 +233,7 @@ _BY_CODE: Mapping[Code, type[SandyardError]] = MappingProxyType(
             InvalidArgumentError, KeyReusedError, UnauthenticatedError, InvalidTokenError,
             TokenExpiredError, PermissionDeniedError, NotFoundError, AlreadyExistsError,
             WorkspaceInUseError, LimitReachedError, ConflictError, QuotaExceededError,
-            PayloadTooLargeError,
+            PayloadTooLargeError, AgentError,
             DamagedError, UnsupportedError, NotImplementedYetError, UnavailableError,
             NoCapacityError, DeadlineExceededError, InternalError,
         )

@@ -14,8 +14,8 @@ from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import Opened
 from sandyard.server.core.errors import (
+    AgentError,
     ConflictError,
-    InternalError,
     InvalidArgumentError,
     UnavailableError,
     UnsupportedError,
@@ -206,7 +206,7 @@ class AgentLink:
             InvalidArgumentError: the agent refused; the message is its own.
             NotFoundError: what was asked of is not in the machine.
             UnsupportedError: the agent does not know the operation.
-            InternalError: the agent does not accept the token, or speaks another protocol.
+            AgentError: the agent does not accept the token, or speaks another protocol.
         """
         again = may_be_followed(operation)
         async with contextlib.AsyncExitStack() as held:
@@ -222,7 +222,7 @@ class AgentLink:
                 _refuse(said, is_told=operation.asked_by_users)
                 answer = answer_of(operation, said.values)
             except (WireError, CodecError) as error:
-                raise InternalError(f"cannot understand the agent: {error}") from error
+                raise AgentError from error
             except (OSError, TimeoutError, EOFError) as error:
                 if self.end is not None:
                     raise self.end from error
@@ -254,7 +254,7 @@ async def run_command(link: AgentLink, command: str, *, limit_s: float, clock: C
     except TimeoutError as error:
         raise UnavailableError("the agent does not tell how a command ended") from error
     except WireError as error:
-        raise InternalError(f"cannot understand the agent: {error}") from error
+        raise AgentError from error
 
 
 def _broken_off() -> bytes:
@@ -271,7 +271,9 @@ def _refuse(said: Answer, *, is_told: bool) -> None:
         case None:
             return
         case Refusal.UNAUTHORIZED:
-            raise InternalError("cannot use the agent: it does not accept the token")
+            raise AgentError(
+                "cannot use the agent of the sandbox: it does not accept its token; restart it"
+            )
         case Refusal.UNSUPPORTED:
             raise UnsupportedError(said.message or "the agent does not know the operation")
         case _ if is_told:

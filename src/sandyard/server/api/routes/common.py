@@ -63,6 +63,7 @@ _MEANINGS = {
     429: "Too many requests; try again after `Retry-After` seconds.",
     500: "Something broke on the server.",
     501: "The contract has it and this version does not, yet.",
+    502: "The agent in the sandbox answered something that makes no sense.",
     503: "Not now; try again after `Retry-After` seconds.",
 }
 
@@ -71,7 +72,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the documentation of a route's error answers; those every route can give are added."""
     return {
         status: {"model": ErrorAnswer, "description": _MEANINGS[status]}
-        for status in sorted({400, 401, 403, 404, 429, 500, 503, *statuses})
+        for status in sorted({400, 401, 403, 404, 429, 500, 502, 503, *statuses})
     }
 
 

@@ -34,7 +34,10 @@ from sandyard.server.api.models.files import (
 from sandyard.server.api.routes.common import enveloped, errors, provided
 from sandyard.server.api.streams import TAMED, HeldStream
 from sandyard.server.core import ops
-from sandyard.server.core.errors import InternalError, InvalidArgumentError
+from sandyard.server.core.errors import (
+    AgentError,
+    InvalidArgumentError,
+)
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import FileChange, FileFact
 from sandyard.server.service.actor import Actor
@@ -402,5 +405,5 @@ async def _stat(
 ) -> FileFact:
     found = await service.ask(actor, reference, wish)
     if found is None:
-        raise InternalError("the agent of the sandbox told nothing of a file")
+        raise AgentError
     return found

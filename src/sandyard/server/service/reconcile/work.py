@@ -16,6 +16,7 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import (
+    AgentError,
     ConflictError,
     DamagedError,
     InternalError,
@@ -106,7 +107,7 @@ class Work:
                 await self._give_up_in_time(claim, error)
                 raise
             await self._start_again(claim, may_move=may_move)
-        except (UnavailableError, InternalError) as error:
+        except (UnavailableError, InternalError, AgentError) as error:
             if isinstance(error, UnavailableError):
                 await self._give_up_in_time(claim, error)
             if wish is not None and _is_of_the_node(wish, error):

@@ -10,9 +10,9 @@ from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
+    AgentError,
     ConflictError,
     DeadlineExceededError,
-    InternalError,
     InvalidArgumentError,
     UnavailableError,
 )
@@ -182,7 +182,7 @@ class Commands:
                 f"cannot finish the command in {sandbox_id}: {error.message}", **error.facts
             ) from error
         except WireError as error:
-            raise InternalError(f"cannot understand the agent of {sandbox_id}") from error
+            raise AgentError from error
 
     async def _collect(self, stream: ByteStream, share: _Share) -> Outcome:
         collector = Collector(OUTPUT_MAX)

@@ -16,7 +16,7 @@ from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
-    InternalError,
+    AgentError,
     InvalidArgumentError,
     UnavailableError,
 )
@@ -243,7 +243,7 @@ class Files:
         """
         made = await self.ask(actor, reference, ops.MakeFolder(path, parents=True, user=user))
         if made is None:
-            raise InternalError("the agent of the sandbox told nothing of a folder")
+            raise AgentError
         wish = replace(_tar(path, "-xf -", user), stdin=True)
         use = replace(_USES[ops.Write], attributes=_told(path, user))
         async with AsyncExitStack() as held:
@@ -371,10 +371,10 @@ def _several_of(kind: type[ToldT], payload: bytes) -> list[ToldT]:
     try:
         found = json.loads(payload)
         if not isinstance(found, list):
-            raise InternalError("cannot understand the agent of the sandbox")
+            raise AgentError
         return [decode(kind, one) for one in found]
     except (CodecError, ValueError, RecursionError) as error:
-        raise InternalError("cannot understand the agent of the sandbox") from error
+        raise AgentError from error
 
 
 def _cleaned(fact: FileFact) -> FileFact:

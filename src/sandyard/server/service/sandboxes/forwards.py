@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
-from sandyard.server.core.errors import InternalError
+from sandyard.server.core.errors import (
+    AgentError,
+)
 from sandyard.server.core.ops import Caller, Dial, Listen, Listening, Take
 from sandyard.server.core.wire import Channel, printable
 from sandyard.server.service.actor import Actor
@@ -17,10 +19,6 @@ _PORTS = range(65536)
 _HOST_MAX = 255
 _SILENT_S = 400 * 86_400.0
 _LISTEN = Use("ssh", "", "listen in", is_told=False)
-
-
-def _nonsense() -> InternalError:
-    return InternalError("cannot understand the agent of the sandbox")
 
 
 class Forwards:
@@ -56,7 +54,7 @@ class Forwards:
         async with self._reach.open(actor, sandbox_id, wish, _LISTEN) as reached:
             where = reached.answer
             if where.port not in _PORTS:
-                raise _nonsense()
+                raise AgentError()
             yield replace(where, path=printable(where.path)), self._callers(reached.stream)
 
     async def _callers(self, stream: ByteStream) -> AsyncIterator[Caller]:
@@ -64,7 +62,7 @@ class Forwards:
             if frame.channel is Channel.STDOUT:
                 caller = told(Caller, frame)
                 if caller.port not in _PORTS:
-                    raise _nonsense()
+                    raise AgentError()
                 yield replace(caller, host=printable(caller.host[:_HOST_MAX]))
 
     @asynccontextmanager

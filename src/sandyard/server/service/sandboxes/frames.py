@@ -10,7 +10,11 @@ from typing import TypeVar
 from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
-from sandyard.server.core.errors import InternalError, LimitReachedError, UnavailableError
+from sandyard.server.core.errors import (
+    AgentError,
+    LimitReachedError,
+    UnavailableError,
+)
 from sandyard.server.core.wire import Channel, Decoder, Frame, WireError, encode_frame
 
 STILL_S = 60.0
@@ -77,7 +81,7 @@ async def frames_of(
             try:
                 frame = decoder.take_frame()
             except WireError as error:
-                raise InternalError("cannot understand the agent of the sandbox") from error
+                raise AgentError from error
             if frame is None:
                 break
             frames += 1
@@ -110,9 +114,9 @@ def told(kind: type[_T], frame: Frame) -> _T:
     """Return what a frame tells in JSON.
 
     Raises:
-        InternalError: it makes no sense.
+        AgentError: it makes no sense.
     """
     try:
         return decode(kind, json.loads(frame.payload))
     except (CodecError, ValueError, RecursionError) as error:
-        raise InternalError("cannot understand the agent of the sandbox") from error
+        raise AgentError from error

@@ -12,7 +12,7 @@ from sandyard.server.core import ops
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
-    InternalError,
+    AgentError,
     InvalidArgumentError,
 )
 from sandyard.server.core.ids import checked_text
@@ -178,7 +178,7 @@ class Processes:
             actor, reference, ops.List(which.pid, which.tag), doing="look at a process of"
         )
         if len(found.items) != 1:
-            raise InternalError("cannot understand the agent of the sandbox")
+            raise AgentError
         return _cleaned(found.items[0])
 
     async def signal(
