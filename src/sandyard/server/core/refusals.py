@@ -7,6 +7,7 @@ from sandyard.server.core.errors import (
     NotFoundError,
     PermissionDeniedError,
     SandyardError,
+    UnavailableError,
 )
 from sandyard.server.core.wire import Refusal
 
@@ -20,6 +21,7 @@ _SAID_NOTHING = {
     Refusal.DENIED: "it is denied",
     Refusal.NO_SPACE: "the disk is full",
     Refusal.CONFLICT: "it is not in the state for that",
+    Refusal.BUSY: "the sandbox is busy; nothing was done, try again",
 }
 
 
@@ -39,5 +41,7 @@ def meaning_of(reason: str, message: str) -> SandyardError:
             return PermissionDeniedError(message, reason=known.value)
         case Refusal.NO_SPACE | Refusal.CONFLICT:
             return ConflictError(message, reason=known.value)
+        case Refusal.BUSY:
+            return UnavailableError(message, reason=known.value)
         case _:
             return InvalidArgumentError(message, field="path", reason=known.value)

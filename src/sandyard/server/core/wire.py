@@ -45,6 +45,7 @@ class Refusal(StrEnum):
     DENIED = "denied"  # the user may not
     NO_SPACE = "no_space"
     CONFLICT = "conflict"  # not in the state that it is in
+    BUSY = "busy"  # not now; nothing was done
 
 
 class Channel(IntEnum):

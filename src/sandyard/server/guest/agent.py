@@ -25,7 +25,7 @@ from sandyard.server.guest.ops.mount import mount
 from sandyard.server.guest.ops.setup import set_up, wake
 from sandyard.server.guest.ops.stats import stats
 from sandyard.server.guest.streams import answer, receive, refuse
-from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
+from sandyard.server.guest.system import AbsentError, BusyError, ConflictingError, RefusedError
 
 _HEAD_LIMIT_S = 90.0  # the host keeps a connection open for what it will want next
 _CONNECTIONS_MAX = 4096
@@ -47,13 +47,20 @@ class Agent:
             tasks.create_task(self._context.load.sample())
             while True:
                 connection, _ = await loop.sock_accept(listener)
-                if self._open >= _CONNECTIONS_MAX:
-                    connection.close()
-                    continue
-                connection.setblocking(False)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._open += 1
-                tasks.create_task(self._serve_one(connection))
+                self._take(connection, tasks)
+                # All that wait at once: another turn of the loop may be long in coming.
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        self._take(listener.accept()[0], tasks)
+
+    def _take(self, connection: socket.socket, tasks: asyncio.TaskGroup) -> None:
+        if self._open >= _CONNECTIONS_MAX:
+            connection.close()
+            return
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._open += 1
+        tasks.create_task(self._serve_one(connection))
 
     async def _serve_one(self, connection: socket.socket) -> None:
         decoder = wire.Decoder()
@@ -88,6 +95,8 @@ class Agent:
             await refuse(connection, wire.Refusal.ABSENT, str(error))
         except ConflictingError as error:
             await refuse(connection, wire.Refusal.CONFLICT, str(error))
+        except BusyError as error:
+            await refuse(connection, wire.Refusal.BUSY, str(error))
         except (CodecError, RefusedError) as error:
             message = str(error) if isinstance(error, RefusedError) else f"cannot read: {error}"
             await refuse(connection, wire.Refusal.BAD_REQUEST, message)
@@ -114,7 +123,7 @@ class Agent:
             case ops.Attach():
                 await programs.attach(self._context, operation, connection, decoder)
             case ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize():
-                done = await programs.carry_out(self._context, operation)
+                done = await programs.carry_out(self._context, operation, connection)
                 await answer(connection, done, again=again)
             case ops.Dial():
                 await dial(self._context, operation, connection, decoder)

@@ -18,6 +18,7 @@ from sandyard.server.core import wire
 from sandyard.server.guest import patience, processes, system
 from sandyard.server.guest.callers import Callers
 from sandyard.server.guest.patience import patient
+from sandyard.server.guest.starts import Starts
 from sandyard.server.guest.streams import Reader
 from sandyard.server.guest.system import Account, RefusedError
 from sandyard.server.guest.table import Table
@@ -88,6 +89,7 @@ class Context:
         self.load = Load()
         self.table = Table()
         self.callers = Callers()
+        self.starts = Starts()
         self.token = (system.RUN / "token").read_text().strip()
         self.env: Mapping[str, str] = {}
         self._logins: dict[int, _Login] = {}

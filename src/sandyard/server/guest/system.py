@@ -41,6 +41,10 @@ class ConflictingError(RefusedError):
     """Not in the state that it is in."""
 
 
+class BusyError(RefusedError):
+    """Not now; nothing was done."""
+
+
 @dataclass(frozen=True)
 class Account:
     """One line of the user's /etc/passwd, with the groups it is in."""

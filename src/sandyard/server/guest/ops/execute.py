@@ -27,6 +27,7 @@ async def execute(
             stdin=wish.stdin,
             timeout_ms=wish.timeout_ms,
         ),
+        connection,
         is_kept=False,
     )
     with entry.followed(0) as follower:

@@ -27,12 +27,14 @@ _LIST_MAX = wire.HEAD_MAX * 3 // 4
 
 
 async def carry_out(
-    context: Context, wish: ops.Start | ops.List | ops.Signal | ops.Input | ops.Resize
+    context: Context,
+    wish: ops.Start | ops.List | ops.Signal | ops.Input | ops.Resize,
+    connection: socket.socket,
 ) -> object:
     """Return what one of these operations answers."""
     match wish:
         case ops.Start():
-            return (await start(context, wish)).program()
+            return (await start(context, wish, connection)).program()
         case ops.List():
             return _listed(context, wish)
         case ops.Signal():
@@ -44,8 +46,13 @@ async def carry_out(
             return ops.Done()
 
 
-async def start(context: Context, wish: ops.Start, *, is_kept: bool = True) -> Entry:
-    """See core.ops.Start; one that is not kept is of no use to anybody who comes later."""
+async def start(
+    context: Context, wish: ops.Start, connection: socket.socket, *, is_kept: bool = True
+) -> Entry:
+    """See core.ops.Start; one that is not kept is of no use to anybody who comes later.
+
+    Raises: see `Starts.turn`; `connection` is that of the host, which asks for it.
+    """
     if context.table.living() >= LIVING_MAX:
         raise ConflictingError(
             f"cannot start a process: {LIVING_MAX} run already; end some of them first"
@@ -65,22 +72,25 @@ async def start(context: Context, wish: ops.Start, *, is_kept: bool = True) -> E
     if wish.command is not None and not wish.login and script is None and is_plain(env):
         words = words_of(wish.command)
     cwd = _home_of(context, account) if wish.cwd == "~" else wish.cwd
-    process = await processes.start(
-        processes.Spec(
-            name=name,
-            programs=programs,
-            env=env,
-            cwd=cwd,
-            account=account,
-            script=script,
-            terminal=None if wish.terminal is None else (wish.terminal.columns, wish.terminal.rows),
-            is_kept=is_kept,
-            words=words,
-            alias=f"-{os.path.basename(name)}" if _is_login_shell(wish) else None,
-        ),
-        root_fd=context.root_fd,
-        wants_stdin=wish.stdin,
-    )
+    async with context.starts.turn(connection):
+        process = await processes.start(
+            processes.Spec(
+                name=name,
+                programs=programs,
+                env=env,
+                cwd=cwd,
+                account=account,
+                script=script,
+                terminal=None
+                if wish.terminal is None
+                else (wish.terminal.columns, wish.terminal.rows),
+                is_kept=is_kept,
+                words=words,
+                alias=f"-{os.path.basename(name)}" if _is_login_shell(wish) else None,
+            ),
+            root_fd=context.root_fd,
+            wants_stdin=wish.stdin,
+        )
     told = ops.Program(
         pid=process.pid,
         command=shown(wish.command or shlex.join(wish.argv) or name),
@@ -103,7 +113,7 @@ async def run(
     """See core.ops.Run."""
     if wish.line is not None:
         wish = dataclasses.replace(wish, command=os.fsdecode(wish.line), line=None)
-    entry = await start(context, wish, is_kept=False)
+    entry = await start(context, wish, connection, is_kept=False)
     with entry.followed(0) as follower:
         await answer(connection, entry.program())
         await follow(entry, follower, connection, decoder, listens=True)
