@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.door import BRIEF, SOON_S, door
-from tests.support.house import until
+from tests.support.door import BRIEF, SOON_S, Door, door
+from tests.support.house import eventually, until
 
 from sandyard.server.api.edge import Edge
 from sandyard.server.app.connections import Patience
@@ -243,20 +243,44 @@ async def test_line_ends_between_requests_are_nothing(tmp_path: Path) -> None:
 # --- crowds ---------------------------------------------------------------------------------------
 
 
-async def test_a_crowd_is_kept_out_and_those_inside_are_served(tmp_path: Path) -> None:
+async def test_a_silent_crowd_keeps_nobody_out(tmp_path: Path) -> None:
     async with door(tmp_path, connections=20, connections_per_address=1000) as opened:
         crowd = []
-        for _ in range(20):
+        for number in range(200):
             reader, writer = await opened.knock()
-            writer.write(b"GET / HT")
+            if number % 2:
+                writer.write(b"GET / HT")  # a head that does not come is no question
             crowd.append((reader, writer))
+            if number % 20 == 0:
+                assert await opened.is_well()
+        assert await opened.is_well()
+        # The oldest of them made room.
+        async with asyncio.timeout(SOON_S):
+            with suppress(ConnectionError):
+                assert await crowd[0][0].read() == b""
+        for _, writer in crowd:
+            writer.close()
+
+
+async def begun(opened: Door) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Open a connection whose request is under way: its head was read, its body is waited for."""
+    reader, writer = await opened.knock()
+    head = posting(opened.yard.key, 2)
+    writer.write(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+    async with asyncio.timeout(SOON_S):
+        await reader.readuntil(b"100 Continue\r\n\r\n")
+    return reader, writer
+
+
+async def test_those_who_have_asked_are_kept_in_a_crowd(tmp_path: Path) -> None:
+    async with door(tmp_path, connections=24, connections_per_address=1000) as opened:
+        crowd = [await begun(opened) for _ in range(21)]  # as many as strangers may have
         status, error = await opened.ask(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (status, error["code"]) == (503, "unavailable")
         reader, writer = crowd[0]
-        writer.write(b"TP/1.1\r\nHost: x\r\n\r\n")
-        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
-        await reader.readuntil(b"</html>\n")
-        # It is answered, and has nothing under way: it makes room for somebody else.
+        writer.write(b"{}")
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 201 ")
+        # Whose that was is known: its source has room that strangers do not have.
         assert await opened.is_well()
         for _, writer in crowd:
             writer.close()
@@ -265,15 +289,15 @@ async def test_a_crowd_is_kept_out_and_those_inside_are_served(tmp_path: Path) -
 async def test_one_address_cannot_take_all_connections(tmp_path: Path) -> None:
     async with door(tmp_path, connections=1000, connections_per_address=16) as opened:
         crowd = [await opened.knock() for _ in range(16)]
+        assert await opened.is_well()  # in place of the oldest that asked for nothing
+        for _, writer in crowd:
+            writer.close()
+        crowd = [await begun(opened) for _ in range(16)]
         status, error = await opened.ask(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (status, "connections_per_address" in str(error["message"])) == (503, True)
         for _, writer in crowd:
             writer.close()
-        async with asyncio.timeout(SOON_S):
-            while True:  # they are counted until their ends have come
-                with suppress(ConnectionError, IndexError):
-                    if await opened.is_well():
-                        break
+        await eventually(opened.is_well)
 
 
 async def test_who_reads_no_answer_is_left(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ connections than descriptors, for the platform needs some for its own work.
 """
 
 import asyncio
+import ipaddress
 import json
 import socket
+import time
 import urllib.parse
 from asyncio.events import TimerHandle
 from collections import Counter
@@ -34,6 +36,8 @@ _SLOWEST_READER = 16 * 1024
 _BODY_S, _SLOWEST_BODY = 60.0, 4096  # the whole of a body, on average
 _PIPELINE_MAX = 8
 _LINGERING_MAX = 64
+_RESERVE = 8  # one in so many is for sources that are known
+_KNOWN_S, _KNOWN_MAX = 3600.0, 10_000
 _SLICE = 16 * 1024
 _LINGER_S = 1.0
 _UNACKNOWLEDGED_S = 60.0
@@ -64,45 +68,133 @@ class Counted(Protocol):
 
 
 class Gate:
-    """Counts connections, in all and by address."""
+    """Counts connections, in all and by source, and chooses which ones make room.
+
+    A source is an IPv4 address or an IPv6 /64, which is what one host usually has. When there is
+    no room, a connection that has not asked for anything yet makes some, the oldest first, and
+    then one that rests between two requests. A part of all is kept for sources that showed a good
+    credential lately. Every step takes the same time however many connections there are.
+    """
 
     def __init__(
-        self, *, most: int, most_by_address: int, patience: Patience | None = None
+        self,
+        *,
+        most: int,
+        most_by_address: int,
+        patience: Patience | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.most = most
         self.most_by_address = most_by_address
         self.patience = patience or Patience()
         self.lingering = 0
+        self._now = now
+        self._reserve = most // _RESERVE
         self._open: dict[Counted, str] = {}
-        self._by_address: Counter[str] = Counter()
+        self._by_source: Counter[str] = Counter()
+        # In the order in which they came to be so.
+        self._silent: dict[Counted, None] = {}
+        self._silent_of: dict[str, dict[Counted, None]] = {}
+        self._resting: dict[Counted, None] = {}
+        self._known: dict[str, float] = {}
 
-    def enter(self, one: "Counted", address: str) -> str | None:
-        """Let a connection in, in the place of one that nobody uses if need be; else say why not.
+    def enter(self, one: "Counted", address: str, *, is_silent: bool = True) -> str | None:
+        """Let a connection in, in place of one that would not be missed if need be; else say why
+        not. One that `is_silent` has asked for nothing yet.
 
         Raises nothing: a refusal is a sentence for the client.
         """
-        if self._by_address[address] >= self.most_by_address:
+        source = source_of(address)
+        if self._by_source[source] >= self.most_by_address and not self._evict_of(source):
             return (
                 f"cannot take another connection: {self.most_by_address} are open from "
-                f"{address}; keep fewer open, or set http.connections_per_address"
+                f"{source}; keep fewer open, or set http.connections_per_address"
             )
-        if len(self._open) >= self.most:
-            idle = next((other for other in self._open if other.is_idle), None)
-            if idle is None:
-                return f"cannot take another connection: {self.most} are open; try again"
-            self.leave(idle)
-            idle.transport.abort()
-        self._open[one] = address
-        self._by_address[address] += 1
+        most = self.most if self._is_known(source) else self.most - self._reserve
+        if len(self._open) >= most and not self._evict():
+            return f"cannot take another connection: {most} are open; try again"
+        self._open[one] = source
+        self._by_source[source] += 1
+        if is_silent:
+            self._silent[one] = None
+            self._silent_of.setdefault(source, {})[one] = None
         return None
 
     def leave(self, one: "Counted") -> None:
         """Count a connection no more; nothing happens if it was not counted."""
-        address = self._open.pop(one, None)
-        if address is not None:
-            self._by_address[address] -= 1
-            if not self._by_address[address]:
-                del self._by_address[address]
+        source = self._open.pop(one, None)
+        if source is None:
+            return
+        self._forget_silence(one, source)
+        self._resting.pop(one, None)
+        self._by_source[source] -= 1
+        if not self._by_source[source]:
+            del self._by_source[source]
+
+    def asked(self, one: "Counted") -> None:
+        """Note that the head of a request has come by a connection."""
+        if (source := self._open.get(one)) is not None:
+            self._forget_silence(one, source)
+            self._resting.pop(one, None)
+
+    def answered(self, one: "Counted", *, is_known: bool) -> None:
+        """Note that a request was answered; it `is_known` whose that was."""
+        if (source := self._open.get(one)) is None:
+            return
+        self._resting.pop(one, None)
+        self._resting[one] = None
+        if is_known:
+            self._known.pop(source, None)
+            self._known[source] = self._now()
+            if len(self._known) > _KNOWN_MAX:
+                del self._known[next(iter(self._known))]
+
+    def _is_known(self, source: str) -> bool:
+        return self._now() - self._known.get(source, -_KNOWN_S) < _KNOWN_S
+
+    def _evict_of(self, source: str) -> bool:
+        silent = self._silent_of.get(source)
+        if not silent:
+            return False
+        self._drop(next(iter(silent)))
+        return True
+
+    def _evict(self) -> bool:
+        if self._silent:
+            self._drop(next(iter(self._silent)))
+            return True
+        while self._resting:
+            one = next(iter(self._resting))
+            if one.is_idle:
+                self._drop(one)
+                return True
+            del self._resting[one]  # it is back when its next request is answered
+        return False
+
+    def _drop(self, one: "Counted") -> None:
+        self.leave(one)
+        one.transport.abort()
+
+    def _forget_silence(self, one: "Counted", source: str) -> None:
+        if one in self._silent:
+            del self._silent[one]
+            silent = self._silent_of[source]
+            del silent[one]
+            if not silent:
+                del self._silent_of[source]
+
+
+def source_of(address: str) -> str:
+    """Return what an address is counted as: itself, or for IPv6 its /64."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64)))
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -259,6 +351,7 @@ class GuardedProtocol(HttpToolsProtocol):
             super().on_headers_complete()
         # Not before: what cannot be read of a head is no part of the request before it.
         self._stage = "body"
+        self.gate.asked(self)
         self._body_bytes = self._body_bytes_before = self._between_bytes = 0
         self._waited_s = self._body_s = 0.0
 
@@ -276,6 +369,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stage = "idle"
         if self._too_much is None:
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """See uvicorn."""
+        super().on_response_complete()
+        state = self.scope.get("state", {})
+        self.gate.answered(self, is_known=state.get("actor") is not None)
 
     # --- who is slow ----------------------------------------------------------------------------
 
@@ -387,7 +486,8 @@ class GuardedSocket(WebSocketsSansIOProtocol):
         """See asyncio.Protocol."""
         super().connection_made(transport)
         # There is room: it comes in the place of the request that asked for it.
-        self.gate.enter(self, self.client[0] if self.client else "unknown")
+        address = self.client[0] if self.client else "unknown"
+        self.gate.enter(self, address, is_silent=False)
         if (connection := transport.get_extra_info("socket")) is not None:
             limit_ms = int(_UNACKNOWLEDGED_S * 1000)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
@@ -474,7 +574,8 @@ class Tunnel(asyncio.Protocol):
     def begin(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         """Take a connection over whose head was read."""
         self.transport, self._loop = transport, loop
-        self._gate.enter(self, (self._scope.get("client") or ("unknown", 0))[0])
+        address = (self._scope.get("client") or ("unknown", 0))[0]
+        self._gate.enter(self, address, is_silent=False)
         if (connection := transport.get_extra_info("socket")) is not None:
             limit_ms = int(_UNACKNOWLEDGED_S * 1000)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)

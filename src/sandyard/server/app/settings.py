@@ -64,7 +64,8 @@ class HttpSettings(Section):
         1024,
         ge=1,
         le=1_000_000,
-        description="How many of them may come from one address; raise it behind a proxy.",
+        description="How many of them may come from one IPv4 address or IPv6 /64; raise it behind "
+        "a proxy.",
     )
     cors_origins: tuple[str, ...] = Field(
         (),
