@@ -65,6 +65,20 @@ async def test_what_is_in_a_volume_stays_until_it_is_removed(volumes: Kind, tmp_
 
 
 @pytest.mark.root
+@pytest.mark.parametrize(
+    ("quota_gib", "files"), [(0.6, 150_000), (4, 1_000_000), (10, 1_300_000), (40, 2_600_000)]
+)
+async def test_a_volume_has_room_for_many_files_and_all_of_its_bytes(
+    images: ImageVolumes, quota_gib: float, files: int
+) -> None:
+    quota = int(quota_gib * 2**30)
+    async with images.open(new_uuid(), quota) as place:
+        found = os.statvfs(place)
+        assert found.f_files >= files
+        assert quota <= found.f_bfree * found.f_frsize <= quota * 1.05 + 32 * 2**20
+
+
+@pytest.mark.root
 async def test_the_kernel_keeps_a_file_system_to_its_size(images: ImageVolumes) -> None:
     one = new_uuid()
     async with images.open(one, QUOTA) as place:

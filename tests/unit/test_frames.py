@@ -2,14 +2,18 @@
 
 import asyncio
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
+from tests.support.clock import DrivenClock
 
 from sandyard.server.core import ops
+from sandyard.server.core.codec import encode
+from sandyard.server.core.collect import Collector
 from sandyard.server.core.errors import (
+    AgentError,
     ConflictError,
-    InternalError,
     InvalidArgumentError,
     LimitReachedError,
     NotFoundError,
@@ -20,6 +24,7 @@ from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import _refuse
 from sandyard.server.service.sandboxes import frames
 from sandyard.server.service.sandboxes.frames import Open, frames_of, send, told
+from sandyard.server.service.sandboxes.pace import Pace
 
 
 class Agent:
@@ -28,6 +33,7 @@ class Agent:
     def __init__(self, *pieces: bytes, stands_still: bool = False) -> None:
         self._pieces = list(pieces)
         self._stands_still = stands_still
+        self.spent: list[int] = []
 
     async def read(self, limit: int) -> bytes:
         if self._pieces:
@@ -43,6 +49,10 @@ class Agent:
     async def write_eof(self) -> None:
         pass
 
+    async def spend(self, frames: int) -> None:
+        self.spent.append(frames)
+        await asyncio.sleep(0)
+
 
 async def test_frames_come_as_they_were_cut_and_end_with_the_last() -> None:
     data = encode_frame(Channel.STDOUT, b"abc") + encode_frame(Channel.EXIT, b"{}") + b"junk"
@@ -54,7 +64,7 @@ async def test_frames_come_as_they_were_cut_and_end_with_the_last() -> None:
 
 @pytest.mark.parametrize(
     ("pieces", "error"),
-    [((), UnavailableError), ((b"\xff" * 9,), InternalError), ((b"\0\xff\0\0\0",), InternalError)],
+    [((), UnavailableError), ((b"\xff" * 9,), AgentError), ((b"\0\xff\0\0\0",), AgentError)],
 )
 async def test_nonsense_and_an_early_end_are_errors(
     pieces: tuple[bytes, ...], error: type[Exception]
@@ -92,6 +102,54 @@ async def test_tiny_frames_leave_the_others_their_turn() -> None:
             pass
     waiting.cancel()
     assert turns >= 8
+    assert sum(agent.spent) == 1_900
+    assert max(agent.spent) <= 200
+
+
+async def test_all_streams_of_a_sandbox_and_of_an_organization_have_one_budget() -> None:
+    clock = DrivenClock()
+    pace, decoded = Pace(clock), Counter[str]()
+
+    async def stream(sandbox_id: str, org_id: str) -> None:
+        while True:
+            decoded[sandbox_id] += 200
+            decoded[org_id] += 200
+            await pace.spend(sandbox_id, org_id, 200)
+
+    names = [("box", "org")] * 30 + [(f"other {n}", "org") for n in range(10)] + [("b", "o")]
+    streams = [asyncio.ensure_future(stream(*one)) for one in names]
+    for _ in range(20):
+        await clock.advance(0.5)
+    for one in streams:
+        one.cancel()
+    await asyncio.wait(streams)
+    # Ten seconds of what each may have, and what may come at once.
+    slack = 200 * len(names) + 2_000
+    assert decoded["box"] <= 10 * 10_000 + slack
+    assert decoded["org"] <= 10 * 20_000 + slack
+    assert 10 * 10_000 - slack <= decoded["b"] <= 10 * 10_000 + slack  # nobody else's budget
+
+
+async def test_an_honest_stream_is_not_slowed_down() -> None:
+    clock = DrivenClock()
+    pace = Pace(clock)
+    for _ in range(10):
+        await pace.spend("box", "org", 200)  # no time passes, and none is waited for
+
+
+def test_a_collector_looks_at_so_many_frames_at_a_time() -> None:
+    end = encode(ops.Ended(exit_code=3, duration_ms=5, timed_out=False))
+    collector = Collector(100)
+    data = encode_frame(Channel.STDOUT, b"x") * 1_000
+    assert collector.feed(data, most=400) is None
+    assert (collector.frames, collector.is_behind) == (400, True)
+    collector.feed(b"", most=600)
+    assert collector.frames == 1_000
+    collector.feed(b"", most=600)
+    assert not collector.is_behind
+    ended = collector.feed(encode_frame(Channel.EXIT, json.dumps(end).encode()), most=1)
+    assert ended is not None
+    assert (ended.exit_code, collector.stdout, collector.is_truncated) == (3, b"x" * 100, True)
 
 
 def test_what_is_open_is_counted_by_organization(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +173,7 @@ def test_what_is_open_is_counted_by_organization(monkeypatch: pytest.MonkeyPatch
 def test_what_makes_no_sense_is_said_to(payload: bytes) -> None:
     from sandyard.server.core.wire import Frame
 
-    with pytest.raises(InternalError):
+    with pytest.raises(AgentError):
         told(ops.FileEnd, Frame(Channel.EXIT, payload))
 
 

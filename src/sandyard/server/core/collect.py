@@ -19,6 +19,8 @@ class Collector:
         self._output = {Channel.STDOUT: bytearray(), Channel.STDERR: bytearray()}
         self.is_truncated = False
         self.frames = 0
+        self.is_behind = False
+        """Whether it has been fed more than it has looked at."""
 
     @property
     def stdout(self) -> bytes:
@@ -39,15 +41,20 @@ class Collector:
         """Keep nothing of what still comes: it is cut here."""
         self._limit = 0
 
-    def feed(self, data: bytes) -> Ended | None:
+    def feed(self, data: bytes, *, most: int | None = None) -> Ended | None:
         """Take bytes that arrived, and return how the command ended once they tell.
+
+        Of more than `most` frames the rest is looked at when it is fed again; see `is_behind`.
 
         Raises:
             WireError: the other side broke the protocol.
         """
         self._decoder.feed(data)
+        last = None if most is None else self.frames + most
+        self.is_behind = False
         while (frame := self._decoder.take_frame()) is not None:
             self.frames += 1
+            self.is_behind = self.frames == last
             if frame.channel is Channel.EXIT:
                 return _end(frame.payload)
             if frame.channel in self._output:
@@ -55,6 +62,8 @@ class Collector:
                 room = max(0, self._limit - len(kept))
                 kept += frame.payload[:room]
                 self.is_truncated = self.is_truncated or len(frame.payload) > room
+            if self.is_behind:
+                break
         return None
 
 

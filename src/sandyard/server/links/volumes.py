@@ -190,7 +190,7 @@ class ImageVolumes:
                 file.truncate(quota_bytes + _own_bytes(quota_bytes))
             _run(
                 "mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-J", f"size={_JOURNAL_MIB}",
-                "-b", "4096", "-i", "16384", "-O", "^resize_inode", "-E",
+                "-b", "4096", "-i", str(_bytes_a_file(quota_bytes)), "-O", "^resize_inode", "-E",
                 f"lazy_itable_init=1,nodiscard,root_owner={_OWNER}:{_OWNER}", str(passing),
             )  # fmt: skip
             passing.chmod(0o600)
@@ -208,9 +208,18 @@ class ImageVolumes:
 
 def _own_bytes(quota_bytes: int) -> int:
     """Return what a file system needs itself, so that its user has all of theirs: the journal, the
-    inodes (256 bytes for every 16 KiB), and what ext4 keeps back to be able to go on."""
+    inodes (256 bytes each), bitmaps, and what ext4 keeps back to be able to go on."""
     kept_back = min(quota_bytes // 50, 16 * 2**20)
-    return (_JOURNAL_MIB + 2) * 2**20 + quota_bytes // 50 + kept_back
+    inodes = quota_bytes * 256 // _bytes_a_file(quota_bytes)
+    return (_JOURNAL_MIB + 2) * 2**20 + inodes + quota_bytes // 200 + kept_back
+
+
+def _bytes_a_file(quota_bytes: int) -> int:
+    """Return for how many bytes there is one inode: a small volume may be full of small files, and
+    a large one has a million inodes all the same."""
+    if quota_bytes <= 4 * 2**30:
+        return 4096
+    return 8192 if quota_bytes <= 16 * 2**30 else 16_384
 
 
 def _await_released(image: Path) -> None:

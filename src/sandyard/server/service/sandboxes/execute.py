@@ -20,7 +20,7 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.core.wire import FRAME_MAX, Channel, WireError, encode_frame
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.fields import checked_env
-from sandyard.server.service.sandboxes.reach import Reach, Reached, Use
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Reached, Use
 from sandyard.server.tasks import beside
 
 OUTPUT_MAX = 16 * 1024 * 1024
@@ -34,8 +34,7 @@ _USE = Use("exec", "Command run", "run a command in")
 _ROOM_BYTES = 256 * 1024 * 1024
 _OWN_BYTES = 64 * 1024
 _ROOM_WAIT_S = 10.0
-_FRAMES_A_SECOND = 10_000
-_FRAMES_AT_ONCE = 2_000
+_FRAMES_A_TURN = 500
 
 
 @dataclass(frozen=True)
@@ -184,14 +183,18 @@ class Commands:
         except WireError as error:
             raise AgentError from error
 
-    async def _collect(self, stream: ByteStream, share: _Share) -> Outcome:
+    async def _collect(self, stream: GuestStream, share: _Share) -> Outcome:
         collector = Collector(OUTPUT_MAX)
-        began, kept = self._clock.monotonic(), 0
+        kept = 0
         while True:
-            data = await stream.read(_READ)
-            if not data:
-                raise UnavailableError("the agent broke off before it said how the command ended")
-            end = collector.feed(data)
+            if not collector.is_behind:
+                data = await stream.read(_READ)
+                if not data:
+                    raise UnavailableError(
+                        "the agent broke off before it said how the command ended"
+                    )
+            before = collector.frames
+            end = collector.feed(b"" if collector.is_behind else data, most=_FRAMES_A_TURN)
             if end is not None:
                 return Outcome(
                     stdout=collector.stdout,
@@ -206,12 +209,7 @@ class Commands:
             if not await share.take(collector.size - kept):
                 collector.keep_no_more()
             kept = collector.size
-            # What is buffered comes without a wait: others would have none of this thread. And who
-            # sends frames faster than any program prints is slowed down to what one costs little.
-            await asyncio.sleep(0)
-            due = began + (collector.frames - _FRAMES_AT_ONCE) / _FRAMES_A_SECOND
-            if (early := due - self._clock.monotonic()) > 0:
-                await self._clock.sleep(early)
+            await stream.spend(collector.frames - before)
 
 
 async def _feed(stream: ByteStream, data: bytes) -> None:

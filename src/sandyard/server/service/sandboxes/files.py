@@ -25,7 +25,7 @@ from sandyard.server.core.refusals import meaning_of
 from sandyard.server.core.wire import FRAME_MAX, Channel, Frame, Refusal, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.frames import STILL_S, Open, frames_of, send, told
-from sandyard.server.service.sandboxes.reach import Reach, Use
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
 from sandyard.server.tasks import beside
 
 LIST_MAX = 10_000
@@ -36,6 +36,7 @@ _HOME = b"/workspace/"
 _FIGURE_MAX = 2**62
 _TAR_LIMIT_MS = 3_600_000
 _WORK_S = 3600.0
+_FRAMES_A_CHANGE = 5  # what one costs, against a frame
 _SILENT_S = 400 * 86_400.0
 _LISTED_MAX = 4 * 1024 * 1024
 _COMPLAINT_MAX = 4096
@@ -65,7 +66,7 @@ class Listing:
 class Reading:
     """A file that is being read: `fact` tells what it is."""
 
-    def __init__(self, fact: FileFact, stream: ByteStream, clock: Clock) -> None:
+    def __init__(self, fact: FileFact, stream: GuestStream, clock: Clock) -> None:
         self.fact = fact
         self._stream = stream
         self._clock = clock
@@ -312,7 +313,7 @@ def _tar(folder: bytes, arguments: str, user: str) -> ops.Execute:
 
 
 async def _printed(
-    stream: ByteStream, clock: Clock, still_s: float | None = None
+    stream: GuestStream, clock: Clock, still_s: float | None = None
 ) -> AsyncIterator[bytes]:
     """Yield what a command prints.
 
@@ -333,7 +334,7 @@ async def _printed(
             complaint = (complaint + frame.payload)[:_COMPLAINT_MAX]
 
 
-async def _all_printed(stream: ByteStream, clock: Clock, still_s: float) -> None:
+async def _all_printed(stream: GuestStream, clock: Clock, still_s: float) -> None:
     async for _ in _printed(stream, clock, still_s):
         pass
 
@@ -346,19 +347,21 @@ def _checked_end(frame: Frame) -> FileEnd:
     return end
 
 
-async def _end_of(stream: ByteStream, clock: Clock, still_s: float | None = None) -> FileEnd:
+async def _end_of(stream: GuestStream, clock: Clock, still_s: float | None = None) -> FileEnd:
     async for frame in frames_of(stream, clock, still_s=still_s):
         if frame.channel is Channel.EXIT:
             return _checked_end(frame)
     raise UnavailableError("the agent of the sandbox broke off in the middle of a file")
 
 
-async def _changes_of(stream: ByteStream, clock: Clock) -> AsyncIterator[FileChange]:
+async def _changes_of(stream: GuestStream, clock: Clock) -> AsyncIterator[FileChange]:
     async for frame in frames_of(stream, clock, still_s=_SILENT_S):
         if frame.channel is Channel.EXIT:
             _checked_end(frame)
             return
-        for one in _several_of(FileChange, frame.payload):
+        changes = _several_of(FileChange, frame.payload)
+        await stream.spend(_FRAMES_A_CHANGE * len(changes))
+        for one in changes:
             source = None if one.source is None else one.source[:_PATH_MAX]
             yield replace(one, path=one.path[:_PATH_MAX], source=source)
 

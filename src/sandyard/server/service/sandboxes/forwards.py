@@ -13,7 +13,7 @@ from sandyard.server.core.ops import Caller, Dial, Listen, Listening, Take
 from sandyard.server.core.wire import Channel, printable
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.frames import frames_of, told
-from sandyard.server.service.sandboxes.reach import Reach, Use
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
 
 _PORTS = range(65536)
 _HOST_MAX = 255
@@ -57,7 +57,7 @@ class Forwards:
                 raise AgentError()
             yield replace(where, path=printable(where.path)), self._callers(reached.stream)
 
-    async def _callers(self, stream: ByteStream) -> AsyncIterator[Caller]:
+    async def _callers(self, stream: GuestStream) -> AsyncIterator[Caller]:
         async for frame in frames_of(stream, self._clock, still_s=_SILENT_S):
             if frame.channel is Channel.STDOUT:
                 caller = told(Caller, frame)

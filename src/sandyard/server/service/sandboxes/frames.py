@@ -1,11 +1,10 @@
 """What agents send after an answer, taken frame by frame: in bounded haste, and never for ever."""
 
-import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.contracts.clock import Clock
@@ -22,10 +21,16 @@ STILL_S = 60.0
 OPEN_MAX = 256
 """So many things that take long may be open at once, an organization."""
 _READ = 256 * 1024
-_FRAMES_A_SECOND = 10_000
-_FRAMES_AT_ONCE = 2_000
 _FRAMES_A_TURN = 200
 _T = TypeVar("_T")
+
+
+class PacedStream(ByteStream, Protocol):
+    """A stream whose frames are taken in at a bounded pace; see `Reach`."""
+
+    async def spend(self, frames: int) -> None:
+        """Note that so many frames were decoded, and return once more may be."""
+        ...
 
 
 class Open:
@@ -56,7 +61,7 @@ class Open:
 
 
 async def frames_of(
-    stream: ByteStream, clock: Clock, *, still_s: float | None = None
+    stream: PacedStream, clock: Clock, *, still_s: float | None = None
 ) -> AsyncIterator[Frame]:
     """Yield frames up to the one that tells of the end; in between STILL_S may go by, or `still_s`.
 
@@ -65,7 +70,7 @@ async def frames_of(
         ConflictError: the sandbox ended, or was paused.
         InternalError: what it sends makes no sense.
     """
-    decoder, frames, began = Decoder(), 0, clock.monotonic()
+    decoder, frames = Decoder(), 0
     while True:
         try:
             async with clock.timeout(STILL_S if still_s is None else still_s):
@@ -88,13 +93,11 @@ async def frames_of(
             yield frame
             if frame.channel is Channel.EXIT:
                 return
-            # Nobody gets more of this thread by sending tiny pieces.
-            if frames % _FRAMES_A_TURN == 0:
-                await asyncio.sleep(0)
-            due = began + (frames - _FRAMES_AT_ONCE) / _FRAMES_A_SECOND
-            if (early := due - clock.monotonic()) > 0:
-                await clock.sleep(early)
-        await asyncio.sleep(0)
+            if frames == _FRAMES_A_TURN:
+                await stream.spend(frames)
+                frames = 0
+        await stream.spend(frames)
+        frames = 0
 
 
 async def send(stream: ByteStream, clock: Clock, payload: bytes) -> None:

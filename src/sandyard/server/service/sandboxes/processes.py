@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 from sandyard.server.core import ops
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
     AgentError,
     InvalidArgumentError,
@@ -32,7 +31,7 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.execute import COMMAND_MAX
 from sandyard.server.service.sandboxes.fields import checked_env
 from sandyard.server.service.sandboxes.frames import Open, frames_of, told
-from sandyard.server.service.sandboxes.reach import Reach, Use
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
 
 INPUT_MAX = 1024 * 1024
 TIMEOUT_MS = range(1, 30 * 86_400_000 + 1)
@@ -89,7 +88,7 @@ class Output:
 class Following:
     """Somebody follows a process, from the byte `offset` on; `lost` bytes before it are gone."""
 
-    def __init__(self, attached: ops.Attached, stream: ByteStream, clock: Clock) -> None:
+    def __init__(self, attached: ops.Attached, stream: GuestStream, clock: Clock) -> None:
         self.pid = attached.pid
         self.offset = max(0, attached.offset)
         self.lost = max(0, attached.lost)

@@ -6,6 +6,7 @@ noted, and the operation opened. While an operation that counts as a use is open
 holds the machine tells so, and the sandbox is not idle.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,6 +24,7 @@ from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.lifecycle import is_current, refusal
+from sandyard.server.service.sandboxes.pace import Pace
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import Register, ref_of
 from sandyard.server.tasks import beside, to_the_end
@@ -54,15 +56,23 @@ class Reached(Generic[AnswerT]):
 
     sandbox: Sandbox
     answer: AnswerT
-    stream: ByteStream
+    stream: "GuestStream"
 
 
-class _Counting:
-    """A stream that knows whether anything went through it; see core.contracts.node.ByteStream."""
+class GuestStream:
+    """A stream from a sandbox, whose frames are taken in at the pace of the sandbox and its
+    organization; see core.contracts.node.ByteStream. It knows whether anything went through it."""
 
-    def __init__(self, stream: ByteStream) -> None:
+    def __init__(self, stream: ByteStream, sandbox: Sandbox, pace: Pace) -> None:
         self._stream = stream
+        self._sandbox = sandbox
+        self._pace = pace
         self.has_moved = False
+
+    async def spend(self, frames: int) -> None:
+        """Note that so many frames were decoded, and return once more may be; others go first."""
+        await asyncio.sleep(0)
+        await self._pace.spend(self._sandbox.id, self._sandbox.org_id, frames)
 
     async def read(self, limit: int) -> bytes:
         """See core.contracts.node.ByteStream.read."""
@@ -92,6 +102,7 @@ class Reach:
         tunnel: NodeTunnel,
         clock: Clock,
     ) -> None:
+        self._pace = Pace(clock)
         self._store = store
         self._register = register
         self._power = power
@@ -135,28 +146,28 @@ class Reach:
 
             sandbox, opened = await self._register.unless_changed(sandbox, attempt, doing=use.doing)
             began = self._clock.monotonic()
+            stream = GuestStream(opened.stream, sandbox, self._pace)
             if operation.used_by_bytes:
-                counting = _Counting(opened.stream)
-                async with beside(self._note_bytes(counting, sandbox, use)):
-                    yield Reached(sandbox, opened.answer, counting)
+                async with beside(self._note_bytes(stream, sandbox, use)):
+                    yield Reached(sandbox, opened.answer, stream)
                 return
             try:
-                yield Reached(sandbox, opened.answer, opened.stream)
+                yield Reached(sandbox, opened.answer, stream)
             finally:
                 if self._clock.monotonic() - began > _LONG_S:
                     await self._touch(sandbox, use)
 
-    async def _note_bytes(self, counting: _Counting, sandbox: Sandbox, use: Use) -> None:
+    async def _note_bytes(self, stream: GuestStream, sandbox: Sandbox, use: Use) -> None:
         """Note the use of a sandbox as long as bytes come or go, often enough for its time-out."""
         look_s = min(_LOOK_S, max(0.5, sandbox.idle_timeout_s / 3 or _LOOK_S))
         try:
             while True:
                 await self._clock.sleep(look_s)
-                if counting.has_moved:
-                    counting.has_moved = False
+                if stream.has_moved:
+                    stream.has_moved = False
                     await self._touch_if_it_can_be(sandbox, use)
         finally:
-            if counting.has_moved and not use.is_frequent:
+            if stream.has_moved and not use.is_frequent:
                 await to_the_end(self._touch_if_it_can_be(sandbox, use))
 
     async def _touch_if_it_can_be(self, sandbox: Sandbox, use: Use) -> None:

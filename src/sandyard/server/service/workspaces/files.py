@@ -178,7 +178,8 @@ class WorkspaceFiles:
         """Return how many bytes are in a workspace, and how many may be."""
         async with self._root(actor, reference, changes=False) as (workspace, _):
             use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
-        return use.used_bytes, use.quota_bytes
+        # The file system below has some room of its own on top.
+        return min(use.used_bytes, use.quota_bytes), use.quota_bytes
 
     async def measure(self, actor: Actor, reference: str, path: Parts) -> Measure:
         """Return how much is below a path."""
@@ -258,35 +259,36 @@ class WorkspaceFiles:
         organization may have in all.
 
         Raises:
-            PayloadTooLargeError: none.
-            UnavailableError: the host's disk does not take so many.
+            PayloadTooLargeError: the organization may have no more, or `size` does not fit.
+            UnavailableError: it would fit, and the host's disk does not take so much now.
         """
         storage: Storage = await self._workspaces.storage(actor)
         use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
+        left = max(0, use.quota_bytes - use.used_bytes)
+        if (quota := storage.quota_bytes) is not None:
+            # What is noted of this one may be older than what has just been told.
+            others = storage.used_bytes - workspace.size_bytes
+            of_all = quota - others - use.used_bytes
+            if of_all <= 0:
+                raise PayloadTooLargeError(
+                    f"cannot write this: the organization's workspaces may hold {quota} bytes in "
+                    "all; remove something first",
+                    limit=quota,
+                )
+            left = min(left, of_all)
+        if size > max(left, 1):
+            raise _full(workspace)
         if use.host_bytes < size:
             raise _host_is_full()
-        left = max(0, use.quota_bytes - use.used_bytes)
-        quota = storage.quota_bytes
-        if quota is None:
-            return left
-        # What is noted of this one may be older than what has just been told.
-        others = storage.used_bytes - workspace.size_bytes
-        of_all = quota - others - use.used_bytes
-        if of_all <= 0:
-            raise PayloadTooLargeError(
-                f"cannot write this: the organization's workspaces may hold {quota} bytes in all; "
-                "remove something first",
-                limit=quota,
-            )
-        return min(left, of_all)
+        return left
 
     async def _check_copy(
         self, actor: Actor, workspace: Workspace, root: Root, source: Parts
     ) -> None:
         """Return if there is room for a copy of something."""
-        size = await self._do(actor.org_id, tree.weighed, root, source)
-        if size > await self._room(actor, workspace, size):
-            raise _full(workspace)
+        await self._room(
+            actor, workspace, max(1, await self._do(actor.org_id, tree.weighed, root, source))
+        )
 
     async def move(
         self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
