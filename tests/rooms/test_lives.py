@@ -32,6 +32,7 @@ from sandyard.server.drivers.fake import Conduct, FakeHost
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.disks import total_memory_mib
 from sandyard.server.node.machines import resident
+from sandyard.server.node.node import Node
 from sandyard.server.service.sandboxes.power import Waits
 from sandyard.server.service.sandboxes.register import Register
 
@@ -846,6 +847,30 @@ async def test_a_member_that_dies_between_claim_and_set_up_costs_no_create(
         assert box["status"] == "running"
         assert await yard.execute(box, "alive") == "alive"
         await yard.client.delete(f"/v1/sandboxes/{box['id']}")
+
+
+async def test_a_member_that_fails_is_counted_until_one_succeeds(tmp_path: Path) -> None:
+    conduct = Conduct()
+    async with open_yard(tmp_path, saves=True, pool=2, conduct=conduct) as yard:
+        node = yard.house.node
+        assert isinstance(node, Node)
+        node._pool._limits = replace(node._pool._limits, demand_window_s=0.4)
+        await eventually(lambda: has_waiting(yard, 2))
+        conduct.dies_at_set_up = 10**6
+        (shelf,) = (
+            one for one in node._pool._shelves.values() if one.kind.template == "base-ubuntu"
+        )
+        await yard.create()
+        await until(lambda: shelf.failures >= 3)
+        assert max(one.failures for one in (await node.report()).shelves) >= 3
+        conduct.dies_at_set_up = 0
+        await eventually(lambda: has_waiting(yard, 2))
+        assert shelf.failures == 0
+
+
+async def has_waiting(yard: Yard, count: int) -> bool:
+    shelves = (await yard.house.node.report()).shelves
+    return all(one.size >= count for one in shelves)
 
 
 async def test_a_pool_follows_its_template(pooled: Yard) -> None:

@@ -54,7 +54,7 @@ from sandyard.server.node.machines.guest import Guest, Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record, Records
 from sandyard.server.node.machines.watch import Pulse, watch
-from sandyard.server.node.stock.pool import floor_of
+from sandyard.server.node.stock.pool import floor_of, pause_after
 from sandyard.server.tasks import to_the_end
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
@@ -725,3 +725,9 @@ def test_what_a_killed_builder_left_is_removed_and_what_another_works_in_is_not(
         assert (tmp_path / "image").exists()
     finally:
         os.close(held)
+
+
+def test_a_shelf_that_cannot_be_filled_is_tried_again_after_longer_and_longer() -> None:
+    pauses = [pause_after(failures, 60.0) for failures in range(1, 8)]
+    assert pauses == [15, 30, 60, 120, 240, 300, 300]
+    assert pause_after(10**6, 60.0) == 300

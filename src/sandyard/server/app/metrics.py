@@ -84,6 +84,12 @@ class Metrics:
             shelf,
             registry=self._registry,
         )
+        self._pool_failures = Gauge(
+            "sandyard_pool_failures",
+            "How often in a row a machine could not be made ahead; 0 after one that could.",
+            shelf,
+            registry=self._registry,
+        )
         self._goldens = Gauge(
             "sandyard_goldens", "Golden machines at hand.", registry=self._registry
         )
@@ -121,10 +127,12 @@ class Metrics:
             self._machines.labels(state).set(tally[state])
         self._pool.clear()
         self._pool_target.clear()
+        self._pool_failures.clear()
         for one in (shelf for report in reports for shelf in report.shelves):
             labels = (one.template, str(one.vcpus), str(one.memory_mib), str(one.disk_mib))
             self._pool.labels(*labels).inc(one.size)
             self._pool_target.labels(*labels).inc(one.target)
+            self._pool_failures.labels(*labels).inc(one.failures)
         self._goldens.set(sum(report.goldens for report in reports))
         return generate_latest(self._registry)
 

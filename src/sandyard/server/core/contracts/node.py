@@ -154,7 +154,8 @@ class TemplateFact:
 
 @dataclass(frozen=True)
 class ShelfFact:
-    """How many machines of one kind wait, and how many should."""
+    """How many machines of one kind wait, how many should, and how often in a row one more could
+    not be made."""
 
     template: str
     vcpus: int
@@ -162,6 +163,7 @@ class ShelfFact:
     disk_mib: int
     size: int
     target: int
+    failures: int = 0
 
 
 @dataclass(frozen=True)

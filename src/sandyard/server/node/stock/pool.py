@@ -21,7 +21,7 @@ from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import End
 from sandyard.server.node.host.disks import available_memory_mib
 from sandyard.server.node.host.ledger import Ledger
-from sandyard.server.node.machines.guest import Was
+from sandyard.server.node.machines.guest import WAKE_LIMIT_S, Was
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.stock.goldens import WARMUP_LIMIT_S, Goldens, Kind, a_wish
@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 _EXERCISES = ("f=$(mktemp) && echo $f > $f && cat $f $f | wc -l && ls -l / && rm $f", "true")
 _EXERCISE_ROUNDS = 2
 _LIMIT_S = 30.0
+# What is made ahead gets the processors that others leave, so it may take many times longer; to end
+# it for that, on a busy host, was to begin again without end and to fill nothing.
+_PATIENCE = 10
+_PAUSE_MAX_S = 300.0
 _PERIOD_S = 2.0
 _ROUNDS_AT_ONCE = 2
 
@@ -66,6 +70,11 @@ def floor_of(shape: Shape, *, free_mib: int, cores: int, shelves: int) -> int:
     return max(1, min(by_memory, 5 * cores) // max(1, shelves))
 
 
+def pause_after(failures: int, demand_window_s: float) -> float:
+    """Return how many seconds a shelf is left alone after so many failures in a row."""
+    return float(min(_PAUSE_MAX_S, demand_window_s / 4 * 2 ** min(failures - 1, 20)))
+
+
 class MachineObserver(Protocol):
     """Is told what the pool and the node do, for metrics."""
 
@@ -87,6 +96,7 @@ class _Shelf:
     asked_at: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
     short_since: float | None = None
     failed_at: float | None = None
+    failures: int = 0
 
 
 class Pool:
@@ -120,7 +130,7 @@ class Pool:
         return [
             ShelfFact(
                 one.kind.template, one.kind.vcpus, one.kind.memory_mib, one.kind.disk_mib,
-                len(one.members), self._target(one),
+                len(one.members), self._target(one), one.failures,
             )
             for one in self._shelves.values()
         ]  # fmt: skip
@@ -247,7 +257,8 @@ class Pool:
         while len(shelf.members) > max(target, shelf.floor):
             await to_the_end(self._discard(shelf.members.pop(0)))
         now = self._means.clock.monotonic()
-        if shelf.failed_at is not None and now - shelf.failed_at < self._limits.demand_window_s / 4:
+        pause_s = pause_after(max(1, shelf.failures), self._limits.demand_window_s)
+        if shelf.failed_at is not None and now - shelf.failed_at < pause_s:
             return
         if self._is_put_off(shelf, now, is_short=len(shelf.members) + shelf.coming < target):
             return
@@ -288,6 +299,7 @@ class Pool:
                     unfinished.pop_all()
         except Exception:  # whatever it was, it is not tried again at once
             shelf.failed_at = self._means.clock.monotonic()
+            shelf.failures += 1
             raise
         finally:
             shelf.coming -= 1
@@ -318,11 +330,12 @@ class Pool:
             await self._goldens.discard(kind, error.message)
             raise
         # Twice: the second is what will be asked for when it is claimed.
-        await one.set_up(wish, was=Was.NOBODYS)
-        await one.set_up(wish, was=Was.UNIQUE)
+        limit_s = self._means.patience(WAKE_LIMIT_S) * _PATIENCE
+        await one.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
+        await one.set_up(wish, was=Was.UNIQUE, limit_s=limit_s)
         for _ in range(_EXERCISE_ROUNDS):
             for command in _EXERCISES:
-                await one.guest.run(command, limit_s=self._means.patience(_LIMIT_S))
+                await one.guest.run(command, limit_s=self._means.patience(_LIMIT_S) * _PATIENCE)
             await one.guest.rehearse_mount()
         return one
 
@@ -341,6 +354,7 @@ class Pool:
         one.watch(lambda end: self._on_end(shelf, one, end))
         one.guest.keep_spare()
         shelf.members.append(one)
+        shelf.failures = 0
 
     def _warmup(self, shelf: _Shelf) -> Iterator[str]:
         """Yield what warms a member up for its template's own programs; no more in a hurry: while
