@@ -21,6 +21,7 @@ from sandyard.server.core.codec import encode
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase, Way
 from sandyard.server.core.errors import (
     ConflictError,
+    InternalError,
     NoCapacityError,
     SandyardError,
     UnsupportedError,
@@ -371,6 +372,16 @@ class Resident:
             self._record.token,
             self._means.clock,
         )
+
+    async def break_when_it_ends(self) -> None:
+        """Raise once its process has ended; for what would wait for its agent until a limit.
+
+        Raises:
+            InternalError: it ended.
+        """
+        if self._machine is not None:
+            end = await end_of(self._machine)
+            raise InternalError(f"the machine ended: {end.message}")
 
     async def set_up(
         self, wish: MachineWish, *, was: Was, grows: bool = False, limit_s: float | None = None

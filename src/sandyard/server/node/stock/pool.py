@@ -26,7 +26,7 @@ from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.stock.goldens import WARMUP_LIMIT_S, Goldens, Kind, a_wish
 from sandyard.server.node.stock.turns import Rank, Turns
-from sandyard.server.tasks import Crew, to_the_end
+from sandyard.server.tasks import Crew, beside, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -297,9 +297,10 @@ class Pool:
                 if one is not None:
                     await self._finish(shelf, one)
                     unfinished.pop_all()
-        except Exception:  # whatever it was, it is not tried again at once
+        except Exception as error:  # whatever it was, it is not tried again at once
             shelf.failed_at = self._means.clock.monotonic()
-            shelf.failures += 1
+            # The next is made from another golden machine.
+            shelf.failures += not isinstance(error, DamagedError)
             raise
         finally:
             shelf.coming -= 1
@@ -331,12 +332,14 @@ class Pool:
             raise
         # Twice: the second is what will be asked for when it is claimed.
         limit_s = self._means.patience(WAKE_LIMIT_S) * _PATIENCE
-        await one.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
-        await one.set_up(wish, was=Was.UNIQUE, limit_s=limit_s)
-        for _ in range(_EXERCISE_ROUNDS):
-            for command in _EXERCISES:
-                await one.guest.run(command, limit_s=self._means.patience(_LIMIT_S) * _PATIENCE)
-            await one.guest.rehearse_mount()
+        async with beside(one.break_when_it_ends()):
+            await one.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
+            await one.set_up(wish, was=Was.UNIQUE, limit_s=limit_s)
+            for _ in range(_EXERCISE_ROUNDS):
+                for command in _EXERCISES:
+                    run_s = self._means.patience(_LIMIT_S) * _PATIENCE
+                    await one.guest.run(command, limit_s=run_s)
+                await one.guest.rehearse_mount()
         return one
 
     async def _finish(self, shelf: _Shelf, one: Resident) -> None:
