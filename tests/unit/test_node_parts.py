@@ -44,7 +44,6 @@ from sandyard.server.drivers.qemu.memory import load_pages
 from sandyard.server.drivers.sparse import copy_sparse, make_empty, merge_sparse
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import AgentLink
-from sandyard.server.node.commands import run
 from sandyard.server.node.host.firewall import exceptions_to_remove, forward_exceptions, slot_rules
 from sandyard.server.node.host.identity import give_back_identity, take_identity
 from sandyard.server.node.images import build
@@ -732,14 +731,3 @@ def test_a_shelf_that_cannot_be_filled_is_tried_again_after_longer_and_longer() 
     pauses = [pause_after(failures, 60.0) for failures in range(1, 8)]
     assert pauses == [15, 30, 60, 120, 240, 300, 300]
     assert pause_after(10**6, 60.0) == 300
-
-
-async def test_a_tool_does_not_get_the_installations_settings(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("SANDYARD_STORE__URL", "postgresql://user:secret@host/db")
-    monkeypatch.setenv("https_proxy", "http://proxy.example")
-    said = await run(["env"], limit_s=10)
-    assert "secret" not in said
-    assert "https_proxy=http://proxy.example" in said
-    assert await run(["env"], limit_s=10, env={"ONLY": "this"}) == "ONLY=this\n"

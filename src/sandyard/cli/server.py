@@ -182,6 +182,7 @@ def build(
 ) -> None:
     """Bring templates up to date; a failure leaves the image in use untouched."""
     settings = server_settings()
+    server_module("installation").forget_environment()
     asyncio.run(server_module("wiring").check_home(settings))
     builder = server_module("wiring").builder_of(settings)
     for slug in slugs:

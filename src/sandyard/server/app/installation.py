@@ -28,6 +28,13 @@ _TELLING_S, _LOOK_S = 2.0, 0.02
 _STOP_LIMIT_S = 60.0
 
 
+def forget_environment() -> None:
+    """Remove the installation's settings from the environment, once they have been read: some are
+    secrets, and no process that this one starts is to have them."""
+    for name in [one for one in os.environ if one.startswith("SANDYARD_")]:
+        del os.environ[name]
+
+
 def secret_key(home: Path) -> bytes:
     """Return the installation's key, making it the first time; whoever loses it loses secrets."""
     path = home / "secret.key"

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import resource
 import signal
 import socket
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp
 from sandyard.server.app.connections import Gate, Patience, guarded
 from sandyard.server.app.control import Control
 from sandyard.server.app.house import House, open_house
-from sandyard.server.app.installation import only_server, ssh_host_key
+from sandyard.server.app.installation import forget_environment, only_server, ssh_host_key
 from sandyard.server.app.settings import HttpSettings, Settings
 from sandyard.server.app.wiring import identity_of
 from sandyard.server.core.contracts.node import Phase
@@ -61,9 +60,7 @@ async def serve(settings: Settings) -> None:
 
 def at_the_end() -> asyncio.Event:
     """Make this process a server's: return what is set once it is told to stop."""
-    # They have been read, and some are secrets: no process that this one starts needs them.
-    for name in [one for one in os.environ if one.startswith("SANDYARD_")]:
-        del os.environ[name]
+    forget_environment()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     loop = asyncio.get_running_loop()

@@ -38,6 +38,18 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
+def starved_s(pid: int) -> float:
+    """Return how many seconds a process has waited for a processor that others had: of its threads
+    the one that waited longest. 0 if it is gone, or the kernel does not count it."""
+    longest = 0
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            # Time on a processor, time waiting for one, turns; ns (sched-stats.rst).
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                longest = max(longest, int((thread / "schedstat").read_text().split()[1]))
+    return longest / 1e9
+
+
 def set_nice(pid: int, nice: int) -> None:
     """Set how a process, all of its threads, gives way to others; nothing if it is gone.
 

@@ -23,8 +23,7 @@ async def run(
 ) -> str:
     """Run a tool and return what it printed, standard error included, its last part if it is long.
 
-    `on_line` is told each line as it comes. Without an `env` the tool gets this process's, but for
-    Sandyard's own settings: some are secrets, and a template's build steps are not to read them.
+    `on_line` is told each line as it comes.
 
     Raises:
         InternalError: the tool is missing, failed, or did not end within the limit.
@@ -36,7 +35,7 @@ async def run(
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env=_without_ours(os.environ) if env is None else dict(env),
+            env=dict(env) if env is not None else None,
             limit=1024 * 1024,
             start_new_session=True,
         )
@@ -66,10 +65,6 @@ async def run(
     if code != 0:
         raise InternalError(f"cannot finish {name}: it ended with {code}: {tail.strip()[-1500:]}")
     return tail
-
-
-def _without_ours(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith("SANDYARD_")}
 
 
 async def _feed(process: asyncio.subprocess.Process, data: bytes) -> None:
