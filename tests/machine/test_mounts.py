@@ -535,6 +535,39 @@ def test_a_mount_survives_pauses_crashes_and_restarts(
     assert said(yard, box, "cd /workspace && cat n > m && ls m n").split() == ["m", "n"]
 
 
+def test_a_slot_of_before_leads_to_its_machines_own_server(
+    yard: RealServer, work: str, boxes: list[str]
+) -> None:
+    """An earlier version redirected the gateway's port to a file server of the organization."""
+    box = a_box(yard, boxes, (work, "/workspace"))
+    said(yard, box, "echo kept > /workspace/kept")
+    record = yard.record_of(box)
+    port = record["mounted"]["port"]
+    rules = f"""
+        table inet sandyard_share {{
+          chain prerouting {{
+            type nat hook prerouting priority dstnat; policy accept;
+            iifname "tap0" ip daddr {GATEWAY} tcp dport {port} dnat ip to 10.200.0.2:2049
+          }}
+        }}
+        insert rule inet sandyard forward iifname "tap0" tcp dport 2049 ct status dnat accept
+        """
+    within = ["ip", "netns", "exec", f"{yard.prefix}-{record['slot']}", "nft"]
+    subprocess.run([*within, "-f", "-"], input=rules, text=True, check=True)
+    os.kill(ganesha_of(yard, box), signal.SIGKILL)  # its next connection is redirected
+    look = f"timeout 3 bash -c 'exec 3<>/dev/tcp/{GATEWAY}/{port}' && echo open || echo closed"
+    assert said(yard, box, look).endswith("closed\n")
+    yard.kill()
+    yard.start()
+    write = "cat /workspace/kept; echo on > /workspace/on"
+    assert said(yard, box, write, timeout=90_000) == "kept\n"
+    assert content(yard, work, "on") == b"on\n"
+    tables = subprocess.run(
+        [*within, "list", "tables"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "sandyard_share" not in tables
+
+
 def test_clones_have_mounts_of_their_own(yard: RealServer, work: str, boxes: list[str]) -> None:
     box = a_box(yard, boxes, (work, "/workspace"))
     said(yard, box, "echo kept > /workspace/kept; exec 9>/workspace/open; (sleep 600 >&9) &")

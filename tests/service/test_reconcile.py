@@ -323,6 +323,19 @@ async def test_what_the_database_does_not_know_is_kept_and_logged_once(
     assert len(said) == 2
 
 
+async def test_what_is_kept_keeps_nothing_else_from_being_removed(desk: Desk) -> None:
+    box = await desk.create(idle_timeout=0)
+    for number in range(2000):
+        desk.node.machines[f"sandbox-{number:012}"] = Machine(1, Phase.RUNNING, {})
+    await desk.drive(10)
+    await desk.services.sandboxes.delete(desk.actor, box.id, wait=False)
+    await desk.until(box, Status.DESTROYED)
+    desk.node.machines[box.id] = Machine(1, Phase.RUNNING, {})
+    await desk.drive(10)
+    assert box.id not in desk.node.machines
+    assert len(desk.node.machines) == 2000
+
+
 async def test_a_row_that_is_older_than_its_machine_does_not_remove_it(desk: Desk) -> None:
     """A sandbox that moved from node to node is elsewhere by the backup, and here since."""
     box = await desk.create(idle_timeout=0)

@@ -510,6 +510,13 @@ HOSTILE = {
         itertools.repeat(b"1\n" * 4096, 100_000),
     ),
     "an old map of holes": iter([header(tarfile.GNUTYPE_SPARSE, 512) + bytes(1024)]),
+    "links to nothing": itertools.chain(
+        [header(tarfile.LNKTYPE, 0, "l")],
+        (pax(comment="c" * 100_000) + header(tarfile.REGTYPE, 0) for _ in range(600)),
+    ),
+    "a link where a folder is": iter([
+        header(tarfile.DIRTYPE, 0, "x") + member("x", link="y", kind=tarfile.SYMTYPE).tobuf(),
+    ]),
     "a file larger than the disk": iter([header(tarfile.REGTYPE, 1 << 50) + bytes(1024)]),
     "folders without bottom": iter([header(tarfile.DIRTYPE, 0, "d/" * 45) * 1, *(
         pax(path="d/" * n + "d") + header(tarfile.DIRTYPE, 0) for n in (100, 255, 256)

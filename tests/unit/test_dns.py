@@ -194,6 +194,7 @@ async def test_lookups_reach_the_resolver_and_nothing_else_does(
         assert await ask(address, message()) == answered(message(), b"records")
         refused = await ask(address, message(body=question(kind=AXFR)))
         assert (refused[3] & 15, refused[:2]) == (REFUSED, message()[:2])
+        assert refused[12:] == question(kind=AXFR)  # clients look for their question
         assert (await ask(address, message(flags=0x2800)))[3] & 15 == NOTIMP
         assert asked == [message()]
 
@@ -207,6 +208,19 @@ async def test_an_answer_that_is_too_large_for_a_datagram_is_truncated() -> None
         assert cut[2] & 0x02  # truncated: asked again over TCP
         assert await ask_udp(address, with_edns) == answered(with_edns, large)
         assert await ask_tcp(address, message()) == answered(message(), large)
+
+
+async def test_a_resolvers_refusal_is_passed_on_though_it_repeats_nothing() -> None:
+    """As of one that cannot read EDNS."""
+
+    def cannot_read(data: bytes) -> bytes:
+        return data[:2] + struct.pack(">HHHHH", 0x8181, 0, 0, 0, 0)
+
+    async with forwarding(cannot_read) as (address, _):
+        assert await ask_udp(address, message()) == cannot_read(message())
+    query = parse(message())
+    for other in (b"", b"\0" * 11, message(), struct.pack(">HHHHHH", 7, 0x8180, 0, 0, 0, 0)):
+        assert not dns.is_answer_to(other, message(), query)
 
 
 async def test_a_flood_of_one_slot_reaches_its_resolver_at_the_permitted_rate(
@@ -235,7 +249,8 @@ async def test_without_a_resolver_a_client_is_answered_at_once() -> None:
         udp.bind(("127.0.0.1", 0))
         serving = asyncio.create_task(Forwarder(list).serve_udp(udp))
         try:
-            assert (await ask_udp(udp.getsockname(), message()))[3] & 15 == SERVFAIL
+            said = await ask_udp(udp.getsockname(), message())
+            assert (said[3] & 15, said[12:]) == (SERVFAIL, question())
         finally:
             serving.cancel()
             await asyncio.wait([serving])

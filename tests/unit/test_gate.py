@@ -107,6 +107,20 @@ def test_a_part_is_kept_for_sources_that_were_known_lately() -> None:
     assert gate.enter(Connection(), "198.51.100.1") is not None
 
 
+def test_what_becomes_another_protocols_is_counted_and_evicts_no_one() -> None:
+    gate = Gate(most=16, most_by_address=2)
+    crowd = [entered(gate, f"192.0.2.{number}")[0] for number in range(14)]
+    one = crowd[0]
+    gate.asked(one)
+    gate.leave(one)
+    socket = Connection()
+    gate.take_over(socket, "192.0.2.0")
+    assert not any(other.is_out for other in crowd)
+    assert len(gate._open) == 14
+    gate.leave(socket)
+    assert len(gate._open) == 13
+
+
 def test_what_left_is_counted_nowhere() -> None:
     gate = Gate(most=100, most_by_address=100)
     crowd = entered(gate, "192.0.2.1", 50)

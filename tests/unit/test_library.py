@@ -123,12 +123,17 @@ def test_what_may_only_be_read_has_a_server_of_its_own() -> None:
     writing, reading = share.parts
     assert (set(writing.mounts), set(reading.mounts)) == ({"b", "c"}, {"a"})
     assert (writing.port, reading.port) == (share.port, share.port + 1)
-    ports = [one.port for one in share.operation.mounts]
-    assert ports == [share.port + 1, share.port, share.port, share.port]
+    # One operation for each change of server, in the order asked for.
+    asked = [(one.port, [point.path for point in one.mounts]) for one in share.operations]
+    assert asked == [
+        (share.port + 1, ["/workspace/a"]),
+        (share.port, ["/workspace/b", "/workspace/c", "/workspace/d"]),
+    ]
     # The second keeps its port when the first has nothing to export any more.
     left = replace(share, mounts=share.mounts[:1])
     assert [one.port for one in left.parts] == [share.port + 1]
-    assert left.operation.port == share.port + 1
+    assert [one.port for one in left.operations] == [share.port + 1]
+    assert share.port + 1 < 32_768  # below what the kernel gives to other connections
     # Names that a client tells servers by, and the access of each.
     one, other = (
         configuration(part, list(part.mounts), library=None) for part in (writing, reading)

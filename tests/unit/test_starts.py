@@ -7,10 +7,11 @@ import pytest
 
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.refusals import meaning_of
-from sandyard.server.core.wire import Refusal
+from sandyard.server.core.wire import Answer, Refusal
 from sandyard.server.guest import starts
 from sandyard.server.guest.starts import Starts
 from sandyard.server.guest.system import BusyError
+from sandyard.server.node.agent import _refuse
 
 
 async def test_what_else_is_ready_goes_between_two_starts() -> None:
@@ -51,17 +52,39 @@ async def test_too_many_are_refused_before_anything_starts(
             started += 1
 
     with host, agent:
-        waiting = [asyncio.create_task(start()) for _ in range(5)]
-        await asyncio.sleep(0)
+        waiting = [asyncio.create_task(start()) for _ in range(4 + 5)]
+        await asyncio.sleep(0.01)
         with pytest.raises(BusyError, match="none was started"):
             await start()
         free.set()
         await asyncio.gather(*waiting)
-        assert started == 5
+        assert started == 9
         await start()
     told = meaning_of(Refusal.BUSY, "")
     assert isinstance(told, UnavailableError)
     assert "nothing was done" in told.message
+    for is_told in (True, False):  # of commands, too, which the node runs as well
+        with pytest.raises(UnavailableError):
+            _refuse(Answer({}, error="busy", message="x"), is_told=is_told)
+
+
+async def test_a_start_that_hangs_does_not_keep_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starts, "_HELD_S", 0.01)
+    queue, never = Starts(), asyncio.Event()
+    host, agent = socket.socketpair()
+
+    async def hangs() -> None:
+        async with queue.turn(agent):
+            await never.wait()
+
+    with host, agent:
+        hanging = [asyncio.create_task(hangs()) for _ in range(20)]
+        async with asyncio.timeout(10), queue.turn(agent):
+            pass
+        for one in hanging:
+            one.cancel()
+        await asyncio.wait(hanging)
+        assert queue._turns._value == 4  # each turn was given back once
 
 
 async def test_what_the_host_gave_up_is_not_started() -> None:

@@ -42,12 +42,23 @@ def unpack(pieces: Iterator[bytes], target: Path, what: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     bounds = _Bounds(shutil.disk_usage(target).free)
     try:
-        with tarfile.open(  # type: ignore[call-overload]
+        with _Archive.open(  # type: ignore[call-overload]
             fileobj=_Pieces(pieces), mode="r|", tarinfo=bounds.header_class()
         ) as archive:
             archive.extractall(target, _entries(archive), filter=bounds.checked)  # noqa: S202
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
+    except (
+        tarfile.TarError, ValueError, KeyError, OverflowError, RecursionError, EOFError,
+    ) as error:  # fmt: skip
         raise TransferError(f"cannot copy {what} here: {error}") from error
+
+
+class _Archive(tarfile.TarFile):
+    """An archive that is read once, from its beginning to its end."""
+
+    def getmembers(self) -> list[tarfile.TarInfo]:
+        """See tarfile, which asks for all entries where a link cannot be made: that would keep
+        every one of them."""
+        raise tarfile.ReadError("a link leads to what is not there")
 
 
 def _entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

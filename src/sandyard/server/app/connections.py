@@ -98,9 +98,9 @@ class Gate:
         self._resting: dict[Counted, None] = {}
         self._known: dict[str, float] = {}
 
-    def enter(self, one: "Counted", address: str, *, is_silent: bool = True) -> str | None:
-        """Let a connection in, in place of one that would not be missed if need be; else say why
-        not. One that `is_silent` has asked for nothing yet.
+    def enter(self, one: "Counted", address: str) -> str | None:
+        """Let a connection in that has asked for nothing yet, in place of one that would not be
+        missed if need be; else say why not.
 
         Raises nothing: a refusal is a sentence for the client.
         """
@@ -113,12 +113,18 @@ class Gate:
         most = self.most if self._is_known(source) else self.most - self._reserve
         if len(self._open) >= most and not self._evict():
             return f"cannot take another connection: {most} are open; try again"
+        self._count(one, source)
+        self._silent[one] = None
+        self._silent_of.setdefault(source, {})[one] = None
+        return None
+
+    def take_over(self, one: "Counted", address: str) -> None:
+        """Count a connection that was let in already, and is another protocol's from now on."""
+        self._count(one, source_of(address))
+
+    def _count(self, one: "Counted", source: str) -> None:
         self._open[one] = source
         self._by_source[source] += 1
-        if is_silent:
-            self._silent[one] = None
-            self._silent_of.setdefault(source, {})[one] = None
-        return None
 
     def leave(self, one: "Counted") -> None:
         """Count a connection no more; nothing happens if it was not counted."""
@@ -487,7 +493,7 @@ class GuardedSocket(WebSocketsSansIOProtocol):
         super().connection_made(transport)
         # There is room: it comes in the place of the request that asked for it.
         address = self.client[0] if self.client else "unknown"
-        self.gate.enter(self, address, is_silent=False)
+        self.gate.take_over(self, address)
         if (connection := transport.get_extra_info("socket")) is not None:
             limit_ms = int(_UNACKNOWLEDGED_S * 1000)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
@@ -575,7 +581,7 @@ class Tunnel(asyncio.Protocol):
         """Take a connection over whose head was read."""
         self.transport, self._loop = transport, loop
         address = (self._scope.get("client") or ("unknown", 0))[0]
-        self._gate.enter(self, address, is_silent=False)
+        self._gate.take_over(self, address)
         if (connection := transport.get_extra_info("socket")) is not None:
             limit_ms = int(_UNACKNOWLEDGED_S * 1000)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)

@@ -136,15 +136,11 @@ class SetUp(Operation[Done]):
 
 @dataclass(frozen=True)
 class MountPoint:
-    """A workspace, by the name it is exported under, and the path that it is to be at.
-
-    `port` is the gateway's port to mount it from; 0 stands for that of the whole operation.
-    """
+    """A workspace, by the name it is exported under, and the path that it is to be at."""
 
     name: str
     path: str
     read_only: bool = False
-    port: int = 0
 
 
 CLOSED_PORT = 9

@@ -29,6 +29,7 @@ from sandyard.server.guest.system import AbsentError, BusyError, ConflictingErro
 
 _HEAD_LIMIT_S = 90.0  # the host keeps a connection open for what it will want next
 _CONNECTIONS_MAX = 4096
+_BACKLOG = 256
 _PASSING = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO})
 
 
@@ -50,7 +51,7 @@ class Agent:
                 self._take(connection, tasks)
                 # All that wait at once: another turn of the loop may be long in coming.
                 with contextlib.suppress(BlockingIOError):
-                    while True:
+                    for _ in range(_BACKLOG):
                         self._take(listener.accept()[0], tasks)
 
     def _take(self, connection: socket.socket, tasks: asyncio.TaskGroup) -> None:
@@ -176,7 +177,9 @@ def main() -> None:
     os.umask(0o022)
     processes.prepare()
     context = Context(system.open_root())
-    listener = socket.create_server(("0.0.0.0", wire.AGENT_PORT), backlog=256, reuse_port=False)
+    listener = socket.create_server(
+        ("0.0.0.0", wire.AGENT_PORT), backlog=_BACKLOG, reuse_port=False
+    )
     listener.setblocking(False)
     _log("ready")
     asyncio.run(Agent(context).serve(listener))

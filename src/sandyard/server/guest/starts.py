@@ -7,13 +7,14 @@ and the host would take the machine for dead.
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from sandyard.server.guest.system import BusyError
 
 WAITING_MAX = 256
-_AT_ONCE = 4  # one whose folder hangs must not keep all others
+_AT_ONCE = 4
+_HELD_S = 0.5  # one whose folder hangs does not keep its turn from others
 
 
 class Starts:
@@ -39,13 +40,31 @@ class Starts:
             )
         self._waiting += 1
         try:
-            async with self._turns:
-                await asyncio.sleep(0)  # what else is ready goes first
-                if _is_gone(connection):
-                    raise ConnectionResetError
-                yield
+            await self._turns.acquire()
         finally:
             self._waiting -= 1
+        release = _Once(self._turns.release)
+        held = asyncio.get_running_loop().call_later(_HELD_S, release)
+        try:
+            await asyncio.sleep(0)  # what else is ready goes first
+            if _is_gone(connection):
+                raise ConnectionResetError
+            yield
+        finally:
+            held.cancel()
+            release()
+
+
+class _Once:
+    """Calls something once, however often it is called."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work: Callable[[], object] | None = work
+
+    def __call__(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work()
 
 
 def _is_gone(connection: socket.socket) -> bool:

@@ -211,7 +211,7 @@ def _own_bytes(quota_bytes: int) -> int:
     inodes (256 bytes each), bitmaps, and what ext4 keeps back to be able to go on."""
     kept_back = min(quota_bytes // 50, 16 * 2**20)
     inodes = quota_bytes * 256 // _bytes_a_file(quota_bytes)
-    return (_JOURNAL_MIB + 2) * 2**20 + inodes + quota_bytes // 200 + kept_back
+    return (_JOURNAL_MIB + 4) * 2**20 + inodes + quota_bytes // 200 + kept_back
 
 
 def _bytes_a_file(quota_bytes: int) -> int:

@@ -276,6 +276,8 @@ def _refuse(said: Answer, *, is_told: bool) -> None:
             )
         case Refusal.UNSUPPORTED:
             raise UnsupportedError(said.message or "the agent does not know the operation")
+        case Refusal.BUSY:
+            raise meaning_of(said.error, said.message if is_told else "")
         case _ if is_told:
             raise meaning_of(said.error, said.message)
         case _:

@@ -164,7 +164,7 @@ def _mount_all(wish: ops.MountAll) -> None:
     for one in wish.mounts:
         try:
             os.makedirs(one.path, exist_ok=True)
-            _mount_one(one, port=one.port or wish.port)
+            _mount_one(one, port=wish.port)
         except OSError as error:
             raise RefusedError(f"{one.path}: {error.strerror}") from error
 

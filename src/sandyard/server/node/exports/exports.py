@@ -40,12 +40,13 @@ class _OpenVolumes:
 
     def __init__(self, volumes: Volumes) -> None:
         self._volumes = volumes
-        self._lock = asyncio.Lock()
+        # By workspace: to open one may take as long as its file system is checked.
+        self._locks: dict[str, asyncio.Lock] = {}
         self._held: dict[str, tuple[AsyncExitStack, Path, set[Server]]] = {}
 
     async def take(self, mount: MountWish, server: Server) -> Path:
         """Return a volume's folder, which stays open until `release`."""
-        async with self._lock:
+        async with self._locked(mount.workspace_id):
             if mount.workspace_id not in self._held:
                 async with AsyncExitStack() as held:
                     folder = await held.enter_async_context(
@@ -58,7 +59,7 @@ class _OpenVolumes:
 
     async def release(self, workspace_id: str, server: Server) -> None:
         """Close a volume if no other server exports it; nothing happens if this one does not."""
-        async with self._lock:
+        async with self._locked(workspace_id):
             if workspace_id not in self._held:
                 return
             held, _, servers = self._held[workspace_id]
@@ -66,6 +67,9 @@ class _OpenVolumes:
             if not servers:
                 del self._held[workspace_id]
                 await held.aclose()
+
+    def _locked(self, workspace_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(workspace_id, asyncio.Lock())
 
     async def stuck(self, among: Collection[str]) -> list[str]:
         """See core.contracts.volumes.Volumes.stuck."""
@@ -81,6 +85,7 @@ class _Served:
         self.bound: set[str] = set()
         self.lock = asyncio.Lock()
         self.is_behind = False
+        self.is_over = False
         self.watching: asyncio.Task[None] | None = None
 
 
@@ -146,6 +151,7 @@ class NfsExports:
         """See node.exports.shares.Exports.grant."""
         if not self._can_share:  # it may have been otherwise when it was mounted first
             raise UnavailableError(_FOLDERS)
+        await self.revoke(place)
         try:
             async with asyncio.TaskGroup() as starting:
                 for served in self._add(place, share):
@@ -164,7 +170,13 @@ class NfsExports:
 
     async def revoke(self, place: Place) -> None:
         """See node.exports.shares.Exports.revoke."""
+        if place.number in self._served:
+            # Cancelled midway, nobody would come back for the rest.
+            await to_the_end(self._revoke(place))
+
+    async def _revoke(self, place: Place) -> None:
         for served in self._served.pop(place.number, []):
+            served.is_over = True
             await self._unwatch(served)
             async with served.lock:
                 served.wanted.clear()
@@ -175,19 +187,20 @@ class NfsExports:
     async def withdraw(self, workspace_id: str) -> None:
         """See node.exports.shares.Exports.withdraw."""
         for served in self._every():
-            if workspace_id not in served.wanted:
+            if workspace_id not in served.wanted and workspace_id not in served.bound:
                 continue
             async with served.lock:
                 served.wanted.pop(workspace_id, None)
-                await served.server.unbind(workspace_id)
                 try:
+                    await served.server.unbind(workspace_id)
                     await served.server.export()
-                except (UnavailableError, OSError) as error:
+                except (UnavailableError, InternalError, OSError) as error:
                     # It may still have the volume open; its next start reads what it may export.
                     log.error("a file server does not answer; restarting it: %s", error)
                     served.is_behind = True
                     await served.server.stop()
-                await self._release(served, workspace_id)
+                finally:
+                    await self._release(served, workspace_id)
 
     # --- servers --------------------------------------------------------------------------
 
@@ -235,6 +248,8 @@ class NfsExports:
 
     async def _catch_up(self, served: _Served) -> None:
         """Export all that is wanted; what cannot be opened now is tried again later."""
+        if served.is_over:
+            return
         served.is_behind = True
         for one in list(served.wanted.values()):
             try:
@@ -249,7 +264,8 @@ class NfsExports:
             served.is_behind = not served.wanted.keys() <= served.bound
 
     def _watch(self, served: _Served) -> None:
-        if self._crew is not None and (served.watching is None or served.watching.done()):
+        is_watched = served.watching is not None and not served.watching.done()
+        if self._crew is not None and not is_watched and not served.is_over:
             served.watching = self._crew.start(
                 self._keep_up(served), "a file server is not supervised any more"
             )
@@ -270,6 +286,8 @@ class NfsExports:
             await self._clock.sleep(_AGAIN_S[min(tries, len(_AGAIN_S) - 1)])
             tries += 1
             async with served.lock:
+                if served.is_over:
+                    return
                 if served.server.is_up:  # it was stopped, and has been started again
                     continue
                 log.error("a file server ended; restarting it")

@@ -3,14 +3,16 @@
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 from sandyard.server.core.contracts.node import MountWish
 from sandyard.server.core.ops import MountAll, MountPoint
 from sandyard.server.drivers.contract import Place
-from sandyard.server.node.host.firewall import SHARE_PORTS as PORTS
 from sandyard.server.tasks import Crew
 
+# Within firewall.SHARE_PORTS, and none that the kernel gives to the node's own connections.
+_PORTS = range(20_000, 32_000)
 _CLIENT_BYTES = 12  # a server keeps it, in a form twice as long, with a host's name in a file's
 
 
@@ -69,21 +71,23 @@ class Share:
         return tuple(one for one in parts if one.mounts)
 
     @property
-    def operation(self) -> MountAll:
-        """What the machine is asked to do."""
+    def operations(self) -> list[MountAll]:
+        """What the machine is asked to do, in this order: one path may lie below another."""
         ports = {name: part.port for part in self.parts for name in part.mounts}
-        points = [
-            MountPoint(one.workspace_id, one.path, one.read_only, ports[one.workspace_id])
-            for one in self.mounts
+        return [
+            MountAll(
+                port,
+                self.client,
+                [MountPoint(one.workspace_id, one.path, one.read_only) for one in group],
+            )
+            for port, group in groupby(self.mounts, lambda one: ports[one.workspace_id])
         ]
-        # Agents of before know of one port alone.
-        return MountAll(points[0].port if points else self.port, self.client, points)
 
 
 def new_share(org_id: str, mounts: tuple[MountWish, ...]) -> Share:
     """Return what a machine that begins anew may mount."""
     return Share(
-        org_id, secrets.choice(PORTS), secrets.token_hex(_CLIENT_BYTES), mounts, is_split=True
+        org_id, secrets.choice(_PORTS), secrets.token_hex(_CLIENT_BYTES), mounts, is_split=True
     )
 
 

@@ -38,7 +38,7 @@ _UDP_MIN, _UDP_MAX = 512, 4096
 _PORT = 53
 _HEAD = struct.Struct(">HHHHHH")
 _IS_ANSWER, _IS_TRUNCATED, _WANTS_RECURSION = 0x8000, 0x0200, 0x0100
-_OPCODE = 0x7800
+_OPCODE, _RCODE = 0x7800, 0x000F
 _FORMERR, _SERVFAIL, _NOTIMP, _REFUSED = 1, 2, 4, 5
 _LABEL_MAX, _NAME_MAX = 63, 255
 _OPT = 41
@@ -62,11 +62,13 @@ class Query:
 
 
 class BadQueryError(Exception):
-    """A message that is not passed on; `rcode` says why (RFC 1035, 4.1.1)."""
+    """A message that is not passed on; `rcode` says why (RFC 1035, 4.1.1), `question` what it
+    asked, where that could be read."""
 
-    def __init__(self, rcode: int) -> None:
+    def __init__(self, rcode: int, question: bytes = b"") -> None:
         super().__init__(f"refused with rcode {rcode}")
         self.rcode = rcode
+        self.question = question
 
 
 def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[Resolver]:
@@ -99,9 +101,9 @@ def parse(message: bytes) -> Query:
     if end > len(message):
         raise BadQueryError(_FORMERR)
     (kind,) = struct.unpack_from(">H", message, end - 4)
-    if kind in _REFUSED_TYPES:
-        raise BadQueryError(_REFUSED)
     question = message[_HEAD.size : end]
+    if kind in _REFUSED_TYPES:
+        raise BadQueryError(_REFUSED, question)
     if not additional:
         if end != len(message):
             raise BadQueryError(_FORMERR)
@@ -132,22 +134,26 @@ def _end_of_name(message: bytes, at: int) -> int:
     raise BadQueryError(_FORMERR)
 
 
-def refusal(message: bytes, rcode: int) -> bytes:
-    """Return an answer without records to a message of at least a header."""
+def refusal(message: bytes, rcode: int, question: bytes) -> bytes:
+    """Return an answer without records to a message of at least a header.
+
+    Clients take an answer for theirs only if it repeats their question.
+    """
     number, flags, *_ = _HEAD.unpack_from(message)
     kept = flags & (_OPCODE | _WANTS_RECURSION)
-    return _HEAD.pack(number, _IS_ANSWER | kept | rcode, 0, 0, 0, 0)
+    head = _HEAD.pack(number, _IS_ANSWER | kept | rcode, int(bool(question)), 0, 0, 0)
+    return head + question
 
 
 def is_answer_to(answer: bytes, message: bytes, query: Query) -> bool:
-    """Tell whether a resolver's message answers this query: same id, same question."""
-    head = _HEAD.size
-    return (
-        len(answer) >= head
-        and answer[:2] == message[:2]
-        and bool(answer[2] & 0x80)
-        and answer[head : head + len(query.question)].lower() == query.question.lower()
-    )
+    """Tell whether a resolver's message answers this query: same id, same question; or no question
+    in a refusal, as of a server that could not read it."""
+    if len(answer) < _HEAD.size or answer[:2] != message[:2]:
+        return False
+    _, flags, questions, *_ = _HEAD.unpack_from(answer)
+    repeated = answer[_HEAD.size : _HEAD.size + len(query.question)]
+    is_refusal = questions == 0 and bool(flags & _RCODE)
+    return bool(flags & _IS_ANSWER) and (is_refusal or repeated.lower() == query.question.lower())
 
 
 def fitted(answer: bytes, query: Query) -> bytes:
@@ -275,12 +281,13 @@ class Forwarder:
             query = parse(message)
         except BadQueryError as error:
             # To answer an answer could begin an endless exchange.
-            return None if message[2] & 0x80 else refusal(message, error.rcode)
+            is_answer = message[2] & 0x80
+            return None if is_answer else refusal(message, error.rcode, error.question)
         for resolver in self._resolvers():
             with contextlib.suppress(OSError, TimeoutError, EOFError):
                 async with asyncio.timeout(_ANSWER_LIMIT_S):
                     return await ask(resolver, message, query)
-        return refusal(message, _SERVFAIL)
+        return refusal(message, _SERVFAIL, query.question)
 
 
 _Ask = Callable[[Resolver, bytes, Query], Awaitable[bytes]]

@@ -18,7 +18,7 @@ GUEST_IP = "172.16.0.2"
 GATEWAY_IP = "172.16.0.1"
 CONNECTIONS_MAX = 4096
 SHARE_PORTS = range(20_000, 60_000)
-"""The gateway's ports that file servers of workspaces listen on; a second takes the port above."""
+"""The gateway's ports that file servers of workspaces may listen on; a second takes the next."""
 _PRIVATE = (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
     "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
@@ -70,8 +70,22 @@ table inet sandyard_output {{
 
 
 def input_rules(*, tap: str) -> str:
-    """Return rules that replace what a slot of an earlier version lets its guest reach of it."""
+    """Return rules that replace what a slot of an earlier version lets its guest reach of it.
+
+    That version redirected a port of the gateway to a file server elsewhere. Connections that are
+    still redirected are reset, so that the guest's next one is not taken for one of them.
+    """
     return f"""
+table inet sandyard_share {{}}
+delete table inet sandyard_share
+table inet sandyard_redirected {{}}
+delete table inet sandyard_redirected
+table inet sandyard_redirected {{
+  chain forward {{
+    type filter hook forward priority filter - 1; policy accept;
+    iifname "{tap}" tcp dport 2049 ct status dnat reject with tcp reset
+  }}
+}}
 flush chain inet sandyard input
 table inet sandyard {{
   chain input {{

@@ -190,7 +190,8 @@ class Guest:
             UnavailableError, InternalError, InvalidArgumentError: it does not.
             UnsupportedError: its agent is of a version that knows of no workspaces.
         """
-        await self._link_or_raise().ask(share.operation, limit_s=limit_s)
+        for operation in share.operations:
+            await self._link_or_raise().ask(operation, limit_s=limit_s)
 
     async def rehearse_mount(self) -> None:
         """Have it go through a mount as far as it comes without a server: its first is faster for

@@ -295,6 +295,7 @@ class Pool:
                 async with self._restores.take(Rank.AHEAD):
                     one = await self._made(shelf, unfinished)
                 if one is not None:
+                    await self._exercise(shelf, one)
                     await self._finish(shelf, one)
                     unfinished.pop_all()
         except Exception as error:  # whatever it was, it is not tried again at once
@@ -307,8 +308,8 @@ class Pool:
             self.nudge()
 
     async def _made(self, shelf: _Shelf, unfinished: AsyncExitStack) -> Resident | None:
-        """Return a machine that has answered, and is discarded with the stack; None if that cannot
-        be now."""
+        """Return a machine that runs, and is discarded with the stack; None if there cannot be one
+        now."""
         if not self._has_room(shelf.kind.shape):
             shelf.failed_at = self._means.clock.monotonic()
             return None
@@ -330,6 +331,11 @@ class Pool:
         except DamagedError as error:
             await self._goldens.discard(kind, error.message)
             raise
+        return one
+
+    async def _exercise(self, shelf: _Shelf, one: Resident) -> None:
+        """Have a machine do what will be asked for first; for that it takes no restore's turn."""
+        wish = a_wish(shelf.kind)
         # Twice: the second is what will be asked for when it is claimed.
         limit_s = self._means.patience(WAKE_LIMIT_S) * _PATIENCE
         async with beside(one.break_when_it_ends()):
@@ -340,7 +346,6 @@ class Pool:
                     run_s = self._means.patience(_LIMIT_S) * _PATIENCE
                     await one.guest.run(command, limit_s=run_s)
                 await one.guest.rehearse_mount()
-        return one
 
     async def _finish(self, shelf: _Shelf, one: Resident) -> None:
         """Put a machine on the shelf, warmed up and with its clock right."""

@@ -445,8 +445,13 @@ class Comparison:
         found: dict[str, int] = {}
         unknown: set[str] = set()
         looked_up = 0
-        for fact in machines:
+        kept = self._unknown.get("machine", set())
+        # Those that were not known before come last, and need not be looked up each time.
+        for fact in sorted(machines, key=lambda one: one.sandbox_id in kept):
             # Of an honest node, the rest has its turn later.
+            if looked_up >= _LOOKED_UP_MAX and fact.sandbox_id in kept:
+                unknown.add(fact.sandbox_id)
+                continue
             if len(found) >= _UNWANTED_MAX or looked_up >= _LOOKED_UP_MAX:
                 log.error("the node %s has many machines that no row is of", self._node.node_id)
                 break
