@@ -445,16 +445,17 @@ class Comparison:
         found: dict[str, int] = {}
         unknown: set[str] = set()
         looked_up = 0
+        is_cut = False
         kept = self._unknown.get("machine", set())
         # Those that were not known before come last, and need not be looked up each time.
         for fact in sorted(machines, key=lambda one: one.sandbox_id in kept):
             # Of an honest node, the rest has its turn later.
-            if looked_up >= _LOOKED_UP_MAX and fact.sandbox_id in kept:
-                unknown.add(fact.sandbox_id)
-                continue
             if len(found) >= _UNWANTED_MAX or looked_up >= _LOOKED_UP_MAX:
-                log.error("the node %s has many machines that no row is of", self._node.node_id)
-                break
+                if fact.sandbox_id in kept:
+                    unknown.add(fact.sandbox_id)
+                else:
+                    is_cut = True
+                continue
             sandbox: Standing | Sandbox | None = known.get(fact.sandbox_id)
             if sandbox is None:  # ending, written after the rows were read, gone, or elsewhere
                 looked_up += 1
@@ -464,6 +465,8 @@ class Comparison:
                 unknown.add(fact.sandbox_id)
             elif sandbox.node_id != self._node.node_id or sandbox.status in _NOTHING_LEFT:
                 found[fact.sandbox_id] = fact.incarnation
+        if is_cut:
+            log.error("the node %s has many machines that no row is of", self._node.node_id)
         self._keep_unknown("machine", unknown)
         twice = found.items() & self._unwanted.items()
         self._unwanted = found
