@@ -396,20 +396,27 @@ backend controls
 
     def on(self, name: str) -> dict[str, Any]:
         """Create a sandbox on one node: the others are drained meanwhile."""
-        known = self.known()
-
-        async def drained(is_draining: bool) -> None:
-            async with open_fleet(self.settings) as (fleet, _):
-                for other in known:
-                    if other != name:
-                        await fleet.drain(other, is_draining=is_draining)
-
-        asyncio.run(drained(True))
+        self.drain({one for one in self.known() if one != name})
         time.sleep(0.7)  # until every control plane has read it
         try:
             return self.create()
         finally:
-            asyncio.run(drained(False))
+            self.keep_real_apart()
+
+    def keep_real_apart(self) -> None:
+        """Have nothing placed on real nodes unasked: they take much longer than fake ones."""
+        self.drain({name for name, host in self.nodes.items() if host.is_real})
+
+    def drain(self, names: set[str]) -> None:
+        """Have nothing new come to these nodes, and to all others again."""
+        known = self.known()
+
+        async def drained() -> None:
+            async with open_fleet(self.settings) as (fleet, _):
+                for one in known:
+                    await fleet.drain(one, is_draining=one in names)
+
+        asyncio.run(drained())
 
     def nodes_of(self, sandboxes: list[dict[str, Any]]) -> set[str]:
         """Return the names of the nodes that sandboxes are on."""

@@ -486,6 +486,7 @@ def real(whole: Lab) -> Lab:
     for name in ("real", "real-too"):
         whole.add_node(name, is_real=True, **QEMU, SANDYARD_POOL__CEILING="0")
     whole.until_up("real", "real-too")
+    whole.keep_real_apart()
     return whole
 
 
