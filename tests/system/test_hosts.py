@@ -90,7 +90,12 @@ START = """
 ip link set lo up
 mount --bind /run/netns /run/netns; mount --make-shared /run/netns
 cd /
+mkdir "$SANDYARD_HOME/checkout"; mount --rbind "$CHECKOUT" "$SANDYARD_HOME/checkout"
 {condition}
+# A checkout below /tmp may be hidden now.
+if ! [ -d "$CHECKOUT" ]; then
+    mkdir -p "$CHECKOUT"; mount --move "$SANDYARD_HOME/checkout" "$CHECKOUT"
+fi
 sandyard init --quiet
 sandyard serve >"$SANDYARD_HOME/server.log" 2>&1 </dev/null &
 for turn in $(seq 600); do
@@ -126,6 +131,7 @@ def test_sandboxes_work_on_a_host_with(server: RealServer, condition: str) -> No
     server.home = home
     environment = {
         **server.environment, "SANDYARD_HOME": str(home), "XDG_CONFIG_HOME": str(home / "xdg"),
+        "CHECKOUT": str(Path(__file__).parents[2]),
         "PATH": f"{SANDYARD.parent}:{os.environ['PATH']}",
     }  # fmt: skip
     server.environment = environment
