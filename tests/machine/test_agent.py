@@ -11,7 +11,7 @@ from tests.support.server import RealServer, longer, wait_until
 
 from sandyard.server.core import ops
 from sandyard.server.core.errors import (
-    InternalError,
+    AgentError,
     InvalidArgumentError,
     NotFoundError,
     UnsupportedError,
@@ -96,7 +96,7 @@ async def test_who_does_not_have_its_token_gets_nothing(server: RealServer, box:
         ops.Stats(), ops.Execute("id", timeout_ms=1000), ops.Dial(22),
     )  # fmt: skip
     for operation in every:
-        with pytest.raises(InternalError, match="token"):
+        with pytest.raises(AgentError, match="token"):
             async with link.open(operation, limit_s=_LIMIT_S):
                 pass
 
