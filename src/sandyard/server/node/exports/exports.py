@@ -171,7 +171,7 @@ class NfsExports:
     async def revoke(self, place: Place) -> None:
         """See node.exports.shares.Exports.revoke."""
         if place.number in self._served:
-            # Cancelled midway, nobody would come back for the rest.
+            # If this were cancelled midway, nothing would release the rest later.
             await to_the_end(self._revoke(place))
 
     async def _revoke(self, place: Place) -> None:

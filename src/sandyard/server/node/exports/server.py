@@ -279,7 +279,7 @@ class Server:
         """Before a start, remove what the last one recorded of other clients than its machine.
 
         A server that ended unexpectedly waits for its clients, so that each reclaims its locks
-        first. A guest may have invented clients, and nobody else would end that wait.
+        first. A guest may have invented clients, and the wait for those would never end.
         """
         name = self.part.client.encode().hex()
         for entry in (self.folder / "state").glob("v4*/*/*"):
