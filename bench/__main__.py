@@ -15,7 +15,7 @@ import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import control, guests
+from bench import control, fillers, guests
 from bench.figures import RESULTS
 
 _PAGE = Path(__file__).parents[1] / "docs/reference/performance.md"
@@ -73,6 +73,7 @@ def main() -> None:
     figures["one durable row, by hand"] = control.by_hand(200)
     of_guests, driver = guests.measured(asked.rounds, asked.template, asked.command)
     figures |= of_guests
+    figures |= fillers.measured(asked.rounds, asked.template, asked.command)
     about += f", machines by {driver}"
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     RESULTS.mkdir(exist_ok=True)

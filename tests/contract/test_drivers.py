@@ -28,6 +28,7 @@ from sandyard.server.core.errors import (
     NoCapacityError,
     SandyardError,
 )
+from sandyard.server.drivers.background import Background
 from sandyard.server.drivers.contract import ProbeSpec
 from sandyard.server.drivers.fake import FakeDriver
 
@@ -59,7 +60,8 @@ async def test_a_machine_starts_speaks_and_stops(bench: Bench) -> None:
 
 async def test_a_machine_started_ahead_gives_way_until_it_comes_forward(bench: Bench) -> None:
     async with AsyncExitStack() as held:
-        machine = await bench.driver.start(replace(bench.spec, is_ahead=True), held)
+        entry = held.enter_context(Background().entry())
+        machine = await bench.driver.start(replace(bench.spec, background=entry), held)
         assert bench.is_behind(machine.pid)
         machine.come_forward()
         assert not bench.is_behind(machine.pid)

@@ -72,6 +72,25 @@ async def test_a_machine_that_stands_still_is_given_up(
     assert "no progress" in ended.message
 
 
+@pytest.mark.parametrize(("starved", "takes_s"), [(0.0, 30), (0.5, 60), (1.0, 300)])
+async def test_time_without_a_processor_does_not_count_up_to_ten_times_the_limit(
+    monkeypatch: pytest.MonkeyPatch, starved: float, takes_s: float
+) -> None:
+    clock = DrivenClock()
+    monkeypatch.setattr(start, "starved_s", lambda _: 1000 + starved * clock.monotonic())
+    machine: Any = Machine()
+    means: Any = SimpleNamespace(clock=clock)
+    began = clock.monotonic()
+    waiting = asyncio.create_task(start.use_up(machine, 30, means))
+    for _ in range(2000):
+        await asyncio.sleep(0.001)
+        if waiting.done():
+            break
+        await clock.advance(1.0)
+    await asyncio.wait([waiting])
+    assert takes_s <= clock.monotonic() - began <= takes_s + 2
+
+
 def test_what_a_process_waited_for_is_read_from_the_kernel() -> None:
     assert 0 <= starved_s(os.getpid()) <= starved_s(os.getpid()) + 1e-9
     assert starved_s(2**30) == 0

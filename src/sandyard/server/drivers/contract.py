@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from sandyard.server.drivers.background import Entry
+
 Handle = Mapping[str, str | int]
 
 
@@ -55,8 +57,8 @@ class MachineSpec:
     """Whether the kernel finds devices by ACPI; one that does not is told of them otherwise."""
     arguments: str = ""
     """What the kernel is told besides."""
-    is_ahead: bool = False
-    """Nobody waits for it yet: what others wait for gets the processors first."""
+    background: Entry | None = None
+    """Takes in the hypervisor of a machine that no caller waits for."""
 
 
 @dataclass(frozen=True)

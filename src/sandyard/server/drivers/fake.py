@@ -103,7 +103,7 @@ class FakeMachine:
         self._end = End("machine_died", "the hypervisor's process ended")
         self.remembers: dict[str, str] = {"token": spec.token}
         self.is_held = False
-        self.is_behind = spec.is_ahead
+        self.is_behind = spec.background is not None
         self.is_saving = False
         self.executing: list[str] = []
         self.disk_mib: int | None = None

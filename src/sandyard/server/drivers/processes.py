@@ -16,8 +16,6 @@ from sandyard.server.core.errors import UnavailableError
 from sandyard.server.tasks import in_thread
 
 _KILL_LIMIT_S = 10.0
-BEHIND = 10
-"""The nice value of what nobody waits for."""
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)
 

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -46,7 +47,6 @@ from sandyard.server.drivers.kernels import unpacked_kernel
 from sandyard.server.drivers.kvm import NO_KVM, can_open
 from sandyard.server.drivers.namespaces import give_tap_to
 from sandyard.server.drivers.processes import (
-    BEHIND,
     DetachedProcess,
     boot_id,
     set_nice,
@@ -394,6 +394,7 @@ class FirecrackerDriver:
             jail.remove()
             return None
         held.push_async_callback(process.kill)
+        process.send(signal.SIGCONT)  # an earlier server may have ended while it held it
         api = Api(jail.folder / SOCKET)
         try:
             # Firecracker does one thing at a time: in the middle of a save that an earlier server
@@ -420,8 +421,8 @@ class FirecrackerDriver:
         self, jail: Jail, spec: MachineSpec, held: AsyncExitStack
     ) -> FirecrackerMachine:
         process = await self._launch(jail, held, netns=spec.place.netns)
-        if spec.is_ahead:
-            set_nice(process.pid, BEHIND)
+        if spec.background is not None:
+            spec.background.add(process)
         started = start_time(process.pid)
         if started is None:
             raise InternalError(f"cannot start {spec.name}: Firecracker ended at once")

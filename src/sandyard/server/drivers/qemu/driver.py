@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
@@ -40,7 +41,6 @@ from sandyard.server.drivers.initrd import add_token
 from sandyard.server.drivers.kvm import DEVICE, NO_KVM, can_open
 from sandyard.server.drivers.namespaces import open_tap
 from sandyard.server.drivers.processes import (
-    BEHIND,
     DetachedProcess,
     boot_id,
     kill_all_of,
@@ -482,8 +482,8 @@ class QemuDriver:
         finally:
             os.close(tap_fd)
         process = _take_hold(pid, held)
-        if spec.is_ahead:
-            set_nice(process.pid, BEHIND)
+        if spec.background is not None:
+            spec.background.add(process)
         try:
             monitor = await Monitor.connect(spec.folder / command.QMP_SOCKET, pid=process.pid)
         except UnavailableError as error:
@@ -516,6 +516,7 @@ class QemuDriver:
         if process is None:
             return None
         held.push_async_callback(process.kill)
+        process.send(signal.SIGCONT)  # an earlier server may have ended while it held it
         try:
             monitor = await Monitor.connect(Path(str(handle["qmp"])), pid=process.pid)
         except UnavailableError:

@@ -21,6 +21,7 @@ from sandyard.server.core.codec import encode
 from sandyard.server.core.contracts.node import MachineFact, MachineWish, Phase, Way
 from sandyard.server.core.errors import (
     ConflictError,
+    DeadlineExceededError,
     InternalError,
     NoCapacityError,
     SandyardError,
@@ -29,6 +30,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.ids import new_machine_id, new_secret
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.wire import AGENT_PORT
+from sandyard.server.drivers.background import Entry
 from sandyard.server.drivers.contract import Driver, End, Machine, Place, SavingMachine
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.exports.shares import Share, new_share
@@ -273,7 +275,11 @@ class Resident:
         await self.body.make(source, self._means.disks, disk_mib=self._record.disk_mib)
 
     async def raise_up(
-        self, *, token: str | None = None, is_ahead: bool = False, is_recorded: bool = True
+        self,
+        *,
+        token: str | None = None,
+        background: Entry | None = None,
+        is_recorded: bool = True,
     ) -> None:
         """Bring its body to life and return once its agent answers; nobody watches it yet.
 
@@ -295,7 +301,7 @@ class Resident:
             self._record = replace(
                 self._record, slot=place.number, token=token or new_secret(), handle=None
             )
-            spec = await start.spec_of(self._record, self.body, kit, place, is_ahead=is_ahead)
+            spec = await start.spec_of(self._record, self.body, kit, place, background=background)
             if is_saved and (share := self._record.share) is not None:
                 # It goes on with what it has mounted: before it does, its server must be there.
                 await self._means.exports.grant(place, share)
@@ -382,6 +388,18 @@ class Resident:
         if self._machine is not None:
             end = await end_of(self._machine)
             raise InternalError(f"the machine ended: {end.message}")
+
+    async def break_when_it_is_stuck(self, limit_s: float) -> None:
+        """Raise once its process has ended, or has had `limit_s` seconds (`start.use_up`).
+
+        Raises:
+            DeadlineExceededError: its time is over.
+            InternalError: it ended.
+        """
+        if self._machine is not None:
+            async with beside(self.break_when_it_ends()):
+                await start.use_up(self._machine, limit_s, self._means)
+            raise DeadlineExceededError(f"the machine made no progress for {limit_s:g} s")
 
     async def set_up(
         self, wish: MachineWish, *, was: Was, grows: bool = False, limit_s: float | None = None

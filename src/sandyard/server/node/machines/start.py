@@ -12,6 +12,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ops import Hello
+from sandyard.server.drivers.background import Entry
 from sandyard.server.drivers.contract import (
     Driver,
     Machine,
@@ -31,6 +32,7 @@ from sandyard.server.node.machines.watch import end_of
 from sandyard.server.tasks import beside, in_thread
 
 _HELLO_S, _DIAL_S = 10.0, 0.2
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def kit_of(record: Record, means: Means) -> Kit:
 
 
 async def spec_of(
-    record: Record, body: Body, kit: Kit, place: Place, *, is_ahead: bool
+    record: Record, body: Body, kit: Kit, place: Place, *, background: Entry | None
 ) -> MachineSpec:
     """Return all that a driver needs, and lend the body to the account of the place."""
     await in_thread(body.lend_to, place)
@@ -86,7 +88,7 @@ async def spec_of(
         token=record.token,
         has_acpi=kit.image.has_acpi,
         arguments=kit.image.arguments,
-        is_ahead=is_ahead,
+        background=background,
     )
 
 
@@ -103,6 +105,25 @@ async def restored(kit: Kit, spec: MachineSpec, body: Body, held: AsyncExitStack
         raise DamagedError(error.message) from error
 
 
+async def _starved_s(machine: Machine) -> float:
+    """Return how many seconds a machine has waited for a processor that others had."""
+    pid = int(machine.handle.get("pid", 0))
+    return await in_thread(starved_s, pid) if pid else 0.0
+
+
+async def use_up(machine: Machine, limit_s: float, means: Means) -> None:
+    """Return once a machine has had `limit_s` seconds. Those in which it waited for a processor do
+    not count, up to ten times the limit."""
+    clock = means.clock
+    began, before = clock.monotonic(), await _starved_s(machine)
+    while True:
+        wall_s = clock.monotonic() - began
+        starved = min(await _starved_s(machine) - before, 0.9 * wall_s)
+        if wall_s - starved >= limit_s:
+            return
+        await clock.sleep(min(limit_s, _LOOK_S))
+
+
 async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Means) -> None:
     """Return once the agent of a machine that boots answers.
 
@@ -116,7 +137,6 @@ async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Mean
     clock, limits = means.clock, means.limits
     hello_s, dial_s = means.patience(_HELLO_S), means.patience(_DIAL_S)
     boot_s, no_progress_s = means.patience(limits.boot_s), means.patience(limits.no_progress_s)
-    pid, starved = int(machine.handle.get("pid", 0)), 0.0
     began = started = progressed = clock.monotonic()
     async with beside(end_of(machine)) as ending:
         while True:
@@ -131,9 +151,7 @@ async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Mean
             said = await machine.console()
             body.append_console(said)
             wall = clock.monotonic()
-            if pid:
-                starved = min(await in_thread(starved_s, pid), 0.9 * (wall - began))
-            now = wall - starved
+            now = wall - min(await _starved_s(machine), 0.9 * (wall - began))
             progressed = now if said else progressed
             if ending.done():
                 message = ending.result().message

@@ -18,6 +18,7 @@ from typing import Protocol
 from sandyard.server.core.contracts.node import Phase, ShelfFact, Way
 from sandyard.server.core.errors import DamagedError, SandyardError, UnavailableError
 from sandyard.server.core.shapes import Shape
+from sandyard.server.drivers.background import Background, Entry
 from sandyard.server.drivers.contract import End
 from sandyard.server.node.host.disks import available_memory_mib
 from sandyard.server.node.host.ledger import Ledger
@@ -35,8 +36,9 @@ log = logging.getLogger(__name__)
 _EXERCISES = ("f=$(mktemp) && echo $f > $f && cat $f $f | wc -l && ls -l / && rm $f", "true")
 _EXERCISE_ROUNDS = 2
 _LIMIT_S = 30.0
-# What is made ahead gets the processors that others leave, so it may take many times longer; to end
-# it for that, on a busy host, was to begin again without end and to fill nothing.
+# A machine made ahead gets the processors that others leave. The time it waits for them does not
+# count against its limits, up to this many times those: on a busy host, fillers that were ended for
+# it were begun again without end, and filled nothing.
 _PATIENCE = 10
 _PAUSE_MAX_S = 300.0
 _PERIOD_S = 2.0
@@ -120,6 +122,7 @@ class Pool:
         self._shelves: dict[Kind, _Shelf] = {}
         self._wake = asyncio.Event()
         self._ledger = ledger
+        self._background = Background()
 
     def nudge(self) -> None:
         """Have a look at the shelves now."""
@@ -144,6 +147,7 @@ class Pool:
         """
         shelf = self._shelves.setdefault(kind, _Shelf(kind))
         shelf.asked_at.append(self._means.clock.monotonic())
+        self._background.hold()
         self.nudge()
         found = next(self._fit(shelf, disk_mib), None)
         if found is not None:
@@ -188,6 +192,7 @@ class Pool:
                 crew.start(self._keep(crew), "the pool is looked after no longer")
                 yield
         finally:
+            self._background.let_go()
             await to_the_end(self._empty())
 
     async def _keep(self, crew: Crew) -> None:
@@ -291,13 +296,15 @@ class Pool:
 
     async def _add(self, shelf: _Shelf) -> None:
         try:
-            async with AsyncExitStack() as unfinished:
-                async with self._restores.take(Rank.AHEAD):
-                    one = await self._made(shelf, unfinished)
-                if one is not None:
-                    await self._exercise(shelf, one)
-                    await self._finish(shelf, one)
-                    unfinished.pop_all()
+            with self._background.entry() as entry:
+                async with AsyncExitStack() as unfinished:
+                    await self._background.calm()
+                    async with self._restores.take(Rank.AHEAD):
+                        one = await self._made(shelf, entry, unfinished)
+                    if one is not None:
+                        await self._exercise(shelf, one)
+                        await self._finish(shelf, one)
+                        unfinished.pop_all()
         except Exception as error:  # whatever it was, it is not tried again at once
             shelf.failed_at = self._means.clock.monotonic()
             # The next is made from another golden machine.
@@ -307,7 +314,9 @@ class Pool:
             shelf.coming -= 1
             self.nudge()
 
-    async def _made(self, shelf: _Shelf, unfinished: AsyncExitStack) -> Resident | None:
+    async def _made(
+        self, shelf: _Shelf, entry: Entry, unfinished: AsyncExitStack
+    ) -> Resident | None:
         """Return a machine that runs, and is discarded with the stack; None if there cannot be one
         now."""
         if not self._has_room(shelf.kind.shape):
@@ -327,7 +336,7 @@ class Pool:
         unfinished.push_async_callback(lambda: to_the_end(self._discard(one)))
         try:
             await one.make_body(golden)
-            await one.raise_up(token=golden.about.token, is_ahead=True)
+            await one.raise_up(token=golden.about.token, background=entry)
         except DamagedError as error:
             await self._goldens.discard(kind, error.message)
             raise
@@ -337,14 +346,16 @@ class Pool:
         """Have a machine do what will be asked for first; for that it takes no restore's turn."""
         wish = a_wish(shelf.kind)
         # Twice: the second is what will be asked for when it is claimed.
-        limit_s = self._means.patience(WAKE_LIMIT_S) * _PATIENCE
-        async with beside(one.break_when_it_ends()):
-            await one.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
-            await one.set_up(wish, was=Was.UNIQUE, limit_s=limit_s)
-            for _ in range(_EXERCISE_ROUNDS):
-                for command in _EXERCISES:
-                    run_s = self._means.patience(_LIMIT_S) * _PATIENCE
-                    await one.guest.run(command, limit_s=run_s)
+        for was in (Was.NOBODYS, Was.UNIQUE):
+            limit_s = self._means.patience(WAKE_LIMIT_S)
+            async with beside(one.break_when_it_is_stuck(limit_s)):
+                await one.set_up(wish, was=was, limit_s=limit_s * _PATIENCE)
+        for _ in range(_EXERCISE_ROUNDS):
+            limit_s = self._means.patience(_LIMIT_S)
+            for command in _EXERCISES:
+                async with beside(one.break_when_it_is_stuck(limit_s)):
+                    await one.guest.run(command, limit_s=limit_s * _PATIENCE)
+            async with beside(one.break_when_it_is_stuck(limit_s)):
                 await one.guest.rehearse_mount()
 
     async def _finish(self, shelf: _Shelf, one: Resident) -> None:
