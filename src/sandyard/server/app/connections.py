@@ -6,7 +6,6 @@ connections than descriptors, for the platform needs some for its own work.
 """
 
 import asyncio
-import ipaddress
 import json
 import socket
 import time
@@ -27,6 +26,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
+from sandyard.server.core.sources import source_of
 
 LINE_MAX = 16 * 1024
 HEAD_MAX = 64 * 1024
@@ -188,19 +188,6 @@ class Gate:
             del silent[one]
             if not silent:
                 del self._silent_of[source]
-
-
-def source_of(address: str) -> str:
-    """Return what an address is counted as: itself, or for IPv6 its /64."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return str(parsed)
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64)))
 
 
 class GuardedProtocol(HttpToolsProtocol):

@@ -7,6 +7,7 @@ import logging
 import resource
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ from sandyard.server.drivers.firecracker.jail import remove_groups
 from sandyard.server.gateway.preview import Front
 from sandyard.server.gateway.ssh import open_gateway
 from sandyard.server.links.local import SystemClock
+from sandyard.server.links.tunnel.handshakes import Handshakes
 from sandyard.server.node.host.identity import give_back_identity
 from sandyard.server.node.host.mounts import remove_mounts
 from sandyard.server.node.host.network import remove_host_rules
@@ -37,6 +39,7 @@ from sandyard.server.tasks import in_thread
 log = logging.getLogger(__name__)
 
 _GRACE_S = 10
+_HANDSHAKE_S = 10.0
 _THREADS = 32
 SOCKET_MESSAGE_MAX = 1024 * 1024
 """What a client may send in one message of a WebSocket."""
@@ -102,11 +105,11 @@ def http_server(
     patience: Patience | None = None,
     *,
     is_tunnel: Callable[[Any], bool] = lambda _: False,
-    certificate: tuple[Path, Path] | None = None,
+    handshakes: Handshakes | None = None,
 ) -> uvicorn.Server:
     """Return the HTTP server of an application, with its doors as the settings have them.
 
-    For `is_tunnel` see `guarded`; with a `certificate` and its key it speaks TLS.
+    For `is_tunnel` see `guarded`; with `handshakes` it speaks TLS.
     """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     gate = Gate(
@@ -122,7 +125,7 @@ def http_server(
             log_config=None,
             access_log=False,
             server_header=False,
-            http=protocol,
+            http=protocol if handshakes is None else _behind(handshakes, protocol),
             ws=socket_protocol,
             ws_max_size=SOCKET_MESSAGE_MAX,
             ws_per_message_deflate=False,
@@ -131,10 +134,13 @@ def http_server(
             backlog=256,
             timeout_graceful_shutdown=_GRACE_S,
             timeout_keep_alive=75,
-            ssl_certfile=None if certificate is None else certificate[0],
-            ssl_keyfile=None if certificate is None else str(certificate[1]),
         )
     )
+
+
+def _behind(handshakes: Handshakes, protocol: type[asyncio.Protocol]) -> Any:
+    """Return what makes connections whose protocol is made once their handshake is done."""
+    return lambda **given: handshakes.protocol(lambda: protocol(**given))
 
 
 async def serve_control(
@@ -176,12 +182,12 @@ async def _preview_server(
         yield
         return
     own = settings.preview
-    certificate = (
-        (own.tls_certificate, own.tls_key) if own.tls_certificate and own.tls_key else None
-    )
+    handshakes = None
+    if own.tls_certificate and own.tls_key:
+        handshakes = Handshakes(_tls_of(own.tls_certificate, own.tls_key), limit_s=_HANDSHAKE_S)
     with listen(settings.http.host, port, "SANDYARD_PREVIEW__PORT") as listener:
         server = http_server(
-            preview, settings.http, is_tunnel=lambda _: True, certificate=certificate
+            preview, settings.http, is_tunnel=lambda _: True, handshakes=handshakes
         )
         # Without its own handlers of signals: the main server's are the ones that count.
         async with asyncio.TaskGroup() as tasks:
@@ -189,8 +195,22 @@ async def _preview_server(
             try:
                 yield
             finally:
+                if handshakes is not None:
+                    handshakes.close()
                 server.should_exit = True
                 await asyncio.wait([serving])
+
+
+def _tls_of(certificate: Path, key: Path) -> ssl.SSLContext:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        tls.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise UnavailableError(
+            f"cannot use the certificate {certificate} with the key {key}: {error}; check "
+            "preview.tls_certificate and preview.tls_key"
+        ) from error
+    return tls
 
 
 def listen(host: str, port: int, setting: str = "SANDYARD_HTTP__PORT") -> socket.socket:

@@ -41,6 +41,7 @@ from sandyard.server.links.tunnel.frames import (
     refused,
     values_of,
 )
+from sandyard.server.links.tunnel.handshakes import Handshakes
 from sandyard.server.tasks import Crew
 
 log = logging.getLogger(__name__)
@@ -110,13 +111,13 @@ async def opened_door(
             if crew.start(serve(reader, writer), "a node at the door was not answered") is None:
                 writer.transport.abort()
 
-        server = await asyncio.start_server(
-            take, address, port, ssl=tls, limit=2 * PIECE, ssl_handshake_timeout=_FIRST_S
-        )
+        handshakes = Handshakes(tls, limit_s=_FIRST_S)
+        server = await handshakes.streams(take, address, port, limit=2 * PIECE)
         try:
             yield server.sockets[0].getsockname()[1]
         finally:
             server.close()
+            handshakes.close()
             for line in {*lines, *strangers}:
                 line.hang_up()
 

@@ -28,6 +28,7 @@ from sandyard.server.links.tunnel.frames import (
     refusal,
     values_of,
 )
+from sandyard.server.links.tunnel.handshakes import Handshakes
 from sandyard.server.tasks import Crew, beside
 
 log = logging.getLogger(__name__)
@@ -81,13 +82,13 @@ async def serving(
             if crew.start(serve(reader, writer), "a connection of the tunnel failed") is None:
                 writer.transport.abort()
 
-        server = await asyncio.start_server(
-            take, address, port, ssl=tls, limit=_LIMIT, ssl_handshake_timeout=_FIRST_S
-        )
+        handshakes = Handshakes(tls, limit_s=_FIRST_S)
+        server = await handshakes.streams(take, address, port, limit=_LIMIT)
         try:
             yield server.sockets[0].getsockname()[1]
         finally:
             server.close()
+            handshakes.close()
             for line in lines:
                 line.hang_up()
 

@@ -1,0 +1,16 @@
+"""Whom an address is counted as, where limits are by source."""
+
+import ipaddress
+
+
+def source_of(address: str) -> str:
+    """Return what an address is counted as: itself, or for IPv6 its /64."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64)))

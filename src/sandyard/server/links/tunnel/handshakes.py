@@ -1,0 +1,146 @@
+"""TLS handshakes of a listener, bounded from accept on.
+
+asyncio makes a connection's protocol after the handshake, so whatever that protocol counts does not
+include connections that are silent in theirs. Each holds a descriptor.
+"""
+
+import asyncio
+import ssl
+from collections import Counter
+from collections.abc import Callable
+from typing import cast
+
+from sandyard.server.core.sources import source_of
+
+_MOST, _MOST_BY_SOURCE = 1024, 512
+
+
+class Handshakes:
+    """Does the handshakes of one listener.
+
+    At most 1024 are under way at one time, 512 of one source. Where there is no room, the oldest is
+    aborted: a client that is not silent needs milliseconds.
+    """
+
+    def __init__(self, tls: ssl.SSLContext, *, limit_s: float) -> None:
+        self.tls = tls
+        self.limit_s = limit_s
+        self._pending: dict[_Arriving, str] = {}
+        self._by_source: Counter[str] = Counter()
+
+    def protocol(self, make: Callable[[], asyncio.Protocol]) -> asyncio.Protocol:
+        """Return the protocol of a connection that was accepted.
+
+        Once the handshake is done, the one that `make` returns takes over.
+        """
+        return _Arriving(self, make)
+
+    async def streams(
+        self,
+        take: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None],
+        address: str,
+        port: int,
+        *,
+        limit: int,
+    ) -> asyncio.Server:
+        """Listen, and `take` each connection whose handshake is done; see asyncio.start_server."""
+
+        def stream() -> asyncio.Protocol:
+            return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=limit), take)
+
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(lambda: self.protocol(stream), address, port)
+
+    def close(self) -> None:
+        """Hang up on all whose handshake is not done."""
+        for one in list(self._pending):
+            one.abort()
+
+    def enter(self, one: "_Arriving", address: str) -> None:
+        """Count a connection, in place of the oldest if need be."""
+        source = source_of(address)
+        if self._by_source[source] >= _MOST_BY_SOURCE:
+            next(known for known, its in self._pending.items() if its == source).abort()
+        elif len(self._pending) >= _MOST:
+            next(iter(self._pending)).abort()
+        self._pending[one] = source
+        self._by_source[source] += 1
+
+    def leave(self, one: "_Arriving") -> None:
+        """Count a connection no more; nothing happens if it was not counted."""
+        source = self._pending.pop(one, None)
+        if source is not None:
+            self._by_source[source] -= 1
+            if not self._by_source[source]:
+                del self._by_source[source]
+
+
+class _Arriving(asyncio.Protocol):
+    """A connection until its handshake is done."""
+
+    def __init__(self, handshakes: Handshakes, make: Callable[[], asyncio.Protocol]) -> None:
+        self._handshakes = handshakes
+        self._make = make
+        self._transport: asyncio.Transport | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_aborted = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        self._transport = cast("asyncio.Transport", transport)
+        peer = transport.get_extra_info("peername")
+        self._handshakes.enter(self, peer[0] if peer else "unknown")
+        self._task = asyncio.get_running_loop().create_task(self._arrive(self._transport))
+
+    def abort(self) -> None:
+        """Hang up."""
+        self._is_aborted = True
+        self._handshakes.leave(self)
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _arrive(self, transport: asyncio.Transport) -> None:
+        early, its = _Early(), self._handshakes
+        try:
+            tls = await asyncio.get_running_loop().start_tls(
+                transport, early, its.tls, server_side=True, ssl_handshake_timeout=its.limit_s
+            )
+        except (OSError, ssl.SSLError):
+            transport.abort()
+            return
+        finally:
+            its.leave(self)
+        if tls is not None and not self._is_aborted:  # None: it was closed meanwhile
+            early.hand_over(tls, self._make())
+
+
+class _Early(asyncio.Protocol):
+    """Keeps what comes between the end of a handshake and the moment its task is resumed."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._is_over = self._is_lost = False
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        self._data += data
+
+    def eof_received(self) -> bool:
+        """See asyncio.Protocol."""
+        self._is_over = True
+        return True  # the protocol that takes over decides
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._is_lost = True
+
+    def hand_over(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
+        """Make a protocol the connection's, with all that has come."""
+        if self._is_lost:
+            return
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        if self._data:
+            protocol.data_received(bytes(self._data))
+        if self._is_over and not protocol.eof_received():
+            transport.close()
