@@ -716,6 +716,33 @@ def _wrote(yard: RealServer, one: str) -> bool:
     return True
 
 
+def test_attributes_that_may_be_cached_are_and_contents_are_current(
+    hypervisor: dict[str, str],
+) -> None:
+    if has_test_kernel(hypervisor):
+        pytest.skip(WITHOUT_WHOLE_MEMORY)
+    cached = {"SANDYARD_WORKSPACES__ATTRIBUTE_CACHE_S": "60", "SANDYARD_POOL__CEILING": "0"}
+    made = RealServer(free_port(), **hypervisor, **cached)
+    made.share_goldens()
+    try:
+        made.start()
+        work = made.client.post("/v1/workspaces", json={"name": "W"}).json()["data"]["id"]
+        upload(made, work, "known", b"one")
+        box = a_box(made, [], (work, "/workspace"))
+        looks = "[os.path.exists('/workspace/known') for _ in range(200)]"
+        assert "new" not in said(made, box, f'python3 -c "import os; {looks}"; ls /workspace')
+        assert "No such file" in said(made, box, "cat /workspace/new")
+        asked = said(made, box, "grep GETATTR: /proc/self/mountstats").split()[1]
+        assert int(asked) < 100
+        for n in range(3):
+            upload(made, work, "known", f"again {n}".encode())
+            upload(made, work, f"new{n or ''}", b"here")
+            assert said(made, box, "cat /workspace/known") == f"again {n}"
+            assert said(made, box, f"cat /workspace/new{n or ''}") == "here"
+    finally:
+        made.remove()
+
+
 @pytest.mark.parametrize("count", [12, pytest.param(50, marks=pytest.mark.long)])
 def test_many_machines_mount_one_workspace_at_once(
     yard: RealServer, work: str, boxes: list[str], count: int

@@ -47,6 +47,7 @@ def limits_of(settings: Settings) -> NodeLimits:
         restores_at_once=own.restores_at_once,
         uses_goldens=own.golden_machines,
         odd_goldens_mib=own.odd_goldens_mib,
+        attribute_cache_s=settings.workspaces.attribute_cache_s,
         **limits,
     )
 

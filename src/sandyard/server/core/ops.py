@@ -152,7 +152,8 @@ class MountAll(Operation[Done]):
     """Mount workspaces, in this order, from the gateway's `port`; folders are made for them.
 
     `client` is how the machine is told apart from every other that mounts from there: it must be
-    its own, for whoever uses another's is taken for that.
+    its own, for whoever uses another's is taken for that. Attributes of files may be used for
+    `attribute_cache_s` without asking the server; an agent that does not know that always asks.
     """
 
     op = Op.MOUNT
@@ -161,6 +162,7 @@ class MountAll(Operation[Done]):
     port: int
     client: str = field(repr=False)
     mounts: Sequence[MountPoint] = ()
+    attribute_cache_s: int = 0
 
 
 @dataclass(frozen=True)

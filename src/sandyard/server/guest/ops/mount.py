@@ -29,8 +29,8 @@ _SHARES = Path("/sys/fs/nfs")
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8  # umount(2)
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4  # mount(2)
 _MS_NOATIME = 1024
-# What another writes is seen at once: nothing that is cached is used unasked.
-_OPTIONS = "proto=tcp,hard,actimeo=0,timeo=50,retrans=2,sec=sys"
+# That a name does not exist is never cached: what was just uploaded can be opened.
+_OPTIONS = "proto=tcp,hard,timeo=50,retrans=2,sec=sys,lookupcache=positive"
 _VERSIONS = ("4.2", "4.1")  # older servers speak the older one alone
 _ROOM = 500  # of a message, in a pipe
 _FINE, _HEAD = b"fine", 4
@@ -164,16 +164,20 @@ def _mount_all(wish: ops.MountAll) -> None:
     for one in wish.mounts:
         try:
             os.makedirs(one.path, exist_ok=True)
-            _mount_one(one, port=wish.port)
+            _mount_one(one, port=wish.port, cache_s=wish.attribute_cache_s)
         except OSError as error:
             raise RefusedError(f"{one.path}: {error.strerror}") from error
 
 
-def _mount_one(wish: ops.MountPoint, *, port: int) -> None:
+def _mount_one(wish: ops.MountPoint, *, port: int, cache_s: int) -> None:
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOATIME | (_MS_RDONLY if wish.read_only else 0)
     source, number = f"{_GATEWAY}:/{wish.name}".encode(), 0
     for version in _VERSIONS:
-        options = f"vers={version},{_OPTIONS},addr={_GATEWAY},clientaddr={_GUEST},port={port}"
+        # By default nothing that is cached is used unasked: what another writes is seen at once.
+        options = (
+            f"vers={version},{_OPTIONS},actimeo={cache_s},addr={_GATEWAY},clientaddr={_GUEST},"
+            f"port={port}"
+        )
         if _libc.mount(source, wish.path.encode(), b"nfs4", flags, options.encode()) == 0:
             return
         number = ctypes.get_errno()

@@ -4,6 +4,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from enum import Enum
 
 from sandyard.server.core.contracts.node import MachineWish, Opened
@@ -190,8 +191,10 @@ class Guest:
             UnavailableError, InternalError, InvalidArgumentError: it does not.
             UnsupportedError: its agent is of a version that knows of no workspaces.
         """
+        cache_s = self._means.limits.attribute_cache_s
         for operation in share.operations:
-            await self._link_or_raise().ask(operation, limit_s=limit_s)
+            asked = replace(operation, attribute_cache_s=cache_s)
+            await self._link_or_raise().ask(asked, limit_s=limit_s)
 
     async def rehearse_mount(self) -> None:
         """Have it go through a mount as far as it comes without a server: its first is faster for

@@ -20,8 +20,9 @@ class NodeLimits:
 
     `odd_goldens_mib` is what golden machines of unusual shapes may take together on disk. `boot_s`
     bounds a boot, `no_progress_s` the silence of its console; `golden_rest_s` is how long
-    a machine is left alone before it is saved as a golden one. What is waited for in a guest is
-    given more on a slow host: see `Means.patience`.
+    a machine is left alone before it is saved as a golden one. `attribute_cache_s` is how long a
+    guest may use attributes of files in its mounts without asking. What is waited for in a guest
+    is given more on a slow host: see `Means.patience`.
     """
 
     boot_s: float
@@ -32,6 +33,7 @@ class NodeLimits:
     uses_goldens: bool
     odd_goldens_mib: int = 2048
     golden_rest_s: float = 4.0
+    attribute_cache_s: int = 0
     agent_s: float = 15.0
     watch_period_s: float = 2.0
     poll_s: float = 0.05
