@@ -20,7 +20,10 @@ from sandyard.server.node.exports.library import (
     library_of,
     lock_options,
     minor_versions,
+    missing_here,
+    note_verdict,
     patched,
+    verdict_in,
     version_of,
 )
 from sandyard.server.node.exports.server import configuration
@@ -79,6 +82,28 @@ def test_the_library_of_this_host_is_known() -> None:
     better, missing = patched(library.read_bytes(), version_of(library))
     assert missing == ()
     assert better != library.read_bytes()
+
+
+def test_a_test_decides_and_the_digest_where_there_was_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libganesha_nfsd.so.6.5"
+    library.write_bytes(LIBRARY)
+    monkeypatch.setattr(ganesha, "library_of", lambda: library)
+    verdict = verdict_in(tmp_path)
+    unknown = (Feature.LOCKS, Feature.WAITING, Feature.REOPENED)
+    assert missing_here(verdict) == unknown
+    for found in ((), (Feature.WAITING,)):
+        note_verdict(verdict, library, found)
+        assert missing_here(verdict) == found
+    # One of another library, or that cannot be read, decides nothing.
+    library.write_bytes(LIBRARY + b" upgraded")
+    assert missing_here(verdict) == unknown
+    for broken in ("", "[]", '{"library": 1}', '{"missing": []}'):
+        verdict.write_text(broken)
+        assert missing_here(verdict) == unknown
+    monkeypatch.setattr(ganesha, "library_of", lambda: None)
+    assert missing_here(verdict) == ()
 
 
 def test_a_library_is_found_by_its_name_of_this_version(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.node.commands import run
-from sandyard.server.node.exports.library import missing_here
+from sandyard.server.node.exports.library import missing_here, verdict_in
 from sandyard.server.node.host.disks import available_memory_mib, free_mib, used_mib
 from sandyard.server.node.host.firewall import forward_exceptions
 from sandyard.server.node.host.identity import Identity
@@ -81,9 +81,9 @@ async def _examine_host(settings: Settings) -> AsyncIterator[Finding]:
         yield await _nft()
         async for finding in _network(settings):
             yield finding
-    for feature in missing_here():
+    for feature in missing_here(verdict_in(settings.home)):
         yield Finding(
-            "note", f"this build of NFS-Ganesha is not known: in mounted workspaces, {feature}",
+            "note", f"with this build of NFS-Ganesha, in mounted workspaces, {feature}",
             "use the nfs-ganesha package of Debian 12, Debian 13 or Ubuntu 24.04",
         )  # fmt: skip
     for finding in _room(settings):

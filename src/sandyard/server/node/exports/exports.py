@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Collection, Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from sandyard.server.core.contracts.clock import Clock
@@ -17,7 +17,13 @@ from sandyard.server.core.errors import (
     UnsupportedError,
 )
 from sandyard.server.drivers.contract import Place
-from sandyard.server.node.exports.library import missing_here
+from sandyard.server.node.exports.library import (
+    library_of,
+    missing_here,
+    note_verdict,
+    verdict_in,
+)
+from sandyard.server.node.exports.self_test import missing_by_test, remove_volume
 from sandyard.server.node.exports.server import Server, check_here, owner_in
 from sandyard.server.node.exports.shares import Part, Share
 from sandyard.server.node.host.network import Network
@@ -96,6 +102,7 @@ class NfsExports:
         self, home: Path, *, network: Network, volumes: Volumes, clock: Clock, can_share: bool
     ) -> None:
         self._folder = home.resolve() / "exports"  # what is mounted is known by that path
+        self._verdict = verdict_in(home)
         self._network = network
         self._volumes = _OpenVolumes(volumes)
         self._clock = clock
@@ -109,6 +116,8 @@ class NfsExports:
     async def open(self, shares: Iterable[tuple[Place, Share]], crew: Crew) -> None:
         """See node.exports.shares.Exports.open."""
         self._crew = crew
+        with suppress(SandyardError, OSError):
+            await remove_volume(self._folder)
         adopted = [served for place, share in shares for served in self._add(place, share)]
         owners = {one.server.owner for one in adopted}
         for folder in await in_thread(_folders_in, self._folder):
@@ -125,7 +134,21 @@ class NfsExports:
         for served in adopted:
             async with served.lock:
                 await self._catch_up(served)
+        await self._test()
         crew.start(self._look_around(), "file servers are not supervised any more")
+
+    async def _test(self) -> None:
+        """Find out what the file servers of this host can do, and note it for `missing_here`."""
+        library = library_of()
+        if not self._can_share or library is None:
+            return
+        try:
+            missing = await missing_by_test(self._folder, self._network)
+            await in_thread(note_verdict, self._verdict, library, missing)
+        except (SandyardError, OSError) as error:
+            log.warning("cannot test the file servers; going by their library's digest: %s", error)
+        for feature in await in_thread(missing_here, self._verdict):
+            log.warning("in mounted workspaces, %s: use another build of NFS-Ganesha", feature)
 
     async def close(self) -> None:
         """See node.exports.shares.Exports.close."""
@@ -139,7 +162,7 @@ class NfsExports:
         """See node.exports.shares.Exports.limited."""
         if not self._can_share:
             return ()
-        return tuple(f"in mounted workspaces, {one}" for one in missing_here())
+        return tuple(f"in mounted workspaces, {one}" for one in missing_here(self._verdict))
 
     async def check(self) -> None:
         """See node.exports.shares.Exports.check."""

@@ -2,7 +2,8 @@
 
 A server loads a patched copy; the host's own file is not touched. A build is recognized by the
 SHA-256 of its library, and each has the digest of its patched copy recorded beside it, so nothing
-is ever changed by guessing. Any other build runs as it is, and `missing` names what will not work.
+is ever changed by guessing. Any other build runs as it is. What will not work is found out by a
+test when the node starts (`self_test.py`); until then the digest tells.
 
 What is patched, and why:
 
@@ -27,7 +28,9 @@ How builds were read: the offsets are those of the instructions and data named a
 disassembly of each distribution's package.
 """
 
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -189,18 +192,42 @@ def patched(library: bytes, version: str) -> tuple[bytes, tuple[Feature, ...]]:
     return bytes(made), build.missing
 
 
-def missing_here() -> Collection[Feature]:
-    """Return what will not work with the library that is installed; nothing if none is."""
+def verdict_in(home: Path) -> Path:
+    """Return the file in which an installation keeps the outcome of its test."""
+    return home / "file-servers.json"
+
+
+def note_verdict(verdict: Path, library: Path, missing: Sequence[Feature]) -> None:
+    """Keep the outcome of a test with this library."""
+    found = library.stat()
+    known = {"library": _digest_of(library, found.st_mtime_ns, found.st_size), "missing": missing}
+    part = verdict.with_name(f"{verdict.name}.part")
+    part.write_text(json.dumps(known))
+    part.replace(verdict)
+
+
+def missing_here(verdict: Path) -> Collection[Feature]:
+    """Return what will not work with the library that is installed; nothing if none is.
+
+    Goes by the outcome of a test with this library, if one is kept in `verdict`; else by its
+    digest.
+    """
     library = library_of()
     if library is None:
         return ()
     found = library.stat()
-    return _missing_in(library, found.st_mtime_ns, found.st_size)
+    digest = _digest_of(library, found.st_mtime_ns, found.st_size)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(verdict.read_text())
+        if known["library"] == digest:
+            return tuple(Feature(one) for one in known["missing"])
+    build = BUILDS.get(digest)
+    return _missing_unpatched(version_of(library)) if build is None else build.missing
 
 
 @lru_cache(maxsize=4)
-def _missing_in(library: Path, _mtime_ns: int, _size: int) -> tuple[Feature, ...]:
-    return patched(library.read_bytes(), version_of(library))[1]
+def _digest_of(library: Path, _mtime_ns: int, _size: int) -> str:
+    return sha256(library.read_bytes()).hexdigest()
 
 
 def _missing_unpatched(version: str) -> tuple[Feature, ...]:

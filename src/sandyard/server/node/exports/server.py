@@ -253,9 +253,7 @@ class Server:
         if library is None:
             log.warning("the file server's library was not found; starting it without patches")
             return ""
-        better, missing = patched(library.read_bytes(), version_of(library))
-        for feature in missing:
-            log.warning("this build of NFS-Ganesha is not known; in workspaces, %s", feature)
+        better, _ = patched(library.read_bytes(), version_of(library))
         copy, part = self.folder / "library", self.folder / "library.part"
         try:
             if not copy.exists() or copy.read_bytes() != better:
