@@ -386,6 +386,13 @@ async def test_a_signed_url_ends_with_its_time_and_with_its_signer(yard: Yard) -
         assert (await nobody.get(url)).status_code == 401
         await yard.client.patch(f"/v1/api-keys/{key['id']}", json={"scopes": ["sandbox:write"]})
         assert (await nobody.get(url)).status_code == 200
+        # A key that is rotated keeps its id; what its old secret signed ends all the same.
+        key = (await yard.client.post(f"/v1/api-keys/{key['id']}/rotate")).json()["data"]
+        assert (await nobody.get(url)).status_code == 401
+        async with yard.client_of(key["key"]) as other:
+            answer = await other.post(files_of(box, "sign"), json={"path": "/f"})
+            url = answer.json()["data"]["url"]
+        assert (await nobody.get(url)).content == b"x"
         await yard.client.delete(f"/v1/api-keys/{key['id']}")
         assert (await nobody.get(url)).status_code == 401
         # A member's is worth what the member sees, an admin's what an admin does.

@@ -215,8 +215,9 @@ async def test_a_url_ends_with_whoever_made_it(shown: Shown) -> None:
     assert issued[0]["attributes"]["port"] == 3000
 
 
+@pytest.mark.parametrize("how", ["revoke", "rotate"])
 async def test_what_is_open_ends_with_whoever_made_its_url(
-    shown: Shown, monkeypatch: pytest.MonkeyPatch
+    shown: Shown, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(preview, "_CHECK_S", 0.05)
     yard = shown.opened.yard
@@ -227,10 +228,14 @@ async def test_what_is_open_ends_with_whoever_made_its_url(
     async with shown.client(host) as client, client.stream("GET", "/events") as events:
         feed = events.aiter_raw()
         await anext(feed)
-        await yard.client.delete(f"/v1/api-keys/{made['id']}")
+        if how == "revoke":
+            await yard.client.delete(f"/v1/api-keys/{made['id']}")
+        else:
+            (await yard.client.post(f"/v1/api-keys/{made['id']}/rotate")).raise_for_status()
         with pytest.raises(httpx.RemoteProtocolError):
             async with asyncio.timeout(SOON_S):
                 await anext(feed)
+    assert (await shown.get(host)).status_code == 401
 
 
 class Later(SystemClock):

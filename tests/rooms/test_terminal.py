@@ -17,6 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sandyard.server.api import events
 from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.ids import digest_of_key
 from sandyard.server.links.local import SystemClock
 
 
@@ -183,8 +184,9 @@ async def test_a_ticket_runs_out_in_a_minute(tmp_path: Path) -> None:
         assert await refused(opened, made) == (401, "token_expired")
 
 
+@pytest.mark.parametrize("how", ["revoke", "rotate"])
 async def test_it_is_closed_with_the_key_that_it_was_asked_for_with(
-    opened: Door, monkeypatch: pytest.MonkeyPatch
+    opened: Door, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(events, "BEAT_S", 0.05)
     yard = opened.yard
@@ -201,7 +203,10 @@ async def test_it_is_closed_with_the_key_that_it_was_asked_for_with(
                 one for one in await tx.keys.page(org_id, owner_user_id=None, limit=10)
                 if key.startswith(one.prefix)
             ]  # fmt: skip
-            await tx.keys.replace(replace(held, revoked_at=datetime.now(UTC)))
+            is_revoked = {"revoked_at": datetime.now(UTC)}
+            is_rotated = {"digest": digest_of_key("rt_live_another")}
+            changed = is_revoked if how == "revoke" else is_rotated
+            await tx.keys.replace(replace(held, **changed))
         with pytest.raises(ConnectionClosed):
             async with asyncio.timeout(SOON_S):
                 while True:

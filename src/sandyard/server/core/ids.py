@@ -81,6 +81,14 @@ def digest_of_key(key: str) -> str:
     return sha256(key.encode()).hexdigest()
 
 
+def generation_of(digest: str) -> str:
+    """Return a name for the secret with this digest: 16 hex digits that tell nothing about either.
+
+    A key keeps its id when it is rotated, and gets another generation.
+    """
+    return sha256(b"sandyard: generation, 1 " + digest.encode()).hexdigest()[:16]
+
+
 def is_slug(text: str) -> bool:
     """Tell whether `text` can be a template's slug."""
     return _SLUG.fullmatch(text) is not None

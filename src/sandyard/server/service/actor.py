@@ -13,7 +13,8 @@ class Actor:
     """Somebody who acts within one organization.
 
     One that is not `is_bound` may turn to the user's other organizations. `plan` and `limits` are
-    the organization's; `is_test` says that what is created is a test key's.
+    the organization's; `is_test` says that what is created is a test key's. `key_generation` names
+    the secret that an API key had (`ids.generation_of`).
     """
 
     org_id: str
@@ -22,6 +23,7 @@ class Actor:
     scopes: frozenset[str]
     kind: str  # api_key, user or system
     key_id: str | None = None
+    key_generation: str = ""
     is_bound: bool = True
     is_operator: bool = False
     is_test: bool = False

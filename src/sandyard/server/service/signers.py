@@ -1,20 +1,24 @@
 """Whoever made a ticket or signed something, as they are when it is used.
 
-What is handed on is worth no more than who handed it on: it ends with the key that made it, and
-can do what its maker still may.
+What is handed on is worth no more than its maker: it ends when the maker's key is revoked, expires
+or is rotated, and can do what the maker still may.
 """
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.ids import generation_of
 from sandyard.server.core.scopes import ADMINS_ONLY, is_covered
 from sandyard.server.service.actor import Actor
 
 _USER = "user"
+_BY_SECRET = "."
 
 
 def signer_of(actor: Actor) -> str:
     """Return who an actor is, as it is written into what they hand on."""
-    return actor.key_id if actor.key_id is not None else f"{_USER}:{actor.user_id}"
+    if actor.key_id is None:
+        return f"{_USER}:{actor.user_id}"
+    return f"{actor.key_id}{_BY_SECRET}{actor.key_generation}"
 
 
 class Signers:
@@ -32,9 +36,10 @@ class Signers:
         kind, _, user_id = by.partition(":")
         if kind == _USER:
             return await self._member(org_id, user_id, scope)
-        return await self._holder(org_id, by, scope)
+        key_id, _, generation = by.partition(_BY_SECRET)
+        return await self._holder(org_id, key_id, generation, scope)
 
-    async def _holder(self, org_id: str, key_id: str, scope: str) -> Actor | None:
+    async def _holder(self, org_id: str, key_id: str, generation: str, scope: str) -> Actor | None:
         async with self._store.read() as tx:
             key = await tx.keys.find(org_id, key_id)
             holder = None if key is None else await tx.keys.holder(key.digest)
@@ -42,7 +47,7 @@ class Signers:
             return None
         key = holder.key
         is_over = key.expires_at is not None and key.expires_at <= self._clock.now()
-        if key.revoked_at is not None or is_over:
+        if key.revoked_at is not None or is_over or generation_of(key.digest) != generation:
             return None
         if not is_covered(scope, key.scopes):
             return None
@@ -53,6 +58,7 @@ class Signers:
             scopes=frozenset({scope}) | (ADMINS_ONLY & frozenset(key.scopes)),
             kind="api_key",
             key_id=key.id,
+            key_generation=generation,
             is_test=key.is_test,
             plan=holder.plan,
             limits=holder.limits,

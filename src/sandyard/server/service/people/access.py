@@ -14,7 +14,7 @@ from sandyard.server.core.errors import (
     TokenExpiredError,
     UnauthenticatedError,
 )
-from sandyard.server.core.ids import digest_of_key
+from sandyard.server.core.ids import digest_of_key, generation_of
 from sandyard.server.core.records import ApiKey
 from sandyard.server.service.actor import Actor
 
@@ -99,6 +99,7 @@ class Access:
             scopes=frozenset(key.scopes),
             kind="api_key",
             key_id=key.id,
+            key_generation=generation_of(key.digest),
             is_operator=holder.is_operator,
             is_test=key.is_test,
             plan=holder.plan,
