@@ -312,8 +312,10 @@ backend controls
                 )  # fmt: skip
         host.plug_in(self.prefix)
         self.nodes[name] = host
-        line = asyncio.run(invite_line(self.settings)).split()
-        host.start(SANDYARD, *line[1:], "--name", name)
+        _, invite, _, *line = asyncio.run(invite_line(self.settings)).split()
+        kept = host.home / "invite"
+        kept.write_text(invite)
+        host.start(SANDYARD, *line[1:], "--invite-file", str(kept), "--name", name)
         return host
 
     def start_node(self, name: str) -> None:

@@ -5,14 +5,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from sandyard.cli import main as entry
-from sandyard.cli import output, sandbox
-from sandyard.client import ApiError, Sandbox, Sandyard
+from sandyard.cli import output, sandbox, ways
+from sandyard.cli.credentials import secret_of
+from sandyard.client import ApiError, Sandbox, Sandyard, SshAccess
+from sandyard.client.config import ClientConfig
+from sandyard.server.links.identities import Authority
 
 IDS = [f"sandbox-{number:012d}" for number in range(3)]
 
@@ -222,3 +230,106 @@ def test_json_moves_no_cursor_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
         assert json.loads(said) == value
         assert not set(said) & set("\u009b\x1b\u202e\x7f")
         assert ("ü" in said) is (kind is Terminal)
+
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA"
+
+
+def access(**other: object) -> SshAccess:
+    told = {
+        "host": "gw.example",
+        "port": 2222,
+        "user": "sandbox-abc",
+        "command": "",
+        "host_key": KEY,
+    }
+    told |= other
+    told.setdefault("known_hosts", f"[{told['host']}]:{told['port']} {told['host_key']}")
+    return SshAccess(**told)  # type: ignore[arg-type]
+
+
+def log_in(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    told: SshAccess,
+) -> tuple[list[str] | None, str]:
+    """Return the command that `sandbox ssh` became, if any, and what it printed."""
+    became: list[list[str]] = []
+
+    class Client:
+        config = ClientConfig("http://api.example", "rt_live_x")
+
+        def ssh(self, _: str) -> SshAccess:
+            return told
+
+    @contextmanager
+    def opened() -> Iterator[Client]:
+        yield Client()
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
+    monkeypatch.setattr(ways, "open_client", opened)
+    monkeypatch.setattr("sandyard.cli.ways.shutil.which", lambda _: "/usr/bin/ssh")
+    monkeypatch.setattr("sandyard.cli.ways.os.execve", lambda _, words, __: became.append(words))
+    _, _, said = run_main(monkeypatch, capsys, "sandbox", "ssh", "x", "uname", "-a")
+    return (became[0] if became else None), said
+
+
+def test_ssh_is_given_a_destination_and_no_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words, _ = log_in(monkeypatch, capsys, tmp_path, access())
+    assert words is not None
+    assert words[-4:] == ["--", "sandbox-abc@gw.example", "uname", "-a"]
+    assert (tmp_path / "sandyard/known_hosts").read_text() == f"[gw.example]:2222 {KEY}\n"
+    for host in ("2001:db8::1", "192.0.2.1", "a_b.example"):
+        assert log_in(monkeypatch, capsys, tmp_path, access(host=host))[0] is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"user": "-oProxyCommand=touch /tmp/x"}, {"user": "a b"}, {"user": "$(id)"}, {"user": ""},
+        {"host": "-oProxyCommand=x"}, {"host": "a;id"}, {"host": "a`id`"}, {"host": "a\nb"},
+        {"host": ""}, {"port": 0}, {"port": 70000}, {"host_key": f"{KEY}\n* {KEY}"},
+        {"known_hosts": f"* {KEY}"}, {"known_hosts": f"[gw.example]:2222 {KEY}\n* {KEY}"},
+    ],
+)  # fmt: skip
+def test_a_hostile_server_runs_nothing_by_ssh(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    other: dict[str, object],
+) -> None:
+    words, said = log_in(monkeypatch, capsys, tmp_path, access(**other))
+    assert words is None
+    assert "cannot log in" in " ".join(said.split())
+    assert not (tmp_path / "sandyard/known_hosts").exists()
+
+
+def test_a_secret_comes_from_a_file_or_a_pipe_and_with_a_warning_from_an_argument(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    kept = tmp_path / "key"
+    kept.write_text(" rt_live_file\n")
+    ask = partial(secret_of, what="API key", option="--key-file")
+    assert ask(None, kept) == "rt_live_file"
+    monkeypatch.setattr("sys.stdin", io.StringIO("rt_live_pipe\nmore"))
+    assert ask(None, None) == "rt_live_pipe"
+    monkeypatch.setattr("sys.stdin", io.StringIO("rt_live_dash\n"))
+    assert ask(None, Path("-")) == "rt_live_dash"
+    assert capsys.readouterr().err == ""
+    assert ask("rt_live_word", None) == "rt_live_word"
+    assert "visible in the list of processes" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for given, file, said in (
+        (None, None, "empty"), ("", None, "empty"), ("x", kept, "once"),
+        (None, tmp_path / "none", "cannot read"), (None, tmp_path, "cannot read"),
+    ):  # fmt: skip
+        with pytest.raises(typer.BadParameter, match=said):
+            ask(given, file)
+
+
+def test_secrets_are_not_shown_by_repr() -> None:
+    assert "rt_live" not in repr(ClientConfig("http://x", "rt_live_secret"))
+    assert "PRIVATE" not in repr(Authority.new("test", datetime.now(UTC)))

@@ -1,11 +1,11 @@
 """`sandyard login`, `auth`, `ssh-key`, `usage`: who one is, with which keys, and what it costs."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sandyard.cli.credentials import secret_of
 from sandyard.cli.output import for_each, plain, show_json, show_table
 from sandyard.cli.sandbox import Json, open_client
 from sandyard.client import ApiError, Sandyard
@@ -25,14 +25,19 @@ def login(
         str | None, typer.Option(help="Where the server is; what is configured if not said.")
     ] = None,
     key: Annotated[
-        str | None, typer.Option(help="The API key; asked for, or read from a pipe, if not said.")
+        str | None,
+        typer.Option(help="The API key. Other users see it in the list of processes."),
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the API key; - for standard input. Without, it is asked for."
+        ),
     ] = None,
 ) -> None:
     """Keep a server and an API key for this user, once the server has accepted them."""
-    if key is None:
-        is_asked = sys.stdin.isatty()
-        key = typer.prompt("API key", hide_input=True) if is_asked else sys.stdin.readline()
-    config = find_config(key.strip(), url)
+    found = secret_of(key, key_file, what="API key", option="--key-file")
+    config = find_config(found, url)
     with Sandyard(config.api_key, config.url) as client:
         email = client.ask("GET", "/v1/me")["data"]["email"]
     path = write_config(ClientConfig(config.url, config.api_key))

@@ -5,10 +5,12 @@ import gc
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sandyard.cli.credentials import secret_of
 from sandyard.cli.output import out, plain, show_table
 from sandyard.client.config import ClientConfig, read_config, write_config
 
@@ -79,7 +81,16 @@ def node(context: typer.Context) -> None:
 @nodes.command()
 def join(
     address: Annotated[str, typer.Argument(help="A control plane's HOST:PORT.")],
-    invite: Annotated[str, typer.Argument(help="As `sandyard admin node invite` prints it.")],
+    invite: Annotated[
+        str | None,
+        typer.Argument(help="The invite. Other users see it in the list of processes."),
+    ] = None,
+    invite_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the invite; - for standard input. Without, it is asked for."
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="What people call it; default: the host's name.")
     ] = None,
@@ -88,8 +99,9 @@ def join(
     ] = True,
 ) -> None:
     """Make this host a node of an installation, and run it."""
+    token = secret_of(invite, invite_file, what="invite", option="--invite-file")
     settings = _logged_settings()
-    node_id = asyncio.run(server_module("member").join(settings, address, invite, name=name))
+    node_id = asyncio.run(server_module("member").join(settings, address, token, name=name))
     typer.echo(f"this host is the node {node_id} now; `sandyard node` starts it from now on")
     if start:
         asyncio.run(server_module("member").serve_node(settings))

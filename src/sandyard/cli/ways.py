@@ -1,6 +1,7 @@
 """`sandyard sandbox ssh` and `url`: into a sandbox with programs that know nothing of Sandyard."""
 
 import os
+import re
 import shutil
 import webbrowser
 from dataclasses import replace
@@ -14,6 +15,9 @@ from sandyard.cli.sandbox import Json, Reference, open_client, own_words
 from sandyard.client import SshAccess
 from sandyard.client.config import ClientConfig, config_path
 
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}|[0-9A-Fa-f:]{2,39}")
+_HOST_KEY = re.compile(r"[a-z0-9@.-]{1,64} [A-Za-z0-9+/=]{16,4096}")
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 # Asked for the password of just this login it gives the API key, which the gateway takes for one;
 # for all else, a key's passphrase or another host's password, it asks whoever sits there.
@@ -52,7 +56,7 @@ def ssh(
     if program is None:
         raise typer.BadParameter("there is no ssh on this machine; install openssh-client")
     with open_client() as client:
-        where = _reachable(client.ssh(reference), client.config)
+        where = _reachable(_checked(client.ssh(reference)), client.config)
         config = client.config
     folder = config_path().parent
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -76,7 +80,33 @@ def ssh(
         "SANDYARD_SSH_PASSWORD": config.api_key,
         "SANDYARD_SSH_PROMPT": f"{where.user}@{where.host}'s password: ",
     }
-    os.execve(program, [*words, f"{where.user}@{where.host}", *own_words(command)], env)  # noqa: S606
+    destination = f"{where.user}@{where.host}"
+    os.execve(program, [*words, "--", destination, *own_words(command)], env)  # noqa: S606
+
+
+def _checked(where: SshAccess) -> SshAccess:
+    """Return what the server told if it is safe to hand to ssh.
+
+    ssh runs commands that options or its own configuration build from a destination, and trusts
+    every line of a file of known hosts.
+
+    Raises:
+        typer.BadParameter: it is not.
+    """
+    name = where.host if where.port == 22 else f"[{where.host}]:{where.port}"
+    is_safe = (
+        _USER.fullmatch(where.user)
+        and _HOST.fullmatch(where.host)
+        and 0 < where.port < 65536
+        and _HOST_KEY.fullmatch(where.host_key)
+        and where.known_hosts == f"{name} {where.host_key}"
+    )
+    if not is_safe:
+        raise typer.BadParameter(
+            f"cannot log in: the server named the destination {plain(where.user)}@"
+            f"{plain(where.host)} port {where.port}, or a host key, that ssh must not be given"
+        )
+    return where
 
 
 def _reachable(where: SshAccess, config: ClientConfig) -> SshAccess:

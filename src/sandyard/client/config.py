@@ -3,7 +3,7 @@
 import json
 import os
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandyard.client.errors import SandyardError
@@ -18,7 +18,7 @@ class ClientConfig:
     """Where the server is and what to show it."""
 
     url: str
-    api_key: str
+    api_key: str = field(repr=False)
 
 
 def config_path() -> Path:

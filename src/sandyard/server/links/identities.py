@@ -1,7 +1,7 @@
 """Who is who in a cluster: an authority of the installation's, and certificates that it signs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from ipaddress import ip_address
 
@@ -58,7 +58,7 @@ class Authority:
     """What an installation signs certificates with, in PEM; its key is a secret."""
 
     certificate: bytes
-    key: bytes
+    key: bytes = field(repr=False)
 
     @classmethod
     def new(cls, installation: str, now: datetime) -> "Authority":
