@@ -299,6 +299,29 @@ async def test_a_token_without_organization_is_for_ones_own(
             assert (await client.get("/v1/me", params=query)).status_code == 404
 
 
+@pytest.mark.parametrize("claimed", ["admin", "member"])
+async def test_a_role_without_an_organization_changes_no_membership(
+    tmp_path: Path, provider: IdentityProvider, claimed: str
+) -> None:
+    async with opened(tmp_path, provider) as yard:
+        # In one organization an admin, in the other a member.
+        ids, roles = {}, {"org_1": "admin", "org_2": "member"}
+        async with yard.client_of(provider.token(sub="first", org_id="org_2", role="admin")):
+            pass
+        for org, role in roles.items():
+            async with yard.client_of(provider.token(org_id=org, role=role)) as client:
+                current = (await client.get("/v1/organizations/current")).json()["data"]
+                ids[org] = current["id"]
+                assert current["role"] == role
+        later = provider.token(role=claimed, iat=int(time.time()) + 5)
+        async with yard.client_of(later) as client:
+            for org, role in roles.items():
+                query = {"orgId": ids[org]}
+                answer = await client.get("/v1/organizations/current", params=query)
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["data"]["role"] == role
+
+
 async def test_a_verified_address_is_who_was_here_before_and_another_is_not(
     tmp_path: Path, provider: IdentityProvider
 ) -> None:

@@ -198,7 +198,11 @@ class SignIn:
         return founded.organization
 
     def _role(self, session: Session) -> str | None:
-        if session.role is None:
+        """Return the role that a token gives its user in the organization that it names.
+
+        One that names no organization says nothing about a role in any of theirs.
+        """
+        if session.role is None or session.org is None:
             return None
         return "admin" if session.role in self._admin_roles else "member"
 
