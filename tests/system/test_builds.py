@@ -18,7 +18,7 @@ from sandyard.server.app.wiring import images_of
 from sandyard.server.core.errors import InternalError
 from sandyard.server.node.images import inside
 from sandyard.server.node.images.additions import pack_guest
-from sandyard.server.node.images.build import Builder
+from sandyard.server.node.images.build import Builder, workshop
 from sandyard.server.node.images.confine import FIRST_ID, Bind, View
 from sandyard.server.node.images.images import Images
 
@@ -90,7 +90,7 @@ def test_a_step_is_root_of_nothing_but_its_tree(work: Work, kind: str, tmp_path:
     out = work.sh(
         kind,
         f"""
-        cat {secret} /etc/shadow && echo read the secret
+        cat {secret}; cat /etc/shadow && echo read the accounts
         mknod /tmp/disk b {os.major(device)} {os.minor(device)} && echo made a device
         head -c 1 /tmp/disk && echo read the disk
         cat /proc/sys/kernel/core_pattern > /proc/sys/kernel/core_pattern && echo set it
@@ -100,7 +100,14 @@ def test_a_step_is_root_of_nothing_but_its_tree(work: Work, kind: str, tmp_path:
         echo "processes:" $(ls -d /proc/[0-9]* | wc -l)
         """,
     )
-    for bad in ("read the secret", "made a device", "read the disk", "set it", "another process"):
+    for bad in (
+        "of the host's root",
+        "read the accounts",
+        "made a device",
+        "read the disk",
+        "set it",
+        "another process",
+    ):
         assert bad not in out, out
     # A mount is its own affair: it has a namespace for those.
     assert "mounted" in out
@@ -141,6 +148,12 @@ def test_a_step_does_not_reach_the_hosts_loopback(work: Work, kind: str) -> None
         server.settimeout(0)
         with pytest.raises(BlockingIOError):
             server.accept()
+        # Only the namespace keeps it away.
+        done = work.run("host", "run", "/bin/bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{port}",
+                        network="host")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        server.settimeout(10)
+        server.accept()[0].close()
     # It is a network, and its own.
     links = work.sh(kind, "cat /proc/net/dev", network="own")
     assert "tap0:" in links
@@ -166,13 +179,87 @@ def test_a_killed_build_leaves_nothing_running(work: Work, kind: str) -> None:
     command = work.command(kind, "run", "/bin/sh", "-c", f"sleep {marker}", network="own")
     process = subprocess.Popen(command, env={"PATH": PATH}, start_new_session=True)
     try:
-        wait_until(lambda: len(_running(f"sleep {marker}")) > 1, what="it runs")
+        runs = f"sleep {marker}"
+        wait_until(lambda: any(_line(one) == runs for one in _running(runs)), what="it runs")
         children = _running("slirp4netns")
+        assert children
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     wait_until(lambda: _running(marker) == [], what="its processes have ended")
     wait_until(lambda: not set(_running("slirp4netns")) & set(children), what="its network too")
+
+
+def test_a_step_ends_with_its_builder(work: Work) -> None:
+    """However that ends: nobody is left who would enforce the step's limit."""
+    marker = str(4_000_000 + os.getpid())
+    command = work.command("tree", "run", "/bin/sh", "-c", f"sleep {marker}")
+    builder = "import subprocess, sys; subprocess.run(sys.argv[1:], start_new_session=True)"
+    process = subprocess.Popen([sys.executable, "-c", builder, *command], env={"PATH": PATH})
+    try:
+        runs = f"sleep {marker}"
+        wait_until(lambda: any(_line(one) == runs for one in _running(runs)), what="it runs")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_until(lambda: _running(marker) == [], what="its processes have ended")
+
+
+@pytest.mark.parametrize("network", ["none", "own", "host"])
+def test_a_step_leaves_the_hosts_network_namespaces_alone(work: Work, network: str) -> None:
+    """Their mounts are shared, and unmounting them in another namespace would unmount them here."""
+    name = f"syt-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        assert "lo" in work.sh("host", "cat /proc/net/dev", network=network)
+        subprocess.run(["ip", "netns", "exec", name, "true"], check=True)
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers of calls are its")
+def test_a_step_finds_no_key_of_the_hosts_root(work: Work) -> None:
+    libc = "import ctypes, subprocess, sys; call = ctypes.CDLL(None).syscall; "
+    search = f"{libc} print('found', call(250, 10, -3, b'user', b'secret', 0))"
+    # In a session of its own with one key: keyctl(JOIN_SESSION_KEYRING), add_key.
+    host = (
+        f"{libc} call(250, 1, None); call(248, b'user', b'secret', b'of root', 7, -3); "
+        "sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    )
+    found = {}
+    for where, command in (
+        ("here", ["/usr/bin/python3", "-c", search]),
+        ("there", work.command("host", "run", "/usr/bin/python3", "-c", search)),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", host, *command], env={"PATH": PATH}, capture_output=True,
+            text=True, check=True, timeout=60,
+        )  # fmt: skip
+        found[where] = int(done.stdout.split()[-1])
+    if found["here"] < 0:
+        pytest.skip("this kernel keeps no keys")
+    assert found["there"] == -1
+
+
+def test_a_tree_of_any_depth_is_removed(tmp_path: Path) -> None:
+    with workshop(tmp_path, ".building-") as made:
+        deep = os.open(made, os.O_RDONLY)
+        for _ in range(3000):
+            os.mkdir("d", dir_fd=deep)
+            inner = os.open("d", os.O_RDONLY, dir_fd=deep)
+            os.close(deep)
+            deep = inner
+        os.close(deep)
+    assert list(tmp_path.iterdir()) == []
+    with workshop(tmp_path, ".building-"):
+        pass
+
+
+def _line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except OSError:
+        return ""
 
 
 def _running(text: str) -> list[int]:

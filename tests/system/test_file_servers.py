@@ -80,7 +80,6 @@ async def test_a_test_that_fails_says_so_and_leaves_nothing(
             with pytest.raises(InternalError, match="mke2fs"):
                 await missing_by_test(tmp_path / "exports", network)
         with monkeypatch.context() as patch:
-            patch.setattr(server, "PROGRAM", "not-there")
             patch.setattr(server, "_VIEW", "exit 3")
             with pytest.raises(UnavailableError, match="file server"):
                 await missing_by_test(tmp_path / "exports", network)

@@ -120,7 +120,7 @@ async def test_http_and_websockets_are_spoken_after_the_handshake(tmp_path: Path
             return
         body = (await receive())["body"]
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        said = f"{scope['scheme']} {scope['client'][0]} ".encode() + body
+        said = f"{scope['scheme']} {scope['client'][0]} {scope['client'][1]} ".encode() + body
         await send({"type": "http.response.body", "body": said})
 
     made = Handshakes(desk.tls("sandyard:server", is_server=True), limit_s=30)
@@ -130,9 +130,13 @@ async def test_http_and_websockets_are_spoken_after_the_handshake(tmp_path: Path
         serving = asyncio.create_task(server._serve([listener]))
         client = desk.tls("sandyard:client", is_server=False)
         async with httpx.AsyncClient(verify=client) as http:
-            for _ in range(2):  # by one connection
+            ports = set()
+            for _ in range(2):
                 answer = await http.post(f"https://127.0.0.1:{port}/", content=b"hello")
-                assert answer.text == "https 127.0.0.1 hello"
+                scheme, address, own_port, body = answer.text.split()
+                assert (scheme, address, body) == ("https", "127.0.0.1", "hello")
+                ports.add(own_port)
+            assert len(ports) == 1  # by one connection
         async with connect(f"wss://127.0.0.1:{port}/", ssl=client) as socket_:
             await socket_.send("hello")
             assert await socket_.recv() == "wss hello"

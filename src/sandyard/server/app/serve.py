@@ -10,7 +10,6 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -150,7 +149,7 @@ async def serve_control(
     *beside: Coroutine[object, object, None],
 ) -> None:
     """Serve HTTP and do a control plane's work, and what goes on `beside`, until told to stop."""
-    preview, own = control.preview, settings.preview
+    preview, handshakes = control.preview, _preview_handshakes(settings)
     front = Front(control.api, preview, control.services.addresses.preview_domain)
     server = http_server(front, settings.http, is_tunnel=front.is_preview)
     # What is there by now stays: to look through it again and again for garbage costs a tenth of
@@ -167,7 +166,7 @@ async def serve_control(
         ]
         host, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%s", host, port)
-        async with _preview_server(preview, settings, own.port):
+        async with _preview_server(preview, settings, handshakes):
             await server.serve(sockets=[listener])
         for one in working:
             one.cancel()
@@ -175,16 +174,13 @@ async def serve_control(
 
 @contextlib.asynccontextmanager
 async def _preview_server(
-    preview: ASGIApp, settings: Settings, port: int | None
+    preview: ASGIApp, settings: Settings, handshakes: Handshakes | None
 ) -> AsyncIterator[None]:
     """Serve previews on a port of their own, if they are to have one."""
+    port = settings.preview.port
     if port is None:
         yield
         return
-    own = settings.preview
-    handshakes = None
-    if own.tls_certificate and own.tls_key:
-        handshakes = Handshakes(_tls_of(own.tls_certificate, own.tls_key), limit_s=_HANDSHAKE_S)
     with listen(settings.http.host, port, "SANDYARD_PREVIEW__PORT") as listener:
         server = http_server(
             preview, settings.http, is_tunnel=lambda _: True, handshakes=handshakes
@@ -201,7 +197,15 @@ async def _preview_server(
                 await asyncio.wait([serving])
 
 
-def _tls_of(certificate: Path, key: Path) -> ssl.SSLContext:
+def _preview_handshakes(settings: Settings) -> Handshakes | None:
+    """Return what does the handshakes of the port for previews, if it speaks TLS.
+
+    Raises:
+        UnavailableError: its certificate cannot be used.
+    """
+    certificate, key = settings.preview.tls_certificate, settings.preview.tls_key
+    if certificate is None or key is None:
+        return None
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         tls.load_cert_chain(certificate, key)
@@ -210,7 +214,7 @@ def _tls_of(certificate: Path, key: Path) -> ssl.SSLContext:
             f"cannot use the certificate {certificate} with the key {key}: {error}; check "
             "preview.tls_certificate and preview.tls_key"
         ) from error
-    return tls
+    return Handshakes(tls, limit_s=_HANDSHAKE_S)
 
 
 def listen(host: str, port: int, setting: str = "SANDYARD_HTTP__PORT") -> socket.socket:

@@ -1,4 +1,4 @@
-"""Whom an address is counted as, where limits are by source."""
+"""Sources of connections and requests, by which limits count."""
 
 import ipaddress
 

@@ -1,16 +1,19 @@
 """TLS handshakes of a listener, bounded from accept on.
 
-asyncio makes a connection's protocol after the handshake, so whatever that protocol counts does not
-include connections that are silent in theirs. Each holds a descriptor.
+asyncio makes a connection's protocol after the handshake, so limits that a protocol enforces do not
+cover clients that never finish theirs. Each of them holds a descriptor.
 """
 
 import asyncio
+import logging
 import ssl
 from collections import Counter
 from collections.abc import Callable
 from typing import cast
 
 from sandyard.server.core.sources import source_of
+
+log = logging.getLogger(__name__)
 
 _MOST, _MOST_BY_SOURCE = 1024, 512
 
@@ -67,7 +70,7 @@ class Handshakes:
         self._by_source[source] += 1
 
     def leave(self, one: "_Arriving") -> None:
-        """Count a connection no more; nothing happens if it was not counted."""
+        """Stop counting a connection; do nothing if it was not counted."""
         source = self._pending.pop(one, None)
         if source is not None:
             self._by_source[source] -= 1
@@ -110,8 +113,13 @@ class _Arriving(asyncio.Protocol):
             return
         finally:
             its.leave(self)
-        if tls is not None and not self._is_aborted:  # None: it was closed meanwhile
+        if tls is None or self._is_aborted:  # None: it was closed meanwhile
+            return
+        try:
             early.hand_over(tls, self._make())
+        except Exception:  # a fault of one connection's
+            log.exception("unexpected error in a connection's first bytes; closing it")
+            tls.abort()
 
 
 class _Early(asyncio.Protocol):
@@ -125,10 +133,9 @@ class _Early(asyncio.Protocol):
         """See asyncio.Protocol."""
         self._data += data
 
-    def eof_received(self) -> bool:
-        """See asyncio.Protocol."""
+    def eof_received(self) -> None:
+        """See asyncio.Protocol; TLS closes the transport."""
         self._is_over = True
-        return True  # the protocol that takes over decides
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
@@ -142,5 +149,6 @@ class _Early(asyncio.Protocol):
         protocol.connection_made(transport)
         if self._data:
             protocol.data_received(bytes(self._data))
-        if self._is_over and not protocol.eof_received():
+        if self._is_over:
+            protocol.eof_received()
             transport.close()

@@ -134,8 +134,8 @@ class NfsExports:
         for served in adopted:
             async with served.lock:
                 await self._catch_up(served)
-        await self._test()
         crew.start(self._look_around(), "file servers are not supervised any more")
+        crew.start(self._test(), "file servers were not tested")
 
     async def _test(self) -> None:
         """Find out what the file servers of this host can do, and note it for `missing_here`."""
@@ -146,7 +146,8 @@ class NfsExports:
             missing = await missing_by_test(self._folder, self._network)
             await in_thread(note_verdict, self._verdict, library, missing)
         except (SandyardError, OSError) as error:
-            log.warning("cannot test the file servers; going by their library's digest: %s", error)
+            log.warning("cannot test the file servers; using their library's digest: %s", error)
+            await in_thread(self._verdict.unlink, missing_ok=True)
         for feature in await in_thread(missing_here, self._verdict):
             log.warning("in mounted workspaces, %s: use another build of NFS-Ganesha", feature)
 

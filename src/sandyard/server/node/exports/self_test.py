@@ -80,7 +80,7 @@ async def missing_by_test(exports: Path, network: Network) -> tuple[Feature, ...
 
 
 async def _mount_volume(volume: Path) -> None:
-    # Ganesha does not export a tmpfs. Whoever has it open keeps an image without a name.
+    # Ganesha does not export a tmpfs. The loop device keeps the image after it is unlinked.
     image = volume.with_suffix(".ext4")
     await run(["mke2fs", "-q", "-F", "-t", "ext4", image, _SIZE], limit_s=_LIMIT_S)
     try:
@@ -95,7 +95,7 @@ async def remove_volume(exports: Path) -> None:
     """Remove the volume of a test, also of one that was interrupted.
 
     Raises:
-        SandyardError, OSError: it would not go.
+        SandyardError, OSError: it cannot be removed.
     """
     volume = exports / FOLDER
     if volume.is_mount():

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from sandyard.server.core.errors import InternalError, InvalidArgumentError, San
 from sandyard.server.node.commands import run
 from sandyard.server.node.images import inside
 from sandyard.server.node.images.additions import GUEST_PACKAGES, pack_guest, pack_node
-from sandyard.server.node.images.confine import FIRST_ID, Bind, View
+from sandyard.server.node.images.confine import FIRST_ID, SLIRP, Bind, View
 from sandyard.server.node.images.definitions import (
     Definition,
     NodeRuntime,
@@ -46,6 +47,7 @@ _REACH_LIMIT_S = 30.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
 _ALWAYS = ("busybox-static",)
+_TOOLS = ("mmdebstrap", "tar", "zstd", "mke2fs", "depmod")
 _LEFT_OUT = (
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/doc/*",
@@ -93,12 +95,13 @@ class Builder:
 
         Raises:
             NotFoundError: no such template.
-            InternalError: a step failed; the message names it and the log.
+            InternalError: a tool is missing, or a step failed; the message names it and the log.
         """
         definition = self._images.definitions.get(slug)
         if definition is None:
             self._images.get(slug)
             raise AssertionError("unreachable")
+        _check_tools(self._network)
         self._logs_dir.mkdir(parents=True, exist_ok=True)
         log = self._logs_dir / f"{slug}.log"
         with log.open("w") as file:
@@ -423,6 +426,15 @@ class _Build:
         )
 
 
+def _check_tools(network: str) -> None:
+    for one in (*_TOOLS, *((SLIRP,) if network == "own" else ())):
+        if shutil.which(one, path=_PATH) is None:
+            raise InternalError(
+                f"cannot build templates: {one} is not installed; `sandyard doctor` says how to "
+                "get it"
+            )
+
+
 def _tree(work: Path) -> Path:
     """Make the folder for a tree, which belongs to the confined root."""
     root = work / "root"
@@ -507,10 +519,16 @@ def workshop(parent: Path, prefix: str) -> Iterator[Path]:
         with _locked(parent.resolve()):
             for left in parent.glob(f"{prefix}*"):
                 with suppress(OSError), _locked(left, waits=False):
-                    shutil.rmtree(left)
-            work = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=parent)))
+                    _remove(left)
+            work = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            held.callback(_remove, work)
             held.enter_context(_locked(work))
         yield work
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder with all that is in it, however deep a hostile tree is."""
+    subprocess.run(["rm", "-rf", "--one-file-system", "--", folder], check=False)
 
 
 @contextmanager

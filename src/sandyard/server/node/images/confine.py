@@ -1,9 +1,9 @@
 """Confines a process: everything of a template's build that runs or reads foreign code.
 
-Packages, build steps and the tree they leave behind are not trusted. They are handled by a process
-that is root only by number: it has user, mount, PID, network, IPC and UTS namespaces of its own,
-and the host's files that it sees are named in its `View`. This file uses the standard library
-only, and needs no file of the host's once the view is in place.
+Packages, build steps and the tree they leave behind are not trusted. The process that handles them
+has user, mount, PID, network, IPC and UTS namespaces of its own, so it is root only within them. Of
+the host's files it sees those that its `View` names. This module uses the standard library only,
+and opens no file of the host's once the view is in place.
 """
 
 import ctypes
@@ -34,6 +34,7 @@ _NEWPID, _NEWNET = 0x20000000, 0x40000000
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT = 1, 2, 4, 8, 32
 _BIND, _REC, _PRIVATE, _DETACH = 4096, 16384, 1 << 18, 2
 _PDEATHSIG = 1
+_KEYCTL, _JOIN_SESSION_KEYRING = {"x86_64": 250, "aarch64": 219}, 1
 _OPEN_TREE, _MOVE_MOUNT = 428, 429  # the same on every architecture; Linux 5.2
 _HERE, _CLONE, _RECURSIVE, _EMPTY_PATH = -100, 1, 0x8000, 4
 # What programs of the host need of its /etc; files that only root reads stay closed.
@@ -72,10 +73,11 @@ class View:
     """A tree that is the whole view, writable. None: the host's programs, read-only."""
 
     binds: tuple[Bind, ...] = ()
-    """Beside the host's programs."""
+    """What is mounted in addition to the host's programs."""
 
     network: str = "none"
-    """`none`; `own`, which reaches what the host reaches but the host itself; `host`."""
+    """`none`; `own`, which reaches what the host reaches except the host's loopback addresses; or
+    `host`."""
 
     def to_json(self) -> str:
         """Return it as one argument of a command."""
@@ -83,7 +85,7 @@ class View:
 
     @staticmethod
     def from_json(text: str) -> "View":
-        """Return what `to_json` was called on."""
+        """Parse the result of `to_json`."""
         value = json.loads(text)
         return View(**{**value, "binds": tuple(Bind(**one) for one in value["binds"])})
 
@@ -92,11 +94,15 @@ def confined(view: View, work: Callable[[], int]) -> int:
     """Run `work` in a confined child process and return its exit status.
 
     Call it from a process with one thread. When the work ends, all processes that it started are
-    killed. Descriptors that are open stay open in there.
+    killed. The child inherits all open descriptors.
 
     Raises:
         OSError: the host does not allow namespaces or mounts; the message names the step.
     """
+    # For slirp4netns as well: its sandbox unmounts all it sees, and leaves mounts that are shared
+    # (/run/netns) shared with the host.
+    _unshare(_NEWNS)
+    _mount("none", "/", "", _REC | _PRIVATE)
     with ExitStack() as held:
         ready, report_ready = _pipe(held)
         may_go, let_go = _pipe(held)
@@ -123,10 +129,10 @@ def confined(view: View, work: Callable[[], int]) -> int:
 
 def _enter(view: View, work: Callable[[], int], report_ready: FileIO, may_go: FileIO) -> int:
     """Confine this process, then run `work` as a child of the namespace's first process."""
-    _die_with_parent()
+    die_with_parent()
     os.umask(0o022)
-    _unshare(_NEWNS)
-    _mount("none", "/", "", _REC | _PRIVATE)
+    # Root's keys (Kerberos, encrypted disks) would otherwise be readable. ENOSYS: there are none.
+    _libc.syscall(_KEYCTL[os.uname().machine], _JOIN_SESSION_KEYRING, None)
     # As the host's root, which may enter every folder on the way to what is bound.
     _assemble(view)
     os.chdir(view.place)
@@ -140,7 +146,7 @@ def _enter(view: View, work: Callable[[], int], report_ready: FileIO, may_go: Fi
     os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
-    _die_with_parent()  # changing users cleared it
+    die_with_parent()  # changing users cleared it
     first = os.fork()
     if first == 0:
         _leave(lambda: _first(work))
@@ -149,7 +155,7 @@ def _enter(view: View, work: Callable[[], int], report_ready: FileIO, may_go: Fi
 
 def _first(work: Callable[[], int]) -> int:
     """Be process 1: move into the view, start the work, and end all others once it has ended."""
-    _die_with_parent()
+    die_with_parent()
     # The kernel locks what was mounted outside this user namespace, and moves to a copy only. Named
     # by descriptor: this root may not enter the folders on the way.
     copy = _libc.syscall(_OPEN_TREE, _HERE, b".", _CLONE | _RECURSIVE | os.O_CLOEXEC)
@@ -175,7 +181,7 @@ def _first(work: Callable[[], int]) -> int:
 
 
 def _assemble(view: View) -> None:
-    """Mount at `view.place` what the view holds, but /proc and /dev/pts."""
+    """Mount a view at `view.place`, except for /proc and /dev/pts."""
     place = view.place
     if view.root is not None:
         _mount(view.root, place, "", _BIND)
@@ -183,12 +189,13 @@ def _assemble(view: View) -> None:
     else:
         _mount("tmpfs", place, "tmpfs", _NOSUID | _NODEV, "mode=0755,size=64m")
         _assemble_host(view)
-    # A link in its place would lead out of a tree: this is still the host's root.
+    # This is still the host's root, so it must not follow a link that a tree has there.
     with _folder(f"{place}/dev") as target:
         _mount("tmpfs", target, "tmpfs", _NOSUID | _NOEXEC, "mode=0755,size=64k")
     for name in ("pts", "shm"):
         os.mkdir(f"{place}/dev/{name}")
-        os.chown(f"{place}/dev/{name}", FIRST_ID, FIRST_ID)
+    options = "mode=1777,size=64m"
+    _mount("tmpfs", os.path.join(place, "dev", "shm"), "tmpfs", _NOSUID | _NODEV, options)
     for name in _NODES:
         _bind(Bind(f"/dev/{name}", f"/dev/{name}", writable=True), place)
     for name, leads_to in _LINKS.items():
@@ -259,7 +266,9 @@ def _network_of(child: int) -> Iterator[None]:
                 stderr=log,
             )  # fmt: skip
         except FileNotFoundError as error:
-            raise OSError(error.errno, f"{SLIRP} is not installed") from error
+            raise OSError(
+                error.errno, f"{SLIRP} is not installed; `sandyard doctor` says how to get it"
+            ) from error
         held.callback(_stop, process)
         report_ready.close()
         if not select.select([ready], [], [], _SLIRP_START_S)[0] or not ready.read(1):
@@ -312,7 +321,8 @@ def _folder(path: str) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends."""
     _check(_libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from sandyard.server.core.errors import InternalError
-from sandyard.server.node.images.confine import View, confined
+from sandyard.server.node.images.confine import View, confined, die_with_parent
 from sandyard.server.node.images.initrd import add_modules, kernel_release, make_initrd
 
 TREE, OUT = Path("/tree"), Path("/out")
@@ -41,6 +41,7 @@ _STALE = ("var/lib/apt/lists/*", "var/cache/apt/*.bin", "var/log/*.log", "var/lo
 def main(arguments: Sequence[str]) -> int:
     """Run one step and return its exit status."""
     view, word, *rest = arguments
+    die_with_parent()  # a builder that is killed cannot end its step
     try:
         return confined(View.from_json(view), _work(word, rest))
     except OSError as error:
@@ -67,7 +68,7 @@ def _exec(command: Sequence[str]) -> int:
     try:
         os.execvp(command[0], list(command))  # noqa: S606
     except OSError as error:
-        sys.stderr.write(f"{command[0]}: {error.strerror}\n")
+        sys.stderr.write(f"cannot run {command[0]}: {error.strerror}\n")
         return 127
 
 
@@ -80,7 +81,10 @@ def _reported(work: Callable[[], None]) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     except MemoryError:
-        sys.stderr.write("a file of the template is too large to be read\n")
+        sys.stderr.write(
+            "cannot make the image: busybox, the kernel or a module in the template is larger than "
+            "memory allows; check what its packages and steps put there\n"
+        )
         return 1
     return 0
 

@@ -390,7 +390,8 @@ class Resident:
             raise InternalError(f"the machine ended: {end.message}")
 
     async def break_when_it_is_stuck(self, limit_s: float) -> None:
-        """Raise once its process has ended, or has had `limit_s` seconds (`start.use_up`).
+        """Raise once its process has ended, or has had a processor for `limit_s`
+        (`start.use_up`).
 
         Raises:
             DeadlineExceededError: its time is over.

@@ -112,8 +112,8 @@ async def _starved_s(machine: Machine) -> float:
 
 
 async def use_up(machine: Machine, limit_s: float, means: Means) -> None:
-    """Return once a machine has had `limit_s` seconds. Those in which it waited for a processor do
-    not count, up to ten times the limit."""
+    """Return after `limit_s`, not counting the time in which the machine waited for a processor.
+    Returns after ten times the limit in any case."""
     clock = means.clock
     began, before = clock.monotonic(), await _starved_s(machine)
     while True:

@@ -37,9 +37,10 @@ _EXERCISES = ("f=$(mktemp) && echo $f > $f && cat $f $f | wc -l && ls -l / && rm
 _EXERCISE_ROUNDS = 2
 _LIMIT_S = 30.0
 # A machine made ahead gets the processors that others leave. The time it waits for them does not
-# count against its limits, up to this many times those: on a busy host, fillers that were ended for
-# it were begun again without end, and filled nothing.
+# count against its limits, up to this many times those: on a busy host, fillers that timed out for
+# lack of a processor were restarted again and again, and the pool stayed empty.
 _PATIENCE = 10
+_STOPPED = 2  # creates may keep a filler stopped for half of the time (`Background`)
 _PAUSE_MAX_S = 300.0
 _PERIOD_S = 2.0
 _ROUNDS_AT_ONCE = 2
@@ -147,10 +148,11 @@ class Pool:
         """
         shelf = self._shelves.setdefault(kind, _Shelf(kind))
         shelf.asked_at.append(self._means.clock.monotonic())
-        self._background.hold()
         self.nudge()
         found = next(self._fit(shelf, disk_mib), None)
         if found is not None:
+            # Not on a miss: that create may have to wait for a restore of a filler's.
+            self._background.hold()
             shelf.members.remove(found)
             self._ledger.leave(found)
         return found
@@ -347,11 +349,11 @@ class Pool:
         wish = a_wish(shelf.kind)
         # Twice: the second is what will be asked for when it is claimed.
         for was in (Was.NOBODYS, Was.UNIQUE):
-            limit_s = self._means.patience(WAKE_LIMIT_S)
+            limit_s = _STOPPED * self._means.patience(WAKE_LIMIT_S)
             async with beside(one.break_when_it_is_stuck(limit_s)):
                 await one.set_up(wish, was=was, limit_s=limit_s * _PATIENCE)
         for _ in range(_EXERCISE_ROUNDS):
-            limit_s = self._means.patience(_LIMIT_S)
+            limit_s = _STOPPED * self._means.patience(_LIMIT_S)
             for command in _EXERCISES:
                 async with beside(one.break_when_it_is_stuck(limit_s)):
                     await one.guest.run(command, limit_s=limit_s * _PATIENCE)
