@@ -19,6 +19,7 @@ from sandyard.server.app.connections import Gate, Patience, guarded
 from sandyard.server.app.control import Control
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.installation import forget_environment, only_server, ssh_host_key
+from sandyard.server.app.proxies import TrustedProxies
 from sandyard.server.app.settings import HttpSettings, Settings
 from sandyard.server.app.wiring import identity_of
 from sandyard.server.core.contracts.node import Phase
@@ -120,7 +121,8 @@ def http_server(
     protocol, socket_protocol = guarded(gate, is_tunnel)
     return uvicorn.Server(
         uvicorn.Config(
-            api,
+            TrustedProxies(api, http.trusted_proxies) if http.trusted_proxies else api,
+            proxy_headers=False,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     IPvAnyAddress,
+    IPvAnyNetwork,
     SecretStr,
     field_validator,
     model_validator,
@@ -66,6 +67,11 @@ class HttpSettings(Section):
         le=1_000_000,
         description="How many of them may come from one IPv4 address or IPv6 /64; raise it behind "
         "a proxy.",
+    )
+    trusted_proxies: tuple[IPvAnyNetwork, ...] = Field(
+        (),
+        description="Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto "
+        "are believed, such as `127.0.0.1`; default: none.",
     )
     cors_origins: tuple[str, ...] = Field(
         (),

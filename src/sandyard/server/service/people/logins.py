@@ -96,15 +96,16 @@ class Logins:
         """Return the login of whoever knows a password; None if it opens nothing, or if too many
         that opened nothing came from an address: then it is not even tried. An API key is: it is
         not to be guessed."""
-        is_key = password.startswith("rt_")
-        if not is_key and self._rates.of_address(address).remaining <= 0:
-            return None
-        if is_key:
+        if password.startswith("rt_"):
             login = await self._by_api_key(user, password)
-        else:
-            login = await self._by_root_password(user, password.replace("\0", "\ufffd"))
-        if login is None:
-            self._count_failure(address)
+            if login is None:
+                self._count_failure(address)
+            return login
+        if not self._rates.try_guess(address):
+            return None
+        login = await self._by_root_password(user, password.replace("\0", "\ufffd"))
+        if login is not None:
+            self._rates.guessed_right(address)
         return login
 
     async def _by_root_password(self, user: str, password: str) -> Login | None:

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import RateLimitedError
 from sandyard.server.core.plans import Plan
+from sandyard.server.core.sources import source_of
 from sandyard.server.service.actor import Actor, plan_of
 
 _WINDOW_S = 60.0
@@ -82,17 +84,17 @@ class Rates:
 
     def of_address(self, address: str) -> Allowance:
         """Return how many credentials that are no good an address may still try."""
-        return self._allowance(self._window(f"address {address}"), self._failures)
+        return self._allowance(self._of_source(address), self._failures)
 
     def failed(self, address: str) -> None:
-        """Count a credential that was no good, from an address.
+        """Count a credential that was no good, from an address; IPv6 is counted by /64.
 
         Good credentials are never refused for an address's sake: many may share one.
 
         Raises:
             RateLimitedError: there were too many.
         """
-        window = self._window(f"address {address}")
+        window = self._of_source(address)
         window.count += 1
         if window.count > self._failures:
             wait = self._left(window)
@@ -102,19 +104,41 @@ class Rates:
                 retry_after_s=wait,
             )
 
+    def try_guess(self, address: str) -> bool:
+        """Count a guess from an address before it is checked; return whether it may be.
+
+        Checking takes a while, so guesses that came in parallel would otherwise all be checked.
+        One that was right is taken back by `guessed_right`.
+        """
+        window = self._of_source(address)
+        if window.count >= self._failures:
+            return False
+        window.count += 1
+        return True
+
+    def guessed_right(self, address: str) -> None:
+        """Take back what `try_guess` counted."""
+        window = self._of_source(address)
+        window.count = max(0, window.count - 1)
+
+    def _of_source(self, address: str) -> _Window:
+        return self._window(f"address {source_of(address)}")
+
     def _window(self, name: str) -> _Window:
         now = self._clock.monotonic()
         window = self._windows.get(name)
         if window is None or window.ends <= now:
-            if len(self._windows) >= _WINDOWS_MAX:
-                self._sweep(now)
+            self._windows.pop(name, None)
+            self._make_room(now)
             window = self._windows[name] = _Window(now + _WINDOW_S)
         return window
 
-    def _sweep(self, now: float) -> None:
-        self._windows = {name: one for name, one in self._windows.items() if one.ends > now}
-        while len(self._windows) >= _WINDOWS_MAX:
-            del self._windows[next(iter(self._windows))]
+    def _make_room(self, now: float) -> None:
+        """Forget the two oldest windows if they are over, and the oldest in any case if there are
+        too many. All last equally long, so they are in the order in which they end."""
+        for name in list(islice(self._windows, 2)):
+            if self._windows[name].ends <= now or len(self._windows) >= _WINDOWS_MAX:
+                del self._windows[name]
 
     def _left(self, window: _Window) -> int:
         return max(1, math.ceil(window.ends - self._clock.monotonic()))
