@@ -1183,6 +1183,10 @@ async def test_a_rollback_puts_everything_back(yard: Yard) -> None:
             yard.machine_of(box).die()
             await eventually(lambda: status_is(yard, box, "error"))
         back = await yard.act(box, "rollback", snapshotId=made["id"])
+        feed = (await yard.client.get(f"/v1/sandboxes/{box['id']}/activity")).json()["data"]
+        told = next(one for one in feed["events"] if one["eventType"] == "sandbox.rolled_back")
+        assert told["attributes"]["snapshotId"] == made["id"]
+        assert (told["actorType"], told["sandboxId"]) == ("api_key", box["id"])
         assert back["status"] == "running"
         assert await yard.execute(box, "recall") == "before"
         assert await yard.execute(box, "read") == "before"

@@ -125,6 +125,8 @@ class Lifecycle:
             if stored is None:
                 return None
             await self._meter(tx, sandbox, stored, ended_at)
+            if event is Event.ROLL_BACK:
+                await tx.activity.append(_rolled_back(stored, actor))
             if stored.status is not sandbox.status:
                 await tx.activity.append(_changed(sandbox.status, stored, actor))
         self._bus.hint(topic_of(sandbox.id))
@@ -244,6 +246,12 @@ def _changed(before: Status, sandbox: Sandbox, actor: Actor | None) -> Activity:
     if (before, sandbox.status) == (Status.RESUMING, Status.RUNNING):
         return _line(sandbox, "sandbox.resumed", actor, _RESUMED)
     return _line(sandbox, f"sandbox.{sandbox.status}", actor)
+
+
+def _rolled_back(sandbox: Sandbox, actor: Actor | None) -> Activity:
+    line = _line(sandbox, "sandbox.rolled_back", actor, "Sandbox rolled back to a snapshot")
+    snapshot = {"snapshotId": sandbox.from_snapshot_id or ""}
+    return replace(line, attributes={**line.attributes, **snapshot})
 
 
 def _line(
