@@ -71,6 +71,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path) -> No
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 300 + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1_000_000, 431),
         (b"nonsense\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nAccept: */*\r\n\r\n", 400),
     ],
 )
 async def test_a_head_that_is_too_much_is_refused(tmp_path: Path, head: bytes, status: int) -> None:

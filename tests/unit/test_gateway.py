@@ -34,14 +34,39 @@ def test_the_name_of_a_preview_says_what_it_is_of() -> None:
         f"0-{BOX}.{DOMAIN}", f"65536-{BOX}.{DOMAIN}", f"9111-{BOX}.{DOMAIN}", f"-{BOX}.{DOMAIN}",
         f"80-{BOX}x.{DOMAIN}", f"80-{BOX}-.{DOMAIN}", f"80-{BOX}-{TOKEN}x.{DOMAIN}",
         f"80-{BOX}-{TOKEN[:-1]}1.{DOMAIN}", f"a.80-{BOX}.{DOMAIN}", f"u:p@80-{BOX}.{DOMAIN}",
-        f"80-{BOX}.preview.localhost", f"80-{BOX}.preview.localhost:9090",
-        f"80-{BOX}.preview.localhost.:8080", f"80-{BOX}.{DOMAIN}.", DOMAIN, f".{DOMAIN}",
+        f"80-{BOX}.preview.localhost..", f"80-{BOX}.preview.localhost:", f"80-{BOX}.{DOMAIN}0000",
+        f"80-{BOX}.preview.localhost:080", f"80-{BOX}.{DOMAIN}.", DOMAIN, f".{DOMAIN}",
         f"80-{BOX}\n.{DOMAIN}", f"80-{BOX}.{DOMAIN}\n", "preview.localhost",
     ],
 )  # fmt: skip
 def test_what_is_no_name_of_a_preview_is_none_and_not_the_platforms_either(host: str) -> None:
     assert name_of(host, DOMAIN) is None
     assert is_below(host.strip(), DOMAIN)
+
+
+@pytest.mark.parametrize(
+    ("domain", "tail", "expected"),
+    [
+        (DOMAIN, DOMAIN, DOMAIN),
+        # Through a port that ssh forwards, or a proxy.
+        (DOMAIN, "preview.localhost:9090", "preview.localhost:9090"),
+        (DOMAIN, "preview.localhost", "preview.localhost"),
+        (DOMAIN, "preview.localhost:80", "preview.localhost:80"),
+        # Fully qualified.
+        (DOMAIN, "preview.localhost.:8080", DOMAIN),
+        (DOMAIN, "preview.localhost.", "preview.localhost"),
+        ("p.example.org", "p.example.org", "p.example.org"),
+        ("p.example.org", "p.example.org:443", "p.example.org"),
+        ("p.example.org", "P.Example.org.:8443", "p.example.org:8443"),
+    ],
+)
+def test_the_port_is_the_clients_and_a_name_may_end_in_a_dot(
+    domain: str, tail: str, expected: str
+) -> None:
+    found = name_of(f"3000-{BOX}-{TOKEN}.{tail}", domain)
+    assert found is not None
+    assert found.host == f"3000-{BOX}.{expected}"
+    assert found.full_host == f"3000-{BOX}-{TOKEN}.{expected}"
 
 
 @pytest.mark.parametrize(
@@ -123,12 +148,21 @@ def answered(*headers: tuple[bytes, bytes], policy: bool = True) -> list[tuple[b
     )
 
 
+def test_a_guest_does_not_speak_for_the_platform() -> None:
+    found = answered(
+        (b"x-request-id", b"req_guest"), (b"x-ratelimit-limit", b"1"), (b"x-ratelimit-reset", b"2"),
+        (b"x-rate", b"3"), policy=False,
+    )  # fmt: skip
+    assert found == [(b"x-rate", b"3")]
+
+
 def test_a_guest_sets_cookies_for_itself_alone_and_never_ours() -> None:
     found = answered(
         (b"set-cookie", b"a=1; Domain=preview.localhost; Path=/; HttpOnly"),
         (b"set-cookie", b"b=2; domain = .localhost;Secure"), (b"set-cookie", b"c=3;DOMAIN"),
         (b"set-cookie", b"sandyard_preview=x"), (b"set-cookie", b"__Host-sandyard_preview=x"),
-        (b"set-cookie", b" Sandyard_Preview =x"), policy=False,
+        (b"set-cookie", b" Sandyard_Preview =x"), (b"set-cookie", b"=sandyard_preview=x"),
+        (b"set-cookie", b" =a=1"), (b"set-cookie", b"=; Path=/"), policy=False,
     )  # fmt: skip
     assert found == [
         (b"set-cookie", b"a=1; Path=/; HttpOnly"), (b"set-cookie", b"b=2;Secure"),

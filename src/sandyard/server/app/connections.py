@@ -340,6 +340,9 @@ class GuardedProtocol(HttpToolsProtocol):
         """See httptools."""
         if len(self.url) > LINE_MAX:
             self._too_much = _LONG_LINE
+        # RFC 9112, 3.2.
+        elif self.parser.get_http_version() == "1.1" and not self._has_host():
+            self._too_much = self._too_much or _NO_HOST
         if self._too_much is None:
             super().on_headers_complete()
         # Not before: what cannot be read of a head is no part of the request before it.
@@ -347,6 +350,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self.gate.asked(self)
         self._body_bytes = self._body_bytes_before = self._between_bytes = 0
         self._waited_s = self._body_s = 0.0
+
+    def _has_host(self) -> bool:
+        return any(name == b"host" for name, _ in self.headers)
 
     def on_body(self, body: bytes) -> None:
         """See httptools."""
@@ -674,6 +680,7 @@ async def _nothing(*_: object) -> Any:
 
 
 _LONG_LINE = (414, "uri_too_long", f"cannot take an address of over {LINE_MAX // 1024} KiB")
+_NO_HOST = (400, "bad_request", "cannot serve a request of HTTP/1.1 without a Host header")
 _LARGE_HEAD = (
     431,
     "headers_too_large",

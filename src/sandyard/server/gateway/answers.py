@@ -62,11 +62,10 @@ class Answering:
         self._name: PreviewName | None = None
         self._origin = ""
 
-    def is_for(self, name: PreviewName, scheme: str, domain: str) -> None:
+    def is_for(self, name: PreviewName, scheme: str) -> None:
         """Say which preview it is of."""
-        token = "" if name.token is None else f"-{name.token}"
         self._name = name
-        self._origin = f"{scheme}://{name.port}-{name.sandbox_id}{token}.{domain}"
+        self._origin = f"{scheme}://{name.full_host}"
 
     async def begin(self, response: h11.Response | h11.InformationalResponse) -> None:
         """Send the head of a guest's answer."""

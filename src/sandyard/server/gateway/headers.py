@@ -90,14 +90,15 @@ def to_client(
     """Return the headers that a client is sent of what a guest answered.
 
     A cookie is for this one host name alone, and never ours; where it sends a client to itself, as
-    `localhost`, that is the preview's `origin`.
+    `localhost`, that is the preview's `origin`. What the platform says of a request (its id, rate
+    limits) no guest can say.
     """
-    dropped = _HOP | _nominated(headers) | {b"date", b"clear-site-data"}
+    dropped = _HOP | _nominated(headers) | {b"date", b"clear-site-data", b"x-request-id"}
     if any(name == b"transfer-encoding" for name, _ in headers):
         dropped |= {b"content-length"}  # which of the two is true, only the guest knows
     result = []
     for name, value in headers:
-        if name in dropped:
+        if name in dropped or name.startswith(b"x-ratelimit-"):
             continue
         if name == b"set-cookie":
             cookie = _host_only(value)
@@ -150,6 +151,9 @@ def _host_only(value: bytes) -> bytes | None:
     """Return a cookie that a guest sets, for its own host alone; None for one named like ours."""
     name = value.partition(b"=")[0].strip()
     if name.lower().removeprefix(b"__host-").removeprefix(b"__secure-") == COOKIE:
+        return None
+    if not name:
+        # A browser takes `=name=x` for a cookie without a name, and sends it back as `name=x`.
         return None
     first_part, *attributes = value.split(b";")
     kept = [one for one in attributes if one.partition(b"=")[0].strip().lower() != b"domain"]

@@ -6,17 +6,30 @@ from dataclasses import dataclass
 from sandyard.server.service.sandboxes.previews import is_previewed
 
 _LABEL = re.compile(r"([1-9][0-9]{0,4})-(sandbox-[a-z0-9]{12})(?:-([a-z2-7]{26}))?")
+_HOST = re.compile(r"(?P<name>[a-z0-9.-]+)(?::(?P<port>[1-9][0-9]{0,4}))?")
 _USUAL = frozenset({"80", "443"})
 
 
 @dataclass(frozen=True)
 class PreviewName:
-    """What the name of a preview says; `host` is without its token."""
+    """What the name of a preview says. `below` is what it lies below, with the port that the client
+    uses."""
 
     port: int
     sandbox_id: str
     token: str | None
-    host: str
+    below: str
+
+    @property
+    def host(self) -> str:
+        """The name without its token, and the client's port."""
+        return f"{self.port}-{self.sandbox_id}.{self.below}"
+
+    @property
+    def full_host(self) -> str:
+        """The name as the client knows it."""
+        token = "" if self.token is None else f"-{self.token}"
+        return f"{self.port}-{self.sandbox_id}{token}.{self.below}"
 
 
 def is_below(host: str, domain: str) -> bool:
@@ -32,18 +45,19 @@ def is_below(host: str, domain: str) -> bool:
 def name_of(host: str, domain: str) -> PreviewName | None:
     """Return what a Host header says, None if it is not exactly the name of a preview.
 
-    The port must be the domain's; one that has none takes the usual ones as well.
+    The client's port may be any: it may come by a proxy, or by a port that ssh forwards. A name may
+    end in a dot, as a fully qualified one.
     """
-    text = host.lower()
-    if ":" not in domain and text.rpartition(":")[2] in _USUAL:
-        text = _without_port(text)
-    if not text.endswith(f".{domain}"):
+    found = _HOST.fullmatch(host.lower())
+    if found is None:
         return None
-    found = _LABEL.fullmatch(text.removesuffix(f".{domain}"))
-    if found is None or not is_previewed(int(found[1])):
+    name, port = found["name"].removesuffix("."), found["port"] or ""
+    bare = _without_port(domain)
+    label = _LABEL.fullmatch(name.removesuffix(f".{bare}")) if name.endswith(f".{bare}") else None
+    if label is None or not is_previewed(int(label[1])):
         return None
-    port, sandbox_id = int(found[1]), found[2]
-    return PreviewName(port, sandbox_id, found[3], f"{port}-{sandbox_id}.{domain}")
+    below = bare if not port or (port in _USUAL and ":" not in domain) else f"{bare}:{port}"
+    return PreviewName(int(label[1]), label[2], label[3], below)
 
 
 def _without_port(host: str) -> str:

@@ -102,6 +102,7 @@ class _Who:
     actor: Actor
     check: Check
     by_credential: bool
+    query_token: str | None = None
 
 
 class PreviewApp:
@@ -188,26 +189,41 @@ class PreviewApp:
         except (InvalidTokenError, TokenExpiredError):
             self._rates.failed(address)
             raise
-        if name.token is None and tokens and _is_navigation(scope):
-            raise await self._to_cookie(scope, name, query, tokens[0])
+        if who.query_token is not None and _is_navigation(scope):
+            raise await self._to_cookie(scope, name, query, who.query_token)
         strips = who.by_credential or await self._is_session(headers)
         return _Guest(name, who.actor, query, who.check, strips_authorization=strips)
 
     async def _who(self, headers: h.Headers, name: PreviewName, token: str | None) -> "_Who":
-        """Return on whose behalf a request is passed on: by the token in its name or query, the
-        first that there is, else by cookie, else by a credential of the API.
+        """Return on whose behalf a request is passed on.
+
+        Any good credential lets it in: the token in its name or its query, a cookie, or a
+        credential of the API, tried in this order.
 
         Raises:
-            UnauthenticatedError: there is none of these, or it is no good.
+            UnauthenticatedError: there is none of these, or the first one given is no good.
             NotFoundError, PermissionDeniedError, RateLimitedError: see `_by_credential`.
         """
-        token = name.token if name.token is not None else token
-        if token is None:
-            token = await self._by_cookie(headers, name)
-        if token is None:
+        refusal: SandyardError | None = None
+        for one in (name.token, token):
+            if one is not None:
+                admit = partial(self._previews.admit, one, name.sandbox_id, name.port)
+                try:
+                    actor = (await admit()).actor
+                except (InvalidTokenError, TokenExpiredError) as error:
+                    refusal = refusal or error
+                else:
+                    query_token = one if name.token is None else None
+                    return _Who(actor, admit, by_credential=False, query_token=query_token)
+        if (kept := await self._by_cookie(headers, name)) is not None:
+            admit = partial(self._previews.admit, kept, name.sandbox_id, name.port)
+            return _Who((await admit()).actor, admit, by_credential=False)
+        try:
             return await self._by_credential(headers, name)
-        admit = partial(self._previews.admit, token, name.sandbox_id, name.port)
-        return _Who((await admit()).actor, admit, by_credential=False)
+        except UnauthenticatedError:
+            if refusal is not None:
+                raise refusal from None
+            raise
 
     async def _is_session(self, headers: h.Headers) -> bool:
         """Tell whether a client sends a session of the platform's along, which is not the guest's
@@ -322,9 +338,7 @@ class PreviewApp:
     def _request(self, scope: Scope, guest: _Guest, *extra: tuple[bytes, bytes]) -> h11.Request:
         path = bytes(scope.get("raw_path") or b"/")
         name = guest.name
-        hosts = [name.host]
-        if name.token is not None:
-            hosts.append(f"{name.port}-{name.sandbox_id}-{name.token}.{self._domain}")
+        hosts = {name.host, name.full_host}
         told = h.to_guest(
             scope["headers"],
             port=name.port,
@@ -353,7 +367,7 @@ class PreviewApp:
         elif length is not None:
             extra.append((b"content-length", length))
         request = self._request(scope, guest, *extra)
-        answering.is_for(guest.name, self._scheme, self._domain)
+        answering.is_for(guest.name, self._scheme)
         async with self._dial(guest) as there:
             exchange = Exchange(there)
             await there.write(exchange.send(request))
@@ -390,7 +404,7 @@ class PreviewApp:
         """Ask the guest for another protocol, and carry its bytes as they are from then on."""
         upgrade = (b"connection", b"Upgrade"), (b"upgrade", b"websocket")
         request = self._request(scope, guest, *upgrade)
-        answering.is_for(guest.name, self._scheme, self._domain)
+        answering.is_for(guest.name, self._scheme)
         async with self._dial(guest) as there, beside(self._watch(guest)):
             exchange = Exchange(there)
             await there.write(exchange.send(request) + exchange.send(h11.EndOfMessage()))
