@@ -506,10 +506,10 @@ class WorkspaceSettings(Section):
         0,
         ge=0,
         le=60,
-        description="For how many seconds a sandbox may use what it knows of the names, sizes and "
-        "times in a mounted workspace without asking. 0: what others change is seen at once. More "
-        "makes programs that handle many small files up to twice as fast. A file that is opened "
-        "always has its current content.",
+        description="How many seconds a sandbox may cache names, sizes and times of files in a "
+        "mounted workspace. 0: changes by others are visible at once. A higher value makes "
+        "programs that handle many small files up to twice as fast. A file that is opened always "
+        "has its current content.",
     )
 
 

@@ -152,8 +152,8 @@ class MountAll(Operation[Done]):
     """Mount workspaces, in this order, from the gateway's `port`; folders are made for them.
 
     `client` is how the machine is told apart from every other that mounts from there: it must be
-    its own, for whoever uses another's is taken for that. Attributes of files may be used for
-    `attribute_cache_s` without asking the server; an agent that does not know that always asks.
+    its own, for a machine that uses another's is taken for that one. Attributes of files are cached
+    for `attribute_cache_s`; agents that do not know this field cache nothing.
     """
 
     op = Op.MOUNT

@@ -24,7 +24,7 @@ async def run(
 ) -> str:
     """Run a tool and return what it printed, standard error included, its last part if it is long.
 
-    `on_line` is told each line as it comes. `name` is what errors call the tool.
+    `on_line` is called with each line as it comes. `name` is the tool's name in errors.
 
     Raises:
         InternalError: the tool is missing, failed, or did not end within the limit.

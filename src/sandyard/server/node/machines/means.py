@@ -21,7 +21,7 @@ class NodeLimits:
     `odd_goldens_mib` is what golden machines of unusual shapes may take together on disk. `boot_s`
     bounds a boot, `no_progress_s` the silence of its console; `golden_rest_s` is how long
     a machine is left alone before it is saved as a golden one. `attribute_cache_s` is how long a
-    guest may use attributes of files in its mounts without asking. What is waited for in a guest
+    guest caches attributes of files in its mounts. What is waited for in a guest
     is given more on a slow host: see `Means.patience`.
     """
 
