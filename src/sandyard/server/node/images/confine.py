@@ -132,7 +132,7 @@ def _enter(view: View, work: Callable[[], int], report_ready: FileIO, may_go: Fi
     die_with_parent()
     os.umask(0o022)
     # Root's keys (Kerberos, encrypted disks) would otherwise be readable. ENOSYS: there are none.
-    _libc.syscall(_KEYCTL[os.uname().machine], _JOIN_SESSION_KEYRING, None)
+    _libc.syscall(_KEYCTL.get(os.uname().machine, -1), _JOIN_SESSION_KEYRING, None)
     # As the host's root, which may enter every folder on the way to what is bound.
     _assemble(view)
     os.chdir(view.place)
