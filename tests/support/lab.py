@@ -313,7 +313,7 @@ backend controls
         host.plug_in(self.prefix)
         self.nodes[name] = host
         _, invite, _, *line = asyncio.run(invite_line(self.settings)).split()
-        kept = host.home / "invite"
+        kept = host.home.parent / f"{name}.invite"
         kept.write_text(invite)
         host.start(SANDYARD, *line[1:], "--invite-file", str(kept), "--name", name)
         return host
