@@ -24,7 +24,6 @@ from sandyard.server.node.exports.library import (
     note_verdict,
     patched,
     verdict_in,
-    version_of,
 )
 from sandyard.server.node.exports.server import configuration
 from sandyard.server.node.exports.shares import Share, new_share
@@ -43,16 +42,32 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Build:
 
 
 def test_a_known_build_is_patched_to_what_is_known_of_it(known: Build) -> None:
-    assert patched(LIBRARY, "6.5") == (LIBRARY.replace(b"15", b"14"), ())
+    assert patched(LIBRARY) == LIBRARY.replace(b"15", b"14")
 
 
 def test_a_build_that_differs_in_a_byte_runs_as_it_is(known: Build) -> None:
     other = LIBRARY.replace(b"after", b"After")
-    assert patched(other, "4.3") == (other, (Feature.LOCKS,))
-    assert patched(other, "9.14") == (other, (Feature.LOCKS,))
-    assert patched(other, "6.4") == (other, (Feature.LOCKS, Feature.REOPENED))
-    assert set(patched(other, "6.5")[1]) == set(Feature)
-    assert patched(b"", "") == (b"", (Feature.LOCKS,))
+    assert patched(other) == other
+    assert patched(b"") == b""
+
+
+@pytest.mark.parametrize(
+    ("version", "missing"),
+    [
+        ("4.3", {Feature.LOCKS}), ("9.14", {Feature.LOCKS}), ("6.5", set(Feature)),
+        ("6.4", {Feature.LOCKS, Feature.REOPENED}), ("next", {Feature.LOCKS}),
+    ],
+)  # fmt: skip
+def test_what_an_unknown_build_lacks_follows_from_its_version(
+    known: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str,
+    missing: set[Feature],
+) -> None:  # fmt: skip
+    library = tmp_path / f"libganesha_nfsd.so.{version}"
+    monkeypatch.setattr(ganesha, "library_of", lambda: library)
+    library.write_bytes(LIBRARY + b" of another build")
+    assert set(missing_here(verdict_in(tmp_path))) == missing
+    library.write_bytes(LIBRARY)
+    assert missing_here(verdict_in(tmp_path)) == known.missing == ()
 
 
 def test_a_patch_that_comes_to_something_else_is_never_used(
@@ -64,7 +79,7 @@ def test_a_patch_that_comes_to_something_else_is_never_used(
     ):
         monkeypatch.setattr(ganesha, "BUILDS", {sha256(LIBRARY).hexdigest(): wrong})
         with pytest.raises(AssertionError):
-            patched(LIBRARY, "6.5")
+            patched(LIBRARY)
 
 
 def test_every_known_build_changes_as_many_bytes_as_there_were() -> None:
@@ -79,9 +94,8 @@ def test_the_library_of_this_host_is_known() -> None:
     library = library_of()
     if library is None:
         pytest.skip("NFS-Ganesha is not installed here")
-    better, missing = patched(library.read_bytes(), version_of(library))
-    assert missing == ()
-    assert better != library.read_bytes()
+    assert missing_here(verdict_in(Path("/nonexistent"))) == ()
+    assert patched(library.read_bytes()) != library.read_bytes()
 
 
 def test_a_test_decides_and_the_digest_where_there_was_none(

@@ -31,7 +31,7 @@ def login(
     key_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file with the API key; - for standard input. Without, it is asked for."
+            help="A file with the API key; - for standard input. Default: a prompt, or a pipe."
         ),
     ] = None,
 ) -> None:

@@ -88,7 +88,7 @@ def join(
     invite_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file with the invite; - for standard input. Without, it is asked for."
+            help="A file with the invite; - for standard input. Default: a prompt, or a pipe."
         ),
     ] = None,
     name: Annotated[

@@ -29,7 +29,7 @@ _SHARES = Path("/sys/fs/nfs")
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8  # umount(2)
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4  # mount(2)
 _MS_NOATIME = 1024
-# That a name does not exist is never cached: what was just uploaded can be opened.
+# A missing name is never cached, so a file that was just uploaded can be opened.
 _OPTIONS = "proto=tcp,hard,timeo=50,retrans=2,sec=sys,lookupcache=positive"
 _VERSIONS = ("4.2", "4.1")  # older servers speak the older one alone
 _ROOM = 500  # of a message, in a pipe
@@ -173,7 +173,7 @@ def _mount_one(wish: ops.MountPoint, *, port: int, cache_s: int) -> None:
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOATIME | (_MS_RDONLY if wish.read_only else 0)
     source, number = f"{_GATEWAY}:/{wish.name}".encode(), 0
     for version in _VERSIONS:
-        # By default nothing that is cached is used unasked: what another writes is seen at once.
+        # By default attributes are not cached: changes by others are visible at once.
         options = (
             f"vers={version},{_OPTIONS},actimeo={cache_s},addr={_GATEWAY},clientaddr={_GUEST},"
             f"port={port}"

@@ -173,15 +173,11 @@ def lock_options(library: Path | None) -> str:
     return "Blocking_Locks = false;" if is_known else ""
 
 
-def patched(library: bytes, version: str) -> tuple[bytes, tuple[Feature, ...]]:
-    """Return a library with its patches, or as it is if it is not a known build, and what will not
-    work with it.
-
-    `version` is Ganesha's, such as 6.5.
-    """
+def patched(library: bytes) -> bytes:
+    """Return a library with its patches, or unchanged if it is not a known build."""
     build = BUILDS.get(sha256(library).hexdigest())
     if build is None:
-        return library, _missing_unpatched(version)
+        return library
     made = bytearray(library)
     for at, before, after in build.changes:
         old, new = bytes.fromhex(before), bytes.fromhex(after)
@@ -189,7 +185,7 @@ def patched(library: bytes, version: str) -> tuple[bytes, tuple[Feature, ...]]:
         assert made[at : at + len(old)] == old
         made[at : at + len(new)] = new
     assert sha256(made).hexdigest() == build.digest
-    return bytes(made), build.missing
+    return bytes(made)
 
 
 def verdict_in(home: Path) -> Path:

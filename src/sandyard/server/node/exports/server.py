@@ -41,7 +41,6 @@ from sandyard.server.node.exports.library import (
     lock_options,
     minor_versions,
     patched,
-    version_of,
 )
 from sandyard.server.node.exports.shares import Part
 from sandyard.server.node.host.firewall import GATEWAY_IP, GUEST_IP
@@ -253,7 +252,7 @@ class Server:
         if library is None:
             log.warning("the file server's library was not found; starting it without patches")
             return ""
-        better, _ = patched(library.read_bytes(), version_of(library))
+        better = patched(library.read_bytes())
         copy, part = self.folder / "library", self.folder / "library.part"
         try:
             if not copy.exists() or copy.read_bytes() != better:

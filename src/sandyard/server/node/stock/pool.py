@@ -38,7 +38,7 @@ _EXERCISE_ROUNDS = 2
 _LIMIT_S = 30.0
 # A machine made ahead gets the processors that others leave. The time it waits for them does not
 # count against its limits, up to this many times those: on a busy host, fillers that timed out for
-# lack of a processor were restarted again and again, and the pool stayed empty.
+# lack of a processor were restarted without end, and the pool stayed empty.
 _PATIENCE = 10
 _STOPPED = 2  # creates may keep a filler stopped for half of the time (`Background`)
 _PAUSE_MAX_S = 300.0
