@@ -5,13 +5,17 @@ import contextlib
 import heapq
 import itertools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from sandyard.server.links.local import SystemClock
 
 START = datetime(2026, 5, 6, 10, 0, 0, tzinfo=UTC)
 _TURNS = 30
+_THREADS_S = 2.0
 
 
 class AheadClock(SystemClock):
@@ -82,7 +86,58 @@ class DrivenClock:
         self._elapsed = elapsed
 
 
+class _Threads(ThreadPoolExecutor):
+    """The threads of a loop, and how many calls have not returned to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_work = 0
+
+    def submit(self, work: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a call in a thread. Called in the loop's thread only."""
+        loop = asyncio.get_running_loop()
+        doing = super().submit(work, *args, **kwargs)
+        self.at_work += 1
+        doing.add_done_callback(lambda _: self._back(loop))
+        return doing
+
+    def _back(self, loop: asyncio.AbstractEventLoop) -> None:
+        # After the loop closed, nobody counts any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._less)
+
+    def _less(self) -> None:
+        self.at_work -= 1
+
+
+_THREADS: WeakKeyDictionary[asyncio.AbstractEventLoop, _Threads] = WeakKeyDictionary()
+
+
+def count_threads() -> None:
+    """Count the calls that the running loop hands to threads, for `turn` to wait for them."""
+    loop = asyncio.get_running_loop()
+    if loop not in _THREADS:
+        loop.set_default_executor(_THREADS.setdefault(loop, _Threads()))
+
+
+def are_threads_at_work() -> bool:
+    """Tell whether a call handed to a thread has not returned to the running loop."""
+    threads = _THREADS.get(asyncio.get_running_loop())
+    return threads is not None and threads.at_work > 0
+
+
 async def turn() -> None:
-    """Let everything that can run do so, also what hands over to a thread and back."""
-    for _ in range(_TURNS):
+    """Let everything that can run do so, including counted calls in threads.
+
+    A thread is waited for in real time, up to a limit: a driven clock that moved on while a commit
+    was still at work would let leases and timeouts end that could not end on a quick host.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _THREADS_S
+    turns = 0
+    while turns < _TURNS:
         await asyncio.sleep(0)
+        turns += 1
+        if are_threads_at_work() and loop.time() < until:
+            turns = _TURNS // 2  # what came back from a thread still has its turns
+            await asyncio.sleep(0.0002)

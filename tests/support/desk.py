@@ -4,13 +4,11 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from sandyard.server.api import Services
 from sandyard.server.app.control import Control, open_control
@@ -31,7 +29,7 @@ from sandyard.server.service.reconcile.reconciler import Pace
 from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.create import NewSandbox
 from sandyard.server.service.sandboxes.execute import Command, Outcome
-from tests.support.clock import DrivenClock, turn
+from tests.support.clock import DrivenClock, are_threads_at_work, count_threads, turn
 from tests.support.house import settings_of
 from tests.support.nodes import FakeNode, TunnelTo
 from tests.support.store import place_database
@@ -142,40 +140,12 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 async def still() -> None:
     """Let what was begun come to its end: turns of the loop, and of the threads that commit."""
-    threads = _THREADS.get(asyncio.get_running_loop())
     async with asyncio.timeout(_LIMIT_S):
         quiet = 0
         while quiet < _QUIET:
             await turn()
             await asyncio.sleep(0.002)
-            quiet = quiet + 1 if threads is None or not threads.at_work else 0
-
-
-class _Threads(ThreadPoolExecutor):
-    """The threads of a loop, which know how much of theirs has not come back to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at_work = 0
-
-    def submit(self, work: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Do work in a thread; asked for in the loop's thread alone."""
-        loop = asyncio.get_running_loop()
-        doing = super().submit(work, *args, **kwargs)
-        self.at_work += 1
-        doing.add_done_callback(lambda _: self._back(loop))
-        return doing
-
-    def _back(self, loop: asyncio.AbstractEventLoop) -> None:
-        # After the loop closed, nobody counts any more.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._less)
-
-    def _less(self) -> None:
-        self.at_work -= 1
-
-
-_THREADS: WeakKeyDictionary[asyncio.AbstractEventLoop, _Threads] = WeakKeyDictionary()
+            quiet = 0 if are_threads_at_work() else quiet + 1
 
 
 @asynccontextmanager
@@ -194,9 +164,7 @@ async def open_desk(
     Where `nodes_tell`, they do as nodes on other hosts: they have joined, and say each second that
     they are there and what they have.
     """
-    loop = asyncio.get_running_loop()
-    if loop not in _THREADS:
-        loop.set_default_executor(_THREADS.setdefault(loop, _Threads()))
+    count_threads()
     clock = clock or DrivenClock()
     own = dict(nodes or {"fake": FakeNode()})
     place_database(home / "sandyard.db")
