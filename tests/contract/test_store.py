@@ -47,6 +47,7 @@ from sandyard.server.core.records import (
     Project,
     Reason,
     RequestKey,
+    RevokedKey,
     Sandbox,
     SandboxQuery,
     Snapshot,
@@ -1030,6 +1031,57 @@ async def test_a_key_of_ssh_is_an_organizations_once(store: Store) -> None:
         assert await tx.ssh_keys.find(ORG, key.id) == replace(key, last_used_at=NOW)
         await tx.ssh_keys.add(replace(key, id=new_uuid(), org_id=OTHER))
         assert await tx.ssh_keys.remove(ORG, key.id)
+
+
+async def test_revoked_keys_are_removed_from_each_sandbox_once_a_start(store: Store) -> None:
+    key_id, other = new_uuid(), new_uuid()
+    taken = {"ssh_key_ids": (other, key_id), "authorized_keys": ("ssh-ed25519 B", "ssh-ed25519 A")}
+    up = sandbox(status=Status.RUNNING, node_id="a", started_at=NOW, incarnation=3, **taken)
+    paused = sandbox(status=Status.PAUSED, started_at=NOW, **taken)
+    without = sandbox(status=Status.RUNNING, started_at=NOW, ssh_key_ids=(other, ""))
+    gone = sandbox(status=Status.DESTROYED, **taken)
+    elsewhere = sandbox(org_id=OTHER, **taken)
+    await insert(store, up, paused, without, gone, elsewhere)
+    async with store.write(ORG) as tx:
+        found = await tx.sandboxes.with_ssh_key(ORG, key_id)
+        assert {one.id for one in found} == {up.id, paused.id}
+        assert await tx.sandboxes.with_ssh_key(ORG, "%") == []
+        for one in (up, paused, gone):
+            await tx.revoked_keys.add(one.id, "ssh-ed25519 A")
+    pending = RevokedKey(up.id, "ssh-ed25519 A", "a", 3, NOW)
+    async with store.read() as tx:
+        assert await tx.revoked_keys.pending() == [pending]
+    async with store.write(ORG) as tx:
+        await tx.revoked_keys.removed(pending)
+        assert await tx.revoked_keys.pending() == []
+        # It came up again, perhaps from a snapshot that has the key; another did meanwhile.
+        later = NOW + timedelta(seconds=5)
+        for one in (up, paused):
+            stored = await tx.sandboxes.find(one.id)
+            assert stored is not None
+            changed = replace(stored, status=Status.RUNNING, started_at=later)
+            assert await tx.sandboxes.replace(changed) is not None
+        found_now = {one.sandbox_id for one in await tx.revoked_keys.pending()}
+        assert found_now == {up.id, paused.id}
+        # What was removed before that start says nothing of this one.
+        await tx.revoked_keys.removed(pending)
+        assert len(await tx.revoked_keys.pending()) == 2
+    async with store.write(ORG) as tx:
+        await tx.revoked_keys.clear()
+        await tx.revoked_keys.forget(OTHER, "ssh-ed25519 A")
+        assert len(await tx.revoked_keys.pending()) == 2
+        await tx.revoked_keys.forget(ORG, "ssh-ed25519 A")
+        assert await tx.revoked_keys.pending() == []
+
+
+async def test_organizations_are_found_by_slug_and_counted_to_two(store: Store) -> None:
+    async with store.read() as tx:
+        assert await tx.organizations.are_several()
+        organization = await tx.organizations.find(ORG)
+        assert organization is not None
+        assert await tx.organizations.find_slug(organization.slug) == organization
+        assert await tx.organizations.find_slug(organization.slug.upper()) is None
+        assert await tx.organizations.find_slug("") is None
 
 
 async def test_live_sandboxes_of_a_name_are_found_in_every_organization(store: Store) -> None:

@@ -133,8 +133,11 @@ def test_commands_shells_and_how_they_end(ssh: Client) -> None:
 def test_a_terminal_has_a_size_and_is_hung_up_on(ssh: Client) -> None:
     box = ssh.box()
     here = f"{box}@127.0.0.1"
-    said = ssh.run("-tt", here, "tty; stty size; echo $TERM", input=b"").stdout.split()
+    said = ssh.run("-tt", here, "tty; echo $SSH_TTY; who; stty size", input=b"").stdout.split()
     assert said[0].startswith(b"/dev/pts/")
+    assert said[1] == said[0]
+    assert said[2:4] == [b"root", said[0].removeprefix(b"/dev/")]
+    assert ssh.says(box, "echo ${SSH_TTY:-none}; who") == b"none\n"
     pty = subprocess.run(
         ["script", "-qec",
          f"stty rows 33 cols 99; ssh -F {ssh.config} -tt {here} 'stty size; exit 4'",
@@ -185,6 +188,33 @@ def test_files_are_copied_whole(ssh: Client) -> None:
     back.unlink()
 
 
+@pytest.mark.core
+def test_a_deleted_key_ends_connections_and_goes_from_files(ssh: Client) -> None:
+    client = ssh.server.client
+    body = {"name": "laptop", "publicKey": ssh.public_key}
+    key_id = client.post("/v1/ssh-keys", json=body).json()["data"]["id"]
+    box, resting = (ssh.box(sshKeys=[key_id]) for _ in range(2))
+    line = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl own"
+    ssh.says(box, f"echo '{line}' >>/root/.ssh/authorized_keys")
+    ssh.server.act(resting, "pause")
+    control = ssh.folder / "ended"
+    with ssh.beside("-M", "-S", str(control), f"{box}@127.0.0.1", "echo in; sleep 1000") as open_:
+        assert open_.stdout is not None
+        assert open_.stdout.readline() == b"in\n"
+        client.delete(f"/v1/ssh-keys/{key_id}").raise_for_status()
+        assert ssh.run("-S", str(control), "x", "true", check=False).returncode == 255
+        _, said = open_.communicate(timeout=longer(60))
+    assert open_.returncode == 255
+    assert b"the SSH key was deleted" in said
+
+    def file_of(box: str) -> str:
+        return str(ssh.server.execute(box, "cat /root/.ssh/authorized_keys")["stdout"])
+
+    wait_until(lambda: file_of(box) == f"{line}\n", what="the key is out of the file")
+    ssh.server.act(resting, "resume")
+    wait_until(lambda: file_of(resting) == "", what="the key is out of the other's file")
+
+
 class _Hello(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
@@ -232,6 +262,20 @@ def test_connections_are_forwarded_both_ways(ssh: Client) -> None:
             port = int(given.stdout)
             shared = ("-S", str(control), "x")
             assert ssh.run(*shared, fetch % port).stdout == b"hello from outside"
+            # A socket, which is the user's alone, and one that was left behind is in nobody's way.
+            ssh.says(box, "python3 -c 'import socket as s; s.socket(s.AF_UNIX).bind(\"/tmp/s\")'")
+            ssh.run("-S", str(control), "-O", "forward", "-R", f"/tmp/s:127.0.0.1:{outside}", "x")
+            assert ssh.run(*shared, "stat -c %a%U /tmp/s").stdout == b"600root\n"
+            ask = "curl -s --unix-socket /tmp/s http://x/"
+            assert ssh.run(*shared, ask).stdout == b"hello from outside"
+            for taken in ("/tmp/s", "/etc/passwd", "/nowhere/s", f"/tmp/{'x' * 200}"):
+                forward = ("-O", "forward", "-R", f"{taken}:127.0.0.1:{outside}", "x")
+                assert ssh.run("-S", str(control), *forward, check=False).returncode == 255
+            ssh.run("-S", str(control), "-O", "cancel", "-R", f"/tmp/s:127.0.0.1:{outside}", "x")
+            wait_until(
+                lambda: ssh.run(*shared, "test ! -e /tmp/s", check=False).returncode == 0,
+                what="the socket is gone",
+            )
             # Many sessions on one connection.
             running = [
                 subprocess.Popen(["ssh", "-F", str(ssh.config), *shared, f"echo {one}"],

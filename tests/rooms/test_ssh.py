@@ -4,7 +4,8 @@ tests/machine/test_ssh.py."""
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ import pytest
 from tests.support.house import Yard, eventually, open_yard, until
 
 from sandyard.server.app.installation import ssh_host_key
+from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.records import ActivityQuery
 from sandyard.server.drivers.fake import ECHO_PORT
 from sandyard.server.gateway import ssh
 from sandyard.server.gateway.ssh import open_gateway
+from sandyard.server.links.local import SystemClock
+from sandyard.server.service.people.administration import Administration
+from sandyard.server.service.people.organizations import SignUp
 
 SOON_S = 30.0
 KEY = asyncssh.generate_private_key("ssh-ed25519")
@@ -204,8 +210,10 @@ async def test_a_key_that_was_revoked_opens_nothing_any_more(gateway: Gateway) -
     yard = gateway.yard
     made = await yard.client.post("/v1/ssh-keys", json={"name": "k", "publicKey": line_of(OTHER)})
     key_id = made.json()["data"]["id"]
+    boxes = []
     for body in ({}, {"sshKeys": [key_id]}, {"sshKeys": [key_id, line_of(KEY)]}):
         box = await yard.create(**body)
+        boxes.append(box)
         said = (await yard.client.get(f"/v1/sandboxes/{box['id']}/ssh")).json()["data"]
         assert said["keyId"] == key_id
         assert not await gateway.is_refused(box["id"], OTHER)
@@ -218,7 +226,12 @@ async def test_a_key_that_was_revoked_opens_nothing_any_more(gateway: Gateway) -
         assert await gateway.is_refused(box["id"], OTHER)
         assert await gateway.is_refused(fork["id"], OTHER)
         assert not await gateway.is_refused(box["id"])  # the one that was given itself
-        assert (await run(connection, "who is in stays in")).exit_status == 0
+        done = await run(connection, "exit 3")
+        assert done.exit_status == 255
+        assert b"the SSH key was deleted" in done.stderr
+    # The first two took this key alone.
+    configured = [(await yard.get(one))["sshAccessConfigured"] for one in boxes]
+    assert configured == [False, False, True]
 
 
 async def until_running(yard: Yard, box: dict[str, Any]) -> None:
@@ -228,36 +241,121 @@ async def until_running(yard: Yard, box: dict[str, Any]) -> None:
     await eventually(runs)
 
 
-async def test_a_name_that_several_have_opens_the_one_whose_key_it_is(gateway: Gateway) -> None:
+async def _shell(connection: asyncssh.SSHClientConnection) -> asyncssh.SSHClientProcess[bytes]:
+    return await connection.create_process("hang", encoding=None)
+
+
+@pytest.mark.parametrize("how", ["ssh key", "api key", "member", "password", "owner"])
+async def test_an_open_connection_ends_with_what_it_was_let_in_by(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(ssh, "_LOOK_S", 0.05)
+    monkeypatch.setattr(ssh, "_AUTHORIZE_S", 0.1)
+    yard = gateway.yard
+    org_id, _ = await yard.first()
+    member = await yard.add_member(org_id)
+    key = await yard.add_key(org_id, member)
+    options: dict[str, Any] = {"key": OTHER}
+    async with yard.client_of(key) as theirs:
+        made = await theirs.post("/v1/ssh-keys", json={"name": "k", "publicKey": line_of(OTHER)})
+        key_id = made.json()["data"]["id"]
+        body = {"rootPassword": PASSWORD, "name": "theirs"}
+        box = (await theirs.post("/v1/sandboxes", params={"wait": 20}, json=body)).json()["data"]
+        if how in ("api key", "owner"):
+            options = {"key": None, "password": key}
+        elif how == "password":
+            options = {"key": None, "password": PASSWORD}
+        async with gateway.login(box["id"], **options) as connection, asyncio.timeout(SOON_S):
+            open_ = await _shell(connection)
+            with pytest.raises(TimeoutError):  # looked at several times, and still good
+                async with asyncio.timeout(0.5):
+                    await connection.wait_closed()
+            if how == "ssh key":
+                await theirs.delete(f"/v1/ssh-keys/{key_id}")
+            elif how == "api key":
+                (mine,) = (await theirs.get("/v1/api-keys")).json()["data"]
+                await theirs.delete(f"/v1/api-keys/{mine['id']}")
+            elif how in ("member", "owner"):
+                administration = Administration(
+                    store=yard.house.store, clock=SystemClock(),
+                    sign_up=SignUp(0, "enterprise", 5), plans={},
+                )  # fmt: skip
+                await administration.remove_member(org_id, member)
+            else:
+                async with yard.house.store.write(Turn.ALONE) as tx:
+                    stored = await tx.sandboxes.find(box["id"])
+                    assert stored is not None
+                    await tx.sandboxes.replace(replace(stored, root_password_hash="$2b$other"))
+            await connection.wait_closed()
+            await open_.wait_closed()
+    opened = yard.house.control.services.processes._open._by_org
+    await until(lambda: not opened)
+
+
+async def test_a_name_is_looked_up_in_one_organization_only(gateway: Gateway) -> None:
     yard = gateway.yard
     mine = await gateway.box(name="same", rootPassword=PASSWORD)
+    own = (await yard.client.get("/v1/organizations/current")).json()["data"]["slug"]
+    # As long as there is one organization, a name is enough.
+    for options in ({"key": KEY}, {"key": None, "password": PASSWORD}):
+        assert not await gateway.is_refused("same", **options)
+        assert not await gateway.is_refused(f"same.{own}", **options)
     async with yard.client_of(await yard.stranger()) as stranger:
-        body = {"name": "same", "sshKeys": [line_of(OTHER)], "rootPassword": PASSWORD}
+        slug = (await stranger.get("/v1/organizations/current")).json()["data"]["slug"]
+        # A stranger's sandbox has the name and the key of ours, and a password of their own.
+        body = {"name": "same", "sshKeys": [line_of(KEY)], "rootPassword": "stranger's"}
         theirs = (await stranger.post("/v1/sandboxes", params={"wait": 20}, json=body)).json()
-        async with gateway.login("same", OTHER) as connection:
-            assert (await run(connection, "exit 3")).exit_status == 3
-        box = (await stranger.get(f"/v1/sandboxes/{theirs['data']['id']}")).json()["data"]
-        assert box["lastActivityKind"] == "ssh"
-        assert (await yard.get(mine))["lastActivityKind"] != "ssh"
-        # Of two that one password opens it takes an id to tell which; one's own opens whatever
-        # somebody else calls theirs.
-        async with gateway.login("same", None, password=PASSWORD) as connection:
-            assert (await run(connection, "exit 3")).exit_status == 255
-        await yard.create(name="own", sshKeys=[], rootPassword="another horse")
-        body = {"name": "own", "rootPassword": PASSWORD}
-        await stranger.post("/v1/sandboxes", params={"wait": 20}, json=body)
-        for password in (PASSWORD, "another horse"):
-            async with gateway.login("own", None, password=password) as connection:
-                assert (await run(connection, "exit 3")).exit_status == 3
-        # Somebody else gives theirs the name and the key of ours: no session goes there.
-        both = {"name": "trap", "sshKeys": [line_of(KEY)]}
-        await stranger.post("/v1/sandboxes", params={"wait": 20}, json=both)
-    ours = await gateway.box(name="trap")
-    async with gateway.login("trap") as connection:
-        done = await run(connection, "hello")
-        assert done.exit_status == 255
-        assert b"log in with the id" in done.stderr
-    assert not await gateway.is_refused(ours["id"])
+        async with gateway.login("same") as connection:
+            done = await run(connection, "hello")
+            assert done.exit_status == 255
+            assert b"<name>.<organization's slug>" in done.stderr
+        banners: list[str] = []
+
+        class Client(asyncssh.SSHClient):
+            def auth_banner_received(self, msg: str, lang: str) -> None:
+                banners.append(msg)
+
+        for user, known in (("same", True), ("no-such-name", True), (f"no-such.{slug}", False)):
+            banners.clear()
+            assert await gateway.is_refused(user, None, password=PASSWORD, client_factory=Client), (
+                user
+            )
+            assert bool(banners) is known, "what is there has no part in what is said"
+        await reaches(gateway, f"same.{own}", mine)
+        await reaches(gateway, f"same.{own}", mine, key=None, password=PASSWORD)
+        await reaches(gateway, f"same.{slug}", theirs["data"])
+        # An API key says whose it is.
+        for user in ("same", f"same.{own}"):
+            await reaches(gateway, user, mine, key=None, password=yard.key)
+        assert await gateway.is_refused(f"same.{slug}", None, password=yard.key)
+        # Ours is gone: nothing of a stranger's takes its place.
+        await yard.client.delete(f"/v1/sandboxes/{mine['id']}")
+        for user in (f"same.{own}", mine["id"]):
+            assert await gateway.is_refused(user)
+            assert await gateway.is_refused(user, None, password=yard.key)
+        # A name may have dots itself.
+        dotted = await gateway.box(name="v1.2")
+        await reaches(gateway, f"v1.2.{own}", dotted)
+
+
+async def reaches(
+    gateway: Gateway, user: str, box: dict[str, Any], key: Any = KEY, **options: Any
+) -> None:
+    async def logins() -> int:
+        async with gateway.yard.house.store.read() as tx:
+            stored = await tx.sandboxes.find(box["id"])
+            assert stored is not None
+            query = ActivityQuery(stored.org_id, 500, matches={"sandbox_id": stored.id})
+            lines = await tx.activity.page(query)
+        return sum(one.event_type == "sandbox.ssh.connected" for one in lines)
+
+    async def is_told() -> bool:
+        return await logins() == before + 1
+
+    before = await logins()
+    async with gateway.login(user, key, **options) as connection:
+        assert (await run(connection, "exit 3")).exit_status == 3
+        await eventually(is_told)
 
 
 async def test_who_tries_too_often_is_not_even_looked_at(tmp_path: Path) -> None:
@@ -490,3 +588,72 @@ async def test_nothing_weak_is_offered(gateway: Gateway) -> None:
         with pytest.raises(asyncssh.KeyExchangeFailed):
             async with gateway.login(box["id"], **weak):
                 pass
+
+
+async def test_keys_are_exchanged_so_that_no_quantum_computer_reads_along(
+    gateway: Gateway,
+) -> None:
+    box = await gateway.box()
+    # What a client offers that knows nothing newer is taken as well.
+    for offered, taken in (([], b"mlkem768x25519-sha256"), (["curve25519-sha256"], None)):
+        options: dict[str, Any] = {"kex_algs": offered} if offered else {}
+        exchanged: list[Any] = []
+
+        class Client(asyncssh.SSHClient):
+            def __init__(self, exchanged: list[Any]) -> None:
+                self.exchanged = exchanged
+
+            def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+                real = conn.send_newkeys
+
+                def send(*args: Any) -> None:
+                    self.exchanged.append(conn._kex)
+                    real(*args)
+
+                conn.send_newkeys = send  # type: ignore[method-assign,assignment]
+
+        factory = partial(Client, exchanged)
+        async with gateway.login(box["id"], client_factory=factory, **options):
+            assert exchanged[0].algorithm == (taken or offered[0].encode())
+
+
+async def test_whoever_begins_again_and_again_is_sent_away(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await gateway.box()
+    # Logins cost nothing.
+    for _ in range(12):
+        for _ in range(10):
+            assert not await gateway.is_refused(box["id"])
+    refused = 0
+    for _ in range(120):
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        async with asyncio.timeout(SOON_S):
+            said = await reader.read(4096)
+            if b"without a login" not in said:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.02):
+                        said += await reader.read(4096)
+        refused += b"without a login" in said
+        writer.close()
+    assert 5 <= refused <= 40
+
+
+async def test_keys_are_not_exchanged_again_before_a_login(gateway: Gateway) -> None:
+    box = await gateway.box()
+
+    class Client(asyncssh.SSHClient):
+        def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+            self.connection = conn
+
+        def public_key_auth_requested(self) -> Any:
+            self.connection._send_kexinit()
+            return KEY
+
+    with pytest.raises(asyncssh.DisconnectError, match="log in before"):
+        async with gateway.login(box["id"], None, client_factory=Client):
+            pass
+    # Once logged in, a client may.
+    async with gateway.login(box["id"], rekey_bytes=200_000) as connection:
+        done = await run(connection, "cat", input=bytes(3_000_000))
+        assert done.stdout == bytes(3_000_000)

@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sandyard.server.guest import connections, context, patience, processes, sys
 from sandyard.server.guest.context import Context
 from sandyard.server.guest.ops.dial import _connect_here
 from sandyard.server.guest.system import AbsentError
+from sandyard.server.guest.utmp import Utmp
 
 
 @pytest.fixture
@@ -243,5 +245,44 @@ async def test_a_login_that_could_not_be_captured_is_tried_again_later(
         now[0] += 1000
         assert (await context.login_environment(account))["FROM"] == "profile"
         assert captured == [1 if problem is None else 2]
+    finally:
+        os.close(root)
+
+
+def test_who_tells_of_logins_and_no_more_of_those_that_ended(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    root = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+    file = tmp_path / "run/utmp"
+    try:
+        file.write_bytes(b"left of another boot" * 100)
+        utmp = Utmp()
+
+        def who() -> list[list[str]]:
+            said = subprocess.run(["who", file], capture_output=True, check=True, text=True)
+            return [[line.split()[0], line.split()[1]] for line in said.stdout.splitlines()]
+
+        pid = os.getpid()
+        utmp.note_login(root, pid, "pts/0", "root", "192.0.2.1")
+        utmp.note_login(root, pid, "pts/10", "dev", "")
+        assert who() == [["root", "pts/0"], ["dev", "pts/10"]]
+        utmp.note_logout(root, "pts/0")
+        assert who() == [["dev", "pts/10"]]
+        utmp.note_login(root, pid, "pts/3", "root", "x" * 1000)
+        assert sorted(who()) == [["dev", "pts/10"], ["root", "pts/3"]]
+        # What a guest puts there is not followed, and not waited for.
+        for kind in ("link", "fifo", "folder", "nothing"):
+            file.unlink(missing_ok=True)
+            if kind == "link":
+                (tmp_path / "secret").write_text("kept")
+                file.symlink_to("../secret")
+            elif kind == "fifo":
+                os.mkfifo(file)
+            elif kind == "folder":
+                file.mkdir()
+            utmp.note_login(root, pid, "pts/1", "root", "")
+            if kind == "folder":
+                file.rmdir()
+        assert (tmp_path / "secret").read_text() == "kept"
+        assert who() == [["root", "pts/1"]]
     finally:
         os.close(root)

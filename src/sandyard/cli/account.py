@@ -60,7 +60,8 @@ def whoami(as_json: Json = False) -> None:
     if as_json:
         show_json({"user": me, "organization": org})
         return
-    show_table(("email", "organization", "server"), [(me["email"], org["name"], client.config.url)])
+    row = (me["email"], org["name"], org["slug"], client.config.url)
+    show_table(("email", "organization", "slug", "server"), [row])
 
 
 def _rows(found: list[dict[str, Any]]) -> None:

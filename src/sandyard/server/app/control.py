@@ -38,6 +38,7 @@ from sandyard.server.service.placement import Placement
 from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.reconcile.idle import Idleness
 from sandyard.server.service.reconcile.reconciler import Pace, Reconciler
+from sandyard.server.service.reconcile.revoking import Revoking
 from sandyard.server.service.reconcile.shares import Shares
 from sandyard.server.service.reconcile.work import Work
 from sandyard.server.service.repeats import Repeats
@@ -191,6 +192,7 @@ async def open_control(
             ),
             lifecycle=lifecycle,
             idleness=Idleness(store=store, tunnel=tunnel, clock=clock),
+            revoking=Revoking(store=store, tunnel=tunnel, clock=clock),
             bus=bus,
             clock=clock,
             pace=pace,

@@ -650,8 +650,12 @@ class Caller:
 
 @dataclass(frozen=True)
 class Listen(Operation[Listening]):
-    """Have the machine listen: on a `host`'s port, any free one for 0; without a `host` on a socket
-    of a new folder that only the `user` may enter."""
+    """Have the machine listen: on a `host`'s port, any free one for 0; at a `path`, on a socket
+    there that is the `user`'s; without either on a socket of a new folder that only the `user` may
+    enter.
+
+    A socket that is at the path already is replaced if nobody listens on it.
+    """
 
     op = Op.LISTEN
     asked_by_users = True
@@ -659,6 +663,7 @@ class Listen(Operation[Listening]):
 
     host: str | None = None
     port: int = 0
+    path: str | None = None
     user: str = "root"
 
 

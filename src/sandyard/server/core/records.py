@@ -146,6 +146,18 @@ class SshKey:
 
 
 @dataclass(frozen=True)
+class RevokedKey:
+    """A public key that is to be removed from the files of a running sandbox, which came up at
+    `started_at`."""
+
+    sandbox_id: str
+    public_key: str
+    node_id: str | None
+    incarnation: int
+    started_at: datetime
+
+
+@dataclass(frozen=True)
 class Ticket:
     """Short-lived access of one `kind` to one sandbox; only the digest of its secret is kept.
 

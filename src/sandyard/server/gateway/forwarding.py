@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import asyncssh
 
 from sandyard.server.core.contracts.node import ByteStream
-from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.errors import SandyardError, UnsupportedError
 from sandyard.server.core.ops import Caller, Dial, Listen, Take
+from sandyard.server.core.wire import printable
 from sandyard.server.gateway.copy import relay
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.forwards import Forwards
@@ -92,14 +93,16 @@ class Forward:
 
 
 class Listener(asyncssh.SSHListener):
-    """A port of the sandbox whose connections go to the client."""
+    """A port or a socket of the sandbox whose connections go to the client.
 
-    def __init__(self, client: Holder, host: str, port: int) -> None:
+    On a port without a host, as by sshd, only what comes from the sandbox itself is taken.
+    """
+
+    def __init__(self, client: Holder, wish: Listen) -> None:
         super().__init__()
         self._client = client
-        # What comes from elsewhere is kept out where the client does not ask for it, as by sshd.
-        self._host = host
-        self._port = port
+        self._wish = wish
+        self._port = wish.port
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._is_closed = asyncio.Event()
 
@@ -119,17 +122,25 @@ class Listener(asyncssh.SSHListener):
             client.give_place()
 
     async def _serve(self) -> None:
-        client, asked = self._client, self._port
+        client, wish = self._client, self._wish
         actor, sandbox_id = await client.of()
-        wish = Listen(host=self._host, port=asked)
         async with client.forwards.listen(actor, sandbox_id, wish) as (where, callers):
+            if where.path != printable(wish.path or ""):
+                raise UnsupportedError(
+                    "cannot listen on a socket: the agent of the sandbox is too old; restart it"
+                )
             self._port = where.port
+            connection = client.connection
 
             async def answer(caller: Caller) -> None:
                 async with asyncio.timeout(CHANNEL_S):
-                    reader, writer = await client.connection.open_connection(
-                        self._host, asked or self._port, caller.host or "127.0.0.1", caller.port
-                    )
+                    if wish.path is not None:
+                        reader, writer = await connection.open_unix_connection(wish.path)
+                    else:
+                        reader, writer = await connection.open_connection(
+                            wish.host or "localhost", wish.port or where.port,
+                            caller.host or "127.0.0.1", caller.port,
+                        )  # fmt: skip
                 await take(client, actor, sandbox_id, caller, reader, writer)
 
             self.opened.set_result(None)

@@ -7,20 +7,25 @@ sandbox may reach is what its users may reach through it.
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncssh
+from asyncssh.constants import MSG_KEXINIT
+from asyncssh.kex import get_kex_algs
 from asyncssh.stream import SSHTCPStreamSession, SSHUNIXStreamSession
 
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnavailableError
-from sandyard.server.core.ops import Dial
+from sandyard.server.core.ops import Dial, Listen
+from sandyard.server.core.sources import source_of
 from sandyard.server.gateway.forwarding import PACKET, WINDOW, Forward, Listener
 from sandyard.server.gateway.sessions import Session, SessionChannel
+from sandyard.server.gateway.throttle import Throttle
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.people.logins import Login, Logins
+from sandyard.server.service.people.logins import UNCLEAR, Login, Logins
 from sandyard.server.service.sandboxes.forwards import Forwards
 from sandyard.server.service.sandboxes.processes import Processes
 from sandyard.server.tasks import Crew
@@ -29,17 +34,27 @@ log = logging.getLogger(__name__)
 
 _LOGIN_S = 30.0
 _ALIVE_S, _ALIVE_TRIES = 30, 4
-_AMBIGUOUS_S = 60.0
+_UNCLEAR_S = 60.0
 _LOOK_S = 5.0
+_AUTHORIZE_S = 15.0
 _ATTEMPTS_MAX = 20
 _UNKNOWN_BY_ADDRESS = 50  # connections that have not logged in yet
+_HANDSHAKES_AT_ONCE, _HANDSHAKES_A_SECOND = 100, 5.0  # of one source, that led to no login
 _UNSTARTED_MAX = 100  # sessions that say nothing of what they are to be
 _UNREAD_MAX = 64 * 1024 * 1024
 _SESSIONS_MAX = 200  # of one connection, with what it forwards; what comes to a port is besides
 _CLOSE_S = 3.0
 
-# What none of today's clients needs to go below; the first that both know is taken.
-_KEY_EXCHANGES = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org")
+# What none of today's clients needs to go below; of each the client's first that is known here is
+# taken. The first two key exchanges resist quantum computers; the second needs liboqs.
+_KEY_EXCHANGES = tuple(
+    one
+    for one in (
+        "mlkem768x25519-sha256", "sntrup761x25519-sha512", "sntrup761x25519-sha512@openssh.com",
+        "curve25519-sha256", "curve25519-sha256@libssh.org",
+    )
+    if one.encode() in get_kex_algs()
+)  # fmt: skip
 _CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes256-ctr", "aes128-ctr")
 _MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
 _SIGNATURES = (
@@ -70,9 +85,14 @@ class SshGateway:
         self._most_by_address = most_by_address
         self._open: dict[_Client, str] = {}
         self._by_address: Counter[str] = Counter()
+        self.throttle = Throttle(
+            at_once=_HANDSHAKES_AT_ONCE, a_second=_HANDSHAKES_A_SECOND, monotonic=time.monotonic
+        )
 
     def enter(self, client: "_Client", address: str) -> str | None:
-        """Count a connection, or say why it may not be."""
+        """Count a connection from a source, or say why it may not be."""
+        if not self.throttle.begin(address):
+            return "too many connections came from this address without a login; try again later"
         if len(self._open) >= self._most or self._by_address[address] >= self._most_by_address:
             return "too many connections are open; close some, or try again later"
         unknown = [one for one, where in self._open.items() if not one.is_known]
@@ -176,12 +196,14 @@ class _Client(asyncssh.SSHServer):
 
     def __init__(self, gateway: SshGateway) -> None:
         self.gateway = gateway
-        self.address = "unknown"
+        self.address = self._source = "unknown"
         self._peer: tuple[str, int] = ("", 0)
         self._connection: asyncssh.SSHServerConnection | None = None
         self._offered: Login | None = None
         self._login: Login | None = None
         self._attempts = 0
+        self._exchanges = 0
+        self._is_hinted = False
         self._channels = 0
         self._unstarted = 0
         self._is_over = asyncio.Event()
@@ -224,9 +246,29 @@ class _Client(asyncssh.SSHServer):
         self._connection = conn
         peer = conn.get_extra_info("peername") or ("unknown", 0)
         self.address, self._peer = str(peer[0]), (str(peer[0]), int(peer[1]))
-        refusal = self.gateway.enter(self, self.address)
+        self._source = source_of(self.address)
+        refusal = self.gateway.enter(self, self._source)
         if refusal is not None:
             self.close(refusal)
+            return
+        # asyncssh exchanges keys as often as it is asked to.
+        handlers: Any = conn
+        handlers._packet_handlers = {
+            **handlers._packet_handlers,
+            MSG_KEXINIT: self._limited(handlers._packet_handlers[MSG_KEXINIT]),
+        }
+
+    def _limited(self, process: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a handler that exchanges keys once before there is a login, and no more."""
+
+        def limited(conn: Any, *packet: Any) -> Any:
+            self._exchanges += 1
+            if self._exchanges > 1 and not self.is_known:
+                self.close("log in before keys are exchanged again")
+                return True
+            return process(conn, *packet)
+
+        return limited
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncssh."""
@@ -267,6 +309,11 @@ class _Client(asyncssh.SSHServer):
             return False
         found = self.gateway.logins.by_password(username, password, self.address)
         self._offered = await self._asked(found)
+        if self._offered is None and not self._is_hinted:
+            self._is_hinted = True
+            with suppress(SandyardError):
+                if (hint := await self.gateway.logins.hint(username)) is not None:
+                    self.connection.send_auth_banner(f"sandyard: {hint}\r\n")
         return self._offered is not None
 
     def change_password(self, username: str, old_password: str, new_password: str) -> bool:
@@ -292,16 +339,17 @@ class _Client(asyncssh.SSHServer):
         """See asyncssh: what was offered last is what was shown to be one's own."""
         self._login, self._offered = self._offered, None
         if self._login is not None:
+            self.gateway.throttle.give_back(self._source)
             self.gateway.crew.start(self._watch(self._login), "a login is not watched")
 
     async def _watch(self, login: Login) -> None:
-        """Note the login, and close the connection when its sandbox is gone."""
+        """Note the login, and close the connection once that opens the sandbox no more."""
         if login.sandbox_id is None:
             # It is told that with whatever it tries, and then it is time to go.
             with suppress(TimeoutError):
-                async with asyncio.timeout(_AMBIGUOUS_S):
+                async with asyncio.timeout(_UNCLEAR_S):
                     await self._is_over.wait()
-            self.close("several sandboxes have this name; log in with the id of one")
+            self.close(UNCLEAR)
             return
         try:
             await self.gateway.logins.note(login, login.sandbox_id, self.address)
@@ -310,32 +358,36 @@ class _Client(asyncssh.SSHServer):
             log.warning("a login could not be noted: %s", error.message)
             self.close("the login could not be noted; try again")
             return
+        loop = asyncio.get_running_loop()
+        authorized_at = loop.time()
         while not self._is_over.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._is_over.wait()
-            with suppress(SandyardError):
-                if not await self.gateway.logins.is_there(login):
-                    self.close("the sandbox was deleted")
-                    return
             transport = getattr(self.connection, "_transport", None)
             if transport is not None and transport.get_write_buffer_size() > _UNREAD_MAX:
                 self.connection.abort()  # it asks for what it does not read
                 return
+            if loop.time() - authorized_at >= _AUTHORIZE_S:
+                authorized_at = loop.time()
+                try:
+                    await self.gateway.logins.still(login)
+                except UnavailableError:
+                    continue  # that the store is away is nobody's revocation
+                except SandyardError as error:
+                    self.close(error.message)
+                    return
 
     async def of(self) -> tuple[Actor, str]:
         """Return whose connection it is, and to which sandbox.
 
         Raises:
-            NotFoundError: several are meant.
+            NotFoundError: the name that was given may mean several, or the sandbox is gone.
             UnauthenticatedError, PermissionDeniedError: what it was let in by holds no more.
         """
         login = self._login
         if login is None or login.sandbox_id is None:
-            raise NotFoundError(
-                "cannot tell which sandbox is meant: your key opens several of this name; log in "
-                "with the id of one"
-            )
+            raise NotFoundError(UNCLEAR)
         return await self.gateway.logins.still(login), login.sandbox_id
 
     # --- what it wants ----------------------------------------------------------------------
@@ -390,13 +442,17 @@ class _Client(asyncssh.SSHServer):
 
     def server_requested(self, listen_host: str, listen_port: int) -> Any:
         """See asyncssh: `-R`, the sandbox listens."""
-        return self._listen(listen_host, listen_port)
+        return self._listen(Listen(host=listen_host or "localhost", port=listen_port))
 
-    async def _listen(self, host: str, port: int) -> Any:
+    def unix_server_requested(self, listen_path: str) -> Any:
+        """See asyncssh: `-R` with a path, the sandbox listens on a socket."""
+        return self._listen(Listen(path=listen_path))
+
+    async def _listen(self, wish: Listen) -> Any:
         if self._channels >= _SESSIONS_MAX:
             return None
         self.take_place()
-        listener = Listener(self, host or "localhost", port)
+        listener = Listener(self, wish)
         what = "a port was not forwarded"
         if self.gateway.crew.start(listener.serve(), what, quietly=True) is None:
             self.give_place()

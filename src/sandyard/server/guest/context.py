@@ -22,6 +22,7 @@ from sandyard.server.guest.starts import Starts
 from sandyard.server.guest.streams import Reader
 from sandyard.server.guest.system import Account, RefusedError
 from sandyard.server.guest.table import Table
+from sandyard.server.guest.utmp import Utmp
 
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh")
 _LOGIN_LIMIT_S = 5.0
@@ -90,6 +91,7 @@ class Context:
         self.table = Table()
         self.callers = Callers()
         self.starts = Starts()
+        self.utmp = Utmp()
         self.token = (system.RUN / "token").read_text().strip()
         self.env: Mapping[str, str] = {}
         self._logins: dict[int, _Login] = {}

@@ -17,7 +17,7 @@ import struct
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,7 +34,7 @@ _DEFAULTED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD)
 TERM_GRACE_S = 2.0
 OOM_SCORE = "-900"
 SCRIPT = 9
-_TIOCSPTLCK, _TIOCGPTPEER = 0x40045431, 0x5441  # asm-generic/ioctls.h
+_TIOCSPTLCK, _TIOCGPTN, _TIOCGPTPEER = 0x40045431, 0x80045430, 0x5441  # asm-generic/ioctls.h
 _TTY_GROUP = 5  # in Debian's /etc/group
 NICENESS = -15
 
@@ -78,8 +78,8 @@ class Process:
     """A started process with everything it starts in turn.
 
     `stdin` is a descriptor to write to or None, `stdout` and `stderr` are descriptors to read
-    from, all non-blocking; whoever takes one closes it. What `is_terminal` has `stdout` alone, and
-    that to write to as well.
+    from, all non-blocking; whoever takes one closes it. One on a `terminal`, such as `pts/0`, has
+    `stdout` alone, and that to write to as well.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class Process:
         stdout: int,
         stderr: int | None,
         *,
-        is_terminal: bool = False,
+        terminal: str | None = None,
     ) -> None:
-        self.is_terminal = is_terminal
+        self.terminal = terminal
         self.pid = pid
         self.stdin = stdin
         self.stdout = stdout
@@ -101,6 +101,11 @@ class Process:
         self._pidfd = pidfd
         self._exit_code: int | None = None
         self._cgroup = cgroup
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether its streams are a terminal."""
+        return self.terminal is not None
 
     async def wait(self) -> int:
         """Return the exit code once the process ends: negative for the signal that ended it."""
@@ -290,17 +295,21 @@ async def _start_on_terminal(
         try:
             master, slave = _open_terminal(root_fd, spec.account)
             set_size(master, *size)
+            (number,) = struct.unpack("i", fcntl.ioctl(master, _TIOCGPTN, bytes(4)))
         except OSError as error:
             raise RefusedError(
                 f"cannot open a terminal in the sandbox: {error.strerror}"
             ) from error
+        terminal = f"pts/{number}"
+        if "SSH_CONNECTION" in spec.env:
+            spec = replace(spec, env={**spec.env, "SSH_TTY": f"/dev/{terminal}"})
         streams = dict.fromkeys((0, 1, 2), slave)
         if spec.script is not None:
             streams[SCRIPT] = script = os.memfd_create("script")
             os.pwrite(script, spec.script, 0)
         # Not by vfork: only a child of its own can make the terminal its session's.
         pid = await _fork(spec, cgroup, root_fd, streams)
-        return Process(pid, os.pidfd_open(pid), cgroup, None, master, None, is_terminal=True)
+        return Process(pid, os.pidfd_open(pid), cgroup, None, master, None, terminal=terminal)
     except BaseException:
         if master is not None:
             os.close(master)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 
 from sandyard.server.core import ops
@@ -70,6 +70,7 @@ class Entry:
         told: ops.Program,
         waits_s: float,
         hang_up_s: float | None = None,
+        at_end: Callable[[], None] | None = None,
     ) -> None:
         self.ring = Ring(RING)
         self.end: ops.Ended | None = None
@@ -77,6 +78,7 @@ class Entry:
         self._process = process
         self._readers = [Reader(one) for one in (process.stdout, process.stderr) if one is not None]
         self._hang_up_s = hang_up_s
+        self._at_end = at_end
         self._hanging_up: asyncio.TimerHandle | None = None
         self._is_hung_up = False
         self._followers: set[Follower] = set()
@@ -121,6 +123,8 @@ class Entry:
             reader.drain_to_nowhere()
         self._tell()
         process.release()
+        if self._at_end is not None:
+            self._at_end()
 
     async def give_up(self) -> None:
         """End it, and give back all that it took, when it cannot be seen through."""
@@ -137,6 +141,8 @@ class Entry:
             with contextlib.suppress(OSError):
                 reader.close()
         process.release()
+        if self._at_end is not None:
+            self._at_end()
         self._ended_ms = round(time.time() * 1000)
         self.end = ops.Ended(exit_code=255, duration_ms=0)
         self._tell()

@@ -27,6 +27,7 @@ from sandyard.server.core.records import (
     Organization,
     Project,
     RequestKey,
+    RevokedKey,
     Sandbox,
     SandboxQuery,
     Snapshot,
@@ -139,6 +140,10 @@ class SandboxRows(Protocol):
 
     async def unplaced_until(self, end: datetime, statuses: frozenset[Status]) -> list[Sandbox]:
         """Return every sandbox of these statuses that is on no node and was to live no longer."""
+        ...
+
+    async def with_ssh_key(self, org_id: str, key_id: str) -> list[Sandbox]:
+        """Return an organization's sandboxes that took a key of this id and are not gone."""
         ...
 
     async def mounting(self, workspace_id: str) -> list[Sandbox]:
@@ -325,6 +330,14 @@ class OrganizationRows(Protocol):
         """Return the organization that the identity provider calls so."""
         ...
 
+    async def find_slug(self, slug: str) -> Organization | None:
+        """Return the organization of a slug."""
+        ...
+
+    async def are_several(self) -> bool:
+        """Tell whether there is more than one organization."""
+        ...
+
     async def replace(self, organization: Organization) -> None:
         """Write an organization that is there."""
         ...
@@ -476,6 +489,31 @@ class SshKeyRows(Protocol):
 
     async def remove(self, org_id: str, key_id: str) -> bool:
         """Remove a key; False if it is not there."""
+        ...
+
+
+class RevokedKeyRows(Protocol):
+    """SSH keys that were revoked, and are to be removed from the files of sandboxes: after every
+    start once, since a disk may come from a snapshot that has them."""
+
+    async def add(self, sandbox_id: str, public_key: str) -> None:
+        """Note that a key is to be removed from a sandbox's files, also if it was before."""
+        ...
+
+    async def pending(self) -> list[RevokedKey]:
+        """Return what is to be removed from running sandboxes, and was not since they started."""
+        ...
+
+    async def removed(self, key: RevokedKey) -> None:
+        """Note that a key was removed from the files of a sandbox as it was started last."""
+        ...
+
+    async def forget(self, org_id: str, public_key: str) -> None:
+        """Have a key removed from no sandbox of an organization any more: it was added again."""
+        ...
+
+    async def clear(self) -> None:
+        """Forget what was to be removed from sandboxes that are gone."""
         ...
 
 
@@ -795,6 +833,11 @@ class Transaction(Protocol):
     @property
     def ssh_keys(self) -> SshKeyRows:
         """Public keys of SSH."""
+        ...
+
+    @property
+    def revoked_keys(self) -> RevokedKeyRows:
+        """SSH keys to be removed from the files of sandboxes."""
         ...
 
     @property

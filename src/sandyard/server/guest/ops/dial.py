@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import socket
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
@@ -170,7 +171,11 @@ async def listen(
 ) -> None:
     """See core.ops.Listen."""
     del decoder
-    with _listening(context, wish) as (listeners, where):
+    async with AsyncExitStack() as held:
+        if wish.path is not None:
+            listeners, where = await _listen_at(context, wish.path, wish.user, held)
+        else:
+            listeners, where = held.enter_context(_listening(context, wish))
         await answer(connection, where)
         async with asyncio.TaskGroup() as tasks:
             accepting = [tasks.create_task(_accept(context, one, connection)) for one in listeners]
@@ -276,6 +281,62 @@ def _listen_apart(
             f"cannot make a socket in the sandbox: {error.strerror or error}"
         ) from error
     return [listener], ops.Listening(path=f"/tmp/{name}/agent")
+
+
+async def _listen_at(
+    context: Context, path: str, user: str, held: AsyncExitStack
+) -> tuple[list[socket.socket], ops.Listening]:
+    """Listen on a socket at a path of the user's root, which the user's rights must allow."""
+    account = system.find_account(context.root_fd, user)
+    listener = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    listener.setblocking(False)
+
+    def bind() -> None:
+        processes.step_down(account, context.root_fd)
+        with contextlib.suppress(OSError):
+            os.chdir(account.home)
+        os.umask(0o177)
+        with contextlib.suppress(OSError):
+            _remove_unused(path)
+        listener.bind(path)
+        listener.listen(64)
+
+    def remove() -> None:
+        processes.step_down(account, context.root_fd)
+        with contextlib.suppress(OSError):
+            os.chdir(account.home)
+        _remove_unused(path)
+
+    keeps = (context.root_fd, listener.fileno())
+    try:
+        await processes.by_child(bind, keeps=keeps)
+    except OSError as error:
+        why = error.strerror or "it is no path of a socket"
+        raise ConflictingError(f"cannot listen on {path[:200]}: {why}") from error
+
+    async def clean_up() -> None:
+        listener.close()
+        with contextlib.suppress(OSError):
+            await processes.by_child(remove, keeps=keeps[:1])
+
+    held.push_async_callback(clean_up)
+    return [listener], ops.Listening(path=path)
+
+
+def _remove_unused(path: str) -> None:
+    """Remove a socket that nobody listens on.
+
+    Raises:
+        OSError: it is none, or cannot be removed.
+    """
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
 
 
 def _unlink(name: str, folder: int) -> None:

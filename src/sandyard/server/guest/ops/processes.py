@@ -9,6 +9,8 @@ import shlex
 import socket
 import stat
 import time
+from collections.abc import Callable
+from functools import partial
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
@@ -101,10 +103,23 @@ async def start(
         tag=wish.tag,
         terminal=wish.terminal,
     )
-    entry = Entry(process, told, waits_s=_FIRST_READER_S, hang_up_s=wish.hang_up_s)
+    at_end = _note_login(context, process, account, env) if wish.login else None
+    entry = Entry(process, told, waits_s=_FIRST_READER_S, hang_up_s=wish.hang_up_s, at_end=at_end)
     limit_s = None if wish.timeout_ms is None else wish.timeout_ms / 1000
     context.table.keep(entry, limit_s=limit_s, keeps_end=is_kept)
     return entry
+
+
+def _note_login(
+    context: Context, process: processes.Process, account: system.Account, env: dict[str, str]
+) -> Callable[[], None] | None:
+    """Note that somebody is logged in on the terminal of a process; return how to take it back."""
+    terminal = process.terminal
+    if terminal is None:
+        return None
+    host = env.get("SSH_CONNECTION", "").partition(" ")[0]
+    context.utmp.note_login(context.root_fd, process.pid, terminal, account.name, host)
+    return partial(context.utmp.note_logout, context.root_fd, terminal)
 
 
 async def run(

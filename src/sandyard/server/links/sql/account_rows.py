@@ -13,10 +13,12 @@ from sandyard.server.core.records import (
     Membership,
     Organization,
     Project,
+    RevokedKey,
     SshKey,
     User,
     Workspace,
 )
+from sandyard.server.core.states import HIDDEN, Status
 from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.prepared import Prepared
 from sandyard.server.links.sql.rows import Connection, older
@@ -57,6 +59,18 @@ class OrganizationTable:
     async def find_external(self, external_id: str) -> Organization | None:
         """See core.contracts.store.OrganizationRows.find_external."""
         return await self._one(t.organizations.c.external_id == external_id)
+
+    async def find_slug(self, slug: str) -> Organization | None:
+        """See core.contracts.store.OrganizationRows.find_slug."""
+        return await self._one(t.organizations.c.slug == slug)
+
+    async def are_several(self) -> bool:
+        """See core.contracts.store.OrganizationRows.are_several."""
+        c = t.organizations.c
+        found = await self._connection.execute(
+            select(c.id).where(c.id > "").order_by(c.id).limit(2)
+        )
+        return len(found.all()) > 1
 
     async def replace(self, organization: Organization) -> None:
         """See core.contracts.store.OrganizationRows.replace."""
@@ -431,6 +445,65 @@ class SshKeyTable:
             delete(t.ssh_keys).where(c.org_id == org_id, c.id == key_id)
         )
         return done.rowcount > 0
+
+
+class RevokedKeyTable:
+    """See core.contracts.store.RevokedKeyRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, sandbox_id: str, public_key: str) -> None:
+        """See core.contracts.store.RevokedKeyRows.add."""
+        c = t.revoked_keys.c
+        await self._connection.execute(
+            delete(t.revoked_keys).where(c.sandbox_id == sandbox_id, c.public_key == public_key)
+        )
+        await self._connection.execute(
+            insert(t.revoked_keys).values(sandbox_id=sandbox_id, public_key=public_key)
+        )
+
+    async def pending(self) -> list[RevokedKey]:
+        """See core.contracts.store.RevokedKeyRows.pending."""
+        c, box = t.revoked_keys.c, t.sandboxes.c
+        found = await self._connection.execute(
+            select(c.sandbox_id, c.public_key, box.node_id, box.incarnation, box.started_at)
+            .join(t.sandboxes, box.id == c.sandbox_id)
+            .where(
+                t.is_any_of([Status.RUNNING]),
+                box.started_at.is_not(None),
+                or_(c.removed_of.is_(None), c.removed_of != box.started_at),
+            )
+            .order_by(c.sandbox_id, c.public_key)
+        )
+        return [RevokedKey(**row) for row in found.mappings()]
+
+    async def removed(self, key: RevokedKey) -> None:
+        """See core.contracts.store.RevokedKeyRows.removed."""
+        c = t.revoked_keys.c
+        await self._connection.execute(
+            update(t.revoked_keys)
+            .where(c.sandbox_id == key.sandbox_id, c.public_key == key.public_key)
+            .values(removed_of=key.started_at)
+        )
+
+    async def forget(self, org_id: str, public_key: str) -> None:
+        """See core.contracts.store.RevokedKeyRows.forget."""
+        c, box = t.revoked_keys.c, t.sandboxes.c
+        await self._connection.execute(
+            delete(t.revoked_keys).where(
+                c.public_key == public_key,
+                c.sandbox_id.in_(select(box.id).where(box.org_id == org_id)),
+            )
+        )
+
+    async def clear(self) -> None:
+        """See core.contracts.store.RevokedKeyRows.clear."""
+        box = t.sandboxes.c
+        gone = select(box.id).where(t.is_any_of(sorted(HIDDEN)))
+        await self._connection.execute(
+            delete(t.revoked_keys).where(t.revoked_keys.c.sandbox_id.in_(gone))
+        )
 
 
 def _plain(organization: Organization) -> dict[str, object]:

@@ -16,6 +16,7 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     Table,
+    Text,
     and_,
     bindparam,
     case,
@@ -266,6 +267,18 @@ class SandboxTable:
                 c.expires_at <= end,
                 c.pauses_at_end.is_(False),
                 t.is_any_of(sorted(statuses)),
+            )
+        )
+
+    async def with_ssh_key(self, org_id: str, key_id: str) -> list[Sandbox]:
+        """See core.contracts.store.SandboxRows.with_ssh_key."""
+        c = t.sandboxes.c
+        return await self.where(
+            _selected().where(
+                c.org_id == org_id,
+                # A key's id is no part of another's, so the text of the list says enough.
+                cast(c.ssh_key_ids, Text).contains(f'"{key_id}"', autoescape=True),
+                ~t.is_any_of(sorted(HIDDEN)),
             )
         )
 

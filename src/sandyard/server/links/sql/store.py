@@ -35,6 +35,7 @@ from sandyard.server.links.sql.account_rows import (
     KeyTable,
     OrganizationTable,
     ProjectTable,
+    RevokedKeyTable,
     SshKeyTable,
     UserTable,
     WorkspaceTable,
@@ -111,6 +112,7 @@ class SqlTransaction:
         self.projects = ProjectTable(connection)
         self.keys = KeyTable(connection)
         self.ssh_keys = SshKeyTable(connection)
+        self.revoked_keys = RevokedKeyTable(connection)
         self.activity = ActivityTable(connection)
         self.usage = UsageTable(connection)
         self.storage = StorageTable(connection)

@@ -200,6 +200,16 @@ ssh_keys = Table(
     Index("uq_ssh_keys_fingerprint", "org_id", "fingerprint", unique=True),
 )
 
+# Keys to be removed from the files of sandboxes: where `removed_of` is not when the sandbox started
+# last, its disk may have one again, from a snapshot.
+revoked_keys = Table(
+    "revoked_keys",
+    metadata,
+    Column("sandbox_id", String(36), primary_key=True),
+    Column("public_key", Text, primary_key=True),
+    Column("removed_of", Moment),
+)
+
 sandboxes = Table(
     "sandboxes",
     metadata,

@@ -39,6 +39,7 @@ from sandyard.server.service.people.organizations import (
     revoke_all,
     set_role,
 )
+from sandyard.server.service.people.ssh_keys import withdraw
 
 _EMAIL_MAX = 254
 
@@ -188,7 +189,7 @@ class Administration:
             await revoke_all(tx, member, at=now)
             for key in await tx.ssh_keys.every(organization.id):
                 if key.owner_user_id == user.id:
-                    await tx.ssh_keys.remove(organization.id, key.id)
+                    await withdraw(tx, key, at=now)
                     await self._note(
                         tx, organization, "ssh_key.deleted", f"SSH key {key.name} deleted", user
                     )

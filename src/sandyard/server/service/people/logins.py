@@ -1,17 +1,24 @@
 """Who may log in to a sandbox by SSH: whoever has one of its keys, or knows its password.
 
-A sandbox is named by its id, or by its name. Names are an organization's own: of several sandboxes
-of one name a key tells which is meant. An API key that may use a sandbox is a password of it, too.
-Whoever may not log in learns nothing from how or how fast that is said: of a sandbox that is not
-there as much is looked up, and its password checked, as of one that is.
+A sandbox is named by its id, by `name.slug` with the slug of its organization, or by its name alone
+where that leaves no doubt: with an API key, which belongs to one organization, or where there is
+only one. A public key decides nothing: everybody may give theirs to a sandbox of a stranger's name.
+An API key that may use a sandbox is a password of it, too. Whoever may not log in learns nothing
+from how or how fast that is said: of a sandbox that is not there as much is looked up, and its
+password checked, as of one that is.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Turn
-from sandyard.server.core.errors import RateLimitedError, SandyardError
+from sandyard.server.core.errors import (
+    NotFoundError,
+    RateLimitedError,
+    SandyardError,
+    UnauthenticatedError,
+)
 from sandyard.server.core.ids import is_sandbox_id
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.sshkeys import fingerprint_of
@@ -24,24 +31,35 @@ from sandyard.server.service.sandboxes.register import Register
 
 _SCOPE = "sandbox:write"
 _ALIKE_MAX = 500
-_PASSWORDS = 3
+_USER_MAX = 256
 _NAME_MAX = 64
 _NOBODY = "00000000-0000-0000-0000-000000000000"
+UNCLEAR = (
+    "a name alone does not say whose sandbox is meant; log in as <name>.<organization's slug>, or "
+    "with the sandbox's id"
+)
+"""What is said to whoever logs in with a bare name that several organizations may use."""
 
 
 @dataclass(frozen=True)
 class Login:
     """Somebody who may log in to a sandbox, and what they showed for it.
 
-    Without a sandbox their key opens several of that name, and it takes an id to tell which.
+    Without a sandbox their key opens one of that name, and the name does not say whose is meant.
     """
 
     actor: Actor
     sandbox_id: str | None
     method: str
-    fingerprint: str | None = None
+    public_key: str | None = None
     key_id: str | None = None
     token: str | None = field(default=None, repr=False)
+    password_hash: str | None = field(default=None, repr=False)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the key that was shown."""
+        return None if self.public_key is None else fingerprint_of(self.public_key)
 
 
 class Logins:
@@ -69,28 +87,19 @@ class Logins:
 
         That they have it indeed the caller finds out.
         """
-        found = await self._named(user)
-        valid = await self._valid_ids({one.org_id for one in found} or {_NOBODY})
-        wanted = public_key.split(" ")[:2]
-        opened = []
+        found, is_clear = await self._meant(user)
+        valid = await self._owners({one.org_id for one in found} or {_NOBODY})
         for sandbox in found:
-            ids = [*sandbox.ssh_key_ids, *("" for _ in sandbox.authorized_keys)]
-            for text, key_id in zip(sandbox.authorized_keys, ids, strict=False):
-                is_valid = not key_id or key_id in valid
-                if is_valid and text.split(" ")[:2] == wanted:
-                    opened.append((sandbox, key_id))
-                    break
-        if not opened:
-            return None
-        sandbox, key_id = opened[0]
-        actor = await self._actor(sandbox, valid.get(key_id, sandbox.owner_user_id))
-        return Login(
-            actor,
-            sandbox.id if len(opened) == 1 else None,
-            "key",
-            fingerprint_of(public_key),
-            key_id or None,
-        )
+            key_id = _opened_by(sandbox, public_key, valid)
+            if key_id is not None:
+                return Login(
+                    await self._actor(sandbox, valid.get(key_id, sandbox.owner_user_id)),
+                    sandbox.id if is_clear else None,
+                    "key",
+                    public_key=public_key,
+                    key_id=key_id or None,
+                )
+        return None
 
     async def by_password(self, user: str, password: str, address: str) -> Login | None:
         """Return the login of whoever knows a password; None if it opens nothing, or if too many
@@ -109,36 +118,51 @@ class Logins:
         return login
 
     async def _by_root_password(self, user: str, password: str) -> Login | None:
-        """Return the login of whoever knows a sandbox's password.
-
-        As many are checked whatever is there: the first of a name, and else none at all. So one's
-        own opens whether or not somebody else has one of that name.
-        """
-        found: list[Sandbox | None] = [
-            one for one in await self._named(user) if one.root_password_hash
-        ][:_PASSWORDS]  # type: ignore[assignment]
-        count = 1 if is_sandbox_id(user) else _PASSWORDS
-        opened = []
-        for sandbox in [*found, *[None] * count][:count]:
-            hashed = None if sandbox is None else sandbox.root_password_hash
-            if await self._check_password(password, hashed) and sandbox is not None:
-                opened.append(sandbox)
-        if not opened:
+        """Return the login of whoever knows a sandbox's password; one is checked in any case."""
+        found, is_clear = await self._meant(user)
+        sandbox = found[0] if found and is_clear else None
+        hashed = None if sandbox is None else sandbox.root_password_hash
+        if not await self._check_password(password, hashed) or sandbox is None:
             return None
-        actor = await self._actor(opened[0], opened[0].owner_user_id)
-        return Login(actor, opened[0].id if len(opened) == 1 else None, "password")
+        actor = await self._actor(sandbox, sandbox.owner_user_id)
+        return Login(actor, sandbox.id, "password", password_hash=hashed)
+
+    async def hint(self, user: str) -> str | None:
+        """Return what to tell whoever was refused, by how the user name is written alone: what is
+        there has no part in it."""
+        if is_sandbox_id(user):
+            return None
+        async with self._store.read() as tx:
+            if not await tx.organizations.are_several():
+                return None
+            _, dot, slug = user.rpartition(".")
+            return None if dot and await tx.organizations.find_slug(slug) else UNCLEAR
 
     async def still(self, login: Login) -> Actor:
-        """Return the actor of a login as it is now: an API key may be revoked since.
+        """Return the actor of a login as it is now.
 
         Raises:
-            InvalidTokenError, TokenExpiredError, PermissionDeniedError: it opens nothing any more.
+            UnauthenticatedError, PermissionDeniedError: what it was let in by opens the sandbox no
+                more: a key was deleted, a password changed, an API key revoked.
+            NotFoundError: the sandbox is gone, or not this actor's any more.
         """
-        if login.token is None:
-            return login.actor
-        actor = await self._access.authenticate(login.token)
-        actor.require(_SCOPE)
-        return actor
+        assert login.sandbox_id is not None
+        if login.token is not None:
+            actor = await self._access.authenticate(login.token)
+            actor.require(_SCOPE)
+            await self._register.get(actor, login.sandbox_id)
+            return actor
+        async with self._store.read() as tx:
+            sandbox = await tx.sandboxes.find(login.sandbox_id)
+        if sandbox is None or not _is_live(sandbox):
+            raise NotFoundError("the sandbox was deleted")
+        if login.public_key is not None:
+            valid = await self._owners({sandbox.org_id})
+            if _opened_by(sandbox, login.public_key, valid) is None:
+                raise UnauthenticatedError("the SSH key was deleted; log in with another")
+        elif sandbox.root_password_hash != login.password_hash:
+            raise UnauthenticatedError("the password was changed; log in with the new one")
+        return login.actor
 
     def _count_failure(self, address: str) -> None:
         try:
@@ -167,34 +191,45 @@ class Logins:
                 )
             )
 
-    async def is_there(self, login: Login) -> bool:
-        """Tell whether the sandbox of a login is still there."""
-        if login.sandbox_id is None:
-            return False
-        async with self._store.read() as tx:
-            sandbox = await tx.sandboxes.find(login.sandbox_id)
-        return sandbox is not None and _is_live(sandbox)
-
     async def _by_api_key(self, user: str, token: str) -> Login | None:
         try:
             actor = await self._access.authenticate(token)
             actor.require(_SCOPE)
-            sandbox = await self._register.get(actor, user[:_NAME_MAX])
+            sandbox = await self._of_own(actor, user)
         except SandyardError:
             return None
         return Login(actor, sandbox.id, "api_key", token=token) if _is_live(sandbox) else None
 
-    async def _named(self, user: str) -> list[Sandbox]:
-        async with self._store.read() as tx:
-            if is_sandbox_id(user):
-                sandbox = await tx.sandboxes.find(user)
-                found = [] if sandbox is None else [sandbox]
-            else:
-                text = user if "\0" not in user else ""
-                found = await tx.sandboxes.named(text[:_NAME_MAX], limit=_ALIKE_MAX)
-        return [one for one in found if _is_live(one)]
+    async def _of_own(self, actor: Actor, user: str) -> Sandbox:
+        try:
+            return await self._register.get(actor, user[:_USER_MAX])
+        except NotFoundError:
+            name, dot, slug = user.rpartition(".")
+            async with self._store.read() as tx:
+                organization = await tx.organizations.find(actor.org_id)
+            if not dot or organization is None or organization.slug != slug:
+                raise
+            return await self._register.get(actor, name[:_NAME_MAX])
 
-    async def _valid_ids(self, org_ids: set[str]) -> Mapping[str, str]:
+    async def _meant(self, user: str) -> tuple[list[Sandbox], bool]:
+        """Return the sandbox that a user name means, if any; or all that it may mean, and False
+        where it does not say which."""
+        text, is_clear = user[:_USER_MAX].replace("\0", "\ufffd"), True
+        name, dot, slug = text.rpartition(".")
+        async with self._store.read() as tx:
+            if is_sandbox_id(text):
+                one = await tx.sandboxes.find(text)
+                found = [] if one is None else [one]
+            else:
+                is_clear = not await tx.organizations.are_several()
+                found = await tx.sandboxes.named(text[:_NAME_MAX], limit=_ALIKE_MAX)
+                organization = await tx.organizations.find_slug(slug) if dot else None
+                if organization is not None and not (found and is_clear):
+                    one = await tx.sandboxes.find_named(organization.id, name[:_NAME_MAX])
+                    found, is_clear = [] if one is None else [one], True
+        return [one for one in found if _is_live(one)], is_clear
+
+    async def _owners(self, org_ids: set[str]) -> Mapping[str, str]:
         """Return the owners of the keys that organizations have now, by the keys' ids."""
         async with self._store.read() as tx:
             return {
@@ -222,3 +257,14 @@ class Logins:
 
 def _is_live(sandbox: Sandbox) -> bool:
     return sandbox.status not in HIDDEN | {Status.DESTROYING}
+
+
+def _opened_by(sandbox: Sandbox, public_key: str, valid: Collection[str]) -> str | None:
+    """Return by which of its keys a public key opens a sandbox: the id of one of the `valid` keys
+    of its organization, or nothing for one that was given itself; None if it does not."""
+    wanted = public_key.split(" ")[:2]
+    ids = [*sandbox.ssh_key_ids, *("" for _ in sandbox.authorized_keys)]
+    for text, key_id in zip(sandbox.authorized_keys, ids, strict=False):
+        if text.split(" ")[:2] == wanted and (not key_id or key_id in valid):
+            return key_id
+    return None

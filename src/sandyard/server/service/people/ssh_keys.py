@@ -1,9 +1,11 @@
 """SSH keys: public keys that open the sandboxes of an organization."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store
+from sandyard.server.core.contracts.store import Store, Transaction
 from sandyard.server.core.errors import ConflictError, InvalidArgumentError, NotFoundError
 from sandyard.server.core.ids import checked_text, new_uuid
 from sandyard.server.core.records import SshKey
@@ -15,6 +17,34 @@ from sandyard.server.service.repeats import Repeatable, Repeats
 
 KEYS_MAX = 100
 """How many keys an organization has, and a sandbox takes, at most."""
+
+
+async def withdraw(tx: Transaction, key: SshKey, *, at: datetime) -> None:
+    """Remove a key from an organization and from each of its sandboxes, whose files have it until
+    `service.reconcile.revoking` removes it there, too."""
+    await tx.ssh_keys.remove(key.org_id, key.id)
+    await tx.revoked_keys.clear()
+    for sandbox in await tx.sandboxes.with_ssh_key(key.org_id, key.id):
+        ids = [*sandbox.ssh_key_ids, *("" for _ in sandbox.authorized_keys)]
+        kept = [
+            (line, key_id)
+            for line, key_id in zip(sandbox.authorized_keys, ids, strict=False)
+            if key_id != key.id
+        ]
+        await tx.sandboxes.replace(
+            replace(
+                sandbox,
+                authorized_keys=tuple(line for line, _ in kept),
+                ssh_key_ids=tuple(key_id for _, key_id in kept),
+                updated_at=at,
+            )
+        )
+        if _blob(key.public_key) not in {_blob(line) for line, _ in kept}:
+            await tx.revoked_keys.add(sandbox.id, key.public_key)
+
+
+def _blob(public_key: str) -> str:
+    return public_key.split(" ")[1]
 
 
 class SshKeys:
@@ -59,6 +89,7 @@ class SshKeys:
                     f"cannot add another key: an organization has {KEYS_MAX} at most; delete some"
                 )
             await tx.ssh_keys.add(key)
+            await tx.revoked_keys.forget(actor.org_id, key.public_key)
             await tx.activity.append(
                 line(
                     "ssh_key.added",
@@ -81,8 +112,7 @@ class SshKeys:
             return await tx.ssh_keys.every(actor.org_id)
 
     async def delete(self, actor: Actor, key_id: str) -> None:
-        """Remove a key, which opens no sandbox from now on: not at the gateway. What sandboxes
-        wrote into their own `authorized_keys` stays there.
+        """Remove a key, which opens no sandbox from now on; see `withdraw`.
 
         Raises:
             NotFoundError: absent, another organization's or, for a member, another member's.
@@ -92,7 +122,7 @@ class SshKeys:
             key = await tx.ssh_keys.find(actor.org_id, key_id)
             if key is None or not (actor.sees_all or key.owner_user_id == actor.user_id):
                 raise NotFoundError("cannot find the SSH key: check its id")
-            await tx.ssh_keys.remove(actor.org_id, key_id)
+            await withdraw(tx, key, at=self._clock.now())
             await tx.activity.append(
                 line(
                     "ssh_key.deleted",

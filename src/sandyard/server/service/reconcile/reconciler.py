@@ -30,6 +30,7 @@ from sandyard.server.service.reconcile.compare import (
     Patience,
 )
 from sandyard.server.service.reconcile.idle import Idleness
+from sandyard.server.service.reconcile.revoking import Revoking
 from sandyard.server.service.reconcile.shares import Shares
 from sandyard.server.service.reconcile.work import Work
 from sandyard.server.service.sandboxes.lifecycle import WORK, Lifecycle
@@ -76,6 +77,7 @@ class Reconciler:
         work: Work,
         lifecycle: Lifecycle,
         idleness: Idleness,
+        revoking: Revoking,
         bus: Bus,
         clock: Clock,
         pace: Pace,
@@ -93,6 +95,7 @@ class Reconciler:
         self._work = work
         self._lifecycle = lifecycle
         self._idleness = idleness
+        self._revoking = revoking
         self._bus = bus
         self._clock = clock
         self._pace = pace
@@ -109,6 +112,7 @@ class Reconciler:
                 crew.start(self._compare_all(crew), "nodes that come are not compared")
                 unplaced = self._keep_at(self._expire_unplaced, "unplaced")
                 crew.start(unplaced, "what is on no node never ends")
+                crew.start(self._keep_at(self._revoke, "revoked"), "revoked keys stay in files")
                 while True:
                     for claim in await self._claims():
                         self._begin(claim)
@@ -248,6 +252,9 @@ class Reconciler:
             unplaced = await tx.sandboxes.unplaced_until(self._clock.now(), WATCHED)
         for sandbox in unplaced:
             await self._lifecycle.apply(sandbox, Event.DELETE, reason=EXPIRED)
+
+    async def _revoke(self, _: bool) -> None:
+        await self._revoking.look()
 
     # --- what nodes report ----------------------------------------------------------------
 

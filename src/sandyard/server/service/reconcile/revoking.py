@@ -1,0 +1,111 @@
+"""Removes SSH keys that were revoked from the files of the sandboxes that took them.
+
+The gateway lets nobody in with such a key from the moment it is deleted. But a sandbox has its keys
+in `authorized_keys` as well, for whoever starts an sshd there. A sandbox that runs has the key
+removed at the next look, a paused one once it is resumed, and one that goes back to a snapshot
+again after that.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict
+
+from sandyard.server.core.collect import Collector
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import MachineRef, NodeTunnel
+from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
+from sandyard.server.core.ops import Execute
+from sandyard.server.core.records import RevokedKey
+from sandyard.server.core.wire import WireError
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 8
+_LIMIT_S = 20.0
+_AGAIN_S = 60.0
+_READ = 64 * 1024
+# Lines of other keys stay as they are, and so do owner and mode. A file that the user has replaced
+# by something else is left alone.
+_SCRIPT = """\
+f=/root/.ssh/authorized_keys n=$f.$$
+[ -f "$f" ] && [ ! -h "$f" ] || exit 0
+trap 'rm -f "$n"' EXIT
+cp -p "$f" "$n" || exit
+grep -vF {keys} <"$f" >"$n"
+[ $? -le 1 ] && mv -f "$n" "$f"
+"""
+
+
+class Revoking:
+    """See the module."""
+
+    def __init__(self, *, store: Store, tunnel: NodeTunnel, clock: Clock) -> None:
+        self._store = store
+        self._tunnel = tunnel
+        self._clock = clock
+        self._not_before: dict[str, float] = {}
+
+    async def look(self) -> None:
+        """Remove what is to be removed now; what cannot be is tried again later.
+
+        Raises:
+            UnavailableError: the store does not answer.
+        """
+        async with self._store.read() as tx:
+            pending = await tx.revoked_keys.pending()
+        by_sandbox = defaultdict[str, list[RevokedKey]](list)
+        for key in pending:
+            by_sandbox[key.sandbox_id].append(key)
+        now = self._clock.monotonic()
+        self._not_before = {
+            one: at for one, at in self._not_before.items() if one in by_sandbox and at > now
+        }
+        room = asyncio.Semaphore(_AT_ONCE)
+        async with asyncio.TaskGroup() as tasks:
+            for sandbox_id, keys in by_sandbox.items():
+                if sandbox_id not in self._not_before:
+                    tasks.create_task(self._remove(keys, room))
+
+    async def _remove(self, keys: list[RevokedKey], room: asyncio.Semaphore) -> None:
+        sandbox_id = keys[0].sandbox_id
+        try:
+            async with room:
+                code = await self._execute(keys)
+            if code != 0:
+                # It is the sandbox's own doing: a disk that is full, or no grep.
+                log.warning(
+                    "a revoked SSH key stays in the files of a sandbox: removing it ended with %d",
+                    code,
+                    extra={"sandbox_id": sandbox_id},
+                )
+            async with self._store.write(Turn.BESIDE) as tx:
+                for key in keys:
+                    await tx.revoked_keys.removed(key)
+        except ConflictError:  # it was paused or ended meanwhile
+            return
+        except SandyardError as error:
+            log.warning(
+                "a revoked SSH key could not be removed from the files of a sandbox: %s",
+                error.message,
+                extra={"sandbox_id": sandbox_id},
+            )
+            self._not_before[sandbox_id] = self._clock.monotonic() + _AGAIN_S
+
+    async def _execute(self, keys: list[RevokedKey]) -> int:
+        """Run the script, and return its exit code."""
+        ref = MachineRef(keys[0].node_id or "", keys[0].sandbox_id, keys[0].incarnation)
+        # Of `type base64`, the second has no character that a shell takes for its own.
+        patterns = " ".join(f"-e {key.public_key.split(' ')[1]}" for key in keys)
+        wish = Execute(_SCRIPT.format(keys=patterns), timeout_ms=int(_LIMIT_S * 1000))
+        collector = Collector()
+        try:
+            async with self._clock.timeout(_LIMIT_S), self._tunnel.open(ref, wish) as opened:
+                while data := await opened.stream.read(_READ):
+                    if (end := collector.feed(data)) is not None:
+                        return end.exit_code
+        except TimeoutError as error:
+            raise UnavailableError("the agent does not tell how a command ended") from error
+        except WireError as error:
+            raise UnavailableError("what the agent says makes no sense") from error
+        raise UnavailableError("the agent broke off in the middle of a command")
