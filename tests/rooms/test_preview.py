@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -461,6 +462,115 @@ async def test_who_waits_to_be_asked_for_its_body_is_asked(shown: Shown) -> None
     writer.close()
 
 
+@pytest.mark.parametrize("how", ["on", "away", "silent"])
+async def test_whether_a_body_is_to_be_sent_is_the_guests_to_say(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(preview, "_CONTINUE_S", 0.3 if how == "silent" else SOON_S)
+    reader, writer = await shown.opened.knock()
+    host = (await shown.host()).encode()
+    writer.write(b"POST /go/" + how.encode() + b" HTTP/1.1\r\nHost: " + host +
+                 b"\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")  # fmt: skip
+    async with asyncio.timeout(SOON_S):
+        head = await reader.readuntil(b"\r\n\r\n")
+        if how == "away":
+            assert head.startswith(b"HTTP/1.1 417 ")
+            assert b"connection: close" in head.lower()
+            assert await reader.read() == b"no"
+        else:
+            assert head.startswith(b"HTTP/1.1 100 ")
+            writer.write(b"abcd")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+            assert await reader.readexactly(4) == b"abcd"
+    assert "expect: 100-continue" in shown.listener.heard[-1].lower()
+    writer.close()
+
+
+async def test_trailers_pass_both_ways_but_for_what_may_not_be_one(shown: Shown) -> None:
+    reader, writer = await shown.opened.knock()
+    host = (await shown.host()).encode()
+
+    async def whole(until: bytes) -> bytes:
+        async with asyncio.timeout(SOON_S):
+            return await reader.readuntil(until)
+
+    for _ in range(2):  # on one connection, which goes on after them
+        writer.write(b"GET /chunks HTTP/1.1\r\nHost: " + host + b"\r\nTE: trailers\r\n\r\n")
+        assert b"content-length" not in (await whole(b"\r\n\r\n")).lower()
+        said = await whole(b"\r\n\r\n")
+        assert said.endswith(b"0\r\nx-trailer: 1\r\n\r\n")
+        assert "te: trailers" in shown.listener.heard[-1].lower()
+    writer.write(
+        b"POST /trailing HTTP/1.1\r\nHost: " + host + b"\r\nTransfer-Encoding: chunked\r\n"
+        b"Trailer: X-Sum\r\n\r\n3\r\nabc\r\n0\r\nX-Sum: 6\r\nAuthorization: Bearer x\r\n"
+        b"X-Forwarded-For: 1.2.3.4\r\nHost: evil\r\n\r\n"
+    )
+    head = await whole(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    async with asyncio.timeout(SOON_S):
+        body = await reader.readexactly(length)
+    assert body == b"3\r\nabc\r\n0\r\nx-sum: 6\r\n\r\n"
+    assert "trailer: x-sum" in shown.listener.heard[-1].lower()
+    writer.write(b"HEAD /chunks HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+    assert (await whole(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+
+
+@pytest.mark.parametrize("path", ["/ticking", "/big/500000000", "/silent", "/up", "/short"])
+async def test_whoever_leaves_or_is_left_is_no_error(
+    shown: Shown, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    caplog.set_level("INFO")
+    host = (await shown.host()).encode()
+    for reset in (False, True):
+        shown.listener.left.clear()
+        reader, writer = await shown.opened.knock()
+        if path == "/up":
+            writer.write(b"POST /up HTTP/1.1\r\nHost: " + host + b"\r\nContent-Length: 90\r\n\r\nx")
+        else:
+            writer.write(b"GET " + path.encode() + b" HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+        await until(lambda: shown.listener.open == 1 or path == "/short")
+        if path != "/silent" and path != "/up":
+            async with asyncio.timeout(SOON_S):
+                await reader.read(10)
+        if reset:
+            writer.transport.abort()
+        writer.close()
+        async with asyncio.timeout(SOON_S):
+            await shown.listener.left.wait()
+    await until(lambda: shown.listener.open == 0)
+    assert [
+        one.getMessage() for one in caplog.records if one.levelname in ("ERROR", "WARNING")
+    ] == []
+
+
+async def test_a_refused_upload_is_readable_for_whoever_sends_first(shown: Shown) -> None:
+    host = shown.plain()
+    size = 60 * 1024 * 1024
+
+    def send_first(extra: bytes, method: bytes = b"POST") -> bytes:
+        with socket.create_connection(("127.0.0.1", shown.opened.port), timeout=SOON_S) as there:
+            there.sendall(
+                method
+                + b" /up HTTP/1.1\r\nHost: "
+                + host.encode()
+                + b"\r\n"
+                + extra
+                + b"Content-Length: %d\r\n\r\n" % size
+            )
+            for _ in range(size // 65536):
+                there.sendall(bytes(65536))
+            said = b""
+            while b"\r\n\r\n" not in said:
+                said += there.recv(65536)
+            return said
+
+    for extra in (b"Connection: close\r\n", b"", b"X-Large: " + b"x" * 70_000 + b"\r\n"):
+        said = await asyncio.to_thread(send_first, extra)
+        assert said.startswith(b"HTTP/1.1 431" if b"X-Large" in extra else b"HTTP/1.1 401"), extra
+    assert await shown.opened.is_well()
+
+
 async def test_events_come_at_once_and_end_with_their_listener(shown: Shown) -> None:
     async with (
         shown.client(await shown.host()) as client,
@@ -502,12 +612,17 @@ async def test_tiny_pieces_take_no_more_than_their_turn(shown: Shown) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "code"),
-    [("/garbage", "bad_gateway"), ("/nothing", "bad_gateway"), ("/endless", "bad_gateway")],
+    ("path", "said"),
+    [
+        ("/garbage", "not in HTTP"),
+        ("/nothing", "closed the connection without an answer"),
+        ("/endless", "not in HTTP"),
+    ],
 )
-async def test_a_guest_that_speaks_no_http_is_told_of(shown: Shown, path: str, code: str) -> None:
+async def test_a_guest_that_speaks_no_http_is_told_of(shown: Shown, path: str, said: str) -> None:
     answer = await shown.get(await shown.host(), path)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (502, code)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "bad_gateway")
+    assert said in answer.json()["error"]["message"]
 
 
 async def test_half_an_answer_is_not_taken_for_a_whole_one(shown: Shown) -> None:

@@ -14,6 +14,7 @@ import pytest
 from tests.support.house import Yard, eventually, open_yard, until
 
 from sandyard.server.app.installation import ssh_host_key
+from sandyard.server.core import ops
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.records import ActivityQuery
 from sandyard.server.drivers.fake import ECHO_PORT
@@ -657,3 +658,39 @@ async def test_keys_are_not_exchanged_again_before_a_login(gateway: Gateway) -> 
     async with gateway.login(box["id"], rekey_bytes=200_000) as connection:
         done = await run(connection, "cat", input=bytes(3_000_000))
         assert done.stdout == bytes(3_000_000)
+
+
+async def test_sftp_is_carried_as_it_is_both_ways(gateway: Gateway) -> None:
+    box = await gateway.box()
+    data = bytes(range(256)) * 40_000
+    async with gateway.login(box["id"]) as connection, asyncio.timeout(SOON_S):
+        # On a fake machine every program that has the connection itself is an echo.
+        process = await connection.create_process(subsystem="sftp", encoding=None)
+        process.stdin.write(data)
+        process.stdin.write_eof()
+        assert await process.stdout.read() == data
+        await process.wait_closed()
+        assert process.exit_status == 0
+        silent = await connection.create_process(subsystem="sftp", encoding=None)
+        silent.stdin.write_eof()
+        assert b"is openssh-sftp-server installed" in await silent.stderr.read()
+        # A client that goes away in the middle leaves nothing.
+        left = await connection.create_process(subsystem="sftp", encoding=None)
+        left.stdin.write(b"x")
+        assert await left.stdout.read(1) == b"x"
+        left.close()
+        opened = gateway.yard.house.control.services.processes._open._by_org
+        await until(lambda: not opened)
+
+
+async def test_sftp_is_served_by_agents_that_know_no_pipes(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(ops._BY_OP, "pipe")
+    box = await gateway.box()
+    async with gateway.login(box["id"]) as connection, asyncio.timeout(SOON_S):
+        process = await connection.create_process(subsystem="sftp", encoding=None)
+        process.stdin.write_eof()
+        await process.wait_closed()
+    ((_, program),) = gateway.yard.machine_of(box)._programs._by_pid.items()
+    assert "sftp-server" in str(program._wish.command)

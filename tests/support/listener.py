@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager, suppress
 PORT = 3000
 _SAID = {
     "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    b"3\r\none\r\n3\r\ntwo\r\n0\r\nX-Trailer: 1\r\n\r\n",
+    b"3\r\none\r\n3\r\ntwo\r\n0\r\nX-Trailer: 1\r\nSet-Cookie: a=1\r\nX-Request-Id: x\r\n"
+    b"Content-Length: 9\r\n\r\n",
     "both": b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\nTransfer-Encoding: chunked\r\n\r\n"
     b"5\r\nhello\r\n0\r\n\r\n",
     "crumbs": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -58,6 +59,8 @@ class Listener:
             writer.write(_SAID[word])
         elif word == "big":
             await self._spill(int(rest), writer)
+        elif word in ("go", "trailing"):
+            await self._take_body(head, rest, reader, writer)
         elif word == "status":
             said = f"HTTP/1.1 {rest} Said\r\nETag: x\r\nContent-Length: 5\r\n\r\n"
             writer.write(said.encode() + (b"" if rest in ("204", "304") else b"hello"))
@@ -83,6 +86,17 @@ class Listener:
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(shown))
             writer.write(b"" if head.startswith("HEAD") else shown)
         await writer.drain()
+
+    async def _take_body(
+        self, head: str, how: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Ask for a body or not, as the path says, and send it back; without that, as it came."""
+        if how == "away":
+            writer.write(b"HTTP/1.1 417 No\r\nContent-Length: 2\r\n\r\nno")
+            return
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" if how == "on" else b"")
+        body = await (_body(head, reader) if how else reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
 
     async def _spill(self, size: int, writer: asyncio.StreamWriter) -> None:
         writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode())

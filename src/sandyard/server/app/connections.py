@@ -7,14 +7,16 @@ connections than descriptors, for the platform needs some for its own work.
 
 import asyncio
 import json
+import re
 import socket
 import time
 import urllib.parse
 from asyncio.events import TimerHandle
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import httptools
@@ -27,6 +29,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.sources import source_of
+from sandyard.server.gateway.exchange import REQUEST_TRAILERS, BrokenOffError
 
 LINE_MAX = 16 * 1024
 HEAD_MAX = 64 * 1024
@@ -39,12 +42,13 @@ _LINGERING_MAX = 64
 _RESERVE = 8  # one in so many is for sources that are known
 _KNOWN_S, _KNOWN_MAX = 3600.0, 10_000
 _SLICE = 16 * 1024
-_LINGER_S = 1.0
+_LINGER_S, _LINGER_MAX_S = 1.0, 20.0
 _UNACKNOWLEDGED_S = 60.0
 _PONGS_MAX = 512  # 127 bytes each, at most
 _SOCKET_HEADERS_MAX, _SOCKET_LINE_MAX = 120, 8000  # what the library takes, and some less
 _TUNNEL_MAX = 256 * 1024
-_LEFTOVER_MAX = 32 * 1024 * 1024
+_LEFTOVER_MAX = 256 * 1024 * 1024  # of a body whose answer was given before it was read
+_LINE_END = re.compile(rb"[\r\n\0]")
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._has_resumed = False
         self._too_much: tuple[int, str, str] | None = None
         self._is_refused = False
+        self._is_last = False
+        self._lingered_s, self._came = 0.0, False
+        self._trailers: list[tuple[bytes, bytes]] = []
+        self.app = partial(self._serve, self.app)
         self._is_upgraded = False
         self._look: TimerHandle | None = None
 
@@ -245,6 +253,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
+        self._came = True
         for start in range(0, len(data), _SLICE):
             if self._is_refused or self._is_upgraded or self.transport.is_closing():
                 return
@@ -298,7 +307,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._look.cancel()
         if is_tunnel:
             self.connections.discard(self)
-            tunnel = Tunnel(self.app, self.scope, self.gate, self.server_state)
+            tunnel = Tunnel(self.config.loaded_app, self.scope, self.gate, self.server_state)
             self.transport.set_protocol(tunnel)
             tunnel.begin(self.transport, self.loop)
             return
@@ -333,6 +342,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._headers_bytes += len(name) + len(value) + 4
         if self._headers > HEADERS_MAX or self._headers_bytes + len(self.url) > HEAD_MAX:
             self._too_much = _LARGE_HEAD
+        elif self._stage == "body":
+            self._trailers.append((name.lower(), value))
         else:
             super().on_header(name, value)
 
@@ -344,6 +355,9 @@ class GuardedProtocol(HttpToolsProtocol):
         elif self.parser.get_http_version() == "1.1" and not self._has_host():
             self._too_much = self._too_much or _NO_HOST
         if self._too_much is None:
+            self._trailers = []
+            extensions: dict[str, Any] = {REQUEST_TRAILERS: self._trailers}
+            self.scope["extensions"] = extensions | {"http.response.trailers": {}}
             super().on_headers_complete()
         # Not before: what cannot be read of a head is no part of the request before it.
         self._stage = "body"
@@ -368,12 +382,49 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stage = "idle"
         if self._too_much is None:
             super().on_message_complete()
+        if self._is_last and not self._is_answering:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         """See uvicorn."""
         super().on_response_complete()
         state = self.scope.get("state", {})
         self.gate.answered(self, is_known=state.get("actor") is not None)
+        if self._is_last and self._stage == "idle":
+            self.transport.close()
+        elif self._is_last:
+            # A close with something unread is a reset, which would take the answer along.
+            self._end_writing()
+
+    async def _serve(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        """Have the application answer a request, which may send trailers after it, or break off
+        an answer that it has begun."""
+        cycle: RequestResponseCycle = send.__self__
+        has_trailers = False
+
+        async def sends(message: Any) -> None:
+            nonlocal has_trailers
+            kind = message["type"]
+            if kind == "http.response.trailers":
+                if cycle.chunked_encoding and not cycle.disconnected:
+                    self.transport.write(b"0\r\n" + _lines_of(message["headers"]) + b"\r\n")
+                    cycle.chunked_encoding = False  # the end of it was just written
+                await send({"type": "http.response.body"})
+                return
+            if kind == "http.response.body" and has_trailers:
+                message = {**message, "more_body": True}
+            await send(message)
+            if kind == "http.response.start":
+                has_trailers = bool(message.get("trailers"))
+                if not cycle.keep_alive:
+                    cycle.keep_alive = True  # it is closed here, once what comes was taken
+                    self._is_last = True
+
+        try:
+            await app(scope, receive, sends)
+        except BrokenOffError:
+            cycle.disconnected = True
+            self.transport.abort()
 
     # --- who is slow ----------------------------------------------------------------------------
 
@@ -403,15 +454,23 @@ class GuardedProtocol(HttpToolsProtocol):
         self._look_at_idleness(patience)
 
     def _look_at_body(self, patience: Patience) -> None:
+        if not self._is_answering:
+            self._look_at_leftover(patience)
+            return
         came = self._body_bytes - self._body_bytes_before
         self._body_bytes_before = self._body_bytes
-        # One whose answer is given already is not to be had for its rest.
-        is_moving = came >= _SLOWEST * patience.look_s and self._is_answering
+        is_moving = came >= _SLOWEST * patience.look_s
         self._waited_s = 0.0 if is_moving else self._waited_s + patience.look_s
         self._body_s += patience.look_s
         whole_s = _BODY_S + self._body_bytes / _SLOWEST_BODY
         if self._waited_s > patience.still_s or self._body_s > whole_s:
             self._refuse(408, "bad_request", "cannot wait longer for the rest of the body")
+
+    def _look_at_leftover(self, patience: Patience) -> None:
+        """Do not take the rest of a body for ever whose answer was given."""
+        self._waited_s += patience.look_s
+        if self._waited_s > patience.still_s:
+            self.transport.abort()
 
     def _look_at_idleness(self, patience: Patience) -> None:
         # uvicorn's own timer for that is gone where bytes came after an answer.
@@ -453,12 +512,21 @@ class GuardedProtocol(HttpToolsProtocol):
         self.gate.lingering += 1
         self.transport.write(b"".join(head) + body)
         # A close with something unread is a reset, which would take the answer along.
+        self._end_writing()
+        self.loop.call_later(_LINGER_S, self._linger)
+
+    def _end_writing(self) -> None:
         if self.transport.can_write_eof():
             with suppress(OSError):  # it has gone meanwhile
                 self.transport.write_eof()
-        self.loop.call_later(_LINGER_S, self._linger_no_more)
 
-    def _linger_no_more(self) -> None:
+    def _linger(self) -> None:
+        """Take what still comes, for nobody, and close once nothing does."""
+        self._lingered_s += _LINGER_S
+        if self._came and self._lingered_s < _LINGER_MAX_S and not self.transport.is_closing():
+            self._came = False
+            self.loop.call_later(_LINGER_S, self._linger)
+            return
         self.gate.lingering -= 1
         self.transport.abort()
 
@@ -589,7 +657,7 @@ class Tunnel(asyncio.Protocol):
         scope = {**self._scope, "type": "sandyard.tunnel", "stream": self}
         try:
             await self._app(scope, _nothing, _nothing)
-        except (OSError, SandyardError):
+        except (OSError, SandyardError, BrokenOffError):
             self.transport.abort()
         finally:
             self.transport.close()
@@ -672,6 +740,15 @@ class Tunnel(asyncio.Protocol):
             return
         with suppress(OSError, RuntimeError):
             self.transport.write_eof()
+
+
+def _lines_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return headers as they are written, without those that are no line each."""
+    return b"".join(
+        b"%s: %s\r\n" % (name, value)
+        for name, value in headers
+        if not _LINE_END.search(name + value)
+    )
 
 
 async def _nothing(*_: object) -> Any:

@@ -27,6 +27,7 @@ class Op(StrEnum):
     EXEC = "exec"
     START = "start"
     RUN = "run"
+    PIPE = "pipe"
     ATTACH = "attach"
     LIST = "list"
     SIGNAL = "signal"
@@ -279,6 +280,22 @@ class Run(Start):
     used_by_bytes = True
 
     line: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Pipe(Operation[Done]):
+    """Run a command line by the user's shell, with the connection itself as its input and output:
+    raw bytes follow, both ways, which nobody in the machine but the program handles. Its end ends
+    the connection, and the other way round; how it ended, and what it says on standard error, is
+    not told."""
+
+    op = Op.PIPE
+    answer = Done
+    used_by_bytes = True
+
+    command: str
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    user: str = "root"
 
 
 @dataclass(frozen=True)
@@ -714,6 +731,7 @@ AnyOperation = (
     | Execute
     | Start
     | Run
+    | Pipe
     | Attach
     | List
     | Signal

@@ -310,6 +310,8 @@ class FakeMachine:
                     await _join(port, reader, decoder, writer)
                 else:
                     await self._echo(reader, decoder, writer)
+            case ops.Pipe():
+                await self._echo(reader, decoder, writer)
             case ops.Run():
                 found = decode(ops.Program, answer.values)
                 await self._follow(ops.Attach(found.pid, offset=0), reader, decoder, writer)
@@ -381,6 +383,8 @@ class FakeMachine:
                 self._mount(operation)
             case ops.Execute():
                 return ops.Started(1)
+            case ops.Pipe():
+                pass
             case (
                 ops.Start() | ops.Attach() | ops.List() | ops.Signal() | ops.Input() | ops.Resize()
             ):

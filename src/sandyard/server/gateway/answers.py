@@ -17,6 +17,8 @@ from sandyard.server.core.errors import (
     UnauthenticatedError,
 )
 from sandyard.server.gateway import headers as h
+from sandyard.server.gateway.exchange import BrokenOffError
+from sandyard.server.gateway.headers import Headers
 from sandyard.server.gateway.hosts import PreviewName
 from sandyard.server.gateway.pages import said, status_line
 
@@ -58,7 +60,7 @@ class Answering:
         self._scope = scope
         self._send = send
         self._request_id = request_id
-        self._has_begun = False
+        self._has_begun = self._may_have_trailers = False
         self._name: PreviewName | None = None
         self._origin = ""
 
@@ -67,8 +69,10 @@ class Answering:
         self._name = name
         self._origin = f"{scheme}://{name.full_host}"
 
-    async def begin(self, response: h11.Response | h11.InformationalResponse) -> None:
-        """Send the head of a guest's answer."""
+    async def begin(
+        self, response: h11.Response | h11.InformationalResponse, *, is_last: bool = False
+    ) -> None:
+        """Send the head of a guest's answer; one that `is_last` is the last on its connection."""
         assert self._name is not None
         found = h.to_client(
             [(bytes(name), bytes(value)) for name, value in response.headers],
@@ -79,6 +83,10 @@ class Answering:
         found.append((b"x-request-id", self._request_id.encode()))
         if response.status_code in _NO_BODY:
             found = [(name, value) for name, value in found if name != b"content-length"]
+        if is_last:
+            found.append((b"connection", b"close"))
+        # Whether there are trailers is known after the body alone.
+        self._may_have_trailers = any(name == b"transfer-encoding" for name, _ in response.headers)
         await self._start(response.status_code, found)
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -91,8 +99,14 @@ class Answering:
             lines = [b"%s: %s\r\n" % one for one in [*headers, *how]]
             await self._scope["stream"].write(status_line(status) + b"".join(lines) + b"\r\n")
         else:
-            start = {"type": "http.response.start", "status": status, "headers": headers}
-            await self._send(start)
+            await self._send(
+                {
+                    "type": "http.response.start",
+                    "status": status,
+                    "headers": headers,
+                    "trailers": self._may_have_trailers,
+                }
+            )
 
     async def go_on(self, piece: bytes) -> None:
         """Send a piece of the body."""
@@ -101,16 +115,20 @@ class Answering:
         else:
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
-    async def end(self) -> None:
-        """Say that that was all."""
-        if self._scope["type"] != TUNNEL:
-            await self._send({"type": "http.response.body", "body": b""})
+    async def end(self, trailers: Headers = ()) -> None:
+        """Say that that was all but for trailers."""
+        if self._scope["type"] == TUNNEL:
+            return
+        await self._send({"type": "http.response.body", "body": b""})
+        if self._may_have_trailers:
+            found = h.trailers_of([(name.lower(), value) for name, value in trailers])
+            await self._send({"type": "http.response.trailers", "headers": found})
 
     async def refuse(self, refused: RefusedError) -> None:
         """Send an answer of our own; half of another cannot be taken back, and is broken off."""
         if self._has_begun:
             log.info("a preview was broken off: %s", refused.title)
-            return
+            raise BrokenOffError
         accept = h.first(self._scope["headers"], b"accept") or ""
         found, body = said(
             refused.status,
@@ -187,6 +205,10 @@ NOT_PASSED_ON = (
 SILENT = (
     504, "gateway_timeout", "The sandbox does not answer",
     "What listens there took the request and said nothing to it.",
+)  # fmt: skip
+HUNG_UP = (
+    502, "bad_gateway", "The sandbox hung up",
+    "What listens on this port closed the connection without an answer. Its log may say why.",
 )  # fmt: skip
 NO_HTTP = (
     502, "bad_gateway", "The sandbox answers, but not in HTTP",

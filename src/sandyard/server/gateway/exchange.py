@@ -1,7 +1,7 @@
 """A request to a guest and its answer, in HTTP/1.1 as h11 speaks it: nothing of it is believed."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import h11
@@ -18,8 +18,20 @@ _STATUSES = range(200, 600)
 _EVENTS_A_SECOND, _EVENTS_AT_ONCE, _EVENTS_A_TURN = 20_000, 5_000, 500
 
 
+REQUEST_TRAILERS = "sandyard.trailers"
+"""The extension of a scope that is the list of a request's trailers, complete with its body."""
+
+
 class GoneError(Exception):
     """The client has left."""
+
+
+class HungUpError(Exception):
+    """The guest closed the connection before it had answered."""
+
+
+class BrokenOffError(Exception):
+    """An answer that has begun cannot go on: the client's connection is to be reset."""
 
 
 class Exchange:
@@ -28,6 +40,9 @@ class Exchange:
     def __init__(self, there: ByteStream) -> None:
         self.there = there
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_MAX)
+        self._has_spoken = False
+        self.trailers: list[tuple[bytes, bytes]] = []
+        """What came after the body, once that was read."""
         self._events = 0
         self._began = asyncio.get_running_loop().time()
 
@@ -35,14 +50,16 @@ class Exchange:
         """Return the bytes of a part of the request."""
         return self._h11.send(event) or b""
 
-    def piece(self, data: bytes, *, is_last: bool) -> bytes:
-        """Return the bytes of a piece of the request's body.
+    def piece(
+        self, data: bytes, *, is_last: bool, trailers: Iterable[tuple[bytes, bytes]] = ()
+    ) -> bytes:
+        """Return the bytes of a piece of the request's body, and of trailers after the last.
 
         Raises:
             h11.LocalProtocolError: the answer is complete, and nothing more is taken.
         """
         found = self.send(h11.Data(data)) if data else b""
-        return found + self.send(h11.EndOfMessage()) if is_last else found
+        return found + self.send(h11.EndOfMessage(headers=[*trailers])) if is_last else found
 
     def rest(self) -> tuple[bytes, bool]:
         """Return what came behind the head that changed the protocol."""
@@ -52,15 +69,44 @@ class Exchange:
         """Return the head of the answer, or of the change to another protocol.
 
         Raises:
+            HungUpError: it closed the connection instead.
             h11.RemoteProtocolError: what the guest says is no HTTP.
         """
+        try:
+            response: h11.Response = await self._response(or_continue=False)
+        except h11.RemoteProtocolError as error:
+            if not self._has_spoken:
+                raise HungUpError from error
+            raise
+        return response
+
+    async def early_response(self, limit_s: float, clock: Clock) -> h11.Response | None:
+        """Return the guest's answer to the head alone of a request that waits to be told to go on;
+        None if it is, or if the guest says nothing to that.
+
+        Raises: see `response`.
+        """
+        try:
+            async with clock.timeout(limit_s):
+                found = await self._response(or_continue=True)
+        except TimeoutError:
+            return None
+        except h11.RemoteProtocolError as error:
+            if not self._has_spoken:
+                raise HungUpError from error
+            raise
+        return None if isinstance(found, h11.InformationalResponse) else found
+
+    async def _response(self, *, or_continue: bool) -> Any:
         while True:
             event = await self._next()
             if isinstance(event, h11.Response):
                 if event.status_code not in _STATUSES:
                     raise h11.RemoteProtocolError("it answered with a status that there is not")
                 return event
-            if isinstance(event, h11.InformationalResponse) and event.status_code == 101:
+            if isinstance(event, h11.InformationalResponse) and (
+                event.status_code == 101 or (or_continue and event.status_code == 100)
+            ):
                 return event
             if isinstance(event, h11.ConnectionClosed):
                 raise h11.RemoteProtocolError("it hung up without an answer")
@@ -72,11 +118,15 @@ class Exchange:
             if isinstance(event, h11.Data):
                 yield bytes(event.data)
             elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
+                if isinstance(event, h11.EndOfMessage):
+                    self.trailers = [(bytes(name), bytes(value)) for name, value in event.headers]
                 return
 
     async def _next(self) -> Any:
         while (event := self._h11.next_event()) is h11.NEED_DATA:
-            self._h11.receive_data(await self.there.read(PIECE))
+            data = await self.there.read(PIECE)
+            self._has_spoken = self._has_spoken or bool(data)
+            self._h11.receive_data(data)
         if event is h11.PAUSED:  # it would say so again and again
             raise h11.RemoteProtocolError("it changed the protocol unasked")
         await self._keep_pace()
@@ -92,11 +142,18 @@ class Exchange:
 
 
 async def send_body(
-    receive: Receive, exchange: Exchange, clock: Clock, *, has_body: bool, sent: asyncio.Event
+    receive: Receive,
+    exchange: Exchange,
+    clock: Clock,
+    *,
+    has_body: bool,
+    trailers: Callable[[], Iterable[tuple[bytes, bytes]]],
+    sent: asyncio.Event,
 ) -> None:
     """Send the body of a request as it comes, and tell when the client leaves.
 
-    `sent` is set once all of it that will be is on its way: from then on an answer is due.
+    `trailers` are asked for once all of the body has come. `sent` is set once all of it that will
+    be is on its way: from then on an answer is due.
 
     Raises:
         GoneError: it has.
@@ -110,7 +167,11 @@ async def send_body(
         if has_body:
             is_more = bool(message.get("more_body"))
             try:
-                data = exchange.piece(message.get("body") or b"", is_last=not is_more)
+                data = exchange.piece(
+                    message.get("body") or b"",
+                    is_last=not is_more,
+                    trailers=() if is_more else trailers(),
+                )
                 # One that does not read on is not waited for for ever: meanwhile nobody would hear
                 # that the client has left.
                 async with clock.timeout(_STILL_S):

@@ -12,18 +12,53 @@ COOKIE = b"sandyard_preview"
 _HOP = frozenset(
     {
         b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate",
-        b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+        b"proxy-authorization", b"te", b"transfer-encoding", b"upgrade",
     }
 )  # fmt: skip
 """Those of one connection alone (RFC 9110, 7.6.1)."""
 _TOLD_BY_US = frozenset(
     {
-        b"host", b"expect", b"forwarded", b"x-forwarded-for", b"x-forwarded-proto",
+        b"host", b"forwarded", b"x-forwarded-for", b"x-forwarded-proto",
         b"x-forwarded-host", b"x-forwarded-port", b"x-real-ip", b"content-length",
     }
 )  # fmt: skip
 _OURS = re.compile(rb"rt_(?:live|test)_", re.IGNORECASE)
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104 - told apart
+
+
+_NO_TRAILERS = _HOP | frozenset(
+    {
+        b"authorization", b"clear-site-data", b"content-encoding", b"content-length",
+        b"content-type", b"cookie", b"date", b"expect", b"forwarded", b"host", b"location",
+        b"origin", b"referer", b"set-cookie", b"trailer", b"x-api-key", b"x-request-id",
+    }
+)  # fmt: skip
+"""What may stand before a body only: how a message is framed, passed on, and who sends it
+(RFC 9110, 6.5.1)."""
+
+
+def trailers_of(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """Return the trailers of a message that are passed on, either way."""
+    return [
+        (name, value)
+        for name, value in headers
+        if name not in _NO_TRAILERS and not name.startswith((b"x-forwarded-", b"x-ratelimit-"))
+    ]
+
+
+def takes_trailers(headers: Headers) -> bool:
+    """Tell whether a client says that it takes trailers."""
+    return any(
+        word.partition(b";")[0].strip().lower() == b"trailers"
+        for name, value in headers
+        if name == b"te"
+        for word in value.split(b",")
+    )
+
+
+def waits_to_go_on(headers: Headers) -> bool:
+    """Tell whether a client sends its body only once it is told to go on (RFC 9110, 10.1.1)."""
+    return (first(headers, b"expect") or "").strip().lower() == "100-continue"
 
 
 def first(headers: Headers, name: bytes) -> str | None:

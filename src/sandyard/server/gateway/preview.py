@@ -29,6 +29,7 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.ids import new_request_id
 from sandyard.server.gateway import headers as h
 from sandyard.server.gateway.answers import (
+    HUNG_UP,
     NO_HTTP,
     NO_SUCH_NAME,
     NOT_PASSED_ON,
@@ -40,7 +41,13 @@ from sandyard.server.gateway.answers import (
     refusal_of,
 )
 from sandyard.server.gateway.copy import relay
-from sandyard.server.gateway.exchange import Exchange, GoneError, send_body
+from sandyard.server.gateway.exchange import (
+    REQUEST_TRAILERS,
+    Exchange,
+    GoneError,
+    HungUpError,
+    send_body,
+)
 from sandyard.server.gateway.hosts import PreviewName, is_below, name_of
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.access import Access
@@ -49,6 +56,7 @@ from sandyard.server.service.sandboxes.previews import QUERY_TOKEN, Previews
 from sandyard.server.tasks import beside
 
 _ANSWER_S = 300.0
+_CONTINUE_S = 1.0  # what clients wait, too
 _COOKIES_MAX = 50
 _CHECK_S = 30.0
 Check = Callable[[], Awaitable[object]]
@@ -146,6 +154,8 @@ class PreviewApp:
                 raise refusal_of(error) from error
             except TimeoutError as error:
                 raise RefusedError(*SILENT) from error
+            except HungUpError as error:
+                raise RefusedError(*HUNG_UP) from error
             except _BROKEN as error:
                 raise RefusedError(*NO_HTTP) from error
         except RefusedError as refused:
@@ -361,7 +371,10 @@ class PreviewApp:
     ) -> None:
         """Send a request to the guest as it comes, and its answer back as it comes."""
         length, is_chunked = _body_of(scope["headers"])
-        extra = [(b"connection", b"close")]
+        takes_trailers = h.takes_trailers(scope["headers"])
+        extra = [(b"connection", b"close, TE" if takes_trailers else b"close")]
+        if takes_trailers:
+            extra.append((b"te", b"trailers"))
         if is_chunked:
             extra.append((b"transfer-encoding", b"chunked"))
         elif length is not None:
@@ -374,16 +387,39 @@ class PreviewApp:
             has_body = is_chunked or length not in (None, b"0")
             if not has_body:
                 await there.write(exchange.send(h11.EndOfMessage()))
+            elif h.waits_to_go_on(scope["headers"]):
+                # Whether the body is to be sent is the guest's to say: it is not asked for before.
+                early = await exchange.early_response(_CONTINUE_S, self._clock)
+                if early is not None:
+                    async with beside(self._watch(guest)):
+                        await self._hand_on(exchange, early, answering, is_last=True)
+                    return
             sent = asyncio.Event()
-            async with (
-                beside(self._watch(guest)),
-                beside(send_body(receive, exchange, self._clock, has_body=has_body, sent=sent)),
-            ):
-                response = await self._answer(exchange, sent)
-                await answering.begin(response)
-                async for piece in exchange.body():
-                    await answering.go_on(piece)
-                await answering.end()
+            sending = send_body(
+                receive,
+                exchange,
+                self._clock,
+                has_body=has_body,
+                trailers=lambda: h.trailers_of(
+                    scope.get("extensions", {}).get(REQUEST_TRAILERS, ())
+                ),
+                sent=sent,
+            )
+            async with beside(self._watch(guest)), beside(sending):
+                await self._hand_on(exchange, await self._answer(exchange, sent), answering)
+
+    async def _hand_on(
+        self,
+        exchange: Exchange,
+        response: h11.Response | h11.InformationalResponse,
+        answering: Answering,
+        *,
+        is_last: bool = False,
+    ) -> None:
+        await answering.begin(response, is_last=is_last)
+        async for piece in exchange.body():
+            await answering.go_on(piece)
+        await answering.end(exchange.trailers)
 
     async def _answer(
         self, exchange: Exchange, sent: asyncio.Event

@@ -12,8 +12,9 @@ from asyncssh.channel import SSHServerChannel
 from asyncssh.packet import SSHPacket
 from asyncssh.stream import SSHUNIXStreamSession
 
-from sandyard.server.core.errors import SandyardError
-from sandyard.server.core.ops import Caller, Ended, Listen, Run, Size
+from sandyard.server.core.contracts.node import ByteStream
+from sandyard.server.core.errors import NotFoundError, SandyardError, UnsupportedError
+from sandyard.server.core.ops import Caller, Ended, Listen, Pipe, Run, Size
 from sandyard.server.gateway.forwarding import (
     CHANNEL_S,
     PACKET,
@@ -30,6 +31,7 @@ from sandyard.server.tasks import Crew, beside
 log = logging.getLogger(__name__)
 
 _UNSTARTED_S = 30.0
+_READ = 256 * 1024
 _INPUT_MAX = 1024 * 1024
 _ENV_MAX, _ENV_BYTES_MAX = 64, 64 * 1024
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -61,6 +63,10 @@ class SessionHolder(Holder, Protocol):
     @property
     def crew(self) -> Crew:
         """Who sees a session through."""
+        ...
+
+    async def until_listening(self) -> None:
+        """Return once the sandbox listens wherever it was asked to."""
         ...
 
     def note_start(self) -> None:
@@ -223,6 +229,13 @@ class Session(asyncssh.SSHServerSession[bytes]):
             channel.exit(_FAILED)
 
     async def _run(self, channel: SessionChannel) -> None:
+        await self._client.until_listening()
+        if self._what.get("command") is _SFTP:
+            # Many small requests, one after the other: nothing in the sandbox handles them but the
+            # server itself, unless its agent is of before this was possible.
+            with suppress(UnsupportedError):
+                await self._pipe(channel)
+                return
         actor, sandbox_id = await self._client.of()
         async with AsyncExitStack() as held:
             env = self._environment(channel)
@@ -246,6 +259,37 @@ class Session(asyncssh.SSHServerSession[bytes]):
             ):
                 await self._show(channel, following)
 
+    async def _pipe(self, channel: SessionChannel) -> None:
+        actor, sandbox_id = await self._client.of()
+        wish = Pipe(_SFTP, env=self._environment(channel))
+        has_spoken = False
+        async with (
+            self._client.processes.pipe(actor, sandbox_id, wish, USE) as stream,
+            beside(self._pass_on(channel, stream)),
+        ):
+            while data := await stream.read(_READ):
+                has_spoken = True
+                channel.write(data)
+                await self._can_write.wait()
+        if not has_spoken:
+            raise NotFoundError(
+                "sftp-server ended without a word; is openssh-sftp-server installed in the sandbox?"
+            )
+        channel.exit(0)
+
+    async def _pass_on(self, channel: SessionChannel, stream: ByteStream) -> None:
+        with suppress(SandyardError):  # the other direction ends, and tells why
+            while (data := await self._input.get()) is not None:
+                await stream.write(data)
+                self._taken(channel, len(data))
+            await stream.write_eof()
+
+    def _taken(self, channel: SessionChannel, size: int) -> None:
+        """Note that so much of the input was taken."""
+        self._waiting -= size
+        if self._waiting <= _INPUT_MAX // 2:
+            channel.resume_reading()
+
     async def _show(self, channel: SessionChannel, following: Following) -> None:
         async for one in following.events():
             if isinstance(one, Ended):
@@ -267,9 +311,7 @@ class Session(asyncssh.SSHServerSession[bytes]):
                     await following.close_input()
                 continue
             await following.write(data)
-            self._waiting -= len(data)
-            if self._waiting <= _INPUT_MAX // 2:
-                channel.resume_reading()
+            self._taken(channel, len(data))
 
     async def _obey(self, actor: Actor, sandbox_id: str, which: Which) -> None:
         """Pass on signals and sizes; one that comes too late is no fault."""

@@ -21,7 +21,7 @@ from asyncssh.stream import SSHTCPStreamSession, SSHUNIXStreamSession
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnavailableError
 from sandyard.server.core.ops import Dial, Listen
 from sandyard.server.core.sources import source_of
-from sandyard.server.gateway.forwarding import PACKET, WINDOW, Forward, Listener
+from sandyard.server.gateway.forwarding import CHANNEL_S, PACKET, WINDOW, Forward, Listener
 from sandyard.server.gateway.sessions import Session, SessionChannel
 from sandyard.server.gateway.throttle import Throttle
 from sandyard.server.service.actor import Actor
@@ -206,6 +206,7 @@ class _Client(asyncssh.SSHServer):
         self._is_hinted = False
         self._channels = 0
         self._unstarted = 0
+        self._listening: set[asyncio.Future[None]] = set()
         self._is_over = asyncio.Event()
 
     @property
@@ -457,12 +458,21 @@ class _Client(asyncssh.SSHServer):
         if self.gateway.crew.start(listener.serve(), what, quietly=True) is None:
             self.give_place()
             return None
+        self._listening.add(listener.opened)
         try:
             await listener.opened
         except SandyardError as error:
             log.info("a port of a sandbox is not forwarded: %s", error.message)
             return None
+        finally:
+            self._listening.discard(listener.opened)
         return listener
+
+    async def until_listening(self) -> None:
+        """Return once the sandbox listens where it was asked to: what is started next may connect
+        there at once."""
+        if self._listening:
+            await asyncio.wait(list(self._listening), timeout=CHANNEL_S)
 
     async def until_over(self) -> None:
         """Return once the connection has ended."""

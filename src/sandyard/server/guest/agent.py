@@ -121,6 +121,8 @@ class Agent:
                 await execute(self._context, operation, connection, decoder, again=again)
             case ops.Run():  # before Start, of which it is one
                 await programs.run(self._context, operation, connection, decoder)
+            case ops.Pipe():
+                await programs.pipe(self._context, operation, connection, decoder)
             case ops.Attach():
                 await programs.attach(self._context, operation, connection, decoder)
             case ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize():

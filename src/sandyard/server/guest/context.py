@@ -148,7 +148,8 @@ class Context:
             process = await processes.start(spec, root_fd=self.root_fd, wants_stdin=False)
         except RefusedError:
             return None
-        assert process.stderr is not None  # it was not started on a terminal
+        assert process.stdout is not None  # it was started on pipes
+        assert process.stderr is not None
         stdout, stderr = Reader(process.stdout), Reader(process.stderr)
         try:
             async with asyncio.timeout(patient(_LOGIN_LIMIT_S)), asyncio.TaskGroup() as tasks:

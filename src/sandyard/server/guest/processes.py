@@ -53,9 +53,10 @@ class Spec:
     """What to start: the first of `programs` that exists, with its arguments; `name` is for people.
 
     With a `script`, it can be read from the descriptor SCRIPT. With a `terminal` its streams are
-    one, of that size. One that `is_kept` ends with the agent, the only one who knows of it. With an
-    `alias` the program is told that as its own name. If it has `words`, they are what its shell
-    would start, and may be started without one.
+    one, of that size; with a `connection` its input and output are that, and what it says on
+    standard error is lost. One that `is_kept` ends with the agent, the only one who knows of it.
+    With an `alias` the program is told that as its own name. If it has `words`, they are what its
+    shell would start, and may be started without one.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Spec:
     account: Account
     script: bytes | None = None
     terminal: tuple[int, int] | None = None
+    connection: int | None = None
     is_kept: bool = False
     alias: str | None = None
     words: list[str] | None = None
@@ -88,7 +90,7 @@ class Process:
         pidfd: int,
         cgroup: str,
         stdin: int | None,
-        stdout: int,
+        stdout: int | None,
         stderr: int | None,
         *,
         terminal: str | None = None,
@@ -152,6 +154,7 @@ class Process:
     def hang_up(self) -> None:
         """Tell what runs on its terminal that nobody is there any more, as the kernel does when a
         line is cut (termios(3): the session's leader, and the group in the foreground)."""
+        assert self.stdout is not None
         for number in (signal.SIGHUP, signal.SIGCONT):
             self.signal(number)
             with contextlib.suppress(OSError):
@@ -248,6 +251,8 @@ async def _start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
     os.mkdir(cgroup)
     if spec.terminal is not None:
         return await _start_on_terminal(spec, cgroup, root_fd, spec.terminal)
+    if spec.connection is not None:
+        return await _start_on_connection(spec, cgroup, root_fd, spec.connection)
     lent: list[int] = []
     kept: list[int] = []
     stdin = None
@@ -319,6 +324,20 @@ async def _start_on_terminal(
         for descriptor in (slave, script):
             if descriptor is not None:
                 os.close(descriptor)
+
+
+async def _start_on_connection(spec: Spec, cgroup: str, root_fd: int, connection: int) -> Process:
+    """Start a process whose input and output are a connection."""
+    try:
+        nowhere = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            pid = await _fork(spec, cgroup, root_fd, {0: connection, 1: connection, 2: nowhere})
+        finally:
+            os.close(nowhere)
+        return Process(pid, os.pidfd_open(pid), cgroup, None, None, None)
+    except BaseException:
+        _LEFT_BEHIND.add(cgroup)
+        raise
 
 
 def _open_terminal(root_fd: int, account: Account) -> tuple[int, int]:

@@ -134,6 +134,50 @@ async def run(
         await follow(entry, follower, connection, decoder, listens=True)
 
 
+async def pipe(
+    context: Context, wish: ops.Pipe, connection: socket.socket, decoder: wire.Decoder
+) -> None:
+    """See core.ops.Pipe.
+
+    Raises:
+        RefusedError: bytes came before the answer: they would be lost.
+    """
+    if context.table.living() >= LIVING_MAX:
+        raise ConflictingError(
+            f"cannot start a process: {LIVING_MAX} run already; end some of them first"
+        )
+    if decoder.take_raw():
+        raise RefusedError("cannot start a process: its input came before it was there")
+    account = system.find_account(context.root_fd, wish.user)
+    env = await context.login_environment(account)
+    env |= context.env
+    env |= system.checked_environment(wish.env)
+    shells = (account.shell, *SHELLS)
+    async with context.starts.turn(connection):
+        await answer(connection, ops.Done())
+        # It is the program's from here on, which expects to wait for what it reads.
+        connection.setblocking(True)
+        process = await processes.start(
+            processes.Spec(
+                name=shells[0],
+                programs=[(shell, "-c", wish.command) for shell in shells],
+                env=env,
+                cwd=_home_of(context, account),
+                account=account,
+                connection=connection.fileno(),
+            ),
+            root_fd=context.root_fd,
+            wants_stdin=False,
+        )
+    try:
+        await process.wait()
+    finally:
+        # What it left in the background does not keep the connection.
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        process.release()
+
+
 def _is_login_shell(wish: ops.Start) -> bool:
     return wish.login and wish.command is None and not wish.argv
 

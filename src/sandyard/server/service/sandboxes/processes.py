@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sandyard.server.core import ops
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
     AgentError,
     InvalidArgumentError,
@@ -248,6 +249,20 @@ class Processes:
             async with self._reach.open(actor, reference, wish, use) as reached:
                 attached = ops.Attached(reached.answer.pid, 0)
                 yield Following(attached, reached.stream, self._clock)
+
+    @asynccontextmanager
+    async def pipe(
+        self, actor: Actor, reference: str, wish: ops.Pipe, use: Use
+    ) -> AsyncIterator[ByteStream]:
+        """Start a process and yield its input and output.
+
+        Raises:
+            UnsupportedError: the sandbox's agent is of a version that cannot.
+            For the rest see `start`.
+        """
+        with self._open.one(actor.org_id):
+            async with self._reach.open(actor, reference, wish, use) as reached:
+                yield reached.stream
 
     @asynccontextmanager
     async def follow(
