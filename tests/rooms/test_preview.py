@@ -287,22 +287,35 @@ class Later(SystemClock):
         return datetime.fromtimestamp(super().now().timestamp() + self.by_s, UTC)
 
 
-async def test_a_url_expires(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("query", "lasts_s"), [("", 3600), ("&ttl=60", 60), ("&ttl=2592000", 2592000)]
+)
+async def test_a_url_expires(tmp_path: Path, query: str, lasts_s: int) -> None:
     clock = Later()
     async with (
         listening() as (listener, port),
         door(tmp_path, saves=True, conduct=Conduct(ports={PORT: port}), clock=clock) as opened,
     ):
         found = Shown(opened, listener, await opened.yard.create(idleTimeout=0))
-        answer = await opened.yard.client.get(f"/v1/sandboxes/{found.box['id']}/url?port=3000")
+        answer = await opened.yard.client.get(
+            f"/v1/sandboxes/{found.box['id']}/url?port=3000{query}"
+        )
         data = answer.json()["data"]
         until_s = datetime.fromisoformat(data["expiresAt"]).timestamp() - clock.now().timestamp()
-        assert 86_400 <= until_s <= 86_400 * 25 / 24
+        assert lasts_s - 1 <= until_s <= lasts_s * 25 / 24
         host = urlsplit(data["url"]).netloc
         assert (await found.get(host)).status_code == 200
         clock.by_s = until_s + 1
         answer = await found.get(host)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "token_expired")
+
+
+@pytest.mark.parametrize("ttl", ["59", "2592001", "-1", "a", ""])
+async def test_a_url_holds_for_a_minute_to_a_month(shown: Shown, ttl: str) -> None:
+    path = f"/v1/sandboxes/{shown.box['id']}/url"
+    answer = await shown.opened.yard.client.get(path, params={"port": "3000", "ttl": ttl})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_request")
+    assert "ttl" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "9111", "-1", "a", "+80", ""])

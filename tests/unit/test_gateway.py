@@ -6,8 +6,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sandyard.server.core.errors import (
+    ConflictError,
+    InvalidTokenError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from sandyard.server.gateway import answers
 from sandyard.server.gateway import headers as h
 from sandyard.server.gateway.hosts import is_below, name_of
+from sandyard.server.gateway.pages import said
 
 DOMAIN = "preview.localhost:8080"
 BOX = "sandbox-abcdef123456"
@@ -189,3 +198,31 @@ def test_a_name_with_a_token_is_not_told_to_pages_elsewhere() -> None:
     assert answered() == [(b"referrer-policy", b"same-origin")]
     own = (b"referrer-policy", b"no-referrer")
     assert answered(own) == [own]
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        answers.closed(3000),
+        *(
+            answers.RefusedError(*one)
+            for one in (answers.NO_SUCH_NAME, answers.SILENT, answers.HUNG_UP, answers.NO_HTTP)
+        ),
+        *(
+            answers.refusal_of(error)
+            for error in (
+                UnauthenticatedError("x"), InvalidTokenError("x"), NotFoundError("x"),
+                ConflictError("cannot <b>run</b> & so on"), UnavailableError("x"),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_page_tells_visitors_and_owners_what_they_can_do(refused: answers.RefusedError) -> None:
+    message = refused.message
+    for part in (message.title, message.text, message.visitor, message.owner):
+        assert len(part) > 5
+    for wants_page in (True, False):
+        _, body = said(refused.status, refused.code, message, request_id="r", wants_page=wants_page)
+        assert b"<b>" not in body or not wants_page
+        assert (b"Sandyard" in body) is wants_page
+        assert (b"If somebody sent you this link" in body) is wants_page

@@ -136,18 +136,30 @@ def _know(where: SshAccess) -> None:
 def url(
     reference: Reference,
     port: Annotated[int, typer.Argument(help="What listens on this port is shown.")],
-    open_: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    open_: Annotated[
+        bool,
+        typer.Option("--open", help="Open it in a browser, which keeps a cookie as with --cookie."),
+    ] = False,
     cookie: Annotated[
         bool,
         typer.Option(
             "--cookie", help="Have a browser keep a cookie, in the place of a token in the name."
         ),
     ] = False,
+    ttl: Annotated[
+        int | None,
+        typer.Option(
+            min=60,
+            max=30 * 86_400,
+            help="Seconds that it holds at least; the server's setting without, usually an hour.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print a URL under which whoever has it sees what listens on a port of a sandbox."""
     with open_client() as client:
-        found = client.url(reference, port, cookie=cookie)
+        # A name is told to resolvers and to whoever sees the connection begin; a query is not.
+        found = client.url(reference, port, cookie=cookie or open_, ttl=ttl)
     if as_json:
         show_json({"url": found.url, "port": found.port, "expiresAt": found.expires_at})
     else:

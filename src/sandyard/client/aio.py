@@ -161,9 +161,11 @@ class AsyncSandyard:
         """See `Sandyard.delete_snapshot`."""
         await self._transport.send(calls.delete_snapshot(reference))
 
-    async def url(self, reference: str, port: int, *, cookie: bool = False) -> PreviewUrl:
+    async def url(
+        self, reference: str, port: int, *, cookie: bool = False, ttl: int | None = None
+    ) -> PreviewUrl:
         """See `Sandyard.url`."""
-        return await self._transport.send(calls.url(reference, port, cookie=cookie))
+        return await self._transport.send(calls.url(reference, port, cookie=cookie, ttl=ttl))
 
     async def ssh(self, reference: str) -> SshAccess:
         """See `Sandyard.ssh`."""
@@ -499,9 +501,9 @@ class AsyncSandbox(SandboxFacts):
         """See `Sandbox.roll_back`."""
         return self._now(await self._client.roll_back(self.id, snapshot))
 
-    async def url(self, port: int, *, cookie: bool = False) -> PreviewUrl:
+    async def url(self, port: int, *, cookie: bool = False, ttl: int | None = None) -> PreviewUrl:
         """See `Sandbox.url`."""
-        return await self._client.url(self.id, port, cookie=cookie)
+        return await self._client.url(self.id, port, cookie=cookie, ttl=ttl)
 
     async def ssh(self) -> SshAccess:
         """See `Sandbox.ssh`."""

@@ -328,9 +328,11 @@ def logs(reference: str) -> Call[str]:
     )
 
 
-def url(reference: str, port: int, *, cookie: bool) -> Call[PreviewUrl]:
+def url(reference: str, port: int, *, cookie: bool, ttl: int | None) -> Call[PreviewUrl]:
     """Make a URL of what listens on a port."""
-    query = {"port": port, "access": "cookie" if cookie else "host"}
+    query: dict[str, object] = {"port": port, "access": "cookie" if cookie else "host"}
+    if ttl is not None:
+        query["ttl"] = ttl
     return Call("GET", sandbox_path(reference, "url"), _preview, query=query, safe=True)
 
 

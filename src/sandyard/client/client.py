@@ -169,12 +169,15 @@ class Sandyard:
         """Remove a snapshot; what was made from it lives on."""
         self._transport.send(calls.delete_snapshot(reference))
 
-    def url(self, reference: str, port: int, *, cookie: bool = False) -> PreviewUrl:
+    def url(
+        self, reference: str, port: int, *, cookie: bool = False, ttl: int | None = None
+    ) -> PreviewUrl:
         """Return a URL under which whoever has it sees what listens on a port of a sandbox.
 
         Its token is in the host name, or with `cookie` in the query: then a browser keeps a cookie.
+        It holds for `ttl` seconds at least, without for as long as the server says.
         """
-        return self._transport.send(calls.url(reference, port, cookie=cookie))
+        return self._transport.send(calls.url(reference, port, cookie=cookie, ttl=ttl))
 
     def ssh(self, reference: str) -> SshAccess:
         """Return how to log in to a sandbox by SSH."""
@@ -535,9 +538,9 @@ class Sandbox(SandboxFacts):
         """Put it back to one of its snapshots; what it was until then is lost."""
         return self._now(self._client.roll_back(self.id, snapshot))
 
-    def url(self, port: int, *, cookie: bool = False) -> PreviewUrl:
+    def url(self, port: int, *, cookie: bool = False, ttl: int | None = None) -> PreviewUrl:
         """Return a URL of what listens on one of its ports. See `Sandyard.url`."""
-        return self._client.url(self.id, port, cookie=cookie)
+        return self._client.url(self.id, port, cookie=cookie, ttl=ttl)
 
     def ssh(self) -> SshAccess:
         """Return how to log in to it by SSH."""

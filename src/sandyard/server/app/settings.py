@@ -136,7 +136,10 @@ class PreviewSettings(Section):
         "http", description="`https` where a proxy in front, or the listener below, speaks TLS."
     )
     token_s: int = Field(
-        86_400, ge=60, le=30 * 86_400, description="Seconds that a preview URL holds at least."
+        3600,
+        ge=60,
+        le=30 * 86_400,
+        description="Seconds that a preview URL holds at least, where its ttl does not say.",
     )
     port: int | None = Field(
         None,

@@ -1,5 +1,6 @@
 """What the client of a preview is told: what a guest answered, or an answer of our own."""
 
+import html
 import logging
 
 import h11
@@ -20,7 +21,7 @@ from sandyard.server.gateway import headers as h
 from sandyard.server.gateway.exchange import BrokenOffError
 from sandyard.server.gateway.headers import Headers
 from sandyard.server.gateway.hosts import PreviewName
-from sandyard.server.gateway.pages import said, status_line
+from sandyard.server.gateway.pages import Message, said, status_line
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +38,15 @@ class RefusedError(Exception):
         self,
         status: int,
         code: str,
-        title: str,
-        text: str,
+        message: Message,
         *,
         refresh_s: int | None = None,
         **headers: str,
     ) -> None:
-        super().__init__(title)
+        super().__init__(message.title)
         self.status = status
         self.code = code
-        self.title = title
-        self.text = text
+        self.message = message
         self.refresh_s = refresh_s
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
@@ -127,14 +126,13 @@ class Answering:
     async def refuse(self, refused: RefusedError) -> None:
         """Send an answer of our own; half of another cannot be taken back, and is broken off."""
         if self._has_begun:
-            log.info("a preview was broken off: %s", refused.title)
+            log.info("a preview was broken off: %s", refused.message.title)
             raise BrokenOffError
         accept = h.first(self._scope["headers"], b"accept") or ""
         found, body = said(
             refused.status,
             refused.code,
-            refused.title,
-            refused.text,
+            refused.message,
             request_id=self._request_id,
             wants_page="text/html" in accept,
             refresh_s=refused.refresh_s,
@@ -146,71 +144,124 @@ class Answering:
         await self.end()
 
 
+_URL = "<code>sandyard sandbox url</code> or <code>GET /v1/sandboxes/{id}/url?port=…</code>"
+_LATER = "Try again later, or tell whoever sent it to you."
+_LOG = "Its log, or a command in the sandbox, may say why."
+
+
 def refusal_of(error: SandyardError) -> RefusedError:
     """Return what a person is told of an error."""
     match error:
         case RateLimitedError():
-            wait = str(error.retry_after_s)
-            return RefusedError(429, "rate_limited", "Too many requests", _text(error),
-                            retry_after=wait)  # fmt: skip
+            message = Message("Too many requests", _text(error), "Wait a moment, and try again.",
+                              "A link with a token in it is not limited.")  # fmt: skip
+            return RefusedError(429, "rate_limited", message, retry_after=str(error.retry_after_s))
         case InvalidTokenError() | TokenExpiredError():
-            return RefusedError(401, error.code, "This address does not let you in",
-                            "Its token is unknown, was for another address, or has expired. Ask "
-                            "for a new one: <code>GET /v1/sandboxes/{id}/url?port=…</code>, or "
-                            "<code>sandyard sandbox url</code>.")  # fmt: skip
+            return RefusedError(401, error.code, _NO_LONGER)
         case UnauthenticatedError():
-            return RefusedError(401, error.code, "Who are you?",
-                            "This preview is private. Use the address that <code>sandyard sandbox "
-                            "url</code> or <code>GET /v1/sandboxes/{id}/url?port=…</code> gives, "
-                            "or send <code>Authorization: Bearer</code> and an API key.",
-                            www_authenticate="Bearer")  # fmt: skip
+            return RefusedError(401, error.code, _PRIVATE, www_authenticate="Bearer")
         case PermissionDeniedError():
-            return RefusedError(403, error.code, "You may not see this", _text(error))
+            message = Message("You may not open this preview", _text(error),
+                              "Ask whoever sent it to you for a link that has a token in it.",
+                              "Use a key with the scope <code>sandbox:write</code>, or a link from "
+                              f"{_URL}.")  # fmt: skip
+            return RefusedError(403, error.code, message)
         case NotFoundError():
-            return RefusedError(404, error.code, "There is no such sandbox",
-                            "It was deleted, or never was.")  # fmt: skip
+            return RefusedError(404, error.code, _NO_SUCH_SANDBOX)
         case QuotaExceededError():
-            return RefusedError(402, error.code, "The sandbox stands still", _text(error))
+            message = Message("The sandbox is paused", _text(error), _LATER,
+                              "<code>sandyard usage</code> shows what was used.")  # fmt: skip
+            return RefusedError(402, error.code, message)
         case ConflictError():
-            return RefusedError(409, error.code, "The sandbox does not run", _text(error))
+            message = Message("The sandbox does not run", _text(error), _LATER,
+                              "<code>sandyard sandbox get</code> shows its status, and <code>"
+                              "sandyard sandbox resume</code> resumes it.")  # fmt: skip
+            return RefusedError(409, error.code, message)
         case _:
-            title = "The sandbox cannot be reached just now"
-            return RefusedError(503, error.code, title, _text(error),
-                            refresh_s=_REFRESH_S, retry_after="2")  # fmt: skip
+            message = Message("The sandbox cannot be reached just now",
+                              f"{_text(error)} This page tries again by itself.",
+                              "Wait a moment.",
+                              "If it stays so, <code>sandyard doctor</code> on the server may say "
+                              "why.")  # fmt: skip
+            return RefusedError(503, error.code, message, refresh_s=_REFRESH_S, retry_after="2")
 
 
 def _text(error: SandyardError) -> str:
-    shown = error.message.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = html.escape(error.message, quote=False)
     return f"{shown[:1].upper()}{shown[1:]}."
 
 
 def closed(port: int) -> RefusedError:
     """Return what is told where nothing listens."""
-    return RefusedError(
-        502, "bad_gateway", f"Nothing listens on port {port} yet",
-        f"The sandbox runs, but nothing in it listens on port {port}. This page looks again by "
-        "itself.", refresh_s=_REFRESH_S,
-    )  # fmt: skip
+    message = Message(
+        f"Nothing listens on port {port} yet",
+        "The sandbox runs, but nothing in it accepts connections on this port. This page tries "
+        "again by itself.",
+        "Wait a moment: a server that was just started may need some time.",
+        f"Start your server, and have it listen on port {port}; <code>127.0.0.1</code> is enough.",
+    )
+    return RefusedError(502, "bad_gateway", message, refresh_s=_REFRESH_S)
 
 
-NO_SUCH_NAME = (
-    404, "not_found", "There is no such preview",
-    "The name of a preview is <code>{port}-{sandbox id}</code>, with or without a token, and the "
-    "port is 1 to 65535 and not the platform's own.",
+_NO_LONGER = Message(
+    "This link does not work any more",
+    "Its token has expired, is unknown, or was made for another address.",
+    "Ask whoever sent it to you for a new one.",
+    f"Get a new one with {_URL}.",
+)
+_PRIVATE = Message(
+    "This preview is private",
+    "The address alone lets nobody in.",
+    "Ask whoever sent it to you for a link that has a token in it.",
+    f"Get a link with {_URL}, or send <code>Authorization: Bearer</code> and an API key.",
+)
+_NO_SUCH_SANDBOX = Message(
+    "This sandbox does not exist",
+    "It was deleted, or there never was one.",
+    "Ask whoever sent it to you whether there is a newer one.",
+    "<code>sandyard sandbox list</code> shows the ones that you have.",
+)
+NO_SUCH_NAME = 404, "not_found", Message(
+    "There is no preview at this address",
+    "The host name of a preview is <code>{port}-{sandbox id}</code>, with or without a token, and "
+    "the port is 1 to 65535 and not the platform's own.",
+    "Check that you have the whole link.",
+    f"Get the whole address with {_URL}.",
 )  # fmt: skip
-NOT_PASSED_ON = (
-    400, "bad_request", "This cannot be passed on",
-    "The request has a header that HTTP does not allow.",
+NOT_PASSED_ON = 400, "bad_request", Message(
+    "This request cannot be passed on",
+    "It has a header that HTTP does not allow.",
+    "Try another browser.",
+    "Look at what your client sends.",
 )  # fmt: skip
-SILENT = (
-    504, "gateway_timeout", "The sandbox does not answer",
-    "What listens there took the request and said nothing to it.",
+SEVERAL_HOSTS = 400, "bad_request", Message(
+    "This request cannot be passed on",
+    "It names several hosts.",
+    "Try another browser.",
+    "Have your client send one Host header.",
 )  # fmt: skip
-HUNG_UP = (
-    502, "bad_gateway", "The sandbox hung up",
-    "What listens on this port closed the connection without an answer. Its log may say why.",
+NO_METHOD = 400, "bad_request", Message(
+    "This request cannot be passed on",
+    "Its method is not one that a preview knows.",
+    "Try another browser.",
+    "Send another than CONNECT, and GET for a WebSocket.",
 )  # fmt: skip
-NO_HTTP = (
-    502, "bad_gateway", "The sandbox answers, but not in HTTP",
+SILENT = 504, "gateway_timeout", Message(
+    "The sandbox does not answer",
+    "What listens on this port took the request, and has not answered it.",
+    _LATER,
+    _LOG,
+)  # fmt: skip
+HUNG_UP = 502, "bad_gateway", Message(
+    "The sandbox hung up",
+    "What listens on this port closed the connection without an answer.",
+    _LATER,
+    _LOG,
+)  # fmt: skip
+NO_HTTP = 502, "bad_gateway", Message(
+    "The sandbox answers, but not in HTTP",
     "What listens on this port does not speak HTTP/1.1.",
+    "Check that you have the whole link: another port may be meant.",
+    "Serve HTTP/1.1 without TLS there; for other protocols there is "
+    "<code>sandyard sandbox ssh -L</code>.",
 )  # fmt: skip

@@ -31,8 +31,10 @@ from sandyard.server.gateway import headers as h
 from sandyard.server.gateway.answers import (
     HUNG_UP,
     NO_HTTP,
+    NO_METHOD,
     NO_SUCH_NAME,
     NOT_PASSED_ON,
+    SEVERAL_HOSTS,
     SILENT,
     TUNNEL,
     Answering,
@@ -49,6 +51,7 @@ from sandyard.server.gateway.exchange import (
     send_body,
 )
 from sandyard.server.gateway.hosts import PreviewName, is_below, name_of
+from sandyard.server.gateway.pages import Message
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.rates import Rates
@@ -183,15 +186,13 @@ class PreviewApp:
         hosts = [value for name, value in headers if name == b"host"]
         name = name_of(hosts[0].decode("latin-1"), self._domain) if len(hosts) == 1 else None
         if len(hosts) != 1:
-            raise RefusedError(400, "bad_request", "One host, please",
-                           "The request names several hosts.")  # fmt: skip
+            raise RefusedError(*SEVERAL_HOSTS)
         if name is None:
             raise RefusedError(*NO_SUCH_NAME)
         if scope.get("method") == "CONNECT" or (
             scope["type"] == TUNNEL and scope.get("method") != "GET"
         ):
-            raise RefusedError(400, "bad_request", "This cannot be passed on",
-                                "The method is not one that a preview knows.")  # fmt: skip
+            raise RefusedError(*NO_METHOD)
         address = (scope.get("client") or ("unknown", 0))[0]
         query, tokens = _without_token(scope.get("query_string", b""))
         try:
@@ -311,8 +312,13 @@ class PreviewApp:
         rest = f"?{query.decode('latin-1')}" if query else ""
         # Whole, for a path that begins with // would lead elsewhere.
         where = f"{self._scheme}://{name.host}{path}{rest}"
-        return RefusedError(302, "moved", "Here you are", "You are being sent on.",
-                        location=where, set_cookie=cookie)  # fmt: skip
+        sent_on = Message(
+            "You are being sent on",
+            "The token is in a cookie now.",
+            "Wait a moment.",
+            "Wait a moment.",
+        )
+        return RefusedError(302, "moved", sent_on, location=where, set_cookie=cookie)
 
     # --- copy -------------------------------------------------------------------------------
 

@@ -46,10 +46,22 @@ async def get_url(
         Literal["host", "cookie"],
         Query(description="Where the token is: in the host name, or for a browser in a cookie."),
     ] = "host",
+    ttl: Annotated[
+        int | None,
+        Query(
+            ge=60,
+            le=30 * 86_400,
+            description="Seconds that it holds at least; the setting preview.token_s without.",
+        ),
+    ] = None,
 ) -> Data[UrlOut]:
     """Return a URL under which whoever has it sees what listens on a port of a sandbox."""
     found = await previews.url(
-        actor, checked_text(reference, field="reference"), port, by_cookie=access == "cookie"
+        actor,
+        checked_text(reference, field="reference"),
+        port,
+        by_cookie=access == "cookie",
+        lasts_s=ttl,
     )
     return enveloped(request, UrlOut(url=found.url, port=found.port, expires_at=found.expires_at))
 

@@ -58,8 +58,17 @@ class Previews:
         self._addresses = addresses
         self._clock = clock
 
-    async def url(self, actor: Actor, reference: str, port: int, *, by_cookie: bool) -> Preview:
-        """Return a URL of a port, whose token is in its host name, or `by_cookie` in its query.
+    async def url(
+        self,
+        actor: Actor,
+        reference: str,
+        port: int,
+        *,
+        by_cookie: bool,
+        lasts_s: int | None = None,
+    ) -> Preview:
+        """Return a URL of a port, whose token is in its host name, or `by_cookie` in its query; it
+        holds for so long at least.
 
         Raises:
             NotFoundError: no such sandbox for this actor.
@@ -73,7 +82,7 @@ class Previews:
                 field="port",
             )
         sandbox = await self._register.get(actor, reference)
-        token, until = await self._tickets.issue_for_port(actor, sandbox, KIND, port)
+        token, until = await self._tickets.issue_for_port(actor, sandbox, KIND, port, lasts_s)
         where = self._addresses
         label = f"{port}-{sandbox.id}"
         if by_cookie:

@@ -38,7 +38,8 @@ class Admission:
 
 
 class Tickets:
-    """See the module. `key` is the installation's; tokens of previews hold for `preview_s`."""
+    """See the module. `key` is the installation's; tokens of previews hold for `preview_s`, unless
+    another time is asked for."""
 
     def __init__(
         self, *, store: Store, signers: Signers, clock: Clock, key: bytes, preview_s: int
@@ -59,7 +60,7 @@ class Tickets:
         return secret, until
 
     async def issue_for_port(
-        self, actor: Actor, sandbox: Sandbox, kind: str, port: int
+        self, actor: Actor, sandbox: Sandbox, kind: str, port: int, lasts_s: int | None = None
     ) -> tuple[str, datetime]:
         """Make a token for a port of a sandbox, which may be used again and again, of characters
         that a host name may have; return it and when it runs out.
@@ -67,10 +68,11 @@ class Tickets:
         Within a part of its time the same one is made again, so that whoever asks often does not
         fill the store.
         """
-        part_s = max(1, self._preview_s // _PARTS)
+        lasts_s = self._preview_s if lasts_s is None else lasts_s
+        part_s = max(1, lasts_s // _PARTS)
         part = int(self._clock.now().timestamp()) // part_s
-        until = datetime.fromtimestamp((part + 1) * part_s + self._preview_s, UTC)
-        said = f"{kind} {actor.org_id} {signer_of(actor)} {sandbox.id} {port} {part}"
+        until = datetime.fromtimestamp((part + 1) * part_s + lasts_s, UTC)
+        said = f"{kind} {actor.org_id} {signer_of(actor)} {sandbox.id} {port} {part} {lasts_s}"
         digest = hmac.digest(self._key, said.encode(), sha256)[:16]
         token = b32encode(digest).decode().rstrip("=").lower()
         await self._keep(actor, sandbox, token, kind, str(port), until)
