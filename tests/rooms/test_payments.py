@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from tests.support.stripe import (
     WEBHOOK_SECRET,
     StandIn,
     charged_event,
+    event_of,
     paid_event,
     signature_of,
     stripe_stand_in,
 )
+
+from sandyard.server.service.money.credits import credit
 
 CHECKOUT = {"amountCents": 2000, "successUrl": "https://a.b/ok", "cancelUrl": "https://a.b/no"}
 
@@ -240,3 +243,116 @@ async def test_what_is_switched_off_meanwhile_stays_off(
     assert len(stand_in.charges) <= 1
     wish = (await yard.client.get("/v1/billing/auto-topup")).json()["data"]
     assert wish["enabled"] is False
+
+
+def _charge(
+    stand_in: StandIn, org_id: str | None, *, refunded: int = 0, currency: str = "usd"
+) -> Any:
+    charge = {
+        "id": "ch_1", "object": "charge", "amount": 2000, "amount_refunded": refunded,
+        "currency": currency, "payment_intent": "pi_9",
+        "metadata": {"org_id": org_id} if org_id else {},
+    }  # fmt: skip
+    stand_in.objects["/v1/charges/ch_1"] = charge
+    return charge
+
+
+def _dispute(stand_in: StandIn, status: str) -> Any:
+    dispute = {
+        "id": "dp_1",
+        "object": "dispute",
+        "amount": 1500,
+        "charge": "ch_1",
+        "status": status,
+    }
+    stand_in.objects["/v1/disputes/dp_1"] = dispute
+    return dispute
+
+
+async def test_what_is_refunded_is_taken_out_once_in_whatever_order_it_is_told(
+    yard: Yard, stand_in: StandIn
+) -> None:
+    org_id, _ = await yard.first()
+    await tell(yard, paid_event(org_id))
+    await yard.client.put("/v1/billing/auto-topup", json={"enabled": True, "thresholdCents": 5000})
+    before = await balance(yard)
+    charge = _charge(stand_in, org_id, refunded=500)
+    refund = {"id": "re_1", "object": "refund", "amount": 500, "charge": "ch_1"}
+    for event in (
+        event_of("charge.refunded", charge), event_of("refund.created", refund),
+        event_of("charge.refunded", charge),
+    ):  # fmt: skip
+        assert (await tell(yard, event)).status_code == 200
+        assert await balance(yard) == before - 500
+    # The card that was paid back is not charged for that.
+    found = (await yard.client.get("/v1/billing/auto-topup")).json()["data"]
+    assert found["enabled"] is False
+    # What the event says is old by now: the whole was refunded since.
+    _charge(stand_in, org_id, refunded=2000)
+    await tell(yard, event_of("charge.refunded", charge))
+    assert await balance(yard) == before - 2000
+    _charge(stand_in, org_id, refunded=500)  # one of the two failed
+    await tell(yard, event_of("refund.failed", refund))
+    assert await balance(yard) == before - 500
+    history = (await yard.client.get("/v1/billing/credits/history")).json()["data"]
+    told = [(one["type"], one["amountCents"], one["description"]) for one in history[:3]]
+    assert told == [
+        ("refund", 1500, "Refund failed"), ("refund", -1500, "Payment refunded"),
+        ("refund", -500, "Payment refunded"),
+    ]  # fmt: skip
+    events = (await yard.client.get("/v1/activity")).json()["data"]["events"]
+    assert sum(one["eventType"] == "billing.refund" for one in events) == 3
+
+
+async def test_what_is_disputed_cannot_be_spent_until_the_dispute_is_won(
+    yard: Yard, stand_in: StandIn
+) -> None:
+    org_id, _ = await yard.first()
+    await tell(yard, paid_event(org_id))
+    before = await balance(yard)
+    _charge(stand_in, org_id)
+    for status, kind, taken in (
+        ("warning_needs_response", "created", 0),  # an inquiry takes nothing
+        ("needs_response", "created", 1500),
+        ("under_review", "updated", 1500),
+        ("needs_response", "funds_withdrawn", 1500),
+        ("won", "closed", 0),
+        ("won", "funds_reinstated", 0),
+        ("lost", "closed", 1500),
+    ):
+        told = _dispute(stand_in, status)
+        assert (await tell(yard, event_of(f"charge.dispute.{kind}", told))).status_code == 200
+        assert await balance(yard) == before - taken, (status, kind)
+    # Below nothing, nothing starts.
+    spent = -(await balance(yard)) - 1
+    async with yard.house.store.write(org_id) as tx:
+        now = datetime.now(UTC)
+        await credit(tx, org_id, "adjustment", spent, description="spent", at=now)
+    answer = await yard.client.post("/v1/sandboxes", json={})
+    assert answer.status_code == 402
+
+
+async def test_reversals_of_others_charges_and_unknown_ones_change_nothing(
+    yard: Yard, stand_in: StandIn
+) -> None:
+    org_id, _ = await yard.first()
+    before = await balance(yard)
+    path = "/v1/checkout/sessions"
+    empty = {"object": "list", "data": [], "has_more": False, "url": path}
+    stand_in.objects[path] = empty
+    charge = _charge(stand_in, None, refunded=700)
+    assert (await tell(yard, event_of("charge.refunded", charge))).json()["credited"] is False
+    charge = _charge(stand_in, org_id, refunded=700, currency="eur")
+    assert (await tell(yard, event_of("charge.refunded", charge))).json()["credited"] is False
+    gone = event_of("charge.refunded", {**charge, "id": "ch_gone"})
+    assert (await tell(yard, gone)).status_code == 503
+    stand_in.is_down = True
+    assert (await tell(yard, event_of("charge.refunded", charge))).status_code == 503
+    stand_in.is_down = False
+    assert await balance(yard) == before
+    # A checkout of a version before told only its session whose it is.
+    session = {"id": "cs_1", "object": "checkout.session", "metadata": {"org_id": org_id}}
+    stand_in.objects[path] = {**empty, "data": [session]}
+    charge = _charge(stand_in, None, refunded=700)
+    assert (await tell(yard, event_of("charge.refunded", charge))).json()["credited"] is True
+    assert await balance(yard) == before - 700

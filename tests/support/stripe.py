@@ -25,13 +25,17 @@ class StandIn:
         self.loses_answers = False
         self.is_slow = False
         self.charges: dict[str, str] = {}
+        self.objects: dict[str, dict[str, Any]] = {}
+        """What is answered to whoever asks for a path."""
 
     def answer(self, method: str, path: str, form: dict[str, str], key: str | None) -> Any:
         """Return status and body."""
         self.asked.append((method, path, form, key))
         if self.is_down:
             return 500, {"error": {"message": "down", "type": "api_error"}}
-        if path == "/v1/checkout/sessions":
+        if method == "GET" and path in self.objects:
+            return 200, self.objects[path]
+        if path == "/v1/checkout/sessions" and method == "POST":
             url = f"{self.url}/pay/cs_1"
             return 200, {"id": "cs_1", "object": "checkout.session", "url": url}
         if path.endswith("/payment_methods"):
@@ -111,6 +115,13 @@ def charged_event(org_id: str, intent: str, cents: int, **metadata: str) -> byte
         "id": "evt_2", "object": "event", "api_version": "2025-01-01",
         "type": "payment_intent.succeeded", "data": {"object": told},
     }  # fmt: skip
+    return json.dumps(event).encode()
+
+
+def event_of(type_: str, told: dict[str, Any]) -> bytes:
+    """Return an event that tells of an object."""
+    event = {"id": "evt_3", "object": "event", "api_version": "2025-01-01", "type": type_,
+             "data": {"object": told}}  # fmt: skip
     return json.dumps(event).encode()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import stripe
 
-from sandyard.server.core.contracts.payments import KEY_PREFIX, Checkout, Payment
+from sandyard.server.core.contracts.payments import KEY_PREFIX, Checkout, Payment, Reversal
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -21,6 +21,12 @@ _LIMIT_S = 20.0
 _TOLERANCE_S = 300
 _AUTOMATIC = "auto-topup"
 _CHARGED = "payment_intent.succeeded"
+_REFUNDED = (
+    "charge.refunded", "charge.refund.updated", "refund.created", "refund.updated", "refund.failed",
+)  # fmt: skip
+_DISPUTED = "charge.dispute."
+# An inquiry (warning_…) takes no money yet.
+_WITHHELD = frozenset({"needs_response", "under_review", "lost"})
 _PAID = ("checkout.session.completed", "checkout.session.async_payment_succeeded")
 
 
@@ -39,7 +45,7 @@ class NoPayments:
         """See core.contracts.payments.Payments.charge."""
         raise _not_set_up()
 
-    def read_event(self, payload: bytes, signature: str) -> Payment | None:
+    async def read_event(self, payload: bytes, signature: str) -> Payment | Reversal | None:
         """See core.contracts.payments.Payments.read_event."""
         raise _not_set_up()
 
@@ -78,7 +84,11 @@ class StripePayments:
                     "metadata": {"org_id": org_id},
                     # So that an automatic top-up can use the same card.
                     "customer_creation": "always",
-                    "payment_intent_data": {"setup_future_usage": "off_session"},
+                    "payment_intent_data": {
+                        "setup_future_usage": "off_session",
+                        # For the charge, so that a refund of it finds its organization.
+                        "metadata": {"org_id": org_id},
+                    },
                     "line_items": [
                         {
                             "quantity": 1,
@@ -141,7 +151,7 @@ class StripePayments:
             key=key,
         )
 
-    def read_event(self, payload: bytes, signature: str) -> Payment | None:
+    async def read_event(self, payload: bytes, signature: str) -> Payment | Reversal | None:
         """See core.contracts.payments.Payments.read_event."""
         if self._webhook_secret is None:
             raise _not_set_up("billing.stripe_webhook_secret")
@@ -152,6 +162,56 @@ class StripePayments:
                 "cannot accept this event: it is not signed by the payment provider, or too old"
             ) from error
         event = json.loads(payload)
+        told = event["data"]["object"]
+        if event["type"] in _REFUNDED:
+            return await self._refunded(told["id" if told["object"] == "charge" else "charge"])
+        if event["type"].startswith(_DISPUTED):
+            return await self._disputed(told["id"])
+        return self._paid(event)
+
+    async def _refunded(self, charge_id: str) -> Reversal | None:
+        """Return what of a charge was refunded, if that was one of ours."""
+        try:
+            charge = await self._client.v1.charges.retrieve_async(charge_id)
+            org_id = await self._org_of(charge)
+        except stripe.StripeError as error:
+            raise _failed(error) from error
+        if org_id is None:
+            return None
+        return Reversal(org_id, charge.amount_refunded, charge.id, is_dispute=False)
+
+    async def _disputed(self, dispute_id: str) -> Reversal | None:
+        """Return what a dispute keeps, if it is of a charge of ours."""
+        try:
+            dispute = await self._client.v1.disputes.retrieve_async(dispute_id)
+            charge_id = dispute.charge if isinstance(dispute.charge, str) else dispute.charge.id
+            org_id = await self._org_of(await self._client.v1.charges.retrieve_async(charge_id))
+        except stripe.StripeError as error:
+            raise _failed(error) from error
+        if org_id is None:
+            return None
+        amount = dispute.amount if dispute.status in _WITHHELD else 0
+        return Reversal(org_id, amount, dispute.id, is_dispute=True)
+
+    async def _org_of(self, charge: stripe.Charge) -> str | None:
+        """Return the organization that a charge was credited to; None if it was to none."""
+        found = _org_in(charge.metadata)
+        if not found and charge.payment_intent is not None:
+            # A checkout of a version before, which told only its session.
+            intent = charge.payment_intent
+            sessions = await self._client.v1.checkout.sessions.list_async(
+                {"payment_intent": intent if isinstance(intent, str) else intent.id, "limit": 1}
+            )
+            for one in sessions.data:
+                found = _org_in(one.metadata)
+        if found and charge.currency != self._currency:
+            log.error("a reversal cannot be posted: it is in %s", charge.currency,
+                      extra={"reference": charge.id})  # fmt: skip
+            return None
+        return found
+
+    def _paid(self, event: Any) -> Payment | None:
+        """Return the payment that an event tells of."""
         told = event["data"]["object"]
         org_id = (told.get("metadata") or {}).get("org_id")
         key = (told.get("metadata") or {}).get("key")
@@ -182,6 +242,11 @@ class StripePayments:
             is_automatic=is_automatic,
             key=key if is_automatic and isinstance(key, str) else None,
         )
+
+
+def _org_in(metadata: object) -> str | None:
+    found = getattr(metadata, "org_id", None)
+    return found if isinstance(found, str) and found else None
 
 
 def _key_told(key: str) -> dict[str, str]:

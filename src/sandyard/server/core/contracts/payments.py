@@ -33,6 +33,18 @@ class Payment:
     key: str | None = None
 
 
+@dataclass(frozen=True)
+class Reversal:
+    """What went back of one payment to whoever paid, in all, as of now: by refunds, or by a dispute
+    for as long as it is open or lost. `reference` is the provider's, the same however often it is
+    told; the amount may be less later, where a refund fails or a dispute is won."""
+
+    org_id: str
+    amount_cents: int
+    reference: str
+    is_dispute: bool
+
+
 class Payments(Protocol):
     """The payment provider."""
 
@@ -59,11 +71,14 @@ class Payments(Protocol):
         """
         ...
 
-    def read_event(self, payload: bytes, signature: str) -> Payment | None:
-        """Return the payment that the provider tells of; None for anything else.
+    async def read_event(self, payload: bytes, signature: str) -> Payment | Reversal | None:
+        """Return the payment, or what went back of one, that the provider tells of; None for
+        anything else.
+
+        Events come in any order, so what went back is asked of the provider as of now.
 
         Raises:
             InvalidTokenError: it is not signed by the provider, or too old.
-            UnavailableError: the provider is not set up.
+            UnavailableError: the provider is not set up, or does not answer.
         """
         ...

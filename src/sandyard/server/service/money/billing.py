@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.payments import Checkout, Payments
+from sandyard.server.core.contracts.payments import Checkout, Payments, Reversal
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     ConflictError,
@@ -27,7 +27,13 @@ from sandyard.server.core.records import (
 )
 from sandyard.server.service.actor import Actor, plan_of
 from sandyard.server.service.lines import line
-from sandyard.server.service.money.credits import AMOUNT_MAX, SIGN_UP, credit, take_payment
+from sandyard.server.service.money.credits import (
+    AMOUNT_MAX,
+    SIGN_UP,
+    credit,
+    take_back,
+    take_payment,
+)
 from sandyard.server.service.repeats import Repeatable, Repeats
 from sandyard.server.service.sandboxes.register import Register
 
@@ -203,20 +209,23 @@ class Billing:
         )
 
     async def told_of_payment(self, payload: bytes, signature: str) -> bool:
-        """Put a payment into its account that the provider tells of; told again, nothing.
+        """Put a payment into its account that the provider tells of, or take out what went back
+        of one; told again, nothing.
 
         Raises:
             InvalidTokenError: the provider did not sign this.
             UnavailableError: no payment provider is set up.
         """
-        payment = self._payments.read_event(payload, signature)
-        if payment is None:
+        told = await self._payments.read_event(payload, signature)
+        if told is None:
             return False
         now = self._clock.now()
-        async with self._store.write(payment.org_id) as tx:
-            if await tx.organizations.find(payment.org_id) is None:
+        async with self._store.write(told.org_id) as tx:
+            if await tx.organizations.find(told.org_id) is None:
                 raise NotFoundError("cannot credit a payment: its organization is not here")
-            return await take_payment(tx, payment, at=now, is_automatic=payment.is_automatic)
+            if isinstance(told, Reversal):
+                return await take_back(tx, told, at=now)
+            return await take_payment(tx, told, at=now, is_automatic=told.is_automatic)
 
     async def auto_topup(self, actor: Actor) -> AutoTopup:
         """Return how the account is to be filled up by itself."""

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from datetime import datetime
 
-from sandyard.server.core.contracts.payments import Payment
+from sandyard.server.core.contracts.payments import Payment, Reversal
 from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import new_uuid
@@ -103,6 +103,47 @@ async def take_payment(
             )
         )
     return is_new
+
+
+async def take_back(tx: Transaction, reversal: Reversal, *, at: datetime) -> bool:
+    """Have an account lack just what went back of a payment, however often and in whatever order it
+    is told of; False if it does already.
+
+    The account may fall below 0. It is not filled up by itself any more: the card that was paid
+    back, or whose owner disputes a payment, is not to be charged for that.
+    """
+    type_ = "adjustment" if reversal.is_dispute else "refund"
+    posted, number = 0, 1
+    while True:
+        reference = reversal.reference if number == 1 else f"{reversal.reference} {number}"
+        known = await tx.credits.find(reversal.org_id, type_, reference)
+        if known is None:
+            break
+        posted, number = posted + known.amount_cents, number + 1
+    missing = -reversal.amount_cents - posted
+    if missing == 0:
+        return False
+    what = "Payment disputed" if reversal.is_dispute else "Payment refunded"
+    if missing > 0:
+        what = "Disputed payment returned" if reversal.is_dispute else "Refund failed"
+    entry, _ = await credit(
+        tx, reversal.org_id, type_, missing, description=what, at=at, reference_id=reference
+    )
+    wish = await tx.credits.auto_topup(reversal.org_id)
+    if missing < 0 and wish.is_enabled:
+        await tx.credits.save_auto_topup(replace(wish, is_enabled=False))
+    await tx.activity.append(
+        line(
+            "billing.dispute" if reversal.is_dispute else "billing.refund",
+            what,
+            org_id=reversal.org_id,
+            actor=None,
+            resource_id=entry.id,
+            at=at,
+            attributes={"amountCents": missing, "reference": reversal.reference},
+        )
+    )
+    return True
 
 
 async def end_pending(tx: Transaction, org_id: str, key: str | None) -> None:
