@@ -151,6 +151,20 @@ def test_a_terminal_in_a_browser(server: RealServer, page: Page) -> None:
     until(lambda: "whole" in shown(page) and "hällo" not in shown(page), "it has the screen", page)
     page.keyboard.press("q")
     until(lambda: "hällo-42" in shown(page), "the screen is back", page)
+    # A page that is loaded again comes back to its shell, and knows the sandbox by its name.
+    page.keyboard.type("mine=still; echo as-$((1+1))\n")
+    until(lambda: "as-2" in shown(page), "it is there", page)
+    page.click("#larger")
+    page.select_option("#theme", "light")
+    visit(page, f"http://127.0.0.1:{server.port}/terminal/term")
+    until(lambda: "as-2" in shown(page), "what was printed is shown again", page)
+    until(lambda: page.title() == "term: terminal", "it is called by its name", page)
+    page.keyboard.type("echo $mine-here\n")
+    until(lambda: "still-here" in shown(page), "the same shell", page)
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.evaluate("getComputedStyle(document.querySelector('.xterm-rows')).fontSize") == (
+        "16px"
+    )
     # The connection goes, the shell does not.
     page.keyboard.type("kept=here; echo so-$((1+1))\n")
     until(lambda: "so-2" in shown(page), "it is kept", page)
@@ -163,6 +177,12 @@ def test_a_terminal_in_a_browser(server: RealServer, page: Page) -> None:
     until(lambda: "(3)" in (page.text_content("#said") or ""), "its end is told", page)
     page.click("#again")
     until(lambda: "#" in shown(page), "another one", page)
+    # One that ended while nobody looked is not asked for again. By its id, the page is another.
+    page.keyboard.type("echo new-$((1+1)); sleep 1; exit\n")
+    until(lambda: "new-2" in shown(page), "it is new", page)
+    visit(page, f"http://127.0.0.1:{server.port}/terminal/{box}")
+    until(lambda: page.title() == "term: terminal", "it is called by its name", page)
+    until(lambda: "#" in shown(page), "a shell of its own", page)
 
 
 @pytest.mark.parametrize("times", [0, 1, 2, 6])

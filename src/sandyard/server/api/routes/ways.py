@@ -135,7 +135,8 @@ async def terminal(
     session: str,
 ) -> None:
     """A terminal: in come keys, as bytes or text, and messages `input` and `resize`; out go bytes,
-    and a message `exit` at last."""
+    and a message `exit` at last. Who comes back to an `offset` is told first from which one on, in a
+    message `offset`."""
     del session  # the edge has redeemed it
     async with served(socket, "sandbox:write"):
         admission: Admission = socket.state.admission
@@ -145,6 +146,9 @@ async def terminal(
         offset = _number(socket, "offset")
         async with terminals.open(admission, size, offset) as following:
             await socket.accept()
+            if offset is not None:
+                # What was printed before may not be kept any more.
+                await send_json(socket, {"type": "offset", "offset": following.offset})
             inflow = Inflow(following)
             resizing = _Resizing(terminals, rates, admission, following)
 
