@@ -23,6 +23,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.service.actor import Actor
 
+_REASON_MAX = 123
 _POLICY, _BROKEN = 1008, 1011  # RFC 6455, 7.4.1
 _KNOWN_NO_MORE = (
     InvalidTokenError, TokenExpiredError, UnauthenticatedError, PermissionDeniedError,
@@ -130,9 +131,14 @@ async def served(socket: WebSocket, scope: str) -> AsyncIterator[Actor]:
             else:
                 await send_json(socket, {"type": "error", **error_out(error)})
                 is_nobody = isinstance(error, _KNOWN_NO_MORE)
-                await socket.close(_POLICY if is_nobody else _BROKEN)
+                await socket.close(_POLICY if is_nobody else _BROKEN, reason=_reason_of(error))
     except WebSocketDisconnect:
         pass
+
+
+def _reason_of(error: SandyardError) -> str:
+    """Return what a close frame has room for (RFC 6455, 5.5)."""
+    return error.message.encode()[:_REASON_MAX].decode(errors="ignore")
 
 
 async def send_json(socket: WebSocket, message: Mapping[str, object]) -> None:

@@ -135,8 +135,8 @@ async def terminal(
     session: str,
 ) -> None:
     """A terminal: in come keys, as bytes or text, and messages `input` and `resize`; out go bytes,
-    and a message `exit` at last. Who comes back to an `offset` is told first from which one on, in a
-    message `offset`."""
+    and a message `exit` at last. Who comes back to an `offset` is told first whence it goes
+    on, in a message `offset`."""
     del session  # the edge has redeemed it
     async with served(socket, "sandbox:write"):
         admission: Admission = socket.state.admission
