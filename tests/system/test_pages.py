@@ -272,6 +272,25 @@ def test_a_desktop_in_a_browser_and_by_the_api(server: RealServer, page: Page) -
     server.act(box, "desktop/click", x=term["x"] + 100, y=term["y"] + 60)
     server.act(box, "desktop/type", text="echo from the api: é€ >/tmp/api\n")
     until(lambda: "é€" in str(server.execute(box, "cat /tmp/api")["stdout"]), "it is typed", page)
+    # Nothing on it is named after the machine that it was copied from.
+    assert {one["title"] for one in windows if one["program"] == "XTerm"} == {"Terminal"}
+    # Ctrl+V pastes at the prompt, as anywhere else, and nothing of how it does is seen.
+    page.evaluate("() => { navigator.clipboard.readText = async () => 'echo 你好 >/tmp/pasted'; }")
+    page.click("#paste")
+    page.mouse.click(canvas["x"] + term["x"] + 100, canvas["y"] + term["y"] + 60)
+
+    def pasted() -> bool:
+        page.keyboard.press("Control+v")
+        page.wait_for_timeout(1500)
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(1500)
+        return str(server.execute(box, "cat /tmp/pasted")["stdout"]) == "你好\n"
+
+    until(pasted, "it was pasted", page)
+    fonts = str(
+        server.execute(box, "fc-match :lang=zh; fc-match :lang=ja; fc-match :lang=ko")["stdout"]
+    )
+    assert fonts.count("Droid Sans Fallback") == 3
     # What is on it is the user's own, and its browser starts.
     server.execute(box, "DISPLAY=:0 setpriv --reuid=1000 --regid=1000 --init-groups env "
                    "HOME=/home/user nohup chromium about:blank >/dev/null 2>&1 & true")  # fmt: skip
