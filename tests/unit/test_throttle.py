@@ -1,9 +1,12 @@
 """Handshakes of one source: so many at once, so many a second, and whoever logs in goes free."""
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sandyard.server.gateway import throttle
+from sandyard.server.gateway.ssh import rest_of
 from sandyard.server.gateway.throttle import Throttle
 
 
@@ -58,3 +61,11 @@ def test_sources_are_forgotten() -> None:
     for number in range(throttle._SOURCES_MAX):
         made.begin(f"later {number % 3}")
     assert len(made._used_up_to) < 10
+
+
+@given(st.floats(0, 100))
+def test_a_refusal_takes_one_of_few_times(elapsed_s: float) -> None:
+    rest_s = rest_of(elapsed_s)
+    assert 0 <= rest_s <= max(0.01, elapsed_s)
+    doubled = math.log2((elapsed_s + rest_s) / 0.01)
+    assert abs(doubled - round(doubled)) < 1e-6
