@@ -119,7 +119,7 @@ def set_up_logs(
     handler.setFormatter(TextFormatter() if wants_text else JsonFormatter())
     handler.addFilter(Folded())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("alembic", "aiosqlite", "asyncio", "uvicorn.error", "pyroute2"):
+    for noisy in ("alembic", "asyncio", "uvicorn.error", "pyroute2"):
         logging.getLogger(noisy).setLevel("WARNING")
     logging.getLogger("asyncio").addFilter(_means_something)
 

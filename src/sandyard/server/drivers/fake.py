@@ -12,6 +12,7 @@ import socket
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import assert_never
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import CodecError, decode, encode
@@ -302,6 +303,18 @@ class FakeMachine:
             writer.write(refusal(_CODES[type(error)], error))
             return False
         writer.write(wire.encode_answer(answer))
+        await self._go_on(operation, answer, reader, decoder, writer)
+        return again
+
+    async def _go_on(
+        self,
+        operation: ops.AnyOperation,
+        answer: wire.Answer,
+        reader: asyncio.StreamReader,
+        decoder: wire.Decoder,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Do what follows the answer of an operation."""
         match operation:
             case ops.Execute():
                 await self._execute(operation, writer)
@@ -317,13 +330,29 @@ class FakeMachine:
                 await self._follow(ops.Attach(found.pid, offset=0), reader, decoder, writer)
             case ops.Attach():
                 await self._follow(operation, reader, decoder, writer)
-            case _:
+            case (
+                ops.Move() | ops.Copy() | ops.Remove() | ops.Read() | ops.ListFolder()
+                | ops.Write() | ops.WatchFolder()
+            ):  # fmt: skip
                 await self._work_on_file(operation, reader, decoder, writer)
-        return again
+            case (
+                ops.Hello() | ops.SetUp() | ops.Wake() | ops.MountAll() | ops.Unmount()
+                | ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize()
+                | ops.Stat() | ops.MakeFolder() | ops.Listen() | ops.Take() | ops.Stats()
+            ):  # fmt: skip
+                pass  # the answer was all
+            case _:
+                assert_never(operation)
 
     async def _work_on_file(
         self,
-        operation: ops.AnyOperation,
+        operation: ops.Move
+        | ops.Copy
+        | ops.Remove
+        | ops.Read
+        | ops.ListFolder
+        | ops.Write
+        | ops.WatchFolder,
         reader: asyncio.StreamReader,
         decoder: wire.Decoder,
         writer: asyncio.StreamWriter,
@@ -347,8 +376,6 @@ class FakeMachine:
                     beside(reader.read(1)) as gone,
                 ):
                     await asyncio.wait([watching, gone], return_when=asyncio.FIRST_COMPLETED)
-            case _:
-                pass
 
     def _accepted(self, request: wire.Request) -> ops.AnyOperation:
         try:

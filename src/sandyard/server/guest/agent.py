@@ -12,6 +12,7 @@ import resource
 import socket
 import sys
 from pathlib import Path
+from typing import assert_never
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import CodecError
@@ -119,12 +120,8 @@ class Agent:
                 await answer(connection, ops.Done(), again=again)
             case ops.Execute():
                 await execute(self._context, operation, connection, decoder, again=again)
-            case ops.Run():  # before Start, of which it is one
-                await programs.run(self._context, operation, connection, decoder)
-            case ops.Pipe():
-                await programs.pipe(self._context, operation, connection, decoder)
-            case ops.Attach():
-                await programs.attach(self._context, operation, connection, decoder)
+            case ops.Run() | ops.Pipe() | ops.Attach():  # before Start, of which the first is one
+                await programs.follow(self._context, operation, connection, decoder)
             case ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize():
                 done = await programs.carry_out(self._context, operation, connection)
                 await answer(connection, done, again=again)
@@ -136,8 +133,13 @@ class Agent:
                 await take(self._context, operation, connection, decoder)
             case ops.Stats():
                 await answer(connection, await stats(self._context, operation), again=again)
-            case _:
+            case (
+                ops.Stat() | ops.ListFolder() | ops.MakeFolder() | ops.Move() | ops.Copy()
+                | ops.Remove() | ops.Read() | ops.Write() | ops.WatchFolder()
+            ):  # fmt: skip
                 await files.carry_out(self._context, operation, connection, decoder)
+            case _:
+                assert_never(operation)
 
     async def _prepare(
         self,

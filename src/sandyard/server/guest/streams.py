@@ -144,22 +144,6 @@ async def copy(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(how)
 
 
-async def write_all(descriptor: int, data: bytes) -> None:
-    """Write to a pipe, waiting where it is full."""
-    loop = asyncio.get_running_loop()
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(descriptor, view) :]
-        except BlockingIOError:
-            ready = asyncio.Event()
-            loop.add_writer(descriptor, ready.set)
-            try:
-                await ready.wait()
-            finally:
-                loop.remove_writer(descriptor)
-
-
 def _resolve(future: "asyncio.Future[None]") -> None:
     if not future.done():
         future.set_result(None)

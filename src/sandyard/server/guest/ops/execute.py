@@ -4,7 +4,7 @@ import socket
 
 from sandyard.server.core import ops, wire
 from sandyard.server.guest.context import Context
-from sandyard.server.guest.ops.processes import follow, start
+from sandyard.server.guest.ops.processes import start, tell
 from sandyard.server.guest.streams import answer
 
 
@@ -34,4 +34,4 @@ async def execute(
         await answer(connection, ops.Started(entry.told.pid), again=again)
         # Without a stdin the host has nothing more to say. And one that went away does not end the
         # command: it has its own limit, kept here.
-        await follow(entry, follower, connection, decoder, listens=wish.stdin)
+        await tell(entry, follower, connection, decoder, listens=wish.stdin)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import select
 import shlex
 import socket
 import stat
@@ -25,6 +26,7 @@ _ARGUMENT_MAX = 128 * 1024 - 1  # the kernel's limit for one argument (MAX_ARG_S
 _FD = processes.SCRIPT
 _FIRST_READER_S = 10.0
 _INPUT_LIMIT_S = 5.0
+_AFTER_INPUT_S = 60.0
 _LIST_MAX = wire.HEAD_MAX * 3 // 4
 
 
@@ -122,7 +124,23 @@ def _note_login(
     return partial(context.utmp.note_logout, context.root_fd, terminal)
 
 
-async def run(
+async def follow(
+    context: Context,
+    wish: ops.Run | ops.Pipe | ops.Attach,
+    connection: socket.socket,
+    decoder: wire.Decoder,
+) -> None:
+    """Carry out one of the operations after whose answer the connection is a process's."""
+    match wish:
+        case ops.Run():
+            await _run(context, wish, connection, decoder)
+        case ops.Pipe():
+            await _pipe(context, wish, connection, decoder)
+        case ops.Attach():
+            await _attach(context, wish, connection, decoder)
+
+
+async def _run(
     context: Context, wish: ops.Run, connection: socket.socket, decoder: wire.Decoder
 ) -> None:
     """See core.ops.Run."""
@@ -131,10 +149,10 @@ async def run(
     entry = await start(context, wish, connection, is_kept=False)
     with entry.followed(0) as follower:
         await answer(connection, entry.program())
-        await follow(entry, follower, connection, decoder, listens=True)
+        await tell(entry, follower, connection, decoder, listens=True)
 
 
-async def pipe(
+async def _pipe(
     context: Context, wish: ops.Pipe, connection: socket.socket, decoder: wire.Decoder
 ) -> None:
     """See core.ops.Pipe.
@@ -170,12 +188,24 @@ async def pipe(
             wants_stdin=False,
         )
     try:
-        await process.wait()
+        with select.epoll() as watched:
+            watched.register(connection, select.EPOLLRDHUP)
+            async with asyncio.TaskGroup() as tasks:
+                ending = tasks.create_task(_end_after_its_input(process, watched.fileno()))
+                await process.wait()
+                ending.cancel()
     finally:
         # What it left in the background does not keep the connection.
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
         process.release()
+
+
+async def _end_after_its_input(process: processes.Process, watched: int) -> None:
+    """End a process that goes on for long after whoever sent its input has ended that, or gone."""
+    await processes.readable(watched)
+    await asyncio.sleep(_AFTER_INPUT_S)
+    await process.end()
 
 
 def _is_login_shell(wish: ops.Start) -> bool:
@@ -215,7 +245,7 @@ def _programs_of(
     return [(os.path.join(folder, name), *rest) for folder in folders], None, name
 
 
-async def attach(
+async def _attach(
     context: Context, wish: ops.Attach, connection: socket.socket, decoder: wire.Decoder
 ) -> None:
     """See core.ops.Attach."""
@@ -228,10 +258,10 @@ async def attach(
     with entry.followed(wish.offset) as follower:
         lost = 0 if wish.offset is None else follower.offset - wish.offset
         await answer(connection, ops.Attached(entry.told.pid, follower.offset, lost))
-        await follow(entry, follower, connection, decoder, listens=True)
+        await tell(entry, follower, connection, decoder, listens=True)
 
 
-async def follow(
+async def tell(
     entry: Entry,
     follower: Follower,
     connection: socket.socket,
