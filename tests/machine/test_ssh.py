@@ -186,6 +186,11 @@ def test_files_are_copied_whole(ssh: Client) -> None:
     ssh.run("-b", str(batch), f"{box}@127.0.0.1", program="sftp")
     assert back.read_bytes() == source.read_bytes()
     back.unlink()
+    # A client that vanishes in the middle leaves no server behind.
+    with ssh.beside("-s", f"{box}@127.0.0.1", "sftp") as process:
+        wait_until(lambda: _servers(ssh, box) == 1, what="it has a server")
+        assert process.poll() is None
+    wait_until(lambda: _servers(ssh, box) == 0, what="no server is left")
 
 
 @pytest.mark.core
@@ -213,6 +218,10 @@ def test_a_deleted_key_ends_connections_and_goes_from_files(ssh: Client) -> None
     wait_until(lambda: file_of(box) == f"{line}\n", what="the key is out of the file")
     ssh.server.act(resting, "resume")
     wait_until(lambda: file_of(resting) == "", what="the key is out of the other's file")
+
+
+def _servers(ssh: Client, box: str) -> int:
+    return int(ssh.says(box, "cat /proc/[0-9]*/comm | grep -c '^sftp-server$'; true"))
 
 
 class _Hello(BaseHTTPRequestHandler):
