@@ -61,10 +61,12 @@ def endless(said: bytes, *, first: bytes | None = None, then: bytes = b"") -> Sa
     return first or hello(), lambda: chain([then], repeat(said))
 
 
-def packed(size: int) -> bytes:
+def packed(size: int, first: bytes = b"") -> bytes:
     """Return a stream of zlib that is very much longer once unpacked."""
     squeeze = zlib.compressobj(9)
-    data = b"".join(squeeze.compress(bytes(_MIB)) for _ in range(size // _MIB))
+    data = squeeze.compress(first) + b"".join(
+        squeeze.compress(bytes(_MIB)) for _ in range(size // _MIB)
+    )
     return data + squeeze.flush(zlib.Z_SYNC_FLUSH)
 
 
@@ -91,7 +93,9 @@ LIES: dict[str, Says] = {
     ),
     "a name of 4 GiB": endless(bytes(65536), first=hello(name=2**32 - 1)),
     "a clipboard of 2 GiB": endless(bytes(65536), then=struct.pack(">BxxxI", 3, 2**31 - 1)),
-    "a clipboard that is packed": once(CAPS + clipboard(packed(512 * _MIB))),
+    "a clipboard that is packed": once(
+        CAPS + clipboard(packed(512 * _MIB, struct.pack(">I", 500 * _MIB)))
+    ),
     "a clipboard that lies about its length": once(
         CAPS + clipboard(zlib.compress(struct.pack(">I", 2**32 - 1) + b"text"))
     ),

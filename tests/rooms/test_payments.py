@@ -356,3 +356,38 @@ async def test_reversals_of_others_charges_and_unknown_ones_change_nothing(
     charge = _charge(stand_in, None, refunded=700)
     assert (await tell(yard, event_of("charge.refunded", charge))).json()["credited"] is True
     assert await balance(yard) == before - 700
+
+
+async def test_an_event_that_is_slow_does_not_undo_a_newer_one(
+    yard: Yard, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    org_id, _ = await yard.first()
+    await tell(yard, paid_event(org_id))
+    before = await balance(yard)
+    charge = _charge(stand_in, org_id, refunded=500)
+    payments: Any = yard.house.control.services.billing._payments
+    real, looks = payments.read_event, 0
+    let_go = asyncio.Event()
+
+    async def read_event(payload: bytes, signature: str) -> Any:
+        nonlocal looks
+        looks += 1
+        is_first = looks == 1
+        found = await real(payload, signature)
+        if is_first:  # what it was told is old by the time that it goes on
+            await let_go.wait()
+        return found
+
+    monkeypatch.setattr(payments, "read_event", read_event)
+    slow = asyncio.create_task(tell(yard, event_of("charge.refunded", charge)))
+    await eventually(lambda: _is_asked(stand_in, "/v1/charges/ch_1"))
+    _charge(stand_in, org_id, refunded=1000)
+    await tell(yard, event_of("charge.refunded", charge))
+    assert await balance(yard) == before - 1000
+    let_go.set()
+    assert (await slow).status_code == 200
+    assert await balance(yard) == before - 1000
+
+
+async def _is_asked(stand_in: StandIn, path: str) -> bool:
+    return any(one[1] == path for one in stand_in.asked)

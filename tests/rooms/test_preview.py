@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import logging
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -497,6 +498,76 @@ async def test_whether_a_body_is_to_be_sent_is_the_guests_to_say(
             assert await reader.readexactly(4) == b"abcd"
     assert "expect: 100-continue" in shown.listener.heard[-1].lower()
     writer.close()
+
+
+async def test_who_leaves_after_an_early_answer_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with listening() as (listener, port):
+        conduct = Conduct(ports={PORT: port})
+        async with door(tmp_path, saves=True, conduct=conduct, patience=BRIEF) as opened:
+            shown = Shown(opened, listener, await opened.yard.create(idleTimeout=0))
+            host = (await shown.host()).encode()
+            for leaves in (False, True):
+                listener.left.clear()
+                reader, writer = await opened.knock()
+                writer.write(b"POST /ticking HTTP/1.1\r\nHost: " + host +
+                             b"\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")  # fmt: skip
+                async with asyncio.timeout(SOON_S):
+                    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+                    # Longer than a body may stand still that is waited for: this one is not.
+                    for _ in range(1 if leaves else 12):
+                        assert b"data: 1" in await reader.readuntil(b"\n\n")
+                writer.close()
+                async with asyncio.timeout(SOON_S):
+                    await listener.left.wait()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"POST /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"GET /x HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /c HT",
+        b"POST /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1000\r\n\r\n",
+    ],
+)
+async def test_a_connection_whose_last_answer_was_given_is_closed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, request_: bytes
+) -> None:
+    async with door(tmp_path, patience=BRIEF) as opened:
+        for _ in range(3):
+            reader, writer = await opened.knock()
+            writer.write(request_)
+            async with asyncio.timeout(SOON_S):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 40")
+                with suppress(ConnectionError):
+                    writer.write(b"zz\r\n")
+                    while await reader.read(65536):
+                        pass
+                    while True:  # until it takes no more
+                        writer.write(b"z")
+                        await writer.drain()
+                        await asyncio.sleep(0.05)
+            writer.close()
+        # The rest are told what is wrong with what they send, as before.
+        assert (await opened.ask(b"nonsense\r\n\r\n"))[0] == 400
+    assert [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR] == []
+
+
+async def test_what_comes_behind_the_last_request_is_not_answered(shown: Shown) -> None:
+    host = (await shown.host()).encode()
+    shown.listener.heard.clear()
+    one = (
+        b"POST /%s HTTP/1.0\r\nHost: " + host
+        + b"\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n"
+    )  # fmt: skip
+    for length in (0, 9):
+        reader, writer = await shown.opened.knock()
+        writer.write(one % (b"first", 0) + one % (b"second", length))
+        async with asyncio.timeout(SOON_S):
+            said = await reader.read()
+        writer.close()
+        assert said.count(b"HTTP/1.1 200") == 1
+    assert await shown.opened.is_well()
+    assert not any("second" in one for one in shown.listener.heard)
 
 
 async def test_trailers_pass_both_ways_but_for_what_may_not_be_one(shown: Shown) -> None:

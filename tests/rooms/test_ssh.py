@@ -246,7 +246,10 @@ async def _shell(connection: asyncssh.SSHClientConnection) -> asyncssh.SSHClient
     return await connection.create_process("hang", encoding=None)
 
 
-@pytest.mark.parametrize("how", ["ssh key", "api key", "member", "password", "owner"])
+@pytest.mark.parametrize(
+    "how",
+    ["ssh key", "api key", "member", "password", "owner", "owner's password", "owner's own key"],
+)
 async def test_an_open_connection_ends_with_what_it_was_let_in_by(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -260,11 +263,14 @@ async def test_an_open_connection_ends_with_what_it_was_let_in_by(
     async with yard.client_of(key) as theirs:
         made = await theirs.post("/v1/ssh-keys", json={"name": "k", "publicKey": line_of(OTHER)})
         key_id = made.json()["data"]["id"]
-        body = {"rootPassword": PASSWORD, "name": "theirs"}
+        body: dict[str, Any] = {"rootPassword": PASSWORD, "name": "theirs"}
+        if how == "owner's own key":
+            body["sshKeys"] = [line_of(KEY)]
+            options = {"key": KEY}
         box = (await theirs.post("/v1/sandboxes", params={"wait": 20}, json=body)).json()["data"]
         if how in ("api key", "owner"):
             options = {"key": None, "password": key}
-        elif how == "password":
+        elif how in ("password", "owner's password"):
             options = {"key": None, "password": PASSWORD}
         async with gateway.login(box["id"], **options) as connection, asyncio.timeout(SOON_S):
             open_ = await _shell(connection)
@@ -276,7 +282,7 @@ async def test_an_open_connection_ends_with_what_it_was_let_in_by(
             elif how == "api key":
                 (mine,) = (await theirs.get("/v1/api-keys")).json()["data"]
                 await theirs.delete(f"/v1/api-keys/{mine['id']}")
-            elif how in ("member", "owner"):
+            elif how == "member" or how.startswith("owner"):
                 administration = Administration(
                     store=yard.house.store, clock=SystemClock(),
                     sign_up=SignUp(0, "enterprise", 5), plans={},
@@ -289,6 +295,8 @@ async def test_an_open_connection_ends_with_what_it_was_let_in_by(
                     await tx.sandboxes.replace(replace(stored, root_password_hash="$2b$other"))
             await connection.wait_closed()
             await open_.wait_closed()
+        if how != "password":  # what stands for another's hash is none
+            assert await gateway.is_refused(box["id"], **options)
     opened = yard.house.control.services.processes._open._by_org
     await until(lambda: not opened)
 

@@ -42,7 +42,7 @@ _LINGERING_MAX = 64
 _RESERVE = 8  # one in so many is for sources that are known
 _KNOWN_S, _KNOWN_MAX = 3600.0, 10_000
 _SLICE = 16 * 1024
-_LINGER_S, _LINGER_MAX_S = 1.0, 20.0
+_LINGER_S, _LINGER_MAX_S, _SLOWEST_LINGERER = 1.0, 20.0, 256 * 1024
 _UNACKNOWLEDGED_S = 60.0
 _PONGS_MAX = 512  # 127 bytes each, at most
 _SOCKET_HEADERS_MAX, _SOCKET_LINE_MAX = 120, 8000  # what the library takes, and some less
@@ -215,8 +215,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._has_resumed = False
         self._too_much: tuple[int, str, str] | None = None
         self._is_refused = False
-        self._is_last = False
-        self._lingered_s, self._came = 0.0, False
+        self._last: RequestResponseCycle | None = None
+        self._lingered_s, self._came = 0.0, 0
         self._trailers: list[tuple[bytes, bytes]] = []
         self.app = partial(self._serve, self.app)
         self._is_upgraded = False
@@ -253,7 +253,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
-        self._came = True
+        self._came += len(data)
         for start in range(0, len(data), _SLICE):
             if self._is_refused or self._is_upgraded or self.transport.is_closing():
                 return
@@ -354,6 +354,8 @@ class GuardedProtocol(HttpToolsProtocol):
         # RFC 9112, 3.2.
         elif self.parser.get_http_version() == "1.1" and not self._has_host():
             self._too_much = self._too_much or _NO_HOST
+        if self.transport.is_closing():
+            return  # the answer before was the last
         if self._too_much is None:
             self._trailers = []
             extensions: dict[str, Any] = {REQUEST_TRAILERS: self._trailers}
@@ -382,19 +384,27 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stage = "idle"
         if self._too_much is None:
             super().on_message_complete()
-        if self._is_last and not self._is_answering:
+        if self._has_ended:
             self.transport.close()
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the last answer on this connection is complete."""
+        return self._last is not None and self._last.response_complete
 
     def on_response_complete(self) -> None:
         """See uvicorn."""
+        if self._last is not None and self._last.response_complete:
+            self.pipeline.clear()  # what came behind its last request is not answered
+            self.cycle = self._last
         super().on_response_complete()
         state = self.scope.get("state", {})
         self.gate.answered(self, is_known=state.get("actor") is not None)
-        if self._is_last and self._stage == "idle":
-            self.transport.close()
-        elif self._is_last:
+        if self._has_ended and self._stage == "body":
             # A close with something unread is a reset, which would take the answer along.
             self._end_writing()
+        elif self._has_ended:
+            self.transport.close()
 
     async def _serve(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
         """Have the application answer a request, which may send trailers after it, or break off
@@ -418,7 +428,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 has_trailers = bool(message.get("trailers"))
                 if not cycle.keep_alive:
                     cycle.keep_alive = True  # it is closed here, once what comes was taken
-                    self._is_last = True
+                    self._last = cycle
 
         try:
             await app(scope, receive, sends)
@@ -457,6 +467,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self._is_answering:
             self._look_at_leftover(patience)
             return
+        if self._last is not None:
+            return  # it is answered already, and the body that it announced may never come
         came = self._body_bytes - self._body_bytes_before
         self._body_bytes_before = self._body_bytes
         is_moving = came >= _SLOWEST * patience.look_s
@@ -490,6 +502,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_refused or self.transport.is_closing():
             return
         self._is_refused = True
+        if self._has_ended:
+            self.transport.abort()  # its last answer was given
+            return
         if self._is_answering:
             if self.cycle.response_started or self.pipeline or self._stage != "body":
                 # An answer is under way, or due first: another one in it would be taken for its.
@@ -509,8 +524,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.gate.lingering >= _LINGERING_MAX:
             self.transport.abort()
             return
-        self.gate.lingering += 1
         self.transport.write(b"".join(head) + body)
+        self.gate.lingering += 1
+        self._came = 0
         # A close with something unread is a reset, which would take the answer along.
         self._end_writing()
         self.loop.call_later(_LINGER_S, self._linger)
@@ -521,10 +537,11 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.transport.write_eof()
 
     def _linger(self) -> None:
-        """Take what still comes, for nobody, and close once nothing does."""
+        """Take what still comes, for nobody, and close once that is next to nothing."""
         self._lingered_s += _LINGER_S
-        if self._came and self._lingered_s < _LINGER_MAX_S and not self.transport.is_closing():
-            self._came = False
+        is_moving = self._came >= _SLOWEST_LINGERER * _LINGER_S
+        if is_moving and self._lingered_s < _LINGER_MAX_S and not self.transport.is_closing():
+            self._came = 0
             self.loop.call_later(_LINGER_S, self._linger)
             return
         self.gate.lingering -= 1

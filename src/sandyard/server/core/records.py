@@ -151,7 +151,9 @@ class RevokedKey:
     `started_at`."""
 
     sandbox_id: str
+    fingerprint: str
     public_key: str
+    org_id: str
     node_id: str | None
     incarnation: int
     started_at: datetime

@@ -141,6 +141,17 @@ class Exchange:
             await asyncio.sleep(max(0.0, early))
 
 
+async def until_gone(receive: Receive) -> None:
+    """Take what a client sends for nobody, until it leaves.
+
+    Raises:
+        GoneError: it has.
+    """
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise GoneError
+
+
 async def send_body(
     receive: Receive,
     exchange: Exchange,

@@ -49,6 +49,7 @@ from sandyard.server.gateway.exchange import (
     GoneError,
     HungUpError,
     send_body,
+    until_gone,
 )
 from sandyard.server.gateway.hosts import PreviewName, is_below, name_of
 from sandyard.server.gateway.pages import Message
@@ -397,8 +398,10 @@ class PreviewApp:
                 # Whether the body is to be sent is the guest's to say: it is not asked for before.
                 early = await exchange.early_response(_CONTINUE_S, self._clock)
                 if early is not None:
-                    async with beside(self._watch(guest)):
-                        await self._hand_on(exchange, early, answering, is_last=True)
+                    # Begun first: to ask for the body before is to tell the client to send it.
+                    await answering.begin(early, is_last=True)
+                    async with beside(self._watch(guest)), beside(until_gone(receive)):
+                        await self._copy(exchange, answering)
                     return
             sent = asyncio.Event()
             sending = send_body(
@@ -412,17 +415,11 @@ class PreviewApp:
                 sent=sent,
             )
             async with beside(self._watch(guest)), beside(sending):
-                await self._hand_on(exchange, await self._answer(exchange, sent), answering)
+                await answering.begin(await self._answer(exchange, sent))
+                await self._copy(exchange, answering)
 
-    async def _hand_on(
-        self,
-        exchange: Exchange,
-        response: h11.Response | h11.InformationalResponse,
-        answering: Answering,
-        *,
-        is_last: bool = False,
-    ) -> None:
-        await answering.begin(response, is_last=is_last)
+    async def _copy(self, exchange: Exchange, answering: Answering) -> None:
+        """Send the rest of the guest's answer to the client."""
         async for piece in exchange.body():
             await answering.go_on(piece)
         await answering.end(exchange.trailers)

@@ -1,11 +1,13 @@
 // A desktop of a sandbox, by noVNC. The address may bring a ticket, good for once; else, and to come
 // back, a key is asked for.
 
+import Inflate from "/web/vendor/novnc/core/inflator.js";
 import RFB from "/web/vendor/novnc/core/rfb.js";
 import { ask, known } from "/web/key.js";
 
 const AREA_MAX = 4096 * 2304;
 const SIDE_MAX = 8192;
+const TEXT_MAX = 1024 * 1024;
 const SIZES_MAX = 30; // within SIZES_MS
 const SIZES_MS = 10_000;
 const WAITS_S = [0.5, 1, 2, 4, 8, 15];
@@ -25,6 +27,14 @@ document.title = `${name}: desktop`;
 document.getElementById("name").textContent = name;
 history.replaceState(null, "", location.pathname); // a ticket is of no use to whoever comes later
 
+// noVNC unpacks as much as a screen says there is: pixels of a picture, or a text.
+const unpack = Inflate.prototype.inflate;
+let unpackedMax = AREA_MAX * 4;
+Inflate.prototype.inflate = function (expected) {
+  if (!(expected >= 0 && expected <= unpackedMax)) throw new Error("what it has packed is too much");
+  return unpack.call(this, expected);
+};
+
 // What a screen says is a guest's, and noVNC believes how large it is: a page would stand still for
 // minutes over a picture of 65535 by 65535.
 class Screen extends RFB {
@@ -41,6 +51,15 @@ class Screen extends RFB {
     this.#sizedAt = [...this.#sizedAt.filter((at) => now - at < SIZES_MS), now];
     if (this.#sizedAt.length > SIZES_MAX) throw new Error("it changes its size without end");
     super._resize(width, height);
+  }
+
+  _handleServerCutText() {
+    unpackedMax = TEXT_MAX;
+    try {
+      return super._handleServerCutText();
+    } finally {
+      unpackedMax = AREA_MAX * 4;
+    }
   }
 
   _handleRect() {
@@ -86,7 +105,7 @@ async function open() {
   try {
     connect(await ticket());
   } catch (error) {
-    if (error.status !== undefined && error.status < 500) said.textContent = error.message;
+    if (error.status !== undefined && error.status < 500) stop(error.message);
     else later();
   }
 }

@@ -496,7 +496,7 @@ class RevokedKeyRows(Protocol):
     """SSH keys that were revoked, and are to be removed from the files of sandboxes: after every
     start once, since a disk may come from a snapshot that has them."""
 
-    async def add(self, sandbox_id: str, public_key: str) -> None:
+    async def add(self, sandbox_id: str, key: SshKey) -> None:
         """Note that a key is to be removed from a sandbox's files, also if it was before."""
         ...
 
@@ -506,10 +506,6 @@ class RevokedKeyRows(Protocol):
 
     async def removed(self, key: RevokedKey) -> None:
         """Note that a key was removed from the files of a sandbox as it was started last."""
-        ...
-
-    async def forget(self, org_id: str, public_key: str) -> None:
-        """Have a key removed from no sandbox of an organization any more: it was added again."""
         ...
 
     async def clear(self) -> None:

@@ -175,18 +175,18 @@ async def _pipe(
         await answer(connection, ops.Done())
         # It is the program's from here on, which expects to wait for what it reads.
         connection.setblocking(True)
-        process = await processes.start(
-            processes.Spec(
-                name=shells[0],
-                programs=[(shell, "-c", wish.command) for shell in shells],
-                env=env,
-                cwd=_home_of(context, account),
-                account=account,
-                connection=connection.fileno(),
-            ),
-            root_fd=context.root_fd,
-            wants_stdin=False,
+        spec = processes.Spec(
+            name=shells[0],
+            programs=[(shell, "-c", wish.command) for shell in shells],
+            env=env,
+            cwd=_home_of(context, account),
+            account=account,
+            connection=connection.fileno(),
         )
+        try:
+            process = await processes.start(spec, root_fd=context.root_fd, wants_stdin=False)
+        except RefusedError:
+            return  # whatever is said now would be taken for the program's own
     try:
         with select.epoll() as watched:
             watched.register(connection, select.EPOLLRDHUP)

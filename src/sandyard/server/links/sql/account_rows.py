@@ -453,29 +453,36 @@ class RevokedKeyTable:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def add(self, sandbox_id: str, public_key: str) -> None:
+    async def add(self, sandbox_id: str, key: SshKey) -> None:
         """See core.contracts.store.RevokedKeyRows.add."""
         c = t.revoked_keys.c
         await self._connection.execute(
-            delete(t.revoked_keys).where(c.sandbox_id == sandbox_id, c.public_key == public_key)
+            delete(t.revoked_keys).where(
+                c.sandbox_id == sandbox_id, c.fingerprint == key.fingerprint
+            )
         )
         await self._connection.execute(
-            insert(t.revoked_keys).values(sandbox_id=sandbox_id, public_key=public_key)
+            insert(t.revoked_keys).values(
+                sandbox_id=sandbox_id, fingerprint=key.fingerprint, public_key=key.public_key
+            )
         )
 
     async def pending(self) -> list[RevokedKey]:
         """See core.contracts.store.RevokedKeyRows.pending."""
         c, box = t.revoked_keys.c, t.sandboxes.c
         found = await self._connection.execute(
-            select(c.sandbox_id, c.public_key, box.node_id, box.incarnation, box.started_at)
+            select(
+                c.sandbox_id, c.fingerprint, c.public_key, box.org_id, box.node_id,
+                box.incarnation, box.started_at,
+            )
             .join(t.sandboxes, box.id == c.sandbox_id)
             .where(
                 t.is_any_of([Status.RUNNING]),
                 box.started_at.is_not(None),
                 or_(c.removed_of.is_(None), c.removed_of != box.started_at),
             )
-            .order_by(c.sandbox_id, c.public_key)
-        )
+            .order_by(c.sandbox_id, c.fingerprint)
+        )  # fmt: skip
         return [RevokedKey(**row) for row in found.mappings()]
 
     async def removed(self, key: RevokedKey) -> None:
@@ -483,18 +490,8 @@ class RevokedKeyTable:
         c = t.revoked_keys.c
         await self._connection.execute(
             update(t.revoked_keys)
-            .where(c.sandbox_id == key.sandbox_id, c.public_key == key.public_key)
+            .where(c.sandbox_id == key.sandbox_id, c.fingerprint == key.fingerprint)
             .values(removed_of=key.started_at)
-        )
-
-    async def forget(self, org_id: str, public_key: str) -> None:
-        """See core.contracts.store.RevokedKeyRows.forget."""
-        c, box = t.revoked_keys.c, t.sandboxes.c
-        await self._connection.execute(
-            delete(t.revoked_keys).where(
-                c.public_key == public_key,
-                c.sandbox_id.in_(select(box.id).where(box.org_id == org_id)),
-            )
         )
 
     async def clear(self) -> None:

@@ -206,7 +206,8 @@ revoked_keys = Table(
     "revoked_keys",
     metadata,
     Column("sandbox_id", String(36), primary_key=True),
-    Column("public_key", Text, primary_key=True),
+    Column("fingerprint", String(64), primary_key=True),
+    Column("public_key", Text, nullable=False),
     Column("removed_of", Moment),
 )
 

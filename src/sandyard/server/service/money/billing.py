@@ -1,12 +1,13 @@
 """Accounts as clients see them: plan, credits, usage, top-ups and grants."""
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.payments import Checkout, Payments, Reversal
+from sandyard.server.core.contracts.payments import Checkout, Payment, Payments, Reversal
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     ConflictError,
@@ -39,6 +40,7 @@ from sandyard.server.service.sandboxes.register import Register
 
 TOPUP_MIN = 501
 _REFERENCE_MAX = 255
+_LOOKS_MAX = 10
 _URL_MAX = 2048
 _PERIODS = {"7d": timedelta(days=7), "30d": timedelta(days=30)}
 
@@ -94,6 +96,7 @@ class Billing:
         self._clock = clock
         self._prices = prices
         self._plans = plans
+        self._reversing = asyncio.Lock()
 
     async def plan(self, actor: Actor) -> tuple[Organization, Account, Plan]:
         """Return the organization with its account and its limits."""
@@ -219,6 +222,20 @@ class Billing:
         told = await self._payments.read_event(payload, signature)
         if told is None:
             return False
+        if not isinstance(told, Reversal):
+            return await self._post(told)
+        # What the provider said may be old by the time that it is posted, and another event may
+        # have posted what is newer. Whoever posts last asks once more after that.
+        async with self._reversing:
+            has_posted = False
+            for _ in range(_LOOKS_MAX):
+                has_posted |= await self._post(told)
+                before, told = told, await self._payments.read_event(payload, signature)
+                if told is None or told == before:
+                    break
+        return has_posted
+
+    async def _post(self, told: Payment | Reversal) -> bool:
         now = self._clock.now()
         async with self._store.write(told.org_id) as tx:
             if await tx.organizations.find(told.org_id) is None:

@@ -91,7 +91,7 @@ class Logins:
         valid = await self._owners({one.org_id for one in found} or {_NOBODY})
         for sandbox in found:
             key_id = _opened_by(sandbox, public_key, valid)
-            if key_id is not None:
+            if key_id or (key_id is not None and await self._is_members(sandbox)):
                 return Login(
                     await self._actor(sandbox, valid.get(key_id, sandbox.owner_user_id)),
                     sandbox.id if is_clear else None,
@@ -124,19 +124,18 @@ class Logins:
         hashed = None if sandbox is None else sandbox.root_password_hash
         if not await self._check_password(password, hashed) or sandbox is None:
             return None
+        if not await self._is_members(sandbox):
+            return None
         actor = await self._actor(sandbox, sandbox.owner_user_id)
         return Login(actor, sandbox.id, "password", password_hash=hashed)
 
     async def hint(self, user: str) -> str | None:
         """Return what to tell whoever was refused, by how the user name is written alone: what is
         there has no part in it."""
-        if is_sandbox_id(user):
+        if is_sandbox_id(user) or "." in user:
             return None
         async with self._store.read() as tx:
-            if not await tx.organizations.are_several():
-                return None
-            _, dot, slug = user.rpartition(".")
-            return None if dot and await tx.organizations.find_slug(slug) else UNCLEAR
+            return UNCLEAR if await tx.organizations.are_several() else None
 
     async def still(self, login: Login) -> Actor:
         """Return the actor of a login as it is now.
@@ -158,11 +157,22 @@ class Logins:
             raise NotFoundError("the sandbox was deleted")
         if login.public_key is not None:
             valid = await self._owners({sandbox.org_id})
-            if _opened_by(sandbox, login.public_key, valid) is None:
+            key_id = _opened_by(sandbox, login.public_key, valid)
+            if key_id is None:
                 raise UnauthenticatedError("the SSH key was deleted; log in with another")
+            if key_id:
+                return login.actor
         elif sandbox.root_password_hash != login.password_hash:
             raise UnauthenticatedError("the password was changed; log in with the new one")
+        if not await self._is_members(sandbox):
+            raise UnauthenticatedError("the sandbox's owner is no member any more")
         return login.actor
+
+    async def _is_members(self, sandbox: Sandbox) -> bool:
+        """Tell whether a sandbox's owner is a member still: keys and passwords that a sandbox was
+        given itself are theirs, and end with the membership."""
+        async with self._store.read() as tx:
+            return await tx.users.member(sandbox.org_id, sandbox.owner_user_id) is not None
 
     def _count_failure(self, address: str) -> None:
         try:

@@ -40,7 +40,7 @@ async def withdraw(tx: Transaction, key: SshKey, *, at: datetime) -> None:
             )
         )
         if _blob(key.public_key) not in {_blob(line) for line, _ in kept}:
-            await tx.revoked_keys.add(sandbox.id, key.public_key)
+            await tx.revoked_keys.add(sandbox.id, key)
 
 
 def _blob(public_key: str) -> str:
@@ -89,7 +89,6 @@ class SshKeys:
                     f"cannot add another key: an organization has {KEYS_MAX} at most; delete some"
                 )
             await tx.ssh_keys.add(key)
-            await tx.revoked_keys.forget(actor.org_id, key.public_key)
             await tx.activity.append(
                 line(
                     "ssh_key.added",

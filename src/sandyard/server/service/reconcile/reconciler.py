@@ -254,7 +254,7 @@ class Reconciler:
             await self._lifecycle.apply(sandbox, Event.DELETE, reason=EXPIRED)
 
     async def _revoke(self, _: bool) -> None:
-        await self._revoking.look()
+        await self._revoking.look(self._crew)
 
     # --- what nodes report ----------------------------------------------------------------
 

@@ -9,6 +9,7 @@ again after that.
 import asyncio
 import logging
 from collections import defaultdict
+from weakref import WeakValueDictionary
 
 from sandyard.server.core.collect import Collector
 from sandyard.server.core.contracts.clock import Clock
@@ -18,10 +19,11 @@ from sandyard.server.core.errors import ConflictError, SandyardError, Unavailabl
 from sandyard.server.core.ops import Execute
 from sandyard.server.core.records import RevokedKey
 from sandyard.server.core.wire import WireError
+from sandyard.server.tasks import Crew
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8
+_AT_ONCE = 8  # of one organization: guests that do not answer hold up nobody else's
 _LIMIT_S = 20.0
 _AGAIN_S = 60.0
 _READ = 64 * 1024
@@ -45,9 +47,10 @@ class Revoking:
         self._tunnel = tunnel
         self._clock = clock
         self._not_before: dict[str, float] = {}
+        self._rooms = WeakValueDictionary[str, asyncio.Semaphore]()
 
-    async def look(self) -> None:
-        """Remove what is to be removed now; what cannot be is tried again later.
+    async def look(self, crew: Crew) -> None:
+        """Have a crew remove what is to be removed now; what cannot be is tried again later.
 
         Raises:
             UnavailableError: the store does not answer.
@@ -61,11 +64,11 @@ class Revoking:
         self._not_before = {
             one: at for one, at in self._not_before.items() if one in by_sandbox and at > now
         }
-        room = asyncio.Semaphore(_AT_ONCE)
-        async with asyncio.TaskGroup() as tasks:
-            for sandbox_id, keys in by_sandbox.items():
-                if sandbox_id not in self._not_before:
-                    tasks.create_task(self._remove(keys, room))
+        for sandbox_id, keys in by_sandbox.items():
+            if sandbox_id not in self._not_before:
+                room = self._rooms.setdefault(keys[0].org_id, asyncio.Semaphore(_AT_ONCE))
+                what = "a revoked SSH key stays in the files of a sandbox"
+                crew.start(self._remove(keys, room), what, once=f"revoke {sandbox_id}")
 
     async def _remove(self, keys: list[RevokedKey], room: asyncio.Semaphore) -> None:
         sandbox_id = keys[0].sandbox_id

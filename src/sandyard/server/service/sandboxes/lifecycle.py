@@ -70,7 +70,7 @@ class Lifecycle:
         Raises:
             AlreadyExistsError: the name is taken.
         """
-        sandbox = await tx.sandboxes.insert(sandbox, hold=hold)
+        sandbox = await tx.sandboxes.insert(await _without_deleted_keys(tx, sandbox), hold=hold)
         await tx.activity.append(_line(sandbox, "sandbox.created", actor))
         return sandbox
 
@@ -240,6 +240,24 @@ async def is_current(tx: Transaction, sandbox: Sandbox) -> bool:
     """Tell whether a sandbox is still as it was read."""
     stored = await tx.sandboxes.find(sandbox.id)
     return stored is not None and stored.version == sandbox.version
+
+
+async def _without_deleted_keys(tx: Transaction, sandbox: Sandbox) -> Sandbox:
+    """Return a new sandbox without the keys that were deleted since they were looked up for it."""
+    if not any(sandbox.ssh_key_ids):
+        return sandbox
+    present = {key.id for key in await tx.ssh_keys.every(sandbox.org_id)}
+    ids = [*sandbox.ssh_key_ids, *("" for _ in sandbox.authorized_keys)]
+    kept = [
+        (line, key_id)
+        for line, key_id in zip(sandbox.authorized_keys, ids, strict=False)
+        if not key_id or key_id in present
+    ]
+    return replace(
+        sandbox,
+        authorized_keys=tuple(line for line, _ in kept),
+        ssh_key_ids=tuple(key_id for _, key_id in kept),
+    )
 
 
 def _changed(before: Status, sandbox: Sandbox, actor: Actor | None) -> Activity:

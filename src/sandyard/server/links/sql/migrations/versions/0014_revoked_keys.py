@@ -14,6 +14,7 @@ def upgrade() -> None:
     op.create_table(
         "revoked_keys",
         sa.Column("sandbox_id", sa.String(36), primary_key=True),
-        sa.Column("public_key", sa.Text(), primary_key=True),
+        sa.Column("fingerprint", sa.String(64), primary_key=True),
+        sa.Column("public_key", sa.Text(), nullable=False),
         sa.Column("removed_of", sa.BigInteger(), nullable=True),
     )
