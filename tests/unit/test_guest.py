@@ -267,6 +267,10 @@ def test_who_tells_of_logins_and_no_more_of_those_that_ended(tmp_path: Path) -> 
         assert who() == [["root", "pts/0"], ["dev", "pts/10"]]
         utmp.note_logout(root, "pts/0")
         assert who() == [["dev", "pts/10"]]
+        sessions = tmp_path / "run/systemd/sessions"
+        (session,) = sessions.iterdir()
+        assert session.name == "pts10"
+        assert "USER=dev\n" in session.read_text()
         utmp.note_login(root, pid, "pts/3", "root", "x" * 1000)
         assert sorted(who()) == [["dev", "pts/10"], ["root", "pts/3"]]
         # What a guest puts there is not followed, and not waited for.
@@ -284,5 +288,14 @@ def test_who_tells_of_logins_and_no_more_of_those_that_ended(tmp_path: Path) -> 
                 file.rmdir()
         assert (tmp_path / "secret").read_text() == "kept"
         assert who() == [["root", "pts/1"]]
+        # Where there is a systemd, its sessions are its own; a boot anew begins with none.
+        left = {one.name for one in sessions.iterdir()}
+        (tmp_path / "run/systemd/system").mkdir()
+        Utmp().note_login(root, pid, "pts/7", "root", "")
+        assert {one.name for one in sessions.iterdir()} == left
+        (tmp_path / "run/systemd/system").rmdir()
+        Utmp().note_login(root, pid, "pts/7", "root", "")
+        assert {one.name for one in sessions.iterdir()} == {"pts7"}
+        assert who() == [["root", "pts/7"]]
     finally:
         os.close(root)

@@ -56,7 +56,8 @@ class Spec:
     one, of that size; with a `connection` its input and output are that, and what it says on
     standard error is lost. One that `is_kept` ends with the agent, the only one who knows of it.
     With an `alias` the program is told that as its own name. If it has `words`, they are what its
-    shell would start, and may be started without one.
+    shell would start, and may be started without one. `on_terminal` is told the terminal and a pid
+    before the program runs, the program's own pid after that, and None if it was not started.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Spec:
     script: bytes | None = None
     terminal: tuple[int, int] | None = None
     connection: int | None = None
+    on_terminal: Callable[[str, int | None], None] | None = None
     is_kept: bool = False
     alias: str | None = None
     words: list[str] | None = None
@@ -312,8 +314,15 @@ async def _start_on_terminal(
         if spec.script is not None:
             streams[SCRIPT] = script = os.memfd_create("script")
             os.pwrite(script, spec.script, 0)
-        # Not by vfork: only a child of its own can make the terminal its session's.
-        pid = await _fork(spec, cgroup, root_fd, streams)
+        told = spec.on_terminal or _nobody
+        told(terminal, os.getpid())
+        try:
+            # Not by vfork: only a child of its own can make the terminal its session's.
+            pid = await _fork(spec, cgroup, root_fd, streams)
+        except BaseException:
+            told(terminal, None)
+            raise
+        told(terminal, pid)
         return Process(pid, os.pidfd_open(pid), cgroup, None, master, None, terminal=terminal)
     except BaseException:
         if master is not None:
@@ -338,6 +347,10 @@ async def _start_on_connection(spec: Spec, cgroup: str, root_fd: int, connection
     except BaseException:
         _LEFT_BEHIND.add(cgroup)
         raise
+
+
+def _nobody(*_: object) -> None:
+    """Be told nothing."""
 
 
 def _open_terminal(root_fd: int, account: Account) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import shlex
 import socket
 import stat
 import time
-from collections.abc import Callable
 from functools import partial
 
 from sandyard.server.core import ops, wire
@@ -76,9 +75,14 @@ async def start(
     if wish.command is not None and not wish.login and script is None and is_plain(env):
         words = words_of(wish.command)
     cwd = _home_of(context, account) if wish.cwd == "~" else wish.cwd
+    note = None
+    if wish.login:
+        host = env.get("SSH_CONNECTION", "").partition(" ")[0]
+        note = partial(_note_login, context, account.name, host)
     async with context.starts.turn(connection):
         process = await processes.start(
             processes.Spec(
+                on_terminal=note,
                 name=name,
                 programs=programs,
                 env=env,
@@ -105,23 +109,21 @@ async def start(
         tag=wish.tag,
         terminal=wish.terminal,
     )
-    at_end = _note_login(context, process, account, env) if wish.login else None
+    at_end = None
+    if note is not None and process.terminal is not None:
+        at_end = partial(note, process.terminal, None)
     entry = Entry(process, told, waits_s=_FIRST_READER_S, hang_up_s=wish.hang_up_s, at_end=at_end)
     limit_s = None if wish.timeout_ms is None else wish.timeout_ms / 1000
     context.table.keep(entry, limit_s=limit_s, keeps_end=is_kept)
     return entry
 
 
-def _note_login(
-    context: Context, process: processes.Process, account: system.Account, env: dict[str, str]
-) -> Callable[[], None] | None:
-    """Note that somebody is logged in on the terminal of a process; return how to take it back."""
-    terminal = process.terminal
-    if terminal is None:
-        return None
-    host = env.get("SSH_CONNECTION", "").partition(" ")[0]
-    context.utmp.note_login(context.root_fd, process.pid, terminal, account.name, host)
-    return partial(context.utmp.note_logout, context.root_fd, terminal)
+def _note_login(context: Context, user: str, host: str, terminal: str, pid: int | None) -> None:
+    """Note that a user is logged in on a terminal, or with no pid that nobody is any more."""
+    if pid is None:
+        context.utmp.note_logout(context.root_fd, terminal)
+    else:
+        context.utmp.note_login(context.root_fd, pid, terminal, user, host)
 
 
 async def follow(
