@@ -287,10 +287,9 @@ def test_a_desktop_in_a_browser_and_by_the_api(server: RealServer, page: Page) -
         return str(server.execute(box, "cat /tmp/pasted")["stdout"]) == "你好\n"
 
     until(pasted, "it was pasted", page)
-    fonts = str(
-        server.execute(box, "fc-match :lang=zh; fc-match :lang=ja; fc-match :lang=ko")["stdout"]
-    )
-    assert fonts.count("Droid Sans Fallback") == 3
+    # Chinese, Japanese and Korean can be read on it.
+    fonts = server.execute(box, "fc-list ':charset=4f60 3042 ac00' family")["stdout"]
+    assert "Droid Sans Fallback" in str(fonts)
     # What is on it is the user's own, and its browser starts.
     server.execute(box, "DISPLAY=:0 setpriv --reuid=1000 --regid=1000 --init-groups env "
                    "HOME=/home/user nohup chromium about:blank >/dev/null 2>&1 & true")  # fmt: skip
