@@ -135,8 +135,8 @@ async def terminal(
     session: str,
 ) -> None:
     """A terminal: in come keys, as bytes or text, and messages `input` and `resize`; out go bytes,
-    and a message `exit` at last. Who comes back to an `offset` is told first whence it goes
-    on, in a message `offset`."""
+    and a message `exit` at last. Who comes back to an `offset` that is not kept any more is told
+    first from which one on it goes, in a message `offset`."""
     del session  # the edge has redeemed it
     async with served(socket, "sandbox:write"):
         admission: Admission = socket.state.admission
@@ -146,8 +146,8 @@ async def terminal(
         offset = _number(socket, "offset")
         async with terminals.open(admission, size, offset) as following:
             await socket.accept()
-            if offset is not None:
-                # What was printed before may not be kept any more.
+            if offset is not None and offset != following.offset:
+                # What was printed before is not kept any more.
                 await send_json(socket, {"type": "offset", "offset": following.offset})
             inflow = Inflow(following)
             resizing = _Resizing(terminals, rates, admission, following)
