@@ -626,28 +626,6 @@ async def test_keys_are_exchanged_so_that_no_quantum_computer_reads_along(
             assert exchanged[0].algorithm == (taken or offered[0].encode())
 
 
-async def test_whoever_begins_again_and_again_is_sent_away(
-    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    box = await gateway.box()
-    # Logins cost nothing.
-    for _ in range(12):
-        for _ in range(10):
-            assert not await gateway.is_refused(box["id"])
-    refused = 0
-    for _ in range(120):
-        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-        async with asyncio.timeout(SOON_S):
-            said = await reader.read(4096)
-            if b"without a login" not in said:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(0.02):
-                        said += await reader.read(4096)
-        refused += b"without a login" in said
-        writer.close()
-    assert 5 <= refused <= 40
-
-
 async def test_keys_are_not_exchanged_again_before_a_login(gateway: Gateway) -> None:
     box = await gateway.box()
 
