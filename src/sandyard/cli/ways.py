@@ -158,7 +158,7 @@ def url(
 ) -> None:
     """Print a URL under which whoever has it sees what listens on a port of a sandbox."""
     with open_client() as client:
-        # A name is told to resolvers and to whoever sees the connection begin; a query is not.
+        # DNS and SNI reveal a token in the host name, but not one in the query.
         found = client.url(reference, port, cookie=cookie or open_, ttl=ttl)
     if as_json:
         show_json({"url": found.url, "port": found.port, "expiresAt": found.expires_at})

@@ -479,7 +479,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(408, "bad_request", "cannot wait longer for the rest of the body")
 
     def _look_at_leftover(self, patience: Patience) -> None:
-        """Do not take the rest of a body for ever whose answer was given."""
+        """Limit how long the rest of a body is read after its answer was sent."""
         self._waited_s += patience.look_s
         if self._waited_s > patience.still_s:
             self.transport.abort()
@@ -537,7 +537,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.transport.write_eof()
 
     def _linger(self) -> None:
-        """Take what still comes, for nobody, and close once that is next to nothing."""
+        """Read and discard what still arrives, and close once little does."""
         self._lingered_s += _LINGER_S
         is_moving = self._came >= _SLOWEST_LINGERER * _LINGER_S
         if is_moving and self._lingered_s < _LINGER_MAX_S and not self.transport.is_closing():

@@ -238,6 +238,12 @@ class Sandbox:
     owner_display_name: str = ""
     owner_email: str = ""
 
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """Its public keys, each with the id of the organization's key, or "" for a literal one."""
+        ids = [*self.ssh_key_ids, *("" for _ in self.authorized_keys)]
+        return list(zip(self.authorized_keys, ids, strict=False))
+
 
 @dataclass(frozen=True)
 class Standing:

@@ -135,8 +135,8 @@ async def terminal(
     session: str,
 ) -> None:
     """A terminal: in come keys, as bytes or text, and messages `input` and `resize`; out go bytes,
-    and a message `exit` at last. Who comes back to an `offset` that is not kept any more is told
-    first from which one on it goes, in a message `offset`."""
+    and a message `exit` at last. If the `offset` asked for is no longer kept, a message `offset`
+    first tells where the output resumes."""
     del session  # the edge has redeemed it
     async with served(socket, "sandbox:write"):
         admission: Admission = socket.state.admission

@@ -273,8 +273,7 @@ def _opened_by(sandbox: Sandbox, public_key: str, valid: Collection[str]) -> str
     """Return by which of its keys a public key opens a sandbox: the id of one of the `valid` keys
     of its organization, or nothing for one that was given itself; None if it does not."""
     wanted = public_key.split(" ")[:2]
-    ids = [*sandbox.ssh_key_ids, *("" for _ in sandbox.authorized_keys)]
-    for text, key_id in zip(sandbox.authorized_keys, ids, strict=False):
+    for text, key_id in sandbox.keys:
         if text.split(" ")[:2] == wanted and (not key_id or key_id in valid):
             return key_id
     return None

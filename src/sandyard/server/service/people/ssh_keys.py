@@ -25,12 +25,7 @@ async def withdraw(tx: Transaction, key: SshKey, *, at: datetime) -> None:
     await tx.ssh_keys.remove(key.org_id, key.id)
     await tx.revoked_keys.clear()
     for sandbox in await tx.sandboxes.with_ssh_key(key.org_id, key.id):
-        ids = [*sandbox.ssh_key_ids, *("" for _ in sandbox.authorized_keys)]
-        kept = [
-            (line, key_id)
-            for line, key_id in zip(sandbox.authorized_keys, ids, strict=False)
-            if key_id != key.id
-        ]
+        kept = [(line, key_id) for line, key_id in sandbox.keys if key_id != key.id]
         await tx.sandboxes.replace(
             replace(
                 sandbox,

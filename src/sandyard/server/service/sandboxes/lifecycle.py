@@ -247,12 +247,7 @@ async def _without_deleted_keys(tx: Transaction, sandbox: Sandbox) -> Sandbox:
     if not any(sandbox.ssh_key_ids):
         return sandbox
     present = {key.id for key in await tx.ssh_keys.every(sandbox.org_id)}
-    ids = [*sandbox.ssh_key_ids, *("" for _ in sandbox.authorized_keys)]
-    kept = [
-        (line, key_id)
-        for line, key_id in zip(sandbox.authorized_keys, ids, strict=False)
-        if not key_id or key_id in present
-    ]
+    kept = [(line, key_id) for line, key_id in sandbox.keys if not key_id or key_id in present]
     return replace(
         sandbox,
         authorized_keys=tuple(line for line, _ in kept),
