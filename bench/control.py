@@ -92,7 +92,7 @@ async def _served(pipe: Connection) -> None:
     loop = asyncio.get_running_loop()
     with tempfile.TemporaryDirectory() as home:
         async with open_yard(Path(home), sections=_RICH) as yard:
-            server = http_server(yard.house.api, HttpSettings(connections_per_address=1000))
+            server = http_server(yard.house.front, HttpSettings(connections_per_address=1000))
 
             async def fill(rows: int) -> None:
                 async with yard.house.store.read() as tx:

@@ -7,15 +7,14 @@ import os
 import socket
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from tests.support.door import BRIEF, SOON_S, Door, door
 from tests.support.house import eventually, until
 
-from sandyard.server.api.edge import Edge
-from sandyard.server.app.connections import Patience
+from sandyard.server.front.bodies import LargeBodies
+from sandyard.server.front.engine import Patience
 
 
 def resident_mib() -> float:
@@ -189,15 +188,15 @@ async def test_an_answer_is_never_another_requests(tmp_path: Path) -> None:
 async def test_large_bodies_are_bounded_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sandyard.server.api.edge.BODIES_MAX", 2**21)
+    monkeypatch.setattr("sandyard.server.front.bodies.BODIES_MAX", 2**21)
     held: list[int] = []
-    hold = Edge._hold
+    hold = LargeBodies.hold
 
-    def hold_and_tell(edge: Edge, state: dict[str, Any], size: int) -> None:
-        hold(edge, state, size)
-        held.append(size)
+    def hold_and_tell(bodies: LargeBodies, org_id: str, size: int) -> None:
+        hold(bodies, org_id, size)
+        held.append(sum(held[-1:]) + size)
 
-    monkeypatch.setattr(Edge, "_hold", hold_and_tell)
+    monkeypatch.setattr(LargeBodies, "hold", hold_and_tell)
     async with door(tmp_path) as opened:
         first, other = (
             posting(opened.yard.key, length).replace(b"/v1/sandboxes", b"/v1/sandboxes/x/exec", 1)

@@ -25,7 +25,8 @@ from websockets.typing import Subprotocol
 
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.drivers.fake import Conduct
-from sandyard.server.gateway import preview
+from sandyard.server.front import proxy
+from sandyard.server.gateway import previews
 from sandyard.server.links.local import SystemClock
 
 SOCKETS = 4000
@@ -260,7 +261,7 @@ async def test_a_url_ends_with_whoever_made_it(shown: Shown) -> None:
 async def test_what_is_open_ends_with_whoever_made_its_url(
     shown: Shown, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(preview, "_CHECK_S", 0.05)
+    monkeypatch.setattr(previews, "_CHECK_S", 0.05)
     yard = shown.opened.yard
     made = (await yard.client.post("/v1/api-keys", json={"name": "k"})).json()["data"]
     async with yard.client_of(made["key"]) as client:
@@ -434,7 +435,7 @@ async def test_an_answer_is_due_once_the_request_is_whole_however_slowly_that_co
     shown: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit_s = 0.4
-    monkeypatch.setattr("sandyard.server.gateway.preview._ANSWER_S", limit_s)
+    monkeypatch.setattr("sandyard.server.front.proxy._ANSWER_S", limit_s)
 
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(8):
@@ -480,7 +481,7 @@ async def test_who_waits_to_be_asked_for_its_body_is_asked(shown: Shown) -> None
 async def test_whether_a_body_is_to_be_sent_is_the_guests_to_say(
     shown: Shown, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(preview, "_CONTINUE_S", 0.3 if how == "silent" else SOON_S)
+    monkeypatch.setattr(proxy, "_CONTINUE_S", 0.3 if how == "silent" else SOON_S)
     reader, writer = await shown.opened.knock()
     host = (await shown.host()).encode()
     writer.write(b"POST /go/" + how.encode() + b" HTTP/1.1\r\nHost: " + host +

@@ -18,8 +18,8 @@ from sandyard.server.core import ops
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.records import ActivityQuery
 from sandyard.server.drivers.fake import ECHO_PORT
-from sandyard.server.gateway import ssh
-from sandyard.server.gateway.ssh import open_gateway
+from sandyard.server.gateway.ssh import gateway as ssh_gateway
+from sandyard.server.gateway.ssh.gateway import open_gateway
 from sandyard.server.links.local import SystemClock
 from sandyard.server.service.people.administration import Administration
 from sandyard.server.service.people.organizations import SignUp
@@ -253,8 +253,8 @@ async def _shell(connection: asyncssh.SSHClientConnection) -> asyncssh.SSHClient
 async def test_an_open_connection_ends_with_what_it_was_let_in_by(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(ssh, "_LOOK_S", 0.05)
-    monkeypatch.setattr(ssh, "_AUTHORIZE_S", 0.1)
+    monkeypatch.setattr(ssh_gateway, "_LOOK_S", 0.05)
+    monkeypatch.setattr(ssh_gateway, "_AUTHORIZE_S", 0.1)
     yard = gateway.yard
     org_id, _ = await yard.first()
     member = await yard.add_member(org_id)
@@ -462,7 +462,7 @@ async def _programs(gateway: Gateway, box: dict[str, Any]) -> object:
 async def test_a_connection_ends_with_its_sandbox(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssh, "_LOOK_S", 0.05)
+    monkeypatch.setattr(ssh_gateway, "_LOOK_S", 0.05)
     box = await gateway.box()
     async with gateway.login(box["id"]) as connection, asyncio.timeout(SOON_S):
         await gateway.yard.client.delete(f"/v1/sandboxes/{box['id']}")

@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sandyard.server.api import Services
 from sandyard.server.app.control import Control, open_control
 from sandyard.server.app.installation import secret_key
 from sandyard.server.app.metrics import Metrics
@@ -29,6 +28,7 @@ from sandyard.server.service.reconcile.reconciler import Pace
 from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.create import NewSandbox
 from sandyard.server.service.sandboxes.execute import Command, Outcome
+from sandyard.server.service.services import Services
 from tests.support.clock import DrivenClock, are_threads_at_work, count_threads, turn
 from tests.support.house import settings_of
 from tests.support.nodes import FakeNode, TunnelTo

@@ -7,12 +7,11 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandyard.server.app.connections import Patience
 from sandyard.server.app.serve import http_server
 from sandyard.server.app.settings import HttpSettings
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.drivers.fake import Conduct
-from sandyard.server.gateway.preview import Front
+from sandyard.server.front.engine import Patience
 from tests.support.house import Yard, open_yard, until
 from tests.support.ports import free_port
 
@@ -69,9 +68,8 @@ async def door(
     async with open_yard(
         home, saves=saves, conduct=conduct, clock=clock, sections={"http": settings}
     ) as yard:
-        control = yard.house.control
-        front = Front(control.api, control.preview, control.services.addresses.preview_domain)
-        server = http_server(front, settings, patience, is_tunnel=front.is_preview)
+        front = yard.house.front
+        server = http_server(front, settings, patience, is_tunnel=front.is_tunnel)
         server.config.port = port
         server.config.timeout_keep_alive = keep_alive_s or server.config.timeout_keep_alive
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]

@@ -46,7 +46,7 @@ class Yard:
     def client_of(self, key: str | None) -> httpx.AsyncClient:
         """Return a client with another credential."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        transport = httpx.ASGITransport(self.house.api, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(self.house.front, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url=URL, headers=headers, timeout=30)
 
     async def add_key(

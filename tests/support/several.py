@@ -25,6 +25,7 @@ from sandyard.server.core.contracts.node import NodeControl, NodeReport
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost
+from sandyard.server.front.dispatch import Dispatch
 from sandyard.server.links.identities import control_name, node_name
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.nats.bus import hinting
@@ -71,6 +72,11 @@ class SeveralHouse:
     nodes: list[NodeControl]
 
     @property
+    def front(self) -> Dispatch:
+        """The faces of the first."""
+        return self.controls[0].front
+
+    @property
     def api(self) -> FastAPI:
         """One of the applications."""
         return self.controls[0].api
@@ -101,7 +107,7 @@ class _InTurn(httpx.AsyncBaseTransport):
 
     def __init__(self, controls: list[Control], tasks: "list[asyncio.Task[None]]") -> None:
         self._transports = [
-            httpx.ASGITransport(one.api, raise_app_exceptions=False) for one in controls
+            httpx.ASGITransport(one.front, raise_app_exceptions=False) for one in controls
         ]
         self._tasks = tasks
         self._count = 0

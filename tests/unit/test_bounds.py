@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandyard.server.api.bounds import DEPTH_MAX, VALUES_MAX, JsonBounds
 from sandyard.server.core.errors import InvalidArgumentError
+from sandyard.server.front.bounds import DEPTH_MAX, VALUES_MAX, JsonBounds
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),

@@ -5,8 +5,8 @@ from typing import cast
 
 import pytest
 
-from sandyard.server.app.connections import Gate
 from sandyard.server.core.sources import source_of
+from sandyard.server.front.engine import Gate
 
 
 class Transport:

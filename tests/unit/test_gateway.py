@@ -13,10 +13,10 @@ from sandyard.server.core.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from sandyard.server.gateway import answers
-from sandyard.server.gateway import headers as h
-from sandyard.server.gateway.hosts import is_below, name_of
-from sandyard.server.gateway.pages import said
+from sandyard.server.front import headers as h
+from sandyard.server.front.hosts import is_below, name_of
+from sandyard.server.gateway import refusals
+from sandyard.server.gateway.error_page import rendered
 
 DOMAIN = "preview.localhost:8080"
 BOX = "sandbox-abcdef123456"
@@ -110,7 +110,7 @@ def sent(*headers: tuple[bytes, bytes], strips: bool = False) -> list[tuple[byte
     host = f"3000-{BOX}.{DOMAIN}"
     return h.to_guest(
         headers, port=3000, hosts=[host, f"3000-{BOX}-{TOKEN}.{DOMAIN}"], client="192.0.2.1",
-        scheme="https", strips_authorization=strips,
+        scheme="https", query_token="rt_token", strips_authorization=strips,
     )  # fmt: skip
 
 
@@ -203,13 +203,13 @@ def test_a_name_with_a_token_is_not_told_to_pages_elsewhere() -> None:
 @pytest.mark.parametrize(
     "refused",
     [
-        answers.closed(3000),
+        refusals.closed(3000),
         *(
-            answers.RefusedError(*one)
-            for one in (answers.NO_SUCH_NAME, answers.SILENT, answers.HUNG_UP, answers.NO_HTTP)
+            refusals.RefusedError(*one)
+            for one in (refusals.NO_SUCH_NAME, refusals.SILENT, refusals.HUNG_UP, refusals.NO_HTTP)
         ),
         *(
-            answers.refusal_of(error)
+            refusals.refusal_of(error)
             for error in (
                 UnauthenticatedError("x"), InvalidTokenError("x"), NotFoundError("x"),
                 ConflictError("cannot <b>run</b> & so on"), UnavailableError("x"),
@@ -217,12 +217,14 @@ def test_a_name_with_a_token_is_not_told_to_pages_elsewhere() -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_page_tells_visitors_and_owners_what_they_can_do(refused: answers.RefusedError) -> None:
+def test_a_page_tells_visitors_and_owners_what_they_can_do(refused: refusals.RefusedError) -> None:
     message = refused.message
     for part in (message.title, message.text, message.visitor, message.owner):
         assert len(part) > 5
     for wants_page in (True, False):
-        _, body = said(refused.status, refused.code, message, request_id="r", wants_page=wants_page)
+        _, body = rendered(
+            refused.status, refused.code, message, request_id="r", wants_page=wants_page
+        )
         assert b"<b>" not in body or not wants_page
         assert (b"Sandyard" in body) is wants_page
         assert (b"If somebody sent you this link" in body) is wants_page

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sandyard.server.app.proxies import TrustedProxies
+from sandyard.server.front.proxies import TrustedProxies
 
 TRUSTED = [ip_network("127.0.0.1"), ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
 

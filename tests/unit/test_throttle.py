@@ -5,9 +5,9 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandyard.server.gateway import throttle
-from sandyard.server.gateway.ssh import rest_of
-from sandyard.server.gateway.throttle import Throttle
+from sandyard.server.gateway.ssh import throttle
+from sandyard.server.gateway.ssh.gateway import rest_of
+from sandyard.server.gateway.ssh.throttle import Throttle
 
 
 class Time:

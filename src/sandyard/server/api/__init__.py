@@ -1,5 +1,5 @@
-"""HTTP: routes, request and response models, the error envelope. No rules live here."""
+"""The RunTools API: routes, request and response models, the error envelope."""
 
-from sandyard.server.api.http import Services, make_api
+from sandyard.server.api.http import make_api
 
-__all__ = ["Services", "make_api"]
+__all__ = ["make_api"]

@@ -1,12 +1,14 @@
 """Access as routes declare it: a route without a declaration is refused by a test."""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from sandyard.server.service.actor import Actor
+
+RouteT = TypeVar("RouteT", bound=Callable[..., object])
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key: rt_live_… or rt_test_…")
 _HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)
@@ -38,4 +40,30 @@ class Scope:
 def open_to_all(route: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
     """Mark a route as open: it takes no credential."""
     route.is_open = True  # type: ignore[attr-defined]  # a mark for the test of all routes
+    return route
+
+
+def takes_query_key(route: RouteT) -> RouteT:
+    """Let a route read its API key from the query, for browsers.
+
+    A browser cannot send headers with a WebSocket or an EventSource. No other route does this,
+    since URLs are written to logs.
+    """
+    route.takes_query_key = True  # type: ignore[attr-defined]  # read by api.credentials
+    return route
+
+
+def takes_ticket(kind: str) -> Callable[[RouteT], RouteT]:
+    """Let the ticket in a route's path, its parameter `session`, be the credential."""
+
+    def mark(route: RouteT) -> RouteT:
+        route.ticket_kind = kind  # type: ignore[attr-defined]  # read by api.credentials
+        return route
+
+    return mark
+
+
+def takes_signature(route: RouteT) -> RouteT:
+    """Let a route be used through a signed URL."""
+    route.takes_signature = True  # type: ignore[attr-defined]  # read by api.credentials
     return route

@@ -1,80 +1,126 @@
-"""What a request shows for itself: a key or a session, or that its very URL was signed."""
+"""Where requests to the API carry their credential."""
 
-import re
+from collections.abc import Sequence
+from typing import Any
 from urllib.parse import parse_qsl
 
 from starlette.requests import HTTPConnection
+from starlette.routing import BaseRoute, Match
 
 from sandyard.server.api.models.files import given_path, path_in
 from sandyard.server.core.errors import InvalidArgumentError, InvalidTokenError
+from sandyard.server.core.ids import is_sandbox_id
+from sandyard.server.front.face import Reader
+from sandyard.server.service.people.credentials import (
+    Credential,
+    OneTimeTicket,
+    Signature,
+    Token,
+)
 from sandyard.server.service.sandboxes.signing import SignedUse
 
-_STREAMS = re.compile(
-    r"/v1/sandboxes/[^/]+/(?:events|files/watch|processes/[^/]+/(?:output|attach))"
-)
-_TICKET = re.compile(r"/v1/(terminal|desktop)/sessions/([^/]+)")
-_FILE = re.compile(r"/v1/sandboxes/(sandbox-[a-z0-9]{12})/files")
 _SIGNED = {"path", "pathBase64", "user", "expires", "by", "signature"}
-_METHODS = {"GET": "GET", "HEAD": "GET", "PUT": "PUT"}
+_MARKS = ("takes_query_key", "ticket_kind", "takes_signature")
 
 
-def token_of(connection: HTTPConnection) -> str | None:
-    """Return a connection's credential; Bearer wins over X-API-Key.
+def readers(routes: Sequence[BaseRoute]) -> tuple[Reader, ...]:
+    """Return what reads credentials, in order of precedence: a ticket in the path of a WebSocket,
+    a header, the query, a signature of the URL.
 
-    A browser sends no headers of ours with a WebSocket or an EventSource: there, and nowhere else,
-    for addresses are written to logs, the query may have it.
-
-    Raises:
-        InvalidArgumentError: the query has it twice.
+    All but the header are read where the route in question declares them (see `api.access`).
     """
+    own = _Routes(routes)
+    return own.ticket, bearer_or_key, own.query_key, own.signature
+
+
+def bearer_or_key(connection: HTTPConnection) -> Token | None:
+    """Return the token in the headers; Bearer wins over X-API-Key."""
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    if (key := connection.headers.get("x-api-key")) is not None:
-        return key
-    if not _STREAMS.fullmatch(connection.scope["path"]):
-        return None
-    query = connection.query_params
-    given = [*query.getlist("api_key"), *query.getlist("token")]
-    if len(given) > 1:
-        raise InvalidArgumentError(
-            "cannot tell who is asking: give one of api_key and token, once", field="api_key"
+        return _token(connection, token.strip())
+    key = connection.headers.get("x-api-key")
+    return None if key is None else _token(connection, key)
+
+
+class _Routes:
+    """Reads the credentials that some routes take besides headers."""
+
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        self._routes = [
+            one
+            for one in routes
+            if any(hasattr(getattr(one, "endpoint", None), mark) for mark in _MARKS)
+        ]
+
+    def ticket(self, connection: HTTPConnection) -> Credential | None:
+        if connection.scope["type"] != "websocket":
+            return None
+        endpoint, parameters = self._match(connection)
+        kind = getattr(endpoint, "ticket_kind", None)
+        return None if kind is None else OneTimeTicket(kind, parameters["session"])
+
+    def query_key(self, connection: HTTPConnection) -> Credential | None:
+        """Return the token in the query.
+
+        Raises:
+            InvalidArgumentError: the query has several.
+        """
+        query = connection.query_params
+        given = [*query.getlist("api_key"), *query.getlist("token")]
+        if not given or not hasattr(self._match(connection)[0], "takes_query_key"):
+            return None
+        if len(given) > 1:
+            raise InvalidArgumentError(
+                "cannot tell which credential to use: give one of api_key and token, once",
+                field="api_key",
+            )
+        return _token(connection, given[0])
+
+    def signature(self, connection: HTTPConnection) -> Credential | None:
+        """Return the signature of a URL, and what it allows.
+
+        Raises:
+            InvalidTokenError: the query has parameters that no signed URL has.
+            InvalidArgumentError: the path is malformed.
+        """
+        scope = connection.scope
+        if "signature" not in connection.query_params:
+            return None
+        endpoint, parameters = self._match(connection)
+        sandbox_id = parameters.get("reference", "")
+        if not hasattr(endpoint, "takes_signature") or not is_sandbox_id(sandbox_id):
+            return None
+        query: bytes = scope["query_string"]
+        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="replace")
+        given = dict(pairs)
+        if len(given) != len(pairs) or not given.keys() <= _SIGNED:
+            raise InvalidTokenError(
+                "cannot accept the signed URL: it has parameters that were not signed; use it "
+                "unchanged"
+            )
+        expires = given.get("expires", "")
+        if not (expires.isascii() and expires.isdigit() and len(expires) <= 12):
+            raise InvalidTokenError("cannot accept the signed URL: it has no valid expiry")
+        path = given_path(path_in(query), given.get("pathBase64"), field="path")
+        use = SignedUse(
+            scope["method"],
+            sandbox_id,
+            path,
+            given.get("user", "root"),
+            int(expires),
+            given.get("by", ""),
         )
-    return given[0] if given else None
+        return Signature(use, given["signature"])
+
+    def _match(self, connection: HTTPConnection) -> tuple[Any, dict[str, str]]:
+        """Return the function that serves a connection, and its path parameters, if it is one of
+        the routes that declare a credential."""
+        for route in self._routes:
+            match, found = route.matches(connection.scope)
+            if match is Match.FULL:
+                return found["endpoint"], found["path_params"]
+        return None, {}
 
 
-def ticket_of(connection: HTTPConnection) -> tuple[str, str] | None:
-    """Return what the ticket in a WebSocket's address is for, and its secret; it needs no more."""
-    if connection.scope["type"] != "websocket":
-        return None
-    found = _TICKET.fullmatch(connection.scope["path"])
-    return None if found is None else (found[1], found[2])
-
-
-def signed_use_of(connection: HTTPConnection) -> tuple[SignedUse, str] | None:
-    """Return what a signed URL lets its holder do, and the signature; None for any other URL.
-
-    Raises:
-        InvalidTokenError: there is something in it that no signed URL has.
-        InvalidArgumentError: its path cannot be one.
-    """
-    scope = connection.scope
-    found = _FILE.fullmatch(scope["path"])
-    method = _METHODS.get(scope.get("method", ""))
-    pairs = parse_qsl(
-        scope["query_string"].decode("latin-1"), keep_blank_values=True, errors="replace"
-    )
-    given = dict(pairs)
-    if found is None or method is None or "signature" not in given:
-        return None
-    if len(given) != len(pairs) or not given.keys() <= _SIGNED:
-        raise InvalidTokenError(
-            "cannot accept the signed URL: there is more in it than was signed; use it as it was "
-            "given"
-        )
-    expires = given.get("expires", "")
-    if not (expires.isascii() and expires.isdigit() and len(expires) <= 12):
-        raise InvalidTokenError("cannot accept the signed URL: it does not say until when")
-    path = given_path(path_in(scope["query_string"]), given.get("pathBase64"), field="path")
-    user, by = given.get("user", "root"), given.get("by", "")
-    return SignedUse(method, found[1], path, user, int(expires), by), given["signature"]
+def _token(connection: HTTPConnection, secret: str) -> Token:
+    return Token(secret, connection.query_params.get("orgId"))

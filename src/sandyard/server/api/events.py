@@ -14,12 +14,11 @@ from typing import Any
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
-from sandyard.server.api.credentials import token_of
 from sandyard.server.api.errors import error_out
 from sandyard.server.api.streams import HeldStream
 from sandyard.server.core.errors import PermissionDeniedError, SandyardError
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.people.access import Access
+from sandyard.server.service.people.credentials import Credential, Credentials
 from sandyard.server.tasks import beside
 
 BEAT_S = 15.0
@@ -114,11 +113,11 @@ def rechecked(scope: str) -> Any:
 
     async def provide(connection: HTTPConnection) -> Check:
         actor: Actor = connection.state.actor
-        access: Access = connection.scope["app"].state.services.access
-        token, org_id = token_of(connection), connection.query_params.get("orgId")
+        credential: Credential = connection.state.credential
+        credentials: Credentials = connection.scope["app"].state.services.credentials
 
         async def check() -> None:
-            now = await access.authenticate(token, org_id=org_id)
+            now = (await credentials.verify(credential)).actor
             now.require(scope)
             if actor.sees_all and not now.sees_all:
                 raise PermissionDeniedError("cannot go on: the credential may do less than before")

@@ -1,15 +1,13 @@
 """The application: its routes behind its edge, described as they are."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from sandyard.server.api.edge import Edge, RequestObserver
+from sandyard.server.api.credentials import readers
 from sandyard.server.api.errors import answer_error, install_handlers
 from sandyard.server.api.routes import (
     activity,
@@ -17,12 +15,9 @@ from sandyard.server.api.routes import (
     billing,
     commands,
     desktops,
-    docs,
     files,
-    front,
     health,
     organizations,
-    pages,
     planned,
     processes,
     projects,
@@ -33,37 +28,15 @@ from sandyard.server.api.routes import (
     ways,
     workspaces,
 )
-from sandyard.server.service.addresses import Addresses
-from sandyard.server.service.feed import Feed
-from sandyard.server.service.money.billing import Billing
-from sandyard.server.service.people.access import Access
-from sandyard.server.service.people.api_keys import ApiKeys
-from sandyard.server.service.people.logins import Logins
-from sandyard.server.service.people.organizations import Organizations
-from sandyard.server.service.people.rates import Rates
-from sandyard.server.service.people.ssh_keys import SshKeys
-from sandyard.server.service.readiness import Readiness
-from sandyard.server.service.sandboxes.change import Sandboxes
-from sandyard.server.service.sandboxes.create import Creation
-from sandyard.server.service.sandboxes.desktops import Desktops
-from sandyard.server.service.sandboxes.execute import Commands
-from sandyard.server.service.sandboxes.files import Files
-from sandyard.server.service.sandboxes.forwards import Forwards
-from sandyard.server.service.sandboxes.previews import Previews
-from sandyard.server.service.sandboxes.processes import Processes
-from sandyard.server.service.sandboxes.signing import Signing
-from sandyard.server.service.sandboxes.snapshots import Snapshots
-from sandyard.server.service.sandboxes.terminals import Terminals
-from sandyard.server.service.templates import Templates
-from sandyard.server.service.workspaces.files import WorkspaceFiles
-from sandyard.server.service.workspaces.workspaces import Workspaces
+from sandyard.server.front.edge import Edge
+from sandyard.server.front.face import EdgeServices, Face
+from sandyard.server.service.services import Services
 
 log = logging.getLogger(__name__)
 
 ROUTES = (
     sandboxes, commands, processes, files, ways, desktops, snapshots, organizations, projects,
-    api_keys, ssh_keys, activity, billing, templates, workspaces, health, front, docs, pages,
-    planned,
+    api_keys, ssh_keys, activity, billing, templates, workspaces, health, planned,
 )  # fmt: skip
 """What is served, a module a subject."""
 
@@ -74,57 +47,25 @@ _EXPOSED = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Services:
-    """What the routes call."""
+_GUARDED = "/v1"
 
-    access: Access
-    rates: Rates
-    organizations: Organizations
-    api_keys: ApiKeys
-    ssh_keys: SshKeys
-    feed: Feed
-    billing: Billing
-    now: Callable[[], datetime]
-    creation: Creation
-    sandboxes: Sandboxes
-    commands: Commands
-    processes: Processes
-    files: Files
-    signing: Signing
-    addresses: Addresses
-    logins: Logins
-    previews: Previews
-    forwards: Forwards
-    terminals: Terminals
-    desktops: Desktops
-    snapshots: Snapshots
-    templates: Templates
-    workspaces: Workspaces
-    workspace_files: WorkspaceFiles
-    readiness: Readiness
+
+def _is_guarded(path: str) -> bool:
+    return path == _GUARDED or path.startswith(f"{_GUARDED}/")
 
 
 def make_api(
-    services: Services,
-    *,
-    version: str,
-    observe: RequestObserver,
-    bind: Callable[[str], object],
-    cors_origins: Sequence[str] = (),
+    services: Services, edge: EdgeServices, *, version: str, cors_origins: Sequence[str] = ()
 ) -> FastAPI:
-    """Return the application. `bind` is told each request's id before it is served.
-
-    Pages of `cors_origins` may use it in a browser.
-    """
+    """Return the application. Pages of `cors_origins` may call it from a browser."""
     app = FastAPI(
         title="Sandyard",
         version=version,
         description="Real virtual machines for agents and people.",
         redirect_slashes=False,
-        docs_url=None,  # of our own, see routes/docs.py
+        docs_url=None,  # see pages.docs
         redoc_url=None,
-        strict_content_type=False,  # a body that says nothing of its type is JSON
+        strict_content_type=False,  # a body without a Content-Type is taken for JSON
     )
     app.state.services = services
     app.state.log = log
@@ -132,17 +73,16 @@ def make_api(
     for routes in ROUTES:
         app.include_router(routes.router)
     _describe_truly(app)
-    app.add_middleware(
-        Edge,
-        access=services.access,
-        signing=services.signing,
-        redeem={"terminal": services.terminals.redeem, "desktop": services.desktops.redeem},
-        rates=services.rates,
-        observe=observe,
-        bind=bind,
+    face = Face(
+        name="api",
+        guards=_is_guarded,
+        credentials=readers([one for routes in ROUTES for one in routes.router.routes]),
+        render=answer_error,
+        json_only=True,
     )
+    app.add_middleware(Edge, face=face, services=edge)
     if cors_origins:
-        # Outermost: a browser asks first (OPTIONS), without the credential.
+        # Outermost: a browser sends OPTIONS first, without a credential.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors_origins,
@@ -182,6 +122,3 @@ def _describe_truly(app: FastAPI) -> None:
         return description
 
     app.openapi = describe  # type: ignore[method-assign]  # FastAPI's documented way
-
-
-__all__ = ["RequestObserver", "Services", "answer_error", "make_api"]

@@ -1,16 +1,16 @@
 """Opens a control plane: the services on a store and nodes, and the HTTP application on them."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import FastAPI
 
-from sandyard.server.api import Services, make_api
+from sandyard.server.app.faces import MakeFace, make_front, make_runtools_api
 from sandyard.server.app.installation import secret_key
 from sandyard.server.app.logs import request_id
-from sandyard.server.app.metrics import Metrics, MetricsRoute
+from sandyard.server.app.metrics import Metrics
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import addresses_of, plans_of, prices_of, sign_up_of
 from sandyard.server.core.contracts.bus import Bus
@@ -19,7 +19,10 @@ from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeTu
 from sandyard.server.core.contracts.payments import Payments
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.contracts.volumes import Volumes
-from sandyard.server.gateway.preview import PreviewApp
+from sandyard.server.front.bodies import LargeBodies
+from sandyard.server.front.dispatch import Dispatch
+from sandyard.server.front.face import EdgeServices
+from sandyard.server.gateway.previews import PreviewApp
 from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
 from sandyard.server.links.sessions import JwtSessions, Provider
@@ -29,6 +32,7 @@ from sandyard.server.service.money.metering import BEAT, Meter
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.api_keys import ApiKeys
+from sandyard.server.service.people.credentials import Credentials
 from sandyard.server.service.people.logins import Logins
 from sandyard.server.service.people.organizations import Organizations
 from sandyard.server.service.people.rates import Rates
@@ -61,6 +65,7 @@ from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.sandboxes.terminals import Terminals
 from sandyard.server.service.sandboxes.tickets import Tickets
+from sandyard.server.service.services import Services
 from sandyard.server.service.signers import Signers
 from sandyard.server.service.templates import Templates
 from sandyard.server.service.workspaces.files import THREADS, WorkspaceFiles
@@ -69,10 +74,11 @@ from sandyard.server.service.workspaces.workspaces import Workspaces
 
 @dataclass(frozen=True)
 class Control:
-    """A control plane without its HTTP server; `services` is what its routes call."""
+    """A control plane without its HTTP server. `front` serves all faces."""
 
+    front: Dispatch
     api: FastAPI
-    preview: PreviewApp
+    previews: PreviewApp
     services: Services
     store: Store
     nodes: Nodes
@@ -144,6 +150,7 @@ async def open_control(
     metrics: Metrics,
     version: str,
     pace: Pace | None = None,
+    faces: Sequence[MakeFace] = (),
 ) -> AsyncIterator[Control]:
     """Open a control plane on a store and nodes; `server_id` tells it from its peers.
 
@@ -230,8 +237,10 @@ async def open_control(
             quota_bytes=settings.workspaces.quota_mib * 2**20,
             exports=exports or {},
         )
+        signing = Signing(signers, register, clock, key)
         services = Services(
             access=access,
+            credentials=Credentials(access=access, tickets=tickets, signing=signing),
             rates=rates,
             organizations=Organizations(store=store, repeats=repeats, clock=clock, sign_up=sign_up),
             api_keys=ApiKeys(store, clock),
@@ -284,7 +293,7 @@ async def open_control(
             ),
             processes=processes,
             files=Files(reach, clock, opened),
-            signing=Signing(signers, register, clock, key),
+            signing=signing,
             addresses=addresses,
             logins=Logins(
                 store=store,
@@ -327,26 +336,19 @@ async def open_control(
             ),
             readiness=Readiness(store, known),
         )
-        api = make_api(
-            services,
-            version=version,
-            observe=metrics.observe,
-            bind=request_id.set,
-            cors_origins=settings.http.cors_origins,
-        )
-        api.add_route(
-            "/metrics",
-            MetricsRoute(metrics, known, settings.http.metrics_token).answer,
-            include_in_schema=False,
-        )
-        preview = PreviewApp(
-            previews=services.previews,
-            access=access,
+        edge = EdgeServices(
+            credentials=services.credentials,
             rates=rates,
-            domain=addresses.preview_domain,
-            scheme=addresses.preview_scheme,
             observe=metrics.observe,
             bind=request_id.set,
-            clock=clock,
+            bodies=LargeBodies(),
         )
-        yield Control(api, preview, services, store, known, reconciler, lifecycle, meter)
+        http = settings.http
+        api = make_runtools_api(
+            services, edge, metrics=metrics, nodes=known, http=http, version=version
+        )
+        previews = PreviewApp(services, edge, clock=clock)
+        front = make_front(
+            services, edge, api=api, previews=previews, http=http, version=version, faces=faces
+        )
+        yield Control(front, api, previews, services, store, known, reconciler, lifecycle, meter)

@@ -8,6 +8,7 @@ from importlib.metadata import version as package_version
 from fastapi import FastAPI
 
 from sandyard.server.app.control import Control, open_control
+from sandyard.server.app.faces import MakeFace
 from sandyard.server.app.installation import secret_key, server_id_of
 from sandyard.server.app.metrics import Metrics
 from sandyard.server.app.node import NODE_ID, open_node
@@ -16,6 +17,7 @@ from sandyard.server.app.wiring import open_volumes, sign_up_of
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.drivers.contract import Driver
+from sandyard.server.front.dispatch import Dispatch
 from sandyard.server.links.local import LocalBus, SystemClock
 from sandyard.server.links.sql import open_store
 from sandyard.server.node.node import Node
@@ -34,8 +36,13 @@ class House:
 
     @property
     def api(self) -> FastAPI:
-        """The HTTP application."""
+        """The RunTools API alone."""
         return self.control.api
+
+    @property
+    def front(self) -> Dispatch:
+        """The application of the HTTP listener: all faces."""
+        return self.control.front
 
     @property
     def store(self) -> Store:
@@ -65,11 +72,12 @@ async def open_house(
     drivers: Sequence[Driver] | None = None,
     clock: Clock | None = None,
     fills_pool: bool = True,
+    faces: Sequence[MakeFace] = (),
 ) -> AsyncIterator[House]:
     """Open store and node, adopt what lives, and give everything back on leaving.
 
-    `drivers` takes the place of those that the settings allow, `clock` that of the host's. Machines
-    live on: leaving lets go of them without ending them.
+    `drivers` replaces those that the settings allow, `clock` the host's; `faces` are served besides
+    the standard ones. Machines keep running after the block.
     """
     clock = clock or SystemClock()
     bus, version = LocalBus(clock), package_version("sandyard")
@@ -99,6 +107,7 @@ async def open_house(
                 clock=clock,
                 metrics=metrics,
                 version=version,
+                faces=faces,
             ) as control,
         ):
             yield House(control, node)

@@ -43,13 +43,13 @@ class Metrics:
         self._requests = Counter(
             "sandyard_http_requests_total",
             "Requests that were answered.",
-            ("method", "route", "status"),
+            ("face", "method", "route", "status"),
             registry=self._registry,
         )
         self._seconds = Histogram(
             "sandyard_http_request_seconds",
             "How long requests took.",
-            ("method", "route"),
+            ("face", "method", "route"),
             buckets=_BUCKETS,
             registry=self._registry,
         )
@@ -102,10 +102,10 @@ class Metrics:
         info = Gauge("sandyard_info", "This version.", ("version",), registry=self._registry)
         info.labels(version).set(1)
 
-    def observe(self, *, method: str, route: str, status: int, seconds: float) -> None:
+    def observe(self, *, face: str, method: str, route: str, status: int, seconds: float) -> None:
         """Count one request."""
-        self._requests.labels(method, route, str(status)).inc()
-        self._seconds.labels(method, route).observe(seconds)
+        self._requests.labels(face, method, route, str(status)).inc()
+        self._seconds.labels(face, method, route).observe(seconds)
 
     def started(self, way: Way, seconds: float) -> None:
         """Count a machine that came up."""

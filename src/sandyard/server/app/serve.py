@@ -15,19 +15,18 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from sandyard.server.app.connections import Gate, Patience, guarded
 from sandyard.server.app.control import Control
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.installation import forget_environment, only_server, ssh_host_key
-from sandyard.server.app.proxies import TrustedProxies
 from sandyard.server.app.settings import HttpSettings, Settings
 from sandyard.server.app.wiring import identity_of
 from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.states import Event, Status
 from sandyard.server.drivers.firecracker.jail import remove_groups
-from sandyard.server.gateway.preview import Front
-from sandyard.server.gateway.ssh import open_gateway
+from sandyard.server.front.engine import Gate, Patience, guarded
+from sandyard.server.front.proxies import TrustedProxies
+from sandyard.server.gateway.ssh.gateway import open_gateway
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.tunnel.handshakes import Handshakes
 from sandyard.server.node.host.identity import give_back_identity
@@ -151,9 +150,8 @@ async def serve_control(
     *beside: Coroutine[object, object, None],
 ) -> None:
     """Serve HTTP and do a control plane's work, and what goes on `beside`, until told to stop."""
-    preview, handshakes = control.preview, _preview_handshakes(settings)
-    front = Front(control.api, preview, control.services.addresses.preview_domain)
-    server = http_server(front, settings.http, is_tunnel=front.is_preview)
+    handshakes = _preview_handshakes(settings)
+    server = http_server(control.front, settings.http, is_tunnel=control.front.is_tunnel)
     # What is there by now stays: to look through it again and again for garbage costs a tenth of
     # what a burst of creates takes.
     gc.collect()
@@ -168,7 +166,7 @@ async def serve_control(
         ]
         host, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%s", host, port)
-        async with _preview_server(preview, settings, handshakes):
+        async with _preview_server(control.previews, settings, handshakes):
             await server.serve(sockets=[listener])
         for one in working:
             one.cancel()

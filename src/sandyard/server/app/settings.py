@@ -68,6 +68,11 @@ class HttpSettings(Section):
         description="How many of them may come from one IPv4 address or IPv6 /64; raise it behind "
         "a proxy.",
     )
+    hosts: tuple[str, ...] = Field(
+        (),
+        description="Host names that the API answers to, besides IP addresses and `localhost`; "
+        "others get 421. Default: every name that is not a preview's.",
+    )
     trusted_proxies: tuple[IPvAnyNetwork, ...] = Field(
         (),
         description="Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto "

@@ -25,11 +25,17 @@ from typing import Final
 VERSION: Final = 1
 AGENT_PORT: Final = 9111
 RFB_PORT: Final = 5900  # of the screen that a desktop has, on its loopback
+_PORTS = range(1, 65536)
 HEAD_MAX: Final = 1024 * 1024
 REQUEST_MAX: Final = 8 * 1024 * 1024  # a command of 1 MiB in JSON, and what goes with it
 FRAME_MAX: Final = 256 * 1024
 _FRAME_HEADER: Final = 5
 _AGAIN: Final[dict[str, object]] = {"again": True}
+
+
+def is_guests_port(port: int) -> bool:
+    """Tell whether users may reach a port of a sandbox: it is valid, and not the platform's own."""
+    return port in _PORTS and port not in (AGENT_PORT, RFB_PORT)
 
 
 class Refusal(StrEnum):

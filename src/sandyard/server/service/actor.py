@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from sandyard.server.core.errors import PermissionDeniedError
 from sandyard.server.core.plans import Plan
@@ -79,6 +80,21 @@ class Actor:
         if scope in ADMINS_ONLY:
             return self.role == "admin" and is_covered(scope, self.scopes)
         return is_covered(scope, self.scopes)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who is let in by a credential, and what the credential is bound to.
+
+    Without a `sandbox_id` it is bound to nothing but the actor's own rights. `detail` belongs to
+    the kind of credential (a terminal's name, a port). `by` names who issued it, for `Signers`.
+    """
+
+    actor: Actor
+    sandbox_id: str = ""
+    detail: str = ""
+    by: str = ""
+    expires_at: datetime | None = None
 
 
 def plan_of(plans: Mapping[str, Plan], actor: Actor) -> Plan:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from sandyard.server.api.access import Scope
+from sandyard.server.api.access import Scope, takes_query_key
 from sandyard.server.api.cursors import decode_cursor, encode_cursor
 from sandyard.server.api.events import Check, Event, EventStream, rechecked
 from sandyard.server.api.models.activity import EventPage, EventsOut, event_out
@@ -110,6 +110,7 @@ async def list_sandbox_activity(
     },
     response_model=None,
 )
+@takes_query_key
 async def follow_sandbox(
     request: Request,
     actor: CanReadSandbox,

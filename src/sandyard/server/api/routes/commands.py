@@ -11,11 +11,11 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as Connection
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.edge import takes_body
 from sandyard.server.api.models.base import Data, Meta
 from sandyard.server.api.models.commands import Exec, ExecOut, exec_out, pieces_of_answer
 from sandyard.server.api.routes.common import enveloped, errors, provided
 from sandyard.server.core.ids import checked_text
+from sandyard.server.front.bodies import takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.execute import Commands, Outcome
 from sandyard.server.tasks import in_thread

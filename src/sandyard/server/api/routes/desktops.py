@@ -6,8 +6,7 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request, Response, WebSocket
 
-from sandyard.server.api.access import Scope
-from sandyard.server.api.edge import takes_body
+from sandyard.server.api.access import Scope, takes_ticket
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.desktops import (
     Click,
@@ -26,9 +25,9 @@ from sandyard.server.api.sockets import messages_of, served, watched
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
-from sandyard.server.service.actor import Actor
+from sandyard.server.front.bodies import takes_body
+from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.sandboxes.desktops import Desktops, Place
-from sandyard.server.service.sandboxes.tickets import Admission
 from sandyard.server.tasks import beside
 
 router = APIRouter(tags=["desktops"])
@@ -68,6 +67,7 @@ async def desktop_by_request(actor: CanWrite, session: str) -> None:
 
 
 @router.websocket("/v1/desktop/sessions/{session}")
+@takes_ticket("desktop")
 async def desktop(socket: WebSocket, service: Service, session: str) -> None:
     """A desktop: RFB in binary messages, both ways."""
     del session  # the edge has redeemed it

@@ -11,8 +11,7 @@ from urllib.parse import quote, urlencode
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
-from sandyard.server.api.access import Scope
-from sandyard.server.api.edge import streams_body
+from sandyard.server.api.access import Scope, takes_query_key, takes_signature
 from sandyard.server.api.events import Check, Event, EventStream, rechecked
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.files import (
@@ -40,6 +39,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import FileChange, FileFact
+from sandyard.server.front.bodies import streams_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.files import DEPTH_MAX, LIST_MAX, Files, Reading
 from sandyard.server.service.sandboxes.signing import Signing, moment_of
@@ -84,6 +84,7 @@ Where = Annotated[bytes, Depends(_where)]
     },
     response_model=None,
 )
+@takes_signature
 async def read_file(
     request: Request,
     actor: CanWrite,
@@ -162,6 +163,7 @@ def _headers(fact: FileFact) -> dict[str, str]:
 
 @router.put("", status_code=201, responses=errors(402, 404, 409))
 @streams_body
+@takes_signature
 async def write_file(
     request: Request,
     actor: CanWrite,
@@ -332,6 +334,7 @@ async def copy_file(
     },
     response_model=None,
 )
+@takes_query_key
 async def watch_folder(
     request: Request,
     actor: CanWrite,

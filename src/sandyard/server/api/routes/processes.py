@@ -17,8 +17,7 @@ from fastapi import (
     WebSocket,
 )
 
-from sandyard.server.api.access import Scope
-from sandyard.server.api.edge import takes_body
+from sandyard.server.api.access import Scope, takes_query_key
 from sandyard.server.api.errors import error_out
 from sandyard.server.api.events import Check, Event, EventStream, rechecked
 from sandyard.server.api.models.base import Data, Page
@@ -50,6 +49,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import Ended
+from sandyard.server.front.bodies import takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.sandboxes.processes import STREAMS, Following, Processes, Which
@@ -156,6 +156,7 @@ async def resize_terminal(
     },
     response_model=None,
 )
+@takes_query_key
 async def follow_output(
     request: Request,
     actor: CanWrite,
@@ -198,6 +199,7 @@ async def follow_output(
 
 
 @router.get("/{process}/attach", include_in_schema=False)
+@takes_query_key
 async def attach_by_request(actor: CanWrite, reference: str, process: str) -> None:
     """Say that this is a WebSocket."""
     del actor, reference, process
@@ -205,6 +207,7 @@ async def attach_by_request(actor: CanWrite, reference: str, process: str) -> No
 
 
 @router.websocket("/{process}/attach")
+@takes_query_key
 async def attach(
     socket: WebSocket,
     service: Service,

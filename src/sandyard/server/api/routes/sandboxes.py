@@ -6,7 +6,6 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.cursors import decode_cursor
-from sandyard.server.api.edge import takes_body
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.sandboxes import (
     CreateSandbox,
@@ -33,6 +32,7 @@ from sandyard.server.api.routes.common import (
 from sandyard.server.core.ids import TAGS_MAX, checked_text
 from sandyard.server.core.records import SandboxQuery
 from sandyard.server.core.states import Status
+from sandyard.server.front.bodies import takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, WebSocket
 
-from sandyard.server.api.access import Scope
+from sandyard.server.api.access import Scope, takes_ticket
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.processes import end_out
 from sandyard.server.api.models.ways import (
@@ -20,14 +20,13 @@ from sandyard.server.api.sockets import Inflow, messages_of, send_json, served, 
 from sandyard.server.core.errors import InvalidArgumentError, SandyardError, UnavailableError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import Ended, Size
-from sandyard.server.service.actor import Actor
+from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.previews import Previews
 from sandyard.server.service.sandboxes.processes import Following
 from sandyard.server.service.sandboxes.terminals import FIRST_SIZE, Terminals
-from sandyard.server.service.sandboxes.tickets import Admission
 from sandyard.server.tasks import beside
 
 router = APIRouter(tags=["ways in"])
@@ -128,6 +127,7 @@ async def terminal_by_request(actor: CanWrite, session: str) -> None:
 
 
 @router.websocket("/v1/terminal/sessions/{session}")
+@takes_ticket("terminal")
 async def terminal(
     socket: WebSocket,
     terminals: Annotated[Terminals, provided("terminals")],

@@ -9,7 +9,6 @@ from urllib.parse import quote
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.edge import streams_body, takes_body
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.workspaces import (
     ChangeEntries,
@@ -44,6 +43,7 @@ from sandyard.server.api.streams import TAMED, HeldStream
 from sandyard.server.api.uploads import Upload
 from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
 from sandyard.server.core.ids import checked_text
+from sandyard.server.front.bodies import streams_body, takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces.beneath import Parts
 from sandyard.server.service.workspaces.files import Reading, WorkspaceFiles

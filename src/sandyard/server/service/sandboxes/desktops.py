@@ -22,7 +22,7 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import Dial
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.wire import RFB_PORT, printable
-from sandyard.server.service.actor import Actor
+from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.execute import Command, Commands
@@ -30,7 +30,7 @@ from sandyard.server.service.sandboxes.keysyms import keysym_of, keysyms_of
 from sandyard.server.service.sandboxes.reach import Reach, Use
 from sandyard.server.service.sandboxes.register import Register
 from sandyard.server.service.sandboxes.rfb import Screen
-from sandyard.server.service.sandboxes.tickets import Admission, Tickets
+from sandyard.server.service.sandboxes.tickets import Tickets
 from sandyard.server.tasks import in_thread
 
 KIND = "desktop"
@@ -125,10 +125,6 @@ class Desktops:
         sandbox = await self._with_desktop(actor, reference)
         secret, until = await self._tickets.issue(actor, sandbox, KIND)
         return DesktopTicket(secret, sandbox.id, until)
-
-    async def redeem(self, secret: str) -> Admission:
-        """Use a ticket up. See `Tickets.redeem`."""
-        return await self._tickets.redeem(secret, KIND)
 
     async def check(self, admission: Admission) -> None:
         """Return if whoever was let in may still be. See `Tickets.check`."""

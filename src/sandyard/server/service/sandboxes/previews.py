@@ -10,23 +10,17 @@ from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ops import Dial
-from sandyard.server.core.wire import AGENT_PORT, RFB_PORT
+from sandyard.server.core.wire import AGENT_PORT, RFB_PORT, is_guests_port
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.reach import Reach, Use
 from sandyard.server.service.sandboxes.register import Register
-from sandyard.server.service.sandboxes.tickets import Admission, Tickets
+from sandyard.server.service.sandboxes.tickets import Tickets
 
 KIND = "preview"
 QUERY_TOKEN = "rt_token"
 _USE = Use("preview", "", "preview", is_told=False, is_frequent=True)
-PORTS = range(1, 65536)
-
-
-def is_previewed(port: int) -> bool:
-    """Tell whether a port of a sandbox may be previewed: not one of the platform's own."""
-    return port in PORTS and port not in (AGENT_PORT, RFB_PORT)
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class Previews:
             InvalidArgumentError: there is no such port, or it is not the sandbox's own.
         """
         actor.require("sandbox:write")
-        if not is_previewed(port):
+        if not is_guests_port(port):
             raise InvalidArgumentError(
                 f"cannot preview port {port}: it is 1 to 65535, and not {AGENT_PORT} or "
                 f"{RFB_PORT}, which are the platform's own",
@@ -104,10 +98,6 @@ class Previews:
                 )
             )
         return Preview(url, port, until)
-
-    async def admit(self, token: str, sandbox_id: str, port: int) -> Admission:
-        """Let in whoever has the token of a sandbox's port. See `Tickets.admit`."""
-        return await self._tickets.admit(token, KIND, sandbox_id, str(port))
 
     async def check(self, actor: Actor, sandbox_id: str) -> None:
         """Return if an actor may see a sandbox's previews.

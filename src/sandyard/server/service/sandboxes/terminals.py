@@ -13,11 +13,11 @@ from datetime import datetime
 from sandyard.server.core.errors import InvalidArgumentError, NotFoundError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.ops import Size, Start
-from sandyard.server.service.actor import Actor
+from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.sandboxes.processes import Following, Processes, Which
 from sandyard.server.service.sandboxes.reach import Use
 from sandyard.server.service.sandboxes.register import Register
-from sandyard.server.service.sandboxes.tickets import Admission, Tickets
+from sandyard.server.service.sandboxes.tickets import Tickets
 
 KIND = "terminal"
 HANG_UP_S = 600.0
@@ -64,10 +64,6 @@ class Terminals:
         detail = json.dumps([shell, known])
         secret, until = await self._tickets.issue(actor, sandbox, KIND, detail)
         return TerminalTicket(secret, sandbox.id, shell, until)
-
-    async def redeem(self, secret: str) -> Admission:
-        """Use a ticket up. See `Tickets.redeem`."""
-        return await self._tickets.redeem(secret, KIND)
 
     async def check(self, admission: Admission) -> None:
         """Return if whoever was let in may still be. See `Tickets.check`."""

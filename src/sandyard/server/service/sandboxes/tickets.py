@@ -6,7 +6,6 @@ what whoever made it may, and ends with their key.
 
 import hmac
 from base64 import b32encode
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
@@ -15,7 +14,7 @@ from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import InvalidTokenError, TokenExpiredError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.records import Sandbox, Ticket
-from sandyard.server.service.actor import Actor
+from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.signers import Signers, signer_of
 
 SCOPE = "sandbox:write"
@@ -24,17 +23,6 @@ _PURPOSE = b"sandyard: tokens of previews, 1"
 _PARTS = 24
 _SECRET_MAX = 200
 _FORGET_AFTER = timedelta(hours=1)
-
-
-@dataclass(frozen=True)
-class Admission:
-    """Who is let in by a ticket, and to what."""
-
-    actor: Actor
-    by: str
-    sandbox_id: str
-    detail: str
-    expires_at: datetime
 
 
 class Tickets:
@@ -115,7 +103,9 @@ class Tickets:
             raise InvalidTokenError(
                 "cannot accept the ticket: whoever made it may not do this any more"
             )
-        return Admission(actor, ticket.by, ticket.sandbox_id, ticket.detail, ticket.expires_at)
+        return Admission(
+            actor, ticket.sandbox_id, ticket.detail, by=ticket.by, expires_at=ticket.expires_at
+        )
 
     async def check(self, admission: Admission) -> None:
         """Return if whoever was let in by a ticket may still do what it was for.

@@ -1,14 +1,12 @@
-"""/docs: the API to read and to try, with nothing loaded from anywhere else."""
+"""/docs: the API reference in a browser, with nothing loaded from other hosts."""
 
 from importlib.resources import files
 
-from fastapi import APIRouter, Response
-from fastapi.responses import HTMLResponse
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 
-from sandyard.server.api.access import open_to_all
 from sandyard.server.core.errors import NotFoundError
-
-router = APIRouter(include_in_schema=False)
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -33,7 +31,7 @@ _START = """SwaggerUIBundle({
 """
 _KINDS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 _HEADERS = {
-    # The page's own files alone; it writes styles into its elements, and draws its icons so.
+    # The page's own files only. It sets styles on elements and draws icons from data URLs.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -42,21 +40,24 @@ _HEADERS = {
 }
 
 
-@router.get("/docs")
-@open_to_all
-async def docs() -> HTMLResponse:
-    """Give the page."""
+async def docs(_: Request) -> Response:
+    """Return the page."""
     return HTMLResponse(_PAGE, headers=_HEADERS)
 
 
-@router.get("/docs/{name}")
-@open_to_all
-async def docs_file(name: str) -> Response:
-    """Give one of the files that the page is made of."""
+async def docs_file(request: Request) -> Response:
+    """Return one of the files that the page loads."""
+    name: str = request.path_params["name"]
     if name == "start.js":
         return Response(_START, media_type="text/javascript", headers=_HEADERS)
     if name not in _KINDS:
-        raise NotFoundError(f"cannot find /docs/{name}: the page is at /docs")
+        raise NotFoundError(f"cannot find /docs/{name[:200]}: the page is at /docs")
     content = (files("fastapi_offline") / "static" / name).read_bytes()
     kept = {"Cache-Control": "public, max-age=86400"}
     return Response(content, media_type=_KINDS[name], headers={**_HEADERS, **kept})
+
+
+ROUTES = (
+    Route("/docs", docs, methods=["GET"]),
+    Route("/docs/{name}", docs_file, methods=["GET"]),
+)

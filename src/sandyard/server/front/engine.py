@@ -29,7 +29,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.sources import source_of
-from sandyard.server.gateway.exchange import REQUEST_TRAILERS, BrokenOffError
+from sandyard.server.front.answer import TUNNEL
+from sandyard.server.front.exchange import REQUEST_TRAILERS, BrokenOffError
 
 LINE_MAX = 16 * 1024
 HEAD_MAX = 64 * 1024
@@ -294,12 +295,12 @@ class GuardedProtocol(HttpToolsProtocol):
             # What still answers would write into the socket, and never hear that it is gone.
             self._refuse(400, "bad_request", "cannot open a WebSocket while an answer is due")
             return
+        if not self._has_path():
+            self._refuse(400, "bad_request", "cannot read the request's target: it is not a URL")
+            return
         is_tunnel = type(self).is_tunnel(self.scope)
         if not is_tunnel and (why := _no_handshake(self.scope, self.url)) is not None:
             self._refuse(400, "bad_request", f"cannot open a WebSocket: {why}")
-            return
-        if is_tunnel and not self._has_path():
-            self._refuse(400, "bad_request", "cannot read the address that is asked for")
             return
         self._is_upgraded = True
         self.gate.leave(self)
@@ -314,8 +315,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().handle_websocket_upgrade()
 
     def _has_path(self) -> bool:
-        """Put the address that is asked for into the scope, as uvicorn does for all but upgrades;
-        False if it is none."""
+        """Put the request's path into the scope, which uvicorn does for all but upgrades; return
+        False if the target is not a URL."""
         try:
             asked = httptools.parse_url(self.url)
         except httptools.HttpParserError:
@@ -671,7 +672,7 @@ class Tunnel(asyncio.Protocol):
         self._task.add_done_callback(self._state.tasks.discard)
 
     async def _serve(self) -> None:
-        scope = {**self._scope, "type": "sandyard.tunnel", "stream": self}
+        scope = {**self._scope, "type": TUNNEL, "stream": self}
         try:
             await self._app(scope, _nothing, _nothing)
         except (OSError, SandyardError, BrokenOffError):

@@ -1,13 +1,10 @@
-"""/: where somebody who opens the address in a browser finds out what this is."""
+"""/: the page for a person who opens the server's address in a browser."""
 
 from html import escape
 
-from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse
-
-from sandyard.server.api.access import open_to_all
-
-router = APIRouter(include_in_schema=False)
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -25,9 +22,10 @@ _PAGE = """<!doctype html>
 """
 
 
-@router.get("/")
-@open_to_all
-async def front(request: Request) -> HTMLResponse:
-    """Say what this is, in which version, and where to go on."""
-    page = _PAGE.format(version=escape(request.app.version))
+async def welcome(request: Request) -> Response:
+    """Return the page: name, version and links."""
+    page = _PAGE.format(version=escape(request.app.state.version))
     return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'"})
+
+
+ROUTES = (Route("/", welcome, methods=["GET"]),)

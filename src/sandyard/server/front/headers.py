@@ -1,10 +1,8 @@
-"""What becomes of headers on their way through a preview, to the guest and back."""
+"""How headers are rewritten on their way through the proxy, to the guest and back."""
 
 import re
 from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
-
-from sandyard.server.service.sandboxes.previews import QUERY_TOKEN
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -87,12 +85,14 @@ def to_guest(
     hosts: Iterable[str],
     client: str,
     scheme: str,
+    query_token: str,
     strips_authorization: bool,
 ) -> list[tuple[bytes, bytes]]:
-    """Return the headers that a guest is sent: it hears that it is spoken to as `localhost`, from
-    pages of its own, and nothing that would let it speak as the client.
+    """Return the headers that a guest receives. It sees itself addressed as `localhost`, from its
+    own pages, and no credential of the client's for the platform.
 
-    `hosts` are the names under which the client knows it. How long the body is, is not among them.
+    `hosts` are the names that the client uses for it, `query_token` the query parameter that may
+    carry a credential. Framing headers are left out.
     """
     local = f"localhost:{port}".encode()
     dropped = _HOP | _TOLD_BY_US | _nominated(headers)
@@ -107,7 +107,7 @@ def to_guest(
         elif name == b"origin":
             kept = b"http://" + local if value.decode("latin-1").lower() in own else value
         elif name == b"referer":
-            kept = _local_address(value, own, local)
+            kept = _local_address(value, own, local, query_token)
         elif name in (b"authorization", b"x-api-key") and (
             strips_authorization or _OURS.search(value)
         ):
@@ -122,11 +122,11 @@ def to_guest(
 def to_client(
     headers: Headers, *, origin: str, port: int, adds_policy: bool
 ) -> list[tuple[bytes, bytes]]:
-    """Return the headers that a client is sent of what a guest answered.
+    """Return the headers of a guest's answer that a client receives.
 
-    A cookie is for this one host name alone, and never ours; where it sends a client to itself, as
-    `localhost`, that is the preview's `origin`. What the platform says of a request (its id, rate
-    limits) no guest can say.
+    Cookies are limited to this one host name and never replace ours. A redirect to `localhost`
+    leads to `origin` instead. A guest cannot set the platform's own headers (request id, rate
+    limits).
     """
     dropped = _HOP | _nominated(headers) | {b"date", b"clear-site-data", b"x-request-id"}
     if any(name == b"transfer-encoding" for name, _ in headers):
@@ -168,7 +168,7 @@ def _without_our_cookie(value: bytes) -> bytes | None:
     return b";".join(kept).strip() or None
 
 
-def _local_address(value: bytes, own: set[str], local: bytes) -> bytes | None:
+def _local_address(value: bytes, own: set[str], local: bytes, query_token: str) -> bytes | None:
     try:
         parsed = urlsplit(value.decode("latin-1"))
     except ValueError:
@@ -176,7 +176,7 @@ def _local_address(value: bytes, own: set[str], local: bytes) -> bytes | None:
     if f"{parsed.scheme}://{parsed.netloc}".lower() not in own:
         return value
     query = "&".join(
-        one for one in parsed.query.split("&") if not one.startswith(f"{QUERY_TOKEN}=")
+        one for one in parsed.query.split("&") if not one.startswith(f"{query_token}=")
     )
     rest = f"{parsed.path}?{query}" if query else parsed.path
     return b"http://" + local + rest.encode("latin-1")

@@ -11,7 +11,7 @@ from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import SandyardError, UnsupportedError
 from sandyard.server.core.ops import Caller, Dial, Listen, Take
 from sandyard.server.core.wire import printable
-from sandyard.server.gateway.copy import relay
+from sandyard.server.front.relay import relay
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.forwards import Forwards
 from sandyard.server.service.sandboxes.reach import Use

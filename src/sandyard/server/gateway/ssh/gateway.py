@@ -21,9 +21,9 @@ from asyncssh.stream import SSHTCPStreamSession, SSHUNIXStreamSession
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnavailableError
 from sandyard.server.core.ops import Dial, Listen
 from sandyard.server.core.sources import source_of
-from sandyard.server.gateway.forwarding import CHANNEL_S, PACKET, WINDOW, Forward, Listener
-from sandyard.server.gateway.sessions import Session, SessionChannel
-from sandyard.server.gateway.throttle import Throttle
+from sandyard.server.gateway.ssh.forwarding import CHANNEL_S, PACKET, WINDOW, Forward, Listener
+from sandyard.server.gateway.ssh.sessions import Session, SessionChannel
+from sandyard.server.gateway.ssh.throttle import Throttle
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.logins import UNCLEAR, Login, Logins
 from sandyard.server.service.sandboxes.forwards import Forwards

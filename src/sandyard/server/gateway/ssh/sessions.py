@@ -15,7 +15,7 @@ from asyncssh.stream import SSHUNIXStreamSession
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnsupportedError
 from sandyard.server.core.ops import Caller, Ended, Listen, Pipe, Run, Size
-from sandyard.server.gateway.forwarding import (
+from sandyard.server.gateway.ssh.forwarding import (
     CHANNEL_S,
     PACKET,
     USE,

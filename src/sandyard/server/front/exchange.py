@@ -10,7 +10,7 @@ from starlette.types import Receive
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import SandyardError
-from sandyard.server.gateway.copy import PIECE
+from sandyard.server.front.relay import PIECE
 
 _HEAD_MAX = 64 * 1024
 _STILL_S = 120.0

@@ -1,4 +1,4 @@
-"""Pages for people: a terminal in a browser, and the files that pages are made of."""
+"""The pages of a terminal and a desktop, and the files that pages load."""
 
 import base64
 import hashlib
@@ -6,20 +6,18 @@ from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-from fastapi import APIRouter, Response
-from fastapi.responses import HTMLResponse
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 
-from sandyard.server.api.access import open_to_all
 from sandyard.server.core.errors import NotFoundError
-
-router = APIRouter(include_in_schema=False)
 
 _KINDS = {".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css",
           ".txt": "text/plain; charset=utf-8"}  # fmt: skip
 _POLICY = "Content-Security-Policy"
 _HEADERS = {
-    # A page's own files alone. What they are made of writes styles into elements, and draws
-    # pictures that it has made itself.
+    # The page's own files only. Its libraries set styles on elements and draw images from data
+    # URLs.
     _POLICY: "default-src 'none'; script-src 'self'; connect-src 'self'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -29,12 +27,12 @@ _HEADERS = {
 
 
 def _root() -> Traversable:
-    return files("sandyard.server.api") / "web"
+    return files("sandyard.server.pages") / "web"
 
 
 @cache
 def _files() -> dict[str, Traversable]:
-    """Return what may be asked for, by its path: nothing else is ever looked for."""
+    """Return all files that may be requested, by path."""
     found, folders = dict[str, Traversable](), [("", _root())]
     while folders:
         prefix, folder = folders.pop()
@@ -49,7 +47,7 @@ def _files() -> dict[str, Traversable]:
 
 @cache
 def _loader() -> tuple[bytes, str]:
-    """Return what loads the rest of a page and lies within it, and the policy that lets it run."""
+    """Return the inline script that loads the rest of a page, and the policy that allows it."""
     found = _files()["load.js"].read_bytes()
     digest = base64.b64encode(hashlib.sha256(found).digest()).decode()
     return found, _HEADERS[_POLICY].replace(
@@ -65,29 +63,29 @@ def page(name: str) -> HTMLResponse:
     return HTMLResponse(content, headers={**_HEADERS, **kept})
 
 
-@router.get("/terminal/{reference}")
-@open_to_all
-async def terminal_page(reference: str) -> HTMLResponse:
-    """Give the page of a terminal; it asks for a key itself."""
-    del reference  # the page reads it from its own address
+async def terminal_page(_: Request) -> Response:
+    """Return the page of a terminal. The page reads the sandbox from its URL and asks for a key."""
     return page("terminal.html")
 
 
-@router.get("/desktop/{reference}")
-@open_to_all
-async def desktop_page(reference: str) -> HTMLResponse:
-    """Give the page of a desktop; its address may bring a ticket, else it asks for a key."""
-    del reference
+async def desktop_page(_: Request) -> Response:
+    """Return the page of a desktop. Its URL may carry a ticket; otherwise it asks for a key."""
     return page("desktop.html")
 
 
-@router.get("/web/{path:path}")
-@open_to_all
-async def web_file(path: str) -> Response:
-    """Give one of the files that pages are made of."""
+async def web_file(request: Request) -> Response:
+    """Return one of the files that pages load."""
+    path: str = request.path_params["path"]
     found, dot, ending = _files().get(path), *path.rpartition(".")[1:]
     kind = _KINDS.get(dot + ending)
     if found is None or kind is None:
-        raise NotFoundError(f"cannot find /web/{path[:200]}: no page has such a part")
+        raise NotFoundError(f"cannot find /web/{path[:200]}: no page has such a file")
     kept = {"Cache-Control": "public, max-age=3600"}
     return Response(found.read_bytes(), media_type=kind, headers={**_HEADERS, **kept})
+
+
+ROUTES = (
+    Route("/terminal/{reference}", terminal_page, methods=["GET"]),
+    Route("/desktop/{reference}", desktop_page, methods=["GET"]),
+    Route("/web/{path:path}", web_file, methods=["GET"]),
+)

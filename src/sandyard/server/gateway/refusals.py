@@ -1,10 +1,9 @@
-"""What the client of a preview is told: what a guest answered, or an answer of our own."""
+"""Refusals: the errors that the client of a preview gets instead of an answer of the guest."""
 
 import html
 import logging
 
-import h11
-from starlette.types import Scope, Send
+from starlette.types import Scope
 
 from sandyard.server.core.errors import (
     ConflictError,
@@ -17,22 +16,18 @@ from sandyard.server.core.errors import (
     TokenExpiredError,
     UnauthenticatedError,
 )
-from sandyard.server.gateway import headers as h
-from sandyard.server.gateway.exchange import BrokenOffError
-from sandyard.server.gateway.headers import Headers
-from sandyard.server.gateway.hosts import PreviewName
-from sandyard.server.gateway.pages import Message, said, status_line
+from sandyard.server.front.answer import Answer
+from sandyard.server.front.exchange import BrokenOffError
+from sandyard.server.front.headers import first
+from sandyard.server.gateway.error_page import Message, rendered
 
 log = logging.getLogger(__name__)
 
-TUNNEL = "sandyard.tunnel"
-"""The kind of scope of a connection that is to become another protocol's: its `stream` is raw."""
 _REFRESH_S = 2
-_NO_BODY = frozenset({204, 304})
 
 
 class RefusedError(Exception):
-    """An answer of our own: its status, its code for programs, and what people are told."""
+    """An error: its status, its code for programs, and its text for people."""
 
     def __init__(
         self,
@@ -51,97 +46,29 @@ class RefusedError(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-class Answering:
-    """The answer to a client, by ASGI or on its raw connection; no more than one is ever begun."""
+async def refuse(scope: Scope, answer: Answer, refused: RefusedError, request_id: str) -> None:
+    """Send an error as the answer to a request.
 
-    def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
-        self.status = 499  # the client left before there was any
-        self._scope = scope
-        self._send = send
-        self._request_id = request_id
-        self._has_begun = self._may_have_trailers = False
-        self._name: PreviewName | None = None
-        self._origin = ""
-
-    def is_for(self, name: PreviewName, scheme: str) -> None:
-        """Say which preview it is of."""
-        self._name = name
-        self._origin = f"{scheme}://{name.full_host}"
-
-    async def begin(
-        self, response: h11.Response | h11.InformationalResponse, *, is_last: bool = False
-    ) -> None:
-        """Send the head of a guest's answer; one that `is_last` is the last on its connection."""
-        assert self._name is not None
-        found = h.to_client(
-            [(bytes(name), bytes(value)) for name, value in response.headers],
-            origin=self._origin,
-            port=self._name.port,
-            adds_policy=self._name.token is not None,
-        )
-        found.append((b"x-request-id", self._request_id.encode()))
-        if response.status_code in _NO_BODY:
-            found = [(name, value) for name, value in found if name != b"content-length"]
-        if is_last:
-            found.append((b"connection", b"close"))
-        # Whether there are trailers is known after the body alone.
-        self._may_have_trailers = any(name == b"transfer-encoding" for name, _ in response.headers)
-        await self._start(response.status_code, found)
-
-    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        self._has_begun = True
-        self.status = status
-        if self._scope["type"] == TUNNEL:
-            how = [(b"connection", b"close")]
-            if status == 101:
-                how = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
-            lines = [b"%s: %s\r\n" % one for one in [*headers, *how]]
-            await self._scope["stream"].write(status_line(status) + b"".join(lines) + b"\r\n")
-        else:
-            await self._send(
-                {
-                    "type": "http.response.start",
-                    "status": status,
-                    "headers": headers,
-                    "trailers": self._may_have_trailers,
-                }
-            )
-
-    async def go_on(self, piece: bytes) -> None:
-        """Send a piece of the body."""
-        if self._scope["type"] == TUNNEL:
-            await self._scope["stream"].write(piece)
-        else:
-            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-
-    async def end(self, trailers: Headers = ()) -> None:
-        """Say that that was all but for trailers."""
-        if self._scope["type"] == TUNNEL:
-            return
-        await self._send({"type": "http.response.body", "body": b""})
-        if self._may_have_trailers:
-            found = h.trailers_of([(name.lower(), value) for name, value in trailers])
-            await self._send({"type": "http.response.trailers", "headers": found})
-
-    async def refuse(self, refused: RefusedError) -> None:
-        """Send an answer of our own; half of another cannot be taken back, and is broken off."""
-        if self._has_begun:
-            log.info("a preview was broken off: %s", refused.message.title)
-            raise BrokenOffError
-        accept = h.first(self._scope["headers"], b"accept") or ""
-        found, body = said(
-            refused.status,
-            refused.code,
-            refused.message,
-            request_id=self._request_id,
-            wants_page="text/html" in accept,
-            refresh_s=refused.refresh_s,
-            headers=refused.headers,
-        )
-        await self._start(refused.status, found)
-        if self._scope.get("method") != "HEAD":
-            await self.go_on(body)
-        await self.end()
+    Raises:
+        BrokenOffError: another answer has begun, and its connection must be reset.
+    """
+    if answer.has_begun:
+        log.info("aborting the answer of a preview: %s", refused.message.title)
+        raise BrokenOffError
+    accept = first(scope["headers"], b"accept") or ""
+    headers, body = rendered(
+        refused.status,
+        refused.code,
+        refused.message,
+        request_id=request_id,
+        wants_page="text/html" in accept,
+        refresh_s=refused.refresh_s,
+        headers=refused.headers,
+    )
+    await answer.begin(refused.status, headers)
+    if scope.get("method") != "HEAD":
+        await answer.write(body)
+    await answer.end()
 
 
 _URL = "<code>sandyard sandbox url</code> or <code>GET /v1/sandboxes/{id}/url?port=…</code>"
@@ -150,7 +77,7 @@ _LOG = "Its log, or a command in the sandbox, may say why."
 
 
 def refusal_of(error: SandyardError) -> RefusedError:
-    """Return what a person is told of an error."""
+    """Return the refusal for an error."""
     match error:
         case RateLimitedError():
             message = Message("Too many requests", _text(error), "Wait a moment, and try again.",
@@ -192,7 +119,7 @@ def _text(error: SandyardError) -> str:
 
 
 def closed(port: int) -> RefusedError:
-    """Return what is told where nothing listens."""
+    """Return the refusal for a port that nothing listens on."""
     message = Message(
         f"Nothing listens on port {port} yet",
         "The sandbox runs, but nothing in it accepts connections on this port. This page tries "

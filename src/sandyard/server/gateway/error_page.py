@@ -1,10 +1,9 @@
-"""What a preview says by itself: a page for people, JSON for programs."""
+"""Errors of previews: a page for people, JSON for programs."""
 
 import html
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http import HTTPStatus
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -43,8 +42,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 @dataclass(frozen=True)
 class Message:
-    """What is said of a request that no guest answered, in HTML: what happened, what a visitor can
-    do who was sent a link, and what the sandbox's owner can do."""
+    """The text of an error, in HTML: what happened, what a visitor with a link can do, and what the
+    sandbox's owner can do."""
 
     title: str
     text: str
@@ -52,7 +51,7 @@ class Message:
     owner: str
 
 
-def said(
+def rendered(
     status: int,
     code: str,
     message: Message,
@@ -62,7 +61,7 @@ def said(
     refresh_s: int | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Return headers and body of an answer that no guest gave."""
+    """Return headers and body of an error answer."""
     if wants_page:
         refresh = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s}">'
         body = _PAGE.format(
@@ -93,12 +92,3 @@ def said(
 
 def _plain(text: str) -> str:
     return html.unescape(text.replace("<code>", "`").replace("</code>", "`"))
-
-
-def status_line(status: int) -> bytes:
-    """Return the first line of an answer."""
-    try:
-        phrase = HTTPStatus(status).phrase
-    except ValueError:
-        phrase = ""
-    return f"HTTP/1.1 {status} {phrase}\r\n".encode()

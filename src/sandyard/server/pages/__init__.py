@@ -1,0 +1,1 @@
+"""Pages for people in a browser: terminal, desktop, API docs, welcome page."""
