@@ -58,14 +58,14 @@ async def test_a_create_comes_up_on_its_node_as_it_was_asked_for(desk: Desk) -> 
         ({"name": "sandbox-abcdefghijkl"}, "name"),
         ({"tags": ("x" * 65,)}, "tags"),
         ({"env": {"1A": "x"}}, "env"),
-        ({"idle_timeout": -1}, "idleTimeout"),
+        ({"idle_timeout": -1}, "idle_timeout"),
         ({"metadata": {"a": "x" * 20_000}}, "metadata"),
         ({"metadata": {"a": float("nan")}}, "metadata"),
-        ({"root_password": "short"}, "rootPassword"),
-        ({"project_id": new_uuid()}, "projectId"),
-        ({"project_id": "x"}, "projectId"),
+        ({"root_password": "short"}, "root_password"),
+        ({"project_id": new_uuid()}, "project_id"),
+        ({"project_id": "x"}, "project_id"),
         ({"memory": "lots"}, "resources.memory"),
-        ({"ssh_keys": ["nobody's"]}, "sshKeys"),
+        ({"ssh_keys": ["nobody's"]}, "ssh_keys"),
         ({"snapshot": new_uuid()}, "snapshot"),
     ],
 )
@@ -303,7 +303,7 @@ async def test_a_command_resumes_what_is_paused_and_is_noted(desk: Desk) -> None
 async def test_without_auto_resume_it_is_refused_and_nothing_is_started(desk: Desk) -> None:
     box = await desk.create(auto_resume=False)
     await desk.services.sandboxes.pause(desk.actor, box.id)
-    with pytest.raises(ConflictError, match="autoResume is off"):
+    with pytest.raises(ConflictError, match="auto_resume is off"):
         await desk.execute(box, "hello")
     assert desk.machine(box).phase is Phase.PAUSED
 

@@ -1,7 +1,7 @@
 """A whole house on fake machines, in this process, with clients for it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from sandyard.server.app.faces import MakeFace
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.settings import NodeSettings, PoolSettings, Settings
 from sandyard.server.core.contracts.clock import Clock
@@ -155,6 +156,7 @@ async def open_yard(
     clock: Clock | None = None,
     works: bool = True,
     sections: Mapping[str, Any] | None = None,
+    faces: Sequence[MakeFace] = (),
     **node: object,
 ) -> AsyncIterator[Yard]:
     """Open a house and run its reconciler; with `keep`, its machines outlive it.
@@ -169,7 +171,7 @@ async def open_yard(
     place_database(home / "sandyard.db")
     try:
         async with (
-            open_house(settings, drivers=[driver], clock=clock) as house,
+            open_house(settings, drivers=[driver], clock=clock, faces=faces) as house,
             asyncio.TaskGroup() as tasks,
         ):
             reconciling = tasks.create_task(house.reconciler.run() if works else asyncio.sleep(0))

@@ -1,6 +1,7 @@
 """Errors as HTTP answers: the only place that knows which status belongs to which code."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from fastapi import FastAPI, Request
@@ -52,40 +53,67 @@ _SHOWN = {
     Code.DAMAGED: Code.INVALID_STATE,
     Code.LIMIT_REACHED: Code.CONFLICT,
 }
+_HINTS = {
+    Code.UNAUTHORIZED: "send `Authorization: Bearer <API key>`",
+    Code.WORKSPACE_IN_USE: "or repeat the request with force=true",
+    Code.INSUFFICIENT_CREDITS: "top up (POST /v1/billing/topup), or have an operator grant credits "
+    "(`sandyard admin grant`)",
+}
+"""What to do, where that is a request of this API."""
+_SNAKE = re.compile(r"_([a-z])")
+_WIRE_NAMES = {"api_key": "api_key"}
+"""Fields that are not the domain's name in camel case."""
 _RETRY_AFTER_S = "2"
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
+def wire_name(field: str) -> str:
+    """Return this API's name of a field of the domain: `mounts.0.workspace_id` is
+    `mounts.0.workspaceId`."""
+    return _WIRE_NAMES.get(field) or _SNAKE.sub(lambda found: found[1].upper(), field)
+
+
 def error_out(error: SandyardError) -> dict[str, object]:
-    """Return an error as the last word of a stream tells it."""
-    is_ours = isinstance(error, InternalError)
-    told: dict[str, object] = {
-        "code": _SHOWN.get(error.code, error.code).value,
-        "message": "something broke on the server" if is_ours else error.message,
-    }
-    return {**told, "details": dict(error.facts)} if error.facts and not is_ours else told
-
-
-def answer_error(request: HTTPConnection, error: SandyardError) -> JSONResponse:
-    """Return the envelope of an error."""
-    status = STATUS[error.code]
-    body: dict[str, object] = {
-        "code": _SHOWN.get(error.code, error.code).value,
-        "message": error.message,
-        "requestId": request.state.request_id,
-    }
-    if error.facts:
-        body["details"] = error.facts
+    """Return an error as the last event of a stream reports it."""
     if isinstance(error, InternalError):
-        # What broke is for the log; the caller gets the id under which it is found there.
+        return {"code": error.code.value, "message": "something broke on the server"}
+    return _body(error, wire_name)
+
+
+def answer_error(
+    connection: HTTPConnection, error: SandyardError, *, name: Callable[[str], str] = wire_name
+) -> JSONResponse:
+    """Return the envelope of an error. `name` turns fields of the domain into this API's."""
+    status = STATUS[error.code]
+    body = _body(error, name)
+    if isinstance(error, InternalError):
+        # What broke is for the log; the client gets the id under which it is found there.
         body["message"] = "something broke on the server; its log has the details under requestId"
         body.pop("details", None)
+    body["requestId"] = connection.state.request_id
     headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else {}
     if isinstance(error, RateLimitedError):
         headers["Retry-After"] = str(error.retry_after_s)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": body}, status_code=status, headers=headers)
+
+
+def _body(error: SandyardError, name: Callable[[str], str]) -> dict[str, object]:
+    hint = _HINTS.get(error.code)
+    message = error.message_with(name)
+    body: dict[str, object] = {
+        "code": _SHOWN.get(error.code, error.code).value,
+        "message": f"{message}; {hint}" if hint else message,
+    }
+    if error.facts:
+        body["details"] = {
+            wire_name(fact): name(value)
+            if fact in ("field", "limit") and isinstance(value, str)
+            else value
+            for fact, value in error.facts.items()
+        }
+    return body
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -99,7 +127,8 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refused(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer_error(request, _translated(error))
+        # Its fields are named as the client sent them.
+        return answer_error(request, _translated(error), name=str)
 
     @app.exception_handler(HTTPException)
     async def routed(request: Request, error: HTTPException) -> JSONResponse:

@@ -28,10 +28,13 @@ Each class has a code for machines and each error a sentence for people. Only th
 which HTTP status belongs to a code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import ClassVar
+
+_NAMED = ("field", "limit")
+"""Facts that are names of fields."""
 
 
 class Code(StrEnum):
@@ -64,16 +67,31 @@ class Code(StrEnum):
 class SandyardError(Exception):
     """Base of all intended errors; anything else that escapes a room is a bug.
 
-    `facts` are small values a program may want (the field, the status), never secrets.
+    `facts` are small values a program may want (the field, the status), never secrets. In `text`
+    the placeholders `{field}` and `{limit}` stand for the facts of that name: the domain's name of
+    a field, which each face replaces by its own.
     """
 
     code: ClassVar[Code]
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, **facts: str | int) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, text: str, **facts: str | int) -> None:
+        self.text = text
         self.facts = facts
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """The sentence for people, with the domain's names of fields."""
+        return self.message_with(str)
+
+    def message_with(self, name: Callable[[str], str]) -> str:
+        """Return the sentence for people; `name` turns a field of the domain into a face's."""
+        found = self.text
+        for fact in _NAMED:
+            if isinstance(value := self.facts.get(fact), str):
+                found = found.replace(f"{{{fact}}}", name(value))
+        return found
 
 
 class InvalidArgumentError(SandyardError):
@@ -160,8 +178,8 @@ class RateLimitedError(SandyardError):
     code = Code.RATE_LIMITED
     retryable = True
 
-    def __init__(self, message: str, *, retry_after_s: int, **facts: str | int) -> None:
-        super().__init__(message, **facts)
+    def __init__(self, text: str, *, retry_after_s: int, **facts: str | int) -> None:
+        super().__init__(text, **facts)
         self.retry_after_s = retry_after_s
 
 
@@ -174,9 +192,9 @@ class AgentError(SandyardError):
 
     code = Code.AGENT_ERROR
 
-    def __init__(self, message: str = "", **facts: str | int) -> None:
+    def __init__(self, text: str = "", **facts: str | int) -> None:
         super().__init__(
-            message
+            text
             or "cannot understand the agent of the sandbox: it was changed, or is damaged; restart "
             "the sandbox, or make a new one",
             **facts,
@@ -241,8 +259,8 @@ _BY_CODE: Mapping[Code, type[SandyardError]] = MappingProxyType(
 )  # fmt: skip
 
 
-def error_of(code: str, message: str, facts: Mapping[str, str | int]) -> SandyardError:
-    """Return the error that another process told of; one that nobody knows is InternalError."""
+def error_of(code: str, text: str, facts: Mapping[str, str | int]) -> SandyardError:
+    """Return the error that another process reported; an unknown code is an InternalError."""
     kind = _BY_CODE.get(Code(code)) if code in list(Code) else None
-    told = {name: value for name, value in facts.items() if name not in ("self", "message")}
-    return (kind or InternalError)(message, **told)
+    told = {name: value for name, value in facts.items() if name not in ("self", "text")}
+    return (kind or InternalError)(text, **told)

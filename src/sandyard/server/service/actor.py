@@ -46,7 +46,7 @@ class Actor:
         if not is_covered(scope, self.scopes):
             raise PermissionDeniedError(
                 f"cannot do this with the credential given: it lacks the scope {scope}",
-                requiredScope=scope,
+                required_scope=scope,
             )
 
     def require_admin(self) -> None:
@@ -59,7 +59,7 @@ class Actor:
             raise PermissionDeniedError(
                 "cannot do this as a member: it takes the role admin; ask one of the "
                 "organization's admins",
-                requiredRole="admin",
+                required_role="admin",
             )
 
     def require_operator(self) -> None:
@@ -72,7 +72,7 @@ class Actor:
             raise PermissionDeniedError(
                 "cannot do this: it takes an operator of the installation, who can also use "
                 "`sandyard admin` on the host",
-                requiredRole="operator",
+                required_role="operator",
             )
 
     def may_grant(self, scope: str) -> bool:

@@ -101,7 +101,7 @@ def _plain(raw: object, depth: int = 0) -> object:
 
 def failure(error: SandyardError) -> dict[str, object]:
     """Return the words that tell of an error."""
-    facts = {"code": error.code.value, "message": error.message, "facts": dict(error.facts)}
+    facts = {"code": error.code.value, "message": error.text, "facts": dict(error.facts)}
     return {"error": facts}
 
 

@@ -415,7 +415,7 @@ class SshKeyTable:
         except IntegrityError as error:
             raise AlreadyExistsError(
                 f"cannot add this key: the organization has it already ({key.fingerprint})",
-                field="publicKey",
+                field="public_key",
             ) from error
 
     async def find(self, org_id: str, key_id: str) -> SshKey | None:

@@ -195,7 +195,7 @@ class CreditTable:
             raise AlreadyExistsError(
                 f"cannot post this {entry.type}: one with the reference {entry.reference_id!r} "
                 "was posted before",
-                field="referenceId",
+                field="reference_id",
             ) from error
 
     async def find(self, org_id: str, type_: str, reference_id: str) -> LedgerEntry | None:

@@ -144,7 +144,7 @@ def values_of(payload: bytes) -> dict[str, Any]:
 
 def refusal(error: SandyardError) -> bytes:
     """Return the payload that tells of an error."""
-    return head({"code": error.code.value, "message": error.message, "facts": error.facts})
+    return head({"code": error.code.value, "message": error.text, "facts": error.facts})
 
 
 def refused(payload: bytes) -> SandyardError:

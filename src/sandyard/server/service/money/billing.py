@@ -136,7 +136,7 @@ class Billing:
         if wants_all and not actor.sees_all:
             raise PermissionDeniedError(
                 "cannot show the usage of all members: that takes the role admin",
-                requiredScope="admin:resources",
+                required_scope="admin:resources",
             )
         now = self._clock.now()
         since = datetime(1970, 1, 1, tzinfo=UTC)
@@ -197,11 +197,11 @@ class Billing:
         actor.require("org:write")
         actor.require_admin()
         _check_amount(amount_cents)
-        for name, url in (("successUrl", success_url), ("cancelUrl", cancel_url)):
+        for name, url in (("success_url", success_url), ("cancel_url", cancel_url)):
             checked_text(url, field=name)
             if not url.startswith(("https://", "http://")) or len(url) > _URL_MAX:
                 raise InvalidArgumentError(
-                    f"cannot use {name}: it is an address such as https://example.org/done",
+                    "cannot use {field}: it must be a URL such as https://example.org/done",
                     field=name,
                 )
         return await self._payments.check_out(
@@ -268,17 +268,17 @@ class Billing:
         actor.require_admin()
         if threshold_cents is not None and not 1 <= threshold_cents <= AMOUNT_MAX:
             raise InvalidArgumentError(
-                f"cannot use thresholdCents: it must be 1 to {AMOUNT_MAX}",
-                field="thresholdCents",
+                f"cannot use {{field}}: it must be 1 to {AMOUNT_MAX}",
+                field="threshold_cents",
             )
         if amount_cents is not None:
-            _check_amount(amount_cents, field="topupAmountCents")
+            _check_amount(amount_cents, field="topup_amount_cents")
         async with self._store.write(actor.org_id) as tx:
             wish = await tx.credits.auto_topup(actor.org_id)
             if is_enabled and wish.customer_id is None:
                 raise ConflictError(
-                    "cannot fill the balance up by itself: there is no card yet; top up once "
-                    "(POST /v1/billing/topup), and its card is kept for this",
+                    "cannot top up automatically: there is no card yet; top up once, and the card "
+                    "is kept for this",
                     status="no_card",
                 )
             wish = replace(wish, is_enabled=is_enabled)
@@ -320,16 +320,17 @@ class Billing:
         actor.require("org:write")
         actor.require_admin()
         actor.require_operator()
-        for name, text in (("description", description), ("referenceId", reference_id or "x")):
+        for name, text in (("description", description), ("reference_id", reference_id or "x")):
             checked_text(text, field=name)
             if not 1 <= len(text) <= _REFERENCE_MAX:
                 raise InvalidArgumentError(
-                    f"cannot use {name}: it has 1 to {_REFERENCE_MAX} characters", field=name
+                    f"cannot use {{field}}: it must have 1 to {_REFERENCE_MAX} characters",
+                    field=name,
                 )
         if not 1 <= amount_cents <= AMOUNT_MAX:
             raise InvalidArgumentError(
                 f"cannot grant {amount_cents} cents: it must be 1 to {AMOUNT_MAX}",
-                field="amountCents",
+                field="amount_cents",
             )
         wanted = actor.org_id if org_id is None else org_id
         now = self._clock.now()
@@ -340,7 +341,7 @@ class Billing:
                     if known.id == ids[0]:
                         return known
             if not is_uuid(wanted) or await tx.organizations.find(wanted) is None:
-                raise NotFoundError("cannot find the organization: check orgId")
+                raise NotFoundError("cannot find the organization: check {field}", field="org_id")
             entry, is_new = await credit(
                 tx,
                 wanted,
@@ -397,7 +398,7 @@ class Billing:
         return Kept(kinds, micros)
 
 
-def _check_amount(amount_cents: int, *, field: str = "amountCents") -> None:
+def _check_amount(amount_cents: int, *, field: str = "amount_cents") -> None:
     if not TOPUP_MIN <= amount_cents <= AMOUNT_MAX:
         raise InvalidArgumentError(
             f"cannot top up {amount_cents} cents: it must be {TOPUP_MIN} to {AMOUNT_MAX}",

@@ -37,7 +37,7 @@ async def credit(
     if amount_cents == 0 or abs(amount_cents) > AMOUNT_MAX:
         raise InvalidArgumentError(
             f"cannot post {amount_cents} cents: it must be 1 to {AMOUNT_MAX}",
-            field="amountCents",
+            field="amount_cents",
         )
     if reference_id is not None:
         known = await tx.credits.find(org_id, type_, reference_id)
@@ -46,7 +46,7 @@ async def credit(
                 raise InvalidArgumentError(
                     f"cannot post {amount_cents} cents under the reference {reference_id!r}: "
                     f"{known.amount_cents} were posted under it before",
-                    field="referenceId",
+                    field="reference_id",
                 )
             return known, False
     account = await tx.credits.account(org_id)

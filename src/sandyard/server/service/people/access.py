@@ -26,10 +26,8 @@ _TOUCHED_MAX = 10_000
 
 
 def no_credential() -> UnauthenticatedError:
-    """Return the error for a request that says nothing of who is asking."""
-    return UnauthenticatedError(
-        "cannot serve without a credential: send `Authorization: Bearer <API key>`"
-    )
+    """Return the error for a request without a credential."""
+    return UnauthenticatedError("cannot serve this without a credential")
 
 
 class Door(Protocol):

@@ -276,7 +276,7 @@ def _check_scopes(actor: Actor, scopes: Sequence[str]) -> tuple[str, ...]:
             raise PermissionDeniedError(
                 f"cannot grant the scope {scope}: the credential given does not hold it; name "
                 "scopes that it holds",
-                requiredScope=scope,
+                required_scope=scope,
             )
     return wanted
 
@@ -286,7 +286,7 @@ async def _check_project(tx: Transaction, actor: Actor, project_id: str | None) 
         return
     if not is_uuid(project_id) or await tx.projects.find(actor.org_id, project_id) is None:
         raise InvalidArgumentError(
-            "cannot use projectId: the organization has no such project", field="projectId"
+            "cannot use {field}: the organization has no such project", field="project_id"
         )
 
 
@@ -297,6 +297,6 @@ def _expiry(text: str | None, now: datetime) -> datetime | None:
     days = int(match[1]) * _DAYS[match[2]] if match else 0
     if not 1 <= days <= _YEARS_MAX * 365:
         raise InvalidArgumentError(
-            "cannot use expiresIn: it is like 30d, 12m or 1y, or never", field="expiresIn"
+            "cannot use {field}: it must be like 30d, 12m or 1y, or never", field="expires_in"
         )
     return now + timedelta(days=days)

@@ -90,7 +90,7 @@ class SignIn:
         ]
         if not wanted:
             if theirs and org_id is not None and (session.org is None or _is_in(theirs, session)):
-                raise NotFoundError("cannot find the organization: check orgId")
+                raise NotFoundError("cannot find the organization: check {field}", field="org_id")
             return None
         organization, member = wanted[0]
         is_stale = self._new_role(session, member) is not None
@@ -103,7 +103,7 @@ class SignIn:
         user = await self._user(tx, session, now)
         organization = await self._organization(tx, session, user, now)
         if org_id is not None and organization.id != org_id:
-            raise NotFoundError("cannot find the organization: check orgId")
+            raise NotFoundError("cannot find the organization: check {field}", field="org_id")
         member = await tx.users.member(organization.id, user.id)
         if member is None:
             removed_at = await tx.users.removed_at(organization.id, user.id)

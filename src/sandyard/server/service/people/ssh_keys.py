@@ -61,7 +61,7 @@ class SshKeys:
             ConflictError: there are too many.
         """
         actor.require("ssh-key:*")
-        text = checked_public_key(checked_text(public_key, field="publicKey"), field="publicKey")
+        text = checked_public_key(checked_text(public_key, field="public_key"), field="public_key")
         key = SshKey(
             id=new_uuid(),
             org_id=actor.org_id,
@@ -139,24 +139,24 @@ class SshKeys:
             InvalidArgumentError: there is no such key, or one is no key.
         """
         if wanted is not None and len(wanted) > KEYS_MAX:
-            raise InvalidArgumentError(f"cannot take over {KEYS_MAX} SSH keys", field="sshKeys")
+            raise InvalidArgumentError(f"cannot take over {KEYS_MAX} SSH keys", field="ssh_keys")
         if wanted is not None and all(is_literal_key(one) for one in wanted):
-            return tuple((checked_public_key(one, field="sshKeys"), "") for one in wanted)
+            return tuple((checked_public_key(one, field="ssh_keys"), "") for one in wanted)
         async with self._store.glance() as tx:
             known = {key.id: key.public_key for key in await tx.ssh_keys.every(actor.org_id)}
         if wanted is None:
             return tuple((line, key_id) for key_id, line in known.items())
         found = dict[str, str]()
         for one in wanted:
-            checked_text(one, field="sshKeys")
+            checked_text(one, field="ssh_keys")
             if is_literal_key(one):
-                found[checked_public_key(one, field="sshKeys")] = ""
+                found[checked_public_key(one, field="ssh_keys")] = ""
             elif one in known:
                 found.setdefault(known[one], one)
             else:
                 raise InvalidArgumentError(
                     f"cannot use the SSH key {one[:80]!r}: no key of the organization has this id, "
                     "and it is not a public key itself",
-                    field="sshKeys",
+                    field="ssh_keys",
                 )
         return tuple(found.items())

@@ -50,8 +50,10 @@ _SILENT = Reason("agent_silent", "the agent in the sandbox does not answer")
 _NODE_SILENT = Reason("node_silent", "the node that the sandbox is on does not answer")
 _VANISHED = Reason("vanished", "nothing of the sandbox is left on its node")
 _PRESSED = Reason("host_memory_low", "the host was short of memory and this was used least lately")
-EXPIRED = Reason("expired", "the end set at its creation (expiresIn) has come")
-_PAUSED_AT_END = Reason("expired", "its time (expiresIn) was over; a resume begins another")
+EXPIRED = Reason("expired", "it reached the end that was set at its creation")
+_PAUSED_AT_END = Reason(
+    "expired", "it reached its end and was paused; a resume starts a new period"
+)
 _PASSING = frozenset({"host_disk_full"})
 _RELIEF = "relief"
 _SILENT_MAX = timedelta(hours=1)

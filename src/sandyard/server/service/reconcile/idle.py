@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _BUSY_PERCENT = 5.0
 _WINDOW_S = 60.0
-IDLE = Reason("idle", "it was not used for the time set by idleTimeout")
+IDLE = Reason("idle", "it was not used for as long as its idle timeout allows")
 
 
 class Idleness:

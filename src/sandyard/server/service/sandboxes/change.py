@@ -96,7 +96,7 @@ class Sandboxes:
             raise PermissionDeniedError(
                 "cannot list all of the organization's sandboxes: that takes the role admin or "
                 "the scope admin:resources",
-                requiredScope="admin:resources",
+                required_scope="admin:resources",
             )
         async with self._store.glance() as tx:
             return await tx.sandboxes.page(query)

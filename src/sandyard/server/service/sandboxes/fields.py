@@ -21,8 +21,8 @@ def check_idle_timeout(seconds: int) -> None:
     """Refuse an idle time-out that is out of range."""
     if seconds not in _IDLE_TIMEOUT_S:
         raise InvalidArgumentError(
-            "cannot use idleTimeout: it must be 0 (never) to 604800 seconds",
-            field="idleTimeout",
+            "cannot use {field}: it must be 0 (never) to 604800 seconds",
+            field="idle_timeout",
         )
 
 
@@ -53,11 +53,11 @@ def checked_env(env: Mapping[str, str]) -> Mapping[str, str]:
 
 def checked_password(password: str) -> str:
     """Return a root password, refusing what a login could not be given."""
-    checked_text(password, field="rootPassword")
+    checked_text(password, field="root_password")
     if len(password.encode()) not in _PASSWORD_BYTES or not password.isprintable():
         raise InvalidArgumentError(
-            "cannot use rootPassword: it needs 8 to 72 bytes of printable characters",
-            field="rootPassword",
+            "cannot use {field}: it needs 8 to 72 bytes of printable characters",
+            field="root_password",
         )
     return password
 
@@ -73,7 +73,7 @@ async def project_of(tx: Transaction, actor: Actor, project_id: str | None) -> s
         project = await tx.projects.find(actor.org_id, project_id)
     if project is None:
         raise InvalidArgumentError(
-            "cannot use projectId: the organization has no such project", field="projectId"
+            "cannot use {field}: the organization has no such project", field="project_id"
         )
     return project.id
 
@@ -82,5 +82,5 @@ async def check_project(tx: Transaction, sandbox: Sandbox) -> None:
     """Refuse a project that was deleted since it was looked up."""
     if await tx.projects.find(sandbox.org_id, sandbox.project_id) is None:
         raise InvalidArgumentError(
-            "cannot use projectId: the project was deleted at this moment", field="projectId"
+            "cannot use {field}: the project was deleted at this moment", field="project_id"
         )

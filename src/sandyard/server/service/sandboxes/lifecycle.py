@@ -223,16 +223,11 @@ def is_over(sandbox: Sandbox | Standing, now: datetime) -> bool:
     return sandbox.expires_at is not None and sandbox.expires_at <= now
 
 
-def refusal(sandbox: Sandbox, *, doing: str, why: str | None = None) -> ConflictError:
-    """Return the error for a sandbox whose status does not allow what was asked.
-
-    `why` takes the place of the reason that the sandbox has for its status.
-    """
-    if why is None and sandbox.reason is not None:
-        why = sandbox.reason.message
+def refusal(sandbox: Sandbox, *, doing: str) -> ConflictError:
+    """Return the error for a sandbox whose status does not allow the request."""
+    why = f": {sandbox.reason.message}" if sandbox.reason is not None else ""
     return ConflictError(
-        f"cannot {doing} {sandbox.id}: it is {sandbox.status}{f': {why}' if why else ''}",
-        status=sandbox.status.value,
+        f"cannot {doing} {sandbox.id}: it is {sandbox.status}{why}", status=sandbox.status.value
     )
 
 

@@ -46,7 +46,7 @@ def checked_mounts(actor: Actor, mounts: Sequence[Mount]) -> tuple[Mount, ...]:
             raise InvalidArgumentError(
                 "cannot mount one workspace both read-only and writable in one sandbox: leave one "
                 "of the two out",
-                field=f"{field}.readOnly",
+                field=f"{field}.read_only",
             )
     return tuple(sorted(mounts, key=lambda one: one.path.count("/")))
 
@@ -76,14 +76,14 @@ async def check_workspaces(tx: Transaction, org_id: str, mounts: Sequence[Mount]
         InvalidArgumentError: it is not there, or a member's own.
     """
     for number, one in enumerate(mounts):
-        field = f"mounts.{number}.workspaceId"
+        field = f"mounts.{number}.workspace_id"
         # By its id alone: a slug may be another's tomorrow.
         is_id = is_uuid(one.workspace_id)
         found = await tx.workspaces.find(org_id, one.workspace_id) if is_id else None
         if found is None or found.id != one.workspace_id:
             raise InvalidArgumentError(
-                "cannot mount the workspace: the organization has none of this id; "
-                "GET /v1/workspaces lists them",
+                "cannot mount the workspace: the organization has none with this id; list its "
+                "workspaces",
                 field=field,
             )
         if found.is_personal:

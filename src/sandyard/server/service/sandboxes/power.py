@@ -9,6 +9,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.errors import (
     Code,
+    ConflictError,
     DeadlineExceededError,
     NoCapacityError,
     SandyardError,
@@ -215,7 +216,12 @@ class Power:
         if sandbox.status in ON_ITS_WAY_UP:
             sandbox = await self.until_up(sandbox, limit_s=until.left_s)
         if sandbox.status is Status.PAUSED and not sandbox.auto_resume:
-            raise refusal(sandbox, doing=doing, why="its autoResume is off; resume it first")
+            raise ConflictError(
+                f"cannot {doing} {sandbox.id}: it is paused, and its {{field}} is off; resume it "
+                "first",
+                field="auto_resume",
+                status=sandbox.status.value,
+            )
         if sandbox.status is not Status.RUNNING:
             raise refusal(sandbox, doing=doing)
         return sandbox

@@ -92,7 +92,7 @@ class Quota:
         kept = await tx.snapshots.kept(actor.org_id)
         for name, has, limit in (
             ("snapshots", kept.count, plan.snapshots),
-            ("testSnapshots", kept.tests if is_test else None, plan.test_snapshots),
+            ("test_snapshots", kept.tests if is_test else None, plan.test_snapshots),
         ):
             if limit is not None and has is not None and has >= limit:
                 raise _too_many_snapshots(name, allowed=limit, used=has)
@@ -108,12 +108,10 @@ class Quota:
             raise QuotaExceededError(
                 "cannot pay for this: an hour of a snapshot of up to "
                 f"{format_size(size_bytes >> 20)} costs {show(cents_up(price))}, "
-                f"and the balance is {show(account.balance_cents)}; "
-                "top up (POST /v1/billing/topup), or have an operator grant credits "
-                "(`sandyard admin grant`)",
-                priceCents=cents_up(price),
-                runningCents=cents_up(hourly),
-                balanceCents=account.balance_cents,
+                f"and the balance is {show(account.balance_cents)}",
+                price_cents=cents_up(price),
+                running_cents=cents_up(hourly),
+                balance_cents=account.balance_cents,
             )
 
     async def check_snapshot_size(self, tx: Transaction, actor: Actor, size_bytes: int) -> None:
@@ -140,16 +138,16 @@ class Quota:
         for name, has, wants, limit in (
             ("sandboxes", used.active, count, plan.sandboxes),
             ("vcpus", used.vcpus, shape.vcpus * count, plan.vcpus),
-            ("memoryGb", used.memory_mib, shape.memory_mib * count, _mib(plan.memory_gb)),
-            ("diskGb", used.disk_mib, added_disk, _mib(plan.disk_gb)),
-            ("testSandboxes", used.tests, count if is_test else 0, plan.test_sandboxes),
+            ("memory_gb", used.memory_mib, shape.memory_mib * count, _mib(plan.memory_gb)),
+            ("disk_gb", used.disk_mib, added_disk, _mib(plan.disk_gb)),
+            ("test_sandboxes", used.tests, count if is_test else 0, plan.test_sandboxes),
         ):
             if limit is not None and wants and has + wants > limit:
-                per = 1024 if name.endswith("Gb") else 1
+                per = 1024 if name.endswith("_gb") else 1
                 # Disks, and what test keys make, count until they are deleted.
-                way = "delete" if name in ("diskGb", "testSandboxes") else "pause or delete"
+                way = "delete" if name in ("disk_gb", "testSandboxes") else "pause or delete"
                 raise LimitReachedError(
-                    f"cannot start this: the organization's plan allows {limit // per} {name}, "
+                    f"cannot start this: the organization's plan allows {limit // per} {{limit}}, "
                     f"and {has / per:g} are in use; {way} some, or ask an operator for a higher "
                     "limit",
                     limit=name,
@@ -171,23 +169,22 @@ class Quota:
             raise QuotaExceededError(
                 f"cannot pay for this: an hour of {count} x {shape.vcpus} vCPUs and "
                 f"{format_size(shape.memory_mib)} costs {show(cents_up(price))}{besides}, and the "
-                f"balance is {show(account.balance_cents)}; top up (POST /v1/billing/topup), "
-                "or have an operator grant credits (`sandyard admin grant`)",
-                priceCents=cents_up(price),
-                runningCents=cents_up(hourly),
-                balanceCents=account.balance_cents,
+                f"balance is {show(account.balance_cents)}",
+                price_cents=cents_up(price),
+                running_cents=cents_up(hourly),
+                balance_cents=account.balance_cents,
             )
 
 
 def _check_snapshot_bytes(plan: Plan, size_bytes: int) -> None:
     if plan.snapshot_gb is not None and size_bytes > plan.snapshot_gb * 2**30:
-        raise _too_many_snapshots("snapshotGb", allowed=plan.snapshot_gb, used=size_bytes >> 30)
+        raise _too_many_snapshots("snapshot_gb", allowed=plan.snapshot_gb, used=size_bytes >> 30)
 
 
 def _too_many_snapshots(name: str, *, allowed: int, used: int) -> LimitReachedError:
     return LimitReachedError(
-        f"cannot keep this snapshot: the organization's plan allows {allowed} {name}; delete some, "
-        "or ask an operator for a higher limit",
+        f"cannot keep this snapshot: the organization's plan allows {allowed} {{limit}}; delete "
+        "some, or ask an operator for a higher limit",
         limit=name,
         allowed=allowed,
         used=used,

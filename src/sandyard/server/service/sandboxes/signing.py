@@ -65,7 +65,8 @@ class Signing:
             )
         if seconds not in SECONDS:
             raise InvalidArgumentError(
-                f"cannot use expiresIn: it is 1 to {SECONDS.stop - 1} seconds", field="expiresIn"
+                f"cannot use {{field}}: it must be 1 to {SECONDS.stop - 1} seconds",
+                field="expires_in",
             )
         check_user(user)
         sandbox = await self._register.get(actor, reference)

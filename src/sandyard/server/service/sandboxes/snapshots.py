@@ -364,12 +364,12 @@ class Snapshots:
         """
         actor.require("sandbox:write")
         sandbox = await self._register.get(actor, reference)
-        snapshot = await get_snapshot(self._store, actor, snapshot_ref, field="snapshotId")
+        snapshot = await get_snapshot(self._store, actor, snapshot_ref, field="snapshot_id")
         if snapshot.sandbox_id != sandbox.id:
             raise InvalidArgumentError(
                 f"cannot roll {sandbox.id} back to this snapshot: it is of {snapshot.sandbox_id}; "
                 "create a sandbox from it instead",
-                field="snapshotId",
+                field="snapshot_id",
             )
         until = self._power.deadline()
         if sandbox.status is Status.RUNNING or sandbox.status is Status.PAUSING:

@@ -57,8 +57,8 @@ class Terminals:
         sandbox = await self._register.get(actor, reference)
         if name is not None and (not name.startswith(_TAG) or len(name) > _NAME_MAX):
             raise InvalidArgumentError(
-                "cannot use terminalId: give one that came with a session, or none",
-                field="terminalId",
+                "cannot use {field}: give one that came with a session, or none",
+                field="terminal_id",
             )
         known, shell = name is not None, name or f"{_TAG}{new_uuid()}"
         detail = json.dumps([shell, known])

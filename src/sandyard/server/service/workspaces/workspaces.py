@@ -170,7 +170,8 @@ class Workspaces:
         name = check_title(name, field="name")
         if org_id is not None and org_id != actor.org_id:
             raise NotFoundError(
-                "cannot find the organization: use a credential of it, or leave orgId out"
+                "cannot find the organization: use one of its credentials, or leave {field} out",
+                field="org_id",
             )
         if slug is not None and is_uuid(slug):
             raise InvalidArgumentError(
@@ -264,10 +265,9 @@ class Workspaces:
             if mounting and not force:
                 raise WorkspaceInUseError(
                     f"cannot delete the workspace: {len(mounting)} sandboxes have it mounted; "
-                    "delete those first, or ask again with force=true"
+                    "delete those first"
                     if len(mounting) > 1
-                    else "cannot delete the workspace: a sandbox has it mounted; delete that "
-                    "first, or ask again with force=true",
+                    else "cannot delete the workspace: a sandbox has it mounted; delete that first"
                 )
             await tx.sandboxes.forget_mounts(found.id)
             now = self._clock.now()
