@@ -278,7 +278,7 @@ async def test_without_auto_resume_exec_is_refused(yard: Yard) -> None:
     await yard.act(box, "pause")
     answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/exec", json={"command": "x"})
     assert answer.status_code == 409
-    assert answer.json()["error"]["details"] == {"status": "paused"}
+    assert answer.json()["error"]["details"] == {"field": "autoResume", "status": "paused"}
     assert "autoResume" in answer.json()["error"]["message"]
 
 

@@ -18,6 +18,7 @@ from sandyard.server.core.contracts.node import ByteStream, MachineRef, Opened
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
+    MachineDeadError,
     NotFoundError,
     SandyardError,
     UnavailableError,
@@ -262,7 +263,7 @@ async def test_what_a_node_refuses_is_told_as_it_is_and_the_connection_goes_on(e
 
 
 async def test_what_goes_wrong_amidst_the_bytes_is_told_to_who_reads(ends: Ends) -> None:
-    ends.machines.guest.trouble = ConflictError("the machine ended", status="error")
+    ends.machines.guest.trouble = MachineDeadError("the machine ended")
     async with asyncio.timeout(_LIMIT_S), ends.tunnel.open(WHERE, DIAL) as opened:
         with pytest.raises(ConflictError) as caught:
             while await opened.stream.read(1):

@@ -29,11 +29,13 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.errors import (
     ConflictError,
+    MachineDeadError,
     NoCapacityError,
     NotFoundError,
     SandyardError,
     UnavailableError,
     error_of,
+    kind_of,
 )
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.fake import ECHO_PORT
@@ -134,7 +136,7 @@ class FakeNode:
         if machine.phase is Phase.PAUSED:
             raise ConflictError("cannot start this again: it was up, and paused since")
         if machine.phase is Phase.DEAD:
-            raise ConflictError("cannot do this: the machine is dead", status="error")
+            raise MachineDeadError("cannot do this: the machine is dead")
         return self._fact(wish.sandbox_id, machine)
 
     def _memory_for(self, wish: MachineWish, machine: Machine | None) -> dict[str, str]:
@@ -172,7 +174,7 @@ class FakeNode:
         self._show(sandbox_id, version)
         machine = self._known(sandbox_id, incarnation)
         if machine.phase is Phase.DEAD:
-            raise ConflictError("cannot do this: the machine is dead", status="error")
+            raise MachineDeadError("cannot do this: the machine is dead")
         if (refusal := self.refusal) is not None:
             self.refusal = None
             raise refusal
@@ -208,7 +210,7 @@ class FakeNode:
         machine = self._known(sandbox_id, incarnation)
         if snapshot_id not in self.snapshots:
             if machine.phase is Phase.DEAD:
-                raise ConflictError("cannot do this: the machine is dead", status="error")
+                raise MachineDeadError("cannot do this: the machine is dead")
             await self.gate.wait()
             self.snapshots[snapshot_id] = dict(machine.remembers)
         return SnapshotFact(snapshot_id, SIZE)
@@ -268,7 +270,7 @@ class FakeNode:
         if found is None or not is_here or machine.node_id != self._node_id:
             raise NotFoundError("cannot reach it: this node has no such machine")
         if found.phase is not Phase.RUNNING:
-            raise ConflictError("cannot reach the sandbox: it does not run", status="error")
+            raise MachineDeadError("cannot reach the sandbox: it does not run")
         if found.is_silent:
             raise UnavailableError("the agent of the sandbox does not answer")
         opened = _accepted(found, operation)
@@ -403,9 +405,8 @@ def over_the_wire(kind: Any, value: object) -> Any:
 
 def told(error: SandyardError) -> SandyardError:
     """Return what the other end of a wire has of an error."""
-    said = json.dumps({"code": error.code.value, "message": error.message, "facts": error.facts})
-    heard = json.loads(said)
-    return error_of(heard["code"], heard["message"], heard["facts"])
+    said = json.dumps([kind_of(error), error.code.value, error.text, error.facts])
+    return error_of(*json.loads(said))
 
 
 class EncodedNode:

@@ -8,10 +8,13 @@ SandyardError
 │   └── TokenExpiredError       the credential has run out
 ├── PermissionDeniedError       a scope or role is missing
 ├── NotFoundError               absent, or another organization's
+│   └── GuestNotFoundError      nothing of that name inside the sandbox
 ├── AlreadyExistsError          the name or thing is taken
 ├── WorkspaceInUseError         a sandbox has the workspace mounted
 ├── LimitReachedError           the organization has as much as its plan allows
 ├── ConflictError               the present status does not allow it
+│   ├── OvertakenError          a later request for the same sandbox came first
+│   └── MachineDeadError        the sandbox's machine has ended
 ├── QuotaExceededError          credits do not suffice
 ├── PayloadTooLargeError        a stated size limit is passed
 ├── RateLimitedError            too many requests; wait
@@ -21,7 +24,8 @@ SandyardError
 ├── NotImplementedYetError      promised, and not built in this version
 ├── UnavailableError            not now; try again
 │   ├── NoCapacityError         the host is full now
-│   └── DeadlineExceededError   a wait reached its limit
+│   ├── DeadlineExceededError   a wait reached its limit
+│   └── AgentSilentError        the machine runs and its agent does not answer
 └── InternalError               a bug or a broken invariant
 
 Each class has a code for machines and each error a sentence for people. Only the api room knows
@@ -136,6 +140,10 @@ class NotFoundError(SandyardError):
     code = Code.NOT_FOUND
 
 
+class GuestNotFoundError(NotFoundError):
+    """There is no such file, process or listener inside the sandbox."""
+
+
 class AlreadyExistsError(SandyardError):
     """A name or thing that must be unique is taken."""
 
@@ -158,6 +166,17 @@ class ConflictError(SandyardError):
     """The present status does not allow the request, or the caller lost a race."""
 
     code = Code.INVALID_STATE
+
+
+class OvertakenError(ConflictError):
+    """A later request for the same sandbox came first; this one changes nothing."""
+
+
+class MachineDeadError(ConflictError):
+    """The sandbox's machine has ended."""
+
+    def __init__(self, text: str, **facts: str | int) -> None:
+        super().__init__(text, **{"status": "error", **facts})
 
 
 class QuotaExceededError(SandyardError):
@@ -238,6 +257,11 @@ class DeadlineExceededError(UnavailableError):
     code = Code.DEADLINE_EXCEEDED
 
 
+class AgentSilentError(UnavailableError):
+    """The machine runs again from its saved state and its agent does not answer; its disk can still
+    be used."""
+
+
 class InternalError(SandyardError):
     """A bug or a broken invariant; a person should look at the log."""
 
@@ -259,8 +283,26 @@ _BY_CODE: Mapping[Code, type[SandyardError]] = MappingProxyType(
 )  # fmt: skip
 
 
-def error_of(code: str, text: str, facts: Mapping[str, str | int]) -> SandyardError:
-    """Return the error that another process reported; an unknown code is an InternalError."""
-    kind = _BY_CODE.get(Code(code)) if code in list(Code) else None
+_BY_KIND: Mapping[str, type[SandyardError]] = MappingProxyType(
+    {
+        kind.__name__: kind
+        for kind in (*_BY_CODE.values(), GuestNotFoundError, OvertakenError, MachineDeadError,
+                     AgentSilentError)
+    }
+)  # fmt: skip
+
+
+def kind_of(error: SandyardError) -> str:
+    """Return the name under which another process rebuilds an error with `error_of`."""
+    return type(error).__name__
+
+
+def error_of(kind: str, code: str, text: str, facts: Mapping[str, str | int]) -> SandyardError:
+    """Return the error that another process reported.
+
+    `kind` is its `kind_of`. An unknown kind, of another version, is taken by its `code`, and an
+    unknown code is an InternalError.
+    """
+    known = _BY_KIND.get(kind) or (_BY_CODE.get(Code(code)) if code in list(Code) else None)
     told = {name: value for name, value in facts.items() if name not in ("self", "text")}
-    return (kind or InternalError)(text, **told)
+    return (known or InternalError)(text, **told)

@@ -3,8 +3,8 @@
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
+    GuestNotFoundError,
     InvalidArgumentError,
-    NotFoundError,
     PermissionDeniedError,
     SandyardError,
     UnavailableError,
@@ -34,7 +34,7 @@ def meaning_of(reason: str, message: str) -> SandyardError:
     message = message or _SAID_NOTHING.get(known, "it is not what it was taken for")
     match known:
         case Refusal.ABSENT:
-            return NotFoundError(message, reason=known.value)
+            return GuestNotFoundError(message, reason=known.value)
         case Refusal.EXISTS:
             return AlreadyExistsError(message, reason=known.value)
         case Refusal.DENIED:

@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
+    GuestNotFoundError,
     InvalidTokenError,
-    NotFoundError,
     SandyardError,
     TokenExpiredError,
     UnauthenticatedError,
@@ -296,8 +296,8 @@ class PreviewApp:
             async with opening as there:
                 is_open = True
                 yield there
-        except NotFoundError as error:
-            if is_open or error.facts.get("reason") != "absent":
+        except GuestNotFoundError as error:
+            if is_open:
                 raise
             raise closed(guest.name.port) from error
 

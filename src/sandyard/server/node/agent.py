@@ -116,13 +116,14 @@ class AgentLink:
         self._token = token
         self._spare: tuple[asyncio.StreamReader, asyncio.StreamWriter, float] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
-        self._end: tuple[str, str] | None = None
+        self._end: ConflictError | None = None
         self._is_closed = False
 
     @property
     def end(self) -> ConflictError | None:
-        """What whoever uses the link is told once it was cut."""
-        return None if self._end is None else ConflictError(self._end[0], status=self._end[1])
+        """The error for users of the link once it was cut, a new one each time."""
+        end = self._end
+        return None if end is None else type(end)(end.text, **end.facts)
 
     def use_token(self, token: str) -> None:
         """Show this token from now on: the agent was told that it is the one."""
@@ -131,7 +132,7 @@ class AgentLink:
     def cut(self, end: ConflictError) -> None:
         """Break every connection off, because the machine is there no more; `end` says why."""
         if self._end is None:
-            self._end = (end.message, str(end.facts.get("status", "")))
+            self._end = end
         self._spare = None
         for writer in list(self._writers):
             writer.transport.abort()

@@ -9,6 +9,7 @@ from sandyard.server.core.contracts.node import MachineFact, Phase, Way
 from sandyard.server.core.errors import (
     ConflictError,
     InternalError,
+    OvertakenError,
     SandyardError,
     UnavailableError,
 )
@@ -61,7 +62,9 @@ class Job:
         if self._task is not None:
             await asyncio.wait([self._task])
             if self._task.cancelled():
-                raise ConflictError("what was under way for the sandbox was broken off")
+                raise OvertakenError(
+                    "a later request cancelled what was in progress for the sandbox"
+                )
 
     async def outcome(self) -> None:
         """Wait for it, and raise what it failed with."""

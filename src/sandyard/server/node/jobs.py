@@ -5,8 +5,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from sandyard.server.core.contracts.node import AGENT_SILENT, MachineWish, Phase, Way
+from sandyard.server.core.contracts.node import MachineWish, Phase, Way
 from sandyard.server.core.errors import (
+    AgentSilentError,
     DamagedError,
     DeadlineExceededError,
     InternalError,
@@ -355,7 +356,7 @@ async def _woken(resident: Resident) -> None:
     except UnavailableError as error:
         # What is wrong with this host alone says nothing of the guest.
         if isinstance(error.__cause__, TimeoutError | EOFError | ConnectionError):
-            raise UnavailableError(error.message, why=AGENT_SILENT) from error
+            raise AgentSilentError(error.text) from error
         raise
 
 

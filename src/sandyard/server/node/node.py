@@ -26,8 +26,10 @@ from sandyard.server.core.contracts.node import (
 from sandyard.server.core.errors import (
     ConflictError,
     DamagedError,
+    MachineDeadError,
     NoCapacityError,
     NotFoundError,
+    OvertakenError,
     SandyardError,
     UnavailableError,
 )
@@ -365,9 +367,7 @@ class Node:
             case Step.DEAD:
                 raise _dead()
             case Step.NOT_NOW:
-                raise ConflictError(
-                    "cannot reach the sandbox: its machine does not run", status="error"
-                )
+                raise MachineDeadError("cannot reach the sandbox: its machine does not run")
             case _:
                 return step
 
@@ -635,9 +635,9 @@ def _nothing_here(sandbox_id: str) -> NotFoundError:
     return NotFoundError(f"cannot reach {sandbox_id}: this node has no such machine")
 
 
-def _overtaken() -> ConflictError:
-    return ConflictError("cannot start this: the sandbox has gone on since it was asked for")
+def _overtaken() -> OvertakenError:
+    return OvertakenError("cannot start this: the sandbox has gone on since it was asked for")
 
 
-def _dead() -> ConflictError:
-    return ConflictError("cannot do this: the machine is dead", status="error")
+def _dead() -> MachineDeadError:
+    return MachineDeadError("cannot do this: the machine is dead")

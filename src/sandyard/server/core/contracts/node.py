@@ -25,8 +25,6 @@ class Origin(StrEnum):
 
 REBOOTED, POWERED_OFF = "guest_rebooted", "powered_off"
 """Why a machine is dead whose guest brought that about: `MachineFact.reason_code`."""
-AGENT_SILENT = "agent_silent"
-"""What kept a machine from being resumed that went on, and whose agent does not answer: `why`."""
 
 
 class Way(StrEnum):
@@ -247,10 +245,11 @@ class NodeControl(Protocol):
             UnavailableError: not now (no driver, template not built, no room); try again.
             NotFoundError: the node does not know the template, the snapshot, or, where the sandbox
                 is to come from what it has, anything of it.
-            UnavailableError: its agent does not answer although it goes on; `why` is then
-                AGENT_SILENT, and only its disk may be of use.
-            ConflictError: the wish was withdrawn or overtaken: a later incarnation is here, or this
-                one has been up already, and paused, or dead (`status` is then `error`), since.
+            AgentSilentError: the machine runs again and its agent does not answer; only its disk
+                can still be used.
+            OvertakenError: a later request came first: a later incarnation is here, or this one
+                has been running already and was paused since.
+            MachineDeadError: this incarnation has been running already, and ended.
             DamagedError: the saved state or snapshot cannot be used, now or later.
             InternalError: the machine could not be started; the message says why.
         """

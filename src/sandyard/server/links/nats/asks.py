@@ -12,7 +12,7 @@ from typing import Any, Final, get_type_hints
 
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.node import NodeControl, NodeExports
-from sandyard.server.core.errors import InternalError, SandyardError, error_of
+from sandyard.server.core.errors import InternalError, SandyardError, error_of, kind_of
 
 TEXT_MAX: Final = 2000
 """As many characters of a text are heard."""
@@ -101,8 +101,14 @@ def _plain(raw: object, depth: int = 0) -> object:
 
 def failure(error: SandyardError) -> dict[str, object]:
     """Return the words that tell of an error."""
-    facts = {"code": error.code.value, "message": error.text, "facts": dict(error.facts)}
-    return {"error": facts}
+    return {
+        "error": {
+            "kind": kind_of(error),
+            "code": error.code.value,
+            "message": error.text,
+            "facts": dict(error.facts),
+        }
+    }
 
 
 def failed(told: object) -> SandyardError:
@@ -116,4 +122,4 @@ def failed(told: object) -> SandyardError:
         for name, one in (facts.items() if isinstance(facts, dict) else ())
         if isinstance(one, str | int)
     }
-    return error_of(str(told.get("code")), str(told.get("message")), known)
+    return error_of(str(told.get("kind")), str(told.get("code")), str(told.get("message")), known)

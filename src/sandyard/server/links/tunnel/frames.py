@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
-from sandyard.server.core.errors import SandyardError, error_of
+from sandyard.server.core.errors import SandyardError, error_of, kind_of
 
 VERSION: Final = 1
 PIECE: Final = 256 * 1024
@@ -144,7 +144,14 @@ def values_of(payload: bytes) -> dict[str, Any]:
 
 def refusal(error: SandyardError) -> bytes:
     """Return the payload that tells of an error."""
-    return head({"code": error.code.value, "message": error.text, "facts": error.facts})
+    return head(
+        {
+            "kind": kind_of(error),
+            "code": error.code.value,
+            "message": error.text,
+            "facts": error.facts,
+        }
+    )
 
 
 def refused(payload: bytes) -> SandyardError:
@@ -158,4 +165,4 @@ def refused(payload: bytes) -> SandyardError:
     if not isinstance(code, str) or not isinstance(message, str) or not isinstance(facts, dict):
         raise BrokenError("an error is not told as agreed")
     known = {str(name): one for name, one in facts.items() if isinstance(one, str | int)}
-    return error_of(code, message, known)
+    return error_of(str(told.get("kind")), code, message, known)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from enum import Enum
 
 from sandyard.server.core.contracts.node import MachineWish, Opened
-from sandyard.server.core.errors import ConflictError, SandyardError
+from sandyard.server.core.errors import ConflictError, MachineDeadError, SandyardError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.ops import (
     CLOSED_PORT,
@@ -26,7 +26,7 @@ from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.watch import Pulse
 
 WAKE_LIMIT_S = 15.0
-ENDED = ConflictError("the machine of the sandbox ended meanwhile", status="error")
+ENDED = MachineDeadError("the machine of the sandbox ended meanwhile")
 _CLOCK_ERROR_S = 0.04
 _CLOCK_TRIES = 3
 _SETTLED_S = 60.0

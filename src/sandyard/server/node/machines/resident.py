@@ -23,6 +23,7 @@ from sandyard.server.core.errors import (
     ConflictError,
     DeadlineExceededError,
     InternalError,
+    MachineDeadError,
     NoCapacityError,
     SandyardError,
     UnsupportedError,
@@ -583,7 +584,7 @@ class Resident:
         if driver is None or not driver.capabilities.saves:
             raise UnsupportedError(f"cannot save a machine of {self._record.driver}")
         if self._machine is None:
-            raise ConflictError("cannot save a machine that does not run", status="error")
+            raise MachineDeadError("cannot save a machine that does not run")
         machine: SavingMachine = self._machine  # type: ignore[assignment]  # as its driver says
         return machine
 

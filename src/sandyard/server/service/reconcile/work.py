@@ -7,7 +7,6 @@ from typing import Any
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
-    AGENT_SILENT,
     MachineFact,
     MachineWish,
     NodeControl,
@@ -17,9 +16,11 @@ from sandyard.server.core.contracts.node import (
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import (
     AgentError,
+    AgentSilentError,
     ConflictError,
     DamagedError,
     InternalError,
+    MachineDeadError,
     NoCapacityError,
     NotFoundError,
     SandyardError,
@@ -101,12 +102,12 @@ class Work:
         try:
             wish = await self._wish(sandbox)
             fact = await self._nodes.get(sandbox.node_id).ensure_running(wish)
-        except ConflictError as error:
-            if error.facts.get("status") != "error":
-                # A node that is ahead of the database, which went back to a backup, always says so.
-                await self._give_up_in_time(claim, error)
-                raise
+        except MachineDeadError:
             await self._start_again(claim, may_move=may_move)
+        except ConflictError as error:
+            # A node that is ahead of a database that went back to a backup answers this each time.
+            await self._give_up_in_time(claim, error)
+            raise
         except (UnavailableError, InternalError, AgentError) as error:
             if isinstance(error, UnavailableError):
                 await self._give_up_in_time(claim, error)
@@ -204,22 +205,24 @@ class Work:
         wish = await self._wish(sandbox)
         try:
             fact = await self._brought_back(wish, sandbox)
-        except ConflictError as error:
-            if error.facts.get("status") != "error":
-                raise
-            # It was up already, and died before that was noted.
+        except MachineDeadError:
+            # It was running already, and ended before that was stored.
             await self._give_up(claim, LOST)
+        except ConflictError:
+            raise
         except (DamagedError, NotFoundError) as error:
             if wish.origin is Origin.SNAPSHOT:
                 await self._stays_paused(claim, error)
                 return
             code = "saved_state_unusable" if isinstance(error, DamagedError) else LOST.code
             await self._give_up(claim, Reason(code, error.message))
-        except SandyardError as error:
-            if wish.origin is Origin.OWN and error.facts.get("why") == AGENT_SILENT:
+        except AgentSilentError as error:
+            if wish.origin is Origin.OWN:
                 await self._restart(claim)
             else:
                 await self._stays_paused(claim, error)
+        except SandyardError as error:
+            await self._stays_paused(claim, error)
         else:
             await self._is_up(claim, fact, used="resumed")
 
@@ -228,9 +231,8 @@ class Work:
         node = self._nodes.get(sandbox.node_id)
         try:
             return await node.ensure_running(wish)
-        except UnavailableError as error:
-            if error.facts.get("why") != AGENT_SILENT:
-                raise
+        except AgentSilentError:
+            pass
         await self._clock.sleep(_SILENCE_S)  # what held it up may have passed
         return await node.ensure_running(wish)
 
@@ -285,12 +287,12 @@ class Work:
             size = await self._nodes.get(sandbox.node_id).ensure_paused(
                 sandbox.id, incarnation=sandbox.incarnation, version=sandbox.version
             )
-        except (NotFoundError, ConflictError) as error:
-            if error.facts.get("status") != "error" and not isinstance(error, NotFoundError):
-                raise
+        except (NotFoundError, MachineDeadError):
             await self._lifecycle.apply(
                 sandbox, Event.BROKE, lease=claim.lease, reason=LOST, ip=None
             )
+        except ConflictError:
+            raise
         except SandyardError as error:
             log.error(
                 "a sandbox could not be paused and runs on: %s",

@@ -14,8 +14,8 @@ from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     ConflictError,
     DeadlineExceededError,
+    GuestNotFoundError,
     InvalidArgumentError,
-    NotFoundError,
     UnavailableError,
 )
 from sandyard.server.core.ids import checked_text
@@ -297,9 +297,7 @@ class Desktops:
                     opening = self._reach.open(actor, sandbox_id, Dial(RFB_PORT), _USE)
                     reached = await held.enter_async_context(opening)
                     break
-                except NotFoundError as error:
-                    if error.facts.get("reason") != "absent":
-                        raise
+                except GuestNotFoundError as error:
                     if not left:
                         raise UnavailableError(
                             "cannot show the desktop yet: it is being started; try again in a "

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from sandyard.server.core.errors import InvalidArgumentError, NotFoundError
+from sandyard.server.core.errors import GuestNotFoundError, InvalidArgumentError, NotFoundError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.ops import Size, Start
 from sandyard.server.service.actor import Actor, Admission
@@ -98,9 +98,7 @@ class Terminals:
             )
             async with following as found:
                 yield found
-        except NotFoundError as error:
-            if error.facts.get("reason") != "absent":
-                raise
+        except GuestNotFoundError as error:
             raise NotFoundError(
                 "cannot come back to the terminal: its shell has ended; open a new one"
             ) from error
