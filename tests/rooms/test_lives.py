@@ -21,7 +21,6 @@ from tests.support.folders import found_in
 from tests.support.house import Yard, eventually, looked, open_yard, until
 from tests.support.several import open_several
 
-from sandyard.server.app import control
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import InternalError, UnavailableError
@@ -33,6 +32,7 @@ from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.disks import total_memory_mib
 from sandyard.server.node.machines import resident
 from sandyard.server.node.node import Node
+from sandyard.server.service.sandboxes import build
 from sandyard.server.service.sandboxes.power import Waits
 from sandyard.server.service.sandboxes.register import Register
 
@@ -1415,7 +1415,7 @@ async def test_a_restart_that_fails_leaves_the_disk_and_can_be_tried_again(yard:
 async def test_who_asks_for_a_restart_waits_no_longer_than_they_were_promised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "Waits", lambda: Waits(start_s=0.2))
+    monkeypatch.setattr(build, "Waits", lambda: Waits(start_s=0.2))
     waited: list[float] = []
     wait_for = Register.wait_for
 

@@ -1,15 +1,14 @@
 """Opens a control plane: the services on a store and nodes, and the HTTP application on them."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import FastAPI
 
-from sandyard.server.app.faces import MakeFace, make_front, make_runtools_api
+from sandyard.server.app.faces import MakeFace, make_faces
 from sandyard.server.app.installation import secret_key
-from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import addresses_of, plans_of, prices_of, sign_up_of
@@ -19,57 +18,25 @@ from sandyard.server.core.contracts.node import NodeControl, NodeExports, NodeTu
 from sandyard.server.core.contracts.payments import Payments
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.contracts.volumes import Volumes
-from sandyard.server.front.bodies import LargeBodies
 from sandyard.server.front.dispatch import Dispatch
-from sandyard.server.front.face import EdgeServices
 from sandyard.server.gateway.previews import PreviewApp
 from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
 from sandyard.server.links.sessions import JwtSessions, Provider
-from sandyard.server.service.feed import Feed
-from sandyard.server.service.money.billing import Billing
+from sandyard.server.service.money.build import build_money
 from sandyard.server.service.money.metering import BEAT, Meter
 from sandyard.server.service.nodes import Nodes
-from sandyard.server.service.people.access import Access
-from sandyard.server.service.people.api_keys import ApiKeys
-from sandyard.server.service.people.credentials import Credentials
-from sandyard.server.service.people.logins import Logins
-from sandyard.server.service.people.organizations import Organizations
-from sandyard.server.service.people.rates import Rates
+from sandyard.server.service.people.build import build_people
 from sandyard.server.service.people.sign_in import SignIn
-from sandyard.server.service.people.ssh_keys import SshKeys
-from sandyard.server.service.placement import Placement
-from sandyard.server.service.readiness import Readiness
-from sandyard.server.service.reconcile.idle import Idleness
+from sandyard.server.service.reconcile.build import build_reconciler
 from sandyard.server.service.reconcile.reconciler import Pace, Reconciler
-from sandyard.server.service.reconcile.revoking import Revoking
-from sandyard.server.service.reconcile.shares import Shares
-from sandyard.server.service.reconcile.work import Work
-from sandyard.server.service.repeats import Repeats
 from sandyard.server.service.roster import Roster
-from sandyard.server.service.sandboxes.change import Sandboxes
-from sandyard.server.service.sandboxes.create import Creation
-from sandyard.server.service.sandboxes.desktops import Desktops
-from sandyard.server.service.sandboxes.execute import Commands
-from sandyard.server.service.sandboxes.files import Files
-from sandyard.server.service.sandboxes.forwards import Forwards
-from sandyard.server.service.sandboxes.frames import Open
+from sandyard.server.service.sandboxes.build import build_sandboxes
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
-from sandyard.server.service.sandboxes.power import Power, Waits
-from sandyard.server.service.sandboxes.previews import Previews
-from sandyard.server.service.sandboxes.processes import Processes
-from sandyard.server.service.sandboxes.quota import Quota
-from sandyard.server.service.sandboxes.reach import Reach
-from sandyard.server.service.sandboxes.register import Register
-from sandyard.server.service.sandboxes.signing import Signing
-from sandyard.server.service.sandboxes.snapshots import Snapshots
-from sandyard.server.service.sandboxes.terminals import Terminals
-from sandyard.server.service.sandboxes.tickets import Tickets
-from sandyard.server.service.services import Services
-from sandyard.server.service.signers import Signers
-from sandyard.server.service.templates import Templates
-from sandyard.server.service.workspaces.files import THREADS, WorkspaceFiles
-from sandyard.server.service.workspaces.workspaces import Workspaces
+from sandyard.server.service.sandboxes.platform import build_platform
+from sandyard.server.service.services import Services, gather
+from sandyard.server.service.workspaces.build import build_workspaces
+from sandyard.server.service.workspaces.files import THREADS
 
 
 @dataclass(frozen=True)
@@ -105,6 +72,12 @@ async def _payments(settings: Settings) -> AsyncIterator[Payments]:
         yield stripe
     finally:
         await stripe.close()
+
+
+@asynccontextmanager
+async def _threads() -> AsyncIterator[Executor]:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="workspaces") as threads:
+        yield threads
 
 
 def _sign_in(settings: Settings, store: Store, clock: Clock) -> SignIn | None:
@@ -160,195 +133,68 @@ async def open_control(
         await tx.leases.void(server_id)
     async with store.read() as tx:
         away_since = await tx.facts.moment(BEAT)
-    async with AsyncExitStack() as held:
-        payments = await held.enter_async_context(_payments(settings))
-        threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="workspaces"))
-        key = secret_key(settings.home)
-        plans, prices = plans_of(settings), prices_of(settings)
-        sign_up, waits = sign_up_of(settings), Waits()
-        addresses = addresses_of(settings)
-        enforces = settings.billing.enforce
-        known = Nodes(nodes, clock, roster)
-        templates = Templates(known, clock)
-        placement = Placement(known, clock, by_lot=roster is not None)
-        lifecycle = Lifecycle(store, bus, clock)
-        register = Register(store, bus, clock)
-        repeats = Repeats(clock, key)
-        ssh_keys = SshKeys(store, repeats, clock)
-        quota = Quota(clock=clock, plans=plans, prices=prices, enforces=enforces)
-        meter = Meter(
-            store=store,
-            lifecycle=lifecycle,
-            payments=payments,
-            clock=clock,
-            prices=prices,
-            enforces=enforces,
+    platform = build_platform(
+        server_id=server_id,
+        store=store,
+        bus=bus,
+        clock=clock,
+        nodes=nodes,
+        roster=roster,
+        tunnel=tunnel,
+        key=secret_key(settings.home),
+        plans=plans_of(settings),
+        prices=prices_of(settings),
+        enforces=settings.billing.enforce,
+    )
+    addresses = addresses_of(settings)
+    async with (
+        _payments(settings) as payments,
+        _threads() as threads,
+    ):
+        reconciler = build_reconciler(platform, pace=pace or Pace(), away_since=away_since)
+        money = build_money(platform, payments=payments)
+        people = build_people(
+            platform,
+            sign_in=_sign_in(settings, store, clock),
+            sign_up=sign_up_of(settings),
+            failures_per_minute=settings.accounts.failed_logins_per_minute,
+            check_password=check_password,
         )
-        pace = pace or Pace()
-        reconciler = Reconciler(
-            server_id=server_id,
-            store=store,
-            nodes=known,
-            work=Work(
-                store=store,
-                nodes=known,
-                placement=placement,
-                lifecycle=lifecycle,
-                clock=clock,
-                start_limit_s=pace.start_limit_s,
-            ),
-            lifecycle=lifecycle,
-            idleness=Idleness(store=store, tunnel=tunnel, clock=clock),
-            revoking=Revoking(store=store, tunnel=tunnel, clock=clock),
-            bus=bus,
-            clock=clock,
-            pace=pace,
-            shares=None if roster is None else Shares(server_id, store, roster),
-            away_since=away_since,
-        )
-        power = Power(
-            register=register,
-            lifecycle=lifecycle,
+        sandboxes = build_sandboxes(
+            platform,
             worker=reconciler,
-            nodes=known,
-            quota=quota,
-            waits=waits,
-            clock=clock,
-        )
-        reach = Reach(store=store, register=register, power=power, tunnel=tunnel, clock=clock)
-        opened = Open()
-        access = Access(store, clock, _sign_in(settings, store, clock))
-        rates = Rates(clock, plans, failures_per_minute=settings.accounts.failed_logins_per_minute)
-        signers = Signers(store, clock)
-        processes, commands = Processes(reach, clock, opened), Commands(reach, clock)
-        tickets = Tickets(
-            store=store,
-            signers=signers,
-            clock=clock,
-            key=key,
-            preview_s=settings.preview.token_s,
-        )
-        workspaces = Workspaces(
-            store=store,
-            volumes=volumes,
-            repeats=repeats,
-            clock=clock,
-            plans=plans,
-            quota_bytes=settings.workspaces.quota_mib * 2**20,
-            exports=exports or {},
-        )
-        signing = Signing(signers, register, clock, key)
-        services = Services(
-            access=access,
-            credentials=Credentials(access=access, tickets=tickets, signing=signing),
-            rates=rates,
-            organizations=Organizations(store=store, repeats=repeats, clock=clock, sign_up=sign_up),
-            api_keys=ApiKeys(store, clock),
-            ssh_keys=ssh_keys,
-            feed=Feed(store, register, opened),
-            now=clock.now,
-            billing=Billing(
-                store=store,
-                register=register,
-                payments=payments,
-                repeats=repeats,
-                clock=clock,
-                prices=prices,
-                plans=plans,
-            ),
-            creation=Creation(
-                store=store,
-                register=register,
-                placement=placement,
-                templates=templates,
-                lifecycle=lifecycle,
-                worker=reconciler,
-                quota=quota,
-                ssh_keys=ssh_keys,
-                repeats=repeats,
-                clock=clock,
-                hash_password=hash_password,
-                pooled_wait_s=waits.pooled_s,
-            ),
-            sandboxes=Sandboxes(
-                store=store,
-                register=register,
-                nodes=known,
-                tunnel=tunnel,
-                lifecycle=lifecycle,
-                worker=reconciler,
-                power=power,
-                clock=clock,
-                waits=waits,
-            ),
-            commands=commands,
-            desktops=Desktops(
-                store=store,
-                register=register,
-                reach=reach,
-                commands=commands,
-                tickets=tickets,
-                addresses=addresses,
-                clock=clock,
-            ),
-            processes=processes,
-            files=Files(reach, clock, opened),
-            signing=signing,
+            ssh_keys=people.ssh_keys,
             addresses=addresses,
-            logins=Logins(
-                store=store,
-                register=register,
-                access=access,
-                rates=rates,
-                clock=clock,
-                check_password=check_password,
-            ),
-            previews=Previews(
-                store=store,
-                register=register,
-                reach=reach,
-                tickets=tickets,
-                addresses=addresses,
-                clock=clock,
-            ),
-            forwards=Forwards(reach, clock),
-            terminals=Terminals(register, processes, tickets),
-            snapshots=Snapshots(
-                store=store,
-                register=register,
-                nodes=known,
-                placement=placement,
-                lifecycle=lifecycle,
-                worker=reconciler,
-                power=power,
-                quota=quota,
-                repeats=repeats,
-                clock=clock,
-            ),
-            templates=templates,
+            preview_s=settings.preview.token_s,
+            hash_password=hash_password,
+        )
+        workspaces = build_workspaces(
+            platform,
+            volumes=volumes,
+            exports=exports or {},
+            threads=threads,
+            quota_bytes=settings.workspaces.quota_mib * 2**20,
+            upload_max=settings.workspaces.upload_mib * 2**20,
+        )
+        services = gather(
+            platform,
+            people=people,
+            money=money,
+            sandboxes=sandboxes,
             workspaces=workspaces,
-            workspace_files=WorkspaceFiles(
-                workspaces=workspaces,
-                volumes=volumes,
-                clock=clock,
-                threads=threads,
-                upload_max=settings.workspaces.upload_mib * 2**20,
-            ),
-            readiness=Readiness(store, known),
+            addresses=addresses,
         )
-        edge = EdgeServices(
-            credentials=services.credentials,
-            rates=rates,
-            observe=metrics.observe,
-            bind=request_id.set,
-            bodies=LargeBodies(),
+        made = make_faces(
+            services, platform, http=settings.http, metrics=metrics, version=version, more=faces
         )
-        http = settings.http
-        api = make_runtools_api(
-            services, edge, metrics=metrics, nodes=known, http=http, version=version
+        yield Control(
+            front=made.front,
+            api=made.api,
+            previews=made.previews,
+            services=services,
+            store=store,
+            nodes=platform.nodes,
+            reconciler=reconciler,
+            lifecycle=platform.lifecycle,
+            meter=money.meter,
         )
-        previews = PreviewApp(services, edge, clock=clock)
-        front = make_front(
-            services, edge, api=api, previews=previews, http=http, version=version, faces=faces
-        )
-        yield Control(front, api, previews, services, store, known, reconciler, lifecycle, meter)

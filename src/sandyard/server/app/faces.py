@@ -1,58 +1,65 @@
 """The faces of the HTTP listener: the dispatch table, one entry each."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from fastapi import FastAPI
 
 from sandyard.server.api import make_api
+from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics, MetricsRoute
 from sandyard.server.app.settings import HttpSettings
+from sandyard.server.front.bodies import LargeBodies
 from sandyard.server.front.dispatch import Dispatch, Entry
 from sandyard.server.front.face import EdgeServices
 from sandyard.server.front.hosts import at_paths, below, named
 from sandyard.server.gateway.previews import PreviewApp
 from sandyard.server.pages.app import PATHS, PREFIXES, make_pages
-from sandyard.server.service.nodes import Nodes
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.services import Services
 
 MakeFace = Callable[[Services, EdgeServices], Entry]
 """Makes a face and its entry in the table."""
 
 
-def make_front(
+@dataclass(frozen=True)
+class Faces:
+    """The standard faces; `front` serves all."""
+
+    front: Dispatch
+    api: FastAPI
+    previews: PreviewApp
+
+
+def make_faces(
     services: Services,
-    edge: EdgeServices,
+    platform: Platform,
     *,
-    api: FastAPI,
-    previews: PreviewApp,
     http: HttpSettings,
+    metrics: Metrics,
     version: str,
-    faces: Sequence[MakeFace] = (),
-) -> Dispatch:
-    """Return the table of all faces. The first entry that matches a request serves it."""
+    more: Sequence[MakeFace] = (),
+) -> Faces:
+    """Return all faces. The first entry of the table that matches a request serves it."""
+    edge = EdgeServices(
+        credentials=services.credentials,
+        rates=services.rates,
+        observe=metrics.observe,
+        bind=request_id.set,
+        bodies=LargeBodies(),
+    )
     own = named(http.hosts)
+    api = make_api(services, edge, version=version, cors_origins=http.cors_origins)
+    shown = MetricsRoute(metrics, platform.nodes, http.metrics_token)
+    api.add_route("/metrics", shown.answer, include_in_schema=False)
+    previews = PreviewApp(services, edge, clock=platform.clock)
     pages = make_pages(edge, version=version)
-    return Dispatch(
+    front = Dispatch(
         [
-            *(make(services, edge) for make in faces),
+            *(make(services, edge) for make in more),
             Entry(below(services.addresses.preview_domain), previews, takes_tunnels=True),
             Entry(at_paths(own, exactly=PATHS, prefixes=PREFIXES), pages),
             Entry(own, api),
         ]
     )
-
-
-def make_runtools_api(
-    services: Services,
-    edge: EdgeServices,
-    *,
-    metrics: Metrics,
-    nodes: Nodes,
-    http: HttpSettings,
-    version: str,
-) -> FastAPI:
-    """Return the application of the RunTools API, with the metrics of the server."""
-    api = make_api(services, edge, version=version, cors_origins=http.cors_origins)
-    route = MetricsRoute(metrics, nodes, http.metrics_token)
-    api.add_route("/metrics", route.answer, include_in_schema=False)
-    return api
+    return Faces(front, api, previews)

@@ -7,26 +7,31 @@ from datetime import datetime
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.feed import Feed
 from sandyard.server.service.money.billing import Billing
+from sandyard.server.service.money.build import Money
 from sandyard.server.service.people.access import Access
 from sandyard.server.service.people.api_keys import ApiKeys
+from sandyard.server.service.people.build import People
 from sandyard.server.service.people.credentials import Credentials
 from sandyard.server.service.people.logins import Logins
 from sandyard.server.service.people.organizations import Organizations
 from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.people.ssh_keys import SshKeys
 from sandyard.server.service.readiness import Readiness
+from sandyard.server.service.sandboxes.build import SandboxServices
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
 from sandyard.server.service.sandboxes.desktops import Desktops
 from sandyard.server.service.sandboxes.execute import Commands
 from sandyard.server.service.sandboxes.files import Files
 from sandyard.server.service.sandboxes.forwards import Forwards
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.previews import Previews
 from sandyard.server.service.sandboxes.processes import Processes
 from sandyard.server.service.sandboxes.signing import Signing
 from sandyard.server.service.sandboxes.snapshots import Snapshots
 from sandyard.server.service.sandboxes.terminals import Terminals
 from sandyard.server.service.templates import Templates
+from sandyard.server.service.workspaces.build import WorkspaceServices
 from sandyard.server.service.workspaces.files import WorkspaceFiles
 from sandyard.server.service.workspaces.workspaces import Workspaces
 
@@ -61,3 +66,45 @@ class Services:
     workspaces: Workspaces
     workspace_files: WorkspaceFiles
     readiness: Readiness
+
+
+def gather(
+    platform: Platform,
+    *,
+    people: People,
+    money: Money,
+    sandboxes: SandboxServices,
+    workspaces: WorkspaceServices,
+    addresses: Addresses,
+) -> Services:
+    """Return the services of all folders as faces see them."""
+    return Services(
+        access=people.access,
+        credentials=Credentials(
+            access=people.access, tickets=sandboxes.tickets, signing=sandboxes.signing
+        ),
+        rates=people.rates,
+        organizations=people.organizations,
+        api_keys=people.api_keys,
+        ssh_keys=people.ssh_keys,
+        feed=Feed(platform.store, platform.register, platform.opened),
+        billing=money.billing,
+        now=platform.clock.now,
+        creation=sandboxes.creation,
+        sandboxes=sandboxes.sandboxes,
+        commands=sandboxes.commands,
+        processes=sandboxes.processes,
+        files=sandboxes.files,
+        signing=sandboxes.signing,
+        addresses=addresses,
+        logins=people.logins,
+        previews=sandboxes.previews,
+        forwards=sandboxes.forwards,
+        terminals=sandboxes.terminals,
+        desktops=sandboxes.desktops,
+        snapshots=sandboxes.snapshots,
+        templates=platform.templates,
+        workspaces=workspaces.workspaces,
+        workspace_files=workspaces.files,
+        readiness=Readiness(platform.store, platform.nodes),
+    )

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.payments import Checkout, Payment, Payments, Reversal
-from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -16,7 +15,7 @@ from sandyard.server.core.errors import (
     PermissionDeniedError,
 )
 from sandyard.server.core.ids import checked_text, is_uuid
-from sandyard.server.core.money import Account, Prices, between
+from sandyard.server.core.money import Account, between
 from sandyard.server.core.plans import Plan
 from sandyard.server.core.records import (
     AutoTopup,
@@ -35,8 +34,8 @@ from sandyard.server.service.money.credits import (
     take_back,
     take_payment,
 )
-from sandyard.server.service.repeats import Repeatable, Repeats
-from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.repeats import Repeatable
+from sandyard.server.service.sandboxes.platform import Platform
 
 TOPUP_MIN = 501
 _REFERENCE_MAX = 255
@@ -80,22 +79,17 @@ class Billing:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        store: Store,
-        register: Register,
         payments: Payments,
-        repeats: Repeats,
-        clock: Clock,
-        prices: Prices,
-        plans: Mapping[str, Plan],
     ) -> None:
-        self._store = store
-        self._register = register
+        self._store = platform.store
+        self._register = platform.register
         self._payments = payments
-        self._repeats = repeats
-        self._clock = clock
-        self._prices = prices
-        self._plans = plans
+        self._repeats = platform.repeats
+        self._clock = platform.clock
+        self._prices = platform.prices
+        self._plans = platform.plans
         self._reversing = asyncio.Lock()
 
     async def plan(self, actor: Actor) -> tuple[Organization, Account, Plan]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
     REBOOTED,
     MachineFact,
@@ -22,15 +21,15 @@ from sandyard.server.core.contracts.node import (
     NodeReport,
     Phase,
 )
-from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.core.records import Claim, Mark, Reason, Sandbox, Snapshot, Standing
 from sandyard.server.core.states import Event, Status
-from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
 from sandyard.server.service.reconcile.work import LOST
 from sandyard.server.service.roster import Told
-from sandyard.server.service.sandboxes.lifecycle import Lifecycle, is_over
+from sandyard.server.service.sandboxes.lifecycle import is_over
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.worker import Worker, holding
 from sandyard.server.tasks import Crew, Work
 
@@ -101,28 +100,25 @@ class Comparison:
     def __init__(
         self,
         node: NodeControl,
+        platform: Platform,
         *,
-        store: Store,
-        nodes: Nodes,
-        lifecycle: Lifecycle,
         worker: Worker,
         idleness: Idleness,
-        clock: Clock,
         crew: Crew,
         patience: Patience,
         away_since: datetime | None,
     ) -> None:
         self._node = node
-        self._store = store
-        self._nodes = nodes
-        self._lifecycle = lifecycle
+        self._store = platform.store
+        self._nodes = platform.nodes
+        self._lifecycle = platform.lifecycle
         self._worker = worker
         self._idleness = idleness
-        self._clock = clock
+        self._clock = platform.clock
         self._crew = crew
         self._patience = patience
         self._away_since = away_since
-        self._began_at = clock.now()
+        self._began_at = platform.clock.now()
         self._calm: _Calm | None = None
         self._rows: Mapping[str, Standing] = {}
         self._awake: dict[str, tuple[int, int]] = {}

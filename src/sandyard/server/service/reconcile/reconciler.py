@@ -14,15 +14,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from sandyard.server.core.contracts.bus import Bus
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeControl
-from sandyard.server.core.contracts.store import Hold, Store, Turn
+from sandyard.server.core.contracts.store import Hold, Turn
 from sandyard.server.core.errors import ConflictError, SandyardError, UnavailableError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.records import Claim, Mark
 from sandyard.server.core.states import Event, Status
-from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.reconcile.compare import (
     EXPIRED,
     WATCHED,
@@ -33,7 +30,8 @@ from sandyard.server.service.reconcile.idle import Idleness
 from sandyard.server.service.reconcile.revoking import Revoking
 from sandyard.server.service.reconcile.shares import Shares
 from sandyard.server.service.reconcile.work import Work
-from sandyard.server.service.sandboxes.lifecycle import WORK, Lifecycle
+from sandyard.server.service.sandboxes.lifecycle import WORK
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.tasks import Crew, beside
 
 log = logging.getLogger(__name__)
@@ -70,16 +68,11 @@ class Reconciler:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        server_id: str,
-        store: Store,
-        nodes: Nodes,
         work: Work,
-        lifecycle: Lifecycle,
         idleness: Idleness,
         revoking: Revoking,
-        bus: Bus,
-        clock: Clock,
         pace: Pace,
         shares: Shares | None = None,
         away_since: datetime | None = None,
@@ -89,15 +82,16 @@ class Reconciler:
         self._marks: Mapping[str, Mark] | None = None
         self._noted_at: float | None = None
         self._noted: set[str] = set()
-        self._server_id = server_id
-        self._store = store
-        self._nodes = nodes
+        self._platform = platform
+        self._server_id = platform.server_id
+        self._store = platform.store
+        self._nodes = platform.nodes
         self._work = work
-        self._lifecycle = lifecycle
+        self._lifecycle = platform.lifecycle
         self._idleness = idleness
         self._revoking = revoking
-        self._bus = bus
-        self._clock = clock
+        self._bus = platform.bus
+        self._clock = platform.clock
         self._pace = pace
         self._lasts = timedelta(seconds=pace.lease_s)
         self._away_since = away_since
@@ -335,12 +329,9 @@ class Reconciler:
     def _comparison(self, node: NodeControl, crew: Crew) -> Comparison:
         return Comparison(
             node,
-            store=self._store,
-            nodes=self._nodes,
-            lifecycle=self._lifecycle,
+            self._platform,
             worker=self,
             idleness=self._idleness,
-            clock=self._clock,
             crew=crew,
             patience=self._pace.patience,
             away_since=self._away_since,

@@ -5,7 +5,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
     MachineFact,
     MachineWish,
@@ -13,7 +12,6 @@ from sandyard.server.core.contracts.node import (
     Origin,
     Phase,
 )
-from sandyard.server.core.contracts.store import Store
 from sandyard.server.core.errors import (
     AgentError,
     AgentSilentError,
@@ -29,10 +27,9 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.ids import hostname_of
 from sandyard.server.core.records import Claim, Reason, Sandbox
 from sandyard.server.core.states import Event, Status
-from sandyard.server.service.nodes import Nodes, believed_bytes
-from sandyard.server.service.placement import Placement
-from sandyard.server.service.sandboxes.lifecycle import Lifecycle
+from sandyard.server.service.nodes import believed_bytes
 from sandyard.server.service.sandboxes.mounts import mount_wishes
+from sandyard.server.service.sandboxes.platform import Platform
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +42,15 @@ class Work:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        store: Store,
-        nodes: Nodes,
-        placement: Placement,
-        lifecycle: Lifecycle,
-        clock: Clock,
         start_limit_s: float,
     ) -> None:
-        self._store = store
-        self._nodes = nodes
-        self._placement = placement
-        self._lifecycle = lifecycle
-        self._clock = clock
+        self._store = platform.store
+        self._nodes = platform.nodes
+        self._placement = platform.placement
+        self._lifecycle = platform.lifecycle
+        self._clock = platform.clock
         self._start_limit_s = start_limit_s
 
     async def carry_out(self, claim: Claim) -> None:

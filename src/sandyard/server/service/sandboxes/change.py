@@ -6,25 +6,23 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import NodeTunnel
-from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import NotFoundError, PermissionDeniedError, UnavailableError
 from sandyard.server.core.ids import checked_name, checked_tags
 from sandyard.server.core.ops import Figures, Stats
 from sandyard.server.core.records import Claim, Sandbox, SandboxQuery
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.sandboxes.fields import (
     check_idle_timeout,
     check_metadata,
     check_project,
     project_of,
 )
-from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
+from sandyard.server.service.sandboxes.lifecycle import refusal
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.power import Power, Waits
-from sandyard.server.service.sandboxes.register import Register, ref_of
+from sandyard.server.service.sandboxes.register import ref_of
 from sandyard.server.service.sandboxes.worker import Worker, holding
 
 _FIGURE_MAX = 2.0**63
@@ -54,25 +52,20 @@ class Sandboxes:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        store: Store,
-        register: Register,
-        nodes: Nodes,
-        tunnel: NodeTunnel,
-        lifecycle: Lifecycle,
         worker: Worker,
         power: Power,
-        clock: Clock,
         waits: Waits,
     ) -> None:
-        self._store = store
-        self._register = register
-        self._nodes = nodes
-        self._tunnel = tunnel
-        self._lifecycle = lifecycle
+        self._store = platform.store
+        self._register = platform.register
+        self._nodes = platform.nodes
+        self._tunnel = platform.tunnel
+        self._lifecycle = platform.lifecycle
         self._worker = worker
         self._power = power
-        self._clock = clock
+        self._clock = platform.clock
         self._waits = waits
 
     async def get(self, actor: Actor, reference: str, *, scope: str = "sandbox:read") -> Sandbox:

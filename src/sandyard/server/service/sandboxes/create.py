@@ -5,16 +5,15 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Protocol
 
-from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Hold, Store
+from sandyard.server.core.contracts.store import Hold
 from sandyard.server.core.errors import InternalError, InvalidArgumentError
 from sandyard.server.core.ids import checked_name, checked_tags, checked_text, new_sandbox_id
 from sandyard.server.core.records import Claim, Mount, Sandbox, Snapshot
 from sandyard.server.core.shapes import Shape, shape_of
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.placement import Placed, Placement
-from sandyard.server.service.repeats import Repeatable, Repeats
+from sandyard.server.service.placement import Placed
+from sandyard.server.service.repeats import Repeatable
 from sandyard.server.service.sandboxes.fields import (
     check_idle_timeout,
     check_metadata,
@@ -22,16 +21,14 @@ from sandyard.server.service.sandboxes.fields import (
     checked_password,
     project_of,
 )
-from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 from sandyard.server.service.sandboxes.mounts import (
     check_workspaces,
     checked_mounts,
     still_there,
 )
-from sandyard.server.service.sandboxes.quota import Quota
-from sandyard.server.service.sandboxes.register import Register, get_snapshot
+from sandyard.server.service.sandboxes.platform import Platform
+from sandyard.server.service.sandboxes.register import get_snapshot
 from sandyard.server.service.sandboxes.worker import Worker, holding
-from sandyard.server.service.templates import Templates
 
 
 @dataclass(frozen=True)
@@ -84,30 +81,23 @@ class Creation:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        store: Store,
-        register: Register,
-        placement: Placement,
-        templates: Templates,
-        lifecycle: Lifecycle,
         worker: Worker,
-        quota: Quota,
         ssh_keys: KeyRing,
-        repeats: Repeats,
-        clock: Clock,
         hash_password: Callable[[str], Awaitable[str]],
         pooled_wait_s: float,
     ) -> None:
-        self._store = store
-        self._register = register
-        self._placement = placement
-        self._templates = templates
-        self._lifecycle = lifecycle
+        self._store = platform.store
+        self._register = platform.register
+        self._placement = platform.placement
+        self._templates = platform.templates
+        self._lifecycle = platform.lifecycle
         self._worker = worker
-        self._quota = quota
+        self._quota = platform.quota
         self._ssh_keys = ssh_keys
-        self._repeats = repeats
-        self._clock = clock
+        self._repeats = platform.repeats
+        self._clock = platform.clock
         self._hash_password = hash_password
         self._pooled_wait_s = pooled_wait_s
 

@@ -8,9 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
-from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -27,8 +26,8 @@ from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.execute import Command, Commands
 from sandyard.server.service.sandboxes.keysyms import keysym_of, keysyms_of
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.reach import Reach, Use
-from sandyard.server.service.sandboxes.register import Register
 from sandyard.server.service.sandboxes.rfb import Screen
 from sandyard.server.service.sandboxes.tickets import Tickets
 from sandyard.server.tasks import in_thread
@@ -91,22 +90,20 @@ class Desktops:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        store: Store,
-        register: Register,
         reach: Reach,
         commands: Commands,
         tickets: Tickets,
         addresses: Addresses,
-        clock: Clock,
     ) -> None:
-        self._store = store
-        self._register = register
+        self._store = platform.store
+        self._register = platform.register
         self._reach = reach
         self._commands = commands
         self._tickets = tickets
         self._addresses = addresses
-        self._clock = clock
+        self._clock = platform.clock
         self._pictures = defaultdict[str, asyncio.Semaphore](
             lambda: asyncio.Semaphore(_PICTURES_AT_ONCE)
         )

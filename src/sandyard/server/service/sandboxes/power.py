@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.errors import (
     Code,
@@ -18,10 +17,9 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.records import Claim, Sandbox
 from sandyard.server.core.states import ON_ITS_WAY_UP, Event, Status
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.nodes import Nodes
-from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
-from sandyard.server.service.sandboxes.quota import Quota
-from sandyard.server.service.sandboxes.register import Deadline, Register
+from sandyard.server.service.sandboxes.lifecycle import refusal
+from sandyard.server.service.sandboxes.platform import Platform
+from sandyard.server.service.sandboxes.register import Deadline
 from sandyard.server.service.sandboxes.worker import Worker, holding
 
 _ALL = frozenset(Status)
@@ -46,22 +44,18 @@ class Power:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        register: Register,
-        lifecycle: Lifecycle,
         worker: Worker,
-        nodes: Nodes,
-        quota: Quota,
         waits: Waits,
-        clock: Clock,
     ) -> None:
-        self._nodes = nodes
-        self._register = register
-        self._lifecycle = lifecycle
+        self._nodes = platform.nodes
+        self._register = platform.register
+        self._lifecycle = platform.lifecycle
         self._worker = worker
-        self._quota = quota
+        self._quota = platform.quota
         self._waits = waits
-        self._clock = clock
+        self._clock = platform.clock
 
     def deadline(self) -> Deadline:
         """Return when a request that starts now has waited long enough for a machine to be up."""

@@ -5,17 +5,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
-from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ops import Dial
 from sandyard.server.core.wire import AGENT_PORT, RFB_PORT, is_guests_port
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.lines import line
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.reach import Reach, Use
-from sandyard.server.service.sandboxes.register import Register
 from sandyard.server.service.sandboxes.tickets import Tickets
 
 KIND = "preview"
@@ -37,20 +36,18 @@ class Previews:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        store: Store,
-        register: Register,
         reach: Reach,
         tickets: Tickets,
         addresses: Addresses,
-        clock: Clock,
     ) -> None:
-        self._store = store
-        self._register = register
+        self._store = platform.store
+        self._register = platform.register
         self._reach = reach
         self._tickets = tickets
         self._addresses = addresses
-        self._clock = clock
+        self._clock = platform.clock
 
     async def url(
         self,

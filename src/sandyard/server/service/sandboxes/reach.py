@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Generic
 
-from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import ByteStream, NodeTunnel, Opened
-from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.contracts.node import ByteStream, Opened
+from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import ConflictError, SandyardError
 from sandyard.server.core.ops import AnswerT, Operation
 from sandyard.server.core.records import Sandbox
@@ -25,8 +24,9 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.lifecycle import is_current, refusal
 from sandyard.server.service.sandboxes.pace import Pace
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.power import Power
-from sandyard.server.service.sandboxes.register import Register, ref_of
+from sandyard.server.service.sandboxes.register import ref_of
 from sandyard.server.tasks import beside, to_the_end
 
 log = logging.getLogger(__name__)
@@ -95,19 +95,16 @@ class Reach:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        store: Store,
-        register: Register,
         power: Power,
-        tunnel: NodeTunnel,
-        clock: Clock,
     ) -> None:
-        self._pace = Pace(clock)
-        self._store = store
-        self._register = register
+        self._pace = Pace(platform.clock)
+        self._store = platform.store
+        self._register = platform.register
         self._power = power
-        self._tunnel = tunnel
-        self._clock = clock
+        self._tunnel = platform.tunnel
+        self._clock = platform.clock
 
     @asynccontextmanager
     async def open(

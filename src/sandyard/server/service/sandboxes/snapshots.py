@@ -13,8 +13,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -37,14 +36,13 @@ from sandyard.server.core.records import Activity, Claim, Sandbox, Snapshot, Sto
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
-from sandyard.server.service.nodes import Nodes, believed_bytes
-from sandyard.server.service.placement import Placement
-from sandyard.server.service.repeats import Repeatable, Repeats
-from sandyard.server.service.sandboxes.lifecycle import Lifecycle, refusal
+from sandyard.server.service.nodes import believed_bytes
+from sandyard.server.service.repeats import Repeatable
+from sandyard.server.service.sandboxes.lifecycle import refusal
 from sandyard.server.service.sandboxes.mounts import checked_mounts, still_there
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.power import Power
-from sandyard.server.service.sandboxes.quota import Quota
-from sandyard.server.service.sandboxes.register import Deadline, Register, get_snapshot
+from sandyard.server.service.sandboxes.register import Deadline, get_snapshot
 from sandyard.server.service.sandboxes.worker import Worker, holding
 from sandyard.server.tasks import beside, to_the_end
 
@@ -65,28 +63,21 @@ class Snapshots:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        store: Store,
-        register: Register,
-        nodes: Nodes,
-        placement: Placement,
-        lifecycle: Lifecycle,
         worker: Worker,
         power: Power,
-        quota: Quota,
-        repeats: Repeats,
-        clock: Clock,
     ) -> None:
-        self._store = store
-        self._register = register
-        self._nodes = nodes
-        self._placement = placement
-        self._lifecycle = lifecycle
+        self._store = platform.store
+        self._register = platform.register
+        self._nodes = platform.nodes
+        self._placement = platform.placement
+        self._lifecycle = platform.lifecycle
         self._worker = worker
         self._power = power
-        self._quota = quota
-        self._repeats = repeats
-        self._clock = clock
+        self._quota = platform.quota
+        self._repeats = platform.repeats
+        self._clock = platform.clock
 
     async def create(
         self, actor: Actor, reference: str, name: str | None, *, request: Repeatable | None = None

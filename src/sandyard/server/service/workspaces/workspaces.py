@@ -11,9 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeExports
-from sandyard.server.core.contracts.store import Store, Transaction
+from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import (
     AlreadyExistsError,
@@ -26,12 +25,12 @@ from sandyard.server.core.errors import (
     WorkspaceInUseError,
 )
 from sandyard.server.core.ids import PERSONAL, check_slug, is_uuid, new_uuid, slug_of
-from sandyard.server.core.plans import Plan
 from sandyard.server.core.records import Activity, Sandbox, StoragePeriod, User, Workspace
 from sandyard.server.service.actor import Actor, plan_of
 from sandyard.server.service.lines import line
 from sandyard.server.service.people.organizations import check_title
-from sandyard.server.service.repeats import Repeatable, Repeats
+from sandyard.server.service.repeats import Repeatable
+from sandyard.server.service.sandboxes.platform import Platform
 
 log = logging.getLogger(__name__)
 
@@ -63,20 +62,17 @@ class Workspaces:
 
     def __init__(
         self,
+        platform: Platform,
         *,
-        store: Store,
         volumes: Volumes,
-        repeats: Repeats,
-        clock: Clock,
-        plans: Mapping[str, Plan],
         quota_bytes: int,
         exports: Mapping[str, NodeExports],
     ) -> None:
-        self._store = store
+        self._store = platform.store
         self._volumes = volumes
-        self._repeats = repeats
-        self._clock = clock
-        self._plans = plans
+        self._repeats = platform.repeats
+        self._clock = platform.clock
+        self._plans = platform.plans
         self._quota_bytes = quota_bytes
         self._exports = exports
 
