@@ -1,5 +1,7 @@
 """Documentation cannot lag behind the code."""
 
+import difflib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,17 @@ DOCS = ROOT / "docs"
 
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_made_pages_are_as_the_code_makes_them(name: str) -> None:
-    made = PAGES[name]()
-    assert (DOCS / "reference" / name).read_text() == made, (
-        "run: python -m sandyard.server.app.reference"
+    there, made = (DOCS / "reference" / name).read_text(), PAGES[name]()
+    changes = difflib.unified_diff(
+        there.splitlines(),
+        made.splitlines(),
+        f"docs/reference/{name}",
+        "the code",
+        lineterm="",
+        n=8,
+    )
+    assert there == made, "\n".join(
+        ["run: python -m sandyard.server.app.reference", *itertools.islice(changes, 200)]
     )
 
 

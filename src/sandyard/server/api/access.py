@@ -43,6 +43,16 @@ def open_to_all(route: Callable[..., Awaitable[object]]) -> Callable[..., Awaita
     return route
 
 
+def socket_scope(name: str) -> Callable[[RouteT], RouteT]:
+    """Declare the scope that a WebSocket needs; `sockets.served` enforces it."""
+
+    def mark(route: RouteT) -> RouteT:
+        route.scope_name = name  # type: ignore[attr-defined]  # read by api.sockets
+        return route
+
+    return mark
+
+
 def takes_query_key(route: RouteT) -> RouteT:
     """Let a route read its API key from the query, for browsers.
 

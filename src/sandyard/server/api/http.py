@@ -58,21 +58,10 @@ def make_api(
     services: Services, edge: EdgeServices, *, version: str, cors_origins: Sequence[str] = ()
 ) -> FastAPI:
     """Return the application. Pages of `cors_origins` may call it from a browser."""
-    app = FastAPI(
-        title="Sandyard",
-        version=version,
-        description="Real virtual machines for agents and people.",
-        redirect_slashes=False,
-        docs_url=None,  # see pages.docs
-        redoc_url=None,
-        strict_content_type=False,  # a body without a Content-Type is taken for JSON
-    )
+    app = _routed(version)
     app.state.services = services
     app.state.log = log
     install_handlers(app)
-    for routes in ROUTES:
-        app.include_router(routes.router)
-    _describe_truly(app)
     face = Face(
         name="api",
         guards=_is_guarded,
@@ -91,6 +80,27 @@ def make_api(
             expose_headers=_EXPOSED,
             max_age=600,
         )
+    return app
+
+
+def description(version: str) -> dict[str, Any]:
+    """Return the OpenAPI description of the API, as `/openapi.json` serves it."""
+    return _routed(version).openapi()
+
+
+def _routed(version: str) -> FastAPI:
+    app = FastAPI(
+        title="Sandyard",
+        version=version,
+        description="Real virtual machines for agents and people.",
+        redirect_slashes=False,
+        docs_url=None,  # see pages.docs
+        redoc_url=None,
+        strict_content_type=False,  # a body without a Content-Type is taken for JSON
+    )
+    for routes in ROUTES:
+        app.include_router(routes.router)
+    _describe_truly(app)
     return app
 
 

@@ -114,15 +114,15 @@ async def messages_of(socket: WebSocket) -> AsyncIterator[bytes | str]:
 
 
 @asynccontextmanager
-async def served(socket: WebSocket, scope: str) -> AsyncIterator[Actor]:
-    """Serve whoever the edge found behind a socket's credential, if they hold a scope.
+async def served(socket: WebSocket) -> AsyncIterator[Actor]:
+    """Serve the actor behind a socket's credential, if it holds the scope that the route declares.
 
-    What goes wrong in the block is told: as an answer of HTTP until the socket is accepted, from
-    then on as a last message `error`. A client that goes away ends the block.
+    An error in the block is sent as an HTTP answer until the socket is accepted, then as a last
+    message `error`. The block ends when the client disconnects.
     """
     try:
         actor: Actor = socket.state.actor
-        actor.require(scope)
+        actor.require(socket.scope["endpoint"].scope_name)
         yield actor
     except SandyardError as error:
         with suppress(WebSocketDisconnect, RuntimeError):

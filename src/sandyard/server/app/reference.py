@@ -1,20 +1,25 @@
 """Writes the reference pages that are made from the code; a test fails when they lag."""
 
 import inspect
+import json
 import sys
+from importlib.metadata import version as package_version
 from pathlib import Path
 
-from fastapi.routing import APIRoute
+from fastapi.routing import APIRoute, APIWebSocketRoute
 from pydantic import BaseModel
 from pydantic_settings import BaseSettings
+from starlette.routing import BaseRoute
 
 from sandyard.server.api.access import Scope
 from sandyard.server.api.errors import STATUS
-from sandyard.server.api.http import ROUTES
+from sandyard.server.api.http import ROUTES, description
+from sandyard.server.api.routes.common import COMMON
 from sandyard.server.app.settings import Settings
 from sandyard.server.core import errors
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.core.scopes import SCOPES
+from sandyard.server.front.bodies import BODY_MAX
 
 _MADE = "<!-- Made from the code by `python -m sandyard.server.app.reference`; do not edit. -->\n"
 
@@ -65,7 +70,7 @@ def errors_page() -> str:
     found = [
         kind
         for _, kind in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(kind, SandyardError) and kind is not SandyardError
+        if issubclass(kind, SandyardError) and "code" in vars(kind)
     ]
     for kind in sorted(found, key=lambda one: (STATUS[one.code], one.code)):
         meaning = (kind.__doc__ or "").splitlines()[0]
@@ -116,7 +121,68 @@ def scopes_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "errors.md": errors_page, "scopes.md": scopes_page}
+def routes_page() -> str:
+    """Return the page of all routes."""
+    lines = [
+        "# Routes\n", _MADE,
+        "Every route of the RunTools API, by subject, with the scope that its credential needs, "
+        "the largest body it takes, and the errors that it adds to the common ones. Every route "
+        f"can answer {', '.join(str(one) for one in sorted(COMMON))}; [errors](errors.md) says "
+        "what they mean. Requests are limited per minute by the organization's plan "
+        "(`X-RateLimit-Limit`). [`openapi.json`](openapi.json) has the bodies and answers.\n",
+    ]  # fmt: skip
+    for routes in ROUTES:
+        rows = [row for one in routes.router.routes if (row := _route_row(one))]
+        if rows:
+            subject = str(routes.router.tags[0]).capitalize()
+            lines += [f"## {subject}\n", "| Route | Scope | Body | Errors | What it does |",
+                      "|---|---|---|---|---|", *rows, ""]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _route_row(route: BaseRoute) -> str | None:
+    """Return the row of a route; None for one that is not public."""
+    if isinstance(route, APIRoute):
+        if not route.include_in_schema:
+            return None
+        scopes = [one.call for one in route.dependant.dependencies if isinstance(one.call, Scope)]
+        scope = f"`{scopes[0].name}`" if scopes and scopes[0].name else "any" if scopes else "none"
+        methods = "/".join(sorted(route.methods or ()))
+        added = sorted(
+            int(one) for one in route.responses if int(one) >= 400 and int(one) not in COMMON
+        )
+    elif isinstance(route, APIWebSocketRoute):
+        methods, added = "WebSocket", []
+        scope = f"`{getattr(route.endpoint, 'scope_name', 'any')}`"
+        if (kind := getattr(route.endpoint, "ticket_kind", None)) is not None:
+            scope = f"a {kind} ticket"
+    else:
+        return None
+    has_body = isinstance(route, APIRoute) and route.body_field is not None
+    body = _size(getattr(route.endpoint, "body_max", BODY_MAX)) if has_body else ""
+    if getattr(route.endpoint, "streams", False):
+        body = "streamed"
+    what = " ".join((route.endpoint.__doc__ or "").split("\n\n")[0].split())
+    errors_added = ", ".join(str(one) for one in added)
+    return f"| `{methods} {route.path}` | {scope} | {body} | {errors_added} | {what} |"
+
+
+def _size(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 2**20 else f"{size >> 10} KiB"
+
+
+def openapi_page() -> str:
+    """Return the OpenAPI description of the API."""
+    return json.dumps(description(package_version("sandyard")), indent=1, sort_keys=True) + "\n"
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "errors.md": errors_page,
+    "scopes.md": scopes_page,
+    "routes.md": routes_page,
+    "openapi.json": openapi_page,
+}
 
 
 def main() -> None:

@@ -50,7 +50,8 @@ async def list_activity(
     limit: Limit = 100,
     cursor: str | None = None,
 ) -> EventPage:
-    """List what happened, newest first: one's own, an admin the organization's."""
+    """List the activity feed, newest first. Members see their own entries, admins the
+    organization's."""
     matches = {
         name: checked_text(value, field=name)
         for name, value in (
@@ -92,7 +93,7 @@ async def list_sandbox_activity(
     limit: Limit = 100,
     cursor: str | None = None,
 ) -> EventPage:
-    """List what became of a sandbox, newest first."""
+    """List the activity of one sandbox, newest first."""
     found = await service.of_sandbox(
         actor,
         checked_text(reference, field="reference"),
@@ -119,8 +120,8 @@ async def follow_sandbox(
     check: MayFollow,
     reference: str,
 ) -> Any:
-    """Follow a sandbox: an event `status` with it as it is now, and whenever its status changes,
-    until it is destroyed."""
+    """Follow a sandbox by server-sent events. An event `status` carries the sandbox at the start
+    and after each change of status, until it is destroyed."""
     reference = checked_text(reference, field="reference")
     async with AsyncExitStack() as opening:
         following = service.follow(actor, reference)

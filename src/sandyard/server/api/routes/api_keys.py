@@ -45,7 +45,7 @@ Keys = Annotated[ApiKeys, provided("api_keys")]
 async def create_api_key(
     request: Request, actor: CanWrite, service: Keys, body: CreateApiKey
 ) -> NewApiKey:
-    """Make an API key. Its secret is in this answer and nowhere else."""
+    """Create an API key. The secret is in this answer only."""
     key, secret = await service.create(
         actor,
         body.name,
@@ -65,7 +65,8 @@ async def list_api_keys(
     limit: Limit = 500,
     cursor: str | None = None,
 ) -> Page[ApiKeyOut]:
-    """List API keys that are not revoked, newest first: one's own, an admin the organization's."""
+    """List API keys that are not revoked, newest first. Members see their own, admins the
+    organization's."""
     after = decode_cursor(cursor) if cursor else None
     found = await service.page(actor, limit=limit + 1, after=after)
     return paged(
@@ -90,7 +91,7 @@ async def get_api_key(
 async def change_api_key(
     request: Request, actor: CanWrite, service: Keys, key_id: str, body: PatchApiKey
 ) -> Data[ApiKeyOut]:
-    """Change an API key's name, scopes or project, or when it runs out."""
+    """Change an API key's name, scopes, project or expiry."""
     key = await service.change(
         actor,
         checked_text(key_id, field="key_id"),
@@ -106,7 +107,7 @@ async def change_api_key(
 async def revoke_api_key(
     request: Request, actor: CanWrite, service: Keys, key_id: str
 ) -> Data[ApiKeyOut]:
-    """Revoke an API key, from the next request on and for ever."""
+    """Revoke an API key permanently, from the next request on."""
     key = await service.revoke(actor, checked_text(key_id, field="key_id"))
     return enveloped(request, _shown(request, key))
 
@@ -115,7 +116,7 @@ async def revoke_api_key(
 async def rotate_api_key(
     request: Request, actor: CanWrite, service: Keys, key_id: str
 ) -> NewApiKey:
-    """Give an API key a new secret; the old one is no good from now on."""
+    """Replace an API key's secret. The old secret stops working at once."""
     key, secret = await service.rotate(actor, checked_text(key_id, field="key_id"))
     return _with_secret(request, key, secret)
 

@@ -47,7 +47,7 @@ Service = Annotated[Billing, provided("billing")]
 
 @router.get("/v1/billing/plan", responses=errors(404))
 async def get_plan(request: Request, actor: CanRead, service: Service) -> Data[PlanOut]:
-    """Return the organization's plan with its limits (null: none) and its balance."""
+    """Return the organization's plan, its limits (null: unlimited) and its balance."""
     organization, account, plan = await service.plan(actor)
     shown = PlanOut(
         org_id=organization.id,
@@ -75,7 +75,7 @@ async def list_ledger(
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
     cursor: str | None = None,
 ) -> Page[LedgerEntryOut]:
-    """List the ledger's lines, newest first."""
+    """List the entries of the ledger, newest first."""
     after_id = decode_cursor(cursor)[1] if cursor else None
     found = await service.history(actor, limit=limit + 1, after_id=after_id)
     return paged(request, found, limit, ledger_entry_out, lambda one: (one.created_at, one.id))
@@ -91,7 +91,7 @@ async def get_usage(
         bool, Query(alias="all", description="Of all members, with storage; for admins.")
     ] = False,
 ) -> Data[UsageOut]:
-    """Return what the user used in a period; `current` is the present month (UTC)."""
+    """Return the user's usage in a period. `current` is the current month (UTC)."""
     usage = await service.usage(actor, period, wants_all=all_)
     shown = UsageOut(
         org_id=actor.org_id,
@@ -109,7 +109,7 @@ async def get_usage(
 async def get_cost(
     request: Request, actor: CanReadSandbox, service: Service, reference: str
 ) -> Data[CostOut]:
-    """Return what a sandbox cost so far, and what it costs in an hour as it is now."""
+    """Return what a sandbox has cost so far, and what it costs per hour now."""
     sandbox, used, kept, hourly = await service.cost(
         actor, checked_text(reference, field="reference")
     )
@@ -129,7 +129,7 @@ async def get_cost(
 async def top_up(
     request: Request, actor: CanWrite, service: Service, body: TopUp
 ) -> Data[CheckoutOut]:
-    """Return a page on which credits are bought; for admins."""
+    """Return a payment page for buying credits. Admins only."""
     checkout = await service.check_out(
         actor, body.amount_cents, success_url=body.success_url, cancel_url=body.cancel_url
     )
@@ -139,7 +139,7 @@ async def top_up(
 
 @router.get("/v1/billing/auto-topup", responses=errors())
 async def get_auto_topup(request: Request, actor: CanRead, service: Service) -> Data[AutoTopupOut]:
-    """Return how the balance is filled up by itself."""
+    """Return the settings of automatic top-up."""
     return enveloped(request, auto_topup_out(await service.auto_topup(actor)))
 
 
@@ -147,7 +147,7 @@ async def get_auto_topup(request: Request, actor: CanRead, service: Service) -> 
 async def set_auto_topup(
     request: Request, actor: CanWrite, service: Service, body: PutAutoTopup
 ) -> Data[AutoTopupOut]:
-    """Have the balance filled up by itself with the card of the last top-up; for admins."""
+    """Change automatic top-up, which charges the card of the last top-up. Admins only."""
     wish = await service.set_auto_topup(
         actor,
         is_enabled=body.enabled,
@@ -161,7 +161,7 @@ async def set_auto_topup(
 async def grant_credits(
     request: Request, actor: CanWrite, service: Service, body: Grant, keyed: Keyed
 ) -> Data[LedgerEntryOut]:
-    """Give an organization credits; for operators of the installation."""
+    """Grant credits to an organization. Operators of the installation only."""
     entry = await service.grant(
         actor,
         body.amount_cents,
@@ -180,7 +180,7 @@ async def stripe_event(
     service: Service,
     stripe_signature: Annotated[str, Header()] = "",
 ) -> Received:
-    """Take an event that Stripe signed; nobody else's is believed."""
+    """Receive a webhook event from Stripe. Events without a valid signature are refused."""
     body = b""
     async for piece in request.stream():
         body += piece

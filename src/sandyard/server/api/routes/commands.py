@@ -78,7 +78,7 @@ Service = Annotated[Commands, provided("commands")]
 async def execute(
     request: Request, actor: CanWrite, service: Service, reference: str, body: Exec
 ) -> Any:
-    """Run a command and return what it printed. A non-zero exit code is no error."""
+    """Run a command and return its output. A non-zero exit code is not an error."""
     checked_text(reference, field="reference")
     outcome = await service.execute(actor, reference, body.wish())
     if len(outcome.stdout) + len(outcome.stderr) < _LARGE:

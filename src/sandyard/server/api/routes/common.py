@@ -68,11 +68,15 @@ _MEANINGS = {
 }
 
 
+COMMON = frozenset({400, 401, 403, 404, 429, 500, 502, 503})
+"""What every route can answer."""
+
+
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the documentation of a route's error answers; those every route can give are added."""
     return {
         status: {"model": ErrorAnswer, "description": _MEANINGS[status]}
-        for status in sorted({400, 401, 403, 404, 429, 500, 502, 503, *statuses})
+        for status in sorted({*COMMON, *statuses})
     }
 
 

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request, Response, WebSocket
 
-from sandyard.server.api.access import Scope, takes_ticket
+from sandyard.server.api.access import Scope, socket_scope, takes_ticket
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.desktops import (
     Click,
@@ -44,7 +44,7 @@ Service = Annotated[Desktops, provided("desktops")]
 async def get_vnc(
     request: Request, actor: CanWrite, service: Service, where: Where, reference: str
 ) -> Data[VncOut]:
-    """Return the address of a page with the sandbox's desktop, for whoever opens it first."""
+    """Return a one-time URL of a page that shows the sandbox's desktop."""
     made = await service.issue(actor, checked_text(reference, field="reference"))
     base = urlsplit(where.base_url)
     return enveloped(
@@ -61,17 +61,18 @@ async def get_vnc(
 
 @router.get("/v1/desktop/sessions/{session}", include_in_schema=False)
 async def desktop_by_request(actor: CanWrite, session: str) -> None:
-    """Say that this is a WebSocket."""
+    """Refuse a plain request: this is a WebSocket."""
     del actor, session
     raise InvalidArgumentError("cannot open a desktop by a plain request: use a WebSocket")
 
 
 @router.websocket("/v1/desktop/sessions/{session}")
 @takes_ticket("desktop")
+@socket_scope("sandbox:write")
 async def desktop(socket: WebSocket, service: Service, session: str) -> None:
-    """A desktop: RFB in binary messages, both ways."""
+    """Connect to a desktop. Binary messages carry RFB in both directions."""
     del session  # the edge has redeemed it
-    async with served(socket, "sandbox:write"):
+    async with served(socket):
         admission: Admission = socket.state.admission
         async with service.open(admission) as screen:
             await socket.accept("binary" if "binary" in socket.scope["subprotocols"] else None)
@@ -102,7 +103,7 @@ async def _hear(socket: WebSocket, screen: ByteStream) -> None:
     response_class=Response,
 )
 async def take_screenshot(actor: CanWrite, service: Service, reference: str) -> Response:
-    """Return a picture of the screen as it is now, a PNG."""
+    """Return a screenshot as PNG."""
     png = await service.screenshot(actor, checked_text(reference, field="reference"))
     return Response(png, media_type="image/png", headers={"Cache-Control": "no-store"})
 
@@ -111,7 +112,7 @@ async def take_screenshot(actor: CanWrite, service: Service, reference: str) -> 
 async def click(
     request: Request, actor: CanWrite, service: Service, reference: str, body: Click
 ) -> Data[DoneOut]:
-    """Click somewhere on the screen."""
+    """Click at a point of the screen."""
     reference = checked_text(reference, field="reference")
     await service.click(actor, reference, body.place(), body.button, body.count)
     return enveloped(request, DoneOut())
@@ -121,7 +122,7 @@ async def click(
 async def move(
     request: Request, actor: CanWrite, service: Service, reference: str, body: PlaceIn
 ) -> Data[DoneOut]:
-    """Move the pointer somewhere."""
+    """Move the pointer to a point of the screen."""
     await service.move(actor, checked_text(reference, field="reference"), body.place())
     return enveloped(request, DoneOut())
 
@@ -130,7 +131,7 @@ async def move(
 async def drag(
     request: Request, actor: CanWrite, service: Service, reference: str, body: Drag
 ) -> Data[DoneOut]:
-    """Press a button at one place, and let go of it at another."""
+    """Press a button at one point, and release it at another."""
     source, target = Place(body.from_x, body.from_y), Place(body.to_x, body.to_y)
     reference = checked_text(reference, field="reference")
     await service.drag(actor, reference, source, target, body.button)
@@ -141,7 +142,7 @@ async def drag(
 async def scroll(
     request: Request, actor: CanWrite, service: Service, reference: str, body: Scroll
 ) -> Data[DoneOut]:
-    """Turn the wheel over a place."""
+    """Scroll at a point of the screen."""
     reference = checked_text(reference, field="reference")
     await service.scroll(actor, reference, body.place(), body.dx, body.dy)
     return enveloped(request, DoneOut())
@@ -152,7 +153,7 @@ async def scroll(
 async def type_text(
     request: Request, actor: CanWrite, service: Service, reference: str, body: TypeText
 ) -> Data[DoneOut]:
-    """Type a text into whatever has the focus."""
+    """Type text into the focused window."""
     await service.type(actor, checked_text(reference, field="reference"), body.text)
     return enveloped(request, DoneOut())
 
@@ -161,7 +162,7 @@ async def type_text(
 async def press_keys(
     request: Request, actor: CanWrite, service: Service, reference: str, body: PressKeys
 ) -> Data[DoneOut]:
-    """Press keys together, such as `Return` or `ctrl+shift+t`."""
+    """Press a combination of keys, such as `Return` or `ctrl+shift+t`."""
     await service.press(actor, checked_text(reference, field="reference"), body.keys)
     return enveloped(request, DoneOut())
 
@@ -170,6 +171,6 @@ async def press_keys(
 async def list_windows(
     request: Request, actor: CanWrite, service: Service, reference: str
 ) -> Page[WindowOut]:
-    """List the windows on the screen, the oldest first."""
+    """List the windows on the screen, oldest first."""
     found = await service.windows(actor, checked_text(reference, field="reference"))
     return whole(request, [window_out(one) for one in found])

@@ -182,7 +182,7 @@ async def write_file(
         ),
     ] = False,
 ) -> Data[WrittenOut]:
-    """Write a file, with the body as it is. What was there stays whole until all has come."""
+    """Write the request body to a file. The old content stays until the upload is complete."""
     reference = checked_text(reference, field="reference")
     wish = ops.Write(where, in_place, parents, octal(mode), owner, user)
     try:
@@ -202,7 +202,7 @@ async def remove_file(
     user: User = "root",
     recursive: Annotated[bool, Query(description="A folder with all that is in it.")] = False,
 ) -> Data[FileRemovedOut]:
-    """Remove a file, an empty folder, or with `recursive` a full one."""
+    """Delete a file or an empty directory, or with `recursive` a directory and its contents."""
     reference = checked_text(reference, field="reference")
     await service.ask(actor, reference, ops.Remove(where, recursive, user))
     return enveloped(request, FileRemovedOut(path=shown(where), deleted=True))
@@ -219,7 +219,7 @@ async def list_folder(
     depth: Annotated[int, Query(ge=1, le=DEPTH_MAX)] = 1,
     limit: Annotated[int, Query(ge=1, le=LIST_MAX)] = LIST_MAX,
 ) -> Data[ListingOut]:
-    """List a folder by name, each folder in it followed by what is in that, down to `depth`."""
+    """List a directory by name. With `depth`, each subdirectory is followed by its contents."""
     reference = checked_text(reference, field="reference")
     found = await service.list(actor, reference, ops.ListFolder(where, depth, limit, user))
     entries = [file_out(one) for one in found.entries]
@@ -237,7 +237,7 @@ async def stat_file(
     where: Where,
     user: User = "root",
 ) -> Data[FileOut]:
-    """Tell what a path leads to."""
+    """Return the metadata of a path."""
     reference = checked_text(reference, field="reference")
     return enveloped(
         request, file_out(await _stat(service, actor, reference, ops.Stat(where, user)))
@@ -260,7 +260,7 @@ async def pack_folder(
     where: Where,
     user: User = "root",
 ) -> Any:
-    """Read a folder with all that is in it, as a tar archive."""
+    """Download a directory as a tar archive."""
     reference = checked_text(reference, field="reference")
     if getattr(request.state, "is_head", False):
         await _stat(service, actor, reference, ops.Stat(where, user))
@@ -286,7 +286,7 @@ async def unpack_folder(
     where: Where,
     user: User = "root",
 ) -> Data[FileOut]:
-    """Unpack a tar archive into a folder, which is made if it is not there."""
+    """Unpack a tar archive into a directory, which is created if necessary."""
     reference = checked_text(reference, field="reference")
     try:
         found = await service.unpack(actor, reference, where, user, request.stream())
@@ -299,7 +299,7 @@ async def unpack_folder(
 async def make_folder(
     request: Request, actor: CanWrite, service: Service, reference: str, body: MakeFolderBody
 ) -> Data[FileOut]:
-    """Make a folder."""
+    """Create a directory."""
     where = given_path(body.path, body.path_base64, field="path")
     wish = ops.MakeFolder(where, body.parents, octal(body.mode), body.owner, body.user)
     reference = checked_text(reference, field="reference")
@@ -310,7 +310,7 @@ async def make_folder(
 async def move_file(
     request: Request, actor: CanWrite, service: Service, reference: str, body: MoveBody
 ) -> Data[FileOut]:
-    """Give a file or folder another path."""
+    """Move or rename a file or directory."""
     reference = checked_text(reference, field="reference")
     wish = ops.Move(*_both(body), body.overwrite, body.user)
     return enveloped(request, file_out(await _stat(service, actor, reference, wish)))
@@ -320,7 +320,7 @@ async def move_file(
 async def copy_file(
     request: Request, actor: CanWrite, service: Service, reference: str, body: MoveBody
 ) -> Data[FileOut]:
-    """Copy a file, or a folder with all that is in it."""
+    """Copy a file, or a directory and its contents."""
     reference = checked_text(reference, field="reference")
     wish = ops.Copy(*_both(body), body.overwrite, body.user)
     return enveloped(request, file_out(await _stat(service, actor, reference, wish)))
@@ -345,10 +345,11 @@ async def watch_folder(
     user: User = "root",
     recursive: Annotated[bool, Query(description="All that is in it, too.")] = False,
 ) -> Any:
-    """Watch a folder: an event `change` for whatever is made, changed, moved or removed in it.
+    """Watch a directory by server-sent events.
 
-    What happens after the answer has begun is told. An `overflow` says that more happened than
-    could be told, and an `error` with the reason `absent` that the folder itself is gone.
+    An event `change` reports each entry that is created, changed, moved or deleted after the answer
+    has begun. `overflow` says that events were dropped. `error` with the reason `absent` says that
+    the directory was deleted.
     """
     reference = checked_text(reference, field="reference")
     if getattr(request.state, "is_head", False):
@@ -371,10 +372,10 @@ async def _told(changes: AsyncIterator[FileChange]) -> AsyncIterator[Event]:
 async def sign_file(
     request: Request, actor: CanWrite, service: Signer, reference: str, body: SignBody
 ) -> Data[SignedOut]:
-    """Make a URL that reads or writes one file until it runs out, for whoever has no key.
+    """Create a URL that reads or writes one file without a key, until it expires.
 
-    It is good for its method, its path and its user alone, and no longer than the API key that it
-    was made with; one that a session has made, no longer than the user is a member.
+    It is valid for one method, path and user. It stops working with the API key that created it,
+    or, if a session created it, with the user's membership.
     """
     where = given_path(body.path, body.path_base64, field="path")
     use, signature = await service.sign(

@@ -12,14 +12,14 @@ router = APIRouter(tags=["operations"])
 @router.get("/healthz", response_model=Health)
 @open_to_all
 async def healthz() -> Health:
-    """Tell that the process is up."""
+    """Report that the process is running."""
     return Health(status="ok")
 
 
 @router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
 @open_to_all
 async def readyz(request: Request, response: Response) -> Health:
-    """Tell whether sandboxes can be created, and if not, what is missing."""
+    """Report whether sandboxes can be created, and what is missing if not."""
     readiness: Readiness = request.app.state.services.readiness
     missing = await readiness.missing()
     if missing:

@@ -48,7 +48,7 @@ Orgs = Annotated[Organizations, provided("organizations")]
 
 @router.get("/v1/me", responses=errors(404))
 async def get_me(request: Request, actor: Anyone, service: Orgs) -> Data[MeOut]:
-    """Return the user behind the credential; any credential will do."""
+    """Return the user behind the credential. Needs no scope."""
     return enveloped(request, me_out(await service.me(actor)))
 
 
@@ -56,7 +56,7 @@ async def get_me(request: Request, actor: Anyone, service: Orgs) -> Data[MeOut]:
 async def get_current_organization(
     request: Request, actor: CanRead, service: Orgs
 ) -> Data[OrganizationOut]:
-    """Return the organization that the credential is for."""
+    """Return the organization that the credential belongs to."""
     organization, role = await service.get(actor)
     return enveloped(request, organization_out(organization, role))
 
@@ -74,7 +74,8 @@ async def get_organization(
 async def create_organization(
     request: Request, actor: CanWrite, service: Orgs, body: CreateOrganization, keyed: Keyed
 ) -> Data[FoundedOut]:
-    """Make an organization; who asks is its first admin. Organizations are never deleted."""
+    """Create an organization, with the caller as its first admin. Organizations cannot be
+    deleted."""
     founded = await service.create(actor, body.name, request=keyed)
     shown = founded_out(
         founded.organization, project_id=founded.project.id, workspace_id=founded.workspace.id
@@ -86,6 +87,6 @@ async def create_organization(
 async def list_members(
     request: Request, actor: CanSeeMembers, service: Orgs, org_id: str
 ) -> Page[MemberOut]:
-    """List an organization's members, the longest there first."""
+    """List an organization's members, longest-standing first."""
     members = await service.members(actor, checked_text(org_id, field="org_id"))
     return whole(request, [member_out(user, member) for user, member in members])

@@ -17,7 +17,7 @@ from fastapi import (
     WebSocket,
 )
 
-from sandyard.server.api.access import Scope, takes_query_key
+from sandyard.server.api.access import Scope, socket_scope, takes_query_key
 from sandyard.server.api.errors import error_out
 from sandyard.server.api.events import Check, Event, EventStream, rechecked
 from sandyard.server.api.models.base import Data, Page
@@ -72,7 +72,7 @@ MayFollow = Annotated[Check, rechecked("sandbox:write")]
 async def start_process(
     request: Request, actor: CanWrite, service: Service, reference: str, body: StartProcess
 ) -> Data[ProcessOut]:
-    """Start a process that lives on when this request is over, and keeps the last it prints."""
+    """Start a process that keeps running after this request. The end of its output is kept."""
     found = await service.start(actor, checked_text(reference, field="reference"), body.wish())
     return enveloped(request, process_out(found))
 
@@ -81,7 +81,7 @@ async def start_process(
 async def list_processes(
     request: Request, actor: CanWrite, service: Service, reference: str
 ) -> Page[ProcessOut]:
-    """List the processes that were started, oldest first; those that ended for ten minutes."""
+    """List started processes, oldest first. Ended ones are listed for ten minutes."""
     found = await service.list(actor, checked_text(reference, field="reference"))
     listed = whole(request, [process_out(one) for one in found.items])
     # Of very many, with long commands, the newest; there is no further page.
@@ -92,7 +92,7 @@ async def list_processes(
 async def get_process(
     request: Request, actor: CanWrite, service: Service, reference: str, process: str
 ) -> Data[ProcessOut]:
-    """Return one process, by its pid or its tag."""
+    """Return one process, by pid or tag."""
     found = await service.get(actor, checked_text(reference, field="reference"), which_of(process))
     return enveloped(request, process_out(found))
 
@@ -106,7 +106,7 @@ async def signal_process(
     process: str,
     body: SendSignal,
 ) -> Data[SignalledOut]:
-    """Send a process a signal, or everything that it has started."""
+    """Send a signal to a process, or to it and everything it has started."""
     reference = checked_text(reference, field="reference")
     pid, name = await service.signal(
         actor, reference, which_of(process), str(body.signal), everything=body.everything
@@ -124,8 +124,8 @@ async def write_stdin(
     process: str,
     body: WriteStdin,
 ) -> Data[StdinOut]:
-    """Write to a process's input. Answered once that is written, within 5 seconds: what the process
-    did not read by then is to be sent again."""
+    """Write to a process's input. The answer comes after at most 5 s and reports how much was
+    written; send the rest again."""
     reference = checked_text(reference, field="reference")
     written, closed = await service.write(
         actor, reference, which_of(process), body.bytes(), closes=body.close
@@ -142,7 +142,7 @@ async def resize_terminal(
     process: str,
     body: Pty,
 ) -> Data[ProcessOut]:
-    """Tell a process that its terminal has another size."""
+    """Change the size of a process's terminal."""
     reference, which = checked_text(reference, field="reference"), which_of(process)
     await service.resize(actor, reference, which, body.size())
     return enveloped(request, process_out(await service.get(actor, reference, which)))
@@ -175,10 +175,10 @@ async def follow_output(
         str | None, Header(description="What a browser sends when it comes again.")
     ] = None,
 ) -> Any:
-    """Follow what a process prints: events `output`, and `exit` at last.
+    """Follow a process's output by server-sent events: `output`, and finally `exit`.
 
-    Each `output` has an id, the number of the byte after it; who comes again with that as `offset`
-    goes on there. `lost` comes first if bytes that were asked for are not kept any more.
+    The id of each `output` is the offset of the byte after it. To resume, pass it as `offset`.
+    `lost` comes first if requested bytes are no longer kept.
     """
     reference = checked_text(reference, field="reference")
     if last_event_id:
@@ -201,13 +201,14 @@ async def follow_output(
 @router.get("/{process}/attach", include_in_schema=False)
 @takes_query_key
 async def attach_by_request(actor: CanWrite, reference: str, process: str) -> None:
-    """Say that this is a WebSocket."""
+    """Refuse a plain request: this is a WebSocket."""
     del actor, reference, process
     raise InvalidArgumentError("cannot attach by a plain request: connect with a WebSocket")
 
 
 @router.websocket("/{process}/attach")
 @takes_query_key
+@socket_scope("sandbox:write")
 async def attach(
     socket: WebSocket,
     service: Service,
@@ -216,13 +217,13 @@ async def attach(
     reference: str,
     process: str,
 ) -> None:
-    """Follow a process and write to it, both ways at once.
+    """Attach to a process: follow its output and write to its input.
 
-    Out: `attached`, what it prints as bytes after one that tells the stream, `taken` with how much
-    of the input is on its way to it, and `exit`. In: bytes for its input, and messages `input`,
-    `end`, `resize`, `signal`.
+    Sent to the client: `attached`, output as bytes after one byte for the stream, `taken` with how
+    much input was accepted, and `exit`. Sent by the client: input as bytes, and messages `input`,
+    `end`, `resize` and `signal`.
     """
-    async with served(socket, "sandbox:write") as actor:
+    async with served(socket) as actor:
         reference, which = checked_text(reference, field="reference"), which_of(process)
         offset = _offset(socket.query_params.get("offset"))
         async with service.follow(actor, reference, which, offset) as following:

@@ -40,7 +40,7 @@ async def list_projects(request: Request, actor: CanRead, service: Orgs) -> Page
 async def create_project(
     request: Request, actor: CanWrite, service: Orgs, body: CreateProject, keyed: Keyed
 ) -> Data[ProjectOut]:
-    """Make a project: a group of sandboxes and keys, which grants nothing."""
+    """Create a project, which groups sandboxes and keys. It grants no rights."""
     project = await service.create_project(
         actor, body.name, slug=body.slug, color=body.color, request=keyed
     )
@@ -71,6 +71,7 @@ async def change_project(
 async def delete_project(
     request: Request, actor: CanWrite, service: Orgs, project_id: str
 ) -> Data[RemovedOut]:
-    """Delete a project; what was in it goes to the default one, which cannot be deleted."""
+    """Delete a project. Its sandboxes and keys move to the default project, which cannot be
+    deleted."""
     project = await service.delete_project(actor, checked_text(project_id, field="project_id"))
     return enveloped(request, RemovedOut(id=project.id, deleted=True))

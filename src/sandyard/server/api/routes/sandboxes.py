@@ -72,7 +72,8 @@ async def create_sandbox(
     keyed: Keyed,
     wait: Wait = 0,
 ) -> Data[SandboxOut]:
-    """Create a sandbox. If none waited it starts meanwhile; `wait` holds the answer till then."""
+    """Create a sandbox. It is running at once if the pool has one, else it starts in the
+    background; `wait` delays the answer until it runs."""
     check_offered(body)
     sandbox = await creation.create(actor, body.wish(), request=keyed)
     if wait:
@@ -145,7 +146,8 @@ async def change_sandbox(
     reference: str,
     body: PatchSandbox,
 ) -> Data[SandboxOut]:
-    """Change name, tags, idle time-out, metadata, project, auto-resume or end of a sandbox."""
+    """Change a sandbox's name, tags, idle timeout, metadata, project, automatic resume or
+    expiry."""
     sandbox = await service.change(
         actor, checked_text(reference, field="reference"), body.changes()
     )
@@ -156,7 +158,7 @@ async def change_sandbox(
 async def touch_sandbox(
     request: Request, actor: CanWrite, service: Service, where: Where, reference: str
 ) -> Data[SandboxOut]:
-    """Count as a use of a sandbox, which is then not idle."""
+    """Reset the idle timer of a sandbox."""
     sandbox = await service.touch(actor, checked_text(reference, field="reference"))
     return enveloped(request, sandbox_out(sandbox, actor, where))
 
@@ -173,7 +175,7 @@ async def pause_sandbox(
     reference: str,
     async_: Annotated[bool, Query(alias="async")] = False,
 ) -> Data[PausedOut]:
-    """Save a running sandbox to disk, processes and all, and give its memory back."""
+    """Pause a sandbox: save its memory and processes to disk, and free the host's memory."""
     sandbox = await service.pause(
         actor, checked_text(reference, field="reference"), wait=not async_
     )
@@ -197,7 +199,7 @@ async def resume_sandbox(
     reference: str,
     async_: Annotated[bool, Query(alias="async")] = False,
 ) -> Data[ResumedOut]:
-    """Let a paused sandbox go on where it stood; one in error is booted from its disk."""
+    """Resume a paused sandbox. One in error is booted from its disk."""
     sandbox = await service.resume(
         actor, checked_text(reference, field="reference"), wait=not async_
     )
@@ -220,7 +222,7 @@ async def restart_sandbox(
     reference: str,
     async_: Annotated[bool, Query(alias="async")] = False,
 ) -> Data[ResumedOut]:
-    """Boot a sandbox from its own disk, also one that does not answer; its memory is given up."""
+    """Reboot a sandbox from its disk, even if it is unresponsive. Memory is lost."""
     sandbox = await service.restart(
         actor, checked_text(reference, field="reference"), wait=not async_
     )
@@ -240,7 +242,7 @@ async def delete_sandbox(
     reference: str,
     async_: Annotated[bool, Query(alias="async")] = False,
 ) -> Data[DeletedOut]:
-    """Delete a sandbox, whatever its status, and wait until it is gone unless `async`."""
+    """Delete a sandbox in any status, and wait until it is gone unless `async` is set."""
     checked_text(reference, field="reference")
     sandbox = await service.delete(actor, reference, wait=not async_)
     is_gone = not async_ and sandbox.status is Status.DESTROYED
@@ -250,7 +252,7 @@ async def delete_sandbox(
 
 @router.get("/{reference}/logs", responses=errors(404))
 async def logs(request: Request, actor: CanRead, service: Service, reference: str) -> Data[LogsOut]:
-    """Return the last of what the machine printed on its console: boot, kernel, agent."""
+    """Return the end of the machine's console log."""
     sandbox, console = await service.logs(actor, checked_text(reference, field="reference"))
     return enveloped(request, LogsOut(sandbox_id=sandbox.id, console=console))
 
@@ -259,6 +261,6 @@ async def logs(request: Request, actor: CanRead, service: Service, reference: st
 async def stats(
     request: Request, actor: CanRead, service: Service, reference: str
 ) -> Data[StatsOut]:
-    """Return CPU, memory, disk and uptime, read in the guest now."""
+    """Return current CPU, memory and disk usage and uptime, read in the guest."""
     sandbox, figures = await service.stats(actor, checked_text(reference, field="reference"))
     return enveloped(request, StatsOut(sandbox_id=sandbox.id, stats=stats_of(figures)))

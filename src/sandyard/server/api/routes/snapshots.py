@@ -41,7 +41,7 @@ async def create_snapshot(
     keyed: Keyed,
     body: Annotated[CreateSnapshot | None, Body()] = None,
 ) -> Data[SnapshotOut]:
-    """Save a sandbox as it is now, memory and disk; it goes on running."""
+    """Save the memory and disk of a sandbox, which keeps running."""
     snapshot = await service.create(
         actor,
         checked_text(reference, field="reference"),
@@ -79,7 +79,7 @@ async def get_snapshot(
 async def delete_snapshot(
     request: Request, actor: CanWrite, service: Service, reference: str
 ) -> Data[RemovedOut]:
-    """Remove a snapshot; what was made from it lives on."""
+    """Delete a snapshot. Sandboxes created from it are not affected."""
     snapshot = await service.delete(actor, checked_text(reference, field="reference"))
     return enveloped(request, RemovedOut(id=snapshot.id, deleted=True))
 
@@ -94,7 +94,8 @@ async def fork_sandbox(
     keyed: Keyed,
     body: Annotated[CreateForks | None, Body()] = None,
 ) -> Data[list[SandboxOut]]:
-    """Make sandboxes that begin as this one is now: files, memory and running processes."""
+    """Create sandboxes that start from the current state of this one: files, memory and
+    processes."""
     forks = await service.fork(
         actor,
         checked_text(reference, field="reference"),
@@ -114,7 +115,7 @@ async def roll_back_sandbox(
     reference: str,
     body: RollBack,
 ) -> Data[SandboxOut]:
-    """Put a sandbox back to one of its snapshots; what it was until then is lost."""
+    """Restore a sandbox to one of its snapshots. Its current state is lost."""
     sandbox = await service.roll_back(
         actor, checked_text(reference, field="reference"), body.snapshot_id
     )

@@ -31,7 +31,7 @@ SshKeyService = Annotated[SshKeys, provided("ssh_keys")]
 async def add_ssh_key(
     request: Request, actor: CanUseSshKeys, service: SshKeyService, body: CreateSshKey, keyed: Keyed
 ) -> Data[SshKeyOut]:
-    """Add a public key; it opens sandboxes that are made from now on."""
+    """Add a public key. Sandboxes created from now on accept it."""
     key = await service.add(actor, body.name, body.public_key, request=keyed)
     return enveloped(request, ssh_key_out(key))
 
@@ -48,6 +48,6 @@ async def list_ssh_keys(
 async def delete_ssh_key(
     request: Request, actor: CanUseSshKeys, service: SshKeyService, key_id: str
 ) -> Data[SuccessOut]:
-    """Delete an SSH key; sandboxes that have it keep it."""
+    """Delete an SSH key. Sandboxes that accepted it through its id no longer do."""
     await service.delete(actor, checked_text(key_id, field="key_id"))
     return enveloped(request, SuccessOut())

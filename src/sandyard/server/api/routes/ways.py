@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, WebSocket
 
-from sandyard.server.api.access import Scope, takes_ticket
+from sandyard.server.api.access import Scope, socket_scope, takes_ticket
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.processes import end_out
 from sandyard.server.api.models.ways import (
@@ -54,7 +54,7 @@ async def get_url(
         ),
     ] = None,
 ) -> Data[UrlOut]:
-    """Return a URL under which whoever has it sees what listens on a port of a sandbox."""
+    """Return a preview URL of a port. Anyone who has the URL can use it until it expires."""
     found = await previews.url(
         actor,
         checked_text(reference, field="reference"),
@@ -104,7 +104,7 @@ async def open_terminal(
     terminals: Annotated[Terminals, provided("terminals")],
     body: NewTerminal,
 ) -> Data[TerminalOut]:
-    """Return what opens a terminal in a sandbox, once, within a minute."""
+    """Create a ticket that opens a terminal in a sandbox, once, within a minute."""
     reference = checked_text(body.sandbox_id, field="sandboxId")
     made = await terminals.issue(actor, reference, body.terminal_id)
     return enveloped(
@@ -121,24 +121,28 @@ async def open_terminal(
 
 @router.get("/v1/terminal/sessions/{session}", include_in_schema=False)
 async def terminal_by_request(actor: CanWrite, session: str) -> None:
-    """Say that this is a WebSocket."""
+    """Refuse a plain request: this is a WebSocket."""
     del actor, session
     raise InvalidArgumentError("cannot open a terminal by a plain request: use a WebSocket")
 
 
 @router.websocket("/v1/terminal/sessions/{session}")
 @takes_ticket("terminal")
+@socket_scope("sandbox:write")
 async def terminal(
     socket: WebSocket,
     terminals: Annotated[Terminals, provided("terminals")],
     rates: Annotated[Rates, provided("rates")],
     session: str,
 ) -> None:
-    """A terminal: in come keys, as bytes or text, and messages `input` and `resize`; out go bytes,
-    and a message `exit` at last. If the `offset` asked for is no longer kept, a message `offset`
-    first tells where the output resumes."""
+    """Connect to a terminal.
+
+    Sent by the client: keys, as bytes or text, and messages `input` and `resize`. Sent to the
+    client: output as bytes, and finally a message `exit`. If the requested `offset` is no longer
+    kept, a message `offset` says where the output resumes.
+    """
     del session  # the edge has redeemed it
-    async with served(socket, "sandbox:write"):
+    async with served(socket):
         admission: Admission = socket.state.admission
         size = Size(
             _side(socket, "cols", FIRST_SIZE.columns), _side(socket, "rows", FIRST_SIZE.rows)

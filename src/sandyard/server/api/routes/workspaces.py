@@ -90,7 +90,7 @@ async def list_workspaces(
         bool, Query(alias="all", description="Personal ones of all members; for admins.")
     ] = False,
 ) -> Data[WorkspacesOut]:
-    """List the organization's workspaces and one's own, newest first."""
+    """List the organization's workspaces and the user's own, newest first."""
     found, storage = await service.page(actor, of_all=of_all)
     return enveloped(
         request,
@@ -104,7 +104,7 @@ async def list_workspaces(
 async def create_workspace(
     request: Request, actor: CanWrite, service: Service, body: CreateWorkspace, keyed: Keyed
 ) -> Data[WorkspaceOut]:
-    """Make a workspace of the organization's."""
+    """Create a workspace for the organization."""
     made = await service.create(actor, body.name, body.slug, org_id=body.org_id, request=keyed)
     return enveloped(request, workspace_out(made))
 
@@ -121,7 +121,7 @@ async def get_workspace(
 async def rename_workspace(
     request: Request, actor: CanWrite, service: Service, reference: Which, body: RenameWorkspace
 ) -> Data[WorkspaceOut]:
-    """Call a workspace something else; its slug stays."""
+    """Rename a workspace. Its slug does not change."""
     return enveloped(request, workspace_out(await service.rename(actor, reference, body.name)))
 
 
@@ -129,7 +129,7 @@ async def rename_workspace(
 async def get_workspace_usage(
     request: Request, actor: CanRead, service: Service, reference: Which
 ) -> Data[WorkspaceUsageOut]:
-    """Tell which sandboxes have a workspace mounted."""
+    """Return the sandboxes that have a workspace mounted."""
     found, mounting = await service.mounting(actor, reference)
     return enveloped(request, usage_out(found, mounting, actor))
 
@@ -142,7 +142,7 @@ async def delete_workspace(
     reference: Which,
     force: Annotated[bool, Query(description="Also if a sandbox has it mounted.")] = False,
 ) -> Data[WorkspaceRemovedOut]:
-    """Remove a workspace with all that is in it."""
+    """Delete a workspace and its files."""
     gone = await service.delete(actor, reference, force=force)
     return enveloped(request, WorkspaceRemovedOut(id=gone.id, deleted=True))
 
@@ -155,14 +155,14 @@ async def delete_workspace(
 async def list_files(
     actor: CanRead, files: Files, reference: Which, path: Where, hidden: Hidden = False
 ) -> Response:
-    """List a folder: folders first, by name."""
+    """List a directory: subdirectories first, by name."""
     found = await files.entries(actor, reference, path, hidden=hidden)
     return Response(await in_thread(entries_json, found), media_type="application/json")
 
 
 @router.get("/{reference}/info", responses=errors(404))
 async def get_drive_info(actor: CanRead, files: Files, reference: Which) -> list[DriveOut]:
-    """Tell how full a workspace is."""
+    """Return a workspace's capacity and usage."""
     used, total = await files.drive(actor, reference)
     return [DriveOut(free=max(0, total - used), total=total, used=used)]
 
@@ -171,7 +171,7 @@ async def get_drive_info(actor: CanRead, files: Files, reference: Which) -> list
 async def get_file_info(
     request: Request, actor: CanRead, files: Files, reference: Which, path: Where
 ) -> Data[MeasureOut]:
-    """Tell how much is below a path."""
+    """Return the size and number of entries below a path."""
     found = await files.measure(actor, reference, path)
     return enveloped(
         request,
@@ -196,7 +196,7 @@ async def create_file(
     path: Where,
     body: CreateEntry,
 ) -> Data[EntryOut]:
-    """Make a file or folder in a folder, which is made if it is not there."""
+    """Create a file or directory. Missing parent directories are created."""
     name = name_in(body.name, field="name")
     if body.type != "file":
         made = await files.make_folder(actor, reference, (*path, name))
@@ -225,10 +225,8 @@ async def upload_file(
     ] = "",
     overwrite: Annotated[bool, Query(description="Replace a file that is there.")] = True,
 ) -> Data[EntryOut]:
-    """Take a file as a form: the field `file`, and `name` if it is to be called otherwise.
-
-    Nobody sees it before it is whole.
-    """
+    """Upload a file as a form: the field `file`, and optionally `name`. The file appears when the
+    upload is complete."""
     upload = Upload(request.headers.get("content-type", ""), request.stream())
     made = await files.write(
         actor,
@@ -252,7 +250,7 @@ async def change_file(
     path: Where,
     body: ChangeEntry,
 ) -> Data[EntryOut]:
-    """Rename, move, copy or write one file; a folder goes with all that is in it."""
+    """Rename, move, copy or write one file, or a directory and its contents."""
     if body.operation == "write":
         if body.contents is None:
             raise InvalidArgumentError("cannot write without contents", field="contents")
@@ -279,7 +277,7 @@ async def change_file(
 async def change_files(
     request: Request, actor: CanWrite, files: Files, reference: Which, body: ChangeEntries
 ) -> Data[OutcomesOut]:
-    """Move or copy several into a folder; what becomes of each is told."""
+    """Move or copy several entries into a directory. The answer reports each outcome."""
     done = await files.place(
         actor,
         reference,
@@ -296,7 +294,7 @@ async def change_files(
 async def remove_files(
     request: Request, actor: CanWrite, files: Files, reference: Which, body: RemoveEntries
 ) -> Data[OutcomesOut]:
-    """Remove files, and folders with all that is in them; what becomes of each is told."""
+    """Delete files, and directories with their contents. The answer reports each outcome."""
     paths = [path_in(one, field="ids") for one in body.ids]
     return enveloped(request, outcomes_out(await files.remove(actor, reference, paths)))
 
