@@ -39,7 +39,7 @@ from tests.support.images import cache_environment, one_at_a_time
 from tests.support.server import SANDYARD, longer, wait_until
 
 NET = "10.203.250"
-API, SSH, DOOR, NATS, NATS_CLUSTER = 8080, 2222, 8700, 4222, 6222
+API, SSH, DOOR, NATS, NATS_CLUSTER, METRICS = 8080, 2222, 8700, 4222, 6222, 9200
 _NATS, _POSTGRES, _BALANCER, _CONTROLS, _NODES = 11, 20, 30, 41, 51
 
 
@@ -300,6 +300,7 @@ backend controls
             **cache_environment(),
             "SANDYARD_HOME": str(host.home),
             "SANDYARD_NODE__DRIVER": "auto" if is_real else "fake",
+            "SANDYARD_CLUSTER__METRICS_PORT": str(METRICS),
             "SANDYARD_CLUSTER__HOST": host.address,
             **environment,
         }

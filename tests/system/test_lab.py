@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.lab import API, DOOR, NATS, Lab, lab
+from tests.support.lab import API, DOOR, METRICS, NATS, Lab, lab
 from tests.support.server import QEMU, SANDYARD, wait_until
 
 from sandyard.server.app.member import home_of
@@ -89,6 +90,19 @@ def test_fifty_creates_of_one_key_over_two_control_planes_make_one_sandbox(built
     assert {code for code, _ in answers} <= {200, 201}
     assert len({one for _, one in answers}) == 1
     assert len(built.ask("GET", "/v1/sandboxes")) == 1
+
+
+def test_a_node_serves_its_own_metrics_to_its_own_host(built: Lab) -> None:
+    node = built.nodes["one"]
+    built.on("one")
+    url = f"http://127.0.0.1:{METRICS}/metrics"
+    script = f"import urllib.request as u; print(u.urlopen('{url}', timeout=20).read().decode())"
+    said = node.run(sys.executable, "-c", script)
+    assert re.search(r'^sandyard_pool_requests_total\{result="(hit|miss)",.*\} [1-9]', said, re.M)
+    assert re.search(r'^sandyard_machine_start_seconds_count\{.*\} [1-9]', said, re.M)
+    assert re.search(r'^sandyard_machines\{state="running"\} [1-9]', said, re.M)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://{node.address}:{METRICS}/metrics", timeout=20)
 
 
 def test_nothing_new_comes_to_a_node_that_is_drained(built: Lab) -> None:

@@ -10,15 +10,21 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
 
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
 from sandyard.server.app.cluster import nats_tls, write_papers, write_private
 from sandyard.server.app.installation import only_server
-from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.metrics import Metrics, MetricsRoute
 from sandyard.server.app.node import open_node
-from sandyard.server.app.serve import at_the_end
+from sandyard.server.app.serve import at_the_end, http_server, served_on
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.cluster import Application, Hello, Identity, Joining
+from sandyard.server.core.contracts.node import NodeReport
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -40,6 +46,7 @@ from sandyard.server.links.tunnel.ends import Papers, context_of
 from sandyard.server.links.tunnel.server import serving
 from sandyard.server.links.volumes import FolderVolumes
 from sandyard.server.node.membership import Membership, Telling
+from sandyard.server.node.node import Node
 from sandyard.server.tasks import Crew, beside
 
 log = logging.getLogger(__name__)
@@ -208,6 +215,7 @@ async def open_member(
             log.warning("where a control plane is could not be written down: %s", error)
 
     boot, version = new_uuid(), package_version("sandyard")
+    metrics = Metrics(version=version)
 
     def hello() -> Hello:
         address = own.address or home.address
@@ -232,7 +240,7 @@ async def open_member(
             open_node(
                 settings,
                 clock=clock,
-                observer=Metrics(version=version),
+                observer=metrics,
                 on_change=lambda: _tell(crew, by_nats, node_id),
                 volumes=FolderVolumes(settings.workspaces_dir),
                 node_id=node_id,
@@ -240,9 +248,34 @@ async def open_member(
             serving(node, address=own.host, port=own.port, tls=answers, may=is_control),
             answering(node, ear, check=membership.check),
             linked(ear),
+            _metrics_server(settings, metrics, node),
         ):
             telling.of(node)
             yield running
+
+
+@asynccontextmanager
+async def _metrics_server(settings: Settings, metrics: Metrics, node: Node) -> AsyncIterator[None]:
+    """Serve the node's /metrics, if it has a port for that."""
+    port = settings.cluster.metrics_port
+    if port is None:
+        yield
+        return
+
+    async def reports() -> list[NodeReport]:
+        return [await node.report()]
+
+    async def refused(_: Request, error: Exception) -> Response:
+        return PlainTextResponse(f"{error}\n", status_code=404)
+
+    shown = MetricsRoute(metrics, reports, settings.http.metrics_token)
+    app = Starlette(
+        routes=[Route("/metrics", shown.answer, methods=["GET"])],
+        exception_handlers={NotFoundError: refused},
+    )
+    server = http_server(app, settings.http)
+    async with served_on(server, settings.http.host, port, "SANDYARD_CLUSTER__METRICS_PORT"):
+        yield
 
 
 def _tell(crew: Crew, registry: NatsPresence, node_id: str) -> None:

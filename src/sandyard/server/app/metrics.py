@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import ipaddress
 from collections import Counter as Tally
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from prometheus_client import (
@@ -141,31 +141,49 @@ def _state_of(fact: MachineFact) -> str:
     return _SILENT if fact.is_silent else fact.phase.value
 
 
-class MetricsRoute:
-    """Answers GET /metrics."""
+Reports = Callable[[], Awaitable[Sequence[NodeReport]]]
+"""Returns what nodes report now."""
 
-    def __init__(self, metrics: Metrics, nodes: Nodes, token: SecretStr | None) -> None:
+
+def reports_of(nodes: Nodes, metrics: Metrics) -> Reports:
+    """Return what asks all nodes, and counts in `metrics` how many answer."""
+
+    async def report_of(node: NodeControl) -> NodeReport | None:
+        with suppress(UnavailableError):
+            return await nodes.report_of(node)
+        return None
+
+    async def reports() -> Sequence[NodeReport]:
+        every = nodes.all()
+        there = [one for one in every if nodes.is_there(one.node_id)]
+        # Concurrently: one after another, silent nodes would take too long.
+        async with asyncio.TaskGroup() as tasks:
+            asking = [tasks.create_task(report_of(one)) for one in there]
+        found = [report for one in asking if (report := one.result()) is not None]
+        metrics.nodes(answering=len(found), silent=len(every) - len(found))
+        return found
+
+    return reports
+
+
+class MetricsRoute:
+    """Answers GET /metrics, to loopback only or to clients with the token."""
+
+    def __init__(self, metrics: Metrics, reports: Reports, token: SecretStr | None) -> None:
         self._metrics = metrics
-        self._nodes = nodes
+        self._reports = reports
         self._token = token
 
     async def answer(self, request: Request) -> Response:
-        """Return the metrics to one who may read them, else say that nothing is here."""
+        """Return the metrics.
+
+        Raises:
+            NotFoundError: the client may not read them.
+        """
         if not self._may_read(request):
             raise NotFoundError("cannot find /metrics: see /docs for the routes")
-        every = self._nodes.all()
-        there = [one for one in every if self._nodes.is_there(one.node_id)]
-        # Beside each other: with those that do not answer, in turn, it would take too long.
-        async with asyncio.TaskGroup() as tasks:
-            asking = [tasks.create_task(self._report_of(one)) for one in there]
-        reports = [report for one in asking if (report := one.result()) is not None]
-        self._metrics.nodes(answering=len(reports), silent=len(every) - len(reports))
-        return Response(self._metrics.render(reports), media_type=CONTENT_TYPE_LATEST)
-
-    async def _report_of(self, node: NodeControl) -> NodeReport | None:
-        with suppress(UnavailableError):
-            return await self._nodes.report_of(node)
-        return None
+        rendered = self._metrics.render(await self._reports())
+        return Response(rendered, media_type=CONTENT_TYPE_LATEST)
 
     def _may_read(self, request: Request) -> bool:
         if self._token is not None:

@@ -181,18 +181,31 @@ async def _preview_server(
     if port is None:
         yield
         return
-    with listen(settings.http.host, port, "SANDYARD_PREVIEW__PORT") as listener:
-        server = http_server(
-            preview, settings.http, is_tunnel=lambda _: True, handshakes=handshakes
-        )
-        # Without its own handlers of signals: the main server's are the ones that count.
+    server = http_server(preview, settings.http, is_tunnel=lambda _: True, handshakes=handshakes)
+    async with served_on(server, settings.http.host, port, "SANDYARD_PREVIEW__PORT"):
+        try:
+            yield
+        finally:
+            if handshakes is not None:
+                handshakes.close()
+
+
+@contextlib.asynccontextmanager
+async def served_on(
+    server: uvicorn.Server, host: str, port: int, setting: str
+) -> AsyncIterator[None]:
+    """Run a server on a port of its own, in addition to what the process serves.
+
+    Raises:
+        UnavailableError: the port is taken; the message names `setting`.
+    """
+    with listen(host, port, setting) as listener:
         async with asyncio.TaskGroup() as tasks:
+            # `_serve` leaves signals alone: they are the process's to handle.
             serving = tasks.create_task(server._serve([listener]))
             try:
                 yield
             finally:
-                if handshakes is not None:
-                    handshakes.close()
                 server.should_exit = True
                 await asyncio.wait([serving])
 

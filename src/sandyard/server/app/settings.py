@@ -535,6 +535,13 @@ class ClusterSettings(Section):
         "control planes.",
     )
     port: int = Field(8700, ge=1, le=65535, description="The port to listen on, TCP with TLS.")
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="A node: the port on which it serves its own /metrics, at `http.host`, as "
+        "`http.metrics_token` allows; default: none.",
+    )
     address: str | None = Field(
         None,
         pattern=_HOST,
