@@ -299,7 +299,7 @@ async def test_no_socket_is_opened_behind_an_answer_that_is_due(opened: Door) ->
         async with asyncio.timeout(SOON_S):
             assert b"101 Switching" not in await reader.read()
         writer.close()
-    await until(lambda: not yard.house.control.services.feed._open._by_org)
+    await until(lambda: not yard.house.control.services.feed._open._shares._held)
 
 
 async def test_who_sends_pings_and_reads_nothing_is_not_kept(opened: Door) -> None:

@@ -70,7 +70,7 @@ async def gateway_of(yard: Yard, **options: Any) -> AsyncIterator[Gateway]:
     services = yard.house.control.services
     async with open_gateway(
         host="127.0.0.1", port=0, host_key=ssh_host_key(yard.home), logins=services.logins,
-        processes=services.processes, forwards=services.forwards, **options,
+        processes=services.processes, clock=services.clock, forwards=services.forwards, **options,
     ) as port:  # fmt: skip
         yield Gateway(yard, port)
 
@@ -297,7 +297,7 @@ async def test_an_open_connection_ends_with_what_it_was_let_in_by(
             await open_.wait_closed()
         if how != "password":  # what stands for another's hash is none
             assert await gateway.is_refused(box["id"], **options)
-    opened = yard.house.control.services.processes._open._by_org
+    opened = yard.house.control.services.processes._open._shares._held
     await until(lambda: not opened)
 
 
@@ -475,7 +475,7 @@ async def test_a_client_that_vanishes_ends_its_session(gateway: Gateway) -> None
         process = await connection.create_process("hang", encoding=None)
         await eventually(lambda: _any(_programs(gateway, box)))
         services = gateway.yard.house.control.services
-        opened = services.processes._open._by_org
+        opened = services.processes._open._shares._held
         assert sum(opened.values()) == 1
         connection.abort()
         await until(lambda: not opened)
@@ -665,7 +665,7 @@ async def test_sftp_is_carried_as_it_is_both_ways(gateway: Gateway) -> None:
         left.stdin.write(b"x")
         assert await left.stdout.read(1) == b"x"
         left.close()
-        opened = gateway.yard.house.control.services.processes._open._by_org
+        opened = gateway.yard.house.control.services.processes._open._shares._held
         await until(lambda: not opened)
 
 

@@ -720,7 +720,10 @@ async def test_a_late_answer_of_an_earlier_version_changes_nothing(desk: Desk) -
 async def test_output_waits_for_room_and_is_cut_where_none_comes(desk: Desk) -> None:
     box = await desk.create()
     room = desk.services.commands.room
-    room.free, all_of_it = 0, room.free
+    all_of_it = room.free
+    half = all_of_it // 2
+    assert await room.take(half, "one")
+    assert await room.take(half, "another")
     running = asyncio.create_task(desk.execute(box, "x" * 200_000))
     await still()
     assert not running.done()
@@ -729,7 +732,8 @@ async def test_output_waits_for_room_and_is_cut_where_none_comes(desk: Desk) -> 
     assert (cut.truncated, cut.exit_code) == (True, 0)
     assert 0 < len(cut.stdout) < 200_000
     cut.release()
-    room.free = all_of_it
+    room.give_back(half, "one")
+    room.give_back(half, "another")
     whole = await desk.execute(box, "x" * 200_000)
     assert (whole.truncated, len(whole.stdout)) == (False, 200_000)
     assert room.free < all_of_it

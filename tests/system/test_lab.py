@@ -99,7 +99,7 @@ def test_a_node_serves_its_own_metrics_to_its_own_host(built: Lab) -> None:
     script = f"import urllib.request as u; print(u.urlopen('{url}', timeout=20).read().decode())"
     said = node.run(sys.executable, "-c", script)
     assert re.search(r'^sandyard_pool_requests_total\{result="(hit|miss)",.*\} [1-9]', said, re.M)
-    assert re.search(r'^sandyard_machine_start_seconds_count\{.*\} [1-9]', said, re.M)
+    assert re.search(r"^sandyard_machine_start_seconds_count\{.*\} [1-9]", said, re.M)
     assert re.search(r'^sandyard_machines\{state="running"\} [1-9]', said, re.M)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://{node.address}:{METRICS}/metrics", timeout=20)

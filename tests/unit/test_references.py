@@ -9,9 +9,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NAMED = re.compile(r"[Ss]ee ((?:core|node|drivers|service|links|guest|app|front|gateway)\.[\w.]*\w)")
+NAMED = re.compile(
+    r"[Ss]ee ((?:core|node|drivers|service|links|guest|app|front|gateway)\.[\w.]*\w)"
+)
 FILES = re.compile(r"`((?:src|tests|bench|scripts|templates|docs)/[\w./-]*\w)`")
-INNER = re.compile(r"`((?:core|node|drivers|service|links|guest|app|api|front|pages|gateway)/[\w./-]*\.py)`")
+INNER = re.compile(
+    r"`((?:core|node|drivers|service|links|guest|app|api|front|pages|gateway)/[\w./-]*\.py)`"
+)
 
 
 def resolves(name: str) -> bool:

@@ -13,7 +13,9 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.limits import Rate
 
 log = logging.getLogger(__name__)
 
@@ -151,3 +153,26 @@ async def _kept(work: Work, what: str, *, quietly: bool) -> None:
         log.log(logging.DEBUG if quietly else logging.WARNING, "%s: %s", what, error.message)
     except Exception:  # see above
         log.exception("%s, in a way that nobody foresaw", what)
+
+
+class Pacer:
+    """Keeps one connection from taking the event loop with many tiny pieces.
+
+    After `turn` pieces other tasks get their turn; beyond `per_second`, after a `burst`, the
+    connection waits.
+    """
+
+    def __init__(self, clock: Clock, *, per_second: float, burst: float, turn: int) -> None:
+        self._clock = clock
+        self._rate = Rate(per_second=per_second, burst=burst)
+        self._turn = turn
+        self._count = 0
+
+    async def step(self) -> None:
+        """Count one piece, and return when the next may be taken."""
+        self._count += 1
+        wait_s = self._rate.spend(1, self._clock.monotonic())
+        if wait_s > 0:
+            await self._clock.sleep(wait_s)
+        elif self._count % self._turn == 0:
+            await asyncio.sleep(0)

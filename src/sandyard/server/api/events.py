@@ -16,6 +16,7 @@ from starlette.requests import HTTPConnection
 
 from sandyard.server.api.errors import error_out
 from sandyard.server.api.streams import HeldStream
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import PermissionDeniedError, SandyardError
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.credentials import Credential, Credentials
@@ -44,15 +45,15 @@ class Event:
 class EventStream(HeldStream):
     """Sends events as they come, and gives back what `held` holds however it ends.
 
-    What goes wrong in the middle is an event `error`, the last. `check` raises when whoever listens
-    may not any more.
+    An error is sent as the event `error`, the last one. `check` raises once the client is no longer
+    authorized.
     """
 
     def __init__(
         self,
         events: AsyncIterator[Event],
         held: AsyncExitStack,
-        check: Check,
+        check: "Recheck",
     ) -> None:
         super().__init__(
             _encoded(events, check),
@@ -62,7 +63,7 @@ class EventStream(HeldStream):
         )
 
 
-async def _encoded(events: AsyncIterator[Event], check: Check) -> AsyncIterator[bytes]:
+async def _encoded(events: AsyncIterator[Event], check: "Recheck") -> AsyncIterator[bytes]:
     yield b": a stream of events\n\n"
     try:
         async for event in _with_beats(events, check):
@@ -71,24 +72,26 @@ async def _encoded(events: AsyncIterator[Event], check: Check) -> AsyncIterator[
         yield Event("error", error_out(error)).encoded()
 
 
-async def _with_beats(events: AsyncIterator[Event], check: Check) -> AsyncIterator[Event | None]:
-    """Yield what comes, None where nothing came for a while, and check now and then."""
-    clock = asyncio.get_running_loop().time
-    checked_at = clock()
+async def _with_beats(
+    events: AsyncIterator[Event], check: "Recheck"
+) -> AsyncIterator[Event | None]:
+    """Yield events, and None after BEAT_S without one; re-authorize every BEAT_S."""
+    clock = check.clock
+    checked_at = clock.monotonic()
     found: asyncio.Queue[Event | BaseException | None] = asyncio.Queue(1)
     async with beside(_hand_over(events, found)):
         while True:
             event: Event | BaseException | None = _NOTHING_YET
             with suppress(TimeoutError):
-                async with asyncio.timeout(BEAT_S):
+                async with clock.timeout(BEAT_S):
                     event = await found.get()
             if event is None:
                 return
             if isinstance(event, BaseException):
                 raise event
-            if clock() - checked_at >= BEAT_S:
+            if clock.monotonic() - checked_at >= BEAT_S:
                 await check()
-                checked_at = clock()
+                checked_at = clock.monotonic()
             yield None if event is _NOTHING_YET else event
 
 
@@ -108,20 +111,33 @@ async def _hand_over(
 _NOTHING_YET = Event("", None)
 
 
+@dataclass(frozen=True)
+class Recheck:
+    """Re-authorizes the client of a stream, which may lose its rights while the stream is open."""
+
+    credential: Credential
+    actor: Actor
+    scope: str
+    credentials: Credentials
+    clock: Clock
+
+    async def __call__(self) -> None:
+        """Return if the client may still do what it could at first.
+
+        Raises:
+            SandyardError: it may not.
+        """
+        now = (await self.credentials.verify(self.credential)).actor
+        now.require(self.scope)
+        if self.actor.sees_all and not now.sees_all:
+            raise PermissionDeniedError("cannot continue: the credential may do less than before")
+
+
 def rechecked(scope: str) -> Any:
-    """Return the dependency on what raises once whoever asked may not any more what they did."""
+    """Return the dependency on what re-authorizes the client of a stream."""
 
-    async def provide(connection: HTTPConnection) -> Check:
-        actor: Actor = connection.state.actor
-        credential: Credential = connection.state.credential
-        credentials: Credentials = connection.scope["app"].state.services.credentials
-
-        async def check() -> None:
-            now = (await credentials.verify(credential)).actor
-            now.require(scope)
-            if actor.sees_all and not now.sees_all:
-                raise PermissionDeniedError("cannot go on: the credential may do less than before")
-
-        return check
+    async def provide(connection: HTTPConnection) -> Recheck:
+        state, services = connection.state, connection.scope["app"].state.services
+        return Recheck(state.credential, state.actor, scope, services.credentials, services.clock)
 
     return Depends(provide)

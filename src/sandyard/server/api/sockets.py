@@ -1,7 +1,6 @@
 """WebSockets: let in like requests, told what is wrong like them, closed with their credential."""
 
 import asyncio
-import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +12,7 @@ from starlette.websockets import WebSocketState
 from sandyard.server.api import events
 from sandyard.server.api.errors import answer_error, error_out
 from sandyard.server.api.events import Check
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidTokenError,
@@ -22,6 +22,7 @@ from sandyard.server.core.errors import (
     UnauthenticatedError,
 )
 from sandyard.server.service.actor import Actor
+from sandyard.server.tasks import Pacer
 
 _REASON_MAX = 123
 _POLICY, _BROKEN = 1008, 1011  # RFC 6455, 7.4.1
@@ -31,7 +32,7 @@ _KNOWN_NO_MORE = (
 
 
 _INPUT_WAITING_MAX = 1024 * 1024
-_MESSAGES_A_SECOND, _MESSAGES_AT_ONCE, _MESSAGES_A_TURN = 2_000, 2_000, 50
+_MESSAGES_A_SECOND, _BURST, _TURN = 2_000, 2_000, 50
 
 
 class Sink(Protocol):
@@ -94,21 +95,17 @@ class Inflow:
 
 
 async def messages_of(socket: WebSocket) -> AsyncIterator[bytes | str]:
-    """Yield what a client sends, no faster than one may: nobody gets more of this thread by sending
-    tiny pieces.
+    """Yield what a client sends, at a bounded pace.
 
     Raises:
         WebSocketDisconnect: the socket is closed.
     """
-    clock = asyncio.get_running_loop().time
-    began = clock()
-    for count in itertools.count(1):
+    pacer = Pacer(_clock_of(socket), per_second=_MESSAGES_A_SECOND, burst=_BURST, turn=_TURN)
+    while True:
         message = await socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1006))
-        early = began + (count - _MESSAGES_AT_ONCE) / _MESSAGES_A_SECOND - clock()
-        if early > 0 or count % _MESSAGES_A_TURN == 0:
-            await asyncio.sleep(max(0.0, early))
+        await pacer.step()
         data: bytes | None = message.get("bytes")
         yield data if data is not None else message.get("text") or ""
 
@@ -149,14 +146,22 @@ async def send_json(socket: WebSocket, message: Mapping[str, object]) -> None:
 async def watched(
     socket: WebSocket, check: Check, beat: Callable[[], Awaitable[None]] | None = None
 ) -> None:
-    """Look again and again whether whoever opened a socket may still have it, and is still there:
-    a message `alive`, or another `beat`, is for the kernel to find out, also while nothing is read.
+    """Re-authorize a socket's client every BEAT_S seconds; never returns.
+
+    A message `alive`, or another `beat`, lets the kernel notice a client that is gone while nothing
+    else is sent.
 
     Raises:
-        SandyardError: they may not any more.
-        WebSocketDisconnect: they are gone.
+        SandyardError: the client is no longer authorized.
+        WebSocketDisconnect: the client is gone.
     """
+    clock = _clock_of(socket)
     while True:
-        await asyncio.sleep(events.BEAT_S)
+        await clock.sleep(events.BEAT_S)
         await check()
         await (beat() if beat is not None else send_json(socket, {"type": "alive"}))
+
+
+def _clock_of(socket: WebSocket) -> Clock:
+    clock: Clock = socket.app.state.services.clock
+    return clock

@@ -91,6 +91,7 @@ async def ssh_gateway(control: Control, settings: Settings) -> AsyncIterator[Non
         logins=services.logins,
         processes=services.processes,
         forwards=services.forwards,
+        clock=services.clock,
         most=ssh.connections,
         most_by_address=ssh.connections_per_address,
     ) as port:

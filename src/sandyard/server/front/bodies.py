@@ -1,6 +1,5 @@
 """Limits on request bodies, enforced while a body arrives."""
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ from sandyard.server.core.errors import (
     PayloadTooLargeError,
     UnavailableError,
 )
+from sandyard.server.core.limits import Allotment
 from sandyard.server.front.bounds import JsonBounds
 
 BODY_MAX = 64 * 1024
@@ -36,10 +36,11 @@ def takes_body(limit: int) -> Callable[[RouteT], RouteT]:
 
 
 class LargeBodies:
-    """Counts bodies over BODY_MAX, for each organization and in total."""
+    """Counts bodies over BODY_MAX. One organization gets half of BODIES_MAX at most, so that it
+    cannot shut out the others."""
 
     def __init__(self) -> None:
-        self._held: Counter[str] = Counter()
+        self._held = Allotment(each=BODIES_MAX // 2, total=BODIES_MAX)
 
     def hold(self, org_id: str, size: int) -> None:
         """Count `size` more bytes of an organization's.
@@ -47,19 +48,14 @@ class LargeBodies:
         Raises:
             UnavailableError: all large bodies together take too much memory.
         """
-        own = self._held[org_id] + size
-        # One organization gets half at most, so that it cannot shut out the others.
-        if self._held.total() + size > BODIES_MAX or own > BODIES_MAX // 2:
+        if not self._held.take(org_id, size):
             raise UnavailableError(
                 "cannot take another large body now: too many are being uploaded; try again"
             )
-        self._held[org_id] = own
 
     def release(self, org_id: str, size: int) -> None:
         """Take back what `hold` counted."""
-        self._held[org_id] -= size
-        if not self._held[org_id]:
-            del self._held[org_id]
+        self._held.give_back(org_id, size)
 
 
 class BoundedBody:

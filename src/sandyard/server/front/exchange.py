@@ -11,11 +11,12 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.front.relay import PIECE
+from sandyard.server.tasks import Pacer
 
 _HEAD_MAX = 64 * 1024
 _STILL_S = 120.0
 _STATUSES = range(200, 600)
-_EVENTS_A_SECOND, _EVENTS_AT_ONCE, _EVENTS_A_TURN = 20_000, 5_000, 500
+_EVENTS_A_SECOND, _EVENTS_BURST, _TURN = 20_000, 5_000, 500
 
 
 REQUEST_TRAILERS = "sandyard.trailers"
@@ -37,14 +38,14 @@ class BrokenOffError(Exception):
 class Exchange:
     """One request and its answer, on a connection to a guest."""
 
-    def __init__(self, there: ByteStream) -> None:
+    def __init__(self, there: ByteStream, clock: Clock) -> None:
         self.there = there
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_MAX)
         self._has_spoken = False
         self.trailers: list[tuple[bytes, bytes]] = []
         """What came after the body, once that was read."""
-        self._events = 0
-        self._began = asyncio.get_running_loop().time()
+        self._pacer = Pacer(clock, per_second=_EVENTS_A_SECOND, burst=_EVENTS_BURST, turn=_TURN)
+        self._clock = clock
 
     def send(self, event: Any) -> bytes:
         """Return the bytes of a part of the request."""
@@ -80,14 +81,14 @@ class Exchange:
             raise
         return response
 
-    async def early_response(self, limit_s: float, clock: Clock) -> h11.Response | None:
+    async def early_response(self, limit_s: float) -> h11.Response | None:
         """Return the guest's answer to the head alone of a request that waits to be told to go on;
         None if it is, or if the guest says nothing to that.
 
         Raises: see `response`.
         """
         try:
-            async with clock.timeout(limit_s):
+            async with self._clock.timeout(limit_s):
                 found = await self._response(or_continue=True)
         except TimeoutError:
             return None
@@ -129,16 +130,8 @@ class Exchange:
             self._h11.receive_data(data)
         if event is h11.PAUSED:  # it would say so again and again
             raise h11.RemoteProtocolError("it changed the protocol unasked")
-        await self._keep_pace()
+        await self._pacer.step()
         return event
-
-    async def _keep_pace(self) -> None:
-        """Let others have their turn: nobody gets more of this thread by sending tiny pieces."""
-        loop = asyncio.get_running_loop()
-        self._events += 1
-        early = self._began + (self._events - _EVENTS_AT_ONCE) / _EVENTS_A_SECOND - loop.time()
-        if early > 0 or self._events % _EVENTS_A_TURN == 0:
-            await asyncio.sleep(max(0.0, early))
 
 
 async def until_gone(receive: Receive) -> None:

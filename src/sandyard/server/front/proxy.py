@@ -73,14 +73,14 @@ async def pass_on(
         framing.append((b"content-length", length))
     request = _request(scope, passage, framing)
     async with dialing as there:
-        exchange = Exchange(there)
+        exchange = Exchange(there, clock)
         await there.write(exchange.send(request))
         has_body = is_chunked or length not in (None, b"0")
         if not has_body:
             await there.write(exchange.send(h11.EndOfMessage()))
         elif waits_to_go_on(scope["headers"]):
             # The guest decides whether the body is sent, so it is not read from the client before.
-            early = await exchange.early_response(_CONTINUE_S, clock)
+            early = await exchange.early_response(_CONTINUE_S)
             if early is not None:
                 # Begun before anything is read: reading tells the client to send its body.
                 await _begin(early, passage, answer, is_last=True)
@@ -111,7 +111,7 @@ async def tunnel(
     framing = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
     request = _request(scope, passage, framing)
     async with dialing as there:
-        exchange = Exchange(there)
+        exchange = Exchange(there, clock)
         await there.write(exchange.send(request) + exchange.send(h11.EndOfMessage()))
         async with clock.timeout(_ANSWER_S):
             response = await exchange.response()

@@ -231,7 +231,7 @@ class _Beats:
         written = self._written = asyncio.get_running_loop().create_future()
         said = self._said = {(node_id, epoch)}
         try:
-            await asyncio.sleep(_GATHER_S)
+            await asyncio.sleep(_GATHER_S)  # of real time: it gathers what arrives concurrently
             self._written = None
             async with self._store.write(Turn.BESIDE) as tx:
                 current = await tx.joined_nodes.beat(said, lasts=_LEASE)

@@ -1,9 +1,8 @@
 """Everything that faces and gateways call."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.feed import Feed
 from sandyard.server.service.money.billing import Billing
@@ -48,7 +47,7 @@ class Services:
     ssh_keys: SshKeys
     feed: Feed
     billing: Billing
-    now: Callable[[], datetime]
+    clock: Clock
     creation: Creation
     sandboxes: Sandboxes
     commands: Commands
@@ -89,7 +88,7 @@ def gather(
         ssh_keys=people.ssh_keys,
         feed=Feed(platform.store, platform.register, platform.opened),
         billing=money.billing,
-        now=platform.clock.now,
+        clock=platform.clock,
         creation=sandboxes.creation,
         sandboxes=sandboxes.sandboxes,
         commands=sandboxes.commands,

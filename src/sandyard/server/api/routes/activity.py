@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope, takes_query_key
 from sandyard.server.api.cursors import decode_cursor, encode_cursor
-from sandyard.server.api.events import Check, Event, EventStream, rechecked
+from sandyard.server.api.events import Event, EventStream, Recheck, rechecked
 from sandyard.server.api.models.activity import EventPage, EventsOut, event_out
 from sandyard.server.api.models.base import PageMeta
 from sandyard.server.api.models.sandboxes import sandbox_out
@@ -25,7 +25,7 @@ router = APIRouter(tags=["activity"])
 
 CanReadFeed = Annotated[Actor, Depends(Scope("activity:read"))]
 CanReadSandbox = Annotated[Actor, Depends(Scope("sandbox:read"))]
-MayFollow = Annotated[Check, rechecked("sandbox:read")]
+MayFollow = Annotated[Recheck, rechecked("sandbox:read")]
 Limit = Annotated[int, Query(ge=1, le=500)]
 
 

@@ -122,7 +122,7 @@ async def rotate_api_key(
 
 
 def _values(request: Request, key: ApiKey) -> dict[str, object]:
-    status = status_of(key, request.app.state.services.now())
+    status = status_of(key, request.app.state.services.clock.now())
     return api_key_values(key, cast("Literal['active', 'expired', 'revoked']", status))
 
 

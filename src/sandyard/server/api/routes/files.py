@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from sandyard.server.api.access import Scope, takes_query_key, takes_signature
-from sandyard.server.api.events import Check, Event, EventStream, rechecked
+from sandyard.server.api.events import Event, EventStream, Recheck, rechecked
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.files import (
     FileOut,
@@ -50,7 +50,7 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 Service = Annotated[Files, provided("files")]
-MayWatch = Annotated[Check, rechecked("sandbox:write")]
+MayWatch = Annotated[Recheck, rechecked("sandbox:write")]
 Signer = Annotated[Signing, provided("signing")]
 User = Annotated[str, Query(description="Who does it: a name or a number.")]
 

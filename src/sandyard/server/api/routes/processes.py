@@ -19,7 +19,7 @@ from fastapi import (
 
 from sandyard.server.api.access import Scope, socket_scope, takes_query_key
 from sandyard.server.api.errors import error_out
-from sandyard.server.api.events import Check, Event, EventStream, rechecked
+from sandyard.server.api.events import Event, EventStream, Recheck, rechecked
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.processes import (
     AttachMessage,
@@ -64,7 +64,7 @@ _NUMBERS = {name: bytes((channel,)) for channel, name in STREAMS.items()}
 
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 Service = Annotated[Processes, provided("processes")]
-MayFollow = Annotated[Check, rechecked("sandbox:write")]
+MayFollow = Annotated[Recheck, rechecked("sandbox:write")]
 
 
 @router.post("", status_code=201, responses=errors(402, 404, 409, 413))

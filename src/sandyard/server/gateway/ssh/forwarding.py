@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import asyncssh
 
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import SandyardError, UnsupportedError
 from sandyard.server.core.ops import Caller, Dial, Listen, Take
@@ -35,6 +36,11 @@ class Holder(Protocol):
     @property
     def forwards(self) -> Forwards:
         """What connects, and listens, in sandboxes."""
+        ...
+
+    @property
+    def clock(self) -> Clock:
+        """Where time comes from."""
         ...
 
     async def of(self) -> tuple[Actor, str]:
@@ -133,7 +139,7 @@ class Listener(asyncssh.SSHListener):
             connection = client.connection
 
             async def answer(caller: Caller) -> None:
-                async with asyncio.timeout(CHANNEL_S):
+                async with client.clock.timeout(CHANNEL_S):
                     if wish.path is not None:
                         reader, writer = await connection.open_unix_connection(wish.path)
                     else:

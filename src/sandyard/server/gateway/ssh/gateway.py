@@ -7,7 +7,6 @@ sandbox may reach is what its users may reach through it.
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +17,7 @@ from asyncssh.constants import MSG_KEXINIT
 from asyncssh.kex import get_kex_algs
 from asyncssh.stream import SSHTCPStreamSession, SSHUNIXStreamSession
 
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnavailableError
 from sandyard.server.core.ops import Dial, Listen
 from sandyard.server.core.sources import source_of
@@ -77,7 +77,9 @@ class SshGateway:
         most: int,
         most_by_address: int,
         crew: Crew,
+        clock: Clock,
     ) -> None:
+        self.clock = clock
         self.logins = logins
         self.processes = processes
         self.forwards = forwards
@@ -87,7 +89,7 @@ class SshGateway:
         self._open: dict[_Client, str] = {}
         self._by_address: Counter[str] = Counter()
         self.throttle = Throttle(
-            at_once=_HANDSHAKES_AT_ONCE, a_second=_HANDSHAKES_A_SECOND, monotonic=time.monotonic
+            at_once=_HANDSHAKES_AT_ONCE, a_second=_HANDSHAKES_A_SECOND, monotonic=clock.monotonic
         )
 
     def enter(self, client: "_Client", address: str) -> str | None:
@@ -122,7 +124,7 @@ class SshGateway:
         for client in list(self._open):
             client.close(reason)
         with suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_S):
+            async with self.clock.timeout(_CLOSE_S):
                 await asyncio.gather(*(one.wait_closed() for one in open_), return_exceptions=True)
         for connection in open_:
             connection.abort()
@@ -136,6 +138,7 @@ async def open_gateway(
     host_key: bytes,
     logins: Logins,
     processes: Processes,
+    clock: Clock,
     forwards: Forwards,
     most: int = 1000,
     most_by_address: int = 200,
@@ -154,6 +157,7 @@ async def open_gateway(
             forwards=forwards,
             most=most,
             most_by_address=most_by_address,
+            clock=clock,
             crew=crew,
         )
         try:
@@ -217,6 +221,11 @@ class _Client(asyncssh.SSHServer):
         self._unstarted = 0
         self._listening: set[asyncio.Future[None]] = set()
         self._is_over = asyncio.Event()
+
+    @property
+    def clock(self) -> Clock:
+        """Where time comes from."""
+        return self.gateway.clock
 
     @property
     def peer(self) -> tuple[str, int]:
@@ -334,15 +343,15 @@ class _Client(asyncssh.SSHServer):
     async def _asked(self, question: Awaitable[Login | None]) -> Login | None:
         """Return what a login opens. A refusal takes its time: how long it took to find out says
         something of what is there."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        clock = self.gateway.clock
+        began = clock.monotonic()
         found = None
         try:
             found = await question
         except SandyardError as error:
             log.warning("a login could not be looked at: %s", error.message)
         if found is None:
-            await asyncio.sleep(rest_of(loop.time() - began))
+            await clock.sleep(rest_of(clock.monotonic() - began))
         return found
 
     def _may_try(self) -> bool:
@@ -364,7 +373,7 @@ class _Client(asyncssh.SSHServer):
         if login.sandbox_id is None:
             # It is told that with whatever it tries, and then it is time to go.
             with suppress(TimeoutError):
-                async with asyncio.timeout(_UNCLEAR_S):
+                async with self.gateway.clock.timeout(_UNCLEAR_S):
                     await self._is_over.wait()
             self.close(UNCLEAR)
             return
@@ -375,18 +384,18 @@ class _Client(asyncssh.SSHServer):
             log.warning("a login could not be noted: %s", error.message)
             self.close("the login could not be noted; try again")
             return
-        loop = asyncio.get_running_loop()
-        authorized_at = loop.time()
+        clock = self.gateway.clock
+        authorized_at = clock.monotonic()
         while not self._is_over.is_set():
             with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_S):
+                async with clock.timeout(_LOOK_S):
                     await self._is_over.wait()
             transport = getattr(self.connection, "_transport", None)
             if transport is not None and transport.get_write_buffer_size() > _UNREAD_MAX:
                 self.connection.abort()  # it asks for what it does not read
                 return
-            if loop.time() - authorized_at >= _AUTHORIZE_S:
-                authorized_at = loop.time()
+            if clock.monotonic() - authorized_at >= _AUTHORIZE_S:
+                authorized_at = clock.monotonic()
                 try:
                     await self.gateway.logins.still(login)
                 except UnavailableError:

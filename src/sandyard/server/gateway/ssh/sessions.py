@@ -336,7 +336,7 @@ class Session(asyncssh.SSHServerSession[bytes]):
 
         async def answer(caller: Caller) -> None:
             channel = client.connection.create_agent_channel(WINDOW, PACKET)
-            async with asyncio.timeout(CHANNEL_S):
+            async with client.clock.timeout(CHANNEL_S):
                 session: Any = await channel.open(SSHUNIXStreamSession)
             reader = asyncssh.SSHReader[bytes](session, channel)
             writer = asyncssh.SSHWriter[bytes](session, channel)

@@ -1,7 +1,6 @@
 """Runs a command in a sandbox and collects what it says."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +16,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import checked_text
+from sandyard.server.core.limits import Allotment
 from sandyard.server.core.wire import FRAME_MAX, Channel, WireError, encode_frame
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.fields import checked_env
@@ -73,31 +73,30 @@ class Room:
 
     def __init__(self, clock: Clock, size: int = _ROOM_BYTES) -> None:
         self._clock = clock
-        self.free = size
-        self._most = size // 2
-        self._held: Counter[str] = Counter()
+        self._shares = Allotment(each=size // 2, total=size)
+        self._size = size
         self._freed = asyncio.Event()
+
+    @property
+    def free(self) -> int:
+        """How many bytes are left for all."""
+        return self._size - self._shares.held
 
     async def take(self, size: int, org_id: str) -> bool:
         """Take so many bytes for an organization and return True; False if there is no room for
         long."""
         try:
             async with self._clock.timeout(_ROOM_WAIT_S):
-                while self.free < size or self._held[org_id] + size > self._most:
+                while not self._shares.take(org_id, size):
                     self._freed.clear()
                     await self._freed.wait()
         except TimeoutError:
             return False
-        self.free -= size
-        self._held[org_id] += size
         return True
 
     def give_back(self, size: int, org_id: str) -> None:
         """Give back what was taken."""
-        self.free += size
-        self._held[org_id] -= size
-        if self._held[org_id] <= 0:
-            del self._held[org_id]
+        self._shares.give_back(org_id, size)
         self._freed.set()
 
 

@@ -1,7 +1,6 @@
 """What agents send after an answer, taken frame by frame: in bounded haste, and never for ever."""
 
 import json
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -14,6 +13,7 @@ from sandyard.server.core.errors import (
     LimitReachedError,
     UnavailableError,
 )
+from sandyard.server.core.limits import Allotment
 from sandyard.server.core.wire import Channel, Decoder, Frame, WireError, encode_frame
 
 STILL_S = 60.0
@@ -37,7 +37,7 @@ class Open:
     """Counts what is open for each organization: nobody takes all connections from the others."""
 
     def __init__(self) -> None:
-        self._by_org: Counter[str] = Counter()
+        self._shares = Allotment(each=OPEN_MAX)
 
     @contextmanager
     def one(self, org_id: str) -> Iterator[None]:
@@ -46,18 +46,15 @@ class Open:
         Raises:
             LimitReachedError: the organization has as many open as it may.
         """
-        if self._by_org[org_id] >= OPEN_MAX:
+        if not self._shares.take(org_id, 1):
             raise LimitReachedError(
                 f"cannot open another file or stream: {OPEN_MAX} are open; close some first",
                 limit=OPEN_MAX,
             )
-        self._by_org[org_id] += 1
         try:
             yield
         finally:
-            self._by_org[org_id] -= 1
-            if not self._by_org[org_id]:
-                del self._by_org[org_id]
+            self._shares.give_back(org_id, 1)
 
 
 async def frames_of(

@@ -6,6 +6,7 @@ what one organization may have decoded in a second is bounded, over all their st
 """
 
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.limits import Rate
 
 _SANDBOX_A_SECOND, _ORG_A_SECOND = 10_000, 20_000
 _AT_ONCE = 2_000
@@ -13,25 +14,25 @@ _KEPT_MAX = 4096
 
 
 class Pace:
-    """The budgets, in frames. They fill up again as time passes (a generic cell rate algorithm)."""
+    """The budgets, in frames."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._used_up_to: dict[str, float] = {}
+        self._rates: dict[str, Rate] = {}
 
     async def spend(self, sandbox_id: str, org_id: str, frames: int) -> None:
         """Take so many frames from both budgets, and return once both have room for more."""
         now = self._clock.monotonic()
         wait_s = max(
-            self._take(sandbox_id, frames / _SANDBOX_A_SECOND, _AT_ONCE / _SANDBOX_A_SECOND, now),
-            self._take(org_id, frames / _ORG_A_SECOND, _AT_ONCE / _ORG_A_SECOND, now),
+            self._rate(sandbox_id, _SANDBOX_A_SECOND).spend(frames, now),
+            self._rate(org_id, _ORG_A_SECOND).spend(frames, now),
         )
-        if len(self._used_up_to) > _KEPT_MAX:
-            self._used_up_to = {one: at for one, at in self._used_up_to.items() if at > now}
+        if len(self._rates) > _KEPT_MAX:
+            self._rates = {name: one for name, one in self._rates.items() if not one.is_whole(now)}
         if wait_s > 0:
             await self._clock.sleep(wait_s)
 
-    def _take(self, key: str, cost_s: float, at_once_s: float, now: float) -> float:
-        used_up_to = max(now, self._used_up_to.get(key, now)) + cost_s
-        self._used_up_to[key] = used_up_to
-        return used_up_to - now - at_once_s
+    def _rate(self, name: str, per_second: int) -> Rate:
+        if name not in self._rates:
+            self._rates[name] = Rate(per_second=per_second, burst=_AT_ONCE)
+        return self._rates[name]

@@ -4,7 +4,6 @@ A row is written before its volume is made, and outlives it: whatever ends in th
 always has a row by which it is found, and what was removed and not forgotten is removed again.
 """
 
-import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
@@ -323,7 +322,7 @@ class Workspaces:
             await tx.workspaces.replace(changed)
 
     async def run(self) -> None:
-        """Look again and again how large workspaces are, and finish what was broken off."""
+        """Measure workspaces and finish interrupted deletions every _BEAT_S; never returns."""
         while True:
             try:
                 await self.look_around()
@@ -331,7 +330,7 @@ class Workspaces:
                 log.warning("cannot look after workspaces: %s", error.message)
             except Exception:  # a bug here must not end what serves everybody
                 log.exception("cannot look after workspaces")
-            await asyncio.sleep(_BEAT_S)
+            await self._clock.sleep(_BEAT_S)
 
     async def look_around(self) -> None:
         """Note the sizes of what is mounted or was used of late, and remove what was deleted and is
