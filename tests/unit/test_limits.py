@@ -9,13 +9,13 @@ from sandyard.server.core.limits import Allotment, Rate
 
 def test_a_burst_is_free_and_then_the_rate_holds() -> None:
     rate = Rate(per_second=10, burst=5)
-    assert [rate.spend(1, 100.0) > 0 for _ in range(5)] == [False] * 5
+    assert [rate.spend(1, 100.0) > 1e-6 for _ in range(5)] == [False] * 5
     assert rate.spend(1, 100.0) == pytest.approx(0.1)
     assert rate.spend(1, 100.0) == pytest.approx(0.2)
     assert not rate.is_whole(100.6)
     assert rate.is_whole(100.8)
     # A long rest gives back one burst, and no more.
-    assert [rate.spend(1, 1000.0) > 0 for _ in range(6)] == [False] * 5 + [True]
+    assert [rate.spend(1, 1000.0) > 1e-6 for _ in range(6)] == [False] * 5 + [True]
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 50)), max_size=50))
