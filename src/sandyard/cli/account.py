@@ -22,20 +22,23 @@ _PERIODS = ("current", "7d", "30d", "all_time")
 
 def login(
     url: Annotated[
-        str | None, typer.Option(help="Where the server is; what is configured if not said.")
+        str | None, typer.Option(help="The server's URL. Default: the configured one.")
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option(help="The API key. Other users see it in the list of processes."),
+        typer.Option(
+            help="The API key. Other users of this machine can see it in the process list."
+        ),
     ] = None,
     key_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file with the API key; - for standard input. Default: a prompt, or a pipe."
+            help="A file with the API key, or - for standard input. Default: a prompt, or "
+            "standard input if piped."
         ),
     ] = None,
 ) -> None:
-    """Keep a server and an API key for this user, once the server has accepted them."""
+    """Save a server and an API key for this user, after checking them."""
     found = secret_of(key, key_file, what="API key", option="--key-file")
     config = find_config(found, url)
     with Sandyard(config.api_key, config.url) as client:
@@ -45,7 +48,7 @@ def login(
 
 
 def logout() -> None:
-    """Forget the server and the API key; the key itself stays good until it is revoked."""
+    """Remove the saved server and API key. The key stays valid until it is revoked."""
     path = config_path()
     path.unlink(missing_ok=True)
     typer.echo(f"{path} is gone")
@@ -53,7 +56,7 @@ def logout() -> None:
 
 @auth.command()
 def whoami(as_json: Json = False) -> None:
-    """Show who you are, and where."""
+    """Show the current user and organization."""
     with open_client() as client:
         me = client.ask("GET", "/v1/me")["data"]
         org = client.ask("GET", "/v1/organizations/current")["data"]
@@ -79,7 +82,7 @@ def _rows(found: list[dict[str, Any]]) -> None:
 
 @keys.command("list")
 def list_keys(as_json: Json = False) -> None:
-    """List your API keys; an admin sees the organization's."""
+    """List your API keys. Admins see the organization's."""
     with open_client() as client:
         found = _all(client, _KEYS)
     if as_json:
@@ -103,14 +106,14 @@ def _all(client: Sandyard, path: str) -> list[dict[str, Any]]:
 def create_key(
     name: Annotated[str, typer.Argument(help="What it is for.")],
     scope: Annotated[
-        list[str] | None, typer.Option(help="What it may do; repeatable. All that you may.")
+        list[str] | None, typer.Option(help="A scope. May be repeated. Default: all of yours.")
     ] = None,
     expires_in: Annotated[
-        str | None, typer.Option(help="Until when: 30d, 12m, 1y; for ever if not said.")
+        str | None, typer.Option(help="The lifetime: 30d, 12m, 1y. Default: no expiry.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make an API key and print it: this once, and nowhere else."""
+    """Create an API key and print it. It is shown only once."""
     body = {"name": name, "scopes": scope, "expiresIn": expires_in}
     with open_client() as client:
         made = client.ask("POST", _KEYS, body=body)["data"]
@@ -121,7 +124,7 @@ def create_key(
 def rotate_key(
     key: Annotated[str, typer.Argument(help="Its id.", metavar="ID")], as_json: Json = False
 ) -> None:
-    """Put a new key in the place of one, which ends at once; what it may do stays."""
+    """Replace an API key's secret. The old secret stops working at once; scopes do not change."""
     with open_client() as client:
         made = client.ask("POST", f"{_KEYS}/{key}/rotate")["data"]
     _show_secret(made, as_json=as_json)
@@ -140,7 +143,7 @@ def _show_secret(made: dict[str, Any], *, as_json: bool) -> None:
 def revoke_keys(
     ids: Annotated[list[str], typer.Argument(help="Their ids.", metavar="ID…")],
 ) -> None:
-    """End API keys at once."""
+    """Revoke API keys at once."""
     with open_client() as client:
 
         def revoke(one: str) -> str:
@@ -152,13 +155,13 @@ def revoke_keys(
 
 @ssh_key.command("add")
 def add_ssh_key(
-    name: Annotated[str, typer.Argument(help="What it is called.")],
+    name: Annotated[str, typer.Argument(help="The name.")],
     file: Annotated[
         Path, typer.Option(help="The public key's file, such as ~/.ssh/id_ed25519.pub.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Add a public key; sandboxes that are made from now on accept it."""
+    """Add a public key. Sandboxes created from now on accept it."""
     text = file.expanduser().read_text(errors="replace").strip()
     if "PRIVATE KEY" in text:
         raise typer.BadParameter(f"{file} is a private key: give the one that ends in .pub")
@@ -195,7 +198,7 @@ def _show_ssh_keys(found: list[dict[str, Any]]) -> None:
 def remove_ssh_keys(
     references: Annotated[list[str], typer.Argument(help="Ids or names.")],
 ) -> None:
-    """Remove public keys; sandboxes that have them already keep them."""
+    """Delete public keys. Sandboxes that accepted them through their ids no longer do."""
     with open_client() as client:
         ids = {one["name"]: one["id"] for one in _all(client, _SSH_KEYS)}
 
@@ -208,10 +211,10 @@ def remove_ssh_keys(
 
 def usage(
     period: Annotated[str, typer.Option(help=f"One of {', '.join(_PERIODS)}.")] = "current",
-    everybody: Annotated[bool, typer.Option("--all", help="Of all members; for admins.")] = False,
+    everybody: Annotated[bool, typer.Option("--all", help="For all members. Admins only.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what your sandboxes used and cost; `current` is this month."""
+    """Show the usage and cost of your sandboxes. `current` is this month."""
     if period not in _PERIODS:
         raise typer.BadParameter(f"{period!r} is none of {', '.join(_PERIODS)}")
     with open_client() as client:

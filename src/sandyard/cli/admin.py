@@ -52,7 +52,7 @@ def _money(cents: int) -> str:
 
 @app.command("orgs")
 def list_orgs() -> None:
-    """List organizations with balance and what runs."""
+    """List organizations, their balance and running sandboxes."""
     columns = ("slug", "name", "plan", "balance", "members", "running", "id")
     rows = [
         (
@@ -68,13 +68,16 @@ def list_orgs() -> None:
 @app.command()
 def grant(
     organization: Org,
-    cents: Annotated[int, typer.Argument(help="How many; below 0 takes some away.")],
-    description: Annotated[str, typer.Option(help="What the ledger says.")] = "Operator's grant",
+    cents: Annotated[int, typer.Argument(help="The amount. Negative values take credits away.")],
+    description: Annotated[
+        str, typer.Option(help="The ledger's description.")
+    ] = "Operator's grant",
     reference: Annotated[
-        str | None, typer.Option(help="With one, the grant is made once, however often asked.")
+        str | None,
+        typer.Option(help="A reference. A grant with the same reference is made only once."),
     ] = None,
 ) -> None:
-    """Give an organization credits."""
+    """Grant credits to an organization."""
     entry, is_new = _do(
         lambda admin: admin.grant(
             organization, cents, description=description, reference_id=reference
@@ -87,9 +90,9 @@ def grant(
 
 @app.command()
 def ledger(
-    organization: Org, limit: Annotated[int, typer.Option(help="How many lines.")] = 50
+    organization: Org, limit: Annotated[int, typer.Option(help="How many entries.")] = 50
 ) -> None:
-    """Show the newest lines of an organization's ledger."""
+    """Show the newest entries of an organization's ledger."""
     columns = ("when", "type", "amount", "balance", "what")
     rows = [
         (
@@ -103,10 +106,10 @@ def ledger(
 
 @org.command("create")
 def create_org(
-    name: Annotated[str, typer.Argument(help="What people call it.")],
-    admin_email: Annotated[str, typer.Argument(help="Its first admin's e-mail address.")],
+    name: Annotated[str, typer.Argument(help="The name.")],
+    admin_email: Annotated[str, typer.Argument(help="The first admin's e-mail address.")],
 ) -> None:
-    """Make an organization; make a key for its admin next."""
+    """Create an organization. Next, create a key for its admin."""
     made, admin = _do(lambda opened: opened.create_organization(name, admin_email))
     out.print(f"{made.id} {made.slug}")
     out.print(f"next: sandyard admin key create {made.slug} {admin.email} first-key")
@@ -114,9 +117,9 @@ def create_org(
 
 @org.command("plan")
 def set_plan(
-    organization: Org, plan: Annotated[str, typer.Argument(help="One of the setting plans.")]
+    organization: Org, plan: Annotated[str, typer.Argument(help="A plan from the setting `plans`.")]
 ) -> None:
-    """Put an organization on another plan."""
+    """Change an organization's plan."""
     made = _do(lambda admin: admin.set_plan(organization, plan))
     out.print(f"{made.slug} is on the plan {made.plan}")
 
@@ -131,9 +134,9 @@ def set_limit(
             "snapshots, snapshotGb or testSnapshots."
         ),
     ],
-    value: Annotated[str, typer.Argument(help="A number; `plan` for what its plan says.")],
+    value: Annotated[str, typer.Argument(help="A number, or `plan` for the plan's limit.")],
 ) -> None:
-    """Give an organization a limit of its own."""
+    """Override a limit of an organization's plan."""
     if value != "plan" and not value.isdigit():
         raise typer.BadParameter("the limit is a whole number, or `plan`")
     wanted = None if value == "plan" else int(value)
@@ -156,7 +159,7 @@ def add_user(
     email: Annotated[str, typer.Argument(help="The e-mail address.")],
     role: Annotated[str, typer.Option(help="admin or member.")] = "member",
 ) -> None:
-    """Make somebody a member."""
+    """Add a member to an organization."""
     made = _do(lambda admin: admin.add_member(organization, email, role))
     out.print(f"{made.id} {made.email}")
 
@@ -165,14 +168,14 @@ def add_user(
 def change_role(
     organization: Org, who: Who, role: Annotated[str, typer.Argument(help="admin or member.")]
 ) -> None:
-    """Change what a member may do; in force at once."""
+    """Change a member's role, effective at once."""
     _do(lambda admin: admin.change_role(organization, who, role))
     out.print(f"{who} is {role}")
 
 
 @user.command("remove")
 def remove_user(organization: Org, who: Who) -> None:
-    """End a membership and revoke the member's keys; their sandboxes stay."""
+    """Remove a member and revoke their keys. Their sandboxes stay."""
     _do(lambda admin: admin.remove_member(organization, who))
     out.print(f"{who} is no member any more")
 
@@ -180,9 +183,9 @@ def remove_user(organization: Org, who: Who) -> None:
 @user.command("operator")
 def set_operator(
     who: Who,
-    revoke: Annotated[bool, typer.Option("--revoke", help="No longer.")] = False,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Revoke this right.")] = False,
 ) -> None:
-    """Let a user grant credits over the API."""
+    """Allow a user to grant credits over the API."""
     made = _do(lambda admin: admin.set_operator(who, is_operator=not revoke))
     out.print(f"{made.email} is {'an' if made.is_operator else 'no'} operator")
 
@@ -207,11 +210,16 @@ def create_key(
     organization: Org,
     who: Who,
     name: Annotated[str, typer.Argument(help="What the key is for.")],
-    scope: Annotated[list[str] | None, typer.Option(help="May be repeated; default: all.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="A scope. May be repeated. Default: all.")
+    ] = None,
     expires_in: Annotated[str | None, typer.Option(help="30d, 12m, 1y or never.")] = None,
-    test: Annotated[bool, typer.Option("--test", help="What it makes is free and few.")] = False,
+    test: Annotated[
+        bool,
+        typer.Option("--test", help="A test key: its sandboxes are free, and few are allowed."),
+    ] = False,
 ) -> None:
-    """Make an API key for a member; the secret is printed once."""
+    """Create an API key for a member. The secret is printed once."""
     _, secret = _do(
         lambda admin: admin.create_key(
             organization, who, name, scopes=scope or [], expires_in=expires_in, is_test=test
@@ -224,7 +232,7 @@ def create_key(
 def revoke_key(
     organization: Org, key_id: Annotated[str, typer.Argument(help="The key's id.")]
 ) -> None:
-    """Make an API key no good, at once and for ever."""
+    """Revoke an API key permanently."""
     made = _do(lambda admin: admin.revoke_key(organization, key_id))
     out.print(f"{made.name} is revoked")
 
@@ -244,13 +252,13 @@ def _with_fleet(work: Callable[[Any], Awaitable[Any]]) -> Any:
 
 @node.command()
 def invite() -> None:
-    """Print the line that makes another host a node: good once, for an hour."""
+    """Print the command that makes another host a node. It is valid once, for an hour."""
     typer.echo(asyncio.run(server_module("cluster").invite_line(server_settings())))
 
 
 @node.command("list")
 def list_nodes() -> None:
-    """List nodes, and whether each is there."""
+    """List nodes and their state."""
     columns = ("name", "status", "new sandboxes", "epoch", "address", "version", "joined", "id")
     rows = []
     for one in _with_fleet(lambda fleet: fleet.nodes()):
@@ -268,7 +276,7 @@ def list_nodes() -> None:
 
 @node.command()
 def drain(node: Node) -> None:
-    """Place nothing new on a node; what is there stays."""
+    """Place no new sandboxes on a node. Existing ones stay."""
     made = _with_fleet(lambda fleet: fleet.drain(node, is_draining=True))
     out.print(f"nothing new comes to {made.name}")
 
@@ -288,11 +296,12 @@ def confirm_off(
         typer.Option(
             "--yes",
             prompt="What ran there is in error from now on. Is the host off?",
-            help="Do not ask whether it is.",
+            help="Do not ask for confirmation.",
         ),
     ],
 ) -> None:
-    """Say of a lost node that its host is off: what ran there is given up, deletes are done."""
+    """Confirm that a lost node's host is switched off: its sandboxes are given up, and pending
+    deletes complete."""
     if not sure:
         raise typer.Abort
     made, ended = _with_fleet(lambda fleet: fleet.confirm_off(node))
@@ -301,31 +310,37 @@ def confirm_off(
 
 @node.command()
 def forget(node: Node) -> None:
-    """Remove a node that is not there any more, and has nothing."""
+    """Remove a node that is gone and has no sandboxes."""
     made = _with_fleet(lambda fleet: fleet.forget(node))
     out.print(f"{made.name} is no node any more")
 
 
 @app.command("nats-config")
 def nats_config(
-    folder: Annotated[Path, typer.Argument(help="Where it is written, with a certificate.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The directory for the configuration and its certificate.")
+    ],
     host: Annotated[str, typer.Option(help="The address that the server listens on.")] = "0.0.0.0",  # noqa: S104
     address: Annotated[
         list[str] | None,
-        typer.Option(help="What the others reach it by, if not by that; may be repeated."),
+        typer.Option(help="An address by which others reach it, if different. May be repeated."),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 4222,
     name: Annotated[str, typer.Option(help="Its name among the servers.")] = "nats",
     cluster_port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Of several servers: the port for each other."),
+        typer.Option(
+            min=1, max=65535, help="With several servers: the port for connections between them."
+        ),
     ] = None,
     route: Annotated[
         list[str] | None,
-        typer.Option(help="Of several: another's tls://HOST:CLUSTER_PORT; may be repeated."),
+        typer.Option(
+            help="With several servers: another server's tls://HOST:CLUSTER_PORT. May be repeated."
+        ),
     ] = None,
 ) -> None:
-    """Write the configuration of a NATS server of the installation: start nats-server with it."""
+    """Write the configuration of a NATS server for the installation, to start nats-server with."""
     written = asyncio.run(
         server_module("cluster").write_nats_config(
             server_settings(),

@@ -17,10 +17,10 @@ def mcp(
     host: Annotated[str, typer.Option(help="With --http, the address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="With --http, the port.", min=1, max=65535)] = 8765,
 ) -> None:
-    """Serve sandboxes to an agent: it creates them, runs commands and code, works with their files.
+    """Serve sandboxes to an agent by MCP: create them, run commands and code, access files.
 
-    By default it talks over standard input and output, as programs that start it expect. With
-    --http whoever connects shows the API key as a Bearer token. It needs the extra `mcp`.
+    By default it speaks MCP over standard input and output. With --http, clients authenticate with
+    the API key as a Bearer token. It needs the extra `mcp`.
     """
     try:
         module = importlib.import_module("sandyard.mcp.server")

@@ -36,14 +36,14 @@ _AT = "@"  # no sandbox's name begins so
 
 
 def copy(
-    source: Annotated[str, typer.Argument(help="A path here, SANDBOX:PATH, or @WORKSPACE:PATH.")],
-    target: Annotated[str, typer.Argument(help="A path here, SANDBOX:PATH, or @WORKSPACE:PATH.")],
-    user: Annotated[str, typer.Option(help="As whom, in the sandbox.")] = "root",
+    source: Annotated[str, typer.Argument(help="A local path, SANDBOX:PATH, or @WORKSPACE:PATH.")],
+    target: Annotated[str, typer.Argument(help="A local path, SANDBOX:PATH, or @WORKSPACE:PATH.")],
+    user: Annotated[str, typer.Option(help="The user in the sandbox.")] = "root",
 ) -> None:
-    """Copy a file or a folder into a sandbox or a workspace, or out of one.
+    """Copy a file or directory to or from a sandbox or workspace.
 
-    As with cp, what is copied to a folder that is there goes into it, under its own name; of
-    `FOLDER/.` what is in it.
+    Like cp: a copy into an existing directory keeps its name, and `FOLDER/.` copies the directory's
+    contents.
     """
     here, there = _remote(source), _remote(target)
     if (here is None) == (there is None):
@@ -122,21 +122,21 @@ def _progress(what: str) -> Iterator[Told]:
 def run(
     command: Annotated[
         list[str],
-        typer.Argument(help="A script that is here, and its arguments; or a command for a shell."),
+        typer.Argument(help="A local script and its arguments, or a shell command."),
     ],
     template: Annotated[
-        str | None, typer.Option(help="What the sandbox is made from; base-ubuntu if not said.")
+        str | None, typer.Option(help="The template. Default: base-ubuntu.")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds it may take.")] = 3600.0,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the sandbox there.")] = False,
+    timeout: Annotated[float, typer.Option(help="The time limit in seconds.")] = 3600.0,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the sandbox afterwards.")] = False,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Print control characters to a terminal, too.")
+        bool, typer.Option("--raw", help="Print control characters to the terminal unchanged.")
     ] = False,
 ) -> None:
-    """Run something in a sandbox of its own, which is deleted afterwards.
+    """Run a command or script in a temporary sandbox, which is deleted afterwards.
 
-    Output comes as it is printed, and the exit code becomes this command's. A file that is here
-    (.py, .js, .sh, or any with a first line that says what runs it) is copied there first.
+    Output is streamed, and the exit code becomes this command's. A local script (.py, .js, .sh, or
+    any file with a #! line) is copied into the sandbox first.
     """
     command = command[1:] if command[0] == "--" else command
     limit = milliseconds(timeout)

@@ -19,12 +19,12 @@ _AT_ONCE = 8
 
 
 def top(
-    every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once, and print it.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between updates.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
 ) -> None:
-    """Show what sandboxes take now, the busiest first; Ctrl-C ends it.
+    """Show the resource usage of running sandboxes, busiest first, until Ctrl-C.
 
-    To be looked at is no use of a sandbox: it is paused all the same when it is idle.
+    This does not count as use of a sandbox and does not keep it from being paused.
     """
     if not 0.2 <= every <= 3600:
         raise typer.BadParameter("--every is 0.2 to 3600 seconds")

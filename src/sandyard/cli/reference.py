@@ -16,31 +16,30 @@ from sandyard.cli.main import app
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "cli.md"
 _HEAD = """# Command line
 
-This page is made from the commands; `sandyard --help` and `sandyard COMMAND --help` tell the same.
-A sandbox is meant by its id or its name. Of several references each is tried, whatever becomes of
-the others.
+This page is generated from the commands; `sandyard --help` and `sandyard COMMAND --help` show the
+same text. A sandbox is given by id or name. Commands that take several references try each one,
+even if another fails.
 
-URL and key come from SANDYARD_URL and SANDYARD_API_KEY, or else from
-`~/.config/sandyard/config.toml`, which `sandyard login` and `scripts/up` write. Commands for users
-need the package alone; those for the operator (`serve`, `init`, `stop`, `doctor`, `setup`, `admin`,
-`template`) need its extra `server`, which `scripts/up` installs, and all but `init` need root. They
-read the [settings](settings.md).
+The URL and API key come from SANDYARD_URL and SANDYARD_API_KEY, or from
+`~/.config/sandyard/config.toml`, which `sandyard login` and `scripts/up` write. User commands need
+only the package. Operator commands (`serve`, `init`, `stop`, `doctor`, `setup`, `admin`,
+`template`) need its extra `server`, which `scripts/up` installs, and root, except `init`. They read
+the [settings](settings.md).
 
-On a terminal, lists are tables; in a pipe, a line is a row with tabs between, and nothing is cut
-off. `--json` prints one object, or for a list an array. `NO_COLOR` is respected. What a sandbox
-prints is passed on byte by byte; on a terminal its control characters are shown as escapes, unless
-you ask for `--raw`, or for a terminal of its own with `-t`. `sandyard --version` prints the
-version. `sandyard --install-completion` has your shell complete commands and the names of
-sandboxes, and `--show-completion` prints what it would install.
+On a terminal, lists are tables. In a pipe, each row is a line with tabs, and nothing is truncated.
+`--json` prints one object, or an array for a list. `NO_COLOR` is respected. Output of a sandbox is
+passed on byte by byte; on a terminal, control characters are escaped unless you use `--raw` or
+`-t`. `sandyard --version` prints the version. `sandyard --install-completion` enables completion of
+commands and sandbox names in your shell; `--show-completion` prints what it would install.
 
-| Exit code | Means |
+| Exit code | Meaning |
 |---|---|
-| 0 | it is done |
-| 1 | it could not be done; one sentence on standard error says why |
-| 2 | the command is written wrongly |
-| 74 | `exec` and `run`: some of the output was lost, though the command itself did well |
+| 0 | success |
+| 1 | failure; one sentence on standard error says why |
+| 2 | invalid command line |
+| 74 | `exec` and `run`: the command succeeded, but some of its output was lost |
 | 130 | Ctrl-C |
-| any other | `exec` and `run`: that of the command |
+| any other | `exec` and `run`: the exit code of the command |
 """
 
 

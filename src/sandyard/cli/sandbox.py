@@ -78,38 +78,39 @@ def _why(sandbox: Sandbox) -> str:
 @app.command()
 def create(
     template: Annotated[
-        str | None, typer.Option(help="What it is made from; base-ubuntu if nothing is said.")
+        str | None, typer.Option(help="The template. Default: base-ubuntu.")
     ] = None,
     snapshot: Annotated[
-        str | None, typer.Option(help="A snapshot to make it from instead, by id or name.")
+        str | None, typer.Option(help="A snapshot to create it from, by id or name.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="A name of your own for it.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; may be repeated.")] = None,
+    name: Annotated[str | None, typer.Option(help="A name.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag. May be repeated.")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE. May be repeated.")] = None,
     mount: Annotated[
         list[str] | None,
         typer.Option(
-            help="WORKSPACE:/workspace, or a path below it, and :ro to only read; may be repeated."
+            help="WORKSPACE:/workspace, or a path below it; append :ro for read-only. May be "
+            "repeated."
         ),
     ] = None,
     vcpus: Annotated[int | None, typer.Option(help="Virtual CPUs.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory, such as 2GB.")] = None,
     disk: Annotated[str | None, typer.Option(help="Disk, such as 20GB.")] = None,
     password: Annotated[
-        str | None, typer.Option(help="A password for root in it, 8 to 72 characters.")
+        str | None, typer.Option(help="A root password, 8 to 72 characters.")
     ] = None,
-    project: Annotated[str | None, typer.Option(help="The project that it belongs to.")] = None,
+    project: Annotated[str | None, typer.Option(help="The project.")] = None,
     expires_in: Annotated[
-        int | None, typer.Option(help="Seconds until it is deleted by itself.")
+        int | None, typer.Option(help="Seconds until it is deleted automatically.")
     ] = None,
     on_expiry: Annotated[
         str | None,
-        typer.Option(help="What is done then instead: pause; a resume begins its time anew."),
+        typer.Option(help="`pause`: pause it at that time instead. A resume restarts the period."),
     ] = None,
     idle_timeout: Annotated[
-        int | None, typer.Option(help="Seconds without use until it is paused; 0: never.")
+        int | None, typer.Option(help="Seconds of inactivity until it is paused. 0: never.")
     ] = None,
-    wait: Annotated[int, typer.Option(help="Seconds to wait until it runs.")] = 60,
+    wait: Annotated[int, typer.Option(help="Seconds to wait until it is running.")] = 60,
     as_json: Json = False,
 ) -> None:
     """Create a sandbox."""
@@ -169,8 +170,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 @app.command("list")
 def list_(
-    status: Annotated[str | None, typer.Option(help="Only those of this status.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="Only those with this tag.")] = None,
+    status: Annotated[str | None, typer.Option(help="Only sandboxes in this status.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only sandboxes with this tag.")] = None,
     as_json: Json = False,
 ) -> None:
     """List sandboxes, newest first."""
@@ -184,7 +185,7 @@ def list_(
 
 @app.command()
 def get(reference: Reference, as_json: Json = False) -> None:
-    """Show one sandbox, and why it is as it is."""
+    """Show one sandbox, and the reason for its status."""
     with open_client() as client:
         _show_one(client.get(reference), as_json=as_json)
 
@@ -194,29 +195,27 @@ def execute(
     reference: Reference,
     command: Annotated[
         list[str] | None,
-        typer.Argument(help="The command, as you would type it; a shell with -t if not said."),
+        typer.Argument(help="The command. With -t and no command, a shell."),
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds it may take; 30, or with -i or -t as long as it likes."),
+        typer.Option(help="The time limit in seconds. Default: 30; with -i or -t, none."),
     ] = None,
-    cwd: Annotated[str, typer.Option(help="The folder to run it in.")] = "/workspace",
-    user: Annotated[str, typer.Option(help="Who runs it.")] = "root",
+    cwd: Annotated[str, typer.Option(help="The working directory.")] = "/workspace",
+    user: Annotated[str, typer.Option(help="The user.")] = "root",
     interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="Pass on this command's input.")
+        bool, typer.Option("--interactive", "-i", help="Forward standard input.")
     ] = False,
-    tty: Annotated[
-        bool, typer.Option("--tty", "-t", help="Run it on a terminal, which is this one.")
-    ] = False,
+    tty: Annotated[bool, typer.Option("--tty", "-t", help="Allocate a terminal.")] = False,
     stdin: Annotated[bool, typer.Option("--stdin", hidden=True)] = False,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Print control characters to a terminal, too.")
+        bool, typer.Option("--raw", help="Print control characters to the terminal unchanged.")
     ] = False,
 ) -> None:
-    """Run a command; its output and exit code become this command's.
+    """Run a command. Its output and exit code become this command's.
 
-    One argument is a line for the sandbox's shell; several are a program and its arguments, which
-    reach it as they are. `exec -it NAME` is a shell on this terminal.
+    A single argument is a line for the sandbox's shell. Several are a program and its arguments,
+    passed unchanged. `exec -it NAME` opens a shell on this terminal.
     """
     command = own_words(command)
     if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -258,7 +257,7 @@ def execute(
 
 @app.command()
 def pause(references: References) -> None:
-    """Save sandboxes to disk, processes and all, and give their memory back."""
+    """Pause sandboxes: save memory and processes to disk, and free the host's memory."""
     with open_client() as client:
 
         def pause_one(reference: str) -> str:
@@ -270,7 +269,7 @@ def pause(references: References) -> None:
 
 @app.command()
 def resume(references: References) -> None:
-    """Let paused sandboxes go on where they stood."""
+    """Resume paused sandboxes."""
     with open_client() as client:
 
         def resume_one(reference: str) -> str:
@@ -282,7 +281,7 @@ def resume(references: References) -> None:
 
 @app.command()
 def restart(references: References) -> None:
-    """Boot sandboxes from their own disks, also such as do not answer; memory is given up."""
+    """Reboot sandboxes from their disks, even if they are unresponsive. Memory is lost."""
     with open_client() as client:
 
         def restart_one(reference: str) -> str:
@@ -294,7 +293,7 @@ def restart(references: References) -> None:
 
 @app.command()
 def logs(reference: Reference) -> None:
-    """Print the last of what a sandbox's machine said on its console."""
+    """Print the end of a sandbox's console log."""
     with open_client() as client:
         typer.echo(plain(client.logs(reference).replace("\r", "")))
 
@@ -304,11 +303,11 @@ def fork(
     reference: Reference,
     count: Annotated[int, typer.Option(help="How many, 1 to 100.")] = 1,
     name: Annotated[
-        str | None, typer.Option(help="A name of your own; of several, each has its number.")
+        str | None, typer.Option(help="A name. With several forks, a number is appended.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make sandboxes that begin as this one is now: files, memory and processes."""
+    """Create sandboxes from the current state of this one: files, memory and processes."""
     with open_client() as client:
         made = client.fork(reference, count, name=name)
     if as_json:
@@ -320,9 +319,9 @@ def fork(
 @app.command()
 def rollback(
     reference: Reference,
-    snapshot: Annotated[str, typer.Argument(help="A snapshot of it, by id or name.")],
+    snapshot: Annotated[str, typer.Argument(help="One of its snapshots, by id or name.")],
 ) -> None:
-    """Put a sandbox back to one of its snapshots; what it was until then is lost."""
+    """Restore a sandbox to one of its snapshots. Its current state is lost."""
     with open_client() as client:
         client.roll_back(reference, snapshot)
     typer.echo(f"{reference} is as it was in {snapshot}")

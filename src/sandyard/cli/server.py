@@ -62,7 +62,7 @@ def server_settings() -> "Settings":
 
 
 def serve() -> None:
-    """Run the server until it is told to stop; machines live on."""
+    """Run the server until it is stopped. Machines keep running."""
     asyncio.run(server_module("serve").serve(_logged_settings()))
 
 
@@ -83,22 +83,25 @@ def join(
     address: Annotated[str, typer.Argument(help="A control plane's HOST:PORT.")],
     invite: Annotated[
         str | None,
-        typer.Argument(help="The invite. Other users see it in the list of processes."),
+        typer.Argument(
+            help="The invite. Other users of this machine can see it in the process list."
+        ),
     ] = None,
     invite_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file with the invite; - for standard input. Default: a prompt, or a pipe."
+            help="A file with the invite, or - for standard input. Default: a prompt, or "
+            "standard input if piped."
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What people call it; default: the host's name.")
+        str | None, typer.Option(help="The node's name. Default: the host name.")
     ] = None,
     start: Annotated[
-        bool, typer.Option("--start/--no-start", help="Go on and run the node.")
+        bool, typer.Option("--start/--no-start", help="Run the node after joining.")
     ] = True,
 ) -> None:
-    """Make this host a node of an installation, and run it."""
+    """Join this host to an installation as a node, and run it."""
     token = secret_of(invite, invite_file, what="invite", option="--invite-file")
     settings = _logged_settings()
     node_id = asyncio.run(server_module("member").join(settings, address, token, name=name))
@@ -134,10 +137,10 @@ def init(
 
 def stop(
     everything: Annotated[
-        bool, typer.Option("--all", help="Delete all sandboxes and their machines, too.")
+        bool, typer.Option("--all", help="Also delete all sandboxes and their machines.")
     ] = False,
 ) -> None:
-    """Stop the server; its machines live on and are adopted by the next one."""
+    """Stop the server. Machines keep running, and the next server adopts them."""
     settings = server_settings()
     installation = server_module("installation")
     pid = installation.stop_server(settings.home)
@@ -153,7 +156,7 @@ def stop(
 
 
 def doctor() -> None:
-    """Look at this host: what is missing or in the way, and what mends it."""
+    """Check this host: list each problem and the command that fixes it."""
     settings = server_settings()
     findings = asyncio.run(server_module("doctor").collect(settings))
     colours = {"ok": "green", "note": "yellow", "bad": "red"}
@@ -174,10 +177,10 @@ def _setup() -> None:
 @setup.command()
 def firecracker(
     force: Annotated[
-        bool, typer.Option("--force", help="Even if it would not be used on this host.")
+        bool, typer.Option("--force", help="Install it even if this host cannot use it.")
     ] = False,
 ) -> None:
-    """Fetch Firecracker's official release where this host can use it; QEMU serves elsewhere."""
+    """Install Firecracker's official release if this host can use it. Otherwise QEMU is used."""
     settings = server_settings()
     said = asyncio.run(
         server_module("wiring").set_up_firecracker(settings, force=force, progress=typer.echo)
@@ -187,12 +190,12 @@ def firecracker(
 
 @templates.command()
 def build(
-    slugs: Annotated[list[str], typer.Argument(help="Which templates.")],
+    slugs: Annotated[list[str], typer.Argument(help="The templates.")],
     again: Annotated[
-        bool, typer.Option("--again", help="From the network even if nothing has changed.")
+        bool, typer.Option("--again", help="Build from scratch even if nothing has changed.")
     ] = False,
 ) -> None:
-    """Bring templates up to date; a failure leaves the image in use untouched."""
+    """Build templates that are not up to date. A failed build leaves the current image in use."""
     settings = server_settings()
     server_module("installation").forget_environment()
     asyncio.run(server_module("wiring").check_home(settings))

@@ -24,10 +24,10 @@ def _show(snapshots: list[Snapshot]) -> None:
 @app.command()
 def create(
     reference: Reference,
-    name: Annotated[str | None, typer.Option(help="A name of your own for it.")] = None,
+    name: Annotated[str | None, typer.Option(help="A name.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Save a sandbox as it is now; it goes on running."""
+    """Save the current state of a sandbox, which keeps running."""
     with open_client() as client:
         made = client.snapshot(reference, name)
     if as_json:
@@ -49,7 +49,7 @@ def list_(as_json: Json = False) -> None:
 
 @app.command()
 def delete(references: Annotated[list[str], typer.Argument(help="Ids or names.")]) -> None:
-    """Delete snapshots; what was made from them lives on."""
+    """Delete snapshots. Sandboxes created from them are not affected."""
     with open_client() as client:
 
         def delete_one(reference: str) -> str:

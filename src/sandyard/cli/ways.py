@@ -38,7 +38,7 @@ esac
 def ssh(
     reference: Reference,
     command: Annotated[
-        list[str] | None, typer.Argument(help="A command to run; without one, a shell.")
+        list[str] | None, typer.Argument(help="A command. Default: a shell.")
     ] = None,
     option: Annotated[
         list[str] | None,
@@ -46,12 +46,11 @@ def ssh(
     ] = None,
     forward: Annotated[
         list[str] | None,
-        typer.Option("--forward", "-L", help="A port to forward, as for ssh: 8000:localhost:80."),
+        typer.Option("--forward", "-L", help="A port to forward, as with ssh: 8000:localhost:80."),
     ] = None,
 ) -> None:
-    """Log in by SSH, with the ssh of this machine. A key of yours that the sandbox takes opens it,
-    and where there is none the API key does.
-    """
+    """Log in by SSH, with the local ssh program. Uses your SSH key if the sandbox accepts it, else
+    the API key."""
     program = shutil.which("ssh")
     if program is None:
         raise typer.BadParameter("there is no ssh on this machine; install openssh-client")
@@ -135,28 +134,26 @@ def _know(where: SshAccess) -> None:
 
 def url(
     reference: Reference,
-    port: Annotated[int, typer.Argument(help="What listens on this port is shown.")],
+    port: Annotated[int, typer.Argument(help="The port.")],
     open_: Annotated[
         bool,
-        typer.Option("--open", help="Open it in a browser, which keeps a cookie as with --cookie."),
+        typer.Option("--open", help="Open the URL in a browser. Implies --cookie."),
     ] = False,
     cookie: Annotated[
         bool,
-        typer.Option(
-            "--cookie", help="Have a browser keep a cookie, in the place of a token in the name."
-        ),
+        typer.Option("--cookie", help="Use a cookie instead of a token in the host name."),
     ] = False,
     ttl: Annotated[
         int | None,
         typer.Option(
             min=60,
             max=30 * 86_400,
-            help="Seconds that it holds at least; the server's setting without, usually an hour.",
+            help="The lifetime in seconds. Default: the server's setting, usually an hour.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print a URL under which whoever has it sees what listens on a port of a sandbox."""
+    """Print a preview URL of a port. Anyone who has the URL can use it."""
     with open_client() as client:
         # DNS and SNI reveal a token in the host name, but not one in the query.
         found = client.url(reference, port, cookie=cookie or open_, ttl=ttl)

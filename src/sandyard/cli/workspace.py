@@ -31,13 +31,13 @@ def _show(found: list[Workspace]) -> None:
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="What it is called.")],
+    name: Annotated[str, typer.Argument(help="The name.")],
     slug: Annotated[
-        str | None, typer.Option(help="A name for commands; made from the name if not said.")
+        str | None, typer.Option(help="A short name for commands. Default: derived from the name.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a workspace."""
+    """Create a workspace."""
     with open_client() as client:
         made = client.create_workspace(name, slug=slug)
     if as_json:
@@ -58,10 +58,8 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command()
-def rename(
-    workspace: Which, name: Annotated[str, typer.Argument(help="What it is to be called.")]
-) -> None:
-    """Call a workspace something else; its slug stays."""
+def rename(workspace: Which, name: Annotated[str, typer.Argument(help="The new name.")]) -> None:
+    """Rename a workspace. Its slug does not change."""
     with open_client() as client:
         _show([client.rename_workspace(workspace, name)])
 
@@ -70,10 +68,10 @@ def rename(
 def delete(
     workspaces: Annotated[list[str], typer.Argument(help="Ids or slugs.")],
     force: Annotated[
-        bool, typer.Option("--force", help="Also those that sandboxes have mounted.")
+        bool, typer.Option("--force", help="Delete them even if sandboxes have them mounted.")
     ] = False,
 ) -> None:
-    """Delete workspaces with all that is in them."""
+    """Delete workspaces and their files."""
     with open_client() as client:
 
         def delete_one(reference: str) -> str:
@@ -86,10 +84,10 @@ def delete(
 @app.command()
 def ls(
     workspace: Which,
-    path: Annotated[str, typer.Argument(help="A folder in it.")] = "/",
+    path: Annotated[str, typer.Argument(help="A directory in it.")] = "/",
     as_json: Json = False,
 ) -> None:
-    """List what is in a folder of a workspace."""
+    """List a directory of a workspace."""
     with open_client() as client:
         found = client.workspace_files(workspace).list(path)
     if as_json:
@@ -107,11 +105,13 @@ def _row(one: WorkspaceEntry) -> tuple[str, str, str]:
 @app.command()
 def mv(
     workspace: Which,
-    source: Annotated[str, typer.Argument(help="A file or folder in it.")],
-    target: Annotated[str, typer.Argument(help="A folder to move it into, or its new path.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    source: Annotated[str, typer.Argument(help="A file or directory in it.")],
+    target: Annotated[str, typer.Argument(help="A directory to move it into, or its new path.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing target.")
+    ] = False,
 ) -> None:
-    """Move or rename something in a workspace."""
+    """Move or rename a file or directory in a workspace."""
     with open_client() as client:
         moved = client.workspace_files(workspace).move(source, target, overwrite=overwrite)
     typer.echo(f"it is {moved.path}")
@@ -120,9 +120,9 @@ def mv(
 @app.command()
 def rm(
     workspace: Which,
-    paths: Annotated[list[str], typer.Argument(help="Files and folders in it.")],
+    paths: Annotated[list[str], typer.Argument(help="Files and directories in it.")],
 ) -> None:
-    """Remove files, and folders with all that is in them, from a workspace."""
+    """Delete files, and directories with their contents, in a workspace."""
     with open_client() as client:
         files = client.workspace_files(workspace)
 

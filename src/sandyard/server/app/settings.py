@@ -52,45 +52,49 @@ class HttpSettings(Section):
     metrics_token: SecretStr | None = Field(
         None,
         min_length=1,
-        description="What /metrics asks for as a Bearer token; without it, only loopback.",
+        description="The Bearer token that /metrics requires. Default: none, and only loopback "
+        "clients may read it.",
     )
 
     connections: int = Field(
         4096,
         ge=16,
         le=1_000_000,
-        description="Connections open at one time; never more than half of the descriptors.",
+        description="The most connections open at one time, and never more than half of the "
+        "file descriptors.",
     )
     connections_per_address: int = Field(
         1024,
         ge=1,
         le=1_000_000,
-        description="How many of them may come from one IPv4 address or IPv6 /64; raise it behind "
-        "a proxy.",
+        description="The most connections from one IPv4 address or IPv6 /64. Raise it behind a "
+        "proxy.",
     )
     hosts: tuple[str, ...] = Field(
         (),
-        description="Host names that the API answers to, besides IP addresses and `localhost`; "
-        "others get 421. Default: every name that is not a preview's.",
+        description="Host names that the API answers to, in addition to IP addresses and "
+        "`localhost`. Requests for other names get 421. Default: every name outside"
+        " the preview domain.",
     )
     trusted_proxies: tuple[IPvAnyNetwork, ...] = Field(
         (),
-        description="Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto "
-        "are believed, such as `127.0.0.1`; default: none.",
+        description="Addresses or networks of proxies whose X-Forwarded-For and "
+        "X-Forwarded-Proto are trusted, such as `127.0.0.1`. Default: none.",
     )
     cors_origins: tuple[str, ...] = Field(
         (),
-        description="Origins whose pages may call the API in a browser, such as "
-        "`https://app.example.org`; `*`: any.",
+        description="Origins whose pages may call the API from a browser, such as "
+        "`https://app.example.org`, or `*`.",
     )
 
     public_url: str | None = Field(
         None,
-        description="Where clients reach this server, such as `https://sandyard.example.org`; "
-        "default: the address and port that it listens on.",
+        description="The URL under which clients reach this server, such as "
+        "`https://sandyard.example.org`. Default: the address and port that it "
+        "listens on.",
     )
     public_ip: str | None = Field(
-        None, description="The host's public address, which sandboxes tell as `publicIp`."
+        None, description="The host's public address, shown in sandboxes as `publicIp`."
     )
 
     @field_validator("public_url")
@@ -108,23 +112,23 @@ class HttpSettings(Section):
 class SshSettings(Section):
     """The SSH gateway."""
 
-    enabled: bool = Field(True, description="Whether it is opened.")
-    host: str | None = Field(
-        None, description="The address to listen on; default: that of `http.host`."
-    )
+    enabled: bool = Field(True, description="Whether to run the SSH gateway.")
+    host: str | None = Field(None, description="The address to listen on. Default: `http.host`.")
     port: int = Field(2222, ge=1, le=65535, description="The port to listen on.")
     public_host: str | None = Field(
         None,
         pattern=_HOST,
-        description="The host that clients are told to log in to; default: the host of "
-        "`http.public_url`, else the address that it listens on.",
+        description="The host name shown to clients. Default: the host of `http.public_url`, "
+        "else the address that it listens on.",
     )
     public_port: int | None = Field(
-        None, ge=1, le=65535, description="The port they are told; default: `ssh.port`."
+        None, ge=1, le=65535, description="The port shown to clients. Default: `ssh.port`."
     )
-    connections: int = Field(1000, ge=1, le=100_000, description="Connections open at one time.")
+    connections: int = Field(
+        1000, ge=1, le=100_000, description="The most connections open at one time."
+    )
     connections_per_address: int = Field(
-        200, ge=1, le=100_000, description="How many of them may come from one address."
+        200, ge=1, le=100_000, description="The most connections from one address."
     )
 
 
@@ -133,30 +137,30 @@ class PreviewSettings(Section):
 
     domain: str | None = Field(
         None,
-        description="What the host names of previews end in, with a port where that is not the "
-        "usual one; default: `preview.localhost` and the port of the server. Its wildcard "
-        "(`*.domain`) must lead here.",
+        description="The domain of preview host names, with the port if it is not 80 or 443. "
+        "Wildcard DNS (`*.domain`) must lead to this server. Default: "
+        "`preview.localhost` and the server's port.",
     )
     scheme: Literal["http", "https"] = Field(
-        "http", description="`https` where a proxy in front, or the listener below, speaks TLS."
+        "http", description="`https` if a proxy in front, or `preview.port`, terminates TLS."
     )
     token_s: int = Field(
         3600,
         ge=60,
         le=30 * 86_400,
-        description="Seconds that a preview URL holds at least, where its ttl does not say.",
+        description="The lifetime of preview URLs in seconds, unless a `ttl` is given.",
     )
     port: int | None = Field(
         None,
         ge=1,
         le=65535,
-        description="A port for previews alone, on the same address; default: none, they share "
-        "the server's.",
+        description="A separate port for previews, on the same address. Default: none; previews"
+        " share `http.port`.",
     )
     tls_certificate: Path | None = Field(
         None,
-        description="A certificate for `*.domain` (PEM, with those above it), for that port to "
-        "speak TLS by itself.",
+        description="A certificate chain for `*.domain` (PEM), with which `preview.port` serves"
+        " TLS.",
     )
     tls_key: Path | None = Field(None, description="The certificate's private key (PEM).")
 
@@ -190,15 +194,22 @@ class FirecrackerSettings(Section):
 
     binary: str | None = Field(
         None,
-        description="Firecracker's program; default: that on PATH, else the one fetched by "
-        "`sandyard setup firecracker`.",
+        description="The Firecracker program. Default: the one on PATH, else the one that "
+        "`sandyard setup firecracker` installed.",
     )
-    jailer: str | None = Field(None, description="Its jailer's program; default: as above.")
+    jailer: str | None = Field(None, description="The jailer program. Default: likewise.")
     disk_mib_per_s: int = Field(
-        0, ge=0, le=1024 * 1024, description="MiB a second each disk of a machine may move; 0: any."
+        0,
+        ge=0,
+        le=1024 * 1024,
+        description="Disk throughput limit of each disk of a machine, in MiB/s. 0: unlimited.",
     )
     network_mib_per_s: int = Field(
-        0, ge=0, le=1024 * 1024, description="MiB a second a machine may send, and receive; 0: any."
+        0,
+        ge=0,
+        le=1024 * 1024,
+        description="Network throughput limit of a machine, in MiB/s "
+        "for each direction. 0: unlimited.",
     )
 
 
@@ -206,121 +217,128 @@ class NodeSettings(Section):
     """The host's machines."""
 
     driver: Literal["auto", "firecracker", "qemu-kvm", "qemu-tcg", "fake"] = Field(
-        "auto", description="`auto` takes the best that a probe machine boots under."
+        "auto", description="`auto` selects the fastest hypervisor that boots a probe machine."
     )
-    qemu_binary: str = Field("qemu-system-x86_64", description="QEMU's program.")
+    qemu_binary: str = Field("qemu-system-x86_64", description="The QEMU program.")
     tb_size_mib: int | None = Field(
         None,
         ge=16,
         le=1024,
-        description="MiB of translated code a machine may keep (TCG); default: a quarter of its "
-        "memory, 128 at least and 256 at most.",
+        description="The cache for translated code of an emulated machine, in MiB. Default: a "
+        "quarter of its memory, between 128 and 256.",
     )
     templates_dir: Path | None = Field(
-        None, description="Where template definitions are; default: those of this version."
+        None, description="The directory of template definitions. Default: those of this version."
     )
     kernel: Path | None = Field(
         None,
-        description="A kernel of your own for all templates, a bzImage or an ELF `vmlinux`, in "
-        "place of the distribution's; see the how-to on kernels. Templates take it in when they "
-        "are built.",
+        description="A custom kernel for all templates, a bzImage or an ELF `vmlinux`, instead "
+        "of the distribution's. It takes effect when a template is built; see the "
+        "how-to on kernels.",
     )
     kernel_modules: Path | None = Field(
         None,
-        description="The folder of its modules, such as `/lib/modules/6.12.0`; default: all that "
-        "machines need is built in.",
+        description="The directory of the kernel's modules, such as `/lib/modules/6.12.0`. "
+        "Default: none; everything that machines need is built in.",
     )
     kernel_arguments: str = Field(
         "",
-        description="What kernels are told on their command line besides what Sandyard tells them; "
-        "likewise taken in when templates are built.",
+        description="Additional kernel command-line arguments. They take effect when a template"
+        " is built.",
     )
     extra_ca: Path | None = Field(
         None,
-        description="A file of certificates (PEM) that sandboxes trust besides, for hosts behind "
-        "TLS inspection; templates take it in when they are built.",
+        description="A file of CA certificates (PEM) that sandboxes trust in addition, for "
+        "hosts behind TLS inspection. It takes effect when a template is built.",
     )
     build_network: Literal["own", "host"] = Field(
         "own",
-        description="The network of template builds. `own`: builds reach what the host reaches, "
-        "but not its loopback addresses. `host`: the host's network, for an apt proxy that listens "
-        "on a loopback address.",
+        description="The network of template builds. `own`: a separate namespace that reaches "
+        "what the host reaches, except its loopback addresses. `host`: the host's "
+        "network, for an apt proxy on a loopback address.",
     )
     images_dir: Path | None = Field(
-        None, description="Where built images are kept; default: `images` in the home."
+        None, description="The directory of built images. Default: `images` in the home."
     )
     cache_dir: Path | None = Field(
-        None, description="Where package archives are kept; default: `cache` in the home."
+        None, description="The directory of cached packages. Default: `cache` in the home."
     )
     subnet: IPv4Network | None = Field(
-        None, description="A private /20 for slots; default: a free one of 10.200.0.0/14."
+        None, description="A private /20 network for slots. Default: a free one in 10.200.0.0/14."
     )
     allow: tuple[IPv4Network, ...] = Field(
-        (), description="Private networks that sandboxes may reach all the same."
+        (), description="Private networks that sandboxes may reach. All others are blocked."
     )
     dns: tuple[IPvAnyAddress, ...] = Field(
         (),
-        description="DNS servers that answer sandboxes' queries; default: the host's own. With "
-        "those, names that only the host's network knows resolve in sandboxes as well, though what "
-        "they lead to stays out of reach; name public servers to keep such names private.",
+        description="DNS servers for sandboxes. Default: the host's own, which also resolve "
+        "names of the host's private network; the addresses stay unreachable. To "
+        "keep such names private, use public servers.",
     )
     probe_s: float = Field(
         20,
         gt=0,
         le=3600,
-        description="Seconds a probe machine may take to come up before its hypervisor is passed "
-        "over; six times that with a kernel of one's own.",
+        description="The time limit for a probe machine to start, in seconds; six times that "
+        "with a custom kernel. After it, the hypervisor is not used.",
     )
     slowest: float = Field(
         20,
         ge=1,
         le=100,
-        description="How many times longer than is said here a slow host's guests may take to "
-        "start and to answer; how much slower it is, its probe machine tells. 1: never longer.",
+        description="The most by which time limits for guests are multiplied on a slow host. "
+        "The probe machine measures how slow it is. 1: never.",
     )
     boot_s: float = Field(
-        120, gt=0, description="Seconds a machine may take to start, where a probe is up in 5."
+        120,
+        gt=0,
+        description="The time limit for a machine to start, in seconds, on a host "
+        "where a probe machine starts in 5 s.",
     )
     no_progress_s: float = Field(
         25,
         gt=0,
-        description="Seconds of a silent console after which a boot is tried again, likewise.",
+        description="Seconds without console output after which a boot is retried, on such a host.",
     )
     golden_machines: bool = Field(
         True,
-        description="Start sandboxes from saved machines; false boots each from cold, and there "
-        "is no pool.",
+        description="Whether to start sandboxes from saved machines. If false, each is "
+        "cold-booted, and there is no pool.",
     )
     odd_goldens_mib: int = Field(
         2048,
         ge=0,
-        description="MiB of disk for the saved machines of shapes that are not a template's usual "
-        "one; those used least lately go first.",
+        description="Disk space in MiB for saved machines of non-default shapes. The least "
+        "recently used are evicted.",
     )
-    boots_at_once: int = Field(2, ge=1, description="How many machines boot at the same time.")
+    boots_at_once: int = Field(2, ge=1, description="How many machines boot concurrently.")
     restores_at_once: int = Field(
-        4, ge=1, description="How many machines are restored at the same time."
+        4, ge=1, description="How many machines are restored concurrently."
     )
-    heartbeat_s: float = Field(
-        5, gt=0, description="Seconds between two questions whether an agent is there."
-    )
+    heartbeat_s: float = Field(5, gt=0, description="Seconds between health checks of an agent.")
     memory_floor_mib: int = Field(
-        1024, ge=0, description="MiB of memory the host keeps; below, creates get no_capacity."
+        1024,
+        ge=0,
+        description="Memory in MiB that is kept free on the host. Creates that "
+        "would need it fail with no_capacity.",
     )
     disk_floor_mib: int = Field(
-        1024, ge=0, description="MiB of disk the host keeps; below, creates get no_capacity."
+        1024,
+        ge=0,
+        description="Disk space in MiB that is kept free on the host. Creates that "
+        "would need it fail with no_capacity.",
     )
     memory_overcommit: float = Field(
         3.0,
         ge=0.1,
-        description="How many times the host's memory may be promised to machines in all. If it "
-        "runs short, what was used least lately is paused.",
+        description="How many times the host's memory may be allocated to machines. Under "
+        "memory pressure the least recently used are paused.",
     )
     disk_overcommit: float = Field(
         20.0,
         ge=0.1,
-        description="How many times the free disk may be promised in all. If it is full, machines "
-        "stand still until there is room.",
+        description="How many times the free disk space may be allocated. When the disk is "
+        "full, machines are stopped until there is space.",
     )
 
     @model_validator(mode="after")
@@ -351,14 +369,17 @@ class PoolSettings(Section):
         None,
         ge=0,
         le=1000,
-        description="How many always wait for each template's default shape; unset: as many as "
-        "the host has memory and processors for.",
+        description="The minimum number of waiting machines for each template's default shape. "
+        "Default: by the host's memory and processors.",
     )
     ceiling: int = Field(
-        10, ge=0, le=1000, description="How many wait at most for one shape; 0: none ever."
+        10,
+        ge=0,
+        le=1000,
+        description="The maximum number of waiting machines for one shape. 0: no pool.",
     )
     demand_window_s: float = Field(
-        60, gt=0, description="Seconds for which a create keeps one more waiting."
+        60, gt=0, description="How long a create adds one machine to the target, in seconds."
     )
 
 
@@ -366,16 +387,16 @@ class AccountSettings(Section):
     """Organizations and users."""
 
     default_plan: str = Field(
-        "enterprise", description="The plan of new organizations; see `plans`."
+        "enterprise", description="The plan of new organizations. See `plans`."
     )
     organizations_per_user: int = Field(
         5,
         ge=1,
         le=10_000,
-        description="How many organizations a user may be in and still found another.",
+        description="A user in fewer organizations than this may create another.",
     )
     failed_logins_per_minute: int = Field(
-        30, ge=1, description="Credentials that are no good an address may try in a minute."
+        30, ge=1, description="How many invalid credentials an address may try per minute."
     )
 
 
@@ -385,22 +406,24 @@ class SessionSettings(Section):
     provider: Literal["workos", "oidc"] | None = Field(
         None, description="`workos`, or `oidc` for any other OpenID Connect provider."
     )
-    client_id: str | None = Field(None, description="WorkOS: the client id; its keys are found.")
+    client_id: str | None = Field(
+        None, description="WorkOS: the client id. The signing keys are discovered."
+    )
     issuer: str | None = Field(
         None,
-        description="Who must have issued a token. `oidc`: exactly so. `workos`: how it begins, "
-        "by default `https://api.workos.com/`.",
+        description="The required issuer of tokens. `oidc`: exact. `workos`: a prefix, by "
+        "default `https://api.workos.com/`.",
     )
     jwks_url: str | None = Field(
-        None, description="Where the provider's keys are; default: found out from the above."
+        None, description="The URL of the provider's keys. Default: discovered."
     )
     audience: str | None = Field(
-        None, description="Whom a token must be for (`aud`); `oidc` needs it."
+        None, description="The required audience (`aud`) of tokens. Mandatory for `oidc`."
     )
     algorithms: tuple[Literal["RS256", "ES256"], ...] = Field(
-        ("RS256",), min_length=1, description="How a token may be signed."
+        ("RS256",), min_length=1, description="The accepted signature algorithms."
     )
-    skew_s: int = Field(30, ge=0, le=300, description="Seconds that clocks may differ.")
+    skew_s: int = Field(30, ge=0, le=300, description="The tolerated clock difference in seconds.")
     org_claim: str = Field("org_id", description="The claim that names the organization.")
     role_claim: str = Field("role", description="The claim that names the role.")
     admin_roles: tuple[str, ...] = Field(
@@ -430,29 +453,33 @@ class PriceSettings(Section):
     """Prices in cents; up to six places after the point."""
 
     vcpu_hour: Decimal = Field(
-        Decimal("5"), ge=0, le=1_000_000, decimal_places=6, description="Of a vCPU for an hour."
+        Decimal("5"),
+        ge=0,
+        le=1_000_000,
+        decimal_places=6,
+        description="Cents for a vCPU for an hour.",
     )
     memory_gib_hour: Decimal = Field(
         Decimal("1.5"),
         ge=0,
         le=1_000_000,
         decimal_places=6,
-        description="Of a GiB of memory for an hour.",
+        description="Cents for a GiB of memory for an hour.",
     )
     disk_gib_month: Decimal = Field(
         Decimal("10"),
         ge=0,
         le=1_000_000,
         decimal_places=6,
-        description="Of a GiB of a running sandbox's disk for a month of 730 hours.",
+        description="Cents for a GiB of a running sandbox's disk for a month of 730 hours.",
     )
     storage_gib_month: Decimal = Field(
         Decimal("10"),
         ge=0,
         le=1_000_000,
         decimal_places=6,
-        description="Of a GiB that is kept (paused sandboxes, snapshots, workspaces) for such a "
-        "month.",
+        description="Cents for a GiB of stored data (paused sandboxes, snapshots, workspaces) "
+        "for a month of 730 hours.",
     )
 
 
@@ -461,20 +488,24 @@ class BillingSettings(Section):
 
     enforce: bool = Field(
         True,
-        description="Refuse and pause what cannot be paid for; false only keeps the count.",
+        description="Whether to refuse creates without credits and to pause sandboxes when "
+        "credits run out. If false, usage is only recorded.",
     )
     sign_up_cents: int = Field(
-        10_000, ge=0, le=10**12, description="What a user's first organization is given, once."
+        10_000, ge=0, le=10**12, description="Credits for a user's first organization, in cents."
     )
     prices: PriceSettings = PriceSettings()
     stripe_secret: SecretStr | None = Field(
-        None, description="Stripe's secret key; without it, no top-ups by card."
+        None,
+        description="Stripe's secret key. Default: none, and credits cannot be bought by card.",
     )
     stripe_webhook_secret: SecretStr | None = Field(
-        None, description="What Stripe signs its events with; see the how-to on teams."
+        None, description="The signing secret of Stripe's webhook. See the how-to on teams."
     )
-    stripe_api: str | None = Field(None, description="Another address of Stripe's API, for tests.")
-    currency: str = Field("usd", pattern=r"^[a-z]{3}$", description="What a cent is a cent of.")
+    stripe_api: str | None = Field(
+        None, description="An alternative URL of Stripe's API, for tests."
+    )
+    currency: str = Field("usd", pattern=r"^[a-z]{3}$", description="The currency.")
 
 
 class PlanSettings(Section):
@@ -496,19 +527,17 @@ class WorkspaceSettings(Section):
     """Workspaces: folders that outlive sandboxes."""
 
     quota_mib: int = Field(
-        10_240, ge=16, le=2**24, description="MiB that a new workspace may hold."
+        10_240, ge=16, le=2**24, description="The size limit of new workspaces in MiB."
     )
-    upload_mib: int = Field(
-        100, ge=1, le=2**20, description="MiB of the largest file that is taken in one upload."
-    )
+    upload_mib: int = Field(100, ge=1, le=2**20, description="The size limit of one upload in MiB.")
     volumes: Literal["auto", "images", "folders"] = Field(
         "auto",
-        description="What files lie in: `images` are file systems of their own, which the kernel "
-        "keeps to their size; `folders` are for a mount that servers share. `auto` is images "
-        "wherever they can be mounted.",
+        description="How workspaces are stored. `images`: each in its own file system, which "
+        "enforces its size. `folders`: directories, for a mount that several "
+        "servers share. `auto`: images where they can be mounted.",
     )
     folder: Path | None = Field(
-        None, description="Where they lie; default: `workspaces` in the home."
+        None, description="The directory of workspaces. Default: `workspaces` in the home."
     )
     attribute_cache_s: int = Field(
         0,
@@ -526,27 +555,27 @@ class ClusterSettings(Section):
 
     nats: tuple[str, ...] = Field(
         (),
-        description="Control planes: where NATS is, as they and the nodes reach it, such as "
-        '`["tls://10.0.0.5:4222"]`.',
+        description="Control planes: the URLs of the NATS servers, as control planes and nodes "
+        'reach them, such as `["tls://10.0.0.5:4222"]`.',
     )
     host: str = Field(
         "0.0.0.0",  # noqa: S104 - both ends of what listens here show certificates
-        description="The address to listen on: a control plane for nodes that join, a node for "
-        "control planes.",
+        description="The address to listen on. Control planes listen for nodes that join, nodes"
+        " for control planes.",
     )
     port: int = Field(8700, ge=1, le=65535, description="The port to listen on, TCP with TLS.")
     metrics_port: int | None = Field(
         None,
         ge=1,
         le=65535,
-        description="A node: the port on which it serves its own /metrics, at `http.host`, as "
-        "`http.metrics_token` allows; default: none.",
+        description="Nodes: the port for the node's own /metrics, on `http.host` and protected "
+        "by `http.metrics_token`. Default: none.",
     )
     address: str | None = Field(
         None,
         pattern=_HOST,
-        description="The host by which the others reach this one; default: a control plane's own "
-        "name, and the address by which a node reached the control plane when it joined.",
+        description="The address by which other hosts reach this one. Default: for a control "
+        "plane its host name, for a node the address from which it joined.",
     )
 
     @field_validator("nats")
@@ -567,17 +596,22 @@ class LogSettings(Section):
     """The log: on standard error, or in a file that is kept from growing."""
 
     file: Path | None = Field(
-        None, description="Where to write instead; `scripts/up` sets `server.log` in the home."
+        None,
+        description="The log file. Default: standard error; `scripts/up` sets "
+        "`server.log` in the home.",
     )
     file_mib: int = Field(
-        32, ge=1, le=10_240, description="MiB at which the file is begun anew; three are kept."
+        32,
+        ge=1,
+        le=10_240,
+        description="The size in MiB at which the log file is rotated. Three old files are kept.",
     )
 
     level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The least severe lines to write."
+        "info", description="The minimum severity."
     )
     format: Literal["auto", "text", "json"] = Field(
-        "auto", description="`auto` is text on a terminal and JSON lines elsewhere."
+        "auto", description="`auto`: text on a terminal, JSON lines otherwise."
     )
 
 
@@ -591,7 +625,7 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    home: Path = Field(DEFAULT_HOME, description="Where the installation's state lives.")
+    home: Path = Field(DEFAULT_HOME, description="The directory of the installation's state.")
     http: HttpSettings = HttpSettings()
     ssh: SshSettings = SshSettings()
     preview: PreviewSettings = PreviewSettings()

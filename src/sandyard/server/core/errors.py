@@ -99,19 +99,19 @@ class SandyardError(Exception):
 
 
 class InvalidArgumentError(SandyardError):
-    """The request is wrong in a way that only the caller can mend."""
+    """The request is invalid; the caller has to change it."""
 
     code = Code.BAD_REQUEST
 
 
 class KeyReusedError(InvalidArgumentError):
-    """An idempotency key came before, with another request."""
+    """The idempotency key was used before, with a different request."""
 
     code = Code.IDEMPOTENCY_KEY_REUSED
 
 
 class UnauthenticatedError(SandyardError):
-    """No credential came with the request."""
+    """The request has no credential."""
 
     code = Code.UNAUTHORIZED
 
@@ -123,19 +123,20 @@ class InvalidTokenError(UnauthenticatedError):
 
 
 class TokenExpiredError(UnauthenticatedError):
-    """The credential was good once."""
+    """The credential has expired."""
 
     code = Code.TOKEN_EXPIRED
 
 
 class PermissionDeniedError(SandyardError):
-    """The actor is known and lacks a scope or a role."""
+    """The credential lacks a scope or a role."""
 
     code = Code.FORBIDDEN
 
 
 class NotFoundError(SandyardError):
-    """The thing is absent or belongs to another organization; which of the two is not told."""
+    """The resource does not exist, or belongs to another organization. The answer does not say
+    which."""
 
     code = Code.NOT_FOUND
 
@@ -145,25 +146,25 @@ class GuestNotFoundError(NotFoundError):
 
 
 class AlreadyExistsError(SandyardError):
-    """A name or thing that must be unique is taken."""
+    """A name or resource that must be unique exists already."""
 
     code = Code.CONFLICT
 
 
 class WorkspaceInUseError(SandyardError):
-    """A sandbox has the workspace mounted; whoever means it all the same says so."""
+    """A sandbox has the workspace mounted. The caller may force the request."""
 
     code = Code.WORKSPACE_IN_USE
 
 
 class LimitReachedError(SandyardError):
-    """The organization has as much as its plan allows at one time."""
+    """The organization has reached a limit of its plan."""
 
     code = Code.LIMIT_REACHED
 
 
 class ConflictError(SandyardError):
-    """The present status does not allow the request, or the caller lost a race."""
+    """The current status does not allow the request, or a concurrent request came first."""
 
     code = Code.INVALID_STATE
 
@@ -180,19 +181,19 @@ class MachineDeadError(ConflictError):
 
 
 class QuotaExceededError(SandyardError):
-    """The organization cannot pay for what was asked."""
+    """The organization's credits do not suffice."""
 
     code = Code.INSUFFICIENT_CREDITS
 
 
 class PayloadTooLargeError(SandyardError):
-    """The request is larger than a stated limit."""
+    """The request exceeds a size limit."""
 
     code = Code.PAYLOAD_TOO_LARGE
 
 
 class RateLimitedError(SandyardError):
-    """Too many requests came in too short a time; `retry_after_s` says when one is good again."""
+    """Too many requests. `retry_after_s` says how long to wait."""
 
     code = Code.RATE_LIMITED
     retryable = True
@@ -203,10 +204,10 @@ class RateLimitedError(SandyardError):
 
 
 class AgentError(SandyardError):
-    """The agent in a sandbox answered what its protocol does not allow.
+    """The agent in the sandbox violated its protocol.
 
-    What runs as root in a guest can have it say anything, so this is the sandbox's fault, not the
-    server's.
+    A process that runs as root in a guest can make the agent send anything, so this is a fault of
+    the sandbox, not of the server.
     """
 
     code = Code.AGENT_ERROR
@@ -221,38 +222,38 @@ class AgentError(SandyardError):
 
 
 class DamagedError(SandyardError):
-    """Something that was saved is not as it was, or does not fit this host any more."""
+    """Saved data is damaged, or does not fit this host any more."""
 
     code = Code.DAMAGED
 
 
 class UnsupportedError(SandyardError):
-    """This driver, template or host cannot do what was asked."""
+    """This driver, template or host does not support the request."""
 
     code = Code.UNSUPPORTED
 
 
 class NotImplementedYetError(SandyardError):
-    """The contract has it and this version does not, yet."""
+    """The route is planned and not implemented in this version."""
 
     code = Code.NOT_IMPLEMENTED
 
 
 class UnavailableError(SandyardError):
-    """The request is good and cannot be served now."""
+    """The request is valid and cannot be served now."""
 
     code = Code.UNAVAILABLE
     retryable = True
 
 
 class NoCapacityError(UnavailableError):
-    """The host has no room for one more now."""
+    """The host has no capacity for another machine now."""
 
     code = Code.NO_CAPACITY
 
 
 class DeadlineExceededError(UnavailableError):
-    """A wait reached its limit; the work may or may not have been done."""
+    """A wait reached its limit. The work may still complete."""
 
     code = Code.DEADLINE_EXCEEDED
 
@@ -263,7 +264,7 @@ class AgentSilentError(UnavailableError):
 
 
 class InternalError(SandyardError):
-    """A bug or a broken invariant; a person should look at the log."""
+    """A bug or a broken invariant. The server's log has the details."""
 
     code = Code.INTERNAL_ERROR
 
