@@ -1,4 +1,4 @@
-"""The client for threads: `Sandbox`, and the `Sandyard` that they belong to."""
+"""The synchronous client: `Sandyard` is a connection to a server, `Sandbox` one sandbox."""
 
 import builtins
 import threading
@@ -39,13 +39,13 @@ T = TypeVar("T")
 
 
 class Sandyard:
-    """A connection to a server; use it as a context manager or call `close`.
+    """A connection to a server. Use it as a context manager, or call `close`.
 
-    What is not given is taken from SANDYARD_API_KEY and SANDYARD_URL, or else from the command
-    line's configuration. A call that is safe to repeat is sent again up to `retries` times.
+    URL and key default to SANDYARD_URL and SANDYARD_API_KEY, then to the command line's
+    configuration. Idempotent calls are retried up to `retries` times.
 
     Raises:
-        ConfigError: nothing says where the server is.
+        ConfigError: no server is configured.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Sandyard:
 
     @property
     def config(self) -> ClientConfig:
-        """Where the server is, and what it is shown."""
+        """The server's URL and the API key."""
         return self._transport.config
 
     def close(self) -> None:
@@ -78,10 +78,10 @@ class Sandyard:
         idempotency_key: str | None = None,
         **options: Any,
     ) -> "Sandbox":
-        """Create a sandbox; `options` are the fields of the HTTP API, such as `name` or `env`.
+        """Create a sandbox. `options` are fields of the HTTP API, such as `name` or `env`.
 
-        It is returned once it runs, or so many seconds have gone by, 60 at most. The same
-        `idempotency_key` and options within a day return what was made the first time.
+        Returns when the sandbox is running, or after `wait_s` seconds, 60 at most. Repeating a call
+        with the same `idempotency_key` and options within 24 hours returns the first result.
         """
         return self._sandbox(calls.create(template, wait_s, idempotency_key, options))
 
@@ -98,7 +98,7 @@ class Sandyard:
             yield Sandbox(self, one)
 
     def delete(self, reference: str) -> None:
-        """Delete a sandbox and return when it is gone."""
+        """Delete a sandbox and wait until it is gone."""
         self._transport.send(calls.delete(reference))
 
     def execute(
@@ -112,34 +112,34 @@ class Sandyard:
         stdin: str | bytes | None = None,
         user: str = "root",
     ) -> ExecResult:
-        """Run a command in a sandbox and return how it ended: a line for its shell, or a program
-        with its arguments."""
+        """Run a command in a sandbox and return its result. A string is a shell command line, a
+        sequence is a program and its arguments."""
         call = calls.execute(
             reference, command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
         )
         return self._transport.send(call)
 
     def pause(self, reference: str) -> "Sandbox":
-        """Save a sandbox to disk, processes and all, and return it when its memory is free."""
+        """Pause a sandbox: save memory and processes to disk. Return it once its memory is free."""
         self._transport.send(calls.act(reference, "pause"))
         return self.get(reference)
 
     def resume(self, reference: str) -> "Sandbox":
-        """Let a paused sandbox go on where it stood, and return it when it runs."""
+        """Resume a paused sandbox and wait until it is running."""
         self._transport.send(calls.act(reference, "resume"))
         return self.get(reference)
 
     def restart(self, reference: str) -> "Sandbox":
-        """Boot a sandbox from its own disk, also one that does not answer, and return it."""
+        """Reboot a sandbox from its disk, even if it is unresponsive. Memory is lost."""
         self._transport.send(calls.act(reference, "restart", safe=False))
         return self.get(reference)
 
     def logs(self, reference: str) -> str:
-        """Return the last of what a sandbox's machine printed on its console."""
+        """Return the end of a sandbox's console log."""
         return self._transport.send(calls.logs(reference))
 
     def touch(self, reference: str) -> "Sandbox":
-        """Count as a use of a sandbox, so that it is not paused for being idle."""
+        """Reset the idle timer of a sandbox."""
         return self._sandbox(calls.act(reference, "touch"))
 
     def change(self, reference: str, **changes: Any) -> "Sandbox":
@@ -149,16 +149,16 @@ class Sandyard:
     def fork(
         self, reference: str, count: int = 1, *, name: str | None = None
     ) -> builtins.list["Sandbox"]:
-        """Make sandboxes that begin as this one is now: files, memory and processes."""
+        """Create sandboxes from the current state of this one: files, memory and processes."""
         made = self._transport.send(calls.fork(reference, count, name))
         return [Sandbox(self, one) for one in made]
 
     def snapshot(self, reference: str, name: str | None = None) -> Snapshot:
-        """Save a sandbox as it is now; it goes on running."""
+        """Save the current state of a sandbox, which keeps running."""
         return self._transport.send(calls.snapshot(reference, name))
 
     def roll_back(self, reference: str, snapshot: str) -> "Sandbox":
-        """Put a sandbox back to one of its snapshots; what it was until then is lost."""
+        """Restore a sandbox to one of its snapshots. Its current state is lost."""
         return self._sandbox(calls.roll_back(reference, snapshot))
 
     def snapshots(self) -> Iterator[Snapshot]:
@@ -166,16 +166,16 @@ class Sandyard:
         yield from self._pages("/v1/snapshots", {}, snapshot_of)
 
     def delete_snapshot(self, reference: str) -> None:
-        """Remove a snapshot; what was made from it lives on."""
+        """Delete a snapshot. Sandboxes created from it are not affected."""
         self._transport.send(calls.delete_snapshot(reference))
 
     def url(
         self, reference: str, port: int, *, cookie: bool = False, ttl: int | None = None
     ) -> PreviewUrl:
-        """Return a URL under which whoever has it sees what listens on a port of a sandbox.
+        """Return a preview URL of a port. Anyone who has the URL can use it.
 
-        Its token is in the host name, or with `cookie` in the query: then a browser keeps a cookie.
-        It holds for `ttl` seconds at least, without for as long as the server says.
+        The token is in the host name, or with `cookie` in the query, and then in a cookie of the
+        browser. The URL is valid for at least `ttl` seconds; the default is the server's setting.
         """
         return self._transport.send(calls.url(reference, port, cookie=cookie, ttl=ttl))
 
@@ -184,11 +184,11 @@ class Sandyard:
         return self._transport.send(calls.ssh(reference))
 
     def stats(self, reference: str) -> Mapping[str, float]:
-        """Return a sandbox's figures as of now."""
+        """Return a sandbox's current resource usage."""
         return self._transport.send(calls.stats(reference))
 
     def workspaces(self) -> builtins.list[Workspace]:
-        """Return the workspaces of the organization, and those of your own."""
+        """Return the organization's workspaces and your own."""
         return self._transport.send(workspaces.listing())
 
     def workspace(self, reference: str) -> Workspace:
@@ -196,16 +196,16 @@ class Sandyard:
         return self._transport.send(workspaces.find(reference))
 
     def create_workspace(self, name: str, *, slug: str | None = None) -> Workspace:
-        """Make a workspace."""
+        """Create a workspace."""
         return self._transport.send(workspaces.create(name, slug))
 
     def rename_workspace(self, reference: str, name: str) -> Workspace:
-        """Call a workspace something else; its slug stays."""
+        """Rename a workspace. Its slug does not change."""
         return self._transport.send(workspaces.rename(reference, name))
 
     def delete_workspace(self, reference: str, *, force: bool = False) -> None:
-        """Remove a workspace with all that is in it; with `force` sandboxes lose it that have it
-        mounted."""
+        """Delete a workspace and its files. With `force`, unmount it from running sandboxes
+        first."""
         self._transport.send(workspaces.delete(reference, force=force))
 
     def workspace_files(self, reference: str) -> WorkspaceFiles:
@@ -213,36 +213,36 @@ class Sandyard:
         return WorkspaceFiles(self._transport, reference)
 
     def templates(self) -> builtins.list[Template]:
-        """Return what sandboxes can be made from."""
+        """Return the templates."""
         return self._transport.send(calls.templates())
 
     def credits(self) -> Mapping[str, Any]:
-        """Return the organization's credits, in cents: `balanceCents` and what came and went."""
+        """Return the organization's credits in cents: `balanceCents` and totals."""
         return self._transport.send(calls.credits_left())
 
     def usage(self, period: str = "current") -> Mapping[str, Any]:
-        """Return what was used in a period: `current` (this month), `7d`, `30d`, `all_time`."""
+        """Return the usage in a period: `current` (this month), `7d`, `30d` or `all_time`."""
         return self._transport.send(calls.usage(period))
 
     def files(self, reference: str, *, user: str = "root") -> Files:
-        """Return the files of a sandbox, as one of its users sees them."""
+        """Return the files of a sandbox, accessed as `user`."""
         return Files(self._transport, calls.sandbox_path(reference), user)
 
     def desktop(self, reference: str) -> Desktop:
-        """Return the screen of a sandbox of a desktop template."""
+        """Return the screen of a sandbox with a desktop template."""
         return Desktop(self._transport, calls.sandbox_path(reference))
 
     def processes(self, reference: str) -> Processes:
-        """Return the processes of a sandbox, which live on when whoever started them has gone."""
+        """Return the processes of a sandbox. They keep running when the client disconnects."""
         return Processes(self._transport, calls.sandbox_path(reference))
 
     def statuses(self, reference: str) -> Iterator["Sandbox"]:
-        """Yield a sandbox as it is, and again whenever its status changes, until it is gone."""
+        """Yield a sandbox now, and after each change of its status, until it is deleted."""
         for one in self._transport.follow(Statuses(calls.sandbox_path(reference))):
             yield Sandbox(self, one)
 
     def ask(self, method: str, path: str, *, query: Any = None, body: Any = None) -> Any:
-        """Ask for anything of the HTTP API, and return the answer's JSON."""
+        """Call any endpoint of the HTTP API and return the decoded JSON."""
         return self._transport.send(calls.plain(method, path, query=query, body=body))
 
     def _sandbox(self, call: calls.Call[calls.Raw]) -> "Sandbox":
@@ -260,9 +260,9 @@ class Sandyard:
 
 
 class Sandbox(SandboxFacts):
-    """A sandbox that can be used.
+    """A sandbox.
 
-    `Sandbox.create()` makes one; in a `with` block it is deleted at the end::
+    `Sandbox.create()` creates one. In a `with` block it is deleted at the end::
 
         with Sandbox.create() as sbx:
             print(sbx.exec("uname -a").stdout)
@@ -285,13 +285,13 @@ class Sandbox(SandboxFacts):
         wait_s: float = 60.0,
         **options: Any,
     ) -> "Sandbox":
-        """Create a sandbox and return it once it runs; see `Sandyard.create`.
+        """Create a sandbox and wait until it is running. See `Sandyard.create`.
 
-        Without a `client` it has a connection of its own, to the server that is configured.
+        Without a `client` it opens a connection to the configured server.
 
         Raises:
-            NotReadyError: it did not come up in time, and was deleted, unless it was asked for with
-                an `idempotency_key` of the caller's.
+            NotReadyError: it did not start in time. It was deleted, unless the caller passed an
+                `idempotency_key`.
         """
         own = client or Sandyard()
         # The same again is the same sandbox: also one whose answer never came can be deleted. Where
@@ -317,7 +317,7 @@ class Sandbox(SandboxFacts):
 
     @classmethod
     def connect(cls, reference: str, *, client: Sandyard | None = None) -> "Sandbox":
-        """Return a sandbox that is there, by id or name."""
+        """Return an existing sandbox, by id or name."""
         own = client or Sandyard()
         try:
             return cls(own, own.get(reference).raw, owns_client=client is None)
@@ -331,7 +331,7 @@ class Sandbox(SandboxFacts):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Delete it, if it is still there."""
+        """Delete the sandbox if it still exists."""
         try:
             self.delete()
         except NotFoundError:
@@ -340,20 +340,20 @@ class Sandbox(SandboxFacts):
             self.close()
 
     def close(self) -> None:
-        """Close the connection, if it is this one's own; the sandbox stays."""
+        """Close the connection if this sandbox opened it. The sandbox is not deleted."""
         if self._owns_client:
             self._client.close()
 
     def refresh(self) -> Self:
-        """Learn how it is now."""
+        """Refresh from the server."""
         self.raw = self._client.get(self.id).raw
         return self
 
     def wait_until_ready(self, limit_s: float = 60.0) -> Self:
-        """Return once it runs.
+        """Wait until the sandbox is running.
 
         Raises:
-            NotReadyError: it does not come up, or not in time.
+            NotReadyError: it failed to start, or not in time.
         """
         until = time.monotonic() + limit_s
         while self.status != "running":
@@ -377,12 +377,13 @@ class Sandbox(SandboxFacts):
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
     ) -> ExecResult:
-        """Run a command and return how it ended: a line for the shell, or a program and arguments.
+        """Run a command and return its result. A string is a shell command line, a sequence is a
+        program and its arguments.
 
-        `on_stdout` and `on_stderr` are told text as it is printed.
+        `on_stdout` and `on_stderr` receive output as text while the command runs.
 
         Raises:
-            CommandFailedError: it did not end with 0, and `check` is set.
+            CommandFailedError: the exit code is not 0 and `check` is set.
         """
         if on_stdout is None and on_stderr is None:
             result = self._client.execute(
@@ -405,9 +406,9 @@ class Sandbox(SandboxFacts):
         stdin: str | bytes | None = None,
         user: str = "root",
     ) -> Iterator[ProcessEvent]:
-        """Run a command and yield what it prints as it comes, and at last how it ended.
+        """Run a command and yield its output as it is printed, and finally its exit.
 
-        What is left of it when nobody takes any more is ended.
+        The command is ended if the caller stops iterating.
         """
         options = calls.run_options(timeout_s, cwd, env, user, has_stdin=stdin is not None)
         process = self.processes.start(command, **options)
@@ -439,11 +440,11 @@ class Sandbox(SandboxFacts):
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
     ) -> CodeResult:
-        """Run a piece of Python or of JavaScript (`node`) in an interpreter that is kept: what one
-        piece defines, the next can use. One piece runs at a time.
+        """Run Python or JavaScript (`node`) code in a persistent interpreter: later calls see
+        earlier definitions. Calls run one at a time.
 
-        The value of its last expression is told, and what it raised. After `timeout_s` the
-        interpreter is ended; the next piece begins in a new one.
+        The result has the value of the last expression and any exception. After `timeout_s` the
+        interpreter is ended, and the next call starts a new one.
         """
         argv = argv_of(language)
         piece, heard = Piece(code), calls.Heard(on_stdout, on_stderr)
@@ -497,49 +498,49 @@ class Sandbox(SandboxFacts):
 
     @property
     def files(self) -> Files:
-        """Its files, as root sees them."""
+        """Its files, accessed as root."""
         return self._client.files(self.id)
 
     def files_as(self, user: str) -> Files:
-        """Return its files, as one of its users sees them."""
+        """Return its files, accessed as another user."""
         return self._client.files(self.id, user=user)
 
     @property
     def desktop(self) -> Desktop:
-        """Its screen, if it is of a desktop template."""
+        """Its screen, if it has a desktop template."""
         return self._client.desktop(self.id)
 
     @property
     def processes(self) -> Processes:
-        """Its processes, which live on when whoever started them has gone."""
+        """Its processes. They keep running when the client disconnects."""
         return self._client.processes(self.id)
 
     def pause(self) -> Self:
-        """Save it to disk, processes and all; its memory is free then."""
+        """Pause it: save memory and processes to disk, and free the host's memory."""
         return self._now(self._client.pause(self.id))
 
     def resume(self) -> Self:
-        """Let it go on where it stood."""
+        """Resume it."""
         return self._now(self._client.resume(self.id))
 
     def restart(self) -> Self:
-        """Boot it from its own disk; what was in memory is given up."""
+        """Reboot it from its disk. Memory is lost."""
         return self._now(self._client.restart(self.id))
 
     def fork(self, count: int = 1, *, name: str | None = None) -> list["Sandbox"]:
-        """Make sandboxes that begin as this one is now: files, memory and processes."""
+        """Create sandboxes from the current state of this one: files, memory and processes."""
         return self._client.fork(self.id, count, name=name)
 
     def snapshot(self, name: str | None = None) -> Snapshot:
-        """Save it as it is now; it goes on running."""
+        """Save its current state. It keeps running."""
         return self._client.snapshot(self.id, name)
 
     def roll_back(self, snapshot: str) -> Self:
-        """Put it back to one of its snapshots; what it was until then is lost."""
+        """Restore it to one of its snapshots. Its current state is lost."""
         return self._now(self._client.roll_back(self.id, snapshot))
 
     def url(self, port: int, *, cookie: bool = False, ttl: int | None = None) -> PreviewUrl:
-        """Return a URL of what listens on one of its ports. See `Sandyard.url`."""
+        """Return a preview URL of one of its ports. See `Sandyard.url`."""
         return self._client.url(self.id, port, cookie=cookie, ttl=ttl)
 
     def ssh(self) -> SshAccess:
@@ -547,15 +548,15 @@ class Sandbox(SandboxFacts):
         return self._client.ssh(self.id)
 
     def stats(self) -> Mapping[str, float]:
-        """Return its figures as of now."""
+        """Return its current resource usage."""
         return self._client.stats(self.id)
 
     def logs(self) -> str:
-        """Return the last of what its machine printed on its console."""
+        """Return the end of its console log."""
         return self._client.logs(self.id)
 
     def touch(self) -> Self:
-        """Count as a use of it, so that it is not paused for being idle."""
+        """Reset its idle timer."""
         return self._now(self._client.touch(self.id))
 
     def change(self, **changes: Any) -> Self:
@@ -563,7 +564,7 @@ class Sandbox(SandboxFacts):
         return self._now(self._client.change(self.id, **changes))
 
     def delete(self) -> None:
-        """Delete it and return when it is gone."""
+        """Delete it and wait until it is gone."""
         self._client.delete(self.id)
 
     def _now(self, known: "Sandbox") -> Self:
@@ -572,8 +573,8 @@ class Sandbox(SandboxFacts):
 
 
 def _feed(process: Process, stdin: str | bytes, is_enough: threading.Event) -> None:
-    """Write what a process is to read, until nobody hears it any more: to write on to one whose
-    sandbox was paused would resume that."""
+    """Write input to a process until nobody follows it any more. Writing to one whose sandbox was
+    paused would resume the sandbox."""
     left = memoryview(stdin.encode() if isinstance(stdin, str) else stdin)
     with suppress(SandyardError):  # one that has ended takes no more, which its end tells
         while left and not is_enough.is_set():

@@ -1,7 +1,7 @@
-"""Runs pieces of code in an interpreter that is kept: what one defines, the next can use.
+"""Runs code in a persistent interpreter: later pieces of code see earlier definitions.
 
-The interpreter is a process of the sandbox that reads a request a line and marks the end of what a
-piece of code printed, on both of its streams, by a word that nobody else knows.
+The interpreter is a process in the sandbox. It reads one request per line, and marks the end of a
+piece's output on both streams with a secret word.
 """
 
 import json
@@ -131,10 +131,10 @@ ARGV = {"python": ["python3", "-u", "-c", PYTHON], "node": ["node", "-e", NODE]}
 
 
 def argv_of(language: str) -> list[str]:
-    """Return what runs a language.
+    """Return the command of a language's interpreter.
 
     Raises:
-        ValueError: there is nothing for it here.
+        ValueError: the language is not supported.
     """
     try:
         return ARGV[{"javascript": "node", "js": "node"}.get(language, language)]
@@ -143,12 +143,12 @@ def argv_of(language: str) -> list[str]:
 
 
 class SessionEndedError(SandyardError):
-    """The interpreter ended in the middle; the next piece of code begins in a new one."""
+    """The interpreter ended during the call; the next call starts a new one."""
 
 
 @dataclass
 class Piece:
-    """A piece of code that runs: what came of it so far."""
+    """A piece of code in progress, and its result so far."""
 
     code: str
     mark: str = field(default_factory=lambda: secrets.token_hex(16))
@@ -161,19 +161,19 @@ class Piece:
     is_cut: bool = False
 
     def request(self) -> bytes:
-        """Return the line that asks for it."""
+        """Return the line that requests it."""
         return json.dumps({"code": self.code, "mark": self.mark}).encode() + b"\n"
 
     @property
     def is_done(self) -> bool:
-        """Whether it has come to its end on both streams."""
+        """Whether it has finished on both streams."""
         return len(self._ended) == len(self._said)
 
     def feed(self, event: ProcessEvent) -> None:
-        """Take what the interpreter printed.
+        """Process output of the interpreter.
 
         Raises:
-            SessionEndedError: it ended.
+            SessionEndedError: the interpreter ended.
         """
         match event:
             case Exited(exit_code=code, signal=signal):
@@ -209,8 +209,7 @@ class Piece:
                 del said[at:]
 
     def new_text(self, stream: str) -> bytes:
-        """Return what was printed on a stream and not returned before, but for what may be the
-        beginning of its end."""
+        """Return new output of a stream, without what may be the start of the end mark."""
         said, head = self._said.get(stream, bytearray()), b"\0" + self.mark.encode()
         begin, at = self._shown.get(stream, 0), self._heads.get(stream, -1)
         end = len(said) if at < 0 else min(at, len(said))
@@ -222,12 +221,12 @@ class Piece:
         return bytes(said[begin:end])
 
     def result(self) -> CodeResult:
-        """Return what came of it."""
+        """Return the result."""
         value, error = json.loads(self._ended["stdout"])
         return self._result(value, CodeError(*error) if error else None)
 
     def broken(self, name: str, message: str) -> CodeResult:
-        """Return what came of it until it was broken off."""
+        """Return the result up to the point where it was interrupted."""
         return self._result(None, CodeError(name, message, ""))
 
     def _result(self, value: Any, error: CodeError | None) -> CodeResult:

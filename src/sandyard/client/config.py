@@ -1,4 +1,4 @@
-"""Where the server is, and which key it is shown."""
+"""The server's URL and the API key, and where they are configured."""
 
 import json
 import os
@@ -15,20 +15,20 @@ class ConfigError(SandyardError):
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """Where the server is and what to show it."""
+    """The server's URL and the API key."""
 
     url: str
     api_key: str = field(repr=False)
 
 
 def config_path() -> Path:
-    """Return the file that keeps URL and key."""
+    """Return the path of the configuration file."""
     base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(base) / "sandyard" / "config.toml"
 
 
 def read_config() -> ClientConfig | None:
-    """Return what is configured; SANDYARD_URL and SANDYARD_API_KEY win over the file.
+    """Return the configuration. SANDYARD_URL and SANDYARD_API_KEY override the file.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -40,10 +40,10 @@ def read_config() -> ClientConfig | None:
 
 
 def find_config(api_key: str | None, base_url: str | None) -> ClientConfig:
-    """Return what is given, and what is configured for what is not.
+    """Return the given values, completed from the configuration.
 
     Raises:
-        ConfigError: nothing says where the server is, or which key to show it.
+        ConfigError: no server or no key is configured.
     """
     if api_key is not None and base_url is not None:
         return _checked(base_url, api_key)
@@ -60,7 +60,7 @@ def find_config(api_key: str | None, base_url: str | None) -> ClientConfig:
 
 
 def write_config(config: ClientConfig) -> Path:
-    """Keep URL and key in a file that only this user may read, and return its path."""
+    """Save URL and key in a file that only this user can read, and return its path."""
     path = config_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

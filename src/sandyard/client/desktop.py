@@ -1,4 +1,4 @@
-"""The screen of a sandbox that has one: pictures of it, a pointer and a keyboard."""
+"""The screen of a sandbox: screenshots, pointer and keyboard."""
 
 from typing import Any
 
@@ -10,50 +10,50 @@ _PICTURE_S = 60.0
 
 
 class Desktop:
-    """A screen, and what is done on it. Places are in pixels, from its upper left corner."""
+    """A screen, and actions on it. Coordinates are pixels from the upper left corner."""
 
     def __init__(self, transport: Transport, path: str) -> None:
         self._transport = transport
         self._path = f"{path}/desktop"
 
     def screenshot(self) -> bytes:
-        """Return a picture of it as it is now, a PNG.
+        """Return a screenshot as PNG.
 
         Raises:
-            ApiError: the sandbox has no screen, or it is not there yet.
+            ApiError: the sandbox has no screen, or it is still starting.
         """
         with self._transport.stream(_picture(self._path)) as answer:
             return answer.read()
 
     def click(self, x: int, y: int, *, button: str = "left", count: int = 1) -> None:
-        """Click somewhere: `button` is left, middle or right; a `count` of 2 is a double click."""
+        """Click at a point. `button` is left, middle or right; a `count` of 2 is a double click."""
         body = {"x": x, "y": y, "button": button, "count": count}
         self._transport.send(_done(self._path, "click", body))
 
     def move(self, x: int, y: int) -> None:
-        """Move the pointer somewhere."""
+        """Move the pointer to a point."""
         self._transport.send(_done(self._path, "move", {"x": x, "y": y}))
 
     def drag(
         self, source: tuple[int, int], target: tuple[int, int], *, button: str = "left"
     ) -> None:
-        """Press a button at one place, and let go of it at another."""
+        """Press a button at one point, and release it at another."""
         self._transport.send(_done(self._path, "drag", _way(source, target, button)))
 
     def scroll(self, x: int, y: int, *, dx: int = 0, dy: int = 0) -> None:
-        """Turn the wheel over a place, by notches: below 0 they go left, or up."""
+        """Scroll at a point, in notches. Negative values scroll left or up."""
         self._transport.send(_done(self._path, "scroll", {"x": x, "y": y, "dx": dx, "dy": dy}))
 
     def type(self, text: str) -> None:
-        """Type a text into whatever has the focus."""
+        """Type text into the focused window."""
         self._transport.send(_done(self._path, "type", {"text": text}))
 
     def press(self, keys: str) -> None:
-        """Press keys together, such as `Return` or `ctrl+shift+t`."""
+        """Press a combination of keys, such as `Return` or `ctrl+shift+t`."""
         self._transport.send(_done(self._path, "key", {"keys": keys}))
 
     def windows(self) -> list[WindowInfo]:
-        """Return the windows on it, the oldest first."""
+        """Return the windows, oldest first."""
         return self._transport.send(_windows(self._path))
 
 

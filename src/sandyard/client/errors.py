@@ -1,4 +1,4 @@
-"""What the SDK raises."""
+"""Errors of the SDK."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,9 @@ class SandyardError(Exception):
 
 
 class ApiError(SandyardError):
-    """The server refused; `code` is for programs, the message for people.
+    """The server refused the request. `code` is for programs, the message for people.
 
-    `details` are the small values that go with some errors, such as `field` or `reason`.
+    `details` holds additional values, such as `field` or `reason`.
     """
 
     def __init__(
@@ -31,55 +31,55 @@ class ApiError(SandyardError):
 
 
 class BadRequestError(ApiError):
-    """Something asked for cannot be; `details["field"]` names what."""
+    """The request is invalid; `details["field"]` names the field."""
 
 
 class UnauthorizedError(ApiError):
-    """There is no key, or it is not a good one."""
+    """The key is missing or invalid."""
 
 
 class InsufficientCreditsError(ApiError):
-    """The organization cannot pay for it."""
+    """The organization's credits do not suffice."""
 
 
 class ForbiddenError(ApiError):
-    """The key lacks a scope or a role; of a file, the user of the sandbox may not."""
+    """The key lacks a scope or a role, or the sandbox's user lacks a file permission."""
 
 
 class NotFoundError(ApiError):
-    """There is no such thing, or it is another organization's."""
+    """It does not exist, or belongs to another organization."""
 
 
 class ConflictError(ApiError):
-    """Something is taken, exists already, or is not in the state for that."""
+    """It exists already, or its state does not allow the request."""
 
 
 class RateLimitedError(ApiError):
-    """Too many requests; the SDK has waited and tried again before it says so."""
+    """Too many requests. The SDK has already waited and retried."""
 
 
 class NotImplementedYetError(ApiError):
-    """The server's version does not have that."""
+    """The server's version does not support this."""
 
 
 class UnavailableError(ApiError):
-    """The server cannot serve it now."""
+    """The server cannot serve the request now."""
 
 
 class TransferError(SandyardError):
-    """A file or folder could not be copied; the message says what was in the way."""
+    """A file or directory could not be copied; the message says why."""
 
 
 class ConnectionFailedError(SandyardError):
-    """The server could not be reached, or broke off."""
+    """The server is unreachable, or closed the connection."""
 
 
 class NotReadyError(SandyardError):
-    """A sandbox did not come up, or not in time."""
+    """A sandbox failed to start, or not in time."""
 
 
 class CommandFailedError(SandyardError):
-    """A command that was to be checked did not end well; `exit_code` tells how."""
+    """A checked command failed; `exit_code` has its exit code."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
@@ -110,6 +110,6 @@ def error_of(
     request_id: str,
     details: Mapping[str, object] | None = None,
 ) -> ApiError:
-    """Return the error that a server's answer, or the last event of a stream, means."""
+    """Return the error for an answer of the server, or for the last event of a stream."""
     kind = _BY_STATUS.get(status) or _BY_CODE.get(code) or ApiError
     return kind(message, status=status, code=code, request_id=request_id, details=details)

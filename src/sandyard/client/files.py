@@ -1,4 +1,4 @@
-"""Files of a sandbox, as one of its users sees them."""
+"""Files of a sandbox, accessed as one of its users."""
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,10 +14,10 @@ _PAST_ITS_END = 416
 
 
 class Files:
-    """The files of one sandbox, as `user` sees them.
+    """The files of one sandbox, accessed as `user`.
 
-    A path that does not begin with / is below /workspace. What goes wrong is an `ApiError`, whose
-    `details["reason"]` tells what: absent, exists, not_a_folder, is_a_folder, denied or no_space.
+    Relative paths are below /workspace. Failures raise `ApiError`, with `details["reason"]` one of
+    absent, exists, not_a_folder, is_a_folder, denied or no_space.
     """
 
     def __init__(self, transport: Transport, sandbox_path: str, user: str = "root") -> None:
@@ -26,17 +26,17 @@ class Files:
         self._user = user
 
     def read(self, path: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        """Return a file's bytes, from `offset` on and at most `length` of them."""
+        """Return up to `length` bytes of a file, from `offset` on."""
         return b"".join(self.read_pieces(path, offset=offset, length=length))
 
     def read_text(self, path: str) -> str:
-        """Return a file as text, with U+FFFD for what is not UTF-8."""
+        """Return a file as text. Invalid UTF-8 becomes U+FFFD."""
         return self.read(path).decode(errors="replace")
 
     def read_pieces(
         self, path: str, *, offset: int = 0, length: int | None = None
     ) -> Iterator[bytes]:
-        """Yield a file's bytes as they come; nothing more of it is held."""
+        """Yield a file's bytes as they arrive, without keeping the file in memory."""
         call = calls.read_file(self._path, path, self._user, offset, length)
         try:
             with self._transport.stream(call) as answer:
@@ -58,56 +58,56 @@ class Files:
         mode: str | None = None,
         owner: str | None = None,
     ) -> int:
-        """Write a file, and return how many bytes it has; the old one stays until that is done."""
+        """Write a file and return its size. The old content stays until the upload is complete."""
         content = data.encode() if isinstance(data, str) else data
         call = calls.write_file(self._path, path, self._user, content, mode, owner)
         return self._transport.send(call)
 
     def list(self, path: str = "", *, depth: int = 1) -> list[FileInfo]:
-        """Return what is in a folder, by name, each folder followed by what is in it."""
+        """List a directory by name, each subdirectory followed by its contents."""
         return self._transport.send(calls.list_folder(self._path, path, self._user, depth))
 
     def info(self, path: str) -> FileInfo:
-        """Return what a path leads to."""
+        """Return the metadata of a path."""
         return self._transport.send(calls.file_info(self._path, path, self._user))
 
     def make_folder(self, path: str) -> FileInfo:
-        """Make a folder, and those above it; one that is there is fine."""
+        """Create a directory and its parents. An existing directory is not an error."""
         return self._transport.send(calls.make_folder(self._path, path, self._user))
 
     def move(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
-        """Give a file or folder another path."""
+        """Move or rename a file or directory."""
         return self._transfer("move", source, target, overwrite=overwrite)
 
     def copy(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
-        """Copy a file, or a folder with all that is in it."""
+        """Copy a file, or a directory and its contents."""
         return self._transfer("copy", source, target, overwrite=overwrite)
 
     def remove(self, path: str, *, recursive: bool = False) -> None:
-        """Remove a file, an empty folder, or with `recursive` a full one."""
+        """Delete a file or an empty directory, or with `recursive` a directory and its contents."""
         self._transport.send(calls.remove(self._path, path, self._user, recursive=recursive))
 
     def watch(self, path: str = "/workspace", *, recursive: bool = False) -> Iterator[FileChange]:
-        """Yield what changes in a folder from now on, with `recursive` in all that is in it.
+        """Yield changes in a directory, with `recursive` also below it.
 
-        "Now" is when the first change is asked for. A connection that breaks is opened again, which
-        is told as an `overflow`. It ends with an error when the folder or the sandbox is gone.
+        Watching starts when the first change is requested. A broken connection is reopened and
+        reported as an `overflow`. The iteration raises when the directory or the sandbox is gone.
         """
         watching = Watching(self._path, path, self._user, recursive=recursive)
         return self._transport.follow(watching)
 
     def sign(self, path: str, *, method: str = "GET", expires_s: int = 3600) -> SignedUrl:
-        """Return a URL that reads (GET) or writes (PUT) one file, for whoever has no key."""
+        """Return a URL that reads (GET) or writes (PUT) one file without a key."""
         return self._transport.send(calls.sign(self._path, path, self._user, method, expires_s))
 
     def upload(self, local: str | Path, path: str, *, on_progress: Progress | None = None) -> None:
-        """Copy a file or folder of this computer to a path in the sandbox.
+        """Copy a local file or directory to a path in the sandbox.
 
-        `on_progress` is told of each number of bytes that went out.
+        `on_progress` receives the size of each piece that was sent.
 
         Raises:
-            ApiError: the sandbox would not take it.
-            OSError: it cannot be read here.
+            ApiError: the sandbox refused it.
+            OSError: it cannot be read locally.
         """
         source = Path(local)
         if source.is_dir():
@@ -122,15 +122,15 @@ class Files:
     def download(
         self, path: str, local: str | Path, *, on_progress: Progress | None = None
     ) -> None:
-        """Copy a file or folder of the sandbox to a path of this computer.
+        """Copy a file or directory of the sandbox to a local path.
 
-        What is there stays until a file has come whole. Of a folder nothing is written outside of
-        `local`, whatever the sandbox says; devices, and links that lead out of it, are refused.
+        An existing file stays until the new one is complete. Nothing of a directory is written
+        outside `local`: devices, and links that lead out of it, are refused.
 
         Raises:
-            ApiError: there is no such thing.
-            TransferError: of a folder not all may be, or can be, written here.
-            OSError: it cannot be written here.
+            ApiError: it does not exist.
+            TransferError: part of a directory must not or cannot be written locally.
+            OSError: it cannot be written locally.
         """
         target = Path(local)
         try:
@@ -241,7 +241,7 @@ class AsyncFiles:
     async def upload(
         self, local: str | Path, path: str, *, on_progress: Progress | None = None
     ) -> None:
-        """See `Files.upload`. It is done in a thread, which tells `on_progress`."""
+        """See `Files.upload`. Runs in a thread, which calls `on_progress`."""
         await self._in_thread(
             lambda files, told: files.upload(local, path, on_progress=told), on_progress
         )
@@ -249,7 +249,7 @@ class AsyncFiles:
     async def download(
         self, path: str, local: str | Path, *, on_progress: Progress | None = None
     ) -> None:
-        """See `Files.download`. It is done in a thread, which tells `on_progress`."""
+        """See `Files.download`. Runs in a thread, which calls `on_progress`."""
         await self._in_thread(
             lambda files, told: files.download(path, local, on_progress=told), on_progress
         )

@@ -1,4 +1,4 @@
-"""What the server tells of things; `raw` has every field of it."""
+"""Results of the server; `raw` has every field."""
 
 import base64
 from collections.abc import Mapping
@@ -7,35 +7,35 @@ from typing import Any
 
 
 class SandboxFacts:
-    """A sandbox as the server told of it last."""
+    """A sandbox, as of the last answer of the server."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
 
     @property
     def id(self) -> str:
-        """Its id: `sandbox-` and twelve letters or digits."""
+        """The id: `sandbox-` and twelve letters or digits."""
         return str(self.raw["id"])
 
     @property
     def name(self) -> str | None:
-        """The name that it was given."""
+        """The name, if it has one."""
         name: str | None = self.raw["name"]
         return name
 
     @property
     def status(self) -> str:
-        """Its status when it was told of: `running`, `paused` and so on."""
+        """The status at that time: `running`, `paused` and so on."""
         return str(self.raw["status"])
 
     @property
     def template(self) -> str:
-        """What it was made from."""
+        """The template."""
         return str(self.raw["template"])
 
     @property
     def created_at(self) -> str:
-        """When it was made (ISO 8601, UTC)."""
+        """The time of creation (ISO 8601, UTC)."""
         return str(self.raw["createdAt"])
 
     def __repr__(self) -> str:
@@ -44,7 +44,7 @@ class SandboxFacts:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A sandbox as it was at a moment."""
+    """A saved state of a sandbox."""
 
     id: str
     name: str | None
@@ -56,7 +56,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Template:
-    """What sandboxes are made from."""
+    """A template for sandboxes."""
 
     slug: str
     name: str
@@ -66,7 +66,7 @@ class Template:
 
 @dataclass(frozen=True)
 class ExecResult:
-    """How a command ended. Text has U+FFFD for what is not UTF-8; the bytes are exact."""
+    """The result of a command. In text, invalid UTF-8 becomes U+FFFD; bytes are exact."""
 
     stdout_bytes: bytes = field(repr=False)
     stderr_bytes: bytes = field(repr=False)
@@ -77,18 +77,18 @@ class ExecResult:
 
     @property
     def stdout(self) -> str:
-        """What it printed on standard output."""
+        """Standard output."""
         return self.stdout_bytes.decode(errors="replace")
 
     @property
     def stderr(self) -> str:
-        """What it printed on standard error."""
+        """Standard error."""
         return self.stderr_bytes.decode(errors="replace")
 
 
 @dataclass(frozen=True)
 class CodeError:
-    """What a piece of code raised."""
+    """An exception raised by code."""
 
     name: str
     message: str
@@ -97,9 +97,9 @@ class CodeError:
 
 @dataclass(frozen=True)
 class CodeResult:
-    """What a piece of code printed, the value of its last expression, and what it raised.
+    """The output of code, the value of its last expression, and its exception.
 
-    `truncated` says that some of what it printed was lost, or was over 16 MiB.
+    `truncated` means that output was lost or exceeded 16 MiB.
     """
 
     stdout: str
@@ -111,7 +111,7 @@ class CodeResult:
 
 @dataclass(frozen=True)
 class Printed:
-    """A piece of what a process printed, on `stdout`, `stderr` or its `terminal`."""
+    """A piece of output, on `stdout`, `stderr` or the `terminal`."""
 
     stream: str
     data: bytes
@@ -119,14 +119,14 @@ class Printed:
 
 @dataclass(frozen=True)
 class Lost:
-    """So many bytes are kept no more."""
+    """A number of bytes that are no longer kept."""
 
     count: int
 
 
 @dataclass(frozen=True)
 class Exited:
-    """How a process ended."""
+    """The exit of a process."""
 
     exit_code: int
     signal: str | None
@@ -138,7 +138,7 @@ ProcessEvent = Printed | Lost | Exited
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """A process that was started by the API."""
+    """A process that was started through the API."""
 
     pid: int
     tag: str | None
@@ -150,7 +150,7 @@ class ProcessInfo:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What the sandbox's file system tells of a file."""
+    """The metadata of a file."""
 
     path: str
     name: str
@@ -163,16 +163,16 @@ class FileInfo:
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder."""
+        """Whether it is a directory."""
         return self.type == "folder"
 
 
 @dataclass(frozen=True)
 class FileChange:
-    """Something changed in a watched folder.
+    """A change in a watched directory.
 
-    `type` is `created`, `modified`, `attributes`, `removed`, `moved` (then `source` says from
-    where), or `overflow`: more happened than could be told, so look at the folder anew.
+    `type` is `created`, `modified`, `attributes`, `removed`, `moved` (with the old path in
+    `source`), or `overflow`: changes were missed, so list the directory again.
     """
 
     type: str
@@ -183,7 +183,7 @@ class FileChange:
 
 @dataclass(frozen=True)
 class SignedUrl:
-    """A URL that reads or writes one file; whoever has it needs no key."""
+    """A URL that reads or writes one file without a key."""
 
     url: str
     method: str
@@ -192,7 +192,7 @@ class SignedUrl:
 
 @dataclass(frozen=True)
 class PreviewUrl:
-    """A URL of what listens on a port of a sandbox; whoever has it needs no key."""
+    """A URL of a sandbox's port that works without a key."""
 
     url: str
     port: int
@@ -213,7 +213,7 @@ class SshAccess:
 
 @dataclass(frozen=True)
 class WindowInfo:
-    """A window on a sandbox's screen, and where it is, in pixels."""
+    """A window on a sandbox's screen, and its position in pixels."""
 
     id: str
     title: str
@@ -228,7 +228,7 @@ class WindowInfo:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder that outlives sandboxes."""
+    """A directory that outlives sandboxes."""
 
     id: str
     slug: str
@@ -242,7 +242,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class WorkspaceEntry:
-    """A file or folder of a workspace; `path` names it wherever a path is asked for."""
+    """A file or directory of a workspace. `path` is accepted wherever a path is expected."""
 
     path: str
     name: str
@@ -254,7 +254,7 @@ class WorkspaceEntry:
 
 
 def workspace_of(raw: Mapping[str, Any]) -> Workspace:
-    """Return a workspace out of an answer."""
+    """Return the workspace in an answer."""
     return Workspace(
         id=raw["id"],
         slug=raw["slug"],
@@ -268,7 +268,7 @@ def workspace_of(raw: Mapping[str, Any]) -> Workspace:
 
 
 def entry_of(raw: Mapping[str, Any]) -> WorkspaceEntry:
-    """Return a file or folder of a workspace out of an answer."""
+    """Return the entry of a workspace in an answer."""
     path, name = raw["path"], raw["name"]
     if path.startswith("base64:"):
         plain = base64.b64decode(path.removeprefix("base64:"))
@@ -285,7 +285,7 @@ def entry_of(raw: Mapping[str, Any]) -> WorkspaceEntry:
 
 
 def snapshot_of(raw: Mapping[str, Any]) -> Snapshot:
-    """Return a snapshot out of an answer."""
+    """Return the snapshot in an answer."""
     return Snapshot(
         id=raw["id"],
         name=raw["name"],
@@ -297,12 +297,12 @@ def snapshot_of(raw: Mapping[str, Any]) -> Snapshot:
 
 
 def template_of(raw: Mapping[str, Any]) -> Template:
-    """Return a template out of an answer."""
+    """Return the template in an answer."""
     return Template(slug=raw["slug"], name=raw["name"], status=raw["status"], raw=raw)
 
 
 def process_of(raw: Mapping[str, Any]) -> ProcessInfo:
-    """Return a process out of an answer."""
+    """Return the process in an answer."""
     return ProcessInfo(
         pid=raw["pid"],
         tag=raw["tag"],
@@ -314,7 +314,7 @@ def process_of(raw: Mapping[str, Any]) -> ProcessInfo:
 
 
 def file_of(raw: Mapping[str, Any]) -> FileInfo:
-    """Return a file out of an answer."""
+    """Return the file in an answer."""
     return FileInfo(
         path=raw["path"],
         name=raw["name"],

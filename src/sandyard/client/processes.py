@@ -1,4 +1,4 @@
-"""Processes of a sandbox that live on when whoever started them has gone."""
+"""Processes of a sandbox, which keep running when the client disconnects."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from sandyard.client.transport import AsyncTransport, Transport
 
 
 class Process:
-    """One process of a sandbox, by its pid or tag."""
+    """One process of a sandbox, by pid or tag."""
 
     def __init__(self, transport: Transport, path: str) -> None:
         self._transport = transport
@@ -19,52 +19,52 @@ class Process:
 
     @property
     def path(self) -> str:
-        """Where the HTTP API has it."""
+        """Its path in the HTTP API."""
         return self._path
 
     def info(self) -> ProcessInfo:
-        """Return what is told of it."""
+        """Return its state."""
         return self._transport.send(calls.process(self._path))
 
     def events(self, offset: int = 0) -> Iterator[ProcessEvent]:
-        """Yield what it prints from a byte on, and at last how it ended.
+        """Yield its output from an offset on, and finally its exit.
 
-        A connection that breaks is opened again, and nothing is told twice.
+        A broken connection is reopened without gaps or repetition.
 
         Raises:
-            ApiError: there is no such process, or its sandbox was paused or ended.
-            ConnectionFailedError: the server cannot be reached for several seconds.
+            ApiError: the process does not exist, or its sandbox was paused or deleted.
+            ConnectionFailedError: the server is unreachable for several seconds.
         """
         return self._transport.follow(Following(self._path, offset))
 
     def wait(self) -> Exited:
-        """Return once it has ended."""
+        """Wait until it has ended."""
         for event in self.events(self.info().raw["outputBytes"]):
             if isinstance(event, Exited):
                 return event
         raise ConnectionFailedError("the server did not tell the end of the process")
 
     def feed(self, data: bytes | memoryview) -> int:
-        """Write the beginning of something to its input, as much as it takes within five seconds,
-        and return how much that was."""
+        """Write as much input as it accepts within five seconds, and return how many bytes that
+        was."""
         return self._transport.send(calls.feed(self._path, memoryview(data)))
 
     def write(self, data: bytes | str) -> None:
-        """Write to its input, and return once all of it is written."""
+        """Write to its input, and return when everything is written."""
         left = memoryview(data.encode() if isinstance(data, str) else data)
         while left:
             left = left[self.feed(left) :]
 
     def close_stdin(self) -> None:
-        """End its input."""
+        """Close its input."""
         self._transport.send(calls.close_stdin(self._path))
 
     def signal(self, signal: str | int = "SIGTERM", *, everything: bool = False) -> None:
-        """Send it a signal, or everything that it has started."""
+        """Send a signal to it, or to it and everything it has started."""
         self._transport.send(calls.signal(self._path, signal, everything=everything))
 
     def resize(self, columns: int, rows: int) -> None:
-        """Tell it that its terminal has another size."""
+        """Change the size of its terminal."""
         self._transport.send(calls.resize(self._path, columns, rows))
 
 
@@ -76,18 +76,19 @@ class Processes:
         self._path = f"{sandbox_path}/processes"
 
     def start(self, command: str | Sequence[str], **options: Any) -> Process:
-        """Start a process: a line for the shell, or a program with its arguments.
+        """Start a process. A string is a shell command line, a sequence is a program and its
+        arguments.
 
         `options` are fields of the HTTP API, such as `cwd`, `env`, `user`, `tag`, `stdin`, `pty`.
         """
         return self.get(self._transport.send(calls.start(self._path, command, options)))
 
     def get(self, process: int | str) -> Process:
-        """Return a process by its pid or tag; whether there is one shows when it is used."""
+        """Return a process by pid or tag. Whether it exists is checked on first use."""
         return Process(self._transport, calls.part_of(self._path, process))
 
     def list(self) -> list[ProcessInfo]:
-        """Return the processes, oldest first; those that ended for ten minutes."""
+        """Return the processes, oldest first. Ended ones are listed for ten minutes."""
         return self._transport.send(calls.processes(self._path))
 
 

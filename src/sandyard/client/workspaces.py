@@ -1,4 +1,4 @@
-"""Workspaces: folders that outlive sandboxes, and the files in them."""
+"""Workspaces, directories that outlive sandboxes, and the files in them."""
 
 import base64
 import os
@@ -23,8 +23,8 @@ _OF_ONE = frozenset({"/", ""})
 
 
 def _path(text: str) -> str:
-    """Return a path or a name as it is sent: in base64 if it is of bytes that are no text, or reads
-    as if it were. What a listing gave is sent as it is."""
+    """Return a path or name as the API expects it: in base64 if it is not text, or looks like
+    base64. Paths from a listing are passed on unchanged."""
     if text.startswith(_CODED):
         return text
     try:
@@ -39,7 +39,7 @@ def _path(text: str) -> str:
 
 
 def _name(text: str) -> str:
-    """Return a single name as it is sent."""
+    """Return a single name as the API expects it."""
     if not text.startswith(_CODED):
         return _path(text)
     return _CODED + base64.b64encode(text.encode(errors="surrogateescape")).decode()
@@ -50,7 +50,7 @@ def _quoted(text: str) -> str:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """Return the folder and the name of a path."""
+    """Return the directory and the name of a path."""
     plain = path
     if path.startswith(_CODED):
         exact = base64.b64decode(path.removeprefix(_CODED))
@@ -74,7 +74,7 @@ def find(reference: str) -> Call[Workspace]:
 
 
 def create(name: str, slug: str | None) -> Call[Workspace]:
-    """Make a workspace."""
+    """Create a workspace."""
     body = {"name": name, **({} if slug is None else {"slug": slug})}
     key = {"Idempotency-Key": secrets.token_hex(16)}
     return Call(
@@ -98,7 +98,7 @@ def delete(reference: str, *, force: bool) -> Call[None]:
 
 
 class _Calls:
-    """What is asked about the files of one workspace."""
+    """The calls for the files of one workspace."""
 
     def __init__(self, reference: str) -> None:
         self._path = part_of(_ROUTE, reference)
@@ -159,7 +159,7 @@ def _all_done(answer: Any) -> None:
 
 
 def _form(boundary: str, name: str, content: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield a form with a file; what the file is called is a field of its own, in any bytes."""
+    """Yield a form with a file. The file's name is a field of its own, in any bytes."""
     line = f"--{boundary}\r\nContent-Disposition: form-data; name=".encode()
     yield line + b'"name"\r\n\r\n' + _name(name).encode() + b"\r\n"
     yield line + b'"file"; filename="file"\r\n\r\n'
@@ -174,9 +174,9 @@ def _pieces(data: bytes | str) -> Iterator[bytes]:
 
 
 class WorkspaceFiles:
-    """The files of one workspace; a path is from its root, with or without the first /.
+    """The files of one workspace. Paths start at its root, with or without the leading /.
 
-    Use it as `yard.workspace_files("data")`. What goes wrong is an `ApiError`.
+    Use it as `yard.workspace_files("data")`. Failures raise `ApiError`.
     """
 
     def __init__(self, transport: Transport, reference: str) -> None:
@@ -188,51 +188,53 @@ class WorkspaceFiles:
         return b"".join(self.read_pieces(path))
 
     def read_text(self, path: str) -> str:
-        """Return a file as text, with U+FFFD for what is not UTF-8."""
+        """Return a file as text. Invalid UTF-8 becomes U+FFFD."""
         return self.read(path).decode(errors="replace")
 
     def read_pieces(self, path: str) -> Iterator[bytes]:
-        """Yield a file's bytes as they come; nothing more of it is held."""
+        """Yield a file's bytes as they arrive, without keeping the file in memory."""
         with self._transport.stream(self._calls.read(path)) as answer:
             yield from answer.iter_bytes(PIECE)
 
     def write(self, path: str, data: bytes | str | Iterable[bytes]) -> WorkspaceEntry:
-        """Write a file; the old one stays until that is done, and folders are made above it."""
+        """Write a file. The old content stays until the upload is complete; missing directories are
+        created."""
         content = _pieces(data) if isinstance(data, bytes | str) else data
         return self._transport.send(self._calls.upload(path, content))
 
     def list(self, path: str = "/") -> Sequence[WorkspaceEntry]:
-        """Return what is in a folder: folders first, by name."""
+        """List a directory: subdirectories first, by name."""
         return self._transport.send(self._calls.list(path))
 
     def make_folder(self, path: str) -> WorkspaceEntry:
-        """Make a folder, and those above it."""
+        """Create a directory and its parents."""
         return self._transport.send(self._calls.make_folder(path))
 
     def move(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
-        """Give a file or folder another path; into a folder, if `target` is one."""
+        """Move or rename a file or directory. If `target` is a directory, move into it."""
         return self._transport.send(self._calls.change("move", source, target, overwrite=overwrite))
 
     def copy(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
-        """Copy a file, or a folder with all that is in it; into a folder, if `target` is one."""
+        """Copy a file, or a directory and its contents. If `target` is a directory, copy into
+        it."""
         return self._transport.send(self._calls.change("copy", source, target, overwrite=overwrite))
 
     def remove(self, *paths: str) -> None:
-        """Remove files, and folders with all that is in them.
+        """Delete files, and directories with their contents.
 
         Raises:
-            ApiError: one could not be removed; the others were.
+            ApiError: one could not be deleted; the others were.
         """
         for start in range(0, len(paths), _AT_ONCE):
             self._transport.send(self._calls.remove(paths[start : start + _AT_ONCE]))
 
     def upload(self, local: str | Path, path: str, *, on_progress: Progress | None = None) -> None:
-        """Copy a file or folder of this computer to a path in the workspace.
+        """Copy a local file or directory to a path in the workspace.
 
         Raises:
-            ApiError: the workspace would not take it.
-            TransferError: links to folders and the like were left out; all else was copied.
-            OSError: it cannot be read here.
+            ApiError: the workspace refused it.
+            TransferError: links to directories and special files were skipped; all else was copied.
+            OSError: it cannot be read locally.
         """
         source, left = Path(local), []
         if not source.is_dir():
@@ -266,15 +268,15 @@ class WorkspaceFiles:
     def download(
         self, path: str, local: str | Path, *, on_progress: Progress | None = None
     ) -> None:
-        """Copy a file or folder of the workspace to a path of this computer.
+        """Copy a file or directory of the workspace to a local path.
 
-        What is there stays until a file has come whole. Of a folder, links and what is no file are
-        left out: a link may lead anywhere, and round in circles.
+        An existing file stays until the new one is complete. Links and special files of a directory
+        are skipped, since a link may lead anywhere.
 
         Raises:
-            ApiError: there is no such thing.
-            TransferError: some were left out; all else was copied.
-            OSError: it cannot be written here.
+            ApiError: it does not exist.
+            TransferError: some entries were skipped; all else was copied.
+            OSError: it cannot be written locally.
         """
         target = Path(local)
         if path not in _OF_ONE:
@@ -380,7 +382,7 @@ class AsyncWorkspaceFiles:
     async def upload(
         self, local: str | Path, path: str, *, on_progress: Progress | None = None
     ) -> None:
-        """See `WorkspaceFiles.upload`. It is done in a thread, which tells `on_progress`."""
+        """See `WorkspaceFiles.upload`. Runs in a thread, which calls `on_progress`."""
         await self._in_thread(
             lambda files, told: files.upload(local, path, on_progress=told), on_progress
         )
@@ -388,7 +390,7 @@ class AsyncWorkspaceFiles:
     async def download(
         self, path: str, local: str | Path, *, on_progress: Progress | None = None
     ) -> None:
-        """See `WorkspaceFiles.download`. It is done in a thread, which tells `on_progress`."""
+        """See `WorkspaceFiles.download`. Runs in a thread, which calls `on_progress`."""
         await self._in_thread(
             lambda files, told: files.download(path, local, on_progress=told), on_progress
         )
