@@ -367,7 +367,7 @@ backend controls
 
     def losses(self) -> int:
         """Return how often a control plane has given a node up."""
-        return sum(one.said().count("is lost: it has not been heard of") for one in self.controls)
+        return sum(one.said().count("missed its lease") for one in self.controls)
 
     def is_ready(self) -> bool:
         """Tell whether every control plane that runs can serve."""

@@ -9,7 +9,7 @@ import pytest
 SERVER = Path(__file__).parents[2] / "src/sandyard/server"
 ROOMS = ("core", "service", "node", "links", "drivers")
 CAMEL = re.compile(r"\b[a-z]+[A-Z][A-Za-z]*\b")
-FACE = re.compile(r"/v1/|\bforce=|Authorization|X-API-Key|\?[a-z]+=", re.IGNORECASE)
+FACE = re.compile(r"/v1/|\bforce=|Authorization|X-API-Key|Idempotency-Key|\?[a-z]+=", re.IGNORECASE)
 PATHS = [
     path
     for room in ROOMS

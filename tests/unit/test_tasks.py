@@ -51,7 +51,7 @@ async def test_work_that_fails_is_told_and_takes_nothing_along(
     assert told == {
         ("WARNING", "one thing failed: not now"),
         ("DEBUG", "another failed: no matter"),
-        ("ERROR", "a third failed, in a way that nobody foresaw"),
+        ("ERROR", "unexpected error: a third failed"),
     }
 
 

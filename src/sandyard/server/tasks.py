@@ -1,7 +1,7 @@
-"""Work that is never left behind: in threads, to its end, or beside other work.
+"""Owned tasks: work in threads, work that must complete, and concurrent work.
 
-`asyncio.to_thread` and `asyncio.shield` return at once when they are cancelled, and what they began
-goes on: what cleans up after it would run beside it, and a file come back that was just removed.
+`asyncio.to_thread` and `asyncio.shield` return at once when cancelled while their work continues.
+Cleanup would then run concurrently with it, and a file that was just removed could reappear.
 """
 
 import asyncio
@@ -25,7 +25,8 @@ Work = Coroutine[object, object, object]
 
 
 async def in_thread(work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Do blocking work in a thread and return its result; if cancelled, once the work has ended."""
+    """Run blocking work in a thread and return its result. If cancelled, wait for the work to end
+    first."""
     call = functools.partial(work, *args, **kwargs)
     return await outcome_of(asyncio.get_running_loop().run_in_executor(None, call))
 
@@ -33,21 +34,22 @@ async def in_thread(work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwar
 async def in_thread_of(
     threads: Executor, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
 ) -> _T:
-    """Do blocking work in one of `threads`; see `in_thread`, whose threads are everybody's."""
+    """Run blocking work in one of `threads`. See `in_thread`, which uses the shared ones."""
     call = functools.partial(work, *args, **kwargs)
     return await outcome_of(asyncio.get_running_loop().run_in_executor(threads, call))
 
 
 async def to_the_end(work: Coroutine[object, object, _T]) -> _T:
-    """Do work that must not be broken off and return its result; if cancelled, once it has ended.
+    """Run work that must not be cancelled and return its result. If cancelled, let it complete,
+    then re-raise.
 
-    For what gives back, or must happen as a whole; all of its waits need limits of their own.
+    Use it for cleanup and for work that must happen as a whole. Its waits need their own limits.
     """
     return await outcome_of(asyncio.get_running_loop().create_task(work))
 
 
 async def outcome_of(doing: "asyncio.Future[_T]") -> _T:
-    """Return what is under way comes to; if cancelled, once it has ended, which goes on."""
+    """Await the result of work in progress. If cancelled, let it finish first, then re-raise."""
     try:
         return await asyncio.shield(doing)
     except asyncio.CancelledError:
@@ -57,16 +59,17 @@ async def outcome_of(doing: "asyncio.Future[_T]") -> _T:
             except asyncio.CancelledError:
                 continue
         if not doing.cancelled():
-            doing.exception()  # looked at: nobody else will
+            doing.exception()  # retrieved, so that asyncio does not report it
         raise
 
 
 @asynccontextmanager
 async def beside(work: Coroutine[object, object, _T]) -> AsyncIterator["asyncio.Task[_T]"]:
-    """Run `work` beside the block, which is given its task, and cancel it at the block's end.
+    """Run `work` concurrently with the block, which receives its task; cancel it when the block
+    ends.
 
-    An error of either ends the other and comes out as it is, not in a group; if both fail, the
-    block's comes out.
+    An error of either cancels the other and is raised as it is, not in a group. If both fail, the
+    block's error is raised.
     """
     failed: BaseException | None = None
     try:
@@ -86,10 +89,10 @@ async def beside(work: Coroutine[object, object, _T]) -> AsyncIterator["asyncio.
 
 
 class Crew:
-    """Owns the tasks that nobody waits for: how one fails is logged, and takes nothing else along.
+    """Owns background tasks. A failure is logged and affects no other task.
 
-    Use it as a block. What is under way when the block is left is cancelled and waited for; before
-    and after the block nothing is begun.
+    Use it as a context manager. At its end, running tasks are cancelled and awaited. Outside the
+    block no task is started.
     """
 
     def __init__(self) -> None:
@@ -116,16 +119,16 @@ class Crew:
 
     @property
     def is_there(self) -> bool:
-        """Whether work is taken on."""
+        """Whether tasks can be started."""
         return self._group is not None
 
     def start(
         self, work: Work, what: str, *, once: str | None = None, quietly: bool = False
     ) -> "asyncio.Task[None] | None":
-        """Begin work and return its task; None, and nothing is begun, where there is no block.
+        """Start a task and return it, or None if the block has not begun or has ended.
 
-        `what` is a sentence for the log if it fails; an intended failure is not worth one where it
-        is done `quietly`. Of what is named by `once` there is one at a time: None if it is at work.
+        `what` is logged if it fails; with `quietly`, intended errors are not logged. Of tasks with
+        the same `once`, one runs at a time; None if one is running.
         """
         if self._group is None or once in self._named:
             work.close()
@@ -133,7 +136,7 @@ class Crew:
         task = self._group.create_task(_kept(work, what, quietly=quietly))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
-        # Cancelled before its first step, a task never touches the work that it was to do.
+        # A task that is cancelled before its first step never awaits its coroutine.
         task.add_done_callback(lambda _: work.close())
         if once is not None:
             self._named[once] = task
@@ -141,24 +144,24 @@ class Crew:
         return task
 
     def is_at(self, once: str) -> bool:
-        """Tell whether the work of that name is under way."""
+        """Tell whether a task with this name is running."""
         return once in self._named
 
 
 async def _kept(work: Work, what: str, *, quietly: bool) -> None:
-    """Do work; raised further, its failure would end all that its owner does besides."""
+    """Run work and log its failure. Raised, it would end its owner's other work."""
     try:
         await work
     except SandyardError as error:
         log.log(logging.DEBUG if quietly else logging.WARNING, "%s: %s", what, error.message)
     except Exception:  # see above
-        log.exception("%s, in a way that nobody foresaw", what)
+        log.exception("unexpected error: %s", what)
 
 
 class Pacer:
-    """Keeps one connection from taking the event loop with many tiny pieces.
+    """Keeps one connection from taking over the event loop with many tiny pieces.
 
-    After `turn` pieces other tasks get their turn; beyond `per_second`, after a `burst`, the
+    Other tasks get their turn after `turn` pieces. Beyond `per_second`, after a `burst`, the
     connection waits.
     """
 

@@ -61,7 +61,7 @@ _HINTS = {
 }
 """What to do, where that is a request of this API."""
 _SNAKE = re.compile(r"_([a-z])")
-_WIRE_NAMES = {"api_key": "api_key"}
+_WIRE_NAMES = {"api_key": "api_key", "idempotency_key": "Idempotency-Key"}
 """Fields that are not the domain's name in camel case."""
 _RETRY_AFTER_S = "2"
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")

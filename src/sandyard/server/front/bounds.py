@@ -1,7 +1,7 @@
-"""Bounds on a JSON body, kept while it arrives: before anything of it is made into objects.
+"""Limits on a JSON body, checked while it arrives, before it is parsed.
 
-Parsed, `[[],[],…]` takes thirty times its own length. So what a body opens and separates is counted
-in its bytes, and what no request of ours needs is refused at the first byte too many.
+Parsed, `[[],[],…]` takes thirty times its own size. So brackets and separators are counted in the
+bytes, and a body is refused at the first byte beyond a limit.
 """
 
 import re
@@ -15,7 +15,7 @@ _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
 class JsonBounds:
-    """Feed it a body piece by piece; it tells when there is too much in it."""
+    """Checks a body piece by piece."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -24,7 +24,7 @@ class JsonBounds:
         self._left = b""
 
     def feed(self, piece: bytes) -> None:
-        """Look at the next piece.
+        """Check the next piece.
 
         Raises:
             InvalidArgumentError: it is not UTF-8, is nested over DEPTH_MAX deep, or has over

@@ -1,8 +1,8 @@
-"""Connections, bounded: how many, how long their heads, how slow their ends may be.
+"""HTTP connections with limits: how many, how long a head may take, how slow a peer may be.
 
-What uvicorn leaves open is closed here: a client that sends a head for ever, or a body byte by
-byte, or reads no answer, holds a connection for seconds, not for good; and there are always fewer
-connections than descriptors, for the platform needs some for its own work.
+uvicorn keeps connections that this module closes: a client that never finishes a head, sends a body
+byte by byte, or never reads its answer holds a connection for seconds. There are always fewer
+connections than file descriptors, since the platform needs some for itself.
 """
 
 import asyncio
@@ -54,7 +54,8 @@ _LINE_END = re.compile(rb"[\r\n\0]")
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds for a head to be there, for an end that stands still, between two looks."""
+    """Limits in seconds: for a complete head, for a peer without progress, and between two
+    checks."""
 
     head_s: float = 20.0
     still_s: float = 20.0
@@ -62,23 +63,23 @@ class Patience:
 
 
 class Counted(Protocol):
-    """A connection as the gate sees it."""
+    """A connection as the gate counts it."""
 
     transport: asyncio.Transport
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody would miss it."""
+        """Whether closing it loses nothing."""
         ...
 
 
 class Gate:
-    """Counts connections, in all and by source, and chooses which ones make room.
+    """Counts connections, in total and by source, and evicts some when full.
 
-    A source is an IPv4 address or an IPv6 /64, which is what one host usually has. When there is
-    no room, a connection that has not asked for anything yet makes some, the oldest first, and
-    then one that rests between two requests. A part of all is kept for sources that showed a good
-    credential lately. Every step takes the same time however many connections there are.
+    A source is an IPv4 address or an IPv6 /64, which usually is one host. When full, the oldest
+    connection without a request is closed, then one that is idle between requests. A share is
+    reserved for sources that recently presented a valid credential. Every operation takes constant
+    time.
     """
 
     def __init__(
@@ -104,11 +105,8 @@ class Gate:
         self._known: dict[str, float] = {}
 
     def enter(self, one: "Counted", address: str) -> str | None:
-        """Let a connection in that has asked for nothing yet, in place of one that would not be
-        missed if need be; else say why not.
-
-        Raises nothing: a refusal is a sentence for the client.
-        """
+        """Accept a new connection, evicting an idle one if necessary. Return None, or the refusal
+        for the client."""
         source = source_of(address)
         if self._by_source[source] >= self.most_by_address and not self._evict_of(source):
             return (
@@ -124,7 +122,7 @@ class Gate:
         return None
 
     def take_over(self, one: "Counted", address: str) -> None:
-        """Count a connection that was let in already, and is another protocol's from now on."""
+        """Count an accepted connection under its new protocol."""
         self._count(one, source_of(address))
 
     def _count(self, one: "Counted", source: str) -> None:
@@ -132,7 +130,7 @@ class Gate:
         self._by_source[source] += 1
 
     def leave(self, one: "Counted") -> None:
-        """Count a connection no more; nothing happens if it was not counted."""
+        """Stop counting a connection."""
         source = self._open.pop(one, None)
         if source is None:
             return
@@ -143,13 +141,13 @@ class Gate:
             del self._by_source[source]
 
     def asked(self, one: "Counted") -> None:
-        """Note that the head of a request has come by a connection."""
+        """Note that a connection has sent a request's head."""
         if (source := self._open.get(one)) is not None:
             self._forget_silence(one, source)
             self._resting.pop(one, None)
 
     def answered(self, one: "Counted", *, is_known: bool) -> None:
-        """Note that a request was answered; it `is_known` whose that was."""
+        """Note that a request was answered. `is_known` says that its credential was valid."""
         if (source := self._open.get(one)) is None:
             return
         self._resting.pop(one, None)
@@ -225,7 +223,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way on it, and all that was answered is sent."""
+        """Whether no request is in progress and all answers are sent."""
         is_sent = not self.transport.get_write_buffer_size()
         return self._stage == "idle" and not self._is_answering and is_sent
 
@@ -408,8 +406,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     async def _serve(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Have the application answer a request, which may send trailers after it, or break off
-        an answer that it has begun."""
+        """Have the application answer a request. It may send trailers, or abort an answer that it
+        has begun."""
         cycle: RequestResponseCycle = send.__self__
         has_trailers = False
 
@@ -499,7 +497,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(400, "bad_request", "cannot read the request: it is not HTTP/1.1")
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Answer what no route will see, take nothing more, and close."""
+        """Refuse a request that no route will see, and close the connection."""
         if self._is_refused or self.transport.is_closing():
             return
         self._is_refused = True
@@ -538,7 +536,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.transport.write_eof()
 
     def _linger(self) -> None:
-        """Read and discard what still arrives, and close once little does."""
+        """Read and discard what still arrives, and close when it slows down."""
         self._lingered_s += _LINGER_S
         is_moving = self._came >= _SLOWEST_LINGERER * _LINGER_S
         if is_moving and self._lingered_s < _LINGER_MAX_S and not self.transport.is_closing():
@@ -550,11 +548,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 class GuardedSocket(WebSocketsSansIOProtocol):
-    """A WebSocket, counted as any connection; who does not read on is not kept. `gate` is set by
-    `guarded`.
+    """A WebSocket, counted as any connection. A peer that stops reading is disconnected. `guarded`
+    sets `gate`.
 
-    uvicorn's pings are not used: their answers are not read while a message waits for a process
-    that does not read. What is sent and not acknowledged in time tells of the dead instead.
+    uvicorn's pings are off: pongs are not read while a message waits for a process that does not
+    read its input. Unacknowledged data reveals dead peers instead.
     """
 
     gate: ClassVar[Gate]
@@ -630,10 +628,10 @@ class GuardedSocket(WebSocketsSansIOProtocol):
 
 
 class Tunnel(asyncio.Protocol):
-    """A connection that is to become another protocol's, as the application makes it: it is given
-    the bytes as they come, as a `stream` in a scope of a kind of its own.
+    """A connection that switches protocol: the application gets its bytes as a `stream`, in a scope
+    of type TUNNEL.
 
-    Counted as any connection; who does not read on is not kept.
+    It is counted as any connection, and a peer that stops reading is disconnected.
     """
 
     is_idle = False
@@ -657,7 +655,7 @@ class Tunnel(asyncio.Protocol):
         self.transport: asyncio.Transport
 
     def begin(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        """Take a connection over whose head was read."""
+        """Take over a connection after its request head."""
         self.transport, self._loop = transport, loop
         address = (self._scope.get("client") or ("unknown", 0))[0]
         self._gate.take_over(self, address)
@@ -761,7 +759,7 @@ class Tunnel(asyncio.Protocol):
 
 
 def _lines_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return headers as they are written, without those that are no line each."""
+    """Return headers in wire format, without those that contain line breaks."""
     return b"".join(
         b"%s: %s\r\n" % (name, value)
         for name, value in headers
@@ -770,7 +768,7 @@ def _lines_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 async def _nothing(*_: object) -> Any:
-    """Stand in for what a tunnel does not use."""
+    """Stand in for ASGI's receive and send, which a tunnel does not use."""
     raise InternalError("a tunnel has no messages")
 
 
@@ -784,7 +782,7 @@ _LARGE_HEAD = (
 
 
 def _no_handshake(scope: Any, url: bytes) -> str | None:
-    """Return why a request is no opening of a WebSocket (RFC 6455, 4.2.1); None if it is one."""
+    """Return why a request is not a WebSocket handshake (RFC 6455, 4.2.1), or None if it is."""
     headers: dict[bytes, bytes] = dict(scope["headers"])
     if scope["method"] != "GET":
         return "it is asked for by GET"
@@ -803,9 +801,9 @@ def _no_handshake(scope: Any, url: bytes) -> str | None:
 def guarded(
     gate: Gate, is_tunnel: Callable[[Any], bool]
 ) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
-    """Return the protocols of connections that a gate counts: of HTTP, and of WebSockets.
+    """Return the protocols for HTTP and WebSocket connections that a gate counts.
 
-    A request for another protocol whose scope `is_tunnel` is handed to the application as it is.
+    An upgrade request whose scope satisfies `is_tunnel` is passed to the application as a tunnel.
     """
     kinds = (GuardedProtocol, GuardedSocket)
     own = {"gate": gate, "is_tunnel": staticmethod(is_tunnel)}

@@ -1,4 +1,4 @@
-"""A request to a guest and its answer, in HTTP/1.1 as h11 speaks it: nothing of it is believed."""
+"""A request to a guest and its answer, in HTTP/1.1 by h11. The guest is not trusted."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -24,15 +24,15 @@ REQUEST_TRAILERS = "sandyard.trailers"
 
 
 class GoneError(Exception):
-    """The client has left."""
+    """The client has disconnected."""
 
 
 class HungUpError(Exception):
-    """The guest closed the connection before it had answered."""
+    """The guest closed the connection before it answered."""
 
 
 class BrokenOffError(Exception):
-    """An answer that has begun cannot go on: the client's connection is to be reset."""
+    """An answer in progress cannot continue; reset the client's connection."""
 
 
 class Exchange:
@@ -57,21 +57,21 @@ class Exchange:
         """Return the bytes of a piece of the request's body, and of trailers after the last.
 
         Raises:
-            h11.LocalProtocolError: the answer is complete, and nothing more is taken.
+            h11.LocalProtocolError: the answer is complete, and no more is accepted.
         """
         found = self.send(h11.Data(data)) if data else b""
         return found + self.send(h11.EndOfMessage(headers=[*trailers])) if is_last else found
 
     def rest(self) -> tuple[bytes, bool]:
-        """Return what came behind the head that changed the protocol."""
+        """Return the bytes that followed the head of a protocol switch."""
         return self._h11.trailing_data
 
     async def response(self) -> h11.Response | h11.InformationalResponse:
-        """Return the head of the answer, or of the change to another protocol.
+        """Return the head of the answer, or of the switch to another protocol.
 
         Raises:
-            HungUpError: it closed the connection instead.
-            h11.RemoteProtocolError: what the guest says is no HTTP.
+            HungUpError: the guest closed the connection instead.
+            h11.RemoteProtocolError: the guest does not speak HTTP.
         """
         try:
             response: h11.Response = await self._response(or_continue=False)
@@ -82,8 +82,8 @@ class Exchange:
         return response
 
     async def early_response(self, limit_s: float) -> h11.Response | None:
-        """Return the guest's answer to the head alone of a request that waits to be told to go on;
-        None if it is, or if the guest says nothing to that.
+        """Return the guest's answer to the head of a request with `Expect: 100-continue`. Return
+        None if it asks for the body, or is silent for `limit_s`.
 
         Raises: see `response`.
         """
@@ -113,7 +113,7 @@ class Exchange:
                 raise h11.RemoteProtocolError("it hung up without an answer")
 
     async def body(self) -> AsyncIterator[bytes]:
-        """Yield the body of the answer as it comes."""
+        """Yield the answer's body as it arrives."""
         while True:
             event = await self._next()
             if isinstance(event, h11.Data):
@@ -135,10 +135,10 @@ class Exchange:
 
 
 async def until_gone(receive: Receive) -> None:
-    """Take what a client sends for nobody, until it leaves.
+    """Discard what a client sends until it disconnects.
 
     Raises:
-        GoneError: it has.
+        GoneError: it has disconnected.
     """
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -154,13 +154,13 @@ async def send_body(
     trailers: Callable[[], Iterable[tuple[bytes, bytes]]],
     sent: asyncio.Event,
 ) -> None:
-    """Send the body of a request as it comes, and tell when the client leaves.
+    """Send a request's body as it arrives, and notice when the client disconnects.
 
-    `trailers` are asked for once all of the body has come. `sent` is set once all of it that will
-    be is on its way: from then on an answer is due.
+    `trailers` is called once the whole body has arrived. `sent` is set once no more of the request
+    will be sent: from then on the answer is due.
 
     Raises:
-        GoneError: it has.
+        GoneError: the client has disconnected.
     """
     while True:
         if not has_body:

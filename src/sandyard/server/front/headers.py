@@ -36,7 +36,7 @@ _NO_TRAILERS = _HOP | frozenset(
 
 
 def trailers_of(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """Return the trailers of a message that are passed on, either way."""
+    """Return the trailers that are passed on, in either direction."""
     return [
         (name, value)
         for name, value in headers
@@ -45,7 +45,7 @@ def trailers_of(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 
 def takes_trailers(headers: Headers) -> bool:
-    """Tell whether a client says that it takes trailers."""
+    """Tell whether a client accepts trailers."""
     return any(
         word.partition(b";")[0].strip().lower() == b"trailers"
         for name, value in headers
@@ -55,18 +55,18 @@ def takes_trailers(headers: Headers) -> bool:
 
 
 def waits_to_go_on(headers: Headers) -> bool:
-    """Tell whether a client sends its body only once it is told to go on (RFC 9110, 10.1.1)."""
+    """Tell whether a client waits for `100 Continue` before its body (RFC 9110, 10.1.1)."""
     return (first(headers, b"expect") or "").strip().lower() == "100-continue"
 
 
 def first(headers: Headers, name: bytes) -> str | None:
-    """Return a header, the first of that name."""
+    """Return the first header of a name."""
     return next((value.decode("latin-1") for key, value in headers if key == name), None)
 
 
 def cookies_of(headers: Headers, *, is_safe: bool) -> list[bytes]:
-    """Return the values of our own cookie that a client sent; other pages may have set more. Where
-    it `is_safe`, over TLS, only one counts that no other host can have set."""
+    """Return the values of our cookie; other pages may have set more of the same name. Over TLS
+    (`is_safe`) only the `__Host-` cookie counts, which no other host can set."""
     wanted = b"__Host-" + COOKIE if is_safe else COOKIE
     found = []
     for key, value in headers:
@@ -150,7 +150,7 @@ def to_client(
 
 
 def _nominated(headers: Headers) -> frozenset[bytes]:
-    """Return the headers that `Connection` says are of one connection alone."""
+    """Return the headers that `Connection` declares as hop-by-hop."""
     return frozenset(
         word.strip().lower()
         for name, value in headers
@@ -183,7 +183,7 @@ def _local_address(value: bytes, own: set[str], local: bytes, query_token: str) 
 
 
 def _host_only(value: bytes) -> bytes | None:
-    """Return a cookie that a guest sets, for its own host alone; None for one named like ours."""
+    """Return a guest's cookie limited to its own host, or None if it has the name of ours."""
     name = value.partition(b"=")[0].strip()
     if name.lower().removeprefix(b"__host-").removeprefix(b"__secure-") == COOKIE:
         return None

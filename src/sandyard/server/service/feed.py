@@ -1,4 +1,4 @@
-"""The activity feed, which is the audit log as well: what is written in it, and who reads it."""
+"""The activity feed, which is also the audit log."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -12,7 +12,7 @@ from sandyard.server.service.sandboxes.register import Register
 
 
 class Feed:
-    """Reads it. A member sees what they did, and what became of their own sandboxes."""
+    """Reads the feed. Members see their own actions and events of their own sandboxes."""
 
     def __init__(self, store: Store, register: Register, opened: Open) -> None:
         self._open = opened
@@ -51,10 +51,10 @@ class Feed:
         limit: int,
         after: tuple[datetime, str] | None = None,
     ) -> list[Activity]:
-        """Return one page of what became of a sandbox, newest first.
+        """Return one page of a sandbox's events, newest first.
 
         Raises:
-            NotFoundError: no such sandbox.
+            NotFoundError: there is no such sandbox.
         """
         actor.require("sandbox:read")
         sandbox = await self._register.get(actor, reference)
@@ -66,12 +66,12 @@ class Feed:
 
     @asynccontextmanager
     async def follow(self, actor: Actor, reference: str) -> AsyncIterator[AsyncIterator[Sandbox]]:
-        """Follow a sandbox: it is yielded as it is, and again whenever its status changes, until it
-        is gone. Of several changes at once the last may be all that is told.
+        """Follow a sandbox: yield it now, and after each change of its status, until it is deleted.
+        Of several quick changes only the last may be reported.
 
         Raises:
-            NotFoundError: no such sandbox.
-            LimitReachedError: the organization has too much open.
+            NotFoundError: there is no such sandbox.
+            LimitReachedError: the organization has too many streams open.
         """
         actor.require("sandbox:read")
         sandbox = await self._register.get(actor, reference)

@@ -1,4 +1,4 @@
-"""Lines of the activity feed, which is the audit log as well."""
+"""Entries of the activity feed, which is also the audit log."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -9,7 +9,7 @@ from sandyard.server.service.actor import Actor
 
 
 def by_key(actor: Actor | None) -> dict[str, object]:
-    """Return the attribute that names the API key which acted, if one did."""
+    """Return the attribute that names the API key behind an action, if there is one."""
     return {"apiKeyId": actor.key_id} if actor is not None and actor.key_id else {}
 
 
@@ -27,9 +27,9 @@ def line(
     sandbox_id: str | None = None,
     attributes: Mapping[str, object] | None = None,
 ) -> Activity:
-    """Return a line of the feed; what it is about is the first part of `event_type`.
+    """Return an entry of the feed. The first part of `event_type` is its subject.
 
-    Where an API key acted, its attributes name that.
+    Its attributes name the API key behind the action.
     """
     return Activity(
         id=new_uuid(),

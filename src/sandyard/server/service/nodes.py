@@ -1,4 +1,4 @@
-"""The nodes of the installation: how each is reached, and what it said last."""
+"""The nodes of the installation: how each is reached, and its last report."""
 
 import asyncio
 from collections.abc import Coroutine, Mapping
@@ -28,19 +28,19 @@ _T = TypeVar("_T")
 
 
 def believed_bytes(told: int, shape: Shape) -> int:
-    """Return how large a saved machine is by what its node says, who may be anybody's by now:
-    somebody pays for it, and it is no larger than all that the machine has."""
+    """Return the size of saved data as reported by a node, bounded by what the machine can have. A
+    user pays for it, and the node may be compromised."""
     most = (shape.memory_mib + shape.disk_mib + _SAVED_BESIDE_MIB) * 2**20
     return min(max(told, 0), most)
 
 
 class PatientNode:
-    """A node that nobody waits for longer than it lives; see core.contracts.node.NodeControl.
+    """A node whose calls have limits. See core.contracts.node.NodeControl.
 
-    What only has to be looked up has a limit. What may take long (a start, a save) is waited for as
-    long as the node, asked beside, still reports.
+    Queries have a fixed limit. A start or save is waited for as long as the node, polled in
+    parallel, still reports.
 
-    Raises, by any of its methods: UnavailableError if the node does not answer any more.
+    Every method raises UnavailableError if the node does not answer.
     """
 
     def __init__(self, node: NodeControl, clock: Clock) -> None:
@@ -120,7 +120,7 @@ class PatientNode:
 
 
 async def _tried(asked: Coroutine[object, object, _T]) -> _T | SandyardError:
-    """Do what is asked, and return its error instead of raising that in a task of its own."""
+    """Await a call, and return its error instead of raising it in a task."""
     try:
         return await asked
     except SandyardError as error:
@@ -154,23 +154,23 @@ class Nodes:
 
     @property
     def are_remote(self) -> bool:
-        """Whether they are on other hosts."""
+        """Whether the nodes are on other hosts."""
         return self._roster is not None
 
     def takes_new(self, node_id: str) -> bool:
-        """Tell whether new sandboxes may come to a node."""
+        """Tell whether new sandboxes may be placed on a node."""
         return self._roster is None or self._roster.takes_new(node_id)
 
     def is_there(self, node_id: str) -> bool:
-        """Tell whether a node may be expected to answer."""
+        """Tell whether a node is expected to answer."""
         return self._roster is None or self._roster.is_there(node_id)
 
     def is_lost(self, node_id: str | None) -> bool:
-        """Tell whether a node was given up, and has not come back."""
+        """Tell whether a node was given up and has not returned."""
         return self._roster is not None and self._roster.is_lost(node_id or "")
 
     async def is_still_lost(self, node_id: str | None) -> bool:
-        """Tell the same as of now, where it matters to whoever has asked.
+        """Tell the same, as the store has it now.
 
         Raises:
             UnavailableError: the store does not answer.
@@ -178,10 +178,10 @@ class Nodes:
         return self._roster is not None and await self._roster.is_still_lost(node_id or "")
 
     def get(self, node_id: str | None) -> NodeControl:
-        """Return the node of that id.
+        """Return the node with an id.
 
         Raises:
-            UnavailableError: this installation has none such.
+            UnavailableError: the installation has no such node.
         """
         node = self._controls.get(node_id or "")
         if node is None:
@@ -189,11 +189,11 @@ class Nodes:
         return PatientNode(node, self._clock)
 
     def has(self, node_id: str | None) -> bool:
-        """Tell whether there is such a node."""
+        """Tell whether a node exists."""
         return node_id in self._controls
 
     async def report_of(self, node: NodeControl) -> NodeReport:
-        """Ask a node what it holds.
+        """Return a node's report.
 
         Raises:
             UnavailableError: it does not answer in time.
@@ -207,12 +207,11 @@ class Nodes:
         return report
 
     def told(self, node_id: str) -> Told | None:
-        """Return what a node said of itself, unasked, a moment ago; None if it said nothing."""
+        """Return a node's last heartbeat if it is recent, else None."""
         return None if self._roster is None else self._roster.told(node_id)
 
     def lately(self, node_id: str) -> tuple[float, NodeView] | None:
-        """Return what a node said a moment ago, and when by this process's clock; None where that
-        is too long ago."""
+        """Return a node's last heartbeat and its monotonic time, or None if it is too old."""
         said, told = self._said.get(node_id), self.told(node_id)
         if told is not None and (said is None or said[0] < told.at):
             return told.at, told.view

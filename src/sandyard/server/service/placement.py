@@ -1,4 +1,4 @@
-"""Which node a sandbox goes to: one that can start it, has room, and has most of it."""
+"""Chooses the node for a sandbox: one that has the template and the most free capacity."""
 
 import asyncio
 import random
@@ -22,7 +22,7 @@ _LONG_AGO_S: Final = 15.0
 
 @dataclass(frozen=True)
 class Placed:
-    """A node for a sandbox; `is_waiting` says that a machine for it runs there already."""
+    """The chosen node. `is_waiting` says that its pool has a machine ready."""
 
     node_id: str
     is_waiting: bool = False
@@ -30,7 +30,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class _Sent:
-    """What was placed on a node `at` a moment, by this process's clock."""
+    """A sandbox placed on a node, and the monotonic time `at` which."""
 
     at: float
     template: str
@@ -43,7 +43,7 @@ class _Sent:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """What there is to be said for a node; of tiers the greatest is the best."""
+    """The rank of a node; higher tiers are better."""
 
     node_id: str
     tier: tuple[bool, ...]
@@ -53,11 +53,11 @@ class _Ranked:
 
 
 class Placement:
-    """Chooses among the nodes by what they report; the node itself has the last word.
+    """Chooses by what nodes report; the node itself decides in the end.
 
-    Where several choose at once, one of the best is taken `by_lot`: what they go by is a moment
-    old, and the best of all would be everybody's. What was placed since then is counted all the
-    same.
+    With several control planes, one of the best is chosen `by_lot`: reports are slightly out of
+    date, and all would choose the single best. Recent placements are subtracted from a node's
+    capacity.
     """
 
     def __init__(self, nodes: Nodes, clock: Clock, *, by_lot: bool = False) -> None:
@@ -68,7 +68,8 @@ class Placement:
         self._sent: dict[str, deque[_Sent]] = {}
 
     def note_failure(self, node_id: str | None) -> None:
-        """Note that a node could not start what had room there: for minutes it is asked last."""
+        """Note that a start failed on a node despite free capacity: for some minutes it is tried
+        last."""
         if node_id is not None:
             self._failed[node_id] = self._clock.monotonic()
 
@@ -77,10 +78,10 @@ class Placement:
         return failed_at is not None and self._clock.monotonic() - failed_at < _SUNK_S
 
     async def choose(self, template: str, shape: Shape, *, but: str | None = None) -> Placed:
-        """Return the node for a new sandbox of a template, another than `but`.
+        """Return the node for a new sandbox of a template, other than `but`.
 
         Raises:
-            NoCapacityError: no node has room now; the message says what is short.
+            NoCapacityError: no node has capacity now; the message says what is short.
             UnavailableError: no node that answers can start it.
         """
         trouble: UnavailableError | None = None
@@ -102,7 +103,7 @@ class Placement:
         )
 
     async def choose_for(self, snapshot: Snapshot, shape: Shape, *, count: int = 1) -> Placed:
-        """Return the node for sandboxes from a snapshot: the one where that lies.
+        """Return the node for sandboxes from a snapshot: the one that stores it.
 
         Raises: see `choose`.
         """
@@ -118,13 +119,13 @@ class Placement:
             sent.popleft()
 
     def _since(self, node_id: str, at: float) -> list[_Sent]:
-        """Return what was placed on a node that it did not know of at a moment."""
+        """Return what was placed on a node after its last report."""
         if not self._by_lot:
             return []  # it is asked, and says what is so now
         return [one for one in self._sent.get(node_id, ()) if one.at > at - _ON_ITS_WAY_S]
 
     async def _asked(self, node_id: str) -> tuple[float, NodeView] | None:
-        """Return what a node says now, None if it does not answer."""
+        """Return a node's current view, or None if it does not answer."""
         now = self._clock.monotonic()
         try:
             return now, (await self._nodes.report_of(self._nodes.get(node_id))).view()
@@ -134,12 +135,11 @@ class Placement:
     async def _able(
         self, template: str, shape: Shape, *, but: Collection[str | None], asks_all: bool
     ) -> tuple[list[str], bool]:
-        """Return nodes that have a template, best first: no start failed there lately, there is
-        room, a machine waits, a golden one is there, then most memory left; and whether those are
-        all.
+        """Return nodes that have a template, best first, and whether all nodes were considered.
 
-        Who says nothing of itself while others do may be cut off, and is not waited for, but where
-        that `asks_all`.
+        The order is: no recent failed start, free capacity, a waiting machine, a golden, then most
+        free memory. A node without a heartbeat while others have one may be cut off, and is skipped
+        unless `asks_all`.
         """
         ids = [one for one in self._nodes.ids() if one not in but and self._nodes.takes_new(one)]
         views = {one: self._nodes.lately(one) for one in ids}
@@ -162,7 +162,7 @@ class Placement:
     def _ranked(
         self, views: Mapping[str, tuple[float, NodeView] | None], template: str, shape: Shape
     ) -> list[_Ranked]:
-        """Return what there is to be said for each node that has a template."""
+        """Return the rank of each node that has a template."""
         ranked = []
         for node_id, said in views.items():
             if said is None or template not in said[1].templates:
@@ -184,7 +184,7 @@ class Placement:
 
 
 def _waiting(view: NodeView, template: str, shape: Shape) -> int:
-    """Return how many machines wait on a node for sandboxes of a kind: a disk can only grow."""
+    """Return how many machines wait on a node for a template and shape. A disk can only grow."""
     kind = template, shape.vcpus, shape.memory_mib
     return sum(
         one.size

@@ -1,4 +1,4 @@
-"""Whether the installation can serve, and if not, what is missing."""
+"""Whether the installation can create sandboxes, and what is missing if not."""
 
 from contextlib import suppress
 
@@ -8,16 +8,16 @@ from sandyard.server.service.nodes import Nodes
 
 
 class Readiness:
-    """Asks the store and the nodes."""
+    """Checks the store and the nodes."""
 
     def __init__(self, store: Store, nodes: Nodes) -> None:
         self._store = store
         self._nodes = nodes
 
     async def missing(self) -> list[str]:
-        """Return what is missing, a sentence each; empty if the installation is ready.
+        """Return what is missing, one sentence each; empty if ready.
 
-        One node that can start machines is enough.
+        One node that can start machines suffices.
         """
         missing = []
         try:
@@ -27,7 +27,7 @@ class Readiness:
         return missing + await self._missing_on_nodes()
 
     async def limited(self) -> list[str]:
-        """Return what sandboxes have to do without, a sentence each; they start all the same."""
+        """Return features that sandboxes lack on this host, one sentence each."""
         limited: dict[str, None] = {}
         for node in self._nodes.all():
             with suppress(UnavailableError):

@@ -1,8 +1,8 @@
-"""Requests with an Idempotency-Key: asked twice, done once.
+"""Requests with an idempotency key: repeated requests are executed once.
 
-Within 24 hours the same key and request is answered with what the first one made, as it is by then.
-Only a digest of the request is kept, made with the installation's key, so that what was in it (a
-password, an environment) cannot be guessed from it.
+Within 24 hours the same key and request returns what the first one created, in its current state.
+Only a keyed digest of the request is stored, so that its content (a password, an environment)
+cannot be guessed.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _TURN_S = 60.0
 
 @dataclass(frozen=True)
 class Repeatable:
-    """A creating request that carried a key."""
+    """A creating request with an idempotency key."""
 
     route: str
     key: str
@@ -36,7 +36,7 @@ class Repeatable:
 
 
 class Repeats:
-    """Remembers such requests, in the transaction that does what they ask."""
+    """Stores such requests, in the transaction that executes them."""
 
     def __init__(self, clock: Clock, secret: bytes) -> None:
         self._clock = clock
@@ -46,11 +46,11 @@ class Repeats:
 
     @asynccontextmanager
     async def turn(self, actor: Actor, request: Repeatable | None) -> AsyncIterator[None]:
-        """Have requests of one key done one after the other, so that the later find the first's.
+        """Serialize requests with the same key, so that later ones find the first one's result.
 
         Raises:
-            InvalidArgumentError: the key cannot be one.
-            UnavailableError: the first takes longer than the later may wait.
+            InvalidArgumentError: the key is invalid.
+            UnavailableError: the first request takes too long.
         """
         self.check(request)
         if request is None:
@@ -71,25 +71,25 @@ class Repeats:
             turn.release()
 
     def check(self, request: Repeatable | None) -> None:
-        """Refuse a key that cannot be one.
+        """Validate a key.
 
         Raises:
             InvalidArgumentError: it is not 1 to 255 printable ASCII characters.
         """
         if request is not None and not _KEY.fullmatch(request.key):
             raise InvalidArgumentError(
-                "cannot use this Idempotency-Key: it needs 1 to 255 printable ASCII characters "
+                "cannot use {field}: it must be 1 to 255 printable ASCII characters "
                 "without spaces; a UUID is a good one",
-                field="Idempotency-Key",
+                field="idempotency_key",
             )
 
     async def made_before(
         self, tx: Transaction, actor: Actor, request: Repeatable | None
     ) -> tuple[str, ...] | None:
-        """Return the ids of what this request made before; None if it is the first.
+        """Return the ids that this request created before, or None if it is the first.
 
         Raises:
-            KeyReusedError: the key came with another request.
+            KeyReusedError: the key was used with another request.
         """
         if request is None:
             return None
@@ -101,16 +101,16 @@ class Repeats:
             return None
         if not hmac.compare_digest(known.digest, self._digest(request)):
             raise KeyReusedError(
-                "cannot use this Idempotency-Key: it came with another request within the last "
+                "cannot use {field}: it was used with another request within the last "
                 "24 hours; use a new key for a new request",
-                field="Idempotency-Key",
+                field="idempotency_key",
             )
         return known.resource_ids
 
     async def note(
         self, tx: Transaction, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]
     ) -> None:
-        """Remember what a request makes."""
+        """Store what a request creates."""
         if request is not None:
             await tx.requests.add(
                 _key(actor, request),
@@ -121,8 +121,8 @@ class Repeats:
     async def forget(
         self, tx: Transaction, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]
     ) -> None:
-        """Forget a request whose work came to nothing, so that it can be asked again; what another
-        has noted of it since, other `ids`, stays."""
+        """Forget a request that failed, so that it can be retried. A newer entry with other `ids`
+        stays."""
         if request is None:
             return
         known = await tx.requests.find(_key(actor, request))

@@ -1,4 +1,4 @@
-"""Which nodes on other hosts there are, as of a moment ago; and giving up whoever is lost."""
+"""The nodes on other hosts, kept up to date; marks nodes without a lease as lost."""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _MANY: Final = 3
 
 @dataclass(frozen=True)
 class Told:
-    """What a node said of itself last: `at` by this process's clock, in seconds."""
+    """A node's last heartbeat. `at` is this process's monotonic time in seconds."""
 
     at: float
     epoch: int
@@ -37,10 +37,10 @@ class Told:
 
 
 class Roster:
-    """The nodes as they were a moment ago. Run it, and refresh it once before.
+    """The nodes as of the last refresh. Call `refresh` once, then run it.
 
-    `can_hear` tells whether NATS answers; `elapsed` is a time that goes on while this host does not
-    run, in seconds.
+    `can_hear` tells whether NATS answers. `elapsed` returns seconds that also pass while this host
+    is suspended.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Roster:
         self._told = {one: told for one, told in self._told.items() if one in self.nodes}
 
     def hear(self, node_id: str, beat: Beat) -> None:
-        """Note what a node says of itself; an older process of it, one that says something all the
-        time, and what comes late, are not believed."""
+        """Record a node's heartbeat. Heartbeats of an older process, too many, and late ones are
+        ignored."""
         node, now, known = self.nodes.get(node_id), self._clock.monotonic(), self._told.get(node_id)
         if beat.view is None or node is None or beat.epoch != node.epoch:
             return
@@ -86,15 +86,15 @@ class Roster:
         self._told[node_id] = Told(now, beat.epoch, beat.view)
 
     def told(self, node_id: str) -> Told | None:
-        """Return what a node said of itself a moment ago; None if it said nothing."""
+        """Return a node's last heartbeat if it is recent, else None."""
         told = self._told.get(node_id)
         if told is None or self._clock.monotonic() - told.at > _FRESH_S:
             return None
         return told
 
     def hears_late(self) -> bool:
-        """Tell whether this process stood still until a moment ago: what it is told now may have
-        waited for it, and be of a time long past."""
+        """Tell whether this process was suspended until just now: heartbeats may have waited and be
+        out of date."""
         now = self._elapsed()
         if self._ticked_at is not None and now - self._ticked_at > _STILL_S:
             return True
@@ -109,10 +109,10 @@ class Roster:
             await self._clock.sleep(_TICK_S)
 
     async def run(self) -> None:
-        """Keep them fresh, and give up whoever's lease has ended.
+        """Keep the nodes up to date, and mark nodes without a lease as lost; never returns.
 
-        Only after a while in which database and NATS both answered: where either was away, no node
-        could say that it is there, and that is nobody's end.
+        This happens only after database and NATS have both answered for a while: without either, no
+        node could extend its lease.
         """
         async with beside(self._tick()):
             await self._look()
@@ -125,14 +125,14 @@ class Roster:
                 await self._lose(began)
             except UnavailableError:
                 self._calm_since = None
-            except Exception:  # looked after at the next look
-                log.exception("nodes could not be looked after")
+            except Exception:  # handled by the next poll
+                log.exception("unexpected error while polling nodes; retrying")
             await self._clock.sleep(_LOOK_S)
 
     async def _lose(self, began: float) -> None:
-        """Give up whoever is to be, in a look that `began` just now."""
+        """Mark nodes as lost, in a poll that started at `began`."""
         now = self._elapsed()
-        # Where a look took long, the database or this process stood still.
+        # A slow poll means that the database or this process was suspended.
         if not self.can_hear() or now - began > _STILL_S or now - self._looked_at > _STILL_S:
             self._calm_since = None
         self._looked_at = now
@@ -146,14 +146,14 @@ class Roster:
             return
         async with self._store.write(Turn.BESIDE) as tx:
             if self._elapsed() - now > _GRACE.total_seconds():
-                return  # it waited for its turn, and so may what nodes have said meanwhile
+                return  # it waited, and heartbeats may have waited as well
             lost = await tx.joined_nodes.lose(grace=_GRACE)
         for node_id in lost:
-            log.error("the node %s is lost: it has not been heard of", node_id)
+            log.error("node %s missed its lease; marking its sandboxes suspected_missing", node_id)
         if len(lost) >= _MANY and 2 * len(lost) > len(self.nodes):
             log.error(
-                "%d of %d nodes were lost at once: more likely it is what joins them; nothing of "
-                "theirs is undone",
+                "%d of %d nodes missed their leases at once, likely a network fault; leaving "
+                "their sandboxes unchanged",
                 len(lost),
                 len(self.nodes),
             )
@@ -164,12 +164,13 @@ class Roster:
         return node is not None and node.has_lease
 
     def is_lost(self, node_id: str) -> bool:
-        """Tell whether a node was given up, and has not come back."""
+        """Tell whether a node was given up and has not returned."""
         node = self.nodes.get(node_id)
         return node is not None and node.lost_at is not None
 
     async def is_still_lost(self, node_id: str) -> bool:
-        """Tell the same as of now: whoever is refused for it may have seen that it is back.
+        """Tell the same, as the store has it now: a caller that is refused may know that the node
+        is back.
 
         Raises:
             UnavailableError: the store does not answer.
@@ -179,6 +180,6 @@ class Roster:
         return self.is_lost(node_id)
 
     def takes_new(self, node_id: str) -> bool:
-        """Tell whether new sandboxes may come to a node."""
+        """Tell whether new sandboxes may be placed on a node."""
         node = self.nodes.get(node_id)
         return node is not None and node.has_lease and not node.is_draining

@@ -1,7 +1,7 @@
-"""Whoever made a ticket or signed something, as they are when it is used.
+"""The issuers of tickets and signatures, with their current rights.
 
-What is handed on is worth no more than its maker: it ends when the maker's key is revoked, expires
-or is rotated, and can do what the maker still may.
+A ticket or signature grants what its issuer may do at the time of use. It ends when the issuer's
+key is revoked, expires or is rotated.
 """
 
 from sandyard.server.core.contracts.clock import Clock
@@ -15,23 +15,23 @@ _BY_SECRET = "."
 
 
 def signer_of(actor: Actor) -> str:
-    """Return who an actor is, as it is written into what they hand on."""
+    """Return an actor's identity, as stored in tickets and signatures."""
     if actor.key_id is None:
         return f"{_USER}:{actor.user_id}"
     return f"{actor.key_id}{_BY_SECRET}{actor.key_generation}"
 
 
 class Signers:
-    """See the module."""
+    """Looks issuers up."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
 
     async def actor(self, org_id: str, by: str, scope: str) -> Actor | None:
-        """Return an actor who may do what a signer may with a scope; None if they may it no more.
+        """Return an actor with one scope of the issuer's, or None if the issuer has lost it.
 
-        Of all that the signer may, it is that, and an admin's view of other members' things.
+        The actor has only that scope, and an admin's view of other members' resources.
         """
         kind, _, user_id = by.partition(":")
         if kind == _USER:

@@ -1,4 +1,4 @@
-"""Templates as the installation has them."""
+"""The templates of the installation."""
 
 import asyncio
 from collections import Counter
@@ -13,7 +13,7 @@ _READY_S: Final = 2.0
 
 
 async def _templates_of(node: NodeControl) -> tuple[TemplateFact, ...] | None:
-    """Return what a node has, None if it does not answer."""
+    """Return a node's templates, or None if it does not answer."""
     try:
         return await node.templates()
     except UnavailableError:
@@ -25,7 +25,7 @@ def _is_ready(fact: TemplateFact) -> bool:
 
 
 class Templates:
-    """What can be started."""
+    """Looks templates up."""
 
     def __init__(self, nodes: Nodes, clock: Clock) -> None:
         self._nodes = nodes
@@ -33,13 +33,13 @@ class Templates:
         self._ready: dict[str, tuple[float, TemplateFact]] = {}
 
     async def all(self) -> list[TemplateFact]:
-        """Return every template by slug, once each: as most nodes have it ready, if any do; the
-        smallest of as many. One node alone does not say what others' sandboxes cost."""
+        """Return every template by slug. If nodes differ, return the most common state, preferring
+        ready ones and then the smallest."""
         found, _ = await self._found()
         return found
 
     async def _found(self) -> tuple[list[TemplateFact], bool]:
-        """Return them, and whether every node was heard that should be."""
+        """Return the templates, and whether every expected node answered."""
         found: dict[str, TemplateFact] = {}
         nodes = [one for one in self._nodes.all() if self._nodes.is_there(one.node_id)]
         async with asyncio.TaskGroup() as tasks:
@@ -62,11 +62,11 @@ class Templates:
         return [found[slug] for slug in sorted(found)], bool(nodes) and None not in told
 
     async def ready(self, slug: str) -> TemplateFact:
-        """Return a template that sandboxes can be started from.
+        """Return a template that is ready to use.
 
         Raises:
             InvalidArgumentError: there is no such template.
-            UnavailableError: it has not been built, or no node that may have it answers.
+            UnavailableError: it is not built, or no node that may have it answers.
         """
         # Where nodes are on other hosts, to ask all of them takes longer than all else together.
         # The one that is to start it has the last word.

@@ -1,4 +1,4 @@
-"""Connections that SSH forwards: such as the sandbox makes, and such as come to it."""
+"""Forwarded SSH connections: made by the sandbox, or accepted by it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,7 +26,7 @@ _CALLERS_MAX = 64
 
 
 class Holder(Protocol):
-    """A connection of a client that has logged in, as what is opened on it sees it."""
+    """A logged-in client's connection, as its forwards see it."""
 
     @property
     def connection(self) -> asyncssh.SSHServerConnection:
@@ -35,16 +35,16 @@ class Holder(Protocol):
 
     @property
     def forwards(self) -> Forwards:
-        """What connects, and listens, in sandboxes."""
+        """The service that connects and listens in sandboxes."""
         ...
 
     @property
     def clock(self) -> Clock:
-        """Where time comes from."""
+        """The clock."""
         ...
 
     async def of(self) -> tuple[Actor, str]:
-        """Return whose connection it is, and to which sandbox."""
+        """Return the actor and the sandbox's id."""
         ...
 
     async def until_over(self) -> None:
@@ -52,12 +52,12 @@ class Holder(Protocol):
         ...
 
     def give_place(self) -> None:
-        """Count one channel less."""
+        """Release one channel."""
         ...
 
 
 class Forward:
-    """A connection that the sandbox makes for the client, from the wish to its end."""
+    """A connection that the sandbox makes for the client."""
 
     def __init__(self, client: Holder, wish: Dial) -> None:
         self._client = client
@@ -66,14 +66,14 @@ class Forward:
         self._channel: asyncio.Future[ChannelStream] = asyncio.get_running_loop().create_future()
 
     async def take_channel(self, reader: Any, writer: Any) -> None:
-        """Take the channel that asyncssh has opened for it."""
+        """Accept the channel that asyncssh has opened."""
         if self._channel.done():
             writer.close()  # it came too late
         else:
             self._channel.set_result(ChannelStream(reader, writer))
 
     async def serve(self) -> None:
-        """Connect, say that it is `opened`, and carry bytes while both ends are there."""
+        """Connect, set `opened`, and relay until both ends are closed."""
         client = self._client
         try:
             async with (
@@ -99,9 +99,9 @@ class Forward:
 
 
 class Listener(asyncssh.SSHListener):
-    """A port or a socket of the sandbox whose connections go to the client.
+    """A port or socket in the sandbox whose connections are forwarded to the client.
 
-    On a port without a host, as by sshd, only what comes from the sandbox itself is taken.
+    Like sshd, a port without a host accepts connections from the sandbox itself only.
     """
 
     def __init__(self, client: Holder, wish: Listen) -> None:
@@ -113,7 +113,7 @@ class Listener(asyncssh.SSHListener):
         self._is_closed = asyncio.Event()
 
     async def serve(self) -> None:
-        """Have the sandbox listen, say that it is `opened`, and answer who comes."""
+        """Have the sandbox listen, set `opened`, and forward connections."""
         client = self._client
         try:
             async with (
@@ -165,7 +165,7 @@ class Listener(asyncssh.SSHListener):
 
 
 class ChannelStream:
-    """A channel as a stream; see core.contracts.node.ByteStream."""
+    """A channel as a stream. See core.contracts.node.ByteStream."""
 
     def __init__(self, reader: Any, writer: Any) -> None:
         self._reader = reader
@@ -193,7 +193,7 @@ class ChannelStream:
 
 @asynccontextmanager
 async def _told(opened: "asyncio.Future[None]") -> AsyncIterator[None]:
-    """Tell whoever waits for something to be opened that it was not, and why."""
+    """Set a future to the error that kept something from opening."""
     try:
         yield
     except SandyardError as error:
@@ -205,7 +205,7 @@ async def _told(opened: "asyncio.Future[None]") -> AsyncIterator[None]:
 
 
 async def _carry(one: ByteStream, other: ByteStream) -> None:
-    """Relay, until something breaks, which ends it."""
+    """Relay until either side fails, which ends the relay."""
     with suppress(SandyardError, OSError, asyncssh.Error):
         await relay(one, other)
 
@@ -213,7 +213,7 @@ async def _carry(one: ByteStream, other: ByteStream) -> None:
 async def take(
     client: Holder, actor: Actor, sandbox_id: str, caller: Caller, reader: Any, writer: Any
 ) -> None:
-    """Join a connection that came to the sandbox with a channel to the client."""
+    """Relay between a connection that the sandbox accepted and a channel to the client."""
     try:
         taking = client.forwards.take(actor, sandbox_id, Take(caller.number), USE)
         async with taking as there:
@@ -225,8 +225,8 @@ async def take(
 async def answer_all(
     callers: AsyncIterator[Caller], answer: Callable[[Caller], Awaitable[None]]
 ) -> None:
-    """Answer callers, each by itself, so many at a time; one that cannot be is no reason not to
-    answer the next."""
+    """Forward accepted connections, a limited number concurrently. A failed one does not affect the
+    others."""
     room = asyncio.Semaphore(_CALLERS_MAX)
 
     async def answer_one(caller: Caller) -> None:

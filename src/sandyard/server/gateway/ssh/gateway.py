@@ -1,8 +1,9 @@
-"""The SSH gateway: authenticates, and turns channels into processes and connections of a sandbox.
+"""The SSH gateway: authenticates clients, and maps channels to processes and connections of a
+sandbox.
 
-No sshd runs in a sandbox. A session's channel becomes a process of the agent (a shell, a command,
-sftp-server), a forwarded connection one that the machine makes or takes itself, so that what a
-sandbox may reach is what its users may reach through it.
+No sshd runs in a sandbox. A session becomes a process of the agent (a shell, a command, sftp-
+server). A forwarded connection is made or accepted by the machine itself, so the sandbox's own
+network rules apply to it.
 """
 
 import asyncio
@@ -66,7 +67,7 @@ _SIGNATURES = (
 
 
 class SshGateway:
-    """See the module. `open_gateway` opens one."""
+    """Counts connections and starts their tasks. `open_gateway` opens one."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class SshGateway:
         )
 
     def enter(self, client: "_Client", address: str) -> str | None:
-        """Count a connection from a source, or say why it may not be."""
+        """Count a connection from a source. Return None, or the reason for refusing it."""
         if not self.throttle.begin(address):
             return "too many connections came from this address without a login; try again later"
         if len(self._open) >= self._most or self._by_address[address] >= self._most_by_address:
@@ -111,7 +112,7 @@ class SshGateway:
         return None
 
     def leave(self, client: "_Client") -> None:
-        """Count a connection no more."""
+        """Stop counting a connection."""
         address = self._open.pop(client, None)
         if address is not None:
             self._by_address[address] -= 1
@@ -119,7 +120,7 @@ class SshGateway:
                 del self._by_address[address]
 
     async def close(self, reason: str) -> None:
-        """Close all connections, tell them why, and return once they are closed."""
+        """Close all connections with a reason, and wait until they are closed."""
         open_ = [one.connection for one in self._open]
         for client in list(self._open):
             client.close(reason)
@@ -197,7 +198,7 @@ async def open_gateway(
 
 
 def rest_of(elapsed_s: float) -> float:
-    """Return how much longer a refusal takes: all take 10 ms, or that doubled often enough."""
+    """Return how much longer a refusal has to take: 10 ms in total, doubled as often as needed."""
     whole_s = _REFUSAL_S
     while whole_s < elapsed_s:
         whole_s *= 2
@@ -205,7 +206,7 @@ def rest_of(elapsed_s: float) -> float:
 
 
 class _Client(asyncssh.SSHServer):
-    """One connection: who it is, and what it has open."""
+    """One connection: its login and its channels."""
 
     def __init__(self, gateway: SshGateway) -> None:
         self.gateway = gateway
@@ -224,7 +225,7 @@ class _Client(asyncssh.SSHServer):
 
     @property
     def clock(self) -> Clock:
-        """Where time comes from."""
+        """The clock."""
         return self.gateway.clock
 
     @property
@@ -278,7 +279,7 @@ class _Client(asyncssh.SSHServer):
         }
 
     def _limited(self, process: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a handler that exchanges keys once before there is a login, and no more."""
+        """Return a handler that allows one key exchange before login."""
 
         def limited(conn: Any, *packet: Any) -> Any:
             self._exchanges += 1
@@ -295,7 +296,7 @@ class _Client(asyncssh.SSHServer):
         self._is_over.set()
 
     def close(self, reason: str) -> None:
-        """Close it, and say why."""
+        """Close the connection with a reason."""
         if self._connection is not None:
             self._connection.disconnect(asyncssh.DISC_SERVICE_NOT_AVAILABLE, f"sandyard: {reason}")
 
@@ -341,8 +342,8 @@ class _Client(asyncssh.SSHServer):
         return False
 
     async def _asked(self, question: Awaitable[Login | None]) -> Login | None:
-        """Return what a login opens. A refusal takes its time: how long it took to find out says
-        something of what is there."""
+        """Return the result of a login attempt. Refusals are delayed to fixed times, so that timing
+        reveals nothing."""
         clock = self.gateway.clock
         began = clock.monotonic()
         found = None
@@ -369,7 +370,7 @@ class _Client(asyncssh.SSHServer):
             self.gateway.crew.start(self._watch(self._login), "a login is not watched")
 
     async def _watch(self, login: Login) -> None:
-        """Note the login, and close the connection once that opens the sandbox no more."""
+        """Record the login, and close the connection when it is no longer authorized."""
         if login.sandbox_id is None:
             # It is told that with whatever it tries, and then it is time to go.
             with suppress(TimeoutError):
@@ -405,11 +406,11 @@ class _Client(asyncssh.SSHServer):
                     return
 
     async def of(self) -> tuple[Actor, str]:
-        """Return whose connection it is, and to which sandbox.
+        """Return the actor and the sandbox's id.
 
         Raises:
-            NotFoundError: the name that was given may mean several, or the sandbox is gone.
-            UnauthenticatedError, PermissionDeniedError: what it was let in by holds no more.
+            NotFoundError: the name is ambiguous, or the sandbox was deleted.
+            UnauthenticatedError, PermissionDeniedError: the login is no longer authorized.
         """
         login = self._login
         if login is None or login.sandbox_id is None:
@@ -494,8 +495,7 @@ class _Client(asyncssh.SSHServer):
         return listener
 
     async def until_listening(self) -> None:
-        """Return once the sandbox listens where it was asked to: what is started next may connect
-        there at once."""
+        """Wait until requested listeners are open: the next command may connect to them at once."""
         if self._listening:
             await asyncio.wait(list(self._listening), timeout=CHANNEL_S)
 
@@ -504,7 +504,7 @@ class _Client(asyncssh.SSHServer):
         await self._is_over.wait()
 
     def take_place(self) -> None:
-        """Count a channel, from the moment that it is asked for.
+        """Count a channel from its request on.
 
         Raises:
             asyncssh.ChannelOpenError: there are too many.
@@ -516,9 +516,9 @@ class _Client(asyncssh.SSHServer):
         self._channels += 1
 
     def give_place(self) -> None:
-        """Count one less."""
+        """Release one channel."""
         self._channels -= 1
 
     def note_start(self) -> None:
-        """Note that a session has said what it is to be, or never will."""
+        """Note that a session has started, or never will."""
         self._unstarted -= 1

@@ -1,1 +1,1 @@
-"""Makes what is so agree with what should be."""
+"""Reconciles actual state with desired state."""

@@ -1,11 +1,11 @@
-"""Compares what one node holds with what the store says of it, and repairs the difference.
+"""Compares one node's report with the store, and repairs differences.
 
-Everything that is remembered from look to look is about this one node: a machine is removed, and a
-sandbox said to have vanished, only when two looks in a row have found it so.
+All state kept between comparisons concerns this one node. A machine is removed, and a sandbox is
+marked as vanished, only after two comparisons in a row agree.
 
 Nothing is deleted because the database does not know it: a database that was restored from a backup
-knows nothing of what was made since. A machine is removed if its row says so, and is no older than
-what the node was shown; a snapshot's files if the database remembers that it was removed.
+does not know what was created since. A machine is removed if its row says so and is no older than
+what the node has been shown. A snapshot's files are removed if the database remembers its deletion.
 """
 
 import logging
@@ -69,7 +69,7 @@ _NUMBER_MAX = 2**30
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a node may be silent, and how long what is new is left alone."""
+    """How long a node may be silent, and how long new machines are left alone."""
 
     node_silent_s: float = 15.0
     grace_s: float = 10.0
@@ -77,8 +77,8 @@ class Patience:
 
 @dataclass(frozen=True)
 class _Calm:
-    """What was so when a look found nothing to do, and until when none will by the time alone;
-    `since` is by this process's clock, in seconds."""
+    """The state in which a comparison found nothing to do, and until when time alone changes that.
+    `since` is monotonic, in seconds."""
 
     mark: Mark
     generation: tuple[int, int]
@@ -130,10 +130,11 @@ class Comparison:
         self._unknown: dict[str, set[str]] = {}
 
     async def look(self, mark: Mark | None = None) -> None:
-        """Ask the node, and mend what differs; one that does not answer is dealt with as silent.
+        """Compare the node's report with the store, and repair differences. Handle a node that does
+        not answer as silent.
 
-        With a `mark` of what is written of it, only if by that, by what the node says unasked, or
-        by the time, anything can have become of it since the last look.
+        With a `mark` of the rows, skip the comparison if neither the rows, nor the node's
+        heartbeat, nor time can have changed anything since the last one.
 
         Raises:
             SandyardError: the store does not answer.
@@ -143,8 +144,8 @@ class Comparison:
             self.heard_at = self._clock.monotonic()
             return
         self._calm = None
-        # Rows first: a row that says running was written when the machine was there, so a later
-        # report without it means that it is gone.
+        # Read rows before the report: a row says running only after the machine ran, so a later
+        # report without the machine means that it is gone.
         async with self._store.read() as tx:
             rows = await tx.sandboxes.standing(self._node.node_id, WATCHED, known=self._rows)
             seen = await tx.nodes.find(self._node.node_id)
@@ -153,21 +154,21 @@ class Comparison:
             report = await self._nodes.report_of(self._node)
         except UnavailableError as error:
             if self.silent_since is None:
-                log.warning("a node does not answer: %s", error.message)
+                log.warning("node does not answer: %s; retrying", error.message)
                 self.silent_since = self._clock.monotonic()
-            async with self._store.glance() as tx:  # to ask may have taken long
+            async with self._store.glance() as tx:  # the report may have taken long
                 joined = await tx.joined_nodes.find(self._node.node_id)
             if joined is None or joined.lease_until is None:
                 await self._suspect_in_time(rows, self._began_at if seen is None else seen.seen_at)
             elif joined.lost_at is not None:
                 await self._suspect(rows, joined.lost_at)
-            else:  # it is there, and cannot be asked now
+            else:  # it has a lease, and cannot be reached now
                 for sandbox in rows:
                     if has_expired(sandbox, self._clock.now()):
                         await self._expire(sandbox, ended_at=None)
             return
         if self.silent_since is not None:
-            log.warning("the node %s answers again", self._node.node_id)
+            log.warning("node %s answers again", self._node.node_id)
         self.silent_since = None
         if seen is not None and self._clock.now() - seen.seen_at > _AWAY:
             self._away_since = seen.seen_at
@@ -188,8 +189,8 @@ class Comparison:
     def _calmed(
         self, rows: list[Standing], report: NodeReport, snapshots: list[Snapshot], told: Told
     ) -> "_Calm | None":
-        """Return what keeps the next look from finding anything; None if that may find something
-        as it is."""
+        """Return the state that lets the next comparison be skipped, or None if it may find
+        something."""
         if (
             self._awake
             or self._vanished
@@ -219,15 +220,15 @@ class Comparison:
     # --- the node itself ------------------------------------------------------------------
 
     async def _suspect_in_time(self, rows: list[Standing], heard_at: datetime) -> None:
-        """Note that the sandboxes of a node that holds no lease cannot be reached, once no server
-        has heard of it lately."""
+        """Mark the sandboxes of a node without a lease as unreachable, once no server has heard
+        from it for a while."""
         if self._clock.now() - heard_at >= timedelta(seconds=self._patience.node_silent_s):
             await self._suspect(rows, heard_at)
 
     async def _suspect(self, rows: list[Standing], heard_at: datetime) -> None:
-        """Note that a node's sandboxes cannot be reached.
+        """Mark a node's sandboxes as unreachable.
 
-        What they cost since it was heard of nobody pays: it may have been nothing.
+        They are not charged for the time since the node was last heard from.
         """
         for sandbox in rows:
             if sandbox.status is Status.RUNNING:
@@ -236,11 +237,11 @@ class Comparison:
                 await self._expire(sandbox, ended_at=heard_at)
 
     async def _caught_up(self, rows: list[Standing], report: NodeReport) -> list[Standing]:
-        """Return the rows once none is behind what the node was shown of it.
+        """Return the rows once none is behind what the node has been shown.
 
-        A row is written before its node is shown it. One that is behind lies in a database that
-        went back, to a backup or to a standby that had not heard the last, and the node would
-        refuse all that is asked on its behalf.
+        A row is written before its node is shown it. A row that is behind means that the database
+        went back, to a backup or to a lagging standby. The node would refuse every request made
+        from it.
         """
         shown = {fact.sandbox_id: fact for fact in report.machines}
         ahead = [one for one in rows if one.id in shown and one.version < shown[one.id].version]
@@ -248,7 +249,7 @@ class Comparison:
             return rows
         for one in ahead:
             await self._catch_up(one, shown[one.id])
-        self._rows = {}  # a row that went back has come to a version again, as something else
+        self._rows = {}  # a row that went back may reach the same version with other content
         async with self._store.glance() as tx:
             return await tx.sandboxes.standing(self._node.node_id, WATCHED, known={})
 
@@ -256,13 +257,14 @@ class Comparison:
         async with self._store.glance() as tx:
             now = await tx.sandboxes.find(sandbox.id)
         if now is None or now.node_id != self._node.node_id or now.version >= fact.version:
-            return  # it was written, and the node was shown it, since the rows were read
+            return  # it was written and shown to the node since the rows were read
         if not (
             _is_believed(now.version, fact.version)
             and _is_believed(now.incarnation, fact.incarnation)
         ):
             log.error(
-                "the node %s says that it was shown what no row has come to",
+                "node %s reports a newer row version than the database has; was the database "
+                "restored?",
                 self._node.node_id,
                 extra={"sandbox_id": sandbox.id},
             )
@@ -273,14 +275,14 @@ class Comparison:
             )
         if is_done:
             log.warning(
-                "the database has gone back: a sandbox goes on from what its node was shown",
+                "the database went back; continuing a sandbox from the version its node was shown",
                 extra={"sandbox_id": sandbox.id},
             )
 
     # --- its sandboxes --------------------------------------------------------------------
 
     async def _compare(self, rows: list[Standing], report: NodeReport) -> list[Snapshot]:
-        """Mend what differs, and return the snapshots that are written to be on the node."""
+        """Repair differences, and return the snapshots that the store places on the node."""
         facts = {fact.sandbox_id: fact for fact in report.machines}
         vanished: set[str] = set()
         awake: dict[str, tuple[int, int]] = {}
@@ -307,7 +309,7 @@ class Comparison:
         known = {one.id for one in rows}
         self._reboots = {one: times for one, times in self._reboots.items() if one in known}
         self._pause_awake(awake)
-        self._away_since = None  # whatever died while nobody looked has been found
+        self._away_since = None  # everything that ended while no server ran has been found
         if report.is_short_of_memory:
             await self._relieve(rows, facts)
         await self._remove_unwanted(report.machines, {one.id: one for one in rows})
@@ -325,12 +327,12 @@ class Comparison:
             if not is_suspected:
                 await self._apply(sandbox, Event.SILENT, reason=_SILENT)
             elif self._clock.now() - sandbox.updated_at > _SILENT_MAX:
-                # It can be used by nobody, and is charged for nothing.
+                # It cannot be used, so it is not charged.
                 await self._apply(sandbox, Event.PAUSE, reason=_SILENT)
         elif is_suspected:
             await self._apply(sandbox, Event.READY)
         elif fact.phase is Phase.PAUSED:
-            # It was saved by somebody whose word did not reach the store.
+            # It was saved, and the result was never stored.
             await self._apply(sandbox, Event.PAUSE)
         else:
             reason_now = Reason(fact.reason_code, fact.reason_message) if fact.reason_code else None
@@ -339,7 +341,7 @@ class Comparison:
                 await self._note(sandbox, reason_now)
 
     async def _restart(self, sandbox: Standing) -> None:
-        """Have a sandbox boot again that was rebooted from inside: nothing about it is wrong."""
+        """Boot a sandbox again that was rebooted from inside. This is not an error."""
         now = self._clock.now()
         times = [one for one in self._reboots.get(sandbox.id, []) if now - one < _REBOOTS_IN]
         if len(times) >= _REBOOTS_MAX:
@@ -360,13 +362,13 @@ class Comparison:
         await self._apply(sandbox, Event.BROKE, reason=reason, ip=None, ended_at=self._away_since)
 
     async def _expire(self, sandbox: Standing, *, ended_at: datetime | None) -> None:
-        # What is compared may not be what is written, if a database has gone back.
+        # If the database went back, the compared row may differ from the stored one.
         whole = await self._whole(sandbox)
         if whole is not None and has_expired(whole, self._clock.now()):
             await self._lifecycle.apply(whole, Event.DELETE, ended_at=ended_at, reason=EXPIRED)
 
     async def _apply(self, sandbox: Standing, event: Event, **changes: Any) -> Sandbox | None:
-        """Apply an event to a sandbox as it was compared; see `Lifecycle.apply`."""
+        """Apply an event to a sandbox as it was compared. See `Lifecycle.apply`."""
         whole = await self._whole(sandbox)
         return None if whole is None else await self._lifecycle.apply(whole, event, **changes)
 
@@ -375,7 +377,7 @@ class Comparison:
             await self._lifecycle.note_reason(whole, reason)
 
     async def _whole(self, sandbox: Standing) -> Sandbox | None:
-        """Return all of a sandbox; None if it has moved on since it was compared."""
+        """Return the full row of a sandbox, or None if it has changed since it was compared."""
         async with self._store.glance() as tx:
             found = await tx.sandboxes.find(sandbox.id)
         return found if found is not None and found.version == sandbox.version else None
@@ -387,10 +389,10 @@ class Comparison:
             await self._pause_unused(sandbox, IDLE)
 
     async def _pause_unused(self, sandbox: Standing, reason: Reason) -> None:
-        """Have a sandbox paused, unless somebody uses it, or begins to at that moment.
+        """Pause a sandbox unless it is in use, or a use begins at that moment.
 
-        What is under way the node knows; what is about to begin was noted, while the sandbox was
-        still running, before this pause could be.
+        The node knows uses in progress. A use about to begin was stored while the sandbox was still
+        running, so before this pause.
         """
         report = await self._nodes.report_of(self._node)
         if any(fact.is_used for fact in report.machines if fact.sandbox_id == sandbox.id):
@@ -402,23 +404,23 @@ class Comparison:
         async with self._store.glance() as tx:
             again = await tx.sandboxes.find(sandbox.id)
         if again is None or again.last_activity_at != sandbox.last_activity_at:
-            # Whoever uses it saw it running; nothing has been done to its machine yet.
+            # A caller saw it running and uses it; its machine is still unchanged.
             await self._lifecycle.apply(pausing, Event.PAUSE_FAILED, lease=hold.lease)
             return
         await self._worker.take_up(Claim(pausing, hold.lease), limit_s=0)
 
     def _pause_awake(self, found: dict[str, tuple[int, int]]) -> None:
-        """Have machines saved that run although their sandboxes are paused: they were resumed, and
-        the word of that did not reach the store."""
+        """Save machines that run although their sandboxes are paused: they were resumed, and the
+        result was never stored."""
         twice, self._awake = found.items() & self._awake.items(), found
         for sandbox_id, (incarnation, version) in twice:
             saved = self._node.ensure_paused(sandbox_id, incarnation=incarnation, version=version)
             self._beside(sandbox_id, saved)
 
     async def _relieve(self, rows: list[Standing], facts: Mapping[str, MachineFact]) -> None:
-        """Have the sandbox paused that was used least lately, for the host's memory runs out.
+        """Pause the least recently used sandbox, because the host is short of memory.
 
-        One at a time: its memory is there again once it has been saved.
+        One at a time: its memory is free once it has been saved.
         """
         if any(one.status is Status.PAUSING for one in rows):
             return
@@ -430,12 +432,12 @@ class Comparison:
         if running and not self._crew.is_at(self._named(_RELIEF)):
             sandbox = min(running, key=last_used)
             log.warning(
-                "the host is short of memory: a sandbox is paused",
+                "the host is short of memory; pausing the least recently used sandbox",
                 extra={"sandbox_id": sandbox.id},
             )
             self._beside(_RELIEF, self._pause_unused(sandbox, _PRESSED))
 
-    # --- what nobody wants ----------------------------------------------------------------
+    # --- unwanted machines ----------------------------------------------------------------
 
     async def _remove_unwanted(
         self, machines: tuple[MachineFact, ...], known: Mapping[str, Standing]
@@ -445,9 +447,9 @@ class Comparison:
         looked_up = 0
         is_cut = False
         kept = self._unknown.get("machine", set())
-        # Those that were not known before come last, and need not be looked up each time.
+        # Unknown ones come last, so that they are not looked up each time.
         for fact in sorted(machines, key=lambda one: one.sandbox_id in kept):
-            # Of an honest node, the rest has its turn later.
+            # An honest node's others get their turn later.
             if len(found) >= _UNWANTED_MAX or looked_up >= _LOOKED_UP_MAX:
                 if fact.sandbox_id in kept:
                     unknown.add(fact.sandbox_id)
@@ -464,7 +466,10 @@ class Comparison:
             elif sandbox.node_id != self._node.node_id or sandbox.status in _NOTHING_LEFT:
                 found[fact.sandbox_id] = fact.incarnation
         if is_cut:
-            log.error("the node %s has many machines that no row is of", self._node.node_id)
+            log.error(
+                "node %s has many machines without a row; removing some of them at each comparison",
+                self._node.node_id,
+            )
         self._keep_unknown("machine", unknown)
         twice = found.items() & self._unwanted.items()
         self._unwanted = found
@@ -472,17 +477,17 @@ class Comparison:
             if self._removing >= _UNWANTED_MAX:
                 break
             log.warning(
-                "the node %s is to remove a machine that nobody wants there",
+                "removing a machine without a sandbox from node %s",
                 self._node.node_id,
                 extra={"sandbox_id": sandbox_id},
             )
             self._beside(sandbox_id, self._remove(sandbox_id, incarnation))
 
     def _keep_unknown(self, what: str, ids: set[str]) -> None:
-        """Log, when there are more of them, what the node has that is newer than the database."""
+        """Log when the node has more resources that are newer than the database."""
         if new := ids - self._unknown.get(what, set()):
             log.error(
-                "the node %s has %d %ss that are newer than the database, such as %s; keeping them "
+                "node %s has %d %ss that are newer than the database, such as %s; keeping them "
                 "(was the database restored from a backup?)",
                 self._node.node_id,
                 len(ids),
@@ -499,8 +504,8 @@ class Comparison:
             self._removing -= 1
 
     async def _look_after_snapshots(self, report: NodeReport) -> list[Snapshot]:
-        """Remove hidden snapshots whose forks are made, those that were never finished, and the
-        files of removed ones; return all that there were."""
+        """Remove hidden snapshots whose forks exist, unfinished ones, and the files of deleted
+        ones. Return all snapshots of the node."""
         now = self._clock.now()
         async with self._store.read() as tx:
             rows = await tx.snapshots.on_node(self._node.node_id)
@@ -516,7 +521,7 @@ class Comparison:
         for one in done:
             async with self._store.write(one.org_id) as tx:
                 again = await tx.snapshots.find(one.org_id, one.id)
-                if again != one:  # somebody is at work on it after all
+                if again != one:  # another server works on it
                     continue
                 await tx.snapshots.remove(one.id, at=now)
                 await tx.storage.close("snapshot", one.id, now)
@@ -532,13 +537,13 @@ class Comparison:
             try:
                 await self._node.drop_snapshot(snapshot_id)
             except SandyardError as error:
-                log.warning("a snapshot's files could not be removed: %s", error.message)
+                log.warning("cannot remove a snapshot's files: %s; retrying", error.message)
         return rows
 
-    # --- beside ---------------------------------------------------------------------------
+    # --- concurrent work ------------------------------------------------------------------
 
     def _beside(self, what: str, work: Work) -> None:
-        """Do something for a sandbox, or for the node, beside; once at a time."""
+        """Do something for a sandbox or the node concurrently, once at a time."""
         self._crew.start(work, "a sandbox could not be looked after", once=self._named(what))
 
     def _named(self, what: str) -> str:
@@ -550,22 +555,22 @@ def _reason_of(fact: MachineFact) -> Reason:
 
 
 def has_expired(sandbox: Standing | Sandbox, now: datetime) -> bool:
-    """Tell whether a sandbox is to be deleted, for the end that was set for it has come."""
+    """Tell whether a sandbox has reached its end and is to be deleted."""
     return is_over(sandbox, now) and not sandbox.pauses_at_end
 
 
 def is_to_be_paused(sandbox: Standing, now: datetime) -> bool:
-    """Tell whether a sandbox is to be paused, for the end that was set for it has come."""
+    """Tell whether a sandbox has reached its end and is to be paused."""
     is_running = sandbox.status is Status.RUNNING
     return sandbox.pauses_at_end and is_running and is_over(sandbox, now)
 
 
 def _due(sandbox: Standing) -> datetime | None:
-    """Return when a sandbox's end is to be looked at: one that does not run cannot be paused."""
+    """Return when a sandbox's end is due. One that is not running cannot be paused."""
     is_due = not sandbox.pauses_at_end or sandbox.status is Status.RUNNING
     return sandbox.expires_at if is_due else None
 
 
 def _is_believed(now: int, told: int) -> bool:
-    """Tell whether a number of a row may have been what a node says before the row went back."""
+    """Tell whether a row's version may be what the node was shown before the row went back."""
     return told - now <= _BEHIND_MAX and told <= _NUMBER_MAX

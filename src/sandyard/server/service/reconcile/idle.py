@@ -1,7 +1,7 @@
-"""Which sandboxes nobody has used for as long as their owner said, so that they are paused.
+"""Finds sandboxes that were idle for longer than their idle timeout.
 
-Used means: a command, a file call, a touch, and what keeps a processor busy by itself. Looking at a
-sandbox (get, list, stats) is no use of it.
+A use is a command, a file call, a touch, or a program that keeps a processor busy. Reading a
+sandbox (get, list, stats) is not a use.
 """
 
 import logging
@@ -24,7 +24,7 @@ IDLE = Reason("idle", "it was not used for as long as its idle timeout allows")
 
 
 class Idleness:
-    """Finds out whether a sandbox is idle."""
+    """Decides whether a sandbox is idle."""
 
     def __init__(self, *, store: Store, tunnel: NodeTunnel, clock: Clock) -> None:
         self._store = store
@@ -32,7 +32,7 @@ class Idleness:
         self._clock = clock
 
     def is_due(self, sandbox: Standing, fact: MachineFact | None) -> bool:
-        """Tell whether a running sandbox has not been used for its time, nor is used now."""
+        """Tell whether a running sandbox's idle timeout has passed and no use is in progress."""
         if sandbox.status is not Status.RUNNING or sandbox.idle_timeout_s == 0:
             return False
         if fact is None or fact.is_used:
@@ -40,7 +40,8 @@ class Idleness:
         return self._clock.now() - last_used(sandbox) >= timedelta(seconds=sandbox.idle_timeout_s)
 
     async def is_idle(self, sandbox: Standing) -> bool:
-        """Tell whether a sandbox that is due does nothing by itself either; if it does, note it."""
+        """Tell whether a sandbox that is due is also not busy by itself. If it is busy, store that
+        as a use."""
         if not await self._is_busy(sandbox):
             return True
         async with self._store.write(Turn.BESIDE) as tx:
@@ -48,20 +49,23 @@ class Idleness:
         return False
 
     async def _is_busy(self, sandbox: Standing) -> bool:
-        """Tell whether programs kept a processor busy since it was last used, over the minute."""
+        """Tell whether programs have kept a processor busy since the last use, averaged over a
+        minute."""
         unused_s = (self._clock.now() - last_used(sandbox)).total_seconds()
         window_s = max(1.0, min(_WINDOW_S, unused_s))
         try:
             async with self._tunnel.open(ref_of(sandbox), Stats(window_s)) as opened:
                 percent = opened.answer.recent_cpu_percent
         except SandyardError as error:
-            log.warning("cannot tell whether a sandbox is busy: %s", error.message)
+            log.warning(
+                "cannot tell whether a sandbox is busy: %s; leaving it running", error.message
+            )
             return True
         return percent is not None and percent > _BUSY_PERCENT
 
 
 def last_used(sandbox: Standing) -> datetime:
-    """Return when a sandbox was last used: by somebody, or by being started."""
+    """Return when a sandbox was last used or started."""
     return max(
         one
         for one in (sandbox.last_activity_at, sandbox.started_at, sandbox.created_at)

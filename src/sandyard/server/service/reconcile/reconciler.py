@@ -1,11 +1,10 @@
-"""Makes what is so agree with what should be: the one worker of the platform.
+"""Reconciles actual state with desired state: the one worker of the platform.
 
-Every sandbox that wants something done is leased, worked on, and given back. A lease that is lost
-(the owner deleted the sandbox, another server took over) ends the work on it; whatever that did
-is found at the next look. Beside that, every node's report is compared with the store.
+Each sandbox that needs work is leased, worked on, and released. Losing the lease (the owner deleted
+the sandbox, another server took over) ends the work; the next comparison finds what it did. In
+parallel, every node's report is compared with the store.
 
-Several servers may do this side by side: a lease says whose it is, every write is guarded, and
-what one forgets another finds.
+Several servers may do this concurrently: a lease names its holder and guards every write.
 """
 
 import asyncio
@@ -38,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def topic_of_node(node_id: str) -> str:
-    """Return the topic of hints that a node's machines have changed."""
+    """Return the topic of hints about changes on a node."""
     return f"node:{node_id}"
 
 
@@ -50,7 +49,7 @@ _ENDING = frozenset({Status.DESTROYING, Status.PAUSING})
 
 @dataclass(frozen=True)
 class Pace:
-    """How often the reconciler looks, and how long it keeps at it."""
+    """How often the reconciler polls, and its limits."""
 
     period_s: float = 2.0
     lease_s: float = 30.0
@@ -63,8 +62,8 @@ class Pace:
 
 
 class Reconciler:
-    """See the module. `server_id` is whose its leases are; for `away_since` see `Comparison`.
-    `shares` says which nodes it compares; without, all."""
+    """Runs the work. It compares the nodes of `shares`, or all without it. For `away_since` see
+    `Comparison`."""
 
     def __init__(
         self,
@@ -113,14 +112,16 @@ class Reconciler:
                     await hints.wait(self._pace.period_s)
 
     def hold(self) -> Hold:
-        """Return a lease to write together with a wish, for `take_up`."""
+        """Return a new lease, to be written together with the desired state and passed to
+        `take_up`."""
         return Hold(self._server_id, new_secret(), self._lasts)
 
     async def take_up(self, claim: Claim, *, limit_s: float) -> None:
-        """Work now on what was just wished and is leased; return when done, or at the limit.
+        """Work now on a sandbox that was just leased. Return when the work is done, or after
+        `limit_s`.
 
-        The work goes on beyond the limit, and whatever becomes of it is in the store. Where nobody
-        works, whoever does next finds the lease void or run out.
+        The work continues beyond the limit, and its outcome is stored. If the server ends, the next
+        one finds the lease void or expired.
         """
         task = self._begin(claim)
         if task is not None and limit_s > 0:
@@ -131,7 +132,7 @@ class Reconciler:
                 pass
 
     def let_go(self, sandbox_id: str, hold: Hold) -> None:
-        """Give a lease back soon, if it was written: nobody works under it."""
+        """Release a lease in the background, if it was written and nobody works under it."""
         self._crew.start(self._let_go(sandbox_id, hold), "a lease was not given back", quietly=True)
 
     async def _let_go(self, sandbox_id: str, hold: Hold) -> None:
@@ -139,13 +140,15 @@ class Reconciler:
             async with self._store.write(Turn.BESIDE) as tx:
                 was_held = await tx.leases.extend(sandbox_id, lease=hold.lease, lasts=None)
         except UnavailableError:
-            return  # it runs out by itself
+            return  # it expires
         if was_held:
             self._bus.hint(WORK)
 
     def _begin(self, claim: Claim) -> "asyncio.Task[None] | None":
-        task = self._crew.start(self._carry_out(claim), "work on a sandbox failed")
-        # What is to end takes no place from what is to start: where a node is away, it stays long.
+        task = self._crew.start(
+            self._carry_out(claim), "unexpected error while working on a sandbox; retrying"
+        )
+        # Deletes and pauses take no slot of starts: while a node is away, they last long.
         if task is not None and claim.sandbox.status in _ENDING:
             task.add_done_callback(lambda _: self._has_ended())
         elif task is not None:
@@ -159,8 +162,7 @@ class Reconciler:
             self._bus.hint(WORK)
 
     def _is_free(self) -> None:
-        # Work that ended well left a status that nobody works on, and with it the lease lost its
-        # meaning; it need not be given back.
+        # After success the status needs no work, so the lease has no effect and is not released.
         was_full = self._starting >= self._pace.workers
         self._starting -= 1
         if was_full:
@@ -169,12 +171,12 @@ class Reconciler:
     # --- work on one sandbox --------------------------------------------------------------
 
     async def _claims(self) -> list[Claim]:
-        """Lease what wants work; what is to end never waits behind what waits to start."""
+        """Lease sandboxes that need work. Deletes and pauses never wait behind starts."""
         room = self._pace.workers - self._starting
         hold, claims = self.hold(), list[Claim]()
         try:
             async with self._store.glance() as tx:
-                # To write costs the disk a wait, and most looks find nothing.
+                # A write waits for the disk, and most polls find nothing.
                 wanted = _ENDING | _STARTING if room > 0 else _ENDING
                 if not await tx.leases.waits(wanted):
                     return []
@@ -184,22 +186,32 @@ class Reconciler:
                 if room > 0:
                     claims += await tx.leases.claim(_STARTING, hold=hold, limit=room)
         except UnavailableError:
-            log.warning("the store does not answer; looking again soon")
-        except Exception:  # the loop must go on, whatever the store says
-            log.exception("the store failed; looking again soon")
+            log.warning("the store does not answer; retrying")
+        except Exception:  # the loop must continue after any error
+            log.exception("unexpected error of the store; retrying")
         return claims
 
     async def _carry_out(self, claim: Claim) -> None:
         try:
             await self._under_lease(claim)
         except ConflictError:
-            log.debug("a sandbox has moved on meanwhile", extra={"sandbox_id": claim.sandbox.id})
+            log.debug(
+                "the sandbox changed meanwhile; dropping the work",
+                extra={"sandbox_id": claim.sandbox.id},
+            )
         except UnavailableError as error:
-            log.info("not now: %s", error.message, extra={"sandbox_id": claim.sandbox.id})
+            log.info(
+                "cannot complete the work now: %s; retrying",
+                error.message,
+                extra={"sandbox_id": claim.sandbox.id},
+            )
             is_lost = self._nodes.is_lost(claim.sandbox.node_id)
             await self._try_again_later(claim, self._pace.lost_s if is_lost else None)
-        except Exception:  # the loop must go on, whatever one sandbox does
-            log.exception("work on a sandbox failed", extra={"sandbox_id": claim.sandbox.id})
+        except Exception:  # the loop must continue after any error
+            log.exception(
+                "unexpected error while working on a sandbox; retrying",
+                extra={"sandbox_id": claim.sandbox.id},
+            )
             await self._try_again_later(claim)
 
     async def _try_again_later(self, claim: Claim, after_s: float | None = None) -> None:
@@ -207,11 +219,11 @@ class Reconciler:
         try:
             async with self._store.write(Turn.BESIDE) as tx:
                 await tx.leases.extend(claim.sandbox.id, lease=claim.lease, lasts=lasts)
-        except Exception:  # as above; the lease runs out by itself
-            log.exception("a lease could not be shortened; it will run out")
+        except Exception:  # as above; the lease expires
+            log.exception("cannot shorten a lease; it will expire")
 
     async def _under_lease(self, claim: Claim) -> None:
-        """Do what there is to do for as long as the lease can be kept up."""
+        """Do the work for as long as the lease can be extended."""
         async with beside(self._trouble_with(claim)) as task:
             while not task.done():
                 try:
@@ -219,12 +231,12 @@ class Reconciler:
                         await asyncio.wait([task])
                 except TimeoutError:
                     if not await self._extend(claim):
-                        raise ConflictError("the lease was lost") from None
+                        raise ConflictError("the lease was lost to another server") from None
         if (trouble := task.result()) is not None:
             raise trouble
 
     async def _trouble_with(self, claim: Claim) -> SandyardError | None:
-        """Do it, and return the error that it ended with instead of raising that in the task."""
+        """Do the work, and return its error instead of raising it in the task."""
         try:
             await self._work.carry_out(claim)
         except SandyardError as error:
@@ -241,7 +253,7 @@ class Reconciler:
             return True  # not known to be lost; the guard on every write decides
 
     async def _expire_unplaced(self, _: bool) -> None:
-        """Have those end in time that are on no node, and so in no node's report."""
+        """Delete sandboxes that have reached their end and are on no node, and so in no report."""
         async with self._store.read() as tx:
             unplaced = await tx.sandboxes.unplaced_until(self._clock.now(), WATCHED)
         for sandbox in unplaced:
@@ -253,14 +265,14 @@ class Reconciler:
     # --- what nodes report ----------------------------------------------------------------
 
     async def _compare_all(self, crew: Crew) -> None:
-        """Have every node compared for as long as it is one, and this server's to compare."""
+        """Keep comparing every node that exists and that this server is responsible for."""
         while True:
             try:
                 await self._refresh()
             except UnavailableError as error:
-                log.warning("which nodes to compare is not known: %s", error.message)
-            except Exception:  # the loop must go on, whatever the store says
-                log.exception("which nodes to compare is not known")
+                log.warning("cannot read which nodes to compare: %s; retrying", error.message)
+            except Exception:  # the loop must continue after any error
+                log.exception("unexpected error while reading which nodes to compare; retrying")
             for node in self._nodes.all():
                 name = f"compare {node.node_id}"
                 if self._is_own(node.node_id) and not crew.is_at(name):
@@ -270,14 +282,14 @@ class Reconciler:
             await self._clock.sleep(self._pace.period_s)
 
     async def _refresh(self) -> None:
-        """Find out which nodes are this server's, and what is written of them.
+        """Read which nodes this server compares, and the marks of their rows.
 
         Raises:
             UnavailableError: the store does not answer.
         """
         if self._shares is None:
             return
-        self._marks = None  # by old ones, what has been written since would not be looked at
+        self._marks = None  # stale marks would hide what was written since
         now = self._clock.monotonic()
         unreached = {
             node_id
@@ -290,7 +302,7 @@ class Reconciler:
                 self._marks = await tx.sandboxes.marks(own, WATCHED)
 
     async def _note_heard(self, node_id: str) -> None:
-        """Note which nodes were heard of, once in a while, or the first time that this one was.
+        """Store which nodes were heard from, every few seconds, or at once for a node's first time.
 
         Raises:
             UnavailableError: the store does not answer.
@@ -316,7 +328,7 @@ class Reconciler:
         async def look(is_hinted: bool) -> None:
             marks = None if is_hinted else self._marks
             await comparison.look(None if marks is None else marks.get(node_id, Mark()))
-            # Last: a peer that comes back now must still find how long nobody looked.
+            # Last: a server that returns now must still see how long no server was comparing.
             await self._note_heard(node_id)
 
         self._comparisons[node_id] = comparison
@@ -350,9 +362,10 @@ class Reconciler:
         *,
         while_: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Look again and again, whatever comes of it; a silent node holds up no other.
+        """Call `look` at each hint and every period, whatever its outcome. A silent node delays no
+        other.
 
-        `look` is told whether there was a hint.
+        `look` receives whether there was a hint.
         """
         is_hinted = True
         with self._bus.subscribe(topic) as hints:
@@ -360,7 +373,7 @@ class Reconciler:
                 try:
                     await look(is_hinted)
                 except SandyardError as error:
-                    log.warning("a look failed: %s", error.message)
+                    log.warning("comparison failed: %s; retrying", error.message)
                 except Exception:  # as above
-                    log.exception("a look failed")
+                    log.exception("unexpected error in a comparison; retrying")
                 is_hinted = await hints.wait(self._pace.period_s)

@@ -1,9 +1,9 @@
-"""Removes SSH keys that were revoked from the files of the sandboxes that took them.
+"""Removes revoked SSH keys from the files of sandboxes that accepted them.
 
-The gateway lets nobody in with such a key from the moment it is deleted. But a sandbox has its keys
-in `authorized_keys` as well, for whoever starts an sshd there. A sandbox that runs has the key
-removed at the next look, a paused one once it is resumed, and one that goes back to a snapshot
-again after that.
+The gateway refuses a key from the moment it is deleted. A sandbox also has its keys in
+`authorized_keys`, for users who start an sshd there. A running sandbox has the key removed at the
+next comparison, a paused one after its resume, and one that is rolled back to a snapshot again
+after that.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from sandyard.server.tasks import Crew
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8  # of one organization: guests that do not answer hold up nobody else's
+_AT_ONCE = 8  # for each organization: unresponsive guests must not delay other tenants
 _LIMIT_S = 20.0
 _AGAIN_S = 60.0
 _READ = 64 * 1024
@@ -50,7 +50,7 @@ class Revoking:
         self._rooms = WeakValueDictionary[str, asyncio.Semaphore]()
 
     async def look(self, crew: Crew) -> None:
-        """Have a crew remove what is to be removed now; what cannot be is tried again later.
+        """Start to remove the keys that are due; failures are retried.
 
         Raises:
             UnavailableError: the store does not answer.
@@ -76,27 +76,27 @@ class Revoking:
             async with room:
                 code = await self._execute(keys)
             if code != 0:
-                # It is the sandbox's own doing: a disk that is full, or no grep.
+                # Caused by the sandbox itself: a full disk, or no grep.
                 log.warning(
-                    "a revoked SSH key stays in the files of a sandbox: removing it ended with %d",
+                    "a revoked SSH key stays in a sandbox's files: removing it exited with %d",
                     code,
                     extra={"sandbox_id": sandbox_id},
                 )
             async with self._store.write(Turn.BESIDE) as tx:
                 for key in keys:
                     await tx.revoked_keys.removed(key)
-        except ConflictError:  # it was paused or ended meanwhile
+        except ConflictError:  # it was paused or deleted meanwhile
             return
         except SandyardError as error:
             log.warning(
-                "a revoked SSH key could not be removed from the files of a sandbox: %s",
+                "cannot remove a revoked SSH key from a sandbox's files: %s; retrying",
                 error.message,
                 extra={"sandbox_id": sandbox_id},
             )
             self._not_before[sandbox_id] = self._clock.monotonic() + _AGAIN_S
 
     async def _execute(self, keys: list[RevokedKey]) -> int:
-        """Run the script, and return its exit code."""
+        """Run the script and return its exit code."""
         ref = MachineRef(keys[0].node_id or "", keys[0].sandbox_id, keys[0].incarnation)
         # Of `type base64`, the second has no character that a shell takes for its own.
         patterns = " ".join(f"-e {key.public_key.split(' ')[1]}" for key in keys)
@@ -108,7 +108,7 @@ class Revoking:
                     if (end := collector.feed(data)) is not None:
                         return end.exit_code
         except TimeoutError as error:
-            raise UnavailableError("the agent does not tell how a command ended") from error
+            raise UnavailableError("the agent did not report how a command ended") from error
         except WireError as error:
-            raise UnavailableError("what the agent says makes no sense") from error
-        raise UnavailableError("the agent broke off in the middle of a command")
+            raise UnavailableError("the agent violated its protocol") from error
+        raise UnavailableError("the agent closed the connection during a command")

@@ -1,4 +1,4 @@
-"""Which nodes this control plane compares, of those that several have: each is compared by one."""
+"""Decides which nodes this control plane compares. Each node is compared by one control plane."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -13,10 +13,11 @@ LASTS: Final = timedelta(seconds=6)
 
 
 class Shares:
-    """Takes up what nobody compares, and from whoever compares most as much as is fair.
+    """Takes over nodes that nobody compares, and a fair share from the control plane that compares
+    most.
 
-    Nobody keeps a list of control planes: one that is new has nothing, and takes until it has as
-    much as the others; what one compared that is gone is free once its time has run out.
+    There is no list of control planes. A new one has no nodes, and takes nodes until it has as many
+    as the others. The nodes of one that is gone become free when its leases expire.
     """
 
     def __init__(self, server_id: str, store: Store, roster: Roster) -> None:
@@ -26,10 +27,10 @@ class Shares:
         self.own: frozenset[str] = frozenset()
 
     async def refresh(self, unreached: Collection[str] = ()) -> None:
-        """Keep for a while longer what this control plane compares, and take up what it should.
+        """Extend the leases on this control plane's nodes, and take over others as needed.
 
-        What is `unreached` from here, and perhaps not from elsewhere, it keeps only if nobody else
-        takes it.
+        Nodes that are `unreached` from here, and perhaps reachable from elsewhere, are kept only if
+        no other control plane takes them.
 
         Raises:
             UnavailableError: the store does not answer.

@@ -1,4 +1,4 @@
-"""The work on one sandbox: what its status asks for is done through its node, and noted."""
+"""Works on one sandbox: has its node do what its status requires, and stores the outcome."""
 
 import logging
 from dataclasses import replace
@@ -38,7 +38,7 @@ LOST = Reason("machine_lost", "the machine is no longer on its node")
 
 
 class Work:
-    """See the module. Everything is written under the lease of the claim, or not at all."""
+    """Does the work. Everything is written under the lease of the claim, or not at all."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class Work:
         self._start_limit_s = start_limit_s
 
     async def carry_out(self, claim: Claim) -> None:
-        """Do what the sandbox's status asks for.
+        """Do what the sandbox's status requires.
 
         Raises:
-            ConflictError: it has moved on meanwhile.
-            UnavailableError: not now; it is to be tried again.
+            ConflictError: the sandbox has changed meanwhile.
+            UnavailableError: not now; retry.
         """
         match claim.sandbox.status:
             case Status.PENDING:
@@ -72,12 +72,12 @@ class Work:
             case Status.DESTROYING:
                 await self._take_down(claim)
             case _:
-                log.error("nothing to do for a sandbox that is %s", claim.sandbox.status)
+                log.error("no work defined for status %s", claim.sandbox.status)
 
     # --- up -------------------------------------------------------------------------------
 
     async def _place(self, claim: Claim) -> None:
-        """Find a node for a sandbox that is on none."""
+        """Choose a node for a sandbox that has none."""
         sandbox = claim.sandbox
         try:
             placed = await self._placement.choose(sandbox.template, sandbox.shape)
@@ -98,7 +98,7 @@ class Work:
         except MachineDeadError:
             await self._start_again(claim, may_move=may_move)
         except ConflictError as error:
-            # A node that is ahead of a database that went back to a backup answers this each time.
+            # A node ahead of a restored database refuses every attempt.
             await self._give_up_in_time(claim, error)
             raise
         except (UnavailableError, InternalError, AgentError) as error:
@@ -106,7 +106,7 @@ class Work:
                 await self._give_up_in_time(claim, error)
             if wish is not None and _is_of_the_node(wish, error):
                 self._placement.note_failure(sandbox.node_id)
-            # Moved on once; then it waits, or two nodes that are full would pass it back and forth.
+            # Move once, then wait: two full nodes would pass it back and forth.
             moved = await self._moved(claim, error) if may_move else None
             if moved is not None:
                 await self._bring_up(moved, may_move=False)
@@ -120,7 +120,7 @@ class Work:
             await self._is_up(claim, fact, used="created")
 
     async def _start_again(self, claim: Claim, *, may_move: bool) -> None:
-        """Start another machine for one that came up, and died before anybody could use it."""
+        """Start another machine for one that started and ended before it could be used."""
         sandbox = claim.sandbox
         changes: dict[str, Any] = {"incarnation": sandbox.incarnation + 1}
         if sandbox.from_snapshot_incarnation == sandbox.incarnation:
@@ -130,9 +130,10 @@ class Work:
             await self._bring_up(Claim(again, claim.lease), may_move=may_move)
 
     async def _moved(self, claim: Claim, error: SandyardError) -> Claim | None:
-        """Give a sandbox that its node cannot start to another that has room; None if it stays.
+        """Move a sandbox that its node cannot start to another node with capacity; return None if
+        it stays.
 
-        What it may have there all the same is of an incarnation that is wanted no more.
+        Whatever the first node still starts belongs to an old incarnation.
         """
         sandbox = claim.sandbox
         if wish_of(sandbox).origin is not Origin.NEW or sandbox.node_id is None:
@@ -144,7 +145,7 @@ class Work:
         except UnavailableError:
             return None
         log.warning(
-            "a node cannot start a sandbox, which goes to another: %s",
+            "node cannot start a sandbox: %s; moving it to another node",
             error.message,
             extra={"sandbox_id": sandbox.id},
         )
@@ -178,22 +179,22 @@ class Work:
         )
 
     async def _give_up_in_time(self, claim: Claim, error: SandyardError) -> None:
-        """Give a start up that could not be for so long, and return if it is to be tried again."""
+        """Give up a start that failed for too long; return if it is to be retried."""
         waited = self._clock.now() - claim.sandbox.created_at
         if waited >= timedelta(seconds=self._start_limit_s):
             await self._give_up(claim, Reason(error.code.value, error.message))
-            raise ConflictError("the start was given up") from error
+            raise ConflictError("the start was given up after too many attempts") from error
 
     async def _give_up(self, claim: Claim, reason: Reason) -> None:
         log.error(
-            "a sandbox could not be started: %s",
+            "cannot start a sandbox: %s; marking it as error",
             reason.message,
             extra={"sandbox_id": claim.sandbox.id},
         )
         await self._lifecycle.apply(claim.sandbox, Event.BROKE, lease=claim.lease, reason=reason)
 
     async def _bring_back(self, claim: Claim) -> None:
-        """Resume, or roll back; on failure the sandbox is again what it was."""
+        """Resume, or roll back. On failure the sandbox keeps its previous state."""
         sandbox = claim.sandbox
         wish = await self._wish(sandbox)
         try:
@@ -220,19 +221,19 @@ class Work:
             await self._is_up(claim, fact, used="resumed")
 
     async def _brought_back(self, wish: MachineWish, sandbox: Sandbox) -> MachineFact:
-        """Ask for a machine that was here; twice, where it goes on and its agent is silent."""
+        """Request a machine that ran on the node before; retry once if its agent is silent."""
         node = self._nodes.get(sandbox.node_id)
         try:
             return await node.ensure_running(wish)
         except AgentSilentError:
             pass
-        await self._clock.sleep(_SILENCE_S)  # what held it up may have passed
+        await self._clock.sleep(_SILENCE_S)  # the cause may be temporary
         return await node.ensure_running(wish)
 
     async def _restart(self, claim: Claim) -> None:
-        """Have a sandbox boot from its disk whose saved state nobody could use any more."""
+        """Boot a sandbox from its disk whose saved state cannot be used."""
         log.warning(
-            "the agent of a resumed sandbox does not answer: it is booted from its disk",
+            "the agent of a resumed sandbox does not answer; booting from its disk",
             extra={"sandbox_id": claim.sandbox.id},
         )
         incarnation = claim.sandbox.incarnation + 1
@@ -252,15 +253,13 @@ class Work:
         fact = next((one for one in report.machines if one.sandbox_id == sandbox.id), None)
         asked_for = (sandbox.incarnation, Phase.RUNNING)
         if fact is not None and (fact.incarnation, fact.phase) == asked_for:
-            # It was done, and only the answer was lost.
+            # It was resumed, and only the answer was lost.
             await self._is_up(claim, fact, used="resumed")
             return
-        log.error(
-            "a sandbox could not be resumed: %s", error.message, extra={"sandbox_id": sandbox.id}
-        )
+        log.error("cannot resume a sandbox: %s", error.message, extra={"sandbox_id": sandbox.id})
         code = error.code.value if isinstance(error, UnavailableError) else "resume_failed"
-        # None can be resumed with its memory that was in error, or was to be booted anew.
-        # One that was to boot anew is what it was only if nothing was done to it yet.
+        # After an error or a reboot, the memory cannot be resumed. A sandbox that was to be
+        # rebooted keeps its state only if nothing was done to it yet.
         if wish_of(sandbox).origin is Origin.DISK:
             is_saved = fact is not None and fact.phase is Phase.PAUSED
         else:
@@ -288,7 +287,7 @@ class Work:
             raise
         except SandyardError as error:
             log.error(
-                "a sandbox could not be paused and runs on: %s",
+                "cannot pause a sandbox, which keeps running: %s",
                 error.message,
                 extra={"sandbox_id": sandbox.id},
             )
@@ -318,7 +317,9 @@ class Work:
     async def _take_down(self, claim: Claim) -> None:
         sandbox = claim.sandbox
         if sandbox.node_id is not None and self._nodes.has(sandbox.node_id):
-            if self._nodes.is_lost(sandbox.node_id):  # to ask would take seconds, of hundreds
+            if self._nodes.is_lost(
+                sandbox.node_id
+            ):  # asking would take seconds for each of hundreds
                 raise UnavailableError(f"the node {sandbox.node_id} is away")
             node: NodeControl = self._nodes.get(sandbox.node_id)
             await node.ensure_gone(sandbox.id, incarnation=sandbox.incarnation)
@@ -326,14 +327,14 @@ class Work:
 
 
 def _is_of_the_node(wish: MachineWish, error: SandyardError) -> bool:
-    """Tell whether a start failed by what its node is like: not by what is in a user's snapshot or
-    workspace, and not because others have the room."""
+    """Tell whether a start failed because of the node itself: not because of a user's snapshot or
+    workspace, and not for lack of capacity."""
     is_plain = wish.origin is Origin.NEW and not wish.mounts
     return is_plain and not isinstance(error, NoCapacityError)
 
 
 def wish_of(sandbox: Sandbox) -> MachineWish:
-    """Return what a node is asked for on behalf of a sandbox."""
+    """Return the desired state of a sandbox's machine."""
     origin = Origin.OWN if sandbox.status is Status.RESUMING else Origin.NEW
     if (
         sandbox.from_snapshot_id is not None
@@ -355,6 +356,6 @@ def wish_of(sandbox: Sandbox) -> MachineWish:
         root_password_hash=sandbox.root_password_hash,
         origin=origin,
         snapshot_id=sandbox.from_snapshot_id if origin is Origin.SNAPSHOT else None,
-        # One that was up before goes back to what was its own.
+        # One that ran before gets its own keys and password back.
         replaces_access=origin is Origin.SNAPSHOT and sandbox.started_at is None,
     )

@@ -1,4 +1,4 @@
-"""Sandboxes as their owners use them: look, change, pause, resume, touch, delete."""
+"""Operations on existing sandboxes: get, list, change, pause, resume, touch, delete."""
 
 import math
 from collections.abc import Mapping
@@ -31,10 +31,10 @@ _ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
 
 @dataclass(frozen=True)
 class Changes:
-    """What is to be changed in a sandbox; None leaves a field as it is.
+    """Changes to a sandbox; None leaves a field unchanged.
 
-    `expires_in` is in seconds from now; 0 takes the end away. At its end it is deleted, or paused
-    if it `pauses_at_end`.
+    `expires_in` is in seconds from now, and 0 removes the end. At its end the sandbox is deleted,
+    or paused if it `pauses_at_end`.
     """
 
     name: str | None = None
@@ -48,7 +48,7 @@ class Changes:
 
 
 class Sandboxes:
-    """The use cases. Every one names its actor and answers nothing of another organization's."""
+    """The operations. Each takes the actor and never discloses another organization's sandboxes."""
 
     def __init__(
         self,
@@ -69,20 +69,20 @@ class Sandboxes:
         self._waits = waits
 
     async def get(self, actor: Actor, reference: str, *, scope: str = "sandbox:read") -> Sandbox:
-        """Return a sandbox by id or name, for what takes this scope.
+        """Return a sandbox by id or name, for an operation that needs `scope`.
 
         Raises:
-            NotFoundError: absent, destroyed, another organization's or, for a member, another
-                member's.
+            NotFoundError: it does not exist, is destroyed, or belongs to another organization or,
+                for a member, to another member.
         """
         actor.require(scope)
         return await self._register.get(actor, reference)
 
     async def page(self, actor: Actor, query: SandboxQuery, *, wants_all: bool) -> list[Sandbox]:
-        """Return one page of the actor's sandboxes, or of the whole organization's.
+        """Return one page of the actor's sandboxes, or of the organization's.
 
         Raises:
-            PermissionDeniedError: all are asked for by one who may not see them.
+            PermissionDeniedError: the actor may not see all of the organization's.
         """
         actor.require("sandbox:read")
         if wants_all and not actor.sees_all:
@@ -99,13 +99,13 @@ class Sandboxes:
         return await self._power.until_up(sandbox, limit_s=limit_s)
 
     async def delete(self, actor: Actor, reference: str, *, wait: bool) -> Sandbox:
-        """Have a sandbox destroyed, from whatever status it is in; with `wait`, until it is gone.
+        """Delete a sandbox in any status; with `wait`, wait until it is gone.
 
-        One on a node that is lost goes when that is back, which nobody waits for.
+        A sandbox on a lost node is deleted when the node returns; nobody waits for that.
 
         Raises:
             NotFoundError: see `get`.
-            DeadlineExceededError: it is not gone yet; it will be.
+            DeadlineExceededError: it is not gone yet, but will be.
         """
         actor.require("sandbox:write")
 
@@ -134,7 +134,7 @@ class Sandboxes:
         )
 
     async def pause(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
-        """Have a running sandbox saved to disk and its memory given back; at once if it is.
+        """Pause a running sandbox. Return at once if it is paused.
 
         Raises:
             NotFoundError: see `get`.
@@ -145,7 +145,7 @@ class Sandboxes:
         return await self._power.pause(sandbox, actor, wait=wait)
 
     async def resume(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
-        """Have a paused sandbox go on where it stood, or one in error boot from its disk.
+        """Resume a paused sandbox, or boot one in error from its disk.
 
         Raises:
             NotFoundError: see `get`.
@@ -156,7 +156,7 @@ class Sandboxes:
         return await self._power.resume(sandbox, actor, wait=wait)
 
     async def restart(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
-        """Have a sandbox boot from its own disk, whether it runs, rests or does not answer.
+        """Reboot a sandbox from its disk, in any status. Memory is lost.
 
         Raises:
             NotFoundError: see `get`.
@@ -167,11 +167,11 @@ class Sandboxes:
         return await self._power.restart(sandbox, actor, wait=wait)
 
     async def touch(self, actor: Actor, reference: str) -> Sandbox:
-        """Count as a use of a sandbox, so that it is not paused for being idle.
+        """Reset the idle timer of a sandbox.
 
         Raises:
             NotFoundError: see `get`.
-            ConflictError: it does not run, so that nothing can keep it running.
+            ConflictError: it is not running.
         """
         actor.require("sandbox:write")
         sandbox = await self._register.get(actor, reference)
@@ -182,10 +182,10 @@ class Sandboxes:
         return await self._register.reread(sandbox.id)
 
     async def change(self, actor: Actor, reference: str, changes: Changes) -> Sandbox:
-        """Change what a sandbox is called and how it is treated; its machine is left alone.
+        """Change a sandbox's fields. Its machine is not affected.
 
         Raises:
-            InvalidArgumentError: something asked for cannot be; `facts` name the field.
+            InvalidArgumentError: a value is invalid; `facts` name the field.
             AlreadyExistsError: the name is taken.
             NotFoundError: see `get`.
         """
@@ -205,7 +205,7 @@ class Sandboxes:
         return await self._register.reread(sandbox.id)
 
     async def _fields(self, actor: Actor, changes: Changes) -> dict[str, object]:
-        """Return what a change comes to, field by field."""
+        """Return the new values, by field."""
         fields: dict[str, object] = {}
         if changes.name is not None:
             fields["name"] = checked_name(changes.name)
@@ -225,7 +225,7 @@ class Sandboxes:
         return fields
 
     async def logs(self, actor: Actor, reference: str) -> tuple[Sandbox, str]:
-        """Return the last of what a sandbox's machine printed on its console, the agent's included.
+        """Return the end of the machine's console log.
 
         Raises:
             NotFoundError: see `get`.
@@ -242,12 +242,12 @@ class Sandboxes:
         return sandbox, said.decode(errors="replace").replace("\0", "")
 
     async def stats(self, actor: Actor, reference: str) -> tuple[Sandbox, Figures]:
-        """Return a sandbox's figures, read in the guest now; none of them is None.
+        """Return current resource usage, read in the guest.
 
         Raises:
             NotFoundError: see `get`.
-            ConflictError: the sandbox does not run.
-            UnavailableError: the agent does not answer, or tells nonsense.
+            ConflictError: the sandbox is not running.
+            UnavailableError: the agent does not answer, or not correctly.
         """
         actor.require("sandbox:read")
         # To be looked at is no use of a sandbox: it is neither waited for nor resumed.
@@ -263,7 +263,7 @@ class Sandboxes:
 
 
 def _end(sandbox: Sandbox, changes: Changes, now: datetime) -> dict[str, Any]:
-    """Return what a change makes of a sandbox's end; see `lifecycle.with_end` for the rest."""
+    """Return the new end of a sandbox. See `lifecycle.with_end` for the rest."""
     if changes.expires_in is None and changes.pauses_at_end is None:
         return {}
     lives_s, expires_at = sandbox.lives_s, sandbox.expires_at

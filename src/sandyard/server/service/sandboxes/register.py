@@ -1,4 +1,4 @@
-"""Finds sandboxes as an actor may see them, and waits for what becomes of them."""
+"""Finds sandboxes that an actor may see, and waits for changes of their status."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
@@ -26,9 +26,9 @@ _T = TypeVar("_T")
 
 
 class Deadline:
-    """When a request has waited long enough, for all that it waits for together.
+    """The deadline of a request, for all its waits together.
 
-    Whoever asks gives up after a while, and is to hear before that what became of it.
+    The client gives up after a while, and must get an answer before.
     """
 
     def __init__(self, clock: Clock, limit_s: float) -> None:
@@ -37,12 +37,12 @@ class Deadline:
 
     @property
     def left_s(self) -> float:
-        """Seconds until then, none once it is past."""
+        """Seconds left, 0 after the deadline."""
         return max(0.0, self._until - self._clock.monotonic())
 
 
 class Register:
-    """Reads sandboxes; nothing of another organization is ever told."""
+    """Reads sandboxes; never discloses another organization's."""
 
     def __init__(self, store: Store, bus: Bus, clock: Clock) -> None:
         self._store = store
@@ -66,7 +66,7 @@ class Register:
         return sandbox
 
     async def reread(self, sandbox_id: str) -> Sandbox:
-        """Return a sandbox as it is now."""
+        """Return the current row of a sandbox."""
         async with self._store.glance() as tx:
             sandbox = await tx.sandboxes.find(sandbox_id)
         if sandbox is None:
@@ -80,12 +80,12 @@ class Register:
         *,
         doing: str,
     ) -> _T:
-        """Try something with a sandbox as it is; None says that somebody else has changed it, and
-        it is tried with what it is by then.
+        """Call `attempt` with a sandbox. If it returns None, the row has changed: retry with the
+        new row.
 
         Raises:
             NotFoundError: it was deleted meanwhile.
-            UnavailableError: it changes all the time.
+            UnavailableError: it changes constantly.
             What `attempt` raises.
         """
         for _ in range(_TRIES):
@@ -100,7 +100,7 @@ class Register:
         )
 
     async def changes(self, sandbox: Sandbox) -> AsyncIterator[Sandbox]:
-        """Yield a sandbox as it is, and again whenever its status has changed, until it is gone."""
+        """Yield a sandbox now, and after each change of its status, until it is deleted."""
         told = None
         with self._bus.subscribe(topic_of(sandbox.id)) as changes:
             while True:
@@ -115,7 +115,7 @@ class Register:
     async def wait_for(
         self, sandbox: Sandbox, statuses: frozenset[Status], *, limit_s: float
     ) -> Sandbox:
-        """Return a sandbox once its status is one of these.
+        """Return a sandbox once its status is one of `statuses`.
 
         Raises:
             DeadlineExceededError: it is not, within the limit.
@@ -147,8 +147,8 @@ async def get_snapshot(
     """Return a snapshot that the actor may use, by id or name.
 
     Raises:
-        InvalidArgumentError: there is none, and `field` names where it was asked for.
-        NotFoundError: there is none, and it was asked for by itself.
+        InvalidArgumentError: it does not exist, and was named in `field`.
+        NotFoundError: it does not exist, and was requested itself.
         ConflictError: it is not complete yet.
     """
     async with store.read() as tx:
@@ -175,5 +175,5 @@ def _may_see(actor: Actor, sandbox: Sandbox) -> bool:
 
 
 def ref_of(sandbox: Sandbox | Standing) -> MachineRef:
-    """Return where the machine of a sandbox is found."""
+    """Return the reference to a sandbox's machine."""
     return MachineRef(sandbox.node_id or "", sandbox.id, sandbox.incarnation)

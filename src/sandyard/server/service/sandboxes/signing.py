@@ -1,7 +1,7 @@
-"""URLs that let whoever has them read or write one file of a sandbox, without a key of their own.
+"""Signed URLs that read or write one file of a sandbox without a key.
 
-A signature (HMAC, RFC 2104) binds method, sandbox, path, user and the moment it runs out to whoever
-signed. It is worth no more than its signer is when it is used: it ends with the key that made it.
+The signature (HMAC, RFC 2104) covers method, sandbox, path, user, expiry and signer. A URL is valid
+only while its signer has the right, and ends with the key that made it.
 """
 
 import hmac
@@ -30,7 +30,7 @@ _PURPOSE = b"sandyard: signed URLs of files, 1"
 
 @dataclass(frozen=True)
 class SignedUse:
-    """What a signature lets somebody do, until `expires` (seconds since 1970)."""
+    """What a signature allows, until `expires` (seconds since 1970)."""
 
     method: str
     sandbox_id: str
@@ -41,7 +41,7 @@ class SignedUse:
 
 
 class Signing:
-    """See the module. `key` is the installation's."""
+    """Signs and verifies. `key` is the installation's."""
 
     def __init__(self, signers: Signers, register: Register, clock: Clock, key: bytes) -> None:
         self._signers = signers
@@ -52,11 +52,11 @@ class Signing:
     async def sign(
         self, actor: Actor, reference: str, method: str, path: bytes, user: str, seconds: int
     ) -> tuple[SignedUse, str]:
-        """Return what may be done with one file for so many seconds, and the signature for it.
+        """Return the permission for one file for `seconds`, and its signature.
 
         Raises:
-            NotFoundError: no such sandbox for this actor.
-            InvalidArgumentError: something asked for cannot be; `facts` name the field.
+            NotFoundError: the actor has no such sandbox.
+            InvalidArgumentError: a value is invalid; `facts` name the field.
         """
         actor.require(_SCOPE)
         if method not in METHODS:
@@ -85,8 +85,8 @@ class Signing:
         """Return the actor on whose behalf a signed URL is used.
 
         Raises:
-            InvalidTokenError: it was not signed here for this, or its signer may do it no more.
-            TokenExpiredError: it has run out.
+            InvalidTokenError: the signature does not match, or its signer has lost the right.
+            TokenExpiredError: it has expired.
         """
         if not hmac.compare_digest(signature.encode(), self._signature(use).encode()):
             raise InvalidTokenError(
@@ -112,5 +112,5 @@ class Signing:
 
 
 def moment_of(use: SignedUse) -> datetime:
-    """Return when it runs out."""
+    """Return the expiry."""
     return datetime.fromtimestamp(use.expires, UTC)

@@ -1,7 +1,7 @@
-"""Tickets: short-lived access to one sandbox, for one thing, for clients that cannot send a key.
+"""Tickets: short-lived access to one sandbox, for clients that cannot send a key.
 
-A ticket is a secret of 128 bits or more, of which the store keeps the digest. It lets its bearer do
-what whoever made it may, and ends with their key.
+A ticket is a secret of at least 128 bits; the store keeps its digest. It grants what its issuer may
+do, and ends with the issuer's key.
 """
 
 import hmac
@@ -26,8 +26,8 @@ _FORGET_AFTER = timedelta(hours=1)
 
 
 class Tickets:
-    """See the module. `key` is the installation's; tokens of previews hold for `preview_s`, unless
-    another time is asked for."""
+    """Issues and verifies tickets. `key` is the installation's. Preview tokens are valid for
+    `preview_s` by default."""
 
     def __init__(
         self, *, store: Store, signers: Signers, clock: Clock, key: bytes, preview_s: int
@@ -41,7 +41,7 @@ class Tickets:
     async def issue(
         self, actor: Actor, sandbox: Sandbox, kind: str, detail: str = ""
     ) -> tuple[str, datetime]:
-        """Make a ticket for one use within a minute; return its secret and when it runs out."""
+        """Create a ticket for one use within a minute. Return its secret and expiry."""
         secret = new_secret()
         until = self._clock.now() + timedelta(seconds=_ONCE_S)
         await self._keep(actor, sandbox, secret, kind, detail, until)
@@ -50,11 +50,11 @@ class Tickets:
     async def issue_for_port(
         self, actor: Actor, sandbox: Sandbox, kind: str, port: int, lasts_s: int | None = None
     ) -> tuple[str, datetime]:
-        """Make a token for a port of a sandbox, which may be used again and again, of characters
-        that a host name may have; return it and when it runs out.
+        """Create a reusable token for a port of a sandbox, valid in a host name. Return it and its
+        expiry.
 
-        Within a part of its time the same one is made again, so that whoever asks often does not
-        fill the store.
+        Within a fraction of its lifetime the same token is returned again, so that frequent
+        requests do not fill the store.
         """
         lasts_s = self._preview_s if lasts_s is None else lasts_s
         part_s = max(1, lasts_s // _PARTS)
@@ -67,12 +67,11 @@ class Tickets:
         return token, until
 
     async def redeem(self, secret: str, kind: str) -> Admission:
-        """Use a ticket up.
+        """Use up a ticket.
 
         Raises:
-            InvalidTokenError: there is no such ticket of this kind, it was used, or whoever made
-                it may not do this any more.
-            TokenExpiredError: it has run out.
+            InvalidTokenError: it is unknown, used, of another kind, or its issuer lost the right.
+            TokenExpiredError: it has expired.
         """
         if len(secret) > _SECRET_MAX:
             raise _unknown()
@@ -81,9 +80,9 @@ class Tickets:
         return await self._admitted(ticket, kind)
 
     async def admit(self, secret: str, kind: str, sandbox_id: str, detail: str) -> Admission:
-        """Let in whoever has a ticket that may be used again and again.
+        """Verify a reusable ticket.
 
-        Raises: see `redeem`; InvalidTokenError also for one of another sandbox or purpose.
+        Raises: see `redeem`; InvalidTokenError also for another sandbox or purpose.
         """
         if len(secret) > _SECRET_MAX:
             raise _unknown()
@@ -108,10 +107,10 @@ class Tickets:
         )
 
     async def check(self, admission: Admission) -> None:
-        """Return if whoever was let in by a ticket may still do what it was for.
+        """Return if the ticket's issuer still has the right that it granted.
 
         Raises:
-            InvalidTokenError: whoever made it may not.
+            InvalidTokenError: the issuer has lost it.
         """
         actor = await self._signers.actor(admission.actor.org_id, admission.by, SCOPE)
         if actor is None or (admission.actor.sees_all and not actor.sees_all):
