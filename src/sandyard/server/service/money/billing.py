@@ -1,4 +1,4 @@
-"""Accounts as clients see them: plan, credits, usage, top-ups and grants."""
+"""Accounts: plan, credits, usage, top-ups and grants."""
 
 import asyncio
 from collections import defaultdict
@@ -46,7 +46,7 @@ _PERIODS = {"7d": timedelta(days=7), "30d": timedelta(days=30)}
 
 @dataclass(frozen=True)
 class Used:
-    """What was used of a sandbox's machine: seconds, what of that ran until now, and micros."""
+    """Usage of a sandbox's machine: seconds, seconds of the open period, and micros."""
 
     seconds: float = 0.0
     active_seconds: float = 0.0
@@ -57,7 +57,7 @@ class Used:
 
 @dataclass(frozen=True)
 class Kept:
-    """What was kept: byte-seconds by kind, and micros."""
+    """Stored data: byte-seconds by kind, and micros."""
 
     byte_seconds: Mapping[str, float] = field(default_factory=dict)
     micros: int = 0
@@ -65,7 +65,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an organization or a member used since a moment."""
+    """Usage of an organization or a member since a point in time."""
 
     since: datetime
     until: datetime
@@ -75,7 +75,7 @@ class Usage:
 
 
 class Billing:
-    """The use cases. Reading takes `org:read`; what moves money takes an admin besides."""
+    """The operations. Reading needs `org:read`; moving money also needs an admin."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Billing:
         self._reversing = asyncio.Lock()
 
     async def plan(self, actor: Actor) -> tuple[Organization, Account, Plan]:
-        """Return the organization with its account and its limits."""
+        """Return the organization, its account and its limits."""
         actor.require("org:read")
         async with self._store.read() as tx:
             organization = await tx.organizations.find(actor.org_id)
@@ -103,7 +103,7 @@ class Billing:
         return organization, account, plan_of(self._plans, actor)
 
     async def credits(self, actor: Actor) -> tuple[Account, bool]:
-        """Return the account, and whether the credits it began with are used up."""
+        """Return the account, and whether the initial credits are used up."""
         actor.require("org:read")
         async with self._store.read() as tx:
             account = await tx.credits.account(actor.org_id)
@@ -119,12 +119,12 @@ class Billing:
             return await tx.credits.history(actor.org_id, limit=limit, after_id=after_id)
 
     async def usage(self, actor: Actor, period: str, *, wants_all: bool) -> Usage:
-        """Return what the actor used in a period, or with `wants_all` the whole organization.
+        """Return the actor's usage in a period, or with `wants_all` the organization's.
 
-        Storage is told of the organization only. `current` is the present month.
+        Storage is reported for the organization only. `current` is the current month.
 
         Raises:
-            PermissionDeniedError: all is wanted by a member.
+            PermissionDeniedError: a member asked for all.
         """
         actor.require("org:read")
         if wants_all and not actor.sees_all:
@@ -157,10 +157,10 @@ class Billing:
         )
 
     async def cost(self, actor: Actor, reference: str) -> tuple[Sandbox, Used, Kept, int]:
-        """Return a sandbox with what it used and kept so far, and what it costs in an hour now.
+        """Return a sandbox, its usage so far, and its current cost per hour.
 
         Raises:
-            NotFoundError: no such sandbox.
+            NotFoundError: there is no such sandbox.
         """
         actor.require("sandbox:read")
         sandbox = await self._register.get(actor, reference)
@@ -182,11 +182,11 @@ class Billing:
     async def check_out(
         self, actor: Actor, amount_cents: int, *, success_url: str, cancel_url: str
     ) -> Checkout:
-        """Return a page on which an amount is paid; it is in the account once it was.
+        """Return a payment page. The amount is credited after the payment.
 
         Raises:
-            InvalidArgumentError: the amount or an address cannot be.
-            UnavailableError: no payment provider is set up, or it does not answer.
+            InvalidArgumentError: the amount or a URL is invalid.
+            UnavailableError: no payment provider is configured, or it does not answer.
         """
         actor.require("org:write")
         actor.require_admin()
@@ -206,12 +206,12 @@ class Billing:
         )
 
     async def told_of_payment(self, payload: bytes, signature: str) -> bool:
-        """Put a payment into its account that the provider tells of, or take out what went back
-        of one; told again, nothing.
+        """Post a payment, or a reversal, that the provider reports. Repeated reports change
+        nothing.
 
         Raises:
-            InvalidTokenError: the provider did not sign this.
-            UnavailableError: no payment provider is set up.
+            InvalidTokenError: the provider's signature is invalid.
+            UnavailableError: no payment provider is configured.
         """
         told = await self._payments.read_event(payload, signature)
         if told is None:
@@ -239,7 +239,7 @@ class Billing:
             return await take_payment(tx, told, at=now, is_automatic=told.is_automatic)
 
     async def auto_topup(self, actor: Actor) -> AutoTopup:
-        """Return how the account is to be filled up by itself."""
+        """Return the settings of automatic top-up."""
         actor.require("org:read")
         async with self._store.read() as tx:
             return await tx.credits.auto_topup(actor.org_id)
@@ -252,11 +252,11 @@ class Billing:
         threshold_cents: int | None,
         amount_cents: int | None,
     ) -> AutoTopup:
-        """Say how the account is to be filled up by itself.
+        """Change automatic top-up.
 
         Raises:
-            InvalidArgumentError: an amount cannot be.
-            ConflictError: it is to be, and there is no card for it.
+            InvalidArgumentError: an amount is invalid.
+            ConflictError: it is to be enabled, and there is no card.
         """
         actor.require("org:write")
         actor.require_admin()
@@ -304,12 +304,12 @@ class Billing:
         reference_id: str | None,
         request: Repeatable | None = None,
     ) -> LedgerEntry:
-        """Give an organization credits; with a reference, however often asked, once.
+        """Grant credits to an organization. A grant with a reference is made once.
 
         Raises:
-            PermissionDeniedError: the actor does not run the installation.
+            PermissionDeniedError: the actor is not an operator.
             NotFoundError: there is no such organization.
-            InvalidArgumentError: the amount cannot be.
+            InvalidArgumentError: the amount is invalid.
         """
         actor.require("org:write")
         actor.require_admin()

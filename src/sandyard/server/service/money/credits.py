@@ -1,4 +1,4 @@
-"""What goes into an organization's account. Every change is a line of the ledger."""
+"""Changes of an organization's account. Each is an entry of the ledger."""
 
 from dataclasses import replace
 from datetime import datetime
@@ -26,13 +26,13 @@ async def credit(
     at: datetime,
     reference_id: str | None = None,
 ) -> tuple[LedgerEntry, bool]:
-    """Put an amount into an account, or take it out where it is below 0.
+    """Post an amount to an account; negative amounts are withdrawn.
 
-    What has a reference is done once: asked again, the first line is returned, and False.
+    With a reference it is posted once: a repetition returns the first entry, and False.
 
     Raises:
-        InvalidArgumentError: the amount is 0 or beyond all measure, or its reference was used for
-            another amount.
+        InvalidArgumentError: the amount is 0 or too large, or its reference was used for another
+            amount.
     """
     if amount_cents == 0 or abs(amount_cents) > AMOUNT_MAX:
         raise InvalidArgumentError(
@@ -74,7 +74,7 @@ async def credit(
 async def take_payment(
     tx: Transaction, payment: Payment, *, at: datetime, is_automatic: bool = False
 ) -> bool:
-    """Put a payment into its account, however often it is told of; False if it was there."""
+    """Credit a payment once; return False if it was credited before."""
     entry, is_new = await credit(
         tx,
         payment.org_id,
@@ -106,11 +106,11 @@ async def take_payment(
 
 
 async def take_back(tx: Transaction, reversal: Reversal, *, at: datetime) -> bool:
-    """Have an account lack just what went back of a payment, however often and in whatever order it
-    is told of; False if it does already.
+    """Debit exactly what was reversed of a payment, in whatever order reports arrive; return False
+    if it was debited before.
 
-    The account may fall below 0. It is not filled up by itself any more: the card that was paid
-    back, or whose owner disputes a payment, is not to be charged for that.
+    The account may become negative. Automatic top-up is switched off: a card that was refunded, or
+    whose owner disputes a payment, must not be charged for that.
     """
     type_ = "adjustment" if reversal.is_dispute else "refund"
     posted, number = 0, 1
@@ -147,7 +147,7 @@ async def take_back(tx: Transaction, reversal: Reversal, *, at: datetime) -> boo
 
 
 async def end_pending(tx: Transaction, org_id: str, key: str | None) -> None:
-    """Note that the outcome of the automatic top-up of this key is known, of whichever for None."""
+    """Store that the outcome of an automatic top-up is known, of any for None."""
     wish = await tx.credits.auto_topup(org_id)
     if wish.pending is not None and key in (None, wish.pending.key):
         await tx.credits.save_auto_topup(replace(wish, pending=None))

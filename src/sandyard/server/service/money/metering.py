@@ -1,9 +1,8 @@
-"""What sandboxes use becomes money: periods are charged to accounts, and accounts run dry.
+"""Turns usage into charges, and pauses sandboxes when credits run out.
 
-A period is opened and closed with the status it belongs to (service.lifecycle). Here it is looked
-at, again and again: what it costs so far, less what was charged of it, is taken from the account in
-the transaction that notes both, so that however often and by however many it is done, each
-microsecond is charged once.
+A period is opened and closed with the sandbox's status. The meter regularly deducts what a period
+has cost so far, less what was charged for it, in the transaction that stores both. However often
+and by however many servers this runs, each microsecond is charged once.
 """
 
 import asyncio
@@ -55,7 +54,7 @@ _P = TypeVar("_P", UsagePeriod, StoragePeriod)
 
 @dataclass(frozen=True)
 class Reading:
-    """What an account has after everything used so far, and what its sandboxes use in an hour."""
+    """An account's balance after all usage so far, and its sandboxes' cost per hour."""
 
     account: Account
     left: int
@@ -63,7 +62,7 @@ class Reading:
 
 
 class Meter:
-    """See the module. With `enforces`, sandboxes of an account that ran dry are paused."""
+    """Charges organizations; it is to be run."""
 
     def __init__(
         self,
@@ -103,7 +102,7 @@ class Meter:
             self._tasks = None
 
     async def charge_all(self) -> float:
-        """Charge every organization once; return seconds until it is worth while again."""
+        """Charge every organization once; return seconds until the next time."""
         async with self._store.write(Turn.BESIDE) as tx:
             await tx.facts.note(BEAT, self._clock.now())
             owing = await tx.usage.owing()
@@ -123,7 +122,7 @@ class Meter:
         return max(_SOONEST_S, wait)
 
     async def _look_at(self, org_id: str) -> float:
-        """Charge one organization, and do what its balance asks for."""
+        """Charge one organization, and react to its balance."""
         reading = await self.charge(org_id, posts=self._is_due(org_id))
         if org_id in self._topping:
             return _PERIOD_S
@@ -146,7 +145,7 @@ class Meter:
         return _PERIOD_S
 
     def _is_due(self, org_id: str) -> bool:
-        """Tell whether it is time for a line in the ledger; what is left is known without."""
+        """Tell whether a ledger entry is due."""
         now = self._clock.monotonic()
         last = self._posted_at.get(org_id)
         if last is not None and now - last < _POST_EVERY_S:
@@ -155,9 +154,8 @@ class Meter:
         return True
 
     async def charge(self, org_id: str, *, posts: bool = True) -> Reading:
-        """Take from an account what was used and not charged yet; with `posts` in the ledger, too,
-        as far as it fills a cent.
-        """
+        """Deduct uncharged usage from an account; with `posts` also write whole cents to the
+        ledger."""
         now = self._clock.now()
         async with self._store.write(org_id) as tx:
             compute = _charged(
@@ -188,7 +186,7 @@ class Meter:
         return Reading(account, left, hourly)
 
     async def _stop(self, org_id: str) -> None:
-        """Pause every sandbox of an organization that has to be paid for."""
+        """Pause every charged sandbox of an organization."""
         query = SandboxQuery(org_id, _PAGE, statuses=frozenset({Status.RUNNING}), is_test=False)
         async with self._store.read() as tx:
             running = await tx.sandboxes.page(query)
@@ -214,13 +212,13 @@ class Meter:
             )
 
     def _failed_lately(self, sandbox: Sandbox) -> bool:
-        """Tell whether a pause has just failed: another at once would fail, too."""
+        """Tell whether a pause has failed recently and would fail again."""
         at = sandbox.last_activity_at
         is_failed = sandbox.last_activity_kind == "pause_failed" and at is not None
         return is_failed and at is not None and self._clock.now() - at < _PAUSE_AGAIN
 
     async def _wish_due(self, reading: Reading) -> AutoTopup | None:
-        """Return how an account is to be filled up, where that is due now; it is noted as asked."""
+        """Return the automatic top-up that is due now, and store that it was requested."""
         org_id, now = reading.account.org_id, self._clock.now()
         async with self._store.write(org_id) as tx:
             wish = await tx.credits.auto_topup(org_id)
@@ -242,7 +240,7 @@ class Meter:
         return wish
 
     async def _top_up(self, wish: AutoTopup) -> None:
-        """Carry out a top-up that was noted as asked; what it comes to may be told later."""
+        """Request a stored top-up. Its outcome may be reported later."""
         try:
             await self._charge_card(wish)
         except SandyardError as error:
@@ -299,7 +297,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class _Charged(Generic[_P]):
-    """Periods as they are once charged; `going` are those that are open and cost something."""
+    """Periods after charging. `going` are open and cost something."""
 
     periods: Sequence[_P]
     going: Sequence[_P]
@@ -324,7 +322,7 @@ def _charged(
 
 
 async def _post(tx: Transaction, account: Account, *, resource: str, at: datetime) -> Account:
-    """Move whole cents of what is carried to the ledger, and return the account after that."""
+    """Move whole cents of the carried amount to the ledger, and return the account."""
     # Towards nothing: less than a cent either way stays where it is.
     cents = int(abs(account.carried) // MICROS) * (1 if account.carried > 0 else -1)
     account = replace(

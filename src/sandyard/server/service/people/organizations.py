@@ -33,7 +33,7 @@ _PROJECTS_MAX = 1000
 
 @dataclass(frozen=True)
 class SignUp:
-    """What new organizations begin with, and how many a user may found."""
+    """What new organizations start with, and how many a user may create."""
 
     grant_cents: int
     plan: str
@@ -42,7 +42,7 @@ class SignUp:
 
 @dataclass(frozen=True)
 class Founded:
-    """A new organization, and what came with it."""
+    """A new organization, and what was created with it."""
 
     organization: Organization
     project: Project
@@ -62,7 +62,7 @@ async def found_organization(
     slug: str | None = None,
     actor: Actor | None = None,
 ) -> Founded:
-    """Make an organization with its default project, its first member and their workspace."""
+    """Create an organization with its default project, its first member and their workspace."""
     org_id = new_uuid()
     organization = Organization(
         id=org_id,
@@ -100,7 +100,7 @@ async def found_organization(
 
 
 async def join(tx: Transaction, org_id: str, user: User, role: str, *, at: datetime) -> Workspace:
-    """Make a user a member of an organization and return their personal workspace in it."""
+    """Add a user to an organization, and return their personal workspace in it."""
     await tx.users.put_member(Membership(org_id, user.id, role, created_at=at, role_at=at))
     known = await tx.workspaces.personal(org_id, user.id)
     if known is not None:
@@ -123,7 +123,7 @@ async def revoke_all(
     actor: Actor | None = None,
     only_admins: bool = False,
 ) -> None:
-    """Revoke a member's API keys, or those that only an admin grants."""
+    """Revoke a member's API keys, or only those with admin scopes."""
     for key in await tx.keys.page(member.org_id, owner_user_id=member.user_id, limit=10_000):
         if only_admins and ADMINS_ONLY.isdisjoint(key.scopes):
             continue
@@ -144,7 +144,7 @@ async def revoke_all(
 async def set_role(
     tx: Transaction, member: Membership, role: str, *, actor: Actor | None, at: datetime
 ) -> None:
-    """Change what a member may do; one who is admin no longer loses keys that only admins grant."""
+    """Change a member's role. A former admin loses keys with admin scopes."""
     await tx.users.put_member(replace(member, role=role, role_at=at))
     if role != "admin":
         await revoke_all(tx, member, at=at, actor=actor, only_admins=True)
@@ -162,7 +162,7 @@ async def set_role(
 
 
 class Organizations:
-    """The use cases. Every one names its actor and answers nothing of another organization's."""
+    """The operations. Each takes the actor and never discloses another organization's data."""
 
     def __init__(self, *, store: Store, repeats: Repeats, clock: Clock, sign_up: SignUp) -> None:
         self._store = store
@@ -171,7 +171,7 @@ class Organizations:
         self._sign_up = sign_up
 
     async def me(self, actor: Actor) -> User:
-        """Return the user who asks."""
+        """Return the user behind the credential."""
         async with self._store.read() as tx:
             user = await tx.users.find(user_id=actor.user_id)
         if user is None:
@@ -179,10 +179,10 @@ class Organizations:
         return user
 
     async def get(self, actor: Actor, org_id: str | None = None) -> tuple[Organization, str]:
-        """Return an organization that the actor belongs to, the present one for None, and the role.
+        """Return an organization of the actor's, the current one for None, and the actor's role.
 
         Raises:
-            NotFoundError: there is none, or it is another's.
+            NotFoundError: it does not exist, or the actor is not a member.
         """
         actor.require("org:read")
         return await self._found(actor, org_id)
@@ -206,11 +206,11 @@ class Organizations:
     async def create(
         self, actor: Actor, name: str, *, request: Repeatable | None = None
     ) -> Founded:
-        """Make an organization whose first admin is the one who asks.
+        """Create an organization with the actor's user as its first admin.
 
         Raises:
-            InvalidArgumentError: the name cannot be one.
-            ConflictError: the user belongs to as many as one may.
+            InvalidArgumentError: the name is invalid.
+            ConflictError: the user belongs to too many.
         """
         actor.require("org:write")
         name = check_title(name, field="name")
@@ -241,7 +241,7 @@ class Organizations:
             return founded
 
     async def members(self, actor: Actor, org_id: str) -> list[tuple[User, Membership]]:
-        """Return an organization's members, the longest there first.
+        """Return an organization's members, longest-standing first.
 
         Raises:
             NotFoundError: see `get`.
@@ -263,7 +263,7 @@ class Organizations:
         """Return a project.
 
         Raises:
-            NotFoundError: there is none, or it is another organization's.
+            NotFoundError: it does not exist, or belongs to another organization.
         """
         actor.require("org:read")
         async with self._store.read() as tx:
@@ -278,10 +278,10 @@ class Organizations:
         color: str | None = None,
         request: Repeatable | None = None,
     ) -> Project:
-        """Make a project.
+        """Create a project.
 
         Raises:
-            InvalidArgumentError: name, slug or color cannot be one.
+            InvalidArgumentError: name, slug or color is invalid.
             AlreadyExistsError: the slug is taken.
         """
         actor.require("org:write")
@@ -315,7 +315,7 @@ class Organizations:
         """Change a project's name or color.
 
         Raises:
-            InvalidArgumentError: they cannot be that.
+            InvalidArgumentError: a value is invalid.
             NotFoundError: see `project`.
         """
         actor.require("org:write")
@@ -330,7 +330,7 @@ class Organizations:
         return project
 
     async def delete_project(self, actor: Actor, project_id: str) -> Project:
-        """Remove a project; what was in it is in the default project then.
+        """Delete a project. Its contents move to the default project.
 
         Raises:
             ConflictError: it is the default project.
@@ -365,10 +365,10 @@ class Organizations:
 
 
 def check_title(name: str, *, field: str) -> str:
-    """Return a name that people read.
+    """Return a display name.
 
     Raises:
-        InvalidArgumentError: not 1 to 100 printable characters.
+        InvalidArgumentError: it is not 1 to 100 printable characters.
     """
     checked_text(name, field=field)
     if not 1 <= len(name) <= _NAME_MAX or not name.isprintable() or not name.strip():

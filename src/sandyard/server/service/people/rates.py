@@ -1,4 +1,4 @@
-"""How many requests may come in a minute: of a key, of a user, and failed ones of an address."""
+"""Rate limits: requests per minute of keys and users, and failed logins of addresses."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ UNLIMITED = 1_000_000_000
 
 @dataclass(frozen=True)
 class Allowance:
-    """How many requests are allowed in the present minute, how many are left, when it ends.
+    """The requests allowed in the current minute, how many are left, and its end.
 
     `resets_at` is in seconds since 1970.
     """
@@ -36,7 +36,7 @@ class _Window:
 
 
 class Rates:
-    """Counts in memory: a restart forgets, which costs nobody anything."""
+    """Counts in memory; a restart resets the counters."""
 
     def __init__(
         self, clock: Clock, plans: Mapping[str, Plan], *, failures_per_minute: int
@@ -49,7 +49,7 @@ class Rates:
     def count(self, actor: Actor) -> Allowance:
         """Count one request of an actor and return what is left.
 
-        A key and its user are limited each by itself; what is nearer to its limit is told.
+        A key and its user have separate limits. The one closer to its limit is returned.
 
         Raises:
             RateLimitedError: there were too many.
@@ -77,19 +77,19 @@ class Rates:
         return self._allowance(fullest, limit)
 
     def refused(self, actor: Actor) -> Allowance:
-        """Return what to tell an actor who was refused by `count`."""
+        """Return the allowance of an actor that `count` refused."""
         limit = plan_of(self._plans, actor).requests_per_minute or UNLIMITED
         window = self._window(f"user {actor.org_id} {actor.user_id}")
         return Allowance(limit, 0, self._allowance(window, limit).resets_at)
 
     def of_address(self, address: str) -> Allowance:
-        """Return how many credentials that are no good an address may still try."""
+        """Return how many invalid credentials an address may still try."""
         return self._allowance(self._of_source(address), self._failures)
 
     def failed(self, address: str) -> None:
-        """Count a credential that was no good, from an address; IPv6 is counted by /64.
+        """Count an invalid credential from an address; IPv6 is counted by /64.
 
-        Good credentials are never refused for an address's sake: many may share one.
+        Valid credentials are never refused because of their address, which many clients may share.
 
         Raises:
             RateLimitedError: there were too many.
@@ -105,10 +105,10 @@ class Rates:
             )
 
     def try_guess(self, address: str) -> bool:
-        """Count a guess from an address before it is checked; return whether it may be.
+        """Count a login attempt of an address before it is checked; return whether it may be.
 
-        Checking takes a while, so guesses that came in parallel would otherwise all be checked.
-        One that was right is taken back by `guessed_right`.
+        Checking takes a while, and parallel attempts would otherwise all be checked.
+        `guessed_right` takes back a successful one.
         """
         window = self._of_source(address)
         if window.count >= self._failures:
@@ -134,8 +134,8 @@ class Rates:
         return window
 
     def _make_room(self, now: float) -> None:
-        """Forget the two oldest windows if they are over, and the oldest in any case if there are
-        too many. All last equally long, so they are in the order in which they end."""
+        """Remove the two oldest windows if they have ended, and the oldest in any case if there are
+        too many. All have the same length, so they are ordered by their end."""
         for name in list(islice(self._windows, 2)):
             if self._windows[name].ends <= now or len(self._windows) >= _WINDOWS_MAX:
                 del self._windows[name]

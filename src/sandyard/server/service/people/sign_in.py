@@ -1,4 +1,4 @@
-"""Who is behind a session token: users and organizations are made when they first come."""
+"""Session tokens: users and organizations are created at their first sign-in."""
 
 import logging
 from dataclasses import replace
@@ -24,9 +24,9 @@ _MADE_UP = "@users.invalid"
 class SignIn:
     """Turns session tokens into actors.
 
-    `admin_roles` are the provider's roles that make an admin here. The role kept here counts; a
-    token changes it only if it was issued after the role was last set, so that somebody who was
-    demoted cannot undo it with a token from before.
+    `admin_roles` are the provider's roles that make an admin. The stored role counts; a token
+    changes it only if it was issued after the role was last set, so that a demoted user cannot use
+    an old token.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SignIn:
             InvalidTokenError: see core.contracts.people.Sessions.
             TokenExpiredError: the same.
             UnavailableError: the same.
-            NotFoundError: the user is in no organization of that id.
+            NotFoundError: the user is in no organization with that id.
         """
         session = await self._sessions.read(token)
         async with self._store.read() as tx:
@@ -77,7 +77,7 @@ class SignIn:
     async def _known(
         self, tx: Transaction, session: Session, org_id: str | None
     ) -> tuple[User, Organization, Membership] | None:
-        """Return who it is, if nothing about them has to be written."""
+        """Return the user and membership, if nothing has to be written."""
         user = await tx.users.find(external_id=session.subject)
         if user is None:
             return None
@@ -200,7 +200,7 @@ class SignIn:
     def _role(self, session: Session) -> str | None:
         """Return the role that a token gives its user in the organization that it names.
 
-        One that names no organization says nothing about a role in any of theirs.
+        A token without an organization says nothing about roles.
         """
         if session.role is None or session.org is None:
             return None
@@ -218,10 +218,9 @@ def _is_in(theirs: list[tuple[Organization, Membership]], session: Session) -> b
 
 
 def _scopes(session: Session, role: str) -> frozenset[str]:
-    """Return what a session may do: what its token permits, if that speaks of permissions of ours.
+    """Return the scopes of a session: its token's permissions, if they include some of ours.
 
-    A provider's permissions that mean nothing here (another program's) say nothing; none at all
-    (an empty list) is said.
+    Permissions for other programs are ignored; an empty list is not.
     """
     if session.permissions is None:
         return _EVERYTHING

@@ -1,4 +1,4 @@
-"""SSH keys: public keys that open the sandboxes of an organization."""
+"""SSH keys: public keys that are accepted by an organization's sandboxes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +20,8 @@ KEYS_MAX = 100
 
 
 async def withdraw(tx: Transaction, key: SshKey, *, at: datetime) -> None:
-    """Remove a key from an organization and from each of its sandboxes, whose files have it until
-    `service.reconcile.revoking` removes it there, too."""
+    """Remove a key from an organization and from its sandboxes. `service.reconcile.revoking`
+    removes it from their files."""
     await tx.ssh_keys.remove(key.org_id, key.id)
     await tx.revoked_keys.clear()
     for sandbox in await tx.sandboxes.with_ssh_key(key.org_id, key.id):
@@ -43,7 +43,7 @@ def _blob(public_key: str) -> str:
 
 
 class SshKeys:
-    """The use cases. All members see an organization's keys; a member deletes only own ones."""
+    """The operations. All members see an organization's keys; members delete only their own."""
 
     def __init__(self, store: Store, repeats: Repeats, clock: Clock) -> None:
         self._store = store
@@ -56,8 +56,8 @@ class SshKeys:
         """Add a public key.
 
         Raises:
-            InvalidArgumentError: it is not one, damaged, or too weak.
-            AlreadyExistsError: the organization has it.
+            InvalidArgumentError: it is invalid, damaged or too weak.
+            AlreadyExistsError: the organization has it already.
             ConflictError: there are too many.
         """
         actor.require("ssh-key:*")
@@ -106,10 +106,10 @@ class SshKeys:
             return await tx.ssh_keys.every(actor.org_id)
 
     async def delete(self, actor: Actor, key_id: str) -> None:
-        """Remove a key, which opens no sandbox from now on; see `withdraw`.
+        """Delete a key. It opens no sandbox from now on; see `withdraw`.
 
         Raises:
-            NotFoundError: absent, another organization's or, for a member, another member's.
+            NotFoundError: it does not exist, or belongs to another organization or member.
         """
         actor.require("ssh-key:*")
         async with self._store.write(actor.org_id) as tx:
@@ -132,11 +132,11 @@ class SshKeys:
     async def resolve(
         self, actor: Actor, wanted: Sequence[str] | None
     ) -> tuple[tuple[str, str], ...]:
-        """Return the public keys that a sandbox takes, each with its id, or nothing where it was
-        given itself: what ids and literal keys stand for, all of the organization's for None.
+        """Return the public keys for ids and literal keys, or all of the organization's for None.
+        Each comes with its id, or an empty string if it was given literally.
 
         Raises:
-            InvalidArgumentError: there is no such key, or one is no key.
+            InvalidArgumentError: there is no such key, or one is invalid.
         """
         if wanted is not None and len(wanted) > KEYS_MAX:
             raise InvalidArgumentError(f"cannot take over {KEYS_MAX} SSH keys", field="ssh_keys")

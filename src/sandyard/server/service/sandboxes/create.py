@@ -1,4 +1,4 @@
-"""Creates sandboxes: what is asked for is checked, priced, placed and stored, then started."""
+"""Creates sandboxes: validates, prices, places and stores the request, then starts the machine."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,10 +33,10 @@ from sandyard.server.service.sandboxes.worker import Worker, holding
 
 @dataclass(frozen=True)
 class NewSandbox:
-    """What a caller asks for; None means the default.
+    """The request for a new sandbox; None means the default.
 
-    `ssh_keys` are ids of the organization's keys, or literal ones. One from a `snapshot` is of
-    that's template, which may be named again, and has mounted what that had.
+    `ssh_keys` are ids of the organization's keys, or literal keys. A sandbox from a `snapshot` has
+    the snapshot's template and, by default, its mounts.
     """
 
     template: str | None = None
@@ -62,22 +62,22 @@ DEFAULT_TEMPLATE = "base-ubuntu"
 
 
 class KeyRing(Protocol):
-    """Knows the organizations' public keys."""
+    """Looks up the organizations' public keys."""
 
     async def resolve(
         self, actor: Actor, references: list[str] | None
     ) -> tuple[tuple[str, str], ...]:
-        """Return the literal keys that ids and literal keys stand for, all of them for None; with
-        each its id, or nothing where it was given itself.
+        """Return the literal keys for ids and literal keys, or all keys of the organization for
+        None. Each comes with its id, or an empty string if it was given literally.
 
         Raises:
-            InvalidArgumentError: there is no such key, or a literal one cannot be used.
+            InvalidArgumentError: there is no such key, or a literal one is invalid.
         """
         ...
 
 
 class Creation:
-    """Creates sandboxes for their owners."""
+    """Creates sandboxes."""
 
     def __init__(
         self,
@@ -104,17 +104,17 @@ class Creation:
     async def create(
         self, actor: Actor, wish: NewSandbox, *, request: Repeatable | None = None
     ) -> Sandbox:
-        """Store a sandbox that is to run, have it started, and return it.
+        """Store a new sandbox, start it, and return it.
 
-        It runs when this returns if a machine waited for it, else it starts meanwhile. A `request`
-        that was made before is answered with what it made.
+        It is running if the pool had a machine; otherwise it starts in the background. A repeated
+        `request` returns what the first one created.
 
         Raises:
-            InvalidArgumentError: something asked for cannot be; `facts` name the field.
+            InvalidArgumentError: a value is invalid; `facts` name the field.
             AlreadyExistsError: the name is taken.
-            LimitReachedError: the organization has as many as its plan allows.
+            LimitReachedError: a limit of the organization's plan is reached.
             QuotaExceededError: its credits do not suffice for about an hour.
-            UnavailableError: the template is not built, or no node has room.
+            UnavailableError: the template is not built, or no node has capacity.
         """
         actor.require("sandbox:create")
         async with self._repeats.turn(actor, request):
@@ -140,7 +140,7 @@ class Creation:
         request: Repeatable | None,
         hold: Hold,
     ) -> Sandbox:
-        """Write a new sandbox down, or return what the same request made meanwhile."""
+        """Store a new sandbox, or return what the same request created meanwhile."""
         async with self._store.write(actor.org_id) as tx:
             ids = await self._repeats.made_before(tx, actor, request)
             if ids is not None:
@@ -163,8 +163,7 @@ class Creation:
             return await tx.sandboxes.find(ids[0]) if ids else None
 
     async def _new(self, actor: Actor, wish: NewSandbox) -> tuple[Sandbox, Placed]:
-        """Return the sandbox that is asked for, in no project yet, everything else about it
-        checked, and its place."""
+        """Return the requested sandbox, validated except for its project, and its node."""
         now = self._clock.now()
         check_idle_timeout(wish.idle_timeout)
         check_metadata(wish.metadata)
@@ -220,7 +219,7 @@ class Creation:
     async def _mounts(
         self, actor: Actor, wish: NewSandbox, snapshot: Snapshot | None
     ) -> tuple[Mount, ...]:
-        """Return what is to be mounted, everything about it checked that can be said of it now."""
+        """Return the mounts, validated as far as possible now."""
         mounts = checked_mounts(actor, wish.mounts or ())
         kept = snapshot.mounts if wish.mounts is None and snapshot is not None else ()
         if not mounts and not kept:
@@ -232,7 +231,7 @@ class Creation:
         return mounts
 
     async def _source(self, actor: Actor, wish: NewSandbox) -> tuple[Snapshot | None, str, Shape]:
-        """Return what a sandbox is made from: a snapshot or none, a template, a shape."""
+        """Return the snapshot (or None), the template and the shape."""
         if wish.snapshot is not None:
             snapshot = await get_snapshot(self._store, actor, wish.snapshot)
             return snapshot, snapshot.template, _shape_from(snapshot, wish)
@@ -244,10 +243,10 @@ class Creation:
 
 
 def _shape_from(snapshot: Snapshot, wish: NewSandbox) -> Shape:
-    """Return the shape of a sandbox from a snapshot: its disk may be larger, all else is as it was.
+    """Return the shape of a sandbox from a snapshot. Only its disk may be larger.
 
     Raises:
-        InvalidArgumentError: something else is asked for.
+        InvalidArgumentError: the request asks for another shape.
     """
     shape = shape_of(snapshot.shape, vcpus=wish.vcpus, memory=wish.memory, disk=wish.disk)
     for what, is_other in (

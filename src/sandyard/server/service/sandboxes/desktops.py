@@ -1,4 +1,4 @@
-"""Desktops: screens of sandboxes, for people in a browser and for agents that use a computer."""
+"""Desktops: screens of sandboxes, for people in a browser and for agents."""
 
 import asyncio
 import re
@@ -55,7 +55,7 @@ _WINDOWS_MAX = 500
 
 @dataclass(frozen=True)
 class DesktopTicket:
-    """What opens a desktop once, within a minute."""
+    """A one-time ticket for a desktop, valid for a minute."""
 
     secret: str
     sandbox_id: str
@@ -79,14 +79,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Place:
-    """A place on a screen, from its upper left corner."""
+    """A point on a screen, from its upper left corner."""
 
     x: int
     y: int
 
 
 class Desktops:
-    """See the module."""
+    """Issues tickets, opens screens, and controls pointer and keyboard."""
 
     def __init__(
         self,
@@ -112,10 +112,10 @@ class Desktops:
     # --- for people -------------------------------------------------------------------------
 
     async def issue(self, actor: Actor, reference: str) -> DesktopTicket:
-        """Make a ticket for a desktop.
+        """Create a ticket for a desktop.
 
         Raises:
-            NotFoundError: no such sandbox for this actor.
+            NotFoundError: the actor has no such sandbox.
             ConflictError: it has no desktop.
         """
         actor.require("sandbox:write")
@@ -124,15 +124,15 @@ class Desktops:
         return DesktopTicket(secret, sandbox.id, until)
 
     async def check(self, admission: Admission) -> None:
-        """Return if whoever was let in may still be. See `Tickets.check`."""
+        """Return if the ticket's issuer still has the right. See `Tickets.check`."""
         await self._tickets.check(admission)
 
     @asynccontextmanager
     async def open(self, admission: Admission) -> AsyncIterator[ByteStream]:
-        """Open the screen of a ticket: what follows is RFB, both ways.
+        """Open a ticket's screen as an RFB stream.
 
         Raises:
-            UnavailableError: there is no screen yet.
+            UnavailableError: the screen is not available yet.
             For the rest see `Reach.open`.
         """
         async with self._dial(admission.actor, admission.sandbox_id) as stream:
@@ -153,7 +153,7 @@ class Desktops:
     # --- for agents -------------------------------------------------------------------------
 
     async def screenshot(self, actor: Actor, reference: str) -> bytes:
-        """Return what is on a screen now, as a PNG.
+        """Return a screenshot as PNG.
 
         Raises: see `open`; ConflictError: the sandbox has no desktop.
         """
@@ -166,9 +166,9 @@ class Desktops:
     async def click(
         self, actor: Actor, reference: str, place: Place, button: str, count: int
     ) -> None:
-        """Click somewhere, once or several times.
+        """Click at a point, once or several times.
 
-        Raises: see `screenshot`; InvalidArgumentError: there is no such place or button.
+        Raises: see `screenshot`; InvalidArgumentError: the point or button is invalid.
         """
         if button not in _BUTTONS:
             raise InvalidArgumentError("cannot click: button is left, middle or right",
@@ -184,7 +184,7 @@ class Desktops:
             await screen.settle()
 
     async def move(self, actor: Actor, reference: str, place: Place) -> None:
-        """Move the pointer somewhere. Raises: see `click`."""
+        """Move the pointer to a point. Raises: see `click`."""
         async with self._screen(actor, reference) as screen:
             _check(screen, place)
             await screen.point(place.x, place.y, 0)
@@ -193,7 +193,7 @@ class Desktops:
     async def drag(
         self, actor: Actor, reference: str, source: Place, target: Place, button: str
     ) -> None:
-        """Press a button at one place and let go of it at another. Raises: see `click`."""
+        """Press a button at one point and release it at another. Raises: see `click`."""
         if button not in _BUTTONS:
             raise InvalidArgumentError("cannot drag: button is left, middle or right",
                                        field="button")  # fmt: skip
@@ -215,7 +215,7 @@ class Desktops:
     async def scroll(
         self, actor: Actor, reference: str, place: Place, right: int, down: int
     ) -> None:
-        """Turn the wheel over a place, by notches: below 0 they go left, or up.
+        """Scroll at a point, in notches. Negative values scroll left or up.
 
         Raises: see `click`.
         """
@@ -234,7 +234,7 @@ class Desktops:
             await screen.settle()
 
     async def type(self, actor: Actor, reference: str, text: str) -> None:
-        """Type a text into whatever has the focus.
+        """Type text into the focused window.
 
         Raises: see `screenshot`; InvalidArgumentError: it is too long, or cannot be typed.
         """
@@ -257,7 +257,7 @@ class Desktops:
             await screen.settle()
 
     async def press(self, actor: Actor, reference: str, keys: str) -> None:
-        """Press keys together, as `ctrl+c`. Raises: see `type`."""
+        """Press a combination of keys, such as `ctrl+c`. Raises: see `type`."""
         found = keysyms_of(checked_text(keys, field="keys"))
         async with self._screen(actor, reference) as screen:
             for keysym in found:
@@ -267,7 +267,7 @@ class Desktops:
             await screen.settle()
 
     async def windows(self, actor: Actor, reference: str) -> list[Window]:
-        """Return the windows on a screen, the oldest first. Raises: see `screenshot`."""
+        """Return the windows, oldest first. Raises: see `screenshot`."""
         actor.require("sandbox:write")
         sandbox = await self._with_desktop(actor, reference)
         command = Command(_WINDOWS, 10_000, "/", {}, None, "user")
@@ -320,7 +320,7 @@ class Desktops:
 
 
 def windows_in(said: str) -> list[Window]:
-    """Return the windows that wmctrl(1) lists, and which of them xdotool(1) says is active."""
+    """Return the windows listed by wmctrl(1), with the active one by xdotool(1)."""
     lines = said.splitlines()
     last = lines[-1].strip() if lines else ""
     active = int(last) if _ACTIVE.fullmatch(last) else None

@@ -1,4 +1,4 @@
-"""Runs a command in a sandbox and collects what it says."""
+"""Runs a command in a sandbox and collects its output."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ _FRAMES_A_TURN = 500
 
 @dataclass(frozen=True)
 class Command:
-    """What to run, and how. `timeout` is in milliseconds from its start in the sandbox."""
+    """A command. `timeout` is in milliseconds from its start in the sandbox."""
 
     command: str
     timeout: int
@@ -51,7 +51,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended, and the bytes it printed: `release` them once they are sent."""
+    """The result of a command. Call `release` once its output has been sent."""
 
     stdout: bytes = field(repr=False)
     stderr: bytes = field(repr=False)
@@ -64,11 +64,10 @@ class Outcome:
 
 
 class Room:
-    """The memory that all output on its way to clients may take together.
+    """The memory for output on its way to clients.
 
-    Whoever prints much while others do waits for room, and so does its program; in vain, the output
-    is cut. So no number of commands fills the server's memory, and no organization, which gets half
-    of it at most, takes it from the others.
+    A command with much output waits for memory, and its program with it; after a while its output
+    is truncated. One organization gets half at most, so it cannot starve the others.
     """
 
     def __init__(self, clock: Clock, size: int = _ROOM_BYTES) -> None:
@@ -83,8 +82,7 @@ class Room:
         return self._size - self._shares.held
 
     async def take(self, size: int, org_id: str) -> bool:
-        """Take so many bytes for an organization and return True; False if there is no room for
-        long."""
+        """Take memory for an organization and return True; return False after waiting in vain."""
         try:
             async with self._clock.timeout(_ROOM_WAIT_S):
                 while not self._shares.take(org_id, size):
@@ -101,7 +99,7 @@ class Room:
 
 
 class _Share:
-    """What one command's output has of the room; a little of it is always there."""
+    """The memory of one command's output. A small amount is always available."""
 
     def __init__(self, room: Room, org_id: str) -> None:
         self._room = room
@@ -132,11 +130,11 @@ class Commands:
         self.room = room or Room(clock)
 
     async def execute(self, actor: Actor, reference: str, command: Command) -> Outcome:
-        """Run a command and return once it has ended, or its time is over and it was ended.
+        """Run a command and return when it has ended. At its time limit it is killed.
 
         Raises:
-            InvalidArgumentError: something asked for cannot be; `facts` name the field.
-            ConflictError: the sandbox ended, or was paused, while the command ran.
+            InvalidArgumentError: a value is invalid; `facts` name the field.
+            ConflictError: the sandbox was paused or ended during the command.
             UnavailableError: the agent stopped answering.
             For the rest see `Reach.open`.
         """

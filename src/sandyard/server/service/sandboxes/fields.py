@@ -1,4 +1,4 @@
-"""What a sandbox's fields may be, for those who create one and those who change it."""
+"""Validation of a sandbox's fields, for create and change."""
 
 import json
 import re
@@ -18,7 +18,7 @@ _IDLE_TIMEOUT_S = range(604_801)
 
 
 def check_idle_timeout(seconds: int) -> None:
-    """Refuse an idle time-out that is out of range."""
+    """Refuse an idle timeout that is out of range."""
     if seconds not in _IDLE_TIMEOUT_S:
         raise InvalidArgumentError(
             "cannot use {field}: it must be 0 (never) to 604800 seconds",
@@ -27,14 +27,14 @@ def check_idle_timeout(seconds: int) -> None:
 
 
 def check_metadata(metadata: Mapping[str, object]) -> None:
-    """Refuse metadata that is too large, or that not every database can keep."""
+    """Refuse metadata that is too large, or that some databases cannot store."""
     check_json(metadata, field="metadata")
     if len(json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace")) > _METADATA_MAX:
         raise InvalidArgumentError("cannot keep over 16 KiB of metadata", field="metadata")
 
 
 def checked_env(env: Mapping[str, str]) -> Mapping[str, str]:
-    """Return an environment, refusing what no process can be given."""
+    """Return an environment; refuse what no process can be given."""
     size = 0
     for name, value in env.items():
         checked_text(name, field="env")
@@ -52,7 +52,7 @@ def checked_env(env: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def checked_password(password: str) -> str:
-    """Return a root password, refusing what a login could not be given."""
+    """Return a root password; refuse an invalid one."""
     checked_text(password, field="root_password")
     if len(password.encode()) not in _PASSWORD_BYTES or not password.isprintable():
         raise InvalidArgumentError(
@@ -63,7 +63,7 @@ def checked_password(password: str) -> str:
 
 
 async def project_of(tx: Transaction, actor: Actor, project_id: str | None) -> str:
-    """Return the id of a project of the actor's organization, the default one for None.
+    """Return the id of a project of the actor's organization, or of the default project for None.
 
     Raises:
         InvalidArgumentError: there is no such project.

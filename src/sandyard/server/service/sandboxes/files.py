@@ -1,7 +1,7 @@
-"""The files of a sandbox, as one of its users sees them.
+"""The files of a sandbox, accessed as one of its users.
 
-Nothing here touches the host's files: a path is a name inside the sandbox and means what it means
-there. What a guest tells of its files is bounded, and believed by nobody else.
+Nothing here touches the host's files: a path is a name inside the sandbox. A guest's answers are
+bounded and not trusted.
 """
 
 import asyncio
@@ -57,14 +57,14 @@ _USES: dict[type[FileOperation], Use] = {
 
 @dataclass(frozen=True)
 class Listing:
-    """What is in a folder, by path; `is_cut` if there is more than was asked for."""
+    """The entries of a directory, by path. `is_cut` says that there are more."""
 
     entries: Sequence[FileFact]
     is_cut: bool
 
 
 class Reading:
-    """A file that is being read: `fact` tells what it is."""
+    """A file that is being read, and its metadata `fact`."""
 
     def __init__(self, fact: FileFact, stream: GuestStream, clock: Clock) -> None:
         self.fact = fact
@@ -72,10 +72,10 @@ class Reading:
         self._clock = clock
 
     async def pieces(self, limit: int | None = None) -> AsyncIterator[bytes]:
-        """Yield the file's bytes, `limit` of them and no more if given.
+        """Yield the file's bytes, at most `limit`.
 
         Raises:
-            SandyardError: it could not be read to its end; see `meaning_of`.
+            SandyardError: it could not be read completely; see `meaning_of`.
             UnavailableError, ConflictError: the sandbox or its agent ended.
         """
         left = limit
@@ -93,7 +93,7 @@ class Reading:
 
 
 class Files:
-    """See the module."""
+    """Operations on files."""
 
     def __init__(self, reach: Reach, clock: Clock, opened: Open) -> None:
         self._reach = reach
@@ -106,11 +106,11 @@ class Files:
         reference: str,
         wish: ops.Stat | ops.MakeFolder | ops.Move | ops.Copy | ops.Remove,
     ) -> FileFact | None:
-        """Carry out one operation, and return what is told of the file then, if anything.
+        """Run one operation, and return the resulting metadata, if any.
 
         Raises:
             InvalidArgumentError, NotFoundError, AlreadyExistsError, PermissionDeniedError,
-                ConflictError: the file system would not; `facts` have the `reason`.
+                ConflictError: the file system refused; `facts` have the `reason`.
             For the rest see `Reach.open`.
         """
         operation: ops.Operation[Any] = _checked(wish)
@@ -124,7 +124,7 @@ class Files:
         return _cleaned(answer) if isinstance(answer, FileFact) else None
 
     async def list(self, actor: Actor, reference: str, wish: ops.ListFolder) -> Listing:
-        """Return what is in a folder. See `ask`."""
+        """List a directory. See `ask`."""
         if not 1 <= wish.depth <= DEPTH_MAX:
             raise InvalidArgumentError(
                 f"cannot use depth: it must be 1 to {DEPTH_MAX}", field="depth"
@@ -152,9 +152,9 @@ class Files:
     async def watch(
         self, actor: Actor, reference: str, wish: ops.WatchFolder
     ) -> AsyncIterator[AsyncIterator[FileChange]]:
-        """Watch a folder: from when the block is entered on, whatever changes is told. See `ask`.
+        """Watch a directory: changes after the block is entered are reported. See `ask`.
 
-        What is yielded ends with NotFoundError once the folder is there no more.
+        The iteration raises NotFoundError when the directory is deleted.
         """
         wish = _checked(wish)
         async with AsyncExitStack() as held:
@@ -176,10 +176,10 @@ class Files:
     async def write(
         self, actor: Actor, reference: str, wish: ops.Write, body: AsyncIterator[bytes]
     ) -> int:
-        """Write a file out of what comes, and return how many bytes that was.
+        """Write a stream to a file, and return its size.
 
-        What was there stays as it is until all of it has come, unless it is written in place; if
-        `body` breaks off, nothing is left of it.
+        The old content stays until the stream is complete, unless it is written in place. If `body`
+        fails, nothing is left of it.
 
         Raises: see `ask`.
         """
@@ -196,10 +196,10 @@ class Files:
     async def _pass_on(
         self, body: AsyncIterator[bytes], stream: ByteStream, ending: "asyncio.Task[Any]"
     ) -> None:
-        """Send what comes as input, and return once the other side has told its end.
+        """Send a stream as input, and return when the other side has finished.
 
-        That says nothing while the body is on its way, however long that takes: only what it must
-        take, and its end when it has all of it, is waited for with a limit.
+        Only its acceptance of data, and its end after the last byte, have a time limit. The stream
+        itself may take any time.
         """
         try:
             async for piece in body:
@@ -222,7 +222,7 @@ class Files:
     async def pack(
         self, actor: Actor, reference: str, path: bytes, user: str
     ) -> AsyncIterator[AsyncIterator[bytes]]:
-        """Read a folder as a tar archive, with the sandbox's own tar. See `ask`."""
+        """Read a directory as a tar archive, with the sandbox's own tar. See `ask`."""
         fact = await self.ask(actor, reference, ops.Stat(path, user))
         if fact is None or fact.kind is not ops.FileKind.FOLDER:
             shown = printable(path.decode(errors="replace")[:500])
@@ -237,10 +237,11 @@ class Files:
     async def unpack(
         self, actor: Actor, reference: str, path: bytes, user: str, body: AsyncIterator[bytes]
     ) -> FileFact:
-        """Unpack a tar archive into a folder, made if need be, and return that. See `ask`.
+        """Unpack a tar archive into a directory, which is created if necessary, and return it. See
+        `ask`.
 
         Raises:
-            InvalidArgumentError: it is no archive, or what is in it could not be made.
+            InvalidArgumentError: it is not an archive, or its contents cannot be created.
         """
         made = await self.ask(actor, reference, ops.MakeFolder(path, parents=True, user=user))
         if made is None:
@@ -259,10 +260,10 @@ class Files:
 
 
 def path_of(text: bytes, *, field: str = "path") -> bytes:
-    """Return a path as the guest takes it; one that does not begin with / is below /workspace.
+    """Return a path for the guest. Relative paths are below /workspace.
 
     Raises:
-        InvalidArgumentError: it cannot be one.
+        InvalidArgumentError: it is invalid.
     """
     if not text or b"\0" in text:
         raise InvalidArgumentError(f"cannot use {field}: give the path of a file", field=field)
@@ -276,10 +277,10 @@ def path_of(text: bytes, *, field: str = "path") -> bytes:
 
 
 def check_user(user: str) -> None:
-    """Refuse what cannot be an account's name or number.
+    """Refuse what is neither an account name nor a number.
 
     Raises:
-        InvalidArgumentError: it cannot.
+        InvalidArgumentError: it is neither.
     """
     if not 1 <= len(user) <= 64 or not user.isprintable():
         raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
@@ -305,7 +306,7 @@ def _told(path: bytes, user: str) -> dict[str, str]:
 
 
 def _tar(folder: bytes, arguments: str, user: str) -> ops.Execute:
-    """Return what runs tar in a folder whose path may be of any bytes."""
+    """Return the command that runs tar in a directory whose path may have any bytes."""
     octal = "".join(f"\\0{one:03o}" for one in folder)
     # The dot keeps what the shell would cut off: newlines at the end.
     line = f"p=$(printf '%b.' '{octal}'); cd -- \"${{p%.}}\" && exec tar {arguments}"
@@ -315,10 +316,10 @@ def _tar(folder: bytes, arguments: str, user: str) -> ops.Execute:
 async def _printed(
     stream: GuestStream, clock: Clock, still_s: float | None = None
 ) -> AsyncIterator[bytes]:
-    """Yield what a command prints.
+    """Yield a command's output.
 
     Raises:
-        InvalidArgumentError: it did not end well; the message is its own.
+        InvalidArgumentError: it failed; the message is its own.
     """
     complaint = b""
     async for frame in frames_of(stream, clock, still_s=still_s):
@@ -340,7 +341,7 @@ async def _all_printed(stream: GuestStream, clock: Clock, still_s: float) -> Non
 
 
 def _checked_end(frame: Frame) -> FileEnd:
-    """Return how an operation ended; raise what was wrong with it."""
+    """Return the end of an operation, or raise its error."""
     end = told(FileEnd, frame)
     if end.trouble is not None:
         raise meaning_of(end.trouble.error, printable(end.trouble.message[:600]))
@@ -381,7 +382,7 @@ def _several_of(kind: type[ToldT], payload: bytes) -> list[ToldT]:
 
 
 def _cleaned(fact: FileFact) -> FileFact:
-    """Return what a guest told of a file, within bounds."""
+    """Return a guest's metadata of a file, within bounds."""
 
     def figure(value: int) -> int:
         return max(0, min(_FIGURE_MAX, value))

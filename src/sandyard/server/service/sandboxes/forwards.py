@@ -1,4 +1,4 @@
-"""Connections into a sandbox, and such as come to it, for whoever is connected to it."""
+"""Forwarded connections: into a sandbox, and accepted by a sandbox."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,10 +32,10 @@ class Forwards:
     async def dial(
         self, actor: Actor, sandbox_id: str, wish: Dial, use: Use
     ) -> AsyncIterator[ByteStream]:
-        """Have a sandbox connect to somewhere.
+        """Connect from a sandbox to an address.
 
         Raises:
-            NotFoundError: nobody answers there.
+            NotFoundError: nothing answers there.
             For the rest see `Reach.open`.
         """
         async with self._reach.open(actor, sandbox_id, wish, use) as reached:
@@ -45,7 +45,7 @@ class Forwards:
     async def listen(
         self, actor: Actor, sandbox_id: str, wish: Listen
     ) -> AsyncIterator[tuple[Listening, AsyncIterator[Caller]]]:
-        """Have a sandbox listen; yield where, and who comes.
+        """Listen in a sandbox; yield the address and the accepted connections.
 
         Raises:
             ConflictError: it cannot listen there.
@@ -69,6 +69,6 @@ class Forwards:
     async def take(
         self, actor: Actor, sandbox_id: str, wish: Take, use: Use
     ) -> AsyncIterator[ByteStream]:
-        """Take a connection that came to where a sandbox listens. See `dial`."""
+        """Open a connection that a sandbox accepted. See `dial`."""
         async with self._reach.open(actor, sandbox_id, wish, use) as reached:
             yield reached.stream

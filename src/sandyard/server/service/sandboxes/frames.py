@@ -1,4 +1,4 @@
-"""What agents send after an answer, taken frame by frame: in bounded haste, and never for ever."""
+"""Reads what agents send after an answer, frame by frame, with limits on pace and silence."""
 
 import json
 from collections.abc import AsyncIterator, Iterator
@@ -26,15 +26,15 @@ _T = TypeVar("_T")
 
 
 class PacedStream(ByteStream, Protocol):
-    """A stream whose frames are taken in at a bounded pace; see `Reach`."""
+    """A stream with a limited frame rate. See `Reach`."""
 
     async def spend(self, frames: int) -> None:
-        """Note that so many frames were decoded, and return once more may be."""
+        """Count decoded frames, and return once more may be decoded."""
         ...
 
 
 class Open:
-    """Counts what is open for each organization: nobody takes all connections from the others."""
+    """Counts open streams per organization, so that none takes all connections."""
 
     def __init__(self) -> None:
         self._shares = Allotment(each=OPEN_MAX)
@@ -44,7 +44,7 @@ class Open:
         """Count one while the block lasts.
 
         Raises:
-            LimitReachedError: the organization has as many open as it may.
+            LimitReachedError: the organization has too many open.
         """
         if not self._shares.take(org_id, 1):
             raise LimitReachedError(
@@ -60,12 +60,13 @@ class Open:
 async def frames_of(
     stream: PacedStream, clock: Clock, *, still_s: float | None = None
 ) -> AsyncIterator[Frame]:
-    """Yield frames up to the one that tells of the end; in between STILL_S may go by, or `still_s`.
+    """Yield frames up to the last one. Between frames the agent may be silent for STILL_S, or
+    `still_s`.
 
     Raises:
-        UnavailableError: the agent stands still, or broke off before the end.
-        ConflictError: the sandbox ended, or was paused.
-        InternalError: what it sends makes no sense.
+        UnavailableError: the agent is silent for too long, or closed the connection early.
+        ConflictError: the sandbox was paused or ended.
+        InternalError: the agent violated the protocol.
     """
     decoder, frames = Decoder(), 0
     while True:
@@ -98,10 +99,10 @@ async def frames_of(
 
 
 async def send(stream: ByteStream, clock: Clock, payload: bytes) -> None:
-    """Send a frame of input; an empty one ends it.
+    """Send a frame of input; an empty one ends the input.
 
     Raises:
-        UnavailableError: the agent does not take it, or is gone.
+        UnavailableError: the agent does not read it, or is gone.
     """
     try:
         async with clock.timeout(STILL_S):
@@ -111,10 +112,10 @@ async def send(stream: ByteStream, clock: Clock, payload: bytes) -> None:
 
 
 def told(kind: type[_T], frame: Frame) -> _T:
-    """Return what a frame tells in JSON.
+    """Return a frame's JSON.
 
     Raises:
-        AgentError: it makes no sense.
+        AgentError: it is invalid.
     """
     try:
         return decode(kind, json.loads(frame.payload))

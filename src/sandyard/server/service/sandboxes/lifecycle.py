@@ -1,7 +1,7 @@
 """The one place where a sandbox's status changes.
 
-A change is written only if the sandbox is still as it was read (its version), and with it, in the
-same transaction: the line in the activity feed, and the opening or closing of the usage period.
+A change is written only if the sandbox's version is unchanged. The same transaction appends the
+entry of the activity feed, and opens or closes the usage period.
 """
 
 from collections.abc import Awaitable, Callable
@@ -50,7 +50,7 @@ _TITLES = {
 
 
 def topic_of(sandbox_id: str) -> str:
-    """Return the topic of hints that one sandbox has changed."""
+    """Return the topic of hints about changes of one sandbox."""
     return f"sandbox:{sandbox_id}"
 
 
@@ -88,16 +88,15 @@ class Lifecycle:
         ended_at: datetime | None = None,
         **changes: object,
     ) -> Sandbox | None:
-        """Apply an event and return the sandbox as it is then; None if it has moved on meanwhile.
+        """Apply an event and return the changed sandbox, or None if it has changed meanwhile.
 
-        `actor` is who asked for it, None for the platform. With `lease` the change is written only
-        while the lease is held; without, whoever holds one loses it, to `hold` if that is
-        given. `used` says that it counts as activity, and of which kind. `check` is asked in the
-        transaction, and what it raises undoes it. `ended_at` is when what was charged came to its
-        end, where that was before now.
+        `actor` requested it, or None for the platform. With `lease` the change is written only
+        while that lease is held. Without it, any lease is revoked and replaced by `hold`, if given.
+        `used` counts the event as an activity of that kind. `check` runs in the transaction and may
+        abort it. `ended_at` is the end of the charged period, if it was earlier than now.
 
         Raises:
-            ConflictError: the event has no meaning in the sandbox's status.
+            ConflictError: the event is not allowed in the sandbox's status.
         """
         now = self._clock.now()
         status = advance(sandbox.status, event)
@@ -143,9 +142,9 @@ class Lifecycle:
         check: Callable[[Transaction, Sandbox], Awaitable[None]],
         **changes: object,
     ) -> Sandbox | None:
-        """Change what has nothing to do with the status; None if the sandbox has moved on.
+        """Change fields other than the status; return None if the sandbox has changed meanwhile.
 
-        `check` is asked in the transaction of the sandbox as it would be.
+        `check` runs in the transaction, with the changed sandbox.
         """
         now = self._clock.now()
         changed = replace(
@@ -165,7 +164,7 @@ class Lifecycle:
         return stored
 
     async def note_reason(self, sandbox: Sandbox, reason: Reason | None) -> None:
-        """Tell in a sandbox why it does not go on, or that it does again; its status stays."""
+        """Store why a sandbox is stopped, or that it runs again. The status does not change."""
         async with self._store.write(sandbox.org_id) as tx:
             await tx.sandboxes.replace(
                 replace(sandbox, reason=reason, updated_at=self._clock.now())
@@ -207,8 +206,8 @@ class Lifecycle:
 
 
 def with_end(sandbox: Sandbox, now: datetime) -> Sandbox:
-    """Return a sandbox with the end that it has in its status: one that is paused at its end has
-    none while it does not run, and another whenever it comes up."""
+    """Return a sandbox with the end for its status. One that is paused at its end has none while it
+    is not running, and a new one at each start."""
     if not sandbox.pauses_at_end or sandbox.lives_s is None:
         return sandbox
     if sandbox.status in _AT_REST:
@@ -219,7 +218,7 @@ def with_end(sandbox: Sandbox, now: datetime) -> Sandbox:
 
 
 def is_over(sandbox: Sandbox | Standing, now: datetime) -> bool:
-    """Tell whether the end that was set for a sandbox has come."""
+    """Tell whether a sandbox has reached its end."""
     return sandbox.expires_at is not None and sandbox.expires_at <= now
 
 
@@ -232,13 +231,13 @@ def refusal(sandbox: Sandbox, *, doing: str) -> ConflictError:
 
 
 async def is_current(tx: Transaction, sandbox: Sandbox) -> bool:
-    """Tell whether a sandbox is still as it was read."""
+    """Tell whether a sandbox is unchanged since it was read."""
     stored = await tx.sandboxes.find(sandbox.id)
     return stored is not None and stored.version == sandbox.version
 
 
 async def _without_deleted_keys(tx: Transaction, sandbox: Sandbox) -> Sandbox:
-    """Return a new sandbox without the keys that were deleted since they were looked up for it."""
+    """Return a new sandbox without keys that were deleted since they were looked up."""
     if not any(sandbox.ssh_key_ids):
         return sandbox
     present = {key.id for key in await tx.ssh_keys.every(sandbox.org_id)}

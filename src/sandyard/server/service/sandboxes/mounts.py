@@ -1,4 +1,4 @@
-"""What a sandbox may have mounted, and where."""
+"""Validation of a sandbox's mounts."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,11 @@ _NAME_MAX = 255
 
 
 def checked_mounts(actor: Actor, mounts: Sequence[Mount]) -> tuple[Mount, ...]:
-    """Return mounts, outer ones first, refusing what cannot be done for whatever workspace.
+    """Return mounts, outer ones first; refuse combinations that are always invalid.
 
     Raises:
-        InvalidArgumentError: there are too many, or paths or modes do not go together.
-        PermissionDeniedError: the actor's credential may not do with files what they allow.
+        InvalidArgumentError: there are too many, or paths or modes conflict.
+        PermissionDeniedError: the credential lacks the scope for the files.
     """
     if not mounts:
         return ()
@@ -70,10 +70,10 @@ def _check_path(path: str, *, field: str) -> None:
 
 
 async def check_workspaces(tx: Transaction, org_id: str, mounts: Sequence[Mount]) -> None:
-    """Refuse what is no workspace of an organization's that may be mounted.
+    """Refuse workspaces that cannot be mounted.
 
     Raises:
-        InvalidArgumentError: it is not there, or a member's own.
+        InvalidArgumentError: it does not exist, or is a member's personal workspace.
     """
     for number, one in enumerate(mounts):
         field = f"mounts.{number}.workspace_id"
@@ -95,7 +95,7 @@ async def check_workspaces(tx: Transaction, org_id: str, mounts: Sequence[Mount]
 
 
 async def mount_wishes(store: Store, sandbox: Sandbox) -> tuple[MountWish, ...]:
-    """Return what a sandbox's machine is to mount; workspaces that were removed are left out."""
+    """Return the mounts of a sandbox's machine, without deleted workspaces."""
     if not sandbox.mounts:
         return ()
     wishes = []
@@ -108,6 +108,6 @@ async def mount_wishes(store: Store, sandbox: Sandbox) -> tuple[MountWish, ...]:
 
 
 async def still_there(tx: Transaction, org_id: str, mounts: Sequence[Mount]) -> tuple[Mount, ...]:
-    """Return those of a snapshot's mounts whose workspaces are there still."""
+    """Return a snapshot's mounts whose workspaces still exist."""
     found = [await tx.workspaces.find(org_id, one.workspace_id) for one in mounts]
     return tuple(one for one, there in zip(mounts, found, strict=True) if there is not None)

@@ -1,4 +1,4 @@
-"""Pauses and resumes: however many ask at once, there is one, which all of them wait for."""
+"""Pauses and resumes sandboxes. Concurrent requests share one operation."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ _HAS_DISK = _AT_REST | {Status.RUNNING, Status.SUSPECTED_MISSING}
 
 @dataclass(frozen=True)
 class Waits:
-    """How long requests wait for others' work, in seconds."""
+    """How long requests wait for operations, in seconds."""
 
     delete_s: float = 60.0
     start_s: float = 60.0
@@ -40,7 +40,7 @@ class Waits:
 
 
 class Power:
-    """Has sandboxes paused and brought up again; whoever calls has asked whether that may be."""
+    """Pauses and starts sandboxes. The caller has authorized the actor."""
 
     def __init__(
         self,
@@ -58,19 +58,19 @@ class Power:
         self._clock = platform.clock
 
     def deadline(self) -> Deadline:
-        """Return when a request that starts now has waited long enough for a machine to be up."""
+        """Return the deadline of a request that starts now and waits for a machine."""
         return Deadline(self._clock, self._waits.start_s)
 
     async def pause(
         self, sandbox: Sandbox, actor: Actor, *, wait: bool = True, until: Deadline | None = None
     ) -> Sandbox:
-        """Have a running sandbox saved and its memory given back; at once if it is.
+        """Pause a running sandbox. Return at once if it is paused.
 
-        It waits until then if there is more to wait for, else as long as a pause may take.
+        Wait until `until`, or without it for as long as a pause may take.
 
         Raises:
             ConflictError: its status does not allow it.
-            UnavailableError: it could not be paused, and runs on.
+            UnavailableError: the pause failed, and it keeps running.
         """
         until = until or Deadline(self._clock, self._waits.pause_s)
         done = {Status.PAUSED} if wait else {Status.PAUSED, Status.PAUSING}
@@ -98,12 +98,12 @@ class Power:
         return await self._register.unless_changed(sandbox, attempt, doing="pause")
 
     async def resume(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
-        """Have a paused sandbox go on where it stood, or one in error boot from its disk.
+        """Resume a paused sandbox, or boot one in error from its disk.
 
         Raises:
             ConflictError: its status does not allow it.
-            LimitReachedError, QuotaExceededError: the organization may not have it run.
-            UnavailableError: it could not be resumed, and is still what it was.
+            LimitReachedError, QuotaExceededError: the organization may not run it.
+            UnavailableError: the resume failed, and its status is unchanged.
         """
         return await self._resume(sandbox, actor, self.deadline(), wait=wait)
 
@@ -115,7 +115,7 @@ class Power:
         )
 
     async def restart(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
-        """Have a sandbox boot from its own disk; what is in its memory, or was saved, is given up.
+        """Reboot a sandbox from its disk. Memory and saved state are lost.
 
         Raises: see `resume`.
         """
@@ -132,9 +132,9 @@ class Power:
         snapshot_id: str | None = None,
         until: Deadline | None = None,
     ) -> Sandbox:
-        """Have a sandbox come up by an event, as a later incarnation.
+        """Start a sandbox's next incarnation by an event, with `snapshot_id` from a snapshot.
 
-        With `snapshot_id` that incarnation comes from a snapshot. See `pause` for `until`.
+        See `pause` for `until`.
 
         Raises: see `resume`.
         """
@@ -186,7 +186,7 @@ class Power:
         return await self._register.unless_changed(sandbox, attempt, doing=doing)
 
     async def until_up(self, sandbox: Sandbox, *, limit_s: float) -> Sandbox:
-        """Return a sandbox once it is no longer on its way up, at the limit as it is then."""
+        """Return a sandbox once it is no longer starting, or as it is at the limit."""
         if sandbox.status not in ON_ITS_WAY_UP:
             return sandbox
         try:
@@ -197,10 +197,10 @@ class Power:
     async def running(
         self, sandbox: Sandbox, actor: Actor, *, doing: str, until: Deadline
     ) -> Sandbox:
-        """Return a sandbox once it runs, having waited for it or resumed it if need be.
+        """Return a sandbox once it is running; wait for it or resume it if necessary.
 
         Raises:
-            ConflictError: it does not run, and is not to be resumed for this.
+            ConflictError: it is not running, and must not be resumed for this.
             For the rest see `resume`.
         """
         if sandbox.status is Status.PAUSING:
@@ -231,7 +231,7 @@ class Power:
 
 
 def _source(event: Event, snapshot_id: str | None, sandbox: Sandbox) -> dict[str, Any]:
-    """Return what a sandbox's next incarnation is to come from, where not from what it has."""
+    """Return the source of a sandbox's next incarnation, if it is not its own state."""
     if event is Event.RESTART:
         return {"from_disk_incarnation": sandbox.incarnation + 1}
     if snapshot_id is None:
@@ -243,7 +243,7 @@ def _source(event: Event, snapshot_id: str | None, sandbox: Sandbox) -> dict[str
 
 
 def not_done(sandbox: Sandbox, doing: str) -> SandyardError:
-    """Return the error for a step that failed and left the sandbox as it was."""
+    """Return the error for a failed operation that left the sandbox unchanged."""
     reason = sandbox.reason
     why = reason.message if reason else "it was asked for something else meanwhile"
     is_kept = "" if doing == "restart" else " as before"

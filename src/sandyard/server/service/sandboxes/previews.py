@@ -1,4 +1,4 @@
-"""Previews: what listens on a port of a sandbox, under a host name of its own."""
+"""Previews: ports of sandboxes under their own host names."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,7 +24,7 @@ _USE = Use("preview", "", "preview", is_told=False, is_frequent=True)
 
 @dataclass(frozen=True)
 class Preview:
-    """Where a port of a sandbox is to be seen."""
+    """A preview URL."""
 
     url: str
     port: int
@@ -32,7 +32,7 @@ class Preview:
 
 
 class Previews:
-    """See the module."""
+    """Issues preview URLs, and connects to ports."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class Previews:
         by_cookie: bool,
         lasts_s: int | None = None,
     ) -> Preview:
-        """Return a URL of a port, whose token is in its host name, or `by_cookie` in its query; it
-        holds for so long at least.
+        """Return a URL of a port, with the token in its host name, or `by_cookie` in its query. It
+        is valid for at least `lasts_s` seconds.
 
         Raises:
-            NotFoundError: no such sandbox for this actor.
-            InvalidArgumentError: there is no such port, or it is not the sandbox's own.
+            NotFoundError: the actor has no such sandbox.
+            InvalidArgumentError: the port is invalid, or reserved for the platform.
         """
         actor.require("sandbox:write")
         if not is_guests_port(port):
@@ -100,7 +100,7 @@ class Previews:
         """Return if an actor may see a sandbox's previews.
 
         Raises:
-            NotFoundError: no such sandbox for this actor.
+            NotFoundError: the actor has no such sandbox.
             PermissionDeniedError: it lacks the scope.
         """
         actor.require("sandbox:write")
@@ -108,7 +108,7 @@ class Previews:
 
     @asynccontextmanager
     async def dial(self, actor: Actor, sandbox_id: str, port: int) -> AsyncIterator[ByteStream]:
-        """Connect to a port of a sandbox, which is resumed first if it is paused.
+        """Connect to a port of a sandbox. A paused sandbox is resumed first.
 
         Raises:
             NotFoundError: nothing listens there.

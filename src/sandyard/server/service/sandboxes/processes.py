@@ -1,6 +1,6 @@
-"""Processes in sandboxes that live on when whoever started them has gone.
+"""Processes in sandboxes that keep running when their client disconnects.
 
-What one prints has numbers, byte by byte: who was cut off goes on from the number it had come to.
+Output has byte offsets; a client that was disconnected resumes at the offset it had reached.
 """
 
 import signal
@@ -53,9 +53,9 @@ STREAMS = {
 
 @dataclass(frozen=True)
 class NewProcess:
-    """What to start: a command line for the shell, or a program with its arguments.
+    """A process to start: a shell command line, or a program and its arguments.
 
-    `timeout` is in milliseconds; without it the process may run for ever.
+    `timeout` is in milliseconds; without it there is no limit.
     """
 
     command: str | None
@@ -71,7 +71,7 @@ class NewProcess:
 
 @dataclass(frozen=True)
 class Which:
-    """A process, by its pid or the tag that it was started with."""
+    """A process, by its pid or tag."""
 
     pid: int | None = None
     tag: str | None = None
@@ -79,7 +79,7 @@ class Which:
 
 @dataclass(frozen=True)
 class Output:
-    """A piece of what a process printed on a stream; `offset` is the number of the byte after."""
+    """A piece of output. `offset` is the offset of the byte after it."""
 
     stream: str
     data: bytes = field(repr=False)
@@ -87,7 +87,7 @@ class Output:
 
 
 class Following:
-    """Somebody follows a process, from the byte `offset` on; `lost` bytes before it are gone."""
+    """A client following a process from `offset` on. `lost` bytes before that are gone."""
 
     def __init__(self, attached: ops.Attached, stream: GuestStream, clock: Clock) -> None:
         self.pid = attached.pid
@@ -97,11 +97,11 @@ class Following:
         self._clock = clock
 
     async def events(self) -> AsyncIterator[Output | ops.Ended]:
-        """Yield what it prints as it comes, and at last how it ended.
+        """Yield output as it is printed, and finally the exit.
 
         Raises:
-            ConflictError: the sandbox ended, or was paused.
-            UnavailableError: its agent is gone, and with it the process.
+            ConflictError: the sandbox was paused or ended.
+            UnavailableError: the agent ended, and the process with it.
         """
         # A process may be silent for as long as it likes.
         async for frame in frames_of(self._stream, self._clock, still_s=_SILENT_S):
@@ -112,21 +112,21 @@ class Following:
                 yield Output(STREAMS[frame.channel], frame.payload, self.offset)
 
     async def write(self, data: bytes) -> None:
-        """Write to its input, as fast as it reads; nothing ends it.
+        """Write to its input, as fast as it reads.
 
-        What waits for a process that never reads on is broken off with the following.
+        Input for a process that never reads is dropped when the client disconnects.
         """
         for start in range(0, len(data), FRAME_MAX):
             frame = encode_frame(Channel.STDIN, data[start : start + FRAME_MAX])
             await self._stream.write(frame)
 
     async def close_input(self) -> None:
-        """End its input."""
+        """Close its input."""
         await self._stream.write(encode_frame(Channel.STDIN, b""))
 
 
 class Processes:
-    """See the module."""
+    """Starts, lists and controls processes."""
 
     def __init__(self, reach: Reach, clock: Clock, opened: Open) -> None:
         self._reach = reach
@@ -137,8 +137,8 @@ class Processes:
         """Start a process and return it.
 
         Raises:
-            InvalidArgumentError: something asked for cannot be; `facts` name the field.
-            ConflictError: as many run as an agent keeps.
+            InvalidArgumentError: a value is invalid; `facts` name the field.
+            ConflictError: the agent keeps too many processes.
             For the rest see `Reach.open`.
         """
         _check(wish)
@@ -158,7 +158,7 @@ class Processes:
         return await self.launch(actor, reference, operation, replace(_START, attributes=facts))
 
     async def launch(self, actor: Actor, reference: str, operation: Start, use: Use) -> Program:
-        """Start a process that the platform makes for a use of its own. See `Reach.open`."""
+        """Start a process for the platform's own use. See `Reach.open`."""
         async with self._reach.open(actor, reference, operation, use) as reached:
             return _cleaned(reached.answer)
 
@@ -191,7 +191,7 @@ class Processes:
         everything: bool,
         use: Use = _SIGNAL,
     ) -> tuple[int, str]:
-        """Send a signal, given by name or number, to a process or to all that it started; return
+        """Send a signal, by name or number, to a process or to everything it has started. Return
         its pid and the signal's name.
 
         Raises:
@@ -208,11 +208,11 @@ class Processes:
     async def write(
         self, actor: Actor, reference: str, which: Which, data: bytes, *, closes: bool
     ) -> tuple[int, bool]:
-        """Write to the input of a process and return how many bytes it had room for within 5 s, and
-        whether the input was closed then.
+        """Write to a process's input. Return how many bytes it accepted within 5 s, and whether its
+        input was closed.
 
         Raises:
-            NotFoundError, ConflictError: there is no such process, or it takes no input any more.
+            NotFoundError, ConflictError: there is no such process, or its input is closed.
         """
         if len(data) > INPUT_MAX:
             raise InvalidArgumentError(
@@ -226,10 +226,10 @@ class Processes:
     async def resize(
         self, actor: Actor, reference: str, which: Which, size: Size, *, use: Use = _INPUT
     ) -> None:
-        """Give the terminal of a process another size.
+        """Change the size of a process's terminal.
 
         Raises:
-            InvalidArgumentError: no terminal is of that size.
+            InvalidArgumentError: the size is invalid.
             NotFoundError, ConflictError: there is no such process, or it has no terminal.
         """
         _check_size(size)
@@ -241,7 +241,7 @@ class Processes:
     async def run(
         self, actor: Actor, reference: str, wish: Run, use: Use
     ) -> AsyncIterator[Following]:
-        """Start a process for somebody who is connected, and follow it from its first byte on.
+        """Start a process for a connected client, and follow it from its first byte.
 
         Raises: see `start`.
         """
@@ -254,10 +254,10 @@ class Processes:
     async def pipe(
         self, actor: Actor, reference: str, wish: ops.Pipe, use: Use
     ) -> AsyncIterator[ByteStream]:
-        """Start a process and yield its input and output.
+        """Start a process and yield its input and output as a stream.
 
         Raises:
-            UnsupportedError: the sandbox's agent is of a version that cannot.
+            UnsupportedError: the sandbox's agent is too old.
             For the rest see `start`.
         """
         with self._open.one(actor.org_id):
@@ -275,12 +275,12 @@ class Processes:
         use: Use = _ATTACH,
         live: bool = False,
     ) -> AsyncIterator[Following]:
-        """Follow what a process prints, from a byte on, or from now. Somebody `live` is at its
-        terminal, and uses the sandbox only while bytes come or go.
+        """Follow a process's output from an offset, or from now. A `live` client is at its
+        terminal: the sandbox counts as used only while data passes.
 
         Raises:
             NotFoundError: there is no such process.
-            InvalidArgumentError: it has not printed as much as that.
+            InvalidArgumentError: the offset is beyond its output.
             For the rest see `Reach.open`.
         """
         kind = AttachLive if live else Attach
@@ -291,7 +291,7 @@ class Processes:
 
 
 def _check_program(wish: NewProcess) -> None:
-    """Refuse what cannot be a command line or a program with its arguments."""
+    """Refuse what is neither a command line nor a program with arguments."""
     if (wish.command is None) == (not wish.argv):
         raise InvalidArgumentError(
             "cannot start a process: give a command for the shell, or an argv, and not both",
@@ -367,7 +367,7 @@ def _number_of(name: str) -> int:
 
 
 def _cleaned(program: Program) -> Program:
-    """Return what a guest told of a process with nothing in it that a terminal would obey."""
+    """Return a guest's data about a process, without terminal control characters."""
     return replace(
         program,
         command=printable(program.command[:1000]),

@@ -1,4 +1,4 @@
-"""Whether an organization may have one more: by its plan, and by its credits."""
+"""Checks plan limits and credits."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -18,7 +18,7 @@ from sandyard.server.service.actor import Actor, plan_of
 
 
 class Quota:
-    """Checks before anything is started, in the transaction that then writes the wish."""
+    """Checks before anything is started, in the transaction that stores the request."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class Quota:
         self._enforces = enforces
 
     def check_shape(self, actor: Actor, shape: Shape) -> None:
-        """Refuse a sandbox that is larger than an organization may have in all.
+        """Refuse a sandbox that exceeds an organization's total limits by itself.
 
         Raises:
-            InvalidArgumentError: it is; `facts` name the field and the limit.
+            InvalidArgumentError: it does; `facts` name the field and the limit.
         """
         plan = plan_of(self._plans, actor)
         for field, asked, limit, shown in (
@@ -56,11 +56,11 @@ class Quota:
     async def check_new(
         self, tx: Transaction, actor: Actor, shape: Shape, *, count: int = 1
     ) -> None:
-        """Refuse new sandboxes that an organization may not have now, or cannot pay for.
+        """Refuse new sandboxes beyond the plan's limits or the credits.
 
         Raises:
-            LimitReachedError: it has as many as its plan allows; `facts` name the limit.
-            QuotaExceededError: its credits do not suffice for about an hour.
+            LimitReachedError: a limit of the plan is reached; `facts` name it.
+            QuotaExceededError: the credits do not suffice for about an hour.
         """
         used, account = await tx.credits.position(actor.org_id, self._clock.now())
         self._check_plan(used, actor, shape, count=count, is_new=True)
@@ -79,14 +79,14 @@ class Quota:
     async def check_snapshot(
         self, tx: Transaction, actor: Actor, shape: Shape, *, is_test: bool
     ) -> None:
-        """Refuse one more snapshot that an organization may not keep, or cannot pay for.
+        """Refuse another snapshot beyond the plan's limits or the credits.
 
-        Its size is not known before it is made, so the organization must be able to pay an hour of
-        the largest that it could be; see `check_snapshot_size` for its real one.
+        Its size is not known in advance, so the credits must cover an hour of the largest possible
+        size. See `check_snapshot_size` for the actual size.
 
         Raises:
-            LimitReachedError: it keeps as many, or as much, as its plan allows.
-            QuotaExceededError: its credits do not suffice.
+            LimitReachedError: a limit of the plan is reached.
+            QuotaExceededError: the credits do not suffice.
         """
         plan = plan_of(self._plans, actor)
         kept = await tx.snapshots.kept(actor.org_id)
@@ -115,16 +115,16 @@ class Quota:
             )
 
     async def check_snapshot_size(self, tx: Transaction, actor: Actor, size_bytes: int) -> None:
-        """Refuse a snapshot that has been made, and is more than the plan allows in all.
+        """Refuse a finished snapshot that exceeds the plan's total size.
 
         Raises:
-            LimitReachedError: it is.
+            LimitReachedError: it does.
         """
         kept = await tx.snapshots.kept(actor.org_id)
         _check_snapshot_bytes(plan_of(self._plans, actor), kept.size_bytes + size_bytes)
 
     async def check_going_on(self, tx: Transaction, actor: Actor, *, is_test: bool) -> None:
-        """Refuse to stop what runs to start it anew, if it could not be paid for. See above."""
+        """Refuse to stop a running sandbox for a restart that could not be paid for."""
         if not is_test:
             used, account = await tx.credits.position(actor.org_id, self._clock.now())
             self._check_credits(used, account, NOTHING, count=0)

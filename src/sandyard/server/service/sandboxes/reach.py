@@ -1,9 +1,8 @@
-"""The one door to a running sandbox, for every way in.
+"""The one way into a running sandbox, for every gateway.
 
-Whoever wants something in a sandbox says what (an operation of the agent) and what for (a use);
-here the sandbox is found, it is asked whether that may be, it is waited for or resumed, the use is
-noted, and the operation opened. While an operation that counts as a use is open, the node that
-holds the machine tells so, and the sandbox is not idle.
+A caller names the operation of the agent and the kind of use. `Reach` finds the sandbox, checks the
+actor's rights, waits for or resumes the machine, records the use, and opens the operation. While an
+operation that counts as a use is open, the node reports it, and the sandbox is not idle.
 """
 
 import asyncio
@@ -38,9 +37,9 @@ _FRESH = timedelta(seconds=3)
 
 @dataclass(frozen=True)
 class Use:
-    """What somebody does in a sandbox: the kind of activity, its title in the feed, the verb, and
-    what else the feed is to tell of it: no secrets. What `is_told` not only counts as a use, and
-    what `is_frequent` besides is not noted again while it has just been."""
+    """A use of a sandbox: the kind of activity, its title in the feed, the verb for errors, and
+    attributes for the feed (no secrets). With `is_told` it is an entry of the feed; with
+    `is_frequent` it is not recorded again shortly after the last time."""
 
     kind: str
     title: str
@@ -52,7 +51,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Reached(Generic[AnswerT]):
-    """A sandbox that runs, with an operation open in it."""
+    """A running sandbox, with an open operation."""
 
     sandbox: Sandbox
     answer: AnswerT
@@ -60,8 +59,8 @@ class Reached(Generic[AnswerT]):
 
 
 class GuestStream:
-    """A stream from a sandbox, whose frames are taken in at the pace of the sandbox and its
-    organization; see core.contracts.node.ByteStream. It knows whether anything went through it."""
+    """A stream from a sandbox whose frames are limited to the pace of the sandbox and its
+    organization. It knows whether any data has passed. See core.contracts.node.ByteStream."""
 
     def __init__(self, stream: ByteStream, sandbox: Sandbox, pace: Pace) -> None:
         self._stream = stream
@@ -70,7 +69,7 @@ class GuestStream:
         self.has_moved = False
 
     async def spend(self, frames: int) -> None:
-        """Note that so many frames were decoded, and return once more may be; others go first."""
+        """Count decoded frames, and return once more may be decoded."""
         await asyncio.sleep(0)
         await self._pace.spend(self._sandbox.id, self._sandbox.org_id, frames)
 
@@ -91,7 +90,7 @@ class GuestStream:
 
 
 class Reach:
-    """See the module."""
+    """Opens operations in sandboxes."""
 
     def __init__(
         self,
@@ -110,15 +109,15 @@ class Reach:
     async def open(
         self, actor: Actor, reference: str, operation: Operation[AnswerT], use: Use
     ) -> AsyncIterator[Reached[AnswerT]]:
-        """Open an operation in a sandbox, which is resumed first if it is paused.
+        """Open an operation in a sandbox. A paused sandbox is resumed first.
 
-        Nothing was started in the sandbox where this raises.
+        If this raises, nothing was started in the sandbox.
 
         Raises:
-            NotFoundError: no such sandbox for this actor.
-            ConflictError: it does not run, and is not to be resumed.
+            NotFoundError: the actor has no such sandbox.
+            ConflictError: it is not running, and must not be resumed.
             LimitReachedError, QuotaExceededError: it may not be resumed.
-            InvalidArgumentError: the agent refused; the message is its own.
+            InvalidArgumentError: the agent refused; the message is the agent's.
             UnavailableError: node or agent do not answer.
         """
         actor.require("sandbox:write")
@@ -155,7 +154,7 @@ class Reach:
                     await self._touch(sandbox, use)
 
     async def _note_bytes(self, stream: GuestStream, sandbox: Sandbox, use: Use) -> None:
-        """Note the use of a sandbox as long as bytes come or go, often enough for its time-out."""
+        """Record a use while data passes, often enough for the sandbox's idle timeout."""
         look_s = min(_LOOK_S, max(0.5, sandbox.idle_timeout_s / 3 or _LOOK_S))
         try:
             while True:
@@ -176,13 +175,12 @@ class Reach:
     async def look(
         self, actor: Actor, reference: str, operation: Operation[AnswerT], *, doing: str
     ) -> AnswerT:
-        """Ask something of a sandbox that runs: to be looked at is no use of it, and it is neither
-        waited for nor resumed.
+        """Run an operation in a running sandbox without counting as a use; do not wait or resume.
 
         Raises:
-            NotFoundError: no such sandbox for this actor.
-            ConflictError: it does not run.
-            InvalidArgumentError: the agent refused; the message is its own.
+            NotFoundError: the actor has no such sandbox.
+            ConflictError: it is not running.
+            InvalidArgumentError: the agent refused; the message is the agent's.
             UnavailableError: node or agent do not answer.
         """
         actor.require("sandbox:write")
@@ -193,10 +191,10 @@ class Reach:
             return opened.answer
 
     async def _is_noted(self, actor: Actor, sandbox: Sandbox, use: Use) -> bool:
-        """Note a use of a sandbox that is still as it was read, and tell whether it is.
+        """Record a use if the sandbox has not changed, and tell whether it was recorded.
 
-        A pause is written the same way, and looks afterwards whether a use was noted: whichever
-        comes second sees the other.
+        A pause is written the same way, and then checks for a use: whichever comes second sees the
+        other.
         """
         now = self._clock.now()
         if use.is_frequent and _is_fresh(sandbox, use, now):
@@ -227,7 +225,7 @@ class Reach:
 
 
 def _is_fresh(sandbox: Sandbox, use: Use, now: datetime) -> bool:
-    """Tell whether this use was noted so lately that another would change nothing."""
+    """Tell whether this use was recorded so recently that another changes nothing."""
     last = sandbox.last_activity_at if sandbox.last_activity_kind == use.kind else None
     is_patient = sandbox.idle_timeout_s == 0 or sandbox.idle_timeout_s > 4 * _FRESH.total_seconds()
     return last is not None and is_patient and now - last < _FRESH

@@ -1,10 +1,10 @@
-"""Snapshots and forks: a sandbox as it was at one moment, to start others from or go back to.
+"""Snapshots and forks: saved states of a sandbox, to start others from or to restore.
 
-A snapshot stands alone: the sandbox it was made of may be deleted, and what was made from it lives
-on when it is. A fork is made of a hidden snapshot, which goes once all its forks have come up.
+A snapshot is independent of its sandbox, and of the sandboxes made from it. A fork uses a hidden
+snapshot, which is removed once all forks have started.
 
-While a snapshot is made, whoever makes it says so in its row again and again; one of which nobody
-says so any more was never finished, and is removed.
+While a snapshot is made, its server extends a deadline in its row. A snapshot whose deadline has
+passed was never finished, and is removed.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -59,7 +59,7 @@ _T = TypeVar("_T")
 
 
 class Snapshots:
-    """The use cases. Every one names its actor and answers nothing of another organization's."""
+    """The operations. Each takes the actor and never discloses another organization's snapshots."""
 
     def __init__(
         self,
@@ -82,17 +82,18 @@ class Snapshots:
     async def create(
         self, actor: Actor, reference: str, name: str | None, *, request: Repeatable | None = None
     ) -> Snapshot:
-        """Save a running or paused sandbox as it is now, which goes on, and return the snapshot.
+        """Save the current state of a running or paused sandbox, which continues, and return the
+        snapshot.
 
         Raises:
-            NotFoundError: no such sandbox.
-            InvalidArgumentError: the name cannot be used.
+            NotFoundError: there is no such sandbox.
+            InvalidArgumentError: the name is invalid.
             AlreadyExistsError: the name is taken.
             ConflictError: the sandbox's status does not allow it.
-            LimitReachedError: the organization's plan allows no more snapshots, or none so large.
-            QuotaExceededError: its credits do not suffice to keep it.
-            DeadlineExceededError: the sandbox is paused or resumed, and that takes too long.
-            UnavailableError: it cannot be saved now; nothing is left of the try.
+            LimitReachedError: the plan's limit on snapshots is reached.
+            QuotaExceededError: the credits do not suffice.
+            DeadlineExceededError: a pause or resume of the sandbox takes too long.
+            UnavailableError: it cannot be saved now; nothing is left of the attempt.
         """
         actor.require("sandbox:write")
         if name is not None:
@@ -138,10 +139,10 @@ class Snapshots:
         find: Callable[[Transaction, tuple[str, ...]], Awaitable[_T | None]],
         until: Deadline,
     ) -> _T | None:
-        """Return what the same request has made before, once `find` finds it among what was noted.
+        """Return what the same request created before, using `find` on the stored ids.
 
-        None if it has not been made, or if whoever began it did not live to finish it. If he lives
-        after all, he finds his snapshot gone, and ends in an error.
+        Return None if nothing was created, or if the server that began it ended. Should that server
+        still run, it finds its snapshot gone and fails.
         """
         if request is None:
             return None
@@ -167,7 +168,7 @@ class Snapshots:
     async def _noted(
         self, actor: Actor, request: Repeatable | None, ids: tuple[str, ...]
     ) -> AsyncIterator[None]:
-        """Forget a request if the block that does it fails, and has not made what was noted."""
+        """Forget a request if the block fails before it has created what was stored."""
         try:
             yield
         except BaseException:
@@ -190,7 +191,7 @@ class Snapshots:
         """Return a snapshot by id or name.
 
         Raises:
-            NotFoundError: absent, another organization's or, for a member, another member's.
+            NotFoundError: it does not exist, or belongs to another organization or member.
         """
         actor.require("sandbox:read")
         return await get_snapshot(self._store, actor, reference, field=None)
@@ -198,7 +199,7 @@ class Snapshots:
     async def page(
         self, actor: Actor, *, limit: int, after: tuple[datetime, str] | None
     ) -> list[Snapshot]:
-        """Return one page of the snapshots that the actor sees, newest first."""
+        """Return one page of the snapshots that the actor may see, newest first."""
         actor.require("sandbox:read")
         async with self._store.read() as tx:
             return await tx.snapshots.page(
@@ -209,11 +210,11 @@ class Snapshots:
             )
 
     async def delete(self, actor: Actor, reference: str) -> Snapshot:
-        """Remove a snapshot; sandboxes that were made from it live on.
+        """Delete a snapshot. Sandboxes created from it are not affected.
 
         Raises:
             NotFoundError: see `get`.
-            ConflictError: it is being made, or a sandbox is just being made from it.
+            ConflictError: it is being made, or a sandbox is being started from it.
         """
         actor.require("sandbox:write")
         snapshot = await get_snapshot(self._store, actor, reference, field=None)
@@ -248,12 +249,12 @@ class Snapshots:
         name: str | None = None,
         request: Repeatable | None = None,
     ) -> list[Sandbox]:
-        """Make sandboxes that begin as this one is now, each with an identity of its own.
+        """Create sandboxes from the current state of this one, each with its own identity.
 
         Raises:
-            InvalidArgumentError: not 1 to 100 are asked for, or they cannot be called so.
+            InvalidArgumentError: the count is not 1 to 100, or a name is invalid.
             AlreadyExistsError: a name is taken.
-            NoCapacityError: the node of the sandbox has no room for so many.
+            NoCapacityError: the sandbox's node has no capacity for them.
             For the rest see `create`.
         """
         actor.require("sandbox:create")
@@ -341,16 +342,15 @@ class Snapshots:
         )
 
     async def roll_back(self, actor: Actor, reference: str, snapshot_ref: str) -> Sandbox:
-        """Put a sandbox back to a snapshot of it; what it was until then is lost once it is up.
+        """Restore a sandbox to one of its snapshots. Its current state is lost once it is running.
 
-        If the snapshot cannot be started, the sandbox is paused or in error, as it was before.
+        If the snapshot cannot be started, the sandbox is paused or in error, as before.
 
         Raises:
-            NotFoundError: no such sandbox.
-            InvalidArgumentError: no such snapshot, or one of another shape.
+            NotFoundError: there is no such sandbox.
+            InvalidArgumentError: there is no such snapshot, or it has another shape.
             ConflictError: the sandbox's status does not allow it.
-            DeadlineExceededError: its pause, or its start, takes longer than is waited for; it is
-                told which.
+            DeadlineExceededError: its pause or start takes too long; the message says which.
             UnavailableError: it could not be started.
         """
         actor.require("sandbox:write")
@@ -386,7 +386,7 @@ class Snapshots:
     # --- parts ----------------------------------------------------------------------------
 
     async def _at_rest(self, sandbox: Sandbox, until: Deadline) -> Sandbox:
-        """Return a sandbox once it is no longer on its way between running and paused."""
+        """Return a sandbox once it is neither pausing nor resuming."""
         if sandbox.status not in _PASSING:
             return sandbox
         return await self._register.wait_for(sandbox, _LASTING, limit_s=until.left_s)
@@ -420,9 +420,9 @@ class Snapshots:
     async def _made(
         self, sandbox: Sandbox, snapshot: Snapshot, until: Deadline
     ) -> AsyncIterator[int]:
-        """Have the node save the sandbox, and say all the while that this is done, to the block's
-        end; the size in bytes is given to the block. Nothing is left of a failed try; one of which
-        only the answer was lost is none."""
+        """Have the node save the sandbox, and extend the deadline until the block ends. The block
+        receives the size in bytes. A failed attempt leaves nothing; if only the answer was lost, it
+        counts as a success."""
         async with beside(self._hold_on(snapshot)):
             try:
                 yield await self._size_of(sandbox, snapshot, until)
@@ -441,7 +441,7 @@ class Snapshots:
                     await tx.snapshots.extend(snapshot.id, held_until=until)
 
     async def _size_of(self, sandbox: Sandbox, snapshot: Snapshot, until: Deadline) -> int:
-        """Have the node save a sandbox, and return the size of that in bytes."""
+        """Have the node save a sandbox, and return the size in bytes."""
         node = self._nodes.get(snapshot.node_id)
 
         async def attempt(now: Sandbox) -> int | None:
@@ -515,7 +515,7 @@ async def _forks(tx: Transaction, ids: tuple[str, ...]) -> list[Sandbox] | None:
 
 
 def _names(name: str | None, count: int) -> list[str | None]:
-    """Return what forks are called: one by the name itself, several each with its number."""
+    """Return the names of forks: the name itself for one, numbered for several."""
     if name is None:
         return [None] * count
     names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
@@ -523,7 +523,7 @@ def _names(name: str | None, count: int) -> list[str | None]:
 
 
 async def _check_free(tx: Transaction, actor: Actor, names: list[str | None]) -> None:
-    """Refuse names that are taken before anything is saved for them."""
+    """Refuse names that are taken, before anything is saved."""
     for name in names:
         if name is not None and await tx.sandboxes.find_named(actor.org_id, name) is not None:
             raise AlreadyExistsError(

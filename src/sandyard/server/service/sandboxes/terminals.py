@@ -1,7 +1,7 @@
-"""Terminals for browsers: a ticket first, which any page can carry, then a shell behind it.
+"""Terminals for browsers: a ticket, which any page can carry, opens a shell.
 
-A shell outlives the connection that it was opened by, for a while: who comes back with its name
-finds it as it was, from the byte on that they had come to.
+A shell outlives its connection for a while. A client that returns with its name resumes at the byte
+that it had reached.
 """
 
 import json
@@ -30,7 +30,7 @@ FIRST_SIZE = Size(80, 24)
 
 @dataclass(frozen=True)
 class TerminalTicket:
-    """What opens a terminal once: `secret`; `name` is that of its shell, to come back to."""
+    """A one-time ticket, its `secret`. `name` identifies the shell, to return to it."""
 
     secret: str
     sandbox_id: str
@@ -39,7 +39,7 @@ class TerminalTicket:
 
 
 class Terminals:
-    """See the module."""
+    """Issues tickets and opens terminals."""
 
     def __init__(self, register: Register, processes: Processes, tickets: Tickets) -> None:
         self._register = register
@@ -47,11 +47,11 @@ class Terminals:
         self._tickets = tickets
 
     async def issue(self, actor: Actor, reference: str, name: str | None = None) -> TerminalTicket:
-        """Make a ticket for a new terminal, or for one that was opened before.
+        """Create a ticket for a new terminal, or for an earlier one.
 
         Raises:
-            NotFoundError: no such sandbox for this actor.
-            InvalidArgumentError: that is no name of a terminal.
+            NotFoundError: the actor has no such sandbox.
+            InvalidArgumentError: the name is not a terminal's.
         """
         actor.require("sandbox:write")
         sandbox = await self._register.get(actor, reference)
@@ -66,17 +66,17 @@ class Terminals:
         return TerminalTicket(secret, sandbox.id, shell, until)
 
     async def check(self, admission: Admission) -> None:
-        """Return if whoever was let in may still be. See `Tickets.check`."""
+        """Return if the ticket's issuer still has the right. See `Tickets.check`."""
         await self._tickets.check(admission)
 
     @asynccontextmanager
     async def open(
         self, admission: Admission, size: Size, offset: int | None
     ) -> AsyncIterator[Following]:
-        """Open the terminal of a ticket, or come back to it, from a byte on.
+        """Open a ticket's terminal, or resume it from an offset.
 
         Raises:
-            NotFoundError: it was to be there already, and its shell has ended.
+            NotFoundError: it was opened before, and its shell has ended.
             For the rest see `Processes.start`.
         """
         name, known = json.loads(admission.detail)
@@ -104,7 +104,7 @@ class Terminals:
             ) from error
 
     async def resize(self, admission: Admission, pid: int, size: Size) -> None:
-        """Give a terminal another size. See `Processes.resize`."""
+        """Change the size of a terminal. See `Processes.resize`."""
         await self._processes.resize(
             admission.actor, admission.sandbox_id, Which(pid=pid), size, use=_LIVE
         )

@@ -1,4 +1,4 @@
-"""Who does the reconciler's work at once, for a request that has just wished it."""
+"""Runs the reconciler's work at once, for a request that has just changed the desired state."""
 
 import asyncio
 from collections.abc import Iterator
@@ -11,27 +11,27 @@ from sandyard.server.core.records import Claim
 
 
 class Worker(Protocol):
-    """Takes up what has just been wished, under a lease that was written with the wish."""
+    """Works on a sandbox that was just changed, under a lease that was written with the change."""
 
     def hold(self) -> Hold:
-        """Return a lease to write together with a wish."""
+        """Return a new lease to write with a change."""
         ...
 
     async def take_up(self, claim: Claim, *, limit_s: float) -> None:
-        """Work on it now; return when done, or at the limit, beyond which the work goes on."""
+        """Work on it now. Return when done or after the limit; the work continues."""
         ...
 
     def let_go(self, sandbox_id: str, hold: Hold) -> None:
-        """Give a lease back soon, if it was written: nobody works under it."""
+        """Release a lease in the background, if it was written and nobody works under it."""
         ...
 
 
 @contextmanager
 def holding(worker: Worker, *sandbox_ids: str) -> Iterator[Hold]:
-    """Lend a lease to write in the block together with a wish for each of these.
+    """Lend a lease for each change that the block writes.
 
-    Where that ends so that nobody knows whether it was written, the lease is let go: whoever looks
-    for work next finds the wishes, instead of when the lease has run out.
+    If the block fails so that it is unknown whether the lease was written, release it: the next
+    server finds the change at once instead of after the lease expires.
     """
     hold = worker.hold()
     try:
