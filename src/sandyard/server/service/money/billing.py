@@ -233,7 +233,7 @@ class Billing:
         now = self._clock.now()
         async with self._store.write(told.org_id) as tx:
             if await tx.organizations.find(told.org_id) is None:
-                raise NotFoundError("cannot credit a payment: its organization is not here")
+                raise NotFoundError("cannot credit a payment: its organization does not exist")
             if isinstance(told, Reversal):
                 return await take_back(tx, told, at=now)
             return await take_payment(tx, told, at=now, is_automatic=told.is_automatic)

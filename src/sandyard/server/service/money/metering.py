@@ -94,9 +94,9 @@ class Meter:
                     try:
                         wait = await self.charge_all()
                     except SandyardError as error:
-                        log.warning("usage could not be charged; it will be: %s", error.message)
+                        log.warning("cannot charge usage: %s; retrying", error.message)
                     except Exception:  # the loop must go on, whatever the store says
-                        log.exception("usage could not be charged; it will be")
+                        log.exception("unexpected error while charging usage; retrying")
                     await self._clock.sleep(wait)
         finally:
             self._tasks = None
@@ -113,12 +113,14 @@ class Meter:
                 wait = min(wait, await self._look_at(org_id))
             except SandyardError as error:
                 log.warning(
-                    "an account could not be charged; it will be: %s",
+                    "cannot charge an account: %s; retrying",
                     error.message,
                     extra={"org_id": org_id},
                 )
             except Exception:  # as above: one account is not all
-                log.exception("an account could not be charged", extra={"org_id": org_id})
+                log.exception(
+                    "unexpected error while charging an account; retrying", extra={"org_id": org_id}
+                )
         return max(_SOONEST_S, wait)
 
     async def _look_at(self, org_id: str) -> float:
@@ -202,7 +204,10 @@ class Meter:
         now = self._clock.monotonic()
         if paused and now - self._told_at.get(org_id, -_TELL_EVERY_S) >= _TELL_EVERY_S:
             self._told_at[org_id] = now
-            log.warning("credits are used up: sandboxes are paused", extra={"org_id": org_id})
+            log.warning(
+                "credits are used up; pausing the organization's sandboxes",
+                extra={"org_id": org_id},
+            )
             await self._tell(
                 org_id,
                 "billing.exhausted",
@@ -228,7 +233,10 @@ class Meter:
             pending = wish.pending
             if pending is not None and now - pending.since > _KEY_LIVES:
                 # The provider has forgotten the key: to ask again could charge again.
-                log.error("a top-up's outcome was never told", extra={"org_id": org_id})
+                log.error(
+                    "the outcome of a top-up was never reported; not repeating it",
+                    extra={"org_id": org_id},
+                )
                 await tx.credits.save_auto_topup(replace(wish, pending=None, last_at=now))
                 return None
             if pending is None:
@@ -244,9 +252,9 @@ class Meter:
         try:
             await self._charge_card(wish)
         except SandyardError as error:
-            log.warning("a top-up's outcome is not known: %s", error.message)
+            log.warning("the outcome of a top-up is unknown: %s", error.message)
         except Exception:  # it is done beside the meter, and must not end it
-            log.exception("a top-up's outcome is not known")
+            log.exception("unexpected error during a top-up; its outcome is unknown")
         finally:
             self._topping.discard(wish.org_id)
 

@@ -66,7 +66,7 @@ class Access:
         if token.startswith("rt_"):
             actor = await self._by_key(token)
             if org_id is not None and org_id != actor.org_id:
-                raise NotFoundError("cannot find the organization: the key is of another")
+                raise NotFoundError("cannot find the organization: the key belongs to another one")
             return actor
         if token.startswith("eyJ"):
             if self._sign_in is None:
@@ -115,7 +115,7 @@ class Access:
                 async with self._store.write(Turn.BESIDE) as tx:
                     await tx.keys.touch(key.id, self._clock.now())
             except SandyardError:  # worth less than the request it would stop
-                log.warning("the last use of a key could not be noted")
+                log.warning("cannot record the last use of a key; continuing")
 
 
 def _unknown_kind() -> InvalidTokenError:

@@ -165,7 +165,7 @@ class Logins:
         elif sandbox.root_password_hash != login.password_hash:
             raise UnauthenticatedError("the password was changed; log in with the new one")
         if not await self._is_members(sandbox):
-            raise UnauthenticatedError("the sandbox's owner is no member any more")
+            raise UnauthenticatedError("the sandbox's owner is no longer a member")
         return login.actor
 
     async def _is_members(self, sandbox: Sandbox) -> bool:

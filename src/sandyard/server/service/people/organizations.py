@@ -340,7 +340,9 @@ class Organizations:
         async with self._store.write(actor.org_id) as tx:
             project = await _project(tx, actor, project_id)
             if project.is_default:
-                raise ConflictError("cannot delete the default project: new sandboxes go there")
+                raise ConflictError(
+                    "cannot delete the default project: new sandboxes are put into it"
+                )
             heir = await tx.projects.find(actor.org_id, None)
             if heir is None:
                 raise NotFoundError("cannot find the default project")
@@ -390,7 +392,7 @@ async def _made(tx: Transaction, actor: Actor, org_id: str) -> Founded:
     project = await tx.projects.find(org_id, None)
     workspace = await tx.workspaces.personal(org_id, actor.user_id)
     if organization is None or project is None or workspace is None:
-        raise NotFoundError("cannot find the organization that was made")
+        raise NotFoundError("cannot find the organization that was created")
     return Founded(organization, project, workspace)
 
 

@@ -194,7 +194,7 @@ class SignIn:
             external_id=session.org,
             is_granted=not theirs,
         )
-        log.info("an organization came with a session", extra={"org_id": founded.organization.id})
+        log.info("created an organization for a session", extra={"org_id": founded.organization.id})
         return founded.organization
 
     def _role(self, session: Session) -> str | None:

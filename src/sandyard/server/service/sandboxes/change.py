@@ -258,7 +258,7 @@ class Sandboxes:
             figures = opened.answer
         told = [value for name, value in vars(figures).items() if name != "recent_cpu_percent"]
         if any(value is None or not 0 <= value < _FIGURE_MAX for value in told):
-            raise UnavailableError("cannot read the figures: the agent told none")
+            raise UnavailableError("cannot read the usage: the agent did not report it")
         return sandbox, figures
 
 

@@ -297,8 +297,8 @@ class Desktops:
                 except GuestNotFoundError as error:
                     if not left:
                         raise UnavailableError(
-                            "cannot show the desktop yet: it is being started; try again in a "
-                            "moment"
+                            "cannot show the desktop yet: it is starting; try again in a few "
+                            "seconds"
                         ) from error
                 # A machine that was booted just now has no screen for its first seconds.
                 await self._clock.sleep(_THERE_S)

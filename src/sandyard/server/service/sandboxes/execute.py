@@ -188,7 +188,7 @@ class Commands:
                 data = await stream.read(_READ)
                 if not data:
                     raise UnavailableError(
-                        "the agent broke off before it said how the command ended"
+                        "the agent closed the connection before it reported how the command ended"
                     )
             before = collector.frames
             end = collector.feed(b"" if collector.is_behind else data, most=_FRAMES_A_TURN)
@@ -227,14 +227,14 @@ def _check(command: Command) -> None:
         raise InvalidArgumentError("cannot run an empty command", field="command")
     if len(command.command.encode()) > COMMAND_MAX:
         raise InvalidArgumentError(
-            "cannot run a command of over 1 MiB: give what it works on as stdin", field="command"
+            "cannot run a command of over 1 MiB: pass data as stdin", field="command"
         )
     if command.timeout not in _TIMEOUT_MS:
         raise InvalidArgumentError(
             "cannot use timeout: it must be 1 to 3600000 milliseconds", field="timeout"
         )
     if not command.cwd.startswith("/") or len(command.cwd) > _PATH_MAX:
-        raise InvalidArgumentError("cannot use cwd: it must start with /", field="cwd")
+        raise InvalidArgumentError("cannot use cwd: it must be an absolute path", field="cwd")
     if not 1 <= len(command.user) <= 64:
         raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
     if command.stdin is not None and len(command.stdin) > STDIN_MAX:

@@ -82,5 +82,5 @@ async def check_project(tx: Transaction, sandbox: Sandbox) -> None:
     """Refuse a project that was deleted since it was looked up."""
     if await tx.projects.find(sandbox.org_id, sandbox.project_id) is None:
         raise InvalidArgumentError(
-            "cannot use {field}: the project was deleted at this moment", field="project_id"
+            "cannot use {field}: the project was just deleted", field="project_id"
         )

@@ -146,7 +146,7 @@ class Files:
                     if size > _LISTED_MAX or len(entries) + len(found) > wish.limit:
                         return Listing(entries, is_cut=True)
                     entries += found
-        raise UnavailableError("the agent of the sandbox broke off in the middle of a list")
+        raise UnavailableError("the agent of the sandbox closed the connection during a listing")
 
     @asynccontextmanager
     async def watch(
@@ -216,7 +216,7 @@ class Files:
             async with self._clock.timeout(STILL_S):
                 await asyncio.wait([ending])
         except TimeoutError as error:
-            raise UnavailableError("the agent of the sandbox does not go on") from error
+            raise UnavailableError("the agent of the sandbox stopped responding") from error
 
     @asynccontextmanager
     async def pack(
@@ -352,7 +352,7 @@ async def _end_of(stream: GuestStream, clock: Clock, still_s: float | None = Non
     async for frame in frames_of(stream, clock, still_s=still_s):
         if frame.channel is Channel.EXIT:
             return _checked_end(frame)
-    raise UnavailableError("the agent of the sandbox broke off in the middle of a file")
+    raise UnavailableError("the agent of the sandbox closed the connection during a file transfer")
 
 
 async def _changes_of(stream: GuestStream, clock: Clock) -> AsyncIterator[FileChange]:

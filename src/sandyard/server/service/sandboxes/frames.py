@@ -74,10 +74,11 @@ async def frames_of(
             async with clock.timeout(STILL_S if still_s is None else still_s):
                 data = await stream.read(_READ)
         except TimeoutError as error:
-            raise UnavailableError("the agent of the sandbox does not go on") from error
+            raise UnavailableError("the agent of the sandbox stopped responding") from error
         if not data:
             raise UnavailableError(
-                "the agent of the sandbox broke off; if it was started anew, what it kept has ended"
+                "the agent of the sandbox closed the connection; if it restarted, its processes"
+                " have ended"
             )
         decoder.feed(data)
         while True:
@@ -108,7 +109,7 @@ async def send(stream: ByteStream, clock: Clock, payload: bytes) -> None:
         async with clock.timeout(STILL_S):
             await stream.write(encode_frame(Channel.STDIN, payload))
     except TimeoutError as error:
-        raise UnavailableError("the agent of the sandbox does not go on") from error
+        raise UnavailableError("the agent of the sandbox stopped responding") from error
 
 
 def told(kind: type[_T], frame: Frame) -> _T:

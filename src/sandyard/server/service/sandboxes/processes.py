@@ -303,7 +303,7 @@ def _check_program(wish: NewProcess) -> None:
             raise InvalidArgumentError("cannot run an empty command", field="command")
         if len(wish.command.encode()) > COMMAND_MAX:
             raise InvalidArgumentError(
-                "cannot run a command of over 1 MiB: give what it works on as stdin",
+                "cannot run a command of over 1 MiB: pass data as stdin",
                 field="command",
             )
     for word in wish.argv:
@@ -322,7 +322,7 @@ def _check(wish: NewProcess) -> None:
     for name, text in (("cwd", wish.cwd), ("user", wish.user), ("tag", wish.tag or "")):
         checked_text(text, field=name)
     if not wish.cwd.startswith("/") or len(wish.cwd) > _PATH_MAX:
-        raise InvalidArgumentError("cannot use cwd: it must start with /", field="cwd")
+        raise InvalidArgumentError("cannot use cwd: it must be an absolute path", field="cwd")
     if not 1 <= len(wish.user) <= 64:
         raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
     if wish.tag is not None and not 1 <= len(wish.tag) <= _TAG_MAX:

@@ -170,7 +170,7 @@ class Reach:
         try:
             await self._touch(sandbox, use)
         except SandyardError as error:  # worth less than the connection that it would end
-            log.warning("a use could not be noted: %s", error.message)
+            log.warning("cannot record a use: %s; continuing without", error.message)
 
     async def look(
         self, actor: Actor, reference: str, operation: Operation[AnswerT], *, doing: str

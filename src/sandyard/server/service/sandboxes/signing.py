@@ -61,7 +61,7 @@ class Signing:
         actor.require(_SCOPE)
         if method not in METHODS:
             raise InvalidArgumentError(
-                "cannot sign for that method: it is GET to read or PUT to write", field="method"
+                "cannot sign for this method: use GET to read or PUT to write", field="method"
             )
         if seconds not in SECONDS:
             raise InvalidArgumentError(
@@ -90,7 +90,7 @@ class Signing:
         """
         if not hmac.compare_digest(signature.encode(), self._signature(use).encode()):
             raise InvalidTokenError(
-                "cannot accept the signed URL: it was not signed for this; use it as it was given, "
+                "cannot accept the signed URL: the signature does not match; use it unchanged, "
                 "with its method"
             )
         if use.expires <= self._clock.now().timestamp():
@@ -99,7 +99,7 @@ class Signing:
         actor = await self._signers.actor(org_id, signer, _SCOPE)
         if actor is None:
             raise InvalidTokenError(
-                "cannot accept the signed URL: whoever signed it may not do this any more"
+                "cannot accept the signed URL: its signer no longer has the right"
             )
         return actor
 

@@ -96,12 +96,10 @@ class Tickets:
         if ticket is None or ticket.kind != kind:
             raise _unknown()
         if ticket.expires_at <= self._clock.now():
-            raise TokenExpiredError("cannot accept the ticket: it has expired; ask for a new one")
+            raise TokenExpiredError("cannot accept the ticket: it has expired; request a new one")
         actor = await self._signers.actor(ticket.org_id, ticket.by, SCOPE)
         if actor is None:
-            raise InvalidTokenError(
-                "cannot accept the ticket: whoever made it may not do this any more"
-            )
+            raise InvalidTokenError("cannot accept the ticket: its issuer no longer has the right")
         return Admission(
             actor, ticket.sandbox_id, ticket.detail, by=ticket.by, expires_at=ticket.expires_at
         )
@@ -114,9 +112,7 @@ class Tickets:
         """
         actor = await self._signers.actor(admission.actor.org_id, admission.by, SCOPE)
         if actor is None or (admission.actor.sees_all and not actor.sees_all):
-            raise InvalidTokenError(
-                "cannot go on: whoever made the ticket may not do this any more"
-            )
+            raise InvalidTokenError("cannot continue: the ticket's issuer no longer has the right")
 
     async def _keep(
         self, actor: Actor, sandbox: Sandbox, secret: str, kind: str, detail: str, until: datetime
@@ -135,5 +131,5 @@ def _digest(secret: str) -> str:
 
 def _unknown() -> InvalidTokenError:
     return InvalidTokenError(
-        "cannot accept the ticket: it is unknown, or was used already; ask for a new one"
+        "cannot accept the ticket: it is unknown or already used; request a new one"
     )

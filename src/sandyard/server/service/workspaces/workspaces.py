@@ -327,9 +327,9 @@ class Workspaces:
             try:
                 await self.look_around()
             except SandyardError as error:
-                log.warning("cannot look after workspaces: %s", error.message)
+                log.warning("cannot measure workspaces: %s; retrying", error.message)
             except Exception:  # a bug here must not end what serves everybody
-                log.exception("cannot look after workspaces")
+                log.exception("unexpected error while measuring workspaces; retrying")
             await self._clock.sleep(_BEAT_S)
 
     async def look_around(self) -> None:
