@@ -1,4 +1,4 @@
-"""What the store keeps, as frozen values. Times are aware and in UTC."""
+"""Records of the store, as frozen values. Times are aware and in UTC."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ from sandyard.server.core.states import Status
 
 @dataclass(frozen=True)
 class Organization:
-    """A tenant: what it owns is invisible to every other.
+    """A tenant. Its resources are invisible to all others.
 
-    `external_id` is the identity provider's name for it. `limits` take the place of its plan's.
+    `external_id` is its id at the identity provider. `limits` override its plan's.
     """
 
     id: str
@@ -27,7 +27,7 @@ class Organization:
 
 @dataclass(frozen=True)
 class User:
-    """A person. `is_operator` says that this one runs the installation."""
+    """A person. `is_operator` says that they operate the installation."""
 
     id: str
     email: str
@@ -42,7 +42,7 @@ class User:
 
 @dataclass(frozen=True)
 class Membership:
-    """What a user is in an organization. `role_at` is when the role was last set."""
+    """A user's role in an organization. `role_at` is when the role was last set."""
 
     org_id: str
     user_id: str
@@ -53,7 +53,7 @@ class Membership:
 
 @dataclass(frozen=True)
 class Project:
-    """A group of sandboxes within an organization; it never grants anything."""
+    """A group of sandboxes within an organization. It grants no rights."""
 
     id: str
     org_id: str
@@ -66,10 +66,10 @@ class Project:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder that outlives sandboxes; a personal one belongs to one member.
+    """A directory that outlives sandboxes; a personal one belongs to one member.
 
-    `size_bytes` is what was in it when that was last noted. One `removed_at` is there no more for
-    anybody, and what it held is being removed.
+    `size_bytes` is the last stored size. With `removed_at` it is deleted for all users, and its
+    contents are being removed.
     """
 
     id: str
@@ -88,7 +88,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Mount:
-    """A workspace that a sandbox has at a path."""
+    """A workspace at a path of a sandbox."""
 
     workspace_id: str
     path: str
@@ -97,9 +97,9 @@ class Mount:
 
 @dataclass(frozen=True)
 class ApiKey:
-    """A long-lived credential; only the digest of its secret is kept.
+    """A long-lived credential; only the digest of its secret is stored.
 
-    What a key with `is_test` creates is free of charge and limited in number.
+    Sandboxes of a key with `is_test` are free and limited in number.
     """
 
     id: str
@@ -121,7 +121,7 @@ class ApiKey:
 
 @dataclass(frozen=True)
 class KeyHolder:
-    """An API key with what its owner is in the key's organization, and what that is limited to."""
+    """An API key, its owner's role, and the organization's limits."""
 
     key: ApiKey
     role: str
@@ -132,7 +132,7 @@ class KeyHolder:
 
 @dataclass(frozen=True)
 class SshKey:
-    """A public key that opens an organization's sandboxes."""
+    """A public key that an organization's sandboxes accept."""
 
     id: str
     org_id: str
@@ -147,7 +147,7 @@ class SshKey:
 
 @dataclass(frozen=True)
 class RevokedKey:
-    """A public key that is to be removed from the files of a running sandbox, which came up at
+    """A public key to be removed from the files of a running sandbox, which was started at
     `started_at`."""
 
     sandbox_id: str
@@ -161,10 +161,10 @@ class RevokedKey:
 
 @dataclass(frozen=True)
 class Ticket:
-    """Short-lived access of one `kind` to one sandbox; only the digest of its secret is kept.
+    """Short-lived access of one `kind` to one sandbox; only the digest of its secret is stored.
 
-    It lets its bearer do what whoever issued it `by` (a key's id, or `user:` and a user's) may do;
-    `detail` says what exactly it is for.
+    It grants what its issuer `by` (a key's id, or `user:` and a user's id) may do. `detail` belongs
+    to the kind.
     """
 
     digest: str = field(repr=False)
@@ -178,7 +178,7 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a sandbox is where it is: a code for programs, a sentence for people."""
+    """The reason for a status: a code for programs, a sentence for people."""
 
     code: str
     message: str
@@ -247,7 +247,7 @@ class Sandbox:
 
 @dataclass(frozen=True)
 class Standing:
-    """What of a sandbox is compared with its machine, again and again; see `Sandbox`."""
+    """The part of a sandbox that is compared with its machine. See `Sandbox`."""
 
     id: str
     org_id: str
@@ -267,9 +267,9 @@ class Standing:
 
 @dataclass(frozen=True)
 class Mark:
-    """What is another once anything is written of what a node has: how many sandboxes, the sum of
-    their versions, when the last was written; how many snapshots, and how many of those are not
-    ready, or hidden."""
+    """A value that changes whenever anything about a node's rows is written: the number of
+    sandboxes, the sum of their versions, the last write; the number of snapshots, and of those not
+    ready or hidden."""
 
     sandboxes: int = 0
     versions: int = 0
@@ -280,10 +280,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A sandbox as it was at one moment, kept to start others from. `size_bytes` is on disk.
+    """A saved state of a sandbox, to start others from. `size_bytes` is on disk.
 
-    One that is not ready is being made for as long as `held_until` lies ahead. Its `mounts` are
-    what the sandbox had mounted.
+    One that is not ready is being made until `held_until`. Its `mounts` are the sandbox's.
     """
 
     id: str
@@ -304,14 +303,14 @@ class Snapshot:
     is_test: bool = False
 
     def is_made(self, now: datetime) -> bool:
-        """Tell whether somebody is at work on it."""
+        """Tell whether it is being made."""
         return not self.is_ready and self.held_until is not None and self.held_until > now
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The snapshots that an organization keeps, those of forks aside: how many, how large, and how
-    many of them are of test keys' sandboxes. One that is being made counts, with no size yet."""
+    """An organization's snapshots without those of forks: how many, their size, and how many belong
+    to test keys. One that is being made counts without a size."""
 
     count: int = 0
     size_bytes: int = 0
@@ -320,7 +319,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class NodeSeen:
-    """A node as the store knows it: when it was heard of first, and last."""
+    """When the store first and last heard of a node."""
 
     id: str
     first_seen_at: datetime
@@ -329,8 +328,8 @@ class NodeSeen:
 
 @dataclass(frozen=True)
 class NodeStart:
-    """One start of a node's process: `boot` is that start's own id, `place` names the host and home
-    that it runs in, `host` and `port` are where its tunnel is."""
+    """A start of a node's process: `boot` is its id, `place` its host and home, `host` and `port`
+    its tunnel."""
 
     boot: str
     place: str
@@ -341,10 +340,9 @@ class NodeStart:
 
 @dataclass(frozen=True)
 class JoinedNode:
-    """A node on another host. `epoch` counts the starts of its process; it `has_lease` while it may
-    be asked for something, and was given up at the end of that, `lost_at`, if it did not come back.
-    While it `is_compared`, the control plane that it is `compared_by` compares it.
-    """
+    """A node on another host. `epoch` counts the starts of its process. It is available while it
+    `has_lease`, and was given up at `lost_at` if it did not return. While it `is_compared`, the
+    control plane `compared_by` compares it."""
 
     id: str
     name: str
@@ -363,7 +361,7 @@ class JoinedNode:
 
 @dataclass(frozen=True)
 class RequestKey:
-    """Whose request it was, of which kind, and the key that came with it."""
+    """The origin and kind of a request, and its idempotency key."""
 
     org_id: str
     user_id: str
@@ -373,7 +371,7 @@ class RequestKey:
 
 @dataclass(frozen=True)
 class KeyedRequest:
-    """A digest of what was asked, and the ids of what was made."""
+    """The digest of a request, and the ids it created."""
 
     digest: str
     resource_ids: tuple[str, ...]
@@ -381,9 +379,9 @@ class KeyedRequest:
 
 @dataclass(frozen=True)
 class SandboxQuery:
-    """Which sandboxes of an organization to list, newest first, a page at a time.
+    """A query for an organization's sandboxes, newest first, a page at a time.
 
-    `after` is the creation time and id of the last one of the page before.
+    `after` is the creation time and id of the previous page's last one.
     """
 
     org_id: str
@@ -400,7 +398,7 @@ class SandboxQuery:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sandbox that one worker holds until its lease runs out."""
+    """A sandbox leased to a worker."""
 
     sandbox: Sandbox
     lease: str
@@ -408,9 +406,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class ActivityQuery:
-    """Which lines of an organization's feed to return, newest first, a page at a time.
+    """A query for an organization's feed, newest first, a page at a time.
 
-    `seen_by` is a member who sees what they did themselves and what became of their sandboxes.
+    `seen_by` is a member, who sees their own actions and their sandboxes' events.
     """
 
     org_id: str
@@ -424,7 +422,7 @@ class ActivityQuery:
 
 @dataclass(frozen=True)
 class Activity:
-    """One line of the activity feed, which is the audit log as well; it is never changed."""
+    """An entry of the activity feed, which is also the audit log. It never changes."""
 
     id: str
     org_id: str
@@ -444,9 +442,9 @@ class Activity:
 
 @dataclass(frozen=True)
 class UsagePeriod:
-    """A stretch of time in which a sandbox is charged for; open while `ended_at` is None.
+    """A period for which a sandbox is charged; open while `ended_at` is None.
 
-    `posted` are the micros that were charged of it so far; what `is_free` is never charged.
+    `posted` are the micros charged so far. A period that `is_free` is never charged.
     """
 
     sandbox_id: str
@@ -463,9 +461,9 @@ class UsagePeriod:
 
 @dataclass(frozen=True)
 class StoragePeriod:
-    """A stretch of time in which bytes are kept: a saved state, a snapshot, a workspace.
+    """A period for which bytes are stored: a saved state, a snapshot, a workspace.
 
-    `kind` and `resource_id` say of what; at most one is open for each. For the rest see
+    `kind` and `resource_id` name the resource; each has at most one open period. For the rest see
     UsagePeriod.
     """
 
@@ -483,7 +481,8 @@ class StoragePeriod:
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """One line of an organization's ledger; never changed. `amount_cents` is below 0 for usage."""
+    """An entry of an organization's ledger. It never changes. `amount_cents` is negative for
+    usage."""
 
     id: str
     org_id: str
@@ -498,7 +497,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class AutoTopup:
-    """When an organization wants its balance filled up by itself."""
+    """An organization's settings of automatic top-up."""
 
     org_id: str
     is_enabled: bool = False
@@ -511,9 +510,8 @@ class AutoTopup:
 
 @dataclass(frozen=True)
 class PendingTopup:
-    """A charge that was asked for and of which the outcome is not known; asked again under `key`,
-    the provider does it once.
-    """
+    """A requested charge with unknown outcome. Repeated under `key`, the provider executes it
+    once."""
 
     key: str
     cents: int
@@ -522,12 +520,11 @@ class PendingTopup:
 
 @dataclass(frozen=True)
 class InUse:
-    """What an organization's live sandboxes take together, and what of it is not charged yet.
+    """The resources of an organization's live sandboxes, and usage not charged yet.
 
-    Those that are `active` run, or are on the way up or down; `disk_mib` is of all that live,
-    `tests` counts those of test keys. `paid` is the shape of all active ones that are not free,
-    added up. `owed` is what the time that is being charged was used for, and `posted` the micros
-    that were charged of it.
+    Those that are `active` are running, starting or stopping; `disk_mib` is of all live ones,
+    `tests` the number of test keys' ones. `paid` is the total shape of active ones that are not
+    free. `owed` is the usage of open periods, and `posted` the micros charged for it.
     """
 
     active: int = 0

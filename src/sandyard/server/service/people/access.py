@@ -1,4 +1,4 @@
-"""Who is asking, and what they may do."""
+"""Authentication by API key or session token."""
 
 import hmac
 import logging
@@ -31,7 +31,7 @@ def no_credential() -> UnauthenticatedError:
 
 
 class Door(Protocol):
-    """Lets in who comes with a session token. See service.people.sign_in.SignIn."""
+    """Verifies session tokens. See service.people.sign_in.SignIn."""
 
     async def enter(self, token: str, *, org_id: str | None = None) -> Actor:
         """Return the actor of a session token."""
@@ -39,7 +39,7 @@ class Door(Protocol):
 
 
 class Access:
-    """Tells from a credential who is asking."""
+    """Authenticates callers."""
 
     def __init__(self, store: Store, clock: Clock, sign_in: Door | None = None) -> None:
         self._store = store
@@ -48,16 +48,16 @@ class Access:
         self._touched: dict[str, float] = {}
 
     async def authenticate(self, token: str | None, *, org_id: str | None = None) -> Actor:
-        """Return the actor behind a credential.
+        """Return the actor behind an API key or session token.
 
-        `org_id` says which of a session's organizations is meant, where its token does not.
+        `org_id` selects one of a session's organizations, if its token does not.
 
         Raises:
-            UnauthenticatedError: there is none.
+            UnauthenticatedError: the token is empty.
             InvalidTokenError: it is unknown, revoked or malformed.
-            TokenExpiredError: it has run out.
-            NotFoundError: there is no such organization for this actor.
-            UnavailableError: who is asking cannot be told now.
+            TokenExpiredError: it has expired.
+            NotFoundError: the actor is not a member of that organization.
+            UnavailableError: the identity provider does not answer.
         """
         if not token:
             raise no_credential()

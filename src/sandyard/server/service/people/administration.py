@@ -1,7 +1,7 @@
-"""What the operator of an installation does on its host: organizations, users, keys, credits.
+"""Operations of an installation's operator on its host: organizations, users, keys, credits.
 
-Whoever may run this has the database anyway, so nobody is asked for a credential; all of it is in
-the feed, as the system's doing.
+A caller who can run this has access to the database anyway, so no credential is needed. Everything
+is recorded in the feed as done by the system.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ _EMAIL_MAX = 254
 
 @dataclass(frozen=True)
 class Summary:
-    """An organization with what it has and uses."""
+    """An organization, its balance and usage."""
 
     organization: Organization
     account: Account
@@ -55,7 +55,7 @@ class Summary:
 
 
 class Administration:
-    """The use cases. Organizations are named by id or slug, users by e-mail address or id."""
+    """The operations. Organizations are named by id or slug, users by e-mail address or id."""
 
     def __init__(
         self, *, store: Store, clock: Clock, sign_up: SignUp, plans: Mapping[str, Plan]
@@ -66,7 +66,7 @@ class Administration:
         self._plans = plans
 
     async def organizations(self) -> list[Summary]:
-        """Return every organization, the oldest first."""
+        """Return every organization, oldest first."""
         now = self._clock.now()
         async with self._store.read() as tx:
             return [
@@ -80,10 +80,11 @@ class Administration:
             ]
 
     async def create_organization(self, name: str, email: str) -> tuple[Organization, User]:
-        """Make an organization whose first admin has this address, made as well if unknown.
+        """Create an organization whose first admin has this e-mail address. A new user is created
+        if necessary.
 
         Raises:
-            InvalidArgumentError: name or address cannot be.
+            InvalidArgumentError: name or address is invalid.
         """
         name, email = check_title(name, field="name"), _check_email(email)
         now = self._clock.now()
@@ -96,7 +97,7 @@ class Administration:
         return founded.organization, user
 
     async def set_plan(self, reference: str, plan: str) -> Organization:
-        """Put an organization on another plan.
+        """Change an organization's plan.
 
         Raises:
             InvalidArgumentError: there is no such plan.
@@ -114,10 +115,10 @@ class Administration:
         return organization
 
     async def set_limit(self, reference: str, name: str, value: int | None) -> Organization:
-        """Give an organization a limit of its own; None puts its plan's back.
+        """Override a limit of an organization's plan; None removes the override.
 
         Raises:
-            InvalidArgumentError: there is no such limit, or it cannot be that.
+            InvalidArgumentError: there is no such limit, or the value is invalid.
             NotFoundError: there is no such organization.
         """
         # As the settings write it, too.
@@ -139,16 +140,16 @@ class Administration:
         return organization
 
     async def members(self, reference: str) -> list[tuple[User, Membership]]:
-        """Return an organization's members, the longest there first."""
+        """Return an organization's members, longest-standing first."""
         async with self._store.read() as tx:
             return await tx.users.members((await _organization(tx, reference)).id)
 
     async def add_member(self, reference: str, email: str, role: str) -> User:
-        """Make somebody a member, and a user if the address is unknown.
+        """Add a member. A new user is created if the address is unknown.
 
         Raises:
-            AlreadyExistsError: they are a member.
-            InvalidArgumentError: address or role cannot be.
+            AlreadyExistsError: they are a member already.
+            InvalidArgumentError: address or role is invalid.
             NotFoundError: there is no such organization.
         """
         email, role = _check_email(email), _check_role(role)
@@ -162,7 +163,7 @@ class Administration:
         return user
 
     async def change_role(self, reference: str, who: str, role: str) -> None:
-        """Make a member an admin, or an admin a member.
+        """Change a member's role.
 
         Raises:
             InvalidArgumentError: there is no such role.
@@ -176,7 +177,7 @@ class Administration:
             await set_role(tx, member, role, actor=None, at=self._clock.now())
 
     async def remove_member(self, reference: str, who: str) -> None:
-        """End a membership; the member's keys are no good any more, their sandboxes stay.
+        """Remove a member and revoke their keys. Their sandboxes stay.
 
         Raises:
             ConflictError: it is the organization's last admin.
@@ -197,7 +198,7 @@ class Administration:
             await self._note(tx, organization, "member.removed", "Member removed", user)
 
     async def set_operator(self, who: str, *, is_operator: bool) -> User:
-        """Let a user run the installation over the API, or no longer.
+        """Make a user an operator, or revoke that.
 
         Raises:
             NotFoundError: there is no such user.
@@ -226,7 +227,7 @@ class Administration:
         expires_in: str | None,
         is_test: bool,
     ) -> tuple[ApiKey, str]:
-        """Make a key of a member's. See service.people.api_keys.ApiKeys.create."""
+        """Create a key for a member. See service.people.api_keys.ApiKeys.create."""
         async with self._store.read() as tx:
             organization, user, member = await self._member(tx, reference, who)
         actor = _system(organization, user, member)
@@ -235,7 +236,7 @@ class Administration:
         )
 
     async def revoke_key(self, reference: str, key_id: str) -> ApiKey:
-        """Make a key no good. See service.people.api_keys.ApiKeys.revoke."""
+        """Revoke a key. See service.people.api_keys.ApiKeys.revoke."""
         async with self._store.read() as tx:
             organization = await _organization(tx, reference)
             key = await tx.keys.find(organization.id, key_id)
@@ -246,9 +247,9 @@ class Administration:
     async def grant(
         self, reference: str, amount_cents: int, *, description: str, reference_id: str | None
     ) -> tuple[LedgerEntry, bool]:
-        """Give an organization credits, or take some away with an amount below 0.
+        """Grant credits to an organization; negative amounts are taken away.
 
-        Returns the ledger's line and whether it is new; one with a reference is made once.
+        Return the ledger's entry, and whether it is new. With a reference it is made once.
         """
         checked_text(description, field="description")
         async with self._store.write(Turn.ALONE) as tx:
@@ -270,7 +271,7 @@ class Administration:
         return entry, is_new
 
     async def ledger(self, reference: str, *, limit: int) -> list[LedgerEntry]:
-        """Return the newest lines of an organization's ledger."""
+        """Return the newest entries of an organization's ledger."""
         async with self._store.read() as tx:
             organization = await _organization(tx, reference)
             return await tx.credits.history(organization.id, limit=limit)
@@ -278,7 +279,7 @@ class Administration:
     async def _check_not_last(
         self, tx: Transaction, organization: Organization, member: Membership
     ) -> None:
-        """Refuse to leave an organization without an admin: nobody could mend it."""
+        """Refuse to leave an organization without an admin."""
         members = await tx.users.members(organization.id)
         admins = [user.id for user, one in members if one.role == "admin"]
         if admins == [member.user_id]:

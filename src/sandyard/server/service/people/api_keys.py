@@ -1,4 +1,4 @@
-"""API keys: made, shown once, changed, rotated, revoked."""
+"""API keys: created, shown once, changed, rotated, revoked."""
 
 import re
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ _KEYS_MAX = 1000
 
 
 class ApiKeys:
-    """The use cases. A member has keys of their own; an admin sees all of the organization's."""
+    """The operations. Members have their own keys; admins see the organization's."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -49,11 +49,11 @@ class ApiKeys:
         is_test: bool = False,
         project_id: str | None = None,
     ) -> tuple[ApiKey, str]:
-        """Make a key of the actor's own and return it with its secret, which is told only now.
+        """Create a key for the actor and return it with its secret, which is not stored.
 
         Raises:
-            InvalidArgumentError: something asked for cannot be; `facts` name the field.
-            PermissionDeniedError: a scope is wanted that the actor lacks.
+            InvalidArgumentError: a value is invalid; `facts` name the field.
+            PermissionDeniedError: the actor lacks a requested scope.
             ConflictError: there are too many keys.
         """
         actor.require("org:write")
@@ -90,7 +90,7 @@ class ApiKeys:
     async def page(
         self, actor: Actor, *, limit: int, after: tuple[datetime, str] | None
     ) -> list[ApiKey]:
-        """Return one page of the keys that the actor sees and that are not revoked."""
+        """Return one page of the keys that the actor may see, without revoked ones."""
         actor.require("org:read")
         async with self._store.read() as tx:
             return await tx.keys.page(
@@ -101,10 +101,10 @@ class ApiKeys:
             )
 
     async def get(self, actor: Actor, key_id: str) -> ApiKey:
-        """Return a key, without its secret.
+        """Return a key without its secret.
 
         Raises:
-            NotFoundError: absent, another organization's or, for a member, another member's.
+            NotFoundError: it does not exist, or belongs to another organization or member.
         """
         actor.require("org:read")
         async with self._store.read() as tx:
@@ -120,7 +120,7 @@ class ApiKeys:
         project_id: str | None,
         expires_in: str | None,
     ) -> ApiKey:
-        """Change a key's name, scopes, project, or when it runs out, counted from now.
+        """Change a key's name, scopes, project or expiry, counted from now.
 
         Raises: see `create`, `get`; ConflictError: it is revoked.
         """
@@ -150,11 +150,12 @@ class ApiKeys:
             return key
 
     async def rotate(self, actor: Actor, key_id: str) -> tuple[ApiKey, str]:
-        """Give a key of one's own a new secret, and return it; the old one is no good from now on.
+        """Replace the secret of one of the actor's own keys, and return it. The old secret stops
+        working at once.
 
         Raises:
-            PermissionDeniedError: it is somebody else's: its secret would be theirs, and whoever
-                has it would act as them. Or it may do more than the credential that asks.
+            PermissionDeniedError: it is another member's key, whose secret would let the actor act
+                as them, or it has more rights than the caller's credential.
             ConflictError: it is revoked or has expired.
             For the rest see `get`.
         """
@@ -180,7 +181,7 @@ class ApiKeys:
             return key, secret
 
     async def revoke(self, actor: Actor, key_id: str) -> ApiKey:
-        """Make a key no good, for ever and from the next request on; again is no error.
+        """Revoke a key permanently, from the next request on. Repeating it is not an error.
 
         Raises: see `get`.
         """
@@ -195,10 +196,10 @@ class ApiKeys:
             return key
 
     async def _as_now(self, tx: Transaction, actor: Actor) -> Actor:
-        """Return an actor with the role it has at this moment: a request may have waited.
+        """Return an actor with its current role: a request may have waited.
 
         Raises:
-            PermissionDeniedError: the credential is no good any more.
+            PermissionDeniedError: the credential is no longer valid.
         """
         if actor.kind == "system":
             return actor
@@ -212,7 +213,7 @@ class ApiKeys:
     async def _no_longer_than(
         self, tx: Transaction, actor: Actor, until: datetime | None
     ) -> datetime | None:
-        """Return an end that is not after that of the key which asks: it would outlive itself."""
+        """Return an expiry that is not after that of the caller's own key."""
         if actor.key_id is None:
             return until
         own = await tx.keys.find(actor.org_id, actor.key_id)

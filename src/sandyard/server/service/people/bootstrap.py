@@ -1,4 +1,4 @@
-"""The first organization of an installation, and the key that its operator starts with."""
+"""The first organization of an installation, and its operator's key."""
 
 from dataclasses import replace
 from datetime import datetime
@@ -23,9 +23,9 @@ BOOTSTRAP_KEY = "bootstrap"
 async def ensure_first_organization(
     store: Store, clock: Clock, sign_up: SignUp
 ) -> tuple[Organization, User]:
-    """Return the first organization and its admin, who runs the installation.
+    """Return the first organization and its admin, who is the operator.
 
-    Both are made the first time. What organizations from before an update lack is made up for.
+    Both are created at the first start. Data that an older version did not store is added.
     """
     now = clock.now()
     async with store.write(Turn.ALONE) as tx:
@@ -54,7 +54,7 @@ async def ensure_first_organization(
 
 
 async def new_bootstrap_key(store: Store, clock: Clock, sign_up: SignUp, *, replaces: bool) -> str:
-    """Return a fresh key of the first organization's admin; it may replace those before."""
+    """Return a new key of the first organization's admin; it may replace earlier ones."""
     organization, user = await ensure_first_organization(store, clock, sign_up)
     key = new_api_key()
     now = clock.now()

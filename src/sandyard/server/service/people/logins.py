@@ -1,11 +1,10 @@
-"""Who may log in to a sandbox by SSH: whoever has one of its keys, or knows its password.
+"""SSH logins: by one of a sandbox's keys, or its password.
 
-A sandbox is named by its id, by `name.slug` with the slug of its organization, or by its name alone
-where that leaves no doubt: with an API key, which belongs to one organization, or where there is
-only one. A public key decides nothing: everybody may give theirs to a sandbox of a stranger's name.
-An API key that may use a sandbox is a password of it, too. Whoever may not log in learns nothing
-from how or how fast that is said: of a sandbox that is not there as much is looked up, and its
-password checked, as of one that is.
+A sandbox is named by its id, by `name.slug` with its organization's slug, or by its name if that is
+unambiguous: with an API key, which belongs to one organization, or if there is only one. A public
+key does not decide, since anyone may add a stranger's key to a sandbox. An API key with access is
+also a password. Refusals reveal nothing, in content or timing: for a sandbox that does not exist,
+as much is looked up and a password is checked as well.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -43,9 +42,9 @@ UNCLEAR = (
 
 @dataclass(frozen=True)
 class Login:
-    """Somebody who may log in to a sandbox, and what they showed for it.
+    """A successful login, and its credential.
 
-    Without a sandbox their key opens one of that name, and the name does not say whose is meant.
+    Without a sandbox, the key opens one of that name, and the name is ambiguous.
     """
 
     actor: Actor
@@ -58,12 +57,12 @@ class Login:
 
     @property
     def fingerprint(self) -> str | None:
-        """The fingerprint of the key that was shown."""
+        """The fingerprint of the public key."""
         return None if self.public_key is None else fingerprint_of(self.public_key)
 
 
 class Logins:
-    """See the module."""
+    """Checks logins."""
 
     def __init__(
         self,
@@ -83,9 +82,9 @@ class Logins:
         self._check_password = check_password
 
     async def by_key(self, user: str, public_key: str) -> Login | None:
-        """Return the login of whoever has a key, `type base64`; None if it opens nothing.
+        """Return the login for a public key, `type base64`, or None if it opens nothing.
 
-        That they have it indeed the caller finds out.
+        The caller verifies that the client has the private key.
         """
         found, is_clear = await self._meant(user)
         valid = await self._owners({one.org_id for one in found} or {_NOBODY})
@@ -102,9 +101,9 @@ class Logins:
         return None
 
     async def by_password(self, user: str, password: str, address: str) -> Login | None:
-        """Return the login of whoever knows a password; None if it opens nothing, or if too many
-        that opened nothing came from an address: then it is not even tried. An API key is: it is
-        not to be guessed."""
+        """Return the login for a password, or None if it opens nothing, or if the address had too
+        many failures: then it is not checked. API keys are always checked, since they cannot be
+        guessed."""
         if password.startswith("rt_"):
             login = await self._by_api_key(user, password)
             if login is None:
@@ -118,7 +117,7 @@ class Logins:
         return login
 
     async def _by_root_password(self, user: str, password: str) -> Login | None:
-        """Return the login of whoever knows a sandbox's password; one is checked in any case."""
+        """Return the login for a sandbox's root password. A password is checked in any case."""
         found, is_clear = await self._meant(user)
         sandbox = found[0] if found and is_clear else None
         hashed = None if sandbox is None else sandbox.root_password_hash
@@ -130,20 +129,19 @@ class Logins:
         return Login(actor, sandbox.id, "password", password_hash=hashed)
 
     async def hint(self, user: str) -> str | None:
-        """Return what to tell whoever was refused, by how the user name is written alone: what is
-        there has no part in it."""
+        """Return a hint for a refused client, by the form of its user name only."""
         if is_sandbox_id(user) or "." in user:
             return None
         async with self._store.read() as tx:
             return UNCLEAR if await tx.organizations.are_several() else None
 
     async def still(self, login: Login) -> Actor:
-        """Return the actor of a login as it is now.
+        """Return the actor of a login with its current rights.
 
         Raises:
-            UnauthenticatedError, PermissionDeniedError: what it was let in by opens the sandbox no
-                more: a key was deleted, a password changed, an API key revoked.
-            NotFoundError: the sandbox is gone, or not this actor's any more.
+            UnauthenticatedError, PermissionDeniedError: the login is no longer authorized: a key
+                was deleted, a password changed, an API key revoked.
+            NotFoundError: the sandbox was deleted, or the actor lost access.
         """
         assert login.sandbox_id is not None
         if login.token is not None:
@@ -169,8 +167,8 @@ class Logins:
         return login.actor
 
     async def _is_members(self, sandbox: Sandbox) -> bool:
-        """Tell whether a sandbox's owner is a member still: keys and passwords that a sandbox was
-        given itself are theirs, and end with the membership."""
+        """Tell whether a sandbox's owner is still a member. Keys and passwords of the sandbox
+        itself end with the membership."""
         async with self._store.read() as tx:
             return await tx.users.member(sandbox.org_id, sandbox.owner_user_id) is not None
 
@@ -181,7 +179,7 @@ class Logins:
             return
 
     async def note(self, login: Login, sandbox_id: str, address: str) -> None:
-        """Note that somebody logged in."""
+        """Record a login."""
         now, facts = self._clock.now(), {"method": login.method, "address": address}
         if login.fingerprint is not None:
             facts["fingerprint"] = login.fingerprint
@@ -222,8 +220,8 @@ class Logins:
             return await self._register.get(actor, name[:_NAME_MAX])
 
     async def _meant(self, user: str) -> tuple[list[Sandbox], bool]:
-        """Return the sandbox that a user name means, if any; or all that it may mean, and False
-        where it does not say which."""
+        """Return the sandbox that a user name refers to, if any; if it is ambiguous, all candidates
+        and False."""
         text, is_clear = user[:_USER_MAX].replace("\0", "\ufffd"), True
         name, dot, slug = text.rpartition(".")
         async with self._store.read() as tx:
@@ -240,7 +238,7 @@ class Logins:
         return [one for one in found if _is_live(one)], is_clear
 
     async def _owners(self, org_ids: set[str]) -> Mapping[str, str]:
-        """Return the owners of the keys that organizations have now, by the keys' ids."""
+        """Return the owners of the organizations' current keys, by the keys' ids."""
         async with self._store.read() as tx:
             return {
                 key.id: key.owner_user_id
@@ -270,8 +268,8 @@ def _is_live(sandbox: Sandbox) -> bool:
 
 
 def _opened_by(sandbox: Sandbox, public_key: str, valid: Collection[str]) -> str | None:
-    """Return by which of its keys a public key opens a sandbox: the id of one of the `valid` keys
-    of its organization, or nothing for one that was given itself; None if it does not."""
+    """Return the id of the key of a sandbox that a public key matches, one of the organization's
+    `valid` keys, or an empty string for a literal one; None if none matches."""
     wanted = public_key.split(" ")[:2]
     for text, key_id in sandbox.keys:
         if text.split(" ")[:2] == wanted and (not key_id or key_id in valid):

@@ -1,10 +1,9 @@
-"""The only way to a file of a workspace: by descriptors, beneath its root.
+"""The only access to a workspace's files: by descriptors, beneath its root.
 
-Whoever writes into a workspace may be hostile, and at work while we look: any name may become a
-link between two of our calls. So a path is never resolved by anything but openat2 (see openat2(2)),
-which stays beneath the root whatever becomes of the names, and what is opened is a file or a folder
-by the descriptor's own word. What takes a name (to make, rename, remove) takes one single name in a
-folder that is open, and never follows it.
+Other writers may be hostile and active at the same time: any name may become a link between two
+system calls. So paths are resolved only by openat2(2), which stays beneath the root, and the type
+of what was opened is read from the descriptor. Operations on names (create, rename, delete) take a
+single name in an open directory, and never follow links.
 
 Everything here blocks, and raises OSError.
 """
@@ -43,12 +42,12 @@ class _How(ctypes.Structure):
 
 
 def passing_name() -> bytes:
-    """Return a name that nobody else uses."""
+    """Return a unique temporary name."""
     return PASSING + secrets.token_hex(8).encode()
 
 
 def _open(root: int, path: bytes, flags: int) -> int:
-    """Open what is there beneath a root; links are followed that stay beneath it."""
+    """Open a path beneath a root. Links that stay beneath it are followed."""
     how = _How(flags, 0, _BENEATH | _NO_MAGICLINKS | _NO_XDEV)
     for _ in range(_TRIES):
         found = int(
@@ -66,7 +65,7 @@ def _open(root: int, path: bytes, flags: int) -> int:
 
 
 class Root:
-    """A workspace's root, held open. Use it as a block."""
+    """A workspace's root, held open. Use it as a context manager."""
 
     def __init__(self, path: os.PathLike[str]) -> None:
         self._fd = os.open(path, _FOLDER | os.O_NOFOLLOW)
@@ -78,7 +77,7 @@ class Root:
         os.close(self._fd)
 
     def stat(self, path: Parts) -> os.stat_result:
-        """Tell what is at a path, links followed."""
+        """Return the status of a path, following links."""
         with self._looked_at(path) as fd:
             return os.fstat(fd)
 
@@ -91,10 +90,10 @@ class Root:
             os.close(fd)
 
     def open_file(self, path: Parts) -> int:
-        """Open a plain file to read; what else is there is neither opened nor waited for.
+        """Open a regular file for reading; never open or wait for anything else.
 
         Raises:
-            OSError: EISDIR for a folder, EINVAL for what is neither.
+            OSError: EISDIR for a directory, EINVAL for a special file.
         """
         with self._looked_at(path) as fd:
             mode = os.fstat(fd).st_mode
@@ -107,7 +106,7 @@ class Root:
 
     @contextlib.contextmanager
     def folder(self, path: Parts, *, makes: bool = False) -> Iterator["Folder"]:
-        """Open a folder; with `makes`, make it and those above it that are not there."""
+        """Open a directory; with `makes`, create it and its parents."""
         fd = self._made(path) if makes else _open(self._fd, b"/".join(path), _FOLDER)
         try:
             yield Folder(fd)
@@ -136,17 +135,17 @@ class Root:
 
 
 class Folder:
-    """An open folder, and what is done to single names in it."""
+    """An open directory, and operations on single names in it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def look(self, name: bytes) -> os.stat_result:
-        """Tell what has a name here, not following it."""
+        """Return the status of a name, without following it."""
         return os.lstat(name, dir_fd=self.fd)
 
     def names(self) -> Iterator[tuple[bytes, bool]]:
-        """Yield what is in it: the name, and whether it is a folder itself."""
+        """Yield the entries: name, and whether it is a directory."""
         # Its own descriptor: a folder is read from where it was left off.
         fd = os.open(b".", _FOLDER, dir_fd=self.fd)
         try:
@@ -158,7 +157,7 @@ class Folder:
 
     @contextlib.contextmanager
     def folder(self, name: bytes) -> Iterator["Folder"]:
-        """Open a folder in it, which is no link."""
+        """Open a subdirectory that is not a link."""
         fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=self.fd)
         try:
             yield Folder(fd)
@@ -166,7 +165,7 @@ class Folder:
             os.close(fd)
 
     def open_file(self, name: bytes) -> int:
-        """Open a plain file in it to read, which is no link. See Root.open_file."""
+        """Open a regular file that is not a link. See Root.open_file."""
         fd = os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=self.fd)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -176,26 +175,26 @@ class Folder:
             os.close(fd)
 
     def make(self, name: bytes) -> None:
-        """Make a folder in it, whose owner is this one's."""
+        """Create a subdirectory with this one's owner."""
         os.mkdir(name, 0o755, dir_fd=self.fd)
         with self.folder(name) as made:
             self.hand_over(made.fd)
 
     def hand_over(self, fd: int) -> None:
-        """Give something the owner that this folder has; whoever is not root cannot."""
+        """Give an entry this directory's owner, if running as root."""
         whose = os.fstat(self.fd)
         with contextlib.suppress(PermissionError):
             os.fchown(fd, whose.st_uid, whose.st_gid)
 
     def copy_link(self, name: bytes, target: "Folder", to: bytes) -> None:
-        """Make a link elsewhere that says the same as one here."""
+        """Create a link elsewhere with the same target as one here."""
         os.symlink(os.readlink(name, dir_fd=self.fd), to, dir_fd=target.fd)
 
     def rename(self, name: bytes, target: "Folder", to: bytes, *, replaces: bool) -> None:
-        """Give something another name, also in another folder; what has that stays, or goes.
+        """Rename an entry, also into another directory; replace the target, or fail if it exists.
 
         Raises:
-            OSError: EEXIST, if something has the name and is not to be replaced.
+            OSError: EEXIST if the target exists and must not be replaced.
         """
         if replaces:
             os.rename(name, to, src_dir_fd=self.fd, dst_dir_fd=target.fd)
@@ -218,22 +217,22 @@ class Folder:
             self.unlink(name)
 
     def unlink(self, name: bytes) -> None:
-        """Remove what is no folder."""
+        """Delete a file or link."""
         os.unlink(name, dir_fd=self.fd)
 
     def remove_empty(self, name: bytes) -> None:
-        """Remove a folder that has nothing in it."""
+        """Delete an empty directory."""
         os.rmdir(name, dir_fd=self.fd)
 
     def draft(self) -> "Draft":
-        """Begin a file that has no name yet."""
+        """Begin a file without a name."""
         return Draft(self)
 
 
 class Draft:
-    """A file that is being written and that nobody sees before it is whole. Use it as a block.
+    """A file that is being written and has no name yet. Use it as a context manager.
 
-    If the process ends, it is gone.
+    If the process ends, the file is gone.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -262,7 +261,7 @@ class Draft:
                 self._folder.unlink(self._passing)
 
     def write(self, data: bytes) -> None:
-        """Write all of it."""
+        """Append data."""
         view = memoryview(data)
         while view:
             view = view[os.write(self.fd, view) :]
@@ -270,13 +269,13 @@ class Draft:
     def keep(
         self, name: bytes, *, replaces: bool, mode: int = 0o644, is_synced: bool = True
     ) -> None:
-        """Give it a name, once it lies on the disk; what has that stays, or goes in one step.
+        """Sync the file and give it a name; replace an existing file atomically, or fail if it
+        exists.
 
-        One that takes a file's place has its owner and its permissions, not `mode`.
+        A replaced file's owner and permissions are kept, instead of `mode`.
 
         Raises:
-            OSError: EEXIST, if something has the name and is not to be replaced; EISDIR for a
-                folder.
+            OSError: EEXIST if the name exists and must not be replaced; EISDIR for a directory.
         """
         folder = self._folder
         before = None

@@ -1,4 +1,4 @@
-"""Files of workspaces, as the API has them. `tree` does what is asked, `beneath` makes it safe."""
+"""Files of workspaces, as the API needs them. `tree` does the work, and `beneath` makes it safe."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one of several; `error` says why it was not done."""
+    """The outcome for one of several entries; `error` says why it failed."""
 
     path: Parts
     entry: Entry | None = None
@@ -46,13 +46,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Reading:
-    """A file that is open to be read."""
+    """An open file."""
 
     entry: Entry
     fd: int
 
     async def pieces(self, begin: int, count: int) -> AsyncIterator[bytes]:
-        """Yield so many bytes from a place on; fewer, if the file is cut meanwhile."""
+        """Yield `size` bytes from an offset; fewer, if the file is truncated meanwhile."""
         while count > 0:
             data = await in_thread(os.pread, self.fd, min(PIECE, count), begin)
             if not data:
@@ -62,10 +62,10 @@ class Reading:
 
 
 def path_of(text: bytes, *, field: str) -> Parts:
-    """Return a path of a workspace, from its root, with or without the first /.
+    """Return a path of a workspace, from its root, with or without the leading /.
 
     Raises:
-        InvalidArgumentError: it cannot be one, or has `..` in it.
+        InvalidArgumentError: it is invalid, or contains `..`.
     """
     parts = tuple(one for one in text.split(b"/") if one not in (b"", b"."))
     if b".." in parts:
@@ -93,7 +93,7 @@ def name_of(text: bytes, *, field: str) -> bytes:
     """Return a single name.
 
     Raises:
-        InvalidArgumentError: it is none.
+        InvalidArgumentError: it is invalid.
     """
     parts = path_of(text, field=field)
     if len(parts) != 1 or b"/" in text:
@@ -104,7 +104,7 @@ def name_of(text: bytes, *, field: str) -> bytes:
 
 
 class WorkspaceFiles:
-    """The use cases. Every one names its actor and answers nothing of another organization's."""
+    """The operations. Each takes the actor and never discloses another organization's files."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class WorkspaceFiles:
             await to_the_end(self._noted(workspace, has_changed=changes))
 
     async def _sweep(self, workspace: Workspace, root: Root) -> None:
-        """Remove, once in a while, what was broken off."""
+        """Remove the leftovers of interrupted operations, once in a while."""
         now = self._clock.now().timestamp()
         if now - self._swept.get(workspace.id, 0.0) < _BROKEN_OFF_S:
             return
@@ -162,11 +162,11 @@ class WorkspaceFiles:
     async def entries(
         self, actor: Actor, reference: str, path: Parts, *, hidden: bool
     ) -> list[Entry]:
-        """Return what is in a folder; a file alone, if the path leads to one.
+        """List a directory; for a file, return the file alone.
 
         Raises:
-            NotFoundError: no such workspace, or nothing is there.
-            PayloadTooLargeError: it is too much.
+            NotFoundError: the workspace or the path does not exist.
+            PayloadTooLargeError: there are too many entries.
         """
         async with self._root(actor, reference, changes=False) as (_, root):
             entry = await self._do(actor.org_id, tree.look, root, path)
@@ -175,24 +175,24 @@ class WorkspaceFiles:
             return await self._do(actor.org_id, tree.listed, root, path, hidden=hidden)
 
     async def drive(self, actor: Actor, reference: str) -> tuple[int, int]:
-        """Return how many bytes are in a workspace, and how many may be."""
+        """Return how many bytes a workspace holds, and its capacity."""
         async with self._root(actor, reference, changes=False) as (workspace, _):
             use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
         # The file system below has some room of its own on top.
         return min(use.used_bytes, use.quota_bytes), use.quota_bytes
 
     async def measure(self, actor: Actor, reference: str, path: Parts) -> Measure:
-        """Return how much is below a path."""
+        """Return the size and number of entries below a path."""
         async with self._root(actor, reference, changes=False) as (_, root):
             return await self._do(actor.org_id, tree.measured, root, path)
 
     @asynccontextmanager
     async def read(self, actor: Actor, reference: str, path: Parts) -> AsyncIterator[Reading]:
-        """Open a file for as long as the block lasts.
+        """Open a file while the block lasts.
 
         Raises:
-            NotFoundError: no such workspace, or nothing is there.
-            InvalidArgumentError: it is no file.
+            NotFoundError: the workspace or the path does not exist.
+            InvalidArgumentError: it is not a file.
         """
         async with AsyncExitStack() as held:
             _, root = await held.enter_async_context(self._root(actor, reference, changes=False))
@@ -201,10 +201,10 @@ class WorkspaceFiles:
             yield Reading(entry, fd)
 
     async def make_folder(self, actor: Actor, reference: str, path: Parts) -> Entry:
-        """Make a folder, and those above it.
+        """Create a directory and its parents.
 
         Raises:
-            AlreadyExistsError: something has its name.
+            AlreadyExistsError: the name is taken.
         """
         async with self._root(actor, reference, changes=True) as (workspace, root):
             await self._room(actor, workspace)
@@ -221,11 +221,11 @@ class WorkspaceFiles:
         replaces: bool,
         most: int | None = None,
     ) -> Entry:
-        """Write a file into a folder, which is made if it is not there, from what `source` yields;
-        nobody sees it before it is whole. Its `name` is asked for once all has come.
+        """Write the data of `source` to a file in a directory, which is created if necessary. The
+        file appears when it is complete. `name` is called after all data has arrived.
 
         Raises:
-            AlreadyExistsError: something has its name and is not to be replaced.
+            AlreadyExistsError: the name is taken, and must not be replaced.
             PayloadTooLargeError: it is too large, or the workspace is full.
         """
         async with self._root(actor, reference, changes=True) as (workspace, root):
@@ -255,12 +255,12 @@ class WorkspaceFiles:
             return await self._do(actor.org_id, tree.look, root, path)
 
     async def _room(self, actor: Actor, workspace: Workspace, size: int = 1) -> int:
-        """Return how many bytes can be written now: of the workspace's own, and of what the
-        organization may have in all.
+        """Return how many bytes can be written now, by the workspace's size and the organization's
+        limit.
 
         Raises:
-            PayloadTooLargeError: the organization may have no more, or `size` does not fit.
-            UnavailableError: it would fit, and the host's disk does not take so much now.
+            PayloadTooLargeError: the limit is reached, or `size` does not fit.
+            UnavailableError: it would fit, but the host's disk is full.
         """
         storage: Storage = await self._workspaces.storage(actor)
         use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
@@ -285,7 +285,7 @@ class WorkspaceFiles:
     async def _check_copy(
         self, actor: Actor, workspace: Workspace, root: Root, source: Parts
     ) -> None:
-        """Return if there is room for a copy of something."""
+        """Return if there is space for a copy."""
         await self._room(
             actor, workspace, max(1, await self._do(actor.org_id, tree.weighed, root, source))
         )
@@ -293,11 +293,11 @@ class WorkspaceFiles:
     async def move(
         self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
     ) -> Entry:
-        """Give a file or folder another path; into a folder, if the target is one.
+        """Move or rename a file or directory. If the target is a directory, move into it.
 
         Raises:
-            NotFoundError: nothing is there.
-            AlreadyExistsError: something has the target's name and is not to be replaced.
+            NotFoundError: it does not exist.
+            AlreadyExistsError: the target exists, and must not be replaced.
         """
         async with self._root(actor, reference, changes=True) as (_, root):
             return await self._do(actor.org_id, _moved, root, source, target, replaces)
@@ -305,7 +305,7 @@ class WorkspaceFiles:
     async def rename(
         self, actor: Actor, reference: str, path: Parts, name: bytes, *, replaces: bool
     ) -> Entry:
-        """Give a file or folder another name, where it is."""
+        """Rename a file or directory in its directory."""
         async with self._root(actor, reference, changes=True) as (_, root):
             return await self._do(
                 actor.org_id, tree.move, root, path, (*path[:-1], name), replaces=replaces
@@ -314,13 +314,14 @@ class WorkspaceFiles:
     async def copy(
         self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
     ) -> Entry:
-        """Copy a file, or a folder with all that is in it; into a folder, if the target is one."""
+        """Copy a file, or a directory and its contents. If the target is a directory, copy into
+        it."""
         async with self._root(actor, reference, changes=True) as (workspace, root):
             await self._check_copy(actor, workspace, root, source)
             return await self._do(actor.org_id, _copied, root, source, target, replaces)
 
     async def remove(self, actor: Actor, reference: str, paths: Sequence[Parts]) -> list[Outcome]:
-        """Remove files, and folders with all that is in them; say of each what became of it."""
+        """Delete files, and directories with their contents; return each outcome."""
 
         def one(root: Root, path: Parts) -> None:
             tree.remove(root, path)
@@ -337,10 +338,10 @@ class WorkspaceFiles:
         copies: bool,
         replaces: bool,
     ) -> list[Outcome]:
-        """Move or copy several into one folder; say of each what became of it.
+        """Move or copy several entries into a directory; return each outcome.
 
         Raises:
-            NotFoundError: the folder is not there.
+            NotFoundError: the directory does not exist.
         """
 
         def one(root: Root, path: Parts) -> Entry:
@@ -381,14 +382,14 @@ class WorkspaceFiles:
 
 
 def _open_in(held: ExitStack, root: Root, path: Parts) -> tuple[int, Entry]:
-    """Open a file that is closed with `held`, also if nobody waits for it any more."""
+    """Open a file that is closed with `held`, even if the caller was cancelled."""
     fd, entry = tree.opened(root, path)
     held.callback(os.close, fd)
     return fd, entry
 
 
 def _draft_in(held: ExitStack, root: Root, folder: Parts) -> Draft:
-    """Begin a file that goes with `held`, unless it is kept."""
+    """Begin a file that is discarded with `held`, unless it is kept."""
     return held.enter_context(tree.drafted(root, folder))
 
 
@@ -403,7 +404,7 @@ def _opened(place: Path) -> Iterator[Root]:
 
 
 def _target(root: Root, source: Parts, target: Parts) -> Parts:
-    """Return where something is to go: into a folder that is there, else to that very path."""
+    """Return the destination: inside an existing directory, else the path itself."""
     if not source:
         return target
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What is done to the files of a workspace. All of it blocks; see `beneath` for its safety."""
+"""Operations on the files of a workspace. All of them block. See `beneath` for their safety."""
 
 import contextlib
 import errno
@@ -40,7 +40,7 @@ _LEVELS = 100  # folders that are held open at once where they are removed
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder as it is listed; `count` says how much is in a folder."""
+    """An entry of a listing; `count` is the number of entries in a directory."""
 
     path: Parts
     is_folder: bool
@@ -51,13 +51,13 @@ class Entry:
 
     @property
     def name(self) -> bytes:
-        """Its name; that of the root is empty."""
+        """Its name; empty for the root."""
         return self.path[-1] if self.path else b""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is below a path: bytes, files and folders."""
+    """The bytes, files and directories below a path."""
 
     size: int
     files: int
@@ -73,7 +73,7 @@ def _entry(
 
 
 def look(root: Root, path: Parts) -> Entry:
-    """Return what is at a path."""
+    """Return the entry at a path."""
     with _told(path):
         found = root.stat(path)
         if not stat.S_ISDIR(found.st_mode):
@@ -83,9 +83,10 @@ def look(root: Root, path: Parts) -> Entry:
 
 
 def listed(root: Root, path: Parts, *, hidden: bool) -> list[Entry]:
-    """Return what is in a folder, folders first, by name; those that begin with . if `hidden`.
+    """List a directory, subdirectories first, by name; with `hidden` also names that begin with a
+    dot.
 
-    A link is shown as what it leads to within the workspace, and as a link besides.
+    A link is shown as its target within the workspace, and marked as a link.
 
     Raises:
         PayloadTooLargeError: it has over LIST_MAX entries.
@@ -129,10 +130,10 @@ def _count(folder: Folder) -> int:
 
 
 def measured(root: Root, path: Parts) -> Measure:
-    """Return how much is below a path; links count as what they are themselves.
+    """Return the size below a path. Links count as themselves.
 
     Raises:
-        PayloadTooLargeError: it is over WALK_MAX entries.
+        PayloadTooLargeError: it has over WALK_MAX entries.
     """
     with _told(path):
         found = root.stat(path)
@@ -156,7 +157,7 @@ def measured(root: Root, path: Parts) -> Measure:
 
 
 def weighed(root: Root, path: Parts) -> int:
-    """Return how many bytes a copy of what is at a path would have."""
+    """Return how many bytes a copy of a path would take."""
     with _told(path):
         _check_not_root(path)
         with root.folder(path[:-1]) as above:
@@ -184,17 +185,17 @@ def _below(folder: Folder, depth: int) -> Iterator[os.stat_result]:
 
 
 def opened(root: Root, path: Parts) -> tuple[int, Entry]:
-    """Open a file to read and return its descriptor, which is the caller's, and what it is."""
+    """Open a file and return its descriptor, which the caller owns, and its entry."""
     with _told(path):
         fd = root.open_file(path)
     return fd, _entry(path, os.fstat(fd))
 
 
 def make_folder(root: Root, path: Parts) -> Entry:
-    """Make a folder, and those above it.
+    """Create a directory and its parents.
 
     Raises:
-        AlreadyExistsError: something has its name.
+        AlreadyExistsError: the name is taken.
     """
     with _told(path):
         _check_not_root(path)
@@ -205,13 +206,13 @@ def make_folder(root: Root, path: Parts) -> Entry:
 
 @contextlib.contextmanager
 def drafted(root: Root, folder: Parts) -> Iterator[Draft]:
-    """Begin a file in a folder, which is made if it is not there; it is seen once it is kept."""
+    """Begin a file in a directory, which is created if necessary. It appears when it is kept."""
     with _told(folder), root.folder(folder, makes=True) as place, place.draft() as draft:
         yield draft
 
 
 def write(draft: Draft, folder: Parts, data: bytes) -> None:
-    """Write on in a draft of a folder."""
+    """Append to a draft."""
     with _told(folder):
         draft.write(data)
 
@@ -223,10 +224,10 @@ def keep(draft: Draft, path: Parts, *, replaces: bool) -> None:
 
 
 def move(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
-    """Give a file or folder another path.
+    """Move or rename a file or directory.
 
     Raises:
-        AlreadyExistsError: something is there, and is not to be replaced.
+        AlreadyExistsError: the target exists, and must not be replaced.
     """
     with _told(source, target):
         _check_not_root(source)
@@ -241,12 +242,12 @@ def move(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
 
 
 def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
-    """Copy a file, or a folder with all that is in it, to another path; it is there once it is
-    whole. Links are copied as links; what is neither file, folder nor link is left out.
+    """Copy a file, or a directory and its contents. The copy appears when it is complete. Links are
+    copied as links; special files are skipped.
 
     Raises:
-        AlreadyExistsError: something is there, and is not to be replaced.
-        InvalidArgumentError: a folder is to be copied into itself.
+        AlreadyExistsError: the target exists, and must not be replaced.
+        InvalidArgumentError: a directory would be copied into itself.
     """
     with _told(source, target):
         _check_not_root(source)
@@ -275,7 +276,7 @@ def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
 
 @contextlib.contextmanager
 def _placed(target: Parts, *, replaces: bool) -> Iterator[None]:
-    """Say why something cannot take another's place."""
+    """Return the error for a target that cannot be replaced."""
     try:
         yield
     except OSError as error:
@@ -290,7 +291,7 @@ def _placed(target: Parts, *, replaces: bool) -> Iterator[None]:
 
 
 def leads_to_folder(root: Root, path: Parts) -> bool:
-    """Tell whether a path leads to a folder."""
+    """Tell whether a path leads to a directory."""
     return stat.S_ISDIR(root.stat(path).st_mode)
 
 
@@ -320,10 +321,10 @@ def _copy(old: Folder, name: bytes, new: Folder, to: bytes, depth: int) -> None:
 
 
 def remove(root: Root, path: Parts) -> None:
-    """Remove a file, a link, or a folder with all that is in it, which is gone at once.
+    """Delete a file, a link, or a directory with its contents. It disappears at once.
 
     Raises:
-        NotFoundError: nothing is there.
+        NotFoundError: it does not exist.
     """
     with _told(path):
         _check_not_root(path)
@@ -338,8 +339,8 @@ def remove(root: Root, path: Parts) -> None:
 
 
 def sweep(root: Root, *, before: float) -> int:
-    """Remove what copies and removals have left that were broken off before a moment, in seconds
-    since 1970; return how many."""
+    """Remove leftovers of copies and deletes that were interrupted before a time, in seconds since
+    1970; return how many."""
     count = 0
     with root.folder(()) as top:
         for name in [name for name, _ in top.names() if name.startswith(PASSING)]:
@@ -353,7 +354,7 @@ def sweep(root: Root, *, before: float) -> int:
 
 
 def _remove(top: Folder, name: bytes) -> None:
-    """Remove whatever has a name, however deep it is and whoever writes into it meanwhile."""
+    """Delete an entry of any depth, even while others write into it."""
     left, tries = [name], Counter[bytes]()
     while left:
         one = left.pop()
@@ -379,8 +380,8 @@ def _remove(top: Folder, name: bytes) -> None:
 
 
 def _empty(folder: Folder, name: bytes, top: Folder, levels: int) -> list[bytes]:
-    """Remove what is in a folder; what lies too deep is hung up at the top, under the names that
-    are returned. What comes into it meanwhile may stay."""
+    """Delete a directory's contents. Entries that lie too deep are moved to the top, under the
+    returned names. Entries created meanwhile may stay."""
     hung: list[bytes] = []
     with folder.folder(name) as inside:
         # What is written into as fast as it is read has no end.
@@ -405,7 +406,7 @@ def _empty(folder: Folder, name: bytes, top: Folder, levels: int) -> list[bytes]
 
 
 def _seen(root: Root, path: Parts) -> Entry:
-    """Return what has been put somewhere; a link that leads nowhere is there as well."""
+    """Return an entry after an operation; a dangling link counts as existing."""
     with _told(path), root.folder(path[:-1]) as folder:
         return _in(root, folder, path[:-1], path[-1])
 
@@ -418,13 +419,13 @@ def _check_not_root(path: Parts) -> None:
 
 
 def shown(path: Parts) -> str:
-    """Return a path for people."""
+    """Return a path for display."""
     return "/" + b"/".join(path).decode("utf-8", "replace")
 
 
 @contextlib.contextmanager
 def _told(path: Parts, target: Parts | None = None) -> Iterator[None]:
-    """Say what an error of the operating system means for whoever asked."""
+    """Return the error for an error of the operating system."""
     try:
         yield
     except OSError as error:

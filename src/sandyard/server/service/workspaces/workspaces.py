@@ -1,7 +1,7 @@
-"""Workspaces themselves: who has which, how large they are, and how they go.
+"""Workspaces: who may use them, their sizes, and their deletion.
 
-A row is written before its volume is made, and outlives it: whatever ends in the middle, a volume
-always has a row by which it is found, and what was removed and not forgotten is removed again.
+A row is written before its volume is created, and outlives it. So every volume has a row, whatever
+is interrupted, and interrupted deletions are resumed.
 """
 
 import logging
@@ -42,7 +42,7 @@ _GIB = 1024**3
 
 @dataclass(frozen=True)
 class Owned:
-    """A workspace, and whose it is."""
+    """A workspace and its owner."""
 
     workspace: Workspace
     owner: User | None
@@ -50,14 +50,15 @@ class Owned:
 
 @dataclass(frozen=True)
 class Storage:
-    """What an organization keeps in workspaces; a quota of None is none."""
+    """An organization's stored bytes in workspaces; a quota of None is unlimited."""
 
     used_bytes: int
     quota_bytes: int | None
 
 
 class Workspaces:
-    """The use cases. Every one names its actor and answers nothing of another organization's."""
+    """The operations. Each takes the actor and never discloses another organization's
+    workspaces."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Workspaces:
 
     async def page(self, actor: Actor, *, of_all: bool) -> tuple[list[Owned], Storage]:
         """Return the organization's workspaces and the actor's own, for an admin with `of_all`
-        those of all members; and what all of the organization's take.
+        those of all members, and the organization's total storage.
 
         Raises:
             PermissionDeniedError: `of_all` is for admins.
@@ -101,13 +102,13 @@ class Workspaces:
         return owned, self._storage_of(actor, every)
 
     def _sized(self, workspace: Workspace) -> Workspace:
-        """Return a workspace with the quota that it is made with once it is used."""
+        """Return a workspace with the quota that its volume will get at first use."""
         if workspace.is_personal and workspace.last_accessed_at is None:
             return replace(workspace, quota_bytes=self._quota_bytes)
         return workspace
 
     async def storage(self, actor: Actor) -> Storage:
-        """Return what all workspaces of the organization take, and what its plan grants."""
+        """Return the storage of all the organization's workspaces, and its plan's limit."""
         async with self._store.read() as tx:
             return self._storage_of(actor, await tx.workspaces.of(actor.org_id))
 
@@ -120,14 +121,14 @@ class Workspaces:
         """Return a workspace by id or slug.
 
         Raises:
-            NotFoundError: there is none that the actor may see.
+            NotFoundError: the actor has no such workspace.
         """
         actor.require("files:read")
         async with self._store.read() as tx:
             return await self._found(tx, actor, reference)
 
     async def find(self, actor: Actor, reference: str) -> Workspace:
-        """Return a workspace that the actor may see, whatever they are about to do with it.
+        """Return a workspace that the actor may see, without checking further rights.
 
         Raises:
             NotFoundError: there is none.
@@ -153,13 +154,13 @@ class Workspaces:
         org_id: str | None = None,
         request: Repeatable | None = None,
     ) -> Owned:
-        """Make a workspace of the organization's.
+        """Create a workspace for the organization.
 
         Raises:
-            InvalidArgumentError: name or slug cannot be one.
+            InvalidArgumentError: name or slug is invalid.
             AlreadyExistsError: the slug is taken.
-            LimitReachedError: the organization has very many.
-            NotFoundError: `org_id` is not the organization that the actor acts in.
+            LimitReachedError: the organization has too many.
+            NotFoundError: `org_id` is not the actor's organization.
         """
         actor.require("files:write")
         name = check_title(name, field="name")
@@ -208,11 +209,11 @@ class Workspaces:
         return Owned(workspace, None)
 
     async def rename(self, actor: Actor, reference: str, name: str) -> Owned:
-        """Call a workspace something else; its slug stays.
+        """Rename a workspace. Its slug does not change.
 
         Raises:
-            NotFoundError: no such workspace.
-            InvalidArgumentError: the name cannot be one.
+            NotFoundError: there is no such workspace.
+            InvalidArgumentError: the name is invalid.
         """
         actor.require("files:write")
         name = check_title(name, field="name")
@@ -228,10 +229,10 @@ class Workspaces:
     async def mounting(self, actor: Actor, reference: str) -> tuple[Workspace, list[Sandbox]]:
         """Return a workspace, and the sandboxes that have it mounted.
 
-        A member is told of others' sandboxes by nothing but their number: those have no id.
+        Members see only the number of other members' sandboxes: those have no id.
 
         Raises:
-            NotFoundError: there is no such workspace that the actor may see.
+            NotFoundError: the actor has no such workspace.
         """
         actor.require("files:read")
         async with self._store.read() as tx:
@@ -239,13 +240,12 @@ class Workspaces:
             return found, await tx.sandboxes.mounting(found.id)
 
     async def delete(self, actor: Actor, reference: str, *, force: bool = False) -> Workspace:
-        """Remove a workspace with all that is in it; with `force` sandboxes lose it that have it
-        mounted.
+        """Delete a workspace and its files. With `force`, unmount it from sandboxes first.
 
         Raises:
-            NotFoundError: no such workspace.
+            NotFoundError: there is no such workspace.
             ConflictError: it is a member's personal one.
-            WorkspaceInUseError: a sandbox has it mounted, and it is not forced.
+            WorkspaceInUseError: a sandbox has it mounted, and `force` is not set.
         """
         actor.require("files:write")
         async with self._store.write(actor.org_id) as tx:
@@ -290,7 +290,7 @@ class Workspaces:
             await tx.workspaces.erase(workspace.id)
 
     async def note_use(self, workspace: Workspace, *, has_changed: bool) -> None:
-        """Note that a workspace's files were looked at or changed, and how large it is now."""
+        """Store that a workspace was used, and its current size."""
         now = self._clock.now()
         last = workspace.last_accessed_at
         if not has_changed and last is not None and now - last < _ACCESS:
@@ -304,7 +304,7 @@ class Workspaces:
     async def _note(
         self, tx: Transaction, workspace: Workspace, size: int, *, accessed: bool
     ) -> None:
-        """Write down how large a workspace is; what is kept is charged for from then on."""
+        """Store a workspace's size. It is charged from then on."""
         now = self._clock.now()
         found = await tx.workspaces.find(workspace.org_id, workspace.id)
         if found is None:
@@ -333,11 +333,11 @@ class Workspaces:
             await self._clock.sleep(_BEAT_S)
 
     async def look_around(self) -> None:
-        """Note the sizes of what is mounted or was used of late, and remove what was deleted and is
-        still there.
+        """Store the sizes of workspaces that are mounted or were used recently, and resume
+        interrupted deletions.
 
         Raises:
-            UnavailableError: the store cannot be reached.
+            UnavailableError: the store does not answer.
         """
         async with self._store.read() as tx:
             every, mounted = await tx.workspaces.every(), await tx.sandboxes.mounted()
