@@ -1,1 +1,1 @@
-"""Settings, logging, metrics, wiring: the only room that knows all the others."""
+"""Settings, logging, metrics, wiring: the only room that knows all others."""

@@ -1,4 +1,4 @@
-"""Opens the store for the operator's commands, whether or not a server runs."""
+"""Opens the store for operator commands, with or without a running server."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -29,7 +29,7 @@ async def administration(settings: Settings) -> AsyncIterator[Administration]:
 
 
 async def ensure_key(settings: Settings, known: str | None) -> str:
-    """Return an API key that works: the known one if it does, else a new one."""
+    """Return a valid API key: the configured one if it works, else a new one."""
     async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
         if known and await is_valid_key(store, known):
             return known

@@ -1,4 +1,4 @@
-"""Runs a control plane of an installation on several hosts, and what its operator does with it."""
+"""Runs a control plane of an installation on several hosts, and its operator commands."""
 
 import logging
 import os
@@ -52,7 +52,7 @@ _RENEW_S = 24 * 3600.0
 
 
 async def ensure_installation(store: Store, clock: Clock) -> Installation:
-    """Return what the installation vouches with, made the first time.
+    """Return the installation's authority and NATS account, created at first use.
 
     Raises:
         InternalError: it was sealed with another key.
@@ -69,7 +69,7 @@ async def ensure_installation(store: Store, clock: Clock) -> Installation:
 
 
 def write_papers(folder: Path, certificate: bytes, key: bytes, authority: bytes) -> Papers:
-    """Write an end's papers into a folder of its own, and return where they are."""
+    """Write certificate, key and authority into a private directory, and return their paths."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     papers = Papers(folder / "certificate.pem", folder / "key.pem", folder / "authority.pem")
     for path, data in (
@@ -80,7 +80,7 @@ def write_papers(folder: Path, certificate: bytes, key: bytes, authority: bytes)
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file that its owner alone may read, whole or not at all."""
+    """Write a file atomically, readable by its owner only."""
     part = path.with_name(f"{path.name}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -91,8 +91,8 @@ def write_private(path: Path, data: bytes) -> None:
 
 
 def nats_tls(servers: tuple[str, ...], authority: str) -> ssl.SSLContext | None:
-    """Return what TLS with NATS needs (its authority in PEM), None where it is spoken to in the
-    clear."""
+    """Return the TLS context for NATS (with its authority in PEM), or None if it is not
+    encrypted."""
     if not any(one.startswith("tls://") for one in servers):
         return None
     context = ssl.create_default_context(cadata=authority)
@@ -101,13 +101,13 @@ def nats_tls(servers: tuple[str, ...], authority: str) -> ssl.SSLContext | None:
 
 
 def told_address(settings: Settings) -> str:
-    """Return the host by which others are told to reach this one."""
+    """Return the address by which other hosts reach this one."""
     own = settings.cluster
     return own.address or (own.host if own.host not in _ANY else socket.gethostname())
 
 
 def door_of(settings: Settings) -> str:
-    """Return where nodes are told to reach this control plane, HOST:PORT."""
+    """Return the HOST:PORT by which nodes reach this control plane."""
     address = told_address(settings)
     host = f"[{address}]" if ":" in address else address
     return f"{host}:{settings.cluster.port}"
@@ -132,7 +132,7 @@ class ControlLogin:
 
 
 class RemoteNodes(Mapping[str, RemoteNode]):
-    """The nodes of a roster, as they are to be asked."""
+    """The nodes of a roster, as clients of their requests."""
 
     def __init__(self, roster: Roster, link: Link, inbox: Inbox) -> None:
         self._roster = roster
@@ -153,7 +153,7 @@ class RemoteNodes(Mapping[str, RemoteNode]):
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a control plane has of the hosts around it; `roster` is to be run."""
+    """A control plane's connections to other hosts; `roster` is to be run."""
 
     roster: Roster
     nodes: RemoteNodes
@@ -167,11 +167,11 @@ class Cluster:
 async def open_cluster(
     settings: Settings, *, server_id: str, store: Store, clock: Clock
 ) -> AsyncIterator[Cluster]:
-    """Join the control planes and nodes of an installation, and leave them at the block's end.
+    """Join the control planes and nodes of an installation, and leave them when the block ends.
 
     Raises:
-        InvalidArgumentError: the settings do not say where NATS is.
-        UnavailableError: the door's port is taken, or the store does not answer.
+        InvalidArgumentError: no NATS servers are configured.
+        UnavailableError: the port is taken, or the store does not answer.
     """
     own = settings.cluster
     if not own.nats:
@@ -243,8 +243,7 @@ async def open_cluster(
 
 
 async def agree(clock: AgreedClock, store: Store) -> bool:
-    """Have a clock go by the database's; False if that took so long to answer that nobody knows
-    what the time was."""
+    """Set a clock by the database's; return False if the answer took too long to be accurate."""
     async with store.read() as tx:  # not to count the wait for a connection
         before = clock.elapsed()
         moment = await tx.facts.now()
@@ -256,10 +255,10 @@ async def agree(clock: AgreedClock, store: Store) -> bool:
 
 
 async def agree_at_first(clock: AgreedClock, store: Store) -> None:
-    """Have a clock go by the database's before anything is done by it.
+    """Set a clock by the database's before it is used.
 
     Raises:
-        UnavailableError: the database is slow to answer, again and again.
+        UnavailableError: the database is too slow, repeatedly.
     """
     for _ in range(_TRIES):
         if await agree(clock, store):
@@ -269,8 +268,8 @@ async def agree_at_first(clock: AgreedClock, store: Store) -> None:
 
 @asynccontextmanager
 async def agreeing(clock: AgreedClock, store: Store) -> AsyncIterator[None]:
-    """Have a clock go by the database's, which is that of every control plane, while the block
-    runs: two hosts whose clocks differ would else tell each other's sandboxes idle, or over."""
+    """Keep a clock set by the database's while the block runs. Otherwise two hosts with different
+    clocks would disagree on idle and expired sandboxes."""
 
     async def keep_at_it() -> None:
         while True:
@@ -291,7 +290,7 @@ async def agreeing(clock: AgreedClock, store: Store) -> AsyncIterator[None]:
 async def open_cluster_control(
     settings: Settings, clock: Clock | None = None
 ) -> AsyncIterator[tuple[Control, Cluster]]:
-    """Open a control plane on the store that it shares with others, and on their nodes."""
+    """Open a control plane on the shared store, and on its nodes."""
     agreed = AgreedClock()
     clock = clock or agreed
     version, server_id = package_version("sandyard"), server_id_of(settings.home)
@@ -324,10 +323,10 @@ async def open_cluster_control(
 
 
 async def serve_cluster_control(settings: Settings) -> None:
-    """Serve as one of an installation's control planes, until told to stop by SIGTERM or SIGINT.
+    """Serve as a control plane, until stopped by SIGTERM or SIGINT.
 
     Raises:
-        InvalidArgumentError: the settings lack something; the message says what.
+        InvalidArgumentError: a setting is missing; the message names it.
         UnavailableError: another server uses the home, or a port is taken.
     """
     if not settings.store_url.startswith("postgresql://"):
@@ -352,7 +351,7 @@ async def serve_cluster_control(settings: Settings) -> None:
 
 @asynccontextmanager
 async def open_fleet(settings: Settings) -> AsyncIterator[tuple[Fleet, Installation]]:
-    """Open the nodes of an installation for its operator, whether or not a control plane runs."""
+    """Open an installation's nodes for its operator, with or without a running control plane."""
     clock = AgreedClock()
     async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
         await agree_at_first(clock, store)
@@ -362,10 +361,10 @@ async def open_fleet(settings: Settings) -> AsyncIterator[tuple[Fleet, Installat
 
 
 async def invite_line(settings: Settings) -> str:
-    """Return the command that makes a host a node, good once and for an hour.
+    """Return the command that makes a host a node. It is valid once, for an hour.
 
     Raises:
-        InvalidArgumentError: this is no control plane's host.
+        InvalidArgumentError: this is not a control plane's host.
     """
     if not settings.cluster.nats:
         raise InvalidArgumentError(
@@ -391,9 +390,9 @@ async def write_nats_config(
     cluster_port: int | None,
     name: str,
 ) -> Path:
-    """Write what a NATS server of the installation is started with into a folder; return its file.
+    """Write the configuration for a NATS server of the installation; return its file.
 
-    `addresses` are what the other servers reach it by; default: `host`, or this host's name.
+    `addresses` are those by which other servers reach it. Default: `host`, or this host's name.
 
     Raises:
         UnavailableError: it cannot be written there.

@@ -1,4 +1,4 @@
-"""Opens a control plane: the services on a store and nodes, and the HTTP application on them."""
+"""Opens a control plane: the services on a store and nodes, and the faces on them."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -56,7 +56,7 @@ class Control:
 
 @asynccontextmanager
 async def _payments(settings: Settings) -> AsyncIterator[Payments]:
-    """Open the payment provider, or what says that there is none."""
+    """Open the payment provider, or a substitute that refuses payments."""
     billing = settings.billing
     if billing.stripe_secret is None:
         yield NoPayments()
@@ -125,9 +125,9 @@ async def open_control(
     pace: Pace | None = None,
     faces: Sequence[MakeFace] = (),
 ) -> AsyncIterator[Control]:
-    """Open a control plane on a store and nodes; `server_id` tells it from its peers.
+    """Open a control plane on a store and nodes. `server_id` distinguishes it from its peers.
 
-    Whatever a server of that id was at work on when it ended is taken up anew.
+    Work that a server with that id left unfinished is resumed.
     """
     async with store.write(Turn.ALONE) as tx:
         await tx.leases.void(server_id)

@@ -1,4 +1,4 @@
-"""Looks at the host and names each thing that is missing or in the way, with what mends it."""
+"""Checks the host, and names each problem with its fix."""
 
 import json
 import os
@@ -54,7 +54,7 @@ _LIMIT_S = 20.0
 
 
 async def examine(settings: Settings) -> AsyncIterator[Finding]:
-    """Look at everything, in the order in which it would get in the way."""
+    """Check everything, in the order in which problems would appear."""
     if os.geteuid() != 0:
         yield Finding("bad", "not running as root", "run it with sudo")
         return
@@ -71,7 +71,7 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
 
 
 async def _examine_host(settings: Settings) -> AsyncIterator[Finding]:
-    """Look at what a host needs to start machines."""
+    """Check what a host needs to start machines."""
     yield _tun()
     for tool, package in _TOOLS.items():
         if shutil.which(tool) is None:
@@ -185,7 +185,7 @@ def _uids(identity: Identity) -> Finding:
 
 
 async def _home(settings: Settings, identity: Identity) -> Finding:
-    """Look whether the accounts that machines run under reach their files."""
+    """Check that the accounts of machines can reach their files."""
     uid = identity.uid_first
     folder = await closed_component(machine_folders(settings), uid)
     if folder is not None:
@@ -238,7 +238,7 @@ def _room(settings: Settings) -> list[Finding]:
 
 
 def _kernels(settings: Settings) -> list[Finding]:
-    """Look at the kernels that an operator gives: what they lack, and who has not taken them in."""
+    """Check custom kernels: missing options, and templates that do not use them yet."""
     images = images_of(settings)
     own = [(settings.kernel, settings.kernel_modules)]
     own += [(one.kernel, one.kernel_modules) for one in images.definitions.values()]

@@ -1,4 +1,4 @@
-"""Fetches Firecracker's official release, the version that this one is made for."""
+"""Downloads the pinned official release of Firecracker."""
 
 import hashlib
 import io
@@ -25,22 +25,22 @@ _LIMIT = httpx.Timeout(300.0, connect=3.0)
 
 
 def bin_dir(settings: Settings) -> Path:
-    """Return where fetched programs are kept."""
+    """Return the directory of downloaded programs."""
     return settings.home / "bin"
 
 
 def program(settings: Settings, name: str, wanted: str | None) -> str:
-    """Return the program to use: the one named in the settings, else on PATH, else the fetched."""
+    """Return the program to use: from the settings, from PATH, or downloaded."""
     if wanted is not None:
         return wanted
     return shutil.which(name) or str(bin_dir(settings) / name)
 
 
 def fetch(settings: Settings, *, progress: Callable[[str], None], source: str = _RELEASES) -> Path:
-    """Download the release, check the programs in it, and return the folder they are put in.
+    """Download the release, verify its programs, and return their directory.
 
     Raises:
-        UnavailableError: it cannot be had, or is not what it should be; nothing is installed.
+        UnavailableError: it cannot be downloaded, or is not authentic; nothing is installed.
     """
     if platform.machine() != "x86_64":
         raise UnavailableError(

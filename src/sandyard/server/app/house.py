@@ -51,17 +51,17 @@ class House:
 
     @property
     def reconciler(self) -> Reconciler:
-        """What makes things so; it is to be run."""
+        """The reconciler; it is to be run."""
         return self.control.reconciler
 
     @property
     def lifecycle(self) -> Lifecycle:
-        """What changes a sandbox's status."""
+        """The service that changes a sandbox's status."""
         return self.control.lifecycle
 
     @property
     def meter(self) -> Meter:
-        """What charges for usage; it is to be run."""
+        """The service that charges for usage; it is to be run."""
         return self.control.meter
 
 
@@ -74,10 +74,10 @@ async def open_house(
     fills_pool: bool = True,
     faces: Sequence[MakeFace] = (),
 ) -> AsyncIterator[House]:
-    """Open store and node, adopt what lives, and give everything back on leaving.
+    """Open store and node, adopt running machines, and release everything when the block ends.
 
-    `drivers` replaces those that the settings allow, `clock` the host's; `faces` are served besides
-    the standard ones. Machines keep running after the block.
+    `drivers` replaces those that the settings allow, `clock` the host's. `faces` are served in
+    addition to the standard ones. Machines keep running after the block.
     """
     clock = clock or SystemClock()
     bus, version = LocalBus(clock), package_version("sandyard")

@@ -1,4 +1,4 @@
-"""What an installation has on disk beside its database: its key, its lock, its pid."""
+"""An installation's files beside its database: key, lock, pid."""
 
 import fcntl
 import os
@@ -29,14 +29,15 @@ _STOP_LIMIT_S = 60.0
 
 
 def forget_environment() -> None:
-    """Remove the installation's settings from the environment, once they have been read: some are
-    secrets, and no process that this one starts is to have them."""
+    """Remove the installation's settings from the environment after reading them: some are secrets,
+    and child processes must not inherit them."""
     for name in [one for one in os.environ if one.startswith("SANDYARD_")]:
         del os.environ[name]
 
 
 def secret_key(home: Path) -> bytes:
-    """Return the installation's key, making it the first time; whoever loses it loses secrets."""
+    """Return the installation's key, created at first use. Without it, stored secrets cannot be
+    read."""
     path = home / "secret.key"
     home.mkdir(parents=True, exist_ok=True, mode=0o755)
     try:
@@ -51,7 +52,7 @@ def secret_key(home: Path) -> bytes:
 
 
 def server_id_of(home: Path) -> str:
-    """Return the id of the server that uses a home, the same at every start of it."""
+    """Return the id of the server that uses a home, the same at every start."""
     path = home / "server.id"
     home.mkdir(parents=True, exist_ok=True, mode=0o755)
     try:
@@ -66,8 +67,8 @@ def server_id_of(home: Path) -> str:
 
 
 def ssh_host_key(home: Path) -> bytes:
-    """Return the private key that the SSH gateway is known by (OpenSSH's format), making it the
-    first time; clients that know another one refuse to talk to it."""
+    """Return the SSH gateway's private host key (OpenSSH format), created at first use. Clients
+    that know another one refuse to connect."""
     path = home / "ssh_host_ed25519_key"
     home.mkdir(parents=True, exist_ok=True, mode=0o755)
     if not path.exists():
@@ -87,7 +88,7 @@ def ssh_host_key(home: Path) -> bytes:
 
 
 def ssh_public_key(private: bytes) -> str:
-    """Return the public half of a host key, `ssh-ed25519 AAAA…`.
+    """Return a host key's public half, `ssh-ed25519 AAAA…`.
 
     Raises:
         UnavailableError: it cannot be read.
@@ -104,10 +105,10 @@ def ssh_public_key(private: bytes) -> str:
 
 @contextmanager
 def only_server(home: Path) -> Iterator[None]:
-    """Hold the home for one server, its pid in `server.pid`.
+    """Lock the home for one server, and write its pid to `server.pid`.
 
     Raises:
-        UnavailableError: another one runs.
+        UnavailableError: another server is running.
     """
     home.mkdir(parents=True, exist_ok=True)
     pid = home / "server.pid"
@@ -127,11 +128,11 @@ def only_server(home: Path) -> Iterator[None]:
 
 
 def running_server(home: Path) -> int | None:
-    """Return the pid of the server that holds a home, None if there is none.
+    """Return the pid of the server that holds a home, or None.
 
     Raises:
-        UnavailableError: something holds the home's lock that is no server of it; nobody may be
-            ended for that.
+        UnavailableError: a process that is not a server holds the lock; nothing may be killed
+            because of that.
     """
     if not (home / "server.lock").exists():
         return None
@@ -156,7 +157,7 @@ def running_server(home: Path) -> int | None:
 
 
 def stop_server(home: Path) -> int | None:
-    """Stop the server of a home and return the pid it had; None if there was none.
+    """Stop a home's server and return its pid, or None if there was none.
 
     Raises:
         UnavailableError: it does not stop.
@@ -182,7 +183,8 @@ def living_machines(home: Path) -> list[str]:
 
 
 def _private_lock(home: Path) -> TextIO:
-    """Open the file that a server of a home locks; nobody else may, or could keep it from that."""
+    """Open the file that a home's server locks. Only its owner can open it, so no other user can
+    block the server."""
     descriptor = os.open(home / "server.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     os.fchmod(descriptor, 0o600)
     return os.fdopen(descriptor, "a")
@@ -196,7 +198,7 @@ def _told_pid(home: Path) -> int | None:
 
 
 def _has_open(pid: int, path: Path) -> bool:
-    """Tell whether a process has a file open: a pid alone may be another process's by now."""
+    """Tell whether a process has a file open: the pid may have been reused."""
     wanted = path.stat()
     try:
         for one in Path(f"/proc/{pid}/fd").iterdir():
@@ -210,7 +212,7 @@ def _has_open(pid: int, path: Path) -> bool:
 
 
 def kind_of_host() -> str:
-    """Return what a saved machine must find the same again: the kind of processor."""
+    """Return what must match for a saved machine: the processor model."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return f"{platform.machine()} {line.partition(':')[2].strip()}"

@@ -1,4 +1,4 @@
-"""Tries every link of a host that belongs to an installation of several; for the doctor."""
+"""Checks the connections between the hosts of an installation, for the doctor."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -27,7 +27,7 @@ _LIMIT_S = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `mend` is what to do about it, empty where nothing is."""
+    """The result of one check. `mend` is the fix, empty if none is needed."""
 
     level: Literal["ok", "note", "bad"]
     what: str
@@ -35,7 +35,7 @@ class Finding:
 
 
 async def examine_links(settings: Settings) -> AsyncIterator[Finding]:
-    """Try what a control plane, or a node, needs of other hosts; nothing on one machine."""
+    """Check the connections that a control plane or a node needs; nothing on a single machine."""
     if settings.cluster.nats:
         async for finding in _of_control(settings):
             yield finding

@@ -1,4 +1,4 @@
-"""Log lines: JSON for programs, text on a terminal; who and what come from the context."""
+"""Log formats: JSON for programs, text on a terminal. Context variables add ids."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people, what varies at its end."""
+    """A line for people, with variable parts at its end."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -55,10 +55,10 @@ class TextFormatter(logging.Formatter):
 
 
 class Folded(logging.Filter):
-    """Lets a line through so many times in a while, then only says how often it came.
+    """Passes a repeated line a few times per period, then only reports how often it came.
 
-    A crowd at the door, or a disk that is full, says the same thousands of times a second; that
-    must not fill the disk too.
+    A flood of connections or a full disk repeats a line thousands of times a second, which must not
+    fill the disk.
     """
 
     def __init__(self, *, most: int = 100, window_s: float = 10.0) -> None:
@@ -70,7 +70,7 @@ class Folded(logging.Filter):
         self._seen: Counter[tuple[str, int, str]] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether a line is to be written; see logging.Filter."""
+        """Tell whether a line is written. See logging.Filter."""
         with self._lock:
             return self._passes(record)
 
@@ -91,7 +91,7 @@ class Folded(logging.Filter):
 
 
 class _PrivateFile(RotatingFileHandler):
-    """A log that its owner alone may write, and its group read: it names sandboxes and people."""
+    """A log file readable by its owner and group only: it names sandboxes and people."""
 
     def _open(self) -> Any:
         descriptor = os.open(
@@ -108,7 +108,7 @@ def set_up_logs(
     file: Path | None = None,
     file_mib: int = 32,
 ) -> None:
-    """Send all log lines to standard error, or to a file that is begun anew at a size."""
+    """Send all log lines to standard error, or to a file that is rotated by size."""
     handler: logging.Handler
     if file is None:
         handler = logging.StreamHandler(sys.stderr)
@@ -125,6 +125,6 @@ def set_up_logs(
 
 
 def _means_something(record: logging.LogRecord) -> bool:
-    """Tell whether a line of asyncio's says anything: a stream that was wrapped in TLS does not
-    know it (NATS's), and asyncio complains of that each time the other end closes."""
+    """Tell whether a line of asyncio's is useful. A stream wrapped in TLS (as by the NATS client)
+    logs a warning each time the peer closes."""
     return not record.getMessage().startswith("returning true from eof_received()")

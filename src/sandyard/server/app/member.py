@@ -1,4 +1,4 @@
-"""Runs the node of a host that belongs to an installation of several; and has a host join one."""
+"""Runs a host's node in an installation on several hosts, and joins hosts."""
 
 import asyncio
 import json
@@ -59,7 +59,7 @@ _FIRST_S = 0.5
 
 @dataclass(frozen=True)
 class Home:
-    """What a host keeps of its being a node: its keys, its identity, and where to say so."""
+    """A node's identity: its keys, its id, and the addresses of control planes."""
 
     identity: Identity
     seed: bytes
@@ -67,7 +67,7 @@ class Home:
     address: str
 
     def kept(self) -> bytes:
-        """Return it as it is written down."""
+        """Return it as stored."""
         return json.dumps(encode(self)).encode()
 
 
@@ -77,10 +77,10 @@ def is_member(settings: Settings) -> bool:
 
 
 def home_of(settings: Settings) -> Home:
-    """Return what a host keeps of its being a node.
+    """Return this host's identity as a node.
 
     Raises:
-        UnavailableError: it is none, or what it kept cannot be read.
+        UnavailableError: it is not a node, or its file cannot be read.
     """
     file = settings.home / "cluster" / _FILE
     try:
@@ -97,11 +97,11 @@ def home_of(settings: Settings) -> Home:
 
 
 async def join(settings: Settings, door: str, token: str, *, name: str | None = None) -> str:
-    """Have this host become a node by an invite, and return the id that it has from now on.
+    """Make this host a node by an invite, and return its new id.
 
     Raises:
-        InvalidArgumentError: what was given is no door, or no invite.
-        ConflictError: it is a node already, or an installation of its own.
+        InvalidArgumentError: the address or the invite is invalid.
+        ConflictError: it is a node already, or has an installation of its own.
         SandyardError: see links.tunnel.door.joined.
     """
     host, port = door_at(door)
@@ -133,10 +133,10 @@ async def join(settings: Settings, door: str, token: str, *, name: str | None = 
 
 
 def door_at(door: str) -> tuple[str, int]:
-    """Return the host and the port of a door.
+    """Return the host and port of a control plane's address.
 
     Raises:
-        InvalidArgumentError: it is none.
+        InvalidArgumentError: it is invalid.
     """
     host, _, port = door.rpartition(":")
     if not host or not port.isdigit():
@@ -151,7 +151,7 @@ def _papers(settings: Settings, identity: Identity, key: bytes) -> Papers:
 
 
 def place_of(home: Path) -> str:
-    """Return what tells a host and home from a copy of them."""
+    """Return a value that distinguishes a host and home from copies of them."""
     # A copied host has the same /etc/machine-id, and a container often none.
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     # Two containers of one host may have copies of a home at the same path.
@@ -163,15 +163,15 @@ def place_of(home: Path) -> str:
 async def open_member(
     settings: Settings, clock: Clock | None = None
 ) -> AsyncIterator["asyncio.Task[ConflictError | NotFoundError | None]"]:
-    """Open the node of this host, for whichever control plane asks.
+    """Open this host's node for all control planes.
 
-    What is yielded ends with why this process is the node no more. Machines live on: leaving lets
-    go of them without ending them.
+    The yielded task ends with the reason why this process is no longer the node. Machines keep
+    running after the block.
 
     Raises:
         UnavailableError: this host has not joined, or a port is taken.
         ConflictError: another process is this node.
-        NotFoundError: the node was forgotten.
+        NotFoundError: the node was removed.
     """
     clock = clock or SystemClock()
     home, folder = home_of(settings), settings.home / "cluster"
@@ -256,7 +256,7 @@ async def open_member(
 
 @asynccontextmanager
 async def _metrics_server(settings: Settings, metrics: Metrics, node: Node) -> AsyncIterator[None]:
-    """Serve the node's /metrics, if it has a port for that."""
+    """Serve the node's own /metrics, if a port is configured."""
     port = settings.cluster.metrics_port
     if port is None:
         yield
@@ -286,12 +286,12 @@ def _tell(crew: Crew, registry: NatsPresence, node_id: str) -> None:
 
 
 async def serve_node(settings: Settings) -> None:
-    """Serve this host's machines to control planes, until told to stop by SIGTERM or SIGINT.
+    """Serve this host's machines to control planes, until stopped by SIGTERM or SIGINT.
 
     Raises:
         UnavailableError: this host has not joined, or its home or port is taken.
         ConflictError: another process is this node.
-        NotFoundError: the node was forgotten.
+        NotFoundError: the node was removed.
     """
     stop = at_the_end()
     with only_server(settings.home):

@@ -1,4 +1,4 @@
-"""Prometheus metrics, and who may read them."""
+"""Prometheus metrics, and access to them."""
 
 import asyncio
 import hmac
@@ -108,20 +108,20 @@ class Metrics:
         self._seconds.labels(face, method, route).observe(seconds)
 
     def started(self, way: Way, seconds: float) -> None:
-        """Count a machine that came up."""
+        """Count a started machine."""
         self._starts.labels(way.value).observe(seconds)
 
     def asked_pool(self, *, template: str, is_hit: bool) -> None:
-        """Count a start that could have come from the pool."""
+        """Count a start that the pool could have served."""
         self._asked.labels(template, "hit" if is_hit else "miss").inc()
 
     def nodes(self, *, answering: int, silent: int) -> None:
-        """Note how many nodes answer, and how many do not."""
+        """Set how many nodes answer, and how many do not."""
         self._nodes.labels("answering").set(answering)
         self._nodes.labels("silent").set(silent)
 
     def render(self, reports: Sequence[NodeReport]) -> bytes:
-        """Return all metrics in Prometheus's text form, with what the nodes report."""
+        """Return all metrics in Prometheus's text format, including what the nodes report."""
         tally = Tally(_state_of(fact) for report in reports for fact in report.machines)
         for state in _STATES:
             self._machines.labels(state).set(tally[state])
@@ -146,7 +146,7 @@ Reports = Callable[[], Awaitable[Sequence[NodeReport]]]
 
 
 def reports_of(nodes: Nodes, metrics: Metrics) -> Reports:
-    """Return what asks all nodes, and counts in `metrics` how many answer."""
+    """Return a function that polls all nodes, and counts in `metrics` how many answer."""
 
     async def report_of(node: NodeControl) -> NodeReport | None:
         with suppress(UnavailableError):

@@ -33,7 +33,7 @@ NODE_ID = "local"
 
 
 def limits_of(settings: Settings) -> NodeLimits:
-    """Return how long a node waits, and how much it starts at once."""
+    """Return a node's time limits, and how much it starts concurrently."""
     own = settings.node
     limits = {
         "boot_s": own.boot_s,
@@ -53,7 +53,7 @@ def limits_of(settings: Settings) -> NodeLimits:
 
 
 def margins_of(settings: Settings) -> Margins:
-    """Return what a host keeps for itself."""
+    """Return the resources that are kept free on the host."""
     own = settings.node
     return Margins(
         memory_floor_mib=own.memory_floor_mib,
@@ -75,10 +75,10 @@ async def open_node(
     drivers: Sequence[Driver] | None = None,
     fills_pool: bool = True,
 ) -> AsyncIterator[Node]:
-    """Open the node in a home, adopt what lives, and on leaving let go of it without ending it.
+    """Open the node of a home, and adopt running machines; they keep running after the block.
 
-    `drivers` takes the place of those that the settings allow. `volumes` are what its machines may
-    mount; without any they mount nothing.
+    `drivers` replaces those that the settings allow. `volumes` are the workspaces that machines may
+    mount; without it they mount nothing.
     """
     images = images_of(settings)
     network: Network

@@ -1,4 +1,4 @@
-"""Writes the reference pages that are made from the code; a test fails when they lag."""
+"""Generates reference pages from the code; a test fails when they are out of date."""
 
 import inspect
 import json
@@ -186,7 +186,7 @@ PAGES = {
 
 
 def main() -> None:
-    """Write the pages into the folder given."""
+    """Write the pages into a directory."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/reference")
     for name, page in PAGES.items():
         (folder / name).write_text(page())

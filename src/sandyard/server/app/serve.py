@@ -1,4 +1,4 @@
-"""Runs an installation: the house with its HTTP server; and takes it down."""
+"""Runs an installation with its HTTP server, and removes one."""
 
 import asyncio
 import contextlib
@@ -47,7 +47,7 @@ _GONE = frozenset({Status.DESTROYED})
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until told to stop by SIGTERM or SIGINT; machines live on.
+    """Serve until stopped by SIGTERM or SIGINT. Machines keep running.
 
     Raises:
         UnavailableError: another server uses the home, or the port is taken.
@@ -61,7 +61,7 @@ async def serve(settings: Settings) -> None:
 
 
 def at_the_end() -> asyncio.Event:
-    """Make this process a server's: return what is set once it is told to stop."""
+    """Prepare this process to serve, and return an event that is set when it is told to stop."""
     forget_environment()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -79,7 +79,7 @@ def at_the_end() -> asyncio.Event:
 
 @contextlib.asynccontextmanager
 async def ssh_gateway(control: Control, settings: Settings) -> AsyncIterator[None]:
-    """Open the SSH gateway of a control plane, if it is to have one."""
+    """Open the SSH gateway of a control plane, if it is enabled."""
     services, ssh = control.services, settings.ssh
     if not ssh.enabled:
         yield
@@ -107,9 +107,9 @@ def http_server(
     is_tunnel: Callable[[Any], bool] = lambda _: False,
     handshakes: Handshakes | None = None,
 ) -> uvicorn.Server:
-    """Return the HTTP server of an application, with its doors as the settings have them.
+    """Return the HTTP server of an application, with the limits of the settings.
 
-    For `is_tunnel` see `guarded`; with `handshakes` it speaks TLS.
+    For `is_tunnel` see `guarded`. With `handshakes` it terminates TLS.
     """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     gate = Gate(
@@ -140,7 +140,7 @@ def http_server(
 
 
 def _behind(handshakes: Handshakes, protocol: type[asyncio.Protocol]) -> Any:
-    """Return what makes connections whose protocol is made once their handshake is done."""
+    """Return a factory of connections whose protocol starts after their TLS handshake."""
     return lambda **given: handshakes.protocol(lambda: protocol(**given))
 
 
@@ -150,7 +150,8 @@ async def serve_control(
     settings: Settings,
     *beside: Coroutine[object, object, None],
 ) -> None:
-    """Serve HTTP and do a control plane's work, and what goes on `beside`, until told to stop."""
+    """Serve HTTP and run a control plane's background work, with `beside` concurrently, until
+    stopped."""
     handshakes = _preview_handshakes(settings)
     server = http_server(control.front, settings.http, is_tunnel=control.front.is_tunnel)
     # What is there by now stays: to look through it again and again for garbage costs a tenth of
@@ -177,7 +178,7 @@ async def serve_control(
 async def _preview_server(
     preview: ASGIApp, settings: Settings, handshakes: Handshakes | None
 ) -> AsyncIterator[None]:
-    """Serve previews on a port of their own, if they are to have one."""
+    """Serve previews on a separate port, if one is configured."""
     port = settings.preview.port
     if port is None:
         yield
@@ -212,7 +213,7 @@ async def served_on(
 
 
 def _preview_handshakes(settings: Settings) -> Handshakes | None:
-    """Return what does the handshakes of the port for previews, if it speaks TLS.
+    """Return the TLS handshakes for the port of previews, if it terminates TLS.
 
     Raises:
         UnavailableError: its certificate cannot be used.
@@ -232,7 +233,7 @@ def _preview_handshakes(settings: Settings) -> Handshakes | None:
 
 
 def listen(host: str, port: int, setting: str = "SANDYARD_HTTP__PORT") -> socket.socket:
-    """Return a socket that listens.
+    """Return a listening socket.
 
     Raises:
         UnavailableError: the port is taken.
@@ -253,12 +254,12 @@ def listen(host: str, port: int, setting: str = "SANDYARD_HTTP__PORT") -> socket
 
 
 async def remove_everything(settings: Settings) -> int:
-    """Delete every sandbox and all that the installation has on the host; return how many.
+    """Delete every sandbox and everything the installation set up on the host; return how many.
 
     Images, database and keys stay. The server must be stopped.
 
     Raises:
-        UnavailableError: a server runs, or something would not go.
+        UnavailableError: a server is running, or something cannot be removed.
     """
     removed = 0
     with only_server(settings.home):

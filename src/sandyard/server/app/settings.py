@@ -1,6 +1,6 @@
-"""All settings, in one place, read once.
+"""All settings, read once.
 
-A value comes from, first to last: what a command was given, the environment (`SANDYARD_…`, two
+A value comes from the first of: command arguments, the environment (`SANDYARD_…`, with two
 underscores between section and name), `config.toml` in the installation's home, the default.
 """
 
@@ -39,7 +39,7 @@ _HOST = r"^[A-Za-z0-9][A-Za-z0-9.:-]*$"
 
 
 class Section(BaseModel):
-    """Base of the sections: a key that is not known is an error."""
+    """Base of the sections. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -133,7 +133,7 @@ class SshSettings(Section):
 
 
 class PreviewSettings(Section):
-    """Preview URLs of what listens in sandboxes."""
+    """Preview URLs."""
 
     domain: str | None = Field(
         None,
@@ -190,7 +190,7 @@ class StoreSettings(Section):
 
 
 class FirecrackerSettings(Section):
-    """Firecracker, where the host has KVM that really works."""
+    """Firecracker, on hosts where KVM works."""
 
     binary: str | None = Field(
         None,
@@ -363,7 +363,7 @@ class NodeSettings(Section):
 
 
 class PoolSettings(Section):
-    """Machines that wait, running, for whoever creates a sandbox."""
+    """The pool of running machines that wait for sandboxes."""
 
     floor: int | None = Field(
         None,
@@ -443,14 +443,14 @@ class SessionSettings(Section):
 
 
 def _is_safe(url: str) -> bool:
-    """Tell whether nobody on the way can change what is read there."""
+    """Tell whether a URL is protected against changes in transit."""
     parsed = urlsplit(url)
     is_local = parsed.hostname in ("127.0.0.1", "::1", "localhost") and parsed.username is None
     return parsed.scheme == "https" or (parsed.scheme == "http" and is_local)
 
 
 class PriceSettings(Section):
-    """Prices in cents; up to six places after the point."""
+    """Prices in cents, with up to six decimals."""
 
     vcpu_hour: Decimal = Field(
         Decimal("5"),
@@ -509,7 +509,7 @@ class BillingSettings(Section):
 
 
 class PlanSettings(Section):
-    """What organizations of a plan may have; what is left out has no limit."""
+    """The limits of a plan; an omitted one is unlimited."""
 
     requests_per_minute: int | None = Field(None, ge=1, description="Of a key, and of a user.")
     sandboxes: int | None = Field(None, ge=0, description="Running at one time.")
@@ -524,7 +524,7 @@ class PlanSettings(Section):
 
 
 class WorkspaceSettings(Section):
-    """Workspaces: folders that outlive sandboxes."""
+    """Workspaces, directories that outlive sandboxes."""
 
     quota_mib: int = Field(
         10_240, ge=16, le=2**24, description="The size limit of new workspaces in MiB."
@@ -551,7 +551,7 @@ class WorkspaceSettings(Section):
 
 
 class ClusterSettings(Section):
-    """Several hosts: `sandyard control` and `sandyard node`. On one machine none of it is used."""
+    """Several hosts: `sandyard control` and `sandyard node`. Not used on a single machine."""
 
     nats: tuple[str, ...] = Field(
         (),
@@ -593,7 +593,7 @@ class ClusterSettings(Section):
 
 
 class LogSettings(Section):
-    """The log: on standard error, or in a file that is kept from growing."""
+    """The log: on standard error, or in a file that is rotated."""
 
     file: Path | None = Field(
         None,
@@ -616,7 +616,7 @@ class LogSettings(Section):
 
 
 class Settings(BaseSettings):
-    """Everything that can be set."""
+    """All settings."""
 
     model_config = SettingsConfigDict(
         env_prefix="SANDYARD_",
@@ -693,32 +693,32 @@ class Settings(BaseSettings):
 
     @property
     def workspaces_dir(self) -> Path:
-        """Where the volumes of workspaces are."""
+        """The directory of workspaces."""
         return self.workspaces.folder or self.home / "workspaces"
 
     @property
     def kernel(self) -> Path | None:
-        """The kernel for all templates; a relative path is one in the home."""
+        """The kernel for all templates. A relative path is below the home."""
         return None if self.node.kernel is None else self.home / self.node.kernel
 
     @property
     def kernel_modules(self) -> Path | None:
-        """The folder of its modules, likewise."""
+        """The directory of its modules, likewise."""
         return None if self.node.kernel_modules is None else self.home / self.node.kernel_modules
 
     @property
     def images_dir(self) -> Path:
-        """Where built images are kept."""
+        """The directory of built images."""
         return self.node.images_dir or self.home / "images"
 
     @property
     def cache_dir(self) -> Path:
-        """Where package archives are kept."""
+        """The directory of cached packages."""
         return self.node.cache_dir or self.home / "cache"
 
     @property
     def templates_dir(self) -> Path:
-        """Where template definitions are."""
+        """The directory of template definitions."""
         if self.node.templates_dir is not None:
             return self.node.templates_dir
         beside_source = Path(__file__).parents[4] / "templates"

@@ -1,4 +1,4 @@
-"""What settings mean: the parts that an installation, its node and its commands are made of."""
+"""Builds the parts of an installation, a node and the commands from settings."""
 
 import logging
 import os
@@ -70,15 +70,15 @@ def builder_of(settings: Settings) -> Builder:
 
 
 async def identity_of(settings: Settings) -> Identity:
-    """Return the installation's place on its host."""
+    """Return the installation's identity on its host: names, accounts, subnet."""
     return take_identity(settings.home, routes=await host_routes(), subnet=settings.node.subnet)
 
 
 async def check_home(settings: Settings) -> None:
-    """Return if the accounts that machines run under can reach the installation's files.
+    """Return if the accounts of machines can reach the installation's files.
 
     Raises:
-        UnavailableError: they cannot; the message names the folder and two remedies.
+        UnavailableError: they cannot; the message names the directory and two remedies.
     """
     if settings.node.driver != "fake" and os.geteuid() == 0:
         uid = (await identity_of(settings)).uid_first
@@ -86,7 +86,7 @@ async def check_home(settings: Settings) -> None:
 
 
 def machine_folders(settings: Settings) -> list[Path]:
-    """Return the folders from which machines open files."""
+    """Return the directories from which machines open files."""
     home = settings.home
     return [home, settings.images_dir, *(home / one for one in ("machines", "kernels"))]
 
@@ -125,10 +125,10 @@ def _every_driver(settings: Settings) -> list[Driver]:
 async def set_up_firecracker(
     settings: Settings, *, force: bool, progress: Callable[[str], None]
 ) -> str:
-    """Fetch Firecracker unless it is there or would not be used here; return what came of it.
+    """Install Firecracker if it can be used here and is missing; return what was done.
 
     Raises:
-        UnavailableError: it cannot be had.
+        UnavailableError: it cannot be downloaded.
     """
     driver = _every_driver(settings)[0]
     try:
@@ -142,7 +142,7 @@ async def set_up_firecracker(
 
 
 def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:
-    """Return the choice among drivers, with this installation's memory of verdicts."""
+    """Return the selection among drivers, with the installation's cached verdicts."""
     return Drivers(
         drivers,
         cache=settings.home / "cache" / "verdicts.json",
@@ -153,7 +153,7 @@ def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:
 
 
 def addresses_of(settings: Settings) -> Addresses:
-    """Return what clients are told of where the ways into sandboxes are."""
+    """Return the public addresses of the gateways."""
     http, ssh, preview = settings.http, settings.ssh, settings.preview
     host = f"[{http.host}]" if ":" in http.host else http.host
     base_url = http.public_url or f"http://{host}:{http.port}"
@@ -181,7 +181,7 @@ def addresses_of(settings: Settings) -> Addresses:
 
 @asynccontextmanager
 async def open_volumes(settings: Settings) -> AsyncIterator[Volumes]:
-    """Open what workspaces lie in; on leaving, what is mounted and not in use is unmounted."""
+    """Open the storage of workspaces; unmount unused ones when the block ends."""
     own, folder = settings.workspaces, settings.workspaces_dir
     can_mount = os.geteuid() == 0 and settings.node.driver != "fake"
     wants_images = own.volumes == "images" or (own.volumes == "auto" and can_mount)
@@ -194,7 +194,7 @@ async def open_volumes(settings: Settings) -> AsyncIterator[Volumes]:
 
 
 def sign_up_of(settings: Settings) -> SignUp:
-    """Return what new organizations begin with."""
+    """Return what new organizations start with."""
     return SignUp(
         grant_cents=settings.billing.sign_up_cents,
         plan=settings.accounts.default_plan,
