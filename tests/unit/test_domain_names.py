@@ -36,6 +36,15 @@ def text_of(node: ast.AST) -> str:
     )
 
 
+def names_in(node: ast.AST) -> set[str]:
+    """Return the variables that an f-string shows."""
+    return {
+        one.value.id
+        for one in ast.walk(node)
+        if isinstance(one, ast.FormattedValue) and isinstance(one.value, ast.Name)
+    }
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(SERVER)))
 def test_errors_name_fields_of_the_domain(path: Path) -> None:
     for call in raised(path):
@@ -45,3 +54,5 @@ def test_errors_name_fields_of_the_domain(path: Path) -> None:
                 assert not CAMEL.search(text_of(keyword.value)), ast.unparse(call)
         for argument in call.args:
             assert not FACE.search(text_of(argument)), ast.unparse(call)
+            if any(keyword.arg == "field" for keyword in call.keywords):
+                assert "field" not in names_in(argument), f"use {{field}}: {ast.unparse(call)}"

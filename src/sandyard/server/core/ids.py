@@ -125,13 +125,13 @@ def checked_text(text: str, *, field: str) -> str:
     """
     if "\x00" in text:
         raise InvalidArgumentError(
-            f"cannot take {field}: it has the character U+0000; remove it", field=field
+            "cannot take {field}: it has the character U+0000; remove it", field=field
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidArgumentError(
-            f"cannot take {field}: it is not valid Unicode (a lone surrogate); remove it",
+            "cannot take {field}: it is not valid Unicode (a lone surrogate); remove it",
             field=field,
         ) from error
     return text
@@ -146,12 +146,12 @@ def check_json(value: object, *, field: str, depth: int = 0) -> None:
     """
     if depth > _JSON_DEPTH:
         raise InvalidArgumentError(
-            f"cannot take {field}: it is nested over {_JSON_DEPTH} deep", field=field
+            f"cannot take {{field}}: it is nested over {_JSON_DEPTH} deep", field=field
         )
     if isinstance(value, str):
         checked_text(value, field=field)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise InvalidArgumentError(f"cannot take {field}: NaN is not JSON", field=field)
+        raise InvalidArgumentError("cannot take {field}: NaN is not JSON", field=field)
     elif isinstance(value, list):
         for one in value:
             check_json(one, field=field, depth=depth + 1)

@@ -45,7 +45,7 @@ def parse_size(text: str, *, field: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or not text.isascii():
         raise InvalidArgumentError(
-            f"cannot read {field}: it must be a whole number and MB or GB, such as 512MB or 4GB",
+            "cannot read {field}: it must be a whole number and MB or GB, such as 512MB or 4GB",
             field=field,
         )
     number, unit = int(match[1]), match[2]

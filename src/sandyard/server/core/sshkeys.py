@@ -35,31 +35,33 @@ def checked_public_key(text: str, *, field: str) -> str:
     words = text.strip().split(" ", 2)
     if len(text) > _KEY_MAX or len(words) < 2 or any(ch in text.strip() for ch in "\r\n\x00"):
         raise InvalidArgumentError(
-            f"cannot read {field}: a public key is one line, such as ssh-ed25519 AAAA… comment",
+            "cannot read {field}: a public key is one line, such as ssh-ed25519 AAAA… comment",
             field=field,
         )
     if words[0] not in KEY_TYPES:
         raise InvalidArgumentError(
-            f"cannot take {field}: keys of this type are not accepted", field=field
+            "cannot take {field}: keys of this type are not accepted", field=field
         )
     try:
         blob = base64.b64decode(words[1], validate=True)
         parts = _parts(blob)
     except (binascii.Error, ValueError) as error:
         raise InvalidArgumentError(
-            f"cannot read {field}: the key is damaged; copy it again", field=field
+            "cannot read {field}: the key is damaged; copy it again", field=field
         ) from error
     if not parts or parts[0] != words[0].encode():
         raise InvalidArgumentError(
-            f"cannot read {field}: the key is not of the type it names; copy it again", field=field
+            "cannot read {field}: the key is not of the type it names; copy it again", field=field
         )
     if not _is_sound(words[0], parts[1:]):
         raise InvalidArgumentError(
-            f"cannot read {field}: what is in it is no {words[0]} key; copy it again", field=field
+            f"cannot read {{field}}: what is in it is no {words[0]} key; copy it again",
+            field=field,
         )
     if words[0] == "ssh-rsa" and int.from_bytes(parts[2], "big").bit_length() < _RSA_BITS_MIN:
         raise InvalidArgumentError(
-            f"cannot take {field}: RSA keys need {_RSA_BITS_MIN} bits; make a new one", field=field
+            f"cannot take {{field}}: RSA keys need {_RSA_BITS_MIN} bits; make a new one",
+            field=field,
         )
     return " ".join(words)
 

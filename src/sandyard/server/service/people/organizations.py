@@ -375,7 +375,8 @@ def check_title(name: str, *, field: str) -> str:
     checked_text(name, field=field)
     if not 1 <= len(name) <= _NAME_MAX or not name.isprintable() or not name.strip():
         raise InvalidArgumentError(
-            f"cannot use this {field}: it needs 1 to {_NAME_MAX} printable characters", field=field
+            f"cannot use this {{field}}: it needs 1 to {_NAME_MAX} printable characters",
+            field=field,
         )
     return name
 

@@ -266,11 +266,11 @@ def path_of(text: bytes, *, field: str = "path") -> bytes:
         InvalidArgumentError: it is invalid.
     """
     if not text or b"\0" in text:
-        raise InvalidArgumentError(f"cannot use {field}: give the path of a file", field=field)
+        raise InvalidArgumentError("cannot use {field}: give the path of a file", field=field)
     path = text if text.startswith(b"/") else _HOME + text
     if len(path) > _PATH_MAX or any(len(one) > _NAME_MAX for one in path.split(b"/")):
         raise InvalidArgumentError(
-            f"cannot use {field}: a path has at most {_PATH_MAX} bytes, and {_NAME_MAX} a name",
+            f"cannot use {{field}}: a path has at most {_PATH_MAX} bytes, and {_NAME_MAX} a name",
             field=field,
         )
     return path

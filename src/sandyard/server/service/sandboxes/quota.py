@@ -40,16 +40,16 @@ class Quota:
             InvalidArgumentError: it does; `facts` name the field and the limit.
         """
         plan = plan_of(self._plans, actor)
-        for field, asked, limit, shown in (
+        for what, asked, limit, shown in (
             ("vcpus", shape.vcpus, plan.vcpus, f"{plan.vcpus} vCPUs"),
             ("memory", shape.memory_mib, _mib(plan.memory_gb), f"{plan.memory_gb}GB of memory"),
             ("disk", shape.disk_mib, _mib(plan.disk_gb), f"{plan.disk_gb}GB of disk"),
         ):
             if limit is not None and asked > limit:
                 raise InvalidArgumentError(
-                    f"cannot give a sandbox so much {field}: the organization's plan allows "
+                    f"cannot give a sandbox so much {what}: the organization's plan allows "
                     f"{shown} in all",
-                    field=f"resources.{field}",
+                    field=f"resources.{what}",
                     limit=limit,
                 )
 
