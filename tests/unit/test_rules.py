@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sandyard.server.core import errors
 from sandyard.server.core.errors import Code, InvalidArgumentError, SandyardError
 from sandyard.server.core.scopes import SCOPES, is_covered
-from sandyard.server.core.sshkeys import checked_public_key, is_literal_key
+from sandyard.server.core.sshkeys import is_literal_key
+from sandyard.server.links.public_keys import checked_public_key
 
 
 def blob(*parts: bytes) -> str:
@@ -48,7 +49,16 @@ def test_nothing_covers_with_nothing_held(scope: str) -> None:
     assert is_covered(scope, ["*"])
 
 
-@pytest.mark.parametrize("key", [ED25519, RSA_2048])
+def line(kind: str, *fields: bytes) -> str:
+    """Return a public key of these fields."""
+    blob = b"".join(len(one).to_bytes(4, "big") + one for one in (kind.encode(), *fields))
+    return f"{kind} {base64.b64encode(blob).decode()}"
+
+
+TOKEN = line("sk-ssh-ed25519@openssh.com", bytes(range(32)), b"ssh:")
+
+
+@pytest.mark.parametrize("key", [ED25519, RSA_2048, TOKEN])
 def test_good_keys_are_kept_as_one_line(key: str) -> None:
     assert checked_public_key(f" {key}\n", field="k") == key
     assert is_literal_key(key)
@@ -65,6 +75,12 @@ def test_good_keys_are_kept_as_one_line(key: str) -> None:
         ED25519[:30],
         f"{ED25519}\n{ED25519}",
         "ssh-ed25519 ????",
+        f"{ED25519.split()[0]} {ED25519.split()[1]}====",
+        line("sk-ssh-ed25519@openssh.com", bytes(32)),  # without the application
+        line("ssh-ed25519", bytes(32), b"more"),
+        line("ssh-rsa", b"\x01\x00\x01", b"\x00" + b"\xff" * 255 + b"\xfe"),  # even
+        line("ssh-rsa", b"\x02", b"\x00" + b"\xff" * 256),
+        line("ecdsa-sha2-nistp256", b"nistp256", b"\x04" + bytes(64)),  # not on the curve
         "x" * 20_000,
     ],
 )

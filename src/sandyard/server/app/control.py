@@ -22,6 +22,7 @@ from sandyard.server.front.dispatch import Dispatch
 from sandyard.server.gateway.previews import PreviewApp
 from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
+from sandyard.server.links.public_keys import checked_public_key
 from sandyard.server.links.sessions import JwtSessions, Provider
 from sandyard.server.service.money.build import build_money
 from sandyard.server.service.money.metering import BEAT, Meter
@@ -159,6 +160,7 @@ async def open_control(
             sign_up=sign_up_of(settings),
             failures_per_minute=settings.accounts.failed_logins_per_minute,
             check_password=check_password,
+            check_public_key=checked_public_key,
         )
         sandboxes = build_sandboxes(
             platform,

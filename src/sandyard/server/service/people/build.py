@@ -9,7 +9,7 @@ from sandyard.server.service.people.logins import Logins
 from sandyard.server.service.people.organizations import Organizations, SignUp
 from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.people.sign_in import SignIn
-from sandyard.server.service.people.ssh_keys import SshKeys
+from sandyard.server.service.people.ssh_keys import CheckPublicKey, SshKeys
 from sandyard.server.service.sandboxes.platform import Platform
 
 
@@ -32,6 +32,7 @@ def build_people(
     sign_up: SignUp,
     failures_per_minute: int,
     check_password: Callable[[str, str | None], Awaitable[bool]],
+    check_public_key: CheckPublicKey,
 ) -> People:
     """Return the services; without `sign_in`, session tokens are refused."""
     store, clock, repeats = platform.store, platform.clock, platform.repeats
@@ -42,7 +43,7 @@ def build_people(
         rates=rates,
         organizations=Organizations(store=store, repeats=repeats, clock=clock, sign_up=sign_up),
         api_keys=ApiKeys(store, clock),
-        ssh_keys=SshKeys(store, repeats, clock),
+        ssh_keys=SshKeys(store, repeats, clock, check_public_key),
         logins=Logins(
             store=store,
             register=platform.register,

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from typing import Protocol
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Transaction
 from sandyard.server.core.errors import ConflictError, InvalidArgumentError, NotFoundError
 from sandyard.server.core.ids import checked_text, new_uuid
 from sandyard.server.core.records import SshKey
-from sandyard.server.core.sshkeys import checked_public_key, fingerprint_of, is_literal_key
+from sandyard.server.core.sshkeys import fingerprint_of, is_literal_key
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
 from sandyard.server.service.people.organizations import check_title
@@ -42,10 +43,21 @@ def _blob(public_key: str) -> str:
     return public_key.split(" ")[1]
 
 
+class CheckPublicKey(Protocol):
+    """Validates public keys. See links.public_keys.checked_public_key."""
+
+    def __call__(self, text: str, *, field: str) -> str:
+        """Return a public key as one line."""
+        ...
+
+
 class SshKeys:
     """The operations. All members see an organization's keys; members delete only their own."""
 
-    def __init__(self, store: Store, repeats: Repeats, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, repeats: Repeats, clock: Clock, check_public_key: CheckPublicKey
+    ) -> None:
+        self._check = check_public_key
         self._store = store
         self._repeats = repeats
         self._clock = clock
@@ -61,7 +73,7 @@ class SshKeys:
             ConflictError: there are too many.
         """
         actor.require("ssh-key:*")
-        text = checked_public_key(checked_text(public_key, field="public_key"), field="public_key")
+        text = self._check(checked_text(public_key, field="public_key"), field="public_key")
         key = SshKey(
             id=new_uuid(),
             org_id=actor.org_id,
@@ -141,7 +153,7 @@ class SshKeys:
         if wanted is not None and len(wanted) > KEYS_MAX:
             raise InvalidArgumentError(f"cannot take over {KEYS_MAX} SSH keys", field="ssh_keys")
         if wanted is not None and all(is_literal_key(one) for one in wanted):
-            return tuple((checked_public_key(one, field="ssh_keys"), "") for one in wanted)
+            return tuple((self._check(one, field="ssh_keys"), "") for one in wanted)
         async with self._store.glance() as tx:
             known = {key.id: key.public_key for key in await tx.ssh_keys.every(actor.org_id)}
         if wanted is None:
@@ -150,7 +162,7 @@ class SshKeys:
         for one in wanted:
             checked_text(one, field="ssh_keys")
             if is_literal_key(one):
-                found[checked_public_key(one, field="ssh_keys")] = ""
+                found[self._check(one, field="ssh_keys")] = ""
             elif one in known:
                 found.setdefault(known[one], one)
             else:
