@@ -40,7 +40,7 @@ from sandyard.server.links.nats.client import Inbox
 from sandyard.server.links.nats.link import Link, linked
 from sandyard.server.links.nats.register import NatsPresence
 from sandyard.server.links.nats.server import answering
-from sandyard.server.links.nats.tokens import Key, KeyLogin, Role, Token
+from sandyard.server.links.nats.tokens import Key, KeyLogin, NatsToken, Role
 from sandyard.server.links.sql import open_store
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.people.organizations import SignUp, found_organization
@@ -130,7 +130,7 @@ async def _be_there(pipe: Connection, given: dict[str, object], count: int) -> N
                 identity = await fleet.join(joining)
                 node = FakeNode(identity.node_id, templates=())
                 tls = nats_tls(settings.cluster.nats, installation.nats.certificate.decode())
-                login = KeyLogin(key, Token(identity.token))
+                login = KeyLogin(key, NatsToken(identity.token))
                 link = Link(settings.cluster.nats, "many", login, tls, is_quiet=True)
                 presence = NatsPresence(link, Inbox(link, node.node_id))
                 await held.enter_async_context(answering(node, link))

@@ -42,7 +42,7 @@ from sandyard.server.drivers.fake import ECHO_PORT, Conduct, FakeDriver, FakeHos
 from sandyard.server.links.identities import Authority, control_name, node_name
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.sql import open_store
-from sandyard.server.links.tunnel.client import Place, Tunnels
+from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.server import serving
 from sandyard.server.node.node import Node
 
@@ -183,7 +183,7 @@ async def _tunnel(rounds: int) -> dict[str, float]:
         try:
             here.send((desk.authority.certificate, desk.authority.key))
             port, far = await asyncio.to_thread(here.recv)
-            place = Place("127.0.0.1", port, node_name(INSTALLATION, "n"))
+            place = NodeAddress("127.0.0.1", port, node_name(INSTALLATION, "n"))
             tls = desk.tls(control_name(INSTALLATION, "c"), is_server=False)
             async with (
                 _a_machine(Path(folder) / "home") as (node, near),

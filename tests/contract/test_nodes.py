@@ -55,7 +55,7 @@ from sandyard.server.links.nats.client import Inbox, RemoteNode
 from sandyard.server.links.nats.link import linked
 from sandyard.server.links.nats.server import answering
 from sandyard.server.links.tunnel import frames
-from sandyard.server.links.tunnel.client import Place, Tunnels
+from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.server import serving
 
 
@@ -161,7 +161,7 @@ def by_the_tunnel(make: Any) -> Any:
                 may=lambda who: who == control,
             ) as port,
             Tunnels(
-                desk.tls(control, is_server=False), lambda _: Place("127.0.0.1", port, name)
+                desk.tls(control, is_server=False), lambda _: NodeAddress("127.0.0.1", port, name)
             ) as tunnel,
         ):
             yield replace(inner, tunnel=tunnel)

@@ -53,7 +53,7 @@ from sandyard.server.links.tunnel.door import (
     opened_door,
 )
 from sandyard.server.links.tunnel.ends import Papers, context_of
-from sandyard.server.node.membership import Membership
+from sandyard.server.node.membership import NodeMembership
 from sandyard.server.service.fleet import LEASE_S, Fleet
 from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
@@ -495,9 +495,9 @@ class Presences:
 @asynccontextmanager
 async def a_membership(
     clock: DrivenClock, *ways: Presences
-) -> AsyncIterator[tuple[Membership, "asyncio.Task[None]", list[str]]]:
+) -> AsyncIterator[tuple[NodeMembership, "asyncio.Task[None]", list[str]]]:
     doors: list[str] = []
-    membership = Membership(
+    membership = NodeMembership(
         new_uuid(), ways, hello=lambda: Hello(START, an_application()[1]),
         keep=lambda _: None, know=doors.append, clock=clock, boot_time=clock.monotonic,
     )  # fmt: skip
@@ -507,7 +507,7 @@ async def a_membership(
         running.cancel()
 
 
-async def _kept(membership: Membership) -> None:
+async def _kept(membership: NodeMembership) -> None:
     try:
         await membership.run()
     except SandyardError as error:

@@ -14,7 +14,7 @@ from tests.support.door import BRIEF, SOON_S, Door, door
 from tests.support.house import eventually, until
 
 from sandyard.server.front.bodies import LargeBodies
-from sandyard.server.front.engine import Patience
+from sandyard.server.front.engine import ConnectionLimits
 
 
 def resident_mib() -> float:
@@ -214,7 +214,7 @@ async def test_large_bodies_are_bounded_together(
 
 
 async def test_a_connection_in_steady_use_is_kept(tmp_path: Path) -> None:
-    brief = Patience(head_s=0.2, still_s=0.1, look_s=0.02)
+    brief = ConnectionLimits(head_s=0.2, still_s=0.1, look_s=0.02)
     async with door(tmp_path, patience=brief, keep_alive_s=3) as opened:
         reader, writer = await opened.knock()
         loop = asyncio.get_running_loop()

@@ -18,7 +18,7 @@ from sandyard.server.core.errors import DeadlineExceededError, InternalError, Un
 from sandyard.server.core.ids import new_sandbox_id
 from sandyard.server.links.nats import asks, client, server
 from sandyard.server.links.nats.client import Inbox, RemoteNode
-from sandyard.server.links.nats.link import PREFIX, Heard, Link, linked
+from sandyard.server.links.nats.link import PREFIX, Link, NatsMessage, linked
 from sandyard.server.links.nats.server import answering
 from sandyard.server.links.nats.tokens import Key, Role, name_of, public_of
 
@@ -195,7 +195,7 @@ async def test_what_nobody_understands_is_told_and_ends_nothing(nats: NatsServer
 
 
 async def test_a_hostile_node_hears_nothing_and_is_heard_nowhere(nats: NatsServer) -> None:
-    heard: list[Heard] = []
+    heard: list[NatsMessage] = []
     nodes = {name: FakeNode(name) for name in ("good", "evil")}
     evil = nats.node_link("evil")
     for subject in ("node.good.do", "node.*.do", "inbox.>", "hint.>", "ctl.>", ">"):
@@ -205,7 +205,7 @@ async def test_a_hostile_node_hears_nothing_and_is_heard_nowhere(nats: NatsServe
         a_control(nats) as (link, inbox),
         linked(evil),
     ):
-        said: list[Heard] = []
+        said: list[NatsMessage] = []
         other = nats.control_link("two")
         other.listen(">", said.append)
         async with linked(other):

@@ -24,9 +24,9 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.links.identities import Authority, control_name, new_request, node_name
-from sandyard.server.links.tunnel.client import Place, Tunnels
+from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.ends import context_of
-from sandyard.server.links.tunnel.frames import PIECE, WINDOW, BrokenError, Kind, Line, head
+from sandyard.server.links.tunnel.frames import PIECE, WINDOW, BrokenError, FrameKind, Line, head
 from sandyard.server.links.tunnel.server import serving
 
 CONTROL, NODE = control_name(INSTALLATION, "one"), node_name(INSTALLATION, "n")
@@ -133,7 +133,7 @@ async def both(folder: Path, **options: int) -> AsyncIterator[Ends]:
                 tls=desk.tls(NODE, is_server=True), **options,
             )
         )  # fmt: skip
-        places = {"n": Place("127.0.0.1", port, NODE)}
+        places = {"n": NodeAddress("127.0.0.1", port, NODE)}
         tunnel = await held.enter_async_context(
             Tunnels(desk.tls(CONTROL, is_server=False), places.get)
         )
@@ -308,7 +308,7 @@ async def test_a_node_that_is_gone_is_told_of(tmp_path: Path) -> None:
         await held.aclose()
         await task
         assert isinstance(reading[0], UnavailableError)
-        places = {"n": Place("127.0.0.1", ends.port, NODE)}
+        places = {"n": NodeAddress("127.0.0.1", ends.port, NODE)}
         async with Tunnels(desk.tls(CONTROL, is_server=False), places.get) as tunnel:
             for machine, kind in (
                 (WHERE, UnavailableError),
@@ -321,7 +321,7 @@ async def test_a_node_that_is_gone_is_told_of(tmp_path: Path) -> None:
 
 async def test_connections_that_died_while_nobody_used_them_are_not_used(tmp_path: Path) -> None:
     desk, machines = Desk.new(tmp_path), Machines()
-    tls, places = desk.tls(NODE, is_server=True), dict[str, Place]()
+    tls, places = desk.tls(NODE, is_server=True), dict[str, NodeAddress]()
     async with (
         asyncio.timeout(_LIMIT_S),
         Tunnels(desk.tls(CONTROL, is_server=False), places.get) as tunnel,
@@ -330,7 +330,7 @@ async def test_connections_that_died_while_nobody_used_them_are_not_used(tmp_pat
             async with serving(
                 machines, address="127.0.0.1", port=0, tls=tls, may=lambda _: True
             ) as port:
-                places["n"] = Place("127.0.0.1", port, NODE)
+                places["n"] = NodeAddress("127.0.0.1", port, NODE)
                 async with tunnel.open(WHERE, DIAL) as opened:
                     await opened.stream.write(b"x")
                     assert await opened.stream.read(1) == b"x"
@@ -354,7 +354,7 @@ async def test_nobody_gets_in_without_papers_of_the_installations_own(
             async with asyncio.timeout(_LIMIT_S):
                 line = await ends.connect(tls)
                 try:
-                    await line.say(Kind.ASK, head({"v": 1}))
+                    await line.say(FrameKind.ASK, head({"v": 1}))
                     await line.hear()
                 finally:
                     line.hang_up()
@@ -362,7 +362,7 @@ async def test_nobody_gets_in_without_papers_of_the_installations_own(
 
 
 async def test_a_control_plane_talks_to_the_node_that_it_means_alone(ends: Ends) -> None:
-    places = {"n": Place("127.0.0.1", ends.port, node_name(INSTALLATION, "another"))}
+    places = {"n": NodeAddress("127.0.0.1", ends.port, node_name(INSTALLATION, "another"))}
     async with Tunnels(ends.mine, places.get) as tunnel, asyncio.timeout(_LIMIT_S):
         with pytest.raises(UnavailableError, match="not sandyard://test/node/another"):
             async with tunnel.open(WHERE, DIAL):
@@ -373,8 +373,8 @@ async def test_no_more_are_served_than_may_be(tmp_path: Path) -> None:
     async with both(tmp_path, most=2) as ends, asyncio.timeout(_LIMIT_S):
         lines = [await ends.connect(ends.mine) for _ in range(2)]
         for line in lines:
-            await line.say(Kind.ASK, head({"v": 1, "op": "nothing"}))
-            assert (await line.hear()).kind is Kind.REFUSE
+            await line.say(FrameKind.ASK, head({"v": 1, "op": "nothing"}))
+            assert (await line.hear()).kind is FrameKind.REFUSE
         third = await ends.connect(ends.mine)
         with pytest.raises(BrokenError):
             await third.hear()
@@ -386,11 +386,11 @@ async def test_no_more_are_served_than_may_be(tmp_path: Path) -> None:
     "said",
     [
         b"\xff" * 100,
-        bytes((Kind.DATA, 0, 0, 0, 1, 1)),
-        bytes((Kind.ASK,)) + (2**31).to_bytes(4, "big"),
-        bytes((Kind.ASK, 0, 0, 0, 3)) + b"[1]",
-        bytes((Kind.ASK, 0, 0, 0, 3)) + b"\xff\xff\xff",
-        bytes((Kind.ASK, 0, 0, 0, 9)) + b"{}",
+        bytes((FrameKind.DATA, 0, 0, 0, 1, 1)),
+        bytes((FrameKind.ASK,)) + (2**31).to_bytes(4, "big"),
+        bytes((FrameKind.ASK, 0, 0, 0, 3)) + b"[1]",
+        bytes((FrameKind.ASK, 0, 0, 0, 3)) + b"\xff\xff\xff",
+        bytes((FrameKind.ASK, 0, 0, 0, 9)) + b"{}",
     ],
 )
 async def test_nonsense_is_hung_up_on_and_harms_nobody_else(ends: Ends, said: bytes) -> None:
@@ -415,11 +415,11 @@ async def test_who_sends_more_than_may_be_is_hung_up_on(ends: Ends) -> None:
         request = ops.request_of(DIAL, "")
         machine = {"nodeId": "n", "sandboxId": "sandbox-1", "incarnation": 1}
         asked = {"v": 1, "machine": machine, "op": request.op, "args": request.args}
-        await line.say(Kind.ASK, head(asked))
-        assert (await line.hear()).kind is Kind.ANSWER
+        await line.say(FrameKind.ASK, head(asked))
+        assert (await line.hear()).kind is FrameKind.ANSWER
         with pytest.raises(BrokenError):
             while True:
-                await line.say(Kind.DATA, bytes(PIECE))
+                await line.say(FrameKind.DATA, bytes(PIECE))
         line.hang_up()
         await until(lambda: ends.machines.open_now == 0)
 
@@ -428,12 +428,12 @@ async def test_what_is_asked_in_another_version_is_refused_in_words(ends: Ends) 
     async with asyncio.timeout(_LIMIT_S):
         line = await ends.connect(ends.mine)
         for asked in ({"v": 2}, {"v": 1, "op": "dial"}, {"v": 1, "machine": {}, "op": "x"}):
-            await line.say(Kind.ASK, head(asked))
+            await line.say(FrameKind.ASK, head(asked))
             said = await line.hear()
-            assert said.kind is Kind.REFUSE
+            assert said.kind is FrameKind.REFUSE
             assert b"cannot tell what is asked" in said.payload
-            await line.say(Kind.LEAVE)
-            assert (await line.hear()).kind is Kind.LEAVE
+            await line.say(FrameKind.LEAVE)
+            assert (await line.hear()).kind is FrameKind.LEAVE
         line.hang_up()
 
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sandyard.server.core.errors import Code, InvalidTokenError, SandyardError
-from sandyard.server.front.dispatch import Entry
+from sandyard.server.front.dispatch import FaceEntry
 from sandyard.server.front.edge import Edge
 from sandyard.server.front.face import EdgeServices, Face
 from sandyard.server.front.hosts import below
@@ -37,7 +37,7 @@ class SecondKey(Credential):
     secret: str
 
 
-def make_second_face(services: Services, edge: EdgeServices) -> Entry:
+def make_second_face(services: Services, edge: EdgeServices) -> FaceEntry:
     """Make the face and its entry in the dispatch table."""
 
     async def verify(key: SecondKey) -> Admission:
@@ -63,7 +63,7 @@ def make_second_face(services: Services, edge: EdgeServices) -> Entry:
         exception_handlers={SandyardError: _answer},
     )
     app.state.services = services
-    return Entry(below(DOMAIN), app)
+    return FaceEntry(below(DOMAIN), app)
 
 
 def _key_of(connection: HTTPConnection) -> SecondKey | None:

@@ -27,7 +27,7 @@ from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.reconcile.reconciler import Pace
 from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.create import NewSandbox
-from sandyard.server.service.sandboxes.execute import Command, Outcome
+from sandyard.server.service.sandboxes.execute import Command, CommandOutcome
 from sandyard.server.service.services import Services
 from tests.support.clock import DrivenClock, are_threads_at_work, count_threads, turn
 from tests.support.house import settings_of
@@ -112,7 +112,9 @@ class Desk:
             passed += step
             await still()
 
-    async def execute(self, sandbox: Sandbox, line: str, actor: Actor | None = None) -> Outcome:
+    async def execute(
+        self, sandbox: Sandbox, line: str, actor: Actor | None = None
+    ) -> CommandOutcome:
         """Run a command."""
         command = Command(line, 5000, "/", {}, None, "root")
         return await self.services.commands.execute(actor or self.actor, sandbox.id, command)

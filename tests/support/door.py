@@ -11,12 +11,12 @@ from sandyard.server.app.serve import http_server
 from sandyard.server.app.settings import HttpSettings
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.drivers.fake import Conduct
-from sandyard.server.front.engine import Patience
+from sandyard.server.front.engine import ConnectionLimits
 from tests.support.house import Yard, open_yard, until
 from tests.support.ports import free_port
 
 SOON_S = 30.0
-BRIEF = Patience(head_s=0.4, still_s=0.4, look_s=0.1)
+BRIEF = ConnectionLimits(head_s=0.4, still_s=0.4, look_s=0.1)
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Door:
 async def door(
     home: Path,
     *,
-    patience: Patience | None = None,
+    patience: ConnectionLimits | None = None,
     keep_alive_s: int | None = None,
     saves: bool = False,
     conduct: Conduct | None = None,

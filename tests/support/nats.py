@@ -17,8 +17,8 @@ from sandyard.server.links.nats.link import Link
 from sandyard.server.links.nats.tokens import (
     Key,
     KeyLogin,
+    NatsToken,
     Role,
-    Token,
     control_token,
     node_token,
 )
@@ -76,13 +76,13 @@ class NatsServer:
         """Return the link of a control plane, not opened."""
         key = Key.new(Role.USER)
         token = control_token(self.account, key.name, name, datetime.now(UTC), lasts)
-        return Link((self.url,), name, KeyLogin(key, Token(token)))
+        return Link((self.url,), name, KeyLogin(key, NatsToken(token)))
 
     def node_link(self, node_id: str, *, lasts: timedelta = HOUR) -> Link:
         """Return the link of a node, not opened."""
         key = Key.new(Role.USER)
         token = node_token(self.account, key.name, node_id, datetime.now(UTC), lasts)
-        return Link((self.url,), node_id, KeyLogin(key, Token(token)))
+        return Link((self.url,), node_id, KeyLogin(key, NatsToken(token)))
 
 
 @contextmanager

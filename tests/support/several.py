@@ -33,18 +33,18 @@ from sandyard.server.links.nats.client import Inbox, RemoteNode
 from sandyard.server.links.nats.link import Link, linked
 from sandyard.server.links.nats.server import answering
 from sandyard.server.links.sql import open_store
-from sandyard.server.links.tunnel.client import Place, Tunnels
+from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.server import serving
 from sandyard.server.node.node import Node
 from sandyard.server.service.people.bootstrap import ensure_first_organization
-from sandyard.server.service.reconcile.compare import Patience
+from sandyard.server.service.reconcile.compare import SilenceLimits
 from sandyard.server.service.reconcile.reconciler import Pace
 from tests.support.house import Yard, assert_added_up, settings_of
 from tests.support.nats import nats_server
 from tests.support.papers import Desk
 from tests.support.postgres import postgres_url
 
-PACE = Pace(period_s=0.2, lease_s=1.0, retry_s=0.2, patience=Patience(node_silent_s=1.0))
+PACE = Pace(period_s=0.2, lease_s=1.0, retry_s=0.2, patience=SilenceLimits(node_silent_s=1.0))
 NODE_IDS = ("one", "two", "three")
 SILENT = "three"
 _LIVES = 4  # requests that the second server answers before it is killed
@@ -133,7 +133,7 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
         url = await held.enter_async_context(postgres_url(is_migrated=True))
         nats = held.enter_context(nats_server(home / "nats"))
         desk, metrics = Desk.new(home / "papers"), Metrics(version="0")
-        nodes, links, places = dict[str, Node](), list[Link](), dict[str, Place]()
+        nodes, links, places = dict[str, Node](), list[Link](), dict[str, NodeAddress]()
         for node_id in NODE_IDS:
             if node_id == SILENT:
                 continue
@@ -160,7 +160,7 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
                     may=lambda who: who.startswith(control_name("test", "")),
                 )
             )  # fmt: skip
-            places[node_id] = Place("127.0.0.1", port, name)
+            places[node_id] = NodeAddress("127.0.0.1", port, name)
         tasks = await held.enter_async_context(asyncio.TaskGroup())
         controls, running = [], []
         settings = settings_of(home, **options)

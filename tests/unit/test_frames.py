@@ -24,7 +24,7 @@ from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import _refuse
 from sandyard.server.service.sandboxes import frames
 from sandyard.server.service.sandboxes.frames import Open, frames_of, send, told
-from sandyard.server.service.sandboxes.pace import Pace
+from sandyard.server.service.sandboxes.pace import FrameRates
 
 
 class Agent:
@@ -108,7 +108,7 @@ async def test_tiny_frames_leave_the_others_their_turn() -> None:
 
 async def test_all_streams_of_a_sandbox_and_of_an_organization_have_one_budget() -> None:
     clock = DrivenClock()
-    pace, decoded = Pace(clock), Counter[str]()
+    pace, decoded = FrameRates(clock), Counter[str]()
 
     async def stream(sandbox_id: str, org_id: str) -> None:
         while True:
@@ -132,7 +132,7 @@ async def test_all_streams_of_a_sandbox_and_of_an_organization_have_one_budget()
 
 async def test_an_honest_stream_is_not_slowed_down() -> None:
     clock = DrivenClock()
-    pace = Pace(clock)
+    pace = FrameRates(clock)
     for _ in range(10):
         await pace.spend("box", "org", 200)  # no time passes, and none is waited for
 

@@ -205,7 +205,7 @@ def test_a_name_with_a_token_is_not_told_to_pages_elsewhere() -> None:
     [
         refusals.closed(3000),
         *(
-            refusals.RefusedError(*one)
+            refusals.RefusalError(*one)
             for one in (refusals.NO_SUCH_NAME, refusals.SILENT, refusals.HUNG_UP, refusals.NO_HTTP)
         ),
         *(
@@ -217,7 +217,7 @@ def test_a_name_with_a_token_is_not_told_to_pages_elsewhere() -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_page_tells_visitors_and_owners_what_they_can_do(refused: refusals.RefusedError) -> None:
+def test_a_page_tells_visitors_and_owners_what_they_can_do(refused: refusals.RefusalError) -> None:
     message = refused.message
     for part in (message.title, message.text, message.visitor, message.owner):
         assert len(part) > 5

@@ -27,7 +27,7 @@ Check = Callable[[], Awaitable[object]]
 
 
 @dataclass(frozen=True)
-class Event:
+class SseEvent:
     """One event; with an `id`, a client that comes again says from where."""
 
     name: str
@@ -51,7 +51,7 @@ class EventStream(HeldStream):
 
     def __init__(
         self,
-        events: AsyncIterator[Event],
+        events: AsyncIterator[SseEvent],
         held: AsyncExitStack,
         check: "Recheck",
     ) -> None:
@@ -63,25 +63,25 @@ class EventStream(HeldStream):
         )
 
 
-async def _encoded(events: AsyncIterator[Event], check: "Recheck") -> AsyncIterator[bytes]:
+async def _encoded(events: AsyncIterator[SseEvent], check: "Recheck") -> AsyncIterator[bytes]:
     yield b": a stream of events\n\n"
     try:
         async for event in _with_beats(events, check):
             yield b": alive\n\n" if event is None else event.encoded()
     except SandyardError as error:
-        yield Event("error", error_out(error)).encoded()
+        yield SseEvent("error", error_out(error)).encoded()
 
 
 async def _with_beats(
-    events: AsyncIterator[Event], check: "Recheck"
-) -> AsyncIterator[Event | None]:
+    events: AsyncIterator[SseEvent], check: "Recheck"
+) -> AsyncIterator[SseEvent | None]:
     """Yield events, and None after BEAT_S without one; re-authorize every BEAT_S."""
     clock = check.clock
     checked_at = clock.monotonic()
-    found: asyncio.Queue[Event | BaseException | None] = asyncio.Queue(1)
+    found: asyncio.Queue[SseEvent | BaseException | None] = asyncio.Queue(1)
     async with beside(_hand_over(events, found)):
         while True:
-            event: Event | BaseException | None = _NOTHING_YET
+            event: SseEvent | BaseException | None = _NOTHING_YET
             with suppress(TimeoutError):
                 async with clock.timeout(BEAT_S):
                     event = await found.get()
@@ -96,7 +96,8 @@ async def _with_beats(
 
 
 async def _hand_over(
-    events: AsyncIterator[Event], found: "asyncio.Queue[Event | BaseException | None]"
+    events: AsyncIterator[SseEvent],
+    found: "asyncio.Queue[SseEvent | BaseException | None]",
 ) -> None:
     # An error goes the same way: raised here it would cancel whoever is sending just then.
     try:
@@ -108,7 +109,7 @@ async def _hand_over(
         await found.put(None)
 
 
-_NOTHING_YET = Event("", None)
+_NOTHING_YET = SseEvent("", None)
 
 
 @dataclass(frozen=True)

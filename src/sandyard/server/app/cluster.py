@@ -29,7 +29,7 @@ from sandyard.server.links.nats.link import TLS_NAME, Link, linked
 from sandyard.server.links.nats.register import registering
 from sandyard.server.links.nats.tokens import Key, Role, signature_of
 from sandyard.server.links.sql import open_store
-from sandyard.server.links.tunnel.client import Place, Tunnels
+from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.door import fingerprint_of, opened_door
 from sandyard.server.links.tunnel.ends import Papers, context_of
 from sandyard.server.links.volumes import FolderVolumes
@@ -114,7 +114,7 @@ def door_of(settings: Settings) -> str:
 
 
 class ControlLogin:
-    """See links.nats.link.Login: a control plane makes its own tokens."""
+    """See links.nats.link.NatsLogin: a control plane makes its own tokens."""
 
     def __init__(self, installation: Installation, server_id: str, clock: Clock) -> None:
         self._installation = installation
@@ -123,11 +123,11 @@ class ControlLogin:
         self._key = Key.new(Role.USER)
 
     def token(self) -> str:
-        """See links.nats.link.Login.token."""
+        """See links.nats.link.NatsLogin.token."""
         return self._installation.control_token(self._key.name, self._server_id, self._clock.now())
 
     def sign(self, nonce: bytes) -> bytes:
-        """See links.nats.link.Login.sign."""
+        """See links.nats.link.NatsLogin.sign."""
         return signature_of(self._key, nonce)
 
 
@@ -201,11 +201,11 @@ async def open_cluster(
         door=door_of(settings), hear=roster.hear, hears_late=roster.hears_late,
     )  # fmt: skip
 
-    def place_of(node_id: str) -> Place | None:
+    def place_of(node_id: str) -> NodeAddress | None:
         node = roster.nodes.get(node_id)
         if node is None or not node.host:
             return None
-        return Place(node.host, node.port, node_name(installation.id, node_id))
+        return NodeAddress(node.host, node.port, node_name(installation.id, node_id))
 
     async def renew() -> None:
         while True:

@@ -10,7 +10,7 @@ from sandyard.server.app.logs import request_id
 from sandyard.server.app.metrics import Metrics, MetricsRoute, reports_of
 from sandyard.server.app.settings import HttpSettings
 from sandyard.server.front.bodies import LargeBodies
-from sandyard.server.front.dispatch import Dispatch, Entry
+from sandyard.server.front.dispatch import Dispatch, FaceEntry
 from sandyard.server.front.face import EdgeServices
 from sandyard.server.front.hosts import at_paths, below, named
 from sandyard.server.gateway.previews import PreviewApp
@@ -18,7 +18,7 @@ from sandyard.server.pages.app import PATHS, PREFIXES, make_pages
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.services import Services
 
-MakeFace = Callable[[Services, EdgeServices], Entry]
+MakeFace = Callable[[Services, EdgeServices], FaceEntry]
 """Makes a face and its entry in the table."""
 
 
@@ -57,9 +57,9 @@ def make_faces(
     front = Dispatch(
         [
             *(make(services, edge) for make in more),
-            Entry(below(services.addresses.preview_domain), previews, takes_tunnels=True),
-            Entry(at_paths(own, exactly=PATHS, prefixes=PREFIXES), pages),
-            Entry(own, api),
+            FaceEntry(below(services.addresses.preview_domain), previews, takes_tunnels=True),
+            FaceEntry(at_paths(own, exactly=PATHS, prefixes=PREFIXES), pages),
+            FaceEntry(own, api),
         ]
     )
     return Faces(front, api, previews)

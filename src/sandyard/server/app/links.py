@@ -15,10 +15,10 @@ from sandyard.server.core.records import JoinedNode
 from sandyard.server.links.identities import node_name
 from sandyard.server.links.installation import Installation, is_control_of
 from sandyard.server.links.local import SystemClock
-from sandyard.server.links.nats.link import Link, Login, linked
-from sandyard.server.links.nats.tokens import Key, KeyLogin, Role, Token
+from sandyard.server.links.nats.link import Link, NatsLogin, linked
+from sandyard.server.links.nats.tokens import Key, KeyLogin, NatsToken, Role
 from sandyard.server.links.sql import open_store
-from sandyard.server.links.tunnel.client import Place, Tunnels
+from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.door import reached
 from sandyard.server.links.tunnel.ends import Papers, context_of
 
@@ -73,7 +73,7 @@ async def _of_control(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("note", "no host has joined", "run `sandyard admin node invite`")
 
 
-async def _nats(server: str, login: Login, authority: str) -> Finding:
+async def _nats(server: str, login: NatsLogin, authority: str) -> Finding:
     link = Link((server,), "doctor", login, nats_tls((server,), authority), is_quiet=True)
     async with linked(link):
         try:
@@ -94,7 +94,7 @@ async def _node(node: JoinedNode, installation: Installation, papers: Papers) ->
             "bad" if node.epoch else "note", f"the node {node.name} is not there",
             "run `sandyard node` on its host, and `sandyard doctor` if it does not stay",
         )  # fmt: skip
-    place = Place(node.host, node.port, node_name(installation.id, node.id))
+    place = NodeAddress(node.host, node.port, node_name(installation.id, node.id))
     async with Tunnels(context_of(papers, is_server=False), lambda _: place) as tunnels:
         try:
             await tunnels.reach(node.id)
@@ -113,7 +113,7 @@ async def _of_node(settings: Settings) -> AsyncIterator[Finding]:
     except SandyardError as error:
         yield Finding("bad", error.message)
         return
-    login = KeyLogin(Key(Role.USER, home.seed), Token(home.identity.token))
+    login = KeyLogin(Key(Role.USER, home.seed), NatsToken(home.identity.token))
     for server in home.identity.servers:
         yield await _nats(server, login, home.identity.nats_authority)
     tls = context_of(_own_papers(settings.home / "cluster"), is_server=False)

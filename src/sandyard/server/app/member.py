@@ -40,12 +40,12 @@ from sandyard.server.links.nats.client import Inbox
 from sandyard.server.links.nats.link import Link, linked
 from sandyard.server.links.nats.register import NatsPresence
 from sandyard.server.links.nats.server import answering
-from sandyard.server.links.nats.tokens import Key, KeyLogin, Role, Token
+from sandyard.server.links.nats.tokens import Key, KeyLogin, NatsToken, Role
 from sandyard.server.links.tunnel.door import DoorPresence, joined
 from sandyard.server.links.tunnel.ends import Papers, context_of
 from sandyard.server.links.tunnel.server import serving
 from sandyard.server.links.volumes import FolderVolumes
-from sandyard.server.node.membership import Membership, Telling
+from sandyard.server.node.membership import NodeMembership, Telling
 from sandyard.server.node.node import Node
 from sandyard.server.tasks import Crew, beside
 
@@ -180,7 +180,7 @@ async def open_member(
     papers = Papers(folder / "certificate.pem", folder / "key.pem", folder / "authority.pem")
     answers, asks = context_of(papers, is_server=True), context_of(papers, is_server=False)
     is_control = is_control_of(home.identity.installation)
-    user, token = Key(Role.USER, home.seed), Token(home.identity.token)
+    user, token = Key(Role.USER, home.seed), NatsToken(home.identity.token)
     servers = home.identity.servers
     login, tls = KeyLogin(user, token), nats_tls(servers, home.identity.nats_authority)
     # Two: it says that it is there before it has its machines, and is asked for them only then.
@@ -223,7 +223,7 @@ async def open_member(
         return Hello(start, Application(request_of(key).decode(), user.name))
 
     telling = Telling()
-    membership = Membership(
+    membership = NodeMembership(
         node_id, (by_nats, by_door), hello=hello, keep=keep, know=know, clock=clock, telling=telling
     )
     async with Crew() as crew, linked(link), AsyncExitStack() as held:
@@ -302,7 +302,7 @@ async def serve_node(settings: Settings) -> None:
     log.info("stopped; machines live on")
 
 
-async def _run(membership: Membership) -> ConflictError | NotFoundError | None:
+async def _run(membership: NodeMembership) -> ConflictError | NotFoundError | None:
     try:
         await membership.run()
     except (ConflictError, NotFoundError) as error:

@@ -24,7 +24,7 @@ from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
 from sandyard.server.core.states import Event, Status
 from sandyard.server.drivers.firecracker.jail import remove_groups
-from sandyard.server.front.engine import Gate, Patience, guarded
+from sandyard.server.front.engine import ConnectionLimits, Gate, guarded
 from sandyard.server.front.proxies import TrustedProxies
 from sandyard.server.gateway.ssh.gateway import open_gateway
 from sandyard.server.links.local import SystemClock
@@ -102,7 +102,7 @@ async def ssh_gateway(control: Control, settings: Settings) -> AsyncIterator[Non
 def http_server(
     api: ASGIApp,
     http: HttpSettings,
-    patience: Patience | None = None,
+    patience: ConnectionLimits | None = None,
     *,
     is_tunnel: Callable[[Any], bool] = lambda _: False,
     handshakes: Handshakes | None = None,

@@ -12,7 +12,7 @@ connection."""
 _NO_BODY = frozenset({204, 304})
 
 
-class Answer:
+class ProxyAnswer:
     """One answer, which can be begun once."""
 
     def __init__(self, scope: Scope, send: Send) -> None:

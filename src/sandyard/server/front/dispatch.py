@@ -13,7 +13,7 @@ Matcher = Callable[[Scope], bool]
 
 
 @dataclass(frozen=True)
-class Entry:
+class FaceEntry:
     """A face in the table. With `takes_tunnels` it gets requests for another protocol as raw
     connections (see `engine.Tunnel`)."""
 
@@ -25,7 +25,7 @@ class Entry:
 class Dispatch:
     """Passes each request to the first entry that matches it; a host without one gets 421."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[FaceEntry]) -> None:
         self._entries = entries
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,7 +38,7 @@ class Dispatch:
         entry = self._entry(scope)
         return entry is not None and entry.takes_tunnels
 
-    def _entry(self, scope: Scope) -> Entry | None:
+    def _entry(self, scope: Scope) -> FaceEntry | None:
         return next((one for one in self._entries if one.matches(scope)), None)
 
 

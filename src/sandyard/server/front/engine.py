@@ -53,7 +53,7 @@ _LINE_END = re.compile(rb"[\r\n\0]")
 
 
 @dataclass(frozen=True)
-class Patience:
+class ConnectionLimits:
     """Limits in seconds: for a complete head, for a peer without progress, and between two
     checks."""
 
@@ -62,7 +62,7 @@ class Patience:
     look_s: float = 5.0
 
 
-class Counted(Protocol):
+class CountedConnection(Protocol):
     """A connection as the gate counts it."""
 
     transport: asyncio.Transport
@@ -87,24 +87,24 @@ class Gate:
         *,
         most: int,
         most_by_address: int,
-        patience: Patience | None = None,
+        patience: ConnectionLimits | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.most = most
         self.most_by_address = most_by_address
-        self.patience = patience or Patience()
+        self.patience = patience or ConnectionLimits()
         self.lingering = 0
         self._now = now
         self._reserve = most // _RESERVE
-        self._open: dict[Counted, str] = {}
+        self._open: dict[CountedConnection, str] = {}
         self._by_source: Counter[str] = Counter()
         # In the order in which they came to be so.
-        self._silent: dict[Counted, None] = {}
-        self._silent_of: dict[str, dict[Counted, None]] = {}
-        self._resting: dict[Counted, None] = {}
+        self._silent: dict[CountedConnection, None] = {}
+        self._silent_of: dict[str, dict[CountedConnection, None]] = {}
+        self._resting: dict[CountedConnection, None] = {}
         self._known: dict[str, float] = {}
 
-    def enter(self, one: "Counted", address: str) -> str | None:
+    def enter(self, one: "CountedConnection", address: str) -> str | None:
         """Accept a new connection, evicting an idle one if necessary. Return None, or the refusal
         for the client."""
         source = source_of(address)
@@ -121,15 +121,15 @@ class Gate:
         self._silent_of.setdefault(source, {})[one] = None
         return None
 
-    def take_over(self, one: "Counted", address: str) -> None:
+    def take_over(self, one: "CountedConnection", address: str) -> None:
         """Count an accepted connection under its new protocol."""
         self._count(one, source_of(address))
 
-    def _count(self, one: "Counted", source: str) -> None:
+    def _count(self, one: "CountedConnection", source: str) -> None:
         self._open[one] = source
         self._by_source[source] += 1
 
-    def leave(self, one: "Counted") -> None:
+    def leave(self, one: "CountedConnection") -> None:
         """Stop counting a connection."""
         source = self._open.pop(one, None)
         if source is None:
@@ -140,13 +140,13 @@ class Gate:
         if not self._by_source[source]:
             del self._by_source[source]
 
-    def asked(self, one: "Counted") -> None:
+    def asked(self, one: "CountedConnection") -> None:
         """Note that a connection has sent a request's head."""
         if (source := self._open.get(one)) is not None:
             self._forget_silence(one, source)
             self._resting.pop(one, None)
 
-    def answered(self, one: "Counted", *, is_known: bool) -> None:
+    def answered(self, one: "CountedConnection", *, is_known: bool) -> None:
         """Note that a request was answered. `is_known` says that its credential was valid."""
         if (source := self._open.get(one)) is None:
             return
@@ -180,11 +180,11 @@ class Gate:
             del self._resting[one]  # it is back when its next request is answered
         return False
 
-    def _drop(self, one: "Counted") -> None:
+    def _drop(self, one: "CountedConnection") -> None:
         self.leave(one)
         one.transport.abort()
 
-    def _forget_silence(self, one: "Counted", source: str) -> None:
+    def _forget_silence(self, one: "CountedConnection", source: str) -> None:
         if one in self._silent:
             del self._silent[one]
             silent = self._silent_of[source]
@@ -462,7 +462,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._look_at_body(patience)
         self._look_at_idleness(patience)
 
-    def _look_at_body(self, patience: Patience) -> None:
+    def _look_at_body(self, patience: ConnectionLimits) -> None:
         if not self._is_answering:
             self._look_at_leftover(patience)
             return
@@ -477,13 +477,13 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._waited_s > patience.still_s or self._body_s > whole_s:
             self._refuse(408, "bad_request", "cannot wait longer for the rest of the body")
 
-    def _look_at_leftover(self, patience: Patience) -> None:
+    def _look_at_leftover(self, patience: ConnectionLimits) -> None:
         """Limit how long the rest of a body is read after its answer was sent."""
         self._waited_s += patience.look_s
         if self._waited_s > patience.still_s:
             self.transport.abort()
 
-    def _look_at_idleness(self, patience: Patience) -> None:
+    def _look_at_idleness(self, patience: ConnectionLimits) -> None:
         # uvicorn's own timer for that is gone where bytes came after an answer.
         self._idle_s = self._idle_s + patience.look_s if self.is_idle else 0.0
         if self._idle_s > self.timeout_keep_alive + patience.still_s:

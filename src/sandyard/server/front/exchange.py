@@ -35,7 +35,7 @@ class BrokenOffError(Exception):
     """An answer in progress cannot continue; reset the client's connection."""
 
 
-class Exchange:
+class GuestExchange:
     """One request and its answer, on a connection to a guest."""
 
     def __init__(self, there: ByteStream, clock: Clock) -> None:
@@ -147,7 +147,7 @@ async def until_gone(receive: Receive) -> None:
 
 async def send_body(
     receive: Receive,
-    exchange: Exchange,
+    exchange: GuestExchange,
     clock: Clock,
     *,
     has_body: bool,

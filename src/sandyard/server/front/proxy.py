@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
-from sandyard.server.front.answer import Answer
-from sandyard.server.front.exchange import REQUEST_TRAILERS, Exchange, send_body, until_gone
+from sandyard.server.front.answer import ProxyAnswer
+from sandyard.server.front.exchange import REQUEST_TRAILERS, GuestExchange, send_body, until_gone
 from sandyard.server.front.headers import (
     Headers,
     takes_trailers,
@@ -50,7 +50,12 @@ Dialing = AbstractAsyncContextManager[ByteStream]
 
 
 async def pass_on(
-    scope: Scope, receive: Receive, passage: Passage, dialing: Dialing, answer: Answer, clock: Clock
+    scope: Scope,
+    receive: Receive,
+    passage: Passage,
+    dialing: Dialing,
+    answer: ProxyAnswer,
+    clock: Clock,
 ) -> None:
     """Send a request to the guest as it arrives, and its answer back as it arrives.
 
@@ -73,7 +78,7 @@ async def pass_on(
         framing.append((b"content-length", length))
     request = _request(scope, passage, framing)
     async with dialing as there:
-        exchange = Exchange(there, clock)
+        exchange = GuestExchange(there, clock)
         await there.write(exchange.send(request))
         has_body = is_chunked or length not in (None, b"0")
         if not has_body:
@@ -102,7 +107,7 @@ async def pass_on(
 
 
 async def tunnel(
-    scope: Scope, passage: Passage, dialing: Dialing, answer: Answer, clock: Clock
+    scope: Scope, passage: Passage, dialing: Dialing, answer: ProxyAnswer, clock: Clock
 ) -> None:
     """Ask the guest for a WebSocket, and relay bytes both ways once it agrees.
 
@@ -111,7 +116,7 @@ async def tunnel(
     framing = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
     request = _request(scope, passage, framing)
     async with dialing as there:
-        exchange = Exchange(there, clock)
+        exchange = GuestExchange(there, clock)
         await there.write(exchange.send(request) + exchange.send(h11.EndOfMessage()))
         async with clock.timeout(_ANSWER_S):
             response = await exchange.response()
@@ -142,7 +147,7 @@ def _request(scope: Scope, passage: Passage, framing: list[tuple[bytes, bytes]])
 async def _begin(
     response: h11.Response | h11.InformationalResponse,
     passage: Passage,
-    answer: Answer,
+    answer: ProxyAnswer,
     *,
     is_last: bool = False,
 ) -> None:
@@ -156,14 +161,14 @@ async def _begin(
     await answer.begin(response.status_code, headers, may_have_trailers=may_have_trailers)
 
 
-async def _copy(exchange: Exchange, answer: Answer) -> None:
+async def _copy(exchange: GuestExchange, answer: ProxyAnswer) -> None:
     async for piece in exchange.body():
         await answer.write(piece)
     await answer.end(exchange.trailers)
 
 
 async def _response(
-    exchange: Exchange, sent: asyncio.Event, clock: Clock
+    exchange: GuestExchange, sent: asyncio.Event, clock: Clock
 ) -> h11.Response | h11.InformationalResponse:
     """Return the head of the guest's answer. The limit counts from when the guest has the whole
     request: a large or slow body takes its own time."""

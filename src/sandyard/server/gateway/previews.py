@@ -25,7 +25,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import new_request_id
 from sandyard.server.front import headers as h
-from sandyard.server.front.answer import TUNNEL, Answer
+from sandyard.server.front.answer import TUNNEL, ProxyAnswer
 from sandyard.server.front.exchange import GoneError, HungUpError
 from sandyard.server.front.face import EdgeServices
 from sandyard.server.front.hosts import PortName, name_of
@@ -39,7 +39,7 @@ from sandyard.server.gateway.refusals import (
     NOT_PASSED_ON,
     SEVERAL_HOSTS,
     SILENT,
-    RefusedError,
+    RefusalError,
     closed,
     refusal_of,
     refuse,
@@ -92,21 +92,21 @@ class PreviewApp:
         request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         self._edge.bind(request_id)
-        began, answer = time.perf_counter(), Answer(scope, send)
+        began, answer = time.perf_counter(), ProxyAnswer(scope, send)
         try:
             try:
                 await self._serve(scope, receive, answer)
             except SandyardError as error:
                 raise refusal_of(error) from error
             except TimeoutError as error:
-                raise RefusedError(*SILENT) from error
+                raise RefusalError(*SILENT) from error
             except HungUpError as error:
-                raise RefusedError(*HUNG_UP) from error
+                raise RefusalError(*HUNG_UP) from error
             except UnsendableError as error:
-                raise RefusedError(*NOT_PASSED_ON) from error
+                raise RefusalError(*NOT_PASSED_ON) from error
             except _BROKEN as error:
-                raise RefusedError(*NO_HTTP) from error
-        except RefusedError as refused:
+                raise RefusalError(*NO_HTTP) from error
+        except RefusalError as refused:
             await refuse(scope, answer, refused, request_id)
         except GoneError:
             pass
@@ -119,7 +119,7 @@ class PreviewApp:
                 seconds=time.perf_counter() - began,
             )
 
-    async def _serve(self, scope: Scope, receive: Receive, answer: Answer) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, answer: ProxyAnswer) -> None:
         guest = await self._enter(scope)
         passage, dialing = self._passage(scope, guest), self._dial(guest)
         async with beside(self._watch(guest)):
@@ -141,13 +141,13 @@ class PreviewApp:
         hosts = [value for name, value in headers if name == b"host"]
         name = name_of(hosts[0].decode("latin-1"), self._domain) if len(hosts) == 1 else None
         if len(hosts) != 1:
-            raise RefusedError(*SEVERAL_HOSTS)
+            raise RefusalError(*SEVERAL_HOSTS)
         if name is None:
-            raise RefusedError(*NO_SUCH_NAME)
+            raise RefusalError(*NO_SUCH_NAME)
         if scope.get("method") == "CONNECT" or (
             scope["type"] == TUNNEL and scope.get("method") != "GET"
         ):
-            raise RefusedError(*NO_METHOD)
+            raise RefusalError(*NO_METHOD)
         query, tokens = _without_token(scope.get("query_string", b""))
         try:
             who = await self._who(headers, name, tokens[0] if tokens else None)
@@ -258,7 +258,7 @@ class PreviewApp:
 
     async def _to_cookie(
         self, scope: Scope, name: PortName, query: bytes, token: str
-    ) -> RefusedError:
+    ) -> RefusalError:
         """Return the answer that gives a browser the cookie, and sends it on without the token."""
         admission = await self._admitting(token, name)()
         assert admission.expires_at is not None
@@ -279,7 +279,7 @@ class PreviewApp:
             "Wait a moment.",
             "Wait a moment.",
         )
-        return RefusedError(302, "moved", sent_on, location=where, set_cookie=cookie)
+        return RefusalError(302, "moved", sent_on, location=where, set_cookie=cookie)
 
     # --- passing on -------------------------------------------------------------------------
 

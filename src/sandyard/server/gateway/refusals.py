@@ -16,7 +16,7 @@ from sandyard.server.core.errors import (
     TokenExpiredError,
     UnauthenticatedError,
 )
-from sandyard.server.front.answer import Answer
+from sandyard.server.front.answer import ProxyAnswer
 from sandyard.server.front.exchange import BrokenOffError
 from sandyard.server.front.headers import first
 from sandyard.server.gateway.error_page import Message, rendered
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _REFRESH_S = 2
 
 
-class RefusedError(Exception):
+class RefusalError(Exception):
     """An error: its status, its code for programs, and its text for people."""
 
     def __init__(
@@ -46,7 +46,7 @@ class RefusedError(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-async def refuse(scope: Scope, answer: Answer, refused: RefusedError, request_id: str) -> None:
+async def refuse(scope: Scope, answer: ProxyAnswer, refused: RefusalError, request_id: str) -> None:
     """Send an error as the answer to a request.
 
     Raises:
@@ -76,41 +76,41 @@ _LATER = "Try again later, or tell whoever sent it to you."
 _LOG = "Its log, or a command in the sandbox, may say why."
 
 
-def refusal_of(error: SandyardError) -> RefusedError:
+def refusal_of(error: SandyardError) -> RefusalError:
     """Return the refusal for an error."""
     match error:
         case RateLimitedError():
             message = Message("Too many requests", _text(error), "Wait a moment, and try again.",
                               "A link with a token in it is not limited.")  # fmt: skip
-            return RefusedError(429, "rate_limited", message, retry_after=str(error.retry_after_s))
+            return RefusalError(429, "rate_limited", message, retry_after=str(error.retry_after_s))
         case InvalidTokenError() | TokenExpiredError():
-            return RefusedError(401, error.code, _NO_LONGER)
+            return RefusalError(401, error.code, _NO_LONGER)
         case UnauthenticatedError():
-            return RefusedError(401, error.code, _PRIVATE, www_authenticate="Bearer")
+            return RefusalError(401, error.code, _PRIVATE, www_authenticate="Bearer")
         case PermissionDeniedError():
             message = Message("You may not open this preview", _text(error),
                               "Ask whoever sent it to you for a link that has a token in it.",
                               "Use a key with the scope <code>sandbox:write</code>, or a link from "
                               f"{_URL}.")  # fmt: skip
-            return RefusedError(403, error.code, message)
+            return RefusalError(403, error.code, message)
         case NotFoundError():
-            return RefusedError(404, error.code, _NO_SUCH_SANDBOX)
+            return RefusalError(404, error.code, _NO_SUCH_SANDBOX)
         case QuotaExceededError():
             message = Message("The sandbox is paused", _text(error), _LATER,
                               "<code>sandyard usage</code> shows what was used.")  # fmt: skip
-            return RefusedError(402, error.code, message)
+            return RefusalError(402, error.code, message)
         case ConflictError():
             message = Message("The sandbox does not run", _text(error), _LATER,
                               "<code>sandyard sandbox get</code> shows its status, and <code>"
                               "sandyard sandbox resume</code> resumes it.")  # fmt: skip
-            return RefusedError(409, error.code, message)
+            return RefusalError(409, error.code, message)
         case _:
             message = Message("The sandbox cannot be reached just now",
                               f"{_text(error)} This page tries again by itself.",
                               "Wait a moment.",
                               "If it stays so, <code>sandyard doctor</code> on the server may say "
                               "why.")  # fmt: skip
-            return RefusedError(503, error.code, message, refresh_s=_REFRESH_S, retry_after="2")
+            return RefusalError(503, error.code, message, refresh_s=_REFRESH_S, retry_after="2")
 
 
 def _text(error: SandyardError) -> str:
@@ -118,7 +118,7 @@ def _text(error: SandyardError) -> str:
     return f"{shown[:1].upper()}{shown[1:]}."
 
 
-def closed(port: int) -> RefusedError:
+def closed(port: int) -> RefusalError:
     """Return the refusal for a port that nothing listens on."""
     message = Message(
         f"Nothing listens on port {port} yet",
@@ -127,7 +127,7 @@ def closed(port: int) -> RefusedError:
         "Wait a moment: a server that was just started may need some time.",
         f"Start your server, and have it listen on port {port}; <code>127.0.0.1</code> is enough.",
     )
-    return RefusedError(502, "bad_gateway", message, refresh_s=_REFRESH_S)
+    return RefusalError(502, "bad_gateway", message, refresh_s=_REFRESH_S)
 
 
 _NO_LONGER = Message(

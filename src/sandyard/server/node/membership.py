@@ -55,7 +55,7 @@ class Telling:
             return None
 
 
-class Membership:
+class NodeMembership:
     """See the module. `registries` are the ways to a control plane, the best first; `keep` is given
     every identity that the node gets, `know` where each control plane that answers is reached.
     `telling` is what it tells of itself each time."""

@@ -16,7 +16,7 @@ from sandyard.server.core.contracts.node import (
 )
 from sandyard.server.core.errors import DeadlineExceededError, SandyardError, UnavailableError
 from sandyard.server.core.shapes import Shape
-from sandyard.server.service.roster import Roster, Told
+from sandyard.server.service.roster import Heartbeat, Roster
 from sandyard.server.tasks import beside
 
 REPORT_LIMIT_S = 5.0
@@ -206,7 +206,7 @@ class Nodes:
         self._said[node.node_id] = (self._clock.monotonic(), report.view())
         return report
 
-    def told(self, node_id: str) -> Told | None:
+    def told(self, node_id: str) -> Heartbeat | None:
         """Return a node's last heartbeat if it is recent, else None."""
         return None if self._roster is None else self._roster.told(node_id)
 

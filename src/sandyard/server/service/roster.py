@@ -28,7 +28,7 @@ _MANY: Final = 3
 
 
 @dataclass(frozen=True)
-class Told:
+class Heartbeat:
     """A node's last heartbeat. `at` is this process's monotonic time in seconds."""
 
     at: float
@@ -59,7 +59,7 @@ class Roster:
         self._looked_at = 0.0
         self._ticked_at: float | None = None
         self._went_on_at: float | None = None
-        self._told: dict[str, Told] = {}
+        self._told: dict[str, Heartbeat] = {}
         self.nodes: dict[str, JoinedNode] = {}
 
     async def refresh(self) -> None:
@@ -83,9 +83,9 @@ class Roster:
             now - known.at < _BRIEF_S or beat.view.generation < known.view.generation
         ):  # fmt: skip
             return
-        self._told[node_id] = Told(now, beat.epoch, beat.view)
+        self._told[node_id] = Heartbeat(now, beat.epoch, beat.view)
 
-    def told(self, node_id: str) -> Told | None:
+    def told(self, node_id: str) -> Heartbeat | None:
         """Return a node's last heartbeat if it is recent, else None."""
         told = self._told.get(node_id)
         if told is None or self._clock.monotonic() - told.at > _FRESH_S:

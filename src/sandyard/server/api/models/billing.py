@@ -11,7 +11,7 @@ from sandyard.server.core.records import (
     AutoTopup,
     LedgerEntry,
 )
-from sandyard.server.service.money.billing import Kept, Used
+from sandyard.server.service.money.billing import MachineUsage, StoredUsage
 
 Cents = Annotated[int, Field(ge=-(10**15), le=10**15)]
 
@@ -76,7 +76,7 @@ class RuntimeOut(Model):
     cost_cents: int
 
 
-def runtime_out(used: Used) -> RuntimeOut:
+def runtime_out(used: MachineUsage) -> RuntimeOut:
     """Return what was used as it is shown."""
     return RuntimeOut(
         seconds=used.seconds,
@@ -103,7 +103,7 @@ class StorageOut(Model):
     cost_cents: int
 
 
-def storage_out(kept: Kept) -> StorageOut:
+def storage_out(kept: StoredUsage) -> StorageOut:
     """Return what was kept as it is shown."""
     return StorageOut(
         byte_seconds=sum(kept.byte_seconds.values()),
@@ -129,7 +129,7 @@ class UsageOut(Model):
     resource_charges: tuple[JsonValue, ...] = ()
 
 
-def sandboxes_out(sandboxes: Mapping[str, Used]) -> list[SandboxRuntimeOut]:
+def sandboxes_out(sandboxes: Mapping[str, MachineUsage]) -> list[SandboxRuntimeOut]:
     """Return what each sandbox used, the dearest first."""
     dearest = sorted(sandboxes.items(), key=lambda one: (-one[1].micros, one[0]))
     return [

@@ -10,7 +10,12 @@ from pydantic import Field
 
 from sandyard.server.api.models.base import Body, Env, Meta, Model
 from sandyard.server.core.errors import InvalidArgumentError
-from sandyard.server.service.sandboxes.execute import COMMAND_MAX, STDIN_MAX, Command, Outcome
+from sandyard.server.service.sandboxes.execute import (
+    COMMAND_MAX,
+    STDIN_MAX,
+    Command,
+    CommandOutcome,
+)
 
 _PIECE = 48 * 1024  # whole groups of three bytes, which base64 makes four of
 
@@ -81,14 +86,14 @@ class ExecOut(Model):
     signal: str | None
 
 
-def exec_out(outcome: Outcome, encoding: str) -> ExecOut:
+def exec_out(outcome: CommandOutcome, encoding: str) -> ExecOut:
     """Return how a command ended as it is shown; for output that is not large."""
     return _out(
         outcome, *("".join(_text(one, encoding)) for one in (outcome.stdout, outcome.stderr))
     )
 
 
-def pieces_of_answer(outcome: Outcome, encoding: str, meta: Meta) -> Iterator[bytes]:
+def pieces_of_answer(outcome: CommandOutcome, encoding: str, meta: Meta) -> Iterator[bytes]:
     """Yield the whole answer in small pieces of JSON, each made when it is asked for.
 
     Made at once, 16 MiB of NUL are 100 MB.
@@ -102,7 +107,7 @@ def pieces_of_answer(outcome: Outcome, encoding: str, meta: Meta) -> Iterator[by
     yield b"}"
 
 
-def _out(outcome: Outcome, stdout: str, stderr: str) -> ExecOut:
+def _out(outcome: CommandOutcome, stdout: str, stderr: str) -> ExecOut:
     return ExecOut(
         stdout=stdout,
         stderr=stderr,

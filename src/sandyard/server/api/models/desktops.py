@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from sandyard.server.api.models.base import Body, Model, Time
-from sandyard.server.service.sandboxes.desktops import TEXT_MAX, Place, Window
+from sandyard.server.service.sandboxes.desktops import TEXT_MAX, Point, Window
 
 Button = Literal["left", "middle", "right"]
 
@@ -25,9 +25,9 @@ class PlaceIn(Body):
     x: int = Field(ge=0, le=65535)
     y: int = Field(ge=0, le=65535)
 
-    def place(self) -> Place:
+    def place(self) -> Point:
         """Return the place."""
-        return Place(self.x, self.y)
+        return Point(self.x, self.y)
 
 
 class Click(PlaceIn):

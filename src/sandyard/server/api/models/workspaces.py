@@ -21,8 +21,8 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.core.records import Sandbox, Workspace
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces.beneath import Parts
-from sandyard.server.service.workspaces.files import BATCH_MAX, Outcome, name_of, path_of
-from sandyard.server.service.workspaces.tree import Entry
+from sandyard.server.service.workspaces.files import BATCH_MAX, EntryOutcome, name_of, path_of
+from sandyard.server.service.workspaces.tree import TreeEntry
 from sandyard.server.service.workspaces.workspaces import Owned, Storage
 
 CODED = b"base64:"
@@ -301,7 +301,7 @@ def id_of(path: Parts) -> str:
         return (CODED + base64.b64encode(plain)).decode()
 
 
-def _told(entry: Entry) -> dict[str, Any]:
+def _told(entry: TreeEntry) -> dict[str, Any]:
     name = entry.name.decode("utf-8", "replace")
     modified = datetime.fromtimestamp(max(0.0, min(_MOMENT_MAX, entry.modified)), UTC)
     stamp = modified.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -321,12 +321,12 @@ def _told(entry: Entry) -> dict[str, Any]:
     return {**told, "lazy": True, "count": entry.count} if entry.is_folder else told
 
 
-def entries_json(entries: Sequence[Entry]) -> bytes:
+def entries_json(entries: Sequence[TreeEntry]) -> bytes:
     """Return a listing, written out; of very many, which is for a thread."""
     return json.dumps([_told(one) for one in entries], ensure_ascii=False).encode()
 
 
-def entry_out(entry: Entry) -> EntryOut:
+def entry_out(entry: TreeEntry) -> EntryOut:
     """Return a file or folder as it is shown."""
     told = _told(entry)
     moment = datetime.fromisoformat(told["date"])
@@ -341,7 +341,7 @@ def kind_of(name: str) -> str:
     return kind or _BYTES
 
 
-def outcomes_out(done: Sequence[Outcome]) -> OutcomesOut:
+def outcomes_out(done: Sequence[EntryOutcome]) -> OutcomesOut:
     """Return what became of each as it is shown."""
     results = [
         OutcomeOut(

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope, takes_query_key
 from sandyard.server.api.cursors import decode_cursor, encode_cursor
-from sandyard.server.api.events import Event, EventStream, Recheck, rechecked
+from sandyard.server.api.events import EventStream, Recheck, SseEvent, rechecked
 from sandyard.server.api.models.activity import EventPage, EventsOut, event_out
 from sandyard.server.api.models.base import PageMeta
 from sandyard.server.api.models.sandboxes import sandbox_out
@@ -134,10 +134,10 @@ async def follow_sandbox(
 
 async def _told(
     changes: AsyncIterator[Sandbox], actor: Actor, where: Addresses
-) -> AsyncIterator[Event]:
+) -> AsyncIterator[SseEvent]:
     async for sandbox in changes:
         shown = sandbox_out(sandbox, actor, where).model_dump(mode="json", by_alias=True)
-        yield Event("status", shown)
+        yield SseEvent("status", shown)
 
 
 def _page(request: Request, found: list[Activity], limit: int) -> EventPage:

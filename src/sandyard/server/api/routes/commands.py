@@ -17,7 +17,7 @@ from sandyard.server.api.routes.common import enveloped, errors, provided
 from sandyard.server.core.ids import checked_text
 from sandyard.server.front.bodies import takes_body
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.execute import Commands, Outcome
+from sandyard.server.service.sandboxes.execute import CommandOutcome, Commands
 from sandyard.server.tasks import in_thread
 
 _LARGE = 256 * 1024
@@ -45,7 +45,7 @@ class _LargeRoute(APIRoute):
 class _LargeAnswer(StreamingResponse):
     """Sends what a command printed in small pieces, and gives its memory back however it ends."""
 
-    def __init__(self, outcome: Outcome, encoding: str, meta: Meta) -> None:
+    def __init__(self, outcome: CommandOutcome, encoding: str, meta: Meta) -> None:
         self._outcome = outcome
 
         async def pieces() -> AsyncIterator[bytes]:

@@ -27,7 +27,7 @@ from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.front.bodies import takes_body
 from sandyard.server.service.actor import Actor, Admission
-from sandyard.server.service.sandboxes.desktops import Desktops, Place
+from sandyard.server.service.sandboxes.desktops import Desktops, Point
 from sandyard.server.tasks import beside
 
 router = APIRouter(tags=["desktops"])
@@ -132,7 +132,7 @@ async def drag(
     request: Request, actor: CanWrite, service: Service, reference: str, body: Drag
 ) -> Data[DoneOut]:
     """Press a button at one point, and release it at another."""
-    source, target = Place(body.from_x, body.from_y), Place(body.to_x, body.to_y)
+    source, target = Point(body.from_x, body.from_y), Point(body.to_x, body.to_y)
     reference = checked_text(reference, field="reference")
     await service.drag(actor, reference, source, target, body.button)
     return enveloped(request, DoneOut())

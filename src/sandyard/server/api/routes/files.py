@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from sandyard.server.api.access import Scope, takes_query_key, takes_signature
-from sandyard.server.api.events import Event, EventStream, Recheck, rechecked
+from sandyard.server.api.events import EventStream, Recheck, SseEvent, rechecked
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.files import (
     FileOut,
@@ -41,7 +41,7 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import FileChange, FileFact
 from sandyard.server.front.bodies import streams_body
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.files import DEPTH_MAX, LIST_MAX, Files, Reading
+from sandyard.server.service.sandboxes.files import DEPTH_MAX, LIST_MAX, FileReading, Files
 from sandyard.server.service.sandboxes.signing import Signing, moment_of
 
 router = APIRouter(prefix="/v1/sandboxes/{reference}/files", tags=["files"])
@@ -140,7 +140,7 @@ async def read_file(
     )
 
 
-async def _whole(reading: Reading, count: int | None) -> AsyncIterator[bytes]:
+async def _whole(reading: FileReading, count: int | None) -> AsyncIterator[bytes]:
     """Yield as many bytes as were promised; who gets fewer is to notice that it is not all."""
     sent = 0
     async for piece in reading.pieces(count):
@@ -362,10 +362,10 @@ async def watch_folder(
     return EventStream(_told(changes), held, check)
 
 
-async def _told(changes: AsyncIterator[FileChange]) -> AsyncIterator[Event]:
+async def _told(changes: AsyncIterator[FileChange]) -> AsyncIterator[SseEvent]:
     async for one in changes:
         name = "overflow" if one.kind is ops.ChangeKind.OVERFLOW else "change"
-        yield Event(name, change_out(one))
+        yield SseEvent(name, change_out(one))
 
 
 @router.post("/sign", status_code=201, responses=errors(404))

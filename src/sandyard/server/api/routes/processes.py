@@ -19,7 +19,7 @@ from fastapi import (
 
 from sandyard.server.api.access import Scope, socket_scope, takes_query_key
 from sandyard.server.api.errors import error_out
-from sandyard.server.api.events import Event, EventStream, Recheck, rechecked
+from sandyard.server.api.events import EventStream, Recheck, SseEvent, rechecked
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.processes import (
     AttachMessage,
@@ -333,16 +333,18 @@ def _offset(text: str | None) -> int | None:
     return int(text)
 
 
-async def _events(following: Following, encoding: str, *, wants_lost: bool) -> AsyncIterator[Event]:
+async def _events(
+    following: Following, encoding: str, *, wants_lost: bool
+) -> AsyncIterator[SseEvent]:
     if following.lost and wants_lost:
-        yield Event("lost", {"bytes": following.lost}, id=following.offset)
+        yield SseEvent("lost", {"bytes": following.lost}, id=following.offset)
     decoders: dict[str, codecs.IncrementalDecoder] = {}
     async for one in following.events():
         if isinstance(one, Ended):
             for stream, decoder in decoders.items():
                 if rest := decoder.decode(b"", final=True):
-                    yield Event("output", {"stream": stream, "data": rest})
-            yield Event("exit", end_out(one))
+                    yield SseEvent("output", {"stream": stream, "data": rest})
+            yield SseEvent("exit", end_out(one))
             return
         if encoding == "base64":
             shown = base64.b64encode(one.data).decode()
@@ -350,7 +352,7 @@ async def _events(following: Following, encoding: str, *, wants_lost: bool) -> A
             made = codecs.getincrementaldecoder("utf-8")
             decoder = decoders.setdefault(one.stream, made("replace"))
             shown = decoder.decode(one.data)
-        yield Event("output", {"stream": one.stream, "data": shown}, id=one.offset)
+        yield SseEvent("output", {"stream": one.stream, "data": shown}, id=one.offset)
 
 
 def which_of(process: str) -> Which:

@@ -46,8 +46,8 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.front.bodies import streams_body, takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces.beneath import Parts
-from sandyard.server.service.workspaces.files import Reading, WorkspaceFiles
-from sandyard.server.service.workspaces.tree import Entry
+from sandyard.server.service.workspaces.files import OpenFile, WorkspaceFiles
+from sandyard.server.service.workspaces.tree import TreeEntry
 from sandyard.server.service.workspaces.workspaces import Workspaces
 from sandyard.server.tasks import in_thread
 
@@ -350,7 +350,7 @@ async def read_workspace_file(
     )
 
 
-def _headers(entry: Entry, name: str, *, is_kept: bool) -> dict[str, str]:
+def _headers(entry: TreeEntry, name: str, *, is_kept: bool) -> dict[str, str]:
     modified = datetime.fromtimestamp(max(0.0, min(2**41 / 1000, entry.modified)), UTC)
     how = "attachment" if is_kept else "inline"
     return {
@@ -361,7 +361,7 @@ def _headers(entry: Entry, name: str, *, is_kept: bool) -> dict[str, str]:
     }
 
 
-async def _whole(reading: Reading, wanted: range) -> AsyncIterator[bytes]:
+async def _whole(reading: OpenFile, wanted: range) -> AsyncIterator[bytes]:
     """Yield as many bytes as were promised; who gets fewer is to notice that it is not all."""
     sent = 0
     async for piece in reading.pieces(wanted.start, len(wanted)):

@@ -23,7 +23,7 @@ from sandyard.server.core.errors import NotFoundError, SandyardError, Unavailabl
 from sandyard.server.core.ops import Dial, Listen
 from sandyard.server.core.sources import source_of
 from sandyard.server.gateway.ssh.forwarding import CHANNEL_S, PACKET, WINDOW, Forward, Listener
-from sandyard.server.gateway.ssh.sessions import Session, SessionChannel
+from sandyard.server.gateway.ssh.sessions import SessionChannel, SshSession
 from sandyard.server.gateway.ssh.throttle import Throttle
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.logins import UNCLEAR, Login, Logins
@@ -440,7 +440,7 @@ class _Client(asyncssh.SSHServer):
             window=WINDOW,
             max_pktsize=PACKET,
         )
-        return channel, Session(self)
+        return channel, SshSession(self)
 
     def connection_requested(
         self, dest_host: str, dest_port: int, orig_host: str, orig_port: int

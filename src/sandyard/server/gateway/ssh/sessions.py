@@ -99,7 +99,7 @@ class SessionChannel(SSHServerChannel[bytes]):
         self._report_response(True)
 
 
-class Session(asyncssh.SSHServerSession[bytes]):
+class SshSession(asyncssh.SSHServerSession[bytes]):
     """A shell, a command or a subsystem: what the client sends goes to a process, and back."""
 
     def __init__(self, client: SessionHolder) -> None:

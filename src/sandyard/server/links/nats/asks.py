@@ -23,7 +23,7 @@ SILENCE_S: Final = 5.0
 
 
 @dataclass(frozen=True)
-class Ask:
+class NodeMethod:
     """One method of a node: what it takes by name, and what it returns."""
 
     name: str
@@ -60,16 +60,16 @@ class Ask:
         return decode(self.returns, raw if self.returns is bytes else _plain(raw))
 
 
-def _ask(contract: type, name: str, *, is_wish: bool = True) -> Ask:
+def _ask(contract: type, name: str, *, is_wish: bool = True) -> NodeMethod:
     method = getattr(contract, name)
     hints = get_type_hints(method)
     returns = hints.pop("return")
     parameters = inspect.signature(method).parameters
     optional = {one for one in hints if parameters[one].default is not inspect.Parameter.empty}
-    return Ask(name, hints, returns, is_wish, frozenset(optional))
+    return NodeMethod(name, hints, returns, is_wish, frozenset(optional))
 
 
-ASKS: Final[Mapping[str, Ask]] = {
+ASKS: Final[Mapping[str, NodeMethod]] = {
     one.name: one
     for one in (
         _ask(NodeControl, "ensure_running"),

@@ -10,7 +10,7 @@ from sandyard.server.core.contracts.bus import Subscription
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.links.local import LocalBus
-from sandyard.server.links.nats.link import Heard, Link
+from sandyard.server.links.nats.link import Link, NatsMessage
 from sandyard.server.tasks import Crew
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class NatsBus:
         """See core.contracts.bus.Bus.subscribe."""
         return self._here.subscribe(topic)
 
-    def _take(self, heard: Heard) -> None:
+    def _take(self, heard: NatsMessage) -> None:
         self._here.hint(heard.subject.removeprefix(f"{_HINT}."))
 
     async def _pass_on(self) -> None:

@@ -18,7 +18,7 @@ from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.shapes import Shape
 from sandyard.server.links.nats.asks import ASKS, SILENCE_S, failed
-from sandyard.server.links.nats.link import Heard, Link
+from sandyard.server.links.nats.link import Link, NatsMessage
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +33,20 @@ class Inbox:
 
     def __init__(self, link: Link, name: str) -> None:
         self._place = f"{INBOX}.{name}"
-        self._waiting: dict[str, asyncio.Queue[Heard]] = {}
+        self._waiting: dict[str, asyncio.Queue[NatsMessage]] = {}
         link.listen(f"{self._place}.*", self._take)
 
     @contextmanager
-    def answers(self) -> Iterator[tuple[str, "asyncio.Queue[Heard]"]]:
+    def answers(self) -> Iterator[tuple[str, "asyncio.Queue[NatsMessage]"]]:
         """Yield a place that answers can be sent to, and what comes there."""
-        place, came = f"{self._place}.{new_secret()}", asyncio.Queue[Heard]()
+        place, came = f"{self._place}.{new_secret()}", asyncio.Queue[NatsMessage]()
         self._waiting[place] = came
         try:
             yield place, came
         finally:
             del self._waiting[place]
 
-    def _take(self, heard: Heard) -> None:
+    def _take(self, heard: NatsMessage) -> None:
         came = self._waiting.get(heard.subject)
         if came is not None:  # else nobody waits for it any more
             came.put_nowait(heard)
@@ -147,7 +147,7 @@ class RemoteNode:
                 f"the node {self._node_id} answers what nobody understands"
             ) from error
 
-    async def _heard(self, words: Mapping[str, object]) -> Heard:
+    async def _heard(self, words: Mapping[str, object]) -> NatsMessage:
         """Say it once, and return what comes of it in the end."""
         with self._inbox.answers() as (place, came):
             await self._link.say(f"node.{self._node_id}.do", words, reply=place)

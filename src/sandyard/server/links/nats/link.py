@@ -36,7 +36,7 @@ _LOOK_S = 0.1
 _NO_RESPONDERS = "503"
 
 
-class Login(Protocol):
+class NatsLogin(Protocol):
     """How somebody proves to NATS who they are; asked anew for every connection."""
 
     def token(self) -> str:
@@ -49,7 +49,7 @@ class Login(Protocol):
 
 
 @dataclass(frozen=True)
-class Heard:
+class NatsMessage:
     """A message. One that `is_undelivered` is NATS's own word: nobody listens there."""
 
     subject: str
@@ -62,7 +62,7 @@ class Heard:
 class _Listening:
     subject: str
     queue: str
-    take: Callable[[Heard], None]
+    take: Callable[[NatsMessage], None]
     longest: int | None = None
 
 
@@ -73,7 +73,7 @@ class Link:
 
     servers: tuple[str, ...]
     name: str
-    login: Login
+    login: NatsLogin
     tls: ssl.SSLContext | None = None
     trouble: str = ""
     is_quiet: bool = False
@@ -94,7 +94,7 @@ class Link:
     def listen(
         self,
         subject: str,
-        take: Callable[[Heard], None],
+        take: Callable[[NatsMessage], None],
         *,
         queue: str = "",
         longest: int | None = None,
@@ -111,7 +111,7 @@ class Link:
         """
         await self._publish(f"{PREFIX}.{subject}", values, f"{PREFIX}.{reply}" if reply else "")
 
-    async def answer(self, heard: Heard, values: Mapping[str, object]) -> None:
+    async def answer(self, heard: NatsMessage, values: Mapping[str, object]) -> None:
         """Say something to whoever said what was heard; nothing if they want no answer.
 
         Raises: see `say`.
@@ -236,10 +236,10 @@ def _taking(one: _Listening) -> Callable[[Msg], Any]:
     return take
 
 
-def _heard(message: Msg) -> Heard | None:
+def _heard(message: Msg) -> NatsMessage | None:
     subject = message.subject.removeprefix(f"{PREFIX}.")
     if (message.headers or {}).get("Status") == _NO_RESPONDERS:
-        return Heard(subject, {}, is_undelivered=True)
+        return NatsMessage(subject, {}, is_undelivered=True)
     try:
         values = json.loads(message.data)
     except (ValueError, RecursionError):
@@ -247,7 +247,7 @@ def _heard(message: Msg) -> Heard | None:
     if not isinstance(values, dict):
         log.warning("somebody said what is no JSON object under %s", message.subject)
         return None
-    return Heard(subject, values, message.reply)
+    return NatsMessage(subject, values, message.reply)
 
 
 async def _close(client: Client) -> None:

@@ -21,7 +21,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.links.nats.asks import failed, failure
 from sandyard.server.links.nats.client import INBOX, Inbox
-from sandyard.server.links.nats.link import PREFIX, Heard, Link
+from sandyard.server.links.nats.link import PREFIX, Link, NatsMessage
 from sandyard.server.tasks import Crew
 
 log = logging.getLogger(__name__)
@@ -45,16 +45,16 @@ async def registering(
     """Hear nodes for as long as the block runs; open it before the link is."""
     async with Crew() as crew:
 
-        def take(heard: Heard) -> None:
+        def take(heard: NatsMessage) -> None:
             # Whoever says the same again before it is answered has said it once.
             answering = _answered(registry, link, heard)
             crew.start(answering, "a node was not answered", once=heard.subject, quietly=True)
 
-        def changed(heard: Heard) -> None:
+        def changed(heard: NatsMessage) -> None:
             telling = _told(on_change, heard.subject.split(".")[1])
             crew.start(telling, "a change was not looked at", once=heard.subject)
 
-        def overheard(heard: Heard) -> None:
+        def overheard(heard: NatsMessage) -> None:
             with suppress(CodecError):  # whoever answers it says so
                 on_beat(heard.subject.split(".")[1], decode(Beat, heard.values))
 
@@ -70,7 +70,7 @@ async def _told(on_change: Callable[[str], None], node_id: str) -> None:
     on_change(node_id)
 
 
-async def _answered(registry: Presence, link: Link, heard: Heard) -> None:
+async def _answered(registry: Presence, link: Link, heard: NatsMessage) -> None:
     _, node_id, word = heard.subject.split(".")
     if not heard.reply.startswith(f"{PREFIX}.{INBOX}.{node_id}."):
         return  # it would have somebody else hear it
@@ -90,7 +90,7 @@ async def _answered(registry: Presence, link: Link, heard: Heard) -> None:
         await asyncio.sleep(_HELLOS_S)
 
 
-async def _said(registry: Presence, node_id: str, word: str, heard: Heard) -> Welcome | Grant:
+async def _said(registry: Presence, node_id: str, word: str, heard: NatsMessage) -> Welcome | Grant:
     try:
         if word == "hello":
             return await registry.hello(node_id, decode(Hello, heard.values))

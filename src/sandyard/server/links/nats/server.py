@@ -14,8 +14,8 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
-from sandyard.server.links.nats.asks import ASKS, WORKING_S, Ask, failure
-from sandyard.server.links.nats.link import Heard, Link
+from sandyard.server.links.nats.asks import ASKS, WORKING_S, NodeMethod, failure
+from sandyard.server.links.nats.link import Link, NatsMessage
 from sandyard.server.tasks import Crew, beside
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ class _Ear:
         self._crew = crew
         self._at_work = 0
 
-    def take(self, heard: Heard) -> None:
+    def take(self, heard: NatsMessage) -> None:
         self._crew.start(self._answer(heard), "what was asked could not be answered", quietly=True)
 
-    async def _answer(self, heard: Heard) -> None:
+    async def _answer(self, heard: NatsMessage) -> None:
         self._at_work += 1
         try:
             words = await self._outcome(heard)
@@ -69,7 +69,7 @@ class _Ear:
             if "value" in words:  # perhaps too long to be said
                 await self._link.answer(heard, failure(error))
 
-    async def _outcome(self, heard: Heard) -> dict[str, object]:
+    async def _outcome(self, heard: NatsMessage) -> dict[str, object]:
         """Do it, and say meanwhile that it is being done.
 
         Raises:
@@ -89,10 +89,10 @@ class _Ear:
         async with beside(self._say_so(heard)):
             return {"value": encode(await self._done(ask, args))}
 
-    async def _done(self, ask: Ask, args: dict[str, Any]) -> Any:
+    async def _done(self, ask: NodeMethod, args: dict[str, Any]) -> Any:
         return await getattr(self._node, ask.name)(**args)
 
-    async def _say_so(self, heard: Heard) -> None:
+    async def _say_so(self, heard: NatsMessage) -> None:
         while True:
             await asyncio.sleep(WORKING_S)
             with suppress(UnavailableError):

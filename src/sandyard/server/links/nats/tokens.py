@@ -187,22 +187,22 @@ def _base64(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class KeyLogin:
-    """See link.Login: with a key, and a token that somebody else has given for it."""
+    """See link.NatsLogin: with a key, and a token that somebody else has given for it."""
 
     key: Key
-    current: "Token"
+    current: "NatsToken"
 
     def token(self) -> str:
-        """See link.Login.token."""
+        """See link.NatsLogin.token."""
         return self.current.text
 
     def sign(self, nonce: bytes) -> bytes:
-        """See link.Login.sign."""
+        """See link.NatsLogin.sign."""
         return signature_of(self.key, nonce)
 
 
 @dataclass
-class Token:
+class NatsToken:
     """A token, which is renewed from time to time."""
 
     text: str

@@ -32,7 +32,7 @@ Values = Mapping[str, object]
 
 
 @dataclass(frozen=True)
-class Plan:
+class StatementPlan:
     """A statement as it is handed to a driver, and its values and rows on their way."""
 
     text: str
@@ -63,7 +63,7 @@ class Prepared:
 
     def __init__(self, statement: Executable) -> None:
         self._statement = statement
-        self._plans: dict[tuple[str, frozenset[str]], Plan] = {}
+        self._plans: dict[tuple[str, frozenset[str]], StatementPlan] = {}
 
     @property
     def writes(self) -> bool:
@@ -83,7 +83,7 @@ class Prepared:
         with _raised_as_sqlalchemys(plan.text):
             return connection.execute(plan.text, plan.bound(values)).rowcount
 
-    def plan(self, dialect: Dialect, values: Values) -> Plan:
+    def plan(self, dialect: Dialect, values: Values) -> StatementPlan:
         """Return how it is run on a database with values of these names."""
         names = frozenset(values)
         if (plan := self._plans.get((dialect.name, names))) is None:
@@ -92,7 +92,7 @@ class Prepared:
         return plan
 
 
-def _plan_of(statement: Any, names: frozenset[str], dialect: Dialect) -> Plan:
+def _plan_of(statement: Any, names: frozenset[str], dialect: Dialect) -> StatementPlan:
     compiled = statement.compile(
         dialect=dialect,
         column_keys=sorted(names) if statement.is_insert else None,
@@ -100,7 +100,7 @@ def _plan_of(statement: Any, names: frozenset[str], dialect: Dialect) -> Plan:
     assert isinstance(compiled, SQLCompiler)
     columns = statement.exported_columns if statement.is_dml else statement.selected_columns
     read = ((name, _reader(column.type, dialect)) for name, column in columns.items())
-    return Plan(
+    return StatementPlan(
         text=str(compiled),
         given=tuple(
             (name, _binder(compiled.binds[name].type, dialect))

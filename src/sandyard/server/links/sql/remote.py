@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from sandyard.server.links.sql.batches import BUSY_S
-from sandyard.server.links.sql.prepared import POSTGRES, Plan, Prepared, Values
+from sandyard.server.links.sql.prepared import POSTGRES, Prepared, StatementPlan, Values
 from sandyard.server.tasks import to_the_end
 
 READ: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
@@ -131,7 +131,7 @@ async def run(raw: Any, statement: Prepared, values: Values) -> int:
     return int(done.rpartition(" ")[2])  # "UPDATE 1", "INSERT 0 1"
 
 
-async def _fetch(raw: Any, plan: Plan, values: Values) -> list[dict[str, Any]]:
+async def _fetch(raw: Any, plan: StatementPlan, values: Values) -> list[dict[str, Any]]:
     return [plan.row(row) for row in await raw.fetch(plan.text, *plan.bound(values))]
 
 

@@ -14,12 +14,12 @@ from sandyard.server.core.contracts.node import MachineRef, Opened
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnavailableError
 from sandyard.server.core.ops import AnswerT, Operation, answer_of, request_of
 from sandyard.server.links.tunnel.ends import name_of, watch_over
-from sandyard.server.links.tunnel.exchange import Exchange
+from sandyard.server.links.tunnel.exchange import TunnelExchange
 from sandyard.server.links.tunnel.frames import (
     PIECE,
     VERSION,
     BrokenError,
-    Kind,
+    FrameKind,
     Line,
     head,
     refused,
@@ -38,7 +38,7 @@ _NOT_AHEAD = "no connection to a node is kept ready"
 
 
 @dataclass(frozen=True)
-class Place:
+class NodeAddress:
     """Where a node's end is, and the name in its certificate."""
 
     host: str
@@ -52,10 +52,10 @@ class Tunnels:
     `place_of` tells where a node is now, None if nobody knows.
     """
 
-    def __init__(self, tls: ssl.SSLContext, place_of: Callable[[str], Place | None]) -> None:
+    def __init__(self, tls: ssl.SSLContext, place_of: Callable[[str], NodeAddress | None]) -> None:
         self._tls = tls
         self._place_of = place_of
-        self._idle: defaultdict[Place, deque[Line]] = defaultdict(deque)
+        self._idle: defaultdict[NodeAddress, deque[Line]] = defaultdict(deque)
         self._crew = Crew()
 
     async def __aenter__(self) -> Self:
@@ -81,7 +81,7 @@ class Tunnels:
         is_left = False
         try:
             answer = await self._asked(line, machine, operation)
-            exchange = Exchange(line)
+            exchange = TunnelExchange(line)
             try:
                 async with beside(_heard(exchange)):
                     yield Opened(answer, exchange)
@@ -119,11 +119,11 @@ class Tunnels:
         asked = {"v": VERSION, "machine": encode(machine), "op": request.op, "args": request.args}
         try:
             async with asyncio.timeout(_ANSWER_S):
-                await line.say(Kind.ASK, head(asked))
+                await line.say(FrameKind.ASK, head(asked))
                 said = await line.hear()
-            if said.kind is Kind.REFUSE:
+            if said.kind is FrameKind.REFUSE:
                 raise refused(said.payload)
-            if said.kind is not Kind.ANSWER:
+            if said.kind is not FrameKind.ANSWER:
                 raise BrokenError("an answer was to come")
             return answer_of(operation, values_of(said.payload))
         except (BrokenError, CodecError, TimeoutError) as error:
@@ -132,7 +132,7 @@ class Tunnels:
 
     # --- connections ------------------------------------------------------------------------
 
-    async def _line_to(self, place: Place) -> Line:
+    async def _line_to(self, place: NodeAddress) -> Line:
         for other in [one for one in self._idle if one.name == place.name and one != place]:
             for line in self._idle.pop(other):  # it was there before it moved
                 line.hang_up()
@@ -147,7 +147,7 @@ class Tunnels:
         self._keep_ahead(place)
         return line
 
-    async def _dialled(self, place: Place) -> Line:
+    async def _dialled(self, place: NodeAddress) -> Line:
         """Connect to a node.
 
         Raises:
@@ -175,29 +175,29 @@ class Tunnels:
             raise
         return line
 
-    def _keep_ahead(self, place: Place) -> None:
+    def _keep_ahead(self, place: NodeAddress) -> None:
         """Have a connection or two ready for what is asked next."""
         if len(self._idle[place]) < _AHEAD:
             self._crew.start(self._ahead(place), _NOT_AHEAD, once=str(place), quietly=True)
 
-    async def _ahead(self, place: Place) -> None:
+    async def _ahead(self, place: NodeAddress) -> None:
         while len(self._idle[place]) < _AHEAD:
             self._keep(place, await self._dialled(place))
 
-    def _keep(self, place: Place, line: Line) -> None:
+    def _keep(self, place: NodeAddress, line: Line) -> None:
         idle = self._idle[place]
         if self._crew.is_there and len(idle) < _IDLE_MAX and line.is_open:
             idle.append(line)
         else:
             line.hang_up()
 
-    async def _left(self, place: Place, line: Line) -> None:
+    async def _left(self, place: NodeAddress, line: Line) -> None:
         """Leave an operation, and keep its connection for the next."""
         try:
             with suppress(BrokenError, TimeoutError):
                 async with asyncio.timeout(_LEAVE_S):
-                    await line.say(Kind.LEAVE)
-                    while (await line.hear()).kind is not Kind.LEAVE:
+                    await line.say(FrameKind.LEAVE)
+                    while (await line.hear()).kind is not FrameKind.LEAVE:
                         pass
                 self._keep(place, line)
                 return
@@ -207,7 +207,7 @@ class Tunnels:
             raise
 
 
-async def _heard(exchange: Exchange) -> None:
+async def _heard(exchange: TunnelExchange) -> None:
     """Hear what comes; that nothing comes any more, whoever reads is told."""
     with suppress(BrokenError):
         await exchange.run()

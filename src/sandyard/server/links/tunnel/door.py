@@ -34,7 +34,7 @@ from sandyard.server.links.tunnel.ends import name_of, watch_over
 from sandyard.server.links.tunnel.frames import (
     PIECE,
     BrokenError,
-    Kind,
+    FrameKind,
     Line,
     head,
     refusal,
@@ -138,16 +138,16 @@ async def _answer(
         async with asyncio.timeout(_WORK_S):
             said = await _said(registry, who, str(values.get("op")), values.get("args"), authority)
     except SandyardError as error:
-        await line.say(Kind.REFUSE, refusal(error))
+        await line.say(FrameKind.REFUSE, refusal(error))
     except TimeoutError:
-        await line.say(Kind.REFUSE, refusal(UnavailableError("the database does not answer")))
+        await line.say(FrameKind.REFUSE, refusal(UnavailableError("the database does not answer")))
     except BrokenError:
         raise
     except Exception as error:  # whoever waits is told
         log.exception("a node at the door was heard in a way that nobody foresaw")
-        await line.say(Kind.REFUSE, refusal(InternalError(f"cannot answer this: {error}")))
+        await line.say(FrameKind.REFUSE, refusal(InternalError(f"cannot answer this: {error}")))
     else:
-        await line.say(Kind.ANSWER, head(said))
+        await line.say(FrameKind.ANSWER, head(said))
 
 
 async def _said(
@@ -311,9 +311,9 @@ async def _dialled(
 async def _asked(line: Line, op: str, args: object) -> dict[str, Any]:
     try:
         async with asyncio.timeout(_ANSWER_S):
-            await line.say(Kind.ASK, head({"op": op, "args": args}))
+            await line.say(FrameKind.ASK, head({"op": op, "args": args}))
             said = await line.hear()
-        if said.kind is Kind.REFUSE:
+        if said.kind is FrameKind.REFUSE:
             raise refused(said.payload)
         return values_of(said.payload)
     except (BrokenError, TimeoutError) as error:

@@ -8,7 +8,7 @@ from sandyard.server.links.tunnel.frames import (
     PIECE,
     WINDOW,
     BrokenError,
-    Kind,
+    FrameKind,
     Line,
     refusal,
     refused,
@@ -17,7 +17,7 @@ from sandyard.server.links.tunnel.frames import (
 _AT_ONCE = 64
 
 
-class Exchange:
+class TunnelExchange:
     """See core.contracts.node.ByteStream. Nothing comes unless `run` runs beside."""
 
     def __init__(self, line: Line) -> None:
@@ -43,18 +43,18 @@ class Exchange:
             while True:
                 said = await self._line.hear()
                 match said.kind:
-                    case Kind.LEAVE:
+                    case FrameKind.LEAVE:
                         return
-                    case Kind.DATA if said.payload and not self._has_ended:
+                    case FrameKind.DATA if said.payload and not self._has_ended:
                         self._came.append(said.payload)
                         self._held += len(said.payload)
                         if self._held > WINDOW:
                             raise BrokenError("more came than may")
-                    case Kind.END if not self._has_ended:
+                    case FrameKind.END if not self._has_ended:
                         self._has_ended = True
-                    case Kind.REFUSE:
+                    case FrameKind.REFUSE:
                         self._trouble = refused(said.payload)
-                    case Kind.TAKEN if any(said.payload):
+                    case FrameKind.TAKEN if any(said.payload):
                         self._may_send += int.from_bytes(said.payload, "big")
                         if self._may_send > WINDOW:
                             raise BrokenError("more was taken than came")
@@ -100,7 +100,7 @@ class Exchange:
         self._owed += len(data)
         if self._owed >= WINDOW // 2 and not self._is_over:
             owed, self._owed = self._owed, 0
-            await self._say(Kind.TAKEN, owed.to_bytes(4, "big"))
+            await self._say(FrameKind.TAKEN, owed.to_bytes(4, "big"))
         return data
 
     async def write(self, data: bytes) -> None:
@@ -113,7 +113,7 @@ class Exchange:
             if self._is_over:
                 raise UnavailableError("the other side has left")
             self._may_send -= len(piece)
-            await self._say(Kind.DATA, piece)
+            await self._say(FrameKind.DATA, piece)
 
     async def _until_there_is_room(self, size: int) -> None:
         async with self._changed:
@@ -125,13 +125,13 @@ class Exchange:
         """See core.contracts.node.ByteStream.write_eof; twice is once."""
         if not self._is_said:
             self._is_said = True
-            await self._say(Kind.END)
+            await self._say(FrameKind.END)
 
     async def refuse(self, error: SandyardError) -> None:
         """Tell the other side what went wrong, in the place of more bytes."""
-        await self._say(Kind.REFUSE, refusal(error))
+        await self._say(FrameKind.REFUSE, refusal(error))
 
-    async def _say(self, kind: Kind, payload: bytes = b"") -> None:
+    async def _say(self, kind: FrameKind, payload: bytes = b"") -> None:
         if self._is_over:  # the connection may be another operation's by now
             raise UnavailableError("the operation is over")
         try:

@@ -27,7 +27,7 @@ _HEAD_MAX: Final = 16 * 1024 * 1024  # an operation and what goes with it; see c
 _HEADER: Final = 5
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     """What a frame is."""
 
     ASK = 1
@@ -39,14 +39,14 @@ class Kind(IntEnum):
     TAKEN = 7  # how many bytes, in 4 bytes, big-endian
 
 
-_LONGEST: Final[Mapping[Kind, int]] = {
-    Kind.ASK: _HEAD_MAX,
-    Kind.ANSWER: _HEAD_MAX,
-    Kind.REFUSE: 64 * 1024,
-    Kind.DATA: PIECE,
-    Kind.END: 0,
-    Kind.LEAVE: 0,
-    Kind.TAKEN: 4,
+_LONGEST: Final[Mapping[FrameKind, int]] = {
+    FrameKind.ASK: _HEAD_MAX,
+    FrameKind.ANSWER: _HEAD_MAX,
+    FrameKind.REFUSE: 64 * 1024,
+    FrameKind.DATA: PIECE,
+    FrameKind.END: 0,
+    FrameKind.LEAVE: 0,
+    FrameKind.TAKEN: 4,
 }
 
 
@@ -58,7 +58,7 @@ class BrokenError(Exception):
 class Said:
     """One frame."""
 
-    kind: Kind
+    kind: FrameKind
     payload: bytes
 
 
@@ -92,7 +92,7 @@ class Line:
         try:
             if self._header is None:
                 self._header = await self._reader.readexactly(_HEADER)
-            kind, length = Kind(self._header[0]), int.from_bytes(self._header[1:], "big")
+            kind, length = FrameKind(self._header[0]), int.from_bytes(self._header[1:], "big")
             if length > min(_LONGEST[kind], self._longest):
                 raise BrokenError("a frame is too long")
             payload = await self._reader.readexactly(length) if length else b""
@@ -101,7 +101,7 @@ class Line:
         except (OSError, EOFError, ValueError) as error:
             raise BrokenError(str(error)) from error
 
-    async def say(self, kind: Kind, payload: bytes = b"") -> None:
+    async def say(self, kind: FrameKind, payload: bytes = b"") -> None:
         """Send a frame, and return once there is room for more.
 
         Raises:

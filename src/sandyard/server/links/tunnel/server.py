@@ -17,12 +17,12 @@ from sandyard.server.core.errors import (
     SandyardError,
 )
 from sandyard.server.links.tunnel.ends import name_of, watch_over
-from sandyard.server.links.tunnel.exchange import Exchange
+from sandyard.server.links.tunnel.exchange import TunnelExchange
 from sandyard.server.links.tunnel.frames import (
     PIECE,
     VERSION,
     BrokenError,
-    Kind,
+    FrameKind,
     Line,
     head,
     refusal,
@@ -38,7 +38,7 @@ _LIMIT = 2 * PIECE
 
 
 @dataclass(frozen=True)
-class Ask:
+class TunnelRequest:
     """What a control plane asks for."""
 
     machine: MachineRef
@@ -114,14 +114,14 @@ async def _one(tunnel: NodeTunnel, line: Line) -> None:
         BrokenError: the connection is of no more use.
     """
     asked = await line.hear()
-    if asked.kind is not Kind.ASK:
+    if asked.kind is not FrameKind.ASK:
         raise BrokenError("it asks for nothing")
     is_left = False
     try:
         ask = _asked(asked.payload)
         async with tunnel.open(ask.machine, ask.operation) as opened:
-            await line.say(Kind.ANSWER, head(encode(opened.answer)))
-            exchange = Exchange(line)
+            await line.say(FrameKind.ANSWER, head(encode(opened.answer)))
+            exchange = TunnelExchange(line)
             # It is over once the control plane leaves, whatever is still to be carried.
             async with beside(_carry(opened, exchange)):
                 await exchange.run()
@@ -134,12 +134,12 @@ async def _one(tunnel: NodeTunnel, line: Line) -> None:
             log.exception("an operation failed in a way that nobody foresaw")
             told = InternalError(f"cannot carry this out: {error}")
         if not is_left:
-            await line.say(Kind.REFUSE, refusal(told))
+            await line.say(FrameKind.REFUSE, refusal(told))
             await _until_left(line)
-    await line.say(Kind.LEAVE)
+    await line.say(FrameKind.LEAVE)
 
 
-def _asked(payload: bytes) -> Ask:
+def _asked(payload: bytes) -> TunnelRequest:
     """Return what is asked.
 
     Raises:
@@ -149,7 +149,7 @@ def _asked(payload: bytes) -> Ask:
     if values.get("v") != VERSION:
         raise InvalidArgumentError("cannot tell what is asked: it is of another version")
     try:
-        return Ask(
+        return TunnelRequest(
             decode(MachineRef, values.get("machine")),
             ops.operation_of(str(values.get("op")), values.get("args") or {}),
         )
@@ -158,11 +158,11 @@ def _asked(payload: bytes) -> Ask:
 
 
 async def _until_left(line: Line) -> None:
-    while (await line.hear()).kind is not Kind.LEAVE:
+    while (await line.hear()).kind is not FrameKind.LEAVE:
         pass
 
 
-async def _carry(opened: Opened[Any], exchange: Exchange) -> None:
+async def _carry(opened: Opened[Any], exchange: TunnelExchange) -> None:
     """Carry bytes both ways until both have ended, or something went wrong, which is told."""
 
     async def up() -> None:

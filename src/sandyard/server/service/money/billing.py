@@ -45,7 +45,7 @@ _PERIODS = {"7d": timedelta(days=7), "30d": timedelta(days=30)}
 
 
 @dataclass(frozen=True)
-class Used:
+class MachineUsage:
     """Usage of a sandbox's machine: seconds, seconds of the open period, and micros."""
 
     seconds: float = 0.0
@@ -56,7 +56,7 @@ class Used:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredUsage:
     """Stored data: byte-seconds by kind, and micros."""
 
     byte_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -69,9 +69,9 @@ class Usage:
 
     since: datetime
     until: datetime
-    sandboxes: Mapping[str, Used]
-    total: Used
-    storage: Kept
+    sandboxes: Mapping[str, MachineUsage]
+    total: MachineUsage
+    storage: StoredUsage
 
 
 class Billing:
@@ -156,7 +156,9 @@ class Billing:
             storage=self._kept(stored, since, now),
         )
 
-    async def cost(self, actor: Actor, reference: str) -> tuple[Sandbox, Used, Kept, int]:
+    async def cost(
+        self, actor: Actor, reference: str
+    ) -> tuple[Sandbox, MachineUsage, StoredUsage, int]:
         """Return a sandbox, its usage so far, and its current cost per hour.
 
         Raises:
@@ -361,7 +363,7 @@ class Billing:
             await self._repeats.note(tx, actor, request, (entry.id, wanted))
         return entry
 
-    def _used(self, periods: list[UsagePeriod], since: datetime, now: datetime) -> Used:
+    def _used(self, periods: list[UsagePeriod], since: datetime, now: datetime) -> MachineUsage:
         seconds = active = vcpus = memory = 0.0
         micros = 0
         for one in periods:
@@ -376,9 +378,9 @@ class Billing:
             if not one.is_free:
                 micros += self._prices.compute(one.shape, whole)
                 micros -= self._prices.compute(one.shape, before)
-        return Used(seconds, active, vcpus, memory, micros)
+        return MachineUsage(seconds, active, vcpus, memory, micros)
 
-    def _kept(self, periods: list[StoragePeriod], since: datetime, now: datetime) -> Kept:
+    def _kept(self, periods: list[StoragePeriod], since: datetime, now: datetime) -> StoredUsage:
         kinds: dict[str, float] = defaultdict(float)
         micros = 0
         for one in periods:
@@ -389,7 +391,7 @@ class Billing:
             if not one.is_free:
                 micros += self._prices.storage(one.size_bytes, whole)
                 micros -= self._prices.storage(one.size_bytes, before)
-        return Kept(kinds, micros)
+        return StoredUsage(kinds, micros)
 
 
 def _check_amount(amount_cents: int, *, field: str = "amount_cents") -> None:

@@ -53,7 +53,7 @@ _P = TypeVar("_P", UsagePeriod, StoragePeriod)
 
 
 @dataclass(frozen=True)
-class Reading:
+class Balance:
     """An account's balance after all usage so far, and its sandboxes' cost per hour."""
 
     account: Account
@@ -155,7 +155,7 @@ class Meter:
         self._posted_at[org_id] = now
         return True
 
-    async def charge(self, org_id: str, *, posts: bool = True) -> Reading:
+    async def charge(self, org_id: str, *, posts: bool = True) -> Balance:
         """Deduct uncharged usage from an account; with `posts` also write whole cents to the
         ledger."""
         now = self._clock.now()
@@ -185,7 +185,7 @@ class Meter:
                     account = await _post(tx, account, resource=resource, at=now)
                 await tx.credits.save(account)
         hourly = sum(self._prices.hour_of(one.shape) for one in compute.going)
-        return Reading(account, left, hourly)
+        return Balance(account, left, hourly)
 
     async def _stop(self, org_id: str) -> None:
         """Pause every charged sandbox of an organization."""
@@ -222,7 +222,7 @@ class Meter:
         is_failed = sandbox.last_activity_kind == "pause_failed" and at is not None
         return is_failed and at is not None and self._clock.now() - at < _PAUSE_AGAIN
 
-    async def _wish_due(self, reading: Reading) -> AutoTopup | None:
+    async def _wish_due(self, reading: Balance) -> AutoTopup | None:
         """Return the automatic top-up that is due now, and store that it was requested."""
         org_id, now = reading.account.org_id, self._clock.now()
         async with self._store.write(org_id) as tx:

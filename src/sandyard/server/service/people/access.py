@@ -30,7 +30,7 @@ def no_credential() -> UnauthenticatedError:
     return UnauthenticatedError("cannot serve this without a credential")
 
 
-class Door(Protocol):
+class SessionVerifier(Protocol):
     """Verifies session tokens. See service.people.sign_in.SignIn."""
 
     async def enter(self, token: str, *, org_id: str | None = None) -> Actor:
@@ -41,7 +41,7 @@ class Door(Protocol):
 class Access:
     """Authenticates callers."""
 
-    def __init__(self, store: Store, clock: Clock, sign_in: Door | None = None) -> None:
+    def __init__(self, store: Store, clock: Clock, sign_in: SessionVerifier | None = None) -> None:
         self._store = store
         self._clock = clock
         self._sign_in = sign_in

@@ -27,7 +27,7 @@ from sandyard.server.core.records import Claim, Mark, Reason, Sandbox, Snapshot,
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
 from sandyard.server.service.reconcile.work import LOST
-from sandyard.server.service.roster import Told
+from sandyard.server.service.roster import Heartbeat
 from sandyard.server.service.sandboxes.lifecycle import is_over
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.worker import Worker, holding
@@ -68,7 +68,7 @@ _NUMBER_MAX = 2**30
 
 
 @dataclass(frozen=True)
-class Patience:
+class SilenceLimits:
     """How long a node may be silent, and how long new machines are left alone."""
 
     node_silent_s: float = 15.0
@@ -105,7 +105,7 @@ class Comparison:
         worker: Worker,
         idleness: Idleness,
         crew: Crew,
-        patience: Patience,
+        patience: SilenceLimits,
         away_since: datetime | None,
     ) -> None:
         self._node = node
@@ -177,7 +177,7 @@ class Comparison:
             self._calm = self._calmed(rows, report, snapshots, told)
         self.heard_at = self._clock.monotonic()
 
-    def _is_calm(self, calm: "_Calm", mark: Mark | None, told: Told | None) -> bool:
+    def _is_calm(self, calm: "_Calm", mark: Mark | None, told: Heartbeat | None) -> bool:
         return (
             mark == calm.mark
             and told is not None
@@ -187,7 +187,7 @@ class Comparison:
         )
 
     def _calmed(
-        self, rows: list[Standing], report: NodeReport, snapshots: list[Snapshot], told: Told
+        self, rows: list[Standing], report: NodeReport, snapshots: list[Snapshot], told: Heartbeat
     ) -> "_Calm | None":
         """Return the state that lets the next comparison be skipped, or None if it may find
         something."""

@@ -23,7 +23,7 @@ from sandyard.server.service.reconcile.compare import (
     EXPIRED,
     WATCHED,
     Comparison,
-    Patience,
+    SilenceLimits,
 )
 from sandyard.server.service.reconcile.idle import Idleness
 from sandyard.server.service.reconcile.revoking import Revoking
@@ -58,7 +58,7 @@ class Pace:
     """How long what is on a node that was given up is left alone."""
     start_limit_s: float = 300.0
     workers: int = 64
-    patience: Patience = field(default_factory=Patience)
+    patience: SilenceLimits = field(default_factory=SilenceLimits)
 
 
 class Reconciler:

@@ -78,7 +78,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Place:
+class Point:
     """A point on a screen, from its upper left corner."""
 
     x: int
@@ -164,7 +164,7 @@ class Desktops:
             return await in_thread(picture.png)
 
     async def click(
-        self, actor: Actor, reference: str, place: Place, button: str, count: int
+        self, actor: Actor, reference: str, place: Point, button: str, count: int
     ) -> None:
         """Click at a point, once or several times.
 
@@ -183,7 +183,7 @@ class Desktops:
                 await screen.point(place.x, place.y, 0)
             await screen.settle()
 
-    async def move(self, actor: Actor, reference: str, place: Place) -> None:
+    async def move(self, actor: Actor, reference: str, place: Point) -> None:
         """Move the pointer to a point. Raises: see `click`."""
         async with self._screen(actor, reference) as screen:
             _check(screen, place)
@@ -191,7 +191,7 @@ class Desktops:
             await screen.settle()
 
     async def drag(
-        self, actor: Actor, reference: str, source: Place, target: Place, button: str
+        self, actor: Actor, reference: str, source: Point, target: Point, button: str
     ) -> None:
         """Press a button at one point and release it at another. Raises: see `click`."""
         if button not in _BUTTONS:
@@ -213,7 +213,7 @@ class Desktops:
             await screen.settle()
 
     async def scroll(
-        self, actor: Actor, reference: str, place: Place, right: int, down: int
+        self, actor: Actor, reference: str, place: Point, right: int, down: int
     ) -> None:
         """Scroll at a point, in notches. Negative values scroll left or up.
 
@@ -340,7 +340,7 @@ def windows_in(said: str) -> list[Window]:
     return found
 
 
-def _check(screen: Screen, place: Place) -> None:
+def _check(screen: Screen, place: Point) -> None:
     if not (0 <= place.x < screen.width and 0 <= place.y < screen.height):
         raise InvalidArgumentError(
             f"cannot point there: the screen is {screen.width} x {screen.height}", field="x"

@@ -50,7 +50,7 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CommandOutcome:
     """The result of a command. Call `release` once its output has been sent."""
 
     stdout: bytes = field(repr=False)
@@ -63,7 +63,7 @@ class Outcome:
     release: Callable[[], None]
 
 
-class Room:
+class OutputMemory:
     """The memory for output on its way to clients.
 
     A command with much output waits for memory, and its program with it; after a while its output
@@ -101,7 +101,7 @@ class Room:
 class _Share:
     """The memory of one command's output. A small amount is always available."""
 
-    def __init__(self, room: Room, org_id: str) -> None:
+    def __init__(self, room: OutputMemory, org_id: str) -> None:
         self._room = room
         self._org_id = org_id
         self._own = _OWN_BYTES
@@ -124,12 +124,12 @@ class _Share:
 class Commands:
     """Runs commands."""
 
-    def __init__(self, reach: Reach, clock: Clock, room: Room | None = None) -> None:
+    def __init__(self, reach: Reach, clock: Clock, room: OutputMemory | None = None) -> None:
         self._reach = reach
         self._clock = clock
-        self.room = room or Room(clock)
+        self.room = room or OutputMemory(clock)
 
-    async def execute(self, actor: Actor, reference: str, command: Command) -> Outcome:
+    async def execute(self, actor: Actor, reference: str, command: Command) -> CommandOutcome:
         """Run a command and return when it has ended. At its time limit it is killed.
 
         Raises:
@@ -160,7 +160,7 @@ class Commands:
 
     async def _finish(
         self, reached: Reached[ops.Started], command: Command, share: _Share
-    ) -> Outcome:
+    ) -> CommandOutcome:
         sandbox_id = reached.sandbox.id
         try:
             # The limit is kept in the guest; this one only guards against a guest that keeps none.
@@ -180,7 +180,7 @@ class Commands:
         except WireError as error:
             raise AgentError from error
 
-    async def _collect(self, stream: GuestStream, share: _Share) -> Outcome:
+    async def _collect(self, stream: GuestStream, share: _Share) -> CommandOutcome:
         collector = Collector(OUTPUT_MAX)
         kept = 0
         while True:
@@ -193,7 +193,7 @@ class Commands:
             before = collector.frames
             end = collector.feed(b"" if collector.is_behind else data, most=_FRAMES_A_TURN)
             if end is not None:
-                return Outcome(
+                return CommandOutcome(
                     stdout=collector.stdout,
                     stderr=collector.stderr,
                     exit_code=end.exit_code,

@@ -63,7 +63,7 @@ class Listing:
     is_cut: bool
 
 
-class Reading:
+class FileReading:
     """A file that is being read, and its metadata `fact`."""
 
     def __init__(self, fact: FileFact, stream: GuestStream, clock: Clock) -> None:
@@ -164,14 +164,16 @@ class Files:
             yield _changes_of(reached.stream, self._clock)
 
     @asynccontextmanager
-    async def read(self, actor: Actor, reference: str, wish: ops.Read) -> AsyncIterator[Reading]:
+    async def read(
+        self, actor: Actor, reference: str, wish: ops.Read
+    ) -> AsyncIterator[FileReading]:
         """Read a file. See `ask`."""
         wish = _checked(wish)
         async with AsyncExitStack() as held:
             held.enter_context(self._open.one(actor.org_id))
             opening = self._reach.open(actor, reference, wish, _use_of(wish))
             reached = await held.enter_async_context(opening)
-            yield Reading(_cleaned(reached.answer), reached.stream, self._clock)
+            yield FileReading(_cleaned(reached.answer), reached.stream, self._clock)
 
     async def write(
         self, actor: Actor, reference: str, wish: ops.Write, body: AsyncIterator[bytes]

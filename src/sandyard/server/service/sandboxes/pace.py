@@ -13,7 +13,7 @@ _AT_ONCE = 2_000
 _KEPT_MAX = 4096
 
 
-class Pace:
+class FrameRates:
     """The budgets, in frames."""
 
     def __init__(self, clock: Clock) -> None:

@@ -22,7 +22,7 @@ from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
 from sandyard.server.service.sandboxes.lifecycle import is_current, refusal
-from sandyard.server.service.sandboxes.pace import Pace
+from sandyard.server.service.sandboxes.pace import FrameRates
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import ref_of
@@ -62,7 +62,7 @@ class GuestStream:
     """A stream from a sandbox whose frames are limited to the pace of the sandbox and its
     organization. It knows whether any data has passed. See core.contracts.node.ByteStream."""
 
-    def __init__(self, stream: ByteStream, sandbox: Sandbox, pace: Pace) -> None:
+    def __init__(self, stream: ByteStream, sandbox: Sandbox, pace: FrameRates) -> None:
         self._stream = stream
         self._sandbox = sandbox
         self._pace = pace
@@ -98,7 +98,7 @@ class Reach:
         *,
         power: Power,
     ) -> None:
-        self._pace = Pace(platform.clock)
+        self._pace = FrameRates(platform.clock)
         self._store = platform.store
         self._register = platform.register
         self._power = power

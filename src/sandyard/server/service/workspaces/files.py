@@ -22,7 +22,7 @@ from sandyard.server.core.records import Workspace
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces import tree
 from sandyard.server.service.workspaces.beneath import PASSING, Draft, Parts, Root
-from sandyard.server.service.workspaces.tree import PIECE, Entry, Measure, shown
+from sandyard.server.service.workspaces.tree import PIECE, Measure, TreeEntry, shown
 from sandyard.server.service.workspaces.workspaces import Storage, Workspaces
 from sandyard.server.tasks import in_thread, in_thread_of, to_the_end
 
@@ -36,19 +36,19 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EntryOutcome:
     """The outcome for one of several entries; `error` says why it failed."""
 
     path: Parts
-    entry: Entry | None = None
+    entry: TreeEntry | None = None
     error: SandyardError | None = None
 
 
 @dataclass(frozen=True)
-class Reading:
+class OpenFile:
     """An open file."""
 
-    entry: Entry
+    entry: TreeEntry
     fd: int
 
     async def pieces(self, begin: int, count: int) -> AsyncIterator[bytes]:
@@ -161,7 +161,7 @@ class WorkspaceFiles:
 
     async def entries(
         self, actor: Actor, reference: str, path: Parts, *, hidden: bool
-    ) -> list[Entry]:
+    ) -> list[TreeEntry]:
         """List a directory; for a file, return the file alone.
 
         Raises:
@@ -187,7 +187,7 @@ class WorkspaceFiles:
             return await self._do(actor.org_id, tree.measured, root, path)
 
     @asynccontextmanager
-    async def read(self, actor: Actor, reference: str, path: Parts) -> AsyncIterator[Reading]:
+    async def read(self, actor: Actor, reference: str, path: Parts) -> AsyncIterator[OpenFile]:
         """Open a file while the block lasts.
 
         Raises:
@@ -198,9 +198,9 @@ class WorkspaceFiles:
             _, root = await held.enter_async_context(self._root(actor, reference, changes=False))
             inner = held.enter_context(ExitStack())
             fd, entry = await self._do(actor.org_id, _open_in, inner, root, path)
-            yield Reading(entry, fd)
+            yield OpenFile(entry, fd)
 
-    async def make_folder(self, actor: Actor, reference: str, path: Parts) -> Entry:
+    async def make_folder(self, actor: Actor, reference: str, path: Parts) -> TreeEntry:
         """Create a directory and its parents.
 
         Raises:
@@ -220,7 +220,7 @@ class WorkspaceFiles:
         *,
         replaces: bool,
         most: int | None = None,
-    ) -> Entry:
+    ) -> TreeEntry:
         """Write the data of `source` to a file in a directory, which is created if necessary. The
         file appears when it is complete. `name` is called after all data has arrived.
 
@@ -292,7 +292,7 @@ class WorkspaceFiles:
 
     async def move(
         self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
-    ) -> Entry:
+    ) -> TreeEntry:
         """Move or rename a file or directory. If the target is a directory, move into it.
 
         Raises:
@@ -304,7 +304,7 @@ class WorkspaceFiles:
 
     async def rename(
         self, actor: Actor, reference: str, path: Parts, name: bytes, *, replaces: bool
-    ) -> Entry:
+    ) -> TreeEntry:
         """Rename a file or directory in its directory."""
         async with self._root(actor, reference, changes=True) as (_, root):
             return await self._do(
@@ -313,14 +313,16 @@ class WorkspaceFiles:
 
     async def copy(
         self, actor: Actor, reference: str, source: Parts, target: Parts, *, replaces: bool
-    ) -> Entry:
+    ) -> TreeEntry:
         """Copy a file, or a directory and its contents. If the target is a directory, copy into
         it."""
         async with self._root(actor, reference, changes=True) as (workspace, root):
             await self._check_copy(actor, workspace, root, source)
             return await self._do(actor.org_id, _copied, root, source, target, replaces)
 
-    async def remove(self, actor: Actor, reference: str, paths: Sequence[Parts]) -> list[Outcome]:
+    async def remove(
+        self, actor: Actor, reference: str, paths: Sequence[Parts]
+    ) -> list[EntryOutcome]:
         """Delete files, and directories with their contents; return each outcome."""
 
         def one(root: Root, path: Parts) -> None:
@@ -337,14 +339,14 @@ class WorkspaceFiles:
         *,
         copies: bool,
         replaces: bool,
-    ) -> list[Outcome]:
+    ) -> list[EntryOutcome]:
         """Move or copy several entries into a directory; return each outcome.
 
         Raises:
             NotFoundError: the directory does not exist.
         """
 
-        def one(root: Root, path: Parts) -> Entry:
+        def one(root: Root, path: Parts) -> TreeEntry:
             return (_copied if copies else _moved)(root, path, target, replaces)
 
         return await self._each(actor, reference, paths, one, into=target, copies=copies)
@@ -354,11 +356,11 @@ class WorkspaceFiles:
         actor: Actor,
         reference: str,
         paths: Sequence[Parts],
-        work: Callable[[Root, Parts], Entry | None],
+        work: Callable[[Root, Parts], TreeEntry | None],
         *,
         into: Parts | None = None,
         copies: bool = False,
-    ) -> list[Outcome]:
+    ) -> list[EntryOutcome]:
         if not 1 <= len(paths) <= BATCH_MAX:
             raise InvalidArgumentError(
                 f"cannot do this to {len(paths)} at once: 1 to {BATCH_MAX}", field="ids"
@@ -375,13 +377,13 @@ class WorkspaceFiles:
                 try:
                     if copies:
                         await self._check_copy(actor, workspace, root, path)
-                    done.append(Outcome(path, await self._do(actor.org_id, work, root, path)))
+                    done.append(EntryOutcome(path, await self._do(actor.org_id, work, root, path)))
                 except SandyardError as error:
-                    done.append(Outcome(path, error=error))
+                    done.append(EntryOutcome(path, error=error))
         return done
 
 
-def _open_in(held: ExitStack, root: Root, path: Parts) -> tuple[int, Entry]:
+def _open_in(held: ExitStack, root: Root, path: Parts) -> tuple[int, TreeEntry]:
     """Open a file that is closed with `held`, even if the caller was cancelled."""
     fd, entry = tree.opened(root, path)
     held.callback(os.close, fd)
@@ -413,11 +415,11 @@ def _target(root: Root, source: Parts, target: Parts) -> Parts:
     return target
 
 
-def _moved(root: Root, source: Parts, target: Parts, replaces: bool) -> Entry:
+def _moved(root: Root, source: Parts, target: Parts, replaces: bool) -> TreeEntry:
     return tree.move(root, source, _target(root, source, target), replaces=replaces)
 
 
-def _copied(root: Root, source: Parts, target: Parts, replaces: bool) -> Entry:
+def _copied(root: Root, source: Parts, target: Parts, replaces: bool) -> TreeEntry:
     return tree.copy(root, source, _target(root, source, target), replaces=replaces)
 
 

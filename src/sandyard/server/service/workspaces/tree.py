@@ -39,7 +39,7 @@ _LEVELS = 100  # folders that are held open at once where they are removed
 
 
 @dataclass(frozen=True)
-class Entry:
+class TreeEntry:
     """An entry of a listing; `count` is the number of entries in a directory."""
 
     path: Parts
@@ -66,13 +66,13 @@ class Measure:
 
 def _entry(
     path: Parts, found: os.stat_result, count: int | None = None, *, is_link: bool = False
-) -> Entry:
+) -> TreeEntry:
     is_folder = stat.S_ISDIR(found.st_mode)
     size = found.st_size if stat.S_ISREG(found.st_mode) else 0
-    return Entry(path, is_folder, size, found.st_mtime, count if is_folder else None, is_link)
+    return TreeEntry(path, is_folder, size, found.st_mtime, count if is_folder else None, is_link)
 
 
-def look(root: Root, path: Parts) -> Entry:
+def look(root: Root, path: Parts) -> TreeEntry:
     """Return the entry at a path."""
     with _told(path):
         found = root.stat(path)
@@ -82,7 +82,7 @@ def look(root: Root, path: Parts) -> Entry:
             return _entry(path, found, _count(folder))
 
 
-def listed(root: Root, path: Parts, *, hidden: bool) -> list[Entry]:
+def listed(root: Root, path: Parts, *, hidden: bool) -> list[TreeEntry]:
     """List a directory, subdirectories first, by name; with `hidden` also names that begin with a
     dot.
 
@@ -91,7 +91,7 @@ def listed(root: Root, path: Parts, *, hidden: bool) -> list[Entry]:
     Raises:
         PayloadTooLargeError: it has over LIST_MAX entries.
     """
-    found: list[Entry] = []
+    found: list[TreeEntry] = []
     with _told(path), root.folder(path) as folder:
         for name, _ in folder.names():
             if name.startswith(b".") and (not hidden or name.startswith(PASSING)):
@@ -108,7 +108,7 @@ def listed(root: Root, path: Parts, *, hidden: bool) -> list[Entry]:
     return sorted(found, key=lambda one: (not one.is_folder, one.name))
 
 
-def _in(root: Root, folder: Folder, path: Parts, name: bytes) -> Entry:
+def _in(root: Root, folder: Folder, path: Parts, name: bytes) -> TreeEntry:
     at = folder.look(name)
     if stat.S_ISLNK(at.st_mode):
         with contextlib.suppress(OSError):
@@ -184,14 +184,14 @@ def _below(folder: Folder, depth: int) -> Iterator[os.stat_result]:
                         raise
 
 
-def opened(root: Root, path: Parts) -> tuple[int, Entry]:
+def opened(root: Root, path: Parts) -> tuple[int, TreeEntry]:
     """Open a file and return its descriptor, which the caller owns, and its entry."""
     with _told(path):
         fd = root.open_file(path)
     return fd, _entry(path, os.fstat(fd))
 
 
-def make_folder(root: Root, path: Parts) -> Entry:
+def make_folder(root: Root, path: Parts) -> TreeEntry:
     """Create a directory and its parents.
 
     Raises:
@@ -223,7 +223,7 @@ def keep(draft: Draft, path: Parts, *, replaces: bool) -> None:
         draft.keep(path[-1], replaces=replaces)
 
 
-def move(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
+def move(root: Root, source: Parts, target: Parts, *, replaces: bool) -> TreeEntry:
     """Move or rename a file or directory.
 
     Raises:
@@ -241,7 +241,7 @@ def move(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
     return _seen(root, target)
 
 
-def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> Entry:
+def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> TreeEntry:
     """Copy a file, or a directory and its contents. The copy appears when it is complete. Links are
     copied as links; special files are skipped.
 
@@ -405,7 +405,7 @@ def _empty(folder: Folder, name: bytes, top: Folder, levels: int) -> list[bytes]
     return hung
 
 
-def _seen(root: Root, path: Parts) -> Entry:
+def _seen(root: Root, path: Parts) -> TreeEntry:
     """Return an entry after an operation; a dangling link counts as existing."""
     with _told(path), root.folder(path[:-1]) as folder:
         return _in(root, folder, path[:-1], path[-1])
