@@ -24,7 +24,7 @@ from sandyard.server.links.passwords import check_password, hash_password
 from sandyard.server.links.payments import NoPayments, StripePayments
 from sandyard.server.links.public_keys import checked_public_key
 from sandyard.server.links.sessions import JwtSessions, Provider
-from sandyard.server.service.money.build import build_money
+from sandyard.server.service.money.build import Money, build_money
 from sandyard.server.service.money.metering import BEAT, Meter
 from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.people.build import build_people
@@ -34,9 +34,9 @@ from sandyard.server.service.reconcile.reconciler import Pace, Reconciler
 from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.build import build_sandboxes
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
-from sandyard.server.service.sandboxes.platform import build_platform
+from sandyard.server.service.sandboxes.platform import Platform, build_platform
 from sandyard.server.service.services import Services, gather
-from sandyard.server.service.workspaces.build import build_workspaces
+from sandyard.server.service.workspaces.build import WorkspaceServices, build_workspaces
 from sandyard.server.service.workspaces.files import THREADS
 
 
@@ -108,6 +108,40 @@ def _sign_in(settings: Settings, store: Store, clock: Clock) -> SignIn | None:
     )
 
 
+def _services(
+    settings: Settings,
+    platform: Platform,
+    worker: Reconciler,
+    money: Money,
+    workspaces: WorkspaceServices,
+) -> Services:
+    addresses = addresses_of(settings)
+    people = build_people(
+        platform,
+        sign_in=_sign_in(settings, platform.store, platform.clock),
+        sign_up=sign_up_of(settings),
+        failures_per_minute=settings.accounts.failed_logins_per_minute,
+        check_password=check_password,
+        check_public_key=checked_public_key,
+    )
+    sandboxes = build_sandboxes(
+        platform,
+        worker=worker,
+        ssh_keys=people.ssh_keys,
+        addresses=addresses,
+        preview_s=settings.preview.token_s,
+        hash_password=hash_password,
+    )
+    return gather(
+        platform,
+        people=people,
+        money=money,
+        sandboxes=sandboxes,
+        workspaces=workspaces,
+        addresses=addresses,
+    )
+
+
 @asynccontextmanager
 async def open_control(
     settings: Settings,
@@ -147,29 +181,12 @@ async def open_control(
         prices=prices_of(settings),
         enforces=settings.billing.enforce,
     )
-    addresses = addresses_of(settings)
     async with (
         _payments(settings) as payments,
         _threads() as threads,
     ):
         reconciler = build_reconciler(platform, pace=pace or Pace(), away_since=away_since)
         money = build_money(platform, payments=payments)
-        people = build_people(
-            platform,
-            sign_in=_sign_in(settings, store, clock),
-            sign_up=sign_up_of(settings),
-            failures_per_minute=settings.accounts.failed_logins_per_minute,
-            check_password=check_password,
-            check_public_key=checked_public_key,
-        )
-        sandboxes = build_sandboxes(
-            platform,
-            worker=reconciler,
-            ssh_keys=people.ssh_keys,
-            addresses=addresses,
-            preview_s=settings.preview.token_s,
-            hash_password=hash_password,
-        )
         workspaces = build_workspaces(
             platform,
             volumes=volumes,
@@ -178,14 +195,7 @@ async def open_control(
             quota_bytes=settings.workspaces.quota_mib * 2**20,
             upload_max=settings.workspaces.upload_mib * 2**20,
         )
-        services = gather(
-            platform,
-            people=people,
-            money=money,
-            sandboxes=sandboxes,
-            workspaces=workspaces,
-            addresses=addresses,
-        )
+        services = _services(settings, platform, reconciler, money, workspaces)
         made = make_faces(
             services, platform, http=settings.http, metrics=metrics, version=version, more=faces
         )
