@@ -431,7 +431,7 @@ async def test_what_is_asked_in_another_version_is_refused_in_words(ends: Ends) 
             await line.say(FrameKind.ASK, head(asked))
             said = await line.hear()
             assert said.kind is FrameKind.REFUSE
-            assert b"cannot tell what is asked" in said.payload
+            assert b"cannot read the request" in said.payload
             await line.say(FrameKind.LEAVE)
             assert (await line.hear()).kind is FrameKind.LEAVE
         line.hang_up()

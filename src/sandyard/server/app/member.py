@@ -52,6 +52,7 @@ from sandyard.server.tasks import Crew, beside
 log = logging.getLogger(__name__)
 
 _FILE = "node.json"
+_PEMS = ("certificate", "key", "authority")
 _PLACE_MAX = 512
 _DOORS_MAX = 4
 _FIRST_S = 0.5
@@ -159,6 +160,64 @@ def place_of(home: Path) -> str:
     return f"{boot}:{found.st_dev}:{found.st_ino}:{home.resolve()}"[:_PLACE_MAX]
 
 
+class _Credentials:
+    """A running node's identity, applied to its connections and saved whenever it changes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.home, self._settings = home_of(settings), settings
+        self._folder = settings.home / "cluster"
+        self._key = (self._folder / "key.pem").read_bytes()
+        papers = Papers(*(self._folder / f"{name}.pem" for name in _PEMS))
+        self.answers = context_of(papers, is_server=True)
+        self.asks = context_of(papers, is_server=False)
+        identity = self.home.identity
+        self.node_id, self.is_control = identity.node_id, is_control_of(identity.installation)
+        self._user, self._token = Key(Role.USER, self.home.seed), NatsToken(identity.token)
+        login = KeyLogin(self._user, self._token)
+        tls = nats_tls(identity.servers, identity.nats_authority)
+        # Two: the node announces itself before its machines are known, and takes requests only
+        # after that.
+        self.link, self.requests = (
+            Link(identity.servers, f"node {self.node_id}", login, tls) for _ in range(2)
+        )
+        self.by_nats = NatsPresence(self.link, Inbox(self.link, self.node_id))
+        self.by_door = DoorPresence(lambda: self.asks, self.is_control)
+        self.by_door.doors = [door_at(one) for one in self.home.doors]
+        self._boot, self.version = new_uuid(), package_version("sandyard")
+
+    def hello(self) -> Hello:
+        """Return what the node says about itself to a control plane."""
+        own = self._settings.cluster
+        address, place = own.address or self.home.address, place_of(self._settings.home)
+        start = NodeStart(self._boot, place, self.version, address, own.port)
+        return Hello(start, Application(request_of(self._key).decode(), self._user.name))
+
+    def keep(self, identity: Identity) -> None:
+        """Use and save a renewed identity."""
+        self._token.text = identity.token
+        for one in (self.link, self.requests):
+            one.servers = identity.servers or one.servers
+        self.home = replace(self.home, identity=identity)
+        try:
+            papers = _papers(self._settings, identity, self._key)
+            for end in (self.answers, self.asks):
+                end.load_cert_chain(papers.certificate, papers.key)
+            write_private(self._folder / _FILE, self.home.kept())
+        except OSError as error:  # the previous certificate is still valid for some time
+            log.warning("cannot save a renewed certificate: %s", error)
+
+    def know(self, door: str) -> None:
+        """Remember the address of a control plane."""
+        if not door or door in self.home.doors:
+            return
+        self.home = replace(self.home, doors=(door, *self.home.doors)[:_DOORS_MAX])
+        self.by_door.doors = [door_at(one) for one in self.home.doors]
+        try:
+            write_private(self._folder / _FILE, self.home.kept())
+        except OSError as error:
+            log.warning("cannot save the address of a control plane: %s", error)
+
+
 @asynccontextmanager
 async def open_member(
     settings: Settings, clock: Clock | None = None
@@ -174,64 +233,23 @@ async def open_member(
         NotFoundError: the node was removed.
     """
     clock = clock or SystemClock()
-    home, folder = home_of(settings), settings.home / "cluster"
-    own, node_id = settings.cluster, home.identity.node_id
-    key = (folder / "key.pem").read_bytes()
-    papers = Papers(folder / "certificate.pem", folder / "key.pem", folder / "authority.pem")
-    answers, asks = context_of(papers, is_server=True), context_of(papers, is_server=False)
-    is_control = is_control_of(home.identity.installation)
-    user, token = Key(Role.USER, home.seed), NatsToken(home.identity.token)
-    servers = home.identity.servers
-    login, tls = KeyLogin(user, token), nats_tls(servers, home.identity.nats_authority)
-    # Two: it says that it is there before it has its machines, and is asked for them only then.
-    link, ear = (Link(servers, f"node {node_id}", login, tls) for _ in range(2))
-    by_nats = NatsPresence(link, Inbox(link, node_id))
-    by_door = DoorPresence(lambda: asks, is_control)
-    by_door.doors = [door_at(one) for one in home.doors]
-
-    def keep(identity: Identity) -> None:
-        nonlocal home
-        token.text = identity.token
-        for one in (link, ear):
-            one.servers = identity.servers or one.servers
-        home = replace(home, identity=identity)
-        try:
-            _papers(settings, identity, key)
-            for end in (answers, asks):
-                end.load_cert_chain(papers.certificate, papers.key)
-            write_private(folder / _FILE, home.kept())
-        except OSError as error:  # what it has is good for a while yet
-            log.warning("a fresh certificate could not be written: %s", error)
-
-    def know(door: str) -> None:
-        nonlocal home
-        if not door or door in home.doors:
-            return
-        home = replace(home, doors=(door, *home.doors)[:_DOORS_MAX])
-        by_door.doors = [door_at(one) for one in home.doors]
-        try:
-            write_private(folder / _FILE, home.kept())
-        except OSError as error:
-            log.warning("where a control plane is could not be written down: %s", error)
-
-    boot, version = new_uuid(), package_version("sandyard")
-    metrics = Metrics(version=version)
-
-    def hello() -> Hello:
-        address = own.address or home.address
-        start = NodeStart(boot, place_of(settings.home), version, address, own.port)
-        return Hello(start, Application(request_of(key).decode(), user.name))
-
-    telling = Telling()
+    mine, own = _Credentials(settings), settings.cluster
+    metrics, telling = Metrics(version=mine.version), Telling()
     membership = NodeMembership(
-        node_id, (by_nats, by_door), hello=hello, keep=keep, know=know, clock=clock, telling=telling
+        mine.node_id,
+        (mine.by_nats, mine.by_door),
+        hello=mine.hello,
+        keep=mine.keep,
+        know=mine.know,
+        clock=clock,
+        telling=telling,
     )
-    async with Crew() as crew, linked(link), AsyncExitStack() as held:
+    async with Crew() as crew, linked(mine.link), AsyncExitStack() as held:
         with suppress(TimeoutError):
             async with clock.timeout(_FIRST_S):
-                await link.until_up()
+                await mine.link.until_up()
         running = await held.enter_async_context(beside(_run(membership)))
-        # A home that was copied has records of machines that are the first one's.
+        # The records of a copied home name machines of the original.
         async with beside(membership.settled()) as settled:
             await asyncio.wait([running, settled], return_when=asyncio.FIRST_COMPLETED)
         if running.done() and (trouble := running.result()) is not None:
@@ -241,13 +259,13 @@ async def open_member(
                 settings,
                 clock=clock,
                 observer=metrics,
-                on_change=lambda: _tell(crew, by_nats, node_id),
+                on_change=lambda: _tell(crew, mine.by_nats, mine.node_id),
                 volumes=FolderVolumes(settings.workspaces_dir),
-                node_id=node_id,
+                node_id=mine.node_id,
             ) as node,
-            serving(node, address=own.host, port=own.port, tls=answers, may=is_control),
-            answering(node, ear, check=membership.check),
-            linked(ear),
+            serving(node, address=own.host, port=own.port, tls=mine.answers, may=mine.is_control),
+            answering(node, mine.requests, check=membership.check),
+            linked(mine.requests),
             _metrics_server(settings, metrics, node),
         ):
             telling.of(node)

@@ -1,1 +1,1 @@
-"""The plugs: what stands behind the seams of core.contracts."""
+"""Implementations of the seams of core.contracts: database, NATS, tunnel, payments, clock."""

@@ -1,4 +1,4 @@
-"""Who is who in a cluster: an authority of the installation's, and certificates that it signs."""
+"""The certificate authority of an installation, and the certificates that identify its hosts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,31 +18,31 @@ _SERVER_LASTS = timedelta(days=5 * 365)
 
 
 def control_name(installation: str, server_id: str) -> str:
-    """Return the name of a control plane, as a URI."""
+    """Return a control plane's name, a URI."""
     return f"sandyard://{installation}/control/{server_id}"
 
 
 def node_name(installation: str, node_id: str) -> str:
-    """Return the name of a node, as a URI."""
+    """Return a node's name, a URI."""
     return f"sandyard://{installation}/node/{node_id}"
 
 
 def nats_name(installation: str, name: str) -> str:
-    """Return the name of a NATS server, as a URI."""
+    """Return a NATS server's name, a URI."""
     return f"sandyard://{installation}/nats/{name}"
 
 
 def new_request() -> tuple[bytes, bytes]:
-    """Return a fresh private key and a request for a certificate of it, in PEM.
+    """Return a new private key and a certificate signing request for it, in PEM.
 
-    The request says nothing of whose it is: that is for whoever signs it to know.
+    The request names no subject: the signer decides that.
     """
     key = _pem_of(ec.generate_private_key(ec.SECP256R1()))
     return key, request_of(key)
 
 
 def request_of(private: bytes) -> bytes:
-    """Return a request for another certificate of a private key, in PEM."""
+    """Return a certificate signing request for an existing private key, in PEM."""
     key = serialization.load_pem_private_key(private, None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     request = (
@@ -55,14 +55,14 @@ def request_of(private: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Authority:
-    """What an installation signs certificates with, in PEM; its key is a secret."""
+    """The certificate authority of an installation, in PEM; its key is secret."""
 
     certificate: bytes
     key: bytes = field(repr=False)
 
     @classmethod
     def new(cls, installation: str, now: datetime) -> "Authority":
-        """Return a fresh one."""
+        """Return a new authority."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Sandyard {installation}"[:64])])
         certificate = (
@@ -83,18 +83,18 @@ class Authority:
         return cls(certificate.public_bytes(serialization.Encoding.PEM), _pem_of(key))
 
     def sign(self, request: bytes, name: str, now: datetime, lasts: timedelta) -> bytes:
-        """Return the certificate of whoever made a request, who is called so from now on.
+        """Return a certificate with this name for the key of a request.
 
-        Nothing of the request is taken over but its key.
+        Everything else in the request is ignored.
 
         Raises:
-            InvalidArgumentError: it is no request, or its key is not one that is accepted.
+            InvalidArgumentError: it is no request, or the type of its key is not accepted.
         """
         return self._signed(request, [x509.UniformResourceIdentifier(name)], now, lasts)
 
     def sign_server(self, request: bytes, name: str, hosts: Sequence[str], now: datetime) -> bytes:
-        """Return the certificate of a server that is known by names or addresses of hosts, besides;
-        see `sign`."""
+        """Return the certificate of a server that is also valid for host names or addresses; see
+        `sign`."""
         names = [x509.UniformResourceIdentifier(name), *map(_host_name, hosts)]
         return self._signed(request, names, now, _SERVER_LASTS)
 
@@ -106,11 +106,13 @@ class Authority:
             is_own = asked.is_signature_valid
         except (ValueError, TypeError) as error:
             raise InvalidArgumentError(
-                "cannot sign this: it is no request for a certificate"
+                "cannot sign the request: it is not a certificate signing request"
             ) from error
         key = asked.public_key()
         if not is_own or not isinstance(key, ec.EllipticCurvePublicKey):
-            raise InvalidArgumentError("cannot sign this: its key is not one of an elliptic curve")
+            raise InvalidArgumentError(
+                "cannot sign the request: its key must be an elliptic-curve key"
+            )
         signer = serialization.load_pem_private_key(self.key, None)
         assert isinstance(signer, ec.EllipticCurvePrivateKey)
         certificate = (

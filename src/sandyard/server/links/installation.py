@@ -1,6 +1,7 @@
-"""What an installation of several hosts vouches with: its authority, and its account on NATS.
+"""The keys of an installation on several hosts: its certificate authority and its NATS account.
 
-NATS's own servers have an authority of theirs: a node's certificate must not make it one of them.
+NATS servers have an authority of their own, so that a node cannot use its certificate to act as
+one.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ class Installation:
 
     @classmethod
     def new(cls, now: datetime) -> "Installation":
-        """Return a fresh one."""
+        """Return a new one."""
         an_id = new_uuid()
         return cls(
             id=an_id,
@@ -39,7 +40,7 @@ class Installation:
         )
 
     def values(self) -> dict[str, str]:
-        """Return it as it is kept."""
+        """Return it as stored."""
         return {
             "id": self.id,
             "certificate": self.authority.certificate.decode(),
@@ -52,7 +53,7 @@ class Installation:
 
     @classmethod
     def of(cls, values: Mapping[str, str]) -> "Installation":
-        """Return the one that was kept."""
+        """Return it from its stored form."""
         return cls(
             values["id"],
             Authority(values["certificate"].encode(), values["key"].encode()),
@@ -62,16 +63,16 @@ class Installation:
         )
 
     def is_control(self, name: str) -> bool:
-        """Tell whether somebody of that name (see `identities`) is a control plane."""
+        """Tell whether a certificate name (see `identities`) is that of a control plane."""
         return is_control_of(self.id)(name)
 
     def node_of(self, name: str) -> str | None:
-        """Return the id of the node that has a name."""
+        """Return the id of the node with this certificate name."""
         prefix = node_name(self.id, "")
         return name.removeprefix(prefix) if name.startswith(prefix) else None
 
     def control_papers(self, server_id: str, now: datetime) -> tuple[bytes, bytes]:
-        """Return a fresh certificate for a control plane, and its key, in PEM."""
+        """Return a new certificate for a control plane, and its key, in PEM."""
         key, request = new_request()
         name = control_name(self.id, server_id)
         return self.authority.sign(request, name, now, CERTIFICATE_LASTS), key
@@ -82,7 +83,7 @@ class Installation:
 
 
 def is_control_of(installation: str) -> Callable[[str], bool]:
-    """Return what tells whether a name is that of a control plane of an installation."""
+    """Return a function that tells whether a name is that of a control plane of an installation."""
     prefix = control_name(installation, "")
     return lambda name: name.startswith(prefix)
 

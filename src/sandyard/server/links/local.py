@@ -1,4 +1,4 @@
-"""Plugs for one process: a clock that is the machine's, a bus that is a set of events."""
+"""A clock and an event bus for a single process."""
 
 import asyncio
 import logging
@@ -38,8 +38,11 @@ class SystemClock:
 
 
 class AgreedClock(SystemClock):
-    """The time by a clock that several hosts go by. From one answer of that to the next it is
-    counted by one that nobody sets, and that goes on while the host is suspended."""
+    """The time by a reference clock that several hosts share, such as the database's.
+
+    Between two readings of the reference, time is counted by a clock that cannot be set and that
+    continues while the host is suspended.
+    """
 
     def __init__(self) -> None:
         self._agreed: tuple[datetime, float] | None = None
@@ -53,15 +56,17 @@ class AgreedClock(SystemClock):
 
     @staticmethod
     def elapsed() -> float:
-        """Return the seconds that are counted from one answer to the next."""
+        """Return the seconds counted locally, from an arbitrary start."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def agree(self, moment: datetime, at: float) -> None:
-        """Go by a moment of the other clock, which it was `at` so many seconds counted here; what
-        differs by nearly nothing changes nothing."""
+        """Adopt a reading of the reference clock, taken when `at` seconds had been counted locally.
+        Tiny differences are ignored."""
         now = self.now() + timedelta(seconds=at - self.elapsed())
         if self._agreed is None and abs(moment - now) > _ODD:
-            log.warning("this host's clock is off: the database's is ahead by %s", moment - now)
+            log.warning(
+                "this host's clock differs from the database's, which is ahead by %s", moment - now
+            )
         if self._agreed is None or abs(moment - now) > _NEARLY:
             self._agreed = moment, at
 
@@ -74,7 +79,7 @@ class LocalSubscription:
         self._hinted = asyncio.Event()
 
     def wake(self) -> None:
-        """Note that a hint has come."""
+        """Note that a hint has arrived."""
         self._hinted.set()
 
     async def wait(self, limit_s: float) -> bool:

@@ -31,7 +31,7 @@ _PAID = ("checkout.session.completed", "checkout.session.async_payment_succeeded
 
 
 class NoPayments:
-    """What stands here where no provider is set up: everything is refused with what to do."""
+    """Used when no provider is configured: refuses everything and says what to do."""
 
     async def check_out(
         self, *, org_id: str, amount_cents: int, success_url: str, cancel_url: str
@@ -108,7 +108,7 @@ class StripePayments:
         except stripe.StripeError as error:
             raise _failed(error) from error
         if not made.url:
-            raise UnavailableError("the payment provider answered without a page to pay on")
+            raise UnavailableError("the payment provider's response contains no payment page")
         return Checkout(made.url, made.id)
 
     async def charge(
@@ -170,7 +170,7 @@ class StripePayments:
         return self._paid(event)
 
     async def _refunded(self, charge_id: str) -> Reversal | None:
-        """Return what of a charge was refunded, if that was one of ours."""
+        """Return the refunded part of a charge, if the charge is one of ours."""
         try:
             charge = await self._client.v1.charges.retrieve_async(charge_id)
             org_id = await self._org_of(charge)
@@ -181,7 +181,7 @@ class StripePayments:
         return Reversal(org_id, charge.amount_refunded, charge.id, is_dispute=False)
 
     async def _disputed(self, dispute_id: str) -> Reversal | None:
-        """Return what a dispute keeps, if it is of a charge of ours."""
+        """Return the disputed amount, if the dispute is about one of our charges."""
         try:
             dispute = await self._client.v1.disputes.retrieve_async(dispute_id)
             charge_id = dispute.charge if isinstance(dispute.charge, str) else dispute.charge.id
@@ -194,7 +194,7 @@ class StripePayments:
         return Reversal(org_id, amount, dispute.id, is_dispute=True)
 
     async def _org_of(self, charge: stripe.Charge) -> str | None:
-        """Return the organization that a charge was credited to; None if it was to none."""
+        """Return the organization that a charge was credited to; None if there is none."""
         found = _org_in(charge.metadata)
         if not found and charge.payment_intent is not None:
             # A checkout of a version before, which told only its session.
@@ -205,13 +205,13 @@ class StripePayments:
             for one in sessions.data:
                 found = _org_in(one.metadata)
         if found and charge.currency != self._currency:
-            log.error("a reversal cannot be posted: it is in %s", charge.currency,
+            log.error("cannot post a reversal: its currency is %s", charge.currency,
                       extra={"reference": charge.id})  # fmt: skip
             return None
         return found
 
     def _paid(self, event: Any) -> Payment | None:
-        """Return the payment that an event tells of."""
+        """Return the payment that an event reports."""
         told = event["data"]["object"]
         org_id = (told.get("metadata") or {}).get("org_id")
         key = (told.get("metadata") or {}).get("key")
@@ -228,7 +228,7 @@ class StripePayments:
             return None  # where the money comes later, another event tells of that
         if told["currency"] != self._currency or not isinstance(org_id, str):
             log.error(
-                "a payment cannot be credited: it is in %s and of the organization %s",
+                "cannot credit a payment: its currency is %s and its organization %s",
                 told["currency"],
                 org_id,
                 extra={"reference": told["id"]},

@@ -31,10 +31,10 @@ _TEXT_MAX = 255
 
 @dataclass(frozen=True)
 class Provider:
-    """Who signs, and what a token of theirs must say.
+    """A trusted identity provider, and what its tokens must contain.
 
-    `keys_url` is where the keys are, else the issuer's discovery document tells. The issuer is
-    compared whole, or its beginning with `is_issuer_prefix`.
+    `keys_url` is the URL of its keys; by default it is read from the discovery document. The issuer
+    is compared exactly, or as a prefix with `is_issuer_prefix`.
     """
 
     issuer: str
@@ -144,10 +144,12 @@ class JwtSessions:
         key = self._keys.get(name)
         if key is None:
             if self._fetched_at is None:
-                raise UnavailableError("the identity provider's keys cannot be had now; try again")
+                raise UnavailableError(
+                    "the identity provider's keys cannot be fetched now; try again"
+                )
             raise InvalidTokenError("cannot accept the session token: its key is not known")
         if key.algorithm_name != head["alg"]:
-            raise InvalidTokenError("cannot accept the session token: its key is of another kind")
+            raise InvalidTokenError("cannot accept the session token: its key has another type")
         return key
 
     def _is_stale(self) -> bool:
@@ -175,7 +177,7 @@ class JwtSessions:
                 place = f"{self._provider.issuer.rstrip('/')}/.well-known/openid-configuration"
                 said = await _json_of(client, place)
                 if said["issuer"] != self._provider.issuer:
-                    raise ValueError(f"{place} speaks of another issuer")
+                    raise ValueError(f"{place} names another issuer")
                 keys_url = str(said["jwks_uri"])
                 if keys_url.split("://")[0] != place.split("://")[0]:
                     raise ValueError(f"{place} names keys at {keys_url}")
@@ -185,7 +187,7 @@ class JwtSessions:
 
 
 def _usable(keys: Any, algorithms: Sequence[str]) -> Mapping[str, jwt.PyJWK]:
-    """Return the keys by name that are for signatures; those that cannot be read are left out."""
+    """Return the signing keys by id; keys that cannot be read are left out."""
     found: dict[str, jwt.PyJWK] = {}
     for one in list(keys)[:_KEYS_MAX]:
         if not isinstance(one, dict):
@@ -196,7 +198,7 @@ def _usable(keys: Any, algorithms: Sequence[str]) -> Mapping[str, jwt.PyJWK]:
         try:
             key = jwt.PyJWK(one)
         except jwt.PyJWTError as error:
-            log.info("a key of the identity provider cannot be read: %s", error)
+            log.info("cannot read a key of the identity provider: %s", error)
             continue
         # A symmetric key in a public list would let anyone sign.
         if key.key_type in ("RSA", "EC") and key.algorithm_name in algorithms:
@@ -211,7 +213,7 @@ async def _json_of(client: httpx.AsyncClient, url: str) -> Any:
         async for piece in answer.aiter_bytes():
             body += piece
             if len(body) > _ANSWER_MAX:
-                raise ValueError(f"{url} answers more than it can")
+                raise ValueError(f"the response of {url} is too long")
     return httpx.Response(200, content=body).json()
 
 
@@ -225,7 +227,7 @@ def _number(claims: Mapping[str, Any], name: str, default: float | None = None) 
 
 
 def _identity(claims: Mapping[str, Any], name: str) -> str | None:
-    """Return who or what is named; one that cannot be told from others is no good."""
+    """Return the id of a user or an organization, which must be unambiguous."""
     value = claims.get(name)
     if value is None or value == "":
         return None

@@ -1,4 +1,4 @@
-"""Volumes on this host: a file system in a file each, or plain folders."""
+"""Volumes on this host: file systems in image files, or plain folders."""
 
 import asyncio
 import contextlib
@@ -31,9 +31,8 @@ _DELETED = "cannot find the workspace: it was deleted"
 class ImageVolumes:
     """Each volume is an ext4 file system in a sparse file, mounted while it is in use.
 
-    So what a volume may hold is kept by the kernel to the byte, for whoever writes into it, how
-    much is in it is known at once, and no device file or setuid program in it does anything here.
-    See docs/decisions.
+    The kernel therefore enforces the size of a volume exactly for all writers, its usage is known
+    at once, and device files and setuid programs in it have no effect. See docs/decisions.
     """
 
     def __init__(self, folder: Path, *, floor_bytes: int = 0) -> None:
@@ -82,7 +81,7 @@ class ImageVolumes:
         return found
 
     def _is_to_be_mended(self, workspace_id: str) -> bool:
-        """Tell, without asking the disk, whether a volume is known to take no more writes."""
+        """Tell, without disk access, whether a volume is known to need a repair."""
         is_known = workspace_id in self._stuck or _shows_that_it_is_stuck(self._place(workspace_id))
         return is_known and _left(self._folder, 0) >= _MENDABLE_BYTES
 
@@ -90,7 +89,7 @@ class ImageVolumes:
         """See core.contracts.volumes.Volumes.remove."""
         async with self._locked(workspace_id), _told():
             if self._users[workspace_id]:
-                raise UnavailableError("cannot remove the workspace now: its files are being read")
+                raise UnavailableError("cannot remove the workspace now: its files are in use")
             await in_thread(self._unmount, workspace_id)
             # Whoever found it before it was removed, and comes now, must not make it anew.
             self._gone.add(workspace_id)
@@ -116,7 +115,7 @@ class ImageVolumes:
                         await in_thread(self._unmount, workspace_id)
 
     async def close(self) -> None:
-        """Unmount what nobody uses; what is in the volumes stays."""
+        """Unmount the volumes that are not in use; their data is kept."""
         self._used_at = dict.fromkeys(self._used_at, float("-inf"))
         await self.rest(idle_s=-1.0)
 
@@ -174,7 +173,7 @@ class ImageVolumes:
                 self._base_file(workspace_id).write_text(str(taken))
 
     def _base(self, workspace_id: str) -> int:
-        """Return what a file system takes with nothing in it, which is nobody's."""
+        """Return the space that an empty file system uses, which is not counted for its owner."""
         try:
             return int(self._base_file(workspace_id).read_text())
         except (FileNotFoundError, ValueError):  # the server ended before it was written
@@ -207,32 +206,33 @@ class ImageVolumes:
 
 
 def _own_bytes(quota_bytes: int) -> int:
-    """Return what a file system needs itself, so that its user has all of theirs: the journal, the
-    inodes (256 bytes each), bitmaps, and what ext4 keeps back to be able to go on."""
+    """Return the space that a file system needs for itself and that is added to the volume's size:
+    the journal, the inodes (256 bytes each), bitmaps, and the blocks that ext4 reserves."""
     kept_back = min(quota_bytes // 50, 16 * 2**20)
     inodes = quota_bytes * 256 // _bytes_a_file(quota_bytes)
     return (_JOURNAL_MIB + 4) * 2**20 + inodes + quota_bytes // 200 + kept_back
 
 
 def _bytes_a_file(quota_bytes: int) -> int:
-    """Return for how many bytes there is one inode: a small volume may be full of small files, and
-    a large one has a million inodes all the same."""
+    """Return the bytes per inode, so that a small volume can be full of small files and a large one
+    still has a million inodes."""
     if quota_bytes <= 4 * 2**30:
         return 4096
     return 8192 if quota_bytes <= 16 * 2**30 else 16_384
 
 
 def _await_released(image: Path) -> None:
-    """Return once nobody on the host has a file system mounted, in a namespace of their own."""
+    """Return once a file system is not mounted in any mount namespace of the host."""
     until = time.monotonic() + _RELEASE_S
     while _is_attached(image):
         if time.monotonic() > until:
-            raise UnavailableError("cannot mend the workspace's volume now: it is still in use")
+            raise UnavailableError("cannot repair the workspace's volume now: it is still in use")
         time.sleep(0.05)
 
 
 def _is_attached(image: Path) -> bool:
-    """Tell whether an image is a device of the host's, as it is while anybody has it mounted."""
+    """Tell whether an image is attached to a loop device, which is so while it is mounted
+    anywhere."""
     attached = Path("/sys/block").glob("loop*/loop/backing_file")
     return any(_read(one) == str(image) for one in attached)
 
@@ -245,8 +245,8 @@ def _read(file: Path) -> str:
 
 
 def _shows_that_it_is_stuck(place: Path) -> bool:
-    """Tell whether a file system is read-only by now, having failed to write; not all kernels tell
-    so (6.12 does not)."""
+    """Tell whether a file system became read-only after a failed write; not all kernels show it
+    (6.12 does not)."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         words = line.split()
         if words[4] == str(place):
@@ -255,7 +255,7 @@ def _shows_that_it_is_stuck(place: Path) -> bool:
 
 
 def _is_stuck(place: Path) -> bool:
-    """Tell the same, of any kernel: to sync it fails; what was written before is waited for."""
+    """Tell the same on any kernel by trying to sync it, which waits for earlier writes."""
     try:
         root = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -270,8 +270,8 @@ def _is_stuck(place: Path) -> bool:
 
 
 class FolderVolumes:
-    """Each volume is a plain folder: on a mount that several servers share, or where nothing can
-    be mounted. What a volume may hold is looked after when something is to be written here."""
+    """Each volume is a plain folder, for mounts shared by several servers and hosts that cannot
+    mount images. The size of a volume is checked when data is written through the API."""
 
     def __init__(self, folder: Path, *, floor_bytes: int = 0) -> None:
         self._folder = folder
@@ -311,7 +311,7 @@ class FolderVolumes:
         """See core.contracts.volumes.Volumes.rest: nothing is held open."""
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Does nothing: nothing is held open."""
 
 
 @contextlib.asynccontextmanager
@@ -336,7 +336,7 @@ def _hand_over(place: Path) -> None:
 
 
 def _left(folder: Path, floor_bytes: int) -> int:
-    """Return how much the disk that a folder lies on takes, or is to lie on."""
+    """Return the free space of the disk on which a folder is, or will be."""
     while not folder.exists():
         folder = folder.parent
     found = os.statvfs(folder)
@@ -344,7 +344,7 @@ def _left(folder: Path, floor_bytes: int) -> int:
 
 
 def _taken(place: Path) -> int:
-    """Return the bytes of disk that a folder takes, however deep it is and whatever is in it."""
+    """Return the disk usage of a folder in bytes, whatever its depth and contents."""
     if not place.exists():
         return 0
     # Of its own accord it follows no link; what goes meanwhile makes it exit with 1.
@@ -353,7 +353,7 @@ def _taken(place: Path) -> int:
 
 
 def _remove_tree(place: Path) -> None:
-    """Remove a folder, however deep it is and whatever is in it; nothing if it is not there."""
+    """Remove a folder if it exists, whatever its depth and contents."""
     _run("rm", "--recursive", "--force", "--one-file-system", "--", str(place))
 
 

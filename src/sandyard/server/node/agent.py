@@ -1,6 +1,8 @@
-"""The link to the agents: a connection carries one operation at a time, every wait has a limit.
+"""The connections to the agents. A connection carries one operation at a time, and every wait has a
+limit.
 
-What an agent says is written by a hostile guest: core.wire bounds it, and nothing here trusts it.
+The agent may be controlled by a hostile guest: core.wire limits its messages, and nothing here
+trusts them.
 """
 
 import asyncio
@@ -64,7 +66,7 @@ class AgentStream:
 
     @property
     def has_more(self) -> bool:
-        """Whether something that has come was not read."""
+        """Whether received data has not been read yet."""
         return bool(self._first)
 
     async def read(self, limit: int) -> bytes:
@@ -108,7 +110,7 @@ class AgentStream:
 
 
 class AgentLink:
-    """The way to one machine's agent."""
+    """The connections to one machine's agent."""
 
     def __init__(self, dial: Dial, token: str, clock: Clock) -> None:
         self._dial = dial
@@ -121,16 +123,16 @@ class AgentLink:
 
     @property
     def end(self) -> ConflictError | None:
-        """The error for users of the link once it was cut, a new one each time."""
+        """The error for users of the link after `cut`, a new one each time."""
         end = self._end
         return None if end is None else type(end)(end.text, **end.facts)
 
     def use_token(self, token: str) -> None:
-        """Show this token from now on: the agent was told that it is the one."""
+        """Use this token from now on: the agent has accepted it as its new one."""
         self._token = token
 
     def cut(self, end: ConflictError) -> None:
-        """Break every connection off, because the machine is there no more; `end` says why."""
+        """Close all connections because the machine no longer exists; `end` says why."""
         if self._end is None:
             self._end = end
         self._spare = None
@@ -138,7 +140,7 @@ class AgentLink:
             writer.transport.abort()
 
     async def open_spare(self, limit_s: float) -> None:
-        """Have a connection ready for the next operation; nothing happens if that cannot be."""
+        """Open a connection for the next operation; does nothing if that fails."""
         if self.lacks_spare:
             with contextlib.suppress(OSError, TimeoutError):
                 async with self._clock.timeout(limit_s):
@@ -147,11 +149,11 @@ class AgentLink:
 
     @property
     def lacks_spare(self) -> bool:
-        """Whether no connection is ready, and one may be."""
+        """Whether there is no spare connection although one could be opened."""
         return self._spare is None and self._end is None and not self._is_closed
 
     def close(self) -> None:
-        """Close the connection that is ready, and have none ready any more."""
+        """Close the spare connection, and keep none from now on."""
         self._is_closed = True
         if self._spare is not None:
             self._forget(self._spare[1])
@@ -164,7 +166,7 @@ class AgentLink:
         return reader, writer
 
     def _keep(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Have a connection that is free again ready for the next operation."""
+        """Keep a connection that is free again for the next operation."""
         if self.lacks_spare and not reader.at_eof() and not writer.is_closing():
             self._spare = (reader, writer, self._clock.monotonic())
         else:
@@ -175,7 +177,7 @@ class AgentLink:
         writer.close()
 
     async def _taken(self, dial_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Return the connection that is ready if it is still good, else a new one."""
+        """Return the spare connection if it is still usable, else a new one."""
         spare, self._spare = self._spare, None
         if spare is not None:
             reader, writer, made_at = spare
@@ -188,7 +190,7 @@ class AgentLink:
     async def ask(
         self, operation: Operation[AnswerT], *, limit_s: float, dial_s: float | None = None
     ) -> AnswerT:
-        """Carry out an operation that ends with its answer, and return that. See `open`."""
+        """Run an operation that ends with its answer, and return the answer. See `open`."""
         async with self.open(operation, limit_s=limit_s, dial_s=dial_s) as opened:
             return opened.answer
 
@@ -238,7 +240,7 @@ class AgentLink:
 
 
 async def run_command(link: AgentLink, command: str, *, limit_s: float, clock: Clock) -> int:
-    """Run a command in a machine, take no interest in what it says, and return its exit code.
+    """Run a command in a machine, discard its output, and return its exit code.
 
     Raises: see `AgentLink.open`; UnavailableError also if it does not end within the limit.
     """
@@ -263,10 +265,10 @@ def _broken_off() -> bytes:
 
 
 def _refuse(said: Answer, *, is_told: bool) -> None:
-    """Raise what an agent's refusal means here.
+    """Raise the error for an agent's refusal.
 
-    Only whoever asked for a user `is_told` why: a guest must not choose what becomes of its node's
-    own work.
+    Its text is used only for requests that name a user (`is_told`): a guest must not influence its
+    node's own operations.
     """
     match said.error:
         case None:

@@ -1,4 +1,4 @@
-"""Network, disks and images for fake machines: no root, no namespace, no file worth mentioning."""
+"""Network, disks and images for fake machines, without root, namespaces or large files."""
 
 import asyncio
 import socket
@@ -76,7 +76,7 @@ class FakeDisks:
 
 
 def make_fake_image(images: Images) -> str:
-    """Make an image of empty files, if it is not there, and return its digest."""
+    """Create an image of empty files unless it exists, and return its digest."""
     digest = "fake"
     folder = images.images_dir / digest
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""A node's place among others: it says each second that it is there, and counts its lease."""
+"""A node's membership of an installation: sends heartbeats every second, and keeps track of its
+lease."""
 
 import asyncio
 import logging
@@ -30,22 +31,23 @@ _T = TypeVar("_T")
 
 
 def boot_time() -> float:
-    """Return a time that goes on while the host is suspended, in seconds."""
+    """Return a monotonic time that includes the time during which the host is suspended, in
+    seconds."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Telling:
-    """What a node tells of itself; nothing until it is known whom to ask: `of`."""
+    """What a node reports about itself; nothing until its source is set by `of`."""
 
     def __init__(self) -> None:
         self._node: NodeControl | None = None
 
     def of(self, node: NodeControl) -> None:
-        """Tell of this node from now on."""
+        """Report about this node from now on."""
         self._node = node
 
     async def view(self) -> NodeView | None:
-        """Return what there is to tell now."""
+        """Return the current report."""
         if self._node is None:
             return None
         try:
@@ -86,28 +88,29 @@ class NodeMembership:
 
     @property
     def has_lease(self) -> bool:
-        """Whether the node may be asked for something."""
+        """Whether the node may be asked for changes."""
         return self._boot_time() < self._lease_ends
 
     def check(self) -> None:
-        """Refuse wishes without a lease.
+        """Refuse requests without a lease.
 
         Raises:
-            UnavailableError: it has none.
+            UnavailableError: the node has none.
         """
         if not self.has_lease:
             raise UnavailableError("cannot do this now: the node has no lease")
 
     async def settled(self) -> None:
-        """Return once it is known that no other process is this node, or nobody can tell."""
+        """Return once it is certain that no other process is this node, or once that cannot be
+        determined."""
         await self._is_settled.wait()
 
     async def run(self) -> None:
-        """Be there, until this process is not the node any more.
+        """Register and send heartbeats until this process is no longer the node.
 
         Raises:
             ConflictError: another process is this node.
-            NotFoundError: the node was forgotten.
+            NotFoundError: the node was removed.
         """
         while True:
             welcome = await self._introduced()
@@ -140,7 +143,7 @@ class NodeMembership:
                 return welcome
 
     async def _beat_on(self, epoch: int) -> None:
-        """Say that the node is there, until its identity is worth renewing."""
+        """Send heartbeats until the identity should be renewed."""
         began = self._boot_time()
         had_lease, by_another = True, began
         while self._boot_time() < began + _RENEW_S:

@@ -1,9 +1,9 @@
-"""Keeps guests from filling the host's disk, on which the platform itself has to write.
+"""Keeps guests from filling the host's disk, to which the platform itself has to write.
 
-Where little is left, the machines that write most are held still, one after the other, until there
-is room again: they lose nothing, and say why they stand. And a file of some size, the ballast, is
-given up when the disk is full all the same, so that what makes room (deleting, above all) can still
-be written down.
+When little space is left, the machines that write most are suspended, one after the other, until
+there is space again; they lose nothing, and their status says why. If the disk fills up
+nevertheless, a file of some size, the ballast, is deleted, so that operations that free space,
+above all deletes, can still be recorded.
 """
 
 import contextlib
@@ -57,14 +57,14 @@ class Pressure:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """What keeps machines from being started: a sentence, if the disk is full, else nothing."""
+        """What prevents machines from starting: a sentence if the disk is full, else nothing."""
         free = self._free(self._home)
         if free >= self._little_mib:
             return ()
         return (f"the host's disk is full: {free} MiB are left under {self._home}",)
 
     async def watch(self) -> None:
-        """Look after the disk, for ever."""
+        """Monitor the disk, forever."""
         while True:
             try:
                 await self.look()
@@ -73,7 +73,7 @@ class Pressure:
             await self._clock.sleep(_LOOK_S)
 
     async def look(self) -> None:
-        """Hold a machine still, or let those that are go on, and see to the ballast."""
+        """Suspend a machine, or resume those that are suspended, and maintain the ballast."""
         free = self._free(self._home)
         running = list(self._running())
         if free >= self._little_mib * _ENOUGH:
@@ -93,14 +93,14 @@ class Pressure:
         await in_thread(self._see_to_ballast, free)
 
     def _least(self, free: int) -> int:
-        """Return how much a machine writes in a second that is taken for one that fills the disk:
-        the less is left, the less."""
+        """Return how much a machine must write per second to count as filling the disk: less, the
+        less space is left."""
         if free >= self._little_mib // 2:
             return _WRITES_MIB
         return 1 if free >= min(2 * BALLAST_MIB, self._little_mib // 4) else 0
 
     async def _hold_one(self, grown: Mapping[Resident, int], *, least_mib: int) -> None:
-        """Hold the one still that has grown most since the last look; nobody where none has."""
+        """Suspend the machine whose disk has grown most since the last check, if any has."""
         for one in grown:
             # Those that found the disk full already would try again, and find the ballast's room.
             pulse = one.guest.pulse

@@ -1,1 +1,1 @@
-"""Words between control planes and nodes, and hints among control planes, by core NATS."""
+"""Requests from control planes to nodes, and hints among control planes, over core NATS."""

@@ -24,7 +24,7 @@ SILENCE_S: Final = 5.0
 
 @dataclass(frozen=True)
 class NodeMethod:
-    """One method of a node: what it takes by name, and what it returns."""
+    """One method of a node: its parameters and its return type."""
 
     name: str
     takes: Mapping[str, Any]
@@ -33,27 +33,27 @@ class NodeMethod:
     may_leave_out: frozenset[str]
 
     def written(self, args: Mapping[str, object]) -> dict[str, Any]:
-        """Return arguments as JSON can carry them."""
+        """Return arguments as JSON values."""
         return {name: encode(value) for name, value in args.items()}
 
     def read(self, raw: object) -> dict[str, Any]:
-        """Return the arguments that were written.
+        """Return arguments from their JSON values.
 
         Raises:
-            CodecError: they are not as agreed.
+            CodecError: they do not match the method's parameters.
         """
         if not isinstance(raw, dict):
-            raise CodecError("the arguments are no object")
+            raise CodecError("the arguments are not an object")
         found = {name: decode(kind, raw[name]) for name, kind in self.takes.items() if name in raw}
         if missing := set(self.takes) - set(found) - self.may_leave_out:
             raise CodecError(f"{', '.join(sorted(missing))} is missing")
         return found
 
     def answer(self, raw: object) -> Any:
-        """Return what a method returned.
+        """Return a method's result from its JSON value.
 
         Raises:
-            CodecError: it is not as agreed.
+            CodecError: it does not match the return type.
         """
         if self.returns is type(None):
             return None
@@ -88,8 +88,8 @@ ASKS: Final[Mapping[str, NodeMethod]] = {
 
 
 def _plain(raw: object, depth: int = 0) -> object:
-    """Return what a node says with its texts short, and of characters that any database takes: it
-    may be a hostile one."""
+    """Return a node's error with its texts shortened and limited to characters that any database
+    accepts: the node may be hostile."""
     if isinstance(raw, str):
         return raw[:TEXT_MAX].replace("\0", "").encode(errors="replace").decode()
     if isinstance(raw, list):
@@ -100,7 +100,7 @@ def _plain(raw: object, depth: int = 0) -> object:
 
 
 def failure(error: SandyardError) -> dict[str, object]:
-    """Return the words that tell of an error."""
+    """Return the JSON form of an error."""
     return {
         "error": {
             "kind": kind_of(error),
@@ -112,10 +112,10 @@ def failure(error: SandyardError) -> dict[str, object]:
 
 
 def failed(told: object) -> SandyardError:
-    """Return the error that words tell of."""
+    """Return the error from its JSON form."""
     told = _plain(told)
     if not isinstance(told, dict):
-        return InternalError("a node told of an error in a way that nobody understands")
+        return InternalError("a node sent an error in an unknown format")
     facts = told.get("facts")
     known = {
         str(name): one

@@ -1,4 +1,4 @@
-"""Hints from control plane to control plane."""
+"""Hints between control planes."""
 
 import asyncio
 import logging
@@ -37,7 +37,8 @@ class NatsBus:
             self._has_some.set()
 
     def hint_here(self, topic: str) -> None:
-        """Wake whoever subscribed to `topic` in this process: the others were told, too."""
+        """Wake the subscribers of `topic` in this process; the other processes have been notified,
+        too."""
         self._here.hint(topic)
 
     def subscribe(self, topic: str) -> AbstractContextManager[Subscription]:
@@ -59,7 +60,7 @@ class NatsBus:
 
 @asynccontextmanager
 async def hinting(link: Link, clock: Clock) -> AsyncIterator[NatsBus]:
-    """Pass hints on for as long as the block runs; open it before the link is."""
+    """Forward hints while the block runs; enter it before the link is opened."""
     bus = NatsBus(link, clock)
     async with Crew() as crew:
         crew.start(bus._pass_on(), "hints are passed on no longer")

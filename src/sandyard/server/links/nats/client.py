@@ -1,4 +1,4 @@
-"""Nodes as a control plane has them: each wish is a word, and its answers come to an inbox."""
+"""A control plane's view of the nodes: requests are sent over NATS, answers arrive in an inbox."""
 
 import asyncio
 import logging
@@ -29,7 +29,7 @@ INBOX: Final = "inbox"
 
 
 class Inbox:
-    """Where the answers to one control plane come; make it before the link is opened."""
+    """Receives the answers to one control plane; create it before the link is opened."""
 
     def __init__(self, link: Link, name: str) -> None:
         self._place = f"{INBOX}.{name}"
@@ -38,7 +38,7 @@ class Inbox:
 
     @contextmanager
     def answers(self) -> Iterator[tuple[str, "asyncio.Queue[NatsMessage]"]]:
-        """Yield a place that answers can be sent to, and what comes there."""
+        """Yield a reply subject, and a queue of the messages sent to it."""
         place, came = f"{self._place}.{new_secret()}", asyncio.Queue[NatsMessage]()
         self._waiting[place] = came
         try:
@@ -142,13 +142,11 @@ class RemoteNode:
         try:
             return ask.answer(heard.values.get("value"))
         except CodecError as error:
-            log.warning("the node %s answers what nobody understands: %s", self._node_id, error)
-            raise UnavailableError(
-                f"the node {self._node_id} answers what nobody understands"
-            ) from error
+            log.warning("the node %s sent an invalid answer: %s", self._node_id, error)
+            raise UnavailableError(f"the node {self._node_id} sent an invalid answer") from error
 
     async def _heard(self, words: Mapping[str, object]) -> NatsMessage:
-        """Say it once, and return what comes of it in the end."""
+        """Send the request once, and return its outcome."""
         with self._inbox.answers() as (place, came):
             await self._link.say(f"node.{self._node_id}.do", words, reply=place)
             while True:

@@ -13,7 +13,7 @@ PAYLOAD_MAX = 8 * 1024 * 1024
 
 @dataclass(frozen=True)
 class ServerFiles:
-    """Where a server's certificate and key lie, and that of the installation's authority."""
+    """The paths of a server's certificate, its key, and the authority's certificate."""
 
     certificate: Path
     key: Path
@@ -33,9 +33,10 @@ def config_of(
     routes: Sequence[str] = (),
     name: str = "",
 ) -> str:
-    """Return what a server of the installation is started with; `routes` are the other servers.
+    """Return the configuration of one server; `routes` are the other servers.
 
-    Nothing in it is secret. Without `files` it speaks in the clear, which is for tests on loopback.
+    It contains no secrets. Without `files` the server uses no TLS, which is for tests on loopback
+    only.
     """
     operator_says = operator_token(operator, installation, now)
     account_says = account_token(operator, account, installation, now)

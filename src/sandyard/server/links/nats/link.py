@@ -1,5 +1,5 @@
-"""One connection to NATS that is kept up: what is heard goes to whoever listens, what is said is
-said now or not at all."""
+"""A connection to NATS that is re-established whenever it is lost. Messages are sent now or not at
+all."""
 
 import asyncio
 import json
@@ -37,20 +37,20 @@ _NO_RESPONDERS = "503"
 
 
 class NatsLogin(Protocol):
-    """How somebody proves to NATS who they are; asked anew for every connection."""
+    """Credentials for NATS, asked for again with every connection."""
 
     def token(self) -> str:
-        """Return the token that tells what they may say and hear."""
+        """Return the token, which states what may be published and subscribed to."""
         ...
 
     def sign(self, nonce: bytes) -> bytes:
-        """Return the signature of what NATS asks to be signed."""
+        """Return the signature of the server's nonce."""
         ...
 
 
 @dataclass(frozen=True)
 class NatsMessage:
-    """A message. One that `is_undelivered` is NATS's own word: nobody listens there."""
+    """A message. If `is_undelivered`, NATS reports that the subject has no subscriber."""
 
     subject: str
     values: Mapping[str, Any]
@@ -99,20 +99,20 @@ class Link:
         queue: str = "",
         longest: int | None = None,
     ) -> None:
-        """Have what is said under a subject taken, from the next connection on; of those that
-        listen in one `queue`, one takes it. What is of over `longest` bytes is not heard."""
+        """Handle messages on a subject, from the next connection on. Of several listeners in one
+        `queue`, one receives each message. Messages of over `longest` bytes are dropped."""
         self._listening.append(_Listening(f"{PREFIX}.{subject}", queue, take, longest))
 
     async def say(self, subject: str, values: Mapping[str, object], *, reply: str = "") -> None:
-        """Say something now.
+        """Publish a message now.
 
         Raises:
-            UnavailableError: NATS does not answer, or takes nothing of that length.
+            UnavailableError: NATS does not answer, or the message is too long for it.
         """
         await self._publish(f"{PREFIX}.{subject}", values, f"{PREFIX}.{reply}" if reply else "")
 
     async def answer(self, heard: NatsMessage, values: Mapping[str, object]) -> None:
-        """Say something to whoever said what was heard; nothing if they want no answer.
+        """Reply to a message; does nothing if its sender expects no reply.
 
         Raises: see `say`.
         """
@@ -122,19 +122,19 @@ class Link:
     async def _publish(self, subject: str, values: Mapping[str, object], reply: str) -> None:
         client = self._client
         if client is None or not client.is_connected:
-            raise UnavailableError("cannot say this now: NATS does not answer")
+            raise UnavailableError("cannot send this now: NATS does not answer")
         try:
             await client.publish(subject, json.dumps(values).encode(), reply=reply)
         except (NatsError, OSError, TimeoutError) as error:
-            raise UnavailableError(f"cannot say this now: NATS takes it not: {error}") from error
+            raise UnavailableError(f"cannot send this now: NATS refuses it: {error}") from error
 
     # --- the connection ---------------------------------------------------------------------
 
     async def _keep_up(self) -> None:
-        """Connect, to one server after the other, again and again.
+        """Connect to one server after the other until one answers, and again after each loss.
 
-        A client of NATS can do that itself. Then it keeps what is said meanwhile and says it when
-        it is back, and one whose token has run out gives up for good.
+        The NATS client could reconnect itself, but it buffers messages while it is offline and
+        sends them later, and gives up for good when its token has expired.
         """
         was_up = True
         for number in count(secrets.randbelow(len(self.servers))):
@@ -175,13 +175,13 @@ class Link:
             # The server says, in the clear, whether it wants TLS. One that says no to whoever wants
             # it is another, which would have the token and the signature for the real one.
             if self.tls is not None and not client._server_info.get("tls_required"):
-                raise NatsError("it speaks in the clear")
+                raise NatsError("it does not use TLS")
             return self.login.sign(nonce.encode())
 
         async with asyncio.timeout(_TRY_S):
             await self._connected(client, server, complain, sign)
             if self.tls is not None and not _is_tls(client):
-                raise NatsError("it speaks in the clear")
+                raise NatsError("it does not use TLS")
             for one in self._listening:
                 await client.subscribe(one.subject, queue=one.queue, cb=_taking(one))
             # The client writes a ping at once, and what waits to be said soon after: the answer to
@@ -227,7 +227,7 @@ def _is_tls(client: Client) -> bool:
 def _taking(one: _Listening) -> Callable[[Msg], Any]:
     async def take(message: Msg) -> None:
         if one.longest is not None and len(message.data) > one.longest:
-            log.warning("somebody said too much under %s", message.subject)
+            log.warning("received a message on %s that is too long", message.subject)
             return
         heard = _heard(message)
         if heard is not None:
@@ -245,23 +245,23 @@ def _heard(message: Msg) -> NatsMessage | None:
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        log.warning("somebody said what is no JSON object under %s", message.subject)
+        log.warning("received a message on %s that is not a JSON object", message.subject)
         return None
     return NatsMessage(subject, values, message.reply)
 
 
 async def _close(client: Client) -> None:
-    """Close a client; one whose server hangs would wait for that for ever."""
+    """Close a client with a time limit, because closing waits forever for a server that hangs."""
     try:
         async with asyncio.timeout(_CLOSE_S):
             await client.close()
     except Exception as error:  # noqa: BLE001 - it is of no more use in any case
-        log.debug("a connection to NATS could not be closed: %s", error)
+        log.debug("cannot close a connection to NATS: %s", error)
 
 
 @asynccontextmanager
 async def linked(link: Link) -> AsyncIterator[Link]:
-    """Keep a link up for as long as the block runs; whether NATS answers by now or not."""
+    """Keep a link connected while the block runs, whether or not NATS answers yet."""
     async with Crew() as crew:
         crew.start(link._keep_up(), "NATS is connected to no longer")
         yield link

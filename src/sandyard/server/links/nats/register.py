@@ -42,7 +42,7 @@ async def registering(
     on_change: Callable[[str], None],
     on_beat: Callable[[str, Beat], None],
 ) -> AsyncIterator[None]:
-    """Hear nodes for as long as the block runs; open it before the link is."""
+    """Handle nodes' messages while the block runs; enter it before the link is opened."""
     async with Crew() as crew:
 
         def take(heard: NatsMessage) -> None:
@@ -83,8 +83,8 @@ async def _answered(registry: Presence, link: Link, heard: NatsMessage) -> None:
     except SandyardError as error:
         said = failure(error)
     except Exception as error:  # whoever waits is told
-        log.exception("a node was heard in a way that nobody foresaw")
-        said = failure(InternalError(f"cannot answer this: {error}"))
+        log.exception("unexpected error while handling a node's message")
+        said = failure(InternalError(f"cannot answer the request: {error}"))
     await link.answer(heard, said)
     if word == "hello":
         await asyncio.sleep(_HELLOS_S)
@@ -96,7 +96,7 @@ async def _said(registry: Presence, node_id: str, word: str, heard: NatsMessage)
             return await registry.hello(node_id, decode(Hello, heard.values))
         return await registry.beat(node_id, decode(Beat, heard.values))
     except CodecError as error:
-        raise InvalidArgumentError(f"cannot tell what is said: {error}") from error
+        raise InvalidArgumentError(f"cannot read the message: {error}") from error
 
 
 class NatsPresence:
@@ -118,7 +118,7 @@ class NatsPresence:
         return await self._asked(f"ctl.{node_id}.beat", beat, Grant)
 
     async def changed(self, node_id: str) -> None:
-        """Tell every control plane that a look at the node is worth it."""
+        """Tell every control plane that the state of the node has changed."""
         await self._link.say(f"ctl.{node_id}.changed", {})
 
     async def _asked(self, subject: str, words: Any, kind: type[_T]) -> _T:

@@ -1,4 +1,4 @@
-"""A node's ear: what control planes ask for is done, and answered."""
+"""Executes and answers the requests of control planes on a node."""
 
 import asyncio
 import logging
@@ -24,16 +24,17 @@ _AT_ONCE_MAX = 2000
 
 
 class WholeNode(NodeControl, NodeExports, Protocol):
-    """All that a control plane may ask of a node in words."""
+    """Everything that a control plane may request from a node over NATS."""
 
 
 @asynccontextmanager
 async def answering(
     node: WholeNode, link: Link, *, check: Callable[[], None] = lambda: None
 ) -> AsyncIterator[None]:
-    """Do what is asked of a node for as long as the block runs; open it before the link is.
+    """Handle requests to a node while the block runs; enter it before the link is opened.
 
-    `check` raises if the node may not be changed now; what only looks is answered all the same.
+    `check` raises if the node may not be changed now. Requests that only read are answered
+    nevertheless.
     """
     async with Crew() as crew:
         ear = _Ear(node, link, check, crew)
@@ -59,8 +60,8 @@ class _Ear:
         except SandyardError as error:
             words = failure(error)
         except Exception as error:  # one that fails is not all, and whoever waits is told
-            log.exception("what was asked failed in a way that nobody foresaw")
-            words = failure(InternalError(f"cannot carry this out: {error}"))
+            log.exception("unexpected error in a request")
+            words = failure(InternalError(f"cannot carry out the request: {error}"))
         finally:
             self._at_work -= 1
         try:
@@ -70,20 +71,22 @@ class _Ear:
                 await self._link.answer(heard, failure(error))
 
     async def _outcome(self, heard: NatsMessage) -> dict[str, object]:
-        """Do it, and say meanwhile that it is being done.
+        """Carry out a request, and report progress meanwhile.
 
         Raises:
-            SandyardError: what it failed with.
+            SandyardError: the request failed.
         """
         if self._at_work > _AT_ONCE_MAX:
-            raise UnavailableError("cannot do this now: the node is asked for too much at once")
+            raise UnavailableError(
+                "cannot do this now: too many requests to the node are in progress"
+            )
         ask = ASKS.get(str(heard.values.get("op")))
         if ask is None:
-            raise InvalidArgumentError("cannot tell what is asked: it is of another version")
+            raise InvalidArgumentError("cannot read the request: it comes from another version")
         try:
             args = ask.read(heard.values.get("args"))
         except CodecError as error:
-            raise InvalidArgumentError(f"cannot tell what is asked: {error}") from error
+            raise InvalidArgumentError(f"cannot read the request: {error}") from error
         if ask.is_wish:
             self._check()
         async with beside(self._say_so(heard)):

@@ -1,8 +1,8 @@
-"""Who is who on NATS: keys, and tokens that say what somebody may say and hear.
+"""Identities on NATS: keys, and tokens that state what their holder may publish and subscribe to.
 
-Keys are Ed25519, written as NATS writes them (base32 of a letter's worth of prefix, the key and a
-checksum); a token is a JWT of NATS's own kind, signed by the installation's account
-(docs.nats.io, "Decentralized JWT authentication").
+Keys are Ed25519 in NATS's encoding (base32 of a prefix, the key and a checksum). A token is a JWT
+in NATS's format, signed by the installation's account (docs.nats.io, "Decentralized JWT
+authentication").
 """
 
 import base64
@@ -25,7 +25,7 @@ _ANSWERS_FOR: Final = timedelta(hours=2)
 
 
 class Role(IntEnum):
-    """What a key is for: the first byte of its public half, before it is written down."""
+    """The purpose of a key: the first byte of its encoded public key."""
 
     ACCOUNT = 0
     OPERATOR = 14 << 3
@@ -41,7 +41,7 @@ class Key:
 
     @classmethod
     def new(cls, role: Role) -> "Key":
-        """Return a fresh one."""
+        """Return a new key."""
         return cls(role, Ed25519PrivateKey.generate().private_bytes_raw())
 
     def __repr__(self) -> str:
@@ -49,34 +49,34 @@ class Key:
 
     @property
     def name(self) -> str:
-        """Its public half, as NATS writes it."""
+        """The public key in NATS's encoding."""
         public = Ed25519PrivateKey.from_private_bytes(self.seed).public_key().public_bytes_raw()
         return name_of(self.role, public)
 
     def sign(self, data: bytes) -> bytes:
-        """Return the signature of something."""
+        """Return the signature of some data."""
         return Ed25519PrivateKey.from_private_bytes(self.seed).sign(data)
 
 
 def name_of(role: Role, public: bytes) -> str:
-    """Return the public half of a key as NATS writes it."""
+    """Return a public key in NATS's encoding."""
     raw = bytes((role,)) + public
     checked = raw + binascii.crc_hqx(raw, 0).to_bytes(2, "little")
     return base64.b32encode(checked).decode().rstrip("=")
 
 
 def public_of(name: str, role: Role) -> bytes:
-    """Return the public half that was written so.
+    """Return the public key from its encoding.
 
     Raises:
-        InvalidArgumentError: it is none, or of another role.
+        InvalidArgumentError: it is not a key, or a key of another role.
     """
     try:
         raw = base64.b32decode(name + "=" * (-len(name) % 8))
     except ValueError as error:
-        raise InvalidArgumentError("cannot use this key: it is not written as one") from error
+        raise InvalidArgumentError("cannot use this key: its encoding is invalid") from error
     if len(raw) != 35 or raw[0] != role or name_of(role, raw[1:33]) != name:
-        raise InvalidArgumentError("cannot use this key: it is not one of that kind")
+        raise InvalidArgumentError("cannot use this key: it has another role")
     return raw[1:33]
 
 
@@ -84,12 +84,12 @@ def public_of(name: str, role: Role) -> bytes:
 
 
 def operator_token(operator: Key, installation: str, now: datetime) -> str:
-    """Return what a NATS server believes in: whom the operator vouches for."""
+    """Return the operator's token, the root of trust of a NATS server."""
     return _token(operator, operator.name, installation, {"type": "operator"}, now)
 
 
 def account_token(operator: Key, account: Key, installation: str, now: datetime) -> str:
-    """Return what says that the installation's account is the operator's."""
+    """Return the token of the installation's account, signed by the operator."""
     limits = {
         "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": True,
         "conn": -1, "leaf": 0,
@@ -99,7 +99,7 @@ def account_token(operator: Key, account: Key, installation: str, now: datetime)
 
 
 def control_token(account: Key, user: str, server_id: str, now: datetime, lasts: timedelta) -> str:
-    """Return the token of a control plane, which may say and hear everything."""
+    """Return the token of a control plane, which may publish and subscribe to everything."""
     everything = [f"{PREFIX}.>"]
     return _user_token(
         account, user, f"control {server_id}", says=everything, hears=everything, now=now,
@@ -108,8 +108,8 @@ def control_token(account: Key, user: str, server_id: str, now: datetime, lasts:
 
 
 def node_token(account: Key, user: str, node_id: str, now: datetime, lasts: timedelta) -> str:
-    """Return the token of a node: it speaks in its own name, hears what is asked of it, and answers
-    what it was asked. What others are asked it cannot hear: wishes hold secrets."""
+    """Return the token of a node. It may publish under its own name, receive requests to itself,
+    and reply to them. It cannot receive requests to other nodes, which contain secrets."""
     return _user_token(
         account,
         user,
@@ -173,7 +173,7 @@ def _token(
 
 
 def signature_of(key: Key, nonce: bytes) -> bytes:
-    """Return the signature of a server's nonce, as NATS wants it."""
+    """Return the signature of a server's nonce in NATS's encoding."""
     return _base64(key.sign(nonce)).encode()
 
 
@@ -203,6 +203,6 @@ class KeyLogin:
 
 @dataclass
 class NatsToken:
-    """A token, which is renewed from time to time."""
+    """A token that is replaced when it is renewed."""
 
     text: str

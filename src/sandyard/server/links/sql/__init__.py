@@ -1,4 +1,4 @@
-"""The store on SQLite or PostgreSQL, by one set of statements."""
+"""The store on SQLite or PostgreSQL, with one set of statements."""
 
 from sandyard.server.links.sql.store import open_store
 

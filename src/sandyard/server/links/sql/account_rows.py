@@ -1,4 +1,4 @@
-"""Organizations, users, projects and keys. See core.contracts for what each method promises."""
+"""Organizations, users, projects and keys. See core.contracts for the behaviour of each method."""
 
 from datetime import datetime
 from typing import Any

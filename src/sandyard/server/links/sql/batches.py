@@ -1,8 +1,8 @@
-"""Writes to SQLite, several to a commit: they share the one wait for the disk.
+"""Group commits for SQLite: several writes share one commit and so one wait for the disk.
 
-Each write has its turn and its savepoint, so that one that fails takes no other along. The first of
-a batch asks for the commit, which takes its turn behind the writes that wait by then; they belong
-to the same batch. Nobody is told that a write is done before the commit that it is in has ended.
+Each write has its turn and a savepoint, so that a failing write does not affect the others. The
+first write of a batch requests the commit, which queues behind the writes that are waiting by then;
+those belong to the same batch. A write returns only after its batch was committed.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ _LOOK_AGAIN_S = 0.01
 
 
 class _Batch:
-    """Writes that count together or not at all, once their commit has ended or failed."""
+    """Writes that are committed together or not at all."""
 
     def __init__(self, connection: Connection, transaction: RootTransaction) -> None:
         self.connection = connection
@@ -30,8 +30,8 @@ class _Batch:
 
     @property
     def is_whole(self) -> bool:
-        """Whether what was written is still there: SQLite rolls all of it back on some errors, of
-        which a full disk is one (sqlite.org/lang_transaction.html, section 3.1)."""
+        """Whether the writes still exist: SQLite rolls the whole transaction back on some errors,
+        such as a full disk (sqlite.org/lang_transaction.html, section 3.1)."""
         if self.connection.closed or self.connection.invalidated:
             return False
         return bool(self.connection.connection.dbapi_connection.in_transaction)  # type: ignore[union-attr]  # sqlite3's own
@@ -47,7 +47,7 @@ class _Batch:
         self.keep()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Give the connection back and tell whoever waits how it came out."""
+        """Return the connection and pass the outcome on to all that wait for it."""
         try:
             if error is not None:
                 # Whatever state it is in: another is opened for the next batch.
@@ -73,13 +73,13 @@ class Batches:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Connection]:
-        """Have a turn to write; what was written is durable when the block has been left.
+        """Take a turn to write; the writes are durable when the block has been left.
 
-        The block's own error undoes what it wrote, and that alone.
+        An error inside the block undoes its own writes only.
 
         Raises:
-            TimeoutError: others write without end.
-            OperationalError: it could not be written; so for all that it was to be committed with.
+            TimeoutError: other writers did not finish in time.
+            OperationalError: the batch could not be committed.
         """
         async with asyncio.timeout(BUSY_S):
             await self._turn.acquire()
@@ -118,7 +118,7 @@ class Batches:
             self._give_up(batch, error if isinstance(error, OperationalError) else trouble)
 
     def _give_up(self, batch: _Batch, error: OperationalError | None = None) -> None:
-        """Tell everyone in a batch that it came to nothing, unless they know how it came out."""
+        """Fail all writes of a batch whose outcome is still open."""
         if self._batch is batch:
             self._batch = None
         if not batch.committed.done():
@@ -152,12 +152,13 @@ class Batches:
 
 
 def lost() -> OperationalError:
-    """Return the error for what SQLite rolled back by itself."""
+    """Return the error for writes that SQLite rolled back on its own."""
     return OperationalError(None, None, Exception("the transaction was rolled back"))
 
 
 async def begun(connection: Connection) -> RootTransaction:
-    """Begin to write; where another process does, wait for it without holding up this one."""
+    """Begin a write transaction; if another process is writing, wait without blocking this
+    process."""
     until = asyncio.get_running_loop().time() + BUSY_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Rows of nodes that joined, of invites, and of an installation's own secrets."""
+"""Rows of nodes, invites, and the installation's own secrets."""
 
 from collections.abc import Collection, Mapping
 from datetime import timedelta
@@ -174,13 +174,14 @@ class SecretTable:
 
 
 def _in_turn(*which: ColumnElement[bool]) -> Select[tuple[str]]:
-    """Return the ids of nodes, locked one after the other: two who write several at once would wait
-    for each other."""
+    """Return the ids of nodes, locked in order, so that two transactions which write several nodes
+    cannot deadlock."""
     return select(_c.id).where(*which).order_by(_c.id).with_for_update()
 
 
 def _once(value: ColumnElement[int]) -> ColumnElement[int]:
-    """Return a value as worked out once: an index can be searched for it, not for a clock's."""
+    """Return an expression that is evaluated once: an index can be searched for its value, but not
+    for a call of the clock."""
     return select(value).scalar_subquery()
 
 

@@ -1,4 +1,4 @@
-"""Brings a database's schema up to date. Migrations only go forward."""
+"""Migrates a database's schema. Migrations only go forward."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sandyard.server.core.errors import InternalError
 
 
 def is_behind(connection: Connection) -> bool:
-    """Tell whether a database has not this version's schema.
+    """Tell whether a database lacks migrations of this version.
 
     Raises:
         InternalError: a newer Sandyard has written this database.
@@ -30,7 +30,7 @@ def is_behind(connection: Connection) -> bool:
 
 
 def upgrade(connection: Connection) -> None:
-    """Run what is missing, inside the transaction of this connection.
+    """Run the missing migrations in the transaction of this connection.
 
     Raises:
         InternalError: a newer Sandyard has written this database.

@@ -1,4 +1,4 @@
-"""Usage, storage, accounts and the ledger. See core.contracts for what each method promises."""
+"""Usage, storage, accounts and the ledger. See core.contracts for the behaviour of each method."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime

@@ -1,7 +1,7 @@
-"""Statements that nearly every request runs, compiled once.
+"""Frequent statements, compiled once.
 
-To build a statement takes longer than SQLite takes to run it, and to find out each time how it was
-compiled nearly as long. What is prepared is handed to the database's own driver as it is.
+Building a statement takes longer than SQLite needs to run it, and looking up its compiled form
+takes nearly as long. Prepared statements are passed directly to the database's driver.
 """
 
 import json
@@ -21,7 +21,7 @@ _EMPTY: Final[Mapping[str, Callable[[], object]]] = {"[]": list, "{}": dict}
 
 
 def _loaded(text: str) -> Any:
-    """Return what JSON stands for; most of what is kept as JSON is empty."""
+    """Return the value of a JSON text; most of them are empty."""
     return made() if (made := _EMPTY.get(text)) else json.loads(text)
 
 
@@ -33,7 +33,7 @@ Values = Mapping[str, object]
 
 @dataclass(frozen=True)
 class StatementPlan:
-    """A statement as it is handed to a driver, and its values and rows on their way."""
+    """A statement in the form that a driver takes, with conversions of its values and rows."""
 
     text: str
     given: tuple[tuple[str, Convert | None], ...]  # by place: name, and how the driver gets it
@@ -42,7 +42,7 @@ class StatementPlan:
     read: tuple[tuple[str, Convert], ...]  # columns that the database keeps in another form
 
     def bound(self, values: Values) -> list[Any]:
-        """Return the values as the driver takes them, by place."""
+        """Return the values in the positions and types that the driver takes."""
         bound: list[Any] = []
         for name, convert in self.given:
             value = values[name] if name in values else self.fixed[name]
@@ -50,7 +50,7 @@ class StatementPlan:
         return bound
 
     def row(self, found: Iterable[Any]) -> dict[str, Any]:
-        """Return a row that the driver found, in Python's types, by the names of the columns."""
+        """Return a row of the driver as Python values by column name."""
         row = dict(zip(self.columns, found, strict=True))
         for name, convert in self.read:
             if (value := row[name]) is not None:
@@ -59,7 +59,7 @@ class StatementPlan:
 
 
 class Prepared:
-    """One statement without lists among its parameters, which would be of any length."""
+    """One prepared statement. It has no list parameters, because those have varying lengths."""
 
     def __init__(self, statement: Executable) -> None:
         self._statement = statement
@@ -67,11 +67,11 @@ class Prepared:
 
     @property
     def writes(self) -> bool:
-        """Whether it changes anything."""
+        """Whether it changes data."""
         return bool(self._statement.is_dml)
 
     def fetch(self, connection: sqlite3.Connection, values: Values) -> list[dict[str, Any]]:
-        """Run it on SQLite and return the rows, in Python's types, by the names of the columns."""
+        """Run it on SQLite and return the rows as Python values by column name."""
         plan = self.plan(SQLITE, values)
         with _raised_as_sqlalchemys(plan.text):
             found = connection.execute(plan.text, plan.bound(values)).fetchall()
@@ -84,7 +84,7 @@ class Prepared:
             return connection.execute(plan.text, plan.bound(values)).rowcount
 
     def plan(self, dialect: Dialect, values: Values) -> StatementPlan:
-        """Return how it is run on a database with values of these names."""
+        """Return its plan for a database, with values of these names."""
         names = frozenset(values)
         if (plan := self._plans.get((dialect.name, names))) is None:
             plan = _plan_of(self._statement, names, dialect)
@@ -121,13 +121,13 @@ def _reader(kind: TypeEngine[Any], dialect: Dialect) -> Convert | None:
 
 
 def begin(connection: sqlite3.Connection) -> None:
-    """Begin to read on SQLite, everything as of the moment of the first statement."""
+    """Begin a read transaction on SQLite, whose snapshot is taken by its first statement."""
     with _raised_as_sqlalchemys("BEGIN"):
         connection.execute("BEGIN")
 
 
 class _raised_as_sqlalchemys:  # noqa: N801 - used as a statement, like contextlib.suppress
-    """Turns SQLite's errors into SQLAlchemy's, as it does for what goes through it."""
+    """Raises SQLite's errors as SQLAlchemy's, like statements that run through SQLAlchemy."""
 
     def __init__(self, statement: str) -> None:
         self._statement = statement

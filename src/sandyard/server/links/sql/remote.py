@@ -1,10 +1,9 @@
-"""Transactions on PostgreSQL in as few words as it takes.
+"""Transactions on PostgreSQL with few round trips.
 
-SQLAlchemy asks a connection whether it is still there, in a transaction of its own, before each
-that is wanted, and begins that by a word of its own: four answers to wait for where one statement
-is to be run. Here the word that begins a transaction also takes the locks that it needs, and shows
-whether the connection is still there. If not, nothing was done, and another one is taken. One
-statement that reads is a transaction by itself, and needs no such words at all.
+SQLAlchemy tests a connection in a transaction of its own before each use and sends BEGIN
+separately: four round trips where one statement is needed. Here the message that begins a
+transaction also takes its locks and shows whether the connection is alive. If it is not, nothing
+was done, and another connection is used. A single read statement runs without a transaction.
 """
 
 import asyncio
@@ -36,19 +35,19 @@ _T = TypeVar("_T")
 
 
 class Transactions:
-    """Transactions on an engine whose pool does not ask connections whether they are there."""
+    """Transactions on an engine whose pool does not test connections."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @asynccontextmanager
     async def begun(self, words: str) -> AsyncIterator[AsyncConnection]:
-        """Run the block in a transaction that begins with these words, and commit it; the block's
-        own error undoes it.
+        """Run the block in a transaction that begins with these statements, and commit it. An error
+        inside the block rolls it back.
 
         Raises:
-            DBAPIError: the database does not answer, or refuses; if its `statement` is COMMIT,
-                nobody knows whether the transaction counts.
+            DBAPIError: the database does not answer, or refuses; if its `statement` is COMMIT, the
+                outcome is unknown.
         """
         connection, raw, _ = await self._first(partial(_begin, words=words), words)
         try:
@@ -60,7 +59,7 @@ class Transactions:
         await to_the_end(_give_back(connection))
 
     async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
-        """Run one statement that reads, by itself, and return its rows.
+        """Run one read statement without a transaction, and return its rows.
 
         Raises:
             DBAPIError: the database does not answer, or refuses.
@@ -74,9 +73,9 @@ class Transactions:
     async def _first(
         self, run: Callable[[Any], Awaitable[_T]], words: str
     ) -> tuple[AsyncConnection, Any, _T]:
-        """Return a connection on which something was run, what it is to the driver, and the answer.
+        """Return a connection, its driver's connection, and the result of a first statement on it.
 
-        It is run again on another connection where the one at hand was there no more.
+        The statement is repeated on another connection if the first one turns out to be dead.
         """
         while True:
             try:
@@ -122,7 +121,7 @@ async def fetch(raw: Any, statement: Prepared, values: Values) -> list[dict[str,
 
 
 async def run(raw: Any, statement: Prepared, values: Values) -> int:
-    """Run a statement in a transaction, and return how many rows it changed. See `fetch`."""
+    """Run a statement in a transaction, and return how many rows it changed; see `fetch`."""
     plan = statement.plan(POSTGRES, values)
     try:
         done = await raw.execute(plan.text, *plan.bound(values))
@@ -140,7 +139,7 @@ async def _begin(raw: Any, words: str) -> None:
 
 
 async def _commit(raw: Any) -> None:
-    """Commit; not to be broken off, or nobody would know what came of it."""
+    """Commit. This must not be cancelled, or the outcome would be unknown."""
     try:
         if not raw.is_in_transaction():
             raise asyncpg.InterfaceError("there is no transaction any more")
@@ -153,7 +152,7 @@ async def _commit(raw: Any) -> None:
 
 
 async def _undo(connection: AsyncConnection, raw: Any) -> None:
-    """End a transaction without a trace, and with it the connection if it cannot be done."""
+    """Roll a transaction back; if that fails, drop the connection."""
     try:
         if raw.is_in_transaction():
             await raw.execute("ROLLBACK", timeout=_END_S)

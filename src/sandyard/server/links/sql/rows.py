@@ -1,4 +1,5 @@
-"""Statements, and rows turned into records. See core.contracts for what each method promises."""
+"""Statements, and the conversion of rows to records. See core.contracts for the behaviour of each
+method."""
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
@@ -70,11 +71,11 @@ _COMING = ("pending", "creating", "resuming")
 
 
 class Connection(Protocol):
-    """What the rows need of a connection, to either database."""
+    """A connection to either database, as the rows use it."""
 
     @property
     def dialect(self) -> Dialect:
-        """Which database it is."""
+        """The kind of database."""
         ...
 
     async def execute(
@@ -672,7 +673,8 @@ async def put(
     *,
     changes: Mapping[str, object],
 ) -> None:
-    """Add a row or some, or change those of the same key: one statement, whoever else does so."""
+    """Insert rows, or update those with the same key, in one statement that is safe with concurrent
+    writers."""
     kind = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     await connection.execute(
         kind(table)
@@ -682,7 +684,8 @@ async def put(
 
 
 async def remove_some(connection: Connection, table: Table, *which: ColumnElement[bool]) -> None:
-    """Remove rows of anybody's, some at a time; what somebody else removes now is left to them."""
+    """Remove rows of any organization in batches; rows that another transaction is removing are
+    skipped."""
     keys = list(table.primary_key.columns)
     chosen = select(*keys).where(*which).limit(_FORGET_MAX).with_for_update(skip_locked=True)
     if found := (await connection.execute(chosen)).mappings().all():
@@ -759,8 +762,8 @@ _ASKED = ("owner_user_id", "template", "project_id", "is_test", "exclude_templat
 
 @functools.lru_cache(maxsize=128)  # lists are asked for in more ways than are worth keeping
 def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> Prepared:
-    """Return the statement for a page of some statuses, or of all that are not hidden, by the
-    names of the values that it is given."""
+    """Return the statement for a page of sandboxes with some statuses, or of all that are not
+    hidden, with named parameters."""
     wanted: list[ColumnElement[bool]] = [t.is_any_of(sorted(statuses))] if statuses else []
     if not statuses & HIDDEN:
         # Said of those that cannot be hidden, too: SQLite finds its index of the others by it.
@@ -867,8 +870,8 @@ _TICKET = Prepared(select(t.tickets).where(t.tickets.c.digest == bindparam("want
 
 
 def older(columns: Any, after: tuple[Any, Any]) -> ColumnElement[bool]:
-    """Return the condition for what comes after a row in a list that is newest first; `after` is
-    when that was made, and its id, or what stands for the two in a statement."""
+    """Return the condition for rows that follow another one in a list sorted newest first; `after`
+    is its creation time and id, or expressions for them."""
     created, last = after
     return or_(columns.created_at < created, and_(columns.created_at == created, columns.id < last))
 

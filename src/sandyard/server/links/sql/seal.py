@@ -1,4 +1,4 @@
-"""Secrets at rest: encrypted with the installation's key before they reach the database."""
+"""Encrypts secrets with the installation's key before they are stored in the database."""
 
 import json
 from base64 import urlsafe_b64encode
@@ -18,16 +18,16 @@ class Seal:
         self._fernet = Fernet(urlsafe_b64encode(sha256(b"sandyard store\0" + key).digest()))
 
     def close(self, values: Mapping[str, str]) -> str:
-        """Return the sealed form; an empty mapping stays visibly empty."""
+        """Return the encrypted form; an empty mapping is recognizable as empty."""
         if not values:
             return ""
         return self._fernet.encrypt(json.dumps(dict(values)).encode()).decode()
 
     def open(self, sealed: str) -> dict[str, str]:
-        """Return what was sealed.
+        """Return the decrypted mapping.
 
         Raises:
-            InternalError: it was sealed with another key, or altered.
+            InternalError: it was encrypted with another key, or modified.
         """
         if not sealed:
             return {}
@@ -35,7 +35,7 @@ class Seal:
             values = json.loads(self._fernet.decrypt(sealed.encode()))
         except InvalidToken as error:
             raise InternalError(
-                "cannot read the secrets in the database: they were written with another "
-                "secret.key; put the right one back"
+                "cannot read the secrets in the database: they were encrypted with another "
+                "secret.key; restore the right one"
             ) from error
         return {str(name): str(value) for name, value in values.items()}

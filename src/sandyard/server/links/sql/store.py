@@ -167,10 +167,10 @@ class PostgresStore:
 
     @asynccontextmanager
     async def _turn(self, turn: Turn | str) -> AsyncIterator[None]:
-        """Wait for one's turn among the writers of this process.
+        """Wait for a turn among the writers of this process.
 
         Raises:
-            TimeoutError: others write without end.
+            TimeoutError: other writers did not finish in time.
         """
         if turn is Turn.BESIDE:
             yield
@@ -231,7 +231,7 @@ class SqliteStore:
 
 
 class _Once:
-    """What runs one statement, which reads, and no other after it."""
+    """Runs exactly one read statement."""
 
     def __init__(
         self,
@@ -246,27 +246,27 @@ class _Once:
         self, statement: Executable, parameters: Sequence[Mapping[str, object]] | None = None
     ) -> CursorResult[Any]:
         """See rows.Connection.execute."""
-        raise InternalError("a glance is one prepared statement; read, or write")
+        raise InternalError("a glance takes one prepared statement; use read or write")
 
     async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
         """See rows.Connection.fetch."""
         if statement.writes:
-            raise InternalError("a glance reads; write")
+            raise InternalError("a glance only reads; use write")
         if self._is_done:
-            raise InternalError("a glance is one statement: two would see two moments")
+            raise InternalError("a glance takes one statement: two would see different snapshots")
         self._is_done = True
         return await self._fetch(statement, values)
 
     async def run(self, statement: Prepared, values: Values) -> int:
         """See rows.Connection.run."""
-        raise InternalError("a glance reads; write")
+        raise InternalError("a glance only reads; use write")
 
 
 class _Inline:
-    """A connection whose statements run where they are called.
+    """A connection whose statements run synchronously.
 
-    One that reads begins with its first statement. One that writes has begun: were the transaction
-    gone, what came after would be written by itself, and the rest told as done.
+    A read begins with its first statement. A write must have begun before: without a transaction,
+    each later statement would be committed separately.
     """
 
     def __init__(self, connection: SyncConnection, *, writes: bool) -> None:
@@ -301,7 +301,7 @@ class _Inline:
 
 
 class _Remote:
-    """A connection to PostgreSQL, and what it is to the driver."""
+    """A connection to PostgreSQL, and its driver's connection."""
 
     def __init__(self, connection: AsyncConnection, raw: Any) -> None:
         self._connection = connection
@@ -325,10 +325,10 @@ class _Remote:
 
 @asynccontextmanager
 async def open_store(url: str, *, key: bytes, clock: Clock | None = None) -> AsyncIterator[Store]:
-    """Open the store behind a database URL, bringing its schema up to date first.
+    """Migrate and open the store behind a database URL.
 
     `url` is `sqlite:///PATH` or `postgresql://…`; `key` is the installation's secret key. SQLite
-    goes by `clock`, this host's if that is not given; PostgreSQL goes by its own.
+    uses `clock`, by default this host's; PostgreSQL uses its own.
 
     Raises:
         UnavailableError: the database does not answer.
@@ -366,7 +366,7 @@ async def open_store(url: str, *, key: bytes, clock: Clock | None = None) -> Asy
 
 
 async def _bring_up_to_date(postgres: URL) -> None:
-    """Bring the schema of a PostgreSQL up to date, for however long that takes."""
+    """Migrate the schema of a PostgreSQL database, without a time limit."""
     arguments = {"timeout": BUSY_S, "server_settings": {"lock_timeout": str(BUSY_S * 1000)}}
     engine = create_async_engine(
         postgres, poolclass=NullPool, hide_parameters=True, connect_args=arguments
@@ -383,8 +383,8 @@ async def _bring_up_to_date(postgres: URL) -> None:
 
 
 def _locks(turn: Turn | str) -> str:
-    """Return what takes the locks for a turn. Two organizations that come to the same number wait
-    for each other needlessly, and that is all."""
+    """Return the statement that takes the locks for a turn. Two organizations whose ids map to the
+    same number wait for each other needlessly, which is harmless."""
     if turn is Turn.ALONE:
         return _ALONE
     if turn is Turn.BESIDE:
@@ -431,17 +431,18 @@ def _sqlite(
 
 
 def _is_passing(error: DBAPIError) -> bool:
-    """Tell whether a database went away, is shutting down, is out of room or busy for a while.
+    """Tell whether an error is temporary: the database is unreachable, shutting down, out of
+    resources or busy.
 
-    The classes are PostgreSQL's (appendix A of its manual): connection, resources, intervention,
-    a lock that was waited for too long, a deadlock.
+    The error classes are PostgreSQL's (appendix A of its manual): connection, resources, operator
+    intervention, lock timeout, deadlock.
     """
     state = str(getattr(error.orig, "sqlstate", None) or "")
     return error.connection_invalidated or state.startswith(("08", "53", "57P", "55P03", "40P01"))
 
 
 class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
-    """Turns the database's errors into ours at the edge of this room."""
+    """Translates the database's errors into ours."""
 
     def __enter__(self) -> None:
         pass
@@ -451,8 +452,8 @@ class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
             raise InternalError(f"the database refused a row: {error.orig}") from error
         if isinstance(error, DBAPIError) and error.statement == COMMIT:
             raise UnavailableError(
-                "the database went away while this was written, and it is not known whether it "
-                "was; look before you ask again"
+                "the connection to the database was lost during a write, and its outcome is "
+                "unknown; check it before you repeat the request"
             ) from error
         if isinstance(error, DBAPIError) and _is_passing(error):
             raise UnavailableError("the database does not answer now; try again") from error
@@ -461,8 +462,8 @@ class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
         ):
             if "disk is full" in str(error):
                 raise UnavailableError(
-                    "cannot write this down: the host's disk is full; delete sandboxes or "
-                    "snapshots, or free some space on the host"
+                    "cannot save this: the host's disk is full; delete sandboxes or snapshots, "
+                    "or free some space on the host"
                 ) from error
             raise UnavailableError("the database does not answer now; try again") from error
         if isinstance(error, DBAPIError):

@@ -1,4 +1,4 @@
-"""The tables. Migrations make them; a test compares the two."""
+"""The tables. Migrations create them; a test compares the two."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -38,17 +38,18 @@ def microseconds(moment: datetime) -> int:
 
 
 class Moment(TypeDecorator[datetime]):
-    """A time as microseconds since the epoch: exact, and ordered alike on both databases."""
+    """A time stored as microseconds since the epoch: exact, and sorted identically on both
+    databases."""
 
     impl = BigInteger
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
-        """Return what the database keeps."""
+        """Return the stored form."""
         return None if value is None else microseconds(value)
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        """Return what the database kept, in UTC."""
+        """Return the time in UTC from its stored form."""
         return None if value is None else _EPOCH + timedelta(microseconds=value)
 
 
@@ -57,7 +58,7 @@ NOW = "sandyard_now"
 
 
 class now(FunctionElement[int]):  # noqa: N801 - a function of SQL's
-    """The time by the database's clock, in microseconds since the epoch."""
+    """The current time of the database's clock, in microseconds since the epoch."""
 
     type = BigInteger()
     inherit_cache = True
@@ -577,5 +578,5 @@ facts = Table(
 
 
 def is_any_of(statuses: Iterable[Status]) -> ColumnElement[bool]:
-    """Return the condition for sandboxes of these statuses, which stand in it as they are."""
+    """Return the condition for sandboxes with these statuses, which are literals in it."""
     return sandboxes.c.status.in_([literal_column(f"'{status.value}'") for status in statuses])

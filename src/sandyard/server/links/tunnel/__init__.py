@@ -1,1 +1,1 @@
-"""The second way between control planes and nodes: bytes, over mutual TLS."""
+"""The tunnel between control planes and nodes, which carries bytes over mutual TLS."""

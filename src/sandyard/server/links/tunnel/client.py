@@ -1,4 +1,5 @@
-"""The control plane's end of the tunnel: connections made ahead, an operation on each at a time."""
+"""The control plane's side of the tunnel: a pool of connections, each carrying one operation at a
+time."""
 
 import asyncio
 import logging
@@ -39,7 +40,7 @@ _NOT_AHEAD = "no connection to a node is kept ready"
 
 @dataclass(frozen=True)
 class NodeAddress:
-    """Where a node's end is, and the name in its certificate."""
+    """The address of a node, and the name in its certificate."""
 
     host: str
     port: int
@@ -76,7 +77,7 @@ class Tunnels:
         """See core.contracts.node.NodeTunnel.open."""
         place = self._place_of(machine.node_id)
         if place is None:
-            raise NotFoundError("cannot do this: the sandbox is on no node that is known")
+            raise NotFoundError("cannot do this: the sandbox's node is unknown")
         line = await self._line_to(place)
         is_left = False
         try:
@@ -96,23 +97,23 @@ class Tunnels:
                 line.hang_up()
 
     async def reach(self, node_id: str) -> None:
-        """Return once a node's end is connected to; see `open`.
+        """Return once a connection to a node is established; see `open`.
 
         Raises:
-            UnavailableError: it does not answer, or is another.
+            UnavailableError: it does not answer, or is another node.
         """
         place = self._place_of(node_id)
         if place is None:
-            raise UnavailableError("cannot reach the node: nobody knows where it is")
+            raise UnavailableError("cannot reach the node: its address is unknown")
         self._keep(place, await self._dialled(place))
 
     async def _asked(
         self, line: Line, machine: MachineRef, operation: Operation[AnswerT]
     ) -> AnswerT:
-        """Return what a node answers.
+        """Return a node's answer.
 
         Raises:
-            SandyardError: what it refused with.
+            SandyardError: the node refused.
             UnavailableError: it does not answer.
         """
         request = request_of(operation, "")
@@ -124,7 +125,7 @@ class Tunnels:
             if said.kind is FrameKind.REFUSE:
                 raise refused(said.payload)
             if said.kind is not FrameKind.ANSWER:
-                raise BrokenError("an answer was to come")
+                raise BrokenError("expected an answer")
             return answer_of(operation, values_of(said.payload))
         except (BrokenError, CodecError, TimeoutError) as error:
             line.hang_up()
@@ -151,7 +152,7 @@ class Tunnels:
         """Connect to a node.
 
         Raises:
-            UnavailableError: it does not answer, or is another.
+            UnavailableError: it does not answer, or is another node.
         """
         try:
             async with asyncio.timeout(_DIAL_S):
@@ -176,7 +177,7 @@ class Tunnels:
         return line
 
     def _keep_ahead(self, place: NodeAddress) -> None:
-        """Have a connection or two ready for what is asked next."""
+        """Keep one or two idle connections ready for the next operations."""
         if len(self._idle[place]) < _AHEAD:
             self._crew.start(self._ahead(place), _NOT_AHEAD, once=str(place), quietly=True)
 
@@ -192,7 +193,7 @@ class Tunnels:
             line.hang_up()
 
     async def _left(self, place: NodeAddress, line: Line) -> None:
-        """Leave an operation, and keep its connection for the next."""
+        """End an operation, and keep its connection for the next one."""
         try:
             with suppress(BrokenError, TimeoutError):
                 async with asyncio.timeout(_LEAVE_S):
@@ -208,6 +209,6 @@ class Tunnels:
 
 
 async def _heard(exchange: TunnelExchange) -> None:
-    """Hear what comes; that nothing comes any more, whoever reads is told."""
+    """Receive bytes; when the connection ends, notify the reader."""
     with suppress(BrokenError):
         await exchange.run()

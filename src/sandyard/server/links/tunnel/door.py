@@ -1,8 +1,8 @@
-"""A control plane's door for nodes, by TLS: hosts join here, and nodes that cannot reach NATS say
-here that they are there.
+"""The TLS listener of a control plane for nodes. Hosts join here, and nodes that cannot reach NATS
+register and send heartbeats here.
 
-Frames of the tunnel (`frames`), one question at a time: `authority` (anybody), `join` (whoever has
-an invite), `hello` and `beat` (a node, by its certificate).
+The protocol uses the frames of the tunnel (`frames`), one request at a time: `authority` (no
+authentication), `join` (with an invite), `hello` and `beat` (with a node's certificate).
 """
 
 import asyncio
@@ -70,10 +70,10 @@ async def opened_door(
     node_of: Callable[[str], str | None],
     most: int = 1000,
 ) -> AsyncIterator[int]:
-    """Answer nodes for as long as the block runs, and yield the port.
+    """Handle nodes while the block runs, and yield the port.
 
-    `node_of` tells which node has a name (see `ends.name_of`), None if no node has. Whoever shows
-    no certificate may ask for the authority's, and join.
+    `node_of` returns the id of the node with a name (see `ends.name_of`), or None. Clients without
+    a certificate may only request the authority's certificate, and join.
     """
     lines: dict[Line, str] = {}
     strangers: set[Line] = set()
@@ -144,8 +144,10 @@ async def _answer(
     except BrokenError:
         raise
     except Exception as error:  # whoever waits is told
-        log.exception("a node at the door was heard in a way that nobody foresaw")
-        await line.say(FrameKind.REFUSE, refusal(InternalError(f"cannot answer this: {error}")))
+        log.exception("unexpected error while handling a node's connection")
+        await line.say(
+            FrameKind.REFUSE, refusal(InternalError(f"cannot answer the request: {error}"))
+        )
     else:
         await line.say(FrameKind.ANSWER, head(said))
 
@@ -160,14 +162,14 @@ async def _said(
             case "join":
                 return _encoded(await registry.join(decode(Joining, args)))
             case "hello" | "beat" if who is None:
-                raise UnauthenticatedError("cannot tell which node this is")
+                raise UnauthenticatedError("cannot identify the node")
             case "hello" if who is not None:
                 return _encoded(await registry.hello(who, decode(Hello, args)))
             case "beat" if who is not None:
                 return _encoded(await registry.beat(who, decode(Beat, args)))
     except CodecError as error:
-        raise InvalidArgumentError(f"cannot tell what is said: {error}") from error
-    raise InvalidArgumentError("cannot tell what is asked: it is of another version")
+        raise InvalidArgumentError(f"cannot read the message: {error}") from error
+    raise InvalidArgumentError("cannot read the request: it comes from another version")
 
 
 def _encoded(value: object) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def fingerprint_of(authority: str) -> str:
     """Return the fingerprint of an authority's certificate (PEM): SHA-256, 64 hex digits.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a certificate.
     """
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(authority)).hexdigest()
 
@@ -195,14 +197,16 @@ async def joined(
     fingerprint: str,
     may_be: Callable[[str], bool],
 ) -> tuple[Identity, str]:
-    """Join at a control plane's door; return the identity, and the own address towards it.
+    """Join an installation at a control plane; return the identity, and this host's address on that
+    connection.
 
-    Whoever answers must be of the authority with that fingerprint, which the invite told, before
-    the invite's secret is said; `may_be` tells of its name whether it is a control plane.
+    The invite's secret is sent only after the server's certificate was verified by the authority's
+    fingerprint, which is part of the invite, and after `may_be` accepted its name as a control
+    plane's.
 
     Raises:
-        UnavailableError: nobody answers.
-        UnauthenticatedError: somebody else answers.
+        UnavailableError: nothing answers at this address.
+        UnauthenticatedError: the server belongs to another installation.
         SandyardError: the control plane refuses.
     """
     stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -222,7 +226,7 @@ async def joined(
 
 
 def _pinned(authority: str, fingerprint: str, host: str) -> bytes:
-    """Return an authority's certificate (DER), which must be the one of that fingerprint."""
+    """Return an authority's certificate (DER), verified by its fingerprint."""
     with suppress(ValueError):
         found = ssl.PEM_cert_to_DER_cert(authority)
         if (
@@ -236,10 +240,10 @@ def _pinned(authority: str, fingerprint: str, host: str) -> bytes:
 
 
 async def reached(host: str, port: int, tls: ssl.SSLContext, may_be: Callable[[str], bool]) -> None:
-    """Return once a control plane's door is connected to.
+    """Return once a control plane accepts a connection.
 
     Raises:
-        UnavailableError: nobody answers, or another.
+        UnavailableError: nothing answers, or not a control plane of this installation.
     """
     async with _dialled(host, port, tls) as (_, writer):
         if not may_be(name_of(writer.get_extra_info("ssl_object"))):
@@ -267,7 +271,7 @@ class DoorPresence:
         return await self._tried("beat", beat, Grant)
 
     async def _tried(self, op: str, words: object, kind: type[_T]) -> _T:
-        trouble = UnavailableError("no door of a control plane answers in time")
+        trouble = UnavailableError("no control plane answers in time")
         with suppress(TimeoutError):
             async with asyncio.timeout(_BEATS_S):
                 for door in list(self.doors):
@@ -282,7 +286,7 @@ class DoorPresence:
     async def _said_at(self, door: tuple[str, int], op: str, words: object) -> dict[str, Any]:
         async with _dialled(*door, self._tls()) as (line, writer):
             if not self._may_be(name_of(writer.get_extra_info("ssl_object"))):
-                raise UnavailableError("there is no control plane")
+                raise UnavailableError("no control plane is there")
             return await _asked(line, op, encode(words))
 
     def _put_last(self, door: tuple[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Mutual TLS: who is at the other end of a connection, by a certificate of the installation's."""
+"""Mutual TLS: identifies the other end of a connection by its certificate."""
 
 import asyncio
 import socket
@@ -11,7 +11,7 @@ from sandyard.server.core.errors import UnauthenticatedError
 
 @dataclass(frozen=True)
 class Papers:
-    """Where an end's own certificate and key lie, and that of the installation's authority."""
+    """The paths of a certificate, its key, and the authority's certificate."""
 
     certificate: Path
     key: Path
@@ -19,9 +19,10 @@ class Papers:
 
 
 def context_of(papers: Papers, *, is_server: bool) -> ssl.SSLContext:
-    """Return what TLS needs of an end; both ends show a certificate, and TLS is 1.3.
+    """Return a TLS 1.3 context that requires a certificate from the other end.
 
-    Names of hosts are not looked at: who somebody is stands in the certificate, see `name_of`.
+    Host names are not verified: the peer is identified by the name in its certificate, see
+    `name_of`.
     """
     purpose = ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT
     context = ssl.SSLContext(purpose)
@@ -34,21 +35,21 @@ def context_of(papers: Papers, *, is_server: bool) -> ssl.SSLContext:
 
 
 def name_of(tls: ssl.SSLObject) -> str:
-    """Return who is at the other end: the one URI in its certificate.
+    """Return the name of the other end: the only URI in its certificate.
 
     Raises:
-        UnauthenticatedError: it names nobody, or several.
+        UnauthenticatedError: there is no URI, or more than one.
     """
     found = (tls.getpeercert() or {}).get("subjectAltName", ())
     names = [str(one[1]) for one in found if one[0] == "URI"]
     if len(names) != 1:
-        raise UnauthenticatedError("cannot tell who is at the other end by its certificate")
+        raise UnauthenticatedError("cannot identify the peer by its certificate")
     return names[0]
 
 
 def watch_over(writer: asyncio.StreamWriter) -> None:
-    """Have the kernel find out within half a minute that the other end's host is gone, and send
-    what is small at once."""
+    """Configure a socket to detect a dead peer within half a minute, and to send small messages
+    immediately."""
     found = writer.get_extra_info("socket")
     options = (
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),

@@ -1,4 +1,4 @@
-"""The bytes of one operation on a connection of the tunnel: the same at both ends."""
+"""The byte streams of one operation on a tunnel connection; used by both sides."""
 
 import asyncio
 from collections import deque
@@ -33,10 +33,10 @@ class TunnelExchange:
         self._is_over = False
 
     async def run(self) -> None:
-        """Hear what is said until the other side has left.
+        """Receive frames until the other side has left.
 
         Raises:
-            BrokenError: it is gone without a word, or said what it may not.
+            BrokenError: the connection was lost, or the other side broke the protocol.
         """
         heard = 0
         try:
@@ -49,7 +49,7 @@ class TunnelExchange:
                         self._came.append(said.payload)
                         self._held += len(said.payload)
                         if self._held > WINDOW:
-                            raise BrokenError("more came than may")
+                            raise BrokenError("more data was sent than the window allows")
                     case FrameKind.END if not self._has_ended:
                         self._has_ended = True
                     case FrameKind.REFUSE:
@@ -57,9 +57,9 @@ class TunnelExchange:
                     case FrameKind.TAKEN if any(said.payload):
                         self._may_send += int.from_bytes(said.payload, "big")
                         if self._may_send > WINDOW:
-                            raise BrokenError("more was taken than came")
+                            raise BrokenError("more data was acknowledged than was sent")
                     case _:
-                        raise BrokenError("this was not to come now")
+                        raise BrokenError("unexpected frame")
                 await self._tell()
                 heard += 1
                 if not heard % _AT_ONCE:  # what has come already is heard without a pause
@@ -72,7 +72,7 @@ class TunnelExchange:
             await self._tell()
 
     def end(self) -> None:
-        """Say nothing on the connection any more: it may be another operation's from now on."""
+        """Stop sending: the connection may carry another operation from now on."""
         self._is_over = True
 
     async def _tell(self) -> None:
@@ -128,7 +128,7 @@ class TunnelExchange:
             await self._say(FrameKind.END)
 
     async def refuse(self, error: SandyardError) -> None:
-        """Tell the other side what went wrong, in the place of more bytes."""
+        """Send an error to the other side in place of more bytes."""
         await self._say(FrameKind.REFUSE, refusal(error))
 
     async def _say(self, kind: FrameKind, payload: bytes = b"") -> None:

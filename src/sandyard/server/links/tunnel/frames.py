@@ -28,7 +28,7 @@ _HEADER: Final = 5
 
 
 class FrameKind(IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     ASK = 1
     ANSWER = 2
@@ -51,7 +51,7 @@ _LONGEST: Final[Mapping[FrameKind, int]] = {
 
 
 class BrokenError(Exception):
-    """The other side broke off, or said what it may not; the connection is of no more use."""
+    """The connection was lost, or the other side broke the protocol; it cannot be used any more."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Said:
 
 
 class Line:
-    """A connection, frame by frame."""
+    """A connection that carries frames."""
 
     def __init__(
         self,
@@ -79,15 +79,15 @@ class Line:
 
     @property
     def is_open(self) -> bool:
-        """Whether the other side is still there, as far as is known."""
+        """Whether the connection is open, as far as is known."""
         is_lost = self._reader.at_eof() or self._reader.exception() is not None
         return not is_lost and not self._writer.is_closing()
 
     async def hear(self) -> Said:
-        """Return the next frame; one that is cancelled has taken nothing.
+        """Return the next frame. If cancelled, no frame is lost.
 
         Raises:
-            BrokenError: there is none to come.
+            BrokenError: the connection has ended.
         """
         try:
             if self._header is None:
@@ -105,7 +105,7 @@ class Line:
         """Send a frame, and return once there is room for more.
 
         Raises:
-            BrokenError: nobody takes it.
+            BrokenError: the connection has ended.
         """
         if self._writer.is_closing():
             raise BrokenError("the connection is closed")
@@ -118,32 +118,32 @@ class Line:
             raise BrokenError(str(error)) from error
 
     def hang_up(self) -> None:
-        """Close it, whatever is under way."""
+        """Close the connection immediately."""
         self._writer.transport.abort()
 
 
 def head(values: Mapping[str, object]) -> bytes:
-    """Return the payload of a frame that carries values."""
+    """Return a payload with these values."""
     return json.dumps(values).encode()
 
 
 def values_of(payload: bytes) -> dict[str, Any]:
-    """Return the values that a frame carries.
+    """Return the values in a frame.
 
     Raises:
-        BrokenError: it carries none.
+        BrokenError: they are malformed.
     """
     try:
         found = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise BrokenError("a frame is not JSON") from error
     if not isinstance(found, dict):
-        raise BrokenError("a frame is no object")
+        raise BrokenError("a frame is not an object")
     return found
 
 
 def refusal(error: SandyardError) -> bytes:
-    """Return the payload that tells of an error."""
+    """Return a payload with an error."""
     return head(
         {
             "kind": kind_of(error),
@@ -155,14 +155,14 @@ def refusal(error: SandyardError) -> bytes:
 
 
 def refused(payload: bytes) -> SandyardError:
-    """Return the error that a payload tells of.
+    """Return the error in a payload.
 
     Raises:
-        BrokenError: it tells of none.
+        BrokenError: it is malformed.
     """
     told = values_of(payload)
     code, message, facts = told.get("code"), told.get("message"), told.get("facts")
     if not isinstance(code, str) or not isinstance(message, str) or not isinstance(facts, dict):
-        raise BrokenError("an error is not told as agreed")
+        raise BrokenError("an error has an invalid format")
     known = {str(name): one for name, one in facts.items() if isinstance(one, str | int)}
     return error_of(str(told.get("kind")), code, message, known)

@@ -1,7 +1,7 @@
-"""TLS handshakes of a listener, bounded from accept on.
+"""Limits the TLS handshakes of a listener.
 
-asyncio makes a connection's protocol after the handshake, so limits that a protocol enforces do not
-cover clients that never finish theirs. Each of them holds a descriptor.
+asyncio creates a connection's protocol only after the handshake, so limits enforced by a protocol
+do not cover clients that never finish it, although each holds a file descriptor.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ _MOST, _MOST_BY_SOURCE = 1024, 512
 
 
 class Handshakes:
-    """Does the handshakes of one listener.
+    """Performs the handshakes of one listener.
 
-    At most 1024 are under way at one time, 512 of one source. Where there is no room, the oldest is
-    aborted: a client that is not silent needs milliseconds.
+    At most 1024 are in progress at the same time, 512 per source. When the limit is reached, the
+    oldest is aborted: a client that responds needs only milliseconds.
     """
 
     def __init__(self, tls: ssl.SSLContext, *, limit_s: float) -> None:
@@ -32,9 +32,9 @@ class Handshakes:
         self._by_source: Counter[str] = Counter()
 
     def protocol(self, make: Callable[[], asyncio.Protocol]) -> asyncio.Protocol:
-        """Return the protocol of a connection that was accepted.
+        """Return the protocol for an accepted connection.
 
-        Once the handshake is done, the one that `make` returns takes over.
+        After the handshake, the protocol that `make` returns takes over.
         """
         return _Arriving(self, make)
 
@@ -46,7 +46,8 @@ class Handshakes:
         *,
         limit: int,
     ) -> asyncio.Server:
-        """Listen, and `take` each connection whose handshake is done; see asyncio.start_server."""
+        """Listen, and call `take` for each connection whose handshake is complete; see
+        asyncio.start_server."""
 
         def stream() -> asyncio.Protocol:
             return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=limit), take)
@@ -55,12 +56,12 @@ class Handshakes:
         return await loop.create_server(lambda: self.protocol(stream), address, port)
 
     def close(self) -> None:
-        """Hang up on all whose handshake is not done."""
+        """Abort all handshakes in progress."""
         for one in list(self._pending):
             one.abort()
 
     def enter(self, one: "_Arriving", address: str) -> None:
-        """Count a connection, in place of the oldest if need be."""
+        """Count a connection; abort the oldest one if the limit is reached."""
         source = source_of(address)
         if self._by_source[source] >= _MOST_BY_SOURCE:
             next(known for known, its in self._pending.items() if its == source).abort()
@@ -70,7 +71,7 @@ class Handshakes:
         self._by_source[source] += 1
 
     def leave(self, one: "_Arriving") -> None:
-        """Stop counting a connection; do nothing if it was not counted."""
+        """Stop counting a connection; does nothing if it is not counted."""
         source = self._pending.pop(one, None)
         if source is not None:
             self._by_source[source] -= 1
@@ -79,7 +80,7 @@ class Handshakes:
 
 
 class _Arriving(asyncio.Protocol):
-    """A connection until its handshake is done."""
+    """A connection during its handshake."""
 
     def __init__(self, handshakes: Handshakes, make: Callable[[], asyncio.Protocol]) -> None:
         self._handshakes = handshakes
@@ -96,7 +97,7 @@ class _Arriving(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._arrive(self._transport))
 
     def abort(self) -> None:
-        """Hang up."""
+        """Abort the connection."""
         self._is_aborted = True
         self._handshakes.leave(self)
         if self._transport is not None:
@@ -123,7 +124,7 @@ class _Arriving(asyncio.Protocol):
 
 
 class _Early(asyncio.Protocol):
-    """Keeps what comes between the end of a handshake and the moment its task is resumed."""
+    """Buffers data that arrives between the end of the handshake and the resumption of its task."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -142,7 +143,7 @@ class _Early(asyncio.Protocol):
         self._is_lost = True
 
     def hand_over(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
-        """Make a protocol the connection's, with all that has come."""
+        """Set the protocol of the connection, and pass the buffered data to it."""
         if self._is_lost:
             return
         transport.set_protocol(protocol)

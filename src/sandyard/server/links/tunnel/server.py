@@ -1,4 +1,4 @@
-"""The node's end of the tunnel: operations are opened for whoever may ask, and bytes carried."""
+"""The node's side of the tunnel: opens operations for control planes and carries their bytes."""
 
 import asyncio
 import logging
@@ -39,7 +39,7 @@ _LIMIT = 2 * PIECE
 
 @dataclass(frozen=True)
 class TunnelRequest:
-    """What a control plane asks for."""
+    """A request of a control plane."""
 
     machine: MachineRef
     operation: ops.Operation[Any]
@@ -55,10 +55,11 @@ async def serving(
     may: Callable[[str], bool],
     most: int = 1000,
 ) -> AsyncIterator[int]:
-    """Serve a node's machines to control planes, and yield the port; on leaving, hang up on all.
+    """Serve a node's machines to control planes, and yield the port; all connections are closed at
+    the end.
 
-    `may` tells of a name (see `ends.name_of`) whether whoever has it may ask; of the others nobody
-    gets further. `most` connections are served at once.
+    `may` tells whether a peer with a name (see `ends.name_of`) has access; other peers are
+    disconnected. At most `most` connections are served at the same time.
     """
     lines: set[Line] = set()
     async with Crew() as crew:
@@ -99,23 +100,23 @@ def _may(writer: asyncio.StreamWriter, may: Callable[[str], bool]) -> bool:
     try:
         name = name_of(tls)
     except SandyardError as error:
-        log.warning("hung up on %s: %s", peer, error.message)
+        log.warning("disconnected %s: %s", peer, error.message)
         return False
     if not may(name):
-        log.warning("hung up on %s: %s may not use this tunnel", peer, name)
+        log.warning("disconnected %s: %s may not use this tunnel", peer, name)
         return False
     return True
 
 
 async def _one(tunnel: NodeTunnel, line: Line) -> None:
-    """Serve one operation, to its end.
+    """Serve one operation to its end.
 
     Raises:
-        BrokenError: the connection is of no more use.
+        BrokenError: the connection cannot be used any more.
     """
     asked = await line.hear()
     if asked.kind is not FrameKind.ASK:
-        raise BrokenError("it asks for nothing")
+        raise BrokenError("the request is empty")
     is_left = False
     try:
         ask = _asked(asked.payload)
@@ -131,8 +132,8 @@ async def _one(tunnel: NodeTunnel, line: Line) -> None:
     except Exception as error:  # one that fails is not all, and whoever waits is told
         told = error
         if not isinstance(told, SandyardError):
-            log.exception("an operation failed in a way that nobody foresaw")
-            told = InternalError(f"cannot carry this out: {error}")
+            log.exception("unexpected error in an operation")
+            told = InternalError(f"cannot carry out the request: {error}")
         if not is_left:
             await line.say(FrameKind.REFUSE, refusal(told))
             await _until_left(line)
@@ -140,21 +141,21 @@ async def _one(tunnel: NodeTunnel, line: Line) -> None:
 
 
 def _asked(payload: bytes) -> TunnelRequest:
-    """Return what is asked.
+    """Return the request.
 
     Raises:
-        InvalidArgumentError: nobody could know.
+        InvalidArgumentError: it is malformed.
     """
     values = values_of(payload)
     if values.get("v") != VERSION:
-        raise InvalidArgumentError("cannot tell what is asked: it is of another version")
+        raise InvalidArgumentError("cannot read the request: it comes from another version")
     try:
         return TunnelRequest(
             decode(MachineRef, values.get("machine")),
             ops.operation_of(str(values.get("op")), values.get("args") or {}),
         )
     except (CodecError, ops.UnknownOperationError) as error:
-        raise InvalidArgumentError(f"cannot tell what is asked: {error}") from error
+        raise InvalidArgumentError(f"cannot read the request: {error}") from error
 
 
 async def _until_left(line: Line) -> None:
@@ -163,7 +164,8 @@ async def _until_left(line: Line) -> None:
 
 
 async def _carry(opened: Opened[Any], exchange: TunnelExchange) -> None:
-    """Carry bytes both ways until both have ended, or something went wrong, which is told."""
+    """Carry bytes in both directions until both have ended, or report an error to the other
+    side."""
 
     async def up() -> None:
         while data := await exchange.read(PIECE):

@@ -1,1 +1,1 @@
-"""Workspaces for machines: who may mount what, and the servers that they mount it from."""
+"""Mounted workspaces: what each machine may mount, and the file servers that export it."""

@@ -1,4 +1,4 @@
-"""An NFSv4.1 client for one purpose: to find out what a file server does with locks and opens.
+"""A minimal NFSv4.1 client that tests how a file server handles locks and opens.
 
 Operations, their numbers and errors are those of RFC 8881; calls are those of RFC 5531.
 """
@@ -19,7 +19,7 @@ _ALL = 2**64 - 1
 
 
 class Status(IntEnum):
-    """How an operation ends; others are not told apart."""
+    """The status of an operation; only these are distinguished."""
 
     OK = 0
     ACCESS = 13
@@ -27,7 +27,7 @@ class Status(IntEnum):
 
 
 class ProtocolError(Exception):
-    """The server's answer is not what the protocol allows."""
+    """The server's answer violates the protocol."""
 
 
 class _Op(IntEnum):
@@ -64,7 +64,7 @@ class _Reader:
 
 
 class NfsClient(AbstractContextManager["NfsClient"]):
-    """A session of a client that acts for one user. Blocking; use it in a thread."""
+    """A session of a client that acts as one user. It blocks; use it in a thread."""
 
     def __init__(self, connection: socket.socket, *, uid: int) -> None:
         self._socket = connection
@@ -104,7 +104,7 @@ class NfsClient(AbstractContextManager["NfsClient"]):
     def open(
         self, folder: bytes, name: str, *, writes: bool, mode: int | None = None
     ) -> tuple[Status, bytes, bytes]:
-        """Open a file, made with a `mode` if that is given; return status, stateid and handle."""
+        """Open a file, creating it if `mode` is given; return status, stateid and handle."""
         how = _words(0)
         if mode is not None:
             how = _words(1, 0) + _mode(mode)
@@ -144,7 +144,7 @@ class NfsClient(AbstractContextManager["NfsClient"]):
         self._expect(said, _Op.SET_ATTRIBUTES)
 
     def lock(self, handle: bytes, stateid: bytes, *, waits: bool) -> tuple[Status, bytes]:
-        """Lock a whole file for writing; return the status, and who holds it if that denies it."""
+        """Lock a whole file for writing; return the status, and the owner of a conflicting lock."""
         owner = self._client + _opaque(b"locker")
         said = self._ask(
             _op(_Op.PUT_HANDLE, _opaque(handle)),
@@ -165,7 +165,7 @@ class NfsClient(AbstractContextManager["NfsClient"]):
     # --- the protocol ---------------------------------------------------------------------
 
     def _ask(self, *operations: bytes) -> _Reader:
-        """Send operations in the session; return their answers."""
+        """Send operations in the session and return their results."""
         self._sequence += 1
         head = _op(_Op.SEQUENCE, self._session, _words(self._sequence, 0, 0, 0))
         said = self._call(head, *operations)
@@ -237,5 +237,5 @@ def _opaque(data: bytes) -> bytes:
 
 
 def _mode(mode: int) -> bytes:
-    """Return permissions as a list of attributes."""
+    """Return permissions as an attribute list."""
     return _words(2, 0, 1 << _MODE_BIT) + _opaque(_words(mode))

@@ -1,4 +1,4 @@
-"""Lets machines mount workspaces: a file server or two for each, supervised as machines are."""
+"""Lets machines mount workspaces from one or two file servers per machine, which are supervised."""
 
 import asyncio
 import logging
@@ -42,7 +42,7 @@ _FOLDERS = (
 
 
 class _OpenVolumes:
-    """The volumes that servers export, each open once however many servers export it."""
+    """The volumes that servers export; each is opened once, however many servers export it."""
 
     def __init__(self, volumes: Volumes) -> None:
         self._volumes = volumes
@@ -64,7 +64,8 @@ class _OpenVolumes:
             return folder
 
     async def release(self, workspace_id: str, server: Server) -> None:
-        """Close a volume if no other server exports it; nothing happens if this one does not."""
+        """Close a volume unless another server exports it; does nothing if this server does not
+        export it."""
         async with self._locked(workspace_id):
             if workspace_id not in self._held:
                 return
@@ -83,7 +84,7 @@ class _OpenVolumes:
 
 
 class _Served:
-    """One server and the workspaces it is to export."""
+    """One server and the workspaces that it should export."""
 
     def __init__(self, server: Server, part: Part) -> None:
         self.server = server
@@ -138,7 +139,8 @@ class NfsExports:
         crew.start(self._test(), "file servers were not tested")
 
     async def _test(self) -> None:
-        """Find out what the file servers of this host can do, and note it for `missing_here`."""
+        """Test what the file servers of this host can do, and save the result for
+        `missing_here`."""
         library = library_of()
         if not self._can_share or library is None:
             return
@@ -240,9 +242,9 @@ class NfsExports:
         return made
 
     async def _bind(self, served: _Served, mount: MountWish) -> None:
-        """Open a workspace's volume and bind it into the server's tree.
+        """Open a workspace's volume and bind-mount it into the server's tree.
 
-        One that was deleted is left out.
+        A deleted workspace is skipped.
         """
         if mount.workspace_id in served.bound:
             return
@@ -263,7 +265,7 @@ class NfsExports:
         await self._volumes.release(workspace_id, served.server)
 
     async def _serve(self, served: _Served) -> None:
-        """Export what is bound, from a server that runs."""
+        """Export the bound workspaces, starting the server if necessary."""
         await served.server.export()
         if not served.server.is_up:
             await in_thread(served.server.forget_strangers)
@@ -271,7 +273,8 @@ class NfsExports:
         self._watch(served)
 
     async def _catch_up(self, served: _Served) -> None:
-        """Export all that is wanted; what cannot be opened now is tried again later."""
+        """Export all workspaces that should be exported; those that cannot be opened now are
+        retried later."""
         if served.is_over:
             return
         served.is_behind = True
@@ -300,7 +303,7 @@ class NfsExports:
             await asyncio.wait([served.watching])
 
     async def _keep_up(self, served: _Served) -> None:
-        """Restart a server whenever it ends, with what it is to export then."""
+        """Restart a server whenever it ends, with its current workspaces."""
         tries = 0
         while True:
             began = self._clock.monotonic()
@@ -328,10 +331,10 @@ class NfsExports:
                         await self._catch_up(served)
 
     async def _repair_stuck(self) -> None:
-        """Stop the servers of volumes that take no more writes, so that these are repaired.
+        """Stop the servers of volumes that can no longer be written, so that these are repaired.
 
-        The next server to open such a volume has its file system checked. Machines wait meanwhile,
-        as they do whenever their server is restarted.
+        The file system is checked when the next server opens the volume. Machines wait meanwhile,
+        as during any restart of their server.
         """
         now = self._clock.monotonic()
         wanted = {one for served in self._every() for one in served.wanted}
@@ -373,7 +376,7 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first error of a group, as what `grant` raises."""
+    """Return the first error of a group, for `grant` to raise."""
     error = group.exceptions[0]
     if isinstance(error, BaseExceptionGroup):
         return _first_of(error)

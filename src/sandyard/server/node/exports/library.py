@@ -45,7 +45,7 @@ _REFUSES_AGAIN = ("6.4", "6.5")
 
 
 class Feature(StrEnum):
-    """What mounted workspaces cannot do with some builds, in words for an operator."""
+    """A feature of mounted workspaces that some builds lack, described for an operator."""
 
     LOCKS = "a file lock that another sandbox holds fails with an I/O error"
     WAITING = "a file lock that another sandbox releases is granted up to a minute later"
@@ -154,7 +154,7 @@ def library_of(root: Path = Path("/")) -> Path | None:
 
 
 def version_of(library: Path | None) -> str:
-    """Return the version in a library's name, such as 6.5; nothing if there is none."""
+    """Return the version in a library's name, such as 6.5; an empty string if there is none."""
     return "" if library is None else library.name.partition(".so.")[2]
 
 
@@ -168,13 +168,13 @@ def minor_versions(library: Path | None) -> str:
 
 
 def lock_options(library: Path | None) -> str:
-    """Return the options of the NFSv4 section by which clients themselves wait for locks."""
+    """Return the options of the NFSv4 section that make clients wait for locks themselves."""
     is_known = _major(version_of(library)) >= _LOCKS_BY_OPTION
     return "Blocking_Locks = false;" if is_known else ""
 
 
 def patched(library: bytes) -> bytes:
-    """Return a library with its patches, or unchanged if it is not a known build."""
+    """Return the patched library, or the library itself if its build is unknown."""
     build = BUILDS.get(sha256(library).hexdigest())
     if build is None:
         return library
@@ -189,12 +189,12 @@ def patched(library: bytes) -> bytes:
 
 
 def verdict_in(home: Path) -> Path:
-    """Return the file in which an installation keeps the outcome of its test."""
+    """Return the path of the file with the result of the self-test."""
     return home / "file-servers.json"
 
 
 def note_verdict(verdict: Path, library: Path, missing: Sequence[Feature]) -> None:
-    """Keep the outcome of a test with this library."""
+    """Save the result of a self-test with this library."""
     found = library.stat()
     known = {"library": _digest_of(library, found.st_mtime_ns, found.st_size), "missing": missing}
     part = verdict.with_name(f"{verdict.name}.part")
@@ -203,10 +203,9 @@ def note_verdict(verdict: Path, library: Path, missing: Sequence[Feature]) -> No
 
 
 def missing_here(verdict: Path) -> Collection[Feature]:
-    """Return what will not work with the library that is installed; nothing if none is.
+    """Return the features that the installed library lacks; nothing if no library is installed.
 
-    Goes by the outcome of a test with this library, if one is kept in `verdict`; else by its
-    digest.
+    Uses the saved result of a self-test of this library in `verdict`, or else its digest.
     """
     library = library_of()
     if library is None:

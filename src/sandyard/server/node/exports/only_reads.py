@@ -46,7 +46,7 @@ def program(architecture: int, number: int) -> bytes:
 
 
 def install() -> None:
-    """Install the filter for this process and all that it starts.
+    """Install the filter for this process and all its descendants.
 
     Raises:
         OSError: the kernel refused it.

@@ -1,7 +1,7 @@
-"""Finds out what this host's file servers can do, by using one.
+"""Tests what this host's file servers can do by using one.
 
-`library.py` knows builds by digest. What a build that it does not know can do is found out here,
-and a patch that does not have its effect is noticed.
+`library.py` recognizes builds by their digests. This test finds out what an unknown build can do,
+and whether the patches of a known build have their effect.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ _GRANTED_S, _AGAIN_S = 3.0, 0.2
 
 
 async def missing_by_test(exports: Path, network: Network) -> tuple[Feature, ...]:
-    """Return what the host's file servers cannot do. Takes 0.15 s if they can do all.
+    """Return the features that the host's file servers lack. Takes 0.15 s if none is missing.
 
-    `exports` is the folder of all servers; what is made in it is removed.
+    `exports` is the folder of all servers; everything created in it is removed.
 
     Raises:
-        SandyardError, OSError: it cannot be found out.
+        SandyardError, OSError: the test failed.
     """
     volume = exports / FOLDER
     try:
@@ -92,7 +92,7 @@ async def _mount_volume(volume: Path) -> None:
 
 
 async def remove_volume(exports: Path) -> None:
-    """Remove the volume of a test, also of one that was interrupted.
+    """Remove the volume of a test, including an interrupted one.
 
     Raises:
         SandyardError, OSError: it cannot be removed.
@@ -115,7 +115,7 @@ def _missing(client: NfsClient, volume: Path) -> "list[Feature]":
 
 
 def _names_the_holder(client: NfsClient, export: bytes, volume: Path) -> bool:
-    """A lock that another machine holds is denied in a way that Linux can read."""
+    """A conflict with another machine's lock is reported in a form that Linux can read."""
     _, stateid, handle = client.open(export, "held", writes=True, mode=0o666)
     with (volume / "held").open("r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -124,7 +124,7 @@ def _names_the_holder(client: NfsClient, export: bytes, volume: Path) -> bool:
 
 
 def _grants_at_once(client: NfsClient, export: bytes, volume: Path) -> bool:
-    """A lock that was waited for is granted soon after its holder released it."""
+    """A waiting lock request is granted soon after the lock was released."""
     _, stateid, handle = client.open(export, "waited", writes=True, mode=0o666)
     with (volume / "waited").open("r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -140,7 +140,7 @@ def _grants_at_once(client: NfsClient, export: bytes, volume: Path) -> bool:
 
 
 def _opens_again(client: NfsClient, export: bytes, _: Path) -> bool:
-    """A file that was made read-only while it was open can be opened for reading."""
+    """A file that became read-only while it was open can be opened again for reading."""
     _status, stateid, handle = client.open(export, "again", writes=True, mode=0o644)
     client.change_mode(handle, stateid, 0o444)
     return client.open(export, "again", writes=False)[0] is Status.OK

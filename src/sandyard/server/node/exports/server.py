@@ -107,7 +107,8 @@ exec prlimit --as=$memory setpriv --clear-groups --no-new-privs --inh-caps="-all
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose server this is: the machine in a slot, by its name as a client; and the port."""
+    """The owner of a server: the machine in a slot, identified by its NFS client name; and the
+    port."""
 
     slot: int
     port: int
@@ -115,7 +116,7 @@ class Owner:
 
 
 class Server:
-    """One file server; one call at a time. See the top of this file."""
+    """One file server; supports one call at a time. See the module docstring."""
 
     def __init__(self, folder: Path, place: Place, part: Part) -> None:
         self.folder = folder
@@ -127,7 +128,7 @@ class Server:
 
     @property
     def owner(self) -> Owner:
-        """Whose it is."""
+        """The owner of this server."""
         return Owner(self.place.number, self.part.port, self.part.client)
 
     def _is_read_only(self, workspace_id: str) -> bool:
@@ -135,13 +136,13 @@ class Server:
 
     @property
     def is_up(self) -> bool:
-        """Whether it runs, as far as is known."""
+        """Whether it is running, as far as is known."""
         return self._process is not None
 
     # --- its process ----------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Return once it serves what `export` named.
+        """Return once the server exports what `export` named.
 
         Raises:
             UnavailableError: it does not start; the message is the end of its log.
@@ -181,7 +182,8 @@ class Server:
             raise
 
     async def _child_of(self, parent: int) -> DetachedProcess:
-        """Return the server itself, the first process of its PID namespace, recorded on disk."""
+        """Return the server process itself, which is the first process of its PID namespace, and
+        save its id."""
         place = Path(f"/proc/{parent}/task/{parent}/children")
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -199,7 +201,8 @@ class Server:
                 raise UnavailableError(f"cannot start a file server: {self._tail()}")
 
     async def recover(self) -> bool:
-        """Find the process that an earlier process of this server's started; False if it ended."""
+        """Find the process that an earlier run of this program started; return False if it has
+        ended."""
         told = await in_thread(_told_in, self.folder)
         if told is None:
             return False
@@ -207,7 +210,7 @@ class Server:
         return self._process is not None
 
     async def ended(self) -> None:
-        """Return once its process has ended."""
+        """Return once the process has ended."""
         process = self._process
         if process is not None:
             await process.wait()
@@ -215,10 +218,10 @@ class Server:
                 self.let_go()
 
     async def stop(self) -> None:
-        """End its process.
+        """End the process.
 
         Raises:
-            UnavailableError: it would not go.
+            UnavailableError: it did not end.
         """
         process, self._process = self._process, None
         if process is not None:
@@ -234,7 +237,7 @@ class Server:
                     await child.wait()
 
     def let_go(self) -> None:
-        """Let go of its process, which lives on."""
+        """Stop watching the process, which keeps running."""
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -247,7 +250,7 @@ class Server:
         self.bound_log()
 
     def _patch_library(self) -> str:
-        """Prepare a patched copy of its library; return the path it is mounted over, or nothing."""
+        """Prepare a patched copy of the library; return the path it is mounted over, or nothing."""
         library = library_of()
         if library is None:
             log.warning("the file server's library was not found; starting it without patches")
@@ -273,10 +276,10 @@ class Server:
         part.replace(self.folder / "server.json")
 
     def forget_strangers(self) -> None:
-        """Before a start, remove what the last one recorded of other clients than its machine.
+        """Before a start, remove saved records of clients other than this server's machine.
 
-        A server that ended unexpectedly waits for its clients, so that each reclaims its locks
-        first. A guest may have invented clients, and the wait for those would never end.
+        After a crash, a server waits for its previous clients to reclaim their locks. A guest may
+        have invented clients, which would never do so.
         """
         name = self.part.client.encode().hex()
         for entry in (self.folder / "state").glob("v4*/*/*"):
@@ -286,13 +289,13 @@ class Server:
     # --- what it exports ------------------------------------------------------------------
 
     async def export(self) -> None:
-        """Export the workspaces that are bound, and nothing else, from now on if it runs.
+        """Export exactly the bound workspaces, now if it is running, else when it starts.
 
-        A server that does not see one of them, or sees it writable where it must not, is stopped:
-        it would give out what lies below, or let its client write.
+        A server that does not see a workspace, or sees it writable although it must be read-only,
+        is stopped: it would export the folder below the mount point, or let its client write.
 
         Raises:
-            UnavailableError: it does not take the new configuration.
+            UnavailableError: it does not apply the new configuration.
         """
         process = self._process
         if process is not None and not await in_thread(
@@ -317,10 +320,10 @@ class Server:
         part.replace(self.folder / "conf/ganesha.conf")
 
     async def bind(self, workspace_id: str, source: Path) -> None:
-        """Bind a workspace's folder into its tree.
+        """Bind-mount a workspace's folder into its tree.
 
         Raises:
-            UnavailableError: the folder is not a file system of its own, or cannot be bound.
+            UnavailableError: the folder is not a mount point, or cannot be bound.
         """
         await in_thread(self._prepare)
         await self._bind_tree()
@@ -342,7 +345,7 @@ class Server:
                 await run(["mount", "-o", options, place], limit_s=_LIMIT_S)
 
     def _sees(self, pid: int, workspace_ids: list[str]) -> bool:
-        """Return whether the process sees these workspaces in its tree, read-only if they must."""
+        """Tell whether the process sees these workspaces in its tree, read-only where required."""
         tree = Path(f"/proc/{pid}/root/tree")
         return all(
             source.is_mount() and _is_as_wanted(tree / one, source, self._is_read_only(one))
@@ -351,7 +354,7 @@ class Server:
         )
 
     async def unbind(self, workspace_id: str) -> None:
-        """Remove a workspace from its tree; what the server has open goes when it closes it."""
+        """Remove a workspace from its tree; open files remain until the server closes them."""
         place = self.folder / "tree" / workspace_id
         while place.is_mount():
             await run(["umount", "--lazy", place], limit_s=_LIMIT_S)
@@ -368,10 +371,10 @@ class Server:
             await run(["mount", "--make-shared", tree], limit_s=_LIMIT_S)
 
     async def remove(self) -> None:
-        """Remove all that is left of it; its process has ended.
+        """Remove everything that belongs to it; its process has ended.
 
         Raises:
-            InternalError, OSError: something would not go.
+            InternalError, OSError: something could not be removed.
         """
         tree = self.folder / "tree"
         for one in sorted(tree.iterdir()) if tree.is_dir() else ():
@@ -383,7 +386,7 @@ class Server:
     # --- what it says ---------------------------------------------------------------------
 
     def bound_log(self) -> None:
-        """Keep its log from growing without bound."""
+        """Limit the size of its log."""
         with contextlib.suppress(OSError):
             if (self.folder / "log").stat().st_size > _LOG_MAX:
                 os.truncate(self.folder / "log", 0)
@@ -423,7 +426,7 @@ class Server:
 
 
 def _is_as_wanted(place: Path, source: Path, read_only: bool) -> bool:
-    """Return whether a path shows the same file system as another, read-only if it must be."""
+    """Tell whether a path shows the same file system as another, read-only if required."""
     try:
         is_read_only = bool(os.statvfs(place).f_flag & os.ST_RDONLY)
         return place.stat().st_dev == source.stat().st_dev and (is_read_only or not read_only)
@@ -433,7 +436,7 @@ def _is_as_wanted(place: Path, source: Path, read_only: bool) -> bool:
 
 @dataclass(frozen=True)
 class _Told:
-    """What `server.json` says; in a version before, servers were not a machine's own."""
+    """The contents of `server.json`; in an earlier version, several machines shared a server."""
 
     owner: Owner | None
     pid: int
@@ -453,16 +456,17 @@ def _told_in(folder: Path) -> _Told | None:
 
 
 def owner_in(folder: Path) -> Owner | None:
-    """Return whose server an earlier process started in a folder; None if that is not known."""
+    """Return the owner of the server that an earlier process started in a folder; None if
+    unknown."""
     told = _told_in(folder)
     return None if told is None else told.owner
 
 
 def configuration(part: Part, workspace_ids: list[str], *, library: Path | None) -> str:
-    """Return the configuration of a server that exports these of a part, for its library.
+    """Return the configuration of a server for these workspaces of a part and a library.
 
-    The server's owner and scope are its own: a client takes two servers that name the same for
-    one (RFC 8881, 2.10.5), and a machine may have two, which may have begun in the same second.
+    The server's owner and scope are unique: a client treats two servers with the same ones as one
+    server (RFC 8881, 2.10.5), and a machine may have two that started in the same second.
     """
     name = f"{part.client}-{part.port}"
     writable = {one.workspace_id for one in part.writable}
@@ -503,10 +507,10 @@ def _block(workspace_id: str, number: int, access: str) -> str:
 
 
 def _numbered(part: Part) -> dict[str, int]:
-    """Return the number that each workspace is exported under.
+    """Return the export number of each workspace.
 
-    File handles that the machine has name it, so it is the same whenever the server starts. 0 is
-    the root that all exports lie below.
+    A machine's file handles contain these numbers, so they stay the same over restarts. 0 is the
+    root of all exports.
     """
     numbers: dict[str, int] = {}
     for one in part.mounts:
@@ -521,7 +525,7 @@ def check_here() -> None:
     """Return if file servers can be started on this host.
 
     Raises:
-        UnsupportedError: its program is missing.
+        UnsupportedError: the program is missing.
     """
     if shutil.which(PROGRAM, path="/usr/sbin:/usr/bin") is None:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""What a machine may mount, and who sees to that it can."""
+"""What a machine may mount, and the interface of the component that provides it."""
 
 import secrets
 from collections.abc import Iterable
@@ -20,7 +20,8 @@ _CLIENT_BYTES = 12  # a server keeps it, in a form twice as long, with a host's 
 class Part:
     """The workspaces that one file server exports to one machine.
 
-    `port` is the server's, on the machine's gateway; `client` is the name the machine mounts by.
+    `port` is the server's port on the machine's gateway; `client` is the NFS client name of the
+    machine.
     """
 
     port: int
@@ -36,15 +37,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Share:
-    """What a machine may mount: an organization's workspaces, from ports of its gateway, as a
-    client of this name.
+    """What a machine may mount: an organization's workspaces, from ports of its gateway, with a
+    client name.
 
-    Port and name are the machine's own as long as it goes on from where it stood. A clone gets
-    others: the kernel of each keeps sequence numbers of its own for what it asks a server, and two
-    that go by one name would be taken for one.
+    A machine keeps its ports and name as long as its state continues. A clone gets new ones: each
+    kernel keeps its own sequence numbers for a server, and two clients with one name would be
+    treated as one.
 
-    What may only be read comes from a server of its own, at the port above; not so in a machine
-    that mounted before there was a second (`is_split`).
+    Read-only workspaces come from a second server, on the next port, except in machines that
+    mounted before that server existed (`is_split`).
     """
 
     org_id: str
@@ -57,7 +58,7 @@ class Share:
     def parts(self) -> tuple[Part, ...]:
         """What each of its file servers exports.
 
-        A workspace that is mounted both ways is exported for writing alone.
+        A workspace that is mounted both read-only and writable is only exported as writable.
         """
         writable = {one.workspace_id for one in self.mounts if not one.read_only}
         written = tuple(one for one in self.mounts if one.workspace_id in writable)
@@ -72,7 +73,7 @@ class Share:
 
     @property
     def operations(self) -> list[MountAll]:
-        """What the machine is asked to do, in this order: one path may lie below another."""
+        """The mount operations of the agent, in order: a path may be inside another."""
         ports = {name: part.port for part in self.parts for name in part.mounts}
         return [
             MountAll(
@@ -85,25 +86,25 @@ class Share:
 
 
 def new_share(org_id: str, mounts: tuple[MountWish, ...]) -> Share:
-    """Return what a machine that begins anew may mount."""
+    """Return what a machine that starts from the beginning may mount."""
     return Share(
         org_id, secrets.choice(_PORTS), secrets.token_hex(_CLIENT_BYTES), mounts, is_split=True
     )
 
 
 class Exports(Protocol):
-    """Lets machines mount workspaces, in their places."""
+    """Lets machines mount workspaces, by slot."""
 
     async def open(self, shares: Iterable[tuple[Place, Share]], crew: Crew) -> None:
-        """Look after what machines that live on have mounted, and remove what else is left."""
+        """Resume the servers of running machines, and remove all others."""
         ...
 
     async def close(self) -> None:
-        """Leave running what machines use; the next process finds it."""
+        """Leave the servers of running machines alone; the next process takes them over."""
         ...
 
     def limited(self) -> tuple[str, ...]:
-        """Return what mounted workspaces cannot do on this host, a sentence each."""
+        """Return the limitations of mounted workspaces on this host, one sentence each."""
         ...
 
     async def check(self) -> None:
@@ -115,18 +116,18 @@ class Exports(Protocol):
         ...
 
     async def grant(self, place: Place, share: Share) -> None:
-        """Return once the machine in a place can mount what it may, and nothing else.
+        """Return once the machine in a slot can mount exactly this share.
 
         Raises:
-            UnavailableError: not now.
+            UnavailableError: not at the moment.
             NotFoundError: a workspace was removed.
         """
         ...
 
     async def revoke(self, place: Place) -> None:
-        """Have nothing mounted in a place any more; nothing happens if nothing is."""
+        """Stop exporting to a slot; does nothing if nothing is exported."""
         ...
 
     async def withdraw(self, workspace_id: str) -> None:
-        """Have a workspace mounted nowhere any more."""
+        """Stop exporting a workspace to any slot."""
         ...

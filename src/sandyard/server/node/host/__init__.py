@@ -1,1 +1,1 @@
-"""What a node needs of its host: network, firewall, names, disks, accounts, room, hypervisors."""
+"""A node's use of its host: network, firewall, names, disks, accounts, capacity, hypervisors."""

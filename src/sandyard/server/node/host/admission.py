@@ -1,8 +1,8 @@
-"""Whether the host has room for one more machine: what it has, and what has been promised.
+"""Admission control: decides whether the host has capacity for another machine.
 
-A clone begins with little and may grow to all that was promised to it. The promises of all machines
-together may pass what is there by a stated factor, for few use all of theirs; what is there now
-decides as well. Beyond that a start is refused, so that the kernel never has to end a machine.
+A clone starts small and may grow to its full size. Reserved resources of all machines together may
+exceed the host's by a configured factor, because few machines use all of theirs; the free resources
+count as well. Further starts are refused, so that the kernel never has to kill a machine.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _HYPERVISOR_MIB = 96  # its own code and data, and translated code under TCG
 
 @dataclass(frozen=True)
 class Margins:
-    """What the host keeps for itself, and how far promises may pass what it has."""
+    """What the host keeps free, and how far resources may be overcommitted."""
 
     memory_floor_mib: int
     disk_floor_mib: int
@@ -29,14 +29,14 @@ class Margins:
 
 @dataclass(frozen=True)
 class Room:
-    """What can be promised still."""
+    """What can still be reserved."""
 
     memory_mib: int
     disk_mib: int
 
 
 class Admission:
-    """Weighs promises against what is there. `totals` tells those of all machines."""
+    """Compares requests to free resources. `totals` returns the reservations of all machines."""
 
     def __init__(
         self,
@@ -57,11 +57,11 @@ class Admission:
 
     @property
     def is_short_of_memory(self) -> bool:
-        """Tell whether so little is left that some machine should give its memory back."""
+        """Tell whether so little memory is free that a machine should be paused."""
         return self._available_memory() < self._margins.memory_floor_mib // 2
 
     def room(self) -> Room:
-        """Return what can be promised still, to one machine or to several."""
+        """Return what can still be reserved, for one machine and in total."""
         totals = self._totals()
         return Room(
             max(0, -self._missing_memory_mib(0, 0, totals)),
@@ -69,12 +69,12 @@ class Admission:
         )
 
     def check(self, shape: Shape, *, count: int = 1, is_promised: bool = False) -> None:
-        """Return if so many more machines of a shape have room now.
+        """Return if there is capacity for this many more machines of a shape.
 
-        One whose disk `is_promised` already, for it was here before, adds nothing to that.
+        If `is_promised`, the disk of the machine is already reserved.
 
         Raises:
-            NoCapacityError: they have not; the message says what is short.
+            NoCapacityError: there is not; the message says what is missing.
         """
         totals = self._totals()
         self._check_disk(None if is_promised else shape, count, totals)
@@ -86,16 +86,16 @@ class Admission:
             )
 
     def check_disk(self, shape: Shape) -> None:
-        """Return if the disk of one more machine has room; see `check`."""
+        """Return if there is capacity for the disk of one more machine; see `check`."""
         self._check_disk(shape, 1, self._totals())
 
     def check_growth(self, disk_mib: int) -> None:
-        """Return if the disk of a machine that is here may become so much larger; see `check`."""
+        """Return if there is capacity for growing the disk of an existing machine; see `check`."""
         grown = Shape(1, 0, disk_mib) if disk_mib > 0 else None
         self._check_disk(grown, 1, self._totals())
 
     def missing_memory_mib(self, shape: Shape, *, count: int = 1) -> int:
-        """Return by how much memory so many more machines have no room; 0 if they have."""
+        """Return how much memory is missing for this many more machines; 0 if none."""
         missing = self._missing_memory_mib(shape.memory_mib, count, self._totals())
         return max(0, missing)
 
@@ -121,7 +121,8 @@ class Admission:
         return int(free * self._margins.disk_overcommit) - totals.disk_left_mib
 
     def _missing_memory_mib(self, memory_mib: int, count: int, totals: Totals) -> int:
-        """Return what is short for so many machines; below nothing, what would be left."""
+        """Return how much memory is missing for this many machines; negative if some would be
+        left."""
         margins = self._margins
         total = self._total_memory() - margins.memory_floor_mib
         wanted = totals.memory_mib + count * cost_mib(memory_mib)
@@ -137,11 +138,11 @@ def _machines(count: int) -> str:
 
 
 def cost_mib(memory_mib: int) -> int:
-    """Return what a machine of so much memory may take of the host's."""
+    """Return how much of the host's memory a machine with this much memory may use."""
     return memory_mib + _HYPERVISOR_MIB
 
 
 def promise_of(shape: Shape, *, used_mib: int = 0, coming: int = 0) -> Promise:
-    """Return what a machine of a shape is promised; a paused one puts its memory on disk."""
+    """Return the reservation for a machine of a shape; a paused one has its memory on disk."""
     disk_mib = shape.disk_mib + shape.memory_mib
     return Promise(cost_mib(shape.memory_mib), disk_mib, used_mib, coming)

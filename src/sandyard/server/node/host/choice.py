@@ -1,8 +1,8 @@
-"""Which driver this host uses: the first that a probe machine really boots under.
+"""Selects the driver of this host: the first one under which a probe machine boots.
 
-A device node proves nothing: there are hosts whose /dev/kvm opens and makes machines in which no
-ordinary kernel runs. So a probe machine is booted once, and the verdict kept for as long as
-hypervisor, guest kernel and host kernel stay the same.
+The existence of a device proves nothing: on some hosts /dev/kvm can be opened, but no ordinary
+kernel runs in its machines. A probe machine is therefore booted once, and its result is kept until
+the hypervisor, guest kernel or host kernel changes.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ _CLOSED = (NO_KVM, "Could not access KVM")
 
 
 class _Kept(NamedTuple):
-    """A verdict as it is remembered; an earlier version knew the first two."""
+    """A saved verdict; an earlier version saved only the first two fields."""
 
     is_usable: bool
     reason: str
@@ -43,16 +43,16 @@ class _Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """A driver with the verdict on it."""
+    """A driver with its verdict."""
 
     driver: Driver
     verdict: Verdict
 
 
 class Drivers:
-    """The drivers a node may use, best first; machines here may run under any `known`.
+    """The drivers a node may use, best first; existing machines may use any `known` one.
 
-    `probe_s` is how long the probe of a distribution's kernel may take, `slowest` bounds `pace`.
+    `probe_s` is the time limit for a probe of a distribution's kernel, `slowest` limits `pace`.
     """
 
     def __init__(
@@ -78,10 +78,11 @@ class Drivers:
 
     @property
     def pace(self) -> float:
-        """How many times longer than usual guests take here: 1 or more, as probe machines told.
+        """How many times longer than usual guests take on this host, at least 1, as measured by
+        probes.
 
-        It is the slowest's of those images that were chosen for since this process began; before
-        any was, of all that are remembered.
+        It is the slowest of the images for which a driver was chosen since this process started, or
+        of all saved verdicts if there was none.
         """
         if self._took:
             return self._paced(self._took.values())
@@ -103,7 +104,7 @@ class Drivers:
         return next((driver for driver in self._known if driver.name == name), None)
 
     async def version_of(self, driver: Driver) -> str:
-        """Return a driver's version, as found when it was first asked for."""
+        """Return a driver's version; it is determined once."""
         if driver.name not in self._versions:
             self._versions[driver.name] = await driver.version()
         return self._versions[driver.name]
@@ -112,7 +113,7 @@ class Drivers:
         """Return the best driver that boots this image's kernel here.
 
         Raises:
-            UnavailableError: there is none; the message says what is in the way of each.
+            UnavailableError: there is none; the message gives the reason for each driver.
         """
         if (chosen := self._known_choice(image)) is not None:
             return chosen
@@ -121,7 +122,7 @@ class Drivers:
             return self._known_choice(image) or await self._choose(image)
 
     def _known_choice(self, image: Image) -> Driver | None:
-        """Return the driver that was chosen before; raise again what was found out just now."""
+        """Return the driver chosen before; raise a recent failure again."""
         at, error = self._refused.get(image.digest, (0.0, None))
         if error is not None and asyncio.get_running_loop().time() - at < _AGAIN_S:
             raise UnavailableError(error.message)

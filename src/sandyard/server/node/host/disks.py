@@ -1,4 +1,4 @@
-"""The private disk of a machine: a sparse ext4 that holds what differs from the base image."""
+"""The private disk of a machine: a sparse ext4 image with the differences from the base image."""
 
 import os
 import stat
@@ -16,10 +16,10 @@ _LARGE_MIB = 4096
 
 
 class Disks(Protocol):
-    """Makes disks."""
+    """Creates disks."""
 
     async def make(self, path: Path, *, size_mib: int, uid: int) -> None:
-        """Make an empty disk that only an account may open.
+        """Create an empty disk that only one account may open.
 
         Raises:
             NoCapacityError: the host's disk is full.
@@ -27,7 +27,7 @@ class Disks(Protocol):
         ...
 
     async def copy(self, source: Path, path: Path) -> None:
-        """Make a disk that holds what another, which nobody writes to now, holds.
+        """Copy a disk that is not being written to.
 
         Raises:
             NoCapacityError: the host's disk is full.
@@ -67,23 +67,23 @@ class Ext4Disks:
 
 
 def free_mib(folder: Path) -> int:
-    """Return how much room the file system of a folder has."""
+    """Return the free space of the file system of a folder."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize // 2**20
 
 
 def available_memory_mib() -> int:
-    """Return how much memory the host can still give without swapping."""
+    """Return how much memory the host can provide without swapping."""
     return _memory_mib("MemAvailable:")
 
 
 def total_memory_mib() -> int:
-    """Return how much memory the host has."""
+    """Return the host's total memory."""
     return _memory_mib("MemTotal:")
 
 
 def used_mib(folder: Path) -> int:
-    """Return what the files in a folder take on disk, not counting what hard links share."""
+    """Return the disk usage of the files in a folder, without blocks shared by hard links."""
     blocks = 0
     with suppress(FileNotFoundError):  # what goes meanwhile takes nothing
         for path in folder.iterdir():

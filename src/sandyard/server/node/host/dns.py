@@ -1,13 +1,13 @@
-"""DNS for sandboxes: a forwarder in each slot that asks the host's own resolvers.
+"""DNS for sandboxes: a forwarder in each slot that queries the host's resolvers.
 
-The sockets are inside the slot, so nothing of the host's is reachable from there. Queries leave
-from the host, so a resolver on the host's 127.0.0.53 can be used, and names that only the host's
-resolvers know resolve in sandboxes too.
+Its sockets are inside the slot, so no address of the host is reachable from there. Queries are sent
+from the host: a resolver on the host's 127.0.0.53 can be used, and names known only to the host's
+resolvers can be resolved in sandboxes too.
 
-A guest is hostile: the forwarder passes on plain queries with one question and answers everything
-else itself (RFC 1035, 4.1; RFC 6891 for the one additional record). Each slot has a token bucket;
-while it is empty the forwarder reads nothing, so a flood is dropped by the kernel and costs the
-server's event loop no more than the permitted rate.
+Guests are hostile: the forwarder forwards only plain queries with one question and answers
+everything else itself (RFC 1035, 4.1; RFC 6891 for the one additional record). Each slot has a
+token bucket. While it is empty the forwarder does not read, so that the kernel drops a flood, which
+costs the server's event loop no more than the permitted rate.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ Resolver = tuple[str, int]
 
 @dataclass(frozen=True)
 class Query:
-    """A query that may be passed on."""
+    """A query that may be forwarded."""
 
     question: bytes
     """The question section: name, type and class."""
@@ -62,8 +62,8 @@ class Query:
 
 
 class BadQueryError(Exception):
-    """A message that is not passed on; `rcode` says why (RFC 1035, 4.1.1), `question` what it
-    asked, where that could be read."""
+    """A message that is not forwarded; `rcode` says why (RFC 1035, 4.1.1), `question` is its
+    question, if it could be parsed."""
 
     def __init__(self, rcode: int, question: bytes = b"") -> None:
         super().__init__(f"refused with rcode {rcode}")
@@ -83,10 +83,10 @@ def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[Resolver]:
 
 
 def parse(message: bytes) -> Query:
-    """Return what a query asks for.
+    """Return the parsed query.
 
     Raises:
-        BadQueryError: it is not one question of an ordinary query, or is malformed.
+        BadQueryError: it is not an ordinary query with one question, or is malformed.
     """
     if not _HEAD.size < len(message) <= _QUESTION_MAX:
         raise BadQueryError(_FORMERR)
@@ -112,7 +112,8 @@ def parse(message: bytes) -> Query:
 
 
 def _udp_size(record: bytes) -> int:
-    """Return the size that the OPT record of a query tells, which must be all that follows."""
+    """Return the UDP size in the OPT record of a query, which must be the last part of the
+    message."""
     if len(record) < 11 or record[0]:
         raise BadQueryError(_FORMERR)
     kind, size, _, length = struct.unpack_from(">HHIH", record, 1)
@@ -122,7 +123,7 @@ def _udp_size(record: bytes) -> int:
 
 
 def _end_of_name(message: bytes, at: int) -> int:
-    """Return the offset after an uncompressed name: a question has nothing to point back to."""
+    """Return the offset after an uncompressed name; compression makes no sense in a question."""
     start = at
     while at < len(message):
         length = message[at]
@@ -135,9 +136,9 @@ def _end_of_name(message: bytes, at: int) -> int:
 
 
 def refusal(message: bytes, rcode: int, question: bytes) -> bytes:
-    """Return an answer without records to a message of at least a header.
+    """Return a response without records to a message that has at least a header.
 
-    Clients take an answer for theirs only if it repeats their question.
+    Clients accept a response only if it repeats their question.
     """
     number, flags, *_ = _HEAD.unpack_from(message)
     kept = flags & (_OPCODE | _WANTS_RECURSION)
@@ -146,8 +147,8 @@ def refusal(message: bytes, rcode: int, question: bytes) -> bytes:
 
 
 def is_answer_to(answer: bytes, message: bytes, query: Query) -> bool:
-    """Tell whether a resolver's message answers this query: same id, same question; or no question
-    in a refusal, as of a server that could not read it."""
+    """Tell whether a resolver's message answers this query: same id and same question, or no
+    question in a refusal from a server that could not parse it."""
     if len(answer) < _HEAD.size or answer[:2] != message[:2]:
         return False
     _, flags, questions, *_ = _HEAD.unpack_from(answer)
@@ -157,9 +158,10 @@ def is_answer_to(answer: bytes, message: bytes, query: Query) -> bool:
 
 
 def fitted(answer: bytes, query: Query) -> bytes:
-    """Return an answer as one datagram that the client takes: cut, and marked so, if it is larger.
+    """Return a response as one datagram of a size that the client accepts, truncated and marked as
+    such if necessary.
 
-    A client repeats a truncated answer's query over TCP.
+    A client repeats the query over TCP if the response is truncated.
     """
     if len(answer) <= query.udp_size:
         return answer
@@ -168,7 +170,7 @@ def fitted(answer: bytes, query: Query) -> bytes:
 
 
 class TokenBucket:
-    """Lets `rate` queries a second through, and `burst` at once after a quiet time."""
+    """Permits `rate` queries per second, and up to `burst` at once after a quiet period."""
 
     def __init__(self, rate: float, burst: int, now: Callable[[], float]) -> None:
         self._rate = rate
@@ -178,7 +180,7 @@ class TokenBucket:
         self._at = now()
 
     def delay(self) -> float:
-        """Take one token, and return the seconds until the caller may go on."""
+        """Take one token, and return the seconds that the caller has to wait."""
         now = self._now()
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate) - 1
         self._at = now
@@ -209,7 +211,7 @@ async def forward_dns(netns: str, resolvers: Callable[[], Sequence[Resolver]]) -
 
 
 class Forwarder:
-    """Serves one slot's sockets; see the top of this file for what it passes on."""
+    """Serves one slot's sockets; the module docstring says what it forwards."""
 
     def __init__(self, resolvers: Callable[[], Sequence[Resolver]]) -> None:
         self._resolvers = resolvers
@@ -274,7 +276,7 @@ class Forwarder:
             self._connections.release()
 
     async def _answer(self, message: bytes, ask: "_Ask") -> bytes | None:
-        """Return the answer to a message; None for one that is too short to have a header."""
+        """Return the response to a message; None if it is too short for a header."""
         if len(message) < _HEAD.size:
             return None
         try:

@@ -1,13 +1,13 @@
-"""The rules: what a sandbox may reach. Written as nftables, loaded whole or not at all.
+"""The firewall: what a sandbox may reach, as nftables rules that are loaded atomically.
 
-A sandbox reaches the internet and the node's DNS, and nothing else: no other sandbox, not the
-host, no private or link-local address, no metadata service of a cloud, none that is the host's
-neighbour. The slot's own table enforces that where the packets come out of the machine; the host's
-table says it again where slots meet, for it must hold even if a slot's rules were wrong.
+A sandbox reaches the internet and the node's DNS, but no other sandbox, not the host, no private or
+link-local address, no cloud metadata service, and no network that the host is connected to. The
+slot's own table enforces this where packets leave the machine. The host's table enforces it again
+where slots meet, so that it holds even if a slot's rules are wrong.
 
-Tables of the host's kernel (neighbours, connections) are shared by all namespaces. So what is not
-the guest's own address, or of a protocol that nobody needs, is dropped at the tap, before any of
-them hears of it; and the connections that a slot may have open are counted.
+All namespaces share tables of the host's kernel (neighbours, connections). Packets with an address
+other than the guest's own, or of an unneeded protocol, are therefore dropped at the tap before they
+reach these tables, and the number of connections per slot is limited.
 """
 
 import ipaddress
@@ -33,9 +33,10 @@ _UNREACHABLE = _PRIVATE + _CLOUDS
 
 
 def guard_rules(*, tap: str, mac: str) -> str:
-    """Return the rules at a slot's tap, in place of those that stood there.
+    """Return the rules at a slot's tap, replacing existing ones.
 
-    They stand in tables of their own: a machine that outlived an upgrade gets them as well.
+    They are in a table of their own, so that they can be added to machines that survived an
+    upgrade.
     """
     return f"""
 table netdev sandyard {{}}
@@ -70,10 +71,11 @@ table inet sandyard_output {{
 
 
 def input_rules(*, tap: str) -> str:
-    """Return rules that replace what a slot of an earlier version lets its guest reach of it.
+    """Return rules that replace those for incoming traffic in a slot of an earlier version.
 
-    That version redirected a port of the gateway to a file server elsewhere. Connections that are
-    still redirected are reset, so that the guest's next one is not taken for one of them.
+    That version redirected a port of the gateway to a file server outside the slot. Existing
+    redirected connections are reset, so that the next one of the guest is not mistaken for one of
+    them.
     """
     return f"""
 table inet sandyard_share {{}}
@@ -116,10 +118,10 @@ def slot_rules(
     agent_port: int,
     allow: Sequence[str],
 ) -> str:
-    """Return the rules inside one slot, whose `tap` is there already.
+    """Return the rules inside one slot, whose `tap` already exists.
 
-    `outer` is the slot's address on the host's side: what the host sends there goes to the guest,
-    but for the agent's port, to which no address leads.
+    `outer` is the slot's address on the host's side. Packets from the host to it are forwarded to
+    the guest, except for the agent's port, which has no such address.
     """
     return f"""{guard_rules(tap=tap, mac=mac)}
 table inet sandyard {{
@@ -159,9 +161,9 @@ def host_rules(
     allow: Sequence[str],
     neighbours: Sequence[str],
 ) -> str:
-    """Return the rules on the host's side of all slots, replacing what stood in the table.
+    """Return the rules on the host's side of all slots, replacing the table.
 
-    `neighbours` are the networks that the host is a part of; see `new_neighbours`.
+    `neighbours` are the networks that the host is connected to; see `new_neighbours`.
     """
     return f"""
 table inet {table} {{}}
@@ -202,16 +204,17 @@ table inet {table} {{
 
 
 def new_neighbours(*, table: str, neighbours: Sequence[str]) -> str:
-    """Return commands that put other networks in the place of the host's neighbours."""
+    """Return commands that replace the host's neighbour networks."""
     added = f"add element inet {table} neighbours {{ {', '.join(neighbours)} }}\n"
     return f"flush set inet {table} neighbours\n" + (added if neighbours else "")
 
 
 def forward_exceptions(ruleset: object, *, prefix: str, table: str) -> str:
-    """Return rules that let our traffic past other tools' default drop on forwarding, if any.
+    """Return rules that accept our traffic despite another tool's default drop on forwarding, if
+    any.
 
-    Docker sets the policy of its FORWARD chain to drop and leaves the chain DOCKER-USER for rules
-    such as these. `ruleset` is what `nft -j list ruleset` printed, decoded.
+    Docker sets the policy of its FORWARD chain to drop and reserves the chain DOCKER-USER for such
+    rules. `ruleset` is the decoded output of `nft -j list ruleset`.
     """
     entries = ruleset.get("nftables", []) if isinstance(ruleset, dict) else []
     chains = [entry["chain"] for entry in entries if "chain" in entry]
@@ -237,7 +240,7 @@ def forward_exceptions(ruleset: object, *, prefix: str, table: str) -> str:
 
 
 def exceptions_to_remove(ruleset: object, *, table: str) -> str:
-    """Return commands that take back what `forward_exceptions` added."""
+    """Return commands that remove what `forward_exceptions` added."""
     entries = ruleset.get("nftables", []) if isinstance(ruleset, dict) else []
     rules = [entry["rule"] for entry in entries if "rule" in entry]
     return "".join(

@@ -1,8 +1,9 @@
-"""Which installation this is, and which of the host's names and numbers are its own.
+"""The identity of this installation, and its names and numbers on the host.
 
-Several installations may share a host. Each has an id, which all its names carry, and an index,
-which decides its subnet and its range of accounts. Claims are files in a folder that all
-installations of the host know, taken under a lock, and void once the home that made them is gone.
+Several installations may share a host. Each has an id that is part of all its names, and an index
+that determines its subnet and its range of accounts. Claims are files in a folder shared by all
+installations of the host. They are taken under a lock and become void when the home of their
+installation is deleted.
 """
 
 import fcntl
@@ -27,7 +28,7 @@ _WHOLE = ipaddress.IPv4Network("10.200.0.0/14")
 
 @dataclass(frozen=True)
 class Identity:
-    """An installation's place on its host."""
+    """An installation's names and numbers on its host."""
 
     id: str
     index: int
@@ -36,7 +37,7 @@ class Identity:
 
     @property
     def prefix(self) -> str:
-        """What the names of all its links and namespaces begin with."""
+        """The prefix of the names of all its links and namespaces."""
         return f"{_PREFIX}{self.id}"
 
     @property
@@ -46,12 +47,12 @@ class Identity:
 
     @property
     def uids(self) -> range:
-        """The accounts that its machines run under."""
+        """The accounts under which its machines run."""
         return range(self.uid_first, self.uid_first + SLOTS)
 
 
 def prefix_in(home: Path) -> str | None:
-    """Return the prefix of the installation in a home; None if it has no place on a host yet."""
+    """Return the prefix of the installation in a home; None if it has no identity yet."""
     kept = _read(home / "instance.json")
     return None if kept is None else f"{_PREFIX}{kept['id']}"
 
@@ -63,9 +64,9 @@ def take_identity(
     subnet: ipaddress.IPv4Network | None = None,
     registry: Path = REGISTRY,
 ) -> Identity:
-    """Return the identity of the installation in `home`, choosing one the first time.
+    """Return the identity of the installation in `home`; it is chosen the first time.
 
-    `routes` are networks that the host has a route to; `subnet` is the operator's own choice.
+    `routes` are networks that the host has a route to; `subnet` is the operator's choice.
 
     Raises:
         UnavailableError: no subnet is free.
@@ -92,7 +93,7 @@ def take_identity(
 
 
 def give_back_identity(home: Path, *, registry: Path = REGISTRY) -> None:
-    """Give up what `home` claimed on this host; for an installation that is being removed."""
+    """Release the claims of `home` on this host, when its installation is removed."""
     kept = _read(home / "instance.json")
     if kept is not None:
         (registry / f"{kept['id']}.json").unlink(missing_ok=True)
@@ -125,7 +126,8 @@ def _claims(registry: Path, home: Path) -> Iterator[dict[str, object]]:
 
 
 def _write(path: Path, value: dict[str, object]) -> None:
-    """Have a file say something, whole: without it, nothing that runs here is found again."""
+    """Write a file atomically and durably: without it, resources on this host cannot be found
+    again."""
     if _read(path) == value:
         return
     part = path.with_name(f"{path.name}.part")

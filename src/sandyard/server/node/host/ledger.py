@@ -1,8 +1,8 @@
-"""What the machines of a node were promised, as sums that are kept rather than made.
+"""Totals of the resources reserved for a node's machines, updated incrementally.
 
-A sum over all machines at every start would be what a start takes most of, with some hundreds of
-them. Who is counted says when it may have changed, and only that is looked at again. What a machine
-takes on disk changes without a word; so those that were looked at longest ago are, a few each time.
+With hundreds of machines, adding them all up would dominate the cost of a start. A machine reports
+when its reservation may have changed, and only then is it read again. Disk usage changes without a
+report, so that a few machines, those read longest ago, are read again each time.
 """
 
 from collections import OrderedDict
@@ -18,10 +18,10 @@ _STALE_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Promise:
-    """What one machine may grow to, and what of that on disk it has taken already, or a sum.
+    """The reservation of one machine, including the disk space that it uses already; or a sum of
+    these.
 
-    A machine that stands still has been promised no memory. `coming` counts those that are only
-    about to be made.
+    A paused machine has no memory reserved. `coming` counts machines that are about to be created.
     """
 
     memory_mib: int = 0
@@ -31,13 +31,13 @@ class Promise:
 
     @property
     def disk_left_mib(self) -> int:
-        """What it may still take on disk."""
+        """The reserved disk space that it does not use yet."""
         return max(0, self.disk_mib - self.disk_used_mib)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What was promised in all; on disk, what of it has not been taken yet."""
+    """Total reservations; for disks, only the space that is not used yet."""
 
     memory_mib: int = 0
     disk_left_mib: int = 0
@@ -45,18 +45,18 @@ class Totals:
 
 
 class Counted(Protocol):
-    """Something that was promised a part of the host."""
+    """Something with a reservation."""
 
     counted: Callable[[], None]
     """To be called whenever `promised` may say something else than before."""
 
     def promised(self, now: float) -> Promise:
-        """Return what it was promised; `now` is the clock's monotonic time."""
+        """Return its reservation; `now` is the clock's monotonic time."""
         ...
 
 
 def nobody_counts() -> None:
-    """Stand where nobody wants to know of a change."""
+    """Used when no ledger needs to know of a change."""
 
 
 class Ledger:
@@ -74,7 +74,7 @@ class Ledger:
         one.counted()
 
     def leave(self, one: Counted) -> None:
-        """Count it no longer; nothing if it was not."""
+        """Stop counting it; does nothing if it is not counted."""
         one.counted = nobody_counts
         self._changed.discard(one)
         entry = self._entries.pop(one, None)
@@ -83,11 +83,11 @@ class Ledger:
 
     @property
     def everyone(self) -> set[Counted]:
-        """Who is counted."""
+        """Everything that is counted."""
         return {*self._entries, *self._changed}
 
     def totals(self) -> Totals:
-        """Return what is promised now."""
+        """Return the current totals."""
         now = self._clock.monotonic()
         for one in list(self._changed):
             self._look_at(one, now)
@@ -100,7 +100,7 @@ class Ledger:
         return Totals(*self._totals)
 
     def recount(self) -> Totals:
-        """Return the same, made anew from what everyone who is counted says now."""
+        """Return the totals, computed from scratch."""
         now = self._clock.monotonic()
         found = [one.promised(now) for one in self.everyone]
         return Totals(

@@ -1,9 +1,9 @@
-"""A view of the host's files for hypervisors: folders that anyone may write to are read-only there.
+"""The mount namespace of hypervisors, in which world-writable folders are read-only.
 
-A hypervisor that its guest has taken over runs under an account of its own, which may write to
-/tmp and its like as any account may, without limit. So it is started in a mount namespace in which
-it may not. The namespace is named by a file, as `ip netns` names those of networks, and outlives
-the server as machines do.
+A compromised hypervisor runs under its own account, which like any account could write to /tmp and
+similar folders without limit. It is therefore started in a mount namespace where it cannot. The
+namespace is kept by a file, as `ip netns` does for network namespaces, and survives the server like
+the machines do.
 """
 
 from contextlib import suppress
@@ -29,14 +29,15 @@ done
 
 
 def mounts_of(home: Path) -> Path:
-    """Return the file that names the namespace of an installation's hypervisors."""
+    """Return the path of the file that keeps the mount namespace of an installation's
+    hypervisors."""
     return Path("/run/sandyard") / sha256(str(home).encode()).hexdigest()[:12] / "mounts"
 
 
 async def make_mounts(home: Path) -> None:
-    """Make the namespace anew; machines that run keep theirs.
+    """Create the namespace; running machines keep theirs.
 
-    In it the home is as it is, also where it lies in a folder that is read-only there.
+    The home stays as it is, even inside a folder that becomes read-only.
 
     Raises:
         InternalError: the host does not allow it.
@@ -65,7 +66,7 @@ async def _make(file: Path, home: Path) -> None:
 
 
 async def remove_mounts(home: Path) -> None:
-    """Remove what `make_mounts` made; machines that run keep their namespace.
+    """Remove the namespace; running machines keep theirs.
 
     Raises:
         InternalError: the host does not allow it.
@@ -83,6 +84,6 @@ async def remove_mounts(home: Path) -> None:
 
 
 def is_mounted(place: Path) -> bool:
-    """Tell whether something is mounted at a place; `os.path.ismount` knows nothing of binds."""
+    """Tell whether a path is a mount point; `os.path.ismount` does not detect bind mounts."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return any(line.split()[4] == str(place) for line in lines)

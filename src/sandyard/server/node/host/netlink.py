@@ -1,4 +1,4 @@
-"""A typed door to the kernel's network: links, addresses, routes; pyroute2 has no types."""
+"""A typed interface to network links, addresses and routes; pyroute2 has no types."""
 
 import ipaddress
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ class Netlink:
         self._ip = ip
 
     async def add_veth(self, name: str, *, peer: str, peer_netns: str) -> None:
-        """Add a pair of links, the far end in another namespace."""
+        """Add a pair of links with one end in another namespace."""
         await self._link(
             "add", ifname=name, kind="veth", peer={"ifname": peer, "net_ns_fd": peer_netns}
         )
@@ -36,7 +36,7 @@ class Netlink:
         address: ipaddress.IPv4Interface | None = None,
         mac: str | None = None,
     ) -> None:
-        """Give a link its addresses, if any, and set it up."""
+        """Add addresses to a link, if any, and set it up."""
         index = await self._index(name)
         if mac is not None:
             await self._link("set", index=index, address=mac)
@@ -48,16 +48,16 @@ class Netlink:
         await self._link("set", index=index, state="up")
 
     async def add_default_route(self, gateway: ipaddress.IPv4Address) -> None:
-        """Send everything that has no route of its own to a gateway."""
+        """Add a default route through a gateway."""
         await self._call("route", "add", dst="default", gateway=str(gateway))
 
     async def add_neighbour(self, link: str, *, ip: str, mac: str) -> None:
-        """Make a neighbour known for ever, so that no packet waits for it to be asked for."""
+        """Add a permanent neighbour entry, so that no packet waits for address resolution."""
         index = await self._index(link)
         await self._call("neigh", "add", dst=ip, lladdr=mac, ifindex=index, state="permanent")
 
     async def delete_link(self, name: str) -> None:
-        """Delete a link and with it its far end; nothing happens if it is not there."""
+        """Delete a link together with its other end; does nothing if it does not exist."""
         found = await self._ip.link_lookup(ifname=name)
         if found:
             try:
@@ -71,7 +71,7 @@ class Netlink:
         return [str(link.get_attr("IFLA_IFNAME")) async for link in await self._ip.get_links()]
 
     async def routes(self) -> list[ipaddress.IPv4Network]:
-        """Return the networks that the main table has routes to, the default route left out."""
+        """Return the destinations of the main routing table, without the default route."""
         networks = []
         for route in await self._routes():
             destination = route.get_attr("RTA_DST")
@@ -82,9 +82,9 @@ class Netlink:
         return networks
 
     async def neighbours(self) -> set[ipaddress.IPv4Network]:
-        """Return the networks that this host reaches without a router, and has addresses in.
+        """Return the networks that this host is directly connected to.
 
-        Such as take in most of the world (a tunnel's, say) are no neighbours.
+        Very large networks, such as those of tunnels, are left out.
         """
         found = set()
         for route in await self._routes():
@@ -121,9 +121,9 @@ class Netlink:
 
 @asynccontextmanager
 async def netlink() -> AsyncIterator[Netlink]:
-    """Open netlink in the namespace that this thread stands in.
+    """Open netlink in the network namespace of the current thread.
 
-    (pyroute2's own way into another namespace forks the process; see `namespaces.in_namespace`.)
+    (pyroute2's way to enter another namespace forks the process; see `namespaces.in_namespace`.)
     """
     async with AsyncIPRoute() as ip:
         yield Netlink(ip)

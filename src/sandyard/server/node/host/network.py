@@ -1,8 +1,8 @@
-"""Network slots: a namespace with a tap for one machine, made ahead, taken and given back.
+"""Network slots: each is a namespace with a tap for one machine, created ahead and used once.
 
-In every slot the guest has the same address, so a saved machine needs no new one; on the host's
-side each slot has an address of its own. A slot is used once: what a guest left in its connection
-table must not meet the next.
+The guest has the same address in every slot, so that saved machines need no new one; on the host's
+side each slot has its own address. A slot is not used again, because its connection table may
+contain entries of the previous guest.
 """
 
 import asyncio
@@ -48,35 +48,35 @@ _FOLLOW_S = 3.0
 
 
 class Network(Protocol):
-    """Places for machines, and the way to what listens in them."""
+    """Slots for machines, and connections to the machines in them."""
 
     async def open(self, *, in_use: Iterable[int], crew: Crew) -> None:
-        """Prepare the host, keep the places whose numbers are in use, remove all others."""
+        """Prepare the host, keep the slots with these numbers, and remove all others."""
         ...
 
     async def close(self) -> None:
-        """Give back what nobody uses; places in use stay, for machines live on."""
+        """Release unused slots; used ones stay, because machines keep running."""
         ...
 
     async def take(self) -> Place:
-        """Return a place that nobody has.
+        """Return an unused slot.
 
         Raises:
             NoCapacityError: all are in use.
-            InternalError: the host would not make one.
+            InternalError: the host could not create one.
         """
         ...
 
     def place(self, number: int) -> Place:
-        """Return the place of that number."""
+        """Return the slot with this number."""
         ...
 
     async def give_back(self, place: Place) -> None:
-        """Remove a place with everything in it; nothing happens if it is gone."""
+        """Remove a slot with everything in it; does nothing if it does not exist."""
         ...
 
     async def dial(self, place: Place, port: int, *, folder: Path, limit_s: float) -> socket.socket:
-        """Return a connection to a port of the machine in a place.
+        """Return a connection to a port of the machine in a slot.
 
         Raises:
             OSError: nothing answers.
@@ -90,7 +90,7 @@ class Slots:
     def __init__(
         self, identity: Identity, *, allow: Sequence[str] = (), resolvers: Sequence[str] = ()
     ) -> None:
-        """Prepare slots whose queries go to `resolvers`, by default to the host's own."""
+        """Prepare slots whose queries go to `resolvers`, by default to the host's."""
         self._identity = identity
         self._allow = tuple(allow)
         self._used: set[int] = set()
@@ -195,7 +195,7 @@ class Slots:
             await _nft(exceptions)
 
     async def _follow_neighbours(self) -> None:
-        """Have the rules follow the networks that the host joins and leaves."""
+        """Update the rules when the host joins or leaves networks."""
         while True:
             await asyncio.sleep(_FOLLOW_S)
             try:
@@ -207,7 +207,7 @@ class Slots:
                 log.exception("the rules do not follow the host's networks; trying again")
 
     async def _sweep(self) -> None:
-        """Remove processes, namespaces and links of ours that an earlier run left over."""
+        """Remove processes, namespaces and links that an earlier run left behind."""
         kept = {self._identity.uid_first + number for number in self._used}
         for uid in uids_at_work(self._identity.uids):
             if uid not in kept:
@@ -224,8 +224,8 @@ class Slots:
                     await host.delete_link(name)
 
     async def _swept(self, number: int, work: Coroutine[object, object, object]) -> None:
-        """Sweep what is of one number. Where that cannot be, nobody else gets the number, and all
-        others are found all the same."""
+        """Remove what is left of one slot. If that fails, its number is not used, and the others
+        are still swept."""
         try:
             await work
         except (SandyardError, OSError):
@@ -259,7 +259,7 @@ class Slots:
         return place
 
     async def _guard(self, place: Place) -> None:
-        """Give a slot that an earlier version made the rules at its tap that a new one has."""
+        """Add the rules at the tap to a slot created by an earlier version."""
         try:
             rules = guard_rules(tap=_TAP, mac=place.mac) + input_rules(tap=_TAP)
             await _nft_in(place, rules)
@@ -309,7 +309,7 @@ class Slots:
 
 
 async def remove_host_rules(identity: Identity) -> None:
-    """Take back what an installation added to the host's rules; for when it is removed whole."""
+    """Remove an installation's additions to the host's rules, when it is removed."""
     ruleset = json.loads(await host_ruleset())
     removals = exceptions_to_remove(ruleset, table=identity.table)
     if removals:
@@ -339,7 +339,7 @@ async def host_routes() -> list[ipaddress.IPv4Network]:
 
 
 async def _host_neighbours() -> tuple[str, ...]:
-    """Return the networks that the host is a part of, in order."""
+    """Return the networks that the host is connected to, sorted."""
     async with netlink() as host:
         return tuple(sorted(str(one) for one in await host.neighbours()))
 
@@ -368,7 +368,7 @@ async def _set_up_links(
     outer: ipaddress.IPv4Address,
     gateway: ipaddress.IPv4Address,
 ) -> None:
-    """Make the slot's own links; for a thread that stands in the slot."""
+    """Create the slot's links; call it in a thread inside the slot's namespace."""
     async with netlink() as slot:
         await slot.bring_up("lo")
         await slot.bring_up(_UPLINK, address=ipaddress.IPv4Interface(f"{outer}/30"))
@@ -380,8 +380,8 @@ async def _set_up_links(
 
 
 async def _set_up_kernel(place: Place) -> None:
-    """Set what the kernel keeps per namespace, and add the tap, which is down; for a thread that
-    stands in the slot."""
+    """Set per-namespace kernel parameters, and add the tap, which is down; call it in a thread
+    inside the slot's namespace."""
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
     for name in ("all", "default"):
         off = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")

@@ -1,8 +1,8 @@
-"""Whether the accounts that hypervisors run under can reach the installation's files.
+"""Checks whether the accounts of hypervisors can reach the installation's files.
 
-A machine's process runs as an account of its own, and opens its image, its disk and its sockets by
-path. If any folder on the way is closed to that account, every machine fails when it starts, so
-the server checks before it starts, as that account: mode bits alone do not tell of access lists.
+A machine's process runs under its own account and opens its image, disk and sockets by path. If a
+parent folder is not accessible to that account, no machine can start. The server therefore checks
+this when it starts, as that account, because mode bits do not show access lists.
 """
 
 from collections.abc import Iterable
@@ -16,11 +16,11 @@ _SCRIPT = 'for one; do cd "$one" 2>/dev/null || { printf %s "$one"; exit; }; don
 
 
 async def closed_component(paths: Iterable[Path], uid: int) -> Path | None:
-    """Return the first folder on the way to one of these, or one of these themselves, that an
-    account cannot enter; None if it can enter all. What does not exist yet is left out.
+    """Return the first of these folders or their parents that an account cannot enter; None if it
+    can enter all. Missing folders are skipped.
 
     Raises:
-        InternalError: it cannot be tried.
+        InternalError: the check failed.
     """
     folders: dict[Path, None] = {}
     for path in paths:
@@ -32,7 +32,7 @@ async def closed_component(paths: Iterable[Path], uid: int) -> Path | None:
 
 
 def refusal(folder: Path, home: Path, uid: int) -> tuple[str, str]:
-    """Return what is wrong with a folder that an account cannot enter, and what to do."""
+    """Return an error message for a folder that an account cannot enter, with remedies."""
     return (
         f"machines cannot reach their files in {home}: the account {uid}, under which one runs, "
         f"cannot enter {folder}",

@@ -1,1 +1,1 @@
-"""Templates: what they are made of, how they are built, and the images that come of it."""
+"""Templates: their definitions, how they are built, and the resulting images."""

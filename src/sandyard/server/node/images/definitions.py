@@ -1,4 +1,4 @@
-"""Template definitions: what a template is made of, as written in `templates/*.toml`."""
+"""Template definitions: the contents of a template, as written in `templates/*.toml`."""
 
 import re
 import tomllib
@@ -42,9 +42,9 @@ class NodeRuntime:
 
 @dataclass(frozen=True)
 class Definition:
-    """A template as its file describes it. `digest` changes when anything in the file does.
+    """A template as described by its file. `digest` changes with any change of the file.
 
-    `start` is a script that PID 1 runs in every machine, and again whenever it ends.
+    `start` is a script that PID 1 runs in every machine, and restarts whenever it ends.
     """
 
     slug: str
@@ -68,20 +68,20 @@ class Definition:
 
 
 def load_definitions(folder: Path) -> dict[str, Definition]:
-    """Return every definition in a folder by slug.
+    """Return all definitions in a folder by slug.
 
     Raises:
-        InvalidArgumentError: a file that cannot be understood; the message names it.
+        InvalidArgumentError: a file is invalid; the message names it.
     """
     definitions = (load_definition(path) for path in sorted(folder.glob("*.toml")))
     return {definition.slug: definition for definition in definitions}
 
 
 def load_definition(path: Path) -> Definition:
-    """Return the definition in one file.
+    """Return the definition in a file.
 
     Raises:
-        InvalidArgumentError: not TOML, or a key is missing, unknown or of the wrong type.
+        InvalidArgumentError: it is not TOML, or a key is missing, unknown or of the wrong type.
     """
     data = path.read_bytes()
     try:
@@ -158,7 +158,7 @@ def _arguments(data: dict[str, object]) -> str:
 
 
 def is_command_line(text: str) -> bool:
-    """Tell whether a kernel can be told so beside what it is told anyway."""
+    """Tell whether a text is accepted as additional kernel arguments."""
     words = text.split()
     is_plain = len(text) <= _ARGUMENTS_MAX and text.isascii() and text.isprintable()
     is_ours = any(one == "--" or one.startswith(("console=", "sandyard.")) for one in words)
@@ -166,10 +166,10 @@ def is_command_line(text: str) -> bool:
 
 
 def arguments_for(common: str, definition: "Definition") -> str:
-    """Return what the kernel of a template is told: what all are, and what is its own.
+    """Return the kernel arguments of a template: the installation's and its own.
 
     Raises:
-        InvalidArgumentError: together it is too much.
+        InvalidArgumentError: together they are too long.
     """
     text = f"{common} {definition.kernel_arguments}".strip()
     if not is_command_line(text):

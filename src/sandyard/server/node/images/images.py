@@ -21,7 +21,7 @@ from sandyard.server.node.images.definitions import Definition
 
 @dataclass(frozen=True)
 class Image:
-    """A bootable image: shared by all its machines and read-only."""
+    """A bootable image: read-only, and shared by all its machines."""
 
     digest: str
     folder: Path
@@ -34,12 +34,12 @@ class Image:
 
     @property
     def arguments(self) -> str:
-        """What its kernel is told besides what every machine's is."""
+        """The kernel arguments in addition to those of every machine."""
         return self.inputs.get("kernelArguments", "")
 
     @property
     def has_own_kernel(self) -> bool:
-        """Whether its kernel is an operator's, not its distribution's."""
+        """Whether its kernel is an operator's instead of its distribution's."""
         return bool(self.inputs.get("kernel"))
 
     @property
@@ -70,7 +70,7 @@ class Images:
         self._read: dict[Path, tuple[tuple[int, ...], Any]] = {}
 
     def get(self, slug: str) -> tuple[Definition, Image]:
-        """Return a template's definition and the image it uses.
+        """Return a template's definition and its current image.
 
         Raises:
             NotFoundError: no such template.
@@ -89,11 +89,11 @@ class Images:
         return definition, image
 
     def current(self, slug: str) -> Image | None:
-        """Return the image that a template uses, if it has been built."""
+        """Return the current image of a template, if it has been built."""
         return self.find(str(self._state(slug).get("digest", "")))
 
     def find(self, digest: str) -> Image | None:
-        """Return the image of that digest if it is here and whole."""
+        """Return the image with this digest if it exists and is complete."""
         folder = self.images_dir / digest
         try:
             manifest = self._load(folder / "manifest.json")
@@ -110,19 +110,19 @@ class Images:
         )
 
     def use(self, slug: str, digest: str) -> None:
-        """Make a template use an image from now on."""
+        """Make an image the current one of a template."""
         self._write(slug, {"digest": digest})
 
     def note_building(self, slug: str, pid: int) -> None:
-        """Note that a process builds a template; the image in use stays in use."""
+        """Note that a process is building a template; its current image stays in use."""
         self._write(slug, {**self._state(slug), "building": pid, "error": None})
 
     def note_failure(self, slug: str, error: str) -> None:
-        """Note that a build failed; the image in use stays in use."""
+        """Note that a build failed; the current image stays in use."""
         self._write(slug, {**self._state(slug), "building": None, "error": error})
 
     def facts(self) -> tuple[TemplateFact, ...]:
-        """Return every known template with its state."""
+        """Return all known templates with their states."""
         return tuple(self._fact(definition) for _, definition in sorted(self.definitions.items()))
 
     def _fact(self, definition: Definition) -> TemplateFact:
@@ -157,8 +157,8 @@ class Images:
         return state if isinstance(state, dict) else {}
 
     def _load(self, path: Path) -> Any:
-        """Return what a file says, read anew only where it is another by now: every create asks
-        several times, and other processes build."""
+        """Return the contents of a file. It is read again only after a change: every create needs
+        it several times, and other processes build."""
         found = path.stat()
         now = (found.st_ino, found.st_mtime_ns, found.st_size)
         known = self._read.get(path)

@@ -1,5 +1,5 @@
-"""Makes the initramfs: busybox, the few modules a machine needs, and one script; and puts those
-modules into the image that it may need later."""
+"""Makes the initramfs (busybox, the necessary modules, and one script), and adds modules that a
+machine may need later to the image."""
 
 import gzip
 import lzma
@@ -25,13 +25,13 @@ _APPLETS = (
 
 
 def make_initrd(root: Path, release: str | None, script: bytes, target: Path) -> None:
-    """Write the initramfs for the kernel `release` whose modules lie in a root file system.
+    """Write the initramfs for the kernel `release` whose modules are in a root file system.
 
-    None stands for a kernel without modules. It is not packed: the guest's processor would have to
-    unpack it, at every boot.
+    None means a kernel without modules. The initramfs is not compressed, because every boot would
+    have to decompress it.
 
     Raises:
-        InternalError: busybox or a module that is needed is missing there.
+        InternalError: busybox or a required module is missing.
     """
     busybox = root / "usr/bin/busybox"
     if not busybox.exists():
@@ -57,8 +57,8 @@ def make_initrd(root: Path, release: str | None, script: bytes, target: Path) ->
 
 
 def add_modules(root: Path, release: str | None) -> None:
-    """Put the modules that workspaces are mounted with into a root file system, unpacked, where its
-    `load-modules` finds them. None stands for a kernel without modules.
+    """Add the uncompressed modules for mounting workspaces to a root file system, where its `load-
+    modules` finds them. None means a kernel without modules.
 
     Raises:
         InternalError: one of them cannot be read.
@@ -115,7 +115,7 @@ def _module_bytes(path: Path) -> bytes:
 
 
 def kernel_release(root: Path) -> str:
-    """Return the release of the one kernel whose modules a root file system holds.
+    """Return the release of the only kernel whose modules are in a root file system.
 
     Raises:
         InternalError: there is none, or more than one.

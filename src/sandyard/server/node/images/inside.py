@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _work(word: str, rest: Sequence[str]) -> Callable[[], int]:
-    """Return what to do in the view. What it needs of the host is opened here."""
+    """Return the function to run in the view. Files of the host that it needs are opened here."""
     if word == "run":
         return lambda: _exec(rest)
     if word == "image":
@@ -90,9 +90,9 @@ def _reported(work: Callable[[], None]) -> int:
 
 
 def unpack(root: Path, archive: IO[bytes]) -> None:
-    """Add the folders, files and links of a tar archive to a tree, replacing what has their names.
+    """Add the folders, files and links of a tar archive to a tree, replacing existing ones.
 
-    Folders that exist keep their owners and modes.
+    Existing folders keep their owners and modes.
     """
     with tarfile.open(fileobj=archive, mode="r:") as members:
         for member in members:
@@ -115,10 +115,10 @@ def unpack(root: Path, archive: IO[bytes]) -> None:
 
 
 def finish(root: Path, archive: IO[bytes], *, own_kernel: bool, trust: bool) -> None:
-    """Turn a tree of packages into a machine's: add our files, and remove what builds leave.
+    """Turn a tree of packages into a machine's: add our files, and remove those left by the build.
 
-    With an `own_kernel` the distribution's modules go. `trust` points programs that bring
-    authorities of their own to the distribution's.
+    With an `own_kernel` the distribution's modules are removed. `trust` configures programs with
+    their own certificate authorities to use the distribution's.
     """
     _remove(root / "usr/lib/sandyard")
     if own_kernel:
@@ -138,7 +138,7 @@ def finish(root: Path, archive: IO[bytes], *, own_kernel: bool, trust: bool) -> 
 
 
 def _add_user(root: Path) -> None:
-    """Let the ordinary user write where work is done, and run containers."""
+    """Let the ordinary user write to the working folders, and run containers."""
     os.chown(root / "workspace", _USER, _USER)
     (root / "workspace").chmod(0o2775)
     for name in ("docker", "containerd", "containers"):
@@ -159,7 +159,7 @@ def make_image(tree: Path, out: Path, release: str | None, script: bytes) -> Non
     """Write the kernel, the initramfs and the root file system of a finished tree.
 
     Raises:
-        InternalError: a file that is needed is missing, or cannot be read.
+        InternalError: a required file is missing, or cannot be read.
         CalledProcessError: a tool failed; it has printed why.
     """
     if release == "-":
@@ -180,7 +180,7 @@ def make_image(tree: Path, out: Path, release: str | None, script: bytes) -> Non
 
 
 def _size_of_tree_mib(root: Path) -> int:
-    """Return the size of an ext4 that holds a tree: blocks, inode tables and a little room."""
+    """Return the size of an ext4 file system for a tree: blocks, inode tables and a margin."""
     files = total = 0
     for folder, names, others in os.walk(root):
         for name in (*names, *others):

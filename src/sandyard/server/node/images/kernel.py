@@ -1,4 +1,4 @@
-"""A kernel that an operator gives, instead of the distribution's: what it has to be able to do."""
+"""An operator's kernel that replaces the distribution's, and the options that it must have."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ from sandyard.server.drivers.kernels import Told, told_by
 
 @dataclass(frozen=True)
 class Need:
-    """One of some options that a kernel must have (`is_must`), or had better have, and what for.
+    """One or more alternative options that a kernel must have (`is_must`) or should have, and their
+    purpose.
 
-    `module` is the module in its place, where the initramfs loads one.
+    `module` is the module that can replace it, if the initramfs loads one.
     """
 
     options: tuple[str, ...]
@@ -23,7 +24,7 @@ class Need:
 
     @property
     def shown(self) -> str:
-        """The options as a configuration spells them."""
+        """The options as written in a kernel configuration."""
         return " or ".join(f"CONFIG_{one}" for one in self.options)
 
 
@@ -80,8 +81,8 @@ NEEDS: tuple[Need, ...] = (
 
 @dataclass(frozen=True)
 class OwnKernel:
-    """A kernel, the folder of its modules (`/lib/modules/<release>`) if it has any, and what it
-    says of itself. `digest` changes when any of it does."""
+    """A kernel, the folder of its modules (`/lib/modules/<release>`) if it has any, and its
+    embedded configuration. `digest` changes with any of them."""
 
     image: Path
     modules: Path | None
@@ -89,9 +90,10 @@ class OwnKernel:
     digest: str
 
     def lacks(self, *, musts: bool) -> list[Need]:
-        """Return what it must have, or had better have, and has not; none where it cannot be told.
+        """Return the missing options that it must or should have; none if its configuration is
+        unknown.
 
-        What is a module counts as there if modules come with it.
+        An option built as a module counts if the modules are given.
         """
         options = self.told.options
         if options is None:
@@ -107,10 +109,10 @@ class OwnKernel:
 
 
 def own_kernel(image: Path, modules: Path | None) -> OwnKernel:
-    """Return a kernel that an operator gives.
+    """Return an operator's kernel.
 
     Raises:
-        InvalidArgumentError: it is no kernel, or its modules are not its own.
+        InvalidArgumentError: it is not a kernel, or the modules belong to another one.
     """
     try:
         told = told_by(image)
@@ -145,10 +147,10 @@ def _files(modules: Path, told: Told) -> Sequence[Path]:
 
 
 def refuse_lacking(kernel: OwnKernel) -> None:
-    """Return if a kernel has what machines cannot do without, as far as it says.
+    """Return if a kernel has all options that machines require, as far as is known.
 
     Raises:
-        InvalidArgumentError: it has not; each option is named.
+        InvalidArgumentError: some are missing; the message names each of them.
     """
     if lacks := kernel.lacks(musts=True):
         named = "; ".join(f"{one.shown} ({one.purpose})" for one in lacks)

@@ -1,1 +1,1 @@
-"""What is made ahead: golden machines, and clones of them that wait."""
+"""What is made ahead: golden machines, and waiting clones of them."""

@@ -48,7 +48,7 @@ _HOSTNAME = "sandbox-000000000000"  # as long as a sandbox's own: its files need
 
 @dataclass(frozen=True)
 class Kind:
-    """What a golden machine is of."""
+    """The parameters of a golden machine."""
 
     template: str
     image: str
@@ -90,7 +90,7 @@ class Goldens:
 
     @asynccontextmanager
     async def making(self) -> AsyncIterator[None]:
-        """Let golden machines be made until the block is left, which breaks off the rest."""
+        """Allow golden machines to be made during the block; its end cancels those in progress."""
         self._means.crew.start(self._sweep(), "golden machines could not be swept")
         self._is_open = True
         try:
@@ -100,22 +100,22 @@ class Goldens:
             await to_the_end(self._stop())
 
     def kind_of(self, image: Image, template: str, shape: Shape) -> Kind:
-        """Return the kind of golden machine that a shape comes from.
+        """Return the kind of golden machine for a shape.
 
-        A clone's disk is grown to what was asked for, which takes a tenth of a second; so that the
-        usual one need not be, a golden machine has the template's default disk, and another, with
-        the smallest there is, serves who asks for less.
+        Growing a clone's disk to the requested size takes a tenth of a second. To avoid this in the
+        usual case, a golden machine has the template's default disk; another one, with the smallest
+        disk, serves requests for less.
         """
         usual = self._means.images.definitions[template].defaults.disk_mib
         disk_mib = usual if shape.disk_mib >= usual else _SMALLEST_DISK_MIB
         return Kind(template, image.digest, shape.vcpus, shape.memory_mib, disk_mib)
 
     def is_known(self, kind: Kind) -> bool:
-        """Tell whether a golden machine is at hand, already looked at as a whole."""
+        """Tell whether there is a golden machine that has already been verified."""
         return kind in self._known
 
     async def find(self, kind: Kind, driver: Driver) -> SavedMachine | None:
-        """Return the golden machine of a kind if there is one and it is whole."""
+        """Return the golden machine of a kind if it exists and is intact."""
         # One look at a time: the first reads all of it.
         async with self._looked.setdefault(kind, asyncio.Lock()):
             if kind not in self._known:
@@ -125,7 +125,8 @@ class Goldens:
             return self._known.get(kind)
 
     async def _drop_beyond_bound(self) -> None:
-        """Remove those used least lately of the kinds that are not a template's usual one."""
+        """Remove the least recently used golden machines, except those of templates' default
+        kinds."""
         others = [one for one in self._known if not self._is_usual(one.template, one.shape)]
         others.sort(key=lambda kind: self._used_at.get(kind, 0.0), reverse=True)
         folders = [self._known[kind].folder for kind in others]
@@ -135,7 +136,7 @@ class Goldens:
             await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
 
     def _beyond_bound(self, folders: list[Path]) -> list[int]:
-        """Return which of these, the most worth keeping first, go beyond what they may take."""
+        """Return which of these, given in order of their value, exceed the limit."""
         left, beyond = self._means.limits.odd_goldens_mib * 2**20, []
         for number, folder in enumerate(folders):
             left -= saving.size_of(folder)
@@ -161,14 +162,15 @@ class Goldens:
             self._known[kind] = golden
 
     async def discard(self, kind: Kind, why: str) -> None:
-        """Remove a golden machine that turned out to be of no use; another is made when wanted."""
+        """Remove an unusable golden machine; another one is made when it is needed."""
         golden = self._known.pop(kind, None)
         if golden is not None:
             log.error("a golden machine is replaced: %s", why)
             await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
 
     def want(self, kind: Kind) -> None:
-        """Have a golden machine made beside, unless there is one, or a try has just failed."""
+        """Make a golden machine in the background, unless there is one or an attempt has just
+        failed."""
         failed_at = self._failed_at.get(kind)
         if not self._is_open or kind in self._known or kind in self._making:
             return
@@ -184,7 +186,7 @@ class Goldens:
         self._on_ready()
 
     async def _sweep(self) -> None:
-        """Remove what was being made when an earlier process ended, and what is of no use now."""
+        """Remove unfinished and unusable golden machines of earlier processes."""
         current = {image.digest for image in self._current_images()}
         others: list[Path] = []
         for folder in list(self._folder.iterdir()) if self._folder.is_dir() else ():
@@ -209,7 +211,7 @@ class Goldens:
             await in_thread(shutil.rmtree, others[number], ignore_errors=True)
 
     def forget_old(self) -> None:
-        """Forget golden machines whose template has another image by now."""
+        """Remove golden machines whose template has a newer image."""
         current = {image.digest for image in self._current_images()}
         for kind in [one for one in self._known if one.image not in current]:
             golden = self._known.pop(kind)
@@ -223,11 +225,11 @@ class Goldens:
 
     @property
     def count(self) -> int:
-        """How many golden machines are at hand."""
+        """The number of golden machines."""
         return len(self._known)
 
     def facts(self) -> list[GoldenFact]:
-        """Return of what there are golden machines, already looked at as a whole."""
+        """Return the kinds of all golden machines that have been verified."""
         kinds = {(one.template, one.vcpus, one.memory_mib) for one in self._known}
         return [GoldenFact(*one) for one in sorted(kinds)]
 
@@ -306,7 +308,7 @@ async def _warm_up(resident: Resident, command: str, *, limit_s: float) -> None:
 
 
 def a_wish(kind: Kind) -> MachineWish:
-    """Return a wish for a machine of a kind that is nobody's yet."""
+    """Return a request for a machine of a kind that belongs to no sandbox yet."""
     return MachineWish(
         sandbox_id="",
         incarnation=0,

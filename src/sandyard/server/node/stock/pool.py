@@ -1,9 +1,9 @@
-"""The pool: clones that wait, running and exercised, for whoever creates a sandbox.
+"""The pool: running, warmed-up clones that wait for a create.
 
-A shelf holds those of one kind. How many it wants follows demand: what was asked for lately, within
-a floor (for the default shapes) and a ceiling. The first commands in a restored machine are slow,
-since nothing of it is translated or in the caches yet; a member has them behind it, its template's
-own to warm up among them.
+A shelf holds the clones of one kind. Its size follows recent demand, between a minimum (for default
+shapes) and a maximum. The first commands in a restored machine are slow, because none of its code
+is translated or cached yet; members of the pool have already run some, including their template's
+warm-up commands.
 """
 
 import asyncio
@@ -48,9 +48,9 @@ _ROUNDS_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class PoolLimits:
-    """How large a shelf may be; the floor is for the templates' default shapes.
+    """The limits of a shelf's size; the minimum applies to templates' default shapes.
 
-    Without one it follows the host: see `floor_of`.
+    Without one it depends on the host: see `floor_of`.
     """
 
     floor: int | None
@@ -63,30 +63,30 @@ class PoolLimits:
 
 
 def floor_of(shape: Shape, *, free_mib: int, cores: int, shelves: int) -> int:
-    """Return how many machines of a shape a host with so much to spare may have waiting.
+    """Return how many machines of a shape a host with these free resources keeps waiting.
 
-    They may have half of the memory that is free, if each takes a quarter of what it was promised,
-    and there are five to a processor, for each is kept alive and is replaced when it is taken; each
-    of so many `shelves` has its part. One waits in any case, if there is room for it at all.
+    They may use half of the free memory, assuming that each uses a quarter of its reservation, and
+    there are at most five per CPU, because each is kept alive and replaced when taken. This is
+    divided among the `shelves`. One is kept in any case if there is capacity for it.
     """
     by_memory = free_mib // 2 // max(1, shape.memory_mib // 4)
     return max(1, min(by_memory, 5 * cores) // max(1, shelves))
 
 
 def pause_after(failures: int, demand_window_s: float) -> float:
-    """Return how many seconds a shelf is left alone after so many failures in a row."""
+    """Return how many seconds a shelf is left alone after this many consecutive failures."""
     return float(min(_PAUSE_MAX_S, demand_window_s / 4 * 2 ** min(failures - 1, 20)))
 
 
 class MachineObserver(Protocol):
-    """Is told what the pool and the node do, for metrics."""
+    """Is notified of events in the pool and the node, for metrics."""
 
     def started(self, way: Way, seconds: float) -> None:
-        """Count a machine that came up."""
+        """Count a started machine."""
         ...
 
     def asked_pool(self, *, template: str, is_hit: bool) -> None:
-        """Count a start that could have come from the pool."""
+        """Count a start for which the pool was asked."""
         ...
 
 
@@ -126,11 +126,11 @@ class Pool:
         self._background = Background()
 
     def nudge(self) -> None:
-        """Have a look at the shelves now."""
+        """Check the shelves now."""
         self._wake.set()
 
     def facts(self) -> list[ShelfFact]:
-        """Return how full each shelf is."""
+        """Return the fill level of each shelf."""
         return [
             ShelfFact(
                 one.kind.template, one.kind.vcpus, one.kind.memory_mib, one.kind.disk_mib,
@@ -142,9 +142,9 @@ class Pool:
     # --- for those who create ---------------------------------------------------------------
 
     def claim(self, kind: Kind, disk_mib: int) -> Resident | None:
-        """Take a machine of a kind whose disk is not larger than asked for, if one is waiting.
+        """Take a machine of a kind whose disk is not larger than requested, if one is waiting.
 
-        Only one that answered lately is given out.
+        Only machines that answered recently are returned.
         """
         shelf = self._shelves.setdefault(kind, _Shelf(kind))
         shelf.asked_at.append(self._means.clock.monotonic())
@@ -158,7 +158,7 @@ class Pool:
         return found
 
     def has(self, kind: Kind, disk_mib: int, *, besides: int = 0) -> bool:
-        """Tell whether a claim would find a machine now, so many others having found theirs."""
+        """Tell whether a claim would find a machine after this many other claims."""
         shelf = self._shelves.get(kind)
         return shelf is not None and sum(1 for _ in self._fit(shelf, disk_mib)) > besides
 
@@ -169,8 +169,8 @@ class Pool:
                 yield one
 
     async def give_way(self, memory_mib: int) -> bool:
-        """End waiting machines until so much promised memory is free; False if it is not. None is
-        ended where all of them would not do."""
+        """End waiting machines until this much reserved memory is free; return False, and end none,
+        if all of them would not be enough."""
         shelves = list(self._shelves.values())
         waiting = (one for shelf in shelves for one in shelf.members)
         if sum(one.shape.memory_mib for one in waiting) < memory_mib:
@@ -188,7 +188,7 @@ class Pool:
 
     @asynccontextmanager
     async def filling(self) -> AsyncIterator[None]:
-        """Keep the shelves filled until the block is left, which empties them."""
+        """Keep the shelves filled during the block; its end empties them."""
         try:
             async with Crew() as crew:
                 crew.start(self._keep(crew), "the pool is looked after no longer")
@@ -241,7 +241,7 @@ class Pool:
                 del self._shelves[kind]
 
     def _is_forgotten(self, shelf: _Shelf) -> bool:
-        """Tell whether nobody has asked for its kind of machine lately, and nothing is on it."""
+        """Tell whether a shelf is empty and its kind has not been requested lately."""
         return not (shelf.members or shelf.coming or shelf.asked_at or self._target(shelf))
 
     def _floor(self, shelf: _Shelf, shelves: int) -> int:
@@ -275,8 +275,8 @@ class Pool:
             crew.start(self._add(shelf), "the pool could not be filled")
 
     def _is_put_off(self, shelf: _Shelf, now: float, *, is_short: bool) -> bool:
-        """Tell whether filling a shelf can wait: while one create follows another and machines are
-        still there, it would only take the processors from them; but not for long."""
+        """Tell whether filling a shelf can wait for a limited time: while creates follow each other
+        and machines are left, it would only compete with them for CPU time."""
         if not is_short:
             shelf.short_since = None
             return False
@@ -319,7 +319,7 @@ class Pool:
     async def _made(
         self, shelf: _Shelf, entry: Entry, unfinished: AsyncExitStack
     ) -> Resident | None:
-        """Return a machine that runs, and is discarded with the stack; None if there cannot be one
+        """Return a running machine, which is discarded with the stack; None if none can be made
         now."""
         if not self._has_room(shelf.kind.shape):
             shelf.failed_at = self._means.clock.monotonic()
@@ -345,7 +345,7 @@ class Pool:
         return one
 
     async def _exercise(self, shelf: _Shelf, one: Resident) -> None:
-        """Have a machine do what will be asked for first; for that it takes no restore's turn."""
+        """Run commands in a machine that will be among the first to be requested."""
         wish = a_wish(shelf.kind)
         # Twice: the second is what will be asked for when it is claimed.
         for was in (Was.NOBODYS, Was.UNIQUE):
@@ -361,7 +361,7 @@ class Pool:
                 await one.guest.rehearse_mount()
 
     async def _finish(self, shelf: _Shelf, one: Resident) -> None:
-        """Put a machine on the shelf, warmed up and with its clock right."""
+        """Put a machine on the shelf, warmed up and with its clock set."""
         for command in self._warmup(shelf):
             try:
                 await one.guest.run(command, limit_s=self._means.patience(WARMUP_LIMIT_S))
@@ -378,8 +378,8 @@ class Pool:
         shelf.failures = 0
 
     def _warmup(self, shelf: _Shelf) -> Iterator[str]:
-        """Yield what warms a member up for its template's own programs; no more in a hurry: while
-        creates find the shelf half empty, one that is there at all is worth more."""
+        """Yield the warm-up commands of a template. While creates find the shelf half empty there
+        are none, because another machine is worth more than a warm one."""
         definition = self._means.images.definitions.get(shelf.kind.template)
         for command in () if definition is None else definition.warmup:
             lately = self._means.clock.monotonic() - self._limits.unquiet_s

@@ -1,7 +1,7 @@
-"""Who starts next, where only so many may start at once.
+"""Decides who starts next when only a limited number of machines may start at once.
 
-What a request waits for goes before what is made ahead. Among equals organizations take
-turns, so that one that asks for a hundred does not make the others wait for all of them.
+Starts that a request waits for go before those made ahead. Among equals organizations take turns,
+so that a request for a hundred machines does not make others wait for all of them.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from enum import IntEnum
 
 
 class Rank(IntEnum):
-    """How urgent a start is; the lower goes first."""
+    """The urgency of a start; lower values go first."""
 
     ASKED = 0  # somebody waits for it
     AHEAD = 1  # for the pool
@@ -20,7 +20,8 @@ class Rank(IntEnum):
 
 
 class Turns:
-    """Lets `limit` in at once; the rest wait by rank, then organization by organization."""
+    """Admits `limit` starts at once; the others wait, ordered by rank and then by organization in
+    turn."""
 
     def __init__(self, limit: int) -> None:
         self._free = limit
@@ -30,12 +31,12 @@ class Turns:
 
     @property
     def is_wanted(self) -> bool:
-        """Tell whether somebody waits whom a start made ahead would delay."""
+        """Tell whether a start that is waiting would be delayed by one made ahead."""
         return bool(self._queues[Rank.ASKED])
 
     @asynccontextmanager
     async def take(self, rank: Rank, org_id: str = "") -> AsyncIterator[None]:
-        """Wait for a turn and hold it until the block is left."""
+        """Wait for a turn and hold it until the end of the block."""
         await self._wait(rank, org_id)
         try:
             yield

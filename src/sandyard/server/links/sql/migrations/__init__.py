@@ -1,1 +1,1 @@
-"""Migrations: only forward, never edited once released."""
+"""Migrations: they only go forward, and are never edited once released."""

@@ -1,4 +1,4 @@
-"""Alembic's entry: migrations run on the connection that `migrate.upgrade` was given."""
+"""Alembic's entry point: migrations run on the connection that `migrate.upgrade` was given."""
 
 from alembic import context
 
