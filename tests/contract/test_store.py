@@ -674,7 +674,7 @@ async def test_a_schema_that_others_change_meanwhile_is_seen_at_the_next_try() -
 async def test_a_connection_that_ends_before_the_commit_is_told_as_such() -> None:
     async with postgres_url() as url, open_store(url, key=KEY) as store:
         await furnish(store)
-        with pytest.raises(UnavailableError, match="not known whether"):
+        with pytest.raises(UnavailableError, match="outcome is unknown"):
             async with store.write(ORG) as tx:
                 await tx.sandboxes.insert(sandbox())
                 await connections_of(url, end=True)

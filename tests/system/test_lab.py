@@ -464,7 +464,7 @@ def test_what_a_control_plane_was_at_work_on_is_done_once_by_another(built: Lab,
 @pytest.mark.parametrize("ahead", ["+1h", "-1h"])
 def test_clocks_that_are_an_hour_apart_change_nothing(built: Lab, ahead: str) -> None:
     brief = built.on("two")
-    said = "this host's clock is off"
+    said = "this host's clock differs"
     before = built.controls[1].said().count(said)
     for host in (built.nodes["one"], built.controls[1]):
         built.restart_with_clock(host, ahead)
