@@ -61,7 +61,7 @@ async def serve(settings: Settings) -> None:
 
 
 def at_the_end() -> asyncio.Event:
-    """Prepare this process to serve, and return an event that is set when it is told to stop."""
+    """Prepare this process to serve, and return an event that is set by SIGTERM or SIGINT."""
     forget_environment()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

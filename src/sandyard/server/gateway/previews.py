@@ -347,7 +347,7 @@ def _without_token(query: bytes) -> tuple[bytes, list[str]]:
 
 
 def _is_navigation(scope: Scope) -> bool:
-    """Tell whether somebody goes to a page with a browser, rather than a program asks for it."""
+    """Tell whether a browser navigates to a page, rather than a program requesting it."""
     headers = scope["headers"]
     if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
         return False

@@ -187,7 +187,7 @@ def _base64(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class KeyLogin:
-    """See link.NatsLogin: with a key, and a token that somebody else has given for it."""
+    """See link.NatsLogin: a key, and a token that was issued for it."""
 
     key: Key
     current: "NatsToken"
