@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import postgres
-from tests.support.firecracker import environment_of, guests_of, tried
+from tests.support.firecracker import environment_of, guests_of, notes, tried
 from tests.support.leftovers import open_sockets, open_things
 from tests.support.ports import free_port
 from tests.support.routes import compile_once
@@ -88,6 +88,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(
                 f"{name}: guests ran with {which}, {guests.pace:.1f} times as long as usual"
             )
+    for note in notes:
+        terminalreporter.write_line(note, red=True)
     skipped = terminalreporter.stats.get("skipped", [])
     if late := [one.nodeid for one in skipped if _TOO_LATE in str(one.longrepr)]:
         names = "\n".join(sorted(late))

@@ -30,7 +30,7 @@ from sandyard.server.drivers.contract import End
 from sandyard.server.drivers.fake import Conduct, FakeHost
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.host.disks import total_memory_mib
-from sandyard.server.node.machines import resident
+from sandyard.server.node.machines import process
 from sandyard.server.node.node import Node
 from sandyard.server.service.sandboxes import build
 from sandyard.server.service.sandboxes.power import Waits
@@ -1468,7 +1468,7 @@ async def test_a_reboot_is_a_restart_and_a_poweroff_is_told(
 async def test_a_restart_waits_for_the_clean_end_of_a_guest_that_cannot_switch_off(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resident, "_SHUT_DOWN_S", 1000.0)  # it is seen, not waited for in vain
+    monkeypatch.setattr(process, "_SHUT_DOWN_S", 1000.0)  # it is seen, not waited for in vain
     yard.conduct.can_switch_off = False
     box = await yard.create()
     machine = yard.machine_of(box)

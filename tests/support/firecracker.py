@@ -126,6 +126,8 @@ def _test_kernel(environment: dict[str, str]) -> Path | None:
 
 
 tried: dict[str, Guests] = {}
+notes: list[str] = []
+"""What is to be said at the end of a run about guests with a kernel for tests."""
 """What was found by `guests_of`, by driver."""
 
 

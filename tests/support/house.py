@@ -19,8 +19,8 @@ from sandyard.server.core.ids import digest_of_key, new_api_key, new_uuid
 from sandyard.server.core.records import ApiKey, User
 from sandyard.server.drivers.fake import Conduct, FakeDriver, FakeHost, FakeMachine
 from sandyard.server.links.local import SystemClock
-from sandyard.server.node.holding import Holding
 from sandyard.server.node.node import Node
+from sandyard.server.node.owner import Owner
 from sandyard.server.service.people.organizations import SignUp, found_organization, join
 from tests.support.store import place_database, recounted, written_in
 
@@ -195,12 +195,11 @@ async def open_yard(
 
 
 async def assert_counted(house: House) -> None:
-    """Fail if what is kept as sums is not what a recount finds, or of other machines."""
+    """Fail if resources are reserved for other machines than there are, or sums are wrong."""
     assert isinstance(house.node, Node)
-    ledger = house.node._ledger
-    assert ledger.totals() == ledger.recount()
-    counted = {one for one in ledger.everyone if isinstance(one, Holding)}
-    assert counted == set(house.node._holdings.values())
+    counted = {one for one in house.node._ledger.everyone if isinstance(one, Owner)}
+    assert counted == set(house.node._owners.values())
+    assert set(house.node._users) <= set(house.node._owners.values())
     await assert_added_up(house.store)
 
 

@@ -7,7 +7,7 @@ from sandyard.server.node.machines.phases import NEWER, ORIGINS, SAME, Ask, Step
 
 AT_REST = [None, *(one for one in Phase if one is not Phase.WAITING)]
 """What waits in the pool is no sandbox's: nobody asks for it by name."""
-REFUSED = {Step.NOTHING_HERE, Step.OVERTAKEN, Step.DEAD, Step.NOT_NOW}
+REFUSED = {Step.ABSENT, Step.OVERTAKEN, Step.DEAD, Step.NOT_NOW}
 LOSES = {Step.START, Step.REPLACE}
 """What begins with nothing of what was there."""
 
@@ -35,7 +35,7 @@ def test_a_wish_that_comes_again_loses_nothing_that_was_there_once() -> None:
 
 def test_only_a_later_create_takes_the_place_of_what_lives() -> None:
     for ask in set(Ask) - {Ask.CREATE}:
-        for phase in (Phase.RUNNING, Phase.PAUSED, Phase.WAKING, Phase.DEAD):
+        for phase in (Phase.RUNNING, Phase.HELD, Phase.PAUSED, Phase.WAKING, Phase.DEAD):
             assert step_of(ask, phase, is_newer=True) not in LOSES, (ask, phase)
 
 
@@ -43,13 +43,11 @@ def test_what_is_not_there_can_only_be_made() -> None:
     for ask in Ask:
         for is_newer in (True, False):
             step = step_of(ask, None, is_newer=is_newer)
-            assert step is (
-                Step.START if ask in (Ask.CREATE, Ask.FROM_SNAPSHOT) else Step.NOTHING_HERE
-            )
+            assert step is (Step.START if ask in (Ask.CREATE, Ask.FROM_SNAPSHOT) else Step.ABSENT)
 
 
 def test_only_what_runs_and_was_woken_is_opened_and_only_as_the_incarnation_it_is() -> None:
     opened = [one for one in AT_REST if step_of(Ask.OPEN, one, is_newer=False) is Step.OPEN]
-    assert opened == [Phase.RUNNING]
+    assert opened == [Phase.RUNNING, Phase.HELD]
     for phase in AT_REST:
         assert step_of(Ask.OPEN, phase, is_newer=True) in REFUSED

@@ -1,33 +1,35 @@
 """Who is held still when the host's disk runs full."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from sandyard.server.core.contracts.node import Phase
 from sandyard.server.drivers.contract import End
 from sandyard.server.links.local import SystemClock
-from sandyard.server.node.machines.watch import Pulse
 from sandyard.server.node.pressure import HELD, Pressure
 
 
 class Writer:
-    """Stands in for a machine whose disk grows by so much from look to look."""
+    """Stands in for the owner of a machine whose disk grows by so much from look to look."""
+
+    sandbox_id = "x"
+    is_stalled = False
 
     def __init__(self, grows: int, size: int = 0) -> None:
         self.grows = grows
-        self.body = SimpleNamespace(used_mib=size)
-        self.guest = SimpleNamespace(pulse=Pulse())
-        self.record = SimpleNamespace(sandbox_id="x")
+        self.used_mib = size
+        self.phase = Phase.RUNNING
 
     @property
     def is_held(self) -> bool:
-        return bool(self.guest.pulse.held_for == HELD)
+        return self.phase is Phase.HELD
 
-    async def hold_still(self, why: End) -> None:
-        self.guest.pulse.held_for = why
+    async def hold(self, why: End) -> None:
+        assert why == HELD
+        self.phase = Phase.HELD
 
-    async def let_go_on(self) -> None:
-        self.guest.pulse.held_for = None
+    async def release(self) -> None:
+        self.phase = Phase.RUNNING
 
 
 async def run(tmp_path: Path, writers: list[Writer], *, free: int, looks: int) -> int:
@@ -41,7 +43,7 @@ async def run(tmp_path: Path, writers: list[Writer], *, free: int, looks: int) -
         await pressure.look()
         for one in writers:
             if not one.is_held:
-                one.body.used_mib += one.grows
+                one.used_mib += one.grows
                 left -= one.grows
     return left
 

@@ -7,14 +7,14 @@ Cleanup would then run concurrently with it, and a file that was just removed co
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.errors import InternalError, SandyardError
 from sandyard.server.core.limits import Rate
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,45 @@ async def beside(work: Coroutine[object, object, _T]) -> AsyncIterator["asyncio.
         raise group.exceptions[0] from group
 
 
+async def attended(
+    work: Coroutine[object, object, _T],
+    look: Callable[[], Awaitable[object]],
+    *,
+    every_s: float,
+    clock: Clock,
+) -> _T:
+    """Return the result of `work`, and call `look` periodically while it runs.
+
+    If `look` fails, or the caller is cancelled, `work` is cancelled and awaited first.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        while not task.done():
+            try:
+                async with clock.timeout(every_s):
+                    await asyncio.wait([task])
+            except TimeoutError:
+                await look()
+    except BaseException:
+        task.cancel()
+        await to_the_end(_ended(task))
+        raise
+    return task.result()
+
+
+async def _ended(task: "asyncio.Task[_T]") -> None:
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # retrieved, so that asyncio does not report it
+
+
+Task = asyncio.Task[SandyardError | None]
+"""A task of a crew. Its result is the error it failed with, if it did."""
+
+
 class Crew:
-    """Owns background tasks. A failure is logged and affects no other task.
+    """Owns background tasks: the one place where they fail. A failure is logged, is the result of
+    the task, and affects no other.
 
     Use it as a context manager. At its end, running tasks are cancelled and awaited. Outside the
     block no task is started.
@@ -97,8 +134,8 @@ class Crew:
 
     def __init__(self) -> None:
         self._group: asyncio.TaskGroup | None = None
-        self._under_way: set[asyncio.Task[None]] = set()
-        self._named: dict[str, asyncio.Task[None]] = {}
+        self._under_way: set[Task] = set()
+        self._named: dict[str, Task] = {}
 
     async def __aenter__(self) -> Self:
         self._group = await asyncio.TaskGroup().__aenter__()
@@ -124,10 +161,10 @@ class Crew:
 
     def start(
         self, work: Work, what: str, *, once: str | None = None, quietly: bool = False
-    ) -> "asyncio.Task[None] | None":
+    ) -> Task | None:
         """Start a task and return it, or None if the block has not begun or has ended.
 
-        `what` is logged if it fails; with `quietly`, intended errors are not logged. Of tasks with
+        `what` is logged if it fails; with `quietly`, typed errors are not logged. Of tasks with
         the same `once`, one runs at a time; None if one is running.
         """
         if self._group is None or once in self._named:
@@ -148,14 +185,17 @@ class Crew:
         return once in self._named
 
 
-async def _kept(work: Work, what: str, *, quietly: bool) -> None:
-    """Run work and log its failure. Raised, it would end its owner's other work."""
+async def _kept(work: Work, what: str, *, quietly: bool) -> SandyardError | None:
+    """Run work, log its failure and return it. Raised, it would end its owner's other work."""
     try:
         await work
     except SandyardError as error:
         log.log(logging.DEBUG if quietly else logging.WARNING, "%s: %s", what, error.message)
-    except Exception:  # see above
+        return error
+    except Exception as error:  # see above
         log.exception("unexpected error: %s", what)
+        return InternalError(f"cannot carry this out: {error}")
+    return None
 
 
 class Pacer:

@@ -1,8 +1,8 @@
-"""A hypervisor without hypervisor: for tests of the rooms above, and to measure them alone.
+"""A driver without a hypervisor, for tests of the rooms above and to measure them alone.
 
-Its machines are small agents in this process that speak the real protocol over a Unix socket in
-the machine's folder. FakeHost plays the host: it outlives any node, so a node that is started
-again finds its machines there. Conduct makes it misbehave the ways real ones do.
+Its machines are small agents in this process that speak the real protocol over a Unix socket in the
+machine's folder. FakeHost is the host: it outlives any node, so a restarted node finds its machines
+there. Conduct makes it fail in the ways real ones do.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ ECHO_PORT = 7
 
 @dataclass
 class Conduct:
-    """How the machines of a fake driver behave; the default is well."""
+    """How the machines of a fake driver behave; by default, well."""
 
     start_delay_s: float = 0.0
     is_ready: bool = True
@@ -81,7 +81,7 @@ class Conduct:
 
 @dataclass
 class FakeHost:
-    """The host that fake machines live on."""
+    """The host of fake machines."""
 
     machines: dict[int, "FakeMachine"] = field(default_factory=dict)
     programs: dict[str, FakePrograms] = field(default_factory=dict)
@@ -89,10 +89,7 @@ class FakeHost:
 
 
 class FakeMachine:
-    """See drivers.contract.SavingMachine.
-
-    What it `remembers` is its memory, and goes wherever its memory goes.
-    """
+    """A fake machine. What it `remembers` is its memory, and is saved and restored."""
 
     def __init__(self, host: FakeHost, spec: MachineSpec, conduct: Conduct) -> None:
         self.pid = next(_PIDS)
@@ -134,7 +131,7 @@ class FakeMachine:
         return {"pid": self.pid}
 
     async def boot(self) -> None:
-        """Bring up the agent, as far as its conduct allows."""
+        """Start the agent, as far as its conduct allows."""
         if self._conduct.is_ready and not self._ended.is_set():
             # A server of asyncio's own forgets what it is accepting at the moment it is closed
             # (github.com/python/cpython/issues/109564), and leaves that open.
@@ -146,7 +143,7 @@ class FakeMachine:
         await asyncio.sleep(0)
 
     def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):  # whoever asked has gone already
+        with suppress(OSError):  # the client has disconnected already
             connection, _ = listener.accept()
             task = asyncio.get_running_loop().create_task(self._take(connection))
             self._serving.add(task)
@@ -232,7 +229,7 @@ class FakeMachine:
             raise UnavailableError("the hypervisor's process has ended")
 
     def die(self, end: End | None = None) -> None:
-        """End at once, as a killed process does, or as the `end` says."""
+        """End at once, as a killed process does, or with the given `end`."""
         if not self._ended.is_set():
             self._end = end or self._end
             self._ended.set()
@@ -245,7 +242,7 @@ class FakeMachine:
                 self._host.machines.pop(self.pid, None)
 
     def close(self) -> None:
-        """Close the connections, which a machine that just ended leaves hanging."""
+        """Close the connections, which a machine that just ended leaves open."""
         self._closed.set()
         self._moving.set()  # who waits for a machine that is held would wait for ever
         for writer in self._writers:
@@ -322,14 +319,16 @@ class FakeMachine:
                 if (port := self._conduct.ports.get(operation.port)) is not None:
                     await _join(port, reader, decoder, writer)
                 else:
-                    await self._echo(reader, decoder, writer)
+                    await _echo(reader, decoder, writer)
             case ops.Pipe():
-                await self._echo(reader, decoder, writer)
+                await _echo(reader, decoder, writer)
             case ops.Run():
                 found = decode(ops.Program, answer.values)
-                await self._follow(ops.Attach(found.pid, offset=0), reader, decoder, writer)
+                await _follow(
+                    self._programs, ops.Attach(found.pid, offset=0), reader, decoder, writer
+                )
             case ops.Attach():
-                await self._follow(operation, reader, decoder, writer)
+                await _follow(self._programs, operation, reader, decoder, writer)
             case (
                 ops.Move() | ops.Copy() | ops.Remove() | ops.Read() | ops.ListFolder()
                 | ops.Write() | ops.WatchFolder()
@@ -369,10 +368,10 @@ class FakeMachine:
                     writer.write(frame)
                     await writer.drain()
             case ops.Write():
-                await self._take_file(operation, reader, decoder, writer)
+                await _take_file(self._files, operation, reader, decoder, writer)
             case ops.WatchFolder():
                 async with (
-                    beside(self._watch(operation, writer)) as watching,
+                    beside(_watch(self._files, operation, writer)) as watching,
                     beside(reader.read(1)) as gone,
                 ):
                     await asyncio.wait([watching, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -439,83 +438,20 @@ class FakeMachine:
             mounted.pop(operation.path, None)
         self.remembers["mounts"] = json.dumps(mounted)
 
-    async def _echo(
-        self, reader: asyncio.StreamReader, decoder: wire.Decoder, writer: asyncio.StreamWriter
-    ) -> None:
-        data = decoder.take_raw()
-        while data or (data := await reader.read(65536)):
-            writer.write(data)
-            await writer.drain()
-            data = b""
-
     def _check_door(self, operation: ops.Dial | ops.Listen | ops.Take) -> None:
         if not isinstance(operation, ops.Dial):
-            message = "nobody can connect to a machine that is none"
+            message = "a fake machine has no network"
             raise _RefusedError(wire.Refusal.UNSUPPORTED, message)
         if operation.port != ECHO_PORT and operation.port not in self._conduct.ports:
             message = f"cannot connect to port {operation.port}: nothing listens there"
             raise _RefusedError(wire.Refusal.ABSENT, message)
 
-    async def _watch(self, wish: ops.WatchFolder, writer: asyncio.StreamWriter) -> None:
-        async for frame in self._files.watched(wish):
-            writer.write(frame)
-            await writer.drain()
-
-    async def _take_file(
-        self,
-        wish: ops.Write,
-        reader: asyncio.StreamReader,
-        decoder: wire.Decoder,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        """Take a file piece by piece; what breaks off before its end leaves nothing."""
-        whole = bytearray()
-        while True:
-            while (frame := decoder.take_frame()) is None:
-                data = await reader.read(65536)
-                if not data:
-                    return
-                decoder.feed(data)
-            if not frame.payload or len(whole) > ROOM:
-                break
-            whole += frame.payload
-        writer.write(end_frame(self._files.write(wish, bytes(whole))))
-
-    async def _follow(
-        self,
-        wish: ops.Attach,
-        reader: asyncio.StreamReader,
-        decoder: wire.Decoder,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        """Send what a process prints, and hear what it is to read."""
-        program = self._programs.find(wish.pid, wish.tag)
-
-        async def tell() -> None:
-            async for frame in program.frames(program.attached(wish.offset).offset):
-                writer.write(frame)
-                await writer.drain()
-
-        async def hear() -> None:
-            while True:
-                while (frame := decoder.take_frame()) is None:
-                    data = await reader.read(65536)
-                    if not data:
-                        return
-                    decoder.feed(data)
-                with suppress(ConflictingError):
-                    program.feed(frame.payload, closes=not frame.payload)
-
-        async with beside(tell()) as telling, beside(hear()) as hearing:
-            await asyncio.wait([telling, hearing], return_when=asyncio.FIRST_COMPLETED)
-
     async def _execute(self, wish: ops.Execute, writer: asyncio.StreamWriter) -> None:
-        """Echo the command, but for a few words that have a meaning.
+        """Echo the command, except for a few words.
 
-        `hang` never answers, `die`, `reboot` and `poweroff` take the machine down, `hostname` tells
-        it; `remember X` and `recall` use its memory, `write X` and `read` its disk. `spill N`
-        prints so many bytes that are zero on both streams, `crumbs N` so many frames with nothing
-        in them.
+        `hang` never answers; `die`, `reboot` and `poweroff` end the machine; `hostname` prints it;
+        `remember X` and `recall` use its memory, `write X` and `read` its disk. `spill N` prints N
+        zero bytes on both streams, `crumbs N` sends N empty frames.
         """
         said = wish.command
         self.executing.append(said)
@@ -549,8 +485,74 @@ class FakeMachine:
         writer.write(wire.encode_frame(wire.Channel.EXIT, json.dumps(encode(end)).encode()))
 
 
+async def _echo(
+    reader: asyncio.StreamReader, decoder: wire.Decoder, writer: asyncio.StreamWriter
+) -> None:
+    data = decoder.take_raw()
+    while data or (data := await reader.read(65536)):
+        writer.write(data)
+        await writer.drain()
+        data = b""
+
+
+async def _watch(files: FakeFiles, wish: ops.WatchFolder, writer: asyncio.StreamWriter) -> None:
+    async for frame in files.watched(wish):
+        writer.write(frame)
+        await writer.drain()
+
+
+async def _take_file(
+    files: FakeFiles,
+    wish: ops.Write,
+    reader: asyncio.StreamReader,
+    decoder: wire.Decoder,
+    writer: asyncio.StreamWriter,
+) -> None:
+    """Receive a file; one that breaks off leaves nothing."""
+    whole = bytearray()
+    while True:
+        while (frame := decoder.take_frame()) is None:
+            data = await reader.read(65536)
+            if not data:
+                return
+            decoder.feed(data)
+        if not frame.payload or len(whole) > ROOM:
+            break
+        whole += frame.payload
+    writer.write(end_frame(files.write(wish, bytes(whole))))
+
+
+async def _follow(
+    programs: FakePrograms,
+    wish: ops.Attach,
+    reader: asyncio.StreamReader,
+    decoder: wire.Decoder,
+    writer: asyncio.StreamWriter,
+) -> None:
+    """Send what a process prints, and receive its input."""
+    program = programs.find(wish.pid, wish.tag)
+
+    async def tell() -> None:
+        async for frame in program.frames(program.attached(wish.offset).offset):
+            writer.write(frame)
+            await writer.drain()
+
+    async def hear() -> None:
+        while True:
+            while (frame := decoder.take_frame()) is None:
+                data = await reader.read(65536)
+                if not data:
+                    return
+                decoder.feed(data)
+            with suppress(ConflictingError):
+                program.feed(frame.payload, closes=not frame.payload)
+
+    async with beside(tell()) as telling, beside(hear()) as hearing:
+        await asyncio.wait([telling, hearing], return_when=asyncio.FIRST_COMPLETED)
+
+
 async def _pour(what: str, much: int, writer: asyncio.StreamWriter) -> None:
-    """Print so many bytes on both streams, or so many frames with nothing in them."""
+    """Print so many bytes on both streams, or send so many empty frames."""
     if what == "crumbs":
         for _ in range(much // 1000):
             writer.write(wire.encode_frame(wire.Channel.STDOUT, b"") * 1000)
@@ -566,7 +568,7 @@ async def _pour(what: str, much: int, writer: asyncio.StreamWriter) -> None:
 async def _join(
     port: int, reader: asyncio.StreamReader, decoder: wire.Decoder, writer: asyncio.StreamWriter
 ) -> None:
-    """Carry bytes between a connection and a port of this host's loopback."""
+    """Copy between a connection and a port of this host's loopback."""
     theirs, ours = await asyncio.open_connection("127.0.0.1", port)
     try:
         ours.write(decoder.take_raw())
@@ -586,7 +588,7 @@ async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
 
 
 class _RefusedError(Exception):
-    """What the fake agent would not do."""
+    """The fake agent refuses an operation."""
 
     def __init__(self, code: wire.Refusal, message: str) -> None:
         super().__init__(message)

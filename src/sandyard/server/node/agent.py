@@ -201,7 +201,7 @@ class AgentLink:
         """Open an operation; see core.contracts.node.NodeTunnel.open.
 
         `dial_s` is a tighter limit for the connection alone: to a guest that is still booting,
-        asking anew is faster than waiting for TCP to.
+        connecting again is faster than TCP's retransmission.
 
         Raises:
             UnavailableError: the agent does not answer within the limit.

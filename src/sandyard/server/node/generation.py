@@ -1,4 +1,4 @@
-"""A count of changes to what a node has, so that nobody has to ask for what is not new."""
+"""Counts the changes of a node's state, so that an unchanged report need not be fetched."""
 
 from dataclasses import replace
 

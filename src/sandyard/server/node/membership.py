@@ -151,7 +151,7 @@ class NodeMembership:
             if self._is_by_the_first:
                 by_another = sent
             elif sent > by_another + _ELSEWHERE_S:
-                return  # where the first way is now, whoever takes it in will tell
+                return  # the control plane that accepts it will say where the first way is now
             say = partial(self._beat, Beat(epoch, await self._telling.view()))
             try:
                 grant: Grant = await self._said(say)

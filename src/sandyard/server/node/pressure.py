@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.drivers.contract import End
 from sandyard.server.node.host.disks import free_mib
-from sandyard.server.node.machines.resident import Resident
+from sandyard.server.node.owner import Owner
 from sandyard.server.tasks import in_thread
 
 log = logging.getLogger(__name__)
@@ -27,21 +28,21 @@ _ENOUGH, _SOON = 2, 4  # times what is little
 _WRITES_MIB = 4  # in a second, and it is one that writes
 HELD = End(
     "host_disk_full",
-    "the host's disk is nearly full, and this wrote most: it stands still until there is room; "
+    "the host's disk is nearly full, and this wrote most: it is suspended until there is room; "
     "delete sandboxes or snapshots, or free some space on the host",
 )
 
 
 class Pressure:
-    """See the module. `little_mib` free are little; `running` are machines at which no job is at
-    work, so that each is in one hand only."""
+    """Monitors the disk under `home`. Less than `little_mib` free is too little. `running` returns
+    the machines that run or are held, and at which no job is at work."""
 
     def __init__(
         self,
         home: Path,
         *,
         little_mib: int,
-        running: Callable[[], Sequence[Resident]],
+        running: Callable[[], Sequence[Owner]],
         clock: Clock,
         on_change: Callable[[], None],
         free: Callable[[Path], int] = free_mib,
@@ -53,7 +54,7 @@ class Pressure:
         self._clock = clock
         self._on_change = on_change
         self._free = free
-        self._used_mib: dict[Resident, int] = {}
+        self._used_mib: dict[Owner, int] = {}
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -69,7 +70,7 @@ class Pressure:
             try:
                 await self.look()
             except (SandyardError, OSError):
-                log.exception("the host's disk could not be looked after; trying again")
+                log.exception("cannot relieve the host's disk; retrying")
             await self._clock.sleep(_LOOK_S)
 
     async def look(self) -> None:
@@ -78,12 +79,12 @@ class Pressure:
         running = list(self._running())
         if free >= self._little_mib * _ENOUGH:
             for one in running:
-                if one.guest.pulse.held_for == HELD:
-                    await one.let_go_on()
+                if one.phase is Phase.HELD:
+                    await one.release()
                     self._on_change()
         if free < self._little_mib * _SOON:
-            # Looked at ahead, so that who writes is known by the time that it matters.
-            used = await in_thread(lambda: {one: one.body.used_mib for one in running})
+            # Before it matters, so that the machines that write are known by then.
+            used = await in_thread(lambda: {one: one.used_mib for one in running})
             before, self._used_mib = self._used_mib, used
             if free < self._little_mib:
                 grown = {one: used[one] - before.get(one, used[one]) for one in used}
@@ -99,32 +100,31 @@ class Pressure:
             return _WRITES_MIB
         return 1 if free >= min(2 * BALLAST_MIB, self._little_mib // 4) else 0
 
-    async def _hold_one(self, grown: Mapping[Resident, int], *, least_mib: int) -> None:
+    async def _hold_one(self, grown: Mapping[Owner, int], *, least_mib: int) -> None:
         """Suspend the machine whose disk has grown most since the last check, if any has."""
         for one in grown:
-            # Those that found the disk full already would try again, and find the ballast's room.
-            pulse = one.guest.pulse
-            if pulse.stall is not None and pulse.held_for is None:
-                await one.hold_still(HELD)
+            # Those that found the disk full would try again, and use up the ballast's space.
+            if one.is_stalled:
+                await one.hold(HELD)
         writers = {
             one: much
             for one, much in grown.items()
-            if much > 0 and much >= least_mib and not one.guest.pulse.stands_still
+            if much > 0 and much >= least_mib and one.phase is Phase.RUNNING
         }
         if not writers:
             return
         writer = max(writers, key=lambda one: writers[one])
         log.warning(
-            "the host's disk is nearly full: a machine is held still",
-            extra={"sandbox_id": writer.record.sandbox_id},
+            "the host's disk is nearly full: suspending the machine that writes most",
+            extra={"sandbox_id": writer.sandbox_id},
         )
-        await writer.hold_still(HELD)
+        await writer.hold(HELD)
         self._on_change()
 
     def _see_to_ballast(self, free: int) -> None:
         there = self._ballast.exists()
         if there and free < BALLAST_MIB // 4:
-            log.error("the host's disk is full: the ballast is given up")
+            log.error("the host's disk is full: deleting the ballast")
             self._ballast.unlink(missing_ok=True)
         elif not there and free >= self._little_mib + 2 * BALLAST_MIB:
             part = self._ballast.with_suffix(".part")

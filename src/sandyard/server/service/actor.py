@@ -11,7 +11,7 @@ from sandyard.server.core.scopes import ADMINS_ONLY, is_covered
 
 @dataclass(frozen=True)
 class Actor:
-    """Somebody who acts within one organization.
+    """A user who acts within one organization.
 
     One that is not `is_bound` may turn to the user's other organizations. `plan` and `limits` are
     the organization's; `is_test` says that what is created is a test key's. `key_generation` names

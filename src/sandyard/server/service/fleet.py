@@ -220,7 +220,7 @@ class _Beats:
         self._written: asyncio.Future[frozenset[tuple[str, int]]] | None = None
 
     async def is_current(self, node_id: str, epoch: int) -> bool:
-        """Have a node's lease begin anew; False if a later epoch of it has begun.
+        """Renew a node's lease; return False if a later epoch of it has begun.
 
         Raises:
             UnavailableError: it could not be written.
@@ -241,7 +241,7 @@ class _Beats:
                 self._written = None
             if not written.done():
                 written.set_exception(UnavailableError("cannot note now that the node is there"))
-                written.exception()  # looked at, should nobody else wait for it
+                written.exception()  # retrieved, in case nothing else waits for it
         return (node_id, epoch) in current
 
 

@@ -1,8 +1,7 @@
 """The nodes of the installation: how each is reached, and its last report."""
 
-import asyncio
-from collections.abc import Coroutine, Mapping
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import TypedDict, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import (
@@ -14,10 +13,10 @@ from sandyard.server.core.contracts.node import (
     SnapshotFact,
     TemplateFact,
 )
-from sandyard.server.core.errors import DeadlineExceededError, SandyardError, UnavailableError
+from sandyard.server.core.errors import DeadlineExceededError, UnavailableError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.service.roster import Heartbeat, Roster
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import attended
 
 REPORT_LIMIT_S = 5.0
 _SHORT_S = 30.0
@@ -34,6 +33,14 @@ def believed_bytes(told: int, shape: Shape) -> int:
     return min(max(told, 0), most)
 
 
+class _Attention(TypedDict):
+    """How a long call is attended: the node is polled meanwhile. See `tasks.attended`."""
+
+    look: Callable[[], Awaitable[object]]
+    every_s: float
+    clock: Clock
+
+
 class PatientNode:
     """A node whose calls have limits. See core.contracts.node.NodeControl.
 
@@ -46,6 +53,7 @@ class PatientNode:
     def __init__(self, node: NodeControl, clock: Clock) -> None:
         self._node = node
         self._clock = clock
+        self._attention = _Attention(look=self.report, every_s=_CHECK_S, clock=clock)
 
     @property
     def node_id(self) -> str:
@@ -54,28 +62,31 @@ class PatientNode:
 
     async def ensure_running(self, wish: MachineWish) -> MachineFact:
         """See NodeControl.ensure_running."""
-        return await self._while_it_reports(self._node.ensure_running(wish))
+        return await attended(self._node.ensure_running(wish), **self._attention)
 
     async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
         """See NodeControl.ensure_paused."""
-        return await self._while_it_reports(
-            self._node.ensure_paused(sandbox_id, incarnation=incarnation, version=version)
+        return await attended(
+            self._node.ensure_paused(sandbox_id, incarnation=incarnation, version=version),
+            **self._attention,
         )
 
     async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
         """See NodeControl.ensure_gone."""
-        await self._while_it_reports(
-            self._node.ensure_gone(sandbox_id, incarnation=incarnation, version=version)
+        await attended(
+            self._node.ensure_gone(sandbox_id, incarnation=incarnation, version=version),
+            **self._attention,
         )
 
     async def ensure_snapshot(
         self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
     ) -> SnapshotFact:
         """See NodeControl.ensure_snapshot."""
-        return await self._while_it_reports(
+        return await attended(
             self._node.ensure_snapshot(
                 snapshot_id, sandbox_id=sandbox_id, incarnation=incarnation, version=version
-            )
+            ),
+            **self._attention,
         )
 
     async def drop_snapshot(self, snapshot_id: str) -> None:
@@ -105,30 +116,9 @@ class PatientNode:
         except TimeoutError as error:
             raise DeadlineExceededError(f"the node {self.node_id} does not answer") from error
 
-    async def _while_it_reports(self, asked: Coroutine[object, object, _T]) -> _T:
-        async with beside(_tried(asked)) as task:
-            while not task.done():
-                try:
-                    async with self._clock.timeout(_CHECK_S):
-                        await asyncio.wait([task])
-                except TimeoutError:
-                    await self.report()
-            done = task.result()
-        if isinstance(done, SandyardError):
-            raise done
-        return done
-
-
-async def _tried(asked: Coroutine[object, object, _T]) -> _T | SandyardError:
-    """Await a call, and return its error instead of raising it in a task."""
-    try:
-        return await asked
-    except SandyardError as error:
-        return error
-
 
 class Nodes:
-    """See the module. What was said is a hint for where to ask first; asking decides.
+    """The nodes. Their last reports are hints for where to ask first; the answer decides.
 
     `controls` may change while they are used; where nodes come and go, `roster` knows of it.
     """

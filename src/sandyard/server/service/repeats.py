@@ -41,7 +41,7 @@ class Repeats:
     def __init__(self, clock: Clock, secret: bytes) -> None:
         self._clock = clock
         self._secret = secret
-        # Each lives for as long as somebody waits for it or has it.
+        # Each exists while it is held or waited for.
         self._turns: WeakValueDictionary[RequestKey, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
@@ -94,7 +94,7 @@ class Repeats:
         if request is None:
             return None
         key, before = _key(actor, request), self._clock.now() - _KEPT
-        await tx.requests.remove(key, before=before)  # whoever clears up beside may have skipped it
+        await tx.requests.remove(key, before=before)  # a concurrent cleanup may have skipped it
         await tx.requests.forget(before=before)
         known = await tx.requests.find(key)
         if known is None:

@@ -39,14 +39,19 @@ class Way(StrEnum):
 
 
 class Phase(StrEnum):
-    """How far a machine has come; the same word in its record, on its node and in reports."""
+    """The state of a machine; the same words are used in its record, on its node and in reports."""
 
-    STARTING = "starting"  # for the first time: nothing of it is worth keeping yet
-    WAITING = "waiting"  # runs in the pool, for whoever wants one like it; never reported
+    STARTING = "starting"  # for the first time: nothing of it needs to be kept yet
+    WAITING = "waiting"  # runs in the pool; never reported
     RUNNING = "running"
-    WAKING = "waking"  # goes on from a saved state, and is not fit to be used yet
-    PAUSED = "paused"  # saved, whole, and using no memory
-    DEAD = "dead"  # its process is gone; its disk is here
+    HELD = "held"  # suspended by its node for lack of space; reported as running, with the reason
+    WAKING = "waking"  # runs on from a saved state, and must be woken before it is used
+    PAUSED = "paused"  # saved; uses no memory
+    DEAD = "dead"  # its process is gone; its disk is kept
+
+
+LIVING = frozenset({Phase.RUNNING, Phase.HELD, Phase.WAKING})
+"""The phases of a sandbox's machine that has a process."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +289,7 @@ class NodeControl(Protocol):
     async def ensure_snapshot(
         self, snapshot_id: str, *, sandbox_id: str, incarnation: int, version: int = 0
     ) -> SnapshotFact:
-        """Return once the snapshot is complete; the machine goes on as it was.
+        """Return once the snapshot is complete; the machine continues as it was.
 
         Raises: see `ensure_paused`.
         """
@@ -357,7 +362,7 @@ class ByteStream(Protocol):
         ...
 
     async def write_eof(self) -> None:
-        """Say that no more will be written; reading goes on."""
+        """End the writing direction; reading continues."""
         ...
 
 

@@ -104,7 +104,7 @@ class SshGateway:
         if here >= _UNKNOWN_BY_ADDRESS:
             return "too many are logging in from this address just now; try again"
         if len(unknown) >= self._most // 2:
-            # Whoever crowds the door gives way to whoever comes.
+            # A connection of the source with the most gives way to the new one.
             crowd, _ = Counter(self._open[one] for one in unknown).most_common(1)[0]
             next(one for one in unknown if self._open[one] == crowd).close("try again")
         self._open[client] = address
@@ -149,7 +149,7 @@ async def open_gateway(
     Raises:
         UnavailableError: the address is taken.
     """
-    # What it logs by itself are the commands that people run.
+    # Its own log would contain the commands that people run.
     asyncssh.set_log_level(logging.ERROR)
     async with Crew() as crew:
         gateway = SshGateway(
@@ -210,8 +210,12 @@ class _Client(asyncssh.SSHServer):
 
     def __init__(self, gateway: SshGateway) -> None:
         self.gateway = gateway
+        self.clock = gateway.clock
+        self.crew = gateway.crew
+        self.processes = gateway.processes
+        self.forwards = gateway.forwards
         self.address = self._source = "unknown"
-        self._peer: tuple[str, int] = ("", 0)
+        self.peer: tuple[str, int] = ("", 0)
         self._connection: asyncssh.SSHServerConnection | None = None
         self._offered: Login | None = None
         self._login: Login | None = None
@@ -222,31 +226,6 @@ class _Client(asyncssh.SSHServer):
         self._unstarted = 0
         self._listening: set[asyncio.Future[None]] = set()
         self._is_over = asyncio.Event()
-
-    @property
-    def clock(self) -> Clock:
-        """The clock."""
-        return self.gateway.clock
-
-    @property
-    def peer(self) -> tuple[str, int]:
-        """See SessionHolder."""
-        return self._peer
-
-    @property
-    def processes(self) -> Processes:
-        """See SessionHolder."""
-        return self.gateway.processes
-
-    @property
-    def forwards(self) -> Forwards:
-        """See Holder."""
-        return self.gateway.forwards
-
-    @property
-    def crew(self) -> Crew:
-        """See SessionHolder."""
-        return self.gateway.crew
 
     @property
     def is_known(self) -> bool:
@@ -265,7 +244,7 @@ class _Client(asyncssh.SSHServer):
         """See asyncssh."""
         self._connection = conn
         peer = conn.get_extra_info("peername") or ("unknown", 0)
-        self.address, self._peer = str(peer[0]), (str(peer[0]), int(peer[1]))
+        self.address, self.peer = str(peer[0]), (str(peer[0]), int(peer[1]))
         self._source = source_of(self.address)
         refusal = self.gateway.enter(self, self._source)
         if refusal is not None:
@@ -303,7 +282,7 @@ class _Client(asyncssh.SSHServer):
     # --- who is it --------------------------------------------------------------------------
 
     def begin_auth(self, username: str) -> bool:
-        """See asyncssh: nobody is let in without showing something."""
+        """See asyncssh: every login needs a credential."""
         del username
         return True
 
@@ -344,15 +323,14 @@ class _Client(asyncssh.SSHServer):
     async def _asked(self, question: Awaitable[Login | None]) -> Login | None:
         """Return the result of a login attempt. Refusals are delayed to fixed times, so that timing
         reveals nothing."""
-        clock = self.gateway.clock
-        began = clock.monotonic()
+        began = self.clock.monotonic()
         found = None
         try:
             found = await question
         except SandyardError as error:
             log.warning("a login could not be looked at: %s", error.message)
         if found is None:
-            await clock.sleep(rest_of(clock.monotonic() - began))
+            await self.clock.sleep(rest_of(self.clock.monotonic() - began))
         return found
 
     def _may_try(self) -> bool:
@@ -367,14 +345,14 @@ class _Client(asyncssh.SSHServer):
         self._login, self._offered = self._offered, None
         if self._login is not None:
             self.gateway.throttle.give_back(self._source)
-            self.gateway.crew.start(self._watch(self._login), "a login is not watched")
+            self.crew.start(self._watch(self._login), "a login is not watched")
 
     async def _watch(self, login: Login) -> None:
         """Record the login, and close the connection when it is no longer authorized."""
         if login.sandbox_id is None:
             # It is told that with whatever it tries, and then it is time to go.
             with suppress(TimeoutError):
-                async with self.gateway.clock.timeout(_UNCLEAR_S):
+                async with self.clock.timeout(_UNCLEAR_S):
                     await self._is_over.wait()
             self.close(UNCLEAR)
             return
@@ -385,7 +363,7 @@ class _Client(asyncssh.SSHServer):
             log.warning("a login could not be noted: %s", error.message)
             self.close("the login could not be noted; try again")
             return
-        clock = self.gateway.clock
+        clock = self.clock
         authorized_at = clock.monotonic()
         while not self._is_over.is_set():
             with suppress(TimeoutError):
@@ -400,7 +378,7 @@ class _Client(asyncssh.SSHServer):
                 try:
                     await self.gateway.logins.still(login)
                 except UnavailableError:
-                    continue  # that the store is away is nobody's revocation
+                    continue  # an unavailable store revokes nothing
                 except SandyardError as error:
                     self.close(error.message)
                     return
@@ -458,7 +436,7 @@ class _Client(asyncssh.SSHServer):
     async def _forward(self, wish: Dial, kind: Callable[[Any], Any]) -> Any:
         forward = Forward(self, wish)
         what = "a connection was not forwarded"
-        if self.gateway.crew.start(forward.serve(), what, quietly=True) is None:
+        if self.crew.start(forward.serve(), what, quietly=True) is None:
             self.give_place()
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "the server ends")
         try:
@@ -481,7 +459,7 @@ class _Client(asyncssh.SSHServer):
         self.take_place()
         listener = Listener(self, wish)
         what = "a port was not forwarded"
-        if self.gateway.crew.start(listener.serve(), what, quietly=True) is None:
+        if self.crew.start(listener.serve(), what, quietly=True) is None:
             self.give_place()
             return None
         self._listening.add(listener.opened)

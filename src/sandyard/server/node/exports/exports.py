@@ -27,7 +27,7 @@ from sandyard.server.node.exports.self_test import missing_by_test, remove_volum
 from sandyard.server.node.exports.server import Server, check_here, owner_in
 from sandyard.server.node.exports.shares import Part, Share
 from sandyard.server.node.host.network import Network
-from sandyard.server.tasks import Crew, in_thread, to_the_end
+from sandyard.server.tasks import Crew, Task, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _WELL_S = 60.0
 _REPAIR_AGAIN_S = 600.0
 _FOLDERS = (
     "cannot mount workspaces: here they lie in plain folders, out of which a guest could reach "
-    'others; whoever runs the server sets workspaces.volumes to "images"'
+    'others; the operator can set workspaces.volumes to "images"'
 )
 
 
@@ -93,7 +93,7 @@ class _Served:
         self.lock = asyncio.Lock()
         self.is_behind = False
         self.is_over = False
-        self.watching: asyncio.Task[None] | None = None
+        self.watching: Task | None = None
 
 
 class NfsExports:

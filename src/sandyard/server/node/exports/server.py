@@ -116,7 +116,7 @@ class Owner:
 
 
 class Server:
-    """One file server; supports one call at a time. See the module docstring."""
+    """One file server; supports one call at a time."""
 
     def __init__(self, folder: Path, place: Place, part: Part) -> None:
         self.folder = folder

@@ -142,7 +142,6 @@ def cost_mib(memory_mib: int) -> int:
     return memory_mib + _HYPERVISOR_MIB
 
 
-def promise_of(shape: Shape, *, used_mib: int = 0, coming: int = 0) -> Promise:
+def promise_of(shape: Shape, *, coming: int = 0) -> Promise:
     """Return the reservation for a machine of a shape; a paused one has its memory on disk."""
-    disk_mib = shape.disk_mib + shape.memory_mib
-    return Promise(cost_mib(shape.memory_mib), disk_mib, used_mib, coming)
+    return Promise(cost_mib(shape.memory_mib), shape.disk_mib + shape.memory_mib, coming)

@@ -161,7 +161,7 @@ class Drivers:
         except UnavailableError as error:
             return Verdict(False, error.message)
         key = f"{driver.name} {version} image {image.digest} host {os.uname().release}"
-        # Whoever gives a kernel says that it boots, if slowly: of others, only a few seconds tell.
+        # A kernel that was configured is known to boot, if slowly; others get only a few seconds.
         limit_s = self._probe_s * (_OWN_KERNEL if image.has_own_kernel else 1)
         known = self._load().get(key)
         # One that did not come up in so long may do so in longer.

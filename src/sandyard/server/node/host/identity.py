@@ -22,7 +22,7 @@ REGISTRY = Path("/var/lib/sandyard-installations")
 SLOTS = 1024
 _PREFIX = "syd-"
 _INDEXES = 64
-_UID_FIRST = 1_900_000_000  # above every range that systemd.io/UIDS-GIDS gives to somebody
+_UID_FIRST = 1_900_000_000  # above every range that systemd.io/UIDS-GIDS assigns
 _WHOLE = ipaddress.IPv4Network("10.200.0.0/14")
 
 
@@ -148,7 +148,7 @@ def _read(path: Path) -> dict[str, object] | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # Nobody else may open it: whoever holds it keeps every installation from starting.
+    # Only root may open it: a process that locks it keeps every installation from starting.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         os.fchmod(descriptor, 0o600)

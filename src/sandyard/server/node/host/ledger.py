@@ -1,14 +1,12 @@
-"""Totals of the resources reserved for a node's machines, updated incrementally.
+"""Totals of the resources reserved for a node's machines.
 
-With hundreds of machines, adding them all up would dominate the cost of a start. A machine reports
-when its reservation may have changed, and only then is it read again. Disk usage changes without a
-report, so that a few machines, those read longest ago, are read again each time.
+They are added up from the machines' own state whenever they are needed, so there is nothing to keep
+in step. Only the disk space that each uses is remembered, because finding out reads the disk.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sandyard.server.core.contracts.clock import Clock
 
@@ -16,23 +14,15 @@ _STALE_S = 15.0
 _STALE_AT_ONCE = 16
 
 
-@dataclass(frozen=True)
-class Promise:
-    """The reservation of one machine, including the disk space that it uses already; or a sum of
-    these.
+class Promise(NamedTuple):
+    """The resources reserved for one machine.
 
     A paused machine has no memory reserved. `coming` counts machines that are about to be created.
     """
 
     memory_mib: int = 0
     disk_mib: int = 0
-    disk_used_mib: int = 0
     coming: int = 0
-
-    @property
-    def disk_left_mib(self) -> int:
-        """The reserved disk space that it does not use yet."""
-        return max(0, self.disk_mib - self.disk_used_mib)
 
 
 @dataclass(frozen=True)
@@ -47,77 +37,54 @@ class Totals:
 class Counted(Protocol):
     """Something with a reservation."""
 
-    counted: Callable[[], None]
-    """To be called whenever `promised` may say something else than before."""
+    @property
+    def promise(self) -> Promise:
+        """Its reservation now."""
+        ...
 
-    def promised(self, now: float) -> Promise:
-        """Return its reservation; `now` is the clock's monotonic time."""
+    @property
+    def used_mib(self) -> int:
+        """The disk space it uses; reads the disk."""
         ...
 
 
-def nobody_counts() -> None:
-    """Used when no ledger needs to know of a change."""
-
-
 class Ledger:
-    """See the module."""
+    """Adds up reservations."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._entries: OrderedDict[Counted, tuple[float, Promise]] = OrderedDict()
-        self._changed: set[Counted] = set()
-        self._totals = [0, 0, 0]
+        # When the disk space of each was read, and what it was; the oldest reading first.
+        self._used: OrderedDict[Counted, tuple[float, int]] = OrderedDict()
 
     def enter(self, one: Counted) -> None:
-        """Count it from now on."""
-        one.counted = lambda: self._changed.add(one)
-        one.counted()
+        """Count a machine from now on."""
+        self._read(one)
 
     def leave(self, one: Counted) -> None:
-        """Stop counting it; does nothing if it is not counted."""
-        one.counted = nobody_counts
-        self._changed.discard(one)
-        entry = self._entries.pop(one, None)
-        if entry is not None:
-            self._add(entry[1], -1)
+        """Stop counting a machine; does nothing if it is not counted."""
+        self._used.pop(one, None)
 
     @property
     def everyone(self) -> set[Counted]:
         """Everything that is counted."""
-        return {*self._entries, *self._changed}
+        return set(self._used)
 
     def totals(self) -> Totals:
-        """Return the current totals."""
+        """Return the current totals; disk usage is read again for a few machines at a time."""
         now = self._clock.monotonic()
-        for one in list(self._changed):
-            self._look_at(one, now)
-            self._changed.discard(one)
-        for _ in range(min(_STALE_AT_ONCE, len(self._entries))):
-            oldest = next(iter(self._entries))
-            if now - self._entries[oldest][0] < _STALE_S:
+        for _ in range(min(_STALE_AT_ONCE, len(self._used))):
+            one, (read_at, _) = next(iter(self._used.items()))
+            if now - read_at < _STALE_S:
                 break
-            self._look_at(oldest, now)
-        return Totals(*self._totals)
+            self._read(one)
+        memory_mib = disk_left_mib = coming = 0
+        for one, (_, used_mib) in self._used.items():
+            promise = one.promise
+            memory_mib += promise.memory_mib
+            disk_left_mib += max(0, promise.disk_mib - used_mib)
+            coming += promise.coming
+        return Totals(memory_mib, disk_left_mib, coming)
 
-    def recount(self) -> Totals:
-        """Return the totals, computed from scratch."""
-        now = self._clock.monotonic()
-        found = [one.promised(now) for one in self.everyone]
-        return Totals(
-            sum(one.memory_mib for one in found),
-            sum(one.disk_left_mib for one in found),
-            sum(one.coming for one in found),
-        )
-
-    def _look_at(self, one: Counted, now: float) -> None:
-        promise = one.promised(now)
-        before = self._entries.pop(one, None)
-        if before is not None:
-            self._add(before[1], -1)
-        self._entries[one] = (now, promise)
-        self._add(promise, 1)
-
-    def _add(self, promise: Promise, sign: int) -> None:
-        self._totals[0] += sign * promise.memory_mib
-        self._totals[1] += sign * promise.disk_left_mib
-        self._totals[2] += sign * promise.coming
+    def _read(self, one: Counted) -> None:
+        self._used.pop(one, None)
+        self._used[one] = (self._clock.monotonic(), one.used_mib)

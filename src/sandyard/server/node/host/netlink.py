@@ -63,7 +63,7 @@ class Netlink:
             try:
                 await self._ip.link("del", index=found[0])
             except NetlinkError as error:
-                if error.code != 19:  # ENODEV: it went by itself meanwhile
+                if error.code != 19:  # ENODEV: it has disappeared meanwhile
                     raise InternalError(f"cannot delete the link {name}: {error}") from error
 
     async def link_names(self) -> list[str]:

@@ -35,7 +35,7 @@ from sandyard.server.node.host.firewall import (
 )
 from sandyard.server.node.host.identity import SLOTS, Identity
 from sandyard.server.node.host.netlink import netlink
-from sandyard.server.tasks import Crew, in_thread
+from sandyard.server.tasks import Crew, Task, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Slots:
         self._used: set[int] = set()
         self._spare: list[Place] = []
         self._lock = asyncio.Lock()
-        self._dns: dict[int, asyncio.Task[None]] = {}
+        self._dns: dict[int, Task] = {}
         self._crew: Crew | None = None
         self._neighbours: tuple[str, ...] = ()
         chosen = [(one, 53) for one in resolvers]

@@ -517,7 +517,7 @@ def workshop(parent: Path, prefix: str) -> Iterator[Path]:
     Folders of builders that were killed are removed first.
     """
     with ExitStack() as held:
-        # Nobody is to take one for abandoned that is just being made.
+        # So that one that is just being made is not taken for abandoned.
         with _locked(parent.resolve()):
             for left in parent.glob(f"{prefix}*"):
                 with suppress(OSError), _locked(left, waits=False):

@@ -1,4 +1,4 @@
-"""What becomes of a machine that an earlier process wrote down."""
+"""Adopts the machines that an earlier server recorded."""
 
 import logging
 
@@ -19,39 +19,39 @@ _FLEETING = frozenset({Phase.STARTING, Phase.WAITING})
 
 
 async def adopted(record: Record, means: Means) -> Resident | None:
-    """Return a machine as it is found: living ones go on, saved and dead ones are kept.
+    """Return a recorded machine: running ones continue, paused and dead ones are kept.
 
-    None for one that is not to be kept. What was being started is ended: who asked for it is gone,
-    and whoever wants it still asks again. So is what waited in the pool.
+    Return None for one that is not kept: a machine that was being started, because the request is
+    gone and is repeated if it is still wanted, and one that waited in the pool.
     """
     if record.phase in _FLEETING:
         return None
     found = Resident(record, means)
     if found.is_saved and found.phase is not Phase.DEAD:
-        # Saved, and if a process is left of it, it has not run since.
+        # If it has a process, that has not run since it was saved.
         await _end_what_is_left(found)
-        await found.found_without_process(Phase.PAUSED)
+        await found.process.note_gone(Phase.PAUSED)
     elif found.phase is Phase.PAUSED:
         end = End(DAMAGED, "the saved state is gone")
-        await found.found_without_process(Phase.DEAD, end)
+        await found.process.note_gone(Phase.DEAD, end)
     elif found.phase is Phase.DEAD:
-        # It may have been on its way up again, or not yet been buried.
+        # It may have been restarting, or its process may not have been released yet.
         await _end_what_is_left(found)
         end = End(record.reason_code, record.reason_message)
-        await found.found_without_process(Phase.DEAD, end)
-    elif not await found.recover():
-        await found.found_without_process(Phase.DEAD, _how_it_ended(record, means))
+        await found.process.note_gone(Phase.DEAD, end)
+    elif not await found.process.recover():
+        await found.process.note_gone(Phase.DEAD, _how_it_ended(record, means))
     return found
 
 
 async def _end_what_is_left(found: Resident) -> None:
-    """End a process that nobody wants any more. One that the kernel does not let go, for its
-    storage stands still say, is killed all the same, and must keep nobody else from being found."""
-    if await found.recover():
+    """End a process that is no longer needed. If the kernel does not let it end, say because its
+    storage does not respond, it is killed, and other machines are adopted nevertheless."""
+    if await found.process.recover():
         try:
             await found.end()
         except (SandyardError, OSError):
-            log.exception("what is left of a machine does not end")
+            log.exception("the process of a paused or dead machine does not end")
 
 
 def _how_it_ended(record: Record, means: Means) -> End:
@@ -62,10 +62,10 @@ def _how_it_ended(record: Record, means: Means) -> End:
 
 
 async def go_on(found: Resident, means: Means) -> None:
-    """Have a living machine that stood still for a save which was broken off go on.
+    """Resume a running machine that an interrupted save left suspended.
 
-    One that was not woken stands or runs as it is until whoever wants it asks again.
+    One that was not woken stays as it is until it is requested again.
     """
     driver = means.drivers.named(found.record.driver)
     if driver is not None and driver.capabilities.saves and found.phase is not Phase.WAKING:
-        await found.unfreeze()
+        await found.saving.unfreeze()

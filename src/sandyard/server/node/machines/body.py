@@ -1,13 +1,13 @@
 """The files of one machine: the only place that knows their names.
 
-    <folder>/body-<n>/     what outlives the machine's process: disk.ext4, memory, and, while it
-                           stands still, saved/
+    <folder>/body-<n>/     what outlives the machine's process: disk.ext4, memory, and saved/ while
+                           the machine is paused
     <folder>/run/          sockets, owned by the machine's account
-    <folder>/console.log   the last of what the guest printed
+    <folder>/console.log   the end of the guest's console output
 
-A saved state is published by one rename, after all of it is synced, and stays valid until it is
-withdrawn, which happens before the machine runs on: a published state is never behind its disk.
-A clone's is not synced: were it lost, so would whoever wants it.
+A saved state is published by one rename after all of it is synced. It is withdrawn before the
+machine runs on, so a published state is never older than its disk. A clone's state is not synced:
+if it is lost in a crash of the host, so is the request that needs it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from sandyard.server.tasks import in_thread
 
 
 class Body:
-    """See the module. `folder` is the machine's, `name` that of the body in it."""
+    """The files of a machine: `folder` is the machine's, `name` the body in it."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
@@ -35,22 +35,22 @@ class Body:
 
     @property
     def disk(self) -> Path:
-        """The machine's own disk."""
+        """The machine's disk."""
         return self.place / "disk.ext4"
 
     @property
     def memory(self) -> Path:
-        """The file that its memory starts from."""
+        """The file from which its memory is loaded."""
         return self.place / "memory"
 
     @property
     def saved(self) -> Path:
-        """Where the state of a machine that stands still is published."""
+        """Where the state of a paused machine is published."""
         return self.place / "saved"
 
     @property
     def saving(self) -> Path:
-        """Where such a state is written before it is published."""
+        """Where a state is written before it is published."""
         return self.place / "saved.part"
 
     @property
@@ -68,11 +68,11 @@ class Body:
         return self.saved.is_dir()
 
     async def make(self, source: SavedMachine | None, disks: Disks, *, disk_mib: int) -> None:
-        """Make it: a clone of a saved machine, else an empty disk.
+        """Make the body: a clone of a saved machine, or an empty disk.
 
         Raises:
             NoCapacityError: the host's disk is full.
-            DamagedError: the saved machine is not as it was.
+            DamagedError: the saved machine was altered.
         """
         part = self.place.with_name(self.place.name + ".part")
         await in_thread(_made_anew, part, self.place)
@@ -88,11 +88,11 @@ class Body:
         part.rename(self.place)
 
     async def remove(self) -> None:
-        """Remove it; the machine's folder stays."""
+        """Remove the body; the machine's folder remains."""
         await in_thread(shutil.rmtree, self.place, ignore_errors=True)
 
     def lend_to(self, place: Place) -> None:
-        """Have the account of a place use it, and make the folder of its sockets anew."""
+        """Give the account of a place access, and recreate the folder of its sockets."""
         shutil.rmtree(self.run, ignore_errors=True)
         self.run.mkdir(mode=0o700)
         with contextlib.suppress(PermissionError):  # without root (fake machines) it is ours
@@ -102,13 +102,13 @@ class Body:
             os.chown(self.disk, place.uid, place.uid)
 
     def take_back(self) -> None:
-        """Take it from the account that its machine ran under, which another gets next."""
+        """Take the files back from the machine's account, which another machine uses next."""
         for path in (self.place, self.disk):
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 os.chown(path, os.geteuid(), os.getegid(), follow_symlinks=False)
 
     async def publish(self) -> None:
-        """Let the state that was written count."""
+        """Publish the state that was written."""
         await in_thread(saving.publish, self.saving, self.saved)
 
     async def drop_unpublished(self) -> None:
@@ -116,7 +116,7 @@ class Body:
         await in_thread(shutil.rmtree, self.saving, ignore_errors=True)
 
     async def withdraw(self) -> None:
-        """Let the saved state, if there is one, count no more: the machine is about to run on."""
+        """Withdraw the saved state, if there is one, because the machine is about to run on."""
         await in_thread(saving.withdraw, self.saved, self._spent)
 
     async def remove_spent(self) -> None:
@@ -124,26 +124,26 @@ class Body:
         await in_thread(shutil.rmtree, self._spent, ignore_errors=True)
 
     async def forget_memory(self) -> None:
-        """Remove what a machine that boots from its disk has no use for any more."""
+        """Remove memory and saved state: the machine will boot from its disk."""
         await self.withdraw()
         await self.remove_spent()
         self.memory.unlink(missing_ok=True)
 
     async def tidy(self) -> None:
-        """Remove what work that was broken off left beside it and in it."""
+        """Remove what interrupted work left."""
         others = [one for one in self.folder.glob("body-*") if one != self.place]
         for left in (*others, self._spent, self.saving):
             await in_thread(shutil.rmtree, left, ignore_errors=True)
 
     def append_console(self, said: bytes) -> None:
-        """Keep what the guest printed, the last of it."""
+        """Append console output, of which only the end is kept."""
         append_console(self.folder, said)
 
     @property
     def used_mib(self) -> int:
-        """What it takes on disk, without what it shares with others.
+        """The disk space that the files use, without what they share with others.
 
-        A hypervisor may keep what it saved beside its sockets, and have the disk linked there.
+        A hypervisor may keep saved pages beside its sockets, and a hard link of the disk there.
         """
         if not self.place.is_dir():
             return 0
@@ -155,26 +155,27 @@ class Body:
 
     @property
     def size_bytes(self) -> int:
-        """The same to the byte, what is in its folders included."""
+        """The same in bytes, folders included."""
         return saving.size_of(self.place)
 
 
 def _made_anew(folder: Path, *others: Path) -> None:
-    """Make an empty folder, and remove what an earlier try left there and of the others."""
+    """Make an empty folder, after removing it and `others`, which an earlier attempt may have
+    left."""
     for left in (*others, folder):
         shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(mode=0o710)
 
 
 def _clone(source: SavedMachine, body: Body) -> None:
-    """Have a body go on from a saved machine's memory and state; its disk is copied beside."""
+    """Clone a saved machine's memory and state; the disk is copied separately."""
     saving.check(source, whole=False)
     _link(source.state.memory, body.memory)
     saving.copy_state(source.state, body.saved)
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a file known by another name; across file systems, copy it."""
+    """Make a hard link; across file systems, copy the file."""
     try:
         target.hardlink_to(source)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The last of what a guest printed, kept in a file of bounded size."""
+"""The end of a guest's console output, in a file of bounded size."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ NAME = "console.log"
 
 
 def append_console(folder: Path, said: bytes) -> None:
-    """Add to the console's log of a machine; when it is over its limit, the older half goes."""
+    """Append to a machine's console log; if it is over its limit, its older half is removed."""
     if not said or not folder.is_dir():
         return
     path = folder / NAME
@@ -26,20 +26,20 @@ def append_console(folder: Path, said: bytes) -> None:
 
 
 def read_console(folder: Path) -> bytes:
-    """Return the last of what a machine printed; nothing if it printed nothing."""
+    """Return the end of a machine's console output; empty if there was none."""
     return _tail(folder / NAME)
 
 
 class FailedConsoles:
-    """What was printed last by machines that never came up, of which nothing else is left."""
+    """The console output of machines that never started, which are removed otherwise."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def keep(self, sandbox_id: str, machine_folder: Path) -> None:
-        """Keep what a machine printed, in the place of that of older ones.
+        """Keep a machine's console output; the oldest is removed for it.
 
-        One that printed nothing leaves in place what an earlier try of the same sandbox told.
+        A machine that printed nothing does not replace the output of an earlier attempt.
         """
         with contextlib.suppress(OSError):
             said, path = read_console(machine_folder), self._folder / sandbox_id
@@ -52,12 +52,12 @@ class FailedConsoles:
                 path.unlink(missing_ok=True)
 
     def find(self, sandbox_id: str) -> bytes | None:
-        """Return what was kept of a sandbox's machine, if anything."""
+        """Return what was kept for a sandbox, if anything."""
         path = self._folder / sandbox_id
         return _tail(path) if path.is_file() else None
 
     def forget(self, sandbox_id: str) -> None:
-        """Remove what was kept of a sandbox's machine."""
+        """Remove what was kept for a sandbox."""
         with contextlib.suppress(OSError):
             (self._folder / sandbox_id).unlink(missing_ok=True)
 

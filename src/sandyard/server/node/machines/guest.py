@@ -1,4 +1,4 @@
-"""What a node says to the guest in one machine, and what it knows of how that is."""
+"""What a node asks of the guest in one machine, and knows of its state."""
 
 import os
 import secrets
@@ -30,7 +30,7 @@ ENDED = MachineDeadError("the machine of the sandbox ended meanwhile")
 _CLOCK_ERROR_S = 0.04
 _CLOCK_TRIES = 3
 _SETTLED_S = 60.0
-# Nobody listens there: the gateway refuses every connection that it was not told to pass on.
+# Nothing listens there: the gateway refuses every connection that it does not forward.
 _REHEARSAL = MountAll(CLOSED_PORT, "rehearsal", (MountPoint("rehearsal", "/mnt"),))
 _SETTLING_TRIES = 30
 _SPARE_LIMIT_S = 5.0
@@ -38,15 +38,15 @@ _UNMOUNT_S = 5.0
 
 
 class Was(Enum):
-    """What a machine was before it is set up, which says how much there is to mend."""
+    """What a machine was before it is set up; this decides what must be renewed."""
 
     NOBODYS = "nobodys"  # just booted, or restored from a golden machine
-    UNIQUE = "unique"  # set up before, for nobody, and running ever since
+    UNIQUE = "unique"  # set up before in the pool, and running since
     IN_USE = "in_use"  # a sandbox, with connections of its own
 
 
 class Guest:
-    """See the module. There is something to say it to once it has a `link`."""
+    """The guest of a machine. It can be asked once it has a `link`."""
 
     def __init__(self, means: Means) -> None:
         self._means = means
@@ -57,32 +57,32 @@ class Guest:
 
     @property
     def is_used(self) -> bool:
-        """Whether an operation is under way that counts as a use of its sandbox."""
+        """Whether an operation is in progress that counts as a use of its sandbox."""
         return self._uses > 0
 
     def meet(self, link: AgentLink, *, has_answered: bool) -> None:
-        """Speak to it by this link from now on."""
+        """Use a link from now on."""
         self.link = link
         if has_answered:
             self.note_answer()
 
     def break_off(self, end: ConflictError) -> None:
-        """Break off what is under way, because of `end`, and have nothing begun any more."""
+        """End everything in progress with an error, and refuse new operations."""
         if self.link is not None:
             self.link.cut(end)
 
     def leave(self) -> None:
-        """Have nobody to speak to any more: the machine has ended."""
+        """Close the link: the machine has ended."""
         self.break_off(ENDED)
         self.link = None
 
     def let_go(self) -> None:
-        """Close what is open for later; the guest lives on."""
+        """Close the spare connection; the guest continues."""
         if self.link is not None:
             self.link.close()
 
     def note_answer(self) -> None:
-        """Note that it has just answered."""
+        """Note that the agent has just answered."""
         self.pulse.answered(self._means.clock.monotonic())
 
     # --- operations -----------------------------------------------------------------------
@@ -102,36 +102,36 @@ class Guest:
             self.keep_spare()
 
     def keep_spare(self) -> None:
-        """Have a connection to its agent ready for what is asked next."""
+        """Keep a connection to the agent ready for the next operation."""
         if self.link is not None and self.link.lacks_spare and not self.pulse.is_held:
             spare = self.link.open_spare(self._means.patience(_SPARE_LIMIT_S))
             self._means.crew.start(spare, "no connection is kept ready", quietly=True)
 
     async def run(self, command: str, *, limit_s: float) -> int:
-        """Run a command, take no interest in what it says, and return its exit code."""
+        """Run a command, discard its output, and return its exit code."""
         link = self._link_or_raise()
         return await run_command(link, command, limit_s=limit_s, clock=self._means.clock)
 
     async def wake(self) -> None:
-        """Mend clock, randomness and connections after the machine stood still.
+        """Renew clock, randomness and connections after the machine was suspended.
 
         Raises:
-            UnavailableError, InternalError, InvalidArgumentError: they cannot be mended, and the
-                machine must not be used.
+            UnavailableError, InternalError, InvalidArgumentError: that failed, and the machine must
+                not be used.
         """
         asked_at = self._means.clock.monotonic()
         await self._link_or_raise().ask(self._waking(), limit_s=self._means.patience(WAKE_LIMIT_S))
         await self._correct_clock(asked_at)
 
     async def set_clock(self) -> None:
-        """Set the clock after the machine was held still and lost no connection by that."""
+        """Set the clock after the machine was suspended without losing connections."""
         waking = self._waking(keeps_connections=True)
         await self._link_or_raise().ask(waking, limit_s=self._means.patience(WAKE_LIMIT_S))
 
     async def settle_clock(self) -> None:
-        """Set the clock as exactly as may be of a machine that nobody waits for.
+        """Set the clock of a machine of the pool as exactly as possible.
 
-        What is made ahead gives way to what others wait for, and so may every message that sets it.
+        Work on the pool has low priority, so a message may arrive late; that is retried.
         """
         for _ in range(_SETTLING_TRIES):
             asked_at = self._means.clock.monotonic()
@@ -145,8 +145,8 @@ class Guest:
         return clock.now().timestamp() - clock.monotonic()
 
     def _may_be_late(self) -> bool:
-        """Tell whether its clock may be wrong by now, which was right when it was settled: it has
-        gone by itself for long, or the host's has been set since."""
+        """Tell whether the clock may be wrong although it was settled: a long time has passed, or
+        the host's clock was set since."""
         if self._settled_at is None:
             return True
         at, ahead_s = self._settled_at
@@ -154,8 +154,10 @@ class Guest:
         return has_gone_s > _SETTLED_S or abs(self._wall_ahead_s() - ahead_s) > _CLOCK_ERROR_S
 
     async def set_up(self, wish: MachineWish, *, was: Was, grows: bool, limit_s: float) -> str:
-        """Make it the wished sandbox, unlike every other, and return the token that it accepts
-        from now on; see `wake` for what is raised."""
+        """Turn the guest into the requested sandbox, unique among clones, and return its new token.
+
+        Raises: see `wake`.
+        """
         link = self._link_or_raise()
         asked_at = self._means.clock.monotonic()
         token, is_new, waking = new_secret(), was is not Was.UNIQUE, self._waking()
@@ -185,11 +187,11 @@ class Guest:
         return token
 
     async def mount(self, share: Share, *, limit_s: float) -> None:
-        """Have it mount what it may.
+        """Mount a share.
 
         Raises:
-            UnavailableError, InternalError, InvalidArgumentError: it does not.
-            UnsupportedError: its agent is of a version that knows of no workspaces.
+            UnavailableError, InternalError, InvalidArgumentError: that failed.
+            UnsupportedError: its agent is too old for workspaces.
         """
         cache_s = self._means.limits.attribute_cache_s
         for operation in share.operations:
@@ -197,22 +199,22 @@ class Guest:
             await self._link_or_raise().ask(asked, limit_s=limit_s)
 
     async def rehearse_mount(self) -> None:
-        """Have it go through a mount as far as it comes without a server: its first is faster for
-        that. Nothing is mounted, and nothing is raised."""
+        """Go through a mount as far as possible without a server, because a guest's first mount is
+        slow. Nothing is mounted, and no error is raised."""
         with suppress(SandyardError):
             limit_s = self._means.patience(WAKE_LIMIT_S)
             await self._link_or_raise().ask(_REHEARSAL, limit_s=limit_s)
 
     async def unmount(self, path: str) -> None:
-        """Have it use what is mounted at a path no more; see `mount` for what is raised."""
+        """Unmount a path; for errors see `mount`."""
         limit_s = self._means.patience(_UNMOUNT_S)
         await self._link_or_raise().ask(Unmount(path), limit_s=limit_s)
 
     async def _correct_clock(self, asked_at: float) -> None:
-        """Set its clock once more if the message that did was long under way.
+        """Set the clock once more if the message that set it took long.
 
-        The first message to a machine that has just been restored may take a tenth of a second to
-        arrive, and the clock is late by that.
+        The first message to a restored machine may take a tenth of a second to arrive, which makes
+        its clock late.
         """
         for _ in range(_CLOCK_TRIES):
             now = self._means.clock.monotonic()

@@ -1,4 +1,4 @@
-"""What a node's machines are made with; the same for all of them."""
+"""What all machines of a node share: images, drivers, network, limits and other tools."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from sandyard.server.tasks import Crew
 
 @dataclass(frozen=True)
 class NodeLimits:
-    """How long a node waits, and how much it starts at once.
+    """The time limits of a node, and how much it starts at once.
 
-    `odd_goldens_mib` is what golden machines of unusual shapes may take together on disk. `boot_s`
-    bounds a boot, `no_progress_s` the silence of its console; `golden_rest_s` is how long
-    a machine is left alone before it is saved as a golden one. `attribute_cache_s` is how long a
-    guest caches attributes of files in its mounts. What is waited for in a guest
-    is given more on a slow host: see `Means.patience`.
+    `odd_goldens_mib` limits the disk space of golden machines with unusual shapes. `boot_s` limits
+    a boot, `no_progress_s` the silence of its console. `golden_rest_s` is how long a machine is
+    left idle before it is saved as a golden machine. `attribute_cache_s` is how long a guest caches
+    attributes of files in its mounts. Waits for a guest are longer on a slow host: see
+    `Means.patience`.
     """
 
     boot_s: float
@@ -41,7 +41,7 @@ class NodeLimits:
 
 @dataclass(frozen=True)
 class Means:
-    """See the module. `on_change` is told that a report would say something else now."""
+    """The tools. `on_change` is called when a report would differ from the one before."""
 
     images: Images
     drivers: Drivers
@@ -56,5 +56,6 @@ class Means:
     on_change: Callable[[], None]
 
     def patience(self, seconds: float) -> float:
-        """Return how long to wait here for what takes a guest less than `seconds` elsewhere."""
+        """Return how long to wait, on this host, for what takes a guest less than `seconds`
+        elsewhere."""
         return seconds * self.drivers.pace

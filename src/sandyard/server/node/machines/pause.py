@@ -1,4 +1,4 @@
-"""Writes down a machine that stands still: in its own body when it is paused, or as a copy."""
+"""Writes the state of a suspended machine: to its own body when it is paused, or as a copy."""
 
 import shutil
 from dataclasses import replace
@@ -18,7 +18,7 @@ _FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
 async def about(record: Record, means: Means, *, kind: str) -> About:
-    """Return what a saved state of a record's machine is of."""
+    """Return the description of a saved state of a record's machine."""
     driver = means.drivers.named(record.driver)
     return About(
         kind=kind,
@@ -36,7 +36,7 @@ async def about(record: Record, means: Means, *, kind: str) -> About:
 
 
 async def write_own(machine: SavingMachine, record: Record, body: Body, means: Means) -> None:
-    """Write the state of a machine that is held still into its body, and publish it.
+    """Write the state of a suspended machine to its own body, and publish it.
 
     Raises:
         NoCapacityError: the host's disk is full.
@@ -55,15 +55,14 @@ async def write_own(machine: SavingMachine, record: Record, body: Body, means: M
 async def write_copy(
     machine: SavingMachine | None, part: Path, record: Record, body: Body, means: Means
 ) -> None:
-    """Write state and disk of a machine that stands still to a new folder.
+    """Write state and disk of a suspended machine to a new folder. Without `machine` it is paused,
+    and its saved state is copied.
 
-    Without `machine` it is paused, and what it saved is what is copied.
-
-    Raises: see `write_own`; DamagedError if what was saved is not as it was.
+    Raises: see `write_own`; DamagedError if the saved state was altered.
     """
     if machine is None:
         state = means.seals.load(body.saved)
-        # What is sealed anew must be what was sealed before.
+        # It is sealed again, so it must be what was sealed before.
         await means.seals.check(state, whole=True)
         await in_thread(saving.copy_state, state, part)
     else:
@@ -74,7 +73,8 @@ async def write_copy(
 async def finish_copy(
     part: Path, folder: Path, record: Record, body: Body, means: Means, kit: Kit, *, kind: str
 ) -> SavedMachine:
-    """Make a copy stand alone, seal it and give it its name; the machine may run on meanwhile."""
+    """Complete a copy so that it depends on nothing else, seal and publish it. The machine may
+    run."""
     await kit.saver.make_whole(Saved(part), body.memory)
     made = await means.seals.seal(part, await about(record, means, kind=kind))
     await in_thread(saving.publish, part, folder)
@@ -82,7 +82,7 @@ async def finish_copy(
 
 
 async def begin_copy(folder: Path) -> Path:
-    """Return the folder that becomes a copy when it is finished; what an earlier try left goes."""
+    """Return the folder for an unfinished copy; what an earlier attempt left is removed."""
     part = folder.with_name(folder.name + ".part")
     await in_thread(shutil.rmtree, part, ignore_errors=True)
     part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ async def begin_copy(folder: Path) -> Path:
 
 
 def translated(error: OSError) -> SandyardError:
-    """Return what a failure of the host's disk means to whoever wanted a machine saved."""
+    """Return the typed error for a failure of the host's disk during a save."""
     if error.errno in _FULL:
         return NoCapacityError("cannot save the machine: the host's disk is full; free some space")
     return InternalError(f"cannot save the machine: {error}")

@@ -1,11 +1,11 @@
-"""What may be done with a machine in which phase: every ask meets every phase here.
+"""What a request does to a machine in each phase.
 
-An ask comes with the incarnation that it means. What is here may be of an earlier one (the ask is
-`newer`) or of the very same; one that was overtaken by a later incarnation is refused before. The
-phases are those of a machine at which no job is at work, None where nothing of it is here.
+A request names the incarnation that it means. The machine here may be of an earlier one (the
+request is `newer`) or of the same; requests for an incarnation before the one here are refused
+earlier. The phases are those of a machine at which no job is at work, or None if there is none.
 
-A create that comes again after its machine was paused, or died, is late: what it asked for has been
-there, and is worth keeping. A `starting` machine without a job is what a failed start left.
+A create that is repeated after its machine was paused, or died, is late: its machine has been used,
+and must be kept. A `starting` machine without a job is what a failed start left.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from sandyard.server.core.contracts.node import Origin, Phase
 
 
 class Ask(Enum):
-    """What can be asked of a node about one machine."""
+    """A kind of request about one machine."""
 
     CREATE = auto()
     FROM_SNAPSHOT = auto()
@@ -28,20 +28,21 @@ class Ask(Enum):
 
 
 class Step(Enum):
-    """What comes of it."""
+    """What is done about it."""
 
-    START = auto()  # nothing is here: a new machine
-    REPLACE = auto()  # what is here goes, and a new machine comes
+    START = auto()  # nothing is here: start a new machine
+    REPLACE = auto()  # remove what is here, and start a new machine
     KEEP = auto()  # it is as it should be
-    TAKE = auto()  # it lives: it is woken, if nobody did, and counts as what is wished
+    TAKE = auto()  # it lives: wake it if necessary, and make it the requested incarnation
     RESUME = auto()
     RESTART = auto()
     ROLL_BACK = auto()
     PAUSE = auto()
     SAVE = auto()
     OPEN = auto()
-    NOTHING_HERE = auto()  # refused: there is nothing to do it with
+    ABSENT = auto()  # refused: there is no machine
     OVERTAKEN = auto()  # refused: the machine has been up since, and is at rest again
+    NO_ROOM = auto()  # refused: it is held because there is no room to save it
     DEAD = auto()  # refused: the machine is dead
     NOT_NOW = auto()  # refused: it is not in a phase for this
 
@@ -55,42 +56,46 @@ ORIGINS: Mapping[Origin, Ask] = MappingProxyType(
     }
 )
 
-_Row = Mapping[Phase | None, Step]
-_COLUMNS = (None, Phase.STARTING, Phase.RUNNING, Phase.WAKING, Phase.PAUSED, Phase.DEAD)
+_Table = Mapping[Ask, Mapping[Phase | None, Step]]
 
 
-def _row(text: str) -> _Row:
-    steps = [Step[name] for name in text.split()]
-    return MappingProxyType(dict(zip(_COLUMNS, steps, strict=True)))
+def _table(text: str) -> _Table:
+    """Return a table from text: phases in the first line, then a line for each kind of request."""
+    head, *lines = text.strip().splitlines()
+    phases = [None if one == "nothing" else Phase(one) for one in head.split()]
+    rows = {}
+    for line in lines:
+        ask, *steps = line.split()
+        row = dict(zip(phases, (Step[one] for one in steps), strict=True))
+        rows[Ask[ask]] = MappingProxyType(row)
+    return MappingProxyType(rows)
 
 
-# fmt: off
-NEWER: Mapping[Ask, _Row] = MappingProxyType({
-    #                         nothing      starting     running   waking    paused    dead
-    Ask.CREATE:        _row("START        REPLACE      REPLACE   REPLACE   REPLACE   REPLACE"),
-    Ask.FROM_SNAPSHOT: _row("START        REPLACE      ROLL_BACK ROLL_BACK ROLL_BACK ROLL_BACK"),
-    Ask.RESUME:        _row("NOTHING_HERE NOTHING_HERE TAKE      TAKE      RESUME    RESTART"),
-    Ask.RESTART:       _row("NOTHING_HERE NOTHING_HERE RESTART   RESTART   RESTART   RESTART"),
-    Ask.PAUSE:         _row("NOTHING_HERE DEAD         PAUSE     PAUSE     KEEP      DEAD"),
-    Ask.SAVE:          _row("NOTHING_HERE DEAD         SAVE      SAVE      SAVE      DEAD"),
-    Ask.OPEN:          _row("NOTHING_HERE " * 6),
-})
-"""The ask means a later incarnation than the one that is here."""
+NEWER = _table("""
+               nothing    starting   running    held       waking     paused     dead
+CREATE         START      REPLACE    REPLACE    REPLACE    REPLACE    REPLACE    REPLACE
+FROM_SNAPSHOT  START      REPLACE    ROLL_BACK  NO_ROOM    ROLL_BACK  ROLL_BACK  ROLL_BACK
+RESUME         ABSENT     ABSENT     TAKE       TAKE       TAKE       RESUME     RESTART
+RESTART        ABSENT     ABSENT     RESTART    RESTART    RESTART    RESTART    RESTART
+PAUSE          ABSENT     DEAD       PAUSE      NO_ROOM    PAUSE      KEEP       DEAD
+SAVE           ABSENT     DEAD       SAVE       NO_ROOM    SAVE       SAVE       DEAD
+OPEN           ABSENT     ABSENT     ABSENT     ABSENT     ABSENT     ABSENT     ABSENT
+""")
+"""The request means a later incarnation than the one that is here."""
 
-SAME: Mapping[Ask, _Row] = MappingProxyType({
-    #                         nothing      starting     running   waking    paused    dead
-    Ask.CREATE:        _row("START        REPLACE      KEEP      TAKE      OVERTAKEN DEAD"),
-    Ask.FROM_SNAPSHOT: _row("START        REPLACE      KEEP      TAKE      OVERTAKEN DEAD"),
-    Ask.RESUME:        _row("NOTHING_HERE NOTHING_HERE KEEP      TAKE      OVERTAKEN DEAD"),
-    Ask.RESTART:       _row("NOTHING_HERE NOTHING_HERE KEEP      TAKE      OVERTAKEN DEAD"),
-    Ask.PAUSE:         _row("NOTHING_HERE DEAD         PAUSE     PAUSE     KEEP      DEAD"),
-    Ask.SAVE:          _row("NOTHING_HERE DEAD         SAVE      SAVE      SAVE      DEAD"),
-    Ask.OPEN:          _row("NOTHING_HERE NOT_NOW      OPEN      NOT_NOW   NOT_NOW   NOT_NOW"),
-})
-"""The ask means the incarnation that is here."""
-# fmt: on
+SAME = _table("""
+               nothing    starting   running    held       waking     paused     dead
+CREATE         START      REPLACE    KEEP       KEEP       TAKE       OVERTAKEN  DEAD
+FROM_SNAPSHOT  START      REPLACE    KEEP       KEEP       TAKE       OVERTAKEN  DEAD
+RESUME         ABSENT     ABSENT     KEEP       KEEP       TAKE       OVERTAKEN  DEAD
+RESTART        ABSENT     ABSENT     KEEP       KEEP       TAKE       OVERTAKEN  DEAD
+PAUSE          ABSENT     DEAD       PAUSE      NO_ROOM    PAUSE      KEEP       DEAD
+SAVE           ABSENT     DEAD       SAVE       NO_ROOM    SAVE       SAVE       DEAD
+OPEN           ABSENT     NOT_NOW    OPEN       OPEN       NOT_NOW    NOT_NOW    NOT_NOW
+""")
+"""The request means the incarnation that is here."""
 
 
 def step_of(ask: Ask, phase: Phase | None, *, is_newer: bool) -> Step:
-    """Return what comes of an ask; see the module."""
+    """Return what is done about a request; see the tables."""
     return (NEWER if is_newer else SAME)[ask][phase]

@@ -1,9 +1,9 @@
-"""What a node wrote down about its machines, so that the next process finds them.
+"""The records of a node's machines, from which the next process adopts them.
 
     machines/<machine id>/resident.json   this record, readable by root alone
 
-A record is there before the first resource is taken and goes after the last is given back. A
-machine has an id of its own: it may have waited before a sandbox took it.
+A record is written before the first resource is acquired, and removed after the last is released. A
+machine has its own id, because it may have waited in the pool before a sandbox claimed it.
 """
 
 import json
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Record:
-    """One machine of a node, and the sandbox it serves, if it serves one.
+    """One machine of a node, and the sandbox it serves, if any.
 
-    `version` is the latest of the sandbox's row that a wish was made of. `mounted` is what of
-    others' files its guest has mounted, and how, for as long as it goes on.
+    `version` is the latest version of the sandbox's row that a request was made with. `mounted` is
+    the share that its guest has mounted.
 
-    `slot` is -1 while it has no place. `body` is the folder with what outlives its process. One
-    that runs beside a published state has not run on from there yet.
+    `slot` is -1 while it has no place. `body` names the folder with what outlives its process. A
+    running machine beside a published state has not run on from that state yet.
     """
 
     id: str
@@ -83,18 +83,18 @@ class Records:
         return self.machines_dir / machine_id
 
     def make_folder(self, machine_id: str) -> Path:
-        """Make the folder of a machine's files; others may pass through it, not look into it."""
+        """Make the folder of a machine's files. Other accounts may traverse it, but not list it."""
         folder = self.folder(machine_id)
         self.machines_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         folder.mkdir(mode=0o711, exist_ok=True)
         return folder
 
     def write(self, record: Record, *, syncs: bool = True) -> None:
-        """Write a record, whole or not at all.
+        """Write a record atomically.
 
-        What is in it is synced, its name is not: after the host's own end no machine lives, and a
-        state that was saved is found without it. Nor is what is in it without `syncs`, for machines
-        that nobody would miss: their record may then be found empty, and is as good as none.
+        Its content is synced, its name is not: after a crash of the host no machine lives, and a
+        saved state is found without it. Without `syncs` the content is not synced either, for
+        machines that nothing depends on: an empty record counts as none.
         """
         folder = self.make_folder(record.id)
         part = folder / "resident.json.part"
@@ -107,7 +107,7 @@ class Records:
         part.replace(folder / "resident.json")
 
     def all(self) -> list[Record]:
-        """Return every record that can be read; what cannot be is left alone and logged."""
+        """Return all readable records; unreadable ones are logged and left alone."""
         found = []
         for folder in self._folders():
             try:
@@ -119,7 +119,7 @@ class Records:
         return found
 
     def sweep(self) -> None:
-        """Remove folders without a record: a start that was broken off left them."""
+        """Remove folders without a record, which interrupted starts leave."""
         for folder in self._folders():
             record = folder / "resident.json"
             if not record.exists() or record.stat().st_size == 0:
@@ -142,9 +142,8 @@ class Records:
 
 
 def _record_of(values: Mapping[str, Any]) -> Record:
-    """Return the record that was written; one of an earlier version said `is_awake` in so many
-    words, and one of a later version may say more than is known here.
-    """
+    """Return the record that was written. Earlier versions wrote `is_awake` instead of a phase, and
+    later ones may write fields that are unknown here."""
     known = {one.name for one in fields(Record)}
     record = Record(**{name: value for name, value in values.items() if name in known})
     phase = Phase(record.phase)

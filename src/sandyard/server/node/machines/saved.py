@@ -1,12 +1,12 @@
-"""Saved machines on disk: sealed, so that one that was cut off or altered is never started.
+"""Saved machines on disk: sealed, so that a truncated or altered one is never started.
 
-    <folder>/device         the state of the devices; what is in it is the driver's own affair
+    <folder>/device         the state of the devices, in the driver's format
     <folder>/memory         the whole memory; a state that builds on another file has `pages`
-    <folder>/disk.ext4      the disk of that moment, where it does not stay with its machine
-    <folder>/manifest.json  what it is of, and each file's size and digest; signed
+    <folder>/disk.ext4      the disk at that moment, unless it stays with its machine
+    <folder>/manifest.json  what it belongs to, and each file's size and digest; signed
 
-A folder is made under another name and renamed when all of it is synced: whatever has its name is
-complete. The signature is made with the installation's key.
+A folder is written under another name and renamed after all of it is synced, so whatever has its
+final name is complete. The signature is made with the installation's key.
 """
 
 import hmac
@@ -34,9 +34,9 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class About:
-    """What a saved machine is of, and what it takes to go on with it.
+    """What a saved machine belongs to, and what it needs to be restored.
 
-    `token` is what the agent in it accepts. `host` names the kind of processor it was saved on.
+    `token` is what its agent accepts. `host` names the kind of CPU it was saved on.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class About:
 
 @dataclass(frozen=True)
 class SavedMachine:
-    """A saved machine whose seal is whole."""
+    """A saved machine whose manifest has been verified."""
 
     folder: Path
     about: About
@@ -79,15 +79,15 @@ class SavedMachine:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes on the host's disk."""
+        """The disk space it uses, in bytes."""
         return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
 
 
 def seal(folder: Path, about: About, *, key: bytes, beside: Iterable[Path] = ()) -> SavedMachine:
     """Sync the files in a folder, write their manifest, and sync that.
 
-    `beside` are files elsewhere that the state belongs to: too large to digest each time, they are
-    known again by size and time.
+    `beside` are files elsewhere that belong to the state. They are too large to digest each time,
+    and are recognized by size and modification time.
     """
     about = About(**{**asdict(about), "created_at": datetime.now(UTC).isoformat()})
     paths = sorted(folder.iterdir())
@@ -134,11 +134,10 @@ def load(folder: Path, *, key: bytes) -> SavedMachine:
 def check(saved: SavedMachine, *, whole: bool) -> None:
     """Return if every file is as it was sealed.
 
-    Size, time and inode are looked at; where they differ, or `whole` is asked for, what is in the
-    files decides.
+    Size, time and inode are compared. If they differ, or with `whole`, the content is verified.
 
     Raises:
-        DamagedError: a file is missing, cut off or altered.
+        DamagedError: a file is missing, truncated or altered.
     """
     for name, sealed in saved.files.items():
         path = saved.folder / name
@@ -157,13 +156,13 @@ def check(saved: SavedMachine, *, whole: bool) -> None:
 
 
 def publish(part: Path, folder: Path) -> None:
-    """Give a complete folder its name; from here on it counts."""
+    """Rename a complete folder to its final name."""
     part.rename(folder)
     sync_folder(folder.parent)
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes that a folder takes on disk; what it shares with others is not its own."""
+    """Return the bytes that a folder uses on disk, without what it shares with others."""
     size = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -177,7 +176,7 @@ def size_of(folder: Path) -> int:
 
 
 def withdraw(folder: Path, to: Path) -> None:
-    """Take a folder's name away, so that it no longer counts; what it held is then at `to`."""
+    """Rename a folder to `to`, so that it no longer counts."""
     shutil.rmtree(to, ignore_errors=True)
     try:
         folder.rename(to)
@@ -193,7 +192,7 @@ def remove(folder: Path, to: Path) -> None:
 
 
 def copy_state(source: SavedMachine | Saved, target: Path) -> None:
-    """Copy a state's own files, but for a whole memory, to a new folder."""
+    """Copy a state's own files, except a whole memory, to a new folder."""
     target.mkdir(mode=0o700)
     for path in source.folder.iterdir():
         if path.name in ("device", "pages"):
@@ -207,7 +206,7 @@ def _sync_files(paths: Iterable[Path]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have a folder's names on disk before returning."""
+    """Sync the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -233,7 +232,7 @@ def _is_as_sealed(path: Path, sealed: Mapping[str, int | str], key: bytes) -> bo
 
 
 def _key_of(salt: str, key: bytes) -> bytes:
-    """Return the key of one file: known to nobody who does not have the installation's."""
+    """Return the key for one file, derived from the installation's."""
     return hmac.new(key, b"sandyard saved file\0" + salt.encode(), sha256).digest()[:16]
 
 
@@ -243,7 +242,7 @@ def _signature(content: Mapping[str, object], key: bytes) -> str:
 
 
 def refuse_other(about: About, *, driver: str, version: str, host: str) -> None:
-    """Return if a state can be started by this driver, version and host.
+    """Return if a state can be restored with this driver, version and host.
 
     Raises:
         DamagedError: it cannot; the message says what differs.
@@ -260,9 +259,9 @@ def refuse_other(about: About, *, driver: str, version: str, host: str) -> None:
 
 
 class Seals:
-    """Seals saved machines with the installation's key, and knows which can be started here.
+    """Seals saved machines with the installation's key, and knows which can be restored here.
 
-    `host` names the kind of processor.
+    `host` names the kind of CPU.
     """
 
     def __init__(self, *, key: bytes, host: str, drivers: Drivers) -> None:
@@ -281,7 +280,7 @@ class Seals:
         return load(folder, key=self._key)
 
     async def check(self, saved: SavedMachine, *, whole: bool) -> None:
-        """Return if a saved machine is as it was and can be started here.
+        """Return if a saved machine is unaltered and can be restored here.
 
         Raises:
             DamagedError: it is not, or cannot.

@@ -1,4 +1,4 @@
-"""Brings a machine up: from cold until its agent answers, or from a saved state, held still."""
+"""Starts a machine: boots it until its agent answers, or restores it in a suspended state."""
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
@@ -44,10 +44,10 @@ class Kit:
 
     @property
     def saver(self) -> SavingDriver:
-        """The driver as one that saves machines.
+        """The driver, which can save machines.
 
         Raises:
-            UnavailableError: it does not.
+            UnavailableError: it cannot.
         """
         if not self.driver.capabilities.saves:
             raise UnavailableError(f"cannot restore a machine with {self.driver.name}")
@@ -56,10 +56,10 @@ class Kit:
 
 
 def kit_of(record: Record, means: Means) -> Kit:
-    """Return what the machine of a record is started with.
+    """Return the image and driver of a record's machine.
 
     Raises:
-        UnavailableError: it is not here.
+        UnavailableError: one of them is missing.
     """
     image, driver = means.images.find(record.image), means.drivers.named(record.driver)
     if image is None or driver is None:
@@ -72,7 +72,7 @@ def kit_of(record: Record, means: Means) -> Kit:
 async def spec_of(
     record: Record, body: Body, kit: Kit, place: Place, *, background: Entry | None
 ) -> MachineSpec:
-    """Return all that a driver needs, and lend the body to the account of the place."""
+    """Return the specification for the driver, and lend the body to the account of the place."""
     await in_thread(body.lend_to, place)
     return MachineSpec(
         name=record.id,
@@ -93,7 +93,7 @@ async def spec_of(
 
 
 async def restored(kit: Kit, spec: MachineSpec, body: Body, held: AsyncExitStack) -> SavingMachine:
-    """Return a machine where it stood still, and still does.
+    """Return a restored machine, which is still suspended.
 
     Raises:
         DamagedError: the saved state does not fit.
@@ -106,14 +106,14 @@ async def restored(kit: Kit, spec: MachineSpec, body: Body, held: AsyncExitStack
 
 
 async def _starved_s(machine: Machine) -> float:
-    """Return how many seconds a machine has waited for a processor that others had."""
+    """Return how many seconds a machine has waited for a busy CPU."""
     pid = int(machine.handle.get("pid", 0))
     return await in_thread(starved_s, pid) if pid else 0.0
 
 
 async def use_up(machine: Machine, limit_s: float, means: Means) -> None:
-    """Return after `limit_s`, not counting the time in which the machine waited for a processor.
-    Returns after ten times the limit in any case."""
+    """Return after `limit_s`, not counting the time in which the machine waited for a busy CPU.
+    Return after ten times the limit in any case."""
     clock = means.clock
     began, before = clock.monotonic(), await _starved_s(machine)
     while True:
@@ -125,13 +125,13 @@ async def use_up(machine: Machine, limit_s: float, means: Means) -> None:
 
 
 async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Means) -> None:
-    """Return once the agent of a machine that boots answers.
+    """Return once the agent of a booting machine answers.
 
-    What the machine waits for a processor that others have does not count against its limits, up
-    to ten times those: on an overloaded host that is most of the time.
+    Time in which the machine waits for a busy CPU does not count, up to ten times the limits: on an
+    overloaded host that is most of the time.
 
     Raises:
-        DeadlineExceededError: the guest makes no progress, or its time is over.
+        DeadlineExceededError: the guest makes no progress, or a limit is exceeded.
         InternalError: the machine ended.
     """
     clock, limits = means.clock, means.limits

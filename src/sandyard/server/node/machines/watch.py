@@ -1,4 +1,4 @@
-"""Watches over a running machine until it ends: its console, its stalls, its agent."""
+"""Watches a running machine until it ends: its console, its stalls, its agent."""
 
 import asyncio
 import logging
@@ -20,45 +20,34 @@ _SILENCES = 2  # in a row, before they are told
 
 
 class Pulse:
-    """What is known of a machine from moment to moment.
+    """What is known of a running machine from moment to moment.
 
-    It `is_held` while its node holds it still to save it, and `held_for` a reason until that has
-    passed; it has a `stall` where it stands still by itself, and it `is_silent` when its agent did
-    not answer several times.
+    It `is_held` while its node suspends it, has a `stall` if it stands still for another reason,
+    and `is_silent` if its agent did not answer several times in a row.
     """
 
     def __init__(self) -> None:
         self.is_held = False
         self.is_silent = False
         self.stall: End | None = None
-        self.held_for: End | None = None
         self.answered_at = 0.0
         self._missed = 0
 
     @property
     def stands_still(self) -> bool:
-        """Whether an agent cannot be expected to answer."""
-        return self.is_held or self.why_still is not None
-
-    @property
-    def why_still(self) -> End | None:
-        """Why it stands still, if it does so for long."""
-        return self.held_for or self.stall
-
-    def hold(self, *, is_held: bool) -> None:
-        """Note that the machine is held still, or no longer."""
-        self.is_held = is_held
+        """Whether the agent cannot be expected to answer."""
+        return self.is_held or self.stall is not None
 
     def answered(self, at: float) -> bool:
-        """Note that the agent answered; True if it was silent before."""
+        """Note that the agent answered; return True if it was silent before."""
         was_silent = self.is_silent
         self.answered_at, self._missed, self.is_silent = at, 0, False
         return was_silent
 
     def missed(self) -> bool:
-        """Note that the agent did not answer; True if it is silent from now on.
+        """Note that the agent did not answer; return True if it counts as silent from now on.
 
-        One that was held still while it was asked could not.
+        A machine that was suspended while it was asked could not answer.
         """
         if self.stands_still:
             return False
@@ -67,13 +56,14 @@ class Pulse:
         return self.is_silent and not was_silent
 
     def note_stall(self, stall: End | None) -> bool:
-        """Note why the machine stands still, if it does; True if that is new."""
+        """Note why the machine stands still, or None; return True if that has changed."""
         was, self.stall = self.stall, stall
         return was != stall
 
     def forget(self) -> None:
-        """Know nothing any more: the machine is gone."""
-        self.is_silent, self.stall, self.held_for, self._missed = False, None, None, 0
+        """Reset everything: the process has ended."""
+        self.is_held = self.is_silent = False
+        self.stall, self._missed = None, 0
 
 
 async def watch(
@@ -84,8 +74,8 @@ async def watch(
     link_of: Callable[[], AgentLink | None],
     on_answer: Callable[[], None],
 ) -> End:
-    """Return how a machine ended, once it has; `on_answer` is told of each beat that its agent
-    answered."""
+    """Return how a machine ended, once it has. `on_answer` is called for each heartbeat that its
+    agent answered."""
     async with beside(end_of(machine)) as ending, beside(_beat(pulse, means, link_of, on_answer)):
         while not ending.done():
             halted = await look(machine, body, pulse, means)
@@ -99,30 +89,30 @@ async def watch(
 
 
 async def look(machine: Machine, body: Body, pulse: Pulse, means: Means) -> End | None:
-    """Take in what a machine prints and whether it stands still.
+    """Read what a machine has printed, and note whether it stands still.
 
-    Returns its end where it says that it has halted and seems to have; its agent may know better.
+    Return its end if its console says that it has halted; its agent may show otherwise.
     """
     try:
         body.append_console(await machine.console())
-        if pulse.held_for is not None:  # it goes on when its node lets it
+        if pulse.is_held:  # that is no stall
             return None
         stall = await machine.stall()
         if stall is not None and stall.code == POWERED_OFF:
             return stall
         if pulse.note_stall(stall):
             means.on_change()
-    except Exception:  # what one look does must not leave a machine unwatched
-        log.exception("a look at a machine failed; looking again soon")
+    except Exception:  # one failure must not leave the machine unwatched
+        log.exception("cannot check a machine; retrying")
     return None
 
 
 async def _is_there(link: AgentLink | None, means: Means) -> bool:
-    """Tell whether a machine's agent answers; one that cannot be asked now may do so later."""
+    """Tell whether a machine's agent answers; if that cannot be found out now, assume so."""
     try:
         return link is None or await _answers(link, means)
-    except Exception:  # as for a look
-        log.exception("a machine's agent could not be asked; asking again soon")
+    except Exception:  # as above
+        log.exception("cannot ask the agent of a machine; retrying")
         return True
 
 
@@ -132,7 +122,7 @@ async def _beat(
     link_of: Callable[[], AgentLink | None],
     on_answer: Callable[[], None],
 ) -> None:
-    """Ask the agent now and then whether it is there."""
+    """Send heartbeats to the agent."""
     while True:
         await means.clock.sleep(means.limits.heartbeat_s)
         link = link_of()
@@ -144,18 +134,18 @@ async def _beat(
                 on_answer()
             else:
                 has_changed = pulse.missed()
-        except Exception:  # as for a look; what the host lacks for a moment says nothing of it
-            log.exception("a machine's agent could not be asked; asking again soon")
+        except Exception:  # as above; a shortage on the host says nothing about the guest
+            log.exception("cannot ask the agent of a machine; retrying")
             continue
         if has_changed:
             means.on_change()
 
 
 async def _answers(link: AgentLink, means: Means) -> bool:
-    """Tell whether an agent answers as one should; whatever else it says, it is a hostile guest."""
+    """Tell whether an agent answers as it should; an error in the answer is no answer."""
     try:
         await link.ask(Hello(), limit_s=means.patience(means.limits.heartbeat_s))
-    except ConflictError:  # the machine has ended, which its watch will tell
+    except ConflictError:  # the machine has ended, which the caller notices
         return True
     except SandyardError:
         return False
@@ -163,8 +153,8 @@ async def _answers(link: AgentLink, means: Means) -> bool:
 
 
 async def end_of(machine: Machine) -> End:
-    """Return how a machine ended; a wait that fails is told as its end."""
+    """Return how a machine ended; a wait that fails counts as its end."""
     try:
         return await machine.wait()
-    except Exception as error:  # noqa: BLE001 - raised here it would end what waits beside it
+    except Exception as error:  # noqa: BLE001 - raised here it would end concurrent work
         return End("machine_died", f"the machine can no longer be watched: {error}")

@@ -3,7 +3,7 @@
     goldens/<key>/    a saved machine; the key is made of all that must be the same to start from it
 
 Every sandbox of that shape is a clone of it. One that does not fit this host, or is not as it was
-saved, is never used; it is removed and made anew.
+saved, is never used; it is removed and replaced.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.machines.saved import SavedMachine
 from sandyard.server.node.stock.turns import Rank, Turns
-from sandyard.server.tasks import in_thread, to_the_end
+from sandyard.server.tasks import Task, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Goldens:
         self._has_room = has_room
         self._known: dict[Kind, SavedMachine] = {}
         self._failed_at: dict[Kind, float] = {}
-        self._making: dict[Kind, asyncio.Task[None]] = {}
+        self._making: dict[Kind, Task] = {}
         self._looked: dict[Kind, asyncio.Lock] = {}
         self._used_at: dict[Kind, float] = {}
         self._is_open = False
@@ -266,7 +266,7 @@ class Goldens:
         self._ledger.enter(resident)
         try:
             await resident.make_body(None)
-            await resident.raise_up()
+            await resident.process.bring_up()
             limit_s = self._means.patience(WARMUP_LIMIT_S)
             await resident.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
             # It takes a processor that is emulated two seconds, and clones have it done.
@@ -274,13 +274,13 @@ class Goldens:
             for command in definition.warmup * _WARMUP_ROUNDS:
                 await _warm_up(resident, command, limit_s=limit_s)
             # What its kernel still has to do after that (journal, old connections, memory to free)
-            # every clone would do anew, all of them at the moment when somebody waits.
+            # every clone would do again, just when a request waits for it.
             await _warm_up(resident, "sync", limit_s=limit_s)
             resident.guest.let_go()
             await self._means.clock.sleep(self._means.limits.golden_rest_s)
             folder = self._folder / await self._name(kind, driver)
             await in_thread(shutil.rmtree, folder, ignore_errors=True)
-            return await resident.snapshot(folder, kind="golden")
+            return await resident.saving.snapshot(folder, kind="golden")
         finally:
             self._ledger.leave(resident)
             await to_the_end(resident.end(removes=True))

@@ -191,7 +191,7 @@ class Pool:
         """Keep the shelves filled during the block; its end empties them."""
         try:
             async with Crew() as crew:
-                crew.start(self._keep(crew), "the pool is looked after no longer")
+                crew.start(self._keep(crew), "the pool is no longer filled")
                 yield
         finally:
             self._background.let_go()
@@ -203,9 +203,9 @@ class Pool:
             try:
                 await self._look(crew)
             except SandyardError as error:
-                log.warning("the pool could not be looked after: %s", error.message)
+                log.warning("cannot fill the pool: %s; retrying", error.message)
             except Exception:  # as for a start: the node lives on
-                log.exception("the pool could not be looked after")
+                log.exception("cannot fill the pool; retrying")
             try:
                 async with self._means.clock.timeout(self._period_s()):
                     await self._wake.wait()
@@ -272,7 +272,7 @@ class Pool:
         room = min(target - len(shelf.members), _ROUNDS_AT_ONCE) - shelf.coming
         for _ in range(room):
             shelf.coming += 1
-            crew.start(self._add(shelf), "the pool could not be filled")
+            crew.start(self._add(shelf), "cannot add a machine to the pool")
 
     def _is_put_off(self, shelf: _Shelf, now: float, *, is_short: bool) -> bool:
         """Tell whether filling a shelf can wait for a limited time: while creates follow each other
@@ -338,7 +338,7 @@ class Pool:
         unfinished.push_async_callback(lambda: to_the_end(self._discard(one)))
         try:
             await one.make_body(golden)
-            await one.raise_up(token=golden.about.token, background=entry)
+            await one.process.bring_up(token=golden.about.token, background=entry)
         except DamagedError as error:
             await self._goldens.discard(kind, error.message)
             raise
@@ -350,14 +350,14 @@ class Pool:
         # Twice: the second is what will be asked for when it is claimed.
         for was in (Was.NOBODYS, Was.UNIQUE):
             limit_s = _STOPPED * self._means.patience(WAKE_LIMIT_S)
-            async with beside(one.break_when_it_is_stuck(limit_s)):
+            async with beside(one.process.raise_when_it_is_stuck(limit_s)):
                 await one.set_up(wish, was=was, limit_s=limit_s * _PATIENCE)
         for _ in range(_EXERCISE_ROUNDS):
             limit_s = _STOPPED * self._means.patience(_LIMIT_S)
             for command in _EXERCISES:
-                async with beside(one.break_when_it_is_stuck(limit_s)):
+                async with beside(one.process.raise_when_it_is_stuck(limit_s)):
                     await one.guest.run(command, limit_s=limit_s * _PATIENCE)
-            async with beside(one.break_when_it_is_stuck(limit_s)):
+            async with beside(one.process.raise_when_it_is_stuck(limit_s)):
                 await one.guest.rehearse_mount()
 
     async def _finish(self, shelf: _Shelf, one: Resident) -> None:
@@ -366,13 +366,13 @@ class Pool:
             try:
                 await one.guest.run(command, limit_s=self._means.patience(WARMUP_LIMIT_S))
             except UnavailableError as error:  # it is good all the same, if it answers below
-                log.warning("the warm-up command %r was not of use: %s", command, error.message)
+                log.warning("the warm-up command %r failed: %s", command, error.message)
         await one.guest.settle_clock()
-        await one.enter(Phase.WAITING)
+        await one.current.enter(Phase.WAITING)
         if self._shelves.get(shelf.kind) is not shelf:  # the template has another image by now
             await to_the_end(self._discard(one))
             return
-        one.watch(lambda end: self._on_end(shelf, one, end))
+        one.process.watch(lambda end: self._on_end(shelf, one, end))
         one.guest.keep_spare()
         shelf.members.append(one)
         shelf.failures = 0
@@ -389,10 +389,10 @@ class Pool:
             yield command
 
     def _on_end(self, shelf: _Shelf, one: Resident, end: End) -> None:
-        log.warning("a machine of the pool ended while it waited: %s", end.message)
+        log.warning("a machine of the pool has ended: %s", end.message)
         if one in shelf.members:
             shelf.members.remove(one)
-            self._means.crew.start(self._discard(one), "a machine of the pool cannot be removed")
+            self._means.crew.start(self._discard(one), "cannot remove a machine of the pool")
             self.nudge()
 
     async def _discard(self, one: Resident) -> None:

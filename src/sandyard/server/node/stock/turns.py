@@ -14,7 +14,7 @@ from enum import IntEnum
 class Rank(IntEnum):
     """The urgency of a start; lower values go first."""
 
-    ASKED = 0  # somebody waits for it
+    ASKED = 0  # a request waits for it
     AHEAD = 1  # for the pool
     GOLDEN = 2
 

@@ -221,7 +221,7 @@ class Billing:
         if not isinstance(told, Reversal):
             return await self._post(told)
         # What the provider said may be old by the time that it is posted, and another event may
-        # have posted what is newer. Whoever posts last asks once more after that.
+        # have posted what is newer. The last to post asks once more after that.
         async with self._reversing:
             has_posted = False
             for _ in range(_LOOKS_MAX):

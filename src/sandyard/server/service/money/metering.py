@@ -129,7 +129,7 @@ class Meter:
         if org_id in self._topping:
             return _PERIOD_S
         if (wish := await self._wish_due(reading)) is not None:
-            # It may take minutes, and nobody else waits for it.
+            # It may take minutes, and nothing else waits for it.
             self._topping.add(org_id)
             work = self._top_up(wish)
             if self._tasks is None:
@@ -173,7 +173,7 @@ class Meter:
             account = await tx.credits.account(org_id)
             used = account.carried + compute.added + storage.added
             left = account.balance_cents * MICROS - used
-            # Once nothing goes on, nobody may look at this account again for long.
+            # Without usage, this account may not be looked at again for long.
             is_last = not compute.going and not storage.going
             is_full = (posts or is_last) and abs(used) >= MICROS
             if compute.settles or storage.settles or is_full:

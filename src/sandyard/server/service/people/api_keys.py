@@ -142,7 +142,7 @@ class ApiKeys:
                 await _check_project(tx, actor, project_id)
                 key = replace(key, project_id=project_id)
             if expires_in is not None:
-                # Longer than the credential that asks it lives for nobody.
+                # A new key must not outlive the credential that creates it.
                 until = _expiry(expires_in, self._clock.now())
                 key = replace(key, expires_at=await self._no_longer_than(tx, actor, until))
             await tx.keys.replace(key)

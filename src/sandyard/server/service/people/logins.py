@@ -37,7 +37,7 @@ UNCLEAR = (
     "a name alone does not say whose sandbox is meant; log in as <name>.<organization's slug>, or "
     "with the sandbox's id"
 )
-"""What is said to whoever logs in with a bare name that several organizations may use."""
+"""The message for a login with a bare name that several organizations may use."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class SignIn:
         user = await tx.users.find(external_id=session.subject)
         if user is not None:
             return user
-        # An address that the provider does not vouch for may be anybody's.
+        # An address that the provider has not verified may belong to another person.
         email = session.email.lower() if session.email and session.is_email_verified else None
         if email is not None and email.endswith(_MADE_UP):
             email = None
@@ -189,7 +189,7 @@ class SignIn:
             user,
             sign_up=self._sign_up,
             at=now,
-            # Whoever comes first to an organization that nobody was in runs it, unless told not to.
+            # The first member of an organization becomes its owner, unless configured otherwise.
             role=self._role(session) or "admin",
             external_id=session.org,
             is_granted=not theirs,

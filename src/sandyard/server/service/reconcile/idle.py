@@ -40,7 +40,7 @@ class Idleness:
         return self._clock.now() - last_used(sandbox) >= timedelta(seconds=sandbox.idle_timeout_s)
 
     async def is_idle(self, sandbox: Standing) -> bool:
-        """Tell whether a sandbox that is due is also not busy by itself. If it is busy, store that
+        """Tell whether a sandbox that is due is also not busy on its own. If it is busy, store that
         as a use."""
         if not await self._is_busy(sandbox):
             return True

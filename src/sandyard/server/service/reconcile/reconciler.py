@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 
 from sandyard.server.core.contracts.node import NodeControl
 from sandyard.server.core.contracts.store import Hold, Turn
@@ -31,7 +32,7 @@ from sandyard.server.service.reconcile.shares import Shares
 from sandyard.server.service.reconcile.work import Work
 from sandyard.server.service.sandboxes.lifecycle import WORK
 from sandyard.server.service.sandboxes.platform import Platform
-from sandyard.server.tasks import Crew, beside
+from sandyard.server.tasks import Crew, Task, attended
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Reconciler:
                 pass
 
     def let_go(self, sandbox_id: str, hold: Hold) -> None:
-        """Release a lease in the background, if it was written and nobody works under it."""
+        """Release a lease in the background, if it was written and is not in use."""
         self._crew.start(self._let_go(sandbox_id, hold), "a lease was not given back", quietly=True)
 
     async def _let_go(self, sandbox_id: str, hold: Hold) -> None:
@@ -144,7 +145,7 @@ class Reconciler:
         if was_held:
             self._bus.hint(WORK)
 
-    def _begin(self, claim: Claim) -> "asyncio.Task[None] | None":
+    def _begin(self, claim: Claim) -> Task | None:
         task = self._crew.start(
             self._carry_out(claim), "unexpected error while working on a sandbox; retrying"
         )
@@ -192,8 +193,14 @@ class Reconciler:
         return claims
 
     async def _carry_out(self, claim: Claim) -> None:
+        """Work on a sandbox for as long as its lease can be extended."""
         try:
-            await self._under_lease(claim)
+            await attended(
+                self._work.on(claim),
+                partial(self._extend, claim),
+                every_s=self._pace.lease_s / 3,
+                clock=self._clock,
+            )
         except ConflictError:
             log.debug(
                 "the sandbox changed meanwhile; dropping the work",
@@ -207,50 +214,33 @@ class Reconciler:
             )
             is_lost = self._nodes.is_lost(claim.sandbox.node_id)
             await self._try_again_later(claim, self._pace.lost_s if is_lost else None)
-        except Exception:  # the loop must continue after any error
-            log.exception(
-                "unexpected error while working on a sandbox; retrying",
-                extra={"sandbox_id": claim.sandbox.id},
-            )
+        except Exception:  # the crew logs it
             await self._try_again_later(claim)
+            raise
 
     async def _try_again_later(self, claim: Claim, after_s: float | None = None) -> None:
         lasts = timedelta(seconds=self._pace.retry_s if after_s is None else after_s)
         try:
             async with self._store.write(Turn.BESIDE) as tx:
                 await tx.leases.extend(claim.sandbox.id, lease=claim.lease, lasts=lasts)
-        except Exception:  # as above; the lease expires
-            log.exception("cannot shorten a lease; it will expire")
+        except UnavailableError:
+            log.warning("cannot shorten a lease; it will expire")
 
-    async def _under_lease(self, claim: Claim) -> None:
-        """Do the work for as long as the lease can be extended."""
-        async with beside(self._trouble_with(claim)) as task:
-            while not task.done():
-                try:
-                    async with self._clock.timeout(self._pace.lease_s / 3):
-                        await asyncio.wait([task])
-                except TimeoutError:
-                    if not await self._extend(claim):
-                        raise ConflictError("the lease was lost to another server") from None
-        if (trouble := task.result()) is not None:
-            raise trouble
+    async def _extend(self, claim: Claim) -> None:
+        """Extend a lease.
 
-    async def _trouble_with(self, claim: Claim) -> SandyardError | None:
-        """Do the work, and return its error instead of raising it in the task."""
-        try:
-            await self._work.carry_out(claim)
-        except SandyardError as error:
-            return error
-        return None
-
-    async def _extend(self, claim: Claim) -> bool:
+        Raises:
+            ConflictError: another server has it.
+        """
         try:
             async with self._store.write(Turn.BESIDE) as tx:
-                return await tx.leases.extend(
+                is_held = await tx.leases.extend(
                     claim.sandbox.id, lease=claim.lease, lasts=self._lasts
                 )
         except UnavailableError:
-            return True  # not known to be lost; the guard on every write decides
+            return  # not known to be lost; the guard on every write decides
+        if not is_held:
+            raise ConflictError("the lease was lost to another server")
 
     async def _expire_unplaced(self, _: bool) -> None:
         """Delete sandboxes that have reached their end and are on no node, and so in no report."""

@@ -40,7 +40,7 @@ grep -vF {keys} <"$f" >"$n"
 
 
 class Revoking:
-    """See the module."""
+    """Removes revoked keys."""
 
     def __init__(self, *, store: Store, tunnel: NodeTunnel, clock: Clock) -> None:
         self._store = store

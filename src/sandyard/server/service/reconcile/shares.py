@@ -13,7 +13,7 @@ LASTS: Final = timedelta(seconds=6)
 
 
 class Shares:
-    """Takes over nodes that nobody compares, and a fair share from the control plane that compares
+    """Takes over nodes that no control plane compares, and a fair share from the one that compares
     most.
 
     There is no list of control planes. A new one has no nodes, and takes nodes until it has as many
@@ -40,7 +40,7 @@ class Shares:
         counts = Counter(one.compared_by for one in nodes if one.is_compared)
         counts.pop(self._server_id, None)
         if not self._roster.can_hear():
-            # It can ask no node anything. Whoever can is to have them; if nobody can, there is
+            # It reaches no node. Servers that do take them over; if there is none, there is
             # still what only the store is needed for.
             rest = {one.id for one in nodes if one.is_compared} & self._held(nodes)
             self.own = frozenset(rest) | await self._take(free, free_for=LASTS)

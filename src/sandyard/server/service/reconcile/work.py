@@ -1,6 +1,7 @@
 """Works on one sandbox: has its node do what its status requires, and stores the outcome."""
 
 import logging
+from collections.abc import Coroutine
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -53,26 +54,25 @@ class Work:
         self._clock = platform.clock
         self._start_limit_s = start_limit_s
 
-    async def carry_out(self, claim: Claim) -> None:
-        """Do what the sandbox's status requires.
+    def on(self, claim: Claim) -> Coroutine[object, object, None]:
+        """Return the work that a sandbox's status requires.
 
-        Raises:
-            ConflictError: the sandbox has changed meanwhile.
-            UnavailableError: not now; retry.
+        It raises ConflictError if the sandbox has changed meanwhile, and UnavailableError if it
+        must be retried.
         """
         match claim.sandbox.status:
             case Status.PENDING:
-                await self._place(claim)
+                return self._place(claim)
             case Status.CREATING:
-                await self._bring_up(claim)
+                return self._bring_up(claim)
             case Status.RESUMING:
-                await self._bring_back(claim)
+                return self._bring_back(claim)
             case Status.PAUSING:
-                await self._pause(claim)
+                return self._pause(claim)
             case Status.DESTROYING:
-                await self._take_down(claim)
-            case _:
-                log.error("no work defined for status %s", claim.sandbox.status)
+                return self._take_down(claim)
+            case status:
+                raise AssertionError(f"a sandbox that is {status} requires no work")
 
     # --- up -------------------------------------------------------------------------------
 

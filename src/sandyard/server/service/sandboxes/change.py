@@ -101,7 +101,7 @@ class Sandboxes:
     async def delete(self, actor: Actor, reference: str, *, wait: bool) -> Sandbox:
         """Delete a sandbox in any status; with `wait`, wait until it is gone.
 
-        A sandbox on a lost node is deleted when the node returns; nobody waits for that.
+        A sandbox on a lost node is deleted when the node returns; this does not wait for that.
 
         Raises:
             NotFoundError: see `get`.
@@ -109,29 +109,31 @@ class Sandboxes:
         """
         actor.require("sandbox:write")
 
-        async def attempt(now: Sandbox) -> Sandbox | None:
-            if now.status in _ENDING:
-                return now
-            # The name of one that was lost may be another's by now.
-            name = None if now.status is Status.ORPHANED else now.name
-            with holding(self._worker, now.id) as hold:
-                ending = await self._lifecycle.apply(
-                    now, Event.DELETE, actor=actor, hold=hold, name=name
-                )
-            if ending is not None:
-                await self._worker.take_up(Claim(ending, hold.lease), limit_s=0)
-            return ending
-
         found = await self._register.get(actor, reference)
-        try:
-            sandbox = await self._register.unless_changed(found, attempt, doing="delete")
-        except NotFoundError:  # somebody else has just deleted it
-            return await self._register.reread(found.id)
+        attempts, sandbox = self._register.attempts(found, doing="delete"), None
+        while sandbox is None:
+            try:
+                now = await attempts.next()
+            except NotFoundError:  # another request has just deleted it
+                return await self._register.reread(found.id)
+            sandbox = now if now.status in _ENDING else await self._ending(now, actor)
         if not wait or self._nodes.is_lost(sandbox.node_id):
             return sandbox
         return await self._register.wait_for(
             sandbox, frozenset({Status.DESTROYED}), limit_s=self._waits.delete_s
         )
+
+    async def _ending(self, sandbox: Sandbox, actor: Actor) -> Sandbox | None:
+        """Begin to delete a sandbox; return None if it has changed meanwhile."""
+        # An orphan's name may belong to another sandbox by now.
+        name = None if sandbox.status is Status.ORPHANED else sandbox.name
+        with holding(self._worker, sandbox.id) as hold:
+            ending = await self._lifecycle.apply(
+                sandbox, Event.DELETE, actor=actor, hold=hold, name=name
+            )
+        if ending is not None:
+            await self._worker.take_up(Claim(ending, hold.lease), limit_s=0)
+        return ending
 
     async def pause(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
         """Pause a running sandbox. Return at once if it is paused.
@@ -195,14 +197,14 @@ class Sandboxes:
         if not fields and changes.expires_in is None and changes.pauses_at_end is None:
             return sandbox
 
-        async def attempt(now: Sandbox) -> Sandbox | None:
+        attempts, changed = self._register.attempts(sandbox, doing="change"), None
+        while changed is None:
+            now = await attempts.next()
             end = _end(now, changes, self._clock.now())
-            return await self._lifecycle.change(
+            changed = await self._lifecycle.change(
                 now, actor=actor, retag="tags" in fields, check=check_project, **fields, **end
             )
-
-        sandbox = await self._register.unless_changed(sandbox, attempt, doing="change")
-        return await self._register.reread(sandbox.id)
+        return await self._register.reread(changed.id)
 
     async def _fields(self, actor: Actor, changes: Changes) -> dict[str, object]:
         """Return the new values, by field."""

@@ -118,19 +118,16 @@ class Creation:
         """
         actor.require("sandbox:create")
         async with self._repeats.turn(actor, request):
-            return await self._create(actor, wish, request)
-
-    async def _create(self, actor: Actor, wish: NewSandbox, request: Repeatable | None) -> Sandbox:
-        if (made := await self._made_before(actor, request)) is not None:
-            return made
-        sandbox, placed = await self._new(actor, wish)
-        with holding(self._worker, sandbox.id) as hold:
-            made = await self._written(actor, sandbox, wish, request, hold)
-        if made.id != sandbox.id:
-            return made
-        limit_s = self._pooled_wait_s if placed.is_waiting else 0
-        await self._worker.take_up(Claim(made, hold.lease), limit_s=limit_s)
-        return await self._register.reread(made.id) if placed.is_waiting else made
+            if (made := await self._made_before(actor, request)) is not None:
+                return made
+            sandbox, placed = await self._new(actor, wish)
+            with holding(self._worker, sandbox.id) as hold:
+                made = await self._written(actor, sandbox, wish, request, hold)
+            if made.id != sandbox.id:
+                return made
+            limit_s = self._pooled_wait_s if placed.is_waiting else 0
+            await self._worker.take_up(Claim(made, hold.lease), limit_s=limit_s)
+            return await self._register.reread(made.id) if placed.is_waiting else made
 
     async def _written(
         self,

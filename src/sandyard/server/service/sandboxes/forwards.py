@@ -22,7 +22,7 @@ _LISTEN = Use("ssh", "", "listen in", is_told=False)
 
 
 class Forwards:
-    """See the module."""
+    """Connects and listens in sandboxes."""
 
     def __init__(self, reach: Reach, clock: Clock) -> None:
         self._reach = reach

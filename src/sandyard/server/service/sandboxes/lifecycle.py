@@ -114,7 +114,7 @@ class Lifecycle:
             changed = replace(changed, expires_at=now + _PAUSE_AGAIN)
         async with self._store.write(sandbox.org_id) as tx:
             if check is not None:
-                # Whoever lost a race is not refused for what the winner took.
+                # The loser of a race is not refused for what the winner took.
                 if not await is_current(tx, sandbox):
                     return None
                 await check(tx)
@@ -160,7 +160,7 @@ class Lifecycle:
             stored = await tx.sandboxes.replace(changed, retag=retag)
             if stored is not None:
                 await tx.activity.append(_line(stored, "sandbox.updated", actor, _UPDATED))
-        self._bus.hint(WORK)  # whoever worked on it has lost the lease
+        self._bus.hint(WORK)  # the server that worked on it has lost its lease
         return stored
 
     async def note_reason(self, sandbox: Sandbox, reason: Reason | None) -> None:

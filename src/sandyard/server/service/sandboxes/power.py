@@ -74,8 +74,9 @@ class Power:
         """
         until = until or Deadline(self._clock, self._waits.pause_s)
         done = {Status.PAUSED} if wait else {Status.PAUSED, Status.PAUSING}
-
-        async def attempt(now: Sandbox) -> Sandbox | None:
+        attempts = self._register.attempts(sandbox, doing="pause")
+        while True:
+            now = await attempts.next()
             if now.status is Status.PAUSING and wait:
                 now = await self._left(now, Status.PAUSING, until)
                 if now.status is Status.RUNNING:
@@ -87,15 +88,14 @@ class Power:
             with holding(self._worker, now.id) as hold:
                 pausing = await self._lifecycle.apply(now, Event.PAUSE, actor=actor, hold=hold)
             if pausing is None:
-                return None
+                continue
             claim = Claim(pausing, hold.lease)
             await self._worker.take_up(claim, limit_s=until.left_s if wait else 0)
             now = await self._register.reread(now.id)
             if now.status is Status.RUNNING and now.reason:
                 raise not_done(now, "pause")
-            return now if now.status in done else None
-
-        return await self._register.unless_changed(sandbox, attempt, doing="pause")
+            if now.status in done:
+                return now
 
     async def resume(self, sandbox: Sandbox, actor: Actor, *, wait: bool = True) -> Sandbox:
         """Resume a paused sandbox, or boot one in error from its disk.
@@ -141,9 +141,9 @@ class Power:
         until = until or self.deadline()
         done = {Status.RUNNING} if wait else {Status.RUNNING, Status.RESUMING}
         asked_for = 0  # the incarnation that this call has brought about, if any
-
-        async def attempt(now: Sandbox) -> Sandbox | None:
-            nonlocal asked_for
+        attempts = self._register.attempts(sandbox, doing=doing)
+        while True:
+            now = await attempts.next()
             if now.status is Status.PAUSING:
                 now = await self._left(now, Status.PAUSING, until)
             # Any resume will do for a resume; what goes back to a snapshot is this very one.
@@ -157,7 +157,7 @@ class Power:
             if now.status not in (_HAS_DISK if event is Event.RESTART else _AT_REST):
                 raise refusal(now, doing=doing)
             if await self._nodes.is_still_lost(now.node_id):
-                # It would come up, and cost, whenever that returns, with nobody waiting for it.
+                # It would start, and cost, when the node returns, with no request waiting for it.
                 raise UnavailableError(
                     f"cannot {doing} {now.id}: the node that it is on does not answer; it is "
                     f"{now.status} as before, ask again when that is back"
@@ -174,16 +174,15 @@ class Power:
                     **_source(event, snapshot_id, now),
                 )
             if resuming is None:
-                return None
+                continue
             asked_for = resuming.incarnation
             claim = Claim(resuming, hold.lease)
             await self._worker.take_up(claim, limit_s=until.left_s if wait else 0)
             now = await self._register.reread(now.id)
             if now.status in _AT_REST:
                 raise not_done(now, doing)
-            return now if now.status in done else None
-
-        return await self._register.unless_changed(sandbox, attempt, doing=doing)
+            if now.status in done:
+                return now
 
     async def until_up(self, sandbox: Sandbox, *, limit_s: float) -> Sandbox:
         """Return a sandbox once it is no longer starting, or as it is at the limit."""

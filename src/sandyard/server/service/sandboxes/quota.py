@@ -34,7 +34,7 @@ class Quota:
         self._enforces = enforces
 
     def check_shape(self, actor: Actor, shape: Shape) -> None:
-        """Refuse a sandbox that exceeds an organization's total limits by itself.
+        """Refuse a sandbox that exceeds an organization's total limits on its own.
 
         Raises:
             InvalidArgumentError: it does; `facts` name the field and the limit.

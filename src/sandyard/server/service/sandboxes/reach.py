@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Generic
 
-from sandyard.server.core.contracts.node import ByteStream, Opened
+from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import ConflictError, SandyardError
 from sandyard.server.core.ops import AnswerT, Operation
@@ -124,23 +124,22 @@ class Reach:
         sandbox = await self._register.get(actor, reference)
         until = self._power.deadline()
         async with AsyncExitStack() as held:
-
-            async def attempt(now: Sandbox) -> tuple[Sandbox, Opened[AnswerT]] | None:
-                now = await self._power.running(now, actor, doing=use.doing, until=until)
-                # Before it starts: what cannot be written to the audit log is not done, and is not
-                # done twice by a caller who tries again.
-                if not await self._is_noted(actor, now, use):
-                    return None
-                opening = self._tunnel.open(ref_of(now), operation)
+            attempts, opened = self._register.attempts(sandbox, doing=use.doing), None
+            while opened is None:
+                sandbox = await self._power.running(
+                    await attempts.next(), actor, doing=use.doing, until=until
+                )
+                # First, so that nothing happens that the audit log cannot record, and nothing
+                # happens twice if the caller tries again.
+                if not await self._is_noted(actor, sandbox, use):
+                    continue
+                opening = self._tunnel.open(ref_of(sandbox), operation)
                 try:
-                    return now, await held.enter_async_context(opening)
+                    opened = await held.enter_async_context(opening)
                 except ConflictError:
-                    # Paused at this very moment? Then it is resumed, and nothing was started yet.
-                    if (await self._register.reread(now.id)).version == now.version:
+                    # If it was paused at this moment, nothing was started: resume it.
+                    if (await self._register.reread(sandbox.id)).version == sandbox.version:
                         raise
-                    return None
-
-            sandbox, opened = await self._register.unless_changed(sandbox, attempt, doing=use.doing)
             began = self._clock.monotonic()
             stream = GuestStream(opened.stream, sandbox, self._pace)
             if operation.used_by_bytes:

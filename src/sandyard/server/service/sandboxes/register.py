@@ -1,6 +1,6 @@
 """Finds sandboxes that an actor may see, and waits for changes of their status."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import TypeVar
 
 from sandyard.server.core.contracts.bus import Bus
@@ -73,31 +73,9 @@ class Register:
             raise NotFoundError(f"cannot find the sandbox {sandbox_id}")
         return sandbox
 
-    async def unless_changed(
-        self,
-        sandbox: Sandbox,
-        attempt: Callable[[Sandbox], Awaitable[_T | None]],
-        *,
-        doing: str,
-    ) -> _T:
-        """Call `attempt` with a sandbox. If it returns None, the row has changed: retry with the
-        new row.
-
-        Raises:
-            NotFoundError: it was deleted meanwhile.
-            UnavailableError: it changes constantly.
-            What `attempt` raises.
-        """
-        for _ in range(_TRIES):
-            done = await attempt(sandbox)
-            if done is not None:
-                return done
-            sandbox = await self.reread(sandbox.id)
-            if sandbox.status is Status.DESTROYED:
-                raise NotFoundError(f"cannot find the sandbox {sandbox.id}: it has been deleted")
-        raise UnavailableError(
-            f"cannot {doing} {sandbox.id} now: others change it all the time; ask again"
-        )
+    def attempts(self, sandbox: Sandbox, *, doing: str) -> "Attempts":
+        """Return the attempts of an operation that is repeated if the row changes under it."""
+        return Attempts(self, sandbox, doing)
 
     async def changes(self, sandbox: Sandbox) -> AsyncIterator[Sandbox]:
         """Yield a sandbox now, and after each change of its status, until it is deleted."""
@@ -134,6 +112,35 @@ class Register:
                     )
                 # Looked at now and then all the same: a hint may be lost.
                 await changes.wait(min(left, _SLICE_S))
+
+
+class Attempts:
+    """The attempts of an operation on a sandbox: each starts from the row as it is then."""
+
+    def __init__(self, register: Register, sandbox: Sandbox, doing: str) -> None:
+        self._register = register
+        self._sandbox = sandbox
+        self._doing = doing
+        self._left = _TRIES
+
+    async def next(self) -> Sandbox:
+        """Return the row for the next attempt.
+
+        Raises:
+            NotFoundError: the sandbox was deleted meanwhile.
+            UnavailableError: it changes constantly.
+        """
+        if self._left < _TRIES:
+            self._sandbox = sandbox = await self._register.reread(self._sandbox.id)
+            if sandbox.status is Status.DESTROYED:
+                raise NotFoundError(f"cannot find the sandbox {sandbox.id}: it has been deleted")
+        if self._left == 0:
+            raise UnavailableError(
+                f"cannot {self._doing} {self._sandbox.id} now: others change it all the time; "
+                "ask again"
+            )
+        self._left -= 1
+        return self._sandbox
 
 
 async def get_snapshot(

@@ -59,7 +59,7 @@ class Screen:
         self.width = self.height = 0
 
     async def meet(self) -> None:
-        """Shake hands, and share the screen with whoever else looks at it.
+        """Shake hands, and share the screen with other viewers.
 
         Raises:
             UnavailableError: what answers is no screen, or not one that lets in the platform.
@@ -70,7 +70,7 @@ class Screen:
         await self._stream.write(b"RFB 003.008\n")
         kinds = await self._take((await self._take(1))[0])
         if not kinds:
-            raise UnavailableError("the screen of the sandbox lets nobody in")
+            raise UnavailableError("the screen of the sandbox accepts no connections")
         if b"\x01" not in kinds:
             raise UnavailableError("the screen of the sandbox asks for a password")
         await self._stream.write(b"\x01")

@@ -444,7 +444,9 @@ class Snapshots:
         """Have the node save a sandbox, and return the size in bytes."""
         node = self._nodes.get(snapshot.node_id)
 
-        async def attempt(now: Sandbox) -> int | None:
+        attempts = self._register.attempts(sandbox, doing="save")
+        while True:
+            now = await attempts.next()
             if now.status not in _SAVABLE:
                 now = await self._at_rest(now, until)
             if now.status not in _SAVABLE:
@@ -457,14 +459,12 @@ class Snapshots:
                     version=now.version,
                 )
             except (NotFoundError, ConflictError):
-                # Somebody resumes it at this moment, or something else was asked for it since?
+                # It may have been resumed at this moment, or changed otherwise.
                 again = await self._at_rest(await self._register.reread(now.id), until)
                 if again.status in _SAVABLE and again.version == now.version:
                     raise
-                return None
-            return believed_bytes(fact.size_bytes, now.shape)
-
-        return await self._register.unless_changed(sandbox, attempt, doing="save")
+            else:
+                return believed_bytes(fact.size_bytes, now.shape)
 
     async def _found(self, actor: Actor, snapshot_id: str) -> Snapshot:
         return await get_snapshot(self._store, actor, snapshot_id, field=None, ready=False)

@@ -22,7 +22,7 @@ class Worker(Protocol):
         ...
 
     def let_go(self, sandbox_id: str, hold: Hold) -> None:
-        """Release a lease in the background, if it was written and nobody works under it."""
+        """Release a lease in the background, if it was written and is not in use."""
         ...
 
 

@@ -56,7 +56,7 @@ def _open(root: int, path: bytes, flags: int) -> int:
         if found >= 0:
             return found
         number = ctypes.get_errno()
-        # Somebody renames above it right now: the kernel cannot say where it is, and gives up.
+        # A parent is being renamed: the kernel cannot determine the path, and gives up.
         if number not in (errno.EAGAIN, errno.EINTR):
             break
     if number == errno.ENOSYS:

@@ -425,7 +425,7 @@ def _copied(root: Root, source: Parts, target: Parts, replaces: bool) -> TreeEnt
 
 def _host_is_full() -> UnavailableError:
     return UnavailableError(
-        "cannot write now: the host's disk is full; whoever runs it has to make room"
+        "cannot write now: the host's disk is full; its operator must free some space"
     )
 
 

@@ -273,12 +273,12 @@ class Workspaces:
             await tx.activity.append(
                 self._line(actor, found, "workspace.deleted", "Workspace deleted")
             )
-        with suppress(SandyardError):  # somebody reads in it: it is tried again
+        with suppress(SandyardError):  # it is being read: retried later
             await self._erase(gone)
         return found
 
     async def _erase(self, workspace: Workspace) -> None:
-        # Whether anybody had it mounted is not asked: a node may be late.
+        # Whether it was mounted is not asked: a node's report may be late.
         for node_id, node in self._exports.items():
             try:
                 async with self._clock.timeout(_WITHDRAW_S):
@@ -342,7 +342,7 @@ class Workspaces:
         async with self._store.read() as tx:
             every, mounted = await tx.workspaces.every(), await tx.sandboxes.mounted()
         now = self._clock.now()
-        # Sizes first: somebody pays by them, and what was deleted may have to wait for a node.
+        # Sizes first: charges depend on them, and removals may have to wait for a node.
         for one in sorted(every, key=lambda one: one.removed_at is not None):
             try:
                 if one.removed_at is not None:

@@ -1,0 +1,203 @@
+"""Suspends and saves one machine: pauses, snapshots, and holds while the disk is full."""
+
+import asyncio
+import logging
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.errors import ConflictError, SandyardError, UnsupportedError
+from sandyard.server.drivers.contract import End, SavingMachine
+from sandyard.server.node.machines import pause, start
+from sandyard.server.node.machines.current import CurrentRecord
+from sandyard.server.node.machines.guest import Guest
+from sandyard.server.node.machines.means import Means
+from sandyard.server.node.machines.process import MachineProcess
+from sandyard.server.node.machines.saved import SavedMachine
+from sandyard.server.tasks import Work, beside, in_thread, to_the_end
+
+log = logging.getLogger(__name__)
+
+_RESUME_AGAIN_S = (1.0, 5.0, 30.0, 120.0, 600.0)
+_PAUSED = ConflictError(
+    "the sandbox was paused meanwhile; what was running in it continues when it is resumed",
+    status="paused",
+)
+
+
+class Saving:
+    """Suspends, saves and resumes the machine of a process that stays or ends."""
+
+    def __init__(
+        self, current: CurrentRecord, process: MachineProcess, guest: Guest, means: Means
+    ) -> None:
+        self._current = current
+        self._process = process
+        self._guest = guest
+        self._means = means
+
+    async def pause(self) -> None:
+        """Save the machine and end its process; if that fails, it keeps running.
+
+        Raises:
+            UnsupportedError: its driver cannot.
+            NoCapacityError: the host's disk is full.
+            UnavailableError, InternalError: it cannot be saved now.
+        """
+        machine = self._process.saving_machine()
+        self._guest.pulse.is_held = True
+        try:
+            try:
+                await machine.pause()
+                current = self._current
+                await pause.write_own(machine, current.value, current.body, self._means)
+            except BaseException as error:
+                await to_the_end(self._undo(machine))
+                if isinstance(error, OSError):
+                    raise pause.translated(error) from error
+                raise
+            await to_the_end(self._finish_pause())
+        finally:
+            self._guest.pulse.is_held = False
+
+    async def _undo(self, machine: SavingMachine) -> None:
+        """Resume a machine that could not be saved. A state that was published is withdrawn
+        first."""
+        body = self._current.body
+        await body.drop_unpublished()
+        await body.withdraw()
+        await body.remove_spent()
+        with suppress(SandyardError):
+            await self._resume(machine)
+
+    async def _resume(self, machine: SavingMachine) -> None:
+        """Resume a machine after it was saved, or after that failed. If it cannot be resumed, it
+        can be neither used nor saved, so that is retried in the background."""
+        try:
+            await machine.resume()
+        except SandyardError:
+            log.exception("cannot resume a machine that was saved; retrying")
+            self._in_background(self._resume_in_time(machine), "a machine remains suspended")
+            raise
+
+    async def _resume_in_time(self, machine: SavingMachine) -> None:
+        for pause_s in _RESUME_AGAIN_S:
+            await self._means.clock.sleep(pause_s)
+            if self._is_another(machine):
+                return
+            with suppress(SandyardError):
+                is_paused = await machine.is_paused()
+                if self._guest.pulse.is_held or self._is_another(machine):
+                    continue  # it is being saved, and is resumed after that
+                if is_paused:
+                    await machine.resume()
+                    self.set_clock_later()
+                return
+
+    def _is_another(self, machine: SavingMachine) -> bool:
+        return self._process.machine is not machine or self._current.phase is not Phase.RUNNING
+
+    async def _finish_pause(self) -> None:
+        self._guest.break_off(_PAUSED)
+        self._current.set_phase(Phase.PAUSED, None)
+        # Concurrently, and in any order: a published state counts, whatever else is found.
+        async with beside(self._current.write_without_place()) as writing:
+            await self._process.stop_saved()
+            await asyncio.wait([writing])
+        await self._process.leave_place_later()
+
+    async def snapshot(self, folder: Path, *, kind: str = "snapshot") -> SavedMachine:
+        """Save the machine, running or paused, to a new folder; it continues as before.
+
+        The guest is suspended while its memory and disk are copied, and runs during the rest.
+
+        Raises: see `pause`.
+        """
+        current = self._current
+        kit = start.kit_of(current.value, self._means)
+        part = await pause.begin_copy(folder)
+        try:
+            if current.phase is Phase.PAUSED:
+                await pause.write_copy(None, part, current.value, current.body, self._means)
+            else:
+                await self._copy_while_held(part)
+            return await pause.finish_copy(
+                part, folder, current.value, current.body, self._means, kit, kind=kind
+            )
+        except BaseException as error:
+            await in_thread(shutil.rmtree, part, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise pause.translated(error) from error
+            raise
+
+    async def _copy_while_held(self, part: Path) -> None:
+        machine = self._process.saving_machine()
+        self._guest.pulse.is_held = True
+        try:
+            await machine.pause()
+            current = self._current
+            await pause.write_copy(machine, part, current.value, current.body, self._means)
+        finally:
+            self._guest.pulse.is_held = False
+            await to_the_end(self._resume(machine))
+
+    async def checked_state(self) -> SavedMachine:
+        """Return the published state, after verifying all of it.
+
+        Raises:
+            DamagedError: it was altered, or cannot be restored here.
+        """
+        state = self._means.seals.load(self._current.body.saved)
+        await self._means.seals.check(state, whole=True)
+        return state
+
+    # --- suspended without being saved ----------------------------------------------------
+
+    async def hold(self, why: End) -> None:
+        """Suspend a running machine until `release`, if its driver can."""
+        self._guest.pulse.is_held = True
+        try:
+            await self._process.saving_machine().pause()
+        except BaseException as error:
+            self._guest.pulse.is_held = False
+            if not isinstance(error, SandyardError):
+                raise
+        else:
+            self._current.set_phase(Phase.HELD, why)
+
+    async def release(self) -> None:
+        """Resume a machine after `hold`, and set its clock; if it cannot be resumed, it stays
+        held."""
+        with suppress(SandyardError):
+            await self._process.saving_machine().resume()
+            self._current.set_phase(Phase.RUNNING, None)
+            self._guest.pulse.is_held = False
+            self._guest.pulse.note_stall(None)  # outdated; the next look finds out
+            self.set_clock_later()
+
+    async def let_run(self) -> None:
+        """Resume a machine that a recovered restore left suspended."""
+        machine = self._process.saving_machine()
+        if await machine.is_paused():
+            await machine.resume()
+
+    async def unfreeze(self) -> None:
+        """Resume a machine that an earlier server left suspended, and set its clock."""
+        with suppress(UnsupportedError):
+            machine = self._process.saving_machine()
+            try:
+                if await machine.is_paused():
+                    log.warning("resuming a machine that was left suspended")
+                    await machine.resume()
+                    self.set_clock_later()
+            except SandyardError:
+                log.exception("cannot resume a machine that was left suspended; retrying")
+                self._in_background(self._resume_in_time(machine), "a machine remains suspended")
+
+    def set_clock_later(self) -> None:
+        """Set the guest's clock in the background."""
+        self._in_background(self._guest.set_clock(), "cannot set the clock of a guest")
+
+    def _in_background(self, work: Work, what: str) -> None:
+        self._means.crew.start(work, what, quietly=True)
