@@ -1,6 +1,6 @@
 """What the command line prints: for people on a terminal, for programs in a pipe.
 
-Names, messages and the like are somebody else's text: it is never taken for markup, and what would
+Names, messages and the like are untrusted text: it is never taken for markup, and what would
 move a terminal's cursor is shown as an escape.
 """
 
@@ -30,7 +30,7 @@ def plain(text: str) -> str:
 
 @contextmanager
 def _until_seen_enough() -> Iterator[None]:
-    """End this command well where whoever reads what it prints has seen enough."""
+    """End this command successfully when the reader of its output closes the pipe."""
     try:
         yield
         sys.stdout.flush()

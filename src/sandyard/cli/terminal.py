@@ -69,7 +69,7 @@ def run_attached(
         is_told = not isinstance(error, TransferError)
         raise
     finally:
-        if code is None and not is_told:  # nobody else would ever end it
+        if code is None and not is_told:  # nothing else would end it
             with suppress(SandyardError):
                 process.signal("SIGKILL", everything=True)
     if lost:

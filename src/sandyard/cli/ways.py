@@ -20,7 +20,7 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}|[0-9A-Fa-f:]{2,39}")
 _HOST_KEY = re.compile(r"[a-z0-9@.-]{1,64} [A-Za-z0-9+/=]{16,4096}")
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 # Asked for the password of just this login it gives the API key, which the gateway takes for one;
-# for all else, a key's passphrase or another host's password, it asks whoever sits there.
+# for all else, a key's passphrase or another host's password, it prompts the user.
 _ASK = """#!/bin/sh
 case "$1" in
 "$SANDYARD_SSH_PROMPT") printf '%s\\n' "$SANDYARD_SSH_PASSWORD" ;;

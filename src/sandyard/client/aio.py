@@ -36,7 +36,7 @@ from sandyard.client.workspaces import AsyncWorkspaceFiles
 
 _MOMENT_S = 5.0
 _ENDING: set[asyncio.Task[None]] = set()
-"""What is given back, until it is: a task that nobody holds may be forgotten."""
+"""Tasks that clean up, held here because asyncio keeps only weak references."""
 
 
 class AsyncSandyard:
@@ -322,7 +322,7 @@ class AsyncSandbox(SandboxFacts):
 
     async def __aexit__(self, *_: object) -> None:
         """Delete it, if it is still there."""
-        await _to_the_end(self._leave(), also=NotFoundError)  # by somebody else, or its expiry
+        await _to_the_end(self._leave(), also=NotFoundError)  # by another client, or its expiry
 
     async def _leave(self) -> None:
         try:

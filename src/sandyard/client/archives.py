@@ -215,7 +215,7 @@ def packed(folder: Path) -> Iterator[IO[bytes]]:
             ):
                 archive.add(os.path.realpath(folder), arcname=".")  # not the link to it
         except BrokenPipeError:
-            pass  # nobody reads on: what is told of that is elsewhere
+            pass  # the reader has closed it; the error is reported elsewhere
         except OSError as error:
             trouble.append(error)
 

@@ -34,7 +34,7 @@ class Attachment:
     """See the module. Take `events` in one thread; everything else may be done in others.
 
     With `exact`, input that may have been lost with a connection ends it all: it cannot be told
-    whether the process has it. Keys that somebody presses they press again.
+    whether the process has it. A person who pressed a key presses it again.
     """
 
     def __init__(self, config: ClientConfig, process_path: str, *, exact: bool) -> None:
@@ -55,14 +55,14 @@ class Attachment:
         """Connect.
 
         Raises:
-            ApiError: there is no such process, or whoever asks may not.
+            ApiError: there is no such process, or access is denied.
             ConnectionFailedError: the server cannot be reached.
         """
         self._open()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of it; the process goes on."""
+        """Detach; the process continues."""
         self._is_over.set()
         self._drop(is_broken=not self._has_exited)
 
@@ -152,7 +152,7 @@ class Attachment:
                 socket.send(json.dumps({"type": "end"}))
 
     def _drop(self, *, is_broken: bool) -> None:
-        """Close the connection; one that is broken also where somebody waits to send over it."""
+        """Close the connection, even if it is broken and another thread waits to send."""
         with self._lock:
             socket, self._socket = self._socket, None
             self._is_there.clear()
@@ -219,6 +219,6 @@ class Attachment:
                     return
                 except ConnectionClosed:
                     if self._exact:
-                        return  # whoever hears learns of it, and ends it
+                        return  # the receiving thread notices, and ends it
                     # Until that was noticed; then it goes over the next connection.
                     time.sleep(_AGAIN_S[0])

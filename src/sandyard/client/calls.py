@@ -53,7 +53,7 @@ Raw = Mapping[str, Any]
 class Call(Generic[T]):
     """A request; `read` makes its result of the answer's JSON.
 
-    One that is `safe` may be sent again when nobody knows what became of it. `content` is the body
+    One that is `safe` may be sent again when its outcome is unknown. `content` is the body
     as it is, `body` one that is sent as JSON; between two bytes of an answer `limit_s` may go by.
     """
 
@@ -262,7 +262,7 @@ def length_of(event: ProcessEvent) -> int:
 
 
 class Heard:
-    """What was printed, told to whoever wants it as it comes, and how it ended."""
+    """Collects the output, passes it to callbacks as it arrives, and holds the result."""
 
     def __init__(
         self, on_stdout: Callable[[str], object] | None, on_stderr: Callable[[str], object] | None

@@ -335,7 +335,7 @@ class Sandbox(SandboxFacts):
         try:
             self.delete()
         except NotFoundError:
-            pass  # by somebody else, or by its expiry
+            pass  # by another client, or by its expiry
         finally:
             self.close()
 

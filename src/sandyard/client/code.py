@@ -72,7 +72,7 @@ for number, line in enumerate(asked):
         except Exception:
             pass
     if os.getpid() != own:
-        end(SystemExit(0))  # a child that came back here: it answers nobody
+        end(SystemExit(0))  # a forked child that returned here: it must not answer
     said = json.dumps([None if value is None else value[:1000000], error])
     for number_of, rest in ((2, ""), (1, said)):
         mark = ("\0" + wish["mark"] + rest + "\0").encode()

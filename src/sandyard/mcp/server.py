@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 INSTRUCTIONS = """Each sandbox is a real Linux virtual machine with its own kernel, disk and
 network. Create one, run commands and code in it, and destroy it when you are done: it costs credits
-while it runs. Work in /workspace. A paused sandbox goes on by itself with the next command."""
+while it runs. Work in /workspace. A paused sandbox resumes with the next command."""
 
 Ref = Annotated[str, Field(description="The sandbox's id or name.")]
 Timeout = Annotated[float, Field(gt=0, le=_TIMEOUT_MAX_S, description="Seconds until it is ended.")]
@@ -250,7 +250,7 @@ class Hands:
         ] = "GET",
         expires_s: Annotated[int, Field(ge=1, le=604_800)] = 3600,
     ) -> FileUrl:
-        """Make a URL by which whoever has it reads or writes one file, without a key."""
+        """Make a URL that reads or writes one file without a key."""
         box = await self._box(sandbox)
         made = await box.files.sign(path, method=method, expires_s=expires_s)
         return FileUrl(url=made.url, method=made.method, expires_at=made.expires_at)
@@ -260,7 +260,7 @@ class Hands:
         sandbox: Ref,
         port: Annotated[int, Field(ge=1, le=65535, description="What listens on it is shown.")],
     ) -> PortUrl:
-        """Make a URL under which whoever has it sees what listens on a port, without a key."""
+        """Make a URL of a port that needs no key."""
         made = await (await self._box(sandbox)).url(port)
         return PortUrl(url=made.url, port=made.port, expires_at=made.expires_at)
 

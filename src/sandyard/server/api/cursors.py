@@ -1,4 +1,4 @@
-"""Cursors: where a list goes on, as text that means nothing to clients."""
+"""Cursors: the position in a list, as text that is opaque to clients."""
 
 import base64
 import binascii

@@ -99,7 +99,7 @@ async def _hand_over(
     events: AsyncIterator[SseEvent],
     found: "asyncio.Queue[SseEvent | BaseException | None]",
 ) -> None:
-    # An error goes the same way: raised here it would cancel whoever is sending just then.
+    # An error takes the same way: raised here, it would cancel the task that is sending.
     try:
         async for event in events:
             await found.put(event)

@@ -23,7 +23,7 @@ async def administration(settings: Settings) -> AsyncIterator[Administration]:
     """Open an installation's store for its operator."""
     clock, sign_up = SystemClock(), sign_up_of(settings)
     async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
-        with suppress(NotFoundError):  # whoever lacks an admin is here to make one
+        with suppress(NotFoundError):  # there is no admin yet, and this command makes one
             await ensure_first_organization(store, clock, sign_up)
         yield Administration(store=store, clock=clock, sign_up=sign_up, plans=plans_of(settings))
 

@@ -170,7 +170,9 @@ def stop_server(home: Path) -> int | None:
     until = time.monotonic() + _STOP_LIMIT_S
     while running_server(home) is not None:
         if time.monotonic() > until:
-            raise UnavailableError(f"cannot stop the server: process {pid} goes on; kill it")
+            raise UnavailableError(
+                f"cannot stop the server: process {pid} is still running; kill it"
+            )
         time.sleep(_LOOK_S)
     return pid
 

@@ -93,7 +93,7 @@ def home_of(settings: Settings) -> Home:
         ) from error
     except (OSError, ValueError, CodecError) as error:
         raise UnavailableError(
-            f"cannot start the node: {file} cannot be read ({error}); remove it, and join anew"
+            f"cannot start the node: {file} cannot be read ({error}); remove it, and join again"
         ) from error
 
 

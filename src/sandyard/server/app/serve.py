@@ -67,7 +67,7 @@ def at_the_end() -> asyncio.Event:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     loop = asyncio.get_running_loop()
     # Python's own number is for the processors. These wait for disks: a few machines that are saved
-    # at once, each for a minute, must leave some for whoever only writes a record.
+    # at once, each for a minute, must leave some for those that only write a record.
     loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="work"))
     # uvicorn takes these over while it serves and raises them again when it is done: without a
     # handler of ours that would end the process before the house has closed.

@@ -1,9 +1,9 @@
-"""Values as JSON, and back: the one way for everything that crosses from process to process.
+"""Values as JSON: the one encoding for everything that crosses between processes.
 
-A frozen dataclass is an object with its fields in camelCase, and what is None is left out; a time
-is ISO 8601, bytes are base64, an enum is its value. Reading is strict about types and deaf to keys
-that it does not know, so that the newer of two ends may say more. What comes from a guest passes
-here too: whatever does not fit raises CodecError and nothing else.
+A frozen dataclass is an object with its fields in camelCase, without those that are None. A time is
+ISO 8601, bytes are base64, an enum is its value. Decoding is strict about types and ignores unknown
+keys, so that the newer of two ends may send more. Data from guests is decoded here, too: anything
+invalid raises CodecError and nothing else.
 """
 
 import base64
@@ -24,14 +24,14 @@ _Read = Callable[[object, str], Any]
 
 
 class CodecError(ValueError):
-    """What was read is not what was meant; the message names the place."""
+    """The data is invalid; the message says where."""
 
 
 def encode(value: object) -> Any:
-    """Return a value as JSON can carry it.
+    """Return a value as JSON types.
 
     Raises:
-        TypeError: it is of a kind that nothing here reads.
+        TypeError: its type is not supported.
     """
     if isinstance(value, Enum):
         return value.value
@@ -55,10 +55,10 @@ def encode(value: object) -> Any:
 
 
 def decode(kind: type[_T], raw: object) -> _T:
-    """Return the value of a kind that JSON carried.
+    """Return a value of a type from JSON types.
 
     Raises:
-        CodecError: it is not of that kind.
+        CodecError: it is not of that type.
     """
     reader: _Read = _reader(kind)  # type: ignore[arg-type]  # a class can be hashed
     value: _T = reader(raw, kind.__name__)
@@ -67,7 +67,7 @@ def decode(kind: type[_T], raw: object) -> _T:
 
 @functools.cache
 def _names(kind: Any) -> list[tuple[str, str]]:
-    """Return the fields of a dataclass with the names that they have outside."""
+    """Return the fields of a dataclass and their names in JSON."""
     return [(one.name, _camel(one.name)) for one in dataclasses.fields(kind)]
 
 

@@ -1,4 +1,4 @@
-"""What a command says, gathered from the frames that carry it: bytes in, its end out, no I/O."""
+"""Collects a command's output from the frames that carry it: bytes in, its end out, no I/O."""
 
 import json
 
@@ -11,7 +11,8 @@ _SIGNAL_MAX = 32
 
 
 class Collector:
-    """Feed it what arrives until it tells the end. It keeps `limit` bytes a stream and no more."""
+    """Feed it what arrives until it returns the end. It keeps at most `limit` bytes of each
+    stream."""
 
     def __init__(self, limit: int = 0) -> None:
         self._decoder = Decoder()
@@ -24,30 +25,30 @@ class Collector:
 
     @property
     def stdout(self) -> bytes:
-        """What came on standard output."""
+        """The standard output."""
         return bytes(self._output[Channel.STDOUT])
 
     @property
     def stderr(self) -> bytes:
-        """What came on standard error."""
+        """The standard error."""
         return bytes(self._output[Channel.STDERR])
 
     @property
     def size(self) -> int:
-        """How many bytes are kept."""
+        """The number of bytes kept."""
         return sum(map(len, self._output.values()))
 
     def keep_no_more(self) -> None:
-        """Keep nothing of what still comes: it is cut here."""
+        """Discard what still arrives."""
         self._limit = 0
 
     def feed(self, data: bytes, *, most: int | None = None) -> Ended | None:
-        """Take bytes that arrived, and return how the command ended once they tell.
+        """Add received bytes, and return how the command ended once that has arrived.
 
-        Of more than `most` frames the rest is looked at when it is fed again; see `is_behind`.
+        At most `most` frames are examined; the rest is at the next call. See `is_behind`.
 
         Raises:
-            WireError: the other side broke the protocol.
+            WireError: the other side violated the protocol.
         """
         self._decoder.feed(data)
         last = None if most is None else self.frames + most

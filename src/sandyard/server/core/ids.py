@@ -99,7 +99,7 @@ PERSONAL = "personal-"
 
 
 def check_slug(slug: str) -> str:
-    """Return a slug that somebody gives.
+    """Return a slug that a client chose.
 
     Raises:
         InvalidArgumentError: it is none.

@@ -1,8 +1,8 @@
-"""Every operation that the host can ask of the agent: what it is given, and what it answers.
+"""Every operation that the host can request from the agent: its arguments and its answer.
 
-To add one: a class here with its `op` and its `answer`, its work under `guest/ops`, and whoever
-asks for it. Both ends, and the fake, read and write what is written here by `core.codec`; an
-operation that nobody knows is refused.
+To add one, add a class here with its `op` and its `answer`, its implementation under `guest/ops`,
+and the caller. Both ends, and the fake agent, encode and decode with `core.codec`. An unknown
+operation is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ AnswerT = TypeVar("AnswerT")
 
 
 class Op(StrEnum):
-    """The operations by name."""
+    """The names of the operations."""
 
     HELLO = "hello"
     SETUP = "setup"
@@ -49,13 +49,16 @@ class Op(StrEnum):
 
 
 class UnknownOperationError(CodecError):
-    """The other side asks for something that this one has never heard of."""
+    """The other side requested an operation that is unknown here."""
 
 
 class Operation(Generic[AnswerT]):
-    """Base of all. `is_use` says that while one is under way, the sandbox is in use; one that is
-    `used_by_bytes` is a use whenever bytes go through it, and none while it is silent. Of one that
-    is `asked_by_users` a refusal is for them, and may say why."""
+    """Base of all operations.
+
+    While an operation with `is_use` is in progress, the sandbox is in use. One that is
+    `used_by_bytes` is a use while data passes through it, and not while it is silent. If it is
+    `asked_by_users`, the message of a refusal is passed on to them.
+    """
 
     op: ClassVar[Op]
     answer: ClassVar[type[Any]]
@@ -66,19 +69,19 @@ class Operation(Generic[AnswerT]):
 
 @dataclass(frozen=True)
 class Done:
-    """It is done, and there is nothing more to say."""
+    """The operation is done, and returns nothing."""
 
 
 @dataclass(frozen=True)
 class Greeting:
-    """The agent is there."""
+    """The agent is running."""
 
     pid: int
 
 
 @dataclass(frozen=True)
 class Hello(Operation[Greeting]):
-    """Ask whether the agent is there."""
+    """Ask whether the agent is running."""
 
     op = Op.HELLO
     answer = Greeting
@@ -86,10 +89,10 @@ class Hello(Operation[Greeting]):
 
 @dataclass(frozen=True)
 class Wake(Operation[Done]):
-    """Mend what a machine that stood still has wrong: its randomness, its clock, its connections.
+    """Renew what is outdated in a machine that was suspended: randomness, clock, connections.
 
-    `wall_ns` are nanoseconds since the epoch. Connections to elsewhere are broken off, for their
-    other ends are gone, unless the machine `keeps_connections`.
+    `wall_ns` is in nanoseconds since the epoch. Connections to other hosts are reset, because their
+    peers are gone, unless the machine `keeps_connections`.
     """
 
     op = Op.WAKE
@@ -102,13 +105,13 @@ class Wake(Operation[Done]):
 
 @dataclass(frozen=True)
 class SetUp(Operation[Done]):
-    """Say who the machine is; with `entropy` and `wall_ns` it is woken first, as by `Wake`.
+    """Give the machine its identity. With `entropy` and `wall_ns` it is woken first, as by `Wake`.
 
-    `machine_id` makes it another machine than the one it was cloned from, `disk_bytes` have its
-    file system fill a disk that has grown. `token` is what the agent accepts from now on.
-    `authorized_keys` are lines; without them, or without `password_hash`, what opens the machine
-    stays as it is, unless what is there is somebody else's, which this then `replaces_access` of.
-    `pace` is how many times longer than usual things take in the machine, if they do.
+    `machine_id` distinguishes it from the machine it was cloned from. With `disk_bytes` its file
+    system is grown to the size of its disk. `token` is the one that the agent accepts from now on.
+    `authorized_keys` are lines. If they or `password_hash` are missing, the existing ones are kept,
+    unless they belong to another sandbox: `replaces_access` removes them. `pace` is how many times
+    slower than usual the machine is.
     """
 
     op = Op.SETUP
@@ -129,7 +132,7 @@ class SetUp(Operation[Done]):
 
     @property
     def waking(self) -> Wake | None:
-        """What is to be mended first, if anything."""
+        """The `Wake` that is done first, if any."""
         if self.entropy is None or self.wall_ns is None:
             return None
         return Wake(self.entropy, self.wall_ns, self.keeps_connections)
@@ -137,7 +140,7 @@ class SetUp(Operation[Done]):
 
 @dataclass(frozen=True)
 class MountPoint:
-    """A workspace, by the name it is exported under, and the path that it is to be at."""
+    """A workspace, by the name of its export, and the path to mount it at."""
 
     name: str
     path: str
@@ -145,16 +148,16 @@ class MountPoint:
 
 
 CLOSED_PORT = 9
-"""A port of the gateway's at which nobody ever serves workspaces."""
+"""A port of the gateway at which no workspaces are ever served."""
 
 
 @dataclass(frozen=True)
 class MountAll(Operation[Done]):
-    """Mount workspaces, in this order, from the gateway's `port`; folders are made for them.
+    """Mount workspaces, in this order, from the gateway's `port`; missing directories are created.
 
-    `client` is how the machine is told apart from every other that mounts from there: it must be
-    its own, for a machine that uses another's is taken for that one. Attributes of files are cached
-    for `attribute_cache_s`; agents that do not know this field cache nothing.
+    `client` identifies the machine to the file server. It must be unique, because machines with the
+    same identity are treated as one. Attributes of files are cached for `attribute_cache_s`; agents
+    that do not know this field cache nothing.
     """
 
     op = Op.MOUNT
@@ -168,7 +171,7 @@ class MountAll(Operation[Done]):
 
 @dataclass(frozen=True)
 class Unmount(Operation[Done]):
-    """Take a workspace away from where it is mounted; what has files of it open gets errors."""
+    """Unmount a workspace; programs that have its files open get errors."""
 
     op = Op.UNMOUNT
     answer = Done
@@ -178,16 +181,18 @@ class Unmount(Operation[Done]):
 
 @dataclass(frozen=True)
 class Started:
-    """A command runs; frames with what it says follow, the last one an `Ended`."""
+    """A command runs. Frames with its output follow; the last one is an `Ended`."""
 
     pid: int
 
 
 @dataclass(frozen=True)
 class Execute(Operation[Started]):
-    """Run a command line by the shell. With `stdin`, frames of it follow, an empty one its end.
+    """Run a command line with the shell. With `stdin`, frames of it follow; an empty one is its
+    end.
 
-    `timeout_ms` counts from the start of the command, which is then ended with all it started.
+    `timeout_ms` counts from the start of the command. At the limit it is ended with all processes
+    that it started.
     """
 
     op = Op.EXEC
@@ -204,7 +209,7 @@ class Execute(Operation[Started]):
 
 @dataclass(frozen=True)
 class Size:
-    """How large a terminal is, in characters."""
+    """The size of a terminal, in characters."""
 
     columns: int
     rows: int
@@ -212,7 +217,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code, and the signal's name if one ended it."""
+    """How a command ended: its exit code, and the name of the signal that ended it, if any."""
 
     exit_code: int
     duration_ms: int
@@ -222,9 +227,10 @@ class Ended:
 
 @dataclass(frozen=True)
 class Program:
-    """A process: of those of `Execute` the ones that run, of those of `Start` ended ones, too.
+    """A process. Those of `Execute` are listed while they run; those of `Start` also after their
+    end.
 
-    Times are milliseconds since the epoch. `printed` counts its output, in bytes.
+    Times are in milliseconds since the epoch. `printed` is the size of its output so far, in bytes.
     """
 
     pid: int
@@ -242,14 +248,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Start(Operation[Program]):
-    """Start a process that lives on when this connection has ended.
+    """Start a process that continues when this connection has ended.
 
-    Either a `command` line, run by the shell, or the words of `argv`, the first of which is looked
-    for in PATH. A `login` is of the user's own shell, which without either of them is what is
-    started. The folder `~` is the user's home. With `stdin` it has an input that `Input` writes to,
-    else nothing to read; with a `terminal` both, and its output comes as one. Until somebody
-    attaches for the first time, at most ten seconds, it is held back rather than that any of its
-    output is lost. Once nobody has followed it for `hang_up_s`, it is hung up on, as by a modem.
+    It is either a `command` line, run by the shell, or the words of `argv`, the first of which is
+    looked up in PATH. With `login` the user's login shell runs it, or is started itself if there is
+    neither. `cwd` `~` is the user's home. With `stdin` it has an input, which `Input` writes to;
+    otherwise its input is empty. With a `terminal` it has an input, too, and one output. Until the
+    first client attaches, at most for ten seconds, it is blocked rather than losing output. If no
+    client has followed it for `hang_up_s`, it gets a hangup.
     """
 
     op = Op.START
@@ -273,7 +279,7 @@ class Start(Operation[Program]):
 class Run(Start):
     """`Start` and `Attach` in one: frames follow the answer. Its end is not kept.
 
-    A `line` takes the place of the command: bytes as the shell gets them, which need not be text.
+    A `line` takes the place of the command: bytes for the shell, which need not be UTF-8.
     """
 
     op = Op.RUN
@@ -284,10 +290,9 @@ class Run(Start):
 
 @dataclass(frozen=True)
 class Pipe(Operation[Done]):
-    """Run a command line by the user's shell, with the connection itself as its input and output:
-    raw bytes follow, both ways, which nobody in the machine but the program handles. Its end ends
-    the connection, and the other way round; how it ended, and what it says on standard error, is
-    not told."""
+    """Run a command line with the user's shell and the connection itself as its input and output:
+    raw bytes follow in both directions, and only the program reads and writes them. The end of
+    either ends the other. Exit code and standard error are lost."""
 
     op = Op.PIPE
     answer = Done
@@ -300,9 +305,9 @@ class Pipe(Operation[Done]):
 
 @dataclass(frozen=True)
 class Attached:
-    """Somebody is attached, and frames follow: what the process prints from the byte `offset` on,
-    counted over all that it ever printed, and an `Ended` at last. `lost` bytes, from what was
-    asked for up to there, are kept no more."""
+    """The client is attached. Frames follow: the output from byte `offset`, counted from the start
+    of the process, and an `Ended` at the end. `lost` bytes before `offset` were requested and are
+    no longer kept."""
 
     pid: int
     offset: int
@@ -311,10 +316,11 @@ class Attached:
 
 @dataclass(frozen=True)
 class Attach(Operation[Attached]):
-    """Follow what a process prints, from a byte on or, without `offset`, from now.
+    """Follow the output of a process, from a byte on or, without `offset`, from now.
 
-    Any number may; the process waits for the slowest. What the host sends in frames goes to its
-    input, an empty frame ends that. A process that has ended tells what is kept, and its end.
+    Several clients may; the process waits for the slowest. Frames from the host go to its input,
+    and an empty frame closes that. For a process that has ended, the kept output and its end are
+    sent.
     """
 
     op = Op.ATTACH
@@ -329,7 +335,7 @@ class Attach(Operation[Attached]):
 
 @dataclass(frozen=True)
 class AttachLive(Attach):
-    """`Attach`, by somebody at a terminal: it is a use while something is typed or printed."""
+    """`Attach`, by a person at a terminal: it is a use while something is typed or printed."""
 
     is_use = False
     used_by_bytes = True
@@ -337,7 +343,7 @@ class AttachLive(Attach):
 
 @dataclass(frozen=True)
 class Programs:
-    """Processes, oldest first; `is_cut` if there are more than one answer can hold."""
+    """Processes, oldest first; `is_cut` if there are more than fit into one answer."""
 
     items: Sequence[Program]
     is_cut: bool = False
@@ -345,7 +351,7 @@ class Programs:
 
 @dataclass(frozen=True)
 class List(Operation[Programs]):
-    """Ask for the processes, or for one of them."""
+    """List the processes, or one of them."""
 
     op = Op.LIST
     asked_by_users = True
@@ -357,8 +363,8 @@ class List(Operation[Programs]):
 
 @dataclass(frozen=True)
 class Signal(Operation[Started]):
-    """Send a signal to a process, or to `everything` that it started and that still lives; the
-    answer tells its pid."""
+    """Send a signal to a process, or with `everything` to all running processes that it started.
+    The answer has its pid."""
 
     op = Op.SIGNAL
     asked_by_users = True
@@ -372,8 +378,8 @@ class Signal(Operation[Started]):
 
 @dataclass(frozen=True)
 class Written:
-    """So many bytes were taken in time: the process did not read on for the rest; and whether its
-    input was closed then, if that was asked for."""
+    """The number of bytes that the process's input took within the limit, and whether it was closed
+    then, if that was requested."""
 
     count: int
     is_closed: bool = False
@@ -381,7 +387,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Input(Operation[Written]):
-    """Write to the input of a process, and `closes` it when all is written."""
+    """Write to the input of a process; with `closes`, close it after that."""
 
     op = Op.INPUT
     asked_by_users = True
@@ -396,7 +402,7 @@ class Input(Operation[Written]):
 
 @dataclass(frozen=True)
 class Resize(Operation[Done]):
-    """Tell a process that its terminal has another size."""
+    """Change the size of a process's terminal."""
 
     op = Op.RESIZE
     asked_by_users = True
@@ -408,7 +414,7 @@ class Resize(Operation[Done]):
 
 
 class FileKind(StrEnum):
-    """What a path leads to."""
+    """The kind of a file."""
 
     FILE = "file"
     FOLDER = "folder"
@@ -418,10 +424,10 @@ class FileKind(StrEnum):
 
 @dataclass(frozen=True)
 class FileFact:
-    """What a file system tells of a file; a link is told of as such, with its `target`.
+    """The metadata of a file; links are not followed, and have a `target`.
 
-    Paths are bytes, as the kernel has them. `mode` are the permission bits, `owner` and `group`
-    names where the machine knows any.
+    Paths are bytes. `mode` has the permission bits; `owner` and `group` are names, if the machine
+    has any for the ids.
     """
 
     path: bytes
@@ -438,7 +444,7 @@ class FileFact:
 
 @dataclass(frozen=True)
 class FileTrouble:
-    """Why the rest of an operation on a file came to nothing: one of `core.wire.Refusal`."""
+    """Why an operation on a file failed after it was accepted: one of `core.wire.Refusal`."""
 
     error: str
     message: str
@@ -446,10 +452,10 @@ class FileTrouble:
 
 @dataclass(frozen=True)
 class FileEnd:
-    """The last frame of an operation on a file: how much of it there was, or what was wrong.
+    """The last frame of an operation on a file: the amount, or the error.
 
-    `count` are bytes, or entries of a list; `is_cut` says that there are more of those. `fact` is
-    what came of a move or copy.
+    `count` is in bytes, or entries of a list; `is_cut` says that there are more of those. `fact`
+    describes the result of a move or copy.
     """
 
     count: int = 0
@@ -460,8 +466,8 @@ class FileEnd:
 
 @dataclass(frozen=True)
 class Stat(Operation[FileFact]):
-    """Ask what a path leads to. Like all operations on files it is done as a `user`, in the
-    user's own root, and links lead where they lead there."""
+    """Return the metadata of a path. All operations on files are done as a `user` in the user's own
+    root, where links are followed."""
 
     op = Op.STAT
     asked_by_users = True
@@ -473,8 +479,8 @@ class Stat(Operation[FileFact]):
 
 @dataclass(frozen=True)
 class ListFolder(Operation[Done]):
-    """List a folder down to a `depth`, 1 for what is in it: frames with JSON lists of `FileFact`
-    follow, at most `limit` in all, and a `FileEnd` at last."""
+    """List a directory down to a `depth`, 1 for its own entries. Frames with JSON lists of
+    `FileFact` follow, at most `limit` entries in all, and a `FileEnd`."""
 
     op = Op.LIST_FOLDER
     asked_by_users = True
@@ -488,7 +494,8 @@ class ListFolder(Operation[Done]):
 
 @dataclass(frozen=True)
 class MakeFolder(Operation[FileFact]):
-    """Make a folder, and with `parents` those above it; then one that is there is no error."""
+    """Make a directory. With `parents` its parents are made, too, and an existing one is no
+    error."""
 
     op = Op.MAKE_FOLDER
     asked_by_users = True
@@ -503,8 +510,8 @@ class MakeFolder(Operation[FileFact]):
 
 @dataclass(frozen=True)
 class Move(Operation[Done]):
-    """Give a file or folder another path, over a file that is there if it `replaces` it. It has
-    begun when it is answered, and is done when a `FileEnd` tells of it."""
+    """Move a file or directory; an existing file is replaced if `replaces`. The answer says that it
+    has begun, a `FileEnd` that it is done."""
 
     op = Op.MOVE
     asked_by_users = True
@@ -519,7 +526,7 @@ class Move(Operation[Done]):
 
 @dataclass(frozen=True)
 class Copy(Operation[Done]):
-    """Copy a file, or a folder with all that is in it; links stay links. See `Move`."""
+    """Copy a file, or a directory with its contents; links remain links. See `Move`."""
 
     op = Op.COPY
     asked_by_users = True
@@ -534,8 +541,7 @@ class Copy(Operation[Done]):
 
 @dataclass(frozen=True)
 class Remove(Operation[Done]):
-    """Remove a file or an empty folder, or with `everything` a folder and all that is in it. See
-    `Move`."""
+    """Remove a file or an empty directory; with `everything`, also its contents. See `Move`."""
 
     op = Op.REMOVE
     asked_by_users = True
@@ -549,10 +555,10 @@ class Remove(Operation[Done]):
 
 @dataclass(frozen=True)
 class Read(Operation[FileFact]):
-    """Read a file from `offset`, at most `length` bytes: frames follow, a `FileEnd` at last.
+    """Read a file from `offset`, at most `length` bytes: frames follow, and a `FileEnd`.
 
-    A file of /proc or /sys has no size that could be relied on: it is told as 0, and the file is
-    read until it ends.
+    The size of a file of /proc or /sys is unreliable, so it is reported as 0, and the file is read
+    to its end.
     """
 
     op = Op.READ
@@ -568,10 +574,10 @@ class Read(Operation[FileFact]):
 
 @dataclass(frozen=True)
 class Write(Operation[Done]):
-    """Write a file: frames of it come from the host, an empty one at the end, and a `FileEnd`
-    follows. Until then what was there stays whole, unless it is written `in_place`.
+    """Write a file: the host sends frames of it and an empty one, and a `FileEnd` follows. Until
+    then an existing file is unchanged, unless it is written `in_place`.
 
-    `mode` and `owner` of one that is there are kept if they are not given.
+    Without `mode` or `owner`, those of an existing file are kept.
     """
 
     op = Op.WRITE
@@ -588,19 +594,19 @@ class Write(Operation[Done]):
 
 
 class ChangeKind(StrEnum):
-    """What became of a file."""
+    """What happened to a file."""
 
     CREATED = "created"
     MODIFIED = "modified"
     ATTRIBUTES = "attributes"  # its mode, its owner, its times
     REMOVED = "removed"
     MOVED = "moved"
-    OVERFLOW = "overflow"  # more happened than could be told: look anew
+    OVERFLOW = "overflow"  # changes were lost: read the directory again
 
 
 @dataclass(frozen=True)
 class FileChange:
-    """Something changed in a folder that is watched; what `MOVED` came from `source`."""
+    """A change in a watched directory; what was `MOVED` came from `source`."""
 
     path: bytes
     kind: ChangeKind
@@ -610,10 +616,10 @@ class FileChange:
 
 @dataclass(frozen=True)
 class WatchFolder(Operation[Done]):
-    """Watch a folder from the answer on, with `recursive` all that is in it, too: frames with JSON
-    lists of `FileChange` follow, and a `FileEnd` once it is there no more.
+    """Watch a directory from the answer on, with `recursive` everything below it. Frames with JSON
+    lists of `FileChange` follow, and a `FileEnd` when it no longer exists.
 
-    To watch is no use of a machine: nobody keeps one awake by that alone.
+    Watching does not count as a use of the sandbox.
     """
 
     op = Op.WATCH_FOLDER
@@ -631,10 +637,10 @@ FileOperation = Stat | ListFolder | MakeFolder | Move | Copy | Remove | Read | W
 
 @dataclass(frozen=True)
 class Dial(Operation[Done]):
-    """Connect to a port that something in the machine listens on; raw bytes follow, both ways.
+    """Connect to a port in the machine; raw bytes follow in both directions.
 
-    With a `host`, the machine connects to a port there, as its own programs would; with a `path`,
-    to a socket of its file system.
+    With a `host`, the machine connects to a port there, as its own programs would. With a `path`,
+    it connects to a Unix socket.
     """
 
     op = Op.DIAL
@@ -649,8 +655,8 @@ class Dial(Operation[Done]):
 
 @dataclass(frozen=True)
 class Listening:
-    """The machine listens, at a `port` or a `path`, until the connection ends; frames with a JSON
-    `Caller` follow for each connection that comes."""
+    """The machine listens at a `port` or a `path` until the connection ends. A frame with a JSON
+    `Caller` follows for each incoming connection."""
 
     port: int = 0
     path: str = ""
@@ -658,7 +664,7 @@ class Listening:
 
 @dataclass(frozen=True)
 class Caller:
-    """Somebody connected, from an address, and waits to be taken."""
+    """An incoming connection from an address, which waits for `Take`."""
 
     number: int
     host: str = ""
@@ -667,11 +673,10 @@ class Caller:
 
 @dataclass(frozen=True)
 class Listen(Operation[Listening]):
-    """Have the machine listen: on a `host`'s port, any free one for 0; at a `path`, on a socket
-    there that is the `user`'s; without either on a socket of a new folder that only the `user` may
-    enter.
+    """Listen in the machine: on a `host`'s port, 0 for any free one; at a `path`, on a Unix socket
+    of the `user`; or without either on a socket in a new directory that only the `user` may enter.
 
-    A socket that is at the path already is replaced if nobody listens on it.
+    An existing socket at the path is replaced if it has no listener.
     """
 
     op = Op.LISTEN
@@ -686,7 +691,7 @@ class Listen(Operation[Listening]):
 
 @dataclass(frozen=True)
 class Take(Operation[Done]):
-    """Take a connection that came to a `Listen`; raw bytes follow, both ways."""
+    """Take an incoming connection of a `Listen`; raw bytes follow in both directions."""
 
     op = Op.TAKE
     asked_by_users = True
@@ -698,9 +703,9 @@ class Take(Operation[Done]):
 
 @dataclass(frozen=True)
 class Figures:
-    """What the machine takes now: 100 % is one whole CPU, `uptime` is in seconds.
+    """The machine's resource usage: 100 % is one CPU, `uptime` is in seconds.
 
-    For a window only `recent_cpu_percent` is told, which costs less.
+    For a window only `recent_cpu_percent` is set, which costs less.
     """
 
     cpu_percent: float | None = None
@@ -714,7 +719,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Stats(Operation[Figures]):
-    """Ask what the machine takes; with `window_s`, how busy users' programs kept it so long."""
+    """Return the resource usage; with `window_s`, the CPU usage of users' programs in that time."""
 
     op = Op.STATS
     answer = Figures
@@ -749,12 +754,12 @@ _BY_OP: Mapping[str, type[AnyOperation]] = {kind.op.value: kind for kind in get_
 
 
 def request_of(operation: Operation[Any], token: str, *, again: bool = False) -> Request:
-    """Return the request that asks an agent for an operation; see core.wire for `again`."""
+    """Return the request for an operation; see core.wire for `again`."""
     return Request(operation.op.value, token, encode(operation), again=again)
 
 
 def may_be_followed(operation: Operation[Any]) -> bool:
-    """Tell whether another operation may follow by the same connection once this one is over."""
+    """Tell whether another operation may follow on the same connection."""
     match operation:
         case Execute():
             return not operation.stdin  # what came of it late would be taken for the next
@@ -769,11 +774,11 @@ def may_be_followed(operation: Operation[Any]) -> bool:
 
 
 def operation_of(op: str, args: Mapping[str, object]) -> AnyOperation:
-    """Return the operation that is asked for.
+    """Return the requested operation.
 
     Raises:
         UnknownOperationError: there is no such operation.
-        CodecError: its arguments are not as agreed.
+        CodecError: its arguments are invalid.
     """
     kind = _BY_OP.get(op)
     if kind is None:
@@ -783,10 +788,10 @@ def operation_of(op: str, args: Mapping[str, object]) -> AnyOperation:
 
 
 def answer_of(operation: Operation[AnswerT], values: Mapping[str, object]) -> AnswerT:
-    """Return what an agent answered.
+    """Return an agent's answer.
 
     Raises:
-        CodecError: the answer is not as agreed.
+        CodecError: the answer is invalid.
     """
     answer: AnswerT = decode(operation.answer, values)
     return answer

@@ -1,4 +1,4 @@
-"""What the reasons for which an agent does not do something mean to whoever asked for it."""
+"""Translates an agent's refusals into typed errors."""
 
 from sandyard.server.core.errors import (
     AlreadyExistsError,

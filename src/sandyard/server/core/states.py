@@ -36,7 +36,7 @@ class Event(StrEnum):
 
     PLACED = "placed"  # a node was chosen and is at work
     DISPLACED = "displaced"  # that node cannot start it; another may
-    AGAIN = "again"  # its machine died before anybody could use it, and another is started
+    AGAIN = "again"  # its machine ended before it could be used, and another is started
     READY = "ready"  # the agent answered: the sandbox can be used
     BROKE = "broke"  # a start failed for good, or a machine died
     SILENT = "silent"  # node or agent do not answer
@@ -49,7 +49,7 @@ class Event(StrEnum):
     ROLL_BACK = "roll_back"  # a snapshot is to take the place of what is there
     DELETE = "delete"
     GONE = "gone"  # nothing of the machine is left
-    VANISHED = "vanished"  # nothing of it is left anywhere, and nobody asked for that
+    VANISHED = "vanished"  # nothing of it is left anywhere, although nothing requested that
 
 
 _S, _E = Status, Event

@@ -1,20 +1,19 @@
 """The protocol between the host and the agent inside a machine: bytes in, events out, no I/O.
 
 A connection carries one operation at a time. The host sends one line of JSON (version, token,
-operation, arguments); the agent answers with one line (ok, or an error). What follows belongs to
-the operation (`core.ops`): raw bytes (`dial`) or frames (`exec`, `attach`):
+operation, arguments), and the agent answers with one line (ok, or an error). What follows depends
+on the operation (`core.ops`): raw bytes (`dial`) or frames (`exec`, `attach`):
 
     channel  1 byte
     length   4 bytes, big-endian, at most FRAME_MAX
     payload  length bytes
 
-Where the host's line says `again`, and the agent's does, too, another operation may follow once
-this one is over: after the answer, or after the last frame of one that has frames. Otherwise the
-connection ends with it.
+If both lines say `again`, another operation may follow: after the answer, or after the last frame
+of one that has frames. Otherwise the connection ends with the operation.
 
-Both ends use this module, so there is one protocol in one language. Whoever reads treats the other
-side as hostile: every length has a bound, and what does not fit raises WireError, after which the
-connection is of no more use.
+Both ends use this module, so there is one protocol in one language. A reader treats the other side
+as hostile: every length is limited, and anything invalid raises WireError, after which the
+connection must be closed.
 """
 
 import json
@@ -34,12 +33,12 @@ _AGAIN: Final[dict[str, object]] = {"again": True}
 
 
 def is_guests_port(port: int) -> bool:
-    """Tell whether users may reach a port of a sandbox: it is valid, and not the platform's own."""
+    """Tell whether users may reach a port of a sandbox: it is valid, and not reserved."""
     return port in _PORTS and port not in (AGENT_PORT, RFB_PORT)
 
 
 class Refusal(StrEnum):
-    """Why an agent does not do what was asked."""
+    """Why an agent refuses an operation."""
 
     UNAUTHORIZED = "unauthorized"  # the token is not the one it accepts
     UNSUPPORTED = "unsupported"  # it does not know the operation
@@ -55,7 +54,7 @@ class Refusal(StrEnum):
 
 
 class Channel(IntEnum):
-    """What a frame carries."""
+    """What a frame contains."""
 
     STDIN = 0  # host to guest; an empty payload ends it
     STDOUT = 1
@@ -65,12 +64,12 @@ class Channel(IntEnum):
 
 
 class WireError(Exception):
-    """The other side broke the protocol; close the connection."""
+    """The other side violated the protocol; close the connection."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the host asks; if `again`, it would ask more by this connection."""
+    """The host's line; with `again`, it may send another on this connection."""
 
     op: str
     token: str = field(repr=False)
@@ -80,7 +79,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """The agent's line: values, or an error's code and message; if `again`, it takes more."""
+    """The agent's line: values, or an error's code and message; with `again`, it accepts
+    another."""
 
     values: dict[str, object]
     error: str | None = None
@@ -90,7 +90,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Frame:
-    """One piece of one channel."""
+    """A piece of a channel's data."""
 
     channel: Channel
     payload: bytes
@@ -132,10 +132,10 @@ def encode_frame(channel: Channel, payload: bytes) -> bytes:
 
 
 class Decoder:
-    """Turns the bytes of one direction of a connection into a head, then frames or raw bytes.
+    """Decodes one direction of a connection: a first line, then frames or raw bytes.
 
-    Feed it what arrives; take what is complete. It never holds more than one head or frame and
-    what was fed since, so a reader that takes before it feeds again has bounded memory.
+    Feed it what arrives, and take what is complete. It holds at most one line or frame and what was
+    fed since, so a reader that takes before it feeds again uses bounded memory.
     """
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ class Decoder:
         self._searched = 0
 
     def feed(self, data: bytes) -> None:
-        """Add bytes that arrived."""
+        """Add received bytes."""
         self._buffer += data
 
     def take_request(self) -> Request | None:
@@ -182,7 +182,7 @@ class Decoder:
         """Return the next frame, or None if it is not complete yet.
 
         Raises:
-            WireError: a length over FRAME_MAX or a channel nobody knows.
+            WireError: the length is over FRAME_MAX, or the channel is unknown.
         """
         if len(self._buffer) < _FRAME_HEADER:
             return None
@@ -201,7 +201,7 @@ class Decoder:
         return Frame(channel, payload)
 
     def take_raw(self) -> bytes:
-        """Return all bytes not taken yet; for operations whose head is followed by raw bytes."""
+        """Return all bytes not taken yet, for operations with raw bytes."""
         data = bytes(self._buffer)
         self._buffer.clear()
         return data
@@ -230,7 +230,7 @@ class Decoder:
 
 
 class LastFrame:
-    """Tells when the frames that pass by have come to their end, in whatever pieces they pass."""
+    """Finds the end of the frames in a stream that is passed on, in pieces of any size."""
 
     def __init__(self) -> None:
         self._head = bytearray()
@@ -238,7 +238,7 @@ class LastFrame:
         self._is_last = self._is_past = False
 
     def feed(self, data: bytes) -> None:
-        """Take note of bytes that pass."""
+        """Examine bytes that are passed on."""
         view = memoryview(data)
         while view:
             if self.is_whole:
@@ -259,15 +259,13 @@ class LastFrame:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the last frame has passed whole, and nothing after it."""
+        """Whether the last frame has passed completely, and nothing after it."""
         return self._is_last and self._left == 0 and not self._head and not self._is_past
 
 
 def printable(text: str) -> str:
-    """Return what a guest said without what a terminal would obey, or a database not take.
-
-    Control characters, and lone surrogates, which JSON's escapes can hold and UTF-8 cannot.
-    """
+    """Return a guest's text without characters that control a terminal or that a database rejects:
+    control characters, and lone surrogates, which JSON escapes can contain and UTF-8 cannot."""
     return "".join(one if one.isprintable() else "\ufffd" for one in text)
 
 

@@ -1,1 +1,1 @@
-"""Hypervisors, one folder each, behind one contract; they do not know each other."""
+"""Hypervisors, one folder each, behind one contract. No driver imports another."""

@@ -1,4 +1,4 @@
-"""Machines that no caller waits for: their hypervisors yield the processors to all others."""
+"""Machines of low priority: their hypervisors yield the CPUs to all others."""
 
 import asyncio
 import signal
@@ -15,14 +15,14 @@ _HOLD_MAX_S = 1.0
 
 
 class Entry:
-    """One machine's place in the background; its driver adds the hypervisor."""
+    """One machine in the background; its driver adds the hypervisor."""
 
     def __init__(self, *, is_held: bool) -> None:
         self._is_held = is_held
         self._process: DetachedProcess | None = None
 
     def add(self, process: DetachedProcess) -> None:
-        """Take in the machine's hypervisor, which has just been started."""
+        """Add the machine's hypervisor, which has just been started."""
         set_nice(process.pid, _NICE)
         self._process = process
         self.hold(is_held=self._is_held)
@@ -35,12 +35,11 @@ class Entry:
 
 
 class Background:
-    """The hypervisors that prepare machines ahead of demand.
+    """The hypervisors of machines that are made ahead.
 
-    A nice value is not enough to keep them out of a create's way: an idle processor runs them all
-    the same, and a create then finds it busy and its caches cold. So they are stopped (SIGSTOP)
-    while a create is served. After a hold they run at least as long as it lasted, so they progress
-    under any load.
+    A nice value does not keep them from delaying a create: an idle CPU runs them all the same, and
+    a create then finds it busy and its caches cold. So they are stopped (SIGSTOP) while a create is
+    served. After a hold they run at least as long as it lasted, so they progress under any load.
     """
 
     def __init__(self) -> None:
@@ -52,7 +51,7 @@ class Background:
 
     @contextmanager
     def entry(self) -> Iterator[Entry]:
-        """Yield a place for one machine, which runs whatever happens once the block is left."""
+        """Yield an entry for one machine, which runs freely after the block."""
         entry = Entry(is_held=not self._calm.is_set())
         self._entries.add(entry)
         try:

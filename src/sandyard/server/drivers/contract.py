@@ -1,7 +1,7 @@
-"""What a hypervisor must be able to do, and what it is given to do it.
+"""What a hypervisor must be able to do, and the specification of a machine.
 
-Configuration comes first, the machine second: a driver gets one complete frozen MachineSpec and
-never a half-built object to fill in. Every implementation passes `tests/contract/test_drivers.py`.
+Configuration is complete before the machine exists: a driver gets one frozen MachineSpec. Every
+implementation passes `tests/contract/test_drivers.py`.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ Handle = Mapping[str, str | int]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a machine stands on its host: its namespace and tap, and the account it runs under.
+    """A machine's place on its host: network namespace and tap, and the account it runs under.
 
-    `ip` is the address under which the node's host reaches the machine; the machine's own address
-    is the same in every place.
+    `ip` is the address at which the node reaches the machine. The machine's own address is the same
+    in every place.
     """
 
     number: int
@@ -33,13 +33,13 @@ class Place:
 
 @dataclass(frozen=True)
 class MachineSpec:
-    """Everything a machine is made of.
+    """The complete specification of a machine.
 
-    `base` is shared and only read; `disk` is the machine's own. `memory` is the file that the
-    machine's memory starts from: it is mapped privately and never written, so that many machines
-    share its pages; a start that finds none makes one that is empty. `token` is what the agent
-    will accept first. `folder` is for the driver's sockets; it is there already, belongs to the
-    place's account and is short enough for a socket's path.
+    `base` is shared and read-only; `disk` is the machine's own. `memory` is the file from which its
+    memory is loaded: it is mapped privately and never written, so that many machines share its
+    pages. A start without one makes an empty one. `token` is the first that the agent accepts.
+    `folder` is for the driver's sockets; it exists, belongs to the place's account, and its path is
+    short enough for a socket.
     """
 
     name: str
@@ -63,10 +63,10 @@ class MachineSpec:
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """What a probe machine is made of: what it boots is as in MachineSpec.
+    """The specification of a probe machine; for the files to boot see MachineSpec.
 
-    `scratch` is an empty folder of the caller's for the probe's files; `limit_s` is how long its
-    first program may be waited for.
+    `scratch` is an empty folder for the probe's files; `limit_s` limits the wait for its first
+    program.
     """
 
     kernel: Path
@@ -79,23 +79,23 @@ class ProbeSpec:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a machine was at one moment, but for its disk.
+    """The saved state of a machine, without its disk.
 
-    The state builds on the memory file that its machine started from, which must be given again;
-    after `SavingDriver.make_whole` it builds on the file `memory` in its own folder instead.
+    It builds on the memory file that its machine was started from, which is needed to restore it.
+    After `SavingDriver.make_whole` it builds on `memory` in its own folder instead.
     """
 
     folder: Path
 
     @property
     def memory(self) -> Path:
-        """The memory file of a state that stands alone."""
+        """The memory file of a state that depends on no other."""
         return self.folder / "memory"
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a driver can do beyond starting and stopping."""
+    """What a driver can do beyond starting and stopping machines."""
 
     saves: bool
     """Its machines are `SavingMachine`s and it is a `SavingDriver`."""
@@ -103,11 +103,10 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a driver can be used on this host, and why not, in a sentence.
+    """Whether a driver can be used on this host, and a sentence that says why not.
 
-    A verdict that is not certain (the host was too busy to tell, a device is closed and may be open
-    next time) is not to be remembered. `took_s` is how long a machine took until its first program
-    ran, where one came so far.
+    A verdict that is not certain (the host was too busy, a device was not accessible) must not be
+    cached. `took_s` is how long a probe machine took to its first program, if it got there.
     """
 
     is_usable: bool
@@ -125,11 +124,11 @@ class End:
 
 
 class Machine(Protocol):
-    """A machine that was started: the process of a hypervisor with a guest in it."""
+    """A started machine: a hypervisor's process with a guest in it."""
 
     @property
     def handle(self) -> Handle:
-        """What to store so that a later process can `recover` this machine."""
+        """What a later process needs to `recover` this machine."""
         ...
 
     @property
@@ -138,59 +137,59 @@ class Machine(Protocol):
         ...
 
     async def console(self) -> bytes:
-        """Return what the guest printed on its console since the last call; bounded."""
+        """Return the console output since the last call; its size is limited."""
         ...
 
     async def stall(self) -> End | None:
-        """Return why the machine stands still although it lives, None if it does not.
+        """Return why the machine stands still although its process lives, or None.
 
-        A machine that stands still because the host's disk is full goes on by itself when there is
-        room again and this is called; that it does so is told by the next call.
+        If it stands still because the host's disk is full, this call resumes it once there is
+        space; the next call shows that.
 
-        With the code `powered_off` it says that it has halted, and has not run since a call a
-        second or more ago. It may only have been idle: if its agent does not answer, it has ended.
+        The code `powered_off` means that it says on its console that it has halted, and has not run
+        since a call at least a second ago. It may only be idle: if its agent does not answer, it
+        has ended.
         """
         ...
 
     async def wait(self) -> End:
-        """Return once the machine has ended, also if that was before the call."""
+        """Return once the machine has ended, even if that was before the call."""
         ...
 
     async def stop(self) -> None:
-        """Return once nothing of the machine is left; at once if nothing is.
+        """End the machine, and return once everything of it is released. May be repeated.
 
         Raises:
-            UnavailableError: the process would not go away.
+            UnavailableError: the process did not end.
         """
         ...
 
     async def detach(self) -> None:
-        """Let go of the machine, which lives on, to be found again by `recover`."""
+        """Release the machine, which continues and can be found by `recover`."""
         ...
 
     def come_forward(self) -> None:
-        """Let a machine that was started ahead have its share of the processors from now on."""
+        """Give a machine that was started in the background its share of the CPUs."""
         ...
 
 
 class SavingMachine(Machine, Protocol):
-    """A machine that can be held still, and whose state can be written down."""
+    """A machine that can be suspended and saved."""
 
     async def pause(self) -> None:
-        """Hold the guest still; its memory stays where it is, its disk is synced."""
+        """Suspend the guest, and sync its disk."""
         ...
 
     async def resume(self) -> None:
-        """Let a guest that is held still go on; nothing happens if it runs."""
+        """Resume the guest; does nothing if it runs."""
         ...
 
     async def is_paused(self) -> bool:
-        """Tell whether the guest is held still."""
+        """Tell whether the guest is suspended."""
         ...
 
     async def save(self, folder: Path) -> Saved:
-        """Write the state of a machine that is held still to a new folder; whoever keeps it syncs
-        what is in there.
+        """Write the state of a suspended machine to a new folder; the caller syncs the files.
 
         Raises:
             NoCapacityError: the host's disk is full.
@@ -198,7 +197,7 @@ class SavingMachine(Machine, Protocol):
         ...
 
     async def grow_disk(self, size_mib: int) -> None:
-        """Make the machine's disk larger; the guest sees it at once."""
+        """Enlarge the machine's disk; the guest sees it at once."""
         ...
 
 
@@ -212,7 +211,7 @@ class Driver(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it can do beyond starting and stopping."""
+        """What it can do beyond starting and stopping machines."""
         ...
 
     async def version(self) -> str:
@@ -224,43 +223,43 @@ class Driver(Protocol):
         ...
 
     async def probe(self, spec: ProbeSpec) -> Verdict:
-        """Find out whether a machine of this kernel really boots here; never raises for that."""
+        """Find out whether a machine boots here with this kernel; does not raise if it does not."""
         ...
 
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> Machine:
-        """Start a machine; push the release of every host resource on `held` as it is taken.
+        """Start a machine, and push the release of every host resource on `held` as it is acquired.
 
         Raises:
             InternalError: it could not be started; the message says why.
-            UnavailableError: the hypervisor is missing or cannot be used here.
+            UnavailableError: the hypervisor is missing, or cannot be used here.
         """
         ...
 
     async def recover(self, handle: Handle, held: AsyncExitStack) -> Machine | None:
-        """Find the machine behind a stored handle, pushing on `held` what it still holds.
+        """Find the machine of a handle, and push the release of its resources on `held`.
 
-        None if it has died; then `held` releases what the dead machine left.
+        Return None if it has ended; then `held` releases what it left.
         """
         ...
 
 
 class SavingDriver(Driver, Protocol):
-    """A hypervisor that can start a machine from a saved one."""
+    """A hypervisor that can restore machines."""
 
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> SavingMachine:
         """See `Driver.start`."""
         ...
 
     async def restore(self, spec: MachineSpec, saved: Saved, held: AsyncExitStack) -> SavingMachine:
-        """Start a machine where a saved one stood still, and hold it still there. See `start`.
+        """Start a machine from a saved state, suspended. See `start`.
 
         Raises:
-            ConflictError: the saved state does not fit this version or this spec.
+            ConflictError: the saved state does not fit this version or this specification.
         """
         ...
 
     async def make_whole(self, saved: Saved, memory: Path) -> None:
-        """Make a saved state stand alone, where it built on a memory file.
+        """Make a saved state independent of the memory file that it builds on.
 
         Raises:
             NoCapacityError: the host's disk is full.

@@ -1,6 +1,6 @@
-"""How a guest came to its end, as its kernel says it last: hypervisors tell only that it has.
+"""How a guest ended, by its kernel's last console output: hypervisors only report that it ended.
 
-A guest may print what it likes; what it says here concerns nobody but itself.
+A guest may print anything; what is read here affects only itself.
 """
 
 import re
@@ -28,25 +28,25 @@ _STILL_S = 1.0
 
 
 def end_told(console: bytes) -> End | None:
-    """Return how a guest ended by the last of what its console says, None if it does not."""
+    """Return how a guest ended by the end of its console output, or None."""
     found = [(console.rfind(words), end) for words, end in _WORDS]
     at, end = max(found, key=lambda one: one[0])
     return end if at >= 0 else None
 
 
 def says_halted(console: bytes) -> bool:
-    """Tell whether the last that a guest says is that it has halted.
+    """Tell whether the console output ends with a message that the guest has halted.
 
-    A kernel that knows no way to switch its machine off says so and halts its processors instead,
-    of which no hypervisor tells: under Firecracker, none knows one.
+    A kernel that cannot power its machine off halts its CPUs instead, which no hypervisor reports.
+    Under Firecracker no kernel can.
     """
     return _HALTED.search(console[-200:]) is not None
 
 
 class Standstill:
-    """Tells a guest that may have halted from one that only says so: none of its processors runs.
+    """Distinguishes a guest that has halted from one that only says so: none of its CPUs runs.
 
-    An idle one may not run for seconds either, so its agent is to be asked then.
+    An idle guest may not run for seconds either, so its agent must be asked then.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Standstill:
     def is_found(self, pid: int, processors: Iterable[int]) -> bool:
         """Tell whether none of these threads of a process has run for a second or more.
 
-        That takes at least two looks, so far apart.
+        That takes at least two calls a second apart.
         """
         seen = [(thread, _sleep_of(pid, thread)) for thread in processors]
         now = time.monotonic()
@@ -66,7 +66,7 @@ class Standstill:
 
 
 def _sleep_of(pid: int, thread: int) -> bytes:
-    """Return what tells one sleep of a thread from its others; nothing if it is awake."""
+    """Return a value that identifies the current sleep of a thread; nothing if it is awake."""
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/task/{thread}/status").read_bytes().splitlines()
         if any(line.startswith(b"State:\tS") for line in lines):

@@ -1,4 +1,4 @@
-"""The files of a fake machine: a tree in memory that tells the same errors as a real one."""
+"""The files of a fake machine: a tree in memory that gives the same errors as a real one."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ ROOM = 64 * 1024 * 1024
 
 
 class RefusedFileError(Exception):
-    """What the tree would not do."""
+    """The operation on a file fails."""
 
     def __init__(self, code: wire.Refusal, path: bytes) -> None:
         super().__init__(f"{path.decode(errors='replace')}: {code.value.replace('_', ' ')}")
@@ -20,7 +20,7 @@ class RefusedFileError(Exception):
 
 
 class FakeFiles:
-    """See the module. A folder is None, a file its bytes; `/denied` is nobody's."""
+    """A tree: a directory is None, a file its bytes. Access to `/denied` is denied."""
 
     def __init__(self) -> None:
         self._tree: dict[bytes, bytes | None] = {b"/": None, b"/workspace": None, b"/tmp": None}
@@ -28,10 +28,10 @@ class FakeFiles:
         self._watches: dict[asyncio.Queue[ops.FileChange], ops.WatchFolder] = {}
 
     def answer(self, wish: ops.FileOperation) -> object:
-        """Carry an operation out, and return what it answers.
+        """Carry out an operation, and return its answer.
 
         Raises:
-            RefusedFileError: it cannot be.
+            RefusedFileError: it fails.
         """
         match wish:
             case ops.Stat():
@@ -52,7 +52,7 @@ class FakeFiles:
         return ops.Done()
 
     def fact(self, path: bytes) -> ops.FileFact:
-        """Return what is told of a file."""
+        """Return the metadata of a file."""
         found = self._find(path)
         is_folder = found is None
         mode = self._modes.get(path, 0o755 if is_folder else 0o644)
@@ -82,7 +82,7 @@ class FakeFiles:
         yield end_frame(ops.FileEnd(len(facts), len(found) > len(facts)))
 
     async def watched(self, wish: ops.WatchFolder) -> AsyncIterator[bytes]:
-        """Yield the frames of a watch, and its end when its folder is removed."""
+        """Yield the frames of a watch, and its end when its directory is removed."""
         changes: asyncio.Queue[ops.FileChange] = asyncio.Queue()
         self._watches[changes] = wish
         try:
@@ -107,7 +107,7 @@ class FakeFiles:
                 changes.put_nowait(ops.FileChange(path, kind, is_folder, source))
 
     def write(self, wish: ops.Write, data: bytes) -> ops.FileEnd:
-        """Write a file, unless there is no room for it."""
+        """Write a file, if there is room."""
         if len(data) > ROOM:
             message = f"{wish.path.decode(errors='replace')}: no space left on device"
             return ops.FileEnd(trouble=ops.FileTrouble(wire.Refusal.NO_SPACE.value, message))

@@ -1,4 +1,4 @@
-"""The processes that a fake machine's agent keeps: a few words are all that they understand."""
+"""The processes of a fake machine's agent, which know a few commands."""
 
 import asyncio
 import json
@@ -18,20 +18,20 @@ class AbsentError(Exception):
 
 
 class ConflictingError(Exception):
-    """It is not in a state for that."""
+    """Its state does not allow that."""
 
 
 class RefusedProgramError(Exception):
-    """It would not do that."""
+    """The request is invalid."""
 
 
 class FakeProgram:
-    """One process: it runs until its word says that it ends.
+    """One process: it runs until its command ends.
 
-    `cat`, and a login shell, print what they read until their input is closed, `hang` runs until it
-    is signalled, `count N` prints the numbers, `spill N` so many zeros, `flood` zeros for as long
-    as somebody reads, `exit N` ends so; anything else is printed itself. On a terminal all of it
-    comes there.
+    `cat` and a login shell print what they read until their input is closed; `hang` runs until it
+    gets a signal; `count N` prints the numbers, `spill N` N zeros, `flood` zeros as long as it has
+    a reader; `exit N` ends with that code; anything else is printed. On a terminal all output goes
+    there.
     """
 
     def __init__(self, pid: int, wish: ops.Start) -> None:
@@ -62,11 +62,11 @@ class FakeProgram:
 
     @property
     def tag(self) -> str | None:
-        """What it was started with."""
+        """Its tag."""
         return self._wish.tag
 
     def told(self) -> ops.Program:
-        """Return what is told of it."""
+        """Its description."""
         wish = self._wish
         return ops.Program(
             pid=self._pid,
@@ -83,10 +83,10 @@ class FakeProgram:
         )
 
     def feed(self, data: bytes, *, closes: bool) -> None:
-        """Take input.
+        """Accept input.
 
         Raises:
-            ConflictingError: it takes none.
+            ConflictingError: it accepts none.
         """
         if not self._is_open:
             raise ConflictingError(f"cannot write to the process {self._pid}: it takes no input")
@@ -99,7 +99,7 @@ class FakeProgram:
                 self._finish(0)
 
     def send(self, number: int) -> None:
-        """Take a signal, which ends it.
+        """Accept a signal, which ends it.
 
         Raises:
             ConflictingError: it has ended.
@@ -109,12 +109,12 @@ class FakeProgram:
         self._finish(128 + number, signal.Signals(number).name)
 
     def attached(self, offset: int | None) -> ops.Attached:
-        """Return from where somebody may follow it."""
+        """Return the offset from which it can be followed."""
         begin = self._printed if offset is None else max(self._begin, offset)
         return ops.Attached(self._pid, begin, 0 if offset is None else begin - offset)
 
     async def frames(self, offset: int) -> AsyncIterator[bytes]:
-        """Yield what it prints from a byte on, and its end."""
+        """Yield its output from a byte on, and its end."""
         terminal = self._wish.terminal is not None
         channel = wire.Channel.TERMINAL if terminal else wire.Channel.STDOUT
         while self._wish.command == "flood" and self.end is None:
@@ -147,7 +147,7 @@ class FakeProgram:
 
 
 class FakePrograms:
-    """All of them, by pid."""
+    """All processes, by pid."""
 
     def __init__(self) -> None:
         self._by_pid: dict[int, FakeProgram] = {}
@@ -157,7 +157,7 @@ class FakePrograms:
         self,
         wish: ops.Start | ops.Attach | ops.List | ops.Signal | ops.Input | ops.Resize,
     ) -> object:
-        """Carry an operation out, and return what it answers.
+        """Carry out an operation, and return its answer.
 
         Raises:
             AbsentError, ConflictingError, RefusedProgramError: see their classes.

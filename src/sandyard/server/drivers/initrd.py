@@ -1,8 +1,8 @@
 """Adds a machine's own secret to the initramfs that all machines of an image share.
 
-The kernel unpacks archives that stand one after the other (the kernel documentation's "initramfs
-buffer format"). What is in them is gone from the machine once its root is switched, and was never
-on its disk or its kernel's command line.
+The kernel unpacks concatenated archives (kernel documentation, "initramfs buffer format"). Their
+content disappears when the root is switched, and is never on the machine's disk or its kernel
+command line.
 """
 
 import stat
@@ -11,7 +11,7 @@ _ALIGNMENT = 4
 
 
 def add_token(initrd: bytes, token: str) -> bytes:
-    """Return an initramfs with the file /token, which only root can read, added to it."""
+    """Return an initramfs with a file /token added, which only root can read."""
     own = cpio_entry("token", stat.S_IFREG | 0o600, token.encode())
     return padded(initrd) + own + cpio_entry("TRAILER!!!", 0, b"")
 
@@ -25,5 +25,5 @@ def cpio_entry(name: str, mode: int, data: bytes, *, device: tuple[int, int] = (
 
 
 def padded(data: bytes) -> bytes:
-    """Return data filled up with zeros to where the next entry or archive may begin."""
+    """Return data padded with zeros to where the next entry or archive may begin."""
     return data + bytes(-len(data) % _ALIGNMENT)

@@ -1,8 +1,8 @@
-"""Kernels as files: the ELF program that lies packed in a bzImage, and what they say of themselves.
+"""Kernels as files: the ELF program that is compressed in a bzImage, and its properties.
 
-Where it lies is told by the image's head (Documentation/arch/x86/boot.rst, `payload_offset` and
-`payload_length`). All packings but gzip's are followed by four bytes more, the unpacked size
-(scripts/Makefile.lib, `size_append`); gzip ends with such four bytes of its own.
+The image's header says where it is (Documentation/arch/x86/boot.rst, `payload_offset` and
+`payload_length`). All compressions except gzip are followed by four more bytes with the
+uncompressed size (scripts/Makefile.lib, `size_append`); gzip ends with those itself.
 """
 
 import bz2
@@ -36,15 +36,15 @@ _CONFIG_MAX = 4 * 2**20
 
 @dataclass(frozen=True)
 class Told:
-    """What a kernel says of itself; `options` are those of its configuration that are set, without
-    `CONFIG_`, None where it was built without them in it (CONFIG_IKCONFIG)."""
+    """The properties of a kernel. `options` are the enabled ones of its configuration without
+    `CONFIG_`, or None if the configuration is not included (CONFIG_IKCONFIG)."""
 
     release: str
     options: Mapping[str, str] | None
 
     @property
     def has_acpi(self) -> bool:
-        """Whether it finds devices by ACPI; taken for granted where it does not say."""
+        """Whether it finds devices by ACPI; assumed if the configuration is not included."""
         return self.options is None or self.options.get("ACPI") == "y"
 
 
@@ -52,7 +52,7 @@ def unpacked_kernel(image: Path, cache: Path) -> Path:
     """Return the ELF file of a kernel, made once and kept in a folder.
 
     Raises:
-        UnavailableError: the file is no kernel, or packed in a way that is not known.
+        UnavailableError: the file is not a kernel, or its compression is unknown.
     """
     data = _read(image)
     target = cache / f"vmlinux-{sha256(data).hexdigest()[:24]}"
@@ -76,10 +76,10 @@ def unpacked_kernel(image: Path, cache: Path) -> Path:
 
 
 def told_by(image: Path) -> Told:
-    """Return what a kernel says of itself.
+    """Return the properties of a kernel.
 
     Raises:
-        UnavailableError: the file is no kernel, or packed in a way that is not known.
+        UnavailableError: see `unpacked_kernel`.
     """
     elf = unpacked(_read(image), image)
     release = _RELEASE.search(elf)
@@ -95,7 +95,7 @@ def told_by(image: Path) -> Told:
 
 
 def unpacked(data: bytes, image: Path) -> bytes:
-    """Return the ELF file that the bytes of a kernel are, or hold.
+    """Return the ELF file in the bytes of a kernel.
 
     Raises:
         UnavailableError: see `unpacked_kernel`.

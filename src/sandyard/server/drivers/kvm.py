@@ -1,4 +1,4 @@
-"""Whether this host has KVM at all, which does not prove that it works."""
+"""Whether this host has KVM; that does not prove that it works."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ NO_KVM = f"{DEVICE} is not there or not open to this user"
 
 
 def can_open(device: Path = DEVICE) -> bool:
-    """Tell whether this process can use the device: it may be there, and what it is for not."""
+    """Tell whether this process can open the device, and create a virtual machine."""
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except OSError:

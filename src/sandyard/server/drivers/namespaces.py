@@ -1,4 +1,4 @@
-"""Sockets and taps opened inside a network namespace by a process that belongs outside."""
+"""Sockets and taps opened inside a network namespace by a process outside of it."""
 
 import ctypes
 import fcntl
@@ -23,18 +23,18 @@ _held = ctypes.PyDLL(None, use_errno=True)  # as above, and no other thread has 
 
 
 def path_of(netns: str) -> Path:
-    """Return the file that names a network namespace, as ip-netns(8) keeps it."""
+    """Return the file of a network namespace (ip-netns(8))."""
     return Path("/run/netns") / netns
 
 
 def in_namespace(netns: str, work: Callable[[], _T]) -> _T:
-    """Run `work` in a thread of its own inside a namespace and return what it returns.
+    """Run `work` in its own thread inside a namespace, and return its result.
 
-    A namespace belongs to a thread, so the caller's is never changed, and the thread ends with the
-    work: none that still stands in a namespace is ever used again.
+    A namespace belongs to a thread. So the caller's is never changed, and the thread, which ends
+    with the work, is never used again.
 
     Raises:
-        InternalError: the namespace is not there.
+        InternalError: the namespace does not exist.
     """
     result: list[_T] = []
     trouble: list[BaseException] = []
@@ -64,15 +64,14 @@ def in_namespace(netns: str, work: Callable[[], _T]) -> _T:
 
 
 def socket_in(netns: str) -> socket.socket:
-    """Return a TCP socket that lies in a namespace, neither bound nor connected, and never blocks.
+    """Return a non-blocking TCP socket in a namespace, neither bound nor connected.
 
-    The calling thread stands in there for as long as that takes, and for nothing else: twenty
-    microseconds. In a thread of its own (`in_namespace`) it takes twenty times as long, and a
-    hundred times where an event loop is busy, since each system call of another thread waits for
-    the interpreter anew.
+    The calling thread enters the namespace for about twenty microseconds. In its own thread
+    (`in_namespace`) that takes twenty times as long, and a hundred times if an event loop is busy,
+    because each system call of another thread waits for the interpreter.
 
     Raises:
-        InternalError: the namespace is not there.
+        InternalError: the namespace does not exist.
     """
     try:
         with (
@@ -108,10 +107,10 @@ def _stand_in(descriptor: int) -> None:
 
 
 async def give_tap_to(netns: str, tap: str, uid: int) -> None:
-    """Let an account open a tap device that lies in a namespace.
+    """Let an account open a tap device in a namespace.
 
     Raises:
-        InternalError: it is not there, or another process has it.
+        InternalError: it does not exist, or another process has it.
     """
     descriptor = await open_tap(netns, tap)
     try:
@@ -123,10 +122,10 @@ async def give_tap_to(netns: str, tap: str, uid: int) -> None:
 
 
 async def open_tap(netns: str, tap: str) -> int:
-    """Return a descriptor of a tap device that lies in a namespace.
+    """Return a descriptor of a tap device in a namespace.
 
     Raises:
-        InternalError: it is not there, or another process has it.
+        InternalError: it does not exist, or another process has it.
     """
 
     opened: list[int] = []

@@ -1,7 +1,7 @@
-"""Hypervisor processes that no Python process owns: found again by pid, start time and boot.
+"""Hypervisor processes that outlive this one: found again by pid, start time and boot id.
 
-A pid alone may be another process's by now, so every process is verified and then held by a pidfd,
-which names this one process for ever (pidfd_open(2)) and tells of its end.
+A pid alone may belong to another process by now. So every process is verified and then held by a
+pidfd, which always refers to this one process (pidfd_open(2)) and becomes readable at its end.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ _LIBC = ctypes.CDLL(None)
 
 
 def boot_id() -> str:
-    """Return the id of the host's present boot."""
+    """Return the id of the host's current boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def start_time(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None if it is gone or a zombie."""
+    """Return when a process started, in clock ticks since boot; None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -37,8 +37,8 @@ def start_time(pid: int) -> int | None:
 
 
 def starved_s(pid: int) -> float:
-    """Return how many seconds a process has waited for a processor that others had: of its threads
-    the one that waited longest. 0 if it is gone, or the kernel does not count it."""
+    """Return how many seconds a process has waited for a busy CPU: the maximum of its threads. 0 if
+    it has ended, or the kernel does not count that."""
     longest = 0
     with contextlib.suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -49,10 +49,10 @@ def starved_s(pid: int) -> float:
 
 
 def set_nice(pid: int, nice: int) -> None:
-    """Set how a process, all of its threads, gives way to others; nothing if it is gone.
+    """Set the nice value of a process, all of its threads; does nothing if it has ended.
 
-    A process with a session of its own competes with others as a group, and then the group's value
-    decides (sched(7), "the autogroup feature"); where the kernel has none, each thread's does.
+    A process with its own session competes with others as a group, and the group's value counts
+    (sched(7), "the autogroup feature"); without that feature, each thread's does.
     """
     with contextlib.suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():

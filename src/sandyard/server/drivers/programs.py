@@ -29,7 +29,7 @@ async def output_of(
 ) -> bytes:
     """Run a program and return all it printed; what is printed goes to a descriptor `to` if given.
 
-    It runs in a session of its own, so that what it leaves behind is nobody's; its environment is
+    It runs in its own session, so that its background processes are not ours. Its environment is
     `env` and what every program needs.
 
     Raises:

@@ -21,7 +21,7 @@ _NOT_BY_KERNEL = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.E
 
 
 def copy_sparse(source: Path, target: Path) -> None:
-    """Copy a file to a new one: shared where the file system can, else its data without its holes.
+    """Copy a file: as a reflink where the file system can, otherwise its data without its holes.
 
     Raises:
         NoCapacityError: the host's disk is full; nothing of the copy is left.
@@ -39,16 +39,15 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 
 def make_empty(path: Path, size_mib: int) -> None:
-    """Make a file of zeros that takes no room and is only to be read."""
+    """Make a read-only file of zeros that uses no space."""
     with path.open("xb") as file:
         file.truncate(size_mib * 2**20)
         os.fchmod(file.fileno(), 0o444)
 
 
 def merge_sparse(under: Path, over: Path, target: Path) -> None:
-    """Write a file with the data of another laid over it to a new one that is only to be read.
-
-    It is synced. Where the file over it has a hole, what is under it stays.
+    """Write a file with another's data over it to a new read-only file, and sync that. Where the
+    second has a hole, the first shows.
 
     Raises:
         NoCapacityError: the host's disk is full; nothing of the new file is left.
@@ -66,10 +65,10 @@ def merge_sparse(under: Path, over: Path, target: Path) -> None:
 
 
 def digest_sparse(path: Path) -> str:
-    """Return the digest of a file's size and of its data with its places; holes cost nothing.
+    """Return the digest of a file's size and of its data with their positions; holes cost nothing.
 
-    A stretch of zeros and a hole are told apart: two copies of one file agree only where the holes
-    were kept, as `copy_sparse` and a rename do.
+    A range of zeros and a hole have different digests, so copies agree only if holes were
+    preserved, as `copy_sparse` and a rename do.
     """
     digest = sha256()
     _feed(path, digest.update)
@@ -77,10 +76,10 @@ def digest_sparse(path: Path) -> str:
 
 
 def mac_sparse(path: Path, key: bytes) -> str:
-    """Return the same as `digest_sparse`, keyed: ten times as fast, and good for one file alone.
+    """Return a keyed `digest_sparse`: ten times as fast, and for one file only.
 
-    It is GMAC (NIST SP 800-38D) with a nonce of zeros, so `key`, of 16 bytes, must be of this one
-    file and never be used again.
+    It is GMAC (NIST SP 800-38D) with a nonce of zeros, so `key`, of 16 bytes, must belong to this
+    one file and never be used again.
     """
     mac = Cipher(algorithms.AES(key), modes.GCM(bytes(12))).encryptor()
     _feed(path, mac.authenticate_additional_data)
@@ -103,9 +102,9 @@ def _feed(path: Path, take: Callable[[bytes | memoryview], object]) -> None:
 
 
 def begin_writing(descriptor: int, start: int, end: int) -> None:
-    """Have the kernel begin to write this part of a file to its disk, for who will sync it later.
+    """Start writing this range of a file to the disk, because it will be synced later.
 
-    Nothing is promised, and where it cannot be begun nothing is lost (sync_file_range(2)).
+    Nothing is guaranteed, and a failure loses nothing (sync_file_range(2)).
     """
     _libc.sync_file_range(
         descriptor, ctypes.c_int64(start), ctypes.c_int64(end - start), _SYNC_FILE_RANGE_WRITE
@@ -113,7 +112,7 @@ def begin_writing(descriptor: int, start: int, end: int) -> None:
 
 
 def extents(descriptor: int) -> Iterator[tuple[int, int]]:
-    """Yield the start and end of each stretch of a file that holds data."""
+    """Yield the start and end of each range of a file that holds data."""
     end = 0
     while True:
         try:
@@ -127,14 +126,14 @@ def extents(descriptor: int) -> Iterator[tuple[int, int]]:
 
 
 def has_holes(path: Path) -> bool:
-    """Tell whether a part of a file holds no data."""
+    """Tell whether a range of a file holds no data."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         return size > 0 and next(extents(file.fileno()), None) != (0, size)
 
 
 def full_or_broken(error: OSError, what: str) -> InternalError | NoCapacityError:
-    """Return the error that a failed write to the host's disk means."""
+    """Return the typed error for a failed write to the host's disk."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoCapacityError(f"cannot {what}: the host's disk is full; free some space")
     return InternalError(f"cannot {what}: {error.strerror}")

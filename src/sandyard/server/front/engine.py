@@ -194,7 +194,7 @@ class Gate:
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """See the module. `gate` is set by `guarded`."""
+    """One connection. `gate` is set by `guarded`."""
 
     gate: ClassVar[Gate]
     is_tunnel: ClassVar[Callable[[Any], bool]]
@@ -374,7 +374,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._body_bytes += len(body)
         if self._too_much is None:
             super().on_body(body)
-        # Answered before it was read, with a refusal say: what still comes is for nobody.
+        # Answered before it was read, say by a refusal: what still arrives is discarded.
         if self._body_bytes > _LEFTOVER_MAX and not self._is_answering:
             self.transport.abort()
 

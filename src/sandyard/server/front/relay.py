@@ -10,7 +10,7 @@ PIECE = 128 * 1024
 async def relay(one: ByteStream, other: ByteStream) -> None:
     """Carry bytes both ways until both sides have ended, or one is gone, which ends the other.
 
-    The end of one direction is handed on and the other goes on, as between sockets.
+    The end of one direction is passed on and the other continues, as between sockets.
 
     Raises: what the streams raise.
     """

@@ -1,1 +1,1 @@
-"""The agent inside a machine: standard library only, reached by core.wire and by nothing else."""
+"""The agent inside a machine: standard library only, reached through core.wire."""

@@ -1,4 +1,4 @@
-"""Start the agent; PID 1 runs this and starts it again if it ends."""
+"""Starts the agent; PID 1 runs this and restarts it if it ends."""
 
 import sys
 

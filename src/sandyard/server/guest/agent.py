@@ -1,6 +1,6 @@
-"""The agent: takes connections from the host, one operation each, and carries them out.
+"""The agent: accepts connections from the host, and carries out one operation at a time on each.
 
-One thread, one event loop.
+It has one thread and one event loop.
 """
 
 import asyncio
@@ -35,14 +35,14 @@ _PASSING = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, er
 
 
 class Agent:
-    """Serves the host. Operations run side by side; none waits for another."""
+    """Serves the host. Operations run concurrently."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._open = 0
 
     async def serve(self, listener: socket.socket) -> None:
-        """Take connections for ever."""
+        """Accept connections forever."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             self._context.table.open(tasks)
@@ -78,7 +78,7 @@ class Agent:
                 self._open -= 1
 
     async def _converse(self, connection: socket.socket, decoder: wire.Decoder) -> bool:
-        """Carry out one operation, and tell whether another may follow by the same connection."""
+        """Carry out one operation, and tell whether another may follow on the same connection."""
         async with asyncio.timeout(_HEAD_LIMIT_S):
             while (request := decoder.take_request()) is None:
                 decoder.feed(await receive(connection))
@@ -146,10 +146,10 @@ class Agent:
         operation: ops.SetUp | ops.Wake | ops.MountAll | ops.Unmount,
         connection: socket.socket,
     ) -> None:
-        """Make the machine fit to be used.
+        """Prepare the machine for use.
 
         Raises:
-            RefusedError: it cannot be; whoever asked is told, for what it does then is grave.
+            RefusedError: that failed; the host must know, because it must not use the machine then.
         """
         try:
             match operation:

@@ -1,4 +1,4 @@
-"""Who has connected to what the host listens to in the machine, and was not taken yet."""
+"""Incoming connections that the host listens for in the machine and has not taken yet."""
 
 import itertools
 import socket
@@ -7,27 +7,27 @@ from sandyard.server.guest.system import AbsentError
 
 
 class Callers:
-    """See the module."""
+    """The connections, by number."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, socket.socket] = {}
 
     def add(self, caller: socket.socket) -> int:
-        """Keep one and return its number."""
+        """Keep a connection and return its number."""
         number = next(self._numbers)
         self._waiting[number] = caller
         return number
 
     def is_waiting(self, number: int) -> bool:
-        """Tell whether one is still to be taken."""
+        """Tell whether a connection has not been taken yet."""
         return number in self._waiting
 
     def take(self, number: int) -> socket.socket:
-        """Return one, which is then the taker's to close.
+        """Return a connection, which the caller must close.
 
         Raises:
-            AbsentError: there is none of that number.
+            AbsentError: there is none with that number.
         """
         try:
             return self._waiting.pop(number)
@@ -35,7 +35,7 @@ class Callers:
             raise AbsentError("the connection is not there any more") from None
 
     def drop(self, number: int) -> None:
-        """Close one that nobody has taken."""
+        """Close a connection that nobody has taken."""
         caller = self._waiting.pop(number, None)
         if caller is not None:
             caller.close()

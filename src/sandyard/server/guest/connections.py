@@ -1,7 +1,7 @@
-"""Breaks off connections that a machine which stood still believes to have.
+"""Resets the connections of a machine that was suspended.
 
-The other ends are gone: a writer would wait for a time-out, an idle reader for ever. The kernel is
-asked to abort them (SOCK_DESTROY, sock_diag(7)), so that every program sees a reset at once.
+Their peers are gone: a writer would wait for a timeout, an idle reader forever. The kernel is asked
+to abort them (SOCK_DESTROY, sock_diag(7)), so that every program gets a reset at once.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ _LOOPBACK_SIX = bytes(15) + b"\x01"
 def break_off(*, own_port: int, peer_port: int) -> int:
     """Abort every TCP connection to another host, and return how many there were.
 
-    The one connection between `own_port` here and `peer_port` there is spared: it carries the
-    request. Connections within the machine are intact on both ends and stay. A kernel that cannot
-    list its connections (INET_TCP_DIAG) keeps them all: programs wait for a time-out then.
+    The connection between `own_port` here and `peer_port` there is kept: it carries the request.
+    Connections within the machine are intact at both ends, and are kept. A kernel that cannot list
+    its connections (INET_TCP_DIAG) keeps them all, and programs wait for a timeout.
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
@@ -68,7 +68,7 @@ def _connections(diag: socket.socket, family: int) -> Iterator[bytes]:
 def _destroy(diag: socket.socket, family: int, which: bytes) -> int:
     diag.send(_message(_SOCK_DESTROY, _REQUEST | _ACK, _request(family, which)))
     answer = diag.recv(4096)
-    # A connection that has ended by itself meanwhile is no error.
+    # A connection that has ended meanwhile is no error.
     with contextlib.suppress(struct.error):
         return int(struct.unpack_from("=i", answer, _HEADER.size)[0] == 0)
     return 0
@@ -83,7 +83,7 @@ def _message(kind: int, flags: int, payload: bytes) -> bytes:
 
 
 def _is_elsewhere(family: int, which: bytes) -> bool:
-    """Tell whether a connection's two ends have different addresses and neither is loopback."""
+    """Tell whether a connection has two different addresses, neither of them loopback."""
     size = 4 if family == socket.AF_INET else 16
     here, there = which[4 : 4 + size], which[20 : 20 + size]
     return here != there and not _is_loopback(here) and not _is_loopback(there)

@@ -1,7 +1,7 @@
-"""What the agent knows of its machine: what the host told it, and what it found out itself.
+"""What the agent knows of its machine: what the host told it, and what it measured.
 
-What the host told (token, environment) is kept in a root-only tmpfs, so that PID 1 may start the
-agent again at any moment.
+What the host told it (token, environment) is stored in a tmpfs that only root can read, so that PID
+1 may restart the agent at any time.
 """
 
 import asyncio
@@ -32,27 +32,27 @@ _SAMPLES = 13  # a minute of them
 
 
 class Load:
-    """How busy the machine is, 100 for one whole CPU whatever its shape."""
+    """The CPU usage of the machine; 100 is one whole CPU, whatever its shape."""
 
     def __init__(self) -> None:
         self._cpu = (time.monotonic(), system.cpu_ticks())
         self._work = collections.deque([_work_done()], maxlen=_SAMPLES)
 
     async def sample(self) -> None:
-        """Look now and then, for ever."""
+        """Take samples forever."""
         while True:
             await asyncio.sleep(_SAMPLE_PERIOD_S)
             self._work.append(_work_done())
 
     def forget(self) -> None:
-        """Count from the next look on: the machine stood still, or is another's.
+        """Start anew at the next sample: the machine was suspended, or belongs to another sandbox.
 
-        Not from now: somebody waits for the machine, whose first look costs a slow one 16 ms.
+        Not now, because the host waits for the machine, and a sample takes a slow one 16 ms.
         """
         self._work.clear()
 
     def recent_percent(self, window_s: float) -> float:
-        """Return how busy users' programs kept the machine lately."""
+        """Return the recent CPU usage of users' programs."""
         now, work = _work_done()
         if not self._work:
             self._work.append((now, work))
@@ -61,7 +61,7 @@ class Load:
         return round(100.0 * max(0.0, work - before) / elapsed, 2) if elapsed > 0 else 0.0
 
     async def percent_now(self) -> float:
-        """Return how busy it is, the agent's own share included."""
+        """Return the CPU usage now, the agent's own included."""
         then, (busy, total) = self._cpu
         if time.monotonic() - then > 2.0:
             busy, total = system.cpu_ticks()
@@ -74,7 +74,7 @@ class Load:
 
 @dataclass(frozen=True)
 class _Login:
-    """What a login of an account would have, captured while the profiles were as `stamp` says."""
+    """The environment of a login, and the `stamp` of the profile files it was captured from."""
 
     stamp: tuple[object, ...]
     env: dict[str, str]
@@ -83,7 +83,7 @@ class _Login:
 
 
 class Context:
-    """See the module. `token` is what the host must show, `env` what every process gets."""
+    """The state of one agent."""
 
     def __init__(self, root_fd: int) -> None:
         self.root_fd = root_fd
@@ -102,14 +102,14 @@ class Context:
             patience.go_by(told.get("pace"))  # an older agent wrote none
 
     def remember(self, *, token: str, env: Mapping[str, str], pace: float | None) -> None:
-        """Take what the host told for what is so, now and after a restart of the agent."""
+        """Adopt what the host told, and store it for a restart of the agent."""
         self.token, self.env = token, dict(env)
         patience.go_by(pace)
         told = {"token": token, "env": self.env, "pace": pace}
         system.write_private("state", json.dumps(told))
 
     async def login_environment(self, account: Account) -> dict[str, str]:
-        """Return what a login of an account would have, captured anew when a profile changes."""
+        """Return the environment of a login, captured again when a profile file has changed."""
         stamp = system.profile_stamp(self.root_fd, account)
         async with self._capturing.setdefault(account.uid, asyncio.Lock()):
             known = self._logins.get(account.uid)
@@ -135,8 +135,8 @@ class Context:
     async def _capture_login(
         self, account: Account, plain: dict[str, str]
     ) -> dict[str, str] | None:
-        """Return what a login would have; None if it hangs or fails, which must not take exec away:
-        the plain environment serves then, for a while."""
+        """Return the environment of a login, or None if a profile hangs or fails. That must not
+        prevent commands: the plain environment is used for a while."""
         spec = processes.Spec(
             name=SHELLS[0],
             programs=[(shell, "-l", "-c", "exec env -0") for shell in SHELLS],
@@ -172,6 +172,6 @@ class Context:
 
 
 def _work_done() -> tuple[float, float]:
-    """Return the time, and the CPU seconds spent since boot by all but this agent."""
+    """Return the time, and the CPU seconds used since boot by everything but this agent."""
     busy, _ = system.cpu_ticks()
     return time.monotonic(), busy / os.sysconf("SC_CLK_TCK") - time.process_time()

@@ -1,5 +1,5 @@
-"""What is on its way to becoming a file: it stands beside it under a name that nobody else uses,
-and takes its place by a rename. Who watches is told of the file alone."""
+"""Unfinished files: each is written beside its target under a name that nothing else uses, and then
+renamed. Those who watch the directory are told of the target only."""
 
 import os
 
@@ -7,16 +7,16 @@ _NEW, _REPLACING = b".sandyard-new-", b".sandyard-over-"
 
 
 def part_of(path: bytes, *, replaces: bool) -> bytes:
-    """Return another name beside a path that nothing has; it tells whether it `replaces` that."""
+    """Return an unused name beside a path; it encodes whether it `replaces` an existing file."""
     name = (_REPLACING if replaces else _NEW) + os.urandom(8).hex().encode()
     return os.path.join(os.path.dirname(path.rstrip(b"/")) or b"/", name)
 
 
 def is_in_part(path: bytes) -> bool:
-    """Tell whether a path leads to a part, or into one that will be a folder."""
+    """Tell whether a path is an unfinished file, or is inside an unfinished directory."""
     return any(one.startswith((_NEW, _REPLACING)) for one in path.split(b"/"))
 
 
 def has_replaced(part: bytes) -> bool:
-    """Tell whether a part that has become a file took the place of one."""
+    """Tell whether a finished part has replaced a file."""
     return os.path.basename(part).startswith(_REPLACING)

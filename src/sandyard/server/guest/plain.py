@@ -1,9 +1,9 @@
-"""Command lines in which a shell would do nothing but start one program.
+"""Command lines for which a shell would do nothing but start one program.
 
-Under emulation bash takes longer to come up than most programs that it is asked for. A line of
-plain words means the same without it, so its program can be started at once, in the environment
-that bash would give it. Whatever might mean more is left to bash, and so is saying what is wrong
-where the program cannot be started.
+Under emulation, bash takes longer to start than most programs. A line of plain words means the same
+without it, so its program can be started directly, in the environment that bash would give it.
+Anything that might mean more is left to bash, and so are the messages if the program cannot be
+started.
 """
 
 import os
@@ -47,7 +47,7 @@ _BASH = ("/bin/bash", "/usr/bin/bash")
 
 
 def words_of(line: str) -> list[str] | None:
-    """Return the words of a command line that is one program and its arguments; None if it might
+    """Return the words of a command line that is one program and its arguments, or None if it might
     be anything else."""
     words = []
     at = 0
@@ -70,7 +70,7 @@ def words_of(line: str) -> list[str] | None:
 
 
 def is_plain(env: Mapping[str, str]) -> bool:
-    """Tell whether bash would hand on an environment as it is, and look programs up in folders."""
+    """Tell whether bash would pass on an environment unchanged, and look programs up in PATH."""
     return all(
         _VARIABLE.fullmatch(name) is not None
         and name not in _BASHS
@@ -83,8 +83,8 @@ def is_plain(env: Mapping[str, str]) -> bool:
 
 
 def program_of(words: Sequence[str], env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
-    """Return the program that bash would start here and now, and the environment it would have;
-    None if there is no bash, or it is not so clear."""
+    """Return the program that bash would start, and the environment it would get; None if there is
+    no bash, or if that is not certain."""
     if not any(os.access(shell, os.X_OK) for shell in _BASH):
         return None
     name = words[0]

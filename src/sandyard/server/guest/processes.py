@@ -1,7 +1,7 @@
-"""Processes that the agent starts: each in a cgroup of its own, so that all of it can be ended.
+"""Starts processes, each in its own cgroup, so that everything it starts can be ended with it.
 
-The agent has one thread, which makes `fork` safe; the child does the little it must between fork
-and exec (cgroup, session, root, user, folder) and reports a failure through a pipe.
+The agent has one thread, which makes `fork` safe. The child does the little that is needed between
+fork and exec (cgroup, session, root, user, directory) and reports a failure through a pipe.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ NICENESS = -15
 
 @dataclass(frozen=True)
 class _Home:
-    """Where the agent itself belongs; open from the start, for every command goes by here."""
+    """The agent's own root, cgroup and OOM score, opened once because every command needs them."""
 
     root: int
     cgroup: int
@@ -50,14 +50,15 @@ class _Home:
 
 @dataclass(frozen=True)
 class Spec:
-    """What to start: the first of `programs` that exists, with its arguments; `name` is for people.
+    """What to start: the first of `programs` that exists, with its arguments; `name` is for
+    messages.
 
-    With a `script`, it can be read from the descriptor SCRIPT. With a `terminal` its streams are
-    one, of that size; with a `connection` its input and output are that, and what it says on
-    standard error is lost. One that `is_kept` ends with the agent, the only one who knows of it.
-    With an `alias` the program is told that as its own name. If it has `words`, they are what its
-    shell would start, and may be started without one. `on_terminal` is told the terminal and a pid
-    before the program runs, the program's own pid after that, and None if it was not started.
+    A `script` can be read from the descriptor SCRIPT. With a `terminal`, the process has one of
+    that size for all its streams. With a `connection`, that is its input and output, and its
+    standard error is discarded. A process that `is_kept` ends with the agent. `alias` is its
+    `argv[0]`. `words` are what its shell would start; the program may then be started without the
+    shell. `on_terminal` is called with the terminal and a pid before the program runs, with the
+    program's pid after that, and with None if it could not be started.
     """
 
     name: str
@@ -74,16 +75,16 @@ class Spec:
     words: list[str] | None = None
 
     def words_of(self, program: Sequence[str]) -> list[str]:
-        """Return what a program is given as its arguments, its own name the first."""
+        """Return the argument vector for a program."""
         return [self.alias or program[0], *program[1:]]
 
 
 class Process:
-    """A started process with everything it starts in turn.
+    """A started process and everything it starts.
 
-    `stdin` is a descriptor to write to or None, `stdout` and `stderr` are descriptors to read
-    from, all non-blocking; whoever takes one closes it. One on a `terminal`, such as `pts/0`, has
-    `stdout` alone, and that to write to as well.
+    `stdin` is a descriptor to write to or None; `stdout` and `stderr` are descriptors to read from.
+    All are non-blocking; the caller that takes one closes it. A process on a `terminal`, such as
+    `pts/0`, has only `stdout`, which is also written to.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Process:
         return self._exit_code
 
     async def end(self) -> None:
-        """End everything that was started: TERM to each, after a grace KILL to what is left."""
+        """End everything that was started: SIGTERM, and after a grace period SIGKILL."""
         members = self._members()
         for pid in members:
             with contextlib.suppress(OSError):
@@ -135,16 +136,16 @@ class Process:
         self.signal(signal.SIGKILL)
 
     def kill(self) -> None:
-        """End everything that was started, at once."""
+        """Kill everything that was started."""
         Path(self._cgroup, "cgroup.kill").write_text("1")
 
     def release(self) -> None:
-        """Give the cgroup back, now or when the last background job in it has ended."""
+        """Remove the cgroup, now or when the last background job in it has ended."""
         _LEFT_BEHIND.add(self._cgroup)
         sweep()
 
     def signal(self, number: int) -> bool:
-        """Send a signal to the process itself; False if it has ended."""
+        """Send a signal to the process itself; return False if it has ended."""
         if self._exit_code is not None:
             return False
         try:
@@ -154,8 +155,8 @@ class Process:
         return True
 
     def hang_up(self) -> None:
-        """Tell what runs on its terminal that nobody is there any more, as the kernel does when a
-        line is cut (termios(3): the session's leader, and the group in the foreground)."""
+        """Send a hangup to its terminal's programs, as the kernel does when a line is cut
+        (termios(3)): the session leader and the foreground process group."""
         assert self.stdout is not None
         for number in (signal.SIGHUP, signal.SIGCONT):
             self.signal(number)
@@ -165,7 +166,7 @@ class Process:
                     os.killpg(group, number)
 
     def signal_everything(self, number: int) -> bool:
-        """Send a signal to everything that was started; False if nothing of it lives."""
+        """Send a signal to everything that was started; return False if nothing of it runs."""
         if not self._is_populated():
             return False
         if number == signal.SIGKILL:
@@ -188,7 +189,7 @@ class Process:
 
 
 def sweep() -> None:
-    """Remove the cgroups of finished processes in which nothing lives any more."""
+    """Remove the empty cgroups of finished processes."""
     for cgroup in list(_LEFT_BEHIND):
         try:
             os.rmdir(cgroup)
@@ -201,11 +202,11 @@ def sweep() -> None:
 
 
 def prepare() -> None:
-    """Make the folder of cgroups, and take over what an earlier agent left in it."""
+    """Make the directory of cgroups, and take over what an earlier agent left in it."""
     folder = Path(_CGROUPS)
     folder.mkdir(exist_ok=True)
     for path in folder.glob(f"{_KEPT}*"):
-        # Nobody reads what it prints any more, nor would tell its end.
+        # Its output has no reader any more, and its end would go unnoticed.
         with contextlib.suppress(OSError):
             (path / "cgroup.kill").write_text("1")
     _LEFT_BEHIND.update(str(path) for path in folder.iterdir() if path.is_dir())
@@ -232,14 +233,14 @@ def _home() -> _Home:
 
 
 # From here to `fork` the code is plainer than it might be: under emulation every call that can be
-# done without is time that whoever runs a command does not wait.
+# avoided makes every command faster.
 
 
 async def start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
     """Start a process in the user's root.
 
     Raises:
-        RefusedError: it could not be started; the message says what was in the way.
+        RefusedError: it could not be started; the message says why.
     """
     try:
         return await _start(spec, root_fd=root_fd, wants_stdin=wants_stdin)
@@ -296,7 +297,7 @@ async def _start(spec: Spec, *, root_fd: int, wants_stdin: bool) -> Process:
 async def _start_on_terminal(
     spec: Spec, cgroup: str, root_fd: int, size: tuple[int, int]
 ) -> Process:
-    """Start a process that leads a session on a terminal of its own."""
+    """Start a process that leads a session on its own terminal."""
     master = slave = script = None
     try:
         try:
@@ -350,11 +351,11 @@ async def _start_on_connection(spec: Spec, cgroup: str, root_fd: int, connection
 
 
 def _nobody(*_: object) -> None:
-    """Be told nothing."""
+    """Ignore a call."""
 
 
 def _open_terminal(root_fd: int, account: Account) -> tuple[int, int]:
-    """Return both ends of a new terminal, as the user's own /dev has it (pts(4))."""
+    """Return both ends of a new terminal from the user's own /dev (pts(4))."""
     flags = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
     master = os.open("dev/ptmx", flags | os.O_NONBLOCK, dir_fd=root_fd)
     try:
@@ -368,10 +369,10 @@ def _open_terminal(root_fd: int, account: Account) -> tuple[int, int]:
 
 
 def set_size(terminal: int, columns: int, rows: int) -> None:
-    """Give a terminal a size, in characters.
+    """Set the size of a terminal, in characters.
 
     Raises:
-        RefusedError: no terminal is of that size.
+        RefusedError: the size is invalid.
     """
     if not (1 <= columns <= 65535 and 1 <= rows <= 65535):
         raise RefusedError("cannot use a terminal of that size: it has 1 to 65535 columns and rows")
@@ -379,11 +380,11 @@ def set_size(terminal: int, columns: int, rows: int) -> None:
 
 
 def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int]) -> int:
-    """Start a process by vfork, which under emulation takes a fraction of what fork takes.
+    """Start a process with vfork, which under emulation takes a fraction of fork's time.
 
-    A vforked child can be told little, so the agent itself goes where the child is to start: the
-    cgroup, the root, the folder, the ordinary priority. It has one thread and does not wait in
-    between, so nobody sees it there.
+    Few things can be set for a vforked child, so the agent temporarily moves itself into the
+    child's cgroup, root, directory and priority. It has one thread and does not wait in between, so
+    nothing else can observe that.
     """
     home = _home()
     actions = [(os.POSIX_SPAWN_DUP2, source, number) for number, source in streams.items()]
@@ -422,7 +423,7 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
 
 
 def _go_home(home: _Home) -> None:
-    """Be the agent again. If that cannot be, end: PID 1 starts another, which is at home."""
+    """Move the agent back. If that fails, exit: PID 1 starts another in the right place."""
     try:
         enter(home.root)
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
@@ -433,9 +434,9 @@ def _go_home(home: _Home) -> None:
 
 
 async def _fork(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int]) -> int:
-    """Start a process by fork; what goes wrong before it is there comes through a pipe.
+    """Start a process with fork; errors before its start come through a pipe.
 
-    The child may have to wait for its folder or its program; the agent does not wait with it.
+    The child may block on its directory or its program; the agent does not block with it.
     """
     trouble, child_trouble = os.pipe()
     with contextlib.closing(os.fdopen(trouble, "rb", buffering=0)):
@@ -459,10 +460,10 @@ async def _fork(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int
 
 
 async def by_child(work: Callable[[], None], *, keeps: Sequence[int]) -> None:
-    """Have a child do what the kernel may have to wait for; see `fork` for what it `keeps`.
+    """Let a child do what may block in the kernel; see `fork` for what it `keeps`.
 
     Raises:
-        OSError: what came of it.
+        OSError: the child's error.
     """
 
     def body() -> None:
@@ -492,7 +493,7 @@ async def by_child(work: Callable[[], None], *, keeps: Sequence[int]) -> None:
 
 
 async def _end_child(pid: int) -> None:
-    """End a child; if the kernel does not let it go in a moment, it is left to the kernel."""
+    """Kill a child; if the kernel does not let it end soon, do not wait for it."""
     os.kill(pid, signal.SIGKILL)
     pidfd = os.pidfd_open(pid)
     try:
@@ -506,7 +507,7 @@ async def _end_child(pid: int) -> None:
 
 
 class _Mounts:
-    """What is mounted where users' programs are, looked at anew when that has changed."""
+    """The mounts where users' programs are, read again when they have changed."""
 
     def __init__(self) -> None:
         self._file = open("/proc/1/mountinfo", "rb", buffering=0)  # noqa: SIM115 - held for ever
@@ -529,9 +530,9 @@ class _Mounts:
 
 
 def _is_local(mount: bytes) -> bool:
-    """Tell whether what a line of mountinfo names (proc_pid_mountinfo(5)) answers by itself."""
+    """Tell whether a mount, given by its line of mountinfo (proc_pid_mountinfo(5)), is local."""
     kind = mount.partition(b" - ")[2].split(b" ", 1)[0]
-    # Whoever looks into another automount waits until somebody has mounted it.
+    # Looking into another's automount point waits until it is mounted.
     if kind == b"autofs":
         return mount.split(b" ", 5)[4].endswith(b"/proc/sys/fs/binfmt_misc")
     return kind in _LOCAL
@@ -543,15 +544,15 @@ def _mounts() -> _Mounts:
 
 
 def may_wait_for_files() -> bool:
-    """Tell whether something is mounted that has to be asked of somebody else, who may be gone."""
+    """Tell whether anything is mounted whose server may not answer."""
     return _mounts().may_wait()
 
 
 def fork(child: Callable[[], None], *, keeps: Sequence[int] | None = None) -> int:
     """Run `child` in a forked process that ends with it, and return the process's id.
 
-    Of one that may take long, say which descriptors it `keeps`: what else it had open would not
-    end, for whoever waits for its end, before the child does.
+    For a child that may take long, `keeps` names the descriptors it needs. Any other that it kept
+    open would not reach its end for its reader before the child ends.
     """
     pid = os.fork()
     if pid:
@@ -569,7 +570,7 @@ def fork(child: Callable[[], None], *, keeps: Sequence[int] | None = None) -> in
 
 
 def step_down(account: Account, root_fd: int) -> None:
-    """Take a forked child out of the agent's privileges and into the user's root and account."""
+    """Give up the agent's privileges in a forked child, and enter the user's root and account."""
     Path("/proc/self/oom_score_adj").write_text("0")
     os.setpriority(os.PRIO_PROCESS, 0, 0)
     enter(root_fd)
@@ -618,7 +619,7 @@ def _cannot(what: str, which: str, error: OSError | ValueError) -> str:
 
 
 async def readable(descriptor: int) -> None:
-    """Return once there is something to read, or a process behind a pidfd has ended."""
+    """Return once a descriptor is readable, or the process of a pidfd has ended."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
     loop.add_reader(descriptor, _resolve, ready)

@@ -1,4 +1,4 @@
-"""What a process printed lately: a bounded piece of a stream whose every byte has a number."""
+"""The recent output of a process: a bounded part of a stream whose bytes are numbered."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class _Piece:
 
 
 class Ring:
-    """Keeps the last `size` bytes that came in, on whichever channel, in their order.
+    """Keeps the last `size` bytes of all channels, in their order.
 
-    Bytes are numbered from 0 as they come, over all channels: `begin` is the number of the first
-    that is kept, `end` that of the next to come.
+    Bytes are numbered from 0 over all channels: `begin` is the number of the first that is kept,
+    `end` that of the next.
     """
 
     def __init__(self, size: int) -> None:
@@ -34,7 +34,7 @@ class Ring:
         self.end = 0
 
     def add(self, channel: Channel, data: bytes) -> None:
-        """Take what came; the oldest goes if there is no room."""
+        """Add output; the oldest is discarded if there is no room."""
         last = self._pieces[-1] if self._pieces else None
         if last and last.channel is channel and len(last.data) + len(data) <= _SMALL:
             self._pieces[-1] = _Piece(last.begin, channel, last.data + data)
@@ -48,15 +48,15 @@ class Ring:
             self.begin = max(self.begin, self._pieces.popleft().end)
 
     def has_room(self, size: int, number: int) -> bool:
-        """Tell whether so many bytes can be added and all from `number` on is kept."""
+        """Tell whether so many bytes fit without discarding any from `number` on."""
         fits = self.end + size - self._size <= number
         return fits and (len(self._pieces) < _PIECES_MAX or self._pieces[0].end <= number)
 
     def since(self, number: int) -> list[tuple[int, Channel, bytes]]:
-        """Return what is kept from a byte on: where each piece begins, its channel, its bytes."""
+        """Return what is kept from a byte on: for each piece its offset, channel and bytes."""
         number = max(number, self.begin)
         wanted = []
-        # From the end: whoever reads on wants the last piece or two.
+        # From the end: a follower mostly wants the last piece or two.
         for piece in reversed(self._pieces):
             if piece.end <= number:
                 break
@@ -66,6 +66,6 @@ class Ring:
         return wanted
 
     def forget(self) -> None:
-        """Keep nothing of what came so far."""
+        """Discard everything."""
         self._pieces.clear()
         self.begin = self.end

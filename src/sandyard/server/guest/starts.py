@@ -1,8 +1,8 @@
-"""Turns for starting processes: a few at a time, so that the agent answers all else in between.
+"""Turns for starting processes: a few at a time, so that the agent stays responsive.
 
-To start a process keeps the agent's thread for 20 to 100 ms in an emulated machine. Fifty that are
-asked for at once would keep it for seconds: no connection would be accepted, no heartbeat answered,
-and the host would take the machine for dead.
+A start blocks the agent's thread for 20 to 100 ms in an emulated machine. Fifty at once would block
+it for seconds: it would accept no connection and answer no heartbeat, and the host would consider
+the machine dead.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ class Starts:
 
     @asynccontextmanager
     async def turn(self, connection: socket.socket) -> AsyncIterator[None]:
-        """Hold the turn for the block, in which a process is started.
+        """Hold a turn during the block, in which a process is started.
 
         Raises:
-            BusyError: too many wait; nothing was started.
-            ConnectionResetError: the host went away while this waited; nothing was started, so the
-                host may say so to its caller.
+            BusyError: too many are waiting; nothing was started.
+            ConnectionResetError: the host disconnected while this waited; nothing was started, so
+                the host may tell its caller so.
         """
         if self._waiting >= WAITING_MAX:
             raise BusyError(
@@ -56,7 +56,7 @@ class Starts:
 
 
 class _Once:
-    """Calls something once, however often it is called."""
+    """Calls a function at most once."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._work: Callable[[], object] | None = work
@@ -68,7 +68,7 @@ class _Once:
 
 
 def _is_gone(connection: socket.socket) -> bool:
-    """Return whether the other end closed a connection."""
+    """Tell whether the peer has closed a connection."""
     try:
         return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Pipes and sockets as the agent reads and writes them: never blocking, one piece at a time."""
+"""Non-blocking reads and writes of the agent's pipes and sockets."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ CHUNK = 64 * 1024
 
 
 class Reader:
-    """Reads a pipe; after `finish` it takes what is in the pipe by then and calls that the end."""
+    """Reads a pipe; after `finish`, what is in the pipe by then is the end."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -43,20 +43,20 @@ class Reader:
         return b""
 
     async def read_all(self, limit: int) -> bytes:
-        """Return everything up to the end, cut at `limit`."""
+        """Return everything up to the end, truncated at `limit`."""
         result = bytearray()
         while data := await self.read(CHUNK):
             result += data[: limit - len(result)]
         return bytes(result)
 
     def abandon(self) -> None:
-        """Read no more at all; who reads is told that this is the end, and then closes it."""
+        """Stop reading: `read` returns the end."""
         self._left = 0
         if self._waiter is not None:
             _resolve(self._waiter)
 
     def finish(self) -> None:
-        """Read no further than what is there: whoever still holds the pipe is a background job."""
+        """Read no further than what is there: only background jobs hold the pipe now."""
         if self._is_closed:
             return
         size = fcntl.ioctl(self._descriptor, termios.FIONREAD, b"\0\0\0\0")
@@ -65,7 +65,7 @@ class Reader:
             _resolve(self._waiter)
 
     def drain_to_nowhere(self) -> None:
-        """Keep the pipe open for a background job, which must not die of its own output."""
+        """Keep reading for a background job, which must not be ended by its own output."""
         if self._is_closed:
             return
         loop = asyncio.get_running_loop()
@@ -89,7 +89,7 @@ class Reader:
             loop.add_reader(self._descriptor, drain)
 
     def close(self) -> None:
-        """Close the pipe, if it is not closed yet."""
+        """Close the pipe; may be repeated."""
         if not self._is_closed:
             self._is_closed = True
             os.close(self._descriptor)
@@ -105,10 +105,10 @@ class Reader:
 
 
 async def receive(connection: socket.socket) -> bytes:
-    """Return what comes next.
+    """Return the next received bytes.
 
     Raises:
-        ConnectionResetError: nothing comes any more.
+        ConnectionResetError: the connection has ended.
     """
     data = await asyncio.get_running_loop().sock_recv(connection, CHUNK)
     if not data:
@@ -117,19 +117,19 @@ async def receive(connection: socket.socket) -> bytes:
 
 
 async def answer(connection: socket.socket, value: object, *, again: bool = False) -> None:
-    """Send the first line of an operation that is carried out; see core.wire for `again`."""
+    """Send the first line of an accepted operation; see core.wire for `again`."""
     line = wire.encode_answer(wire.Answer(encode(value), again=again))
     await asyncio.get_running_loop().sock_sendall(connection, line)
 
 
 async def refuse(connection: socket.socket, code: wire.Refusal, message: str) -> None:
-    """Send the first line of an operation that is not."""
+    """Send the first line of a refused operation."""
     line = wire.encode_answer(wire.Answer({}, error=code.value, message=message))
     await asyncio.get_running_loop().sock_sendall(connection, line)
 
 
 async def copy(source: socket.socket, sink: socket.socket) -> None:
-    """Copy what comes from one socket to another until either ends, and hand the end on."""
+    """Copy from one socket to another until either ends, and pass the end on."""
     loop = asyncio.get_running_loop()
     how = socket.SHUT_WR
     try:

@@ -1,8 +1,8 @@
-"""What the agent knows of the machine it lives in: the user's root, accounts, figures, identity.
+"""The agent's view of the machine: the user's root, accounts, figures, identity.
 
-The agent runs inside the read-only base image, so that nothing a user does to the machine's own
-files can take away its interpreter. The user's world is reached through `root_fd`, a descriptor of
-the root of PID 1; `enter` moves a forked child over there.
+The agent runs inside the read-only base image, so that changes to the machine's files cannot break
+its interpreter. It reaches the user's root through `root_fd`, a descriptor of the root of PID 1;
+`enter` moves a forked child there.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class RefusedError(Exception):
-    """Something the machine would not do; the message is for the caller."""
+    """The operation cannot be done; the message is for the caller."""
 
 
 class AbsentError(RefusedError):
-    """There is no such thing."""
+    """It does not exist."""
 
 
 class ConflictingError(RefusedError):
-    """Not in the state that it is in."""
+    """Its state does not allow the operation."""
 
 
 class BusyError(RefusedError):
@@ -47,7 +47,7 @@ class BusyError(RefusedError):
 
 @dataclass(frozen=True)
 class Account:
-    """One line of the user's /etc/passwd, with the groups it is in."""
+    """An entry of the user's /etc/passwd, with its groups."""
 
     name: str
     uid: int
@@ -58,12 +58,12 @@ class Account:
 
 
 def open_root() -> int:
-    """Return a descriptor of the user's root directory, wherever the agent itself is confined."""
+    """Return a descriptor of the user's root directory."""
     return os.open("/proc/1/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def enter(root_fd: int) -> None:
-    """Make the user's root this process's root; for a forked child only."""
+    """Make the user's root this process's root; for forked children only."""
     os.fchdir(root_fd)
     os.chroot(".")
     os.chdir("/")
@@ -89,7 +89,7 @@ def find_account(root_fd: int, user: str) -> Account:
 
 
 def stats(root_fd: int) -> dict[str, Any]:
-    """Return what of `core.ops.Figures` the kernel tells of memory, disk and uptime."""
+    """Return the figures of `core.ops.Figures` on memory, disk and uptime."""
     memory = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         key, _, rest = line.partition(":")
@@ -105,7 +105,7 @@ def stats(root_fd: int) -> dict[str, Any]:
 
 
 def cpu_ticks() -> tuple[int, int]:
-    """Return the clock ticks that all CPUs spent busy and in all since boot."""
+    """Return the clock ticks of all CPUs since boot: busy, and in total."""
     fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     total = sum(fields)
     idle = fields[3] + fields[4]
@@ -113,7 +113,7 @@ def cpu_ticks() -> tuple[int, int]:
 
 
 def reseed(entropy: bytes) -> None:
-    """Mix the host's entropy into the kernel's generator and make it reseed at once.
+    """Add the host's entropy to the kernel's random number generator and reseed it at once.
 
     Both calls are needed: the first only credits the pool (random(4)).
     """
@@ -139,15 +139,15 @@ def write_identity(
     password_hash: str | None,
     replaces_access: bool,
 ) -> None:
-    """Write who this machine is into the user's files; call it inside the user's root.
+    """Write the machine's identity into the user's files; call it inside the user's root.
 
-    What stands in a file's place and is no plain file (a link, a FIFO) is replaced, never followed.
-    Where the user made that impossible (a folder is in its place, it may not be changed), names,
-    keys and the password stay as they are: a sandbox must come up with whatever is on its disk.
-    What others could come in by does not stay.
+    Anything but a regular file at such a path (a link, a FIFO) is replaced and never followed. If
+    the user has made that impossible (a directory is there, or it is immutable), names, keys and
+    password remain unchanged: a sandbox must start whatever is on its disk. Access that belongs to
+    others is removed in any case.
 
     Raises:
-        OSError: what has to be written cannot be.
+        OSError: a required file cannot be written.
     """
     hosts = f"127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost ip6-loopback\n"
     for path, text in (("/etc/hostname", hostname + "\n"), ("/etc/hosts", hosts)):
@@ -177,7 +177,7 @@ def write_identity(
 
 
 def _write_password(shadow: Path, password_hash: str) -> None:
-    """Write root's password hash, whatever else stands in shadow(5), and if nothing does."""
+    """Write root's password hash, whatever else is in shadow(5), or if it does not exist."""
     try:
         before = _read_regular(shadow)
     except OSError as error:
@@ -199,17 +199,17 @@ def _write_password(shadow: Path, password_hash: str) -> None:
 
 
 def write_boot_id() -> None:
-    """Give the boot another id: clones of one saved machine share the kernel's."""
+    """Change the boot id: clones of a saved machine share the kernel's."""
     # In place: a mount shows this very file where the kernel shows its own.
     with (RUN / "boot_id").open("r+") as file:
         file.write(Path("/proc/sys/kernel/random/uuid").read_text())
 
 
 def grow_disk(size_bytes: int, root_fd: int) -> None:
-    """Make the writable layer fill its disk, once the kernel has seen that the disk has grown.
+    """Grow the writable file system to its disk, once the kernel has noticed the disk's new size.
 
     Raises:
-        RefusedError: the kernel does not see the new size, or will not use it.
+        RefusedError: the kernel does not notice the new size, or does not use it.
     """
     until = time.monotonic() + patient(_GROWTH_LIMIT_S)
     while int(Path("/sys/block/vdb/size").read_text()) * 512 < size_bytes:
@@ -232,13 +232,13 @@ def grow_disk(size_bytes: int, root_fd: int) -> None:
 def write_private(name: str, text: str) -> None:
     """Write a file under /run/sandyard that only root may read.
 
-    A writer that is ended half-way may leave the end of a longer text behind this one.
+    If a writer is killed midway, the end of a longer earlier text may remain.
     """
     _overwrite(f"{RUN}/{name}", text, 0o600)
 
 
 def profile_stamp(root_fd: int, account: Account) -> tuple[object, ...]:
-    """Return a value that changes when a file that makes up the login environment changes."""
+    """Return a value that changes with the files that make up the login environment."""
     home = account.home.lstrip("/")
     names = ["etc/environment", "etc/profile", "etc/bash.bashrc", "etc/profile.d"]
     names += [f"{home}/{name}" for name in (".bash_profile", ".bash_login", ".profile", ".bashrc")]
@@ -260,7 +260,7 @@ def profile_stamp(root_fd: int, account: Account) -> tuple[object, ...]:
 
 
 def plain_environment(account: Account) -> dict[str, str]:
-    """Return the environment that a login starts from."""
+    """Return the initial environment of a login."""
     return {
         "HOME": account.home,
         "USER": account.name,
@@ -272,7 +272,8 @@ def plain_environment(account: Account) -> dict[str, str]:
 
 
 def system_environment(root_fd: int) -> dict[str, str]:
-    """Return what /etc/environment sets, by the rules of pam_env(8); none if it cannot be read."""
+    """Return the variables of /etc/environment by the rules of pam_env(8); none if it is
+    unreadable."""
     try:
         text = _read_small(root_fd, "etc/environment")
     except RefusedError:
@@ -288,7 +289,7 @@ def system_environment(root_fd: int) -> dict[str, str]:
 
 
 def parse_environment(dump: bytes) -> dict[str, str]:
-    """Return what `env -0` printed as a mapping, without what belongs to that shell alone."""
+    """Return the output of `env -0` as a mapping, without variables of the shell itself."""
     result = {}
     for item in dump.split(b"\0"):
         name, separator, value = item.decode(errors="surrogateescape").partition("=")
@@ -298,10 +299,10 @@ def parse_environment(dump: bytes) -> dict[str, str]:
 
 
 def checked_environment(env: Mapping[str, str]) -> Mapping[str, str]:
-    """Return an environment that a process can be given.
+    """Return an environment that is valid for a process.
 
     Raises:
-        RefusedError: a name or value cannot be one.
+        RefusedError: a name or value is invalid.
     """
     for name, value in env.items():
         if not name or "=" in name or "\0" in name or "\0" in value:
@@ -334,7 +335,7 @@ def _read_small(root_fd: int, name: str) -> str:
 
 
 def _replace(path: Path, text: str, mode: int) -> None:
-    """Write a file whole or not at all, over whatever has its name; on a full disk in its place."""
+    """Replace a file atomically; if the disk is full, write it in place."""
     part = path.with_name(f".{path.name}.sandyard")
     with contextlib.suppress(FileNotFoundError):
         part.unlink()
@@ -353,10 +354,10 @@ def _replace(path: Path, text: str, mode: int) -> None:
 
 
 def _write_over(path: Path, data: bytes, mode: int) -> None:
-    """Write over a file's own blocks, where there are none for another; whole, or not at all.
+    """Overwrite a file within its own blocks, because there are none left for another.
 
     Raises:
-        OSError: there is no plain file, or it has not blocks enough.
+        OSError: it is not a regular file, or has too few blocks.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "wb", buffering=0) as file:
@@ -371,7 +372,7 @@ def _write_over(path: Path, data: bytes, mode: int) -> None:
 
 
 def _overwrite(path: str, text: str, mode: int) -> None:
-    """Write a small file in place, which is several times faster; else replace it."""
+    """Write a small file in place, which is several times faster; otherwise replace it."""
     data = text.encode()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

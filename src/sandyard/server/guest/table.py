@@ -1,8 +1,8 @@
-"""The processes that the agent keeps: each with what it printed, whoever follows it, and its end.
+"""The processes that the agent keeps: the output, the followers and the end of each.
 
-A process belongs to the agent and not to a connection: it lives on when whoever started it is gone,
-and what it prints is kept in a ring. Somebody who follows it holds it back by reading slowly; while
-nobody does, the oldest of its output goes.
+A process belongs to the agent and not to a connection: it continues when its client disconnects,
+and its output is kept in a ring. A follower that reads slowly slows the process down. Without
+followers, the oldest output is discarded.
 """
 
 import asyncio
@@ -33,17 +33,17 @@ _SHOWN = 500
 
 
 class Follower:
-    """Somebody who reads what a process prints, as far as `offset`."""
+    """A client that reads the output of a process, and has read as far as `offset`."""
 
     def __init__(self, entry: "Entry", offset: int) -> None:
         self._entry = entry
         self.offset = offset
 
     async def pieces(self) -> AsyncIterator[tuple[Channel, bytes]]:
-        """Yield what the process prints, piece by piece, until it has ended and all is told.
+        """Yield the output of the process until it has ended and everything was read.
 
         Raises:
-            ConnectionAbortedError: what comes next is not kept any more; to go on would be a lie.
+            ConnectionAbortedError: the next bytes are no longer kept.
         """
         entry = self._entry
         while True:
@@ -103,7 +103,7 @@ class Entry:
             ]
             code, timed_out = await self._wait(limit_s)
             if process.is_terminal:
-                # The kernel ends it for whoever still has it open; what was said before comes yet.
+                # The kernel hangs up for all who have it open; earlier output still arrives.
                 await asyncio.wait(pumps, timeout=patient(_LAST_WORDS_S))
             for reader in readers:
                 reader.finish()
@@ -127,7 +127,7 @@ class Entry:
             self._at_end()
 
     async def give_up(self) -> None:
-        """End it, and give back all that it took, when it cannot be seen through."""
+        """End it and release everything, because it cannot be followed to its end."""
         if self.end is not None:
             return
         process = self._process
@@ -165,10 +165,10 @@ class Entry:
             self.ring.add(channel, data)
             self._tell()
         if self._is_hung_up:
-            reader.close()  # what it still writes is for nobody, and tells it so (SIGPIPE)
+            reader.close()  # further output has no reader, so it gets SIGPIPE
 
     def _holds_s(self, size: int) -> float:
-        """Return how long at most to hold back so much that it printed; 0 to take it."""
+        """Return how long at most to hold back this much output; 0 to accept it."""
         if self._followers:
             slowest = min(one.offset for one in self._followers)
             return 0.0 if self.ring.has_room(size, slowest) else 3600.0
@@ -178,14 +178,14 @@ class Entry:
 
     @property
     def is_followed(self) -> bool:
-        """Whether anybody follows it."""
+        """Whether it has followers."""
         return bool(self._followers)
 
     # --- for those who follow it --------------------------------------------------------------
 
     @contextmanager
     def followed(self, offset: int | None) -> Iterator[Follower]:
-        """Follow it from a byte on that is still kept, else from the first that is."""
+        """Follow it during the block, from a byte on, or from the first that is kept."""
         begin = self.ring.end if offset is None else max(self.ring.begin, offset)
         follower = Follower(self, min(begin, self.ring.end))
         self._held_until = 0.0
@@ -200,7 +200,7 @@ class Entry:
             self._hang_up_later(0.0)
 
     def _hang_up_later(self, at_least_s: float) -> None:
-        """Hang up on it after its time, unless somebody follows it by then."""
+        """Send it a hangup after its time, unless it has a follower by then."""
         if self._hang_up_s is None or self._followers or self.end is not None:
             return
         if self._hanging_up is not None:
@@ -220,12 +220,12 @@ class Entry:
             reader.abandon()
 
     async def more(self) -> None:
-        """Return once it has printed more, or ended."""
+        """Return once it has printed more, or has ended."""
         self._changed.clear()
         await self._changed.wait()
 
     def moved(self) -> None:
-        """Note that whoever follows has read on, or left."""
+        """Note that a follower has read on, or left."""
         self._moved.set()
 
     def _tell(self) -> None:
@@ -234,7 +234,7 @@ class Entry:
     # --- what can be done to it -----------------------------------------------------------------
 
     def program(self) -> ops.Program:
-        """Return what is told of it."""
+        """Return its description."""
         told = self.told
         return ops.Program(
             pid=told.pid,
@@ -251,7 +251,7 @@ class Entry:
         )
 
     def signal(self, number: int, *, everything: bool) -> None:
-        """Send it a signal, or all that it started.
+        """Send a signal to it, or to everything that it started.
 
         Raises:
             RefusedError: there is no such signal.
@@ -268,11 +268,11 @@ class Entry:
     async def feed(
         self, data: bytes, *, closes: bool, limit_s: float | None = None
     ) -> tuple[int, bool]:
-        """Write to its input, and close it then if asked for; return how much was written in time,
-        and whether it was closed.
+        """Write to its input, and close that if requested. Return how much was written within the
+        limit, and whether it was closed.
 
         Raises:
-            ConflictingError: it has no input, or none any more.
+            ConflictingError: it has no input, or that is closed.
         """
         written, is_terminal, ending = 0, self._process.is_terminal, b""
         if closes and is_terminal:
@@ -291,7 +291,7 @@ class Entry:
         return min(written, len(data)), is_closed
 
     async def _write(self, data: memoryview) -> int:
-        """Write what there is room for, once there is some."""
+        """Write as much as fits, once anything fits."""
         descriptor, loop = self._input(), asyncio.get_running_loop()
         try:
             return os.write(descriptor, data)
@@ -324,25 +324,25 @@ class Entry:
         )
 
     def close_input(self) -> None:
-        """End its input, if it is open."""
+        """Close its input; may be repeated."""
         descriptor, self._process.stdin = self._process.stdin, None
         self._stop_writing(descriptor)
         if descriptor is not None:
             os.close(descriptor)
 
     def _stop_writing(self, descriptor: int | None) -> None:
-        """Have whoever waits to write look again, before what they wait for is closed."""
+        """Wake writers before the input that they wait for is closed."""
         waiting, self._writable = self._writable, None
         if waiting is not None and descriptor is not None:
             asyncio.get_running_loop().remove_writer(descriptor)
             _resolve(waiting)
 
     def resize(self, size: ops.Size) -> None:
-        """Give its terminal another size.
+        """Change the size of its terminal.
 
         Raises:
             ConflictingError: it has none, or has ended.
-            RefusedError: no terminal is of that size.
+            RefusedError: the size is invalid.
         """
         process = self._process
         if not process.is_terminal:
@@ -356,7 +356,7 @@ class Entry:
 
 
 class Table:
-    """All of them, by pid."""
+    """All processes, by pid."""
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
@@ -364,14 +364,14 @@ class Table:
         self._tasks: asyncio.TaskGroup | None = None
 
     def open(self, tasks: asyncio.TaskGroup) -> None:
-        """Have these tasks see to the processes."""
+        """Set the task group that follows processes to their end."""
         self._tasks = tasks
 
     def keep(self, entry: Entry, *, limit_s: float | None, keeps_end: bool) -> None:
-        """Keep a process that was just started, and see it to its end.
+        """Keep a process that was just started, and follow it to its end.
 
-        It takes the place of whatever had its pid before. With `keeps_end` its end, and what it
-        printed last, are kept for whoever comes later.
+        It replaces the one that had its pid before. With `keeps_end`, its end and its last output
+        are kept after that.
         """
         assert self._tasks is not None
         self._entries.pop(entry.told.pid, None)
@@ -392,7 +392,7 @@ class Table:
             del self._entries[entry.told.pid]
 
     def living(self) -> int:
-        """Return how many have not ended."""
+        """Return the number of running processes."""
         return sum(one.end is None for one in self._entries.values())
 
     def _sweep(self) -> None:
@@ -408,7 +408,7 @@ class Table:
                 entry.ring.forget()
 
     def find(self, pid: int | None, tag: str | None) -> Entry:
-        """Return one by its pid, or the last that was started with a tag.
+        """Return a process by its pid, or the last that was started with a tag.
 
         Raises:
             AbsentError: there is none.
@@ -428,13 +428,13 @@ class Table:
         )
 
     def programs(self) -> list[ops.Program]:
-        """Return what is told of each, oldest first."""
+        """Return the descriptions of all, oldest first."""
         self._sweep()
         return [one.program() for one in self._entries.values()]
 
 
 def shown(command: str) -> str:
-    """Return a command as it is listed: the beginning of it."""
+    """Return the beginning of a command, for a list."""
     return command if len(command) <= _SHOWN else command[: _SHOWN - 1] + "…"
 
 

@@ -1,7 +1,7 @@
-"""Who is logged in on which terminal, for who(1), w(1) and wall(1).
+"""Records who is logged in on which terminal, for who(1), w(1) and wall(1).
 
-They read it where their distribution has it: in utmp(5), or where that is given up for the year
-2038 in what systemd-logind writes of its sessions (sd-login(3)), which nobody does here.
+They read utmp(5), or on distributions that have dropped it because of the year 2038 the session
+files of systemd-logind (sd-login(3)), which does not run here.
 """
 
 import contextlib
@@ -22,14 +22,13 @@ _FILE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class Utmp:
-    """The files of a machine. What somebody else put in their place, or locked away, is left
-    alone, and nobody is told."""
+    """The files of a machine. If a user has replaced or protected them, they are left alone."""
 
     def __init__(self) -> None:
         self._is_begun = False
 
     def note_login(self, root_fd: int, pid: int, terminal: str, user: str, host: str) -> None:
-        """Note that a user is logged in on a terminal, such as `pts/0`, from a host."""
+        """Record that a user is logged in on a terminal, such as `pts/0`, from a host."""
         now_us = time.time_ns() // 1000
         record = _record(_LOGGED_IN, terminal, pid, user, host, now_us)
         session = (
@@ -39,12 +38,12 @@ class Utmp:
         self._write(root_fd, terminal, record, session.encode())
 
     def note_logout(self, root_fd: int, terminal: str) -> None:
-        """Note that nobody is logged in on a terminal any more."""
+        """Record that a terminal is free."""
         record = _record(_DEAD, terminal, 0, "", "", time.time_ns() // 1000)
         self._write(root_fd, terminal, record, None)
 
     def _write(self, root_fd: int, terminal: str, record: bytes, session: bytes | None) -> None:
-        # Whoever was logged in before the machine booted is not any more.
+        # Logins from before the machine booted are over.
         is_first, self._is_begun = not self._is_begun, True
         with contextlib.suppress(OSError), _folder(root_fd, "run") as run:
             with contextlib.suppress(OSError), _file(run, "utmp") as file:
@@ -93,7 +92,7 @@ def _file(parent: int, name: str) -> Iterator[int]:
 
 @contextmanager
 def _sessions(run: int) -> Iterator[int]:
-    """Open the folder of sessions, made if need be, where no systemd has one of its own."""
+    """Open the directory of sessions, made if necessary, unless systemd has one."""
     for path in ("systemd", "systemd/sessions"):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o755, dir_fd=run)
@@ -104,12 +103,12 @@ def _sessions(run: int) -> Iterator[int]:
 
 
 def _left(sessions: int) -> list[str]:
-    """Return what is left of our own from before."""
+    """Return our own entries from before."""
     return [name for name in os.listdir(f"/proc/self/fd/{sessions}") if name.startswith("pts")]
 
 
 def _place(file: int, line: bytes) -> int:
-    """Return where the record of a terminal is, or is to be."""
+    """Return the position for the record of a terminal."""
     free = None
     for place, kind, theirs in _records(file):
         if theirs == line:
@@ -121,7 +120,7 @@ def _place(file: int, line: bytes) -> int:
 
 
 def _records(file: int) -> Iterator[tuple[int, int, bytes]]:
-    """Yield where each record begins, its kind, and its terminal."""
+    """Yield the position, kind and terminal of each record."""
     data = os.pread(file, _RECORD.size * _RECORDS_MAX, 0)
     for place in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
         kind, _, line, *_ = _RECORD.unpack_from(data, place)

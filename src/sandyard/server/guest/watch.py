@@ -1,7 +1,7 @@
-"""Watches a folder by inotify(7), with all that is in it if that is wanted.
+"""Watches a directory with inotify(7), on request with everything below it.
 
-The kernel tells of names in one folder only, so that each folder has a watch of its own; one that
-is new is watched at once, and what came into it before that is told all the same.
+The kernel reports names in one directory only, so each has its own watch. A new directory is
+watched at once, and what was put into it before that is reported as well.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ _PLAIN = {
 
 
 class TooManyError(Exception):
-    """The kernel watches no more folders for this user."""
+    """The kernel watches no more directories for this user."""
 
 
 class Watcher:
-    """See the module. To be made before its user's root is entered: it loads the C library."""
+    """Watches one directory, or a tree."""
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -51,11 +51,11 @@ class Watcher:
         """Whether the folder is there no more, and nothing more will be told."""
 
     def fileno(self) -> int:
-        """Return a descriptor that can be read when there is something to tell."""
+        """Return a descriptor that is readable when there are changes."""
         return self._fd
 
     def open(self, folder: bytes, *, recursive: bool) -> None:
-        """Watch a folder from now on.
+        """Begin to watch a directory.
 
         Raises:
             OSError: it cannot be watched.
@@ -71,13 +71,13 @@ class Watcher:
                 pass
 
     def close(self) -> None:
-        """Watch nothing more."""
+        """Stop watching."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def changes(self) -> list[FileChange]:
-        """Return what has changed since it was asked last, in order."""
+        """Return the changes since the last call, in order."""
         found: list[FileChange] = []
         events = self._events()
         while events:
@@ -107,7 +107,7 @@ class Watcher:
         return _once([one for one in found if not is_in_part(one.path)])
 
     def _events(self) -> list[tuple[int, int, int, bytes]]:
-        """Return what the kernel has to tell; a move's two halves come together."""
+        """Return the kernel's events; the two halves of a move are combined."""
         events: list[tuple[int, int, int, bytes]] = []
         while True:
             try:
@@ -144,7 +144,7 @@ class Watcher:
             self._watch_new(path, found)
 
     def _watch_new(self, path: bytes, found: list[FileChange]) -> None:
-        """Watch a new folder, and tell of what is in it by now."""
+        """Watch a new directory, and report what is in it already."""
         try:
             self._add(path, _ONLYDIR | _DONT_FOLLOW)
             for below, is_folder in self._watch_below(path):
@@ -175,8 +175,8 @@ class Watcher:
             self._watch_new(target, found)
 
     def _look_anew(self, found: list[FileChange]) -> None:
-        """Watch the folders whose coming was not told, and find out whether the watched one is
-        there: what was not told may have been its end."""
+        """After an overflow of events, watch directories that were missed, and find out whether the
+        watched one still exists."""
         self._told.clear()
         top = self._paths.get(self._top)
         if top is not None:
@@ -193,7 +193,8 @@ class Watcher:
                 found.append(FileChange(top, ChangeKind.OVERFLOW))
 
     def _watch_below(self, folder: bytes) -> Iterator[tuple[bytes, bool]]:
-        """Watch every folder in one, and yield what is in them, each with whether it is one."""
+        """Watch every directory below one, and yield all entries, and whether each is a
+        directory."""
         folders = [folder]
         while folders:
             above = folders.pop()
@@ -238,5 +239,5 @@ def _is_within(path: bytes, folder: bytes) -> bool:
 
 
 def _once(found: list[FileChange]) -> list[FileChange]:
-    """Return changes without those that only say again what was said just before."""
+    """Return changes without immediate repetitions."""
     return [one for at, one in enumerate(found) if at == 0 or one != found[at - 1]]

@@ -19,7 +19,7 @@ TOKEN_LASTS = timedelta(hours=24)
 
 @dataclass(frozen=True)
 class Installation:
-    """See the module; all but the id is secret."""
+    """The installation's secrets, and its id, which is public."""
 
     id: str
     authority: Authority

@@ -4,9 +4,7 @@ import asyncio
 
 import bcrypt
 
-_NOBODYS = (
-    "$2b$10$mYakqsJTX89O7IHr2vV73.2JtysL/R92S31TQZv13aJHlQ8VyfcMy"  # of a secret that nobody has
-)
+_NOBODYS = "$2b$10$mYakqsJTX89O7IHr2vV73.2JtysL/R92S31TQZv13aJHlQ8VyfcMy"  # of an unknown secret
 
 
 async def hash_password(password: str) -> str:

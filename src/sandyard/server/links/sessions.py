@@ -138,7 +138,7 @@ class JwtSessions:
                 "cannot accept the session token: it is not signed with "
                 f"{' or '.join(self._provider.algorithms)}"
             )
-        # One that is known goes on being good while somebody else looks for newer ones.
+        # A known key remains valid while another request fetches newer ones.
         if name not in self._keys or (self._is_stale() and not self._fetching.locked()):
             await self._refresh(name)
         key = self._keys.get(name)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _LIMIT_S = 60.0
 _RELEASE_S, _CHECK_S = 10.0, 600.0
 _IDLE_S = 600.0
-# Nobody but whoever owns it by number: the default template's user, who works in /workspace.
+# Only the owner by number: the default template's user, who works in /workspace.
 _OWNER = 1000
 _MODE = 0o2775
 _JOURNAL_MIB = 16
@@ -91,7 +91,7 @@ class ImageVolumes:
             if self._users[workspace_id]:
                 raise UnavailableError("cannot remove the workspace now: its files are in use")
             await in_thread(self._unmount, workspace_id)
-            # Whoever found it before it was removed, and comes now, must not make it anew.
+            # A request that found it before it was removed must not create it again.
             self._gone.add(workspace_id)
             await in_thread(_remove_tree, self._place(workspace_id))
             for one in (self._image(workspace_id), self._base_file(workspace_id)):
@@ -109,7 +109,7 @@ class ImageVolumes:
             if self._used_at.setdefault(workspace_id, time.monotonic()) > until:
                 continue
             async with self._locked(workspace_id):
-                # Somebody else on the host may be looking at it.
+                # Another process on the host may have it open.
                 with contextlib.suppress(UnavailableError, OSError):
                     if not self._users[workspace_id]:
                         await in_thread(self._unmount, workspace_id)
@@ -201,7 +201,7 @@ class ImageVolumes:
         place = self._place(workspace_id)
         if place.is_mount():
             _run("umount", str(place))
-        with contextlib.suppress(OSError):  # somebody put files into it while it was not mounted
+        with contextlib.suppress(OSError):  # files were put into it while it was not mounted
             place.rmdir()
 
 

@@ -81,7 +81,7 @@ class Data(Model, Generic[T]):
 
 
 class Page(Model, Generic[T]):
-    """The envelope of a list; where it goes on stands twice, since clients look in both places."""
+    """The envelope of a list; its cursor is there twice, since clients look in both places."""
 
     data: list[T]
     has_more: bool

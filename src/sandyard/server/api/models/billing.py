@@ -174,7 +174,7 @@ class PutAutoTopup(Body):
 
 
 class AutoTopupOut(Model):
-    """How the balance is filled up by itself."""
+    """How the balance is topped up automatically."""
 
     enabled: bool
     threshold_cents: int

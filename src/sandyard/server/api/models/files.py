@@ -58,7 +58,7 @@ class SignBody(Body):
 
 
 class SignedOut(Model):
-    """A URL that reads or writes one file; whoever has it needs no key."""
+    """A URL that reads or writes one file without a key."""
 
     url: str
     method: str

@@ -101,7 +101,7 @@ class WriteStdin(Body):
 
 
 class InputMessage(Body):
-    """A message of whoever is attached: text for the process's input."""
+    """A message of an attached client: text for the process's input."""
 
     type: Literal["input"]
     data: str = ""

@@ -18,7 +18,7 @@ from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.sandboxes.change import Changes
 from sandyard.server.service.sandboxes.create import NewSandbox
 
-# The rules themselves are the service's; here they are told to whoever reads the description.
+# The rules themselves are the service's; here they are for the OpenAPI description.
 Name = Annotated[
     str, Field(json_schema_extra={"minLength": 1, "maxLength": NAME_MAX, "pattern": "^[^/]+$"})
 ]
@@ -215,7 +215,7 @@ def sandbox_out(sandbox: Sandbox, actor: Actor, where: Addresses) -> SandboxOut:
 
 
 def _is_up(sandbox: Sandbox) -> bool:
-    """Tell whether whoever logs in finds it running, or has it resumed by that."""
+    """Tell whether a login finds it running, or resumes it."""
     is_resumed = sandbox.status is Status.PAUSED and sandbox.auto_resume
     return sandbox.status is Status.RUNNING or is_resumed
 

@@ -41,7 +41,7 @@ class NewTerminal(Body):
 class TerminalOut(Model):
     """What opens a terminal, once: connect with a WebSocket to `wsPath`.
 
-    With `terminalId` in another request whoever was cut off comes back to the same shell.
+    With `terminalId` in another request, a client that was disconnected returns to its shell.
     """
 
     session_id: str

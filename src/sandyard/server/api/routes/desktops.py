@@ -50,7 +50,7 @@ async def get_vnc(
     return enveloped(
         request,
         VncOut(
-            # Behind the #, which a browser tells nobody.
+            # After the #, which a browser does not send.
             url=f"{where.desktop_url(made.sandbox_id)}#ticket={made.secret}",
             expires_at=made.expires_at,
             host=base.hostname or "",

@@ -251,7 +251,7 @@ async def _tell(following: Following, socket: WebSocket) -> None:
 
 
 class _Hands:
-    """What whoever is attached may do with a process.
+    """What an attached client may do with a process.
 
     Input waits apart for a process that does not read, so that a signal still reaches it.
     """
@@ -304,7 +304,7 @@ class _Hands:
             except (
                 InvalidArgumentError, ConflictError, NotFoundError, RateLimitedError,
             ) as error:  # fmt: skip
-                # It goes on: what was wrong is told, and nothing was done.
+                # The connection continues: the error was sent, and nothing was done.
                 await send_json(socket, {"type": "refused", **error_out(error)})
 
     async def _obey(self, wish: AttachMessage) -> None:

@@ -16,7 +16,7 @@ class Bus(Protocol):
     """Carries hints that something is worth a look. Losing one costs a moment, never a sandbox."""
 
     def hint(self, topic: str) -> None:
-        """Wake whoever subscribed to `topic`; never blocks."""
+        """Wake the subscribers of `topic`; never blocks."""
         ...
 
     def subscribe(self, topic: str) -> AbstractContextManager[Subscription]:

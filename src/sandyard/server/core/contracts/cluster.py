@@ -50,7 +50,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Welcome:
-    """What a node that said hello has from now on; `door` is where whoever says so is reached."""
+    """What a node receives for its hello; `door` is the address of the control plane."""
 
     epoch: int
     lease_s: float
@@ -69,14 +69,14 @@ class Beat:
 @dataclass(frozen=True)
 class Grant:
     """It may be asked for things so much longer, counted from before it said that it is there;
-    `door` is where whoever says so is reached."""
+    `door` is the address of the control plane."""
 
     lease_s: float
     door: str = ""
 
 
 class Registrar(Protocol):
-    """Whoever vouches for nodes."""
+    """Authenticates nodes."""
 
     def identity_of(self, node_id: str, application: Application) -> Identity:
         """Return what a node is to prove itself with.

@@ -59,7 +59,7 @@ class Turn(Enum):
     """Beside whom a transaction may write that is no organization's own."""
 
     ALONE = "alone"
-    """Nobody: whatever it reads, nothing of it changes before it has ended."""
+    """It runs alone: what it reads does not change before it has ended."""
     BESIDE = "beside"
     """Everybody: what it reads may change at once, so each of its statements must be right by
     itself. For what is only noted, and for leases."""
@@ -163,14 +163,14 @@ class LeaseRows(Protocol):
     """Who works on which sandbox: a server, under a lease that runs out."""
 
     async def claim(self, statuses: frozenset[Status], *, hold: Hold, limit: int) -> list[Claim]:
-        """Lease up to `limit` sandboxes of these statuses that nobody holds, the stalest first.
+        """Lease up to `limit` sandboxes of these statuses that are not leased, the stalest first.
 
-        One that somebody else writes at that moment is left for the next time.
+        One that is being written at that moment is skipped.
         """
         ...
 
     async def waits(self, statuses: frozenset[Status]) -> bool:
-        """Tell whether there is a sandbox of these statuses that nobody holds."""
+        """Tell whether there is a sandbox of these statuses that is not leased."""
         ...
 
     async def extend(self, sandbox_id: str, *, lease: str, lasts: timedelta | None) -> bool:
@@ -238,12 +238,12 @@ class JoinedNodeRows(Protocol):
         """Have nodes compared by one control plane for so long, and return those that are.
 
         Those that another compares are left to it, unless it is the one `over` which this one is;
-        so are those that anybody, this one too, has compared within `free_for`.
+        so are those that any of them has compared within `free_for`.
         """
         ...
 
     async def lose(self, *, grace: timedelta) -> list[str]:
-        """Note as lost whoever's lease ended `grace` ago, and return who that is now."""
+        """Mark nodes as lost whose lease ended `grace` ago, and return those newly lost."""
         ...
 
     async def drain(self, node_id: str, *, is_draining: bool) -> bool:
@@ -385,7 +385,7 @@ class UserRows(Protocol):
         ...
 
     async def removed_at(self, org_id: str, user_id: str) -> datetime | None:
-        """Return when somebody's membership was ended last."""
+        """Return when a user's membership ended last."""
         ...
 
     async def member(self, org_id: str, user_id: str) -> Membership | None:
@@ -645,7 +645,7 @@ class CreditRows(Protocol):
         ...
 
     async def topped_up(self) -> list[str]:
-        """Return the organizations whose balance can be filled up by itself."""
+        """Return the organizations whose balance can be topped up automatically."""
         ...
 
 

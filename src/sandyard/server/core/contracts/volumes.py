@@ -20,7 +20,7 @@ class VolumeUse:
 class Volumes(Protocol):
     """The volumes of this installation's workspaces, by the workspace's id.
 
-    What a volume may hold is kept by whoever implements it, whoever writes into it.
+    The implementation enforces a volume's size, whichever process writes into it.
     """
 
     def open(self, workspace_id: str, quota_bytes: int) -> AbstractAsyncContextManager[Path]:

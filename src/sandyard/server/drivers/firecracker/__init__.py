@@ -1,4 +1,4 @@
-"""Firecracker under its jailer, where the host's KVM really works."""
+"""Firecracker under its jailer, on hosts where KVM works."""
 
 from sandyard.server.drivers.firecracker.driver import FirecrackerDriver
 

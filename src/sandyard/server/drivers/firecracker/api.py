@@ -1,4 +1,4 @@
-"""A client of Firecracker's API: one method a call, a limit on each, errors translated."""
+"""A client of Firecracker's API: one method for each call, each with a time limit."""
 
 import re
 from collections.abc import Mapping
@@ -25,18 +25,18 @@ Limiter = Mapping[str, Mapping[str, int]]
 
 
 def limiter(mib_per_s: int) -> Limiter | None:
-    """Return a rate limiter of so many MiB a second: a bucket filled each second; None for 0."""
+    """Return a rate limiter for so many MiB per second; None for 0."""
     if mib_per_s == 0:
         return None
     return {"bandwidth": {"size": mib_per_s * 2**20, "refill_time": 1000}}
 
 
 class RefusedError(InternalError):
-    """Firecracker answered that it will not."""
+    """Firecracker refused a request."""
 
 
 class Api:
-    """The API of one Firecracker process, behind its socket."""
+    """The API of one Firecracker process."""
 
     def __init__(self, socket: Path) -> None:
         self._client = httpx.AsyncClient(
@@ -57,7 +57,7 @@ class Api:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; the machine lives on."""
+        """Close the connection; the machine continues."""
         await self._client.aclose()
 
     async def state(self, *, limit_s: float = _LIMIT_S) -> str:
@@ -66,12 +66,12 @@ class Api:
         return str(answer["state"])
 
     async def version(self) -> str:
-        """Return the version of the process behind the socket."""
+        """Return the version of the process."""
         answer = await self._call("GET", "/version")
         return str(answer["firecracker_version"])
 
     async def configure(self, *, vcpus: int, memory_mib: int) -> None:
-        """Say how large the machine is; what it writes is noted, so that only that is saved."""
+        """Set CPUs and memory, with tracking of written pages so that only those are saved."""
         await self._call(
             "PUT",
             "/machine-config",
@@ -82,7 +82,7 @@ class Api:
         )  # fmt: skip
 
     async def boot_from(self, *, kernel: str, initrd: str, arguments: str) -> None:
-        """Say what is booted."""
+        """Set the kernel, initramfs and kernel arguments."""
         await self._call(
             "PUT",
             "/boot-source",
@@ -92,7 +92,7 @@ class Api:
     async def add_drive(
         self, name: str, path: str, *, is_read_only: bool, limiter: Limiter | None = None
     ) -> None:
-        """Add a disk; what the guest has flushed is flushed to the host's file."""
+        """Add a disk; what the guest flushes is flushed to the host's file."""
         body: dict[str, object] = {
             "drive_id": name, "path_on_host": path, "is_root_device": False,
             "is_read_only": is_read_only, "cache_type": "Writeback",
@@ -100,7 +100,7 @@ class Api:
         await self._call("PUT", f"/drives/{name}", body | _named("rate_limiter", limiter))
 
     async def reread_drive(self, name: str, path: str) -> None:
-        """Have a disk's file looked at again, so that the guest sees its new size."""
+        """Read the size of a disk's file again, so that the guest sees it."""
         await self._call("PATCH", f"/drives/{name}", {"drive_id": name, "path_on_host": path})
 
     async def add_network(
@@ -116,22 +116,22 @@ class Api:
         await self._call("PUT", "/entropy", {})
 
     async def start(self) -> None:
-        """Let the configured machine boot."""
+        """Boot the configured machine."""
         await self._call("PUT", "/actions", {"action_type": "InstanceStart"})
 
     async def pause(self) -> None:
-        """Hold the guest still."""
+        """Suspend the guest."""
         await self._call("PATCH", "/vm", {"state": "Paused"})
 
     async def resume(self) -> None:
-        """Let the guest go on."""
+        """Resume the guest."""
         await self._call("PATCH", "/vm", {"state": "Resumed"})
 
     async def save(self, *, state: str, memory: str, is_whole: bool = False) -> None:
-        """Write the devices' state, and the memory that was written to since the save before.
+        """Write the devices' state, and the memory pages written since the last save.
 
-        It is laid over what the file has, if that is of the right size. With `is_whole` all of the
-        memory is written.
+        The pages are written over those in the file, if that has the right size. With `is_whole`,
+        all of the memory is written.
 
         Raises:
             NoCapacityError: the host's disk is full.
@@ -148,10 +148,10 @@ class Api:
         )
 
     async def load(self, *, state: str, memory: str, network: str, tap: str) -> None:
-        """Bring the machine to a saved state and hold it still there.
+        """Restore the machine from a saved state, suspended.
 
         Raises:
-            ConflictError: the state is not whole, or does not fit; the process then ends.
+            ConflictError: the state is incomplete, or does not fit; the process then ends.
         """
         try:
             await self._call(

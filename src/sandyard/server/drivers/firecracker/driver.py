@@ -1,9 +1,9 @@
 """The Firecracker driver. See drivers.contract.Driver.
 
-A machine's memory builds on a file, as everywhere: what was written since is saved as a file of the
-same size with holes where nothing was. A machine that boots builds on an empty file. Firecracker
-maps one file only, so that a state which builds on another is joined with it before it is loaded,
-and the joined file takes the other's place.
+A machine's memory builds on a file, as with every driver: pages written since are saved as a sparse
+file of the same size. A machine that boots builds on an empty file. Firecracker maps one file only.
+So a state that builds on another file is joined with it before it is loaded, and the joined file
+replaces the other.
 """
 
 import asyncio
@@ -104,11 +104,11 @@ class FirecrackerMachine:
 
     @property
     def api(self) -> Api:
-        """The door to the process."""
+        """The API of the process."""
         return self._api
 
     def trouble(self) -> str:
-        """Return what Firecracker itself said last, where that is of trouble."""
+        """Return Firecracker's last error message, if any."""
         lines = self._last_words.decode(errors="replace").splitlines()
         told = [one.split("] ", 1)[-1] for one in lines if re.search(r"rror|xiting|fail", one)]
         return told[-1][:300] if told else ""
@@ -385,7 +385,7 @@ class FirecrackerDriver:
             Path(str(handle["folder"])),
             str(handle["name"]),
             int(handle["uid"]),
-            str(handle.get("group", "firecracker")),  # as the jailer calls it by itself
+            str(handle.get("group", "firecracker")),  # the jailer's default
         )
         process = DetachedProcess.find(
             int(handle["pid"]), started=int(handle["started"]), boot=str(handle["boot"])
@@ -459,10 +459,10 @@ class FirecrackerDriver:
 
 
 def _join(memory: Path, pages: Path) -> None:
-    """Put a memory file with saved pages laid over it in its place; to do so twice changes nothing.
+    """Replace a memory file by itself with saved pages written over it; may be repeated.
 
     Raises:
-        ConflictError: the pages are of a machine with less or more memory.
+        ConflictError: the pages belong to a machine with another memory size.
         NoCapacityError: the host's disk is full.
     """
     found = memory.stat()
@@ -471,7 +471,7 @@ def _join(memory: Path, pages: Path) -> None:
     part = memory.with_name(memory.name + ".part")
     part.unlink(missing_ok=True)
     merge_sparse(memory, pages, part)
-    # Whoever sealed what builds on it knows it by size and time.
+    # A manifest of a state that builds on it has its size and time.
     os.utime(part, ns=(found.st_atime_ns, found.st_mtime_ns))
     part.replace(memory)
 
@@ -485,7 +485,7 @@ def _sync(path: Path) -> None:
 
 
 def _processors_of(pid: int) -> Iterator[int]:
-    """Yield the threads of a Firecracker that are its guest's processors."""
+    """Yield the threads of a Firecracker process that run its guest's CPUs."""
     with suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
             if (thread / "comm").read_text().startswith("fc_vcpu"):

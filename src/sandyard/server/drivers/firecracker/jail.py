@@ -1,12 +1,12 @@
-"""The jail of one Firecracker process: its folder, its pipes, and the jailer that locks it in.
+"""The jail of one Firecracker process: its folder, its pipes, and the jailer.
 
-    <folder>/console           a pipe: what the guest prints; bounded by the pipe's size
-    <folder>/log               a pipe: what Firecracker itself says
+    <folder>/console           a pipe: the guest's console output, limited by the pipe's size
+    <folder>/log               a pipe: Firecracker's own log
     <folder>/api.sock          the API's socket
     <folder>/jail/firecracker/<id>/root/      all that the process can see
 
-Pipes and socket are made or moved outside of what the process can reach, before any guest code
-runs: nothing that it might put in their place later is ever opened.
+Pipes and socket are made, or moved, out of the process's reach before any guest code runs. So
+nothing that the process puts in their place later is ever opened.
 """
 
 import asyncio
@@ -46,14 +46,13 @@ _PIDS_V1 = _CGROUPS / "pids"
 
 
 def groups(name: str) -> tuple[Path, Path]:
-    """Return where a control group of the root may be, by cgroups of either version."""
+    """Return the possible paths of a control group, for cgroups of either version."""
     return _CGROUPS / name, _PIDS_V1 / name
 
 
 @dataclass(frozen=True)
 class Jail:
-    """Where a process is locked in, the account it runs under there, and its control group's
-    parent."""
+    """The jail of a process, the account it runs under, and the parent of its control group."""
 
     folder: Path
     name: str
@@ -62,16 +61,16 @@ class Jail:
 
     @property
     def base(self) -> Path:
-        """The folder that the jailer is told to make jails in."""
+        """The folder in which the jailer makes jails."""
         return self.folder / "jail"
 
     @property
     def root(self) -> Path:
-        """What the process sees as `/`."""
+        """The process's root directory."""
         return self.base / _PROGRAM / self.name / "root"
 
     def prepare(self) -> None:
-        """Make the jail anew; nothing that an earlier try left is in it."""
+        """Create the jail; what an earlier attempt left is removed."""
         shutil.rmtree(self.base, ignore_errors=True)
         for name in (SOCKET, CONSOLE, LOG):
             (self.folder / name).unlink(missing_ok=True)
@@ -81,10 +80,10 @@ class Jail:
         self._hand_over(self.root / LOG)
 
     def put(self, source: Path, name: str) -> None:
-        """Let the process see a file under a name: the file itself, else a copy of it.
+        """Put a file into the jail: a hard link, or a copy.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
         """
         target = self.root / name
         try:
@@ -96,17 +95,17 @@ class Jail:
             self._hand_over(target)
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a file that is the process's own into the jail."""
+        """Write a file of the process's own into the jail."""
         descriptor = os.open(self.root / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         self._hand_over(self.root / name)
 
     def take(self, name: str, target: Path) -> None:
-        """Take a file out that the process wrote.
+        """Move a file that the process wrote out of the jail.
 
         Raises:
-            InternalError: it is no plain file of the process's own.
+            InternalError: it is not a regular file of the process's own.
             NoCapacityError: the host's disk is full.
         """
         source = self.root / name
@@ -128,11 +127,11 @@ class Jail:
             copy_sparse(Path(f"/proc/self/fd/{descriptor}"), target)
 
     async def launch(self, jailer: str, binary: str, *, netns: str | None) -> int:
-        """Start the process, which nobody owns, and return its pid once its API is there.
+        """Start the detached process, and return its pid once its API listens.
 
         Raises:
-            UnavailableError: the jailer is not there.
-            InternalError: it did not come up; the message says why.
+            UnavailableError: the jailer is missing.
+            InternalError: it did not start; the message says why.
         """
         console = os.open(self.folder / CONSOLE, os.O_RDWR | os.O_NONBLOCK)
         try:
@@ -149,7 +148,7 @@ class Jail:
             os.close(console)
 
     async def _end(self) -> None:
-        """End what the jailer may have started, which may still be root's."""
+        """End what the jailer may have started, even if it still runs as root."""
         with contextlib.suppress(OSError, ValueError):
             pid = int((self.root / _PID).read_text())
             started = start_time(pid)
@@ -211,7 +210,7 @@ class Jail:
         return pid
 
     def remove(self) -> None:
-        """Remove what the jailer made, in the folder and elsewhere; nothing may run in it."""
+        """Remove everything that the jailer made; no process may be left in it."""
         self._remove_groups()
         shutil.rmtree(self.base, ignore_errors=True)
 
@@ -234,7 +233,7 @@ def _listens(path: Path) -> bool:
 
 
 def open_pipe(path: Path) -> int | None:
-    """Return a descriptor to read a pipe of a jail with; None if it is gone."""
+    """Return a descriptor to read a pipe of a jail; None if it does not exist."""
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
@@ -242,7 +241,7 @@ def open_pipe(path: Path) -> int | None:
 
 
 def read_pipe(descriptor: int) -> bytes:
-    """Return what lies in a pipe; it is bounded by the pipe's size."""
+    """Return the content of a pipe; its size is limited."""
     said = b""
     with contextlib.suppress(BlockingIOError):
         while piece := os.read(descriptor, 65536):
@@ -253,16 +252,17 @@ def read_pipe(descriptor: int) -> bytes:
 
 
 def last_line(said: bytes) -> str:
-    """Return the last line of what was said, without a panic's advice to programmers."""
+    """Return the last line of a text, without a panic's advice to programmers."""
     lines = said.decode(errors="replace").strip().splitlines()
     told = [one for one in lines if not one.startswith("note: run with `RUST_BACKTRACE")]
     return told[-1][:500] if told else "it said nothing"
 
 
 def cgroup_arguments(group: str) -> list[str]:
-    """Return the jailer's arguments that bound a process by a control group, where there is one.
+    """Return the jailer's arguments for a control group that limits a process, if the host has
+    cgroups.
 
-    It is made in another, which all machines of an installation share and no other has.
+    It is made in a group that all machines of an installation share.
     """
     version = "2" if _has_unified() else "1" if _PIDS_V1.is_dir() else None
     if version is None:
@@ -272,7 +272,7 @@ def cgroup_arguments(group: str) -> list[str]:
 
 
 def remove_groups(group: str) -> None:
-    """Remove the control group of an installation none of whose machines is left."""
+    """Remove the control group of an installation that has no machines left."""
     for parent in groups(group):
         with contextlib.suppress(OSError):
             for inside in parent.iterdir():
@@ -283,9 +283,9 @@ def remove_groups(group: str) -> None:
 
 
 def sweep_groups(group: str) -> None:
-    """Remove control groups of machines that died while nobody looked.
+    """Remove the control groups of machines that ended unobserved.
 
-    One that is young may be a machine's that is just being started; one in use cannot be removed.
+    A recent one may belong to a machine that is starting; one in use cannot be removed.
     """
     now = time.time()  # noqa: TID251 - a file's age is by the host's clock, whatever a test's says
     for parent in groups(group):

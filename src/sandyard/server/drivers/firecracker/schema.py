@@ -1,7 +1,7 @@
-"""What of Firecracker's API is used here, as its description (firecracker.yaml, v1.12) has it.
+"""The part of Firecracker's API that is used here, by its description (firecracker.yaml, v1.12).
 
-Every request is looked at before it is sent and every answer when it comes: what does not fit was
-written for another version, and is told as that instead of being half understood.
+Every request and answer is validated. One that does not fit belongs to another version, and is
+reported as that.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from sandyard.server.core.errors import InternalError
 
 @dataclass(frozen=True)
 class Shape:
-    """The members of an object: those it must have, and those it may have."""
+    """The required and optional members of an object."""
 
     needs: Mapping[str, object] = field(default_factory=dict)
     may: Mapping[str, object] = field(default_factory=dict)
@@ -21,7 +21,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """One operation: what it takes, and what it answers where it answers anything."""
+    """One operation: its arguments, and its answer if it has one."""
 
     takes: Shape | None
     answers: Shape | None = None
@@ -96,10 +96,10 @@ ERROR = Shape({"fault_message": str})
 
 
 def check(what: str, value: object, shape: Shape | None) -> None:
-    """Return if a request's or an answer's body is as the description has it.
+    """Return if the body of a request or answer is valid.
 
     Raises:
-        InternalError: it is not; the message names the place.
+        InternalError: it is not; the message says where.
     """
     if shape is None:
         if value is not None:

@@ -1,4 +1,4 @@
-"""QEMU, with KVM where the host's really works and by translation (TCG) everywhere else."""
+"""QEMU, with KVM where that works and by emulation (TCG) everywhere else."""
 
 from sandyard.server.drivers.qemu.driver import QemuDriver
 

@@ -1,4 +1,4 @@
-"""QEMU's command line for a machine, and how its process is confined."""
+"""QEMU's command line for a machine, and the confinement of its process."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ DISK = "disk"
 CONSOLE_SIZE = 256 * 1024
 _OWN_SHARE_MIB = 16
 # TCG runs string instructions a byte at a time. Where a processor does not promise that those are
-# fast, kernel and libc copy in words and vectors. A state that was saved with the promise goes on.
+# fast, kernel and libc copy in words and vectors. A state saved with the flag can be restored.
 EMULATED_CPU = "max,-erms,-fsrm"
 # Once what is kept of translated code is full, QEMU forgets all of it: Ubuntu with `node` and
 # `python3` fills 70 MiB, a browser far more. Only what is used is taken from the host.
@@ -25,22 +25,22 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 
 
 def machine_memory_mib(asked_mib: int) -> int:
-    """Return the memory to give so that the guest gets about what was asked for.
+    """Return the memory size for a guest that should have about the requested size.
 
-    A few MiB pay for the kernel's own share. Exactly 2048 MiB is never given: with a disk attached,
-    this machine type then damages the tail of the initramfs.
+    A few MiB are added for the kernel. It is never exactly 2048 MiB: with a disk attached, this
+    machine type then damages the end of the initramfs.
     """
     given = asked_mib + _OWN_SHARE_MIB
     return given + 8 if given == 2048 else given
 
 
 def translated_mib(memory_mib: int) -> int:
-    """Return how much translated code a machine may keep: a quarter of its memory, in bounds."""
+    """Return the size of the cache for translated code: a quarter of the memory, within bounds."""
     return min(max(memory_mib // 4, _LEAST_TRANSLATED_MIB), _MOST_TRANSLATED_MIB)
 
 
 def kernel_command_line(*, tsc_khz: int | None, extra: str = "") -> str:
-    """Return the kernel's command line; `tsc_khz` is the rate under TCG, None with KVM."""
+    """Return the kernel's command line; `tsc_khz` is set under TCG only."""
     words = ["console=ttyS0 reboot=t panic=-1 quiet loglevel=3"]
     if tsc_khz is not None:
         words.append(f"tsc=reliable tsc_early_khz={tsc_khz}")
@@ -50,7 +50,7 @@ def kernel_command_line(*, tsc_khz: int | None, extra: str = "") -> str:
 
 
 def accelerator(door: Door | None, *, tb_size_mib: int) -> list[str]:
-    """Return the arguments that choose KVM, where there is a door to it, or TCG."""
+    """Return the arguments for KVM if there is a `door` to it, otherwise for TCG."""
     if door is not None:
         return door.arguments
     return ["-accel", f"tcg,tb-size={tb_size_mib},thread=multi", "-cpu", EMULATED_CPU]
@@ -65,11 +65,12 @@ def machine_arguments(
     tap_fd: int,
     is_restored: bool,
 ) -> list[str]:
-    """Return QEMU's arguments for a machine that boots from cold, or waits for a saved state.
+    """Return QEMU's arguments for a machine that boots, or waits for a saved state.
 
-    The two differ in nothing that a guest that runs can see: a state fits only the machine it was
-    saved from. What it booted is in its memory by then, and would be in QEMU's for nothing. Of the
-    state, only devices are sent (memory is a file): what describes it is left out on both sides.
+    The two look the same to a running guest, because a state fits only the machine it was saved
+    from. Kernel and initramfs are left out in the second case: they are in the guest's memory
+    already. Only the devices' state is transferred, without its description, because memory is a
+    file.
     """
     folder = spec.folder
     memory_mib = machine_memory_mib(spec.memory_mib)
@@ -107,7 +108,7 @@ def machine_arguments(
 
 
 def unprivileged(uid: int, *, group: int | None = None) -> list[str]:
-    """Return the command that runs another as an account with no privilege, of no other group."""
+    """Return the command that runs another as an account without privileges or other groups."""
     groups = ["--clear-groups"] if group is None else ["--groups", str(group)]
     return [
         "setpriv", "--reuid", str(uid), "--regid", str(uid), *groups, "--no-new-privs",
@@ -124,13 +125,13 @@ def confined(
     group: int | None,
     mounts: Path | None,
 ) -> list[str]:
-    """Return the command that starts QEMU in its namespaces and account, with no privilege.
+    """Return the command that starts QEMU in its namespaces and account, without privileges.
 
-    `mounts` names a mount namespace, where there is one for it.
+    `mounts` names a mount namespace, if there is one.
     """
     view = [] if mounts is None or not os.path.ismount(mounts) else [f"--mount={mounts}"]
     return [
-        # A parent that ends at once makes QEMU nobody's child: it outlives the server.
+        # Its parent ends at once, so QEMU is adopted by init and outlives the server.
         "setsid", "--fork",
         "nsenter", f"--net={path_of(spec.place.netns)}", *view, "--",
         *unprivileged(spec.place.uid, group=group),
@@ -139,5 +140,5 @@ def confined(
 
 
 def _escaped(path: Path) -> str:
-    """Return a path as QEMU's option syntax wants it: a comma is written twice."""
+    """Return a path in QEMU's option syntax, with commas doubled."""
     return str(path).replace(",", ",,")

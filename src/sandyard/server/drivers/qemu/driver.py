@@ -81,7 +81,9 @@ _BROKEN_STATUS = "internal-error"
 _BROKEN = End("machine_died", "the host's KVM could not go on with the guest")
 _SHUTDOWN = End("guest_shutdown", "the guest shut itself down")
 _DIED = End("machine_died", "the hypervisor's process ended unexpectedly")
-_DISK_FULL = End("host_disk_full", "the host's disk is full; the sandbox goes on once it has room")
+_DISK_FULL = End(
+    "host_disk_full", "the host's disk is full; the sandbox continues once there is space"
+)
 
 
 class QemuMachine:
@@ -114,7 +116,7 @@ class QemuMachine:
             if isinstance(data, str):
                 said = base64.b64decode(data)
                 self._said = (self._said + said)[-TAIL:]
-                # What was read for the machine's end is still to be kept by whoever asks.
+                # What was read for the machine's end is also part of the next answer.
                 said, self._unheard = self._unheard + said, b""
                 return said
         return b""
@@ -132,7 +134,7 @@ class QemuMachine:
         if status != "io-error":
             return None
         if not self._is_held:  # it may be about to be saved since the status was asked for
-            # Whether it goes on shows only once it has written again: at the next look.
+            # Whether it continues shows only once it has written again: at the next call.
             with contextlib.suppress(UnavailableError):
                 await self._monitor.call("cont")
         return _DISK_FULL
@@ -230,10 +232,10 @@ class QemuMachine:
         await self._monitor.call("block_resize", {"device": command.DISK, "size": size_mib * 2**20})
 
     async def load(self, memory_file: Path, saved: Saved, state: Path) -> None:
-        """Bring a machine that waits for a saved state to it; the guest is held still there.
+        """Restore a machine that waits for a saved state; the guest is suspended.
 
         Raises:
-            ConflictError: the state is not whole, or does not fit.
+            ConflictError: the state is incomplete, or does not fit.
         """
         if (pages := saved.folder / _PAGES).exists():
             try:
@@ -264,14 +266,13 @@ class QemuMachine:
 
 
 class _EndedError(Exception):
-    """QEMU ended while it was being started; its standard error says why."""
+    """QEMU ended while it was starting; its standard error says why."""
 
 
 class _Stderr:
-    """What QEMU says on its standard error until it is up.
+    """QEMU's standard error until it has started.
 
-    It is a pipe that is closed by then: what a guest might make QEMU say later goes nowhere, rather
-    than into a file without bounds.
+    It is a pipe that is closed after that, so that a guest cannot make QEMU fill a file.
     """
 
     def __init__(self) -> None:
@@ -287,17 +288,17 @@ class _Stderr:
         os.close(self._reader)
 
     def close_writer(self) -> None:
-        """Leave the other end to QEMU alone, so that its end can be seen."""
+        """Close our copy of the writing end, so that QEMU's end can be detected."""
         if self.writer >= 0:
             os.close(self.writer)
             self.writer = -1
 
     def has_more(self) -> bool:
-        """Take in what has come; False once everyone who could say something has ended."""
+        """Read what has arrived; return False once all writers have ended."""
         return self._read() != b""
 
     def rest(self) -> str:
-        """Return the last that was said, of what has come by now."""
+        """Return the end of what has arrived."""
         while self._read():
             pass
         return self._said.decode(errors="replace").strip()
@@ -571,7 +572,7 @@ def _take_hold(pid: int, held: AsyncExitStack) -> DetachedProcess:
 
 
 def _make_initrd(spec: MachineSpec) -> None:
-    """Give a machine that is going to boot an initramfs of its own, with its token in it."""
+    """Make an initramfs with the machine's own token."""
     data = add_token(spec.initrd.read_bytes(), spec.token)
     _write_private(spec.folder / command.INITRD, data, spec.place.uid)
 
@@ -603,7 +604,7 @@ def _take_file(source: Path, target: Path, uid: int) -> None:
     """Copy a file that the hypervisor's account wrote.
 
     Raises:
-        InternalError: it is not a plain file of that account's, or too large.
+        InternalError: it is not a regular file of that account, or too large.
     """
     with opened_as_written_by(uid, source) as descriptor, target.open("xb") as here:
         if os.fstat(descriptor).st_size > _STATE_MAX:
@@ -650,10 +651,10 @@ async def _launch(
 
 
 def _pid_of_listening(folder: Path) -> int | None:
-    """Return what QEMU wrote into its pid file, or None as long as its monitor does not listen.
+    """Return the pid in QEMU's pid file, or None while its monitor does not listen.
 
-    QEMU listens before it has looked at its disks: where one is missing, it takes the file and the
-    socket away again, at any moment between two looks at them.
+    QEMU listens before it opens its disks. If one is missing, it removes file and socket, possibly
+    between two calls.
     """
     if not (folder / command.QMP_SOCKET).exists():
         return None

@@ -1,4 +1,4 @@
-"""/dev/kvm for accounts with no privilege, and what of a processor it gives their guests."""
+"""Access to /dev/kvm for unprivileged accounts, and the CPU features for their guests."""
 
 import os
 import stat
@@ -16,15 +16,15 @@ _GROUP_RW, _OTHERS_RW = stat.S_IRGRP | stat.S_IWGRP, stat.S_IROTH | stat.S_IWOTH
 
 @dataclass(frozen=True)
 class Door:
-    """How an account comes to the device: as one of a group, by a descriptor that it is left, or,
-    with neither, as anybody does."""
+    """How an account accesses the device: as a member of a group, with an inherited descriptor, or,
+    with neither, because it is open to all."""
 
     group: int | None = None
     fd: int | None = None
 
     @property
     def arguments(self) -> list[str]:
-        """QEMU's arguments for guests that run by it, on the processor that the host has."""
+        """QEMU's arguments for guests that use KVM with the host's CPU."""
         device, given = "", list[str]()
         if self.fd is not None:
             given = ["-add-fd", f"fd={self.fd},set={_SET},opaque=kvm"]
@@ -36,13 +36,13 @@ class Door:
 
 @contextmanager
 def door(device: Path = DEVICE) -> Iterator[Door]:
-    """Find out how accounts come to the device; a descriptor is closed again at the end.
+    """Find out how accounts access the device; an opened descriptor is closed after the block.
 
-    Distributions leave it to a group of its own. Where it is root's alone, as without udev, it is
-    opened here: to make an account one of root's group would open more than that to it.
+    Distributions give it to a group of its own. If only root can open it, as without udev, it is
+    opened here: adding the account to root's group would give access to more than that.
 
     Raises:
-        OSError: it is not there, or closed to this process as well.
+        OSError: it does not exist, or this process cannot open it either.
     """
     found = device.stat()
     if found.st_mode & _OTHERS_RW == _OTHERS_RW:

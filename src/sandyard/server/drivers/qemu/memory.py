@@ -1,7 +1,7 @@
-"""A machine's memory as the host sees it: a private mapping of a file that many machines share.
+"""A machine's memory on the host: a private mapping of a file that many machines share.
 
-Only what a guest has written is its own: the kernel made those pages private copies. They are found
-through /proc/PID/pagemap, copied from process to process, and kept in a file:
+Only pages that the guest has written are its own: the kernel made private copies of them. They are
+found through /proc/PID/pagemap, copied from process to process, and saved in a file:
 
     magic    8 bytes
     count    8 bytes, little-endian
@@ -41,12 +41,12 @@ Run = tuple[int, int]
 
 
 def save_pages(pid: int, memory: Path, target: Path) -> None:
-    """Write a still machine's private pages to a new file, which is on its way to the disk then.
+    """Write a suspended machine's private pages to a new file, and begin to write that to the disk.
 
     Raises:
         NoCapacityError: the host's disk is full.
         UnavailableError: the process has ended.
-        InternalError: it does not map the file as it should.
+        InternalError: its mapping of the file is not as expected.
     """
     try:
         with target.open("xb", buffering=0) as file:
@@ -86,7 +86,7 @@ def load_pages(pid: int, memory: Path, source: Path) -> None:
     """Write saved pages into the memory of a machine that has not run yet.
 
     Raises:
-        ConflictError: the file is not whole, or of a machine with less or more memory.
+        ConflictError: the file is incomplete, or belongs to a machine with another memory size.
     """
     start, size = _mapping(pid, memory)
     with source.open("rb", buffering=0) as file, _open_memory(pid, "r+b") as target:
@@ -103,11 +103,11 @@ def load_pages(pid: int, memory: Path, source: Path) -> None:
 
 
 def merge(memory: Path, pages: Path, target: Path) -> None:
-    """Write a memory file with saved pages laid over it to a new, sparse file, and sync it.
+    """Write a memory file with saved pages over it to a new, sparse file, and sync it.
 
     Raises:
         NoCapacityError: the host's disk is full.
-        ConflictError: the pages are not whole.
+        ConflictError: the pages are incomplete.
     """
     try:
         copy_sparse(memory, target)
@@ -125,7 +125,7 @@ def merge(memory: Path, pages: Path, target: Path) -> None:
 
 
 def _mapping(pid: int, memory: Path) -> Run:
-    """Return where in its process a machine's memory begins and how long it is."""
+    """Return the address and length of a machine's memory in its process."""
     suffix = f" {memory}\n"
     found: list[Run] = []
     with Path(f"/proc/{pid}/maps").open() as maps:
@@ -160,7 +160,7 @@ def _head(runs: list[Run]) -> bytes:
 
 
 def _read_runs(descriptor: int) -> tuple[list[Run], int]:
-    """Return the runs of a file of pages, and where its pages begin."""
+    """Return the runs of a file of pages, and the position of its pages."""
     start = os.pread(descriptor, 16, 0)
     count = struct.unpack("<Q", start[8:])[0] if len(start) == 16 else _RUNS_MAX
     if not start.startswith(_MAGIC) or count >= _RUNS_MAX:
@@ -182,7 +182,7 @@ def _pieces(descriptor: int, offset: int, length: int) -> Iterator[tuple[int, by
 
 
 def _batches(runs: list[Run]) -> Iterator[list[Run]]:
-    """Yield the same pages, as many at a time as are copied at once."""
+    """Yield the same pages in batches that are copied at once."""
     batch, free = list[Run](), _BATCH_PAGES
     for first, left in runs:
         while left:
@@ -201,10 +201,10 @@ class _Stretch(ctypes.Structure):
 
 
 def _gather(pid: int, stretches: list[tuple[int, int]], room: bytearray) -> bool:
-    """Read stretches of a process's memory into the beginning of `room`, one after the other.
+    """Read ranges of a process's memory into the beginning of `room`, one after the other.
 
-    Takes two thirds of the time of reading /proc/PID/mem (process_vm_readv(2)). False if it cannot
-    be done: some kernels have no such call, and some containers may not make it.
+    It takes two thirds of the time of reading /proc/PID/mem (process_vm_readv(2)). Return False if
+    that is impossible: some kernels lack the call, and some containers forbid it.
     """
     size = sum(length for _, length in stretches)
     here = _Stretch(ctypes.addressof(ctypes.c_char.from_buffer(room)), size)

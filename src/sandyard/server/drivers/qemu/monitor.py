@@ -1,4 +1,4 @@
-"""A typed door to QEMU's monitor protocol (QMP); the library behind it has no types."""
+"""A typed client of QEMU's monitor protocol (QMP); the library behind it has no types."""
 
 import asyncio
 import socket
@@ -19,7 +19,7 @@ _PEER = struct.Struct("3i")  # pid, uid, gid
 
 
 class _Client(QMPClient):
-    """Keeps one event, the first that tells of an end: a guest can cause any number of others."""
+    """Keeps only the first event about an end, because a guest can cause any number of others."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -31,17 +31,17 @@ class _Client(QMPClient):
 
 
 class Monitor:
-    """One connection to one QEMU. Every call has a limit."""
+    """A connection to one QEMU process. Every call has a time limit."""
 
     def __init__(self, client: _Client) -> None:
         self._client = client
 
     @classmethod
     async def connect(cls, path: Path, *, pid: int) -> "Monitor":
-        """Connect to the monitor of a process behind a socket.
+        """Connect to the monitor of a process through a socket.
 
         Raises:
-            UnavailableError: nobody answers there, or another process.
+            UnavailableError: nothing listens there, or another process does.
         """
         until = asyncio.get_running_loop().time() + _REFUSED_S
         while True:
@@ -60,10 +60,10 @@ class Monitor:
                 return cls(client)
 
     async def call(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        """Carry out one command and return what it returned.
+        """Run a command and return its result.
 
         Raises:
-            UnavailableError: QEMU refused, is gone, or did not answer in time.
+            UnavailableError: QEMU refused, has ended, or did not answer in time.
         """
         try:
             async with asyncio.timeout(_LIMIT_S):
@@ -78,27 +78,27 @@ class Monitor:
         return str(result.get("status")) if isinstance(result, dict) else ""
 
     async def processors(self) -> list[int]:
-        """Return the ids of the threads that are the guest's processors."""
+        """Return the ids of the threads that run the guest's CPUs."""
         result = await self.call("query-cpus-fast")
         found = result if isinstance(result, list) else []
         return [int(one["thread-id"]) for one in found]
 
     async def migration(self) -> str:
-        """Return how far the loading of a saved state is: `completed`, `failed`, or under way."""
+        """Return the progress of restoring a saved state, such as `completed` or `failed`."""
         result = await self.call("query-migrate")
         return str(result.get("status")) if isinstance(result, dict) else ""
 
     async def ending(self) -> str:
-        """Return the name of the event that says the guest has come to its end."""
+        """Return the name of the event that says that the guest has ended."""
         return await asyncio.shield(self._client.ending)
 
     def found_ended(self, how: str) -> None:
-        """Have `ending` return an end that no event tells of."""
+        """Make `ending` return an end that no event announced."""
         if not self._client.ending.done():
             self._client.ending.set_result(how)
 
     async def close(self) -> None:
-        """Close the connection; QEMU lives on."""
+        """Close the connection; QEMU continues."""
         with suppress(QMPError, OSError, EOFError, TimeoutError):
             async with asyncio.timeout(_LIMIT_S):
                 await self._client.disconnect()
@@ -107,7 +107,7 @@ class Monitor:
 async def _connected(path: Path, pid: int) -> socket.socket:
     """Return a connection to a socket on which that process listens.
 
-    The socket lies in a folder of the process's own, which could put a link to another's there.
+    The socket is in a folder of the process's own, which could replace it by a link to another's.
     """
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:

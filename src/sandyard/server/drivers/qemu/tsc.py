@@ -1,7 +1,7 @@
 """The rate of the host's time-stamp counter.
 
-Under TCG a guest's counter is the host's. A guest that has to calibrate it against an emulated
-timer now and then fails to on a busy host and waits for ever; told the rate, it never does.
+Under TCG a guest's counter is the host's. On a busy host, a guest sometimes fails to calibrate it
+against an emulated timer, and then waits forever. A guest that is told the rate does not calibrate.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ _TRIES = 200
 def measure_khz() -> int:
     """Return the counter's rate in kHz, measured over a quarter of a second.
 
-    Each end is the tightest of many pairs of readings, so that being scheduled away between the
-    two does not count; the result is good to a few parts in a million.
+    Each end is the tightest of many pairs of readings, so that being preempted between the two does
+    not count. The result is accurate to a few parts in a million.
     """
     with mmap.mmap(
         -1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC

@@ -1,1 +1,1 @@
-"""What the agent does, an operation a file."""
+"""The operations of the agent, one module each."""

@@ -1,4 +1,4 @@
-"""DIAL, LISTEN, TAKE: connections from the host into the machine, and the other way round."""
+"""DIAL, LISTEN, TAKE: connections from the host into the machine, and out of it."""
 
 import asyncio
 import contextlib
@@ -51,7 +51,7 @@ async def take(
 
 
 async def _join(there: socket.socket, connection: socket.socket, decoder: wire.Decoder) -> None:
-    """Say that it is done, and carry bytes both ways until both ends have ended."""
+    """Send the answer, and copy bytes in both directions until both have ended."""
     with there:
         await answer(connection, ops.Done())
         await asyncio.get_running_loop().sock_sendall(there, decoder.take_raw())
@@ -89,7 +89,7 @@ async def _connect_path(context: Context, path: str) -> socket.socket:
 
     try:
         if processes.may_wait_for_files():
-            # On the way there somebody may have to be asked, whom the agent does not wait for.
+            # A file system on the path may block, so a child does it.
             await processes.by_child(connect, keeps=(context.root_fd, there.fileno()))
         else:
             _as_user(connect)
@@ -103,7 +103,7 @@ async def _connect_path(context: Context, path: str) -> socket.socket:
 
 
 def _as_user(work: Callable[[], None]) -> None:
-    """Have the agent itself go over to the user's root for work that does not wait."""
+    """Enter the user's root in the agent itself, for work that does not block."""
     own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         work()
@@ -113,8 +113,8 @@ def _as_user(work: Callable[[], None]) -> None:
 
 
 async def _connect(context: Context, host: str, port: int) -> socket.socket:
-    """Return a connection to another host, looked up and made in the user's own root by a child:
-    a lookup takes as long as it likes."""
+    """Return a connection to another host. A child looks its name up and connects in the user's
+    root, because a lookup may block."""
     if not host or len(host) > _HOST_MAX or "\0" in host:
         raise RefusedError("cannot connect: that is no name or address of a host")
     ours, theirs = socket.socketpair()
@@ -209,7 +209,7 @@ async def _accept(context: Context, listener: socket.socket, connection: socket.
 def _listening(
     context: Context, wish: ops.Listen
 ) -> Iterator[tuple[list[socket.socket], ops.Listening]]:
-    """Listen as is wished while the block lasts."""
+    """Listen during the block."""
     with contextlib.ExitStack() as held:
         if wish.host is None:
             yield _listen_apart(context, wish.user, held)
@@ -257,7 +257,8 @@ def _listener(address: str, family: int, port: int) -> socket.socket:
 def _listen_apart(
     context: Context, user: str, held: contextlib.ExitStack
 ) -> tuple[list[socket.socket], ops.Listening]:
-    """Listen on a socket in a folder of the user's own under /tmp, as ssh(1) does for its agent."""
+    """Listen on a socket in a directory of the user's own under /tmp, as ssh(1) does for its
+    agent."""
     account = system.find_account(context.root_fd, user)
     name = f"ssh-{os.urandom(6).hex()}"
     try:
@@ -286,7 +287,7 @@ def _listen_apart(
 async def _listen_at(
     context: Context, path: str, user: str, held: AsyncExitStack
 ) -> tuple[list[socket.socket], ops.Listening]:
-    """Listen on a socket at a path of the user's root, which the user's rights must allow."""
+    """Listen on a socket at a path of the user's root, with the user's rights."""
     account = system.find_account(context.root_fd, user)
     listener = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     listener.setblocking(False)
@@ -324,10 +325,10 @@ async def _listen_at(
 
 
 def _remove_unused(path: str) -> None:
-    """Remove a socket that nobody listens on.
+    """Remove a socket that has no listener.
 
     Raises:
-        OSError: it is none, or cannot be removed.
+        OSError: it is not a socket, or cannot be removed.
     """
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         return

@@ -1,4 +1,4 @@
-"""EXEC: runs a command line, carries its streams, tells how it ended: START and ATTACH in one."""
+"""EXEC: runs a command line, carries its streams and reports its end: START and ATTACH in one."""
 
 import socket
 

@@ -1,8 +1,7 @@
-"""STAT, LIST_FOLDER, MAKE_FOLDER, MOVE, COPY, REMOVE, READ, WRITE, WATCH_FOLDER: the files.
+"""STAT, LIST_FOLDER, MAKE_FOLDER, MOVE, COPY, REMOVE, READ, WRITE, WATCH_FOLDER.
 
-Each is done by a child that has gone over to the user's root and account: the kernel itself sees to
-who may do what, links lead where they lead for the user, and whatever a file system makes a child
-wait for, the agent does not wait with it.
+A child in the user's root and account does the work: the kernel checks the user's rights, links
+lead where they lead for the user, and if a file system blocks, only the child waits.
 """
 
 import asyncio
@@ -66,7 +65,7 @@ _watching: set[int] = set()
 
 
 class _TroubleError(Exception):
-    """What cannot be done to a file, and why."""
+    """An operation on a file failed, and why."""
 
     def __init__(self, code: wire.Refusal, message: str) -> None:
         super().__init__(message)
@@ -80,7 +79,7 @@ async def carry_out(
     decoder: wire.Decoder,
 ) -> None:
     """See the classes of core.ops."""
-    # Who watches does so for hours: nobody else is to wait for that.
+    # A watch lasts for hours: nothing else must wait for it.
     among, most = _children, _CHILDREN_MAX
     if isinstance(wish, ops.WatchFolder):
         among, most = _watching, _WATCHES_MAX
@@ -108,7 +107,8 @@ async def carry_out(
 
 
 async def _until_ended(pid: int, connection: socket.socket) -> None:
-    """Return once a child has ended; one whose host has gone has a moment, and is ended then."""
+    """Return once a child has ended. If its host disconnects, it has a moment and is then
+    killed."""
     pidfd = os.pidfd_open(pid)
     try:
         with select.epoll() as watched:
@@ -135,7 +135,7 @@ async def _end_when_gone(pid: int, watched: int) -> None:
 
 
 class _Child:
-    """The work itself, in a process of its own that may block as it likes."""
+    """Does the work in its own process, which may block."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class _Child:
         self._watcher: Watcher | None = None
 
     def serve(self, wish: ops.FileOperation) -> None:
-        """Carry an operation out and tell the host; never returns anything to the agent."""
+        """Carry out an operation and answer the host; never returns to the agent."""
         # The other connections must not be kept open by a child that takes long.
         kept = [
             fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, _HIGH)
@@ -212,7 +212,7 @@ class _Child:
     # --- what is told -----------------------------------------------------------------------
 
     def _work(self, path: bytes, work: Callable[[], ops.FileFact | None]) -> None:
-        """Say that something has begun that may take long, do it, and tell how it ended."""
+        """Answer that something has begun that may take long, do it, and send its end."""
         self._answer(ops.Done())
         try:
             end = ops.FileEnd(1, fact=work())
@@ -226,7 +226,7 @@ class _Child:
         self._end(end)
 
     def _transfer(self, wish: ops.Move | ops.Copy) -> ops.FileFact:
-        """Move or copy, by way of another name where that takes time."""
+        """Move or copy, through a temporary name if that takes time."""
         if isinstance(wish, ops.Move):
             try:
                 os.rename(wish.source, wish.target)
@@ -282,7 +282,7 @@ class _Child:
         )
 
     def _name(self, table: str, number: int) -> str | None:
-        """Return the name of an account or group, as the user's root has it."""
+        """Return the name of an account or group in the user's root."""
         if (table, number) not in self._names:
             name = None
             with contextlib.suppress(OSError):
@@ -319,7 +319,7 @@ class _Child:
         self._end(ops.FileEnd(count, is_cut))
 
     def _send_entries(self, batch: list[object]) -> None:
-        """Send some entries, in as many frames as paths of any length need."""
+        """Send entries, in as many frames as their paths need."""
         payload = json.dumps(batch).encode()
         if len(payload) > wire.FRAME_MAX and len(batch) > 1:
             self._send_entries(batch[: len(batch) // 2])
@@ -357,7 +357,7 @@ class _Child:
             os.chown(path, self._owner.uid, self._owner.gid)
 
     def _make_way(self, wish: ops.Move | ops.Copy) -> None:
-        """Refuse what a move or copy would not do as it is asked."""
+        """Refuse what a move or copy must not do."""
         source = os.lstat(wish.source)
         inside = os.path.join(os.path.realpath(wish.source), b"")
         if stats.S_ISDIR(source.st_mode) and os.path.realpath(wish.target).startswith(inside):
@@ -386,7 +386,7 @@ class _Child:
                     raise OSError(errno.ENOTEMPTY, "the folder is not empty", wish.path)
 
     def _read(self, wish: ops.Read) -> None:
-        # Not to wait for somebody to write into a pipe.
+        # So as not to wait for a writer of a pipe.
         descriptor = os.open(wish.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         found = os.fstat(descriptor)
         if stats.S_ISDIR(found.st_mode):
@@ -474,10 +474,10 @@ class _Child:
             os.fchmod(descriptor, stats.S_IMODE(before.st_mode))
 
     def _take(self, descriptor: int) -> int:
-        """Write what the host sends, and return how much it was.
+        """Write what the host sends, and return its size.
 
         Raises:
-            _GoneError: it broke off before it said that this is all.
+            _GoneError: it ended before its end was announced.
         """
         count = 0
         while True:
@@ -514,7 +514,7 @@ class _Child:
             told.register(self._connection, select.EPOLLRDHUP)
             while not watcher.is_over:
                 if any(one == self._connection.fileno() for one, _ in told.poll()):
-                    return  # nobody listens any more
+                    return  # the host has disconnected
                 self._send_entries([encode(one) for one in watcher.changes()])
         gone = ops.FileTrouble(
             wire.Refusal.ABSENT.value, f"{_shown(wish.path)}: the folder is there no more"
@@ -522,7 +522,7 @@ class _Child:
         self._end(ops.FileEnd(trouble=gone))
 
     def _hear_out(self) -> None:
-        """Read on what the host still sends: closed before, it might not hear what was said."""
+        """Read what the host still sends: a reset could lose the answer."""
         self._connection.settimeout(_LATE_S)
         with contextlib.suppress(OSError):
             while self._connection.recv(_PIECE):
@@ -530,11 +530,11 @@ class _Child:
 
 
 class _GoneError(Exception):
-    """The host went away in the middle."""
+    """The host disconnected midway."""
 
 
 def _below(folder: bytes, depth: int) -> Iterator[bytes]:
-    """Yield the paths in a folder, by name, each folder followed by what is in it."""
+    """Yield the paths in a directory by name, each directory followed by its contents."""
     try:
         with os.scandir(folder) as entries:
             found = sorted((one.name, one.is_dir(follow_symlinks=False)) for one in entries)
@@ -548,8 +548,8 @@ def _below(folder: bytes, depth: int) -> Iterator[bytes]:
 
 
 def _copy(source: bytes, target: bytes, *, keeps_owner: bool) -> None:
-    """Copy what is at a path. Whose it is becomes whoever copies, and then it gives nobody else's
-    rights away; a move across file systems keeps both."""
+    """Copy a path. The copy belongs to the user who copies, without rights that would give away
+    another user's; a move across file systems keeps owner and rights."""
     found = os.lstat(source)
     if stats.S_ISLNK(found.st_mode):
         os.symlink(os.readlink(source), target)
@@ -592,7 +592,7 @@ def _paths_of(wish: ops.FileOperation) -> tuple[bytes, ...]:
 
 
 def _trouble_of(error: OSError, path: bytes) -> ops.FileTrouble:
-    """Return what went wrong, as it is told."""
+    """Return an error in the form in which it is sent."""
     code = _CODES.get(error.errno or 0, wire.Refusal.BAD_REQUEST)
     named = error.filename2 or error.filename
     which = os.fsencode(named) if isinstance(named, bytes | str) else path

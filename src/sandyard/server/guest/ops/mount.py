@@ -1,7 +1,6 @@
 """MOUNT, UNMOUNT: workspaces in the user's file system.
 
-The calls are made by a child: whatever a server that does not answer makes it wait for, the agent
-does not wait with it, and it can be ended.
+A child makes the calls: if a server does not answer, only the child blocks, and it can be killed.
 """
 
 import asyncio
@@ -59,16 +58,16 @@ async def mount(context: Context, wish: ops.MountAll | ops.Unmount) -> None:
 
 
 async def leave_mounts(context: Context) -> None:
-    """Have nothing mounted from elsewhere any more; programs that use it get errors.
+    """Unmount everything remote; programs that use it get errors.
 
     Raises:
-        RefusedError: it would not go.
+        RefusedError: that failed.
     """
     await _leave_at(context, None)
 
 
 async def _leave_at(context: Context, path: bytes | None) -> None:
-    """Take away what is mounted at a path, or everything for None."""
+    """Unmount what is mounted at a path, or everything for None."""
 
     def found() -> dict[bytes, str]:
         return {one: share for one, share in _mounted() if path in (None, one)}
@@ -78,8 +77,8 @@ async def _leave_at(context: Context, path: bytes | None) -> None:
 
 
 def _mounted() -> list[tuple[bytes, str]]:
-    """Return the paths of what is mounted from elsewhere, outer ones first, and the number under
-    which the kernel knows each share."""
+    """Return the paths of remote mounts, outer ones first, and the kernel's number for each
+    share."""
     found = []
     for line in Path("/proc/1/mountinfo").read_bytes().splitlines():
         words = line.split(b" ")
@@ -105,13 +104,13 @@ async def _load_module() -> None:
 async def _by_child(
     context: Context, work: Callable[[], None], *, is_done: Callable[[], bool] = lambda: False
 ) -> None:
-    """Have a child do the work in the user's root, and return once it has, or `is_done` says so.
+    """Let a child do the work in the user's root, and return once it has ended, or `is_done` says
+    so.
 
-    It is nobody's child here, so that nobody here has to wait for its end: what the kernel waits
-    for on its way out may take as long as it likes.
+    The agent does not wait for the child's own end, which may take as long as the kernel needs.
 
     Raises:
-        RefusedError: it came to nothing, and why; or it took too long and was ended.
+        RefusedError: it failed, and why; or it took too long and was killed.
     """
     reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -187,7 +186,7 @@ def _mount_one(wish: ops.MountPoint, *, port: int, cache_s: int) -> None:
 
 
 def _leave(found: dict[bytes, str]) -> None:
-    """Take shares away, and have the kernel ask their server for nothing any more."""
+    """Unmount shares, and make the kernel send nothing more to their server."""
     for share in set(found.values()):
         with contextlib.suppress(OSError):  # older kernels have no such switch
             (_SHARES / share / "shutdown").write_text("1")

@@ -34,7 +34,7 @@ async def carry_out(
     wish: ops.Start | ops.List | ops.Signal | ops.Input | ops.Resize,
     connection: socket.socket,
 ) -> object:
-    """Return what one of these operations answers."""
+    """Carry out an operation, and return its answer."""
     match wish:
         case ops.Start():
             return (await start(context, wish, connection)).program()
@@ -52,9 +52,9 @@ async def carry_out(
 async def start(
     context: Context, wish: ops.Start, connection: socket.socket, *, is_kept: bool = True
 ) -> Entry:
-    """See core.ops.Start; one that is not kept is of no use to anybody who comes later.
+    """See core.ops.Start. A process that is not kept cannot be found after its end.
 
-    Raises: see `Starts.turn`; `connection` is that of the host, which asks for it.
+    Raises: see `Starts.turn`; `connection` is the host's.
     """
     if context.table.living() >= LIVING_MAX:
         raise ConflictingError(
@@ -119,7 +119,7 @@ async def start(
 
 
 def _note_login(context: Context, user: str, host: str, terminal: str, pid: int | None) -> None:
-    """Note that a user is logged in on a terminal, or with no pid that nobody is any more."""
+    """Record that a user is logged in on a terminal, or with no pid that the terminal is free."""
     if pid is None:
         context.utmp.note_logout(context.root_fd, terminal)
     else:
@@ -132,7 +132,7 @@ async def follow(
     connection: socket.socket,
     decoder: wire.Decoder,
 ) -> None:
-    """Carry out one of the operations after whose answer the connection is a process's."""
+    """Carry out an operation after whose answer the connection carries a process's streams."""
     match wish:
         case ops.Run():
             await _run(context, wish, connection, decoder)
@@ -204,7 +204,7 @@ async def _pipe(
 
 
 async def _end_after_its_input(process: processes.Process, watched: int) -> None:
-    """End a process that goes on for long after whoever sent its input has ended that, or gone."""
+    """End a process that continues for long after its input has ended."""
     await processes.readable(watched)
     await asyncio.sleep(_AFTER_INPUT_S)
     await process.end()
@@ -215,7 +215,7 @@ def _is_login_shell(wish: ops.Start) -> bool:
 
 
 def _home_of(context: Context, account: system.Account) -> str:
-    """Return a user's home, or the root where it is no folder, as sshd does."""
+    """Return a user's home, or the root directory if that does not exist, as sshd does."""
     with contextlib.suppress(OSError):
         if stat.S_ISDIR(os.stat(account.home.lstrip("/") or ".", dir_fd=context.root_fd).st_mode):
             return account.home
@@ -225,7 +225,7 @@ def _home_of(context: Context, account: system.Account) -> str:
 def _programs_of(
     wish: ops.Start, env: dict[str, str], account: system.Account
 ) -> tuple[list[tuple[str, ...]], bytes | None, str]:
-    """Return what to try to start, what it reads as its script, and what it is called."""
+    """Return the programs to try, the script to read, and the name for messages."""
     shells = (account.shell, *SHELLS) if wish.login else SHELLS
     if _is_login_shell(wish):
         return [(shell,) for shell in shells], None, shells[0]
@@ -271,13 +271,13 @@ async def tell(
     *,
     listens: bool,
 ) -> None:
-    """Send what the process prints and its end, and write what the host sends to its input."""
+    """Send the output and the end of a process, and write what the host sends to its input."""
     loop = asyncio.get_running_loop()
     telling = asyncio.current_task()
     hearing = loop.create_task(_hear(entry, connection, decoder)) if listens else None
 
     def is_deaf(done: "asyncio.Task[None]") -> None:
-        # The host is gone, or makes no sense: there is nobody to tell anything.
+        # The host has disconnected, or violated the protocol: stop sending.
         if not done.cancelled() and telling is not None:
             telling.cancel()
 
@@ -298,7 +298,7 @@ async def tell(
 
 
 async def _hear(entry: Entry, connection: socket.socket, decoder: wire.Decoder) -> None:
-    """Write what comes to the process's input, until nothing comes any more."""
+    """Write what arrives to the process's input, until the connection ends."""
     try:
         while True:
             while (frame := decoder.take_frame()) is None:

@@ -1,4 +1,5 @@
-"""SETUP and WAKE: who this machine is, and what is mended in one that stood still."""
+"""SETUP and WAKE: gives the machine its identity, and renews what is outdated after a
+suspension."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""STATS: what the machine takes, and how busy users' programs keep it."""
+"""STATS: the machine's resource usage, and the CPU usage of users' programs."""
 
 from sandyard.server.core import ops
 from sandyard.server.guest import system

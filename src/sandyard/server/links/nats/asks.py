@@ -19,7 +19,7 @@ TEXT_MAX: Final = 2000
 _DEPTH_MAX: Final = 10
 WORKING_S: Final = 2.0
 SILENCE_S: Final = 5.0
-"""After so long without a word whoever asked knows nothing of what becomes of it."""
+"""After so long without a message, the caller assumes that the request is lost."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Inbox:
 
     def _take(self, heard: NatsMessage) -> None:
         came = self._waiting.get(heard.subject)
-        if came is not None:  # else nobody waits for it any more
+        if came is not None:  # otherwise its caller has given up
             came.put_nowait(heard)
 
 
@@ -133,7 +133,7 @@ class RemoteNode:
         words = {"op": name, "args": ask.written(args)}
         until = asyncio.get_running_loop().time() + _BACK_S
         while (heard := await self._heard(words)).is_undelivered:
-            # It may be on its way from one server to another, and nobody has heard the wish.
+            # It may be moving from one server to another, and has not received the request.
             if asyncio.get_running_loop().time() > until:
                 raise UnavailableError(f"the node {self._node_id} is not there")
             await asyncio.sleep(_AGAIN_S)

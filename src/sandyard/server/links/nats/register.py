@@ -46,7 +46,7 @@ async def registering(
     async with Crew() as crew:
 
         def take(heard: NatsMessage) -> None:
-            # Whoever says the same again before it is answered has said it once.
+            # A repetition before the answer counts once.
             answering = _answered(registry, link, heard)
             crew.start(answering, "a node was not answered", once=heard.subject, quietly=True)
 
@@ -55,7 +55,7 @@ async def registering(
             crew.start(telling, "a change was not looked at", once=heard.subject)
 
         def overheard(heard: NatsMessage) -> None:
-            with suppress(CodecError):  # whoever answers it says so
+            with suppress(CodecError):  # the handler reports it
                 on_beat(heard.subject.split(".")[1], decode(Beat, heard.values))
 
         link.listen("ctl.*.hello", take, queue=_CONTROLS, longest=_LONGEST)
@@ -73,16 +73,16 @@ async def _told(on_change: Callable[[str], None], node_id: str) -> None:
 async def _answered(registry: Presence, link: Link, heard: NatsMessage) -> None:
     _, node_id, word = heard.subject.split(".")
     if not heard.reply.startswith(f"{PREFIX}.{INBOX}.{node_id}."):
-        return  # it would have somebody else hear it
+        return  # it would send it to another server
     try:
-        # Done later than anybody waits for it, it could take the place of what was done since.
+        # Done after its caller gave up, it could undo what was done since.
         async with asyncio.timeout(_ANSWER_S):
             said: dict[str, object] = {"value": encode(await _said(registry, node_id, word, heard))}
     except TimeoutError:
         return
     except SandyardError as error:
         said = failure(error)
-    except Exception as error:  # whoever waits is told
+    except Exception as error:  # the caller is told
         log.exception("unexpected error while handling a node's message")
         said = failure(InternalError(f"cannot answer the request: {error}"))
     await link.answer(heard, said)

@@ -131,7 +131,7 @@ class WorkspaceTable:
             c.removed_at.is_(None),
             or_(c.id == reference, c.slug == reference),
         )
-        # Somebody may have called one as another's id reads.
+        # A name may look like another's id.
         return min(found, key=lambda one: one.id != reference, default=None)
 
     async def of(self, org_id: str) -> list[Workspace]:
@@ -325,7 +325,7 @@ class ProjectTable:
 
     async def remove(self, project: Project, *, heir: Project) -> None:
         """See core.contracts.store.ProjectRows.remove."""
-        # A later version, so that nobody who read a sandbox before puts the old project back.
+        # A later version, so that a concurrent change does not restore the old project.
         c = t.sandboxes.c
         await self._connection.execute(
             update(t.sandboxes)

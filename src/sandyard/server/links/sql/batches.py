@@ -60,11 +60,11 @@ class _Batch:
                 self.committed.set_result(None)
             else:
                 self.committed.set_exception(error)
-                self.committed.exception()  # looked at, should nobody wait for it any more
+                self.committed.exception()  # retrieved, in case nothing waits for it any more
 
 
 class Batches:
-    """See the module. `engine` is of one connection that begins to write at once."""
+    """Commits transactions in batches. `engine` has one connection, whose transactions write."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -126,7 +126,7 @@ class Batches:
 
     async def _commit(self, batch: _Batch) -> None:
         async with self._turn:
-            if self._batch is not batch:  # it was lost meanwhile, and whoever waits was told
+            if self._batch is not batch:  # it was lost meanwhile, and its waiters know
                 return
             self._batch = None
             try:

@@ -284,7 +284,7 @@ class FactTable:
 
 def _in_use(of: Mapping[str, Any], now: datetime) -> InUse:
     now_s = (t.microseconds(now) - t.microseconds(t.TOTALS_EPOCH)) // 1_000_000
-    # A clock that was set back must not make anybody owe less than nothing.
+    # A clock that was set back must not make a charge negative.
     owed = (max(0, of[f"owed_{name}_s"] + of[f"open_{name}"] * now_s) for name in _SHAPE)
     return InUse(
         **{name: of[name] for name in ("active", *_SHAPE, "tests")},

@@ -24,7 +24,7 @@ READ: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 WRITE: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
 COMMIT: Final = "COMMIT"
 _USED: Final = "was used"
-# The last is what the driver says of a connection that was ended while nobody used it.
+# The last is the driver's error for a connection that was ended while it was idle.
 _LOST = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _GONE = (*_LOST, OSError)
 _OF_THE_DRIVER = (*_LOST, asyncpg.PostgresError)

@@ -321,7 +321,7 @@ class SandboxTable:
     async def where(self, statement: Select[tuple[object]]) -> list[Sandbox]:
         """Return the sandboxes that a statement selects."""
         found = await self._connection.execute(statement)
-        names = tuple(found.keys())  # a row's own mapping looks each name up anew
+        names = tuple(found.keys())  # a row's own mapping looks each name up again
         return [self._sandbox(dict(zip(names, row, strict=True))) for row in found]
 
     async def _add_tags(self, sandbox: Sandbox) -> None:

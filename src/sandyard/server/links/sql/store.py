@@ -77,7 +77,7 @@ POSTGRES: dict[str, Any] = {
     "max_overflow": 4,
     "pool_timeout": BUSY_S,
     "hide_parameters": True,
-    # Whoever waits longer for others is told so (in milliseconds).
+    # In milliseconds; a longer wait for a lock is an error.
     "connect_args": {
         "timeout": BUSY_S,
         "command_timeout": ANSWER_S,
@@ -137,7 +137,7 @@ class PostgresStore:
         self._transactions = Transactions(engine)
         self._seal = seal
         # Who waits here for one's turn keeps no connection from others. Each lives for as long as
-        # somebody waits for it or has it.
+        # it is held or waited for.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
@@ -406,7 +406,7 @@ def _sqlite(
 
     @event.listens_for(engine, "connect")
     def connect(connection, _record) -> None:  # type: ignore[no-untyped-def]  # a DBAPI's own
-        # The driver must not begin by itself: it would begin a reading transaction, and a write
+        # The driver must not begin implicitly: it would begin a reading transaction, and a write
         # in it fails when another has written meanwhile (sqlite.org/lang_transaction.html).
         connection.isolation_level = None
         connection.create_function(NOW, 0, lambda: microseconds(now()))
@@ -423,7 +423,7 @@ def _sqlite(
 
     @event.listens_for(engine, "begin")
     def begin_(connection) -> None:  # type: ignore[no-untyped-def]  # SQLAlchemy's own
-        # What is prepared begins by itself, and reads as of the same moment.
+        # A prepared statement begins implicitly, and reads as of the same moment.
         if not connection.connection.dbapi_connection.in_transaction:
             connection.exec_driver_sql(begin)
 

@@ -54,7 +54,7 @@ class Moment(TypeDecorator[datetime]):
 
 
 NOW = "sandyard_now"
-"""The function of SQLite's, made by whoever opens a connection, that returns the time."""
+"""The SQLite function, defined when a connection is opened, that returns the time."""
 
 
 class now(FunctionElement[int]):  # noqa: N801 - a function of SQL's
@@ -128,7 +128,7 @@ memberships = Table(
     CheckConstraint("role IN ('admin', 'member')", name="role"),
 )
 
-# When somebody's membership was ended: tokens from before that do not bring them back.
+# When a membership ended: older tokens do not restore it.
 former_members = Table(
     "former_members",
     metadata,

@@ -50,7 +50,7 @@ class NodeAddress:
 class Tunnels:
     """See core.contracts.node.NodeTunnel: to whichever node is meant. Use it as a block.
 
-    `place_of` tells where a node is now, None if nobody knows.
+    `place_of` returns where a node is now, None if that is unknown.
     """
 
     def __init__(self, tls: ssl.SSLContext, place_of: Callable[[str], NodeAddress | None]) -> None:

@@ -95,7 +95,7 @@ async def opened_door(
                 lines[line] = who
             try:
                 watch_over(writer)
-                # Whoever shows no certificate takes no room from nodes, and none for long.
+                # Clients without a certificate have a separate limit, and little time.
                 with suppress(BrokenError, TimeoutError):
                     async with asyncio.timeout(_STRANGER_S if who is None else None):
                         while True:
@@ -134,7 +134,7 @@ async def _answer(
 ) -> None:
     try:
         values = values_of(payload)
-        # Done later than anybody waits for it, it could take the place of what was done since.
+        # Done after its caller gave up, it could undo what was done since.
         async with asyncio.timeout(_WORK_S):
             said = await _said(registry, who, str(values.get("op")), values.get("args"), authority)
     except SandyardError as error:
@@ -143,7 +143,7 @@ async def _answer(
         await line.say(FrameKind.REFUSE, refusal(UnavailableError("the database does not answer")))
     except BrokenError:
         raise
-    except Exception as error:  # whoever waits is told
+    except Exception as error:  # the caller is told
         log.exception("unexpected error while handling a node's connection")
         await line.say(
             FrameKind.REFUSE, refusal(InternalError(f"cannot answer the request: {error}"))
