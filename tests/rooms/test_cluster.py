@@ -300,7 +300,7 @@ async def test_a_node_that_is_there_is_not_forgotten(yard: Yard) -> None:
     _, application = an_application()
     identity = await yard.fleet.join(Joining(await yard.fleet.invite(), "host", application))
     await yard.fleet.hello(identity.node_id, Hello(START, application))
-    with pytest.raises(ConflictError, match="it is there"):
+    with pytest.raises(ConflictError, match="it is online"):
         await yard.fleet.forget("host")
     with pytest.raises(NotFoundError):
         await yard.fleet.drain("nobody", is_draining=True)
@@ -451,9 +451,9 @@ async def test_what_waited_for_a_control_plane_that_stood_still_gives_no_node_a_
         async with yard.store.write(Turn.BESIDE) as tx:
             assert await tx.joined_nodes.lose(grace=timedelta()) == [node_id]
         for _ in range(3):
-            with pytest.raises(UnavailableError, match="stood still"):
+            with pytest.raises(UnavailableError, match="was suspended"):
                 await fleet.beat(node_id, Beat(1))
-            with pytest.raises(UnavailableError, match="stood still"):
+            with pytest.raises(UnavailableError, match="was suspended"):
                 await fleet.hello(node_id, Hello(START, application))
             await drive(yard.clock, 0.2)
         assert await lost(yard)

@@ -42,6 +42,7 @@ from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.machines.body import Body
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.node import Node
+from sandyard.server.node.pressure import HELD
 from sandyard.server.node.stock.goldens import Kind
 from sandyard.server.tasks import in_thread
 
@@ -357,6 +358,76 @@ async def test_however_many_have_it_removed_all_are_told_that_it_is(tmp_path: Pa
         gone = [held.node.ensure_gone(wish.sandbox_id, incarnation=1) for _ in range(5)]
         await asyncio.gather(*gone)
         assert await held.facts() == []
+
+
+async def test_a_removal_spares_a_later_incarnation_that_begins_meanwhile(tmp_path: Path) -> None:
+    async with a_node(tmp_path, save_delay_s=5) as held:
+        wish, later = a_wish(new_sandbox_id()), list[asyncio.Task[MachineFact]]()
+        await held.node.ensure_running(wish)
+        machine, owner = held.machine, held.node._owners[wish.sandbox_id]
+        pausing = asyncio.create_task(held.node.ensure_paused(wish.sandbox_id, incarnation=1))
+        await until(lambda: machine.is_saving)
+        assert owner._job is not None
+        second = held.node.ensure_running(replace(wish, incarnation=2))
+        owner._job.task.add_done_callback(lambda _: later.append(asyncio.create_task(second)))
+        await held.node.ensure_gone(wish.sandbox_id, incarnation=1)
+        with pytest.raises(ConflictError):
+            await pausing
+        assert (await later[0]).incarnation == 2
+        assert await held.facts() == [(2, Phase.RUNNING)]
+
+
+# --- held -----------------------------------------------------------------------------------------
+
+
+async def test_a_machine_that_is_held_says_why_and_what_it_said_before_comes_back(
+    tmp_path: Path,
+) -> None:
+    host = FakeHost()
+    async with a_node(tmp_path, host) as held:
+        wish = a_wish(new_sandbox_id())
+        await held.node.ensure_running(wish)
+        wish = replace(wish, incarnation=2, origin=Origin.DISK)
+        await held.node.ensure_running(wish)
+        owner = held.node._owners[wish.sandbox_id]
+
+        async def reason() -> str:
+            (fact,) = (await held.node.report()).machines
+            assert fact.phase is Phase.RUNNING
+            return fact.reason_code
+
+        assert await reason() == "restarted_from_disk"
+        await owner.hold(HELD)
+        assert (owner.phase, await reason()) == (Phase.HELD, "host_disk_full")
+        for refused in (
+            held.node.ensure_paused(wish.sandbox_id, incarnation=2),
+            held.node.ensure_snapshot(new_uuid(), sandbox_id=wish.sandbox_id, incarnation=2),
+        ):
+            with pytest.raises(NoCapacityError, match="disk is nearly full"):
+                await refused
+        assert held.machine.is_held
+        # What a node believed lost is taken over as it stands.
+        await held.node.ensure_running(own(wish, 3))
+        assert (owner.incarnation, owner.phase) == (3, Phase.HELD)
+    # Another process decides anew: it lets the machine run.
+    async with a_node(tmp_path, host) as again:
+        assert await again.facts() == [(3, Phase.RUNNING)]
+        await until(lambda: not again.machine.is_held)
+        (fact,) = (await again.node.report()).machines
+        assert fact.reason_code == "restarted_from_disk"
+    end_all(host)
+
+
+async def test_what_adopted_machines_use_is_counted_at_once(tmp_path: Path) -> None:
+    host = FakeHost()
+    async with a_node(tmp_path, host) as held:
+        await held.node.ensure_running(a_wish(new_sandbox_id()))
+        held.machine.spec.disk.write_bytes(bytes(30 * 2**20))
+    async with a_node(tmp_path, host) as again:
+        (owner,) = again.node._owners.values()
+        left = owner.promise.disk_mib - again.node._ledger.totals().disk_left_mib
+        assert left == owner.used_mib >= 30
+    end_all(host)
 
 
 # --- out of place -------------------------------------------------------------------------------

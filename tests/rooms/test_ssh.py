@@ -577,7 +577,7 @@ async def test_what_is_told_of_its_environment_is_bounded(gateway: Gateway) -> N
 async def test_who_offers_key_after_key_is_sent_away(gateway: Gateway) -> None:
     box = await gateway.box()
     keys = [asyncssh.generate_private_key("ssh-ed25519") for _ in range(25)]
-    with pytest.raises(asyncssh.DisconnectError, match="too many keys"):
+    with pytest.raises(asyncssh.DisconnectError, match="too many invalid keys"):
         async with asyncssh.connect(
             "127.0.0.1", gateway.port, username=box["id"], known_hosts=None, config=None,
             client_keys=keys, agent_path=None,
@@ -659,7 +659,7 @@ async def test_sftp_is_carried_as_it_is_both_ways(gateway: Gateway) -> None:
         assert process.exit_status == 0
         silent = await connection.create_process(subsystem="sftp", encoding=None)
         silent.stdin.write_eof()
-        assert b"is openssh-sftp-server installed" in await silent.stderr.read()
+        assert b"install openssh-sftp-server" in await silent.stderr.read()
         # A client that goes away in the middle leaves nothing.
         left = await connection.create_process(subsystem="sftp", encoding=None)
         left.stdin.write(b"x")

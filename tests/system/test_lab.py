@@ -140,7 +140,7 @@ def test_the_operator_sees_drains_and_forgets_nodes(built: Lab) -> None:
     assert "nothing new comes to two" in admin("drain", "two")
     assert "draining" in next(row for row in admin("list").splitlines() if row.startswith("two"))
     assert "takes new sandboxes" in admin("undrain", "two")
-    assert "it is there" in admin("forget", "two")
+    assert "it is online" in admin("forget", "two")
     assert "cannot find a node" in admin("forget", "nobody")
 
 

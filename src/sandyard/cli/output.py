@@ -67,17 +67,15 @@ def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
 
 
 def _escaped(character: str) -> str:
-    """Return a character of JSON as a terminal only shows it, and means nothing else by it."""
+    """Escape a character so that a terminal shows it instead of interpreting it."""
     if character.isprintable() or character == "\n":
         return character
     return json.dumps(character)[1:-1]
 
 
 def for_each(references: Sequence[str], work: Callable[[str], str]) -> None:
-    """Do something with each, whatever becomes of the others, and print what it returns.
-
-    Exits with 1 at the end if one could not be done.
-    """
+    """Apply a function to each, and continue after failures. Exit with code 1 at the end if any
+    failed."""
     failed = False
     for reference in references:
         try:

@@ -1,4 +1,4 @@
-"""A command in a sandbox with this terminal, or this command's input and output, as its own."""
+"""Runs a command in a sandbox attached to the local terminal, or to local input and output."""
 
 import os
 import shutil
@@ -111,13 +111,13 @@ def _pass_on(attached: Attachment) -> None:
 
 
 def _beside(work: Callable[..., object], *arguments: object) -> None:
-    """Do something in a thread that keeps nothing from ending. From the handler of a signal, too:
-    whatever the signal came amid may hold the locks that sending takes."""
+    """Run a function in a daemon thread, which does not delay the end of the program. Signal
+    handlers use it: the interrupted code may hold the locks that sending needs."""
     threading.Thread(target=work, args=arguments, daemon=True).start()
 
 
 def leave(number: int, _: object) -> None:
-    """End this command, and what it has to give back, for a signal."""
+    """Exit because of a signal, after restoring the terminal."""
     sys.exit(128 + number)
 
 

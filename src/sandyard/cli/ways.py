@@ -84,14 +84,7 @@ def ssh(
 
 
 def _checked(where: SshAccess) -> SshAccess:
-    """Return what the server told if it is safe to hand to ssh.
-
-    ssh runs commands that options or its own configuration build from a destination, and trusts
-    every line of a file of known hosts.
-
-    Raises:
-        typer.BadParameter: it is not.
-    """
+    """Return the server's parameters for ssh if they are safe to pass to it."""
     name = where.host if where.port == 22 else f"[{where.host}]:{where.port}"
     is_safe = (
         _USER.fullmatch(where.user)
@@ -109,8 +102,8 @@ def _checked(where: SshAccess) -> SshAccess:
 
 
 def _reachable(where: SshAccess, config: ClientConfig) -> SshAccess:
-    """Return where the gateway is as seen from here: one that only knows itself as its own host's
-    loopback is where the API is."""
+    """Return the gateway's address as seen from here: if the server reports loopback, the API's
+    host."""
     host = urlsplit(config.url).hostname or where.host
     if where.host not in _LOOPBACK or host in _LOOPBACK:
         return where
@@ -119,7 +112,8 @@ def _reachable(where: SshAccess, config: ClientConfig) -> SshAccess:
 
 
 def _know(where: SshAccess) -> None:
-    """Keep the gateway's key, in the place of one that it had before: the API has told it."""
+    """Save the gateway's host key, replacing an older one. The key comes from the API, so it is
+    trusted."""
     path = config_path().parent / "known_hosts"
     name = where.known_hosts.split(" ", 1)[0]
     try:

@@ -537,11 +537,11 @@ class AsyncSandbox(SandboxFacts):
 async def _to_the_end(
     work: Coroutine[Any, Any, None], *, also: type[SandyardError] = SandyardError
 ) -> None:
-    """Do what gives something back, whatever is being cancelled meanwhile; what the server says to
-    it is not told, or with `also` not all of it.
+    """Run a cleanup in its own task, even while the caller is cancelled. Errors of the server, and
+    those in `also`, are suppressed.
 
-    A task of its own: where a scope is cancelled (anyio), every wait in it is broken off, again
-    and again. It is waited for all the same, for a moment, and goes on after that.
+    anyio cancels every wait in a cancelled scope, so the task is awaited for a moment, and
+    continues after that.
     """
     doing = asyncio.get_running_loop().create_task(work)
     _ENDING.add(doing)

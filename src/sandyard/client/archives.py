@@ -62,7 +62,7 @@ class _Archive(tarfile.TarFile):
 
 
 def _entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the entries of an archive, which does not keep those that have been read."""
+    """Yield the entries of an archive, without keeping those already read in memory."""
     while (entry := archive.next()) is not None:
         yield entry
         archive.members.clear()  # type: ignore[attr-defined]
@@ -154,18 +154,16 @@ def _inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
 
 
 def begun(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Return pieces of which the first is there, so that whatever refuses them has done so."""
+    """Fetch the first piece and return an equivalent iterator, so that a refusal is raised here and
+    not during the iteration."""
     first = list(itertools.islice(pieces, 1))
     return itertools.chain(first, pieces)
 
 
 @contextmanager
 def written(target: Path) -> Iterator[IO[bytes]]:
-    """Yield a file to write to, which takes the place of `target` once the block has ended well.
-
-    Where a link leads is written, the mode of what is there is kept, and what is no plain file, a
-    device say, is written to as it is.
-    """
+    """Yield a temporary file that replaces `target` if the block succeeds. A link is followed, the
+    mode of an existing file is kept, and a special file is written directly."""
     try:
         found = target.stat()
     except FileNotFoundError:
@@ -188,7 +186,7 @@ def written(target: Path) -> Iterator[IO[bytes]]:
 
 
 class _Pieces:
-    """Pieces, as a file that can be read once."""
+    """A file object that reads pieces once, in order."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -229,7 +227,7 @@ def packed(folder: Path) -> Iterator[IO[bytes]]:
 
 
 def pieces_of(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield what is in a file."""
+    """Yield a file's content in pieces."""
     while data := file.read(PIECE):
         yield data
 

@@ -1,7 +1,8 @@
-"""What the SDK asks of the server and how it reads what comes back: no I/O, for both its shells.
+"""Builds requests and reads responses; no I/O. The synchronous and the asynchronous client share
+it.
 
-A `Call` is a request with the way to read its answer. Whoever sends calls (`transport`) knows
-nothing of sandboxes, and what is here knows nothing of sockets.
+A `Call` is a request and the way to read its response. `transport` sends calls and knows nothing
+about sandboxes; this module knows nothing about sockets.
 """
 
 import base64
@@ -51,10 +52,10 @@ Raw = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """A request; `read` makes its result of the answer's JSON.
+    """A request; `read` converts the response's JSON into the result.
 
-    One that is `safe` may be sent again when its outcome is unknown. `content` is the body
-    as it is, `body` one that is sent as JSON; between two bytes of an answer `limit_s` may go by.
+    A `safe` call may be repeated when its outcome is unknown. `content` is a raw body, `body` one
+    in JSON. `limit_s` limits the time between two pieces of the response.
     """
 
     method: str
@@ -159,7 +160,8 @@ def milliseconds(seconds: float) -> int:
 def create(
     template: str | None, wait_s: float, key: str | None, options: Mapping[str, Any]
 ) -> Call[Raw]:
-    """Create a sandbox. Without a key of its own it gets one: sent again, it makes one sandbox."""
+    """Return the call that creates a sandbox. It gets an idempotency key if it has none, so that a
+    repeated call creates one sandbox."""
     body = options if template is None else {"template": template, **options}
     return Call(
         "POST",
@@ -197,7 +199,7 @@ def delete(reference: str) -> Call[None]:
 
 
 def act(reference: str, action: str, *, safe: bool = True) -> Call[Any]:
-    """Do something that is done once however often it is asked: pause, resume, touch."""
+    """Return the call of an idempotent action: pause, resume or touch."""
     return Call("POST", sandbox_path(reference, action), _data, safe=safe)
 
 
@@ -394,7 +396,7 @@ def usage(period: str) -> Call[Raw]:
 
 
 def plain(method: str, path: str, *, query: Any = None, body: Any = None) -> Call[Any]:
-    """Ask for anything of the HTTP API; the whole answer is the result."""
+    """Return a call of any endpoint of the HTTP API, whose result is the decoded JSON."""
     safe = method in ("GET", "HEAD")
     return Call(method, path, lambda a: a, query=query or {}, body=body, safe=safe)
 
@@ -459,14 +461,14 @@ def read_file(
 
 
 class Part:
-    """Cuts a part out of what came: of a file without a size the server gives the whole."""
+    """Extracts the requested range; of a file of unknown size the server sends everything."""
 
     def __init__(self, status: int, offset: int, length: int | None) -> None:
         self._skip = 0 if status == 206 else offset
         self._left = length
 
     def cut(self, piece: bytes) -> bytes:
-        """Return what of a piece belongs to it."""
+        """Return the bytes of a piece that are in the range."""
         skipped = min(self._skip, len(piece))
         self._skip -= skipped
         piece = piece[skipped:] if self._left is None else piece[skipped : skipped + self._left]
@@ -476,7 +478,7 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing more belongs to it."""
+        """Whether the range is complete."""
         return self._left == 0
 
 

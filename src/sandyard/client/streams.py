@@ -1,7 +1,7 @@
-"""What is followed over a connection that may break: server-sent events, read without I/O.
+"""Server-sent events over connections that may break; no I/O.
 
-Whoever has the connection feeds lines and takes events; where it breaks, `query` says from where to
-go on and `pause_s` after how long.
+The transport feeds lines and takes events. After a disconnect, `query` returns the parameters that
+resume the stream, and `pause_s` the delay before that.
 """
 
 import base64
@@ -20,7 +20,7 @@ _LIVED_S = 5.0
 
 
 class Followed(Generic[EventT]):
-    """Something that is followed. `is_over` once the last of it was told."""
+    """A stream of events that can be resumed. `is_over` is true after its last event."""
 
     def __init__(self, path: str, query: Mapping[str, Any]) -> None:
         self.path = path
@@ -32,11 +32,11 @@ class Followed(Generic[EventT]):
 
     @property
     def query(self) -> dict[str, Any]:
-        """What to ask with, to go on from here."""
+        """Return the query parameters that resume the stream."""
         return dict(self._query)
 
     def began(self) -> list[EventT]:
-        """Return what is to be told now that a connection is there."""
+        """Return the events to emit when a connection has been made."""
         self._since = time.monotonic()
         return []
 
@@ -107,7 +107,7 @@ class Followed(Generic[EventT]):
 
 
 class Following(Followed[ProcessEvent]):
-    """What a process prints from a byte on, each byte once, and at last how it ended."""
+    """The output of a process from an offset, each byte once, and its end."""
 
     def __init__(self, process_path: str, offset: int) -> None:
         super().__init__(f"{process_path}/output", {"encoding": "base64"})
@@ -133,7 +133,8 @@ class Following(Followed[ProcessEvent]):
 
 
 class Watching(Followed[FileChange]):
-    """What changes in a folder. What happened while no connection was there is told as overflow."""
+    """Changes in a directory; a reconnect is reported as `overflow`, because changes may be
+    missed."""
 
     def __init__(self, files_path: str, folder: str, user: str, *, recursive: bool) -> None:
         query = {"path": folder, "user": user, "recursive": recursive}
@@ -156,7 +157,7 @@ class Watching(Followed[FileChange]):
 
 
 class Statuses(Followed[Mapping[str, Any]]):
-    """A sandbox as it is, and again whenever its status has changed, until it is destroyed."""
+    """A sandbox now, and after each change of its status, until it is deleted."""
 
     def __init__(self, sandbox_path: str) -> None:
         super().__init__(f"{sandbox_path}/events", {})

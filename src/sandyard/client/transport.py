@@ -64,11 +64,11 @@ class Transport:
         self._http.close()
 
     def send(self, call: Call[T]) -> T:
-        """Send a call, again where that is safe and helps, and return its result.
+        """Send a call, repeat it if that is safe and useful, and return its result.
 
         Raises:
+            ConnectionFailedError: the server cannot be reached, or the connection broke.
             ApiError: the server refused.
-            ConnectionFailedError: it could not be reached, or broke off.
         """
         retries = Retries(self.retries)
         while True:

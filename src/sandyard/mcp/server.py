@@ -370,8 +370,8 @@ def http_app(server: MCPServer[None]) -> ASGIApp:
 
 
 def guarded(app: ASGIApp, key: str) -> ASGIApp:
-    """Return an application that serves who shows the key: whoever reaches its port may be anybody
-    on this machine, or a page in a browser."""
+    """Require the API key for every request: any process on this machine, or page in a browser, can
+    reach the port."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

@@ -15,7 +15,7 @@ _HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)
 
 
 class Scope:
-    """Lets in who holds a scope, anyone with a credential for None; a route depends on one."""
+    """A dependency that requires a scope; with None, any credential."""
 
     def __init__(self, name: str | None) -> None:
         self.name = name
@@ -26,9 +26,9 @@ class Scope:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
         key: Annotated[str | None, Depends(_HEADER)],
     ) -> Actor:
-        """Return the actor that the edge found behind the request's credential.
+        """Return the actor that the edge found for the request's credential.
 
-        The credentials are parameters for the description's sake.
+        The credentials are parameters only so that they are in the OpenAPI description.
         """
         del bearer, key
         actor: Actor = request.state.actor

@@ -114,7 +114,7 @@ _NOTHING_YET = SseEvent("", None)
 
 @dataclass(frozen=True)
 class Recheck:
-    """Re-authorizes the client of a stream, which may lose its rights while the stream is open."""
+    """Re-authorizes the client of a stream."""
 
     credential: Credential
     actor: Actor

@@ -1,4 +1,5 @@
-"""WebSockets: let in like requests, told what is wrong like them, closed with their credential."""
+"""WebSockets: authorized and refused like other requests, and closed when their credential becomes
+invalid."""
 
 import asyncio
 import json
@@ -48,8 +49,8 @@ class Sink(Protocol):
 
 
 class Inflow:
-    """Input on its way to a process. It waits here for one that does not read, so that what else
-    the client sends is heard; `tell` is told how much was taken."""
+    """A bounded queue of a process's input, so that a process that does not read blocks no other
+    messages. `tell` is called with the number of bytes that were written."""
 
     def __init__(self, sink: Sink, tell: Callable[[int], None] | None = None) -> None:
         self._sink = sink
@@ -75,13 +76,13 @@ class Inflow:
             self._queue.put_nowait(data)
 
     def end(self) -> None:
-        """End it, behind what was taken before."""
+        """Close the input after everything that is queued."""
         if not self._has_ended:
             self._has_ended = True
             self._queue.put_nowait(None)
 
     async def pass_on(self) -> None:
-        """Write what comes to the process, as it reads; for ever."""
+        """Write the queued input to the process; never returns."""
         while True:
             data = await self._queue.get()
             if data is None:

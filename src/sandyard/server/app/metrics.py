@@ -30,7 +30,8 @@ _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 _SILENT = "silent"
-_STATES = (*(phase.value for phase in Phase if phase is not Phase.WAITING), _SILENT)
+_UNREPORTED = (Phase.WAITING, Phase.HELD)
+_STATES = (*(phase.value for phase in Phase if phase not in _UNREPORTED), _SILENT)
 
 
 class Metrics:

@@ -107,7 +107,10 @@ async def open_node(
         try:
             await make_mounts(settings.home)
         except InternalError as error:
-            log.warning("hypervisors see the host's folders as they are: %s", error.message)
+            log.warning(
+                "cannot give hypervisors a mount namespace of their own: %s; continuing without it",
+                error.message,
+            )
     choice = choice_of(settings, drivers or drivers_of(settings))
     key = secret_key(settings.home)
     node = Node(

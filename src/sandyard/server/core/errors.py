@@ -1,11 +1,11 @@
-"""Every error that Sandyard means to raise, in one tree.
+"""The typed errors that Sandyard raises, in one tree.
 
 SandyardError
-├── InvalidArgumentError        the request is wrong; mend it and ask again
+├── InvalidArgumentError        the request is invalid; correct it
 │   └── KeyReusedError          an idempotency key came with another request
 ├── UnauthenticatedError        no credential
 │   ├── InvalidTokenError       the credential is unknown, revoked or malformed
-│   └── TokenExpiredError       the credential has run out
+│   └── TokenExpiredError       the credential has expired
 ├── PermissionDeniedError       a scope or role is missing
 ├── NotFoundError               absent, or another organization's
 │   └── GuestNotFoundError      nothing of that name inside the sandbox
@@ -18,18 +18,18 @@ SandyardError
 ├── QuotaExceededError          credits do not suffice
 ├── PayloadTooLargeError        a stated size limit is passed
 ├── RateLimitedError            too many requests; wait
-├── AgentError                  the agent in a sandbox breaks its protocol
-├── DamagedError                what was saved cannot be used any more
+├── AgentError                  the agent in a sandbox violates its protocol
+├── DamagedError                a saved state cannot be used any more
 ├── UnsupportedError            this driver or host cannot do it
-├── NotImplementedYetError      promised, and not built in this version
+├── NotImplementedYetError      planned, and not in this version
 ├── UnavailableError            not now; try again
 │   ├── NoCapacityError         the host is full now
 │   ├── DeadlineExceededError   a wait reached its limit
 │   └── AgentSilentError        the machine runs and its agent does not answer
 └── InternalError               a bug or a broken invariant
 
-Each class has a code for machines and each error a sentence for people. Only the api room knows
-which HTTP status belongs to a code.
+Each class has a code for programs, and each error a sentence for people. Only faces know which HTTP
+status belongs to a code.
 """
 
 from collections.abc import Callable, Mapping

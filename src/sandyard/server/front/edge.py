@@ -62,13 +62,18 @@ class Edge:
             except SandyardError as error:
                 if answer.has_started:
                     # The status is sent already. Closing the connection tells the client.
-                    log.warning("aborting an answer: %s", error.message)
+                    log.warning(
+                        "an error came after the response had begun; aborting it: %s", error.message
+                    )
                     return
                 await self._face.render(Request(scope), error)(scope, receive, to_client)
             except Exception as error:  # a bug: the client gets an id, the log the rest
                 if answer.has_started and isinstance(error.__cause__, SandyardError):
                     # As above; Starlette reports it as an error that it should have answered.
-                    log.warning("aborting an answer: %s", error.__cause__.message)
+                    log.warning(
+                        "an error came after the response had begun; aborting it: %s",
+                        error.__cause__.message,
+                    )
                     return
                 log.exception("unexpected error while handling a request")
                 if answer.has_started:

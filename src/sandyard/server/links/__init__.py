@@ -1,1 +1,1 @@
-"""Implementations of the seams of core.contracts: database, NATS, tunnel, payments, clock."""
+"""Implementations of the seams in core.contracts."""

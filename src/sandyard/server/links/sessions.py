@@ -1,8 +1,8 @@
 """Session tokens: JWTs that an identity provider signs. See core.contracts.people.Sessions.
 
-The provider's keys are fetched once and kept. A token that names a key which is not among them has
-them fetched again, at most once in a while, so that nobody can make this server ask all day; while
-the provider does not answer, the keys that are known go on being good.
+The provider's keys are fetched once and cached. A token with an unknown key id triggers another
+fetch, at a limited rate, so that clients cannot cause constant requests. If the provider does not
+answer, the cached keys remain valid.
 """
 
 import asyncio
@@ -101,7 +101,7 @@ class JwtSessions:
             )
         early = max(_number(claims, "iat"), _number(claims, "nbf", 0.0))
         if early - provider.skew_s > now:
-            raise InvalidTokenError("cannot accept the session token: it is not good yet")
+            raise InvalidTokenError("cannot accept the session token: it is not valid yet (nbf)")
 
     def _session(self, claims: Mapping[str, Any]) -> Session:
         subject = _identity(claims, "sub")
@@ -222,7 +222,7 @@ def _number(claims: Mapping[str, Any], name: str, default: float | None = None) 
     # A year beyond 9999 cannot be told as a date.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value < 253402300800:
-        raise InvalidTokenError(f"cannot accept the session token: its {name} is no time")
+        raise InvalidTokenError(f"cannot accept the session token: its {name} is not a timestamp")
     return float(value)
 
 
@@ -232,7 +232,7 @@ def _identity(claims: Mapping[str, Any], name: str) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or len(value) > _TEXT_MAX or not value.isprintable():
-        raise InvalidTokenError(f"cannot accept the session token: its {name} is no name")
+        raise InvalidTokenError(f"cannot accept the session token: its {name} is not a name")
     return value
 
 

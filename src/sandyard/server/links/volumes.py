@@ -231,8 +231,7 @@ def _await_released(image: Path) -> None:
 
 
 def _is_attached(image: Path) -> bool:
-    """Tell whether an image is attached to a loop device, which is so while it is mounted
-    anywhere."""
+    """Tell whether an image is attached to a loop device, as it is while mounted anywhere."""
     attached = Path("/sys/block").glob("loop*/loop/backing_file")
     return any(_read(one) == str(image) for one in attached)
 
@@ -255,7 +254,8 @@ def _shows_that_it_is_stuck(place: Path) -> bool:
 
 
 def _is_stuck(place: Path) -> bool:
-    """Tell the same on any kernel by trying to sync it, which waits for earlier writes."""
+    """Tell whether a file system is stuck, on any kernel, by syncing it; waits for earlier
+    writes."""
     try:
         root = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:

@@ -6,15 +6,15 @@ from sandyard.server.core.contracts.node import NodeReport
 
 
 class Generation:
-    """Counts a node's reports that say something else than the one before."""
+    """Numbers the changes of a node's report."""
 
     def __init__(self) -> None:
         self._count = 0
         self._last: tuple[object, ...] = ()
 
     def of(self, report: NodeReport) -> NodeReport:
-        """Return a report with its generation. What a node could take changes all the time, and
-        does not count."""
+        """Return a report with its generation. Free capacity is ignored, because it changes
+        constantly."""
         said = (report.machines, report.snapshots, report.missing, report.is_short_of_memory)
         if said != self._last:
             self._count += 1

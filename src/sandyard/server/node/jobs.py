@@ -1,7 +1,8 @@
 """The jobs of a node: how a machine is brought up, saved and removed, step by step."""
 
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sandyard.server.core.contracts.node import LIVING, MachineWish, Phase, Way
@@ -92,7 +93,8 @@ class Jobs:
     async def _reserve_again(self, owner: Owner, wish: MachineWish) -> None:
         """Reserve memory for a machine that is here; if it lives, it has that already."""
         if owner.phase not in LIVING:
-            await self._capacity.make_room(wish.shape, is_promised=True)
+            with _shortage_is_temporary():
+                await self._capacity.make_room(wish.shape, is_promised=True)
         owner.reserve(wish.shape)
 
     # --- new machines ---------------------------------------------------------------------
@@ -102,14 +104,8 @@ class Jobs:
         is removed first."""
         if owner.phase is not None:
             await self.remove(owner)
-        source = await self._snapshots.checked(wish) if wish.snapshot_id else None
-        image = self._image_of(wish, source)
-        driver = await self._means.drivers.choose(image)
-        if source is None:
-            await self._capacity.find_room(wish.template, wish.shape)
-        else:
-            driver = self._means.drivers.named(source.about.driver) or driver
-            await self._capacity.make_room(wish.shape)
+        with _shortage_is_temporary():
+            source, image, driver = await self._prepared(wish)
         owner.reserve(wish.shape)
         began = self._means.clock.monotonic()
         try:
@@ -136,6 +132,18 @@ class Jobs:
             "a machine started: %s, %.0f ms", way, seconds * 1000,
             extra={"sandbox_id": wish.sandbox_id},
         )  # fmt: skip
+
+    async def _prepared(self, wish: MachineWish) -> tuple[SavedMachine | None, Image, Driver]:
+        """Return what a new machine is started from, once there is capacity for it."""
+        source = await self._snapshots.checked(wish) if wish.snapshot_id else None
+        image = self._image_of(wish, source)
+        driver = await self._means.drivers.choose(image)
+        if source is None:
+            await self._capacity.find_room(wish.template, wish.shape)
+        else:
+            driver = self._means.drivers.named(source.about.driver) or driver
+            await self._capacity.make_room(wish.shape)
+        return source, image, driver
 
     def _image_of(self, wish: MachineWish, source: SavedMachine | None) -> Image:
         if source is None:
@@ -259,7 +267,9 @@ class Jobs:
         resident, before = owner.resident, owner.resident.record
         try:
             if not resident.is_up:
-                raise UnavailableError("cannot start this: the rest of it is being removed")
+                raise UnavailableError(
+                    "cannot start the sandbox: its machine is being removed; try again"
+                )
             if resident.phase is Phase.HELD:
                 resident.current.count_as(wish.incarnation)
                 await resident.current.write()
@@ -302,9 +312,10 @@ class Jobs:
         self._observer.started(Way.RESUME, self._means.clock.monotonic() - began)
 
     async def _fall_back(self, resident: Resident, before: Record) -> None:
-        """After a failed resume, return a machine to paused if possible; otherwise it is dead.
+        """After a failed resume, return a machine to paused; if that fails, it is dead.
 
-        If it has run on, its present state counts, and is saved again; otherwise its saved state.
+        If the machine has run, its current state is saved; otherwise its saved state is still
+        there.
         """
         resident.current.count_as(before.incarnation)
         if resident.is_up and not resident.is_saved:
@@ -400,6 +411,15 @@ class Jobs:
         """
         await owner.resident.end(removes=True)
         owner.lose()
+
+
+@contextmanager
+def _shortage_is_temporary() -> Iterator[None]:
+    """Turn errors of the host into ones that are retried: nothing has been started yet."""
+    try:
+        yield
+    except OSError as error:
+        raise UnavailableError(f"cannot start the sandbox now: {error}") from error
 
 
 async def _woken(resident: Resident) -> None:

@@ -37,7 +37,7 @@ def boot_time() -> float:
 
 
 class Telling:
-    """What a node reports about itself; nothing until its source is set by `of`."""
+    """What a node reports in its heartbeats; empty until its source is set by `of`."""
 
     def __init__(self) -> None:
         self._node: NodeControl | None = None
@@ -53,7 +53,7 @@ class Telling:
         try:
             return (await self._node.report()).view()
         except Exception:  # that the node is there must be said whatever it has
-            log.exception("what this node has is not told")
+            log.exception("cannot make this node's report; sending the heartbeat without it")
             return None
 
 
@@ -88,7 +88,7 @@ class NodeMembership:
 
     @property
     def has_lease(self) -> bool:
-        """Whether the node may be asked for changes."""
+        """Whether the node accepts changes."""
         return self._boot_time() < self._lease_ends
 
     def check(self) -> None:
@@ -101,7 +101,7 @@ class NodeMembership:
             raise UnavailableError("cannot do this now: the node has no lease")
 
     async def settled(self) -> None:
-        """Return once it is certain that no other process is this node, or once that cannot be
+        """Return once no other process can hold this node's lease, or once that cannot be
         determined."""
         await self._is_settled.wait()
 
@@ -131,7 +131,10 @@ class NodeMembership:
                 await self._clock.sleep(_AGAIN_S)
             except SandyardError as error:
                 self._is_settled.set()
-                log.warning("no control plane takes this node in: %s", error.message)
+                log.warning(
+                    "no control plane accepts the registration of this node: %s; retrying",
+                    error.message,
+                )
                 await self._clock.sleep(_AGAIN_S)
             else:
                 # Counted from before it was said: by then the database may have begun to count.
@@ -139,11 +142,11 @@ class NodeMembership:
                 self._is_settled.set()
                 self._keep(welcome.identity)
                 self._know(welcome.door)
-                log.info("this node is there, in epoch %s", welcome.epoch)
+                log.info("registered this node, in epoch %s", welcome.epoch)
                 return welcome
 
     async def _beat_on(self, epoch: int) -> None:
-        """Send heartbeats until the identity should be renewed."""
+        """Send heartbeats until the credentials must be renewed."""
         began = self._boot_time()
         had_lease, by_another = True, began
         while self._boot_time() < began + _RENEW_S:
@@ -160,13 +163,15 @@ class NodeMembership:
             except _FINAL:
                 raise
             except SandyardError as error:
-                log.debug("no control plane hears this node: %s", error.message)
+                log.debug("no control plane answers a heartbeat: %s; retrying", error.message)
             if had_lease != self.has_lease:
                 had_lease = self.has_lease
                 if had_lease:
-                    log.warning("this node is heard again")
+                    log.warning("the heartbeats of this node are answered again")
                 else:
-                    log.error("this node is not heard: it takes no wishes, and its machines run on")
+                    log.error(
+                        "the lease of this node has expired: changes are refused, machines continue"
+                    )
             await self._clock.sleep(max(0.0, sent + _BEAT_S - self._boot_time()))
 
     async def _beat(self, beat: Beat, registry: Presence) -> Grant:
@@ -187,4 +192,4 @@ class NodeMembership:
                     "control planes are reached by another way than %s", "NATS"
                 )  # fmt: skip
             return answer
-        raise trouble or UnavailableError("there is no way to a control plane")
+        raise trouble or UnavailableError("cannot reach any control plane")

@@ -288,6 +288,7 @@ class Node:
             removed=removed,
             version=version,
             on_idle=self._drop_if_unused,
+            on_machine=self._ledger.enter,
             on_change=self._means.on_change,
         )
         self._ledger.enter(owner)

@@ -39,9 +39,10 @@ class _Job:
 class Owner:
     """Owns one sandbox's machine. While a job is at work, only that touches the machine.
 
-    A request that equals the job in progress joins it. Any other waits until no job is at work, and
-    then decides by the machine's phase; a removal cancels the job instead. A job continues if the
-    request that began it is cancelled. Without a job the machine runs and is watched, or it is
+    A request that equals the job in progress joins it. A start of a later incarnation is refused
+    while an earlier one starts; a removal cancels the job. Any other request waits until no job is
+    at work, and then decides by the machine's phase. A job continues if the request that began it
+    is cancelled. Without a job the machine runs and is watched, or it is
     paused or dead: then it has neither process nor network slot, only files.
     """
 
@@ -53,6 +54,7 @@ class Owner:
         removed: int = 0,
         version: int = 0,
         on_idle: Callable[["Owner"], None],
+        on_machine: Callable[["Owner"], None],
         on_change: Callable[[], None],
     ) -> None:
         self.sandbox_id = sandbox_id
@@ -61,6 +63,7 @@ class Owner:
         self._crew = crew
         self._version = version
         self._on_idle = on_idle
+        self._on_machine = on_machine
         self._on_change = on_change
         self._resident: Resident | None = None
         self._way: Way | None = None
@@ -155,18 +158,21 @@ class Owner:
         """Own a machine from now on."""
         self._resident = resident
         resident.current.note_version(self._version)
+        self._on_machine(self)
 
     def lose(self) -> None:
         """Own no machine any more: it was removed."""
         self._version = self.version
         self._resident = None
+        self._on_machine(self)
 
     def reserve(self, shape: Shape) -> None:
         """Reserve resources for the machine that the job brings up, until the job ends."""
         self._reserved = shape
 
     def watch(self, way: Way | None = None) -> None:
-        """Watch the machine's process and note its end; `way` tells how it came up, if it did."""
+        """Watch the machine's process and note its end; `way` is how it was started, if it was just
+        now."""
         self._way = way or self._way
         self.resident.process.watch(self._note_end)
 
@@ -204,8 +210,8 @@ class Owner:
             case Step.NOT_NOW:
                 raise MachineDeadError("cannot reach the sandbox: its machine does not run")
             case Step.NO_ROOM:
-                why = self.resident.record.reason_message
-                raise NoCapacityError(f"cannot save the machine: {why}")
+                why = self.resident.saving.held_for
+                raise NoCapacityError(f"cannot save the machine: {why.message if why else ''}")
             case _:
                 return step
 
@@ -225,9 +231,7 @@ class Owner:
                     return self.fact()
                 job = self._begin(work(step), starts=wish.incarnation)
             elif self.incarnation < wish.incarnation:
-                raise ConflictError(
-                    "cannot start this yet: an earlier incarnation is being started"
-                )
+                raise ConflictError("cannot start the sandbox yet: an earlier start is in progress")
             else:
                 job = self._job
             await _outcome(job)
@@ -238,7 +242,9 @@ class Owner:
                 raise _dead()
             if fact.phase is Phase.RUNNING:
                 return fact
-        raise ConflictError(f"cannot start {self.sandbox_id}: it changes all the time")
+        raise ConflictError(
+            f"cannot start {self.sandbox_id}: other requests keep changing it; try again"
+        )
 
     def _check_wanted(self, wish: MachineWish) -> None:
         """Refuse a request that was overtaken by a later one, or by a removal."""
@@ -247,15 +253,14 @@ class Owner:
         self.check_version(wish.version)
 
     async def at_rest(self, incarnation: int, version: int) -> None:
-        """Wait until no job is at work. The caller must decide by `step` and begin its job without
-        waiting for anything else.
+        """Wait until no job is in progress. The caller must call `step` and begin its job without
+        waiting for anything in between.
 
-        The machine may be of an earlier incarnation, if the one that is meant never came up.
+        The machine may be of an earlier incarnation, if the requested one never started.
 
         Raises:
             NotFoundError: there is no machine, or only one of a later incarnation.
-            OvertakenError: a request with a later version was here before, or the job that it
-                waited for was cancelled.
+            OvertakenError: a later version was seen before, or the job was cancelled.
         """
         self.check_version(version)
         while self.is_busy:
@@ -282,7 +287,9 @@ class Owner:
         self.removed = max(self.removed, incarnation)
         while (job := self._job) is not None and not job.removes:
             await self.cancel()
-        if self.incarnation > incarnation or self.is_empty:
+            if self.incarnation > incarnation:  # it began when the job had ended
+                return
+        if self.is_empty:
             return
         await _outcome(self._job or self._begin(work(), removes=True))
 
@@ -374,7 +381,7 @@ def nothing_here(sandbox_id: str) -> NotFoundError:
 
 
 def _overtaken() -> OvertakenError:
-    return OvertakenError("cannot start this: the sandbox has gone on since it was asked for")
+    return OvertakenError("cannot do this: a later request has changed the sandbox since")
 
 
 def _dead() -> MachineDeadError:

@@ -1,1 +1,1 @@
-"""What the platform promises: use cases over core.contracts, nothing of HTTP or SQL."""
+"""The platform's use cases, on the seams in core.contracts; independent of HTTP and SQL."""

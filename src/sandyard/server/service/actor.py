@@ -13,9 +13,9 @@ from sandyard.server.core.scopes import ADMINS_ONLY, is_covered
 class Actor:
     """A user who acts within one organization.
 
-    One that is not `is_bound` may turn to the user's other organizations. `plan` and `limits` are
-    the organization's; `is_test` says that what is created is a test key's. `key_generation` names
-    the secret that an API key had (`ids.generation_of`).
+    One that is not `is_bound` can switch to the user's other organizations. `plan` and `limits` are
+    the organization's. With `is_test`, what is created belongs to a test key. `key_generation`
+    identifies the API key's secret (`ids.generation_of`).
     """
 
     org_id: str
@@ -84,10 +84,10 @@ class Actor:
 
 @dataclass(frozen=True)
 class Admission:
-    """Who is let in by a credential, and what the credential is bound to.
+    """The actor that a credential authenticates, and the resource that it is restricted to.
 
-    Without a `sandbox_id` it is bound to nothing but the actor's own rights. `detail` belongs to
-    the kind of credential (a terminal's name, a port). `by` names who issued it, for `Signers`.
+    Without a `sandbox_id` only the actor's own rights restrict it. `detail` depends on the kind of
+    credential (a terminal's name, a port). `by` identifies who issued it, for `Signers`.
     """
 
     actor: Actor

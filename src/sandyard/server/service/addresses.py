@@ -1,4 +1,4 @@
-"""Under which addresses clients reach the ways into sandboxes, for those who are told of them."""
+"""The public addresses of the SSH gateway, previews and desktops."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class SshAddress:
-    """Where the SSH gateway is; `host_key` is its public key, `ssh-ed25519 AAAA…`."""
+    """The SSH gateway's address; `host_key` is its public key, `ssh-ed25519 AAAA…`."""
 
     host: str
     port: int
@@ -14,7 +14,7 @@ class SshAddress:
 
     @property
     def known_hosts(self) -> str:
-        """The line of a known_hosts file (sshd(8)) that lets a client know the gateway."""
+        """The line of a known_hosts file (sshd(8)) with which a client verifies the gateway."""
         name = self.host if self.port == 22 else f"[{self.host}]:{self.port}"
         return f"{name} {self.host_key}"
 
@@ -33,5 +33,5 @@ class Addresses:
     desktops: frozenset[str] = frozenset()
 
     def desktop_url(self, sandbox_id: str) -> str:
-        """Return where the page of a sandbox's desktop is."""
+        """Return the URL of a sandbox's desktop page."""
         return f"{self.base_url}/desktop/{sandbox_id}"

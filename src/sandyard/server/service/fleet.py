@@ -1,4 +1,4 @@
-"""The nodes on other hosts: how they join, say that they are there, and leave."""
+"""Nodes on other hosts: how they join, register, send heartbeats and leave."""
 
 import asyncio
 import logging
@@ -71,7 +71,7 @@ class Fleet:
     # --- what an operator does ------------------------------------------------------------
 
     async def invite(self) -> str:
-        """Return the secret of a fresh invite: good once, for an hour."""
+        """Return the secret of a new invite, which is valid once and for an hour."""
         secret = new_secret()
         async with self._store.write(Turn.ALONE) as tx:
             await tx.invites.add(digest_of_key(secret), lasts=INVITE_LASTS)
@@ -83,7 +83,7 @@ class Fleet:
             return await tx.joined_nodes.all()
 
     async def drain(self, reference: str, *, is_draining: bool) -> JoinedNode:
-        """Have nothing new placed on a node, or have it placed there again.
+        """Stop placing new sandboxes on a node, or allow it again.
 
         Raises:
             NotFoundError: there is no such node.
@@ -94,16 +94,17 @@ class Fleet:
         return node
 
     async def forget(self, reference: str) -> JoinedNode:
-        """Remove a node that is not there any more, and has nothing.
+        """Remove a node that is offline and has no resources.
 
         Raises:
             NotFoundError: there is no such node.
-            ConflictError: it is there, or sandboxes are on it.
+            ConflictError: it is online, or it has sandboxes or snapshots.
         """
         node = await self._known(reference)
         if node.has_lease:
             raise ConflictError(
-                f"cannot forget the node {node.name}: it is there; drain it, stop it, and ask again"
+                f"cannot forget the node {node.name}: it is online; drain and stop it, then try "
+                "again"
             )
         async with self._store.write(Turn.ALONE) as tx:
             kept = await tx.sandboxes.on_node(node.id, frozenset(Status) - _GONE)
@@ -111,16 +112,17 @@ class Fleet:
             if kept or snapshots:
                 raise ConflictError(
                     f"cannot forget the node {node.name}: {len(kept)} sandboxes and "
-                    f"{len(snapshots)} snapshots are on it; have it back, or delete them first"
+                    f"{len(snapshots)} snapshots are on it; start it again, or delete them first"
                 )
             await tx.joined_nodes.forget(node.id)
         return node
 
     async def confirm_off(self, reference: str) -> tuple[JoinedNode, int]:
-        """Believe the operator that a lost node's host is off, and return how much was ended by it.
+        """Record the operator's confirmation that a lost node's host is off, and return how many
+        sandboxes that ended.
 
-        What ran there is in error, and what was to be deleted is deleted. What was paused or saved
-        there stays as it is: should the host come back, so do they.
+        Its running sandboxes are in error, and its pending deletes complete. Paused sandboxes and
+        snapshots are kept, and are available again if the host returns.
 
         Raises:
             NotFoundError: there is no such node.
@@ -129,7 +131,8 @@ class Fleet:
         node = await self._known(reference)
         if node.lost_at is None or node.has_lease:
             raise ConflictError(
-                f"cannot take the host of {node.name} for off: the node is not lost; stop it first"
+                f"cannot confirm that the host of {node.name} is off: the node is not lost; stop "
+                "it first"
             )
         async with self._store.read() as tx:
             there = await tx.sandboxes.on_node(node.id, frozenset(Status) - _REST)
@@ -183,25 +186,28 @@ class Fleet:
                 "cannot start this node: another process is it, in another place, and lives; if "
                 "its home was copied, let this host join by an invite of its own"
             )
-        log.info("the node %s is there, at %s:%s", node_id, hello.start.host, hello.start.port)
+        log.info(
+            "the node %s has registered, at %s:%s", node_id, hello.start.host, hello.start.port
+        )
         return Welcome(epoch, LEASE_S, identity, self._door)
 
     async def beat(self, node_id: str, beat: Beat) -> Grant:
         """See core.contracts.cluster.Registry.beat."""
         self._must_be_in_time()
         if not 0 <= beat.epoch < _EPOCHS:  # it is written together with what others say
-            raise InvalidArgumentError("cannot note a beat: there is no such epoch")
+            raise InvalidArgumentError("cannot record the heartbeat: there is no such epoch")
         if not await self._beats.is_current(node_id, beat.epoch):
             await self._must_be_known(node_id)
-            raise ConflictError("cannot go on as this node: a later process of it has started")
+            raise ConflictError("this process is no longer the node: a later one has started")
         self._hear(node_id, beat)
         return Grant(LEASE_S, self._door)
 
     def _must_be_in_time(self) -> None:
-        """Refuse what may be of a node that is gone by now: it would have a lease again."""
+        """Refuse messages after this process was suspended: a delayed heartbeat would renew the
+        lease of a node that may be lost by now."""
         if self._hears_late():
             raise UnavailableError(
-                "this control plane stood still, and has just gone on; ask again"
+                "this control plane was suspended, and has just resumed; try again"
             )
 
     async def _must_be_known(self, node_id: str) -> None:
@@ -211,8 +217,8 @@ class Fleet:
 
 
 class _Beats:
-    """Writes the beats of many nodes at once: a transaction for each would be most of what a
-    control plane does."""
+    """Writes heartbeats in batches: one transaction for each would dominate the control plane's
+    load."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -240,7 +246,9 @@ class _Beats:
             if self._written is written:
                 self._written = None
             if not written.done():
-                written.set_exception(UnavailableError("cannot note now that the node is there"))
+                written.set_exception(
+                    UnavailableError("cannot record the heartbeat now; it is repeated")
+                )
                 written.exception()  # retrieved, in case nothing else waits for it
         return (node_id, epoch) in current
 
@@ -248,4 +256,4 @@ class _Beats:
 def _check_start(start: NodeStart) -> None:
     texts = (start.boot, start.place, start.version, start.host)
     if not 0 < start.port < 65536 or any(len(one) > _TEXT_MAX for one in texts):
-        raise InvalidArgumentError("cannot start this node: what it says of itself is too much")
+        raise InvalidArgumentError("cannot register this node: its report is too long")

@@ -29,7 +29,7 @@ Time = Annotated[
 
 
 class Model(BaseModel):
-    """Base of all: camelCase outside, strict about types, deaf to fields it does not know."""
+    """Base of all models: camelCase in JSON, strict types, unknown fields ignored."""
 
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="ignore", strict=True
@@ -37,7 +37,7 @@ class Model(BaseModel):
 
 
 class Body(Model):
-    """Base of what requests carry: `null` means the same as to leave a field out."""
+    """Base of request bodies: null is the same as an absent field."""
 
     @model_validator(mode="before")
     @classmethod
@@ -61,13 +61,13 @@ def bounds(least: int, most: int) -> dict[str, JsonValue]:
 
 
 class Meta(Model):
-    """Beside every answer."""
+    """Metadata of every response."""
 
     request_id: str
 
 
 class PageMeta(Meta):
-    """Beside every list."""
+    """Metadata of a list."""
 
     has_more: bool
     next_cursor: str | None
@@ -81,7 +81,7 @@ class Data(Model, Generic[T]):
 
 
 class Page(Model, Generic[T]):
-    """The envelope of a list; its cursor is there twice, since clients look in both places."""
+    """The envelope of a list. The cursor is there twice, because clients look in both places."""
 
     data: list[T]
     has_more: bool

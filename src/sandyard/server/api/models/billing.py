@@ -17,7 +17,7 @@ Cents = Annotated[int, Field(ge=-(10**15), le=10**15)]
 
 
 class PlanOut(Model):
-    """The plan of an organization, and what it has."""
+    """A plan, its limits, and the organization's balance."""
 
     org_id: str
     plan: str
@@ -28,7 +28,7 @@ class PlanOut(Model):
 
 
 class CreditsOut(Model):
-    """What an organization has."""
+    """An organization's balance."""
 
     balance_cents: int
     total_granted_cents: int
@@ -66,7 +66,7 @@ def ledger_entry_out(entry: LedgerEntry) -> LedgerEntryOut:
 
 
 class RuntimeOut(Model):
-    """What was used of machines. A cent is a million micros."""
+    """Usage of machines, and its cost; 1 cent is 1,000,000 micros."""
 
     seconds: float
     active_seconds: float = Field(description="Of these, of sandboxes that still run.")
@@ -89,13 +89,13 @@ def runtime_out(used: MachineUsage) -> RuntimeOut:
 
 
 class SandboxRuntimeOut(RuntimeOut):
-    """What one sandbox used."""
+    """Usage of one sandbox's machine."""
 
     sandbox_id: str
 
 
 class StorageOut(Model):
-    """What was kept."""
+    """Usage of storage."""
 
     byte_seconds: float
     by_kind: dict[str, float] = Field(description="Byte-seconds: sandbox (paused), snapshot.")
@@ -114,7 +114,7 @@ def storage_out(kept: StoredUsage) -> StorageOut:
 
 
 class UsageOut(Model):
-    """What was used in a period. Nothing here is charged for tokens, models or tools."""
+    """Usage in a period. Tokens, models and tools are not charged."""
 
     org_id: str
     period: str

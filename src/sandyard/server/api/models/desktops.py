@@ -67,7 +67,7 @@ class PressKeys(Body):
 
 
 class DoneOut(Model):
-    """It is done: the screen has taken it."""
+    """The action was done."""
 
     done: Literal[True] = True
 

@@ -77,7 +77,7 @@ class SendSignal(Body):
 
 
 class WriteStdin(Body):
-    """What a process is to read."""
+    """Input for a process."""
 
     data: str = Field("", description=f"Up to {INPUT_MAX // 2**20} MiB.")
     encoding: Encoding = Field("utf8", description="How `data` is written.")
@@ -113,19 +113,19 @@ class InputMessage(Body):
 
 
 class EndMessage(Body):
-    """The process's input ends."""
+    """Close the process's input."""
 
     type: Literal["end"]
 
 
 class ResizeMessage(Pty):
-    """Its terminal has another size."""
+    """Change the size of the process's terminal."""
 
     type: Literal["resize"]
 
 
 class SignalMessage(SendSignal):
-    """It is sent a signal."""
+    """Send the process a signal."""
 
     type: Literal["signal"]
 

@@ -128,7 +128,7 @@ class MountOut(Model):
 
 
 class ReasonOut(Model):
-    """Why a sandbox is where it is."""
+    """The reason for a sandbox's status."""
 
     code: str
     message: str
@@ -286,7 +286,7 @@ def stats_of(figures: Figures) -> Stats:
 
 
 def check_offered(body: CreateSandbox) -> None:
-    """Refuse what would otherwise be left out in silence, and so be believed to be in force."""
+    """Refuse options that this version does not implement, rather than ignore them silently."""
     network = body.network or {}
     if network.get("egress", "allow") != "allow" or network.get("allow") or network.get("deny"):
         raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""The ways into sandboxes as HTTP carries them."""
+"""Models of previews, SSH and terminals."""
 
 import json
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ Side = Annotated[int, Field(ge=1, le=65535)]
 
 
 class UrlOut(Model):
-    """Where a port of a sandbox is to be seen, until when."""
+    """The URL of a port, and its expiry."""
 
     url: str
     port: int
@@ -32,17 +32,14 @@ class SshOut(Model):
 
 
 class NewTerminal(Body):
-    """A terminal that is wished for, or, by its `terminalId`, one that was there before."""
+    """A new terminal, or with `terminalId` an existing one."""
 
     sandbox_id: str
     terminal_id: str | None = None
 
 
 class TerminalOut(Model):
-    """What opens a terminal, once: connect with a WebSocket to `wsPath`.
-
-    With `terminalId` in another request, a client that was disconnected returns to its shell.
-    """
+    """A ticket that opens a terminal once; connect a WebSocket to `wsPath`."""
 
     session_id: str
     sandbox_id: str
@@ -76,10 +73,8 @@ _MESSAGE: TypeAdapter[TypedMessage | SizeMessage] = TypeAdapter(
 
 
 def typed(text: str) -> bytes | SizeMessage:
-    """Return what a text message of a terminal's client means: keys, or another size.
-
-    Text that is none of the messages is keys itself.
-    """
+    """Return what a text message means: `input` or `resize` in JSON; any other text is
+    keystrokes."""
     if text.startswith("{"):
         try:
             message = _MESSAGE.validate_python(json.loads(text))

@@ -141,7 +141,8 @@ async def read_file(
 
 
 async def _whole(reading: FileReading, count: int | None) -> AsyncIterator[bytes]:
-    """Yield as many bytes as were promised; who gets fewer is to notice that it is not all."""
+    """Yield exactly as many bytes as were announced; if the file has become shorter, break the
+    connection so that the client notices."""
     sent = 0
     async for piece in reading.pieces(count):
         sent += len(piece)

@@ -1,4 +1,4 @@
-"""Routes that are promised and not built yet: they say so, and not that the thing is gone."""
+"""Routes of planned features: they answer that the feature is not implemented yet."""
 
 from typing import Annotated
 

@@ -1,5 +1,5 @@
-"""The seams of the house: what one room asks of another without knowing who answers.
+"""The seams: interfaces between rooms, one module for each kind of provider.
 
-Split by who is asked. `app` alone decides what stands behind each. Every implementation of one
-passes the same examination under `tests/contract`.
+Only `app` chooses the implementations. All implementations of a seam pass the same tests under
+`tests/contract`.
 """

@@ -1,4 +1,4 @@
-"""What carries hints between those who write and those who work."""
+"""Notifications that wake workers when data has changed."""
 
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -8,17 +8,17 @@ class Subscription(Protocol):
     """Hints on one topic since the subscription was made."""
 
     async def wait(self, limit_s: float) -> bool:
-        """Return True once a hint has come that was not waited for before, False at the limit."""
+        """Return True at the next hint since the last wait, False at the limit."""
         ...
 
 
 class Bus(Protocol):
-    """Carries hints that something is worth a look. Losing one costs a moment, never a sandbox."""
+    """Carries hints. A lost hint delays work until the next poll; no work is lost."""
 
     def hint(self, topic: str) -> None:
         """Wake the subscribers of `topic`; never blocks."""
         ...
 
     def subscribe(self, topic: str) -> AbstractContextManager[Subscription]:
-        """Collect hints on `topic` until the block is left."""
+        """Collect hints on `topic` during the block."""
         ...

@@ -1,4 +1,4 @@
-"""What tells the time."""
+"""The clock."""
 
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
@@ -6,14 +6,14 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where time comes from; a test's clock can jump."""
+    """A source of time; a test's clock can jump."""
 
     def now(self) -> datetime:
         """Return the wall clock's time, aware and in UTC."""
         ...
 
     def monotonic(self) -> float:
-        """Return seconds that never run backwards, for measuring waits."""
+        """Return seconds that never decrease, for measuring waits."""
         ...
 
     async def sleep(self, seconds: float) -> None:
@@ -21,5 +21,5 @@ class Clock(Protocol):
         ...
 
     def timeout(self, seconds: float) -> AbstractAsyncContextManager[object]:
-        """Break off what the block waits for after `seconds`, with TimeoutError."""
+        """Cancel the block after `seconds`, and raise TimeoutError."""
         ...

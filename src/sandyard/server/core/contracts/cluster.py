@@ -1,4 +1,4 @@
-"""What a node on another host and the control planes tell each other of the node being there."""
+"""Registration and heartbeats between nodes on other hosts and the control planes."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,8 +9,8 @@ from sandyard.server.core.records import NodeStart
 
 @dataclass(frozen=True)
 class Application:
-    """What a node wants to be known by: a request for a certificate (PEM), and the public half of
-    the key that it has for NATS."""
+    """A node's request for credentials: a certificate request (PEM), and its public key for
+    NATS."""
 
     request: str
     key: str
@@ -18,9 +18,8 @@ class Application:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a node proves itself with: a certificate and its authority's (PEM), a token for NATS,
-    where NATS is, and the authority of its servers. None of it is a secret but together with the
-    node's own keys."""
+    """A node's credentials: its certificate and the authority's (PEM), a token for NATS and its
+    address, and the authority of the servers. They are useless without the node's private keys."""
 
     node_id: str
     installation: str
@@ -33,7 +32,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Joining:
-    """A host that wants to become a node, with the secret of its invite; `name` is for people."""
+    """A host's request to become a node, with the secret of its invite; `name` is for people."""
 
     secret: str = field(repr=False)
     name: str
@@ -42,7 +41,7 @@ class Joining:
 
 @dataclass(frozen=True)
 class Hello:
-    """A node's process has started, or wants its identity renewed."""
+    """A node's process has started, or needs new credentials."""
 
     start: NodeStart
     application: Application
@@ -60,7 +59,7 @@ class Welcome:
 
 @dataclass(frozen=True)
 class Beat:
-    """A node is there; `view` is what it has, once it knows."""
+    """A node's heartbeat; `view` is its state, once it is known."""
 
     epoch: int
     view: NodeView | None = None
@@ -68,8 +67,8 @@ class Beat:
 
 @dataclass(frozen=True)
 class Grant:
-    """It may be asked for things so much longer, counted from before it said that it is there;
-    `door` is the address of the control plane."""
+    """The lease that a heartbeat is answered with. Its duration counts from before the heartbeat
+    was sent. `door` is the address of the control plane."""
 
     lease_s: float
     door: str = ""
@@ -79,44 +78,44 @@ class Registrar(Protocol):
     """Authenticates nodes."""
 
     def identity_of(self, node_id: str, application: Application) -> Identity:
-        """Return what a node is to prove itself with.
+        """Return the credentials of a node.
 
         Raises:
-            InvalidArgumentError: what it applies with is no request, or no key.
+            InvalidArgumentError: its certificate request or its NATS key is invalid.
         """
         ...
 
 
 class Presence(Protocol):
-    """Where nodes say that they are there."""
+    """Receives registrations and heartbeats of nodes."""
 
     async def hello(self, node_id: str, hello: Hello) -> Welcome:
-        """Note that a node's process has started; twice is once.
+        """Register the start of a node's process; idempotent.
 
         Raises:
-            NotFoundError: there is no such node, or not any more.
-            ConflictError: another process is this node, elsewhere, and lives.
+            NotFoundError: there is no such node, or it was removed.
+            ConflictError: another process has the node's lease, on another host.
         """
         ...
 
     async def beat(self, node_id: str, beat: Beat) -> Grant:
-        """Note that a node is there.
+        """Record a heartbeat, and extend the node's lease.
 
         Raises:
-            NotFoundError: there is no such node, or not any more.
+            NotFoundError: there is no such node, or it was removed.
             ConflictError: a later process of the node has started.
         """
         ...
 
 
 class Registry(Presence, Protocol):
-    """Where hosts become nodes, and say that they are there."""
+    """Where hosts join as nodes; also receives their registrations and heartbeats."""
 
     async def join(self, joining: Joining) -> Identity:
         """Make a host a node.
 
         Raises:
-            PermissionDeniedError: its invite is not good, or not any more.
-            InvalidArgumentError: what it applies with cannot be signed.
+            PermissionDeniedError: its invite is unknown, used or expired.
+            InvalidArgumentError: its certificate request cannot be signed.
         """
         ...

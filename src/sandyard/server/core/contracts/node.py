@@ -1,6 +1,6 @@
-"""What is asked of a node: its machines, and the way to the agents in them.
+"""A node's machines, and connections to the agents in them.
 
-All that is said here can cross a wire: `core.codec` writes and reads every wish, fact and report.
+All types here are serialized by `core.codec`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from sandyard.server.core.shapes import Shape
 
 
 class Origin(StrEnum):
-    """What a machine is to come from."""
+    """What a machine is started from."""
 
     NEW = "new"  # its template
     SNAPSHOT = "snapshot"  # a snapshot, in place of all that the sandbox had
@@ -28,7 +28,7 @@ REBOOTED, POWERED_OFF = "guest_rebooted", "powered_off"
 
 
 class Way(StrEnum):
-    """How a machine came up."""
+    """How a machine was started."""
 
     POOL = "pool"  # it waited, running
     RESTORE = "restore"  # a clone of its template's golden machine
@@ -39,7 +39,7 @@ class Way(StrEnum):
 
 
 class Phase(StrEnum):
-    """The state of a machine; the same words are used in its record, on its node and in reports."""
+    """The state of a machine on its node. Records and reports use the same words, except `held`."""
 
     STARTING = "starting"  # for the first time: nothing of it needs to be kept yet
     WAITING = "waiting"  # runs in the pool; never reported
@@ -56,7 +56,7 @@ LIVING = frozenset({Phase.RUNNING, Phase.HELD, Phase.WAKING})
 
 @dataclass(frozen=True)
 class MachineRef:
-    """One incarnation of a sandbox's machine, and the node that holds it."""
+    """One incarnation of a sandbox's machine, and its node."""
 
     node_id: str
     sandbox_id: str
@@ -65,7 +65,7 @@ class MachineRef:
 
 @dataclass(frozen=True)
 class MountWish:
-    """A workspace that a machine is to have at a path; `quota_bytes` is what that may hold."""
+    """A workspace to be mounted at a path; `quota_bytes` limits its size."""
 
     workspace_id: str
     path: str
@@ -75,12 +75,12 @@ class MountWish:
 
 @dataclass(frozen=True)
 class MachineWish:
-    """What a node should hold: one incarnation of a sandbox, and what it is to be made of.
+    """The desired state of one incarnation of a sandbox's machine.
 
-    `org_id` is who wants it, so that those who wait take turns fairly. One from another sandbox's
-    snapshot `replaces_access`: keys and password that are in there open it no more. `mounts` are
-    made anew whenever a machine does not go on from where it stood itself. `version` is that of the
-    sandbox's row when the wish was made; see `NodeControl`.
+    `org_id` is for fair queueing. With `replaces_access`, the keys and password in another
+    sandbox's snapshot are removed. `mounts` are mounted anew unless the machine resumes from its
+    own saved state. `version` is that of the sandbox's row when the request was made; see
+    `NodeControl`.
     """
 
     sandbox_id: str
@@ -101,10 +101,11 @@ class MachineWish:
 
 @dataclass(frozen=True)
 class MachineFact:
-    """What a node holds for one sandbox.
+    """The state of one sandbox's machine on its node.
 
-    One `is_silent` whose agent does not answer, one `is_used` in which an operation is under way
-    that counts as a use. `version` is the latest of the sandbox's row that the node was shown.
+    `is_silent` means that its agent does not answer, `is_used` that an operation is in progress
+    that counts as a use. `version` is the latest version of the sandbox's row that the node has
+    received.
     """
 
     sandbox_id: str
@@ -123,7 +124,7 @@ class MachineFact:
 
 @dataclass(frozen=True)
 class SnapshotFact:
-    """A snapshot as a node keeps it."""
+    """A snapshot on a node."""
 
     snapshot_id: str
     size_bytes: int
@@ -140,7 +141,7 @@ class TemplateStatus(StrEnum):
 
 @dataclass(frozen=True)
 class TemplateFact:
-    """A template as a node has it; `error` tells of the last build, even if an old image serves."""
+    """A template on a node; `error` is that of the last build, even if an older image is used."""
 
     slug: str
     name: str
@@ -157,8 +158,7 @@ class TemplateFact:
 
 @dataclass(frozen=True)
 class ShelfFact:
-    """How many machines of one kind wait, how many should, and how often in a row one more could
-    not be made."""
+    """A shelf of the pool: machines waiting, target size, and consecutive failures to add one."""
 
     template: str
     vcpus: int
@@ -171,7 +171,7 @@ class ShelfFact:
 
 @dataclass(frozen=True)
 class GoldenFact:
-    """Of what a node has a golden machine, which new ones are clones of."""
+    """The template and shape of a golden machine on a node."""
 
     template: str
     vcpus: int
@@ -180,7 +180,7 @@ class GoldenFact:
 
 @dataclass(frozen=True)
 class NodeView:
-    """What of a node is told each second, to choose among many by; see `NodeReport`."""
+    """The part of a node's report that is sent every second, for placement; see `NodeReport`."""
 
     templates: tuple[str, ...] = ()
     memory_mib: int = 0
@@ -192,13 +192,13 @@ class NodeView:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """All that a node holds now, and what it could take.
+    """Everything a node holds, and its free capacity.
 
-    `snapshots` are ids, `templates` the slugs of those it can start from, `memory_mib` and
-    `disk_mib` what it has to promise still. `missing` says what keeps it from starting machines, a
-    sentence each, and `limited` what sandboxes on it have to do without. A node that is short of
-    memory asks for some sandbox to be paused before the kernel ends one. `generation` is another
-    for each report that says something else than the one before, but for what the node could take.
+    `snapshots` are ids, `templates` the slugs of those that are ready, `memory_mib` and `disk_mib`
+    what can still be reserved. `missing` says what prevents it from starting machines, and
+    `limited` which features its sandboxes lack, a sentence each. A node that is short of memory
+    requests that a sandbox is paused before the kernel kills one. `generation` changes whenever the
+    report does, except for free capacity.
     """
 
     node_id: str
@@ -216,7 +216,7 @@ class NodeReport:
     limited: tuple[str, ...] = ()
 
     def view(self) -> NodeView:
-        """Return what of it is told each second."""
+        """Return the part that is sent every second."""
         return NodeView(
             self.templates,
             self.memory_mib,
@@ -228,12 +228,12 @@ class NodeReport:
 
 
 class NodeControl(Protocol):
-    """One host. Asks are wishes: each may come twice, late, or after one that was sent later.
+    """One host. Requests state what should be, and may arrive twice, late or out of order.
 
-    Each names the incarnation it means, and the version of the sandbox's row that it was made of: a
-    node refuses what is older than what it has been shown of a sandbox. 0 is for what no row asks,
-    and for ends, which are final: their incarnation says how far they reach. A wish that has been
-    overtaken changes nothing.
+    Each names the incarnation it means, and the version of the sandbox's row that it was made from.
+    A node refuses a version older than the latest it has received. Version 0 stands for a request
+    without a row, and for a removal, which is final up to its incarnation. A refused request
+    changes nothing.
     """
 
     @property
@@ -242,47 +242,44 @@ class NodeControl(Protocol):
         ...
 
     async def ensure_running(self, wish: MachineWish) -> MachineFact:
-        """Return once the machine runs and its agent answers; at once if it already does.
+        """Return once the machine runs and its agent answers; at once if it does already.
 
-        On failure nothing of a new machine is left; one that was saved is still saved.
+        On failure nothing of a new machine is left, and a paused machine is still paused.
 
         Raises:
-            UnavailableError: not now (no driver, template not built, no room); try again.
-            NotFoundError: the node does not know the template, the snapshot, or, where the sandbox
-                is to come from what it has, anything of it.
-            AgentSilentError: the machine runs again and its agent does not answer; only its disk
+            UnavailableError: not now (no driver, template not built, no capacity); retry.
+            NotFoundError: the node does not have the template, the snapshot or, for a sandbox that
+                should start from its own state, any of that.
+            AgentSilentError: the machine was resumed and its agent does not answer; only its disk
                 can still be used.
             OvertakenError: a later request came first: a later incarnation is here, or this one
                 has been running already and was paused since.
-            MachineDeadError: this incarnation has been running already, and ended.
+            MachineDeadError: this incarnation has been running already, and has ended.
             DamagedError: the saved state or snapshot cannot be used, now or later.
             InternalError: the machine could not be started; the message says why.
         """
         ...
 
     async def ensure_paused(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
-        """Return once the machine is saved and uses no memory; at once if it is.
+        """Return once the machine is saved and uses no memory; at once if it is already.
 
-        What is returned are the bytes that it takes on disk.
-
-        On failure it runs on.
+        Return the size of its files in bytes. On failure the machine keeps running.
 
         Raises:
-            NotFoundError: the node holds no such machine.
-            ConflictError: the machine is dead, or the wish was withdrawn or overtaken.
-            UnavailableError: not now; the message says what is in the way.
+            NotFoundError: the node has no such machine.
+            ConflictError: the machine is dead, or the request was cancelled or overtaken.
+            UnavailableError: not now; the message says why.
             UnsupportedError: the driver cannot save machines.
         """
         ...
 
     async def ensure_gone(self, sandbox_id: str, *, incarnation: int, version: int = 0) -> None:
-        """Return once nothing of the sandbox is left, up to and including `incarnation`.
-
-        What is under way for it is broken off. A later incarnation is left alone.
+        """Cancel what is in progress, and return once nothing of the sandbox is left, up to and
+        including `incarnation`. A later incarnation is not touched.
 
         Raises:
-            ConflictError: the wish was overtaken.
-            UnavailableError: something would not go away; try again.
+            ConflictError: the request was overtaken.
+            UnavailableError: something could not be released; retry.
         """
         ...
 
@@ -296,19 +293,20 @@ class NodeControl(Protocol):
         ...
 
     async def drop_snapshot(self, snapshot_id: str) -> None:
-        """Return once nothing of the snapshot is left; what was made from it lives on."""
+        """Remove a snapshot; machines that were started from it are not affected."""
         ...
 
     async def find_room(self, template: str, shape: Shape, *, count: int = 1) -> bool:
-        """Return if so many more machines have room now, and whether one waits, running, for this.
+        """Check that there is capacity for so many more machines. Return whether one waits in the
+        pool.
 
         Raises:
-            NoCapacityError: they have not; the message says what is short.
+            NoCapacityError: there is none; the message says what is short.
         """
         ...
 
     async def console(self, sandbox_id: str) -> bytes:
-        """Return the last of what the guest printed, also one that never came up.
+        """Return the end of the guest's console output, also of a machine that never started.
 
         Raises:
             NotFoundError: the node has nothing of the sandbox.
@@ -316,7 +314,7 @@ class NodeControl(Protocol):
         ...
 
     async def report(self) -> NodeReport:
-        """Return what the node holds, machines that died included until they are made gone.
+        """Return the node's report. Dead machines are in it until they are removed.
 
         Raises:
             UnavailableError: the node does not answer.
@@ -329,33 +327,32 @@ class NodeControl(Protocol):
 
 
 class NodeExports(Protocol):
-    """What a node lets its machines mount."""
+    """The workspaces that a node exports to its machines."""
 
     async def withdraw(self, workspace_id: str) -> None:
-        """Return once no machine of the node has the workspace mounted, or can mount it.
-
-        Programs that use it there get errors from then on. Nothing happens if none has it.
+        """Unmount a workspace in all machines of the node, and stop exporting it. Programs that use
+        it get errors from then on.
 
         Raises:
-            UnavailableError: not now; try again.
+            UnavailableError: not now; retry.
         """
         ...
 
 
 class ByteStream(Protocol):
-    """Bytes both ways, with back-pressure."""
+    """A bidirectional byte stream with back-pressure."""
 
     async def read(self, limit: int) -> bytes:
         """Return up to `limit` bytes, at least one, or none at the end of the stream.
 
         Raises:
-            UnavailableError: the other side is gone without an end.
+            UnavailableError: the connection broke.
             ConflictError: the machine ended, or was paused.
         """
         ...
 
     async def write(self, data: bytes) -> None:
-        """Return once the other side has room for more.
+        """Return once there is room for more.
 
         Raises: see `read`.
         """
@@ -368,23 +365,23 @@ class ByteStream(Protocol):
 
 @dataclass(frozen=True)
 class Opened(Generic[AnswerT]):
-    """An operation that the agent accepted: what it answered, and the stream that follows."""
+    """An operation that the agent accepted: its answer, and the stream that follows."""
 
     answer: AnswerT
     stream: ByteStream
 
 
 class NodeTunnel(Protocol):
-    """The way to the agents of nodes' machines."""
+    """Connections to the agents of nodes' machines."""
 
     def open(
         self, machine: MachineRef, operation: Operation[AnswerT]
     ) -> AbstractAsyncContextManager[Opened[AnswerT]]:
-        """Ask the agent for one operation; leaving the block closes the connection.
+        """Request one operation from the agent; the connection is closed after the block.
 
         Raises:
-            NotFoundError: the node holds no such machine.
-            ConflictError: the machine does not run, or dies before it answers.
+            NotFoundError: the node has no such machine.
+            ConflictError: the machine does not run, or ends before it answers.
             InvalidArgumentError: the agent refused the arguments; the message is the agent's.
             UnsupportedError: the agent is older than the operation.
             UnavailableError: node or agent do not answer.

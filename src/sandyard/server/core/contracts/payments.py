@@ -1,4 +1,4 @@
-"""What is asked of a payment provider."""
+"""The payment provider."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Checkout:
-    """A page of the payment provider's on which one amount is paid."""
+    """A page of the payment provider on which one amount is paid."""
 
     url: str
     session_id: str
@@ -18,10 +18,10 @@ KEY_PREFIX = "topup-"
 
 @dataclass(frozen=True)
 class Payment:
-    """An amount that was paid. `reference` is the provider's, the same however often it is told.
+    """A payment. `reference` is the provider's, and the same in repeated events.
 
-    One that is not `is_paid` yet is told of later, if it ever is. One that `is_automatic` has the
-    `key` that it was asked for with, but where a version before asked for it.
+    If it is not `is_paid` yet, another event may follow. One that `is_automatic` has the `key` of
+    its request, unless an earlier version requested it.
     """
 
     org_id: str
@@ -35,9 +35,9 @@ class Payment:
 
 @dataclass(frozen=True)
 class Reversal:
-    """What went back of one payment to whoever paid, in all, as of now: by refunds, or by a dispute
-    for as long as it is open or lost. `reference` is the provider's, the same however often it is
-    told; the amount may be less later, where a refund fails or a dispute is won."""
+    """The total of a payment that is refunded, or held by an open or lost dispute, as of now.
+    `reference` is the provider's, and the same in repeated events. The amount may decrease, if a
+    refund fails or a dispute is won."""
 
     org_id: str
     amount_cents: int
@@ -54,28 +54,27 @@ class Payments(Protocol):
         """Return a page on which an organization pays an amount.
 
         Raises:
-            InvalidArgumentError: the provider does not take what was asked.
-            UnavailableError: the provider is not set up or does not answer.
+            InvalidArgumentError: the provider rejected the request.
+            UnavailableError: the provider is not set up, or does not answer.
         """
         ...
 
     async def charge(
         self, *, org_id: str, customer_id: str, amount_cents: int, key: str
     ) -> Payment:
-        """Charge the card that a customer saved; asked twice with one key, once.
+        """Charge the card that a customer saved; idempotent by `key`.
 
         Raises:
-            ConflictError: the charge was refused for good.
-            UnavailableError: the provider is not set up or does not answer: what became of the
-                charge is not known, and is found out by asking again with the same key.
+            ConflictError: the charge was refused permanently.
+            UnavailableError: the provider is not set up, or does not answer. The outcome of the
+                charge is unknown; retry with the same key.
         """
         ...
 
     async def read_event(self, payload: bytes, signature: str) -> Payment | Reversal | None:
-        """Return the payment, or what went back of one, that the provider tells of; None for
-        anything else.
+        """Return the payment or reversal that an event is about; None for other events.
 
-        Events come in any order, so what went back is asked of the provider as of now.
+        Events may arrive out of order, so a reversal is fetched from the provider as of now.
 
         Raises:
             InvalidTokenError: it is not signed by the provider, or too old.

@@ -1,4 +1,4 @@
-"""What is asked of an identity provider."""
+"""The identity provider."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,10 +7,10 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Session:
-    """What a session token says, once its signature was found good.
+    """The claims of a verified session token.
 
-    `subject` and `org` are the provider's names for user and organization; `org` is None where the
-    token is for no organization. `permissions` is None where it says nothing of them.
+    `subject` and `org` are the provider's ids of user and organization; `org` is None if the token
+    has no organization. `permissions` is None if the token has no such claim.
     """
 
     subject: str
@@ -30,11 +30,11 @@ class Sessions(Protocol):
     """Reads session tokens."""
 
     async def read(self, token: str) -> Session:
-        """Return what a token says.
+        """Return the claims of a token.
 
         Raises:
-            InvalidTokenError: it is malformed, not signed by the provider, or not for us.
-            TokenExpiredError: it was good once.
-            UnavailableError: the provider's keys cannot be had now.
+            InvalidTokenError: it is malformed, not signed by the provider, or for another audience.
+            TokenExpiredError: it has expired.
+            UnavailableError: the provider's keys cannot be fetched.
         """
         ...

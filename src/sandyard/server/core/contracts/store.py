@@ -44,11 +44,7 @@ from sandyard.server.core.states import Status
 
 @dataclass(frozen=True)
 class Hold:
-    """A lease to take together with a write: which server works on the sandbox, and how long.
-
-    Its time begins when it is written, by the clock of the database: servers need not agree on what
-    time it is.
-    """
+    """A lease to acquire with a write: the server, and the duration by the database's clock."""
 
     owner: str
     lease: str
@@ -56,7 +52,8 @@ class Hold:
 
 
 class Turn(Enum):
-    """Beside whom a transaction may write that is no organization's own."""
+    """The turn of a transaction that belongs to no organization: which others may run at the same
+    time."""
 
     ALONE = "alone"
     """It runs alone: what it reads does not change before it has ended."""
@@ -160,7 +157,7 @@ class SandboxRows(Protocol):
 
 
 class LeaseRows(Protocol):
-    """Who works on which sandbox: a server, under a lease that runs out."""
+    """Leases on sandboxes, each held by one server."""
 
     async def claim(self, statuses: frozenset[Status], *, hold: Hold, limit: int) -> list[Claim]:
         """Lease up to `limit` sandboxes of these statuses that are not leased, the stalest first.
@@ -174,12 +171,12 @@ class LeaseRows(Protocol):
         ...
 
     async def extend(self, sandbox_id: str, *, lease: str, lasts: timedelta | None) -> bool:
-        """Have a lease that is held last so long from now; None gives it back. False if it is not
+        """Extend a held lease to this long from now; None releases it. Return False if it is not
         held."""
         ...
 
     async def void(self, owner: str) -> None:
-        """End every lease of a server, which is there no more."""
+        """End all leases of a server that no longer exists."""
         ...
 
 
@@ -196,7 +193,7 @@ class NodeRows(Protocol):
 
 
 class JoinedNodeRows(Protocol):
-    """The nodes on other hosts, and who of them has a lease, by the database's clock."""
+    """Nodes on other hosts, and their leases by the database's clock."""
 
     async def add(self, node: JoinedNode) -> None:
         """Add a node, which has not started yet."""
@@ -220,10 +217,8 @@ class JoinedNodeRows(Protocol):
     async def beat(
         self, said: Collection[tuple[str, int]], *, lasts: timedelta
     ) -> frozenset[tuple[str, int]]:
-        """Have the leases of nodes, each said to be there in an epoch, last so long from now.
-
-        Returned are those of which no later epoch has begun.
-        """
+        """Extend the leases of nodes, each given with its epoch. Return those whose epoch is still
+        the latest."""
         ...
 
     async def have_compared(
@@ -235,10 +230,10 @@ class JoinedNodeRows(Protocol):
         lasts: timedelta,
         free_for: timedelta = timedelta(),
     ) -> frozenset[str]:
-        """Have nodes compared by one control plane for so long, and return those that are.
+        """Assign nodes to one control plane for so long, and return those that it has now.
 
-        Those that another compares are left to it, unless it is the one `over` which this one is;
-        so are those that any of them has compared within `free_for`.
+        Nodes of another control plane are skipped, unless it is `over`, from which this one takes
+        them over. So are nodes that any control plane has compared within `free_for`.
         """
         ...
 
@@ -247,7 +242,8 @@ class JoinedNodeRows(Protocol):
         ...
 
     async def drain(self, node_id: str, *, is_draining: bool) -> bool:
-        """Note whether new sandboxes may come to a node; False if there is no such node."""
+        """Set whether new sandboxes may be placed on a node; return False if there is no such
+        node."""
         ...
 
     async def forget(self, node_id: str) -> bool:
@@ -256,26 +252,26 @@ class JoinedNodeRows(Protocol):
 
 
 class InviteRows(Protocol):
-    """Invites for nodes, by the digest of their secrets; each is good once."""
+    """Invites for nodes, by the digest of their secrets; each can be used once."""
 
     async def add(self, digest: str, *, lasts: timedelta) -> None:
-        """Add an invite that is good for so long."""
+        """Add an invite with a lifetime."""
         ...
 
     async def take(self, digest: str) -> bool:
-        """Use an invite up; False if there is none that is good."""
+        """Consume an invite; return False if there is no valid one."""
         ...
 
 
 class SecretRows(Protocol):
-    """Secrets of the installation itself, by name."""
+    """Secrets of the installation, by name."""
 
     async def find(self, name: str) -> Mapping[str, str] | None:
         """Return one."""
         ...
 
     async def add(self, name: str, values: Mapping[str, str]) -> None:
-        """Keep one; there is none of that name yet."""
+        """Add a secret; the name must be unused."""
         ...
 
 
@@ -299,11 +295,11 @@ class WorkspaceRows(Protocol):
         ...
 
     async def replace(self, workspace: Workspace) -> None:
-        """Write a workspace that is there."""
+        """Update a workspace."""
         ...
 
     async def erase(self, workspace_id: str) -> None:
-        """Forget a workspace for good."""
+        """Delete the row of a workspace."""
         ...
 
     async def every(self) -> list[Workspace]:
@@ -339,7 +335,7 @@ class OrganizationRows(Protocol):
         ...
 
     async def replace(self, organization: Organization) -> None:
-        """Write an organization that is there."""
+        """Update an organization."""
         ...
 
     async def every(self) -> list[Organization]:
@@ -348,7 +344,7 @@ class OrganizationRows(Protocol):
 
 
 class UserRows(Protocol):
-    """Users, and what they are in organizations."""
+    """Users and their memberships."""
 
     async def add(self, user: User) -> None:
         """Add a user.
@@ -389,7 +385,7 @@ class UserRows(Protocol):
         ...
 
     async def member(self, org_id: str, user_id: str) -> Membership | None:
-        """Return what a user is in an organization."""
+        """Return a user's membership in an organization."""
         ...
 
     async def members(self, org_id: str) -> list[tuple[User, Membership]]:
@@ -421,11 +417,11 @@ class ProjectRows(Protocol):
         ...
 
     async def replace(self, project: Project) -> None:
-        """Write a project that is there."""
+        """Update a project."""
         ...
 
     async def remove(self, project: Project, *, heir: Project) -> None:
-        """Remove a project; what it held is the heir's."""
+        """Remove a project, and move its resources to `heir`."""
         ...
 
 
@@ -445,7 +441,7 @@ class KeyRows(Protocol):
         ...
 
     async def replace(self, key: ApiKey) -> None:
-        """Write a key that is there."""
+        """Update a key."""
         ...
 
     async def page(
@@ -493,23 +489,23 @@ class SshKeyRows(Protocol):
 
 
 class RevokedKeyRows(Protocol):
-    """SSH keys that were revoked, and are to be removed from the files of sandboxes: after every
-    start once, since a disk may come from a snapshot that has them."""
+    """Revoked SSH keys that must be removed from sandboxes' files: once after each start, because
+    the disk of a snapshot may contain them."""
 
     async def add(self, sandbox_id: str, key: SshKey) -> None:
-        """Note that a key is to be removed from a sandbox's files, also if it was before."""
+        """Mark a key for removal from a sandbox's files, even if it was removed before."""
         ...
 
     async def pending(self) -> list[RevokedKey]:
-        """Return what is to be removed from running sandboxes, and was not since they started."""
+        """Return the keys that were not removed since their sandbox's last start."""
         ...
 
     async def removed(self, key: RevokedKey) -> None:
-        """Note that a key was removed from the files of a sandbox as it was started last."""
+        """Record that a key was removed since the sandbox's last start."""
         ...
 
     async def clear(self) -> None:
-        """Forget what was to be removed from sandboxes that are gone."""
+        """Remove the entries of sandboxes that no longer exist."""
         ...
 
 
@@ -553,7 +549,7 @@ class UsageRows(Protocol):
         ...
 
     async def owing(self) -> list[str]:
-        """Return the organizations that have such periods, of either kind."""
+        """Return the organizations with unsettled usage or storage periods."""
         ...
 
     async def charge(self, periods: Sequence[UsagePeriod]) -> None:
@@ -567,7 +563,8 @@ class UsageRows(Protocol):
         ...
 
     async def in_use(self, org_id: str, now: datetime) -> InUse:
-        """Return what an organization's live sandboxes take together, and what is not charged."""
+        """Return the total resources of an organization's live sandboxes, and its uncharged
+        usage."""
         ...
 
 
@@ -604,14 +601,14 @@ class StorageRows(Protocol):
 
 
 class CreditRows(Protocol):
-    """What organizations have, and the ledger of how it came to that; lines are never changed."""
+    """Accounts, and their ledgers, whose entries never change."""
 
     async def account(self, org_id: str) -> Account:
         """Return an organization's account."""
         ...
 
     async def position(self, org_id: str, now: datetime) -> tuple[InUse, Account]:
-        """Return what an organization uses, and what it has. See `UsageRows.in_use`, `account`."""
+        """Return an organization's usage and account. See `UsageRows.in_use`, `account`."""
         ...
 
     async def save(self, account: Account) -> None:
@@ -637,31 +634,31 @@ class CreditRows(Protocol):
         ...
 
     async def auto_topup(self, org_id: str) -> AutoTopup:
-        """Return how an organization wants its balance filled up."""
+        """Return an organization's settings for automatic top-up."""
         ...
 
     async def save_auto_topup(self, wish: AutoTopup) -> None:
-        """Write that."""
+        """Write the settings for automatic top-up."""
         ...
 
     async def topped_up(self) -> list[str]:
-        """Return the organizations whose balance can be topped up automatically."""
+        """Return the organizations whose balance is topped up automatically."""
         ...
 
 
 class FactRows(Protocol):
-    """Moments that the installation remembers by name, and the one that it is now."""
+    """Named timestamps of the installation, and the database's clock."""
 
     async def now(self) -> datetime:
-        """Return the time by the clock that leases go by."""
+        """Return the time of the clock that leases use."""
         ...
 
     async def moment(self, name: str) -> datetime | None:
-        """Return a moment."""
+        """Return a named timestamp."""
         ...
 
     async def note(self, name: str, at: datetime) -> None:
-        """Remember a moment."""
+        """Store a named timestamp."""
         ...
 
 
@@ -692,11 +689,11 @@ class SnapshotRows(Protocol):
         ...
 
     async def extend(self, snapshot_id: str, *, held_until: datetime) -> bool:
-        """Say that it is still being made; False if it was removed meanwhile."""
+        """Extend the deadline of a snapshot in progress; return False if it was removed."""
         ...
 
     async def complete(self, snapshot_id: str, *, size_bytes: int) -> bool:
-        """Note that a snapshot is whole; False if it was removed meanwhile."""
+        """Mark a snapshot as complete; return False if it was removed."""
         ...
 
     async def remove(self, snapshot_id: str, *, at: datetime) -> bool:
@@ -724,19 +721,19 @@ class SnapshotRows(Protocol):
         ...
 
     async def is_awaited(self, snapshot_id: str) -> bool:
-        """Tell whether a sandbox that is on its way up is to come from it."""
+        """Tell whether a sandbox that is starting comes from this snapshot."""
         ...
 
 
 class RequestRows(Protocol):
-    """Requests that carried a key, so that a repeated one does nothing twice."""
+    """Stored results of requests with an idempotency key."""
 
     async def find(self, key: RequestKey) -> KeyedRequest | None:
-        """Return what the request of that key was answered with."""
+        """Return the stored result for a key."""
         ...
 
     async def add(self, key: RequestKey, request: KeyedRequest, *, at: datetime) -> None:
-        """Keep what a request is answered with."""
+        """Store the result for a key."""
         ...
 
     async def remove(self, key: RequestKey, *, before: datetime | None = None) -> None:
@@ -756,20 +753,20 @@ class TicketRows(Protocol):
         ...
 
     async def find(self, digest: str) -> Ticket | None:
-        """Return a ticket, which stays."""
+        """Return a ticket without consuming it."""
         ...
 
     async def take(self, digest: str, kind: str) -> Ticket | None:
-        """Return a ticket of a kind and remove it: of several at once, one gets it."""
+        """Consume a ticket of a kind and return it; of concurrent calls, one gets it."""
         ...
 
     async def forget(self, *, before: datetime) -> None:
-        """Remove those that ran out before a moment."""
+        """Remove tickets that expired before a time."""
         ...
 
 
 class Transaction(Protocol):
-    """All rows, as of one moment; what is written becomes visible together or not at all."""
+    """All rows, as of one moment; writes become visible together or not at all."""
 
     @property
     def sandboxes(self) -> SandboxRows:
@@ -878,28 +875,28 @@ class Transaction(Protocol):
 
 
 class Store(Protocol):
-    """The truth. A transaction is short and never spans a call to anything else.
+    """The database. A transaction is short, and waits for nothing else.
 
-    Every method raises UnavailableError when the database does not answer or stays locked.
+    Every method raises UnavailableError if the database does not answer or remains locked.
     """
 
     def read(self) -> AbstractAsyncContextManager[Transaction]:
-        """Open a transaction that only reads: everything as of one moment."""
+        """Open a read-only transaction: everything as of one moment."""
         ...
 
     def glance(self) -> AbstractAsyncContextManager[Transaction]:
-        """Open what reads by one statement, and takes the fewest words for it.
+        """Open a read of exactly one statement, which takes the fewest round trips.
 
-        It raises InternalError for a second one, and for one that writes.
+        A second statement, or a write, raises InternalError.
         """
         ...
 
     def write(self, turn: Turn | str) -> AbstractAsyncContextManager[Transaction]:
-        """Open a transaction that commits when the block is left, and rolls back on an error.
+        """Open a transaction that commits at the end of the block, and rolls back on an error.
 
-        `turn` is the id of the organization whose rows are read and written: two of one
-        organization never interleave, and those of several may run side by side. What is of no one
-        organization has a `Turn`. A transaction sees all that was committed before its turn came.
+        `turn` is the id of the organization whose rows are used, or a `Turn`. Transactions of one
+        organization are serialized; those of different organizations may run concurrently. A
+        transaction sees everything that was committed before its turn.
         """
         ...
 

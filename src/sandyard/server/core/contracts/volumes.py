@@ -1,4 +1,4 @@
-"""Where the files of workspaces lie: one bounded file system, or folder, each."""
+"""Storage for workspaces: one file system of limited size, or directory, for each."""
 
 from collections.abc import Collection
 from contextlib import AbstractAsyncContextManager
@@ -9,8 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class VolumeUse:
-    """How much is in a volume, how much it may hold, and how much the disk below it still takes,
-    in bytes."""
+    """The used and total size of a volume, and the free space on the disk below it, in bytes."""
 
     used_bytes: int
     quota_bytes: int
@@ -24,40 +23,38 @@ class Volumes(Protocol):
     """
 
     def open(self, workspace_id: str, quota_bytes: int) -> AbstractAsyncContextManager[Path]:
-        """Return the folder of a volume for as long as the block lasts; it is made if it is not
-        there.
+        """Return the directory of a volume for the duration of the block; it is created if
+        necessary.
 
         Raises:
-            UnavailableError: it cannot be had now.
+            UnavailableError: it cannot be opened now.
         """
         ...
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
-        """Return how much is in a volume; nothing, if it was not made yet.
+        """Return a volume's usage; zero if it was not created yet.
 
-        What is left of the host's disk does not count what is kept free there for its machines.
+        Free space on the host does not include what is reserved for machines.
 
         Raises:
-            UnavailableError: it cannot be told now.
+            UnavailableError: it cannot be read now.
         """
         ...
 
     async def stuck(self, workspace_ids: Collection[str]) -> list[str]:
-        """Return those whose volume takes no more writes, and would again if all let go of it.
-
-        So it is when the disk below was full, and is not any more. Whoever opens one first after
-        all who had it open have closed it has it mended.
-        """
+        """Return the ids of volumes that accept no more writes because the host's disk was full,
+        and that can be repaired now. Once all users have closed one, the next to open it repairs
+        it."""
         ...
 
     async def remove(self, workspace_id: str) -> None:
-        """Remove a volume with all that is in it; nothing if there is none.
+        """Remove a volume and its content; does nothing if there is none.
 
         Raises:
-            UnavailableError: it is in use, or would not go.
+            UnavailableError: it is in use, or cannot be removed.
         """
         ...
 
     async def rest(self) -> None:
-        """Let go of volumes that nobody has opened for a while."""
+        """Close volumes that were not opened recently."""
         ...

@@ -298,7 +298,7 @@ def sweep_groups(group: str) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _warn_of_groups(why: str) -> None:
-    log.warning("hypervisors have no control groups here: %s", why)
+    log.warning("cannot make control groups: %s; hypervisors run without their limits", why)
 
 
 def _has_unified() -> bool:

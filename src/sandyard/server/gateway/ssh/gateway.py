@@ -328,7 +328,7 @@ class _Client(asyncssh.SSHServer):
         try:
             found = await question
         except SandyardError as error:
-            log.warning("a login could not be looked at: %s", error.message)
+            log.warning("cannot verify an SSH login: %s; refusing it", error.message)
         if found is None:
             await self.clock.sleep(rest_of(self.clock.monotonic() - began))
         return found
@@ -336,7 +336,7 @@ class _Client(asyncssh.SSHServer):
     def _may_try(self) -> bool:
         self._attempts += 1
         if self._attempts > _ATTEMPTS_MAX:
-            self.close("too many keys and passwords that open nothing; try with the right one")
+            self.close("too many invalid keys and passwords; try again with a valid one")
             return False
         return True
 
@@ -360,8 +360,8 @@ class _Client(asyncssh.SSHServer):
             await self.gateway.logins.note(login, login.sandbox_id, self.address)
         except SandyardError as error:
             # What cannot be written to the audit log is not done.
-            log.warning("a login could not be noted: %s", error.message)
-            self.close("the login could not be noted; try again")
+            log.warning("cannot record an SSH login: %s; closing the connection", error.message)
+            self.close("the login could not be recorded; try again")
             return
         clock = self.clock
         authorized_at = clock.monotonic()
@@ -466,7 +466,7 @@ class _Client(asyncssh.SSHServer):
         try:
             await listener.opened
         except SandyardError as error:
-            log.info("a port of a sandbox is not forwarded: %s", error.message)
+            log.info("cannot forward a port of a sandbox: %s", error.message)
             return None
         finally:
             self._listening.discard(listener.opened)

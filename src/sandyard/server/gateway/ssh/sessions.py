@@ -48,35 +48,35 @@ _FAILED = 255  # what OpenSSH's own client exits with when the connection is at 
 
 
 class SessionHolder(Holder, Protocol):
-    """What a session needs besides of the connection that it is on."""
+    """What a session needs of its connection."""
 
     @property
     def peer(self) -> tuple[str, int]:
-        """Whence the client comes: address and port."""
+        """The client's address and port."""
         ...
 
     @property
     def processes(self) -> Processes:
-        """What runs in sandboxes."""
+        """The service that runs processes."""
         ...
 
     @property
     def crew(self) -> Crew:
-        """Who sees a session through."""
+        """The owner of the session's task."""
         ...
 
     async def until_listening(self) -> None:
-        """Return once the sandbox listens wherever it was asked to."""
+        """Wait until requested listeners are open."""
         ...
 
     def note_start(self) -> None:
-        """Note that a session has said what it is to be, or never will."""
+        """Note that a session has started, or has ended without that."""
         ...
 
 
 class SessionChannel(SSHServerChannel[bytes]):
-    """A session's channel. A command may have bytes that are no UTF-8, as a file's name may; and an
-    agent that is forwarded is to be reached in the sandbox, not on this host."""
+    """A session's channel. Commands may contain bytes that are not UTF-8, and a forwarded agent
+    listens in the sandbox, not on this host."""
 
     forwards_agent = False
     _told_bytes = 0
@@ -273,7 +273,7 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
                 await self._can_write.wait()
         if not has_spoken:
             raise NotFoundError(
-                "sftp-server ended without a word; is openssh-sftp-server installed in the sandbox?"
+                "sftp-server ended without output; install openssh-sftp-server in the sandbox"
             )
         channel.exit(0)
 

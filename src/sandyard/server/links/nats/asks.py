@@ -1,8 +1,9 @@
-"""What a control plane may ask a node for, and how it is written: the contract's own methods.
+"""The requests that a control plane sends to a node, and their encoding: the contract's own
+methods.
 
-node.<node>.do   {"op", "args", "from"}   control plane → node
-its reply        {"working": true}        every `WORKING_S`, while it is done
-                 {"value"} or {"error": {"code", "message", "facts"}}
+    node.<node>.do   {"op", "args", "from"}   control plane → node
+    its reply        {"working": true}        every `WORKING_S`, while the request is in progress
+                     {"value"} or {"error": {"code", "message", "facts"}}
 """
 
 import inspect

@@ -1,7 +1,7 @@
-"""Nodes say by NATS that they are there: how a control plane hears it, and how a node says it.
+"""Registration and heartbeats of nodes over NATS.
 
 ctl.<node>.hello     Hello → Welcome    to one control plane
-ctl.<node>.beat      Beat → Grant       to one, each second; heard by all
+ctl.<node>.beat      Beat → Grant       every second; one answers, all receive it
 ctl.<node>.changed   nothing            to all
 """
 
@@ -136,4 +136,4 @@ class NatsPresence:
         try:
             return decode(kind, heard.values.get("value"))
         except CodecError as error:
-            raise UnavailableError(f"a control plane answers otherwise: {error}") from error
+            raise UnavailableError(f"a control plane sent an invalid answer: {error}") from error

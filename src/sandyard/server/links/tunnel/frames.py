@@ -1,14 +1,14 @@
-"""What is said on a connection of the tunnel: frames, each of a kind, none longer than agreed.
+"""The frames on a connection of the tunnel, of limited size.
 
     kind     1 byte
     length   4 bytes, big-endian
     payload  length bytes
 
-The control plane asks (`ASK`, JSON), the node answers or refuses, then bytes go both ways until
-each side has said `END`; `LEAVE` ends the operation, and once the node has said it back, the
-connection carries the next. Neither side sends more than `WINDOW` bytes that the other has not
-`TAKEN`, so both can always read on: whoever leaves is heard whatever is not taken. A side that
-breaks this is hung up on.
+The control plane sends a request (`ASK`, JSON), and the node accepts or refuses it. Then both send
+data until each has sent `END`. `LEAVE` ends the operation; after the node has returned it, the
+connection can be used for the next one. Each side sends at most `WINDOW` bytes that the other has
+not acknowledged (`TAKEN`), so both can always read, and control frames are never delayed by data. A
+side that violates this is disconnected.
 """
 
 import asyncio

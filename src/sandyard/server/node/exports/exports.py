@@ -148,7 +148,10 @@ class NfsExports:
             missing = await missing_by_test(self._folder, self._network)
             await in_thread(note_verdict, self._verdict, library, missing)
         except (SandyardError, OSError) as error:
-            log.warning("cannot test the file servers; using their library's digest: %s", error)
+            log.warning(
+                "the self-test of the file servers failed: %s; going by their build",
+                error,
+            )
             await in_thread(self._verdict.unlink, missing_ok=True)
         for feature in await in_thread(missing_here, self._verdict):
             log.warning("in mounted workspaces, %s: use another build of NFS-Ganesha", feature)
@@ -282,11 +285,11 @@ class NfsExports:
             try:
                 await self._bind(served, one)
             except (UnavailableError, InternalError, OSError) as error:
-                log.error("a machine cannot reach a workspace yet; trying again: %s", error)
+                log.error("cannot export a workspace to a machine yet: %s; retrying", error)
         try:
             await self._serve(served)
         except (SandyardError, OSError) as error:
-            log.error("a machine cannot reach its workspaces yet; trying again: %s", error)
+            log.error("cannot export the workspaces of a machine yet: %s; retrying", error)
         else:
             served.is_behind = not served.wanted.keys() <= served.bound
 
@@ -342,7 +345,7 @@ class NfsExports:
         try:
             stuck = set(await self._volumes.stuck(list(wanted - lately)))
         except (SandyardError, OSError) as error:
-            log.error("workspaces cannot be examined: %s", error)
+            log.error("cannot check workspaces for damage by a full disk: %s; retrying", error)
             return
         if not stuck:
             return
@@ -368,7 +371,7 @@ class NfsExports:
             await server.stop()
             await server.remove()
         except (SandyardError, OSError):
-            log.exception("what a file server left cannot be removed; the next start tries again")
+            log.exception("cannot clean up after a file server; its next start tries again")
 
 
 def _folders_in(folder: Path) -> list[Path]:

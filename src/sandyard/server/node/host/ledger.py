@@ -57,7 +57,7 @@ class Ledger:
         self._used: OrderedDict[Counted, tuple[float, int]] = OrderedDict()
 
     def enter(self, one: Counted) -> None:
-        """Count a machine from now on."""
+        """Count a machine from now on, or read again what it uses."""
         self._read(one)
 
     def leave(self, one: Counted) -> None:

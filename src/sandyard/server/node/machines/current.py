@@ -109,8 +109,8 @@ class CurrentRecord:
         self._record = replace(self._record, slot=_NOWHERE, handle=None)
 
     def begin_other_body(self, incarnation: int, disk_mib: int) -> Record:
-        """Switch to a second body, whose start may fail. Return the record for `go_back_to`, which
-        remains on disk until `enter`."""
+        """Switch to a second body, whose start may fail. Return the previous record, for
+        `go_back_to`. The record on disk is not changed until `enter`."""
         before = self._record
         name = f"body-{incarnation}"
         self._record = replace(
@@ -123,12 +123,12 @@ class CurrentRecord:
         return before
 
     def go_back_to(self, before: Record) -> None:
-        """Return to the body and record of before; nothing of the other may be open."""
+        """Return to the previous body and record; nothing of the second body may be open."""
         version = max(before.version, self._record.version)
         self._record = replace(before, slot=_NOWHERE, handle=None, version=version)
 
 
 def _on_disk(record: Record) -> Record:
-    """Return what is written: whether a machine is held is decided again by each process, and an
-    older version reads records, too."""
-    return record.with_phase(Phase.RUNNING) if record.phase is Phase.HELD else record
+    """Return the record as it is written. `held` is not: each process decides that again, and an
+    older version must be able to read the record."""
+    return replace(record, phase=Phase.RUNNING) if record.phase is Phase.HELD else record

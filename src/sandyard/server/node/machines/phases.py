@@ -1,11 +1,11 @@
-"""What a request does to a machine in each phase.
+"""The step that is taken for each kind of request in each phase of a machine.
 
-A request names the incarnation that it means. The machine here may be of an earlier one (the
-request is `newer`) or of the same; requests for an incarnation before the one here are refused
-earlier. The phases are those of a machine at which no job is at work, or None if there is none.
+A request is for the incarnation that is here, or for a newer one; requests for an older one are
+refused before. The phase is that of a machine without a job in progress, or None if there is no
+machine.
 
-A create that is repeated after its machine was paused, or died, is late: its machine has been used,
-and must be kept. A `starting` machine without a job is what a failed start left.
+A create that is repeated after its machine was paused or has ended is late: the machine has been
+used and must be kept. A `starting` machine without a job is what a failed start left.
 """
 
 from collections.abc import Mapping

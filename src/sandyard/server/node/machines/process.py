@@ -33,10 +33,10 @@ _POWER_OFF = "/run/sandyard/base/usr/bin/busybox poweroff"
 
 
 class MachineProcess:
-    """The process, if there is one.
+    """The process of a machine, if there is one.
 
-    A record that says `running` beside a published state belongs to a machine that has not run on
-    yet; one that says `waking`, to a machine that ran on and must be woken before it is used.
+    In phase `running` with a published state, the restored machine has not run yet. In phase
+    `waking` it has run, and must be woken before it is used.
     """
 
     def __init__(self, current: CurrentRecord, guest: Guest, means: Means) -> None:
@@ -79,13 +79,12 @@ class MachineProcess:
         background: Entry | None = None,
         is_recorded: bool = True,
     ) -> None:
-        """Start the machine from its files and return once its agent answers; it is not watched
-        yet.
+        """Start the machine and return once its agent answers; it is not watched yet.
 
-        If its files include a saved state, it is restored from that: then `token` is what the agent
-        in it accepts, and the agent must still be woken or set up. The saved state is withdrawn
-        when the machine runs on. Before that, a failure leaves it intact; after that, the machine
-        lives even if this is cancelled. Without `is_recorded` the record on disk is not changed.
+        If there is a saved state, the machine is restored from it: `token` is the one that its
+        agent accepts, and the caller must wake or set up the guest. The state is withdrawn when the
+        machine runs. A failure before that keeps the state; after that the machine runs, even if
+        the call is cancelled. If `is_recorded` is false, the record on disk is not changed.
 
         Raises:
             DamagedError: the saved state does not fit.
@@ -229,15 +228,15 @@ class MachineProcess:
         self._current.leave_place()
 
     async def stop_saved(self) -> None:
-        """End the process of a machine that was just saved. Its slot is released in the
-        background, because that takes long and its memory is free already."""
+        """End the process of a machine that was just saved, and take its files back."""
         if self.machine is not None:
             await self.machine.stop()
             self.machine = None
         await in_thread(self._current.body.take_back)
 
     async def leave_place_later(self) -> None:
-        """Release the slot in the background, and everything else now."""
+        """Release everything but the slot now, and the slot in the background, because that takes
+        long."""
         place, self._place = self._place, None
         if place is not None:
             self._means.crew.start(

@@ -123,13 +123,14 @@ class Resident:
 
     def fact(self, *, way: Way | None) -> MachineFact:
         """Return what its node reports of it."""
-        record, phase = self.record, self.phase
+        record, phase, why = self.record, self.phase, None
         if phase is Phase.HELD:  # it is running for its user, who is told why it stands still
-            phase = Phase.RUNNING
+            phase, why = Phase.RUNNING, self.saving.held_for
         elif phase is Phase.STARTING:  # a failed start that could not be removed
             phase = Phase.DEAD
         runs = phase is Phase.RUNNING
-        stall = self.guest.pulse.stall if runs else None
+        if runs:
+            why = why or self.guest.pulse.stall
         return MachineFact(
             sandbox_id=record.sandbox_id,
             incarnation=record.incarnation,
@@ -140,8 +141,8 @@ class Resident:
             driver=record.driver,
             os=record.os,
             way=way,
-            reason_code=stall.code if stall else record.reason_code,
-            reason_message=stall.message if stall else record.reason_message,
+            reason_code=why.code if why else record.reason_code,
+            reason_message=why.message if why else record.reason_message,
         )
 
     # --- up and down ----------------------------------------------------------------------

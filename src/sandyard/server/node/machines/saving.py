@@ -36,6 +36,8 @@ class Saving:
         self._process = process
         self._guest = guest
         self._means = means
+        self.held_for: End | None = None
+        """Why the machine is held, while it is."""
 
     async def pause(self) -> None:
         """Save the machine and end its process; if that fails, it keeps running.
@@ -164,15 +166,17 @@ class Saving:
             if not isinstance(error, SandyardError):
                 raise
         else:
-            self._current.set_phase(Phase.HELD, why)
+            self._current.update(phase=Phase.HELD)
+            self.held_for = why
 
     async def release(self) -> None:
         """Resume a machine after `hold`, and set its clock; if it cannot be resumed, it stays
         held."""
         with suppress(SandyardError):
             await self._process.saving_machine().resume()
-            self._current.set_phase(Phase.RUNNING, None)
+            self._current.update(phase=Phase.RUNNING)
             self._guest.pulse.is_held = False
+            self.held_for = None
             self._guest.pulse.note_stall(None)  # outdated; the next look finds out
             self.set_clock_later()
 

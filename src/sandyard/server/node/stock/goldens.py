@@ -308,7 +308,7 @@ async def _warm_up(resident: Resident, command: str, *, limit_s: float) -> None:
 
 
 def a_wish(kind: Kind) -> MachineWish:
-    """Return a request for a machine of a kind that belongs to no sandbox yet."""
+    """Return the request for a machine of a kind, without a sandbox."""
     return MachineWish(
         sandbox_id="",
         incarnation=0,

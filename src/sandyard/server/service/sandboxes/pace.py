@@ -1,8 +1,7 @@
-"""How fast guests' output is taken in: by budget of each sandbox and each organization.
+"""Rate limits for guests' output, for each sandbox and each organization.
 
-To decode a frame costs this thread the same however little is in it, so a guest that writes a byte
-at a time, in many streams at once, could keep the thread from everyone else. What one sandbox, and
-what one organization may have decoded in a second is bounded, over all their streams together.
+Decoding a frame costs the same however small it is, so a guest that writes single bytes to many
+streams could keep the event loop from other tenants. The limits apply to all streams together.
 """
 
 from sandyard.server.core.contracts.clock import Clock
@@ -14,14 +13,14 @@ _KEPT_MAX = 4096
 
 
 class FrameRates:
-    """The budgets, in frames."""
+    """The limits, in frames."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._rates: dict[str, Rate] = {}
 
     async def spend(self, sandbox_id: str, org_id: str, frames: int) -> None:
-        """Take so many frames from both budgets, and return once both have room for more."""
+        """Take so many frames from both limits, and return once both allow more."""
         now = self._clock.monotonic()
         wait_s = max(
             self._rate(sandbox_id, _SANDBOX_A_SECOND).spend(frames, now),

@@ -1,6 +1,6 @@
-"""RFB (RFC 6143) as a client speaks it: one picture of a screen, keys, a pointer.
+"""A client for RFB (RFC 6143): screenshots, keys, a pointer.
 
-What the other side sends is a guest's: every length has a bound, and what makes no sense ends it.
+The peer is an untrusted guest: every length is limited, and invalid data closes the connection.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ _TRUE_COLOUR = struct.pack(">BBBBHHHBBBxxx", 32, 24, 0, 1, 255, 255, 255, 16, 8,
 
 @dataclass(frozen=True)
 class Picture:
-    """A screen as it was; `pixels` are red, green and blue, row by row."""
+    """A screenshot; `pixels` are red, green and blue, row by row."""
 
     width: int
     height: int
@@ -50,7 +50,7 @@ class Picture:
 
 
 class Screen:
-    """One connection to a screen. `meet` first."""
+    """One connection to a screen. Call `meet` first."""
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
@@ -59,10 +59,10 @@ class Screen:
         self.width = self.height = 0
 
     async def meet(self) -> None:
-        """Shake hands, and share the screen with other viewers.
+        """Perform the handshake; other viewers remain connected.
 
         Raises:
-            UnavailableError: what answers is no screen, or not one that lets in the platform.
+            UnavailableError: the peer is not an RFB server, or requires a password.
         """
         said = await self._take(12)
         if not said.startswith(b"RFB 003."):
@@ -72,7 +72,7 @@ class Screen:
         if not kinds:
             raise UnavailableError("the screen of the sandbox accepts no connections")
         if b"\x01" not in kinds:
-            raise UnavailableError("the screen of the sandbox asks for a password")
+            raise UnavailableError("the screen of the sandbox requires a password")
         await self._stream.write(b"\x01")
         if await self._take(4) != bytes(4):
             raise _nonsense()
@@ -87,10 +87,10 @@ class Screen:
         )
 
     async def picture(self) -> Picture:
-        """Return what is on the screen now.
+        """Return a screenshot.
 
         Raises:
-            UnavailableError: what it sends makes no sense.
+            UnavailableError: the peer sends invalid data.
         """
         sizes, covered = 0, 0
         pixels: bytearray | None = None
@@ -118,7 +118,7 @@ class Screen:
                 return Picture(self.width, self.height, pixels)
 
     async def _lay(self, pixels: bytearray, x: int, y: int, width: int, height: int) -> None:
-        """Lay a rectangle of four bytes a pixel, as it comes, into a picture of three."""
+        """Receive a rectangle of four bytes per pixel, and copy it into the picture."""
         rows_a_strip = max(1, _STRIP // (width * 4)) if width else height
         for top in range(0, height, rows_a_strip):
             rows = min(rows_a_strip, height - top)
@@ -126,8 +126,7 @@ class Screen:
             await asyncio.sleep(0)
 
     async def _step(self) -> None:
-        """Count one thing that it said; there are not many in a picture, and others have their
-        turn meanwhile."""
+        """Count one message, of which a screenshot has few, and let other tasks run."""
         self._steps += 1
         if self._steps > _STEPS_MAX:
             raise _nonsense()
@@ -135,15 +134,15 @@ class Screen:
             await asyncio.sleep(0)
 
     async def point(self, x: int, y: int, buttons: int) -> None:
-        """Move the pointer to a place, with these buttons down (bit 0 is the left one)."""
+        """Move the pointer to a position, with these buttons pressed (bit 0 is the left one)."""
         await self._stream.write(struct.pack(">BBHH", 5, buttons, x, y))
 
     async def press(self, keysym: int, *, is_down: bool) -> None:
-        """Press a key, or let go of it."""
+        """Press or release a key."""
         await self._stream.write(struct.pack(">BBxxI", 4, is_down, keysym))
 
     async def settle(self) -> None:
-        """Return once the screen has taken everything that was sent before."""
+        """Return once the screen has processed all previous input."""
         # It answers in turn: one pixel is asked for, and comes after all the rest was read.
         await self._stream.write(struct.pack(">BBHHHH", 3, 0, 0, 0, 1, 1))
         self._steps = 0
@@ -163,7 +162,7 @@ class Screen:
         await self._stream.write(struct.pack(">BBHHHH", 3, 0, 0, 0, self.width, self.height))
 
     async def _until_update(self) -> None:
-        """Read as far as the next update of the picture, past all else."""
+        """Skip messages until the next update of the picture."""
         while True:
             await self._step()
             match (await self._take(1))[0]:
@@ -191,7 +190,7 @@ class Screen:
         while len(self._buffer) < count:
             data = await self._stream.read(_PIECE)
             if not data:
-                raise UnavailableError("the screen of the sandbox broke off")
+                raise UnavailableError("the connection to the screen of the sandbox broke")
             self._buffer += data
         found = bytes(self._buffer[:count])
         del self._buffer[:count]
@@ -199,7 +198,7 @@ class Screen:
 
 
 def _lay(pixels: bytearray, width: int, x: int, y: int, columns: int, data: bytes) -> None:
-    """Lay a rectangle of four bytes a pixel into a picture of three."""
+    """Copy a rectangle of four bytes per pixel into a picture of three."""
     rgb = bytearray(len(data) // 4 * 3)
     rgb[0::3], rgb[1::3], rgb[2::3] = data[2::4], data[1::4], data[0::4]
     stride = columns * 3
@@ -213,4 +212,4 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _nonsense() -> UnavailableError:
-    return UnavailableError("cannot understand the screen of the sandbox")
+    return UnavailableError("the screen of the sandbox sent invalid data")

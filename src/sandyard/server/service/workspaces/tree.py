@@ -157,7 +157,7 @@ def measured(root: Root, path: Parts) -> Measure:
 
 
 def weighed(root: Root, path: Parts) -> int:
-    """Return how many bytes a copy of a path would take."""
+    """Return the size of a copy of a path, in bytes."""
     with _told(path):
         _check_not_root(path)
         with root.folder(path[:-1]) as above:
@@ -406,7 +406,7 @@ def _empty(folder: Folder, name: bytes, top: Folder, levels: int) -> list[bytes]
 
 
 def _seen(root: Root, path: Parts) -> TreeEntry:
-    """Return an entry after an operation; a dangling link counts as existing."""
+    """Return the entry after an operation; a dangling link is returned as a link."""
     with _told(path), root.folder(path[:-1]) as folder:
         return _in(root, folder, path[:-1], path[-1])
 
@@ -436,10 +436,10 @@ def _trouble(error: OSError, path: str, target: str) -> SandyardError:
     number = error.errno
     if number in (errno.ENOENT, errno.ENOTDIR):
         return NotFoundError(
-            f"cannot find {path}: nothing is there, or something above it is no folder"
+            f"cannot find {path}: it does not exist, or a parent is not a directory"
         )
     if number in (errno.EXDEV, errno.ELOOP):
-        return NotFoundError(f"cannot find {path}: a link on the way leads out of the workspace")
+        return NotFoundError(f"cannot find {path}: a link in the path leads out of the workspace")
     if number in (errno.EEXIST, errno.ENOTEMPTY):
         return AlreadyExistsError(
             f"cannot put anything at {target}: something is there; name another target, or say "
@@ -457,7 +457,8 @@ def _trouble(error: OSError, path: str, target: str) -> SandyardError:
         )
     if number == errno.EINVAL:
         return InvalidArgumentError(
-            f"cannot do this to {path}: it is no file, or would go into itself", field="path"
+            f"cannot do this to {path}: it is not a regular file, or it would be moved into itself",
+            field="path",
         )
     if number in (errno.EPERM, errno.EACCES, errno.EROFS):
         return InvalidArgumentError(f"cannot change {path}: {error.strerror}", field="path")
