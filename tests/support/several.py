@@ -164,7 +164,7 @@ async def open_several(**options: Any) -> AsyncIterator[Yard]:
         tasks = await held.enter_async_context(asyncio.TaskGroup())
         controls, running = [], []
         settings = settings_of(home, **options)
-        volumes = await held.enter_async_context(open_volumes(settings))
+        volumes = await held.enter_async_context(open_volumes(settings, clock))
         for server_id in ("a", "b"):
             store = await held.enter_async_context(open_store(url, key=secret_key(home)))
             await ensure_first_organization(store, clock, sign_up_of(settings))

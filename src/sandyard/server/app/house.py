@@ -85,7 +85,7 @@ async def open_house(
     async with open_store(settings.store_url, key=secret_key(settings.home), clock=clock) as store:
         await ensure_first_organization(store, clock, sign_up_of(settings))
         async with (
-            open_volumes(settings) as volumes,
+            open_volumes(settings, clock) as volumes,
             open_node(
                 settings,
                 volumes=volumes,

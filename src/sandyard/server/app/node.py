@@ -111,7 +111,7 @@ async def open_node(
                 "cannot give hypervisors a mount namespace of their own: %s; continuing without it",
                 error.message,
             )
-    choice = choice_of(settings, drivers or drivers_of(settings))
+    choice = choice_of(settings, drivers or drivers_of(settings), monotonic=clock.monotonic)
     key = secret_key(settings.home)
     node = Node(
         node_id=node_id,

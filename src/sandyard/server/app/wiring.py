@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 from sandyard.server.app.firecracker import fetch, program
 from sandyard.server.app.installation import ssh_host_key, ssh_public_key
 from sandyard.server.app.settings import Settings
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.money import Prices, micros_of
@@ -141,7 +143,12 @@ async def set_up_firecracker(
     return f"Firecracker {await driver.version()} is installed"
 
 
-def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:
+def choice_of(
+    settings: Settings,
+    drivers: Sequence[Driver],
+    *,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> Drivers:
     """Return the selection among drivers, with the installation's cached verdicts."""
     return Drivers(
         drivers,
@@ -149,6 +156,7 @@ def choice_of(settings: Settings, drivers: Sequence[Driver]) -> Drivers:
         known=_every_driver(settings),
         probe_s=settings.node.probe_s,
         slowest=settings.node.slowest,
+        monotonic=monotonic,
     )
 
 
@@ -180,13 +188,17 @@ def addresses_of(settings: Settings) -> Addresses:
 
 
 @asynccontextmanager
-async def open_volumes(settings: Settings) -> AsyncIterator[Volumes]:
+async def open_volumes(settings: Settings, clock: Clock) -> AsyncIterator[Volumes]:
     """Open the storage of workspaces; unmount unused ones when the block ends."""
     own, folder = settings.workspaces, settings.workspaces_dir
     can_mount = os.geteuid() == 0 and settings.node.driver != "fake"
     wants_images = own.volumes == "images" or (own.volumes == "auto" and can_mount)
-    kind = ImageVolumes if wants_images else FolderVolumes
-    volumes = kind(folder, floor_bytes=settings.node.disk_floor_mib * 2**20)
+    floor_bytes = settings.node.disk_floor_mib * 2**20
+    volumes = (
+        ImageVolumes(folder, floor_bytes=floor_bytes, monotonic=clock.monotonic)
+        if wants_images
+        else FolderVolumes(folder, floor_bytes=floor_bytes)
+    )
     try:
         yield volumes
     finally:

@@ -168,7 +168,7 @@ def _enum(kind: type[Enum]) -> _Read:
 def _text(raw: object, where: str) -> str:
     if not isinstance(raw, str):
         raise CodecError(f"{where} is not text")
-    # What JSON's escapes can hold and UTF-8 cannot (lone surrogates) must not travel further.
+    # JSON escapes can contain lone surrogates, which UTF-8 cannot; they must not get further.
     return raw if raw.isascii() else raw.encode("utf-8", "replace").decode()
 
 

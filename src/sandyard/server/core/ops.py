@@ -762,7 +762,7 @@ def may_be_followed(operation: Operation[Any]) -> bool:
     """Tell whether another operation may follow on the same connection."""
     match operation:
         case Execute():
-            return not operation.stdin  # what came of it late would be taken for the next
+            return not operation.stdin  # its late output would be mistaken for the next answer
         case Run():
             return False
         case Hello() | SetUp() | Wake() | MountAll() | Unmount() | Stats():

@@ -242,7 +242,7 @@ class LastFrame:
         view = memoryview(data)
         while view:
             if self.is_whole:
-                self._is_past = True  # something follows what nothing may follow
+                self._is_past = True  # data after the last frame
                 return
             if self._left == 0:
                 missing = _FRAME_HEADER - len(self._head)

@@ -59,8 +59,8 @@ class Conduct:
     is_ready: bool = True
     makes_progress: bool = True
     dies_at_birth: bool = False
-    can_switch_off: bool = True  # or halts then, which tells only who looks
-    is_given_up: bool = False  # by its hypervisor, which tells only who looks
+    can_switch_off: bool = True  # otherwise it halts, which only `stall` shows
+    is_given_up: bool = False  # by its hypervisor, which only `stall` shows
     starts: bool = True
     leaks: bool = False
     can_be_stopped: bool = True
@@ -76,7 +76,9 @@ class Conduct:
     mute_wakes: int = 0  # so many times
     dies_at_set_up: int = 0  # so many times
     recent_cpu_percent: float = 0.0
-    ports: dict[int, int] = field(default_factory=dict)  # which lead to one of this host's loopback
+    ports: dict[int, int] = field(
+        default_factory=dict
+    )  # ports that lead to one of this host's loopback
 
 
 @dataclass
@@ -116,7 +118,7 @@ class FakeMachine:
 
     @property
     def _programs(self) -> FakePrograms:
-        # What it remembers is saved, and with it which processes it has.
+        # Its memory is saved, and with it which processes it has.
         key = self.remembers.setdefault("programs", str(self.pid))
         return self._host.programs.setdefault(key, FakePrograms())
 
@@ -244,7 +246,7 @@ class FakeMachine:
     def close(self) -> None:
         """Close the connections, which a machine that just ended leaves open."""
         self._closed.set()
-        self._moving.set()  # who waits for a machine that is held would wait for ever
+        self._moving.set()  # a client of a suspended machine would wait forever
         for writer in self._writers:
             writer.transport.abort()
 
@@ -339,7 +341,7 @@ class FakeMachine:
                 | ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize()
                 | ops.Stat() | ops.MakeFolder() | ops.Listen() | ops.Take() | ops.Stats()
             ):  # fmt: skip
-                pass  # the answer was all
+                pass  # nothing follows the answer
             case _:
                 assert_never(operation)
 

@@ -65,7 +65,7 @@ def unpacked_kernel(image: Path, cache: Path) -> Path:
         with os.fdopen(descriptor, "wb") as file:
             file.write(elf)
             file.flush()
-            os.fsync(descriptor)  # its name alone says that it is whole
+            os.fsync(descriptor)  # its final name means that it is complete
             os.fchmod(descriptor, 0o444)
         Path(part).replace(target)
     except BaseException:

@@ -19,7 +19,7 @@ _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _TUNSETOWNER = 0x400454CA, 0x400454CC
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
-_held = ctypes.PyDLL(None, use_errno=True)  # as above, and no other thread has its turn meanwhile
+_held = ctypes.PyDLL(None, use_errno=True)  # as above, without releasing the interpreter
 
 
 def path_of(netns: str) -> Path:
@@ -85,7 +85,7 @@ def socket_in(netns: str) -> socket.socket:
                 try:
                     _stand_in(own)
                 except OSError:
-                    # Whatever this thread did next, it would do in a guest's network.
+                    # Otherwise the thread would continue in a guest's network.
                     os.abort()
     except OSError as error:
         raise InternalError(f"cannot work in the namespace {netns}: {error}") from error

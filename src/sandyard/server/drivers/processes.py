@@ -31,7 +31,7 @@ def start_time(pid: int) -> int | None:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # The command's name stands in brackets and may hold anything; the rest is plain (proc(5)).
+    # The command's name is in parentheses and may contain anything (proc(5)).
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
@@ -99,7 +99,7 @@ class DetachedProcess:
             pidfd = os.pidfd_open(pid)
         except OSError:
             return None
-        # Verified after it is held: between the two the pid can no longer change hands.
+        # Verified after the pidfd is open: from then on the pid cannot be reused.
         if start_time(pid) != started:
             os.close(pidfd)
             return None
@@ -111,7 +111,7 @@ class DetachedProcess:
             return
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
-        # A descriptor of its own: this one may be let go of, or waited for elsewhere, meanwhile.
+        # A duplicate, because this one may be closed or waited for elsewhere meanwhile.
         watched = os.dup(self._pidfd)
         try:
             loop.add_reader(watched, ended.set)

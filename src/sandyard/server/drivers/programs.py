@@ -42,7 +42,7 @@ async def output_of(
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE if to is None else to,
         stderr=asyncio.subprocess.STDOUT if to is None else to,
-        # Nothing of this process's own: what is started may be taken over by its guest.
+        # Nothing of this process's environment: a guest may take over what is started.
         env={"PATH": _PATH, "LC_ALL": "C.UTF-8", **(env or {})},
         pass_fds=pass_fds,
         start_new_session=True,
@@ -81,7 +81,7 @@ def opened_as_written_by(uid: int, path: Path) -> Iterator[int]:
         InternalError: it is no plain file of that account's alone.
         OSError: it cannot be opened.
     """
-    # Not blocking: a pipe in its place would be waited at for ever.
+    # Non-blocking, because a pipe in its place would block forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         found = os.fstat(descriptor)

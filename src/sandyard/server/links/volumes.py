@@ -8,7 +8,7 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
 from sandyard.server.core.contracts.volumes import VolumeUse
@@ -35,7 +35,14 @@ class ImageVolumes:
     at once, and device files and setuid programs in it have no effect. See docs/decisions.
     """
 
-    def __init__(self, folder: Path, *, floor_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        floor_bytes: int = 0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._monotonic = monotonic
         self._folder = folder.resolve()  # what is mounted is known by its path without links
         self._floor_bytes = floor_bytes
         self._locks: dict[str, asyncio.Lock] = {}
@@ -56,7 +63,7 @@ class ImageVolumes:
             yield self._place(workspace_id)
         finally:
             self._users[workspace_id] -= 1
-            self._used_at[workspace_id] = time.monotonic()
+            self._used_at[workspace_id] = self._monotonic()
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
         """See core.contracts.volumes.Volumes.use_of."""
@@ -100,13 +107,13 @@ class ImageVolumes:
 
     async def rest(self, *, idle_s: float = _IDLE_S) -> None:
         """See core.contracts.volumes.Volumes.rest."""
-        until = time.monotonic() - idle_s
+        until = self._monotonic() - idle_s
         try:
             mounted = [one.name for one in self._folder.iterdir() if one.is_mount()]
         except OSError:  # nothing was made yet
             return
         for workspace_id in mounted:
-            if self._used_at.setdefault(workspace_id, time.monotonic()) > until:
+            if self._used_at.setdefault(workspace_id, self._monotonic()) > until:
                 continue
             async with self._locked(workspace_id):
                 # Another process on the host may have it open.

@@ -42,7 +42,7 @@ from sandyard.server.core.wire import (
 
 _READ = 128 * 1024
 _GRACE_S = 5.0
-_SPARE_S = 60.0  # well within the time for which the agent waits for a first word
+_SPARE_S = 60.0  # well within the agent's limit for a first line
 Dial = Callable[[float], Awaitable[socket.socket]]
 
 

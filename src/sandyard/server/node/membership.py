@@ -52,7 +52,7 @@ class Telling:
             return None
         try:
             return (await self._node.report()).view()
-        except Exception:  # that the node is there must be said whatever it has
+        except Exception:  # heartbeats are sent whatever the report is
             log.exception("cannot make this node's report; sending the heartbeat without it")
             return None
 
@@ -125,7 +125,7 @@ class NodeMembership:
             except (NotFoundError, UnauthenticatedError):
                 raise
             except ConflictError:
-                # The host may have been rebooted, and what held the lease with it.
+                # If the host was rebooted, the process that had the lease is gone.
                 if self._boot_time() - began > _REFUSED_S:
                     raise
                 await self._clock.sleep(_AGAIN_S)
@@ -137,7 +137,7 @@ class NodeMembership:
                 )
                 await self._clock.sleep(_AGAIN_S)
             else:
-                # Counted from before it was said: by then the database may have begun to count.
+                # From before it was sent: the database's lease may begin then.
                 self._lease_ends = sent + welcome.lease_s
                 self._is_settled.set()
                 self._keep(welcome.identity)

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 BALLAST_MIB = 64
 _LOOK_S = 1.0
-_ENOUGH, _SOON = 2, 4  # times what is little
-_WRITES_MIB = 4  # in a second, and it is one that writes
+_ENOUGH, _SOON = 2, 4  # multiples of `little_mib`
+_WRITES_MIB = 4  # in a second; less does not count as writing
 HELD = End(
     "host_disk_full",
     "the host's disk is nearly full, and this wrote most: it is suspended until there is room; "

@@ -118,7 +118,7 @@ class FirecrackerMachine:
         said = read_pipe(self._console) if self._console is not None else b""
         self._said = (self._said + said)[-TAIL:]
         if self._log is not None:
-            # Of use at the end only; but a pipe that is full takes no more.
+            # Needed only at the end, but a full pipe would block Firecracker's log.
             self._last_words = (self._last_words + read_pipe(self._log))[-TAIL:]
         return said
 
@@ -262,7 +262,7 @@ class FirecrackerDriver:
             finally:
                 jail.remove()
         except (OSError, SandyardError) as error:
-            # A program that is not installed, a disk that is full: next time it may be otherwise.
+            # A missing program or a full disk, say: that may change.
             reason = f"a probe machine did not come up: {str(error) or 'no reason'}"
             return Verdict(False, reason, is_certain=False)
 
@@ -288,7 +288,7 @@ class FirecrackerDriver:
                 async with asyncio.timeout(spec.limit_s):
                     lives = True
                     while lives:
-                        # Before what it printed is read: its last words may be those waited for.
+                        # Before its output is read, which may end with what is waited for.
                         lives = start_time(process.pid) is not None
                         said += await machine.console()
                         if _PROBE_PASSED in said:
@@ -299,7 +299,7 @@ class FirecrackerDriver:
                             )
                         await asyncio.sleep(_POLL_S)
             except TimeoutError:
-                # A kernel that came so far as to speak may only have lacked the time.
+                # A kernel that printed something may only have needed more time.
                 return Verdict(
                     False,
                     f"a probe machine did not come up within {spec.limit_s:g} s: its kernel "
@@ -394,7 +394,9 @@ class FirecrackerDriver:
             jail.remove()
             return None
         held.push_async_callback(process.kill)
-        process.send(signal.SIGCONT)  # an earlier server may have ended while it held it
+        process.send(
+            signal.SIGCONT
+        )  # an earlier server may have ended while the process was stopped
         api = Api(jail.folder / SOCKET)
         try:
             # Firecracker does one thing at a time: in the middle of a save that an earlier server

@@ -113,7 +113,7 @@ class Jail:
             with opened_as_written_by(self.uid, source) as descriptor:
                 os.fchown(descriptor, 0, 0)
                 os.fchmod(descriptor, 0o400)
-                # A copy: who wrote it may still hold it open.
+                # A copy, because the writer may still have it open.
                 copy_sparse(Path(f"/proc/self/fd/{descriptor}"), target)
         finally:
             source.unlink(missing_ok=True)
@@ -165,7 +165,7 @@ class Jail:
         except InternalError as error:
             if not groups or "cgroup" not in error.message.lower():
                 raise
-            # In a container they are often there to be seen and not to be used.
+            # In a container they are often visible but not writable.
             _warn_of_groups(error.message)
             self._remove_groups()
             (self.root / _PROGRAM).unlink(missing_ok=True)
@@ -205,7 +205,7 @@ class Jail:
             await until((self.root / SOCKET).is_socket)
             for name in (SOCKET, LOG):
                 (self.root / name).rename(self.folder / name)
-            # A socket is there a moment before anyone listens at it.
+            # A socket exists a moment before it is listened on.
             await until(lambda: _listens(self.folder / SOCKET))
         return pid
 

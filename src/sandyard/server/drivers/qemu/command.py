@@ -18,7 +18,7 @@ _OWN_SHARE_MIB = 16
 # TCG runs string instructions a byte at a time. Where a processor does not promise that those are
 # fast, kernel and libc copy in words and vectors. A state saved with the flag can be restored.
 EMULATED_CPU = "max,-erms,-fsrm"
-# Once what is kept of translated code is full, QEMU forgets all of it: Ubuntu with `node` and
+# When the cache of translated code is full, QEMU discards all of it: Ubuntu with `node` and
 # `python3` fills 70 MiB, a browser far more. Only what is used is taken from the host.
 _LEAST_TRANSLATED_MIB, _MOST_TRANSLATED_MIB = 128, 256
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -91,7 +91,7 @@ def machine_arguments(
         "-smp", str(spec.vcpus),
         *(waiting if is_restored else booting),
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        # A machine that ends is held still, so that its last words can still be read.
+        # A machine that ends is stopped instead, so that its last output can be read.
         "-action", "shutdown=pause,panic=pause",
         "-chardev", f"ringbuf,id={CONSOLE},size={CONSOLE_SIZE}",
         "-serial", f"chardev:{CONSOLE}",

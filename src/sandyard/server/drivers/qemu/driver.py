@@ -161,7 +161,7 @@ class QemuMachine:
         """See drivers.contract.Machine.stop."""
         if self._is_closed:
             return
-        # Nothing in the machine is worth an orderly end: its disk is dropped or has a journal.
+        # No orderly shutdown is needed: the disk is discarded, or has a journal.
         await self._process.kill()
         self._is_closed = True
         await self._monitor.close()
@@ -199,7 +199,7 @@ class QemuMachine:
         """See drivers.contract.SavingMachine.save."""
         folder.mkdir(mode=0o700)
         memory_file = Path(str(self._handle["memory"]))
-        # Side by side: the guest stands still, and neither writes to its memory.
+        # Concurrently: the guest is suspended, and neither writes to its memory.
         pages = in_thread(memory.save_pages, self.pid, memory_file, folder / _PAGES)
         async with beside(pages) as saving:
             await self._save_devices(folder)
@@ -390,11 +390,11 @@ class QemuDriver:
             )
         except (OSError, SandyardError) as error:
             said = (str(error) or "no end in time").splitlines()[0]
-            if _has_passed(console):  # how it came to its end says nothing any more
+            if _has_passed(console):  # how it ended does not matter any more
                 return Verdict(True, _PASSED)
             if _NO_DEVICE_OPTION in said:
                 return Verdict(False, _TOO_OLD, is_certain=False)
-            # A program that is not installed, a disk that is full: next time it may be otherwise.
+            # A missing program or a full disk, say: that may change.
             reason = f"a probe machine did not come up: {said}"
             return Verdict(False, reason, is_certain=False)
         if _has_passed(console):
@@ -443,7 +443,7 @@ class QemuDriver:
     async def _start(
         self, spec: MachineSpec, held: AsyncExitStack, *, is_restored: bool
     ) -> QemuMachine:
-        # What an earlier try left in the folder must not be taken for this one's.
+        # Files of an earlier attempt must not be mistaken for this one's.
         for name in (command.PID_FILE, command.QMP_SOCKET, command.INITRD):
             (spec.folder / name).unlink(missing_ok=True)
         if not is_restored:
@@ -475,7 +475,7 @@ class QemuDriver:
                 confined = command.confined(
                     self._binary, arguments, spec, group=_group(way), mounts=self._mounts
                 )
-                # Broken off half way, it would not yet run under the account that it is known by.
+                # If this were interrupted, it would not run under its own account yet.
                 pid = await to_the_end(_launch(confined, (tap_fd, *_fds(way)), spec, stderr))
         except BaseException:
             await to_the_end(kill_all_of(spec.place.uid))
@@ -488,7 +488,7 @@ class QemuDriver:
         try:
             monitor = await Monitor.connect(spec.folder / command.QMP_SOCKET, pid=process.pid)
         except UnavailableError as error:
-            # What it cannot run with may come to light only after it listens.
+            # Some errors show only after it listens.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ENDING_S):
                     await process.wait()
@@ -517,7 +517,9 @@ class QemuDriver:
         if process is None:
             return None
         held.push_async_callback(process.kill)
-        process.send(signal.SIGCONT)  # an earlier server may have ended while it held it
+        process.send(
+            signal.SIGCONT
+        )  # an earlier server may have ended while the process was stopped
         try:
             monitor = await Monitor.connect(Path(str(handle["qmp"])), pid=process.pid)
         except UnavailableError:
@@ -583,7 +585,7 @@ async def _load_or_refuse(
     try:
         await machine.load(spec.memory, saved, state)
     except UnavailableError as error:
-        if start_time(machine.pid) is not None:  # it lives: it had not the time
+        if start_time(machine.pid) is not None:  # it lives, and was too slow
             raise
         raise ConflictError(f"cannot restore {spec.name}: {error.message}") from error
 

@@ -138,7 +138,7 @@ def _mapping(pid: int, memory: Path) -> Run:
                     found.append((start, end - start))
     if not found:
         raise ProcessLookupError("the process has ended, and maps nothing")
-    # The process says what it maps, and is not to be believed.
+    # The process reports its mappings, and is not trusted.
     if len(found) != 1 or found[0][1] != memory.stat().st_size:
         raise InternalError(f"cannot find the memory of process {pid}: {len(found)} mappings")
     return found[0]

@@ -51,7 +51,7 @@ class Monitor:
                 async with asyncio.timeout(_LIMIT_S):
                     await client.connect(await _connected(path, pid))
             except (QMPError, OSError, TimeoutError) as error:
-                # QEMU makes the socket a moment before it listens there.
+                # QEMU creates the socket a moment before it listens on it.
                 is_early = isinstance(error, ConnectionRefusedError)
                 if not is_early or asyncio.get_running_loop().time() > until:
                     raise UnavailableError(f"cannot reach the monitor {path}: {error!r}") from error

@@ -178,7 +178,7 @@ class NfsExports:
 
     async def grant(self, place: Place, share: Share) -> None:
         """See node.exports.shares.Exports.grant."""
-        if not self._can_share:  # it may have been otherwise when it was mounted first
+        if not self._can_share:  # the mount may have been writable before
             raise UnavailableError(_FOLDERS)
         await self.revoke(place)
         try:
@@ -354,7 +354,7 @@ class NfsExports:
         async with AsyncExitStack() as held:
             affected = [one for one in self._every() if stuck & one.wanted.keys()]
             for served in affected:
-                # None may open a volume again before all have closed it.
+                # All must have closed a volume before any opens it again.
                 await held.enter_async_context(served.lock)
             for served in affected:
                 served.is_behind = True

@@ -229,7 +229,7 @@ class Server:
                 await process.kill()
         child, self._child = self._child, None
         if child is not None:
-            # Broken off early, what it has started is not known yet.
+            # If interrupted early, its process is not known yet.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             with contextlib.suppress(TimeoutError):

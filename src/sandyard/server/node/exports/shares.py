@@ -13,7 +13,7 @@ from sandyard.server.tasks import Crew
 
 # Within firewall.SHARE_PORTS, and none that the kernel gives to the node's own connections.
 _PORTS = range(20_000, 32_000)
-_CLIENT_BYTES = 12  # a server keeps it, in a form twice as long, with a host's name in a file's
+_CLIENT_BYTES = 12  # a server stores it, twice as long and with a host's name, as a file's name
 
 
 @dataclass(frozen=True)

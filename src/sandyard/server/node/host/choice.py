@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ class Drivers:
         known: Sequence[Driver] = (),
         probe_s: float = 20.0,
         slowest: float = 20.0,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._monotonic = monotonic
         self._probe_s = probe_s
         self._slowest = slowest
         self._kept_pace: float | None = None
@@ -117,14 +120,14 @@ class Drivers:
         """
         if (chosen := self._known_choice(image)) is not None:
             return chosen
-        # One at a time: probes side by side slow each other down until none comes up.
+        # One at a time: concurrent probes slow each other down until none succeeds.
         async with self._judging:
             return self._known_choice(image) or await self._choose(image)
 
     def _known_choice(self, image: Image) -> Driver | None:
         """Return the driver chosen before; raise a recent failure again."""
         at, error = self._refused.get(image.digest, (0.0, None))
-        if error is not None and asyncio.get_running_loop().time() - at < _AGAIN_S:
+        if error is not None and self._monotonic() - at < _AGAIN_S:
             raise UnavailableError(error.message)
         return self._chosen.get(image.digest)
 
@@ -134,7 +137,7 @@ class Drivers:
         if chosen is None:
             reasons = "; ".join(f"{one.driver.name}: {one.verdict.reason}" for one in judged)
             error = UnavailableError(f"cannot start machines on this host: {reasons}")
-            self._refused[image.digest] = (asyncio.get_running_loop().time(), error)
+            self._refused[image.digest] = (self._monotonic(), error)
             raise error
         for one in judged:
             if not one.verdict.is_usable:
@@ -164,7 +167,7 @@ class Drivers:
         # A kernel that was configured is known to boot, if slowly; others get only a few seconds.
         limit_s = self._probe_s * (_OWN_KERNEL if image.has_own_kernel else 1)
         known = self._load().get(key)
-        # One that did not come up in so long may do so in longer.
+        # One that timed out may only need more time.
         if known is not None and (known.is_usable or known.limit_s >= limit_s):
             return Verdict(known.is_usable, known.reason, took_s=known.took_s)
         with tempfile.TemporaryDirectory(prefix="sandyard-probe-") as scratch:

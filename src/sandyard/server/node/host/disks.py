@@ -85,7 +85,7 @@ def total_memory_mib() -> int:
 def used_mib(folder: Path) -> int:
     """Return the disk usage of the files in a folder, without blocks shared by hard links."""
     blocks = 0
-    with suppress(FileNotFoundError):  # what goes meanwhile takes nothing
+    with suppress(FileNotFoundError):  # a file that disappears meanwhile uses nothing
         for path in folder.iterdir():
             with suppress(FileNotFoundError):
                 found = path.stat()

@@ -46,7 +46,7 @@ async def make_mounts(home: Path) -> None:
     try:
         await _make(mounts_of(home), home.resolve())
     except (InternalError, OSError) as error:
-        with suppress(InternalError):  # half of a view would be taken for one
+        with suppress(InternalError):  # an incomplete view would be mistaken for a complete one
             await remove_mounts(home)
         raise InternalError(f"cannot make a view of the host's files: {error}") from error
 

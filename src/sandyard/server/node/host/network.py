@@ -203,7 +203,7 @@ class Slots:
                 if found != self._neighbours:
                     await _nft(new_neighbours(table=self._identity.table, neighbours=found))
                     self._neighbours = found
-            except Exception:  # whatever it is, these rules must go on following
+            except Exception:  # the rules must be updated in any case
                 log.exception("the rules do not follow the host's networks; trying again")
 
     async def _sweep(self) -> None:
@@ -234,7 +234,7 @@ class Slots:
 
     def _refill_beside(self) -> None:
         if self._crew is not None:
-            # What cannot be made ahead is made when it is needed.
+            # If it cannot be made ahead, it is made when it is needed.
             self._crew.start(self._refill(), "a network slot could not be made ahead")
 
     async def _refill(self) -> None:
@@ -284,7 +284,7 @@ class Slots:
             agent_port=AGENT_PORT,
             allow=self._allow,
         )
-        # The rules stand before the first link is up: no packet ever passes without them.
+        # The rules are in place before the first link is up, so no packet passes without them.
         await _nft_in(place, rules)
         address = ipaddress.IPv4Interface(f"{gateway}/30")
         await in_thread(lambda: asyncio.run(_add_host_link(link, place.netns, address)))

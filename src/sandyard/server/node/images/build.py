@@ -191,7 +191,7 @@ class _Build:
         }
         current = self._images.current(self._definition.slug)
         if current is not None and not again and recipe.items() <= current.inputs.items():
-            # Whichever source it was built from, and however often again: it is what it should be.
+            # This does not depend on which source it was built from.
             self._report.step(f"{self._definition.slug} is up to date")
             return current
         self._cache_dir.mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,7 @@ class Guest:
                 yield opened
         finally:
             self._uses -= operation.is_use
-            # For what is asked next; not earlier, for it would take time from this one.
+            # For the next operation; not earlier, because that would delay this one.
             self.keep_spare()
 
     def keep_spare(self) -> None:

@@ -94,7 +94,7 @@ def seal(folder: Path, about: About, *, key: bytes, beside: Iterable[Path] = ())
     # Where the holes are is part of a digest, and a file system may settle that when it writes.
     with_holes = [path for path in paths if has_holes(path)]
     _sync_files(with_holes)
-    # The rest side by side: one waits for the disk, the other works.
+    # The rest concurrently: one waits for the disk, the other for the CPU.
     with ThreadPoolExecutor(1, "syncing") as beside_this:
         syncing = beside_this.submit(_sync_files, [one for one in paths if one not in with_holes])
         files: dict[str, dict[str, int | str]] = {

@@ -142,12 +142,12 @@ async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Mean
         while True:
             with suppress(UnavailableError):
                 async with beside(link.ask(Hello(), limit_s=hello_s, dial_s=dial_s)) as asking:
-                    # A guest that ends in the middle of it says nothing more.
+                    # A guest that ends during this does not answer.
                     await asyncio.wait([asking, ending], return_when=asyncio.FIRST_COMPLETED)
                     if asking.done():
                         asking.result()
                         return
-            await machine.stall()  # only who looks finds that its hypervisor has given it up
+            await machine.stall()  # only this call shows that its hypervisor has given up
             said = await machine.console()
             body.append_console(said)
             wall = clock.monotonic()

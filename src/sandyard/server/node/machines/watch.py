@@ -16,7 +16,7 @@ from sandyard.server.tasks import beside
 
 log = logging.getLogger(__name__)
 
-_SILENCES = 2  # in a row, before they are told
+_SILENCES = 2  # in a row, before an agent counts as silent
 
 
 class Pulse:
@@ -95,7 +95,7 @@ async def look(machine: Machine, body: Body, pulse: Pulse, means: Means) -> End 
     """
     try:
         body.append_console(await machine.console())
-        if pulse.is_held:  # that is no stall
+        if pulse.is_held:  # that is not a stall
             return None
         stall = await machine.stall()
         if stall is not None and stall.code == POWERED_OFF:

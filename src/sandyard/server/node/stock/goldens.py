@@ -116,7 +116,7 @@ class Goldens:
 
     async def find(self, kind: Kind, driver: Driver) -> SavedMachine | None:
         """Return the golden machine of a kind if it exists and is intact."""
-        # One look at a time: the first reads all of it.
+        # One at a time: the first verification reads all of it.
         async with self._looked.setdefault(kind, asyncio.Lock()):
             if kind not in self._known:
                 await self._look_for(kind, driver)
@@ -132,7 +132,7 @@ class Goldens:
         folders = [self._known[kind].folder for kind in others]
         for number in await in_thread(self._beyond_bound, folders):
             golden = self._known.pop(others[number])
-            # Clones hold their own link to its memory: they live on.
+            # Clones have their own link to its memory, and are not affected.
             await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
 
     def _beyond_bound(self, folders: list[Path]) -> list[int]:
@@ -215,7 +215,7 @@ class Goldens:
         current = {image.digest for image in self._current_images()}
         for kind in [one for one in self._known if one.image not in current]:
             golden = self._known.pop(kind)
-            # Clones hold their own link to its memory: they live on.
+            # Clones have their own link to its memory, and are not affected.
             shutil.rmtree(golden.folder, ignore_errors=True)
 
     async def _stop(self) -> None:
@@ -244,7 +244,7 @@ class Goldens:
                 return
             if not self._has_room(kind.shape):
                 return
-            # Of those that wait for a boot, most need none once this one is made.
+            # Most starts that wait for a boot need none once this one is made.
             rank = Rank.ASKED if self._boots.is_wanted else Rank.GOLDEN
             async with self._boots.take(rank, _NOBODY):
                 self._known[kind] = await self._make(kind, image, driver, definition)
@@ -255,7 +255,7 @@ class Goldens:
                 kind.template, kind.vcpus, kind.memory_mib,
             )  # fmt: skip
         finally:
-            if kind not in self._known:  # whatever it was, it is not tried again at once
+            if kind not in self._known:  # whatever the error, it is not retried at once
                 self._failed_at[kind] = self._means.clock.monotonic()
 
     async def _make(
@@ -269,7 +269,7 @@ class Goldens:
             await resident.process.bring_up()
             limit_s = self._means.patience(WARMUP_LIMIT_S)
             await resident.set_up(wish, was=Was.NOBODYS, limit_s=limit_s)
-            # It takes a processor that is emulated two seconds, and clones have it done.
+            # It takes an emulated CPU two seconds, which clones save.
             await _warm_up(resident, _LOAD_NFS, limit_s=limit_s)
             for command in definition.warmup * _WARMUP_ROUNDS:
                 await _warm_up(resident, command, limit_s=limit_s)

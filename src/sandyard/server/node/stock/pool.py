@@ -31,12 +31,12 @@ from sandyard.server.tasks import Crew, beside, to_the_end
 
 log = logging.getLogger(__name__)
 
-# What most first commands do, and leaves nothing: start programs, write, read and list files.
-# By a shell and without one, as the agent starts what is a program and its arguments.
+# What most first commands do, without a trace: start programs, write, read and list files.
+# With a shell and without one, because the agent starts simple commands directly.
 _EXERCISES = ("f=$(mktemp) && echo $f > $f && cat $f $f | wc -l && ls -l / && rm $f", "true")
 _EXERCISE_ROUNDS = 2
 _LIMIT_S = 30.0
-# A machine made ahead gets the processors that others leave. The time it waits for them does not
+# A machine made ahead gets the CPU time that others leave. The time it waits does not
 # count against its limits, up to this many times those: on a busy host, fillers that timed out for
 # lack of a processor were restarted without end, and the pool stayed empty.
 _PATIENCE = 10
@@ -204,7 +204,7 @@ class Pool:
                 await self._look(crew)
             except SandyardError as error:
                 log.warning("cannot fill the pool: %s; retrying", error.message)
-            except Exception:  # as for a start: the node lives on
+            except Exception:  # one failure must not end the pool
                 log.exception("cannot fill the pool; retrying")
             try:
                 async with self._means.clock.timeout(self._period_s()):
@@ -231,7 +231,7 @@ class Pool:
             shelf.floor = self._floor(shelf, len(usual))
         for kind, shelf in list(self._shelves.items()):
             if current.get(kind.template) != kind.image:
-                # What is still coming finds its shelf gone.
+                # Machines in the making notice that their shelf is gone.
                 del self._shelves[kind]
                 while shelf.members:
                     await to_the_end(self._discard(shelf.members.pop()))
@@ -251,7 +251,7 @@ class Pool:
             free_mib = self._limits.free_memory()
             wanted = floor_of(shape, free_mib=free_mib, cores=cores, shelves=shelves)
             if shelf.floor and abs(wanted - shelf.floor) <= 1:
-                # Those that wait take memory themselves: none is ended for the last one's share.
+                # Waiting machines use memory themselves, so a difference of one is ignored.
                 wanted = shelf.floor
         return min(wanted, self._limits.ceiling)
 
@@ -307,7 +307,7 @@ class Pool:
                         await self._exercise(shelf, one)
                         await self._finish(shelf, one)
                         unfinished.pop_all()
-        except Exception as error:  # whatever it was, it is not tried again at once
+        except Exception as error:  # whatever the error, it is not retried at once
             shelf.failed_at = self._means.clock.monotonic()
             # The next is made from another golden machine.
             shelf.failures += not isinstance(error, DamagedError)
@@ -347,7 +347,7 @@ class Pool:
     async def _exercise(self, shelf: _Shelf, one: Resident) -> None:
         """Run commands in a machine that will be among the first to be requested."""
         wish = a_wish(shelf.kind)
-        # Twice: the second is what will be asked for when it is claimed.
+        # Twice: the second is what a claim does.
         for was in (Was.NOBODYS, Was.UNIQUE):
             limit_s = _STOPPED * self._means.patience(WAKE_LIMIT_S)
             async with beside(one.process.raise_when_it_is_stuck(limit_s)):
@@ -365,7 +365,7 @@ class Pool:
         for command in self._warmup(shelf):
             try:
                 await one.guest.run(command, limit_s=self._means.patience(WARMUP_LIMIT_S))
-            except UnavailableError as error:  # it is good all the same, if it answers below
+            except UnavailableError as error:  # it is usable all the same, if it answers below
                 log.warning("the warm-up command %r failed: %s", command, error.message)
         await one.guest.settle_clock()
         await one.current.enter(Phase.WAITING)
