@@ -133,5 +133,5 @@ def test_what_left_is_counted_nowhere() -> None:
         gate.leave(one)
         gate.asked(one)
         gate.answered(one, is_known=True)
-    counts = (gate._open, gate._silent, gate._silent_of, gate._resting, gate._by_source)
+    counts = (gate._open, gate._open._counts, gate._silent, gate._silent_of, gate._resting)
     assert not any(counts)

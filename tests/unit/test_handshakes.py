@@ -72,7 +72,7 @@ async def pending(made: Handshakes, count: int) -> None:
 async def test_what_comes_with_the_handshake_is_not_lost(listener: Listener) -> None:
     assert await asyncio.gather(*(listener.ask() for _ in range(20))) == [b"at once"] * 20
     await pending(listener.made, 0)
-    assert not listener.made._by_source
+    assert not listener.made._pending._counts
 
 
 async def test_silent_connections_make_room(

@@ -12,7 +12,6 @@ import socket
 import time
 import urllib.parse
 from asyncio.events import TimerHandle
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
-from sandyard.server.core.sources import source_of
+from sandyard.server.core.sources import BySource, source_of
 from sandyard.server.front.answer import TUNNEL
 from sandyard.server.front.exchange import REQUEST_TRAILERS, BrokenOffError
 
@@ -96,8 +95,7 @@ class Gate:
         self.lingering = 0
         self._now = now
         self._reserve = most // _RESERVE
-        self._open: dict[CountedConnection, str] = {}
-        self._by_source: Counter[str] = Counter()
+        self._open: BySource[CountedConnection] = BySource()
         # In the order in which they came to be so.
         self._silent: dict[CountedConnection, None] = {}
         self._silent_of: dict[str, dict[CountedConnection, None]] = {}
@@ -108,7 +106,7 @@ class Gate:
         """Accept a new connection, evicting an idle one if necessary. Return None, or the refusal
         for the client."""
         source = source_of(address)
-        if self._by_source[source] >= self.most_by_address and not self._evict_of(source):
+        if self._open.count(source) >= self.most_by_address and not self._evict_of(source):
             return (
                 f"cannot take another connection: {self.most_by_address} are open from "
                 f"{source}; keep fewer open, or set http.connections_per_address"
@@ -116,39 +114,31 @@ class Gate:
         most = self.most if self._is_known(source) else self.most - self._reserve
         if len(self._open) >= most and not self._evict():
             return f"cannot take another connection: {most} are open; try again"
-        self._count(one, source)
+        self._open.add(one, source)
         self._silent[one] = None
         self._silent_of.setdefault(source, {})[one] = None
         return None
 
     def take_over(self, one: "CountedConnection", address: str) -> None:
         """Count an accepted connection under its new protocol."""
-        self._count(one, source_of(address))
-
-    def _count(self, one: "CountedConnection", source: str) -> None:
-        self._open[one] = source
-        self._by_source[source] += 1
+        self._open.add(one, source_of(address))
 
     def leave(self, one: "CountedConnection") -> None:
         """Stop counting a connection."""
-        source = self._open.pop(one, None)
-        if source is None:
-            return
-        self._forget_silence(one, source)
-        self._resting.pop(one, None)
-        self._by_source[source] -= 1
-        if not self._by_source[source]:
-            del self._by_source[source]
+        source = self._open.remove(one)
+        if source is not None:
+            self._forget_silence(one, source)
+            self._resting.pop(one, None)
 
     def asked(self, one: "CountedConnection") -> None:
         """Note that a connection has sent a request's head."""
-        if (source := self._open.get(one)) is not None:
+        if (source := self._open.source(one)) is not None:
             self._forget_silence(one, source)
             self._resting.pop(one, None)
 
     def answered(self, one: "CountedConnection", *, is_known: bool) -> None:
         """Note that a request was answered. `is_known` says that its credential was valid."""
-        if (source := self._open.get(one)) is None:
+        if (source := self._open.source(one)) is None:
             return
         self._resting.pop(one, None)
         self._resting[one] = None

@@ -1,17 +1,16 @@
 """Files in sandboxes."""
 
 import mimetypes
-import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
 from typing import Annotated, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from sandyard.server.api.access import Scope, takes_query_key, takes_signature
+from sandyard.server.api.downloads import exactly, file_headers, requested_range
 from sandyard.server.api.events import EventStream, Recheck, SseEvent, rechecked
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.files import (
@@ -31,7 +30,7 @@ from sandyard.server.api.models.files import (
     shown,
 )
 from sandyard.server.api.routes.common import enveloped, errors, provided
-from sandyard.server.api.streams import TAMED, HeldStream
+from sandyard.server.api.streams import HeldStream
 from sandyard.server.core import ops
 from sandyard.server.core.errors import (
     AgentError,
@@ -41,12 +40,11 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import FileChange, FileFact
 from sandyard.server.front.bodies import streams_body
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.files import DEPTH_MAX, LIST_MAX, FileReading, Files
+from sandyard.server.service.sandboxes.files import DEPTH_MAX, LIST_MAX, Files
 from sandyard.server.service.sandboxes.signing import Signing, moment_of
 
 router = APIRouter(prefix="/v1/sandboxes/{reference}/files", tags=["files"])
 
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 Service = Annotated[Files, provided("files")]
@@ -97,15 +95,11 @@ async def read_file(
 ) -> Any:
     """Read a file, or a range of it."""
     reference = checked_text(reference, field="reference")
-    # There are no validators here, so that none can be the same (RFC 9110, 13.1.5).
-    wanted = None if if_range else _RANGE.fullmatch(range_ or "")
-    begin, end = (int(one) if one else None for one in (wanted.groups() if wanted else ("", "")))
+    begin, end = requested_range(range_, if_range) or (None, None)
     if begin is None and end is not None:  # the last so many bytes
         async with service.read(actor, reference, ops.Read(where, 0, 0, user)) as looked_at:
             size = looked_at.fact.size
         begin, end = (max(0, size - end), None) if size else (None, None)
-    if begin is not None and end is not None and end < begin:
-        begin = end = None  # no range at all (RFC 9110, 14.1.1)
     length = None if end is None or begin is None else end - begin + 1
     is_head = getattr(request.state, "is_head", False)
     wish = ops.Read(where, begin or 0, 0 if is_head else length, user)
@@ -118,7 +112,8 @@ async def read_file(
             wish = ops.Read(where, 0, 0 if is_head else None, user)
             reading = await opening.enter_async_context(service.read(actor, reference, wish))
             size = reading.fact.size
-        headers = _headers(reading.fact)
+        name = shown(reading.fact.path).rpartition("/")[2]
+        headers = file_headers(name, reading.fact.modified_ms / 1000, how="attachment")
         if begin is not None and begin >= size > 0:
             headers["Content-Range"] = f"bytes */{size}"
             return Response(status_code=416, headers=headers)
@@ -136,30 +131,12 @@ async def read_file(
         await held.aclose()
         return Response(status_code=status, media_type=kind, headers=headers)
     return HeldStream(
-        _whole(reading, count), held, media_type=kind, headers=headers, status_code=status
+        exactly(reading.pieces(count), count),
+        held,
+        media_type=kind,
+        headers=headers,
+        status_code=status,
     )
-
-
-async def _whole(reading: FileReading, count: int | None) -> AsyncIterator[bytes]:
-    """Yield exactly as many bytes as were announced; if the file has become shorter, break the
-    connection so that the client notices."""
-    sent = 0
-    async for piece in reading.pieces(count):
-        sent += len(piece)
-        yield piece
-    if count is not None and sent < count:
-        raise InvalidArgumentError(f"the file became {count - sent} bytes shorter meanwhile")
-
-
-def _headers(fact: FileFact) -> dict[str, str]:
-    name = shown(fact.path).rpartition("/")[2]
-    modified = datetime.fromtimestamp(min(fact.modified_ms, 2**41) / 1000, UTC)
-    return {
-        "Accept-Ranges": "bytes",
-        "Last-Modified": modified.strftime("%a, %d %b %Y %H:%M:%S GMT"),
-        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}",
-        **TAMED,
-    }
 
 
 @router.put("", status_code=201, responses=errors(402, 404, 409))
@@ -269,11 +246,8 @@ async def pack_folder(
     async with AsyncExitStack() as opening:
         pieces = await opening.enter_async_context(service.pack(actor, reference, where, user))
         held = opening.pop_all()
-    name = quote((shown(where).rstrip("/").rpartition("/")[2] or "root") + ".tar", safe="")
-    headers = {
-        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
-        **TAMED,
-    }
+    name = (shown(where).rstrip("/").rpartition("/")[2] or "root") + ".tar"
+    headers = file_headers(name, how="attachment")
     return HeldStream(pieces, held, media_type="application/x-tar", headers=headers)
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
 from typing import Annotated, Any
-from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from sandyard.server.api.access import Scope
+from sandyard.server.api.downloads import exactly, file_headers, span_of
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.workspaces import (
     ChangeEntries,
@@ -37,17 +36,15 @@ from sandyard.server.api.models.workspaces import (
     workspace_out,
 )
 from sandyard.server.api.paths import WHOLE
-from sandyard.server.api.ranges import span_of
 from sandyard.server.api.routes.common import Keyed, enveloped, errors, provided
-from sandyard.server.api.streams import TAMED, HeldStream
+from sandyard.server.api.streams import HeldStream
 from sandyard.server.api.uploads import Upload
-from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
+from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import checked_text
 from sandyard.server.front.bodies import streams_body, takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces.beneath import Parts
-from sandyard.server.service.workspaces.files import OpenFile, WorkspaceFiles
-from sandyard.server.service.workspaces.tree import TreeEntry
+from sandyard.server.service.workspaces.files import WorkspaceFiles
 from sandyard.server.service.workspaces.workspaces import Workspaces
 from sandyard.server.tasks import in_thread
 
@@ -326,9 +323,9 @@ async def read_workspace_file(
         held = opening.pop_all()
     size = reading.entry.size
     name = reading.entry.name.decode("utf-8", "replace")
-    headers = _headers(reading.entry, name, is_kept=download)
-    # There are no validators here, so that none can be the same (RFC 9110, 13.1.5).
-    span = None if if_range else span_of(range_, size)
+    how = "attachment" if download else "inline"
+    headers = file_headers(name, reading.entry.modified, how=how)
+    span = span_of(range_, if_range, size)
     wanted = range(size) if span is None else span
     status = 200
     if span is not None:
@@ -342,30 +339,9 @@ async def read_workspace_file(
         return Response(status_code=status, media_type=kind_of(name), headers=headers)
     headers["Content-Length"] = str(len(wanted))
     return HeldStream(
-        _whole(reading, wanted),
+        exactly(reading.pieces(wanted.start, len(wanted)), len(wanted)),
         held,
         media_type=kind_of(name),
         headers=headers,
         status_code=status,
     )
-
-
-def _headers(entry: TreeEntry, name: str, *, is_kept: bool) -> dict[str, str]:
-    modified = datetime.fromtimestamp(max(0.0, min(2**41 / 1000, entry.modified)), UTC)
-    how = "attachment" if is_kept else "inline"
-    return {
-        **TAMED,
-        "Accept-Ranges": "bytes",
-        "Last-Modified": modified.strftime("%a, %d %b %Y %H:%M:%S GMT"),
-        "Content-Disposition": f"{how}; filename*=UTF-8''{quote(name, safe='')}",
-    }
-
-
-async def _whole(reading: OpenFile, wanted: range) -> AsyncIterator[bytes]:
-    """Yield as many bytes as were promised; who gets fewer is to notice that it is not all."""
-    sent = 0
-    async for piece in reading.pieces(wanted.start, len(wanted)):
-        sent += len(piece)
-        yield piece
-    if sent < len(wanted):
-        raise UnavailableError(f"the file became {len(wanted) - sent} bytes shorter meanwhile")

@@ -21,7 +21,7 @@ from asyncssh.stream import SSHTCPStreamSession, SSHUNIXStreamSession
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import NotFoundError, SandyardError, UnavailableError
 from sandyard.server.core.ops import Dial, Listen
-from sandyard.server.core.sources import source_of
+from sandyard.server.core.sources import BySource, source_of
 from sandyard.server.gateway.ssh.forwarding import CHANNEL_S, PACKET, WINDOW, Forward, Listener
 from sandyard.server.gateway.ssh.sessions import SessionChannel, SshSession
 from sandyard.server.gateway.ssh.throttle import Throttle
@@ -87,8 +87,7 @@ class SshGateway:
         self.crew = crew
         self._most = most
         self._most_by_address = most_by_address
-        self._open: dict[_Client, str] = {}
-        self._by_address: Counter[str] = Counter()
+        self._open: BySource[_Client] = BySource()
         self.throttle = Throttle(
             at_once=_HANDSHAKES_AT_ONCE, a_second=_HANDSHAKES_A_SECOND, monotonic=clock.monotonic
         )
@@ -97,27 +96,22 @@ class SshGateway:
         """Count a connection from a source. Return None, or the reason for refusing it."""
         if not self.throttle.begin(address):
             return "too many connections came from this address without a login; try again later"
-        if len(self._open) >= self._most or self._by_address[address] >= self._most_by_address:
+        if len(self._open) >= self._most or self._open.count(address) >= self._most_by_address:
             return "too many connections are open; close some, or try again later"
-        unknown = [one for one, where in self._open.items() if not one.is_known]
-        here = sum(self._open[one] == address for one in unknown)
+        unknown = [one for one in self._open if not one.is_known]
+        here = sum(not one.is_known for one in self._open.of(address))
         if here >= _UNKNOWN_BY_ADDRESS:
             return "too many are logging in from this address just now; try again"
         if len(unknown) >= self._most // 2:
             # A connection of the source with the most gives way to the new one.
-            crowd, _ = Counter(self._open[one] for one in unknown).most_common(1)[0]
-            next(one for one in unknown if self._open[one] == crowd).close("try again")
-        self._open[client] = address
-        self._by_address[address] += 1
+            crowd, _ = Counter(map(self._open.source, unknown)).most_common(1)[0]
+            next(one for one in unknown if self._open.source(one) == crowd).close("try again")
+        self._open.add(client, address)
         return None
 
     def leave(self, client: "_Client") -> None:
         """Stop counting a connection."""
-        address = self._open.pop(client, None)
-        if address is not None:
-            self._by_address[address] -= 1
-            if not self._by_address[address]:
-                del self._by_address[address]
+        self._open.remove(client)
 
     async def close(self, reason: str) -> None:
         """Close all connections with a reason, and wait until they are closed."""

@@ -7,11 +7,10 @@ do not cover clients that never finish it, although each holds a file descriptor
 import asyncio
 import logging
 import ssl
-from collections import Counter
 from collections.abc import Callable
 from typing import cast
 
-from sandyard.server.core.sources import source_of
+from sandyard.server.core.sources import BySource, source_of
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +27,7 @@ class Handshakes:
     def __init__(self, tls: ssl.SSLContext, *, limit_s: float) -> None:
         self.tls = tls
         self.limit_s = limit_s
-        self._pending: dict[_Arriving, str] = {}
-        self._by_source: Counter[str] = Counter()
+        self._pending: BySource[_Arriving] = BySource()
 
     def protocol(self, make: Callable[[], asyncio.Protocol]) -> asyncio.Protocol:
         """Return the protocol for an accepted connection.
@@ -63,20 +61,15 @@ class Handshakes:
     def enter(self, one: "_Arriving", address: str) -> None:
         """Count a connection; abort the oldest one if the limit is reached."""
         source = source_of(address)
-        if self._by_source[source] >= _MOST_BY_SOURCE:
-            next(known for known, its in self._pending.items() if its == source).abort()
+        if self._pending.count(source) >= _MOST_BY_SOURCE:
+            next(self._pending.of(source)).abort()
         elif len(self._pending) >= _MOST:
             next(iter(self._pending)).abort()
-        self._pending[one] = source
-        self._by_source[source] += 1
+        self._pending.add(one, source)
 
     def leave(self, one: "_Arriving") -> None:
         """Stop counting a connection; does nothing if it is not counted."""
-        source = self._pending.pop(one, None)
-        if source is not None:
-            self._by_source[source] -= 1
-            if not self._by_source[source]:
-                del self._by_source[source]
+        self._pending.remove(one)
 
 
 class _Arriving(asyncio.Protocol):
