@@ -15,7 +15,7 @@ from tests.support.drivers import mount, qemu_bench
 from sandyard.server.core.errors import NoCapacityError, SandyardError, UnavailableError
 from sandyard.server.drivers.qemu.driver import QemuMachine
 from sandyard.server.drivers.qemu.monitor import Monitor
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 
 class Told:
@@ -66,7 +66,7 @@ async def test_what_kvm_cannot_go_on_with_has_ended(
         bench = await qemu_bench(tmp_path, held)
         machine = cast("QemuMachine", await bench.driver.start(bench.spec, held))
         status = Monitor.status
-        async with asyncio.timeout(60), beside(machine.wait()) as ending:
+        async with asyncio.timeout(60), concurrently(machine.wait()) as ending:
             assert await machine.stall() is None
             assert not ending.done()
 

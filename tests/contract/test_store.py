@@ -399,7 +399,7 @@ async def test_how_the_sandboxes_of_a_node_stand(store: Store) -> None:
         store, here, plain, over, later, paused, sandbox(status=Status.RUNNING, node_id="m"),
         sandbox(status=Status.FAILED, node_id="n"), sandbox(), sandbox(expires_at=NOW, node_id="n"),
     )  # fmt: skip
-    async with store.write(Turn.BESIDE) as tx:
+    async with store.write(Turn.SHARED) as tx:
         await tx.activity.touch(plain.id, at=NOW, kind="k")
     async with store.read() as tx:
         found = {one.id: one for one in await tx.sandboxes.standing("n", gone, known={})}
@@ -436,7 +436,7 @@ async def test_what_is_known_of_a_nodes_sandboxes_is_not_read_again(
     first = await standing({})
     assert first == await standing(first)
     is_known = {one: replace(first[one], reason=Reason("as it is known", "")) for one in first}
-    async with store.write(Turn.BESIDE) as tx:
+    async with store.write(Turn.SHARED) as tx:
         await tx.activity.touch(used.id, at=NOW, kind="k")
     async with store.write(ORG) as tx:
         for one in (moves, *paused[1:]):
@@ -464,7 +464,7 @@ async def test_an_organization_waits_for_its_own_writers_and_for_whoever_writes_
 
     async with open_store(url, key=KEY) as peer, asyncio.TaskGroup() as tasks:
         async with store.write(ORG):
-            for turn in (ORG, OTHER, Turn.BESIDE) if is_shared else (ORG,):
+            for turn in (ORG, OTHER, Turn.SHARED) if is_shared else (ORG,):
                 tasks.create_task(write(peer, turn))
             if is_shared:
                 await until(lambda: len(begun) == 2)
@@ -477,7 +477,7 @@ async def test_an_organization_waits_for_its_own_writers_and_for_whoever_writes_
         await until(lambda: {ORG, Turn.ALONE} <= set(begun))
         async with store.write(Turn.ALONE):
             begun.clear()
-            for turn in (ORG, Turn.BESIDE, Turn.ALONE):
+            for turn in (ORG, Turn.SHARED, Turn.ALONE):
                 tasks.create_task(write(peer, turn))
             await asyncio.wait([asyncio.create_task(asyncio.sleep(0.2))])
             assert begun == []
@@ -526,7 +526,7 @@ async def test_what_somebody_writes_now_is_left_to_the_next_claim() -> None:
         await insert(store, written, other)
 
         async def claimed(lease: str) -> list[str]:
-            async with store.write(Turn.BESIDE) as tx:
+            async with store.write(Turn.SHARED) as tx:
                 found = await tx.leases.claim(pending, hold=held(lease), limit=9)
             return [one.sandbox.id for one in found]
 
@@ -733,7 +733,7 @@ async def test_the_time_of_leases_is_the_databases_own(store: Store, url: str) -
     if url.startswith("postgresql"):  # SQLite's writers are on one host, and go by its clock
         async with (
             open_store(url, key=KEY, clock=ahead) as peer,
-            peer.write(Turn.BESIDE) as tx,
+            peer.write(Turn.SHARED) as tx,
         ):
             assert not await tx.leases.waits(pending)
             assert await tx.leases.claim(pending, hold=held("b"), limit=9) == []
@@ -753,7 +753,7 @@ async def test_no_two_workers_hold_the_same_sandbox(store: Store) -> None:
 
     async def work(number: int) -> None:
         while True:
-            async with store.write(Turn.BESIDE) as tx:
+            async with store.write(Turn.SHARED) as tx:
                 found = await tx.leases.claim(
                     frozenset({Status.PENDING}), hold=held(f"w{number}"), limit=3
                 )
@@ -1447,7 +1447,7 @@ async def joined(store: Store, node_id: str = "node-1", name: str = "one") -> No
 
 
 async def started(store: Store, start: NodeStart, lasts: timedelta = 60 * SECOND) -> int | None:
-    async with store.write(Turn.BESIDE) as tx:
+    async with store.write(Turn.SHARED) as tx:
         return await tx.joined_nodes.start("node-1", start, lasts=lasts)
 
 
@@ -1472,11 +1472,11 @@ async def test_another_place_is_refused_while_a_lease_is_held(store: Store) -> N
     await joined(store)
     assert await started(store, HERE) == 1
     assert await started(store, copy) is None
-    async with store.write(Turn.BESIDE) as tx:
+    async with store.write(Turn.SHARED) as tx:
         beats = {("node-1", 1), ("node-2", 1)}
         assert await tx.joined_nodes.beat(beats, lasts=-SECOND) == {("node-1", 1)}
     assert await started(store, copy) == 2
-    async with store.write(Turn.BESIDE) as tx:
+    async with store.write(Turn.SHARED) as tx:
         beats = {("node-1", 1), ("node-1", 2)}
         assert await tx.joined_nodes.beat(beats, lasts=60 * SECOND) == {("node-1", 2)}
 
@@ -1484,17 +1484,17 @@ async def test_another_place_is_refused_while_a_lease_is_held(store: Store) -> N
 async def test_whoever_does_not_beat_is_lost_until_it_does(store: Store) -> None:
     await joined(store)
     await joined(store, "node-2", "another")
-    async with store.write(Turn.BESIDE) as tx:
+    async with store.write(Turn.SHARED) as tx:
         assert await tx.joined_nodes.lose(grace=SECOND) == []
     await started(store, HERE, -2 * SECOND)
-    async with store.write(Turn.BESIDE) as tx:
+    async with store.write(Turn.SHARED) as tx:
         assert await tx.joined_nodes.lose(grace=60 * SECOND) == []
         assert await tx.joined_nodes.lose(grace=SECOND) == ["node-1"]
         assert await tx.joined_nodes.lose(grace=SECOND) == []
     async with store.read() as tx:
         another, lost = await tx.joined_nodes.all()
     assert (another.lost_at, lost.lost_at) == (None, lost.lease_until)
-    async with store.write(Turn.BESIDE) as tx:
+    async with store.write(Turn.SHARED) as tx:
         assert await tx.joined_nodes.beat({("node-1", 1)}, lasts=60 * SECOND)
     async with store.read() as tx:
         _, back = await tx.joined_nodes.all()
@@ -1502,7 +1502,7 @@ async def test_whoever_does_not_beat_is_lost_until_it_does(store: Store) -> None
 
 
 async def compared(store: Store, by: str, *node_ids: str, **options: Any) -> frozenset[str]:
-    async with store.write(Turn.BESIDE) as tx:
+    async with store.write(Turn.SHARED) as tx:
         return await tx.joined_nodes.have_compared(
             node_ids, by=by, **{"lasts": 60 * SECOND, **options}
         )
@@ -1534,11 +1534,11 @@ async def test_those_who_write_many_nodes_at_once_do_not_wait_for_each_other_in_
     async def work(number: int) -> None:
         mixed = random.sample(ids, len(ids))
         await compared(store, "a", *mixed, over=f"{number}", lasts=-SECOND)
-        async with store.write(Turn.BESIDE) as tx:
+        async with store.write(Turn.SHARED) as tx:
             await tx.joined_nodes.beat([(one, 0) for one in mixed], lasts=-SECOND)
-        async with store.write(Turn.BESIDE) as tx:
+        async with store.write(Turn.SHARED) as tx:
             await tx.joined_nodes.lose(grace=timedelta())
-        async with store.write(Turn.BESIDE) as tx:
+        async with store.write(Turn.SHARED) as tx:
             await tx.nodes.heard(mixed, NOW)
 
     async with asyncio.TaskGroup() as tasks:

@@ -76,7 +76,7 @@ class Client:
         return self.run(f"{box}@127.0.0.1", command, **options).stdout
 
     @contextlib.contextmanager
-    def beside(self, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    def concurrently(self, *words: str) -> Iterator[subprocess.Popen[bytes]]:
         """Run ssh while the block lasts."""
         process = subprocess.Popen(
             ["ssh", "-F", str(self.config), *words], env=self.env, stdin=subprocess.PIPE,
@@ -157,11 +157,11 @@ def test_a_terminal_has_a_size_and_is_hung_up_on(ssh: Client) -> None:
 
     # A client that vanishes: what was on its terminal, or writes to it, ends; what was let go of
     # lives on.
-    with ssh.beside("-tt", here, "nohup sleep 2222 >/dev/null 2>&1 & sleep 1111"):
+    with ssh.concurrently("-tt", here, "nohup sleep 2222 >/dev/null 2>&1 & sleep 1111"):
         wait_until(lambda: lives("sleep 1111"), what="it runs")
     wait_until(lambda: not lives("sleep 1111"), what="it was hung up on")
     assert lives("sleep 2222")
-    with ssh.beside(here, "exec yes") as process:
+    with ssh.concurrently(here, "exec yes") as process:
         assert process.stdout is not None
         process.stdout.read(100)
     wait_until(lambda: not lives("yes"), what="it wrote to nobody")
@@ -187,7 +187,7 @@ def test_files_are_copied_whole(ssh: Client) -> None:
     assert back.read_bytes() == source.read_bytes()
     back.unlink()
     # A client that vanishes in the middle leaves no server behind.
-    with ssh.beside("-s", f"{box}@127.0.0.1", "sftp") as process:
+    with ssh.concurrently("-s", f"{box}@127.0.0.1", "sftp") as process:
         wait_until(lambda: _servers(ssh, box) == 1, what="it has a server")
         assert process.poll() is None
     wait_until(lambda: _servers(ssh, box) == 0, what="no server is left")
@@ -203,7 +203,9 @@ def test_a_deleted_key_ends_connections_and_goes_from_files(ssh: Client) -> None
     ssh.says(box, f"echo '{line}' >>/root/.ssh/authorized_keys")
     ssh.server.act(resting, "pause")
     control = ssh.folder / "ended"
-    with ssh.beside("-M", "-S", str(control), f"{box}@127.0.0.1", "echo in; sleep 1000") as open_:
+    with ssh.concurrently(
+        "-M", "-S", str(control), f"{box}@127.0.0.1", "echo in; sleep 1000"
+    ) as open_:
         assert open_.stdout is not None
         assert open_.stdout.readline() == b"in\n"
         client.delete(f"/v1/ssh-keys/{key_id}").raise_for_status()
@@ -253,7 +255,7 @@ def test_connections_are_forwarded_both_ways(ssh: Client) -> None:
     )
     try:
         words = ("-M", "-S", str(control), "-N", "-L", f"{local}:localhost:8123", "-D", str(socks))
-        with ssh.beside(*words, "-o", "ExitOnForwardFailure=yes", here):
+        with ssh.concurrently(*words, "-o", "ExitOnForwardFailure=yes", here):
             wait_until(control.exists, what="the connection is there")
             url = f"http://127.0.0.1:{local}/f"
             assert _curl(url) == b"hello\n"
@@ -361,14 +363,14 @@ def test_a_sandbox_that_sleeps_is_woken_and_one_that_goes_is_told_of(ssh: Client
     here = f"{box}@127.0.0.1"
     ssh.server.act(box, "pause")
     assert ssh.says(box, "echo up") == b"up\n"
-    with ssh.beside(here, "echo in; exec sleep 1000") as process:
+    with ssh.concurrently(here, "echo in; exec sleep 1000") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"in\n"
         ssh.server.act(box, "pause")
         _, said = process.communicate(timeout=longer(30))
         assert process.returncode == 255
         assert said.startswith(b"sandyard: ")
-    with ssh.beside(here, "echo in; exec sleep 1000") as process:
+    with ssh.concurrently(here, "echo in; exec sleep 1000") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"in\n"
         os.kill(ssh.server.pid_of(box), signal.SIGKILL)
@@ -380,14 +382,14 @@ def test_a_sandbox_that_sleeps_is_woken_and_one_that_goes_is_told_of(ssh: Client
 def test_an_idle_connection_keeps_nothing_awake_and_a_busy_one_does(ssh: Client) -> None:
     box = ssh.box(idleTimeout=round(longer(8)))
     # It ends with its client: a loop that does not care whether anybody reads is busy for ever.
-    with ssh.beside(f"{box}@127.0.0.1", "while sleep 0.5 && date; do :; done") as busy:
+    with ssh.concurrently(f"{box}@127.0.0.1", "while sleep 0.5 && date; do :; done") as busy:
         assert busy.stdout is not None
         assert busy.stdout.readline()  # to connect takes as long as it takes
         until = time.monotonic() + longer(12)
         while time.monotonic() < until:
             assert ssh.server.status(box) == "running"
             time.sleep(0.5)
-    with ssh.beside(f"{box}@127.0.0.1", "exec sleep 1000"):
+    with ssh.concurrently(f"{box}@127.0.0.1", "exec sleep 1000"):
         is_paused = lambda: ssh.server.status(box) == "paused"  # noqa: E731
         wait_until(is_paused, limit_s=90, what="it is paused")
 

@@ -40,7 +40,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Door]:
         yield made
 
 
-async def beside(work: Callable[[], T]) -> T:
+async def concurrently(work: Callable[[], T]) -> T:
     """Do what blocks in a thread: the server is on this loop."""
     return await asyncio.to_thread(work)
 
@@ -110,7 +110,7 @@ async def test_a_sandboxs_life_from_threads(opened: Door, tmp_path: Path) -> Non
         with yard_of(opened, "rt_live_" + "x" * 32) as stranger, pytest.raises(UnauthorizedError):
             stranger.get("mine")
 
-    await beside(live)
+    await concurrently(live)
 
 
 async def test_a_sandboxs_life_on_a_loop(opened: Door, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ async def test_what_does_not_come_up_and_what_does_not_end_well_is_told(
             with yard_of(opened) as yard:
                 assert list(yard.list()) == []  # what did not come up is not left behind
 
-        await beside(fail)
+        await concurrently(fail)
     # Nor is one whose making was broken off before its answer came.
     async with (
         door(tmp_path / "slow", conduct=Conduct(start_delay_s=0.5)) as opened,
@@ -245,7 +245,7 @@ async def looping(url: str, work: Callable[[Any], Any]) -> Any:
 async def both(url: str, work: Callable[[Any], Any]) -> list[Any]:
     """Do the same with both clients, and return what came of it, or what was raised."""
     outcomes = []
-    for one in (beside(lambda: one_call(url, work)), looping(url, work)):
+    for one in (concurrently(lambda: one_call(url, work)), looping(url, work)):
         try:
             outcomes.append(await one)
         except Exception as error:  # noqa: BLE001 - it is what the test looks at
@@ -270,12 +270,12 @@ async def test_what_passes_is_waited_for_and_nobody_notices() -> None:
                 if is_looping:
                     one = await looping(url, get)
                 else:
-                    one = await beside(partial(one_call, url, get))
+                    one = await concurrently(partial(one_call, url, get))
                 assert one.id == BOX["id"], trouble
                 assert len(asked) == 2, trouble
     busy = answer(429, BUSY, head="Retry-After: 0\r\n")
     async with bad_server(busy, busy, answer(200, GOOD)) as (url, asked):
-        made = await beside(lambda: one_call(url, lambda yard: yard.create()))
+        made = await concurrently(lambda: one_call(url, lambda yard: yard.create()))
         assert made.status == "running"
         keys = {line for one in asked for line in one.lower().split(b"\r\n") if b"idemp" in line}
         assert (len(asked), len(keys)) == (3, 1)  # the same sandbox, whatever became of the first
@@ -289,7 +289,7 @@ async def test_a_piece_of_code_is_run_once_or_told_of() -> None:
             yard.get("x").run_code("pay()")
 
         with pytest.raises(UnavailableError):
-            await beside(lambda: one_call(url, run))
+            await concurrently(lambda: one_call(url, run))
         assert [one.split(b" ")[1].rpartition(b"/")[2] for one in asked] == [
             b"x", b"processes", b"stdin",
         ]  # fmt: skip
@@ -307,7 +307,7 @@ async def test_a_sandbox_of_a_key_of_ones_own_is_never_deleted_for_not_running(
                 Sandbox.create(client=other, idempotency_key="mine", wait_s=0.2)
 
         with pytest.raises(NotReadyError, match="paused"):
-            await beside(again)
+            await concurrently(again)
         with pytest.raises(NotReadyError, match="paused"):
             await AsyncSandbox.create(client=yard, idempotency_key="mine", wait_s=0.2)
         assert (await box.refresh()).status == "paused"
@@ -399,5 +399,5 @@ async def test_what_may_have_been_done_is_not_done_again() -> None:
     # What was refused for haste was not done.
     busy = answer(429, BUSY, head="Retry-After: 0\r\n")
     async with bad_server(busy, busy, answer(200, GOOD)) as (url, asked):
-        await beside(lambda: one_call(url, lambda yard: yard.delete("x")))
+        await concurrently(lambda: one_call(url, lambda yard: yard.delete("x")))
         assert len(asked) == 3

@@ -382,12 +382,12 @@ async def test_what_a_node_says_of_itself_is_heard_of_its_latest_process_alone(y
     async with a_roster(yard) as roster:
         node_id = await a_node(yard)
         await drive(yard.clock, 1)
-        assert roster.told(node_id) is None
+        assert roster.last_heartbeat(node_id) is None
 
         def says(generation: int, epoch: int = 1) -> int | None:
             """Say something, and return what is believed then."""
             roster.hear(node_id, Beat(epoch, NodeView(generation=generation)))
-            told = roster.told(node_id)
+            told = roster.last_heartbeat(node_id)
             return None if told is None else told.view.generation
 
         assert says(7, epoch=0) is None
@@ -398,9 +398,9 @@ async def test_what_a_node_says_of_itself_is_heard_of_its_latest_process_alone(y
         assert says(2) == 3, "it came late"
         assert says(4) == 4
         roster.hear("nobody", Beat(1, NodeView()))
-        assert roster.told("nobody") is None
+        assert roster.last_heartbeat("nobody") is None
         await yard.clock.advance(3.5)
-        assert roster.told(node_id) is None, "that was long ago"
+        assert roster.last_heartbeat(node_id) is None, "that was long ago"
 
 
 async def test_without_nats_nobody_is_given_up_nor_at_once_after_it(yard: Yard) -> None:
@@ -448,7 +448,7 @@ async def test_what_waited_for_a_control_plane_that_stood_still_gives_no_node_a_
         # It stands still, and another gives the node up; then it reads what was said before that.
         still = 60.0
         yard.clock.time += timedelta(seconds=60)
-        async with yard.store.write(Turn.BESIDE) as tx:
+        async with yard.store.write(Turn.SHARED) as tx:
             assert await tx.joined_nodes.lose(grace=timedelta()) == [node_id]
         for _ in range(3):
             with pytest.raises(UnavailableError, match="was suspended"):

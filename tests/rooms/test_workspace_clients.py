@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[bytes, bytes | None]:
     }
 
 
-async def beside(work: Callable[[], T]) -> T:
+async def concurrently(work: Callable[[], T]) -> T:
     """Do what blocks in a thread: the server is on this loop."""
     return await asyncio.to_thread(work)
 
@@ -123,7 +123,7 @@ async def test_a_workspace_from_threads(opened: Door, tree: Path, tmp_path: Path
             with pytest.raises(NotFoundError):
                 files.list()
 
-    await beside(live)
+    await concurrently(live)
 
 
 async def test_a_workspace_on_a_loop(opened: Door, tree: Path, tmp_path: Path) -> None:
@@ -196,4 +196,4 @@ async def test_a_workspace_from_the_command_line(opened: Door, tree: Path, tmp_p
         assert "deleted data" in sandyard("workspace", "delete", "data")
         sandyard("workspace", "delete", "data", status=1)
 
-    await beside(live)
+    await concurrently(live)

@@ -233,7 +233,7 @@ async def _told(roster: Roster, store: Store, clock: DrivenClock, node: FakeNode
                 view = await telling.view()
             if view is not None:
                 node.asked.pop()  # it asked itself
-                async with store.write(Turn.BESIDE) as tx:
+                async with store.write(Turn.SHARED) as tx:
                     await tx.joined_nodes.beat({(node.node_id, 1)}, lasts=_LEASE)
                 roster.hear(node.node_id, Beat(1, view))
         await clock.sleep(1)

@@ -15,7 +15,7 @@ from sandyard.server.app.firecracker import DIGESTS
 from sandyard.server.drivers.contract import Driver, Verdict
 from sandyard.server.drivers.firecracker import FirecrackerDriver
 from sandyard.server.drivers.firecracker.jail import remove_groups
-from sandyard.server.drivers.kernels import told_by, unpacked_kernel
+from sandyard.server.drivers.kernels import kernel_info, unpacked_kernel
 from sandyard.server.drivers.kvm import can_open
 from sandyard.server.drivers.qemu import QemuDriver
 from sandyard.server.node.host.choice import Drivers
@@ -116,7 +116,7 @@ def lacks_option(environment: dict[str, str], option: str) -> bool:
     """Tell whether an installation's guests run with a kernel for tests that was built without an
     option; one that does not say is taken to have it."""
     kernel = _test_kernel(environment)
-    options = None if kernel is None else told_by(kernel).options
+    options = None if kernel is None else kernel_info(kernel).options
     return options is not None and options.get(option) != "y"
 
 

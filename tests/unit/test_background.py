@@ -62,7 +62,7 @@ async def test_what_joins_during_a_hold_is_stopped_and_what_leaves_runs(
         await until(process, stopped=True)
         raise RuntimeError
     await until(process, stopped=False)
-    made.let_go()
+    made.resume()
 
 
 async def test_holds_leave_at_least_half_of_the_time(
@@ -85,7 +85,7 @@ async def test_holds_leave_at_least_half_of_the_time(
             held += (now - last) * was_held
             last = now
     assert 0.2 < held / (last - began) < 0.6
-    made.let_go()
+    made.resume()
 
 
 async def test_a_hold_that_is_extended_ends_all_the_same(

@@ -10,7 +10,7 @@ import pytest
 from tests.support.server import wait_until
 
 from sandyard.server.drivers import ends
-from sandyard.server.drivers.ends import Standstill, end_told, says_halted
+from sandyard.server.drivers.ends import Standstill, end_of_guest, says_halted
 
 HALTED = b"[   12.3] reboot: System halted\r\n"
 
@@ -31,7 +31,7 @@ HALTED = b"[   12.3] reboot: System halted\r\n"
 )
 def test_only_the_last_words_say_that_a_guest_has_halted(console: bytes, expected: bool) -> None:
     assert says_halted(console) is expected
-    end = end_told(console)
+    end = end_of_guest(console)
     assert not expected or (end is not None and end.code == "powered_off")
 
 

@@ -23,7 +23,7 @@ from sandyard.server.core.wire import Answer, Channel, encode_frame
 from sandyard.server.links.local import SystemClock
 from sandyard.server.node.agent import _refuse
 from sandyard.server.service.sandboxes import frames
-from sandyard.server.service.sandboxes.frames import Open, frames_of, send, told
+from sandyard.server.service.sandboxes.frames import Open, decoded, frames_of, send
 from sandyard.server.service.sandboxes.pace import FrameRates
 
 
@@ -59,7 +59,7 @@ async def test_frames_come_as_they_were_cut_and_end_with_the_last() -> None:
     agent: Any = Agent(data[:4], data[4:])
     found = [one async for one in frames_of(agent, SystemClock())]
     assert [one.payload for one in found] == [b"abc", b"{}"]
-    assert told(ops.FileEnd, found[1]) == ops.FileEnd()
+    assert decoded(ops.FileEnd, found[1]) == ops.FileEnd()
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,16 @@ def test_what_makes_no_sense_is_said_to(payload: bytes) -> None:
     from sandyard.server.core.wire import Frame
 
     with pytest.raises(AgentError):
-        told(ops.FileEnd, Frame(Channel.EXIT, payload))
+        decoded(ops.FileEnd, Frame(Channel.EXIT, payload))
 
 
 def test_a_guest_says_why_to_users_and_not_to_its_node() -> None:
     for code, kind in (("absent", NotFoundError), ("conflict", ConflictError)):
         said = Answer({}, error=code, message="no")
         with pytest.raises(kind):
-            _refuse(said, is_told=True)
+            _refuse(said, is_for_user=True)
         with pytest.raises(InvalidArgumentError):
-            _refuse(said, is_told=False)
+            _refuse(said, is_for_user=False)
     assert not ops.SetUp.asked_by_users
     assert not ops.Wake.asked_by_users
     assert ops.Stat.asked_by_users

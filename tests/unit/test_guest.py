@@ -149,7 +149,8 @@ def test_what_stands_where_a_file_of_settings_should_is_none(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("number", "is_told"), [(errno.ENOENT, False), (errno.EOPNOTSUPP, False), (errno.EPERM, True)]
+    ("number", "is_told"),
+    [(errno.ENOENT, False), (errno.EOPNOTSUPP, False), (errno.EPERM, True)],
 )
 def test_a_kernel_that_lists_no_connections_keeps_them(number: int, is_told: bool) -> None:
     class Diag:

@@ -63,9 +63,9 @@ async def test_too_many_are_refused_before_anything_starts(
     told = meaning_of(Refusal.BUSY, "")
     assert isinstance(told, UnavailableError)
     assert "nothing was done" in told.message
-    for is_told in (True, False):  # of commands, too, which the node runs as well
+    for is_for_user in (True, False):  # of commands, too, which the node runs as well
         with pytest.raises(UnavailableError):
-            _refuse(Answer({}, error="busy", message="x"), is_told=is_told)
+            _refuse(Answer({}, error="busy", message="x"), is_for_user=is_for_user)
 
 
 async def test_a_start_that_hangs_does_not_keep_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

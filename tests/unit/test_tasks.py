@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from sandyard.server.core.errors import UnavailableError
-from sandyard.server.tasks import Crew, beside, in_thread, to_the_end
+from sandyard.server.tasks import Crew, concurrently, in_thread, to_the_end
 
 
 async def test_what_a_crew_does_is_over_when_its_block_is_left() -> None:
@@ -98,7 +98,7 @@ async def test_an_error_of_the_block_comes_out_as_it_is() -> None:
 
 
 async def test_what_runs_beside_ends_with_the_block_and_its_error_ends_the_block() -> None:
-    async with beside(asyncio.Event().wait()) as task:
+    async with concurrently(asyncio.Event().wait()) as task:
         assert not task.done()
     assert task.cancelled()
 
@@ -106,7 +106,7 @@ async def test_what_runs_beside_ends_with_the_block_and_its_error_ends_the_block
         raise UnavailableError("not now")
 
     with pytest.raises(UnavailableError):
-        async with beside(fail()):
+        async with concurrently(fail()):
             await asyncio.Event().wait()
 
 

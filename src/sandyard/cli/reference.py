@@ -76,7 +76,7 @@ def _section(path: str, command: Any) -> str:
     text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(command.help or "")).strip()
     lines = [f"## `{usage}`", "", text, ""]
     rows = [(f"`{_argument(one)}`", one.help) for one in arguments if one.help]
-    rows += [(_option(one), _told(one)) for one in options]
+    rows += [(_option(one), _cell(one)) for one in options]
     if rows:
         lines += ["| | |", "|---|---|", *(f"| {name} | {what} |" for name, what in rows), ""]
     return "\n".join(lines)
@@ -93,7 +93,7 @@ def _option(option: Any) -> str:
     return names if option.is_flag else f"{names} `{option.metavar or option.name.upper()}`"
 
 
-def _told(option: Any) -> str:
+def _cell(option: Any) -> str:
     told = option.help or ""
     if option.default not in (None, False, [], ()) and not callable(option.default):
         shown = f"{option.default:g}" if isinstance(option.default, float) else option.default

@@ -45,7 +45,7 @@ def run_attached(
     line = command[0] if len(command) == 1 else list(command) or SHELL
     process = client.processes(reference).start(line, **options)
     code: int | None = None
-    lost, is_told = 0, False
+    lost, is_reported = 0, False
     try:
         with (
             Attachment(client.config, process.path, exact=not has_terminal) as attached,
@@ -66,10 +66,10 @@ def run_attached(
                             typer.echo("the command was ended: its time was over", err=True)
     except SandyardError as error:
         # Paused, say, or gone: to end what runs there would resume it.
-        is_told = not isinstance(error, TransferError)
+        is_reported = not isinstance(error, TransferError)
         raise
     finally:
-        if code is None and not is_told:  # nothing else would end it
+        if code is None and not is_reported:  # nothing else would end it
             with suppress(SandyardError):
                 process.signal("SIGKILL", everything=True)
     if lost:

@@ -442,7 +442,7 @@ class AsyncSandbox(SandboxFacts):
                         piece.feed(event)
                         offset += calls.length_of(event)
                         if isinstance(event, Printed):
-                            heard.told(piece.new_text(event.stream), event.stream)
+                            heard.add(piece.new_text(event.stream), event.stream)
                         if piece.is_done:
                             self._sessions[language] = (self._stale.pop(language), offset)
                             return piece.result()

@@ -232,7 +232,7 @@ def pieces_of(file: IO[bytes]) -> Iterator[bytes]:
         yield data
 
 
-def told(pieces: Iterator[bytes], on_progress: Progress | None) -> Iterator[bytes]:
+def with_progress(pieces: Iterator[bytes], on_progress: Progress | None) -> Iterator[bytes]:
     """Yield pieces, and tell how large each was."""
     for piece in pieces:
         yield piece

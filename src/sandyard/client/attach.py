@@ -172,14 +172,14 @@ class Attachment:
                 if isinstance(message, bytes):
                     self._offset += len(message) - 1
                     yield Printed(_STREAMS.get(message[0], "stdout"), message[1:])
-                elif (event := self._told(json.loads(message))) is not None:
+                elif (event := self._event_of(json.loads(message))) is not None:
                     yield event
         except (ConnectionClosed, TimeoutError):
             return
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ConnectionFailedError("what the server sends makes no sense") from error
 
-    def _told(self, said: dict[str, Any]) -> ProcessEvent | None:
+    def _event_of(self, said: dict[str, Any]) -> ProcessEvent | None:
         match said["type"]:
             case "attached":
                 self._offset = said["offset"]

@@ -285,15 +285,15 @@ class Heard:
                 said = self._said[stream]
                 self._is_cut = self._is_cut or len(said) + len(data) > SAID_MAX
                 said += data[: SAID_MAX - len(said)]
-                self.told(data, stream)
+                self.add(data, stream)
             case Lost():
                 self._is_cut = True
             case Exited():
                 self._end = event
                 for stream in self._tell:
-                    self.told(b"", stream, is_last=True)
+                    self.add(b"", stream, is_last=True)
 
-    def told(self, data: bytes, stream: str, *, is_last: bool = False) -> None:
+    def add(self, data: bytes, stream: str, *, is_last: bool = False) -> None:
         """Tell what was printed as text; a character cut in two is told when it is whole."""
         if (tell := self._tell.get(stream)) is not None and (
             text := self._decoders[stream].decode(data, final=is_last)

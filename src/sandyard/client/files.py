@@ -112,12 +112,14 @@ class Files:
         source = Path(local)
         if source.is_dir():
             with archives.packed(source) as archive:
-                content = archives.told(archives.pieces_of(archive), on_progress)
+                content = archives.with_progress(archives.pieces_of(archive), on_progress)
                 self._transport.send(calls.unpack(self._path, path, self._user, content))
             return
         with source.open("rb") as file:
             mode = f"{source.stat().st_mode & 0o777:04o}"
-            self.write(path, archives.told(archives.pieces_of(file), on_progress), mode=mode)
+            self.write(
+                path, archives.with_progress(archives.pieces_of(file), on_progress), mode=mode
+            )
 
     def download(
         self, path: str, local: str | Path, *, on_progress: Progress | None = None
@@ -140,12 +142,14 @@ class Files:
                 raise
         else:
             with archives.written(target) as file:
-                for piece in archives.told(pieces, on_progress):
+                for piece in archives.with_progress(pieces, on_progress):
                     file.write(piece)
             return
         call = calls.read_file(f"{self._path}/archive", path, self._user)
         with self._transport.stream(call) as answer:
-            archives.unpack(archives.told(answer.iter_bytes(PIECE), on_progress), target, path)
+            archives.unpack(
+                archives.with_progress(answer.iter_bytes(PIECE), on_progress), target, path
+            )
 
     def _transfer(self, action: str, source: str, target: str, *, overwrite: bool) -> FileInfo:
         return self._transport.send(

@@ -313,7 +313,7 @@ class WorkspaceFiles:
     def _take(self, path: str, target: Path, on_progress: Progress | None) -> None:
         pieces = archives.begun(self.read_pieces(path))
         with archives.written(target) as file:
-            for piece in archives.told(pieces, on_progress):
+            for piece in archives.with_progress(pieces, on_progress):
                 file.write(piece)
 
     def _make(self, path: str) -> None:
@@ -325,7 +325,7 @@ class WorkspaceFiles:
 
     def _send(self, source: Path, path: str, on_progress: Progress | None) -> None:
         with source.open("rb") as file:
-            self.write(path, archives.told(archives.pieces_of(file), on_progress))
+            self.write(path, archives.with_progress(archives.pieces_of(file), on_progress))
 
 
 class AsyncWorkspaceFiles:

@@ -144,13 +144,13 @@ class Hands:
         except NotReadyError as error:
             raise ToolError(f"{error}; it was deleted, create another") from error
         self._keep(box)
-        return _told(box)
+        return _description(box)
 
     async def list_sandboxes(self) -> list[Box]:
         """List the sandboxes that there are, newest first: 200 of them at most."""
         found: list[Box] = []
         async for one in self._yard.list():
-            found.append(_told(one))
+            found.append(_description(one))
             if len(found) == _BOXES_MAX:
                 break
         return found
@@ -311,7 +311,7 @@ class Hands:
 
     async def pause_sandbox(self, sandbox: Ref) -> Box:
         """Save a sandbox to disk, processes and all; it costs only its storage then."""
-        return _told(await (await self._box(sandbox)).pause())
+        return _description(await (await self._box(sandbox)).pause())
 
     async def fork_sandbox(
         self,
@@ -327,7 +327,7 @@ class Hands:
             with suppress(NotReadyError):
                 await one.wait_until_ready(max(0.0, until - time.monotonic()))
             self._keep(one)
-        return [_told(one) for one in made]
+        return [_description(one) for one in made]
 
     async def destroy_sandbox(self, sandbox: Ref) -> str:
         """Delete a sandbox and all that is in it."""
@@ -357,7 +357,7 @@ def make_server(yard: AsyncSandyard, *, version: str) -> MCPServer[None]:
     )
     hands = Hands(yard)
     for name in TOOLS:
-        server.add_tool(_told_plainly(getattr(hands, name)), name=name)
+        server.add_tool(_plain_errors(getattr(hands, name)), name=name)
     return server
 
 
@@ -394,11 +394,11 @@ def shown(text: str) -> str:
     return f"{text[:half]}\n… {len(text) - 2 * half} characters are left out …\n{text[-half:]}"
 
 
-def _told(box: AsyncSandbox) -> Box:
+def _description(box: AsyncSandbox) -> Box:
     return Box(id=box.id, name=box.name, status=box.status, template=box.template)
 
 
-def _told_plainly(tool: Callable[_P, Awaitable[_T]]) -> Callable[_P, Awaitable[_T]]:
+def _plain_errors(tool: Callable[_P, Awaitable[_T]]) -> Callable[_P, Awaitable[_T]]:
     """Have what the SDK raises reach the model as a sentence."""
 
     @functools.wraps(tool)

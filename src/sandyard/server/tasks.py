@@ -64,7 +64,7 @@ async def outcome_of(doing: "asyncio.Future[_T]") -> _T:
 
 
 @asynccontextmanager
-async def beside(work: Coroutine[object, object, _T]) -> AsyncIterator["asyncio.Task[_T]"]:
+async def concurrently(work: Coroutine[object, object, _T]) -> AsyncIterator["asyncio.Task[_T]"]:
     """Run `work` concurrently with the block, which receives its task; cancel it when the block
     ends.
 

@@ -20,7 +20,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import PermissionDeniedError, SandyardError
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.credentials import Credential, Credentials
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 BEAT_S = 15.0
 Check = Callable[[], Awaitable[object]]
@@ -79,7 +79,7 @@ async def _with_beats(
     clock = check.clock
     checked_at = clock.monotonic()
     found: asyncio.Queue[SseEvent | BaseException | None] = asyncio.Queue(1)
-    async with beside(_hand_over(events, found)):
+    async with concurrently(_hand_over(events, found)):
         while True:
             event: SseEvent | BaseException | None = _NOTHING_YET
             with suppress(TimeoutError):

@@ -39,7 +39,7 @@ from sandyard.server.service.people.bootstrap import ensure_first_organization
 from sandyard.server.service.reconcile.reconciler import topic_of_node
 from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.lifecycle import Lifecycle
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def nats_tls(servers: tuple[str, ...], authority: str) -> ssl.SSLContext | None:
     return context
 
 
-def told_address(settings: Settings) -> str:
+def advertised_address(settings: Settings) -> str:
     """Return the address by which other hosts reach this one."""
     own = settings.cluster
     return own.address or (own.host if own.host not in _ANY else socket.gethostname())
@@ -108,7 +108,7 @@ def told_address(settings: Settings) -> str:
 
 def door_of(settings: Settings) -> str:
     """Return the HOST:PORT by which nodes reach this control plane."""
-    address = told_address(settings)
+    address = advertised_address(settings)
     host = f"[{address}]" if ":" in address else address
     return f"{host}:{settings.cluster.port}"
 
@@ -237,7 +237,7 @@ async def open_cluster(
             node_of=installation.node_of,
         ) as door,
         linked(link),
-        beside(renew()),
+        concurrently(renew()),
     ):
         yield Cluster(roster, RemoteNodes(roster, link, inbox), tunnels, bus, link, door)
 
@@ -282,7 +282,7 @@ async def agreeing(clock: AgreedClock, store: Store) -> AsyncIterator[None]:
                 log.exception("the database does not say what the time is")
 
     await agree_at_first(clock, store)
-    async with beside(keep_at_it()):
+    async with concurrently(keep_at_it()):
         yield
 
 

@@ -142,7 +142,7 @@ def running_server(home: Path) -> int | None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                pid = _told_pid(home)
+                pid = _written_pid(home)
                 if pid is not None and _has_open(pid, home / "server.lock"):
                     return pid
                 # It may be about to say so, or have just taken that back.
@@ -192,7 +192,7 @@ def _private_lock(home: Path) -> TextIO:
     return os.fdopen(descriptor, "a")
 
 
-def _told_pid(home: Path) -> int | None:
+def _written_pid(home: Path) -> int | None:
     try:
         return int((home / "server.pid").read_text())
     except (FileNotFoundError, ValueError):

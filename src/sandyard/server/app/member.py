@@ -47,7 +47,7 @@ from sandyard.server.links.tunnel.server import serving
 from sandyard.server.links.volumes import FolderVolumes
 from sandyard.server.node.membership import NodeMembership, Telling
 from sandyard.server.node.node import Node
-from sandyard.server.tasks import Crew, beside
+from sandyard.server.tasks import Crew, concurrently
 
 log = logging.getLogger(__name__)
 
@@ -248,9 +248,9 @@ async def open_member(
         with suppress(TimeoutError):
             async with clock.timeout(_FIRST_S):
                 await mine.link.until_up()
-        running = await held.enter_async_context(beside(_run(membership)))
+        running = await held.enter_async_context(concurrently(_run(membership)))
         # The records of a copied home name machines of the original.
-        async with beside(membership.settled()) as settled:
+        async with concurrently(membership.settled()) as settled:
             await asyncio.wait([running, settled], return_when=asyncio.FIRST_COMPLETED)
         if running.done() and (trouble := running.result()) is not None:
             raise trouble
@@ -313,7 +313,7 @@ async def serve_node(settings: Settings) -> None:
     """
     stop = at_the_end()
     with only_server(settings.home):
-        async with open_member(settings) as running, beside(stop.wait()) as stopping:
+        async with open_member(settings) as running, concurrently(stop.wait()) as stopping:
             await asyncio.wait([stopping, running], return_when=asyncio.FIRST_COMPLETED)
     if running.done() and not running.cancelled() and (trouble := running.result()) is not None:
         raise trouble

@@ -148,9 +148,9 @@ async def serve_control(
     control: Control,
     listener: socket.socket,
     settings: Settings,
-    *beside: Coroutine[object, object, None],
+    *background: Coroutine[object, object, None],
 ) -> None:
-    """Serve HTTP and run a control plane's background work, with `beside` concurrently, until
+    """Serve HTTP and run a control plane's background work, with `background` concurrently, until
     stopped."""
     handshakes = _preview_handshakes(settings)
     server = http_server(control.front, settings.http, is_tunnel=control.front.is_tunnel)
@@ -164,7 +164,7 @@ async def serve_control(
             tasks.create_task(control.reconciler.run()),
             tasks.create_task(control.meter.run()),
             tasks.create_task(control.services.workspaces.run()),
-            *(tasks.create_task(one) for one in beside),
+            *(tasks.create_task(one) for one in background),
         ]
         host, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%s", host, port)

@@ -74,9 +74,9 @@ class Background:
             for entry in self._entries:
                 entry.hold(is_held=True)
         at = min(now + _HOLD_S, self._held_since + _HOLD_MAX_S)
-        self._release = loop.call_at(at, self.let_go)
+        self._release = loop.call_at(at, self.resume)
 
-    def let_go(self) -> None:
+    def resume(self) -> None:
         """End a hold."""
         if self._release is None:
             return

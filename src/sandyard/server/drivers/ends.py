@@ -27,7 +27,7 @@ _HALTED = re.compile(rb"reboot: (?:Power off not available: )?System halted(?: i
 _STILL_S = 1.0
 
 
-def end_told(console: bytes) -> End | None:
+def end_of_guest(console: bytes) -> End | None:
     """Return how a guest ended by the end of its console output, or None."""
     found = [(console.rfind(words), end) for words, end in _WORDS]
     at, end = max(found, key=lambda one: one[0])

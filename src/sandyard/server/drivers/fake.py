@@ -39,7 +39,7 @@ from sandyard.server.drivers.fake_programs import (
     FakePrograms,
     RefusedProgramError,
 )
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 _PIDS = itertools.count(1_000_000_000)  # above any real pid: nothing can be killed by mistake
 AGENT_SOCKET = "agent.sock"
@@ -373,8 +373,8 @@ class FakeMachine:
                 await _take_file(self._files, operation, reader, decoder, writer)
             case ops.WatchFolder():
                 async with (
-                    beside(_watch(self._files, operation, writer)) as watching,
-                    beside(reader.read(1)) as gone,
+                    concurrently(_watch(self._files, operation, writer)) as watching,
+                    concurrently(reader.read(1)) as gone,
                 ):
                     await asyncio.wait([watching, gone], return_when=asyncio.FIRST_COMPLETED)
 
@@ -549,7 +549,7 @@ async def _follow(
             with suppress(ConflictingError):
                 program.feed(frame.payload, closes=not frame.payload)
 
-    async with beside(tell()) as telling, beside(hear()) as hearing:
+    async with concurrently(tell()) as telling, concurrently(hear()) as hearing:
         await asyncio.wait([telling, hearing], return_when=asyncio.FIRST_COMPLETED)
 
 

@@ -75,7 +75,7 @@ def unpacked_kernel(image: Path, cache: Path) -> Path:
     return target
 
 
-def told_by(image: Path) -> Told:
+def kernel_info(image: Path) -> Told:
     """Return the properties of a kernel.
 
     Raises:

@@ -23,7 +23,7 @@ from sandyard.server.front.headers import (
     waits_to_go_on,
 )
 from sandyard.server.front.relay import relay
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 _ANSWER_S = 300.0
 _CONTINUE_S = 1.0  # how long clients wait, too
@@ -89,7 +89,7 @@ async def pass_on(
             if early is not None:
                 # Begun before anything is read: reading tells the client to send its body.
                 await _begin(early, passage, answer, is_last=True)
-                async with beside(until_gone(receive)):
+                async with concurrently(until_gone(receive)):
                     await _copy(exchange, answer)
                 return
         sent = asyncio.Event()
@@ -101,7 +101,7 @@ async def pass_on(
             trailers=lambda: trailers_of(scope.get("extensions", {}).get(REQUEST_TRAILERS, ())),
             sent=sent,
         )
-        async with beside(sending):
+        async with concurrently(sending):
             await _begin(await _response(exchange, sent, clock), passage, answer)
             await _copy(exchange, answer)
 
@@ -172,8 +172,8 @@ async def _response(
 ) -> h11.Response | h11.InformationalResponse:
     """Return the head of the guest's answer. The limit counts from when the guest has the whole
     request: a large or slow body takes its own time."""
-    async with beside(exchange.response()) as response:
-        async with beside(sent.wait()) as whole:
+    async with concurrently(exchange.response()) as response:
+        async with concurrently(sent.wait()) as whole:
             await asyncio.wait([response, whole], return_when=asyncio.FIRST_COMPLETED)
         async with clock.timeout(_ANSWER_S):
             return await response

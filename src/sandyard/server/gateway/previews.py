@@ -48,7 +48,7 @@ from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.people.credentials import PreviewToken, Token
 from sandyard.server.service.sandboxes.previews import QUERY_TOKEN
 from sandyard.server.service.services import Services
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 _COOKIES_MAX = 50
 _CHECK_S = 30.0
@@ -122,7 +122,7 @@ class PreviewApp:
     async def _serve(self, scope: Scope, receive: Receive, answer: ProxyAnswer) -> None:
         guest = await self._enter(scope)
         passage, dialing = self._passage(scope, guest), self._dial(guest)
-        async with beside(self._watch(guest)):
+        async with concurrently(self._watch(guest)):
             if scope["type"] == TUNNEL:
                 await tunnel(scope, passage, dialing, answer, self._clock)
             else:

@@ -129,7 +129,7 @@ class StripePayments:
                     "payment_method": methods.data[0].id,
                     "off_session": True,
                     "confirm": True,
-                    "metadata": {"org_id": org_id, "kind": _AUTOMATIC} | _key_told(key),
+                    "metadata": {"org_id": org_id, "kind": _AUTOMATIC} | _key_metadata(key),
                 },
                 {"idempotency_key": key},
             )
@@ -249,7 +249,7 @@ def _org_in(metadata: object) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def _key_told(key: str) -> dict[str, str]:
+def _key_metadata(key: str) -> dict[str, str]:
     # One that was asked for by a version before is asked for again just as it was: Stripe takes the
     # same key with other words for a mistake.
     return {"key": key} if key.startswith(KEY_PREFIX) else {}

@@ -54,7 +54,7 @@ class ImageVolumes:
     @contextlib.asynccontextmanager
     async def open(self, workspace_id: str, quota_bytes: int) -> AsyncIterator[Path]:
         """See core.contracts.volumes.Volumes.open."""
-        async with self._locked(workspace_id), _told():
+        async with self._locked(workspace_id), _typed_errors():
             if workspace_id in self._gone:
                 raise NotFoundError(_DELETED)
             await in_thread(self._mount, workspace_id, quota_bytes)
@@ -67,7 +67,7 @@ class ImageVolumes:
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
         """See core.contracts.volumes.Volumes.use_of."""
-        async with self._locked(workspace_id), _told():
+        async with self._locked(workspace_id), _typed_errors():
             left = await in_thread(_left, self._folder, self._floor_bytes)
             if workspace_id in self._gone or not self._image(workspace_id).exists():
                 return VolumeUse(0, quota_bytes, left)
@@ -78,7 +78,7 @@ class ImageVolumes:
 
     async def stuck(self, workspace_ids: Collection[str]) -> list[str]:
         """See core.contracts.volumes.Volumes.stuck."""
-        async with _told():
+        async with _typed_errors():
             # Who else has it open, a download say, would keep it from being mended.
             free = [one for one in workspace_ids if self._users[one] <= 1]
             found = [one for one in free if await in_thread(_is_stuck, self._place(one))]
@@ -94,7 +94,7 @@ class ImageVolumes:
 
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
-        async with self._locked(workspace_id), _told():
+        async with self._locked(workspace_id), _typed_errors():
             if self._users[workspace_id]:
                 raise UnavailableError("cannot remove the workspace now: its files are in use")
             await in_thread(self._unmount, workspace_id)
@@ -292,13 +292,13 @@ class FolderVolumes:
         place = self._folder / workspace_id
         if workspace_id in self._gone:
             raise NotFoundError(_DELETED)
-        async with _told():
+        async with _typed_errors():
             await in_thread(_made, place)
         yield place
 
     async def use_of(self, workspace_id: str, quota_bytes: int) -> VolumeUse:
         """See core.contracts.volumes.Volumes.use_of."""
-        async with _told():
+        async with _typed_errors():
             used = await in_thread(_taken, self._folder / workspace_id)
             left = await in_thread(_left, self._folder, self._floor_bytes)
         return VolumeUse(used, quota_bytes, left)
@@ -311,7 +311,7 @@ class FolderVolumes:
     async def remove(self, workspace_id: str) -> None:
         """See core.contracts.volumes.Volumes.remove."""
         self._gone.add(workspace_id)
-        async with _told():
+        async with _typed_errors():
             await in_thread(_remove_tree, self._folder / workspace_id)
 
     async def rest(self) -> None:
@@ -322,7 +322,7 @@ class FolderVolumes:
 
 
 @contextlib.asynccontextmanager
-async def _told() -> AsyncIterator[None]:
+async def _typed_errors() -> AsyncIterator[None]:
     try:
         yield
     except OSError as error:

@@ -222,7 +222,7 @@ class AgentLink:
                     await writer.drain()
                     decoder = Decoder()
                     said = await _next_answer(reader, decoder)
-                _refuse(said, is_told=operation.asked_by_users)
+                _refuse(said, is_for_user=operation.asked_by_users)
                 answer = answer_of(operation, said.values)
             except (WireError, CodecError) as error:
                 raise AgentError from error
@@ -264,10 +264,10 @@ def _broken_off() -> bytes:
     raise UnavailableError("the agent broke off in the middle of a command")
 
 
-def _refuse(said: Answer, *, is_told: bool) -> None:
+def _refuse(said: Answer, *, is_for_user: bool) -> None:
     """Raise the error for an agent's refusal.
 
-    Its text is used only for requests that name a user (`is_told`): a guest must not influence its
+    Its text is used only for requests of users (`is_for_user`): a guest must not influence its
     node's own operations.
     """
     match said.error:
@@ -280,8 +280,8 @@ def _refuse(said: Answer, *, is_told: bool) -> None:
         case Refusal.UNSUPPORTED:
             raise UnsupportedError(said.message or "the agent does not know the operation")
         case Refusal.BUSY:
-            raise meaning_of(said.error, said.message if is_told else "")
-        case _ if is_told:
+            raise meaning_of(said.error, said.message if is_for_user else "")
+        case _ if is_for_user:
             raise meaning_of(said.error, said.message)
         case _:
             raise InvalidArgumentError(said.message or "the agent refused")

@@ -137,7 +137,7 @@ class Node:
                         await keeping.enter_async_context(self._pool.filling())
                     yield
             finally:
-                await to_the_end(self._let_go())
+                await to_the_end(self._detach())
 
     # --- NodeControl ----------------------------------------------------------------------
 
@@ -362,11 +362,11 @@ class Node:
         if found:
             log.info("adopted %d running machines of %d recorded", len(living), len(found))
 
-    async def _let_go(self) -> None:
+    async def _detach(self) -> None:
         for owner in list(self._owners.values()):
             while owner.is_busy:
                 await owner.cancel()
             if owner.phase is not None:
-                await owner.resident.process.let_go()
+                await owner.resident.process.detach()
         await self._means.exports.close()
         await self._means.network.close()

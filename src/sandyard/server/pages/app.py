@@ -39,22 +39,22 @@ def make_pages(edge: EdgeServices, *, version: str) -> Starlette:
 
 def _render(connection: HTTPConnection, error: SandyardError) -> Response:
     if isinstance(error, NotFoundError):
-        return _told(connection, HTTPStatus.NOT_FOUND, error.message)
-    return _told(connection, HTTPStatus.INTERNAL_SERVER_ERROR, "cannot show the page")
+        return _refusal(connection, HTTPStatus.NOT_FOUND, error.message)
+    return _refusal(connection, HTTPStatus.INTERNAL_SERVER_ERROR, "cannot show the page")
 
 
 async def _routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
     if error.status_code == HTTPStatus.NOT_FOUND:
-        return _told(request, HTTPStatus.NOT_FOUND, f"cannot find {path}: see /docs")
+        return _refusal(request, HTTPStatus.NOT_FOUND, f"cannot find {path}: see /docs")
     message = f"cannot {request.method} {path}: {error.detail}"
-    answer = _told(request, HTTPStatus(error.status_code), message)
+    answer = _refusal(request, HTTPStatus(error.status_code), message)
     answer.headers.update(error.headers or {})
     return answer
 
 
-def _told(connection: HTTPConnection, status: HTTPStatus, message: str) -> Response:
+def _refusal(connection: HTTPConnection, status: HTTPStatus, message: str) -> Response:
     error = {
         "code": "not_found" if status is HTTPStatus.NOT_FOUND else "bad_request",
         "message": message,

@@ -162,7 +162,7 @@ class Fleet:
         """See core.contracts.cluster.Registry.join."""
         name = checked_text(joining.name, field="name")[:_NAME_MAX] or "node"
         node_id = new_uuid()
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             if not await tx.invites.take(digest_of_key(joining.secret)):
                 raise PermissionDeniedError(
                     "cannot join with this invite: it was used, or is over an hour old; make "
@@ -178,7 +178,7 @@ class Fleet:
         self._must_be_in_time()
         _check_start(hello.start)
         identity = self._registrar.identity_of(node_id, hello.application)
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             epoch = await tx.joined_nodes.start(node_id, hello.start, lasts=_LEASE)
         if epoch is None:
             await self._must_be_known(node_id)
@@ -239,7 +239,7 @@ class _Beats:
         try:
             await asyncio.sleep(_GATHER_S)  # of real time: it gathers what arrives concurrently
             self._written = None
-            async with self._store.write(Turn.BESIDE) as tx:
+            async with self._store.write(Turn.SHARED) as tx:
                 current = await tx.joined_nodes.beat(said, lasts=_LEASE)
             written.set_result(current)
         finally:

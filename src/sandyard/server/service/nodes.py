@@ -196,13 +196,13 @@ class Nodes:
         self._said[node.node_id] = (self._clock.monotonic(), report.view())
         return report
 
-    def told(self, node_id: str) -> Heartbeat | None:
+    def last_heartbeat(self, node_id: str) -> Heartbeat | None:
         """Return a node's last heartbeat if it is recent, else None."""
-        return None if self._roster is None else self._roster.told(node_id)
+        return None if self._roster is None else self._roster.last_heartbeat(node_id)
 
-    def lately(self, node_id: str) -> tuple[float, NodeView] | None:
+    def last_view(self, node_id: str) -> tuple[float, NodeView] | None:
         """Return a node's last heartbeat and its monotonic time, or None if it is too old."""
-        said, told = self._said.get(node_id), self.told(node_id)
+        said, told = self._said.get(node_id), self.last_heartbeat(node_id)
         if told is not None and (said is None or said[0] < told.at):
             return told.at, told.view
         if said is not None and self._clock.monotonic() - said[0] < _FRESH_S:

@@ -142,7 +142,7 @@ class Placement:
         unless `asks_all`.
         """
         ids = [one for one in self._nodes.ids() if one not in but and self._nodes.takes_new(one)]
-        views = {one: self._nodes.lately(one) for one in ids}
+        views = {one: self._nodes.last_view(one) for one in ids}
         ranked = self._ranked(views, template, shape)
         unknown = [one for one, view in views.items() if view is None]
         has_others = self._by_lot and any(one.has_room for one in ranked)

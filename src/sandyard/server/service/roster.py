@@ -12,7 +12,7 @@ from sandyard.server.core.contracts.node import NodeView
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import UnavailableError
 from sandyard.server.core.records import JoinedNode
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Roster:
             return
         self._told[node_id] = Heartbeat(now, beat.epoch, beat.view)
 
-    def told(self, node_id: str) -> Heartbeat | None:
+    def last_heartbeat(self, node_id: str) -> Heartbeat | None:
         """Return a node's last heartbeat if it is recent, else None."""
         told = self._told.get(node_id)
         if told is None or self._clock.monotonic() - told.at > _FRESH_S:
@@ -114,7 +114,7 @@ class Roster:
         This happens only after database and NATS have both answered for a while: without either, no
         node could extend its lease.
         """
-        async with beside(self._tick()):
+        async with concurrently(self._tick()):
             await self._look()
 
     async def _look(self) -> None:
@@ -144,7 +144,7 @@ class Roster:
         ]  # fmt: skip
         if not is_ending or now - self._calm_since < _CALM_S:
             return
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             if self._elapsed() - now > _GRACE.total_seconds():
                 return  # it waited, and heartbeats may have waited as well
             lost = await tx.joined_nodes.lose(grace=_GRACE)

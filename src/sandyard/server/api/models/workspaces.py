@@ -301,7 +301,7 @@ def id_of(path: Parts) -> str:
         return (CODED + base64.b64encode(plain)).decode()
 
 
-def _told(entry: TreeEntry) -> dict[str, Any]:
+def _entry_values(entry: TreeEntry) -> dict[str, Any]:
     name = entry.name.decode("utf-8", "replace")
     modified = datetime.fromtimestamp(max(0.0, min(_MOMENT_MAX, entry.modified)), UTC)
     stamp = modified.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -323,12 +323,12 @@ def _told(entry: TreeEntry) -> dict[str, Any]:
 
 def entries_json(entries: Sequence[TreeEntry]) -> bytes:
     """Return a listing, written out; of very many, which is for a thread."""
-    return json.dumps([_told(one) for one in entries], ensure_ascii=False).encode()
+    return json.dumps([_entry_values(one) for one in entries], ensure_ascii=False).encode()
 
 
 def entry_out(entry: TreeEntry) -> EntryOut:
     """Return a file or folder as it is shown."""
-    told = _told(entry)
+    told = _entry_values(entry)
     moment = datetime.fromisoformat(told["date"])
     return EntryOut.model_validate({**told, "date": moment, "mtime": moment})
 

@@ -129,10 +129,10 @@ async def follow_sandbox(
         if getattr(request.state, "is_head", False):
             return Response(media_type="text/event-stream")
         held = opening.pop_all()
-    return EventStream(_told(changes, actor, where), held, check)
+    return EventStream(_events_of(changes, actor, where), held, check)
 
 
-async def _told(
+async def _events_of(
     changes: AsyncIterator[Sandbox], actor: Actor, where: Addresses
 ) -> AsyncIterator[SseEvent]:
     async for sandbox in changes:

@@ -186,4 +186,4 @@ async def stripe_event(
         body += piece
         if len(body) > _EVENT_MAX:
             raise PayloadTooLargeError("cannot take an event that large", limit=_EVENT_MAX)
-    return Received(credited=await service.told_of_payment(body, stripe_signature))
+    return Received(credited=await service.receive_payment_event(body, stripe_signature))

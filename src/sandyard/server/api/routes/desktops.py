@@ -28,7 +28,7 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.front.bodies import takes_body
 from sandyard.server.service.actor import Actor, Admission
 from sandyard.server.service.sandboxes.desktops import Desktops, Point
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 router = APIRouter(tags=["desktops"])
 
@@ -81,8 +81,8 @@ async def desktop(socket: WebSocket, service: Service, session: str) -> None:
                 await asyncio.sleep(0)  # a screen has no words for that; the kernel finds out
 
             async with (
-                beside(_hear(socket, screen)),
-                beside(watched(socket, lambda: service.check(admission), still_alive)),
+                concurrently(_hear(socket, screen)),
+                concurrently(watched(socket, lambda: service.check(admission), still_alive)),
             ):
                 while data := await screen.read(_PIECE):
                     await socket.send_bytes(data)

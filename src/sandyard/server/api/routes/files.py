@@ -334,10 +334,10 @@ async def watch_folder(
     async with AsyncExitStack() as opening:
         changes = await opening.enter_async_context(service.watch(actor, reference, wish))
         held = opening.pop_all()
-    return EventStream(_told(changes), held, check)
+    return EventStream(_events_of(changes), held, check)
 
 
-async def _told(changes: AsyncIterator[FileChange]) -> AsyncIterator[SseEvent]:
+async def _events_of(changes: AsyncIterator[FileChange]) -> AsyncIterator[SseEvent]:
     async for one in changes:
         name = "overflow" if one.kind is ops.ChangeKind.OVERFLOW else "change"
         yield SseEvent(name, change_out(one))

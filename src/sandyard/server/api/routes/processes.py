@@ -53,7 +53,7 @@ from sandyard.server.front.bodies import takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.sandboxes.processes import STREAMS, Following, Processes, Which
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 router = APIRouter(prefix="/v1/sandboxes/{reference}/processes", tags=["processes"])
 
@@ -232,10 +232,10 @@ async def attach(
             await send_json(socket, {"type": "attached", **about})
             hands = _Hands(service, rates, actor, reference, following)
             async with (
-                beside(hands.hear(socket)),
-                beside(hands.pass_on()),
-                beside(hands.tell(socket)),
-                beside(watched(socket, check)),
+                concurrently(hands.hear(socket)),
+                concurrently(hands.pass_on()),
+                concurrently(hands.tell(socket)),
+                concurrently(watched(socket, check)),
             ):
                 await _tell(following, socket)
 

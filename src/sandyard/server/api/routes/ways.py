@@ -27,7 +27,7 @@ from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.previews import Previews
 from sandyard.server.service.sandboxes.processes import Following
 from sandyard.server.service.sandboxes.terminals import FIRST_SIZE, Terminals
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 router = APIRouter(tags=["ways in"])
 
@@ -160,9 +160,9 @@ async def terminal(
                 await socket.send_bytes(b"")
 
             async with (
-                beside(_hear(socket, inflow, resizing)),
-                beside(inflow.pass_on()),
-                beside(watched(socket, lambda: terminals.check(admission), still_alive)),
+                concurrently(_hear(socket, inflow, resizing)),
+                concurrently(inflow.pass_on()),
+                concurrently(watched(socket, lambda: terminals.check(admission), still_alive)),
             ):
                 await _show(following, socket)
 

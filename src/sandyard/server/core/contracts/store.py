@@ -57,9 +57,9 @@ class Turn(Enum):
 
     ALONE = "alone"
     """It runs alone: what it reads does not change before it has ended."""
-    BESIDE = "beside"
-    """Everybody: what it reads may change at once, so each of its statements must be right by
-    itself. For what is only noted, and for leases."""
+    SHARED = "shared"
+    """It runs concurrently with any other: what it reads may change at once, so each of its
+    statements must be correct on its own. For leases, and for records of use."""
 
 
 class SandboxRows(Protocol):

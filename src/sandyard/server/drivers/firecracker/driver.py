@@ -31,7 +31,7 @@ from sandyard.server.drivers.contract import (
     Saved,
     Verdict,
 )
-from sandyard.server.drivers.ends import HALTED, TAIL, Standstill, end_told, says_halted
+from sandyard.server.drivers.ends import HALTED, TAIL, Standstill, end_of_guest, says_halted
 from sandyard.server.drivers.firecracker.api import Api, Limiter
 from sandyard.server.drivers.firecracker.jail import (
     CONSOLE,
@@ -134,7 +134,7 @@ class FirecrackerMachine:
         """See drivers.contract.Machine.wait."""
         await self._process.wait()
         await self.console()
-        if (end := end_told(self._said)) is not None:
+        if (end := end_of_guest(self._said)) is not None:
             return end
         return _SHUTDOWN if b"exit_code=0" in self._last_words else _DIED
 

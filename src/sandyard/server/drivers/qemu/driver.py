@@ -34,7 +34,7 @@ from sandyard.server.drivers.ends import (
     PANICKED,
     TAIL,
     Standstill,
-    end_told,
+    end_of_guest,
     says_halted,
 )
 from sandyard.server.drivers.initrd import add_token
@@ -54,7 +54,7 @@ from sandyard.server.drivers.qemu.kvm import Door, door
 from sandyard.server.drivers.qemu.monitor import Monitor
 from sandyard.server.drivers.qemu.tsc import measure_khz
 from sandyard.server.drivers.sparse import full_or_broken, make_empty
-from sandyard.server.tasks import beside, in_thread, to_the_end
+from sandyard.server.tasks import concurrently, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class QemuMachine:
         memory_file = Path(str(self._handle["memory"]))
         # Concurrently: the guest is suspended, and neither writes to its memory.
         pages = in_thread(memory.save_pages, self.pid, memory_file, folder / _PAGES)
-        async with beside(pages) as saving:
+        async with concurrently(pages) as saving:
             await self._save_devices(folder)
             await asyncio.wait([saving])
         return Saved(folder)
@@ -256,7 +256,7 @@ class QemuMachine:
         if status in ("GUEST_PANICKED", "guest-panicked"):
             return PANICKED
         self._unheard += await self.console()
-        return end_told(self._said) or (_BROKEN if status == _BROKEN_STATUS else _SHUTDOWN)
+        return end_of_guest(self._said) or (_BROKEN if status == _BROKEN_STATUS else _SHUTDOWN)
 
     async def _first_status(self) -> str:
         # An event that came before this connection is lost; the run state is not.
@@ -371,7 +371,7 @@ class QemuDriver:
                 started = time.monotonic()
                 command_line = [*own_end, *confined, self._binary, *options]
                 probing = output_of(command_line, limit_s=spec.limit_s, pass_fds=_fds(way))
-                async with beside(probing) as running:
+                async with concurrently(probing) as running:
                     # Its end is not waited for: there are hosts that bring up a machine, and
                     # cannot reset it.
                     while not running.done() and not _has_passed(console):

@@ -16,9 +16,9 @@ from sandyard.server.front.relay import relay
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.forwards import Forwards
 from sandyard.server.service.sandboxes.reach import Use
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
-USE = Use("ssh", "", "log in to", is_told=False)
+USE = Use("ssh", "", "log in to", is_in_feed=False)
 WINDOW, PACKET = 2 * 1024 * 1024, 32 * 1024
 CHANNEL_S = 30.0
 """For so long a client may take to open a channel."""
@@ -77,9 +77,9 @@ class Forward:
         client = self._client
         try:
             async with (
-                _told(self.opened),
-                beside(client.until_over()) as over,
-                beside(self._serve()) as serving,
+                _reported_to(self.opened),
+                concurrently(client.until_over()) as over,
+                concurrently(self._serve()) as serving,
             ):
                 await asyncio.wait([over, serving], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -117,10 +117,10 @@ class Listener(asyncssh.SSHListener):
         client = self._client
         try:
             async with (
-                _told(self.opened),
-                beside(client.until_over()) as over,
-                beside(self._is_closed.wait()) as closed,
-                beside(self._serve()) as serving,
+                _reported_to(self.opened),
+                concurrently(client.until_over()) as over,
+                concurrently(self._is_closed.wait()) as closed,
+                concurrently(self._serve()) as serving,
             ):
                 waiting: list[asyncio.Task[Any]] = [over, closed, serving]
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -192,7 +192,7 @@ class ChannelStream:
 
 
 @asynccontextmanager
-async def _told(opened: "asyncio.Future[None]") -> AsyncIterator[None]:
+async def _reported_to(opened: "asyncio.Future[None]") -> AsyncIterator[None]:
     """Set a future to the error that kept something from opening."""
     try:
         yield

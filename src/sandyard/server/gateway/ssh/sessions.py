@@ -26,7 +26,7 @@ from sandyard.server.gateway.ssh.forwarding import (
 )
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.processes import Following, Processes, Which
-from sandyard.server.tasks import Crew, beside
+from sandyard.server.tasks import Crew, concurrently
 
 log = logging.getLogger(__name__)
 
@@ -215,8 +215,8 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
         assert channel is not None
         try:
             async with (
-                beside(self._is_over.wait()) as over,
-                beside(self._run(channel)) as running,
+                concurrently(self._is_over.wait()) as over,
+                concurrently(self._run(channel)) as running,
             ):
                 await asyncio.wait([running, over], return_when=asyncio.FIRST_COMPLETED)
         except SandyardError as error:
@@ -254,8 +254,8 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
             following = await held.enter_async_context(opening)
             which = Which(pid=following.pid)
             async with (
-                beside(self._feed(channel, following)),
-                beside(self._obey(actor, sandbox_id, which)),
+                concurrently(self._feed(channel, following)),
+                concurrently(self._obey(actor, sandbox_id, which)),
             ):
                 await self._show(channel, following)
 
@@ -265,7 +265,7 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
         has_spoken = False
         async with (
             self._client.processes.pipe(actor, sandbox_id, wish, USE) as stream,
-            beside(self._pass_on(channel, stream)),
+            concurrently(self._pass_on(channel, stream)),
         ):
             while data := await stream.read(_READ):
                 has_spoken = True
@@ -344,7 +344,7 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
 
         listening = self._client.forwards.listen(actor, sandbox_id, Listen())
         where, callers = await held.enter_async_context(listening)
-        await held.enter_async_context(beside(answer_all(callers, answer)))
+        await held.enter_async_context(concurrently(answer_all(callers, answer)))
         return where.path
 
     def _environment(self, channel: SessionChannel) -> dict[str, str]:

@@ -51,7 +51,7 @@ async def registering(
             crew.start(answering, "a node was not answered", once=heard.subject, quietly=True)
 
         def changed(heard: NatsMessage) -> None:
-            telling = _told(on_change, heard.subject.split(".")[1])
+            telling = _notify_later(on_change, heard.subject.split(".")[1])
             crew.start(telling, "a change was not looked at", once=heard.subject)
 
         def overheard(heard: NatsMessage) -> None:
@@ -65,7 +65,7 @@ async def registering(
         yield
 
 
-async def _told(on_change: Callable[[str], None], node_id: str) -> None:
+async def _notify_later(on_change: Callable[[str], None], node_id: str) -> None:
     await asyncio.sleep(_CHANGES_S)
     on_change(node_id)
 

@@ -16,7 +16,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.links.nats.asks import ASKS, WORKING_S, NodeMethod, failure
 from sandyard.server.links.nats.link import Link, NatsMessage
-from sandyard.server.tasks import Crew, beside
+from sandyard.server.tasks import Crew, concurrently
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class _Ear:
             raise InvalidArgumentError(f"cannot read the request: {error}") from error
         if ask.is_wish:
             self._check()
-        async with beside(self._say_so(heard)):
+        async with concurrently(self._say_so(heard)):
             return {"value": encode(await self._done(ask, args))}
 
     async def _done(self, ask: NodeMethod, args: dict[str, Any]) -> Any:

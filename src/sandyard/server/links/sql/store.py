@@ -172,7 +172,7 @@ class PostgresStore:
         Raises:
             TimeoutError: other writers did not finish in time.
         """
-        if turn is Turn.BESIDE:
+        if turn is Turn.SHARED:
             yield
             return
         lock = self._turns.setdefault(str(turn), asyncio.Lock())
@@ -387,7 +387,7 @@ def _locks(turn: Turn | str) -> str:
     same number wait for each other needlessly, which is harmless."""
     if turn is Turn.ALONE:
         return _ALONE
-    if turn is Turn.BESIDE:
+    if turn is Turn.SHARED:
         return _BESIDE
     number = crc32(turn.encode()) - 2**31
     return f"{_BESIDE}, pg_advisory_xact_lock({_ORGANIZATION}, {number})"

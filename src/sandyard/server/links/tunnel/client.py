@@ -26,7 +26,7 @@ from sandyard.server.links.tunnel.frames import (
     refused,
     values_of,
 )
-from sandyard.server.tasks import Crew, beside
+from sandyard.server.tasks import Crew, concurrently
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Tunnels:
             answer = await self._asked(line, machine, operation)
             exchange = TunnelExchange(line)
             try:
-                async with beside(_heard(exchange)):
+                async with concurrently(_heard(exchange)):
                     yield Opened(answer, exchange)
             finally:
                 exchange.end()  # `run` does so, but where it was cancelled before it began

@@ -18,7 +18,7 @@ _AT_ONCE = 64
 
 
 class TunnelExchange:
-    """See core.contracts.node.ByteStream. Nothing comes unless `run` runs beside."""
+    """See core.contracts.node.ByteStream. Nothing arrives unless `run` runs concurrently."""
 
     def __init__(self, line: Line) -> None:
         self._line = line

@@ -29,7 +29,7 @@ from sandyard.server.links.tunnel.frames import (
     values_of,
 )
 from sandyard.server.links.tunnel.handshakes import Handshakes
-from sandyard.server.tasks import Crew, beside
+from sandyard.server.tasks import Crew, concurrently
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ async def _one(tunnel: NodeTunnel, line: Line) -> None:
             await line.say(FrameKind.ANSWER, head(encode(opened.answer)))
             exchange = TunnelExchange(line)
             # It is over once the control plane leaves, whatever is still to be carried.
-            async with beside(_carry(opened, exchange)):
+            async with concurrently(_carry(opened, exchange)):
                 await exchange.run()
                 is_left = True
     except BrokenError:

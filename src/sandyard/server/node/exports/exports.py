@@ -160,7 +160,7 @@ class NfsExports:
         """See node.exports.shares.Exports.close."""
         for served in self._every():
             await self._unwatch(served)
-            served.server.let_go()
+            served.server.detach()
 
     # --- what machines may ----------------------------------------------------------------
 

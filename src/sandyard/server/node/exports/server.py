@@ -215,7 +215,7 @@ class Server:
         if process is not None:
             await process.wait()
             if self._process is process:
-                self.let_go()
+                self.detach()
 
     async def stop(self) -> None:
         """End the process.
@@ -236,7 +236,7 @@ class Server:
                 async with asyncio.timeout(_LIMIT_S):
                     await child.wait()
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         """Stop watching the process, which keeps running."""
         if self._process is not None:
             self._process.close()

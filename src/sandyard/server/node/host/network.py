@@ -113,7 +113,7 @@ class Slots:
         for number in self._used:
             await self._guard(self.place(number))
             self._start_dns(self.place(number))
-        self._refill_beside()
+        self._refill_in_background()
         following = self._follow_neighbours()
         crew.start(following, "the rules do not follow the host's networks any more")
 
@@ -131,7 +131,7 @@ class Slots:
             place = self._spare.pop() if self._spare else await self._make()
             self._used.add(place.number)
         self._start_dns(place)
-        self._refill_beside()
+        self._refill_in_background()
         return place
 
     def place(self, number: int) -> Place:
@@ -232,7 +232,7 @@ class Slots:
             log.exception("what is left of the machine number %d stays", number)
             self._used.add(number)
 
-    def _refill_beside(self) -> None:
+    def _refill_in_background(self) -> None:
         if self._crew is not None:
             # If it cannot be made ahead, it is made when it is needed.
             self._crew.start(self._refill(), "a network slot could not be made ahead")

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
-from sandyard.server.drivers.kernels import Told, told_by
+from sandyard.server.drivers.kernels import Told, kernel_info
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def own_kernel(image: Path, modules: Path | None) -> OwnKernel:
         InvalidArgumentError: it is not a kernel, or the modules belong to another one.
     """
     try:
-        told = told_by(image)
+        told = kernel_info(image)
         digest = sha256(image.read_bytes())
     except UnavailableError as error:
         raise InvalidArgumentError(

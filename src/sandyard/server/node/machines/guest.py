@@ -76,7 +76,7 @@ class Guest:
         self.break_off(ENDED)
         self.link = None
 
-    def let_go(self) -> None:
+    def close_spare(self) -> None:
         """Close the spare connection; the guest continues."""
         if self.link is not None:
             self.link.close()

@@ -46,7 +46,7 @@ async def write_own(machine: SavingMachine, record: Record, body: Body, means: M
     try:
         state = await machine.save(body.saving)
         own = await about(record, means, kind="paused")
-        await means.seals.seal(state.folder, own, beside=(body.disk, body.memory))
+        await means.seals.seal(state.folder, own, belonging=(body.disk, body.memory))
         await body.publish()
     except OSError as error:
         raise translated(error) from error

@@ -23,7 +23,7 @@ from sandyard.server.node.machines.current import CurrentRecord
 from sandyard.server.node.machines.guest import Guest
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.watch import end_of, look, watch
-from sandyard.server.tasks import Task, beside, in_thread, to_the_end
+from sandyard.server.tasks import Task, concurrently, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class MachineProcess:
             InternalError: it ended.
         """
         if self.machine is not None:
-            async with beside(self.raise_when_it_ends()):
+            async with concurrently(self.raise_when_it_ends()):
                 await start.use_up(self.machine, limit_s, self._means)
             raise DeadlineExceededError(f"the machine made no progress for {limit_s:g} s")
 
@@ -288,7 +288,11 @@ class MachineProcess:
         limit = self._means.clock.timeout(self._means.patience(_SHUT_DOWN_S))
         with suppress(SandyardError, TimeoutError):
             # The agent is among the first to end, and does not answer then.
-            async with limit, beside(end_of(machine)) as ending, beside(self._power_off()):
+            async with (
+                limit,
+                concurrently(end_of(machine)) as ending,
+                concurrently(self._power_off()),
+            ):
                 while not ending.done():
                     body, pulse = self._current.body, self._guest.pulse
                     if await look(machine, body, pulse, self._means) is not None:
@@ -303,10 +307,10 @@ class MachineProcess:
 
     # --- over a restart of the server -----------------------------------------------------
 
-    async def let_go(self) -> None:
+    async def detach(self) -> None:
         """Release what this server holds of the process, which continues."""
         await self._stop_watching()
-        self._guest.let_go()
+        self._guest.close_spare()
         if self.machine is not None:
             await self.machine.detach()
 

@@ -25,7 +25,7 @@ from sandyard.server.node.machines.process import MachineProcess
 from sandyard.server.node.machines.records import Record
 from sandyard.server.node.machines.saved import SavedMachine
 from sandyard.server.node.machines.saving import Saving
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class Resident:
             return
         share = new_share(wish.org_id, wish.mounts)
         # The file server starts meanwhile; until then the guest reaches none.
-        async with beside(self._means.exports.grant(place, share)) as granting:
+        async with concurrently(self._means.exports.grant(place, share)) as granting:
             token = await self.guest.set_up(wish, was=was, grows=grows, limit_s=limit_s)
             self.current.update(token=token, mounted=encode(share), **changes)
             await granting

@@ -83,10 +83,10 @@ class SavedMachine:
         return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
 
 
-def seal(folder: Path, about: About, *, key: bytes, beside: Iterable[Path] = ()) -> SavedMachine:
+def seal(folder: Path, about: About, *, key: bytes, belonging: Iterable[Path] = ()) -> SavedMachine:
     """Sync the files in a folder, write their manifest, and sync that.
 
-    `beside` are files elsewhere that belong to the state. They are too large to digest each time,
+    `belonging` are files elsewhere that the state needs. They are too large to digest each time,
     and are recognized by size and modification time.
     """
     about = About(**{**asdict(about), "created_at": datetime.now(UTC).isoformat()})
@@ -101,7 +101,7 @@ def seal(folder: Path, about: About, *, key: bytes, beside: Iterable[Path] = ())
             path.name: {**_look(path), **_seal_of(path, key)} for path in paths
         }
         syncing.result()
-    files |= {str(path): _look(path) for path in beside}
+    files |= {str(path): _look(path) for path in belonging}
     content = {"format": FORMATS[-1], "about": asdict(about), "files": files}
     text = json.dumps({**content, "signature": _signature(content, key)})
     descriptor = os.open(folder / _MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -270,10 +270,10 @@ class Seals:
         self._drivers = drivers
 
     async def seal(
-        self, folder: Path, about: About, *, beside: Iterable[Path] = ()
+        self, folder: Path, about: About, *, belonging: Iterable[Path] = ()
     ) -> SavedMachine:
         """See `seal`."""
-        return await in_thread(seal, folder, about, key=self._key, beside=beside)
+        return await in_thread(seal, folder, about, key=self._key, belonging=belonging)
 
     def load(self, folder: Path) -> SavedMachine:
         """See `load`."""

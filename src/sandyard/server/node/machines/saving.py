@@ -15,7 +15,7 @@ from sandyard.server.node.machines.guest import Guest
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.process import MachineProcess
 from sandyard.server.node.machines.saved import SavedMachine
-from sandyard.server.tasks import Work, beside, in_thread, to_the_end
+from sandyard.server.tasks import Work, concurrently, in_thread, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Saving:
         self._guest.break_off(_PAUSED)
         self._current.set_phase(Phase.PAUSED, None)
         # Concurrently, and in any order: a published state counts, whatever else is found.
-        async with beside(self._current.write_without_place()) as writing:
+        async with concurrently(self._current.write_without_place()) as writing:
             await self._process.stop_saved()
             await asyncio.wait([writing])
         await self._process.leave_place_later()

@@ -29,7 +29,7 @@ from sandyard.server.node.machines.body import Body
 from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.records import Record
 from sandyard.server.node.machines.watch import end_of
-from sandyard.server.tasks import beside, in_thread
+from sandyard.server.tasks import concurrently, in_thread
 
 _HELLO_S, _DIAL_S = 10.0, 0.2
 _LOOK_S = 1.0
@@ -138,10 +138,12 @@ async def await_agent(machine: Machine, link: AgentLink, body: Body, means: Mean
     hello_s, dial_s = means.patience(_HELLO_S), means.patience(_DIAL_S)
     boot_s, no_progress_s = means.patience(limits.boot_s), means.patience(limits.no_progress_s)
     began = started = progressed = clock.monotonic()
-    async with beside(end_of(machine)) as ending:
+    async with concurrently(end_of(machine)) as ending:
         while True:
             with suppress(UnavailableError):
-                async with beside(link.ask(Hello(), limit_s=hello_s, dial_s=dial_s)) as asking:
+                async with concurrently(
+                    link.ask(Hello(), limit_s=hello_s, dial_s=dial_s)
+                ) as asking:
                     # A guest that ends during this does not answer.
                     await asyncio.wait([asking, ending], return_when=asyncio.FIRST_COMPLETED)
                     if asking.done():

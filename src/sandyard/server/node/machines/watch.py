@@ -12,7 +12,7 @@ from sandyard.server.drivers.contract import End, Machine
 from sandyard.server.node.agent import AgentLink
 from sandyard.server.node.machines.body import Body
 from sandyard.server.node.machines.means import Means
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,10 @@ async def watch(
 ) -> End:
     """Return how a machine ended, once it has. `on_answer` is called for each heartbeat that its
     agent answered."""
-    async with beside(end_of(machine)) as ending, beside(_beat(pulse, means, link_of, on_answer)):
+    async with (
+        concurrently(end_of(machine)) as ending,
+        concurrently(_beat(pulse, means, link_of, on_answer)),
+    ):
         while not ending.done():
             halted = await look(machine, body, pulse, means)
             if halted is not None and not await _is_there(link_of(), means):

@@ -176,7 +176,9 @@ class Goldens:
             return
         if failed_at is not None and self._means.clock.monotonic() - failed_at < _RETRY_S:
             return
-        work = self._means.crew.start(self._make_beside(kind), "a golden machine could not be made")
+        work = self._means.crew.start(
+            self._make_in_background(kind), "a golden machine could not be made"
+        )
         if work is not None:
             self._making[kind] = work
             work.add_done_callback(lambda _: self._made(kind))
@@ -233,7 +235,7 @@ class Goldens:
         kinds = {(one.template, one.vcpus, one.memory_mib) for one in self._known}
         return [GoldenFact(*one) for one in sorted(kinds)]
 
-    async def _make_beside(self, kind: Kind) -> None:
+    async def _make_in_background(self, kind: Kind) -> None:
         try:
             image = self._means.images.find(kind.image)
             definition = self._means.images.definitions.get(kind.template)
@@ -276,7 +278,7 @@ class Goldens:
             # What its kernel still has to do after that (journal, old connections, memory to free)
             # every clone would do again, just when a request waits for it.
             await _warm_up(resident, "sync", limit_s=limit_s)
-            resident.guest.let_go()
+            resident.guest.close_spare()
             await self._means.clock.sleep(self._means.limits.golden_rest_s)
             folder = self._folder / await self._name(kind, driver)
             await in_thread(shutil.rmtree, folder, ignore_errors=True)

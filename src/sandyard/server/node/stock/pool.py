@@ -27,7 +27,7 @@ from sandyard.server.node.machines.means import Means
 from sandyard.server.node.machines.resident import Resident
 from sandyard.server.node.stock.goldens import WARMUP_LIMIT_S, Goldens, Kind, a_wish
 from sandyard.server.node.stock.turns import Rank, Turns
-from sandyard.server.tasks import Crew, beside, to_the_end
+from sandyard.server.tasks import Crew, concurrently, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Pool:
                 crew.start(self._keep(crew), "the pool is no longer filled")
                 yield
         finally:
-            self._background.let_go()
+            self._background.resume()
             await to_the_end(self._empty())
 
     async def _keep(self, crew: Crew) -> None:
@@ -350,14 +350,14 @@ class Pool:
         # Twice: the second is what a claim does.
         for was in (Was.NOBODYS, Was.UNIQUE):
             limit_s = _STOPPED * self._means.patience(WAKE_LIMIT_S)
-            async with beside(one.process.raise_when_it_is_stuck(limit_s)):
+            async with concurrently(one.process.raise_when_it_is_stuck(limit_s)):
                 await one.set_up(wish, was=was, limit_s=limit_s * _PATIENCE)
         for _ in range(_EXERCISE_ROUNDS):
             limit_s = _STOPPED * self._means.patience(_LIMIT_S)
             for command in _EXERCISES:
-                async with beside(one.process.raise_when_it_is_stuck(limit_s)):
+                async with concurrently(one.process.raise_when_it_is_stuck(limit_s)):
                     await one.guest.run(command, limit_s=limit_s * _PATIENCE)
-            async with beside(one.process.raise_when_it_is_stuck(limit_s)):
+            async with concurrently(one.process.raise_when_it_is_stuck(limit_s)):
                 await one.guest.rehearse_mount()
 
     async def _finish(self, shelf: _Shelf, one: Resident) -> None:

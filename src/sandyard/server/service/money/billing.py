@@ -207,7 +207,7 @@ class Billing:
             cancel_url=cancel_url,
         )
 
-    async def told_of_payment(self, payload: bytes, signature: str) -> bool:
+    async def receive_payment_event(self, payload: bytes, signature: str) -> bool:
         """Post a payment, or a reversal, that the provider reports. Repeated reports change
         nothing.
 

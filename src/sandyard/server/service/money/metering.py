@@ -103,7 +103,7 @@ class Meter:
 
     async def charge_all(self) -> float:
         """Charge every organization once; return seconds until the next time."""
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             await tx.facts.note(BEAT, self._clock.now())
             owing = await tx.usage.owing()
             topped_up = await tx.credits.topped_up()
@@ -253,7 +253,7 @@ class Meter:
             await self._charge_card(wish)
         except SandyardError as error:
             log.warning("the outcome of a top-up is unknown: %s", error.message)
-        except Exception:  # it is done beside the meter, and must not end it
+        except Exception:  # it runs concurrently with the meter, and must not end it
             log.exception("unexpected error during a top-up; its outcome is unknown")
         finally:
             self._topping.discard(wish.org_id)
@@ -288,7 +288,7 @@ class Meter:
     async def _tell(
         self, org_id: str, event: str, title: str, *, summary: str, severity: str
     ) -> None:
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             await tx.activity.append(
                 line(
                     event,

@@ -112,7 +112,7 @@ class Access:
                 self._touched.clear()
             self._touched[key.id] = now
             try:
-                async with self._store.write(Turn.BESIDE) as tx:
+                async with self._store.write(Turn.SHARED) as tx:
                     await tx.keys.touch(key.id, self._clock.now())
             except SandyardError:  # worth less than the request it would stop
                 log.warning("cannot record the last use of a key; continuing")

@@ -183,7 +183,7 @@ class Logins:
         now, facts = self._clock.now(), {"method": login.method, "address": address}
         if login.fingerprint is not None:
             facts["fingerprint"] = login.fingerprint
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             if login.key_id is not None:
                 await tx.ssh_keys.touch(login.key_id, now)
             await tx.activity.append(

@@ -30,7 +30,7 @@ from sandyard.server.service.reconcile.work import LOST
 from sandyard.server.service.roster import Heartbeat
 from sandyard.server.service.sandboxes.lifecycle import is_over
 from sandyard.server.service.sandboxes.platform import Platform
-from sandyard.server.service.sandboxes.worker import Worker, holding
+from sandyard.server.service.sandboxes.worker import Worker, new_lease
 from sandyard.server.tasks import Crew, Work
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Comparison:
         Raises:
             SandyardError: the store does not answer.
         """
-        told = self._nodes.told(self._node.node_id)
+        told = self._nodes.last_heartbeat(self._node.node_id)
         if self._calm is not None and self._is_calm(self._calm, mark, told):
             self.heard_at = self._clock.monotonic()
             return
@@ -397,7 +397,7 @@ class Comparison:
         report = await self._nodes.report_of(self._node)
         if any(fact.is_used for fact in report.machines if fact.sandbox_id == sandbox.id):
             return
-        with holding(self._worker, sandbox.id) as hold:
+        with new_lease(self._worker, sandbox.id) as hold:
             pausing = await self._apply(sandbox, Event.PAUSE, hold=hold, reason=reason)
         if pausing is None:
             return
@@ -407,7 +407,7 @@ class Comparison:
             # A caller saw it running and uses it; its machine is still unchanged.
             await self._lifecycle.apply(pausing, Event.PAUSE_FAILED, lease=hold.lease)
             return
-        await self._worker.take_up(Claim(pausing, hold.lease), limit_s=0)
+        await self._worker.run_now(Claim(pausing, hold.lease), limit_s=0)
 
     def _pause_awake(self, found: dict[str, tuple[int, int]]) -> None:
         """Save machines that run although their sandboxes are paused: they were resumed, and the

@@ -44,7 +44,7 @@ class Idleness:
         as a use."""
         if not await self._is_busy(sandbox):
             return True
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             await tx.activity.touch(sandbox.id, at=self._clock.now(), kind="cpu")
         return False
 

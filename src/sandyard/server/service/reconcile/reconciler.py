@@ -112,12 +112,12 @@ class Reconciler:
                         self._begin(claim)
                     await hints.wait(self._pace.period_s)
 
-    def hold(self) -> Hold:
+    def new_hold(self) -> Hold:
         """Return a new lease, to be written together with the desired state and passed to
-        `take_up`."""
+        `run_now`."""
         return Hold(self._server_id, new_secret(), self._lasts)
 
-    async def take_up(self, claim: Claim, *, limit_s: float) -> None:
+    async def run_now(self, claim: Claim, *, limit_s: float) -> None:
         """Work now on a sandbox that was just leased. Return when the work is done, or after
         `limit_s`.
 
@@ -132,13 +132,15 @@ class Reconciler:
             except TimeoutError:
                 pass
 
-    def let_go(self, sandbox_id: str, hold: Hold) -> None:
+    def release(self, sandbox_id: str, hold: Hold) -> None:
         """Release a lease in the background, if it was written and is not in use."""
-        self._crew.start(self._let_go(sandbox_id, hold), "a lease was not given back", quietly=True)
+        self._crew.start(
+            self._release(sandbox_id, hold), "a lease was not given back", quietly=True
+        )
 
-    async def _let_go(self, sandbox_id: str, hold: Hold) -> None:
+    async def _release(self, sandbox_id: str, hold: Hold) -> None:
         try:
-            async with self._store.write(Turn.BESIDE) as tx:
+            async with self._store.write(Turn.SHARED) as tx:
                 was_held = await tx.leases.extend(sandbox_id, lease=hold.lease, lasts=None)
         except UnavailableError:
             return  # it expires
@@ -174,14 +176,14 @@ class Reconciler:
     async def _claims(self) -> list[Claim]:
         """Lease sandboxes that need work. Deletes and pauses never wait behind starts."""
         room = self._pace.workers - self._starting
-        hold, claims = self.hold(), list[Claim]()
+        hold, claims = self.new_hold(), list[Claim]()
         try:
             async with self._store.glance() as tx:
                 # A write waits for the disk, and most polls find nothing.
                 wanted = _ENDING | _STARTING if room > 0 else _ENDING
                 if not await tx.leases.waits(wanted):
                     return []
-            async with self._store.write(Turn.BESIDE) as tx:
+            async with self._store.write(Turn.SHARED) as tx:
                 claims = await tx.leases.claim(_ENDING, hold=hold, limit=self._pace.workers)
                 self._more_end = len(claims) == self._pace.workers
                 if room > 0:
@@ -221,7 +223,7 @@ class Reconciler:
     async def _try_again_later(self, claim: Claim, after_s: float | None = None) -> None:
         lasts = timedelta(seconds=self._pace.retry_s if after_s is None else after_s)
         try:
-            async with self._store.write(Turn.BESIDE) as tx:
+            async with self._store.write(Turn.SHARED) as tx:
                 await tx.leases.extend(claim.sandbox.id, lease=claim.lease, lasts=lasts)
         except UnavailableError:
             log.warning("cannot shorten a lease; it will expire")
@@ -233,7 +235,7 @@ class Reconciler:
             ConflictError: another server has it.
         """
         try:
-            async with self._store.write(Turn.BESIDE) as tx:
+            async with self._store.write(Turn.SHARED) as tx:
                 is_held = await tx.leases.extend(
                     claim.sandbox.id, lease=claim.lease, lasts=self._lasts
                 )
@@ -311,7 +313,7 @@ class Reconciler:
             return
         self._noted_at = now
         self._noted |= heard
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             await tx.nodes.heard(heard, self._clock.now())
 
     async def _keep_comparing(self, comparison: Comparison, node_id: str) -> None:

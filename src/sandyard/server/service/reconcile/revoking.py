@@ -82,7 +82,7 @@ class Revoking:
                     code,
                     extra={"sandbox_id": sandbox_id},
                 )
-            async with self._store.write(Turn.BESIDE) as tx:
+            async with self._store.write(Turn.SHARED) as tx:
                 for key in keys:
                     await tx.revoked_keys.removed(key)
         except ConflictError:  # it was paused or deleted meanwhile

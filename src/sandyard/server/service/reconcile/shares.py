@@ -71,7 +71,7 @@ class Shares:
     ) -> frozenset[str]:
         if not node_ids:
             return frozenset()
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             return await tx.joined_nodes.have_compared(
                 node_ids, by=self._server_id, over=over, lasts=LASTS, free_for=free_for
             )

@@ -23,7 +23,7 @@ from sandyard.server.service.sandboxes.lifecycle import refusal
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.power import Power, Waits
 from sandyard.server.service.sandboxes.register import ref_of
-from sandyard.server.service.sandboxes.worker import Worker, holding
+from sandyard.server.service.sandboxes.worker import Worker, new_lease
 
 _FIGURE_MAX = 2.0**63
 _ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
@@ -127,12 +127,12 @@ class Sandboxes:
         """Begin to delete a sandbox; return None if it has changed meanwhile."""
         # An orphan's name may belong to another sandbox by now.
         name = None if sandbox.status is Status.ORPHANED else sandbox.name
-        with holding(self._worker, sandbox.id) as hold:
+        with new_lease(self._worker, sandbox.id) as hold:
             ending = await self._lifecycle.apply(
                 sandbox, Event.DELETE, actor=actor, hold=hold, name=name
             )
         if ending is not None:
-            await self._worker.take_up(Claim(ending, hold.lease), limit_s=0)
+            await self._worker.run_now(Claim(ending, hold.lease), limit_s=0)
         return ending
 
     async def pause(self, actor: Actor, reference: str, *, wait: bool = True) -> Sandbox:
@@ -179,7 +179,7 @@ class Sandboxes:
         sandbox = await self._register.get(actor, reference)
         if sandbox.status is not Status.RUNNING and sandbox.status not in ON_ITS_WAY_UP:
             raise refusal(sandbox, doing="touch")
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             await tx.activity.touch(sandbox.id, at=self._clock.now(), kind="touch")
         return await self._register.reread(sandbox.id)
 

@@ -28,7 +28,7 @@ from sandyard.server.service.sandboxes.mounts import (
 )
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.register import get_snapshot
-from sandyard.server.service.sandboxes.worker import Worker, holding
+from sandyard.server.service.sandboxes.worker import Worker, new_lease
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ class Creation:
             if (made := await self._made_before(actor, request)) is not None:
                 return made
             sandbox, placed = await self._new(actor, wish)
-            with holding(self._worker, sandbox.id) as hold:
+            with new_lease(self._worker, sandbox.id) as hold:
                 made = await self._written(actor, sandbox, wish, request, hold)
             if made.id != sandbox.id:
                 return made
             limit_s = self._pooled_wait_s if placed.is_waiting else 0
-            await self._worker.take_up(Claim(made, hold.lease), limit_s=limit_s)
+            await self._worker.run_now(Claim(made, hold.lease), limit_s=limit_s)
             return await self._register.reread(made.id) if placed.is_waiting else made
 
     async def _written(

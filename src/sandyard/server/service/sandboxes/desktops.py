@@ -34,7 +34,7 @@ from sandyard.server.tasks import in_thread
 
 KIND = "desktop"
 TEXT_MAX = 10_000
-_USE = Use("desktop", "", "look at the desktop of", is_told=False)
+_USE = Use("desktop", "", "look at the desktop of", is_in_feed=False)
 _LIMIT_S = 20.0
 _BUTTONS = {"left": 1, "middle": 2, "right": 4}
 _WHEEL = {"up": 8, "down": 16, "left": 32, "right": 64}
@@ -136,7 +136,7 @@ class Desktops:
             For the rest see `Reach.open`.
         """
         async with self._dial(admission.actor, admission.sandbox_id) as stream:
-            async with self._store.write(Turn.BESIDE) as tx:
+            async with self._store.write(Turn.SHARED) as tx:
                 await tx.activity.append(
                     line(
                         "sandbox.vnc.connected",

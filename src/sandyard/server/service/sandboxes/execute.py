@@ -21,7 +21,7 @@ from sandyard.server.core.wire import FRAME_MAX, Channel, WireError, encode_fram
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.fields import checked_env
 from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Reached, Use
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 OUTPUT_MAX = 16 * 1024 * 1024
 COMMAND_MAX = 1024 * 1024
@@ -167,7 +167,7 @@ class Commands:
             async with self._clock.timeout(command.timeout / 1000 + _GRACE_S):
                 if command.stdin is None:
                     return await self._collect(reached.stream, share)
-                async with beside(_feed(reached.stream, command.stdin)):
+                async with concurrently(_feed(reached.stream, command.stdin)):
                     return await self._collect(reached.stream, share)
         except TimeoutError as error:
             raise DeadlineExceededError(

@@ -24,9 +24,9 @@ from sandyard.server.core.ops import FileChange, FileEnd, FileFact, FileOperatio
 from sandyard.server.core.refusals import meaning_of
 from sandyard.server.core.wire import FRAME_MAX, Channel, Frame, Refusal, printable
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.frames import STILL_S, Open, frames_of, send, told
+from sandyard.server.service.sandboxes.frames import STILL_S, Open, decoded, frames_of, send
 from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
-from sandyard.server.tasks import beside
+from sandyard.server.tasks import concurrently
 
 LIST_MAX = 10_000
 DEPTH_MAX = 64
@@ -49,9 +49,9 @@ _USES: dict[type[FileOperation], Use] = {
     ops.Remove: Use("file.removed", "File removed", "remove a file from"),
     ops.Write: Use("file.written", "File written", "write a file to"),
     ops.Read: Use("file.read", "File read", "read a file of"),
-    ops.Stat: Use("file.read", "", "look at a file of", is_told=False),
-    ops.ListFolder: Use("file.read", "", "list a folder of", is_told=False),
-    ops.WatchFolder: Use("file.watched", "", "watch a folder of", is_told=False),
+    ops.Stat: Use("file.read", "", "look at a file of", is_in_feed=False),
+    ops.ListFolder: Use("file.read", "", "list a folder of", is_in_feed=False),
+    ops.WatchFolder: Use("file.watched", "", "watch a folder of", is_in_feed=False),
 }
 
 
@@ -191,7 +191,7 @@ class Files:
             opening = self._reach.open(actor, reference, wish, _use_of(wish))
             stream = (await held.enter_async_context(opening)).stream
             telling = _end_of(stream, self._clock, _SILENT_S)
-            ending = await held.enter_async_context(beside(telling))
+            ending = await held.enter_async_context(concurrently(telling))
             await self._pass_on(body, stream, ending)
             return ending.result().count
 
@@ -230,7 +230,7 @@ class Files:
             shown = printable(path.decode(errors="replace")[:500])
             raise meaning_of(Refusal.NOT_A_FOLDER, f"{shown}: not a folder")
         wish = _tar(path, "-cf - .", user)
-        use = replace(_USES[ops.Read], attributes=_told(path, user))
+        use = replace(_USES[ops.Read], attributes=_attributes(path, user))
         async with AsyncExitStack() as held:
             held.enter_context(self._open.one(actor.org_id))
             reached = await held.enter_async_context(self._reach.open(actor, reference, wish, use))
@@ -249,13 +249,13 @@ class Files:
         if made is None:
             raise AgentError
         wish = replace(_tar(path, "-xf -", user), stdin=True)
-        use = replace(_USES[ops.Write], attributes=_told(path, user))
+        use = replace(_USES[ops.Write], attributes=_attributes(path, user))
         async with AsyncExitStack() as held:
             held.enter_context(self._open.one(actor.org_id))
             opening = self._reach.open(actor, reference, wish, use)
             stream = (await held.enter_async_context(opening)).stream
             telling = _all_printed(stream, self._clock, _SILENT_S)
-            ending = await held.enter_async_context(beside(telling))
+            ending = await held.enter_async_context(concurrently(telling))
             await self._pass_on(body, stream, ending)
             ending.result()
         return made
@@ -300,10 +300,10 @@ def _checked(wish: WishT) -> WishT:
 
 def _use_of(wish: FileOperation) -> Use:
     path = wish.target if isinstance(wish, ops.Move | ops.Copy) else wish.path
-    return replace(_USES[type(wish)], attributes=_told(path, wish.user))
+    return replace(_USES[type(wish)], attributes=_attributes(path, wish.user))
 
 
-def _told(path: bytes, user: str) -> dict[str, str]:
+def _attributes(path: bytes, user: str) -> dict[str, str]:
     return {"path": printable(path.decode(errors="replace")[:500]), "user": user}
 
 
@@ -326,7 +326,7 @@ async def _printed(
     complaint = b""
     async for frame in frames_of(stream, clock, still_s=still_s):
         if frame.channel is Channel.EXIT:
-            end = told(ops.Ended, frame)
+            end = decoded(ops.Ended, frame)
             # 1: something changed while it was read (tar(1)).
             if end.exit_code not in (0, 1) or end.timed_out:
                 said = printable(complaint.decode(errors="replace").strip()[:500])
@@ -344,7 +344,7 @@ async def _all_printed(stream: GuestStream, clock: Clock, still_s: float) -> Non
 
 def _checked_end(frame: Frame) -> FileEnd:
     """Return the end of an operation, or raise its error."""
-    end = told(FileEnd, frame)
+    end = decoded(FileEnd, frame)
     if end.trouble is not None:
         raise meaning_of(end.trouble.error, printable(end.trouble.message[:600]))
     return end

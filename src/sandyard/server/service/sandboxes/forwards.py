@@ -12,13 +12,13 @@ from sandyard.server.core.errors import (
 from sandyard.server.core.ops import Caller, Dial, Listen, Listening, Take
 from sandyard.server.core.wire import Channel, printable
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.frames import frames_of, told
+from sandyard.server.service.sandboxes.frames import decoded, frames_of
 from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
 
 _PORTS = range(65536)
 _HOST_MAX = 255
 _SILENT_S = 400 * 86_400.0
-_LISTEN = Use("ssh", "", "listen in", is_told=False)
+_LISTEN = Use("ssh", "", "listen in", is_in_feed=False)
 
 
 class Forwards:
@@ -60,7 +60,7 @@ class Forwards:
     async def _callers(self, stream: GuestStream) -> AsyncIterator[Caller]:
         async for frame in frames_of(stream, self._clock, still_s=_SILENT_S):
             if frame.channel is Channel.STDOUT:
-                caller = told(Caller, frame)
+                caller = decoded(Caller, frame)
                 if caller.port not in _PORTS:
                     raise AgentError()
                 yield replace(caller, host=printable(caller.host[:_HOST_MAX]))

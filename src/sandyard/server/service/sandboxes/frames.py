@@ -112,7 +112,7 @@ async def send(stream: ByteStream, clock: Clock, payload: bytes) -> None:
         raise UnavailableError("the agent of the sandbox stopped responding") from error
 
 
-def told(kind: type[_T], frame: Frame) -> _T:
+def decoded(kind: type[_T], frame: Frame) -> _T:
     """Return a frame's JSON.
 
     Raises:

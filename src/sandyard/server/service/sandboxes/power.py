@@ -20,7 +20,7 @@ from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.lifecycle import refusal
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.register import Deadline
-from sandyard.server.service.sandboxes.worker import Worker, holding
+from sandyard.server.service.sandboxes.worker import Worker, new_lease
 
 _ALL = frozenset(Status)
 _AT_REST = frozenset({Status.PAUSED, Status.ERROR})
@@ -85,12 +85,12 @@ class Power:
                 return now
             if now.status is not Status.RUNNING:
                 raise refusal(now, doing="pause")
-            with holding(self._worker, now.id) as hold:
+            with new_lease(self._worker, now.id) as hold:
                 pausing = await self._lifecycle.apply(now, Event.PAUSE, actor=actor, hold=hold)
             if pausing is None:
                 continue
             claim = Claim(pausing, hold.lease)
-            await self._worker.take_up(claim, limit_s=until.left_s if wait else 0)
+            await self._worker.run_now(claim, limit_s=until.left_s if wait else 0)
             now = await self._register.reread(now.id)
             if now.status is Status.RUNNING and now.reason:
                 raise not_done(now, "pause")
@@ -162,7 +162,7 @@ class Power:
                     f"cannot {doing} {now.id}: the node that it is on does not answer; it is "
                     f"{now.status} as before, ask again when that is back"
                 )
-            with holding(self._worker, now.id) as hold:
+            with new_lease(self._worker, now.id) as hold:
                 resuming = await self._lifecycle.apply(
                     now,
                     event,
@@ -177,7 +177,7 @@ class Power:
                 continue
             asked_for = resuming.incarnation
             claim = Claim(resuming, hold.lease)
-            await self._worker.take_up(claim, limit_s=until.left_s if wait else 0)
+            await self._worker.run_now(claim, limit_s=until.left_s if wait else 0)
             now = await self._register.reread(now.id)
             if now.status in _AT_REST:
                 raise not_done(now, doing)

@@ -19,7 +19,7 @@ from sandyard.server.service.sandboxes.tickets import Tickets
 
 KIND = "preview"
 QUERY_TOKEN = "rt_token"
-_USE = Use("preview", "", "preview", is_told=False, is_frequent=True)
+_USE = Use("preview", "", "preview", is_in_feed=False, is_frequent=True)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Previews:
             url = f"{where.preview_scheme}://{label}.{where.preview_domain}/?{QUERY_TOKEN}={token}"
         else:
             url = f"{where.preview_scheme}://{label}-{token}.{where.preview_domain}/"
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             await tx.activity.append(
                 line(
                     "sandbox.url.issued",

@@ -31,7 +31,7 @@ from sandyard.server.core.wire import FRAME_MAX, Channel, encode_frame, printabl
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.execute import COMMAND_MAX
 from sandyard.server.service.sandboxes.fields import checked_env
-from sandyard.server.service.sandboxes.frames import Open, frames_of, told
+from sandyard.server.service.sandboxes.frames import Open, decoded, frames_of
 from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
 
 INPUT_MAX = 1024 * 1024
@@ -43,8 +43,8 @@ _SIDE = range(1, 65536)
 _SILENT_S = 400 * 86_400.0
 _START = Use("process", "Process started", "start a process in")
 _SIGNAL = Use("process.signal", "Process signalled", "signal a process in")
-_ATTACH = Use("process", "", "follow a process in", is_told=False)
-_INPUT = Use("process", "", "write to a process in", is_told=False)
+_ATTACH = Use("process", "", "follow a process in", is_in_feed=False)
+_INPUT = Use("process", "", "write to a process in", is_in_feed=False)
 STREAMS = {
     Channel.STDOUT: "stdout", Channel.STDERR: "stderr", Channel.TERMINAL: "terminal",
 }  # fmt: skip
@@ -106,7 +106,7 @@ class Following:
         # A process may be silent for as long as it likes.
         async for frame in frames_of(self._stream, self._clock, still_s=_SILENT_S):
             if frame.channel is Channel.EXIT:
-                yield _bounded(told(ops.Ended, frame))
+                yield _bounded(decoded(ops.Ended, frame))
             elif frame.channel in STREAMS and frame.payload:
                 self.offset += len(frame.payload)
                 yield Output(STREAMS[frame.channel], frame.payload, self.offset)

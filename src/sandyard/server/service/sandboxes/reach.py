@@ -26,7 +26,7 @@ from sandyard.server.service.sandboxes.pace import FrameRates
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import ref_of
-from sandyard.server.tasks import beside, to_the_end
+from sandyard.server.tasks import concurrently, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +38,14 @@ _FRESH = timedelta(seconds=3)
 @dataclass(frozen=True)
 class Use:
     """A use of a sandbox: the kind of activity, its title in the feed, the verb for errors, and
-    attributes for the feed (no secrets). With `is_told` it is an entry of the feed; with
+    attributes for the feed (no secrets). With `is_in_feed` it is an entry of the feed; with
     `is_frequent` it is not recorded again shortly after the last time."""
 
     kind: str
     title: str
     doing: str
     attributes: Mapping[str, object] = field(default_factory=dict)
-    is_told: bool = True
+    is_in_feed: bool = True
     is_frequent: bool = False
 
 
@@ -143,7 +143,7 @@ class Reach:
             began = self._clock.monotonic()
             stream = GuestStream(opened.stream, sandbox, self._pace)
             if operation.used_by_bytes:
-                async with beside(self._note_bytes(stream, sandbox, use)):
+                async with concurrently(self._note_bytes(stream, sandbox, use)):
                     yield Reached(sandbox, opened.answer, stream)
                 return
             try:
@@ -202,7 +202,7 @@ class Reach:
             if not await is_current(tx, sandbox):
                 return False
             await tx.activity.touch(sandbox.id, at=now, kind=use.kind)
-            if use.is_told:
+            if use.is_in_feed:
                 await tx.activity.append(
                     line(
                         f"sandbox.{use.kind}",
@@ -219,7 +219,7 @@ class Reach:
         return True
 
     async def _touch(self, sandbox: Sandbox, use: Use) -> None:
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             await tx.activity.touch(sandbox.id, at=self._clock.now(), kind=use.kind)
 
 

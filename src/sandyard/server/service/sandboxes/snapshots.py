@@ -43,8 +43,8 @@ from sandyard.server.service.sandboxes.mounts import checked_mounts, still_there
 from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.sandboxes.power import Power
 from sandyard.server.service.sandboxes.register import Deadline, get_snapshot
-from sandyard.server.service.sandboxes.worker import Worker, holding
-from sandyard.server.tasks import beside, to_the_end
+from sandyard.server.service.sandboxes.worker import Worker, new_lease
+from sandyard.server.tasks import concurrently, to_the_end
 
 FORKS = range(1, 101)
 _NAME_MAX = 63
@@ -118,7 +118,7 @@ class Snapshots:
                 async with self._noted(actor, request, noted):
                     await self._save(actor, sandbox, snapshot, until)
                 return await self._found(actor, snapshot.id)
-        raise _not_told()
+        raise _unknown_outcome()
 
     async def _save(
         self, actor: Actor, sandbox: Sandbox, snapshot: Snapshot, until: Deadline
@@ -161,7 +161,7 @@ class Snapshots:
                     await self._repeats.forget(tx, actor, request, ids)
                     return None
             if not until.left_s:
-                raise _not_told()
+                raise _unknown_outcome()
             await self._clock.sleep(_LOOK_S)
 
     @asynccontextmanager
@@ -292,13 +292,13 @@ class Snapshots:
                 ):
                     snapshot = replace(snapshot, size_bytes=size_bytes)
                     return await self._start_forks(actor, snapshot, forks)
-        raise _not_told()
+        raise _unknown_outcome()
 
     async def _start_forks(
         self, actor: Actor, snapshot: Snapshot, forks: list[Sandbox]
     ) -> list[Sandbox]:
         begun = list[Sandbox]()
-        with holding(self._worker, *(one.id for one in forks)) as hold:
+        with new_lease(self._worker, *(one.id for one in forks)) as hold:
             async with self._store.write(actor.org_id) as tx:
                 await self._quota.check_new(tx, actor, snapshot.shape, count=len(forks))
                 await self._complete(tx, snapshot, snapshot.size_bytes)
@@ -307,7 +307,7 @@ class Snapshots:
                     fork = replace(one, mounts=mounts)
                     begun.append(await self._lifecycle.begin(tx, fork, actor, hold=hold))
         for fork in begun:
-            await self._worker.take_up(Claim(fork, hold.lease), limit_s=0)
+            await self._worker.run_now(Claim(fork, hold.lease), limit_s=0)
         return begun
 
     def _fork_of(
@@ -423,7 +423,7 @@ class Snapshots:
         """Have the node save the sandbox, and extend the deadline until the block ends. The block
         receives the size in bytes. A failed attempt leaves nothing; if only the answer was lost, it
         counts as a success."""
-        async with beside(self._hold_on(snapshot)):
+        async with concurrently(self._hold_on(snapshot)):
             try:
                 yield await self._size_of(sandbox, snapshot, until)
             except SandyardError:
@@ -531,7 +531,7 @@ async def _check_free(tx: Transaction, actor: Actor, names: list[str | None]) ->
             )
 
 
-def _not_told() -> UnavailableError:
+def _unknown_outcome() -> UnavailableError:
     return UnavailableError("cannot tell yet what this request makes: ask again in a while")
 
 

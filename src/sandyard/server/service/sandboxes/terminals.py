@@ -24,7 +24,7 @@ HANG_UP_S = 600.0
 _TAG = "terminal-"
 _NAME_MAX = 64
 _OPEN = Use("terminal", "Terminal opened", "open a terminal in")
-_LIVE = Use("terminal", "", "follow a terminal in", is_told=False)
+_LIVE = Use("terminal", "", "follow a terminal in", is_in_feed=False)
 FIRST_SIZE = Size(80, 24)
 
 

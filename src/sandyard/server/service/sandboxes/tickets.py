@@ -75,7 +75,7 @@ class Tickets:
         """
         if len(secret) > _SECRET_MAX:
             raise _unknown()
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             ticket = await tx.tickets.take(_digest(secret), kind)
         return await self._admitted(ticket, kind)
 
@@ -120,7 +120,7 @@ class Tickets:
         actor.require(SCOPE)
         by = signer_of(actor)
         ticket = Ticket(_digest(secret), kind, actor.org_id, sandbox.id, by, detail, until)
-        async with self._store.write(Turn.BESIDE) as tx:
+        async with self._store.write(Turn.SHARED) as tx:
             await tx.tickets.forget(before=self._clock.now() - _FORGET_AFTER)
             await tx.tickets.put(ticket)
 

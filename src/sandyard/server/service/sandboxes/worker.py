@@ -13,30 +13,30 @@ from sandyard.server.core.records import Claim
 class Worker(Protocol):
     """Works on a sandbox that was just changed, under a lease that was written with the change."""
 
-    def hold(self) -> Hold:
+    def new_hold(self) -> Hold:
         """Return a new lease to write with a change."""
         ...
 
-    async def take_up(self, claim: Claim, *, limit_s: float) -> None:
+    async def run_now(self, claim: Claim, *, limit_s: float) -> None:
         """Work on it now. Return when done or after the limit; the work continues."""
         ...
 
-    def let_go(self, sandbox_id: str, hold: Hold) -> None:
+    def release(self, sandbox_id: str, hold: Hold) -> None:
         """Release a lease in the background, if it was written and is not in use."""
         ...
 
 
 @contextmanager
-def holding(worker: Worker, *sandbox_ids: str) -> Iterator[Hold]:
+def new_lease(worker: Worker, *sandbox_ids: str) -> Iterator[Hold]:
     """Lend a lease for each change that the block writes.
 
     If the block fails so that it is unknown whether the lease was written, release it: the next
     server finds the change at once instead of after the lease expires.
     """
-    hold = worker.hold()
+    hold = worker.new_hold()
     try:
         yield hold
     except (UnavailableError, asyncio.CancelledError):
         for sandbox_id in sandbox_ids:
-            worker.let_go(sandbox_id, hold)
+            worker.release(sandbox_id, hold)
         raise

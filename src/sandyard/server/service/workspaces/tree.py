@@ -74,7 +74,7 @@ def _entry(
 
 def look(root: Root, path: Parts) -> TreeEntry:
     """Return the entry at a path."""
-    with _told(path):
+    with _typed_errors(path):
         found = root.stat(path)
         if not stat.S_ISDIR(found.st_mode):
             return _entry(path, found)
@@ -92,7 +92,7 @@ def listed(root: Root, path: Parts, *, hidden: bool) -> list[TreeEntry]:
         PayloadTooLargeError: it has over LIST_MAX entries.
     """
     found: list[TreeEntry] = []
-    with _told(path), root.folder(path) as folder:
+    with _typed_errors(path), root.folder(path) as folder:
         for name, _ in folder.names():
             if name.startswith(b".") and (not hidden or name.startswith(PASSING)):
                 continue
@@ -135,7 +135,7 @@ def measured(root: Root, path: Parts) -> Measure:
     Raises:
         PayloadTooLargeError: it has over WALK_MAX entries.
     """
-    with _told(path):
+    with _typed_errors(path):
         found = root.stat(path)
         if not stat.S_ISDIR(found.st_mode):
             return Measure(found.st_size if stat.S_ISREG(found.st_mode) else 0, 1, 0)
@@ -158,7 +158,7 @@ def measured(root: Root, path: Parts) -> Measure:
 
 def weighed(root: Root, path: Parts) -> int:
     """Return the size of a copy of a path, in bytes."""
-    with _told(path):
+    with _typed_errors(path):
         _check_not_root(path)
         with root.folder(path[:-1]) as above:
             at = above.look(path[-1])
@@ -186,7 +186,7 @@ def _below(folder: Folder, depth: int) -> Iterator[os.stat_result]:
 
 def opened(root: Root, path: Parts) -> tuple[int, TreeEntry]:
     """Open a file and return its descriptor, which the caller owns, and its entry."""
-    with _told(path):
+    with _typed_errors(path):
         fd = root.open_file(path)
     return fd, _entry(path, os.fstat(fd))
 
@@ -197,7 +197,7 @@ def make_folder(root: Root, path: Parts) -> TreeEntry:
     Raises:
         AlreadyExistsError: the name is taken.
     """
-    with _told(path):
+    with _typed_errors(path):
         _check_not_root(path)
         with root.folder(path[:-1], makes=True) as above:
             above.make(path[-1])
@@ -207,19 +207,19 @@ def make_folder(root: Root, path: Parts) -> TreeEntry:
 @contextlib.contextmanager
 def drafted(root: Root, folder: Parts) -> Iterator[Draft]:
     """Begin a file in a directory, which is created if necessary. It appears when it is kept."""
-    with _told(folder), root.folder(folder, makes=True) as place, place.draft() as draft:
+    with _typed_errors(folder), root.folder(folder, makes=True) as place, place.draft() as draft:
         yield draft
 
 
 def write(draft: Draft, folder: Parts, data: bytes) -> None:
     """Append to a draft."""
-    with _told(folder):
+    with _typed_errors(folder):
         draft.write(data)
 
 
 def keep(draft: Draft, path: Parts, *, replaces: bool) -> None:
     """Give a draft its name. See Draft.keep."""
-    with _told(path):
+    with _typed_errors(path):
         draft.keep(path[-1], replaces=replaces)
 
 
@@ -229,7 +229,7 @@ def move(root: Root, source: Parts, target: Parts, *, replaces: bool) -> TreeEnt
     Raises:
         AlreadyExistsError: the target exists, and must not be replaced.
     """
-    with _told(source, target):
+    with _typed_errors(source, target):
         _check_not_root(source)
         _check_not_root(target)
         with root.folder(source[:-1]) as old:
@@ -249,7 +249,7 @@ def copy(root: Root, source: Parts, target: Parts, *, replaces: bool) -> TreeEnt
         AlreadyExistsError: the target exists, and must not be replaced.
         InvalidArgumentError: a directory would be copied into itself.
     """
-    with _told(source, target):
+    with _typed_errors(source, target):
         _check_not_root(source)
         _check_not_root(target)
         if target[: len(source)] == source and target != source and leads_to_folder(root, source):
@@ -326,7 +326,7 @@ def remove(root: Root, path: Parts) -> None:
     Raises:
         NotFoundError: it does not exist.
     """
-    with _told(path):
+    with _typed_errors(path):
         _check_not_root(path)
         with root.folder(path[:-1]) as above:
             if not stat.S_ISDIR(above.look(path[-1]).st_mode):
@@ -407,7 +407,7 @@ def _empty(folder: Folder, name: bytes, top: Folder, levels: int) -> list[bytes]
 
 def _seen(root: Root, path: Parts) -> TreeEntry:
     """Return the entry after an operation; a dangling link is returned as a link."""
-    with _told(path), root.folder(path[:-1]) as folder:
+    with _typed_errors(path), root.folder(path[:-1]) as folder:
         return _in(root, folder, path[:-1], path[-1])
 
 
@@ -424,7 +424,7 @@ def shown(path: Parts) -> str:
 
 
 @contextlib.contextmanager
-def _told(path: Parts, target: Parts | None = None) -> Iterator[None]:
+def _typed_errors(path: Parts, target: Parts | None = None) -> Iterator[None]:
     """Return the error for an error of the operating system."""
     try:
         yield
