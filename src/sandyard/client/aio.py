@@ -4,14 +4,14 @@ import asyncio
 import builtins
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
-from sandyard.client import calls, workspaces
-from sandyard.client.client import BROKEN, T, Told
+from sandyard.client import calls
+from sandyard.client.client import BROKEN, Told
 from sandyard.client.code import Piece, SessionEndedError, argv_of
-from sandyard.client.config import ClientConfig, find_config
+from sandyard.client.connection import AsyncConnection
 from sandyard.client.desktop import AsyncDesktop
 from sandyard.client.errors import ConflictError, NotFoundError, NotReadyError, SandyardError
 from sandyard.client.files import AsyncFiles
@@ -25,44 +25,17 @@ from sandyard.client.models import (
     SandboxFacts,
     Snapshot,
     SshAccess,
-    Template,
-    Workspace,
-    snapshot_of,
 )
 from sandyard.client.processes import AsyncProcess, AsyncProcesses
 from sandyard.client.streams import Statuses
-from sandyard.client.transport import AsyncTransport
-from sandyard.client.workspaces import AsyncWorkspaceFiles
 
 _MOMENT_S = 5.0
 _ENDING: set[asyncio.Task[None]] = set()
 """Tasks that clean up, held here because asyncio keeps only weak references."""
 
 
-class AsyncSandyard:
+class AsyncSandyard(AsyncConnection):
     """See `Sandyard`."""
-
-    def __init__(
-        self, api_key: str | None = None, base_url: str | None = None, *, retries: int = 2
-    ) -> None:
-        self._transport = AsyncTransport(find_config(api_key, base_url), retries=retries)
-
-    async def __aenter__(self) -> Self:
-        """Return this client."""
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the connection."""
-        await self.close()
-
-    @property
-    def config(self) -> ClientConfig:
-        """See `Sandyard.config`."""
-        return self._transport.config
-
-    async def close(self) -> None:
-        """See `Sandyard.close`."""
-        await self._transport.close()
 
     async def create(
         self,
@@ -152,15 +125,6 @@ class AsyncSandyard:
         """See `Sandyard.roll_back`."""
         return await self._sandbox(calls.roll_back(reference, snapshot))
 
-    async def snapshots(self) -> AsyncIterator[Snapshot]:
-        """See `Sandyard.snapshots`."""
-        async for one in self._pages("/v1/snapshots", {}, snapshot_of):
-            yield one
-
-    async def delete_snapshot(self, reference: str) -> None:
-        """See `Sandyard.delete_snapshot`."""
-        await self._transport.send(calls.delete_snapshot(reference))
-
     async def url(
         self, reference: str, port: int, *, cookie: bool = False, ttl: int | None = None
     ) -> PreviewUrl:
@@ -174,42 +138,6 @@ class AsyncSandyard:
     async def stats(self, reference: str) -> Mapping[str, float]:
         """See `Sandyard.stats`."""
         return await self._transport.send(calls.stats(reference))
-
-    async def workspaces(self) -> builtins.list[Workspace]:
-        """See `Sandyard.workspaces`."""
-        return await self._transport.send(workspaces.listing())
-
-    async def workspace(self, reference: str) -> Workspace:
-        """See `Sandyard.workspace`."""
-        return await self._transport.send(workspaces.find(reference))
-
-    async def create_workspace(self, name: str, *, slug: str | None = None) -> Workspace:
-        """See `Sandyard.create_workspace`."""
-        return await self._transport.send(workspaces.create(name, slug))
-
-    async def rename_workspace(self, reference: str, name: str) -> Workspace:
-        """See `Sandyard.rename_workspace`."""
-        return await self._transport.send(workspaces.rename(reference, name))
-
-    async def delete_workspace(self, reference: str, *, force: bool = False) -> None:
-        """See `Sandyard.delete_workspace`."""
-        await self._transport.send(workspaces.delete(reference, force=force))
-
-    def workspace_files(self, reference: str) -> AsyncWorkspaceFiles:
-        """See `Sandyard.workspace_files`."""
-        return AsyncWorkspaceFiles(self._transport, reference)
-
-    async def templates(self) -> builtins.list[Template]:
-        """See `Sandyard.templates`."""
-        return await self._transport.send(calls.templates())
-
-    async def credits(self) -> Mapping[str, Any]:
-        """See `Sandyard.credits`."""
-        return await self._transport.send(calls.credits_left())
-
-    async def usage(self, period: str = "current") -> Mapping[str, Any]:
-        """See `Sandyard.usage`."""
-        return await self._transport.send(calls.usage(period))
 
     def files(self, reference: str, *, user: str = "root") -> AsyncFiles:
         """See `Sandyard.files`."""
@@ -228,23 +156,8 @@ class AsyncSandyard:
         async for one in self._transport.follow(Statuses(calls.sandbox_path(reference))):
             yield AsyncSandbox(self, one)
 
-    async def ask(self, method: str, path: str, *, query: Any = None, body: Any = None) -> Any:
-        """See `Sandyard.ask`."""
-        return await self._transport.send(calls.plain(method, path, query=query, body=body))
-
     async def _sandbox(self, call: calls.Call[calls.Raw]) -> "AsyncSandbox":
         return AsyncSandbox(self, await self._transport.send(call))
-
-    async def _pages(
-        self, path: str, query: Mapping[str, Any], read: Callable[[calls.Raw], T]
-    ) -> AsyncIterator[T]:
-        cursor: str | None = None
-        while True:
-            found, cursor = await self._transport.send(calls.page(path, query, cursor, read))
-            for one in found:
-                yield one
-            if cursor is None:
-                return
 
 
 class AsyncSandbox(SandboxFacts):

@@ -6,11 +6,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from sandyard.client import calls, workspaces
+from sandyard.client import calls
 from sandyard.client.code import Piece, SessionEndedError, argv_of
-from sandyard.client.config import ClientConfig, find_config
+from sandyard.client.connection import Connection
 from sandyard.client.desktop import Desktop
 from sandyard.client.errors import ConflictError, NotFoundError, NotReadyError, SandyardError
 from sandyard.client.files import Files
@@ -24,21 +24,15 @@ from sandyard.client.models import (
     SandboxFacts,
     Snapshot,
     SshAccess,
-    Template,
-    Workspace,
-    snapshot_of,
 )
 from sandyard.client.processes import Process, Processes
 from sandyard.client.streams import Statuses
-from sandyard.client.transport import Transport
-from sandyard.client.workspaces import WorkspaceFiles
 
 BROKEN = frozenset({"failed", "error", "destroyed"})
 Told = Callable[[str], object]
-T = TypeVar("T")
 
 
-class Sandyard:
+class Sandyard(Connection):
     """A connection to a server. Use it as a context manager, or call `close`.
 
     URL and key default to SANDYARD_URL and SANDYARD_API_KEY, then to the command line's
@@ -47,28 +41,6 @@ class Sandyard:
     Raises:
         ConfigError: no server is configured.
     """
-
-    def __init__(
-        self, api_key: str | None = None, base_url: str | None = None, *, retries: int = 2
-    ) -> None:
-        self._transport = Transport(find_config(api_key, base_url), retries=retries)
-
-    def __enter__(self) -> Self:
-        """Return this client."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the connection."""
-        self.close()
-
-    @property
-    def config(self) -> ClientConfig:
-        """The server's URL and the API key."""
-        return self._transport.config
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._transport.close()
 
     def create(
         self,
@@ -161,14 +133,6 @@ class Sandyard:
         """Restore a sandbox to one of its snapshots. Its current state is lost."""
         return self._sandbox(calls.roll_back(reference, snapshot))
 
-    def snapshots(self) -> Iterator[Snapshot]:
-        """Yield all snapshots, newest first."""
-        yield from self._pages("/v1/snapshots", {}, snapshot_of)
-
-    def delete_snapshot(self, reference: str) -> None:
-        """Delete a snapshot. Sandboxes created from it are not affected."""
-        self._transport.send(calls.delete_snapshot(reference))
-
     def url(
         self, reference: str, port: int, *, cookie: bool = False, ttl: int | None = None
     ) -> PreviewUrl:
@@ -187,43 +151,6 @@ class Sandyard:
         """Return a sandbox's current resource usage."""
         return self._transport.send(calls.stats(reference))
 
-    def workspaces(self) -> builtins.list[Workspace]:
-        """Return the organization's workspaces and your own."""
-        return self._transport.send(workspaces.listing())
-
-    def workspace(self, reference: str) -> Workspace:
-        """Return a workspace, by id or slug."""
-        return self._transport.send(workspaces.find(reference))
-
-    def create_workspace(self, name: str, *, slug: str | None = None) -> Workspace:
-        """Create a workspace."""
-        return self._transport.send(workspaces.create(name, slug))
-
-    def rename_workspace(self, reference: str, name: str) -> Workspace:
-        """Rename a workspace. Its slug does not change."""
-        return self._transport.send(workspaces.rename(reference, name))
-
-    def delete_workspace(self, reference: str, *, force: bool = False) -> None:
-        """Delete a workspace and its files. With `force`, unmount it from running sandboxes
-        first."""
-        self._transport.send(workspaces.delete(reference, force=force))
-
-    def workspace_files(self, reference: str) -> WorkspaceFiles:
-        """Return the files of a workspace, by id or slug."""
-        return WorkspaceFiles(self._transport, reference)
-
-    def templates(self) -> builtins.list[Template]:
-        """Return the templates."""
-        return self._transport.send(calls.templates())
-
-    def credits(self) -> Mapping[str, Any]:
-        """Return the organization's credits in cents: `balanceCents` and totals."""
-        return self._transport.send(calls.credits_left())
-
-    def usage(self, period: str = "current") -> Mapping[str, Any]:
-        """Return the usage in a period: `current` (this month), `7d`, `30d` or `all_time`."""
-        return self._transport.send(calls.usage(period))
-
     def files(self, reference: str, *, user: str = "root") -> Files:
         """Return the files of a sandbox, accessed as `user`."""
         return Files(self._transport, calls.sandbox_path(reference), user)
@@ -241,22 +168,8 @@ class Sandyard:
         for one in self._transport.follow(Statuses(calls.sandbox_path(reference))):
             yield Sandbox(self, one)
 
-    def ask(self, method: str, path: str, *, query: Any = None, body: Any = None) -> Any:
-        """Call any endpoint of the HTTP API and return the decoded JSON."""
-        return self._transport.send(calls.plain(method, path, query=query, body=body))
-
     def _sandbox(self, call: calls.Call[calls.Raw]) -> "Sandbox":
         return Sandbox(self, self._transport.send(call))
-
-    def _pages(
-        self, path: str, query: Mapping[str, Any], read: Callable[[calls.Raw], T]
-    ) -> Iterator[T]:
-        cursor: str | None = None
-        while True:
-            found, cursor = self._transport.send(calls.page(path, query, cursor, read))
-            yield from found
-            if cursor is None:
-                return
 
 
 class Sandbox(SandboxFacts):

@@ -1,0 +1,186 @@
+"""Connections to a server, and the resources of an organization other than sandboxes."""
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any, Self, TypeVar
+
+from sandyard.client import calls, workspaces
+from sandyard.client.config import ClientConfig, find_config
+from sandyard.client.models import Snapshot, Template, Workspace, snapshot_of
+from sandyard.client.transport import AsyncTransport, Transport
+from sandyard.client.workspaces import AsyncWorkspaceFiles, WorkspaceFiles
+
+T = TypeVar("T")
+
+
+class Connection:
+    """A connection to a server, and the resources of an organization other than sandboxes.
+
+    `Sandyard` adds the sandboxes.
+    """
+
+    def __init__(
+        self, api_key: str | None = None, base_url: str | None = None, *, retries: int = 2
+    ) -> None:
+        self._transport = Transport(find_config(api_key, base_url), retries=retries)
+
+    def __enter__(self) -> Self:
+        """Return this client."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connection."""
+        self.close()
+
+    @property
+    def config(self) -> ClientConfig:
+        """The server's URL and the API key."""
+        return self._transport.config
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._transport.close()
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Yield all snapshots, newest first."""
+        yield from self._pages("/v1/snapshots", {}, snapshot_of)
+
+    def delete_snapshot(self, reference: str) -> None:
+        """Delete a snapshot. Sandboxes created from it are not affected."""
+        self._transport.send(calls.delete_snapshot(reference))
+
+    def workspaces(self) -> list[Workspace]:
+        """Return the organization's workspaces and your own."""
+        return self._transport.send(workspaces.listing())
+
+    def workspace(self, reference: str) -> Workspace:
+        """Return a workspace, by id or slug."""
+        return self._transport.send(workspaces.find(reference))
+
+    def create_workspace(self, name: str, *, slug: str | None = None) -> Workspace:
+        """Create a workspace."""
+        return self._transport.send(workspaces.create(name, slug))
+
+    def rename_workspace(self, reference: str, name: str) -> Workspace:
+        """Rename a workspace. Its slug does not change."""
+        return self._transport.send(workspaces.rename(reference, name))
+
+    def delete_workspace(self, reference: str, *, force: bool = False) -> None:
+        """Delete a workspace and its files. With `force`, unmount it from running sandboxes
+        first."""
+        self._transport.send(workspaces.delete(reference, force=force))
+
+    def workspace_files(self, reference: str) -> WorkspaceFiles:
+        """Return the files of a workspace, by id or slug."""
+        return WorkspaceFiles(self._transport, reference)
+
+    def templates(self) -> list[Template]:
+        """Return the templates."""
+        return self._transport.send(calls.templates())
+
+    def credits(self) -> Mapping[str, Any]:
+        """Return the organization's credits in cents: `balanceCents` and totals."""
+        return self._transport.send(calls.credits_left())
+
+    def usage(self, period: str = "current") -> Mapping[str, Any]:
+        """Return the usage in a period: `current` (this month), `7d`, `30d` or `all_time`."""
+        return self._transport.send(calls.usage(period))
+
+    def ask(self, method: str, path: str, *, query: Any = None, body: Any = None) -> Any:
+        """Call any endpoint of the HTTP API and return the decoded JSON."""
+        return self._transport.send(calls.plain(method, path, query=query, body=body))
+
+    def _pages(
+        self, path: str, query: Mapping[str, Any], read: Callable[[calls.Raw], T]
+    ) -> Iterator[T]:
+        cursor: str | None = None
+        while True:
+            found, cursor = self._transport.send(calls.page(path, query, cursor, read))
+            yield from found
+            if cursor is None:
+                return
+
+
+class AsyncConnection:
+    """See `Connection`."""
+
+    def __init__(
+        self, api_key: str | None = None, base_url: str | None = None, *, retries: int = 2
+    ) -> None:
+        self._transport = AsyncTransport(find_config(api_key, base_url), retries=retries)
+
+    async def __aenter__(self) -> Self:
+        """Return this client."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the connection."""
+        await self.close()
+
+    @property
+    def config(self) -> ClientConfig:
+        """See `Sandyard.config`."""
+        return self._transport.config
+
+    async def close(self) -> None:
+        """See `Sandyard.close`."""
+        await self._transport.close()
+
+    async def snapshots(self) -> AsyncIterator[Snapshot]:
+        """See `Sandyard.snapshots`."""
+        async for one in self._pages("/v1/snapshots", {}, snapshot_of):
+            yield one
+
+    async def delete_snapshot(self, reference: str) -> None:
+        """See `Sandyard.delete_snapshot`."""
+        await self._transport.send(calls.delete_snapshot(reference))
+
+    async def workspaces(self) -> list[Workspace]:
+        """See `Sandyard.workspaces`."""
+        return await self._transport.send(workspaces.listing())
+
+    async def workspace(self, reference: str) -> Workspace:
+        """See `Sandyard.workspace`."""
+        return await self._transport.send(workspaces.find(reference))
+
+    async def create_workspace(self, name: str, *, slug: str | None = None) -> Workspace:
+        """See `Sandyard.create_workspace`."""
+        return await self._transport.send(workspaces.create(name, slug))
+
+    async def rename_workspace(self, reference: str, name: str) -> Workspace:
+        """See `Sandyard.rename_workspace`."""
+        return await self._transport.send(workspaces.rename(reference, name))
+
+    async def delete_workspace(self, reference: str, *, force: bool = False) -> None:
+        """See `Sandyard.delete_workspace`."""
+        await self._transport.send(workspaces.delete(reference, force=force))
+
+    def workspace_files(self, reference: str) -> AsyncWorkspaceFiles:
+        """See `Sandyard.workspace_files`."""
+        return AsyncWorkspaceFiles(self._transport, reference)
+
+    async def templates(self) -> list[Template]:
+        """See `Sandyard.templates`."""
+        return await self._transport.send(calls.templates())
+
+    async def credits(self) -> Mapping[str, Any]:
+        """See `Sandyard.credits`."""
+        return await self._transport.send(calls.credits_left())
+
+    async def usage(self, period: str = "current") -> Mapping[str, Any]:
+        """See `Sandyard.usage`."""
+        return await self._transport.send(calls.usage(period))
+
+    async def ask(self, method: str, path: str, *, query: Any = None, body: Any = None) -> Any:
+        """See `Sandyard.ask`."""
+        return await self._transport.send(calls.plain(method, path, query=query, body=body))
+
+    async def _pages(
+        self, path: str, query: Mapping[str, Any], read: Callable[[calls.Raw], T]
+    ) -> AsyncIterator[T]:
+        cursor: str | None = None
+        while True:
+            found, cursor = await self._transport.send(calls.page(path, query, cursor, read))
+            for one in found:
+                yield one
+            if cursor is None:
+                return
