@@ -277,9 +277,9 @@ async def agreeing(clock: AgreedClock, store: Store) -> AsyncIterator[None]:
             try:
                 await agree(clock, store)
             except UnavailableError:
-                log.debug("the database does not say what the time is")
+                log.debug("cannot read the database's clock; retrying")
             except Exception:  # the next answer may do
-                log.exception("the database does not say what the time is")
+                log.exception("unexpected error while reading the database's clock; retrying")
 
     await agree_at_first(clock, store)
     async with concurrently(keep_at_it()):
@@ -343,7 +343,7 @@ async def serve_cluster_control(settings: Settings) -> None:
             log.info("nodes join at port %s", cluster.door)
             if not stop.is_set():
                 await serve_control(control, listener, settings, cluster.roster.run())
-    log.info("stopped; nodes and machines live on")
+    log.info("stopped; nodes and machines keep running")
 
 
 # --- what an operator does ----------------------------------------------------------------------

@@ -204,7 +204,7 @@ class _Credentials:
                 end.load_cert_chain(papers.certificate, papers.key)
             write_private(self._folder / _FILE, self.home.kept())
         except OSError as error:  # the previous certificate is still valid for some time
-            log.warning("cannot save a renewed certificate: %s", error)
+            log.warning("cannot save a renewed certificate: %s; it is renewed again", error)
 
     def know(self, door: str) -> None:
         """Remember the address of a control plane."""
@@ -317,7 +317,7 @@ async def serve_node(settings: Settings) -> None:
             await asyncio.wait([stopping, running], return_when=asyncio.FIRST_COMPLETED)
     if running.done() and not running.cancelled() and (trouble := running.result()) is not None:
         raise trouble
-    log.info("stopped; machines live on")
+    log.info("stopped; machines keep running")
 
 
 async def _run(membership: NodeMembership) -> ConflictError | NotFoundError | None:

@@ -57,7 +57,7 @@ async def serve(settings: Settings) -> None:
         async with open_house(settings) as house, ssh_gateway(house.control, settings):
             if not stop.is_set():
                 await serve_control(house.control, listener, settings)
-    log.info("stopped; machines live on")
+    log.info("stopped; machines keep running")
 
 
 def at_the_end() -> asyncio.Event:

@@ -136,7 +136,7 @@ async def set_up_firecracker(
     try:
         return f"Firecracker {await driver.version()} is installed"
     except UnavailableError as error:
-        log.debug("Firecracker is not to be used yet: %s", error.message)
+        log.debug("cannot use Firecracker: %s", error.message)
     if not force and not can_open():
         return "Firecracker is not fetched: this host has no KVM, and QEMU emulates"
     await in_thread(fetch, settings, progress=progress)

@@ -70,7 +70,7 @@ async def _gone(process: asyncio.subprocess.Process, name: str) -> None:
         async with asyncio.timeout(_KILL_LIMIT_S):
             await process.wait()
     except TimeoutError:
-        log.error("%s was killed and is still there", name)
+        log.error("%s did not end when it was killed", name)
 
 
 @contextlib.contextmanager

@@ -170,7 +170,7 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
     def session_started(self) -> None:
         """See asyncssh."""
         self._note_start()
-        self._client.crew.start(self._serve(), "a session failed", quietly=True)
+        self._client.crew.start(self._serve(), "an SSH session failed", quietly=True)
 
     def data_received(self, data: bytes, datatype: Any) -> None:
         """See asyncssh."""
@@ -225,7 +225,7 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
         except (OSError, asyncssh.Error):  # the client closes it at this moment
             channel.close()
         except Exception:  # a bug: it must not stay unanswered
-            log.exception("a session failed")
+            log.exception("unexpected error in an SSH session; closing it")
             channel.exit(_FAILED)
 
     async def _run(self, channel: SessionChannel) -> None:

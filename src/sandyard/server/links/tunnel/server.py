@@ -132,7 +132,7 @@ async def _one(tunnel: NodeTunnel, line: Line) -> None:
     except Exception as error:  # one failure ends no others, and the caller is told
         told = error
         if not isinstance(told, SandyardError):
-            log.exception("unexpected error in an operation")
+            log.exception("unexpected error in an operation of the tunnel")
             told = InternalError(f"cannot carry out the request: {error}")
         if not is_left:
             await line.say(FrameKind.REFUSE, refusal(told))

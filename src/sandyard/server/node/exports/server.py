@@ -176,7 +176,9 @@ class Server:
             process = self._process = await self._child_of(child.pid)
             await self._await_said(_STARTED, beginning, limit_s=_START_S)
             if not await in_thread(self._sees, process.pid, list(self._sources)):
-                raise UnavailableError("the file server does not see what it is to export")
+                raise UnavailableError(
+                    "the file server does not see the workspaces that it should export"
+                )
         except BaseException:
             await self.stop()
             raise
@@ -253,7 +255,9 @@ class Server:
         """Prepare a patched copy of the library; return the path it is mounted over, or nothing."""
         library = library_of()
         if library is None:
-            log.warning("the file server's library was not found; starting it without patches")
+            log.warning(
+                "the library of the file server was not found; starting it unpatched, locks may fail"
+            )
             return ""
         better = patched(library.read_bytes())
         copy, part = self.folder / "library", self.folder / "library.part"
@@ -301,7 +305,7 @@ class Server:
         if process is not None and not await in_thread(
             self._sees, process.pid, list(self._sources)
         ):
-            log.warning("a file server does not see what it is to export; restarting it")
+            log.warning("a file server has lost its mount of a workspace; restarting it")
             await self.stop()
         await in_thread(self._configure)
         process = self._process

@@ -141,7 +141,11 @@ class Drivers:
             raise error
         for one in judged:
             if not one.verdict.is_usable:
-                log.warning("%s is not used here: %s", one.driver.name, one.verdict.reason)
+                log.warning(
+                    "the driver %s cannot be used on this host: %s",
+                    one.driver.name,
+                    one.verdict.reason,
+                )
         log.info("machines are started with %s", chosen.driver.name)
         self._chosen[image.digest] = chosen.driver
         if chosen.verdict.took_s is not None:

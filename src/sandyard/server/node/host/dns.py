@@ -242,7 +242,7 @@ class Forwarder:
             if answer is not None:
                 await asyncio.get_running_loop().sock_sendto(udp, answer, client)
         except OSError:
-            log.debug("a sandbox's query could not be answered", exc_info=True)
+            log.debug("a DNS query of a sandbox failed", exc_info=True)
         finally:
             self._queries.release()
 

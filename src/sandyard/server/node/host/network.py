@@ -115,7 +115,7 @@ class Slots:
             self._start_dns(self.place(number))
         self._refill_in_background()
         following = self._follow_neighbours()
-        crew.start(following, "the rules do not follow the host's networks any more")
+        crew.start(following, "the firewall no longer follows the host's networks")
 
     async def close(self) -> None:
         """See Network.close."""
@@ -191,7 +191,7 @@ class Slots:
         ruleset = json.loads(await host_ruleset())
         exceptions = forward_exceptions(ruleset, prefix=identity.prefix, table=identity.table)
         if exceptions:
-            log.warning("another tool drops forwarded traffic; an exception was added")
+            log.warning("another firewall drops forwarded traffic; added a rule for sandboxes")
             await _nft(exceptions)
 
     async def _follow_neighbours(self) -> None:
@@ -204,7 +204,7 @@ class Slots:
                     await _nft(new_neighbours(table=self._identity.table, neighbours=found))
                     self._neighbours = found
             except Exception:  # the rules must be updated in any case
-                log.exception("the rules do not follow the host's networks; trying again")
+                log.exception("cannot update the firewall for the host's networks; retrying")
 
     async def _sweep(self) -> None:
         """Remove processes, namespaces and links that an earlier run left behind."""
@@ -229,7 +229,7 @@ class Slots:
         try:
             await work
         except (SandyardError, OSError):
-            log.exception("what is left of the machine number %d stays", number)
+            log.exception("cannot remove the rest of the network slot %d", number)
             self._used.add(number)
 
     def _refill_in_background(self) -> None:
@@ -264,7 +264,7 @@ class Slots:
             rules = guard_rules(tap=_TAP, mac=place.mac) + input_rules(tap=_TAP)
             await _nft_in(place, rules)
         except InternalError as error:
-            log.warning("a machine's tap is not guarded: %s", error.message)
+            log.warning("cannot add the filter to a machine's tap: %s", error.message)
 
     async def _build(self, place: Place) -> None:
         outer = self._outer(place.number)

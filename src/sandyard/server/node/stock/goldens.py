@@ -156,7 +156,7 @@ class Goldens:
             golden = self._means.seals.load(folder)
             await self._means.seals.check(golden, whole=True)
         except DamagedError as error:
-            log.warning("a golden machine is not used and will be replaced: %s", error.message)
+            log.warning("a golden machine on disk cannot be used: %s; removing it", error.message)
             await in_thread(shutil.rmtree, folder, ignore_errors=True)
         else:
             self._known[kind] = golden
@@ -165,7 +165,7 @@ class Goldens:
         """Remove an unusable golden machine; another one is made when it is needed."""
         golden = self._known.pop(kind, None)
         if golden is not None:
-            log.error("a golden machine is replaced: %s", why)
+            log.error("a golden machine in use is damaged: %s; removing it", why)
             await in_thread(shutil.rmtree, golden.folder, ignore_errors=True)
 
     def want(self, kind: Kind) -> None:
@@ -205,7 +205,7 @@ class Goldens:
                 if keep and not self._is_usual(golden.about.template, golden.about.shape):
                     others.append(folder)
             if not keep:
-                log.info("removing a golden machine that is of no use any more")
+                log.info("removing an outdated golden machine")
                 await in_thread(shutil.rmtree, folder, ignore_errors=True)
 
         others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)

@@ -366,7 +366,11 @@ class Pool:
             try:
                 await one.guest.run(command, limit_s=self._means.patience(WARMUP_LIMIT_S))
             except UnavailableError as error:  # it is usable all the same, if it answers below
-                log.warning("the warm-up command %r failed: %s", command, error.message)
+                log.warning(
+                    "the warm-up command %r failed: %s; continuing without it",
+                    command,
+                    error.message,
+                )
         await one.guest.settle_clock()
         await one.current.enter(Phase.WAITING)
         if self._shelves.get(shelf.kind) is not shelf:  # the template has another image by now

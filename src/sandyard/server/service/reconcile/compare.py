@@ -275,7 +275,7 @@ class Comparison:
             )
         if is_done:
             log.warning(
-                "the database went back; continuing a sandbox from the version its node was shown",
+                "the database is older than a sandbox's node; continuing from the node's version",
                 extra={"sandbox_id": sandbox.id},
             )
 
@@ -362,7 +362,7 @@ class Comparison:
         await self._apply(sandbox, Event.BROKE, reason=reason, ip=None, ended_at=self._away_since)
 
     async def _expire(self, sandbox: Standing, *, ended_at: datetime | None) -> None:
-        # If the database went back, the compared row may differ from the stored one.
+        # If an older database was restored, the compared row may differ from the stored one.
         whole = await self._whole(sandbox)
         if whole is not None and has_expired(whole, self._clock.now()):
             await self._lifecycle.apply(whole, Event.DELETE, ended_at=ended_at, reason=EXPIRED)

@@ -284,7 +284,7 @@ class Workspaces:
                 async with self._clock.timeout(_WITHDRAW_S):
                     await node.withdraw(workspace.id)
             except TimeoutError as error:
-                raise DeadlineExceededError(f"the node {node_id} does not withdraw it") from error
+                raise DeadlineExceededError(f"the node {node_id} does not unmount it") from error
         await self._volumes.remove(workspace.id)
         async with self._store.write(workspace.org_id) as tx:
             await tx.workspaces.erase(workspace.id)
@@ -355,11 +355,13 @@ class Workspaces:
                         async with self._store.write(one.org_id) as tx:
                             await self._note(tx, one, size, accessed=False)
             except SandyardError as error:
-                log.warning("cannot look after the workspace %s: %s", one.id, error.message)
+                log.warning(
+                    "cannot measure or remove the workspace %s: %s; retrying", one.id, error.message
+                )
                 if one.removed_at is not None and isinstance(error, DeadlineExceededError):
                     break  # the others would wait as long, and the sizes of all meanwhile
             except Exception:  # the others are looked after all the same
-                log.exception("cannot look after the workspace %s", one.id)
+                log.exception("unexpected error in the workspace %s; retrying", one.id)
         await self._volumes.rest()
 
     def _line(self, actor: Actor, workspace: Workspace, event: str, title: str) -> Activity:
