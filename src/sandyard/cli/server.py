@@ -27,7 +27,7 @@ def server_module(module: str) -> Any:
     path = f"sandyard.server.app.{module}"
     if path in sys.modules:
         return sys.modules[path]
-    # All of it stays: to look through it for what could be freed, while it is read and once more
+    # Nothing is garbage: collecting while modules are loaded, and once more
     # at the end, takes a third of the time.
     gc.disable()
     try:

@@ -65,7 +65,7 @@ def run_attached(
                         if event.timed_out:
                             typer.echo("the command was ended: its time was over", err=True)
     except SandyardError as error:
-        # Paused, say, or gone: to end what runs there would resume it.
+        # Paused, say, or deleted: ending the process would resume the sandbox.
         is_reported = not isinstance(error, TransferError)
         raise
     finally:

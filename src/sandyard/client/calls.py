@@ -88,7 +88,7 @@ class Retries:
         is_refused = status == 429  # then nothing was done, whatever it is
         if not is_refused and not (call.safe and (status is None or status in _BUSY)):
             return None
-        # Jitter: clients that were turned away together are not to come back together.
+        # Jitter, so that clients that were refused together do not retry together.
         pause: float = _AGAIN_S * 3**self.made * (0.5 + random.random())  # noqa: S311 - no secret
         self.made += 1
         if retry_after is not None and retry_after.isascii() and retry_after.isdigit():

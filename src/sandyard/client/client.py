@@ -207,8 +207,8 @@ class Sandbox(SandboxFacts):
                 `idempotency_key`.
         """
         own = client or Sandyard()
-        # The same again is the same sandbox: also one whose answer never came can be deleted. Where
-        # the key is the caller's, so is what it stands for.
+        # The same key returns the same sandbox, so one whose answer was lost can be deleted. If
+        # the caller chose the key, the sandbox is the caller's, too.
         is_new = options.get("idempotency_key") is None
         if is_new:
             options["idempotency_key"] = str(uuid.uuid4())
@@ -328,14 +328,14 @@ class Sandbox(SandboxFacts):
         is_over, is_enough = False, threading.Event()
         try:
             if stdin is not None:
-                # Beside what is printed: one that is not heard may not read on.
+                # Concurrently: a process whose output is not read may not read its input.
                 given = (process, stdin, is_enough)
                 threading.Thread(target=_feed, args=given, daemon=True).start()
             for event in process.events():
                 is_over = isinstance(event, Exited)
                 yield event
         except SandyardError:
-            # Paused, say, or gone: to end what runs there would resume it.
+            # Paused, say, or deleted: ending the process would resume the sandbox.
             is_over = True
             raise
         finally:

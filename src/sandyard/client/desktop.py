@@ -107,7 +107,7 @@ def _picture(path: str) -> Call[bool]:
 
 
 def _done(path: str, action: str, body: dict[str, Any]) -> Call[bool]:
-    # Not safe: what is typed or clicked twice is not what was meant.
+    # Not safe: typing or clicking twice would be wrong.
     return Call("POST", f"{path}/{action}", lambda answer: bool(answer["data"]), body=body)
 
 

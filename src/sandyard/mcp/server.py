@@ -323,7 +323,7 @@ class Hands:
         made = await (await self._box(sandbox)).fork(count)
         until = time.monotonic() + 120
         for one in made:
-            # All are told of: they are there, and cost, whatever has become of one of them.
+            # All are reported, because all exist and cost, even if one of them failed.
             with suppress(NotReadyError):
                 await one.wait_until_ready(max(0.0, until - time.monotonic()))
             self._keep(one)

@@ -66,7 +66,7 @@ def at_the_end() -> asyncio.Event:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     loop = asyncio.get_running_loop()
-    # Python's own number is for the processors. These wait for disks: a few machines that are saved
+    # Python's default depends on the CPUs. These wait for disks: a few machines that are saved
     # at once, each for a minute, must leave some for those that only write a record.
     loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="work"))
     # uvicorn takes these over while it serves and raises them again when it is done: without a
@@ -113,7 +113,7 @@ def http_server(
     """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     gate = Gate(
-        # The other half is for the platform's own work: machines must not be lost for a crowd.
+        # The other half is for the platform's own work, so that many clients cannot stop it.
         most=min(http.connections, descriptors // 2),
         most_by_address=http.connections_per_address,
         patience=patience,

@@ -390,7 +390,7 @@ class GuardedProtocol(HttpToolsProtocol):
         state = self.scope.get("state", {})
         self.gate.answered(self, is_known=state.get("actor") is not None)
         if self._has_ended and self._stage == "body":
-            # A close with something unread is a reset, which would take the answer along.
+            # Closing with unread data causes a reset, which would discard the answer.
             self._end_writing()
         elif self._has_ended:
             self.transport.close()
@@ -443,8 +443,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._stalled_s > patience.still_s:
             self.transport.abort()
         elif self.flow.read_paused or (self._stage == "head" and self._is_answering):
-            # It is the server that does not read on, or that an answer is due first; nobody is to
-            # be blamed for that, nor an answer lost.
+            # The server is not reading, or an answer must be sent first: the client must not
+            # be disconnected for that, and no answer lost.
             self._since = self.loop.time()
         elif self._stage == "head" and self.loop.time() - self._since > patience.head_s:
             self._refuse(408, "bad_request", "cannot wait longer for the rest of the request")
@@ -516,7 +516,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.write(b"".join(head) + body)
         self.gate.lingering += 1
         self._came = 0
-        # A close with something unread is a reset, which would take the answer along.
+        # Closing with unread data causes a reset, which would discard the answer.
         self._end_writing()
         self.loop.call_later(_LINGER_S, self._linger)
 

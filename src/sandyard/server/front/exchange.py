@@ -176,8 +176,8 @@ async def send_body(
                     is_last=not is_more,
                     trailers=() if is_more else trailers(),
                 )
-                # One that does not read on is not waited for for ever: meanwhile nobody would hear
-                # that the client has left.
+                # The wait for a guest that does not read is limited: meanwhile nothing notices
+                # that the client has disconnected.
                 async with clock.timeout(_STILL_S):
                     await exchange.there.write(data)
             except (h11.LocalProtocolError, SandyardError):

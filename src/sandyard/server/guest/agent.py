@@ -28,7 +28,7 @@ from sandyard.server.guest.ops.stats import stats
 from sandyard.server.guest.streams import answer, receive, refuse
 from sandyard.server.guest.system import AbsentError, BusyError, ConflictingError, RefusedError
 
-_HEAD_LIMIT_S = 90.0  # the host keeps a connection open for what it will want next
+_HEAD_LIMIT_S = 90.0  # the host keeps a connection open for its next operation
 _CONNECTIONS_MAX = 4096
 _BACKLOG = 256
 _PASSING = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO})
@@ -50,7 +50,7 @@ class Agent:
             while True:
                 connection, _ = await loop.sock_accept(listener)
                 self._take(connection, tasks)
-                # All that wait at once: another turn of the loop may be long in coming.
+                # All that wait, because the next turn of the loop may take long.
                 with contextlib.suppress(BlockingIOError):
                     for _ in range(_BACKLOG):
                         self._take(listener.accept()[0], tasks)
@@ -71,7 +71,7 @@ class Agent:
                 while await self._converse(connection, decoder):
                     pass
             except (ConnectionError, TimeoutError, wire.WireError):
-                pass  # the host went away, or spoke another language: nothing is owed to it
+                pass  # the host disconnected, or violated the protocol: no answer is needed
             except Exception as error:  # noqa: BLE001 - one connection must not end the agent
                 _log(f"operation failed: {error!r}")
             finally:
@@ -162,7 +162,7 @@ class Agent:
         except (OSError, ValueError) as error:
             number = getattr(error, "errno", None)
             if isinstance(operation, ops.SetUp) and number in _PASSING:
-                raise  # nothing is answered: another machine, or another try, may do
+                raise  # no answer: the host tries again, or uses another machine
             raise RefusedError(f"cannot make the sandbox ready: {error}") from error
 
 

@@ -20,7 +20,7 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST, _DUMP, _ACK = 0x1, 0x300, 0x4
 _LISTEN = 10
 _TIME_WAIT = 6
-# What waits for its port to be forgotten carries nothing any more, and there may be very many.
+# Connections in TIME_WAIT carry no data any more, and there may be very many.
 _OPEN = 0xFFF & ~(1 << _LISTEN | 1 << _TIME_WAIT)
 _CANNOT_LIST = frozenset({errno.ENOENT, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP})
 _HEADER = struct.Struct("=IHHII")

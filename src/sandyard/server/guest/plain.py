@@ -10,13 +10,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-# Of control characters bash has two for its own use: they are left to it.
+# bash uses two control characters itself; lines with them are left to it.
 _WORD = re.compile(r"""(?:[A-Za-z0-9_@%+:,./=-]+|'[^'\0\x01\x7f]*'|"[^"$`\\\0\x01\x7f]*")+""")
 _NAME = re.compile(r"[A-Za-z0-9_./+-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _BLANKS = re.compile(r"[ \t]+")
 _QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
-# Of bash 5.3: its keywords, and what it does itself.
+# Of bash 5.3: its keywords and builtins.
 _SHELLS_OWN = frozenset(
     (
         *("if", "then", "else", "elif", "fi", "case", "esac", "for", "select", "while", "until"),
@@ -29,11 +29,11 @@ _SHELLS_OWN = frozenset(
         *("ulimit", "umask", "unalias", "unset", "wait"),
     )
 )
-# What bash does itself as the system's own programs do it, without arguments.
+# Builtins that do the same as the programs of that name, without arguments.
 _PROGRAMS_TOO = {
     name: tuple(f"{folder}/{name}" for folder in ("/usr/bin", "/bin")) for name in ("true", "false")
 }
-# What bash would set, unset, or go by: bash(1), "Shell Variables".
+# Variables that bash sets, unsets or uses: bash(1), "Shell Variables".
 _BASHS = frozenset(
     (
         *("_", "DIRSTACK", "EUID", "EXECIGNORE", "FUNCNAME", "GROUPS", "IFS", "LINENO", "OLDPWD"),
@@ -98,7 +98,7 @@ def program_of(words: Sequence[str], env: Mapping[str, str]) -> tuple[str, dict[
         if os.access(path, os.X_OK) and not os.path.isdir(path):
             try:
                 folder = os.getcwd()
-            except OSError:  # it is not there any more: bash says so
+            except OSError:  # it no longer exists: bash reports that
                 return None
             return path, {**env, "PWD": folder, "SHLVL": "0", "_": path}
     return None

@@ -402,7 +402,7 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
             os.posix_spawn, file_actions=actions, setsid=True, setsigdef=_DEFAULTED
         )
         if spec.words is not None and (plain := program_of(spec.words, spec.env)) is not None:
-            with contextlib.suppress(OSError, ValueError):  # the shell says what is wrong
+            with contextlib.suppress(OSError, ValueError):  # the shell reports the error
                 return spawn(plain[0], spec.words, plain[1])
         denied: OSError | None = None
         for program in spec.programs:

@@ -14,7 +14,7 @@ from sandyard.server.guest.system import BusyError
 
 WAITING_MAX = 256
 _AT_ONCE = 4
-_HELD_S = 0.5  # one whose folder hangs does not keep its turn from others
+_HELD_S = 0.5  # a start that blocks on its directory must not keep the turn
 
 
 class Starts:
@@ -46,7 +46,7 @@ class Starts:
         release = _Once(self._turns.release)
         held = asyncio.get_running_loop().call_later(_HELD_S, release)
         try:
-            await asyncio.sleep(0)  # what else is ready goes first
+            await asyncio.sleep(0)  # other ready tasks run first
             if _is_gone(connection):
                 raise ConnectionResetError
             yield

@@ -83,7 +83,7 @@ class Reader:
                 loop.remove_reader(self._descriptor)
                 self.close()
 
-        if is_at_end():  # as it is unless there is a background job
+        if is_at_end():  # as usual, unless there is a background job
             self.close()
         else:
             loop.add_reader(self._descriptor, drain)
@@ -136,7 +136,7 @@ async def copy(source: socket.socket, sink: socket.socket) -> None:
         while data := await loop.sock_recv(source, CHUNK):
             await loop.sock_sendall(sink, data)
     except OSError:
-        # Broken, not ended: nothing will come back either, so the other direction ends, too.
+        # Broken, not ended: nothing arrives from it either, so the other direction ends, too.
         how = socket.SHUT_RDWR
         with contextlib.suppress(OSError):
             source.shutdown(how)

@@ -25,7 +25,7 @@ _RNDADDENTROPY = 0x40085203  # linux/random.h
 _RNDRESEEDCRNG = 0x5207
 _PASSWD_MAX = 1024 * 1024
 _GROWTH_LIMIT_S = 5.0
-_PAGE = 4096  # a write of no more is done whole, also if its writer is ended meanwhile
+_PAGE = 4096  # writes up to this size are atomic, even if the writer is killed
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -157,10 +157,10 @@ def write_identity(
         with contextlib.suppress(OSError):
             _overwrite("/etc/machine-id", machine_id + "\n", 0o444)
     if replaces_access and password_hash is None:
-        password_hash = "*"  # no password is it (shadow(5))
+        password_hash = "*"  # matches no password (shadow(5))
     ssh = Path("/root/.ssh")
     if replaces_access and os.path.lexists(ssh) and (ssh.is_symlink() or not ssh.is_dir()):
-        ssh.unlink()  # what it leads to may come to be there later, and open this one
+        ssh.unlink()  # the target may be created later, and give access
     if authorized_keys or (replaces_access and os.path.lexists(ssh / "authorized_keys")):
         try:
             ssh.mkdir(mode=0o700, exist_ok=True)
@@ -193,7 +193,7 @@ def _write_password(shadow: Path, password_hash: str) -> None:
         else line
         for line in lines
     ]
-    # What stands there already needs no room, which a full disk has not.
+    # Unchanged content needs no space, which a full disk lacks.
     if (after := "\n".join(changed) + "\n") != before:
         _replace(shadow, after, 0o600)
 

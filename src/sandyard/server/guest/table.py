@@ -25,7 +25,7 @@ from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedE
 RING = 256 * 1024
 LIVING_MAX = 1000
 ENDED_MAX = 256
-_KEPT_MAX = 8 * 1024 * 1024  # what all that have ended printed last, together
+_KEPT_MAX = 8 * 1024 * 1024  # for the kept output of all ended processes together
 _KEPT_S = 600.0
 _LAST_WORDS_S = 1.0
 _FIRST_FOLLOWER_S = 10.0
@@ -276,7 +276,7 @@ class Entry:
         """
         written, is_terminal, ending = 0, self._process.is_terminal, b""
         if closes and is_terminal:
-            # What Ctrl-D is, unless the program says otherwise; in a line, the first only sends it.
+            # Ctrl-D, by default; after characters in a line, the first one only submits them.
             ending = b"\x04" if not data or data.endswith(b"\n") else b"\x04\x04"
         whole = memoryview(data + ending)
         is_closed = False
@@ -301,7 +301,9 @@ class Entry:
             try:
                 await ready
             finally:
-                if self._writable is ready:  # else it was closed meanwhile, and may be another's
+                if (
+                    self._writable is ready
+                ):  # otherwise it was closed meanwhile, and the number may be reused
                     self._writable = None
                     loop.remove_writer(descriptor)
             return 0

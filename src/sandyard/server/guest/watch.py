@@ -90,7 +90,7 @@ class Watcher:
                 self._paths.pop(wd, None)
                 self.is_over = self.is_over or wd == self._top
             elif mask & (_DELETE_SELF | _MOVE_SELF | _UNMOUNT):
-                # Of one further down its own folder tells.
+                # Deeper entries are reported by their own directory's watch.
                 self.is_over = self.is_over or wd == self._top
             elif folder is not None and name:
                 path = os.path.join(folder, name)
@@ -102,7 +102,7 @@ class Watcher:
                 else:
                     self._changed(path, mask, found)
         if self._told and not select.select([self._fd], [], [], 0)[0]:
-            # What came into a folder before it was looked into has been told by its events, too.
+            # Entries created before the directory was read were reported by events, too.
             self._told.clear()
         return _once([one for one in found if not is_in_part(one.path)])
 
@@ -134,7 +134,7 @@ class Watcher:
             if is_folder:
                 self._forget_below(path)
         elif mask & _CREATE and path in self._told:
-            self._told.discard(path)  # seen already, when its folder was looked into
+            self._told.discard(path)  # seen already, when its directory was read
             if is_folder and self._recursive:
                 with contextlib.suppress(OSError, TooManyError):
                     self._add(path, _ONLYDIR | _DONT_FOLLOW)
@@ -151,7 +151,7 @@ class Watcher:
                 self._told.add(below)
                 found.append(FileChange(below, ChangeKind.CREATED, is_folder=is_folder))
         except OSError:
-            pass  # gone again, or not to be looked into
+            pass  # removed again, or unreadable
         except TooManyError:
             found.append(FileChange(path, ChangeKind.OVERFLOW, is_folder=True))
 
@@ -180,7 +180,7 @@ class Watcher:
         self._told.clear()
         top = self._paths.get(self._top)
         if top is not None:
-            # What is watched already keeps its number.
+            # An existing watch keeps its number.
             number = self._libc.inotify_add_watch(self._fd, top, _WANTED | _ONLYDIR)
             if number != self._top:
                 self.is_over = True
@@ -209,7 +209,7 @@ class Watcher:
                     try:
                         self._add(path, _ONLYDIR | _DONT_FOLLOW)
                     except OSError:
-                        continue  # gone meanwhile, or not to be looked into
+                        continue  # removed meanwhile, or unreadable
                     folders.append(path)
                 yield path, is_folder
 

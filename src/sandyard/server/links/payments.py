@@ -197,7 +197,7 @@ class StripePayments:
         """Return the organization that a charge was credited to; None if there is none."""
         found = _org_in(charge.metadata)
         if not found and charge.payment_intent is not None:
-            # A checkout of a version before, which told only its session.
+            # A checkout of an earlier version, which stored only its session.
             intent = charge.payment_intent
             sessions = await self._client.v1.checkout.sessions.list_async(
                 {"payment_intent": intent if isinstance(intent, str) else intent.id, "limit": 1}
@@ -218,14 +218,14 @@ class StripePayments:
         customer = told.get("customer")
         is_automatic = event["type"] == _CHARGED
         if is_automatic:
-            # Checkouts have payments of their own, which their event tells of.
+            # Checkouts have their own payments, with their own events.
             if (told.get("metadata") or {}).get("kind") != _AUTOMATIC:
                 return None
             amount = told["amount_received"]
         elif event["type"] in _PAID and told["payment_status"] == "paid":
             amount = told["amount_total"]
         else:
-            return None  # where the money comes later, another event tells of that
+            return None  # if the money arrives later, another event follows
         if told["currency"] != self._currency or not isinstance(org_id, str):
             log.error(
                 "cannot credit a payment: its currency is %s and its organization %s",
@@ -250,8 +250,8 @@ def _org_in(metadata: object) -> str | None:
 
 
 def _key_metadata(key: str) -> dict[str, str]:
-    # One that was asked for by a version before is asked for again just as it was: Stripe takes the
-    # same key with other words for a mistake.
+    # A request of an earlier version is repeated unchanged: Stripe refuses the
+    # same key with other parameters.
     return {"key": key} if key.startswith(KEY_PREFIX) else {}
 
 

@@ -79,7 +79,7 @@ class ImageVolumes:
     async def stuck(self, workspace_ids: Collection[str]) -> list[str]:
         """See core.contracts.volumes.Volumes.stuck."""
         async with _typed_errors():
-            # Who else has it open, a download say, would keep it from being mended.
+            # Another user, a download say, would prevent the repair.
             free = [one for one in workspace_ids if self._users[one] <= 1]
             found = [one for one in free if await in_thread(_is_stuck, self._place(one))]
             if not found or await in_thread(_left, self._folder, 0) < _MENDABLE_BYTES:

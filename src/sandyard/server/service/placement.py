@@ -121,7 +121,7 @@ class Placement:
     def _since(self, node_id: str, at: float) -> list[_Sent]:
         """Return what was placed on a node after its last report."""
         if not self._by_lot:
-            return []  # it is asked, and says what is so now
+            return []  # it is asked, and answers with its current state
         return [one for one in self._sent.get(node_id, ()) if one.at > at - _ON_ITS_WAY_S]
 
     async def _asked(self, node_id: str) -> tuple[float, NodeView] | None:
@@ -152,7 +152,7 @@ class Placement:
                 asking = {one: tasks.create_task(self._asked(one)) for one in unknown}
             views |= {one: task.result() for one, task in asking.items()}
             ranked = self._ranked(views, template, shape)
-        # Of those that are alike, the order stays as it is.
+        # Equal ones keep their order.
         ranked.sort(key=lambda one: (one.tier, one.memory_mib, one.disk_mib), reverse=True)
         if self._by_lot and ranked:
             best = [one for one in ranked[:_LOT] if one.tier == ranked[0].tier]

@@ -68,8 +68,8 @@ class Templates:
             InvalidArgumentError: there is no such template.
             UnavailableError: it is not built, or no node that may have it answers.
         """
-        # Where nodes are on other hosts, to ask all of them takes longer than all else together.
-        # The one that is to start it has the last word.
+        # Asking all nodes on other hosts would take longer than everything else together.
+        # The chosen node decides in the end.
         at, fact = self._ready.get(slug, (0.0, None))
         if fact is not None and 0 <= self._clock.monotonic() - at < _READY_S:
             return fact

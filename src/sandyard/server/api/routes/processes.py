@@ -274,7 +274,7 @@ class _Hands:
         self._input = Inflow(following, self._note_taken)
 
     def _note_taken(self, count: int) -> None:
-        # Told apart: a client that does not read is not to keep a process from reading.
+        # Separate, because a client that does not read must not block the process's input.
         self._taken += count
         self._is_news.set()
 

@@ -237,7 +237,9 @@ async def answer_all(
             room.release()
 
     async with asyncio.TaskGroup() as tasks:
-        with suppress(SandyardError):  # the sandbox ended: what is under way hears of it, too
+        with suppress(
+            SandyardError
+        ):  # the sandbox ended: operations in progress get the error, too
             async for caller in callers:
                 await room.acquire()
                 tasks.create_task(answer_one(caller))

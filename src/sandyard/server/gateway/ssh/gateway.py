@@ -42,13 +42,13 @@ _ATTEMPTS_MAX = 20
 _REFUSAL_S = 0.01
 _UNKNOWN_BY_ADDRESS = 50  # connections that have not logged in yet
 _HANDSHAKES_AT_ONCE, _HANDSHAKES_A_SECOND = 100, 5.0  # of one source, that led to no login
-_UNSTARTED_MAX = 100  # sessions that say nothing of what they are to be
+_UNSTARTED_MAX = 100  # sessions that have not requested anything yet
 _UNREAD_MAX = 64 * 1024 * 1024
 _SESSIONS_MAX = 200  # of one connection, with what it forwards; what comes to a port is besides
 _CLOSE_S = 3.0
 
-# What none of today's clients needs to go below; of each the client's first that is known here is
-# taken. The first two key exchanges resist quantum computers; the second needs liboqs.
+# What all current clients support; the client's first choice that is in the list is
+# used. The first two key exchanges resist quantum computers; the second needs liboqs.
 _KEY_EXCHANGES = tuple(
     one
     for one in (
@@ -165,7 +165,7 @@ async def open_gateway(
                 line_editor=False,
                 allow_scp=False,
                 kbdint_auth=False,
-                # What is small packed may be very large unpacked, and what is worth it is packed.
+                # Compressed data may be very large when unpacked.
                 compression_algs=["none"],
                 gss_host=None,
                 server_version="Sandyard",
@@ -344,7 +344,7 @@ class _Client(asyncssh.SSHServer):
     async def _watch(self, login: Login) -> None:
         """Record the login, and close the connection when it is no longer authorized."""
         if login.sandbox_id is None:
-            # It is told that with whatever it tries, and then it is time to go.
+            # Every request gets that error; after a while the connection is closed.
             with suppress(TimeoutError):
                 async with self.clock.timeout(_UNCLEAR_S):
                     await self._is_over.wait()
@@ -365,7 +365,7 @@ class _Client(asyncssh.SSHServer):
                     await self._is_over.wait()
             transport = getattr(self.connection, "_transport", None)
             if transport is not None and transport.get_write_buffer_size() > _UNREAD_MAX:
-                self.connection.abort()  # it asks for what it does not read
+                self.connection.abort()  # it requests data that it does not read
                 return
             if clock.monotonic() - authorized_at >= _AUTHORIZE_S:
                 authorized_at = clock.monotonic()

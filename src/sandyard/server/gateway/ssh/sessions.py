@@ -205,7 +205,7 @@ class SshSession(asyncssh.SSHServerSession[bytes]):
 
     def _wish(self, what: Size | str) -> None:
         if self._wishes.full():
-            self._wishes.get_nowait()  # of very many sizes the last counts
+            self._wishes.get_nowait()  # of many window sizes only the last matters
         self._wishes.put_nowait(what)
 
     # --- what is made of it -----------------------------------------------------------------

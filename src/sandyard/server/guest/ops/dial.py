@@ -83,7 +83,7 @@ async def _connect_path(context: Context, path: str) -> socket.socket:
     there.setblocking(False)
 
     def connect() -> None:
-        # A path of the user's own, that only the user's root has.
+        # The path exists only in the user's root.
         system.enter(context.root_fd)
         there.connect(path)
 
@@ -179,7 +179,7 @@ async def listen(
         await answer(connection, where)
         async with asyncio.TaskGroup() as tasks:
             accepting = [tasks.create_task(_accept(context, one, connection)) for one in listeners]
-            await processes.readable(connection.fileno())  # it says nothing: it has gone
+            await processes.readable(connection.fileno())  # it sent nothing: it has disconnected
             for task in accepting:
                 task.cancel()
 

@@ -32,6 +32,6 @@ async def execute(
     )
     with entry.followed(0) as follower:
         await answer(connection, ops.Started(entry.told.pid), again=again)
-        # Without a stdin the host has nothing more to say. And one that went away does not end the
-        # command: it has its own limit, kept here.
+        # Without a stdin the host sends nothing more. A host that disconnects does not end the
+        # command, whose limit is enforced here.
         await tell(entry, follower, connection, decoder, listens=wish.stdin)

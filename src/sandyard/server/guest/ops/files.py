@@ -131,7 +131,7 @@ async def _end_when_gone(pid: int, watched: int) -> None:
     await processes.readable(watched)
     for number in (signal.SIGTERM, signal.SIGKILL):
         await asyncio.sleep(_MOMENT_S)
-        os.kill(pid, number)  # not reaped yet, so it is still this one
+        os.kill(pid, number)  # not reaped yet, so the pid is still this child's
 
 
 class _Child:
@@ -169,7 +169,7 @@ class _Child:
         signal.signal(signal.SIGTERM, _break_off)
         sys.setrecursionlimit(_DEEP)  # a tree of folders may be as deep as it likes
         if isinstance(wish, ops.WatchFolder):
-            # Out of the agent's root, not the user's: what it needs is not on everybody's way.
+            # From the agent's root, not the user's, whose files may be missing or slow.
             from sandyard.server.guest.watch import Watcher
 
             self._watcher = Watcher()
@@ -300,7 +300,7 @@ class _Child:
 
     def _list(self, wish: ops.ListFolder) -> None:
         limit = max(1, min(_ENTRIES_MAX, wish.limit))
-        os.scandir(wish.path).close()  # what is wrong is told before anything else
+        os.scandir(wish.path).close()  # errors are reported before anything else
         self._answer(ops.Done())
         count, is_cut, batch = 0, False, []
         for path in _below(wish.path, max(1, min(_DEPTH_MAX, wish.depth))):
@@ -393,7 +393,7 @@ class _Child:
             raise IsADirectoryError(errno.EISDIR, "it is a folder", wish.path)
         if not stats.S_ISREG(found.st_mode):
             raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.path)} is no plain file")
-        # What has a size and no blocks is made as it is read (/sys), or is all hole.
+        # A file with a size and no blocks is generated when it is read (/sys), or is one hole.
         size = found.st_size if found.st_blocks or found.st_size > _SMALL else 0
         left, sent = wish.length, 0
         if size and wish.offset > size:
@@ -427,7 +427,7 @@ class _Child:
             raise IsADirectoryError(errno.EISDIR, "it is a folder", wish.path)
         if before is not None and not stats.S_ISREG(before.st_mode):
             raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.path)} is no plain file")
-        # Where a link leads: that is what is written, as by any editor.
+        # A link is followed, and its target written, as by any editor.
         path = os.path.realpath(wish.path)
         if wish.in_place:
             part, flags = path, os.O_WRONLY | os.O_CREAT
@@ -440,7 +440,7 @@ class _Child:
         is_done = False
         try:
             self._own_file(descriptor, wish, before)
-            if wish.in_place:  # not before all that may be refused
+            if wish.in_place:  # only after everything that may be refused
                 os.ftruncate(descriptor, 0)
             self._answer(ops.Done())
             try:
@@ -456,7 +456,7 @@ class _Child:
                 return
             self._end(ops.FileEnd(count))
         except _GoneError:
-            return  # the host broke off: nothing of it is to be seen
+            return  # the host disconnected: nothing of the file must remain
         finally:
             os.close(descriptor)
             if not is_done and not wish.in_place:
@@ -499,7 +499,7 @@ class _Child:
         from sandyard.server.guest.watch import TooManyError
 
         watcher = self._watcher
-        assert watcher is not None  # made before the user's root was entered
+        assert watcher is not None  # created before the user's root was entered
         try:
             watcher.open(wish.path, recursive=wish.recursive)
         except TooManyError as error:
@@ -538,7 +538,7 @@ def _below(folder: bytes, depth: int) -> Iterator[bytes]:
     try:
         with os.scandir(folder) as entries:
             found = sorted((one.name, one.is_dir(follow_symlinks=False)) for one in entries)
-    except OSError:  # one that may not be looked into is told of, and no more
+    except OSError:  # an unreadable directory is listed without its entries
         return
     for name, is_folder in found:
         path = os.path.join(folder, name)

@@ -30,7 +30,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4  # mount(2)
 _MS_NOATIME = 1024
 # A missing name is never cached, so a file that was just uploaded can be opened.
 _OPTIONS = "proto=tcp,hard,timeo=50,retrans=2,sec=sys,lookupcache=positive"
-_VERSIONS = ("4.2", "4.1")  # older servers speak the older one alone
+_VERSIONS = ("4.2", "4.1")  # older servers support only the older one
 _ROOM = 500  # of a message, in a pipe
 _FINE, _HEAD = b"fine", 4
 _LOOK_S = 0.02
@@ -192,7 +192,7 @@ def _leave(found: dict[bytes, str]) -> None:
             (_SHARES / share / "shutdown").write_text("1")
     gone: list[bytes] = []
     for path in found:
-        # What lies below another goes with that, and to look for it would be to ask the server.
+        # Mounts below another are unmounted with it, and looking for them would ask the server.
         if any(path.startswith(outer + b"/") for outer in gone):
             continue
         flags = _MNT_FORCE | _MNT_DETACH | _UMOUNT_NOFOLLOW

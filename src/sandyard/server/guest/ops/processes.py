@@ -175,7 +175,7 @@ async def _pipe(
     shells = (account.shell, *SHELLS)
     async with context.starts.turn(connection):
         await answer(connection, ops.Done())
-        # It is the program's from here on, which expects to wait for what it reads.
+        # From here on it is the program's, which expects blocking reads.
         connection.setblocking(True)
         spec = processes.Spec(
             name=shells[0],
@@ -188,7 +188,7 @@ async def _pipe(
         try:
             process = await processes.start(spec, root_fd=context.root_fd, wants_stdin=False)
         except RefusedError:
-            return  # whatever is said now would be taken for the program's own
+            return  # any answer now would be mistaken for the program's output
     try:
         with select.epoll() as watched:
             watched.register(connection, select.EPOLLRDHUP)
@@ -197,7 +197,7 @@ async def _pipe(
                 await process.wait()
                 ending.cancel()
     finally:
-        # What it left in the background does not keep the connection.
+        # Background jobs must not keep the connection open.
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
         process.release()
@@ -232,7 +232,7 @@ def _programs_of(
     if wish.command is not None:
         command, script = wish.command, None
         if len(os.fsencode(command)) > _ARGUMENT_MAX:
-            # Read whole and closed before it is run, it means what it would as an argument.
+            # Read completely and closed before it runs, it behaves as if it were an argument.
             command, script = (
                 f'eval "exec {_FD}<&-; $(/bin/cat <&{_FD} || echo exit 127)"',
                 os.fsencode(command),
@@ -307,7 +307,7 @@ async def _hear(entry: Entry, connection: socket.socket, decoder: wire.Decoder) 
                 try:
                     await entry.feed(frame.payload, closes=not frame.payload)
                 except ConflictingError:
-                    continue  # it takes no input any more: that does not end what it prints
+                    continue  # its input is closed, but its output continues
     except (OSError, wire.WireError):
         return
 

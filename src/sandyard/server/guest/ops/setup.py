@@ -27,12 +27,12 @@ async def set_up(context: Context, wish: ops.SetUp, connection: socket.socket) -
     if (waking := wish.waking) is not None:
         wake(context, waking, connection)
     if wish.disk_bytes is not None:
-        # First: it may be full, and then there is room for what follows.
+        # First, because a full disk has room for the rest after that.
         system.grow_disk(wish.disk_bytes, context.root_fd)
     socket.sethostname(wish.hostname)
     if wish.machine_id is not None:
         system.write_boot_id()
-        # What it was cloned from may have something mounted, which is that one's alone.
+        # Mounts of the machine it was cloned from belong to that machine.
         await leave_mounts(context)
     own_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

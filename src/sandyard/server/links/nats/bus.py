@@ -53,7 +53,7 @@ class NatsBus:
             await self._has_some.wait()
             self._has_some.clear()
             topics, self._waiting = list(self._waiting), {}
-            with suppress(UnavailableError):  # a hint that is lost costs a moment
+            with suppress(UnavailableError):  # a lost hint only delays work
                 for topic in topics:
                     await self._link.say(f"{_HINT}.{topic}", {})
 

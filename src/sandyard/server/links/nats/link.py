@@ -172,8 +172,8 @@ class Link:
             log.log(logging.WARNING if self.is_up else logging.DEBUG, "NATS complains: %s", error)
 
         def sign(nonce: str) -> bytes:
-            # The server says, in the clear, whether it wants TLS. One that says no to whoever wants
-            # it is another, which would have the token and the signature for the real one.
+            # The server announces in plain text whether it uses TLS. One that does not, although
+            # the client requires it, is an impostor, which would get the token and the signature.
             if self.tls is not None and not client._server_info.get("tls_required"):
                 raise NatsError("it does not use TLS")
             return self.login.sign(nonce.encode())
@@ -184,8 +184,8 @@ class Link:
                 raise NatsError("it does not use TLS")
             for one in self._listening:
                 await client.subscribe(one.subject, queue=one.queue, cb=_taking(one))
-            # The client writes a ping at once, and what waits to be said soon after: the answer to
-            # the second alone tells that the server knows of every subscription.
+            # The client sends a ping at once, and pending messages after it: only the answer to
+            # a second ping proves that the server knows all subscriptions.
             for _ in range(2):
                 await client.flush(_CONNECT_S)
 
@@ -203,7 +203,7 @@ class Link:
             max_reconnect_attempts=1,
             reconnect_time_wait=0,
             connect_timeout=_CONNECT_S,
-            # It would go unseen for minutes that a server hangs.
+            # Otherwise a server that hangs would be noticed after minutes only.
             ping_interval=0.5,  # type: ignore[arg-type]  # slept for
             max_outstanding_pings=2,
             pending_size=-1,
@@ -211,7 +211,7 @@ class Link:
             error_cb=complain,
             tls=self.tls,
             tls_hostname=TLS_NAME if self.tls else None,
-            # Else the client proves nothing at all, whatever the next two are.
+            # Otherwise the client sends no credentials, whatever the next two are.
             token="unused",  # noqa: S106 - no secret: the server looks at the other two
             user_jwt_cb=lambda: self.login.token().encode(),
             signature_cb=sign,
@@ -219,7 +219,7 @@ class Link:
 
 
 def _is_tls(client: Client) -> bool:
-    # A client of NATS leaves it to the server whether they speak TLS, whatever the URL says.
+    # The library lets the server decide about TLS, whatever the URL says.
     writer = getattr(client._transport, "_io_writer", None)
     return writer is not None and writer.get_extra_info("ssl_object") is not None
 

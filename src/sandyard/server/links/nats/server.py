@@ -67,7 +67,7 @@ class _Ear:
         try:
             await self._link.answer(heard, words)
         except UnavailableError as error:
-            if "value" in words:  # perhaps too long to be said
+            if "value" in words:  # the answer may be too long
                 await self._link.answer(heard, failure(error))
 
     async def _outcome(self, heard: NatsMessage) -> dict[str, object]:

@@ -50,7 +50,7 @@ class _Batch:
         """Return the connection and pass the outcome on to all that wait for it."""
         try:
             if error is not None:
-                # Whatever state it is in: another is opened for the next batch.
+                # In whatever state: the next batch opens another.
                 self.connection.invalidate()
             elif self.transaction.is_active:
                 self.transaction.rollback()
@@ -103,7 +103,7 @@ class Batches:
             try:
                 await to_the_end(self._commit(batch))
             finally:
-                self._give_up(batch)  # where the commit was broken off before it began
+                self._give_up(batch)  # if the commit was cancelled before it began
         await outcome_of(batch.committed)
 
     def _undo(self, batch: _Batch, error: BaseException, *, is_first: bool) -> None:
@@ -134,7 +134,7 @@ class Batches:
                     raise lost()
                 await in_thread(batch.transaction.commit)
             except asyncio.CancelledError:
-                # In the thread it went on to its end, which shows.
+                # The thread completed it, so its result is known.
                 batch.end(lost() if batch.is_whole else None)
                 raise
             except Exception as error:  # noqa: BLE001 - told to every writer, and raised there

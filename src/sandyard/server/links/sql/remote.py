@@ -93,8 +93,8 @@ class Transactions:
                 answer = await run(raw)
             except _GONE as error:
                 await to_the_end(_drop(connection))
-                # One from before the database was away; of those there are as many as the pool
-                # has. A database that says nothing says nothing to the others either.
+                # It was opened before the database was unavailable, as were up to all others in the
+                # pool. If the database does not answer, it does not answer on the others either.
                 if was_used and not isinstance(error, TimeoutError):
                     continue
                 raise _as_sqlalchemys(error, words) from error

@@ -760,7 +760,7 @@ _FIND_NAMED = Prepared(
 _ASKED = ("owner_user_id", "template", "project_id", "is_test", "exclude_template")
 
 
-@functools.lru_cache(maxsize=128)  # lists are asked for in more ways than are worth keeping
+@functools.lru_cache(maxsize=128)  # there are too many kinds of list queries to keep them
 def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> Prepared:
     """Return the statement for a page of sandboxes with some statuses, or of all that are not
     hidden, with named parameters."""
@@ -849,8 +849,8 @@ def _on_node(statuses: frozenset[Status]) -> tuple[ColumnElement[bool], ...]:
 
 @functools.cache
 def _claim_of(statuses: frozenset[Status]) -> Prepared:
-    # What somebody else writes now is not waited for, on PostgreSQL: two who claim get each their
-    # own. Chosen in an expression of its own, it is chosen once, whatever the planner makes of it.
+    # PostgreSQL skips rows that others are writing: two concurrent claims get different
+    # rows. A separate expression selects them once, whatever the planner does.
     chosen = _waiting(statuses).with_for_update(skip_locked=True).cte("chosen")
     return Prepared(
         update(t.sandboxes)

@@ -83,13 +83,13 @@ POSTGRES: dict[str, Any] = {
         "command_timeout": ANSWER_S,
         "server_settings": {
             "lock_timeout": str(BUSY_S * 1000),
-            # A server that stands still in a transaction of its own must not hold up every other.
+            # A server that is suspended during a transaction must not block all others.
             "idle_in_transaction_session_timeout": str(BUSY_S * 1000),
         },
     },
 }
-# Any numbers, the same in every process: they name locks. Who writes alone has the first one for
-# itself, and everybody else shares it; of the second there is one an organization.
+# Arbitrary numbers, the same in every process: they name locks. An exclusive writer holds the
+# first one alone, others share it; there is one of the second kind for each organization.
 _WRITERS, _ORGANIZATION = 0x53414E44, 0x53414E46
 _SCHEMA_LOCK = 0x53414E45
 _ALONE = f"SELECT pg_advisory_xact_lock({_WRITERS})"
@@ -377,7 +377,7 @@ async def _bring_up_to_date(postgres: URL) -> None:
         await connection.execute(text("SET LOCAL lock_timeout = 0"))
         await connection.execute(text(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"))
         if await connection.run_sync(is_behind):
-            # Servers of before that run still, and write, would deadlock with it.
+            # Servers of an earlier version that are still writing would deadlock with it.
             await connection.execute(text(_ALONE))
             await connection.run_sync(upgrade)
 

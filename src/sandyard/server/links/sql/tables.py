@@ -560,7 +560,7 @@ invites = Table(
     Index("ix_invites_expires", "expires_at"),
 )
 
-# Of the installation's own: what it vouches for its nodes and control planes with.
+# Secrets of the installation, such as the keys that sign certificates.
 secrets = Table(
     "secrets",
     metadata,
@@ -568,7 +568,7 @@ secrets = Table(
     Column("sealed", Text, nullable=False),
 )
 
-# Facts of the installation, such as when it was last at work.
+# Named timestamps of the installation, such as when it last worked.
 facts = Table(
     "facts",
     metadata,

@@ -135,7 +135,7 @@ class Tunnels:
 
     async def _line_to(self, place: NodeAddress) -> Line:
         for other in [one for one in self._idle if one.name == place.name and one != place]:
-            for line in self._idle.pop(other):  # it was there before it moved
+            for line in self._idle.pop(other):  # the node was there before it moved
                 line.hang_up()
         idle = self._idle[place]
         while idle:

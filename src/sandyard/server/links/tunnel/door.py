@@ -215,7 +215,7 @@ async def joined(
         told = await _asked(line, "authority", {})
     known = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     known.check_hostname, known.minimum_version = False, ssl.TLSVersion.TLSv1_3
-    # What was looked at is what is believed: a text may have another certificate after the first.
+    # Only the verified certificate is used: the text may contain others after it.
     known.load_verify_locations(cadata=_pinned(str(told.get("certificate")), fingerprint, host))
     async with _dialled(host, port, known) as (line, writer):
         if not may_be(name_of(writer.get_extra_info("ssl_object"))):

@@ -62,7 +62,7 @@ class TunnelExchange:
                         raise BrokenError("unexpected frame")
                 await self._tell()
                 heard += 1
-                if not heard % _AT_ONCE:  # what has come already is heard without a pause
+                if not heard % _AT_ONCE:  # received frames are handled without a pause
                     await asyncio.sleep(0)
         except BrokenError:
             self._trouble = UnavailableError("the connection to the node was lost")

@@ -123,7 +123,7 @@ async def _one(tunnel: NodeTunnel, line: Line) -> None:
         async with tunnel.open(ask.machine, ask.operation) as opened:
             await line.say(FrameKind.ANSWER, head(encode(opened.answer)))
             exchange = TunnelExchange(line)
-            # It is over once the control plane leaves, whatever is still to be carried.
+            # It ends when the control plane leaves, whatever is left to send.
             async with concurrently(_carry(opened, exchange)):
                 await exchange.run()
                 is_left = True

@@ -256,7 +256,7 @@ class Server:
         library = library_of()
         if library is None:
             log.warning(
-                "the library of the file server was not found; starting it unpatched, locks may fail"
+                "the file server's library was not found; starting it unpatched, locks may fail"
             )
             return ""
         better = patched(library.read_bytes())

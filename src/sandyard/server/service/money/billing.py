@@ -220,7 +220,7 @@ class Billing:
             return False
         if not isinstance(told, Reversal):
             return await self._post(told)
-        # What the provider said may be old by the time that it is posted, and another event may
+        # The provider's answer may be outdated when it is posted, and another event may
         # have posted what is newer. The last to post asks once more after that.
         async with self._reversing:
             has_posted = False

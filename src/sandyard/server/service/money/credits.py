@@ -84,7 +84,7 @@ async def take_payment(
         at=at,
         reference_id=payment.reference,
     )
-    # A word that comes late, or again, is of another than the one that is pending by now.
+    # A late or repeated event may be about another top-up than the pending one.
     if is_automatic and (payment.key is not None or is_new):
         await end_pending(tx, payment.org_id, payment.key)
     if is_new:

@@ -95,7 +95,7 @@ class Meter:
                         wait = await self.charge_all()
                     except SandyardError as error:
                         log.warning("cannot charge usage: %s; retrying", error.message)
-                    except Exception:  # the loop must go on, whatever the store says
+                    except Exception:  # the loop must continue after any error
                         log.exception("unexpected error while charging usage; retrying")
                     await self._clock.sleep(wait)
         finally:
@@ -117,7 +117,7 @@ class Meter:
                     error.message,
                     extra={"org_id": org_id},
                 )
-            except Exception:  # as above: one account is not all
+            except Exception:  # as above: one account must not stop the others
                 log.exception(
                     "unexpected error while charging an account; retrying", extra={"org_id": org_id}
                 )
@@ -200,7 +200,7 @@ class Meter:
                 if await self._lifecycle.apply(sandbox, Event.PAUSE, reason=EXHAUSTED):
                     paused += 1
             except ConflictError:
-                continue  # it has moved on
+                continue  # it was settled meanwhile
         now = self._clock.monotonic()
         if paused and now - self._told_at.get(org_id, -_TELL_EVERY_S) >= _TELL_EVERY_S:
             self._told_at[org_id] = now
@@ -232,7 +232,7 @@ class Meter:
                 return None
             pending = wish.pending
             if pending is not None and now - pending.since > _KEY_LIVES:
-                # The provider has forgotten the key: to ask again could charge again.
+                # The provider no longer knows the key: another request could charge twice.
                 log.error(
                     "the outcome of a top-up was never reported; not repeating it",
                     extra={"org_id": org_id},
@@ -331,7 +331,7 @@ def _charged(
 
 async def _post(tx: Transaction, account: Account, *, resource: str, at: datetime) -> Account:
     """Move whole cents of the carried amount to the ledger, and return the account."""
-    # Towards nothing: less than a cent either way stays where it is.
+    # Rounded towards zero: less than a cent is carried over.
     cents = int(abs(account.carried) // MICROS) * (1 if account.carried > 0 else -1)
     account = replace(
         account,
@@ -344,7 +344,7 @@ async def _post(tx: Transaction, account: Account, *, resource: str, at: datetim
             LedgerEntry(
                 id=new_uuid(),
                 org_id=account.org_id,
-                # Below nothing only where a clock was set back after more had been charged.
+                # Negative only if a clock was set back after more had been charged.
                 type="usage" if cents > 0 else "adjustment",
                 amount_cents=-cents,
                 resource=resource,

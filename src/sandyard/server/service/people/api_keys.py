@@ -170,7 +170,7 @@ class ApiKeys:
                 )
             if key.expires_at is not None and key.expires_at <= self._clock.now():
                 raise ConflictError("cannot rotate this key: it has expired; make a new one")
-            # Who gets the secret may do what the key may, for as long as it may.
+            # The new secret has the key's rights and lifetime.
             _check_scopes(actor, key.scopes)
             _check_kind(actor, key)
             key = replace(key, expires_at=await self._no_longer_than(tx, actor, key.expires_at))

@@ -56,7 +56,7 @@ class Rates:
         """
         limit = plan_of(self._plans, actor).requests_per_minute
         if limit is None:
-            # Clients that slow down by these headers need not.
+            # For clients that follow these headers.
             resets_at = math.ceil(self._clock.now().timestamp() + _WINDOW_S)
             return Allowance(UNLIMITED, UNLIMITED, resets_at)
         names = [f"user {actor.org_id} {actor.user_id}"]

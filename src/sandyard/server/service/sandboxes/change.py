@@ -252,7 +252,7 @@ class Sandboxes:
             UnavailableError: the agent does not answer, or not correctly.
         """
         actor.require("sandbox:read")
-        # To be looked at is no use of a sandbox: it is neither waited for nor resumed.
+        # Reading a sandbox is no use of it: it is neither waited for nor resumed.
         sandbox = await self._register.get(actor, reference)
         if sandbox.status is not Status.RUNNING:
             raise refusal(sandbox, doing="read the figures of")

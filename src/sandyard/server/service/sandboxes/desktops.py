@@ -157,7 +157,7 @@ class Desktops:
 
         Raises: see `open`; ConflictError: the sandbox has no desktop.
         """
-        # Each may take a hundred MB while it is made; no organization takes every place.
+        # Each may use a hundred MB while it is made; no organization may use all places.
         async with self._pictures[actor.org_id], self._pictures_of_all:
             async with self._screen(actor, reference) as screen:
                 picture = await screen.picture()

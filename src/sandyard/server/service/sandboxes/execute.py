@@ -147,7 +147,7 @@ class Commands:
             user=command.user,
             stdin=command.stdin is not None,
         )
-        # Not the command itself: people put secrets into commands, and the feed is for ever.
+        # Not the command itself: people put secrets into commands, and the feed is kept forever.
         told = {"user": command.user, "cwd": command.cwd, "timeoutMs": command.timeout}
         use = replace(_USE, attributes=told)
         share = _Share(self.room, actor.org_id)
@@ -163,7 +163,7 @@ class Commands:
     ) -> CommandOutcome:
         sandbox_id = reached.sandbox.id
         try:
-            # The limit is kept in the guest; this one only guards against a guest that keeps none.
+            # The guest enforces the limit; this one only guards against a guest that does not.
             async with self._clock.timeout(command.timeout / 1000 + _GRACE_S):
                 if command.stdin is None:
                     return await self._collect(reached.stream, share)
@@ -215,7 +215,7 @@ async def _feed(stream: ByteStream, data: bytes) -> None:
             await stream.write(encode_frame(Channel.STDIN, data[start : start + FRAME_MAX]))
         await stream.write(encode_frame(Channel.STDIN, b""))
     except (UnavailableError, ConflictError):
-        pass  # the reading side tells what happened
+        pass  # the reader gets the error
 
 
 def _check(command: Command) -> None:

@@ -36,7 +36,7 @@ _HOME = b"/workspace/"
 _FIGURE_MAX = 2**62
 _TAR_LIMIT_MS = 3_600_000
 _WORK_S = 3600.0
-_FRAMES_A_CHANGE = 5  # what one costs, against a frame
+_FRAMES_A_CHANGE = 5  # the cost of one, in frames
 _SILENT_S = 400 * 86_400.0
 _LISTED_MAX = 4 * 1024 * 1024
 _COMPLAINT_MAX = 4096
@@ -310,7 +310,7 @@ def _attributes(path: bytes, user: str) -> dict[str, str]:
 def _tar(folder: bytes, arguments: str, user: str) -> ops.Execute:
     """Return the command that runs tar in a directory whose path may have any bytes."""
     octal = "".join(f"\\0{one:03o}" for one in folder)
-    # The dot keeps what the shell would cut off: newlines at the end.
+    # The dot preserves trailing newlines, which the shell would remove.
     line = f"p=$(printf '%b.' '{octal}'); cd -- \"${{p%.}}\" && exec tar {arguments}"
     return ops.Execute(line, timeout_ms=_TAR_LIMIT_MS, user=user)
 

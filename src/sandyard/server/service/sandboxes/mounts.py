@@ -77,7 +77,7 @@ async def check_workspaces(tx: Transaction, org_id: str, mounts: Sequence[Mount]
     """
     for number, one in enumerate(mounts):
         field = f"mounts.{number}.workspace_id"
-        # By its id alone: a slug may be another's tomorrow.
+        # By its id, because a slug can be reused.
         is_id = is_uuid(one.workspace_id)
         found = await tx.workspaces.find(org_id, one.workspace_id) if is_id else None
         if found is None or found.id != one.workspace_id:

@@ -146,7 +146,7 @@ class Power:
             now = await attempts.next()
             if now.status is Status.PAUSING:
                 now = await self._left(now, Status.PAUSING, until)
-            # Any resume will do for a resume; what goes back to a snapshot is this very one.
+            # A resume accepts any; a rollback must be this very one.
             is_it = event is Event.RESUME or now.incarnation == asked_for
             if now.status is Status.RESUMING and wait and is_it:
                 now = await self._left(now, Status.RESUMING, until)

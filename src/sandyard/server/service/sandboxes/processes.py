@@ -153,7 +153,7 @@ class Processes:
             terminal=wish.terminal,
             timeout_ms=wish.timeout,
         )
-        # Not the command itself: people put secrets into commands, and the feed is for ever.
+        # Not the command itself: people put secrets into commands, and the feed is kept forever.
         facts = {"user": wish.user, "cwd": wish.cwd, **({"tag": wish.tag} if wish.tag else {})}
         return await self.launch(actor, reference, operation, replace(_START, attributes=facts))
 

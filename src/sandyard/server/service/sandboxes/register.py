@@ -110,7 +110,7 @@ class Register:
                         f"cannot wait longer for {sandbox.id}: it is still {sandbox.status}; "
                         "ask again in a while"
                     )
-                # Looked at now and then all the same: a hint may be lost.
+                # Polled as well, because a hint may be lost.
                 await changes.wait(min(left, _SLICE_S))
 
 

@@ -143,7 +143,7 @@ class Screen:
 
     async def settle(self) -> None:
         """Return once the screen has processed all previous input."""
-        # It answers in turn: one pixel is asked for, and comes after all the rest was read.
+        # It answers in order: a request for one pixel is answered after all input was read.
         await self._stream.write(struct.pack(">BBHHHH", 3, 0, 0, 0, 1, 1))
         self._steps = 0
         await self._until_update()

@@ -109,7 +109,7 @@ class Snapshots:
                 noted = (snapshot.id,)
                 async with self._store.write(actor.org_id) as tx:
                     if await self._repeats.made_before(tx, actor, request) is not None:
-                        continue  # another server was asked the same
+                        continue  # another server handled the same request
                     await self._quota.check_snapshot(
                         tx, actor, sandbox.shape, is_test=sandbox.is_test
                     )
@@ -235,7 +235,7 @@ class Snapshots:
             await tx.storage.close("snapshot", snapshot.id, self._clock.now())
             await tx.activity.append(self._line(actor, snapshot, "snapshot.deleted"))
         if self._nodes.has(snapshot.node_id):
-            # Of one that does not answer, the files go once it does.
+            # If the node does not answer, its files are removed once it does.
             with suppress(UnavailableError):
                 await self._nodes.get(snapshot.node_id).drop_snapshot(snapshot.id)
         return snapshot
@@ -281,8 +281,8 @@ class Snapshots:
                 noted = (snapshot.id, *(one.id for one in forks))
                 async with self._store.write(actor.org_id) as tx:
                     if await self._repeats.made_before(tx, actor, request) is not None:
-                        continue  # another server was asked the same
-                    # Asked again when the forks are made; here before anything is saved.
+                        continue  # another server handled the same request
+                    # Checked again when the forks are made; here, before anything is saved.
                     await self._quota.check_new(tx, actor, source.shape, count=count)
                     await tx.snapshots.insert(snapshot)
                     await self._repeats.note(tx, actor, request, noted)
@@ -364,7 +364,7 @@ class Snapshots:
             )
         until = self._power.deadline()
         if sandbox.status is Status.RUNNING or sandbox.status is Status.PAUSING:
-            # Before it is taken down for what then could not come up.
+            # Before it is stopped for a snapshot that could not start.
             async with self._store.read() as tx:
                 await self._quota.check_going_on(tx, actor, is_test=sandbox.is_test)
             try:
@@ -436,7 +436,7 @@ class Snapshots:
         while True:
             await self._clock.sleep(_HOLD_S / 3)
             until = self._clock.now() + timedelta(seconds=_HOLD_S)
-            with suppress(UnavailableError):  # said again before the time is over
+            with suppress(UnavailableError):  # repeated before the deadline
                 async with self._store.write(snapshot.org_id) as tx:
                     await tx.snapshots.extend(snapshot.id, held_until=until)
 

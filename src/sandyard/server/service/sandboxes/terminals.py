@@ -88,7 +88,7 @@ class Terminals:
                 tag=name,
                 terminal=size,
                 hang_up_s=HANG_UP_S,
-                # What the guest's programs take for a terminal of this kind.
+                # The type of terminal for the guest's programs.
                 env={"TERM": "xterm-256color", "COLORTERM": "truecolor"},
             )
             await self._processes.launch(actor, sandbox_id, wish, _OPEN)

@@ -101,7 +101,7 @@ class Root:
                 raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not stat.S_ISREG(mode):
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            # The very thing that was looked at, whatever has its name by now.
+            # The same file that was examined, whatever has its name by now.
             return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     @contextlib.contextmanager
@@ -146,7 +146,7 @@ class Folder:
 
     def names(self) -> Iterator[tuple[bytes, bool]]:
         """Yield the entries: name, and whether it is a directory."""
-        # Its own descriptor: a folder is read from where it was left off.
+        # A descriptor of its own, because a directory's position is shared.
         fd = os.open(b".", _FOLDER, dir_fd=self.fd)
         try:
             with os.scandir(fd) as found:
@@ -205,8 +205,8 @@ class Folder:
         number = ctypes.get_errno()
         if number != errno.EINVAL:
             raise OSError(number, os.strerror(number))
-        # Network file systems do not know that flag. There a link takes no other's place, and a
-        # folder that of an empty one at most.
+        # Network file systems lack that flag. There a link replaces nothing, and a
+        # directory at most an empty one.
         if stat.S_ISDIR(self.look(name).st_mode):
             with contextlib.suppress(FileNotFoundError):
                 target.look(to)

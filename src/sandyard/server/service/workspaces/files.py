@@ -31,7 +31,7 @@ _PATH_MAX, _NAME_MAX, _PARTS_MAX = 4095, 255, 256
 THREADS, _AT_WORK = 12, 4
 """How many work at files at one time; and for one organization, which cannot shut out others."""
 _BROKEN_OFF_S = 3600.0
-_LOOK = 32 * 1024 * 1024  # bytes, after which it is looked whether the disk takes more
+_LOOK = 32 * 1024 * 1024  # bytes, after which the disk's free space is checked again
 _T = TypeVar("_T")
 
 
@@ -119,7 +119,7 @@ class WorkspaceFiles:
         self._volumes = volumes
         self._clock = clock
         self.upload_max = upload_max
-        # Of their own: what takes long here must not keep machines waiting.
+        # Threads of their own, so that slow work here does not delay machines.
         self._threads = threads
         self._turns = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(_AT_WORK))
         self._swept: dict[str, float] = {}
@@ -137,7 +137,7 @@ class WorkspaceFiles:
                         await self._sweep(workspace, root)
                     yield workspace, root
         finally:
-            # Also what was broken off may have changed something.
+            # An interrupted operation may have changed something, too.
             await to_the_end(self._noted(workspace, has_changed=changes))
 
     async def _sweep(self, workspace: Workspace, root: Root) -> None:
@@ -146,11 +146,11 @@ class WorkspaceFiles:
         if now - self._swept.get(workspace.id, 0.0) < _BROKEN_OFF_S:
             return
         self._swept[workspace.id] = now
-        # Another server may be at work on what is newer.
+        # Another server may be working on a newer state.
         await self._do(workspace.org_id, tree.sweep, root, before=now - _BROKEN_OFF_S)
 
     async def _noted(self, workspace: Workspace, *, has_changed: bool) -> None:
-        with suppress(SandyardError):  # it is looked at again, later
+        with suppress(SandyardError):  # it is measured again later
             await self._workspaces.note_use(workspace, has_changed=has_changed)
 
     async def _do(
@@ -266,7 +266,7 @@ class WorkspaceFiles:
         use = await self._volumes.use_of(workspace.id, workspace.quota_bytes)
         left = max(0, use.quota_bytes - use.used_bytes)
         if (quota := storage.quota_bytes) is not None:
-            # What is noted of this one may be older than what has just been told.
+            # The stored size of this one may be older than what was just measured.
             others = storage.used_bytes - workspace.size_bytes
             of_all = quota - others - use.used_bytes
             if of_all <= 0:

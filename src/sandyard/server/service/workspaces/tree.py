@@ -35,7 +35,7 @@ DEPTH_MAX = 128
 """How deep folders are copied and measured; they are removed however deep they are."""
 _TRIES, _AT_ONCE = 8, 100_000
 """How often, and with how many names each time, one folder is emptied that is written into."""
-_LEVELS = 100  # folders that are held open at once where they are removed
+_LEVELS = 100  # directories that are open at the same time during a removal
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def listed(root: Root, path: Parts, *, hidden: bool) -> list[TreeEntry]:
                     "sandbox",
                     limit=LIST_MAX,
                 )
-            # What goes while we look is left out.
+            # Entries that disappear meanwhile are left out.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 found.append(_in(root, folder, path, name))
     return sorted(found, key=lambda one: (not one.is_folder, one.name))
@@ -346,7 +346,7 @@ def sweep(root: Root, *, before: float) -> int:
         for name in [name for name, _ in top.names() if name.startswith(PASSING)]:
             with contextlib.suppress(OSError, SandyardError):
                 at = top.look(name)
-                # A rename changes the one, what comes into a folder the other.
+                # A rename changes one time, a new entry in a directory the other.
                 if max(at.st_ctime, at.st_mtime) < before:
                     _remove(top, name)
                     count += 1
@@ -370,7 +370,7 @@ def _remove(top: Folder, name: bytes) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
                 raise
             tries[one] += 1
-            # A folder of very many takes several turns.
+            # A directory with very many entries takes several turns.
             if tries[one] > _TRIES:
                 raise UnavailableError(
                     "cannot remove all of it now: something writes into it all the time; it is "
@@ -384,7 +384,7 @@ def _empty(folder: Folder, name: bytes, top: Folder, levels: int) -> list[bytes]
     returned names. Entries created meanwhile may stay."""
     hung: list[bytes] = []
     with folder.folder(name) as inside:
-        # What is written into as fast as it is read has no end.
+        # A directory that is filled as fast as it is read has no end.
         for one, is_folder in list(itertools.islice(inside.names(), _AT_ONCE)):
             try:
                 if not is_folder:

@@ -94,7 +94,7 @@ class Workspaces:
                 for one in every
                 if not one.is_personal or of_all or one.owner_user_id == actor.user_id
             ]
-            for one in shown:  # some are members no more
+            for one in shown:  # some are no longer members
                 if one.owner_user_id and one.owner_user_id not in owners:
                     found = await tx.users.find(user_id=one.owner_user_id)
                     owners.update({found.id: found} if found else {})
@@ -328,7 +328,7 @@ class Workspaces:
                 await self.look_around()
             except SandyardError as error:
                 log.warning("cannot measure workspaces: %s; retrying", error.message)
-            except Exception:  # a bug here must not end what serves everybody
+            except Exception:  # a bug here must not end the server
                 log.exception("unexpected error while measuring workspaces; retrying")
             await self._clock.sleep(_BEAT_S)
 
@@ -359,8 +359,8 @@ class Workspaces:
                     "cannot measure or remove the workspace %s: %s; retrying", one.id, error.message
                 )
                 if one.removed_at is not None and isinstance(error, DeadlineExceededError):
-                    break  # the others would wait as long, and the sizes of all meanwhile
-            except Exception:  # the others are looked after all the same
+                    break  # the others would wait as long
+            except Exception:  # the others are handled all the same
                 log.exception("unexpected error in the workspace %s; retrying", one.id)
         await self._volumes.rest()
 
