@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import anyio
@@ -60,12 +60,23 @@ async def test_a_sandboxs_life_from_threads(opened: Door, tmp_path: Path) -> Non
                 assert box.status == "running"
                 assert (box.name, box.template) == ("mine", "base-ubuntu")
                 assert box.id in repr(box)
-                assert box.exec("hello").stdout == "hello"
+                assert box.exec("hello").stdout == str(box.exec("hello")) == "hello"
                 assert box.exec(["a b", "c"]).stdout == "'a b' c"
                 assert [one.id for one in yard.list(status="running")] == [box.id]
                 assert Sandbox.connect("mine", client=yard).id == box.id
                 box.files.write("d/f", "hällo")
-                assert box.files.read_text("/workspace/d/f") == "hällo"
+                assert box.files.read_text(PurePosixPath("/workspace/d/f")) == "hällo"
+                box.files.write(PurePosixPath("d/odd"), b"\xff")
+                with pytest.raises(UnicodeDecodeError):
+                    box.files.read_text("d/odd")
+                assert box.files.read_text("d/odd", errors="replace") == "\ufffd"
+                with pytest.raises(TypeError, match="NoneType"):
+                    box.files.write("d/none", None)  # type: ignore[arg-type]  # the mistake
+                with pytest.raises(ApiError, match="names a folder"):
+                    box.files.write("/tmp/zz/", "x")
+                assert [one.path for one in box.files.list(PurePosixPath("d"))] == [
+                    "/workspace/d/f", "/workspace/d/odd",
+                ]  # fmt: skip
                 box.files.upload(Path(__file__), "/up.py")
                 box.files.download("/up.py", tmp_path / "down.py")
                 assert (tmp_path / "down.py").read_bytes() == Path(__file__).read_bytes()

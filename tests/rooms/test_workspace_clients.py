@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import pytest
@@ -67,7 +67,12 @@ async def test_a_workspace_from_threads(opened: Door, tree: Path, tmp_path: Path
                 yard.create_workspace("Again", slug="data")
             files = yard.workspace_files("data")
             assert files.write("in/ä", "grüße").path == "/in/ä"
-            assert files.read_text("/in/ä") == "grüße"
+            assert files.read_text(PurePosixPath("/in/ä")) == "grüße"
+            files.write(PurePosixPath("odd"), b"\xff")
+            with pytest.raises(UnicodeDecodeError):
+                files.read_text("odd")
+            assert files.read_text("odd", errors="replace") == "\ufffd"
+            files.remove(PurePosixPath("odd"))
             assert files.write("/in/many", iter([b"x"] * 3)).size == 3
             files.make_folder("to")
             assert files.move("/in/many", "/to").path == "/to/many"

@@ -27,6 +27,7 @@ from sandyard.client.models import (
     Printed,
     ProcessEvent,
     ProcessInfo,
+    RemotePath,
     SignedUrl,
     Snapshot,
     SshAccess,
@@ -213,7 +214,7 @@ def execute(
     command: str | Sequence[str],
     *,
     timeout_s: float,
-    cwd: str,
+    cwd: RemotePath,
     env: Mapping[str, str] | None,
     stdin: str | bytes | None,
     user: str,
@@ -222,7 +223,7 @@ def execute(
     body = {
         "command": command if isinstance(command, str) else shlex.join(command),
         "timeout": milliseconds(timeout_s),
-        "cwd": cwd,
+        "cwd": str(cwd),
         "env": dict(env or {}),
         "user": user,
         "encoding": "base64",
@@ -314,10 +315,15 @@ class Heard:
 
 
 def run_options(
-    timeout_s: float | None, cwd: str, env: Mapping[str, str] | None, user: str, *, has_stdin: bool
+    timeout_s: float | None,
+    cwd: RemotePath,
+    env: Mapping[str, str] | None,
+    user: str,
+    *,
+    has_stdin: bool,
 ) -> dict[str, Any]:
     """Return what a command that is run is started with."""
-    options: dict[str, Any] = {"cwd": cwd, "env": dict(env or {}), "user": user}
+    options: dict[str, Any] = {"cwd": str(cwd), "env": dict(env or {}), "user": user}
     if timeout_s is not None:
         options["timeout"] = milliseconds(timeout_s)
     return {**options, "stdin": has_stdin}
@@ -449,7 +455,7 @@ def resize(path: str, columns: int, rows: int) -> Call[None]:
 
 
 def read_file(
-    path: str, where: str, user: str, offset: int = 0, length: int | None = None
+    path: str, where: RemotePath, user: str, offset: int = 0, length: int | None = None
 ) -> Call[None]:
     """Read a file, or a part of it, as a stream."""
     headers = {}
@@ -483,9 +489,12 @@ class Part:
 
 
 def write_file(
-    path: str, where: str, user: str, content: Any, mode: str | None, owner: str | None
+    path: str, where: RemotePath, user: str, content: Any, mode: str | None, owner: str | None
 ) -> Call[int]:
     """Write a file, and return how many bytes it has."""
+    if content is None or isinstance(content, int | Mapping):
+        kind = type(content).__name__
+        raise TypeError(f"cannot write {kind}: the content must be bytes, str or pieces of bytes")
     given = {**_where(where), "user": user, "mode": mode, "owner": owner}
     query = {name: value for name, value in given.items() if value is not None}
     return Call(
@@ -494,7 +503,7 @@ def write_file(
     )  # fmt: skip
 
 
-def list_folder(path: str, where: str, user: str, depth: int) -> Call[list[FileInfo]]:
+def list_folder(path: str, where: RemotePath, user: str, depth: int) -> Call[list[FileInfo]]:
     """Tell what is in a folder."""
     query = {**_where(where or "/workspace"), "depth": depth, "user": user}
     return Call(
@@ -503,20 +512,20 @@ def list_folder(path: str, where: str, user: str, depth: int) -> Call[list[FileI
     )  # fmt: skip
 
 
-def file_info(path: str, where: str, user: str) -> Call[FileInfo]:
+def file_info(path: str, where: RemotePath, user: str) -> Call[FileInfo]:
     """Tell what a path leads to."""
     query = {**_where(where), "user": user}
     return Call("GET", f"{path}/stat", _file, query=query, safe=True)
 
 
-def make_folder(path: str, where: str, user: str) -> Call[FileInfo]:
+def make_folder(path: str, where: RemotePath, user: str) -> Call[FileInfo]:
     """Make a folder."""
     body = {**_where(where), "user": user}
     return Call("POST", f"{path}/mkdir", _file, body=body, safe=True)
 
 
 def transfer(
-    path: str, action: str, source: str, target: str, user: str, *, overwrite: bool
+    path: str, action: str, source: RemotePath, target: RemotePath, user: str, *, overwrite: bool
 ) -> Call[FileInfo]:
     """Move or copy a file or folder."""
     ends = {**_where(source, "from"), **_where(target, "to")}
@@ -524,13 +533,13 @@ def transfer(
     return Call("POST", f"{path}/{action}", _file, body=body, limit_s=WORK_S)
 
 
-def remove(path: str, where: str, user: str, *, recursive: bool) -> Call[None]:
+def remove(path: str, where: RemotePath, user: str, *, recursive: bool) -> Call[None]:
     """Remove a file or folder."""
     query = {**_where(where), "user": user, "recursive": recursive}
     return Call("DELETE", path, _nothing, query=query, limit_s=WORK_S)
 
 
-def unpack(path: str, where: str, user: str, content: Any) -> Call[None]:
+def unpack(path: str, where: RemotePath, user: str, content: Any) -> Call[None]:
     """Unpack an archive into a folder."""
     query = {**_where(where), "user": user}
     return Call(
@@ -538,7 +547,7 @@ def unpack(path: str, where: str, user: str, content: Any) -> Call[None]:
     )
 
 
-def sign(path: str, where: str, user: str, method: str, expires_s: int) -> Call[SignedUrl]:
+def sign(path: str, where: RemotePath, user: str, method: str, expires_s: int) -> Call[SignedUrl]:
     """Make a URL that reads or writes one file without a key."""
     body = {**_where(where), "user": user, "method": method, "expiresIn": expires_s}
     return Call("POST", f"{path}/sign", _signed, body=body, safe=True)
@@ -574,8 +583,9 @@ def _quoted(name: object) -> str:
     return quote(str(name).encode(errors="surrogateescape"), safe="")
 
 
-def _where(path: str, name: str = "path") -> dict[str, str]:
-    """Return how a path is sent: in base64 if it is of bytes that are no text."""
+def _where(path: RemotePath, name: str = "path") -> dict[str, str]:
+    """Return the parameter for a path: in base64 if it is not valid UTF-8."""
+    path = str(path)
     try:
         path.encode()
     except UnicodeEncodeError:

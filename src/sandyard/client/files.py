@@ -6,7 +6,7 @@ from pathlib import Path
 from sandyard.client import archives, calls
 from sandyard.client.archives import PIECE, Progress
 from sandyard.client.errors import ApiError
-from sandyard.client.models import FileChange, FileInfo, SignedUrl
+from sandyard.client.models import FileChange, FileInfo, RemotePath, SignedUrl
 from sandyard.client.streams import Watching
 from sandyard.client.transport import AsyncTransport, Transport, in_own_thread
 
@@ -25,16 +25,17 @@ class Files:
         self._path = f"{sandbox_path}/files"
         self._user = user
 
-    def read(self, path: str, *, offset: int = 0, length: int | None = None) -> bytes:
+    def read(self, path: RemotePath, *, offset: int = 0, length: int | None = None) -> bytes:
         """Return up to `length` bytes of a file, from `offset` on."""
         return b"".join(self.read_pieces(path, offset=offset, length=length))
 
-    def read_text(self, path: str) -> str:
-        """Return a file as text. Invalid UTF-8 becomes U+FFFD."""
-        return self.read(path).decode(errors="replace")
+    def read_text(self, path: RemotePath, *, errors: str = "strict") -> str:
+        """Return a file as text. `errors` is that of `bytes.decode`: invalid UTF-8 raises
+        UnicodeDecodeError, or with `replace` becomes U+FFFD."""
+        return self.read(path).decode(errors=errors)
 
     def read_pieces(
-        self, path: str, *, offset: int = 0, length: int | None = None
+        self, path: RemotePath, *, offset: int = 0, length: int | None = None
     ) -> Iterator[bytes]:
         """Yield a file's bytes as they arrive, without keeping the file in memory."""
         call = calls.read_file(self._path, path, self._user, offset, length)
@@ -52,7 +53,7 @@ class Files:
 
     def write(
         self,
-        path: str,
+        path: RemotePath,
         data: bytes | str | Iterable[bytes],
         *,
         mode: str | None = None,
@@ -63,44 +64,48 @@ class Files:
         call = calls.write_file(self._path, path, self._user, content, mode, owner)
         return self._transport.send(call)
 
-    def list(self, path: str = "", *, depth: int = 1) -> list[FileInfo]:
+    def list(self, path: RemotePath = "", *, depth: int = 1) -> list[FileInfo]:
         """List a directory by name, each subdirectory followed by its contents."""
         return self._transport.send(calls.list_folder(self._path, path, self._user, depth))
 
-    def info(self, path: str) -> FileInfo:
+    def info(self, path: RemotePath) -> FileInfo:
         """Return the metadata of a path."""
         return self._transport.send(calls.file_info(self._path, path, self._user))
 
-    def make_folder(self, path: str) -> FileInfo:
+    def make_folder(self, path: RemotePath) -> FileInfo:
         """Create a directory and its parents. An existing directory is not an error."""
         return self._transport.send(calls.make_folder(self._path, path, self._user))
 
-    def move(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
+    def move(self, source: RemotePath, target: RemotePath, *, overwrite: bool = False) -> FileInfo:
         """Move or rename a file or directory."""
         return self._transfer("move", source, target, overwrite=overwrite)
 
-    def copy(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
+    def copy(self, source: RemotePath, target: RemotePath, *, overwrite: bool = False) -> FileInfo:
         """Copy a file, or a directory and its contents."""
         return self._transfer("copy", source, target, overwrite=overwrite)
 
-    def remove(self, path: str, *, recursive: bool = False) -> None:
+    def remove(self, path: RemotePath, *, recursive: bool = False) -> None:
         """Delete a file or an empty directory, or with `recursive` a directory and its contents."""
         self._transport.send(calls.remove(self._path, path, self._user, recursive=recursive))
 
-    def watch(self, path: str = "/workspace", *, recursive: bool = False) -> Iterator[FileChange]:
+    def watch(
+        self, path: RemotePath = "/workspace", *, recursive: bool = False
+    ) -> Iterator[FileChange]:
         """Yield changes in a directory, with `recursive` also below it.
 
         Watching starts when the first change is requested. A broken connection is reopened and
         reported as an `overflow`. The iteration raises when the directory or the sandbox is gone.
         """
-        watching = Watching(self._path, path, self._user, recursive=recursive)
+        watching = Watching(self._path, str(path), self._user, recursive=recursive)
         return self._transport.follow(watching)
 
-    def sign(self, path: str, *, method: str = "GET", expires_s: int = 3600) -> SignedUrl:
+    def sign(self, path: RemotePath, *, method: str = "GET", expires_s: int = 3600) -> SignedUrl:
         """Return a URL that reads (GET) or writes (PUT) one file without a key."""
         return self._transport.send(calls.sign(self._path, path, self._user, method, expires_s))
 
-    def upload(self, local: str | Path, path: str, *, on_progress: Progress | None = None) -> None:
+    def upload(
+        self, local: str | Path, path: RemotePath, *, on_progress: Progress | None = None
+    ) -> None:
         """Copy a local file or directory to a path in the sandbox.
 
         `on_progress` receives the size of each piece that was sent.
@@ -122,7 +127,7 @@ class Files:
             )
 
     def download(
-        self, path: str, local: str | Path, *, on_progress: Progress | None = None
+        self, path: RemotePath, local: str | Path, *, on_progress: Progress | None = None
     ) -> None:
         """Copy a file or directory of the sandbox to a local path.
 
@@ -148,10 +153,12 @@ class Files:
         call = calls.read_file(f"{self._path}/archive", path, self._user)
         with self._transport.stream(call) as answer:
             archives.unpack(
-                archives.with_progress(answer.iter_bytes(PIECE), on_progress), target, path
+                archives.with_progress(answer.iter_bytes(PIECE), on_progress), target, str(path)
             )
 
-    def _transfer(self, action: str, source: str, target: str, *, overwrite: bool) -> FileInfo:
+    def _transfer(
+        self, action: str, source: RemotePath, target: RemotePath, *, overwrite: bool
+    ) -> FileInfo:
         return self._transport.send(
             calls.transfer(self._path, action, source, target, self._user, overwrite=overwrite)
         )
@@ -166,17 +173,17 @@ class AsyncFiles:
         self._path = f"{sandbox_path}/files"
         self._user = user
 
-    async def read(self, path: str, *, offset: int = 0, length: int | None = None) -> bytes:
+    async def read(self, path: RemotePath, *, offset: int = 0, length: int | None = None) -> bytes:
         """See `Files.read`."""
         pieces = self.read_pieces(path, offset=offset, length=length)
         return b"".join([piece async for piece in pieces])
 
-    async def read_text(self, path: str) -> str:
+    async def read_text(self, path: RemotePath, *, errors: str = "strict") -> str:
         """See `Files.read_text`."""
-        return (await self.read(path)).decode(errors="replace")
+        return (await self.read(path)).decode(errors=errors)
 
     async def read_pieces(
-        self, path: str, *, offset: int = 0, length: int | None = None
+        self, path: RemotePath, *, offset: int = 0, length: int | None = None
     ) -> AsyncIterator[bytes]:
         """See `Files.read_pieces`."""
         call = calls.read_file(self._path, path, self._user, offset, length)
@@ -194,7 +201,7 @@ class AsyncFiles:
 
     async def write(
         self,
-        path: str,
+        path: RemotePath,
         data: bytes | str | AsyncIterator[bytes],
         *,
         mode: str | None = None,
@@ -205,45 +212,51 @@ class AsyncFiles:
         call = calls.write_file(self._path, path, self._user, content, mode, owner)
         return await self._transport.send(call)
 
-    async def list(self, path: str = "", *, depth: int = 1) -> list[FileInfo]:
+    async def list(self, path: RemotePath = "", *, depth: int = 1) -> list[FileInfo]:
         """See `Files.list`."""
         return await self._transport.send(calls.list_folder(self._path, path, self._user, depth))
 
-    async def info(self, path: str) -> FileInfo:
+    async def info(self, path: RemotePath) -> FileInfo:
         """See `Files.info`."""
         return await self._transport.send(calls.file_info(self._path, path, self._user))
 
-    async def make_folder(self, path: str) -> FileInfo:
+    async def make_folder(self, path: RemotePath) -> FileInfo:
         """See `Files.make_folder`."""
         return await self._transport.send(calls.make_folder(self._path, path, self._user))
 
-    async def move(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
+    async def move(
+        self, source: RemotePath, target: RemotePath, *, overwrite: bool = False
+    ) -> FileInfo:
         """See `Files.move`."""
         return await self._transfer("move", source, target, overwrite=overwrite)
 
-    async def copy(self, source: str, target: str, *, overwrite: bool = False) -> FileInfo:
+    async def copy(
+        self, source: RemotePath, target: RemotePath, *, overwrite: bool = False
+    ) -> FileInfo:
         """See `Files.copy`."""
         return await self._transfer("copy", source, target, overwrite=overwrite)
 
-    async def remove(self, path: str, *, recursive: bool = False) -> None:
+    async def remove(self, path: RemotePath, *, recursive: bool = False) -> None:
         """See `Files.remove`."""
         await self._transport.send(calls.remove(self._path, path, self._user, recursive=recursive))
 
     def watch(
-        self, path: str = "/workspace", *, recursive: bool = False
+        self, path: RemotePath = "/workspace", *, recursive: bool = False
     ) -> AsyncIterator[FileChange]:
         """See `Files.watch`."""
-        watching = Watching(self._path, path, self._user, recursive=recursive)
+        watching = Watching(self._path, str(path), self._user, recursive=recursive)
         return self._transport.follow(watching)
 
-    async def sign(self, path: str, *, method: str = "GET", expires_s: int = 3600) -> SignedUrl:
+    async def sign(
+        self, path: RemotePath, *, method: str = "GET", expires_s: int = 3600
+    ) -> SignedUrl:
         """See `Files.sign`."""
         return await self._transport.send(
             calls.sign(self._path, path, self._user, method, expires_s)
         )
 
     async def upload(
-        self, local: str | Path, path: str, *, on_progress: Progress | None = None
+        self, local: str | Path, path: RemotePath, *, on_progress: Progress | None = None
     ) -> None:
         """See `Files.upload`. Runs in a thread, which calls `on_progress`."""
         await self._in_thread(
@@ -251,7 +264,7 @@ class AsyncFiles:
         )
 
     async def download(
-        self, path: str, local: str | Path, *, on_progress: Progress | None = None
+        self, path: RemotePath, local: str | Path, *, on_progress: Progress | None = None
     ) -> None:
         """See `Files.download`. Runs in a thread, which calls `on_progress`."""
         await self._in_thread(
@@ -268,7 +281,7 @@ class AsyncFiles:
         )
 
     async def _transfer(
-        self, action: str, source: str, target: str, *, overwrite: bool
+        self, action: str, source: RemotePath, target: RemotePath, *, overwrite: bool
     ) -> FileInfo:
         return await self._transport.send(
             calls.transfer(self._path, action, source, target, self._user, overwrite=overwrite)

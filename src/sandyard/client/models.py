@@ -3,7 +3,11 @@
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
+
+RemotePath = str | PurePosixPath
+"""A path in a sandbox or workspace."""
 
 
 class SandboxFacts:
@@ -66,7 +70,8 @@ class Template:
 
 @dataclass(frozen=True)
 class ExecResult:
-    """The result of a command. In text, invalid UTF-8 becomes U+FFFD; bytes are exact."""
+    """The result of a command; `print` shows its output. In text, invalid UTF-8 becomes U+FFFD;
+    bytes are exact."""
 
     stdout_bytes: bytes = field(repr=False)
     stderr_bytes: bytes = field(repr=False)
@@ -74,6 +79,10 @@ class ExecResult:
     duration_ms: int
     timed_out: bool
     truncated: bool
+
+    def __str__(self) -> str:
+        """Return the output, standard error after standard output, so that `print` shows it."""
+        return self.stdout + self.stderr
 
     @property
     def stdout(self) -> str:

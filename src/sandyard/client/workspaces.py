@@ -12,7 +12,7 @@ from sandyard.client import archives
 from sandyard.client.archives import PIECE, Progress
 from sandyard.client.calls import TRANSFER_S, WORK_S, Call, part_of
 from sandyard.client.errors import ApiError, BadRequestError, NotFoundError, TransferError
-from sandyard.client.models import Workspace, WorkspaceEntry, entry_of, workspace_of
+from sandyard.client.models import RemotePath, Workspace, WorkspaceEntry, entry_of, workspace_of
 from sandyard.client.transport import AsyncTransport, Transport, in_own_thread
 
 T = TypeVar("T")
@@ -22,9 +22,10 @@ _CODED = "base64:"
 _OF_ONE = frozenset({"/", ""})
 
 
-def _path(text: str) -> str:
+def _path(path: RemotePath) -> str:
     """Return a path or name as the API expects it: in base64 if it is not text, or looks like
     base64. Paths from a listing are passed on unchanged."""
+    text = str(path)
     if text.startswith(_CODED):
         return text
     try:
@@ -45,13 +46,13 @@ def _name(text: str) -> str:
     return _CODED + base64.b64encode(text.encode(errors="surrogateescape")).decode()
 
 
-def _quoted(text: str) -> str:
-    return quote(_path(text).removeprefix("/"), safe="/:")
+def _quoted(path: RemotePath) -> str:
+    return quote(_path(path).removeprefix("/"), safe="/:")
 
 
-def _split(path: str) -> tuple[str, str]:
+def _split(path: RemotePath) -> tuple[str, str]:
     """Return the directory and the name of a path."""
-    plain = path
+    path = plain = str(path)
     if path.startswith(_CODED):
         exact = base64.b64decode(path.removeprefix(_CODED))
         plain = exact.decode(errors="surrogateescape")
@@ -103,19 +104,19 @@ class _Calls:
     def __init__(self, reference: str) -> None:
         self._path = part_of(_ROUTE, reference)
 
-    def list(self, path: str) -> Call[Sequence[WorkspaceEntry]]:
+    def list(self, path: RemotePath) -> Call[Sequence[WorkspaceEntry]]:
         return Call(
             "GET", f"{self._path}/files/{_quoted(path)}",
             lambda a: [entry_of(one) for one in a], query={"showHidden": "true"}, safe=True,
         )  # fmt: skip
 
-    def read(self, path: str) -> Call[None]:
+    def read(self, path: RemotePath) -> Call[None]:
         return Call(
             "GET", f"{self._path}/direct", lambda _: None, query={"id": _path(path)}, safe=True,
             limit_s=TRANSFER_S,
         )  # fmt: skip
 
-    def upload(self, path: str, content: Iterable[bytes]) -> Call[WorkspaceEntry]:
+    def upload(self, path: RemotePath, content: Iterable[bytes]) -> Call[WorkspaceEntry]:
         folder, name = _split(path)
         boundary = secrets.token_hex(16)
         return Call(
@@ -125,7 +126,7 @@ class _Calls:
             limit_s=TRANSFER_S,
         )  # fmt: skip
 
-    def make_folder(self, path: str) -> Call[WorkspaceEntry]:
+    def make_folder(self, path: RemotePath) -> Call[WorkspaceEntry]:
         folder, name = _split(path)
         return Call(
             "POST", f"{self._path}/files/{_quoted(folder)}", lambda a: entry_of(a["data"]),
@@ -133,7 +134,7 @@ class _Calls:
         )  # fmt: skip
 
     def change(
-        self, operation: str, source: str, target: str, *, overwrite: bool
+        self, operation: str, source: RemotePath, target: RemotePath, *, overwrite: bool
     ) -> Call[WorkspaceEntry]:
         body = {"operation": operation, "target": _path(target), "overwrite": overwrite}
         return Call(
@@ -141,7 +142,7 @@ class _Calls:
             body=body, limit_s=WORK_S,
         )  # fmt: skip
 
-    def remove(self, paths: Sequence[str]) -> Call[None]:
+    def remove(self, paths: Sequence[RemotePath]) -> Call[None]:
         return Call(
             "DELETE", f"{self._path}/files", _all_done,
             body={"ids": [_path(one) for one in paths]}, limit_s=WORK_S,
@@ -183,43 +184,48 @@ class WorkspaceFiles:
         self._transport = transport
         self._calls = _Calls(reference)
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: RemotePath) -> bytes:
         """Return a file's bytes."""
         return b"".join(self.read_pieces(path))
 
-    def read_text(self, path: str) -> str:
-        """Return a file as text. Invalid UTF-8 becomes U+FFFD."""
-        return self.read(path).decode(errors="replace")
+    def read_text(self, path: RemotePath, *, errors: str = "strict") -> str:
+        """Return a file as text. `errors` is that of `bytes.decode`: invalid UTF-8 raises
+        UnicodeDecodeError, or with `replace` becomes U+FFFD."""
+        return self.read(path).decode(errors=errors)
 
-    def read_pieces(self, path: str) -> Iterator[bytes]:
+    def read_pieces(self, path: RemotePath) -> Iterator[bytes]:
         """Yield a file's bytes as they arrive, without keeping the file in memory."""
         with self._transport.stream(self._calls.read(path)) as answer:
             yield from answer.iter_bytes(PIECE)
 
-    def write(self, path: str, data: bytes | str | Iterable[bytes]) -> WorkspaceEntry:
+    def write(self, path: RemotePath, data: bytes | str | Iterable[bytes]) -> WorkspaceEntry:
         """Write a file. The old content stays until the upload is complete; missing directories are
         created."""
         content = _pieces(data) if isinstance(data, bytes | str) else data
         return self._transport.send(self._calls.upload(path, content))
 
-    def list(self, path: str = "/") -> Sequence[WorkspaceEntry]:
+    def list(self, path: RemotePath = "/") -> Sequence[WorkspaceEntry]:
         """List a directory: subdirectories first, by name."""
         return self._transport.send(self._calls.list(path))
 
-    def make_folder(self, path: str) -> WorkspaceEntry:
+    def make_folder(self, path: RemotePath) -> WorkspaceEntry:
         """Create a directory and its parents."""
         return self._transport.send(self._calls.make_folder(path))
 
-    def move(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
+    def move(
+        self, source: RemotePath, target: RemotePath, *, overwrite: bool = False
+    ) -> WorkspaceEntry:
         """Move or rename a file or directory. If `target` is a directory, move into it."""
         return self._transport.send(self._calls.change("move", source, target, overwrite=overwrite))
 
-    def copy(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
+    def copy(
+        self, source: RemotePath, target: RemotePath, *, overwrite: bool = False
+    ) -> WorkspaceEntry:
         """Copy a file, or a directory and its contents. If `target` is a directory, copy into
         it."""
         return self._transport.send(self._calls.change("copy", source, target, overwrite=overwrite))
 
-    def remove(self, *paths: str) -> None:
+    def remove(self, *paths: RemotePath) -> None:
         """Delete files, and directories with their contents.
 
         Raises:
@@ -228,7 +234,9 @@ class WorkspaceFiles:
         for start in range(0, len(paths), _AT_ONCE):
             self._transport.send(self._calls.remove(paths[start : start + _AT_ONCE]))
 
-    def upload(self, local: str | Path, path: str, *, on_progress: Progress | None = None) -> None:
+    def upload(
+        self, local: str | Path, path: RemotePath, *, on_progress: Progress | None = None
+    ) -> None:
         """Copy a local file or directory to a path in the workspace.
 
         Raises:
@@ -240,7 +248,7 @@ class WorkspaceFiles:
         if not source.is_dir():
             self._send(source, path, on_progress)
             return
-        if path.strip("/"):
+        if str(path).strip("/"):
             self._make(path)
 
         def unread(error: OSError) -> None:
@@ -252,10 +260,10 @@ class WorkspaceFiles:
                 if (Path(folder) / name).is_symlink():
                     left.append(str(inside / name))
                 else:
-                    self._make(f"{path.rstrip('/')}/{(inside / name).as_posix()}")
+                    self._make(f"{str(path).rstrip('/')}/{(inside / name).as_posix()}")
             for name in files:
                 if (Path(folder) / name).is_file():
-                    where = f"{path.rstrip('/')}/{(inside / name).as_posix()}"
+                    where = f"{str(path).rstrip('/')}/{(inside / name).as_posix()}"
                     self._send(Path(folder) / name, where, on_progress)
                 else:
                     left.append(str(inside / name))
@@ -266,7 +274,7 @@ class WorkspaceFiles:
             )
 
     def download(
-        self, path: str, local: str | Path, *, on_progress: Progress | None = None
+        self, path: RemotePath, local: str | Path, *, on_progress: Progress | None = None
     ) -> None:
         """Copy a file or directory of the workspace to a local path.
 
@@ -279,14 +287,14 @@ class WorkspaceFiles:
             OSError: it cannot be written locally.
         """
         target = Path(local)
-        if path not in _OF_ONE:
+        if str(path) not in _OF_ONE:
             entries = self.list(path)
             if len(entries) == 1 and entries[0].path.strip("/") == _path(path).strip("/"):
                 self._take(path, target, on_progress)
                 return
         self._take_folder(path, target, on_progress)
 
-    def _take_folder(self, path: str, target: Path, on_progress: Progress | None) -> None:
+    def _take_folder(self, path: RemotePath, target: Path, on_progress: Progress | None) -> None:
         target.mkdir(parents=True, exist_ok=True)
         todo, left = [(path, target)], []
         while todo:
@@ -310,20 +318,20 @@ class WorkspaceFiles:
                 f"{len(left)} were left out, which are links or no files: " + ", ".join(left[:5])
             )
 
-    def _take(self, path: str, target: Path, on_progress: Progress | None) -> None:
+    def _take(self, path: RemotePath, target: Path, on_progress: Progress | None) -> None:
         pieces = archives.begun(self.read_pieces(path))
         with archives.written(target) as file:
             for piece in archives.with_progress(pieces, on_progress):
                 file.write(piece)
 
-    def _make(self, path: str) -> None:
+    def _make(self, path: RemotePath) -> None:
         try:
             self.make_folder(path)
         except ApiError as error:
             if error.status != 409:  # it is there
                 raise
 
-    def _send(self, source: Path, path: str, on_progress: Progress | None) -> None:
+    def _send(self, source: Path, path: RemotePath, on_progress: Progress | None) -> None:
         with source.open("rb") as file:
             self.write(path, archives.with_progress(archives.pieces_of(file), on_progress))
 
@@ -336,51 +344,55 @@ class AsyncWorkspaceFiles:
         self._reference = reference
         self._calls = _Calls(reference)
 
-    async def read(self, path: str) -> bytes:
+    async def read(self, path: RemotePath) -> bytes:
         """See `WorkspaceFiles.read`."""
         return b"".join([piece async for piece in self.read_pieces(path)])
 
-    async def read_text(self, path: str) -> str:
+    async def read_text(self, path: RemotePath, *, errors: str = "strict") -> str:
         """See `WorkspaceFiles.read_text`."""
-        return (await self.read(path)).decode(errors="replace")
+        return (await self.read(path)).decode(errors=errors)
 
-    async def read_pieces(self, path: str) -> AsyncIterator[bytes]:
+    async def read_pieces(self, path: RemotePath) -> AsyncIterator[bytes]:
         """See `WorkspaceFiles.read_pieces`."""
         async with self._transport.stream(self._calls.read(path)) as answer:
             async for piece in answer.aiter_bytes(PIECE):
                 yield piece
 
-    async def write(self, path: str, data: bytes | str) -> WorkspaceEntry:
+    async def write(self, path: RemotePath, data: bytes | str) -> WorkspaceEntry:
         """See `WorkspaceFiles.write`."""
         return await self._in_thread(lambda files, _: files.write(path, data), None)
 
-    async def list(self, path: str = "/") -> Sequence[WorkspaceEntry]:
+    async def list(self, path: RemotePath = "/") -> Sequence[WorkspaceEntry]:
         """See `WorkspaceFiles.list`."""
         return await self._transport.send(self._calls.list(path))
 
-    async def make_folder(self, path: str) -> WorkspaceEntry:
+    async def make_folder(self, path: RemotePath) -> WorkspaceEntry:
         """See `WorkspaceFiles.make_folder`."""
         return await self._transport.send(self._calls.make_folder(path))
 
-    async def move(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
+    async def move(
+        self, source: RemotePath, target: RemotePath, *, overwrite: bool = False
+    ) -> WorkspaceEntry:
         """See `WorkspaceFiles.move`."""
         return await self._transport.send(
             self._calls.change("move", source, target, overwrite=overwrite)
         )
 
-    async def copy(self, source: str, target: str, *, overwrite: bool = False) -> WorkspaceEntry:
+    async def copy(
+        self, source: RemotePath, target: RemotePath, *, overwrite: bool = False
+    ) -> WorkspaceEntry:
         """See `WorkspaceFiles.copy`."""
         return await self._transport.send(
             self._calls.change("copy", source, target, overwrite=overwrite)
         )
 
-    async def remove(self, *paths: str) -> None:
+    async def remove(self, *paths: RemotePath) -> None:
         """See `WorkspaceFiles.remove`."""
         for start in range(0, len(paths), _AT_ONCE):
             await self._transport.send(self._calls.remove(paths[start : start + _AT_ONCE]))
 
     async def upload(
-        self, local: str | Path, path: str, *, on_progress: Progress | None = None
+        self, local: str | Path, path: RemotePath, *, on_progress: Progress | None = None
     ) -> None:
         """See `WorkspaceFiles.upload`. Runs in a thread, which calls `on_progress`."""
         await self._in_thread(
@@ -388,7 +400,7 @@ class AsyncWorkspaceFiles:
         )
 
     async def download(
-        self, path: str, local: str | Path, *, on_progress: Progress | None = None
+        self, path: RemotePath, local: str | Path, *, on_progress: Progress | None = None
     ) -> None:
         """See `WorkspaceFiles.download`. Runs in a thread, which calls `on_progress`."""
         await self._in_thread(

@@ -188,5 +188,5 @@ def octal(mode: str | None) -> int | None:
     if mode is None:
         return None
     if not (1 <= len(mode) <= 5 and all(one in "01234567" for one in mode)):
-        raise InvalidArgumentError("cannot use mode: it is octal, such as 0644", field="mode")
+        raise InvalidArgumentError("cannot use mode: give it in octal, such as 0644", field="mode")
     return int(mode, 8)

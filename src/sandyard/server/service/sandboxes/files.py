@@ -292,9 +292,16 @@ def _checked(wish: WishT) -> WishT:
     check_user(wish.user)
     if isinstance(wish, ops.MakeFolder | ops.Write):
         if wish.mode is not None and not 0 <= wish.mode <= 0o7777:
-            raise InvalidArgumentError("cannot use mode: it is octal, such as 644", field="mode")
+            raise InvalidArgumentError(
+                "cannot use mode: give it in octal, such as 644", field="mode"
+            )
         if wish.owner is not None and not 1 <= len(wish.owner) <= 64:
             raise InvalidArgumentError("cannot use owner: it is a name or a number", field="owner")
+    if isinstance(wish, ops.Write) and wish.path.endswith(b"/"):
+        raise InvalidArgumentError(
+            "cannot write to this path: it ends with /, so it names a folder; add the file's name",
+            field="path",
+        )
     return wish
 
 
