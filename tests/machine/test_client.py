@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.server import RealServer, is_slow, longer, some, wait_until
@@ -59,6 +60,35 @@ def test_a_sandbox_of_ones_own(server: RealServer, yard: Sandyard) -> None:
         late = sbx.exec("sleep 60", timeout_s=0.5, on_stdout=told.append)
         assert (late.timed_out, late.exit_code) == (True, 124)
     assert sbx.id not in [one.id for one in yard.list()]
+
+
+@pytest.mark.core
+def test_a_command_is_the_same_whether_its_output_is_followed_or_not(
+    server: RealServer, sbx: Sandbox
+) -> None:
+    many = ["printf", "%s.", *map(str, range(2000))]
+    long = f"echo 'it''s {'é' * 600_000}' | wc -m; echo $0; exit 5"
+    sbx.files.write("/tmp/plain", "x")
+    for command, options in (
+        ("echo out; echo err >&2; exit 3", {}), ("no-such-program a", {}),
+        (["no-such-program", "a b"], {}), (["/tmp/plain"], {}), ("kill -KILL $$", {}),
+        ("cat; id -un", {"stdin": "in", "user": "nobody"}), (many, {}), (long, {}),
+        (long, {"user": "nobody"}), ("pwd; echo $A", {"cwd": "/tmp", "env": {"A": "é"}}),
+        ("sleep 30", {"timeout_s": 0.5}), ("echo 1", {"timeout_s": None}),
+        ("echo 1", {"timeout_s": 7200}), ("if", {}),
+    ):  # fmt: skip
+        given: dict[str, Any] = {"timeout_s": longer(60), **options}
+        quiet = sbx.exec(command, **given)
+        told: list[str] = []
+        loud = sbx.exec(command, **given, on_stdout=told.append, on_stderr=told.append)
+        what = str(command)[:60]
+        for name in ("stdout", "stderr", "exit_code", "timed_out", "truncated"):
+            assert getattr(quiet, name) == getattr(loud, name), f"{name} of {what}"
+        assert sorted("".join(told)) == sorted(str(loud)), what
+    assert sbx.exec(["no-such-program"]).exit_code == 127
+    assert sbx.exec(["/tmp/plain"]).exit_code == 126
+    assert sbx.exec(long).stdout == "600006\nbash\n"
+    assert ".sandyard" not in sbx.exec("ls -A /tmp").stdout
 
 
 def test_what_is_read_and_printed_is_exact_however_much_it_is(

@@ -53,6 +53,14 @@ def async_yard_of(opened: Door) -> AsyncSandyard:
     return AsyncSandyard(opened.yard.key, f"http://127.0.0.1:{opened.port}/v1/")
 
 
+heard: list[str] = []
+
+
+async def hear(text: str) -> None:
+    await asyncio.sleep(0)
+    heard.append(text)
+
+
 async def test_a_sandboxs_life_from_threads(opened: Door, tmp_path: Path) -> None:
     def live() -> None:
         with yard_of(opened) as yard:
@@ -91,6 +99,11 @@ async def test_a_sandboxs_life_from_threads(opened: Door, tmp_path: Path) -> Non
                 told: list[str] = []
                 done = box.exec("count 3", on_stdout=told.append)
                 assert "".join(told) == done.stdout == "1\n2\n3\n"
+                with pytest.raises(TypeError, match="AsyncSandbox"):
+                    box.exec("count 3", on_stdout=hear)
+                assert box.exec("hello", timeout_s=None).stdout.strip() == "hello"
+                with pytest.raises(ValueError, match="time-out"):
+                    box.exec("hello", timeout_s=0)
                 for _ in box.run("cat", stdin=b"once", timeout_s=60):
                     break  # what nobody hears to its end is ended
                 assert all(one.status == "exited" for one in box.processes.list())
@@ -139,6 +152,9 @@ async def test_a_sandboxs_life_on_a_loop(opened: Door, tmp_path: Path) -> None:
             told: list[str] = []
             await box.exec("count 3", on_stdout=told.append)
             assert "".join(told) == "1\n2\n3\n"
+            heard.clear()
+            await box.exec("count 3", on_stdout=hear)
+            assert "".join(heard) == "1\n2\n3\n"
             (twin,) = await box.fork()
             await twin.delete()
             assert (await box.pause()).status == "paused"

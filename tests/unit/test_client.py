@@ -13,7 +13,7 @@ import tarfile
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -631,6 +631,26 @@ def test_names_of_any_bytes_are_sent_as_they_are() -> None:
     for seconds in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="time-out"):
             calls.milliseconds(seconds)
+
+
+def test_options_are_fields_of_the_api_and_no_misspelling_passes() -> None:
+    made = calls.create(
+        "t", 1, None, {"idle_timeout": 5, "vcpus": 2, "memory": "1GB", "name": None}
+    )
+    assert made.body == {
+        "template": "t", "idleTimeout": 5, "resources": {"vcpus": 2, "memory": "1GB"},
+    }  # fmt: skip
+    both = calls.create(None, 1, None, {"sshKeys": [], "resources": {"vcpus": 1}, "disk": "9GB"})
+    assert both.body == {"sshKeys": [], "resources": {"vcpus": 1, "disk": "9GB"}}
+    assert calls.change("s", {"onExpiry": "pause"}).body == {"onExpiry": "pause"}
+    started = calls.start("/p", "x", {"cwd": PurePosixPath("/tmp"), "stdin": True})
+    assert started.body == {"command": "x", "cwd": "/tmp", "stdin": True}
+    with pytest.raises(TypeError, match="no option 'nmae'; did you mean 'name'"):
+        calls.create(None, 1, None, {"nmae": "x"})
+    with pytest.raises(TypeError, match="there are cwd, env, "):
+        calls.start("/p", "x", {"zzz": 1})
+    with pytest.raises(TypeError, match="no option 'env'"):
+        calls.change("s", {"env": {}})
 
 
 def test_a_language_that_is_not_there_is_refused() -> None:

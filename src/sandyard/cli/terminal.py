@@ -16,6 +16,7 @@ from sandyard.cli.output import write_raw
 from sandyard.client import Exited, Lost, Printed, Sandyard, SandyardError, TransferError
 from sandyard.client.attach import Attachment
 from sandyard.client.calls import milliseconds
+from sandyard.client.options import ProcessOptions
 
 SHELL = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -l; fi"
 _READ = 16 * 1024
@@ -36,8 +37,8 @@ def run_attached(
 ) -> int:
     """Run a command to its end, and return its exit code.
 
-    With `has_terminal` it runs on a terminal of this one's size, which is this one: keys go there
-    as they are, Ctrl-C too. With `has_input` it reads what this command reads.
+    With `has_terminal` it runs on a terminal of the local one's size, which gets all keys, Ctrl-C
+    too. With `has_input` it gets the local standard input.
     """
     options = _options(
         has_terminal=has_terminal, has_input=has_input, cwd=cwd, user=user, timeout_s=timeout_s
@@ -79,9 +80,9 @@ def run_attached(
 
 def _options(
     *, has_terminal: bool, has_input: bool, cwd: str, user: str, timeout_s: float | None
-) -> dict[str, object]:
-    """Return what the command is started with."""
-    options: dict[str, object] = {"cwd": cwd, "user": user, "stdin": has_input or has_terminal}
+) -> ProcessOptions:
+    """Return the options for starting the command."""
+    options: ProcessOptions = {"cwd": cwd, "user": user, "stdin": has_input or has_terminal}
     if has_terminal:
         size = _size()
         options["pty"] = {"cols": size.columns, "rows": size.lines}

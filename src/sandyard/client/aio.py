@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from sandyard.client import calls
 from sandyard.client.client import BROKEN, Told
@@ -27,6 +27,7 @@ from sandyard.client.models import (
     Snapshot,
     SshAccess,
 )
+from sandyard.client.options import ChangeOptions, CreateOptions
 from sandyard.client.processes import AsyncProcess, AsyncProcesses
 from sandyard.client.streams import Statuses
 
@@ -44,7 +45,7 @@ class AsyncSandyard(AsyncConnection):
         *,
         wait_s: float = 60.0,
         idempotency_key: str | None = None,
-        **options: Any,
+        **options: Unpack[CreateOptions],
     ) -> "AsyncSandbox":
         """See `Sandyard.create`."""
         return await self._sandbox(calls.create(template, wait_s, idempotency_key, options))
@@ -107,7 +108,7 @@ class AsyncSandyard(AsyncConnection):
         """See `Sandyard.touch`."""
         return await self._sandbox(calls.act(reference, "touch"))
 
-    async def change(self, reference: str, **changes: Any) -> "AsyncSandbox":
+    async def change(self, reference: str, **changes: Unpack[ChangeOptions]) -> "AsyncSandbox":
         """See `Sandyard.change`."""
         return await self._sandbox(calls.change(reference, changes))
 
@@ -185,19 +186,18 @@ class AsyncSandbox(SandboxFacts):
         *,
         client: AsyncSandyard | None = None,
         wait_s: float = 60.0,
-        **options: Any,
+        idempotency_key: str | None = None,
+        **options: Unpack[CreateOptions],
     ) -> "AsyncSandbox":
         """See `Sandbox.create`."""
         own = client or AsyncSandyard()
         # The same key returns the same sandbox, so one whose answer was lost can be deleted. If
         # the caller chose the key, the sandbox is the caller's, too.
-        is_new = options.get("idempotency_key") is None
-        if is_new:
-            options["idempotency_key"] = str(uuid.uuid4())
+        is_new, key = idempotency_key is None, idempotency_key or str(uuid.uuid4())
         until = time.monotonic() + wait_s
         made: AsyncSandbox | None = None
         try:
-            made = await own.create(template, wait_s=wait_s, **options)
+            made = await own.create(template, wait_s=wait_s, idempotency_key=key, **options)
             box = cls(own, made.raw, owns_client=client is None)
             return await box.wait_until_ready(until - time.monotonic())
         except BaseException as error:
@@ -207,7 +207,7 @@ class AsyncSandbox(SandboxFacts):
                 known = made
                 try:
                     if is_unsure:
-                        known = await own.create(template, wait_s=0, **options)
+                        known = await own.create(template, wait_s=0, idempotency_key=key, **options)
                     if is_new and known is not None:
                         await known.delete()
                 finally:
@@ -269,7 +269,7 @@ class AsyncSandbox(SandboxFacts):
         self,
         command: str | Sequence[str],
         *,
-        timeout_s: float = 30.0,
+        timeout_s: float | None = 30.0,
         cwd: RemotePath = "/workspace",
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
@@ -278,16 +278,24 @@ class AsyncSandbox(SandboxFacts):
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
     ) -> ExecResult:
-        """See `Sandbox.exec`."""
-        if on_stdout is None and on_stderr is None:
+        """See `Sandbox.exec`. `on_stdout` and `on_stderr` may be coroutine functions."""
+        line = calls.line_of(command)
+        if calls.is_too_long(line):
+            path = calls.new_script()
+            await self.files_as(user).write(path, line, mode="0600")
+            line = calls.line_from_file(path)
+        is_quiet = on_stdout is None and on_stderr is None
+        if is_quiet and timeout_s is not None and calls.is_one_request(timeout_s, stdin):
             result = await self._client.execute(
-                self.id, command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
+                self.id, line, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
             )
             return calls.checked(result, command, check=check)
         heard = calls.Heard(on_stdout, on_stderr)
-        events = self.run(command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user)
+        events = self.run(line, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user)
         async for event in events:
             heard.feed(event)
+            for waiting in heard.waiting():
+                await waiting
         return calls.checked(heard.result(), command, check=check)
 
     async def run(
@@ -357,6 +365,8 @@ class AsyncSandbox(SandboxFacts):
                         offset += calls.length_of(event)
                         if isinstance(event, Printed):
                             heard.add(piece.new_text(event.stream), event.stream)
+                            for waiting in heard.waiting():
+                                await waiting
                         if piece.is_done:
                             self._sessions[language] = (self._stale.pop(language), offset)
                             return piece.result()
@@ -435,7 +445,7 @@ class AsyncSandbox(SandboxFacts):
         """See `Sandbox.touch`."""
         return self._now(await self._client.touch(self.id))
 
-    async def change(self, **changes: Any) -> Self:
+    async def change(self, **changes: Unpack[ChangeOptions]) -> Self:
         """See `Sandbox.change`."""
         return self._now(await self._client.change(self.id, **changes))
 

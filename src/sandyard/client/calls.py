@@ -7,12 +7,14 @@ about sandboxes; this module knows nothing about sockets.
 
 import base64
 import codecs
+import inspect
 import math
 import random
+import secrets
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
@@ -37,12 +39,15 @@ from sandyard.client.models import (
     snapshot_of,
     template_of,
 )
+from sandyard.client.options import ChangeOptions, CreateOptions, ProcessOptions, fields_of
 
 T = TypeVar("T")
 MARGIN_S = 90.0
 TRANSFER_S = 600.0
 WORK_S = 3700.0  # a server gives an hour to what copies, moves or removes
 SAID_MAX = 16 * 1024 * 1024
+COMMAND_MAX = 1024 * 1024
+_ONE_REQUEST_S, _ONE_REQUEST_STDIN = 3600.0, 16 * 1024 * 1024
 INPUT_MAX = 512 * 1024
 WAIT_MAX_S = 60
 _AGAIN_S = 0.1
@@ -163,7 +168,8 @@ def create(
 ) -> Call[Raw]:
     """Return the call that creates a sandbox. It gets an idempotency key if it has none, so that a
     repeated call creates one sandbox."""
-    body = options if template is None else {"template": template, **options}
+    fields = fields_of(options, CreateOptions)
+    body = fields if template is None else {"template": template, **fields}
     return Call(
         "POST",
         "/v1/sandboxes",
@@ -206,7 +212,38 @@ def act(reference: str, action: str, *, safe: bool = True) -> Call[Any]:
 
 def change(reference: str, changes: Mapping[str, Any]) -> Call[Raw]:
     """Change fields of a sandbox."""
-    return Call("PATCH", sandbox_path(reference), _data, body=changes, safe=True)
+    body = fields_of(changes, ChangeOptions)
+    return Call("PATCH", sandbox_path(reference), _data, body=body, safe=True)
+
+
+def line_of(command: str | Sequence[str]) -> str:
+    """Return a command as a line for the shell."""
+    return command if isinstance(command, str) else shlex.join(command)
+
+
+def is_too_long(line: str) -> bool:
+    """Tell whether a command line must be sent as a file."""
+    return len(line) > COMMAND_MAX or len(line.encode(errors="surrogateescape")) > COMMAND_MAX
+
+
+def new_script() -> str:
+    """Return a new path in a sandbox for a command line."""
+    return f"/tmp/.sandyard-{secrets.token_hex(16)}"  # noqa: S108 - not guessable
+
+
+def line_from_file(path: str) -> str:
+    """Return the command line that removes a file and does what is written in it."""
+    where = shlex.quote(path)
+    return (
+        f"__line=$(cat {where} && echo .) && rm -f {where} || exit 126; "
+        'eval "unset __line; ${__line%.}"'
+    )
+
+
+def is_one_request(timeout_s: float | None, stdin: str | bytes | None) -> bool:
+    """Tell whether a command can be run by the request that returns all of its output at once."""
+    size = len(stdin.encode() if isinstance(stdin, str) else stdin or b"")
+    return timeout_s is not None and timeout_s <= _ONE_REQUEST_S and size <= _ONE_REQUEST_STDIN
 
 
 def execute(
@@ -221,7 +258,7 @@ def execute(
 ) -> Call[ExecResult]:
     """Run a command to its end."""
     body = {
-        "command": command if isinstance(command, str) else shlex.join(command),
+        "command": line_of(command),
         "timeout": milliseconds(timeout_s),
         "cwd": str(cwd),
         "env": dict(env or {}),
@@ -271,6 +308,7 @@ class Heard:
         self, on_stdout: Callable[[str], object] | None, on_stderr: Callable[[str], object] | None
     ) -> None:
         self._tell = {"stdout": on_stdout, "stderr": on_stderr}
+        self._waiting: list[Awaitable[object]] = []
         self._decoders = {
             name: codecs.getincrementaldecoder("utf-8")("replace") for name in self._tell
         }
@@ -299,7 +337,25 @@ class Heard:
         if (tell := self._tell.get(stream)) is not None and (
             text := self._decoders[stream].decode(data, final=is_last)
         ):
-            tell(text)
+            said = tell(text)
+            if inspect.isawaitable(said):
+                self._waiting.append(said)
+
+    def waiting(self) -> list[Awaitable[object]]:
+        """Return what callbacks that are coroutine functions have returned, to be awaited."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+    def check_nothing_waits(self) -> None:
+        """Refuse callbacks that are coroutine functions.
+
+        Raises:
+            TypeError: one is.
+        """
+        for one in self.waiting():
+            if inspect.iscoroutine(one):
+                one.close()
+            raise TypeError("on_stdout and on_stderr must be functions here; use AsyncSandbox")
 
     def result(self) -> ExecResult:
         """Return how it ended."""
@@ -415,7 +471,8 @@ def start(path: str, command: str | Sequence[str], options: Mapping[str, Any]) -
     what: dict[str, Any] = (
         {"command": command} if isinstance(command, str) else {"argv": list(command)}
     )
-    return Call("POST", path, lambda a: int(a["data"]["pid"]), body={**what, **options})
+    body = {**what, **fields_of(options, ProcessOptions)}
+    return Call("POST", path, lambda a: int(a["data"]["pid"]), body=body)
 
 
 def processes(path: str) -> Call[list[ProcessInfo]]:

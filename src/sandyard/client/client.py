@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from sandyard.client import calls
 from sandyard.client.code import Piece, SessionEndedError, argv_of
@@ -26,6 +26,7 @@ from sandyard.client.models import (
     Snapshot,
     SshAccess,
 )
+from sandyard.client.options import ChangeOptions, CreateOptions
 from sandyard.client.processes import Process, Processes
 from sandyard.client.streams import Statuses
 
@@ -49,9 +50,9 @@ class Sandyard(Connection):
         *,
         wait_s: float = 60.0,
         idempotency_key: str | None = None,
-        **options: Any,
+        **options: Unpack[CreateOptions],
     ) -> "Sandbox":
-        """Create a sandbox. `options` are fields of the HTTP API, such as `name` or `env`.
+        """Create a sandbox. See `CreateOptions` for the options.
 
         Returns when the sandbox is running, or after `wait_s` seconds, 60 at most. Repeating a call
         with the same `idempotency_key` and options within 24 hours returns the first result.
@@ -115,8 +116,8 @@ class Sandyard(Connection):
         """Reset the idle timer of a sandbox."""
         return self._sandbox(calls.act(reference, "touch"))
 
-    def change(self, reference: str, **changes: Any) -> "Sandbox":
-        """Change fields of the HTTP API, such as `name`, `tags` or `idleTimeout`."""
+    def change(self, reference: str, **changes: Unpack[ChangeOptions]) -> "Sandbox":
+        """Change a sandbox. See `ChangeOptions` for the options."""
         return self._sandbox(calls.change(reference, changes))
 
     def fork(
@@ -197,7 +198,8 @@ class Sandbox(SandboxFacts):
         *,
         client: Sandyard | None = None,
         wait_s: float = 60.0,
-        **options: Any,
+        idempotency_key: str | None = None,
+        **options: Unpack[CreateOptions],
     ) -> "Sandbox":
         """Create a sandbox and wait until it is running. See `Sandyard.create`.
 
@@ -210,19 +212,17 @@ class Sandbox(SandboxFacts):
         own = client or Sandyard()
         # The same key returns the same sandbox, so one whose answer was lost can be deleted. If
         # the caller chose the key, the sandbox is the caller's, too.
-        is_new = options.get("idempotency_key") is None
-        if is_new:
-            options["idempotency_key"] = str(uuid.uuid4())
+        is_new, key = idempotency_key is None, idempotency_key or str(uuid.uuid4())
         until = time.monotonic() + wait_s
         made: Sandbox | None = None
         try:
-            made = own.create(template, wait_s=wait_s, **options)
+            made = own.create(template, wait_s=wait_s, idempotency_key=key, **options)
             box = cls(own, made.raw, owns_client=client is None)
             return box.wait_until_ready(until - time.monotonic())
         except BaseException as error:
             with suppress(SandyardError):
                 if is_new and made is None and not isinstance(error, Exception):
-                    made = own.create(template, wait_s=0, **options)
+                    made = own.create(template, wait_s=0, idempotency_key=key, **options)
                 if is_new and made is not None:
                     made.delete()
             if client is None:
@@ -282,7 +282,7 @@ class Sandbox(SandboxFacts):
         self,
         command: str | Sequence[str],
         *,
-        timeout_s: float = 30.0,
+        timeout_s: float | None = 30.0,
         cwd: RemotePath = "/workspace",
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
@@ -294,20 +294,28 @@ class Sandbox(SandboxFacts):
         """Run a command and return its result. A string is a shell command line, a sequence is a
         program and its arguments.
 
-        `on_stdout` and `on_stderr` receive output as text while the command runs.
+        `on_stdout` and `on_stderr` receive output as text while the command runs. Without
+        `timeout_s` there is no limit. The result has up to 16 MiB of each stream.
 
         Raises:
             CommandFailedError: the exit code is not 0 and `check` is set.
         """
-        if on_stdout is None and on_stderr is None:
+        line = calls.line_of(command)
+        if calls.is_too_long(line):
+            path = calls.new_script()
+            self.files_as(user).write(path, line, mode="0600")
+            line = calls.line_from_file(path)
+        is_quiet = on_stdout is None and on_stderr is None
+        if is_quiet and timeout_s is not None and calls.is_one_request(timeout_s, stdin):
             result = self._client.execute(
-                self.id, command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
+                self.id, line, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
             )
             return calls.checked(result, command, check=check)
         heard = calls.Heard(on_stdout, on_stderr)
-        events = self.run(command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user)
+        events = self.run(line, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user)
         for event in events:
             heard.feed(event)
+            heard.check_nothing_waits()
         return calls.checked(heard.result(), command, check=check)
 
     def run(
@@ -393,6 +401,7 @@ class Sandbox(SandboxFacts):
                     offset += calls.length_of(event)
                     if isinstance(event, Printed):
                         heard.add(piece.new_text(event.stream), event.stream)
+                        heard.check_nothing_waits()
                     if piece.is_done:
                         self._sessions[language] = (self._stale.pop(language), offset)
                         return piece.result()
@@ -473,8 +482,8 @@ class Sandbox(SandboxFacts):
         """Reset its idle timer."""
         return self._now(self._client.touch(self.id))
 
-    def change(self, **changes: Any) -> Self:
-        """Change fields of the HTTP API, such as `name`, `tags` or `idleTimeout`."""
+    def change(self, **changes: Unpack[ChangeOptions]) -> Self:
+        """Change a sandbox. See `ChangeOptions` for the options."""
         return self._now(self._client.change(self.id, **changes))
 
     def delete(self) -> None:

@@ -1,11 +1,12 @@
 """Processes of a sandbox, which keep running when the client disconnects."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 from sandyard.client import calls
 from sandyard.client.errors import ConnectionFailedError
 from sandyard.client.models import Exited, ProcessEvent, ProcessInfo
+from sandyard.client.options import ProcessOptions
 from sandyard.client.streams import Following
 from sandyard.client.transport import AsyncTransport, Transport
 
@@ -75,11 +76,11 @@ class Processes:
         self._transport = transport
         self._path = f"{sandbox_path}/processes"
 
-    def start(self, command: str | Sequence[str], **options: Any) -> Process:
+    def start(self, command: str | Sequence[str], **options: Unpack[ProcessOptions]) -> Process:
         """Start a process. A string is a shell command line, a sequence is a program and its
         arguments.
 
-        `options` are fields of the HTTP API, such as `cwd`, `env`, `user`, `tag`, `stdin`, `pty`.
+        See `ProcessOptions` for the options.
         """
         return self.get(self._transport.send(calls.start(self._path, command, options)))
 
@@ -149,7 +150,9 @@ class AsyncProcesses:
         self._transport = transport
         self._path = f"{sandbox_path}/processes"
 
-    async def start(self, command: str | Sequence[str], **options: Any) -> AsyncProcess:
+    async def start(
+        self, command: str | Sequence[str], **options: Unpack[ProcessOptions]
+    ) -> AsyncProcess:
         """See `Processes.start`."""
         pid = await self._transport.send(calls.start(self._path, command, options))
         return self.get(pid)

@@ -23,6 +23,7 @@ from sandyard.client import (
     NotReadyError,
     SandyardError,
 )
+from sandyard.client.options import CreateOptions
 
 SHOWN_MAX = 30_000
 READ_MAX = 100_000
@@ -138,7 +139,7 @@ class Hands:
         name: Annotated[str | None, Field(description="A name of your own for it.")] = None,
     ) -> Box:
         """Create a sandbox, and return it once it runs."""
-        options = {} if name is None else {"name": name}
+        options: CreateOptions = {} if name is None else {"name": name}
         try:
             box = await AsyncSandbox.create(template, client=self._yard, wait_s=120, **options)
         except NotReadyError as error:
