@@ -81,6 +81,14 @@ class DrivenClock:
         self._move_to(until)
         await turn()
 
+    async def oversleep(self, seconds: float) -> None:
+        """Let so much time pass at once, as on a host that was suspended; all due wake at its end.
+
+        Hours take no longer than a moment, for what is done every second is done once.
+        """
+        self._move_to(self._elapsed + seconds)
+        await self.advance(0)
+
     def _move_to(self, elapsed: float) -> None:
         self.time += timedelta(seconds=elapsed - self._elapsed)
         self._elapsed = elapsed
