@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 
 class MachineCheck:
-    """Finds out, again and again, whether there is a template and a driver that runs it."""
+    """Checks periodically whether there is a template and a driver that can run it."""
 
     def __init__(self, means: Means) -> None:
         self._means = means

@@ -461,7 +461,7 @@ class FirecrackerDriver:
 
 
 def _join(memory: Path, pages: Path) -> None:
-    """Replace a memory file by itself with saved pages written over it; may be repeated.
+    """Write saved pages over a copy of a memory file and replace the file with it; repeatable.
 
     Raises:
         ConflictError: the pages belong to a machine with another memory size.

@@ -82,7 +82,7 @@ async def _answered(registry: Presence, link: Link, heard: NatsMessage) -> None:
         return
     except SandyardError as error:
         said = failure(error)
-    except Exception as error:  # the caller is told
+    except Exception as error:  # answered as an internal error
         log.exception("unexpected error while handling a node's message")
         said = failure(InternalError(f"cannot answer the request: {error}"))
     await link.answer(heard, said)

@@ -59,7 +59,7 @@ class _Ear:
             words = await self._outcome(heard)
         except SandyardError as error:
             words = failure(error)
-        except Exception as error:  # one failure ends no others, and the caller is told
+        except Exception as error:  # answered as an error; other requests continue
             log.exception("unexpected error in a request")
             words = failure(InternalError(f"cannot carry out the request: {error}"))
         finally:

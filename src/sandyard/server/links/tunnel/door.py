@@ -143,7 +143,7 @@ async def _answer(
         await line.say(FrameKind.REFUSE, refusal(UnavailableError("the database does not answer")))
     except BrokenError:
         raise
-    except Exception as error:  # the caller is told
+    except Exception as error:  # answered as an internal error
         log.exception("unexpected error while handling a node's connection")
         await line.say(
             FrameKind.REFUSE, refusal(InternalError(f"cannot answer the request: {error}"))

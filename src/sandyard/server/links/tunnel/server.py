@@ -129,7 +129,7 @@ async def _one(tunnel: NodeTunnel, line: Line) -> None:
                 is_left = True
     except BrokenError:
         raise
-    except Exception as error:  # one failure ends no others, and the caller is told
+    except Exception as error:  # answered as an error; other requests continue
         told = error
         if not isinstance(told, SandyardError):
             log.exception("unexpected error in an operation of the tunnel")

@@ -124,7 +124,7 @@ class Resident:
     def fact(self, *, way: Way | None) -> MachineFact:
         """Return what its node reports of it."""
         record, phase, why = self.record, self.phase, None
-        if phase is Phase.HELD:  # it is running for its user, who is told why it stands still
+        if phase is Phase.HELD:  # reported as running, with the reason for the hold
             phase, why = Phase.RUNNING, self.saving.held_for
         elif phase is Phase.STARTING:  # a failed start that could not be removed
             phase = Phase.DEAD
