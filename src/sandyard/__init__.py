@@ -1,35 +1,24 @@
 """Sandyard: real virtual machines for agents and people.
 
-`from sandyard import Sandbox` is all that most programs need. Names are looked up when they are
-first used: to import the package costs nothing, and the server's parts need no client.
+`from sandyard import Sandbox` is all that most programs need. Every name of `sandyard.client` can
+be imported from here. They are looked up on first use: importing the package alone costs nothing,
+and the server does not need the client's dependencies.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sandyard.client import ApiError as ApiError
-    from sandyard.client import AsyncSandbox as AsyncSandbox
-    from sandyard.client import AsyncSandyard as AsyncSandyard
-    from sandyard.client import Sandbox as Sandbox
-    from sandyard.client import Sandyard as Sandyard
-    from sandyard.client import SandyardError as SandyardError
+    from sandyard.client import *  # noqa: F403
+else:  # a type checker would take any name for one that exists
 
-__all__ = [
-    "ApiError",
-    "AsyncSandbox",
-    "AsyncSandyard",
-    "Sandbox",
-    "Sandyard",
-    "SandyardError",
-]
+    def __getattr__(name: str) -> Any:
+        # Tools look for many special names in every module.
+        if not name.startswith("_") or name == "__all__":
+            client = importlib.import_module("sandyard.client")
+            if name == "__all__" or name in client.__all__:
+                return getattr(client, name)
+        raise AttributeError(f"module 'sandyard' has no attribute {name!r}")
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("sandyard.client"), name)
-    raise AttributeError(f"module 'sandyard' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+    def __dir__() -> list[str]:
+        return [*__getattr__("__all__"), *globals()]

@@ -4,32 +4,33 @@ import asyncio
 import builtins
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, Self, Unpack
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Literal, Self, Unpack, overload
 
 from sandyard.client import calls
 from sandyard.client.client import BROKEN, Told
-from sandyard.client.code import Piece, SessionEndedError, argv_of
+from sandyard.client.code import AsyncContext, AsyncContexts, Shown, is_absent, name_of
 from sandyard.client.connection import AsyncConnection
 from sandyard.client.desktop import AsyncDesktop
-from sandyard.client.errors import ConflictError, NotFoundError, NotReadyError, SandyardError
+from sandyard.client.errors import NotFoundError, NotReadyError, SandyardError, StillStartingError
 from sandyard.client.files import AsyncFiles
 from sandyard.client.models import (
     CodeResult,
+    Cost,
     ExecResult,
     Exited,
     PreviewUrl,
-    Printed,
     ProcessEvent,
     RemotePath,
     SandboxFacts,
     Snapshot,
     SshAccess,
 )
-from sandyard.client.options import ChangeOptions, CreateOptions
+from sandyard.client.options import BackgroundOptions, ChangeOptions, CreateOptions, ListOptions
 from sandyard.client.processes import AsyncProcess, AsyncProcesses
 from sandyard.client.streams import Statuses
+from sandyard.client.terminals import SHELL, AsyncTerminal
 
 _MOMENT_S = 5.0
 _ENDING: set[asyncio.Task[None]] = set()
@@ -54,15 +55,20 @@ class AsyncSandyard(AsyncConnection):
         """See `Sandyard.get`."""
         return await self._sandbox(calls.get(reference))
 
-    async def list(
-        self, *, status: str | None = None, tags: Sequence[str] = ()
-    ) -> AsyncIterator["AsyncSandbox"]:
+    async def list(self, **wanted: Unpack[ListOptions]) -> AsyncIterator["AsyncSandbox"]:
         """See `Sandyard.list`."""
-        query: dict[str, Any] = {"tag": list(tags)}
-        if status is not None:
-            query["status"] = status
+        query = calls.list_query(wanted)
         async for one in self._pages("/v1/sandboxes", query, calls.sandbox_of):
             yield AsyncSandbox(self, one)
+
+    async def page(
+        self, cursor: str | None = None, *, limit: int = 100, **wanted: Unpack[ListOptions]
+    ) -> tuple[builtins.list["AsyncSandbox"], str | None]:
+        """See `Sandyard.page`."""
+        query = {**calls.list_query(wanted), "limit": limit}
+        call = calls.page("/v1/sandboxes", query, cursor, calls.sandbox_of)
+        found, following = await self._transport.send(call)
+        return [AsyncSandbox(self, one) for one in found], following
 
     async def delete(self, reference: str) -> None:
         """See `Sandyard.delete`."""
@@ -75,13 +81,21 @@ class AsyncSandyard(AsyncConnection):
         *,
         timeout_s: float = 30.0,
         cwd: RemotePath = "/workspace",
+        make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str = "root",
+        user: str | int = "root",
     ) -> ExecResult:
         """See `Sandyard.execute`."""
         call = calls.execute(
-            reference, command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
+            reference,
+            command,
+            timeout_s=timeout_s,
+            cwd=cwd,
+            make_cwd=make_cwd,
+            env=env,
+            stdin=stdin,
+            user=user,
         )
         return await self._transport.send(call)
 
@@ -137,13 +151,17 @@ class AsyncSandyard(AsyncConnection):
         """See `Sandyard.ssh`."""
         return await self._transport.send(calls.ssh(reference))
 
+    async def cost(self, reference: str) -> Cost:
+        """See `Sandyard.cost`."""
+        return await self._transport.send(calls.cost(reference))
+
     async def stats(self, reference: str) -> Mapping[str, float]:
         """See `Sandyard.stats`."""
         return await self._transport.send(calls.stats(reference))
 
-    def files(self, reference: str, *, user: str = "root") -> AsyncFiles:
+    def files(self, reference: str, *, user: str | int = "root") -> AsyncFiles:
         """See `Sandyard.files`."""
-        return AsyncFiles(self._transport, calls.sandbox_path(reference), user)
+        return AsyncFiles(self._transport, calls.sandbox_path(reference), str(user))
 
     def desktop(self, reference: str) -> AsyncDesktop:
         """See `Sandyard.desktop`."""
@@ -152,6 +170,10 @@ class AsyncSandyard(AsyncConnection):
     def processes(self, reference: str) -> AsyncProcesses:
         """See `Sandyard.processes`."""
         return AsyncProcesses(self._transport, calls.sandbox_path(reference))
+
+    def contexts(self, reference: str) -> AsyncContexts:
+        """See `Sandyard.contexts`."""
+        return AsyncContexts(self._transport, calls.sandbox_path(reference))
 
     async def statuses(self, reference: str) -> AsyncIterator["AsyncSandbox"]:
         """See `Sandyard.statuses`."""
@@ -175,8 +197,7 @@ class AsyncSandbox(SandboxFacts):
         super().__init__(raw)
         self._client = client
         self._owns_client = owns_client
-        self._sessions: dict[str, tuple[AsyncProcess, int]] = {}
-        self._stale: dict[str, AsyncProcess] = {}
+        self._contexts: dict[str, AsyncContext] = {}
         self._turn = asyncio.Lock()
 
     @classmethod
@@ -254,31 +275,77 @@ class AsyncSandbox(SandboxFacts):
         self.raw = (await self._client.get(self.id)).raw
         return self
 
+    async def is_running(self) -> bool:
+        """See `Sandbox.is_running`."""
+        try:
+            return (await self.refresh()).status == "running"
+        except NotFoundError:
+            return False
+
+    async def set_timeout(self, seconds: int) -> Self:
+        """See `Sandbox.set_timeout`."""
+        return await self.change(expires_in=seconds)
+
     async def wait_until_ready(self, limit_s: float = 60.0) -> Self:
         """See `Sandbox.wait_until_ready`."""
         until = time.monotonic() + limit_s
         while self.status != "running":
             why = str((self.raw.get("statusReason") or {}).get("message", ""))
-            if self.status in BROKEN or time.monotonic() >= until:
-                raise NotReadyError(f"the sandbox {self.id} is {self.status}: {why or 'no reason'}")
+            said = f"the sandbox {self.id} is {self.status}: {why or 'no reason'}"
+            if self.status in BROKEN:
+                raise NotReadyError(said)
+            if time.monotonic() >= until:
+                raise StillStartingError(said)
             await asyncio.sleep(0.1)
             await self.refresh()
         return self
+
+    @overload
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        background: Literal[False] = False,
+        timeout_s: float | None = ...,
+        cwd: RemotePath = "/workspace",
+        make_cwd: bool = False,
+        env: Mapping[str, str] | None = None,
+        stdin: str | bytes | None = None,
+        user: str | int = "root",
+        check: bool = False,
+        on_stdout: Told | None = None,
+        on_stderr: Told | None = None,
+    ) -> ExecResult: ...
+
+    @overload
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        background: Literal[True],
+        **options: Unpack[BackgroundOptions],
+    ) -> AsyncProcess: ...
 
     async def exec(
         self,
         command: str | Sequence[str],
         *,
-        timeout_s: float | None = 30.0,
+        background: bool = False,
+        timeout_s: float | None = calls.EXEC_S,
         cwd: RemotePath = "/workspace",
+        make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str = "root",
+        user: str | int = "root",
         check: bool = False,
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
-    ) -> ExecResult:
+    ) -> ExecResult | AsyncProcess:
         """See `Sandbox.exec`. `on_stdout` and `on_stderr` may be coroutine functions."""
+        if background:
+            limit_s = None if timeout_s is calls.EXEC_S else timeout_s
+            options = calls.run_options(limit_s, cwd, env, user, make_cwd=make_cwd, has_stdin=False)
+            return await self.processes.start(command, **options)
         line = calls.line_of(command)
         if calls.is_too_long(line):
             path = calls.new_script()
@@ -287,15 +354,31 @@ class AsyncSandbox(SandboxFacts):
         is_quiet = on_stdout is None and on_stderr is None
         if is_quiet and timeout_s is not None and calls.is_one_request(timeout_s, stdin):
             result = await self._client.execute(
-                self.id, line, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
+                self.id,
+                line,
+                timeout_s=timeout_s,
+                cwd=cwd,
+                make_cwd=make_cwd,
+                env=env,
+                stdin=stdin,
+                user=user,
             )
             return calls.checked(result, command, check=check)
         heard = calls.Heard(on_stdout, on_stderr)
-        events = self.run(line, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user)
-        async for event in events:
-            heard.feed(event)
-            for waiting in heard.waiting():
-                await waiting
+        events = self.run(
+            line,
+            timeout_s=timeout_s,
+            cwd=cwd,
+            make_cwd=make_cwd,
+            env=env,
+            stdin=stdin,
+            user=user,
+        )
+        async with aclosing(events):
+            async for event in events:
+                heard.feed(event)
+                for waiting in heard.told.waiting():
+                    await waiting
         return calls.checked(heard.result(), command, check=check)
 
     async def run(
@@ -304,19 +387,32 @@ class AsyncSandbox(SandboxFacts):
         *,
         timeout_s: float | None = None,
         cwd: RemotePath = "/workspace",
+        make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str = "root",
-    ) -> AsyncIterator[ProcessEvent]:
+        user: str | int = "root",
+    ) -> AsyncGenerator[ProcessEvent, None]:
         """See `Sandbox.run`."""
-        options = calls.run_options(timeout_s, cwd, env, user, has_stdin=stdin is not None)
-        process = await self.processes.start(command, **options)
+        options = calls.run_options(
+            timeout_s,
+            cwd,
+            env,
+            user,
+            make_cwd=make_cwd,
+            has_stdin=stdin is not None,
+        )
+        starting = asyncio.get_running_loop().create_task(self.processes.start(command, **options))
+        try:
+            process = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await _to_the_end(_end_once_started(starting))
+            raise
         is_over = False
         feeding: asyncio.Task[None] | None = None
         try:
             if stdin is not None:
                 # Concurrently: a process whose output is not read may not read its input.
-                feeding = asyncio.get_running_loop().create_task(_feed(process, stdin))
+                feeding = asyncio.get_running_loop().create_task(process.pour(stdin))
             async for event in process.events():
                 is_over = isinstance(event, Exited)
                 yield event
@@ -335,59 +431,71 @@ class AsyncSandbox(SandboxFacts):
         code: str,
         *,
         language: str = "python",
+        context: AsyncContext | str | None = None,
         timeout_s: float = 60.0,
+        stdin: str = "",
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
+        on_result: Shown | None = None,
     ) -> CodeResult:
         """See `Sandbox.run_code`."""
-        argv = argv_of(language)
-        piece, heard = Piece(code), calls.Heard(on_stdout, on_stderr)
+        own = self._contexts.get(name_of(language)) if context is None else context
+        if isinstance(own, str):
+            own = await self.contexts.get(own)
+
+        async def run(chosen: AsyncContext) -> CodeResult:
+            return await chosen.run(
+                code,
+                timeout_s=timeout_s,
+                stdin=stdin,
+                on_stdout=on_stdout,
+                on_stderr=on_stderr,
+                on_result=on_result,
+            )
+
+        if own is not None:
+            try:
+                return await run(own)
+            except NotFoundError as error:
+                if context is not None or not is_absent(error):
+                    raise  # otherwise it ended with the sandbox's machine
         async with self._turn:
-            if (stale := self._stale.pop(language, None)) is not None:
-                with suppress(SandyardError):
-                    await stale.signal("SIGKILL", everything=True)
-            known = self._sessions.pop(language, None)
-            process, offset = known or (await self.processes.start(argv, stdin=True), 0)
-            self._stale[language] = process
-            try:
-                await process.write(piece.request())
-            except (NotFoundError, ConflictError):
-                if known is None:
-                    raise
-                # It has ended meanwhile, or the sandbox is one that never had it.
-                process, offset = await self.processes.start(argv, stdin=True), 0
-                self._stale[language] = process
-                await process.write(piece.request())
-            try:
-                async with asyncio.timeout(timeout_s):
-                    async for event in process.events(offset):
-                        piece.feed(event)
-                        offset += calls.length_of(event)
-                        if isinstance(event, Printed):
-                            heard.add(piece.new_text(event.stream), event.stream)
-                            for waiting in heard.waiting():
-                                await waiting
-                        if piece.is_done:
-                            self._sessions[language] = (self._stale.pop(language), offset)
-                            return piece.result()
-            except SessionEndedError as error:
-                del self._stale[language]
-                return piece.broken("SessionEnded", str(error))
-            except SandyardError:
-                raise  # paused, say: what is left of it is ended before the next piece
-            except BaseException as error:
-                await _to_the_end(process.signal("SIGKILL", everything=True))
-                if not isinstance(error, TimeoutError):
-                    raise
-                return piece.broken("TimeoutError", f"it took over {timeout_s:g} seconds")
-        raise SandyardError("the interpreter did not tell how it ended")
+            if self._contexts.get(name_of(language)) in (own, None):
+                self._contexts[name_of(language)] = await self.contexts.create(language)
+        return await run(self._contexts[name_of(language)])
+
+    @property
+    def contexts(self) -> AsyncContexts:
+        """See `Sandbox.contexts`."""
+        return self._client.contexts(self.id)
+
+    async def open_terminal(
+        self,
+        on_output: Callable[[bytes], object],
+        command: str | Sequence[str] | None = None,
+        *,
+        columns: int = 80,
+        rows: int = 24,
+        cwd: RemotePath = "/workspace",
+        env: Mapping[str, str] | None = None,
+        user: str | int = "root",
+    ) -> AsyncTerminal:
+        """See `Sandbox.open_terminal`. `on_output` may be a coroutine function."""
+        process = await self.processes.start(
+            command or SHELL,
+            pty={"cols": columns, "rows": rows},
+            cwd=cwd,
+            env=dict(env or {}),
+            user=user,
+        )
+        return AsyncTerminal(process, on_output)
 
     @property
     def files(self) -> AsyncFiles:
         """See `Sandbox.files`."""
         return self._client.files(self.id)
 
-    def files_as(self, user: str) -> AsyncFiles:
+    def files_as(self, user: str | int) -> AsyncFiles:
         """See `Sandbox.files_as`."""
         return self._client.files(self.id, user=user)
 
@@ -433,6 +541,10 @@ class AsyncSandbox(SandboxFacts):
         """See `Sandbox.ssh`."""
         return await self._client.ssh(self.id)
 
+    async def cost(self) -> Cost:
+        """See `Sandbox.cost`."""
+        return await self._client.cost(self.id)
+
     async def stats(self) -> Mapping[str, float]:
         """See `Sandbox.stats`."""
         return await self._client.stats(self.id)
@@ -458,6 +570,10 @@ class AsyncSandbox(SandboxFacts):
         return self
 
 
+async def _end_once_started(starting: "asyncio.Task[AsyncProcess]") -> None:
+    await (await starting).signal("SIGKILL", everything=True)
+
+
 async def _to_the_end(
     work: Coroutine[Any, Any, None], *, also: type[SandyardError] = SandyardError
 ) -> None:
@@ -480,10 +596,3 @@ async def _to_the_end(
         raise error
     if until is not None:
         raise asyncio.CancelledError
-
-
-async def _feed(process: AsyncProcess, stdin: str | bytes) -> None:
-    # One that has ended takes no more, which its end tells.
-    with suppress(SandyardError):
-        await process.write(stdin)
-        await process.close_stdin()

@@ -3,6 +3,7 @@ without trust."""
 
 import itertools
 import os
+import posixpath
 import secrets
 import shutil
 import stat
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from sandyard.client.errors import TransferError
+from sandyard.client.models import OutsideLink
 
 PIECE = 1024 * 1024
 _PATH_MAX = 4096  # linux/limits.h
@@ -29,8 +31,12 @@ _EXTENDED = frozenset({
 Progress = Callable[[int], object]
 
 
-def unpack(pieces: Iterator[bytes], target: Path, what: str) -> None:
-    """Write an archive to a folder here, and nothing outside of it, whatever is in the archive.
+def unpack(pieces: Iterator[bytes], target: Path, what: str) -> list[OutsideLink]:
+    """Write an archive of the folder `what` to a folder here, and nothing outside of it, whatever
+    is in the archive. A new folder appears when it is complete.
+
+    Symbolic links that lead into the folder stay links, relative ones. Those that lead out of it
+    are written as they are and returned; nothing is written through them.
 
     Memory does not grow with what the archive says: extended headers, entries, depth and the sum
     of all sizes are bounded, the sum by the free space of the target's disk.
@@ -39,17 +45,31 @@ def unpack(pieces: Iterator[bytes], target: Path, what: str) -> None:
         TransferError: not all of it may be, or can be, written here.
         OSError: it cannot be written here.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    bounds = _Bounds(shutil.disk_usage(target).free)
+    is_new = not os.path.lexists(target)
+    place = _part_of(target) if is_new else target
+    place.mkdir(parents=True, exist_ok=True)
     try:
+        bounds = _Bounds(shutil.disk_usage(place).free, _root_of(what))
         with _Archive.open(  # type: ignore[call-overload]
             fileobj=_Pieces(pieces), mode="r|", tarinfo=bounds.header_class()
         ) as archive:
-            archive.extractall(target, _entries(archive), filter=bounds.checked)  # noqa: S202
+            archive.extractall(place, _entries(archive), filter=bounds.checked)  # noqa: S202
+        if is_new:
+            place.rename(target)
     except (
         tarfile.TarError, ValueError, KeyError, OverflowError, RecursionError, EOFError,
     ) as error:  # fmt: skip
-        raise TransferError(f"cannot copy {what} here: {error}") from error
+        left = "" if is_new else f"; what came before that is in {target}"
+        raise TransferError(f"cannot copy {what} here: {error}{left}") from error
+    finally:
+        if is_new:
+            shutil.rmtree(place, ignore_errors=True)
+    return bounds.outside
+
+
+def _root_of(what: str) -> str:
+    """Return the absolute path of a folder of a sandbox."""
+    return posixpath.normpath(posixpath.join("/workspace", what))
 
 
 class _Archive(tarfile.TarFile):
@@ -71,8 +91,10 @@ def _entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 class _Bounds:
     """What one archive may have in all, and has had so far."""
 
-    def __init__(self, free_bytes: int) -> None:
+    def __init__(self, free_bytes: int, root: str) -> None:
         self._free = free_bytes
+        self._root = root
+        self.outside: list[OutsideLink] = []
         self._bytes = 0
         self._names = 0
         self._entries = 0
@@ -109,16 +131,16 @@ class _Bounds:
         self._headers = 0
         self._entries += 1
         if self._entries > _ENTRIES_MAX:
-            raise tarfile.ReadError(f"it has more than {_ENTRIES_MAX} files and folders")
+            raise tarfile.ReadError(f"it has more than {_ENTRIES_MAX} files and directories")
 
     def checked(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
         """Let an entry through if it is harmless and within bounds; see `_inside`."""
-        found = _inside(member, folder)
+        found = self._link(member, folder) if member.issym() else _inside(member, folder)
         found.pax_headers = {}  # folders are kept until the end
         self._names += len(found.name) + len(found.linkname)
         self._bytes += found.size if found.isreg() else 0
         if found.name.count("/") >= _DEPTH_MAX:
-            raise tarfile.FilterError(f"its folders are nested more than {_DEPTH_MAX} deep")
+            raise tarfile.FilterError(f"its directories are nested more than {_DEPTH_MAX} deep")
         if self._names > _NAMES_MAX:
             raise tarfile.FilterError("its names are too long in all")
         if self._bytes > self._free:
@@ -126,6 +148,39 @@ class _Bounds:
                 f"it is larger than the {self._free // 2**20} MiB that are free here"
             )
         return found
+
+    def _link(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+        """Let a symbolic link through, relative if it leads into the folder."""
+        place = _check_way(member, member.name, folder)  # as tarfile takes it, with any ".."
+        name = posixpath.normpath(member.name.lstrip("/"))
+        above = posixpath.dirname(name)
+        if os.path.islink(place):
+            os.unlink(place)  # tarfile would follow it to find out where this one would be
+        found = tarfile.tar_filter(member, folder).replace(
+            **dict.fromkeys(("uid", "gid", "uname", "gname")),  # type: ignore[arg-type]  # ours
+            deep=False,
+        )
+        target = posixpath.normpath(posixpath.join(self._root, above, found.linkname))
+        if target == self._root or target.startswith(f"{self._root.rstrip('/')}/"):
+            if found.linkname.startswith("/"):
+                start = posixpath.normpath(posixpath.join(self._root, above))
+                return found.replace(linkname=posixpath.relpath(target, start), deep=False)
+        else:
+            self.outside.append(OutsideLink(name, found.linkname))
+        return found
+
+
+def _check_way(found: tarfile.TarInfo, name: str, folder: str, *, is_whole: bool = False) -> str:
+    """Return where an entry would be written, if no link is on the way to it. If the way is whole,
+    it is no link itself."""
+    place, parts = folder, [one for one in name.split("/") if one not in ("", ".")]
+    for number, part in enumerate(parts, 1):
+        place = os.path.join(place, part)
+        if len(os.fsencode(place)) >= _PATH_MAX or part == "..":
+            raise tarfile.OutsideDestinationError(found, place)
+        if os.path.islink(place) and (is_whole or number < len(parts)):
+            raise tarfile.OutsideDestinationError(found, place)
+    return place
 
 
 def _inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
@@ -136,20 +191,11 @@ def _inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
     (CVE-2025-4517). Who packs a folder puts nothing behind a link.
     """
     found = tarfile.data_filter(member, folder)
-    names = [(found.name, False)]
     if found.islnk():
-        names.append((found.linkname, True))
-    for name, is_whole in names:
-        place, parts = folder, [one for one in name.split("/") if one not in ("", ".")]
-        for number, part in enumerate(parts, 1):
-            place = os.path.join(place, part)
-            is_last = number == len(parts)
-            if len(os.fsencode(place)) >= _PATH_MAX or part == "..":
-                raise tarfile.OutsideDestinationError(found, place)
-            if os.path.islink(place) and (is_whole or not is_last):
-                raise tarfile.OutsideDestinationError(found, place)
-        if not is_whole and (os.path.islink(place) or (found.islnk() and os.path.isfile(place))):
-            os.unlink(place)  # what comes takes its place; it would be written to where it leads
+        _check_way(found, found.linkname, folder, is_whole=True)
+    place = _check_way(found, found.name, folder)
+    if os.path.islink(place) or (found.islnk() and os.path.isfile(place)):
+        os.unlink(place)  # what comes takes its place; it would be written to where it leads
     return found
 
 
@@ -174,7 +220,7 @@ def written(target: Path) -> Iterator[IO[bytes]]:
         return
     target = Path(os.path.realpath(target))
     # A name of its own: another may be written to the same place, or have ours for its own.
-    part = target.with_name(f".sandyard-{secrets.token_hex(8)}.part")
+    part = _part_of(target)
     try:
         with part.open("xb") as file:
             if found is not None:
@@ -183,6 +229,10 @@ def written(target: Path) -> Iterator[IO[bytes]]:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _part_of(target: Path) -> Path:
+    return target.with_name(f".sandyard-{secrets.token_hex(8)}.part")
 
 
 class _Pieces:

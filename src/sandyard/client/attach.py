@@ -1,5 +1,6 @@
 """A process that is attached to: what it prints and what it is to read, over one WebSocket."""
 
+import inspect
 import json
 import logging
 import threading
@@ -28,6 +29,14 @@ _AHEAD_MAX = 256 * 1024
 _NOBODY = logging.getLogger(f"{__name__}.nobody")
 _NOBODY.addHandler(logging.NullHandler())
 _NOBODY.propagate = False
+
+
+# Of versions since 13 not all know these: no pings, no proxies, opened and closed by calls.
+_NEWER: dict[str, Any] = {
+    name: value
+    for name, value in (("ping_interval", None), ("proxy", None), ("legacy", True))
+    if name in inspect.signature(connect).parameters
+}
 
 
 class Attachment:
@@ -131,10 +140,8 @@ class Attachment:
                 additional_headers=self._headers,
                 compression=None,
                 open_timeout=_OPEN_S,
-                ping_interval=None,
-                proxy=None,
-                legacy=True,  # opened here, and closed by `_drop`
                 logger=_NOBODY,
+                **_NEWER,
             )
         except InvalidStatus as error:
             response = error.response

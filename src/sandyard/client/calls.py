@@ -8,19 +8,23 @@ about sandboxes; this module knows nothing about sockets.
 import base64
 import codecs
 import inspect
+import json
 import math
 import random
 import secrets
 import shlex
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
-from sandyard.client.errors import ApiError, CommandFailedError, error_of
+from sandyard.client.errors import ApiError, CommandFailedError, SandyardError, error_of
 from sandyard.client.models import (
+    Cost,
     ExecResult,
     Exited,
     FileInfo,
@@ -39,19 +43,28 @@ from sandyard.client.models import (
     snapshot_of,
     template_of,
 )
-from sandyard.client.options import ChangeOptions, CreateOptions, ProcessOptions, fields_of
+from sandyard.client.options import (
+    ChangeOptions,
+    CreateOptions,
+    ListOptions,
+    ProcessOptions,
+    fields_of,
+)
 
 T = TypeVar("T")
+EXEC_S = 30.0
+"""How long a command may take if nothing is said; compared by identity."""
 MARGIN_S = 90.0
 TRANSFER_S = 600.0
 WORK_S = 3700.0  # a server gives an hour to what copies, moves or removes
 SAID_MAX = 16 * 1024 * 1024
 COMMAND_MAX = 1024 * 1024
 _ONE_REQUEST_S, _ONE_REQUEST_STDIN = 3600.0, 16 * 1024 * 1024
-INPUT_MAX = 512 * 1024
+INPUT_PIECE = 8 * 1024 * 1024
 WAIT_MAX_S = 60
 _AGAIN_S = 0.1
 _WAIT_MAX_S = 30.0
+_AWAY_S = 120.0
 _BUSY = frozenset({502, 503, 504})
 Raw = Mapping[str, Any]
 
@@ -176,7 +189,7 @@ def create(
         _sandbox,
         query={"wait": min(math.ceil(wait_s), WAIT_MAX_S)},
         body=body,
-        headers=_keyed(key),
+        headers=keyed(key),
         limit_s=WAIT_MAX_S + MARGIN_S,
         safe=True,
     )
@@ -185,6 +198,21 @@ def create(
 def get(reference: str) -> Call[Raw]:
     """Tell of a sandbox."""
     return Call("GET", sandbox_path(reference), _sandbox, safe=True)
+
+
+def list_query(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the query for a list of sandboxes.
+
+    Raises:
+        TypeError: there is no option of that name.
+    """
+    fields_of(wanted, ListOptions)  # which checks the names
+    query = {name: value for name, value in wanted.items() if value is not None}
+    if "tags" in query:
+        query["tag"] = list(query.pop("tags"))
+    if "metadata" in query:
+        query["metadata"] = json.dumps(query["metadata"])
+    return query
 
 
 def page(
@@ -213,6 +241,8 @@ def act(reference: str, action: str, *, safe: bool = True) -> Call[Any]:
 def change(reference: str, changes: Mapping[str, Any]) -> Call[Raw]:
     """Change fields of a sandbox."""
     body = fields_of(changes, ChangeOptions)
+    if "name" in changes and changes["name"] is None:
+        body["name"] = None
     return Call("PATCH", sandbox_path(reference), _data, body=body, safe=True)
 
 
@@ -252,9 +282,10 @@ def execute(
     *,
     timeout_s: float,
     cwd: RemotePath,
+    make_cwd: bool,
     env: Mapping[str, str] | None,
     stdin: str | bytes | None,
-    user: str,
+    user: str | int,
 ) -> Call[ExecResult]:
     """Run a command to its end."""
     body = {
@@ -265,6 +296,8 @@ def execute(
         "user": user,
         "encoding": "base64",
     }
+    if make_cwd:
+        body["makeCwd"] = True
     if stdin is not None:
         given = stdin.encode() if isinstance(stdin, str) else stdin
         body |= {"stdin": base64.b64encode(given).decode(), "stdinEncoding": "base64"}
@@ -290,15 +323,35 @@ def checked(result: ExecResult, command: str | Sequence[str], *, check: bool) ->
     return result
 
 
-def length_of(event: ProcessEvent) -> int:
-    """Return how many bytes of the output an event is about."""
-    match event:
-        case Printed(data=data):
-            return len(data)
-        case Lost(count=count):
-            return count
-        case _:
-            return 0
+class Callbacks:
+    """Calls functions, which may be coroutine functions, once an event was read: what they raise
+    is not taken for an error of the event."""
+
+    def __init__(self) -> None:
+        self._due: deque[Callable[[], object]] = deque()
+
+    def tell(self, function: Callable[[T], object] | None, value: T) -> None:
+        """Have a function called, if there is one."""
+        if function is not None:
+            self._due.append(partial(function, value))
+
+    def waiting(self) -> Iterator[Awaitable[object]]:
+        """Call the functions, and yield what coroutine functions return, to be awaited."""
+        while self._due:
+            said = self._due.popleft()()
+            if inspect.isawaitable(said):
+                yield said
+
+    def call(self) -> None:
+        """Call the functions.
+
+        Raises:
+            TypeError: one is a coroutine function.
+        """
+        for one in self.waiting():
+            if inspect.iscoroutine(one):
+                one.close()
+            raise TypeError("callbacks must be functions here; use AsyncSandbox")
 
 
 class Heard:
@@ -307,8 +360,8 @@ class Heard:
     def __init__(
         self, on_stdout: Callable[[str], object] | None, on_stderr: Callable[[str], object] | None
     ) -> None:
+        self.told = Callbacks()
         self._tell = {"stdout": on_stdout, "stderr": on_stderr}
-        self._waiting: list[Awaitable[object]] = []
         self._decoders = {
             name: codecs.getincrementaldecoder("utf-8")("replace") for name in self._tell
         }
@@ -324,38 +377,19 @@ class Heard:
                 said = self._said[stream]
                 self._is_cut = self._is_cut or len(said) + len(data) > SAID_MAX
                 said += data[: SAID_MAX - len(said)]
-                self.add(data, stream)
+                self._pass_on(data, stream)
             case Lost():
                 self._is_cut = True
             case Exited():
                 self._end = event
                 for stream in self._tell:
-                    self.add(b"", stream, is_last=True)
+                    self._pass_on(b"", stream, is_last=True)
 
-    def add(self, data: bytes, stream: str, *, is_last: bool = False) -> None:
+    def _pass_on(self, data: bytes, stream: str, *, is_last: bool = False) -> None:
         """Tell what was printed as text; a character cut in two is told when it is whole."""
-        if (tell := self._tell.get(stream)) is not None and (
-            text := self._decoders[stream].decode(data, final=is_last)
-        ):
-            said = tell(text)
-            if inspect.isawaitable(said):
-                self._waiting.append(said)
-
-    def waiting(self) -> list[Awaitable[object]]:
-        """Return what callbacks that are coroutine functions have returned, to be awaited."""
-        waiting, self._waiting = self._waiting, []
-        return waiting
-
-    def check_nothing_waits(self) -> None:
-        """Refuse callbacks that are coroutine functions.
-
-        Raises:
-            TypeError: one is.
-        """
-        for one in self.waiting():
-            if inspect.iscoroutine(one):
-                one.close()
-            raise TypeError("on_stdout and on_stderr must be functions here; use AsyncSandbox")
+        tell = self._tell.get(stream)
+        if tell is not None and (text := self._decoders[stream].decode(data, final=is_last)):
+            self.told.tell(tell, text)
 
     def result(self) -> ExecResult:
         """Return how it ended."""
@@ -374,14 +408,17 @@ def run_options(
     timeout_s: float | None,
     cwd: RemotePath,
     env: Mapping[str, str] | None,
-    user: str,
+    user: str | int,
     *,
+    make_cwd: bool = False,
     has_stdin: bool,
 ) -> dict[str, Any]:
     """Return what a command that is run is started with."""
     options: dict[str, Any] = {"cwd": str(cwd), "env": dict(env or {}), "user": user}
     if timeout_s is not None:
         options["timeout"] = milliseconds(timeout_s)
+    if make_cwd:
+        options["make_cwd"] = True
     return {**options, "stdin": has_stdin}
 
 
@@ -398,6 +435,11 @@ def url(reference: str, port: int, *, cookie: bool, ttl: int | None) -> Call[Pre
     if ttl is not None:
         query["ttl"] = ttl
     return Call("GET", sandbox_path(reference, "url"), _preview, query=query, safe=True)
+
+
+def cost(reference: str) -> Call[Cost]:
+    """Tell what a sandbox costs."""
+    return Call("GET", sandbox_path(reference, "cost"), _cost, safe=True)
 
 
 def ssh(reference: str) -> Call[SshAccess]:
@@ -417,7 +459,7 @@ def fork(reference: str, count: int, name: str | None) -> Call[list[Raw]]:
     body = {"count": count, **({"name": name} if name else {})}
     return Call(
         "POST", sandbox_path(reference, "fork"), lambda a: list(a["data"]), body=body,
-        headers=_keyed(None), safe=True,
+        headers=keyed(None), safe=True,
     )  # fmt: skip
 
 
@@ -425,7 +467,7 @@ def snapshot(reference: str, name: str | None) -> Call[Snapshot]:
     """Save a sandbox as it is now."""
     return Call(
         "POST", sandbox_path(reference, "snapshots"), lambda a: snapshot_of(a["data"]),
-        body={} if name is None else {"name": name}, headers=_keyed(None), safe=True,
+        body={} if name is None else {"name": name}, headers=keyed(None), safe=True,
     )  # fmt: skip
 
 
@@ -466,13 +508,17 @@ def plain(method: str, path: str, *, query: Any = None, body: Any = None) -> Cal
 # --- processes ------------------------------------------------------------------------------------
 
 
-def start(path: str, command: str | Sequence[str], options: Mapping[str, Any]) -> Call[int]:
+def start(
+    path: str, command: str | Sequence[str], key: str | None, options: Mapping[str, Any]
+) -> Call[int]:
     """Start a process and return its pid."""
     what: dict[str, Any] = (
         {"command": command} if isinstance(command, str) else {"argv": list(command)}
     )
     body = {**what, **fields_of(options, ProcessOptions)}
-    return Call("POST", path, lambda a: int(a["data"]["pid"]), body=body)
+    return Call(
+        "POST", path, lambda a: int(a["data"]["pid"]), body=body, headers=keyed(key), safe=True
+    )
 
 
 def processes(path: str) -> Call[list[ProcessInfo]]:
@@ -485,10 +531,51 @@ def process(path: str) -> Call[ProcessInfo]:
     return Call("GET", path, lambda a: process_of(a["data"]), safe=True)
 
 
-def feed(path: str, data: memoryview) -> Call[int]:
-    """Write to a process's input, and return how much of it was taken."""
-    body = {"data": base64.b64encode(data[:INPUT_MAX]).decode(), "encoding": "base64"}
-    return Call("POST", f"{path}/stdin", lambda a: int(a["data"]["written"]), body=body)
+def feed(
+    path: str, data: memoryview, *, offset: int | None = None, closes: bool = False
+) -> Call[int]:
+    """Write to a process's input, and return how many bytes it took. With the `offset` in its input
+    the call can be repeated."""
+    query = {"offset": offset, "close": "true" if closes and len(data) <= INPUT_PIECE else None}
+    return Call(
+        "PUT", f"{path}/stdin", lambda a: int(a["data"]["written"]),
+        query={name: value for name, value in query.items() if value is not None},
+        content=bytes(data[:INPUT_PIECE]), limit_s=TRANSFER_S, safe=offset is not None,
+    )  # fmt: skip
+
+
+class Pouring:
+    """Writes data to the input of a new process, and closes it, over connections that may break."""
+
+    def __init__(self, path: str, data: str | bytes) -> None:
+        self._path = path
+        self._data = memoryview(data.encode() if isinstance(data, str) else data)
+        self._offset = 0
+        self._heard_at = time.monotonic()
+        self.is_done = False
+
+    def call(self) -> Call[int]:
+        """Return the next call."""
+        left = self._data[self._offset :]
+        return feed(self._path, left, offset=self._offset, closes=True)
+
+    def took(self, count: int) -> None:
+        """Note the result of a call."""
+        is_last = len(self._data) - self._offset <= INPUT_PIECE
+        self._offset += count
+        self._heard_at = time.monotonic()
+        self.is_done = is_last and self._offset >= len(self._data)
+
+    def pause_s(self, error: SandyardError) -> float:
+        """Return after how long to try again.
+
+        Raises:
+            SandyardError: that would not help.
+        """
+        is_passing = not isinstance(error, ApiError) or error.status in _BUSY
+        if not is_passing or time.monotonic() - self._heard_at > _AWAY_S:
+            raise error
+        return 1.0
 
 
 def close_stdin(path: str) -> Call[None]:
@@ -546,7 +633,13 @@ class Part:
 
 
 def write_file(
-    path: str, where: RemotePath, user: str, content: Any, mode: str | None, owner: str | None
+    path: str,
+    where: RemotePath,
+    user: str,
+    content: Any,
+    mode: str | None,
+    owner: str | None,
+    if_match: str | None = None,
 ) -> Call[int]:
     """Write a file, and return how many bytes it has."""
     if content is None or isinstance(content, int | Mapping):
@@ -556,8 +649,17 @@ def write_file(
     query = {name: value for name, value in given.items() if value is not None}
     return Call(
         "PUT", path, lambda a: int(a["data"]["size"]), query=query, content=content,
-        limit_s=TRANSFER_S, safe=isinstance(content, bytes),
+        headers={} if if_match is None else {"If-Match": if_match},
+        # Repeated, it would meet its own file.
+        limit_s=TRANSFER_S, safe=isinstance(content, bytes) and if_match is None,
     )  # fmt: skip
+
+
+def read_changed(path: str, where: RemotePath, user: str, etag: str) -> Call[None]:
+    """Read a file if it has another entity tag than this one."""
+    query = {**_where(where), "user": user}
+    headers = {"If-None-Match": etag}
+    return Call("GET", path, _nothing, query=query, headers=headers, limit_s=TRANSFER_S, safe=True)
 
 
 def list_folder(path: str, where: RemotePath, user: str, depth: int) -> Call[list[FileInfo]]:
@@ -613,7 +715,8 @@ def sign(path: str, where: RemotePath, user: str, method: str, expires_s: int) -
 # --- how answers are read -------------------------------------------------------------------------
 
 
-def _keyed(key: str | None) -> dict[str, str]:
+def keyed(key: str | None) -> dict[str, str]:
+    """Return the header with which a repeated call is carried out once."""
     return {"Idempotency-Key": key or str(uuid.uuid4())}
 
 
@@ -667,6 +770,11 @@ def _signed(answer: Any) -> SignedUrl:
 def _preview(answer: Any) -> PreviewUrl:
     data = answer["data"]
     return PreviewUrl(data["url"], data["port"], data["expiresAt"])
+
+
+def _cost(answer: Any) -> Cost:
+    data = answer["data"]
+    return Cost(data["totalMicros"] / 1e6, data["hourlyMicros"] / 1e6, data["isFree"])
 
 
 def _ssh(answer: Any) -> SshAccess:

@@ -4,31 +4,32 @@ import builtins
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, Self, Unpack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from typing import Any, Literal, Self, Unpack, overload
 
 from sandyard.client import calls
-from sandyard.client.code import Piece, SessionEndedError, argv_of
+from sandyard.client.code import Context, Contexts, Shown, is_absent, name_of
 from sandyard.client.connection import Connection
 from sandyard.client.desktop import Desktop
-from sandyard.client.errors import ConflictError, NotFoundError, NotReadyError, SandyardError
+from sandyard.client.errors import NotFoundError, NotReadyError, SandyardError, StillStartingError
 from sandyard.client.files import Files
 from sandyard.client.models import (
     CodeResult,
+    Cost,
     ExecResult,
     Exited,
     PreviewUrl,
-    Printed,
     ProcessEvent,
     RemotePath,
     SandboxFacts,
     Snapshot,
     SshAccess,
 )
-from sandyard.client.options import ChangeOptions, CreateOptions
-from sandyard.client.processes import Process, Processes
+from sandyard.client.options import BackgroundOptions, ChangeOptions, CreateOptions, ListOptions
+from sandyard.client.processes import Process, Processes, pour
 from sandyard.client.streams import Statuses
+from sandyard.client.terminals import SHELL, Terminal
 
 BROKEN = frozenset({"failed", "error", "destroyed"})
 Told = Callable[[str], object]
@@ -63,13 +64,20 @@ class Sandyard(Connection):
         """Return a sandbox by id or name."""
         return self._sandbox(calls.get(reference))
 
-    def list(self, *, status: str | None = None, tags: Sequence[str] = ()) -> Iterator["Sandbox"]:
-        """Yield all sandboxes, newest first."""
-        query: dict[str, Any] = {"tag": list(tags)}
-        if status is not None:
-            query["status"] = status
+    def list(self, **wanted: Unpack[ListOptions]) -> Iterator["Sandbox"]:
+        """Yield all sandboxes, newest first, or those that are wanted. See `ListOptions`."""
+        query = calls.list_query(wanted)
         for one in self._pages("/v1/sandboxes", query, calls.sandbox_of):
             yield Sandbox(self, one)
+
+    def page(
+        self, cursor: str | None = None, *, limit: int = 100, **wanted: Unpack[ListOptions]
+    ) -> tuple[builtins.list["Sandbox"], str | None]:
+        """Return a page of what `list` yields, and the cursor of the next, None after the last."""
+        query = {**calls.list_query(wanted), "limit": limit}
+        call = calls.page("/v1/sandboxes", query, cursor, calls.sandbox_of)
+        found, following = self._transport.send(call)
+        return [Sandbox(self, one) for one in found], following
 
     def delete(self, reference: str) -> None:
         """Delete a sandbox and wait until it is gone."""
@@ -82,14 +90,22 @@ class Sandyard(Connection):
         *,
         timeout_s: float = 30.0,
         cwd: RemotePath = "/workspace",
+        make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str = "root",
+        user: str | int = "root",
     ) -> ExecResult:
         """Run a command in a sandbox and return its result. A string is a shell command line, a
         sequence is a program and its arguments."""
         call = calls.execute(
-            reference, command, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
+            reference,
+            command,
+            timeout_s=timeout_s,
+            cwd=cwd,
+            make_cwd=make_cwd,
+            env=env,
+            stdin=stdin,
+            user=user,
         )
         return self._transport.send(call)
 
@@ -149,13 +165,17 @@ class Sandyard(Connection):
         """Return how to log in to a sandbox by SSH."""
         return self._transport.send(calls.ssh(reference))
 
+    def cost(self, reference: str) -> Cost:
+        """Return what a sandbox costs."""
+        return self._transport.send(calls.cost(reference))
+
     def stats(self, reference: str) -> Mapping[str, float]:
         """Return a sandbox's current resource usage."""
         return self._transport.send(calls.stats(reference))
 
-    def files(self, reference: str, *, user: str = "root") -> Files:
+    def files(self, reference: str, *, user: str | int = "root") -> Files:
         """Return the files of a sandbox, accessed as `user`."""
-        return Files(self._transport, calls.sandbox_path(reference), user)
+        return Files(self._transport, calls.sandbox_path(reference), str(user))
 
     def desktop(self, reference: str) -> Desktop:
         """Return the screen of a sandbox with a desktop template."""
@@ -164,6 +184,10 @@ class Sandyard(Connection):
     def processes(self, reference: str) -> Processes:
         """Return the processes of a sandbox. They keep running when the client disconnects."""
         return Processes(self._transport, calls.sandbox_path(reference))
+
+    def contexts(self, reference: str) -> Contexts:
+        """Return the interpreters of a sandbox, which keep what their code defined."""
+        return Contexts(self._transport, calls.sandbox_path(reference))
 
     def statuses(self, reference: str) -> Iterator["Sandbox"]:
         """Yield a sandbox now, and after each change of its status, until it is deleted."""
@@ -187,8 +211,7 @@ class Sandbox(SandboxFacts):
         super().__init__(raw)
         self._client = client
         self._owns_client = owns_client
-        self._sessions: dict[str, tuple[Process, int]] = {}
-        self._stale: dict[str, Process] = {}
+        self._contexts: dict[str, Context] = {}
         self._turn = threading.Lock()
 
     @classmethod
@@ -263,6 +286,17 @@ class Sandbox(SandboxFacts):
         self.raw = self._client.get(self.id).raw
         return self
 
+    def is_running(self) -> bool:
+        """Ask the server whether it runs. A sandbox that was deleted does not."""
+        try:
+            return (self.refresh()).status == "running"
+        except NotFoundError:
+            return False
+
+    def set_timeout(self, seconds: int) -> Self:
+        """Let it end so many seconds from now, whatever was said before; 0: never."""
+        return self.change(expires_in=seconds)
+
     def wait_until_ready(self, limit_s: float = 60.0) -> Self:
         """Wait until the sandbox is running.
 
@@ -272,34 +306,71 @@ class Sandbox(SandboxFacts):
         until = time.monotonic() + limit_s
         while self.status != "running":
             why = str((self.raw.get("statusReason") or {}).get("message", ""))
-            if self.status in BROKEN or time.monotonic() >= until:
-                raise NotReadyError(f"the sandbox {self.id} is {self.status}: {why or 'no reason'}")
+            said = f"the sandbox {self.id} is {self.status}: {why or 'no reason'}"
+            if self.status in BROKEN:
+                raise NotReadyError(said)
+            if time.monotonic() >= until:
+                raise StillStartingError(said)
             time.sleep(0.1)
             self.refresh()
         return self
+
+    @overload
+    def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        background: Literal[False] = False,
+        timeout_s: float | None = ...,
+        cwd: RemotePath = "/workspace",
+        make_cwd: bool = False,
+        env: Mapping[str, str] | None = None,
+        stdin: str | bytes | None = None,
+        user: str | int = "root",
+        check: bool = False,
+        on_stdout: Told | None = None,
+        on_stderr: Told | None = None,
+    ) -> ExecResult: ...
+
+    @overload
+    def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        background: Literal[True],
+        **options: Unpack[BackgroundOptions],
+    ) -> Process: ...
 
     def exec(
         self,
         command: str | Sequence[str],
         *,
-        timeout_s: float | None = 30.0,
+        background: bool = False,
+        timeout_s: float | None = calls.EXEC_S,
         cwd: RemotePath = "/workspace",
+        make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str = "root",
+        user: str | int = "root",
         check: bool = False,
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
-    ) -> ExecResult:
+    ) -> ExecResult | Process:
         """Run a command and return its result. A string is a shell command line, a sequence is a
         program and its arguments.
 
-        `on_stdout` and `on_stderr` receive output as text while the command runs. Without
-        `timeout_s` there is no limit. The result has up to 16 MiB of each stream.
+        In the `background` it is started only: the result is its process, and there is no time
+        limit unless one is given. Otherwise `on_stdout` and `on_stderr` receive output as text
+        while the command runs; `timeout_s=None` means no limit. The result has up to 16 MiB of each
+        stream. A relative `cwd` is below /workspace.
 
         Raises:
             CommandFailedError: the exit code is not 0 and `check` is set.
         """
+        if background:
+            limit_s = None if timeout_s is calls.EXEC_S else timeout_s
+            options = calls.run_options(limit_s, cwd, env, user, make_cwd=make_cwd, has_stdin=False)
+            return self.processes.start(command, **options)
         line = calls.line_of(command)
         if calls.is_too_long(line):
             path = calls.new_script()
@@ -308,14 +379,30 @@ class Sandbox(SandboxFacts):
         is_quiet = on_stdout is None and on_stderr is None
         if is_quiet and timeout_s is not None and calls.is_one_request(timeout_s, stdin):
             result = self._client.execute(
-                self.id, line, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user
+                self.id,
+                line,
+                timeout_s=timeout_s,
+                cwd=cwd,
+                make_cwd=make_cwd,
+                env=env,
+                stdin=stdin,
+                user=user,
             )
             return calls.checked(result, command, check=check)
         heard = calls.Heard(on_stdout, on_stderr)
-        events = self.run(line, timeout_s=timeout_s, cwd=cwd, env=env, stdin=stdin, user=user)
-        for event in events:
-            heard.feed(event)
-            heard.check_nothing_waits()
+        events = self.run(
+            line,
+            timeout_s=timeout_s,
+            cwd=cwd,
+            make_cwd=make_cwd,
+            env=env,
+            stdin=stdin,
+            user=user,
+        )
+        with closing(events):
+            for event in events:
+                heard.feed(event)
+                heard.told.call()
         return calls.checked(heard.result(), command, check=check)
 
     def run(
@@ -324,22 +411,30 @@ class Sandbox(SandboxFacts):
         *,
         timeout_s: float | None = None,
         cwd: RemotePath = "/workspace",
+        make_cwd: bool = False,
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
-        user: str = "root",
-    ) -> Iterator[ProcessEvent]:
+        user: str | int = "root",
+    ) -> Generator[ProcessEvent, None, None]:
         """Run a command and yield its output as it is printed, and finally its exit.
 
         The command is ended if the caller stops iterating.
         """
-        options = calls.run_options(timeout_s, cwd, env, user, has_stdin=stdin is not None)
+        options = calls.run_options(
+            timeout_s,
+            cwd,
+            env,
+            user,
+            make_cwd=make_cwd,
+            has_stdin=stdin is not None,
+        )
         process = self.processes.start(command, **options)
         is_over, is_enough = False, threading.Event()
         try:
             if stdin is not None:
                 # Concurrently: a process whose output is not read may not read its input.
                 given = (process, stdin, is_enough)
-                threading.Thread(target=_feed, args=given, daemon=True).start()
+                threading.Thread(target=pour, args=given, daemon=True).start()
             for event in process.events():
                 is_over = isinstance(event, Exited)
                 yield event
@@ -358,73 +453,79 @@ class Sandbox(SandboxFacts):
         code: str,
         *,
         language: str = "python",
+        context: Context | str | None = None,
         timeout_s: float = 60.0,
+        stdin: str = "",
         on_stdout: Told | None = None,
         on_stderr: Told | None = None,
+        on_result: Shown | None = None,
     ) -> CodeResult:
-        """Run Python or JavaScript (`node`) code in a persistent interpreter: later calls see
-        earlier definitions. Calls run one at a time.
+        """Run Python, JavaScript (`node`) or shell (`bash`) code in a persistent interpreter: later
+        calls see earlier definitions. See `Context.run`.
 
-        The result has the value of the last expression and any exception. After `timeout_s` the
-        interpreter is ended, and the next call starts a new one.
+        Without a `context`, or its id, this object creates one for each language.
         """
-        argv = argv_of(language)
-        piece, heard = Piece(code), calls.Heard(on_stdout, on_stderr)
+        own = self._contexts.get(name_of(language)) if context is None else context
+        if isinstance(own, str):
+            own = self.contexts.get(own)
+
+        def run(chosen: Context) -> CodeResult:
+            return chosen.run(
+                code,
+                timeout_s=timeout_s,
+                stdin=stdin,
+                on_stdout=on_stdout,
+                on_stderr=on_stderr,
+                on_result=on_result,
+            )
+
+        if own is not None:
+            try:
+                return run(own)
+            except NotFoundError as error:
+                if context is not None or not is_absent(error):
+                    raise  # otherwise it ended with the sandbox's machine
         with self._turn:
-            if (stale := self._stale.pop(language, None)) is not None:
-                with suppress(SandyardError):
-                    stale.signal("SIGKILL", everything=True)
-            known = self._sessions.pop(language, None)
-            process, offset = known or (self.processes.start(argv, stdin=True), 0)
-            self._stale[language] = process
-            try:
-                process.write(piece.request())
-            except (NotFoundError, ConflictError):
-                if known is None:
-                    raise
-                # It has ended meanwhile, or the sandbox is one that never had it.
-                process, offset = self.processes.start(argv, stdin=True), 0
-                self._stale[language] = process
-                process.write(piece.request())
-            is_late = threading.Event()
+            if self._contexts.get(name_of(language)) in (own, None):
+                self._contexts[name_of(language)] = self.contexts.create(language)
+        return run(self._contexts[name_of(language)])
 
-            def end() -> None:
-                is_late.set()
-                with suppress(SandyardError):
-                    process.signal("SIGKILL", everything=True)
+    @property
+    def contexts(self) -> Contexts:
+        """Its interpreters, which keep what their code defined."""
+        return self._client.contexts(self.id)
 
-            limit = threading.Timer(timeout_s, end)
-            limit.start()
-            try:
-                for event in process.events(offset):
-                    piece.feed(event)
-                    offset += calls.length_of(event)
-                    if isinstance(event, Printed):
-                        heard.add(piece.new_text(event.stream), event.stream)
-                        heard.check_nothing_waits()
-                    if piece.is_done:
-                        self._sessions[language] = (self._stale.pop(language), offset)
-                        return piece.result()
-            except SessionEndedError as error:
-                del self._stale[language]
-                if is_late.is_set():
-                    return piece.broken("TimeoutError", f"it took over {timeout_s:g} seconds")
-                return piece.broken("SessionEnded", str(error))
-            except SandyardError:
-                raise  # paused, say: what is left of it is ended before the next piece
-            except BaseException:
-                end()
-                raise
-            finally:
-                limit.cancel()
-        raise SandyardError("the interpreter did not tell how it ended")
+    def open_terminal(
+        self,
+        on_output: Callable[[bytes], object],
+        command: str | Sequence[str] | None = None,
+        *,
+        columns: int = 80,
+        rows: int = 24,
+        cwd: RemotePath = "/workspace",
+        env: Mapping[str, str] | None = None,
+        user: str | int = "root",
+    ) -> Terminal:
+        """Start a program on a terminal; without a `command`, a login shell.
+
+        `on_output` receives what it prints, with the terminal's control sequences. Type with
+        `write`, and wait for its end with `wait`.
+        """
+        process = self.processes.start(
+            command or SHELL,
+            pty={"cols": columns, "rows": rows},
+            cwd=cwd,
+            env=dict(env or {}),
+            user=user,
+        )
+        return Terminal(process, on_output)
 
     @property
     def files(self) -> Files:
         """Its files, accessed as root."""
         return self._client.files(self.id)
 
-    def files_as(self, user: str) -> Files:
+    def files_as(self, user: str | int) -> Files:
         """Return its files, accessed as another user."""
         return self._client.files(self.id, user=user)
 
@@ -470,6 +571,10 @@ class Sandbox(SandboxFacts):
         """Return how to log in to it by SSH."""
         return self._client.ssh(self.id)
 
+    def cost(self) -> Cost:
+        """Return what it has cost since it was created, and what it costs now."""
+        return self._client.cost(self.id)
+
     def stats(self) -> Mapping[str, float]:
         """Return its current resource usage."""
         return self._client.stats(self.id)
@@ -493,14 +598,3 @@ class Sandbox(SandboxFacts):
     def _now(self, known: "Sandbox") -> Self:
         self.raw = known.raw
         return self
-
-
-def _feed(process: Process, stdin: str | bytes, is_enough: threading.Event) -> None:
-    """Write input to a process until nobody follows it any more. Writing to one whose sandbox was
-    paused would resume the sandbox."""
-    left = memoryview(stdin.encode() if isinstance(stdin, str) else stdin)
-    with suppress(SandyardError):  # one that has ended takes no more, which its end tells
-        while left and not is_enough.is_set():
-            left = left[process.feed(left) :]
-        if not is_enough.is_set():
-            process.close_stdin()

@@ -1,234 +1,288 @@
-"""Runs code in a persistent interpreter: later pieces of code see earlier definitions.
+"""Contexts: interpreters in a sandbox, which keep what earlier code defined."""
 
-The interpreter is a process in the sandbox. It reads one request per line, and marks the end of a
-piece's output on both streams with a secret word.
-"""
-
-import json
-import secrets
-from dataclasses import dataclass, field
+import base64
+import binascii
+import builtins
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from sandyard.client.calls import SAID_MAX
-from sandyard.client.errors import SandyardError
-from sandyard.client.models import CodeError, CodeResult, Exited, Lost, Printed, ProcessEvent
+from sandyard.client import calls
+from sandyard.client.errors import ConnectionFailedError, NotFoundError
+from sandyard.client.models import CodeError, CodeResult, RemotePath, Result
+from sandyard.client.streams import EVENTS_S, Followed
+from sandyard.client.transport import AsyncTransport, Transport
 
-PYTHON = r"""
-import ast, asyncio, inspect, json, linecache, os, sys, traceback, types
-asked = os.fdopen(os.dup(0), "rb")
-nothing = os.open(os.devnull, os.O_RDONLY)
-os.dup2(nothing, 0)
-os.close(nothing)
-own = os.getpid()
-main = types.ModuleType("__main__")
-sys.modules["__main__"] = main
-scope = main.__dict__
-loop = None
-flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-def run(code, name):
-    global loop
-    value = eval(code, scope)
-    if inspect.iscoroutine(value) and code.co_flags & inspect.CO_COROUTINE:
-        loop = loop or asyncio.new_event_loop()
-        value = loop.run_until_complete(value)
-    return value
-def end(raised):
-    code = raised.code if isinstance(raised, SystemExit) else 1
-    if not isinstance(raised, SystemExit):
-        traceback.print_exception(type(raised), raised, raised.__traceback__)
-    elif code is not None and not isinstance(code, int):
-        print(code, file=sys.stderr)
-        code = 1
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit((code or 0) & 255)
-for number, line in enumerate(asked):
-    wish = json.loads(line)
-    name, value, error = "<code %d>" % number, None, None
-    try:
-        source = wish["code"]
-        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-        tree = compile(source, name, "exec", flags | ast.PyCF_ONLY_AST)
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        run(compile(tree, name, "exec", flags), name)
-        if last is not None:
-            found = run(compile(ast.Expression(last.value), name, "eval", flags), name)
-            if found is not None:
-                scope["_"], value = found, repr(found)
-    except BaseException as raised:
-        if os.getpid() != own:
-            end(raised)
-        kind, trace = type(raised), raised.__traceback__
-        while trace is not None and trace.tb_frame.f_code.co_filename != name:
-            trace = trace.tb_next
-        try:
-            text = "".join(traceback.format_exception(kind, raised, trace))
-            error = [kind.__name__, str(raised), text]
-        except Exception:
-            error = [kind.__name__, "it does not say", ""]
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:
-            pass
-    if os.getpid() != own:
-        end(SystemExit(0))  # a forked child that returned here: it must not answer
-    said = json.dumps([None if value is None else value[:1000000], error])
-    for number_of, rest in ((2, ""), (1, said)):
-        mark = ("\0" + wish["mark"] + rest + "\0").encode()
-        while mark:
-            mark = mark[os.write(number_of, mark):]
-"""
-
-NODE = r"""
-const vm = require('vm'), util = require('util'), fs = require('fs');
-globalThis.require = require;
-const write = (fd, text) => {
-  let left = Buffer.from(text);
-  while (left.length) {
-    try { left = left.subarray(fs.writeSync(fd, left)); }
-    catch (error) { if (error.code !== 'EAGAIN') throw error; }
-  }
-};
-const compiled = (code) => {
-  const script = (text) => new vm.Script(text, {filename: '<code>'});
-  try { return script(code); }
-  catch (failed) {
-    if (!/\bawait\b/.test(code)) throw failed;
-    try { return script(`(async () => (${code}\n))()`); }
-    catch { return script(`(async () => {${code}\n})()`); }
-  }
-};
-const answer = async (wish) => {
-  let value = null, error = null;
-  try {
-    const found = await compiled(wish.code).runInThisContext();
-    if (found !== undefined) value = util.inspect(found).slice(0, 1000000);
-  } catch (failed) {
-    try {
-      const text = [failed?.name ?? 'Error', failed?.message ?? failed, failed?.stack ?? ''];
-      error = text.map(String);
-    } catch { error = ['Error', 'it does not say', '']; }
-  }
-  const said = JSON.stringify([value, error]).replace(/[\u007f-\uffff]/g,
-    (one) => '\\u' + one.charCodeAt(0).toString(16).padStart(4, '0'));
-  write(2, `\0${wish.mark}\0`);
-  write(1, `\0${wish.mark}${said}\0`);
-};
-process.on('uncaughtException', (error) => console.error(error));
-process.on('unhandledRejection', (error) => console.error(error));
-let turn = Promise.resolve(), rest = '';
-process.stdin.setEncoding('utf8');
-process.stdin.on('data', (data) => {
-  const lines = (rest + data).split('\n');
-  rest = lines.pop();
-  for (const line of lines) turn = turn.then(() => answer(JSON.parse(line)));
-});
-"""
-
-ARGV = {"python": ["python3", "-u", "-c", PYTHON], "node": ["node", "-e", NODE]}
-"""What runs a language."""
+Told = Callable[[str], object]
+Shown = Callable[[Result], object]
+_NAMES = {"javascript": "node", "js": "node", "sh": "bash", "py": "python"}
+_PICTURES = ("png", "jpeg", "pdf")
 
 
-def argv_of(language: str) -> list[str]:
-    """Return the command of a language's interpreter.
+class Context:
+    """An interpreter in a sandbox. `id` identifies it to any client."""
 
-    Raises:
-        ValueError: the language is not supported.
-    """
-    try:
-        return ARGV[{"javascript": "node", "js": "node"}.get(language, language)]
-    except KeyError as error:
-        raise ValueError(f"cannot run {language!r}: it is one of {', '.join(ARGV)}") from error
-
-
-class SessionEndedError(SandyardError):
-    """The interpreter ended during the call; the next call starts a new one."""
-
-
-@dataclass
-class Piece:
-    """A piece of code in progress, and its result so far."""
-
-    code: str
-    mark: str = field(default_factory=lambda: secrets.token_hex(16))
-    _said: dict[str, bytearray] = field(
-        default_factory=lambda: {"stdout": bytearray(), "stderr": bytearray()}
-    )
-    _ended: dict[str, bytes] = field(default_factory=dict)
-    _heads: dict[str, int] = field(default_factory=dict)
-    _shown: dict[str, int] = field(default_factory=dict)
-    is_cut: bool = False
-
-    def request(self) -> bytes:
-        """Return the line that requests it."""
-        return json.dumps({"code": self.code, "mark": self.mark}).encode() + b"\n"
+    def __init__(self, transport: Transport, path: str, raw: Mapping[str, Any]) -> None:
+        self._transport = transport
+        self._path = calls.part_of(path, raw["id"])
+        self.raw = raw
 
     @property
-    def is_done(self) -> bool:
-        """Whether it has finished on both streams."""
-        return len(self._ended) == len(self._said)
+    def id(self) -> str:
+        """Its id."""
+        return str(self.raw["id"])
 
-    def feed(self, event: ProcessEvent) -> None:
-        """Process output of the interpreter.
+    @property
+    def language(self) -> str:
+        """`python`, `node` or `bash`."""
+        return str(self.raw["language"])
 
-        Raises:
-            SessionEndedError: the interpreter ended.
+    def run(
+        self,
+        code: str,
+        *,
+        timeout_s: float = 60.0,
+        stdin: str = "",
+        on_stdout: Told | None = None,
+        on_stderr: Told | None = None,
+        on_result: Shown | None = None,
+    ) -> CodeResult:
+        """Run code and return its output, results and exception. Of several pieces of code, one
+        runs at a time.
+
+        `stdin` is what `input()` reads. The callbacks receive output and results as they come.
+        After `timeout_s` the code is interrupted, and what it defined stays; code that goes on
+        nevertheless is ended with its interpreter.
         """
-        match event:
-            case Exited(exit_code=code, signal=signal):
-                said = self._said["stderr"].decode(errors="replace").strip()[-500:]
-                how = signal or f"exit code {code}"
-                raise SessionEndedError(
-                    f"the interpreter ended ({how}), and with it what it knew: {said}"
+        run = _Run(on_stdout, on_stderr, on_result)
+        call = _run(self._path, code, timeout_s, stdin)
+        with self._transport.stream(call) as answer:
+            for line in answer.iter_lines():
+                run.feed(line)
+                run.told.call()
+                if run.is_over:
+                    return run.result()
+        raise ConnectionFailedError("the server broke off before the end of the code")
+
+    def restart(self) -> None:
+        """Replace the interpreter by a new one, and end everything that its code has started."""
+        self._transport.send(_act(self._path, "restart"))
+
+    def interrupt(self) -> None:
+        """Interrupt the code that it runs, as Ctrl-C does."""
+        self._transport.send(_act(self._path, "interrupt"))
+
+    def delete(self) -> None:
+        """End it, and everything that its code has started."""
+        self._transport.send(_delete(self._path))
+
+
+class Contexts:
+    """The contexts of one sandbox."""
+
+    def __init__(self, transport: Transport, sandbox_path: str) -> None:
+        self._transport = transport
+        self._path = f"{sandbox_path}/contexts"
+
+    def create(
+        self, language: str = "python", *, cwd: RemotePath = "/workspace", user: str = "root"
+    ) -> Context:
+        """Start an interpreter: `python`, `node` or `bash`."""
+        return self._context(self._transport.send(_create(self._path, language, cwd, user)))
+
+    def get(self, context_id: str) -> Context:
+        """Return a context by its id."""
+        return self._context(self._transport.send(_get(self._path, context_id)))
+
+    def list(self) -> builtins.list[Context]:
+        """Return the contexts, whichever client created them, oldest first."""
+        return [self._context(one) for one in self._transport.send(_list(self._path))]
+
+    def _context(self, raw: Mapping[str, Any]) -> Context:
+        return Context(self._transport, self._path, raw)
+
+
+class AsyncContext:
+    """See `Context`."""
+
+    def __init__(self, transport: AsyncTransport, path: str, raw: Mapping[str, Any]) -> None:
+        self._transport = transport
+        self._path = calls.part_of(path, raw["id"])
+        self.raw = raw
+
+    @property
+    def id(self) -> str:
+        """See `Context.id`."""
+        return str(self.raw["id"])
+
+    @property
+    def language(self) -> str:
+        """See `Context.language`."""
+        return str(self.raw["language"])
+
+    async def run(
+        self,
+        code: str,
+        *,
+        timeout_s: float = 60.0,
+        stdin: str = "",
+        on_stdout: Told | None = None,
+        on_stderr: Told | None = None,
+        on_result: Shown | None = None,
+    ) -> CodeResult:
+        """See `Context.run`. The callbacks may be coroutine functions."""
+        run = _Run(on_stdout, on_stderr, on_result)
+        call = _run(self._path, code, timeout_s, stdin)
+        async with self._transport.stream(call) as answer:
+            async for line in answer.aiter_lines():
+                run.feed(line)
+                for waiting in run.told.waiting():
+                    await waiting
+                if run.is_over:
+                    return run.result()
+        raise ConnectionFailedError("the server broke off before the end of the code")
+
+    async def restart(self) -> None:
+        """See `Context.restart`."""
+        await self._transport.send(_act(self._path, "restart"))
+
+    async def interrupt(self) -> None:
+        """See `Context.interrupt`."""
+        await self._transport.send(_act(self._path, "interrupt"))
+
+    async def delete(self) -> None:
+        """See `Context.delete`."""
+        await self._transport.send(_delete(self._path))
+
+
+class AsyncContexts:
+    """See `Contexts`."""
+
+    def __init__(self, transport: AsyncTransport, sandbox_path: str) -> None:
+        self._transport = transport
+        self._path = f"{sandbox_path}/contexts"
+
+    async def create(
+        self, language: str = "python", *, cwd: RemotePath = "/workspace", user: str = "root"
+    ) -> AsyncContext:
+        """See `Contexts.create`."""
+        return self._context(await self._transport.send(_create(self._path, language, cwd, user)))
+
+    async def get(self, context_id: str) -> AsyncContext:
+        """See `Contexts.get`."""
+        return self._context(await self._transport.send(_get(self._path, context_id)))
+
+    async def list(self) -> builtins.list[AsyncContext]:
+        """See `Contexts.list`."""
+        return [self._context(one) for one in await self._transport.send(_list(self._path))]
+
+    def _context(self, raw: Mapping[str, Any]) -> AsyncContext:
+        return AsyncContext(self._transport, self._path, raw)
+
+
+def name_of(language: str) -> str:
+    """Return a language by its usual names as the server knows it."""
+    return _NAMES.get(language.lower(), language)
+
+
+def is_absent(error: NotFoundError) -> bool:
+    """Tell whether an error means that a context is gone, and not its sandbox."""
+    return error.details.get("reason") == "no_context"
+
+
+class _Run(Followed[None]):
+    """What a piece of code reports, collected."""
+
+    def __init__(
+        self, on_stdout: Told | None, on_stderr: Told | None, on_result: Shown | None
+    ) -> None:
+        super().__init__("", {})
+        self.told = calls.Callbacks()
+        self._on_text = {"stdout": on_stdout, "stderr": on_stderr}
+        self._on_result = on_result
+        self._said: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._room = dict.fromkeys(self._said, calls.SAID_MAX)
+        self._results: list[Result] = []
+        self._error: CodeError | None = None
+        self._is_cut = False
+
+    def _is_refusal(self, name: str, data: Any) -> bool:
+        return name == "error" and "name" not in data  # which an error of the code has
+
+    def _event(self, name: str, data: Any, number: str | None) -> None:
+        match name:
+            case "stdout" | "stderr":
+                text = str(data["text"])
+                self._is_cut = self._is_cut or len(text) > self._room[name]
+                self._said[name].append(text[: self._room[name]])
+                self._room[name] -= min(len(text), self._room[name])
+                self.told.tell(self._on_text[name], text)
+            case "result":
+                result = _result_of(data)
+                self._is_cut = self._is_cut or result.truncated
+                self._results.append(result)
+                self.told.tell(self._on_result, result)
+            case "error":
+                self._error = CodeError(
+                    str(data["name"]), str(data["value"]), str(data["traceback"])
                 )
-            case Lost():
-                self.is_cut = True
-            case Printed(stream=stream, data=data) if stream in self._said:
-                self._take(stream, data)
+            case "end":
+                self.is_over = True
             case _:
-                pass
-
-    def _take(self, stream: str, data: bytes) -> None:
-        said, head = self._said[stream], b"\0" + self.mark.encode()
-        if len(said) > SAID_MAX and self._heads.get(stream, -1) < 0:
-            # The middle goes: its end may be a part of the mark. All of it was told by now.
-            self.is_cut = True
-            gone, half = len(said) - SAID_MAX, SAID_MAX // 2
-            del said[half : half + gone]
-            self._shown[stream] = max(half, self._shown.get(stream, 0) - gone)
-        # Not from the beginning each time: what is printed may be long, and so may its end.
-        before, at = len(said), self._heads.get(stream, -1)
-        said += data
-        if at < 0:
-            at = self._heads[stream] = said.find(head, max(0, before - len(head)))
-        if at >= 0:
-            end = said.find(b"\0", max(at + len(head), before))
-            if end >= 0:
-                self._ended[stream] = bytes(said[at + len(head) : end])
-                del said[at:]
-
-    def new_text(self, stream: str) -> bytes:
-        """Return new output of a stream, without what may be the start of the end mark."""
-        said, head = self._said.get(stream, bytearray()), b"\0" + self.mark.encode()
-        begin, at = self._shown.get(stream, 0), self._heads.get(stream, -1)
-        end = len(said) if at < 0 else min(at, len(said))
-        if at < 0:
-            tail = said.rfind(b"\0", max(begin, end - len(head)))
-            if tail >= 0 and head.startswith(said[tail:]):
-                end = tail
-        self._shown[stream] = end
-        return bytes(said[begin:end])
+                pass  # of a later version
 
     def result(self) -> CodeResult:
-        """Return the result."""
-        value, error = json.loads(self._ended["stdout"])
-        return self._result(value, CodeError(*error) if error else None)
+        """Return all of it."""
+        main = [one.text for one in self._results if one.is_main]
+        return CodeResult(
+            "".join(self._said["stdout"]),
+            "".join(self._said["stderr"]),
+            main[-1] if main else None,
+            self._error,
+            truncated=self._is_cut,
+            results=tuple(self._results),
+        )
 
-    def broken(self, name: str, message: str) -> CodeResult:
-        """Return the result up to the point where it was interrupted."""
-        return self._result(None, CodeError(name, message, ""))
 
-    def _result(self, value: Any, error: CodeError | None) -> CodeResult:
-        stdout, stderr = (one.decode(errors="replace") for one in self._said.values())
-        return CodeResult(stdout, stderr, value, error, truncated=self.is_cut)
+def _result_of(data: Mapping[str, Any]) -> Result:
+    forms = {name: one for name, one in data.items() if name not in ("isMain", "truncated")}
+    for name in _PICTURES:
+        if name in forms:
+            with suppress(binascii.Error, ValueError):
+                forms[name] = base64.b64decode(forms[name])
+    return Result(
+        text=str(forms.pop("text", "")),
+        forms=forms,
+        is_main=data.get("isMain") is True,
+        truncated=data.get("truncated") is True,
+    )
+
+
+def _create(path: str, language: str, cwd: RemotePath, user: str) -> calls.Call[Any]:
+    body = {"language": name_of(language), "cwd": str(cwd), "user": user}
+    return calls.Call("POST", path, _data, body=body, headers=calls.keyed(None), safe=True)
+
+
+def _get(path: str, context_id: str) -> calls.Call[Any]:
+    return calls.Call("GET", calls.part_of(path, context_id), _data, safe=True)
+
+
+def _list(path: str) -> calls.Call[list[Any]]:
+    return calls.Call("GET", path, lambda a: list(a["data"]), safe=True)
+
+
+def _act(path: str, action: str) -> calls.Call[Any]:
+    return calls.Call("POST", f"{path}/{action}", _data)
+
+
+def _delete(path: str) -> calls.Call[Any]:
+    return calls.Call("DELETE", path, _data)
+
+
+def _run(path: str, code: str, timeout_s: float, stdin: str) -> calls.Call[Any]:
+    body = {"code": code, "timeout": calls.milliseconds(timeout_s), "stdin": stdin}
+    return calls.Call("POST", f"{path}/run", _data, body=body, limit_s=EVENTS_S)
+
+
+def _data(answer: Any) -> Any:
+    return answer["data"]

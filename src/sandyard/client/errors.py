@@ -1,4 +1,5 @@
-"""Errors of the SDK."""
+"""Errors of the SDK. Those about files, processes and time are Python's own as well, such as
+`FileNotFoundError`."""
 
 from collections.abc import Mapping
 
@@ -54,6 +55,10 @@ class ConflictError(ApiError):
     """It exists already, or its state does not allow the request."""
 
 
+class ChangedError(ConflictError):
+    """A file is not as `if_match` says."""
+
+
 class RateLimitedError(ApiError):
     """Too many requests. The SDK has already waited and retried."""
 
@@ -66,6 +71,30 @@ class UnavailableError(ApiError):
     """The server cannot serve the request now."""
 
 
+class AbsentError(NotFoundError, FileNotFoundError):
+    """There is no such file or directory in the sandbox."""
+
+
+class NoProcessError(NotFoundError, ProcessLookupError):
+    """There is no such process in the sandbox."""
+
+
+class DeniedError(ForbiddenError, PermissionError):
+    """The sandbox's user lacks a file permission."""
+
+
+class ExistsError(ConflictError, FileExistsError):
+    """The file or directory exists already."""
+
+
+class IsFolderError(BadRequestError, IsADirectoryError):
+    """The path leads to a directory."""
+
+
+class NotFolderError(BadRequestError, NotADirectoryError):
+    """The path leads to something other than a directory."""
+
+
 class TransferError(SandyardError):
     """A file or directory could not be copied; the message says why."""
 
@@ -74,8 +103,16 @@ class ConnectionFailedError(SandyardError):
     """The server is unreachable, or closed the connection."""
 
 
+class TimedOutError(ConnectionFailedError, TimeoutError):
+    """The server did not answer in time."""
+
+
 class NotReadyError(SandyardError):
     """A sandbox failed to start, or not in time."""
+
+
+class StillStartingError(NotReadyError, TimeoutError):
+    """A sandbox did not start in time."""
 
 
 class CommandFailedError(SandyardError):
@@ -88,7 +125,8 @@ class CommandFailedError(SandyardError):
 
 _BY_STATUS: dict[int, type[ApiError]] = {
     400: BadRequestError, 401: UnauthorizedError, 402: InsufficientCreditsError,
-    403: ForbiddenError, 404: NotFoundError, 409: ConflictError, 413: BadRequestError,
+    403: ForbiddenError, 404: NotFoundError, 409: ConflictError, 412: ChangedError,
+    413: BadRequestError,
     429: RateLimitedError, 501: NotImplementedYetError, 502: UnavailableError,
     503: UnavailableError, 504: UnavailableError,
 }  # fmt: skip
@@ -101,6 +139,11 @@ _BY_CODE: dict[str, type[ApiError]] = {
     "no_capacity": UnavailableError,
 }  # fmt: skip
 
+_BY_REASON: dict[str, type[ApiError]] = {
+    "absent": AbsentError, "no_process": NoProcessError, "denied": DeniedError,
+    "exists": ExistsError, "is_a_folder": IsFolderError, "not_a_folder": NotFolderError,
+}  # fmt: skip
+
 
 def error_of(
     message: str,
@@ -111,5 +154,6 @@ def error_of(
     details: Mapping[str, object] | None = None,
 ) -> ApiError:
     """Return the error for an answer of the server, or for the last event of a stream."""
-    kind = _BY_STATUS.get(status) or _BY_CODE.get(code) or ApiError
+    reason = (details or {}).get("reason")
+    kind = _BY_REASON.get(str(reason)) or _BY_STATUS.get(status) or _BY_CODE.get(code) or ApiError
     return kind(message, status=status, code=code, request_id=request_id, details=details)

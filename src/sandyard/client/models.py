@@ -10,6 +10,15 @@ RemotePath = str | PurePosixPath
 """A path in a sandbox or workspace."""
 
 
+@dataclass(frozen=True)
+class Resources:
+    """Virtual CPUs, and memory and disk such as `4GB`."""
+
+    vcpus: int
+    memory: str
+    disk: str
+
+
 class SandboxFacts:
     """A sandbox, as of the last answer of the server."""
 
@@ -41,6 +50,40 @@ class SandboxFacts:
     def created_at(self) -> str:
         """The time of creation (ISO 8601, UTC)."""
         return str(self.raw["createdAt"])
+
+    @property
+    def tags(self) -> list[str]:
+        """The tags."""
+        return [str(one) for one in self.raw.get("tags") or ()]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata."""
+        return dict(self.raw.get("metadata") or {})
+
+    @property
+    def ip(self) -> str | None:
+        """The private address while it runs; the host reaches it, and no other sandbox."""
+        ip: str | None = self.raw.get("ip")
+        return ip
+
+    @property
+    def resources(self) -> Resources:
+        """The virtual CPUs, memory and disk."""
+        given = self.raw["resources"]
+        return Resources(int(given["vcpus"]), str(given["memory"]), str(given["disk"]))
+
+    @property
+    def expires_at(self) -> str | None:
+        """When it ends (ISO 8601, UTC), or None."""
+        at: str | None = self.raw.get("expiresAt")
+        return at
+
+    @property
+    def status_reason(self) -> str | None:
+        """Why it has this status, if there is more to say than the status."""
+        reason = self.raw.get("statusReason") or {}
+        return str(reason["message"]) if reason.get("message") else None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id!r}, name={self.name!r}, status={self.status!r})"
@@ -105,10 +148,55 @@ class CodeError:
 
 
 @dataclass(frozen=True)
-class CodeResult:
-    """The output of code, the value of its last expression, and its exception.
+class Result:
+    """A value that code has shown, in all the forms that it has: as `text`, and by name as `html`,
+    `markdown`, `svg`, `latex`, `javascript`, `json`, or as bytes of `png`, `jpeg` and `pdf`.
 
-    `truncated` means that output was lost or exceeded 16 MiB.
+    `is_main` is the value of the last expression; others are what `display` and charts show.
+    `truncated` means that the text was cut, or a form left out, because it was too large.
+    """
+
+    text: str
+    forms: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    is_main: bool = False
+    truncated: bool = False
+
+    @property
+    def html(self) -> str | None:
+        """As HTML."""
+        return self.forms.get("html")
+
+    @property
+    def markdown(self) -> str | None:
+        """As Markdown."""
+        return self.forms.get("markdown")
+
+    @property
+    def svg(self) -> str | None:
+        """As a picture in SVG."""
+        return self.forms.get("svg")
+
+    @property
+    def png(self) -> bytes | None:
+        """As a picture in PNG."""
+        return self.forms.get("png")
+
+    @property
+    def jpeg(self) -> bytes | None:
+        """As a picture in JPEG."""
+        return self.forms.get("jpeg")
+
+    @property
+    def json(self) -> Any:
+        """As JSON, decoded."""
+        return self.forms.get("json")
+
+
+@dataclass(frozen=True)
+class CodeResult:
+    """The output of code, the value of its last expression as text, its exception, and all results.
+
+    `truncated` means that output exceeded 16 MiB, or a result was too large.
     """
 
     stdout: str
@@ -116,6 +204,16 @@ class CodeResult:
     value: str | None
     error: CodeError | None
     truncated: bool = False
+    results: tuple[Result, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutsideLink:
+    """A symbolic link that leads out of the folder that was copied: its path in that folder, and
+    its target."""
+
+    path: str
+    target: str
 
 
 @dataclass(frozen=True)
@@ -169,6 +267,8 @@ class FileInfo:
     owner: str | None
     modified_at: str
     raw: Mapping[str, Any] = field(repr=False)
+    etag: str | None = None
+    """Differs after each change of the content; for `read_if_changed` and `if_match`."""
 
     @property
     def is_folder(self) -> bool:
@@ -206,6 +306,15 @@ class PreviewUrl:
     url: str
     port: int
     expires_at: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a sandbox has cost since it was created, and what it costs in an hour as it is now."""
+
+    total_dollars: float
+    hourly_dollars: float
+    is_free: bool
 
 
 @dataclass(frozen=True)
@@ -333,4 +442,5 @@ def file_of(raw: Mapping[str, Any]) -> FileInfo:
         owner=raw["owner"],
         modified_at=raw["modifiedAt"],
         raw=raw,
+        etag=raw.get("etag"),
     )

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypedDict
 class ChangeOptions(TypedDict, total=False):
     """What can be changed of a sandbox; what is left out stays."""
 
-    name: str
+    name: str | None
+    """None removes it."""
     tags: Sequence[str]
     idle_timeout: int
     """Seconds without use until it is paused; 0: never."""
@@ -44,12 +45,30 @@ class CreateOptions(ChangeOptions, total=False):
     network: Mapping[str, Any]
 
 
+class ListOptions(TypedDict, total=False):
+    """Which sandboxes are listed; all that is given must match."""
+
+    status: str | Sequence[str] | None
+    """One status, or several of which one must match."""
+    tags: Sequence[str] | None
+    """All of them must be there."""
+    template: str | None
+    project_id: str | None
+    name_prefix: str | None
+    node_id: str | None
+    metadata: Mapping[str, Any] | None
+    """Must be contained in the metadata, at every depth."""
+
+
 class ProcessOptions(TypedDict, total=False):
     """How a process is started."""
 
     cwd: str | PurePosixPath
+    """The working directory; a relative one is below /workspace."""
+    make_cwd: bool
+    """Whether the working directory is made if it is not there."""
     env: Mapping[str, str]
-    user: str
+    user: str | int
     tag: str
     """A name to find it by."""
     stdin: bool
@@ -58,6 +77,17 @@ class ProcessOptions(TypedDict, total=False):
     """A terminal: `cols` and `rows`."""
     timeout: int
     """Milliseconds until it is ended."""
+
+
+class BackgroundOptions(TypedDict, total=False):
+    """How a command in the background is started."""
+
+    cwd: str | PurePosixPath
+    make_cwd: bool
+    env: Mapping[str, str]
+    user: str | int
+    timeout_s: float | None
+    """Seconds until it is ended; without it there is no limit."""
 
 
 _RESOURCES = ("vcpus", "memory", "disk")

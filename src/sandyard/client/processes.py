@@ -1,10 +1,14 @@
 """Processes of a sandbox, which keep running when the client disconnects."""
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from typing import Unpack
+from urllib.parse import unquote
 
 from sandyard.client import calls
-from sandyard.client.errors import ConnectionFailedError
+from sandyard.client.errors import ConflictError, ConnectionFailedError, SandyardError
 from sandyard.client.models import Exited, ProcessEvent, ProcessInfo
 from sandyard.client.options import ProcessOptions
 from sandyard.client.streams import Following
@@ -23,6 +27,11 @@ class Process:
         """Its path in the HTTP API."""
         return self._path
 
+    @property
+    def name(self) -> str:
+        """Its pid, or the tag that it was looked up by."""
+        return unquote(self._path.rpartition("/")[2])
+
     def info(self) -> ProcessInfo:
         """Return its state."""
         return self._transport.send(calls.process(self._path))
@@ -34,7 +43,7 @@ class Process:
 
         Raises:
             ApiError: the process does not exist, or its sandbox was paused or deleted.
-            ConnectionFailedError: the server is unreachable for several seconds.
+            ConnectionFailedError: the server is unreachable for two minutes.
         """
         return self._transport.follow(Following(self._path, offset))
 
@@ -56,6 +65,11 @@ class Process:
         while left:
             left = left[self.feed(left) :]
 
+    def pour(self, data: bytes | str) -> None:
+        """Write the whole input of a process that has none yet, and close it. Connections may break
+        meanwhile. If the process ends or closes its input, the rest is not written."""
+        pour(self, data, threading.Event())
+
     def close_stdin(self) -> None:
         """Close its input."""
         self._transport.send(calls.close_stdin(self._path))
@@ -64,9 +78,25 @@ class Process:
         """Send a signal to it, or to it and everything it has started."""
         self._transport.send(calls.signal(self._path, signal, everything=everything))
 
+    def kill(self) -> None:
+        """End it and everything it has started, by force. One that has ended is no error."""
+        with suppress(ConflictError):
+            self.signal("SIGKILL", everything=True)
+
     def resize(self, columns: int, rows: int) -> None:
         """Change the size of its terminal."""
         self._transport.send(calls.resize(self._path, columns, rows))
+
+
+def pour(process: Process, data: bytes | str, is_enough: threading.Event) -> None:
+    """`Process.pour` until another thread has set `is_enough`."""
+    pouring = calls.Pouring(process.path, data)
+    with suppress(SandyardError):
+        while not pouring.is_done and not is_enough.is_set():
+            try:
+                pouring.took(process._transport.send(pouring.call()))
+            except SandyardError as error:
+                is_enough.wait(pouring.pause_s(error))
 
 
 class Processes:
@@ -76,13 +106,21 @@ class Processes:
         self._transport = transport
         self._path = f"{sandbox_path}/processes"
 
-    def start(self, command: str | Sequence[str], **options: Unpack[ProcessOptions]) -> Process:
+    def start(
+        self,
+        command: str | Sequence[str],
+        *,
+        idempotency_key: str | None = None,
+        **options: Unpack[ProcessOptions],
+    ) -> Process:
         """Start a process. A string is a shell command line, a sequence is a program and its
         arguments.
 
-        See `ProcessOptions` for the options.
+        See `ProcessOptions` for the options. Repeating a call with the same `idempotency_key` and
+        options within 24 hours returns the first process.
         """
-        return self.get(self._transport.send(calls.start(self._path, command, options)))
+        call = calls.start(self._path, command, idempotency_key, options)
+        return self.get(self._transport.send(call))
 
     def get(self, process: int | str) -> Process:
         """Return a process by pid or tag. Whether it exists is checked on first use."""
@@ -104,6 +142,11 @@ class AsyncProcess:
     def path(self) -> str:
         """See `Process.path`."""
         return self._path
+
+    @property
+    def name(self) -> str:
+        """See `Process.name`."""
+        return unquote(self._path.rpartition("/")[2])
 
     async def info(self) -> ProcessInfo:
         """See `Process.info`."""
@@ -130,6 +173,16 @@ class AsyncProcess:
         while left:
             left = left[await self.feed(left) :]
 
+    async def pour(self, data: bytes | str) -> None:
+        """See `Process.pour`."""
+        pouring = calls.Pouring(self._path, data)
+        with suppress(SandyardError):
+            while not pouring.is_done:
+                try:
+                    pouring.took(await self._transport.send(pouring.call()))
+                except SandyardError as error:
+                    await asyncio.sleep(pouring.pause_s(error))
+
     async def close_stdin(self) -> None:
         """See `Process.close_stdin`."""
         await self._transport.send(calls.close_stdin(self._path))
@@ -137,6 +190,11 @@ class AsyncProcess:
     async def signal(self, signal: str | int = "SIGTERM", *, everything: bool = False) -> None:
         """See `Process.signal`."""
         await self._transport.send(calls.signal(self._path, signal, everything=everything))
+
+    async def kill(self) -> None:
+        """See `Process.kill`."""
+        with suppress(ConflictError):
+            await self.signal("SIGKILL", everything=True)
 
     async def resize(self, columns: int, rows: int) -> None:
         """See `Process.resize`."""
@@ -151,10 +209,15 @@ class AsyncProcesses:
         self._path = f"{sandbox_path}/processes"
 
     async def start(
-        self, command: str | Sequence[str], **options: Unpack[ProcessOptions]
+        self,
+        command: str | Sequence[str],
+        *,
+        idempotency_key: str | None = None,
+        **options: Unpack[ProcessOptions],
     ) -> AsyncProcess:
         """See `Processes.start`."""
-        pid = await self._transport.send(calls.start(self._path, command, options))
+        call = calls.start(self._path, command, idempotency_key, options)
+        pid = await self._transport.send(call)
         return self.get(pid)
 
     def get(self, process: int | str) -> AsyncProcess:

@@ -7,7 +7,7 @@ resume the stream, and `pause_s` the delay before that.
 import base64
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from sandyard.client.errors import ApiError, ConnectionFailedError, error_of
@@ -17,6 +17,10 @@ EventT = TypeVar("EventT")
 _PASSING = frozenset({429, 502, 503, 504})
 _AGAIN_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 _LIVED_S = 5.0
+EVENTS_S = 60.0
+"""Of a stream of events that lives, something is heard every 15 seconds."""
+_PATIENCE_S = 120.0
+"""How long a server may be away in the middle of a stream, as when its host restarts."""
 
 
 class Followed(Generic[EventT]):
@@ -28,6 +32,7 @@ class Followed(Generic[EventT]):
         self.is_over = False
         self._breaks = 0
         self._since: float | None = None
+        self._heard_at: float | None = None
         self._fields: dict[str, str] = {}
 
     @property
@@ -38,6 +43,7 @@ class Followed(Generic[EventT]):
     def began(self) -> list[EventT]:
         """Return the events to emit when a connection has been made."""
         self._since = time.monotonic()
+        self._heard_at = self._heard_at or self._since
         return []
 
     def feed(self, line: str) -> EventT | None:
@@ -46,6 +52,7 @@ class Followed(Generic[EventT]):
         Raises:
             ApiError: the server told that it is over, and why.
         """
+        self._breaks, self._heard_at = 0, time.monotonic()
         if line.startswith(":"):
             return None
         if line:
@@ -55,10 +62,9 @@ class Followed(Generic[EventT]):
         fields, self._fields = self._fields, {}
         if "data" not in fields:
             return None
-        self._breaks = 0
         try:
             name, data = fields.get("event", ""), json.loads(fields["data"])
-            if name == "error":
+            if self._is_refusal(name, data):
                 self.is_over = True
                 raise error_of(
                     str(data["message"]),
@@ -75,16 +81,24 @@ class Followed(Generic[EventT]):
         """Return after how long to try again.
 
         Raises:
-            ConnectionFailedError: it has broken too often without a word in between.
+            ConnectionFailedError: the server has been away for too long: for two minutes in the
+                middle of a stream, or for several seconds before it began.
         """
         self._fields = {}
         if self._since is not None and time.monotonic() - self._since > _LIVED_S:
-            self._breaks = 0  # it was good for a while, whether anything was told or not
+            # It was good for a while, whether anything was told or not.
+            self._breaks, self._heard_at = 0, time.monotonic()
         self._since = None
-        if self._breaks >= len(_AGAIN_S):
+        heard_at, number = self._heard_at, min(self._breaks, len(_AGAIN_S) - 1)
+        is_over = (
+            self._breaks >= len(_AGAIN_S)
+            if heard_at is None
+            else time.monotonic() - heard_at > _PATIENCE_S
+        )
+        if is_over:
             raise ConnectionFailedError(str(error)) from error
         self._breaks += 1
-        return _AGAIN_S[self._breaks - 1]
+        return _AGAIN_S[number]
 
     def refused(self, error: ApiError) -> float:
         """Return after how long to try again, if time may mend it.
@@ -101,6 +115,10 @@ class Followed(Generic[EventT]):
         return self.broke(
             ConnectionFailedError("the server broke off in the middle of what it told")
         )
+
+    def _is_refusal(self, name: str, data: Any) -> bool:
+        """Tell whether an event is an error of the server's, the last one."""
+        return name == "error"
 
     def _event(self, name: str, data: Any, number: str | None) -> EventT | None:
         raise NotImplementedError
@@ -139,12 +157,14 @@ class Watching(Followed[FileChange]):
     def __init__(self, files_path: str, folder: str, user: str, *, recursive: bool) -> None:
         query = {"path": folder, "user": user, "recursive": recursive}
         super().__init__(f"{files_path}/watch", query)
+        self.on_begin: Callable[[], object] = bool
         self._folder = folder
         self._has_begun = False
 
     def began(self) -> list[FileChange]:
         """See `Followed.began`."""
         super().began()
+        self.on_begin()
         is_again, self._has_begun = self._has_begun, True
         return [FileChange("overflow", self._folder, is_folder=True)] if is_again else []
 

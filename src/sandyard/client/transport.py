@@ -13,17 +13,16 @@ import httpx
 from sandyard.client.archives import Progress
 from sandyard.client.calls import Call, Retries, refusal_of, result_of
 from sandyard.client.config import ClientConfig, ConfigError
-from sandyard.client.errors import ApiError, ConnectionFailedError, TransferError
-from sandyard.client.streams import EventT, Followed
+from sandyard.client.errors import ApiError, ConnectionFailedError, TimedOutError, TransferError
+from sandyard.client.streams import EVENTS_S, EventT, Followed
 
 T = TypeVar("T")
 _CONNECT_S = 5.0
-_EVENTS_S = 60.0
-"""Of a stream of events that lives, something is heard every 15 seconds."""
 
 
 def _failed(url: str, error: Exception) -> ConnectionFailedError:
-    return ConnectionFailedError(f"cannot reach {url}: {str(error) or type(error).__name__}")
+    kind = TimedOutError if isinstance(error, httpx.TimeoutException) else ConnectionFailedError
+    return kind(f"cannot reach {url}: {str(error) or type(error).__name__}")
 
 
 def _limits(call: Call[Any]) -> httpx.Timeout:
@@ -84,6 +83,24 @@ class Transport:
                 pause_s = _pause_s(retries, call, answer, answer.content)
             time.sleep(pause_s)
 
+    def send_raw(self, call: Call[Any]) -> bytes | None:
+        """Send a call and return the bytes of its answer, None if nothing has changed (304)."""
+        retries = Retries(self.retries)
+        while True:
+            try:
+                answer = self._http.request(call.method, call.path, **_asked(call))
+            except httpx.HTTPError as error:
+                pause_s = retries.pause_s(call)
+                if pause_s is None:
+                    raise _failed(self.config.url, error) from error
+            else:
+                if answer.is_success:
+                    return answer.content
+                if answer.status_code == httpx.codes.NOT_MODIFIED:
+                    return None
+                pause_s = _pause_s(retries, call, answer, answer.content)
+            time.sleep(pause_s)
+
     @contextmanager
     def stream(self, call: Call[Any]) -> Iterator[httpx.Response]:
         """Send a call whose answer is read as it comes. See `send`; what breaks off in the middle
@@ -100,22 +117,27 @@ class Transport:
                 raise _failed(self.config.url, error) from error
             time.sleep(pause_s)
 
-    def follow(self, followed: Followed[EventT]) -> Iterator[EventT]:
-        """Yield what is followed to its end, over connections that break.
+    def follow(
+        self, followed: Followed[EventT], *, until: threading.Event | None = None
+    ) -> Iterator[EventT]:
+        """Yield what is followed to its end, over connections that break. Soon after another thread
+        has set `until`, this ends.
 
         Raises:
             ApiError: the server refused, or told why it is over.
-            ConnectionFailedError: it could not be reached for several seconds.
+            ConnectionFailedError: it was unreachable for two minutes, or several seconds at first.
         """
         while not followed.is_over:
             try:
-                call = Call("GET", followed.path, bool, query=followed.query, limit_s=_EVENTS_S)
+                call = Call("GET", followed.path, bool, query=followed.query, limit_s=EVENTS_S)
                 with self.stream(call) as answer:
                     yield from followed.began()
                     for line in answer.iter_lines():
                         if (event := followed.feed(line)) is not None:
                             yield event
                         if followed.is_over:
+                            return
+                        if until is not None and until.is_set():
                             return
                 pause_s = followed.ended()
             except ApiError as error:
@@ -162,6 +184,24 @@ class AsyncTransport:
                 pause_s = _pause_s(retries, call, answer, answer.content)
             await asyncio.sleep(pause_s)
 
+    async def send_raw(self, call: Call[Any]) -> bytes | None:
+        """See `Transport.send_raw`."""
+        retries = Retries(self.retries)
+        while True:
+            try:
+                answer = await self._http.request(call.method, call.path, **_asked(call))
+            except httpx.HTTPError as error:
+                pause_s = retries.pause_s(call)
+                if pause_s is None:
+                    raise _failed(self.config.url, error) from error
+            else:
+                if answer.is_success:
+                    return answer.content
+                if answer.status_code == httpx.codes.NOT_MODIFIED:
+                    return None
+                pause_s = _pause_s(retries, call, answer, answer.content)
+            await asyncio.sleep(pause_s)
+
     @asynccontextmanager
     async def stream(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
         """See `Transport.stream`."""
@@ -181,7 +221,7 @@ class AsyncTransport:
         """See `Transport.follow`."""
         while not followed.is_over:
             try:
-                call = Call("GET", followed.path, bool, query=followed.query, limit_s=_EVENTS_S)
+                call = Call("GET", followed.path, bool, query=followed.query, limit_s=EVENTS_S)
                 async with self.stream(call) as answer:
                     for event in followed.began():
                         yield event
@@ -222,7 +262,11 @@ def _encoded(body: Any) -> bytes:
 def _options(config: ClientConfig) -> dict[str, Any]:
     return {
         "base_url": config.url,
-        "headers": {"Authorization": f"Bearer {config.api_key}", "User-Agent": "sandyard-python"},
+        "headers": {
+            "Authorization": f"Bearer {config.api_key}",
+            "User-Agent": "sandyard-python",
+            "Sandyard-Strict": "1",
+        },
         # Streams stay open for hours; nothing else is to wait for them.
         "limits": httpx.Limits(max_connections=None, max_keepalive_connections=20),
     }

@@ -269,7 +269,7 @@ class WorkspaceFiles:
                     left.append(str(inside / name))
         if left:
             raise TransferError(
-                f"{len(left)} were left out, which are neither files nor folders: "
+                f"{len(left)} were left out, which are neither files nor directories: "
                 + ", ".join(left[:5])
             )
 

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from sandyard.server.api.credentials import readers
@@ -14,6 +15,7 @@ from sandyard.server.api.routes import (
     api_keys,
     billing,
     commands,
+    contexts,
     desktops,
     files,
     health,
@@ -28,6 +30,7 @@ from sandyard.server.api.routes import (
     ways,
     workspaces,
 )
+from sandyard.server.api.strictness import strictness
 from sandyard.server.front.edge import Edge
 from sandyard.server.front.face import EdgeServices, Face
 from sandyard.server.service.services import Services
@@ -35,8 +38,8 @@ from sandyard.server.service.services import Services
 log = logging.getLogger(__name__)
 
 ROUTES = (
-    sandboxes, commands, processes, files, ways, desktops, snapshots, organizations, projects,
-    api_keys, ssh_keys, activity, billing, templates, workspaces, health, planned,
+    sandboxes, commands, processes, contexts, files, ways, desktops, snapshots, organizations,
+    projects, api_keys, ssh_keys, activity, billing, templates, workspaces, health, planned,
 )  # fmt: skip
 """What is served, a module a subject."""
 
@@ -96,12 +99,75 @@ def _routed(version: str) -> FastAPI:
         redirect_slashes=False,
         docs_url=None,  # see pages.docs
         redoc_url=None,
+        dependencies=[Depends(strictness)],
         strict_content_type=False,  # a body without a Content-Type is taken for JSON
     )
     for routes in ROUTES:
         app.include_router(routes.router)
     _describe_truly(app)
     return app
+
+
+_NO_NUL = r"^[^\x00]*$"
+_PATH = {"type": "string", "maxLength": 4096, "pattern": _NO_NUL}
+_FILE = {
+    "name": "file",
+    "in": "query",
+    "required": True,
+    "style": "form",
+    "explode": True,
+    "description": "Which file: `path`, below /workspace without / at its beginning; or "
+    "`pathBase64`, the same in base64, if it is not UTF-8.",
+    "schema": {
+        "oneOf": [
+            {
+                "type": "object",
+                "required": [name],
+                "properties": {name: schema},
+                "additionalProperties": False,
+            }
+            for name, schema in (
+                ("path", {**_PATH, "minLength": 1}),
+                ("pathBase64", {"type": "string", "format": "byte", "minLength": 4}),
+            )
+        ]
+    },
+}
+"""Two parameters of which exactly one is given."""
+
+
+def _forbid_nul(schema: Any) -> None:
+    """Say of all text that it has no U+0000, which no store and no guest can keep."""
+    if isinstance(schema, list):
+        for one in schema:
+            _forbid_nul(one)
+    elif isinstance(schema, dict):
+        is_known = schema.keys() & {"pattern", "enum", "format", "const", "allOf"}
+        if schema.get("type") == "string" and not is_known:
+            schema["pattern"] = _NO_NUL
+        for name, one in schema.items():
+            if name not in ("examples", "default"):
+                _forbid_nul(one)
+
+
+def _forbid_null(schema: dict[str, Any]) -> None:
+    """Say of a parameter that it is left out, and not null, if it has no value."""
+    kinds = [one for one in schema.get("anyOf", []) if one != {"type": "null"}]
+    if len(kinds) == 1:
+        del schema["anyOf"]
+        schema.update(kinds[0])
+
+
+def _join_paths(operation: dict[str, Any]) -> None:
+    parameters = operation.get("parameters", [])
+    if {"path", "pathBase64"} <= {one["name"] for one in parameters if one["in"] == "query"}:
+        operation["parameters"] = [
+            _FILE,
+            *(one for one in parameters if one["name"] not in ("path", "pathBase64")),
+        ]
+
+
+_JSON_OBJECT = {"application/json": {"schema": {"type": "object"}}}
 
 
 _ORG_ID = {
@@ -117,13 +183,25 @@ def _describe_truly(app: FastAPI) -> None:
     """Make the description true: bad input is answered 400, never 422; bodies have a limit."""
     made = app.openapi
 
+    @cache
     def describe() -> dict[str, Any]:
         description = made()
+        for name, schema in description["components"]["schemas"].items():
+            if not name.endswith("Out"):
+                _forbid_nul(schema)
         for path, methods in description["paths"].items():
             for operation in methods.values():
                 if path.startswith("/v1"):
                     operation.setdefault("parameters", []).append(_ORG_ID)
                 operation["responses"].pop("422", None)
+                _join_paths(operation)
+                for one in operation.get("parameters", []):
+                    _forbid_null(one["schema"])
+                    if "contentMediaType" in one["schema"]:
+                        one["content"] = _JSON_OBJECT
+                        del one["schema"]
+                    else:
+                        _forbid_nul(one["schema"])
                 if "requestBody" in operation:
                     operation["responses"]["413"] = {
                         **operation["responses"]["400"],

@@ -11,6 +11,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from starlette.websockets import WebSocketState
 
 from sandyard.server.api import events
+from sandyard.server.api.access import actor_of
 from sandyard.server.api.errors import answer_error, error_out
 from sandyard.server.api.events import Check
 from sandyard.server.core.contracts.clock import Clock
@@ -119,7 +120,7 @@ async def served(socket: WebSocket) -> AsyncIterator[Actor]:
     message `error`. The block ends when the client disconnects.
     """
     try:
-        actor: Actor = socket.state.actor
+        actor = actor_of(socket)
         actor.require(socket.scope["endpoint"].scope_name)
         yield actor
     except SandyardError as error:

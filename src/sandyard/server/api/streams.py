@@ -1,10 +1,15 @@
-"""Answers that are sent as they come, and hold something open meanwhile."""
+"""Answers that take a while: they are sent as they come, and end with their client."""
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from sandyard.server.core.errors import ConflictError
+from sandyard.server.front.exchange import GoneError, until_gone
+from sandyard.server.tasks import concurrently
 
 TAMED = {
     "Content-Security-Policy": "sandbox; default-src 'none'",
@@ -35,3 +40,17 @@ class HeldStream(StreamingResponse):
         """Send the answer."""
         async with self._held:
             await super().__call__(scope, receive, send)
+
+
+@asynccontextmanager
+async def while_connected(request: Request) -> AsyncIterator[None]:
+    """Cancel the block if the client disconnects. The body must have been read.
+
+    Raises:
+        ConflictError: the client has disconnected.
+    """
+    try:
+        async with concurrently(until_gone(request.receive)):
+            yield
+    except GoneError as error:
+        raise ConflictError("the client disconnected before the request was done") from error

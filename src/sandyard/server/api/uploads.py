@@ -65,9 +65,13 @@ class Upload:
         except FormParserError as error:
             raise InvalidArgumentError(f"cannot read the upload: {error}", field="file") from error
         except ClientDisconnect as error:
-            raise InvalidArgumentError("the upload did not come whole; nothing is kept") from error
+            raise InvalidArgumentError(
+                "the upload did not come whole; nothing is kept", field="body"
+            ) from error
         if not self._is_whole:
-            raise InvalidArgumentError("the upload did not come whole; nothing is kept")
+            raise InvalidArgumentError(
+                "the upload did not come whole; nothing is kept", field="body"
+            )
 
     def name(self) -> bytes:
         """Return what the file is to be called: the field `name`, else its own name.
@@ -106,7 +110,9 @@ class Upload:
 
     def _check_header(self) -> None:
         if len(self._header) + len(self._value) > _HEADER_MAX:
-            raise InvalidArgumentError("cannot read the upload: a header in it is too long")
+            raise InvalidArgumentError(
+                "cannot read the upload: a header in it is too long", field="body"
+            )
 
     def _on_header_end(self) -> None:
         self._headers[self._header.lower()] = self._value
@@ -131,7 +137,7 @@ class Upload:
         so_far = self._fields.get(self._field, b"") + data[start:end]
         if len(so_far) > _FIELD_MAX:
             raise InvalidArgumentError(
-                f"cannot take the upload: a field in it has over {_FIELD_MAX} bytes"
+                f"cannot take the upload: a field in it has over {_FIELD_MAX} bytes", field="body"
             )
         self._fields[self._field] = so_far
 

@@ -26,7 +26,7 @@ from sandyard.server.guest.ops.mount import mount
 from sandyard.server.guest.ops.setup import set_up, wake
 from sandyard.server.guest.ops.stats import stats
 from sandyard.server.guest.streams import answer, receive, refuse
-from sandyard.server.guest.system import AbsentError, BusyError, ConflictingError, RefusedError
+from sandyard.server.guest.system import RefusedError
 
 _HEAD_LIMIT_S = 90.0  # the host keeps a connection open for its next operation
 _CONNECTIONS_MAX = 4096
@@ -70,6 +70,9 @@ class Agent:
             try:
                 while await self._converse(connection, decoder):
                     pass
+            except wire.VersionError as error:
+                with contextlib.suppress(ConnectionError, TimeoutError):
+                    await refuse(connection, wire.Refusal.UNSUPPORTED, f"cannot read: {error}")
             except (ConnectionError, TimeoutError, wire.WireError):
                 pass  # the host disconnected, or violated the protocol: no answer is needed
             except Exception as error:  # noqa: BLE001 - one connection must not end the agent
@@ -93,15 +96,10 @@ class Agent:
             return again
         except ops.UnknownOperationError as error:
             await refuse(connection, wire.Refusal.UNSUPPORTED, f"cannot carry this out: {error}")
-        except AbsentError as error:
-            await refuse(connection, wire.Refusal.ABSENT, str(error))
-        except ConflictingError as error:
-            await refuse(connection, wire.Refusal.CONFLICT, str(error))
-        except BusyError as error:
-            await refuse(connection, wire.Refusal.BUSY, str(error))
-        except (CodecError, RefusedError) as error:
-            message = str(error) if isinstance(error, RefusedError) else f"cannot read: {error}"
-            await refuse(connection, wire.Refusal.BAD_REQUEST, message)
+        except RefusedError as error:
+            await refuse(connection, error.code, str(error))
+        except CodecError as error:
+            await refuse(connection, wire.Refusal.BAD_REQUEST, f"cannot read: {error}")
         return False
 
     async def _carry_out(
@@ -120,7 +118,8 @@ class Agent:
                 await answer(connection, ops.Done(), again=again)
             case ops.Execute():
                 await execute(self._context, operation, connection, decoder, again=again)
-            case ops.Run() | ops.Pipe() | ops.Attach():  # before Start, of which the first is one
+            # Before Start, of which Run is one.
+            case ops.Run() | ops.Pipe() | ops.Attach() | ops.Feed():
                 await programs.follow(self._context, operation, connection, decoder)
             case ops.Start() | ops.List() | ops.Signal() | ops.Input() | ops.Resize():
                 done = await programs.carry_out(self._context, operation, connection)

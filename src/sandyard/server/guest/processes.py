@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from sandyard.server.guest.patience import patient
 from sandyard.server.guest.plain import program_of
-from sandyard.server.guest.system import Account, RefusedError, enter
+from sandyard.server.guest.system import Account, NoFolderError, NoStartError, RefusedError, enter
 
 _CGROUPS = "/sys/fs/cgroup/sandyard"
 _KEPT = "kept-"
@@ -213,6 +213,7 @@ def prepare() -> None:
     sweep()
 
 
+_CHANGE = "change to the folder"
 _FOLDER_LIMIT_S = 10.0
 _MOMENT_S = 1.0
 _ERRNO_MAX = 255
@@ -397,7 +398,7 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
         try:
             os.chdir(spec.cwd)
         except OSError as error:
-            raise RefusedError(_cannot("change to the folder", spec.cwd, error)) from error
+            raise NoFolderError(_cannot(_CHANGE, spec.cwd, error)) from error
         spawn = functools.partial(
             os.posix_spawn, file_actions=actions, setsid=True, setsigdef=_DEFAULTED
         )
@@ -413,10 +414,10 @@ def _spawn_as_root(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, 
             except PermissionError as error:
                 denied = denied or error  # there may be another: execvp(3)
             except (OSError, ValueError) as error:
-                raise RefusedError(_cannot("start", program[0], error)) from error
+                raise NoStartError(_cannot("start", program[0], error)) from error
         if denied is not None:
-            raise RefusedError(_cannot("start", spec.name, denied)) from denied
-        raise RefusedError(f"cannot start {spec.name}: it is not in the sandbox")
+            raise NoStartError(_cannot("start", spec.name, denied)) from denied
+        raise NoStartError(f"cannot start {spec.name}: it is not in the sandbox")
     finally:
         _go_home(home)
         os.close(there)
@@ -450,12 +451,16 @@ async def _fork(spec: Spec, cgroup: str, root_fd: int, streams: Mapping[int, int
         except BaseException as error:
             await _end_child(pid)
             if isinstance(error, TimeoutError):
-                message = f"cannot change to the folder {spec.cwd}: its file server does not answer"
-                raise RefusedError(message) from error
+                message = (
+                    f"cannot change to the directory {spec.cwd}: its file server does not answer"
+                )
+                raise NoFolderError(message) from error
             raise
     if said:
         os.waitpid(pid, 0)
-        raise RefusedError(said.decode(errors="replace"))
+        message = said.decode(errors="replace")
+        is_folder = message.startswith(f"cannot {_CHANGE} ")
+        raise NoFolderError(message) if is_folder else NoStartError(message)
     return pid
 
 
@@ -595,7 +600,7 @@ def _become(
         for one in _DEFAULTED:
             signal.signal(one, signal.SIG_DFL)
         step_down(spec.account, root_fd)
-        what, which = "change to the folder", spec.cwd
+        what, which = _CHANGE, spec.cwd
         os.chdir(spec.cwd)
         what, which = "start", spec.name
         denied: OSError | None = None

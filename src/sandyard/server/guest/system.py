@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sandyard.server.core.wire import Refusal
 from sandyard.server.guest.patience import patient
 
 RUN = Path("/run/sandyard")
@@ -25,24 +26,63 @@ _RNDADDENTROPY = 0x40085203  # linux/random.h
 _RNDRESEEDCRNG = 0x5207
 _PASSWD_MAX = 1024 * 1024
 _GROWTH_LIMIT_S = 5.0
+_ID_MAX = 2**32 - 1
 _PAGE = 4096  # writes up to this size are atomic, even if the writer is killed
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class RefusedError(Exception):
-    """The operation cannot be done; the message is for the caller."""
+    """The operation cannot be done; the message is for the caller, the code for programs."""
+
+    code = Refusal.BAD_REQUEST
 
 
 class AbsentError(RefusedError):
     """It does not exist."""
 
+    code = Refusal.ABSENT
+
+
+class NoProcessError(RefusedError):
+    """There is no such process."""
+
+    code = Refusal.NO_PROCESS
+
+
+class NoUserError(RefusedError):
+    """There is no such user."""
+
+    code = Refusal.NO_USER
+
+
+class NoFolderError(RefusedError):
+    """A process cannot begin in that directory."""
+
+    code = Refusal.NO_FOLDER
+
+
+class NoStartError(RefusedError):
+    """A program is not there, or cannot be executed."""
+
+    code = Refusal.NO_START
+
 
 class ConflictingError(RefusedError):
     """Its state does not allow the operation."""
 
+    code = Refusal.CONFLICT
+
+
+class ReusedKeyError(RefusedError):
+    """The key of a start was used for another one."""
+
+    code = Refusal.REUSED
+
 
 class BusyError(RefusedError):
     """Not now; nothing was done."""
+
+    code = Refusal.BUSY
 
 
 @dataclass(frozen=True)
@@ -73,7 +113,8 @@ def find_account(root_fd: int, user: str) -> Account:
     """Return the account of a name or number.
 
     Raises:
-        RefusedError: there is no such account, or /etc/passwd cannot be read.
+        NoUserError: there is no such account.
+        RefusedError: /etc/passwd cannot be read.
     """
     if user in ("root", "0"):
         # Root must be reachable in a machine whose /etc/passwd is damaged.
@@ -85,7 +126,10 @@ def find_account(root_fd: int, user: str) -> Account:
                 name, uid, gid = fields[0], int(fields[2]), int(fields[3])
                 groups = (gid, *_groups_of(root_fd, name))
                 return Account(name, uid, gid, fields[5] or "/", fields[6] or "/bin/sh", groups)
-    raise RefusedError(f"cannot run as {user}: there is no such user in the sandbox")
+    if user.isascii() and user.isdigit() and int(user) < _ID_MAX:
+        # Any number can be a process's, as with `docker run --user`.
+        return Account(user, int(user), int(user), "/", "/bin/sh", (int(user),))
+    raise NoUserError(f"cannot run as {user}: there is no such user in the sandbox")
 
 
 def stats(root_fd: int) -> dict[str, Any]:

@@ -7,12 +7,14 @@ followers, the oldest output is discarded.
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from sandyard.server.core import ops
 from sandyard.server.core.wire import Channel
@@ -20,7 +22,7 @@ from sandyard.server.guest import processes
 from sandyard.server.guest.patience import patient
 from sandyard.server.guest.ring import Ring
 from sandyard.server.guest.streams import CHUNK, Reader
-from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
+from sandyard.server.guest.system import ConflictingError, NoProcessError, RefusedError
 
 RING = 256 * 1024
 LIVING_MAX = 1000
@@ -30,6 +32,7 @@ _KEPT_S = 600.0
 _LAST_WORDS_S = 1.0
 _FIRST_FOLLOWER_S = 10.0
 _SHOWN = 500
+_PIPE = 1024 * 1024
 
 
 class Follower:
@@ -75,6 +78,7 @@ class Entry:
         self.ring = Ring(RING)
         self.end: ops.Ended | None = None
         self.told = told
+        self.fed = 0
         self._process = process
         self._readers = [Reader(one) for one in (process.stdout, process.stderr) if one is not None]
         self._hang_up_s = hang_up_s
@@ -248,6 +252,7 @@ class Entry:
             terminal=told.terminal,
             ended_ms=self._ended_ms,
             end=self.end,
+            fed=self.fed,
         )
 
     def signal(self, number: int, *, everything: bool) -> None:
@@ -265,14 +270,19 @@ class Entry:
         elif not self._process.signal(number):
             raise ConflictingError(self._over("signal it"))
 
+    def forget_tag(self) -> None:
+        """Remove its tag, so that only its pid finds it."""
+        self.told = replace(self.told, tag=None)
+
     async def feed(
-        self, data: bytes, *, closes: bool, limit_s: float | None = None
+        self, data: bytes, *, closes: bool, limit_s: float | None = None, at: int | None = None
     ) -> tuple[int, bool]:
         """Write to its input, and close that if requested. Return how much was written within the
-        limit, and whether it was closed.
+        limit, and whether it was closed. With `at`, where the data belongs in its input, what it
+        has taken before counts as written.
 
         Raises:
-            ConflictingError: it has no input, or that is closed.
+            ConflictingError: it has no input, or that is closed, or is not as far as `at`.
         """
         written, is_terminal, ending = 0, self._process.is_terminal, b""
         if closes and is_terminal:
@@ -282,8 +292,17 @@ class Entry:
         is_closed = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s), self._writing:
+                if at is not None:
+                    if at > self.fed:
+                        raise ConflictingError(
+                            f"cannot write to the process {self.told.pid} at byte {at}: its input "
+                            f"has {self.fed}"
+                        )
+                    written = min(len(data), self.fed - at)
                 while written < len(whole):
-                    written += await self._write(whole[written:])
+                    count = await self._write(whole[written:])
+                    self.fed += min(count, max(0, len(data) - written))
+                    written += count
                 if closes and not is_terminal:
                     self._input()
                     self.close_input()
@@ -312,6 +331,17 @@ class Entry:
                 f"cannot write to the process {self.told.pid}: it has closed its input"
             ) from error
 
+    def expect_much(self) -> None:
+        """Prepare for much input: each time a pipe is full costs a switch to the process and back.
+
+        Raises:
+            ConflictingError: it has no input, or that is closed.
+        """
+        descriptor = self._input()
+        if not self._process.is_terminal:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE)
+
     def _input(self) -> int:
         process = self._process
         if process.is_terminal and self.end is None and process.stdout is not None:
@@ -338,6 +368,10 @@ class Entry:
         if waiting is not None and descriptor is not None:
             asyncio.get_running_loop().remove_writer(descriptor)
             _resolve(waiting)
+
+    async def stop(self) -> None:
+        """End it and everything that it started: first with a request, then by force."""
+        await self._process.end()
 
     def resize(self, size: ops.Size) -> None:
         """Change the size of its terminal.
@@ -403,6 +437,8 @@ class Table:
             _, entry = self._ended.pop(0)
             if self._entries.get(entry.told.pid) is entry:
                 del self._entries[entry.told.pid]
+            if not entry.is_followed:
+                entry.ring.forget()
         kept = 0
         for _, entry in reversed(self._ended):
             kept += entry.ring.end - entry.ring.begin
@@ -413,7 +449,7 @@ class Table:
         """Return a process by its pid, or the last that was started with a tag.
 
         Raises:
-            AbsentError: there is none.
+            NoProcessError: there is none.
             RefusedError: neither or both were given.
         """
         self._sweep()
@@ -421,13 +457,17 @@ class Table:
             raise RefusedError("cannot look a process up: give its pid or its tag")
         if pid is not None and (found := self._entries.get(pid)) is not None:
             return found
-        for entry in reversed(self._entries.values()):
-            if tag is not None and entry.told.tag == tag:
-                return entry
+        if tag is not None and (found := self.last_with(tag)) is not None:
+            return found
         which = f"tag {tag!r}" if pid is None else f"pid {pid}"
-        raise AbsentError(
+        raise NoProcessError(
             f"there is no process with the {which}; one that ended is kept for ten minutes"
         )
+
+    def last_with(self, tag: str | None) -> Entry | None:
+        """Return the process that was started last with a tag."""
+        same = (one for one in reversed(self._entries.values()) if one.told.tag == tag)
+        return None if tag is None else next(same, None)
 
     def programs(self) -> list[ops.Program]:
         """Return the descriptions of all, oldest first."""

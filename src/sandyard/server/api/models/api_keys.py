@@ -1,21 +1,26 @@
 """API keys as HTTP carries them."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sandyard.server.api.models.base import Body, Data, Model, Time
+from sandyard.server.api.models.base import Body, Data, Model, Time, Title
 from sandyard.server.core.records import (
     ApiKey,
 )
+from sandyard.server.core.scopes import SCOPES
+
+Scope = Annotated[str, Field(json_schema_extra={"enum": [*sorted(SCOPES)]})]
+ExpiresIn = Annotated[str, Field(json_schema_extra={"pattern": "^([1-9][0-9]{0,2}[dmy]|never)$"})]
+"""Days, months or years of the calendar."""
 
 
 class CreateApiKey(Body):
     """The body of a new API key."""
 
-    name: str = Field(examples=["ci"])
-    scopes: list[str] = Field([], description="None: everything the creator may.")
-    expires_in: str | None = Field(None, examples=["30d", "12m", "1y", "never"])
+    name: Title = Field(examples=["ci"])
+    scopes: list[Scope] = Field([], description="None: everything the creator may.")
+    expires_in: ExpiresIn | None = Field(None, examples=["30d", "12m", "1y", "never"])
     is_test: bool = False
     project_id: str | None = None
 
@@ -23,11 +28,13 @@ class CreateApiKey(Body):
 class PatchApiKey(Body):
     """The body of a change: what is left out stays as it is."""
 
-    name: str | None = None
-    scopes: list[str] | None = None
+    name: Title | None = None
+    scopes: list[Scope] | None = Field(None, json_schema_extra={"minItems": 1})
     project_id: str | None = None
-    expires_in: str | None = Field(
-        None, description="Counted from now.", examples=["30d", "12m", "1y", "never"]
+    expires_in: ExpiresIn | None = Field(
+        None,
+        description="Counted from now. Months and years are of the calendar.",
+        examples=["30d", "12m", "1y", "never"],
     )
 
 

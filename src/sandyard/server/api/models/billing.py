@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
+from pydantic.config import JsonDict
 
-from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.api.models.base import PRINTABLE, Body, Model, Time, bounds
 from sandyard.server.core.money import MICROS, Account
 from sandyard.server.core.records import (
     AutoTopup,
     LedgerEntry,
 )
-from sandyard.server.service.money.billing import MachineUsage, StoredUsage
+from sandyard.server.service.money.billing import TOPUP_MIN, MachineUsage, StoredUsage
+from sandyard.server.service.money.credits import AMOUNT_MAX
 
 Cents = Annotated[int, Field(ge=-(10**15), le=10**15)]
 
@@ -150,12 +152,15 @@ class CostOut(Model):
     is_free: bool = Field(description="Whether a test key made it.")
 
 
+_URL: JsonDict = {"format": "uri", "pattern": "^https?://"}
+
+
 class TopUp(Body):
     """The body of a top-up."""
 
-    amount_cents: int = Field(examples=[2000])
-    success_url: str = Field(examples=["https://example.org/thanks"])
-    cancel_url: str = Field(examples=["https://example.org/credits"])
+    amount_cents: int = Field(examples=[2000], json_schema_extra=bounds(TOPUP_MIN, AMOUNT_MAX))
+    success_url: str = Field(examples=["https://example.org/thanks"], json_schema_extra=_URL)
+    cancel_url: str = Field(examples=["https://example.org/credits"], json_schema_extra=_URL)
 
 
 class CheckoutOut(Model):
@@ -169,8 +174,8 @@ class PutAutoTopup(Body):
     """The body of a change; amounts that are left out stay as they are."""
 
     enabled: bool
-    threshold_cents: int | None = None
-    topup_amount_cents: int | None = None
+    threshold_cents: int | None = Field(None, json_schema_extra=bounds(1, AMOUNT_MAX))
+    topup_amount_cents: int | None = Field(None, json_schema_extra=bounds(TOPUP_MIN, AMOUNT_MAX))
 
 
 class AutoTopupOut(Model):
@@ -197,9 +202,11 @@ def auto_topup_out(wish: AutoTopup) -> AutoTopupOut:
 class Grant(Body):
     """The body of a grant."""
 
-    amount_cents: int = Field(examples=[5000])
+    amount_cents: int = Field(examples=[5000], json_schema_extra=bounds(1, AMOUNT_MAX))
     org_id: str | None = Field(None, description="Default: the organization of who asks.")
-    description: str = "Granted by the operator"
+    description: Annotated[
+        str, Field(json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": PRINTABLE})
+    ] = "Granted by the operator"
     reference_id: str | None = Field(
         None, description="With one, the grant is made once, however often it is asked for."
     )

@@ -6,9 +6,19 @@ import json
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from sandyard.server.api.models.base import Body, Env, Meta, Model
+from sandyard.server.api.models.base import (
+    NOT_BLANK,
+    Body,
+    Cwd,
+    Env,
+    MakeCwd,
+    Meta,
+    Model,
+    UserName,
+    in_base64,
+)
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.service.sandboxes.execute import (
     COMMAND_MAX,
@@ -23,15 +33,20 @@ _PIECE = 48 * 1024  # whole groups of three bytes, which base64 makes four of
 class Exec(Body):
     """The body of an exec."""
 
+    model_config = ConfigDict(json_schema_extra=in_base64("stdinEncoding", "stdin"))
+
     command: str = Field(
-        examples=["uname -a"], description=f"What the shell runs, up to {COMMAND_MAX // 2**20} MiB."
+        examples=["uname -a"],
+        json_schema_extra={"pattern": NOT_BLANK},
+        description=f"What the shell runs, up to {COMMAND_MAX // 2**20} MiB.",
     )
     timeout: int = Field(
         30_000,
         description="Milliseconds from the start of the command, 1 to 3600000.",
         json_schema_extra={"minimum": 1, "maximum": 3_600_000},
     )
-    cwd: str = Field("/workspace", max_length=4096)
+    cwd: Cwd = "/workspace"
+    make_cwd: MakeCwd = False
     env: Env = {}
     stdin: str | None = Field(
         None, description=f"What it reads on standard input, up to {STDIN_MAX // 2**20} MiB."
@@ -39,7 +54,7 @@ class Exec(Body):
     stdin_encoding: Literal["utf8", "utf-8", "base64"] = Field(
         "utf8", description="How `stdin` is written: as text, or bytes in base64."
     )
-    user: str = Field("root", min_length=1, max_length=64, description="A name or a number.")
+    user: UserName = "root"
     encoding: Literal["utf8", "utf-8", "base64"] = Field(
         "utf-8", description="How output is given: as text, or exactly in base64."
     )
@@ -51,7 +66,13 @@ class Exec(Body):
             InvalidArgumentError: `stdin` is not what it is said to be.
         """
         return Command(
-            self.command, self.timeout, self.cwd, self.env, self._stdin_bytes(), self.user
+            self.command,
+            self.timeout,
+            self.cwd,
+            self.env,
+            self._stdin_bytes(),
+            self.user,
+            self.make_cwd,
         )
 
     def _stdin_bytes(self) -> bytes | None:

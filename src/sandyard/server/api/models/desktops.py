@@ -6,6 +6,7 @@ from pydantic import Field
 
 from sandyard.server.api.models.base import Body, Model, Time
 from sandyard.server.service.sandboxes.desktops import TEXT_MAX, Point, Window
+from sandyard.server.service.sandboxes.keysyms import KEYS
 
 Button = Literal["left", "middle", "right"]
 
@@ -57,13 +58,16 @@ class Scroll(PlaceIn):
 class TypeText(Body):
     """A text that is typed."""
 
-    text: str = Field(max_length=TEXT_MAX)
+    text: str = Field(
+        max_length=TEXT_MAX,
+        json_schema_extra={"pattern": r"^[^\x00-\x08\x0b\x0c\x0e-\x1f]*$"},
+    )
 
 
 class PressKeys(Body):
     """Keys that are pressed together."""
 
-    keys: str = Field(max_length=200, examples=["ctrl+c"])
+    keys: str = Field(max_length=200, examples=["ctrl+c"], json_schema_extra={"pattern": KEYS})
 
 
 class DoneOut(Model):

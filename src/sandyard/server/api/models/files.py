@@ -4,57 +4,90 @@ A path is text; one that is not UTF-8 is written in base64, in a field whose nam
 """
 
 import base64
+import re
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Final, Literal
 from urllib.parse import unquote_to_bytes
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.config import JsonDict
 
-from sandyard.server.api.models.base import Body, Model, Time, bounds
+from sandyard.server.api.models.base import BASE64, Body, Model, Time, UserName, bounds, either
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ops import ChangeKind, FileChange, FileFact
+from sandyard.server.service.sandboxes.fields import ACCOUNT
 from sandyard.server.service.sandboxes.files import path_of
 from sandyard.server.service.sandboxes.signing import METHODS, SECONDS
 
+ETAG: Final = r'^(\*|(W/)?"[!#-~]{1,64}")$'
+"""The pattern of an entity tag, or `*`."""
+OCTAL: Final = "^0?[0-7]{1,4}$"
+"""The pattern of permissions."""
+_NOT_EMPTY: JsonDict = {"minLength": 1, "maxLength": 4096, "pattern": r"^[^\x00]+$"}
+_BASE64: JsonDict = {"format": "byte", "minLength": 4, "pattern": BASE64}
+_ETAG = re.compile(r'(?:W/)?"([!#-~]{1,64})"')
 _MOMENT_MAX_MS = 253_402_300_799_000  # the last second of the year 9999
 
 
 class MakeFolderBody(Body):
     """The body of a mkdir."""
 
-    path: str | None = Field(None, examples=["/workspace/data"])
-    path_base64: str | None = None
+    model_config = ConfigDict(json_schema_extra=either("path", "pathBase64"))
+
+    path: str | None = Field(None, examples=["/workspace/data"], json_schema_extra=_NOT_EMPTY)
+    path_base64: str | None = Field(None, json_schema_extra=_BASE64)
     parents: bool = Field(
         True, description="Make what is above it, too; one that is there is fine."
     )
-    mode: str | None = Field(None, examples=["0755"], description="Permissions, octal.")
-    owner: str | None = None
-    user: str = Field("root", description="Who does it.")
+    mode: str | None = Field(
+        None,
+        examples=["0755"],
+        description="Permissions, octal.",
+        json_schema_extra={"pattern": OCTAL},
+    )
+    owner: str | None = Field(
+        None, json_schema_extra={"minLength": 1, "maxLength": 64, "pattern": ACCOUNT}
+    )
+    user: UserName = "root"
 
 
 class MoveBody(Body):
     """The body of a move or a copy."""
 
-    source: str | None = Field(None, alias="from", examples=["/workspace/a"])
-    source_base64: str | None = Field(None, alias="fromBase64")
-    target: str | None = Field(None, alias="to", examples=["/workspace/b"])
-    target_base64: str | None = Field(None, alias="toBase64")
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [either("from", "fromBase64"), either("to", "toBase64")]}
+    )
+
+    source: str | None = Field(
+        None, alias="from", examples=["/workspace/a"], json_schema_extra=_NOT_EMPTY
+    )
+    source_base64: str | None = Field(None, alias="fromBase64", json_schema_extra=_BASE64)
+    target: str | None = Field(
+        None, alias="to", examples=["/workspace/b"], json_schema_extra=_NOT_EMPTY
+    )
+    target_base64: str | None = Field(None, alias="toBase64", json_schema_extra=_BASE64)
     overwrite: bool = Field(False, description="Replace a file that is there.")
-    user: str = Field("root", description="Who does it.")
+    user: UserName = "root"
 
 
 class SignBody(Body):
     """The body of a request for a signed URL."""
 
-    path: str | None = Field(None, examples=["/workspace/report.pdf"])
-    path_base64: str | None = None
-    method: str = Field("GET", description=f"{METHODS[0]} to read, {METHODS[1]} to write.")
+    model_config = ConfigDict(json_schema_extra=either("path", "pathBase64"))
+
+    path: str | None = Field(None, examples=["/workspace/report.pdf"], json_schema_extra=_NOT_EMPTY)
+    path_base64: str | None = Field(None, json_schema_extra=_BASE64)
+    method: str = Field(
+        "GET",
+        description=f"{METHODS[0]} to read, {METHODS[1]} to write.",
+        json_schema_extra={"enum": list(METHODS)},
+    )
     expires_in: int = Field(
         3600,
         description="Seconds until it is good no more.",
         json_schema_extra=bounds(SECONDS.start, SECONDS.stop - 1),
     )
-    user: str = Field("root", description="Who reads or writes it, in the sandbox.")
+    user: UserName = "root"
 
 
 class SignedOut(Model):
@@ -80,13 +113,15 @@ class FileOut(Model):
     group: str | None
     modified_at: Time
     target: str | None
+    etag: str | None
 
 
 class WrittenOut(Model):
-    """A file was written."""
+    """A file was written. `etag` is for a later `If-Match`."""
 
     path: str
     size: int
+    etag: str | None
 
 
 class FileRemovedOut(Model):
@@ -121,7 +156,31 @@ def file_out(fact: FileFact) -> FileOut:
         group=fact.group,
         modified_at=datetime.fromtimestamp(min(_MOMENT_MAX_MS, fact.modified_ms) / 1000, UTC),
         target=None if fact.target is None else shown(fact.target),
+        etag=etag_of(fact),
     )
+
+
+def etag_of(fact: FileFact | None) -> str | None:
+    """Return the entity tag (RFC 9110, 8.8.3) of a file."""
+    return None if fact is None or fact.version is None else f'"{fact.version}"'
+
+
+def version_in(header: str | None, *, field: str) -> str | None:
+    """Return the version that a header names: an entity tag, or `*`.
+
+    Raises:
+        InvalidArgumentError: it is neither.
+    """
+    if not header:
+        return None
+    if header.strip() == "*":
+        return "*"
+    found = _ETAG.fullmatch(header.strip())
+    if found is None:
+        raise InvalidArgumentError(
+            'cannot use {field}: give one entity tag, such as "1a-2b-3c", or *', field=field
+        )
+    return found[1]
 
 
 def change_out(change: FileChange) -> dict[str, object]:
@@ -187,6 +246,6 @@ def octal(mode: str | None) -> int | None:
     """
     if mode is None:
         return None
-    if not (1 <= len(mode) <= 5 and all(one in "01234567" for one in mode)):
+    if not re.fullmatch(OCTAL, mode):
         raise InvalidArgumentError("cannot use mode: give it in octal, such as 0644", field="mode")
     return int(mode, 8)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, JsonValue
 
-from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.api.models.base import Body, Model, Time, Title
 from sandyard.server.core.records import (
     Membership,
     Organization,
@@ -93,7 +93,7 @@ def founded_out(organization: Organization, *, project_id: str, workspace_id: st
 class CreateOrganization(Body):
     """The body of a new organization."""
 
-    name: str = Field(examples=["Acme"])
+    name: Title = Field(examples=["Acme"])
 
 
 class MemberOut(Model):

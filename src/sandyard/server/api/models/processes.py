@@ -3,14 +3,32 @@
 import base64
 import binascii
 from datetime import UTC, datetime
+from signal import Signals
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from sandyard.server.api.models.base import Body, Env, Model, Time, bounds
+from sandyard.server.api.models.base import (
+    NOT_BLANK,
+    Body,
+    Cwd,
+    Env,
+    MakeCwd,
+    Model,
+    Time,
+    UserName,
+    bounds,
+    either,
+    in_base64,
+)
 from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ops import Ended, Program, Size
-from sandyard.server.service.sandboxes.processes import INPUT_MAX, TIMEOUT_MS, NewProcess
+from sandyard.server.service.sandboxes.processes import (
+    INPUT_MAX,
+    SIGNAL_NAMES,
+    TIMEOUT_MS,
+    NewProcess,
+)
 
 _MOMENT_MAX_MS = 253_402_300_799_000  # the last second of the year 9999
 Encoding = Literal["utf8", "utf-8", "base64"]
@@ -30,19 +48,28 @@ class Pty(Body):
 class StartProcess(Body):
     """The body of a start."""
 
+    model_config = ConfigDict(json_schema_extra=either("command", "argv"))
+
     command: str | None = Field(
-        None, examples=["python3 -m http.server 8000"], description="What the shell runs."
+        None,
+        examples=["python3 -m http.server 8000"],
+        json_schema_extra={"pattern": NOT_BLANK},
+        description="What the shell runs.",
     )
     argv: list[str] | None = Field(
         None,
         examples=[["python3", "-m", "http.server"]],
+        json_schema_extra={"minItems": 1, "maxItems": 1024, "prefixItems": [{"minLength": 1}]},
         description="Instead of a command: a program, looked for in PATH, and its arguments.",
     )
-    cwd: str = Field("/workspace", max_length=4096)
+    cwd: Cwd = "/workspace"
+    make_cwd: MakeCwd = False
     env: Env = {}
-    user: str = Field("root", min_length=1, max_length=64, description="A name or a number.")
+    user: UserName = "root"
     tag: str | None = Field(
-        None, description="A name to find it by, 1 to 64 characters, not all of them digits."
+        None,
+        description="A name to find it by, 1 to 64 characters, not all of them digits.",
+        json_schema_extra={"pattern": r"^(?![0-9]+$)[^/\x00]{1,64}$"},
     )
     stdin: bool = Field(False, description="Whether it has an input that can be written to.")
     pty: Pty | None = Field(None, description="A terminal to run on; it has an input then.")
@@ -64,13 +91,18 @@ class StartProcess(Body):
             stdin=self.stdin,
             terminal=self.pty.size() if self.pty else None,
             timeout=self.timeout,
+            makes_cwd=self.make_cwd,
         )
 
 
 class SendSignal(Body):
     """The body of a signal."""
 
-    signal: str | int = Field("SIGTERM", description="A name or a number.")
+    signal: str | int = Field(
+        "SIGTERM",
+        description="A name or a number.",
+        json_schema_extra={"enum": [*SIGNAL_NAMES, *map(int, Signals)]},
+    )
     everything: bool = Field(
         False, description="Send it to everything the process has started as well."
     )
@@ -78,6 +110,8 @@ class SendSignal(Body):
 
 class WriteStdin(Body):
     """Input for a process."""
+
+    model_config = ConfigDict(json_schema_extra=in_base64("encoding", "data"))
 
     data: str = Field("", description=f"Up to {INPUT_MAX // 2**20} MiB.")
     encoding: Encoding = Field("utf8", description="How `data` is written.")
@@ -178,6 +212,7 @@ class ProcessOut(Model):
     stdin: bool
     pty: Pty | None
     output_bytes: int
+    input_bytes: int
     started_at: Time
     ended_at: Time | None
     exit_code: int | None
@@ -199,6 +234,7 @@ def process_out(program: Program) -> ProcessOut:
         stdin=program.takes_input and end is None,
         pty=Pty(cols=terminal.columns, rows=terminal.rows) if terminal else None,
         output_bytes=max(0, program.printed),
+        input_bytes=max(0, program.fed),
         started_at=_moment(program.started_ms),
         ended_at=None if end is None else _moment(program.ended_ms or 0),
         exit_code=end.exit_code if end else None,

@@ -1,11 +1,15 @@
 """Projects as HTTP carries them."""
 
+from typing import Annotated
+
 from pydantic import Field
 
-from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.api.models.base import Body, Model, Time, Title
+from sandyard.server.core.ids import SLUG
 from sandyard.server.core.records import (
     Project,
 )
+from sandyard.server.service.people.organizations import COLOR
 
 
 class ProjectOut(Model):
@@ -31,16 +35,22 @@ def project_out(project: Project) -> ProjectOut:
     )
 
 
+Color = Annotated[
+    str | None,
+    Field(examples=["#3b82f6"], json_schema_extra={"pattern": COLOR}),
+]
+
+
 class CreateProject(Body):
     """The body of a new project."""
 
-    name: str = Field(examples=["Crawler"])
-    slug: str | None = None
-    color: str | None = Field(None, examples=["#3b82f6"])
+    name: Title = Field(examples=["Crawler"])
+    slug: str | None = Field(None, json_schema_extra={"pattern": SLUG})
+    color: Color = None
 
 
 class PatchProject(Body):
     """The body of a change: what is left out stays as it is."""
 
-    name: str | None = None
-    color: str | None = None
+    name: Title | None = None
+    color: Color = None

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from sandyard.server.api.models.base import Body, Env, Model, Time, bounds
+from sandyard.server.api.models.base import STRICT, Body, Env, Model, Name, Time, bounds
 from sandyard.server.core.errors import InvalidArgumentError
-from sandyard.server.core.ids import NAME_MAX, TAGS_MAX
+from sandyard.server.core.ids import TAGS_MAX
 from sandyard.server.core.ops import Figures
 from sandyard.server.core.records import Mount, Sandbox
 from sandyard.server.core.shapes import format_size
@@ -19,9 +19,6 @@ from sandyard.server.service.sandboxes.change import Changes
 from sandyard.server.service.sandboxes.create import NewSandbox
 
 # The rules themselves are the service's; here they are for the OpenAPI description.
-Name = Annotated[
-    str, Field(json_schema_extra={"minLength": 1, "maxLength": NAME_MAX, "pattern": "^[^/]+$"})
-]
 Tags = Annotated[list[str], Field(json_schema_extra={"maxItems": TAGS_MAX})]
 IdleTimeout = Annotated[int, Field(json_schema_extra=bounds(0, 604_800))]
 
@@ -91,7 +88,8 @@ class CreateSandbox(Body):
 
 
 class PatchSandbox(Body):
-    """The body of a patch: what is left out stays as it is."""
+    """The body of a patch: what is left out stays as it is. With `Sandyard-Strict: 1` a `name` that
+    is null is removed; without, null is the same as left out."""
 
     name: Name | None = None
     tags: Tags | None = None
@@ -104,11 +102,25 @@ class PatchSandbox(Body):
     )
     on_expiry: OnExpiry | None = None
 
+    _clears_name: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_null_name(cls, given: object, validated: ModelWrapValidatorHandler[Self]) -> Self:
+        made = validated(given)
+        is_null = isinstance(given, dict) and "name" in given and given["name"] is None
+        made._clears_name = is_null and STRICT.get()
+        return made
+
     def changes(self) -> Changes:
         """Return what is to be changed; fields of one name mean the same."""
         given = self.model_fields_set - {"on_expiry"}
         pauses = None if self.on_expiry is None else self.on_expiry == "pause"
-        return Changes(pauses_at_end=pauses, **{name: getattr(self, name) for name in given})
+        return Changes(
+            pauses_at_end=pauses,
+            clears_name=self._clears_name,
+            **{name: getattr(self, name) for name in given},
+        )
 
 
 class ResourcesOut(Model):

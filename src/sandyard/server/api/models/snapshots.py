@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.api.models.base import Body, Model, Name, Time
 from sandyard.server.api.models.sandboxes import ResourcesOut
 from sandyard.server.core.records import Snapshot
 from sandyard.server.core.shapes import format_size
@@ -13,14 +13,14 @@ from sandyard.server.core.shapes import format_size
 class CreateSnapshot(Body):
     """The body of a snapshot; it may be left out."""
 
-    name: str | None = None
+    name: Name | None = None
 
 
 class CreateForks(Body):
     """The body of a fork."""
 
     count: int = Field(1, ge=1, le=100)
-    name: str | None = Field(
+    name: Name | None = Field(
         None, description="What it is called; of several, each with its number: `name-1`."
     )
 

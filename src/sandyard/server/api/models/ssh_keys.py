@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field
 
-from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.api.models.base import Body, Model, Time, Title
 from sandyard.server.core.records import (
     SshKey,
 )
@@ -13,10 +13,12 @@ from sandyard.server.core.records import (
 class CreateSshKey(Body):
     """The body of a new SSH key."""
 
-    name: str = Field(examples=["laptop"])
+    name: Title = Field(examples=["laptop"])
     public_key: str = Field(
         validation_alias=AliasChoices("publicKey", "public_key"),
-        examples=["ssh-ed25519 AAAAC3… me@laptop"],
+        examples=[
+            "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP6E1S+w0BGuWIOm2fiZq9sacuQWHVLwk5hXJrwPwmad me"
+        ],
     )
 
 

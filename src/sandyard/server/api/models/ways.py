@@ -35,7 +35,9 @@ class NewTerminal(Body):
     """A new terminal, or with `terminalId` an existing one."""
 
     sandbox_id: str
-    terminal_id: str | None = None
+    terminal_id: str | None = Field(
+        None, json_schema_extra={"pattern": "^terminal-", "maxLength": 64}
+    )
 
 
 class TerminalOut(Model):

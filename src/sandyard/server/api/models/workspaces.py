@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.config import JsonDict
 
 from sandyard.server.api.errors import error_out
-from sandyard.server.api.models.base import Body, Model, Time
+from sandyard.server.api.models.base import Body, Model, Time, Title
 from sandyard.server.core.errors import InvalidArgumentError
-from sandyard.server.core.ids import checked_text
+from sandyard.server.core.ids import SLUG, checked_text
 from sandyard.server.core.records import Sandbox, Workspace
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces.beneath import Parts
@@ -34,15 +35,19 @@ _MOMENT_MAX = 253_402_300_799  # the last second of the year 9999
 class CreateWorkspace(Body):
     """The body of a create."""
 
-    name: str = Field(examples=["Data"])
-    slug: str | None = Field(None, description="A name for addresses; made from the name.")
+    name: Title = Field(examples=["Data"])
+    slug: str | None = Field(
+        None,
+        description="A name for addresses; made from the name.",
+        json_schema_extra={"pattern": SLUG},
+    )
     org_id: str | None = Field(None, description="The organization; that of the credential.")
 
 
 class RenameWorkspace(Body):
     """The body of a change."""
 
-    name: str
+    name: Title
 
 
 class WorkspaceOut(Model):
@@ -161,15 +166,33 @@ class MeasureOut(Model):
 
     id: str
     size: int
-    count: int = Field(description="Files and folders in it.")
+    count: int = Field(description="Files and directories in it.")
     files: int
     folders: int
+
+
+_NAME = r"^(?!\.{1,2}$)[^/\x00]{1,255}$"
+_TARGET_OR_CONTENTS: JsonDict = {
+    "if": {"properties": {"operation": {"const": "write"}}},
+    "then": {"required": ["contents"], "properties": {"contents": {"type": "string"}}},
+    "else": {
+        "if": {"properties": {"operation": {"const": "rename"}}},
+        "then": {
+            "required": ["target"],
+            "properties": {"target": {"type": "string", "pattern": _NAME}},
+        },
+        "else": {"required": ["target"], "properties": {"target": {"type": "string"}}},
+    },
+}
 
 
 class CreateEntry(Body):
     """The body of a new file or folder."""
 
-    name: str = Field(examples=["notes.txt"])
+    name: str = Field(
+        examples=["notes.txt"],
+        json_schema_extra={"maxLength": 255, "pattern": _NAME},
+    )
     type: Literal["file", "folder", "directory"] = "file"
     contents: str = ""
     overwrite: bool = Field(False, description="Replace a file that is there.")
@@ -178,13 +201,15 @@ class CreateEntry(Body):
 class ChangeEntry(Body):
     """The body of a change to one file or folder."""
 
+    model_config = ConfigDict(json_schema_extra=_TARGET_OR_CONTENTS)
+
     operation: Literal["rename", "move", "copy", "write"]
     target: str | None = Field(
         None,
-        description="`rename`: the new name. `move`, `copy`: a folder to put it into, or the path "
-        "it is to have.",
+        description="`rename`: the new name. `move`, `copy`: an existing directory to put it into, "
+        "or the new path.",
     )
-    contents: str | None = Field(None, description="`write`: what is to be in it.")
+    contents: str | None = Field(None, description="`write`: the new content.")
     overwrite: bool = Field(False, description="Replace a file that has the target's name.")
 
 
@@ -192,15 +217,21 @@ class ChangeEntries(Body):
     """The body of a change to several."""
 
     operation: Literal["copy", "move"]
-    target: str = Field(description="A folder that is there.", examples=["/archive"])
-    ids: list[str] = Field(description=f"1 to {BATCH_MAX} paths.")
+    target: str = Field(description="An existing directory.", examples=["/archive"])
+    ids: list[str] = Field(
+        description=f"1 to {BATCH_MAX} paths.",
+        json_schema_extra={"minItems": 1, "maxItems": BATCH_MAX},
+    )
     overwrite: bool = False
 
 
 class RemoveEntries(Body):
     """The body of a removal."""
 
-    ids: list[str] = Field(description=f"1 to {BATCH_MAX} paths.")
+    ids: list[str] = Field(
+        description=f"1 to {BATCH_MAX} paths.",
+        json_schema_extra={"minItems": 1, "maxItems": BATCH_MAX},
+    )
 
 
 class OutcomeOut(Model):

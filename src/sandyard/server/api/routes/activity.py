@@ -2,13 +2,13 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope, takes_query_key
-from sandyard.server.api.cursors import decode_cursor, encode_cursor
+from sandyard.server.api.cursors import Cursor, decode_cursor, encode_cursor
 from sandyard.server.api.events import EventStream, Recheck, SseEvent, rechecked
 from sandyard.server.api.models.activity import EventPage, EventsOut, event_out
 from sandyard.server.api.models.base import PageMeta
@@ -45,10 +45,21 @@ async def list_activity(
     actor_user_id: str | None = None,
     sandbox_id: str | None = None,
     workspace_id: str | None = None,
-    since: Annotated[str | None, Query(description="From this time on (ISO 8601).")] = None,
-    until: Annotated[str | None, Query(description="Before this time (ISO 8601).")] = None,
+    since: Annotated[
+        str | None,
+        Query(
+            description="From this time on (ISO 8601).", json_schema_extra={"format": "date-time"}
+        ),
+    ] = None,
+    until: Annotated[
+        str | None,
+        Query(
+            description="Before this time (ISO 8601).",
+            json_schema_extra={"format": "date-time"},
+        ),
+    ] = None,
     limit: Limit = 100,
-    cursor: str | None = None,
+    cursor: Cursor = None,
 ) -> EventPage:
     """List the activity feed, newest first. Members see their own entries, admins the
     organization's."""
@@ -91,7 +102,7 @@ async def list_sandbox_activity(
     service: Service,
     reference: str,
     limit: Limit = 100,
-    cursor: str | None = None,
+    cursor: Cursor = None,
 ) -> EventPage:
     """List the activity of one sandbox, newest first."""
     found = await service.of_sandbox(
@@ -153,15 +164,19 @@ def _page(request: Request, found: list[Activity], limit: int) -> EventPage:
     )
 
 
+_FIRST, _LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9998, 1, 1, tzinfo=UTC)
+
+
 def _moment(text: str | None, field: str) -> datetime | None:
     if text is None:
         return None
     try:
         moment = datetime.fromisoformat(text)
-        if moment.tzinfo is None or not 1970 <= moment.year <= 9998:
-            raise ValueError("no moment")
+        if moment.tzinfo is None:
+            raise ValueError("no time zone")
     except ValueError as error:
         raise InvalidArgumentError(
             f"cannot use {field}: it is a time such as 2026-05-06T10:00:00Z", field=field
         ) from error
-    return moment
+    # Times that the stores can compare; there is no activity beyond them.
+    return max(_FIRST, min(_LAST, moment))

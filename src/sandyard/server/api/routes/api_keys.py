@@ -5,7 +5,7 @@ from typing import Annotated, Literal, cast
 from fastapi import APIRouter, Depends, Query, Request
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.cursors import decode_cursor
+from sandyard.server.api.cursors import Cursor, decode_cursor
 from sandyard.server.api.models.api_keys import (
     ApiKeyOut,
     CreateApiKey,
@@ -63,7 +63,7 @@ async def list_api_keys(
     actor: CanRead,
     service: Keys,
     limit: Limit = 500,
-    cursor: str | None = None,
+    cursor: Cursor = None,
 ) -> Page[ApiKeyOut]:
     """List API keys that are not revoked, newest first. Members see their own, admins the
     organization's."""

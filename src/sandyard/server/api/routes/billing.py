@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request
 
 from sandyard.server.api.access import Scope, open_to_all
-from sandyard.server.api.cursors import decode_cursor
+from sandyard.server.api.cursors import Cursor, decode_cursor
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.billing import (
     AutoTopupOut,
@@ -73,7 +73,7 @@ async def list_ledger(
     actor: CanRead,
     service: Service,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
-    cursor: str | None = None,
+    cursor: Cursor = None,
 ) -> Page[LedgerEntryOut]:
     """List the entries of the ledger, newest first."""
     after_id = decode_cursor(cursor)[1] if cursor else None

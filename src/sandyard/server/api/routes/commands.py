@@ -14,6 +14,7 @@ from sandyard.server.api.access import Scope
 from sandyard.server.api.models.base import Data, Meta
 from sandyard.server.api.models.commands import Exec, ExecOut, exec_out, pieces_of_answer
 from sandyard.server.api.routes.common import enveloped, errors, provided
+from sandyard.server.api.streams import while_connected
 from sandyard.server.core.ids import checked_text
 from sandyard.server.front.bodies import takes_body
 from sandyard.server.service.actor import Actor
@@ -78,9 +79,11 @@ Service = Annotated[Commands, provided("commands")]
 async def execute(
     request: Request, actor: CanWrite, service: Service, reference: str, body: Exec
 ) -> Any:
-    """Run a command and return its output. A non-zero exit code is not an error."""
+    """Run a command and return its output. A non-zero exit code is not an error. If the client
+    disconnects, the command is ended with everything that it started."""
     checked_text(reference, field="reference")
-    outcome = await service.execute(actor, reference, body.wish())
+    async with while_connected(request):
+        outcome = await service.execute(actor, reference, body.wish())
     if len(outcome.stdout) + len(outcome.stderr) < _LARGE:
         outcome.release()
         return enveloped(request, exec_out(outcome, body.encoding))

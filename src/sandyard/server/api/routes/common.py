@@ -29,17 +29,27 @@ def provided(name: str) -> Any:
 Where = Annotated[Addresses, provided("addresses")]
 
 
-async def _repeatable(
-    request: Request,
-    idempotency_key: Annotated[
-        str | None,
-        Header(description="The same key and body again is answered with what was made (24 h)."),
-    ] = None,
-) -> Repeatable | None:
+KeyHeader = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="The same key and body again is answered with what was made (24 h).",
+        json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    ),
+]
+
+
+async def _repeatable(request: Request, idempotency_key: KeyHeader = None) -> Repeatable | None:
     if idempotency_key is None:
         return None
-    route = f"{request.method} {request.url.path}"
-    return Repeatable(route=route, key=idempotency_key, body=_meaning(await request.body()))
+    return repeatable(request, idempotency_key, _meaning(await request.body()))
+
+
+def repeatable(request: Request, key: str | None, body: bytes) -> Repeatable | None:
+    """Return a request with its key, if it has one."""
+    if key is None:
+        return None
+    return Repeatable(route=f"{request.method} {request.url.path}", key=key, body=body)
 
 
 def _meaning(body: bytes) -> bytes:
@@ -59,6 +69,7 @@ _MEANINGS = {
     403: "The credential lacks a scope or a role.",
     404: "Absent, or another organization's.",
     409: "Something is taken, a limit is reached, or the status does not allow it.",
+    412: "A condition of the request does not hold.",
     413: "The request is too large.",
     429: "Too many requests; try again after `Retry-After` seconds.",
     500: "Something broke on the server.",

@@ -14,6 +14,8 @@ from sandyard.server.api.downloads import exactly, file_headers, requested_range
 from sandyard.server.api.events import EventStream, Recheck, SseEvent, rechecked
 from sandyard.server.api.models.base import Data
 from sandyard.server.api.models.files import (
+    ETAG,
+    OCTAL,
     FileOut,
     FileRemovedOut,
     ListingOut,
@@ -23,13 +25,15 @@ from sandyard.server.api.models.files import (
     SignedOut,
     WrittenOut,
     change_out,
+    etag_of,
     file_out,
     given_path,
     octal,
     path_in,
     shown,
+    version_in,
 )
-from sandyard.server.api.routes.common import enveloped, errors, provided
+from sandyard.server.api.routes.common import Keyed, enveloped, errors, provided
 from sandyard.server.api.streams import HeldStream
 from sandyard.server.core import ops
 from sandyard.server.core.errors import (
@@ -40,6 +44,7 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import FileChange, FileFact
 from sandyard.server.front.bodies import streams_body
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.sandboxes.fields import ACCOUNT
 from sandyard.server.service.sandboxes.files import DEPTH_MAX, LIST_MAX, Files
 from sandyard.server.service.sandboxes.signing import Signing, moment_of
 
@@ -50,7 +55,13 @@ CanWrite = Annotated[Actor, Depends(Scope("sandbox:write"))]
 Service = Annotated[Files, provided("files")]
 MayWatch = Annotated[Recheck, rechecked("sandbox:write")]
 Signer = Annotated[Signing, provided("signing")]
-User = Annotated[str, Query(description="Who does it: a name or a number.")]
+_ACCOUNT = {"minLength": 1, "maxLength": 64, "pattern": ACCOUNT}
+User = Annotated[
+    str, Query(description="Who does it: a name or a number.", json_schema_extra=_ACCOUNT)
+]
+Owner = Annotated[
+    str | None, Query(description="The owner: a name or a number.", json_schema_extra=_ACCOUNT)
+]
 
 
 async def _where(
@@ -78,6 +89,7 @@ Where = Annotated[bytes, Depends(_where)]
         **errors(402, 404, 409),
         200: {"description": "The file.", "content": {"application/octet-stream": {}}},
         206: {"description": "The part of it that was asked for."},
+        304: {"description": "It has not changed."},
         416: {"description": "It has no such part."},
     },
     response_model=None,
@@ -92,8 +104,16 @@ async def read_file(
     user: User = "root",
     range_: Annotated[str | None, Header(alias="Range")] = None,
     if_range: Annotated[str | None, Header(alias="If-Range")] = None,
+    if_none_match: Annotated[
+        str | None,
+        Header(
+            description="Answer 304 if the file still has this entity tag.",
+            json_schema_extra={"pattern": ETAG},
+        ),
+    ] = None,
 ) -> Any:
     """Read a file, or a range of it."""
+    known = version_in(if_none_match, field="If-None-Match")
     reference = checked_text(reference, field="reference")
     begin, end = requested_range(range_, if_range) or (None, None)
     if begin is None and end is not None:  # the last so many bytes
@@ -114,6 +134,11 @@ async def read_file(
             size = reading.fact.size
         name = shown(reading.fact.path).rpartition("/")[2]
         headers = file_headers(name, reading.fact.modified_ms / 1000, how="attachment")
+        etag = etag_of(reading.fact)
+        if etag is not None:
+            headers["ETag"] = etag
+        if known is not None and known in ("*", reading.fact.version):
+            return Response(status_code=304, headers=headers)
         if begin is not None and begin >= size > 0:
             headers["Content-Range"] = f"bytes */{size}"
             return Response(status_code=416, headers=headers)
@@ -139,7 +164,7 @@ async def read_file(
     )
 
 
-@router.put("", status_code=201, responses=errors(402, 404, 409))
+@router.put("", status_code=201, responses=errors(402, 404, 409, 412))
 @streams_body
 @takes_signature
 async def write_file(
@@ -149,9 +174,11 @@ async def write_file(
     reference: str,
     where: Where,
     user: User = "root",
-    mode: Annotated[str | None, Query(description="Permissions, octal.")] = None,
-    owner: Annotated[str | None, Query(description="Whose it is to be.")] = None,
-    parents: Annotated[bool, Query(description="Make the folders above it, too.")] = True,
+    mode: Annotated[
+        str | None, Query(description="Permissions, octal.", json_schema_extra={"pattern": OCTAL})
+    ] = None,
+    owner: Owner = None,
+    parents: Annotated[bool, Query(description="Create missing parent directories.")] = True,
     in_place: Annotated[
         bool,
         Query(
@@ -159,15 +186,44 @@ async def write_file(
             description="Write over what is there, which is neither whole nor gone meanwhile.",
         ),
     ] = False,
+    if_match: Annotated[
+        str | None,
+        Header(
+            description="Write only if the file has this entity tag.",
+            json_schema_extra={"pattern": ETAG},
+        ),
+    ] = None,
+    if_none_match: Annotated[
+        str | None,
+        Header(
+            description="`*`: write only if there is no file yet.",
+            json_schema_extra={"pattern": r"^\*$"},
+        ),
+    ] = None,
 ) -> Data[WrittenOut]:
     """Write the request body to a file. The old content stays until the upload is complete."""
     reference = checked_text(reference, field="reference")
-    wish = ops.Write(where, in_place, parents, octal(mode), owner, user)
+    if if_none_match and if_none_match.strip() != "*":
+        raise InvalidArgumentError(
+            "cannot use {field}: for a write it can be * only", field="If-None-Match"
+        )
+    wish = ops.Write(
+        where,
+        in_place,
+        parents,
+        octal(mode),
+        owner,
+        user,
+        if_version=version_in(if_match, field="If-Match"),
+        is_new=bool(if_none_match),
+    )
     try:
-        size = await service.write(actor, reference, wish, request.stream())
+        size, fact = await service.write(actor, reference, wish, request.stream())
     except ClientDisconnect as error:
-        raise InvalidArgumentError("the file did not come whole; nothing was written") from error
-    return enveloped(request, WrittenOut(path=shown(where), size=size))
+        raise InvalidArgumentError(
+            "the file did not come whole; nothing was written", field="body"
+        ) from error
+    return enveloped(request, WrittenOut(path=shown(where), size=size, etag=etag_of(fact)))
 
 
 @router.delete("", responses=errors(402, 404, 409))
@@ -178,7 +234,7 @@ async def remove_file(
     reference: str,
     where: Where,
     user: User = "root",
-    recursive: Annotated[bool, Query(description="A folder with all that is in it.")] = False,
+    recursive: Annotated[bool, Query(description="Delete a directory with its contents.")] = False,
 ) -> Data[FileRemovedOut]:
     """Delete a file or an empty directory, or with `recursive` a directory and its contents."""
     reference = checked_text(reference, field="reference")
@@ -266,7 +322,7 @@ async def unpack_folder(
     try:
         found = await service.unpack(actor, reference, where, user, request.stream())
     except ClientDisconnect as error:
-        raise InvalidArgumentError("the archive did not come whole") from error
+        raise InvalidArgumentError("the archive did not come whole", field="body") from error
     return enveloped(request, file_out(found))
 
 
@@ -345,7 +401,12 @@ async def _events_of(changes: AsyncIterator[FileChange]) -> AsyncIterator[SseEve
 
 @router.post("/sign", status_code=201, responses=errors(404))
 async def sign_file(
-    request: Request, actor: CanWrite, service: Signer, reference: str, body: SignBody
+    request: Request,
+    actor: CanWrite,
+    service: Signer,
+    reference: str,
+    body: SignBody,
+    keyed: Keyed,
 ) -> Data[SignedOut]:
     """Create a URL that reads or writes one file without a key, until it expires.
 
@@ -360,6 +421,7 @@ async def sign_file(
         where,
         body.user,
         body.expires_in,
+        request=keyed,
     )
     query = urlencode(
         {"path": use.path, "user": use.user, "expires": use.expires, "by": use.by,

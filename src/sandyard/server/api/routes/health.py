@@ -1,4 +1,4 @@
-"""/healthz and /readyz."""
+"""/healthz, /servez and /readyz."""
 
 from fastapi import APIRouter, Request, Response
 
@@ -14,6 +14,20 @@ router = APIRouter(tags=["operations"])
 async def healthz() -> Health:
     """Report that the process is running."""
     return Health(status="ok")
+
+
+@router.get("/servez", response_model=Health, responses={503: {"model": Health}})
+@open_to_all
+async def servez(request: Request, response: Response) -> Health:
+    """Report whether this server can serve requests, for a load balancer. The answer comes from
+    memory, at once."""
+    readiness: Readiness = request.app.state.services.readiness
+    trouble = readiness.cannot_serve
+    if trouble is None:
+        return Health(status="ok")
+    response.status_code = 503
+    response.headers["Retry-After"] = "2"
+    return Health(status="unready", missing=[trouble])
 
 
 @router.get("/readyz", response_model=Health, responses={503: {"model": Health}})

@@ -16,6 +16,7 @@ from fastapi import (
     Response,
     WebSocket,
 )
+from starlette.requests import ClientDisconnect
 
 from sandyard.server.api.access import Scope, socket_scope, takes_query_key
 from sandyard.server.api.errors import error_out
@@ -39,7 +40,7 @@ from sandyard.server.api.models.processes import (
     end_out,
     process_out,
 )
-from sandyard.server.api.routes.common import enveloped, errors, provided, whole
+from sandyard.server.api.routes.common import Keyed, enveloped, errors, provided, whole
 from sandyard.server.api.sockets import Inflow, messages_of, send_json, served, watched
 from sandyard.server.core.errors import (
     ConflictError,
@@ -49,7 +50,7 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ids import checked_text
 from sandyard.server.core.ops import Ended
-from sandyard.server.front.bodies import takes_body
+from sandyard.server.front.bodies import streams_body, takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.people.rates import Rates
 from sandyard.server.service.sandboxes.processes import STREAMS, Following, Processes, Which
@@ -57,7 +58,7 @@ from sandyard.server.tasks import concurrently
 
 router = APIRouter(prefix="/v1/sandboxes/{reference}/processes", tags=["processes"])
 
-_START_MAX = 1536 * 1024  # a command of 1 MiB, and what JSON makes of it
+_START_MAX = 3 * 1024 * 1024  # a command of 2 MiB, and what JSON makes of it
 _STDIN_MAX = 1536 * 1024  # 1 MiB in base64
 _PID_DIGITS = 10
 _NUMBERS = {name: bytes((channel,)) for channel, name in STREAMS.items()}
@@ -70,10 +71,16 @@ MayFollow = Annotated[Recheck, rechecked("sandbox:write")]
 @router.post("", status_code=201, responses=errors(402, 404, 409, 413))
 @takes_body(_START_MAX)
 async def start_process(
-    request: Request, actor: CanWrite, service: Service, reference: str, body: StartProcess
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    body: StartProcess,
+    keyed: Keyed,
 ) -> Data[ProcessOut]:
     """Start a process that keeps running after this request. The end of its output is kept."""
-    found = await service.start(actor, checked_text(reference, field="reference"), body.wish())
+    reference = checked_text(reference, field="reference")
+    found = await service.start(actor, reference, body.wish(), request=keyed)
     return enveloped(request, process_out(found))
 
 
@@ -131,6 +138,42 @@ async def write_stdin(
         actor, reference, which_of(process), body.bytes(), closes=body.close
     )
     return enveloped(request, StdinOut(written=written, closed=closed))
+
+
+@router.put(
+    "/{process}/stdin",
+    responses=errors(402, 404, 409),
+    openapi_extra={
+        "requestBody": {"content": {"application/octet-stream": {}}, "description": "The input."}
+    },
+)
+@streams_body
+async def stream_stdin(
+    request: Request,
+    actor: CanWrite,
+    service: Service,
+    reference: str,
+    process: str,
+    offset: Annotated[
+        int | None,
+        Query(
+            ge=0,
+            description="Where in the process's input the body begins. What was written from there "
+            "on is not written again, so a request whose answer was lost can be repeated.",
+        ),
+    ] = None,
+    close: Annotated[bool, Query(description="End its input when all is written.")] = False,
+) -> Data[StdinOut]:
+    """Write the request body to a process's input. Once the process has taken nothing for 5 s, the
+    rest of the body is discarded; the answer reports how much was written."""
+    reference = checked_text(reference, field="reference")
+    try:
+        fed = await service.feed(
+            actor, reference, which_of(process), request.stream(), offset=offset, closes=close
+        )
+    except ClientDisconnect as error:
+        raise InvalidArgumentError("the body did not come whole", field="body") from error
+    return enveloped(request, StdinOut(written=fed.count, closed=fed.is_closed))
 
 
 @router.post("/{process}/resize", responses=errors(402, 404, 409))

@@ -1,11 +1,12 @@
 """/v1/sandboxes."""
 
+import json
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.cursors import decode_cursor
+from sandyard.server.api.cursors import Cursor, decode_cursor
 from sandyard.server.api.models.base import Data, Page
 from sandyard.server.api.models.sandboxes import (
     CreateSandbox,
@@ -29,6 +30,7 @@ from sandyard.server.api.routes.common import (
     paged,
     provided,
 )
+from sandyard.server.core.errors import InvalidArgumentError
 from sandyard.server.core.ids import TAGS_MAX, checked_text
 from sandyard.server.core.records import SandboxQuery
 from sandyard.server.core.states import Status
@@ -36,6 +38,7 @@ from sandyard.server.front.bodies import takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.sandboxes.change import Sandboxes
 from sandyard.server.service.sandboxes.create import Creation
+from sandyard.server.service.sandboxes.fields import check_metadata
 
 router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
 
@@ -81,6 +84,20 @@ async def create_sandbox(
     return enveloped(request, sandbox_out(sandbox, actor, where))
 
 
+def _wanted(text: str) -> dict[str, object]:
+    """Return the metadata that a query asks for."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidArgumentError(
+            'cannot use metadata: give a JSON object such as {"team":"red"}', field="metadata"
+        )
+    check_metadata(found)
+    return found
+
+
 @router.get("", responses=errors())
 async def list_sandboxes(
     request: Request,
@@ -94,16 +111,29 @@ async def list_sandboxes(
     template: str | None = None,
     exclude_template: str | None = None,
     project_id: str | None = None,
+    name_prefix: Annotated[str | None, Query(description="How the name begins.")] = None,
+    node_id: Annotated[str | None, Query(description="The node it is on; for admins.")] = None,
+    metadata: Annotated[
+        str | None,
+        Query(
+            description="JSON of an object that the metadata contains, at every depth: "
+            '`{"team":{"name":"red"}}`.',
+            json_schema_extra={"contentMediaType": "application/json"},
+        ),
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 500,
-    cursor: str | None = None,
+    cursor: Cursor = None,
     all_: Annotated[bool, Query(alias="all")] = False,
 ) -> Page[SandboxOut]:
     """List sandboxes, newest first."""
     for field, text in (
         ("template", template), ("exclude_template", exclude_template), ("project_id", project_id),
+        ("name_prefix", name_prefix), ("node_id", node_id),
         *(("tag", one) for one in tag or ()),
     ):  # fmt: skip
         checked_text(text or "", field=field)
+    if node_id is not None:
+        actor.require_admin()
     found = await service.page(
         actor,
         SandboxQuery(
@@ -115,6 +145,9 @@ async def list_sandboxes(
             template=template,
             exclude_template=exclude_template,
             project_id=project_id,
+            name_prefix=name_prefix,
+            node_id=node_id,
+            metadata=None if metadata is None else _wanted(metadata),
             after=decode_cursor(cursor) if cursor else None,
         ),
         wants_all=all_,

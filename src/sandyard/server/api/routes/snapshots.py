@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Depends, Query, Request
 
 from sandyard.server.api.access import Scope
-from sandyard.server.api.cursors import decode_cursor
+from sandyard.server.api.cursors import Cursor, decode_cursor
 from sandyard.server.api.models.base import Data, Page, RemovedOut
 from sandyard.server.api.models.sandboxes import SandboxOut, sandbox_out
 from sandyard.server.api.models.snapshots import (
@@ -57,7 +57,7 @@ async def list_snapshots(
     actor: CanRead,
     service: Service,
     limit: Annotated[int, Query(ge=1, le=500)] = 500,
-    cursor: str | None = None,
+    cursor: Cursor = None,
 ) -> Page[SnapshotOut]:
     """List snapshots, newest first."""
     found = await service.page(

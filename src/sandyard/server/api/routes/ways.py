@@ -15,7 +15,7 @@ from sandyard.server.api.models.ways import (
     UrlOut,
     typed,
 )
-from sandyard.server.api.routes.common import enveloped, errors, provided
+from sandyard.server.api.routes.common import Keyed, enveloped, errors, provided
 from sandyard.server.api.sockets import Inflow, messages_of, send_json, served, watched
 from sandyard.server.core.errors import InvalidArgumentError, SandyardError, UnavailableError
 from sandyard.server.core.ids import checked_text
@@ -103,10 +103,11 @@ async def open_terminal(
     actor: CanWrite,
     terminals: Annotated[Terminals, provided("terminals")],
     body: NewTerminal,
+    keyed: Keyed,
 ) -> Data[TerminalOut]:
     """Create a ticket that opens a terminal in a sandbox, once, within a minute."""
     reference = checked_text(body.sandbox_id, field="sandboxId")
-    made = await terminals.issue(actor, reference, body.terminal_id)
+    made = await terminals.issue(actor, reference, body.terminal_id, request=keyed)
     return enveloped(
         request,
         TerminalOut(

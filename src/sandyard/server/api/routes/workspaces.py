@@ -36,7 +36,14 @@ from sandyard.server.api.models.workspaces import (
     workspace_out,
 )
 from sandyard.server.api.paths import WHOLE
-from sandyard.server.api.routes.common import Keyed, enveloped, errors, provided
+from sandyard.server.api.routes.common import (
+    Keyed,
+    KeyHeader,
+    enveloped,
+    errors,
+    provided,
+    repeatable,
+)
 from sandyard.server.api.streams import HeldStream
 from sandyard.server.api.uploads import Upload
 from sandyard.server.core.errors import InvalidArgumentError
@@ -45,6 +52,7 @@ from sandyard.server.front.bodies import streams_body, takes_body
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.workspaces.beneath import Parts
 from sandyard.server.service.workspaces.files import WorkspaceFiles
+from sandyard.server.service.workspaces.tree import TreeEntry
 from sandyard.server.service.workspaces.workspaces import Workspaces
 from sandyard.server.tasks import in_thread
 
@@ -54,6 +62,23 @@ _PATH = f"{{path:{WHOLE}}}"
 _FILES = f"/{{reference}}/files/{_PATH}"
 _INFO = f"/{{reference}}/info/{_PATH}"
 _UPLOAD = f"/{{reference}}/upload/{_PATH}"
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "name": {"type": "string", "minLength": 1},
+                    },
+                }
+            }
+        },
+    }
+}
 _CONTENTS_MAX = 10 * 1024 * 1024
 _BATCH_MAX = 2 * 1024 * 1024  # of the longest paths there are
 
@@ -192,15 +217,19 @@ async def create_file(
     reference: Which,
     path: Where,
     body: CreateEntry,
+    keyed: Keyed,
 ) -> Data[EntryOut]:
     """Create a file or directory. Missing parent directories are created."""
     name = name_in(body.name, field="name")
-    if body.type != "file":
-        made = await files.make_folder(actor, reference, (*path, name))
-    else:
-        made = await files.write(
+
+    async def create() -> TreeEntry:
+        if body.type != "file":
+            return await files.make_folder(actor, reference, (*path, name))
+        return await files.write(
             actor, reference, path, _once(body.contents), lambda: name, replaces=body.overwrite
         )
+
+    made = await files.create(actor, reference, create, request=keyed)
     return enveloped(request, entry_out(made))
 
 
@@ -208,8 +237,10 @@ async def _once(contents: str) -> AsyncIterator[bytes]:
     yield contents.encode("utf-8", "surrogatepass")
 
 
-@router.post("/{reference}/upload", status_code=201, responses=errors(404, 409, 413))
-@router.post(_UPLOAD, status_code=201, responses=errors(404, 409, 413))
+@router.post(
+    "/{reference}/upload", status_code=201, responses=errors(404, 409, 413), openapi_extra=_FORM
+)
+@router.post(_UPLOAD, status_code=201, responses=errors(404, 409, 413), openapi_extra=_FORM)
 @streams_body
 async def upload_file(
     request: Request,
@@ -218,22 +249,29 @@ async def upload_file(
     reference: Which,
     path: Where,
     folder: Annotated[
-        str, Query(alias="id", description="The folder, if the address does not name it.")
+        str, Query(alias="id", description="The directory, if the path does not name it.")
     ] = "",
     overwrite: Annotated[bool, Query(description="Replace a file that is there.")] = True,
+    idempotency_key: KeyHeader = None,
 ) -> Data[EntryOut]:
     """Upload a file as a form: the field `file`, and optionally `name`. The file appears when the
     upload is complete."""
     upload = Upload(request.headers.get("content-type", ""), request.stream())
-    made = await files.write(
-        actor,
-        reference,
-        path or path_in(folder, field="id"),
-        upload.pieces(),
-        upload.name,
-        replaces=overwrite,
-        most=files.upload_max,
-    )
+
+    async def create() -> TreeEntry:
+        return await files.write(
+            actor,
+            reference,
+            path or path_in(folder, field="id"),
+            upload.pieces(),
+            upload.name,
+            replaces=overwrite,
+            most=files.upload_max,
+        )
+
+    # What is uploaded is not compared: it may be large, and each form has another boundary.
+    keyed = repeatable(request, idempotency_key, request.scope["query_string"])
+    made = await files.create(actor, reference, create, request=keyed)
     return enveloped(request, entry_out(made))
 
 

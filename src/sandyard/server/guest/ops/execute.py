@@ -1,10 +1,14 @@
-"""EXEC: runs a command line, carries its streams and reports its end: START and ATTACH in one."""
+"""EXEC: runs a command line, carries its streams and reports its end: START and ATTACH in one.
+
+The command ends with its connection. Only a machine that was suspended, whose connections were all
+reset, lets it continue.
+"""
 
 import socket
 
 from sandyard.server.core import ops, wire
 from sandyard.server.guest.context import Context
-from sandyard.server.guest.ops.processes import start, tell
+from sandyard.server.guest.ops.processes import hear_end, hear_input, start, tell
 from sandyard.server.guest.streams import answer
 
 
@@ -32,6 +36,6 @@ async def execute(
     )
     with entry.followed(0) as follower:
         await answer(connection, ops.Started(entry.told.pid), again=again)
-        # Without a stdin the host sends nothing more. A host that disconnects does not end the
-        # command, whose limit is enforced here.
-        await tell(entry, follower, connection, decoder, listens=wish.stdin)
+        hear = hear_input if wish.stdin else hear_end
+        if not await tell(entry, follower, connection, hear(entry, connection, decoder)):
+            await entry.stop()  # the client that waited for the result is gone

@@ -17,13 +17,14 @@ import socket
 import stat as stats
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
 from sandyard.server.guest import processes, system
 from sandyard.server.guest.context import Context
-from sandyard.server.guest.parts import part_of
+from sandyard.server.guest.parts import is_in_part, part_of
 from sandyard.server.guest.system import Account, ConflictingError, RefusedError
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ async def carry_out(
     if isinstance(wish, ops.WatchFolder):
         among, most = _watching, _WATCHES_MAX
     if len(among) >= most:
-        what = "folders are watched" if among is _watching else "operations on files are under way"
+        what = (
+            "directories are watched" if among is _watching else "operations on files are under way"
+        )
         raise ConflictingError(f"cannot do that now: {most} {what}")
     for path in _paths_of(wish):
         if not path.startswith(b"/") or b"\0" in path:
@@ -279,6 +282,7 @@ class _Child:
             owner=self._name("passwd", found.st_uid),
             group=self._name("group", found.st_gid),
             target=os.readlink(path) if is_link else None,
+            version=None if is_link else _version_of(found),  # a link's is not its target's
         )
 
     def _name(self, table: str, number: int) -> str | None:
@@ -371,9 +375,9 @@ class _Child:
         if not wish.replaces:
             raise FileExistsError(errno.EEXIST, "it exists", wish.target)
         if stats.S_ISDIR(target.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", wish.target)
+            raise IsADirectoryError(errno.EISDIR, "it is a directory", wish.target)
         if stats.S_ISDIR(source.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, "it is no folder", wish.target)
+            raise NotADirectoryError(errno.ENOTDIR, "it is not a directory", wish.target)
         if os.path.samestat(source, target):
             raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.source)} is the same file")
 
@@ -383,14 +387,14 @@ class _Child:
         if stats.S_ISDIR(os.lstat(wish.path).st_mode) and not wish.everything:
             with os.scandir(wish.path) as entries:
                 if next(entries, None) is not None:
-                    raise OSError(errno.ENOTEMPTY, "the folder is not empty", wish.path)
+                    raise OSError(errno.ENOTEMPTY, "the directory is not empty", wish.path)
 
     def _read(self, wish: ops.Read) -> None:
         # So as not to wait for a writer of a pipe.
         descriptor = os.open(wish.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         found = os.fstat(descriptor)
         if stats.S_ISDIR(found.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", wish.path)
+            raise IsADirectoryError(errno.EISDIR, "it is a directory", wish.path)
         if not stats.S_ISREG(found.st_mode):
             raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.path)} is no plain file")
         # A file with a size and no blocks is generated when it is read (/sys), or is one hole.
@@ -400,8 +404,11 @@ class _Child:
             left = 0
         elif wish.offset:
             os.lseek(descriptor, wish.offset, os.SEEK_SET)
-        fact = self._fact(wish.path)
-        self._answer(ops.FileFact(**{**vars(fact), "kind": ops.FileKind.FILE, "size": size}))
+        version = _version_of(found) if size or not found.st_size else None
+        fact = replace(
+            self._fact(wish.path), kind=ops.FileKind.FILE, size=size, version=version
+        )  # of what is open: it may be replaced at any moment
+        self._answer(fact)
         try:
             while left is None or left > 0:
                 data = os.read(descriptor, _PIECE if left is None else min(_PIECE, left))
@@ -418,19 +425,12 @@ class _Child:
         self._end(ops.FileEnd(sent))
 
     def _write(self, wish: ops.Write) -> None:
-        if wish.parents:
-            self._make_parents(wish.path)
-        before = None
-        with contextlib.suppress(FileNotFoundError):
-            before = os.stat(wish.path)
-        if before is not None and stats.S_ISDIR(before.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", wish.path)
-        if before is not None and not stats.S_ISREG(before.st_mode):
-            raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.path)} is no plain file")
+        before = self._before(wish)
         # A link is followed, and its target written, as by any editor.
         path = os.path.realpath(wish.path)
         if wish.in_place:
-            part, flags = path, os.O_WRONLY | os.O_CREAT
+            part, flags = path, os.O_WRONLY | os.O_CREAT | (os.O_EXCL if wish.is_new else 0)
+            _check_version(wish, path)
         else:
             if before is not None:
                 os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # may it be written at all?
@@ -445,16 +445,20 @@ class _Child:
             self._answer(ops.Done())
             try:
                 count = self._take(descriptor)
+                fact = replace(self._fact(part), path=path)
                 if not wish.in_place:
-                    os.rename(part, path)
+                    _put(wish, part, path)
                 is_done = True
+            except _TroubleError as error:
+                self._end(ops.FileEnd(trouble=error.trouble))
+                return
             except OSError as error:
                 if isinstance(error, ConnectionError):
                     raise
                 self._end(ops.FileEnd(trouble=_trouble_of(error, wish.path)))
                 self._hear_out()
                 return
-            self._end(ops.FileEnd(count))
+            self._end(ops.FileEnd(count, fact=fact))
         except _GoneError:
             return  # the host disconnected: nothing of the file must remain
         finally:
@@ -462,6 +466,20 @@ class _Child:
             if not is_done and not wish.in_place:
                 with contextlib.suppress(OSError):
                     os.unlink(part)
+
+    def _before(self, wish: ops.Write) -> os.stat_result | None:
+        """Return the file that is to be replaced, and make the directories above a new one."""
+        if wish.parents:
+            self._make_parents(wish.path)
+        try:
+            before = os.stat(wish.path)
+        except FileNotFoundError:
+            return None
+        if stats.S_ISDIR(before.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a directory", wish.path)
+        if not stats.S_ISREG(before.st_mode):
+            raise _TroubleError(wire.Refusal.BAD_REQUEST, f"{_shown(wish.path)} is no plain file")
+        return before
 
     def _own_file(self, descriptor: int, wish: ops.Write, before: os.stat_result | None) -> None:
         if self._owner is not None:
@@ -505,7 +523,7 @@ class _Child:
         except TooManyError as error:
             raise _TroubleError(
                 wire.Refusal.CONFLICT,
-                f"{_shown(wish.path)}: no more folders can be watched; see "
+                f"{_shown(wish.path)}: no more directories can be watched; see "
                 "fs.inotify.max_user_watches and max_user_instances of the sandbox",
             ) from error
         self._answer(ops.Done())
@@ -517,7 +535,7 @@ class _Child:
                     return  # the host has disconnected
                 self._send_entries([encode(one) for one in watcher.changes()])
         gone = ops.FileTrouble(
-            wire.Refusal.ABSENT.value, f"{_shown(wish.path)}: the folder is there no more"
+            wire.Refusal.ABSENT.value, f"{_shown(wish.path)}: the directory is gone"
         )
         self._end(ops.FileEnd(trouble=gone))
 
@@ -591,11 +609,61 @@ def _paths_of(wish: ops.FileOperation) -> tuple[bytes, ...]:
     return (wish.path,)
 
 
+def _version_of(found: os.stat_result) -> str:
+    # A file that is replaced is another inode; the time alone is as coarse as the kernel's clock.
+    return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+
+
+def _put(wish: ops.Write, part: bytes, path: bytes) -> None:
+    """Put a new file in its place, if the condition of the write still holds: an upload may take
+    long."""
+    with _held(os.path.dirname(path)) if wish.if_version is not None else contextlib.nullcontext():
+        _check_version(wish, path)
+        if not wish.is_new:
+            os.rename(part, path)
+            return
+    try:
+        os.link(part, path)  # a rename would replace what appears now
+    except FileExistsError:
+        _check_version(wish, path)
+        raise
+    os.unlink(part)
+
+
+@contextlib.contextmanager
+def _held(folder: bytes) -> Iterator[None]:
+    """Have one at a time check a file of a directory and replace it."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # one that must not be read, or cannot be locked
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            held.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def _check_version(wish: ops.Write, path: bytes) -> None:
+    """Return if the file at a path is the one that the caller knows."""
+    if wish.if_version is None and not wish.is_new:
+        return
+    try:
+        version = _version_of(os.stat(path))
+    except FileNotFoundError:
+        if wish.if_version is None:
+            return
+        raise _TroubleError(wire.Refusal.CHANGED, f"{_shown(wish.path)} does not exist") from None
+    if wish.is_new:
+        raise _TroubleError(wire.Refusal.CHANGED, f"{_shown(wish.path)} exists already")
+    if wish.if_version not in ("*", version):
+        raise _TroubleError(wire.Refusal.CHANGED, f"{_shown(wish.path)} has changed meanwhile")
+
+
 def _trouble_of(error: OSError, path: bytes) -> ops.FileTrouble:
     """Return an error in the form in which it is sent."""
     code = _CODES.get(error.errno or 0, wire.Refusal.BAD_REQUEST)
     named = error.filename2 or error.filename
     which = os.fsencode(named) if isinstance(named, bytes | str) else path
+    if is_in_part(which):
+        which = path  # the name of an unfinished file says nothing to a user
     words = (error.strerror or "it cannot be done").lower()
     return ops.FileTrouble(code.value, f"{_shown(which)}: {words}")
 

@@ -1,4 +1,4 @@
-"""START, RUN, ATTACH, LIST, SIGNAL, INPUT, RESIZE: processes that belong to the agent."""
+"""START, RUN, ATTACH, LIST, SIGNAL, INPUT, FEED, RESIZE: processes that belong to the agent."""
 
 import asyncio
 import contextlib
@@ -7,9 +7,11 @@ import json
 import os
 import select
 import shlex
+import signal
 import socket
 import stat
 import time
+from collections.abc import Coroutine
 from functools import partial
 
 from sandyard.server.core import ops, wire
@@ -18,13 +20,14 @@ from sandyard.server.guest import processes, system
 from sandyard.server.guest.context import SHELLS, Context
 from sandyard.server.guest.plain import is_plain, words_of
 from sandyard.server.guest.streams import answer, receive
-from sandyard.server.guest.system import ConflictingError, RefusedError
+from sandyard.server.guest.system import ConflictingError, NoProcessError, RefusedError
 from sandyard.server.guest.table import LIVING_MAX, Entry, Follower, shown
 
 _ARGUMENT_MAX = 128 * 1024 - 1  # the kernel's limit for one argument (MAX_ARG_STRLEN)
 _FD = processes.SCRIPT
 _FIRST_READER_S = 10.0
 _INPUT_LIMIT_S = 5.0
+_PEEK_S = 1.0
 _AFTER_INPUT_S = 60.0
 _LIST_MAX = wire.HEAD_MAX * 3 // 4
 
@@ -37,7 +40,8 @@ async def carry_out(
     """Carry out an operation, and return its answer."""
     match wish:
         case ops.Start():
-            return (await start(context, wish, connection)).program()
+            begin = partial(start, context, wish, connection)
+            return (await context.repeats.once(wish, begin)).program()
         case ops.List():
             return _listed(context, wish)
         case ops.Signal():
@@ -55,6 +59,7 @@ async def start(
     """See core.ops.Start. A process that is not kept cannot be found after its end.
 
     Raises: see `Starts.turn`; `connection` is the host's.
+        NoProcessError: the process that it was to replace was replaced, or its tag removed.
     """
     if context.table.living() >= LIVING_MAX:
         raise ConflictingError(
@@ -114,6 +119,14 @@ async def start(
         at_end = partial(note, process.terminal, None)
     entry = Entry(process, told, waits_s=_FIRST_READER_S, hang_up_s=wish.hang_up_s, at_end=at_end)
     limit_s = None if wish.timeout_ms is None else wish.timeout_ms / 1000
+    if wish.replaces is not None:
+        last = context.table.last_with(wish.tag)
+        if last is None or last.told.pid != wish.replaces:
+            entry.forget_tag()
+            context.table.keep(entry, limit_s=limit_s, keeps_end=False)
+            entry.signal(signal.SIGKILL, everything=True)
+            raise NoProcessError(f"cannot replace the process {wish.replaces}: it was replaced")
+        last.forget_tag()
     context.table.keep(entry, limit_s=limit_s, keeps_end=is_kept)
     return entry
 
@@ -128,7 +141,7 @@ def _note_login(context: Context, user: str, host: str, terminal: str, pid: int 
 
 async def follow(
     context: Context,
-    wish: ops.Run | ops.Pipe | ops.Attach,
+    wish: ops.Run | ops.Pipe | ops.Attach | ops.Feed,
     connection: socket.socket,
     decoder: wire.Decoder,
 ) -> None:
@@ -140,6 +153,8 @@ async def follow(
             await _pipe(context, wish, connection, decoder)
         case ops.Attach():
             await _attach(context, wish, connection, decoder)
+        case ops.Feed():
+            await _pour(context, wish, connection, decoder)
 
 
 async def _run(
@@ -151,7 +166,7 @@ async def _run(
     entry = await start(context, wish, connection, is_kept=False)
     with entry.followed(0) as follower:
         await answer(connection, entry.program())
-        await tell(entry, follower, connection, decoder, listens=True)
+        await tell(entry, follower, connection, hear_input(entry, connection, decoder))
 
 
 async def _pipe(
@@ -260,45 +275,53 @@ async def _attach(
     with entry.followed(wish.offset) as follower:
         lost = 0 if wish.offset is None else follower.offset - wish.offset
         await answer(connection, ops.Attached(entry.told.pid, follower.offset, lost))
-        await tell(entry, follower, connection, decoder, listens=True)
+        await tell(entry, follower, connection, hear_input(entry, connection, decoder))
 
 
 async def tell(
     entry: Entry,
     follower: Follower,
     connection: socket.socket,
-    decoder: wire.Decoder,
-    *,
-    listens: bool,
-) -> None:
-    """Send the output and the end of a process, and write what the host sends to its input."""
+    hearing: Coroutine[object, object, bool],
+) -> bool:
+    """Send the output and the end of a process. Meanwhile `hearing` serves the other direction, and
+    returns when that has ended: then stop sending.
+
+    Return False if the host has disconnected before the end.
+    """
     loop = asyncio.get_running_loop()
     telling = asyncio.current_task()
-    hearing = loop.create_task(_hear(entry, connection, decoder)) if listens else None
+    assert telling is not None
+    heard, is_told = loop.create_task(hearing), False
 
-    def is_deaf(done: "asyncio.Task[None]") -> None:
-        # The host has disconnected, or violated the protocol: stop sending.
-        if not done.cancelled() and telling is not None:
+    def is_deaf(done: "asyncio.Task[bool]") -> None:
+        if not is_told and not done.cancelled():
             telling.cancel()
 
-    if hearing is not None:
-        hearing.add_done_callback(is_deaf)
+    heard.add_done_callback(is_deaf)
     try:
         async for channel, data in follower.pieces():
             await loop.sock_sendall(connection, wire.encode_frame(channel, data))
         end = json.dumps(encode(entry.end)).encode()
         await loop.sock_sendall(connection, wire.encode_frame(wire.Channel.EXIT, end))
     except asyncio.CancelledError:
-        if telling is None or hearing is None or not hearing.done():
+        if not heard.done():
             raise
         telling.uncancel()
+        return not heard.result()
+    except (BrokenPipeError, ConnectionResetError):
+        return heard.done() and not heard.result()
     finally:
-        if hearing is not None:
-            hearing.cancel()
+        is_told = True
+        heard.cancel()
+        # It watches the connection; the next operation on it must be the only one that does.
+        await asyncio.wait([heard])
+    return True
 
 
-async def _hear(entry: Entry, connection: socket.socket, decoder: wire.Decoder) -> None:
-    """Write what arrives to the process's input, until the connection ends."""
+async def hear_input(entry: Entry, connection: socket.socket, decoder: wire.Decoder) -> bool:
+    """Write what arrives to the process's input, until the connection ends. Return True if the host
+    has closed it, False if it was reset because the machine was suspended."""
     try:
         while True:
             while (frame := decoder.take_frame()) is None:
@@ -308,8 +331,26 @@ async def _hear(entry: Entry, connection: socket.socket, decoder: wire.Decoder) 
                     await entry.feed(frame.payload, closes=not frame.payload)
                 except ConflictingError:
                     continue  # its input is closed, but its output continues
+    except ConnectionAbortedError:
+        return False
     except (OSError, wire.WireError):
-        return
+        return True
+
+
+async def hear_end(entry: Entry, connection: socket.socket, decoder: wire.Decoder) -> bool:
+    """Wait until the connection ends, and read nothing: the host's next request stays where it is.
+    See `hear_input`."""
+    del entry, decoder
+    try:
+        while True:
+            await processes.readable(connection.fileno())
+            if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return True
+            await asyncio.sleep(_PEEK_S)  # it should have waited for the answer
+    except ConnectionAbortedError:
+        return False
+    except OSError:
+        return True
 
 
 def _listed(context: Context, wish: ops.List) -> ops.Programs:
@@ -329,8 +370,42 @@ def _listed(context: Context, wish: ops.List) -> ops.Programs:
 def _send_signal(context: Context, wish: ops.Signal) -> ops.Started:
     """See core.ops.Signal."""
     entry = context.table.find(wish.pid, wish.tag)
+    if wish.forgets_tag:
+        entry.forget_tag()
     entry.signal(wish.number, everything=wish.everything)
     return ops.Started(entry.told.pid)
+
+
+async def _pour(
+    context: Context, wish: ops.Feed, connection: socket.socket, decoder: wire.Decoder
+) -> None:
+    """See core.ops.Feed."""
+    entry = context.table.find(wish.pid, wish.tag)
+    entry.expect_much()
+    await answer(connection, ops.Fed(entry.fed))
+    takes, is_closed, trouble, taken = True, False, None, 0
+    waiting, is_over = b"", False
+    while not is_over:
+        while (frame := decoder.take_frame()) is None:
+            decoder.feed(await receive(connection))
+        is_over = not frame.payload
+        if takes and (waiting or is_over):
+            # The last piece is known as such only when the stream has ended.
+            closes = is_over and wish.closes
+            at = None if wish.offset is None else wish.offset + taken
+            try:
+                count, is_closed = await entry.feed(
+                    waiting, closes=closes, limit_s=_INPUT_LIMIT_S, at=at
+                )
+                taken += count
+                takes = count == len(waiting)
+            except ConflictingError as error:
+                takes, trouble = False, str(error)
+        waiting = frame.payload
+    end = ops.FeedEnd(taken, is_closed, trouble)
+    payload = json.dumps(encode(end)).encode()
+    data = wire.encode_frame(wire.Channel.EXIT, payload)
+    await asyncio.get_running_loop().sock_sendall(connection, data)
 
 
 async def _feed(context: Context, wish: ops.Input) -> ops.Written:

@@ -8,6 +8,7 @@ from sandyard.server.guest.context import Context
 async def stats(context: Context, wish: ops.Stats) -> ops.Figures:
     """See core.ops.Stats."""
     if wish.window_s is not None:
-        return ops.Figures(recent_cpu_percent=context.load.recent_percent(wish.window_s))
+        recent = await context.load.recent_percent(wish.window_s)
+        return ops.Figures(recent_cpu_percent=recent)
     figures = system.stats(context.root_fd)
     return ops.Figures(cpu_percent=await context.load.percent_now(), **figures)

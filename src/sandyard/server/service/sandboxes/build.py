@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from sandyard.server.service.addresses import Addresses
 from sandyard.server.service.sandboxes.change import Sandboxes
+from sandyard.server.service.sandboxes.contexts import Contexts
 from sandyard.server.service.sandboxes.create import Creation, KeyRing
 from sandyard.server.service.sandboxes.desktops import Desktops
 from sandyard.server.service.sandboxes.execute import Commands
@@ -32,6 +33,7 @@ class SandboxServices:
     snapshots: Snapshots
     commands: Commands
     processes: Processes
+    contexts: Contexts
     files: Files
     forwards: Forwards
     tickets: Tickets
@@ -58,12 +60,11 @@ def build_sandboxes(
         Waits(),
     )
     signers = Signers(platform.store, clock)
-    tickets = Tickets(
-        store=platform.store, signers=signers, clock=clock, key=platform.key, preview_s=preview_s
-    )
+    tickets = Tickets(platform, signers, preview_s=preview_s)
     power = Power(platform, worker=worker, waits=waits)
     reach = Reach(platform, power=power)
-    processes, commands = Processes(reach, clock, opened), Commands(reach, clock)
+    processes = Processes(reach, clock, opened, platform.repeats)
+    commands = Commands(reach, clock)
     return SandboxServices(
         creation=Creation(
             platform,
@@ -76,10 +77,11 @@ def build_sandboxes(
         snapshots=Snapshots(platform, worker=worker, power=power),
         commands=commands,
         processes=processes,
+        contexts=Contexts(processes, clock, platform.repeats),
         files=Files(reach, clock, opened),
         forwards=Forwards(reach, clock),
         tickets=tickets,
-        signing=Signing(signers, register, clock, platform.key),
+        signing=Signing(platform, signers),
         previews=Previews(platform, reach=reach, tickets=tickets, addresses=addresses),
         terminals=Terminals(register, processes, tickets),
         desktops=Desktops(

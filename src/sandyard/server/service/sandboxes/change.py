@@ -7,7 +7,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sandyard.server.core.contracts.store import Turn
-from sandyard.server.core.errors import NotFoundError, PermissionDeniedError, UnavailableError
+from sandyard.server.core.errors import (
+    DeadlineExceededError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+)
 from sandyard.server.core.ids import checked_name, checked_tags
 from sandyard.server.core.ops import Figures, Stats
 from sandyard.server.core.records import Claim, Sandbox, SandboxQuery
@@ -26,6 +31,7 @@ from sandyard.server.service.sandboxes.register import ref_of
 from sandyard.server.service.sandboxes.worker import Worker, new_lease
 
 _FIGURE_MAX = 2.0**63
+_LOOK_S, _REMOTE_S = 2.0, 10.0
 _ENDING = frozenset({Status.DESTROYING, Status.DESTROYED})
 
 
@@ -38,6 +44,7 @@ class Changes:
     """
 
     name: str | None = None
+    clears_name: bool = False
     tags: list[str] | None = None
     idle_timeout: int | None = None
     metadata: Mapping[str, object] | None = None
@@ -99,13 +106,14 @@ class Sandboxes:
         return await self._power.until_up(sandbox, limit_s=limit_s)
 
     async def delete(self, actor: Actor, reference: str, *, wait: bool) -> Sandbox:
-        """Delete a sandbox in any status; with `wait`, wait until it is gone.
+        """Delete a sandbox in any status; with `wait`, wait until it is gone, and at most a minute,
+        or ten seconds if it is on another host.
 
-        A sandbox on a lost node is deleted when the node returns; this does not wait for that.
+        A sandbox on a node that does not answer is deleted when the node returns; this does not
+        wait for that.
 
         Raises:
             NotFoundError: see `get`.
-            DeadlineExceededError: it is not gone yet, but will be.
         """
         actor.require("sandbox:write")
 
@@ -119,9 +127,23 @@ class Sandboxes:
             sandbox = now if now.status in _ENDING else await self._ending(now, actor)
         if not wait or self._nodes.is_lost(sandbox.node_id):
             return sandbox
-        return await self._register.wait_for(
-            sandbox, frozenset({Status.DESTROYED}), limit_s=self._waits.delete_s
-        )
+        return await self._until_gone(sandbox)
+
+    async def _until_gone(self, sandbox: Sandbox) -> Sandbox:
+        """Return a sandbox once it is gone, or as it is if that takes long or its node is not
+        heard."""
+        limit_s = self._waits.delete_s
+        if self._nodes.are_remote:  # it may be out of reach without anybody knowing
+            limit_s = min(limit_s, _REMOTE_S)
+        for _ in range(round(limit_s / _LOOK_S)):
+            try:
+                return await self._register.wait_for(
+                    sandbox, frozenset({Status.DESTROYED}), limit_s=_LOOK_S
+                )
+            except DeadlineExceededError:
+                if self._nodes.is_silent(sandbox.node_id):
+                    break
+        return await self._register.reread(sandbox.id)
 
     async def _ending(self, sandbox: Sandbox, actor: Actor) -> Sandbox | None:
         """Begin to delete a sandbox; return None if it has changed meanwhile."""
@@ -209,7 +231,9 @@ class Sandboxes:
     async def _fields(self, actor: Actor, changes: Changes) -> dict[str, object]:
         """Return the new values, by field."""
         fields: dict[str, object] = {}
-        if changes.name is not None:
+        if changes.clears_name:
+            fields["name"] = None
+        elif changes.name is not None:
             fields["name"] = checked_name(changes.name)
         if changes.tags is not None:
             fields["tags"] = checked_tags(changes.tags)

@@ -120,8 +120,8 @@ class Desktops:
         """
         actor.require("sandbox:write")
         sandbox = await self._with_desktop(actor, reference)
-        secret, until = await self._tickets.issue(actor, sandbox, KIND)
-        return DesktopTicket(secret, sandbox.id, until)
+        issued = await self._tickets.issue(actor, sandbox, KIND)
+        return DesktopTicket(issued.secret, sandbox.id, issued.expires_at)
 
     async def check(self, admission: Admission) -> None:
         """Return if the ticket's issuer still has the right. See `Tickets.check`."""

@@ -19,14 +19,14 @@ from sandyard.server.core.ids import checked_text
 from sandyard.server.core.limits import Allotment
 from sandyard.server.core.wire import FRAME_MAX, Channel, WireError, encode_frame
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.fields import checked_env
-from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Reached, Use
+from sandyard.server.service.sandboxes.fields import check_account, checked_env, cwd_of
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Reached, Use, make_folder
 from sandyard.server.tasks import concurrently
 
 OUTPUT_MAX = 16 * 1024 * 1024
-COMMAND_MAX = 1024 * 1024
+COMMAND_MAX = 2 * 1024 * 1024
+"""A file of 1 MiB in base64, and what writes it."""
 STDIN_MAX = 16 * 1024 * 1024
-_PATH_MAX = 4096
 _TIMEOUT_MS = range(1, 3_600_001)
 _READ = 32 * 1024
 _GRACE_S = 20.0
@@ -47,6 +47,7 @@ class Command:
     env: Mapping[str, str]
     stdin: bytes | None
     user: str
+    makes_cwd: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,19 +140,22 @@ class Commands:
             For the rest see `Reach.open`.
         """
         _check(command)
+        cwd = cwd_of(command.cwd)
         wish = ops.Execute(
             command=command.command,
             timeout_ms=command.timeout,
-            cwd=command.cwd,
+            cwd=cwd,
             env=command.env,
             user=command.user,
             stdin=command.stdin is not None,
         )
         # Not the command itself: people put secrets into commands, and the feed is kept forever.
-        told = {"user": command.user, "cwd": command.cwd, "timeoutMs": command.timeout}
+        told = {"user": command.user, "cwd": cwd, "timeoutMs": command.timeout}
         use = replace(_USE, attributes=told)
         share = _Share(self.room, actor.org_id)
         try:
+            if command.makes_cwd:
+                await make_folder(self._reach, actor, reference, cwd, command.user, use)
             async with self._reach.open(actor, reference, wish, use) as reached:
                 return await self._finish(reached, command, share)
         except BaseException:
@@ -221,22 +225,21 @@ async def _feed(stream: ByteStream, data: bytes) -> None:
 def _check(command: Command) -> None:
     """Refuse a command that no sandbox could run."""
     checked_text(command.command, field="command")
-    checked_text(command.cwd, field="cwd")
-    checked_text(command.user, field="user")
+    check_account(command.user)
     if not command.command.strip():
         raise InvalidArgumentError("cannot run an empty command", field="command")
     if len(command.command.encode()) > COMMAND_MAX:
         raise InvalidArgumentError(
-            "cannot run a command of over 1 MiB: pass data as stdin", field="command"
+            "cannot run a command of over 2 MiB: pass data as stdin",
+            field="command",
+            reason="too_large",
         )
     if command.timeout not in _TIMEOUT_MS:
         raise InvalidArgumentError(
             "cannot use timeout: it must be 1 to 3600000 milliseconds", field="timeout"
         )
-    if not command.cwd.startswith("/") or len(command.cwd) > _PATH_MAX:
-        raise InvalidArgumentError("cannot use cwd: it must be an absolute path", field="cwd")
-    if not 1 <= len(command.user) <= 64:
-        raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
     if command.stdin is not None and len(command.stdin) > STDIN_MAX:
-        raise InvalidArgumentError("cannot take over 16 MiB of stdin", field="stdin")
+        raise InvalidArgumentError(
+            "cannot take over 16 MiB of stdin", field="stdin", reason="too_large"
+        )
     checked_env(command.env)

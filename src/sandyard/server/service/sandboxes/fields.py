@@ -10,11 +10,41 @@ from sandyard.server.core.ids import check_json, checked_text, is_uuid
 from sandyard.server.core.records import Sandbox
 from sandyard.server.service.actor import Actor
 
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+ENV_NAME = "^[A-Za-z_][A-Za-z0-9_]*$"
+"""The pattern of the name of an environment variable."""
+ACCOUNT = r"^[^\x00-\x1f\x7f-\x9f]{1,64}$"
+"""The pattern of an account in a sandbox: a name or a number, without control characters."""
 _ENV_MAX = 64 * 1024
+_PATH_MAX = 4096
+_WORKSPACE = "/workspace"
 _METADATA_MAX = 16 * 1024
 _PASSWORD_BYTES = range(8, 73)
 _IDLE_TIMEOUT_S = range(604_801)
+
+
+def check_account(text: str, *, field: str = "user") -> None:
+    """Refuse what can be neither the name nor the number of an account.
+
+    Raises:
+        InvalidArgumentError: it can be neither.
+    """
+    checked_text(text, field=field)
+    if not re.fullmatch(ACCOUNT, text):
+        raise InvalidArgumentError("cannot use {field}: it is a name or a number", field=field)
+
+
+def cwd_of(text: str) -> str:
+    """Return a working directory as an absolute path; a relative one is below /workspace.
+
+    Raises:
+        InvalidArgumentError: it is empty or too long.
+    """
+    checked_text(text, field="cwd")
+    if not text or len(text) > _PATH_MAX:
+        raise InvalidArgumentError(
+            f"cannot use cwd: it must be a path of 1 to {_PATH_MAX} characters", field="cwd"
+        )
+    return text if text.startswith("/") else f"{_WORKSPACE}/{text}"
 
 
 def check_idle_timeout(seconds: int) -> None:
@@ -39,7 +69,7 @@ def checked_env(env: Mapping[str, str]) -> Mapping[str, str]:
     for name, value in env.items():
         checked_text(name, field="env")
         checked_text(value, field="env")
-        if not _ENV_NAME.fullmatch(name):
+        if not re.fullmatch(ENV_NAME, name):
             raise InvalidArgumentError(
                 f"cannot set the variable {name[:80]!r}: a name is letters, digits and _ and "
                 "does not start with a digit",

@@ -4,8 +4,8 @@ Nothing here touches the host's files: a path is a name inside the sandbox. A gu
 bounded and not trusted.
 """
 
-import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from sandyard.server.core import ops
 from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
     AgentError,
     InvalidArgumentError,
@@ -22,9 +21,10 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.ops import FileChange, FileEnd, FileFact, FileOperation
 from sandyard.server.core.refusals import meaning_of
-from sandyard.server.core.wire import FRAME_MAX, Channel, Frame, Refusal, printable
+from sandyard.server.core.wire import Channel, Frame, Refusal, printable
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.frames import STILL_S, Open, decoded, frames_of, send
+from sandyard.server.service.sandboxes.fields import check_account
+from sandyard.server.service.sandboxes.frames import Open, decoded, frames_of, pass_on
 from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
 from sandyard.server.tasks import concurrently
 
@@ -40,18 +40,19 @@ _FRAMES_A_CHANGE = 5  # the cost of one, in frames
 _SILENT_S = 400 * 86_400.0
 _LISTED_MAX = 4 * 1024 * 1024
 _COMPLAINT_MAX = 4096
+_VERSION = re.compile(r"[0-9a-f-]{1,64}")
 WishT = TypeVar("WishT", bound=FileOperation)
 ToldT = TypeVar("ToldT")
 _USES: dict[type[FileOperation], Use] = {
-    ops.MakeFolder: Use("file.created", "Folder made", "make a folder in"),
+    ops.MakeFolder: Use("file.created", "Directory created", "create a directory in"),
     ops.Move: Use("file.moved", "File moved", "move a file in"),
     ops.Copy: Use("file.copied", "File copied", "copy a file in"),
     ops.Remove: Use("file.removed", "File removed", "remove a file from"),
     ops.Write: Use("file.written", "File written", "write a file to"),
     ops.Read: Use("file.read", "File read", "read a file of"),
     ops.Stat: Use("file.read", "", "look at a file of", is_in_feed=False),
-    ops.ListFolder: Use("file.read", "", "list a folder of", is_in_feed=False),
-    ops.WatchFolder: Use("file.watched", "", "watch a folder of", is_in_feed=False),
+    ops.ListFolder: Use("file.read", "", "list a directory of", is_in_feed=False),
+    ops.WatchFolder: Use("file.watched", "", "watch a directory of", is_in_feed=False),
 }
 
 
@@ -177,13 +178,15 @@ class Files:
 
     async def write(
         self, actor: Actor, reference: str, wish: ops.Write, body: AsyncIterator[bytes]
-    ) -> int:
-        """Write a stream to a file, and return its size.
+    ) -> tuple[int, FileFact | None]:
+        """Write a stream to a file. Return its size, and what it is now.
 
         The old content stays until the stream is complete, unless it is written in place. If `body`
         fails, nothing is left of it.
 
-        Raises: see `ask`.
+        Raises:
+            ChangedError: it does not have the version that it must have.
+            For the rest see `ask`.
         """
         wish = _checked(wish)
         async with AsyncExitStack() as held:
@@ -192,33 +195,9 @@ class Files:
             stream = (await held.enter_async_context(opening)).stream
             telling = _end_of(stream, self._clock, _SILENT_S)
             ending = await held.enter_async_context(concurrently(telling))
-            await self._pass_on(body, stream, ending)
-            return ending.result().count
-
-    async def _pass_on(
-        self, body: AsyncIterator[bytes], stream: ByteStream, ending: "asyncio.Task[Any]"
-    ) -> None:
-        """Send a stream as input, and return when the other side has finished.
-
-        Only its acceptance of data, and its end after the last byte, have a time limit. The stream
-        itself may take any time.
-        """
-        try:
-            async for piece in body:
-                for start in range(0, len(piece), FRAME_MAX):
-                    if ending.done():
-                        return
-                    await send(stream, self._clock, piece[start : start + FRAME_MAX])
-            if not ending.done():
-                await send(stream, self._clock, b"")
-        except UnavailableError:
-            if not ending.done():
-                raise
-        try:
-            async with self._clock.timeout(STILL_S):
-                await asyncio.wait([ending])
-        except TimeoutError as error:
-            raise UnavailableError("the agent of the sandbox stopped responding") from error
+            await pass_on(body, stream, ending, self._clock)
+            end = ending.result()
+            return end.count, None if end.fact is None else _cleaned(end.fact)
 
     @asynccontextmanager
     async def pack(
@@ -228,7 +207,7 @@ class Files:
         fact = await self.ask(actor, reference, ops.Stat(path, user))
         if fact is None or fact.kind is not ops.FileKind.FOLDER:
             shown = printable(path.decode(errors="replace")[:500])
-            raise meaning_of(Refusal.NOT_A_FOLDER, f"{shown}: not a folder")
+            raise meaning_of(Refusal.NOT_A_FOLDER, f"{shown}: not a directory")
         wish = _tar(path, "-cf - .", user)
         use = replace(_USES[ops.Read], attributes=_attributes(path, user))
         async with AsyncExitStack() as held:
@@ -256,7 +235,7 @@ class Files:
             stream = (await held.enter_async_context(opening)).stream
             telling = _all_printed(stream, self._clock, _SILENT_S)
             ending = await held.enter_async_context(concurrently(telling))
-            await self._pass_on(body, stream, ending)
+            await pass_on(body, stream, ending, self._clock)
             ending.result()
         return made
 
@@ -278,28 +257,18 @@ def path_of(text: bytes, *, field: str = "path") -> bytes:
     return path
 
 
-def check_user(user: str) -> None:
-    """Refuse what is neither an account name nor a number.
-
-    Raises:
-        InvalidArgumentError: it is neither.
-    """
-    if not 1 <= len(user) <= 64 or not user.isprintable():
-        raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
-
-
 def _checked(wish: WishT) -> WishT:
-    check_user(wish.user)
+    check_account(wish.user)
     if isinstance(wish, ops.MakeFolder | ops.Write):
         if wish.mode is not None and not 0 <= wish.mode <= 0o7777:
             raise InvalidArgumentError(
                 "cannot use mode: give it in octal, such as 644", field="mode"
             )
-        if wish.owner is not None and not 1 <= len(wish.owner) <= 64:
-            raise InvalidArgumentError("cannot use owner: it is a name or a number", field="owner")
+        if wish.owner is not None:
+            check_account(wish.owner, field="owner")
     if isinstance(wish, ops.Write) and wish.path.endswith(b"/"):
         raise InvalidArgumentError(
-            "cannot write to this path: it ends with /, so it names a folder; add the file's name",
+            "cannot write to this path: it ends with /, so it names a directory; add a file name",
             field="path",
         )
     return wish
@@ -337,7 +306,9 @@ async def _printed(
             # 1: something changed while it was read (tar(1)).
             if end.exit_code not in (0, 1) or end.timed_out:
                 said = printable(complaint.decode(errors="replace").strip()[:500])
-                raise InvalidArgumentError(f"tar did not do it: {said or 'no reason'}")
+                raise InvalidArgumentError(
+                    f"tar did not do it: {said or 'no reason'}", field="body"
+                )
         elif frame.channel is Channel.STDOUT and frame.payload:
             yield frame.payload
         elif frame.channel is Channel.STDERR:
@@ -407,4 +378,5 @@ def _cleaned(fact: FileFact) -> FileFact:
         owner=printable(fact.owner[:64]) if fact.owner else None,
         group=printable(fact.group[:64]) if fact.group else None,
         target=fact.target[:_PATH_MAX] if fact.target is not None else None,
+        version=fact.version if fact.version and _VERSION.fullmatch(fact.version) else None,
     )

@@ -1,9 +1,10 @@
 """Reads what agents send after an answer, frame by frame, with limits on pace and silence."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sandyard.server.core.codec import CodecError, decode
 from sandyard.server.core.contracts.clock import Clock
@@ -14,7 +15,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.limits import Allotment
-from sandyard.server.core.wire import Channel, Decoder, Frame, WireError, encode_frame
+from sandyard.server.core.wire import FRAME_MAX, Channel, Decoder, Frame, WireError, encode_frame
 
 STILL_S = 60.0
 """For so long an agent may stand still in the middle of something."""
@@ -108,6 +109,32 @@ async def send(stream: ByteStream, clock: Clock, payload: bytes) -> None:
     try:
         async with clock.timeout(STILL_S):
             await stream.write(encode_frame(Channel.STDIN, payload))
+    except TimeoutError as error:
+        raise UnavailableError("the agent of the sandbox stopped responding") from error
+
+
+async def pass_on(
+    body: AsyncIterator[bytes], stream: ByteStream, ending: "asyncio.Task[Any]", clock: Clock
+) -> None:
+    """Send a stream as input, and return when the other side has finished.
+
+    Only its acceptance of data, and its end after the last byte, have a time limit. The stream
+    itself may take any time.
+    """
+    try:
+        async for piece in body:
+            for start in range(0, len(piece), FRAME_MAX):
+                if ending.done():
+                    return
+                await send(stream, clock, piece[start : start + FRAME_MAX])
+        if not ending.done():
+            await send(stream, clock, b"")
+    except UnavailableError:
+        if not ending.done():
+            raise
+    try:
+        async with clock.timeout(STILL_S):
+            await asyncio.wait([ending])
     except TimeoutError as error:
         raise UnavailableError("the agent of the sandbox stopped responding") from error
 

@@ -14,6 +14,9 @@ _NAMED = {
     **{f"f{number}": 0xFFBD + number for number in range(1, 25)},
 }  # fmt: skip
 _KEYS_MAX = 8
+_KEY = "|".join((r"[\p{L}\p{M}\p{N}\p{P}\p{S}]", *_NAMED, *(one.capitalize() for one in _NAMED)))
+KEYS = rf"^(({_KEY})\+){{0,{_KEYS_MAX - 1}}}({_KEY})$"
+"""The pattern of keys in their usual spellings."""
 
 
 def keysym_of(character: str) -> int:

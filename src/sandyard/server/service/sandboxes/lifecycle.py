@@ -189,6 +189,8 @@ class Lifecycle:
             )
         elif was and not is_now:
             await tx.usage.close(after.id, min(now, ended_at or now))
+            if ended_at is not None and ended_at < now:
+                await tx.usage.shorten(after.id, ended_at)
         was, is_now = before.status is Status.PAUSED, after.status is Status.PAUSED
         if is_now and not was and after.saved_bytes > 0:
             await tx.storage.open(

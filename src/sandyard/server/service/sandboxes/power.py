@@ -249,4 +249,6 @@ def not_done(sandbox: Sandbox, doing: str) -> SandyardError:
     message = f"cannot {doing} {sandbox.id}: {why}; it is {sandbox.status}{is_kept}"
     if reason is not None and reason.code in (Code.NO_CAPACITY, "host_disk_full"):
         return NoCapacityError(message)
+    if reason is not None and reason.code == Code.INCOMPATIBLE:
+        return ConflictError(message, status=sandbox.status.value)
     return UnavailableError(message)

@@ -5,7 +5,7 @@ Output has byte offsets; a client that was disconnected resumes at the offset it
 
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from sandyard.server.core import ops
@@ -13,6 +13,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.errors import (
     AgentError,
+    ConflictError,
     InvalidArgumentError,
 )
 from sandyard.server.core.ids import checked_text
@@ -29,14 +30,17 @@ from sandyard.server.core.ops import (
 )
 from sandyard.server.core.wire import FRAME_MAX, Channel, encode_frame, printable
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.repeats import Repeatable, Repeats
 from sandyard.server.service.sandboxes.execute import COMMAND_MAX
-from sandyard.server.service.sandboxes.fields import checked_env
-from sandyard.server.service.sandboxes.frames import Open, decoded, frames_of
-from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use
+from sandyard.server.service.sandboxes.fields import check_account, checked_env, cwd_of
+from sandyard.server.service.sandboxes.frames import Open, decoded, frames_of, pass_on
+from sandyard.server.service.sandboxes.reach import GuestStream, Reach, Use, make_folder
+from sandyard.server.tasks import concurrently
 
 INPUT_MAX = 1024 * 1024
 TIMEOUT_MS = range(1, 30 * 86_400_000 + 1)
 _ARGV_MAX = 1024
+_ARGV_BYTES = 128 * 1024
 _PATH_MAX = 4096
 _TAG_MAX = 64
 _SIDE = range(1, 65536)
@@ -45,6 +49,10 @@ _START = Use("process", "Process started", "start a process in")
 _SIGNAL = Use("process.signal", "Process signalled", "signal a process in")
 _ATTACH = Use("process", "", "follow a process in", is_in_feed=False)
 _INPUT = Use("process", "", "write to a process in", is_in_feed=False)
+SIGNAL_NAMES = tuple(
+    name for one in signal.Signals for name in (one.name, one.name.removeprefix("SIG"))
+)
+"""The usual spellings of signals."""
 STREAMS = {
     Channel.STDOUT: "stdout", Channel.STDERR: "stderr", Channel.TERMINAL: "terminal",
 }  # fmt: skip
@@ -55,7 +63,8 @@ STREAMS = {
 class NewProcess:
     """A process to start: a shell command line, or a program and its arguments.
 
-    `timeout` is in milliseconds; without it there is no limit.
+    `timeout` is in milliseconds; without it there is no limit. With `replaces` it takes the
+    `tag` of the process with that pid, if that is still the last with it.
     """
 
     command: str | None
@@ -67,6 +76,8 @@ class NewProcess:
     stdin: bool
     terminal: Size | None
     timeout: int | None
+    makes_cwd: bool = False
+    replaces: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,14 @@ class Output:
     stream: str
     data: bytes = field(repr=False)
     offset: int
+
+
+@dataclass(frozen=True)
+class FedInput:
+    """How many bytes of a stream a process's input has taken, and whether it was closed."""
+
+    count: int
+    is_closed: bool
 
 
 class Following:
@@ -128,34 +147,52 @@ class Following:
 class Processes:
     """Starts, lists and controls processes."""
 
-    def __init__(self, reach: Reach, clock: Clock, opened: Open) -> None:
+    def __init__(self, reach: Reach, clock: Clock, opened: Open, repeats: Repeats) -> None:
         self._reach = reach
+        self._repeats = repeats
         self._clock = clock
         self._open = opened
 
-    async def start(self, actor: Actor, reference: str, wish: NewProcess) -> Program:
-        """Start a process and return it.
+    async def start(
+        self,
+        actor: Actor,
+        reference: str,
+        wish: NewProcess,
+        *,
+        request: Repeatable | None = None,
+        use: Use = _START,
+    ) -> Program:
+        """Start a process and return it. The agent remembers `request`: repeated within a day, it
+        returns the process that was started first, as long as the machine runs.
 
         Raises:
             InvalidArgumentError: a value is invalid; `facts` name the field.
+            KeyReusedError: the key of `request` was used to start another process.
             ConflictError: the agent keeps too many processes.
+            NotFoundError: the process that it was to replace was replaced, or lost its tag.
             For the rest see `Reach.open`.
         """
         _check(wish)
+        cwd = cwd_of(wish.cwd)
         operation = Start(
             command=wish.command,
             argv=tuple(wish.argv),
-            cwd=wish.cwd,
+            cwd=cwd,
             env=wish.env,
             user=wish.user,
             tag=wish.tag,
             stdin=wish.stdin,
             terminal=wish.terminal,
             timeout_ms=wish.timeout,
+            key=self._repeats.name_of(actor, request),
+            replaces=wish.replaces,
         )
         # Not the command itself: people put secrets into commands, and the feed is kept forever.
-        facts = {"user": wish.user, "cwd": wish.cwd, **({"tag": wish.tag} if wish.tag else {})}
-        return await self.launch(actor, reference, operation, replace(_START, attributes=facts))
+        facts = {"user": wish.user, "cwd": cwd, **({"tag": wish.tag} if wish.tag else {})}
+        use = replace(use, attributes=facts)
+        if wish.makes_cwd:
+            await make_folder(self._reach, actor, reference, cwd, wish.user, use)
+        return await self.launch(actor, reference, operation, use)
 
     async def launch(self, actor: Actor, reference: str, operation: Start, use: Use) -> Program:
         """Start a process for the platform's own use. See `Reach.open`."""
@@ -181,6 +218,10 @@ class Processes:
             raise AgentError
         return _cleaned(found.items[0])
 
+    async def sandbox_of(self, actor: Actor, reference: str) -> str:
+        """Return a sandbox's id. See `Reach.id_of`."""
+        return await self._reach.id_of(actor, reference)
+
     async def signal(
         self,
         actor: Actor,
@@ -189,17 +230,18 @@ class Processes:
         name: str,
         *,
         everything: bool,
+        forgets_tag: bool = False,
         use: Use = _SIGNAL,
     ) -> tuple[int, str]:
-        """Send a signal, by name or number, to a process or to everything it has started. Return
-        its pid and the signal's name.
+        """Send a signal, by name or number, to a process or to everything it has started, and with
+        `forgets_tag` remove its tag. Return its pid and the signal's name.
 
         Raises:
             InvalidArgumentError: there is no such signal.
             NotFoundError, ConflictError: there is no such process, or it has ended.
         """
         number = _number_of(name)
-        wish = Signal(number, which.pid, which.tag, everything)
+        wish = Signal(number, which.pid, which.tag, everything, forgets_tag)
         facts = {"signal": signal.Signals(number).name, "everything": everything}
         use = replace(use, attributes=facts)
         async with self._reach.open(actor, reference, wish, use) as reached:
@@ -216,12 +258,52 @@ class Processes:
         """
         if len(data) > INPUT_MAX:
             raise InvalidArgumentError(
-                "cannot write over 1 MiB of input at once: send it in pieces", field="data"
+                "cannot write over 1 MiB of input at once: send it in pieces",
+                field="data",
+                reason="too_large",
             )
         wish = Input(data, closes, which.pid, which.tag)
         async with self._reach.open(actor, reference, wish, _INPUT) as reached:
             answer = reached.answer
             return max(0, min(len(data), answer.count)), answer.is_closed
+
+    async def feed(
+        self,
+        actor: Actor,
+        reference: str,
+        which: Which,
+        body: AsyncIterator[bytes],
+        *,
+        offset: int | None,
+        closes: bool,
+    ) -> FedInput:
+        """Write a stream to a process's input, and return what that has taken. The rest is
+        discarded once the process has taken nothing for 5 s, or if it closes its input.
+
+        With an `offset` in its input the stream begins there; what was written before is not
+        written again.
+
+        Raises:
+            InvalidArgumentError: the offset is beyond what was written.
+            NotFoundError, ConflictError: there is no such process, or its input is closed.
+        """
+        wish = ops.Feed(closes, which.pid, which.tag, offset)
+        async with AsyncExitStack() as held:
+            held.enter_context(self._open.one(actor.org_id))
+            opening = self._reach.open(actor, reference, wish, _INPUT)
+            reached = await held.enter_async_context(opening)
+            begin = max(0, reached.answer.taken)
+            if offset is not None and not 0 <= offset <= begin:
+                raise InvalidArgumentError(
+                    f"cannot write at this offset: the input has {begin} bytes", field="offset"
+                )
+            telling = _end_of_feed(reached.stream, self._clock)
+            ending = await held.enter_async_context(concurrently(telling))
+            await pass_on(body, reached.stream, ending, self._clock)
+            end = ending.result()
+            if end.trouble is not None and end.count <= (0 if offset is None else begin - offset):
+                raise ConflictError(printable(end.trouble[:500]))
+            return FedInput(max(0, end.count), end.is_closed)
 
     async def resize(
         self, actor: Actor, reference: str, which: Which, size: Size, *, use: Use = _INPUT
@@ -290,6 +372,13 @@ class Processes:
                 yield Following(reached.answer, reached.stream, self._clock)
 
 
+async def _end_of_feed(stream: GuestStream, clock: Clock) -> ops.FeedEnd:
+    async for frame in frames_of(stream, clock, still_s=_SILENT_S):
+        if frame.channel is Channel.EXIT:
+            return decoded(ops.FeedEnd, frame)
+    raise AgentError
+
+
 def _check_program(wish: NewProcess) -> None:
     """Refuse what is neither a command line nor a program with arguments."""
     if (wish.command is None) == (not wish.argv):
@@ -303,14 +392,17 @@ def _check_program(wish: NewProcess) -> None:
             raise InvalidArgumentError("cannot run an empty command", field="command")
         if len(wish.command.encode()) > COMMAND_MAX:
             raise InvalidArgumentError(
-                "cannot run a command of over 1 MiB: pass data as stdin",
+                "cannot run a command of over 2 MiB: pass data as stdin",
                 field="command",
+                reason="too_large",
             )
     for word in wish.argv:
         checked_text(word, field="argv")
-    if len(wish.argv) > _ARGV_MAX or sum(len(one) for one in wish.argv) > COMMAND_MAX // 8:
+    if len(wish.argv) > _ARGV_MAX or sum(len(one) for one in wish.argv) > _ARGV_BYTES:
         raise InvalidArgumentError(
-            "cannot start a process with over 1024 words or 128 KiB of arguments", field="argv"
+            "cannot start a process with over 1024 words or 128 KiB of arguments",
+            field="argv",
+            reason="too_large",
         )
     if wish.argv and not wish.argv[0]:
         raise InvalidArgumentError("cannot start a program without a name", field="argv")
@@ -319,12 +411,8 @@ def _check_program(wish: NewProcess) -> None:
 def _check(wish: NewProcess) -> None:
     """Refuse a process that no sandbox could start."""
     _check_program(wish)
-    for name, text in (("cwd", wish.cwd), ("user", wish.user), ("tag", wish.tag or "")):
-        checked_text(text, field=name)
-    if not wish.cwd.startswith("/") or len(wish.cwd) > _PATH_MAX:
-        raise InvalidArgumentError("cannot use cwd: it must be an absolute path", field="cwd")
-    if not 1 <= len(wish.user) <= 64:
-        raise InvalidArgumentError("cannot use user: it is a name or a number", field="user")
+    check_account(wish.user)
+    checked_text(wish.tag or "", field="tag")
     if wish.tag is not None and not 1 <= len(wish.tag) <= _TAG_MAX:
         raise InvalidArgumentError("cannot use tag: it has 1 to 64 characters", field="tag")
     if wish.tag is not None and (wish.tag.isdigit() or "/" in wish.tag):

@@ -9,14 +9,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Generic
 
 from sandyard.server.core.contracts.node import ByteStream
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.errors import ConflictError, SandyardError
-from sandyard.server.core.ops import AnswerT, Operation
+from sandyard.server.core.ops import AnswerT, MakeFolder, Operation
 from sandyard.server.core.records import Sandbox
 from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
@@ -171,6 +171,15 @@ class Reach:
         except SandyardError as error:  # worth less than the connection that it would end
             log.warning("cannot record a use: %s; continuing without", error.message)
 
+    async def id_of(self, actor: Actor, reference: str) -> str:
+        """Return a sandbox's id.
+
+        Raises:
+            NotFoundError: the actor has no such sandbox.
+        """
+        actor.require("sandbox:write")
+        return (await self._register.get(actor, reference)).id
+
     async def look(
         self, actor: Actor, reference: str, operation: Operation[AnswerT], *, doing: str
     ) -> AnswerT:
@@ -221,6 +230,16 @@ class Reach:
     async def _touch(self, sandbox: Sandbox, use: Use) -> None:
         async with self._store.write(Turn.SHARED) as tx:
             await tx.activity.touch(sandbox.id, at=self._clock.now(), kind=use.kind)
+
+
+async def make_folder(
+    reach: Reach, actor: Actor, reference: str, path: str, user: str, use: Use
+) -> None:
+    """Make a directory for a command, and those above it, if they are missing. See `Reach.open`."""
+    # By root, as of what a container image names: a user may write in few places.
+    wish = MakeFolder(path.encode(), parents=True, owner=user)
+    async with reach.open(actor, reference, wish, replace(use, is_in_feed=False)):
+        pass
 
 
 def _is_fresh(sandbox: Sandbox, use: Use, now: datetime) -> bool:

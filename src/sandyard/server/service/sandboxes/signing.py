@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.errors import (
     InvalidArgumentError,
     InvalidTokenError,
     TokenExpiredError,
 )
 from sandyard.server.service.actor import Actor
-from sandyard.server.service.sandboxes.files import check_user
-from sandyard.server.service.sandboxes.register import Register
+from sandyard.server.service.repeats import Repeatable
+from sandyard.server.service.sandboxes.fields import check_account
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.signers import Signers, signer_of
 
 SECONDS = range(1, 7 * 86_400 + 1)
@@ -43,16 +43,27 @@ class SignedUse:
 class Signing:
     """Signs and verifies. `key` is the installation's."""
 
-    def __init__(self, signers: Signers, register: Register, clock: Clock, key: bytes) -> None:
+    def __init__(self, platform: Platform, signers: Signers) -> None:
         self._signers = signers
-        self._register = register
-        self._clock = clock
-        self._key = hmac.digest(key, _PURPOSE, sha256)
+        self._store = platform.store
+        self._repeats = platform.repeats
+        self._register = platform.register
+        self._clock = platform.clock
+        self._key = hmac.digest(platform.key, _PURPOSE, sha256)
 
     async def sign(
-        self, actor: Actor, reference: str, method: str, path: bytes, user: str, seconds: int
+        self,
+        actor: Actor,
+        reference: str,
+        method: str,
+        path: bytes,
+        user: str,
+        seconds: int,
+        *,
+        request: Repeatable | None = None,
     ) -> tuple[SignedUse, str]:
-        """Return the permission for one file for `seconds`, and its signature.
+        """Return the permission for one file for `seconds`, and its signature. A repeated `request`
+        gets the same.
 
         Raises:
             NotFoundError: the actor has no such sandbox.
@@ -68,18 +79,24 @@ class Signing:
                 f"cannot use {{field}}: it must be 1 to {SECONDS.stop - 1} seconds",
                 field="expires_in",
             )
-        check_user(user)
+        check_account(user)
         sandbox = await self._register.get(actor, reference)
-        until = self._clock.now() + timedelta(seconds=seconds)
-        use = SignedUse(
-            method,
-            sandbox.id,
-            path,
-            user,
-            int(until.timestamp()),
-            f"{actor.org_id}:{signer_of(actor)}",
-        )
+        until = await self._until(actor, seconds, request)
+        by = f"{actor.org_id}:{signer_of(actor)}"
+        use = SignedUse(method, sandbox.id, path, user, until, by)
         return use, self._signature(use)
+
+    async def _until(self, actor: Actor, seconds: int, request: Repeatable | None) -> int:
+        """Return the expiry, which is all that has to be stored of a permission."""
+        until = int((self._clock.now() + timedelta(seconds=seconds)).timestamp())
+        if request is None:
+            return until
+        async with self._repeats.turn(actor, request), self._store.write(actor.org_id) as tx:
+            made = await self._repeats.made_before(tx, actor, request)
+            if made is not None:
+                return int(made[0])
+            await self._repeats.note(tx, actor, request, (str(until),))
+        return until
 
     async def enter(self, use: SignedUse, signature: str) -> Actor:
         """Return the actor on whose behalf a signed URL is used.

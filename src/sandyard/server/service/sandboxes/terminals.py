@@ -14,6 +14,7 @@ from sandyard.server.core.errors import GuestNotFoundError, InvalidArgumentError
 from sandyard.server.core.ids import new_uuid
 from sandyard.server.core.ops import Size, Start
 from sandyard.server.service.actor import Actor, Admission
+from sandyard.server.service.repeats import Repeatable
 from sandyard.server.service.sandboxes.processes import Following, Processes, Which
 from sandyard.server.service.sandboxes.reach import Use
 from sandyard.server.service.sandboxes.register import Register
@@ -46,8 +47,16 @@ class Terminals:
         self._processes = processes
         self._tickets = tickets
 
-    async def issue(self, actor: Actor, reference: str, name: str | None = None) -> TerminalTicket:
-        """Create a ticket for a new terminal, or for an earlier one.
+    async def issue(
+        self,
+        actor: Actor,
+        reference: str,
+        name: str | None = None,
+        *,
+        request: Repeatable | None = None,
+    ) -> TerminalTicket:
+        """Create a ticket for a new terminal, or for an earlier one. A repeated `request` gets the
+        same ticket, whether it was used meanwhile or not.
 
         Raises:
             NotFoundError: the actor has no such sandbox.
@@ -61,9 +70,11 @@ class Terminals:
                 field="terminal_id",
             )
         known, shell = name is not None, name or f"{_TAG}{new_uuid()}"
-        detail = json.dumps([shell, known])
-        secret, until = await self._tickets.issue(actor, sandbox, KIND, detail)
-        return TerminalTicket(secret, sandbox.id, shell, until)
+        issued = await self._tickets.issue(
+            actor, sandbox, KIND, json.dumps([shell, known]), request=request
+        )
+        shell, _ = json.loads(issued.detail)
+        return TerminalTicket(issued.secret, sandbox.id, shell, issued.expires_at)
 
     async def check(self, admission: Admission) -> None:
         """Return if the ticket's issuer still has the right. See `Tickets.check`."""

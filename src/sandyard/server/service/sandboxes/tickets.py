@@ -6,15 +6,17 @@ do, and ends with the issuer's key.
 
 import hmac
 from base64 import b32encode
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
-from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.contracts.store import Transaction, Turn
 from sandyard.server.core.errors import InvalidTokenError, TokenExpiredError
 from sandyard.server.core.ids import new_secret
 from sandyard.server.core.records import Sandbox, Ticket
 from sandyard.server.service.actor import Actor, Admission
+from sandyard.server.service.repeats import Repeatable
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.signers import Signers, signer_of
 
 SCOPE = "sandbox:write"
@@ -25,27 +27,50 @@ _SECRET_MAX = 200
 _FORGET_AFTER = timedelta(hours=1)
 
 
-class Tickets:
-    """Issues and verifies tickets. `key` is the installation's. Preview tokens are valid for
-    `preview_s` by default."""
+@dataclass(frozen=True)
+class Issued:
+    """A ticket's `secret`, its `detail` and its expiry."""
 
-    def __init__(
-        self, *, store: Store, signers: Signers, clock: Clock, key: bytes, preview_s: int
-    ) -> None:
-        self._store = store
+    secret: str = field(repr=False)
+    detail: str
+    expires_at: datetime
+
+
+class Tickets:
+    """Issues and verifies tickets. Preview tokens are valid for `preview_s` by default."""
+
+    def __init__(self, platform: Platform, signers: Signers, *, preview_s: int) -> None:
+        self._store = platform.store
+        self._repeats = platform.repeats
         self._signers = signers
-        self._clock = clock
-        self._key = hmac.digest(key, _PURPOSE, sha256)
+        self._clock = platform.clock
+        self._key = hmac.digest(platform.key, _PURPOSE, sha256)
         self._preview_s = preview_s
 
     async def issue(
-        self, actor: Actor, sandbox: Sandbox, kind: str, detail: str = ""
-    ) -> tuple[str, datetime]:
-        """Create a ticket for one use within a minute. Return its secret and expiry."""
-        secret = new_secret()
+        self,
+        actor: Actor,
+        sandbox: Sandbox,
+        kind: str,
+        detail: str = "",
+        *,
+        request: Repeatable | None = None,
+    ) -> Issued:
+        """Create a ticket for one use within a minute. A repeated `request` gets the same one."""
         until = self._clock.now() + timedelta(seconds=_ONCE_S)
-        await self._keep(actor, sandbox, secret, kind, detail, until)
-        return secret, until
+        if request is None:
+            secret = new_secret()
+            async with self._store.write(Turn.SHARED) as tx:
+                await self._keep(tx, actor, sandbox, secret, kind, detail, until)
+            return Issued(secret, detail, until)
+        secret = self._repeats.secret_of(actor, request)
+        async with self._repeats.turn(actor, request), self._store.write(actor.org_id) as tx:
+            made = await self._repeats.made_before(tx, actor, request)
+            if made is not None:
+                return Issued(secret, made[0], datetime.fromisoformat(made[1]))
+            await self._keep(tx, actor, sandbox, secret, kind, detail, until)
+            await self._repeats.note(tx, actor, request, (detail, until.isoformat()))
+        return Issued(secret, detail, until)
 
     async def issue_for_port(
         self, actor: Actor, sandbox: Sandbox, kind: str, port: int, lasts_s: int | None = None
@@ -63,7 +88,8 @@ class Tickets:
         said = f"{kind} {actor.org_id} {signer_of(actor)} {sandbox.id} {port} {part} {lasts_s}"
         digest = hmac.digest(self._key, said.encode(), sha256)[:16]
         token = b32encode(digest).decode().rstrip("=").lower()
-        await self._keep(actor, sandbox, token, kind, str(port), until)
+        async with self._store.write(Turn.SHARED) as tx:
+            await self._keep(tx, actor, sandbox, token, kind, str(port), until)
         return token, until
 
     async def redeem(self, secret: str, kind: str) -> Admission:
@@ -115,14 +141,20 @@ class Tickets:
             raise InvalidTokenError("cannot continue: the ticket's issuer no longer has the right")
 
     async def _keep(
-        self, actor: Actor, sandbox: Sandbox, secret: str, kind: str, detail: str, until: datetime
+        self,
+        tx: Transaction,
+        actor: Actor,
+        sandbox: Sandbox,
+        secret: str,
+        kind: str,
+        detail: str,
+        until: datetime,
     ) -> None:
         actor.require(SCOPE)
         by = signer_of(actor)
         ticket = Ticket(_digest(secret), kind, actor.org_id, sandbox.id, by, detail, until)
-        async with self._store.write(Turn.SHARED) as tx:
-            await tx.tickets.forget(before=self._clock.now() - _FORGET_AFTER)
-            await tx.tickets.put(ticket)
+        await tx.tickets.forget(before=self._clock.now() - _FORGET_AFTER)
+        await tx.tickets.put(ticket)
 
 
 def _digest(secret: str) -> str:
