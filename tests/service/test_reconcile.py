@@ -21,6 +21,7 @@ from sandyard.server.core.errors import (
     DeadlineExceededError,
     InternalError,
     NoCapacityError,
+    OtherVersionError,
     SandyardError,
     UnavailableError,
 )
@@ -456,6 +457,23 @@ async def test_of_a_template_that_nodes_tell_otherwise_most_decide_and_then_the_
     three.nodes["c"].templates_ready = ()
     told["b"] = Shape(1, 256, 1024)
     assert (await three.services.templates.ready("base-minimal")).defaults == told["b"]
+
+
+async def test_what_a_node_is_too_old_for_is_started_by_another(three: Desk) -> None:
+    async def refuses(*_: object, **__: object) -> Any:
+        raise OtherVersionError("this node does not know it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("a", "b"):
+            patch.setattr(three.nodes[name], "ensure_running", refuses)
+        boxes = [await three.create(idle_timeout=0) for _ in range(4)]
+        assert {(one.status, one.node_id) for one in boxes} == {(Status.RUNNING, "c")}
+        patch.setattr(three.nodes["c"], "ensure_running", refuses)
+        waiting = await three.services.creation.create(three.actor, WISH)
+        await three.drive(12)
+        assert (await three.get(waiting)).status is Status.CREATING
+    await three.drive(8)  # they were updated
+    assert (await three.get(waiting)).status is Status.RUNNING
 
 
 async def test_what_two_nodes_cannot_start_has_failed(three: Desk) -> None:

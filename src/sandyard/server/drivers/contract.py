@@ -4,7 +4,7 @@ Configuration is complete before the machine exists: a driver gets one frozen Ma
 implementation passes `tests/contract/test_drivers.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +86,8 @@ class Saved:
     """
 
     folder: Path
+    version: str
+    """The version of the hypervisor that wrote it."""
 
     @property
     def memory(self) -> Path:
@@ -176,6 +178,11 @@ class Machine(Protocol):
 class SavingMachine(Machine, Protocol):
     """A machine that can be suspended and saved."""
 
+    @property
+    def version(self) -> str:
+        """The version of the hypervisor that runs it, which may have been replaced since."""
+        ...
+
     async def pause(self) -> None:
         """Suspend the guest, and sync its disk."""
         ...
@@ -246,6 +253,14 @@ class Driver(Protocol):
 class SavingDriver(Driver, Protocol):
     """A hypervisor that can restore machines."""
 
+    async def versions(self) -> Sequence[str]:
+        """Return the versions of the hypervisor that are installed, and restore what they saved.
+        The first one starts new machines.
+
+        Raises: see `version`.
+        """
+        ...
+
     async def start(self, spec: MachineSpec, held: AsyncExitStack) -> SavingMachine:
         """See `Driver.start`."""
         ...
@@ -254,7 +269,7 @@ class SavingDriver(Driver, Protocol):
         """Start a machine from a saved state, suspended. See `start`.
 
         Raises:
-            ConflictError: the saved state does not fit this version or this specification.
+            ConflictError: the hypervisor refuses the saved state.
         """
         ...
 

@@ -38,6 +38,7 @@ from sandyard.server.drivers.fake_programs import (
     ConflictingError,
     FakePrograms,
     RefusedProgramError,
+    ReusedError,
 )
 from sandyard.server.tasks import concurrently
 
@@ -88,13 +89,18 @@ class FakeHost:
     machines: dict[int, "FakeMachine"] = field(default_factory=dict)
     programs: dict[str, FakePrograms] = field(default_factory=dict)
     files: dict[str, FakeFiles] = field(default_factory=dict)
+    installed: list[str] = field(default_factory=lambda: ["1"])
+    """The versions of the hypervisor that are installed; the first starts new machines."""
 
 
 class FakeMachine:
     """A fake machine. What it `remembers` is its memory, and is saved and restored."""
 
-    def __init__(self, host: FakeHost, spec: MachineSpec, conduct: Conduct) -> None:
+    def __init__(
+        self, host: FakeHost, spec: MachineSpec, conduct: Conduct, *, version: str
+    ) -> None:
         self.pid = next(_PIDS)
+        self.version = version
         self.spec = spec
         self._host = host
         self._conduct = conduct
@@ -219,7 +225,7 @@ class FakeMachine:
             raise InternalError("cannot save the machine: told not to")
         (folder / "device").write_text("fake")
         (folder / "pages").write_text(json.dumps(self.remembers))
-        return Saved(folder)
+        return Saved(folder, self.version)
 
     async def grow_disk(self, size_mib: int) -> None:
         """See drivers.contract.SavingMachine.grow_disk."""
@@ -298,7 +304,7 @@ class FakeMachine:
         except (_RefusedError, RefusedFileError) as error:
             writer.write(refusal(error.code, error))
             return False
-        except (AbsentError, ConflictingError, RefusedProgramError) as error:
+        except (AbsentError, ConflictingError, RefusedProgramError, ReusedError) as error:
             writer.write(refusal(_CODES[type(error)], error))
             return False
         writer.write(wire.encode_answer(answer))
@@ -331,6 +337,8 @@ class FakeMachine:
                 )
             case ops.Attach():
                 await _follow(self._programs, operation, reader, decoder, writer)
+            case ops.Feed():
+                await _take_input(self._programs, operation, reader, decoder, writer)
             case (
                 ops.Move() | ops.Copy() | ops.Remove() | ops.Read() | ops.ListFolder()
                 | ops.Write() | ops.WatchFolder()
@@ -414,7 +422,13 @@ class FakeMachine:
             case ops.Pipe():
                 pass
             case (
-                ops.Start() | ops.Attach() | ops.List() | ops.Signal() | ops.Input() | ops.Resize()
+                ops.Start()
+                | ops.Attach()
+                | ops.List()
+                | ops.Signal()
+                | ops.Input()
+                | ops.Feed()
+                | ops.Resize()
             ):
                 return self._programs.answer(operation)
             case (
@@ -512,16 +526,45 @@ async def _take_file(
 ) -> None:
     """Receive a file; one that breaks off leaves nothing."""
     whole = bytearray()
-    while True:
-        while (frame := decoder.take_frame()) is None:
-            data = await reader.read(65536)
-            if not data:
-                return
-            decoder.feed(data)
+    while frame := await _next_frame(reader, decoder):
         if not frame.payload or len(whole) > ROOM:
-            break
+            writer.write(end_frame(files.write(wish, bytes(whole))))
+            return
         whole += frame.payload
-    writer.write(end_frame(files.write(wish, bytes(whole))))
+
+
+async def _next_frame(reader: asyncio.StreamReader, decoder: wire.Decoder) -> wire.Frame | None:
+    while (frame := decoder.take_frame()) is None:
+        data = await reader.read(65536)
+        if not data:
+            return None
+        decoder.feed(data)
+    return frame
+
+
+async def _take_input(
+    programs: FakePrograms,
+    wish: ops.Feed,
+    reader: asyncio.StreamReader,
+    decoder: wire.Decoder,
+    writer: asyncio.StreamWriter,
+) -> None:
+    """Pass a stream on to a process."""
+    program = programs.find(wish.pid, wish.tag)
+    trouble, count = None, 0
+    while frame := await _next_frame(reader, decoder):
+        at = program.told().fed if wish.offset is None else wish.offset + count
+        try:
+            if trouble is None:
+                new = frame.payload[max(0, program.told().fed - at) :]
+                program.feed(new, closes=wish.closes and not frame.payload)
+                count += len(frame.payload)
+        except ConflictingError as error:
+            trouble = str(error)
+        if not frame.payload:
+            end = ops.FeedEnd(count, wish.closes and trouble is None, trouble)
+            writer.write(wire.encode_frame(wire.Channel.EXIT, json.dumps(encode(end)).encode()))
+            return
 
 
 async def _follow(
@@ -540,12 +583,7 @@ async def _follow(
             await writer.drain()
 
     async def hear() -> None:
-        while True:
-            while (frame := decoder.take_frame()) is None:
-                data = await reader.read(65536)
-                if not data:
-                    return
-                decoder.feed(data)
+        while frame := await _next_frame(reader, decoder):
             with suppress(ConflictingError):
                 program.feed(frame.payload, closes=not frame.payload)
 
@@ -606,6 +644,7 @@ _CODES: dict[type[Exception], wire.Refusal] = {
     AbsentError: wire.Refusal.ABSENT,
     ConflictingError: wire.Refusal.CONFLICT,
     RefusedProgramError: wire.Refusal.BAD_REQUEST,
+    ReusedError: wire.Refusal.REUSED,
 }
 
 
@@ -619,17 +658,19 @@ class FakeDriver:
         host: FakeHost,
         conduct: Conduct | None = None,
         *,
-        version: str = "1",
         saves: bool = True,
     ) -> None:
         self.capabilities = Capabilities(saves=saves)
         self._host = host
         self.conduct = conduct or Conduct()
-        self._version = version
 
     async def version(self) -> str:
         """See drivers.contract.Driver.version."""
-        return self._version
+        return self._host.installed[0]
+
+    async def versions(self) -> list[str]:
+        """See drivers.contract.SavingDriver.versions."""
+        return list(self._host.installed)
 
     async def probe(self, spec: ProbeSpec) -> Verdict:
         """See drivers.contract.Driver.probe."""
@@ -644,7 +685,7 @@ class FakeDriver:
             raise InternalError(f"cannot start {spec.name}: told not to")
         if not spec.memory.exists():
             spec.memory.write_text("{}")
-        machine = self._make(spec, held)
+        machine = self._make(spec, held, version=self._host.installed[0])
         await asyncio.sleep(conduct.start_delay_s)
         await machine.boot()
         if conduct.dies_at_birth:
@@ -657,13 +698,16 @@ class FakeDriver:
             raise InternalError(f"cannot restore {spec.name}: told not to")
         pages = saved.folder / "pages"
         try:
-            fits = self.conduct.fits and (saved.folder / "device").read_text() == "fake"
+            is_there = saved.version in self._host.installed
+            fits = (
+                is_there and self.conduct.fits and (saved.folder / "device").read_text() == "fake"
+            )
             remembers = json.loads((pages if pages.exists() else spec.memory).read_text())
             if not fits or "token" not in remembers:
                 raise ConflictError(f"cannot restore {spec.name}: the saved state does not fit")
         except (OSError, ValueError) as error:
             raise ConflictError(f"cannot restore {spec.name}: {error}") from error
-        machine = self._make(spec, held)
+        machine = self._make(spec, held, version=saved.version)
         machine.remembers = remembers
         await machine.boot()
         await machine.pause()
@@ -673,8 +717,8 @@ class FakeDriver:
         """See drivers.contract.SavingDriver.make_whole."""
         (saved.folder / "pages").rename(saved.memory)
 
-    def _make(self, spec: MachineSpec, held: AsyncExitStack) -> FakeMachine:
-        machine = FakeMachine(self._host, spec, self.conduct)
+    def _make(self, spec: MachineSpec, held: AsyncExitStack, *, version: str) -> FakeMachine:
+        machine = FakeMachine(self._host, spec, self.conduct, version=version)
         self._host.machines[machine.pid] = machine
         held.push_async_callback(machine.stop)
         return machine

@@ -4,6 +4,7 @@ import asyncio
 import json
 import posixpath
 from collections.abc import AsyncIterator, Iterator
+from hashlib import sha256
 
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import encode
@@ -57,7 +58,10 @@ class FakeFiles:
         is_folder = found is None
         mode = self._modes.get(path, 0o755 if is_folder else 0o644)
         kind = ops.FileKind.FOLDER if is_folder else ops.FileKind.FILE
-        return ops.FileFact(path, kind, len(found or b""), mode, 0, 0, 0, "root", "root")
+        version = sha256(found or b"").hexdigest()[:16]
+        return ops.FileFact(
+            path, kind, len(found or b""), mode, 0, 0, 0, "root", "root", version=version
+        )
 
     def content(self, path: bytes) -> bytes:
         """Return the bytes of a file."""
@@ -89,7 +93,7 @@ class FakeFiles:
             while True:
                 change = await changes.get()
                 if change.path == wish.path:
-                    message = f"{wish.path.decode(errors='replace')}: the folder is there no more"
+                    message = f"{wish.path.decode(errors='replace')}: the directory is gone"
                     trouble = ops.FileTrouble(wire.Refusal.ABSENT.value, message)
                     yield end_frame(ops.FileEnd(trouble=trouble))
                     return
@@ -112,11 +116,17 @@ class FakeFiles:
             message = f"{wish.path.decode(errors='replace')}: no space left on device"
             return ops.FileEnd(trouble=ops.FileTrouble(wire.Refusal.NO_SPACE.value, message))
         is_new = wish.path not in self._tree
+        if wish.is_new or wish.if_version is not None:
+            known = None if is_new else self.fact(wish.path).version
+            holds = is_new if wish.is_new else wish.if_version in (known, "*" if known else known)
+            if not holds:
+                message = f"{wish.path.decode(errors='replace')} has changed meanwhile"
+                return ops.FileEnd(trouble=ops.FileTrouble(wire.Refusal.CHANGED.value, message))
         self._tree[wish.path] = data
         self._tell(wish.path, ops.ChangeKind.CREATED if is_new else ops.ChangeKind.MODIFIED)
         if wish.mode is not None:
             self._modes[wish.path] = wish.mode
-        return ops.FileEnd(len(data))
+        return ops.FileEnd(len(data), fact=self.fact(wish.path))
 
     def _find(self, path: bytes) -> bytes | None:
         if path.startswith(b"/denied"):

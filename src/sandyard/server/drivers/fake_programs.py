@@ -25,6 +25,10 @@ class RefusedProgramError(Exception):
     """The request is invalid."""
 
 
+class ReusedError(Exception):
+    """The key of a start was used for another one."""
+
+
 class FakeProgram:
     """One process: it runs until its command ends.
 
@@ -38,15 +42,21 @@ class FakeProgram:
         self.end: ops.Ended | None = None
         self.size = wish.terminal
         self._pid = pid
-        self._wish = wish
+        self._fed = 0
+        self.wish = wish
+        self._is_interpreter = (wish.tag or "").startswith("context-")
         self._is_open = wish.stdin or wish.terminal is not None
-        self._said: list[tuple[int, bytes]] = []
+        self._said: list[tuple[int, wire.Channel, bytes]] = []
+        self._asked = b""
+        self._hangs: str | None = None
         self._begin = self._printed = 0
         self._changed = asyncio.Event()
         self._started_ms = _STARTED_MS
         words = (wish.command or " ".join(wish.argv)).split(" ")
         match words:
             case ["cat"] | ["hang"] | ["flood"] | [""]:
+                pass
+            case _ if self._is_interpreter:
                 pass
             case ["exit", number]:
                 self._finish(int(number))
@@ -63,11 +73,11 @@ class FakeProgram:
     @property
     def tag(self) -> str | None:
         """Its tag."""
-        return self._wish.tag
+        return self.wish.tag
 
     def told(self) -> ops.Program:
         """Its description."""
-        wish = self._wish
+        wish = self.wish
         return ops.Program(
             pid=self._pid,
             command=wish.command or " ".join(wish.argv),
@@ -80,6 +90,7 @@ class FakeProgram:
             terminal=self.size,
             ended_ms=self._started_ms + 1 if self.end else None,
             end=self.end,
+            fed=self._fed,
         )
 
     def feed(self, data: bytes, *, closes: bool) -> None:
@@ -90,9 +101,14 @@ class FakeProgram:
         """
         if not self._is_open:
             raise ConflictingError(f"cannot write to the process {self._pid}: it takes no input")
-        is_cat = (self._wish.command or " ".join(self._wish.argv)) in ("cat", "")
+        self._fed += len(data)
+        is_cat = (self.wish.command or " ".join(self.wish.argv)) in ("cat", "")
         if is_cat:
             self._print(data)
+        if self._is_interpreter:
+            *lines, self._asked = (self._asked + data).split(b"\n")
+            for line in lines:
+                self._interpret(line)
         if closes:
             self._is_open = False
             if is_cat:
@@ -106,6 +122,9 @@ class FakeProgram:
         """
         if self.end is not None:
             raise ConflictingError(f"cannot signal it: the process {self._pid} has ended")
+        if self._is_interpreter and number == signal.SIGINT:
+            self._interrupted()
+            return
         self._finish(128 + number, signal.Signals(number).name)
 
     def attached(self, offset: int | None) -> ops.Attached:
@@ -115,27 +134,69 @@ class FakeProgram:
 
     async def frames(self, offset: int) -> AsyncIterator[bytes]:
         """Yield its output from a byte on, and its end."""
-        terminal = self._wish.terminal is not None
+        terminal = self.wish.terminal is not None
         channel = wire.Channel.TERMINAL if terminal else wire.Channel.STDOUT
-        while self._wish.command == "flood" and self.end is None:
+        while self.wish.command == "flood" and self.end is None:
             yield wire.encode_frame(channel, bytes(wire.FRAME_MAX))
         while True:
-            for begin, data in list(self._said):
+            for begin, where, data in list(self._said):
                 if begin + len(data) > offset:
                     piece = data[max(0, offset - begin) :]
                     offset = begin + len(data)
                     for start in range(0, len(piece), wire.FRAME_MAX):
-                        yield wire.encode_frame(channel, piece[start : start + wire.FRAME_MAX])
+                        yield wire.encode_frame(where, piece[start : start + wire.FRAME_MAX])
             if self.end is not None:
                 yield wire.encode_frame(wire.Channel.EXIT, json.dumps(encode(self.end)).encode())
                 return
             self._changed.clear()
             await self._changed.wait()
 
-    def _print(self, data: bytes) -> None:
-        self._said.append((self._printed, data[-KEPT:] if len(data) > KEPT else data))
+    def _interpret(self, line: bytes) -> None:
+        """Run a piece of "code": `print X`, `value X`, `raise X`, `die`; `hang` runs until it is
+        interrupted, `stubborn` until it is killed."""
+        if not line.strip():
+            return
+        asked = json.loads(line)
+        mark, (word, _, rest) = asked["mark"], asked["code"].partition(" ")
+        self._report(mark, "B", {}, both=True)
+        error = None
+        match word:
+            case "die":
+                self._finish(3)
+                return
+            case "hang" | "stubborn":
+                self._hangs = None if word == "stubborn" else mark
+                return
+            case "print":
+                self._print(rest.encode())
+            case "input":
+                self._print(asked["stdin"].encode())
+            case "value":
+                told = {"text": rest, "isMain": True, "truncated": False}
+                self._report(mark, "R", told)
+            case _:
+                error = {"name": "Error", "value": rest, "traceback": "at line 1"}
+        self._report(mark, "E", {"error": error}, both=True)
+
+    def _interrupted(self) -> None:
+        mark, self._hangs = self._hangs, None
+        if mark is not None:
+            error = {"name": "KeyboardInterrupt", "value": "", "traceback": ""}
+            self._report(mark, "E", {"error": error}, both=True)
+
+    def _report(self, mark: str, letter: str, value: object, *, both: bool = False) -> None:
+        data = f"\0{mark}{letter}{json.dumps(value)}\0".encode()
+        if both:
+            self._print(data, wire.Channel.STDERR)
+        self._print(data)
+
+    def _print(self, data: bytes, channel: wire.Channel | None = None) -> None:
+        if channel is None:
+            on_terminal = self.wish.terminal is not None
+            channel = wire.Channel.TERMINAL if on_terminal else wire.Channel.STDOUT
+        self._said.append((self._printed, channel, data[-KEPT:] if len(data) > KEPT else data))
         if len(data) > KEPT:
-            self._said[-1] = (self._printed + len(data) - KEPT, data[-KEPT:])
+            self._said[-1] = (self._printed + len(data) - KEPT, channel, data[-KEPT:])
         self._printed += len(data)
         self._begin = max(self._begin, self._printed - KEPT)
         self._changed.set()
@@ -151,23 +212,20 @@ class FakePrograms:
 
     def __init__(self) -> None:
         self._by_pid: dict[int, FakeProgram] = {}
+        self._by_key: dict[str, tuple[ops.Start, FakeProgram]] = {}
         self._next = 100
 
     def answer(
         self,
-        wish: ops.Start | ops.Attach | ops.List | ops.Signal | ops.Input | ops.Resize,
+        wish: ops.Start | ops.Attach | ops.List | ops.Signal | ops.Input | ops.Feed | ops.Resize,
     ) -> object:
         """Carry out an operation, and return its answer.
 
         Raises:
-            AbsentError, ConflictingError, RefusedProgramError: see their classes.
+            AbsentError, ConflictingError, RefusedProgramError, ReusedError: see their classes.
         """
         if isinstance(wish, ops.Start):
-            self._next += 1
-            if isinstance(wish, ops.Run) and wish.line is not None:
-                wish = replace(wish, command=wish.line.decode(errors="replace"))
-            made = self._by_pid[self._next] = FakeProgram(self._next, wish)
-            return made.told()
+            return self._start(wish).told()
         if isinstance(wish, ops.List) and wish.pid is None and wish.tag is None:
             return ops.Programs(tuple(one.told() for one in self._by_pid.values()))
         found = self.find(wish.pid, wish.tag)
@@ -179,16 +237,40 @@ class FakePrograms:
                     raise RefusedProgramError("cannot follow from there: it has printed less")
                 return found.attached(wish.offset)
             case ops.Signal():
+                if wish.forgets_tag:
+                    found.wish = replace(found.wish, tag=None)
                 found.send(wish.number)
                 return ops.Started(found.told().pid)
             case ops.Input():
                 found.feed(wish.data, closes=wish.closes)
                 return ops.Written(len(wish.data), wish.closes)
+            case ops.Feed():
+                found.feed(b"", closes=False)
+                return ops.Fed(found.told().fed)
             case ops.Resize():
                 if found.size is None or found.end is not None:
                     raise ConflictingError("cannot resize: it has no terminal, or has ended")
                 found.size = wish.terminal
                 return ops.Done()
+
+    def _start(self, wish: ops.Start) -> FakeProgram:
+        if wish.key is not None and (known := self._by_key.get(wish.key)) is not None:
+            if known[0] != wish:
+                raise ReusedError("the key was used to start another process")
+            return known[1]
+        if wish.replaces is not None:
+            last = self.find(None, wish.tag)
+            if last.told().pid != wish.replaces:
+                raise AbsentError(f"the process {wish.replaces} was replaced")
+            last.wish = replace(last.wish, tag=None)
+        asked = wish
+        self._next += 1
+        if isinstance(wish, ops.Run) and wish.line is not None:
+            wish = replace(wish, command=wish.line.decode(errors="replace"))
+        made = self._by_pid[self._next] = FakeProgram(self._next, wish)
+        if wish.key is not None:
+            self._by_key[wish.key] = (asked, made)
+        return made
 
     def find(self, pid: int | None, tag: str | None) -> FakeProgram:
         """Return one.

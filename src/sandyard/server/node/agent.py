@@ -19,6 +19,7 @@ from sandyard.server.core.errors import (
     AgentError,
     ConflictError,
     InvalidArgumentError,
+    OtherVersionError,
     UnavailableError,
     UnsupportedError,
 )
@@ -36,6 +37,7 @@ from sandyard.server.core.wire import (
     Decoder,
     LastFrame,
     Refusal,
+    VersionError,
     WireError,
     encode_request,
 )
@@ -208,8 +210,8 @@ class AgentLink:
             ConflictError: the machine is dead.
             InvalidArgumentError: the agent refused; the message is its own.
             NotFoundError: what was asked of is not in the machine.
-            UnsupportedError: the agent does not know the operation.
-            AgentError: the agent does not accept the token, or speaks another protocol.
+            UnsupportedError: the agent does not know the operation, or is too old or too new.
+            AgentError: the agent does not accept the token, or violates the protocol.
         """
         again = may_be_followed(operation)
         async with contextlib.AsyncExitStack() as held:
@@ -224,6 +226,10 @@ class AgentLink:
                     said = await _next_answer(reader, decoder)
                 _refuse(said, is_for_user=operation.asked_by_users)
                 answer = answer_of(operation, said.values)
+            except VersionError as error:
+                raise OtherVersionError(
+                    f"cannot use the agent of the sandbox, which is of another version: {error}"
+                ) from error
             except (WireError, CodecError) as error:
                 raise AgentError from error
             except (OSError, TimeoutError, EOFError) as error:

@@ -10,6 +10,7 @@ from sandyard.server.core.errors import (
     AgentSilentError,
     DamagedError,
     DeadlineExceededError,
+    IncompatibleError,
     InternalError,
     SandyardError,
     UnavailableError,
@@ -211,7 +212,7 @@ class Jobs:
         resident = owner.resident
         async with self._restores.take(Rank.ASKED, wish.org_id):
             await resident.make_body(source)
-            await resident.process.bring_up(token=source.about.token)
+            await resident.process.bring_up(source=source.about)
             grows = wish.shape.disk_mib > source.about.disk_mib
             was = Was.IN_USE if way is Way.SNAPSHOT else Was.NOBODYS
             await resident.set_up(wish, was=was, grows=grows)
@@ -297,10 +298,13 @@ class Jobs:
             await resident.end()  # in case something could not be released before
             state = await resident.saving.checked_state()
             async with self._restores.take(Rank.ASKED, wish.org_id):
-                await resident.process.bring_up(token=state.about.token)
+                await resident.process.bring_up(source=state.about)
                 await _woken(resident)
             resident.current.count_as(wish.incarnation)  # as above
             await self._is_running(owner, Way.RESUME)
+        except IncompatibleError:
+            await to_the_end(self._fall_back(resident, before))
+            raise
         except DamagedError as error:
             await to_the_end(resident.end())
             resident.current.count_as(before.incarnation)
@@ -369,7 +373,7 @@ class Jobs:
             # The record on disk names the old body until the new machine is usable.
             async with self._restores.take(Rank.ASKED, wish.org_id):
                 await resident.make_body(source, is_recorded=False)
-                await resident.process.bring_up(token=source.about.token, is_recorded=False)
+                await resident.process.bring_up(source=source.about, is_recorded=False)
                 grows = wish.shape.disk_mib > source.about.disk_mib
                 await resident.set_up(wish, was=Was.IN_USE, grows=grows)
             await self._is_running(owner, Way.SNAPSHOT)

@@ -216,6 +216,7 @@ class Node:
             goldens=self._goldens.count,
             golden_kinds=tuple(self._goldens.facts()),
             limited=self._means.exports.limited(),
+            unreadable=self._means.records.unreadable,
         )
         return self._generation.of(report)
 

@@ -14,6 +14,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from sandyard.server.core.errors import (
@@ -22,6 +23,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
+from sandyard.server.drivers.binaries import Binary
 from sandyard.server.drivers.contract import (
     Capabilities,
     End,
@@ -96,6 +98,11 @@ class FirecrackerMachine:
     def handle(self) -> Handle:
         """See drivers.contract.Machine.handle."""
         return self._handle
+
+    @property
+    def version(self) -> str:
+        """See drivers.contract.SavingMachine.version."""
+        return str(self._handle["version"])
 
     @property
     def pid(self) -> int:
@@ -191,7 +198,7 @@ class FirecrackerMachine:
         await self._api.save(state=f"/{_STATE}", memory=f"/{_PAGES}", is_whole=is_whole)
         await in_thread(self._jail.take, _STATE, folder / _STATE)
         await in_thread(self._jail.copy_out, _PAGES, folder / _PAGES)
-        return Saved(folder)
+        return Saved(folder, self.version)
 
     async def grow_disk(self, size_mib: int) -> None:
         """See drivers.contract.SavingMachine.grow_disk."""
@@ -224,6 +231,10 @@ class FirecrackerDriver:
         self._group = group
         self._binary = binary
         self._jailer = jailer
+        self._programs = (
+            Binary(binary, partial(_version_of, "firecracker")),
+            Binary(jailer, partial(_version_of, "jailer")),
+        )
         self._disk_limiter = disk_limiter
         self._network_limiter = network_limiter
         self._has_swept = False
@@ -231,12 +242,12 @@ class FirecrackerDriver:
     async def version(self) -> str:
         """See drivers.contract.Driver.version."""
         found = []
-        for name, binary in (("firecracker", self._binary), ("jailer", self._jailer)):
-            if shutil.which(binary) is None:
+        for one in self._programs:
+            if shutil.which(one.name) is None:
                 raise UnavailableError(
-                    f"{binary} is not installed; `sandyard setup firecracker` fetches it"
+                    f"{one.name} is not installed; `sandyard setup firecracker` fetches it"
                 )
-            found.append(await _version_of(name, binary))
+            found.append(await one.version())
         if found[0] != found[1]:
             raise UnavailableError(
                 f"firecracker {found[0]} and jailer {found[1]} do not belong together"
@@ -248,6 +259,10 @@ class FirecrackerDriver:
                 "series"
             )
         return found[0]
+
+    async def versions(self) -> list[str]:
+        """See drivers.contract.SavingDriver.versions."""
+        return [await self.version()]
 
     async def probe(self, spec: ProbeSpec) -> Verdict:
         """See drivers.contract.Driver.probe."""
@@ -273,7 +288,7 @@ class FirecrackerDriver:
             jail.write(_INITRD, spec.initrd.read_bytes())
             process = await self._launch(jail, held, netns=None)
             api = await held.enter_async_context(Api(jail.folder / SOCKET))
-            machine = FirecrackerMachine(process, api, jail, {})
+            machine = FirecrackerMachine(process, api, jail, {"version": version})
             held.push_async_callback(machine.stop)
             await api.configure(vcpus=1, memory_mib=_PROBE_MIB)
             await api.boot_from(
@@ -402,6 +417,8 @@ class FirecrackerDriver:
             # Firecracker does one thing at a time: in the middle of a save that an earlier server
             # began, it says nothing.
             await api.state(limit_s=_RECOVER_LIMIT_S)
+            if "version" not in handle:  # of an earlier version of Sandyard
+                handle = {**handle, "version": await api.version()}
         except (UnavailableError, InternalError):
             # A machine that cannot be controlled is as good as dead, and must not be left over.
             await process.kill()
@@ -437,6 +454,7 @@ class FirecrackerDriver:
             "uid": spec.place.uid,
             "group": jail.group,
             "disk": str(spec.disk),
+            "version": await self.version(),
         }
         machine = FirecrackerMachine(process, Api(jail.folder / SOCKET), jail, handle)
         held.push_async_callback(machine.stop)

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
@@ -20,6 +20,7 @@ from sandyard.server.core.errors import (
     SandyardError,
     UnavailableError,
 )
+from sandyard.server.drivers.binaries import Binary
 from sandyard.server.drivers.contract import (
     Capabilities,
     End,
@@ -107,6 +108,11 @@ class QemuMachine:
     def pid(self) -> int:
         """See drivers.contract.Machine.pid."""
         return self._process.pid
+
+    @property
+    def version(self) -> str:
+        """See drivers.contract.SavingMachine.version."""
+        return str(self._handle["version"])
 
     async def console(self) -> bytes:
         """See drivers.contract.Machine.console."""
@@ -204,7 +210,7 @@ class QemuMachine:
         async with concurrently(pages) as saving:
             await self._save_devices(folder)
             await asyncio.wait([saving])
-        return Saved(folder)
+        return Saved(folder, self.version)
 
     async def _save_devices(self, folder: Path) -> None:
         # QEMU writes where its own account may; the state is taken from there.
@@ -314,7 +320,8 @@ class _Stderr:
 
 class QemuDriver:
     """See drivers.contract.SavingDriver. `accel` is kvm or tcg; `tb_size_mib` is how much
-    translated code a machine may keep, by its memory if it is None."""
+    translated code a machine may keep, by its memory if it is None. `kept_binaries` are of other
+    versions: they restore what they have saved."""
 
     capabilities = Capabilities(saves=True)
 
@@ -323,26 +330,41 @@ class QemuDriver:
         *,
         accel: str,
         binary: str = "qemu-system-x86_64",
+        kept_binaries: Sequence[str] = (),
         tb_size_mib: int | None = None,
         mounts: Path | None = None,
     ) -> None:
         self._mounts = mounts
         self.name = f"qemu-{accel}"
         self._accel = accel
-        self._binary = binary
+        self._binary = Binary(binary, _version_of)
+        self._kept_binaries = [Binary(one, _version_of) for one in kept_binaries]
         self._tb_size_mib = tb_size_mib
         self._tsc_khz: int | None = None
 
     async def version(self) -> str:
         """See drivers.contract.Driver.version."""
         try:
-            said = await output_of([self._binary, "--version"], limit_s=_START_LIMIT_S)
-        except OSError as error:
+            return await self._binary.version()
+        except UnavailableError as error:
             raise UnavailableError(
-                f"cannot find {self._binary}; install the package qemu-system-x86"
+                f"{error.message}; install the package qemu-system-x86"
             ) from error
-        words = said.decode(errors="replace").split()
-        return words[words.index("version") + 1] if "version" in words else "unknown"
+
+    async def versions(self) -> list[str]:
+        """See drivers.contract.SavingDriver.versions."""
+        found = [await self.version()]
+        for one in self._kept_binaries:
+            with contextlib.suppress(UnavailableError):
+                found.append(await one.version())
+        return found
+
+    async def _binary_of(self, version: str) -> Binary:
+        for one in self._kept_binaries:
+            with contextlib.suppress(UnavailableError):
+                if version != await self.version() and version == await one.version():
+                    return one
+        return self._binary
 
     async def probe(self, spec: ProbeSpec) -> Verdict:
         """See drivers.contract.Driver.probe."""
@@ -369,7 +391,7 @@ class QemuDriver:
                 own_end = ["timeout", "--signal=KILL", f"{spec.limit_s + 5:g}"]
                 confined = command.unprivileged(_NOBODY, group=_group(way))
                 started = time.monotonic()
-                command_line = [*own_end, *confined, self._binary, *options]
+                command_line = [*own_end, *confined, self._binary.name, *options]
                 probing = output_of(command_line, limit_s=spec.limit_s, pass_fds=_fds(way))
                 async with concurrently(probing) as running:
                     # Its end is not waited for: there are hosts that bring up a machine, and
@@ -406,7 +428,7 @@ class QemuDriver:
         """See drivers.contract.Driver.start."""
         if not spec.memory.exists():
             make_empty(spec.memory, command.machine_memory_mib(spec.memory_mib))
-        return await self._start(spec, held, is_restored=False)
+        return await self._start(spec, held, self._binary, is_restored=False)
 
     async def restore(self, spec: MachineSpec, saved: Saved, held: AsyncExitStack) -> QemuMachine:
         """See drivers.contract.SavingDriver.restore."""
@@ -414,9 +436,10 @@ class QemuDriver:
         if not spec.memory.exists() or spec.memory.stat().st_size != size:
             raise ConflictError(f"cannot restore {spec.name}: its memory file is not whole")
         state = spec.folder / command.DEVICE_STATE
+        binary = await self._binary_of(saved.version)
         try:
             _place(saved.folder / command.DEVICE_STATE, state, spec.place.uid)
-            machine = await self._start(spec, held, is_restored=True)
+            machine = await self._start(spec, held, binary, is_restored=True)
             try:
                 await machine.load(spec.memory, saved, state)
             except UnavailableError as error:
@@ -424,7 +447,7 @@ class QemuDriver:
                 # state is good. Twice in a row says that it is not.
                 log.warning("cannot restore %s, trying once more: %s", spec.name, error.message)
                 await machine.stop()
-                machine = await self._start(spec, held, is_restored=True)
+                machine = await self._start(spec, held, binary, is_restored=True)
                 await _load_or_refuse(machine, spec, saved, state)
         except FileNotFoundError as error:
             raise ConflictError(f"cannot restore {spec.name}: {error.filename} is gone") from error
@@ -441,7 +464,7 @@ class QemuDriver:
         pages.unlink()
 
     async def _start(
-        self, spec: MachineSpec, held: AsyncExitStack, *, is_restored: bool
+        self, spec: MachineSpec, held: AsyncExitStack, binary: Binary, *, is_restored: bool
     ) -> QemuMachine:
         # Files of an earlier attempt must not be mistaken for this one's.
         for name in (command.PID_FILE, command.QMP_SOCKET, command.INITRD):
@@ -453,13 +476,19 @@ class QemuDriver:
                 raise InternalError(f"cannot start {spec.name}: {error}") from error
         with _Stderr() as stderr:
             try:
-                return await self._start_heard(spec, held, stderr, is_restored=is_restored)
+                return await self._start_heard(spec, held, binary, stderr, is_restored=is_restored)
             except _EndedError as error:
                 reason = stderr.rest() or "QEMU ended at once"
                 raise InternalError(f"cannot start {spec.name}: {reason}") from error
 
     async def _start_heard(
-        self, spec: MachineSpec, held: AsyncExitStack, stderr: _Stderr, *, is_restored: bool
+        self,
+        spec: MachineSpec,
+        held: AsyncExitStack,
+        binary: Binary,
+        stderr: _Stderr,
+        *,
+        is_restored: bool,
     ) -> QemuMachine:
         tap_fd = await open_tap(spec.place.netns, spec.place.tap)
         try:
@@ -472,8 +501,9 @@ class QemuDriver:
                     tap_fd=tap_fd,
                     is_restored=is_restored,
                 )
+                version = await binary.version()
                 confined = command.confined(
-                    self._binary, arguments, spec, group=_group(way), mounts=self._mounts
+                    binary.name, arguments, spec, group=_group(way), mounts=self._mounts
                 )
                 # If this were interrupted, it would not run under its own account yet.
                 pid = await to_the_end(_launch(confined, (tap_fd, *_fds(way)), spec, stderr))
@@ -506,6 +536,7 @@ class QemuDriver:
             "qmp": str(spec.folder / command.QMP_SOCKET),
             "memory": str(spec.memory),
             "uid": spec.place.uid,
+            "version": version,
         }
         return self._machine(process, monitor, handle, held)
 
@@ -526,6 +557,8 @@ class QemuDriver:
             # A machine that cannot be controlled is as good as dead, and must not be left over.
             await process.kill()
             return None
+        if "version" not in handle:  # of an earlier version of Sandyard
+            handle = {**handle, "version": await monitor.version()}
         held.pop_all()
         return self._machine(process, monitor, handle, held)
 
@@ -560,6 +593,15 @@ class QemuDriver:
         if self._tsc_khz is None:
             self._tsc_khz = await in_thread(measure_khz)
         return self._tsc_khz
+
+
+async def _version_of(binary: str) -> str:
+    try:
+        said = await output_of([binary, "--version"], limit_s=_START_LIMIT_S)
+    except (OSError, ChildProcessError, TimeoutError) as error:
+        raise UnavailableError(f"cannot run {binary}: {error}") from error
+    words = said.decode(errors="replace").split()
+    return words[words.index("version") + 1] if "version" in words else "unknown"
 
 
 def _take_hold(pid: int, held: AsyncExitStack) -> DetachedProcess:

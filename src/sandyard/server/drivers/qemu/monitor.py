@@ -77,6 +77,14 @@ class Monitor:
         result = await self.call("query-status")
         return str(result.get("status")) if isinstance(result, dict) else ""
 
+    async def version(self) -> str:
+        """Return the version of this QEMU, such as `10.0.2`."""
+        result = await self.call("query-version")
+        numbers = result.get("qemu") if isinstance(result, dict) else None
+        if not isinstance(numbers, dict):
+            return "unknown"
+        return ".".join(str(numbers.get(name)) for name in ("major", "minor", "micro"))
+
     async def processors(self) -> list[int]:
         """Return the ids of the threads that run the guest's CPUs."""
         result = await self.call("query-cpus-fast")

@@ -36,7 +36,7 @@ _AGAIN_S = (0.0, 1.0, 5.0, 30.0)
 _WELL_S = 60.0
 _REPAIR_AGAIN_S = 600.0
 _FOLDERS = (
-    "cannot mount workspaces: here they lie in plain folders, out of which a guest could reach "
+    "cannot mount workspaces: here they lie in plain directories, out of which a guest could reach "
     'others; the operator can set workspaces.volumes to "images"'
 )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sandyard.server.core.errors import UnavailableError
-from sandyard.server.drivers.contract import Driver, ProbeSpec, Verdict
+from sandyard.server.drivers.contract import Driver, ProbeSpec, SavingDriver, Verdict
 from sandyard.server.drivers.kvm import NO_KVM
 from sandyard.server.node.images.images import Image
 
@@ -77,7 +77,6 @@ class Drivers:
         self._judging = asyncio.Lock()
         self._cache = cache
         self._chosen: dict[str, Driver] = {}
-        self._versions: dict[str, str] = {}
 
     @property
     def pace(self) -> float:
@@ -106,11 +105,16 @@ class Drivers:
         """Return the driver of that name."""
         return next((driver for driver in self._known if driver.name == name), None)
 
-    async def version_of(self, driver: Driver) -> str:
-        """Return a driver's version; it is determined once."""
-        if driver.name not in self._versions:
-            self._versions[driver.name] = await driver.version()
-        return self._versions[driver.name]
+    async def versions_of(self, name: str) -> Sequence[str]:
+        """Return the versions of a driver that restore what they saved; none if it is not here."""
+        driver = self.named(name)
+        if driver is None or not driver.capabilities.saves:
+            return ()
+        saver: SavingDriver = driver  # type: ignore[assignment]  # as it says of itself
+        try:
+            return await saver.versions()
+        except UnavailableError:
+            return ()
 
     async def choose(self, image: Image) -> Driver:
         """Return the best driver that boots this image's kernel here.

@@ -36,7 +36,7 @@ def refusal(folder: Path, home: Path, uid: int) -> tuple[str, str]:
     return (
         f"machines cannot reach their files in {home}: the account {uid}, under which one runs, "
         f"cannot enter {folder}",
-        f"chmod o+x {folder}, or set SANDYARD_HOME to a folder outside it, such as "
+        f"chmod o+x {folder}, or set SANDYARD_HOME to a directory outside it, such as "
         "/var/lib/sandyard",
     )
 

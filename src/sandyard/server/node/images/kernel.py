@@ -133,13 +133,13 @@ def _files(modules: Path, told: Told) -> Sequence[Path]:
     for name in ("modules.order", "modules.builtin"):
         if not (modules / name).is_file():
             raise InvalidArgumentError(
-                f"cannot use the modules in {modules}: it has no {name}; give the folder that "
+                f"cannot use the modules in {modules}: it has no {name}; give the directory that "
                 "`make modules_install` made, as /lib/modules/6.12.0",
                 field="node.kernel_modules",
             )
     if told.release not in ("unknown", modules.name):
         raise InvalidArgumentError(
-            f"cannot use the modules in {modules}: the folder must be called {told.release}, as "
+            f"cannot use the modules in {modules}: the directory must be called {told.release}, as "
             "the kernel is",
             field="node.kernel_modules",
         )
@@ -156,6 +156,6 @@ def refuse_lacking(kernel: OwnKernel) -> None:
         named = "; ".join(f"{one.shown} ({one.purpose})" for one in lacks)
         raise InvalidArgumentError(
             f"cannot use the kernel {kernel.image}: it lacks {named}; build them in, or give the "
-            "folder of its modules",
+            "directory of its modules",
             field="node.kernel",
         )

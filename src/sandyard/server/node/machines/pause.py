@@ -17,9 +17,9 @@ from sandyard.server.tasks import in_thread
 _FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
-async def about(record: Record, means: Means, *, kind: str) -> About:
-    """Return the description of a saved state of a record's machine."""
-    driver = means.drivers.named(record.driver)
+def about(record: Record, means: Means, *, kind: str, version: str) -> About:
+    """Return the description of a saved state of a record's machine. `version` is the hypervisor's
+    that wrote it."""
     return About(
         kind=kind,
         template=record.template,
@@ -29,7 +29,7 @@ async def about(record: Record, means: Means, *, kind: str) -> About:
         memory_mib=record.memory_mib,
         disk_mib=record.disk_mib,
         driver=record.driver,
-        driver_version=await means.drivers.version_of(driver) if driver else "",
+        driver_version=version,
         host=means.seals.host,
         token=record.token,
     )
@@ -45,7 +45,7 @@ async def write_own(machine: SavingMachine, record: Record, body: Body, means: M
     await body.drop_unpublished()
     try:
         state = await machine.save(body.saving)
-        own = await about(record, means, kind="paused")
+        own = about(record, means, kind="paused", version=state.version)
         await means.seals.seal(state.folder, own, belonging=(body.disk, body.memory))
         await body.publish()
     except OSError as error:
@@ -54,9 +54,9 @@ async def write_own(machine: SavingMachine, record: Record, body: Body, means: M
 
 async def write_copy(
     machine: SavingMachine | None, part: Path, record: Record, body: Body, means: Means
-) -> None:
-    """Write state and disk of a suspended machine to a new folder. Without `machine` it is paused,
-    and its saved state is copied.
+) -> str:
+    """Write state and disk of a suspended machine to a new folder, and return the version of the
+    hypervisor that wrote it. Without `machine` it is paused, and its saved state is copied.
 
     Raises: see `write_own`; DamagedError if the saved state was altered.
     """
@@ -65,18 +65,28 @@ async def write_copy(
         # It is sealed again, so it must be what was sealed before.
         await means.seals.check(state, whole=True)
         await in_thread(saving.copy_state, state, part)
+        version = state.about.driver_version
     else:
-        await machine.save(part)
+        version = (await machine.save(part)).version
     await means.disks.copy(body.disk, part / "disk.ext4")
+    return version
 
 
 async def finish_copy(
-    part: Path, folder: Path, record: Record, body: Body, means: Means, kit: Kit, *, kind: str
+    part: Path,
+    folder: Path,
+    record: Record,
+    body: Body,
+    means: Means,
+    kit: Kit,
+    *,
+    kind: str,
+    version: str,
 ) -> SavedMachine:
     """Complete a copy so that it depends on nothing else, seal and publish it. The machine may
     run."""
-    await kit.saver.make_whole(Saved(part), body.memory)
-    made = await means.seals.seal(part, await about(record, means, kind=kind))
+    await kit.saver.make_whole(Saved(part, version), body.memory)
+    made = await means.seals.seal(part, about(record, means, kind=kind, version=version))
     await in_thread(saving.publish, part, folder)
     return replace(made, folder=folder)
 

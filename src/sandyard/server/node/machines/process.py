@@ -22,6 +22,7 @@ from sandyard.server.node.machines import start
 from sandyard.server.node.machines.current import CurrentRecord
 from sandyard.server.node.machines.guest import Guest
 from sandyard.server.node.machines.means import Means
+from sandyard.server.node.machines.saved import About
 from sandyard.server.node.machines.watch import end_of, look, watch
 from sandyard.server.tasks import Task, concurrently, in_thread, to_the_end
 
@@ -75,19 +76,19 @@ class MachineProcess:
     async def bring_up(
         self,
         *,
-        token: str | None = None,
+        source: About | None = None,
         background: Entry | None = None,
         is_recorded: bool = True,
     ) -> None:
         """Start the machine and return once its agent answers; it is not watched yet.
 
-        If there is a saved state, the machine is restored from it: `token` is the one that its
-        agent accepts, and the caller must wake or set up the guest. The state is withdrawn when the
+        If there is a saved state, the machine is restored from it: `source` describes it, and the
+        caller must wake or set up the guest. The state is withdrawn when the
         machine runs. A failure before that keeps the state; after that the machine runs, even if
         the call is cancelled. If `is_recorded` is false, the record on disk is not changed.
 
         Raises:
-            DamagedError: the saved state does not fit.
+            IncompatibleError: the hypervisor refuses the saved state.
             DeadlineExceededError: the guest made no progress.
             InternalError, UnavailableError: it could not be started.
         """
@@ -97,7 +98,7 @@ class MachineProcess:
         async with AsyncExitStack() as held:
             place = self._place = await means.network.take()
             held.push_async_callback(self._vacate)
-            current.take_place(place, token or new_secret())
+            current.take_place(place, source.token if source else new_secret())
             spec = await start.spec_of(
                 current.value, current.body, kit, place, background=background
             )
@@ -105,7 +106,8 @@ class MachineProcess:
                 # It continues with its mounts: their server must be there before it runs.
                 await means.exports.grant(place, share)
             if is_saved:
-                still = await start.restored(kit, spec, current.body, held)
+                version = source.driver_version if source else await kit.driver.version()
+                still = await start.restored(kit, spec, current.body, version, held)
                 await to_the_end(self._run_on(still, held, is_recorded=is_recorded))
                 return
             machine = self.machine = await kit.driver.start(spec, held)

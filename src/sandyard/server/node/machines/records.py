@@ -75,6 +75,8 @@ class Records:
 
     def __init__(self, machines_dir: Path) -> None:
         self.machines_dir = machines_dir
+        self.unreadable: tuple[str, ...] = ()
+        """The records that could not be read when all were read last."""
 
     def folder(self, machine_id: str) -> Path:
         """Return the folder of a machine's files."""
@@ -108,7 +110,7 @@ class Records:
 
     def all(self) -> list[Record]:
         """Return all readable records; unreadable ones are logged and left alone."""
-        found = []
+        found, unreadable = [], []
         for folder in self._folders():
             try:
                 found.append(_record_of(json.loads((folder / "resident.json").read_text())))
@@ -116,6 +118,8 @@ class Records:
                 continue
             except (OSError, ValueError, TypeError, KeyError):
                 log.exception("a machine's record cannot be read; its files are kept in %s", folder)
+                unreadable.append(str(folder / "resident.json"))
+        self.unreadable = tuple(unreadable)
         return found
 
     def sweep(self) -> None:

@@ -141,6 +141,8 @@ class Resident:
             driver=record.driver,
             os=record.os,
             way=way,
+            template=record.template,
+            shape=self.shape,
             reason_code=why.code if why else record.reason_code,
             reason_message=why.message if why else record.reason_message,
         )

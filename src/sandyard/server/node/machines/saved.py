@@ -13,14 +13,16 @@ import hmac
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-from sandyard.server.core.errors import DamagedError
+from sandyard.server.core.errors import DamagedError, IncompatibleError
 from sandyard.server.core.shapes import Shape
 from sandyard.server.drivers.contract import Saved
 from sandyard.server.drivers.sparse import copy_sparse, digest_sparse, has_holes, mac_sparse
@@ -70,7 +72,7 @@ class SavedMachine:
     @property
     def state(self) -> Saved:
         """What a driver restores from."""
-        return Saved(self.folder)
+        return Saved(self.folder, self.about.driver_version)
 
     @property
     def disk(self) -> Path:
@@ -118,6 +120,7 @@ def load(folder: Path, *, key: bytes) -> SavedMachine:
 
     Raises:
         DamagedError: there is none, or its manifest is damaged or not signed here.
+        IncompatibleError: it is of a newer version of Sandyard.
     """
     try:
         content = json.loads((folder / _MANIFEST).read_text())
@@ -125,7 +128,9 @@ def load(folder: Path, *, key: bytes) -> SavedMachine:
         if not hmac.compare_digest(signature, _signature(content, key)):
             raise DamagedError("cannot use what was saved: its manifest was altered")
         if content["format"] not in FORMATS:
-            raise DamagedError("cannot use what was saved: it is of another version of Sandyard")
+            raise IncompatibleError(
+                "cannot use what was saved: a newer version of Sandyard saved it; upgrade this one"
+            )
         return SavedMachine(folder, About(**content["about"]), content["files"], key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"cannot use what was saved: it cannot be read: {error!r}") from error
@@ -241,21 +246,35 @@ def _signature(content: Mapping[str, object], key: bytes) -> str:
     return hmac.new(key, b"sandyard saved machine\0" + text, sha256).hexdigest()
 
 
-def refuse_other(about: About, *, driver: str, version: str, host: str) -> None:
-    """Return if a state can be restored with this driver, version and host.
+def check_fit(about: About, *, versions: Sequence[str], host: str) -> None:
+    """Return if a state can be restored with one of these versions of its driver on this host.
 
     Raises:
-        DamagedError: it cannot; the message says what differs.
+        IncompatibleError: it cannot; the message says what it needs.
     """
-    for what, saved, here in (
-        ("driver", about.driver, driver),
-        ("version of the hypervisor", about.driver_version, version),
-        ("kind of processor", about.host, host),
-    ):
-        if saved != here:
-            raise DamagedError(
-                f"cannot use what was saved: it is of another {what} ({saved}; here it is {here})"
-            )
+    if about.driver_version not in versions:
+        raise IncompatibleError(
+            f"cannot use what was saved: it needs {about.driver} {about.driver_version}, and here "
+            f"is {', '.join(versions) or 'none'}; install that version, or keep it beside "
+            "(node.kept_qemu_binaries), or restart the sandbox, which boots it from its disk"
+        )
+    if about.host != host:
+        raise IncompatibleError(
+            f"cannot use what was saved: it needs the processor it was saved on ({about.host}; "
+            f"here it is {host}); a restart of the sandbox boots it from its disk"
+        )
+
+
+def needs_of(home: Path) -> Counter[tuple[str, str]]:
+    """Return how many paused machines and snapshots need which version of which driver, as their
+    manifests say; those that cannot be read are left out."""
+    needs: Counter[tuple[str, str]] = Counter()
+    for pattern in ("machines/*/*/saved", "snapshots/*"):
+        for folder in home.glob(pattern):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                about = json.loads((folder / _MANIFEST).read_text())["about"]
+                needs[str(about["driver"]), str(about["driver_version"])] += 1
+    return needs
 
 
 class Seals:
@@ -283,13 +302,9 @@ class Seals:
         """Return if a saved machine is unaltered and can be restored here.
 
         Raises:
-            DamagedError: it is not, or cannot.
+            DamagedError: it is altered.
+            IncompatibleError: it cannot.
         """
-        driver = self._drivers.named(saved.about.driver)
-        if driver is None:
-            raise DamagedError(
-                f"cannot use what was saved: the driver {saved.about.driver} is not here"
-            )
-        version = await self._drivers.version_of(driver)
-        refuse_other(saved.about, driver=driver.name, version=version, host=self.host)
+        versions = await self._drivers.versions_of(saved.about.driver)
+        check_fit(saved.about, versions=versions, host=self.host)
         await in_thread(check, saved, whole=whole)

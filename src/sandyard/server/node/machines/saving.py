@@ -121,11 +121,20 @@ class Saving:
         part = await pause.begin_copy(folder)
         try:
             if current.phase is Phase.PAUSED:
-                await pause.write_copy(None, part, current.value, current.body, self._means)
+                version = await pause.write_copy(
+                    None, part, current.value, current.body, self._means
+                )
             else:
-                await self._copy_while_held(part)
+                version = await self._copy_while_held(part)
             return await pause.finish_copy(
-                part, folder, current.value, current.body, self._means, kit, kind=kind
+                part,
+                folder,
+                current.value,
+                current.body,
+                self._means,
+                kit,
+                kind=kind,
+                version=version,
             )
         except BaseException as error:
             await in_thread(shutil.rmtree, part, ignore_errors=True)
@@ -133,13 +142,13 @@ class Saving:
                 raise pause.translated(error) from error
             raise
 
-    async def _copy_while_held(self, part: Path) -> None:
+    async def _copy_while_held(self, part: Path) -> str:
         machine = self._process.saving_machine()
         self._guest.pulse.is_held = True
         try:
             await machine.pause()
             current = self._current
-            await pause.write_copy(machine, part, current.value, current.body, self._means)
+            return await pause.write_copy(machine, part, current.value, current.body, self._means)
         finally:
             self._guest.pulse.is_held = False
             await to_the_end(self._resume(machine))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from sandyard.server.core.errors import (
     ConflictError,
-    DamagedError,
     DeadlineExceededError,
+    IncompatibleError,
     InternalError,
     UnavailableError,
 )
@@ -92,17 +92,20 @@ async def spec_of(
     )
 
 
-async def restored(kit: Kit, spec: MachineSpec, body: Body, held: AsyncExitStack) -> SavingMachine:
-    """Return a restored machine, which is still suspended.
+async def restored(
+    kit: Kit, spec: MachineSpec, body: Body, version: str, held: AsyncExitStack
+) -> SavingMachine:
+    """Return a restored machine, which is still suspended. `version` is the hypervisor's that saved
+    it.
 
     Raises:
-        DamagedError: the saved state does not fit.
+        IncompatibleError: the hypervisor refuses the saved state.
         InternalError, UnavailableError: it could not be started.
     """
     try:
-        return await kit.saver.restore(spec, Saved(body.saved), held)
+        return await kit.saver.restore(spec, Saved(body.saved, version), held)
     except ConflictError as error:
-        raise DamagedError(error.message) from error
+        raise IncompatibleError(f"{error.message}; a restart boots it from its disk") from error
 
 
 async def _starved_s(machine: Machine) -> float:

@@ -118,6 +118,9 @@ class Goldens:
         """Return the golden machine of a kind if it exists and is intact."""
         # One at a time: the first verification reads all of it.
         async with self._looked.setdefault(kind, asyncio.Lock()):
+            known = self._known.get(kind)
+            if known is not None and known.about.driver_version != await driver.version():
+                del self._known[kind]  # the hypervisor was upgraded
             if kind not in self._known:
                 await self._look_for(kind, driver)
             if kind in self._known:
@@ -195,12 +198,11 @@ class Goldens:
             keep = False
             with contextlib.suppress(DamagedError):
                 golden = self._means.seals.load(folder)
-                driver = self._means.drivers.named(golden.about.driver)
+                versions = await self._means.drivers.versions_of(golden.about.driver)
                 keep = (
                     not folder.name.endswith(".part")
                     and golden.about.image in current
-                    and driver is not None
-                    and golden.about.driver_version == await self._means.drivers.version_of(driver)
+                    and golden.about.driver_version in versions[:1]
                 )
                 if keep and not self._is_usual(golden.about.template, golden.about.shape):
                     others.append(folder)
@@ -288,7 +290,7 @@ class Goldens:
             await to_the_end(resident.end(removes=True))
 
     async def _name(self, kind: Kind, driver: Driver) -> str:
-        version = await self._means.drivers.version_of(driver)
+        version = await driver.version()
         parts = (
             *vars(kind).values(),
             driver.name,

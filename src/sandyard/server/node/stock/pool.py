@@ -338,7 +338,7 @@ class Pool:
         unfinished.push_async_callback(lambda: to_the_end(self._discard(one)))
         try:
             await one.make_body(golden)
-            await one.process.bring_up(token=golden.about.token, background=entry)
+            await one.process.bring_up(source=golden.about, background=entry)
         except DamagedError as error:
             await self._goldens.discard(kind, error.message)
             raise

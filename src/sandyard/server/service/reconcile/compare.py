@@ -4,8 +4,9 @@ All state kept between comparisons concerns this one node. A machine is removed,
 marked as vanished, only after two comparisons in a row agree.
 
 Nothing is deleted because the database does not know it: a database that was restored from a backup
-does not know what was created since. A machine is removed if its row says so and is no older than
-what the node has been shown. A snapshot's files are removed if the database remembers its deletion.
+does not know what was created since. Such machines are in quarantine. A machine is removed if its
+row says so and is no older than what the node has been shown. A snapshot's files are removed if the
+database remembers its deletion.
 """
 
 import logging
@@ -26,6 +27,7 @@ from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.core.records import Claim, Mark, Reason, Sandbox, Snapshot, Standing
 from sandyard.server.core.states import Event, Status
 from sandyard.server.service.reconcile.idle import IDLE, Idleness, last_used
+from sandyard.server.service.reconcile.quarantine import Quarantine
 from sandyard.server.service.reconcile.work import LOST
 from sandyard.server.service.roster import Heartbeat
 from sandyard.server.service.sandboxes.lifecycle import is_over
@@ -45,6 +47,7 @@ _REBOOTS = Reason(
     f"{_REBOOTS_IN // timedelta(minutes=1)} minutes; resume or restart it",
 )
 _AWAKE = frozenset({Phase.RUNNING, Phase.WAKING})
+_UNREADABLE = "record_unreadable"
 _SILENT = Reason("agent_silent", "the agent in the sandbox does not answer")
 _NODE_SILENT = Reason("node_silent", "the node that the sandbox is on does not answer")
 _VANISHED = Reason("vanished", "nothing of the sandbox is left on its node")
@@ -60,6 +63,7 @@ _WHOLE_S = 300.0
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _AWAY = timedelta(seconds=10)
 _UNWANTED_MAX, _LOOKED_UP_MAX = 100, 1000
+_SHOWN_MAX = 3
 _FILES_LATE = timedelta(hours=1)
 """How long after a snapshot's removal a node may still finish writing it."""
 _BEHIND_MAX = 1_000_000
@@ -73,6 +77,8 @@ class SilenceLimits:
 
     node_silent_s: float = 15.0
     grace_s: float = 10.0
+    quarantine_s: float | None = 7 * 86_400.0
+    """How long machines without a row are kept; None: until an operator removes them."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,14 @@ class Comparison:
         self._reboots: dict[str, list[datetime]] = {}
         self._unwanted_snapshots: set[str] = set()
         self._unknown: dict[str, set[str]] = {}
+        keeps_s = patience.quarantine_s
+        self._quarantine = Quarantine(
+            node,
+            platform.store,
+            platform.clock,
+            keeps=None if keeps_s is None else timedelta(seconds=keeps_s),
+            beside=self._beside,
+        )
 
     async def look(self, mark: Mark | None = None) -> None:
         """Compare the node's report with the store, and repair differences. Handle a node that does
@@ -196,12 +210,14 @@ class Comparison:
             or self._vanished
             or self._unwanted
             or self._unwanted_snapshots
+            or not self._quarantine.is_settled
             or report.is_short_of_memory
             or any(one.status is Status.SUSPECTED_MISSING for one in rows)
             or any(one.is_hidden or not one.is_ready for one in snapshots)
         ):
             return None
         ends = [end for one in rows if (end := _due(one)) is not None]
+        ends += [] if self._quarantine.due_at is None else [self._quarantine.due_at]
         ends += [
             last_used(one) + timedelta(seconds=one.idle_timeout_s)
             for one in rows
@@ -301,10 +317,10 @@ class Comparison:
                 await self._apply(sandbox, Event.BROKE, reason=_reason_of(fact))
             elif sandbox.status in _KEPT and fact is not None and fact.phase in _AWAKE:
                 awake[sandbox.id] = (fact.incarnation, sandbox.version)
-            elif sandbox.status in _KEPT and fact is None:
+            elif sandbox.status in _KEPT and fact is None and await self._is_gone(sandbox, report):
                 vanished.add(sandbox.id)
-                if sandbox.id in self._vanished:
-                    await self._apply(sandbox, Event.VANISHED, reason=_VANISHED)
+            elif sandbox.status in _KEPT and fact is not None and _was_unreadable(sandbox):
+                await self._note(sandbox, None)
         self._vanished = vanished
         known = {one.id for one in rows}
         self._reboots = {one: times for one, times in self._reboots.items() if one in known}
@@ -314,6 +330,17 @@ class Comparison:
             await self._relieve(rows, facts)
         await self._remove_unwanted(report.machines, {one.id: one for one in rows})
         return await self._look_after_snapshots(report)
+
+    async def _is_gone(self, sandbox: Standing, report: NodeReport) -> bool:
+        """Tell whether a node has nothing of a sandbox; if it had nothing the last time either, the
+        sandbox has vanished."""
+        if report.unreadable:  # it may be one of those
+            if (reason := _unreadable(report)) != sandbox.reason:
+                await self._note(sandbox, reason)
+            return False
+        if sandbox.id in self._vanished:
+            await self._apply(sandbox, Event.VANISHED, reason=_VANISHED)
+        return True
 
     async def _judge(self, sandbox: Standing, fact: MachineFact | None) -> None:
         is_suspected = sandbox.status is Status.SUSPECTED_MISSING
@@ -444,6 +471,7 @@ class Comparison:
     ) -> None:
         found: dict[str, int] = {}
         unknown: set[str] = set()
+        strangers: list[MachineFact] = []
         looked_up = 0
         is_cut = False
         kept = self._unknown.get("machine", set())
@@ -451,6 +479,8 @@ class Comparison:
         for fact in sorted(machines, key=lambda one: one.sandbox_id in kept):
             # An honest node's others get their turn later.
             if len(found) >= _UNWANTED_MAX or looked_up >= _LOOKED_UP_MAX:
+                if fact.sandbox_id in self._quarantine.ids:
+                    strangers.append(fact)
                 if fact.sandbox_id in kept:
                     unknown.add(fact.sandbox_id)
                 else:
@@ -461,6 +491,8 @@ class Comparison:
                 looked_up += 1
                 async with self._store.glance() as tx:
                     sandbox = await tx.sandboxes.find(fact.sandbox_id)
+            if sandbox is None:
+                strangers.append(fact)
             if sandbox is None or sandbox.version < fact.version:
                 unknown.add(fact.sandbox_id)
             elif sandbox.node_id != self._node.node_id or sandbox.status in _NOTHING_LEFT:
@@ -471,6 +503,7 @@ class Comparison:
                 self._node.node_id,
             )
         self._keep_unknown("machine", unknown)
+        await self._quarantine.look(strangers)
         twice = found.items() & self._unwanted.items()
         self._unwanted = found
         for sandbox_id, incarnation in twice:
@@ -488,7 +521,7 @@ class Comparison:
         if new := ids - self._unknown.get(what, set()):
             log.error(
                 "node %s has %d %ss that are newer than the database, such as %s; keeping them "
-                "(was the database restored from a backup?)",
+                "(was the database restored from a backup? see docs/howto/backup.md)",
                 self._node.node_id,
                 len(ids),
                 what,
@@ -552,6 +585,20 @@ class Comparison:
 
 def _reason_of(fact: MachineFact) -> Reason:
     return Reason(fact.reason_code or LOST.code, fact.reason_message or LOST.message)
+
+
+def _was_unreadable(sandbox: Standing) -> bool:
+    return sandbox.reason is not None and sandbox.reason.code == _UNREADABLE
+
+
+def _unreadable(report: NodeReport) -> Reason:
+    paths = sorted(report.unreadable)
+    more = f" and {len(paths) - _SHOWN_MAX} more" if len(paths) > _SHOWN_MAX else ""
+    return Reason(
+        _UNREADABLE,
+        "its machine is not found, and records of machines cannot be read; repair or restore them "
+        f"and restart the server: {', '.join(paths[:_SHOWN_MAX])}{more}",
+    )
 
 
 def has_expired(sandbox: Standing | Sandbox, now: datetime) -> bool:

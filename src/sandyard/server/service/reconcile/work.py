@@ -18,10 +18,12 @@ from sandyard.server.core.errors import (
     AgentSilentError,
     ConflictError,
     DamagedError,
+    IncompatibleError,
     InternalError,
     MachineDeadError,
     NoCapacityError,
     NotFoundError,
+    OtherVersionError,
     SandyardError,
     UnavailableError,
 )
@@ -101,8 +103,9 @@ class Work:
             # A node ahead of a restored database refuses every attempt.
             await self._give_up_in_time(claim, error)
             raise
-        except (UnavailableError, InternalError, AgentError) as error:
-            if isinstance(error, UnavailableError):
+        except (UnavailableError, OtherVersionError, InternalError, AgentError) as error:
+            may_pass = isinstance(error, UnavailableError | OtherVersionError)
+            if may_pass:
                 await self._give_up_in_time(claim, error)
             if wish is not None and _is_of_the_node(wish, error):
                 self._placement.note_failure(sandbox.node_id)
@@ -110,8 +113,8 @@ class Work:
             moved = await self._moved(claim, error) if may_move else None
             if moved is not None:
                 await self._bring_up(moved, may_move=False)
-            elif isinstance(error, UnavailableError):
-                raise
+            elif may_pass:  # a node that is too old for it may be updated
+                raise UnavailableError(error.message) from error
             else:
                 await self._give_up(claim, Reason("start_failed", error.message))
         except SandyardError as error:
@@ -204,6 +207,8 @@ class Work:
             await self._give_up(claim, LOST)
         except ConflictError:
             raise
+        except IncompatibleError as error:
+            await self._stays_paused(claim, error)
         except (DamagedError, NotFoundError) as error:
             if wish.origin is Origin.SNAPSHOT:
                 await self._stays_paused(claim, error)
@@ -257,7 +262,8 @@ class Work:
             await self._is_up(claim, fact, used="resumed")
             return
         log.error("cannot resume a sandbox: %s", error.message, extra={"sandbox_id": sandbox.id})
-        code = error.code.value if isinstance(error, UnavailableError) else "resume_failed"
+        has_code = isinstance(error, UnavailableError | IncompatibleError)
+        code = error.code.value if has_code else "resume_failed"
         # After an error or a reboot, the memory cannot be resumed. A sandbox that was to be
         # rebooted keeps its state only if nothing was done to it yet.
         if wish_of(sandbox).origin is Origin.DISK:

@@ -1,0 +1,157 @@
+"""The quarantine of one node: machines that no sandbox's row belongs to.
+
+They are newer than the database, which was restored from a backup. They are saved, so that they
+take no memory and lose nothing, and kept until an operator adopts or deletes them, or their time is
+over. They are not billed.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import MachineFact, NodeControl, Phase
+from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.records import Quarantined
+from sandyard.server.core.shapes import NOTHING
+from sandyard.server.tasks import Work
+
+log = logging.getLogger(__name__)
+
+_SAVING_MAX = 4
+_AWAKE = frozenset({Phase.RUNNING, Phase.WAKING})
+
+
+class Quarantine:
+    """See the module. `keeps` is how long machines are kept; without it there is no limit. `beside`
+    starts work concurrently, once at a time for a name."""
+
+    def __init__(
+        self,
+        node: NodeControl,
+        store: Store,
+        clock: Clock,
+        *,
+        keeps: timedelta | None,
+        beside: Callable[[str, Work], None],
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._clock = clock
+        self._keeps = keeps
+        self._beside = beside
+        self._seen: set[str] = set()
+        self._may_have_rows = True
+        self._complained: set[str] = set()
+        self._saving: set[str] = set()
+        self._turns = 0
+        self.due_at: datetime | None = None
+        """When the next one's time is over."""
+        self.is_settled = True
+        """Whether there is nothing to do before that, unless an operator says so."""
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """The sandboxes whose machines had no row when the node was looked at last."""
+        return frozenset(self._seen)
+
+    async def look(self, strangers: Sequence[MachineFact]) -> None:
+        """Look after the machines that have no row; only those that had none the last time
+        either."""
+        twice = [one for one in strangers if one.sandbox_id in self._seen]
+        self._seen = {one.sandbox_id for one in strangers}
+        self.due_at = None
+        self.is_settled = len(twice) == len(strangers)
+        if not twice and not self._may_have_rows:
+            return
+        async with self._store.read() as tx:
+            rows = {one.sandbox_id: one for one in await tx.quarantine.on_node(self._node.node_id)}
+        now = self._clock.now()
+        changed = [
+            machine
+            for fact in twice
+            if (machine := self._machine_of(fact, now)) is not None
+            and _as_found(rows.get(fact.sandbox_id), machine) != machine
+        ]
+        # Adopted, removed, or known to the database again.
+        gone = rows.keys() - self._seen
+        if changed or gone:
+            async with self._store.write(Turn.ALONE) as tx:
+                await tx.quarantine.remove(gone)
+                for one in changed:
+                    await tx.quarantine.put(one)
+            # What was read of these is out of date, and must not decide; the next look does.
+            self.is_settled = False
+            for one in changed:
+                rows.pop(one.sandbox_id, None)
+        self._may_have_rows = bool(twice)
+        self._turns = _SAVING_MAX - len(self._saving)
+        for fact in sorted(twice, key=lambda one: one.sandbox_id in self._complained):
+            self._look_after(fact, rows.get(fact.sandbox_id), now)
+
+    def _look_after(self, fact: MachineFact, row: Quarantined | None, now: datetime) -> None:
+        ends_at = None if row is None or self._keeps is None else row.found_at + self._keeps
+        if row is not None and ends_at is not None and ends_at <= now and not row.is_unwanted:
+            self.is_settled = False
+            self._beside(fact.sandbox_id, self._condemn(fact.sandbox_id))
+            return
+        if row is not None and row.is_unwanted:
+            self.is_settled = False
+            log.warning(
+                "removing a machine from the quarantine of node %s",
+                self._node.node_id,
+                extra={"sandbox_id": fact.sandbox_id},
+            )
+            gone = self._node.ensure_gone(fact.sandbox_id, incarnation=fact.incarnation)
+            self._beside(fact.sandbox_id, gone)
+            return
+        if ends_at is not None:
+            self.due_at = min(self.due_at or ends_at, ends_at)
+        if fact.phase in _AWAKE:
+            self.is_settled = self.is_settled and fact.sandbox_id in self._complained
+            if self._turns > 0:
+                self._turns -= 1
+                self._beside(fact.sandbox_id, self._save(fact))
+
+    async def _condemn(self, sandbox_id: str) -> None:
+        # Not removed at once: somebody may be adopting it.
+        async with self._store.write(Turn.ALONE) as tx:
+            await tx.quarantine.condemn(sandbox_id)
+
+    async def _save(self, fact: MachineFact) -> None:
+        self._saving.add(fact.sandbox_id)
+        try:
+            await self._node.ensure_paused(fact.sandbox_id, incarnation=fact.incarnation)
+        except SandyardError as error:
+            if fact.sandbox_id not in self._complained:
+                self._complained.add(fact.sandbox_id)
+                log.warning(
+                    "cannot save a machine in quarantine, which keeps running: %s",
+                    error.message,
+                    extra={"sandbox_id": fact.sandbox_id},
+                )
+        finally:
+            self._saving.discard(fact.sandbox_id)
+
+    def _machine_of(self, fact: MachineFact, now: datetime) -> Quarantined | None:
+        if fact.phase is Phase.STARTING:
+            return None
+        return Quarantined(
+            sandbox_id=fact.sandbox_id,
+            node_id=self._node.node_id,
+            incarnation=fact.incarnation,
+            version=fact.version,
+            phase=fact.phase.value,
+            template=fact.template,
+            shape=fact.shape or NOTHING,
+            found_at=now,
+        )
+
+
+def _as_found(row: Quarantined | None, machine: Quarantined) -> Quarantined | None:
+    """Return a row without what only the row has."""
+    if row is None:
+        return None
+    return replace(row, found_at=machine.found_at, is_unwanted=machine.is_unwanted)

@@ -1,0 +1,147 @@
+"""Machines that a restored database does not know: kept, saved, adopted, deleted."""
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.desk import Desk, open_desk
+from tests.support.nodes import Machine
+
+from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.contracts.store import Turn
+from sandyard.server.core.errors import ConflictError, NoCapacityError, NotFoundError
+from sandyard.server.core.records import Quarantined, Sandbox
+from sandyard.server.core.states import Status
+from sandyard.server.service.people.administration import Administration
+
+
+@pytest.fixture(params=[False, True], ids=["asked", "told"])
+async def desk(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Desk]:
+    async with open_desk(tmp_path, nodes_tell=request.param) as made:
+        yield made
+
+
+def admin_of(desk: Desk) -> Administration:
+    sign_up: Any = None
+    return Administration(store=desk.control.store, clock=desk.clock, sign_up=sign_up, plans={})
+
+
+async def strangers(desk: Desk, count: int) -> list[Sandbox]:
+    """Return sandboxes that the database has forgotten."""
+    desk.back_up()
+    made = [await desk.create(idle_timeout=0) for _ in range(count)]
+    desk.restore()
+    await desk.drive(30)
+    return made
+
+
+async def names_of(desk: Desk) -> tuple[str, str]:
+    async with desk.control.store.read() as tx:
+        (organization,) = await tx.organizations.every()
+        ((user, _), *_) = await tx.users.members(organization.id)
+    return organization.slug, user.email
+
+
+async def quarantined(desk: Desk) -> list[Quarantined]:
+    return await admin_of(desk).quarantine()
+
+
+async def test_a_stranger_is_saved_kept_and_adopted(desk: Desk) -> None:
+    box, other = await strangers(desk, 2)
+    assert {one.phase for one in desk.node.machines.values()} == {Phase.PAUSED}
+    found = await quarantined(desk)
+    assert {one.sandbox_id for one in found} == {box.id, other.id}
+    assert {one.phase for one in found} == {"paused"}
+    slug, email = await names_of(desk)
+    adopted = await admin_of(desk).adopt(box.id, slug, email)
+    assert (adopted.status, adopted.shape) == (Status.PAUSED, found[0].shape)
+    with pytest.raises(NotFoundError):
+        await admin_of(desk).adopt(box.id, slug, email)
+    await desk.drive(30)
+    desk.node.machines[box.id].remembers["word"] = "kept"
+    back = await desk.services.sandboxes.resume(desk.actor, box.id)
+    assert back.status is Status.RUNNING
+    assert desk.node.machines[box.id].remembers["word"] == "kept"
+    await desk.services.sandboxes.delete(desk.actor, box.id, wait=False)
+    await desk.until(back, Status.DESTROYED)
+    assert desk.node.machines.keys() == {other.id}
+    assert [one.sandbox_id for one in await quarantined(desk)] == [other.id]
+
+
+async def test_a_stranger_is_deleted_when_an_operator_says_so(desk: Desk) -> None:
+    box, other = await strangers(desk, 2)
+    await admin_of(desk).condemn(box.id)
+    with pytest.raises(NotFoundError):
+        await admin_of(desk).condemn("sandbox-000000000000")
+    await desk.drive(400)
+    assert desk.node.machines.keys() == {other.id}
+    assert [one.sandbox_id for one in await quarantined(desk)] == [other.id]
+
+
+async def test_a_strangers_time_comes_to_an_end(desk: Desk) -> None:
+    (box,) = await strangers(desk, 1)
+    await desk.clock.oversleep(timedelta(days=6.9).total_seconds())
+    await desk.drive(400)
+    assert desk.node.machines.keys() == {box.id}
+    await desk.clock.oversleep(timedelta(days=0.2).total_seconds())
+    await desk.drive(400)
+    assert desk.node.machines == {}
+    assert await quarantined(desk) == []
+
+
+async def test_a_stranger_whose_row_comes_back_is_none_any_more(desk: Desk) -> None:
+    """As when the wrong backup was restored first."""
+    older, newer = desk.home / "older.db", desk.home / "newer.db"
+    desk._copy(desk.home / "sandyard.db", older)
+    box = await desk.create(idle_timeout=0)
+    desk._copy(desk.home / "sandyard.db", newer)
+    desk._copy(older, desk.home / "sandyard.db")
+    await desk.drive(30)
+    assert [one.sandbox_id for one in await quarantined(desk)] == [box.id]
+    desk._copy(newer, desk.home / "sandyard.db")
+    await desk.drive(30)
+    assert await quarantined(desk) == []
+    assert (await desk.get(box)).status is Status.PAUSED
+    assert (await desk.services.sandboxes.resume(desk.actor, box.id)).status is Status.RUNNING
+
+
+async def test_a_stranger_that_cannot_be_saved_runs_on_and_is_not_adopted(
+    desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(sandbox_id: str, *, incarnation: int, version: int = 0) -> int:
+        raise NoCapacityError("the host's disk is full")
+
+    monkeypatch.setattr(desk.node, "ensure_paused", full)
+    (box,) = await strangers(desk, 1)
+    assert desk.node.machines[box.id].phase is Phase.RUNNING
+    assert sum("cannot save a machine in quarantine" in one for one in caplog.messages) == 1
+    with pytest.raises(ConflictError, match="has to be saved first"):
+        await admin_of(desk).adopt(box.id, *await names_of(desk))
+
+
+async def test_a_thousand_strangers_are_saved_a_few_at_a_time(desk: Desk) -> None:
+    for number in range(1000):
+        desk.node.machines[f"sandbox-{number:012}"] = Machine(1, Phase.RUNNING, {})
+    desk.node.asked.clear()
+    await desk.drive(20)
+    assert 0 < desk.node.asked.count("ensure_paused") <= 40
+    box = await desk.create(idle_timeout=0)
+    assert (await desk.get(box)).status is Status.RUNNING
+    assert len(await quarantined(desk)) == 1000
+
+
+async def test_what_was_said_of_an_earlier_machine_does_not_hold_for_a_later_one(
+    desk: Desk,
+) -> None:
+    (box,) = await strangers(desk, 1)
+    machine = desk.node.machines.pop(box.id)
+    async with desk.control.store.write(Turn.ALONE) as tx:
+        await tx.quarantine.condemn(box.id)
+    machine.incarnation += 1
+    desk.node.machines[box.id] = machine
+    await desk.drive(400)
+    assert desk.node.machines.keys() == {box.id}
+    (found,) = await quarantined(desk)
+    assert (found.incarnation, found.is_unwanted) == (machine.incarnation, False)
