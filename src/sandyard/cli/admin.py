@@ -22,6 +22,10 @@ key = typer.Typer(help="API keys of any member.", no_args_is_help=True)
 app.add_typer(org, name="org")
 app.add_typer(user, name="user")
 app.add_typer(key, name="key")
+quarantine = typer.Typer(
+    help="Machines that a database restored from a backup does not know.", no_args_is_help=True
+)
+app.add_typer(quarantine, name="quarantine")
 # What is read by a program is not cut off at a terminal's width.
 out = Console(
     width=None if sys.stdout and sys.stdout.isatty() else 250, highlight=False, markup=False
@@ -259,19 +263,78 @@ def invite() -> None:
 @node.command("list")
 def list_nodes() -> None:
     """List nodes and their state."""
-    columns = ("name", "status", "new sandboxes", "epoch", "address", "version", "joined", "id")
+    columns = (
+        "name", "status", "new sandboxes", "running", "other", "snapshots", "address", "version",
+        "joined", "id",
+    )  # fmt: skip
+
+    async def found(fleet: Any) -> list[tuple[Any, Any]]:
+        return [(one, await fleet.holdings(one.id)) for one in await fleet.nodes()]
+
     rows = []
-    for one in _with_fleet(lambda fleet: fleet.nodes()):
-        status = "up" if one.has_lease else "lost" if one.lost_at else "away"
+    for one, holdings in _with_fleet(found):
+        running = holdings.sandboxes.get("running", 0)
         rows.append(
             (
-                one.name, status if one.epoch else "never started",
-                "no, draining" if one.is_draining else "yes", str(one.epoch),
-                f"{one.host}:{one.port}" if one.host else "", one.version,
+                one.name, _status_of(one), "no, draining" if one.is_draining else "yes",
+                str(running), str(sum(holdings.sandboxes.values()) - running),
+                str(holdings.snapshots), f"{one.host}:{one.port}" if one.host else "", one.version,
                 f"{one.joined_at:%Y-%m-%d %H:%M}", one.id,
             )
         )  # fmt: skip
     show_table(columns, rows)
+
+
+def _status_of(node: Any) -> str:
+    if not node.epoch:
+        return "never started"
+    return "up" if node.has_lease else "lost" if node.lost_at else "away"
+
+
+@node.command("show")
+def show_node(node: Node) -> None:
+    """Show a node: what is on it, what it can still take, and how it is reached."""
+    seen = asyncio.run(server_module("overview").look_at_node(server_settings(), node))
+    one, report = seen.node, seen.report
+    status = _status_of(one)
+    if one.lost_at:
+        status += f" since {one.lost_at:%Y-%m-%d %H:%M:%S} UTC"
+    rows = [
+        ("name", one.name), ("id", one.id), ("status", status), ("version", one.version),
+        ("new sandboxes", "no, draining" if one.is_draining else "yes"),
+        ("address", f"{one.host}:{one.port}" if one.host else ""),
+        ("joined", f"{one.joined_at:%Y-%m-%d %H:%M} UTC, started {one.epoch} times"),
+    ]  # fmt: skip
+    if one.lease_until is not None and not one.has_lease:
+        rows.append(("lease ended", f"{one.lease_until:%Y-%m-%d %H:%M:%S} UTC"))
+    counts = ", ".join(f"{count} {status}" for status, count in seen.holdings.sandboxes.items())
+    rows += [("sandboxes", counts or "none"), ("snapshots", str(seen.holdings.snapshots))]
+    if report is not None:
+        waiting = sum(shelf.size for shelf in report.shelves)
+        drivers = {one.driver for one in report.machines if one.driver}
+        rows += [
+            ("can still take", f"{report.memory_mib} MiB of memory, {report.disk_mib} MiB of disk"),
+            ("templates", ", ".join(report.templates) or "none"),
+            ("machines", f"{len(report.machines)}, and {waiting} that wait in the pool"),
+            ("drivers", ", ".join(sorted(drivers)) or "no machine is running"),
+        ]
+        for name, texts in (("cannot", report.missing), ("limited", report.limited)):
+            rows += [(name, text) for text in texts]
+    rows.append(("over NATS", "reached" if report is not None else f"no: {seen.silence}"))
+    rows.append(
+        ("directly", "reached" if not seen.tunnel_trouble else f"no: {seen.tunnel_trouble}")
+    )
+    if seen.is_cut_from_nats_alone:
+        rows.append(("note", "cut off from NATS only: it keeps its lease directly; sandboxes run"))
+    kept = sum(seen.holdings.sandboxes.values())
+    if one.has_lease:
+        forget = "no: it is up; drain and stop it first"
+    elif kept or seen.holdings.snapshots:
+        forget = f"no: {kept} sandboxes and {seen.holdings.snapshots} snapshots are on it"
+    else:
+        forget = "yes"
+    rows.append(("can be forgotten", forget))
+    show_table(("what", "value"), rows)
 
 
 @node.command()
@@ -315,6 +378,39 @@ def forget(node: Node) -> None:
     out.print(f"{made.name} is no node any more")
 
 
+@app.command()
+def migrate(
+    sure: Annotated[
+        bool, typer.Option("--yes", help="Also if older servers cannot use it after that.")
+    ] = False,
+) -> None:
+    """Migrate the database to the schema of this version.
+
+    With several hosts, servers of the version before continue meanwhile; if they cannot, this says
+    so and changes nothing. On a single machine the server does this itself when it starts."""
+    database = server_module("database")
+    before, after = asyncio.run(database.migrate(server_settings(), is_sure=sure))
+    if before.present == after.present:
+        typer.echo(f"the database needs no migration: its schema is {after.present}")
+    else:
+        was = before.present or "nothing"
+        typer.echo(f"migrated the database from {was} to {after.present}")
+
+
+@app.command("confirm-clock")
+def confirm_clock() -> None:
+    """Confirm that the clock was set on purpose: servers follow it now instead of after five
+    minutes."""
+
+    async def confirm() -> Any:
+        settings = server_settings()
+        async with server_module("database").open_database(settings) as store:
+            return await server_module("clocks").confirm(store)
+
+    now = asyncio.run(confirm())
+    typer.echo(f"the servers follow the clock within some seconds: {now:%Y-%m-%d %H:%M:%S} UTC")
+
+
 @app.command("nats-config")
 def nats_config(
     folder: Annotated[
@@ -354,3 +450,38 @@ def nats_config(
         )
     )
     typer.echo(f"nats-server -c {written}")
+
+
+@quarantine.command("list")
+def list_quarantine() -> None:
+    """List the machines in quarantine. They are saved, and not billed."""
+    columns = ("sandbox", "node", "found", "phase", "template", "shape")
+    rows = [
+        (
+            one.sandbox_id, one.node_id, f"{one.found_at:%Y-%m-%d %H:%M}",
+            "being deleted" if one.is_unwanted else one.phase, one.template,
+            f"{one.shape.vcpus} vcpu, {one.shape.memory_mib} MB, {one.shape.disk_mib} MB",
+        )
+        for one in _do(lambda admin: admin.quarantine())
+    ]  # fmt: skip
+    show_table(columns, rows)
+
+
+@quarantine.command("adopt")
+def adopt(
+    sandbox: Annotated[str, typer.Argument(help="The id in the list.")],
+    organization: Org,
+    who: Who,
+) -> None:
+    """Make a machine a sandbox again, paused, which belongs to this user."""
+    made = _do(lambda admin: admin.adopt(sandbox, organization, who))
+    out.print(f"{made.id} is {made.status} and belongs to {who}")
+
+
+@quarantine.command("delete")
+def delete_quarantined(
+    sandbox: Annotated[str, typer.Argument(help="The id in the list.")],
+) -> None:
+    """Delete a machine with its files; the server does so within five minutes."""
+    _do(lambda admin: admin.condemn(sandbox))
+    out.print(f"{sandbox} will be deleted")

@@ -2,9 +2,10 @@
 
 import os
 import shlex
-import signal
+import stat
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -13,25 +14,25 @@ import typer
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 
-from sandyard.cli.output import write_raw
+from sandyard.cli.output import plain, write_raw
 from sandyard.cli.sandbox import open_client
-from sandyard.cli.terminal import CUT, leave
+from sandyard.cli.terminal import leaving, pass_input, run_to_end
 from sandyard.client import (
     ApiError,
-    Exited,
-    Lost,
+    Files,
     NotFoundError,
-    Printed,
-    Process,
+    OutsideLink,
     Sandbox,
     Sandyard,
     WorkspaceFiles,
+    archives,
 )
 from sandyard.client.archives import Progress as Told
 from sandyard.client.calls import milliseconds
 
 _LANGUAGES = {".py": "python3", ".js": "node", ".mjs": "node", ".sh": "bash"}
 _WORKSPACE = PurePosixPath("/workspace")
+_SHOWN_MAX = 10
 _AT = "@"  # no sandbox's name begins so
 
 
@@ -43,9 +44,12 @@ def copy(
     """Copy a file or directory to or from a sandbox or workspace.
 
     Like cp: a copy into an existing directory keeps its name, and `FOLDER/.` copies the directory's
-    contents.
+    contents. `-` is standard input or output: `sandyard cp NAME:/etc/hosts -`.
     """
     here, there = _remote(source), _remote(target)
+    if "-" in (source, target):
+        _copy_stream(here if target == "-" else there, user, is_output=target == "-")
+        return
     if (here is None) == (there is None):
         raise typer.BadParameter(
             "one of the two is SANDBOX:PATH or @WORKSPACE:PATH, the other a path here"
@@ -58,8 +62,8 @@ def copy(
                 raise typer.BadParameter(f"there is no {source} here")
             is_contents = source.endswith("/.") and local.is_dir()
             # Under its own name, also where it is a link; of `.` and `..` that is the folder's.
-            plain = local.name not in ("", "..")
-            name = "" if is_contents else local.name if plain else local.resolve().name
+            is_name = local.name not in ("", "..")
+            name = "" if is_contents else local.name if is_name else local.resolve().name
             if reference.startswith(_AT):
                 _put(client.workspace_files(reference[1:]), local, name, path, told)
                 return
@@ -81,7 +85,35 @@ def copy(
             if reference.startswith(_AT):
                 client.workspace_files(reference[1:]).download(path, to, on_progress=told)
             else:
-                client.files(reference, user=user).download(path, to, on_progress=told)
+                left = client.files(reference, user=user).download(path, to, on_progress=told)
+                _tell_of(left)
+
+
+def _copy_stream(remote: tuple[str, str] | None, user: str, *, is_output: bool) -> None:
+    """Copy a file to standard output, or standard input to a file."""
+    if remote is None:
+        raise typer.BadParameter("the other one is SANDBOX:PATH or @WORKSPACE:PATH")
+    reference, path = remote
+    with open_client() as client:
+        if reference.startswith(_AT):
+            files: Files | WorkspaceFiles = client.workspace_files(reference[1:])
+        else:
+            files = client.files(reference, user=user)
+        if is_output:
+            for piece in files.read_pieces(path):
+                write_raw(sys.stdout, piece, raw=True)
+        elif path.endswith("/"):
+            raise typer.BadParameter(f"{path} is a directory: name the file in it")
+        else:
+            files.write(path, archives.pieces_of(sys.stdin.buffer))
+
+
+def _tell_of(links: Sequence[OutsideLink]) -> None:
+    """Say which links lead out of what was copied."""
+    for one in links[:_SHOWN_MAX]:
+        typer.echo(plain(f"note: the link {one.path} leads out of it, to {one.target}"), err=True)
+    if len(links) > _SHOWN_MAX:
+        typer.echo(f"note: so do {len(links) - _SHOWN_MAX} other links", err=True)
 
 
 def _put(files: WorkspaceFiles, local: Path, name: str, path: str, told: Told) -> None:
@@ -136,14 +168,13 @@ def run(
     """Run a command or script in a temporary sandbox, which is deleted afterwards.
 
     Output is streamed, and the exit code becomes this command's. A local script (.py, .js, .sh, or
-    any file with a #! line) is copied into the sandbox first.
+    any file with a #! line) is copied into the sandbox first. Standard input is passed on if it is
+    a pipe or a file.
     """
     command = command[1:] if command[0] == "--" else command
     limit = milliseconds(timeout)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, say
-            signal.signal(number, leave)
-    with open_client() as client:
+    _check(command)
+    with leaving(), open_client() as client:
         if keep:
             sandbox = client.create(template)
             typer.echo(f"the sandbox is {sandbox.id}", err=True)
@@ -154,12 +185,42 @@ def run(
     raise typer.Exit(code)
 
 
+def _check(command: list[str]) -> None:
+    """Refuse a script that is not here, or that nothing is known to run."""
+    script = Path(command[0])
+    if not os.path.isfile(script):
+        if script.suffix in _LANGUAGES and len(command[0].split()) == 1:
+            raise typer.BadParameter(f"there is no {command[0]} here")
+        return
+    if script.suffix not in _LANGUAGES:
+        with script.open("rb") as file:
+            is_script = file.read(2) == b"#!"
+        if not is_script and not os.access(script, os.X_OK):
+            raise typer.BadParameter(
+                f"cannot tell what runs {command[0]}: begin it with a line such as "
+                f"#!/usr/bin/env ruby"
+            )
+
+
 def _run_in(
     client: Sandyard, sandbox: Sandbox, command: list[str], limit_ms: int, *, raw: bool
 ) -> int:
     line = _line(client, sandbox.id, command)
-    process = client.processes(sandbox.id).start(line, timeout=limit_ms)
-    return _pass_on(process, raw=raw)
+    has_input = _has_input()
+    process = client.processes(sandbox.id).start(line, timeout=limit_ms, stdin=has_input)
+    if has_input:
+        passing = threading.Thread(target=pass_input, args=(process,), daemon=True)
+        passing.start()
+    return run_to_end(process, raw=raw)
+
+
+def _has_input() -> bool:
+    """Tell whether this command's standard input is a pipe, a file or a socket."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 def _line(client: Sandyard, reference: str, command: list[str]) -> str | list[str]:
@@ -173,23 +234,3 @@ def _line(client: Sandyard, reference: str, command: list[str]) -> str | list[st
     if language is None:
         return f"chmod +x {shlex.quote(there)} && exec {shlex.join([there, *command[1:]])}"
     return [language, there, *command[1:]]
-
-
-def _pass_on(process: Process, *, raw: bool) -> int:
-    """Print what a process prints, and return its exit code."""
-    code, lost = 0, 0
-    for event in process.events():
-        match event:
-            case Printed(stream="stderr", data=data):
-                write_raw(sys.stderr, data, raw=raw)
-            case Printed(data=data):
-                write_raw(sys.stdout, data, raw=raw)
-            case Lost(count=count):
-                lost += count
-            case Exited(exit_code=exit_code, timed_out=timed_out):
-                code = exit_code
-                if timed_out:
-                    typer.echo("the command was ended: its time was over", err=True)
-    if lost:
-        typer.echo(f"{lost} bytes of output were lost on their way", err=True)
-    return code or (CUT if lost else 0)

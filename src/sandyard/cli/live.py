@@ -2,10 +2,12 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -15,6 +17,7 @@ from sandyard.cli.sandbox import open_client
 from sandyard.client import Sandbox, Sandyard, SandyardError
 
 _COLUMNS = ("name", "status", "CPU %", "memory", "disk", "up", "last use", "id")
+_LEFT_OUT = ("id", "last use", "up", "disk", "status")
 _AT_ONCE = 8
 
 
@@ -34,13 +37,24 @@ def top(
             return
         with Live(console=Console(), screen=True, auto_refresh=False) as live:
             while True:
-                table = Table(box=None)
-                for column in _COLUMNS:
-                    table.add_column(column, no_wrap=True)
-                for row in _rows(client, threads):
-                    table.add_row(*map(plain, row))
-                live.update(table, refresh=True)
+                live.update(_table(_rows(client, threads), live.console.width), refresh=True)
                 time.sleep(every)
+
+
+def _table(rows: Sequence[tuple[str, ...]], width: int) -> Table:
+    """Return a table of as many columns as fit, the least important left out first."""
+    cells = [tuple(map(plain, row)) for row in rows]
+    widths = [max(map(cell_len, column)) + 2 for column in zip(_COLUMNS, *cells, strict=True)]
+    kept = set(range(len(_COLUMNS)))
+    for name in _LEFT_OUT:
+        if sum(widths[one] for one in kept) > width:
+            kept.discard(_COLUMNS.index(name))
+    table = Table(box=None)
+    for number in sorted(kept):
+        table.add_column(_COLUMNS[number], no_wrap=True)
+    for row in cells:
+        table.add_row(*(row[number] for number in sorted(kept)))
+    return table
 
 
 def _rows(client: Sandyard, threads: ThreadPoolExecutor) -> list[tuple[str, ...]]:

@@ -12,6 +12,7 @@ from sandyard.cli import (
     account,
     admin,
     agents,
+    backup,
     copy,
     live,
     sandbox,
@@ -53,7 +54,8 @@ sandbox.app.command("url")(ways.url)
 app.command("run", context_settings={"allow_interspersed_args": False})(copy.run)
 for command in (
     account.login, account.logout, account.usage, live.top, sandbox.logs, sandbox.fork, agents.mcp,
-    server.serve, server.control, server.doctor, server.init, server.stop,
+    server.serve, server.control, server.doctor, server.upgrade, server.init, server.stop,
+    backup.backup, backup.restore,
 ):  # fmt: skip
     app.command()(command)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +43,7 @@ def _until_seen_enough() -> Iterator[None]:
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table; in a pipe, a line a row with tabs between, and nothing cut off.
 
-    On a terminal that is too narrow the first column is still whole: it is what is typed next.
+    On a terminal that is too narrow for a line a row, print a line a cell.
     """
     shown = [[plain(cell).replace("\t", " ").replace("\n", " ") for cell in row] for row in rows]
     if not sys.stdout.isatty():
@@ -50,12 +51,31 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
             for row in (columns, *shown):
                 typer.echo("\t".join(row))
         return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    widths = [max(map(cell_len, cells)) for cells in zip(columns, *shown, strict=True)]
+    if sum(widths) + 2 * len(widths) > console.width and shown:
+        show_records(columns, shown)
+        return
     table = Table(box=None)
-    for number, column in enumerate(columns):
-        table.add_column(column, no_wrap=number == 0, overflow="fold")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for row in shown:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    console.print(table)
+
+
+def show_records(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print each row as lines of a name and a value, without those that are empty; in a pipe with a
+    tab between."""
+    width = max(map(cell_len, columns)) if sys.stdout.isatty() else 0
+    between = "  " if width else "\t"
+    with _until_seen_enough():
+        for number, row in enumerate(rows):
+            if number:
+                typer.echo()
+            for column, cell in zip(columns, row, strict=True):
+                if cell:
+                    typer.echo(plain(f"{column:<{width}}") + between + plain(cell))
 
 
 def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:

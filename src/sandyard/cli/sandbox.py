@@ -1,5 +1,6 @@
 """`sandyard sandbox …`: what a user does with sandboxes."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -8,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sandyard.cli.output import for_each, plain, show_json, show_table, write_raw
-from sandyard.cli.terminal import CUT, run_attached
+from sandyard.cli.output import for_each, plain, show_json, show_records, show_table
+from sandyard.cli.terminal import leaving, run_attached, run_to_end
 from sandyard.client import ConfigError, NotReadyError, Sandbox, Sandyard, SandyardError
+from sandyard.client.calls import line_of, milliseconds
 
 app = typer.Typer(help="Create, use and delete sandboxes.", no_args_is_help=True)
 _BROKEN = ("failed", "error")
@@ -56,13 +58,31 @@ def _show(sandboxes: Sequence[Sandbox]) -> None:
     )
 
 
-def _show_one(sandbox: Sandbox, *, as_json: bool) -> None:
+def _show_one(sandbox: Sandbox, *, as_json: bool, whole: bool = False) -> None:
     if as_json:
         show_json(dict(sandbox.raw))
+        return
+    if whole:
+        show_records(*_fields(sandbox))
         return
     _show([sandbox])
     if said := _why(sandbox):
         typer.echo(f"it is {sandbox.status}: {said}", err=True)
+
+
+def _fields(sandbox: Sandbox) -> tuple[list[str], list[list[str]]]:
+    """Return the names and values of everything that is known of a sandbox."""
+    found: dict[str, str] = {}
+    for name, value in sandbox.raw.items():
+        if name == "statusReason":
+            found["reason"] = _why(sandbox)
+        elif isinstance(value, list) and not any(isinstance(one, dict) for one in value):
+            found[name] = ", ".join(str(one) for one in value if one is not None)
+        elif isinstance(value, dict | list):
+            found[name] = json.dumps(value) if value else ""
+        elif value is not None:
+            found[name] = str(value)
+    return list(found), [list(found.values())]
 
 
 def _row(one: Sandbox) -> tuple[str, ...]:
@@ -172,11 +192,15 @@ def _pair(text: str) -> tuple[str, str]:
 def list_(
     status: Annotated[str | None, typer.Option(help="Only sandboxes in this status.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Only sandboxes with this tag.")] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(help="Only sandboxes on the node with this id; for admins.", metavar="NODE"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List sandboxes, newest first."""
     with open_client() as client:
-        found = list(client.list(status=status, tags=tag or []))
+        found = list(client.list(status=status, tags=tag or [], node_id=node))
     if as_json:
         show_json([dict(one.raw) for one in found])
     else:
@@ -185,9 +209,9 @@ def list_(
 
 @app.command()
 def get(reference: Reference, as_json: Json = False) -> None:
-    """Show one sandbox, and the reason for its status."""
+    """Show all of one sandbox, and the reason for its status."""
     with open_client() as client:
-        _show_one(client.get(reference), as_json=as_json)
+        _show_one(client.get(reference), as_json=as_json, whole=True)
 
 
 @app.command(name="exec", context_settings={"allow_interspersed_args": False})
@@ -212,7 +236,7 @@ def execute(
         bool, typer.Option("--raw", help="Print control characters to the terminal unchanged.")
     ] = False,
 ) -> None:
-    """Run a command. Its output and exit code become this command's.
+    """Run a command. Its output, as it comes, and its exit code become this command's.
 
     A single argument is a line for the sandbox's shell. Several are a program and its arguments,
     passed unchanged. `exec -it NAME` opens a shell on this terminal.
@@ -236,23 +260,13 @@ def execute(
                 raw=raw,
             )
             raise typer.Exit(code)
-        result = client.execute(
-            reference,
-            command[0] if len(command) == 1 else command,
-            timeout_s=30.0 if timeout is None else timeout,
-            cwd=cwd,
-            user=user,
-        )
-    write_raw(sys.stdout, result.stdout_bytes, raw=raw)
-    write_raw(sys.stderr, result.stderr_bytes, raw=raw)
-    if result.timed_out:
-        typer.echo(f"the command was ended after {timeout or 30:g} s", err=True)
-    if result.truncated:
-        typer.echo(
-            "the output was cut: 16 MiB of a stream are kept, or less where the server has no room",
-            err=True,
-        )
-    raise typer.Exit(result.exit_code or (CUT if result.truncated else 0))
+        # For the shell, which reports a program that does not exist with exit code 127.
+        line = line_of(command[0] if len(command) == 1 else command)
+        limit_ms = milliseconds(30.0 if timeout is None else timeout)
+        with leaving():
+            process = client.processes(reference).start(line, cwd=cwd, user=user, timeout=limit_ms)
+            code = run_to_end(process, raw=raw)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -295,7 +309,11 @@ def restart(references: References) -> None:
 def logs(reference: Reference) -> None:
     """Print the end of a sandbox's console log."""
     with open_client() as client:
-        typer.echo(plain(client.logs(reference).replace("\r", "")))
+        said = plain(client.logs(reference).replace("\r", ""))
+    if said:
+        typer.echo(said)
+    else:
+        typer.echo("nothing was printed on its console since it was started or copied", err=True)
 
 
 @app.command()

@@ -158,7 +158,29 @@ def stop(
 def doctor() -> None:
     """Check this host: list each problem and the command that fixes it."""
     settings = server_settings()
-    findings = asyncio.run(server_module("doctor").collect(settings))
+    _show(asyncio.run(server_module("doctor").collect(settings)))
+
+
+def upgrade(
+    check: Annotated[
+        bool, typer.Option("--check", help="Say what the upgrade will do, and change nothing.")
+    ] = False,
+) -> None:
+    """Say what an upgrade to this version will do to the installation on this host."""
+    if not check:
+        raise typer.BadParameter(
+            "Sandyard does not upgrade itself; `sandyard upgrade --check` says what an upgrade to "
+            "this version will do, and docs/howto/upgrade.md how to do it"
+        )
+    settings = server_settings()
+
+    async def found() -> list[Any]:
+        return [one async for one in server_module("upgrades").check(settings)]
+
+    _show(asyncio.run(found()))
+
+
+def _show(findings: list[Any]) -> None:
     colours = {"ok": "green", "note": "yellow", "bad": "red"}
     for finding in findings:
         out.print(f"{finding.level:4}", style=colours[finding.level], end=" ")

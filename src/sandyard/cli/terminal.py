@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 import typer
 
 from sandyard.cli.output import write_raw
-from sandyard.client import Exited, Lost, Printed, Sandyard, SandyardError, TransferError
+from sandyard.client import Exited, Lost, Printed, Process, Sandyard, SandyardError, TransferError
 from sandyard.client.attach import Attachment
 from sandyard.client.calls import milliseconds
 from sandyard.client.options import ProcessOptions
+from sandyard.client.terminals import SHELL
 
-SHELL = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -l; fi"
 _READ = 16 * 1024
 CUT = 74  # EX_IOERR of sysexits.h
 
@@ -76,6 +76,61 @@ def run_attached(
     if lost:
         typer.echo(f"{lost} bytes of output were lost on their way", err=True)
     return code or (CUT if lost else 0)
+
+
+def run_to_end(process: Process, *, raw: bool) -> int:
+    """Print what a process prints as it comes, and return its exit code. The process is ended if
+    this is interrupted, or the reader of the output has seen enough."""
+    code: int | None = None
+    lost, is_reported = 0, False
+    try:
+        for event in process.events():
+            match event:
+                case Printed(stream=stream, data=data):
+                    write_raw(sys.stderr if stream == "stderr" else sys.stdout, data, raw=raw)
+                case Lost(count=count):
+                    lost += count
+                case Exited():
+                    code = event.exit_code
+                    if event.timed_out:
+                        typer.echo("the command was ended: its time was over", err=True)
+    except SandyardError:
+        # Paused, say, or deleted: ending the process would resume the sandbox.
+        is_reported = True
+        raise
+    finally:
+        if code is None and not is_reported:
+            with suppress(SandyardError):
+                process.signal("SIGKILL", everything=True)
+    if lost:
+        typer.echo(f"{lost} bytes of output were lost on their way", err=True)
+    return code or (CUT if lost else 0)
+
+
+def pass_input(process: Process) -> None:
+    """Pass on this command's input to a process, and its end."""
+    with suppress(SandyardError):  # a process that has ended takes no more
+        try:
+            while data := os.read(0, _READ):
+                process.write(data)
+        except OSError:
+            pass  # there is none
+        process.close_stdin()
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """During the block, exit in an orderly way when told to end."""
+    kept = {
+        number: signal.signal(number, leave)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # under nohup, say
+    }
+    try:
+        yield
+    finally:
+        for number, earlier in kept.items():
+            signal.signal(number, earlier)
 
 
 def _options(

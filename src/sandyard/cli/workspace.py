@@ -9,7 +9,7 @@ from sandyard.cli.sandbox import Json, open_client
 from sandyard.client import Workspace, WorkspaceEntry
 
 app = typer.Typer(
-    help="Folders that outlive sandboxes. `sandyard cp` takes files in and out: @NAME:PATH.",
+    help="Directories that outlive sandboxes. `sandyard cp` takes files in and out: @NAME:PATH.",
     no_args_is_help=True,
 )
 

@@ -5,13 +5,27 @@ from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import HTTPConnection
 
+from sandyard.server.core.errors import NotFoundError
 from sandyard.server.service.actor import Actor
 
 RouteT = TypeVar("RouteT", bound=Callable[..., object])
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key: rt_live_… or rt_test_…")
 _HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)
+
+
+def actor_of(connection: HTTPConnection) -> Actor:
+    """Return the actor that the edge found for a request's credential.
+
+    Raises:
+        NotFoundError: the request is for another organization.
+    """
+    actor: Actor = connection.state.actor
+    if connection.query_params.get("orgId", actor.org_id) != actor.org_id:
+        raise NotFoundError("cannot find the organization: the key belongs to another one")
+    return actor
 
 
 class Scope:
@@ -26,12 +40,12 @@ class Scope:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
         key: Annotated[str | None, Depends(_HEADER)],
     ) -> Actor:
-        """Return the actor that the edge found for the request's credential.
+        """Return the actor behind the request's credential.
 
         The credentials are parameters only so that they are in the OpenAPI description.
         """
         del bearer, key
-        actor: Actor = request.state.actor
+        actor = actor_of(request)
         if self.name is not None:
             actor.require(self.name)
         return actor

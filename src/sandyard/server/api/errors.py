@@ -1,8 +1,9 @@
 """Errors as HTTP answers: the only place that knows which status belongs to which code."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -34,7 +35,9 @@ STATUS: Mapping[Code, int] = MappingProxyType(
         Code.LIMIT_REACHED: 409,
         Code.INVALID_STATE: 409,
         Code.IDEMPOTENCY_KEY_REUSED: 400,
+        Code.PRECONDITION_FAILED: 412,
         Code.DAMAGED: 409,
+        Code.INCOMPATIBLE: 409,
         Code.UNSUPPORTED: 400,
         Code.PAYLOAD_TOO_LARGE: 413,
         Code.RATE_LIMITED: 429,
@@ -51,6 +54,7 @@ _SHOWN = {
     Code.UNSUPPORTED: Code.BAD_REQUEST,
     Code.DEADLINE_EXCEEDED: Code.UNAVAILABLE,
     Code.DAMAGED: Code.INVALID_STATE,
+    Code.INCOMPATIBLE: Code.INVALID_STATE,
     Code.LIMIT_REACHED: Code.CONFLICT,
 }
 _HINTS = {
@@ -63,8 +67,18 @@ _HINTS = {
 _SNAKE = re.compile(r"_([a-z])")
 _WIRE_NAMES = {"api_key": "api_key", "idempotency_key": "Idempotency-Key"}
 """Fields that are not the domain's name in camel case."""
+_SECRET = re.compile(r"password|secret|token|\benv\b|stdin|data|contents|code", re.IGNORECASE)
+_VALUE_MAX = 60
 _RETRY_AFTER_S = "2"
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+class UnknownFieldError(ValueError):
+    """A body has a field with this `name`, which there is not."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__(f"there is no such field; there are {', '.join(known)}")
+        self.name = name
 
 
 def wire_name(field: str) -> str:
@@ -171,7 +185,21 @@ def _translated(error: RequestValidationError) -> InvalidArgumentError:
     place = place[1:] if place[:1] and place[0] in ("body", "query", "path") else place
     if first.get("type") == "json_invalid":
         return InvalidArgumentError("cannot read the body: it is not valid JSON", field="body")
+    unknown = (first.get("ctx") or {}).get("error")
+    if isinstance(unknown, UnknownFieldError):
+        field = ".".join([*place, unknown.name])
+        return InvalidArgumentError(f"cannot use {field}: {unknown}", field=field)
     field = ".".join(place) or "body"
     return InvalidArgumentError(
-        f"cannot use {field}: {first.get('msg', 'wrong value')}", field=field
+        f"cannot use {field}: {first.get('msg', 'wrong value')}{_value_of(first)}", field=field
     )
+
+
+def _value_of(error: Mapping[str, Any]) -> str:
+    """Return the value that was refused, for a message, if it is short and can be no secret."""
+    value, place = error.get("input"), [str(part) for part in error.get("loc", ())]
+    is_shown = isinstance(value, str | int | float) and not _SECRET.search(" ".join(place))
+    if not is_shown or error.get("type") == "missing":
+        return ""
+    shown = repr(value)
+    return f"; it is {shown if len(shown) <= _VALUE_MAX else f'{shown[:_VALUE_MAX]}…'}"

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
 
+from sandyard.server.app.backups import back_up_regularly
+from sandyard.server.app.clocks import agree_at_first, agreeing, database_of
 from sandyard.server.app.control import Control, open_control
-from sandyard.server.app.installation import only_server, secret_key, server_id_of
-from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.database import open_database
+from sandyard.server.app.installation import only_server, server_id_of
+from sandyard.server.app.metrics import metrics_of
 from sandyard.server.app.serve import at_the_end, listen, serve_control, ssh_gateway
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import sign_up_of
@@ -28,7 +31,6 @@ from sandyard.server.links.nats.config import ServerFiles, config_of
 from sandyard.server.links.nats.link import TLS_NAME, Link, linked
 from sandyard.server.links.nats.register import registering
 from sandyard.server.links.nats.tokens import Key, Role, signature_of
-from sandyard.server.links.sql import open_store
 from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.door import fingerprint_of, opened_door
 from sandyard.server.links.tunnel.ends import Papers, context_of
@@ -45,9 +47,6 @@ log = logging.getLogger(__name__)
 
 _ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - told apart, not listened on
 _SECRET = "installation"
-_AGREE_S = 5.0
-_PROMPT_S = 0.5
-_TRIES = 20
 _RENEW_S = 24 * 3600.0
 
 
@@ -242,50 +241,6 @@ async def open_cluster(
         yield Cluster(roster, RemoteNodes(roster, link, inbox), tunnels, bus, link, door)
 
 
-async def agree(clock: AgreedClock, store: Store) -> bool:
-    """Set a clock by the database's; return False if the answer took too long to be accurate."""
-    async with store.read() as tx:  # not to count the wait for a connection
-        before = clock.elapsed()
-        moment = await tx.facts.now()
-        after = clock.elapsed()
-    if after - before > _PROMPT_S:
-        return False
-    clock.agree(moment, (before + after) / 2)
-    return True
-
-
-async def agree_at_first(clock: AgreedClock, store: Store) -> None:
-    """Set a clock by the database's before it is used.
-
-    Raises:
-        UnavailableError: the database is too slow, repeatedly.
-    """
-    for _ in range(_TRIES):
-        if await agree(clock, store):
-            return
-    raise UnavailableError("cannot tell the time: the database takes long to answer")
-
-
-@asynccontextmanager
-async def agreeing(clock: AgreedClock, store: Store) -> AsyncIterator[None]:
-    """Keep a clock set by the database's while the block runs. Otherwise two hosts with different
-    clocks would disagree on idle and expired sandboxes."""
-
-    async def keep_at_it() -> None:
-        while True:
-            await clock.sleep(_AGREE_S)
-            try:
-                await agree(clock, store)
-            except UnavailableError:
-                log.debug("cannot read the database's clock; retrying")
-            except Exception:  # the next answer may do
-                log.exception("unexpected error while reading the database's clock; retrying")
-
-    await agree_at_first(clock, store)
-    async with concurrently(keep_at_it()):
-        yield
-
-
 @asynccontextmanager
 async def open_cluster_control(
     settings: Settings, clock: Clock | None = None
@@ -295,8 +250,8 @@ async def open_cluster_control(
     clock = clock or agreed
     version, server_id = package_version("sandyard"), server_id_of(settings.home)
     async with (
-        open_store(settings.store_url, key=secret_key(settings.home), clock=clock) as store,
-        agreeing(agreed, store),
+        open_database(settings, clock=clock) as store,
+        agreeing(agreed, store, database_of(store)),
     ):
         await ensure_first_organization(store, clock, sign_up_of(settings))
         volumes = FolderVolumes(
@@ -315,7 +270,7 @@ async def open_cluster_control(
                 exports=cluster.nodes,
                 bus=cluster.bus,
                 clock=clock,
-                metrics=Metrics(version=version),
+                metrics=metrics_of(settings, version),
                 version=version,
             ) as control,
         ):
@@ -342,7 +297,11 @@ async def serve_cluster_control(settings: Settings) -> None:
         ):
             log.info("nodes join at port %s", cluster.door)
             if not stop.is_set():
-                await serve_control(control, listener, settings, cluster.roster.run())
+                saving = back_up_regularly(settings, SystemClock())
+                await serve_control(
+                    control, listener, settings, cluster.roster.run(), saving,
+                    drain_s=settings.cluster.drain_s,
+                )  # fmt: skip
     log.info("stopped; nodes and machines keep running")
 
 
@@ -353,8 +312,8 @@ async def serve_cluster_control(settings: Settings) -> None:
 async def open_fleet(settings: Settings) -> AsyncIterator[tuple[Fleet, Installation]]:
     """Open an installation's nodes for its operator, with or without a running control plane."""
     clock = AgreedClock()
-    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
-        await agree_at_first(clock, store)
+    async with open_database(settings) as store:
+        await agree_at_first(clock, database_of(store))
         installation = await ensure_installation(store, clock)
         registrar = InstallationRegistrar(installation, settings.cluster.nats, clock.now)
         yield Fleet(store, registrar, Lifecycle(store, LocalBus(clock), clock), clock), installation
@@ -398,7 +357,7 @@ async def write_nats_config(
         UnavailableError: it cannot be written there.
     """
     clock = SystemClock()
-    async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+    async with open_database(settings) as store:
         installation = await ensure_installation(store, clock)
     now = clock.now()
     key, request = new_request()

@@ -30,6 +30,7 @@ from sandyard.server.service.nodes import Nodes
 from sandyard.server.service.people.build import build_people
 from sandyard.server.service.people.sign_in import SignIn
 from sandyard.server.service.reconcile.build import build_reconciler
+from sandyard.server.service.reconcile.compare import SilenceLimits
 from sandyard.server.service.reconcile.reconciler import Pace, Reconciler
 from sandyard.server.service.roster import Roster
 from sandyard.server.service.sandboxes.build import build_sandboxes
@@ -185,7 +186,11 @@ async def open_control(
         _payments(settings) as payments,
         _threads() as threads,
     ):
-        reconciler = build_reconciler(platform, pace=pace or Pace(), away_since=away_since)
+        if pace is None:
+            days = settings.backup.quarantine_days
+            kept_s = days * 86_400.0 if days else None
+            pace = Pace(patience=SilenceLimits(quarantine_s=kept_s))
+        reconciler = build_reconciler(platform, pace=pace, away_since=away_since)
         money = build_money(platform, payments=payments)
         workspaces = build_workspaces(
             platform,

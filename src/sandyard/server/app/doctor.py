@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Literal
 
-from sandyard.server.app.links import Finding, examine_links
-from sandyard.server.app.member import is_member
+from sandyard.server.app.backups import age_of_newest
+from sandyard.server.app.installation import is_member
+from sandyard.server.app.links import Finding, examine_certificates, examine_links
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import (
     choice_of,
@@ -34,6 +37,7 @@ from sandyard.server.node.host.network import host_routes, host_ruleset
 from sandyard.server.node.host.paths import closed_component, refusal
 from sandyard.server.node.images.definitions import arguments_for
 from sandyard.server.node.images.kernel import own_kernel
+from sandyard.server.node.machines.saved import needs_of
 
 _TOOLS = {
     "ip": "iproute2",
@@ -51,6 +55,7 @@ _TOOLS = {
 _DISK_WANTED_MIB = 6 * 1024
 _MEMORY_WANTED_MIB = 2 * 1024
 _LIMIT_S = 20.0
+_SECRET = re.compile(r"://[^/@\s]+:[^/@\s]+@|^\s*\w*(secret|token|password)\w*\s*=", re.M)
 
 
 async def examine(settings: Settings) -> AsyncIterator[Finding]:
@@ -59,7 +64,9 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("bad", "not running as root", "run it with sudo")
         return
     yield Finding("ok", "running as root")
-    if settings.cluster.nats and not is_member(settings):
+    if (finding := _config(settings)) is not None:
+        yield finding
+    if settings.cluster.nats and not is_member(settings.home):
         yield Finding("ok", "this is a control plane: machines are started on other hosts")
         for finding in _room(settings):
             yield finding
@@ -68,6 +75,23 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             yield finding
     async for finding in examine_links(settings):
         yield finding
+    for finding in examine_certificates(settings):
+        yield finding
+    yield examine_backups(settings)
+
+
+def _config(settings: Settings) -> Finding | None:
+    """Say if others can read a secret in the configuration."""
+    path = settings.home / "config.toml"
+    try:
+        mode, text = path.stat().st_mode, path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not mode & 0o044 or not _SECRET.search(text):
+        return None
+    return Finding(
+        "bad", f"every user of this host can read the secrets in {path}", f"chmod 600 {path}"
+    )
 
 
 async def _examine_host(settings: Settings) -> AsyncIterator[Finding]:
@@ -94,6 +118,43 @@ async def _examine_host(settings: Settings) -> AsyncIterator[Finding]:
         yield finding
     for finding in _templates(settings):
         yield finding
+    async for finding in examine_saved_machines(settings):
+        yield finding
+
+
+def examine_backups(settings: Settings) -> Finding:
+    """Say how old the newest backup is."""
+    wanted = settings.backup
+    if wanted.folder is None:
+        return Finding(
+            "note", "no backups are made by themselves", "set backup.folder; see "
+            "docs/howto/backup.md",
+        )  # fmt: skip
+    age_s = age_of_newest(wanted.folder, datetime.now(UTC))
+    if age_s is None or age_s > 2 * wanted.every_h * 3600:
+        said = "there is none yet" if age_s is None else f"{age_s / 3600:.0f} hours old"
+        return Finding(
+            "bad", f"the newest backup in {wanted.folder} is too old: {said}",
+            "look for `cannot make a backup` in the server's log",
+        )  # fmt: skip
+    return Finding("ok", f"the newest backup is {age_s / 3600:.1f} hours old")
+
+
+async def examine_saved_machines(settings: Settings) -> AsyncIterator[Finding]:
+    """Say which versions of hypervisors the saved machines need: before an upgrade as well."""
+    choice = choice_of(settings, drivers_of(settings))
+    for (driver, version), count in sorted(needs_of(settings.home).items()):
+        is_one = count == 1
+        what = f"{count} saved machine{'' if is_one else 's'} (paused sandboxes and snapshots)"
+        need = f"{'needs' if is_one else 'need'} {driver} {version}"
+        if version in await choice.versions_of(driver):
+            yield Finding("ok", f"{what} {need}, which is here: keep it when you upgrade")
+        else:
+            yield Finding(
+                "bad", f"{what} {need}, which is not here",
+                "install that version again, or keep it beside (node.kept_qemu_binaries); see "
+                "docs/howto/upgrade.md",
+            )  # fmt: skip
 
 
 def _tun() -> Finding:

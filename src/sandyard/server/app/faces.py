@@ -7,7 +7,7 @@ from fastapi import FastAPI
 
 from sandyard.server.api import make_api
 from sandyard.server.app.logs import request_id
-from sandyard.server.app.metrics import Metrics, MetricsRoute, reports_of
+from sandyard.server.app.metrics import Metrics, MetricsRoute, NodeReports
 from sandyard.server.app.settings import HttpSettings
 from sandyard.server.front.bodies import LargeBodies
 from sandyard.server.front.dispatch import Dispatch, FaceEntry
@@ -50,7 +50,9 @@ def make_faces(
     )
     own = named(http.hosts)
     api = make_api(services, edge, version=version, cors_origins=http.cors_origins)
-    shown = MetricsRoute(metrics, reports_of(platform.nodes, metrics), http.metrics_token)
+    shown = MetricsRoute(
+        metrics, NodeReports(platform.nodes, metrics, platform.clock), http.metrics_token
+    )
     api.add_route("/metrics", shown.answer, include_in_schema=False)
     previews = PreviewApp(services, edge, clock=platform.clock)
     pages = make_pages(edge, version=version)

@@ -7,10 +7,12 @@ from importlib.metadata import version as package_version
 
 from fastapi import FastAPI
 
+from sandyard.server.app.clocks import agree_at_first, agreeing, read_host
 from sandyard.server.app.control import Control, open_control
+from sandyard.server.app.database import is_sqlite, open_database
 from sandyard.server.app.faces import MakeFace
-from sandyard.server.app.installation import secret_key, server_id_of
-from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.installation import server_id_of
+from sandyard.server.app.metrics import metrics_of
 from sandyard.server.app.node import NODE_ID, open_node
 from sandyard.server.app.settings import Settings
 from sandyard.server.app.wiring import open_volumes, sign_up_of
@@ -18,8 +20,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store
 from sandyard.server.drivers.contract import Driver
 from sandyard.server.front.dispatch import Dispatch
-from sandyard.server.links.local import LocalBus, SystemClock
-from sandyard.server.links.sql import open_store
+from sandyard.server.links.local import AgreedClock, LocalBus
 from sandyard.server.node.node import Node
 from sandyard.server.service.money.metering import Meter
 from sandyard.server.service.people.bootstrap import ensure_first_organization
@@ -76,15 +77,20 @@ async def open_house(
 ) -> AsyncIterator[House]:
     """Open store and node, adopt running machines, and release everything when the block ends.
 
+    A SQLite database of an older version is copied and migrated; see `links.sql.open_store`.
+
     `drivers` replaces those that the settings allow, `clock` the host's. `faces` are served in
     addition to the standard ones. Machines keep running after the block.
     """
-    clock = clock or SystemClock()
+    agreed = AgreedClock()
+    clock = clock or agreed
+    await agree_at_first(agreed, read_host)
     bus, version = LocalBus(clock), package_version("sandyard")
-    metrics = Metrics(version=version)
-    async with open_store(settings.store_url, key=secret_key(settings.home), clock=clock) as store:
+    metrics = metrics_of(settings, version)
+    async with open_database(settings, clock=clock, migrates=is_sqlite(settings)) as store:
         await ensure_first_organization(store, clock, sign_up_of(settings))
         async with (
+            agreeing(agreed, store, read_host),
             open_volumes(settings, clock) as volumes,
             open_node(
                 settings,

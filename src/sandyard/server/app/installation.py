@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Final, TextIO
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
@@ -49,6 +49,15 @@ def secret_key(home: Path) -> bytes:
         file.flush()
         os.fsync(file.fileno())
     return path.read_bytes()
+
+
+NODE_FILE: Final = "node.json"
+"""The file in `cluster` in which a node keeps its identity."""
+
+
+def is_member(home: Path) -> bool:
+    """Tell whether this host has joined an installation on several hosts as a node."""
+    return (home / "cluster" / NODE_FILE).exists()
 
 
 def server_id_of(home: Path) -> str:
@@ -117,8 +126,8 @@ def only_server(home: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UnavailableError(
-                f"cannot start: another server uses {home}; stop it with scripts/down, or choose "
-                "another SANDYARD_HOME"
+                f"cannot continue: another server uses {home}; stop it with scripts/down, or "
+                "choose another SANDYARD_HOME"
             ) from error
         pid.write_text(f"{os.getpid()}\n")
         try:

@@ -1,28 +1,45 @@
 """Checks the connections between the hosts of an installation, for the doctor."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+from sandyard.server.app.certificates import (
+    AUTHORITY,
+    MEND,
+    OWN,
+    PREVIEW,
+    SOON,
+    certificates_of,
+    expiry_of,
+    nats_expiry,
+)
 from sandyard.server.app.cluster import ControlLogin, ensure_installation, nats_tls, write_papers
-from sandyard.server.app.installation import secret_key, server_id_of
-from sandyard.server.app.member import door_at, home_of, is_member
+from sandyard.server.app.database import open_database
+from sandyard.server.app.installation import is_member, server_id_of
+from sandyard.server.app.member import door_at, home_of
 from sandyard.server.app.settings import Settings
-from sandyard.server.core.errors import SandyardError
+from sandyard.server.core.errors import SandyardError, UnavailableError
 from sandyard.server.core.records import JoinedNode
 from sandyard.server.links.identities import node_name
 from sandyard.server.links.installation import Installation, is_control_of
 from sandyard.server.links.local import SystemClock
 from sandyard.server.links.nats.link import Link, NatsLogin, linked
 from sandyard.server.links.nats.tokens import Key, KeyLogin, NatsToken, Role
-from sandyard.server.links.sql import open_store
 from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.door import reached
 from sandyard.server.links.tunnel.ends import Papers, context_of
 
 _LIMIT_S = 5.0
+_NAMES = {OWN: "host's own", AUTHORITY: "authority's", PREVIEW: "previews'"}
+_NATS_MEND = (
+    "run `sandyard admin nats-config` again as before, copy the directory to its host, and run "
+    "`nats-server --signal reload` there"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ async def examine_links(settings: Settings) -> AsyncIterator[Finding]:
     if settings.cluster.nats:
         async for finding in _of_control(settings):
             yield finding
-    if is_member(settings):
+    if is_member(settings.home):
         async for finding in _of_node(settings):
             yield finding
 
@@ -47,7 +64,7 @@ async def examine_links(settings: Settings) -> AsyncIterator[Finding]:
 async def _of_control(settings: Settings) -> AsyncIterator[Finding]:
     clock, nodes = SystemClock(), list[JoinedNode]()
     try:
-        async with open_store(settings.store_url, key=secret_key(settings.home)) as store:
+        async with open_database(settings) as store:
             installation = await ensure_installation(store, clock)
             async with store.read() as tx:
                 nodes = await tx.joined_nodes.all()
@@ -58,10 +75,19 @@ async def _of_control(settings: Settings) -> AsyncIterator[Finding]:
         )  # fmt: skip
         return
     yield Finding("ok", "the database answers")
+    for what, authority in (("", installation.authority), ("NATS ", installation.nats)):
+        yield _expiry(
+            f"the {what}certificate authority", expiry_of(authority.certificate), MEND[AUTHORITY]
+        )
     server_id = server_id_of(settings.home)
     login = ControlLogin(installation, server_id, clock)
     for server in settings.cluster.nats:
         yield await _nats(server, login, installation.nats.certificate.decode())
+        if server.startswith("tls://"):
+            with suppress(UnavailableError):  # which the line before has told
+                yield _expiry(
+                    f"the certificate of NATS at {server}", await nats_expiry(server), _NATS_MEND
+                )
     papers = write_papers(
         settings.home / "cluster" / "doctor",
         *installation.control_papers(server_id, clock.now()),
@@ -71,6 +97,21 @@ async def _of_control(settings: Settings) -> AsyncIterator[Finding]:
         yield await _node(node, installation, papers)
     if not nodes:
         yield Finding("note", "no host has joined", "run `sandyard admin node invite`")
+
+
+def _expiry(what: str, at: datetime, mend: str) -> Finding:
+    left = at - datetime.now(UTC)
+    if left < timedelta():
+        return Finding("bad", f"{what} has expired: {at:%Y-%m-%d}", mend)
+    if left < SOON:
+        return Finding("bad", f"{what} expires in {left.days} days: {at:%Y-%m-%d}", mend)
+    return Finding("ok", f"{what} is valid until {at:%Y-%m-%d}")
+
+
+def examine_certificates(settings: Settings) -> Iterator[Finding]:
+    """Say until when the certificates in files of this host are valid."""
+    for one in certificates_of(settings):
+        yield _expiry(f"the {_NAMES[one.name]} certificate", one.expires_at, MEND[one.name])
 
 
 async def _nats(server: str, login: NatsLogin, authority: str) -> Finding:
@@ -94,17 +135,24 @@ async def _node(node: JoinedNode, installation: Installation, papers: Papers) ->
             "bad" if node.epoch else "note", f"the node {node.name} is not there",
             "run `sandyard node` on its host, and `sandyard doctor` if it does not stay",
         )  # fmt: skip
+    if trouble := await why_unreachable(node, installation, papers):
+        return Finding(
+            "bad", f"the node {node.name} is there, and cannot be reached: {trouble}",
+            f"let TCP through to {node.host}:{node.port}, or set SANDYARD_CLUSTER__ADDRESS "
+            "on the node to what it is reached by",
+        )  # fmt: skip
+    return Finding("ok", f"the node {node.name} can be reached at {node.host}:{node.port}")
+
+
+async def why_unreachable(node: JoinedNode, installation: Installation, papers: Papers) -> str:
+    """Return why a control plane cannot connect to a node directly, or nothing if it can."""
     place = NodeAddress(node.host, node.port, node_name(installation.id, node.id))
     async with Tunnels(context_of(papers, is_server=False), lambda _: place) as tunnels:
         try:
             await tunnels.reach(node.id)
         except SandyardError as error:
-            return Finding(
-                "bad", f"the node {node.name} is there, and cannot be reached: {error.message}",
-                f"let TCP through to {node.host}:{node.port}, or set SANDYARD_CLUSTER__ADDRESS "
-                "on the node to what it is reached by",
-            )  # fmt: skip
-    return Finding("ok", f"the node {node.name} can be reached at {node.host}:{node.port}")
+            return error.message
+    return ""
 
 
 async def _of_node(settings: Settings) -> AsyncIterator[Finding]:

@@ -16,15 +16,14 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from sandyard.server.app.cluster import nats_tls, write_papers, write_private
-from sandyard.server.app.installation import only_server
-from sandyard.server.app.metrics import Metrics, MetricsRoute
+from sandyard.server.app.installation import NODE_FILE, only_server
+from sandyard.server.app.metrics import Metrics, MetricsRoute, Told, metrics_of
 from sandyard.server.app.node import open_node
 from sandyard.server.app.serve import at_the_end, http_server, served_on
 from sandyard.server.app.settings import Settings
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.cluster import Application, Hello, Identity, Joining
-from sandyard.server.core.contracts.node import NodeReport
 from sandyard.server.core.errors import (
     ConflictError,
     InvalidArgumentError,
@@ -51,7 +50,6 @@ from sandyard.server.tasks import Crew, concurrently
 
 log = logging.getLogger(__name__)
 
-_FILE = "node.json"
 _PEMS = ("certificate", "key", "authority")
 _PLACE_MAX = 512
 _DOORS_MAX = 4
@@ -72,18 +70,13 @@ class Home:
         return json.dumps(encode(self)).encode()
 
 
-def is_member(settings: Settings) -> bool:
-    """Tell whether this host has joined an installation."""
-    return (settings.home / "cluster" / _FILE).exists()
-
-
 def home_of(settings: Settings) -> Home:
     """Return this host's identity as a node.
 
     Raises:
         UnavailableError: it is not a node, or its file cannot be read.
     """
-    file = settings.home / "cluster" / _FILE
+    file = settings.home / "cluster" / NODE_FILE
     try:
         return decode(Home, json.loads(file.read_text()))
     except FileNotFoundError as error:
@@ -115,7 +108,7 @@ async def join(settings: Settings, door: str, token: str, *, name: str | None = 
         ) from error
     folder = settings.home / "cluster"
     with only_server(settings.home):
-        if (folder / _FILE).exists():
+        if (folder / NODE_FILE).exists():
             raise ConflictError(
                 f"cannot join: {settings.home} is a node already; `sandyard node` starts it"
             )
@@ -129,7 +122,7 @@ async def join(settings: Settings, door: str, token: str, *, name: str | None = 
         )
         _papers(settings, identity, key[0])
         kept = Home(identity, user.seed, (door,), address)
-        write_private(folder / _FILE, kept.kept())
+        write_private(folder / NODE_FILE, kept.kept())
     return identity.node_id
 
 
@@ -202,7 +195,7 @@ class _Credentials:
             papers = _papers(self._settings, identity, self._key)
             for end in (self.answers, self.asks):
                 end.load_cert_chain(papers.certificate, papers.key)
-            write_private(self._folder / _FILE, self.home.kept())
+            write_private(self._folder / NODE_FILE, self.home.kept())
         except OSError as error:  # the previous certificate is still valid for some time
             log.warning("cannot save a renewed certificate: %s; it is renewed again", error)
 
@@ -213,7 +206,7 @@ class _Credentials:
         self.home = replace(self.home, doors=(door, *self.home.doors)[:_DOORS_MAX])
         self.by_door.doors = [door_at(one) for one in self.home.doors]
         try:
-            write_private(self._folder / _FILE, self.home.kept())
+            write_private(self._folder / NODE_FILE, self.home.kept())
         except OSError as error:
             log.warning("cannot save the address of a control plane: %s", error)
 
@@ -234,7 +227,7 @@ async def open_member(
     """
     clock = clock or SystemClock()
     mine, own = _Credentials(settings), settings.cluster
-    metrics, telling = Metrics(version=mine.version), Telling()
+    metrics, telling = metrics_of(settings, mine.version), Telling()
     membership = NodeMembership(
         mine.node_id,
         (mine.by_nats, mine.by_door),
@@ -280,8 +273,8 @@ async def _metrics_server(settings: Settings, metrics: Metrics, node: Node) -> A
         yield
         return
 
-    async def reports() -> list[NodeReport]:
-        return [await node.report()]
+    async def reports() -> list[Told]:
+        return [Told(await node.report())]
 
     async def refused(_: Request, error: Exception) -> Response:
         return PlainTextResponse(f"{error}\n", status_code=404)

@@ -3,9 +3,14 @@
 import asyncio
 import hmac
 import ipaddress
+import math
 from collections import Counter as Tally
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -21,6 +26,10 @@ from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sandyard.server.app.backups import age_of_newest
+from sandyard.server.app.certificates import Certificate, certificates_of
+from sandyard.server.app.settings import Settings
+from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import MachineFact, NodeControl, NodeReport, Phase, Way
 from sandyard.server.core.errors import NotFoundError, UnavailableError
 from sandyard.server.service.nodes import Nodes
@@ -34,10 +43,24 @@ _UNREPORTED = (Phase.WAITING, Phase.HELD)
 _STATES = (*(phase.value for phase in Phase if phase not in _UNREPORTED), _SILENT)
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a node reported, and how many seconds ago."""
+
+    report: NodeReport
+    age_s: float = 0.0
+
+
 class Metrics:
     """The metrics of one process."""
 
-    def __init__(self, *, version: str) -> None:
+    def __init__(
+        self,
+        *,
+        version: str,
+        backups: Path | None = None,
+        certificates: Callable[[], Iterable[Certificate]] = tuple,
+    ) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -56,8 +79,8 @@ class Metrics:
         )
         self._machines = Gauge(
             "sandyard_machines",
-            "Machines on this node, by what the node knows of them.",
-            ("state",),
+            "Machines of each node, by what the node knows of them.",
+            ("node", "state"),
             registry=self._registry,
         )
         self._starts = Histogram(
@@ -75,7 +98,7 @@ class Metrics:
             ("template", "result"),
             registry=self._registry,
         )
-        shelf = ("template", "vcpus", "memory_mib", "disk_mib")
+        shelf = ("node", "template", "vcpus", "memory_mib", "disk_mib")
         self._pool = Gauge(
             "sandyard_pool_size", "Machines that wait.", shelf, registry=self._registry
         )
@@ -92,7 +115,13 @@ class Metrics:
             registry=self._registry,
         )
         self._goldens = Gauge(
-            "sandyard_goldens", "Golden machines at hand.", registry=self._registry
+            "sandyard_goldens", "Golden machines at hand.", ("node",), registry=self._registry
+        )
+        self._ages = Gauge(
+            "sandyard_node_report_age_seconds",
+            "How long ago a node reported what is shown of it; 0 if it answers now.",
+            ("node",),
+            registry=self._registry,
         )
         self._nodes = Gauge(
             "sandyard_nodes",
@@ -100,6 +129,21 @@ class Metrics:
             ("state",),
             registry=self._registry,
         )
+        self._certificates = certificates
+        self._expiries = Gauge(
+            "sandyard_certificate_expiry_timestamp_seconds",
+            "Until when a certificate on this host is valid, in seconds since 1970.",
+            ("certificate",),
+            registry=self._registry,
+        )
+        self._backups = backups
+        if backups is not None:
+            age = Gauge(
+                "sandyard_backup_age_seconds",
+                "The age of the newest backup made by the server; infinite if there is none.",
+                registry=self._registry,
+            )
+            age.set_function(self._backup_age)
         info = Gauge("sandyard_info", "This version.", ("version",), registry=self._registry)
         info.labels(version).set(1)
 
@@ -116,55 +160,86 @@ class Metrics:
         """Count a start that the pool could have served."""
         self._asked.labels(template, "hit" if is_hit else "miss").inc()
 
+    def _backup_age(self) -> float:
+        try:
+            age = None if self._backups is None else age_of_newest(self._backups, datetime.now(UTC))
+        except OSError:
+            return math.nan
+        return math.inf if age is None else age
+
     def nodes(self, *, answering: int, silent: int) -> None:
         """Set how many nodes answer, and how many do not."""
         self._nodes.labels("answering").set(answering)
         self._nodes.labels("silent").set(silent)
 
-    def render(self, reports: Sequence[NodeReport]) -> bytes:
+    def render(self, told: Sequence[Told]) -> bytes:
         """Return all metrics in Prometheus's text format, including what the nodes report."""
-        tally = Tally(_state_of(fact) for report in reports for fact in report.machines)
-        for state in _STATES:
-            self._machines.labels(state).set(tally[state])
-        self._pool.clear()
-        self._pool_target.clear()
-        self._pool_failures.clear()
-        for one in (shelf for report in reports for shelf in report.shelves):
-            labels = (one.template, str(one.vcpus), str(one.memory_mib), str(one.disk_mib))
-            self._pool.labels(*labels).inc(one.size)
-            self._pool_target.labels(*labels).inc(one.target)
-            self._pool_failures.labels(*labels).inc(one.failures)
-        self._goldens.set(sum(report.goldens for report in reports))
+        of_nodes = (
+            self._machines, self._pool, self._pool_target, self._pool_failures, self._goldens,
+            self._ages,
+        )  # fmt: skip
+        for gauge in of_nodes:
+            gauge.clear()
+        for one in told:
+            node_id = one.report.node_id
+            self._ages.labels(node_id).set(one.age_s)
+            self._goldens.labels(node_id).set(one.report.goldens)
+            tally = Tally(_state_of(fact) for fact in one.report.machines)
+            for state in _STATES:
+                self._machines.labels(node_id, state).set(tally[state])
+            for shelf in one.report.shelves:
+                shape = (str(shelf.vcpus), str(shelf.memory_mib), str(shelf.disk_mib))
+                labels = (node_id, shelf.template, *shape)
+                self._pool.labels(*labels).set(shelf.size)
+                self._pool_target.labels(*labels).set(shelf.target)
+                self._pool_failures.labels(*labels).set(shelf.failures)
+        for certificate in self._certificates():
+            self._expiries.labels(certificate.name).set(certificate.expires_at.timestamp())
         return generate_latest(self._registry)
+
+
+def metrics_of(settings: Settings, version: str) -> Metrics:
+    """Return the metrics of a process with these settings."""
+    certificates = partial(certificates_of, settings)
+    return Metrics(version=version, backups=settings.backup.folder, certificates=certificates)
 
 
 def _state_of(fact: MachineFact) -> str:
     return _SILENT if fact.is_silent else fact.phase.value
 
 
-Reports = Callable[[], Awaitable[Sequence[NodeReport]]]
-"""Returns what nodes report now."""
+Reports = Callable[[], Awaitable[Sequence[Told]]]
+"""Returns what nodes report now, or reported last."""
 
 
-def reports_of(nodes: Nodes, metrics: Metrics) -> Reports:
-    """Return a function that polls all nodes, and counts in `metrics` how many answer."""
+class NodeReports:
+    """Polls all nodes, and counts in `metrics` how many answer. Of those that do not, the last
+    report is shown, until they are forgotten."""
 
-    async def report_of(node: NodeControl) -> NodeReport | None:
-        with suppress(UnavailableError):
-            return await nodes.report_of(node)
-        return None
+    def __init__(self, nodes: Nodes, metrics: Metrics, clock: Clock) -> None:
+        self._nodes = nodes
+        self._metrics = metrics
+        self._clock = clock
+        self._last: dict[str, tuple[float, NodeReport]] = {}
 
-    async def reports() -> Sequence[NodeReport]:
-        every = nodes.all()
-        there = [one for one in every if nodes.is_there(one.node_id)]
+    async def __call__(self) -> Sequence[Told]:
+        """See `Reports`."""
+        every = {one.node_id: one for one in self._nodes.all()}
+        there = [one for node_id, one in every.items() if self._nodes.is_there(node_id)]
         # Concurrently: one after another, silent nodes would take too long.
         async with asyncio.TaskGroup() as tasks:
-            asking = [tasks.create_task(report_of(one)) for one in there]
+            asking = [tasks.create_task(self._report_of(one)) for one in there]
         found = [report for one in asking if (report := one.result()) is not None]
-        metrics.nodes(answering=len(found), silent=len(every) - len(found))
-        return found
+        self._metrics.nodes(answering=len(found), silent=len(every) - len(found))
+        now = self._clock.monotonic()
+        known = {one: told for one, told in self._last.items() if one in every}
+        self._last = known | {one.node_id: (now, one) for one in found}
+        return [Told(report, now - at) for at, report in self._last.values()]
 
-    return reports
+    async def _report_of(self, node: NodeControl) -> NodeReport | None:
+        with suppress(UnavailableError):
+            return await self._nodes.report_of(node)
+        return None
 
 
 class MetricsRoute:

@@ -8,13 +8,16 @@ import resource
 import signal
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from sandyard.server.app.backups import back_up_regularly
 from sandyard.server.app.control import Control
 from sandyard.server.app.house import House, open_house
 from sandyard.server.app.installation import forget_environment, only_server, ssh_host_key
@@ -56,7 +59,8 @@ async def serve(settings: Settings) -> None:
     with only_server(settings.home), listen(settings.http.host, settings.http.port) as listener:
         async with open_house(settings) as house, ssh_gateway(house.control, settings):
             if not stop.is_set():
-                await serve_control(house.control, listener, settings)
+                saving = back_up_regularly(settings, SystemClock())
+                await serve_control(house.control, listener, settings, saving)
     log.info("stopped; machines keep running")
 
 
@@ -99,6 +103,41 @@ async def ssh_gateway(control: Control, settings: Settings) -> AsyncIterator[Non
         yield
 
 
+class HttpServer(uvicorn.Server):
+    """uvicorn, which goes on serving for `drain_s` seconds after it was told to stop.
+
+    `on_drain` is called at once, and connections are closed after their next answer: a load
+    balancer has the time to notice, and no request meets a connection that is about to be closed.
+    """
+
+    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+        super().__init__(config)
+        self.drain_s = 0.0
+        self.on_drain: Callable[[], None] = lambda: None
+        self._gate = gate
+        self._drained_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """See uvicorn. A second signal ends it at once."""
+        if self.drain_s == 0 or self._drained_at is not None:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig)
+        self._drained_at = time.monotonic() + self.drain_s
+        self.close_after_answers()
+        self.on_drain()
+
+    def close_after_answers(self) -> None:
+        """Close each connection after its next answer."""
+        self._gate.is_draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """See uvicorn."""
+        if self._drained_at is not None and time.monotonic() >= self._drained_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
 def http_server(
     api: ASGIApp,
     http: HttpSettings,
@@ -106,7 +145,7 @@ def http_server(
     *,
     is_tunnel: Callable[[Any], bool] = lambda _: False,
     handshakes: Handshakes | None = None,
-) -> uvicorn.Server:
+) -> HttpServer:
     """Return the HTTP server of an application, with the limits of the settings.
 
     For `is_tunnel` see `guarded`. With `handshakes` it terminates TLS.
@@ -119,7 +158,7 @@ def http_server(
         patience=patience,
     )
     protocol, socket_protocol = guarded(gate, is_tunnel)
-    return uvicorn.Server(
+    return HttpServer(
         uvicorn.Config(
             TrustedProxies(api, http.trusted_proxies) if http.trusted_proxies else api,
             proxy_headers=False,
@@ -135,7 +174,8 @@ def http_server(
             backlog=256,
             timeout_graceful_shutdown=_GRACE_S,
             timeout_keep_alive=75,
-        )
+        ),
+        gate,
     )
 
 
@@ -149,11 +189,13 @@ async def serve_control(
     listener: socket.socket,
     settings: Settings,
     *background: Coroutine[object, object, None],
+    drain_s: float = 0.0,
 ) -> None:
     """Serve HTTP and run a control plane's background work, with `background` concurrently, until
-    stopped."""
+    stopped, and for `drain_s` seconds longer."""
     handshakes = _preview_handshakes(settings)
     server = http_server(control.front, settings.http, is_tunnel=control.front.is_tunnel)
+    server.drain_s = drain_s
     # What is there by now stays: to look through it again and again for garbage costs a tenth of
     # what a burst of creates takes.
     gc.collect()
@@ -164,11 +206,19 @@ async def serve_control(
             tasks.create_task(control.reconciler.run()),
             tasks.create_task(control.meter.run()),
             tasks.create_task(control.services.workspaces.run()),
+            tasks.create_task(control.services.readiness.run()),
             *(tasks.create_task(one) for one in background),
         ]
         host, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%s", host, port)
-        async with _preview_server(control.previews, settings, handshakes):
+        async with _preview_server(control.previews, settings, handshakes) as preview:
+
+            def drain() -> None:
+                control.services.readiness.stop_serving()
+                if preview is not None:
+                    preview.close_after_answers()
+
+            server.on_drain = drain
             await server.serve(sockets=[listener])
         for one in working:
             one.cancel()
@@ -177,16 +227,16 @@ async def serve_control(
 @contextlib.asynccontextmanager
 async def _preview_server(
     preview: ASGIApp, settings: Settings, handshakes: Handshakes | None
-) -> AsyncIterator[None]:
+) -> AsyncIterator[HttpServer | None]:
     """Serve previews on a separate port, if one is configured."""
     port = settings.preview.port
     if port is None:
-        yield
+        yield None
         return
     server = http_server(preview, settings.http, is_tunnel=lambda _: True, handshakes=handshakes)
     async with served_on(server, settings.http.host, port, "SANDYARD_PREVIEW__PORT"):
         try:
-            yield
+            yield server
         finally:
             if handshakes is not None:
                 handshakes.close()

@@ -220,6 +220,11 @@ class NodeSettings(Section):
         "auto", description="`auto` selects the fastest hypervisor that boots a probe machine."
     )
     qemu_binary: str = Field("qemu-system-x86_64", description="The QEMU program.")
+    kept_qemu_binaries: list[str] = Field(
+        [],
+        description="QEMU programs of other versions, which resume what they saved: a saved "
+        "sandbox needs the version that saved it.",
+    )
     tb_size_mib: int | None = Field(
         None,
         ge=16,
@@ -577,6 +582,13 @@ class ClusterSettings(Section):
         description="The address by which other hosts reach this one. Default: for a control "
         "plane its host name, for a node the address from which it joined.",
     )
+    drain_s: float = Field(
+        2.0,
+        ge=0,
+        le=45,
+        description="Control planes: for how many seconds one that is stopped keeps serving "
+        "while `/servez` tells load balancers to send no more requests.",
+    )
 
     @field_validator("nats")
     @classmethod
@@ -590,6 +602,30 @@ class ClusterSettings(Section):
                     "nats:// is in the clear, and for loopback alone; use tls://HOST:PORT"
                 )
         return servers
+
+
+class BackupSettings(Section):
+    """Scheduled backups; see docs/howto/backup.md."""
+
+    folder: Path | None = Field(None, description="Where to. Without it, there are none.")
+    passphrase_file: Path | None = Field(
+        None, description="A file with the passphrase. Keep a copy of it elsewhere."
+    )
+    every_h: float = Field(24, gt=0, le=24 * 365, description="Hours between two backups.")
+    keep: int = Field(7, ge=1, le=10_000, description="How many are kept; older ones are removed.")
+    quarantine_days: float = Field(
+        7,
+        ge=0,
+        le=3650,
+        description="How long machines are kept that a restored database does not know; 0: until "
+        "they are deleted by hand.",
+    )
+
+    @model_validator(mode="after")
+    def _has_passphrase(self) -> Self:
+        if self.folder is not None and self.passphrase_file is None:
+            raise ValueError("backup.folder needs backup.passphrase_file")
+        return self
 
 
 class LogSettings(Section):
@@ -655,6 +691,7 @@ class Settings(BaseSettings):
     )
     workspaces: WorkspaceSettings = WorkspaceSettings()
     cluster: ClusterSettings = ClusterSettings()
+    backup: BackupSettings = BackupSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("home")

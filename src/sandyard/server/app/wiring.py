@@ -116,6 +116,7 @@ def _every_driver(settings: Settings) -> list[Driver]:
             QemuDriver(
                 accel=accel,
                 binary=settings.node.qemu_binary,
+                kept_binaries=settings.node.kept_qemu_binaries,
                 tb_size_mib=settings.node.tb_size_mib,
                 mounts=mounts_of(settings.home),
             )

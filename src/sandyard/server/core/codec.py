@@ -1,9 +1,12 @@
 """Values as JSON: the one encoding for everything that crosses between processes.
 
 A frozen dataclass is an object with its fields in camelCase, without those that are None. A time is
-ISO 8601, bytes are base64, an enum is its value. Decoding is strict about types and ignores unknown
-keys, so that the newer of two ends may send more. Data from guests is decoded here, too: anything
-invalid raises CodecError and nothing else.
+ISO 8601, bytes are base64, an enum is its value.
+
+Decoding is strict about types, and ignores what the newer of two ends may send in addition: unknown
+keys, and unknown values of an enum that has a member UNKNOWN or is optional, which become that
+member or None. Data from guests is decoded here, too: anything invalid raises CodecError and
+nothing else.
 """
 
 import base64
@@ -20,6 +23,7 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _INT_MAX = 2**63 - 1
+_REFUSED = object()
 _Read = Callable[[object, str], Any]
 
 
@@ -87,7 +91,7 @@ def _reader(kind: Any) -> _Read:
         return _mapping(_reader(arguments[1]))
     if isinstance(kind, type):
         if issubclass(kind, Enum):
-            return _enum(kind)
+            return _enum(kind, getattr(kind, "UNKNOWN", _REFUSED))
         if dataclasses.is_dataclass(kind):
             return _dataclass(kind)
     found: _Read | None = _PLAIN.get(kind)
@@ -130,10 +134,13 @@ def _dataclass(kind: Any) -> _Read:
 
 
 def _optional(arguments: tuple[Any, ...]) -> _Read:
-    readers = [_reader(one) for one in arguments if one is not type(None)]
-    if len(readers) != 1:
+    kinds = [one for one in arguments if one is not type(None)]
+    if len(kinds) != 1:
         raise TypeError("a field is of one kind, or None")
-    (reader,) = readers
+    (kind,) = kinds
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return _enum(kind, None)
+    reader = _reader(kind)
     return lambda raw, where: None if raw is None else reader(raw, where)
 
 
@@ -155,12 +162,16 @@ def _mapping(reader: _Read) -> _Read:
     return read
 
 
-def _enum(kind: type[Enum]) -> _Read:
+def _enum(kind: type[Enum], unknown: object) -> _Read:
+    values = [one.value for one in kind]
+    types_ = {type(one) for one in values}
+
     def read(raw: object, where: str) -> Any:
-        try:
+        if type(raw) in types_ and raw in values:
             return kind(raw)
-        except ValueError as error:
-            raise CodecError(f"{where} is none of those it can be") from error
+        if unknown is _REFUSED or (raw is not None and type(raw) not in types_):
+            raise CodecError(f"{where} is none of those it can be")
+        return unknown
 
     return read
 

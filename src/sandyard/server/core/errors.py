@@ -14,13 +14,16 @@ SandyardError
 ├── LimitReachedError           the organization has as much as its plan allows
 ├── ConflictError               the present status does not allow it
 │   ├── OvertakenError          a later request for the same sandbox came first
-│   └── MachineDeadError        the sandbox's machine has ended
+│   ├── MachineDeadError        the sandbox's machine has ended
+│   └── ChangedError            it is not as the caller believed
 ├── QuotaExceededError          credits do not suffice
 ├── PayloadTooLargeError        a stated size limit is passed
 ├── RateLimitedError            too many requests; wait
 ├── AgentError                  the agent in a sandbox violates its protocol
-├── DamagedError                a saved state cannot be used any more
+├── DamagedError                a saved state cannot be used
+│   └── IncompatibleError       it is intact, and needs another host or hypervisor
 ├── UnsupportedError            this driver or host cannot do it
+│   └── OtherVersionError       the peer is of a version that does not know the request
 ├── NotImplementedYetError      planned, and not in this version
 ├── UnavailableError            not now; try again
 │   ├── NoCapacityError         the host is full now
@@ -53,12 +56,14 @@ class Code(StrEnum):
     NOT_FOUND = "not_found"
     CONFLICT = "conflict"
     WORKSPACE_IN_USE = "WORKSPACE_IN_USE"
+    PRECONDITION_FAILED = "precondition_failed"
     LIMIT_REACHED = "limit_reached"
     INVALID_STATE = "invalid_state"
     INSUFFICIENT_CREDITS = "insufficient_credits"
     PAYLOAD_TOO_LARGE = "payload_too_large"
     RATE_LIMITED = "rate_limited"
     DAMAGED = "damaged"
+    INCOMPATIBLE = "incompatible"
     UNSUPPORTED = "unsupported"
     NOT_IMPLEMENTED = "not_implemented"
     UNAVAILABLE = "unavailable"
@@ -180,6 +185,12 @@ class MachineDeadError(ConflictError):
         super().__init__(text, **{"status": "error", **facts})
 
 
+class ChangedError(ConflictError):
+    """A condition of the request does not hold: the resource has changed, or exists already."""
+
+    code = Code.PRECONDITION_FAILED
+
+
 class QuotaExceededError(SandyardError):
     """The organization's credits do not suffice."""
 
@@ -190,6 +201,9 @@ class PayloadTooLargeError(SandyardError):
     """The request exceeds a size limit."""
 
     code = Code.PAYLOAD_TOO_LARGE
+
+    def __init__(self, text: str, **facts: str | int) -> None:
+        super().__init__(text, **{"reason": "too_large", **facts})
 
 
 class RateLimitedError(SandyardError):
@@ -222,15 +236,26 @@ class AgentError(SandyardError):
 
 
 class DamagedError(SandyardError):
-    """Saved data is damaged, or does not fit this host any more."""
+    """A saved state cannot be used."""
 
     code = Code.DAMAGED
+
+
+class IncompatibleError(DamagedError):
+    """A saved state is intact, and needs another hypervisor or processor. Nothing was changed."""
+
+    code = Code.INCOMPATIBLE
 
 
 class UnsupportedError(SandyardError):
     """This driver, template or host does not support the request."""
 
     code = Code.UNSUPPORTED
+
+
+class OtherVersionError(UnsupportedError):
+    """The peer is of a version that does not know the request; another peer may, or this one once
+    it is updated."""
 
 
 class NotImplementedYetError(SandyardError):
@@ -275,10 +300,10 @@ _BY_CODE: Mapping[Code, type[SandyardError]] = MappingProxyType(
         for kind in (
             InvalidArgumentError, KeyReusedError, UnauthenticatedError, InvalidTokenError,
             TokenExpiredError, PermissionDeniedError, NotFoundError, AlreadyExistsError,
-            WorkspaceInUseError, LimitReachedError, ConflictError, QuotaExceededError,
+            WorkspaceInUseError, LimitReachedError, ConflictError, ChangedError, QuotaExceededError,
             PayloadTooLargeError, AgentError,
-            DamagedError, UnsupportedError, NotImplementedYetError, UnavailableError,
-            NoCapacityError, DeadlineExceededError, InternalError,
+            DamagedError, IncompatibleError, UnsupportedError, NotImplementedYetError,
+            UnavailableError, NoCapacityError, DeadlineExceededError, InternalError,
         )
     }
 )  # fmt: skip
@@ -288,7 +313,7 @@ _BY_KIND: Mapping[str, type[SandyardError]] = MappingProxyType(
     {
         kind.__name__: kind
         for kind in (*_BY_CODE.values(), GuestNotFoundError, OvertakenError, MachineDeadError,
-                     AgentSilentError)
+                     AgentSilentError, OtherVersionError)
     }
 )  # fmt: skip
 

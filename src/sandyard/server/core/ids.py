@@ -14,7 +14,7 @@ _ALPHABET = string.ascii_lowercase + string.digits
 _KEY_ALPHABET = string.ascii_letters + string.digits
 _SANDBOX_ID = re.compile(r"sandbox-[a-z0-9]{12}")
 _MACHINE_ID = re.compile(r"machine-[a-z0-9]{12}")
-_SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+SLUG = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 NAME_MAX = 63
 TAGS_MAX = 32
@@ -91,7 +91,7 @@ def generation_of(digest: str) -> str:
 
 def is_slug(text: str) -> bool:
     """Tell whether `text` can be a template's slug."""
-    return _SLUG.fullmatch(text) is not None
+    return re.fullmatch(SLUG, text) is not None
 
 
 PERSONAL = "personal-"

@@ -6,9 +6,11 @@ in pieces charges each time what the whole costs so far, less what was charged b
 way of cutting it changes the sum. Time is counted in microseconds.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Self
 
 from sandyard.server.core.shapes import Shape, ShapeSeconds
 
@@ -60,6 +62,46 @@ class Prices:
     def hour_of(self, shape: Shape) -> int:
         """Return what a sandbox of a shape costs in an hour."""
         return self.compute(shape, timedelta(hours=1))
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """The prices that held at each time: each from a moment on, oldest first, and the first also
+    before it."""
+
+    entries: tuple[tuple[datetime, Prices], ...]
+
+    @classmethod
+    def always(cls, prices: Prices) -> Self:
+        """Return a list of prices that never changed."""
+        return cls(((datetime.min.replace(tzinfo=UTC), prices),))
+
+    @property
+    def latest(self) -> Prices:
+        """The prices that hold now."""
+        return self.entries[-1][1]
+
+    @property
+    def changed_at(self) -> datetime | None:
+        """When they last changed, or None if they never did."""
+        return self.entries[-1][0] if len(self.entries) > 1 else None
+
+    def compute(self, shape: Shape, start: datetime, end: datetime) -> int:
+        """Return what a running sandbox of a shape costs between two moments."""
+        return sum(one.compute(shape, time) for one, time in self._held(start, end))
+
+    def storage(self, size_bytes: int, start: datetime, end: datetime) -> int:
+        """Return what so many bytes that are kept cost between two moments."""
+        return sum(one.storage(size_bytes, time) for one, time in self._held(start, end))
+
+    def _held(self, start: datetime, end: datetime) -> Iterator[tuple[Prices, timedelta]]:
+        """Yield which prices held between two moments, and for how long."""
+        for number, (since, one) in enumerate(self.entries):
+            first = start if number == 0 else max(start, since)
+            is_last = number == len(self.entries) - 1
+            last = end if is_last else min(end, self.entries[number + 1][0])
+            if first < last:
+                yield one, last - first
 
 
 def micros_of(cents: Decimal) -> int:

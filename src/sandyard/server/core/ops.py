@@ -32,6 +32,7 @@ class Op(StrEnum):
     LIST = "list"
     SIGNAL = "signal"
     INPUT = "input"
+    FEED = "feed"
     RESIZE = "resize"
     STAT = "stat"
     LIST_FOLDER = "list_folder"
@@ -191,8 +192,8 @@ class Execute(Operation[Started]):
     """Run a command line with the shell. With `stdin`, frames of it follow; an empty one is its
     end.
 
-    `timeout_ms` counts from the start of the command. At the limit it is ended with all processes
-    that it started.
+    `timeout_ms` counts from the start of the command. At the limit, and if the host disconnects, it
+    is ended with all processes that it started.
     """
 
     op = Op.EXEC
@@ -230,7 +231,8 @@ class Program:
     """A process. Those of `Execute` are listed while they run; those of `Start` also after their
     end.
 
-    Times are in milliseconds since the epoch. `printed` is the size of its output so far, in bytes.
+    Times are in milliseconds since the epoch. `printed` is the size of its output so far, and `fed`
+    of the input that it has taken, in bytes.
     """
 
     pid: int
@@ -244,6 +246,7 @@ class Program:
     terminal: Size | None = None
     ended_ms: int | None = None
     end: Ended | None = None
+    fed: int = 0
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,11 @@ class Start(Operation[Program]):
     neither. `cwd` `~` is the user's home. With `stdin` it has an input, which `Input` writes to;
     otherwise its input is empty. With a `terminal` it has an input, too, and one output. Until the
     first client attaches, at most for ten seconds, it is blocked rather than losing output. If no
-    client has followed it for `hang_up_s`, it gets a hangup.
+    client has followed it for `hang_up_s`, it gets a hangup. An equal start with the same `key`
+    within a day starts nothing, and is answered with the process of the first.
+
+    With `replaces` it takes the `tag` of the process with that pid. It is refused if that is not
+    the last with the tag any more.
     """
 
     op = Op.START
@@ -273,6 +280,8 @@ class Start(Operation[Program]):
     timeout_ms: int | None = None
     login: bool = False
     hang_up_s: float | None = None
+    key: str | None = None
+    replaces: int | None = None
 
 
 @dataclass(frozen=True)
@@ -364,7 +373,7 @@ class List(Operation[Programs]):
 @dataclass(frozen=True)
 class Signal(Operation[Started]):
     """Send a signal to a process, or with `everything` to all running processes that it started.
-    The answer has its pid."""
+    With `forgets_tag`, its tag is removed first, even if it has ended. The answer has its pid."""
 
     op = Op.SIGNAL
     asked_by_users = True
@@ -374,6 +383,7 @@ class Signal(Operation[Started]):
     pid: int | None = None
     tag: str | None = None
     everything: bool = False
+    forgets_tag: bool = False
 
 
 @dataclass(frozen=True)
@@ -398,6 +408,45 @@ class Input(Operation[Written]):
     closes: bool = False
     pid: int | None = None
     tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Fed:
+    """How many bytes the input of a process has taken since its start."""
+
+    taken: int
+
+
+@dataclass(frozen=True)
+class FeedEnd:
+    """How many bytes of a stream the input of a process has taken, and whether it was closed, if
+    that was requested. `trouble` says why it takes no more."""
+
+    count: int
+    is_closed: bool = False
+    trouble: str | None = None
+
+
+@dataclass(frozen=True)
+class Feed(Operation[Fed]):
+    """Write a stream to the input of a process: frames of it follow, and an empty one ends it,
+    after which the input is closed if it `closes`. The last frame from the agent is a FeedEnd.
+
+    With an `offset` the stream begins there in the input, and what the input has taken before is
+    not written again, so that streams of the same bytes may follow or overlap each other.
+
+    If the process takes nothing for some seconds, the rest of the stream is discarded.
+    """
+
+    op = Op.FEED
+    asked_by_users = True
+    answer = Fed
+    is_use = True
+
+    closes: bool = False
+    pid: int | None = None
+    tag: str | None = None
+    offset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -426,8 +475,8 @@ class FileKind(StrEnum):
 class FileFact:
     """The metadata of a file; links are not followed, and have a `target`.
 
-    Paths are bytes. `mode` has the permission bits; `owner` and `group` are names, if the machine
-    has any for the ids.
+    Paths are bytes. `version` is different after each change of the content. `mode` has the
+    permission bits; `owner` and `group` are names, if the machine has any for the ids.
     """
 
     path: bytes
@@ -440,6 +489,7 @@ class FileFact:
     owner: str | None = None
     group: str | None = None
     target: bytes | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -455,7 +505,7 @@ class FileEnd:
     """The last frame of an operation on a file: the amount, or the error.
 
     `count` is in bytes, or entries of a list; `is_cut` says that there are more of those. `fact`
-    describes the result of a move or copy.
+    describes the result of a move, a copy or a write.
     """
 
     count: int = 0
@@ -577,7 +627,8 @@ class Write(Operation[Done]):
     """Write a file: the host sends frames of it and an empty one, and a `FileEnd` follows. Until
     then an existing file is unchanged, unless it is written `in_place`.
 
-    Without `mode` or `owner`, those of an existing file are kept.
+    Without `mode` or `owner`, those of an existing file are kept. With `if_version` it must have
+    that version, or with `*` exist; if it `is_new` it must not exist.
     """
 
     op = Op.WRITE
@@ -591,6 +642,8 @@ class Write(Operation[Done]):
     mode: int | None = None
     owner: str | None = None
     user: str = "root"
+    if_version: str | None = None
+    is_new: bool = False
 
 
 class ChangeKind(StrEnum):
@@ -741,6 +794,7 @@ AnyOperation = (
     | List
     | Signal
     | Input
+    | Feed
     | Resize
     | FileOperation
     | Dial

@@ -146,6 +146,24 @@ class SshKey:
 
 
 @dataclass(frozen=True)
+class Quarantined:
+    """A machine that no sandbox's row belongs to, since the database was restored from a backup.
+
+    `phase` is the machine's when it was last looked at. It is removed if it `is_unwanted`.
+    """
+
+    sandbox_id: str
+    node_id: str
+    incarnation: int
+    version: int
+    phase: str
+    template: str
+    shape: Shape
+    found_at: datetime
+    is_unwanted: bool = False
+
+
+@dataclass(frozen=True)
 class RevokedKey:
     """A public key to be removed from the files of a running sandbox, which was started at
     `started_at`."""
@@ -342,7 +360,7 @@ class NodeStart:
 class JoinedNode:
     """A node on another host. `epoch` counts the starts of its process. It is available while it
     `has_lease`, and was given up at `lost_at` if it did not return. While it `is_compared`, the
-    control plane `compared_by` compares it."""
+    control plane `compared_by` compares it. `read_at` is the database's time when this was read."""
 
     id: str
     name: str
@@ -357,6 +375,7 @@ class JoinedNode:
     compared_by: str = ""
     has_lease: bool = False
     is_compared: bool = False
+    read_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -381,7 +400,8 @@ class KeyedRequest:
 class SandboxQuery:
     """A query for an organization's sandboxes, newest first, a page at a time.
 
-    `after` is the creation time and id of the previous page's last one.
+    `after` is the creation time and id of the previous page's last one. `metadata` must be
+    contained in a sandbox's: every name with its value, at every depth.
     """
 
     org_id: str
@@ -393,6 +413,9 @@ class SandboxQuery:
     exclude_template: str | None = None
     project_id: str | None = None
     is_test: bool | None = None
+    name_prefix: str | None = None
+    node_id: str | None = None
+    metadata: Mapping[str, object] | None = None
     after: tuple[datetime, str] | None = None
 
 

@@ -17,16 +17,16 @@ connection must be closed.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Final
+from typing import Final, TypeGuard
 
-VERSION: Final = 1
 AGENT_PORT: Final = 9111
 RFB_PORT: Final = 5900  # of the screen that a desktop has, on its loopback
 _PORTS = range(1, 65536)
 HEAD_MAX: Final = 1024 * 1024
-REQUEST_MAX: Final = 8 * 1024 * 1024  # a command of 1 MiB in JSON, and what goes with it
+REQUEST_MAX: Final = 16 * 1024 * 1024  # a command of 2 MiB in JSON, and what goes with it
 FRAME_MAX: Final = 256 * 1024
 _FRAME_HEADER: Final = 5
 _AGAIN: Final[dict[str, object]] = {"again": True}
@@ -51,6 +51,12 @@ class Refusal(StrEnum):
     NO_SPACE = "no_space"
     CONFLICT = "conflict"  # not in the state that it is in
     BUSY = "busy"  # not now; nothing was done
+    CHANGED = "changed"  # it is not as the caller believed
+    NO_USER = "no_user"  # the machine has no such user
+    NO_FOLDER = "no_cwd"  # a process cannot begin in that directory
+    NO_START = "cannot_start"  # the program is not there, or cannot be executed
+    NO_PROCESS = "no_process"  # there is no such process
+    REUSED = "reused"  # its key was used for something else
 
 
 class Channel(IntEnum):
@@ -65,6 +71,63 @@ class Channel(IntEnum):
 
 class WireError(Exception):
     """The other side violated the protocol; close the connection."""
+
+
+class VersionError(WireError):
+    """The other side is too old or too new; the message says which versions it speaks."""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """The versions of a protocol that one side speaks, in each message's head.
+
+    A message says by `v` which version suffices to read it, and by `now`, if that is later, which
+    version wrote it. It is read by every side whose own version is not below the former and that
+    still reads the latter: two releases need not be equal, and a machine may have been paused in
+    between for a year.
+    """
+
+    now: int
+    suffices: int
+    oldest: int
+    """The oldest version whose messages are still read."""
+
+    @property
+    def head(self) -> dict[str, object]:
+        """What a message says of its version."""
+        head: dict[str, object] = {"v": self.suffices}
+        return head if self.now == self.suffices else head | {"now": self.now}
+
+    def check(self, head: Mapping[str, object]) -> None:
+        """Return if a message with this head can be read.
+
+        Raises:
+            VersionError: its version is not among those that are spoken here.
+            WireError: it has none.
+        """
+        needs = head.get("v")
+        wrote = head.get("now", needs)
+        if not (_is_version(needs) and _is_version(wrote)):
+            raise WireError("the other side does not say its version of the protocol")
+        if needs > self.now:
+            raise VersionError(
+                f"the other side speaks version {needs} of the protocol or later, and this one "
+                f"versions {self.oldest} to {self.now}: update this one"
+            )
+        if wrote < self.oldest:
+            raise VersionError(
+                f"the other side speaks version {wrote} of the protocol, and this one versions "
+                f"{self.oldest} to {self.now}: update the other"
+            )
+
+
+def _is_version(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 < value < 2**16
+
+
+VERSIONS: Final = Versions(now=1, suffices=1, oldest=1)
+"""Of this protocol. What only adds operations or fields, which a reader ignores, changes nothing;
+what else an older side could not read raises `now` and `suffices`."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +165,7 @@ def encode_request(request: Request) -> bytes:
     Raises:
         WireError: it would be longer than REQUEST_MAX.
     """
-    head = {"v": VERSION, "token": request.token, "op": request.op, "args": request.args}
+    head = VERSIONS.head | {"token": request.token, "op": request.op, "args": request.args}
     return _encode_line(head | _AGAIN if request.again else head, REQUEST_MAX)
 
 
@@ -114,9 +177,10 @@ def encode_answer(answer: Answer) -> bytes:
     """
     if answer.error is not None:
         return _encode_line(
-            {"v": VERSION, "ok": False, "error": answer.error, "message": answer.message}, HEAD_MAX
+            VERSIONS.head | {"ok": False, "error": answer.error, "message": answer.message},
+            HEAD_MAX,
         )
-    head = {"v": VERSION, "ok": True, "values": answer.values}
+    head = VERSIONS.head | {"ok": True, "values": answer.values}
     return _encode_line(head | _AGAIN if answer.again else head, HEAD_MAX)
 
 
@@ -150,7 +214,8 @@ class Decoder:
         """Return the request line, or None if it is not complete yet.
 
         Raises:
-            WireError: too long, not JSON, or another version.
+            VersionError: of a version that is not spoken here.
+            WireError: too long, or not JSON.
         """
         head = self._take_line(REQUEST_MAX)
         if head is None:
@@ -165,7 +230,8 @@ class Decoder:
         """Return the answer line, or None if it is not complete yet.
 
         Raises:
-            WireError: too long, not JSON, or another version.
+            VersionError: of a version that is not spoken here.
+            WireError: too long, or not JSON.
         """
         head = self._take_line(HEAD_MAX)
         if head is None:
@@ -224,8 +290,7 @@ class Decoder:
             raise WireError("the first line is not JSON") from error
         if not isinstance(head, dict):
             raise WireError("the first line is not an object")
-        if head.get("v") != VERSION:
-            raise WireError(f"the other side does not speak version {VERSION} of the protocol")
+        VERSIONS.check(head)
         return head
 
 

@@ -31,6 +31,8 @@ from sandyard.server.service.people.rates import Allowance
 
 log = logging.getLogger(__name__)
 
+_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
 
 class Edge:
     """Wraps the application of a face."""
@@ -57,7 +59,8 @@ class Edge:
             checks_json = self._face.json_only and self._face.guards(scope["path"])
             body = BoundedBody(scope, receive, self._services.bodies, checks_json=checks_json)
             try:
-                await self._identify(scope)
+                if scope["method"] in _METHODS:  # others no route takes
+                    await self._identify(scope)
                 await self._app(scope, body.receive, to_client)
             except SandyardError as error:
                 if answer.has_started:

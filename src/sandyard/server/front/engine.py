@@ -7,6 +7,7 @@ connections than file descriptors, since the platform needs some for itself.
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import time
@@ -27,9 +28,12 @@ from uvicorn.protocols.http.httptools_impl import (
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from sandyard.server.core.errors import InternalError, SandyardError, UnavailableError
+from sandyard.server.core.ids import new_request_id
 from sandyard.server.core.sources import BySource, source_of
 from sandyard.server.front.answer import TUNNEL
 from sandyard.server.front.exchange import REQUEST_TRAILERS, BrokenOffError
+
+log = logging.getLogger(__name__)
 
 LINE_MAX = 16 * 1024
 HEAD_MAX = 64 * 1024
@@ -93,6 +97,8 @@ class Gate:
         self.most_by_address = most_by_address
         self.patience = patience or ConnectionLimits()
         self.lingering = 0
+        self.is_draining = False
+        """Whether each connection is closed after its next answer: the server is being stopped."""
         self._now = now
         self._reserve = most // _RESERVE
         self._open: BySource[CountedConnection] = BySource()
@@ -412,6 +418,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             if kind == "http.response.body" and has_trailers:
                 message = {**message, "more_body": True}
+            if kind == "http.response.start" and self.gate.is_draining:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
             if kind == "http.response.start":
                 has_trailers = bool(message.get("trailers"))
@@ -501,13 +509,16 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        request_id = new_request_id()
+        log.debug("refused a request before its route was known: %s (%s)", message, request_id)
         body = json.dumps(
-            {"error": {"code": code, "message": message, "requestId": "req_none"}}
+            {"error": {"code": code, "message": message, "requestId": request_id}}
         ).encode()
         head = [
             STATUS_LINE[status],
             b"content-type: application/json\r\nconnection: close\r\n",
             b"retry-after: 2\r\n" if status == 503 else b"",
+            b"x-request-id: %s\r\n" % request_id.encode(),
             b"content-length: %d\r\n\r\n" % len(body),
         ]
         if self.gate.lingering >= _LINGERING_MAX:

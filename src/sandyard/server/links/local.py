@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 
 _NEARLY: Final = timedelta(seconds=0.25)
 _ODD: Final = timedelta(seconds=5)
+_STEP: Final = timedelta(seconds=60)
+_LASTS_S: Final = 300
 
 
 class SystemClock:
@@ -41,11 +44,14 @@ class AgreedClock(SystemClock):
     """The time by a reference clock that several hosts share, such as the database's.
 
     Between two readings of the reference, time is counted by a clock that cannot be set and that
-    continues while the host is suspended.
+    continues while the host is suspended. A step of the reference of over a minute is an alarm: it
+    is followed once it has lasted for five minutes, because what is decided by time, such as
+    deletes at the end of sandboxes, cannot be undone.
     """
 
     def __init__(self) -> None:
         self._agreed: tuple[datetime, float] | None = None
+        self._step: tuple[timedelta, float] | None = None
 
     def now(self) -> datetime:
         """See core.contracts.clock.Clock.now; this host's until something was agreed."""
@@ -61,14 +67,39 @@ class AgreedClock(SystemClock):
 
     def agree(self, moment: datetime, at: float) -> None:
         """Adopt a reading of the reference clock, taken when `at` seconds had been counted locally.
-        Tiny differences are ignored."""
+        Tiny differences are ignored, and a step is followed later."""
         now = self.now() + timedelta(seconds=at - self.elapsed())
-        if self._agreed is None and abs(moment - now) > _ODD:
+        ahead = moment - now
+        if self._agreed is None and abs(ahead) > _ODD:
             log.warning(
-                "this host's clock differs from the database's, which is ahead by %s", moment - now
+                "this host's clock differs from the database's, which is ahead by %s", ahead
             )
-        if self._agreed is None or abs(moment - now) > _NEARLY:
+        if self._agreed is not None and abs(ahead) > _STEP:
+            if self._step is None or abs(self._step[0] - ahead) > _STEP:
+                self._step = ahead, at
+                log.error(
+                    "the clock was set %s by %s; it is followed in %d minutes, or at once after "
+                    "`sandyard admin confirm-clock`; set it right if this was a mistake",
+                    "forward" if ahead > timedelta() else "back",
+                    timedelta(seconds=round(abs(ahead).total_seconds())),
+                    _LASTS_S // 60,
+                )
+            if at - self._step[1] < _LASTS_S:
+                return
+            log.warning("following the clock, which has stayed as it was set")
+        self._step = None
+        if self._agreed is None or abs(ahead) > _NEARLY:
             self._agreed = moment, at
+
+    @property
+    def step(self) -> timedelta | None:
+        """By how much the reference was set, if that is not followed yet."""
+        return None if self._step is None else self._step[0]
+
+    def follow(self) -> None:
+        """Follow a step at the next reading: it is right."""
+        if self._step is not None:
+            self._step = self._step[0], -math.inf
 
 
 class LocalSubscription:

@@ -154,8 +154,8 @@ class ImageVolumes:
         if not image.exists():
             if any(place.iterdir()):
                 raise UnavailableError(
-                    "cannot open the workspace: its files lie in a plain folder; whoever runs the "
-                    'server sets workspaces.volumes to "folders", or moves them away'
+                    "cannot open the workspace: its files lie in a plain directory; the operator "
+                    'must set workspaces.volumes to "folders", or move them away'
                 )
             self._make(image, quota_bytes)
         elif not _is_attached(image):

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
@@ -82,13 +84,35 @@ class Fleet:
         async with self._store.glance() as tx:
             return await tx.joined_nodes.all()
 
+    async def known(self, reference: str) -> JoinedNode:
+        """Return a node by its name or id.
+
+        Raises:
+            NotFoundError: there is no such node.
+            ConflictError: several have this name.
+        """
+        found = [one for one in await self.nodes() if reference in (one.id, one.name)]
+        if not found:
+            raise NotFoundError(f"cannot find a node {reference[:80]!r}")
+        if len(found) > 1:
+            ids = ", ".join(one.id for one in found)
+            raise ConflictError(f"cannot tell which node is meant: name it by its id, one of {ids}")
+        return found[0]
+
+    async def holdings(self, node_id: str) -> "Holdings":
+        """Return what the database places on a node."""
+        async with self._store.read() as tx:
+            sandboxes = await tx.sandboxes.on_node(node_id, frozenset(Status) - _GONE)
+            snapshots = await tx.snapshots.on_node(node_id)
+        return Holdings(Counter(one.status for one in sandboxes), len(snapshots))
+
     async def drain(self, reference: str, *, is_draining: bool) -> JoinedNode:
         """Stop placing new sandboxes on a node, or allow it again.
 
         Raises:
             NotFoundError: there is no such node.
         """
-        node = await self._known(reference)
+        node = await self.known(reference)
         async with self._store.write(Turn.ALONE) as tx:
             await tx.joined_nodes.drain(node.id, is_draining=is_draining)
         return node
@@ -100,7 +124,7 @@ class Fleet:
             NotFoundError: there is no such node.
             ConflictError: it is online, or it has sandboxes or snapshots.
         """
-        node = await self._known(reference)
+        node = await self.known(reference)
         if node.has_lease:
             raise ConflictError(
                 f"cannot forget the node {node.name}: it is online; drain and stop it, then try "
@@ -128,7 +152,7 @@ class Fleet:
             NotFoundError: there is no such node.
             ConflictError: it is not lost.
         """
-        node = await self._known(reference)
+        node = await self.known(reference)
         if node.lost_at is None or node.has_lease:
             raise ConflictError(
                 f"cannot confirm that the host of {node.name} is off: the node is not lost; stop "
@@ -147,26 +171,22 @@ class Fleet:
             ended += done is not None
         return node, ended
 
-    async def _known(self, reference: str) -> JoinedNode:
-        found = [one for one in await self.nodes() if reference in (one.id, one.name)]
-        if not found:
-            raise NotFoundError(f"cannot find a node {reference[:80]!r}")
-        if len(found) > 1:
-            ids = ", ".join(one.id for one in found)
-            raise ConflictError(f"cannot tell which node is meant: name it by its id, one of {ids}")
-        return found[0]
-
     # --- Registry -------------------------------------------------------------------------
 
     async def join(self, joining: Joining) -> Identity:
         """See core.contracts.cluster.Registry.join."""
         name = checked_text(joining.name, field="name")[:_NAME_MAX] or "node"
         node_id = new_uuid()
-        async with self._store.write(Turn.SHARED) as tx:
+        async with self._store.write(Turn.ALONE) as tx:
             if not await tx.invites.take(digest_of_key(joining.secret)):
                 raise PermissionDeniedError(
                     "cannot join with this invite: it was used, or is over an hour old; make "
                     "another with `sandyard admin node invite`"
+                )
+            if any(one.name == name for one in await tx.joined_nodes.all()):
+                raise ConflictError(
+                    f"cannot join as {name}: another node has this name; give another with "
+                    "--name, or remove that one with `sandyard admin node forget`"
                 )
             identity = self._registrar.identity_of(node_id, joining.application)
             await tx.joined_nodes.add(JoinedNode(node_id, name, self._clock.now()))
@@ -214,6 +234,14 @@ class Fleet:
         async with self._store.glance() as tx:
             if await tx.joined_nodes.find(node_id) is None:
                 raise NotFoundError("cannot find this node: it was forgotten")
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What is on a node: how many sandboxes by status, and how many snapshots."""
+
+    sandboxes: Mapping[Status, int]
+    snapshots: int
 
 
 class _Beats:

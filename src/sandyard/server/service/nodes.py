@@ -159,6 +159,10 @@ class Nodes:
         """Tell whether a node was given up and has not returned."""
         return self._roster is not None and self._roster.is_lost(node_id or "")
 
+    def is_silent(self, node_id: str | None) -> bool:
+        """Tell whether a node on another host has not been heard lately."""
+        return self._roster is not None and self._roster.last_heartbeat(node_id or "") is None
+
     async def is_still_lost(self, node_id: str | None) -> bool:
         """Tell the same, as the store has it now.
 

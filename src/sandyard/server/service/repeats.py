@@ -7,6 +7,7 @@ cannot be guessed.
 
 import asyncio
 import hmac
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Transaction
 from sandyard.server.core.errors import InvalidArgumentError, KeyReusedError, UnavailableError
 from sandyard.server.core.records import KeyedRequest, RequestKey
+from sandyard.server.core.refusals import REUSED
 from sandyard.server.service.actor import Actor
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -100,11 +102,7 @@ class Repeats:
         if known is None:
             return None
         if not hmac.compare_digest(known.digest, self._digest(request)):
-            raise KeyReusedError(
-                "cannot use {field}: it was used with another request within the last "
-                "24 hours; use a new key for a new request",
-                field="idempotency_key",
-            )
+            raise KeyReusedError(REUSED, field="idempotency_key")
         return known.resource_ids
 
     async def note(
@@ -128,6 +126,26 @@ class Repeats:
         known = await tx.requests.find(_key(actor, request))
         if known is not None and known.resource_ids == ids:
             await tx.requests.remove(_key(actor, request))
+
+    def name_of(self, actor: Actor, request: Repeatable | None) -> str | None:
+        """Return a name of a request for others to remember, None if it has no key. It differs
+        between actors and routes, and discloses nothing.
+
+        Raises:
+            InvalidArgumentError: the key is invalid.
+        """
+        self.check(request)
+        return None if request is None else self._of_key(b"name", actor, request)
+
+    def secret_of(self, actor: Actor, request: Repeatable) -> str:
+        """Return 256 bits as text that only this installation can compute, the same for each
+        repetition of a request."""
+        return self._of_key(b"secret\0" + request.body, actor, request)
+
+    def _of_key(self, purpose: bytes, actor: Actor, request: Repeatable) -> str:
+        key = _key(actor, request)
+        said = json.dumps([key.org_id, key.user_id, key.route, key.key]).encode()
+        return hmac.new(self._secret, said + b"\0" + purpose, sha256).hexdigest()
 
     def _digest(self, request: Repeatable) -> str:
         return hmac.new(self._secret, b"request\0" + request.body, sha256).hexdigest()

@@ -20,6 +20,7 @@ _GRACE: Final = timedelta(seconds=0.5)
 _LOOK_S: Final = 0.4
 _CALM_S: Final = 5.0
 _STILL_S: Final = 2.0
+_STEP: Final = timedelta(seconds=2)
 _TICK_S: Final = 0.25
 _BACKLOG_S: Final = 1.0
 _FRESH_S: Final = 3.0
@@ -56,6 +57,7 @@ class Roster:
         self.can_hear = can_hear
         self._elapsed = elapsed or clock.monotonic
         self._calm_since: float | None = None
+        self._ahead = timedelta()  # the database's clock
         self._looked_at = 0.0
         self._ticked_at: float | None = None
         self._went_on_at: float | None = None
@@ -70,6 +72,11 @@ class Roster:
         """
         async with self._store.glance() as tx:
             self.nodes = {one.id: one for one in await tx.joined_nodes.all()}
+        read_at = next((one.read_at for one in self.nodes.values()), None)
+        if read_at is not None:
+            ahead = read_at - self._clock.now()
+            if abs(ahead - self._ahead) > _STEP:  # leases seem to have ended, or not to end
+                self._ahead, self._calm_since = ahead, None
         self._told = {one: told for one, told in self._told.items() if one in self.nodes}
 
     def hear(self, node_id: str, beat: Beat) -> None:

@@ -18,6 +18,7 @@ from sandyard.server.service.people.ssh_keys import SshKeys
 from sandyard.server.service.readiness import Readiness
 from sandyard.server.service.sandboxes.build import SandboxServices
 from sandyard.server.service.sandboxes.change import Sandboxes
+from sandyard.server.service.sandboxes.contexts import Contexts
 from sandyard.server.service.sandboxes.create import Creation
 from sandyard.server.service.sandboxes.desktops import Desktops
 from sandyard.server.service.sandboxes.execute import Commands
@@ -52,6 +53,7 @@ class Services:
     sandboxes: Sandboxes
     commands: Commands
     processes: Processes
+    contexts: Contexts
     files: Files
     signing: Signing
     addresses: Addresses
@@ -93,6 +95,7 @@ def gather(
         sandboxes=sandboxes.sandboxes,
         commands=sandboxes.commands,
         processes=sandboxes.processes,
+        contexts=sandboxes.contexts,
         files=sandboxes.files,
         signing=sandboxes.signing,
         addresses=addresses,
@@ -105,5 +108,5 @@ def gather(
         templates=platform.templates,
         workspaces=workspaces.workspaces,
         workspace_files=workspaces.files,
-        readiness=Readiness(platform.store, platform.nodes),
+        readiness=Readiness(platform.store, platform.nodes, platform.clock),
     )

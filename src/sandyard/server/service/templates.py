@@ -2,22 +2,26 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Final
 
 from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.node import NodeControl, TemplateFact, TemplateStatus
-from sandyard.server.core.errors import InvalidArgumentError, UnavailableError
+from sandyard.server.core.errors import ConflictError, InvalidArgumentError, UnavailableError
 from sandyard.server.service.nodes import Nodes
 
-_READY_S: Final = 2.0
+_FRESH_S: Final = 2.0
 
 
-async def _templates_of(node: NodeControl) -> tuple[TemplateFact, ...] | None:
-    """Return a node's templates, or None if it does not answer."""
-    try:
-        return await node.templates()
-    except UnavailableError:
-        return None
+@dataclass(frozen=True)
+class _Picture:
+    """The templates as of a moment in monotonic time. It `is_whole` if every node answered that is
+    expected to."""
+
+    at: float
+    facts: tuple[TemplateFact, ...]
+    is_whole: bool
 
 
 def _is_ready(fact: TemplateFact) -> bool:
@@ -25,73 +29,121 @@ def _is_ready(fact: TemplateFact) -> bool:
 
 
 class Templates:
-    """Looks templates up."""
+    """Looks templates up. Of a node that does not answer, the last known ones count."""
 
     def __init__(self, nodes: Nodes, clock: Clock) -> None:
         self._nodes = nodes
         self._clock = clock
-        self._ready: dict[str, tuple[float, TemplateFact]] = {}
+        self._told: dict[str, tuple[TemplateFact, ...]] = {}
+        self._picture: _Picture | None = None
+        self._asking = asyncio.Lock()
 
     async def all(self) -> list[TemplateFact]:
         """Return every template by slug. If nodes differ, return the most common state, preferring
-        ready ones and then the smallest."""
-        found, _ = await self._found()
-        return found
+        ready ones and then the smallest.
 
-    async def _found(self) -> tuple[list[TemplateFact], bool]:
-        """Return the templates, and whether every expected node answered."""
-        found: dict[str, TemplateFact] = {}
-        nodes = [one for one in self._nodes.all() if self._nodes.is_there(one.node_id)]
+        Raises:
+            UnavailableError: no template is known, and not every node answers.
+        """
+        picture = await self._current()
+        if not picture.facts and not picture.is_whole and self._nodes.ids():
+            raise UnavailableError("cannot list the templates now: no node answers; try again")
+        return list(picture.facts)
+
+    async def _current(self) -> _Picture:
+        """Return the templates as of now, or as of up to two seconds ago with remote nodes: to ask
+        all of them for each create would take longer than everything else together, and the chosen
+        node decides in the end."""
+        async with self._asking:  # who waits here finds the answer that another has asked for
+            known = self._picture
+            is_fresh = known is not None and 0 <= self._clock.monotonic() - known.at < _FRESH_S
+            if known is None or not is_fresh or not self._nodes.are_remote:
+                known = self._picture = await self._asked()
+            return known
+
+    async def _asked(self) -> _Picture:
+        every = {one.node_id: one for one in self._nodes.all()}
+        expected = [one for one in every.values() if self._nodes.is_there(one.node_id)]
         async with asyncio.TaskGroup() as tasks:
-            asking = [tasks.create_task(_templates_of(one)) for one in nodes]
-        told = [one.result() for one in asking]
-        votes = Counter(
-            (fact.slug, fact.defaults) for facts in told for fact in facts or () if _is_ready(fact)
+            asking = {one.node_id: tasks.create_task(_templates_of(one)) for one in expected}
+        told = {one: facts for one, task in asking.items() if (facts := task.result()) is not None}
+        last = {one: facts for one, facts in self._told.items() if one in every}
+        self._told = last | told
+        return _Picture(
+            self._clock.monotonic(),
+            _elected(self._told.values()),
+            is_whole=bool(expected) and len(told) == len(expected),
         )
-
-        def rank(fact: TemplateFact) -> tuple[bool, int, int, int, int]:
-            shape = fact.defaults
-            count = votes[fact.slug, shape]
-            return _is_ready(fact), count, -shape.memory_mib, -shape.vcpus, -shape.disk_mib
-
-        for facts in told:
-            for fact in facts or ():
-                known = found.setdefault(fact.slug, fact)
-                if rank(fact) > rank(known):
-                    found[fact.slug] = fact
-        return [found[slug] for slug in sorted(found)], bool(nodes) and None not in told
 
     async def ready(self, slug: str) -> TemplateFact:
         """Return a template that is ready to use.
 
         Raises:
             InvalidArgumentError: there is no such template.
-            UnavailableError: it is not built, or no node that may have it answers.
+            ConflictError: it is not built.
+            UnavailableError: it is being built, or no node that may have it answers.
         """
-        # Asking all nodes on other hosts would take longer than everything else together.
-        # The chosen node decides in the end.
-        at, fact = self._ready.get(slug, (0.0, None))
-        if fact is not None and 0 <= self._clock.monotonic() - at < _READY_S:
-            return fact
-        every, is_whole = await self._found()
-        fact = next((one for one in every if one.slug == slug), None)
-        if fact is None and not is_whole:
+        picture = await self._current()
+        fact = next((one for one in picture.facts if one.slug == slug), None)
+        if fact is None and not picture.is_whole:
             raise UnavailableError(
                 "cannot start a sandbox now: not every node answers, and those that do know of no "
                 "such template; ask again"
             )
         if fact is None:
-            known = ", ".join(one.slug for one in every)
+            known = ", ".join(one.slug for one in picture.facts)
             raise InvalidArgumentError(
-                f"cannot use the template {slug[:80]!r}: known are {known}", field="template"
+                f"cannot use the template {slug[:80]!r}: known are {known}",
+                field="template",
+                reason="no_template",
+            )
+        if fact.status is TemplateStatus.BUILDING:
+            raise UnavailableError(
+                f"cannot start from the template {slug} yet: it is being built; ask again"
+            )
+        if fact.status is not TemplateStatus.READY and not picture.is_whole:
+            raise UnavailableError(
+                f"cannot start from the template {slug} now: not every node answers, and those "
+                "that do have not built it; ask again"
             )
         if fact.status is not TemplateStatus.READY:
-            raise UnavailableError(
-                f"cannot start from the template {slug} yet: it is {fact.status}; "
-                f"run `sandyard template build {slug}` on the host and ask again"
+            what = "its build failed" if fact.status is TemplateStatus.FAILED else "it is not built"
+            raise ConflictError(
+                f"cannot start from the template {slug}: {what}; an operator runs `sandyard "
+                f"template build {slug}` on the host",
+                field="template",
+                reason="template_not_built",
             )
-        if self._nodes.are_remote:
-            self._ready = {
-                one.slug: (self._clock.monotonic(), one) for one in every if _is_ready(one)
-            }
         return fact
+
+
+async def _templates_of(node: NodeControl) -> tuple[TemplateFact, ...] | None:
+    """Return a node's templates, or None if it does not answer."""
+    try:
+        told = await node.templates()
+    except UnavailableError:
+        return None
+    # A word of a newer node: in any case it is not ready.
+    return tuple(
+        replace(one, status=TemplateStatus.PENDING) if one.status is TemplateStatus.UNKNOWN else one
+        for one in told
+    )
+
+
+def _elected(told: Collection[tuple[TemplateFact, ...]]) -> tuple[TemplateFact, ...]:
+    """Return each template of several nodes once; see `Templates.all`."""
+    votes = Counter(
+        (fact.slug, fact.defaults) for facts in told for fact in facts if _is_ready(fact)
+    )
+
+    def rank(fact: TemplateFact) -> tuple[bool, int, int, int, int]:
+        shape = fact.defaults
+        count = votes[fact.slug, shape]
+        return _is_ready(fact), count, -shape.memory_mib, -shape.vcpus, -shape.disk_mib
+
+    found: dict[str, TemplateFact] = {}
+    for fact in (fact for facts in told for fact in facts):
+        known = found.setdefault(fact.slug, fact)
+        if rank(fact) > rank(known):
+            found[fact.slug] = fact
+    return tuple(found[slug] for slug in sorted(found))

@@ -116,6 +116,7 @@ class Registry(Presence, Protocol):
 
         Raises:
             PermissionDeniedError: its invite is unknown, used or expired.
+            ConflictError: another node has its name.
             InvalidArgumentError: its certificate request cannot be signed.
         """
         ...

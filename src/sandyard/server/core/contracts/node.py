@@ -48,6 +48,7 @@ class Phase(StrEnum):
     WAKING = "waking"  # runs on from a saved state, and must be woken before it is used
     PAUSED = "paused"  # saved; uses no memory
     DEAD = "dead"  # its process is gone; its disk is kept
+    UNKNOWN = "unknown"  # a word of a newer node; never in records
 
 
 LIVING = frozenset({Phase.RUNNING, Phase.HELD, Phase.WAKING})
@@ -120,6 +121,8 @@ class MachineFact:
     reason_code: str = ""
     reason_message: str = ""
     version: int = 0
+    template: str = ""
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class TemplateStatus(StrEnum):
     BUILDING = "building"
     READY = "ready"
     FAILED = "failed"
+    UNKNOWN = "unknown"  # a word of a newer node
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,8 @@ class NodeReport:
 
     `snapshots` are ids, `templates` the slugs of those that are ready, `memory_mib` and `disk_mib`
     what can still be reserved. `missing` says what prevents it from starting machines, and
-    `limited` which features its sandboxes lack, a sentence each. A node that is short of memory
+    `limited` which features its sandboxes lack, a sentence each. `unreadable` are the paths of
+    records of machines that cannot be read; the machines are kept. A node that is short of memory
     requests that a sandbox is paused before the kernel kills one. `generation` changes whenever the
     report does, except for free capacity.
     """
@@ -214,6 +219,7 @@ class NodeReport:
     golden_kinds: tuple[GoldenFact, ...] = ()
     generation: int = 0
     limited: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     def view(self) -> NodeView:
         """Return the part that is sent every second."""
@@ -256,6 +262,7 @@ class NodeControl(Protocol):
                 has been running already and was paused since.
             MachineDeadError: this incarnation has been running already, and has ended.
             DamagedError: the saved state or snapshot cannot be used, now or later.
+            IncompatibleError: it needs another hypervisor or processor; it is kept.
             InternalError: the machine could not be started; the message says why.
         """
         ...

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import Protocol
 
-from sandyard.server.core.money import Account
+from sandyard.server.core.money import Account, PriceList, Prices
 from sandyard.server.core.records import (
     Activity,
     ActivityQuery,
@@ -26,6 +26,7 @@ from sandyard.server.core.records import (
     NodeStart,
     Organization,
     Project,
+    Quarantined,
     RequestKey,
     RevokedKey,
     Sandbox,
@@ -338,6 +339,10 @@ class OrganizationRows(Protocol):
         """Update an organization."""
         ...
 
+    async def first(self) -> Organization | None:
+        """Return the oldest organization."""
+        ...
+
     async def every(self) -> list[Organization]:
         """Return all organizations, the oldest first."""
         ...
@@ -386,6 +391,11 @@ class UserRows(Protocol):
 
     async def member(self, org_id: str, user_id: str) -> Membership | None:
         """Return a user's membership in an organization."""
+        ...
+
+    async def without_workspace(self) -> list[tuple[User, Membership]]:
+        """Return members that have no personal workspace in their organization: older versions made
+        none."""
         ...
 
     async def members(self, org_id: str) -> list[tuple[User, Membership]]:
@@ -509,6 +519,31 @@ class RevokedKeyRows(Protocol):
         ...
 
 
+class QuarantineRows(Protocol):
+    """Machines without a sandbox's row."""
+
+    async def put(self, machine: Quarantined) -> None:
+        """Add a machine, or update what is known of it. When it was found stays, and whether it is
+        unwanted, unless it is of a later incarnation."""
+        ...
+
+    async def all(self) -> list[Quarantined]:
+        """Return all, the longest there first."""
+        ...
+
+    async def on_node(self, node_id: str) -> list[Quarantined]:
+        """Return those of a node."""
+        ...
+
+    async def condemn(self, sandbox_id: str) -> bool:
+        """Have a machine removed; return False if there is none."""
+        ...
+
+    async def remove(self, sandbox_ids: Collection[str]) -> None:
+        """Remove entries."""
+        ...
+
+
 class ActivityRows(Protocol):
     """The activity feed; rows are added and read, never changed."""
 
@@ -544,12 +579,26 @@ class UsageRows(Protocol):
         """Return a sandbox's periods, oldest first."""
         ...
 
+    async def ended(self, org_id: str, *, most: int) -> list[UsagePeriod]:
+        """Return periods that have ended and are not charged in full, oldest first."""
+        ...
+
     async def unsettled(self, org_id: str) -> list[UsagePeriod]:
         """Return the periods of an organization of which something may be left to charge."""
         ...
 
     async def owing(self) -> list[str]:
         """Return the organizations with unsettled usage or storage periods."""
+        ...
+
+    async def reopen(self, org_id: str, at: datetime, *, most: int) -> int:
+        """Close open periods that began before a moment, at that moment, and open new ones in their
+        place; return how many."""
+        ...
+
+    async def shorten(self, sandbox_id: str, at: datetime) -> None:
+        """Have a period that `reopen` divided end at a moment before that, after its last part was
+        closed: nothing is owed for what came later."""
         ...
 
     async def charge(self, periods: Sequence[UsagePeriod]) -> None:
@@ -583,8 +632,17 @@ class StorageRows(Protocol):
         """Close the open period, if there is one; never before its own start."""
         ...
 
+    async def ended(self, org_id: str, *, most: int) -> list[StoragePeriod]:
+        """Return periods that have ended and are not charged in full, oldest first."""
+        ...
+
     async def unsettled(self, org_id: str) -> list[StoragePeriod]:
         """See UsageRows.unsettled."""
+        ...
+
+    async def reopen(self, org_id: str, at: datetime, *, most: int) -> int:
+        """Close open periods that began before a moment, at that moment, and open new ones in their
+        place; return how many."""
         ...
 
     async def charge(self, periods: Sequence[StoragePeriod]) -> None:
@@ -659,6 +717,38 @@ class FactRows(Protocol):
 
     async def note(self, name: str, at: datetime) -> None:
         """Store a named timestamp."""
+        ...
+
+
+class PriceRows(Protocol):
+    """The prices of the installation over time, and those that each server has."""
+
+    async def history(self) -> PriceList | None:
+        """Return the prices over time, or None if no server has stored any."""
+        ...
+
+    async def add(self, prices: Prices, *, since: datetime) -> None:
+        """Store prices that hold from a moment on, which is later than all that are stored."""
+        ...
+
+    async def note(self, server_id: str, prices: Prices, at: datetime) -> None:
+        """Store the prices of a server, and that it was seen."""
+        ...
+
+    async def forget(self, *, after: datetime) -> None:
+        """Remove prices that would hold only from after a moment on."""
+        ...
+
+    async def noted(self, *, since: datetime, until: datetime) -> Mapping[str, Prices]:
+        """Return the prices of each server that was seen between two moments."""
+        ...
+
+
+class DutyRows(Protocol):
+    """What one server at a time does for all of them, by the database's clock."""
+
+    async def take(self, name: str, holder: str, *, lasts: timedelta) -> bool:
+        """Take or extend a duty; return False if another server has it."""
         ...
 
 
@@ -779,6 +869,16 @@ class Transaction(Protocol):
         ...
 
     @property
+    def prices(self) -> PriceRows:
+        """Prices over time."""
+        ...
+
+    @property
+    def duties(self) -> DutyRows:
+        """Who has which duty."""
+        ...
+
+    @property
     def joined_nodes(self) -> JoinedNodeRows:
         """Nodes on other hosts."""
         ...
@@ -826,6 +926,11 @@ class Transaction(Protocol):
     @property
     def ssh_keys(self) -> SshKeyRows:
         """Public keys of SSH."""
+        ...
+
+    @property
+    def quarantine(self) -> QuarantineRows:
+        """Machines without a sandbox's row."""
         ...
 
     @property
@@ -901,5 +1006,12 @@ class Store(Protocol):
         ...
 
     async def ping(self) -> None:
-        """Return if the database answers."""
+        """Return if the database answers, within two seconds.
+
+        If a database on another host does not, all that waits for it fails, and so does whatever
+        comes, until it answers a ping.
+
+        Raises:
+            UnavailableError: it does not answer.
+        """
         ...

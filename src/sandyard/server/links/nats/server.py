@@ -10,7 +10,7 @@ from sandyard.server.core.codec import CodecError, encode
 from sandyard.server.core.contracts.node import NodeControl, NodeExports
 from sandyard.server.core.errors import (
     InternalError,
-    InvalidArgumentError,
+    OtherVersionError,
     SandyardError,
     UnavailableError,
 )
@@ -82,11 +82,13 @@ class _Ear:
             )
         ask = ASKS.get(str(heard.values.get("op")))
         if ask is None:
-            raise InvalidArgumentError("cannot read the request: it comes from another version")
+            raise OtherVersionError("cannot carry out the request: this node does not know it")
         try:
             args = ask.read(heard.values.get("args"))
         except CodecError as error:
-            raise InvalidArgumentError(f"cannot read the request: {error}") from error
+            raise OtherVersionError(
+                f"cannot carry out the request, which is of another version: {error}"
+            ) from error
         if ask.is_wish:
             self._check()
         async with concurrently(self._say_so(heard)):

@@ -80,6 +80,15 @@ class OrganizationTable:
             .values(_plain(organization))
         )
 
+    async def first(self) -> Organization | None:
+        """See core.contracts.store.OrganizationRows.first."""
+        c = t.organizations.c
+        found = await self._connection.execute(
+            select(t.organizations).order_by(c.created_at, c.id).limit(1)
+        )
+        row = found.mappings().first()
+        return None if row is None else Organization(**row)
+
     async def every(self) -> list[Organization]:
         """See core.contracts.store.OrganizationRows.every."""
         c = t.organizations.c
@@ -246,18 +255,33 @@ class UserTable:
         row = found.mappings().first()
         return None if row is None else Membership(**row)
 
+    async def without_workspace(self) -> list[tuple[User, Membership]]:
+        """See core.contracts.store.UserRows.without_workspace."""
+        m, w = t.memberships.c, t.workspaces.c
+        own = select(w.id).where(
+            w.org_id == m.org_id,
+            w.owner_user_id == m.user_id,
+            w.is_personal.is_(True),
+            w.removed_at.is_(None),
+        )
+        return await self._members(~own.exists())
+
     async def members(self, org_id: str) -> list[tuple[User, Membership]]:
         """See core.contracts.store.UserRows.members."""
+        return await self._members(t.memberships.c.org_id == org_id)
+
+    async def _members(self, wanted: ColumnElement[bool]) -> list[tuple[User, Membership]]:
         m = t.memberships.c
         found = await self._connection.execute(
-            select(t.users, m.role, m.created_at.label("joined_at"), m.role_at)
+            select(t.users, m.org_id, m.role, m.created_at.label("joined_at"), m.role_at)
             .join(t.memberships, m.user_id == t.users.c.id)
-            .where(m.org_id == org_id)
+            .where(wanted)
             .order_by(m.created_at, t.users.c.id)
         )
         result = []
         for row in found.mappings():
             values = dict(row)
+            org_id = values.pop("org_id")
             role, joined, set_at = (values.pop(one) for one in ("role", "joined_at", "role_at"))
             user = User(**values)
             result.append((user, Membership(org_id, user.id, role, joined, set_at)))

@@ -6,26 +6,94 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Label,
     Select,
+    and_,
     bindparam,
     case,
     delete,
     false,
     func,
     insert,
+    literal,
     or_,
     select,
     tuple_,
+    type_coerce,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 
-from sandyard.server.core.records import JoinedNode, NodeStart
+from sandyard.server.core.records import JoinedNode, NodeStart, Quarantined
+from sandyard.server.core.shapes import Shape
 from sandyard.server.links.sql import tables as t
 from sandyard.server.links.sql.prepared import Prepared
-from sandyard.server.links.sql.rows import Connection, remove_some
+from sandyard.server.links.sql.rows import LEASE_MAX_US, Connection, remove_some
 from sandyard.server.links.sql.seal import Seal
 
 _c = t.joined_nodes.c
+
+
+class QuarantineTable:
+    """See core.contracts.store.QuarantineRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def put(self, machine: Quarantined) -> None:
+        """See core.contracts.store.QuarantineRows.put."""
+        values = vars(machine) | vars(machine.shape)
+        del values["shape"]
+        kept = {"sandbox_id", "found_at", "is_unwanted"}
+        seen = {name: value for name, value in values.items() if name not in kept}
+        c = t.quarantine.c
+        # One that a sandbox had since is there for the first time.
+        is_again = c.incarnation < machine.incarnation
+        done = await self._connection.execute(
+            update(t.quarantine)
+            .where(c.sandbox_id == machine.sandbox_id)
+            .values(
+                **seen,
+                found_at=case((is_again, literal(machine.found_at, t.Moment)), else_=c.found_at),
+                is_unwanted=case((is_again, false()), else_=c.is_unwanted),
+            )
+        )
+        if not done.rowcount:
+            await self._connection.execute(insert(t.quarantine).values(values))
+
+    async def all(self) -> list[Quarantined]:
+        """See core.contracts.store.QuarantineRows.all."""
+        return await self._found(select(t.quarantine))
+
+    async def on_node(self, node_id: str) -> list[Quarantined]:
+        """See core.contracts.store.QuarantineRows.on_node."""
+        return await self._found(select(t.quarantine).where(t.quarantine.c.node_id == node_id))
+
+    async def condemn(self, sandbox_id: str) -> bool:
+        """See core.contracts.store.QuarantineRows.condemn."""
+        c = t.quarantine.c
+        done = await self._connection.execute(
+            update(t.quarantine).where(c.sandbox_id == sandbox_id).values(is_unwanted=True)
+        )
+        return done.rowcount > 0
+
+    async def remove(self, sandbox_ids: Collection[str]) -> None:
+        """See core.contracts.store.QuarantineRows.remove."""
+        c = t.quarantine.c
+        await self._connection.execute(
+            delete(t.quarantine).where(c.sandbox_id.in_(list(sandbox_ids)))
+        )
+
+    async def _found(self, query: Select[Any]) -> list[Quarantined]:
+        c = t.quarantine.c
+        found = await self._connection.execute(query.order_by(c.found_at, c.sandbox_id))
+        return [_quarantined(row) for row in found.mappings()]
+
+
+def _quarantined(row: Mapping[Any, Any]) -> Quarantined:
+    values = dict(row)
+    shape = Shape(*(values.pop(name) for name in ("vcpus", "memory_mib", "disk_mib")))
+    return Quarantined(shape=shape, **values)
 
 
 class JoinedNodeTable:
@@ -107,6 +175,12 @@ class JoinedNodeTable:
 
     async def lose(self, *, grace: timedelta) -> list[str]:
         """See core.contracts.store.JoinedNodeRows.lose."""
+        # The database's clock was set back. A node that is running renews its lease in time.
+        await self._connection.execute(
+            update(t.joined_nodes)
+            .where(_c.lease_until > _once(t.now() + LEASE_MAX_US))
+            .values(lease_until=t.now() + _TRIMMED // _MICROSECOND)
+        )
         is_over = _c.lease_until < _once(t.now() - grace // _MICROSECOND)
         done = await self._connection.execute(
             update(t.joined_nodes)
@@ -127,6 +201,30 @@ class JoinedNodeTable:
         """See core.contracts.store.JoinedNodeRows.forget."""
         done = await self._connection.execute(delete(t.joined_nodes).where(_c.id == node_id))
         return done.rowcount > 0
+
+
+class DutyTable:
+    """See core.contracts.store.DutyRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def take(self, name: str, holder: str, *, lasts: timedelta) -> bool:
+        """See core.contracts.store.DutyRows.take."""
+        c = t.duties.c
+        until = t.now() + lasts // _MICROSECOND
+        # One that ends later than it could was taken before the clock was set back.
+        is_free = or_(c.holder == holder, c.until <= t.now(), c.until > until)
+        put = sqlite.insert if self._connection.dialect.name == "sqlite" else postgresql.insert
+        done = await self._connection.execute(
+            put(t.duties)
+            .values(name=name, holder=holder, until=until)
+            .on_conflict_do_update(
+                index_elements=[c.name], set_={"holder": holder, "until": until}, where=is_free
+            )
+            .returning(c.name)
+        )
+        return done.first() is not None
 
 
 class InviteTable:
@@ -186,9 +284,13 @@ def _once(value: ColumnElement[int]) -> ColumnElement[int]:
 
 
 _MICROSECOND = timedelta(microseconds=1)
-_NOW = [
-    func.coalesce(_c.lease_until > t.now(), false()).label("has_lease"),
+_TRIMMED = timedelta(seconds=5)
+_NOW: list[Label[Any]] = [
+    func.coalesce(
+        and_(_c.lease_until > t.now(), _c.lease_until <= t.now() + LEASE_MAX_US), false()
+    ).label("has_lease"),
     func.coalesce(_c.compared_until > t.now(), false()).label("is_compared"),
+    type_coerce(t.now(), t.Moment).label("read_at"),
 ]
 _TOLD_NOW = frozenset(one.name for one in _NOW)
 _UNTOLD = frozenset({"boot", "place", "compared_until"})
@@ -200,4 +302,5 @@ _FIND = Prepared(select(*_TOLD, *_NOW).where(_c.id == bindparam("wanted_id")))
 
 
 def _node_of(row: Mapping[str, Any]) -> JoinedNode:
-    return JoinedNode(**dict(row) | {name: bool(row[name]) for name in _TOLD_NOW})
+    said = {name: bool(row[name]) for name in ("has_lease", "is_compared")}
+    return JoinedNode(**dict(row) | said)

@@ -9,6 +9,7 @@ from sqlalchemy import (
     Table,
     bindparam,
     case,
+    delete,
     insert,
     or_,
     select,
@@ -18,7 +19,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from sandyard.server.core.errors import AlreadyExistsError, InternalError
-from sandyard.server.core.money import Account
+from sandyard.server.core.money import Account, PriceList, Prices
 from sandyard.server.core.records import (
     AutoTopup,
     InUse,
@@ -62,6 +63,12 @@ class UsageTable:
         """See core.contracts.store.UsageRows.of_sandbox."""
         return await self._periods(t.usage_periods.c.sandbox_id == sandbox_id)
 
+    async def ended(self, org_id: str, *, most: int) -> list[UsagePeriod]:
+        """See core.contracts.store.UsageRows.ended."""
+        c = t.usage_periods.c
+        wanted = c.org_id == org_id, ~c.is_settled, c.ended_at.is_not(None)
+        return await self._periods(*wanted, most=most)
+
     async def unsettled(self, org_id: str) -> list[UsagePeriod]:
         """See core.contracts.store.UsageRows.unsettled."""
         c = t.usage_periods.c
@@ -76,6 +83,26 @@ class UsageTable:
             )
             found |= {row.org_id for row in rows}
         return sorted(found)
+
+    async def reopen(self, org_id: str, at: datetime, *, most: int) -> int:
+        """See core.contracts.store.UsageRows.reopen."""
+        return await _reopen(self._connection, t.usage_periods, org_id, at, most)
+
+    async def shorten(self, sandbox_id: str, at: datetime) -> None:
+        """See core.contracts.store.UsageRows.shorten."""
+        c = t.usage_periods.c
+        later: UsagePeriod | None = None
+        for one in reversed(await self._periods(c.sandbox_id == sandbox_id)):
+            if later is not None:
+                is_part = (one.ended_at, one.incarnation) == (later.started_at, later.incarnation)
+                if not is_part or later.started_at <= at:
+                    return
+                await self._connection.execute(
+                    update(t.usage_periods)
+                    .where(c.id == one.id)
+                    .values(ended_at=max(one.started_at, at), is_settled=False)
+                )
+            later = one
 
     async def charge(self, periods: Sequence[UsagePeriod]) -> None:
         """See core.contracts.store.UsageRows.charge."""
@@ -97,9 +124,11 @@ class UsageTable:
         found = await self._connection.fetch(_TOTALS, {"wanted_org": org_id})
         return _in_use(found[0], now) if found else InUse()
 
-    async def _periods(self, *wanted: ColumnElement[bool]) -> list[UsagePeriod]:
+    async def _periods(
+        self, *wanted: ColumnElement[bool], most: int | None = None
+    ) -> list[UsagePeriod]:
         found = await self._connection.execute(
-            select(t.usage_periods).where(*wanted).order_by(t.usage_periods.c.id)
+            select(t.usage_periods).where(*wanted).order_by(t.usage_periods.c.id).limit(most)
         )
         result = []
         for row in found.mappings():
@@ -130,10 +159,20 @@ class StorageTable:
         closed = {"wanted_kind": kind, "wanted_id": resource_id, "ended": at}
         return bool(await self._connection.fetch(_CLOSE_STORAGE, closed))
 
+    async def ended(self, org_id: str, *, most: int) -> list[StoragePeriod]:
+        """See core.contracts.store.StorageRows.ended."""
+        c = t.storage_periods.c
+        wanted = c.org_id == org_id, ~c.is_settled, c.ended_at.is_not(None)
+        return await self._periods(*wanted, most=most)
+
     async def unsettled(self, org_id: str) -> list[StoragePeriod]:
         """See core.contracts.store.StorageRows.unsettled."""
         c = t.storage_periods.c
         return await self._periods(c.org_id == org_id, ~c.is_settled)
+
+    async def reopen(self, org_id: str, at: datetime, *, most: int) -> int:
+        """See core.contracts.store.StorageRows.reopen."""
+        return await _reopen(self._connection, t.storage_periods, org_id, at, most)
 
     async def charge(self, periods: Sequence[StoragePeriod]) -> None:
         """See core.contracts.store.StorageRows.charge."""
@@ -151,9 +190,11 @@ class StorageTable:
         c = t.storage_periods.c
         return await self._periods(c.kind == kind, c.resource_id == resource_id)
 
-    async def _periods(self, *wanted: ColumnElement[bool]) -> list[StoragePeriod]:
+    async def _periods(
+        self, *wanted: ColumnElement[bool], most: int | None = None
+    ) -> list[StoragePeriod]:
         found = await self._connection.execute(
-            select(t.storage_periods).where(*wanted).order_by(t.storage_periods.c.id)
+            select(t.storage_periods).where(*wanted).order_by(t.storage_periods.c.id).limit(most)
         )
         return [StoragePeriod(**row) for row in found.mappings()]
 
@@ -282,6 +323,38 @@ class FactTable:
         await put(self._connection, t.facts, new, changes={"moment": at})
 
 
+class PriceTable:
+    """See core.contracts.store.PriceRows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def history(self) -> PriceList | None:
+        """See core.contracts.store.PriceRows.history."""
+        found = [(row.pop("since"), row) for row in await self._connection.fetch(_HISTORY, {})]
+        return PriceList(tuple((since, Prices(**row)) for since, row in found)) if found else None
+
+    async def add(self, prices: Prices, *, since: datetime) -> None:
+        """See core.contracts.store.PriceRows.add."""
+        values = {"since": since, **vars(prices)}
+        await self._connection.execute(insert(t.prices).values(values))
+
+    async def note(self, server_id: str, prices: Prices, at: datetime) -> None:
+        """See core.contracts.store.PriceRows.note."""
+        changes = {**vars(prices), "seen_at": at}
+        new = {"server_id": server_id, **changes}
+        await put(self._connection, t.meters, new, changes=changes)
+
+    async def forget(self, *, after: datetime) -> None:
+        """See core.contracts.store.PriceRows.forget."""
+        await self._connection.execute(delete(t.prices).where(t.prices.c.since > after))
+
+    async def noted(self, *, since: datetime, until: datetime) -> Mapping[str, Prices]:
+        """See core.contracts.store.PriceRows.noted."""
+        found = await self._connection.fetch(_NOTED, {"earliest": since, "latest": until})
+        return {row.pop("server_id"): Prices(**row) for row in found}
+
+
 def _in_use(of: Mapping[str, Any], now: datetime) -> InUse:
     now_s = (t.microseconds(now) - t.microseconds(t.TOTALS_EPOCH)) // 1_000_000
     # A clock that was set back must not make a charge negative.
@@ -301,6 +374,27 @@ def _closing(table: Table, *which: ColumnElement[bool]) -> Prepared:
     return Prepared(
         update(table).where(*which, c.ended_at.is_(None)).values(ended_at=latest).returning(c.id)
     )
+
+
+async def _reopen(
+    connection: Connection, table: Table, org_id: str, at: datetime, most: int
+) -> int:
+    c = table.c
+    found = await connection.execute(
+        select(table)
+        .where(c.org_id == org_id, ~c.is_settled, c.ended_at.is_(None), c.started_at < at)
+        .limit(most)
+    )
+    rows = [dict(row) for row in found.mappings()]
+    if rows:
+        ids = [row["id"] for row in rows]
+        await connection.execute(update(table).where(c.id.in_(ids)).values(ended_at=at))
+        again = {"started_at": at, "posted": 0}
+        await connection.execute(
+            insert(table),
+            [{name: one for name, one in row.items() if name != "id"} | again for row in rows],
+        )
+    return len(rows)
 
 
 async def _charge(
@@ -323,6 +417,13 @@ async def _charge(
 _OPEN = Prepared(insert(t.usage_periods))
 _ACCOUNT = Prepared(select(t.accounts).where(t.accounts.c.org_id == bindparam("wanted_org")))
 _TOTALS = Prepared(select(t.org_totals).where(t.org_totals.c.org_id == bindparam("wanted_org")))
+_HISTORY = Prepared(select(t.prices).order_by(t.prices.c.since))
+_NOTED = Prepared(
+    select(*(one for one in t.meters.c if one.name != "seen_at")).where(
+        t.meters.c.seen_at >= bindparam("earliest", type_=t.Moment),
+        t.meters.c.seen_at <= bindparam("latest", type_=t.Moment),
+    )
+)
 _OF_TOTALS = tuple(one.name for one in t.org_totals.c if one.name != "org_id")
 _OF_ACCOUNTS = tuple(one.name for one in t.accounts.c if one.name != "org_id")
 _organization = t.organizations.c.id

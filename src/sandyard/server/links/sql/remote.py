@@ -23,7 +23,7 @@ from sandyard.server.tasks import to_the_end
 READ: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 WRITE: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
 COMMIT: Final = "COMMIT"
-_USED: Final = "was used"
+_OUTAGES: Final = "outages before it was opened"
 # The last is the driver's error for a connection that was ended while it was idle.
 _LOST = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _GONE = (*_LOST, OSError)
@@ -39,6 +39,25 @@ class Transactions:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._is_given_up = False
+        self._outages = 0
+        self._beginning: set[asyncio.Timeout] = set()
+        self._in_progress: set[Any] = set()  # the driver's connections
+
+    def give_up(self) -> None:
+        """Fail what is in progress, and whatever begins before `resume`: the database does not
+        answer. What waits for a connection, an answer or a lock fails at once."""
+        self._is_given_up = True
+        self._outages += 1
+        for raw in self._in_progress:
+            raw.terminate()
+        for limit in self._beginning:
+            if limit.when() is None:  # it may be ending since the last time
+                limit.reschedule(asyncio.get_running_loop().time())
+
+    def resume(self) -> None:
+        """Undo `give_up`: the database answers again."""
+        self._is_given_up = False
 
     @asynccontextmanager
     async def begun(self, words: str) -> AsyncIterator[AsyncConnection]:
@@ -50,12 +69,15 @@ class Transactions:
                 outcome is unknown.
         """
         connection, raw, _ = await self._first(partial(_begin, words=words), words)
+        self._in_progress.add(raw)
         try:
             yield connection
             await to_the_end(_commit(raw))
         except BaseException:
             await to_the_end(_undo(connection, raw))
             raise
+        finally:
+            self._in_progress.discard(raw)
         await to_the_end(_give_back(connection))
 
     async def fetch(self, statement: Prepared, values: Values) -> list[dict[str, Any]]:
@@ -76,7 +98,22 @@ class Transactions:
         """Return a connection, its driver's connection, and the result of a first statement on it.
 
         The statement is repeated on another connection if the first one turns out to be dead.
+
+        Raises:
+            TimeoutError: the database was given up.
         """
+        if self._is_given_up:
+            raise TimeoutError
+        async with asyncio.timeout(None) as limit:
+            self._beginning.add(limit)
+            try:
+                return await self._tried(run, words)
+            finally:
+                self._beginning.discard(limit)
+
+    async def _tried(
+        self, run: Callable[[Any], Awaitable[_T]], words: str
+    ) -> tuple[AsyncConnection, Any, _T]:
         while True:
             try:
                 connection = await self._engine.connect()
@@ -86,8 +123,11 @@ class Transactions:
             was_used = False
             try:
                 fairy = await connection.get_raw_connection()
-                raw, was_used = fairy.driver_connection, _USED in fairy.info
-                fairy.info[_USED] = True
+                raw, was_used = fairy.driver_connection, _OUTAGES in fairy.info
+                if fairy.info.setdefault(_OUTAGES, self._outages) != self._outages:
+                    # Its other end may be a host that is gone, which would be noticed late.
+                    raw.terminate()
+                    raise asyncpg.InterfaceError("it was opened before an outage")
                 if raw.is_in_transaction():
                     raise asyncpg.InterfaceError("it was given back in a transaction")
                 answer = await run(raw)
@@ -102,6 +142,8 @@ class Transactions:
                 await to_the_end(_undo(connection, raw))
                 raise _as_sqlalchemys(error, words) from error
             except BaseException:
+                if self._is_given_up and raw is not None:
+                    raw.terminate()  # or the driver would wait for the other end to close
                 await to_the_end(_drop(connection))
                 raise
             return connection, raw, answer
@@ -141,7 +183,7 @@ async def _begin(raw: Any, words: str) -> None:
 async def _commit(raw: Any) -> None:
     """Commit. This must not be cancelled, or the outcome would be unknown."""
     try:
-        if not raw.is_in_transaction():
+        if raw.is_closed() or not raw.is_in_transaction():
             raise asyncpg.InterfaceError("there is no transaction any more")
         done = await raw.execute(COMMIT, timeout=BUSY_S)
     except (*_OF_THE_DRIVER, OSError) as error:

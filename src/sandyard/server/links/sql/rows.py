@@ -2,10 +2,11 @@
 method."""
 
 import functools
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from sqlalchemy import (
     BigInteger,
@@ -16,6 +17,7 @@ from sqlalchemy import (
     Integer,
     ScalarSelect,
     Select,
+    String,
     Table,
     Text,
     and_,
@@ -34,7 +36,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from sandyard.server.core.contracts.store import Hold
-from sandyard.server.core.errors import AlreadyExistsError, InternalError
+from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.records import (
     Activity,
     ActivityQuery,
@@ -144,10 +146,15 @@ class SandboxTable:
         given = {name: value for name in _ASKED if (value := getattr(query, name)) is not None}
         values = given | {"org_id": query.org_id, "most": query.limit}
         values |= {f"tag_{place}": tag for place, tag in enumerate(query.tags)}
+        if query.name_prefix is not None:
+            values["prefix_length"] = len(query.name_prefix)
+        if query.metadata is not None:
+            values["metadata"] = json.dumps(query.metadata)
         if query.after is not None:
             values["after_created_at"], values["after_id"] = query.after
         statement = _page_of(query.statuses, frozenset(values), len(query.tags))
-        return [self._sandbox(row) for row in await self._connection.fetch(statement, values)]
+        found = await self._connection.fetch(statement, values)
+        return [self._sandbox(row) for row in found if row["status"] in _KNOWN]
 
     async def replace(
         self,
@@ -322,7 +329,8 @@ class SandboxTable:
         """Return the sandboxes that a statement selects."""
         found = await self._connection.execute(statement)
         names = tuple(found.keys())  # a row's own mapping looks each name up again
-        return [self._sandbox(dict(zip(names, row, strict=True))) for row in found]
+        rows = [dict(zip(names, row, strict=True)) for row in found]
+        return [self._sandbox(row) for row in rows if row["status"] in _KNOWN]
 
     async def _add_tags(self, sandbox: Sandbox) -> None:
         if sandbox.tags:
@@ -348,6 +356,11 @@ class SandboxTable:
         }
 
     def _sandbox(self, found: Mapping[Any, Any]) -> Sandbox:
+        if found["status"] not in _KNOWN:
+            raise UnavailableError(
+                f"cannot use the sandbox {found['id']}: a newer version of Sandyard has written "
+                "it; try again when all servers are updated"
+            )
         same = {name: found[name] for name in _SAME}
         same |= {name: tuple(found[name]) for name in _TUPLES}
         return Sandbox(
@@ -726,6 +739,7 @@ def _owners(column: ColumnElement[str]) -> ScalarSelect[str]:
     return select(column).where(t.users.c.id == bindparam("owner_user_id")).scalar_subquery()
 
 
+_KNOWN: Final = frozenset(one.value for one in Status)  # a newer server may write others
 _c = t.sandboxes.c
 _known = (_c.id == bindparam("known_id"), _c.version == bindparam("known_version"))
 _written: dict[str, Any] = {
@@ -757,7 +771,10 @@ _FIND_NAMED = Prepared(
 )
 
 
-_ASKED = ("owner_user_id", "template", "project_id", "is_test", "exclude_template")
+_ASKED = (
+    "owner_user_id", "template", "project_id", "is_test", "exclude_template", "name_prefix",
+    "node_id",
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=128)  # there are too many kinds of list queries to keep them
@@ -771,6 +788,9 @@ def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> P
     for name in ("org_id", *_ASKED):
         if name == "exclude_template" and name in given:
             wanted.append(_c.template != bindparam(name))
+        elif name == "name_prefix" and name in given:
+            length = bindparam("prefix_length", type_=Integer)
+            wanted.append(func.substr(_c.name, 1, length) == bindparam(name, type_=String))
         elif name in given:
             wanted.append(_c[name] == bindparam(name))
     has = t.sandbox_tags.c
@@ -778,6 +798,8 @@ def _page_of(statuses: frozenset[Status], given: frozenset[str], tags: int) -> P
         exists().where(has.sandbox_id == _c.id, has.tag == bindparam(f"tag_{place}"))
         for place in range(tags)
     ]
+    if "metadata" in given:
+        wanted.append(t.holds(_c.metadata, bindparam("metadata", type_=String)))
     if "after_id" in given:
         wanted.append(older(_c, (bindparam("after_created_at"), bindparam("after_id"))))
     newest_first = _selected().where(*wanted).order_by(_c.created_at.desc(), _c.id.desc())
@@ -806,7 +828,13 @@ _EXTEND = Prepared(
     .where(_c.id == bindparam("known_id"), _c.lease_token == bindparam("known_lease"))
     .values(lease_until=_until, lease_token=bindparam("lease_token"))
 )
-_is_free = or_(_c.lease_until.is_(None), _c.lease_until < t.now())
+# One that ends later than any lease can was taken before the database's clock was set back.
+LEASE_MAX_US: Final = 120 * 1_000_000
+_is_free = or_(
+    _c.lease_until.is_(None),
+    _c.lease_until < t.now(),
+    _c.lease_until > t.now() + LEASE_MAX_US,
+)
 
 
 def _waiting(statuses: frozenset[Status]) -> Select[Any]:

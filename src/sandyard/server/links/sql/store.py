@@ -1,27 +1,29 @@
 """The store. See core.contracts.store.Store."""
 
 import asyncio
+import json
+import logging
+import os
 import sqlite3
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 from zlib import crc32
 
+from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import (
-    URL,
     CursorResult,
     Dialect,
     Engine,
     Executable,
     create_engine,
     event,
-    make_url,
     text,
 )
-from sqlalchemy import Connection as SyncConnection
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -40,12 +42,20 @@ from sandyard.server.links.sql.account_rows import (
     UserTable,
     WorkspaceTable,
 )
+from sandyard.server.links.sql.address import read_postgres_url
 from sandyard.server.links.sql.batches import BUSY_S, Batches, begun, lost
-from sandyard.server.links.sql.cluster_rows import InviteTable, JoinedNodeTable, SecretTable
-from sandyard.server.links.sql.migrate import is_behind, upgrade
+from sandyard.server.links.sql.cluster_rows import (
+    DutyTable,
+    InviteTable,
+    JoinedNodeTable,
+    QuarantineTable,
+    SecretTable,
+)
+from sandyard.server.links.sql.migrate import Schema, schema_of, upgrade
 from sandyard.server.links.sql.money_rows import (
     CreditTable,
     FactTable,
+    PriceTable,
     StorageTable,
     UsageTable,
 )
@@ -70,7 +80,10 @@ from sandyard.server.links.sql.rows import (
     TicketTable,
 )
 from sandyard.server.links.sql.seal import Seal
-from sandyard.server.links.sql.tables import NOW, microseconds
+from sandyard.server.links.sql.tables import HOLDS, NOW, microseconds
+from sandyard.server.tasks import in_thread
+
+log = logging.getLogger(__name__)
 
 POSTGRES: dict[str, Any] = {
     "pool_size": 20,
@@ -83,11 +96,15 @@ POSTGRES: dict[str, Any] = {
         "command_timeout": ANSWER_S,
         "server_settings": {
             "lock_timeout": str(BUSY_S * 1000),
-            # A server that is suspended during a transaction must not block all others.
+            # A server that is suspended during a transaction must not block all others: between
+            # two statements, or within one, where the driver first has it prepared and then sends
+            # its values. One statement may wait for two locks.
             "idle_in_transaction_session_timeout": str(BUSY_S * 1000),
+            "statement_timeout": str(2 * BUSY_S * 1000),
         },
     },
 }
+_PING_S = 2.0
 # Arbitrary numbers, the same in every process: they name locks. An exclusive writer holds the
 # first one alone, others share it; there is one of the second kind for each organization.
 _WRITERS, _ORGANIZATION = 0x53414E44, 0x53414E46
@@ -113,11 +130,14 @@ class SqlTransaction:
         self.keys = KeyTable(connection)
         self.ssh_keys = SshKeyTable(connection)
         self.revoked_keys = RevokedKeyTable(connection)
+        self.quarantine = QuarantineTable(connection)
         self.activity = ActivityTable(connection)
         self.usage = UsageTable(connection)
         self.storage = StorageTable(connection)
         self.credits = CreditTable(connection)
         self.facts = FactTable(connection)
+        self.prices = PriceTable(connection)
+        self.duties = DutyTable(connection)
         self.snapshots = SnapshotTable(connection)
         self.requests = RequestTable(connection)
         self.tickets = TicketTable(connection)
@@ -132,9 +152,11 @@ class PostgresStore:
     overtaken. They share another, which whoever writes alone has for itself.
     """
 
-    def __init__(self, engine: AsyncEngine, seal: Seal) -> None:
+    def __init__(self, engine: AsyncEngine, pings: AsyncEngine, seal: Seal) -> None:
+        """`pings` has a connection of its own, so that no ping waits behind requests."""
         self.engine = engine
         self._transactions = Transactions(engine)
+        self._pings = Transactions(pings)
         self._seal = seal
         # Who waits here for one's turn keeps no connection from others. Each lives for as long as
         # it is held or waited for.
@@ -185,8 +207,19 @@ class PostgresStore:
 
     async def ping(self) -> None:
         """See core.contracts.store.Store.ping."""
-        async with asyncio.timeout(BUSY_S), self.glance() as tx:
-            await tx.facts.moment("ping")
+        self._pings.resume()
+        late = asyncio.get_running_loop().call_later(_PING_S, self._pings.give_up)
+        try:
+            with _translated():
+                once = _Once(self._pings.fetch, self.engine.dialect)
+                await SqlTransaction(once, self._seal).facts.moment("ping")
+        except UnavailableError as error:
+            if _is_silence(error.__cause__):
+                self._transactions.give_up()
+            raise
+        finally:
+            late.cancel()
+        self._transactions.resume()
 
 
 class SqliteStore:
@@ -324,15 +357,19 @@ class _Remote:
 
 
 @asynccontextmanager
-async def open_store(url: str, *, key: bytes, clock: Clock | None = None) -> AsyncIterator[Store]:
-    """Migrate and open the store behind a database URL.
+async def open_store(
+    url: str, *, key: bytes, clock: Clock | None = None, migrates: bool = False
+) -> AsyncIterator[Store]:
+    """Open the store behind a database URL; make the schema if the database is empty.
 
     `url` is `sqlite:///PATH` or `postgresql://…`; `key` is the installation's secret key. SQLite
-    uses `clock`, by default this host's; PostgreSQL uses its own.
+    uses `clock`, by default this host's; PostgreSQL uses its own. With `migrates`, a schema of an
+    older version is migrated; a SQLite database is copied first, to `PATH.schema-REVISION`.
 
     Raises:
-        UnavailableError: the database does not answer.
-        InternalError: the URL is of another kind, or the schema is of a newer Sandyard.
+        UnavailableError: the database does not answer, or cannot be copied.
+        InternalError: the URL is of another kind, or the schema is of a newer Sandyard, or of an
+            older one and is not to be migrated.
     """
     async with AsyncExitStack() as held:
         if url.startswith("sqlite:///"):
@@ -349,37 +386,120 @@ async def open_store(url: str, *, key: bytes, clock: Clock | None = None) -> Asy
             held.callback(writer.dispose)
             with _translated(), writer.connect() as connection:
                 transaction = await begun(connection)
-                upgrade(connection)
+                schema = _checked(schema_of(connection), migrates=migrates)
+                if schema.is_behind:
+                    if schema.present is not None:
+                        await in_thread(_copy_before, path, schema)
+                    upgrade(connection)
                 transaction.commit()
             yield SqliteStore(reader, writer, Seal(key))
         elif url.startswith("postgresql://"):
-            postgres = make_url(url).set(drivername="postgresql+asyncpg")
             with _translated():
-                await _bring_up_to_date(postgres)
-            engine = create_async_engine(postgres, **POSTGRES)
+                await _bring_up_to_date(url, migrates=migrates)
+            engine = _postgres(url, **POSTGRES)
             held.push_async_callback(engine.dispose)
-            yield PostgresStore(engine, Seal(key))
+            pings = _postgres(url, **POSTGRES | {"pool_size": 1, "max_overflow": 0})
+            held.push_async_callback(pings.dispose)
+            yield PostgresStore(engine, pings, Seal(key))
         else:
             raise InternalError(
                 "cannot open the store: its URL must be sqlite:/// or postgresql://"
             )
 
 
-async def _bring_up_to_date(postgres: URL) -> None:
-    """Migrate the schema of a PostgreSQL database, without a time limit."""
-    arguments = {"timeout": BUSY_S, "server_settings": {"lock_timeout": str(BUSY_S * 1000)}}
-    engine = create_async_engine(
-        postgres, poolclass=NullPool, hide_parameters=True, connect_args=arguments
+async def read_schema(url: str) -> Schema:
+    """Return the schema of the database behind a URL, and change nothing.
+
+    Raises: see `open_store`.
+    """
+    if url.startswith("sqlite:///"):
+        path = Path(url.removeprefix("sqlite:///"))
+        there = f"file:{path}?mode=ro&uri=true" if path.exists() else ":memory:"
+        engine = create_engine(f"sqlite:///{there}", poolclass=NullPool)
+        with _translated(), engine.connect() as connection:
+            return schema_of(connection)
+    remote = _postgres(
+        url, poolclass=NullPool, hide_parameters=True, connect_args={"timeout": BUSY_S}
     )
+    with _translated():
+        async with remote.connect() as connecting:
+            return await connecting.run_sync(schema_of)
+
+
+def _postgres(url: str, **options: Any) -> AsyncEngine:
+    parsed, secured = read_postgres_url(url)
+    options["connect_args"] = {**options["connect_args"], **secured}
+    return create_async_engine(parsed, **options)
+
+
+async def _bring_up_to_date(url: str, *, migrates: bool) -> None:
+    """Make or migrate the schema of a PostgreSQL database, without a time limit."""
+    arguments = {"timeout": BUSY_S, "server_settings": {"lock_timeout": str(BUSY_S * 1000)}}
+    engine = _postgres(url, poolclass=NullPool, hide_parameters=True, connect_args=arguments)
     async with engine.begin() as connection:
         # One server at a time brings the schema up to date, which may take long; the others then
         # find it so.
         await connection.execute(text("SET LOCAL lock_timeout = 0"))
         await connection.execute(text(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"))
-        if await connection.run_sync(is_behind):
+        schema = _checked(await connection.run_sync(schema_of), migrates=migrates)
+        if schema.is_behind:
             # Servers of an earlier version that are still writing would deadlock with it.
             await connection.execute(text(_ALONE))
             await connection.run_sync(upgrade)
+
+
+def _checked(schema: Schema, *, migrates: bool) -> Schema:
+    """Return the schema of a database that may be used.
+
+    Raises:
+        InternalError: it is behind, and is not to be migrated.
+    """
+    if schema.is_ahead:
+        log.warning(
+            "the database has the schema %s of a newer version; this version continues with %s",
+            schema.present,
+            schema.newest,
+        )
+    elif schema.is_behind and schema.present is not None:
+        if not migrates:
+            raise InternalError(
+                f"cannot open the database: its schema is {schema.present}, and this version "
+                f"needs {schema.newest}; run `sandyard admin migrate`"
+            )
+        log.warning("migrating the database from %s to %s", schema.present, schema.newest)
+    return schema
+
+
+def _copy_before(path: Path, schema: Schema) -> None:
+    """Copy a SQLite database that is about to be migrated; older copies are removed.
+
+    Raises:
+        UnavailableError: it cannot be copied.
+    """
+    target = path.with_name(f"{path.name}.schema-{schema.present}")
+    part = target.with_name(f"{target.name}.part")
+    try:
+        part.unlink(missing_ok=True)
+        part.touch(mode=0o600)
+        with (
+            closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as source,
+            closing(sqlite3.connect(part)) as copy,
+        ):
+            source.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(target)
+    except (OSError, sqlite3.Error) as error:
+        with suppress(OSError):
+            part.unlink()
+        raise UnavailableError(
+            f"cannot copy the database to {target} before its migration: {error}; free some space"
+        ) from error
+    for older in path.parent.glob(f"{path.name}.schema-*"):
+        if older != target:
+            older.unlink(missing_ok=True)
+    log.warning("the database before the migration is kept as %s", target)
 
 
 def _locks(turn: Turn | str) -> str:
@@ -410,6 +530,7 @@ def _sqlite(
         # in it fails when another has written meanwhile (sqlite.org/lang_transaction.html).
         connection.isolation_level = None
         connection.create_function(NOW, 0, lambda: microseconds(now()))
+        connection.create_function(HOLDS, 2, _holds, deterministic=True)
         cursor = connection.cursor()
         for pragma in (
             f"busy_timeout={BUSY_S * 1000}",
@@ -430,15 +551,47 @@ def _sqlite(
     return engine
 
 
+def _holds(whole: str, part: str) -> bool:
+    """See tables.holds."""
+    return _contains(json.loads(whole), json.loads(part))
+
+
+def _contains(whole: object, part: object) -> bool:
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(
+            name in whole and _contains(whole[name], value) for name, value in part.items()
+        )
+    if isinstance(part, list):
+        return isinstance(whole, list) and all(
+            any(_contains(found, one) for found in whole) for one in part
+        )
+    # 1 and True are equal in Python, and not in JSON.
+    return isinstance(whole, bool) == isinstance(part, bool) and whole == part
+
+
+def _distrust(error: object) -> ssl.SSLCertVerificationError | None:
+    """Return why the database's certificate was refused, if it was."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return cause if isinstance(cause, ssl.SSLCertVerificationError) else None
+
+
+def _is_silence(error: BaseException | None) -> bool:
+    """Tell whether a database did not answer at all: one that refuses may serve others."""
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated and _distrust(error) is None
+    return isinstance(error, OSError | TimeoutError) and _distrust(error) is None
+
+
 def _is_passing(error: DBAPIError) -> bool:
     """Tell whether an error is temporary: the database is unreachable, shutting down, out of
     resources or busy.
 
     The error classes are PostgreSQL's (appendix A of its manual): connection, resources, operator
-    intervention, lock timeout, deadlock.
+    intervention, statement timeout, lock timeout, deadlock.
     """
     state = str(getattr(error.orig, "sqlstate", None) or "")
-    return error.connection_invalidated or state.startswith(("08", "53", "57P", "55P03", "40P01"))
+    passing = ("08", "53", "57P", "57014", "55P03", "40P01")
+    return error.connection_invalidated or state.startswith(passing)
 
 
 class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
@@ -450,6 +603,11 @@ class _translated:  # noqa: N801 - used as a statement, like contextlib.suppress
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, IntegrityError):
             raise InternalError(f"the database refused a row: {error.orig}") from error
+        if (refusal := _distrust(error)) is not None:
+            raise UnavailableError(
+                f"cannot trust the database's certificate: {refusal.verify_message}; check sslmode "
+                "and sslrootcert in store.url"
+            ) from error
         if isinstance(error, DBAPIError) and error.statement == COMMIT:
             raise UnavailableError(
                 "the connection to the database was lost during a write, and its outcome is "

@@ -75,6 +75,29 @@ def _now_of_postgres(element: now, compiler: SQLCompiler, **kwargs: object) -> s
     return "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 
 
+HOLDS = "sandyard_holds"
+"""The SQLite function, defined when a connection is opened, that `holds` is there."""
+
+
+class holds(FunctionElement[bool]):  # noqa: N801 - a function of SQL's
+    """Whether JSON contains other JSON, at every depth: every name of an object with its value, and
+    every element of a list."""
+
+    type = Boolean()
+    inherit_cache = True
+
+
+@compiles(holds)
+def _holds(element: holds, compiler: SQLCompiler, **kwargs: object) -> str:
+    return f"{HOLDS}({compiler.process(element.clauses)})"
+
+
+@compiles(holds, "postgresql")
+def _holds_of_postgres(element: holds, compiler: SQLCompiler, **kwargs: object) -> str:
+    whole, part = (compiler.process(one) for one in element.clauses)
+    return f"CAST({whole} AS JSONB) @> CAST({part} AS JSONB)"
+
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_name)s",
@@ -210,6 +233,27 @@ revoked_keys = Table(
     Column("fingerprint", String(64), primary_key=True),
     Column("public_key", Text, nullable=False),
     Column("removed_of", Moment),
+)
+
+# One row: the oldest schema that a server must know to use this database.
+schema_floor = Table("schema_floor", metadata, Column("revision", String(32), primary_key=True))
+
+# Machines that no sandbox's row belongs to.
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("sandbox_id", String(20), primary_key=True),
+    Column("node_id", Text, nullable=False),
+    Column("incarnation", Integer, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("phase", String(16), nullable=False),
+    Column("template", Text, nullable=False),
+    Column("vcpus", Integer, nullable=False),
+    Column("memory_mib", Integer, nullable=False),
+    Column("disk_mib", Integer, nullable=False),
+    Column("found_at", Moment, nullable=False),
+    Column("is_unwanted", Boolean, nullable=False),
+    Index("ix_quarantine_node_id", "node_id"),
 )
 
 sandboxes = Table(
@@ -574,6 +618,34 @@ facts = Table(
     metadata,
     Column("name", String(32), primary_key=True),
     Column("moment", Moment, nullable=False),
+)
+
+_PRICES = ("vcpu_hour", "memory_gib_hour", "disk_gib_month", "storage_gib_month")
+
+# Prices hold from `since` on, and the first also before.
+prices = Table(
+    "prices",
+    metadata,
+    Column("since", Moment, primary_key=True),
+    *(Column(name, BigInteger, nullable=False) for name in _PRICES),
+)
+
+# The prices that each server has.
+meters = Table(
+    "meters",
+    metadata,
+    Column("server_id", String(36), primary_key=True),
+    *(Column(name, BigInteger, nullable=False) for name in _PRICES),
+    Column("seen_at", Moment, nullable=False),
+)
+
+# What one server at a time does for all.
+duties = Table(
+    "duties",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("holder", String(36), nullable=False),
+    Column("until", Moment, nullable=False),
 )
 
 

@@ -18,7 +18,7 @@ from sandyard.server.links.tunnel.ends import name_of, watch_over
 from sandyard.server.links.tunnel.exchange import TunnelExchange
 from sandyard.server.links.tunnel.frames import (
     PIECE,
-    VERSION,
+    VERSIONS,
     BrokenError,
     FrameKind,
     Line,
@@ -117,7 +117,9 @@ class Tunnels:
             UnavailableError: it does not answer.
         """
         request = request_of(operation, "")
-        asked = {"v": VERSION, "machine": encode(machine), "op": request.op, "args": request.args}
+        asked = VERSIONS.head | {
+            "machine": encode(machine), "op": request.op, "args": request.args,
+        }  # fmt: skip
         try:
             async with asyncio.timeout(_ANSWER_S):
                 await line.say(FrameKind.ASK, head(asked))

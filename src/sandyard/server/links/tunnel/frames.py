@@ -19,8 +19,10 @@ from enum import IntEnum
 from typing import Any, Final
 
 from sandyard.server.core.errors import SandyardError, error_of, kind_of
+from sandyard.server.core.wire import Versions
 
-VERSION: Final = 1
+VERSIONS: Final = Versions(now=1, suffices=1, oldest=1)
+"""See there for what changes them."""
 PIECE: Final = 256 * 1024
 WINDOW: Final = 4 * PIECE
 _HEAD_MAX: Final = 16 * 1024 * 1024  # an operation and what goes with it; see core.wire.REQUEST_MAX

@@ -14,13 +14,15 @@ from sandyard.server.core.contracts.node import MachineRef, NodeTunnel, Opened
 from sandyard.server.core.errors import (
     InternalError,
     InvalidArgumentError,
+    OtherVersionError,
     SandyardError,
 )
+from sandyard.server.core.wire import VersionError, WireError
 from sandyard.server.links.tunnel.ends import name_of, watch_over
 from sandyard.server.links.tunnel.exchange import TunnelExchange
 from sandyard.server.links.tunnel.frames import (
     PIECE,
-    VERSION,
+    VERSIONS,
     BrokenError,
     FrameKind,
     Line,
@@ -145,16 +147,20 @@ def _asked(payload: bytes) -> TunnelRequest:
 
     Raises:
         InvalidArgumentError: it is malformed.
+        OtherVersionError: it is of a version, or an operation, that this node does not know.
     """
     values = values_of(payload)
-    if values.get("v") != VERSION:
-        raise InvalidArgumentError("cannot read the request: it comes from another version")
     try:
+        VERSIONS.check(values)
         return TunnelRequest(
             decode(MachineRef, values.get("machine")),
             ops.operation_of(str(values.get("op")), values.get("args") or {}),
         )
-    except (CodecError, ops.UnknownOperationError) as error:
+    except (VersionError, ops.UnknownOperationError) as error:
+        raise OtherVersionError(
+            f"cannot do this on the sandbox's node, which has another version: {error}"
+        ) from error
+    except (CodecError, WireError) as error:
         raise InvalidArgumentError(f"cannot read the request: {error}") from error
 
 

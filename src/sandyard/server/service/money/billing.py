@@ -15,7 +15,7 @@ from sandyard.server.core.errors import (
     PermissionDeniedError,
 )
 from sandyard.server.core.ids import checked_text, is_uuid
-from sandyard.server.core.money import Account, between
+from sandyard.server.core.money import Account, PriceList, between
 from sandyard.server.core.plans import Plan
 from sandyard.server.core.records import (
     AutoTopup,
@@ -89,6 +89,7 @@ class Billing:
         self._repeats = platform.repeats
         self._clock = platform.clock
         self._prices = platform.prices
+        self._list = PriceList.always(platform.prices)
         self._plans = platform.plans
         self._reversing = asyncio.Lock()
 
@@ -140,6 +141,7 @@ class Billing:
             since = now - _PERIODS[period]
         async with self._store.read() as tx:
             owner = None if wants_all else actor.user_id
+            prices = await tx.prices.history() or self._list
             periods = await tx.usage.within(actor.org_id, since=since, owner_user_id=owner)
             stored = await tx.storage.within(actor.org_id, since=since) if wants_all else []
         by_sandbox: dict[str, list[UsagePeriod]] = defaultdict(list)
@@ -149,11 +151,11 @@ class Billing:
             since=since,
             until=now,
             sandboxes={
-                sandbox_id: self._used(theirs, since, now)
+                sandbox_id: _used(prices, theirs, since, now)
                 for sandbox_id, theirs in by_sandbox.items()
             },
-            total=self._used(periods, since, now),
-            storage=self._kept(stored, since, now),
+            total=_used(prices, periods, since, now),
+            storage=_kept(prices, stored, since, now),
         )
 
     async def cost(
@@ -168,6 +170,7 @@ class Billing:
         sandbox = await self._register.get(actor, reference)
         now = self._clock.now()
         async with self._store.read() as tx:
+            prices = await tx.prices.history() or self._list
             periods = await tx.usage.of_sandbox(sandbox.id)
             stored = await tx.storage.of("sandbox", sandbox.id)
         first = datetime(1970, 1, 1, tzinfo=UTC)
@@ -179,7 +182,8 @@ class Billing:
             ) + sum(
                 self._prices.storage(one.size_bytes, hour) for one in stored if one.ended_at is None
             )
-        return sandbox, self._used(periods, first, now), self._kept(stored, first, now), hourly
+        used, kept = _used(prices, periods, first, now), _kept(prices, stored, first, now)
+        return sandbox, used, kept, hourly
 
     async def check_out(
         self, actor: Actor, amount_cents: int, *, success_url: str, cancel_url: str
@@ -363,35 +367,40 @@ class Billing:
             await self._repeats.note(tx, actor, request, (entry.id, wanted))
         return entry
 
-    def _used(self, periods: list[UsagePeriod], since: datetime, now: datetime) -> MachineUsage:
-        seconds = active = vcpus = memory = 0.0
-        micros = 0
-        for one in periods:
-            end = one.ended_at or now
-            before = between(one.started_at, min(since, end))
-            whole = between(one.started_at, end)
-            spent = (whole - before).total_seconds()
-            seconds += spent
-            active += spent if one.ended_at is None else 0
-            vcpus += spent * one.shape.vcpus
-            memory += spent * one.shape.memory_mib
-            if not one.is_free:
-                micros += self._prices.compute(one.shape, whole)
-                micros -= self._prices.compute(one.shape, before)
-        return MachineUsage(seconds, active, vcpus, memory, micros)
 
-    def _kept(self, periods: list[StoragePeriod], since: datetime, now: datetime) -> StoredUsage:
-        kinds: dict[str, float] = defaultdict(float)
-        micros = 0
-        for one in periods:
-            end = one.ended_at or now
-            before = between(one.started_at, min(since, end))
-            whole = between(one.started_at, end)
-            kinds[one.kind] += (whole - before).total_seconds() * one.size_bytes
-            if not one.is_free:
-                micros += self._prices.storage(one.size_bytes, whole)
-                micros -= self._prices.storage(one.size_bytes, before)
-        return StoredUsage(kinds, micros)
+def _used(
+    prices: PriceList, periods: list[UsagePeriod], since: datetime, now: datetime
+) -> MachineUsage:
+    seconds = active = vcpus = memory = 0.0
+    micros = 0
+    for one in periods:
+        end = one.ended_at or now
+        cut = min(since, end)
+        spent = (between(one.started_at, end) - between(one.started_at, cut)).total_seconds()
+        seconds += spent
+        active += spent if one.ended_at is None else 0
+        vcpus += spent * one.shape.vcpus
+        memory += spent * one.shape.memory_mib
+        if not one.is_free:
+            micros += prices.compute(one.shape, one.started_at, end)
+            micros -= prices.compute(one.shape, one.started_at, cut)
+    return MachineUsage(seconds, active, vcpus, memory, micros)
+
+
+def _kept(
+    prices: PriceList, periods: list[StoragePeriod], since: datetime, now: datetime
+) -> StoredUsage:
+    kinds: dict[str, float] = defaultdict(float)
+    micros = 0
+    for one in periods:
+        end = one.ended_at or now
+        cut = min(since, end)
+        spent = between(one.started_at, end) - between(one.started_at, cut)
+        kinds[one.kind] += spent.total_seconds() * one.size_bytes
+        if not one.is_free:
+            micros += prices.storage(one.size_bytes, one.started_at, end)
+            micros -= prices.storage(one.size_bytes, one.started_at, cut)
+    return StoredUsage(kinds, micros)
 
 
 def _check_amount(amount_cents: int, *, field: str = "amount_cents") -> None:

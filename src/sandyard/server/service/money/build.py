@@ -26,6 +26,7 @@ def build_money(platform: Platform, *, payments: Payments) -> Money:
             payments=payments,
             clock=platform.clock,
             prices=platform.prices,
+            server_id=platform.server_id,
             enforces=platform.enforces,
         ),
     )

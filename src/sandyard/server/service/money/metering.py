@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Generic, TypeVar
 
 from sandyard.server.core.contracts.clock import Clock
@@ -17,7 +17,7 @@ from sandyard.server.core.contracts.payments import KEY_PREFIX, Payments
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import ConflictError, SandyardError
 from sandyard.server.core.ids import new_uuid
-from sandyard.server.core.money import MICROS, Account, Prices, between
+from sandyard.server.core.money import MICROS, Account, PriceList, Prices
 from sandyard.server.core.records import (
     AutoTopup,
     LedgerEntry,
@@ -41,6 +41,11 @@ EXHAUSTED = Reason(
     "insufficient_credits", "the organization's credits are used up; top up and resume it"
 )
 _PERIOD_S = 10.0
+_AT_WORK = timedelta(seconds=35)  # a server at work says so every period
+_DUTY = "meter"
+_DUTY_LASTS = timedelta(seconds=30)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_TICK = timedelta(microseconds=1)
 _SOONEST_S = 1.0
 _POST_EVERY_S = 300.0
 _TELL_EVERY_S = 300.0
@@ -62,7 +67,12 @@ class Balance:
 
 
 class Meter:
-    """Charges organizations; it is to be run."""
+    """Charges organizations; it is to be run. Of several servers, one at a time does.
+
+    `prices` are those of this server's settings. If they are not the latest in the database, they
+    hold from then on: what is in use is charged with the prices that held in each second. While
+    another server at work has other prices, neither charges.
+    """
 
     def __init__(
         self,
@@ -72,8 +82,12 @@ class Meter:
         payments: Payments,
         clock: Clock,
         prices: Prices,
+        server_id: str,
         enforces: bool,
     ) -> None:
+        self._server_id = server_id
+        self._differed_at: float | None = None
+        self._reopened: dict[str, datetime] = {}
         self._store = store
         self._lifecycle = lifecycle
         self._payments = payments
@@ -103,8 +117,9 @@ class Meter:
 
     async def charge_all(self) -> float:
         """Charge every organization once; return seconds until the next time."""
-        async with self._store.write(Turn.SHARED) as tx:
-            await tx.facts.note(BEAT, self._clock.now())
+        if not await self._may_charge():
+            return _PERIOD_S
+        async with self._store.read() as tx:
             owing = await tx.usage.owing()
             topped_up = await tx.credits.topped_up()
         wait = _PERIOD_S
@@ -122,6 +137,55 @@ class Meter:
                     "unexpected error while charging an account; retrying", extra={"org_id": org_id}
                 )
         return max(_SOONEST_S, wait)
+
+    async def _may_charge(self) -> bool:
+        """Tell whether all servers at work have the same prices, which hold from now on, and it is
+        for this one to charge."""
+        now = self._clock.now()
+        async with self._store.write(Turn.SHARED) as tx:
+            await tx.facts.note(BEAT, now)
+            await tx.prices.note(self._server_id, self._prices, now)
+            others = await tx.prices.noted(since=now - _AT_WORK, until=now + _AT_WORK)
+            known = await tx.prices.history()
+            has_duty = await tx.duties.take(_DUTY, self._server_id, lasts=_DUTY_LASTS)
+        if differing := sorted(one for one, its in others.items() if its != self._prices):
+            told = self._differed_at
+            if told is None or self._clock.monotonic() - told >= _TELL_EVERY_S:
+                self._differed_at = self._clock.monotonic()
+                log.error(
+                    "other servers have other prices: %s; nothing is charged until billing.prices "
+                    "is the same on all of them",
+                    ", ".join(differing),
+                )
+            return False
+        self._differed_at = None
+        is_known = known is not None and known.latest == self._prices
+        if not has_duty or (is_known and known is not None and known.entries[-1][0] <= now):
+            return has_duty
+        async with self._store.write(Turn.ALONE) as tx:
+            # Written while the clock was ahead: they would hold only from then on.
+            await tx.prices.forget(after=now)
+            known = await tx.prices.history()
+            if known is None:
+                await tx.prices.add(self._prices, since=_EPOCH)
+            elif known.latest != self._prices:
+                await tx.prices.add(self._prices, since=max(now, known.entries[-1][0] + _TICK))
+                log.warning("the prices have changed; what is in use continues with the new ones")
+        return True
+
+    async def _reopen(self, org_id: str, prices: PriceList) -> None:
+        """Have what is in use begin anew at the last change of prices, in bounded steps: estimates
+        of what is owed use the latest prices alone."""
+        at = prices.changed_at
+        if at is None or at > self._clock.now() or self._reopened.get(org_id) == at:
+            return
+        for kind in ("usage", "storage"):
+            count = _PAGE
+            while count == _PAGE:
+                async with self._store.write(org_id) as tx:
+                    rows = tx.usage if kind == "usage" else tx.storage
+                    count = await rows.reopen(org_id, at, most=_PAGE)
+        self._reopened[org_id] = at
 
     async def _look_at(self, org_id: str) -> float:
         """Charge one organization, and react to its balance."""
@@ -158,34 +222,51 @@ class Meter:
     async def charge(self, org_id: str, *, posts: bool = True) -> Balance:
         """Deduct uncharged usage from an account; with `posts` also write whole cents to the
         ledger."""
+        async with self._store.glance() as tx:
+            prices = await tx.prices.history() or PriceList.always(self._prices)
+        await self._reopen(org_id, prices)
+        while await self._settle_some(org_id, prices):
+            pass
         now = self._clock.now()
         async with self._store.write(org_id) as tx:
-            compute = _charged(
-                await tx.usage.unsettled(org_id),
-                now,
-                lambda one, time: self._prices.compute(one.shape, time),
-            )
-            storage = _charged(
-                await tx.storage.unsettled(org_id),
-                now,
-                lambda one, time: self._prices.storage(one.size_bytes, time),
-            )
+            compute = _computed(await tx.usage.unsettled(org_id), prices, now)
+            storage = _stored(await tx.storage.unsettled(org_id), prices, now)
             account = await tx.credits.account(org_id)
             used = account.carried + compute.added + storage.added
             left = account.balance_cents * MICROS - used
             # Without usage, this account may not be looked at again for long.
             is_last = not compute.going and not storage.going
             is_full = (posts or is_last) and abs(used) >= MICROS
-            if compute.settles or storage.settles or is_full:
+            if not is_full:
+                # What is open is written when it fills a line of the ledger.
+                compute, storage = compute.ended(), storage.ended()
+            if compute.periods or storage.periods or is_full:
                 await tx.usage.charge(compute.periods)
                 await tx.storage.charge(storage.periods)
-                account = replace(account, carried=used)
+                carried = account.carried + compute.added + storage.added
+                account = replace(account, carried=carried)
                 if is_full:
                     resource = "sandbox" if compute.added >= storage.added else "storage"
                     account = await _post(tx, account, resource=resource, at=now)
                 await tx.credits.save(account)
         hourly = sum(self._prices.hour_of(one.shape) for one in compute.going)
         return Balance(account, left, hourly)
+
+    async def _settle_some(self, org_id: str, prices: PriceList) -> bool:
+        """If very much has ended since the last time, charge a part of it, and return True: one
+        transaction must not take long, however many periods there are."""
+        now = self._clock.now()
+        async with self._store.write(org_id) as tx:
+            compute = _computed(await tx.usage.ended(org_id, most=_PAGE), prices, now)
+            storage = _stored(await tx.storage.ended(org_id, most=_PAGE), prices, now)
+            if max(len(compute.periods), len(storage.periods)) < _PAGE:
+                return False
+            await tx.usage.charge(compute.periods)
+            await tx.storage.charge(storage.periods)
+            account = await tx.credits.account(org_id)
+            carried = account.carried + compute.added + storage.added
+            await tx.credits.save(replace(account, carried=carried))
+        return True
 
     async def _stop(self, org_id: str) -> None:
         """Pause every charged sandbox of an organization."""
@@ -305,28 +386,55 @@ class Meter:
 
 @dataclass(frozen=True)
 class _Charged(Generic[_P]):
-    """Periods after charging. `going` are open and cost something."""
+    """Periods after charging, and by how much each was charged. `going` are open and cost
+    something."""
 
     periods: Sequence[_P]
+    costs: Sequence[int]
     going: Sequence[_P]
-    added: int
-    settles: bool
+
+    @property
+    def added(self) -> int:
+        """By how much they were charged together."""
+        return sum(self.costs)
+
+    def ended(self) -> "_Charged[_P]":
+        """Return those that have ended."""
+        chosen = [
+            (one, cost)
+            for one, cost in zip(self.periods, self.costs, strict=True)
+            if one.is_settled
+        ]
+        return _Charged([one for one, _ in chosen], [cost for _, cost in chosen], self.going)
+
+
+def _computed(
+    periods: Sequence[UsagePeriod], prices: PriceList, now: datetime
+) -> _Charged[UsagePeriod]:
+    return _charged(periods, now, lambda one, end: prices.compute(one.shape, one.started_at, end))
+
+
+def _stored(
+    periods: Sequence[StoragePeriod], prices: PriceList, now: datetime
+) -> _Charged[StoragePeriod]:
+    return _charged(
+        periods, now, lambda one, end: prices.storage(one.size_bytes, one.started_at, end)
+    )
 
 
 def _charged(
-    periods: Sequence[_P], now: datetime, cost: Callable[[_P, timedelta], int]
+    periods: Sequence[_P], now: datetime, cost: Callable[[_P, datetime], int]
 ) -> _Charged[_P]:
-    changed, going, added, settles = [], [], 0, False
+    changed, costs, going = [], [], []
     for one in periods:
         total = 0
         if not one.is_free:
-            total = cost(one, between(one.started_at, one.ended_at or now))
+            total = cost(one, one.ended_at or now)
             if one.ended_at is None:
                 going.append(one)
-        added += total - one.posted
-        settles = settles or one.ended_at is not None
+        costs.append(total - one.posted)
         changed.append(replace(one, posted=total, is_settled=one.ended_at is not None))
-    return _Charged(changed, going, added, settles)
+    return _Charged(changed, costs, going)
 
 
 async def _post(tx: Transaction, account: Account, *, resource: str, at: datetime) -> Account:

@@ -9,7 +9,6 @@ from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import (
     InvalidTokenError,
-    NotFoundError,
     SandyardError,
     TokenExpiredError,
     UnauthenticatedError,
@@ -50,7 +49,7 @@ class Access:
     async def authenticate(self, token: str | None, *, org_id: str | None = None) -> Actor:
         """Return the actor behind an API key or session token.
 
-        `org_id` selects one of a session's organizations, if its token does not.
+        `org_id` selects one of a session's organizations, if its token does not. A key has one.
 
         Raises:
             UnauthenticatedError: the token is empty.
@@ -64,10 +63,7 @@ class Access:
         if len(token) > _TOKEN_MAX or not token.isascii():
             raise _unknown_kind()
         if token.startswith("rt_"):
-            actor = await self._by_key(token)
-            if org_id is not None and org_id != actor.org_id:
-                raise NotFoundError("cannot find the organization: the key belongs to another one")
-            return actor
+            return await self._by_key(token)
         if token.startswith("eyJ"):
             if self._sign_in is None:
                 raise InvalidTokenError(

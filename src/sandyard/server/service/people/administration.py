@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sandyard.server.core.contracts.clock import Clock
+from sandyard.server.core.contracts.node import Phase
 from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import (
     AlreadyExistsError,
@@ -24,8 +25,11 @@ from sandyard.server.core.records import (
     LedgerEntry,
     Membership,
     Organization,
+    Quarantined,
+    Sandbox,
     User,
 )
+from sandyard.server.core.states import Status
 from sandyard.server.service.actor import Actor
 from sandyard.server.service.lines import line
 from sandyard.server.service.money.credits import credit
@@ -42,6 +46,8 @@ from sandyard.server.service.people.organizations import (
 from sandyard.server.service.people.ssh_keys import withdraw
 
 _EMAIL_MAX = 254
+_ADOPTED = {Phase.PAUSED.value: Status.PAUSED, Phase.DEAD.value: Status.ERROR}
+"""The status of a sandbox whose machine is in this phase."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +276,77 @@ class Administration:
                 )
         return entry, is_new
 
+    async def quarantine(self) -> list[Quarantined]:
+        """Return the machines that no sandbox belongs to, the longest there first."""
+        async with self._store.read() as tx:
+            return await tx.quarantine.all()
+
+    async def adopt(self, sandbox_id: str, reference: str, who: str) -> Sandbox:
+        """Make a machine in quarantine a paused sandbox of a member again. It has no name, tags,
+        environment or expiry, and the member's default project.
+
+        Raises:
+            NotFoundError: there is no such machine, organization or member.
+            ConflictError: the machine is still being saved, or is being deleted.
+        """
+        now = self._clock.now()
+        async with self._store.write(Turn.ALONE) as tx:
+            machine = await _quarantined(tx, sandbox_id)
+            organization, user, _ = await self._member(tx, reference, who)
+            if machine.is_unwanted:
+                raise ConflictError(f"cannot adopt {sandbox_id}: it is being deleted")
+            status = _ADOPTED.get(machine.phase)
+            if status is None or not machine.template:
+                raise ConflictError(
+                    f"cannot adopt {sandbox_id}: its machine is {machine.phase} and has to be "
+                    "saved first; try again in a while"
+                )
+            project = await tx.projects.find(organization.id, None)
+            if project is None:
+                raise NotFoundError(f"cannot find a project of {organization.name}")
+            sandbox = Sandbox(
+                id=sandbox_id,
+                org_id=organization.id,
+                owner_user_id=user.id,
+                project_id=project.id,
+                name=None,
+                status=status,
+                version=machine.version + 1,
+                incarnation=machine.incarnation,
+                template=machine.template,
+                shape=machine.shape,
+                idle_timeout_s=0,
+                created_at=now,
+                updated_at=now,
+                node_id=machine.node_id,
+                started_at=now,
+                paused_at=now,
+            )
+            made = await tx.sandboxes.insert(sandbox)
+            await tx.quarantine.remove([sandbox_id])
+            await tx.activity.append(
+                line(
+                    "sandbox.adopted",
+                    "Sandbox adopted",
+                    org_id=organization.id,
+                    actor=None,
+                    resource_id=sandbox_id,
+                    sandbox_id=sandbox_id,
+                    at=now,
+                )
+            )
+        return made
+
+    async def condemn(self, sandbox_id: str) -> None:
+        """Have a machine in quarantine removed with its files, within a few minutes.
+
+        Raises:
+            NotFoundError: there is no such machine.
+        """
+        async with self._store.write(Turn.ALONE) as tx:
+            await _quarantined(tx, sandbox_id)
+            await tx.quarantine.condemn(sandbox_id)
+
     async def ledger(self, reference: str, *, limit: int) -> list[LedgerEntry]:
         """Return the newest entries of an organization's ledger."""
         async with self._store.read() as tx:
@@ -327,6 +404,15 @@ class Administration:
 def _system(organization: Organization, user: User, member: Membership) -> Actor:
     return Actor(
         organization.id, user.id, member.role, frozenset({"*"}), "system", plan=organization.plan
+    )
+
+
+async def _quarantined(tx: Transaction, sandbox_id: str) -> Quarantined:
+    for one in await tx.quarantine.all():
+        if one.sandbox_id == sandbox_id:
+            return one
+    raise NotFoundError(
+        f"cannot find {sandbox_id} in quarantine: `sandyard admin quarantine list` lists what is"
     )
 
 

@@ -27,30 +27,38 @@ async def ensure_first_organization(
 
     Both are created at the first start. Data that an older version did not store is added.
     """
-    now = clock.now()
-    async with store.write(Turn.ALONE) as tx:
-        every = await tx.organizations.every()
-        if every and sign_up.grant_cents > 0:
-            await _grant_once(tx, every[0], sign_up, now)
-        for organization in every:
-            for user, member in await tx.users.members(organization.id):
-                if await tx.workspaces.personal(organization.id, user.id) is None:
-                    await join(tx, organization.id, user, member.role, at=member.created_at)
-        if every:
-            members = await tx.users.members(every[0].id)
-            admins = [user for user, member in members if member.role == "admin"]
-            if not admins:
-                raise NotFoundError(
-                    f"cannot find an admin of {every[0].slug}: make one with `sandyard admin user "
-                    f"add {every[0].slug} EMAIL --role admin`"
-                )
-            return every[0], admins[0]
-        user = User(new_uuid(), "admin@localhost", "Admin", now, is_operator=True)
-        await tx.users.add(user)
-        founded = await found_organization(
-            tx, "Default", user, sign_up=sign_up, at=now, slug="default"
+    async with store.read() as tx:
+        first = await tx.organizations.first()
+        is_whole = first is not None and (
+            sign_up.grant_cents == 0
+            or await tx.credits.find(first.id, "grant", SIGN_UP) is not None
         )
-        return founded.organization, user
+        without = await tx.users.without_workspace()
+    if first is None or not is_whole:
+        async with store.write(Turn.ALONE) as tx:
+            first = await tx.organizations.first() or await _found(tx, sign_up, clock.now())
+            if sign_up.grant_cents > 0:
+                await _grant_once(tx, first, sign_up, clock.now())
+    for user, member in without:
+        async with store.write(member.org_id) as tx:
+            if await tx.workspaces.personal(member.org_id, user.id) is None:
+                await join(tx, member.org_id, user, member.role, at=member.created_at)
+    async with store.read() as tx:
+        members = await tx.users.members(first.id)
+    admins = [user for user, member in members if member.role == "admin"]
+    if not admins:
+        raise NotFoundError(
+            f"cannot find an admin of {first.slug}: make one with `sandyard admin user "
+            f"add {first.slug} EMAIL --role admin`"
+        )
+    return first, admins[0]
+
+
+async def _found(tx: Transaction, sign_up: SignUp, now: datetime) -> Organization:
+    user = User(new_uuid(), "admin@localhost", "Admin", now, is_operator=True)
+    await tx.users.add(user)
+    founded = await found_organization(tx, "Default", user, sign_up=sign_up, at=now, slug="default")
+    return founded.organization
 
 
 async def new_bootstrap_key(store: Store, clock: Clock, sign_up: SignUp, *, replaces: bool) -> str:

@@ -27,7 +27,7 @@ from sandyard.server.service.repeats import Repeatable, Repeats
 
 ROLES = ("admin", "member")
 _NAME_MAX = 100
-_COLOR = re.compile(r"#[0-9a-fA-F]{6}")
+COLOR = "^#[0-9a-fA-F]{6}$"
 _PROJECTS_MAX = 1000
 
 
@@ -398,6 +398,6 @@ async def _made(tx: Transaction, actor: Actor, org_id: str) -> Founded:
 
 
 def _check_color(color: str) -> str:
-    if not _COLOR.fullmatch(color):
+    if not re.fullmatch(COLOR, color):
         raise InvalidArgumentError("cannot use this color: it is like #3b82f6", field="color")
     return color

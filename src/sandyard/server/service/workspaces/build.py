@@ -33,7 +33,7 @@ def build_workspaces(
     files = WorkspaceFiles(
         workspaces=workspaces,
         volumes=volumes,
-        clock=platform.clock,
+        platform=platform,
         threads=threads,
         upload_max=upload_max,
     )

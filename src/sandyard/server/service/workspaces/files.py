@@ -3,14 +3,13 @@
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sandyard.server.core.contracts.clock import Clock
 from sandyard.server.core.contracts.volumes import Volumes
 from sandyard.server.core.errors import (
     InvalidArgumentError,
@@ -20,6 +19,8 @@ from sandyard.server.core.errors import (
 )
 from sandyard.server.core.records import Workspace
 from sandyard.server.service.actor import Actor
+from sandyard.server.service.repeats import Repeatable
+from sandyard.server.service.sandboxes.platform import Platform
 from sandyard.server.service.workspaces import tree
 from sandyard.server.service.workspaces.beneath import PASSING, Draft, Parts, Root
 from sandyard.server.service.workspaces.tree import PIECE, Measure, TreeEntry, shown
@@ -111,13 +112,15 @@ class WorkspaceFiles:
         *,
         workspaces: Workspaces,
         volumes: Volumes,
-        clock: Clock,
+        platform: Platform,
         threads: Executor,
         upload_max: int,
     ) -> None:
         self._workspaces = workspaces
         self._volumes = volumes
-        self._clock = clock
+        self._store = platform.store
+        self._repeats = platform.repeats
+        self._clock = platform.clock
         self.upload_max = upload_max
         # Threads of their own, so that slow work here does not delay machines.
         self._threads = threads
@@ -199,6 +202,35 @@ class WorkspaceFiles:
             inner = held.enter_context(ExitStack())
             fd, entry = await self._do(actor.org_id, _open_in, inner, root, path)
             yield OpenFile(entry, fd)
+
+    async def create(
+        self,
+        actor: Actor,
+        reference: str,
+        make: Callable[[], Awaitable[TreeEntry]],
+        *,
+        request: Repeatable | None,
+    ) -> TreeEntry:
+        """Return the entry that `make` creates, or the present state of the one that the same
+        `request` has created before.
+
+        Raises:
+            NotFoundError: that one has been removed.
+        """
+        if request is None:
+            return await make()
+        async with self._repeats.turn(actor, request):
+            async with self._store.write(actor.org_id) as tx:
+                made = await self._repeats.made_before(tx, actor, request)
+            if made is not None:
+                path = tuple(bytes.fromhex(one) for one in made)
+                async with self._root(actor, reference, changes=False) as (_, root):
+                    return await self._do(actor.org_id, tree.look, root, path)
+            entry = await make()
+            # Not before: what was not created must be created by the next attempt.
+            async with self._store.write(actor.org_id) as tx:
+                await self._repeats.note(tx, actor, request, tuple(one.hex() for one in entry.path))
+        return entry
 
     async def make_folder(self, actor: Actor, reference: str, path: Parts) -> TreeEntry:
         """Create a directory and its parents.

@@ -173,7 +173,8 @@ def _below(folder: Folder, depth: int) -> Iterator[os.stat_result]:
             yield folder.look(name)
             if is_folder and not depth:
                 raise InvalidArgumentError(
-                    f"cannot look through this: its folders are over {DEPTH_MAX} deep", field="path"
+                    f"cannot look through this: its directories are over {DEPTH_MAX} deep",
+                    field="path",
                 )
             if is_folder:
                 try:
@@ -284,8 +285,8 @@ def _placed(target: Parts, *, replaces: bool) -> Iterator[None]:
             replaces and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
         ):
             raise AlreadyExistsError(
-                f"cannot take the place of {shown(target)}: of a folder that is not empty, or "
-                "between a file and a folder, nothing takes the place; remove it first"
+                f"cannot take the place of {shown(target)}: of a directory that is not empty, or "
+                "between a file and a directory, nothing takes the place; remove it first"
             ) from error
         raise
 
@@ -302,7 +303,7 @@ def _copy(old: Folder, name: bytes, new: Folder, to: bytes, depth: int) -> None:
     elif stat.S_ISDIR(mode):
         if not depth:
             raise InvalidArgumentError(
-                f"cannot copy this: its folders are over {DEPTH_MAX} deep", field="source"
+                f"cannot copy this: its directories are over {DEPTH_MAX} deep", field="source"
             )
         new.make(to)
         with old.folder(name) as inside, new.folder(to) as made:
@@ -446,7 +447,7 @@ def _trouble(error: OSError, path: str, target: str) -> SandyardError:
             "that it is to be overwritten"
         )
     if number == errno.EISDIR:
-        return InvalidArgumentError(f"cannot do this to {path}: it is a folder", field="path")
+        return InvalidArgumentError(f"cannot do this to {path}: it is a directory", field="path")
     if number in (errno.ENOSPC, errno.EDQUOT):
         return PayloadTooLargeError(
             "cannot write this: the workspace is full, of bytes or of files; remove something first"
