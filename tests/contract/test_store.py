@@ -1,10 +1,13 @@
 """The examination every store passes: SQLite, and a PostgreSQL of the run's own."""
 
 import asyncio
+import os
 import random
+import re
 import sqlite3
 import string
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import replace
@@ -18,13 +21,14 @@ import asyncpg
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from tests.support.clock import AheadClock
 from tests.support.house import eventually, until
 from tests.support.postgres import postgres_url
 from tests.support.store import recounted, written_in
 
+from sandyard.server.app.backups import environment_of
 from sandyard.server.core.contracts.store import Hold, Store, Turn
 from sandyard.server.core.errors import AlreadyExistsError, InternalError, UnavailableError
 from sandyard.server.core.ids import digest_of_key, new_sandbox_id, new_uuid
@@ -46,6 +50,7 @@ from sandyard.server.core.records import (
     Organization,
     PendingTopup,
     Project,
+    Quarantined,
     Reason,
     RequestKey,
     RevokedKey,
@@ -62,8 +67,10 @@ from sandyard.server.core.records import (
 )
 from sandyard.server.core.shapes import Shape, ShapeSeconds
 from sandyard.server.core.states import Status
+from sandyard.server.links.identities import Authority, new_request
 from sandyard.server.links.local import SystemClock
-from sandyard.server.links.sql import migrations, open_store
+from sandyard.server.links.sql import migrations, open_store, read_schema
+from sandyard.server.links.sql.migrate import schema_of
 from sandyard.server.links.sql.prepared import SQLITE, Prepared, Values
 from sandyard.server.links.sql.store import POSTGRES, PostgresStore
 from sandyard.server.service.people.bootstrap import ensure_first_organization
@@ -71,6 +78,7 @@ from sandyard.server.service.people.organizations import SignUp
 
 NOW = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 KEY = b"k" * 32
+NEWEST, FIRST_FLOOR = "0017", "0016"
 ORG, OTHER = new_uuid(), new_uuid()
 USER, PROJECT = new_uuid(), new_uuid()
 
@@ -572,6 +580,23 @@ async def test_a_turn_that_does_not_come_is_told_of(monkeypatch: pytest.MonkeyPa
             pass
 
 
+@pytest.mark.postgres
+async def test_a_server_that_stands_still_within_a_statement_loses_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(POSTGRES, "connect_args", {"server_settings": {"statement_timeout": "100"}})
+    async with postgres_url() as url, open_store(url, key=KEY) as store:
+        with pytest.raises(UnavailableError):
+            async with store.write(ORG) as tx:
+                # Another statement than ever before: it is prepared, and not executed.
+                reading = asyncio.create_task(tx.sandboxes.page(SandboxQuery(ORG, limit=10)))
+                await asyncio.sleep(0)
+                time.sleep(0.5)
+                await reading
+        async with store.write(ORG):
+            pass
+
+
 async def connections_of(url: str, *, end: bool = False) -> list[str]:
     """Return the states of a database's connections, or end them all."""
     admin = await asyncpg.connect(url.rpartition("/")[0] + "/postgres")
@@ -585,6 +610,154 @@ async def connections_of(url: str, *, end: bool = False) -> list[str]:
         return [row[0] for row in found]
     finally:
         await admin.close()
+
+
+@asynccontextmanager
+async def tls(url: str, folder: Path) -> AsyncIterator[tuple[Path, Path]]:
+    """Have the server offer TLS, as `localhost`; yield its authority, and one that is another's."""
+    now = datetime.now(UTC)
+    ours, other = (Authority.new(new_uuid(), now) for _ in range(2))
+    for name, one in (("ours", ours), ("other", other)):
+        (folder / name).write_bytes(one.certificate)
+    key, request = new_request()
+    admin = await asyncpg.connect(url)
+    try:
+        data = Path(await admin.fetchval("SHOW data_directory"))
+        for name, content in (
+            ("server.key", key), ("server.crt", ours.sign_server(request, "x", ["localhost"], now)),
+        ):  # fmt: skip
+            (data / name).write_bytes(content)
+            (data / name).chmod(0o600)
+            os.chown(data / name, data.stat().st_uid, data.stat().st_gid)
+        await admin.execute("ALTER SYSTEM SET ssl = on")
+        await admin.execute("SELECT pg_reload_conf()")
+        yield folder / "ours", folder / "other"
+        await admin.execute("ALTER SYSTEM RESET ssl")
+        await admin.execute("SELECT pg_reload_conf()")
+    finally:
+        await admin.close()
+
+
+@pytest.mark.postgres
+async def test_tls_is_verified_as_the_url_says(tmp_path: Path) -> None:
+    async def opens(url: str) -> bool:
+        async with open_store(url, key=KEY) as store:
+            await store.ping()
+            engine = store.engine  # type: ignore[attr-defined]
+            async with engine.connect() as connection:
+                query = text("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+                return bool((await connection.execute(query)).scalar())
+
+    async with postgres_url() as url, tls(url, tmp_path) as (ours, other):
+        named = url.replace("127.0.0.1", "localhost")
+
+        async def is_on() -> bool:
+            return await opens(f"{url}?sslmode=prefer")
+
+        await eventually(is_on)
+        assert not await opens(f"{url}?sslmode=disable")
+        for good in (
+            f"{url}?sslmode=require", f"{url}?sslmode=verify-ca&sslrootcert={ours}",
+            f"{named}?sslmode=verify-full&sslrootcert={ours}",
+        ):  # fmt: skip
+            assert await opens(good), good
+        for bad in (
+            f"{url}?sslmode=verify-full&sslrootcert={ours}",  # it is not called so
+            f"{named}?sslmode=verify-full&sslrootcert={other}",
+            f"{named}?sslmode=verify-full",  # the system does not know it
+            f"{named}?sslmode=require&sslrootcert={other}",
+            f"{named}?sslrootcert={other}",
+        ):
+            with pytest.raises(UnavailableError, match="cannot trust the database's certificate"):
+                await opens(bad)
+        with pytest.raises(UnavailableError, match="cannot use sslrootcert="):
+            await opens(f"{named}?sslmode=verify-full&sslrootcert={tmp_path}/none")
+        with pytest.raises(InternalError, match="sslmode is one of"):
+            await opens(f"{url}?sslmode=sometimes")
+        with pytest.raises(InternalError, match="needs sslrootcert"):
+            await opens(f"{url}?sslmode=verify-ca")
+        # pg_dump is given what the server goes by.
+        found = environment_of(f"{named}?sslrootcert={ours}")
+        assert (found["PGSSLMODE"], found["PGSSLROOTCERT"]) == ("verify-ca", str(ours))
+        assert "PGSSLROOTCERT" in environment_of(f"{named}?sslmode=verify-full")
+        assert "PGSSLMODE" not in environment_of(url)
+
+
+class Cable:
+    """What lies between a server and its database; while it is cut, nothing passes."""
+
+    def __init__(self) -> None:
+        self.is_whole = asyncio.Event()
+        self.is_whole.set()
+
+    @asynccontextmanager
+    async def to(self, url: str) -> AsyncIterator[str]:
+        """Yield the URL of the same database, by way of this cable."""
+        port = make_url(url).port
+
+        async def carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                await self.is_whole.wait()
+                target.write(data)
+            target.close()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await self.is_whole.wait()
+            its_reader, its_writer = await asyncio.open_connection("127.0.0.1", port)
+            with suppress(ConnectionError):
+                await asyncio.gather(carry(reader, its_writer), carry(its_reader, writer))
+            for one in (writer, its_writer):
+                one.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            own = server.sockets[0].getsockname()[1]
+            yield url.replace(f":{port}/", f":{own}/")
+            self.is_whole.set()
+
+
+@pytest.mark.postgres
+async def test_without_an_answer_to_a_ping_nothing_waits_for_the_database() -> None:
+    cable = Cable()
+    async with AsyncExitStack() as held:
+        url = await held.enter_async_context(postgres_url())
+        cut = await held.enter_async_context(cable.to(url))
+        peer = await held.enter_async_context(open_store(url, key=KEY))
+        store = await held.enter_async_context(open_store(cut, key=KEY))
+        await furnish(store)
+        await store.ping()
+
+        async def read() -> None:
+            async with store.read() as tx:
+                await tx.organizations.every()
+
+        async def glance() -> None:
+            async with store.glance() as tx:
+                await tx.sandboxes.find("x")
+
+        async def write() -> None:
+            async with store.write(ORG) as tx:
+                await tx.facts.moment("x")
+
+        await asyncio.gather(*(read() for _ in range(3)))
+        cable.is_whole.clear()
+        # More than there are connections: some wait for one, some for their turn.
+        works = [one() for _ in range(20) for one in (read, glance, write)]
+        waiting = [asyncio.create_task(one) for one in works]
+        await asyncio.sleep(0)
+        with pytest.raises(UnavailableError):
+            await store.ping()
+        async with asyncio.timeout(6):  # one turn alone is waited for for ten seconds
+            outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+            assert {type(one) for one in outcomes} == {UnavailableError}
+            for late in (read, glance, write):
+                with pytest.raises(UnavailableError):
+                    await late()
+        cable.is_whole.set()
+        await store.ping()
+        for again in (read, glance, write):
+            await again()
+        async with peer.write(ORG):
+            pass
 
 
 @pytest.mark.postgres
@@ -894,6 +1067,29 @@ async def test_a_keyed_request_can_be_forgotten(store: Store) -> None:
         assert await tx.requests.find(replace(key, key="other")) is None
 
 
+async def test_a_status_of_a_newer_server_hides_one_sandbox_and_no_other(
+    store: Store, url: str
+) -> None:
+    one, other = sandbox(node_id="n"), sandbox(node_id="n")
+    await insert(store, one, other)
+    newer = (
+        "PRAGMA ignore_check_constraints=1"
+        if url.startswith("sqlite")
+        else "ALTER TABLE sandboxes DROP CONSTRAINT ck_sandboxes_status"
+    )
+    changed = f"UPDATE sandboxes SET status = 'hibernated' WHERE id = '{other.id}'"
+    await run_sql(url, newer, changed)
+    async with store.read() as tx:
+        assert [found.id for found in await tx.sandboxes.page(SandboxQuery(ORG, limit=9))] == [
+            one.id
+        ]
+        assert [found.id for found in await tx.sandboxes.on_node("n", frozenset(Status))] == [
+            one.id
+        ]
+        with pytest.raises(UnavailableError, match=other.id):
+            await tx.sandboxes.find(other.id)
+
+
 async def test_pages_are_newest_first_and_meet_without_gap_or_repeat(store: Store) -> None:
     made = [
         sandbox(created_at=NOW + timedelta(seconds=number // 2), tags=("even",) * (number % 2 == 0))
@@ -1032,6 +1228,35 @@ async def test_a_key_of_ssh_is_an_organizations_once(store: Store) -> None:
         assert await tx.ssh_keys.find(ORG, key.id) == replace(key, last_used_at=NOW)
         await tx.ssh_keys.add(replace(key, id=new_uuid(), org_id=OTHER))
         assert await tx.ssh_keys.remove(ORG, key.id)
+
+
+async def test_machines_in_quarantine_keep_when_they_were_found(store: Store) -> None:
+    one = Quarantined(
+        sandbox_id="sandbox-aaaaaaaaaaaa", node_id="a", incarnation=2, version=5, phase="running",
+        template="base-ubuntu", shape=Shape(2, 1024, 10_240), found_at=NOW,
+    )  # fmt: skip
+    later = NOW + timedelta(hours=1)
+    two = replace(one, sandbox_id="sandbox-bbbbbbbbbbbb", node_id="b", found_at=later)
+    async with store.write(Turn.ALONE) as tx:
+        for machine in (two, one):
+            await tx.quarantine.put(machine)
+    async with store.read() as tx:
+        assert await tx.quarantine.all() == [one, two]
+        assert await tx.quarantine.on_node("b") == [two]
+    saved = replace(one, phase="paused", version=6, found_at=later, is_unwanted=True)
+    async with store.write(Turn.ALONE) as tx:
+        await tx.quarantine.put(saved)
+        assert await tx.quarantine.on_node("a") == [replace(one, phase="paused", version=6)]
+        assert await tx.quarantine.condemn(one.sandbox_id)
+        assert not await tx.quarantine.condemn("sandbox-cccccccccccc")
+        await tx.quarantine.put(one)
+        assert await tx.quarantine.on_node("a") == [replace(one, is_unwanted=True)]
+        again = replace(one, incarnation=3, template="other", found_at=later)
+        await tx.quarantine.put(again)
+        assert await tx.quarantine.on_node("a") == [again]
+        await tx.quarantine.remove([one.sandbox_id])
+        await tx.quarantine.remove([])
+        assert await tx.quarantine.all() == [two]
 
 
 async def test_revoked_keys_are_removed_from_each_sandbox_once_a_start(store: Store) -> None:
@@ -1388,8 +1613,12 @@ async def test_a_store_from_before_there_was_money_is_brought_up_to_date(url: st
             connection.execute(text(statement))
 
     await run_by_hand(url, fill)
+    with pytest.raises(InternalError, match=r"its schema is 0002.*sandyard admin migrate"):
+        async with open_store(url, key=KEY):
+            pass
+    assert (await read_schema(url)).present == "0002"
     for _ in range(2):
-        async with open_store(url, key=KEY) as store:
+        async with open_store(url, key=KEY, migrates=True) as store:
             sign_up = SignUp(10_000, "enterprise", 5)
             found = await ensure_first_organization(store, SystemClock(), sign_up)
             assert (found[0].id, found[1].id, found[1].is_operator) == (org, user, True)
@@ -1423,16 +1652,130 @@ async def test_a_store_that_is_not_there_is_unavailable() -> None:
             pass
 
 
-async def test_a_newer_schema_is_refused_in_words(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'newer.db'}"
+@pytest.mark.parametrize("floor", ["9998", NEWEST])
+async def test_a_newer_schema_is_used_above_its_floor_and_refused_below(
+    url: str, floor: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async with open_store(url, key=KEY):
         pass
-    with sqlite3.connect(url.removeprefix("sqlite:///")) as raw:
-        raw.execute("UPDATE alembic_version SET version_num = '9999'")
-    raw.close()
-    with pytest.raises(InternalError, match="newer Sandyard"):
-        async with open_store(url, key=KEY):
+    await run_sql(
+        url,
+        "UPDATE alembic_version SET version_num = '9999'",
+        f"UPDATE schema_floor SET revision = '{floor}'",
+        "ALTER TABLE sandboxes ADD COLUMN later integer NOT NULL DEFAULT 7",
+    )
+    if floor == NEWEST:
+        async with open_store(url, key=KEY, migrates=True) as store:
+            await furnish(store)
+            one = sandbox()
+            await insert(store, one)
+            assert (await find(store, one.id)).shape == one.shape
+        assert "of a newer version" in caplog.text
+        assert (await read_schema(url)).is_ahead
+    else:
+        for migrates in (False, True):
+            with pytest.raises(InternalError, match="newer Sandyard"):
+                async with open_store(url, key=KEY, migrates=migrates):
+                    pass
+
+
+def at(revision: str) -> Callable[[Connection], None]:
+    """Return what makes the schema as it was at a revision."""
+
+    def make(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+    return make
+
+
+async def test_what_a_database_was_before_its_migration_is_kept_beside(tmp_path: Path) -> None:
+    path = tmp_path / "sandyard.db"
+    await run_by_hand(f"sqlite:///{path}", at("0014"))
+    (tmp_path / "sandyard.db.schema-0009").touch()
+    async with open_store(f"sqlite:///{path}", key=KEY, migrates=True):
+        pass
+    kept = tmp_path / "sandyard.db.schema-0014"
+    assert sorted(tmp_path.glob("*.schema-*")) == [kept]
+    assert kept.stat().st_mode & 0o777 == 0o600
+    for there, revision in ((path, NEWEST), (kept, "0014")):
+        with closing(sqlite3.connect(there)) as raw:
+            assert raw.execute("SELECT version_num FROM alembic_version").fetchall() == [
+                (revision,)
+            ]
+
+
+async def test_without_a_copy_nothing_is_migrated(tmp_path: Path) -> None:
+    path = tmp_path / "sandyard.db"
+    await run_by_hand(f"sqlite:///{path}", at("0014"))
+    (tmp_path / "sandyard.db.schema-0014.part").mkdir()  # nothing can be written there
+    with pytest.raises(UnavailableError, match=r"cannot copy the database.*free some space"):
+        async with open_store(f"sqlite:///{path}", key=KEY, migrates=True):
             pass
+    assert (await read_schema(f"sqlite:///{path}")).present == "0014"
+
+
+async def test_a_migration_that_ends_midway_leaves_the_schema_as_it_was(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await run_by_hand(url, at("0014"))
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alembic.op.create_index", broken)  # of the second one, after its table
+        with pytest.raises(ZeroDivisionError):
+            async with open_store(url, key=KEY, migrates=True):
+                pass
+    schema = await read_schema(url)
+    assert (schema.present, schema.missing[0]) == ("0014", "0015")
+    async with open_store(url, key=KEY, migrates=True) as store:
+        await furnish(store)
+    assert not (await read_schema(url)).is_behind
+
+
+def shape_of(connection: Connection) -> dict[str, dict[str, bool]]:
+    """Return each table's columns, and whether a row may leave them out."""
+    found = inspect(connection)
+    return {
+        table: {
+            one["name"]: one["nullable"] or one["default"] is not None
+            for one in found.get_columns(table)
+        }
+        for table in found.get_table_names()
+    }
+
+
+def test_a_migration_that_an_older_server_cannot_live_with_raises_the_floor() -> None:
+    """An older server reads and writes the columns that it knows, and no others."""
+    folder = Path(migrations.__file__).parent / "versions"
+    revisions = sorted(path.name[:4] for path in folder.glob("0*.py"))
+    engine = create_engine("sqlite://")
+    with engine.begin() as connection:
+        for before, revision in pairwise(revisions):
+            at(before)(connection)
+            old, floor = shape_of(connection), schema_of(connection).floor
+            at(revision)(connection)
+            new = shape_of(connection)
+            breaks = [
+                (table, name)
+                for table, columns in old.items()
+                for name in columns
+                if name not in new.get(table, {})
+            ] + [
+                (table, name)
+                for table in old.keys() & new.keys()
+                for name, may_be_absent in new[table].items()
+                if name not in old[table] and not may_be_absent
+            ]
+            (path,) = folder.glob(f"{revision}_*.py")
+            raises = re.search(r'^floor = "(\d+)"$', path.read_text(), re.M)
+            # Before the first floor no server could use a database of a newer version.
+            assert not breaks or raises or revision < FIRST_FLOOR, (revision, breaks, floor)
+    engine.dispose()
 
 
 # --- nodes on other hosts -----------------------------------------------------------------------
@@ -1499,6 +1842,47 @@ async def test_whoever_does_not_beat_is_lost_until_it_does(store: Store) -> None
     async with store.read() as tx:
         _, back = await tx.joined_nodes.all()
     assert (back.has_lease, back.lost_at) == (True, None)
+
+
+async def test_no_lease_outlives_its_holder_because_the_clock_was_set_back(
+    store: Store, url: str
+) -> None:
+    await joined(store)
+    await started(store, HERE, 4 * SECOND)
+    one = sandbox()
+    async with store.write(ORG) as tx:
+        await tx.sandboxes.insert(one, hold=held("a"))
+    async with store.write(Turn.SHARED) as tx:
+        assert await tx.duties.take("x", "a", lasts=HALF_A_MINUTE)
+        assert await tx.duties.take("x", "a", lasts=HALF_A_MINUTE)
+        assert not await tx.duties.take("x", "b", lasts=HALF_A_MINUTE)
+    # As if they had been taken two hours from now.
+    later = 2 * 3600 * 1_000_000
+    await run_sql(
+        url,
+        f"UPDATE joined_nodes SET lease_until = lease_until + {later}",
+        f"UPDATE sandboxes SET lease_until = lease_until + {later}",
+        f"UPDATE duties SET until = until + {later}",
+    )
+    async with store.write(Turn.SHARED) as tx:
+        assert await tx.duties.take("x", "b", lasts=HALF_A_MINUTE)
+        assert [claim.sandbox.id for claim in await tx.leases.claim(
+            frozenset({Status.PENDING}), hold=held("b"), limit=9
+        )] == [one.id]  # fmt: skip
+        (node,) = await tx.joined_nodes.all()
+        assert not node.has_lease
+        # One that lives has the time to say so.
+        assert await tx.joined_nodes.lose(grace=timedelta()) == []
+        (node,) = await tx.joined_nodes.all()
+        assert (node.has_lease, node.lost_at) == (True, None)
+
+
+async def test_a_duty_is_one_servers_until_it_ends(store: Store) -> None:
+    async with store.write(Turn.SHARED) as tx:
+        assert await tx.duties.take("x", "a", lasts=-SECOND)
+        assert await tx.duties.take("y", "a", lasts=HALF_A_MINUTE)
+        assert await tx.duties.take("x", "b", lasts=HALF_A_MINUTE)
+        assert not await tx.duties.take("x", "a", lasts=HALF_A_MINUTE)
 
 
 async def compared(store: Store, by: str, *node_ids: str, **options: Any) -> frozenset[str]:

@@ -7,11 +7,14 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 import pytest
+from tests.support.house import eventually
 from tests.support.server import RealServer, longer, wait_until
 
 from sandyard.server.core import ops
 from sandyard.server.core.errors import (
     AgentError,
+    ConflictError,
+    GuestNotFoundError,
     InvalidArgumentError,
     NotFoundError,
     UnsupportedError,
@@ -132,3 +135,44 @@ async def test_a_port_that_is_not_the_sandboxs_is_refused(
 ) -> None:
     with pytest.raises(InvalidArgumentError, match=str(port)):
         await _link(server, box).ask(ops.Dial(port), limit_s=_LIMIT_S)
+
+
+async def test_of_many_that_would_replace_a_process_one_does(server: RealServer, box: str) -> None:
+    link = _link(server, box)
+    limit_s = longer(_LIMIT_S)
+
+    async def living() -> set[int]:
+        every = (await link.ask(ops.List(), limit_s=limit_s)).items
+        return {one.pid for one in every if one.end is None}
+
+    before = await living()
+    first = await link.ask(ops.Start("sleep 600", tag="one"), limit_s=limit_s)
+    successor = ops.Start("sleep 600", tag="one", replaces=first.pid)
+    heard = await asyncio.gather(
+        *(link.ask(successor, limit_s=limit_s) for _ in range(4)), return_exceptions=True
+    )
+    (second,) = [one for one in heard if isinstance(one, ops.Program)]
+    assert [type(one) for one in heard if one is not second] == [GuestNotFoundError] * 3
+    assert (await link.ask(ops.List(tag="one"), limit_s=limit_s)).items == (second,)
+
+    every = (await link.ask(ops.List(), limit_s=limit_s)).items
+    assert [one.tag for one in every if one.pid == first.pid] == [None]
+    await link.ask(ops.Signal(9, tag="one", everything=True), limit_s=limit_s)
+
+    async def has_ended() -> bool:
+        return (await link.ask(ops.List(second.pid), limit_s=limit_s)).items[0].end is not None
+
+    await eventually(has_ended, limit_s=limit_s)
+    # Even a process that has ended loses its tag.
+    with pytest.raises(ConflictError):
+        await link.ask(ops.Signal(9, tag="one", forgets_tag=True), limit_s=limit_s)
+    with pytest.raises(GuestNotFoundError):
+        await link.ask(ops.Start("true", tag="one", replaces=second.pid), limit_s=limit_s)
+
+    await link.ask(ops.Signal(9, pid=first.pid, everything=True), limit_s=limit_s)
+
+    async def none_is_left() -> bool:
+        return await living() <= before
+
+    await eventually(none_is_left, limit_s=limit_s)
+    link.close()

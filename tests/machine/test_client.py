@@ -15,10 +15,12 @@ from sandyard.client import (
     ApiError,
     AsyncSandbox,
     AsyncSandyard,
+    ChangedError,
     CommandFailedError,
     ConflictError,
     Exited,
     Lost,
+    NotFoundError,
     Printed,
     Sandbox,
     Sandyard,
@@ -128,19 +130,149 @@ def test_code_is_kept_and_ended_when_it_takes_too_long(sbx: Sandbox) -> None:
     late = sbx.run_code("import time; print('on', flush=True); time.sleep(99)", timeout_s=1.5)
     assert late.error is not None
     assert (late.error.name, late.stdout) == ("TimeoutError", "on\n")
+    assert sbx.run_code("x").value == "41"
+    assert sbx.run_code("input() + input()", stdin="a\nb").value == "'ab'"
+    # What goes on after an interruption ends with the interpreter.
+    stubborn = "while True:\n try: time.sleep(99)\n except KeyboardInterrupt: pass"
+    late = sbx.run_code(f"import time\n{stubborn}", timeout_s=1.5)
+    assert late.error is not None
+    assert late.error.name == "TimeoutError"
     gone = sbx.run_code("x").error
     assert gone is not None
     assert gone.name == "NameError"
     ended = sbx.run_code("import os; os._exit(3)").error
     assert ended is not None
-    assert ended.name == "SessionEnded"
-    # One that is ended behind its back is begun anew.
+    assert ended.name == "InterpreterEnded"
+    # One that is ended behind its back has a successor.
     pid = sbx.run_code("import os; os.getpid()").value
     assert sbx.exec(f"kill -9 {pid}").exit_code == 0
     assert sbx.run_code("2 + 2").value in ("4", None)
     again = sbx.run_code("import os; os.getpid()").value
     assert again not in (pid, None)
-    sbx.exec(f"kill -9 {again}; rm -f /workspace/made")
+    sbx.exec("rm -f /workspace/made")
+    for one in sbx.contexts.list():
+        one.delete()
+
+
+def test_a_context_is_anybodys_who_has_its_id(sbx: Sandbox, yard: Sandyard) -> None:
+    before = {one.id for one in sbx.contexts.list()}  # other tests run code in this sandbox, too
+    context = sbx.contexts.create("bash", cwd="/", user="nobody")
+    assert context.run("x=5; id -un; pwd").stdout == "nobody\n/\n"
+    other = Sandbox.connect(sbx.id, client=yard)
+    assert {one.id for one in other.contexts.list()} - before == {context.id}
+    assert other.run_code("echo $x; cat", context=context.id, stdin="in").stdout == "5\nin"
+    failed = other.run_code("sleep 999", context=context, timeout_s=1).error
+    assert failed is not None
+    assert failed.name == "TimeoutError"
+    context.restart()
+    assert context.run("echo [$x]").stdout == "[]\n"
+    context.delete()
+    with pytest.raises(NotFoundError):
+        context.run("true")
+    assert context.id not in {one.id for one in other.contexts.list()}
+
+
+def test_what_a_cancelled_call_has_started_is_ended(server: RealServer, box: str) -> None:
+    async def cancel() -> None:
+        async with AsyncSandyard(key_of(server), f"http://127.0.0.1:{server.port}") as yard:
+            sbx = await AsyncSandbox.connect(box, client=yard)
+            for command, stdin in (("sleep 1003", None), ("cat; sleep 1003", b"x")):
+                running = asyncio.ensure_future(sbx.exec(command, timeout_s=300, stdin=stdin))
+                await asyncio.to_thread(wait_until, lambda: "sleep 1003 " in server.running(box))
+                running.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await running
+                await asyncio.to_thread(
+                    wait_until, lambda: "sleep 1003 " not in server.running(box)
+                )
+            code, on = "import time; x = 1; print('on'); time.sleep(1004)", asyncio.Event()
+            coding = asyncio.ensure_future(
+                sbx.run_code(code, timeout_s=longer(60), on_stdout=lambda _: on.set())
+            )
+            await on.wait()
+            coding.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await coding
+            assert (await sbx.run_code("x")).value == "1"
+
+    asyncio.run(cancel())
+
+
+def test_programs_in_the_background_and_on_terminals(sbx: Sandbox, server: RealServer) -> None:
+    process = sbx.exec(
+        "pwd; id -u; exec sleep 1005", background=True, cwd="made/here", make_cwd=True, user=12345
+    )
+    events = process.events()
+    said = b""
+    while said.count(b"\n") < 2:
+        event = next(events)
+        assert isinstance(event, Printed)
+        said += event.data
+    assert said == b"/workspace/made/here\n12345\n"
+    process.kill()
+    assert process.wait().signal == "SIGKILL"
+    process.kill()  # once more is no error
+    shown: list[bytes] = []
+    terminal = sbx.open_terminal(shown.append, "stty size; cat", columns=100, rows=30)
+    terminal.write("typed\n")
+    wait_until(lambda: b"".join(shown).count(b"typed") == 2)
+    terminal.write(b"\x04")
+    assert terminal.wait(longer(30)).exit_code == 0
+    assert b"30 100" in b"".join(shown)
+    with pytest.raises(TimeoutError):
+        sbx.open_terminal(shown.append, "sleep 1006").wait(0.1)
+    sbx.exec("pkill -f 'sleep 1006'; rm -r made")
+
+
+def test_files_on_conditions_and_watched(sbx: Sandbox) -> None:
+    assert not sbx.files.exists("cond")
+    sbx.files.write("cond", "one")
+    etag = sbx.files.info("cond").etag
+    assert etag is not None
+    assert sbx.files.read_if_changed("cond", etag) is None
+    sbx.files.write("cond", "two", if_match=etag)
+    with pytest.raises(ChangedError, match="has changed"):
+        sbx.files.write("cond", "thr", if_match=etag)
+    assert sbx.files.read_if_changed("cond", etag) == b"two"
+    sbx.exec("ln -s cond link")
+    assert sbx.files.info("link").etag is None  # its target may change while it does not
+    etag = sbx.files.info("cond").etag
+    assert etag is not None
+    assert sbx.files.read_if_changed("link", etag) is None
+    sbx.files.write("link", "three", if_match=etag)
+    assert sbx.files.read_if_changed("link", etag) == b"three"
+    assert sbx.exec("readlink link").stdout == "cond\n"
+    with pytest.raises(ChangedError):
+        sbx.files.write("none", "x", if_match="*")
+    assert not sbx.files.exists("none")
+    assert not sbx.files.exists("cond/below")
+    seen: list[str] = []
+    watch = sbx.files.on_change("/workspace", lambda change: seen.append(change.path))
+    sbx.files.write_all({"a1": "1", "sub/a2": b"2"})
+    wait_until(lambda: {"/workspace/a1", "/workspace/sub"} <= set(seen))
+    watch.stop()
+    assert watch.error is None
+    with pytest.raises(FileNotFoundError):
+        sbx.files.on_change("/absent", print)
+    sbx.exec("rm -r cond a1 sub")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "field"),
+    [
+        ({"user": "nosuch"}, "no_user", "user"), ({"cwd": "/no/such"}, "no_cwd", "cwd"),
+        ({"command": ["/no/such"]}, "cannot_start", "command"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_started_has_a_reason(
+    sbx: Sandbox, options: dict[str, Any], reason: str, field: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        sbx.processes.start(**{"command": "true", **options})
+    assert caught.value.details["reason"] == reason
+    assert caught.value.details["field"] == field
+    with pytest.raises(ProcessLookupError):
+        sbx.processes.get(999_999).info()
 
 
 def test_a_session_lives_through_a_pause_and_goes_with_a_fork(yard: Sandyard) -> None:

@@ -93,10 +93,10 @@ def test_disks_of_other_sizes_come_from_golden_machines(server: RealServer) -> N
     if is_slow():  # they take a minute to grow a file system by ten GB, and five to boot
         shapes = [(6, "6GB", ("7GB", "6GB"))]
     for first, size, then in shapes:
-        before, goldens = boots(), server.metric("sandyard_goldens ")
+        before, goldens = boots(), server.metric("sandyard_goldens{")
         check(size, first * 900)
         assert boots() == before + 1
-        wait_until(lambda goldens=goldens: server.metric("sandyard_goldens ") > goldens,  # type: ignore[misc]
+        wait_until(lambda goldens=goldens: server.metric("sandyard_goldens{") > goldens,  # type: ignore[misc]
                    limit_s=90, what="a golden machine")  # fmt: skip
         for other in then:
             check(other, int(other.removesuffix("GB")) * 900)

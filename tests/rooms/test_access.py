@@ -18,6 +18,7 @@ KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
 PATIENT = {"accounts": {"failed_logins_per_minute": 100_000}}
 BODIES: dict[str, dict[str, object]] = {
     "/processes": {"command": "true"},
+    "/run": {"code": "1"},
     "/desktop/key": {"keys": "a"},
     "/desktop/type": {"text": "a"},
     "/desktop/click": {"x": 0, "y": 0},

@@ -11,6 +11,7 @@ from tests.support.house import Yard, eventually, open_yard, until
 
 from sandyard.server.core.contracts.store import Turn
 from sandyard.server.core.states import Status
+from sandyard.server.service.readiness import Readiness
 
 FIELDS = {
     "id", "name", "status", "tags", "template", "ownerUserId", "ownerDisplayName", "ownerEmail",
@@ -340,9 +341,13 @@ async def test_a_template_that_is_not_built_is_told_with_the_remedy(tmp_path: Pa
     async with open_yard(tmp_path) as yard:
         (tmp_path / "templates/base-ubuntu.json").unlink()
         answer = await yard.client.post("/v1/sandboxes", json={})
-        assert answer.status_code == 503
-        assert "sandyard template build base-ubuntu" in answer.json()["error"]["message"]
-        assert answer.headers["retry-after"]
+        assert answer.status_code == 409
+        error = answer.json()["error"]
+        assert "sandyard template build base-ubuntu" in error["message"]
+        assert (error["code"], error["details"]["reason"]) == (
+            "invalid_state",
+            "template_not_built",
+        )
         listed = (await yard.client.get("/v1/templates/base-ubuntu")).json()["data"]
         assert listed["status"] == "pending"
 
@@ -446,9 +451,9 @@ async def test_a_create_that_cannot_be_is_refused_by_field(
 @pytest.mark.parametrize(
     "body",
     [
-        {}, {"command": ""}, {"command": "a\x00b"}, {"command": 1}, {"command": "x" * (2**20 + 1)},
+        {}, {"command": ""}, {"command": "a\x00b"}, {"command": 1}, {"command": "x" * (2**21 + 1)},
         {"command": "x", "timeout": 0}, {"command": "x", "timeout": 3_600_001},
-        {"command": "x", "timeout": "1"}, {"command": "x", "cwd": "relative"},
+        {"command": "x", "timeout": "1"}, {"command": "x", "cwd": ""},
         {"command": "x", "env": {"A=B": "c"}}, {"command": "x", "encoding": "latin-1"},
         {"command": "x", "user": ""}, {"command": "\ud800"}, {"command": "x", "stdin": "\ud800"},
         {"command": "x", "stdin": "?", "stdinEncoding": "base64"},
@@ -495,7 +500,7 @@ async def test_too_large_a_body_is_refused(yard: Yard, path: str, limit: int) ->
         )
         assert answer.status_code in status, answer.text
     assert answer.json()["error"]["code"] == "payload_too_large"
-    assert answer.json()["error"]["details"] == {"limit": limit}
+    assert answer.json()["error"]["details"] == {"limit": limit, "reason": "too_large"}
 
 
 @pytest.mark.parametrize(
@@ -682,7 +687,9 @@ async def test_the_other_header_is_taken_and_bearer_wins(yard: Yard) -> None:
 # --- operations -----------------------------------------------------------------------------------
 
 
-async def test_health_readiness_and_metrics_need_no_credential(yard: Yard) -> None:
+async def test_health_readiness_and_metrics_need_no_credential(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await yard.create()
     async with yard.client_of(None) as client:
         assert (await client.get("/healthz")).json() == {
@@ -695,8 +702,14 @@ async def test_health_readiness_and_metrics_need_no_credential(yard: Yard) -> No
             "missing": [],
             "limited": [],
         }
+        assert (await client.get("/servez")).json()["status"] == "ok"
+        with monkeypatch.context() as patched:
+            patched.setattr(Readiness, "cannot_serve", "the database does not answer")
+            answer = await client.get("/servez")
+        assert (answer.status_code, answer.json()["status"]) == (503, "unready")
         metrics = await client.get("/metrics")
-        assert 'sandyard_machines{state="running"} 1.0' in metrics.text
+        running = r'^sandyard_machines\{node="\S+",state="running"\} 1.0'
+        assert re.search(running, metrics.text, re.M)
         assert 'sandyard_nodes{state="answering"} 1.0' in metrics.text
         assert 'sandyard_nodes{state="silent"} 0.0' in metrics.text
         assert "sandyard_http_requests_total" in metrics.text

@@ -80,7 +80,7 @@ async def test_a_sandboxs_life_from_threads(opened: Door, tmp_path: Path) -> Non
                 assert box.files.read_text("d/odd", errors="replace") == "\ufffd"
                 with pytest.raises(TypeError, match="NoneType"):
                     box.files.write("d/none", None)  # type: ignore[arg-type]  # the mistake
-                with pytest.raises(ApiError, match="names a folder"):
+                with pytest.raises(ApiError, match="names a directory"):
                     box.files.write("/tmp/zz/", "x")
                 assert [one.path for one in box.files.list(PurePosixPath("d"))] == [
                     "/workspace/d/f", "/workspace/d/odd",
@@ -117,6 +117,8 @@ async def test_a_sandboxs_life_from_threads(opened: Door, tmp_path: Path) -> Non
                 assert box.change(tags=["t"]).raw["tags"] == ["t"]
                 assert box.touch().id == box.id
                 assert box.stats()["memoryTotalBytes"] > 0
+                cost = box.cost()
+                assert (cost.is_free, cost.hourly_dollars > 0) == (False, True)
                 assert isinstance(box.logs(), str)
                 assert box.roll_back("then").wait_until_ready().status == "running"
                 yard.delete_snapshot("then")
@@ -309,7 +311,7 @@ async def test_what_passes_is_waited_for_and_nobody_notices() -> None:
 
 
 async def test_a_piece_of_code_is_run_once_or_told_of() -> None:
-    made = json.dumps({"data": {"pid": 7}}).encode()
+    made = json.dumps({"data": {"id": "context-python-1", "language": "python"}}).encode()
     async with bad_server(answer(200, GOOD), answer(201, made), answer(503, BUSY)) as (url, asked):
 
         def run(yard: Sandyard) -> None:
@@ -318,7 +320,7 @@ async def test_a_piece_of_code_is_run_once_or_told_of() -> None:
         with pytest.raises(UnavailableError):
             await concurrently(lambda: one_call(url, run))
         assert [one.split(b" ")[1].rpartition(b"/")[2] for one in asked] == [
-            b"x", b"processes", b"stdin",
+            b"x", b"contexts", b"run",
         ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from sandyard.server.core.errors import (
     UnavailableError,
 )
 from sandyard.server.core.ids import new_uuid
-from sandyard.server.core.records import NodeStart
+from sandyard.server.core.records import JoinedNode, NodeStart
 from sandyard.server.links.identities import control_name, new_request
 from sandyard.server.links.installation import (
     Installation,
@@ -304,7 +304,13 @@ async def test_a_node_that_is_there_is_not_forgotten(yard: Yard) -> None:
         await yard.fleet.forget("host")
     with pytest.raises(NotFoundError):
         await yard.fleet.drain("nobody", is_draining=True)
-    await yard.fleet.join(Joining(await yard.fleet.invite(), "host", application))
+    secret = await yard.fleet.invite()
+    with pytest.raises(ConflictError, match="another node has this name"):
+        await yard.fleet.join(Joining(secret, "host", application))
+    await yard.fleet.join(Joining(secret, "other", application))
+    # Versions before took two of one name.
+    async with yard.store.write(Turn.ALONE) as tx:
+        await tx.joined_nodes.add(JoinedNode(new_uuid(), "host", yard.clock.now()))
     with pytest.raises(ConflictError, match="name it by its id"):
         await yard.fleet.drain("host", is_draining=True)
     await yard.fleet.drain(identity.node_id, is_draining=True)

@@ -79,6 +79,8 @@ async def test_a_head_that_is_too_much_is_refused(tmp_path: Path, head: bytes, s
         told, error = await opened.ask(head)
         assert told == status
         assert str(error["message"]).startswith("cannot ")
+        assert str(error["requestId"]).startswith("req_")
+        assert error["requestId"] != "req_none"
         assert resident_mib() - before < 30
         # Also where another request came before it.
         first = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -15,7 +15,7 @@ from tests.support.house import Yard, eventually, open_yard
 from tests.support.several import open_several
 
 from sandyard.server.drivers.fake_files import ROOM
-from sandyard.server.service.sandboxes import files, frames
+from sandyard.server.service.sandboxes import frames
 
 
 @pytest.fixture(params=["one", pytest.param("several", marks=pytest.mark.postgres)])
@@ -218,8 +218,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 async def test_an_upload_may_take_longer_than_an_agent_may_stand_still(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (files, frames):
-        monkeypatch.setattr(module, "STILL_S", 0.3)
+    monkeypatch.setattr(frames, "STILL_S", 0.3)
     async with door(tmp_path) as opened:
         yard = opened.yard
         box = await yard.create()
@@ -419,3 +418,35 @@ async def test_no_key_is_taken_from_an_address_but_where_a_browser_has_no_other_
         twice = await nobody.get(path, params={"api_key": yard.key, "token": yard.key})
         assert (twice.status_code, twice.json()["error"]["details"]["field"]) == (400, "api_key")
         assert (await nobody.head(path, params={"token": yard.key})).status_code == 200
+
+
+async def test_a_file_is_read_if_it_has_changed_and_written_if_it_has_not(yard: Yard) -> None:
+    box = await yard.create()
+    path = f"{files_of(box)}?path=/f"
+
+    async def put(content: bytes, **headers: str) -> httpx.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await yard.client.put(path, content=content, headers=named)
+
+    missing = await put(b"x", If_Match="*")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (412, "precondition_failed")
+    made = await put(b"one", If_None_Match="*")
+    assert made.status_code == 201
+    etag = made.json()["data"]["etag"]
+    assert (await put(b"two", If_None_Match="*")).status_code == 412
+    read = await yard.client.get(path)
+    assert (read.content, read.headers["etag"]) == (b"one", etag)
+    same = await yard.client.get(path, headers={"If-None-Match": etag})
+    assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", etag)
+    stat = await yard.client.get(f"{files_of(box)}/stat?path=/f")
+    assert stat.json()["data"]["etag"] == etag
+    changed = await put(b"two", If_Match=etag)
+    assert changed.status_code == 201
+    assert (await put(b"three", If_Match=etag)).status_code == 412
+    assert (await put(b"three", If_Match=changed.json()["data"]["etag"])).status_code == 201
+    again = await yard.client.get(path, headers={"If-None-Match": etag})
+    assert (again.status_code, again.content) == (200, b"three")
+    for headers in ({"If_Match": "x"}, {"If_None_Match": etag}):
+        wrong = await put(b"", **headers)
+        assert wrong.status_code == 400
+        assert wrong.json()["error"]["details"]["field"] == next(iter(headers)).replace("_", "-")

@@ -58,7 +58,7 @@ async def pooled(tmp_path: Path) -> AsyncIterator[Yard]:
 
 async def has_every_golden(yard: Yard) -> bool:
     templates = (await yard.client.get("/v1/templates")).json()["data"]
-    return await metric(yard, "sandyard_goldens ") >= len(templates)
+    return await metric(yard, "sandyard_goldens{") >= len(templates)
 
 
 async def pool_is(yard: Yard, size: int) -> bool:
@@ -414,18 +414,59 @@ async def test_a_damaged_saved_state_is_an_error_that_keeps_the_disk(yard: Yard,
     assert (await yard.execute(box, "read")).startswith("kept")
 
 
-async def test_a_state_of_another_hypervisor_version_is_not_started(tmp_path: Path) -> None:
+async def test_a_state_of_another_hypervisor_version_waits_for_it(tmp_path: Path) -> None:
     async with open_yard(tmp_path, saves=True) as yard:
         box = await yard.create()
         await yard.execute(box, "write kept")
+        kept = await yard.act(box, "snapshots")
         await yard.act(box, "pause")
-    async with open_yard(tmp_path, saves=True, version="2") as yard:
-        await yard.client.post(f"/v1/sandboxes/{box['id']}/resume")
-        got = await yard.get(box)
-        assert got["status"] == "error"
-        assert "version" in got["statusReason"]["message"]  # type: ignore[index]
+    async with open_yard(tmp_path, saves=True, host=FakeHost(installed=["2"])) as yard:
+        for _ in range(2):
+            answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/resume")
+            assert answer.status_code == 409, answer.text
+            got = await yard.get(box)
+            assert got["status"] == "paused"
+            assert "needs fake 1, and here is 2" in str(got["statusReason"])
+        refused = await yard.client.post("/v1/sandboxes", json={"snapshot": kept["id"]})
+        copy = refused.json()["data"]
+        await eventually(lambda: status_is(yard, copy, "failed"))
+        assert "needs fake 1" in str((await yard.get(copy))["statusReason"])
+        # The old version is kept beside; what it resumes it saves again.
+        yard.host.installed.append("1")
+        for _ in range(2):
+            await yard.act(box, "resume")
+            assert await yard.execute(box, "read") == "kept"
+            await yard.act(box, "pause")
+        yard.host.installed.remove("1")
+        await yard.act(box, "restart")
+        await yard.act(box, "pause")
         await yard.act(box, "resume")
-        assert await yard.execute(box, "read") == "kept"
+
+
+async def test_an_upgrade_of_the_hypervisor_is_noticed_while_the_server_runs(
+    tmp_path: Path,
+) -> None:
+    async with open_yard(tmp_path, saves=True) as yard:
+        old, older = await yard.create(), await yard.create()
+        await yard.execute(old, "write kept")
+        await yard.act(older, "pause")
+        yard.host.installed[:] = ["2", "1"]
+        new = await yard.create()
+        # What runs is of the version that started it, whatever is installed meanwhile.
+        snapshot = await yard.act(old, "snapshots")
+        for one in (old, new):
+            await yard.act(one, "pause")
+        yard.host.installed.remove("1")
+        await yard.act(new, "resume")
+        for one in (old, older):
+            answer = await yard.client.post(f"/v1/sandboxes/{one['id']}/resume")
+            assert answer.status_code == 409, answer.text
+            assert (await yard.get(one))["status"] == "paused"
+        yard.host.installed.append("1")
+        await yard.act(old, "resume")
+        assert await yard.execute(old, "read") == "kept"
+        copy = await yard.create(snapshot=snapshot["id"])
+        assert await yard.execute(copy, "read") == "kept"
 
 
 async def test_a_silent_agent_is_suspected_and_comes_back(tmp_path: Path) -> None:
@@ -438,6 +479,34 @@ async def test_a_silent_agent_is_suspected_and_comes_back(tmp_path: Path) -> Non
         yard.conduct.answers = True
         await eventually(lambda: status_is(yard, box, "running"))
         assert await yard.execute(box, "back") == "back"
+
+
+@pytest.mark.parametrize("status", ["paused", "running"])
+async def test_a_record_that_cannot_be_read_gives_nothing_up(tmp_path: Path, status: str) -> None:
+    host = FakeHost()
+    async with open_yard(tmp_path, saves=True, host=host, keep=True) as yard:
+        box = await yard.create()
+        await yard.execute(box, "write kept")
+        await yard.act(box, "pause")
+        if status == "running":
+            await yard.act(box, "resume")
+    (record,) = (tmp_path / "machines").glob("*/resident.json")
+    whole = record.read_bytes()
+    record.write_bytes(whole[:40])
+    async with open_yard(tmp_path, saves=True, host=host, keep=True) as yard:
+
+        async def says_why() -> bool:
+            return str(record) in str((await yard.get(box))["statusReason"])
+
+        await eventually(says_why)
+        assert (await yard.get(box))["status"] == ("paused" if status == "paused" else "error")
+        answer = await yard.client.post(f"/v1/sandboxes/{box['id']}/resume")
+        assert answer.status_code >= 400
+        await eventually(says_why)
+    record.write_bytes(whole)
+    async with open_yard(tmp_path, saves=True, host=host) as yard:
+        await yard.act(box, "resume")
+        assert await yard.execute(box, "read") == "kept"
 
 
 async def test_what_is_left_nowhere_is_orphaned(yard: Yard) -> None:
@@ -784,12 +853,12 @@ async def test_a_larger_disk_comes_from_the_pool(pooled: Yard) -> None:
 
 
 async def test_smaller_disks_come_from_a_golden_machine_of_their_own(pooled: Yard) -> None:
-    goldens = await metric(pooled, "sandyard_goldens ")
+    goldens = await metric(pooled, "sandyard_goldens{")
     await pooled.create(resources={"disk": "2GB"})
     assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="boot"}') == 1
 
     async def has_another() -> bool:
-        return await metric(pooled, "sandyard_goldens ") > goldens
+        return await metric(pooled, "sandyard_goldens{") > goldens
 
     await eventually(has_another)
     second = await pooled.create(resources={"disk": "3GB"})
@@ -806,13 +875,13 @@ async def test_an_empty_pool_restores_and_another_shape_boots(pooled: Yard) -> N
     }
     assert ways["pool"] >= 2
     assert ways["pool"] + ways["restore"] == 6
-    goldens = await metric(pooled, "sandyard_goldens ")
+    goldens = await metric(pooled, "sandyard_goldens{")
     odd = await pooled.create(resources={"memory": "1GB"})
     assert odd["status"] == "running"
     assert await metric(pooled, 'sandyard_machine_start_seconds_count{way="boot"}') == 1
 
     async def has_golden() -> bool:
-        return await metric(pooled, "sandyard_goldens ") > goldens
+        return await metric(pooled, "sandyard_goldens{") > goldens
 
     await eventually(has_golden)
     await pooled.create(resources={"memory": "1GB"})
@@ -1033,11 +1102,11 @@ async def test_golden_machines_of_odd_shapes_take_so_much_and_no_more(
         async with open_yard(home, pool=1, odd_goldens_mib=bound) as yard:
             await eventually(lambda yard=yard: pool_is(yard, 1))  # type: ignore[misc]
             await eventually(lambda yard=yard: has_every_golden(yard))  # type: ignore[misc]
-            usual = await metric(yard, "sandyard_goldens ")
+            usual = await metric(yard, "sandyard_goldens{")
             for memory in ("300MB", "310MB"):
                 await yard.create(resources={"memory": memory})
             await until(lambda: made("300 MB") and made("310 MB"))
-            assert await metric(yard, "sandyard_goldens ") == usual + kept
+            assert await metric(yard, "sandyard_goldens{") == usual + kept
             folders = [one for one in (home / "goldens").iterdir() if one.is_dir()]
             assert len(folders) == usual + kept
 
@@ -1098,7 +1167,7 @@ async def test_a_whole_golden_is_used_again_and_one_of_another_version_is_not(
     async with open_yard(tmp_path, pool=1) as yard:
         await eventually(lambda: pool_is(yard, 1))
         assert (first / "manifest.json").stat().st_mtime_ns == made_at
-    async with open_yard(tmp_path, pool=1, version="2") as yard:
+    async with open_yard(tmp_path, pool=1, host=FakeHost(installed=["2"])) as yard:
         await eventually(lambda: pool_is(yard, 1))
         assert golden_of(tmp_path) != first
         assert not first.exists()
@@ -1606,3 +1675,43 @@ async def test_a_sandbox_tells_whoever_follows_it_what_becomes_of_it(tmp_path: P
             "running", "paused", "running",
         ]  # fmt: skip
         assert heard[0][2]["id"] == box["id"]
+
+
+async def test_sandboxes_are_listed_by_what_is_known_of_them(yard: Yard) -> None:
+    one = await yard.create(name="Red-1", metadata={"team": {"name": "red"}, "n": 1, "l": [1, 2]})
+    two = await yard.create(name="red-2", metadata={"team": {"name": "red", "x": 5}, "n": True})
+    await yard.create(metadata={"team": "red"})
+
+    async def listed(**query: str) -> list[object]:
+        answer = await yard.client.get("/v1/sandboxes", params=query)
+        assert answer.status_code == 200, answer.text
+        return [box["id"] for box in answer.json()["data"]]
+
+    assert await listed(name_prefix="red") == [two["id"]]
+    assert await listed(name_prefix="Red-") == [one["id"]]
+    assert await listed(name_prefix="%") == []
+    assert len(await listed(node_id=str(two["nodeId"]))) == 3
+    assert await listed(node_id="another") == []
+    for metadata, found in (
+        ('{"team": {"name": "red"}}', [two, one]), ('{"n": 1}', [one]), ('{"n": true}', [two]),
+        ('{"team": {"name": "red"}, "n": 1}', [one]), ('{"l": [2]}', [one]), ('{"x": 5}', []),
+        ('{"team": {"name": "re"}}', []),
+    ):  # fmt: skip
+        assert await listed(metadata=metadata) == [box["id"] for box in found], metadata
+    assert len(await listed(metadata="{}")) == 3
+    for wrong in ("", "x", "[]", '"x"'):
+        answer = await yard.client.get("/v1/sandboxes", params={"metadata": wrong})
+        assert answer.json()["error"]["details"]["field"] == "metadata"
+
+
+async def test_a_name_is_removed_by_clients_that_mean_null(yard: Yard) -> None:
+    box = await yard.create(name="mine")
+    path = f"/v1/sandboxes/{box['id']}"
+    kept = await yard.client.patch(path, json={"name": None, "tags": ["t"]})
+    assert kept.json()["data"]["name"] == "mine"
+    strict = {"Sandyard-Strict": "1"}
+    cleared = await yard.client.patch(path, json={"name": None}, headers=strict)
+    assert (cleared.json()["data"]["name"], cleared.json()["data"]["tags"]) == (None, ["t"])
+    assert (await yard.create(name="mine"))["name"] == "mine"
+    named = await yard.client.patch(path, json={"name": "other"}, headers=strict)
+    assert named.json()["data"]["name"] == "other"

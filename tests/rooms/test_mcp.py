@@ -62,6 +62,24 @@ async def live(client: Client) -> None:
     assert (await ask(client, "pause_sandbox", sandbox="agent"))["status"] == "paused"
     done = await ask(client, "run_command", sandbox="agent", command="on it goes")
     assert done["stdout"] == "on it goes"
+    saved = await ask(client, "snapshot_sandbox", sandbox="agent", name="then")
+    assert (saved["name"], saved["sandbox"]) == ("then", box["id"])
+    back = await ask(client, "roll_back_sandbox", sandbox="agent", snapshot="then")
+    assert back["status"] == "running"
+    assert await ask(client, "delete_snapshot", snapshot="then") == "then is gone"
+    pid = (await ask(client, "start_process", sandbox="agent", command="count 3"))["pid"]
+    out = await ask(client, "read_output", sandbox="agent", pid=pid)
+    assert out == {"text": "1\n2\n3\n", "next_offset": 6, "lost_bytes": 0, "exit_code": 0}
+    pid = (await ask(client, "start_process", sandbox="agent", command="hang"))["pid"]
+    out = await ask(client, "read_output", sandbox="agent", pid=pid, wait_s=0.1)
+    assert out["exit_code"] is None
+    await ask(client, "stop_process", sandbox="agent", pid=pid)
+    assert (await ask(client, "read_output", sandbox="agent", pid=pid))["exit_code"] == 143
+    await ask(client, "write_binary_file", sandbox="agent", path="b", content="AP8=")
+    read = await ask(client, "read_binary_file", sandbox="agent", path="b")
+    assert read == {"base64": "AP8=", "size": 2, "next_offset": None}
+    ran = await ask(client, "run_code", sandbox="agent", code="value 42")
+    assert (ran["value"], ran["error"], ran["images"]) == ("42", None, 0)
     (twin,) = await ask(client, "fork_sandbox", sandbox="agent")
     assert await ask(client, "destroy_sandbox", sandbox=twin["id"]) == f"{twin['id']} is gone"
     assert await ask(client, "destroy_sandbox", sandbox="agent") == f"{box['id']} is gone"
@@ -71,9 +89,30 @@ async def live(client: Client) -> None:
         ("run_command", {"sandbox": box["id"], "command": "x"}, "cannot find"),
         ("create_sandbox", {"template": "no-such"}, "template"),
         ("run_command", {"sandbox": "x", "command": "x", "timeout_s": 1e9}, "timeout_s"),
-        ("run_command", {"sandbox": "x"}, "command"), ("no_such_tool", {}, "no_such_tool"),
+        ("run_command", {"sandbox": "x"}, "command is missing"),
+        ("no_such_tool", {}, "there is no tool 'no_such_tool'"),
+        ("run_comand", {"command": "x"}, "did you mean 'run_command'"),
+        ("run_command", {"sandbox": "x", "comand": "x"}, "did you mean 'command'"),
+        ("create_sandbox", {"vcpus": "many"}, "cannot use vcpus"),
+        ("write_binary_file", {"sandbox": "x", "path": "p", "content": "%"}, "base64"),
     ):  # fmt: skip
-        assert words in await refusal(client, tool, **arguments), tool
+        said = await refusal(client, tool, **arguments)
+        assert words in said, tool
+        assert "Error executing" not in said
+
+
+async def test_what_there_is_not_is_not_announced_and_what_tools_do_is(opened: Door) -> None:
+    async with yard_of(opened) as yard, Client(make_server(yard, version="1")) as client:
+        can = client.server_capabilities
+        assert (can.prompts, can.resources) == (None, None)
+        assert can.tools is not None
+        for tool in (await client.list_tools()).tools:
+            assert tool.input_schema["additionalProperties"] is False
+            assert tool.annotations is not None
+            assert tool.annotations.read_only_hint is tool.name.startswith(
+                ("read_", "list_", "take_")
+            )
+            assert tool.title
 
 
 def yard_of(opened: Door, key: str | None = None) -> AsyncSandyard:
@@ -152,7 +191,7 @@ async def test_over_standard_input_and_output(opened: Door) -> None:
 async def test_over_http_for_whoever_shows_the_key(opened: Door) -> None:
     port = free_port()
     async with yard_of(opened) as yard:
-        app = http_app(make_server(yard, version="1"))
+        app = http_app(make_server(yard, version="1"), ["agents.example.org"])
         served = uvicorn.Server(
             uvicorn.Config(guarded(app, opened.yard.key), port=port, log_config=None, ws="none")
         )
@@ -166,6 +205,17 @@ async def test_over_http_for_whoever_shows_the_key(opened: Door) -> None:
                 for headers in ({}, {"Authorization": "Bearer rt_live_x"}):
                     answer = await nobody.post(url, headers=headers, json={})
                     assert answer.status_code == 401
+                for headers, status in (
+                    ({"Host": "evil.example.org"}, 421),
+                    ({"Host": f"localhost.evil.org:{port}"}, 421),
+                    ({"Origin": "https://evil.example.org"}, 403),
+                    ({"Origin": "null"}, 403),
+                    ({"Origin": f"http://localhost:{port}"}, 406),
+                    ({"Host": "agents.example.org", "Origin": "https://agents.example.org"}, 406),
+                ):
+                    key = {"Authorization": f"Bearer {opened.yard.key}", "Accept": "text/plain"}
+                    answer = await nobody.post(url, headers={**key, **headers}, json={})
+                    assert answer.status_code == status, headers
             shows = {"Authorization": f"Bearer {opened.yard.key}", "Host": "agents.example.org"}
             async with (
                 httpx2.AsyncClient(headers=shows) as http,

@@ -2,7 +2,7 @@
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.clock import DrivenClock
 from tests.support.postgres import postgres_url
+from tests.support.store import recounted
 
 from sandyard.server.core.contracts.store import Store, Turn
 from sandyard.server.core.errors import SandyardError
 from sandyard.server.core.ids import new_sandbox_id, new_uuid
-from sandyard.server.core.money import MICROS, Prices
-from sandyard.server.core.records import Sandbox, User
+from sandyard.server.core.money import MICROS, PriceList, Prices
+from sandyard.server.core.records import Sandbox, StoragePeriod, User
 from sandyard.server.core.shapes import Shape
 from sandyard.server.core.states import Event, Status
 from sandyard.server.links.local import LocalBus
@@ -33,6 +34,7 @@ from sandyard.server.service.sandboxes.lifecycle import Lifecycle
 START = datetime(2026, 5, 6, 10, 0, 0, 123456, tzinfo=UTC)
 PRICES = Prices(5 * MICROS, 1_500_000, 10 * MICROS, 10 * MICROS)
 HOUR_US = 3_600_000_000
+FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
 
 
 @dataclass
@@ -59,21 +61,36 @@ class Life:
             size, start, _ = self.stores[-1]
             self.stores[-1] = (size, start, max(start, at))
 
-    def cost(self, now: datetime) -> int:
+    def split(self, at: datetime) -> None:
+        """Prices change: what is in use begins anew."""
+        if self.computes and self.computes[-1][1] is None and self.computes[-1][0] < at:
+            self.closed(at)
+            self.opened(at)
+        if self.stores and self.stores[-1][2] is None and self.stores[-1][1] < at:
+            size = self.stores[-1][0]
+            self.fetched(at)
+            self.stored(size, at)
+
+    def cost(self, now: datetime, changes: Sequence[tuple[datetime, Prices]] = ()) -> int:
+        """Return what it costs; `changes` are later prices, and when they came."""
         if self.sandbox.is_test:
             return 0
-        shape = self.sandbox.shape
-        hourly = (
-            shape.vcpus * PRICES.vcpu_hour
-            + Fraction(shape.memory_mib * PRICES.memory_gib_hour, 1024)
-            + Fraction(shape.disk_mib * PRICES.disk_gib_month, 1024 * 730)
-        )
-        total = 0
-        for start, end in self.computes:
-            total += floor(Fraction(_us(start, end or now), HOUR_US) * hourly)
-        for size, start, end in self.stores:
-            months = Fraction(_us(start, end or now), 730 * HOUR_US)
-            total += floor(months * size * PRICES.storage_gib_month / 2**30)
+        shape, total = self.sandbox.shape, 0
+        moments = [FIRST, *(at for at, _ in changes), LAST]
+        for number, prices in enumerate([PRICES, *(one for _, one in changes)]):
+            since, until = moments[number], moments[number + 1]
+            hourly = (
+                shape.vcpus * prices.vcpu_hour
+                + Fraction(shape.memory_mib * prices.memory_gib_hour, 1024)
+                + Fraction(shape.disk_mib * prices.disk_gib_month, 1024 * 730)
+            )
+            for start, end in self.computes:
+                held = _us(max(since, start), min(until, end or now))
+                total += floor(Fraction(held, HOUR_US) * hourly)
+            for size, start, end in self.stores:
+                held = _us(max(since, start), min(until, end or now))
+                months = Fraction(held, 730 * HOUR_US)
+                total += floor(months * size * prices.storage_gib_month / 2**30)
         return total
 
 
@@ -84,18 +101,44 @@ def _us(start: datetime, end: datetime) -> int:
 class Bench:
     """A store, and what charges; nothing behind it runs."""
 
+    server_id = "server"
+
     def __init__(self, store: Store, org_id: str, user_id: str, project_id: str) -> None:
         self.store, self.org_id, self.user_id = store, org_id, user_id
         self.project_id = project_id
         self.clock = DrivenClock(START)
         self.lives: list[Life] = []
+        self.changes: list[tuple[datetime, Prices]] = []
         self.restart()
+
+    @property
+    def prices(self) -> PriceList:
+        return PriceList(((FIRST, PRICES), *self.changes))
+
+    async def change_prices(self, prices: Prices) -> None:
+        """Start the server again with other prices."""
+        now = self.clock.now()
+        if now > self.prices.entries[-1][0] and prices != self.prices.latest:
+            self.changes.append((now, prices))
+            self.restart()
+            await self.meter.charge_all()
+            await self.learn_prices()
+
+    async def learn_prices(self) -> None:
+        """Have the model know when prices changed: this clock goes on whenever it is read."""
+        async with self.store.read() as tx:
+            known = await tx.prices.history()
+        assert known is not None
+        assert known.latest == self.prices.latest
+        self.changes = list(known.entries[1:])
+        for life in self.lives:
+            life.split(known.entries[-1][0])
 
     def restart(self) -> None:
         self.lifecycle = Lifecycle(self.store, LocalBus(self.clock), self.clock)
         self.meter = Meter(
             store=self.store, lifecycle=self.lifecycle, payments=NoPayments(), clock=self.clock,
-            prices=PRICES, enforces=False,
+            prices=self.prices.latest, server_id=self.server_id, enforces=False,
         )  # fmt: skip
 
     async def create(self, shape: Shape, *, is_test: bool = False) -> Life:
@@ -143,13 +186,13 @@ class Bench:
         # What is below a cent may wait in the periods themselves.
         waiting = 0
         for one in periods:
-            cost = PRICES.compute(one.shape, (one.ended_at or now) - one.started_at)
+            cost = self.prices.compute(one.shape, one.started_at, one.ended_at or now)
             waiting += (0 if one.is_free else cost) - one.posted
         for two in kept:
-            cost = PRICES.storage(two.size_bytes, (two.ended_at or now) - two.started_at)
+            cost = self.prices.storage(two.size_bytes, two.started_at, two.ended_at or now)
             waiting += (0 if two.is_free else cost) - two.posted
         used = account.used_cents * MICROS + account.carried + waiting
-        assert used == sum(life.cost(now) for life in self.lives)
+        assert used == sum(life.cost(now, self.changes) for life in self.lives)
         balance = 0
         for entry in reversed(entries):
             balance += entry.amount_cents
@@ -187,6 +230,7 @@ STEPS = st.one_of(
     st.tuples(st.just("step back"), st.integers(0, 86_400_000_000)),
     st.tuples(st.just("charge")),
     st.tuples(st.just("restart")),
+    st.tuples(st.just("prices"), st.integers(0, 10**8), st.integers(0, 10**8)),
 )  # fmt: skip
 
 
@@ -195,6 +239,7 @@ STEPS = st.one_of(
 @pytest.mark.slow  # random lives find what no one thought of
 def test_random_lives_are_charged_exactly(steps: list[tuple[object, ...]]) -> None:
     async def live(bench: Bench) -> None:
+        await bench.meter.charge_all()  # the first prices are known
         await bench.create(Shape(1, 512, 1024))
         for kind, *values in steps:
             match kind:
@@ -210,6 +255,10 @@ def test_random_lives_are_charged_exactly(steps: list[tuple[object, ...]]) -> No
                     bench.clock.time += timedelta(microseconds=values[0])  # type: ignore[arg-type]
                 case "step back":
                     bench.clock.time -= timedelta(microseconds=values[0])  # type: ignore[arg-type]
+                case "prices":
+                    one, other = values
+                    prices = Prices(one, other, 7 * MICROS, other)  # type: ignore[arg-type]
+                    await bench.change_prices(prices)
                 case "charge":
                     await bench.meter.charge(bench.org_id)
                 case _:
@@ -296,3 +345,135 @@ async def test_a_clock_set_back_takes_back_what_was_charged_too_early(tmp_path: 
         assert newest.amount_cents > 0
 
     await with_bench(work, f"sqlite:///{tmp_path}/store.db")
+
+
+async def test_prices_that_change_while_sandboxes_run_hold_from_then_on(store_url: str) -> None:
+    async def work(bench: Bench) -> None:
+        await bench.meter.charge_all()
+        lives = [await bench.create(Shape(2, 4096, 10240)) for _ in range(30)]
+        for life in lives[:10]:
+            await bench.apply(life, Event.PAUSE)
+            await bench.apply(life, Event.SAVED, saved_bytes=2**40)
+        for factor in (100, 1, 3):
+            bench.clock.time += timedelta(hours=9, microseconds=7)
+            prices = Prices(*(factor * one for one in vars(PRICES).values()))
+            await bench.change_prices(prices)
+            await bench.check()
+        await bench.apply(lives[20], Event.DELETE)
+        bench.clock.time += timedelta(hours=1)
+        await bench.check()
+        # An estimate for an admission counts nothing twice either.
+        async with bench.store.read() as tx:
+            used = await tx.usage.in_use(bench.org_id, bench.clock.now())
+            periods = await tx.usage.unsettled(bench.org_id)
+        owed = bench.prices.latest.used(used.owed) - used.posted
+        assert abs(owed - sum(
+            bench.prices.compute(one.shape, one.started_at, bench.clock.now()) - one.posted
+            for one in periods if not one.is_free
+        )) < MICROS  # fmt: skip
+
+    await with_bench(work, store_url)
+
+
+async def test_servers_of_different_prices_charge_nothing_until_they_agree(
+    store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(bench: Bench) -> None:
+        await bench.meter.charge_all()
+        await bench.create(Shape(2, 4096, 10240))
+        async with open_store(store_url, key=b"k" * 32) as other:
+            twin = Bench(other, bench.org_id, bench.user_id, bench.project_id)
+            twin.clock, twin.server_id = bench.clock, "twin"
+            dear = Prices(*(9 * one for one in vars(PRICES).values()))
+            twin.changes.append((START, dear))
+            twin.restart()
+            await twin.meter.charge_all()
+            # Each is at work, and says so.
+            for one in (bench, twin) * 40:
+                bench.clock.time += timedelta(seconds=10)
+                await one.meter.charge_all()
+            async with bench.store.read() as tx:
+                assert (await tx.credits.account(bench.org_id)).used_cents == 0
+                assert await tx.prices.history() == PriceList(((FIRST, PRICES),))
+            assert "other servers have other prices: server" in caplog.text
+            # The first one is stopped, or has the other's prices now.
+            bench.clock.time += timedelta(minutes=1)
+            async with bench.store.write(Turn.SHARED) as tx:  # and its lease ends
+                assert await tx.duties.take("meter", bench.server_id, lasts=-timedelta(seconds=1))
+            await twin.meter.charge_all()
+            bench.changes.append((bench.clock.now(), dear))
+            await bench.learn_prices()
+            assert bench.changes[0][0] > START + timedelta(minutes=1)
+        bench.clock.time += timedelta(minutes=1)
+        bench.restart()
+        await bench.check()
+
+    await with_bench(work, store_url)
+
+
+async def test_an_organization_with_very_many_periods_is_charged(store_url: str) -> None:
+    async def work(bench: Bench) -> None:
+        start, day, count = bench.clock.now(), timedelta(days=1), 1700
+        async with bench.store.write(Turn.ALONE) as tx:
+            for number in range(count):
+                await tx.storage.open(StoragePeriod("x", f"{number}", bench.org_id, 2**34, start))
+                if number % 17:
+                    await tx.storage.close("x", f"{number}", start + day)
+        bench.clock.time = start + 2 * day
+        await bench.meter.charge(bench.org_id)
+        async with bench.store.read() as tx:
+            account = await tx.credits.account(bench.org_id)
+            left = await tx.storage.unsettled(bench.org_id)
+        assert len(left) == count // 17
+        ended = (count - len(left)) * PRICES.storage(2**34, day)
+        assert account.used_cents * MICROS + account.carried == ended + sum(
+            one.posted for one in left
+        )
+
+    await with_bench(work, store_url)
+
+
+async def test_what_had_ended_before_prices_changed_is_paid_back_to_its_end(store_url: str) -> None:
+    """As when a host went down, and the server starts again with other prices."""
+
+    async def work(bench: Bench) -> None:
+        await bench.meter.charge_all()
+        life = await bench.create(Shape(2, 4096, 10240))
+        bench.clock.time += timedelta(hours=1)
+        end = bench.clock.now()
+        for factor in (3, 5):
+            bench.clock.time += timedelta(hours=9)
+            await bench.change_prices(Prices(*(factor * one for one in vars(PRICES).values())))
+        await bench.meter.charge(bench.org_id)
+        await bench.apply(life, Event.BROKE, ended_at=end)
+        life.computes = [(life.computes[0][0], end)]
+        await bench.check()
+        async with bench.store.read() as tx:
+            used = await tx.usage.in_use(bench.org_id, bench.clock.now())
+            assert used == await recounted(tx, bench.org_id, bench.clock.now())
+
+    await with_bench(work, store_url)
+
+
+async def test_prices_of_a_clock_that_was_ahead_hold_once_it_is_right(store_url: str) -> None:
+    async def work(bench: Bench) -> None:
+        await bench.meter.charge_all()
+        dear = Prices(*(9 * one for one in vars(PRICES).values()))
+        right = bench.clock.time
+        bench.clock.time += timedelta(days=400)
+        async with bench.store.write(Turn.SHARED) as tx:
+            await tx.prices.note("gone", PRICES, bench.clock.now())
+        bench.changes.append((bench.clock.now(), dear))
+        bench.restart()
+        bench.clock.time += timedelta(minutes=1)
+        await bench.meter.charge_all()
+        bench.clock.time = right + timedelta(minutes=1)
+        bench.restart()
+        await bench.meter.charge_all()
+        await bench.learn_prices()
+        assert bench.changes[0][0] < right + timedelta(minutes=2)
+        await bench.create(Shape(2, 4096, 10240))
+        bench.clock.time += timedelta(hours=3)
+        await bench.check()
+
+    await with_bench(work, store_url)

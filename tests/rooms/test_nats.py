@@ -186,7 +186,7 @@ async def test_what_nobody_understands_is_told_and_ends_nothing(nats: NatsServer
                 await link.say(f"node.{node.node_id}.do", words, reply=place)
                 async with asyncio.timeout(5):
                     said = await came.get()
-                assert said.values["error"]["code"] == "bad_request"
+                assert said.values["error"]["code"] == "unsupported"
         assert node.asked == []
         await RemoteNode(link, inbox, node.node_id).report()
 

@@ -121,7 +121,7 @@ async def test_a_process_reads_what_is_written_to_it_and_is_signalled(yard: Yard
         ({"argv": ["a", "b\0"]}, "argv"),
         ({"argv": ["a"] * 1025}, "argv"),
         ({"argv": ["a", "b" * 140_000]}, "argv"),
-        ({"command": "a", "cwd": "here"}, "cwd"),
+        ({"command": "a", "cwd": ""}, "cwd"),
         ({"command": "a", "user": ""}, "user"),
         ({"command": "a", "tag": "123"}, "tag"),
         ({"command": "a", "tag": "a/b"}, "tag"),
@@ -263,3 +263,48 @@ async def test_a_stream_ends_with_the_key_that_opened_it(
 async def is_unused(yard: Yard, box: Mapping[str, object]) -> bool:
     machines = (await yard.house.node.report()).machines
     return not any(one.is_used for one in machines if one.sandbox_id == box["id"])
+
+
+async def test_input_is_streamed_and_what_was_written_is_not_written_again(yard: Yard) -> None:
+    box = await yard.create()
+    made = await started(yard, box, command="cat", stdin=True)
+    path, data = path_of(box, made["pid"], "stdin"), bytes(range(256)) * 4096
+
+    async def fed(content: bytes, **query: Any) -> tuple[int, Any]:
+        answer = await yard.client.put(
+            path, params=query, content=content,
+            headers={"Content-Type": "application/octet-stream"},
+        )  # fmt: skip
+        return answer.status_code, answer.json().get("data") or answer.json()["error"]
+
+    assert await fed(data[:1000], offset=0) == (200, {"written": 1000, "closed": False})
+    # The answer was lost: all of it again, and more.
+    assert await fed(data[:5000], offset=0) == (200, {"written": 5000, "closed": False})
+    status, error = await fed(b"x", offset=6000)
+    assert (status, error["details"]["field"]) == (400, "offset")
+    assert await fed(data[5000:6000]) == (200, {"written": 1000, "closed": False})
+    rest = {"written": len(data) - 6000, "closed": True}
+    assert await fed(data[6000:], offset=6000, close=True) == (200, rest)
+    shown = (await yard.client.get(path_of(box, made["pid"]))).json()["data"]
+    assert (shown["inputBytes"], shown["outputBytes"]) == (len(data), len(data))
+    status, error = await fed(b"late")
+    assert (status, error["code"]) == (409, "invalid_state")
+    answer = await yard.client.put(path_of(box, 9999, "stdin"), content=b"x")
+    assert answer.status_code == 404
+
+
+async def test_a_relative_folder_is_below_the_workspace_and_made_on_request(yard: Yard) -> None:
+    box = await yard.create()
+    made = await started(yard, box, command="count 1", cwd="a/b", makeCwd=True, user=1000)
+    assert (made["cwd"], made["user"]) == ("/workspace/a/b", "1000")
+    listed = await yard.client.get(f"/v1/sandboxes/{box['id']}/files/stat?path=a/b")
+    assert listed.json()["data"]["type"] == "folder"
+    done = await yard.client.post(
+        f"/v1/sandboxes/{box['id']}/exec",
+        json={"command": "x", "cwd": "c", "makeCwd": True, "user": 0},
+    )
+    assert done.status_code == 200, done.text
+    listed = await yard.client.get(f"/v1/sandboxes/{box['id']}/files/stat?path=c")
+    assert listed.status_code == 200
+    refused = await yard.client.post(path_of(box), json={"command": "x", "cwd": ""})
+    assert refused.json()["error"]["details"]["field"] == "cwd"

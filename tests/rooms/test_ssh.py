@@ -570,8 +570,8 @@ async def test_what_is_told_of_its_environment_is_bounded(gateway: Gateway) -> N
         env = {f"NAME{number}": "x" * 100 for number in range(200)} | {"LAST": "x" * 200_000}
         assert (await run(connection, "exit 3", env=env)).exit_status == 3
     ((_, program),) = gateway.yard.machine_of(box)._programs._by_pid.items()
-    assert len(program._wish.env) <= 64 + 3
-    assert "LAST" not in program._wish.env
+    assert len(program.wish.env) <= 64 + 3
+    assert "LAST" not in program.wish.env
 
 
 async def test_who_offers_key_after_key_is_sent_away(gateway: Gateway) -> None:
@@ -679,4 +679,4 @@ async def test_sftp_is_served_by_agents_that_know_no_pipes(
         process.stdin.write_eof()
         await process.wait_closed()
     ((_, program),) = gateway.yard.machine_of(box)._programs._by_pid.items()
-    assert "sftp-server" in str(program._wish.command)
+    assert "sftp-server" in str(program.wish.command)

@@ -26,7 +26,15 @@ from sandyard.server.core.errors import (
 from sandyard.server.links.identities import Authority, control_name, new_request, node_name
 from sandyard.server.links.tunnel.client import NodeAddress, Tunnels
 from sandyard.server.links.tunnel.ends import context_of
-from sandyard.server.links.tunnel.frames import PIECE, WINDOW, BrokenError, FrameKind, Line, head
+from sandyard.server.links.tunnel.frames import (
+    PIECE,
+    WINDOW,
+    BrokenError,
+    FrameKind,
+    Line,
+    head,
+    values_of,
+)
 from sandyard.server.links.tunnel.server import serving
 
 CONTROL, NODE = control_name(INSTALLATION, "one"), node_name(INSTALLATION, "n")
@@ -427,11 +435,19 @@ async def test_who_sends_more_than_may_be_is_hung_up_on(ends: Ends) -> None:
 async def test_what_is_asked_in_another_version_is_refused_in_words(ends: Ends) -> None:
     async with asyncio.timeout(_LIMIT_S):
         line = await ends.connect(ends.mine)
-        for asked in ({"v": 2}, {"v": 1, "op": "dial"}, {"v": 1, "machine": {}, "op": "x"}):
+        machine = {"nodeId": "n", "sandboxId": "sandbox-1", "incarnation": 1}
+        for asked, kind, words in (
+            ({"v": 2}, "OtherVersionError", b"version 2 of the protocol"),
+            ({"v": "x"}, "InvalidArgumentError", b"cannot read the request"),
+            ({"v": 1, "op": "dial"}, "InvalidArgumentError", b"cannot read the request"),
+            ({"v": 1, "machine": {}, "op": "x"}, "InvalidArgumentError", b"cannot read"),
+            ({"v": 1, "machine": machine, "op": "x"}, "OtherVersionError", b"no operation 'x'"),
+        ):
             await line.say(FrameKind.ASK, head(asked))
             said = await line.hear()
             assert said.kind is FrameKind.REFUSE
-            assert b"cannot read the request" in said.payload
+            assert words in said.payload
+            assert values_of(said.payload)["kind"] == kind
             await line.say(FrameKind.LEAVE)
             assert (await line.hear()).kind is FrameKind.LEAVE
         line.hang_up()

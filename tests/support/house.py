@@ -151,7 +151,6 @@ async def open_yard(
     keep: bool = False,
     pool: int = 0,
     conduct: Conduct | None = None,
-    version: str = "1",
     saves: bool = False,
     clock: Clock | None = None,
     works: bool = True,
@@ -166,7 +165,7 @@ async def open_yard(
     """
     host = host or FakeHost()
     conduct = conduct or Conduct()
-    driver = FakeDriver(host, conduct, version=version, saves=saves or pool > 0)
+    driver = FakeDriver(host, conduct, saves=saves or pool > 0)
     settings = settings_of(home, pool=pool, sections=sections, **node)
     place_database(home / "sandyard.db")
     try:
@@ -176,6 +175,7 @@ async def open_yard(
         ):
             reconciling = tasks.create_task(house.reconciler.run() if works else asyncio.sleep(0))
             metering = tasks.create_task(house.meter.run() if works else asyncio.sleep(0))
+            looking = tasks.create_task(house.control.services.readiness.run())
             yard = Yard(house, host, conduct, httpx.AsyncClient(), "", home)
             await yard.client.aclose()
             yard.key = await yard.add_key(*await yard.first())
@@ -185,6 +185,7 @@ async def open_yard(
             await assert_counted(house)
             reconciling.cancel()
             metering.cancel()
+            looking.cancel()
     finally:
         for machine in list(host.machines.values()):
             if not keep:

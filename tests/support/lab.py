@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 
 from sandyard.server.app.admin import ensure_key
@@ -39,7 +40,8 @@ from tests.support.images import cache_environment, one_at_a_time
 from tests.support.server import SANDYARD, longer, wait_until
 
 NET = "10.203.250"
-API, SSH, DOOR, NATS, NATS_CLUSTER, METRICS = 8080, 2222, 8700, 4222, 6222, 9200
+_TOKEN = "a token for metrics"
+API, SSH, DOOR, NATS, NATS_CLUSTER, METRICS, DATABASE = 8080, 2222, 8700, 4222, 6222, 9200, 5432
 _NATS, _POSTGRES, _BALANCER, _CONTROLS, _NODES = 11, 20, 30, 41, 51
 
 
@@ -213,6 +215,7 @@ class Lab:
             "SANDYARD_STORE__URL": self.url,
             "SANDYARD_HTTP__HOST": host.address,
             "SANDYARD_SSH__ENABLED": "false",
+            "SANDYARD_HTTP__METRICS_TOKEN": _TOKEN,
             "SANDYARD_CLUSTER__NATS": f"[{quoted}]",
             "SANDYARD_CLUSTER__HOST": host.address,
         }
@@ -281,7 +284,7 @@ frontend api
   default_backend controls
 backend controls
   balance roundrobin
-  option httpchk GET /healthz
+  option httpchk GET /servez
   http-reuse never
 {servers}
 """
@@ -324,17 +327,27 @@ backend controls
         self.nodes[name].start(SANDYARD, "node")
 
     def restart_with_clock(self, host: Host, ahead: str) -> None:
-        """Start a control plane's or node's program anew, with its clock ahead by so much, such as
-        -1h; +0 puts it right."""
+        """Start the program of a control plane, a node or the database anew, with its clock ahead
+        by so much, such as -1h; +0 puts it right."""
         (library,) = glob.glob("/usr/lib/*/faketime/libfaketime.so.1")
+        faked = {"LD_PRELOAD": library, "FAKETIME": ahead, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         words = host.started
+        if host is self.postgres:
+            host.signal(signal.SIGINT)
+            assert host.process is not None
+            host.process.wait(30)
+            # Not for what starts it: as another user it could not open what that shares.
+            first = (
+                () if ahead == "+0" else ("env", *(f"{one}={two}" for one, two in faked.items()))
+            )
+            host.start(*first, *words, user="postgres")
+            host.started = words
+            return
         host.kill()
-        host.environment |= {
-            "LD_PRELOAD": library, "FAKETIME": ahead, "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }  # fmt: skip
-        if ahead == "+0":
-            for name in ("LD_PRELOAD", "FAKETIME", "FAKETIME_DONT_FAKE_MONOTONIC"):
-                del host.environment[name]
+        for name in faked:
+            host.environment.pop(name, None)
+        if ahead != "+0":
+            host.environment |= faked
         host.start(*(words if host in self.controls else (str(SANDYARD), "node")))
 
     # --- what is seen of it ---------------------------------------------------------------
@@ -388,6 +401,14 @@ backend controls
         assert found.status_code < 300, found.text
         return found.json()["data"]
 
+    def get_from(self, control: Host, path: str) -> str:
+        """Return what one control plane answers."""
+        headers = dict(self.client.headers)
+        if path == "/metrics":
+            headers["authorization"] = f"Bearer {_TOKEN}"
+        url = f"http://{control.address}:{API}{path}"
+        return httpx.get(url, headers=headers, timeout=60).raise_for_status().text
+
     def create(self, **body: object) -> dict[str, Any]:
         """Create a sandbox that is used by nobody in particular."""
         made: dict[str, Any] = self.ask(
@@ -432,6 +453,23 @@ backend controls
 
         names = {one.id: name for name, one in self.known().items()}
         return {names.get(one or "", "none") for one in asyncio.run(placed())}
+
+    def overlapping_periods(self) -> int:
+        """Return how many pairs of periods of use of one sandbox overlap: it would pay twice."""
+
+        async def counted() -> int:
+            connection = await asyncpg.connect(self.url)
+            try:
+                found: int = await connection.fetchval(
+                    "SELECT count(*) FROM usage_periods a JOIN usage_periods b USING (sandbox_id) "
+                    "WHERE a.id < b.id AND (b.ended_at IS NULL OR a.started_at < b.ended_at) "
+                    "AND (a.ended_at IS NULL OR b.started_at < a.ended_at)"
+                )
+                return found
+            finally:
+                await connection.close()
+
+        return asyncio.run(counted())
 
     def machines(self) -> list[str]:
         """Return the sandboxes of all machines that nodes have on record, sorted."""

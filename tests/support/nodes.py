@@ -311,6 +311,8 @@ class FakeNode:
             reason_code="machine_died" if is_dead else "",
             reason_message="the hypervisor's process ended" if is_dead else "",
             version=self._versions.get(sandbox_id, 0),
+            template="base-minimal",
+            shape=Shape(1, 512, 1024),
         )
 
 

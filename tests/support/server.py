@@ -105,13 +105,16 @@ def counting(path: str) -> str:
     )
 
 
-def wait_until(condition: Callable[[], bool], *, limit_s: float = 30.0, what: str = "") -> None:
-    """Return once a condition holds; fail at the limit."""
+def wait_until(
+    condition: Callable[[], bool], *, limit_s: float = 30.0, what: str | Callable[[], object] = ""
+) -> None:
+    """Return once a condition holds; fail at the limit, with `what` or what it returns then."""
     limit_s = longer(limit_s)
     until = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > until:
-            raise AssertionError(f"not within {limit_s:g} s: {what or condition}")
+            said = what() if callable(what) else what
+            raise AssertionError(f"not within {limit_s:g} s: {said or condition}")
         time.sleep(0.05)
 
 
@@ -424,6 +427,6 @@ def keep_a_golden(environment: dict[str, str]) -> None:
     made.share_goldens()
     try:
         made.start()
-        wait_until(lambda: made.metric("sandyard_goldens ") >= 1, limit_s=120, what="a golden")
+        wait_until(lambda: made.metric("sandyard_goldens{") >= 1, limit_s=120, what="a golden")
     finally:
         made.remove()

@@ -16,9 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.lab import API, DOOR, METRICS, NATS, Lab, lab
-from tests.support.server import QEMU, SANDYARD, wait_until
+from tests.support.lab import API, DATABASE, DOOR, METRICS, NATS, Lab, lab
+from tests.support.server import QEMU, SANDYARD, longer, wait_until
 
+import sandyard
 from sandyard.server.app.member import home_of
 from sandyard.server.app.settings import Settings
 
@@ -100,7 +101,7 @@ def test_a_node_serves_its_own_metrics_to_its_own_host(built: Lab) -> None:
     said = node.run(sys.executable, "-c", script)
     assert re.search(r'^sandyard_pool_requests_total\{result="(hit|miss)",.*\} [1-9]', said, re.M)
     assert re.search(r"^sandyard_machine_start_seconds_count\{.*\} [1-9]", said, re.M)
-    assert re.search(r'^sandyard_machines\{state="running"\} [1-9]', said, re.M)
+    assert re.search(r'^sandyard_machines\{node="\S+",state="running"\} [1-9]', said, re.M)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://{node.address}:{METRICS}/metrics", timeout=20)
 
@@ -141,6 +142,18 @@ def test_the_operator_sees_drains_and_forgets_nodes(built: Lab) -> None:
     assert "draining" in next(row for row in admin("list").splitlines() if row.startswith("two"))
     assert "takes new sandboxes" in admin("undrain", "two")
     assert "it is online" in admin("forget", "two")
+    box = built.on("two")
+    shown = dict(row.split("\t", 1) for row in admin("show", "two").splitlines())
+    assert (shown["status"], shown["sandboxes"]) == ("up", "1 running")
+    assert (shown["over NATS"], shown["directly"]) == ("reached", "reached")
+    assert "base-minimal" in shown["templates"]
+    assert shown["can be forgotten"].startswith("no: it is up")
+    found = built.ask("GET", f"/v1/sandboxes?node_id={shown['id']}")
+    assert [one["id"] for one in found] == [box["id"]]
+    for words in (("admin", "orgs"), ("admin", "migrate"), ("init",)):
+        refused = built.nodes["one"].run(SANDYARD, *words)
+        assert "this host is a node of an installation on several hosts" in refused
+    assert not (built.nodes["one"].home / "sandyard.db").exists()
     assert "cannot find a node" in admin("forget", "nobody")
 
 
@@ -215,6 +228,8 @@ def test_a_node_that_is_cut_off_from_nats_alone_goes_on_by_the_other_way(built: 
 
     while_it_lasts(8, goes_on)
     wait_until(lambda: node.said().count("by another way") > before, what="it says how it goes on")
+    shown = built.controls[0].run(SANDYARD, "admin", "node", "show", "one")
+    assert "cut off from NATS only" in shown
 
 
 def test_when_all_nodes_are_cut_off_at_once_that_is_undone_when_they_are_back(built: Lab) -> None:
@@ -279,19 +294,33 @@ def nobody_is_lost(built: Lab, box: dict[str, Any], seconds: float) -> None:
 def test_without_nats_no_node_is_lost_and_what_runs_is_used(
     built: Lab, way: str, seconds: int
 ) -> None:
-    box = built.on("one")
+    box, other = built.on("one"), built.on("two")
+    for control in built.controls:
+        for path in ("/v1/templates", "/metrics"):
+            built.get_from(control, path)
     for host in built.nats:
         host.kill() if way == "killed" else host.signal(signal.SIGSTOP)
     nobody_is_lost(built, box, seconds)
+    # What was known of them is shown, with its age.
+    assert "base-minimal" in {one["slug"] for one in built.ask("GET", "/v1/templates")}
+    said = built.get_from(built.controls[0], "/metrics")
+    node = f'node="{built.known()["one"].id}"'
+    assert re.search(rf'^sandyard_machines\{{{node},state="running"\}} [1-9]', said, re.M)
+    assert re.search(rf"^sandyard_node_report_age_seconds\{{{node}\}} [1-9]", said, re.M)
     refused = built.client.post("/v1/sandboxes", json={"template": "base-minimal"})
     assert refused.status_code == 503
     assert int(refused.headers["Retry-After"]) > 0
+    # Done when the node can be asked again; nobody waits for that.
+    gone = built.client.delete(f"/v1/sandboxes/{other['id']}", timeout=longer(30))
+    assert (gone.status_code, gone.json()["data"]["deleted"]) == (202, False)
     for host in built.nats:
         if way == "hung":
             host.signal(signal.SIGCONT)
     built.start_nats()
     built.until_up()
     built.create()
+    url = f"/v1/sandboxes/{other['id']}"
+    wait_until(lambda: built.client.get(url).status_code == 404, limit_s=60, what="it is gone")
     nobody_is_lost(built, box, 3)
 
 
@@ -394,6 +423,41 @@ def test_a_control_plane_that_is_killed_is_one_of_two(built: Lab) -> None:
     assert built.execute(made, "echo hi") == "echo hi"
 
 
+def test_a_control_plane_without_its_database_gets_no_requests(built: Lab) -> None:
+    box, control = built.on("one"), built.controls[1]
+    control.cut(DATABASE)
+
+    def serves(expected: int) -> Callable[[], bool]:
+        def look() -> bool:
+            with suppress(httpx.HTTPError):
+                url = f"http://{control.address}:{API}/servez"
+                return httpx.get(url, timeout=5).status_code == expected
+            return False
+
+        return look
+
+    failed: list[int] = []
+
+    def use() -> None:
+        answer = built.client.get(f"/v1/sandboxes/{box['id']}")
+        if answer.status_code >= 300:
+            failed.append(answer.status_code)
+
+    wait_until(serves(503), limit_s=20, what="it says that it cannot serve")
+    # Who asks it nevertheless does not wait for the database.
+    direct = f"http://{control.address}:{API}/v1/sandboxes/{box['id']}"
+    refused = httpx.get(direct, headers=built.client.headers, timeout=longer(4))
+    assert refused.status_code == 503
+    assert "the database does not answer" in refused.text
+    while_it_lasts(3, lambda: None)  # until the balancer has asked twice
+    while_it_lasts(6, use)
+    assert failed == []
+    control.heal()
+    wait_until(serves(200), limit_s=30, what="it serves again")
+    built.until_up()
+    assert built.execute(box, "echo hi") == "echo hi"
+
+
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=LONG)])
 def test_a_control_plane_that_stands_still_changes_nothing_when_it_goes_on(
     built: Lab, seconds: int
@@ -439,18 +503,25 @@ def test_what_a_control_plane_was_at_work_on_is_done_once_by_another(built: Lab,
         time.sleep(0.4)
         other.kill() if way == "killed" else other.signal(signal.SIGSTOP)
         list(asking)
+
     # What it had leased is free after half a minute.
-    settled = lambda: all(  # noqa: E731
-        one["status"] == "running" for one in built.ask("GET", "/v1/sandboxes")
-    )
-    wait_until(settled, limit_s=180, what="all that was written runs")
+    def unsettled() -> list[tuple[str, ...]]:
+        boxes = built.ask("GET", "/v1/sandboxes")
+        shown = ("id", "status", "statusReason", "updatedAt")
+        return [
+            tuple(str(one.get(name)) for name in shown)
+            for one in boxes
+            if one["status"] != "running"
+        ]
+
+    wait_until(lambda: not unsettled(), limit_s=180, what=unsettled)
     if way == "killed":
         built.start_control(1)
     else:
         other.signal(signal.SIGCONT)
     built.until_up()
     while_it_lasts(4, lambda: None)
-    wait_until(settled, limit_s=30, what="all that was written runs")
+    wait_until(lambda: not unsettled(), limit_s=30, what=unsettled)
     boxes = built.ask("GET", "/v1/sandboxes")
     for box in boxes:
         assert built.execute(box, "echo hi") == "echo hi"
@@ -489,6 +560,39 @@ def test_clocks_that_are_an_hour_apart_change_nothing(built: Lab, ahead: str) ->
         for host in (built.nodes["one"], built.controls[1]):
             built.restart_with_clock(host, "+0")
     assert built.controls[1].said().count(said) > before
+
+
+@pytest.mark.parametrize("ahead", [pytest.param("+2h", marks=LONG), "-2h"])
+def test_a_database_whose_clock_is_set_ends_nothing(built: Lab, ahead: str) -> None:
+    """As after a failover to another host."""
+    body = {"template": "base-minimal", "idleTimeout": 600, "expiresIn": 1800}
+    brief = built.ask("POST", "/v1/sandboxes?wait=60", **body)
+    lost = built.losses()
+
+    def alarms() -> int:
+        return sum(
+            "the clock was set" in one for c in built.controls for one in c.said().splitlines()
+        )
+
+    before = alarms()
+    try:
+        built.restart_with_clock(built.postgres, ahead)
+        wait_until(lambda: alarms() == before + 2, limit_s=60, what="both raise an alarm")
+        built.until_up()
+        wait_until(lambda: built.try_status(brief) == "running", limit_s=60, what="it runs")
+        while_it_lasts(6, lambda: None)
+        assert built.execute(brief, "echo hi") == "echo hi"
+        made = built.create()
+        assert built.execute(made, "echo hi") == "echo hi"
+    finally:
+        built.restart_with_clock(built.postgres, "+0")
+        built.until_up()
+    wait_until(lambda: built.try_status(brief) == "running", limit_s=60, what="it runs")
+    assert built.losses() == lost
+    # No lease outlives its holder because of it: what a control plane that is killed was at work on
+    # is done by the other, and a host that is gone is lost.
+    built.nodes["three"].cut()
+    wait_until(lambda: built.known()["three"].lost_at is not None, what="it is lost")
 
 
 # --- real machines ------------------------------------------------------------------------------
@@ -543,3 +647,118 @@ def test_machines_of_a_host_that_was_cut_off_run_on_with_their_memory(
     assert saved["status"] == "paused"
     real.ask("POST", f"/v1/sandboxes/{box['id']}/resume")
     assert real.execute(box, "cat /dev/shm/memory").strip() == "kept"
+
+
+# --- two versions -------------------------------------------------------------------------------
+
+MIGRATION = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "0999", "{newest}", None, None
+
+
+def upgrade() -> None:
+    op.add_column("sandboxes", sa.Column("colour", sa.Text(), nullable=False, server_default="red"))
+    op.add_column("usage_periods", sa.Column("shade", sa.Integer()))
+    op.create_table("colours", sa.Column("name", sa.Text(), primary_key=True))
+"""
+NEWER = {
+    "core/wire.py": ("VERSIONS: Final = Versions(now=1,", "VERSIONS: Final = Versions(now=2,"),
+    "links/tunnel/frames.py": ("Versions(now=1,", "Versions(now=2,"),
+    "core/contracts/node.py": (
+        "    unreadable: tuple[str, ...] = ()\n",
+        '    unreadable: tuple[str, ...] = ()\n    weather: str = "fine"\n',
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which the next version runs: with a newer schema, and newer protocols."""
+    source = tmp_path_factory.mktemp("newer")
+    shutil.copytree(
+        Path(sandyard.__file__).parent, source / "sandyard",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )  # fmt: skip
+    server = source / "sandyard/server"
+    for name, (old, new) in NEWER.items():
+        text = (server / name).read_text()
+        assert text.count(old) == 1, name
+        (server / name).write_text(text.replace(old, new))
+    versions = server / "links/sql/migrations/versions"
+    newest = max(path.name[:4] for path in versions.glob("0*.py"))
+    (versions / "0999_colours.py").write_text(MIGRATION.format(newest=newest))
+    return {"PYTHONPATH": str(source)}
+
+
+def test_two_versions_work_side_by_side_and_back(
+    real: Lab, built: Lab, newer: dict[str, str]
+) -> None:
+    kept, other = real.on("real"), real.on("two")
+    real.execute(kept, "mkdir -p /dev/shm; echo kept > /dev/shm/memory")
+    failed: list[str] = []
+    done: list[str] = []
+    stop = threading.Event()
+
+    def use() -> None:
+        with httpx.Client(
+            base_url=real.client.base_url, headers=real.client.headers, timeout=60
+        ) as own:
+            while not stop.is_set():
+                body = {"template": "base-minimal", "idleTimeout": 0}
+                made = own.post("/v1/sandboxes?wait=60", json=body)
+                if made.status_code != 201 or made.json()["data"]["status"] != "running":
+                    failed.append(f"create: {made.text}")
+                    continue
+                url = f"/v1/sandboxes/{made.json()['data']['id']}"
+                ran = own.post(f"{url}/exec", json={"command": "echo hi"})
+                gone = own.delete(url)
+                failed.extend(one.text for one in (ran, gone) if one.status_code >= 300)
+                done.append(url)
+
+    def restart(name: str, environment: dict[str, str]) -> None:
+        is_control = name in ("0", "1")
+        host = real.controls[int(name)] if is_control else real.nodes[name]
+        before = len(done)
+        host.stop()
+        host.environment = {one: value for one, value in host.environment.items()
+                            if one != "PYTHONPATH"} | environment  # fmt: skip
+        if is_control:
+            real.start_control(int(name))
+        else:
+            real.start_node(name)
+        real.until_up()
+        # A node has its lease before it listens.
+        there = lambda: real.try_execute(kept, "cat /dev/shm/memory").strip() == "kept"  # noqa: E731
+        wait_until(there, what="the machine is reached, with its memory")
+        wait_until(lambda: len(done) > before + 4, what="the work goes on")
+
+    with ThreadPoolExecutor(3) as threads:
+        using = [threads.submit(use) for _ in range(3)]
+        try:
+            control = real.controls[0]
+            first = dict(control.environment)
+            control.environment = first | newer
+            said = control.run(SANDYARD, "upgrade", "--check")
+            assert "will be migrated" in said
+            assert "servers of the version before can use the database after that" in said
+            said = control.run(SANDYARD, "admin", "migrate")
+            assert re.search(r"migrated the database from \d{4} to 0999", said)
+            control.environment = first
+            for name in ("1", "real", "0"):
+                restart(name, newer)
+            for name in ("0", "real", "1"):
+                restart(name, {})
+        finally:
+            stop.set()
+        for one in using:
+            one.result()
+    assert failed == []
+    assert len(done) > 20
+    assert real.status(other) == "running"
+    assert real.overlapping_periods() == 0
+    wait_until(
+        lambda: real.machines() == sorted(one["id"] for one in real.ask("GET", "/v1/sandboxes")),
+        what="one machine for each sandbox",
+    )

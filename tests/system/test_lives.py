@@ -229,7 +229,7 @@ def test_a_full_disk_refuses_a_pause_and_the_machine_runs_on(
         server.start()
         box = str(server.create()["id"])
         # The golden machine that follows a first boot takes room here while it is made.
-        wait_until(lambda: server.metric("sandyard_goldens") >= 1, limit_s=60)
+        wait_until(lambda: server.metric("sandyard_goldens{") >= 1, limit_s=60)
         wait_until(lambda: server.machines() == {box} and len(server.folders()) == 1)
         server.execute(box, TICK)
         count = ticks(server, box)

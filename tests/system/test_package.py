@@ -56,6 +56,13 @@ with Sandbox.create() as sbx:
 """
 
 
+FRAMEWORKS = (
+    "deepagents", "deepagents-code", "inspect-ai", "harbor", "openai-agents", "smolagents",
+    "verifiers", "langchain-tests", "anthropic", "claude-agent-sdk", "mcp",
+)  # fmt: skip
+"""Where agents of others are run; most of them pin what they need."""
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the package alone in it."""
@@ -87,13 +94,32 @@ def test_it_works_without_the_server(environment: Path, tmp_path: Path) -> None:
         return done.stdout + done.stderr
 
     assert "True" in run("python", "-c", "import sandyard; print(bool(sandyard.Sandbox))")
+    assert "sandyard[cli]" in run("sandyard", "sandbox", "list", ok=False)
+    listed = run("python", "-m", "pip", "list", "--format=freeze").lower()
+    for name in ("fastapi", "sqlalchemy", "uvicorn", "mcp=", "typer", "rich", "websockets"):
+        assert name not in listed
+    source = f"{environment.parent / 'source'}[cli]"
+    run("python", "-m", "pip", "install", "-q", "--disable-pip-version-check", source)
     assert "no server is configured" in run("sandyard", "sandbox", "list", ok=False)
     assert "needs the server" in run("sandyard", "serve", ok=False)
     assert "sandyard[mcp]" in run("sandyard", "mcp", ok=False)
     assert "Real virtual machines" in run("sandyard", "--help")
-    listed = run("python", "-m", "pip", "list", "--format=freeze").lower()
-    for name in ("fastapi", "sqlalchemy", "uvicorn", "mcp="):
-        assert name not in listed
+
+
+@pytest.mark.machine
+def test_it_can_be_installed_next_to_agent_frameworks(environment: Path, tmp_path: Path) -> None:
+    """Resolved, and not installed: their packages are large."""
+    source = environment.parent / "source"
+    wanted = [f"sandyard[attach,cli] @ file://{source}", *FRAMEWORKS]
+    (tmp_path / "wanted").write_text("\n".join(wanted))
+    done = subprocess.run(
+        [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-cache", "--python-version",
+         "3.12", str(tmp_path / "wanted")],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {line.partition("==")[0] for line in done.stdout.splitlines() if "==" in line}
+    assert {*FRAMEWORKS, "httpx", "typer", "websockets"} <= found
 
 
 @pytest.mark.machine

@@ -88,7 +88,8 @@ async def test_time_without_a_processor_does_not_count_up_to_ten_times_the_limit
             break
         await clock.advance(1.0)
     await asyncio.wait([waiting])
-    assert takes_s <= clock.monotonic() - began <= takes_s + 2
+    # The clock goes on while what was starved is read in a thread.
+    assert takes_s <= clock.monotonic() - began <= takes_s * 1.5 + 2
 
 
 def test_what_a_process_waited_for_is_read_from_the_kernel() -> None:

@@ -1,18 +1,15 @@
 """The SDK without a server: what it asks, how it reads answers, when it asks again."""
 
-import asyncio
 import inspect
 import io
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,18 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sandyard
 import sandyard.client as sdk
 from sandyard.client import archives, calls, code
 from sandyard.client.calls import Call, Heard, Retries, refusal_of, result_of
 from sandyard.client.config import ClientConfig, ConfigError, find_config, write_config
 from sandyard.client.errors import TransferError
-from sandyard.client.models import CodeResult, Exited, FileChange, Lost, Printed, ProcessEvent
+from sandyard.client.models import Exited, FileChange, Lost, Printed
 from sandyard.client.streams import Following, Watching
 
 PAIRS = [
     (sdk.Sandyard, sdk.AsyncSandyard), (sdk.Sandbox, sdk.AsyncSandbox),
     (sdk.Files, sdk.AsyncFiles), (sdk.Process, sdk.AsyncProcess), (sdk.Desktop, sdk.AsyncDesktop),
-    (sdk.Processes, sdk.AsyncProcesses),
+    (sdk.Processes, sdk.AsyncProcesses), (sdk.Contexts, sdk.AsyncContexts),
+    (sdk.Context, sdk.AsyncContext),
 ]  # fmt: skip
 
 
@@ -67,6 +66,14 @@ def test_to_import_the_package_loads_nothing_of_it() -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
+
+
+def test_the_package_offers_all_names_of_its_client() -> None:
+    assert set(sdk.__all__) <= set(dir(sandyard))
+    for name in sdk.__all__:
+        assert getattr(sandyard, name) is getattr(sdk, name)
+    with pytest.raises(AttributeError, match="no attribute 'Sandboxx'"):
+        sandyard.Sandboxx  # type: ignore[attr-defined]  # noqa: B018
 
 
 # --- where the server is --------------------------------------------------------------------------
@@ -187,10 +194,6 @@ def test_output_goes_on_where_it_broke_off() -> None:
     assert following.query["offset"] == 7
     assert fed(following, *event("lost", {"bytes": 3}, 10)) == [Lost(3)]
     assert following.broke(OSError("gone")) == 0.2  # something was heard in between
-    for _ in range(4):
-        assert following.ended() <= 4
-    with pytest.raises(sdk.ConnectionFailedError):
-        following.ended()
     end = {"exitCode": 3, "signal": None, "timedOut": False}
     assert fed(following, *event("exit", end)) == [Exited(3, None, False)]
     assert following.is_over
@@ -226,178 +229,37 @@ def test_text_is_told_whole_however_it_is_cut(text: str, cuts: list[int]) -> Non
         at += size
     heard.feed(Printed("stdout", data[at:]))
     heard.feed(Exited(0, None, False))
+    heard.told.call()
     assert "".join(told) == data.decode()
     assert heard.result().stdout_bytes == data
 
 
-# --- code that is kept ----------------------------------------------------------------------------
-
-
-class Interpreter:
-    """What a sandbox would run, here."""
-
-    def __init__(self, language: str) -> None:
-        self._language = language
-
-    @contextmanager
-    def running(self) -> Iterator["Interpreter"]:
-        argv = code.argv_of(self._language)
-        argv = [sys.executable, *argv[1:]] if self._language == "python" else argv
-        pipe = subprocess.PIPE
-        with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe) as self.process:
-            yield self
-            assert self.process.stdin is not None
-            self.process.stdin.close()
-
-    def run(self, text: str) -> CodeResult:
-        return asyncio.run(self._run(code.Piece(text)))
-
-    async def _run(self, piece: code.Piece) -> CodeResult:
-        stdin = self.process.stdin
-        assert stdin is not None
-        stdin.write(piece.request())
-        stdin.flush()
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[ProcessEvent] = asyncio.Queue()
-
-        def hear(name: str, stream: Any) -> None:
-            data = stream.read1(7)  # cut wherever it likes
-            if data:
-                events.put_nowait(Printed(name, data))
-            else:
-                loop.remove_reader(stream)
-                events.put_nowait(Exited(self.process.wait(), None, False))
-
-        shown = {"stdout": b"", "stderr": b""}
-        streams = (("stdout", self.process.stdout), ("stderr", self.process.stderr))
-        for name, stream in streams:
-            assert stream is not None
-            loop.add_reader(stream, hear, name, stream)
-        try:
-            async with asyncio.timeout(20):
-                while not piece.is_done:
-                    event = await events.get()
-                    piece.feed(event)
-                    if isinstance(event, Printed):
-                        shown[event.stream] += piece.new_text(event.stream)
-        finally:
-            for _, stream in streams:
-                assert stream is not None
-                loop.remove_reader(stream)
-        result = piece.result()
-        assert shown["stdout"].decode(errors="replace") == result.stdout
-        assert shown["stderr"].decode(errors="replace") == result.stderr
-        return result
-
-
-def test_python_is_kept_between_pieces() -> None:
-    with Interpreter("python").running() as python:
-        assert python.run("x = 40\nx + 2") == CodeResult("", "", "42", None)
-        done = python.run("import sys\nprint('hü', x)\nprint('e', file=sys.stderr)\nNone")
-        assert done == CodeResult("hü 40\n", "e\n", None, None)
-        assert python.run("def f(n):\n    return n * x\nf(2)").value == "80"
-        assert python.run("_ + 1").value == "81"
-        assert python.run("import asyncio\nawait asyncio.sleep(0, 'slept')").value == "'slept'"
-        assert python.run("import sys; sys.stdin.read()").value == "''"
-        assert python.run("").value is None
-        done = python.run("1\ndef g():\n    raise KeyError('no ü')\ng()")
-        assert done.error is not None
-        assert (done.error.name, done.error.message) == ("KeyError", "'no ü'")
-        assert "raise KeyError('no ü')" in done.error.traceback
-        assert "runpy" not in done.error.traceback
-        for text, name in (("x = (", "SyntaxError"), ("exit(3)", "SystemExit"), ("1/0", "ZeroDi")):
-            error = python.run(text).error
-            assert error is not None
-            assert error.name.startswith(name)
-        assert python.run("print('\\0' * 3 + 'x'); '\\0'").stdout == "\0\0\0x\n"
-        assert len(python.run("'x' * 5_000_000").value or "") == 1_000_000
-        assert python.run("import pickle\nclass A: pass\npickle.loads(pickle.dumps(A())).__class__"
-                          ).value == "<class '__main__.A'>"  # fmt: skip
-        with pytest.raises(code.SessionEndedError, match="exit code 5"):
-            python.run("import os; print('last words', file=sys.stderr, flush=True); os._exit(5)")
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="NOT RUN: there is no node here")
-def test_javascript_is_kept_between_pieces() -> None:
-    with Interpreter("node").running() as node:
-        assert node.run("const x = 40; x + 2").value == "42"
-        assert node.run("console.log('hü', x); console.error('e')").stdout == "hü 40\n"
-        assert node.run("await Promise.resolve(7); x").error is None
-        assert node.run("Promise.resolve({a: 1})").value == "{ a: 1 }"
-        assert node.run("require('os').EOL").value == "'\\n'"
-        for text, name in (("nope", "ReferenceError"), ("x = (", "SyntaxError")):
-            error = node.run(text).error
-            assert error is not None
-            assert error.name == name
-        assert node.run("throw 'just text'").error is not None
-        assert node.run("'é\\0'").value == "'é\\x00'"
-        with pytest.raises(code.SessionEndedError):
-            node.run("process.exit(5)")
-
-
-def test_what_is_lost_or_too_much_is_told_and_the_next_piece_begins_where_it_begins() -> None:
-    piece = code.Piece("x")
-    mark = b"\0" + piece.mark.encode()
-    for event in (
-        Printed("stdout", b"a" * calls.SAID_MAX), Printed("stdout", b"b" * calls.SAID_MAX),
-        Printed("stdout", b"c\0not the mark"), Printed("stderr", mark + b"\0"),
-    ):  # fmt: skip
-        piece.feed(event)
-        assert piece.new_text("stdout") in (b"", getattr(event, "data", b""))
-    assert not piece.is_done
-    for byte in mark + b'["5", null]\0':
-        piece.feed(Printed("stdout", bytes((byte,))))
-    done = piece.result()
-    assert (done.value, done.truncated) == ("5", True)
-    assert len(done.stdout) <= calls.SAID_MAX + 100
-    assert done.stdout.endswith("c\0not the mark")
-    assert calls.length_of(Lost(7)) == 7
-    assert calls.length_of(Printed("stdout", b"abc")) == 3
-
-
-def test_a_child_of_a_piece_answers_nobody() -> None:
-    with Interpreter("python").running() as python:
-        text = "import os, sys\nif os.fork() == 0: sys.exit()\nos.wait()[1]"
-        assert python.run(text).value == "0"
-        for what, ended in (
-            ("sys.exit(3)", 3),
-            ("1/0", 1),
-            ("sys.exit('why')", 1),
-            ("sys.exit()", 0),
-        ):
-            text = f"if os.fork() == 0: {what}\nos.waitstatus_to_exitcode(os.wait()[1])"
-            assert python.run(text).value == str(ended), what
-        assert python.run("6 * 7").value == "42"
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="NOT RUN: there is no node here")
-def test_javascript_runs_once_whatever_it_throws() -> None:
-    with Interpreter("node").running() as node:
-        node.run("globalThis.n = 0")
-        failed = node.run("n += 1; JSON.parse('await {')").error
-        assert failed is not None
-        assert failed.name == "SyntaxError"
-        assert node.run("n").value == "1"
-        assert node.run("await Promise.resolve(42)").value == "42"
-        assert node.run("throw Object.create(null)").error is not None
-        assert node.run("n").value == "1"
-
-
-def test_a_connection_that_was_good_for_a_while_counts_no_breaks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_server_may_be_away_for_two_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def away(following: Following, *, ends: bool = False) -> float:
+        """Return for how long it is tried again; with `ends` it connects, and ends at once."""
+        began = now[0]
+        with pytest.raises(sdk.ConnectionFailedError):
+            while True:
+                if ends:
+                    following.began()
+                now[0] += following.ended()
+        return now[0] - began
+
+    assert 7 < away(Following("/p", 0)) < 9  # it was never there
     following = Following("/p", 0)
     for _ in range(20):  # a weekend of silence, with a brief break now and then
         following.began()
         now[0] += 60
         assert following.ended() == 0.2
-    for _ in range(4):
-        following.began()
-        following.ended()
-    with pytest.raises(sdk.ConnectionFailedError):
-        following.ended()
+    assert 110 < away(following) < 125
+    following = Following("/p", 0)
+    following.began()
+    fed(following, ": alive")
+    assert 110 < away(following) < 125
+    assert 110 < away(Following("/p", 0), ends=True) < 125
 
 
 def test_what_is_downloaded_is_written_where_it_belongs(tmp_path: Path) -> None:
@@ -471,7 +333,7 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path: Path) -> None:
     found = [one for one in tmp_path.rglob("owned") if not one.is_relative_to(target)]
     assert found == []
     assert sorted(one.name for one in tmp_path.iterdir()) == ["a"]
-    assert os.listdir(tmp_path / "a/b") == ["target"]
+    assert os.listdir(tmp_path / "a/b") == []
 
 
 def header(kind: bytes, size: int, name: str = "x") -> bytes:
@@ -600,6 +462,92 @@ def test_an_archive_goes_through_no_link_and_takes_the_place_of_one(tmp_path: Pa
     assert (target / "other").read_text() == "kept"
 
 
+def test_the_name_of_a_link_leads_nowhere_else(tmp_path: Path) -> None:
+    """As above, with the links themselves: a name with `..` behind a link."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".bashrc").write_text("kept")
+    target = tmp_path / "target"
+    deep, members = "", []
+    while len(deep) + len(str(target)) < 3850:
+        deep += f"{'d' * 100}/"
+        members.append((member(deep, kind=tarfile.DIRTYPE), b""))
+    members += [
+        (member(f"{deep}s", kind=tarfile.DIRTYPE), b""),
+        (member("j", link=f"{deep}s", kind=tarfile.SYMTYPE), b""),
+        (member(f"j/../{'L' * 255}", link=str(home), kind=tarfile.SYMTYPE), b""),
+        (member(f"j/../{'L' * 255}/.bashrc", link="/dev/null", kind=tarfile.SYMTYPE), b""),
+    ]
+    with pytest.raises(TransferError):
+        archives.unpack(archive_of(*members), target, "it")
+    assert (home / ".bashrc").read_text() == "kept"
+    assert not target.exists()
+
+
+def test_what_a_callback_raises_is_not_taken_for_an_error_of_the_server() -> None:
+    def fails(_: object) -> None:
+        raise ValueError("mine")
+
+    for made, event_ in (
+        (Heard(fails, None), Printed("stdout", b"x")),
+        (Heard(None, fails), Printed("stderr", b"x")),
+    ):
+        made.feed(event_)
+        with pytest.raises(ValueError, match="mine"):
+            made.told.call()
+    for name, data in (("stdout", {"text": "x"}), ("result", {"text": "1", "isMain": True})):
+        run = code._Run(fails, fails, fails)
+        fed(run, *event(name, data))
+        with pytest.raises(ValueError, match="mine"):
+            run.told.call()
+
+    async def waits(_: object) -> None:
+        raise AssertionError
+
+    run = code._Run(waits, None, None)
+    fed(run, *event("stdout", {"text": "x"}))
+    with pytest.raises(TypeError, match="AsyncSandbox"):
+        run.told.call()
+
+
+def test_links_stay_links_and_nothing_is_written_through_them(tmp_path: Path) -> None:
+    def link(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
+        return member(name, link=target, kind=tarfile.SYMTYPE), b""
+
+    (tmp_path / "outside").write_text("kept")
+    members = [
+        (member("bin", kind=tarfile.DIRTYPE), b""),
+        link("bin/python", "/usr/bin/python3"), link("bin/gone", "nowhere"),
+        link("bin/own", "/workspace/env/lib/one"), link("bin/up", "../lib/one"),
+        link("bin/self", "/workspace/env"), link("bin/near", "/workspace/environment"),
+        link("out", f"{tmp_path}/outside"), link("above", "../../x"),
+        (member("lib/one"), b"1"),
+    ]  # fmt: skip
+    target = tmp_path / "env"
+    for _ in range(2):  # also where it is there already
+        left = archives.unpack(archive_of(*members), target, "env")
+        assert {one.path: one.target for one in left} == {
+            "bin/python": "/usr/bin/python3", "bin/near": "/workspace/environment",
+            "out": f"{tmp_path}/outside", "above": "../../x",
+        }  # fmt: skip
+        assert os.readlink(target / "bin/python") == "/usr/bin/python3"
+        assert os.readlink(target / "bin/gone") == "nowhere"
+        assert os.readlink(target / "bin/own") == "../lib/one"
+        assert os.readlink(target / "bin/self") == ".."
+        assert (target / "bin/up").read_text() == "1"
+    for through in ([link("d", str(tmp_path)), (member("d/outside"), b"x")],
+                    [link("f", f"{tmp_path}/outside"), (member("f"), b"x")],
+                    [link("d", ".."), link("d/e", "x")]):  # fmt: skip
+        with pytest.raises(TransferError):
+            archives.unpack(archive_of(*through), tmp_path / "new", "env")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "outside").read_text() == "kept"
+    broken = [(member("whole"), b"1"), (member("../no"), b"")]
+    with pytest.raises(TransferError, match="what came before that is in"):
+        archives.unpack(archive_of(*broken), target, "env")
+    assert sorted(os.listdir(tmp_path)) == ["env", "outside"]
+
+
 def test_of_a_link_to_a_folder_the_folder_is_packed(tmp_path: Path) -> None:
     (tmp_path / "release-7").mkdir()
     (tmp_path / "release-7/a").write_text("a")
@@ -643,17 +591,66 @@ def test_options_are_fields_of_the_api_and_no_misspelling_passes() -> None:
     both = calls.create(None, 1, None, {"sshKeys": [], "resources": {"vcpus": 1}, "disk": "9GB"})
     assert both.body == {"sshKeys": [], "resources": {"vcpus": 1, "disk": "9GB"}}
     assert calls.change("s", {"onExpiry": "pause"}).body == {"onExpiry": "pause"}
-    started = calls.start("/p", "x", {"cwd": PurePosixPath("/tmp"), "stdin": True})
+    started = calls.start("/p", "x", None, {"cwd": PurePosixPath("/tmp"), "stdin": True})
     assert started.body == {"command": "x", "cwd": "/tmp", "stdin": True}
     with pytest.raises(TypeError, match="no option 'nmae'; did you mean 'name'"):
         calls.create(None, 1, None, {"nmae": "x"})
     with pytest.raises(TypeError, match="there are cwd, env, "):
-        calls.start("/p", "x", {"zzz": 1})
+        calls.start("/p", "x", None, {"zzz": 1})
     with pytest.raises(TypeError, match="no option 'env'"):
         calls.change("s", {"env": {}})
 
 
-def test_a_language_that_is_not_there_is_refused() -> None:
-    assert code.argv_of("js") == code.argv_of("node")
-    with pytest.raises(ValueError, match="python, node"):
-        code.argv_of("cobol")
+def test_languages_have_their_usual_names() -> None:
+    names = {one: code.name_of(one) for one in ("js", "JavaScript", "node", "sh", "py", "cobol")}
+    assert names == {
+        "js": "node", "JavaScript": "node", "node": "node", "sh": "bash", "py": "python",
+        "cobol": "cobol",
+    }  # fmt: skip
+
+
+def test_what_code_reports_is_collected() -> None:
+    told: list[object] = []
+    run = code._Run(told.append, None, told.append)
+    lines = [
+        *event("stdout", {"text": "é"}), *event("stderr", {"text": "e"}),
+        *event("result", {"text": "x", "png": "aGk=", "isMain": False, "truncated": False}),
+        *event("result", {"text": "5", "isMain": True, "truncated": True}),
+        *event("newer", {}),
+        *event("error", {"name": "E", "value": "v", "traceback": "t"}),
+    ]  # fmt: skip
+    fed(run, *lines)
+    run.told.call()
+    assert not run.is_over
+    fed(run, *event("end", {}))
+    done = run.result()
+    assert (done.stdout, done.stderr, done.value, done.truncated) == ("é", "e", "5", True)
+    assert done.error == sdk.CodeError("E", "v", "t")
+    assert (done.results[0].png, done.results[0].html) == (b"hi", None)
+    assert told == ["é", *done.results]
+    with pytest.raises(sdk.ConflictError):
+        fed(run, *event("error", {"code": "invalid_state", "message": "paused"}))
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "own", "python"),
+    [
+        ("absent", 404, sdk.NotFoundError, FileNotFoundError),
+        ("no_process", 404, sdk.NotFoundError, ProcessLookupError),
+        ("denied", 403, sdk.ForbiddenError, PermissionError),
+        ("exists", 409, sdk.ConflictError, FileExistsError),
+        ("is_a_folder", 400, sdk.BadRequestError, IsADirectoryError),
+        ("not_a_folder", 400, sdk.BadRequestError, NotADirectoryError),
+    ],
+)
+def test_errors_about_files_are_pythons_too(
+    reason: str, status: int, own: type[sdk.ApiError], python: type[OSError]
+) -> None:
+    error = sdk.errors.error_of(
+        "/a: it is so", status=status, code="x", request_id="r", details={"reason": reason}
+    )
+    assert isinstance(error, own)
+    assert isinstance(error, python)
+    assert (str(error), error.message, error.status) == ("/a: it is so", "/a: it is so", status)
+    assert issubclass(sdk.StillStartingError, sdk.NotReadyError | TimeoutError)
+    assert issubclass(sdk.TimedOutError, TimeoutError)

@@ -1,5 +1,6 @@
 """The guest's own files, written where there is no room for others."""
 
+import asyncio
 import errno
 import os
 import socket
@@ -167,20 +168,33 @@ def test_a_kernel_that_lists_no_connections_keeps_them(number: int, is_told: boo
         assert list(listed) == []
 
 
-def test_how_busy_a_machine_is_counts_from_the_first_look_after_it_stood_still(
+async def test_how_busy_a_machine_is_counts_from_the_first_look_after_it_stood_still(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    done = (0.0, 0.0)
+    done, slept = (0.0, 0.0), []
+
+    async def sleep(time_s: float) -> None:
+        nonlocal done
+        slept.append(time_s)
+        done = (done[0] + time_s, done[1] + time_s / 4)  # a quarter of the time busy
+
     monkeypatch.setattr(context, "_work_done", lambda: done)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     load = context.Load()
     done = (10.0, 5.0)
-    assert load.recent_percent(60.0) == 50.0
+    assert await load.recent_percent(60.0) == 50.0
     load.forget()
     done = (3600.0, 3000.0)
-    assert load.recent_percent(60.0) == 0.0
+    assert slept == []
+    # There is no sample yet, or one of this moment alone: it is measured.
+    assert await load.recent_percent(60.0) == 25.0
+    assert slept == [0.5]
     done = (3610.0, 3001.0)
-    assert load.recent_percent(60.0) == 10.0
-    assert load.recent_percent(5.0) == 10.0
+    assert await load.recent_percent(60.0) == 10.0
+    assert await load.recent_percent(5.0) == 10.0
+    load._work.append(done)
+    assert await load.recent_percent(5.0) == 25.0
+    assert slept == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(

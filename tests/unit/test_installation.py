@@ -22,6 +22,42 @@ from sandyard.server.node.host.identity import take_identity
 # --- locks ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("hours", [2, -2])
+def test_a_step_of_the_reference_is_followed_once_it_has_lasted_or_is_confirmed(
+    hours: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment, at = datetime(2026, 1, 2, tzinfo=UTC), 1000.0
+
+    class Clock(AgreedClock):
+        elapsed = staticmethod(lambda: at)
+
+    clock, step = Clock(), timedelta(hours=hours)
+
+    def after(seconds: float, ahead: timedelta) -> timedelta:
+        """Read the reference again, and return by how much it is followed."""
+        nonlocal at, moment
+        at, moment = at + seconds, moment + timedelta(seconds=seconds)
+        clock.agree(moment + ahead, at)
+        return clock.now() - moment
+
+    assert after(0, timedelta()) == timedelta()
+    for _ in range(59):  # it is put right just in time
+        assert after(5, step) == timedelta()
+    assert clock.step == step
+    assert caplog.text.count("sandyard admin confirm-clock") == 1
+    assert after(5, timedelta(seconds=1)) == timedelta(seconds=1)
+    assert clock.step is None
+    # It is set again, and once more to something else.
+    assert after(5, step) == timedelta(seconds=1)
+    assert after(290, 2 * step) == timedelta(seconds=1)
+    assert after(290, 2 * step) == timedelta(seconds=1)
+    assert after(20, 2 * step) == 2 * step
+    clock.follow()  # nothing waits for it
+    assert after(5, step) == 2 * step
+    clock.follow()
+    assert after(5, step) == step
+
+
 def test_only_its_owner_may_open_what_a_server_locks(tmp_path: Path) -> None:
     (tmp_path / "server.lock").touch(mode=0o644)  # as an earlier version left it
     with only_server(tmp_path):
@@ -45,8 +81,8 @@ def test_a_clock_that_is_off_goes_by_the_other(
     assert clock.now() == moment + hour, "whatever the host's own is set to"
     clock.agree(moment + timedelta(seconds=0.2), 1000.0)
     assert clock.now() == moment + hour, "it does not jump for nearly nothing"
-    clock.agree(moment - hour, 1000.0)
-    assert clock.now() == moment
+    clock.agree(moment + hour - timedelta(seconds=50), at)
+    assert clock.now() == moment + hour - timedelta(seconds=50)
     assert abs(AgreedClock().now() - SystemClock().now()) < timedelta(seconds=1)
 
 

@@ -1,18 +1,25 @@
 """What is told to Prometheus."""
 
-from sandyard.server.app.metrics import Metrics
+from sandyard.server.app.metrics import Metrics, Told
 from sandyard.server.core.contracts.node import NodeReport, ShelfFact
 
 
-def test_shelves_that_differ_by_their_disks_alone_are_told_apart_and_nodes_added_up() -> None:
+def test_shelves_are_told_apart_by_node_and_by_disk_alone() -> None:
     small = ShelfFact("base-ubuntu", 2, 4096, 1024, size=1, target=2)
     usual = ShelfFact("base-ubuntu", 2, 4096, 10240, size=3, target=4, failures=2)
-    told = Metrics(version="1").render(
-        [NodeReport("a", (), shelves=(small, usual)), NodeReport("b", (), shelves=(usual,))]
+    one, other = (
+        Told(NodeReport("a", (), shelves=(small, usual))),
+        Told(NodeReport("b", (), shelves=(usual,)), age_s=7.5),
     )
-    lines = told.decode().splitlines()
+    metrics = Metrics(version="1")
+    lines = metrics.render([one, other]).decode().splitlines()
     kind = 'template="base-ubuntu",vcpus="2"'
-    assert f'sandyard_pool_size{{disk_mib="1024",memory_mib="4096",{kind}}} 1.0' in lines
-    assert f'sandyard_pool_size{{disk_mib="10240",memory_mib="4096",{kind}}} 6.0' in lines
-    assert f'sandyard_pool_failures{{disk_mib="10240",memory_mib="4096",{kind}}} 4.0' in lines
-    assert f'sandyard_pool_target{{disk_mib="10240",memory_mib="4096",{kind}}} 8.0' in lines
+    for node, disk_mib, size in (("a", 1024, 1), ("a", 10240, 3), ("b", 10240, 3)):
+        labels = f'disk_mib="{disk_mib}",memory_mib="4096",node="{node}",{kind}'
+        assert f"sandyard_pool_size{{{labels}}} {size:.1f}" in lines
+    labels = f'disk_mib="10240",memory_mib="4096",node="b",{kind}'
+    assert f"sandyard_pool_failures{{{labels}}} 2.0" in lines
+    assert f"sandyard_pool_target{{{labels}}} 4.0" in lines
+    assert 'sandyard_node_report_age_seconds{node="b"} 7.5' in lines
+    # A node that was forgotten is shown no longer.
+    assert 'node="b"' not in metrics.render([one]).decode()

@@ -56,7 +56,7 @@ def test_however_time_is_cut_the_sum_is_the_same(
     charged, so_far = 0, timedelta()
     for piece in [*pieces, timedelta()]:
         so_far += piece
-        found = _charged([one], NOW + so_far, lambda period, time: price.compute(shape, time))
+        found = _charged([one], NOW + so_far, lambda _, end: price.compute(shape, end - NOW))
         (one,) = found.periods
         charged += found.added
     assert charged == floor(exactly(price, shape, so_far))

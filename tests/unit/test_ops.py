@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from sandyard.server.core import ops, wire
 from sandyard.server.core.codec import CodecError, decode, encode
 from sandyard.server.core.collect import Collector
+from sandyard.server.core.contracts.node import MachineFact, MachineWish, NodeReport, Phase, Way
+from sandyard.server.core.shapes import Shape
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ENV = st.dictionaries(TEXT, TEXT, max_size=3)
@@ -152,3 +154,23 @@ def test_output_beyond_the_limit_is_cut_and_that_is_told() -> None:
 def test_an_end_that_is_not_told_as_agreed_breaks_the_protocol(end: bytes) -> None:
     with pytest.raises(wire.WireError):
         Collector().feed(frames((EXIT, end)))
+
+
+def test_words_of_a_newer_node_degrade_what_they_are_said_of_and_nothing_else() -> None:
+    known = MachineFact("a", 1, Phase.RUNNING, way=Way.POOL)
+    report = NodeReport("n", (known, MachineFact("b", 1, Phase.PAUSED)))
+    said = encode(report)
+    said["machines"][1] |= {"phase": "frozen", "way": "teleport", "colour": "red"}
+    said["weather"] = "fine"
+    assert decode(NodeReport, said).machines == (known, MachineFact("b", 1, Phase.UNKNOWN))
+    wrongs: tuple[object, ...] = (1, None, True, [], {})
+    for wrong in wrongs:
+        said["machines"][1]["phase"] = wrong
+        with pytest.raises(CodecError):
+            decode(NodeReport, said)
+
+
+def test_a_wish_with_a_word_that_is_unknown_here_is_not_guessed_at() -> None:
+    wish = MachineWish("a", 1, "t", Shape(1, 512, 1024), "h", "o", {})
+    with pytest.raises(CodecError):
+        decode(MachineWish, encode(wish) | {"origin": "cloud"})

@@ -15,8 +15,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from sandyard.cli import copy, live, output, sandbox, ways
 from sandyard.cli import main as entry
-from sandyard.cli import output, sandbox, ways
 from sandyard.cli.credentials import secret_of
 from sandyard.client import ApiError, Sandbox, Sandyard, SshAccess
 from sandyard.client.config import ClientConfig
@@ -96,8 +96,34 @@ def test_on_a_narrow_terminal_ids_are_whole(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("sys.stdout", shown)
     monkeypatch.setenv("COLUMNS", "50")
     output.show_table(("id", "name"), [(IDS[0], "a name that is a good deal longer" * 2)])
-    assert IDS[0] in shown.getvalue()
-    assert "…" not in shown.getvalue()
+    name = "a name that is a good deal longer" * 2
+    said = shown.getvalue() + shown.bytes.getvalue().decode()
+    assert said == f"id    {IDS[0]}\nname  {name}\n"
+
+
+def test_of_a_list_without_room_the_most_important_columns_are_shown() -> None:
+    row = ("name", "running", "4.9", "196/3929 MiB", "0.0/9.7 GiB", "0:21:27",
+           "2026-11-30 11:42:24", IDS[0])  # fmt: skip
+
+    def shown(width: int) -> list[object]:
+        return [one.header for one in live._table([row], width).columns]
+
+    assert shown(200) == list(live._COLUMNS)
+    assert shown(70) == ["name", "status", "CPU %", "memory", "disk", "up"]
+    assert shown(30) == ["name", "CPU %", "memory"]
+
+
+def test_scripts_are_checked_before_a_sandbox_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.rb").write_text("puts 1")
+    (tmp_path / "y.rb").write_text("#!/usr/bin/env ruby\n")
+    for wrong in (["nofile.py"], ["x.rb", "a"]):
+        with pytest.raises(typer.BadParameter):
+            copy._check(wrong)
+    for right in (["y.rb"], ["python3", "-"], ["echo x.py"], ["ls /a.py"]):
+        copy._check(right)
 
 
 def test_json_of_one_is_an_object_and_of_a_list_a_list(run: CliRunner) -> None:
@@ -109,7 +135,7 @@ def test_json_of_one_is_an_object_and_of_a_list_a_list(run: CliRunner) -> None:
 
 def test_get_says_why_and_a_guest_moves_no_cursor(run: CliRunner) -> None:
     told = run.invoke(entry.app, ["sandbox", "get", "x"])
-    assert "it was \\x1b[31mlost" in told.stderr
+    assert "reason\tit was \\x1b[31mlost" in told.stdout
     assert "\x1b" not in told.stderr + told.stdout
 
 

@@ -5,8 +5,9 @@ import pytest
 from sandyard.server.core.contracts.node import Origin, Phase
 from sandyard.server.node.machines.phases import NEWER, ORIGINS, SAME, Ask, Step, step_of
 
-AT_REST = [None, *(one for one in Phase if one is not Phase.WAITING)]
-"""What waits in the pool is no sandbox's: nobody asks for it by name."""
+AT_REST = [None, *(one for one in Phase if one not in (Phase.WAITING, Phase.UNKNOWN))]
+"""What waits in the pool is no sandbox's: nobody asks for it by name. Of its own machines, a node
+knows every phase."""
 REFUSED = {Step.ABSENT, Step.OVERTAKEN, Step.DEAD, Step.NOT_NOW}
 LOSES = {Step.START, Step.REPLACE}
 """What begins with nothing of what was there."""

@@ -15,7 +15,7 @@ from sandyard.server.core import ops
 from sandyard.server.core.wire import Channel
 from sandyard.server.guest import table
 from sandyard.server.guest.ring import Ring
-from sandyard.server.guest.system import AbsentError, ConflictingError, RefusedError
+from sandyard.server.guest.system import ConflictingError, NoProcessError, RefusedError
 from sandyard.server.guest.table import RING, Entry, Follower, Table
 
 OUT, ERR = Channel.STDOUT, Channel.STDERR
@@ -268,6 +268,26 @@ async def test_input_is_written_as_far_as_there_is_room_and_told() -> None:
             await entry.feed(b"x", closes=False)
 
 
+async def test_streams_of_the_same_bytes_are_written_once() -> None:
+    """A client that was disconnected begins again, before its first connection has ended."""
+    data, read = bytes(range(256)) * 2048, bytearray()
+    async with living() as (_, entry, pipes):
+
+        async def pour(begin: int) -> None:
+            for at in range(begin, len(data), 1000):
+                piece = data[at : at + 1000]
+                assert await entry.feed(piece, closes=False, at=at) == (len(piece), False)
+
+        pouring = asyncio.gather(pour(0), pour(0))
+        while len(read) < len(data):
+            read += os.read(pipes.theirs["stdin"], 4096) if entry.fed > len(read) else b""
+            await asyncio.sleep(0)
+        await pouring
+        assert (bytes(read), entry.fed) == (data, len(data))
+        with pytest.raises(ConflictingError, match="at byte"):
+            await entry.feed(b"x", closes=False, at=len(data) + 1)
+
+
 async def test_closed_input_takes_no_more() -> None:
     async with living() as (_, entry, pipes):
         assert await entry.feed(b"", closes=True) == (0, True)
@@ -289,7 +309,7 @@ async def test_ends_are_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> Non
         assert kept.find(None, "mine") is entry
         assert kept.living() == 0
         monkeypatch.setattr(table, "_KEPT_S", 0.0)
-        with pytest.raises(AbsentError, match="mine"):
+        with pytest.raises(NoProcessError, match="mine"):
             kept.find(None, "mine")
         with pytest.raises(RefusedError, match="pid or its tag"):
             kept.find(None, None)

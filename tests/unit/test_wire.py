@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandyard.server.core import wire
-from sandyard.server.core.wire import Answer, Channel, Decoder, Frame, Request, WireError
+from sandyard.server.core.wire import (
+    Answer,
+    Channel,
+    Decoder,
+    Frame,
+    Request,
+    VersionError,
+    Versions,
+    WireError,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
@@ -128,6 +137,9 @@ def test_any_json_head_is_understood_or_refused(value: object) -> None:
     [
         b"{}\n",
         b'{"v":2,"token":"","op":"hello","args":{}}\n',
+        b'{"v":true,"token":"","op":"hello","args":{}}\n',
+        b'{"v":1,"now":[],"token":"","op":"hello","args":{}}\n',
+        b'{"v":1,"now":' + b"9" * 4000 + b',"token":"","op":"hello","args":{}}\n',
         b'{"v":1,"token":1,"op":"hello","args":{}}\n',
         b'{"v":1,"token":"","op":"hello","args":[]}\n',
         b"[" * 100_000 + b"\n",
@@ -139,6 +151,34 @@ def test_bad_heads_are_refused(line: bytes) -> None:
     decoder.feed(line)
     with pytest.raises(WireError):
         decoder.take_request()
+
+
+SIDE = st.tuples(*[st.integers(1, 9)] * 3).map(sorted)
+
+
+@given(SIDE, SIDE)
+def test_two_sides_understand_each_other_if_their_versions_meet(
+    one: list[int], other: list[int]
+) -> None:
+    writer, reader = (
+        Versions(now=now, suffices=suffices, oldest=oldest)
+        for oldest, suffices, now in (one, other)
+    )
+    head = json.loads(json.dumps(writer.head))
+    if writer.suffices <= reader.now and writer.now >= reader.oldest:
+        reader.check(head)
+    else:
+        with pytest.raises(VersionError, match=str(reader.now)):
+            reader.check(head)
+
+
+@pytest.mark.parametrize("ahead", [1, 500])
+def test_what_a_newer_side_writes_for_older_ones_is_read(ahead: int) -> None:
+    head = Versions(now=wire.VERSIONS.now + ahead, suffices=wire.VERSIONS.now, oldest=1).head
+    line = json.dumps(head | {"ok": True, "values": {}, "more": 1}).encode() + b"\n"
+    decoder = Decoder()
+    decoder.feed(line)
+    assert decoder.take_answer() == Answer({})
 
 
 def test_lengths_have_bounds_on_both_sides() -> None:
