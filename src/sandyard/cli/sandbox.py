@@ -323,15 +323,22 @@ def fork(
     name: Annotated[
         str | None, typer.Option(help="A name. With several forks, a number is appended.")
     ] = None,
+    wait: Annotated[int, typer.Option(help="Seconds to wait until they are running.")] = 60,
     as_json: Json = False,
 ) -> None:
     """Create sandboxes from the current state of this one: files, memory and processes."""
     with open_client() as client:
+        until = time.monotonic() + wait
         made = client.fork(reference, count, name=name)
+        for one in made:
+            with suppress(NotReadyError):  # what became of it is shown
+                one.wait_until_ready(until - time.monotonic())
     if as_json:
         show_json([dict(one.raw) for one in made])
     else:
         _show(made)
+    if any(one.status in _BROKEN for one in made):
+        raise typer.Exit(1)
 
 
 @app.command()
