@@ -159,7 +159,7 @@ class RealServer:
         shutil.copytree(_kept_goldens(), self.home / "goldens", copy_function=_copy)
 
     def _leave_goldens(self) -> None:
-        for golden in (self.home / "goldens").iterdir():
+        for golden in (self.home / "goldens").glob("*"):
             if golden.name.endswith(".part"):
                 continue
             try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -253,3 +254,43 @@ def test_a_full_disk_refuses_a_pause_and_the_machine_runs_on(
         server.stop()
         server.run("stop", "--all")
         assert not server.folders()
+
+
+def test_a_lost_home_comes_back_with_paused_sandboxes_snapshots_and_workspaces(
+    server: RealServer, tmp_path: Path
+) -> None:
+    server.start()
+    word, file = tmp_path / "word", tmp_path / "b"
+    word.write_text("correct horse\n")
+    made = server.client.post("/v1/workspaces", json={"name": "Work"}).json()["data"]["id"]
+    server.client.post(
+        f"/v1/workspaces/{made}/upload", files={"file": ("kept", b"kept")}
+    ).raise_for_status()
+    box = server.create()["id"]
+    server.execute(box, TICK)
+    server.execute(box, "echo precious > /root/kept; sync")
+    least = ticks(server, box)
+    snapshot = server.act(box, "snapshots", name="then")["id"]
+    server.act(box, "pause")
+    said = server.run(
+        "backup", file, "--include", "paused", "--include", "snapshots",
+        "--include", "workspaces", "--passphrase-file", word,
+    ).stdout  # fmt: skip
+    assert "copying 2 paused machines and snapshots" in said
+    server.stop()
+    for one in server.home.iterdir():  # the disk is lost; whoever has the key still has it
+        if one.name != "xdg":
+            shutil.rmtree(one) if one.is_dir() else one.unlink()
+    server.environment["SANDYARD_NODE__IMAGES_DIR"] = str(server.home / "images")
+    server.run("restore", file, "--passphrase-file", word)
+    server.start()
+    assert server.status(box) == "paused"
+    server.act(box, "resume")
+    goes_on(server, box, least)
+    assert server.execute(box, "cat /root/kept")["stdout"] == "precious\n"
+    answer = server.client.get(f"/v1/workspaces/{made}/direct", params={"id": "/kept"})
+    assert answer.content == b"kept"
+    again = server.client.post("/v1/sandboxes", params={"wait": 60}, json={"snapshot": snapshot})
+    assert again.status_code == 201, again.text
+    server.wait_running(again.json()["data"]["id"])
+    goes_on(server, again.json()["data"]["id"], least)

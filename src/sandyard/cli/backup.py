@@ -1,5 +1,6 @@
 """`sandyard backup` and `sandyard restore`: for the operator, on the host."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,14 +24,30 @@ def _passphrase(file: Path | None, configured: Path | None) -> str:
     return secret_of(None, file or configured, what="passphrase", option="--passphrase-file")
 
 
+class Include(StrEnum):
+    """What a backup may contain in addition to the database."""
+
+    PAUSED = "paused"
+    SNAPSHOTS = "snapshots"
+    WORKSPACES = "workspaces"
+
+
 def backup(
     file: File,
+    include: Annotated[
+        list[Include] | None,
+        typer.Option(
+            help="Also the files of paused sandboxes, snapshots or workspaces. May be repeated."
+        ),
+    ] = None,
     passphrase_file: PassphraseFile = None,
 ) -> None:
     """Back up the installation to a new file: database, keys, settings and templates."""
     settings = server_settings()
     passphrase = _passphrase(passphrase_file, settings.backup.passphrase_file)
-    about = server_module("backups").backup(settings, file, passphrase, progress=typer.echo)
+    about = server_module("backups").backup(
+        settings, file, passphrase, include=include or (), progress=typer.echo
+    )
     size = file.stat().st_size / 2**20
     rows = ", ".join(f"{count} {name}" for name, count in about.rows.items())
     typer.echo(f"{file}: {size:.1f} MiB" + (f"; {rows}" if rows else ""))

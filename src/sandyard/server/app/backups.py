@@ -4,13 +4,15 @@
     database                SQLite's file, or what pg_dump wrote
     home/…                  keys, settings, and the certificates of several hosts
     definitions/…           template definitions of the operator's own
+    files/…                 machines and workspaces, if they were asked for (see `backup_files`)
 
-The database is copied consistently while a server runs; nothing else in a backup changes then.
+The database is copied consistently while a server runs; of the rest, only files change then.
 """
 
 import asyncio
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -34,6 +36,18 @@ from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from sandyard.server.app.backup_files import (
+    PREFIX,
+    Contents,
+    Include,
+    Kind,
+    Target,
+    Unpacking,
+    missing,
+    put_back,
+    put_workspaces_back,
+    write_files,
+)
 from sandyard.server.app.database import refuse_node
 from sandyard.server.app.installation import only_server, running_server
 from sandyard.server.app.sealed_files import SealedReader, SealedWriter, check_passphrase
@@ -45,13 +59,14 @@ from sandyard.server.core.errors import (
     IncompatibleError,
     NotFoundError,
     UnavailableError,
+    UnsupportedError,
 )
 from sandyard.server.drivers.sparse import copy_sparse
 from sandyard.server.links.sql.address import tls_of
 from sandyard.server.node.machines.saved import sync_folder
 from sandyard.server.tasks import in_thread
 
-FORMAT = 1
+FORMAT = 2
 _FILES = ("secret.key", "server.id", "ssh_host_ed25519_key", "config.toml", "cluster")
 _COUNTED = ("organizations", "users", "sandboxes", "snapshots", "workspaces", "api_keys")
 _PIECE = 1024 * 1024
@@ -70,7 +85,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class About:
     """What a backup is of. `key` is a digest of the installation's key, `rows` counts what is in
-    the database, where that is SQLite."""
+    the database, where that is SQLite; `include` tells what else is in it."""
 
     format: int
     version: str
@@ -80,6 +95,7 @@ class About:
     database: str
     key: str
     rows: Mapping[str, int]
+    include: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,20 +112,26 @@ def backup(
     file: Path,
     passphrase: str,
     *,
+    include: Iterable[Include] = (),
     progress: Progress = lambda _: None,
     stop: threading.Event | None = None,
 ) -> About:
     """Write a backup to a new file. It gets its name once it is complete. Once `stop` is set, give
-    up soon.
+    up soon. `include` names what files of machines and workspaces are to be in it.
 
     Raises:
         InvalidArgumentError: the passphrase is too short.
         ConflictError: the file exists.
         NotFoundError: there is no installation here.
-        UnavailableError: the database cannot be copied, or the disk is full.
+        UnavailableError: the database or the files cannot be copied, or the disk is full.
     """
     check_passphrase(passphrase)
-    home = settings.home
+    home, wanted, stop = settings.home, frozenset(map(Include, include)), stop or threading.Event()
+    if wanted and settings.cluster.nats:
+        raise UnsupportedError(
+            "cannot include machines or workspaces: in an installation on several hosts, they are "
+            "on the nodes and on the file servers"
+        )
     if not (home / "secret.key").exists():
         raise NotFoundError(f"cannot back up {home}: there is no installation there")
     if file.exists():
@@ -119,7 +141,7 @@ def backup(
         with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=home) as scratch:
             database = Path(scratch) / "database"
             progress("copying the database")
-            kind = _copy_database(settings, database, stop or threading.Event())
+            kind = _copy_database(settings, database, stop)
             about = About(
                 format=FORMAT,
                 version=package_version("sandyard"),
@@ -129,10 +151,11 @@ def backup(
                 database=kind,
                 key=_digest_of(home / "secret.key"),
                 rows=_rows_of(database) if kind == "sqlite" else {},
+                include=tuple(sorted(wanted)),
             )
             part = file.with_name(f"{file.name}.part")
             try:
-                _write(part, passphrase, about, database, settings, progress)
+                _write(part, passphrase, about, database, settings, progress, stop)
                 part.replace(file)
                 sync_folder(file.absolute().parent)
             finally:
@@ -154,6 +177,7 @@ def restore(
     the files that it replaced were moved, if there were any.
 
     The backup is verified whole before anything is changed, and a failure after that is undone.
+    Machines, snapshots and workspaces that are there stay: they are newer than the backup.
     Without `force`, the home may be empty, or of the same installation. Sandboxes that would end
     within a day get a day: their ends may have been put off since the backup.
 
@@ -174,10 +198,11 @@ def restore(
         with (
             only_server(home),
             tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=home) as scratch,
+            Unpacking(Path(scratch), settings) as files,
         ):
-            about = _unpack(file, passphrase, Path(scratch), progress)
+            about = _unpack(file, passphrase, Path(scratch), files, progress)
             _check_same(settings, about, force=force)
-            replaced = _put_back(settings, about, Path(scratch), progress)
+            replaced = _put_back(settings, about, Path(scratch), files.found, progress)
     except OSError as error:
         raise UnavailableError(f"cannot restore the backup: {error}") from error
     return about, replaced
@@ -190,8 +215,11 @@ def compare(settings: Settings, file: Path, passphrase: str) -> tuple[About, lis
     """
     home, found = settings.home, []
     try:
-        with tempfile.TemporaryDirectory(prefix="sandyard-compare-") as scratch:
-            about = _unpack(file, passphrase, Path(scratch), lambda _: None)
+        with (
+            tempfile.TemporaryDirectory(prefix="sandyard-compare-") as scratch,
+            Unpacking(Path(scratch), None) as files,
+        ):
+            about = _unpack(file, passphrase, Path(scratch), files, lambda _: None)
             key = home / "secret.key"
             if key.exists() and _digest_of(key) != about.key:
                 found.append(Difference("installation", "another one", "the backup's"))
@@ -207,6 +235,11 @@ def compare(settings: Settings, file: Path, passphrase: str) -> tuple[About, lis
                 name = path.relative_to(Path(scratch) / "home")
                 if path.is_file() and (why := _differs(home / name, path)) is not None:
                     found.append(Difference(str(name), *why))
+            found += [
+                Difference(name, "absent", "there")
+                for contents, _ in files.found
+                for name in missing(settings, contents)
+            ]
     except OSError as error:
         raise UnavailableError(f"cannot compare the backup: {error}") from error
     return about, found
@@ -242,7 +275,17 @@ async def _back_up_now(
     passphrase = (await in_thread(passphrase_file.read_text)).strip()
     file = folder / f"{clock.now():%Y%m%dT%H%M%SZ}{_SUFFIX}"
     stop = threading.Event()
-    work = asyncio.ensure_future(in_thread(backup, settings, file, passphrase, stop=stop))
+    work = asyncio.ensure_future(
+        in_thread(
+            backup,
+            settings,
+            file,
+            passphrase,
+            include=map(Include, settings.backup.include),
+            progress=lambda said: log.info("backup: %s", said),
+            stop=stop,
+        )
+    )
     try:
         await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -391,6 +434,7 @@ def _write(
     database: Path,
     settings: Settings,
     progress: Progress,
+    stop: threading.Event,
 ) -> None:
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -412,6 +456,8 @@ def _write(
             if definitions is not None and definitions.is_dir():
                 progress(f"copying {definitions}")
                 tar.add(definitions, "definitions", filter=_plain)
+            target = Target(tar, progress, stop, itertools.count())
+            write_files(settings, frozenset(map(Include, about.include)), target)
         sealed.close()
         file.flush()
         os.fsync(file.fileno())
@@ -438,7 +484,9 @@ def _opened(file: Path, passphrase: str) -> Iterator[tuple[SealedReader, tarfile
         raise DamagedError(f"cannot read the backup: {error}") from error
 
 
-def _unpack(file: Path, passphrase: str, scratch: Path, progress: Progress) -> About:
+def _unpack(
+    file: Path, passphrase: str, scratch: Path, files: Unpacking, progress: Progress
+) -> About:
     """Unpack a backup to an empty folder, and verify all of it."""
     progress(f"reading {file}")
     about: About | None = None
@@ -446,8 +494,12 @@ def _unpack(file: Path, passphrase: str, scratch: Path, progress: Progress) -> A
         for member in tar:
             if about is None:
                 about = _about_in(tar, member)
-                continue
-            _unpack_one(tar, member, scratch)
+            elif member.name.startswith(f"{PREFIX}/"):
+                content = tar.extractfile(member)
+                assert content is not None
+                files.take(member.name, content)
+            else:
+                _unpack_one(tar, member, scratch)
         sealed.read_to_end()
     if about is None:
         raise DamagedError("cannot read the backup: it is empty")
@@ -461,11 +513,12 @@ def _about_in(tar: tarfile.TarFile, member: tarfile.TarInfo) -> About:
     if content is None:
         raise DamagedError("cannot read the backup: it does not say what it is")
     values: dict[str, Any] = json.load(content)
-    if values["format"] != FORMAT:
+    if values["format"] > FORMAT:
         raise IncompatibleError(
             f"cannot read the backup: Sandyard {values.get('version')} wrote it; use that version"
         )
-    return About(**{name: values[name] for name in About.__dataclass_fields__})
+    known = {name: values[name] for name in About.__dataclass_fields__ if name in values}
+    return About(**{**known, "include": tuple(known.get("include", ()))})
 
 
 def _unpack_one(tar: tarfile.TarFile, member: tarfile.TarInfo, scratch: Path) -> None:
@@ -521,7 +574,13 @@ class _Exchange:
         self._done.append((source, target))
 
 
-def _put_back(settings: Settings, about: About, scratch: Path, progress: Progress) -> Path | None:
+def _put_back(
+    settings: Settings,
+    about: About,
+    scratch: Path,
+    files: list[tuple[Contents, Path]],
+    progress: Progress,
+) -> Path | None:
     home, database = settings.home, _sqlite_path(settings)
     _check_database(settings, about, scratch)
     exchange = _Exchange(home)
@@ -531,6 +590,9 @@ def _put_back(settings: Settings, about: About, scratch: Path, progress: Progres
             exchange.put(path, home / path.name)
         if (scratch / "definitions").is_dir():
             _put_definitions(settings, scratch / "definitions", exchange)
+        put_back(settings, files, put=exchange.put, progress=progress)
+        if any(contents.kind is Kind.WORKSPACE for contents, _ in files):
+            asyncio.run(put_workspaces_back(settings, files, progress))
         progress("putting the database back")
         if database is None:
             _restore_postgres(settings.store_url, scratch, exchange.replaced.name)

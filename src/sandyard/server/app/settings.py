@@ -613,6 +613,9 @@ class BackupSettings(Section):
     )
     every_h: float = Field(24, gt=0, le=24 * 365, description="Hours between two backups.")
     keep: int = Field(7, ge=1, le=10_000, description="How many are kept; older ones are removed.")
+    include: tuple[Literal["paused", "snapshots", "workspaces"], ...] = Field(
+        (), description="What else is in them: files of paused sandboxes, snapshots, workspaces."
+    )
     quarantine_days: float = Field(
         7,
         ge=0,

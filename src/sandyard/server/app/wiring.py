@@ -188,18 +188,23 @@ def addresses_of(settings: Settings) -> Addresses:
     )
 
 
-@asynccontextmanager
-async def open_volumes(settings: Settings, clock: Clock) -> AsyncIterator[Volumes]:
-    """Open the storage of workspaces; unmount unused ones when the block ends."""
+def volumes_of(
+    settings: Settings, *, monotonic: Callable[[], float] = time.monotonic
+) -> ImageVolumes | FolderVolumes:
+    """Return the storage of workspaces."""
     own, folder = settings.workspaces, settings.workspaces_dir
     can_mount = os.geteuid() == 0 and settings.node.driver != "fake"
     wants_images = own.volumes == "images" or (own.volumes == "auto" and can_mount)
     floor_bytes = settings.node.disk_floor_mib * 2**20
-    volumes = (
-        ImageVolumes(folder, floor_bytes=floor_bytes, monotonic=clock.monotonic)
-        if wants_images
-        else FolderVolumes(folder, floor_bytes=floor_bytes)
-    )
+    if wants_images:
+        return ImageVolumes(folder, floor_bytes=floor_bytes, monotonic=monotonic)
+    return FolderVolumes(folder, floor_bytes=floor_bytes)
+
+
+@asynccontextmanager
+async def open_volumes(settings: Settings, clock: Clock) -> AsyncIterator[Volumes]:
+    """Open the storage of workspaces; unmount unused ones when the block ends."""
+    volumes = volumes_of(settings, monotonic=clock.monotonic)
     try:
         yield volumes
     finally:
