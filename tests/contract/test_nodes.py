@@ -453,6 +453,9 @@ async def test_a_snapshot_is_made_once_and_machines_begin_from_it(subject: Subje
         )
         assert fact.snapshot_id == shot
         assert fact.size_bytes > 0
+        assert await subject.control.find_snapshot(shot) == fact
+        assert fact.template == wish.template
+        assert fact.shape is not None
     assert await subject.run(wish, "recall") == "me"
     assert (await subject.control.report()).snapshots == (shot,)
     clone = a_wish(new_sandbox_id(), origin=Origin.SNAPSHOT, snapshot_id=shot, hostname="clone")
@@ -460,6 +463,8 @@ async def test_a_snapshot_is_made_once_and_machines_begin_from_it(subject: Subje
     assert await subject.run(clone, "recall") == "me"
     for _ in range(2):
         await subject.control.drop_snapshot(shot)
+    with pytest.raises(NotFoundError):
+        await subject.control.find_snapshot(shot)
     assert (await subject.control.report()).snapshots == ()
     assert await subject.run(clone, "recall") == "me"
 

@@ -1230,13 +1230,15 @@ async def test_a_key_of_ssh_is_an_organizations_once(store: Store) -> None:
         assert await tx.ssh_keys.remove(ORG, key.id)
 
 
-async def test_machines_in_quarantine_keep_when_they_were_found(store: Store) -> None:
+async def test_what_is_in_quarantine_keeps_when_it_was_found(store: Store) -> None:
     one = Quarantined(
-        sandbox_id="sandbox-aaaaaaaaaaaa", node_id="a", incarnation=2, version=5, phase="running",
-        template="base-ubuntu", shape=Shape(2, 1024, 10_240), found_at=NOW,
+        id="sandbox-aaaaaaaaaaaa", kind="machine", node_id="a", incarnation=2, version=5,
+        phase="running", template="base-ubuntu", shape=Shape(2, 1024, 10_240), found_at=NOW,
     )  # fmt: skip
     later = NOW + timedelta(hours=1)
-    two = replace(one, sandbox_id="sandbox-bbbbbbbbbbbb", node_id="b", found_at=later)
+    two = replace(
+        one, id=new_uuid(), kind="snapshot", node_id="b", found_at=later, size_bytes=2**40
+    )
     async with store.write(Turn.ALONE) as tx:
         for machine in (two, one):
             await tx.quarantine.put(machine)
@@ -1247,14 +1249,14 @@ async def test_machines_in_quarantine_keep_when_they_were_found(store: Store) ->
     async with store.write(Turn.ALONE) as tx:
         await tx.quarantine.put(saved)
         assert await tx.quarantine.on_node("a") == [replace(one, phase="paused", version=6)]
-        assert await tx.quarantine.condemn(one.sandbox_id)
+        assert await tx.quarantine.condemn(one.id)
         assert not await tx.quarantine.condemn("sandbox-cccccccccccc")
         await tx.quarantine.put(one)
         assert await tx.quarantine.on_node("a") == [replace(one, is_unwanted=True)]
         again = replace(one, incarnation=3, template="other", found_at=later)
         await tx.quarantine.put(again)
         assert await tx.quarantine.on_node("a") == [again]
-        await tx.quarantine.remove([one.sandbox_id])
+        await tx.quarantine.remove([one.id])
         await tx.quarantine.remove([])
         assert await tx.quarantine.all() == [two]
 

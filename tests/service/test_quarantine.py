@@ -9,9 +9,9 @@ import pytest
 from tests.support.desk import Desk, open_desk
 from tests.support.nodes import Machine
 
-from sandyard.server.core.contracts.node import Phase
+from sandyard.server.core.contracts.node import Phase, SnapshotFact
 from sandyard.server.core.contracts.store import Turn
-from sandyard.server.core.errors import ConflictError, NoCapacityError, NotFoundError
+from sandyard.server.core.errors import ConflictError, DamagedError, NoCapacityError, NotFoundError
 from sandyard.server.core.records import Quarantined, Sandbox
 from sandyard.server.core.states import Status
 from sandyard.server.service.people.administration import Administration
@@ -52,10 +52,11 @@ async def test_a_stranger_is_saved_kept_and_adopted(desk: Desk) -> None:
     box, other = await strangers(desk, 2)
     assert {one.phase for one in desk.node.machines.values()} == {Phase.PAUSED}
     found = await quarantined(desk)
-    assert {one.sandbox_id for one in found} == {box.id, other.id}
+    assert {one.id for one in found} == {box.id, other.id}
     assert {one.phase for one in found} == {"paused"}
     slug, email = await names_of(desk)
     adopted = await admin_of(desk).adopt(box.id, slug, email)
+    assert isinstance(adopted, Sandbox)
     assert (adopted.status, adopted.shape) == (Status.PAUSED, found[0].shape)
     with pytest.raises(NotFoundError):
         await admin_of(desk).adopt(box.id, slug, email)
@@ -67,7 +68,7 @@ async def test_a_stranger_is_saved_kept_and_adopted(desk: Desk) -> None:
     await desk.services.sandboxes.delete(desk.actor, box.id, wait=False)
     await desk.until(back, Status.DESTROYED)
     assert desk.node.machines.keys() == {other.id}
-    assert [one.sandbox_id for one in await quarantined(desk)] == [other.id]
+    assert [one.id for one in await quarantined(desk)] == [other.id]
 
 
 async def test_a_stranger_is_deleted_when_an_operator_says_so(desk: Desk) -> None:
@@ -77,7 +78,7 @@ async def test_a_stranger_is_deleted_when_an_operator_says_so(desk: Desk) -> Non
         await admin_of(desk).condemn("sandbox-000000000000")
     await desk.drive(400)
     assert desk.node.machines.keys() == {other.id}
-    assert [one.sandbox_id for one in await quarantined(desk)] == [other.id]
+    assert [one.id for one in await quarantined(desk)] == [other.id]
 
 
 async def test_a_strangers_time_comes_to_an_end(desk: Desk) -> None:
@@ -99,7 +100,7 @@ async def test_a_stranger_whose_row_comes_back_is_none_any_more(desk: Desk) -> N
     desk._copy(desk.home / "sandyard.db", newer)
     desk._copy(older, desk.home / "sandyard.db")
     await desk.drive(30)
-    assert [one.sandbox_id for one in await quarantined(desk)] == [box.id]
+    assert [one.id for one in await quarantined(desk)] == [box.id]
     desk._copy(newer, desk.home / "sandyard.db")
     await desk.drive(30)
     assert await quarantined(desk) == []
@@ -145,3 +146,69 @@ async def test_what_was_said_of_an_earlier_machine_does_not_hold_for_a_later_one
     assert desk.node.machines.keys() == {box.id}
     (found,) = await quarantined(desk)
     assert (found.incarnation, found.is_unwanted) == (machine.incarnation, False)
+
+
+async def snapshot_strangers(desk: Desk, count: int) -> tuple[Sandbox, list[str]]:
+    """Return a sandbox that the database knows, and snapshots that it has forgotten."""
+    box = await desk.create(idle_timeout=0)
+    desk.back_up()
+    made = [
+        (await desk.services.snapshots.create(desk.actor, box.id, name=f"s-{number}")).id
+        for number in range(count)
+    ]
+    desk.restore()
+    await desk.drive(60)
+    return box, made
+
+
+async def test_a_snapshot_without_a_row_is_kept_adopted_and_used(desk: Desk) -> None:
+    box, (kept, deleted) = await snapshot_strangers(desk, 2)
+    found = {one.id: one for one in await quarantined(desk)}
+    assert found.keys() == {kept, deleted}
+    assert {(one.kind, one.phase, one.size_bytes > 0) for one in found.values()} == {
+        ("snapshot", "saved", True)
+    }
+    slug, email = await names_of(desk)
+    adopted = await admin_of(desk).adopt(kept, slug, email)
+    assert (adopted.id, adopted.shape) == (kept, found[kept].shape)
+    await admin_of(desk).condemn(deleted)
+    with pytest.raises(ConflictError, match="being deleted"):
+        await admin_of(desk).adopt(deleted, slug, email)
+    await desk.drive(400)
+    assert desk.node.snapshots.keys() == {kept}
+    assert await quarantined(desk) == []
+    (listed,) = await desk.services.snapshots.page(desk.actor, limit=10, after=None)
+    assert listed.id == kept
+    new = await desk.create(snapshot=kept, template=None)
+    assert (new.status, new.template) == (Status.RUNNING, box.template)
+    await desk.services.snapshots.delete(desk.actor, kept)
+    await desk.drive(400)
+    assert not desk.node.snapshots
+
+
+async def test_a_snapshots_time_in_quarantine_comes_to_an_end(desk: Desk) -> None:
+    await snapshot_strangers(desk, 30)
+    await desk.drive(400)
+    assert len(await quarantined(desk)) == 30
+    await desk.clock.oversleep(timedelta(days=6.9).total_seconds())
+    await desk.drive(400)
+    assert len(desk.node.snapshots) == 30
+    await desk.clock.oversleep(timedelta(days=0.2).total_seconds())
+    await desk.drive(800)
+    assert not desk.node.snapshots
+    assert await quarantined(desk) == []
+
+
+async def test_a_snapshot_that_cannot_be_read_is_kept_and_can_be_deleted(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def damaged(snapshot_id: str) -> SnapshotFact:
+        raise DamagedError("cannot use what was saved: its manifest was altered")
+
+    monkeypatch.setattr(desk.node, "find_snapshot", damaged)
+    _, (one,) = await snapshot_strangers(desk, 1)
+    with pytest.raises(ConflictError, match="cannot be read"):
+        await admin_of(desk).adopt(one, *await names_of(desk))
+    await admin_of(desk).condemn(one)
+    await desk.drive(400)
+    assert not desk.node.snapshots

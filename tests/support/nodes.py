@@ -213,11 +213,21 @@ class FakeNode:
                 raise MachineDeadError("cannot do this: the machine is dead")
             await self.gate.wait()
             self.snapshots[snapshot_id] = dict(machine.remembers)
-        return SnapshotFact(snapshot_id, SIZE)
+        return self._fact_of(snapshot_id)
 
     async def withdraw(self, workspace_id: str) -> None:
         """See core.contracts.node.NodeExports.withdraw; nothing has it mounted."""
         self._answer("withdraw")
+
+    async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
+        """See core.contracts.node.NodeControl.find_snapshot."""
+        self._answer("find_snapshot")
+        if snapshot_id not in self.snapshots:
+            raise NotFoundError("cannot find the snapshot on this node")
+        return self._fact_of(snapshot_id)
+
+    def _fact_of(self, snapshot_id: str) -> SnapshotFact:
+        return SnapshotFact(snapshot_id, SIZE, "base-minimal", "debian", Shape(1, 1024, 10_240))
 
     async def drop_snapshot(self, snapshot_id: str) -> None:
         """See core.contracts.node.NodeControl.drop_snapshot."""

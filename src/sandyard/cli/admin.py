@@ -454,11 +454,11 @@ def nats_config(
 
 @quarantine.command("list")
 def list_quarantine() -> None:
-    """List the machines in quarantine. They are saved, and not billed."""
-    columns = ("sandbox", "node", "found", "phase", "template", "shape")
+    """List the machines and snapshots in quarantine. They are kept, and not billed."""
+    columns = ("id", "kind", "node", "found", "phase", "template", "shape")
     rows = [
         (
-            one.sandbox_id, one.node_id, f"{one.found_at:%Y-%m-%d %H:%M}",
+            one.id, one.kind, one.node_id, f"{one.found_at:%Y-%m-%d %H:%M}",
             "being deleted" if one.is_unwanted else one.phase, one.template,
             f"{one.shape.vcpus} vcpu, {one.shape.memory_mib} MB, {one.shape.disk_mib} MB",
         )
@@ -469,19 +469,19 @@ def list_quarantine() -> None:
 
 @quarantine.command("adopt")
 def adopt(
-    sandbox: Annotated[str, typer.Argument(help="The id in the list.")],
+    wanted: Annotated[str, typer.Argument(help="The id in the list.", metavar="ID")],
     organization: Org,
     who: Who,
 ) -> None:
-    """Make a machine a sandbox again, paused, which belongs to this user."""
-    made = _do(lambda admin: admin.adopt(sandbox, organization, who))
-    out.print(f"{made.id} is {made.status} and belongs to {who}")
+    """Make a machine a sandbox again, paused, which belongs to this user; or a snapshot one."""
+    made = _do(lambda admin: admin.adopt(wanted, organization, who))
+    out.print(f"{made.id} belongs to {who}")
 
 
 @quarantine.command("delete")
 def delete_quarantined(
-    sandbox: Annotated[str, typer.Argument(help="The id in the list.")],
+    wanted: Annotated[str, typer.Argument(help="The id in the list.", metavar="ID")],
 ) -> None:
-    """Delete a machine with its files; the server does so within five minutes."""
-    _do(lambda admin: admin.condemn(sandbox))
-    out.print(f"{sandbox} will be deleted")
+    """Delete a machine or snapshot with its files; the server does so within five minutes."""
+    _do(lambda admin: admin.condemn(wanted))
+    out.print(f"{wanted} will be deleted")

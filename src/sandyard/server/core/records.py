@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Literal
 
 from sandyard.server.core.shapes import NOTHING, Shape, ShapeSeconds
 from sandyard.server.core.states import Status
@@ -145,14 +146,20 @@ class SshKey:
     last_used_at: datetime | None = None
 
 
+QuarantineKind = Literal["machine", "snapshot"]
+
+
 @dataclass(frozen=True)
 class Quarantined:
-    """A machine that no sandbox's row belongs to, since the database was restored from a backup.
+    """A machine or snapshot that no row belongs to, since the database was restored from a backup.
 
-    `phase` is the machine's when it was last looked at. It is removed if it `is_unwanted`.
+    `id` is the sandbox's or the snapshot's, `phase` the machine's when it was last looked at. A
+    snapshot has no incarnation and no version, and its size on disk. It is removed if it
+    `is_unwanted`. Without a `template` nothing is known of it.
     """
 
-    sandbox_id: str
+    id: str
+    kind: QuarantineKind
     node_id: str
     incarnation: int
     version: int
@@ -160,6 +167,7 @@ class Quarantined:
     template: str
     shape: Shape
     found_at: datetime
+    size_bytes: int = 0
     is_unwanted: bool = False
 
 

@@ -175,6 +175,10 @@ class Node:
                 await owner.do(self._jobs.snapshot(owner, folder))
         return self._snapshots.fact(snapshot_id)
 
+    async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
+        """See core.contracts.node.NodeControl.find_snapshot."""
+        return await in_thread(self._snapshots.fact, snapshot_id)
+
     async def drop_snapshot(self, snapshot_id: str) -> None:
         """See core.contracts.node.NodeControl.drop_snapshot."""
         await self._snapshots.remove(snapshot_id)

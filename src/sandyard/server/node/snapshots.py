@@ -35,7 +35,9 @@ class KeptSnapshots:
 
         Raises: see `checked`.
         """
-        return SnapshotFact(snapshot_id, self._load(snapshot_id).size_bytes)
+        saved = self._load(snapshot_id)
+        about = saved.about
+        return SnapshotFact(snapshot_id, saved.size_bytes, about.template, about.os, about.shape)
 
     async def checked(self, wish: MachineWish) -> SavedMachine:
         """Return the snapshot that a request names.

@@ -89,6 +89,10 @@ class PatientNode:
             **self._attention,
         )
 
+    async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
+        """See NodeControl.find_snapshot."""
+        return await self._soon(self._node.find_snapshot(snapshot_id), _SHORT_S)
+
     async def drop_snapshot(self, snapshot_id: str) -> None:
         """See NodeControl.drop_snapshot."""
         await self._soon(self._node.drop_snapshot(snapshot_id), _SHORT_S)

@@ -36,7 +36,9 @@ class SnapshotOut(Model):
 
     id: str
     name: str | None
-    sandbox_id: str = Field(description="The sandbox it was made of, which may be gone.")
+    sandbox_id: str = Field(
+        description="The sandbox it was made of, which may be gone; empty if that is not known."
+    )
     status: Literal["creating", "ready"]
     template: str
     os: str | None

@@ -127,10 +127,13 @@ class MachineFact:
 
 @dataclass(frozen=True)
 class SnapshotFact:
-    """A snapshot on a node."""
+    """A snapshot on a node. Nodes of earlier versions tell only its size."""
 
     snapshot_id: str
     size_bytes: int
+    template: str = ""
+    os: str | None = None
+    shape: Shape | None = None
 
 
 class TemplateStatus(StrEnum):
@@ -296,6 +299,15 @@ class NodeControl(Protocol):
         """Return once the snapshot is complete; the machine continues as it was.
 
         Raises: see `ensure_paused`.
+        """
+        ...
+
+    async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
+        """Return what the node knows of a snapshot.
+
+        Raises:
+            NotFoundError: it is not there.
+            DamagedError, IncompatibleError: it cannot be read.
         """
         ...
 

@@ -520,10 +520,10 @@ class RevokedKeyRows(Protocol):
 
 
 class QuarantineRows(Protocol):
-    """Machines without a sandbox's row."""
+    """Machines and snapshots without a row."""
 
     async def put(self, machine: Quarantined) -> None:
-        """Add a machine, or update what is known of it. When it was found stays, and whether it is
+        """Add one, or update what is known of it. When it was found stays, and whether it is
         unwanted, unless it is of a later incarnation."""
         ...
 
@@ -535,11 +535,11 @@ class QuarantineRows(Protocol):
         """Return those of a node."""
         ...
 
-    async def condemn(self, sandbox_id: str) -> bool:
-        """Have a machine removed; return False if there is none."""
+    async def condemn(self, wanted_id: str) -> bool:
+        """Have one removed; return False if there is none."""
         ...
 
-    async def remove(self, sandbox_ids: Collection[str]) -> None:
+    async def remove(self, ids: Collection[str]) -> None:
         """Remove entries."""
         ...
 

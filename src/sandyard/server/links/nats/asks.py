@@ -79,6 +79,7 @@ ASKS: Final[Mapping[str, NodeMethod]] = {
         _ask(NodeControl, "ensure_snapshot"),
         _ask(NodeControl, "drop_snapshot"),
         _ask(NodeExports, "withdraw"),
+        _ask(NodeControl, "find_snapshot", is_wish=False),
         _ask(NodeControl, "find_room", is_wish=False),
         _ask(NodeControl, "console", is_wish=False),
         _ask(NodeControl, "report", is_wish=False),

@@ -100,6 +100,11 @@ class RemoteNode:
         )
         return fact
 
+    async def find_snapshot(self, snapshot_id: str) -> SnapshotFact:
+        """See core.contracts.node.NodeControl.find_snapshot."""
+        fact: SnapshotFact = await self._ask("find_snapshot", snapshot_id=snapshot_id)
+        return fact
+
     async def drop_snapshot(self, snapshot_id: str) -> None:
         """See core.contracts.node.NodeControl.drop_snapshot."""
         await self._ask("drop_snapshot", snapshot_id=snapshot_id)

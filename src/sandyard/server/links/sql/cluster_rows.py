@@ -44,14 +44,14 @@ class QuarantineTable:
         """See core.contracts.store.QuarantineRows.put."""
         values = vars(machine) | vars(machine.shape)
         del values["shape"]
-        kept = {"sandbox_id", "found_at", "is_unwanted"}
+        kept = {"id", "found_at", "is_unwanted"}
         seen = {name: value for name, value in values.items() if name not in kept}
         c = t.quarantine.c
         # One that a sandbox had since is there for the first time.
         is_again = c.incarnation < machine.incarnation
         done = await self._connection.execute(
             update(t.quarantine)
-            .where(c.sandbox_id == machine.sandbox_id)
+            .where(c.id == machine.id)
             .values(
                 **seen,
                 found_at=case((is_again, literal(machine.found_at, t.Moment)), else_=c.found_at),
@@ -69,24 +69,22 @@ class QuarantineTable:
         """See core.contracts.store.QuarantineRows.on_node."""
         return await self._found(select(t.quarantine).where(t.quarantine.c.node_id == node_id))
 
-    async def condemn(self, sandbox_id: str) -> bool:
+    async def condemn(self, wanted_id: str) -> bool:
         """See core.contracts.store.QuarantineRows.condemn."""
         c = t.quarantine.c
         done = await self._connection.execute(
-            update(t.quarantine).where(c.sandbox_id == sandbox_id).values(is_unwanted=True)
+            update(t.quarantine).where(c.id == wanted_id).values(is_unwanted=True)
         )
         return done.rowcount > 0
 
-    async def remove(self, sandbox_ids: Collection[str]) -> None:
+    async def remove(self, ids: Collection[str]) -> None:
         """See core.contracts.store.QuarantineRows.remove."""
         c = t.quarantine.c
-        await self._connection.execute(
-            delete(t.quarantine).where(c.sandbox_id.in_(list(sandbox_ids)))
-        )
+        await self._connection.execute(delete(t.quarantine).where(c.id.in_(list(ids))))
 
     async def _found(self, query: Select[Any]) -> list[Quarantined]:
         c = t.quarantine.c
-        found = await self._connection.execute(query.order_by(c.found_at, c.sandbox_id))
+        found = await self._connection.execute(query.order_by(c.found_at, c.id))
         return [_quarantined(row) for row in found.mappings()]
 
 

@@ -238,11 +238,12 @@ revoked_keys = Table(
 # One row: the oldest schema that a server must know to use this database.
 schema_floor = Table("schema_floor", metadata, Column("revision", String(32), primary_key=True))
 
-# Machines that no sandbox's row belongs to.
+# Machines and snapshots that no row belongs to.
 quarantine = Table(
     "quarantine",
     metadata,
-    Column("sandbox_id", String(20), primary_key=True),
+    Column("id", String(36), primary_key=True),
+    Column("kind", String(16), nullable=False),
     Column("node_id", Text, nullable=False),
     Column("incarnation", Integer, nullable=False),
     Column("version", Integer, nullable=False),
@@ -252,6 +253,7 @@ quarantine = Table(
     Column("memory_mib", Integer, nullable=False),
     Column("disk_mib", Integer, nullable=False),
     Column("found_at", Moment, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
     Column("is_unwanted", Boolean, nullable=False),
     Index("ix_quarantine_node_id", "node_id"),
 )

@@ -27,6 +27,7 @@ from sandyard.server.core.records import (
     Organization,
     Quarantined,
     Sandbox,
+    Snapshot,
     User,
 )
 from sandyard.server.core.states import Status
@@ -277,35 +278,55 @@ class Administration:
         return entry, is_new
 
     async def quarantine(self) -> list[Quarantined]:
-        """Return the machines that no sandbox belongs to, the longest there first."""
+        """Return the machines and snapshots that no row belongs to, the longest there first."""
         async with self._store.read() as tx:
             return await tx.quarantine.all()
 
-    async def adopt(self, sandbox_id: str, reference: str, who: str) -> Sandbox:
-        """Make a machine in quarantine a paused sandbox of a member again. It has no name, tags,
-        environment or expiry, and the member's default project.
+    async def adopt(self, wanted_id: str, reference: str, who: str) -> Sandbox | Snapshot:
+        """Make a machine in quarantine a paused sandbox of a member again, or a snapshot one of
+        theirs. It has no name; a sandbox has no tags, environment or expiry, and is in the default
+        project.
 
         Raises:
-            NotFoundError: there is no such machine, organization or member.
-            ConflictError: the machine is still being saved, or is being deleted.
+            NotFoundError: there is no such machine, snapshot, organization or member.
+            ConflictError: it is still being saved, cannot be read, or is being deleted.
         """
-        now = self._clock.now()
         async with self._store.write(Turn.ALONE) as tx:
-            machine = await _quarantined(tx, sandbox_id)
+            found = await _quarantined(tx, wanted_id)
             organization, user, _ = await self._member(tx, reference, who)
-            if machine.is_unwanted:
-                raise ConflictError(f"cannot adopt {sandbox_id}: it is being deleted")
-            status = _ADOPTED.get(machine.phase)
-            if status is None or not machine.template:
-                raise ConflictError(
-                    f"cannot adopt {sandbox_id}: its machine is {machine.phase} and has to be "
-                    "saved first; try again in a while"
+            if found.is_unwanted:
+                raise ConflictError(f"cannot adopt {wanted_id}: it is being deleted")
+            adopt = self._adopt_snapshot if found.kind == "snapshot" else self._adopt_machine
+            made = await adopt(tx, found, organization, user)
+            await tx.quarantine.remove([wanted_id])
+            await tx.activity.append(
+                line(
+                    "snapshot.adopted" if found.kind == "snapshot" else "sandbox.adopted",
+                    "Snapshot adopted" if found.kind == "snapshot" else "Sandbox adopted",
+                    org_id=organization.id,
+                    actor=None,
+                    resource_id=wanted_id,
+                    sandbox_id=wanted_id if found.kind == "machine" else None,
+                    at=self._clock.now(),
                 )
-            project = await tx.projects.find(organization.id, None)
-            if project is None:
-                raise NotFoundError(f"cannot find a project of {organization.name}")
-            sandbox = Sandbox(
-                id=sandbox_id,
+            )
+        return made
+
+    async def _adopt_machine(
+        self, tx: Transaction, machine: Quarantined, organization: Organization, user: User
+    ) -> Sandbox:
+        status, now = _ADOPTED.get(machine.phase), self._clock.now()
+        if status is None or not machine.template:
+            raise ConflictError(
+                f"cannot adopt {machine.id}: its machine is {machine.phase} and has to be "
+                "saved first; try again in a while"
+            )
+        project = await tx.projects.find(organization.id, None)
+        if project is None:
+            raise NotFoundError(f"cannot find a project of {organization.name}")
+        return await tx.sandboxes.insert(
+            Sandbox(
+                id=machine.id,
                 org_id=organization.id,
                 owner_user_id=user.id,
                 project_id=project.id,
@@ -322,30 +343,42 @@ class Administration:
                 started_at=now,
                 paused_at=now,
             )
-            made = await tx.sandboxes.insert(sandbox)
-            await tx.quarantine.remove([sandbox_id])
-            await tx.activity.append(
-                line(
-                    "sandbox.adopted",
-                    "Sandbox adopted",
-                    org_id=organization.id,
-                    actor=None,
-                    resource_id=sandbox_id,
-                    sandbox_id=sandbox_id,
-                    at=now,
-                )
+        )
+
+    async def _adopt_snapshot(
+        self, tx: Transaction, found: Quarantined, organization: Organization, user: User
+    ) -> Snapshot:
+        if not found.template:
+            raise ConflictError(
+                f"cannot adopt {found.id}: it cannot be read; the server's log says why"
             )
+        made = Snapshot(
+            id=found.id,
+            org_id=organization.id,
+            owner_user_id=user.id,
+            sandbox_id="",  # not known any more
+            node_id=found.node_id,
+            name=None,
+            template=found.template,
+            os=None,
+            shape=found.shape,
+            is_ready=True,
+            is_hidden=False,
+            size_bytes=found.size_bytes,
+            created_at=self._clock.now(),
+        )
+        await tx.snapshots.insert(made)
         return made
 
-    async def condemn(self, sandbox_id: str) -> None:
-        """Have a machine in quarantine removed with its files, within a few minutes.
+    async def condemn(self, wanted_id: str) -> None:
+        """Have a machine or snapshot in quarantine removed with its files, within a few minutes.
 
         Raises:
-            NotFoundError: there is no such machine.
+            NotFoundError: there is no such one.
         """
         async with self._store.write(Turn.ALONE) as tx:
-            await _quarantined(tx, sandbox_id)
-            await tx.quarantine.condemn(sandbox_id)
+            await _quarantined(tx, wanted_id)
+            await tx.quarantine.condemn(wanted_id)
 
     async def ledger(self, reference: str, *, limit: int) -> list[LedgerEntry]:
         """Return the newest entries of an organization's ledger."""
@@ -407,12 +440,12 @@ def _system(organization: Organization, user: User, member: Membership) -> Actor
     )
 
 
-async def _quarantined(tx: Transaction, sandbox_id: str) -> Quarantined:
+async def _quarantined(tx: Transaction, wanted_id: str) -> Quarantined:
     for one in await tx.quarantine.all():
-        if one.sandbox_id == sandbox_id:
+        if one.id == wanted_id:
             return one
     raise NotFoundError(
-        f"cannot find {sandbox_id} in quarantine: `sandyard admin quarantine list` lists what is"
+        f"cannot find {wanted_id} in quarantine: `sandyard admin quarantine list` lists what is"
     )
 
 

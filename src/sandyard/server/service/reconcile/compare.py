@@ -559,7 +559,9 @@ class Comparison:
                 await tx.snapshots.remove(one.id, at=now)
                 await tx.storage.close("snapshot", one.id, now)
         there = set(report.snapshots)
-        self._keep_unknown("snapshot", there - {one.id for one in rows} - removed.keys())
+        strangers = there - {one.id for one in rows} - removed.keys()
+        self._keep_unknown("snapshot", strangers)
+        await self._quarantine.look_at_snapshots(strangers)
         gone = [one for one, at in removed.items() if one not in there and now - at > _FILES_LATE]
         if gone:
             async with self._store.write(Turn.ALONE) as tx:

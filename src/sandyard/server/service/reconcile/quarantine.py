@@ -1,26 +1,27 @@
-"""The quarantine of one node: machines that no sandbox's row belongs to.
+"""The quarantine of one node: machines and snapshots that no row belongs to.
 
-They are newer than the database, which was restored from a backup. They are saved, so that they
-take no memory and lose nothing, and kept until an operator adopts or deletes them, or their time is
-over. They are not billed.
+They are newer than the database, which was restored from a backup. Machines are saved, so that they
+take no memory and lose nothing. All are kept until an operator adopts or deletes them, or their
+time is over. They are not billed.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 from sandyard.server.core.contracts.clock import Clock
-from sandyard.server.core.contracts.node import MachineFact, NodeControl, Phase
-from sandyard.server.core.contracts.store import Store, Turn
+from sandyard.server.core.contracts.node import MachineFact, NodeControl, Phase, SnapshotFact
+from sandyard.server.core.contracts.store import Store, Transaction, Turn
 from sandyard.server.core.errors import SandyardError
-from sandyard.server.core.records import Quarantined
+from sandyard.server.core.records import Quarantined, QuarantineKind
 from sandyard.server.core.shapes import NOTHING
 from sandyard.server.tasks import Work
 
 log = logging.getLogger(__name__)
 
 _SAVING_MAX = 4
+_DESCRIBED_MAX = 20
 _AWAKE = frozenset({Phase.RUNNING, Phase.WAKING})
 
 
@@ -44,6 +45,8 @@ class Quarantine:
         self._beside = beside
         self._seen: set[str] = set()
         self._may_have_rows = True
+        self._seen_snapshots: frozenset[str] = frozenset()
+        self._may_have_snapshots = True
         self._complained: set[str] = set()
         self._saving: set[str] = set()
         self._turns = 0
@@ -67,7 +70,7 @@ class Quarantine:
         if not twice and not self._may_have_rows:
             return
         async with self._store.read() as tx:
-            rows = {one.sandbox_id: one for one in await tx.quarantine.on_node(self._node.node_id)}
+            rows = await self._rows(tx, "machine")
         now = self._clock.now()
         changed = [
             machine
@@ -85,11 +88,51 @@ class Quarantine:
             # What was read of these is out of date, and must not decide; the next look does.
             self.is_settled = False
             for one in changed:
-                rows.pop(one.sandbox_id, None)
+                rows.pop(one.id, None)
         self._may_have_rows = bool(twice)
         self._turns = _SAVING_MAX - len(self._saving)
         for fact in sorted(twice, key=lambda one: one.sandbox_id in self._complained):
             self._look_after(fact, rows.get(fact.sandbox_id), now)
+
+    async def look_at_snapshots(self, strangers: Collection[str]) -> None:
+        """Look after the snapshots that have no row; only those that had none the last time
+        either. Call it after `look`."""
+        twice = self._seen_snapshots.intersection(strangers)
+        self._seen_snapshots = frozenset(strangers)
+        self.is_settled = self.is_settled and len(twice) == len(strangers)
+        if not twice and not self._may_have_snapshots:
+            return
+        async with self._store.read() as tx:
+            rows = await self._rows(tx, "snapshot")
+        now = self._clock.now()
+        added = [
+            await self._snapshot_of(one, now)
+            for one in sorted(twice - rows.keys())[:_DESCRIBED_MAX]
+        ]
+        gone = rows.keys() - self._seen_snapshots
+        if added or gone:
+            async with self._store.write(Turn.ALONE) as tx:
+                await tx.quarantine.remove(gone)
+                for row in added:
+                    await tx.quarantine.put(row)
+            self.is_settled = False
+        self._may_have_snapshots = bool(twice)
+        for snapshot_id in twice & rows.keys():
+            row = rows[snapshot_id]
+            ends_at = None if self._keeps is None else row.found_at + self._keeps
+            if row.is_unwanted:
+                self.is_settled = False
+                log.warning("removing the snapshot %s from the quarantine", snapshot_id)
+                self._beside(snapshot_id, self._node.drop_snapshot(snapshot_id))
+            elif ends_at is not None and ends_at <= now:
+                self.is_settled = False
+                self._beside(snapshot_id, self._condemn(snapshot_id))
+            elif ends_at is not None:
+                self.due_at = min(self.due_at or ends_at, ends_at)
+
+    async def _rows(self, tx: Transaction, kind: QuarantineKind) -> dict[str, Quarantined]:
+        found = await tx.quarantine.on_node(self._node.node_id)
+        return {one.id: one for one in found if one.kind == kind}
 
     def _look_after(self, fact: MachineFact, row: Quarantined | None, now: datetime) -> None:
         ends_at = None if row is None or self._keeps is None else row.found_at + self._keeps
@@ -115,10 +158,10 @@ class Quarantine:
                 self._turns -= 1
                 self._beside(fact.sandbox_id, self._save(fact))
 
-    async def _condemn(self, sandbox_id: str) -> None:
+    async def _condemn(self, wanted_id: str) -> None:
         # Not removed at once: somebody may be adopting it.
         async with self._store.write(Turn.ALONE) as tx:
-            await tx.quarantine.condemn(sandbox_id)
+            await tx.quarantine.condemn(wanted_id)
 
     async def _save(self, fact: MachineFact) -> None:
         self._saving.add(fact.sandbox_id)
@@ -139,7 +182,8 @@ class Quarantine:
         if fact.phase is Phase.STARTING:
             return None
         return Quarantined(
-            sandbox_id=fact.sandbox_id,
+            id=fact.sandbox_id,
+            kind="machine",
             node_id=self._node.node_id,
             incarnation=fact.incarnation,
             version=fact.version,
@@ -147,6 +191,25 @@ class Quarantine:
             template=fact.template,
             shape=fact.shape or NOTHING,
             found_at=now,
+        )
+
+    async def _snapshot_of(self, snapshot_id: str, now: datetime) -> Quarantined:
+        try:
+            fact = await self._node.find_snapshot(snapshot_id)
+        except SandyardError as error:
+            log.warning("cannot read the snapshot %s in quarantine: %s", snapshot_id, error.message)
+            fact = SnapshotFact(snapshot_id, 0)
+        return Quarantined(
+            id=snapshot_id,
+            kind="snapshot",
+            node_id=self._node.node_id,
+            incarnation=0,
+            version=0,
+            phase="saved",
+            template=fact.template,
+            shape=fact.shape or NOTHING,
+            found_at=now,
+            size_bytes=fact.size_bytes,
         )
 
 

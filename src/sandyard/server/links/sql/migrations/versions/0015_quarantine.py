@@ -1,4 +1,4 @@
-"""Machines that no row of a sandbox belongs to."""
+"""Machines and snapshots that no row belongs to."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,7 +13,8 @@ def upgrade() -> None:
     """Add the table."""
     op.create_table(
         "quarantine",
-        sa.Column("sandbox_id", sa.String(20), primary_key=True),
+        sa.Column("id", sa.String(36), primary_key=True),
+        sa.Column("kind", sa.String(16), nullable=False),
         sa.Column("node_id", sa.Text(), nullable=False),
         sa.Column("incarnation", sa.Integer(), nullable=False),
         sa.Column("version", sa.Integer(), nullable=False),
@@ -23,6 +24,7 @@ def upgrade() -> None:
         sa.Column("memory_mib", sa.Integer(), nullable=False),
         sa.Column("disk_mib", sa.Integer(), nullable=False),
         sa.Column("found_at", sa.BigInteger(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("is_unwanted", sa.Boolean(), nullable=False),
     )
     op.create_index("ix_quarantine_node_id", "quarantine", ["node_id"])
